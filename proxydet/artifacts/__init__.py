@@ -1,0 +1,1 @@
+"""Catalogue, transfer, unpacking and verification of files that users download."""

@@ -1,0 +1,1 @@
+"""Annotations, images, transforms, sampling and batches."""

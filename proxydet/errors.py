@@ -1,0 +1,127 @@
+"""Every error that a user can cause or meet, in one tree.
+
+::
+
+    ProxydetError                exit code 1
+    ├── InputError               3   what the user gave is not usable
+    │   ├── ConfigError              a configuration key or value
+    │   ├── VocabularyError          class names or their embeddings
+    │   ├── DataError                annotations, images, data descriptions, results files
+    │   └── CheckpointError          weights that are damaged or of another model
+    ├── ArtifactError            4   a file to download, verify or unpack
+    │   ├── TransferError
+    │   ├── DigestError
+    │   └── ArchiveError
+    ├── EnvironmentProblem       5   the machine or its packages
+    │   ├── MissingDependencyError
+    │   └── DiskFullError
+    ├── NumericsError            5   a value that is not finite
+    ├── TrainingError            6   training stopped by a failure in a process
+    └── Interrupted              130 stopped by SIGINT (or 128 + the signal's number)
+
+The command line turns each into ``error: message``, ``hint: ...`` and the exit code, in one place.
+Messages say what happened and why; the hint says what to do next.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class ProxydetError(Exception):
+    """Base of all errors that are reported without a traceback.
+
+    Args:
+        message: What happened and why, in one or two sentences.
+        hint: What the user can do next; None where there is nothing to advise.
+        path: The file or folder that the error is about.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None, path: Path | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.path = path
+
+
+class InputError(ProxydetError):
+    """Something that the user gave cannot be used."""
+
+    exit_code = 3
+
+
+class ConfigError(InputError):
+    """A configuration key is unknown, or its value has the wrong type or range."""
+
+
+class VocabularyError(InputError):
+    """Class names or text embeddings that do not make a vocabulary."""
+
+
+class DataError(InputError):
+    """Annotations, images, data descriptions or results that cannot be used."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint is damaged, unsafe, or belongs to another model."""
+
+
+class ArtifactError(ProxydetError):
+    """A downloadable file could not be had, verified or unpacked."""
+
+    exit_code = 4
+
+
+class TransferError(ArtifactError):
+    """The bytes could not be fetched."""
+
+
+class DigestError(ArtifactError):
+    """The bytes are not the ones that were promised."""
+
+
+class ArchiveError(ArtifactError):
+    """An archive is damaged, or tries to write outside its folder."""
+
+
+class EnvironmentProblem(ProxydetError):
+    """The machine, or what is installed on it, does not allow the job."""
+
+    exit_code = 5
+
+
+class MissingDependencyError(EnvironmentProblem):
+    """A package that this job needs is absent or broken."""
+
+
+class DiskFullError(EnvironmentProblem):
+    """There is no room left for a file that must be written."""
+
+
+class NumericsError(ProxydetError):
+    """A loss or a weight is not finite."""
+
+    exit_code = 5
+
+
+class TrainingError(ProxydetError):
+    """Training stopped because one of its processes failed."""
+
+    exit_code = 6
+
+
+class Interrupted(ProxydetError):
+    """The job was stopped by a signal after saving what it had.
+
+    Args:
+        message: What was stopped and where its state was saved.
+        signal_number: The signal; the exit code is 128 plus this number.
+        hint: How to go on.
+    """
+
+    def __init__(self, message: str, *, signal_number: int = 2, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.signal_number = signal_number
+        self.exit_code = 128 + signal_number

@@ -1,0 +1,1 @@
+"""The network: backbone, FPN, proposals, cascades, classifier, fusion, masks."""

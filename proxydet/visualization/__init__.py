@@ -1,0 +1,1 @@
+"""Drawing, plots and the HTML report."""

@@ -1,0 +1,1 @@
+"""Class names, their text embeddings, and which of them are base classes."""

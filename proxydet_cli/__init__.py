@@ -1,0 +1,1 @@
+"""The proxydet command line: parse, call one function of the core, render."""

@@ -1,0 +1,271 @@
+"""Class names with their text embeddings: what a detector is asked to look for.
+
+A vocabulary is a value: immutable, comparable, hashable. It goes into the model as an argument and never changes it.
+
+Dimensions: C classes, R reference classes, D embedding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+import zipfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from proxydet.errors import VocabularyError
+
+FloatArray = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
+
+_FIELDS = ("names", "embeddings", "base")
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """Names, embeddings and the base / novel split of a set of classes.
+
+    Make one with `from_arrays` or `load`, which check what they are given. Two vocabularies are equal when their
+    digests are.
+
+    Attributes:
+        names: C class names, in the order of the rows of ``embeddings``.
+        embeddings: float32 (C, D), as the text encoder gave them (not normalised), read-only.
+        base: bool (C,), True for classes whose annotations training may use; all True where unknown; read-only.
+        digest: SHA-256 over the three, hexadecimal.
+    """
+
+    names: tuple[str, ...]
+    embeddings: FloatArray
+    base: BoolArray
+    digest: str
+
+    @classmethod
+    def from_arrays(
+        cls,
+        names: Iterable[str],
+        embeddings: npt.ArrayLike,
+        base: npt.ArrayLike | None = None,
+    ) -> Vocabulary:
+        """Check and freeze names and arrays.
+
+        Args:
+            names: C class names; blanks around them are removed.
+            embeddings: (C, D) finite numbers, one non-zero row a name.
+            base: (C,) of bool (or 0 / 1); None means that all classes are base.
+
+        Raises:
+            VocabularyError: a name is empty or there twice, or an array has the wrong shape, type or values.
+        """
+        checked_names = _check_names(names)
+        embeddings_CD = _check_embeddings(embeddings, len(checked_names))
+        base_C = _check_base(base, len(checked_names))
+        embeddings_CD.setflags(write=False)
+        base_C.setflags(write=False)
+        return cls(
+            names=checked_names,
+            embeddings=embeddings_CD,
+            base=base_C,
+            digest=_digest(checked_names, embeddings_CD, base_C),
+        )
+
+    @classmethod
+    def load(cls, path: Path | str) -> Vocabulary:
+        """Read what `save` wrote.
+
+        Raises:
+            VocabularyError: the file is absent, damaged, or not a vocabulary.
+        """
+        path = Path(path)
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                arrays: dict[str, npt.NDArray[Any]] = {name: archive[name] for name in _FIELDS}
+        except FileNotFoundError as error:
+            raise VocabularyError(f"there is no vocabulary file {path}", path=path) from error
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            AttributeError,
+            TypeError,
+            EOFError,
+            zipfile.BadZipFile,
+        ) as error:
+            raise VocabularyError(
+                f"{path} does not hold a vocabulary: {error}",
+                hint="make one with: proxydet vocab build",
+                path=path,
+            ) from error
+        return cls.from_arrays(
+            [str(name) for name in arrays["names"]], arrays["embeddings"], arrays["base"]
+        )
+
+    def save(self, path: Path | str) -> Path:
+        """Write a ``.npz`` that `load` reads; an existing file is replaced in one step."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        try:
+            with temporary.open("xb") as file:
+                np.savez(
+                    file, names=np.array(self.names), embeddings=self.embeddings, base=self.base
+                )
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return path
+
+    def normalised(self) -> FloatArray:
+        """Return the embeddings with rows of length 1: float32 (C, D)."""
+        return _normalise(self.embeddings)
+
+    def with_base(self, mask: npt.ArrayLike) -> Vocabulary:
+        """Return the same classes with another base mask, bool (C,)."""
+        return Vocabulary.from_arrays(self.names, self.embeddings, mask)
+
+    def base_by_similarity(self, reference_RD: npt.ArrayLike, threshold: float = 0.9) -> Vocabulary:
+        """Return the same classes, base where they resemble a class that training saw.
+
+        Args:
+            reference_RD: (R, D) text embeddings of the *base* classes of training, any length of rows.
+            threshold: A class is base when its largest cosine with a reference row is above this.
+
+        Raises:
+            VocabularyError: the reference has another dimension, or the threshold is not a cosine.
+        """
+        if not -1.0 <= threshold <= 1.0:
+            raise VocabularyError(f"the similarity threshold must be in [-1, 1], not {threshold}")
+        reference = _check_embeddings(reference_RD, None)
+        if reference.shape[1] != self.embeddings.shape[1]:
+            raise VocabularyError(
+                f"the vocabulary has {self.embeddings.shape[1]} dimensions and the training classes have "
+                f"{reference.shape[1]}: they come from different text encoders",
+                hint="encode both with the same model",
+            )
+        cosines_CR = self.normalised() @ _normalise(reference).T
+        return self.with_base(cosines_CR.max(axis=1) > threshold)
+
+    def subset(self, names: Sequence[str]) -> Vocabulary:
+        """Return the named classes only, in the order asked for.
+
+        Raises:
+            VocabularyError: a name is not in this vocabulary, or asked for twice.
+        """
+        row_of = {name: row for row, name in enumerate(self.names)}
+        wanted = _check_names(names)
+        missing = [name for name in wanted if name not in row_of]
+        if missing:
+            raise VocabularyError(f"not in the vocabulary: {_quote(missing)}")
+        rows = [row_of[name] for name in wanted]
+        return Vocabulary.from_arrays(wanted, self.embeddings[rows], self.base[rows])
+
+    @property
+    def dimension(self) -> int:
+        """Length D of an embedding."""
+        return int(self.embeddings.shape[1])
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Vocabulary) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(self.names[:3]) + (", ..." if len(self) > 3 else "")
+        return f"Vocabulary({len(self)} classes x {self.dimension}: {shown})"
+
+
+def _check_names(names: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(names, str):
+        raise VocabularyError(
+            f"class names must be a list, not one string ({names!r})", hint="split it at the commas"
+        )
+    stripped: list[str] = []
+    first_at: dict[str, int] = {}
+    for position, name in enumerate(names):
+        if not isinstance(name, str):
+            raise VocabularyError(f"class name {position} is {name!r}, not a string")
+        clean = name.strip()
+        if not clean:
+            raise VocabularyError(f"class name {position} is empty")
+        if clean in first_at:
+            raise VocabularyError(
+                f"class name {clean!r} is there twice, at {first_at[clean]} and {position} (counted from 0)"
+            )
+        first_at[clean] = position
+        stripped.append(clean)
+    if not stripped:
+        raise VocabularyError("a vocabulary needs at least one class name")
+    return tuple(stripped)
+
+
+def _check_embeddings(embeddings: npt.ArrayLike, count: int | None) -> FloatArray:
+    given = np.asarray(embeddings)
+    if given.ndim != 2 or given.shape[0] == 0 or given.shape[1] == 0:
+        raise VocabularyError(
+            f"embeddings must be a (classes, dimensions) table, not of shape {given.shape}"
+        )
+    if given.dtype.kind not in "fiu":
+        raise VocabularyError(f"embeddings must be numbers, not {given.dtype}")
+    if count is not None and given.shape[0] != count:
+        raise VocabularyError(
+            f"{count} class names but {given.shape[0]} embeddings",
+            hint="give one embedding row a class name, in the same order",
+        )
+    table = np.array(given, dtype=np.float32, order="C")
+    bad: BoolArray = np.logical_not(np.isfinite(table).all(axis=1))
+    if bad.any():
+        raise VocabularyError(f"embeddings that are not finite, rows {_positions(bad)}")
+    zero: BoolArray = np.logical_not(table.any(axis=1))
+    if zero.any():
+        raise VocabularyError(f"embeddings that are all zero, rows {_positions(zero)}")
+    return table
+
+
+def _check_base(base: npt.ArrayLike | None, count: int) -> BoolArray:
+    if base is None:
+        return np.ones(count, dtype=np.bool_)
+    given = np.asarray(base)
+    if given.shape != (count,):
+        raise VocabularyError(
+            f"the base mask has shape {given.shape} for {count} classes",
+            hint="a mask with one entry more holds the background: leave that one out",
+        )
+    if given.dtype != np.bool_ and not np.isin(given, (0, 1)).all():
+        raise VocabularyError("the base mask must hold only True and False (or 1 and 0)")
+    return np.array(given, dtype=np.bool_)
+
+
+def _normalise(table: FloatArray) -> FloatArray:
+    lengths = np.linalg.norm(table.astype(np.float64), axis=1, keepdims=True)
+    return np.asarray(table / lengths, dtype=np.float32)
+
+
+def _digest(names: tuple[str, ...], embeddings: FloatArray, base: BoolArray) -> str:
+    digest = hashlib.sha256()
+    for name in names:
+        encoded = name.encode()
+        digest.update(len(encoded).to_bytes(8, "little") + encoded)
+    digest.update(repr(embeddings.shape).encode())
+    digest.update(np.ascontiguousarray(embeddings, dtype="<f4").data)
+    digest.update(np.ascontiguousarray(base).data)
+    return digest.hexdigest()
+
+
+def _positions(mask: BoolArray, limit: int = 5) -> str:
+    rows = np.flatnonzero(mask)
+    shown = ", ".join(str(row) for row in rows[:limit])
+    return shown if len(rows) <= limit else f"{shown} and {len(rows) - limit} more"
+
+
+def _quote(names: Sequence[str], limit: int = 5) -> str:
+    shown = ", ".join(repr(name) for name in names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -1,0 +1,147 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from proxydet.errors import VocabularyError
+from proxydet.vocabulary.vocabulary import Vocabulary
+
+
+def table(rows: int, dims: int = 4, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(rows, dims)).astype(np.float32)
+
+
+def test_names_are_stripped_and_everything_is_read_only() -> None:
+    vocabulary = Vocabulary.from_arrays([" cat ", "dog\n"], table(2).astype(np.float16))
+    assert vocabulary.names == ("cat", "dog")
+    assert vocabulary.embeddings.dtype == np.float32
+    assert vocabulary.base.tolist() == [True, True]
+    with pytest.raises(ValueError, match="read-only"):
+        vocabulary.embeddings[0, 0] = 1
+    with pytest.raises(ValueError, match="read-only"):
+        vocabulary.base[0] = False
+
+
+def test_the_callers_arrays_stay_writable_and_do_not_leak_in() -> None:
+    embeddings, base = table(2), np.array([True, False])
+    vocabulary = Vocabulary.from_arrays(["a", "b"], embeddings, base)
+    embeddings[:] = 7
+    base[:] = False
+    assert vocabulary.embeddings.max() < 7
+    assert vocabulary.base.tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("names", "embeddings", "base", "message"),
+    [
+        (["a", " "], table(2), None, "class name 1 is empty"),
+        (["a", "b", "a "], table(3), None, "at 0 and 2"),
+        (["a", 3], table(2), None, "class name 1 is 3"),
+        ("ab", table(2), None, "not one string"),
+        ([], table(1), None, "at least one"),
+        (["a", "b"], table(3), None, "2 class names but 3"),
+        (["a"], np.zeros(4), None, "shape"),
+        (["a"], np.zeros((1, 0)), None, "shape"),
+        (["a"], [["x"]], None, "must be numbers"),
+        (["a", "b"], [[1.0, 2], [np.nan, 1]], None, "not finite, rows 1"),
+        (["a", "b"], [[1.0, 2], [np.inf, 1]], None, "not finite, rows 1"),
+        (["a", "b"], [[0.0, 0], [1, 1]], None, "all zero, rows 0"),
+        (["a", "b"], table(2), [True, False, False], "shape"),
+        (["a", "b"], table(2), [0.5, 1], "True and False"),
+    ],
+)
+def test_what_makes_no_vocabulary_is_refused(names, embeddings, base, message) -> None:
+    with pytest.raises(VocabularyError, match=message):
+        Vocabulary.from_arrays(names, embeddings, base)
+
+
+def test_equality_and_hash_follow_the_content() -> None:
+    first = Vocabulary.from_arrays(["a", "b"], table(2))
+    again = Vocabulary.from_arrays(["a", "b"], table(2))
+    assert first == again
+    assert len({first, again}) == 1
+    assert first != Vocabulary.from_arrays(["ab", "b"], table(2))
+    assert first != Vocabulary.from_arrays(["a", "b"], table(2, seed=1))
+    assert first != first.with_base([True, False])
+    assert first != "a"
+
+
+def test_names_are_delimited_in_the_digest() -> None:
+    one = Vocabulary.from_arrays(["ab", "c"], table(2))
+    other = Vocabulary.from_arrays(["a", "bc"], table(2))
+    assert one.digest != other.digest
+
+
+def test_normalised_rows_have_length_one() -> None:
+    vocabulary = Vocabulary.from_arrays(["a", "b"], table(2) * 1e-18)
+    np.testing.assert_allclose(np.linalg.norm(vocabulary.normalised(), axis=1), 1, rtol=1e-6)
+
+
+def test_base_by_similarity_compares_with_the_training_classes() -> None:
+    vocabulary = Vocabulary.from_arrays(["near", "far", "opposite"], [[1.0, 0.1], [1, 1], [-1, 0]])
+    split = vocabulary.base_by_similarity([[5.0, 0]], threshold=0.9)
+    assert split.base.tolist() == [True, False, False]
+    # The threshold itself is not enough: "exceeds".
+    same = Vocabulary.from_arrays(["same"], [[3.0, 4]]).base_by_similarity([[3.0, 4]], 1.0)
+    assert same.base.tolist() == [False]
+    with pytest.raises(VocabularyError, match="different text encoders"):
+        vocabulary.base_by_similarity([[1.0, 0, 0]])
+    with pytest.raises(VocabularyError, match="threshold"):
+        vocabulary.base_by_similarity([[1.0, 0]], 2)
+
+
+def test_subset_keeps_rows_and_base_together() -> None:
+    vocabulary = Vocabulary.from_arrays(["a", "b", "c"], table(3), [True, False, True])
+    part = vocabulary.subset(["c", "b"])
+    assert part.names == ("c", "b")
+    assert part.base.tolist() == [True, False]
+    np.testing.assert_array_equal(part.embeddings, vocabulary.embeddings[[2, 1]])
+    with pytest.raises(VocabularyError, match="'x'"):
+        vocabulary.subset(["a", "x"])
+
+
+@given(
+    st.lists(
+        st.text("abçé日 _(),'", min_size=1).filter(str.strip),
+        min_size=1,
+        max_size=6,
+        unique_by=str.strip,
+    ),
+    st.data(),
+)
+def test_saving_and_loading_changes_nothing(tmp_path_factory, names, data) -> None:
+    embeddings = data.draw(
+        hnp.arrays(np.float32, (len(names), 3), elements=st.floats(0.5, 2, width=32))
+    )
+    base = data.draw(hnp.arrays(np.bool_, len(names)))
+    vocabulary = Vocabulary.from_arrays(names, embeddings, base)
+    path = tmp_path_factory.mktemp("vocabulary") / "v.npz"
+    assert Vocabulary.load(vocabulary.save(path)) == vocabulary
+
+
+def test_saving_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "sub" / "v"
+    Vocabulary.from_arrays(["a"], table(1)).save(path)
+    Vocabulary.from_arrays(["b"], table(1)).save(path)
+    assert [entry.name for entry in path.parent.iterdir()] == ["v"]
+    assert Vocabulary.load(path).names == ("b",)
+
+
+def test_a_file_that_is_no_vocabulary_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(VocabularyError, match="no vocabulary file"):
+        Vocabulary.load(tmp_path / "absent.npz")
+    (tmp_path / "text.npz").write_text("hello")
+    np.save(tmp_path / "one.npy", table(2))
+    np.savez(tmp_path / "other.npz", names=np.array(["a"]))
+    np.savez(
+        tmp_path / "pickled.npz", names=np.array(["a", None]), embeddings=table(2), base=[1, 1]
+    )
+    whole = Vocabulary.from_arrays(["a"], table(1)).save(tmp_path / "whole.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty.npz").write_bytes(b"")
+    for name in ("text.npz", "one.npy", "other.npz", "pickled.npz", "cut.npz", "empty.npz"):
+        with pytest.raises(VocabularyError, match="does not hold a vocabulary"):
+            Vocabulary.load(tmp_path / name)

@@ -1,0 +1,205 @@
+"""Strict configuration: types, near misses, YAML, overrides, exact round trips."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxydet.config import differences, from_mapping, key_paths, merge, to_mapping, type_name
+from proxydet.config_text import (
+    apply_overrides,
+    dump_yaml,
+    field_docs,
+    load_mapping,
+    parse_yaml,
+)
+from proxydet.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimiser:
+    learning_rate: float = 2e-4
+    """Step size after warm-up."""
+
+    momentum: float | None = None
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the moments:
+    first, then second."""
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0:
+            raise ConfigError("learning_rate must be positive.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    name: str
+    mode: Literal["off", "published", "strict"] = "off"
+    iterations: int = 10
+    fast: bool = False
+    folder: Path | None = None
+    sizes: tuple[int, ...] = (640, 320)
+    extra: dict[str, float] = field(default_factory=dict)
+    optimiser: Optimiser = field(default_factory=Optimiser)
+    second: Optimiser | None = None
+
+
+def message(mapping: dict, cls: type = Run) -> str:
+    with pytest.raises(ConfigError) as caught:
+        from_mapping(cls, mapping)
+    return f"{caught.value.message} / {caught.value.hint}"
+
+
+def test_defaults_and_nested_values() -> None:
+    run = from_mapping(Run, {"name": "a", "optimiser": {"learning_rate": 1}, "sizes": [1, 2, 3]})
+    assert run == Run(name="a", optimiser=Optimiser(learning_rate=1.0), sizes=(1, 2, 3))
+    assert isinstance(run.optimiser.learning_rate, float)
+
+
+@pytest.mark.parametrize(
+    ("mapping", "expected"),
+    [
+        ({"name": "a", "iteration": 3}, "Did you mean iterations?"),
+        ({"name": "a", "optimiser": {"learn_rate": 1.0}}, "optimiser.learning_rate"),
+        ({"name": "a", "learning_rate": 1.0}, "Did you mean optimiser.learning_rate"),
+        ({"name": "a", "iterations": "many"}, "iterations must be integer; it is 'many' (str)"),
+        ({"name": "a", "iterations": True}, "iterations must be integer"),
+        ({"name": "a", "iterations": 1.0}, "iterations must be integer"),
+        ({"name": "a", "fast": 1}, "fast must be true or false"),
+        ({"name": 3}, "name must be text"),
+        ({"name": None}, "name must be text; it is null"),
+        ({"name": "a", "mode": "publish"}, "Did you mean 'published'?"),
+        ({"name": "a", "mode": False}, "mode must be one of"),
+        ({"name": "a", "optimiser": 3}, "optimiser must be mapping"),
+        ({"name": "a", "optimiser": None}, "optimiser must be mapping"),
+        ({"name": "a", "optimiser": {"betas": [0.9]}}, "optimiser.betas must be list of 2"),
+        ({"name": "a", "sizes": [1, "b"]}, "sizes[1] must be integer"),
+        ({"name": "a", "sizes": "12"}, "sizes must be list of integer"),
+        ({"name": "a", "extra": {"k": "v"}}, "extra.k must be number"),
+        ({"name": "a", "optimiser": {"learning_rate": math.nan}}, "learning_rate must be number"),
+        ({"name": "a", "optimiser": {"learning_rate": -1}}, "optimiser: learning_rate must be"),
+        ({}, "name is missing"),
+    ],
+)
+def test_bad_mappings_name_the_key(mapping: dict, expected: str) -> None:
+    assert expected in message(mapping)
+
+
+def test_merge_keeps_what_is_not_named() -> None:
+    run = Run(name="a", optimiser=Optimiser(learning_rate=1.0, momentum=0.5))
+    merged = merge(run, {"optimiser": {"momentum": None}, "second": {"learning_rate": 3.0}})
+    assert merged.optimiser == Optimiser(learning_rate=1.0)
+    assert merged.second == Optimiser(learning_rate=3.0)
+    with pytest.raises(ConfigError, match="optimiser: learning_rate must be positive"):
+        merge(run, {"optimiser": {"learning_rate": 0.0}})
+
+
+def test_overrides() -> None:
+    run = apply_overrides(
+        Run(name="a"),
+        ["optimiser.learning_rate=1e-5", "name=007", "mode=off", "sizes=[5]", "folder=null"],
+    )
+    assert run == Run(name="007", optimiser=Optimiser(learning_rate=1e-5), sizes=(5,))
+    assert apply_overrides(run, ["folder=1"]).folder == Path("1")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("iterations", "not of the form key=value"),
+        ("optimizer.learning_rate=1", "Did you mean optimiser"),
+        ("learning_rate=1", "Did you mean optimiser.learning_rate"),
+        ("iterations.x=1", "iterations has no x in it"),
+        ("sizes=[1", "not valid YAML"),
+        ("iterations=ten", "iterations must be integer"),
+    ],
+)
+def test_bad_overrides(override: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        apply_overrides(Run(name="a"), [override])
+    assert expected in caught.value.message
+
+
+def test_yaml_is_the_core_schema() -> None:
+    text = "a: off\nb: 2e-4\nc: 1:30\nd: 010\ne: 2020-01-01\nf: ~\ng: .inf\nh: yes\ni: '1'\nj: 1."
+    assert parse_yaml(text) == {
+        "a": "off",
+        "b": 2e-4,
+        "c": "1:30",
+        "d": 10,
+        "e": "2020-01-01",
+        "f": None,
+        "g": math.inf,
+        "h": "yes",
+        "i": "1",
+        "j": 1.0,
+    }
+    with pytest.raises(ConfigError, match="given twice"):
+        parse_yaml("a: 1\na: 2")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        parse_yaml("!!python/object:os.system {}")
+
+
+def test_file_errors(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_mapping(tmp_path / "absent.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ConfigError, match="not a mapping"):
+        load_mapping(tmp_path / "list.yaml")
+    (tmp_path / "empty.yaml").write_text("# nothing\n")
+    assert load_mapping(tmp_path / "empty.yaml") == {}
+
+
+texts = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), max_size=12)
+numbers = st.floats(allow_nan=False)
+
+
+@given(
+    name=texts | st.sampled_from(["off", "1e-4", "null", "~", "", "a: b", "# x", "true", "1:30"]),
+    iterations=st.integers(),
+    momentum=st.none() | numbers,
+    sizes=st.lists(st.integers(), max_size=3),
+    extra=st.dictionaries(texts, numbers, max_size=3),
+    rate=st.floats(min_value=1e-300, allow_infinity=True, exclude_min=True),
+)
+def test_text_round_trip_is_exact(
+    name: str, iterations: int, momentum: float | None, sizes: list, extra: dict, rate: float
+) -> None:
+    run = Run(
+        name=name,
+        iterations=iterations,
+        sizes=tuple(sizes),
+        extra=extra,
+        optimiser=Optimiser(momentum=momentum, learning_rate=rate),
+    )
+    assert from_mapping(Run, to_mapping(run)) == run
+    for comments in (True, False):
+        assert from_mapping(Run, parse_yaml(dump_yaml(run, comments=comments))) == run
+
+
+def test_documentation_stands_above_each_key() -> None:
+    assert field_docs(Optimiser) == {
+        "learning_rate": "Step size after warm-up.",
+        "betas": "Decay of the moments: first, then second.",
+    }
+    text = dump_yaml(Run(name="a"))
+    assert "  # Step size after warm-up.\n  learning_rate: 0.0002\n" in text
+    assert "#" not in dump_yaml(Run(name="a"), comments=False)
+
+
+def test_paths_types_and_differences() -> None:
+    assert dict(key_paths(Run))["optimiser.betas"] == tuple[float, float]
+    assert type_name(dict(key_paths(Run))["folder"]) == "path or null"
+    first = Run(name="a")
+    second = dataclasses.replace(first, iterations=3, optimiser=Optimiser(learning_rate=1.0))
+    assert differences(first, second) == {
+        "iterations": (10, 3),
+        "optimiser.learning_rate": (2e-4, 1.0),
+    }

@@ -1,0 +1,115 @@
+"""Run code around the execution of chosen modules, so that an old library works without editing its files.
+
+A repair is a context manager that gets the module: what it does before the ``yield`` happens before the
+module's own code runs, what it does after happens once that code has run. Nothing outside the module needs to
+change for longer than its import.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+Repair = Callable[[ModuleType], AbstractContextManager[None]]
+
+
+class RepairFinder(MetaPathFinder):
+    """Finds the modules that have a repair, as the other finders do, and wraps their execution.
+
+    Args:
+        repairs: The repair of each module, by full module name.
+    """
+
+    def __init__(self, repairs: dict[str, Repair]) -> None:
+        self.repairs = dict(repairs)
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Find a module that has a repair; None for all others, which leaves them to the other finders."""
+        repair = self.repairs.get(fullname)
+        if repair is None:
+            return None
+        spec = self._find_elsewhere(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            _wrap_execution(spec.loader, repair)
+        return spec
+
+    def install(self) -> None:
+        """Repair the modules that are loaded already, and wait for the others."""
+        for name, repair in self.repairs.items():
+            loaded = sys.modules.get(name)
+            if loaded is not None:
+                with repair(loaded):
+                    pass
+        sys.meta_path.insert(0, self)
+
+    def _find_elsewhere(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None
+    ) -> ModuleSpec | None:
+        for finder in sys.meta_path:
+            if finder is self:
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                return spec
+        return None
+
+
+def _wrap_execution(loader: Loader, repair: Repair) -> None:
+    # On the instance, not a wrapping class: inspect, linecache and pickle go on seeing the loader they know.
+    execute = loader.exec_module
+
+    def exec_module(module: ModuleType) -> None:
+        with repair(module):
+            execute(module)
+
+    loader.exec_module = exec_module  # type: ignore[method-assign]
+
+
+@contextmanager
+def temporary_attribute(owner: object, name: str, value: object) -> Iterator[None]:
+    """Give ``owner`` an attribute that it lacks, for the length of the block; one it has is left alone."""
+    if hasattr(owner, name):
+        yield
+        return
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        delattr(owner, name)
+
+
+@contextmanager
+def temporary_module(name: str, module: ModuleType) -> Iterator[None]:
+    """Make ``module`` importable as ``name`` for the length of the block."""
+    before = sys.modules.get(name)
+    sys.modules[name] = module
+    try:
+        yield
+    finally:
+        if before is None:
+            del sys.modules[name]
+        else:
+            sys.modules[name] = before
+
+
+class NamespaceOverlay(ModuleType):
+    """A module as one of its users sees it: its own names, and a few more that only this user gets.
+
+    Args:
+        module: The module behind it.
+        extra: The names to add; one that the module has keeps the module's value.
+    """
+
+    def __init__(self, module: ModuleType, extra: dict[str, object]) -> None:
+        super().__init__(module.__name__, module.__doc__)
+        self.__dict__.update({k: v for k, v in extra.items() if not hasattr(module, k)})
+        self.__dict__["_module"] = module
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.__dict__["_module"], name)

@@ -1,0 +1,50 @@
+"""The official LVIS evaluator's classes, without what its package does on import.
+
+``import lvis`` loads OpenCV and matplotlib for drawing and reconfigures the root logger, and its evaluator asks
+for ``np.float``, which numpy 2 does not have. Its modules are loaded here from the same files past the package's
+``__init__``, and the evaluator sees a numpy namespace of its own. Nothing installed changes.
+
+Attributes:
+    LVIS: Ground truth: ``LVIS(annotation_path)``.
+    LVISEval: The evaluator: ``LVISEval(ground_truth, results, iou_type="segm")``.
+    LVISResults: Detections: ``LVISResults(ground_truth, results, max_dets=300)``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+from proxydet.compat.import_repairs import NamespaceOverlay, temporary_module
+from proxydet.errors import MissingDependencyError
+
+
+def _load(name: str) -> ModuleType:
+    if "lvis" in sys.modules:
+        return importlib.import_module(f"lvis.{name}")
+    spec = find_spec("lvis")
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingDependencyError(
+            "The package lvis, the official LVIS evaluator, is not installed.",
+            hint="reinstall proxydet in this environment; its dependencies include lvis",
+        )
+    # An empty package with the real folder: its modules import each other, its __init__ never runs.
+    package = ModuleType("lvis")
+    package.__path__ = list(spec.submodule_search_locations)
+    with temporary_module("lvis", package):
+        return importlib.import_module(f"lvis.{name}")
+
+
+def _load_evaluator() -> ModuleType:
+    module = _load("eval")
+    if not isinstance(module.__dict__["np"], NamespaceOverlay):
+        module.__dict__["np"] = NamespaceOverlay(module.__dict__["np"], {"float": float})
+    return module
+
+
+LVIS: Any = _load("lvis").LVIS
+LVISResults: Any = _load("results").LVISResults
+LVISEval: Any = _load_evaluator().LVISEval

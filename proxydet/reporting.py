@@ -7,7 +7,7 @@ that draws bars on a terminal and writes plain lines elsewhere, a library user p
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 
@@ -26,7 +26,7 @@ class Progress(Protocol):
 
     def task(
         self, description: str, *, total: float | None = None, unit: str = "", done: float = 0
-    ) -> _TaskContext:
+    ) -> AbstractContextManager[Task]:
         """Start a task; use as ``with progress.task(...) as task``.
 
         Args:
@@ -35,12 +35,6 @@ class Progress(Protocol):
             unit: What is counted: ``"images"``, ``"B"`` for bytes, ``"it"``.
             done: Units done before (a resumed job).
         """
-
-
-class _TaskContext(Protocol):
-    def __enter__(self) -> Task: ...
-
-    def __exit__(self, *exc: object) -> bool | None: ...
 
 
 class _SilentTask:
@@ -55,8 +49,13 @@ class SilentProgress:
     """Progress that nobody watches: the default of every ``progress`` argument."""
 
     @contextmanager
-    def task(
-        self, description: str, *, total: float | None = None, unit: str = "", done: float = 0
+    def task(  # the protocol's arguments are accepted and not shown
+        self,
+        description: str,  # noqa: ARG002
+        *,
+        total: float | None = None,  # noqa: ARG002
+        unit: str = "",  # noqa: ARG002
+        done: float = 0,  # noqa: ARG002
     ) -> Iterator[Task]:
         """Run a task without showing it."""
         yield _SilentTask()

@@ -1,0 +1,1 @@
+"""A small open-vocabulary data set that is drawn here: coloured, textured shapes in LVIS format."""

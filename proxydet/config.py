@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import math
 import types
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
@@ -103,10 +102,9 @@ def differences(first: Any, second: Any, where: str = "") -> dict[str, tuple[Any
     return found
 
 
-@functools.cache
-def field_types(cls: Hashable) -> Mapping[str, Any]:
+def field_types(cls: type) -> Mapping[str, Any]:
     """Return the resolved annotation of each key of a configuration class, in field order."""
-    hints = get_type_hints(cast("type", cls))
+    hints = get_type_hints(cls)
     return types.MappingProxyType({f.name: hints[f.name] for f in _init_fields(cls)})
 
 

@@ -1,0 +1,229 @@
+"""What training can be told: length, optimiser, schedule, precision, checkpoints, logs, evaluation, guards.
+
+Defaults are the published R50 recipe on 8 GPUs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from proxydet.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW, and what is done to gradients before its step."""
+
+    learning_rate: float = 2e-4
+    """Step size at the end of warm-up."""
+
+    weight_decay: float = 1e-4
+    """Decoupled decay of every trained parameter, norms and biases included, as published."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the first and second moment."""
+
+    clip_value: float | None = 1.0
+    """Largest absolute value of a gradient element; larger ones are cut to it. null does not clip."""
+
+    unused_gradients: Literal["zero", "skip"] = "zero"
+    """What a batch does to parameters that its losses do not reach (the mask head, on image-label batches): zero
+    steps them with gradient 0, so that their momentum runs on, as the published training did; skip leaves them."""
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, "learning_rate must be above 0", self.learning_rate)
+        _require(self.weight_decay >= 0, "weight_decay must not be negative", self.weight_decay)
+        _require(all(0 <= b < 1 for b in self.betas), "betas must lie in [0, 1)", self.betas)
+        clip = self.clip_value
+        _require(clip is None or clip > 0, "clip_value must be above 0 or null", clip)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """How the learning rate moves: linear warm-up, then a cosine to zero or a constant."""
+
+    shape: Literal["cosine", "constant"] = "cosine"
+    """Course over the whole training; cosine ends at 0."""
+
+    warmup_iterations: int = 1000
+    """Iterations of linear warm-up; 0 for none."""
+
+    warmup_start: float = 1e-3
+    """Fraction of the learning rate at which warm-up starts."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.warmup_iterations >= 0,
+            "warmup_iterations must not be negative",
+            self.warmup_iterations,
+        )
+        _require(0 < self.warmup_start <= 1, "warmup_start must lie in (0, 1]", self.warmup_start)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    """Number formats and memory layouts of the computation; weights stay in float32."""
+
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
+    """Format of matrix products: fp16 scales the loss against underflow, bf16 needs no scaling."""
+
+    scope: Literal["backbone", "model"] = "backbone"
+    """What runs in that format: the backbone and FPN only, as published, or everything but the losses."""
+
+    initial_loss_scale: float = 65536.0
+    """First loss scale of fp16; it adapts afterwards."""
+
+    channels_last: bool = False
+    """Keep feature maps with the channel dimension innermost; changes sums in the last bits only."""
+
+    compile: bool = False
+    """Compile the backbone and FPN with torch.compile; changes sums in the last bits only."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.initial_loss_scale > 0,
+            "initial_loss_scale must be above 0",
+            self.initial_loss_scale,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are written and which are kept. One is always written at the end and on a stop signal."""
+
+    period: int = 1000
+    """Iterations between checkpoints."""
+
+    keep_last: int = 2
+    """Number of newest checkpoints to keep."""
+
+    keep_every: int | None = None
+    """Also keep every checkpoint whose iteration is a multiple of this; null keeps none of them."""
+
+    keep_best: bool = True
+    """Also keep the checkpoint with the best evaluation metric so far."""
+
+    def __post_init__(self) -> None:
+        _require(self.period > 0, "period must be above 0", self.period)
+        _require(self.keep_last > 0, "keep_last must be above 0", self.keep_last)
+        every = self.keep_every
+        _require(every is None or every > 0, "keep_every must be above 0 or null", every)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSchedule:
+    """When the network is evaluated during training. Each evaluation is preceded by a checkpoint."""
+
+    period: int | None = None
+    """Iterations between evaluations; null evaluates at the end only."""
+
+    start: int = 0
+    """First iteration at which an evaluation may run."""
+
+    at_end: bool = True
+    """Evaluate after the last iteration."""
+
+    metric: str | None = None
+    """Name of the metric whose largest value marks the best checkpoint; null takes the evaluation's first."""
+
+    def __post_init__(self) -> None:
+        _require(self.period is None or self.period > 0, "period must be above 0", self.period)
+        _require(self.start >= 0, "start must not be negative", self.start)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is written about the course of training."""
+
+    period: int = 20
+    """Iterations between two records of metrics.jsonl and the live display."""
+
+    tensorboard: bool = True
+    """Also write TensorBoard event files."""
+
+    def __post_init__(self) -> None:
+        _require(self.period > 0, "period must be above 0", self.period)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What is done when something goes wrong in the middle of a run."""
+
+    non_finite: Literal["stop", "skip"] = "stop"
+    """On a loss that is not finite: stop with an error, or skip the step and count it."""
+
+    max_skipped: int = 20
+    """Number of skipped steps in one run after which it stops all the same."""
+
+    loader_timeout: float = 900.0
+    """Seconds to wait for a batch before the run stops with an error."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_skipped >= 0, "max_skipped must not be negative", self.max_skipped)
+        _require(self.loader_timeout > 0, "loader_timeout must be above 0", self.loader_timeout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """One training: everything between the data loader and the final weights."""
+
+    iterations: int = 90_000
+    """Number of optimiser steps."""
+
+    weights: Path | None = None
+    """Checkpoint whose weights training starts from; null starts from fresh ones. This is not resuming."""
+
+    ignore_in_weights: tuple[str, ...] = ()
+    """Prefixes of parameter names that may be absent from, or surplus in, the starting weights."""
+
+    replicas: int = 8
+    """Number of batches that make up one optimiser step (processes times accumulation) for which learning rate
+    and iterations are given. With another number they are scaled by the rule in scaling."""
+
+    scaling: Literal["linear", "none"] = "linear"
+    """With k times the replicas: linear multiplies the learning rate by k and divides iterations, warm-up and all
+    periods by k, so that as many images are seen; none leaves every number as it is."""
+
+    accumulation: int = 1
+    """Batches a process adds up in one optimiser step."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to compute; auto takes the GPU where there is one."""
+
+    threads: int | None = None
+    """CPU threads of a process; null leaves torch's choice."""
+
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimiser."""
+
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Learning rate over time."""
+
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    """Number formats."""
+
+    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+
+    evaluation: EvaluationSchedule = field(default_factory=EvaluationSchedule)
+    """Evaluation during training."""
+
+    log: LogConfig = field(default_factory=LogConfig)
+    """Logs."""
+
+    guards: GuardConfig = field(default_factory=GuardConfig)
+    """What happens when something goes wrong."""
+
+    def __post_init__(self) -> None:
+        _require(self.iterations > 0, "iterations must be above 0", self.iterations)
+        _require(self.replicas > 0, "replicas must be above 0", self.replicas)
+        _require(self.accumulation > 0, "accumulation must be above 0", self.accumulation)
+        threads = self.threads
+        _require(threads is None or threads > 0, "threads must be above 0 or null", threads)
+
+
+def _require(holds: bool, message: str, value: Any) -> None:
+    if not holds:
+        raise ConfigError(f"{message}; it is {value!r}.")

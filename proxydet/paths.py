@@ -1,0 +1,65 @@
+"""Where proxydet keeps files when nobody says otherwise.
+
+Each folder can be moved by an environment variable; nothing is created here.
+
+================== ========================== ==========================================
+variable           default                    holds
+================== ========================== ==========================================
+PROXYDET_DATASETS  ``datasets`` (working dir) images and annotations
+PROXYDET_MODELS    ``models`` (working dir)   downloaded checkpoints
+PROXYDET_RUNS      ``runs`` (working dir)     run folders of training
+PROXYDET_CACHE     ``proxydet`` in the user's annotation stores, text embeddings and
+                   cache folder               other files that can be made again
+================== ========================== ==========================================
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from proxydet.errors import EnvironmentProblem
+
+
+def _from_environment(variable: str, default: Path) -> Path:
+    value = os.environ.get(variable)
+    return Path(value).expanduser() if value else default
+
+
+def datasets_folder() -> Path:
+    """The folder of the data sets: ``$PROXYDET_DATASETS``, or ``datasets`` in the working folder."""
+    return _from_environment("PROXYDET_DATASETS", Path("datasets"))
+
+
+def models_folder() -> Path:
+    """The folder of downloaded checkpoints: ``$PROXYDET_MODELS``, or ``models`` in the working folder."""
+    return _from_environment("PROXYDET_MODELS", Path("models"))
+
+
+def runs_folder() -> Path:
+    """The folder of run folders: ``$PROXYDET_RUNS``, or ``runs`` in the working folder."""
+    return _from_environment("PROXYDET_RUNS", Path("runs"))
+
+
+def cache_folder(kind: str) -> Path:
+    """The folder of files that can be made again.
+
+    Args:
+        kind: What is kept there, one word: ``"stores"``, ``"embeddings"``.
+
+    Returns:
+        ``$PROXYDET_CACHE/kind``, or ``proxydet/kind`` in the user's cache folder.
+
+    Raises:
+        EnvironmentProblem: There is no home folder and no variable that says where to go.
+    """
+    try:
+        user_cache = _from_environment("XDG_CACHE_HOME", Path("~/.cache").expanduser())
+    except RuntimeError as error:
+        if not os.environ.get("PROXYDET_CACHE"):
+            raise EnvironmentProblem(
+                "There is no home folder to keep the cache in.",
+                hint="set PROXYDET_CACHE to a folder that can be written",
+            ) from error
+        user_cache = Path()
+    return _from_environment("PROXYDET_CACHE", user_cache / "proxydet") / kind

@@ -1,0 +1,90 @@
+"""The commands, and how each is loaded only when it is asked for.
+
+To add a command: write ``commands/<name>.py`` with an ``app`` (see :mod:`proxydet_cli.options`), and add its
+name and one line of help to :data:`COMMANDS`. Modules of commands import the core inside functions, so that
+``--help`` stays quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+import typer.core
+import typer.main
+
+from proxydet_cli.options import examples
+from proxydet_cli.output import Output, show_logs
+
+COMMANDS: dict[str, str] = {}
+"""Name and one-line help of each command, in the order of ``--help``."""
+
+
+def load_command(name: str) -> Any:
+    """Import a command's module and build the command; its name must be in :data:`COMMANDS`."""
+    module = importlib.import_module(f"proxydet_cli.commands.{name.replace('-', '_')}")
+    command = typer.main.get_command(module.app)
+    command.name = name
+    return command
+
+
+class LazyGroup(typer.core.TyperGroup):
+    """Lists commands from :data:`COMMANDS` and imports only the one that is called."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command that was named; an unknown name is a usage error with suggestions."""
+        name, _, rest = super().resolve_command(ctx, args)
+        return name, load_command(name) if name else None, rest
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from proxydet._version import __version__
+
+        Output().data(f"proxydet {__version__}")
+        raise typer.Exit
+
+
+def _main_options(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", "-V", callback=_show_version, is_eager=True, help="Show the version."
+        ),
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show more about what is done, on stderr.")
+    ] = False,
+) -> None:
+    """Open-vocabulary object detection: train, evaluate, predict."""
+    show_logs(verbose=verbose)
+
+
+def build() -> Any:
+    """Build the command line without importing any command's module."""
+    app = typer.Typer(
+        cls=LazyGroup,
+        rich_markup_mode=None,
+        no_args_is_help=True,
+        context_settings={"help_option_names": ["--help", "-h"]},
+        epilog=examples("proxydet COMMAND --help"),
+    )
+    app.callback()(_main_options)
+    for name, text in COMMANDS.items():
+        app.command(name, help=text)(_listed)
+    return typer.main.get_command(app)
+
+
+def _listed() -> None:
+    """Stand for a command in the listing; :meth:`LazyGroup.resolve_command` loads the real one."""
+
+
+def run(words: Sequence[str]) -> None:
+    """Run the command line; usage errors, ``--help`` and success leave through SystemExit.
+
+    Args:
+        words: The words after the program's name.
+    """
+    build().main(args=list(words), prog_name="proxydet")

@@ -1,0 +1,243 @@
+"""Progress as people see it: bars on a terminal, now and then a line elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from proxydet.reporting import Progress, SilentProgress, Task
+from proxydet_cli.output import Output, is_terminal
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
+LINE_INTERVAL = 10.0
+"""Seconds between two lines about one task where there is no terminal."""
+
+
+def show_progress(*, quiet: bool = False) -> Progress:
+    """Choose how progress is shown: bars where stderr is a terminal, else plain lines on stderr.
+
+    Args:
+        quiet: Show nothing.
+    """
+    if quiet:
+        return SilentProgress()
+    return BarProgress() if is_terminal(sys.stderr) else LineProgress()
+
+
+def duration(seconds: float) -> str:
+    """Say a length of time in words that fit its size: ``8 s``, ``4 min 05 s``, ``3 h 12 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def amount(done: float, total: float | None, unit: str) -> str:
+    """Say how much is done: ``12/40 images``, ``1.2/4.0 GB`` for unit ``B``."""
+    if unit == "B":
+        divisor, unit = _byte_scale(total if total is not None else done)
+        done, total = done / divisor, None if total is None else total / divisor
+        text = f"{done:.1f}" if total is None else f"{done:.1f}/{total:.1f}"
+    else:
+        text = f"{done:.0f}" if total is None else f"{done:.0f}/{total:.0f}"
+    return f"{text} {unit}".rstrip()
+
+
+def _byte_scale(size: float) -> tuple[float, str]:
+    for divisor, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= divisor:
+            return divisor, name
+    return 1.0, "B"
+
+
+def _in_words(fields: dict[str, str | float]) -> str:
+    return "  ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in fields.items()
+    )
+
+
+class LineTask:
+    """A task that writes a line every :data:`LINE_INTERVAL` seconds.
+
+    Args:
+        description: What is being done.
+        total: Units in all, None when unknown.
+        unit: What is counted.
+        done: Units done before.
+    """
+
+    def __init__(self, description: str, total: float | None, unit: str, done: float) -> None:
+        self.description = description
+        self.total = total
+        self.unit = unit
+        self.done = done
+        self._done_before = done
+        self._started = self._last_line = time.monotonic()
+        self._fields: dict[str, str | float] = {}
+        self._lines = 0
+
+    def advance(self, amount: float = 1, **fields: str | float) -> None:
+        """Count units as done, and write a line if the last is long ago."""
+        self.done += amount
+        self._fields.update(fields)
+        now = time.monotonic()
+        if now - self._last_line >= LINE_INTERVAL:
+            self._last_line = now
+            self._lines += 1
+            self._write(self._progress(now))
+
+    def describe(self, description: str) -> None:
+        """Change what the lines say is being done."""
+        self.description = description
+
+    def finish(self) -> None:
+        """Write the closing line; a task of less than a second that wrote none stays silent."""
+        elapsed = time.monotonic() - self._started
+        if self._lines or elapsed >= 1:
+            self._write(f"{amount(self.done, None, self.unit)} in {duration(elapsed)}")
+
+    def _progress(self, now: float) -> str:
+        parts = [amount(self.done, self.total, self.unit)]
+        made = self.done - self._done_before
+        if self.total and made > 0:
+            left = (now - self._started) / made * max(self.total - self.done, 0)
+            parts = [f"{parts[0]} ({self.done / self.total:.0%})", f"{duration(left)} left"]
+        return ", ".join(parts)
+
+    def _write(self, text: str) -> None:
+        Output().message(
+            "  ".join(filter(None, [f"{self.description}: {text}", _in_words(self._fields)]))
+        )
+
+
+class LineProgress:
+    """Progress as plain lines on stderr: for log files, pipes and dumb terminals."""
+
+    @contextmanager
+    def task(
+        self, description: str, *, total: float | None = None, unit: str = "", done: float = 0
+    ) -> Iterator[Task]:
+        """Run a task; its closing line is written when it ends without an error."""
+        task = LineTask(description, total, unit, done)
+        yield task
+        task.finish()
+
+
+class _BarTask:
+    def __init__(self, bars: RichProgress, task_id: TaskID, unit: str) -> None:
+        self._bars = bars
+        self._id = task_id
+        self._unit = unit
+        self._fields: dict[str, str | float] = {}
+
+    def advance(self, amount: float = 1, **fields: str | float) -> None:
+        """Move the bar."""
+        self._fields.update(fields)
+        self._bars.update(self._id, advance=amount, shown=_in_words(self._fields))
+
+    def describe(self, description: str) -> None:
+        """Change the text in front of the bar."""
+        self._bars.update(self._id, description=description)
+
+
+class BarProgress:
+    """Progress as bars with the time left, on a terminal; tasks inside tasks get a bar each."""
+
+    def __init__(self) -> None:
+        self._bars: RichProgress | None = None
+        self._open = 0
+
+    @contextmanager
+    def task(
+        self, description: str, *, total: float | None = None, unit: str = "", done: float = 0
+    ) -> Iterator[Task]:
+        """Run a task under a bar of its own; the bars stay on screen when the outermost task ends."""
+        bars = self._bars or _make_bars()
+        if self._bars is None:
+            self._bars = bars
+            bars.start()
+        self._open += 1
+        task_id = bars.add_task(description, total=total, completed=done, unit=unit, shown="")
+        try:
+            yield _BarTask(bars, task_id, unit)
+        finally:
+            bars.stop_task(task_id)
+            self._open -= 1
+            if self._open == 0:
+                bars.stop()
+                self._bars = None
+
+
+def _make_bars() -> RichProgress:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        ProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.progress import Progress as RichProgress
+    from rich.text import Text
+
+    class AmountColumn(ProgressColumn):
+        """How much is done, in the task's own unit."""
+
+        def render(self, task: Any) -> Text:
+            return Text(amount(task.completed, task.total, task.fields["unit"]))
+
+    return RichProgress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        AmountColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[shown]}", markup=False),
+        console=Console(stderr=True),
+    )
+
+
+class NotebookProgress:
+    """Progress for notebooks, by tqdm: ``train(config, progress=NotebookProgress())``."""
+
+    @contextmanager
+    def task(
+        self, description: str, *, total: float | None = None, unit: str = "", done: float = 0
+    ) -> Iterator[Task]:
+        """Run a task under a tqdm bar."""
+        from tqdm.auto import tqdm
+
+        with tqdm(
+            desc=description,
+            total=total,
+            initial=done,
+            unit=unit or "it",
+            unit_scale=unit == "B",
+        ) as bar:
+            yield _TqdmTask(bar)
+
+
+class _TqdmTask:
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
+
+    def advance(self, amount: float = 1, **fields: str | float) -> None:
+        """Move the bar."""
+        self._bar.update(amount)
+        if fields:
+            self._bar.set_postfix(fields, refresh=False)
+
+    def describe(self, description: str) -> None:
+        """Change the text in front of the bar."""
+        self._bar.set_description(description)

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from proxydet.reporting import Progress, SilentProgress, Task
@@ -134,10 +135,9 @@ class LineProgress:
 
 
 class _BarTask:
-    def __init__(self, bars: RichProgress, task_id: TaskID, unit: str) -> None:
+    def __init__(self, bars: RichProgress, task_id: TaskID) -> None:
         self._bars = bars
         self._id = task_id
-        self._unit = unit
         self._fields: dict[str, str | float] = {}
 
     def advance(self, amount: float = 1, **fields: str | float) -> None:
@@ -151,31 +151,43 @@ class _BarTask:
 
 
 class BarProgress:
-    """Progress as bars with the time left, on a terminal; tasks inside tasks get a bar each."""
+    """Progress as bars with the time left, on a terminal; a task inside a task gets a bar while it runs."""
 
     def __init__(self) -> None:
         self._bars: RichProgress | None = None
         self._open = 0
+        self._lock = Lock()
 
     @contextmanager
     def task(
         self, description: str, *, total: float | None = None, unit: str = "", done: float = 0
     ) -> Iterator[Task]:
-        """Run a task under a bar of its own; the bars stay on screen when the outermost task ends."""
-        bars = self._bars or _make_bars()
-        if self._bars is None:
-            self._bars = bars
-            bars.start()
-        self._open += 1
-        task_id = bars.add_task(description, total=total, completed=done, unit=unit, shown="")
+        """Run a task under a bar of its own; the bar of the outermost task stays on screen."""
+        bars = self._enter()
+        task_id = bars.add_task(description, total=total, unit=unit, shown="")
+        bars.update(task_id, completed=done)
         try:
-            yield _BarTask(bars, task_id, unit)
+            yield _BarTask(bars, task_id)
         finally:
-            bars.stop_task(task_id)
+            self._leave(bars, task_id)
+
+    def _enter(self) -> RichProgress:
+        with self._lock:
+            if self._bars is None:
+                self._bars = _make_bars()
+                self._bars.start()
+            self._open += 1
+            return self._bars
+
+    def _leave(self, bars: RichProgress, task_id: TaskID) -> None:
+        with self._lock:
             self._open -= 1
-            if self._open == 0:
-                bars.stop()
-                self._bars = None
+            if self._open:
+                bars.remove_task(task_id)
+                return
+            bars.stop_task(task_id)
+            bars.stop()
+            self._bars = None
 
 
 def _make_bars() -> RichProgress:

@@ -1,0 +1,149 @@
+"""Pictures that a user sees: what is drawn where, and that labels can be read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from proxydet.errors import ConfigError
+from proxydet.visualization.colours import colour_of, relative_luminance, text_colour_on
+from proxydet.visualization.drawing import DrawingStyle, DrawnObject, draw_objects
+from proxydet.visualization.labels import LabelRequest, overlap, place_labels
+from proxydet.visualization.sheets import contact_sheet
+
+GREY = Image.new("RGB", (600, 500), (128, 128, 128))
+BARE = DrawingStyle(labels=False, masks=False)
+
+
+def changed(before: Image.Image, after: Image.Image) -> np.ndarray:
+    return np.any(np.asarray(before) != np.asarray(after), axis=2)
+
+
+def test_colours_depend_on_the_name_alone() -> None:
+    # Recorded: a colour that changes between versions would break side-by-side comparisons.
+    assert colour_of("dog") == (255, 163, 250)
+    assert len({colour_of(f"class {i}") for i in range(200)}) > 190
+
+
+@given(st.text(min_size=1, max_size=20))
+def test_text_on_any_class_colour_contrasts(name: str) -> None:
+    background = colour_of(name)
+    lights = sorted(
+        (relative_luminance(background), relative_luminance(text_colour_on(background)))
+    )
+    assert (lights[1] + 0.05) / (lights[0] + 0.05) >= 4.5
+
+
+def test_a_box_is_drawn_where_it_is() -> None:
+    item = DrawnObject(label="dog", box_xyxy=(100, 150, 300, 400), score=0.5)
+    where = changed(GREY, draw_objects(GREY, [item], BARE))
+    rows, columns = np.flatnonzero(where.any(axis=1)), np.flatnonzero(where.any(axis=0))
+    assert (columns[0], columns[-1]) == (99, 301)
+    assert (rows[0], rows[-1]) == (149, 401)
+    assert not where[200:350, 150:250].any()
+
+
+def test_a_mask_tints_its_pixels_only() -> None:
+    mask = np.zeros((500, 600), bool)
+    mask[100:300, 200:350] = True
+    item = DrawnObject(label="dog", box_xyxy=(200, 100, 350, 300), mask_HW=mask)
+    style = DrawingStyle(labels=False, boxes=False, mask_opacity=0.5)
+    drawn = draw_objects(GREY, [item], style)
+    np.testing.assert_array_equal(changed(GREY, drawn), mask)
+    middle = np.asarray(drawn)[200, 275].astype(float)
+    np.testing.assert_allclose(middle, (np.array(colour_of("dog")) + 128) / 2, atol=1.5)
+
+
+def test_a_mask_of_another_size_is_refused() -> None:
+    item = DrawnObject(label="dog", box_xyxy=(0, 0, 9, 9), mask_HW=np.ones((10, 10), bool))
+    with pytest.raises(ConfigError, match="10 x 10"):
+        draw_objects(GREY, [item])
+
+
+def test_the_given_picture_is_left_alone() -> None:
+    picture = Image.new("RGB", (600, 500), (10, 20, 30))
+    before = picture.tobytes()
+    draw_objects(picture, [DrawnObject(label="a", box_xyxy=(5, 5, 90, 90), score=1.0)])
+    assert picture.tobytes() == before
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((160, 128), (640, 512)),
+        ((1, 1), (8, 8)),
+        ((4000, 30), (4000, 30)),
+        ((640, 480), (640, 480)),
+    ],
+)
+def test_small_pictures_are_enlarged(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    item = DrawnObject(label="a long class name", box_xyxy=(0, 0, size[0], size[1]), score=0.9)
+    assert draw_objects(Image.new("RGB", size), [item]).size == expected
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK"])
+def test_pictures_of_any_mode_are_drawn_on(mode: str) -> None:
+    item = DrawnObject(label="a", box_xyxy=(5, 5, 90, 90))
+    assert draw_objects(Image.new(mode, (600, 500)), [item]).mode == "RGB"
+
+
+@pytest.mark.parametrize("name", ["犬", "собака", "σκύλος", "a\nb\x00", "x" * 400, "…"])
+def test_names_of_any_kind_are_written(name: str) -> None:
+    item = DrawnObject(label=name, box_xyxy=(50, 50, 90, 90), score=0.5)
+    style = DrawingStyle(boxes=False)
+    assert changed(GREY, draw_objects(GREY, [item], style)).any()
+
+
+def test_an_empty_list_draws_nothing() -> None:
+    assert not changed(GREY, draw_objects(GREY, [])).any()
+
+
+def test_a_bad_font_file_is_named(tmp_path: Path) -> None:
+    bad = tmp_path / "no.ttf"
+    bad.write_text("no font")
+    item = DrawnObject(label="a", box_xyxy=(5, 5, 90, 90))
+    with pytest.raises(ConfigError, match=r"no\.ttf"):
+        draw_objects(GREY, [item], DrawingStyle(font_file=bad))
+
+
+boxes = st.tuples(st.floats(0, 500), st.floats(0, 400), st.floats(1, 200), st.floats(1, 200)).map(
+    lambda b: (b[0], b[1], b[0] + b[2], b[1] + b[3])
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(boxes, min_size=1, max_size=12))
+def test_labels_stay_in_the_picture_and_apart(where: list) -> None:
+    requests = [LabelRequest(box, 80, 18) for box in where]
+    places = place_labels(requests, (640, 480))
+    assert len(places) == len(where)
+    for place in places:
+        assert place[0] >= 0
+        assert place[1] >= 0
+        assert place[2] <= 640
+        assert place[3] <= 480
+    covered = sum(overlap(a, b) for i, a in enumerate(places) for b in places[:i])
+    assert covered <= 0.2 * len(where) * 80 * 18
+
+
+def test_labels_of_boxes_side_by_side_do_not_touch() -> None:
+    row = [LabelRequest((20.0 + 60 * i, 100, 70.0 + 60 * i, 200), 90, 18) for i in range(6)]
+    places = place_labels(row, (640, 480))
+    assert sum(overlap(a, b) for i, a in enumerate(places) for b in places[:i]) == 0
+
+
+def test_the_first_label_gets_the_first_choice() -> None:
+    (place,) = place_labels([LabelRequest((100, 100, 200, 200), 50, 10)], (640, 480))
+    assert place == (100, 90, 150, 100)
+
+
+def test_a_sheet_holds_all_pictures() -> None:
+    pictures = [Image.new("RGB", (40, 20), (250, 0, 0)) for _ in range(5)]
+    sheet = contact_sheet(pictures, columns=3, cell=60)
+    assert sheet.size == (3 * 68 + 8, 2 * 68 + 8)
+    assert (np.asarray(sheet) == (250, 0, 0)).all(axis=2).sum() == 5 * 60 * 30

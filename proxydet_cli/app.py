@@ -18,7 +18,9 @@ import typer.main
 from proxydet_cli.options import examples
 from proxydet_cli.output import Output, show_logs
 
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {
+    "setup": "Make a working detectron2 where none is; check the rest.",
+}
 """Name and one-line help of each command, in the order of ``--help``."""
 
 
@@ -69,7 +71,7 @@ def build() -> Any:
         rich_markup_mode=None,
         no_args_is_help=True,
         context_settings={"help_option_names": ["--help", "-h"]},
-        epilog=examples("proxydet COMMAND --help"),
+        epilog=examples("proxydet setup", "proxydet COMMAND --help"),
     )
     app.callback()(_main_options)
     for name, text in COMMANDS.items():

@@ -105,7 +105,8 @@ class LineTask:
         """Write the closing line; a task of less than a second that wrote none stays silent."""
         elapsed = time.monotonic() - self._started
         if self._lines or elapsed >= 1:
-            self._write(f"{amount(self.done, None, self.unit)} in {duration(elapsed)}")
+            counted = f"{amount(self.done, None, self.unit)} in " if self.done or self.unit else ""
+            self._write(f"{counted}{duration(elapsed)}")
 
     def _progress(self, now: float) -> str:
         parts = [amount(self.done, self.total, self.unit)]
@@ -206,7 +207,9 @@ def _make_bars() -> RichProgress:
         """How much is done, in the task's own unit."""
 
         def render(self, task: Any) -> Text:
-            return Text(amount(task.completed, task.total, task.fields["unit"]))
+            unit = task.fields["unit"]
+            uncounted = task.total is None and not task.completed and not unit
+            return Text("" if uncounted else amount(task.completed, task.total, unit))
 
     return RichProgress(
         TextColumn("{task.description}", markup=False),

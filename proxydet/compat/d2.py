@@ -26,12 +26,12 @@ from types import ModuleType
 from typing import Literal
 
 from proxydet.compat.import_repairs import RepairFinder
+from proxydet.compat.location import SETUP_HINT, locate_detectron2
 from proxydet.compat.shims import COMPILED_MODULE, REPAIRS, MissingOperators
 from proxydet.errors import MissingDependencyError
 
 _logger = logging.getLogger(__name__)
 
-SETUP_HINT = "run: proxydet setup"
 OLDEST_VERSION = (0, 6)
 
 
@@ -49,27 +49,6 @@ class Detectron2:
     """Its compiled part: working, not built (nothing here needs it), or built but not loadable."""
 
 
-def locate() -> Path:
-    """Find detectron2's package folder without importing it.
-
-    Returns:
-        The folder that holds its ``__init__.py``.
-
-    Raises:
-        MissingDependencyError: It is not installed, or another folder of that name hides it.
-    """
-    spec = find_spec("detectron2")
-    if spec is None:
-        raise MissingDependencyError("detectron2 is not installed.", hint=SETUP_HINT)
-    if spec.origin is None or spec.loader is None:
-        folders = ", ".join(spec.submodule_search_locations or [])
-        raise MissingDependencyError(
-            f"A folder named detectron2 that is no package comes first on the import path: {folders}",
-            hint=f"work in another folder, or install from that one; to install a new one, {SETUP_HINT}",
-        )
-    return Path(spec.origin).parent
-
-
 def activate() -> Detectron2:
     """Import detectron2 with the repairs in place; later calls change nothing.
 
@@ -79,7 +58,7 @@ def activate() -> Detectron2:
     Raises:
         MissingDependencyError: It is missing, older than 0.6, or needs a package that is missing.
     """
-    folder = locate()
+    folder = locate_detectron2()
     if not any(isinstance(finder, RepairFinder) for finder in sys.meta_path):
         RepairFinder(REPAIRS).install()
     try:

@@ -1,0 +1,242 @@
+"""The life of the patch on files: apply, again, revert; refusals leave everything as it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import py_compile
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from proxydet.compat import patch, patch_disk
+from proxydet.compat.patch import apply_patch, revert_patch
+from proxydet.compat.patch_status import patch_status, roi_align_files
+from proxydet.errors import EnvironmentProblem
+
+
+def folder_content(file: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in file.parent.iterdir() if p.is_file()}
+
+
+def test_apply_again_and_revert_byte_for_byte(roi_align_file):
+    before, names = roi_align_file.read_bytes(), folder_content(roi_align_file)
+    change = apply_patch(roi_align_file)
+    assert change.changed
+    assert "+            input.half().double()," in change.diff
+    assert roi_align_file.read_bytes() != before
+    status = patch_status(roi_align_file)
+    assert status.state == "applied"
+    assert status.record is not None
+    assert (status.record.before, status.record.after) == (change.before, change.after)
+
+    again = apply_patch(roi_align_file)
+    assert not again.changed
+    assert again.after == change.after
+
+    back = revert_patch(roi_align_file)
+    assert back.changed
+    assert (back.before, back.after) == (change.after, change.before)
+    assert folder_content(roi_align_file) == names
+    assert not revert_patch(roi_align_file).changed
+
+
+def test_dry_runs_change_nothing_and_show_the_diff(roi_align_file):
+    before = folder_content(roi_align_file)
+    shown = apply_patch(roi_align_file, dry_run=True)
+    assert shown.changed
+    assert ".half().double()" in shown.diff
+    assert folder_content(roi_align_file) == before
+    apply_patch(roi_align_file)
+    applied = folder_content(roi_align_file)
+    assert revert_patch(roi_align_file, dry_run=True).changed
+    assert folder_content(roi_align_file) == applied
+
+
+def test_permissions_stay_and_hard_links_keep_the_original(roi_align_file, tmp_path):
+    roi_align_file.chmod(0o640)
+    linked = tmp_path / "in_another_environment.py"
+    os.link(roi_align_file, linked)
+    original = linked.read_bytes()
+    apply_patch(roi_align_file)
+    assert stat.S_IMODE(roi_align_file.stat().st_mode) == 0o640
+    assert linked.read_bytes() == original
+    revert_patch(roi_align_file)
+    assert stat.S_IMODE(roi_align_file.stat().st_mode) == 0o640
+
+
+def test_a_symbolic_link_stays_one_and_its_target_changes(roi_align_file, tmp_path):
+    target = tmp_path / "elsewhere" / "roi_align.py"
+    target.parent.mkdir()
+    roi_align_file.rename(target)
+    roi_align_file.symlink_to(target)
+    apply_patch(roi_align_file)
+    assert roi_align_file.is_symlink()
+    assert patch_status(target).state == "applied"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"return roi_align(", b"print(rois)\n        return roi_align("),
+        (b"rois.to(dtype=input.dtype)", b"rois.half().double()"),
+    ],
+)
+def test_unexpected_code_is_left_alone_with_a_diff(roi_align_file, old, new):
+    roi_align_file.write_bytes(roi_align_file.read_bytes().replace(old, new))
+    before = folder_content(roi_align_file)
+    for action in (apply_patch, revert_patch):
+        with pytest.raises(EnvironmentProblem) as caught:
+            action(roi_align_file)
+        assert any(
+            line.startswith("+") and new.decode().splitlines()[0] in line
+            for line in caught.value.message.splitlines()
+        )
+        assert "reinstall" in (caught.value.hint or "")
+    assert folder_content(roi_align_file) == before
+
+
+def test_a_file_changed_after_apply_is_not_reverted(roi_align_file):
+    apply_patch(roi_align_file)
+    changed = roi_align_file.read_bytes() + b"\n# mine\n"
+    roi_align_file.write_bytes(changed)
+    with pytest.raises(EnvironmentProblem, match="# mine"):
+        revert_patch(roi_align_file)
+    assert roi_align_file.read_bytes() == changed
+    assert not apply_patch(roi_align_file).changed
+
+
+def test_a_change_made_by_hand_is_recognised_but_not_reverted(roi_align_file):
+    from proxydet.compat.patch_source import with_change
+
+    roi_align_file.write_bytes(with_change(roi_align_file.read_bytes()))
+    status = patch_status(roi_align_file)
+    assert status.state == "applied"
+    assert status.record is None
+    assert any("not reverted" in note for note in status.notes)
+    assert not apply_patch(roi_align_file).changed
+    with pytest.raises(EnvironmentProblem, match="did not write it"):
+        revert_patch(roi_align_file)
+
+
+def test_a_reinstalled_file_makes_the_old_record_void(roi_align_file):
+    original = roi_align_file.read_bytes()
+    apply_patch(roi_align_file)
+    roi_align_file.write_bytes(b"# newer\n" + original)
+    assert patch_status(roi_align_file).record is None
+    apply_patch(roi_align_file)
+    revert_patch(roi_align_file)
+    assert roi_align_file.read_bytes() == b"# newer\n" + original
+
+
+def test_a_crash_between_the_steps_leaves_a_usable_file(roi_align_file, monkeypatch):
+    before = roi_align_file.read_bytes()
+    real = patch_disk.replace_file
+
+    def fail_on_the_source(file, content, *, like):
+        if file == roi_align_file.resolve():
+            raise OSError(28, "No space left on device", str(file))
+        real(file, content, like=like)
+
+    monkeypatch.setattr(patch, "replace_file", fail_on_the_source)
+    with pytest.raises(OSError, match="No space"):
+        apply_patch(roi_align_file)
+    monkeypatch.undo()
+    assert roi_align_file.read_bytes() == before
+    assert patch_status(roi_align_file).state == "original"
+    apply_patch(roi_align_file)
+    revert_patch(roi_align_file)
+    assert roi_align_file.read_bytes() == before
+
+
+def test_a_failed_write_leaves_no_temporary_file(roi_align_file, monkeypatch):
+    before = folder_content(roi_align_file)
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(PermissionError("no")))
+    with pytest.raises(PermissionError):
+        patch_disk.replace_file(roi_align_file, b"x", like=roi_align_file)
+    assert folder_content(roi_align_file) == before
+
+
+def test_a_damaged_record_is_named(roi_align_file):
+    apply_patch(roi_align_file)
+    record = roi_align_file.with_name("roi_align.py.proxydet-patch.json")
+    record.write_text("{}")
+    with pytest.raises(EnvironmentProblem, match=r"proxydet-patch\.json is damaged"):
+        patch_status(roi_align_file)
+
+
+def test_read_only_installations_are_refused_as_such(roi_align_file, monkeypatch):
+    before = folder_content(roi_align_file)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert patch_status(roi_align_file).writable is False
+    with pytest.raises(EnvironmentProblem, match="read-only") as caught:
+        apply_patch(roi_align_file)
+    assert "published" in (caught.value.hint or "")
+    assert apply_patch(roi_align_file, dry_run=True).changed
+    assert folder_content(roi_align_file) == before
+
+
+def test_unchecked_bytecode_of_another_source_is_found_and_deleted(roi_align_file):
+    compiled = Path(
+        py_compile.compile(
+            str(roi_align_file), invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH
+        )
+    )
+    assert patch_status(roi_align_file).stale_bytecode == ()
+    change = apply_patch(roi_align_file)
+    assert change.removed_bytecode == (compiled,)
+    assert not compiled.exists()
+
+    py_compile.compile(
+        str(roi_align_file), invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH
+    )
+    roi_align_file.write_bytes(roi_align_file.read_bytes() + b"\n")
+    assert patch_status(roi_align_file).stale_bytecode == (compiled,)
+    assert apply_patch(roi_align_file).removed_bytecode == (compiled,)
+    assert patch_status(roi_align_file).stale_bytecode == ()
+
+
+def test_a_missing_file_is_said_to_be_missing(tmp_path):
+    assert patch_status(tmp_path / "roi_align.py").state == "missing"
+    with pytest.raises(EnvironmentProblem, match="no such file"):
+        apply_patch(tmp_path / "roi_align.py")
+
+
+def test_every_detectron2_on_the_path_is_found_in_order(tmp_path):
+    for name in ("first", "second", "no_package"):
+        (tmp_path / name / "detectron2" / "layers").mkdir(parents=True)
+        (tmp_path / name / "detectron2" / "layers" / "roi_align.py").touch()
+    for name in ("first", "second"):
+        (tmp_path / name / "detectron2" / "__init__.py").touch()
+    search = [str(tmp_path / name) for name in ("no_package", "first", "second", "first")]
+    found = roi_align_files(search)
+    assert [file.parents[2].name for file in found] == ["first", "second"]
+
+
+def test_status_warns_of_a_second_detectron2_and_of_a_source_tree(roi_align_file, tmp_path):
+    notes = patch_status(roi_align_file).notes
+    assert any("more than one detectron2" in note for note in notes)
+    tree = tmp_path / "source" / "detectron2" / "layers"
+    tree.mkdir(parents=True)
+    (tmp_path / "source" / ".git").mkdir()
+    copy = tree / "roi_align.py"
+    copy.write_bytes(roi_align_file.read_bytes())
+    assert any("version control" in note for note in patch_status(copy).notes)
+
+
+def test_status_is_json(roi_align_file):
+    apply_patch(roi_align_file)
+    plain = json.loads(json.dumps(patch_status(roi_align_file).to_dict()))
+    assert plain["state"] == "applied"
+    assert plain["record"]["before"] != plain["record"]["after"]
+
+
+def test_status_needs_neither_torch_nor_detectron2s_import():
+    code = (
+        "import sys; from proxydet.compat.patch_status import patch_status, file_in_use; "
+        "patch_status(file_in_use()); assert not {'torch', 'detectron2', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

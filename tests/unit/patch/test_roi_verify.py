@@ -1,0 +1,80 @@
+"""The proof tells the three operators apart, by running them."""
+
+from __future__ import annotations
+
+import sys
+
+import proxydet.compat.d2  # noqa: F401
+
+import pytest
+import torch
+from detectron2.layers import ROIAlign
+
+from proxydet.compat import roi_probe, roi_verify
+from proxydet.compat.patch import apply_patch, revert_patch
+from proxydet.compat.roi_align import reproducibility_mode
+from proxydet.compat.roi_verify import verify_roi_align
+from proxydet.errors import EnvironmentProblem
+
+
+@pytest.mark.parametrize(
+    ("mode", "verdict"), [("off", "not active"), ("published", "active"), ("strict", "not active")]
+)
+def test_the_probe_tells_the_modes_apart(mode, verdict):
+    with reproducibility_mode(mode):
+        found = roi_probe.measure("cpu")
+    assert roi_verify._verdict(found) == verdict
+    assert found["between_the_two"] > 100 * roi_verify._TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [
+        lambda forward, self, x, boxes: forward(self, x.half().double(), boxes),
+        lambda forward, self, x, boxes: forward(self, x, boxes.half().float()),
+        lambda forward, self, x, boxes: forward(self, x.half().float(), boxes),
+        lambda forward, self, x, boxes: forward(self, x, boxes.round()),
+        lambda forward, self, x, boxes: forward(self, x, boxes) * 1.001,
+        lambda forward, self, x, boxes: x.sum() * 0 + forward(self, x.detach(), boxes),
+    ],
+)
+def test_anything_else_is_altered(monkeypatch, operator):
+    forward = ROIAlign.forward
+    monkeypatch.setattr(
+        ROIAlign, "forward", lambda self, x, boxes: operator(forward, self, x, boxes)
+    )
+    assert roi_verify._verdict(roi_probe.measure("cpu")) == "altered"
+
+
+@pytest.mark.slow
+def test_the_patch_on_disk_is_proved_in_a_fresh_interpreter(detectron2_copy):
+    search = [str(detectron2_copy.parent), *sys.path]
+    file = detectron2_copy / "layers" / "roi_align.py"
+    original = file.read_bytes()
+    apply_patch(file)
+    report = verify_roi_align(device="cpu", search_path=search)
+    assert (report.verdict, report.file_state, report.file) == ("active", "applied", file)
+    revert_patch(file)
+    assert file.read_bytes() == original
+
+
+def test_an_operator_that_does_not_run_is_an_error_with_its_reason(tmp_path):
+    broken = tmp_path / "detectron2"
+    broken.mkdir()
+    (broken / "__init__.py").write_text("raise ImportError('torn apart')")
+    with pytest.raises(EnvironmentProblem, match="torn apart"):
+        verify_roi_align(device="cpu", search_path=[str(tmp_path), *sys.path])
+
+
+def test_a_verdict_that_the_file_does_not_explain_is_commented():
+    assert roi_verify._notes("active", "applied", stale=False) == ()
+    assert "compiled file" in roi_verify._notes("not active", "applied", stale=True)[0]
+    assert "replaces it" in roi_verify._notes("active", "original", stale=False)[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_on_a_gpu_the_backward_pass_is_repeated():
+    report = verify_roi_align(device="cuda")
+    assert report.repeats is not None
+    assert report.repeats["times"] == 50

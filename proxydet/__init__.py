@@ -1,5 +1,36 @@
-"""Open-vocabulary object detection with class-wise mixup."""
+"""Open-vocabulary object detection with class-wise mixup.
+
+The names below are the public API. Each is imported from its module when it is first used, so that
+``import proxydet`` loads neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from proxydet._version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from proxydet import errors
+    from proxydet.vocabulary.vocabulary import Vocabulary
+
+__all__ = ["Vocabulary", "__version__", "errors"]
+
+_HOME = {
+    "Vocabulary": "proxydet.vocabulary.vocabulary",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name == "errors":
+        return import_module("proxydet.errors")
+    if name not in _HOME:
+        raise AttributeError(f"module 'proxydet' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,24 @@
+"""Loads the toy training, which is also run as a script."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+TOY = Path(__file__).with_name("toy_run.py")
+
+
+@pytest.fixture(scope="session")
+def toy() -> ModuleType:
+    if "toy_run" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("toy_run", TOY)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["toy_run"] = module
+        spec.loader.exec_module(module)
+    return sys.modules["toy_run"]

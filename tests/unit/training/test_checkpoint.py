@@ -1,0 +1,135 @@
+"""Checkpoints: whole or not at all, rotated, checked."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from proxydet.errors import CheckpointError, DiskFullError
+from proxydet.training import checkpoint as module
+from proxydet.training.checkpoint import CheckpointFolder, load_checkpoint, write_checkpoint
+from proxydet.training.config import CheckpointConfig
+
+
+def folder(tmp_path: Path, **config: object) -> CheckpointFolder:
+    return CheckpointFolder(tmp_path / "checkpoints", CheckpointConfig(**config))
+
+
+def state(value: float) -> dict:
+    return {"model": {"w": torch.full((1000,), value)}, "iteration": int(value), "window": {}}
+
+
+def iterations(found: CheckpointFolder) -> list[int]:
+    return [iteration for iteration, _ in found.list()]
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    checkpoints = folder(tmp_path)
+    path = checkpoints.save(state(5.0), 5)
+    assert path.name == "step_0000005.pth"
+    loaded = load_checkpoint(path)
+    assert torch.equal(loaded["model"]["w"], torch.full((1000,), 5.0))
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_rotation_keeps_newest_milestones_and_best(tmp_path: Path) -> None:
+    checkpoints = folder(tmp_path, keep_last=2, keep_every=40)
+    for step in range(10, 110, 10):
+        checkpoints.save(state(step), step, best=30 if step >= 30 else None)
+    assert iterations(checkpoints) == [30, 40, 80, 90, 100]
+    checkpoints.rotate(best=90)
+    assert iterations(checkpoints) == [40, 80, 90, 100]
+    without_best = CheckpointFolder(checkpoints.folder, CheckpointConfig(keep_best=False))
+    without_best.rotate(best=40)
+    assert iterations(without_best) == [90, 100]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "text"])
+def test_a_damaged_newest_checkpoint_falls_back(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = folder(tmp_path)
+    checkpoints.save(state(1.0), 1)
+    newest = checkpoints.save(state(2.0), 2)
+    content = bytearray(newest.read_bytes())
+    if damage == "flipped":
+        place = content.index(torch.full((10,), 2.0).numpy().tobytes()) + 17
+        content[place] ^= 4
+    damaged = {"truncated": content[:-600], "empty": b"", "text": b"hello"}.get(damage, content)
+    newest.write_bytes(bytes(damaged))
+    with caplog.at_level(logging.WARNING):
+        loaded, path = checkpoints.load_newest()
+    assert path.name == "step_0000001.pth"
+    assert loaded["iteration"] == 1
+    assert "step_0000002.pth" in caplog.text
+    assert "Falling back" in caplog.text
+
+
+def test_nothing_to_load_and_nothing_readable(tmp_path: Path) -> None:
+    checkpoints = folder(tmp_path)
+    assert checkpoints.load_newest() is None
+    checkpoints.folder.mkdir()
+    checkpoints.path(3).write_bytes(b"")
+    with pytest.raises(CheckpointError, match="None of the 1 checkpoints"):
+        checkpoints.load_newest()
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="There is no checkpoint"):
+        load_checkpoint(tmp_path / "absent.pth")
+    torch.save({"model": {}}, tmp_path / "weights.pth")
+    with pytest.raises(CheckpointError, match="not a training checkpoint") as caught:
+        load_checkpoint(tmp_path / "weights.pth")
+    assert "--weights" in str(caught.value.hint)
+    torch.save({"format": 1, "x": Path("a")}, tmp_path / "unsafe.pth")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_checkpoint(tmp_path / "unsafe.pth")
+
+
+def test_a_disk_without_room_is_seen_before_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = folder(tmp_path)
+    checkpoints.save(state(1.0), 1)
+    usage = module.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(DiskFullError, match="no room"):
+        checkpoints.save(state(2.0), 2)
+    assert iterations(checkpoints) == [1]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_disk_that_fills_up_while_writing_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrapped: bool
+) -> None:
+    def fail(content: object, file: object) -> None:
+        file.write(b"half")
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if not wrapped:
+            raise full
+        message = "PytorchStreamWriter failed writing file data/0: file write failed"
+        raise RuntimeError(message) from full
+
+    monkeypatch.setattr(module.torch, "save", fail)
+    path = tmp_path / "model.pth"
+    path.write_bytes(b"before")
+    with pytest.raises(DiskFullError):
+        write_checkpoint(state(1.0), path)
+    assert path.read_bytes() == b"before"
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pth"]
+
+
+def test_other_failures_of_writing_are_not_called_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(content: object, file: object) -> None:
+        raise PermissionError(errno.EACCES, "no")
+
+    monkeypatch.setattr(module.torch, "save", fail)
+    with pytest.raises(PermissionError):
+        write_checkpoint(state(1.0), tmp_path / "model.pth")

@@ -1,0 +1,297 @@
+"""The loop at small scale: it learns, goes on exactly, stops on signals, guards against NaN, evaluates by schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from proxydet.errors import CheckpointError, DataError, Interrupted, NumericsError, TrainingError
+from proxydet.training.checkpoint import load_checkpoint
+
+
+def final(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "model_final.pth", weights_only=True)["model"]
+
+
+def same(first: Path, second: Path) -> bool:
+    left, right = final(first), final(second)
+    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
+
+
+def records(folder: Path, name: str = "metrics") -> list[dict]:
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+class Stop(RuntimeError):
+    """Stands for a crash."""
+
+
+def crash_at(iteration: int):
+    def evaluate(network: torch.nn.Module, at: int, folder: Path) -> dict[str, float]:
+        if at == iteration:
+            raise Stop
+        return {"AP": float(at)}
+
+    return evaluate
+
+
+def test_training_learns_and_reports(toy: ModuleType, tmp_path: Path) -> None:
+    result = toy.run(tmp_path, {"iterations": 150, "optimizer": {"learning_rate": 0.05}})
+    lines = records(tmp_path)
+    assert lines[-1]["losses"]["total"] < 0.5 * lines[0]["losses"]["total"]
+    assert [line["iteration"] for line in lines] == list(range(2, 151, 2))
+    assert result.iterations == 150
+    assert result.losses == lines[-1]["losses"]
+    assert result.weights.exists()
+    assert result.best is None
+
+
+def test_losses_are_averaged_over_the_batches_that_have_them(
+    toy: ModuleType, tmp_path: Path
+) -> None:
+    toy.run(tmp_path, {"iterations": 3, "log": {"period": 3}})
+    losses = records(tmp_path)[0]["losses"]
+    toy.run(tmp_path / "single", {"iterations": 3, "log": {"period": 1}})
+    singles = [line["losses"] for line in records(tmp_path / "single")]
+    boxes = [line["loss_box"] for line in singles if line["loss_box"]]
+    assert len(boxes) == 2
+    assert losses["loss_box"] == pytest.approx(sum(boxes) / 2)
+    assert losses["total"] == pytest.approx(sum(line["total"] for line in singles) / 3)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_going_on_after_a_crash_is_exact(toy: ModuleType, tmp_path: Path, workers: int) -> None:
+    # Logs every 5 and checkpoints every 4: the crash falls into the middle of a record's window.
+    changes = {"evaluation": {"period": 6}, "log": {"period": 5}}
+    toy.run(tmp_path / "whole", changes, workers=workers, evaluate=crash_at(-1))
+    with pytest.raises(Stop):
+        toy.run(tmp_path / "cut", changes, workers=workers, evaluate=crash_at(6))
+    assert not (tmp_path / "cut" / "model_final.pth").exists()
+    toy.run(tmp_path / "cut", changes, workers=workers, evaluate=crash_at(-1))
+    assert same(tmp_path / "whole", tmp_path / "cut")
+    timeless = [
+        [{k: line[k] for k in ("iteration", "losses", "learning_rate")} for line in records(folder)]
+        for folder in (tmp_path / "whole", tmp_path / "cut")
+    ]
+    assert timeless[0] == timeless[1]
+    assert records(tmp_path / "whole", "evaluations") == records(tmp_path / "cut", "evaluations")
+
+
+def test_an_interrupted_evaluation_is_made_up_for(toy: ModuleType, tmp_path: Path) -> None:
+    changes = {"evaluation": {"period": 4}}
+    with pytest.raises(Stop):
+        toy.run(tmp_path, changes, evaluate=crash_at(8))
+    result = toy.run(tmp_path, changes, evaluate=crash_at(-1))
+    assert list(result.evaluations) == [4, 8, 12]
+    assert result.best == dataclasses.replace(result.best, iteration=12, metric="AP", value=12.0)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_writes_a_checkpoint_and_the_run_goes_on(
+    toy: ModuleType, tmp_path: Path, number: int, code: int
+) -> None:
+    changes = {"checkpoints": {"period": 100}, "evaluation": {"period": 5}}
+    toy.run(tmp_path / "whole", changes, evaluate=crash_at(-1))
+
+    def interrupting(network: torch.nn.Module, at: int, folder: Path) -> dict[str, float]:
+        if at == 5:
+            os.kill(os.getpid(), number)
+        return {"AP": float(at)}
+
+    handler = signal.getsignal(number)
+    with pytest.raises(Interrupted, match="after 5 of 12 iterations") as caught:
+        toy.run(tmp_path / "cut", changes, evaluate=interrupting)
+    assert caught.value.exit_code == code
+    assert signal.getsignal(number) is handler
+    assert (tmp_path / "cut/checkpoints/step_0000005.pth").exists()
+    toy.run(tmp_path / "cut", changes, evaluate=crash_at(-1))
+    assert same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_signal_during_a_step_lets_it_finish(
+    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = toy.toy_losses
+    calls = []
+
+    def interrupting(found: dict, *, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        calls.append(1)
+        if len(calls) == 6:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return losses(found, generator=generator)
+
+    monkeypatch.setattr(toy, "toy_losses", interrupting)
+    with pytest.raises(Interrupted) as caught:
+        toy.run(tmp_path / "cut", {})
+    assert caught.value.exit_code == 128 + signal.SIGUSR1
+    saved = load_checkpoint(tmp_path / "cut/checkpoints/step_0000007.pth")
+    assert saved["iteration"] == 7
+    toy.run(tmp_path / "cut", {})
+    monkeypatch.undo()
+    toy.run(tmp_path / "whole", {})
+    assert same(tmp_path / "whole", tmp_path / "cut")
+
+
+def poisoned(toy: ModuleType, monkeypatch: pytest.MonkeyPatch, *calls: int) -> None:
+    """Make the box loss NaN in the given calls of the criterion."""
+    losses, count = toy.toy_losses, iter(range(1000))
+
+    def poison(found: dict, *, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        values = losses(found, generator=generator)
+        if next(count) in calls:
+            values["loss_box"] = values["loss_box"] * math.nan
+        return values
+
+    monkeypatch.setattr(toy, "toy_losses", poison)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poisoned(toy, monkeypatch, 5)
+    with pytest.raises(NumericsError) as caught:
+        toy.run(tmp_path, {})
+    assert "At iteration 5, loss_box is nan" in caught.value.message
+    assert "images 500, 501, 502, 503" in caught.value.message
+    record = json.loads((tmp_path / "failures/step_0000005.json").read_text())
+    assert record["not_finite"][0]["images"] == [[500, 501, 502, 503]]
+    assert (tmp_path / "checkpoints/step_0000004.pth").exists()
+    assert not (tmp_path / "model_final.pth").exists()
+
+
+def test_a_step_can_be_skipped_instead_and_is_counted(
+    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poisoned(toy, monkeypatch, 5, 7)
+    skip = {"guards": {"non_finite": "skip", "max_skipped": 2}}
+    result = toy.run(tmp_path / "a", skip)
+    assert result.skipped == 2
+    assert all(torch.isfinite(weight).all() for weight in final(tmp_path / "a").values())
+    assert records(tmp_path / "a")[-1]["skipped"] == 2
+    monkeypatch.undo()
+    poisoned(toy, monkeypatch, 5, 7, 9)
+    with pytest.raises(NumericsError):
+        toy.run(tmp_path / "b", skip)
+
+
+def test_weights_that_are_not_finite_are_not_saved(
+    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = toy.toy_losses
+
+    def poison(found: dict, *, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        values = losses(found, generator=generator)
+        found["classes"].register_hook(lambda gradient: gradient * math.inf)
+        return values
+
+    monkeypatch.setattr(toy, "toy_losses", poison)
+    with pytest.raises(NumericsError, match="not finite"):
+        toy.run(tmp_path, {"iterations": 1, "optimizer": {"clip_value": None}})
+    assert not list((tmp_path / "checkpoints").glob("*"))
+
+
+def test_evaluation_keeps_to_its_schedule_and_marks_the_best(
+    toy: ModuleType, tmp_path: Path
+) -> None:
+    seen = []
+
+    def evaluate(network: torch.nn.Module, at: int, folder: Path) -> dict[str, float]:
+        assert not network.training
+        seen.append((at, folder.name))
+        return {"AP": 1.0 if at == 4 else 0.5, "AR": float(at)}
+
+    changes = {"evaluation": {"period": 2, "start": 4}, "checkpoints": {"keep_last": 1}}
+    result = toy.run(tmp_path, changes, evaluate=evaluate)
+    assert [at for at, _ in seen] == [4, 6, 8, 10, 12]
+    assert seen[0][1] == "step_0000004"
+    assert result.best.iteration == 4
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step_0000004.pth", "step_0000012.pth"]
+    by_recall = {**changes, "evaluation": {**changes["evaluation"], "metric": "AR"}}
+    assert toy.run(tmp_path / "b", by_recall, evaluate=evaluate).best.iteration == 12
+
+
+def test_evaluation_does_not_change_what_is_learnt(toy: ModuleType, tmp_path: Path) -> None:
+    def evaluate(network: torch.nn.Module, at: int, folder: Path) -> dict[str, float]:
+        return {"AP": float(torch.rand(3).sum())}
+
+    toy.run(tmp_path / "with", {"evaluation": {"period": 3}}, evaluate=evaluate)
+    toy.run(tmp_path / "without", {})
+    assert same(tmp_path / "with", tmp_path / "without")
+
+
+@pytest.mark.parametrize("unused", ["zero", "skip"])
+def test_accumulation_averages_batches(toy: ModuleType, tmp_path: Path, unused: str) -> None:
+    rate = {"learning_rate": 0.01, "unused_gradients": unused, "clip_value": 0.02}
+    changes = {"iterations": 3, "accumulation": 2, "optimizer": rate}
+    changes["schedule"] = {"shape": "constant", "warmup_iterations": 0}
+    toy.run(tmp_path, changes, plain=True)
+
+    network = toy.ToyNetwork(dropout=0.0)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.01, weight_decay=1e-4)
+    for step in range(3):
+        for number in (2 * step, 2 * step + 1):
+            found = network.forward_train(toy.toy_batch(number))
+            losses = toy.plain_losses(found, generator=torch.Generator())
+            (sum(losses.values()) / 2).backward()
+        for parameter in network.parameters():
+            parameter.grad.clamp_(-0.02, 0.02)
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, weight in final(tmp_path).items():
+        torch.testing.assert_close(weight, network.state_dict()[name], rtol=1e-5, atol=1e-7)
+
+
+def test_what_a_batch_does_to_parameters_that_it_does_not_reach(
+    toy: ModuleType, tmp_path: Path
+) -> None:
+    weights = {}
+    for unused in ("zero", "skip"):
+        for iterations in (1, 2):
+            folder = tmp_path / f"{unused}{iterations}"
+            rate = {"learning_rate": 0.01, "unused_gradients": unused}
+            schedule = {"shape": "constant", "warmup_iterations": 0}
+            changes = {"iterations": iterations, "optimizer": rate, "schedule": schedule}
+            toy.run(folder, changes, plain=True)
+            weights[unused, iterations] = final(folder)["box_head.weight"]
+    # Batch 1 has image labels only: with zero the box head goes on with its momentum, with skip it rests.
+    assert not torch.equal(weights["zero", 1], weights["zero", 2])
+    assert torch.equal(weights["skip", 1], weights["skip", 2])
+    assert torch.equal(weights["skip", 1], weights["zero", 1])
+
+
+def test_resuming_elsewhere_and_refusing_what_does_not_fit(toy: ModuleType, tmp_path: Path) -> None:
+    toy.run(tmp_path / "whole", {})
+    path = tmp_path / "whole/checkpoints/step_0000008.pth"
+    toy.run(tmp_path / "branch", {}, resume=path)
+    assert same(tmp_path / "whole", tmp_path / "branch")
+    with pytest.raises(CheckpointError, match="seed 7, this run has 8"):
+        toy.run(tmp_path / "other", {}, resume=path, seed=8)
+    toy.run(tmp_path / "whole", {"iterations": 3}, resume="never")
+    assert load_checkpoint(tmp_path / "whole/checkpoints/step_0000012.pth")
+
+
+def test_a_finished_run_stays_finished(toy: ModuleType, tmp_path: Path) -> None:
+    toy.run(tmp_path, {})
+    before = final(tmp_path)
+    result = toy.run(tmp_path, {})
+    assert result.iterations == 12
+    assert all(torch.equal(before[n], w) for n, w in final(tmp_path).items())
+
+
+def test_a_loader_that_is_stuck_or_ends_stops_the_run(
+    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(TrainingError, match="no batch for 0 seconds"):
+        toy.run(tmp_path, {"guards": {"loader_timeout": 0.3}}, pause=2.0)
+    monkeypatch.setattr(toy, "toy_loader", lambda *_: iter([toy.toy_batch(0)]))
+    with pytest.raises(DataError, match="came to its end"):
+        toy.run(tmp_path, {})

@@ -8,6 +8,7 @@ name and one line of help to :data:`COMMANDS`. Modules of commands import the co
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -22,6 +23,8 @@ COMMANDS: dict[str, str] = {
     "setup": "Make a working detectron2 where none is; check the rest.",
 }
 """Name and one-line help of each command, in the order of ``--help``."""
+
+_COMPLETING = "_PROXYDET_COMPLETE"  # set by the shell that asks for completions
 
 
 def load_command(name: str) -> Any:
@@ -64,10 +67,16 @@ def _main_options(
     show_logs(verbose=verbose)
 
 
-def build() -> Any:
-    """Build the command line without importing any command's module."""
+def build(*, own_help: bool = True) -> Any:
+    """Build the command line without importing any command's module.
+
+    Args:
+        own_help: Offer ``--help`` and shell completion in front of a command's name.
+    """
     app = typer.Typer(
         cls=LazyGroup,
+        add_completion=own_help,
+        add_help_option=own_help,
         rich_markup_mode=None,
         no_args_is_help=True,
         context_settings={"help_option_names": ["--help", "-h"]},
@@ -89,4 +98,6 @@ def run(words: Sequence[str]) -> None:
     Args:
         words: The words after the program's name.
     """
-    build().main(args=list(words), prog_name="proxydet")
+    # Absent options of some kinds make Typer import pydantic, a quarter of a second, before a command is reached.
+    own_help = not (words and words[0] in COMMANDS) or _COMPLETING in os.environ
+    build(own_help=own_help).main(args=list(words), prog_name="proxydet")

@@ -1,0 +1,329 @@
+"""Sizes and settings of the detector. The defaults are the published ProxyDet R50.
+
+Nothing here imports torch: the command line reads these classes to print and check configurations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from proxydet.modeling.backbone_config import BackboneConfig, ResNetConfig, SwinConfig
+from proxydet.modeling.checks import require, require_positive, require_share
+
+__all__ = [
+    "BackboneConfig",
+    "CascadeConfig",
+    "ClassifierConfig",
+    "InferenceConfig",
+    "MaskConfig",
+    "ModelConfig",
+    "ProposalConfig",
+    "PyramidConfig",
+    "ResNetConfig",
+    "SwinConfig",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PyramidConfig:
+    """The feature pyramid; level n has stride ``2**n``."""
+
+    levels: tuple[int, ...] = (3, 4, 5)
+    """Levels made from the backbone's stages, finest first, without gaps."""
+
+    extra_levels: int = 2
+    """Levels added above them, each by a 3x3 convolution of stride 2 on the one below: 0, 1 or 2."""
+
+    channels: int = 256
+    """Channels of every level."""
+
+    def __post_init__(self) -> None:
+        require_positive("pyramid", channels=self.channels)
+        require(
+            len(self.levels) >= 1 and self.levels[0] >= 2,
+            f"pyramid.levels must start at 2 or above, not {self.levels}",
+        )
+        require(
+            self.levels == tuple(range(self.levels[0], self.levels[0] + len(self.levels))),
+            f"pyramid.levels must follow one another, finest first, not {self.levels}",
+        )
+        require(
+            self.extra_levels in (0, 1, 2),
+            f"pyramid.extra_levels must be 0, 1 or 2, not {self.extra_levels}",
+        )
+
+    @property
+    def all_levels(self) -> tuple[int, ...]:
+        """Every level that the proposal network sees, finest first."""
+        top = self.levels[-1]
+        return (*self.levels, *range(top + 1, top + 1 + self.extra_levels))
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Stride in pixels of every level of `all_levels`."""
+        return tuple(2**level for level in self.all_levels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProposalConfig:
+    """The class-agnostic CenterNet that proposes boxes."""
+
+    convs: int = 4
+    """3x3 convolutions (with GroupNorm and ReLU) shared by the heatmap and the box output."""
+
+    norm_groups: int = 32
+    """Groups of their GroupNorm; must divide the pyramid's channels."""
+
+    score_floor: float = 1e-4
+    """A cell is a candidate when its heatmap probability (before the square root) is above this."""
+
+    candidates_train: int = 4000
+    """Best cells kept a level before NMS, in training."""
+
+    candidates_test: int = 1000
+    """Best cells kept a level before NMS, in inference."""
+
+    nms_iou: float = 0.9
+    """Overlap above which the lower-scored of two proposals is dropped."""
+
+    keep_train: int = 2000
+    """Proposals kept an image, in training."""
+
+    keep_test: int = 256
+    """Proposals kept an image, in inference."""
+
+    initial_probability: float = 0.01
+    """Heatmap probability of every cell before training."""
+
+    initial_distance: float = 8.0
+    """Distance to each side of the box, in strides, of every cell before training."""
+
+    def __post_init__(self) -> None:
+        require_positive(
+            "proposals",
+            norm_groups=self.norm_groups,
+            candidates_train=self.candidates_train,
+            candidates_test=self.candidates_test,
+            keep_train=self.keep_train,
+            keep_test=self.keep_test,
+            initial_distance=self.initial_distance,
+        )
+        require(self.convs >= 0, f"proposals.convs must not be negative: {self.convs}")
+        require_share("proposals", score_floor=self.score_floor, nms_iou=self.nms_iou)
+        require(
+            0.0 < self.initial_probability < 1.0,
+            f"proposals.initial_probability must be in (0, 1), not {self.initial_probability}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CascadeConfig:
+    """The cascade of box heads; the mixup branch is a second one of the same sizes."""
+
+    pool_levels: tuple[int, ...] = (3, 4, 5)
+    """Pyramid levels that regions are pooled from, finest first, without gaps."""
+
+    pool_size: int = 7
+    """Side of a pooled region, in cells."""
+
+    sampling_ratio: int = 0
+    """Samples a cell and direction in RoIAlign; 0 takes as many as the region is large."""
+
+    canonical_size: float = 224.0
+    """Side in pixels (square root of the area) of a region that is pooled from ``canonical_level``."""
+
+    canonical_level: int = 4
+    """Level for regions of ``canonical_size``; twice the side goes one level up."""
+
+    hidden: tuple[int, ...] = (1024, 1024)
+    """Widths of the fully connected layers of a box head."""
+
+    iou_thresholds: tuple[float, ...] = (0.6, 0.7, 0.8)
+    """One step each: overlap with an object from which a region counts as that object."""
+
+    delta_weights: tuple[tuple[float, float, float, float], ...] = (
+        (10.0, 10.0, 5.0, 5.0),
+        (20.0, 20.0, 10.0, 10.0),
+        (30.0, 30.0, 15.0, 15.0),
+    )
+    """One step each: scale of the regressed centre (x, y) and size (width, height) changes."""
+
+    samples_per_image: int = 512
+    """Regions an image that the first step trains on; later steps keep the same ones, refined."""
+
+    positive_fraction: float = 0.25
+    """Largest share of them that may be objects."""
+
+    image_label_proposals: int = 128
+    """Proposals an image that are looked at in an image-label batch."""
+
+    def __post_init__(self) -> None:
+        require_positive(
+            "cascade",
+            pool_size=self.pool_size,
+            canonical_size=self.canonical_size,
+            samples_per_image=self.samples_per_image,
+            image_label_proposals=self.image_label_proposals,
+        )
+        require(self.sampling_ratio >= 0, "cascade.sampling_ratio must not be negative")
+        require_share("cascade", positive_fraction=self.positive_fraction)
+        for threshold in self.iou_thresholds:
+            require_share("cascade", iou_thresholds=threshold)
+        require(
+            len(self.iou_thresholds) == len(self.delta_weights) >= 1,
+            f"cascade.iou_thresholds ({len(self.iou_thresholds)}) and cascade.delta_weights "
+            f"({len(self.delta_weights)}) must have one entry a step",
+        )
+        require(
+            all(min(weights) > 0 for weights in self.delta_weights),
+            "cascade.delta_weights must be above 0",
+        )
+        require(
+            len(self.hidden) >= 1 and min(self.hidden) > 0,
+            f"cascade.hidden must hold at least one width above 0, not {self.hidden}",
+        )
+
+    @property
+    def steps(self) -> int:
+        """Number of steps of the cascade."""
+        return len(self.iou_thresholds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig:
+    """The zero-shot classifier: cosine between a region's embedding and a class name's, times a temperature."""
+
+    embedding_dim: int = 512
+    """Dimensions of the text embeddings (512 for CLIP ViT-B/32)."""
+
+    temperature: float = 50.0
+    """Factor on the cosine to make a logit, in the detection branch."""
+
+    mixup_temperature: float = 1.0
+    """The same in the mixup branch, whose loss knows no temperature: published is 1, found in its recorded logits."""
+
+    bias: float | None = None
+    """Starting value of a learnt bias on the detection branch's logits; None (published) has no bias."""
+
+    frequency_power: float = 0.5
+    """The federated loss draws classes with weight (images in training) to this power."""
+
+    def __post_init__(self) -> None:
+        require_positive(
+            "classifier",
+            embedding_dim=self.embedding_dim,
+            temperature=self.temperature,
+            mixup_temperature=self.mixup_temperature,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    """The class-agnostic mask head. Its output has twice the side of a pooled region."""
+
+    pool_size: int = 14
+    """Side of a pooled region, in cells."""
+
+    convs: int = 4
+    """3x3 convolutions before the upsampling."""
+
+    channels: int = 256
+    """Channels of those convolutions and of the upsampling."""
+
+    def __post_init__(self) -> None:
+        require_positive("masks", pool_size=self.pool_size, channels=self.channels)
+        require(self.convs >= 0, f"masks.convs must not be negative: {self.convs}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The whole detector; the defaults are the published ProxyDet R50."""
+
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    """The network that makes the feature maps."""
+
+    pyramid: PyramidConfig = field(default_factory=PyramidConfig)
+    """The feature pyramid on top of it."""
+
+    proposals: ProposalConfig = field(default_factory=ProposalConfig)
+    """The proposal network."""
+
+    cascade: CascadeConfig = field(default_factory=CascadeConfig)
+    """The box heads."""
+
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    """The zero-shot classifier of every box head."""
+
+    masks: MaskConfig = field(default_factory=MaskConfig)
+    """The mask head."""
+
+    mixup_branch: bool = True
+    """Whether the second cascade, trained by class-wise mixup, exists; BoxSup models have none."""
+
+    pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    """Subtracted from the red, green and blue values, which are in [0, 255]."""
+
+    pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    """The result is divided by this."""
+
+    def __post_init__(self) -> None:
+        require(min(self.pixel_std) > 0, "model.pixel_std must be above 0")
+        top = self.backbone.stages + 1
+        require(
+            self.pyramid.levels[-1] <= top,
+            f"pyramid.levels {self.pyramid.levels} go beyond the backbone's last level, {top}",
+        )
+        levels = self.cascade.pool_levels
+        require(
+            len(levels) >= 1 and levels == tuple(range(levels[0], levels[0] + len(levels))),
+            f"cascade.pool_levels must follow one another, finest first, not {levels}",
+        )
+        require(
+            set(levels) <= set(self.pyramid.all_levels),
+            f"cascade.pool_levels {levels} must be among the pyramid's {self.pyramid.all_levels}",
+        )
+        require(
+            self.proposals.convs == 0 or self.pyramid.channels % self.proposals.norm_groups == 0,
+            f"proposals.norm_groups {self.proposals.norm_groups} must divide pyramid.channels {self.pyramid.channels}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceConfig:
+    """What is kept of the scored regions."""
+
+    score_threshold: float = 0.02
+    """Detections must score above this, in [0, 1]."""
+
+    nms_iou: float = 0.5
+    """Overlap above which the lower-scored of two detections of one class is dropped."""
+
+    max_detections: int = 300
+    """Best detections kept an image."""
+
+    one_class_per_proposal: bool = False
+    """Keep only the best class of each proposal, as the published demos do."""
+
+    alpha: float = 0.15
+    """Weight of the mixup branch for base classes, in [0, 1] (published without image labels: 0.35)."""
+
+    beta: float = 0.35
+    """Weight of the mixup branch for novel classes, in [0, 1] (published without image labels: 0.55)."""
+
+    masks: bool = True
+    """Whether masks are predicted for the detections."""
+
+    class_chunk: int = 2048
+    """Classes that are scored at once: bounds the memory for large vocabularies."""
+
+    def __post_init__(self) -> None:
+        require_share(
+            "inference",
+            score_threshold=self.score_threshold,
+            nms_iou=self.nms_iou,
+            alpha=self.alpha,
+            beta=self.beta,
+        )
+        require_positive(
+            "inference", max_detections=self.max_detections, class_chunk=self.class_chunk
+        )

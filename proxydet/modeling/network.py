@@ -1,0 +1,305 @@
+"""The detector: backbone, proposals, second stage.
+
+Dimensions: B images, C classes, D embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from proxydet.data.batches import Batch, BoxBatch, ImageLabelBatch
+from proxydet.errors import ConfigError, VocabularyError
+from proxydet.modeling import roi_training
+from proxydet.modeling.assemble import assemble_predictions
+from proxydet.modeling.centernet import CenterNet, Proposals
+from proxydet.modeling.config import InferenceConfig, ModelConfig
+from proxydet.modeling.heads import ZeroShotClassifier
+from proxydet.modeling.images import ImageBatch, check_images, padded_size, stack_images
+from proxydet.modeling.matching import GroundTruth, Regions
+from proxydet.modeling.outputs import (
+    BoxTrainingOutput,
+    ClassTable,
+    ImageLabelTrainingOutput,
+    TrainingOutput,
+)
+from proxydet.modeling.prediction import Prediction
+from proxydet.modeling.pyramid import build_backbone
+from proxydet.modeling.roi_heads import RoiHeads, Scene
+from proxydet.modeling.scoring import ClassText, detect_classes
+from proxydet.vocabulary.vocabulary import Vocabulary
+
+
+class ProxyDetNetwork(nn.Module):
+    """ProxyDet (Jeong et al. 2024, arXiv 2312.07266).
+
+    In training, call it with a batch; in inference, use `detect`. A vocabulary is an argument of `detect` and leaves no
+    trace in the network, so threads may share one.
+
+    Args:
+        config: Sizes.
+        vocabulary: The training classes; their text embeddings become part of the state dict.
+        image_counts: (C,) training images of each class, which weigh the federated loss's draw; None weighs all alike.
+
+    Raises:
+        VocabularyError: The embeddings have another dimension than the configuration says.
+        ConfigError: The image counts do not fit the vocabulary.
+    """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+    base_C: Tensor
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocabulary: Vocabulary,
+        image_counts: np.ndarray[tuple[int], np.dtype[np.generic]] | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.vocabulary = vocabulary
+        self._check_dimension(vocabulary)
+        self.backbone = build_backbone(config.backbone, config.pyramid)
+        self.proposal_generator = CenterNet(
+            config.proposals, config.pyramid.channels, config.pyramid.strides
+        )
+        self.roi_heads = RoiHeads(
+            config, _text_with_background(vocabulary), _frequency(config, vocabulary, image_counts)
+        )
+        # Not part of the published state dict, hence not persistent.
+        for name, values in (("pixel_mean", config.pixel_mean), ("pixel_std", config.pixel_std)):
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
+        self.register_buffer("base_C", torch.from_numpy(vocabulary.base.copy()), persistent=False)
+        self.backbone_dtype = torch.float32
+        """Type that the backbone and the pyramid compute in, under autocast; the rest is float32."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return self.pixel_mean.device
+
+    # -- training --------------------------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch, *, generator: torch.Generator | None = None) -> TrainingOutput:
+        """Same as `forward_train`; this is what a wrapper for distributed training calls."""
+        return self.forward_train(batch, generator=generator)
+
+    def forward_train(
+        self, batch: Batch, *, generator: torch.Generator | None = None
+    ) -> TrainingOutput:
+        """Run the network on a batch and return what the losses need.
+
+        Args:
+            batch: Images with objects, or images with classes.
+            generator: Source of the random choice of regions; None is torch's global one.
+        """
+        check_images(batch.images)
+        images = self._stack(batch.images)
+        features = self._features(images)
+        if isinstance(batch, BoxBatch):
+            return self._train_boxes(batch, images, features, generator)
+        return self._train_image_labels(batch, images, features)
+
+    def _train_boxes(
+        self,
+        batch: BoxBatch,
+        images: ImageBatch,
+        features: dict[str, Tensor],
+        generator: torch.Generator | None,
+    ) -> BoxTrainingOutput:
+        truth = GroundTruth.from_instances(batch.instances, self.device)
+        centernet = self.proposal_generator(list(features.values()))
+        regions = _as_regions(self.proposal_generator.propose(centernet))
+        scene = self._scene(features, images)
+        classes = len(self.vocabulary)
+        regions, assignment = roi_training.sample_regions(
+            self.config.cascade, regions, truth, classes, generator
+        )
+        steps, mixup = roi_training.box_steps(
+            self.roi_heads, scene, regions, assignment, truth, base_C=self.base_C
+        )
+        masks = None
+        if all(image_masks is not None for image_masks in truth.masks):
+            masks = roi_training.mask_step(self.roi_heads, scene, regions, assignment, classes)
+        return BoxTrainingOutput(
+            centernet=centernet,
+            truth=truth,
+            steps=steps,
+            mixup=mixup,
+            masks=masks,
+            table=self.class_table(),
+        )
+
+    def _train_image_labels(
+        self, batch: ImageLabelBatch, images: ImageBatch, features: dict[str, Tensor]
+    ) -> ImageLabelTrainingOutput:
+        centernet = self.proposal_generator(list(features.values()))
+        cascade = self.config.cascade
+        keep = min(cascade.image_label_proposals, self.config.proposals.keep_train)
+        regions = _as_regions(self.proposal_generator.propose(centernet, keep=keep))
+        return ImageLabelTrainingOutput(
+            centernet=centernet,
+            labels=tuple(labels.to(self.device) for labels in batch.labels),
+            steps=roi_training.image_label_steps(
+                self.roi_heads, self._scene(features, images), regions
+            ),
+            table=self.class_table(),
+        )
+
+    def class_table(self) -> ClassTable:
+        """Return the training classes as the losses need them."""
+        return ClassTable(
+            text_DC1=self.roi_heads.detection.classifier(0).zs_weight,
+            frequency_C=self.roi_heads.frequency_C,
+            base_C=self.base_C,
+            temperature=self.config.classifier.temperature,
+        )
+
+    # -- inference -------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def detect(
+        self,
+        images: Sequence[Tensor],
+        vocabulary: Vocabulary | None = None,
+        *,
+        original_sizes: Sequence[tuple[int, int]] | None = None,
+        settings: InferenceConfig | None = None,
+    ) -> list[Prediction]:
+        """Find objects.
+
+        Images of the same padded size go through the network together. Padding an image further would change the
+        statistics of GroupNorm, so what is found in an image does not depend on the others in the batch.
+
+        Args:
+            images: (3, H, W) RGB, uint8 or float in [0, 255], already resized for the network.
+            vocabulary: What to look for; None looks for the training classes.
+            original_sizes: Height and width of each image before resizing, for boxes and masks in its pixels; None
+                takes the images' own.
+            settings: Thresholds and limits; None takes the published ones.
+
+        Returns:
+            One `Prediction` an image, in the same order, on the network's device; none for no images.
+
+        Raises:
+            DataError: An image has the wrong shape.
+            VocabularyError: The vocabulary's embeddings do not fit the network.
+            NumericsError: The network gave values that are not finite.
+            RuntimeError: The network is in training mode.
+        """
+        if self.training:
+            raise RuntimeError("the network is in training mode: call eval() before detect()")
+        check_images(images)
+        settings = settings or InferenceConfig()
+        classes = self._class_text(vocabulary)
+        sizes = original_sizes or [(image.shape[1], image.shape[2]) for image in images]
+        if len(sizes) != len(images):
+            raise ValueError(f"{len(images)} images but {len(sizes)} original sizes")
+        predictions: dict[int, Prediction] = {}
+        for group in self._same_padded_size(images):
+            found = self._detect_group(
+                [images[index] for index in group],
+                [sizes[index] for index in group],
+                classes,
+                settings,
+            )
+            predictions.update(zip(group, found, strict=True))
+        return [predictions[index] for index in range(len(images))]
+
+    def _detect_group(
+        self,
+        images: list[Tensor],
+        original_sizes: list[tuple[int, int]],
+        classes: ClassText,
+        settings: InferenceConfig,
+    ) -> list[Prediction]:
+        stacked = self._stack(images)
+        features = self._features(stacked)
+        centernet = self.proposal_generator(list(features.values()))
+        proposals = self.proposal_generator.propose(centernet, check=True)
+        scene = self._scene(features, stacked)
+        regions = self.roi_heads.embed(scene, _as_regions(proposals))
+        found = detect_classes(regions, classes, self._classifiers(), settings)
+        mask_logits = self.roi_heads.mask_logits if settings.masks else None
+        return assemble_predictions(found, scene, original_sizes, mask_logits)
+
+    def _classifiers(self) -> list[ZeroShotClassifier]:
+        detection, mixup = self.roi_heads.detection, self.roi_heads.mixup
+        classifiers = [detection.classifier(step) for step in range(len(detection))]
+        return classifiers if mixup is None else [*classifiers, mixup.classifier(len(mixup) - 1)]
+
+    def _class_text(self, vocabulary: Vocabulary | None) -> ClassText:
+        if vocabulary is None:
+            return ClassText(text_DC=self.class_table().text_DC1[:, :-1], base_C=self.base_C)
+        self._check_dimension(vocabulary)
+        return ClassText(
+            text_DC=torch.from_numpy(vocabulary.normalised()).to(self.device).T,
+            base_C=torch.from_numpy(vocabulary.base.copy()).to(self.device),
+        )
+
+    def _same_padded_size(self, images: Sequence[Tensor]) -> list[list[int]]:
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, image in enumerate(images):
+            size = padded_size(image.shape[1], image.shape[2], self.backbone.size_divisibility)
+            groups.setdefault(size, []).append(index)
+        return list(groups.values())
+
+    # -- shared ----------------------------------------------------------------------------------------------------
+
+    def _stack(self, images: Sequence[Tensor]) -> ImageBatch:
+        return stack_images(
+            images, self.pixel_mean, self.pixel_std, self.backbone.size_divisibility
+        )
+
+    def _features(self, images: ImageBatch) -> dict[str, Tensor]:
+        enabled = self.backbone_dtype is not torch.float32
+        with torch.autocast(self.device.type, dtype=self.backbone_dtype, enabled=enabled):
+            features = self.backbone(images.pixels_B3HW)
+        return {name: maps.float() for name, maps in features.items()}
+
+    def _scene(self, features: dict[str, Tensor], images: ImageBatch) -> Scene:
+        return Scene(
+            features=[features[f"p{level}"] for level in self.config.cascade.pool_levels],
+            sizes_B2=images.sizes_B2,
+        )
+
+    def _check_dimension(self, vocabulary: Vocabulary) -> None:
+        expected = self.config.classifier.embedding_dim
+        if vocabulary.dimension != expected:
+            raise VocabularyError(
+                f"the vocabulary's embeddings have {vocabulary.dimension} dimensions, the model's have {expected}",
+                hint="embed the class names with the text encoder that the model was trained with",
+            )
+
+
+def _as_regions(proposals: Proposals) -> Regions:
+    return Regions(
+        boxes_BR4=proposals.boxes_BP4,
+        objectness_BR=proposals.scores_BP,
+        valid_BR=proposals.valid_BP,
+    )
+
+
+def _text_with_background(vocabulary: Vocabulary) -> Tensor:
+    text_DC = torch.from_numpy(vocabulary.normalised()).T
+    return torch.cat([text_DC, text_DC.new_zeros(len(text_DC), 1)], dim=1).contiguous()
+
+
+def _frequency(
+    config: ModelConfig,
+    vocabulary: Vocabulary,
+    image_counts: np.ndarray[tuple[int], np.dtype[np.generic]] | None,
+) -> Tensor:
+    if image_counts is None:
+        return torch.ones(len(vocabulary))
+    counts_C = torch.as_tensor(np.asarray(image_counts), dtype=torch.float32)
+    if counts_C.shape != (len(vocabulary),) or not bool((counts_C >= 0).all()):
+        raise ConfigError(
+            f"image counts of shape {tuple(counts_C.shape)} do not fit {len(vocabulary)} classes",
+            hint="give one count, 0 or more, for each class of the training vocabulary",
+        )
+    return counts_C**config.classifier.frequency_power

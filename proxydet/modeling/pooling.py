@@ -1,0 +1,63 @@
+"""Pooling of regions from the pyramid level that fits their size.
+
+Dimensions: N regions, C channels, S side of a pooled region.
+"""
+
+from __future__ import annotations
+
+import proxydet.compat.d2  # noqa: F401
+
+import torch
+from detectron2.layers import ROIAlign
+from torch import Tensor, nn
+
+from proxydet.modeling.config import CascadeConfig
+from proxydet.modeling.geometry import areas
+
+
+class RegionPooler(nn.Module):
+    """Aligned RoIAlign over several levels (Lin et al. 2017, equation 1, chooses the level).
+
+    Args:
+        config: Levels and the size that belongs to one of them.
+        side: S.
+    """
+
+    def __init__(self, config: CascadeConfig, side: int) -> None:
+        super().__init__()
+        self.levels = config.pool_levels
+        self.side = side
+        self._canonical = (config.canonical_size, config.canonical_level)
+        # detectron2's own layer, so that a repair of its roi_align reaches this one.
+        self.level_poolers = nn.ModuleList(
+            ROIAlign((side, side), 1.0 / 2**level, config.sampling_ratio, aligned=True)
+            for level in self.levels
+        )
+
+    def forward(self, features: list[Tensor], boxes_N4: Tensor, image_N: Tensor) -> Tensor:
+        """Pool every box.
+
+        Args:
+            features: Maps (B, C, H, W) of ``levels``, finest first.
+            boxes_N4: xyxy pixels.
+            image_N: int64, which image each box belongs to.
+
+        Returns:
+            (N, C, S, S). Waits for the device once for each level, whatever N is.
+        """
+        rois_N5 = torch.cat([image_N[:, None].to(boxes_N4.dtype), boxes_N4], dim=1)
+        if len(self.levels) == 1:
+            pooled: Tensor = self.level_poolers[0](features[0], rois_N5)
+            return pooled
+        level_N = self._level(boxes_N4)
+        output = features[0].new_zeros(len(boxes_N4), features[0].shape[1], self.side, self.side)
+        for level, maps, pooler in zip(self.levels, features, self.level_poolers, strict=True):
+            chosen = (level_N == level).nonzero()[:, 0]
+            output.index_put_((chosen,), pooler(maps, rois_N5[chosen]))
+        return output
+
+    def _level(self, boxes_N4: Tensor) -> Tensor:
+        size, level = self._canonical
+        # The small number keeps empty boxes at a finite level and equals the published rounding.
+        octaves_N = torch.log2(areas(boxes_N4).clamp(min=0).sqrt() / size + 1e-8)
+        return torch.floor(level + octaves_N).clamp(self.levels[0], self.levels[-1]).long()

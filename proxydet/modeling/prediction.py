@@ -1,0 +1,130 @@
+"""What the detector found in one image.
+
+Dimensions: N detections, M distinct masks (detections that share a box share a mask), S side of a mask, H and W the image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import proxydet.compat.d2  # noqa: F401
+
+import numpy as np
+import pycocotools.mask as coco_mask
+import torch
+from detectron2.layers import paste_masks_in_image
+from torch import Tensor
+
+_MASK_THRESHOLD = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Detections of one image, best first.
+
+    Attributes:
+        boxes_N4: float32 xyxy, pixels of the original image.
+        scores_N: float32 in [0, 1], descending.
+        classes_N: int64, rows of the vocabulary.
+        mask_probs_MSS: float32 in [0, 1], masks inside their boxes; (0, S, S) where masks were not asked for.
+        mask_index_N: int64, the mask of each detection; -1 where masks were not asked for.
+        image_size: Height and width of the original image.
+    """
+
+    boxes_N4: Tensor
+    scores_N: Tensor
+    classes_N: Tensor
+    mask_probs_MSS: Tensor
+    mask_index_N: Tensor
+    image_size: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.scores_N)
+
+    def to(self, device: torch.device | str) -> Prediction:
+        """Return the prediction with all tensors on ``device``."""
+        return Prediction(
+            boxes_N4=self.boxes_N4.to(device),
+            scores_N=self.scores_N.to(device),
+            classes_N=self.classes_N.to(device),
+            mask_probs_MSS=self.mask_probs_MSS.to(device),
+            mask_index_N=self.mask_index_N.to(device),
+            image_size=self.image_size,
+        )
+
+    def choose(self, index: Tensor) -> Prediction:
+        """Return some of the detections.
+
+        Args:
+            index: Positions (int64) or a bool mask (N,), in the order wanted.
+
+        Returns:
+            A prediction with only the masks that are still in use.
+        """
+        used, mask_index_N = self.mask_index_N[index].unique(return_inverse=True)
+        if not self.has_masks:
+            used, mask_index_N = used[:0], self.mask_index_N[index]
+        return Prediction(
+            boxes_N4=self.boxes_N4[index],
+            scores_N=self.scores_N[index],
+            classes_N=self.classes_N[index],
+            mask_probs_MSS=self.mask_probs_MSS[used],
+            mask_index_N=mask_index_N,
+            image_size=self.image_size,
+        )
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether masks were asked for (true also where nothing was found)."""
+        return len(self) == 0 or len(self.mask_probs_MSS) > 0
+
+    def distinct_masks(self) -> Tensor:
+        """Return each distinct mask pasted into the image, as detectron2 does: bool (M, H, W)."""
+        count = len(self.mask_probs_MSS)
+        if count == 0:
+            height, width = self.image_size
+            return torch.zeros(0, height, width, dtype=torch.bool, device=self.boxes_N4.device)
+        boxes_M4 = self.boxes_N4.new_empty(count, 4)
+        boxes_M4[self.mask_index_N] = self.boxes_N4  # detections of one mask have the same box
+        pasted: Tensor = paste_masks_in_image(
+            self.mask_probs_MSS, boxes_M4, self.image_size, threshold=_MASK_THRESHOLD
+        )
+        return pasted
+
+
+def masks(prediction: Prediction) -> Tensor:
+    """Return every detection's mask in the image: bool (N, H, W).
+
+    Raises:
+        ValueError: The prediction was made without masks.
+    """
+    _require_masks(prediction)
+    if len(prediction) == 0:
+        return prediction.distinct_masks()
+    return prediction.distinct_masks()[prediction.mask_index_N]
+
+
+def rles(prediction: Prediction) -> list[dict[str, Any]]:
+    """Return every detection's mask as COCO run-length encoding (``size``, ``counts`` as text).
+
+    A mask that several detections share is encoded once; they get the same dictionary.
+
+    Raises:
+        ValueError: The prediction was made without masks.
+    """
+    _require_masks(prediction)
+    encoded = [_encode(mask_HW) for mask_HW in prediction.distinct_masks()]
+    return [encoded[index] for index in prediction.mask_index_N.tolist()]
+
+
+def _encode(mask_HW: Tensor) -> dict[str, Any]:
+    rle: dict[str, Any] = coco_mask.encode(np.asfortranarray(mask_HW.cpu().numpy().view(np.uint8)))
+    return {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
+
+
+def _require_masks(prediction: Prediction) -> None:
+    if not prediction.has_masks:
+        raise ValueError(
+            "this prediction has no masks: ask for them with InferenceConfig(masks=True)"
+        )

@@ -1,0 +1,285 @@
+"""Swin Transformer (Liu et al. 2021, arXiv 2103.14030) as a detectron2 backbone.
+
+Tokens are cells of a feature map. Each block lets the tokens of one window attend to each other; every second block
+shifts the windows by half their side, so that information crosses their borders. Between stages, 2x2 tokens merge.
+
+Dimensions: B images, H and W tokens down and across, C channels, T tokens of a window, K heads, N windows of an image.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import proxydet.compat.d2  # noqa: F401
+
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.backbone import Backbone
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from torchvision.ops import StochasticDepth
+
+from proxydet.modeling.config import SwinConfig
+
+PATCH = 4
+# Added to the logits of token pairs that are neighbours only because the shift wrapped around the map.
+_APART = -100.0
+
+
+def to_windows(maps_BHWC: Tensor, side: int) -> Tensor:
+    """Cut maps, H and W divisible by ``side``, into windows (B * N, T, C), row by row."""
+    batch, height, width, channels = maps_BHWC.shape
+    grid = maps_BHWC.view(batch, height // side, side, width // side, side, channels)
+    return grid.transpose(2, 3).reshape(-1, side * side, channels)
+
+
+def from_windows(windows: Tensor, side: int, height: int, width: int) -> Tensor:
+    """Put windows (B * N, T, C) back together to maps (B, H, W, C)."""
+    channels = windows.shape[-1]
+    grid = windows.view(-1, height // side, width // side, side, side, channels)
+    return grid.transpose(2, 3).reshape(-1, height, width, channels)
+
+
+def relative_positions(side: int) -> Tensor:
+    """Return for each pair of tokens of a window the row of the bias table: int64 (T, T) in [0, (2 side - 1)^2)."""
+    axis = torch.arange(side)
+    row_T, column_T = (grid.flatten() for grid in torch.meshgrid(axis, axis, indexing="ij"))
+    down_TT = row_T[:, None] - row_T[None, :] + side - 1
+    across_TT = column_T[:, None] - column_T[None, :] + side - 1
+    return down_TT * (2 * side - 1) + across_TT
+
+
+def shift_mask(height: int, width: int, side: int, device: torch.device) -> Tensor:
+    """Return what keeps wrapped-around tokens apart: (N, T, T), 0 or -100, for windows shifted by ``side // 2``.
+
+    Args:
+        height: Rows of the padded map, divisible by ``side``.
+        width: Columns of the padded map, divisible by ``side``.
+        side: Side of a window.
+        device: Where to make it.
+    """
+    shift = side // 2
+
+    def bands(length: int) -> Tensor:
+        position = torch.arange(length, device=device)
+        return (position >= length - side).long() + (position >= length - shift).long()
+
+    region_HW = 3 * bands(height)[:, None] + bands(width)[None, :]
+    region_NT = to_windows(region_HW[None, :, :, None], side)[:, :, 0]
+    apart_NTT = region_NT[:, :, None] != region_NT[:, None, :]
+    return apart_NTT.float() * _APART
+
+
+class WindowAttention(nn.Module):
+    """Multi-head attention inside windows, with a learnt bias for each relative position.
+
+    Args:
+        channels: C.
+        heads: K, a divisor of C.
+        side: Side of a window.
+    """
+
+    relative_position_index: Tensor
+
+    def __init__(self, channels: int, heads: int, side: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * side - 1) ** 2, heads))
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+        self.register_buffer("relative_position_index", relative_positions(side))
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.proj = nn.Linear(channels, channels)
+
+    def forward(self, windows: Tensor, mask_NTT: Tensor | None) -> Tensor:
+        """Attend within each window.
+
+        Args:
+            windows: (B * N, T, C).
+            mask_NTT: Added to the attention logits of the N windows of each image; None adds nothing.
+
+        Returns:
+            (B * N, T, C).
+        """
+        count, tokens, channels = windows.shape
+        qkv = self.qkv(windows).view(count, tokens, 3, self.heads, channels // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        table = self.relative_position_bias_table[self.relative_position_index.flatten()]
+        bias = table.view(tokens, tokens, self.heads).permute(2, 0, 1)[None]
+        if mask_NTT is not None:
+            per_image = bias + mask_NTT[:, None]
+            bias = per_image.repeat(count // len(mask_NTT), 1, 1, 1)
+        bias = bias.to(query.dtype).expand(count, -1, -1, -1)
+        attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        return cast(Tensor, self.proj(attended.transpose(1, 2).reshape(windows.shape)))
+
+
+class Mlp(nn.Module):
+    """Two fully connected layers with GELU between them."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels, hidden)
+        self.fc2 = nn.Linear(hidden, channels)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map (..., C) to (..., C)."""
+        return cast(Tensor, self.fc2(functional.gelu(self.fc1(tokens))))
+
+
+class SwinBlock(nn.Module):
+    """Window attention and MLP, each behind a LayerNorm and added to its input.
+
+    Args:
+        channels: C.
+        heads: Attention heads.
+        config: Window, MLP ratio.
+        shifted: Whether the windows are shifted by half their side.
+        drop_path: Probability that an image skips each of the two parts in training.
+    """
+
+    def __init__(
+        self, channels: int, heads: int, config: SwinConfig, *, shifted: bool, drop_path: float
+    ) -> None:
+        super().__init__()
+        self.side = config.window
+        self.shift = config.window // 2 if shifted else 0
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn = WindowAttention(channels, heads, config.window)
+        self.norm2 = nn.LayerNorm(channels)
+        self.mlp = Mlp(channels, int(channels * config.mlp_ratio))
+        self.drop_path = StochasticDepth(drop_path, "row")
+
+    def forward(self, maps_BHWC: Tensor, mask_NTT: Tensor) -> Tensor:
+        """Return maps of the same shape; ``mask_NTT`` is that of the padded, shifted map."""
+        maps_BHWC = maps_BHWC + self.drop_path(self._attend(self.norm1(maps_BHWC), mask_NTT))
+        return cast(Tensor, maps_BHWC + self.drop_path(self.mlp(self.norm2(maps_BHWC))))
+
+    def _attend(self, maps_BHWC: Tensor, mask_NTT: Tensor) -> Tensor:
+        height, width = maps_BHWC.shape[1:3]
+        down, right = -height % self.side, -width % self.side
+        padded = functional.pad(maps_BHWC, (0, 0, 0, right, 0, down))
+        if self.shift:
+            padded = padded.roll((-self.shift, -self.shift), dims=(1, 2))
+        windows = self.attn(to_windows(padded, self.side), mask_NTT if self.shift else None)
+        attended = from_windows(windows, self.side, height + down, width + right)
+        if self.shift:
+            attended = attended.roll((self.shift, self.shift), dims=(1, 2))
+        return attended[:, :height, :width]
+
+
+class PatchMerging(nn.Module):
+    """Halves the map: each 2x2 tokens become one with twice the channels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * channels)
+        self.reduction = nn.Linear(4 * channels, 2 * channels, bias=False)
+
+    def forward(self, maps_BHWC: Tensor) -> Tensor:
+        """Map (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 2 C); odd sizes are padded with zeros."""
+        height, width = maps_BHWC.shape[1:3]
+        even = functional.pad(maps_BHWC, (0, 0, 0, width % 2, 0, height % 2))
+        # The published channel order: down the left column first, then down the right one.
+        corners = [even[:, row::2, column::2] for column, row in ((0, 0), (0, 1), (1, 0), (1, 1))]
+        return cast(Tensor, self.reduction(self.norm(torch.cat(corners, dim=-1))))
+
+
+class SwinStage(nn.Module):
+    """Blocks at one resolution, then the merging of tokens (except after the last stage)."""
+
+    downsample: PatchMerging | None
+
+    def __init__(self, stage: int, config: SwinConfig, drop_paths: list[float]) -> None:
+        super().__init__()
+        channels = config.embed_dim * 2**stage
+        self.side = config.window
+        self.checkpoint_activations = config.checkpoint_activations
+        self.blocks = nn.ModuleList(
+            SwinBlock(
+                channels, config.heads[stage], config, shifted=index % 2 == 1, drop_path=drop_path
+            )
+            for index, drop_path in enumerate(drop_paths)
+        )
+        last = stage == config.stages - 1
+        self.downsample = None if last else PatchMerging(channels)
+
+    def forward(self, maps_BHWC: Tensor) -> tuple[Tensor, Tensor]:
+        """Return this stage's maps, and what the next stage starts from."""
+        height, width = (math.ceil(size / self.side) * self.side for size in maps_BHWC.shape[1:3])
+        mask_NTT = shift_mask(height, width, self.side, maps_BHWC.device)
+        for block in self.blocks:
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                maps_BHWC = checkpoint(block, maps_BHWC, mask_NTT, use_reentrant=False)
+            else:
+                maps_BHWC = block(maps_BHWC, mask_NTT)
+        onward = maps_BHWC if self.downsample is None else self.downsample(maps_BHWC)
+        return maps_BHWC, onward
+
+
+class PatchEmbed(nn.Module):
+    """Turns each 4x4 pixels into a token."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, channels, PATCH, stride=PATCH)
+        self.norm = nn.LayerNorm(channels)
+
+    def forward(self, images_B3HW: Tensor) -> Tensor:
+        """Map (B, 3, H, W) pixels to (B, ceil(H / 4), ceil(W / 4), C) tokens."""
+        height, width = images_B3HW.shape[2:]
+        padded = functional.pad(images_B3HW, (0, -width % PATCH, 0, -height % PATCH))
+        return cast(Tensor, self.norm(self.proj(padded).permute(0, 2, 3, 1)))
+
+
+class SwinBackbone(Backbone):
+    """Patch embedding and stages.
+
+    Outputs are named after their level: ``layer{n}`` has stride ``2**n``; stage i makes level i + 2, and each output
+    goes through its own LayerNorm ``norm{i}``.
+
+    Args:
+        config: Sizes.
+        out_levels: The levels to return.
+    """
+
+    def __init__(self, config: SwinConfig, out_levels: tuple[int, ...]) -> None:
+        super().__init__()
+        self._out_stages = tuple(level - 2 for level in out_levels)
+        self._channels = [config.embed_dim * 2**stage for stage in range(config.stages)]
+        self.patch_embed = PatchEmbed(config.embed_dim)
+        drop_paths = torch.linspace(0.0, config.drop_path, sum(config.depths)).split(
+            list(config.depths)
+        )
+        self.layers = nn.ModuleList(
+            SwinStage(stage, config, drop_paths[stage].tolist()) for stage in range(config.stages)
+        )
+        for stage in self._out_stages:
+            self.add_module(f"norm{stage}", nn.LayerNorm(self._channels[stage]))
+        self.apply(_initialise)
+
+    def forward(self, images_B3HW: Tensor) -> dict[str, Tensor]:
+        """Return maps (B, C, H, W) of every output level, by name."""
+        onward = self.patch_embed(images_B3HW)
+        outputs = {}
+        for stage, layer in enumerate(self.layers):
+            maps_BHWC, onward = layer(onward)
+            if stage in self._out_stages:
+                normalised = self.get_submodule(f"norm{stage}")(maps_BHWC)
+                outputs[f"layer{stage + 2}"] = normalised.permute(0, 3, 1, 2).contiguous()
+        return outputs
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Return channels and stride of every output."""
+        return {
+            f"layer{stage + 2}": ShapeSpec(channels=self._channels[stage], stride=2 ** (stage + 2))
+            for stage in self._out_stages
+        }
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

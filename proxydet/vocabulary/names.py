@@ -1,0 +1,138 @@
+"""Reads class names from an option's text and from files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from proxydet.errors import VocabularyError
+
+_LARGEST_FILE = 32 * 1024 * 1024
+_NEXT_NAME = re.compile(
+    r'(?P<name>\s*(?:"(?P<quoted>(?:[^"]|"")*)"|(?P<plain>[^",\s][^,]*|))\s*)(?:,|$)'
+)
+
+
+@dataclass(frozen=True)
+class ClassWords:
+    """A class: its name, and other words for the same thing."""
+
+    name: str
+    synonyms: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The name and its synonyms, each once."""
+        return tuple(dict.fromkeys((self.name, *self.synonyms)))
+
+
+def split_names(text: str) -> list[str]:
+    """Split names at commas; a name in double quotes may hold commas.
+
+    ``'cup, "knife, fork", plate'`` are three names. Blanks around names are removed.
+
+    Raises:
+        VocabularyError: A name is empty, or a quote is not closed.
+    """
+    if "\n" in text or "\r" in text:
+        raise VocabularyError("class names given as text must be on one line", hint="use a file")
+    names: list[str] = []
+    position = 0
+    while position <= len(text):
+        match = _NEXT_NAME.match(text, position)
+        if match is None:
+            raise VocabularyError(
+                f"cannot split the class names {text!r} at {text[position:].strip()[:40]!r}",
+                hint='put a name that holds commas in double quotes: cup, "knife, fork"',
+            )
+        quoted, plain = match["quoted"], match["plain"]
+        name = plain if quoted is None else quoted.replace('""', '"')
+        names.append(_named(name, f"class name {len(names)}"))
+        # One past the comma, or past the end of the text.
+        position = match.end("name") + 1
+    return names
+
+
+def read_names(path: Path) -> tuple[ClassWords, ...]:
+    """Read class names from a file.
+
+    A text file holds one class a line, synonyms behind ``|`` (``couch | sofa | settee``); empty lines and lines
+    that start with ``#`` are skipped. A JSON file holds a list of names, or a mapping of names to lists of
+    synonyms.
+
+    Raises:
+        VocabularyError: The file cannot be read, or holds no names or an empty one.
+    """
+    text = _text_of(path)
+    classes = _from_json(text, path) if path.suffix.lower() == ".json" else _from_lines(text, path)
+    if not classes:
+        raise VocabularyError(f"{path} holds no class names", path=path)
+    return tuple(classes)
+
+
+def _text_of(path: Path) -> str:
+    try:
+        if path.stat().st_size > _LARGEST_FILE:
+            raise VocabularyError(f"{path} is too large to be a list of class names", path=path)
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise VocabularyError(f"there is no file {path}", path=path) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise VocabularyError(
+            f"cannot read class names from {path}: {error}",
+            hint="a list of names is a UTF-8 text file with one class a line",
+            path=path,
+        ) from error
+
+
+def _from_lines(text: str, path: Path) -> list[ClassWords]:
+    classes = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            words = [_named(word, f"a name in line {number} of {path}") for word in line.split("|")]
+            classes.append(ClassWords(words[0], tuple(words[1:])))
+    return classes
+
+
+def _from_json(text: str, path: Path) -> list[ClassWords]:
+    try:
+        content: Any = json.loads(text)
+    except ValueError as error:
+        raise VocabularyError(f"{path} is not valid JSON: {error}", path=path) from error
+    entries: list[tuple[Any, Any]] = []
+    if isinstance(content, list):
+        entries = [(name, []) for name in content]
+    elif isinstance(content, dict):
+        entries = list(content.items())
+    if not isinstance(content, list | dict) or not all(_is_entry(*entry) for entry in entries):
+        raise VocabularyError(
+            f"{path} must hold a list of names, or a mapping of names to lists of synonyms",
+            path=path,
+        )
+    return [
+        ClassWords(
+            _named(name, f"a name in {path}"),
+            tuple(_named(word, f"a synonym of {name!r} in {path}") for word in words),
+        )
+        for name, words in entries
+    ]
+
+
+def _is_entry(name: object, words: object) -> bool:
+    return (
+        isinstance(name, str)
+        and isinstance(words, Sequence)
+        and not isinstance(words, str)
+        and all(isinstance(word, str) for word in words)
+    )
+
+
+def _named(name: str, what: str) -> str:
+    clean = name.strip()
+    if not clean:
+        raise VocabularyError(f"{what} is empty")
+    return clean

@@ -1,0 +1,286 @@
+"""CLIP's text tower through open_clip, with small random weights: equal to open_clip's own text encoding."""
+
+from __future__ import annotations
+
+import copy
+import json
+import threading
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from open_clip.model import CLIP
+
+from proxydet.errors import CheckpointError, VocabularyError
+from proxydet.vocabulary import encoder as encoder_module
+from proxydet.vocabulary.clip_weights import read_text_tower
+from proxydet.vocabulary.compositional import CompositionalEncoder
+from proxydet.vocabulary.embedding_cache import EmbeddingCache
+from proxydet.vocabulary.encoder import ClipTextEncoder, build_vocabulary, open_encoder
+from proxydet.vocabulary.names import ClassWords
+
+CONFIG = {
+    "embed_dim": 16,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "patch_size": 16, "head_width": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+}
+NAMES = [
+    "a cat",
+    "a dog",
+    "a very long-winded kitchen implement of the seventeenth century",
+    "a 犬",
+]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> CLIP:
+    folder = tmp_path_factory.mktemp("configs")
+    (folder / "tiny-test.json").write_text(json.dumps(CONFIG))
+    (folder / "foreign-test.json").write_text(
+        json.dumps({**CONFIG, "text_cfg": {"hf_model_name": "some/model"}})
+    )
+    (folder / "whole-test.json").write_text(
+        json.dumps({**CONFIG, "text_cfg": {**CONFIG["text_cfg"], "no_causal_mask": True}})
+    )
+    open_clip.add_model_config(folder)
+    torch.manual_seed(3)
+    return CLIP(
+        CONFIG["embed_dim"], CONFIG["vision_cfg"], CONFIG["text_cfg"], quick_gelu=True
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def weights(clip: CLIP, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "tiny.pt"
+    torch.save({"state_dict": {f"module.{k}": v for k, v in clip.state_dict().items()}}, path)
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> EmbeddingCache:
+    return EmbeddingCache(tmp_path / "cache" / "texts.sqlite")
+
+
+def expected(clip: CLIP, texts: list[str]) -> np.ndarray:
+    with torch.inference_mode():
+        return clip.encode_text(open_clip.SimpleTokenizer()(texts)).numpy()
+
+
+def test_equal_to_open_clip_at_full_context(
+    clip: CLIP, weights: Path, cache: EmbeddingCache
+) -> None:
+    encoder = ClipTextEncoder(weights, model="tiny-test", cache=cache)
+    rows = encoder.encode(NAMES)
+    assert encoder.dim == 16
+    np.testing.assert_allclose(rows, expected(clip, NAMES), rtol=1e-4, atol=1e-6)
+
+
+def test_the_context_is_cut(
+    weights: Path, cache: EmbeddingCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = ClipTextEncoder(weights, model="tiny-test", cache=cache)
+    lengths = []
+    run = encoder._run
+    monkeypatch.setattr(
+        encoder, "_run", lambda t, length: (lengths.append(length), run(t, length))[1]
+    )
+    encoder.encode(["a cat", "a dog"])
+    assert lengths == [8]
+
+
+def test_a_tower_that_reads_padding_gets_its_full_context(
+    clip: CLIP, weights: Path, cache: EmbeddingCache
+) -> None:
+    encoder = ClipTextEncoder(weights, model="whole-test", cache=cache)
+    both_ways = CLIP(
+        CONFIG["embed_dim"],
+        CONFIG["vision_cfg"],
+        {**CONFIG["text_cfg"], "no_causal_mask": True},
+        quick_gelu=True,
+    ).eval()
+    both_ways.load_state_dict(clip.state_dict())
+    np.testing.assert_allclose(
+        encoder.encode(NAMES), expected(both_ways, NAMES), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_known_texts_are_not_encoded_again(
+    weights: Path, cache: EmbeddingCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = ClipTextEncoder(weights, model="tiny-test", cache=cache).encode(NAMES)
+    monkeypatch.setattr(encoder_module, "_load_tower", lambda *_: pytest.fail("loaded the tower"))
+    again = ClipTextEncoder(weights, model="tiny-test", cache=cache).encode(NAMES[::-1])
+    np.testing.assert_array_equal(first[::-1], again)
+
+
+def test_other_weights_or_another_model_are_not_served_from_the_cache(
+    clip: CLIP, weights: Path, cache: EmbeddingCache, tmp_path: Path
+) -> None:
+    first = ClipTextEncoder(weights, model="tiny-test", cache=cache).encode(["a cat"])
+    changed = {k: v * 1.5 if k == "text_projection" else v for k, v in clip.state_dict().items()}
+    torch.save(changed, tmp_path / "other.pt")
+    other = ClipTextEncoder(tmp_path / "other.pt", model="tiny-test", cache=cache).encode(["a cat"])
+    np.testing.assert_allclose(other, first * 1.5, rtol=1e-4)
+    whole = ClipTextEncoder(weights, model="whole-test", cache=cache).encode(["a cat"])
+    assert not np.allclose(whole, first)
+
+
+def test_an_embedding_does_not_depend_on_its_company(weights: Path, tmp_path: Path) -> None:
+    alone = ClipTextEncoder(
+        weights, model="tiny-test", cache=EmbeddingCache(tmp_path / "a")
+    ).encode(["a cat"])
+    together = ClipTextEncoder(
+        weights, model="tiny-test", cache=EmbeddingCache(tmp_path / "b")
+    ).encode(NAMES)
+    np.testing.assert_allclose(alone[0], together[0], atol=1e-6)
+
+
+def test_threads_share_an_encoder(clip: CLIP, weights: Path, cache: EmbeddingCache) -> None:
+    encoder = ClipTextEncoder(weights, model="tiny-test", cache=cache)
+    texts = [f"a thing {i}" for i in range(12)]
+    rows: dict[int, np.ndarray] = {}
+
+    def work(i: int) -> None:
+        rows[i] = encoder.encode([texts[i], texts[(i + 1) % 12]])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    wanted = expected(clip, texts)
+    for i, found in rows.items():
+        np.testing.assert_allclose(found, wanted[[i, (i + 1) % 12]], rtol=1e-4, atol=1e-6)
+
+
+def test_a_text_beyond_the_context_is_named(weights: Path, cache: EmbeddingCache) -> None:
+    with pytest.raises(VocabularyError, match="longer than the 77 tokens"):
+        ClipTextEncoder(weights, model="tiny-test", cache=cache).encode(["a cat", "word " * 76])
+
+
+def test_synonyms_and_prompts_are_averaged(
+    clip: CLIP, weights: Path, cache: EmbeddingCache
+) -> None:
+    encoder = ClipTextEncoder(weights, model="tiny-test", cache=cache)
+    built = build_vocabulary(
+        [ClassWords("couch", ("sofa",)), " lamp "], encoder, prompts=["a {}", "the {}"]
+    )
+    assert built.names == ("couch", "lamp")
+    rows = expected(clip, ["a couch", "the couch", "a sofa", "the sofa"])
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    np.testing.assert_allclose(built.embeddings[0], rows.mean(axis=0), rtol=1e-3, atol=1e-6)
+    single = build_vocabulary(["lamp"], encoder)
+    np.testing.assert_allclose(single.embeddings, expected(clip, ["a lamp"]), rtol=1e-4, atol=1e-6)
+
+
+def test_names_are_checked_before_they_are_encoded() -> None:
+    class Untouched:
+        dim = 4
+
+        def encode(self, names: object) -> np.ndarray:
+            return pytest.fail("encoded")
+
+    with pytest.raises(VocabularyError, match="twice"):
+        build_vocabulary(["cup", "cup "], Untouched())
+
+
+def test_the_compositional_encoder_gets_no_prompt() -> None:
+    encoder = CompositionalEncoder.create(["red", "circle"], dim=16, noise=0.1, seed=0)
+    built = build_vocabulary(["red circle"], encoder)
+    np.testing.assert_array_equal(built.embeddings, encoder.encode(["red circle"]))
+
+
+def test_missing_weights_say_how_to_get_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PROXYDET_MODELS", str(tmp_path))
+    with pytest.raises(VocabularyError) as caught:
+        open_encoder()
+    assert "proxydet download clip-vit-b32" in str(caught.value.hint)
+    assert ".npy" in str(caught.value.hint)
+
+
+def test_models_that_cannot_serve_are_refused(
+    clip: CLIP, weights: Path, cache: EmbeddingCache
+) -> None:
+    with pytest.raises(VocabularyError, match="no model"):
+        ClipTextEncoder(weights, model="absent-test", cache=cache).encode(["a"])
+    with pytest.raises(VocabularyError, match="hf_model_name"):
+        ClipTextEncoder(weights, model="foreign-test", cache=cache).encode(["a"])
+
+
+def test_weights_of_another_size_are_refused(weights: Path, cache: EmbeddingCache) -> None:
+    with pytest.raises(CheckpointError, match="does not fit"):
+        ClipTextEncoder(weights, model="ViT-B-32", cache=cache).encode(["a"])
+
+
+@pytest.mark.filterwarnings("ignore")  # tracing warns of its own deprecation and of much else
+def test_torchscript_archives_are_read_without_running_them(clip: CLIP, tmp_path: Path) -> None:
+    path = tmp_path / "jit.pt"
+    image, text = torch.zeros(1, 3, 32, 32), open_clip.SimpleTokenizer()(["a"])
+    torch.jit.trace(copy.deepcopy(clip), (image, text), check_trace=False).save(str(path))
+    tower = read_text_tower(path)
+    wanted = {k: v for k, v in clip.state_dict().items() if not k.startswith(("visual.", "logit"))}
+    assert set(tower) == set(wanted)
+    for name, tensor in tower.items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=0)
+
+
+def test_safetensors_and_nested_towers_are_read(clip: CLIP, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    tower = {k: v for k, v in clip.state_dict().items() if not k.startswith(("visual.", "logit"))}
+    save_file({f"text.{k}": v.half() for k, v in tower.items()}, tmp_path / "a.safetensors")
+    found = read_text_tower(tmp_path / "a.safetensors")
+    assert set(found) == set(tower)
+    assert all(tensor.dtype == torch.float32 for tensor in found.values())
+
+
+class Evil:
+    def __reduce__(self) -> tuple:
+        return (print, ("this must not run",))
+
+
+def test_hostile_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    torch.save({"state_dict": Evil()}, tmp_path / "pickle.pt")
+    with zipfile.ZipFile(tmp_path / "archive.pt", "w") as archive:
+        import pickle
+
+        archive.writestr("archive/constants.pkl", b"")
+        archive.writestr("archive/data.pkl", pickle.dumps(Evil(), protocol=2))
+    (tmp_path / "text.pt").write_text("not weights")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    for name in ("pickle.pt", "archive.pt", "text.pt", "cut.safetensors", "absent.pt"):
+        with pytest.raises(CheckpointError, match=name):
+            read_text_tower(tmp_path / name)
+    assert "must not run" not in capsys.readouterr().out
+
+
+def test_a_damaged_cache_is_put_aside(weights: Path, cache: EmbeddingCache, clip: CLIP) -> None:
+    cache.path.parent.mkdir(parents=True)
+    cache.path.write_bytes(b"not a database" * 100)
+    rows = ClipTextEncoder(weights, model="tiny-test", cache=cache).encode(["a cat"])
+    np.testing.assert_allclose(rows, expected(clip, ["a cat"]), rtol=1e-4, atol=1e-6)
+    assert cache.path.with_name("texts.sqlite.damaged").read_bytes().startswith(b"not a database")
+
+
+def test_the_cache_finds_thousands_of_texts(cache: EmbeddingCache) -> None:
+    rows = {f"text {i}": np.full(4, i, np.float32) for i in range(1300)}
+    cache.put("digest", rows)
+    found = cache.get("digest", [*rows, "absent"])
+    assert set(found) == set(rows)
+    assert found["text 1234"].tolist() == [1234.0] * 4
+    assert cache.get("other digest", rows) == {}
+
+
+def test_the_digest_follows_the_file(cache: EmbeddingCache, tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(b"one")
+    first = cache.digest_of(file)
+    assert cache.digest_of(file) == first
+    file.write_bytes(b"another")
+    assert cache.digest_of(file) != first

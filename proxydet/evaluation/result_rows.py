@@ -1,0 +1,173 @@
+"""From decoded detections to checked columns."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
+
+from proxydet.evaluation.annotation_file import Identifier
+from proxydet.evaluation.results import Results, ResultsBuilder
+from proxydet.evaluation.validation import Problems
+
+
+class DetectionRow(msgspec.Struct, gc=False):
+    """One detection as results files spell it; the box is x, y, width, height in pixels."""
+
+    image_id: Identifier
+    category_id: Identifier
+    score: float
+    bbox: tuple[float, float, float, float] | None = None
+    segmentation: msgspec.Raw = msgspec.Raw(b"")
+
+
+class _Rle(msgspec.Struct, gc=False):
+    size: tuple[int, int]
+    counts: str | list[int]
+
+
+_MASK = msgspec.json.Decoder(_Rle | list[list[float]] | None)
+
+
+def add_rows(
+    builder: ResultsBuilder, rows: list[DetectionRow], problems: Problems, *, keep_every_mask: bool
+) -> None:
+    """Check detections, and append them when they can be placed in the data set.
+
+    Args:
+        builder: Where to append.
+        rows: Detections in their file's order.
+        problems: Where to note what is wrong; detections with an unknown name are noted and not appended.
+        keep_every_mask: Keep the masks of detections too that the protocol cannot judge.
+    """
+    truth, first = problems.truth, builder.seen
+    builder.seen += len(rows)
+    image_D = _numbers([row.image_id for row in rows], truth.image_index)
+    category_D = _numbers([row.category_id for row in rows], truth.category_index)
+    score_D = np.array([row.score for row in rows], dtype=np.float64)
+    _check_names(rows, image_D, category_D, problems, first)
+    problems.add(
+        "have a score that is not finite",
+        np.flatnonzero(~np.isfinite(score_D)),
+        lambda index: f"detection {first + index}: {score_D[index]}",
+    )
+    known_D = (image_D >= 0) & (category_D >= 0)
+    wanted_D = known_D.copy()
+    if not keep_every_mask:
+        wanted_D[known_D] = truth.judged_IC[image_D[known_D], category_D[known_D]]
+    mask_D, masks, area_M = _masks(rows, wanted_D, image_D, problems, first)
+    box_D4 = _boxes(rows, mask_D, masks, problems, first)
+    problems.check_boxes(image_D, box_D4, first)
+    builder.add(
+        Results(
+            path=builder.path,
+            image_D=image_D[known_D],
+            category_D=category_D[known_D],
+            score_D=score_D[known_D],
+            box_D4=box_D4[known_D],
+            mask_D=mask_D[known_D],
+            masks=masks,
+            mask_area_M=area_M,
+            has_masks=all(row.segmentation for row in rows),
+        )
+    )
+
+
+def _numbers(ids: list[Identifier], index: dict[Identifier, int]) -> NDArray[np.int64]:
+    return np.fromiter((index.get(value, -1) for value in ids), dtype=np.int64, count=len(ids))
+
+
+def _check_names(
+    rows: list[DetectionRow],
+    image_D: NDArray[np.int64],
+    category_D: NDArray[np.int64],
+    problems: Problems,
+    first: int,
+) -> None:
+    problems.add(
+        "name images that the data set does not have",
+        np.flatnonzero(image_D < 0),
+        lambda index: f"detection {first + index}: image_id {rows[index].image_id!r}",
+    )
+    problems.add(
+        "name categories that the data set does not have",
+        np.flatnonzero(category_D < 0),
+        lambda index: f"detection {first + index}: category_id {rows[index].category_id!r}",
+    )
+
+
+def _masks(
+    rows: list[DetectionRow],
+    wanted_D: NDArray[np.bool_],
+    image_D: NDArray[np.int64],
+    problems: Problems,
+    first: int,
+) -> tuple[NDArray[np.int64], list[dict[str, Any]], NDArray[np.float64]]:
+    """Return the number of each detection's mask (-1 where it has none), the wanted masks, and their areas."""
+    masks: list[dict[str, Any]] = []
+    owners: list[int] = []
+    unreadable: list[int] = []
+    for index in np.flatnonzero(wanted_D).tolist():
+        if not rows[index].segmentation:
+            continue
+        height, width = problems.truth.image_sizes_I2[image_D[index]].tolist()
+        try:
+            mask = _compressed(_MASK.decode(rows[index].segmentation), height, width)
+        except (msgspec.ValidationError, UnicodeEncodeError, OverflowError):
+            unreadable.append(index)
+            continue
+        if mask is not None:
+            masks.append(mask)
+            owners.append(index)
+    detection_M = np.array(owners, dtype=np.int64)
+    problems.add(
+        "have a damaged mask", np.array(unreadable), lambda index: f"detection {first + index}"
+    )
+    area_M = problems.check_masks(masks, image_D[detection_M], detection_M + first)
+    mask_D = np.full(len(rows), -1, dtype=np.int64)
+    mask_D[detection_M] = np.arange(len(detection_M))
+    return mask_D, masks, area_M
+
+
+def _compressed(
+    value: _Rle | list[list[float]] | None, height: int, width: int
+) -> dict[str, Any] | None:
+    """Return a mask in compressed runs; polygons are rasterised in the image's size, as the COCO tools do."""
+    if value is None:
+        return None
+    if isinstance(value, list):
+        merged: dict[str, Any] = coco_mask.merge(coco_mask.frPyObjects(value, height, width))
+        return merged
+    size = list(value.size)
+    if isinstance(value.counts, str):
+        return {"size": size, "counts": value.counts.encode("ascii")}
+    encoded: dict[str, Any] = coco_mask.frPyObjects({"size": size, "counts": value.counts}, *size)
+    return encoded
+
+
+def _boxes(
+    rows: list[DetectionRow],
+    mask_D: NDArray[np.int64],
+    masks: list[dict[str, Any]],
+    problems: Problems,
+    first: int,
+) -> NDArray[np.float64]:
+    """Return the boxes, drawn around the mask where a detection has only that."""
+    without = np.array(
+        [index for index, row in enumerate(rows) if row.bbox is None], dtype=np.int64
+    )
+    none = (0.0, 0.0, 0.0, 0.0)
+    flat = chain.from_iterable(none if row.bbox is None else row.bbox for row in rows)
+    box_D4 = np.fromiter(flat, dtype=np.float64, count=4 * len(rows)).reshape(-1, 4)
+    if not len(without):
+        return box_D4
+    bare = np.array([index for index in without if not rows[index].segmentation], dtype=np.int64)
+    problems.add("have neither a box nor a mask", bare, lambda index: f"detection {first + index}")
+    drawn = without[mask_D[without] >= 0]
+    if len(drawn) and not problems.found:
+        box_D4[drawn] = coco_mask.toBbox([masks[index] for index in mask_D[drawn]])
+    return box_D4

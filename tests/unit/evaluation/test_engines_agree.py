@@ -1,0 +1,221 @@
+"""The fast engine gives what the official evaluators give."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from proxydet.errors import EnvironmentProblem
+from proxydet.evaluation import hotcoco_engine
+from proxydet.evaluation.config import EvaluationConfig
+from proxydet.evaluation.evaluate import evaluate_results
+from proxydet.evaluation.report import Report
+
+TOLERANCE = 1e-9
+
+
+def largest_difference(first: Report, second: Report) -> float:
+    largest = 0.0
+    assert first.types.keys() == second.types.keys()
+    for kind, part in first.types.items():
+        other = second.types[kind]
+        assert part.metrics.keys() == other.metrics.keys()
+        for name, value in part.metrics.items():
+            assert (value is None) == (other.metrics[name] is None), (kind, name)
+            if value is not None:
+                largest = max(largest, abs(value - other.metrics[name]))
+        curves, expected = part.curves, other.curves
+        largest = max(largest, np.abs(curves.precision_TRCA - expected.precision_TRCA).max())
+        largest = max(largest, np.abs(curves.recall_TCAM - expected.recall_TCAM).max())
+    return largest
+
+
+def both(truth: dict[str, Any], detections: list[dict[str, Any]], **options: Any) -> list[Report]:
+    return [
+        evaluate_results(detections, truth, config=EvaluationConfig(engine=engine, **options))
+        for engine in ("hotcoco", "lvis")
+    ]
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("engine", ["hotcoco", pytest.param("lvis", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["dt_synth.json", "dt_synth_ties.json", "dt_synth_420_per_image.json.gz"]
+)
+def test_official_numbers_on_real_annotations(sample: Path, name: str, engine: str) -> None:
+    expected = json.loads((sample / "expected.json").read_text())[name.split(".")[0]]
+    report = evaluate_results(
+        sample / name, sample / "lvis_val_100.json", config=EvaluationConfig(engine=engine)
+    )
+    for kind in ("bbox", "segm"):
+        part = report.types[kind]
+        assert part.metrics == pytest.approx(expected[kind], abs=TOLERANCE)
+        by_id = {str(score.id): score.ap for score in part.categories if score.ap is not None}
+        assert by_id == pytest.approx(expected[f"{kind}_per_category_AP"], abs=TOLERANCE)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    images=st.integers(1, 8),
+    categories=st.integers(1, 9),
+    per_image=st.integers(1, 40),
+    max_detections=st.sampled_from([3, 10, 300]),
+)
+def test_equal_on_generated_federated_sets(
+    make_set: Callable[..., Any],
+    seed: int,
+    images: int,
+    categories: int,
+    per_image: int,
+    max_detections: int,
+) -> None:
+    truth, detections = make_set(seed, images=images, categories=categories, per_image=per_image)
+    fast, official = both(
+        truth, detections, max_detections=max_detections, iou_types=("bbox", "segm")
+    )
+    assert largest_difference(fast, official) < TOLERANCE
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(seed=st.integers(0, 2**32 - 1), crowds=st.booleans(), per_image=st.integers(1, 150))
+def test_equal_on_generated_coco_sets(
+    make_set: Callable[..., Any], seed: int, crowds: bool, per_image: int
+) -> None:
+    truth, detections = make_set(
+        seed, images=4, categories=3, per_image=per_image, federated=False, crowds=crowds
+    )
+    fast, official = both(truth, detections, iou_types=("bbox", "segm"))
+    assert fast.protocol == "coco"
+    assert largest_difference(fast, official) < TOLERANCE
+
+
+def test_more_than_300_detections_an_image_with_ties(make_set: Callable[..., Any]) -> None:
+    truth, detections = make_set(5, images=2, categories=4, per_image=700, steps=3)
+    fast, official = both(truth, detections)
+    assert fast.counts.capped > 0
+    assert largest_difference(fast, official) < TOLERANCE
+
+
+def test_the_limit_counts_detections_of_unjudged_categories(make_set: Callable[..., Any]) -> None:
+    """An image's 300 best are chosen before those of unjudged categories are dropped."""
+    truth, detections = make_set(1, images=3, categories=6, per_image=30)
+    judged = evaluate_results(detections, truth, config=EvaluationConfig(max_detections=5))
+    assert judged.counts.unjudged > 0
+    fast, official = both(truth, detections, max_detections=5)
+    assert largest_difference(fast, official) < TOLERANCE
+
+
+def test_fixed_ap_limits_a_category_and_not_an_image(make_set: Callable[..., Any]) -> None:
+    truth, detections = make_set(3, images=4, categories=3, per_image=400)
+    fast, official = both(truth, detections, fixed=True, fixed_detections=40)
+    assert largest_difference(fast, official) < TOLERANCE
+    assert all(name.startswith("fixed-") for name in fast.to_dict()["results"]["segm"]["metrics"])
+    assert max(score.detections for score in fast.per_class()) <= 40
+    usual, _ = both(truth, detections)
+    assert usual.ap != fast.ap
+
+
+def test_detections_of_unjudged_categories_only(make_set: Callable[..., Any]) -> None:
+    truth, detections = make_set(2, images=3, categories=4)
+    present = {(row["image_id"], row["category_id"]) for row in truth["annotations"]}
+    for image in truth["images"]:
+        image["neg_category_ids"] = []
+    unjudged = [row for row in detections if (row["image_id"], row["category_id"]) not in present]
+    assert unjudged
+    fast, official = both(truth, unjudged)
+    assert fast.ap == 0
+    assert largest_difference(fast, official) < TOLERANCE
+
+
+@pytest.mark.parametrize("federated", [True, False])
+def test_no_detection_at_all_is_zero_where_there_is_something_to_find(
+    make_set: Callable[..., Any], federated: bool
+) -> None:
+    truth, _ = make_set(4, federated=federated)
+    report = evaluate_results([], truth)
+    assert report.ap == 0
+    assert report.counts.detections == 0
+    absent = {row["id"] for row in truth["categories"]} - {
+        row["category_id"] for row in truth["annotations"] if row["area"] > 0 or not federated
+    }
+    assert {score.id for score in report.per_class() if score.ap is None} == absent
+
+
+def test_a_category_without_annotations_counts_nowhere(make_set: Callable[..., Any]) -> None:
+    truth, detections = make_set(6, categories=4)
+    truth["annotations"] = [row for row in truth["annotations"] if row["category_id"] != 2]
+    fast, official = both(truth, detections)
+    assert next(score for score in fast.per_class() if score.id == 2).ap is None
+    assert largest_difference(fast, official) < TOLERANCE
+
+
+@pytest.mark.parametrize("federated", [True, False])
+def test_ignored_annotations_and_crowds(make_set: Callable[..., Any], federated: bool) -> None:
+    """LVIS's evaluator knows ``ignore`` and not ``iscrowd``; COCO's the other way round."""
+    truth, detections = make_set(22, images=8, per_image=20, federated=federated)
+    for index, row in enumerate(truth["annotations"]):
+        row["ignore"], row["iscrowd"] = int(index % 3 == 0), int(index % 4 == 0)
+    fast, official = both(truth, detections)
+    assert largest_difference(fast, official) < TOLERANCE
+
+
+def test_annotation_ids_of_zero_are_no_trap(make_set: Callable[..., Any]) -> None:
+    """The official evaluators take a match with annotation 0 for no match; ids are renumbered from 1 for them."""
+    truth, detections = make_set(8)
+    expected = evaluate_results(detections, truth)
+    for row in truth["annotations"]:
+        row["id"] -= 1
+    assert largest_difference(evaluate_results(detections, truth), expected) == 0
+
+
+def test_order_of_images_does_not_matter(make_set: Callable[..., Any]) -> None:
+    truth, detections = make_set(9, images=8, per_image=30)
+    expected = evaluate_results(detections, truth)
+    by_image = sorted(detections, key=lambda row: row["image_id"])
+    truth["images"].reverse()
+    assert largest_difference(evaluate_results(by_image, truth), expected) == 0
+
+
+def test_text_ids_are_fine(make_set: Callable[..., Any]) -> None:
+    truth, detections = make_set(10)
+    expected = evaluate_results(detections, truth)
+    for row in [*truth["images"]]:
+        row["id"] = f"image {row['id']:05}"
+    for row in [*truth["annotations"], *detections]:
+        row["image_id"] = f"image {row['image_id']:05}"
+    assert largest_difference(evaluate_results(detections, truth), expected) == 0
+
+
+@pytest.mark.parametrize("failure", [ValueError("odd"), BaseException("panic")])
+def test_a_failure_of_the_fast_engine_advises_the_official_one(
+    make_set: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, failure: BaseException
+) -> None:
+    def fail(*_: Any) -> None:
+        raise failure
+
+    monkeypatch.setattr(hotcoco_engine, "_hotcoco_curves", fail)
+    truth, detections = make_set(0)
+    with pytest.raises(EnvironmentProblem, match="fast evaluation engine failed") as caught:
+        evaluate_results(detections, truth)
+    assert "--engine lvis" in (caught.value.hint or "")
+
+
+def test_groups_of_categories(make_set: Callable[..., Any]) -> None:
+    truth, detections = make_set(11, categories=6)
+    novel = np.array([True, False] * 3)
+    report = evaluate_results(detections, truth, groups={"novel": novel, "base": ~novel})
+    part = report.types["segm"]
+    names = [score.name for score in part.groups]
+    assert names == ["rare", "common", "frequent", "novel", "base"]
+    scored = [score for score, chosen in zip(part.categories, novel, strict=True) if chosen]
+    values = [score.ap50 for score in scored if score.ap50 is not None]
+    assert part.group("novel").ap50 == pytest.approx(np.mean(values))
+    assert part.group("rare").ap == part.metrics["APr"]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,8 +77,8 @@ def activate() -> Detectron2:
 
 def _checked_version(package: ModuleType, folder: Path) -> str:
     version = str(getattr(package, "__version__", "unknown"))
-    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
-    if numbers < OLDEST_VERSION:
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers and (int(numbers[1]), int(numbers[2])) < OLDEST_VERSION:
         raise MissingDependencyError(
             f"detectron2 {version} is too old; 0.6 or its main branch is needed.",
             hint=f"uninstall it, then {SETUP_HINT}",

@@ -36,7 +36,7 @@ class RepairFinder(MetaPathFinder):
             return None
         spec = self._find_elsewhere(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            _wrap_execution(spec.loader, repair)
+            spec.loader = _RepairingLoader(spec.loader, repair)
         return spec
 
     def install(self) -> None:
@@ -60,15 +60,23 @@ class RepairFinder(MetaPathFinder):
         return None
 
 
-def _wrap_execution(loader: Loader, repair: Repair) -> None:
-    # On the instance, not a wrapping class: inspect, linecache and pickle go on seeing the loader they know.
-    execute = loader.exec_module
+class _RepairingLoader(Loader):
+    """Stands for another loader until the module runs; that loader may serve other modules too."""
 
-    def exec_module(module: ModuleType) -> None:
-        with repair(module):
-            execute(module)
+    def __init__(self, loader: Loader, repair: Repair) -> None:
+        self._loader = loader
+        self._repair = repair
 
-    loader.exec_module = exec_module  # type: ignore[method-assign]
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        # From here on the module looks as if it had been found the ordinary way, to inspect and pickle too.
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        with self._repair(module):
+            self._loader.exec_module(module)
 
 
 @contextmanager

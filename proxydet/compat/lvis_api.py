@@ -13,7 +13,9 @@ Attributes:
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
+from functools import partial
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -42,9 +44,23 @@ def _load_evaluator() -> ModuleType:
     module = _load("eval")
     if not isinstance(module.__dict__["np"], NamespaceOverlay):
         module.__dict__["np"] = NamespaceOverlay(module.__dict__["np"], {"float": float})
+    _modernise_logger(module, logging.WARNING)
     return module
 
 
+def _load_results() -> ModuleType:
+    module = _load("results")
+    # All it ever warns of is that results given as a list are taken as they are.
+    _modernise_logger(module, logging.INFO)
+    return module
+
+
+def _modernise_logger(module: ModuleType, level: int) -> None:
+    # Logger.warn is deprecated; Python's own word for it is on its way out.
+    logger = logging.getLogger(module.__name__)
+    logger.warn = partial(logger.log, level)  # type: ignore[method-assign]
+
+
 LVIS: Any = _load("lvis").LVIS
-LVISResults: Any = _load("results").LVISResults
+LVISResults: Any = _load_results().LVISResults
 LVISEval: Any = _load_evaluator().LVISEval

@@ -106,7 +106,7 @@ def _check(rows: AnnotationFile, path: Path | None) -> None:
                 [f"annotations[{index}]: {value!r}" for index, value in unknown]
             )
             raise DataError(
-                f"{where}: {len(unknown)} annotations have an {key} that the file does not list ({shown}).",
+                f"{where}: {len(unknown)} annotations have a value of {key} that the file does not list ({shown}).",
                 hint="check the annotation file with: proxydet data check",
                 path=path,
             )

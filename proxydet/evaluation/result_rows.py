@@ -30,6 +30,8 @@ class _Rle(msgspec.Struct, gc=False):
     counts: str | list[int]
 
 
+# JSON of at most this length is no mask: it is absent, null, or an empty list.
+_SHORTEST = 4
 _MASK = msgspec.json.Decoder(_Rle | list[list[float]] | None)
 
 
@@ -72,7 +74,7 @@ def add_rows(
             mask_D=mask_D[known_D],
             masks=masks,
             mask_area_M=area_M,
-            has_masks=all(row.segmentation for row in rows),
+            has_masks=all(len(row.segmentation) > _SHORTEST for row in rows),
         )
     )
 
@@ -112,7 +114,7 @@ def _masks(
     owners: list[int] = []
     unreadable: list[int] = []
     for index in np.flatnonzero(wanted_D).tolist():
-        if not rows[index].segmentation:
+        if len(rows[index].segmentation) <= _SHORTEST:
             continue
         height, width = problems.truth.image_sizes_I2[image_D[index]].tolist()
         try:
@@ -165,7 +167,9 @@ def _boxes(
     box_D4 = np.fromiter(flat, dtype=np.float64, count=4 * len(rows)).reshape(-1, 4)
     if not len(without):
         return box_D4
-    bare = np.array([index for index in without if not rows[index].segmentation], dtype=np.int64)
+    bare = np.array(
+        [index for index in without if len(rows[index].segmentation) <= _SHORTEST], dtype=np.int64
+    )
     problems.add("have neither a box nor a mask", bare, lambda index: f"detection {first + index}")
     drawn = without[mask_D[without] >= 0]
     if len(drawn) and not problems.found:

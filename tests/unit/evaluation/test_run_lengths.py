@@ -1,0 +1,60 @@
+"""Masks are measured as the COCO tools measure them, and damage is told before it reaches compiled code."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from pycocotools import mask as coco_mask
+
+from proxydet.evaluation.rle import measure
+
+shapes = st.tuples(st.integers(1, 12), st.integers(1, 12))
+masks = shapes.flatmap(lambda shape: arrays.arrays(np.uint8, shape, elements=st.integers(0, 1)))
+
+
+def encode(mask: np.ndarray) -> dict[str, object]:
+    return coco_mask.encode(np.asfortranarray(mask))
+
+
+@given(st.lists(masks, max_size=6))
+@settings(deadline=None)
+def test_areas_and_soundness_of_real_masks(several: list[np.ndarray]) -> None:
+    areas, sound = measure([encode(mask) for mask in several])
+    assert areas.tolist() == [mask.sum() for mask in several]
+    assert sound.all()
+
+
+def test_large_masks_whose_runs_need_many_characters() -> None:
+    mask = np.zeros((3000, 4000), dtype=np.uint8)
+    mask[100:2900, 5:3990] = 1
+    mask[::7] = 0
+    areas, sound = measure([encode(mask), encode(1 - mask)])
+    assert areas.tolist() == [mask.sum(), mask.size - mask.sum()]
+    assert sound.all()
+
+
+@given(masks, st.binary(min_size=0, max_size=30))
+@settings(deadline=None, max_examples=300)
+def test_sound_means_that_the_runs_fill_the_image(mask: np.ndarray, noise: bytes) -> None:
+    """Any bytes: where they are called sound, decoding them gives the area that was measured."""
+    height, width = mask.shape
+    rle = {"size": [height, width], "counts": noise}
+    areas, sound = measure([encode(mask), rle, encode(mask)])
+    assert sound[0]
+    assert sound[2]
+    if sound[1]:
+        assert coco_mask.decode(rle).sum() == areas[1]
+
+
+@given(masks, st.data())
+@settings(deadline=None)
+def test_changed_counts_are_told_or_harmless(mask: np.ndarray, data: st.DataObject) -> None:
+    counts = bytearray(encode(mask)["counts"])  # type: ignore[call-overload]
+    place = data.draw(st.integers(0, len(counts) - 1))
+    counts[place] = data.draw(st.integers(0, 255))
+    rle = {"size": list(mask.shape), "counts": bytes(counts)}
+    areas, sound = measure([rle])
+    if sound[0]:
+        assert coco_mask.decode(rle).sum() == areas[0]

@@ -26,11 +26,13 @@ class BoxBatch:
         instances: B detectron2 ``Instances`` of the size of their image, with ``gt_boxes`` (``Boxes``, xyxy pixels),
             ``gt_classes`` (int64 in [0, C)) and ``gt_masks`` (``PolygonMasks`` or ``BitMasks``); may hold no object.
         image_ids: B identifiers, as the annotation file has them.
+        skipped: Names of images that were planned for this batch and left out because they cannot be read.
     """
 
     images: tuple[torch.Tensor, ...]
     instances: tuple[Instances, ...]
     image_ids: tuple[ImageId, ...]
+    skipped: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_lengths(len(self.images), len(self.instances), len(self.image_ids))
@@ -44,6 +46,7 @@ class BoxBatch:
             images=tuple(image.to(device, non_blocking=True) for image in self.images),
             instances=tuple(instances.to(device) for instances in self.instances),
             image_ids=self.image_ids,
+            skipped=self.skipped,
         )
 
     def pin_memory(self) -> BoxBatch:
@@ -52,6 +55,7 @@ class BoxBatch:
             images=tuple(image.pin_memory() for image in self.images),
             instances=self.instances,
             image_ids=self.image_ids,
+            skipped=self.skipped,
         )
 
 
@@ -63,11 +67,13 @@ class ImageLabelBatch:
         images: B uint8 tensors (3, H, W), RGB.
         labels: B int64 tensors (L,), the classes in the image, in [0, C).
         image_ids: B identifiers, as the source has them.
+        skipped: Names of images that were planned for this batch and left out because they cannot be read.
     """
 
     images: tuple[torch.Tensor, ...]
     labels: tuple[torch.Tensor, ...]
     image_ids: tuple[ImageId, ...]
+    skipped: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_lengths(len(self.images), len(self.labels), len(self.image_ids))
@@ -81,6 +87,7 @@ class ImageLabelBatch:
             images=tuple(image.to(device, non_blocking=True) for image in self.images),
             labels=tuple(labels.to(device, non_blocking=True) for labels in self.labels),
             image_ids=self.image_ids,
+            skipped=self.skipped,
         )
 
     def pin_memory(self) -> ImageLabelBatch:
@@ -89,6 +96,7 @@ class ImageLabelBatch:
             images=tuple(image.pin_memory() for image in self.images),
             labels=self.labels,
             image_ids=self.image_ids,
+            skipped=self.skipped,
         )
 
 

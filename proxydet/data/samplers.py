@@ -1,0 +1,208 @@
+"""Which images make up which batch, as a pure function of seed, step and rank.
+
+Nothing here remembers anything: the batch of step 80,000 is computed as directly as that of step 0, by any process. So a
+run resumes exactly, whatever the number of loader workers was.
+
+A *group* is a source (boxes or image labels) with an orientation (landscape or not). A batch is drawn in two parts: first
+its group, so often that in the long run each image comes up in proportion to its weight; then its images, independently
+and with replacement, in proportion to their weights in the group. This gives the same mixture as drawing single
+images and collecting them by group until a batch is full, which is how it was published, without the state that
+collecting needs.
+
+Dimensions: I images, K categories, G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from proxydet.errors import DataError
+
+FloatArray = npt.NDArray[np.float64]
+
+_GROUP_STREAM, _IMAGE_STREAM, _AUGMENTATION_STREAM = 1, 2, 3
+SourceName = Literal["boxes", "image_labels"]
+
+
+def repeat_factors(
+    images_P: npt.NDArray[np.integer],
+    categories_P: npt.NDArray[np.integer],
+    *,
+    image_count: int,
+    threshold: float,
+) -> FloatArray:
+    """Return how often each image should be repeated for the sake of its rarest category.
+
+    A category in a share f of the images gets max(1, sqrt(threshold / f)); an image gets the largest of its categories'
+    factors, and 1 without any (LVIS paper, appendix B.2).
+
+    Args:
+        images_P: Image row of each of P annotations.
+        categories_P: Category of each.
+        image_count: Number of images, I.
+        threshold: Share of the images below which a category is repeated; 0 repeats none.
+
+    Returns:
+        float64 (I,), at least 1.
+    """
+    factors_I: FloatArray = np.ones(image_count, dtype=np.float64)
+    if not len(images_P):
+        return factors_I
+    categories = np.asarray(categories_P, dtype=np.int64)
+    width = int(categories.max()) + 1
+    pairs = np.unique(np.asarray(images_P, dtype=np.int64) * width + categories)
+    image_of, category_of = np.divmod(pairs, width)
+    share_K = np.bincount(category_of, minlength=width) / image_count
+    with np.errstate(divide="ignore"):
+        factor_K = np.maximum(1.0, np.sqrt(threshold / share_K))
+    np.maximum.at(factors_I, image_of, factor_K[category_of])
+    return factors_I
+
+
+def image_weights(factors: Sequence[FloatArray], ratios: Sequence[float]) -> list[FloatArray]:
+    """Return the sampling weight of each image of each source.
+
+    Within a source, weights are in proportion to the repeat factors; their sums over the sources are in proportion to the
+    ratios, and all together as large as the largest source (the published scale, which matters only for comparison).
+
+    Args:
+        factors: Repeat factors of each source.
+        ratios: Share of images to draw from each source.
+    """
+    total = max(len(source) for source in factors)
+    return [
+        source * (total * ratio / sum(ratios) / source.sum())
+        for source, ratio in zip(factors, ratios, strict=True)
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceImages:
+    """What the plan needs to know of a source.
+
+    Attributes:
+        name: Which source it is.
+        weights_I: float64 (I,), in proportion to how often each image is to be drawn, over all sources.
+        landscape_I: bool (I,), whether each image is wider than high.
+        batch_size: Images of a batch on one process.
+    """
+
+    name: SourceName
+    weights_I: FloatArray
+    landscape_I: npt.NDArray[np.bool_]
+    batch_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedBatch:
+    """What a loader worker needs to make a batch.
+
+    Attributes:
+        source: Where the images come from.
+        rows: Row of each image in its source.
+        seeds: Seed of each image's augmentation.
+    """
+
+    source: SourceName
+    rows: tuple[int, ...]
+    seeds: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class _Group:
+    source: SourceName
+    batch_size: int
+    rows: npt.NDArray[np.int64]
+    cumulative: FloatArray
+
+
+class BatchPlan:
+    """The infinite sequence of batches of a run.
+
+    Args:
+        sources: The sources that have images.
+        seed: Of the run.
+        group_by_orientation: Whether a batch holds only landscape or only other images.
+        ranks_share_group: Whether all processes of a step draw from one group, and then successive parts of one larger batch.
+
+    Raises:
+        DataError: no source has images that are drawn at all.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[SourceImages],
+        *,
+        seed: int,
+        group_by_orientation: bool = True,
+        ranks_share_group: bool = False,
+    ) -> None:
+        self._seed = seed
+        self._shared = ranks_share_group
+        self._groups: list[_Group] = []
+        for source in sources:
+            self._groups.extend(_split(source, group_by_orientation))
+        if not self._groups:
+            raise DataError(
+                "there are no images to train on",
+                hint="look at the data set with: proxydet data check",
+            )
+        # A group that fills its batch with n images comes up 1/n as often as its images do.
+        rates = [group.cumulative[-1] / group.batch_size for group in self._groups]
+        self._cumulative_G: FloatArray = np.cumsum(rates)
+
+    def batch(self, step: int, *, rank: int, world_size: int) -> PlannedBatch:
+        """Return the batch of one process in one step.
+
+        The batches of all processes are one sequence: process r of N takes number ``step * N + r``. One process that
+        accumulates the gradients of N batches therefore sees the same images as N processes.
+
+        Args:
+            step: Counted from 0; where gradients are accumulated, each batch is a step here.
+            rank: Number of the process.
+            world_size: How many processes there are.
+        """
+        number = step if self._shared else step * world_size + rank
+        group = self._groups[_pick(self._cumulative_G, self._random(_GROUP_STREAM, number, 1))[0]]
+        first = rank * group.batch_size if self._shared else 0
+        needed = first + group.batch_size
+        drawn = self._random(_IMAGE_STREAM, number, needed)[first:]
+        rows = group.rows[_pick(group.cumulative, drawn)]
+        return PlannedBatch(
+            source=group.source,
+            rows=tuple(rows.tolist()),
+            seeds=tuple(
+                (self._seed, _AUGMENTATION_STREAM, number, place) for place in range(first, needed)
+            ),
+        )
+
+    def _random(self, stream: int, number: int, count: int) -> FloatArray:
+        return np.random.default_rng([self._seed, stream, number]).random(count)
+
+
+def _split(source: SourceImages, by_orientation: bool) -> list[_Group]:
+    parts = (
+        [np.flatnonzero(source.landscape_I), np.flatnonzero(~source.landscape_I)]
+        if by_orientation
+        else [np.arange(len(source.weights_I))]
+    )
+    groups = []
+    for rows in parts:
+        cumulative = np.cumsum(source.weights_I[rows])
+        if len(rows) and cumulative[-1] > 0:
+            groups.append(_Group(source.name, source.batch_size, rows, cumulative))
+    return groups
+
+
+def _pick(cumulative: FloatArray, uniform: FloatArray) -> npt.NDArray[np.int64]:
+    """Return the row whose slice of the cumulative weights each number in [0, 1) falls into."""
+    picked: npt.NDArray[np.int64] = np.searchsorted(
+        cumulative, uniform * cumulative[-1], side="right"
+    )
+    # The product may round up to the total.
+    return np.minimum(picked, len(cumulative) - 1)

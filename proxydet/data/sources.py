@@ -1,0 +1,258 @@
+"""Where training images come from, and how one of them is read and augmented.
+
+A source can be pickled and holds nothing that changes: any process makes the same sample of the same row and seed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from proxydet.data.config import DataConfig, SourceConfig
+from proxydet.data.images import Pixels, find_image, read_image
+from proxydet.data.instances import Targets, make_instances
+from proxydet.data.store import AnnotationStore, ImageRecord
+from proxydet.data.tar_index import TarIndex
+from proxydet.data.transforms import View, training_view
+from proxydet.errors import DataError
+
+if TYPE_CHECKING:
+    from detectron2.structures import Instances
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoxSample:
+    """One augmented image with its objects."""
+
+    image: torch.Tensor
+    """uint8 (3, h, w), RGB."""
+    instances: Instances
+    image_id: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelSample:
+    """One augmented image with its classes."""
+
+    image: torch.Tensor
+    """uint8 (3, h, w), RGB."""
+    labels: torch.Tensor
+    """int64 (L,)."""
+    image_id: str | int
+
+
+class BoxSource:
+    """Images with annotated objects.
+
+    Args:
+        store: The annotations.
+        roots: Folders of the images.
+        targets: Which annotations are trained on.
+        config: Augmentation.
+
+    Raises:
+        DataError: masks are wanted and no annotation has one.
+    """
+
+    def __init__(
+        self, store: AnnotationStore, roots: tuple[Path, ...], targets: Targets, config: DataConfig
+    ) -> None:
+        if targets.masks and store.report.annotations_kept and not store.has_masks:
+            raise DataError(
+                f"{store.source_name} has boxes but no masks",
+                hint="to train on boxes only, set data.masks=false",
+            )
+        self.store = store
+        self._roots = roots
+        self._targets = targets
+        self._config = config
+        self.usable = targets.usable(store)
+        used_images = np.unique(store.column("image")[self.usable])
+        self.rows_I: npt.NDArray[np.int64] = (
+            np.arange(len(store)) if config.keep_empty_images else used_images.astype(np.int64)
+        )
+        """Rows of the store that are trained on."""
+
+    def name(self, row: int) -> str:
+        """Return the file name of an image."""
+        return self.store.file_name(row)
+
+    def sample(self, row: int, rng: np.random.Generator) -> BoxSample:
+        """Read and augment the image of a row of the store.
+
+        Raises:
+            DataError: it cannot be read, or has another size than annotated.
+        """
+        record = self.store.record(row)
+        pixels = read_annotated_image(record, self._roots, self._config.exif_orientation)
+        view = _draw(pixels, self._config.boxes, self._config.flip_probability, rng)
+        first = record.first_annotation
+        usable = self.usable[first : first + len(record)]
+        return BoxSample(
+            image=to_tensor(view.image(pixels)),
+            instances=make_instances(self.store, record, usable, view, self._targets),
+            image_id=record.image_id,
+        )
+
+
+class LabelledImages(Protocol):
+    """Image files of which the classes are known."""
+
+    @property
+    def shapes_I2(self) -> npt.NDArray[np.int32]:
+        """Height and width of each image."""
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+
+    def name(self, row: int) -> str:
+        """Return a name for messages."""
+
+    def pixels(self, row: int, *, exif_orientation: bool) -> Pixels:
+        """Decode an image."""
+
+    def labels(self, row: int) -> npt.NDArray[np.int64]:
+        """Return the vocabulary rows of an image's classes."""
+
+
+@dataclass(frozen=True)
+class TarImages:
+    """Images in tars, one tar a class.
+
+    Attributes:
+        index: The images.
+        class_of_tar: The vocabulary's row of each of the index's tars.
+    """
+
+    index: TarIndex
+    class_of_tar: tuple[int, ...]
+
+    @property
+    def shapes_I2(self) -> npt.NDArray[np.int32]:
+        """Height and width of each image."""
+        return self.index.shapes_I2
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def name(self, row: int) -> str:
+        """Return ``tar/member``."""
+        return self.index.name(row)
+
+    def pixels(self, row: int, *, exif_orientation: bool) -> Pixels:
+        """Decode an image."""
+        name = self.index.name(row)
+        return read_image(self.index.read(row), name=name, exif_orientation=exif_orientation)
+
+    def labels(self, row: int) -> npt.NDArray[np.int64]:
+        """Return the class of the image's tar."""
+        return np.array([self.class_of_tar[self.index.tar_I[row]]], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class FolderImages:
+    """Images in folders, with their classes in the ``pos_category_ids`` of an annotation file.
+
+    Attributes:
+        store: The annotation file.
+        roots: The folders.
+        rows_K: The vocabulary's row of each category of the store.
+    """
+
+    store: AnnotationStore
+    roots: tuple[Path, ...]
+    rows_K: npt.NDArray[np.int64]
+
+    @property
+    def shapes_I2(self) -> npt.NDArray[np.int32]:
+        """Height and width of each image."""
+        return self.store.sizes_I2
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def name(self, row: int) -> str:
+        """Return the file name."""
+        return self.store.file_name(row)
+
+    def pixels(self, row: int, *, exif_orientation: bool) -> Pixels:
+        """Decode an image."""
+        return read_image(find_image(self.name(row), self.roots), exif_orientation=exif_orientation)
+
+    def labels(self, row: int) -> npt.NDArray[np.int64]:
+        """Return the classes that the file gives for the image."""
+        return self.rows_K[self.store.labels(row, "pos_category_ids")]
+
+
+class LabelSource:
+    """Images of which only the classes are known."""
+
+    def __init__(self, images: LabelledImages, source: SourceConfig, config: DataConfig) -> None:
+        self.images = images
+        self._source = source
+        self._config = config
+
+    def name(self, row: int) -> str:
+        """Return the name of an image, for messages."""
+        return self.images.name(row)
+
+    def sample(self, row: int, rng: np.random.Generator) -> LabelSample:
+        """Read and augment an image.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        pixels = self.images.pixels(row, exif_orientation=self._config.exif_orientation)
+        view = _draw(pixels, self._source, self._config.flip_probability, rng)
+        return LabelSample(
+            image=to_tensor(view.image(pixels)),
+            labels=torch.from_numpy(self.images.labels(row)),
+            image_id=self.images.name(row),
+        )
+
+
+def read_annotated_image(
+    record: ImageRecord, roots: tuple[Path, ...], exif_orientation: bool
+) -> Pixels:
+    """Decode the image of a record: uint8 (H, W, 3), RGB.
+
+    Raises:
+        DataError: it cannot be read, or its size is not the annotated one.
+    """
+    path = find_image(record.file_name, roots)
+    pixels = read_image(path, exif_orientation=exif_orientation)
+    height, width = pixels.shape[:2]
+    if (height, width) != (record.height, record.width):
+        turned = (width, height) == (record.height, record.width)
+        raise DataError(
+            f"{path} is {width} x {height} pixels, its annotations are for {record.width} x {record.height}",
+            hint="the annotations may be for the image without its EXIF orientation: set data.exif_orientation=false"
+            if turned
+            else "use the images that the annotations were made on",
+            path=path,
+        )
+    return pixels
+
+
+def to_tensor(pixels_HW3: Pixels) -> torch.Tensor:
+    """Return an image as uint8 (3, H, W), contiguous."""
+    return torch.from_numpy(pixels_HW3).permute(2, 0, 1).contiguous()
+
+
+def _draw(
+    pixels: Pixels, source: SourceConfig, flip_probability: float, rng: np.random.Generator
+) -> View:
+    height, width = pixels.shape[:2]
+    return training_view(
+        height,
+        width,
+        size=source.size,
+        scale=source.scale,
+        flip_probability=flip_probability,
+        rng=rng,
+    )

@@ -1,0 +1,80 @@
+"""All that training batches are made of, and the plan of how they are put together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from proxydet.data.config import DataConfig, SourceConfig
+from proxydet.data.samplers import (
+    BatchPlan,
+    FloatArray,
+    SourceImages,
+    SourceName,
+    image_weights,
+    repeat_factors,
+)
+from proxydet.data.sources import BoxSource, LabelSource
+from proxydet.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSources:
+    """All that batches are made of. It can be pickled and does not change."""
+
+    boxes: BoxSource
+    """Images with annotated objects."""
+
+    labels: LabelSource | None
+    """Images of which only the class is known."""
+
+    def plan(self, config: DataConfig, *, seed: int) -> BatchPlan:
+        """Return the sequence of batches of a run.
+
+        Raises:
+            DataError: there is no image to train on.
+        """
+        described: list[tuple[FloatArray, npt.NDArray[np.int32], SourceName, SourceConfig]] = [
+            (self._box_factors(config), self.boxes.store.sizes_I2, "boxes", config.boxes)
+        ]
+        if self.labels is not None and config.image_labels is not None:
+            images = self.labels.images
+            factors = np.ones(len(images))
+            described.append((factors, images.shapes_I2, "image_labels", config.image_labels))
+        for factors, _, name, _ in described:
+            if not factors.any():
+                raise DataError(
+                    f"the data set has no images to train on in its part {name!r}",
+                    hint="look at it with: proxydet data check",
+                )
+        weights = image_weights([d[0] for d in described], [d[3].ratio for d in described])
+        sources = [
+            SourceImages(
+                name=name,
+                weights_I=weight,
+                landscape_I=size_I2[:, 1] > size_I2[:, 0],
+                batch_size=source.batch_size,
+            )
+            for weight, (_, size_I2, name, source) in zip(weights, described, strict=True)
+        ]
+        return BatchPlan(
+            sources,
+            seed=seed,
+            group_by_orientation=config.group_by_orientation,
+            ranks_share_group=config.ranks_share_group,
+        )
+
+    def _box_factors(self, config: DataConfig) -> FloatArray:
+        """Repeat factors of the annotated images; 0 for those that are not trained on."""
+        boxes = self.boxes
+        factors = repeat_factors(
+            boxes.store.column("image")[boxes.usable],
+            boxes.store.column("category")[boxes.usable],
+            image_count=len(boxes.rows_I),
+            threshold=config.repeat_threshold,
+        )
+        used = np.zeros(len(factors), dtype=np.bool_)
+        used[boxes.rows_I] = True
+        return np.where(used, factors, 0.0)

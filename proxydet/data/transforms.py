@@ -1,0 +1,179 @@
+"""Resizing, cropping and mirroring of images together with their boxes and polygons.
+
+Geometry and images are separate: a `View` says where the pixels of the result come from; it is drawn or computed once
+and then applied to the image and to everything annotated on it.
+
+Dimensions: A annotations, H, W the image, h, w the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+Pixels = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """Scale, then crop, then mirror.
+
+    Attributes:
+        scaled: (height, width) of the whole image after scaling, in pixels.
+        offset: (y, x) of the crop in the scaled image.
+        size: (height, width) of the crop, which lies inside the scaled image.
+        factor_xy: What coordinates are multiplied by before the offset is taken off.
+        mirrored: Whether the crop is then mirrored left to right.
+    """
+
+    scaled: tuple[int, int]
+    offset: tuple[int, int]
+    size: tuple[int, int]
+    factor_xy: tuple[float, float]
+    mirrored: bool = False
+
+    def image(self, pixels_HW3: Pixels) -> Pixels:
+        """Return the view of an image: uint8 (h, w, 3), contiguous."""
+        height, width = self.scaled
+        top, left = self.offset
+        image = Image.fromarray(pixels_HW3)
+        # One side after the other, as Pillow does it itself, so that columns outside the crop are dropped in between.
+        if image.width != width:
+            image = image.resize((width, image.height), Image.Resampling.BILINEAR)
+        if self.size[1] != width:
+            image = image.crop((left, 0, left + self.size[1], image.height))
+        if image.height != height:
+            image = image.resize((image.width, height), Image.Resampling.BILINEAR)
+        result = np.asarray(image)[top : top + self.size[0]]
+        return np.array(result[:, ::-1] if self.mirrored else result)
+
+    def mask(self, mask_HW: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """Return the view of a mask by nearest neighbour: bool (h, w)."""
+        height, width = self.scaled
+        top, left = self.offset
+        resized = Image.fromarray(mask_HW.astype(np.uint8)).resize(
+            (width, height), Image.Resampling.NEAREST
+        )
+        result = np.asarray(resized)[top : top + self.size[0], left : left + self.size[1]]
+        return np.ascontiguousarray(result[:, ::-1] if self.mirrored else result, dtype=np.bool_)
+
+    def points(self, points_N2: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+        """Map points (N, 2) as x, y; the result may lie outside the view: float64 (N, 2)."""
+        mapped: npt.NDArray[np.float64] = np.multiply(points_N2, self.factor_xy, dtype=np.float64)
+        mapped -= np.array(self.offset[::-1], dtype=np.float64)
+        if self.mirrored:
+            mapped[:, 0] = self.size[1] - mapped[:, 0]
+        return mapped
+
+    def boxes(self, boxes_A4: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+        """Map boxes (A, 4) as xyxy and clip them to the view: float64 (A, 4); outside ones get no area."""
+        corners = self.points(np.asarray(boxes_A4).reshape(-1, 2)).reshape(-1, 2, 2)
+        ordered = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
+        limit = np.array(self.size[::-1] * 2, dtype=np.float64)
+        clipped: npt.NDArray[np.float64] = np.clip(ordered, 0, limit)
+        return clipped
+
+    def polygons(
+        self, polygons: Sequence[npt.NDArray[np.floating]]
+    ) -> list[npt.NDArray[np.float64]]:
+        """Map polygons, each (2n,) as x, y, x, y, ...; they may reach outside the view."""
+        return [self.points(polygon.reshape(-1, 2)).reshape(-1) for polygon in polygons]
+
+
+def scaled_crop(
+    height: int, width: int, *, size: int, scale_factor: float, crop_y: float, crop_x: float
+) -> View:
+    """Scale an image so that it fits a square, then crop it to at most a square of ``size``.
+
+    The image is scaled to fit (``scale_factor`` x ``size``) squared with its proportions kept. Where that is larger than
+    ``size``, a window is cut out.
+
+    Args:
+        height: Of the image, in pixels.
+        width: Of the image, in pixels.
+        size: Largest side of the result, in pixels.
+        scale_factor: Drawn from the source's jitter range.
+        crop_y: In [0, 1), where between the topmost and the lowest place the window lies.
+        crop_x: In [0, 1), likewise from left to right.
+    """
+    target = size * scale_factor
+    factor = min(target / height, target / width)
+    # A side never vanishes, however thin the image or small the factor.
+    scaled = (max(1, int(height * factor)), max(1, int(width * factor)))
+    offset = (
+        int(max(0, scaled[0] - size) * crop_y),
+        int(max(0, scaled[1] - size) * crop_x),
+    )
+    return View(
+        scaled=scaled,
+        offset=offset,
+        size=(min(size, scaled[0]), min(size, scaled[1])),
+        factor_xy=(factor, factor),
+    )
+
+
+def shortest_side(height: int, width: int, *, shortest: int, longest: int) -> View:
+    """Scale an image so that its shortest side is ``shortest``, or its longest is ``longest`` where that is less.
+
+    Args:
+        height: Of the image, in pixels.
+        width: Of the image, in pixels.
+        shortest: Wanted shortest side, in pixels.
+        longest: Largest longest side, in pixels.
+    """
+    factor = shortest / min(height, width)
+    # In two steps, as detectron2 does it: in one, half pixels may round the other way.
+    sides = [
+        float(shortest) if side == min(height, width) else factor * side for side in (height, width)
+    ]
+    if max(sides) > longest:
+        factor = longest / max(sides)
+        sides = [side * factor for side in sides]
+    scaled = (max(1, int(sides[0] + 0.5)), max(1, int(sides[1] + 0.5)))
+    return View(
+        scaled=scaled,
+        offset=(0, 0),
+        size=scaled,
+        factor_xy=(scaled[1] / width, scaled[0] / height),
+    )
+
+
+def training_view(
+    height: int,
+    width: int,
+    *,
+    size: int,
+    scale: tuple[float, float],
+    flip_probability: float,
+    rng: np.random.Generator,
+) -> View:
+    """Draw the augmentation of one training image.
+
+    Args:
+        height: Of the image, in pixels.
+        width: Of the image, in pixels.
+        size: Largest side of the result, in pixels.
+        scale: Range of the scale jitter.
+        flip_probability: Of mirroring.
+        rng: Source of the four numbers that are drawn: scale, crop y, crop x, mirror.
+    """
+    jitter, crop_y, crop_x, mirror = rng.random(4)
+    view = scaled_crop(
+        height,
+        width,
+        size=size,
+        scale_factor=scale[0] + (scale[1] - scale[0]) * jitter,
+        crop_y=crop_y,
+        crop_x=crop_x,
+    )
+    return View(
+        scaled=view.scaled,
+        offset=view.offset,
+        size=view.size,
+        factor_xy=view.factor_xy,
+        mirrored=bool(mirror < flip_probability),
+    )

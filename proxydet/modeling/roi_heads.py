@@ -151,8 +151,9 @@ class RoiHeads(nn.Module):
         last = len(branch) - 1
         if last > 0:
             pooled_NCSS = self.pool(scene, self.mixup_regions(scene, regions, pooled_NCSS))
-        embeddings_ND: Tensor = branch.classifier(last)(branch.features(last, pooled_NCSS))
-        return embeddings_ND.unflatten(0, regions.valid_BR.shape)
+        embeddings_ND = branch.classifier(last)(branch.features(last, pooled_NCSS))
+        embeddings_BRD: Tensor = embeddings_ND.unflatten(0, regions.valid_BR.shape)
+        return embeddings_BRD
 
     def pool(self, scene: Scene, regions: Regions) -> Tensor:
         """Pool all regions: (N, C, S, S)."""

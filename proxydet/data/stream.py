@@ -101,7 +101,7 @@ class TrainingLoader:
         )
         batches = iter(loader)
         while True:
-            yield self._checked(_next(batches, config))
+            yield self._checked(next_from_workers(batches, config))
 
     def _checked(self, made: Batch | ProxydetError) -> Batch:
         if isinstance(made, ProxydetError):
@@ -177,7 +177,12 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _next(batches: Iterator[Any], config: DataConfig) -> Any:
+def next_from_workers(batches: Iterator[Any], config: DataConfig) -> Any:
+    """Return the next batch of a torch loader.
+
+    Raises:
+        EnvironmentProblem: a worker died, or none delivered in time.
+    """
     try:
         return next(batches)
     except RuntimeError as error:

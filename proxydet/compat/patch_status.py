@@ -86,15 +86,26 @@ def roi_align_files(search_path: Sequence[str] | None = None) -> tuple[Path, ...
     """
     packages: list[Path] = []
     if search_path is None:
-        spec = importlib.util.find_spec("detectron2")
-        if spec is not None and spec.origin is not None:
-            packages.append(Path(spec.origin).parent)
+        in_use = package_folder("detectron2")
+        if in_use is None:
+            return ()
+        packages.append(in_use)
     for entry in sys.path if search_path is None else search_path:
         package = Path(entry or ".") / "detectron2"
         if (package / "__init__.py").is_file():
             packages.append(package)
     files = [(package / "layers" / "roi_align.py").resolve() for package in packages]
     return tuple(dict.fromkeys(files))
+
+
+def package_folder(name: str) -> Path | None:
+    """Return the folder of the package that Python would import, without importing it; None where there is none."""
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        # Something refuses its import, or put a module without a spec in its place.
+        return None
+    return Path(spec.origin).parent if spec is not None and spec.origin is not None else None
 
 
 def file_in_use() -> Path:

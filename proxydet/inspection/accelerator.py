@@ -1,0 +1,200 @@
+"""Facts about torch and the GPUs, and about the tools that build for them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from proxydet.compat.patch_status import package_folder
+from proxydet.inspection.facts import Fact, Facts, ask
+
+_TORCH_SECONDS = 120
+_GIB = 2**30
+_START = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from proxydet.inspection.torch_probe import probe; sys.stdout.write(json.dumps(probe()))"
+)
+
+
+class TorchProbe:
+    """Torch's answers, asked for in a process of their own while other facts are collected.
+
+    Where this process has torch already, it is asked here.
+    """
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        if "torch" not in sys.modules:
+            self._process = subprocess.Popen(  # noqa: S603 - a list, no shell, our own module
+                [sys.executable, "-c", _START, json.dumps(sys.path)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+            )
+
+    def facts(self) -> Facts:
+        """Wait for the answers and return them as facts by key."""
+        return facts_from_answer(self._answer())
+
+    def _answer(self) -> dict[str, Any]:
+        if self._process is None:
+            from proxydet.inspection.torch_probe import probe
+
+            return probe()
+        try:
+            written, complaints = self._process.communicate(timeout=_TORCH_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.communicate()
+            return {"torch_error": f"importing it took more than {_TORCH_SECONDS} s"}
+        try:
+            # The answer is the last line: what is above it was written by something that torch loads.
+            answer: dict[str, Any] = json.loads(written.strip().splitlines()[-1])
+        except (ValueError, IndexError):
+            last = (complaints.strip().splitlines() or ["no message"])[-1]
+            return {
+                "torch_error": f"importing it ends the process ({self._process.returncode}): {last}"
+            }
+        return answer
+
+
+def facts_from_answer(answer: dict[str, Any]) -> Facts:
+    """Turn the probe's answers into facts.
+
+    Args:
+        answer: What :func:`proxydet.inspection.torch_probe.probe` returned.
+
+    Returns:
+        Facts by key; ``torch.import`` alone, with the problem, where torch does not load.
+    """
+    if "torch_error" in answer:
+        return {"torch.import": Fact(None, answer["torch_error"])}
+    error = answer["torchvision_error"]
+    facts: Facts = {
+        "torch.import": Fact("works"),
+        "torch.debug": Fact(answer["debug"]),
+        "torch.built_with": Fact(answer["built_with"]),
+        "torch.cuda": Fact(answer["cuda"], "" if answer["cuda"] else "built without CUDA"),
+        "cudnn": Fact(_cudnn_version(answer["cudnn"])),
+        "nccl": Fact(answer["nccl"], "" if answer["nccl"] else "torch was built without it"),
+        "torchvision.import": Fact(None if error or error is None else "works", error or ""),
+    }
+    return facts | _gpu_facts(answer)
+
+
+def _cudnn_version(number: int | None) -> str | None:
+    if number is None:
+        return None
+    # 8200 is 8.2.0; from 9 on the major version has five digits: 92600 is 9.26.0.
+    major = 10_000 if number >= 90_000 else 1_000
+    return f"{number // major}.{number % major // 100}.{number % 100}"
+
+
+def _gpu_facts(answer: dict[str, Any]) -> Facts:
+    warning = answer.get("gpu_error") or answer.get("gpu_warning", "")
+    if not answer["gpu_available"]:
+        return {"gpu.available": Fact("No", warning)}
+    facts: Facts = {"gpu.available": Fact("Yes", warning)}
+    by_kind: dict[tuple[str, str, int], list[str]] = defaultdict(list)
+    for index, gpu in enumerate(answer.get("gpus", [])):
+        by_kind[gpu["name"], gpu["arch"], gpu["memory"]].append(str(index))
+    kinds = [
+        f"GPU {','.join(indices)}: {name} (arch={arch})"
+        for (name, arch, _), indices in by_kind.items()
+    ]
+    memory = [f"{size / _GIB:.1f} GiB" for _, _, size in by_kind]
+    facts["gpu.names"] = Fact("; ".join(kinds))
+    facts["gpu.count"] = Fact(str(len(answer.get("gpus", []))))
+    facts["gpu.memory"] = Fact("; ".join(memory))
+    facts["gpu.tf32"] = Fact(_tf32(answer, by_kind))
+    facts["torch.arch_list"] = Fact(", ".join(answer.get("arch_list", [])))
+    return facts
+
+
+def _tf32(answer: dict[str, Any], kinds: dict[tuple[str, str, int], list[str]]) -> str:
+    capable = any(float(arch) >= 8 for _, arch, _ in kinds)
+    if not capable:
+        return "not on these GPUs"
+    return "on" if answer.get("tf32_convolutions") else "off"
+
+
+def tool_facts() -> Facts:
+    """Collect facts about compilers, the driver and compiled architectures; needs no torch.
+
+    Returns:
+        Facts by key.
+    """
+    home = cuda_home()
+    nvcc = ask([str(home / "bin" / "nvcc") if home else "nvcc", "-V"])
+    compiler = ask([os.environ.get("CXX", "c++"), "--version"])
+    return {
+        "compiler": _first_line(compiler),
+        "cuda.compiler": _release(nvcc),
+        "cuda.home": Fact(str(home) if home else None, "" if home else "not found"),
+        "driver": _driver(),
+        "gpu.topology": _topology(),
+        "detectron2.arch": _arch_flags("detectron2", home),
+        "torchvision.arch": _arch_flags("torchvision", home),
+        "TORCH_CUDA_ARCH_LIST": Fact(os.environ.get("TORCH_CUDA_ARCH_LIST", "<not set>")),
+        "DETECTRON2_ENV_MODULE": Fact(os.environ.get("DETECTRON2_ENV_MODULE", "<not set>")),
+    }
+
+
+def cuda_home() -> Path | None:
+    """The CUDA toolkit: ``$CUDA_HOME``, else where nvcc is, else /usr/local/cuda; None where there is none."""
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(variable):
+            return Path(os.environ[variable])
+    nvcc = shutil.which("nvcc")
+    if nvcc is not None:
+        return Path(nvcc).resolve().parent.parent
+    default = Path("/usr/local/cuda")
+    return default if default.is_dir() else None
+
+
+def _driver() -> Fact:
+    found = ask(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    return _first_line(found)
+
+
+def _topology() -> Fact:
+    found = ask(["nvidia-smi", "topo", "-m"])
+    if found.value is None:
+        return found
+    return Fact(re.sub(r"\x1b\[[0-9;]*m", "", found.value))
+
+
+def _first_line(fact: Fact) -> Fact:
+    return Fact(fact.value.splitlines()[0]) if fact.value else fact
+
+
+def _release(nvcc: Fact) -> Fact:
+    if nvcc.value is None:
+        return nvcc
+    release = re.search(r"release (\S+?),", nvcc.value)
+    return Fact(f"CUDA {release[1]}" if release else nvcc.value.splitlines()[-1])
+
+
+def _arch_flags(package: str, home: Path | None) -> Fact:
+    """Which GPU architectures a package's compiled file holds code for, as CUDA's cuobjdump lists them."""
+    folder = package_folder(package)
+    files = sorted(folder.glob("_C*.so")) if folder is not None else []
+    if not files:
+        return Fact(None, "no compiled file")
+    tool = home / "bin" / "cuobjdump" if home else None
+    if tool is None or not tool.is_file():
+        return Fact(None, "cuobjdump, which lists them, is not installed")
+    listed = ask([str(tool), "--list-elf", str(files[0])])
+    if listed.value is None:
+        return listed
+    found = {int(number) for number in re.findall(r"\.sm_(\d+)", listed.value)}
+    text = ", ".join(f"{number // 10}.{number % 10}" for number in sorted(found))
+    return Fact(text or None, "" if text else "it holds no GPU code")

@@ -1,0 +1,221 @@
+"""What a run was made from: configuration, code, packages, digests of its inputs, mode and seeds.
+
+::
+
+    manifest = build_manifest(
+        "training", configuration=to_mapping(config), digests={"vocabulary": vocabulary.digest},
+        mode="published", seeds={"seed": 7}, world_size=8,
+    )
+    write_run_records(folder, manifest)      # manifest.json and environment.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import proxydet
+from proxydet._version import __version__
+from proxydet.compat.modes import Mode
+from proxydet.environment import EnvironmentReport, environment
+from proxydet.errors import InputError
+from proxydet.inspection.facts import ask
+
+MANIFEST_NAME = "manifest.json"
+ENVIRONMENT_NAME = "environment.json"
+FORMAT = 1
+
+_BLOCK = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunManifest:
+    """What a run was made from."""
+
+    kind: str
+    """What ran: ``training``, ``evaluation``."""
+
+    created: str
+    """UTC time of its start, ISO 8601."""
+
+    proxydet: str
+    """Version of proxydet."""
+
+    command: tuple[str, ...]
+    """The command line of the process."""
+
+    git: dict[str, str | None]
+    """Commit of proxydet's source tree and of the working folder's, and digests of their uncommitted changes."""
+
+    packages: dict[str, str]
+    """Version of every installed package."""
+
+    configuration: dict[str, Any]
+    """The resolved configuration."""
+
+    digests: dict[str, str]
+    """Digests of what went in: annotation stores, vocabulary, starting checkpoint."""
+
+    mode: Mode
+    """The reproducibility mode."""
+
+    seeds: dict[str, int]
+    """The seeds from which every random number derives."""
+
+    world_size: int
+    """Number of processes."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the manifest as JSON values."""
+        plain = asdict(self)
+        plain["command"] = list(self.command)
+        return {"format": FORMAT, **plain}
+
+    @classmethod
+    def from_dict(cls, mapping: Mapping[str, Any]) -> RunManifest:
+        """Read a manifest that :meth:`to_dict` wrote.
+
+        Raises:
+            InputError: It is of another format.
+        """
+        if mapping.get("format") != FORMAT:
+            raise InputError(
+                f"The manifest has format {mapping.get('format')!r}, not {FORMAT}.",
+                hint="it was written by another version of proxydet",
+            )
+        values = {key: value for key, value in mapping.items() if key != "format"}
+        return cls(**{**values, "command": tuple(values["command"])})
+
+
+def build_manifest(
+    kind: str,
+    *,
+    configuration: Mapping[str, Any],
+    digests: Mapping[str, str],
+    mode: Mode,
+    seeds: Mapping[str, int],
+    world_size: int = 1,
+) -> RunManifest:
+    """Collect what a run is made from.
+
+    Args:
+        kind: What runs: ``"training"``, ``"evaluation"``.
+        configuration: The resolved configuration as plain values.
+        digests: By name, digests of what goes in; see :func:`file_digest`.
+        mode: The reproducibility mode.
+        seeds: By name.
+        world_size: Number of processes.
+
+    Returns:
+        The manifest, with packages and source trees as they are now.
+    """
+    return RunManifest(
+        kind=kind,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        proxydet=__version__,
+        command=tuple(sys.argv),
+        git=_source_trees(),
+        packages=installed_packages(),
+        configuration=dict(configuration),
+        digests=dict(digests),
+        mode=mode,
+        seeds=dict(seeds),
+        world_size=world_size,
+    )
+
+
+def write_run_records(
+    folder: Path, manifest: RunManifest, report: EnvironmentReport | None = None
+) -> EnvironmentReport:
+    """Write ``manifest.json`` and ``environment.json`` into a run folder.
+
+    Args:
+        folder: The run folder; it must exist.
+        manifest: What the run is made from.
+        report: The environment; None looks now.
+
+    Returns:
+        The environment report that was written.
+    """
+    report = environment() if report is None else report
+    _write_json(folder / MANIFEST_NAME, manifest.to_dict())
+    _write_json(folder / ENVIRONMENT_NAME, report.to_dict())
+    return report
+
+
+def read_run_records(run: Path) -> tuple[RunManifest, EnvironmentReport]:
+    """Read both records of a run.
+
+    Args:
+        run: The run folder, or one of the two files in it.
+
+    Returns:
+        The manifest and the environment report.
+
+    Raises:
+        InputError: A file is missing or not one of ours.
+    """
+    folder = run if run.is_dir() else run.parent
+    manifest = RunManifest.from_dict(_read_json(folder / MANIFEST_NAME))
+    return manifest, EnvironmentReport.from_dict(_read_json(folder / ENVIRONMENT_NAME))
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def installed_packages() -> dict[str, str]:
+    """Return the version of every installed package, by its normalised name."""
+    found: dict[str, str] = {}
+    for distribution in metadata.distributions():
+        name = distribution.metadata["Name"]
+        if name:
+            # The first on Python's path is the one that is imported.
+            found.setdefault(name.lower().replace("_", "-"), distribution.version)
+    return dict(sorted(found.items()))
+
+
+def _source_trees() -> dict[str, str | None]:
+    trees = {"proxydet": Path(proxydet.__file__).parent, "working_folder": Path.cwd()}
+    state: dict[str, str | None] = {}
+    for name, folder in trees.items():
+        state[f"{name}.commit"] = ask(["git", "-C", str(folder), "rev-parse", "HEAD"]).value
+        changes = ask(["git", "-C", str(folder), "diff", "HEAD", "--", "."]).value
+        digest = hashlib.sha256(changes.encode()).hexdigest() if changes else None
+        state[f"{name}.uncommitted"] = digest
+    return state
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise InputError(
+            f"There is no {path.name} in {path.parent}.",
+            hint="give the folder of a run that proxydet trained or evaluated",
+            path=path,
+        )
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}.", path=path) from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} does not hold a JSON object.", path=path)
+    return value

@@ -1,0 +1,142 @@
+"""A run's records hold what it was made from; two runs' records say what differed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from proxydet.environment import environment
+from proxydet.errors import InputError
+from proxydet.manifest import (
+    RunManifest,
+    build_manifest,
+    file_digest,
+    installed_packages,
+    read_run_records,
+    write_run_records,
+)
+from proxydet.run_comparison import RANKS, compare_runs
+
+REPORT = environment(quick=True)
+MANIFEST = build_manifest(
+    "training",
+    configuration={"seed": 7, "training": {"iterations": 100, "log": {"period": 20}}},
+    digests={"vocabulary": "aa", "start_checkpoint": "bb"},
+    mode="off",
+    seeds={"seed": 7},
+    world_size=2,
+)
+
+
+@pytest.fixture
+def run(tmp_path):
+    def make(name: str, manifest: RunManifest = MANIFEST, report=REPORT, losses=()):
+        folder = tmp_path / name
+        folder.mkdir()
+        write_run_records(folder, manifest, report)
+        records = [
+            {"iteration": 20 * (i + 1), "losses": {"total": value}, "time": 0.1 * i}
+            for i, value in enumerate(losses)
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        return folder
+
+    return make
+
+
+def with_field(key: str, value: str):
+    fields = [replace(f, value=value) if f.key == key else f for f in REPORT.fields]
+    return replace(REPORT, fields=tuple(fields))
+
+
+def test_records_come_back_as_they_were_written(run):
+    folder = run("a")
+    assert read_run_records(folder) == (MANIFEST, REPORT)
+    assert read_run_records(folder / "manifest.json")[0] == MANIFEST
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "environment.json",
+        "manifest.json",
+        "metrics.jsonl",
+    ]
+
+
+def test_a_manifest_knows_packages_and_source(run):
+    assert MANIFEST.packages["torch"] == installed_packages()["torch"]
+    assert "pb1-detectron2" in MANIFEST.packages or "detectron2" in MANIFEST.packages
+    assert set(MANIFEST.git) >= {"proxydet.commit", "proxydet.uncommitted"}
+
+
+def test_digest_of_a_file(tmp_path):
+    (tmp_path / "x").write_bytes(b"abc")
+    assert file_digest(tmp_path / "x").startswith("ba7816bf8f01cfea")
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"format": 0}'])
+def test_folders_that_are_no_runs_are_told(tmp_path, content):
+    if content is not None:
+        (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(InputError):
+        read_run_records(tmp_path)
+
+
+def test_equal_runs_have_no_difference(run):
+    found = compare_runs(run("a", losses=[1.0, 0.5]), run("b", losses=[1.0, 0.5]))
+    assert found.differences == ()
+    assert found.first_divergence is None
+    assert "2 common records are equal" in found.conclusion
+
+
+def test_the_likeliest_cause_comes_first(run):
+    other = replace(
+        MANIFEST,
+        digests={"vocabulary": "cc", "start_checkpoint": "bb"},
+        packages={**MANIFEST.packages, "rich": "0.0"},
+        configuration={"seed": 7, "training": {"iterations": 100, "log": {"period": 50}}},
+    )
+    second = run("b", other, with_field("torch", "9.9 @/x"), losses=[1.0, 0.25])
+    found = compare_runs(run("a", losses=[1.0, 0.5]), second)
+    assert found.differences[0].key == "digests.vocabulary"
+    order = [RANKS.index(d.suspicion) for d in found.differences]
+    assert order == sorted(order)
+    by_key = {d.key: d.suspicion for d in found.differences}
+    assert by_key == {
+        "digests.vocabulary": "decides results",
+        "environment.torch": "changes last bits",
+        "configuration.training.log.period": "harmless",
+        "packages.rich": "harmless",
+    }
+    assert found.first_divergence == 40
+    assert "digests.vocabulary" in found.conclusion
+
+
+def test_only_libraries_differ(run):
+    second = run("b", report=with_field("cpu", "another"), losses=[2.0])
+    found = compare_runs(run("a", losses=[1.0]), second)
+    assert found.first_divergence == 20
+    assert "last bits" in found.conclusion
+    assert "environment.cpu" in found.conclusion
+
+
+@pytest.mark.parametrize(("mode", "words"), [("off", "verify determinism"), ("strict", "a bug")])
+def test_unexplained_differences_depend_on_the_mode(run, mode, words):
+    manifest = replace(MANIFEST, mode=mode)
+    found = compare_runs(run("a", manifest, losses=[1.0]), run("b", manifest, losses=[1.5]))
+    assert words in found.conclusion
+
+
+def test_absent_keys_and_other_values_are_differences(run):
+    other = replace(MANIFEST, seeds={"seed": 8}, digests={}, world_size=4, mode="strict")
+    by_key = {d.key: d for d in compare_runs(run("a"), run("b", other)).differences}
+    assert by_key["digests.vocabulary"].second == "(absent)"
+    assert by_key["seeds.seed"].suspicion == "decides results"
+    assert by_key["world_size"].suspicion == "decides results"
+    assert by_key["mode"].suspicion == "changes last bits"
+
+
+def test_a_line_cut_short_and_nan_losses_are_no_divergence(run):
+    first, second = run("a", losses=[float("nan")]), run("b", losses=[float("nan")])
+    with (second / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 40, "los')
+    assert compare_runs(first, second).first_divergence is None

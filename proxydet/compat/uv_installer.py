@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,12 @@ _NO_NETWORK = (
     "network was disabled",
     "operation timed out",
 )
-_NOT_WRITABLE = ("permission denied", "read-only file system", "externally managed")
+_NOT_WRITABLE = (
+    "permission denied",
+    "read-only file system",
+    "externally managed",
+    "failed to initialize cache",
+)
 
 
 def find() -> Path:
@@ -93,7 +99,7 @@ def explain_failure(stderr: str, destination: Path) -> ProxydetError:
         The error to raise, with uv's own words in its message.
     """
     said = stderr.lower()
-    words = " ".join(line.strip() for line in stderr.splitlines() if line.strip())[-600:]
+    words = _gist(stderr)
     if "hash mismatch" in said:
         return DigestError(
             f"The package index sent other detectron2 sources than the expected ones: {words}",
@@ -126,3 +132,11 @@ def explain_failure(stderr: str, destination: Path) -> ProxydetError:
         f"detectron2 could not be built: {words}",
         hint="report it with this message and the output of: proxydet env",
     )
+
+
+def _gist(stderr: str) -> str:
+    """The lines in which uv names the error and its causes; all it wrote where there are none."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    telling = [line for line in lines if line.startswith(("error:", "cause:"))]
+    raised = [line for line in lines if re.match(r"[A-Za-z.]*(Error|Exception): ", line)]
+    return "; ".join([*telling, *raised] or lines)

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from proxydet_cli.output import Output, is_terminal, prepare_streams, show_logs
+
+
+@dataclass(frozen=True)
+class Result:
+    path: Path
+    ap: float
+    counts: tuple[int, ...]
+
+
+RESULT = Result(path=Path("runs/a"), ap=math.nan, counts=(1, 2))
+
+
+def test_json_is_plain(capsys: pytest.CaptureFixture[str]) -> None:
+    Output(json=True).data(
+        {"result": RESULT, "array": np.array([1.5, math.inf]), "name": "é"}, "text"
+    )
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {
+        "result": {"path": "runs/a", "ap": None, "counts": [1, 2]},
+        "array": [1.5, None],
+        "name": "é",
+    }
+    assert captured.err == ""
+
+
+def test_text_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    output = Output()
+    output.data(RESULT)
+    output.data(RESULT, "as told")
+    assert capsys.readouterr().out == "path: runs/a\nap: -\ncounts: (1, 2)\nas told\n"
+
+
+ROWS = [{"name": "cat", "ap": 61.25, "n": 3}, {"name": "traffic light", "ap": math.nan, "n": 12}]
+
+
+def test_table_is_aligned_with_numbers_to_the_right(capsys: pytest.CaptureFixture[str]) -> None:
+    Output().table(ROWS)
+    assert capsys.readouterr().out.splitlines() == [
+        "name              ap   n",
+        "cat            61.25   3",
+        "traffic light      -  12",
+    ]
+
+
+def test_table_takes_chosen_columns_and_json(capsys: pytest.CaptureFixture[str]) -> None:
+    Output().table(ROWS, ["n"])
+    assert capsys.readouterr().out.splitlines() == [" n", " 3", "12"]
+    Output(json=True).table(ROWS)
+    assert json.loads(capsys.readouterr().out)[1] == {"name": "traffic light", "ap": None, "n": 12}
+    Output().table([])
+    assert capsys.readouterr().out == ""
+
+
+def test_all_but_data_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    for output in (Output(), Output(json=True)):
+        output.message("working")
+        output.warning("careful")
+        output.error("broken", "mend it")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == 2 * "working\nwarning: careful\nerror: broken\n\nhint: mend it\n"
+
+
+def test_quiet_leaves_out_messages_only(capsys: pytest.CaptureFixture[str]) -> None:
+    output = Output(quiet=True)
+    output.message("working")
+    output.warning("careful")
+    assert capsys.readouterr().err == "warning: careful\n"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("no_color", "term", "coloured"),
+    [("", "xterm", True), ("1", "xterm", False), ("", "dumb", False)],
+)
+def test_colour_only_where_it_is_wanted(
+    monkeypatch: pytest.MonkeyPatch, no_color: str, term: str, coloured: bool
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setenv("TERM", term)
+    Output().error("broken")
+    assert ("\033[" in terminal.getvalue()) == coloured
+    assert is_terminal(terminal) == (term != "dumb")
+
+
+def test_characters_that_the_encoding_lacks_do_not_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    prepare_streams()
+    Output().data("naïve 物")
+    assert raw.getvalue() == b"na\\xefve \\u7269\n"
+
+
+@pytest.fixture
+def core_logger() -> Iterator[logging.Logger]:
+    logger = logging.getLogger("proxydet")
+    before = (logger.level, list(logger.handlers), logger.propagate)
+    yield logger
+    logger.setLevel(before[0])
+    logger.handlers[:] = before[1]
+    logger.propagate = before[2]
+
+
+@pytest.mark.parametrize(("verbose", "expected"), [(False, ""), (True, "seen\n")])
+def test_logs(
+    core_logger: logging.Logger,
+    capsys: pytest.CaptureFixture[str],
+    verbose: bool,
+    expected: str,
+) -> None:
+    show_logs(verbose=verbose)
+    show_logs(verbose=verbose)
+    logging.getLogger("proxydet.data").info("seen")
+    logging.getLogger("proxydet.data").warning("odd %s", "thing")
+    assert capsys.readouterr().err == f"{expected}warning: odd thing\n"

@@ -13,11 +13,15 @@ from proxydet._version import __version__
 
 if TYPE_CHECKING:
     from proxydet import errors
+    from proxydet.detections import Detections
+    from proxydet.detector import Detector
     from proxydet.vocabulary.vocabulary import Vocabulary
 
-__all__ = ["Vocabulary", "__version__", "errors"]
+__all__ = ["Detections", "Detector", "Vocabulary", "__version__", "errors"]
 
 _HOME = {
+    "Detections": "proxydet.detections",
+    "Detector": "proxydet.detector",
     "Vocabulary": "proxydet.vocabulary.vocabulary",
 }
 

@@ -41,14 +41,29 @@ def read_image(
     """
     label = name or (str(source) if not isinstance(source, bytes) else "an image")
     try:
-        with Image.open(_readable(source)) as image, warnings.catch_warnings():
+        with Image.open(_readable(source)) as image:
+            return convert_image(image, name=label, exif_orientation=exif_orientation)
+    except _DAMAGE as error:
+        raise _unreadable(label, error) from error
+
+
+def convert_image(
+    image: Image.Image, *, name: str = "an image", exif_orientation: bool = True
+) -> Pixels:
+    """Convert an opened image as `read_image` does.
+
+    Raises:
+        DataError: the image is cut short, or of a kind without a stated range of values.
+    """
+    try:
+        with warnings.catch_warnings():
             # Damaged EXIF blocks are common in photographs from the web and do not touch the pixels.
             warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
             image.load()
             turned = ImageOps.exif_transpose(image) if exif_orientation else image
-            return _to_rgb(turned, label)
+            return _to_rgb(turned, name)
     except _DAMAGE as error:
-        raise _unreadable(label, error) from error
+        raise _unreadable(name, error) from error
 
 
 def image_size(

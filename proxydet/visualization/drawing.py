@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -34,8 +34,8 @@ class DrawnObject:
     """Left, top, right, bottom in pixels of the picture."""
     score: float | None = None
     """Shown behind the label where given."""
-    mask_HW: Bools | None = field(default=None, compare=False)
-    """Mask of the picture's size."""
+    mask_HW: Bools | Callable[[], Bools] | None = field(default=None, compare=False)
+    """Mask of the picture's size, or a function that gives it when it is drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,15 +123,16 @@ def _scaled(box: Box, scale: int) -> Box:
 
 
 def _with_mask(canvas: Image.Image, item: DrawnObject, scale: int, opacity: float) -> Image.Image:
-    assert item.mask_HW is not None
-    if item.mask_HW.shape != (canvas.height // scale, canvas.width // scale):
+    mask_HW = item.mask_HW() if callable(item.mask_HW) else item.mask_HW
+    assert mask_HW is not None
+    if mask_HW.shape != (canvas.height // scale, canvas.width // scale):
         raise ConfigError(
-            f"the mask of {item.label!r} is {item.mask_HW.shape[1]} x {item.mask_HW.shape[0]} pixels, "
+            f"the mask of {item.label!r} is {mask_HW.shape[1]} x {mask_HW.shape[0]} pixels, "
             f"the picture {canvas.width // scale} x {canvas.height // scale}"
         )
     rows, columns = (
-        np.flatnonzero(item.mask_HW.any(axis=1)),
-        np.flatnonzero(item.mask_HW.any(axis=0)),
+        np.flatnonzero(mask_HW.any(axis=1)),
+        np.flatnonzero(mask_HW.any(axis=0)),
     )
     if not len(rows):
         return canvas
@@ -139,7 +140,7 @@ def _with_mask(canvas: Image.Image, item: DrawnObject, scale: int, opacity: floa
     margin = 3
     x0, y0 = max(int(columns[0]) - margin, 0), max(int(rows[0]) - margin, 0)
     x1, y1 = int(columns[-1]) + 1 + margin, int(rows[-1]) + 1 + margin
-    mask = Image.fromarray(item.mask_HW[y0:y1, x0:x1].astype(np.uint8) * 255)
+    mask = Image.fromarray(mask_HW[y0:y1, x0:x1].astype(np.uint8) * 255)
     if scale > 1:
         mask = mask.resize((mask.width * scale, mask.height * scale), Image.Resampling.BILINEAR)
     origin = (x0 * scale, y0 * scale)

@@ -50,7 +50,7 @@ class SyntheticConfig:
     """Absent classes that a scene lists as verified absent (LVIS's federated evaluation)."""
     not_exhaustive_rate: float = 0.1
     """Chance that a scene with a class twice leaves one of them out and says so, as LVIS does."""
-    embedding_dim: int = 128
+    embedding_dim: int = 64
     """Width of the text embeddings."""
     embedding_noise: float = 0.15
     """Length of a class's own random direction beside its attributes' directions of length 1."""

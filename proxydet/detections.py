@@ -1,0 +1,307 @@
+"""What was found in a picture, as plain numpy, and how to turn it into other libraries' forms.
+
+Dimensions: N detections, H and W the picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from proxydet.errors import InputError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from PIL import Image
+
+    from proxydet.modeling.prediction import Prediction
+    from proxydet.visualization.drawing import DrawingStyle
+
+Floats = npt.NDArray[np.float32]
+Integers = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Detection:
+    """One thing that was found."""
+
+    label: str
+    """Class name."""
+    class_id: int
+    """Its place in the vocabulary, from 0."""
+    score: float
+    """From 0 to 1."""
+    box_xyxy: tuple[float, float, float, float]
+    """Left, top, right, bottom in pixels of the picture."""
+    _paste: Callable[[], Bools] | None
+
+    @property
+    def mask(self) -> Bools | None:
+        """(H, W), True where the object is, pasted into the picture when asked for; None: without masks."""
+        return None if self._paste is None else self._paste()
+
+
+class Detections:
+    """Everything that was found in one picture, best first.
+
+    Masks are kept as small grids and pasted into the picture when they are first asked for.
+
+    Attributes:
+        boxes_xyxy: float32 (N, 4), left, top, right, bottom in pixels of the picture.
+        scores: float32 (N,), descending.
+        class_ids: int64 (N,), places in the vocabulary, from 0.
+        labels: Class name of each detection.
+        image_size: Height and width of the picture in pixels.
+    """
+
+    def __init__(self, prediction: Prediction, names: Sequence[str]) -> None:
+        """Wrap what the network found.
+
+        Args:
+            prediction: Boxes, scores, classes and masks.
+            names: The vocabulary's class names.
+        """
+        self._prediction = prediction.to("cpu")
+        self._names = names
+        self.boxes_xyxy: Floats = _frozen(self._prediction.boxes_N4.numpy())
+        self.scores: Floats = _frozen(self._prediction.scores_N.numpy())
+        self.class_ids: Integers = _frozen(self._prediction.classes_N.numpy())
+        self.labels = tuple(names[index] for index in self.class_ids.tolist())
+        self.image_size = self._prediction.image_size
+
+    # -- looking ---------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __iter__(self) -> Iterator[Detection]:
+        for index in range(len(self)):
+            yield Detection(
+                label=self.labels[index],
+                class_id=int(self.class_ids[index]),
+                score=float(self.scores[index]),
+                box_xyxy=_as_tuple(self.boxes_xyxy[index]),
+                _paste=partial(self._mask, index) if self.has_masks else None,
+            )
+
+    def __repr__(self) -> str:
+        shown = ", ".join(
+            f"{label} {score:.2f}"
+            for label, score in zip(self.labels[:4], self.scores[:4], strict=True)
+        )
+        return f"Detections({len(self)}: {shown}{', ...' if len(self) > 4 else ''})"
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether masks were asked for."""
+        return self._prediction.has_masks
+
+    @cached_property
+    def masks(self) -> Bools:
+        """Masks in the picture, bool (N, H, W), read-only.
+
+        Raises:
+            InputError: Masks were not asked for.
+        """
+        from proxydet.modeling.prediction import masks
+
+        self._require_masks()
+        return _frozen(masks(self._prediction).numpy())
+
+    @cached_property
+    def rles(self) -> tuple[dict[str, Any], ...]:
+        """Masks in COCO's run-length encoding: ``size`` (height, width) and ``counts`` (text).
+
+        Raises:
+            InputError: Masks were not asked for.
+        """
+        from proxydet.modeling.prediction import rles
+
+        self._require_masks()
+        return tuple(rles(self._prediction))
+
+    # -- choosing --------------------------------------------------------------------------------------------------
+
+    def above(self, score: float) -> Detections:
+        """Return the detections whose score is above a threshold."""
+        return self._chosen(np.flatnonzero(self.scores > score))
+
+    def top(self, count: int) -> Detections:
+        """Return the best ``count`` detections."""
+        return self._chosen(np.arange(min(max(count, 0), len(self))))
+
+    def of(self, *labels: str) -> Detections:
+        """Return the detections of some classes."""
+        return self._chosen(np.flatnonzero([label in labels for label in self.labels]))
+
+    def _chosen(self, index: npt.NDArray[np.intp]) -> Detections:
+        import torch
+
+        return Detections(
+            self._prediction.choose(torch.from_numpy(index.astype(np.int64))), self._names
+        )
+
+    # -- other forms -----------------------------------------------------------------------------------------------
+
+    def to_dict(self, *, masks: bool = True) -> dict[str, Any]:
+        """Return plain Python values, ready for JSON.
+
+        Args:
+            masks: Include masks, as run-length encodings, where there are any.
+        """
+        with_masks = masks and self.has_masks
+        entries: list[dict[str, Any]] = [
+            {
+                "label": self.labels[i],
+                "class_id": int(self.class_ids[i]),
+                "score": float(self.scores[i]),
+                "box_xyxy": list(_as_tuple(self.boxes_xyxy[i])),
+                **({"mask": self.rles[i]} if with_masks else {}),
+            }
+            for i in range(len(self))
+        ]
+        height, width = self.image_size
+        return {"width": width, "height": height, "detections": entries}
+
+    def to_coco(
+        self, image_id: int | str, category_ids: Sequence[int] | None = None
+    ) -> list[dict[str, Any]]:
+        """Return rows of a COCO results file.
+
+        Args:
+            image_id: Id of the picture in the annotation file.
+            category_ids: Id of each class of the vocabulary; None: its place, counted from 1.
+
+        Returns:
+            For each detection ``image_id``, ``category_id``, ``bbox`` (x, y, width, height), ``score``, and
+            ``segmentation`` (run-length encoding) where there are masks.
+        """
+        x0, y0, x1, y1 = self.boxes_xyxy.astype(np.float64).T
+        boxes = np.stack([x0, y0, x1 - x0, y1 - y0], axis=1).tolist()
+        rows: list[dict[str, Any]] = []
+        for index, class_id in enumerate(self.class_ids.tolist()):
+            rows.append(
+                {
+                    "image_id": image_id,
+                    "category_id": class_id + 1 if category_ids is None else category_ids[class_id],
+                    "bbox": boxes[index],
+                    "score": float(self.scores[index]),
+                }
+            )
+            if self.has_masks:
+                rows[-1]["segmentation"] = self.rles[index]
+        return rows
+
+    def to_pandas(self) -> Any:
+        """Return a ``pandas.DataFrame`` with label, class_id, score, x0, y0, x1, y1, and the mask's area in pixels."""
+        pandas = _optional("pandas", "a data frame")
+        x0, y0, x1, y1 = self.boxes_xyxy.T
+        columns: dict[str, Any] = {
+            "label": list(self.labels),
+            "class_id": self.class_ids,
+            "score": self.scores,
+            "x0": x0,
+            "y0": y0,
+            "x1": x1,
+            "y1": y1,
+        }
+        if self.has_masks:
+            columns["mask_area"] = self.masks.sum(axis=(1, 2))
+        return pandas.DataFrame(columns)
+
+    def to_supervision(self) -> Any:
+        """Return a ``supervision.Detections``; the labels are its ``data["class_name"]``."""
+        supervision = _optional("supervision", "supervision's detections")
+        return supervision.Detections(
+            xyxy=self.boxes_xyxy.copy(),
+            confidence=self.scores.copy(),
+            class_id=self.class_ids.copy(),
+            mask=self.masks.copy() if self.has_masks else None,
+            data={"class_name": np.array(self.labels, dtype=object)},
+        )
+
+    def to_detectron2(self) -> Any:
+        """Return a detectron2 ``Instances`` with pred_boxes, scores, pred_classes and, where there are, pred_masks."""
+        import proxydet.compat.d2  # noqa: F401
+
+        import torch
+        from detectron2.structures import Boxes, Instances
+
+        instances = Instances(self.image_size)
+        instances.pred_boxes = Boxes(torch.from_numpy(self.boxes_xyxy.copy()))
+        instances.scores = torch.from_numpy(self.scores.copy())
+        instances.pred_classes = torch.from_numpy(self.class_ids.copy())
+        if self.has_masks:
+            instances.pred_masks = torch.from_numpy(self.masks.copy())
+        return instances
+
+    def draw(
+        self, image: Image.Image | npt.NDArray[np.uint8], style: DrawingStyle | None = None
+    ) -> Image.Image:
+        """Draw boxes, masks, labels and scores on a copy of the picture.
+
+        Args:
+            image: The picture that these were found in: PIL, or uint8 (H, W, 3) RGB.
+            style: How to draw; the default style where None.
+
+        Raises:
+            InputError: The picture has another size.
+        """
+        from PIL import Image
+
+        from proxydet.visualization.drawing import DrawnObject, draw_objects
+
+        picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+        height, width = self.image_size
+        if picture.size != (width, height):
+            raise InputError(
+                f"the picture is {picture.width} x {picture.height} pixels, the detections are of one of {width} x {height}",
+                hint="draw on the picture that was given to predict(); PIL.ImageOps.exif_transpose turns photographs upright",
+            )
+        objects = [
+            DrawnObject(
+                label=item.label, box_xyxy=item.box_xyxy, score=item.score, mask_HW=item._paste
+            )
+            for item in self
+        ]
+        return draw_objects(picture, objects, style)
+
+    def _mask(self, index: int) -> Bools:
+        """One mask alone: all masks of a large picture at once can take gigabytes."""
+        mask_HW: Bools = self._chosen(np.array([index])).masks[0]
+        return mask_HW
+
+    def _require_masks(self) -> None:
+        if not self.has_masks:
+            raise InputError(
+                "these detections have no masks",
+                hint="ask for them: detector.with_settings(masks=True)",
+            )
+
+
+def _as_tuple(box_4: Floats) -> tuple[float, float, float, float]:
+    left, top, right, bottom = box_4.tolist()
+    return left, top, right, bottom
+
+
+def _frozen(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    array.setflags(write=False)
+    return array
+
+
+def _optional(package: str, gives: str) -> ModuleType:
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{gives} needs the package {package}, which is not installed",
+            hint=f"run: pip install {package}",
+        ) from error

@@ -1,0 +1,171 @@
+"""Opens detectors from run folders, checkpoints and published models."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from proxydet.config import from_mapping
+from proxydet.config_text import load_mapping
+from proxydet.data.config import DataConfig
+from proxydet.data.description import DatasetDescription
+from proxydet.errors import CheckpointError, InputError
+from proxydet.modeling.config import BackboneConfig, InferenceConfig, ModelConfig
+from proxydet.modeling.network import ProxyDetNetwork
+from proxydet.modeling.weights import load_weights
+from proxydet.vocabulary.published import published_vocabulary
+from proxydet.vocabulary.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from proxydet.detector import Detector
+
+_CHECKPOINT = re.compile(r"step_(\d+)\.pth")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """What a detector needs of a run's configuration."""
+
+    data: DataConfig
+    model: ModelConfig
+    inference: InferenceConfig
+
+
+@dataclass(frozen=True)
+class _Pretrained:
+    config: Literal["r50", "swinb"]
+    inference: InferenceConfig
+
+
+# Fusion weights are those of the paper for training with and without image labels.
+_PRETRAINED = {
+    "proxydet-r50": _Pretrained("r50", InferenceConfig(alpha=0.35, beta=0.55)),
+    "proxydet-r50-inl": _Pretrained("r50", InferenceConfig()),
+    "proxydet-swinb-inl": _Pretrained("swinb", InferenceConfig()),
+}
+
+
+def open_run(
+    cls: type[Detector], folder: Path, checkpoint: Path | None, device: torch.device
+) -> Detector:
+    """Open a run folder; see `Detector.from_run`."""
+    if not folder.is_dir():
+        raise InputError(
+            f"there is no run folder {folder}",
+            hint="make one with: proxydet quickstart",
+            path=folder,
+        )
+    settings = _read_settings(folder / "config.yaml")
+    weights = checkpoint or _newest_weights(folder)
+    vocabulary = Vocabulary.load(folder / "vocabulary.npz")
+    return cls(
+        _network(settings.model, vocabulary, weights, device),
+        inference=settings.inference,
+        shortest=settings.data.test_shortest_side,
+        longest=settings.data.test_longest_side,
+        encoder=_encoder_of(folder, settings.data),
+    )
+
+
+def open_checkpoint(
+    cls: type[Detector],
+    path: Path,
+    config: ModelConfig | Path | Literal["r50", "swinb"],
+    vocabulary: Vocabulary | None,
+    device: torch.device,
+) -> Detector:
+    """Open a checkpoint; see `Detector.from_checkpoint`."""
+    settings = _settings_from(config)
+    classes = vocabulary or published_vocabulary("lvis")
+    return cls(
+        _network(settings.model, classes, path, device),
+        inference=settings.inference,
+        shortest=settings.data.test_shortest_side,
+        longest=settings.data.test_longest_side,
+    )
+
+
+def open_pretrained(cls: type[Detector], name: str, device: torch.device) -> Detector:
+    """Open a published model; see `Detector.from_pretrained`."""
+    if name not in _PRETRAINED:
+        raise InputError(
+            f"there is no published model {name!r}", hint=f"there are {', '.join(_PRETRAINED)}"
+        )
+    from proxydet.artifacts.download import download
+
+    entry = _PRETRAINED[name]
+    weights = download(name)
+    download("lvis-metadata")
+    model = _settings_from(entry.config).model
+    network = _network(model, published_vocabulary("lvis"), weights, device)
+    return cls(network, inference=entry.inference)
+
+
+def _settings_from(config: ModelConfig | Path | Literal["r50", "swinb"]) -> _Settings:
+    if isinstance(config, Path):
+        return _read_settings(config)
+    if isinstance(config, ModelConfig):
+        model = config
+    elif config == "r50":
+        model = ModelConfig()
+    elif config == "swinb":
+        model = ModelConfig(backbone=BackboneConfig(kind="swin"))
+    else:
+        raise InputError(
+            f"there is no model {config!r}", hint='"r50", "swinb", or the config.yaml of a run'
+        )
+    return _Settings(data=DataConfig(), model=model, inference=InferenceConfig())
+
+
+def _read_settings(path: Path) -> _Settings:
+    """Read the parts of a run's configuration that prediction needs; a run folder holds it complete."""
+    if not path.is_file():
+        raise InputError(
+            f"{path.parent} is no run folder: it has no {path.name}",
+            hint="give the folder that proxydet train or quickstart wrote",
+            path=path,
+        )
+    content: dict[str, Any] = load_mapping(path)
+    parts = {key: content.get(key, {}) for key in ("data", "model", "inference")}
+    return from_mapping(_Settings, parts)
+
+
+def _network(
+    model: ModelConfig, vocabulary: Vocabulary, weights: Path, device: torch.device
+) -> ProxyDetNetwork:
+    network = ProxyDetNetwork(model, vocabulary)
+    load_weights(network, weights)
+    return network.to(device)
+
+
+def _newest_weights(folder: Path) -> Path:
+    final = folder / "model_final.pth"
+    if final.is_file():
+        return final
+    steps = {
+        int(match[1]): path
+        for path in folder.glob("checkpoints/step_*.pth")
+        if (match := _CHECKPOINT.fullmatch(path.name))
+    }
+    if not steps:
+        raise CheckpointError(
+            f"the run {folder} has no weights yet",
+            hint=f"go on with it: proxydet train --resume --output {folder}",
+            path=folder,
+        )
+    return steps[max(steps)]
+
+
+def _encoder_of(folder: Path, data: DataConfig) -> Path | None:
+    """The text encoder that the run's data came with; None where that is CLIP."""
+    own = folder / "text_encoder.json"
+    if own.is_file():
+        return own
+    if data.description is None or not data.description.is_file():
+        return None
+    encoder = DatasetDescription.from_toml(data.description).vocabulary.encoder
+    return Path(encoder) if encoder is not None and Path(encoder).is_file() else None

@@ -1,0 +1,162 @@
+"""What a Python user gets back: plain numpy, and other libraries' forms of the same."""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from proxydet.detections import Detections
+from proxydet.errors import InputError, MissingDependencyError
+from proxydet.modeling.prediction import Prediction
+
+NAMES = ("cup", "plate", "fork")
+
+
+@pytest.fixture
+def found() -> Detections:
+    prediction = Prediction(
+        boxes_N4=torch.tensor([[2.0, 3, 12, 13], [2.0, 3, 12, 13], [20.5, 0, 39.5, 29.75]]),
+        scores_N=torch.tensor([0.9, 0.6, 0.25]),
+        classes_N=torch.tensor([2, 0, 0]),
+        mask_probs_MSS=torch.stack([torch.ones(28, 28), torch.eye(28)]),
+        mask_index_N=torch.tensor([0, 0, 1]),
+        image_size=(30, 40),
+    )
+    return Detections(prediction, NAMES)
+
+
+@pytest.fixture
+def without_masks() -> Detections:
+    prediction = Prediction(
+        boxes_N4=torch.tensor([[2.0, 3, 12, 13]]),
+        scores_N=torch.tensor([0.9]),
+        classes_N=torch.tensor([1]),
+        mask_probs_MSS=torch.zeros(0, 28, 28),
+        mask_index_N=torch.tensor([-1]),
+        image_size=(30, 40),
+    )
+    return Detections(prediction, NAMES)
+
+
+def test_arrays_are_plain_and_cannot_be_changed(found: Detections) -> None:
+    assert found.boxes_xyxy.dtype == np.float32
+    assert found.scores.dtype == np.float32
+    assert found.class_ids.tolist() == [2, 0, 0]
+    assert found.labels == ("fork", "cup", "cup")
+    assert found.masks.shape == (3, 30, 40)
+    assert found.masks[0, 3:13, 2:12].all()
+    assert found.masks[0].sum() == 100
+    for array in (found.boxes_xyxy, found.scores, found.class_ids, found.masks):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 0
+
+
+def test_items_carry_their_own_mask(found: Detections) -> None:
+    items = list(found)
+    assert [item.label for item in items] == ["fork", "cup", "cup"]
+    assert items[2].box_xyxy == (20.5, 0.0, 39.5, 29.75)
+    for item, mask_HW in zip(items, found.masks, strict=True):
+        np.testing.assert_array_equal(item.mask, mask_HW)
+
+
+def test_choosing_keeps_masks_with_their_boxes(found: Detections) -> None:
+    assert found.above(0.5).labels == ("fork", "cup")
+    assert len(found.above(0.95)) == 0
+    assert found.top(1).labels == ("fork",)
+    assert len(found.top(99)) == 3
+    cups = found.of("cup")
+    assert cups.scores.tolist() == found.scores[1:].tolist()
+    np.testing.assert_array_equal(cups.masks, found.masks[1:])
+
+
+def test_a_score_equal_to_the_threshold_is_not_above_it(found: Detections) -> None:
+    assert len(found.above(0.25)) == 2
+
+
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # inside pycocotools
+def test_coco_rows_decode_to_the_masks(found: Detections) -> None:
+    rows = json.loads(json.dumps(found.to_coco("a7", category_ids=[10, 20, 30])))
+    assert [row["category_id"] for row in rows] == [30, 10, 10]
+    assert rows[2]["bbox"] == [20.5, 0.0, 19.0, 29.75]
+    assert rows[0]["image_id"] == "a7"
+    for row, mask_HW in zip(rows, found.masks, strict=True):
+        np.testing.assert_array_equal(coco_mask.decode(row["segmentation"]).astype(bool), mask_HW)
+    assert [row["category_id"] for row in found.to_coco(1)] == [3, 1, 1]
+
+
+def test_dictionaries_are_ready_for_json(found: Detections) -> None:
+    content = json.loads(json.dumps(found.to_dict()))
+    assert (content["width"], content["height"]) == (40, 30)
+    assert content["detections"][1]["label"] == "cup"
+    assert content["detections"][1]["mask"]["size"] == [30, 40]
+    assert "mask" not in found.to_dict(masks=False)["detections"][0]
+
+
+def test_detectron2_gets_instances(found: Detections) -> None:
+    instances = found.to_detectron2()
+    assert type(instances).__name__ == "Instances"
+    assert instances.image_size == (30, 40)
+    assert instances.pred_classes.tolist() == [2, 0, 0]
+    np.testing.assert_array_equal(instances.pred_masks.numpy(), found.masks)
+
+
+def test_pandas_and_supervision_get_the_same_numbers(
+    found: Detections, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = SimpleNamespace(DataFrame=dict, Detections=SimpleNamespace)
+    monkeypatch.setitem(sys.modules, "pandas", fake)
+    monkeypatch.setitem(sys.modules, "supervision", fake)
+    frame = found.to_pandas()
+    assert frame["label"] == ["fork", "cup", "cup"]
+    assert frame["mask_area"].tolist() == found.masks.sum(axis=(1, 2)).tolist()
+    np.testing.assert_array_equal(frame["x1"], found.boxes_xyxy[:, 2])
+    theirs = found.to_supervision()
+    np.testing.assert_array_equal(theirs.xyxy, found.boxes_xyxy)
+    assert theirs.data["class_name"].tolist() == ["fork", "cup", "cup"]
+    theirs.xyxy[:] = 0
+    assert found.boxes_xyxy.any()
+
+
+def test_missing_packages_are_named(found: Detections, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "supervision", None)
+    with pytest.raises(MissingDependencyError) as caught:
+        found.to_supervision()
+    assert "pip install supervision" in str(caught.value.hint)
+
+
+def test_without_masks_everything_else_works(without_masks: Detections) -> None:
+    assert not without_masks.has_masks
+    (item,) = without_masks
+    assert item.mask is None
+    assert "segmentation" not in without_masks.to_coco(1)[0]
+    assert "mask" not in without_masks.to_dict()["detections"][0]
+    assert not hasattr(without_masks.to_detectron2(), "pred_masks")
+    without_masks.draw(np.zeros((30, 40, 3), np.uint8))
+    with pytest.raises(InputError, match="no masks"):
+        _ = without_masks.masks
+    with pytest.raises(InputError, match="no masks"):
+        _ = without_masks.rles
+
+
+def test_nothing_found_is_an_ordinary_answer(found: Detections) -> None:
+    nothing = found.above(1.0)
+    assert nothing.masks.shape == (0, 30, 40)
+    assert nothing.boxes_xyxy.shape == (0, 4)
+    assert nothing.to_coco(1) == []
+    assert nothing.to_dict()["detections"] == []
+    assert nothing.rles == ()
+    assert list(nothing) == []
+    assert nothing.draw(Image.new("RGB", (40, 30))).getbbox() is None
+
+
+def test_drawing_on_another_picture_is_refused(found: Detections) -> None:
+    with pytest.raises(InputError, match="41 x 30"):
+        found.draw(Image.new("RGB", (41, 30)))
+    assert found.draw(Image.new("RGB", (40, 30))).getbbox() is not None

@@ -1,0 +1,269 @@
+"""The detector: pictures of every kind in, the same answers however they come in."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from proxydet.detections import Detections
+from proxydet.detector import Detector, as_pixels, choose_device
+from proxydet.errors import ConfigError, DataError, InputError, VocabularyError
+from proxydet.modeling.config import InferenceConfig
+from proxydet.modeling.network import ProxyDetNetwork
+from proxydet.recipes import get_recipe
+from proxydet.vocabulary.compositional import CompositionalEncoder
+from proxydet.vocabulary.vocabulary import Vocabulary
+
+WORDS = ["red", "blue", "green", "circle", "square", "star"]
+CLASSES = ["red circle", "blue square", "green star", "blue circle"]
+
+
+@pytest.fixture(scope="module")
+def encoder() -> CompositionalEncoder:
+    return CompositionalEncoder.create(WORDS, dim=64, noise=0.1, seed=1)
+
+
+@pytest.fixture(scope="module")
+def detector(encoder: CompositionalEncoder) -> Detector:
+    torch.manual_seed(5)
+    vocabulary = Vocabulary.from_arrays(CLASSES, encoder.encode(CLASSES), [1, 1, 1, 0])
+    network = ProxyDetNetwork(get_recipe("tiny").model, vocabulary)
+    # Fresh heads score everything alike; larger weights make scores that differ.
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name.startswith("roi_heads.") and parameter.ndim > 1:
+                parameter.mul_(6)
+    return Detector(network, shortest=64, longest=100, encoder=encoder)
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[np.ndarray]:
+    rng = np.random.default_rng(2)
+    sizes = [(48, 64), (64, 48), (80, 80), (48, 64), (30, 90)]
+    return [rng.integers(0, 256, (*size, 3), np.uint8) for size in sizes]
+
+
+def assert_same(first: Detections, second: Detections) -> None:
+    np.testing.assert_array_equal(first.boxes_xyxy, second.boxes_xyxy)
+    np.testing.assert_array_equal(first.scores, second.scores)
+    assert first.labels == second.labels
+    assert first.rles == second.rles
+
+
+def predict(detector: Detector, image: object, vocabulary: object = None) -> Detections:
+    found = detector.predict(image, vocabulary, score_threshold=0.02)  # type: ignore[arg-type]
+    assert len(found) > 0
+    return found
+
+
+def test_a_file_a_picture_and_an_array_are_the_same(
+    detector: Detector, pictures: list[np.ndarray], tmp_path: Path
+) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(pictures[0]).save(path)
+    wanted = predict(detector, pictures[0])
+    assert_same(predict(detector, path), wanted)
+    assert_same(predict(detector, str(path)), wanted)
+    assert_same(predict(detector, Image.open(path)), wanted)
+    bgr = detector.predict(pictures[0][:, :, ::-1], score_threshold=0.02, channel_order="bgr")
+    assert_same(bgr, wanted)
+
+
+def test_boxes_are_in_the_pixels_of_the_given_picture(
+    detector: Detector, pictures: list[np.ndarray]
+) -> None:
+    found = predict(detector, pictures[4])
+    assert found.image_size == (30, 90)
+    assert found.boxes_xyxy[:, 0::2].max() <= 90
+    assert found.boxes_xyxy[:, 1::2].max() <= 30
+    assert found.masks.shape[1:] == (30, 90)
+
+
+def test_photographs_are_turned_upright(
+    detector: Detector, pictures: list[np.ndarray], tmp_path: Path
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "turned.png"
+    Image.fromarray(pictures[0]).save(path, exif=exif)
+    assert_same(predict(detector, path), predict(detector, np.rot90(pictures[0], k=-1).copy()))
+    assert_same(predict(detector, Image.open(path)), predict(detector, path))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK", "I;16", "LA"])
+def test_pictures_of_any_mode_are_looked_at(detector: Detector, mode: str) -> None:
+    found = detector.predict(Image.new(mode, (50, 40), 1))
+    assert found.image_size == (40, 50)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1)])
+def test_the_smallest_and_thinnest_pictures_are_looked_at(
+    detector: Detector, size: tuple[int, int]
+) -> None:
+    found = detector.predict(np.full((*size, 3), 200, np.uint8), score_threshold=0.0)
+    assert found.image_size == size
+
+
+def test_a_batch_of_mixed_sizes_gives_what_single_pictures_give(
+    detector: Detector, pictures: list[np.ndarray]
+) -> None:
+    together = detector.predict_batch(pictures, score_threshold=0.02, batch_size=4)
+    assert len(together) == len(pictures)
+    for picture, found in zip(pictures, together, strict=True):
+        alone = predict(detector, picture)
+        assert alone.labels == found.labels
+        np.testing.assert_allclose(alone.scores, found.scores, atol=1e-5)
+        np.testing.assert_allclose(alone.boxes_xyxy, found.boxes_xyxy, atol=1e-3)
+
+
+def test_an_empty_batch_is_an_empty_list(detector: Detector) -> None:
+    assert detector.predict_batch([]) == []
+
+
+def test_evaluation_and_prediction_are_bit_for_bit_equal(
+    detector: Detector, pictures: list[np.ndarray]
+) -> None:
+    (prediction,) = detector.predict_images([pictures[0]], settings=InferenceConfig())
+    wanted = Detections(prediction, detector.vocabulary.names)
+    assert_same(detector.predict(pictures[0], score_threshold=0.02), wanted)
+
+
+def test_a_higher_threshold_only_leaves_out(detector: Detector, pictures: list[np.ndarray]) -> None:
+    low = predict(detector, pictures[0])
+    middle = float(np.median(low.scores))
+    high = detector.predict(pictures[0], score_threshold=middle)
+    assert 0 < len(high) < len(low)
+    assert_same(high, low.above(middle))
+    assert_same(detector.predict(pictures[0], score_threshold=0.02, max_detections=3), low.top(3))
+
+
+def test_names_are_embedded_and_split_by_the_published_rule(detector: Detector) -> None:
+    vocabulary = detector.vocabulary_of(["red circle", "blue circle", "green square"])
+    # "blue circle" is a class of the training, but a novel one.
+    assert vocabulary.base.tolist() == [True, False, False]
+    assert detector.resolve(["red circle", "blue circle", "green square"]) == vocabulary
+    assert detector.with_base(vocabulary, threshold=-1.0).base.all()
+
+
+def test_a_vocabulary_object_is_taken_as_it_is(detector: Detector) -> None:
+    novel = detector.vocabulary_of(["red circle"]).with_base([False])
+    assert detector.resolve(novel) is novel
+
+
+def test_a_vocabulary_file_is_split_by_the_rule(detector: Detector, tmp_path: Path) -> None:
+    path = (
+        detector.vocabulary_of(["red circle", "red star"])
+        .with_base([False, True])
+        .save(tmp_path / "a.npz")
+    )
+    for given in (path, str(path)):
+        assert detector.resolve(given).base.tolist() == [True, False]
+
+
+def test_the_vocabulary_decides_the_labels_and_leaves_no_trace(
+    detector: Detector, pictures: list[np.ndarray]
+) -> None:
+    before = predict(detector, pictures[0])
+    other = predict(detector, pictures[0], ["green square", "red star"])
+    assert set(other.labels) <= {"green square", "red star"}
+    assert_same(predict(detector, pictures[0]), before)
+    assert_same(predict(detector, pictures[0], detector.vocabulary), before)
+
+
+def test_threads_with_vocabularies_of_their_own_do_not_meet(
+    detector: Detector, pictures: list[np.ndarray]
+) -> None:
+    vocabularies = [
+        ["green square"],
+        ["red star", "blue star"],
+        None,
+        ["blue square", "red circle"],
+    ]
+    wanted = [predict(detector, pictures[0], v) for v in vocabularies]
+    found: dict[int, list[Detections]] = {i: [] for i in range(4)}
+
+    def work(i: int) -> None:
+        for _ in range(3):
+            found[i].append(predict(detector, pictures[0], vocabularies[i]))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, answers in found.items():
+        assert len(answers) == 3
+        for answer in answers:
+            assert_same(answer, wanted[i])
+
+
+def test_settings_are_changed_on_a_copy(detector: Detector, pictures: list[np.ndarray]) -> None:
+    bare = detector.with_settings(masks=False)
+    assert not bare.predict(pictures[0], score_threshold=0.02).has_masks
+    assert detector.predict(pictures[0], score_threshold=0.02).has_masks
+    one = detector.with_settings(one_class_per_proposal=True).predict(
+        pictures[0], score_threshold=0.0
+    )
+    assert len(np.unique(one.boxes_xyxy, axis=0)) == len(one)
+    with pytest.raises(ConfigError, match="'mask'"):
+        detector.with_settings(mask=False)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((4, 4, 3), np.float32),
+        np.zeros((4, 4), np.uint8),
+        np.zeros((3, 4, 4), np.uint8),
+        np.zeros((0, 4, 3), np.uint8),
+        [[1, 2]],
+        None,
+    ],
+)
+def test_arrays_of_another_kind_are_refused(array: object) -> None:
+    with pytest.raises(InputError, match="a picture"):
+        as_pixels(array)  # type: ignore[arg-type]
+
+
+def test_bad_input_is_named(detector: Detector, tmp_path: Path, pictures: list[np.ndarray]) -> None:
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"broken\.jpg"):
+        detector.predict(broken)
+    with pytest.raises(DataError, match=r"absent\.jpg"):
+        detector.predict(tmp_path / "absent.jpg")
+    with pytest.raises(VocabularyError, match="twice"):
+        detector.predict(pictures[0], ["red star", "red star "])
+    with pytest.raises(VocabularyError, match="giraffe"):
+        detector.predict(pictures[0], ["giraffe"])
+    with pytest.raises(InputError, match="neither"):
+        detector.predict(pictures[0], "red star")
+    with pytest.raises(ConfigError, match="score_threshold"):
+        detector.predict(pictures[0], score_threshold=1.5)
+    with pytest.raises(ConfigError, match="batch_size"):
+        detector.predict_batch(pictures, batch_size=0)
+    with pytest.raises(InputError, match="several"):
+        detector.predict_batch("photo.jpg")
+    with pytest.raises(ConfigError, match="channel_order"):
+        detector.predict(pictures[0], channel_order="gbr")  # type: ignore[arg-type]
+
+
+def test_embeddings_of_another_width_are_refused(
+    detector: Detector, pictures: list[np.ndarray]
+) -> None:
+    wide = Vocabulary.from_arrays(["a"], np.ones((1, 8)))
+    with pytest.raises(VocabularyError, match="dimensions"):
+        detector.predict(pictures[0], wide)
+
+
+def test_devices_that_are_not_there_are_refused() -> None:
+    assert choose_device("auto").type in ("cpu", "cuda")
+    with pytest.raises(ConfigError, match="cuda:99"):
+        choose_device("cuda:99")
+    with pytest.raises(ConfigError, match="toaster"):
+        choose_device("toaster")

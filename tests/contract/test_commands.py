@@ -1,0 +1,86 @@
+"""What holds for every command."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from proxydet_cli.app import COMMANDS, load_command
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+MODULES = sorted((REPOSITORY / "proxydet_cli").rglob("*.py"))
+
+
+def leaves(name: str, command: Any) -> Iterator[tuple[str, Any]]:
+    """A command, or its subcommands where it has some."""
+    children = getattr(command, "commands", None)
+    if not children:
+        yield name, command
+        return
+    for child, subcommand in children.items():
+        yield from leaves(f"{name} {child}", subcommand)
+
+
+def all_leaves() -> list[tuple[str, Any]]:
+    return [leaf for name in COMMANDS for leaf in leaves(name, load_command(name))]
+
+
+def help_of(name: str, command: Any) -> str:
+    return str(command.get_help(typer.Context(command, info_name=f"proxydet {name}")))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_listed_command_has_its_module(name: str) -> None:
+    assert (REPOSITORY / f"proxydet_cli/commands/{name.replace('-', '_')}.py").is_file()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_one_line_help_fits_an_80_column_terminal(name: str) -> None:
+    widest = max(len(command) for command in COMMANDS)
+    assert len(COMMANDS[name]) <= 80 - widest - 6
+    assert COMMANDS[name].endswith(".")
+
+
+def test_every_module_of_a_command_is_listed() -> None:
+    files = {p.stem.replace("_", "-") for p in (REPOSITORY / "proxydet_cli/commands").glob("*.py")}
+    assert files - {"--init--"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize(("name", "command"), all_leaves(), ids=lambda value: str(value)[:40])
+def test_help_explains_with_an_example(name: str, command: Any) -> None:
+    text = help_of(name, command)
+    assert "Examples:" in text
+    assert f"proxydet {name}" in text.split("Examples:")[1]
+    described = [p for p in command.params if getattr(p, "help", None)]
+    assert len(described) == len(command.params), "an option has no help text"
+    assert "--install-completion" not in text
+
+
+@pytest.mark.parametrize(("name", "command"), all_leaves(), ids=lambda value: str(value)[:40])
+def test_every_command_can_answer_in_json(name: str, command: Any) -> None:
+    assert "--json" in {option for parameter in command.params for option in parameter.opts}
+
+
+@pytest.mark.parametrize(("name", "command"), all_leaves(), ids=lambda value: str(value)[:40])
+def test_examples_use_options_that_exist(name: str, command: Any) -> None:
+    known = {o for p in command.params for o in (*p.opts, *p.secondary_opts)} | {"--help"}
+    for line in help_of(name, command).split("Examples:")[1].splitlines():
+        if f"proxydet {name}" in line:
+            used = set(re.findall(r"(?<=\s)--?[a-zA-Z][\w-]*", line.split(f"proxydet {name}")[1]))
+            assert used <= known, line
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_only_output_writes(path: Path) -> None:
+    if path.name in {"output.py", "reference.py"}:
+        return
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in {"print", "typer.echo", "typer.secho", "rich.print"}, path

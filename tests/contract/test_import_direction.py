@@ -1,0 +1,129 @@
+"""Imports go one way: vocabulary -> data -> modeling -> losses -> training -> evaluation."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CORE = REPOSITORY / "proxydet"
+
+SHARED = 0
+RANK = {
+    # What everyone may use, and what uses nothing but that.
+    **dict.fromkeys(
+        [
+            "errors",
+            "reporting",
+            "paths",
+            "_version",
+            "config",
+            "config_text",
+            "compat",
+            "artifacts",
+        ],
+        SHARED,
+    ),
+    **dict.fromkeys(["environment", "inspection", "manifest"], SHARED),
+    "visualization": SHARED,  # draws what it is given
+    "vocabulary": 1,
+    "data": 2,
+    "modeling": 3,
+    "losses": 4,
+    "detections": 5,
+    "detector": 5,
+    "detector_files": 5,
+    "training": 7,
+    "evaluation": 8,
+    # What puts everything together.
+    **dict.fromkeys(["", "recipes", "quickstart", "run_comparison"], 10),
+}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(REPOSITORY).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def modules() -> list[Path]:
+    return sorted(CORE.rglob("*.py"))
+
+
+def imported(path: Path) -> Iterator[tuple[str, int]]:
+    """Names of our modules that a file imports when it runs, at any depth, and the line."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    typing_only = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test).endswith("TYPE_CHECKING")
+        for statement in block.body
+        for node in ast.walk(statement)
+    }
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name.split(".")[0] in {"proxydet", "proxydet_cli"}:
+                yield name, node.lineno
+
+
+def part(name: str) -> str:
+    return name.split(".")[1] if "." in name else ""
+
+
+@pytest.mark.parametrize("path", modules(), ids=module_name)
+def test_imports_go_one_way(path: Path) -> None:
+    own = part(module_name(path))
+    for name, line in imported(path):
+        where = f"{path.relative_to(REPOSITORY)}:{line} imports {name}"
+        assert name.split(".")[0] == "proxydet", f"{where}: the core is complete without the CLI"
+        other = part(name)
+        if other == own or name == "proxydet":
+            continue
+        assert RANK[other] <= RANK[own], f"{where}: it comes later on the way"
+        equals = RANK[other] == RANK[own]
+        assert not equals or RANK[own] in (SHARED, RANK["detector"], RANK[""]), where
+
+
+def test_every_module_has_a_place() -> None:
+    tops = {part(module_name(path)) for path in modules()}
+    assert tops <= set(RANK), "say in RANK where the new module stands"
+
+
+def test_relative_imports_are_not_used() -> None:
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            assert not (isinstance(node, ast.ImportFrom) and node.level), path
+
+
+@pytest.mark.parametrize("folder", ["proxydet", "proxydet_cli"])
+def test_package_files_hold_only_a_docstring(folder: str) -> None:
+    for path in (REPOSITORY / folder).rglob("__init__.py"):
+        if path == CORE / "__init__.py":
+            continue
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        assert len(body) == 1, path
+        assert isinstance(body[0], ast.Expr), path
+
+
+def test_click_is_never_imported() -> None:
+    for folder in ("proxydet", "proxydet_cli", "tests", "benchmarks"):
+        for path in (REPOSITORY / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                names = (
+                    [alias.name for alias in node.names]
+                    if isinstance(node, ast.Import)
+                    else [node.module or ""]
+                    if isinstance(node, ast.ImportFrom)
+                    else []
+                )
+                assert not any(name.split(".")[0] == "click" for name in names), path

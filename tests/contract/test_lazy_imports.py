@@ -1,0 +1,90 @@
+"""What a quick start must not load, told by the modules in memory and not by the clock."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from proxydet_cli.app import COMMANDS
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+HEAVY = {
+    "torch",
+    "torchvision",
+    "detectron2",
+    "numpy",
+    "PIL",
+    "requests",
+    "matplotlib",
+    "open_clip",
+    "cv2",
+}
+
+REPORT = """
+import atexit, json, os, sys
+def report():
+    with open(os.environ["MODULES_FILE"], "w") as file:
+        json.dump(sorted(sys.modules), file)
+atexit.register(report)
+"""
+
+
+def loaded_by(program: str, tmp_path: Path) -> set[str]:
+    """Run Python code in a fresh process; the modules in memory when it ends."""
+    target = tmp_path / "modules.json"
+    subprocess.run(
+        [sys.executable, "-c", REPORT + program],
+        env={**os.environ, "MODULES_FILE": str(target)},
+        check=True,
+        capture_output=True,
+    )
+    return set(json.loads(target.read_text()))
+
+
+def command_line(*words: str) -> str:
+    return f"from proxydet_cli.main import main\nsys.exit(main({list(words)!r}))\n"
+
+
+def tops(modules: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in modules}
+
+
+def test_the_package_loads_nothing_heavy(tmp_path: Path) -> None:
+    assert not tops(loaded_by("import proxydet", tmp_path)) & HEAVY
+
+
+def test_version_is_answered_before_typer_loads(tmp_path: Path) -> None:
+    for words in (["--version"], ["-V"]):
+        modules = loaded_by(command_line(*words), tmp_path)
+        assert not tops(modules) & (HEAVY | {"typer", "rich"})
+        assert "proxydet_cli.app" not in modules
+
+
+def test_help_loads_no_command_and_nothing_heavy(tmp_path: Path) -> None:
+    modules = loaded_by(command_line("--help"), tmp_path)
+    assert not tops(modules) & (HEAVY | {"rich", "pydantic"})
+    assert not {name for name in modules if name.startswith("proxydet_cli.commands.")}
+    assert len(modules) < 400
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_commands_help_loads_only_that_command(command: str, tmp_path: Path) -> None:
+    modules = loaded_by(command_line(command, "--help"), tmp_path)
+    assert not tops(modules) & (HEAVY | {"rich", "pydantic"})
+    commands = {name for name in modules if name.startswith("proxydet_cli.commands.")}
+    assert commands == {f"proxydet_cli.commands.{command.replace('-', '_')}"}
+
+
+def test_configurations_load_no_torch(tmp_path: Path) -> None:
+    names = [
+        ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
+        for path in (REPOSITORY / "proxydet").rglob("config.py")
+    ]
+    assert names
+    program = "".join(f"import {name}\n" for name in names)
+    assert not tops(loaded_by(program, tmp_path)) & {"torch", "torchvision", "detectron2"}

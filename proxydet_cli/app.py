@@ -21,6 +21,8 @@ from proxydet_cli.output import Output, show_logs
 
 COMMANDS: dict[str, str] = {
     "setup": "Make a working detectron2 where none is; check the rest.",
+    "env": "Report the environment next to the published one.",
+    "patch": "Make, undo and prove the published RoIAlign change in detectron2.",
 }
 """Name and one-line help of each command, in the order of ``--help``."""
 

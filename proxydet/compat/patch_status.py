@@ -155,9 +155,11 @@ def patch_status(file: Path) -> PatchStatus:
 
 def _notes(file: Path, state: PatchState, record: PatchRecord | None) -> tuple[str, ...]:
     notes = []
-    others = [other for other in roi_align_files() if other != file]
-    if others:
-        listed = ", ".join(str(other) for other in others)
+    installed = roi_align_files()
+    if installed and file not in installed:
+        notes.append(f"Python imports another detectron2: {installed[0]}")
+    elif len(installed) > 1:
+        listed = ", ".join(str(other) for other in installed if other != file)
         notes.append(f"there is more than one detectron2 on Python's path; also: {listed}")
     if "site-packages" not in file.parts and any((p / ".git").exists() for p in file.parents):
         notes.append("the file belongs to a source tree: its version control will show the change")

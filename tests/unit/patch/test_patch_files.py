@@ -216,9 +216,18 @@ def test_every_detectron2_on_the_path_is_found_in_order(tmp_path):
     assert [file.parents[2].name for file in found] == ["first", "second"]
 
 
-def test_status_warns_of_a_second_detectron2_and_of_a_source_tree(roi_align_file, tmp_path):
+def test_status_warns_of_a_second_detectron2_on_the_path(roi_align_file, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path, str(roi_align_file.parents[2])])
     notes = patch_status(roi_align_file).notes
     assert any("more than one detectron2" in note for note in notes)
+
+
+def test_status_tells_a_copy_that_is_not_the_one_in_use(roi_align_file):
+    notes = patch_status(roi_align_file).notes
+    assert any("imports another detectron2" in note for note in notes)
+
+
+def test_status_warns_of_a_source_tree(roi_align_file, tmp_path):
     tree = tmp_path / "source" / "detectron2" / "layers"
     tree.mkdir(parents=True)
     (tmp_path / "source" / ".git").mkdir()

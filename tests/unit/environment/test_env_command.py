@@ -1,0 +1,79 @@
+"""``proxydet env``: what it prints and how it exits."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from proxydet import environment as environment_module
+from proxydet.environment import environment
+from proxydet.manifest import build_manifest, write_run_records
+from proxydet_cli.main import main
+
+REPORT = environment(quick=True)
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*words: str) -> tuple[int, str, str]:
+        try:
+            code = main(("env", *words))
+        except SystemExit as end:
+            code = int(end.code or 0)
+        written = capsys.readouterr()
+        return code, written.out, written.err
+
+    return call
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    fields = [
+        replace(field, value=None, verdict="will fail", reason="run: proxydet setup")
+        if field.key == "detectron2"
+        else field
+        for field in REPORT.fields
+    ]
+    report = replace(REPORT, fields=tuple(fields))
+    monkeypatch.setattr(environment_module, "environment", lambda **_: report)
+
+
+def test_text_json_and_markdown(run):
+    code, out, err = run("--quick")
+    assert (code, err) == (0, "")
+    assert "published 1.11.0+cu113: may change results" in out
+    assert max(map(len, out.splitlines())) <= 140
+    assert json.loads(run("--quick", "--json")[1])["worst"] == "may change results"
+    assert run("--quick", "--markdown")[1].startswith("<details>")
+
+
+def test_check_is_silent_about_what_works(run):
+    assert run("--quick", "--check") == (0, "nothing will fail\n", "")
+
+
+def test_check_fails_with_what_will_fail(run, broken):
+    assert run("--check") == (5, "detectron2: missing: run: proxydet setup\n", "")
+    assert run()[0] == 0
+
+
+def test_diff_of_two_runs(run, tmp_path):
+    for name, seed in (("a", 7), ("b", 8)):
+        (tmp_path / name).mkdir()
+        manifest = build_manifest(
+            "training", configuration={}, digests={}, mode="off", seeds={"seed": seed}
+        )
+        write_run_records(tmp_path / name, manifest, REPORT)
+    code, out, _ = run("--diff", str(tmp_path / "a"), str(tmp_path / "b"))
+    assert code == 0
+    assert out.splitlines()[:3] == [
+        "decides results: seeds.seed (every random number derives from it)",
+        "    7",
+        "    8",
+    ]
+    found = json.loads(run("--diff", str(tmp_path / "a"), str(tmp_path / "b"), "--json")[1])
+    assert found["differences"][0]["key"] == "seeds.seed"
+    code, _, err = run("--diff", str(tmp_path / "a"), str(tmp_path))
+    assert code == 3
+    assert "no manifest.json" in err

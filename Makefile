@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_FLAGS ?=
+UPGRADE ?=
 
 PY := $(VENV)/bin/python
 LOCK := requirements-dev.lock
@@ -43,11 +44,11 @@ bench: $(INSTALLED) ## Measure start-up time; other measurements are scripts in 
 docs: $(INSTALLED) ## Write the command reference from the commands themselves.
 	$(PY) -m proxydet_cli.reference docs/reference/commands.md
 
-lock: $(INSTALLED) ## Resolve the dependencies anew into the lock files.
+lock: $(INSTALLED) ## Resolve the dependencies into the lock files; UPGRADE=--upgrade takes newer versions.
 	$(PY) -m uv pip compile $(LOCK_FLAGS) --output-file requirements.lock pyproject.toml
 	$(PY) -m uv pip compile $(LOCK_FLAGS) --output-file $(LOCK) --extra dev --constraints requirements.lock pyproject.toml
 
-LOCK_FLAGS := --quiet --upgrade --universal --python-version 3.10 --generate-hashes --no-emit-index-url \
+LOCK_FLAGS = $(UPGRADE) --quiet --universal --python-version 3.10 --generate-hashes --no-emit-index-url \
 	--no-annotate --custom-compile-command "make lock"
 
 clean: ## Remove the environment and what tools left behind.

@@ -1,0 +1,186 @@
+"""What a release must be: versions that agree, locks that cover, a wheel that is whole, nothing of one machine."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from proxydet import errors
+from proxydet._version import __version__
+from proxydet_cli import failures
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+LOCKS = ["requirements.lock", "requirements-dev.lock"]
+
+# Spelt in pieces, so that this file does not hold what it forbids.
+FORBIDDEN = [
+    "py" + "pi.org",
+    "python" + "hosted",
+    "download." + "pytorch.org/whl",
+    "/wo" + "rk/",
+    "/ro" + "ot/",
+    "/home/" + "runner",
+]
+
+
+def tracked_files() -> list[Path]:
+    if not (REPOSITORY / ".git").exists():
+        pytest.skip("not a git checkout")
+    listing = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    return [REPOSITORY / name for name in listing.stdout.split("\0") if name]
+
+
+def texts() -> Iterator[tuple[Path, str]]:
+    for path in tracked_files():
+        if path.is_file():
+            try:
+                yield path, path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                continue
+
+
+def test_no_index_host_and_no_path_of_a_machine() -> None:
+    found = [
+        f"{path.relative_to(REPOSITORY)}: {word}"
+        for path, text in texts()
+        for word in FORBIDDEN
+        if word in text
+    ]
+    assert found == []
+
+
+def test_no_loose_ends() -> None:
+    loose = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|X" + r"XX)\b|NotImplemented" + "Error")
+    found = [
+        f"{path.relative_to(REPOSITORY)}: {loose.search(text)}"
+        for path, text in texts()
+        if path.suffix == ".py" and loose.search(text)
+    ]
+    assert found == []
+
+
+def test_changelog_begins_with_unreleased_and_this_version() -> None:
+    text = (REPOSITORY / "CHANGELOG.md").read_text()
+    assert re.findall(r"^## \[(.+?)\]", text, re.MULTILINE)[:2] == ["Unreleased", __version__]
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def locked(name: str) -> set[str]:
+    text = (REPOSITORY / name).read_text()
+    return {canonical(match) for match in re.findall(r"^([A-Za-z0-9._-]+)==", text, re.MULTILINE)}
+
+
+def named(requirements: list[str]) -> set[str]:
+    return {canonical(re.split(r"[^A-Za-z0-9._-]", text)[0]) for text in requirements}
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_lock_covers_every_dependency(lock: str) -> None:
+    assert named(PROJECT["dependencies"]) <= locked(lock), "run: make lock"
+    if "dev" in lock:
+        assert named(PROJECT["optional-dependencies"]["dev"]) <= locked(lock), "run: make lock"
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_every_locked_version_has_hashes_and_no_address(lock: str) -> None:
+    text = (REPOSITORY / lock).read_text()
+    assert "://" not in text
+    entries = re.split(r"\n(?=\S)", text)
+    assert all("--hash=sha256:" in entry for entry in entries if re.match(r"[A-Za-z0-9]", entry))
+
+
+def test_locks_agree() -> None:
+    def versions(lock: str) -> set[str]:
+        return set(re.findall(r"^\S+==\S+", (REPOSITORY / lock).read_text(), re.MULTILINE))
+
+    assert versions(LOCKS[0]) <= versions(LOCKS[1])
+
+
+def test_exit_codes_are_documented() -> None:
+    page = (REPOSITORY / "docs/reference/exit-codes.md").read_text()
+    documented = {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}
+    raised = {
+        kind("m").exit_code
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and issubclass(kind, errors.ProxydetError)
+    }
+    told = {int(code) for code in re.findall(r"^(\d+) ", failures.__doc__ or "", re.MULTILINE)}
+    assert raised <= documented
+    assert told == documented
+
+
+def test_command_reference_is_fresh() -> None:
+    from proxydet_cli.reference import reference
+
+    written = (REPOSITORY / "docs/reference/commands.md").read_text()
+    assert written == reference(), "run: make docs"
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for path, text in texts():
+        if path.suffix != ".md":
+            continue
+        for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
+            if not re.match(r"[a-z]+:", target):
+                assert (path.parent / target).exists(), f"{path.relative_to(REPOSITORY)}: {target}"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of a copy of the tracked files, built without network."""
+    source = tmp_path_factory.mktemp("source")
+    for path in tracked_files():
+        if path.is_file():
+            target = source / path.relative_to(REPOSITORY)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    build = "from setuptools import build_meta; build_meta.build_wheel('dist')"
+    subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, check=True)
+    [built] = (source / "dist").glob("*.whl")
+    return built
+
+
+def test_wheel_holds_every_file_of_the_packages(wheel: Path) -> None:
+    expected = {
+        path.relative_to(REPOSITORY).as_posix()
+        for path in tracked_files()
+        if path.relative_to(REPOSITORY).parts[0] in {"proxydet", "proxydet_cli"} and path.is_file()
+    }
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert held == expected
+
+
+def test_installed_wheel_works_without_the_repository(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    program = (
+        "import sys; sys.path.insert(0, '.'); import proxydet; print(proxydet.__file__);"
+        "from proxydet_cli.main import main; sys.exit(main(['--version']))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-S", "-c", program],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.splitlines()[-1] == f"proxydet {__version__}"
+    assert str(REPOSITORY) not in run.stdout

@@ -30,8 +30,14 @@ class EvaluationConfig:
     fixed_detections: int = 10_000
     """Fixed AP's limit of detections a category."""
 
+    fixed_per_image: int = 1000
+    """Detections that a detector keeps of an image when its fixed AP is measured; a bound on memory only."""
+
     allow_outside: bool = False
     """Accept boxes that reach out of their image by more than a pixel; they are scored as they are."""
+
+    batch_size: int = 1
+    """Images that go through the detector at once, in one process."""
 
     def __post_init__(self) -> None:
         if self.engine not in _ENGINES:
@@ -43,7 +49,7 @@ class EvaluationConfig:
             raise ConfigError(
                 f"evaluation.iou_types is {list(self.iou_types)}.", hint="use bbox, segm, or both"
             )
-        for name in ("max_detections", "fixed_detections"):
+        for name in ("max_detections", "fixed_detections", "fixed_per_image", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(
                     f"evaluation.{name} is {getattr(self, name)}; it must be at least 1."

@@ -1,0 +1,150 @@
+"""From a detector to a report: predict what is not on disk yet, join, score."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed
+
+from proxydet.data.classes import load_vocabulary, open_split
+from proxydet.data.description import DatasetDescription
+from proxydet.errors import ConfigError
+from proxydet.evaluation.config import EvaluationConfig
+from proxydet.evaluation.evaluate import evaluate_results
+from proxydet.evaluation.ground_truth import GroundTruth
+from proxydet.evaluation.groups import described_groups, imagenet_groups
+from proxydet.evaluation.prediction import (
+    EvaluationTask,
+    ImageDetector,
+    Share,
+    predict_split,
+    weights_digest,
+)
+from proxydet.evaluation.prediction_files import PredictionFolder
+from proxydet.evaluation.report import Report
+from proxydet.modeling.config import InferenceConfig
+from proxydet.reporting import SILENT, Progress
+from proxydet.vocabulary.vocabulary import Vocabulary
+
+
+def evaluate(
+    detector: ImageDetector,
+    description: DatasetDescription | Path | str,
+    *,
+    split: str = "val",
+    output: Path | None = None,
+    config: EvaluationConfig | None = None,
+    progress: Progress = SILENT,
+) -> Report | None:
+    """Evaluate a detector on a data set.
+
+    Predictions go to ``output`` as they are made; a stopped evaluation, started again with the same folder, goes on
+    where it stopped. In a distributed run (torch.distributed is initialised) each process predicts its share, and the
+    main one scores. The report is the same for any number of processes and any order of images.
+
+    Args:
+        detector: Finds objects.
+        description: The data set, or its TOML file.
+        split: ``"train"`` or ``"val"``.
+        output: Where predictions are kept; None keeps them in a folder that is removed at the end (one process only).
+        config: How to score.
+        progress: Where progress is shown.
+
+    Returns:
+        The report; None in processes other than the main one.
+
+    Raises:
+        DataError: Annotations or images cannot be used, or the folder holds another detector's predictions.
+        VocabularyError: The classes' embeddings do not fit the detector.
+        DiskFullError: There is no room for the predictions.
+    """
+    config = config or EvaluationConfig()
+    if not isinstance(description, DatasetDescription):
+        description = DatasetDescription.from_toml(description)
+    store = open_split(description, split, progress=progress)
+    described = load_vocabulary(description, progress=progress)
+    task = EvaluationTask.of(
+        store,
+        description.split(split).roots,
+        fusion_vocabulary(described, detector.vocabulary),
+        _settings(detector, config),
+        config.batch_size,
+    )
+    share = current_share()
+    with _folder(output) as path:
+        folder = PredictionFolder(path, _identity(detector, task))
+        predict_split(detector, task, folder, share=share, progress=progress)
+        wait_for_all(share)
+        if share.rank > 0:
+            return None
+        truth = GroundTruth.load(description.split(split).annotations, name=description.name)
+        groups = {**imagenet_groups(truth), **described_groups(description, store, described)}
+        return evaluate_results(folder.join(task.ids), truth, config=config, groups=groups)
+
+
+@contextlib.contextmanager
+def _folder(output: Path | None) -> Iterator[Path]:
+    if output is not None:
+        yield output
+        return
+    if current_share().processes > 1:
+        raise ConfigError("Several processes need one folder to put their predictions in.")
+    with tempfile.TemporaryDirectory(prefix="proxydet-eval-") as folder:
+        yield Path(folder)
+
+
+def _settings(detector: ImageDetector, config: EvaluationConfig) -> InferenceConfig:
+    """Return the detector's settings, with masks only where they are scored, and room enough for fixed AP."""
+    settings = detector.inference
+    if config.iou_types == ("bbox",):
+        settings = dataclasses.replace(settings, masks=False)
+    if config.fixed:
+        settings = dataclasses.replace(settings, max_detections=config.fixed_per_image)
+    return settings
+
+
+def _identity(detector: ImageDetector, task: EvaluationTask) -> dict[str, Any]:
+    return {
+        "weights": weights_digest(detector.network),
+        "image sides": list(detector.sides),
+        "inference settings": dataclasses.asdict(task.settings),
+        "vocabulary": task.vocabulary.digest,
+        "annotations": task.store.digest(),
+    }
+
+
+def fusion_vocabulary(vocabulary: Vocabulary, trained: Vocabulary) -> Vocabulary:
+    """Return the classes to look for, marked base where the detector's fusion of scores shall treat them so.
+
+    The classes that it was trained on keep the marks they had in training; of another vocabulary those are base whose
+    text embedding has a cosine above 0.9 with one of a base class of training, as published.
+
+    Args:
+        vocabulary: What is looked for.
+        trained: What the detector was trained on.
+    """
+    if len(vocabulary) == len(trained) and vocabulary.with_base(trained.base) == trained:
+        return trained
+    return vocabulary.base_by_similarity(trained.embeddings[trained.base])
+
+
+def current_share() -> Share:
+    """Return this process's share of the work: all of it outside of a distributed run."""
+    if not _distributed():
+        return Share()
+    return Share(rank=torch.distributed.get_rank(), processes=torch.distributed.get_world_size())
+
+
+def wait_for_all(share: Share) -> None:
+    """Wait until every process has come here."""
+    if share.processes > 1:
+        torch.distributed.barrier()
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -1,0 +1,265 @@
+"""Evaluating a detector: the same numbers for any number of processes, and no image twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hotcoco.mask import decode
+from PIL import Image
+from torch import nn
+
+from proxydet.data.description import DatasetDescription
+from proxydet.errors import DataError
+from proxydet.evaluation import detector_evaluation
+from proxydet.evaluation.config import EvaluationConfig
+from proxydet.evaluation.detector_evaluation import evaluate, fusion_vocabulary
+from proxydet.evaluation.evaluate import evaluate_results
+from proxydet.evaluation.prediction import Share, result_rows
+from proxydet.modeling.config import InferenceConfig
+from proxydet.modeling.prediction import Prediction, masks
+from proxydet.vocabulary.vocabulary import Vocabulary
+
+
+class Guesser:
+    """A detector whose guesses depend on nothing but the pixels of an image."""
+
+    sides = (64, 128)
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.network = nn.Linear(2, 2)
+        nn.init.ones_(self.network.weight)
+        nn.init.zeros_(self.network.bias)
+        self.vocabulary = vocabulary
+        self.inference = InferenceConfig()
+        self.seen = 0
+        self.sought: Vocabulary | None = None
+        self.settings: InferenceConfig | None = None
+
+    def predict_images(
+        self, images: Sequence[np.ndarray], vocabulary: Vocabulary, settings: InferenceConfig
+    ) -> list[Prediction]:
+        self.sought, self.settings = vocabulary, settings
+        self.seen += len(images)
+        return [self._guess(pixels, len(vocabulary)) for pixels in images]
+
+    def _guess(self, pixels: np.ndarray, classes: int) -> Prediction:
+        draw = torch.Generator().manual_seed(int(pixels.sum()) % 2**31)
+        height, width = pixels.shape[:2]
+        count = 40
+        corners = torch.rand(count, 2, generator=draw) * torch.tensor([width - 20, height - 20])
+        boxes = torch.cat([corners, corners + 4 + 15 * torch.rand(count, 2, generator=draw)], 1)
+        return Prediction(
+            boxes_N4=boxes[torch.arange(count) // 2],
+            scores_N=torch.rand(count, generator=draw).sort(descending=True).values,
+            classes_N=torch.randint(classes, (count,), generator=draw),
+            mask_probs_MSS=torch.rand(count // 2, 28, 28, generator=draw) * 0.3 + 0.4,
+            mask_index_N=torch.arange(count) // 2,
+            image_size=(height, width),
+        )
+
+
+@pytest.fixture
+def dataset(tmp_path: Path, make_set: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PROXYDET_CACHE", str(tmp_path / "cache"))
+    truth, _ = make_set(5, images=9, categories=4)
+    folder = tmp_path / "data"
+    (folder / "images").mkdir(parents=True)
+    for row in truth["images"]:
+        row["neg_category_ids"] = [category["id"] for category in truth["categories"]]
+        shape = (row["height"], row["width"], 3)
+        pixels = np.random.default_rng(row["id"]).integers(0, 255, shape, dtype=np.uint8)
+        row["file_name"] = f"{row['id']}.png"
+        Image.fromarray(pixels).save(folder / "images" / row["file_name"])
+    (folder / "val.json").write_text(json.dumps(truth))
+    np.save(folder / "text.npy", np.eye(4, 6, dtype=np.float32))
+    (folder / "set.toml").write_text(
+        """
+        name = "drawn"
+        [vocabulary]
+        embeddings = "text.npy"
+        novel = ["thing 1"]
+        [val]
+        annotations = "val.json"
+        images = "images"
+        """
+    )
+    return folder / "set.toml"
+
+
+@pytest.fixture
+def vocabulary() -> Vocabulary:
+    names = [f"thing {index}" for index in range(4)]
+    return Vocabulary.from_arrays(names, np.eye(4, 6), [True, False, True, True])
+
+
+@pytest.fixture
+def as_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """Make this process look like one of several."""
+
+    def pretend(rank: int, processes: int) -> None:
+        share = Share(rank=rank, processes=processes)
+        monkeypatch.setattr(detector_evaluation, "current_share", lambda: share)
+        monkeypatch.setattr(detector_evaluation, "wait_for_all", lambda _: None)
+
+    return pretend
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_any_number_of_processes_gives_the_same_files(
+    dataset: Path,
+    vocabulary: Vocabulary,
+    tmp_path: Path,
+    as_rank: Callable[[int, int], None],
+    processes: int,
+) -> None:
+    alone = evaluate(Guesser(vocabulary), dataset, output=tmp_path / "alone")
+    together = tmp_path / "together"
+    for rank in reversed(range(processes)):
+        as_rank(rank, processes)
+        report = evaluate(Guesser(vocabulary), dataset, output=together)
+        assert (report is None) == (rank > 0)
+    assert report is not None
+    assert report.to_dict() == alone.to_dict()
+    for name in ("predictions.json", "identity.json"):
+        assert (together / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+
+
+def test_a_finished_evaluation_does_not_predict_again(
+    dataset: Path, vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    first, second = Guesser(vocabulary), Guesser(vocabulary)
+    report = evaluate(first, dataset, output=tmp_path / "out")
+    again = evaluate(second, dataset, output=tmp_path / "out")
+    assert (first.seen, second.seen) == (9, 0)
+    assert again.to_dict() == report.to_dict()
+
+
+def test_a_stopped_evaluation_goes_on_where_it_stopped(
+    dataset: Path, vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    class Stops(Guesser):
+        def predict_images(self, *args: Any) -> list[Prediction]:
+            if self.seen == 5:
+                raise KeyboardInterrupt
+            return super().predict_images(*args)
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Stops(vocabulary), dataset, output=tmp_path / "out")
+    rest = Guesser(vocabulary)
+    report = evaluate(rest, dataset, output=tmp_path / "out")
+    assert rest.seen == 4
+    assert report.to_dict() == evaluate(Guesser(vocabulary), dataset).to_dict()
+
+
+def test_other_weights_are_refused_in_the_same_folder(
+    dataset: Path, vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    evaluate(Guesser(vocabulary), dataset, output=tmp_path / "out")
+    other = Guesser(vocabulary)
+    nn.init.zeros_(other.network.weight)
+    with pytest.raises(DataError, match="made with other weights"):
+        evaluate(other, dataset, output=tmp_path / "out")
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 20])
+def test_batches_do_not_change_results(
+    dataset: Path, vocabulary: Vocabulary, batch_size: int
+) -> None:
+    report = evaluate(Guesser(vocabulary), dataset, config=EvaluationConfig(batch_size=batch_size))
+    assert report.to_dict() == evaluate(Guesser(vocabulary), dataset).to_dict()
+
+
+def test_the_joined_file_is_a_results_file(
+    dataset: Path, vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    report = evaluate(Guesser(vocabulary), dataset, output=tmp_path / "out")
+    elsewhere = evaluate_results(tmp_path / "out" / "predictions.json", dataset.parent / "val.json")
+    assert elsewhere.types["segm"].metrics == report.types["segm"].metrics
+    official = evaluate_results(
+        tmp_path / "out" / "predictions.json",
+        dataset.parent / "val.json",
+        config=EvaluationConfig(engine="lvis"),
+    )
+    assert official.types["segm"].metrics == pytest.approx(report.types["segm"].metrics, abs=1e-9)
+
+
+def test_base_and_novel_are_reported(dataset: Path, vocabulary: Vocabulary) -> None:
+    part = evaluate(Guesser(vocabulary), dataset).types["segm"]
+    assert part.group("novel").categories == 1
+    assert part.group("base").categories == 3
+
+
+def test_boxes_only_asks_for_no_masks_and_fixed_ap_for_more_detections(
+    dataset: Path, vocabulary: Vocabulary
+) -> None:
+    detector = Guesser(vocabulary)
+    evaluate(detector, dataset, config=EvaluationConfig(iou_types=("bbox",), fixed=True))
+    assert detector.settings == dataclasses.replace(
+        InferenceConfig(), masks=False, max_detections=1000
+    )
+
+
+def test_rows_keep_every_digit_and_leave_out_classes_that_the_data_has_not(
+    vocabulary: Vocabulary,
+) -> None:
+    pixels = np.full((48, 64, 3), 7, dtype=np.uint8)
+    (prediction,) = Guesser(vocabulary).predict_images([pixels], vocabulary, InferenceConfig())
+    kept = [row for row in prediction.classes_N.tolist() if row != 2]
+    rows = result_rows(prediction, 5, (10, 20, None, 40))
+    assert [row["category_id"] for row in rows] == [(10, 20, None, 40)[row] for row in kept]
+    chosen = (prediction.classes_N != 2).nonzero().flatten()
+    restored = json.loads(json.dumps(rows))
+    scores = np.array([row["score"] for row in restored], dtype=np.float32)
+    np.testing.assert_array_equal(scores, prediction.scores_N[chosen].numpy())
+    x, y, w, h = np.array([row["bbox"] for row in restored], dtype=np.float32).T
+    boxes = prediction.boxes_N4[chosen].numpy()
+    np.testing.assert_array_equal(np.stack([x, y], 1), boxes[:, :2])
+    np.testing.assert_array_equal(np.stack([w, h], 1), boxes[:, 2:] - boxes[:, :2])
+    decoded = np.stack([decode(row["segmentation"]) for row in restored])
+    np.testing.assert_array_equal(decoded.astype(bool), masks(prediction)[chosen].numpy())
+
+
+def test_classes_of_the_training_keep_their_marks_and_others_get_them_by_similarity(
+    vocabulary: Vocabulary,
+) -> None:
+    described = vocabulary.with_base(np.ones(4, dtype=bool))
+    assert fusion_vocabulary(described, vocabulary).base.tolist() == [True, False, True, True]
+    others = Vocabulary.from_arrays(
+        ["near base", "near novel", "far"],
+        [[1, 0, 0, 0.4, 0, 0], [0, 1, 0, 0, 0, 0], [1, 0, 1, 0, 1, 1]],
+    )
+    assert fusion_vocabulary(others, vocabulary).base.tolist() == [True, False, False]
+
+
+def test_an_image_that_cannot_be_read_is_named(dataset: Path, vocabulary: Vocabulary) -> None:
+    broken = sorted((dataset.parent / "images").iterdir())[2]
+    broken.write_bytes(broken.read_bytes()[:100])
+    with pytest.raises(DataError, match=broken.name):
+        evaluate(Guesser(vocabulary), dataset)
+
+
+def test_images_are_turned_as_their_annotations_were(
+    dataset: Path, vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    """A photograph with an EXIF turn whose annotations are for the unturned pixels."""
+    expected = evaluate(Guesser(vocabulary), dataset, output=tmp_path / "plain")
+    turn = Image.Exif()
+    turn[0x0112] = 6
+    file = sorted((dataset.parent / "images").iterdir())[0]
+    with Image.open(file) as image:
+        image.load()
+        image.save(file, exif=turn)
+    report = evaluate(Guesser(vocabulary), dataset, output=tmp_path / "turned")
+    assert report.to_dict() == expected.to_dict()
+
+
+def test_description_may_be_read_already(dataset: Path, vocabulary: Vocabulary) -> None:
+    description = DatasetDescription.from_toml(dataset)
+    assert evaluate(Guesser(vocabulary), description).dataset == "drawn"

@@ -1,0 +1,117 @@
+"""Predictions on disk: whole or not at all, never mixed, the same whatever made them."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proxydet.errors import DataError, DiskFullError
+from proxydet.evaluation.prediction_files import PredictionFolder
+
+IDENTITY = {"weights": "abc", "settings": {"score_threshold": 0.02, "sides": (800, 1333)}}
+
+
+def rows(image_id: int | str) -> list[dict[str, Any]]:
+    return [
+        {"image_id": image_id, "category_id": 1, "score": 0.1 + 1e-17, "bbox": [0, 0, 1.5, 2]},
+        {"image_id": image_id, "category_id": 2, "score": 1 / 3, "text": "ü\n}"},
+    ]
+
+
+def fill(folder: PredictionFolder, rank: int, image_ids: list[int]) -> None:
+    with folder.writer(rank) as writer:
+        for image_id in image_ids:
+            writer.write(image_id, rows(image_id) if image_id % 3 else [])
+
+
+@pytest.mark.parametrize(
+    "shares", [[[1, 2, 3, 4, 5]], [[5, 1, 3], [4, 2]], [[2], [], [5, 4, 3, 1]]]
+)
+def test_joined_file_is_the_same_for_any_share_and_order(
+    tmp_path: Path, shares: list[list[int]]
+) -> None:
+    folder = PredictionFolder(tmp_path / "out", IDENTITY)
+    for rank, image_ids in enumerate(shares):
+        fill(folder, rank, image_ids)
+    joined = folder.join([5, 4, 3, 2, 1])
+    expected = rows(1) + rows(2) + rows(4) + rows(5)
+    assert json.loads(joined.read_text()) == expected
+    reference = PredictionFolder(tmp_path / "reference", IDENTITY)
+    fill(reference, 0, [1, 2, 3, 4, 5])
+    assert joined.read_bytes() == reference.join([1, 2, 3, 4, 5]).read_bytes()
+    assert not list(folder.path.glob("part-*"))
+    assert PredictionFolder(folder.path, IDENTITY).complete
+
+
+def test_no_detection_at_all_is_an_empty_list(tmp_path: Path) -> None:
+    folder = PredictionFolder(tmp_path, IDENTITY)
+    fill(folder, 0, [3, 6])
+    assert json.loads(folder.join([3, 6]).read_text()) == []
+
+
+@pytest.mark.parametrize("cut", [1, 30, 150])
+def test_a_line_cut_by_a_stop_is_predicted_again(tmp_path: Path, cut: int) -> None:
+    folder = PredictionFolder(tmp_path, IDENTITY)
+    fill(folder, 0, [1, 2, 4])
+    part = next(tmp_path.glob("part-*"))
+    part.write_bytes(part.read_bytes()[:-cut])
+    again = PredictionFolder(tmp_path, IDENTITY)
+    assert again.images_done() == {1, 2}
+    with pytest.raises(DataError, match="1 of 3 images are not predicted yet") as caught:
+        again.join([1, 2, 4])
+    assert "goes on where it stopped" in caught.value.hint
+    fill(again, 0, [4])
+    assert json.loads(again.join([1, 2, 4]).read_text()) == rows(1) + rows(2) + rows(4)
+
+
+def test_another_number_of_processes_goes_on(tmp_path: Path) -> None:
+    fill(PredictionFolder(tmp_path, IDENTITY), 2, [1, 2])
+    again = PredictionFolder(tmp_path, IDENTITY)
+    assert again.images_done() == {1, 2}
+    fill(again, 0, [3, 4])
+    assert len(json.loads(again.join([1, 2, 3, 4]).read_text())) == 6
+
+
+def test_predictions_of_another_detector_are_refused(tmp_path: Path) -> None:
+    fill(PredictionFolder(tmp_path, IDENTITY), 0, [1])
+    with pytest.raises(DataError, match="made with other settings, weights"):
+        PredictionFolder(tmp_path, {"weights": "xyz", "settings": {}})
+
+
+def test_predictions_of_unknown_origin_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "predictions.json").write_text("[]")
+    with pytest.raises(DataError, match=r"no identity\.json says of what"):
+        PredictionFolder(tmp_path, IDENTITY)
+
+
+def test_a_damaged_part_is_told(tmp_path: Path) -> None:
+    folder = PredictionFolder(tmp_path, IDENTITY)
+    (tmp_path / "part-00000.jsonl").write_text('{"image_id": 1, "detec\n')
+    with pytest.raises(DataError, match="is damaged"):
+        folder.images_done()
+
+
+def test_a_full_disk_is_told_and_what_is_written_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = PredictionFolder(tmp_path, IDENTITY)
+
+    class Full:
+        def write(self, _: bytes) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def flush(self) -> None: ...
+
+    with folder.writer(0) as writer:
+        writer.write(1, rows(1))
+        whole = writer._file
+        monkeypatch.setattr(writer, "_file", Full())
+        with pytest.raises(DiskFullError, match="no room left") as caught:
+            writer.write(2, rows(2))
+        monkeypatch.setattr(writer, "_file", whole)
+    assert "goes on where it stopped" in caught.value.hint
+    assert folder.images_done() == {1}

@@ -1,0 +1,1 @@
+"""Tensor names and shapes of the published models."""

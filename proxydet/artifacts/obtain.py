@@ -1,0 +1,267 @@
+"""Making one artifact ready: look, then fetch, check, unpack, record, whatever is needed, under its lock."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from proxydet.artifacts.addresses import mirror_address
+from proxydet.artifacts.artifact import Artifact
+from proxydet.artifacts.content import content_check
+from proxydet.artifacts.digest import file_digest
+from proxydet.artifacts.files import FileLock
+from proxydet.artifacts.look import Item, State, look
+from proxydet.artifacts.meter import Meter
+from proxydet.artifacts.patience import Stopped
+from proxydet.artifacts.records import FirstSeen
+from proxydet.artifacts.replies import NotThere
+from proxydet.artifacts.root import Root
+from proxydet.artifacts.transfer import fetch_file
+from proxydet.artifacts.unpacking import unpack
+from proxydet.artifacts.wanted import Line, Received, Wanted
+from proxydet.errors import ArtifactError, DigestError, ProxydetError
+from proxydet.reporting import SILENT, Progress, Task
+
+_logger = logging.getLogger(__name__)
+
+Status = Literal["ready", "checked", "fetched", "unpacked", "missing", "needs account"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of one artifact."""
+
+    name: str
+    """The artifact."""
+    status: Status
+    """``ready``: nothing to do; ``checked``: was there, and its bytes are right; ``fetched``; ``unpacked``;
+    ``missing``: its source does not have it, which was to be expected of some; ``needs account``."""
+    path: Path
+    """The file, or the folder that its archive was unpacked to."""
+    bytes_fetched: int = 0
+    """Bytes of the file that was fetched."""
+    sha256: str | None = None
+    """Digest of the file, where it was computed now."""
+    address: str | None = None
+    """Where it came from, where it was fetched now."""
+    seconds: float = 0.0
+    """How long it took."""
+    note: str = ""
+    """Anything special."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What all artifacts of one call share."""
+
+    root: Root
+    """Where files lie."""
+    line: Line
+    """What transfers share."""
+    progress: Progress = SILENT
+    """Where to show how far it is."""
+    total: Task | None = None
+    """Counts the bytes of all files."""
+    strict: bool = False
+    """Refuse files for which no digest is published or recorded."""
+    keep_archives: bool = False
+    """Keep archives after unpacking them."""
+    force: bool = False
+    """Replace files that are there and wrong."""
+    unpacking: threading.Lock = field(default_factory=threading.Lock)
+    """Held while unpacking: two archives at once would only fight over the disk."""
+
+
+def obtain(artifact: Artifact, job: Job) -> Outcome:
+    """Make an artifact ready.
+
+    Args:
+        artifact: The artifact.
+        job: What it shares with others.
+
+    Raises:
+        ArtifactError: It could not be had; the leaf says why.
+        DiskFullError: There is no room.
+    """
+    started = time.monotonic()
+    target = job.root.path(artifact.target)
+    item = look(artifact, job.root, job.line.client)
+    if item.state in (State.READY, State.NEEDS_ACCOUNT):
+        return _done(item)
+    lock = FileLock(target.with_name(f".{target.name}.lock"))
+    stop = job.line.client.stop
+    lock.acquire(
+        stop, lambda: _logger.warning("another process is at work on %s: waiting", artifact.name)
+    )
+    try:
+        if stop.is_set():
+            raise Stopped
+        item = look(artifact, job.root, job.line.client)
+        outcome = _act(item, job, take_over=lock.held)
+    finally:
+        lock.release()
+    return Outcome(**{**vars(outcome), "seconds": time.monotonic() - started})
+
+
+def _act(item: Item, job: Job, *, take_over: bool) -> Outcome:
+    artifact = item.artifact
+    if item.state in (State.READY, State.NEEDS_ACCOUNT):
+        return _done(item)
+    if item.state is State.DIFFERENT and not job.force:
+        raise DigestError(
+            f"{item.path} is there, but is not {artifact.name}: {item.why}.",
+            hint="Move it away, or give --force to replace it.",
+            path=item.path,
+        )
+    if job.strict and _expected(artifact, job.root) is None:
+        raise ArtifactError(
+            f"No digest is published for {artifact.name}, and none is recorded here; --strict refuses it.",
+            hint="Without --strict its digest is recorded on first use and checked ever after.",
+        )
+    if item.state in (State.UNCHECKED, State.PACKED):
+        try:
+            return _check_there(item, job)
+        except DigestError as error:
+            if not job.force:
+                raise
+            _logger.warning("%s Replacing it.", error.message)
+    try:
+        return _fetch(item, job, take_over=take_over)
+    except NotThere as error:
+        if not artifact.may_be_missing:
+            raise
+        return Outcome(name=artifact.name, status="missing", path=item.path, note=error.message)
+
+
+def _done(item: Item) -> Outcome:
+    status: Status = "ready" if item.state is State.READY else "needs account"
+    return Outcome(name=item.artifact.name, status=status, path=item.path, note=item.why)
+
+
+def _expected(artifact: Artifact, root: Root) -> str | None:
+    """Return the digest that the file must have: the published one, or else the one recorded on first use."""
+    if artifact.sha256 is not None:
+        return artifact.sha256
+    seen = root.records(artifact).first_seen(artifact.name)
+    return None if seen is None else seen.sha256
+
+
+def _check_there(item: Item, job: Job) -> Outcome:
+    """Check a file that is there already: its digest, or what it holds where none is known."""
+    artifact, target = item.artifact, job.root.path(item.artifact.target)
+    if artifact.unpack is not None and item.state is State.UNCHECKED:
+        return _check_unpacked(item, job)
+    expected = _expected(artifact, job.root)
+    digest = file_digest(target, job.progress, job.line.client.stop)
+    if expected is not None and digest != expected:
+        raise DigestError(
+            f"{target} is there, but is not {artifact.name}: expected sha256 {expected}, got {digest}.",
+            hint="Move it away, or give --force to replace it.",
+            path=target,
+        )
+    holds = None
+    if expected is None:
+        check = content_check(artifact)
+        try:
+            holds = check.run(target) if check is not None else None
+        except ProxydetError as error:
+            raise DigestError(
+                f"{target} is there, but is not {artifact.name}: {error.message}",
+                hint="Move it away, or give --force to replace it.",
+                path=target,
+            ) from error
+    _record(artifact, job.root, FirstSeen(sha256=digest, size=target.stat().st_size, holds=holds))
+    outcome = Outcome(
+        name=artifact.name, status="checked", path=item.path, sha256=digest, note=holds or ""
+    )
+    return _unpacked(outcome, item, job, digest) if artifact.unpack is not None else outcome
+
+
+def _check_unpacked(item: Item, job: Job) -> Outcome:
+    """Check unpacked files that somebody placed by hand, where their digests are published."""
+    rule = item.artifact.unpack
+    for provided in rule.provides if rule is not None else ():
+        if rule is None or provided.sha256 is None:
+            continue
+        path = job.root.path(rule.folder) / provided.path
+        digest = file_digest(path, job.progress, job.line.client.stop)
+        if digest != provided.sha256:
+            raise DigestError(
+                f"{path} is there, but is not the published file: expected sha256 {provided.sha256}, got {digest}.",
+                hint="Move it away, or give --force to replace it.",
+                path=path,
+            )
+        job.root.records(item.artifact).record_digest(path, digest)
+    return Outcome(name=item.artifact.name, status="checked", path=item.path, note=item.why)
+
+
+def _fetch(item: Item, job: Job, *, take_over: bool) -> Outcome:
+    artifact = item.artifact
+    wanted = _wanted(artifact, job)
+    size = wanted.size
+    with job.progress.task(artifact.file_name, total=size, unit="B") as task:
+        meter = Meter(task, job.total)
+        received = fetch_file(wanted, job.line, meter, take_over=take_over)
+        meter.finish()
+    seen = FirstSeen(
+        sha256=received.sha256,
+        size=received.size,
+        address=received.address,
+        etag=received.etag,
+        holds=received.holds,
+    )
+    _record(artifact, job.root, seen)
+    outcome = _fetched(item, received)
+    return (
+        _unpacked(outcome, item, job, received.sha256) if artifact.unpack is not None else outcome
+    )
+
+
+def _wanted(artifact: Artifact, job: Job) -> Wanted:
+    seen = None if artifact.pinned else job.root.records(artifact).first_seen(artifact.name)
+    check = content_check(artifact) if seen is None and not artifact.pinned else None
+    mirror = job.line.client.settings.mirror
+    addresses = artifact.addresses
+    if mirror is not None:
+        addresses = (mirror_address(mirror, artifact.target), *addresses)
+    return Wanted(
+        name=artifact.name,
+        target=job.root.path(artifact.target),
+        addresses=addresses,
+        size=artifact.size if seen is None else seen.size,
+        sha256=artifact.sha256 if seen is None else seen.sha256,
+        check=None if check is None else check.run,
+        check_sees_all=check is not None and check.sees_all,
+        page=artifact.page,
+    )
+
+
+def _fetched(item: Item, received: Received) -> Outcome:
+    return Outcome(
+        name=item.artifact.name,
+        status="fetched",
+        path=item.path,
+        bytes_fetched=received.size,
+        sha256=received.sha256,
+        address=received.address,
+        note=received.holds or "",
+    )
+
+
+def _record(artifact: Artifact, root: Root, seen: FirstSeen) -> None:
+    records = root.records(artifact)
+    if not artifact.pinned:
+        records.record_first(artifact.name, seen)
+    records.record_digest(root.path(artifact.target), seen.sha256)
+
+
+def _unpacked(outcome: Outcome, item: Item, job: Job, digest: str) -> Outcome:
+    with job.unpacking:
+        count = unpack(item.artifact, digest, job.root, job.progress)
+    if not job.keep_archives:
+        job.root.path(item.artifact.target).unlink(missing_ok=True)
+    return Outcome(**{**vars(outcome), "status": "unpacked", "note": f"{count} files"})

@@ -1,0 +1,129 @@
+"""Deciding what to do before anything is done: what is there, what must be fetched, and whether it fits."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from proxydet.artifacts.artifact import Artifact
+from proxydet.artifacts.files import free_bytes
+from proxydet.artifacts.http import Client
+from proxydet.artifacts.look import Item, State, look
+from proxydet.artifacts.root import Root
+from proxydet.errors import DiskFullError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """The room that a plan takes on one file system."""
+
+    folder: Path
+    """A folder on it."""
+    needed: int
+    """Bytes, at the most crowded moment; files of unknown size are not counted."""
+    free: int
+    """Bytes that are free now."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done."""
+
+    items: tuple[Item, ...]
+    """What was found for each artifact."""
+    needs: tuple[Need, ...]
+    """The room it takes, per file system."""
+
+    @property
+    def todo(self) -> tuple[Item, ...]:
+        """What is not ready and can be worked on."""
+        return tuple(
+            item for item in self.items if item.state not in (State.READY, State.NEEDS_ACCOUNT)
+        )
+
+    @property
+    def bytes_to_fetch(self) -> int:
+        """Bytes to come over the network, as far as sizes are published."""
+        return sum(item.to_fetch or 0 for item in self.items)
+
+    @property
+    def unknown_sizes(self) -> int:
+        """How many of the files to fetch have no published size."""
+        return sum(item.to_fetch is None for item in self.items)
+
+    def require_room(self) -> None:
+        """Check that it fits.
+
+        Raises:
+            DiskFullError: It does not.
+        """
+        for need in self.needs:
+            if need.needed > need.free:
+                raise DiskFullError(
+                    f"This needs {need.needed / 1e9:.1f} GB in {need.folder}, where {need.free / 1e9:.1f} GB are free.",
+                    hint="Free some space, choose another place with --root, or ask for less at a time.",
+                    path=need.folder,
+                )
+
+
+def make_plan(
+    artifacts: Iterable[Artifact], root: Root, client: Client, *, keep_archives: bool = False
+) -> Plan:
+    """Look at what is there for each artifact and add up what is missing.
+
+    Args:
+        artifacts: What is wanted.
+        root: Where files lie.
+        client: Knows which credentials are at hand, and how many files are fetched at a time.
+        keep_archives: Whether archives stay after unpacking.
+
+    Raises:
+        ArtifactError: A record under the root is damaged.
+    """
+    items = tuple(look(artifact, root, client) for artifact in artifacts)
+    return Plan(items, _needs(items, root, 0 if keep_archives else client.settings.jobs))
+
+
+def _needs(items: Iterable[Item], root: Root, jobs: int) -> tuple[Need, ...]:
+    """Add up the room per file system.
+
+    An archive and its files lie side by side until it is unpacked. Where archives are removed afterwards, no more
+    than one a job is there at any time, plus one whose unpacking waits for its turn.
+    """
+    lasting: dict[int, int] = defaultdict(int)
+    passing: dict[int, list[int]] = defaultdict(list)
+    folders: dict[int, Path] = {}
+    for item in items:
+        base = root.base(item.artifact.target)
+        device = _device(base)
+        folders.setdefault(device, base)
+        if item.must_fetch or item.state is State.PACKED:
+            fetched = item.to_fetch or 0
+            if item.artifact.unpack is None:
+                lasting[device] += fetched
+            else:
+                lasting[device] += _unpacked_bytes(item.artifact)
+                passing[device].append(fetched)
+    return tuple(
+        Need(
+            folder=folder,
+            needed=lasting[device] + sum(sorted(passing[device], reverse=True)[: jobs or None]),
+            free=free_bytes(folder),
+        )
+        for device, folder in folders.items()
+    )
+
+
+def _unpacked_bytes(artifact: Artifact) -> int:
+    """Estimate what an archive unpacks to: the published sizes, but photographs do not shrink in archives."""
+    provides = artifact.unpack.provides if artifact.unpack is not None else ()
+    return max(artifact.size or 0, sum(provided.size or 0 for provided in provides))
+
+
+def _device(folder: Path) -> int:
+    place = folder.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return place.stat().st_dev

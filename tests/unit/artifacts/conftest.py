@@ -1,0 +1,296 @@
+"""A web server on this machine that misbehaves as told, and what tests of downloads share."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from proxydet.artifacts.artifact import Artifact
+from proxydet.artifacts.http import Client
+from proxydet.artifacts.patience import RateLimit
+from proxydet.artifacts.settings import TransferSettings
+from proxydet.artifacts.transfer import fetch_file
+from proxydet.artifacts.wanted import Line, Received, Wanted
+
+
+@dataclass
+class Served:
+    """One file on the server, and how it is served."""
+
+    body: bytes = b""
+    etag: str | None = '"v1"'
+    last_modified: str | None = None
+    content_type: str = "application/octet-stream"
+    ranges: bool = True
+    heed_if_range: bool = True
+    drop_after: int | None = None  # close the connection after so many bytes of each reply
+    stall_after: int | None = None  # go silent after so many bytes, holding the connection
+    stalls: int = 10**6  # how often
+    announced: int | None = None  # a Content-Length other than the true one
+    chunked: bool = False
+    no_length: bool = False
+    encoding: str | None = None
+    redirect: str | None = None
+    content_range: Callable[[int, int, int], str] | None = None
+    range_shift: int = 0  # serve other bytes than those asked for, saying so
+    pause: float = 0.0  # seconds before each block
+    answers: list[tuple[int, dict[str, str]]] = field(
+        default_factory=list
+    )  # given first, one a request
+    versions: list[tuple[bytes, str | None]] = field(
+        default_factory=list
+    )  # body and ETag of the next requests
+    most_at_once: int | None = None  # answer 503 beyond so many connections
+    cookie: str | None = None  # answer with a page unless the request has it
+    page: bytes = b""
+    forbidden_ranges: bool = False  # answer 416 to every range
+    later: dict[int, dict[str, object]] = field(
+        default_factory=dict
+    )  # from the n-th request on, behave so
+    requests: list[dict[str, str]] = field(default_factory=list)
+    sent: int = 0
+    active: int = 0
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Server
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        served = self.server.files.get(self.path)
+        if served is None:
+            return self._answer(404, {})
+        with self.server.lock:
+            served.requests.append(dict(self.headers.items()))
+            served.active += 1
+            for name, value in served.later.get(len(served.requests), {}).items():
+                setattr(served, name, value)
+            if served.versions:
+                served.body, served.etag = served.versions.pop(0)
+            answer = served.answers.pop(0) if served.answers else None
+            crowded = served.most_at_once is not None and served.active > served.most_at_once
+        try:
+            if crowded:
+                return self._answer(503, {})
+            if answer is not None:
+                return self._answer(*answer)
+            if served.redirect is not None:
+                return self._answer(302, {"Location": served.redirect})
+            if served.cookie is not None and served.cookie not in self.headers.get("Cookie", ""):
+                return self._answer(
+                    200, {"Content-Type": "text/html", "Set-Cookie": served.cookie}, served.page
+                )
+            return self._serve(served)
+        except (BrokenPipeError, ConnectionResetError):
+            self.close_connection = True
+        finally:
+            with self.server.lock:
+                served.active -= 1
+
+    def _answer(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _serve(self, served: Served) -> None:
+        total = len(served.body)
+        first, last, partial = 0, total - 1, False
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if match and served.forbidden_ranges:
+            self._answer(416, {})
+            return
+        if match and served.ranges:
+            validator = self.headers.get("If-Range")
+            stale = validator is not None and validator not in (served.etag, served.last_modified)
+            if not (stale and served.heed_if_range):
+                first, last = int(match[1]), min(int(match[2] or total - 1), total - 1)
+                partial = True
+                if first >= total:
+                    self._answer(416, {"Content-Range": f"bytes */{total}"})
+                    return
+                first += served.range_shift
+        body = served.body[first : last + 1]
+        self.send_response(206 if partial else 200)
+        if partial:
+            text = served.content_range or (lambda a, b, n: f"bytes {a}-{b}/{n}")
+            self.send_header("Content-Range", text(first, last, total))
+        for name, value in (
+            ("ETag", served.etag),
+            ("Last-Modified", served.last_modified),
+            ("Content-Type", served.content_type),
+            ("Content-Encoding", served.encoding),
+            ("Accept-Ranges", "bytes" if served.ranges else None),
+        ):
+            if value is not None:
+                self.send_header(name, value)
+        if served.chunked:
+            self.send_header("Transfer-Encoding", "chunked")
+        elif not served.no_length:
+            self.send_header(
+                "Content-Length", str(len(body) if served.announced is None else served.announced)
+            )
+        else:
+            self.send_header("Connection", "close")
+            self.close_connection = True
+        self.end_headers()
+        self._send(served, body)
+
+    def _send(self, served: Served, body: bytes) -> None:
+        sent = 0
+        if served.announced is not None:
+            self.close_connection = True
+        while sent < len(body):
+            block = body[sent : sent + 16384]
+            for limit in (served.drop_after, served.stall_after if served.stalls > 0 else None):
+                if limit is not None:
+                    block = block[: max(limit - sent, 0)]
+            if not block:
+                if served.stall_after is not None and sent >= served.stall_after:
+                    served.stalls -= 1
+                    self.server.closing.wait(5)
+                self.close_connection = True
+                return
+            time.sleep(served.pause)
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(block), block) if served.chunked else block)
+            sent += len(block)
+            with self.server.lock:
+                served.sent += len(block)
+        if served.chunked:
+            self.wfile.write(b"0\r\n\r\n")
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Files by path, each with its own behaviour."""
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 64
+
+    def __init__(self) -> None:
+        self.files: dict[str, Served] = {}
+        self.lock = threading.Lock()
+        self.closing = threading.Event()
+        super().__init__(("127.0.0.1", 0), _Handler)
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Say nothing: connections that break are what this server is for."""
+
+    def add(self, path: str, body: bytes = b"", **behaviour: object) -> Served:
+        self.files[path] = Served(body=body, **behaviour)  # type: ignore[arg-type]
+        return self.files[path]
+
+    def address(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}{path}"
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as running:
+        thread = threading.Thread(target=lambda: running.serve_forever(0.02), daemon=True)
+        thread.start()
+        yield running
+        running.closing.set()
+        running.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def body() -> bytes:
+    return random.Random(7).randbytes(300_000)
+
+
+QUICK = TransferSettings(
+    connections=1,
+    first_delay=0.001,
+    longest_delay=0.01,
+    read_timeout=0.3,
+    connect_timeout=2,
+    slow_seconds=1,
+    chunk_bytes=8192,
+    retries=4,
+    longest_retry_after=2,
+)
+
+
+@pytest.fixture
+def quick() -> TransferSettings:
+    return QUICK
+
+
+class CountingTask:
+    """Adds up what is reported."""
+
+    def __init__(self) -> None:
+        self.count = 0.0
+        self.lock = threading.Lock()
+
+    def advance(self, amount: float = 1, **fields: str | float) -> None:
+        with self.lock:
+            self.count += amount
+
+    def describe(self, description: str) -> None:
+        pass
+
+
+@dataclass
+class Fetcher:
+    """Fetches one file from the server into a folder."""
+
+    server: Server
+    folder: Path
+    settings: TransferSettings = QUICK
+    task: CountingTask = field(default_factory=CountingTask)
+
+    @property
+    def target(self) -> Path:
+        return self.folder / "file.bin"
+
+    def leftovers(self) -> list[str]:
+        return sorted(path.name for path in self.folder.iterdir() if path != self.target)
+
+    def __call__(self, *paths: str, pinned: bytes | None = None, **wanted: object) -> Received:
+        addresses = tuple(path if "://" in path else self.server.address(path) for path in paths)
+        if pinned is not None:
+            wanted |= {"sha256": hashlib.sha256(pinned).hexdigest(), "size": len(pinned)}
+        asked = Wanted(name="the file", target=self.target, addresses=addresses, **wanted)  # type: ignore[arg-type]
+        with Client(self.settings) as client:
+            line = Line(
+                client=client, rate=RateLimit(self.settings.limit_rate), drive_hosts=("localhost",)
+            )
+            return fetch_file(asked, line, self.task, take_over=True)
+
+
+@pytest.fixture
+def fetch(server: Server, tmp_path: Path) -> Fetcher:
+    return Fetcher(server, tmp_path)
+
+
+@pytest.fixture
+def artifact(server: Server) -> Callable[..., Artifact]:
+    def make(name: str = "thing", body: bytes | None = None, **fields: object) -> Artifact:
+        fields.setdefault("target", f"models/{name}.bin")
+        given: dict[str, object] = {
+            "name": name,
+            "title": "a thing",
+            "addresses": (server.address(f"/{name}"),),
+            "licence": "none",
+        }
+        if body is not None:
+            given |= {"sha256": hashlib.sha256(body).hexdigest(), "size": len(body)}
+        return Artifact(**{**given, **fields})  # type: ignore[arg-type]
+
+    return make

@@ -1,6 +1,6 @@
 """Class-wise mixup (ProxyDet, arXiv 2312.07266, section 3).
 
-A prototype of each base class in the batch is mixed with that of another, and their text embeddings by the same ratio; the
+A prototype of each class in the batch (only base classes are annotated) is mixed with that of another, and their text embeddings by the same ratio; the
 mixtures stand in for novel classes that lie between base classes.
 
 Dimensions: P regions, K classes in the batch, C classes, D embedding.
@@ -21,7 +21,7 @@ def class_prototypes(output: MixupOutput, config: MixupLossConfig) -> tuple[Tens
     """Return the visual prototype of each class in the batch.
 
     Args:
-        output: Regions that stand for a base class.
+        output: Regions that stand for an object.
         config: How regions are weighed.
 
     Returns:
@@ -80,10 +80,10 @@ def class_wise_mixup_loss(
     *,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Return the weighted loss of a batch; a zero connected to the branch where no base class is in it.
+    """Return the weighted loss of a batch; a zero connected to the branch where no region stands for an object.
 
     Args:
-        output: Regions that stand for a base class.
+        output: Regions that stand for an object.
         text_DC1: Normalised text embeddings, a column each.
         config: Weight and variant.
         generator: Source of the mixing ratio and the pairing; None is torch's global one.

@@ -120,7 +120,7 @@ class ProxyDetNetwork(nn.Module):
             self.config.cascade, regions, truth, classes, generator
         )
         steps, mixup = roi_training.box_steps(
-            self.roi_heads, scene, regions, assignment, truth, base_C=self.base_C
+            self.roi_heads, scene, regions, assignment, truth, classes=classes
         )
         masks = None
         if all(image_masks is not None for image_masks in truth.masks):
@@ -155,7 +155,6 @@ class ProxyDetNetwork(nn.Module):
         return ClassTable(
             text_DC1=self.roi_heads.detection.classifier(0).zs_weight,
             frequency_C=self.roi_heads.frequency_C,
-            base_C=self.base_C,
             temperature=self.config.classifier.temperature,
         )
 

@@ -24,13 +24,11 @@ class ClassTable:
     Attributes:
         text_DC1: Normalised text embeddings, a column each, the last one zero (background).
         frequency_C: Weight of each class in the federated draw.
-        base_C: bool, classes that training may use.
         temperature: Factor from cosine to logit.
     """
 
     text_DC1: Tensor
     frequency_C: Tensor
-    base_C: Tensor
     temperature: float
 
     @property
@@ -64,11 +62,14 @@ class StepOutput:
 
 @dataclass(frozen=True, kw_only=True)
 class MixupOutput:
-    """The last step of the mixup branch: its regions that stand for a base class, from all images.
+    """The last step of the mixup branch: its regions that stand for an object, from all images.
+
+    The classes are base classes because only those are annotated in training data, as published: novel classes that an
+    annotation file does hold take part.
 
     Attributes:
         embeddings_PD: Region embeddings of length 1.
-        labels_P: int64 in [0, C), base classes only.
+        labels_P: int64 in [0, C).
         objectness_P: Score of the proposal (about 23 for a ground-truth box).
     """
 

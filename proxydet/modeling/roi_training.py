@@ -44,7 +44,7 @@ def box_steps(
     assignment: Assignment,
     truth: GroundTruth,
     *,
-    base_C: Tensor,
+    classes: int,
 ) -> tuple[tuple[StepOutput, ...], MixupOutput | None]:
     """Run both cascades on a box batch.
 
@@ -54,7 +54,7 @@ def box_steps(
         regions: The drawn regions.
         assignment: What they stand for.
         truth: The objects.
-        base_C: bool, classes that the mixup loss may use.
+        classes: C, the background's label.
     """
     branch, config = heads.detection, heads.config
     outputs: list[StepOutput] = []
@@ -63,9 +63,7 @@ def box_steps(
     for step in range(len(branch)):
         if step > 0:
             regions = heads.refine(scene, outputs[-1].deltas_BR4, regions, step - 1)
-            assignment = matching.match(
-                regions, truth, config.iou_thresholds[step], classes=len(base_C)
-            )
+            assignment = matching.match(regions, truth, config.iou_thresholds[step], classes)
             pooled_NCSS = heads.pool(scene, regions)
         features_NF = branch.features(step, _damp(pooled_NCSS, config))
         classifier = branch.classifier(step)
@@ -80,7 +78,7 @@ def box_steps(
                 bias=classifier.cls_bias,
             )
         )
-    return tuple(outputs), _mixup_step(heads, scene, regions, truth, base_C, pooled_NCSS.detach())
+    return tuple(outputs), _mixup_step(heads, scene, regions, truth, classes, pooled_NCSS.detach())
 
 
 def _mixup_step(
@@ -88,7 +86,7 @@ def _mixup_step(
     scene: Scene,
     regions: Regions,
     truth: GroundTruth,
-    base_C: Tensor,
+    classes: int,
     pooled_NCSS: Tensor,
 ) -> MixupOutput | None:
     branch, config = heads.mixup, heads.config
@@ -97,9 +95,8 @@ def _mixup_step(
     with torch.no_grad():
         regions = heads.mixup_regions(scene, regions, pooled_NCSS)
     threshold = config.iou_thresholds[-1]
-    labels_BR = matching.match(regions, truth, threshold, classes=len(base_C)).labels_BR
-    known_C2 = torch.cat([base_C, base_C.new_zeros(2)])  # background, and padding (-1) at the end
-    chosen = known_C2[labels_BR].flatten().nonzero()[:, 0]
+    labels_BR = matching.match(regions, truth, threshold, classes).labels_BR
+    chosen = _stand_for_objects(labels_BR, classes)
     pooled = heads.box_pooler(
         scene.features, regions.boxes_BR4.flatten(0, 1)[chosen], regions.image_N[chosen]
     )
@@ -117,7 +114,7 @@ def mask_step(
 ) -> MaskOutput:
     """Predict masks for the regions that stand for an object."""
     labels_BR = assignment.labels_BR
-    chosen = ((labels_BR >= 0) & (labels_BR < classes)).flatten().nonzero()[:, 0]
+    chosen = _stand_for_objects(labels_BR, classes)
     boxes_P4 = regions.boxes_BR4.flatten(0, 1)[chosen]
     image_P = regions.image_N[chosen]
     return MaskOutput(
@@ -179,6 +176,11 @@ def largest_but_last(regions: Regions) -> tuple[Tensor, Tensor]:
     chosen_B = areas_BR.argmax(dim=1)
     index_B14 = chosen_B[:, None, None].expand(-1, 1, 4)
     return regions.boxes_BR4.gather(1, index_B14)[:, 0], last_B >= 0
+
+
+def _stand_for_objects(labels_BR: Tensor, classes: int) -> Tensor:
+    """Return the places of the regions that stand for an object, all images in one row; waits for the device."""
+    return ((labels_BR >= 0) & (labels_BR < classes)).flatten().nonzero()[:, 0]
 
 
 def _damp(pooled_NCSS: Tensor, config: CascadeConfig) -> Tensor:

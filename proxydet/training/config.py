@@ -67,10 +67,11 @@ class PrecisionConfig:
     """Number formats and memory layouts of the computation; weights stay in float32."""
 
     dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
-    """Format of matrix products: fp16 scales the loss against underflow, bf16 needs no scaling."""
+    """Format of the backbone's and the pyramid's products; all else is float32, as published. fp16 scales the loss
+    against underflow, bf16 needs no scaling."""
 
-    scope: Literal["backbone", "model"] = "backbone"
-    """What runs in that format: the backbone and FPN only, as published, or everything but the losses."""
+    tf32: bool = False
+    """Let NVIDIA GPUs round the factors of float32 products to 10 bits of fraction: faster, less exact."""
 
     initial_loss_scale: float = 65536.0
     """First loss scale of fp16; it adapts afterwards."""
@@ -157,12 +158,8 @@ class GuardConfig:
     max_skipped: int = 20
     """Number of skipped steps in one run after which it stops all the same."""
 
-    loader_timeout: float = 900.0
-    """Seconds to wait for a batch before the run stops with an error."""
-
     def __post_init__(self) -> None:
         _require(self.max_skipped >= 0, "max_skipped must not be negative", self.max_skipped)
-        _require(self.loader_timeout > 0, "loader_timeout must be above 0", self.loader_timeout)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,10 +18,10 @@ class BatchFeed:
 
     Args:
         batches: The loader. It is iterated in a thread, beginning when the first batch is asked for.
-        timeout: Seconds to wait for a batch.
+        timeout: Seconds to wait for a batch; None waits for ever.
     """
 
-    def __init__(self, batches: Iterable[Any], timeout: float) -> None:
+    def __init__(self, batches: Iterable[Any], timeout: float | None) -> None:
         self._batches = batches
         self._timeout = timeout
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=_AHEAD)
@@ -54,7 +54,7 @@ class BatchFeed:
             raise TrainingError(
                 f"The data loader gave no batch for {self._timeout:.0f} seconds.",
                 hint="Look at the file system that holds the images; "
-                "training.guards.loader_timeout sets how long to wait.",
+                "data.worker_timeout_s sets how long to wait.",
             ) from error
         finally:
             self.waited += time.perf_counter() - start

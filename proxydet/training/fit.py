@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +23,7 @@ from proxydet.training.guards import NonFiniteGuard
 from proxydet.training.loop import Best, Evaluate, Loop
 from proxydet.training.model import Losses, TrainingModel
 from proxydet.training.optimizer import build_optimizer
-from proxydet.training.precision import autocast, build_scaler, prepare_backbone
+from proxydet.training.precision import apply_precision, build_scaler
 from proxydet.training.recorder import Recorder
 from proxydet.training.runfolder import RunFolder
 from proxydet.training.signals import StopSignals
@@ -83,6 +82,9 @@ class FitJob:
     seed: int
     """Seed of every random draw."""
 
+    loader_timeout: float | None = None
+    """Seconds without a batch after which the run stops; None waits for ever."""
+
     resume: Resume = "auto"
     """What to do with checkpoints that are there."""
 
@@ -102,7 +104,7 @@ def fit(
     """Train a network to the last iteration.
 
     Args:
-        network: Has ``forward_train(batch)`` and a ``backbone`` module; holds its starting weights.
+        network: Has ``forward_train(batch, generator=...)`` and a ``backbone`` module; holds its starting weights.
         criterion: Gives losses of that method's result; see `TrainingModel`.
         make_loader: Called with a number of batches; returns the endless batches of this process after them.
         job: Everything else.
@@ -130,7 +132,7 @@ def fit(
         loop = Loop(
             state=state,
             stepper=Stepper(state, config=config, ranks=ranks, guard=guard, seed=job.seed),
-            feed=stack.enter_context(BatchFeed(batches, config.guards.loader_timeout)),
+            feed=stack.enter_context(BatchFeed(batches, job.loader_timeout)),
             checkpoints=CheckpointFolder(job.folder.checkpoints, config.checkpoints),
             recorder=stack.enter_context(
                 Recorder(job.folder, config.log, ranks=ranks, state=state, task=task)
@@ -163,13 +165,12 @@ def _build_state(
 ) -> TrainingState:
     config, ranks = job.config, job.ranks
     network.to(ranks.device)
-    prepare_backbone(network.backbone, config.precision, ranks.device)  # type: ignore[arg-type]
+    apply_precision(network, config.precision)
     touch = config.optimizer.unused_gradients == "zero"
     model: nn.Module = TrainingModel(
         network,
         criterion,
         device=ranks.device,
-        autocast=partial(autocast, config.precision, ranks.device),
         touch_all=touch,
     )
     if ranks.world_size > 1:

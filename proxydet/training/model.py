@@ -18,10 +18,9 @@ class TrainingModel(nn.Module):
     """Network and criterion in one forward pass.
 
     Args:
-        network: A module with ``forward_train(batch)``.
-        criterion: Called with that method's result and ``generator=``; returns `Losses`.
-        device: Where both compute; its generator drives the criterion's draws.
-        autocast: Makes the context in which the forward pass runs.
+        network: A module with ``forward_train(batch, generator=...)``.
+        criterion: Called with that method's result and the same generator; returns `Losses`.
+        device: Where both compute, and where their random numbers are drawn.
         touch_all: Whether every trained parameter shall be in the graph of the losses, be it with gradient 0.
     """
 
@@ -31,14 +30,12 @@ class TrainingModel(nn.Module):
         criterion: Callable[..., Losses],
         *,
         device: torch.device,
-        autocast: Callable[[], Any],
         touch_all: bool = True,
     ) -> None:
         super().__init__()
         self.network = network
         self._criterion = criterion
         self._generator = torch.Generator(device=device)
-        self._autocast = autocast
         self._touch_all = touch_all
 
     def forward(self, batch: Any, seed: int) -> Losses:
@@ -52,10 +49,9 @@ class TrainingModel(nn.Module):
             The losses.
         """
         seed_everything(seed)
-        self._generator.manual_seed(derive_seed(seed, "criterion"))
-        with self._autocast():
-            output = self.network.forward_train(batch)  # type: ignore[operator]
-        losses: Losses = self._criterion(output, generator=self._generator)
+        generator = self._generator.manual_seed(derive_seed(seed, "generator"))
+        output = self.network.forward_train(batch, generator=generator)  # type: ignore[operator]
+        losses: Losses = self._criterion(output, generator=generator)
         return _touch_all(losses, self.parameters()) if self._touch_all else losses
 
 

@@ -5,6 +5,7 @@
     RUN/
     ├── config.yaml          the resolved configuration; `proxydet train --config` repeats the run
     ├── vocabulary.npz       class names, text embeddings and base classes of the training
+    ├── text_encoder.json    what embeds other class names, where the data came with an encoder of its own
     ├── environment.json     machine and packages
     ├── manifest.json        digests of data, vocabulary and starting weights, versions, seeds
     ├── metrics.jsonl        one record every few steps
@@ -37,6 +38,11 @@ class RunFolder:
     def vocabulary(self) -> Path:
         """The training vocabulary."""
         return self.root / "vocabulary.npz"
+
+    @property
+    def text_encoder(self) -> Path:
+        """The text encoder that the data came with, where it is a file."""
+        return self.root / "text_encoder.json"
 
     @property
     def environment(self) -> Path:

@@ -128,7 +128,7 @@ class Stepper:
             with self._no_sync() if part + 1 < len(batches) else nullcontext():
                 losses = self._model(batch.to(self._ranks.device), seed)
                 total = torch.stack(list(losses.values())).sum() / len(batches)
-                self._scaler.scale(total).backward()  # type: ignore[no-untyped-call]
+                self._scaler.scale(total).backward()
             for name, value in losses.items():
                 share = value.detach().float() / len(batches)
                 sums[name] = sums[name] + share if name in sums else share

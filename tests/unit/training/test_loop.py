@@ -291,7 +291,7 @@ def test_a_loader_that_is_stuck_or_ends_stops_the_run(
     toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(TrainingError, match="no batch for 0 seconds"):
-        toy.run(tmp_path, {"guards": {"loader_timeout": 0.3}}, pause=2.0)
+        toy.run(tmp_path, {}, pause=2.0, loader_timeout=0.3)
     monkeypatch.setattr(toy, "toy_loader", lambda *_: iter([toy.toy_batch(0)]))
     with pytest.raises(DataError, match="came to its end"):
         toy.run(tmp_path, {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,9 +15,13 @@ import torch
 from torch import nn
 
 from proxydet.config import merge
+from proxydet.errors import DataError, ProxydetError
+from proxydet.training.cluster import Topology
 from proxydet.training.config import TrainingConfig
 from proxydet.training.distributed import connect
+from proxydet.training.failures import worker_log
 from proxydet.training.fit import FitJob, TrainResult, fit
+from proxydet.training.launcher import in_worker, launch
 from proxydet.training.runfolder import RunFolder
 
 
@@ -42,9 +47,15 @@ class ToyNetwork(nn.Module):
         self.backbone = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Dropout(dropout))
         self.box_head = nn.Linear(16, 4)
         self.class_head = nn.Linear(16, 3)
+        self.backbone_dtype = torch.float32
 
-    def forward_train(self, batch: ToyBatch) -> dict[str, torch.Tensor]:
-        features = self.backbone(batch.images)
+    def forward_train(
+        self, batch: ToyBatch, *, generator: torch.Generator | None = None
+    ) -> dict[str, torch.Tensor]:
+        enabled = self.backbone_dtype is not torch.float32
+        with torch.autocast("cpu", dtype=self.backbone_dtype, enabled=enabled):
+            features = self.backbone(batch.images)
+        features = features.float()
         found = {"classes": self.class_head(features)}
         if batch.boxes:
             found["boxes"] = self.box_head(features)
@@ -109,7 +120,6 @@ BASE = merge(
         "precision": {"dtype": "fp32"},
         "checkpoints": {"period": 4},
         "log": {"period": 2, "tensorboard": False},
-        "guards": {"loader_timeout": 60.0},
     },
 )
 
@@ -120,10 +130,59 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--pause", type=float, default=0.0)
     parser.add_argument("--set", type=json.loads, default={})
+    parser.add_argument("--launch", type=int, default=1)
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--endpoint", default="")
+    parser.add_argument("--fail", default="", help="rank:iteration:how")
     options = parser.parse_args()
+    logs = RunFolder(options.folder).logs
+    try:
+        if in_worker():
+            with worker_log(logs, int(os.environ["RANK"])):
+                work(options)
+        elif options.launch * options.nodes > 1:
+            topology = Topology(
+                processes=options.launch,
+                nodes=options.nodes,
+                endpoint=options.endpoint,
+                run_id="toy",
+                max_restarts=3 if options.nodes > 1 else 0,
+            )
+            launch(topology, sys.argv, logs)
+        else:
+            work(options)
+    except ProxydetError as error:
+        sys.stderr.write(f"{type(error).__name__}: {error.message} | {error.hint}\n")
+        sys.exit(error.exit_code)
+
+
+def work(options: argparse.Namespace) -> None:
+    if options.fail:
+        fail_at(*options.fail.split(":"))
     result = run(options.folder, options.set, workers=options.workers, pause=options.pause)
     if int(os.environ.get("RANK", "0")) == 0:
         (options.folder / "result.json").write_text(json.dumps(result.losses))
+
+
+def fail_at(rank: str, iteration: str, how: str) -> None:
+    """Make the criterion of one process fail in one of its calls."""
+    global toy_losses
+    good, calls = toy_losses, iter(range(10**6))
+
+    def failing(found: dict, *, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        losses = good(found, generator=generator)
+        if rank == os.environ.get("RANK", "0") and next(calls) == int(iteration):
+            if how == "nan":
+                losses["loss_class"] = losses["loss_class"] * float("nan")
+            elif how == "data":
+                raise DataError("The image 12.jpg cannot be read.", hint="Look at it.")
+            elif how == "bug":
+                raise KeyError("boxes")
+            elif how == "kill":
+                os.kill(os.getpid(), 9)
+        return losses
+
+    toy_losses = failing
 
 
 def run(
@@ -139,6 +198,7 @@ def run(
     torch.set_num_threads(1)
     with connect(config.device) as ranks:
         settings = {"config": config, "folder": RunFolder(folder), "ranks": ranks, "seed": 7}
+        settings["loader_timeout"] = 60.0
         return fit(
             ToyNetwork(dropout=0.0 if plain else 0.3),
             plain_losses if plain else toy_losses,

@@ -1,0 +1,264 @@
+"""Training from a configuration: data, vocabulary, network and losses are put together and handed to `fit`."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from proxydet.compat.modes import Mode
+from proxydet.compat.roi_align import reproducibility_mode
+from proxydet.config import to_mapping
+from proxydet.config_text import dump_yaml, load_mapping
+from proxydet.data.classes import image_counts, load_vocabulary, open_split
+from proxydet.data.config import DataConfig
+from proxydet.data.description import DatasetDescription
+from proxydet.data.loader import open_training_sources
+from proxydet.data.stream import Place, TrainingLoader
+from proxydet.data.training_sources import TrainingSources
+from proxydet.errors import ConfigError
+from proxydet.losses.config import LossConfig
+from proxydet.losses.criterion import Criterion
+from proxydet.manifest import build_manifest, file_digest, write_run_records
+from proxydet.modeling.config import ModelConfig
+from proxydet.modeling.network import ProxyDetNetwork
+from proxydet.modeling.weights import load_weights
+from proxydet.reporting import SILENT, Progress
+from proxydet.training.config import TrainingConfig
+from proxydet.training.distributed import Ranks, check_agreement, connect, wait_for_all
+from proxydet.training.fit import FitJob, Resume, TrainResult, fit
+from proxydet.training.loop import Evaluate
+from proxydet.training.runfolder import RunFolder
+from proxydet.training.seeding import seed_everything
+from proxydet.vocabulary.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
+
+# Keys that may differ when a run goes on: they do not change what is learnt.
+_FREE_KEYS = (
+    "recipe",
+    "training.device",
+    "training.threads",
+    "training.checkpoints",
+    "training.evaluation",
+    "training.log",
+    "training.guards",
+    "training.weights",
+    "data.workers",
+    "data.prefetch",
+    "data.worker_timeout_s",
+    "data.cache",
+    "data.test_",
+    "inference",
+    "evaluation",
+)
+
+
+class RunSettings(Protocol):
+    """What training reads of a run's configuration (`proxydet.recipes.RunConfig`)."""
+
+    @property
+    def seed(self) -> int:
+        """Seed of every random draw."""
+
+    @property
+    def reproducibility(self) -> Mode:
+        """Reproducibility mode."""
+
+    @property
+    def data(self) -> DataConfig:
+        """Data."""
+
+    @property
+    def model(self) -> ModelConfig:
+        """Sizes of the detector."""
+
+    @property
+    def losses(self) -> LossConfig:
+        """Losses."""
+
+    @property
+    def training(self) -> TrainingConfig:
+        """Training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Data:
+    description: DatasetDescription
+    vocabulary: Vocabulary
+    sources: TrainingSources
+    counts: Any
+    digests: dict[str, str]
+
+
+def train(
+    config: RunSettings,
+    *,
+    output: Path,
+    resume: Resume = "auto",
+    evaluate: Evaluate | None = None,
+    progress: Progress = SILENT,
+) -> TrainResult:
+    """Train a detector, alone or as one of the processes that a launcher started.
+
+    Args:
+        config: The whole configuration; see `proxydet.recipes`.
+        output: The run folder; see `proxydet.training.runfolder`. Several machines must share it.
+        resume: What to do with checkpoints that are there.
+        evaluate: Evaluates the network by the schedule of the configuration.
+        progress: Where progress is shown.
+
+    Raises:
+        ConfigError: The configuration does not fit the data, or the folder holds a run of another one.
+        DataError: The data cannot be used.
+        CheckpointError: The starting weights, or the checkpoints to go on with, do not fit.
+        ProxydetError: As `proxydet.training.fit.fit`.
+    """
+    settings = config.training
+    with ExitStack() as stack:
+        ranks = stack.enter_context(connect(settings.device))
+        stack.enter_context(reproducibility_mode(config.reproducibility))
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        folder = RunFolder(output.resolve())
+        data = _open_data(config.data, progress)
+        starts_anew = _check_folder(folder, config, resume)
+        check_agreement(ranks, _facts(config, data))
+        network = _build_network(config, data, from_weights=starts_anew)
+        if ranks.is_main:
+            _write_folder(folder, config, data, ranks)
+        wait_for_all(ranks)
+
+        def make_loader(start: int) -> TrainingLoader:
+            place = Place(
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+                seed=config.seed,
+                start_iteration=start,
+            )
+            return TrainingLoader(data.sources, config.data, place)
+
+        job = FitJob(
+            config=settings,
+            folder=folder,
+            ranks=ranks,
+            seed=config.seed,
+            loader_timeout=_patience(config.data),
+            resume=resume,
+            evaluate=evaluate,
+            progress=progress,
+        )
+        return fit(network, Criterion(config.losses), make_loader, job)
+
+
+def _open_data(config: DataConfig, progress: Progress) -> _Data:
+    if config.description is None:
+        raise ConfigError(
+            "There is no data to train on: data.description is not set.",
+            hint="Give a data description: --data DATA.toml. docs/reference/data-description.md says what it holds.",
+        )
+    description = DatasetDescription.from_toml(config.description)
+    sources = open_training_sources(config, description, progress=progress)
+    vocabulary = load_vocabulary(description, cache=config.cache, progress=progress)
+    store = open_split(description, "train", cache=config.cache, progress=progress)
+    digests = {"vocabulary": vocabulary.digest, "annotations": store.path.stem}
+    return _Data(
+        description=description,
+        vocabulary=vocabulary,
+        sources=sources,
+        counts=image_counts(store, vocabulary),
+        digests=digests,
+    )
+
+
+def _build_network(config: RunSettings, data: _Data, *, from_weights: bool) -> ProxyDetNetwork:
+    """Build the network with fresh weights, the same everywhere, and load the starting weights where it begins."""
+    seed_everything(config.seed)
+    network = ProxyDetNetwork(config.model, data.vocabulary, data.counts)
+    settings = config.training
+    if settings.weights is not None and from_weights:
+        report = load_weights(network, settings.weights, expect=settings.ignore_in_weights)
+        logger.info("Starting from %s: %s", settings.weights, report)
+    return network
+
+
+def _patience(config: DataConfig) -> float | None:
+    """Seconds to wait for a batch: a little longer than the loader itself waits for its workers."""
+    return config.worker_timeout_s + 30.0 if config.worker_timeout_s else None
+
+
+def _facts(config: RunSettings, data: _Data) -> dict[str, str]:
+    """Return what all processes must have in common."""
+    return {"configuration": dump_yaml(config, comments=False), **data.digests}
+
+
+def _check_folder(folder: RunFolder, config: RunSettings, resume: Resume) -> bool:
+    """Make sure that going on in a folder goes on with the same run; return whether training starts anew."""
+    if isinstance(resume, Path):
+        return False
+    if not any(folder.checkpoints.glob("step_*.pth")):
+        return True
+    if resume == "never":
+        raise ConfigError(
+            f"{folder.root} already holds a run.",
+            hint="Give another folder with --output, or go on with the run: --resume auto.",
+            path=folder.root,
+        )
+    if folder.config.exists():
+        _check_same(load_mapping(folder.config), to_mapping(config), folder)
+    return False
+
+
+def _check_same(saved: Mapping[str, Any], ours: Mapping[str, Any], folder: RunFolder) -> None:
+    before, now = _flat(saved), _flat(ours)
+    changed = [
+        f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key) and not key.startswith(_FREE_KEYS)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{folder.root} holds a run with other settings ({'; '.join(changed[:5])}).",
+            hint="Give another folder with --output; go on with the same settings "
+            f"(--config {folder.config}); or start from its weights with --weights.",
+            path=folder.config,
+        )
+
+
+def _flat(mapping: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(_flat(value, f"{where}{key}."))
+        else:
+            flat[f"{where}{key}"] = value
+    return flat
+
+
+def _write_folder(folder: RunFolder, config: RunSettings, data: _Data, ranks: Ranks) -> None:
+    """Write down what the run is made from."""
+    folder.root.mkdir(parents=True, exist_ok=True)
+    folder.config.write_text(dump_yaml(config), encoding="utf-8")
+    data.vocabulary.save(folder.vocabulary)
+    encoder = data.description.vocabulary.encoder
+    if encoder is not None and Path(encoder).suffix == ".json" and Path(encoder).is_file():
+        shutil.copyfile(encoder, folder.text_encoder)
+    digests = dict(data.digests)
+    weights = config.training.weights
+    if weights is not None and weights.is_file():
+        digests["weights"] = file_digest(weights)
+    manifest = build_manifest(
+        "training",
+        configuration=to_mapping(config),
+        digests=digests,
+        mode=config.reproducibility,
+        seeds={"seed": config.seed},
+        world_size=ranks.world_size,
+    )
+    write_run_records(folder.root, manifest)

@@ -55,7 +55,7 @@ clean: ## Remove the environment and what tools left behind.
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
 
 $(PY):
-	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed; say which: make PYTHON=python3.12 ...')"
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed; say which: make PYTHON=python3.12 ...')"
 	$(PYTHON) -m venv $(VENV)
 
 $(INSTALLED): $(LOCK) pyproject.toml | $(PY)

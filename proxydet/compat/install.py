@@ -73,22 +73,28 @@ def set_up(*, dry_run: bool = False, progress: Progress = SILENT) -> SetupReport
         TransferError: The package index cannot be reached, or lacks the sources.
         DigestError: The sources are not the expected ones.
     """
+    present = _is_present()
+    if not present:
+        _require_writable()
+        uv_installer.find()
     with progress.task("checking torch and torchvision"):
         libraries = _check_torch()
-    try:
-        locate_detectron2()
-    except MissingDependencyError:
+    if not present:
         if dry_run:
-            _require_writable()
-            uv_installer.find()
             return _report("would install", libraries, None)
         with progress.task(f"installing detectron2 {RELEASE}, pure Python"):
             _install()
-        action: Literal["found", "installed"] = "installed"
-    else:
-        action = "found"
+    action: Literal["found", "installed"] = "found" if present else "installed"
     with progress.task("checking detectron2"):
         return _report(action, libraries, _check_detectron2(action))
+
+
+def _is_present() -> bool:
+    try:
+        locate_detectron2()
+    except MissingDependencyError:
+        return False
+    return True
 
 
 def _report(
@@ -139,8 +145,8 @@ def _require_writable() -> Path:
     """The environment's package folder; an error where it may not be changed."""
     site_packages = Path(sysconfig.get_path("purelib"))
     hint = (
-        "install proxydet into a virtual environment: python -m venv env, "
-        "then env/bin/pip install proxydet and env/bin/proxydet setup"
+        "make an environment of your own (python -m venv env), install proxydet there, "
+        "and run: env/bin/proxydet setup"
     )
     if not os.access(site_packages, os.W_OK):
         raise EnvironmentProblem(

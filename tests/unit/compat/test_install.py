@@ -238,6 +238,7 @@ def test_failed_check_says_why(
     assert install._run_check(smoke.TORCH) == (None, why)
 
 
+@pytest.mark.slow
 def test_the_real_checks_pass_here() -> None:
     """Both checks, in this environment, through the real interpreter."""
     report = install.set_up()

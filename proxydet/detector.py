@@ -35,8 +35,8 @@ from proxydet.modeling.config import InferenceConfig, ModelConfig
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.modeling.prediction import Prediction
 from proxydet.vocabulary.encoder import TextEncoder, build_vocabulary, open_encoder
+from proxydet.vocabulary.files import open_vocabulary
 from proxydet.vocabulary.prompts import PUBLISHED
-from proxydet.vocabulary.published import is_published, published_vocabulary
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 Pixels = npt.NDArray[np.uint8]
@@ -44,8 +44,8 @@ Picture = str | Path | Image.Image | Pixels
 """A file, an opened Pillow image, or uint8 (H, W, 3)."""
 
 Classes = Vocabulary | Sequence[str] | str | Path | None
-"""What to look for: a vocabulary, class names, the name of a published vocabulary, a ``.npz`` file, or None
-for the classes of the training."""
+"""What to look for: a vocabulary, class names, a published vocabulary's name or a file (see
+`proxydet.vocabulary.files.open_vocabulary`), or None for the classes of the training."""
 
 _REMEMBERED = 16
 
@@ -291,16 +291,8 @@ class Detector:
             return self.vocabulary
         if isinstance(vocabulary, Vocabulary):
             return vocabulary
-        if isinstance(vocabulary, str) and is_published(vocabulary):
-            return self.with_base(published_vocabulary(vocabulary))
         if isinstance(vocabulary, str | Path):
-            path = Path(vocabulary)
-            if isinstance(vocabulary, str) and path.suffix not in (".npz", ".vocab"):
-                raise InputError(
-                    f"the vocabulary {vocabulary!r} is neither a published one nor a .npz file",
-                    hint=f"to look for it as a class, give a list: [{vocabulary!r}]",
-                )
-            return self.with_base(Vocabulary.load(path))
+            return self.with_base(open_vocabulary(vocabulary, encoder=lambda: self.encoder))
         return self.vocabulary_of(vocabulary)
 
     def vocabulary_of(

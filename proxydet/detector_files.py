@@ -13,7 +13,7 @@ from proxydet.config import from_mapping
 from proxydet.config_text import load_mapping
 from proxydet.data.config import DataConfig
 from proxydet.data.description import DatasetDescription
-from proxydet.errors import CheckpointError, InputError
+from proxydet.errors import ArtifactError, CheckpointError, ConfigError, InputError
 from proxydet.modeling.config import BackboneConfig, InferenceConfig, ModelConfig
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.modeling.weights import load_weights
@@ -23,6 +23,7 @@ from proxydet.vocabulary.vocabulary import Vocabulary
 if TYPE_CHECKING:
     from proxydet.detector import Detector
 
+_DEFAULT = "proxydet-r50-inl"
 _CHECKPOINT = re.compile(r"step_(\d+)\.pth")
 
 
@@ -90,16 +91,72 @@ def open_checkpoint(
 
 
 def open_pretrained(cls: type[Detector], name: str, device: torch.device) -> Detector:
-    """Open a published model; see `Detector.from_pretrained`."""
+    """Download a published model where it is not there, and open it; see `Detector.from_pretrained`."""
+    from proxydet.artifacts.download import download
+
+    entry = _pretrained(name)
+    weights = download(name)
+    download("lvis-metadata")
+    return _open_published(cls, entry, weights, device)
+
+
+def open_named(
+    cls: type[Detector],
+    *,
+    run: Path | None,
+    weights: str | None,
+    config: str | None,
+    device: str,
+) -> Detector:
+    """Open the detector that a command line names; nothing is downloaded.
+
+    Args:
+        cls: The class to make.
+        run: A run folder.
+        weights: A checkpoint (of the run where there is one), or a published model's name; None with no run: the
+            published R50.
+        config: ``r50``, ``swinb`` or a ``config.yaml``: the sizes of a checkpoint without a run.
+        device: As `proxydet.detector.choose_device` takes it.
+
+    Raises:
+        InputError: It cannot be opened, or the options contradict each other.
+        ArtifactError: The published model is not there.
+    """
+    from proxydet.artifacts.download import locate
+    from proxydet.detector import choose_device
+
+    chosen = choose_device(device)
+    if run is not None:
+        if config is not None:
+            raise ConfigError("a run has its own configuration", hint="leave --config out")
+        return open_run(cls, run, None if weights is None else Path(weights), chosen)
+    name = weights or _DEFAULT
+    if name in _PRETRAINED:
+        try:
+            path = locate(name)
+        except ArtifactError as error:
+            raise ArtifactError(
+                error.message,
+                hint=f"run: proxydet download {name} (or name a run of your own with --run)",
+                path=error.path,
+            ) from error
+        return _open_published(cls, _PRETRAINED[name], path, chosen)
+    sizes = config or "r50"
+    known: Any = sizes if sizes in ("r50", "swinb") else Path(sizes)
+    return open_checkpoint(cls, Path(name), known, None, chosen)
+
+
+def _pretrained(name: str) -> _Pretrained:
     if name not in _PRETRAINED:
         raise InputError(
             f"there is no published model {name!r}", hint=f"there are {', '.join(_PRETRAINED)}"
         )
-    from proxydet.artifacts.download import download
+    return _PRETRAINED[name]
 
-    entry = _PRETRAINED[name]
-    weights = download(name)
-    download("lvis-metadata")
+
+def _open_published(
+    cls: type[Detector], entry: _Pretrained, weights: Path, device: torch.device
+) -> Detector:
     model = _settings_from(entry.config).model
     network = _network(model, published_vocabulary("lvis"), weights, device)
     return cls(network, inference=entry.inference)

@@ -57,16 +57,19 @@ def default_clip_weights() -> Path:
     return models_folder() / "clip" / "ViT-B-32.pt"
 
 
-def open_encoder(path: Path | None = None, *, model: str = DEFAULT_MODEL) -> TextEncoder:
+def open_encoder(
+    path: Path | None = None, *, model: str = DEFAULT_MODEL, progress: Progress = SILENT
+) -> TextEncoder:
     """Open a text encoder.
 
     Args:
         path: CLIP weights, or the ``.json`` of a `CompositionalEncoder`; None: CLIP ViT-B/32 where
             ``proxydet download`` puts it.
         model: open_clip's name of the model that the weights belong to.
+        progress: Where long encodings are shown.
 
     Raises:
-        VocabularyError: There are no weights, or no such model.
+        VocabularyError: There are no weights.
     """
     if path is not None and path.suffix == ".json":
         return CompositionalEncoder.load(path)
@@ -77,7 +80,7 @@ def open_encoder(path: Path | None = None, *, model: str = DEFAULT_MODEL) -> Tex
             hint="run: proxydet download clip-vit-b32 (or give embeddings of your own as a .npy file)",
             path=weights,
         )
-    return ClipTextEncoder(weights, model=model)
+    return ClipTextEncoder(weights, model=model, progress=progress)
 
 
 def build_vocabulary(

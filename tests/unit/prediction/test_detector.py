@@ -7,45 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from proxydet.detections import Detections
 from proxydet.detector import Detector, as_pixels, choose_device
 from proxydet.errors import ConfigError, DataError, InputError, VocabularyError
 from proxydet.modeling.config import InferenceConfig
-from proxydet.modeling.network import ProxyDetNetwork
-from proxydet.recipes import get_recipe
-from proxydet.vocabulary.compositional import CompositionalEncoder
 from proxydet.vocabulary.vocabulary import Vocabulary
-
-WORDS = ["red", "blue", "green", "circle", "square", "star"]
-CLASSES = ["red circle", "blue square", "green star", "blue circle"]
-
-
-@pytest.fixture(scope="module")
-def encoder() -> CompositionalEncoder:
-    return CompositionalEncoder.create(WORDS, dim=64, noise=0.1, seed=1)
-
-
-@pytest.fixture(scope="module")
-def detector(encoder: CompositionalEncoder) -> Detector:
-    torch.manual_seed(5)
-    vocabulary = Vocabulary.from_arrays(CLASSES, encoder.encode(CLASSES), [1, 1, 1, 0])
-    network = ProxyDetNetwork(get_recipe("tiny").model, vocabulary)
-    # Fresh heads score everything alike; larger weights make scores that differ.
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if name.startswith("roi_heads.") and parameter.ndim > 1:
-                parameter.mul_(6)
-    return Detector(network, shortest=64, longest=100, encoder=encoder)
-
-
-@pytest.fixture(scope="module")
-def pictures() -> list[np.ndarray]:
-    rng = np.random.default_rng(2)
-    sizes = [(48, 64), (64, 48), (80, 80), (48, 64), (30, 90)]
-    return [rng.integers(0, 256, (*size, 3), np.uint8) for size in sizes]
 
 
 def assert_same(first: Detections, second: Detections) -> None:

@@ -1,0 +1,93 @@
+"""Finds the pictures that a user names: files, folders, patterns."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from proxydet.errors import DataError
+
+SUFFIXES = frozenset(
+    {
+        ".avif",
+        ".bmp",
+        ".gif",
+        ".jfif",
+        ".jpeg",
+        ".jpg",
+        ".pgm",
+        ".png",
+        ".ppm",
+        ".tif",
+        ".tiff",
+        ".webp",
+    }
+)
+"""Endings of the files of a folder that count as pictures; a file that is named itself may have any."""
+
+
+@dataclass(frozen=True)
+class PictureFile:
+    """A picture to look at."""
+
+    path: Path
+    name: Path
+    """Where its results go below the output folder: relative, without ending, different for every picture."""
+
+
+def find_pictures(sources: Iterable[str | Path]) -> tuple[PictureFile, ...]:
+    """Find pictures.
+
+    Args:
+        sources: Files, folders (searched at any depth), and patterns such as ``photos/*.jpg`` or ``**/*.png``.
+
+    Returns:
+        Each file once, in the order given; those of a folder or a pattern by name.
+
+    Raises:
+        DataError: A source is not there or holds no pictures, or nothing was given.
+    """
+    found: dict[Path, Path] = {}
+    for source in sources:
+        for path, name in _expand(source):
+            found.setdefault(path, name)
+    if not found:
+        raise DataError("no pictures were given", hint="name files, folders or patterns")
+    return _named_apart(found)
+
+
+def _expand(source: str | Path) -> list[tuple[Path, Path]]:
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        if not files:
+            raise DataError(f"the folder {path} holds no pictures", path=path)
+        return [(file, file.relative_to(path).with_suffix("")) for file in files]
+    if not path.exists() and glob.has_magic(str(source)):
+        files = sorted(
+            Path(name)
+            for name in glob.glob(str(source), recursive=True)  # noqa: PTH207 absolute patterns too
+            if Path(name).is_file()
+        )
+        if not files:
+            raise DataError(f"no file matches {str(source)!r}")
+        return [(file, Path(file.stem)) for file in files]
+    if not path.exists():
+        raise DataError(f"there is no file or folder {path}", path=path)
+    return [(path, Path(path.stem))]
+
+
+def _named_apart(found: dict[Path, Path]) -> tuple[PictureFile, ...]:
+    """Number the names that several pictures share."""
+    taken: set[Path] = set()
+    pictures = []
+    for path, name in found.items():
+        unique, number = name, 1
+        while unique in taken:
+            number += 1
+            unique = name.with_name(f"{name.name}_{number}")
+        taken.add(unique)
+        pictures.append(PictureFile(path, unique))
+    return tuple(pictures)

@@ -1,0 +1,176 @@
+"""``proxydet vocab``: text embeddings of class names, and what the classes resemble."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from proxydet_cli.options import Json, command_app, examples
+
+if TYPE_CHECKING:
+    from proxydet.vocabulary.comparison import VocabularyReport
+    from proxydet.vocabulary.encoder import TextEncoder
+    from proxydet.vocabulary.vocabulary import Vocabulary
+    from proxydet_cli.output import Output
+
+app = command_app("Make and inspect vocabularies: class names with their text embeddings.")
+
+EncoderFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--encoder",
+        metavar="FILE",
+        help="CLIP weights (.pt, .safetensors) or a drawn data set's text_encoder.json. [default: CLIP ViT-B/32 where "
+        "proxydet download puts it]",
+    ),
+]
+ModelName = Annotated[
+    str, typer.Option("--model", metavar="NAME", help="open_clip's name of the encoder's model.")
+]
+Prompts = Annotated[
+    str,
+    typer.Option(
+        "--prompts",
+        metavar="SET|TEXT",
+        help="published (a {}), photo, ensemble, or a sentence with {} for the name.",
+    ),
+]
+
+
+@app.command(
+    epilog=examples(
+        "proxydet vocab build names.txt -o kitchen.vocab",
+        "proxydet vocab build names.txt -o kitchen.vocab --prompts ensemble",
+    )
+)
+def build(
+    names: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="One class a line, synonyms behind |: couch | sofa. Or JSON: a list, or names with their synonyms.",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="The vocabulary (.vocab, .npz).")
+    ],
+    encoder: EncoderFile = None,
+    model: ModelName = "ViT-B-32-quickgelu",
+    prompts: Prompts = "published",
+    json: Json = False,
+) -> None:
+    """Embed class names.
+
+    Embeddings are kept in a cache by content: what was embedded once is not computed again.
+    """
+    from proxydet.errors import VocabularyError
+    from proxydet.vocabulary.encoder import build_vocabulary, open_encoder
+    from proxydet.vocabulary.files import SAVED_SUFFIXES
+    from proxydet.vocabulary.names import read_names
+    from proxydet_cli.output import Output
+    from proxydet_cli.progress import show_progress
+
+    if output.suffix not in SAVED_SUFFIXES:
+        raise VocabularyError(
+            f"the vocabulary's file {output} must end in {' or '.join(SAVED_SUFFIXES)}"
+        )
+    opened = open_encoder(encoder, model=model, progress=show_progress())
+    made = build_vocabulary(read_names(names), opened, prompts=prompts)
+    made.save(output)
+    value = {
+        "file": output,
+        "classes": len(made),
+        "dimensions": made.dimension,
+        "digest": made.digest,
+    }
+    Output(json=json).data(value, f"{output}: {len(made)} classes, {made.dimension} dimensions")
+
+
+@app.command(
+    epilog=examples(
+        "proxydet vocab show kitchen.vocab",
+        "proxydet vocab show names.txt --against coco",
+        "proxydet vocab show kitchen.vocab --run runs/quickstart --json",
+    )
+)
+def show(  # noqa: PLR0913 one parameter an option
+    vocabulary: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME|FILE", help="lvis, coco, objects365, openimages, or a file (see build)."
+        ),
+    ],
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against", metavar="NAME|FILE", help="Vocabulary of the training. [default: lvis]"
+        ),
+    ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option("--run", metavar="FOLDER", help="Take the training vocabulary of a run."),
+    ] = None,
+    threshold: Annotated[
+        float,
+        typer.Option(min=-1.0, max=1.0, help="Cosine above which a class counts as base."),
+    ] = 0.9,
+    neighbours: Annotated[int, typer.Option(min=1, help="Training classes to name for each.")] = 3,
+    alike_above: Annotated[
+        float, typer.Option(min=-1.0, max=1.0, help="Report pairs of classes more alike than this.")
+    ] = 0.95,
+    encoder: EncoderFile = None,
+    json: Json = False,
+) -> None:
+    """Show what each class resembles, whether it counts as base or novel and why, and what is too alike."""
+    from proxydet.vocabulary.comparison import compare
+    from proxydet.vocabulary.vocabulary import Vocabulary
+    from proxydet_cli.output import Output
+
+    if run is not None and against is not None:
+        raise typer.BadParameter("give either --against or --run")
+    shown = _open(vocabulary, encoder)
+    reference = (
+        _open(against or "lvis", encoder)
+        if run is None
+        else Vocabulary.load(run / "vocabulary.npz")
+    )
+    report = compare(
+        shown, reference, threshold=threshold, neighbours=neighbours, alike_above=alike_above
+    )
+    _render(Output(json=json), report)
+
+
+def _open(source: str, encoder: Path | None) -> Vocabulary:
+    from proxydet.vocabulary.encoder import open_encoder
+    from proxydet.vocabulary.files import open_vocabulary
+
+    def opened() -> TextEncoder:
+        return open_encoder(encoder)
+
+    return open_vocabulary(source, encoder=opened)
+
+
+def _render(out: Output, report: VocabularyReport) -> None:
+    if out.json:
+        out.data(report)
+        return
+    out.table(
+        [
+            {
+                "class": entry.name,
+                "counts as": "base" if entry.base else "novel",
+                "nearest": ", ".join(
+                    f"{near.name} {near.cosine:.3f}{'' if near.base else ' (novel)'}"
+                    for near in entry.nearest
+                ),
+                "why": entry.reason,
+            }
+            for entry in report.classes
+        ]
+    )
+    for pair in report.alike:
+        out.warning(
+            f"hard to tell apart: {pair.first!r} and {pair.second!r} (cosine {pair.cosine:.3f})"
+        )

@@ -1,0 +1,136 @@
+"""``proxydet predict`` from end to end, with a detector that is already open."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from proxydet import detector_files
+from proxydet.detector import Detector
+from proxydet_cli.main import main
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(
+    detector: Detector,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> Run:
+    monkeypatch.setattr(detector_files, "open_named", lambda *_, **__: detector)
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: object) -> tuple[int, str, str]:
+        try:
+            code = main(["predict", "--score-threshold", "0.02", *map(str, words)])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_json_equals_the_python_api(run: Run, detector: Detector, folder: Path) -> None:
+    code, out, err = run(folder / "a0.png", "-v", "red circle, blue star", "--json")
+    assert (code, err) == (0, "")
+    wanted = detector.predict(folder / "a0.png", ["red circle", "blue star"], score_threshold=0.02)
+    content = json.loads(out)
+    assert content["unreadable"] == []
+    (image,) = content["images"]
+    assert image == {"file": str(folder / "a0.png"), **json.loads(json.dumps(wanted.to_dict()))}
+
+
+def test_pictures_are_saved_and_results_listed(run: Run, folder: Path, tmp_path: Path) -> None:
+    code, out, err = run(
+        folder / "a0.png", folder / "sub", "--top", "2", "--output", tmp_path / "out"
+    )
+    assert code == 0
+    lines = out.splitlines()
+    assert [Path(line.split(": ")[0]).name for line in lines] == ["a0.png", "b3.png", "b4.png"]
+    assert all(line.count(", ") == 1 for line in lines)
+    assert "saved 3 files" in err
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a0.png", "b3.png", "b4.png"]
+
+
+def test_unreadable_pictures_make_the_exit_code_3_after_the_others_are_done(
+    run: Run, folder: Path, tmp_path: Path
+) -> None:
+    code, out, err = run(folder, "--json", "--save", "csv", "--output", tmp_path / "out")
+    assert code == 3
+    content = json.loads(out)
+    assert len(content["images"]) == 5
+    assert [Path(entry["file"]).name for entry in content["unreadable"]] == ["broken.jpg"]
+    assert "1 of 6 pictures" in err
+    assert (tmp_path / "out" / "detections.csv").exists()
+
+
+def test_files_are_listed_on_stdin(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{folder}/a1.png\n\n{folder}/a2.png\n"))
+    code, out, _ = run("-", folder / "a0.png", "--save", "none")
+    assert code == 0
+    assert [Path(line.split(": ")[0]).name for line in out.splitlines()] == [
+        "a1.png",
+        "a2.png",
+        "a0.png",
+    ]
+
+
+def test_vocabularies_come_from_files(
+    run: Run, detector: Detector, folder: Path, tmp_path: Path
+) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("green star\nblue square\n")
+    np.save(tmp_path / "table.npy", detector.encoder.encode(["green star", "blue square"]))
+    saved = detector.vocabulary_of(["green star", "blue square"]).save(tmp_path / "saved.vocab")
+    picture = folder / "a0.png"
+    answers = [
+        run(picture, "--json", "--vocabulary", names),
+        run(picture, "--json", "--vocabulary", saved),
+        run(picture, "--json", "--vocabulary", tmp_path / "table.npy", "--names", names),
+        run(picture, "--json", "-v", "green star, blue square"),
+    ]
+    assert all(answer == answers[0] and answer[0] == 0 for answer in answers)
+
+
+def test_options_change_what_is_kept(run: Run, folder: Path) -> None:
+    boxes = run(folder / "a0.png", "--json", "--no-masks", "--one-label")
+    detections = json.loads(boxes[1])["images"][0]["detections"]
+    assert all("mask" not in entry for entry in detections)
+    places = [tuple(entry["box_xyxy"]) for entry in detections]
+    assert len(set(places)) == len(places)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "what"),
+    [
+        (["absent.jpg"], 3, "absent.jpg"),
+        (["{folder}/broken.jpg"], 3, "broken.jpg"),
+        (["{folder}/a0.png", "-v", "red star, red star"], 3, "twice"),
+        (["{folder}/a0.png", "-v", "red star,,"], 3, "empty"),
+        (["{folder}/a0.png", "-v", "a giraffe"], 3, "giraffe"),
+        (["{folder}/a0.png", "--vocabulary", "lviss"], 3, "lviss"),
+        (["{folder}/a0.png", "--vocabulary", "absent.txt"], 3, "absent.txt"),
+        (["{folder}/a0.png", "--vocabulary", "a.npy"], 3, "--names"),
+        (["{folder}/a0.png", "--save", "pictures,movie"], 3, "'movie'"),
+        (["{folder}/a0.png", "-v", "red star", "--vocabulary", "lvis"], 2, "either"),
+        (["{folder}/a0.png", "--names", "a.txt"], 2, "--names"),
+        (["{folder}/a0.png", "--top", "0"], 2, "--top"),
+        ([], 2, "PICTURE"),
+    ],
+)
+def test_mistakes_are_named_without_a_traceback(
+    run: Run, folder: Path, words: list[str], code: int, what: str
+) -> None:
+    found, out, err = run(*[word.format(folder=folder) for word in words])
+    assert found == code
+    assert what in err
+    assert "Traceback" not in err
+    assert out == ""

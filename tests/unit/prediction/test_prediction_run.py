@@ -1,0 +1,149 @@
+"""Many pictures at once: order, failures, and the files that are saved."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+
+from proxydet.detector import Detector
+from proxydet.errors import ConfigError, DataError
+from proxydet.picture_files import find_pictures
+from proxydet.prediction_output import KINDS, make_savers, safe_name
+from proxydet.prediction_run import PictureResult, PredictionPlan, PredictionSummary, predict_files
+
+
+def look(
+    detector: Detector,
+    sources: list[Path],
+    output: Path | None = None,
+    *,
+    batch_size: int = 2,
+    kinds: tuple[str, ...] = KINDS,
+) -> tuple[PredictionSummary, list[PictureResult]]:
+    results: list[PictureResult] = []
+    names = detector.vocabulary.names
+    plan = PredictionPlan(
+        vocabulary=detector.vocabulary,
+        settings=detector.settings(score_threshold=0.02, max_detections=5),
+        batch_size=batch_size,
+        savers=make_savers(kinds, output, names) if output else (),
+        on_result=results.append,
+    )
+    return predict_files(detector, find_pictures(sources), plan), results
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
+def test_results_come_in_order_and_equal_single_predictions(
+    detector: Detector, folder: Path, batch_size: int
+) -> None:
+    summary, results = look(detector, [folder], batch_size=batch_size)
+    assert [r.file.name for r in results] == ["a0.png", "a1.png", "a2.png", "b3.png", "b4.png"]
+    assert summary.pictures == 5
+    assert summary.detections == sum(len(r.found) for r in results) > 0
+    for result in results:
+        alone = detector.predict(result.file, score_threshold=0.02, max_detections=5)
+        assert alone.labels == result.found.labels
+        np.testing.assert_allclose(alone.scores, result.found.scores, atol=1e-5)
+
+
+def test_unreadable_pictures_are_counted_and_named(
+    detector: Detector, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        summary, _ = look(detector, [folder])
+    (entry,) = summary.unreadable
+    assert entry.file == folder / "broken.jpg"
+    assert "broken.jpg" in caplog.text
+
+
+def test_a_single_unreadable_picture_is_an_error(detector: Detector, folder: Path) -> None:
+    with pytest.raises(DataError, match=r"broken\.jpg"):
+        look(detector, [folder / "broken.jpg"])
+
+
+def test_a_batch_of_only_unreadable_pictures_is_passed_over(
+    detector: Detector, tmp_path: Path
+) -> None:
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        (tmp_path / name).write_bytes(b"")
+    summary, results = look(detector, [tmp_path])
+    assert (summary.pictures, len(summary.unreadable), results) == (0, 3, [])
+
+
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # inside pycocotools
+def test_every_kind_is_saved_and_says_the_same(
+    detector: Detector, folder: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    summary, results = look(detector, [folder], output)
+    assert all(path.exists() for path in summary.saved)
+    for result in results:
+        name = result.file.relative_to(folder).with_suffix("")
+        with Image.open((output / name).with_suffix(".png")) as drawn:
+            assert drawn.width >= result.found.image_size[1]
+        content = json.loads((output / name).with_suffix(".json").read_text())
+        assert content == json.loads(json.dumps(result.to_dict()))
+    coco = COCO(str(output / "coco.json"))
+    assert len(coco.imgs) == 5
+    rows = [row for r in results for row in r.found.to_coco(0)]
+    assert [a["score"] for a in coco.dataset["annotations"]] == [row["score"] for row in rows]
+    mask = coco.annToMask(coco.dataset["annotations"][0])
+    assert mask.shape == results[0].found.image_size
+    assert mask.sum() == coco.dataset["annotations"][0]["area"]
+    with (output / "detections.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    labels = [label for r in results for label in r.found.labels]
+    assert [row["label"] for row in table] == labels
+    crops = list((output / "crops").rglob("*.jpg"))
+    assert len(crops) == len(labels)
+    assert {crop.parent.name for crop in crops} == {label.replace(" ", "_") for label in labels}
+    assert not list(output.rglob(".*"))
+
+
+def test_nothing_found_still_saves_a_picture(
+    detector: Detector, folder: Path, tmp_path: Path
+) -> None:
+    plan = PredictionPlan(
+        vocabulary=detector.vocabulary,
+        settings=detector.settings(score_threshold=1.0, max_detections=5),
+        savers=make_savers(KINDS, tmp_path / "out", detector.vocabulary.names),
+    )
+    summary = predict_files(detector, find_pictures([folder / "a0.png"]), plan)
+    assert summary.detections == 0
+    assert (tmp_path / "out" / "a0.png").exists()
+    assert json.loads((tmp_path / "out" / "coco.json").read_text())["annotations"] == []
+
+
+def test_a_drawn_picture_never_replaces_the_one_that_was_read(
+    detector: Detector, folder: Path
+) -> None:
+    before = (folder / "a0.png").read_bytes()
+    with pytest.raises(ConfigError, match="replace"):
+        look(detector, [folder / "a0.png"], folder, kinds=("pictures",))
+    assert (folder / "a0.png").read_bytes() == before
+
+
+def test_unknown_kinds_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'picture'"):
+        make_savers(["picture"], tmp_path, [])
+
+
+@pytest.mark.parametrize(
+    ("label", "name"),
+    [
+        ("../../etc", "etc"),
+        ("knife/fork", "knife_fork"),
+        ("..", "class"),
+        ("犬", "犬"),
+        ("a" * 300, "a" * 80),
+    ],
+)
+def test_class_names_make_safe_folder_names(label: str, name: str) -> None:
+    assert safe_name(label) == name

@@ -1,0 +1,108 @@
+"""``proxydet vocab`` from end to end, with the drawn data set's text encoder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from proxydet.vocabulary.compositional import CompositionalEncoder
+from proxydet.vocabulary.vocabulary import Vocabulary
+from proxydet_cli.main import main
+
+WORDS = ["red", "blue", "circle", "square", "striped"]
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> Path:
+    path = tmp_path / "text_encoder.json"
+    CompositionalEncoder.create(WORDS, dim=32, noise=0.1, seed=2, aliases={"disc": "circle"}).save(
+        path
+    )
+    return path
+
+
+@pytest.fixture
+def names(tmp_path: Path) -> Path:
+    path = tmp_path / "names.txt"
+    path.write_text("red circle\nblue square\n# not this\nred striped circle | striped red disc\n")
+    return path
+
+
+def call(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    try:
+        code = main(["vocab", *map(str, words)])
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_build_writes_what_the_encoder_gives(
+    encoder: Path, names: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "shapes.vocab"
+    code, out, _ = call(capsys, "build", names, "-o", target, "--encoder", encoder, "--json")
+    assert code == 0
+    made = Vocabulary.load(target)
+    assert made.names == ("red circle", "blue square", "red striped circle")
+    assert json.loads(out) == {
+        "file": str(target),
+        "classes": 3,
+        "dimensions": 32,
+        "digest": made.digest,
+    }
+    wanted = CompositionalEncoder.load(encoder).encode(["red circle", "blue square"])
+    np.testing.assert_array_equal(made.embeddings[:2], wanted)
+
+
+def test_show_says_what_is_base_and_why(
+    encoder: Path, names: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = tmp_path / "training.txt"
+    training.write_text("red circle\nblue circle\n")
+    words = ("show", names, "--against", training, "--encoder", encoder)
+    code, out, err = call(capsys, *words, "--alike-above", "0.8")
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[1].split()[:3] == ["red", "circle", "base"]
+    assert lines[2].split()[:3] == ["blue", "square", "novel"]
+    assert "hard to tell apart: 'red circle' and 'red striped circle'" in err
+    _, out, _ = call(capsys, *words, "--json", "--neighbours", "1")
+    report = json.loads(out)
+    assert [entry["base"] for entry in report["classes"]] == [True, False, False]
+    assert report["classes"][0]["nearest"][0]["name"] == "red circle"
+
+
+def test_show_takes_the_training_vocabulary_of_a_run(
+    encoder: Path, names: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    rows = CompositionalEncoder.load(encoder).encode(["blue square"])
+    Vocabulary.from_arrays(["blue square"], rows).save(run / "vocabulary.npz")
+    _, out, _ = call(capsys, "show", names, "--run", run, "--encoder", encoder, "--json")
+    assert [entry["base"] for entry in json.loads(out)["classes"]] == [False, True, False]
+
+
+def test_mistakes_are_named(
+    encoder: Path,
+    names: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PROXYDET_MODELS", str(tmp_path / "none"))
+    code, _, err = call(capsys, "build", names, "-o", tmp_path / "a.vocab")
+    assert code == 3
+    assert "proxydet download clip-vit-b32" in err
+    code, _, err = call(capsys, "build", names, "-o", tmp_path / "a.txt", "--encoder", encoder)
+    assert code == 3
+    assert ".vocab" in err
+    code, _, err = call(capsys, "show", names, "--run", tmp_path, "--against", "lvis")
+    assert code == 2
+    monkeypatch.setenv("PROXYDET_DATASETS", str(tmp_path / "none"))
+    code, _, err = call(capsys, "show", "lvis")
+    assert code == 3
+    assert "proxydet download lvis-metadata" in err

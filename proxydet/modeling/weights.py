@@ -1,0 +1,210 @@
+"""Loads weights into a network, and says what of them did not fit.
+
+A file may hold a whole detector (the published names), or a backbone trained for classification (torchvision's names for
+ResNet, the Swin authors' names for Swin): its parameters are then loaded as the detector's ``backbone.bottom_up``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from proxydet.errors import CheckpointError
+from proxydet.modeling.network import ProxyDetNetwork
+from proxydet.modeling.weights_reading import read_state_dict
+
+MIXUP_BRANCH = ("roi_heads.box_head_cmm.", "roi_heads.box_predictor_cmm.")
+"""For ``expect``: the mixup branch, which a BoxSup checkpoint does not hold."""
+
+# In published files, and without a use here.
+_UNUSED = ("backbone.bottom_up.base.fc.*", "pixel_mean", "pixel_std")
+_VOCABULARY = ("*.cls_score.zs_weight", "*.freq_weight")
+# A class counts as the same when the cosine of both text embeddings is above this; float16 storage stays above it.
+_SAME_TEXT = 0.999
+_SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadReport:
+    """What became of the names of a weight file.
+
+    Attributes:
+        loaded: How many parameters were loaded.
+        missing: Expected to be absent from the file, and absent: they keep their fresh values.
+        unexpected: Expected to be surplus in the file, and not loaded.
+        mismatched: Expected to differ in shape, and not loaded.
+        ignored: In published files and without a use here, or the file's own vocabulary where the network's is kept.
+    """
+
+    loaded: int
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    mismatched: tuple[str, ...]
+    ignored: tuple[str, ...]
+
+    def __str__(self) -> str:
+        parts = [f"{self.loaded} parameters loaded"]
+        for label in ("missing", "unexpected", "mismatched", "ignored"):
+            names: tuple[str, ...] = getattr(self, label)
+            if names:
+                parts.append(f"{len(names)} {label} ({_shorten(names)})")
+        return "; ".join(parts)
+
+
+def load_weights(
+    network: ProxyDetNetwork,
+    path: Path,
+    *,
+    expect: Sequence[str] = (),
+    vocabulary: Literal["check", "keep"] = "check",
+) -> LoadReport:
+    """Load a weight file; on any error, the network stays as it was.
+
+    Args:
+        network: Where to load it.
+        path: Torch's format or a plain pickle of arrays (``.pkl``).
+        expect: Names that may be missing, surplus or of another shape: prefixes, or patterns with ``*``.
+        vocabulary: ``"check"`` demands that the file was trained for the network's classes (for inference);
+            ``"keep"`` keeps the network's own text embeddings and class frequencies whatever the file has (to start
+            a training from weights of another vocabulary).
+
+    Raises:
+        CheckpointError: The file cannot be read safely, is damaged, or does not fit; the message names what.
+    """
+    path = Path(path)
+    given = read_state_dict(path)
+    own = network.state_dict()
+    given, expect = _as_detector(given, own, tuple(expect))
+    ignored = {name for name in given if _matches(name, _UNUSED) and name not in own}
+    if vocabulary == "keep":
+        ignored |= {name for name in {*given, *own} if _matches(name, _VOCABULARY)}
+    else:
+        _check_vocabulary(network, given, path)
+    names = {name for name in given if name not in ignored}
+    wanted = {name for name in own if name not in ignored}
+    report = LoadReport(
+        loaded=sum(own[name].shape == given[name].shape for name in names & wanted),
+        missing=tuple(sorted(wanted - names)),
+        unexpected=tuple(sorted(names - wanted)),
+        mismatched=tuple(
+            sorted(name for name in names & wanted if own[name].shape != given[name].shape)
+        ),
+        ignored=tuple(sorted(ignored & set(given))),
+    )
+    _demand_explained(report, expect, own, given, path)
+    fitting = {name: given[name] for name in names & wanted if name not in report.mismatched}
+    _check_finite(fitting, path)
+    network.load_state_dict(fitting, strict=False)
+    return report
+
+
+def _as_detector(
+    given: dict[str, Tensor], own: dict[str, Tensor], expect: tuple[str, ...]
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Rename a classification backbone's parameters; a detector's stay as they are."""
+    if any(name.startswith(("backbone.", "roi_heads.")) for name in given):
+        return given, expect
+    for prefix in ("backbone.bottom_up.base.", "backbone.bottom_up."):
+        renamed = {prefix + name: value for name, value in given.items()}
+        if len(renamed.keys() & own.keys()) < len(renamed) // 2:
+            continue
+        # What classification has no use for is fresh, and so is what only classification needs.
+        surplus = ("fc.*", "head.*", "norm.*", "layers.*.attn_mask")
+        outside = (f"{prefix}{pattern}" for pattern in surplus)
+        fresh = ("backbone.fpn_*", "backbone.top_block.*", "backbone.bottom_up.norm?.*")
+        elsewhere = ("proposal_generator.*", "roi_heads.*")
+        return renamed, (*expect, *outside, *fresh, *elsewhere)
+    return given, expect
+
+
+def _check_vocabulary(network: ProxyDetNetwork, given: dict[str, Tensor], path: Path) -> None:
+    text = given.get("roi_heads.box_predictor.0.cls_score.zs_weight")
+    if text is None:
+        return
+    own = network.class_table().text_DC1
+    if text.shape != own.shape:
+        raise CheckpointError(
+            f"{path} was trained for {text.shape[1] - 1} classes with embeddings of {text.shape[0]} dimensions, "
+            f"the vocabulary has {own.shape[1] - 1} with {own.shape[0]}",
+            hint="open it with the vocabulary that it was trained for, and give yours when predicting",
+            path=path,
+        )
+    cosines = functional.cosine_similarity(text.to(own), own, dim=0)[:-1]
+    different = (cosines < _SAME_TEXT).nonzero()[:, 0].tolist()
+    if different:
+        names = tuple(network.vocabulary.names[row] for row in different)
+        raise CheckpointError(
+            f"{path} was trained for other classes: {len(names)} of {len(cosines)} text embeddings differ "
+            f"({_shorten(names)})",
+            hint="open it with the vocabulary that it was trained for, and give yours when predicting",
+            path=path,
+        )
+
+
+def _demand_explained(
+    report: LoadReport,
+    expect: tuple[str, ...],
+    own: dict[str, Tensor],
+    given: dict[str, Tensor],
+    path: Path,
+) -> None:
+    problems = []
+    for label in ("missing", "unexpected"):
+        names = tuple(name for name in getattr(report, label) if not _matches(name, expect))
+        if names:
+            problems.append(f"{len(names)} parameters are {label} ({_shorten(names)})")
+    shapes = tuple(
+        f"{name}: {tuple(given[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in report.mismatched
+        if not _matches(name, expect)
+    )
+    if shapes:
+        problems.append(f"{len(shapes)} parameters have another shape ({_shorten(shapes)})")
+    if problems:
+        raise CheckpointError(
+            f"{path} does not fit the model: {'; '.join(problems)}",
+            hint=_advice(report, expect),
+            path=path,
+        )
+
+
+def _advice(report: LoadReport, expect: tuple[str, ...]) -> str:
+    unexplained = [name for name in report.missing if not _matches(name, expect)]
+    if unexplained and all(name.startswith(MIXUP_BRANCH) for name in unexplained):
+        return (
+            "it has no mixup branch: use it to start a training, or set model.mixup_branch to false"
+        )
+    return "check that model.backbone and the sizes are those that it was trained with"
+
+
+def _check_finite(tensors: dict[str, Tensor], path: Path) -> None:
+    damaged = tuple(
+        name
+        for name, values in tensors.items()
+        if values.is_floating_point() and not bool(torch.isfinite(values).all())
+    )
+    if damaged:
+        raise CheckpointError(
+            f"{path} holds values that are not finite: {_shorten(damaged)}",
+            hint="the training that wrote it had diverged; take an earlier checkpoint",
+            path=path,
+        )
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(
+        fnmatchcase(name, pattern) if "*" in pattern or "?" in pattern else name.startswith(pattern)
+        for pattern in patterns
+    )
+
+
+def _shorten(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"

@@ -28,7 +28,7 @@ class TarClasses:
     Attributes:
         class_of_tar: Row of the vocabulary for each tar file name that belongs to a class.
         without_class: Tars that belong to no class of the vocabulary; they are not used.
-        missing: Keys of ``map``, or WordNet ids of ImageNet-LVIS whose class is in the vocabulary, without a tar.
+        missing: Keys of ``map`` without a tar, and WordNet ids of ImageNet-LVIS whose class has no tar at all.
     """
 
     class_of_tar: dict[str, int]
@@ -64,14 +64,14 @@ def match_tars(
             hint="say which by [image_labels] map = { key = 'class name' }; the key is the tar's name without .tar",
             path=spec.tars,
         )
-    present = {Path(tar).stem for tar in tars}
-    expected = set(spec.map)
-    if any(tar.stem in synset_of_wnid() for tar in map(Path, found)):
-        expected |= synset_of_wnid().keys() & row_of_key.keys()
+    missing = set(spec.map) - {Path(tar).stem for tar in tars}
+    if any(Path(tar).stem in synset_of_wnid() for tar in found):
+        known = synset_of_wnid().keys() & row_of_key.keys()
+        missing |= {wnid for wnid in known if row_of_key[wnid] not in found.values()}
     return TarClasses(
         class_of_tar=found,
         without_class=tuple(tar for tar in tars if tar not in found),
-        missing=tuple(sorted(expected - present)),
+        missing=tuple(sorted(missing)),
     )
 
 

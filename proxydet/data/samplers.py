@@ -58,8 +58,7 @@ def repeat_factors(
     pairs = np.unique(np.asarray(images_P, dtype=np.int64) * width + categories)
     image_of, category_of = np.divmod(pairs, width)
     share_K = np.bincount(category_of, minlength=width) / image_count
-    with np.errstate(divide="ignore"):
-        factor_K = np.maximum(1.0, np.sqrt(threshold / share_K))
+    factor_K = np.maximum(1.0, np.sqrt(threshold / np.where(share_K > 0, share_K, np.inf)))
     np.maximum.at(factors_I, image_of, factor_K[category_of])
     return factors_I
 

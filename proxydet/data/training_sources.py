@@ -69,12 +69,12 @@ class TrainingSources:
     def _box_factors(self, config: DataConfig) -> FloatArray:
         """Repeat factors of the annotated images; 0 for those that are not trained on."""
         boxes = self.boxes
-        factors = repeat_factors(
-            boxes.store.column("image")[boxes.usable],
+        rows = boxes.rows_I
+        whole: FloatArray = np.zeros(len(boxes.store))
+        whole[rows] = repeat_factors(
+            np.searchsorted(rows, boxes.store.column("image")[boxes.usable]),
             boxes.store.column("category")[boxes.usable],
-            image_count=len(boxes.rows_I),
+            image_count=len(rows),
             threshold=config.repeat_threshold,
         )
-        used = np.zeros(len(factors), dtype=np.bool_)
-        used[boxes.rows_I] = True
-        return np.where(used, factors, 0.0)
+        return whole

@@ -1,0 +1,87 @@
+import contextlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from proxydet.data.columns import ColumnFile, ColumnWriter
+from proxydet.errors import DataError
+
+
+def write(path: Path) -> Path:
+    with ColumnWriter(path) as writer:
+        writer.append("long", np.arange(5, dtype=np.int64))
+        writer.append("long", np.arange(5, 7, dtype=np.int64))
+        writer.add("table", np.arange(6, dtype=">f4").reshape(3, 2))
+        writer.add("none", np.empty((0, 4), dtype=np.float32))
+        writer.add("flags", np.array([True, False]))
+        writer.finish(kind="test", version=2, meta={"a": [1]})
+    return path
+
+
+def test_columns_come_back_with_shape_and_type(tmp_path: Path) -> None:
+    opened = ColumnFile(write(tmp_path / "c"), kind="test", version=2)
+    np.testing.assert_array_equal(opened["long"], np.arange(7))
+    assert opened["table"].tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert opened["none"].shape == (0, 4)
+    assert opened["flags"].tolist() == [True, False]
+    assert opened.meta == b'{"a":[1]}'
+    assert "flags" in opened
+    assert "other" not in opened
+    assert opened.damaged_columns() == []
+    with pytest.raises(ValueError, match="read-only"):
+        opened["long"][0] = 3
+
+
+def test_nothing_is_left_of_an_unfinished_file(tmp_path: Path) -> None:
+    writer = ColumnWriter(tmp_path / "c")
+    with pytest.raises(ValueError, match="there already"), writer:
+        writer.add("a", writer.add("a", np.zeros(3)) or np.zeros(3))
+    with ColumnWriter(tmp_path / "c") as writer:
+        writer.add("a", np.zeros(3))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_column_is_written_once_and_streams_do_not_interleave(tmp_path: Path) -> None:
+    with ColumnWriter(tmp_path / "c") as writer:
+        writer.append("a", np.zeros(3))
+        writer.add("b", np.zeros(3))
+        with pytest.raises(ValueError, match="already closed"):
+            writer.append("a", np.zeros(3))
+        with pytest.raises(ValueError, match="there already"):
+            writer.add("b", np.zeros(3))
+        writer.append("c", np.zeros(3))
+        with pytest.raises(ValueError, match="one-dimensional"):
+            writer.append("c", np.zeros(3, dtype=np.int8))
+
+
+def test_other_kinds_and_versions_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "c")
+    for kind, version in (("other", 2), ("test", 1)):
+        with pytest.raises(DataError, match="it holds test version 2"):
+            ColumnFile(path, kind=kind, version=version)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 20, 200, -1])
+def test_a_cut_file_is_refused(tmp_path: Path, keep: int) -> None:
+    path = write(tmp_path / "c")
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(DataError, match="cannot use"):
+        ColumnFile(path, kind="test", version=2)
+
+
+def test_an_absent_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot use"):
+        ColumnFile(tmp_path / "c", kind="test", version=2)
+
+
+def test_flipped_bits_are_found_or_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "c")
+    whole = path.read_bytes()
+    found = 0
+    for position in range(len(whole)):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        with contextlib.suppress(DataError):
+            found += bool(ColumnFile(path, kind="test", version=2).damaged_columns())
+    # All bytes of all columns: 7 int64, 6 float32, 2 bool.
+    assert found >= 56 + 24 + 2

@@ -1,0 +1,166 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from proxydet.data.classes import class_rows, image_counts, load_vocabulary, open_split
+from proxydet.data.description import DatasetDescription
+from proxydet.errors import DataError, VocabularyError
+from proxydet.vocabulary.vocabulary import Vocabulary
+
+
+def edited(path: Path, *changes: tuple[str, str]) -> DatasetDescription:
+    text = path.read_text()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    path.write_text(text)
+    return DatasetDescription.from_toml(path)
+
+
+def test_paths_are_relative_to_the_file(small_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(small_set.parent)
+    description = DatasetDescription.from_toml(Path(small_set.name))
+    assert description.name == "small"
+    assert description.vocabulary.embeddings == small_set.parent / "embeddings.npy"
+    assert description.split("train").roots == (small_set.parent / "train",)
+    assert description.split("val").roots == (small_set.parent / "val",)
+    assert description.image_labels is None
+
+
+def test_home_and_absolute_paths_and_encoders(
+    small_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/somewhere")
+    (small_set.parent / "enc.json").touch()
+    description = edited(
+        small_set,
+        ('images = "train"', 'images = ["~/a", "/b"]'),
+        ('novel = ["dog"]', 'encoder = "enc.json"'),
+    )
+    assert description.split("train").roots == (Path("/somewhere/a"), Path("/b"))
+    assert description.vocabulary.encoder == str(small_set.parent / "enc.json")
+    assert edited(small_set, ("enc.json", "ViT-B/32")).vocabulary.encoder == "ViT-B/32"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("[val]", "[vall]", r"vall.*Did you mean val"),
+        ("novel = ", "novell = ", r"vocabulary\.novell.*novel"),
+        ('name = "small"', "", "name is missing"),
+        ('embeddings = "embeddings.npy"', "", r"vocabulary\.embeddings"),
+        ('novel = ["dog"]', "novel = 3", r"vocabulary\.novel"),
+        ('novel = ["dog"]', 'novel_frequency = ["x"]', "'r', 'c' and 'f'"),
+        ("[val]", "[val", "not TOML"),
+        ('images = "train"', "", r"train\.images"),
+        ("[val]", "[image_labels]\n[val]", "either tars or annotations"),
+        ("[val]", '[image_labels]\ntars = "a"\nannotations = "b"\n[val]', "either tars or annotations"),
+        ("[val]", '[image_labels]\nannotations = "b"\n[val]', "go together"),
+    ],
+)  # fmt: skip
+def test_mistakes_name_the_key_and_the_file(
+    small_set: Path, old: str, new: str, message: str
+) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        edited(small_set, (old, new))
+    assert "set.toml" in caught.value.message
+
+
+def test_absent_files_and_splits(small_set: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no data description"):
+        DatasetDescription.from_toml(tmp_path / "x.toml")
+    with pytest.raises(DataError, match="cannot read"):
+        DatasetDescription.from_toml(tmp_path)
+    (tmp_path / "latin.toml").write_bytes(b'name = "\xff"')
+    with pytest.raises(DataError, match="not TOML"):
+        DatasetDescription.from_toml(tmp_path / "latin.toml")
+    with pytest.raises(DataError, match=r"no \[test\] table"):
+        DatasetDescription.from_toml(small_set).split("test")
+
+
+def test_rows_of_embeddings_are_categories_in_order_of_their_ids(small_set: Path) -> None:
+    description = DatasetDescription.from_toml(small_set)
+    vocabulary = load_vocabulary(description)
+    assert vocabulary.names == ("cat", "dog", "bird")
+    assert vocabulary.base.tolist() == [True, False, True]
+    np.testing.assert_array_equal(
+        vocabulary.embeddings, np.load(small_set.parent / "embeddings.npy")
+    )
+    store = open_split(description, "train")
+    assert class_rows(store, vocabulary).tolist() == [0, 1, 2]
+    # Of 6 images, number % 4 classes each, cat first.
+    assert image_counts(store, vocabulary).tolist() == [4, 2, 1]
+    assert image_counts(store, vocabulary, with_novel=False).tolist() == [4, 0, 1]
+
+
+def test_novel_by_frequency_and_by_name_add_up(small_set: Path) -> None:
+    description = edited(small_set, ('novel = ["dog"]', 'novel = ["cat"]\nnovel_frequency = ["r"]'))
+    assert load_vocabulary(description).base.tolist() == [False, False, True]
+
+
+def test_names_map_rows_to_categories(small_set: Path) -> None:
+    np.save(small_set.parent / "embeddings.npy", np.eye(4, 8))
+    description = edited(
+        small_set, ('novel = ["dog"]', 'names = ["bird", "cow", "cat", "dog"]\nnovel = ["cow"]')
+    )
+    vocabulary = load_vocabulary(description)
+    assert vocabulary.names == ("bird", "cow", "cat", "dog")
+    store = open_split(description, "train")
+    assert class_rows(store, vocabulary).tolist() == [2, 3, 0]
+    assert image_counts(store, vocabulary).tolist() == [1, 0, 4, 2]
+
+
+def test_a_saved_vocabulary_brings_names_and_base(small_set: Path) -> None:
+    Vocabulary.from_arrays(["bird", "dog", "cat"], np.eye(3), [True, True, False]).save(
+        small_set.parent / "v.npz"
+    )
+    description = edited(small_set, ("embeddings.npy", "v.npz"), ('novel = ["dog"]', ""))
+    assert load_vocabulary(description).names == ("bird", "dog", "cat")
+    assert load_vocabulary(description).base.tolist() == [True, True, False]
+    clash = edited(small_set, ("[train]", 'names = ["a"]\n[train]'))
+    with pytest.raises(VocabularyError, match="differ from 'names'"):
+        load_vocabulary(clash)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (('novel = ["dog"]', 'novel = ["dgo"]'), VocabularyError, "'dgo' is not in the vocabulary.*'dog'"),
+        (("embeddings.npy", "absent.npy"), VocabularyError, "no text embeddings"),
+        (("embeddings.npy", "set.toml"), VocabularyError, "cannot read text embeddings"),
+        (("embeddings.npy", "arrays"), VocabularyError, "several arrays"),
+        (("embeddings.npy", "four.npy"), VocabularyError, "3 classes, but four.npy has 4 rows"),
+        (('novel = ["dog"]', 'names = ["cat", "dog"]'), VocabularyError, "'names' has 2 classes"),
+        (('novel = ["dog"]', 'names = ["cat", "dog", "cow"]'), DataError, "'bird'"),
+        (("train.json", "absent.json"), DataError, "absent.json"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_an_error(small_set: Path, change, error, message: str) -> None:
+    np.save(small_set.parent / "four.npy", np.eye(4))
+    with (small_set.parent / "arrays").open("wb") as file:
+        np.savez(file, a=np.eye(4))
+    description = edited(small_set, change)
+    with pytest.raises(error, match=message):
+        class_rows(open_split(description, "train"), load_vocabulary(description))
+
+
+def test_frequency_groups_need_frequencies(small_set: Path) -> None:
+    annotations = small_set.parent / "train.json"
+    annotations.write_text(annotations.read_text().replace('"frequency"', '"often"'))
+    description = edited(small_set, ('novel = ["dog"]', 'novel_frequency = ["r"]'))
+    with pytest.raises(VocabularyError, match="needs categories with a 'frequency'"):
+        load_vocabulary(description)
+
+
+def test_declared_counts_stand_in_for_classes_that_were_removed(small_set: Path) -> None:
+    annotations = small_set.parent / "train.json"
+    annotations.write_text(
+        annotations.read_text()
+        .replace('"name": "dog"', '"name": "dog", "image_count": 77')
+        .replace('"category_id": 7', '"category_id": 3')
+        .replace('"name": "cat"', '"name": "cat", "image_count": 5000')
+    )
+    description = DatasetDescription.from_toml(small_set)
+    counts = image_counts(open_split(description, "train"), load_vocabulary(description))
+    assert counts.tolist() == [4, 77, 1]

@@ -1,0 +1,155 @@
+import gzip
+import io
+import pickle
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from proxydet.data.images import read_image
+from proxydet.data.tar_index import TarIndex
+from proxydet.data.tar_scan import scan_tar
+from proxydet.errors import DataError
+
+Make = Callable[..., Path]
+Jpeg = Callable[..., bytes]
+
+
+def link(name: str) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    return info
+
+
+def folder_of(name: str) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type = tarfile.DIRTYPE
+    return info
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.fixture
+def tars(tmp_path: Path, make_tar: Make, jpeg: Jpeg) -> Path:
+    make_tar(tmp_path / "b.tar", {"1.JPEG": jpeg(10, 20, 0), "long/" + "n" * 150: jpeg(30, 8, 50)})
+    make_tar(tmp_path / "a.tar", {"z.JPEG": gzip.compress(jpeg(5, 6, 200))})
+    return tmp_path
+
+
+def test_images_are_read_in_place(tars: Path) -> None:
+    index = TarIndex.open(tars, ["b.tar", "a.tar"], processes=1)
+    assert index.tars == ("a.tar", "b.tar")
+    assert index.tar_I.tolist() == [0, 1, 1]
+    assert index.shapes_I2.tolist() == [[5, 6], [10, 20], [30, 8]]
+    assert [index.name(row) for row in range(2)] == ["a.tar/z.JPEG", "b.tar/1.JPEG"]
+    assert [round(read_image(index.read(row)).mean()) for row in range(3)] == [200, 0, 50]
+    assert index.report.gzipped == 1
+    assert index.report.lines() == []
+
+
+def test_processes_give_the_same_index(tars: Path, tmp_path: Path) -> None:
+    one = TarIndex.open(tars, ["b.tar", "a.tar"], cache=tmp_path / "1", processes=1)
+    two = TarIndex.open(tars, ["a.tar", "b.tar"], cache=tmp_path / "2", processes=2)
+    assert one.path.read_bytes() == two.path.read_bytes()
+
+
+def test_the_index_is_made_once_and_again_when_a_tar_changes(
+    tars: Path, monkeypatch: pytest.MonkeyPatch, make_tar: Make, jpeg: Jpeg
+) -> None:
+    first = TarIndex.open(tars, ["a.tar"], processes=1)
+    monkeypatch.setattr("proxydet.data.tar_index._build", lambda *_: pytest.fail("built"))
+    assert TarIndex.open(tars, ["a.tar"]).path == first.path
+    monkeypatch.undo()
+    make_tar(tars / "a.tar", {"1": jpeg(1, 1), "2": jpeg(2, 2)})
+    assert len(TarIndex.open(tars, ["a.tar"], processes=1)) == 2
+
+
+def test_what_is_no_image_is_reported_by_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, make_tar: Make, jpeg: Jpeg
+) -> None:
+    make_tar(
+        tmp_path / "t.tar",
+        {
+            "d": folder_of("d"),
+            "d/ok.jpg": jpeg(4, 4),
+            "notes.txt": b"hello",
+            "empty.jpg": b"",
+            "link.jpg": link("link.jpg"),
+            "bad.gz": gzip.compress(jpeg(4, 4))[:-20],
+            "text.gz": gzip.compress(b"hello"),
+        },
+    )
+    make_tar(tmp_path / "none.tar", {"notes.txt": b"hello"})
+    index = TarIndex.open(tmp_path, ["t.tar", "none.tar"], processes=1)
+    assert [index.name(row) for row in range(len(index))] == ["t.tar/d/ok.jpg"]
+    reported = {line.split(":")[0] for line in index.report.unreadable}
+    assert reported == {"none.tar/notes.txt"} | {
+        f"t.tar/{name}" for name in ("notes.txt", "empty.jpg", "link.jpg", "bad.gz", "text.gz")
+    }
+    assert index.report.empty == ["none.tar"]
+    assert "6 unreadable members" in caplog.text
+
+
+def test_large_headers_before_the_size_are_read(tmp_path: Path, make_tar: Make) -> None:
+    exif = Image.Exif()
+    exif[0x010E] = "x" * 60000
+    buffer = io.BytesIO()
+    Image.new("RGB", (7, 3)).save(buffer, "JPEG", exif=exif, icc_profile=b"y" * 60000)
+    make_tar(tmp_path / "t.tar", {"a.jpg": buffer.getvalue()})
+    assert scan_tar(tmp_path / "t.tar").shapes == [(3, 7)]
+
+
+def test_damaged_tars_give_what_is_before_the_damage(
+    tmp_path: Path, make_tar: Make, jpeg: Jpeg
+) -> None:
+    members = {str(number): jpeg(3, 3) for number in range(3)}
+    whole = make_tar(tmp_path / "t.tar", members).read_bytes()
+    size = 512 + -(-len(jpeg(3, 3)) // 512) * 512
+    cases = {
+        "in a member": (whole[: 2 * size + 700], 2, "in the middle of 2"),
+        "in a header": (whole[: 2 * size + 100], 2, "no end mark"),
+        "between members": (whole[: 2 * size], 2, "no end mark"),
+        "a flipped header": (whole[:size] + b"x" + whole[size + 1 :], 1, "header in its middle"),
+        "empty": (b"", 0, "empty"),
+        "no tar": (b"<html>" * 300, 0, "."),
+        "compressed": (gzip.compress(whole), 0, "."),
+    }
+    for name, (content, count, damage) in cases.items():
+        (tmp_path / "t.tar").write_bytes(content)
+        scan = scan_tar(tmp_path / "t.tar")
+        assert len(scan.names) == count, name
+        assert damage in scan.damage or (damage == "." and scan.damage), (name, scan.damage)
+    make_tar(tmp_path / "t.tar", members)
+    assert scan_tar(tmp_path / "t.tar").damage == ""
+    assert "No such file" in scan_tar(tmp_path / "absent.tar").damage
+
+
+def test_an_absent_tar_is_an_error_and_so_is_one_that_goes_away(tars: Path) -> None:
+    with pytest.raises(DataError, match=r"c\.tar"):
+        TarIndex.open(tars, ["c.tar"])
+    index = TarIndex.open(tars, ["a.tar", "b.tar"], processes=1)
+    (tars / "a.tar").unlink()
+    with pytest.raises(DataError, match=r"a\.tar/z\.JPEG"):
+        index.read(0)
+    (tars / "b.tar").write_bytes((tars / "b.tar").read_bytes()[:600])
+    with pytest.raises(DataError, match=r"b\.tar/1\.JPEG.*changed since"):
+        index.read(1)
+
+
+def test_many_tars_keep_few_files_open(tmp_path: Path, make_tar: Make, jpeg: Jpeg) -> None:
+    names = [f"{number:03}.tar" for number in range(80)]
+    for name in names:
+        make_tar(tmp_path / name, {"a": jpeg(2, 2)})
+    index = TarIndex.open(tmp_path, names, processes=1)
+    before = open_files()
+    for row in [*range(80), *range(80)]:
+        index.read(row)
+    assert open_files() - before <= 65
+    again = pickle.loads(pickle.dumps(index))
+    assert again.read(79) == index.read(79)
+    del index, again
+    assert open_files() <= before + 1

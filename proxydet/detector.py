@@ -112,7 +112,7 @@ class Detector:
         cls,
         path: Path | str,
         *,
-        config: ModelConfig | Path | Literal["r50", "swinb"] = "r50",
+        config: ModelConfig | Path | str = "r50",
         vocabulary: Vocabulary | None = None,
         device: str = "auto",
     ) -> Detector:
@@ -120,7 +120,8 @@ class Detector:
 
         Args:
             path: The checkpoint.
-            config: The model's sizes: a published model, a configuration, or the ``config.yaml`` of a run.
+            config: The model's sizes: ``"r50"``, ``"swinb"``, a name that `from_pretrained` knows, a configuration, or
+                the ``config.yaml`` of a run.
             vocabulary: The classes of its training; None: those of LVIS, from the downloaded metadata.
             device: See `from_run`.
 
@@ -136,7 +137,8 @@ class Detector:
         """Open a published model, downloading it first where it is not there.
 
         Args:
-            name: ``proxydet-r50``, ``proxydet-r50-inl`` or ``proxydet-swinb-inl``.
+            name: ``proxydet-r50``, ``proxydet-r50-inl``, ``proxydet-swinb-inl``, ``detic-r50``, ``detic-swinb``,
+                ``boxsup-r50`` or ``boxsup-swinb``.
             device: See `from_run`.
 
         Raises:

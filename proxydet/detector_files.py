@@ -36,17 +36,31 @@ class _Settings:
     inference: InferenceConfig
 
 
-@dataclass(frozen=True)
-class _Pretrained:
-    config: Literal["r50", "swinb"]
-    inference: InferenceConfig
+def _published(
+    kind: Literal["resnet", "swin"], inference: InferenceConfig | None = None
+) -> _Settings:
+    """A ProxyDet with a mixup branch where fusion weights are given, else a BoxSup or Detic model."""
+    return _Settings(
+        data=DataConfig(),
+        model=ModelConfig(backbone=BackboneConfig(kind=kind), mixup_branch=inference is not None),
+        inference=inference or InferenceConfig(),
+    )
 
 
 # Fusion weights are those of the paper for training with and without image labels.
 _PRETRAINED = {
-    "proxydet-r50": _Pretrained("r50", InferenceConfig(alpha=0.35, beta=0.55)),
-    "proxydet-r50-inl": _Pretrained("r50", InferenceConfig()),
-    "proxydet-swinb-inl": _Pretrained("swinb", InferenceConfig()),
+    "proxydet-r50": _published("resnet", InferenceConfig(alpha=0.35, beta=0.55)),
+    "proxydet-r50-inl": _published("resnet", InferenceConfig()),
+    "proxydet-swinb-inl": _published("swin", InferenceConfig()),
+    "detic-r50": _published("resnet"),
+    "detic-swinb": _published("swin"),
+    "boxsup-r50": _published("resnet"),
+    "boxsup-swinb": _published("swin"),
+}
+_SIZES = {
+    "r50": _PRETRAINED["proxydet-r50-inl"],
+    "swinb": _PRETRAINED["proxydet-swinb-inl"],
+    **_PRETRAINED,
 }
 
 
@@ -63,41 +77,30 @@ def open_run(
     settings = _read_settings(folder / "config.yaml")
     weights = checkpoint or _newest_weights(folder)
     vocabulary = Vocabulary.load(folder / "vocabulary.npz")
-    return cls(
-        _network(settings.model, vocabulary, weights, device),
-        inference=settings.inference,
-        shortest=settings.data.test_shortest_side,
-        longest=settings.data.test_longest_side,
-        encoder=_encoder_of(folder, settings.data),
-    )
+    encoder = _encoder_of(folder, settings.data)
+    return _open(cls, settings, vocabulary, weights, device, encoder)
 
 
 def open_checkpoint(
     cls: type[Detector],
     path: Path,
-    config: ModelConfig | Path | Literal["r50", "swinb"],
+    config: ModelConfig | Path | str,
     vocabulary: Vocabulary | None,
     device: torch.device,
 ) -> Detector:
     """Open a checkpoint; see `Detector.from_checkpoint`."""
     settings = _settings_from(config)
-    classes = vocabulary or published_vocabulary("lvis")
-    return cls(
-        _network(settings.model, classes, path, device),
-        inference=settings.inference,
-        shortest=settings.data.test_shortest_side,
-        longest=settings.data.test_longest_side,
-    )
+    return _open(cls, settings, vocabulary or published_vocabulary("lvis"), path, device)
 
 
 def open_pretrained(cls: type[Detector], name: str, device: torch.device) -> Detector:
     """Download a published model where it is not there, and open it; see `Detector.from_pretrained`."""
     from proxydet.artifacts.download import download
 
-    entry = _pretrained(name)
+    settings = _pretrained(name)
     weights = download(name)
     download("lvis-metadata")
-    return _open_published(cls, entry, weights, device)
+    return _open(cls, settings, published_vocabulary("lvis"), weights, device)
 
 
 def open_named(
@@ -140,13 +143,13 @@ def open_named(
                 hint=f"run: proxydet download {name} (or name a run of your own with --run)",
                 path=error.path,
             ) from error
-        return _open_published(cls, _PRETRAINED[name], path, chosen)
+        return _open(cls, _PRETRAINED[name], published_vocabulary("lvis"), path, chosen)
     sizes = config or "r50"
-    known: Any = sizes if sizes in ("r50", "swinb") else Path(sizes)
-    return open_checkpoint(cls, Path(name), known, None, chosen)
+    given = Path(sizes) if Path(sizes).suffix in (".yaml", ".yml") else sizes
+    return open_checkpoint(cls, Path(name), given, None, chosen)
 
 
-def _pretrained(name: str) -> _Pretrained:
+def _pretrained(name: str) -> _Settings:
     if name not in _PRETRAINED:
         raise InputError(
             f"there is no published model {name!r}", hint=f"there are {', '.join(_PRETRAINED)}"
@@ -154,28 +157,36 @@ def _pretrained(name: str) -> _Pretrained:
     return _PRETRAINED[name]
 
 
-def _open_published(
-    cls: type[Detector], entry: _Pretrained, weights: Path, device: torch.device
-) -> Detector:
-    model = _settings_from(entry.config).model
-    network = _network(model, published_vocabulary("lvis"), weights, device)
-    return cls(network, inference=entry.inference)
-
-
-def _settings_from(config: ModelConfig | Path | Literal["r50", "swinb"]) -> _Settings:
+def _settings_from(config: ModelConfig | Path | str) -> _Settings:
     if isinstance(config, Path):
         return _read_settings(config)
     if isinstance(config, ModelConfig):
-        model = config
-    elif config == "r50":
-        model = ModelConfig()
-    elif config == "swinb":
-        model = ModelConfig(backbone=BackboneConfig(kind="swin"))
-    else:
+        return _Settings(data=DataConfig(), model=config, inference=InferenceConfig())
+    if config not in _SIZES:
         raise InputError(
-            f"there is no model {config!r}", hint='"r50", "swinb", or the config.yaml of a run'
+            f"there is no model {config!r}",
+            hint=f"there are {', '.join(_SIZES)}; or give the config.yaml of a run",
         )
-    return _Settings(data=DataConfig(), model=model, inference=InferenceConfig())
+    return _SIZES[config]
+
+
+def _open(
+    cls: type[Detector],
+    settings: _Settings,
+    vocabulary: Vocabulary,
+    weights: Path,
+    device: torch.device,
+    encoder: Path | None = None,
+) -> Detector:
+    network = ProxyDetNetwork(settings.model, vocabulary)
+    load_weights(network, weights)
+    return cls(
+        network.to(device),
+        inference=settings.inference,
+        shortest=settings.data.test_shortest_side,
+        longest=settings.data.test_longest_side,
+        encoder=encoder,
+    )
 
 
 def _read_settings(path: Path) -> _Settings:
@@ -189,14 +200,6 @@ def _read_settings(path: Path) -> _Settings:
     content: dict[str, Any] = load_mapping(path)
     parts = {key: content.get(key, {}) for key in ("data", "model", "inference")}
     return from_mapping(_Settings, parts)
-
-
-def _network(
-    model: ModelConfig, vocabulary: Vocabulary, weights: Path, device: torch.device
-) -> ProxyDetNetwork:
-    network = ProxyDetNetwork(model, vocabulary)
-    load_weights(network, weights)
-    return network.to(device)
 
 
 def _newest_weights(folder: Path) -> Path:

@@ -1,0 +1,190 @@
+"""Detectors from run folders, checkpoints and published models."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from proxydet import detector_files
+from proxydet.artifacts import download as download_module
+from proxydet.config_text import dump_yaml
+from proxydet.detector import Detector
+from proxydet.errors import ArtifactError, CheckpointError, ConfigError, InputError, VocabularyError
+from proxydet.modeling.config import ModelConfig
+from proxydet.modeling.network import ProxyDetNetwork
+from proxydet.recipes import get_recipe
+from proxydet.vocabulary.compositional import CompositionalEncoder
+from proxydet.vocabulary.vocabulary import Vocabulary
+
+
+def save(network: ProxyDetNetwork, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"model": network.state_dict()}, path)
+    return path
+
+
+@pytest.fixture
+def run(tmp_path: Path, network: ProxyDetNetwork, encoder: CompositionalEncoder) -> Path:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    recipe = get_recipe("tiny")
+    inference = dataclasses.replace(recipe.inference, alpha=0.2, beta=0.6)
+    (folder / "config.yaml").write_text(dump_yaml(dataclasses.replace(recipe, inference=inference)))
+    network.vocabulary.save(folder / "vocabulary.npz")
+    encoder.save(folder / "text_encoder.json")
+    save(network, folder / "model_final.pth")
+    return folder
+
+
+def test_a_run_predicts_as_its_network_does(
+    run: Path, detector: Detector, pictures: list[np.ndarray]
+) -> None:
+    opened = Detector.from_run(run, device="cpu")
+    assert not opened.network.training
+    assert opened.inference.alpha == 0.2
+    wanted = Detector(
+        detector.network,
+        inference=opened.inference,
+        shortest=64,
+        longest=128,
+        encoder=detector.encoder,
+    )
+    for vocabulary in (None, ["red star", "green circle"]):
+        found = opened.predict(pictures[0], vocabulary, score_threshold=0.02)
+        expected = wanted.predict(pictures[0], vocabulary, score_threshold=0.02)
+        np.testing.assert_array_equal(found.scores, expected.scores)
+        np.testing.assert_array_equal(found.boxes_xyxy, expected.boxes_xyxy)
+        assert found.labels == expected.labels
+
+
+def test_an_unfinished_run_gives_its_newest_checkpoint(run: Path, network: ProxyDetNetwork) -> None:
+    (run / "model_final.pth").unlink()
+    with pytest.raises(CheckpointError, match="no weights yet"):
+        Detector.from_run(run)
+    save(network, run / "checkpoints" / "step_0000009.pth")
+    newest = {name: value + 1 for name, value in network.state_dict().items() if "mask" in name}
+    torch.save(
+        {"model": {**network.state_dict(), **newest}}, run / "checkpoints" / "step_0000010.pth"
+    )
+    (run / "checkpoints" / "step_0000011.pth.tmp").write_bytes(b"")
+    opened = Detector.from_run(run).network.state_dict()
+    name = next(iter(newest))
+    torch.testing.assert_close(opened[name], newest[name])
+    older = Detector.from_run(run, checkpoint=run / "checkpoints" / "step_0000009.pth")
+    torch.testing.assert_close(older.network.state_dict()[name], network.state_dict()[name])
+
+
+def test_the_encoder_of_the_data_description_serves_where_the_run_has_none(run: Path) -> None:
+    (run / "text_encoder.json").rename(run.parent / "words.json")
+    description = run.parent / "data.toml"
+    description.write_text(
+        'name = "d"\n[vocabulary]\nembeddings = "e.npy"\nencoder = "words.json"\n'
+    )
+    recipe = get_recipe("tiny")
+    data = dataclasses.replace(recipe.data, description=description)
+    (run / "config.yaml").write_text(dump_yaml(dataclasses.replace(recipe, data=data)))
+    assert isinstance(Detector.from_run(run).encoder, CompositionalEncoder)
+
+
+def test_without_an_encoder_names_ask_for_clip(
+    run: Path, pictures: list[np.ndarray], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PROXYDET_MODELS", str(tmp_path / "none"))
+    (run / "text_encoder.json").unlink()
+    opened = Detector.from_run(run)
+    opened.predict(pictures[0])
+    with pytest.raises(VocabularyError) as caught:
+        opened.predict(pictures[0], ["red star"])
+    assert "clip-vit-b32" in str(caught.value.hint)
+
+
+def test_folders_that_are_no_runs_are_named(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no run folder"):
+        Detector.from_run(tmp_path / "absent")
+    with pytest.raises(InputError, match="no run folder"):
+        Detector.from_run(tmp_path)
+    (run / "config.yaml").write_text("model: {backbon: {}}\n")
+    with pytest.raises(ConfigError, match="backbon"):
+        Detector.from_run(run)
+    (run / "config.yaml").write_text(dump_yaml(get_recipe("tiny")))
+    (run / "vocabulary.npz").write_bytes(b"damaged")
+    with pytest.raises(VocabularyError, match=r"vocabulary\.npz"):
+        Detector.from_run(run)
+
+
+def test_a_checkpoint_of_another_model_is_refused(run: Path, network: ProxyDetNetwork) -> None:
+    with pytest.raises(CheckpointError, match=r"does not fit|trained for"):
+        Detector.from_checkpoint(
+            run / "model_final.pth", config=ModelConfig(), vocabulary=_wide(network.vocabulary)
+        )
+
+
+def _wide(vocabulary: Vocabulary) -> Vocabulary:
+    rows = np.ones((len(vocabulary), 512)) + np.eye(len(vocabulary), 512)
+    return Vocabulary.from_arrays(vocabulary.names, rows)
+
+
+def test_a_checkpoint_opens_with_a_configuration_and_its_vocabulary(
+    run: Path, network: ProxyDetNetwork, pictures: list[np.ndarray]
+) -> None:
+    weights = run / "model_final.pth"
+    by_file = Detector.from_checkpoint(
+        weights, config=run / "config.yaml", vocabulary=network.vocabulary
+    )
+    by_value = Detector.from_checkpoint(
+        weights, config=get_recipe("tiny").model, vocabulary=network.vocabulary
+    )
+    assert by_file.inference.alpha == 0.2
+    assert by_value.inference.alpha == 0.15
+    for opened in (by_file, by_value):
+        opened.predict(pictures[0])
+    with pytest.raises(InputError, match="'r51'"):
+        Detector.from_checkpoint(weights, config="r51", vocabulary=network.vocabulary)
+
+
+def test_published_models_are_downloaded_by_name_and_fused_as_published(
+    run: Path, network: ProxyDetNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(
+        download_module, "download", lambda name: (asked.append(name), run / "model_final.pth")[1]
+    )
+    monkeypatch.setattr(detector_files, "published_vocabulary", lambda _: network.vocabulary)
+    settings = detector_files._PRETRAINED["proxydet-r50"]
+    small = dataclasses.replace(settings, model=get_recipe("tiny").model)
+    monkeypatch.setitem(detector_files._PRETRAINED, "proxydet-r50", small)
+    opened = Detector.from_pretrained("proxydet-r50", device="cpu")
+    assert asked == ["proxydet-r50", "lvis-metadata"]
+    assert (opened.inference.alpha, opened.inference.beta) == (0.35, 0.55)
+    with pytest.raises(InputError, match="proxydet-r51"):
+        Detector.from_pretrained("proxydet-r51")
+
+
+def test_published_names_are_in_the_catalogue() -> None:
+    from proxydet.artifacts.catalogue import Catalogue
+
+    assert Catalogue.load().resolve(list(detector_files._PRETRAINED))
+
+
+def test_models_without_a_mixup_branch_are_opened_as_such() -> None:
+    for name, settings in detector_files._PRETRAINED.items():
+        assert settings.model.mixup_branch == name.startswith("proxydet")
+
+
+def test_the_command_line_never_downloads(
+    run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PROXYDET_MODELS", str(tmp_path / "none"))
+    nothing: dict = {"run": None, "weights": None, "config": None, "device": "cpu"}
+    with pytest.raises(ArtifactError) as caught:
+        detector_files.open_named(Detector, **nothing)
+    assert "proxydet download proxydet-r50-inl" in str(caught.value.hint)
+    assert "--run" in str(caught.value.hint)
+    opened = detector_files.open_named(Detector, **{**nothing, "run": run})
+    assert opened.inference.beta == 0.6
+    with pytest.raises(ConfigError, match="own configuration"):
+        detector_files.open_named(Detector, **{**nothing, "run": run, "config": "r50"})

@@ -150,7 +150,7 @@ def _restore_state(state: _State) -> None:
 
 def _set_flags() -> None:
     if os.environ.get(CUBLAS_VARIABLE) != CUBLAS_WORKSPACE:
-        if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
             _logger.warning(
                 "%s=%s comes too late for this process, which has used CUDA before: set it before the start",
                 CUBLAS_VARIABLE,

@@ -1,0 +1,156 @@
+"""Repeats training steps in fresh processes, mode by mode, and compares everything they give bit by bit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from proxydet.compat.modes import MODES, Mode
+from proxydet.config import to_mapping
+from proxydet.determinism.report import DeterminismReport, ModeResult, Part
+from proxydet.determinism.worker import Job, write_job
+from proxydet.errors import EnvironmentProblem
+from proxydet.recipes import RunConfig
+from proxydet.reporting import SILENT, Progress
+
+LVIS_CLASSES = 1203
+PROCESSES = 2
+"""Fresh processes in each mode: what differs between processes does not show within one."""
+
+_WORKER = "proxydet.determinism.worker"
+
+
+def verify_determinism(
+    config: RunConfig,
+    *,
+    modes: Sequence[Mode] = MODES,
+    device: str = "cpu",
+    steps: int = 2,
+    repetitions: int = 2,
+    progress: Progress = SILENT,
+) -> DeterminismReport:
+    """Run the same training steps over and over and compare losses, gradients and weights bit by bit.
+
+    The steps are those of training (network, losses, mixed precision, clipping, optimiser) on batches of noise of the
+    configuration's sizes, one of each source in turn.
+
+    Args:
+        config: What is trained; its data is not read.
+        modes: Reproducibility modes to try.
+        device: ``cpu`` or ``cuda``.
+        steps: Steps of one repetition.
+        repetitions: Times to run them in each of two fresh processes.
+        progress: Where progress is shown.
+
+    Returns:
+        For each mode, whether all repetitions were identical, where the first difference was, time and memory.
+
+    Raises:
+        EnvironmentProblem: A process failed.
+    """
+    results = []
+    found: list[dict[str, Any]] = []
+    with progress.task("repeating steps", total=len(modes) * PROCESSES, unit="processes") as task:
+        for mode in modes:
+            task.describe(f"repeating steps, mode {mode}")
+            job = Job(
+                configuration=to_mapping(config),
+                mode=mode,
+                device=device,
+                steps=steps,
+                repetitions=repetitions,
+                classes=LVIS_CLASSES,
+            )
+            found = []
+            for _ in range(PROCESSES):
+                found.append(_run_process(job))
+                task.advance()
+            results.append(_summarise(mode, found, repetitions))
+    return DeterminismReport(
+        device=found[0]["device"] if found else device,
+        recipe=config.recipe,
+        steps=steps,
+        processes=PROCESSES,
+        versions=_versions(),
+        modes=tuple(results),
+    )
+
+
+def _run_process(job: Job) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="proxydet-determinism-") as folder:
+        question, answer = Path(folder) / "job.json", Path(folder) / "answer.json"
+        write_job(question, job)
+        command = [sys.executable, "-m", _WORKER, str(question), str(answer)]
+        done = subprocess.run(  # noqa: S603 - a list, no shell, our own module
+            command, capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0 or not answer.is_file():
+            last = (done.stderr.strip().splitlines() or ["it wrote no message"])[-1]
+            raise EnvironmentProblem(
+                f"The steps do not run in mode {job.mode} (exit code {done.returncode}): {last}",
+                hint="try --recipe tiny; run: proxydet env --check",
+            )
+        found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+        return found
+
+
+def _summarise(mode: Mode, found: list[dict[str, Any]], repetitions: int) -> ModeResult:
+    parts = list(_parts(found))
+    differing = [
+        process
+        for process, answer in enumerate(found)
+        if process > 0 and answer["digests"] != found[0]["digests"]
+    ]
+    within = [other["first"] is not None for answer in found for other in answer["differing"]]
+    return ModeResult(
+        mode=mode,
+        repetitions=repetitions * len(found),
+        differing_repetitions=len(differing) + sum(within),
+        gradient_elements=found[0]["elements"],
+        differing_elements=max(
+            (other["elements"] for answer in found for other in answer["differing"]), default=0
+        ),
+        first_difference=parts[0] if parts else None,
+        step_seconds=min(answer["step_seconds"] for answer in found),
+        memory_mib=max(answer["memory_mib"] for answer in found),
+        losses=found[0]["losses"],
+    )
+
+
+def _parts(found: list[dict[str, Any]]) -> list[Part]:
+    parts = []
+    for process, answer in enumerate(found):
+        across = _first_other(found[0]["digests"], answer["digests"])
+        if across is not None:
+            parts.append(Part(process=process, repetition=0, step=across[0], where=across[1]))
+        for number, other in enumerate(answer["differing"], start=1):
+            if other["first"] is not None:
+                step, where = other["first"]
+                parts.append(Part(process=process, repetition=number, step=step, where=where))
+    return parts
+
+
+def _first_other(
+    first: list[dict[str, str]], other: list[dict[str, str]]
+) -> tuple[int, str] | None:
+    for step, (mine, theirs) in enumerate(zip(first, other, strict=True)):
+        for name, digest in mine.items():
+            if theirs.get(name) != digest:
+                return step, name
+    return None
+
+
+def _versions() -> dict[str, str]:
+    import torch
+    import torchvision
+
+    return {
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "cuda": torch.version.cuda or "none",
+    }

@@ -1,0 +1,246 @@
+"""One process of the check: repeats the same training steps, and writes down what they gave, bit by bit.
+
+Run as a module by :mod:`proxydet.determinism.verify` with the paths of its job and of its answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from proxydet.compat.modes import Mode
+from proxydet.compat.roi_align import apply_mode
+from proxydet.config import from_mapping
+from proxydet.data.batches import Batch
+from proxydet.determinism.batches import random_batches, random_vocabulary
+from proxydet.losses.criterion import Criterion
+from proxydet.modeling.network import ProxyDetNetwork
+from proxydet.recipes import RunConfig
+from proxydet.training.distributed import Ranks, choose_device
+from proxydet.training.guards import NonFiniteGuard
+from proxydet.training.model import TrainingModel
+from proxydet.training.optimizer import build_optimizer
+from proxydet.training.precision import apply_precision, build_scaler
+from proxydet.training.seeding import seed_everything
+from proxydet.training.state import TrainingState
+from proxydet.training.step import Stepper
+
+_MIB = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What one process is to do."""
+
+    configuration: dict[str, Any]
+    """A `RunConfig` as plain values."""
+
+    mode: Mode
+    """The reproducibility mode."""
+
+    device: str
+    """``cpu`` or ``cuda``."""
+
+    steps: int
+    """Steps of a repetition."""
+
+    repetitions: int
+    """Times to run them."""
+
+    classes: int
+    """Size of the vocabulary."""
+
+
+@dataclass
+class StepRecord:
+    """What one step gave: digests by name, in the order of computation."""
+
+    digests: dict[str, str] = field(default_factory=dict)
+    """``loss NAME``, ``gradient of NAME``, ``weight NAME`` to the digest of its bits."""
+
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    """Gradients on the CPU, of the first repetition only."""
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Do a job.
+
+    Returns:
+        Time, memory and losses of the steps; digests of the first repetition; for the others, the first difference
+        and how many gradient elements differ.
+    """
+    apply_mode(job.mode)
+    config = from_mapping(RunConfig, job.configuration)
+    bench = _Bench(config, job)
+    cost = bench.measure()
+    first = bench.repeat(None)
+    others = [bench.repeat(first) for _ in range(job.repetitions - 1)]
+    return {
+        **cost,
+        "device": bench.device_name,
+        "elements": sum(g.numel() for step in first.steps for g in step.gradients.values()),
+        "digests": [step.digests for step in first.steps],
+        "differing": [{"first": other.first, "elements": other.elements} for other in others],
+    }
+
+
+@dataclass
+class _Repetition:
+    steps: list[StepRecord] = field(default_factory=list)
+    first: list[Any] | None = None
+    elements: int = 0
+
+
+class _Bench:
+    def __init__(self, config: RunConfig, job: Job) -> None:
+        self._config = config
+        self._job = job
+        self._device = choose_device(job.device)
+        seed_everything(config.seed)
+        vocabulary = random_vocabulary(job.classes, config.model.classifier.embedding_dim)
+        self._network = ProxyDetNetwork(config.model, vocabulary).to(self._device)
+        apply_precision(self._network, config.training.precision)
+        self._network.train()
+        self._batches: list[Batch] = random_batches(config.data, job.classes)
+        self._start = {k: v.cpu().clone() for k, v in self._network.state_dict().items()}
+        # After warm-up, so that the steps move the weights.
+        self._iteration = config.training.schedule.warmup_iterations
+        self.device_name = "cpu"
+        if self._device.type == "cuda":
+            self.device_name = torch.cuda.get_device_name(self._device)
+
+    def measure(self) -> dict[str, Any]:
+        """Time the steps and take their memory, with nothing recorded; one step goes ahead to warm up."""
+        before = _resident_mib()
+        stepper, _ = self._fresh()
+        times: list[float] = []
+        losses: dict[str, float] = {}
+        for step in range(self._job.steps + 1):
+            start = time.perf_counter()
+            result = stepper([self._batch(step)], self._iteration + step)
+            self._wait()
+            times.append(time.perf_counter() - start)
+            losses = losses or result.losses
+        if self._device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(self._device) / _MIB
+        else:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+        return {
+            "step_seconds": statistics.median(times[1:]),
+            "memory_mib": memory,
+            "losses": losses,
+        }
+
+    def repeat(self, reference: _Repetition | None) -> _Repetition:
+        """Run the steps from the start; compare each with the reference, or become it."""
+        stepper, state = self._fresh()
+        repetition = _Repetition()
+        names = {id(p): name for name, p in self._network.named_parameters()}
+        record = StepRecord()
+        state.optimizer.register_step_pre_hook(
+            lambda optimizer, *_: _take_gradients(optimizer, names, record)
+        )
+        for step in range(self._job.steps):
+            record.digests, record.gradients = {}, {}
+            result = stepper([self._batch(step)], self._iteration + step)
+            done = StepRecord(
+                digests={f"loss {name}": value.hex() for name, value in result.losses.items()},
+                gradients=record.gradients,
+            )
+            done.digests |= {f"gradient of {n}": _digest(g) for n, g in record.gradients.items()}
+            weights = self._network.state_dict().items()
+            done.digests |= {f"weight {name}": _digest(value) for name, value in weights}
+            if reference is None:
+                repetition.steps.append(done)
+            else:
+                _compare(repetition, reference.steps[step], done, step)
+        return repetition
+
+    def _fresh(self) -> tuple[Stepper, TrainingState]:
+        config, ranks = self._config, Ranks(device=self._device)
+        self._network.load_state_dict(self._start)
+        model = TrainingModel(
+            self._network,
+            Criterion(config.losses),
+            device=self._device,
+            touch_all=config.training.optimizer.unused_gradients == "zero",
+        )
+        state = TrainingState(
+            network=self._network,
+            model=model,
+            optimizer=build_optimizer(self._network.parameters(), config.training.optimizer),
+            scaler=build_scaler(config.training.precision, self._device),
+            seed=config.seed,
+        )
+        guard = NonFiniteGuard(config.training.guards, ranks, Path(tempfile.gettempdir()))
+        stepper = Stepper(state, config=config.training, ranks=ranks, guard=guard, seed=config.seed)
+        return stepper, state
+
+    def _batch(self, step: int) -> Batch:
+        return self._batches[step % len(self._batches)]
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def _take_gradients(
+    optimizer: torch.optim.Optimizer, names: dict[int, str], record: StepRecord
+) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                record.gradients[names[id(parameter)]] = parameter.grad.detach().cpu().clone()
+
+
+def _compare(repetition: _Repetition, first: StepRecord, other: StepRecord, step: int) -> None:
+    for name, gradient in other.gradients.items():
+        # Bits are compared: two NaN of one pattern are equal, 0 and -0 are not.
+        mine, theirs = (_bits(tensor) for tensor in (gradient, first.gradients[name]))
+        repetition.elements += int((mine != theirs).sum())
+    if repetition.first is None:
+        for name, digest in other.digests.items():
+            if first.digests.get(name) != digest:
+                repetition.first = [step, name]
+                return
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.contiguous().view(kinds[tensor.element_size()])
+
+
+def _digest(tensor: Tensor) -> str:
+    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(content.data, digest_size=12).hexdigest()
+
+
+def _resident_mib() -> float:
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * resource.getpagesize() / _MIB
+
+
+def read_job(path: Path) -> Job:
+    """Read a job that :func:`write_job` wrote."""
+    return Job(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def write_job(path: Path, job: Job) -> None:
+    """Write a job to a file."""
+    path.write_text(json.dumps(asdict(job)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    answer = run(read_job(Path(sys.argv[1])))
+    Path(sys.argv[2]).write_text(json.dumps(answer), encoding="utf-8")

@@ -1,0 +1,102 @@
+"""``proxydet verify``: prove that training repeats itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from proxydet_cli.options import Json, command_app, examples
+
+if TYPE_CHECKING:
+    from proxydet.determinism.report import DeterminismReport, ModeResult
+
+app = command_app(help="Prove claims by running them.")
+
+
+@app.callback()
+def _subcommands() -> None:
+    """Prove claims by running them."""
+
+
+@app.command(
+    epilog=examples(
+        "proxydet verify determinism",
+        "proxydet verify determinism --device cuda --recipe r50 --repetitions 50",
+        "proxydet verify determinism --mode strict --json",
+    )
+)
+def determinism(  # noqa: PLR0913 - options of the command line
+    recipe: Annotated[str, typer.Option("--recipe", help="What is trained.")] = "tiny",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a value of it: key=value.")
+    ] = None,
+    mode: Annotated[
+        list[str] | None,
+        typer.Option("--mode", help="off, published or strict; may be repeated; default all."),
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of a repetition.")] = 2,
+    repetitions: Annotated[
+        int, typer.Option("--repetitions", min=1, help="Repetitions in each of two processes.")
+    ] = 2,
+    json: Json = False,
+) -> None:
+    """Repeat training steps and compare losses, gradients and weights bit by bit, in each mode.
+
+    Runs the steps of a recipe on batches of noise of its sizes, in two fresh processes a mode. Says whether all
+    repetitions are identical, where the first difference is, and what each mode costs. Exit code 5 where mode
+    `strict` does not repeat itself.
+    """
+    from proxydet.compat.modes import MODES
+    from proxydet.determinism.verify import verify_determinism
+    from proxydet.recipes import resolve_config
+    from proxydet_cli.output import Output
+    from proxydet_cli.progress import show_progress
+
+    unknown = sorted(set(mode or ()) - set(MODES))
+    if unknown:
+        raise typer.BadParameter(f"{unknown[0]} is none of {', '.join(MODES)}", param_hint="--mode")
+    report = verify_determinism(
+        resolve_config(recipe, overrides=set_ or ()),
+        modes=[known for known in MODES if not mode or known in mode],
+        device=device,
+        steps=steps,
+        repetitions=repetitions,
+        progress=show_progress(),
+    )
+    Output(json=json).data(report.to_dict(), _text(report))
+    if any(result.mode == "strict" and not result.identical for result in report.modes):
+        raise typer.Exit(5)
+
+
+def _text(report: DeterminismReport) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    lines = [
+        f"recipe {report.recipe} on {report.device}; {versions}",
+        f"{report.steps} steps, {report.modes[0].repetitions} times in {report.processes} processes",
+        "",
+        f"{'mode':<10} {'identical':<10} {'differing elements':<24} {'s/step':>8} {'MiB':>8}",
+    ]
+    lines += [_row(result, report.modes[0]) for result in report.modes]
+    for result in report.modes:
+        part = result.first_difference
+        if part is not None:
+            lines.append(
+                f"{result.mode}: {result.differing_repetitions} repetitions differ; the first (process "
+                f"{part.process}, repetition {part.repetition}) in step {part.step}, {part.where}"
+            )
+    return "\n".join(lines)
+
+
+def _row(result: ModeResult, base: ModeResult) -> str:
+    differing = f"{result.differing_elements} of {result.gradient_elements}"
+    cells = f"{result.mode:<10} {'yes' if result.identical else 'NO':<10} {differing:<24}"
+    cells += f" {result.step_seconds:8.3f} {result.memory_mib:8.0f}"
+    if result is base:
+        return cells
+    time, memory = (
+        result.step_seconds / base.step_seconds,
+        result.memory_mib / max(base.memory_mib, 1e-9),
+    )
+    return f"{cells}   {time:.2f} x the time and {memory:.2f} x the memory of {base.mode}"

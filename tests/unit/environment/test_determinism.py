@@ -1,0 +1,179 @@
+"""Repeated steps are compared bit by bit, and a difference is found where it arises."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from itertools import count
+
+import pytest
+import torch
+
+from proxydet.compat import roi_align, roi_operators
+from proxydet.compat.modes import MODES
+from proxydet.config import to_mapping
+from proxydet.data.batches import BoxBatch, ImageLabelBatch
+from proxydet.determinism import verify, worker
+from proxydet.determinism.batches import random_batches, random_vocabulary
+from proxydet.determinism.report import Part
+from proxydet.determinism.worker import Job
+from proxydet.errors import EnvironmentProblem
+from proxydet.recipes import tiny
+from proxydet_cli.main import main
+
+ANSWER = {
+    "device": "cpu",
+    "elements": 10,
+    "step_seconds": 1.0,
+    "memory_mib": 5.0,
+    "losses": {},
+    "digests": [{"loss a": "1", "weight w": "2"}],
+    "differing": [{"first": None, "elements": 0}],
+}
+NOISY = {**ANSWER, "step_seconds": 2.0, "differing": [{"first": [0, "loss a"], "elements": 7}]}
+
+
+@pytest.fixture(autouse=True)
+def leave_the_mode():
+    yield
+    roi_align.apply_mode("off")
+
+
+def job(**changes) -> Job:
+    values = {
+        "configuration": to_mapping(tiny()),
+        "mode": "strict",
+        "device": "cpu",
+        "steps": 2,
+        "repetitions": 2,
+        "classes": 40,
+    }
+    return Job(**{**values, **changes})
+
+
+@pytest.mark.parametrize("mode", ["off", "published", "strict"])
+def test_every_mode_repeats_itself_on_a_cpu(mode):
+    found = worker.run(job(mode=mode))
+    assert found["differing"] == [{"first": None, "elements": 0}]
+    assert found["elements"] > 100_000
+    assert len(found["digests"]) == 2
+    names = list(found["digests"][0])
+    assert any(name.startswith("gradient of backbone") for name in names)
+    assert any(name.startswith("weight roi_heads") for name in names)
+
+
+def test_a_gradient_that_varies_is_found_where_it_arises(monkeypatch):
+    real, calls = roi_operators.kernel_backward, count()
+
+    def noisy(*arguments):
+        return real(*arguments) * (1 + 1e-6 * next(calls))
+
+    monkeypatch.setattr(roi_operators, "kernel_backward", noisy)
+    found = worker.run(job(steps=1))
+    (other,) = found["differing"]
+    step, name = other["first"]
+    assert step == 0
+    # Regions feel it through the maps that they are cut from: the heads' own gradients stay as they are.
+    assert name.startswith(("gradient of backbone", "gradient of proposal_generator"))
+    assert 0 < other["elements"] < found["elements"]
+
+
+def test_zeros_of_both_signs_and_nan_are_told_by_their_bits():
+    first, other = torch.tensor([0.0, float("nan")]), torch.tensor([-0.0, float("nan")])
+    repetition = worker._Repetition()
+    records = [
+        worker.StepRecord(digests={"gradient of w": worker._digest(g)}, gradients={"w": g})
+        for g in (first, other)
+    ]
+    worker._compare(repetition, *records, 3)
+    assert (repetition.elements, repetition.first) == (1, [3, "gradient of w"])
+
+
+def test_processes_are_compared_with_each_other():
+    same = verify._summarise("off", [ANSWER, ANSWER], 2)
+    assert same.identical
+    assert same.repetitions == 4
+    other = {**ANSWER, "digests": [{"loss a": "1", "weight w": "3"}]}
+    result = verify._summarise("off", [ANSWER, other], 2)
+    assert not result.identical
+    assert result.first_difference == Part(process=1, repetition=0, step=0, where="weight w")
+    result = verify._summarise("off", [NOISY, ANSWER], 2)
+    assert (result.differing_repetitions, result.differing_elements) == (1, 7)
+
+
+def test_batches_have_the_recipes_sizes():
+    config = dataclasses.replace(
+        tiny().data, image_labels=dataclasses.replace(tiny().data.image_labels, batch_size=3)
+    )
+    boxes, labels = random_batches(config, classes=9)
+    assert isinstance(boxes, BoxBatch)
+    assert isinstance(labels, ImageLabelBatch)
+    assert (len(boxes), len(labels)) == (2, 3)
+    assert boxes.images[0].shape == (3, 64, 64)
+    for instances in boxes.instances:
+        assert bool((instances.gt_boxes.area() >= 64).all())
+        assert int(instances.gt_classes.max()) < 9
+    assert len(random_batches(dataclasses.replace(config, image_labels=None), 9)) == 1
+    assert len(random_vocabulary(12, 8)) == 12
+
+
+def test_a_process_that_fails_is_an_error_with_its_reason(monkeypatch):
+    monkeypatch.setattr(verify, "_WORKER", "a_module_that_is_not_there")
+    with pytest.raises(EnvironmentProblem, match="No module named a_module_that_is_not_there"):
+        verify._run_process(job())
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command with canned answers of its processes: mode off varies, the others as told."""
+
+    def call(*words: str, noisy: tuple[str, ...] = ("off",)) -> tuple[int, str]:
+        answers = {mode: NOISY if mode in noisy else ANSWER for mode in MODES}
+        monkeypatch.setattr(verify, "_run_process", lambda asked: answers[asked.mode])
+        try:
+            code = main(["verify", "determinism", *words])
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return code, capsys.readouterr().out
+
+    return call
+
+
+def test_the_command_compares_the_modes(run):
+    code, out = run()
+    assert code == 0
+    rows = [
+        line.split()[:5] for line in out.splitlines() if line.startswith(("off ", "pub", "str"))
+    ]
+    assert rows[0] == ["off", "NO", "7", "of", "10"]
+    assert rows[1][:2] == ["published", "yes"]
+    assert "0.50 x the time and 1.00 x the memory of off" in out
+    assert "off: 2 repetitions differ; the first (process 0, repetition 1) in step 0, loss a" in out
+
+
+def test_the_command_fails_where_strict_varies(run):
+    code, out = run("--mode", "strict", "--json", noisy=("strict",))
+    assert code == 5
+    assert json.loads(out)["modes"][0]["identical"] is False
+
+
+def test_an_unknown_mode_is_a_usage_error(run):
+    assert run("--mode", "exact")[0] == 2
+
+
+@pytest.mark.slow
+def test_fresh_processes_agree():
+    report = verify.verify_determinism(tiny(), modes=("strict",), steps=1, repetitions=1)
+    assert report.modes[0].identical
+    assert report.modes[0].repetitions == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_strict_repeats_itself_on_a_gpu_within_half_as_much_memory_again():
+    report = verify.verify_determinism(
+        tiny(), modes=("off", "strict"), device="cuda", steps=2, repetitions=25
+    )
+    off, strict = report.modes
+    assert strict.identical, strict.first_difference
+    assert strict.memory_mib <= 1.5 * off.memory_mib

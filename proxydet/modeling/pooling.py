@@ -11,8 +11,10 @@ import torch
 from detectron2.layers import ROIAlign
 from torch import Tensor, nn
 
+from proxydet.compat.roi_align import current_mode
 from proxydet.modeling.config import CascadeConfig
 from proxydet.modeling.geometry import areas
+from proxydet.modeling.region_align import align_regions
 
 
 class RegionPooler(nn.Module):
@@ -28,7 +30,9 @@ class RegionPooler(nn.Module):
         self.levels = config.pool_levels
         self.side = side
         self._canonical = (config.canonical_size, config.canonical_level)
-        # detectron2's own layer, so that a repair of its roi_align reaches this one.
+        self._sampling_ratio = config.sampling_ratio
+        # detectron2's own layer, so that a repair of its roi_align reaches this one. On a CPU there is nothing to
+        # repair (no atomics), and a faster way; the published rounding is kept where it is asked for.
         self.level_poolers = nn.ModuleList(
             ROIAlign((side, side), 1.0 / 2**level, config.sampling_ratio, aligned=True)
             for level in self.levels
@@ -47,14 +51,25 @@ class RegionPooler(nn.Module):
         """
         rois_N5 = torch.cat([image_N[:, None].to(boxes_N4.dtype), boxes_N4], dim=1)
         if len(self.levels) == 1:
-            pooled: Tensor = self.level_poolers[0](features[0], rois_N5)
-            return pooled
+            return self._pool_level(0, features[0], rois_N5)
         level_N = self._level(boxes_N4)
         output = features[0].new_zeros(len(boxes_N4), features[0].shape[1], self.side, self.side)
-        for level, maps, pooler in zip(self.levels, features, self.level_poolers, strict=True):
+        for position, (level, maps) in enumerate(zip(self.levels, features, strict=True)):
             chosen = (level_N == level).nonzero()[:, 0]
-            output.index_put_((chosen,), pooler(maps, rois_N5[chosen]))
+            output.index_put_((chosen,), self._pool_level(position, maps, rois_N5[chosen]))
         return output
+
+    def _pool_level(self, position: int, maps: Tensor, rois_N5: Tensor) -> Tensor:
+        if maps.device.type == "cpu" and current_mode() != "published":
+            return align_regions(
+                maps,
+                rois_N5,
+                side=self.side,
+                scale=1.0 / 2 ** self.levels[position],
+                sampling_ratio=self._sampling_ratio,
+            )
+        pooled: Tensor = self.level_poolers[position](maps, rois_N5)
+        return pooled
 
     def _level(self, boxes_N4: Tensor) -> Tensor:
         size, level = self._canonical

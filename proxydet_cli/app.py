@@ -22,10 +22,11 @@ from proxydet_cli.output import Output, show_logs
 COMMANDS: dict[str, str] = {
     "setup": "Make a working detectron2 where none is; check the rest.",
     "download": "Fetch checkpoints, data sets and metadata; check them.",
+    "data": "Prepare data sets, check them, count and look at what is in them.",
     "env": "Report the environment next to the published one.",
     "predict": "Find objects in pictures, by any words.",
     "vocab": "Make and inspect vocabularies of class names.",
-    "patch": "Make, undo and prove the published RoIAlign change in detectron2.",
+    "patch": "Make, undo and prove the published change of RoIAlign.",
     "verify": "Prove by running that training repeats itself.",
 }
 """Name and one-line help of each command, in the order of ``--help``."""

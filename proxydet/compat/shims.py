@@ -66,7 +66,8 @@ def _bilinear_alias(_module: ModuleType) -> Iterator[None]:
 
 @contextmanager
 def _builtin_numpy_types(module: ModuleType) -> Iterator[None]:
-    # numpy 1.24 dropped np.int and np.float; the module uses them when called, so it keeps its own namespace.
+    # numpy 1.24 dropped np.int, np.float and np.bool (2.0 brought the last one back); the module uses them when
+    # called, so it keeps its own namespace.
     yield
     numpy = module.__dict__.get("np")
     if numpy is not None and not isinstance(numpy, NamespaceOverlay):
@@ -139,6 +140,8 @@ REPAIRS: dict[str, Repair] = {
     "detectron2.modeling.box_regression": _quiet_torchscript,
     "detectron2.data.transforms.transform": _bilinear_alias,
     "detectron2.data.build": _builtin_numpy_types,
+    "detectron2.structures.masks": _builtin_numpy_types,
+    "detectron2.utils.visualizer": _builtin_numpy_types,
     "detectron2.evaluation.sem_seg_evaluation": _builtin_numpy_types,
     "detectron2.model_zoo.model_zoo": _resource_filename,
     "detectron2.solver.build": _clip_only_gradients,

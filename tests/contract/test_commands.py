@@ -42,8 +42,7 @@ def test_every_listed_command_has_its_module(name: str) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_one_line_help_fits_an_80_column_terminal(name: str) -> None:
-    widest = max(len(command) for command in COMMANDS)
-    assert len(COMMANDS[name]) <= 80 - widest - 6
+    assert len(COMMANDS[name]) <= 78 - 6 - len("quickstart"), "the listing would cut it off"
     assert COMMANDS[name].endswith(".")
 
 

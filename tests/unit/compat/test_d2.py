@@ -63,6 +63,13 @@ def test_extent_transform_interpolates_bilinearly_by_default() -> None:
     assert ExtentTransform((0, 0, 4, 4), (2, 2)).interp == PIL.Image.Resampling.BILINEAR
 
 
+def test_masks_are_made_on_any_numpy() -> None:
+    from detectron2.structures import PolygonMasks
+
+    masks = PolygonMasks([[np.array([0.0, 0.0, 4.0, 0.0, 4.0, 4.0])], []])
+    assert masks.nonempty().tolist() == [True, False]
+
+
 def test_class_histogram_is_counted() -> None:
     build = importlib.import_module("detectron2.data.build")
     annotations = [{"category_id": 1}, {"category_id": 1}, {"category_id": 0}]

@@ -28,9 +28,10 @@ class OptimizerConfig:
     clip_value: float | None = 1.0
     """Largest absolute value of a gradient element; larger ones are cut to it. null does not clip."""
 
-    unused_gradients: Literal["zero", "skip"] = "zero"
-    """What a batch does to parameters that its losses do not reach (the mask head, on image-label batches): zero
-    steps them with gradient 0, so that their momentum runs on, as the published training did; skip leaves them."""
+    unused_gradients: Literal["skip", "zero"] = "skip"
+    """What a step does to parameters that no loss of it reaches (the mask head, where all batches have image labels):
+    skip leaves them alone, as the published code does with torch 2; zero moves them on by their momentum, as it did
+    with the torch 1.11 of the published training."""
 
     def __post_init__(self) -> None:
         _require(self.learning_rate > 0, "learning_rate must be above 0", self.learning_rate)
@@ -173,7 +174,8 @@ class TrainingConfig:
     """Checkpoint whose weights training starts from; null starts from fresh ones. This is not resuming."""
 
     ignore_in_weights: tuple[str, ...] = ()
-    """Prefixes of parameter names that may be absent from, or surplus in, the starting weights."""
+    """Names that may be absent from, surplus in, or of another shape than in the starting weights: prefixes, or patterns
+    with *. The mixup branch always may: BoxSup weights do not hold it."""
 
     replicas: int = 8
     """Number of batches that make up one optimiser step (processes times accumulation) for which learning rate

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 
@@ -28,13 +29,14 @@ from proxydet.losses.criterion import Criterion
 from proxydet.manifest import build_manifest, file_digest, write_run_records
 from proxydet.modeling.config import ModelConfig
 from proxydet.modeling.network import ProxyDetNetwork
-from proxydet.modeling.weights import load_weights
+from proxydet.modeling.weights import MIXUP_BRANCH, load_weights
 from proxydet.reporting import SILENT, Progress
 from proxydet.training.config import TrainingConfig
 from proxydet.training.distributed import Ranks, check_agreement, connect, wait_for_all
 from proxydet.training.fit import FitJob, Resume, TrainResult, fit
 from proxydet.training.loop import Evaluate
 from proxydet.training.runfolder import RunFolder
+from proxydet.training.scaling import scale_training
 from proxydet.training.seeding import seed_everything
 from proxydet.vocabulary.vocabulary import Vocabulary
 
@@ -88,6 +90,9 @@ class RunSettings(Protocol):
         """Training."""
 
 
+S = TypeVar("S", bound=RunSettings)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Data:
     description: DatasetDescription
@@ -108,7 +113,7 @@ def train(
     """Train a detector, alone or as one of the processes that a launcher started.
 
     Args:
-        config: The whole configuration; see `proxydet.recipes`.
+        config: The whole configuration; see `proxydet.recipes`. Its training is scaled to the number of processes.
         output: The run folder; see `proxydet.training.runfolder`. Several machines must share it.
         resume: What to do with checkpoints that are there.
         evaluate: Evaluates the network by the schedule of the configuration.
@@ -120,9 +125,10 @@ def train(
         CheckpointError: The starting weights, or the checkpoints to go on with, do not fit.
         ProxydetError: As `proxydet.training.fit.fit`.
     """
-    settings = config.training
     with ExitStack() as stack:
-        ranks = stack.enter_context(connect(settings.device))
+        ranks = stack.enter_context(connect(config.training.device))
+        config = scale_run(config, ranks.world_size)
+        settings = config.training
         stack.enter_context(reproducibility_mode(config.reproducibility))
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
@@ -157,6 +163,13 @@ def train(
         return fit(network, Criterion(config.losses), make_loader, job)
 
 
+def scale_run(config: S, processes: int) -> S:
+    """Return a run's configuration with its training scaled to a number of processes; see `scale_training`."""
+    training = config.training
+    scaled = scale_training(training, processes * training.accumulation)
+    return cast("S", dataclasses.replace(cast("Any", config), training=scaled))
+
+
 def _open_data(config: DataConfig, progress: Progress) -> _Data:
     if config.description is None:
         raise ConfigError(
@@ -183,7 +196,8 @@ def _build_network(config: RunSettings, data: _Data, *, from_weights: bool) -> P
     network = ProxyDetNetwork(config.model, data.vocabulary, data.counts)
     settings = config.training
     if settings.weights is not None and from_weights:
-        report = load_weights(network, settings.weights, expect=settings.ignore_in_weights)
+        expect = (*settings.ignore_in_weights, *MIXUP_BRANCH)
+        report = load_weights(network, settings.weights, expect=expect, vocabulary="keep")
         logger.info("Starting from %s: %s", settings.weights, report)
     return network
 

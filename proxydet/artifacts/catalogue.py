@@ -141,7 +141,12 @@ class Catalogue:
             self.artifacts[artifact.name] = artifact
         for family in content.families:
             self._claim(where, family.name, family.title)
-            self.families[family.name] = family.members()
+            try:
+                self.families[family.name] = family.members()
+            except ConfigError as error:
+                raise ConfigError(
+                    f"{where}: {family.name}: {error.message}", hint=error.hint
+                ) from error
         for name, group in content.groups.items():
             self._claim(where, name, group.title)
             self.groups[name] = group.holds

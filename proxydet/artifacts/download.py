@@ -7,15 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from proxydet.artifacts.catalogue import Catalogue
-from proxydet.artifacts.fetch import fetch_all
-from proxydet.artifacts.http import Client
-from proxydet.artifacts.look import State, look, useful_path
-from proxydet.artifacts.obtain import Job
-from proxydet.artifacts.patience import RateLimit
-from proxydet.artifacts.plan import Plan, make_plan
-from proxydet.artifacts.root import Root
-from proxydet.artifacts.settings import TransferSettings
-from proxydet.artifacts.wanted import Line
+from proxydet.artifacts.downloader import Downloader, DownloadOptions
+from proxydet.artifacts.look import State
+from proxydet.artifacts.plan import Plan
 from proxydet.errors import ArtifactError
 from proxydet.reporting import SILENT, Progress
 
@@ -25,8 +19,7 @@ def download(
     *,
     root: str | os.PathLike[str] | None = None,
     catalogue: Catalogue | None = None,
-    settings: TransferSettings | None = None,
-    strict: bool = False,
+    options: DownloadOptions | None = None,
     progress: Progress = SILENT,
 ) -> Path:
     """Make a file or data set ready on this machine and return where it is.
@@ -37,8 +30,7 @@ def download(
         name: A name of the catalogue: ``"boxsup-r50"``, ``"lvis"``, ``"clip-vit-b32"``, a group, or a file name.
         root: Folder with ``models`` and ``datasets`` in it; None for those that `proxydet.paths` names.
         catalogue: Where to look the name up; None for the built-in catalogue and those of ``PROXYDET_CATALOGUE``.
-        settings: Connections, speed limit, mirror.
-        strict: Refuse files for which no digest is published or recorded.
+        options: Connections, speed limit, mirror and more; its root, if any, comes before ``root``.
         progress: Where to show how far it is.
 
     Returns:
@@ -49,16 +41,12 @@ def download(
         ArtifactError: It could not be had; the leaf says why.
         DiskFullError: There is no room.
     """
-    artifacts = (catalogue or Catalogue.load()).resolve([name])
-    place = Root(None if root is None else Path(root))
-    with Client(settings or TransferSettings()) as client:
-        plan = make_plan(artifacts, place, client)
-        plan.require_room()
+    options = options or DownloadOptions(root=None if root is None else Path(root))
+    with Downloader(catalogue or Catalogue.load(), options, progress) as downloader:
+        plan = downloader.plan([name])
         _require_credentials(name, plan)
-        line = Line(client=client, rate=RateLimit(client.settings.limit_rate))
-        report = fetch_all(plan.items, Job(root=place, line=line, progress=progress, strict=strict))
-    report.raise_for_failures()
-    return _common([useful_path(artifact, place) for artifact in artifacts])
+        downloader.fetch(plan).raise_for_failures()
+    return _common([item.path for item in plan.items])
 
 
 def locate(
@@ -75,19 +63,18 @@ def locate(
         ConfigError: There is no such name.
         ArtifactError: It is not there; the hint names the command that fetches it.
     """
-    artifacts = (catalogue or Catalogue.load()).resolve([name])
-    place = Root(None if root is None else Path(root))
-    with Client(TransferSettings()) as client:
-        items = [look(artifact, place, client) for artifact in artifacts]
-    for artifact, item in zip(artifacts, items, strict=True):
+    options = DownloadOptions(root=None if root is None else Path(root))
+    with Downloader(catalogue or Catalogue.load(), options) as downloader:
+        plan = downloader.plan([name])
+    for item in plan.items:
         if item.state not in (State.READY, State.UNCHECKED):
             where = "" if root is None else f" --root {root}"
             raise ArtifactError(
-                f"{artifact.title} is not there ({item.path}).",
+                f"{item.artifact.title} is not there ({item.path}).",
                 hint=f"Run: proxydet download {name}{where}",
                 path=item.path,
             )
-    return _common([useful_path(artifact, place) for artifact in artifacts])
+    return _common([item.path for item in plan.items])
 
 
 def _require_credentials(name: str, plan: Plan) -> None:
@@ -100,8 +87,6 @@ def _require_credentials(name: str, plan: Plan) -> None:
 
 
 def _common(paths: Sequence[Path]) -> Path:
-    return (
-        paths[0]
-        if len(paths) == 1
-        else Path(os.path.commonpath([path.absolute() for path in paths]))
-    )
+    if len(paths) == 1:
+        return paths[0]
+    return Path(os.path.commonpath([path.absolute() for path in paths]))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from proxydet.errors import ConfigError
+
+_MULTIPLES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,3 +62,18 @@ class TransferSettings:
                 raise ConfigError(f"{name} must be above 0; it is {value}.")
         if self.connections > 64 or self.jobs > 64:
             raise ConfigError("connections and jobs may be at most 64.")
+
+
+def bytes_per_second(text: str) -> float:
+    """Read a rate as people write it: ``800k``, ``20M``, ``1.5G``, or bytes.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)([kMG]?)(?:B|B/s)?", text.strip())
+    rate = float(match[1]) * _MULTIPLES[match[2]] if match else 0.0
+    if rate <= 0:
+        raise ConfigError(
+            f"{text!r} is not a rate.", hint="Write bytes a second, such as 800k or 20M."
+        )
+    return rate

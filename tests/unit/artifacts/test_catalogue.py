@@ -1,0 +1,224 @@
+"""The built-in catalogue is right, and a hostile one cannot do harm."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from proxydet.artifacts.artifact import Artifact, check_relative
+from proxydet.artifacts.catalogue import CATALOGUE_VARIABLE, Catalogue
+from proxydet.artifacts.content import expected_tensors
+from proxydet.artifacts.family import imagenet_synsets
+from proxydet.errors import ConfigError
+
+HEAD = 'title = "t"\nlicence = "l"\n'
+GOOD = (
+    '[[artifacts]]\nname = "mine"\naddresses = ["https://example.org/f"]\ntarget = "models/f"\n'
+    + HEAD
+)
+
+
+@pytest.fixture(scope="module")
+def catalogue() -> Catalogue:
+    return Catalogue.load()
+
+
+def load(tmp_path: Path, text: str) -> Catalogue:
+    path = tmp_path / "more.toml"
+    path.write_text(text, encoding="utf-8")
+    return Catalogue.load([path])
+
+
+def test_the_promised_names_are_there(catalogue) -> None:
+    promised = (
+        "r50 swinb eval transfer metadata boxsup-r50 boxsup-swinb proxydet-r50 proxydet-r50-inl proxydet-swinb-inl "
+        "detic-r50 detic-swinb lvis coco imagenet-21k-lvis objects365-val openimages-val clip-vit-b32"
+    )
+    for name in promised.split():
+        assert catalogue.resolve([name])
+
+
+def test_what_training_needs(catalogue) -> None:
+    names = {artifact.name for artifact in catalogue.resolve(["r50"])}
+    assert {
+        "boxsup-r50",
+        "lvis-train",
+        "lvis-val",
+        "coco-train2017",
+        "coco-val2017",
+        "lvis-embeddings",
+    } <= names
+    assert sum(name.startswith("imagenet-21k-lvis/") for name in names) == 997
+    assert len(catalogue.resolve(["r50", "swinb", "lvis", "lvis-train"])) == len(names) + 1
+
+
+def test_the_published_layout(catalogue) -> None:
+    def target(name: str) -> str:
+        return catalogue.resolve([name])[0].target
+
+    assert target("boxsup-r50") == "models/BoxSup-C2_Lbase_CLIP_R5021k_640b64_4x.pth"
+    assert target("lvis-embeddings") == "datasets/metadata/lvis_v1_clip_a+cname.npy"
+    assert target("imagenet-21k-lvis/n02682922") == "datasets/imagenet/ImageNet-21K/n02682922.tar"
+    assert catalogue.resolve(["BoxSup-C2_Lbase_CLIP_R5021k_640b64_4x.pth"])[0].name == "boxsup-r50"
+
+
+def test_every_entry_is_pinned_or_checked_by_what_it_holds(catalogue) -> None:
+    for artifact in catalogue.every():
+        assert artifact.pinned or artifact.content is not None or artifact.unpack is not None, (
+            artifact.name
+        )
+        assert artifact.licence
+        if not artifact.pinned:
+            assert all(address.startswith("https://") for address in artifact.addresses)
+        assert artifact.pinned == (artifact.size is not None), artifact.name
+
+
+def test_a_stranger_to_the_catalogue_gets_the_near_miss(catalogue) -> None:
+    with pytest.raises(ConfigError, match="Did you mean boxsup-r50"):
+        catalogue.resolve(["boxsup_r50"])
+
+
+def test_synsets() -> None:
+    synsets = imagenet_synsets()
+    assert len(set(synsets)) == 997
+    assert all(re.fullmatch(r"n\d{8}", synset) for synset in synsets)
+
+
+@pytest.mark.parametrize(("layout", "boxsup", "proxydet"), [("r50", 409, 445), ("swinb", 444, 480)])
+def test_layouts_of_the_published_models(layout, boxsup, proxydet) -> None:
+    assert len(expected_tensors(layout, mixup_branch=False)) == boxsup
+    every = expected_tensors(layout, mixup_branch=True)
+    assert len(every) == proxydet
+    assert every["backbone.fpn_lateral3.bias"] == (256,)
+
+
+def test_entries_of_ones_own(tmp_path, monkeypatch) -> None:
+    assert load(tmp_path, GOOD).resolve(["mine"])[0].target == "models/f"
+    monkeypatch.setenv(CATALOGUE_VARIABLE, str(tmp_path / "more.toml"))
+    assert Catalogue.load().resolve(["mine"])
+
+
+def test_a_family_of_ones_own(tmp_path) -> None:
+    text = (
+        '[[families]]\nname = "f"\nvariable = "n"\nfirst = 2\nlast = 4\naddresses = ["https://example.org/{n}.tar.gz"]\n'
+        'target = "datasets/f/{n}.tar.gz"\nunpack = { folder = "datasets/f", provides = [{ path = "p{n}" }] }\n'
+        + HEAD
+    )
+    members = load(tmp_path, text).resolve(["f"])
+    assert [member.name for member in members] == ["f/2", "f/3", "f/4"]
+    assert members[0].addresses == ("https://example.org/2.tar.gz",)
+    assert members[0].unpack is not None
+    assert members[0].unpack.provides[0].path == "p2"
+
+
+TARGETS = [
+    "/etc/passwd", "../up", "models/../../up", "models//f", "", ".", "models/.ssh", "C:/x", "a\\b", "models/\u0000",
+    "models/" + "x" * 300, "models/\u202ex", "models/", "~/x/..", "models/f/..", "x/" * 600 + "f",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_targets_that_leave_the_root(target) -> None:
+    with pytest.raises(ConfigError):
+        check_relative(target, "target")
+
+
+@given(st.text(max_size=60))
+def test_whatever_target_is_accepted_stays_inside(target) -> None:
+    try:
+        check_relative(target, "target")
+    except ConfigError:
+        return
+    inside = Path("/root/data") / target
+    assert Path(*inside.parts).resolve().is_relative_to("/root/data")
+    assert ".." not in inside.parts
+
+
+ADDRESSES = [
+    "http://example.org/f", "ftp://example.org/f", "file:///etc/passwd", "https://", "https:///f", "example.org/f",
+    "https://user:secret@example.org/f", "https://example.org:99999999/f", "https://exa mple.org/", "javascript:alert(1)",
+    "https://[::1/f", "https://example.org/\nHost: x",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_addresses_that_are_refused(tmp_path, address) -> None:
+    text = GOOD.replace("https://example.org/f", address.replace("\n", "\\n"))
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text)
+    assert "secret" not in caught.value.message
+
+
+def test_plain_http_is_accepted_with_a_digest(tmp_path) -> None:
+    text = GOOD.replace("https:", "http:") + f'sha256 = "{"0" * 64}"\n'
+    assert load(tmp_path, text).resolve(["mine"])[0].pinned
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (GOOD + 'sha265 = "x"\n', "sha256"),
+        (GOOD + 'sha256 = "xyz"\n', "64 lower-case"),
+        (GOOD + "size = -1\n", "between 0"),
+        (GOOD + "size = 1.5\n", "integer"),
+        (GOOD + "size = true\n", "integer"),
+        (GOOD + "size = nan\n", "integer"),
+        (GOOD.replace('"mine"', '"../x"'), "may hold only"),
+        (GOOD.replace('"mine"', '"lvis"'), "taken already"),
+        (GOOD + GOOD, "taken already"),
+        (GOOD.replace("models/f", "models/clip/ViT-B-32.pt"), "would both be written"),
+        (GOOD.replace("models/f", "models/clip/ViT-B-32.pt/f"), "below the file"),
+        (GOOD.replace('["https://example.org/f"]', "[]"), "at least one address"),
+        (GOOD + 'content = { kind = "checkpoint" }\n', "layout"),
+        ("[groups.a]\ntitle = 't'\nholds = ['b']\n[groups.b]\ntitle = 't'\nholds = ['a']\n", "contains itself"),
+        ("[groups.a]\ntitle = 't'\nholds = ['nothing']\n", "no artifact called"),
+        ("[groups.a]\ntitle = 't'\nholds = []\n", "must name something"),
+        ("artifacts = 3\n", "list"),
+        ("x = " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+        ("\x00", "not TOML"),
+        ("[[families]]\nname='f'\nvariable='n'\nfirst=0\nlast=99999999999999\naddresses=['https://e.org/{n}']\n"
+         "target='models/{n}'\n" + HEAD, "1 to 25000"),
+        ("[[families]]\nname='f'\nvariable='n'\nvalues=['../../x']\naddresses=['https://e.org/{n}']\n"
+         "target='models/{n}'\n" + HEAD, "may hold only"),
+    ],
+)  # fmt: skip
+def test_catalogues_that_are_refused(tmp_path, text, message) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(tmp_path, text)
+    assert (
+        "more.toml" in caught.value.message
+        or "group" in caught.value.message
+        or "written" in caught.value.message
+        or "no artifact" in caught.value.message
+    )
+
+
+def test_a_catalogue_that_is_not_there_or_too_large(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Catalogue.load([tmp_path / "absent.toml"])
+    big = tmp_path / "big.toml"
+    big.write_bytes(b"#" * (9 << 20))
+    with pytest.raises(ConfigError, match="too large"):
+        Catalogue.load([big])
+
+
+@settings(max_examples=25)
+@given(st.text(max_size=300))
+def test_any_text_is_a_catalogue_or_a_clear_error(tmp_path_factory, text) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzz.toml"
+    path.write_text(text, encoding="utf-8")
+    with contextlib.suppress(ConfigError):
+        Catalogue.load([path])
+
+
+def test_artifacts_say_what_they_are() -> None:
+    thing = Artifact(
+        name="a", title="t", addresses=("https://e.org/a",), target="models/a", licence="l"
+    )
+    assert not thing.pinned
+    assert thing.file_name == "a"

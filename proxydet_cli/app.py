@@ -20,6 +20,7 @@ from proxydet_cli.options import examples
 from proxydet_cli.output import Output, show_logs
 
 COMMANDS: dict[str, str] = {
+    "quickstart": "Do the whole job on a small drawn data set.",
     "setup": "Make a working detectron2 where none is; check the rest.",
     "download": "Fetch checkpoints, data sets and metadata; check them.",
     "data": "Prepare data sets, check them, count and look at what is in them.",

@@ -14,7 +14,8 @@ from proxydet.data.classes import open_split
 from proxydet.data.config import DataConfig
 from proxydet.data.description import DatasetDescription
 from proxydet.data.images import Pixels
-from proxydet.data.sources import read_annotated_image, to_tensor
+from proxydet.data.reading import read_annotated_image
+from proxydet.data.sources import to_tensor
 from proxydet.data.store import AnnotationStore
 from proxydet.data.stream import next_from_workers
 from proxydet.data.transforms import shortest_side

@@ -11,7 +11,7 @@ from proxydet.data.annotation_json import CategoryEntry
 from proxydet.data.classes import class_rows, nearest
 from proxydet.data.description import ImageLabelSpec
 from proxydet.data.imagenet_lvis import synset_of_wnid
-from proxydet.data.sources import FolderImages, LabelledImages, TarImages
+from proxydet.data.labelled_images import FolderImages, LabelledImages, TarImages
 from proxydet.data.store import AnnotationStore
 from proxydet.data.tar_index import TarIndex
 from proxydet.errors import DataError

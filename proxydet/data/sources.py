@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from proxydet.data.config import DataConfig, SourceConfig
-from proxydet.data.images import Pixels, find_image, read_image
+from proxydet.data.images import Pixels
 from proxydet.data.instances import Targets, make_instances
-from proxydet.data.store import AnnotationStore, ImageRecord
-from proxydet.data.tar_index import TarIndex
+from proxydet.data.labelled_images import LabelledImages
+from proxydet.data.reading import read_annotated_image
+from proxydet.data.store import AnnotationStore
 from proxydet.data.transforms import View, training_view
 from proxydet.errors import DataError
 
@@ -100,95 +101,6 @@ class BoxSource:
         )
 
 
-class LabelledImages(Protocol):
-    """Image files of which the classes are known."""
-
-    @property
-    def shapes_I2(self) -> npt.NDArray[np.int32]:
-        """Height and width of each image."""
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-
-    def name(self, row: int) -> str:
-        """Return a name for messages."""
-
-    def pixels(self, row: int, *, exif_orientation: bool) -> Pixels:
-        """Decode an image."""
-
-    def labels(self, row: int) -> npt.NDArray[np.int64]:
-        """Return the vocabulary rows of an image's classes."""
-
-
-@dataclass(frozen=True)
-class TarImages:
-    """Images in tars, one tar a class.
-
-    Attributes:
-        index: The images.
-        class_of_tar: The vocabulary's row of each of the index's tars.
-    """
-
-    index: TarIndex
-    class_of_tar: tuple[int, ...]
-
-    @property
-    def shapes_I2(self) -> npt.NDArray[np.int32]:
-        """Height and width of each image."""
-        return self.index.shapes_I2
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def name(self, row: int) -> str:
-        """Return ``tar/member``."""
-        return self.index.name(row)
-
-    def pixels(self, row: int, *, exif_orientation: bool) -> Pixels:
-        """Decode an image."""
-        name = self.index.name(row)
-        return read_image(self.index.read(row), name=name, exif_orientation=exif_orientation)
-
-    def labels(self, row: int) -> npt.NDArray[np.int64]:
-        """Return the class of the image's tar."""
-        return np.array([self.class_of_tar[self.index.tar_I[row]]], dtype=np.int64)
-
-
-@dataclass(frozen=True)
-class FolderImages:
-    """Images in folders, with their classes in the ``pos_category_ids`` of an annotation file.
-
-    Attributes:
-        store: The annotation file.
-        roots: The folders.
-        rows_K: The vocabulary's row of each category of the store.
-    """
-
-    store: AnnotationStore
-    roots: tuple[Path, ...]
-    rows_K: npt.NDArray[np.int64]
-
-    @property
-    def shapes_I2(self) -> npt.NDArray[np.int32]:
-        """Height and width of each image."""
-        return self.store.sizes_I2
-
-    def __len__(self) -> int:
-        return len(self.store)
-
-    def name(self, row: int) -> str:
-        """Return the file name."""
-        return self.store.file_name(row)
-
-    def pixels(self, row: int, *, exif_orientation: bool) -> Pixels:
-        """Decode an image."""
-        return read_image(find_image(self.name(row), self.roots), exif_orientation=exif_orientation)
-
-    def labels(self, row: int) -> npt.NDArray[np.int64]:
-        """Return the classes that the file gives for the image."""
-        return self.rows_K[self.store.labels(row, "pos_category_ids")]
-
-
 class LabelSource:
     """Images of which only the classes are known."""
 
@@ -214,29 +126,6 @@ class LabelSource:
             labels=torch.from_numpy(self.images.labels(row)),
             image_id=self.images.name(row),
         )
-
-
-def read_annotated_image(
-    record: ImageRecord, roots: tuple[Path, ...], exif_orientation: bool
-) -> Pixels:
-    """Decode the image of a record: uint8 (H, W, 3), RGB.
-
-    Raises:
-        DataError: it cannot be read, or its size is not the annotated one.
-    """
-    path = find_image(record.file_name, roots)
-    pixels = read_image(path, exif_orientation=exif_orientation)
-    height, width = pixels.shape[:2]
-    if (height, width) != (record.height, record.width):
-        turned = (width, height) == (record.height, record.width)
-        raise DataError(
-            f"{path} is {width} x {height} pixels, its annotations are for {record.width} x {record.height}",
-            hint="the annotations may be for the image without its EXIF orientation: set data.exif_orientation=false"
-            if turned
-            else "use the images that the annotations were made on",
-            path=path,
-        )
-    return pixels
 
 
 def to_tensor(pixels_HW3: Pixels) -> torch.Tensor:

@@ -113,9 +113,7 @@ class AnnotationStore:
             DataError: the file cannot be read.
         """
         source = Path(source)
-        folder = cache_folder("stores") if cache is None else cache
-        digest = source_digest(source, folder)
-        path = folder / f"{digest[:32]}-v{STORE_VERSION}.columns"
+        path = cls.path_for(source, cache=cache)
         made_here = False
 
         def build(target: Path) -> None:
@@ -129,6 +127,17 @@ class AnnotationStore:
             for line in store.report.lines():
                 _logger.warning("%s: %s", source.name, line)
         return store
+
+    @staticmethod
+    def path_for(source: Path, *, cache: Path | None = None) -> Path:
+        """Return where the store of an annotation file is, or would be made.
+
+        Raises:
+            DataError: the file cannot be read.
+        """
+        folder = cache_folder("stores") if cache is None else cache
+        digest = source_digest(source, folder)
+        return folder / f"{digest[:32]}-v{STORE_VERSION}.columns"
 
     def __len__(self) -> int:
         return len(self.image_ids_I)

@@ -120,12 +120,20 @@ class TarIndex:
         """
         folder = folder.resolve()
         ordered = sorted(tars)
-        key = _fingerprint(folder, ordered)
-        target = (
-            cache_folder("stores") if cache is None else cache
-        ) / f"{key[:32]}-tars-v{_VERSION}.columns"
+        target = cls.path_for(folder, ordered, cache=cache)
         build_once(target, lambda path: _build(path, folder, ordered, processes, progress))
         return cls(target)
+
+    @staticmethod
+    def path_for(folder: Path, tars: Sequence[str], *, cache: Path | None = None) -> Path:
+        """Return where the index of some tars is, or would be made.
+
+        Raises:
+            DataError: a tar is not there.
+        """
+        key = _fingerprint(folder.resolve(), sorted(tars))
+        stores = cache_folder("stores") if cache is None else cache
+        return stores / f"{key[:32]}-tars-v{_VERSION}.columns"
 
     def __len__(self) -> int:
         return len(self.tar_I)

@@ -19,7 +19,7 @@ from torch import nn
 
 from proxydet.data.classes import class_rows
 from proxydet.data.images import find_image, image_size
-from proxydet.data.sources import read_annotated_image
+from proxydet.data.reading import read_annotated_image
 from proxydet.data.store import AnnotationStore
 from proxydet.evaluation.prediction_files import PredictionFolder
 from proxydet.modeling.config import InferenceConfig

@@ -27,7 +27,7 @@ RANK = {
         ],
         SHARED,
     ),
-    **dict.fromkeys(["environment", "inspection", "manifest"], SHARED),
+    **dict.fromkeys(["inspection", "manifest"], SHARED),
     "visualization": SHARED,  # draws what it is given
     "vocabulary": 1,
     "data": 2,

@@ -1,0 +1,256 @@
+"""Looking at a data set and saying what is wrong with it and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from proxydet.data.classes import class_rows, load_vocabulary, open_split
+from proxydet.data.config import DataConfig
+from proxydet.data.description import DatasetDescription
+from proxydet.data.images import find_image
+from proxydet.data.label_sources import match_tars
+from proxydet.data.reading import read_annotated_image
+from proxydet.data.store import AnnotationStore
+from proxydet.data.tar_index import TarIndex
+from proxydet.errors import DataError, InputError
+from proxydet.reporting import SILENT, Progress
+from proxydet.vocabulary.vocabulary import Vocabulary
+
+_READERS = 8
+_EXPECTED = {
+    "lvis_v1_train.json": (100_170, 1_270_141),
+    "lvis_v1_val.json": (19_809, 244_707),
+    "zhiyuan_objv2_val.json": (80_000, 1_240_587),
+    "zhiyuan_objv2_val_fixname.json": (80_000, 1_240_587),
+}
+"""Images and annotations of files that everyone has the same of."""
+
+Level = Literal["ok", "warning", "error"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that was looked at."""
+
+    part: str
+    """Which part of the data set: ``vocabulary``, ``train``, ``val``, ``image_labels``."""
+    level: Level
+    """``error`` where training or evaluation will fail, ``warning`` where something is lost."""
+    text: str
+    """What was found."""
+    advice: str = ""
+    """What to do about it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckReport:
+    """What a check found."""
+
+    name: str
+    """Name of the data set."""
+    findings: tuple[Finding, ...]
+    """In the order in which parts were looked at."""
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing found makes training or evaluation fail."""
+        return all(finding.level != "error" for finding in self.findings)
+
+
+def check_dataset(
+    description: DatasetDescription,
+    *,
+    decode: bool = False,
+    cache: Path | None = None,
+    progress: Progress = SILENT,
+) -> CheckReport:
+    """Check that all files of a data set are there and fit together.
+
+    Args:
+        description: The data set.
+        decode: Also decode every annotated image and compare its size, and read the stores against their checksums.
+        cache: Folder of annotation stores and tar indexes; None means the user's cache folder.
+        progress: Where to show long steps.
+    """
+    checker = _Checker(cache=cache, progress=progress, decode=decode)
+    checker.check(description)
+    return CheckReport(name=description.name, findings=tuple(checker.findings))
+
+
+@dataclass(kw_only=True)
+class _Checker:
+    cache: Path | None
+    progress: Progress
+    decode: bool
+    findings: list[Finding] = field(default_factory=list)
+
+    def check(self, description: DatasetDescription) -> None:
+        stores: dict[str, AnnotationStore] = {}
+        for split in ("train", "val"):
+            if getattr(description, split) is None:
+                continue
+            store = self._store(description, split)
+            if store is not None:
+                stores[split] = store
+                self._images(store, description.split(split).roots, split)
+        if description.train is None and description.val is None:
+            self._add("train", "error", "neither [train] nor [val] is described", "add one")
+        vocabulary = self._vocabulary(description, stores)
+        if description.image_labels is not None and vocabulary is not None and "train" in stores:
+            self._labels(description, vocabulary, stores["train"])
+
+    def _add(self, part: str, level: Level, text: str, advice: str = "") -> None:
+        self.findings.append(Finding(part=part, level=level, text=text, advice=advice))
+
+    def _failed(self, part: str, error: InputError) -> None:
+        self._add(part, "error", error.message, error.hint or "")
+
+    def _store(self, description: DatasetDescription, split: str) -> AnnotationStore | None:
+        try:
+            store = open_split(description, split, cache=self.cache, progress=self.progress)
+        except InputError as error:
+            self._failed(split, error)
+            return None
+        report = store.report
+        counts = (report.images_in, report.annotations_in)
+        name = description.split(split).annotations.name
+        self._add(
+            split,
+            "ok" if report.images_kept else "error",
+            f"{name}: {report.images_kept} images, {report.annotations_kept} annotations, "
+            f"{len(store.categories)} categories",
+            "" if report.images_kept else "there is nothing to read",
+        )
+        for line in report.lines():
+            self._add(
+                split, "warning", line, "mend the annotation file; its other entries are used"
+            )
+        if counts != _EXPECTED.get(name, counts):
+            self._add(
+                split,
+                "warning",
+                f"{name} has {counts[0]} images and {counts[1]} annotations, the published file "
+                f"{_EXPECTED[name][0]} and {_EXPECTED[name][1]}",
+                "fine for a part of it; else get it again with: proxydet download",
+            )
+        if report.without_mask and store.has_masks:
+            self._add(
+                split,
+                "warning",
+                f"{report.without_mask} annotations have a box and no mask; training leaves them out",
+                "train on boxes only with data.masks=false",
+            )
+        if self.decode and (damaged := store.damaged_columns()):
+            self._add(
+                split, "error", f"the store {store.path} changed: {damaged}", "delete it and repeat"
+            )
+        return store
+
+    def _images(self, store: AnnotationStore, roots: tuple[Path, ...], split: str) -> None:
+        problems: list[str] = []
+        absent = 0
+        with (
+            self.progress.task(
+                f"checking images of {split}", total=len(store), unit="images"
+            ) as task,
+            ThreadPoolExecutor(_READERS) as pool,
+        ):
+            for problem in pool.map(
+                lambda row: _image_problem(store, row, roots, self.decode), range(len(store))
+            ):
+                task.advance()
+                if problem:
+                    problems.append(problem)
+        absent = len(problems)
+        if absent:
+            self._add(
+                split,
+                "error",
+                f"{absent} of {len(store)} images cannot be used, e.g.: {problems[0]}",
+                "get them with proxydet download, or correct 'images' in the description",
+            )
+        elif len(store):
+            seen = "were decoded and have the annotated size" if self.decode else "are there"
+            self._add(split, "ok", f"all {len(store)} images {seen}")
+
+    def _vocabulary(
+        self, description: DatasetDescription, stores: dict[str, AnnotationStore]
+    ) -> Vocabulary | None:
+        if not stores:
+            return None
+        try:
+            vocabulary = load_vocabulary(description, cache=self.cache)
+            for store in stores.values():
+                class_rows(store, vocabulary)
+        except InputError as error:
+            self._failed("vocabulary", error)
+            return None
+        novel = int((~vocabulary.base).sum())
+        self._add(
+            "vocabulary",
+            "ok",
+            f"{len(vocabulary)} classes of {vocabulary.dimension} dimensions, {novel} of them novel",
+        )
+        return vocabulary
+
+    def _labels(
+        self, description: DatasetDescription, vocabulary: Vocabulary, store: AnnotationStore
+    ) -> None:
+        for finding in _label_findings(description, vocabulary, store, self.cache, self.progress):
+            self.findings.append(finding)
+
+
+def _image_problem(store: AnnotationStore, row: int, roots: tuple[Path, ...], decode: bool) -> str:
+    try:
+        if decode:
+            read_annotated_image(store.record(row), roots, DataConfig().exif_orientation)
+        else:
+            find_image(store.file_name(row), roots)
+    except DataError as error:
+        return error.message
+    return ""
+
+
+def _label_findings(
+    description: DatasetDescription,
+    vocabulary: Vocabulary,
+    store: AnnotationStore,
+    cache: Path | None,
+    progress: Progress,
+) -> Iterator[Finding]:
+    part = "image_labels"
+    spec = description.image_labels
+    if spec is None:
+        return
+    try:
+        if spec.annotations is not None:
+            labels = AnnotationStore.open(spec.annotations, cache=cache, progress=progress)
+            class_rows(labels, vocabulary)
+            yield Finding(part=part, level="ok", text=f"{len(labels)} images with labels")
+            return
+        matched = match_tars(spec, vocabulary, store.categories)
+        index = TarIndex.open(
+            spec.tars or Path(), list(matched.class_of_tar), cache=cache, progress=progress
+        )
+    except InputError as error:
+        yield Finding(part=part, level="error", text=error.message, advice=error.hint or "")
+        return
+    level: Level = "ok" if len(index) else "error"
+    yield Finding(part=part, level=level, text=f"{len(index)} images in {len(index.tars)} tars")
+    for line in index.report.lines():
+        yield Finding(part=part, level="warning", text=line, advice="get these tars again")
+    for names, what, advice in (
+        (matched.missing, "expected and not there", "get them, or train without these classes"),
+        (
+            matched.without_class,
+            "of no class, not used",
+            "name their classes by 'map' if they have one",
+        ),
+    ):
+        if names:
+            text = f"{len(names)} tars {what}, e.g. {', '.join(names[:3])}"
+            yield Finding(part=part, level="warning", text=text, advice=advice)

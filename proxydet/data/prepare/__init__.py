@@ -1,0 +1,1 @@
+"""Every step between the files that are downloaded and the files that training and evaluation read."""

@@ -1,0 +1,85 @@
+"""Reading and writing large annotation files record by record; what is not touched stays as it was, byte for byte."""
+
+from __future__ import annotations
+
+import errno
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+from proxydet.errors import DataError, DiskFullError
+
+RawList = Iterable[msgspec.Raw]
+
+
+class _Ids(msgspec.Struct, frozen=True):
+    image_id: int
+    category_id: int
+
+
+def ids_of(annotations: RawList, path: Path) -> Iterator[tuple[msgspec.Raw, int, int]]:
+    """Yield each annotation with the ids of its image and category.
+
+    Raises:
+        DataError: an annotation has none.
+    """
+    decoder = msgspec.json.Decoder(_Ids)
+    for position, raw in enumerate(annotations):
+        try:
+            ids = decoder.decode(raw)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise DataError(
+                f"{path}: annotation {position} is not usable: {error}", path=path
+            ) from error
+        yield raw, ids.image_id, ids.category_id
+
+
+def write_annotation_file(
+    path: Path, images: RawList, annotations: RawList, categories: RawList
+) -> None:
+    """Write an annotation file, in one step.
+
+    Raises:
+        DiskFullError: there is no room for it.
+    """
+    lists: Mapping[str, RawList] = {
+        "images": images,
+        "annotations": annotations,
+        "categories": categories,
+    }
+    with replacing(path) as file:
+        for number, (name, records) in enumerate(lists.items()):
+            file.write(b"{" if number == 0 else b",\n")
+            file.write(f'"{name}": ['.encode())
+            for position, record in enumerate(records):
+                file.write(b",\n" if position else b"\n")
+                file.write(record)
+            file.write(b"\n]")
+        file.write(b"}\n")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a file under a temporary name and give it its own when all went well.
+
+    Raises:
+        DiskFullError: there is no room for it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with temporary.open("xb", buffering=1 << 20) as file:
+            yield file
+        temporary.replace(path)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise DiskFullError(
+                f"no room left on the disk for {path}", hint="free some space", path=path
+            ) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,288 @@
+"""Pictures of a data set with what is annotated on them: as annotated, or as training sees them.
+
+Dimensions: A annotations of an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
+
+from proxydet.data.classes import class_rows, load_vocabulary, open_split
+from proxydet.data.config import DataConfig
+from proxydet.data.description import DatasetDescription
+from proxydet.data.reading import read_annotated_image
+from proxydet.data.run_lengths import to_mask
+from proxydet.data.stats import DatasetStats, PartStats, dataset_stats
+from proxydet.data.store import AnnotationStore, ImageRecord
+from proxydet.errors import DataError
+from proxydet.reporting import SILENT, Progress
+from proxydet.visualization.drawing import DrawnObject, draw_objects
+from proxydet.visualization.plots import svg_of
+from proxydet.visualization.report import Command, Picture, Report, Section, Table, write_report
+from proxydet.visualization.sheets import contact_sheet
+from proxydet.vocabulary.vocabulary import Vocabulary
+
+Bools = npt.NDArray[np.bool_]
+
+_NOVEL, _BASE = "#c2410c", "#0f766e"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewRequest:
+    """Which images to draw."""
+
+    split: str = "train"
+    """``train`` or ``val``."""
+    count: int = 12
+    """How many images."""
+    seed: int = 0
+    """Which ones: equal seeds draw equal images."""
+    class_name: str | None = None
+    """Draw only images on which this class is annotated."""
+    augmented: bool = False
+    """Draw what training sees (scaled, cropped, mirrored; no novel classes, no crowds) instead of what is annotated."""
+
+
+def preview_pictures(
+    description: DatasetDescription,
+    request: PreviewRequest,
+    *,
+    cache: Path | None = None,
+    progress: Progress = SILENT,
+) -> list[Picture]:
+    """Draw images of a data set with their annotations.
+
+    Args:
+        description: The data set.
+        request: Which images.
+        cache: Folder of annotation stores; None means the user's cache folder.
+        progress: Where to show the drawing.
+
+    Raises:
+        DataError: an image or annotation file cannot be used, or no image has the class.
+    """
+    if request.augmented:
+        return _augmented(description, request, cache, progress)
+    vocabulary = load_vocabulary(description, cache=cache, progress=progress)
+    store = open_split(description, request.split, cache=cache, progress=progress)
+    rows = _chosen_rows(store, vocabulary, request)
+    pictures = []
+    with progress.task("drawing", total=len(rows), unit="images") as task:
+        for row in rows:
+            record = store.record(int(row))
+            pixels = read_annotated_image(record, description.split(request.split).roots, True)
+            objects = _drawn_objects(store, record, vocabulary)
+            drawn = draw_objects(Image.fromarray(pixels), objects)
+            caption = f"{record.file_name}: {len(objects)} annotations"
+            pictures.append(Picture(image=drawn, caption=caption))
+            task.advance()
+    return pictures
+
+
+def write_preview(
+    description: DatasetDescription,
+    path: Path,
+    request: PreviewRequest,
+    *,
+    cache: Path | None = None,
+    progress: Progress = SILENT,
+) -> Path:
+    """Write a preview: one sheet of pictures, or an HTML page with counts, plots and pictures.
+
+    Args:
+        description: The data set.
+        path: ``.html``, or any picture format that Pillow writes.
+        request: Which images.
+        cache: Folder of annotation stores; None means the user's cache folder.
+        progress: Where to show the drawing.
+
+    Raises:
+        DataError: a file cannot be used, or the picture format is unknown.
+    """
+    html = path.suffix.lower() in (".html", ".htm")
+    if not html and path.suffix.lower() not in Image.registered_extensions():
+        raise DataError(
+            f"cannot write a picture of the kind {path.suffix!r}", hint="use .html, .png or .jpg"
+        )
+    pictures = preview_pictures(description, request, cache=cache, progress=progress)
+    if not html:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        contact_sheet([picture.image for picture in pictures]).save(path)
+        return path
+    stats = dataset_stats(description, cache=cache, progress=progress)
+    return write_report(_page(stats, pictures, request), path)
+
+
+def _chosen_rows(
+    store: AnnotationStore, vocabulary: Vocabulary, request: PreviewRequest
+) -> npt.NDArray[np.int64]:
+    candidates = np.arange(len(store))
+    if request.class_name is not None:
+        vocabulary.subset([request.class_name])
+        wanted = vocabulary.names.index(request.class_name.strip())
+        shown = class_rows(store, vocabulary)[store.column("category")] == wanted
+        candidates = np.unique(store.column("image")[shown])
+    if not len(candidates):
+        raise DataError(f"there is no image to draw in {request.split} of this data set")
+    generator = np.random.default_rng(request.seed)
+    chosen = generator.permutation(candidates)[: request.count]
+    return chosen.astype(np.int64)
+
+
+def _drawn_objects(
+    store: AnnotationStore, record: ImageRecord, vocabulary: Vocabulary
+) -> list[DrawnObject]:
+    rows_K = class_rows(store, vocabulary)
+    objects = []
+    for place in range(len(record)):
+        row = int(rows_K[record.categories_A[place]])
+        marks = [] if vocabulary.base[row] else ["novel"]
+        marks += ["crowd"] if record.crowd_A[place] else []
+        objects.append(
+            DrawnObject(
+                label=vocabulary.names[row] + (f" ({', '.join(marks)})" if marks else ""),
+                box_xyxy=tuple(record.boxes_A4[place].tolist()),
+                mask_HW=partial(_mask, store, record, record.first_annotation + place),
+            )
+        )
+    return objects
+
+
+def _mask(store: AnnotationStore, record: ImageRecord, annotation: int) -> Bools:
+    runs = store.run_lengths(annotation)
+    if len(runs):
+        return to_mask(runs, record.height, record.width)
+    return _filled(store.polygons(annotation), (record.height, record.width))
+
+
+def _filled(polygons: Sequence[npt.NDArray[np.floating]], size: tuple[int, int]) -> Bools:
+    canvas = Image.new("1", (size[1], size[0]))
+    draw = ImageDraw.Draw(canvas)
+    for polygon in polygons:
+        draw.polygon([float(value) for value in polygon], fill=1)
+    return np.asarray(canvas, dtype=np.bool_)
+
+
+def _augmented(
+    description: DatasetDescription,
+    request: PreviewRequest,
+    cache: Path | None,
+    progress: Progress,
+) -> list[Picture]:
+    from proxydet.data.loader import build_training_loader
+
+    vocabulary = load_vocabulary(description, cache=cache, progress=progress)
+    config = DataConfig(workers=0, cache=cache)
+    loader = build_training_loader(config, description, rank=0, world_size=1, seed=request.seed)
+    pictures: list[Picture] = []
+    iteration = 0
+    while len(pictures) < request.count:
+        batch: Any = loader.batch(iteration)
+        iteration += 1
+        # Four of a batch, so that a sheet shows several.
+        for place in range(min(4, len(batch))):
+            image = Image.fromarray(batch.images[place].permute(1, 2, 0).numpy())
+            name = str(batch.image_ids[place])
+            if hasattr(batch, "instances"):
+                objects = _instance_objects(batch.instances[place], vocabulary)
+                drawn, text = draw_objects(image, objects), f"image {name}: {len(objects)} objects"
+            else:
+                labels = ", ".join(vocabulary.names[i] for i in batch.labels[place].tolist())
+                drawn, text = draw_objects(image, []), f"{name}: {labels}"
+            pictures.append(Picture(image=drawn, caption=text))
+    return pictures[: request.count]
+
+
+def _instance_objects(instances: Any, vocabulary: Vocabulary) -> list[DrawnObject]:
+    objects = []
+    for place in range(len(instances)):
+        masks = instances.gt_masks
+        if hasattr(masks, "polygons"):
+            mask = _filled(masks.polygons[place], instances.image_size)
+        else:
+            mask = masks.tensor[place].numpy()
+        objects.append(
+            DrawnObject(
+                label=vocabulary.names[int(instances.gt_classes[place])],
+                box_xyxy=tuple(instances.gt_boxes.tensor[place].tolist()),
+                mask_HW=mask,
+            )
+        )
+    return objects
+
+
+def _page(stats: DatasetStats, pictures: list[Picture], request: PreviewRequest) -> Report:
+    kind = "as training sees them" if request.augmented else "as annotated"
+    table = Table(
+        columns=(
+            "part",
+            "images",
+            "annotations",
+            "base classes",
+            "novel classes",
+            "without annotations",
+        ),
+        rows=[_row(part) for part in stats.parts],
+    )
+    return Report(
+        title=f"Data set {stats.name}",
+        summary="What is in the data set, how long its tail is, and some of its images.",
+        facts=[(part.part, f"{part.images} images") for part in stats.parts],
+        sections=[
+            Section(title="Counts", tables=[table]),
+            Section(
+                title="Long tail",
+                text="Images of each class, most frequent first; a class without any has no mark.",
+                plots=[svg_of(long_tail_plot(part)) for part in stats.parts],
+            ),
+            Section(title=f"Images of {request.split}, {kind}", pictures=pictures),
+            Section(
+                title="Go on",
+                commands=[
+                    Command(
+                        command="proxydet train --data DESCRIPTION.toml",
+                        does="train on this data set",
+                    )
+                ],
+            ),
+        ],
+    )
+
+
+def _row(part: PartStats) -> list[str]:
+    base, novel = part.group(base=True), part.group(base=False)
+    return [
+        part.part,
+        str(part.images),
+        str(part.annotations),
+        f"{base['occurring']} of {base['classes']}",
+        f"{novel['occurring']} of {novel['classes']}",
+        str(part.images_without_annotations),
+    ]
+
+
+def long_tail_plot(part: PartStats) -> Figure:
+    """Plot the number of images of each class, most frequent first, base and novel in two colours."""
+    ordered = sorted(part.classes, key=lambda entry: -entry.images)
+    figure = Figure(figsize=(6.4, 2.6), layout="constrained")
+    axes = figure.add_subplot()
+    for base, colour, label in ((True, _BASE, "base"), (False, _NOVEL, "novel")):
+        points = [
+            (place, c.images) for place, c in enumerate(ordered, 1) if c.base == base and c.images
+        ]
+        if points:
+            axes.plot(*zip(*points, strict=True), ".", color=colour, label=label, markersize=4)
+            axes.legend(frameon=False)
+    axes.set_yscale("log")
+    axes.set(title=part.part, xlabel="class, by frequency", ylabel="images")
+    axes.grid(visible=True, alpha=0.3)
+    return figure

@@ -6,7 +6,6 @@ the page it stands on (for HTML with a light and a dark scheme).
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
 import textwrap
@@ -47,6 +46,8 @@ _SETTINGS = {
     "grid.linewidth": 0.5,
     "legend.frameon": False,
     "svg.fonttype": "none",
+    # Ids in SVG text are digests of what they name: equal in every run, different for different shapes.
+    "svg.hashsalt": "proxydet",
     # Class names may hold dollar signs.
     "text.parse_math": False,
 }
@@ -197,11 +198,6 @@ def svg_of(figure: Figure) -> str:
     buffer = io.StringIO()
     with _style():
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-        # Ids of several figures on a page must not meet: their salt is this figure's content.
-        salt = hashlib.sha256(buffer.getvalue().encode()).hexdigest()
-    buffer = io.StringIO()
-    with _style(salt=salt):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :].replace(_INK, "currentColor")
 
@@ -226,9 +222,9 @@ def _figure(width: float, height: float) -> Figure:
 
 
 @contextmanager
-def _style(*, salt: str = "proxydet") -> Iterator[None]:
+def _style() -> Iterator[None]:
     import matplotlib as mpl
 
-    settings: dict[Any, Any] = {**_SETTINGS, "svg.hashsalt": salt}
+    settings: dict[Any, Any] = dict(_SETTINGS)
     with mpl.rc_context(settings):
         yield

@@ -13,16 +13,38 @@ from proxydet._version import __version__
 
 if TYPE_CHECKING:
     from proxydet import errors
+    from proxydet.artifacts.download import download
+    from proxydet.compat.roi_verify import verify_roi_align
     from proxydet.detections import Detections
     from proxydet.detector import Detector
+    from proxydet.evaluation.detector_evaluation import evaluate
+    from proxydet.inspection.environment import environment
+    from proxydet.training.train import train
     from proxydet.vocabulary.vocabulary import Vocabulary
 
-__all__ = ["Detections", "Detector", "Vocabulary", "__version__", "errors"]
+__all__ = [
+    "Detections",
+    "Detector",
+    "Vocabulary",
+    "__version__",
+    "download",
+    "environment",
+    "errors",
+    "evaluate",
+    "train",
+    "verify_roi_align",
+]
 
+# No submodule of this package may have one of these names: importing it would hide the public one.
 _HOME = {
     "Detections": "proxydet.detections",
     "Detector": "proxydet.detector",
     "Vocabulary": "proxydet.vocabulary.vocabulary",
+    "download": "proxydet.artifacts.download",
+    "environment": "proxydet.inspection.environment",
+    "evaluate": "proxydet.evaluation.detector_evaluation",
+    "train": "proxydet.training.train",
+    "verify_roi_align": "proxydet.compat.roi_verify",
 }
 
 

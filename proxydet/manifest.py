@@ -25,8 +25,8 @@ from typing import Any
 import proxydet
 from proxydet._version import __version__
 from proxydet.compat.modes import Mode
-from proxydet.environment import EnvironmentReport, environment
 from proxydet.errors import InputError
+from proxydet.inspection.environment import EnvironmentReport, environment
 from proxydet.inspection.facts import ask
 
 MANIFEST_NAME = "manifest.json"

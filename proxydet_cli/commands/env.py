@@ -46,7 +46,7 @@ def env(
     if diff is not None:
         _show_diff(*diff, json=json)
         return
-    from proxydet.environment import environment
+    from proxydet.inspection.environment import environment
     from proxydet_cli import environment_text
     from proxydet_cli.output import Output
 

@@ -32,7 +32,7 @@ def setup(json: Json = False, dry_run: DryRun = False) -> None:
     it again does no harm. The exit code is 5 where something in the environment will fail; proxydet env says more.
     """
     from proxydet.compat.install import set_up
-    from proxydet.environment import environment
+    from proxydet.inspection.environment import environment
     from proxydet_cli.output import Output
     from proxydet_cli.progress import show_progress
 

@@ -45,6 +45,11 @@ def test_type_checkers_see_the_same_names_from_the_same_modules() -> None:
     assert seen == {**proxydet._HOME, "errors": "proxydet"}
 
 
+def test_no_submodule_hides_a_public_name() -> None:
+    folder = Path(str(proxydet.__file__)).parent
+    assert not {path.stem for path in folder.iterdir()} & set(LAZY)
+
+
 def test_names_load_on_use() -> None:
     from proxydet.vocabulary.vocabulary import Vocabulary
 

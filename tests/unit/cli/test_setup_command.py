@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 import proxydet.compat.install as install
-import proxydet.environment as environment_module
+import proxydet.inspection.environment as environment_module
 from proxydet.compat.install import SetupReport
 from proxydet.inspection.report import Field
 from proxydet_cli import main

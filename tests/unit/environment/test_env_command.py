@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from proxydet import environment as environment_module
-from proxydet.environment import environment
+from proxydet.inspection import environment as environment_module
+from proxydet.inspection.environment import environment
 from proxydet.manifest import build_manifest, write_run_records
 from proxydet_cli.main import main
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from proxydet.environment import environment
 from proxydet.errors import InputError
+from proxydet.inspection.environment import environment
 from proxydet.manifest import (
     RunManifest,
     build_manifest,

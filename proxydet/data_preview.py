@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,9 @@ from proxydet.visualization.plots import svg_of
 from proxydet.visualization.report import Command, Picture, Report, Section, Table, write_report
 from proxydet.visualization.sheets import contact_sheet
 from proxydet.vocabulary.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from proxydet.data.batches import Batch
 
 Bools = npt.NDArray[np.bool_]
 
@@ -186,20 +189,27 @@ def _augmented(
     pictures: list[Picture] = []
     iteration = 0
     while len(pictures) < request.count:
-        batch: Any = loader.batch(iteration)
+        batch = loader.batch(iteration)
         iteration += 1
-        # Four of a batch, so that a sheet shows several.
-        for place in range(min(4, len(batch))):
-            image = Image.fromarray(batch.images[place].permute(1, 2, 0).numpy())
-            name = str(batch.image_ids[place])
-            if hasattr(batch, "instances"):
-                objects = _instance_objects(batch.instances[place], vocabulary)
-                drawn, text = draw_objects(image, objects), f"image {name}: {len(objects)} objects"
-            else:
-                labels = ", ".join(vocabulary.names[i] for i in batch.labels[place].tolist())
-                drawn, text = draw_objects(image, []), f"{name}: {labels}"
-            pictures.append(Picture(image=drawn, caption=text))
+        # Two of a batch, so that a sheet shows several batches of either kind.
+        pictures.extend(
+            _batch_picture(batch, place, vocabulary) for place in range(min(2, len(batch)))
+        )
     return pictures[: request.count]
+
+
+def _batch_picture(batch: Batch, place: int, vocabulary: Vocabulary) -> Picture:
+    image = Image.fromarray(batch.images[place].permute(1, 2, 0).numpy())
+    name = batch.image_ids[place]
+    if hasattr(batch, "instances"):
+        objects = _instance_objects(batch.instances[place], vocabulary)
+        return Picture(
+            image=draw_objects(image, objects), caption=f"image {name}: {len(objects)} objects"
+        )
+    names = [vocabulary.names[row] for row in batch.labels[place].tolist()]
+    whole = (0.0, 0.0, float(image.width), float(image.height))
+    drawn = draw_objects(image, [DrawnObject(label=label, box_xyxy=whole) for label in names])
+    return Picture(image=drawn, caption=f"{name}: {', '.join(names)}")
 
 
 def _instance_objects(instances: Any, vocabulary: Vocabulary) -> list[DrawnObject]:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from proxydet.data.classes import open_split
 from proxydet.data.config import DataConfig
 from proxydet.data.description import DatasetDescription
-from proxydet.data.images import Pixels
+from proxydet.data.images import Pixels, quiet_worker
 from proxydet.data.reading import read_annotated_image
 from proxydet.data.sources import to_tensor
 from proxydet.data.store import AnnotationStore
@@ -109,6 +109,7 @@ class EvaluationLoader:
             prefetch_factor=config.prefetch if config.workers else None,
             timeout=config.worker_timeout_s if config.workers else 0,
             collate_fn=_unchanged,
+            worker_init_fn=quiet_worker,
             generator=torch.Generator(),
         )
         made = iter(loader)

@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from proxydet.errors import DataError
 
@@ -56,12 +56,9 @@ def convert_image(
         DataError: the image is cut short, or of a kind without a stated range of values.
     """
     try:
-        with warnings.catch_warnings():
-            # Damaged EXIF blocks are common in photographs from the web and do not touch the pixels.
-            warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
-            image.load()
-            turned = ImageOps.exif_transpose(image) if exif_orientation else image
-            return _to_rgb(turned, name)
+        image.load()
+        turned = ImageOps.exif_transpose(image) if exif_orientation else image
+        return _to_rgb(turned, name)
     except _DAMAGE as error:
         raise _unreadable(name, error) from error
 
@@ -76,8 +73,7 @@ def image_size(
     """
     label = name or (str(source) if not isinstance(source, bytes) else "an image")
     try:
-        with Image.open(_readable(source)) as image, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+        with Image.open(_readable(source)) as image:
             width, height = image.size
             turned = exif_orientation and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
     except _DAMAGE as error:
@@ -138,8 +134,20 @@ def _from_sixteen_bits(values_HW: npt.NDArray[np.generic], label: str) -> Pixels
     return np.repeat(grey_HW[:, :, None], 3, axis=2)
 
 
+def quiet_worker(_number: int = 0) -> None:
+    """Silence Pillow's warnings in a process that only reads images, for example a loader worker.
+
+    Photographs from the web often have damaged EXIF blocks, which do not touch the pixels.
+    """
+    warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+
+
 def _unreadable(label: str, error: Exception) -> DataError:
-    why = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
+    why = str(error)
+    if isinstance(error, FileNotFoundError):
+        why = "there is no such file"
+    elif isinstance(error, UnidentifiedImageError):
+        why = "it is no image of a known kind"
     return DataError(
         f"cannot read the image {label}: {why}",
         hint="replace the file, or remove it from the annotations",

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from proxydet.data.batches import Batch, BoxBatch, ImageLabelBatch
 from proxydet.data.config import DataConfig
+from proxydet.data.images import quiet_worker
 from proxydet.data.samplers import PlannedBatch
 from proxydet.data.sources import BoxSample, LabelSample
 from proxydet.data.training_sources import TrainingSources
@@ -93,6 +94,7 @@ class TrainingLoader:
             sampler=_Plans(self),
             num_workers=workers,
             collate_fn=_unchanged,
+            worker_init_fn=quiet_worker,
             prefetch_factor=config.prefetch if workers else None,
             timeout=config.worker_timeout_s if workers else 0,
             pin_memory=torch.cuda.is_available(),

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from proxydet.data.build_once import build_once
 from proxydet.data.columns import ColumnFile, ColumnWriter
+from proxydet.data.images import quiet_worker
 from proxydet.data.tar_scan import TarScan, member_bytes, scan_tar
 from proxydet.errors import DataError
 from proxydet.paths import cache_folder
@@ -210,7 +211,7 @@ def _build(
                 scans.append(scan_tar(path))
                 task.advance(images=len(scans[-1].names))
         else:
-            with ProcessPoolExecutor(count) as pool:
+            with ProcessPoolExecutor(count, initializer=quiet_worker) as pool:
                 for scan in pool.map(scan_tar, paths):
                     scans.append(scan)
                     task.advance(images=len(scan.names))

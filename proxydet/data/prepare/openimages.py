@@ -195,17 +195,17 @@ def _annotations(
         height, width = sizes[box.image]
         x1, y1, x2, y2 = box.corners
         bbox = [x1 * width, y1 * height, (x2 - x1) * width, (y2 - y1) * height]
-        annotations.extend(
-            {
-                "id": len(annotations) + offset,
-                "image_id": ids[box.image],
-                "category_id": category,
-                "bbox": bbox,
-                "area": bbox[2] * bbox[3],
-                "iscrowd": int(box.group),
-            }
-            for offset, category in enumerate(box.categories, 1)
-        )
+        for category in box.categories:
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": ids[box.image],
+                    "category_id": category,
+                    "bbox": bbox,
+                    "area": bbox[2] * bbox[3],
+                    "iscrowd": int(box.group),
+                }
+            )
     return annotations
 
 

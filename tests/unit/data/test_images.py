@@ -126,7 +126,7 @@ def test_a_truncated_jpeg_is_an_error_that_names_the_file(tmp_path: Path, keep: 
 def test_what_is_no_image_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_text("<html>not found</html>")
     for path, message in (
-        (tmp_path / "a.jpg", "cannot identify"),
+        (tmp_path / "a.jpg", "no image of a known kind"),
         (tmp_path / "b.jpg", "no such file"),
         (tmp_path, "cannot read"),
     ):

@@ -1,0 +1,159 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from proxydet.data.check import CheckReport, check_dataset
+from proxydet.data.description import DatasetDescription
+from proxydet.data.stats import dataset_stats
+
+
+def check(path: Path, **options: Any) -> CheckReport:
+    return check_dataset(DatasetDescription.from_toml(path), **options)
+
+
+def found(report: CheckReport, level: str) -> str:
+    return "\n".join(f"{f.part}: {f.text}" for f in report.findings if f.level == level)
+
+
+def change(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_a_sound_data_set_is_sound(small_set_with_labels: Path, decode: bool) -> None:
+    report = check(small_set_with_labels, decode=decode)
+    assert report.sound
+    assert found(report, "error") == found(report, "warning") == ""
+    text = found(report, "ok")
+    assert "train: train.json: 6 images, 7 annotations, 3 categories" in text
+    assert "3 classes of 8 dimensions, 1 of them novel" in text
+    assert "image_labels: 7 images in 2 tars" in text
+
+
+def test_missing_images_are_errors_with_advice(small_set: Path) -> None:
+    (small_set.parent / "train" / "3.png").unlink()
+    report = check(small_set)
+    assert not report.sound
+    assert "1 of 6 images cannot be used, e.g.: the image '3.png'" in found(report, "error")
+    assert all(f.advice for f in report.findings if f.level != "ok")
+
+
+def test_decoding_finds_what_looking_does_not(small_set: Path) -> None:
+    Image.new("RGB", (5, 5)).save(small_set.parent / "train" / "3.png")
+    assert check(small_set).sound
+    report = check(small_set, decode=True)
+    assert "5 x 5 pixels, its annotations are for 40 x 60" in found(report, "error")
+
+
+def test_losses_and_boxes_without_masks_are_warnings(small_set: Path) -> None:
+    def edit(content: dict[str, Any]) -> None:
+        content["annotations"][0]["category_id"] = 99
+        content["annotations"][1]["segmentation"] = []
+
+    change(small_set.parent / "train.json", edit)
+    report = check(small_set)
+    assert report.sound
+    text = found(report, "warning")
+    assert "1 annotation of an unknown category" in text
+    assert "1 annotations have a box and no mask" in text
+
+
+def test_known_files_with_other_counts_are_named(small_set: Path) -> None:
+    (small_set.parent / "train.json").rename(small_set.parent / "lvis_v1_train.json")
+    small_set.write_text(small_set.read_text().replace("train.json", "lvis_v1_train.json"))
+    assert "the published file 100170 and 1270141" in found(check(small_set), "warning")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"train.json"', '"absent.json"', "train: there is no file"),
+        ('"embeddings.npy"', '"absent.npy"', "vocabulary: there are no text embeddings"),
+        ('novel = ["dog"]', 'novel = ["dgo"]', "vocabulary: the novel class 'dgo'"),
+        ('tars = "tars"', 'tars = "absent"', "image_labels: there is no folder of tars"),
+    ],
+)  # fmt: skip
+def test_each_part_says_its_error_and_the_others_are_still_checked(
+    small_set_with_labels: Path, old: str, new: str, message: str
+) -> None:
+    text = small_set_with_labels.read_text()
+    assert old in text
+    small_set_with_labels.write_text(text.replace(old, new))
+    report = check(small_set_with_labels)
+    assert message in found(report, "error")
+    assert "val: all 2 images are there" in found(report, "ok")
+
+
+def test_empty_and_undescribed_sets_are_errors(small_set: Path) -> None:
+    change(small_set.parent / "val.json", lambda content: content.update(images=[], annotations=[]))
+    assert "val: val.json: 0 images" in found(check(small_set), "error")
+    head = small_set.read_text().split("[train]")[0]
+    small_set.write_text(head)
+    assert "neither [train] nor [val]" in found(check(small_set), "error")
+
+
+def test_tar_problems_are_warnings(small_set_with_labels: Path, make_tar) -> None:
+    tars = small_set_with_labels.parent / "tars"
+    whole = (tars / "bird.tar").read_bytes()
+    (tars / "bird.tar").write_bytes(whole[:1800])
+    make_tar(tars / "unknown.tar", {})
+    small_set_with_labels.write_text(small_set_with_labels.read_text() + 'map = { cow = "cat" }\n')
+    text = found(check(small_set_with_labels), "warning")
+    assert "1 damaged tars: bird.tar" in text
+    assert "1 tars expected and not there, e.g. cow" in text
+    assert "1 tars of no class, not used, e.g. unknown.tar" in text
+
+
+def test_a_changed_store_is_found(small_set: Path, tmp_path: Path) -> None:
+    check(small_set, cache=tmp_path / "c")
+    store = max((tmp_path / "c").glob("*.columns"), key=lambda p: p.stat().st_size)
+    content = bytearray(store.read_bytes())
+    content[100] ^= 255
+    store.write_bytes(content)
+    assert check(small_set, cache=tmp_path / "c").sound
+    assert "the store" in found(check(small_set, cache=tmp_path / "c", decode=True), "error")
+
+
+def test_counts_are_what_is_in_the_files(small_set_with_labels: Path) -> None:
+    def edit(content: dict[str, Any]) -> None:
+        content["annotations"][0] |= {"iscrowd": 1}
+        content["annotations"][1] |= {"area": 2000}
+        content["annotations"][2] |= {"area": 96 * 96, "segmentation": []}
+
+    change(small_set_with_labels.parent / "train.json", edit)
+    stats = dataset_stats(DatasetDescription.from_toml(small_set_with_labels))
+    train, val, labels = stats.parts
+    assert (train.part, train.images, train.annotations, train.images_without_annotations) == (
+        "train",
+        6,
+        7,
+        2,
+    )
+    assert (train.crowds, train.without_mask) == (1, 1)
+    assert (train.small, train.medium, train.large) == (4, 1, 1)
+    assert [(c.name, c.base, c.frequency, c.images) for c in train.classes] == [
+        ("cat", True, "f", 4),
+        ("dog", False, "r", 2),
+        ("bird", True, "c", 1),
+    ]
+    assert train.group(base=True) == {"classes": 2, "occurring": 2, "annotations": 5}
+    assert train.group(base=False) == {"classes": 1, "occurring": 1, "annotations": 2}
+    assert (val.images, val.annotations) == (2, 1)
+    assert (labels.part, labels.images) == ("image_labels", 7)
+    assert [c.images for c in labels.classes] == [0, 4, 3]
+
+
+def test_classes_that_the_annotations_lack_count_nothing(small_set: Path) -> None:
+    np.save(small_set.parent / "embeddings.npy", np.eye(4, 8))
+    small_set.write_text(
+        small_set.read_text().replace('["dog"]', '["dog"]\nnames = ["bird", "cow", "cat", "dog"]')
+    )
+    stats = dataset_stats(DatasetDescription.from_toml(small_set))
+    assert [c.images for c in stats.parts[0].classes] == [1, 0, 4, 2]

@@ -36,6 +36,15 @@ class EvaluationConfig:
     allow_outside: bool = False
     """Accept boxes that reach out of their image by more than a pixel; they are scored as they are."""
 
+    bootstrap: int = 200
+    """Resamples of the images that confidence intervals are made from; 0 for no intervals."""
+
+    confidence: float = 0.95
+    """Confidence of the intervals."""
+
+    seed: int = 0
+    """Seed of the resamples."""
+
     batch_size: int = 1
     """Images that go through the detector at once, in one process."""
 
@@ -49,6 +58,14 @@ class EvaluationConfig:
             raise ConfigError(
                 f"evaluation.iou_types is {list(self.iou_types)}.", hint="use bbox, segm, or both"
             )
+        if self.bootstrap < 0 or self.bootstrap == 1:
+            raise ConfigError(
+                f"evaluation.bootstrap is {self.bootstrap}; it must be 0, or at least 2."
+            )
+        if not 0 < self.confidence < 1:
+            raise ConfigError(f"evaluation.confidence is {self.confidence}; it must lie in (0, 1).")
+        if self.seed < 0:
+            raise ConfigError(f"evaluation.seed is {self.seed}; it must not be negative.")
         for name in ("max_detections", "fixed_detections", "fixed_per_image", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(

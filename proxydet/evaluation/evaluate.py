@@ -3,39 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from proxydet.errors import ConfigError, DataError
+from proxydet.errors import ConfigError
 from proxydet.evaluation.config import EvaluationConfig
-from proxydet.evaluation.curves import Curves, Limits
 from proxydet.evaluation.ground_truth import GroundTruth
-from proxydet.evaluation.hotcoco_engine import run_hotcoco
 from proxydet.evaluation.metrics import (
     average_precision,
     category_groups,
     category_precision,
     official_metrics,
 )
-from proxydet.evaluation.official_engine import run_official
-from proxydet.evaluation.report import CategoryScore, Counts, GroupScore, Report, TypeReport
+from proxydet.evaluation.report import (
+    CategoryScore,
+    Counts,
+    GroupScore,
+    Report,
+    Resampling,
+    TypeReport,
+)
 from proxydet.evaluation.results import Results
 from proxydet.evaluation.results_file import read_results
-from proxydet.evaluation.selection import Selection, select
+from proxydet.evaluation.scoring import Scored, score, scored_types
+from proxydet.reporting import SILENT, Progress
 
-COCO_LIMITS = (1, 10, 100)
 Groups = Mapping[str, NDArray[np.bool_] | Sequence[bool]]
+ResultsSource = Path | str | list[dict[str, Any]] | Results
+TruthSource = Path | str | dict[str, Any] | GroundTruth
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """A report with what it was made from, for those who look further.
+
+    Attributes:
+        report: The numbers.
+        truth: The annotations.
+        results: The detections.
+        scored: By iou type, the selected detections, curves and matches.
+        groups: Sets of categories that were averaged over, bool (C,) each.
+    """
+
+    report: Report
+    truth: GroundTruth
+    results: Results
+    scored: Mapping[str, Scored]
+    groups: Mapping[str, NDArray[np.bool_]]
 
 
 def evaluate_results(
-    results: Path | str | list[dict[str, Any]] | Results,
-    ground_truth: Path | str | dict[str, Any] | GroundTruth,
+    results: ResultsSource,
+    ground_truth: TruthSource,
     *,
     config: EvaluationConfig | None = None,
     groups: Groups | None = None,
+    progress: Progress = SILENT,
 ) -> Report:
     """Score detections that are already made.
 
@@ -46,15 +73,30 @@ def evaluate_results(
             protocol.
         groups: Sets of categories to average over besides the frequency groups, as ``{"novel": mask}``; a mask is
             bool (C,) over the categories in ascending order of ids.
+        progress: Where progress is shown.
 
     Returns:
         The report. Its metrics carry the official evaluators' names.
 
     Raises:
         DataError: The annotations or the detections cannot be used; the message has the first offenders.
-        ConfigError: A group is not a mask over the categories, or masks are asked for where there are none.
+        ConfigError: A group is not a mask over the categories.
         EnvironmentProblem: The fast engine failed.
     """
+    return run_evaluation(
+        results, ground_truth, config=config, groups=groups, progress=progress
+    ).report
+
+
+def run_evaluation(
+    results: ResultsSource,
+    ground_truth: TruthSource,
+    *,
+    config: EvaluationConfig | None = None,
+    groups: Groups | None = None,
+    progress: Progress = SILENT,
+) -> Evaluation:
+    """Do as `evaluate_results`, and keep what the report was made from."""
     config = config or EvaluationConfig()
     truth = (
         ground_truth if isinstance(ground_truth, GroundTruth) else GroundTruth.load(ground_truth)
@@ -66,68 +108,22 @@ def evaluate_results(
             keep_every_mask=config.engine == "lvis",
             allow_outside=config.allow_outside,
         )
-    partition = _checked_groups(groups or {}, truth)
-    types: dict[str, TypeReport] = {}
-    selections: dict[str, Selection] = {}
-    for iou_type in iou_types(config, results):
-        selection = select(results, truth, iou_type=iou_type, **_limits(config, truth))
-        curves = _curves(truth, results, selection, iou_type, config)
-        selections[iou_type] = selection
-        types[iou_type] = _type_report(truth, selection, curves, iou_type, partition)
-    return Report(
+    all_groups = category_groups(truth.frequencies, _checked_groups(groups or {}, truth))
+    scored = {
+        iou_type: score(truth, results, iou_type, config, all_groups, progress)
+        for iou_type in scored_types(config, results)
+    }
+    report = Report(
         dataset=truth.name,
         protocol=truth.protocol,
         engine=config.engine,
         fixed=config.fixed,
-        counts=_counts(truth, results, selections),
-        types=types,
+        counts=_counts(truth, results, scored),
+        types={
+            kind: _type_report(truth, part, all_groups, config) for kind, part in scored.items()
+        },
     )
-
-
-def iou_types(config: EvaluationConfig, results: Results) -> tuple[str, ...]:
-    """Return what is scored: what was asked for, or boxes, and masks where every detection has one.
-
-    Raises:
-        DataError: Masks are asked for, and some detection has none.
-    """
-    if config.iou_types:
-        if "segm" in config.iou_types and not results.has_masks:
-            raise DataError(
-                f"{results.path or 'The detections given'}: masks are to be scored, and some detections have none.",
-                hint="score boxes only: --iou-type bbox",
-                path=results.path,
-            )
-        return config.iou_types
-    return ("bbox", "segm") if results.has_masks else ("bbox",)
-
-
-def _limits(config: EvaluationConfig, truth: GroundTruth) -> dict[str, int | None]:
-    if config.fixed:
-        return {"per_image": None, "per_category": config.fixed_detections}
-    if truth.protocol == "lvis":
-        return {"per_image": config.max_detections, "per_category": None}
-    return {"per_image": None, "per_category": None}
-
-
-def _curves(
-    truth: GroundTruth,
-    results: Results,
-    selection: Selection,
-    iou_type: str,
-    config: EvaluationConfig,
-) -> Curves:
-    limits: Limits = COCO_LIMITS
-    if config.fixed:
-        limits = (None,)
-    elif truth.protocol == "lvis":
-        limits = (config.max_detections,)
-    if config.engine == "hotcoco":
-        return run_hotcoco(truth, results, selection, iou_type=iou_type, limits=limits)
-    per_image = None if config.fixed else config.max_detections
-    if config.fixed:
-        # The official evaluator has no fixed AP: it gets the chosen detections, without a limit of its own.
-        results = results.take(selection.detection_S)
-    return run_official(truth, results, iou_type=iou_type, limits=limits, per_image=per_image)
+    return Evaluation(report=report, truth=truth, results=results, scored=scored, groups=all_groups)
 
 
 def _checked_groups(groups: Groups, truth: GroundTruth) -> dict[str, NDArray[np.bool_]]:
@@ -145,17 +141,51 @@ def _checked_groups(groups: Groups, truth: GroundTruth) -> dict[str, NDArray[np.
 
 def _type_report(
     truth: GroundTruth,
-    selection: Selection,
-    curves: Curves,
-    iou_type: str,
-    partition: dict[str, NDArray[np.bool_]],
+    scored: Scored,
+    groups: Mapping[str, NDArray[np.bool_]],
+    config: EvaluationConfig,
 ) -> TypeReport:
+    curves, resamples = scored.curves, scored.resamples
+    return TypeReport(
+        iou_type=scored.iou_type,
+        metrics=official_metrics(curves, truth.protocol, truth.frequencies),
+        groups=tuple(
+            _group_score(name, mask_C, scored) for name, mask_C in groups.items() if mask_C.any()
+        ),
+        categories=_category_scores(truth, scored),
+        intervals=resamples.intervals(config.confidence) if resamples else {},
+        resampling=Resampling(
+            number=config.bootstrap,
+            confidence=config.confidence,
+            seed=config.seed,
+            rare=resamples.rare,
+        )
+        if resamples
+        else None,
+        curves=curves,
+    )
+
+
+def _group_score(name: str, mask_C: NDArray[np.bool_], scored: Scored) -> GroupScore:
+    curves = scored.curves
+    return GroupScore(
+        name=name,
+        categories=int(mask_C.sum()),
+        scored=int(np.count_nonzero(~np.isnan(category_precision(curves)[mask_C]))),
+        ap=average_precision(curves, categories=mask_C),
+        ap50=average_precision(curves, iou=0.5, categories=mask_C),
+        ap75=average_precision(curves, iou=0.75, categories=mask_C),
+    )
+
+
+def _category_scores(truth: GroundTruth, scored: Scored) -> tuple[CategoryScore, ...]:
     categories = len(truth.category_ids)
-    ap_C, ap50_C = category_precision(curves), category_precision(curves, iou=0.5)
+    ap_C = category_precision(scored.curves)
+    ap50_C = category_precision(scored.curves, iou=0.5)
     annotations_C = np.bincount(truth.ann_category_A[truth.counted_A], minlength=categories)
-    detections_C = np.bincount(selection.category_S, minlength=categories)
+    detections_C = np.bincount(scored.selection.category_S, minlength=categories)
     training_C = truth.training_images_C
-    scores = tuple(
+    return tuple(
         CategoryScore(
             id=truth.category_ids[index],
             name=truth.category_names[index],
@@ -168,28 +198,10 @@ def _type_report(
         )
         for index in range(categories)
     )
-    groups = category_groups(truth.frequencies, partition)
-    return TypeReport(
-        iou_type=iou_type,
-        metrics=official_metrics(curves, truth.protocol, truth.frequencies),
-        groups=tuple(
-            GroupScore(
-                name=name,
-                categories=int(mask_C.sum()),
-                scored=int(np.count_nonzero(~np.isnan(ap_C[mask_C]))),
-                ap=average_precision(curves, categories=mask_C),
-                ap50=average_precision(curves, iou=0.5, categories=mask_C),
-                ap75=average_precision(curves, iou=0.75, categories=mask_C),
-            )
-            for name, mask_C in groups.items()
-        ),
-        categories=scores,
-        curves=curves,
-    )
 
 
-def _counts(truth: GroundTruth, results: Results, selections: Mapping[str, Selection]) -> Counts:
-    first = next(iter(selections.values()))
+def _counts(truth: GroundTruth, results: Results, scored: Mapping[str, Scored]) -> Counts:
+    first = next(iter(scored.values())).selection
     return Counts(
         images=len(truth.image_ids),
         images_with_detections=len(np.unique(results.image_D)),
@@ -197,5 +209,5 @@ def _counts(truth: GroundTruth, results: Results, selections: Mapping[str, Selec
         detections=len(results),
         capped=first.capped,
         unjudged=first.unjudged,
-        without_area={kind: selection.without_area for kind, selection in selections.items()},
+        without_area={kind: part.selection.without_area for kind, part in scored.items()},
     )

@@ -73,6 +73,25 @@ class Interval:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Resampling:
+    """How intervals were made: by the bootstrap over images.
+
+    Attributes:
+        number: How many resamples.
+        confidence: Of the intervals.
+        seed: Of the draws.
+        rare: How many rare categories are scored, and how many of them are in a resample on average: a category of one
+            image is in 63 of 100 resamples only, so that AP of rare categories is the least certain. None without
+            frequencies.
+    """
+
+    number: int
+    confidence: float
+    seed: int
+    rare: tuple[int, float] | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class TypeReport:
     """All numbers for boxes, or for masks.
 
@@ -81,7 +100,9 @@ class TypeReport:
         metrics: The protocol's metrics under its own names.
         groups: Average precision over sets of categories.
         categories: One a category, in ascending order of ids.
-        intervals: Confidence intervals by metric name, and by ``group/NAME``; empty when none were asked for.
+        intervals: Confidence intervals by metric name, and by ``GROUP/AP`` and ``GROUP/AP50``; empty when none were
+            asked for.
+        resampling: How they were made; None without.
         curves: Precision and recall as the engine gave them.
     """
 
@@ -90,6 +111,7 @@ class TypeReport:
     groups: tuple[GroupScore, ...]
     categories: tuple[CategoryScore, ...]
     intervals: Mapping[str, Interval] = field(default_factory=dict)
+    resampling: Resampling | None = None
     curves: Curves | None = field(default=None, repr=False)
 
     def group(self, name: str) -> GroupScore:
@@ -180,6 +202,7 @@ class Report:
                 "intervals": {
                     self.metric_prefix + key: asdict(value) for key, value in part.intervals.items()
                 },
+                "resampling": asdict(part.resampling) if part.resampling else None,
                 "groups": [asdict(score) for score in part.groups],
             }
             for kind, part in self.types.items()

@@ -8,7 +8,7 @@ Dimensions: D detections in all, S selected ones.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,23 @@ class Selection:
 
     def __len__(self) -> int:
         return len(self.detection_S)
+
+    def best_of_each_category(self, most: int) -> Selection:
+        """Return the selection with at most ``most`` detections of a category in an image, COCO's own limit."""
+        new_S = np.append(True, (np.diff(self.image_S) != 0) | (np.diff(self.category_S) != 0))[
+            : len(self)
+        ]
+        starts = np.flatnonzero(new_S)
+        place_S = np.arange(len(self)) - np.repeat(starts, np.diff(np.append(starts, len(self))))
+        kept = place_S < most
+        return replace(
+            self,
+            detection_S=self.detection_S[kept],
+            image_S=self.image_S[kept],
+            category_S=self.category_S[kept],
+            score_S=self.score_S[kept],
+            area_S=self.area_S[kept],
+        )
 
 
 def select(

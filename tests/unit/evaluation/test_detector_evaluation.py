@@ -19,12 +19,18 @@ from proxydet.data.description import DatasetDescription
 from proxydet.errors import DataError
 from proxydet.evaluation import detector_evaluation
 from proxydet.evaluation.config import EvaluationConfig
-from proxydet.evaluation.detector_evaluation import evaluate, fusion_vocabulary
+from proxydet.evaluation.detector_evaluation import fusion_vocabulary
 from proxydet.evaluation.evaluate import evaluate_results
 from proxydet.evaluation.prediction import Share, result_rows
 from proxydet.modeling.config import InferenceConfig
 from proxydet.modeling.prediction import Prediction, masks
 from proxydet.vocabulary.vocabulary import Vocabulary
+
+
+def evaluate(*args: Any, **options: Any) -> Any:
+    """Evaluate without intervals unless a test asks for more."""
+    options.setdefault("config", EvaluationConfig(bootstrap=0))
+    return detector_evaluation.evaluate(*args, **options)
 
 
 class Guesser:
@@ -172,7 +178,9 @@ def test_other_weights_are_refused_in_the_same_folder(
 def test_batches_do_not_change_results(
     dataset: Path, vocabulary: Vocabulary, batch_size: int
 ) -> None:
-    report = evaluate(Guesser(vocabulary), dataset, config=EvaluationConfig(batch_size=batch_size))
+    report = evaluate(
+        Guesser(vocabulary), dataset, config=EvaluationConfig(bootstrap=0, batch_size=batch_size)
+    )
     assert report.to_dict() == evaluate(Guesser(vocabulary), dataset).to_dict()
 
 
@@ -185,7 +193,7 @@ def test_the_joined_file_is_a_results_file(
     official = evaluate_results(
         tmp_path / "out" / "predictions.json",
         dataset.parent / "val.json",
-        config=EvaluationConfig(engine="lvis"),
+        config=EvaluationConfig(bootstrap=0, engine="lvis"),
     )
     assert official.types["segm"].metrics == pytest.approx(report.types["segm"].metrics, abs=1e-9)
 
@@ -200,7 +208,9 @@ def test_boxes_only_asks_for_no_masks_and_fixed_ap_for_more_detections(
     dataset: Path, vocabulary: Vocabulary
 ) -> None:
     detector = Guesser(vocabulary)
-    evaluate(detector, dataset, config=EvaluationConfig(iou_types=("bbox",), fixed=True))
+    evaluate(
+        detector, dataset, config=EvaluationConfig(bootstrap=0, iou_types=("bbox",), fixed=True)
+    )
     assert detector.settings == dataclasses.replace(
         InferenceConfig(), masks=False, max_detections=1000
     )

@@ -19,6 +19,7 @@ from proxydet.evaluation.evaluate import evaluate_results
 from proxydet.evaluation.report import Report
 
 TOLERANCE = 1e-9
+FAST = EvaluationConfig(bootstrap=0)
 
 
 def largest_difference(first: Report, second: Report) -> float:
@@ -39,7 +40,9 @@ def largest_difference(first: Report, second: Report) -> float:
 
 def both(truth: dict[str, Any], detections: list[dict[str, Any]], **options: Any) -> list[Report]:
     return [
-        evaluate_results(detections, truth, config=EvaluationConfig(engine=engine, **options))
+        evaluate_results(
+            detections, truth, config=EvaluationConfig(engine=engine, bootstrap=0, **options)
+        )
         for engine in ("hotcoco", "lvis")
     ]
 
@@ -52,7 +55,9 @@ def both(truth: dict[str, Any], detections: list[dict[str, Any]], **options: Any
 def test_official_numbers_on_real_annotations(sample: Path, name: str, engine: str) -> None:
     expected = json.loads((sample / "expected.json").read_text())[name.split(".")[0]]
     report = evaluate_results(
-        sample / name, sample / "lvis_val_100.json", config=EvaluationConfig(engine=engine)
+        sample / name,
+        sample / "lvis_val_100.json",
+        config=EvaluationConfig(engine=engine, bootstrap=0),
     )
     for kind in ("bbox", "segm"):
         part = report.types[kind]
@@ -107,7 +112,9 @@ def test_more_than_300_detections_an_image_with_ties(make_set: Callable[..., Any
 def test_the_limit_counts_detections_of_unjudged_categories(make_set: Callable[..., Any]) -> None:
     """An image's 300 best are chosen before those of unjudged categories are dropped."""
     truth, detections = make_set(1, images=3, categories=6, per_image=30)
-    judged = evaluate_results(detections, truth, config=EvaluationConfig(max_detections=5))
+    judged = evaluate_results(
+        detections, truth, config=EvaluationConfig(max_detections=5, bootstrap=0)
+    )
     assert judged.counts.unjudged > 0
     fast, official = both(truth, detections, max_detections=5)
     assert largest_difference(fast, official) < TOLERANCE
@@ -140,7 +147,7 @@ def test_no_detection_at_all_is_zero_where_there_is_something_to_find(
     make_set: Callable[..., Any], federated: bool
 ) -> None:
     truth, _ = make_set(4, federated=federated)
-    report = evaluate_results([], truth)
+    report = evaluate_results([], truth, config=FAST)
     assert report.ap == 0
     assert report.counts.detections == 0
     absent = {row["id"] for row in truth["categories"]} - {
@@ -170,28 +177,28 @@ def test_ignored_annotations_and_crowds(make_set: Callable[..., Any], federated:
 def test_annotation_ids_of_zero_are_no_trap(make_set: Callable[..., Any]) -> None:
     """The official evaluators take a match with annotation 0 for no match; ids are renumbered from 1 for them."""
     truth, detections = make_set(8)
-    expected = evaluate_results(detections, truth)
+    expected = evaluate_results(detections, truth, config=FAST)
     for row in truth["annotations"]:
         row["id"] -= 1
-    assert largest_difference(evaluate_results(detections, truth), expected) == 0
+    assert largest_difference(evaluate_results(detections, truth, config=FAST), expected) == 0
 
 
 def test_order_of_images_does_not_matter(make_set: Callable[..., Any]) -> None:
     truth, detections = make_set(9, images=8, per_image=30)
-    expected = evaluate_results(detections, truth)
+    expected = evaluate_results(detections, truth, config=FAST)
     by_image = sorted(detections, key=lambda row: row["image_id"])
     truth["images"].reverse()
-    assert largest_difference(evaluate_results(by_image, truth), expected) == 0
+    assert largest_difference(evaluate_results(by_image, truth, config=FAST), expected) == 0
 
 
 def test_text_ids_are_fine(make_set: Callable[..., Any]) -> None:
     truth, detections = make_set(10)
-    expected = evaluate_results(detections, truth)
+    expected = evaluate_results(detections, truth, config=FAST)
     for row in [*truth["images"]]:
         row["id"] = f"image {row['id']:05}"
     for row in [*truth["annotations"], *detections]:
         row["image_id"] = f"image {row['image_id']:05}"
-    assert largest_difference(evaluate_results(detections, truth), expected) == 0
+    assert largest_difference(evaluate_results(detections, truth, config=FAST), expected) == 0
 
 
 @pytest.mark.parametrize("failure", [ValueError("odd"), BaseException("panic")])
@@ -204,14 +211,16 @@ def test_a_failure_of_the_fast_engine_advises_the_official_one(
     monkeypatch.setattr(hotcoco_engine, "_hotcoco_curves", fail)
     truth, detections = make_set(0)
     with pytest.raises(EnvironmentProblem, match="fast evaluation engine failed") as caught:
-        evaluate_results(detections, truth)
+        evaluate_results(detections, truth, config=FAST)
     assert "--engine lvis" in (caught.value.hint or "")
 
 
 def test_groups_of_categories(make_set: Callable[..., Any]) -> None:
     truth, detections = make_set(11, categories=6)
     novel = np.array([True, False] * 3)
-    report = evaluate_results(detections, truth, groups={"novel": novel, "base": ~novel})
+    report = evaluate_results(
+        detections, truth, groups={"novel": novel, "base": ~novel}, config=FAST
+    )
     part = report.types["segm"]
     names = [score.name for score in part.groups]
     assert names == ["rare", "common", "frequent", "novel", "base"]

@@ -13,10 +13,13 @@ import pytest
 
 from proxydet.errors import DataError
 from proxydet.evaluation import results_file
+from proxydet.evaluation.config import EvaluationConfig
 from proxydet.evaluation.evaluate import evaluate_results
 from proxydet.evaluation.ground_truth import GroundTruth
 from proxydet.evaluation.results import Results
 from proxydet.evaluation.results_file import read_results
+
+FAST = EvaluationConfig(bootstrap=0)
 
 
 @pytest.fixture
@@ -72,8 +75,8 @@ def test_only_masks_that_can_be_judged_are_kept(files: Any) -> None:
 def test_boxes_are_drawn_around_masks_that_have_none(files: Any) -> None:
     truth, detections, _ = files
     bare = [{key: row[key] for key in row if key != "bbox"} for row in detections]
-    report = evaluate_results(bare, truth)
-    expected = evaluate_results(detections, truth)
+    report = evaluate_results(bare, truth, config=FAST)
+    expected = evaluate_results(detections, truth, config=FAST)
     assert report.types["segm"].metrics == expected.types["segm"].metrics
     assert report.types["bbox"].metrics["AP"] is not None
 
@@ -93,7 +96,7 @@ def test_masks_as_polygons_and_uncompressed_runs(files: Any) -> None:
 def test_masks_for_some_detections_only(files: Any) -> None:
     truth, detections, _ = files
     del detections[3]["segmentation"]
-    assert set(evaluate_results(detections, truth).types) == {"bbox"}
+    assert set(evaluate_results(detections, truth, config=FAST).types) == {"bbox"}
 
 
 def broken(rows: list[Any], index: int, **changes: Any) -> list[Any]:

@@ -1,0 +1,160 @@
+"""Which detection finds which annotation, in columns: what the bootstrap and the error pictures need.
+
+The engines give precision and recall of the whole data set; here each match is kept. The rules are the official
+evaluators': within an image and category, detections choose in descending order of score; each takes the annotation
+it overlaps most among those free, the later one of equals, one that counts before one that is ignored.
+
+All images and categories are matched at once: a step handles the k-th detection of every (image, category).
+
+Dimensions: S selected detections, A areas (all, small, medium, large), T IoU thresholds, G counted annotations,
+P pairs of a detection and an annotation of its image and category that overlap enough.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from proxydet.evaluation.curves import AREA_RANGES_A2, IOU_THRESHOLDS_T
+from proxydet.evaluation.ground_truth import GroundTruth
+from proxydet.evaluation.overlap import Pairs, overlapping_pairs
+from proxydet.evaluation.results import Results
+from proxydet.evaluation.selection import Selection
+
+UNMATCHED, FOUND, IGNORED = 0, 1, 2
+_IMAGES_AT_ONCE = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matches:
+    """What became of each detection.
+
+    Attributes:
+        selection: The detections; for COCO's protocol only the best 100 of a category in an image.
+        near_N: int64, the detections that overlap an annotation of their category by IoU 0.5, ascending; no other
+            one can be matched.
+        state_NAT: int8: `UNMATCHED`, `FOUND` or `IGNORED` (matched to an annotation that does not count).
+        annotation_N: int64, the annotation matched at IoU 0.5 over all areas; -1 without.
+        iou_N: float64, the largest overlap with an annotation of the category.
+        silent_SA: Whether an unmatched detection is no error: it is out of the area's range, or nobody knows all
+            objects of its category in its image.
+        ann_image_G: int64 in [0, I).
+        ann_category_G: int64 in [0, C).
+        ann_index_G: int64 in [0, A), the number among all annotations.
+        counts_GA: Whether an annotation of the area is to be found.
+    """
+
+    selection: Selection
+    near_N: NDArray[np.int64]
+    state_NAT: NDArray[np.int8]
+    annotation_N: NDArray[np.int64]
+    iou_N: NDArray[np.float64]
+    silent_SA: NDArray[np.bool_]
+    ann_image_G: NDArray[np.int64]
+    ann_category_G: NDArray[np.int64]
+    ann_index_G: NDArray[np.int64]
+    counts_GA: NDArray[np.bool_]
+
+
+def match(truth: GroundTruth, results: Results, selection: Selection, iou_type: str) -> Matches:
+    """Match detections to annotations by the rules of the data set's protocol.
+
+    Args:
+        truth: The annotations.
+        results: All detections.
+        selection: Those that are scored.
+        iou_type: ``"bbox"`` or ``"segm"``.
+    """
+    if truth.protocol == "coco":
+        selection = selection.best_of_each_category(100)
+    counted = np.flatnonzero(truth.counted_A)
+    order = np.lexsort((truth.ann_category_A[counted], truth.ann_image_A[counted]))
+    annotations = counted[order]
+    crowd_G = truth.ann_crowd_A[annotations] & (truth.protocol == "coco")
+    ignored_G = crowd_G if truth.protocol == "coco" else truth.ann_ignore_A[annotations]
+    counts_GA = _in_area(truth.ann_area_A[annotations]) & ~ignored_G[:, None]
+    parts = []
+    for start in range(0, len(truth.image_ids), _IMAGES_AT_ONCE):
+        images = (start, start + _IMAGES_AT_ONCE)
+        pairs = overlapping_pairs(truth, results, selection, annotations, iou_type, images)
+        parts.append(_greedy(pairs, counts_GA, crowd_G))
+    near, state, taken, iou = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Matches(
+        selection=selection,
+        near_N=near,
+        state_NAT=state,
+        annotation_N=np.where(taken < 0, -1, annotations[taken]) if len(annotations) else taken,
+        iou_N=iou,
+        silent_SA=~_in_area(selection.area_S) | _unexhaustive(truth, selection)[:, None],
+        ann_image_G=truth.ann_image_A[annotations],
+        ann_category_G=truth.ann_category_A[annotations],
+        ann_index_G=annotations,
+        counts_GA=counts_GA,
+    )
+
+
+def _in_area(area: NDArray[np.float64]) -> NDArray[np.bool_]:
+    least, most = AREA_RANGES_A2.T
+    inside: NDArray[np.bool_] = (area[:, None] >= least) & (area[:, None] <= most)
+    return inside
+
+
+def _unexhaustive(truth: GroundTruth, selection: Selection) -> NDArray[np.bool_]:
+    """Bool (S,): detections of categories whose objects are not all annotated in their image."""
+    if truth.protocol != "lvis":
+        return np.zeros(len(selection), dtype=bool)
+    categories = len(truth.category_ids)
+    listed = truth.unexhaustive_N2[:, 0] * categories + truth.unexhaustive_N2[:, 1]
+    return np.isin(selection.image_S * categories + selection.category_S, listed)
+
+
+def _greedy(
+    pairs: Pairs, counts_GA: NDArray[np.bool_], crowd_G: NDArray[np.bool_]
+) -> tuple[NDArray[np.int64], NDArray[np.int8], NDArray[np.int64], NDArray[np.float64]]:
+    """Return the near detections, their states, the annotations they took at IoU 0.5, and their largest overlap."""
+    areas, thresholds = counts_GA.shape[1], len(IOU_THRESHOLDS_T)
+    near, first, owner_P = np.unique(pairs.detection_P, return_index=True, return_inverse=True)
+    state = np.full((len(near), areas, thresholds), UNMATCHED, dtype=np.int8)
+    taken = np.full(len(near), -1, dtype=np.int64)
+    if not len(near):
+        return near, state, taken, np.zeros(0)
+    iou = np.maximum.reduceat(pairs.iou_P, first)
+    offset = int(pairs.annotation_P.min())
+    free_GAT = np.ones((int(pairs.annotation_P.max()) - offset + 1, areas, thresholds), dtype=bool)
+    step_N = _place_in_group(pairs.group_P[first])
+    # Within a detection's pairs the last is the one to prefer: the largest overlap, of equals the later annotation.
+    order = np.lexsort((pairs.annotation_P, pairs.iou_P, owner_P, step_N[owner_P]))
+    bounds = np.searchsorted(step_N[owner_P][order], np.arange(step_N.max() + 2))
+    for start, end in itertools.pairwise(bounds):
+        chosen = order[start:end]
+        annotation_P = pairs.annotation_P[chosen]
+        able_PAT = free_GAT[annotation_P - offset] & (
+            pairs.iou_P[chosen, None, None] >= IOU_THRESHOLDS_T
+        )
+        # Pairs whose annotation counts come after all others in preference.
+        rank_P = np.arange(1, len(chosen) + 1)
+        value_PAT = np.where(
+            able_PAT, (rank_P[:, None] + len(chosen) * counts_GA[annotation_P])[:, :, None], 0
+        )
+        heads = np.flatnonzero(np.append(True, np.diff(owner_P[chosen]) != 0))
+        best_DAT = np.maximum.reduceat(value_PAT, heads, axis=0)
+        winner_DAT = annotation_P[(best_DAT - 1) % len(chosen)]
+        matched_DAT = best_DAT > 0
+        detections = owner_P[chosen][heads]
+        state[detections] = np.where(
+            matched_DAT, np.where(best_DAT > len(chosen), FOUND, IGNORED), UNMATCHED
+        )
+        taken[detections] = np.where(matched_DAT[:, 0, 0], winner_DAT[:, 0, 0], -1)
+        _, area, threshold = np.nonzero(matched_DAT)
+        lost = winner_DAT[matched_DAT]
+        free_GAT[lost - offset, area, threshold] = crowd_G[lost]
+    return near, state, taken, iou
+
+
+def _place_in_group(group: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return each element's place within its run of equal numbers, from 0."""
+    starts = np.flatnonzero(np.append(True, group[1:] != group[:-1]))
+    return np.arange(len(group)) - np.repeat(starts, np.diff(np.append(starts, len(group))))

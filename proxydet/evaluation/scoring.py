@@ -1,0 +1,141 @@
+"""Scoring of detections that are in memory: select, run the engine, match, resample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from proxydet.errors import DataError
+from proxydet.evaluation.bootstrap import Resamples, Sets, resample
+from proxydet.evaluation.config import EvaluationConfig
+from proxydet.evaluation.curves import Curves, Limits
+from proxydet.evaluation.ground_truth import GroundTruth
+from proxydet.evaluation.hotcoco_engine import run_hotcoco
+from proxydet.evaluation.matching import Matches, match
+from proxydet.evaluation.official_engine import run_official
+from proxydet.evaluation.resampling import WeightedPrecision
+from proxydet.evaluation.results import Results
+from proxydet.evaluation.selection import Selection, select
+from proxydet.reporting import SILENT, Progress
+
+COCO_LIMITS = (1, 10, 100)
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """Everything that scoring boxes, or masks, gave.
+
+    Attributes:
+        iou_type: ``"bbox"`` or ``"segm"``.
+        selection: The detections that were scored.
+        curves: Precision and recall, from the engine.
+        matches: What became of each detection.
+        resamples: Metrics of resampled images; None when none were asked for.
+    """
+
+    iou_type: str
+    selection: Selection
+    curves: Curves
+    matches: Matches
+    resamples: Resamples | None
+
+
+def scored_types(config: EvaluationConfig, results: Results) -> tuple[str, ...]:
+    """Return what is scored: what was asked for, or boxes, and masks where every detection has one.
+
+    Raises:
+        DataError: Masks are asked for, and some detection has none.
+    """
+    if not config.iou_types:
+        return ("bbox", "segm") if results.has_masks else ("bbox",)
+    if "segm" in config.iou_types and not results.has_masks:
+        raise DataError(
+            f"{results.path or 'The detections given'}: masks are to be scored, and some detections have none.",
+            hint="score boxes only: --iou-type bbox",
+            path=results.path,
+        )
+    return config.iou_types
+
+
+def score(
+    truth: GroundTruth,
+    results: Results,
+    iou_type: str,
+    config: EvaluationConfig,
+    groups: Mapping[str, NDArray[np.bool_]],
+    progress: Progress = SILENT,
+) -> Scored:
+    """Score boxes or masks.
+
+    Args:
+        truth: The annotations.
+        results: All detections.
+        iou_type: ``"bbox"`` or ``"segm"``.
+        config: How to score.
+        groups: Sets of categories to average over, bool (C,) each.
+        progress: Where progress is shown.
+    """
+    selection = select(results, truth, iou_type=iou_type, **_limits(config, truth))
+    curves = _curves(truth, results, selection, iou_type, config)
+    matches = match(truth, results, selection, iou_type)
+    resamples = None
+    if config.bootstrap:
+        precision = WeightedPrecision(matches, len(truth.category_ids))
+        _check_against_engine(precision, curves, truth)
+        resamples = resample(
+            precision,
+            truth,
+            Sets(frequencies=truth.frequencies, groups=groups),
+            number=config.bootstrap,
+            seed=config.seed,
+            progress=progress,
+        )
+    return Scored(
+        iou_type=iou_type,
+        selection=selection,
+        curves=curves,
+        matches=matches,
+        resamples=resamples,
+    )
+
+
+def _limits(config: EvaluationConfig, truth: GroundTruth) -> dict[str, int | None]:
+    if config.fixed:
+        return {"per_image": None, "per_category": config.fixed_detections}
+    if truth.protocol == "lvis":
+        return {"per_image": config.max_detections, "per_category": None}
+    return {"per_image": None, "per_category": None}
+
+
+def _curves(
+    truth: GroundTruth,
+    results: Results,
+    selection: Selection,
+    iou_type: str,
+    config: EvaluationConfig,
+) -> Curves:
+    limits: Limits = COCO_LIMITS
+    if config.fixed:
+        limits = (None,)
+    elif truth.protocol == "lvis":
+        limits = (config.max_detections,)
+    if config.engine == "hotcoco":
+        return run_hotcoco(truth, results, selection, iou_type=iou_type, limits=limits)
+    if config.fixed:
+        # The official evaluator has no fixed AP: it gets the chosen detections, without a limit of its own.
+        results = results.take(selection.detection_S)
+    per_image = None if config.fixed else config.max_detections
+    return run_official(truth, results, iou_type=iou_type, limits=limits, per_image=per_image)
+
+
+def _check_against_engine(precision: WeightedPrecision, curves: Curves, truth: GroundTruth) -> None:
+    """Intervals come from our own matches: without resampling these must give the engine's average precision."""
+    ours_ATC = precision.precision(np.ones(len(truth.image_ids)))
+    theirs_ATC = curves.precision_TRCA.mean(axis=1).transpose(2, 0, 1)
+    absent_ATC = theirs_ATC < 0
+    assert (np.isnan(ours_ATC) == absent_ATC).all()
+    assert (np.abs(ours_ATC - theirs_ATC)[~absent_ATC] < _ROUNDING).all()

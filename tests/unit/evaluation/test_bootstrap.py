@@ -1,0 +1,224 @@
+"""Matches, resamples and the intervals made of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from proxydet.errors import ConfigError
+from proxydet.evaluation.bootstrap import Sets, differences, resample
+from proxydet.evaluation.config import EvaluationConfig
+from proxydet.evaluation.curves import Curves
+from proxydet.evaluation.evaluate import Evaluation, evaluate_results, run_evaluation
+from proxydet.evaluation.metrics import category_precision
+from proxydet.evaluation.resampling import WeightedPrecision
+
+WITHOUT = EvaluationConfig(bootstrap=0, iou_types=("bbox", "segm"))
+
+
+def engine_precision(curves: Curves) -> np.ndarray:
+    precision_ATC = curves.precision_TRCA.mean(axis=1).transpose(2, 0, 1)
+    return np.where(precision_ATC < 0, np.nan, precision_ATC)
+
+
+def weighted(evaluation: Evaluation, kind: str) -> WeightedPrecision:
+    return WeightedPrecision(evaluation.scored[kind].matches, len(evaluation.truth.category_ids))
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    federated=st.booleans(),
+    per_image=st.integers(1, 120),
+    flags=st.booleans(),
+)
+def test_without_resampling_matches_give_the_engines_precision(
+    make_set: Callable[..., Any], seed: int, federated: bool, per_image: int, flags: bool
+) -> None:
+    truth, detections = make_set(
+        seed, images=5, categories=4, per_image=per_image, federated=federated, crowds=True
+    )
+    for index, row in enumerate(truth["annotations"]):
+        row["ignore"] = int(flags and index % 4 == 0)
+    evaluation = run_evaluation(detections, truth, config=WITHOUT)
+    for kind, part in evaluation.scored.items():
+        ours = weighted(evaluation, kind).precision(np.ones(len(evaluation.truth.image_ids)))
+        np.testing.assert_allclose(ours, engine_precision(part.curves), atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("federated", [True, False])
+def test_weights_are_copies_of_images(
+    make_set: Callable[..., Any], seed: int, federated: bool
+) -> None:
+    """An image of weight 3 counts as three copies of it would, and one of weight 0 as if it were not there."""
+    truth, detections = make_set(seed, images=6, per_image=40, federated=federated)
+    for index, row in enumerate(detections):
+        row["score"] = (index + 1) / (len(detections) + 1)
+    weights = np.random.default_rng(seed).integers(0, 4, 6)
+    evaluation = run_evaluation(detections, truth, config=WITHOUT)
+    ids = evaluation.truth.image_ids
+    copied, copied_detections = copies(truth, detections, dict(zip(ids, weights, strict=True)))
+    expected = run_evaluation(copied_detections, copied, config=WITHOUT)
+    for kind in ("bbox", "segm"):
+        ours = weighted(evaluation, kind).precision(weights.astype(np.float64))
+        theirs = engine_precision(expected.scored[kind].curves)
+        np.testing.assert_allclose(ours, theirs, atol=1e-12)
+
+
+def copies(
+    truth: dict[str, Any], detections: list[Any], weights: dict[int, int]
+) -> tuple[dict[str, Any], list[Any]]:
+    new: dict[str, Any] = {"images": [], "annotations": [], "categories": truth["categories"]}
+    copied_detections = []
+    for row in truth["images"]:
+        for number in range(weights[row["id"]]):
+            new_id = row["id"] * 100 + number
+            new["images"].append({**row, "id": new_id})
+            for source, target in (
+                (truth["annotations"], new["annotations"]),
+                (detections, copied_detections),
+            ):
+                for item in source:
+                    if item["image_id"] == row["id"]:
+                        target.append({**copy.deepcopy(item), "image_id": new_id})
+    for index, row in enumerate(new["annotations"]):
+        row["id"] = index + 1
+    return new, copied_detections
+
+
+def test_annotations_found_are_named(make_set: Callable[..., Any]) -> None:
+    truth, detections = make_set(3, images=6, per_image=30)
+    evaluation = run_evaluation(detections, truth, config=WITHOUT)
+    matches = evaluation.scored["bbox"].matches
+    selection = matches.selection
+    found = matches.annotation_N >= 0
+    assert found.any()
+    annotations = evaluation.truth
+    for near, annotation, iou in zip(
+        matches.near_N[found], matches.annotation_N[found], matches.iou_N[found], strict=True
+    ):
+        assert annotations.ann_image_A[annotation] == selection.image_S[near]
+        assert annotations.ann_category_A[annotation] == selection.category_S[near]
+        assert 0.5 <= iou <= 1 + 1e-9
+    assert len(set(matches.annotation_N[found])) == found.sum()
+
+
+def test_intervals_are_around_the_metrics_and_repeatable(make_set: Callable[..., Any]) -> None:
+    truth, detections = make_set(12, images=30, categories=6, per_image=30)
+    novel = np.array([True, False] * 3)
+    options = {"groups": {"novel": novel}}
+    report = evaluate_results(detections, truth, config=EvaluationConfig(bootstrap=50), **options)
+    part = report.types["segm"]
+    assert {"AP", "AP50", "AP75", "APs", "APm", "APr", "APc", "APf"} <= set(part.intervals)
+    for name in ("AP", "AP50", "APr"):
+        interval = part.intervals[name]
+        assert 0 <= interval.low < part.metrics[name] < interval.high <= 1
+    group = part.intervals["novel/AP50"]
+    assert group.low < part.group("novel").ap50 < group.high
+    again = evaluate_results(detections, truth, config=EvaluationConfig(bootstrap=50), **options)
+    assert again.to_dict() == report.to_dict()
+    other = EvaluationConfig(bootstrap=50, seed=1)
+    assert (
+        evaluate_results(detections, truth, config=other).types["segm"].intervals != part.intervals
+    )
+    narrow = EvaluationConfig(bootstrap=50, confidence=0.5)
+    half = evaluate_results(detections, truth, config=narrow).types["segm"].intervals["AP"]
+    assert part.intervals["AP"].low < half.low < half.high < part.intervals["AP"].high
+
+
+def test_how_rare_categories_come_and_go_is_told(make_set: Callable[..., Any]) -> None:
+    truth, detections = make_set(12, images=20, categories=9, per_image=10)
+    report = evaluate_results(detections, truth, config=EvaluationConfig(bootstrap=30))
+    scored, average = report.types["bbox"].resampling.rare
+    assert scored == report.types["bbox"].group("rare").scored
+    assert 0 < average < scored
+
+
+def compared(
+    truth: dict[str, Any], first: list[Any], second: list[Any], number: int = 100
+) -> dict[str, Any]:
+    both = []
+    for detections in (first, second):
+        evaluation = run_evaluation(detections, truth, config=EvaluationConfig(bootstrap=0))
+        sets = Sets(frequencies=evaluation.truth.frequencies, groups=evaluation.groups)
+        both.append(resample(weighted(evaluation, "bbox"), evaluation.truth, sets, number=number))
+    return {row.metric: row for row in differences(*both, confidence=0.95)}
+
+
+def test_a_detector_does_not_differ_from_itself(make_set: Callable[..., Any]) -> None:
+    truth, detections = make_set(12, images=15, per_image=20)
+    rows = compared(truth, detections, copy.deepcopy(detections))
+    assert rows["AP"].difference == 0
+    assert rows["AP"].chance == 1
+    assert not rows["AP"].clear
+
+
+def test_a_much_better_detector_is_clearly_better(make_set: Callable[..., Any]) -> None:
+    truth, detections = make_set(12, images=40, per_image=25)
+    perfect = [
+        {key: row[key] for key in ("image_id", "category_id", "bbox")} | {"score": 1.0}
+        for row in truth["annotations"]
+    ]
+    for row in detections:
+        del row["segmentation"]
+    rows = compared(truth, detections, perfect)
+    assert rows["AP"].clear
+    assert rows["AP"].interval.low > 0
+    assert rows["AP"].chance < 1e-3
+    backwards = compared(truth, perfect, detections)
+    assert backwards["AP"].difference == -rows["AP"].difference
+    assert backwards["AP"].interval.high < 0
+
+
+def test_pairs_narrow_the_interval(make_set: Callable[..., Any]) -> None:
+    """Two detectors that err on the same images differ more surely than their own intervals tell."""
+    truth, detections = make_set(12, images=40, per_image=25)
+    slightly = copy.deepcopy(detections)
+    for row in slightly[::10]:
+        row["score"] *= 0.9
+    rows = compared(truth, detections, slightly)
+    own = evaluate_results(detections, truth, config=EvaluationConfig(iou_types=("bbox",)))
+    own_width = own.types["bbox"].intervals["AP"].high - own.types["bbox"].intervals["AP"].low
+    assert rows["AP"].interval.high - rows["AP"].interval.low < own_width / 2
+
+
+def test_metrics_of_resamples_are_the_official_ones(make_set: Callable[..., Any]) -> None:
+    truth, detections = make_set(7, images=25, categories=6, per_image=20)
+    evaluation = run_evaluation(
+        detections, truth, config=EvaluationConfig(bootstrap=2), groups={"odd": [True, False] * 3}
+    )
+    for kind, part in evaluation.scored.items():
+        values = dict(zip(part.resamples.names, part.resamples.values_M, strict=True))
+        expected = evaluation.report.types[kind]
+        for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf"):
+            value = expected.metrics[name]
+            assert values[name] == pytest.approx(np.nan if value is None else value, nan_ok=True)
+        assert values["odd/AP50"] == pytest.approx(expected.group("odd").ap50)
+        ap_C = category_precision(part.curves)
+        assert values["odd/AP"] == pytest.approx(np.nanmean(ap_C[[0, 2, 4]]))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"bootstrap": 1},
+        {"bootstrap": -1},
+        {"confidence": 1.0},
+        {"seed": -1},
+        {"engine": "fast"},
+        {"iou_types": ("keypoints",)},
+        {"iou_types": ("bbox", "bbox")},
+        {"max_detections": 0},
+        {"batch_size": 0},
+    ],
+)
+def test_settings_are_checked(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        EvaluationConfig(**wrong)

@@ -75,6 +75,31 @@ class Vocabulary:
         )
 
     @classmethod
+    def from_names(
+        cls,
+        names: Sequence[str],
+        *,
+        prompt: str | Sequence[str] = "a {}",
+        encoder: Path | str | None = None,
+    ) -> Vocabulary:
+        """Embed class names; see `proxydet.vocabulary.encoder.build_vocabulary`.
+
+        All classes count as base until `base_by_similarity` says otherwise.
+
+        Args:
+            names: Class names.
+            prompt: A sentence with ``{}`` in the name's place, several, or the name of a prompt set.
+            encoder: CLIP weights or a ``text_encoder.json``; None: CLIP ViT-B/32 where ``proxydet download`` puts it.
+
+        Raises:
+            VocabularyError: a name is empty or there twice, or there is no encoder.
+        """
+        from proxydet.vocabulary.encoder import build_vocabulary, open_encoder
+
+        opened = open_encoder(None if encoder is None else Path(encoder))
+        return build_vocabulary(names, opened, prompts=prompt)
+
+    @classmethod
     def load(cls, path: Path | str) -> Vocabulary:
         """Read what `save` wrote.
 

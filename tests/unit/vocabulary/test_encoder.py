@@ -21,6 +21,7 @@ from proxydet.vocabulary.compositional import CompositionalEncoder
 from proxydet.vocabulary.embedding_cache import EmbeddingCache
 from proxydet.vocabulary.encoder import ClipTextEncoder, build_vocabulary, open_encoder
 from proxydet.vocabulary.names import ClassWords
+from proxydet.vocabulary.vocabulary import Vocabulary
 
 CONFIG = {
     "embed_dim": 16,
@@ -192,6 +193,13 @@ def test_the_compositional_encoder_gets_no_prompt() -> None:
     encoder = CompositionalEncoder.create(["red", "circle"], dim=16, noise=0.1, seed=0)
     built = build_vocabulary(["red circle"], encoder)
     np.testing.assert_array_equal(built.embeddings, encoder.encode(["red circle"]))
+
+
+def test_vocabularies_are_made_from_names(tmp_path: Path) -> None:
+    encoder = CompositionalEncoder.create(["red", "circle"], dim=16, noise=0.1, seed=0)
+    encoder.save(tmp_path / "words.json")
+    made = Vocabulary.from_names([" red circle"], encoder=tmp_path / "words.json")
+    assert made == build_vocabulary(["red circle"], encoder)
 
 
 def test_missing_weights_say_how_to_get_them(

@@ -12,7 +12,7 @@ from proxydet.artifacts.fetch import Report, fetch_all
 from proxydet.artifacts.http import Client
 from proxydet.artifacts.obtain import Job
 from proxydet.artifacts.patience import RateLimit
-from proxydet.artifacts.plan import Plan, make_plan
+from proxydet.artifacts.plan import Plan, make_plan, with_announced_sizes
 from proxydet.artifacts.root import Root
 from proxydet.artifacts.settings import TransferSettings
 from proxydet.artifacts.verify import Finding, verify_all
@@ -82,6 +82,14 @@ class Downloader:
         return make_plan(
             artifacts, self._root, self._client, keep_archives=self.options.keep_archives
         )
+
+    def ask_sizes(self, plan: Plan) -> Plan:
+        """Complete a plan by asking servers for the sizes that are not published.
+
+        Raises:
+            TransferError: An address redirects to where it must not.
+        """
+        return with_announced_sizes(plan, self._root, self._client)
 
     def fetch(self, plan: Plan) -> Report:
         """Make everything in a plan ready, as far as possible; the report holds the failures.

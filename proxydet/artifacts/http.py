@@ -30,6 +30,8 @@ COOKIES_VARIABLE = "PROXYDET_COOKIES"
 
 _logger = logging.getLogger(__name__)
 
+_ASKING_SECONDS = 5.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -123,6 +125,35 @@ class Client:
             response.close()
             raise
         return OpenReply(response, reply, self)
+
+    def announced_size(self, address: str, *, pinned: bool) -> int | None:
+        """Ask a server how long a file is, without fetching it; None where it does not say.
+
+        Args:
+            address: The address.
+            pinned: Whether the digest of the file is known.
+
+        Raises:
+            TransferError: The address, or one that it redirects to, is refused.
+        """
+        check_address(address, pinned=pinned)
+        session = self._session()
+        session.pinned = pinned
+        headers = Request(address=address, pinned=pinned).headers()
+        wait = min(self.settings.connect_timeout, _ASKING_SECONDS)
+        try:
+            with session.head(
+                address, headers=headers, timeout=wait, allow_redirects=True
+            ) as answer:
+                page = answer.headers.get("Content-Type", "").lower().startswith("text/html")
+                length = answer.headers.get("Content-Length", "")
+                told = (
+                    answer.status_code == 200 and not page and length.isascii() and length.isdigit()
+                )
+                return int(length[:18]) if told else None
+        except requests.RequestException as error:
+            _logger.debug("%s did not say its size: %s", shown(address), _reason(error))
+            return None
 
     def has_credentials(self, address: str) -> bool:
         """Tell whether a cookie or a netrc entry is at hand for the host of an address."""

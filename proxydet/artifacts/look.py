@@ -47,6 +47,8 @@ class Item:
     """The file, or the folder that its archive is unpacked to."""
     kept: int = 0
     """Bytes that an earlier run has fetched already."""
+    announced: int | None = None
+    """Size that the server gave when asked, where none is published."""
     why: str = ""
     """What is wrong or special, in a few words."""
 
@@ -57,10 +59,11 @@ class Item:
 
     @property
     def to_fetch(self) -> int | None:
-        """Bytes that have to come over the network; None where the size is not published."""
+        """Bytes that have to come over the network; None where the size is not known."""
         if not self.must_fetch:
             return 0
-        return None if self.artifact.size is None else max(self.artifact.size - self.kept, 0)
+        size = self.artifact.size if self.artifact.size is not None else self.announced
+        return None if size is None else max(size - self.kept, 0)
 
 
 def look(artifact: Artifact, root: Root, client: Client) -> Item:

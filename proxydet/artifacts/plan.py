@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from proxydet.artifacts.artifact import Artifact
@@ -12,7 +12,11 @@ from proxydet.artifacts.files import free_bytes
 from proxydet.artifacts.http import Client
 from proxydet.artifacts.look import Item, State, look
 from proxydet.artifacts.root import Root
+from proxydet.artifacts.workers import run_workers
 from proxydet.errors import DiskFullError
+
+_MOST_ASKED = 60
+_ASKING_THREADS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,8 @@ class Plan:
     """What was found for each artifact."""
     needs: tuple[Need, ...]
     """The room it takes, per file system."""
+    archives_at_once: int
+    """How many archives lie beside what they were unpacked to at any time; 0 for all of them."""
 
     @property
     def todo(self) -> tuple[Item, ...]:
@@ -83,7 +89,36 @@ def make_plan(
         ArtifactError: A record under the root is damaged.
     """
     items = tuple(look(artifact, root, client) for artifact in artifacts)
-    return Plan(items, _needs(items, root, 0 if keep_archives else client.settings.jobs))
+    at_once = 0 if keep_archives else client.settings.jobs
+    return Plan(items, _needs(items, root, at_once), at_once)
+
+
+def with_announced_sizes(plan: Plan, root: Root, client: Client) -> Plan:
+    """Ask servers for the sizes that are not published; what they do not tell stays unknown.
+
+    Args:
+        plan: A plan.
+        root: Where files lie.
+        client: Makes the requests, a few at a time, and no more than 60 in all.
+
+    Raises:
+        TransferError: An address redirects to where it must not.
+    """
+    waiting = deque([item for item in plan.items if item.to_fetch is None][:_MOST_ASKED])
+    answers: dict[str, int | None] = {}
+
+    def ask() -> None:
+        while waiting:
+            try:
+                artifact = waiting.popleft().artifact
+            except IndexError:  # another thread took the last one
+                return
+            size = client.announced_size(artifact.addresses[0], pinned=artifact.pinned)
+            answers[artifact.name] = size
+
+    run_workers([ask] * min(_ASKING_THREADS, len(waiting)), client.stop)
+    items = tuple(replace(item, announced=answers.get(item.artifact.name)) for item in plan.items)
+    return Plan(items, _needs(items, root, plan.archives_at_once), plan.archives_at_once)
 
 
 def _needs(items: Iterable[Item], root: Root, jobs: int) -> tuple[Need, ...]:

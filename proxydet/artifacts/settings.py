@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from proxydet.errors import ConfigError
+from proxydet.artifacts.addresses import check_address
+from proxydet.errors import ConfigError, TransferError
 
 _MULTIPLES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
 
@@ -62,6 +63,11 @@ class TransferSettings:
                 raise ConfigError(f"{name} must be above 0; it is {value}.")
         if self.connections > 64 or self.jobs > 64:
             raise ConfigError("connections and jobs may be at most 64.")
+        if self.mirror is not None:
+            try:
+                check_address(self.mirror, pinned=True)
+            except TransferError as error:
+                raise ConfigError(f"mirror: {error.message}", hint=error.hint) from error
 
 
 def bytes_per_second(text: str) -> float:
@@ -70,7 +76,7 @@ def bytes_per_second(text: str) -> float:
     Raises:
         ConfigError: It is none.
     """
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)([kMG]?)(?:B|B/s)?", text.strip())
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)([kMG]?)(?:B|B/s)?", text.strip(), re.ASCII)
     rate = float(match[1]) * _MULTIPLES[match[2]] if match else 0.0
     if rate <= 0:
         raise ConfigError(

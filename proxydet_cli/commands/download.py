@@ -108,7 +108,7 @@ def download(  # noqa: PLR0913 - one parameter an option
         if verify:
             _verify(downloader, names or [], output)
         elif dry_run:
-            _show_plan(downloader.plan(names or [_DEFAULT]), output)
+            _show_plan(downloader.ask_sizes(downloader.plan(names or [_DEFAULT])), output)
         else:
             _fetch(downloader, names or [], output, asked=not yes)
 
@@ -131,7 +131,7 @@ def _show_plan(plan: Plan, output: Output) -> None:
 def _fetch(downloader: Downloader, names: list[str], output: Output, *, asked: bool) -> None:
     from proxydet_cli import downloads
 
-    plan = downloader.plan(names or [_DEFAULT])
+    plan = downloader.ask_sizes(downloader.plan(names or [_DEFAULT]))
     if plan.todo:
         output.message(downloads.plan_text(plan))
         plan.require_room()

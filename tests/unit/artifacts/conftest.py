@@ -68,6 +68,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args: object) -> None:
         pass
 
+    def do_HEAD(self) -> None:
+        served = self.server.files.get(self.path)
+        self.send_response(404 if served is None else 302 if served.redirect else 200)
+        for name, value in {
+            "Location": served and served.redirect,
+            "Content-Type": served and served.content_type,
+        }.items():
+            if value:
+                self.send_header(name, value)
+        self.send_header("Content-Length", str(len(served.body)) if served else "0")
+        self.end_headers()
+
     def do_GET(self) -> None:
         served = self.server.files.get(self.path)
         if served is None:

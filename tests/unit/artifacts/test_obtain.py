@@ -347,6 +347,21 @@ class TestMany:
         assert not served.requests
 
 
+def test_servers_are_asked_for_sizes_that_are_not_published(server, artifact, body, root) -> None:
+    server.add("/a", body)
+    server.add("/b", redirect="/a")
+    server.add("/page", b"<html>", content_type="text/html")
+    catalogue = Catalogue(
+        [("t", CatalogueFile(artifacts=tuple(map(artifact, ("a", "b", "page", "absent")))))]
+    )
+    with Downloader(catalogue, DownloadOptions(root=root)) as downloader:
+        plan = downloader.plan(["a", "b", "page", "absent"])
+        assert (plan.bytes_to_fetch, plan.unknown_sizes) == (0, 4)
+        plan = downloader.ask_sizes(plan)
+    assert [item.to_fetch for item in plan.items] == [len(body), len(body), None, None]
+    assert plan.needs[0].needed == 2 * len(body)
+
+
 class TestPublicApi:
     def test_a_name_in_and_a_path_out(self, server, artifact, body, root, quick) -> None:
         server.add("/thing", body)

@@ -1,0 +1,212 @@
+"""``proxydet download`` as it is typed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from proxydet.artifacts.http import Client
+from proxydet_cli import main
+
+ENTRY = """
+[[artifacts]]
+name = "{name}"
+title = "a thing"
+licence = "CC0"
+addresses = ["{address}"]
+target = "models/{name}.bin"
+{more}
+"""
+TYPED = "import sys; from proxydet_cli.main import main; sys.exit(main())"
+LOGIN = 'login = { site = "https://example.org/join", how = "Register there." }\n'
+
+
+@pytest.fixture
+def entry(server, tmp_path: Path) -> Callable[..., None]:
+    path = tmp_path / "catalogue.toml"
+    path.write_text("")
+
+    def add(name: str, body: bytes | None = None, more: str = "") -> None:
+        if body is not None:
+            server.add(f"/{name}", body)
+            more += f'sha256 = "{hashlib.sha256(body).hexdigest()}"\nsize = {len(body)}\n'
+        address = server.address(f"/{name}")
+        path.write_text(path.read_text() + ENTRY.format(name=name, address=address, more=more))
+
+    return add
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PROXYDET_CATALOGUE", str(tmp_path / "catalogue.toml"))
+
+    def call(*words: str) -> tuple[int, str, str]:
+        try:
+            code = main.main(["download", *words])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+def test_fetches_and_says_so(run, entry, body, tmp_path) -> None:
+    entry("thing", body)
+    code, out, err = run("thing", "--yes")
+    assert code == 0
+    assert "fetched" in out
+    assert "300.0 kB" in err
+    assert (tmp_path / "models/thing.bin").read_bytes() == body
+    code, out, err = run("thing")
+    assert (code, out.strip()) == (0, "1 ready before")
+
+
+def test_a_dry_run_fetches_nothing(run, entry, server, body, tmp_path) -> None:
+    entry("thing", body)
+    code, out, _ = run("thing", "--dry-run", "--root", "there")
+    assert code == 0
+    assert "absent" in out
+    assert "CC0" in out
+    assert "free" in out
+    assert not server.files["/thing"].requests
+    assert not (tmp_path / "there").exists()
+
+
+def test_without_a_name_it_is_what_training_needs(run, entry, monkeypatch) -> None:
+    monkeypatch.setattr(Client, "announced_size", lambda *_, **__: 170_000_000)
+    code, out, err = run("--dry-run")
+    assert code == 0
+    for name in ("boxsup-r50", "coco-train2017", "lvis-train", "imagenet-21k-lvis"):
+        assert name in out
+    assert "170.0 MB" in out
+    assert "997 of 997 files need an account at https://image-net.org" in err
+
+
+def test_json_is_json(run, entry, body) -> None:
+    entry("thing", body)
+    entry("absent", b"x" * 10)
+    plan = json.loads(run("thing", "--dry-run", "--json")[1])
+    assert plan["files"][0]["to fetch"] == plan["bytes_to_fetch"] == len(body)
+    report = json.loads(run("thing", "--yes", "--json")[1])
+    assert report["files"][0]["status"] == "fetched"
+    assert report["files"][0]["sha256"] == hashlib.sha256(body).hexdigest()
+    rows = json.loads(run("--list", "--json")[1])
+    assert {"name", "kind", "files", "bytes", "digest", "account", "licence", "title"} == set(
+        rows[0]
+    )
+    assert json.loads(run("--verify", "--json")[1])[0]["verdict"] == "sound"
+
+
+def test_nobody_there_to_agree(run, entry, server, body, monkeypatch) -> None:
+    entry("thing", body)
+    with Path(os.devnull).open() as nothing:
+        monkeypatch.setattr(sys, "stdin", nothing)
+        code, _, err = run("thing")
+    assert code == 3
+    assert "--yes" in err
+    assert not server.files["/thing"].requests
+
+
+@pytest.mark.parametrize(("answer", "fetched"), [("y\n", True), ("\n", True), ("n\n", False)])
+def test_asks_once_on_a_terminal(entry, server, body, tmp_path, answer, fetched) -> None:
+    entry("thing", body)
+    controller, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", TYPED, "download", "thing", "--catalogue", "catalogue.toml"],
+        stdin=terminal,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    )
+    os.write(controller, answer.encode())
+    _, err = process.communicate(timeout=60)
+    os.close(controller)
+    os.close(terminal)
+    assert process.returncode == 0, err
+    assert err.count("Go on?") == 1
+    assert (tmp_path / "models/thing.bin").exists() == fetched
+
+
+def test_a_failure_has_its_exit_code_and_leaves_the_rest(run, entry, body, tmp_path) -> None:
+    entry("good", body)
+    entry("absent", more=f'sha256 = "{"0" * 64}"\n')
+    code, out, err = run("good", "absent", "--yes")
+    assert code == 4
+    assert "fetched" in out
+    assert "404" in err
+    assert "Traceback" not in err
+    assert (tmp_path / "models/good.bin").exists()
+
+
+def test_an_account_by_its_own_name_is_an_error_in_a_group_a_warning(
+    run, entry, body, tmp_path
+) -> None:
+    entry("open", body)
+    entry("closed", more=LOGIN)
+    with (tmp_path / "catalogue.toml").open("a") as file:
+        file.write('[groups.both]\ntitle = "both"\nholds = ["open", "closed"]\n')
+    code, _, err = run("both", "--yes")
+    assert code == 0
+    assert "warning" in err
+    assert "https://example.org/join" in err
+    code, _, err = run("closed", "--yes")
+    assert code == 4
+    assert "Register there." in err
+
+
+def test_verification(run, entry, body, tmp_path) -> None:
+    entry("thing", body)
+    assert run("--verify")[1].strip() == "nothing is there"
+    assert run("thing", "--verify")[0] == 4
+    run("thing", "--yes")
+    code, out, _ = run("thing", "--verify")
+    assert code == 0
+    assert "sound" in out
+    (tmp_path / "models/thing.bin").write_bytes(body[::-1])
+    code, out, err = run("--verify")
+    assert code == 4
+    assert "damaged" in out
+    assert "proxydet download --force thing" in err
+
+
+def test_strict(run, entry, server, body) -> None:
+    entry("loose")
+    server.add("/loose", body)
+    code, _, err = run("loose", "--yes", "--strict")
+    assert code == 4
+    assert "--strict refuses" in err
+
+
+def test_a_mirror_from_the_environment(run, entry, server, body, monkeypatch) -> None:
+    entry("thing", body)
+    served = server.add("/m/models/thing.bin", body)
+    monkeypatch.setenv("PROXYDET_MIRROR", server.address("/m"))
+    assert run("thing", "--yes")[0] == 0
+    assert served.requests
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("lvsi", "--dry-run"), 3, "Did you mean lvis"),
+        (("lvis", "--limit-rate", "fast"), 3, "not a rate"),
+        (("lvis", "--jobs", "0"), 2, "jobs"),
+        (("lvis", "--mirror", "ftp://x/", "--yes"), 3, "not an https or http address"),
+        (("--catalogue", "absent.toml", "--list"), 3, "cannot be read"),
+    ],
+)
+def test_mistakes(run, entry, words, code, message) -> None:
+    got, _, err = run(*words)
+    assert got == code
+    assert message in err
+    assert "Traceback" not in err

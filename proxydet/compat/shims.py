@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -76,10 +75,7 @@ def _builtin_numpy_types(module: ModuleType) -> Iterator[None]:
 
 @contextmanager
 def _resource_filename(_module: ModuleType) -> Iterator[None]:
-    # setuptools 82 dropped pkg_resources, of which the model zoo uses one function.
-    if find_spec("pkg_resources") is not None:
-        yield
-        return
+    # setuptools 82 dropped pkg_resources, and warned of it before; the model zoo uses one function of it.
     stand_in = ModuleType("pkg_resources")
     stand_in.__dict__["resource_filename"] = _path_in_package
     with temporary_module("pkg_resources", stand_in):

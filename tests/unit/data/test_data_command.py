@@ -1,0 +1,61 @@
+import json
+from pathlib import Path
+
+from proxydet_cli import main
+
+
+def run(*words: object) -> int:
+    try:
+        return main.main(["data", *(str(word) for word in words)])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+def test_check_says_what_is_wrong_and_exits_with_3(small_set: Path, capsys) -> None:
+    assert run("check", small_set) == 0
+    assert "data set small: sound" in capsys.readouterr().out
+    (small_set.parent / "val" / "101.png").unlink()
+    assert run("check", small_set, "--json") == 3
+    report = json.loads(capsys.readouterr().out)
+    assert report["sound"] is False
+    assert [f["part"] for f in report["findings"] if f["level"] == "error"] == ["val"]
+
+
+def test_stats_as_tables_and_as_json(small_set_with_labels: Path, capsys) -> None:
+    assert run("stats", small_set_with_labels) == 0
+    text = capsys.readouterr().out
+    assert "image_labels" in text
+    assert "novel" in text
+    assert run("stats", small_set_with_labels, "--json") == 0
+    parts = json.loads(capsys.readouterr().out)["parts"]
+    assert [part["images"] for part in parts] == [6, 2, 7]
+
+
+def test_preview_writes_a_picture(small_set: Path, tmp_path: Path, capsys) -> None:
+    target = tmp_path / "sheet.png"
+    assert run("preview", small_set, "--output", target, "--count", 2) == 0
+    assert capsys.readouterr().out.strip() == str(target)
+    assert target.exists()
+
+
+def test_prepare_reports_and_fails_clearly(tmp_path: Path, capsys) -> None:
+    assert run("prepare", "lvis", "--root", tmp_path) == 3
+    captured = capsys.readouterr()
+    assert "lvis_v1_train.json" in captured.err
+    assert "hint:" in captured.err
+    assert run("prepare", "lvsi") == 2
+
+
+def test_prepare_objects365(tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "objects365" / "annotations"
+    folder.mkdir(parents=True)
+    (tmp_path / "metadata").mkdir()
+    content = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "Bakset"}]}
+    (folder / "zhiyuan_objv2_val.json").write_text(json.dumps(content))
+    (tmp_path / "metadata" / "Objects365_names_fix.csv").write_text("1,Bakset,Basket\n")
+    assert run("prepare", "objects365", "--root", tmp_path, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [step["action"] for step in report["steps"]] == ["made", "made", "made"]
+    assert report["steps"][0]["detail"] == "1 names changed"
+    assert run("prepare", "objects365", "--root", tmp_path) == 0
+    assert "up to date  names set right" in capsys.readouterr().out

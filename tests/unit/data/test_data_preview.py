@@ -1,0 +1,89 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from proxydet.data.description import DatasetDescription
+from proxydet.data.images import read_image
+from proxydet.data_preview import PreviewRequest, preview_pictures, write_preview
+from proxydet.errors import DataError, VocabularyError
+
+
+def described(path: Path) -> DatasetDescription:
+    return DatasetDescription.from_toml(path)
+
+
+def test_annotated_images_are_drawn(small_set: Path) -> None:
+    request = PreviewRequest(count=20)
+    pictures = preview_pictures(described(small_set), request)
+    assert sorted(p.caption for p in pictures) == [
+        "1.png: 0 annotations",
+        "2.png: 1 annotations",
+        "3.png: 2 annotations",
+        "4.png: 3 annotations",
+        "5.png: 0 annotations",
+        "6.png: 1 annotations",
+    ]
+    again = preview_pictures(described(small_set), request)
+    assert [p.caption for p in again] == [p.caption for p in pictures]
+    other = preview_pictures(described(small_set), PreviewRequest(count=20, seed=1))
+    assert [p.caption for p in other] != [p.caption for p in pictures]
+    by_name = {p.caption[:5]: np.asarray(p.image).astype(int) for p in pictures}
+    source = read_image(small_set.parent / "train" / "6.png").astype(int)
+    scale = by_name["6.png"].shape[0] // source.shape[0]
+    difference = np.abs(by_name["6.png"][::scale, ::scale] - source)
+    assert difference.max() > 60, "nothing was drawn"
+
+
+def test_images_of_one_class(small_set: Path) -> None:
+    request = PreviewRequest(class_name="dog")
+    captions = [p.caption for p in preview_pictures(described(small_set), request)]
+    assert sorted(captions) == ["3.png: 2 annotations", "4.png: 3 annotations"]
+    with pytest.raises(VocabularyError, match="'cow'"):
+        preview_pictures(described(small_set), PreviewRequest(class_name="cow"))
+    with pytest.raises(DataError, match="no image to draw in val"):
+        preview_pictures(described(small_set), PreviewRequest(split="val", class_name="bird"))
+
+
+def test_masks_are_filled_polygons_and_run_lengths(small_set: Path) -> None:
+    from proxydet.data.classes import load_vocabulary, open_split
+    from proxydet.data_preview import _drawn_objects
+
+    annotations = small_set.parent / "train.json"
+    content = json.loads(annotations.read_text())
+    content["annotations"][0]["segmentation"] = {"counts": [0, 40, 2360], "size": [40, 60]}
+    content["annotations"][1] |= {"iscrowd": 1}
+    annotations.write_text(json.dumps(content))
+    description = described(small_set)
+    store, vocabulary = open_split(description, "train"), load_vocabulary(description)
+    (first,) = _drawn_objects(store, store.record(1), vocabulary)
+    assert callable(first.mask_HW)
+    assert first.mask_HW().sum() == 40
+    crowd, novel = _drawn_objects(store, store.record(2), vocabulary)
+    assert (crowd.label, novel.label) == ("cat (crowd)", "dog (novel)")
+    assert callable(novel.mask_HW)
+    area = store.record(2).areas_A[1]
+    assert abs(novel.mask_HW().sum() - area) < 0.25 * area
+
+
+def test_what_training_sees(small_set_with_labels: Path) -> None:
+    request = PreviewRequest(augmented=True, count=9)
+    captions = [p.caption for p in preview_pictures(described(small_set_with_labels), request)]
+    assert len(captions) == 9
+    assert any("objects" in caption for caption in captions)
+    assert any("tar/" in caption and caption.endswith((": dog", ": bird")) for caption in captions)
+
+
+def test_a_sheet_or_a_page_is_written(small_set: Path, tmp_path: Path) -> None:
+    sheet = write_preview(described(small_set), tmp_path / "out" / "s.png", PreviewRequest(count=3))
+    with Image.open(sheet) as image:
+        assert image.width > 1000
+    page = write_preview(described(small_set), tmp_path / "p.html", PreviewRequest(count=2))
+    text = page.read_text()
+    assert text.count("<svg") == 2
+    assert text.count("data:image/") == 2
+    assert "2 of 2" in text
+    with pytest.raises(DataError, match=r"'\.xyz'"):
+        write_preview(described(small_set), tmp_path / "s.xyz", PreviewRequest())

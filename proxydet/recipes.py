@@ -19,7 +19,7 @@ from proxydet.config_text import apply_overrides, load_mapping
 from proxydet.data.config import DataConfig, SourceConfig
 from proxydet.errors import ConfigError
 from proxydet.evaluation.config import EvaluationConfig
-from proxydet.losses.config import LossConfig
+from proxydet.losses.config import CenterNetLossConfig, LossConfig
 from proxydet.modeling.config import (
     BackboneConfig,
     CascadeConfig,
@@ -139,18 +139,39 @@ def boxsup_swinb() -> RunConfig:
 
 def quickstart() -> RunConfig:
     """A small detector for the drawn data set of ``proxydet quickstart``: every part of the method, in minutes on a CPU."""
+    model = _small_model(width=24, channels=48, hidden=128, embedding_dim=64)
     return RunConfig(
         recipe="quickstart",
         data=DataConfig(
-            boxes=SourceConfig(batch_size=8, size=128, scale=(0.6, 1.4), ratio=1.0),
-            image_labels=SourceConfig(batch_size=16, size=64, scale=(0.7, 1.3), ratio=1.0),
+            boxes=SourceConfig(batch_size=8, size=128, scale=(0.9, 1.15), ratio=4.0),
+            image_labels=SourceConfig(batch_size=16, size=64, scale=(0.9, 1.15), ratio=1.0),
             repeat_threshold=0.01,
             workers=1,
             test_shortest_side=128,
-            test_longest_side=256,
+            test_longest_side=128,
         ),
-        model=_small_model(width=16, channels=64, hidden=256, embedding_dim=64),
-        training=_short_training(iterations=900, learning_rate=1e-3),
+        # The drawn objects are 30 to 65 pixels: three levels propose, and the finest is pooled from.
+        model=dataclasses.replace(
+            model,
+            pyramid=dataclasses.replace(model.pyramid, extra_levels=0),
+            proposals=dataclasses.replace(
+                model.proposals,
+                candidates_train=300,
+                candidates_test=300,
+                keep_train=100,
+                keep_test=100,
+            ),
+            cascade=dataclasses.replace(
+                model.cascade, pool_levels=model.pyramid.levels[:1], samples_per_image=32
+            ),
+        ),
+        losses=LossConfig(
+            centernet=CenterNetLossConfig(
+                size_ranges=((0.0, 80.0), (64.0, 160.0), (128.0, float("inf")))
+            )
+        ),
+        training=_short_training(iterations=1050, learning_rate=2e-3),
+        evaluation=EvaluationConfig(batch_size=8),
     )
 
 

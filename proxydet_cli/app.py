@@ -24,6 +24,7 @@ COMMANDS: dict[str, str] = {
     "setup": "Make a working detectron2 where none is; check the rest.",
     "download": "Fetch checkpoints, data sets and metadata; check them.",
     "data": "Prepare data sets, check them, count and look at what is in them.",
+    "train": "Train a detector, from one CPU to many machines; go on after any stop.",
     "env": "Report the environment next to the published one.",
     "predict": "Find objects in pictures, by any words.",
     "vocab": "Make and inspect vocabularies of class names.",

@@ -14,25 +14,25 @@ class SyntheticConfig:
 
     seed: int = 7
     """Decides every random choice: splits, scenes, image labels and embeddings."""
-    images_train: int = 600
+    images_train: int = 800
     """Training scenes; they hold base classes only."""
     images_val: int = 120
     """Validation scenes; they hold base and novel classes."""
-    image_label_images_per_class: int = 12
+    image_label_images_per_class: int = 16
     """Pictures of a single object in each class's tar of the image-label source; 0 leaves the source out."""
-    size: int = 160
+    size: int = 128
     """Longest edge of a scene in pixels."""
-    image_label_size: int = 96
+    image_label_size: int = 64
     """Longest edge of an image-label picture in pixels."""
     colours: int = 5
     """How many colours take part, from the first of the list."""
-    shapes: int = 5
+    shapes: int = 4
     """How many shapes take part, from the first of the list."""
     textures: int = 3
     """How many textures take part, from the first of the list."""
-    novel_classes: int = 15
+    novel_classes: int = 12
     """Combinations held out of training: the novel classes, frequency group "r"."""
-    novel_covered: int = 12
+    novel_covered: int = 9
     """Novel classes that the image-label source covers (in the paper 277 of 337)."""
     common_share: float = 0.4
     """Share of the base classes that are drawn at half the rate: frequency group "c"; the rest are "f"."""
@@ -40,9 +40,9 @@ class SyntheticConfig:
     """Share of the objects of validation scenes that belong to novel classes."""
     objects_least: int = 2
     """Fewest objects a scene."""
-    objects_most: int = 5
+    objects_most: int = 4
     """Most objects a scene."""
-    object_size_least: float = 0.2
+    object_size_least: float = 0.25
     """Smallest diameter of an object, as a share of the scene's longest edge."""
     object_size_most: float = 0.5
     """Largest diameter of an object, as a share of the scene's longest edge."""

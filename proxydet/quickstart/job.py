@@ -1,0 +1,247 @@
+"""Make a data set, train on it, evaluate base and novel classes, predict with other words, write a report.
+
+Every step goes through the function that the command for real data uses, so what works here works there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from proxydet.data.synthetic.config import SyntheticConfig
+from proxydet.data.synthetic.dataset import make_dataset
+from proxydet.detections import Detections
+from proxydet.detector import Detector
+from proxydet.evaluation.detector_evaluation import evaluate
+from proxydet.evaluation.report import GroupScore, Report
+from proxydet.recipes import RunConfig, get_recipe
+from proxydet.reporting import SILENT, Progress
+from proxydet.training.runfolder import RunFolder
+from proxydet.training.train import train
+
+PICTURES = 6
+"""Validation pictures that are shown."""
+
+SHOWN_ABOVE = 0.4
+"""Score from which a detection is shown in a picture."""
+
+
+@dataclass(frozen=True)
+class QuickstartFolder:
+    """Names of the files of a quickstart.
+
+    ::
+
+        FOLDER/
+        ├── data/            the drawn data set; data/description.toml describes it
+        ├── run/             the run folder: configuration, losses, checkpoints, weights
+        ├── evaluation/      predictions on the validation images, and results.json
+        ├── predictions/     detections of other words on validation images, and their pictures
+        └── report.html
+    """
+
+    root: Path
+
+    @property
+    def data(self) -> Path:
+        """The drawn data set."""
+        return self.root / "data"
+
+    @property
+    def description(self) -> Path:
+        """Its description."""
+        return self.data / "description.toml"
+
+    @property
+    def run(self) -> RunFolder:
+        """The training run."""
+        return RunFolder(self.root / "run")
+
+    @property
+    def evaluation(self) -> Path:
+        """Predictions and scores."""
+        return self.root / "evaluation"
+
+    @property
+    def predictions(self) -> Path:
+        """Detections of other words."""
+        return self.root / "predictions"
+
+    @property
+    def report(self) -> Path:
+        """The report."""
+        return self.root / "report.html"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A validation picture and what was found in it.
+
+    Attributes:
+        picture: The file.
+        detections: What was found, of all classes.
+        asked: Class names that the second search looked for, not all of them in the picture.
+        found: What that search found.
+    """
+
+    picture: Path
+    detections: Detections
+    asked: tuple[str, ...]
+    found: Detections
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartResult:
+    """What a quickstart made.
+
+    Attributes:
+        folder: Where everything is.
+        evaluation: Scores on the validation images; the groups ``base`` and ``novel`` are the point.
+        examples: Pictures with detections.
+        seconds: Wall-clock time of each step, in order.
+    """
+
+    folder: QuickstartFolder
+    evaluation: Report
+    examples: tuple[Example, ...] = field(repr=False)
+    seconds: dict[str, float]
+
+    @property
+    def base(self) -> GroupScore:
+        """Mask AP of the base classes, as fractions."""
+        return self.evaluation.main.group("base")
+
+    @property
+    def novel(self) -> GroupScore:
+        """Mask AP of the novel classes, as fractions."""
+        return self.evaluation.main.group("novel")
+
+
+def quickstart_config(*, seed: int, mixup: bool = True, description: Path) -> RunConfig:
+    """Return the recipe ``quickstart`` for a drawn data set.
+
+    Args:
+        seed: Seed of weights, batches and augmentation.
+        mixup: Whether the mixup branch is there; without it the detector is trained on boxes and image labels alone.
+        description: The data set.
+    """
+    recipe = get_recipe("quickstart")
+    return dataclasses.replace(
+        recipe,
+        seed=seed,
+        data=dataclasses.replace(recipe.data, description=description),
+        model=dataclasses.replace(recipe.model, mixup_branch=mixup),
+    )
+
+
+def run_quickstart(
+    output: Path,
+    *,
+    seed: int = 7,
+    drawn: SyntheticConfig | None = None,
+    config: RunConfig | None = None,
+    progress: Progress = SILENT,
+) -> QuickstartResult:
+    """Do the whole job; steps that are done already in the folder are not done again.
+
+    Args:
+        output: Folder for everything; made where absent.
+        seed: Seed of the training. The data set has its own, in ``drawn``.
+        drawn: What to draw; None takes the defaults.
+        config: Configuration of the run; None takes the recipe. Its data description is set to the drawn one.
+        progress: Where progress is shown.
+
+    Raises:
+        ConfigError: The folder holds a run of another configuration.
+        ProxydetError: As `make_dataset`, `train` and `evaluate`.
+    """
+    from proxydet.quickstart.page import write_page
+
+    folder = QuickstartFolder(output.resolve())
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "draw the data set"):
+        description = make_dataset(folder.data, drawn, progress=progress)
+    if config is None:
+        config = quickstart_config(seed=seed, description=description)
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, description=description)
+    )
+    with _timed(seconds, "train"):
+        train(config, output=folder.run.root, progress=progress)
+    detector = Detector.from_run(folder.run.root, device=config.training.device)
+    with _timed(seconds, "evaluate"):
+        evaluation = score(detector, description, folder.evaluation, config, progress)
+    with _timed(seconds, "predict"):
+        examples = tuple(predict_examples(detector, folder, progress))
+    result = QuickstartResult(
+        folder=folder, evaluation=evaluation, examples=examples, seconds=seconds
+    )
+    write_page(result)
+    return result
+
+
+def score(
+    detector: Detector, description: Path, output: Path, config: RunConfig, progress: Progress
+) -> Report:
+    """Evaluate a detector on a drawn data set's validation images and keep the scores beside the predictions."""
+    report = evaluate(
+        detector, description, output=output, config=config.evaluation, progress=progress
+    )
+    if report is None:
+        raise RuntimeError("a quickstart runs in one process, which scores")
+    text = json.dumps(report.to_dict(), indent=2)
+    (output / "results.json").write_text(text, encoding="utf-8")
+    return report
+
+
+def predict_examples(
+    detector: Detector, folder: QuickstartFolder, progress: Progress
+) -> Iterator[Example]:
+    """Look at pictures that training never saw: for all classes, and for a few words of one's own choice.
+
+    The words are novel classes and one base class. They are embedded by the data set's text encoder, as those of
+    ``proxydet predict --vocabulary`` are.
+    """
+    names, base = detector.vocabulary.names, detector.vocabulary.base
+    novel = tuple(name for name, known in zip(names, base, strict=True) if not known)
+    known = tuple(name for name, seen in zip(names, base, strict=True) if seen)
+    asked = (*novel[:7], *known[:1])
+    folder.predictions.mkdir(parents=True, exist_ok=True)
+    pictures = _pictures_with(folder, set(novel))[:PICTURES]
+    with progress.task("predicting", total=len(pictures), unit="images") as task:
+        for picture in pictures:
+            example = Example(
+                picture=picture,
+                detections=detector.predict(picture, score_threshold=SHOWN_ABOVE),
+                asked=asked,
+                found=detector.predict(picture, list(asked), score_threshold=SHOWN_ABOVE),
+            )
+            found = {"vocabulary": asked, **example.found.to_dict()}
+            text = json.dumps(found, indent=2)
+            (folder.predictions / f"{picture.stem}.json").write_text(text, encoding="utf-8")
+            task.advance()
+            yield example
+
+
+def _pictures_with(folder: QuickstartFolder, wanted: set[str]) -> list[Path]:
+    """Return validation pictures, those with the most different wanted classes first."""
+    annotations = json.loads((folder.data / "lvis_val.json").read_text(encoding="utf-8"))
+    names = {entry["id"]: entry["name"] for entry in annotations["categories"]}
+    classes: dict[int, set[str]] = {image["id"]: set() for image in annotations["images"]}
+    for annotation in annotations["annotations"]:
+        classes[annotation["image_id"]].add(names[annotation["category_id"]])
+    order = sorted(classes, key=lambda image: (-len(classes[image] & wanted), image))
+    files = {path.stem.lstrip("0"): path for path in (folder.data / "val").iterdir()}
+    return [files[str(image)] for image in order]
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[step] = time.perf_counter() - start

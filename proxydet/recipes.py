@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from proxydet.compat.modes import Mode
 from proxydet.config import merge
@@ -254,6 +254,23 @@ def resolve_config(
         raise ConfigError(f"recipe must be text; it is {name!r}.", path=file)
     config = merge(get_recipe(name), {**mapping, "recipe": name})
     return apply_overrides(config, overrides)
+
+
+def absolute_paths(config: RunConfig) -> RunConfig:
+    """Return a configuration whose paths do not depend on the working folder."""
+    return cast("RunConfig", _map_paths(config))
+
+
+def _map_paths(value: Any) -> Any:
+    if isinstance(value, Path):
+        return value.expanduser().absolute()
+    if isinstance(value, tuple):
+        return tuple(_map_paths(item) for item in value)
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    fields = [field.name for field in dataclasses.fields(value) if field.init]
+    changed = {name: _map_paths(getattr(value, name)) for name in fields}
+    return dataclasses.replace(value, **changed)
 
 
 def _without_image_labels(base: RunConfig, name: str) -> RunConfig:

@@ -47,6 +47,11 @@ def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def launched_rank() -> int:
+    """Return the number that a launcher gave this process; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
 @contextmanager
 def connect(device: str) -> Iterator[Ranks]:
     """Join the other processes that the launcher started, and leave them at the end.

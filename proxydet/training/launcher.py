@@ -51,6 +51,8 @@ def launch(topology: Topology, arguments: Sequence[str], logs: Path) -> None:
     """
     since = time.time()
     os.environ[LAUNCHED] = "1"
+    # Otherwise DDP warns in each process about steps whose losses reach every parameter.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN_SECONDS)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     config = _launch_config(topology, logs)
@@ -65,8 +67,9 @@ def launch(topology: Topology, arguments: Sequence[str], logs: Path) -> None:
         raise _failure(error, topology, logs, since) from error
     except RendezvousError as error:
         raise TrainingError(
-            f"The {topology.nodes} nodes did not meet at {topology.endpoint}: {error}",
-            hint="Start the same command on every node; check that the address can be reached from all of them.",
+            f"The {topology.nodes} nodes did not find, or lost, each other at {topology.endpoint}: {error}",
+            hint="Start the same command on every node. Each must reach that address, and the run ends with the node that "
+            "owns it; starting anew goes on from the newest checkpoint.",
         ) from error
 
 

@@ -12,6 +12,8 @@
     ├── evaluations.jsonl    one record an evaluation
     ├── tensorboard/
     ├── checkpoints/         step_XXXXXXX.pth
+    ├── evaluations/         predictions and report of each evaluation
+    ├── plots/               losses and metrics over the iterations
     ├── failures/            batches whose loss was not finite
     ├── logs/                what each process wrote
     └── model_final.pth      the weights after the last step
@@ -73,6 +75,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Training checkpoints."""
         return self.root / "checkpoints"
+
+    @property
+    def plots(self) -> Path:
+        """Losses and metrics over the iterations."""
+        return self.root / "plots"
 
     @property
     def failures(self) -> Path:

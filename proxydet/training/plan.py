@@ -1,0 +1,190 @@
+"""What a training would do, without doing it: data it needs and what is missing, size, time, launch command."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from proxydet.config import to_mapping
+from proxydet.config_text import dump_yaml
+from proxydet.data.description import DatasetDescription
+from proxydet.errors import InputError
+from proxydet.training.checkpoint import CheckpointFolder
+from proxydet.training.cluster import Topology
+from proxydet.training.estimate import Estimate, estimate_run
+from proxydet.training.runfolder import RunFolder
+from proxydet.training.train import RunSettings, scale_run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """A file or folder that a training reads."""
+
+    what: str
+    """What it is for."""
+
+    path: str
+    """Where it is expected; empty where nothing names it."""
+
+    present: bool
+    """Whether it is there."""
+
+    problem: str = ""
+    """What is wrong with it, where that is more than being absent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """What a training would do."""
+
+    folder: Path
+    """The run folder."""
+
+    resumes_after: int | None
+    """Iteration of the checkpoint that it would go on with; None starts anew."""
+
+    topology: Topology
+    """Processes."""
+
+    config: RunSettings
+    """The resolved configuration, scaled to the number of processes."""
+
+    needs: tuple[Need, ...]
+    """What it reads."""
+
+    estimate: Estimate
+    """Memory and time."""
+
+    command: tuple[str, ...]
+    """The launch command, as words."""
+
+    @property
+    def missing(self) -> tuple[Need, ...]:
+        """What is not there, or not usable."""
+        return tuple(need for need in self.needs if not need.present)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON can hold it."""
+        return {
+            "folder": str(self.folder),
+            "resumes_after": self.resumes_after,
+            "processes": self.topology.world_size,
+            "needs": [dataclasses.asdict(need) for need in self.needs],
+            "estimate": dataclasses.asdict(self.estimate),
+            "command": list(self.command),
+            "configuration": to_mapping(self.config),
+        }
+
+    def to_text(self) -> str:
+        """Return the plan for people to read: the configuration first, what to do about it last."""
+        start = (
+            "starts anew"
+            if self.resumes_after is None
+            else f"goes on after iteration {self.resumes_after}"
+        )
+        lines = [
+            dump_yaml(self.config, comments=False).rstrip(),
+            "",
+            f"run folder   {self.folder} ({start})",
+            f"processes    {self.topology.world_size} on {self.topology.nodes} machine(s)",
+            *self.estimate.lines(),
+            "",
+            "data and weights",
+            *(f"  {_mark(need):8} {need.what:22} {_place(need)}" for need in self.needs),
+            "",
+            "command",
+            f"  {shlex.join(self.command)}",
+        ]
+        if self.missing:
+            lines += ["", f"{len(self.missing)} missing: training cannot start yet."]
+        return "\n".join(lines)
+
+
+def plan_training(
+    config: RunSettings, topology: Topology, output: Path, worker: Sequence[str]
+) -> TrainingPlan:
+    """Find out what a training would do. Looks at files, opens none of the large ones.
+
+    Args:
+        config: The configuration, before scaling to the number of processes.
+        topology: Processes.
+        output: The run folder.
+        worker: What follows the interpreter on each process's command line.
+    """
+    folder = RunFolder(output)
+    scaled = scale_run(config, topology.world_size)
+    checkpoints = CheckpointFolder(folder.checkpoints, scaled.training.checkpoints).list()
+    return TrainingPlan(
+        folder=folder.root,
+        resumes_after=checkpoints[-1][0] if checkpoints else None,
+        topology=topology,
+        config=scaled,
+        needs=tuple(_needs(scaled)),
+        estimate=estimate_run(
+            scaled.model,
+            scaled.data.boxes,
+            scaled.data.image_labels,
+            scaled.training,
+            topology.world_size,
+        ),
+        command=_command(topology, folder, worker),
+    )
+
+
+def _command(topology: Topology, folder: RunFolder, worker: Sequence[str]) -> tuple[str, ...]:
+    if topology.world_size == 1:
+        return (sys.executable, *worker)
+    launcher = (sys.executable, "-m", "torch.distributed.run")
+    return (*launcher, *topology.torchrun_arguments(folder.logs), *worker)
+
+
+def _needs(config: RunSettings) -> list[Need]:
+    needs = []
+    weights = config.training.weights
+    if weights is not None:
+        needs.append(_need("starting weights", weights))
+    path = config.data.description
+    if path is None:
+        text = "give one with --data"
+        return [*needs, Need(what="data description", path="", present=False, problem=text)]
+    if not path.is_file():
+        return [*needs, _need("data description", path)]
+    try:
+        description = DatasetDescription.from_toml(path)
+    except InputError as error:
+        broken = Need(what="data description", path=str(path), present=False, problem=error.message)
+        return [*needs, broken]
+    return [*needs, _need("data description", path), *_data_needs(description, config)]
+
+
+def _data_needs(description: DatasetDescription, config: RunSettings) -> list[Need]:
+    needs = [_need("text embeddings", description.vocabulary.embeddings)]
+    if description.train is None:
+        text = "the description has no [train] table"
+        needs.append(Need(what="training annotations", path="", present=False, problem=text))
+    for name, split in (("training", description.train), ("validation", description.val)):
+        if split is not None:
+            needs.append(_need(f"{name} annotations", split.annotations))
+            needs += [_need(f"{name} images", root) for root in split.roots]
+    labels = description.image_labels
+    if config.data.image_labels is not None and labels is not None:
+        paths = [path for path in (labels.tars, labels.annotations, *labels.roots) if path]
+        needs += [_need("image labels", path) for path in paths]
+    return needs
+
+
+def _need(what: str, path: Path) -> Need:
+    return Need(what=what, path=str(path), present=path.exists())
+
+
+def _mark(need: Need) -> str:
+    return "there" if need.present else "MISSING"
+
+
+def _place(need: Need) -> str:
+    return ": ".join(part for part in (need.path, need.problem) if part)

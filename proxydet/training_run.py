@@ -1,0 +1,148 @@
+"""A whole training run: evaluation by the schedule, and plots at the end.
+
+::
+
+    from proxydet.recipes import resolve_config
+    from proxydet.training_run import run_training
+
+    config = resolve_config("small", overrides=["data.description=pets.toml"])
+    result = run_training(config, output=Path("runs/pets"))
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from proxydet.data.description import DatasetDescription
+from proxydet.detector import Detector
+from proxydet.evaluation.detector_evaluation import evaluate
+from proxydet.evaluation.report import Report
+from proxydet.recipes import RunConfig
+from proxydet.reporting import SILENT, Progress
+from proxydet.training.distributed import launched_rank
+from proxydet.training.fit import Resume, TrainResult
+from proxydet.training.logs import JsonLines
+from proxydet.training.loop import Evaluate
+from proxydet.training.runfolder import RunFolder
+from proxydet.training.train import train
+from proxydet.visualization.plots import loss_plot, save_figure
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from proxydet.modeling.network import ProxyDetNetwork
+
+Curves = dict[str, list[tuple[float, float]]]
+
+
+def run_training(
+    config: RunConfig, *, output: Path, resume: Resume = "auto", progress: Progress = SILENT
+) -> TrainResult:
+    """Train a detector, evaluate it by the schedule where the data has validation images, and plot the course.
+
+    Args:
+        config: The whole configuration.
+        output: The run folder.
+        resume: What to do with checkpoints that are there.
+        progress: Where progress is shown.
+
+    Raises:
+        ProxydetError: As `proxydet.training.train.train`, and what evaluation raises.
+    """
+    result = train(
+        config,
+        output=output,
+        resume=resume,
+        evaluate=scheduled_evaluation(config, progress),
+        progress=progress,
+    )
+    if launched_rank() == 0:
+        plot_run(RunFolder(result.folder))
+    return result
+
+
+def scheduled_evaluation(config: RunConfig, progress: Progress = SILENT) -> Evaluate | None:
+    """Return what training calls to evaluate the network; None where the data has no validation images.
+
+    Raises:
+        DataError: The data description cannot be read.
+    """
+    if config.data.description is None:
+        return None
+    description = DatasetDescription.from_toml(config.data.description)
+    if description.val is None:
+        return None
+
+    def evaluate_network(network: nn.Module, iteration: int, folder: Path) -> dict[str, float]:  # noqa: ARG001
+        detector = Detector(
+            cast("ProxyDetNetwork", network),
+            inference=config.inference,
+            shortest=config.data.test_shortest_side,
+            longest=config.data.test_longest_side,
+        )
+        report = evaluate(
+            detector,
+            description,
+            output=folder / "predictions",
+            config=config.evaluation,
+            progress=progress,
+        )
+        if report is None:
+            return {}
+        (folder / "report.json").write_text(
+            json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8"
+        )
+        return flat_metrics(report)
+
+    return evaluate_network
+
+
+def flat_metrics(report: Report) -> dict[str, float]:
+    """Return a report's metrics by one name each: ``segm/AP``, ``segm/AP50 novel``; what was not measured is left out.
+
+    The first is the average precision over all classes, of masks where masks were scored.
+    """
+    order = sorted(report.types.items(), key=lambda item: item[1] is not report.main)
+    values: dict[str, float | None] = {}
+    for kind, part in order:
+        prefix = f"{kind}/{report.metric_prefix}"
+        values.update({f"{prefix}{name}": value for name, value in part.metrics.items()})
+        for group in part.groups:
+            values[f"{prefix}AP {group.name}"] = group.ap
+            values[f"{prefix}AP50 {group.name}"] = group.ap50
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def plot_run(folder: RunFolder) -> list[Path]:
+    """Plot the losses and the evaluation metrics of a run into its ``plots`` folder.
+
+    Returns:
+        The files that were written.
+    """
+    groups = {
+        "losses": _curves(folder.metrics, "losses"),
+        "evaluations": _curves(folder.evaluations, "metrics"),
+    }
+    written = []
+    for name, curves in groups.items():
+        if curves:
+            folder.plots.mkdir(parents=True, exist_ok=True)
+            path = folder.plots / f"{name}.png"
+            save_figure(loss_plot(curves), path)
+            written.append(path)
+    return written
+
+
+def _curves(path: Path, key: str) -> Curves:
+    """Read one curve for each name from a file of JSON lines."""
+    curves: Curves = {}
+    for record in JsonLines(path).read():
+        values: Mapping[str, float] = record[key]
+        for name, value in values.items():
+            if math.isfinite(value):
+                curves.setdefault(name, []).append((record["iteration"], value))
+    return curves

@@ -1,0 +1,204 @@
+"""What ``proxydet train`` does with its options: resolve, plan, launch or train, and say what to do next."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from proxydet.errors import ConfigError, Interrupted
+from proxydet.paths import runs_folder
+from proxydet_cli.output import Output
+
+if TYPE_CHECKING:
+    from proxydet.recipes import RunConfig
+    from proxydet.training.cluster import Topology
+    from proxydet.training.fit import Resume, TrainResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """What to train; every process of a run gets the same."""
+
+    recipe: str | None
+    data: Path | None
+    config: Path | None
+    overrides: tuple[str, ...]
+    output: Path | None
+    resume: str
+    weights: Path | None
+    device: str | None
+
+    def words(self) -> list[str]:
+        """Return the options as words of a command line."""
+        given = {
+            "--recipe": self.recipe,
+            "--data": self.data,
+            "--config": self.config,
+            "--output": self.output,
+            "--resume": None if self.resume == "auto" else self.resume,
+            "--weights": self.weights,
+            "--device": self.device,
+        }
+        words = [word for key, value in given.items() if value for word in (key, str(value))]
+        return words + [word for item in self.overrides for word in ("--set", item)]
+
+    def resolve(self) -> RunConfig:
+        """Put the configuration together; options win over ``--set``, that over the file, that over the recipe."""
+        from proxydet.recipes import absolute_paths, resolve_config
+
+        overrides = list(self.overrides)
+        for key, value in (
+            ("data.description", self.data),
+            ("training.weights", self.weights),
+            ("training.device", self.device),
+        ):
+            if value is not None:
+                overrides.append(f"{key}={value}")
+        return absolute_paths(resolve_config(self.recipe, self.config, overrides))
+
+    def folder(self, config: RunConfig) -> Path:
+        """Return the run folder."""
+        return (self.output or runs_folder() / config.recipe).absolute()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machines:
+    """Where to train, as asked for."""
+
+    gpus: int | None
+    nodes: int | None
+    rendezvous: str | None
+    max_restarts: int | None
+    requeue: bool
+
+    def topology(self, config: RunConfig) -> Topology:
+        """Decide how many processes run where."""
+        import os
+
+        import torch
+
+        from proxydet.training.cluster import plan_topology
+
+        on_cpu = config.training.device == "cpu" or not torch.cuda.is_available()
+        return plan_topology(
+            gpus=self.gpus,
+            nodes=self.nodes,
+            rendezvous=self.rendezvous,
+            max_restarts=self.max_restarts,
+            available=1 if on_cpu else torch.cuda.device_count(),
+            environment=os.environ,
+        )
+
+
+def show_config(options: TrainOptions, *, json: bool) -> None:
+    """Write the resolved configuration."""
+    from proxydet.config import to_mapping
+    from proxydet.config_text import dump_yaml
+
+    config = options.resolve()
+    Output(json=json).data(to_mapping(config), dump_yaml(config).rstrip())
+
+
+def show_plan(options: TrainOptions, machines: Machines, *, json: bool) -> None:
+    """Write what would be done, with what, for how long, and what is missing."""
+    from proxydet.training.plan import plan_training
+
+    config = options.resolve()
+    topology = machines.topology(config)
+    plan = plan_training(config, topology, options.folder(config), _worker_words(options))
+    Output(json=json).data(plan.to_dict(), plan.to_text())
+
+
+def run(options: TrainOptions, machines: Machines, *, json: bool) -> None:
+    """Train here, or start the processes that do and wait for them."""
+    from proxydet.training.launcher import in_worker, requeue
+
+    config = options.resolve()
+    if in_worker():
+        _work(options, config)
+        return
+    output = Output(json=json)
+    topology = machines.topology(config)
+    try:
+        if topology.world_size == 1:
+            result = _train(options, config, output)
+            output.data(result, _summary(result))
+        else:
+            _launch(options, config, topology)
+            output.data({"folder": options.folder(config)}, _next_steps(options.folder(config)))
+    except Interrupted as error:
+        if machines.requeue and error.signal_number != 2 and requeue():
+            output.message("The SLURM job is back in the queue.")
+        raise
+
+
+def _launch(options: TrainOptions, config: RunConfig, topology: Topology) -> None:
+    from proxydet.training.launcher import launch
+    from proxydet.training.runfolder import RunFolder
+
+    launch(topology, _worker_words(options), RunFolder(options.folder(config)).logs)
+
+
+def _work(options: TrainOptions, config: RunConfig) -> None:
+    """Train as one of several processes; the first of all shows how it goes."""
+    from proxydet.training.distributed import launched_rank
+    from proxydet.training.failures import worker_log
+    from proxydet.training.runfolder import RunFolder
+
+    with worker_log(RunFolder(options.folder(config)).logs, launched_rank()):
+        _train(options, config, Output(quiet=launched_rank() > 0))
+
+
+def _train(options: TrainOptions, config: RunConfig, output: Output) -> TrainResult:
+    from proxydet.training_run import run_training
+    from proxydet_cli.training_display import training_progress
+
+    folder = options.folder(config)
+    output.message(f"run folder: {folder}")
+    return run_training(
+        config,
+        output=folder,
+        resume=_resume(options.resume),
+        progress=training_progress(quiet=output.quiet),
+    )
+
+
+def _resume(text: str) -> Resume:
+    if text == "auto":
+        return "auto"
+    if text == "never":
+        return "never"
+    path = Path(text)
+    if not path.is_file():
+        raise ConfigError(
+            f"--resume takes auto, never or a checkpoint; there is no file {text}.",
+            hint="Checkpoints lie in RUN/checkpoints/.",
+            path=path,
+        )
+    return path.absolute()
+
+
+def _worker_words(options: TrainOptions) -> list[str]:
+    return ["-m", "proxydet_cli", "train", *options.words()]
+
+
+def _summary(result: TrainResult) -> str:
+    lines = [f"trained {result.iterations} iterations in {result.folder}"]
+    if result.losses:
+        lines.append(f"loss {result.losses['total']:.4g}")
+    if result.best is not None:
+        best = result.best
+        lines.append(f"best {best.metric} {best.value:.4f} after {best.iteration} iterations")
+    if result.skipped:
+        lines.append(f"{result.skipped} steps were skipped because a loss was not finite")
+    return "\n".join([*lines, _next_steps(result.folder)])
+
+
+def _next_steps(folder: Path) -> str:
+    run_name = shlex.quote(str(folder))
+    return (
+        f"next: proxydet eval --run {run_name}\n"
+        f"      proxydet predict --run {run_name} photo.jpg --classes 'cup, plate'"
+    )

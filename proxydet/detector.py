@@ -59,6 +59,7 @@ class Detector:
         network: The network, in evaluation mode.
         vocabulary: The classes of the training.
         inference: Settings of evaluation; `predict` changes thresholds only.
+        sides: The shortest and the longest side, in pixels, that pictures are scaled to.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class Detector:
         self.network = network.eval()
         self.vocabulary = network.vocabulary
         self.inference = inference or InferenceConfig()
-        self._sides = (shortest, longest)
+        self.sides = (shortest, longest)
         self._encoder = encoder
         self._lock = threading.Lock()
         self._named = lru_cache(maxsize=_REMEMBERED)(self._embed)
@@ -231,7 +232,7 @@ class Detector:
             Boxes and masks in the pixels of the given pictures, on the network's device.
         """
         training = vocabulary is None or vocabulary == self.vocabulary
-        shortest, longest = self._sides
+        shortest, longest = self.sides
         resized = []
         for pixels_HW3 in images:
             height, width = pixels_HW3.shape[:2]
@@ -273,8 +274,8 @@ class Detector:
         return Detector(
             self.network,
             inference=dataclasses.replace(self.inference, **changes),  # type: ignore[arg-type]
-            shortest=self._sides[0],
-            longest=self._sides[1],
+            shortest=self.sides[0],
+            longest=self.sides[1],
             encoder=self._encoder,
         )
 

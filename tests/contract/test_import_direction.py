@@ -40,7 +40,18 @@ RANK = {
     "training": 7,
     "evaluation": 8,
     # What puts everything together.
-    **dict.fromkeys(["", "recipes", "quickstart", "training_run", "run_comparison", "determinism"], 10),
+    **dict.fromkeys(
+        [
+            "",
+            "recipes",
+            "quickstart",
+            "training_run",
+            "run_comparison",
+            "determinism",
+            "training_run",
+        ],
+        10,
+    ),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from proxydet.errors import ConfigError
@@ -32,6 +33,9 @@ class EvaluationConfig:
 
     fixed_per_image: int = 1000
     """Detections that a detector keeps of an image when its fixed AP is measured; a bound on memory only."""
+
+    hierarchy: Path | None = None
+    """OpenImages' class hierarchy (JSON); with it AP50 is also measured on detections expanded by it."""
 
     allow_outside: bool = False
     """Accept boxes that reach out of their image by more than a pixel; they are scored as they are."""

@@ -14,11 +14,13 @@ from proxydet.errors import ConfigError
 from proxydet.evaluation.config import EvaluationConfig
 from proxydet.evaluation.ground_truth import GroundTruth
 from proxydet.evaluation.metrics import (
+    Metrics,
     average_precision,
     category_groups,
     category_precision,
     official_metrics,
 )
+from proxydet.evaluation.openimages import read_hierarchy, score_openimages
 from proxydet.evaluation.report import (
     CategoryScore,
     Counts,
@@ -108,6 +110,8 @@ def run_evaluation(
             keep_every_mask=config.engine == "lvis",
             allow_outside=config.allow_outside,
         )
+    if truth.protocol == "openimages":
+        return _openimages(truth, results, config)
     all_groups = category_groups(truth.frequencies, _checked_groups(groups or {}, truth))
     scored = {
         iou_type: score(truth, results, iou_type, config, all_groups, progress)
@@ -124,6 +128,34 @@ def run_evaluation(
         },
     )
     return Evaluation(report=report, truth=truth, results=results, scored=scored, groups=all_groups)
+
+
+def _openimages(truth: GroundTruth, results: Results, config: EvaluationConfig) -> Evaluation:
+    """Score by OpenImages' own protocol, which has one metric: AP50, plain and expanded."""
+    limit = config.max_detections
+    plain = score_openimages(truth, results, max_detections=limit)
+    metrics: Metrics = {"AP50": plain.ap50}
+    if config.hierarchy is not None:
+        ancestors = read_hierarchy(config.hierarchy, truth)
+        expanded = score_openimages(truth, results, ancestors=ancestors, max_detections=limit)
+        metrics["AP50 expanded"] = expanded.ap50
+    unscored_C = np.full(len(truth.category_ids), np.nan)
+    detections_C = np.bincount(results.category_D, minlength=len(truth.category_ids))
+    part = TypeReport(
+        iou_type="bbox",
+        metrics=metrics,
+        groups=(),
+        categories=_category_scores(truth, detections_C, unscored_C, plain.ap50_C),
+    )
+    report = Report(
+        dataset=truth.name,
+        protocol=truth.protocol,
+        engine="proxydet",
+        fixed=False,
+        counts=_counts(truth, results, {}),
+        types={"bbox": part},
+    )
+    return Evaluation(report=report, truth=truth, results=results, scored={}, groups={})
 
 
 def _checked_groups(groups: Groups, truth: GroundTruth) -> dict[str, NDArray[np.bool_]]:
@@ -152,7 +184,12 @@ def _type_report(
         groups=tuple(
             _group_score(name, mask_C, scored) for name, mask_C in groups.items() if mask_C.any()
         ),
-        categories=_category_scores(truth, scored),
+        categories=_category_scores(
+            truth,
+            np.bincount(scored.selection.category_S, minlength=len(truth.category_ids)),
+            category_precision(curves),
+            category_precision(curves, iou=0.5),
+        ),
         intervals=resamples.intervals(config.confidence) if resamples else {},
         resampling=Resampling(
             number=config.bootstrap,
@@ -178,12 +215,14 @@ def _group_score(name: str, mask_C: NDArray[np.bool_], scored: Scored) -> GroupS
     )
 
 
-def _category_scores(truth: GroundTruth, scored: Scored) -> tuple[CategoryScore, ...]:
+def _category_scores(
+    truth: GroundTruth,
+    detections_C: NDArray[np.intp],
+    ap_C: NDArray[np.float64],
+    ap50_C: NDArray[np.float64],
+) -> tuple[CategoryScore, ...]:
     categories = len(truth.category_ids)
-    ap_C = category_precision(scored.curves)
-    ap50_C = category_precision(scored.curves, iou=0.5)
     annotations_C = np.bincount(truth.ann_category_A[truth.counted_A], minlength=categories)
-    detections_C = np.bincount(scored.selection.category_S, minlength=categories)
     training_C = truth.training_images_C
     return tuple(
         CategoryScore(
@@ -201,13 +240,13 @@ def _category_scores(truth: GroundTruth, scored: Scored) -> tuple[CategoryScore,
 
 
 def _counts(truth: GroundTruth, results: Results, scored: Mapping[str, Scored]) -> Counts:
-    first = next(iter(scored.values())).selection
+    first = next((part.selection for part in scored.values()), None)
     return Counts(
         images=len(truth.image_ids),
         images_with_detections=len(np.unique(results.image_D)),
         annotations=len(truth.ann_image_A),
         detections=len(results),
-        capped=first.capped,
-        unjudged=first.unjudged,
+        capped=first.capped if first else 0,
+        unjudged=first.unjudged if first else 0,
         without_area={kind: part.selection.without_area for kind, part in scored.items()},
     )

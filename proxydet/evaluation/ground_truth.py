@@ -53,6 +53,7 @@ class GroundTruth:
         ann_ignore_A: bool, annotations that neither help nor harm.
         negatives_N2: int64 (image, category) pairs verified to be absent; empty unless the protocol has them.
         unexhaustive_N2: int64 (image, category) pairs of which not every object is annotated.
+        positives_N2: int64 (image, category) pairs verified to be present (OpenImages).
         segmentations: A raw JSON values, read when masks are asked for.
         category_keys: C other identifiers of the category (``freebase_id``, else ``synset``, else empty).
     """
@@ -75,6 +76,7 @@ class GroundTruth:
     ann_ignore_A: NDArray[np.bool_]
     negatives_N2: NDArray[np.int64]
     unexhaustive_N2: NDArray[np.int64]
+    positives_N2: NDArray[np.int64]
     segmentations: list[msgspec.Raw] = field(repr=False)
     category_keys: tuple[str, ...] = ()
 
@@ -123,6 +125,7 @@ class GroundTruth:
         if self.protocol == "coco":
             return np.ones(shape, dtype=bool)
         judged = np.zeros(shape, dtype=bool)
+        judged[self.positives_N2[:, 0], self.positives_N2[:, 1]] = True
         counted_A = self.counted_A
         judged[self.ann_image_A[counted_A], self.ann_category_A[counted_A]] = True
         judged[self.negatives_N2[:, 0], self.negatives_N2[:, 1]] = True
@@ -219,6 +222,7 @@ def _from_rows(
         ann_ignore_A=np.array([bool(row.ignore) for row in rows.annotations], dtype=bool),
         negatives_N2=_pairs(images, category_index, "neg_category_ids", protocol),
         unexhaustive_N2=_pairs(images, category_index, "not_exhaustive_category_ids", protocol),
+        positives_N2=_pairs(images, category_index, "pos_category_ids", protocol),
         segmentations=[row.segmentation for row in rows.annotations],
         category_keys=tuple(row.freebase_id or row.synset or "" for row in categories),
     )

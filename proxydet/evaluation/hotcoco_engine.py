@@ -11,7 +11,7 @@ It differs from them in what it does with detections that the official ones drop
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from proxydet.evaluation.ground_truth import GroundTruth
 from proxydet.evaluation.results import Results
 from proxydet.evaluation.selection import Selection
 
+_Value = TypeVar("_Value")
 _BEYOND_EVERY_AREA = 2 * AREA_RANGES_A2.max()
 
 
@@ -57,7 +58,28 @@ def run_hotcoco(
     return _guarded(lambda: _hotcoco_curves(truth, results, selection, iou_type, limits))
 
 
-def _guarded(job: Callable[[], Curves]) -> Curves:
+def tide_errors(
+    truth: GroundTruth, results: Results, selection: Selection, iou_type: str
+) -> dict[str, Any]:
+    """Break errors down by kind, as TIDE does, with the engine's own implementation.
+
+    Returns:
+        ``ap_base``, ``counts`` and ``delta_ap`` by kind: ``Cls``, ``Loc``, ``Both``, ``Dupe``, ``Bkg``, ``Miss``.
+
+    Raises:
+        EnvironmentProblem: The engine failed.
+    """
+
+    def job() -> dict[str, Any]:
+        evaluator = _evaluator(truth, results, selection, iou_type, (None,))
+        evaluator.evaluate()
+        errors: dict[str, Any] = evaluator.tide_errors(pos_thr=0.5, bg_thr=0.1)
+        return errors
+
+    return _guarded(job)
+
+
+def _guarded(job: Callable[[], _Value]) -> _Value:
     try:
         return job()
     except (KeyboardInterrupt, SystemExit, MemoryError):
@@ -76,21 +98,7 @@ def _hotcoco_curves(
     iou_type: str,
     limits: Limits,
 ) -> Curves:
-    import hotcoco
-
-    federated = truth.protocol == "lvis"
-    annotations = _hotcoco_annotations(hotcoco, truth, iou_type)
-    evaluator = hotcoco.COCOeval(
-        annotations,
-        _hotcoco_detections(annotations, results, selection, iou_type),
-        iou_type,
-        lvis_style=federated,
-    )
-    # LVIS's limit is one over all categories of an image, and the selection has applied it.
-    evaluator.params.max_dets = [
-        NO_LIMIT if federated or limit is None else limit for limit in limits
-    ]
-    evaluator.params.iou_thrs = IOU_THRESHOLDS_T.tolist()
+    evaluator = _evaluator(truth, results, selection, iou_type, limits)
     evaluator.evaluate()
     evaluator.accumulate()
     accumulated: Any = evaluator.eval
@@ -99,6 +107,27 @@ def _hotcoco_curves(
         recall_TCAM=np.asarray(accumulated["recall"]),
         limits=limits,
     )
+
+
+def _evaluator(
+    truth: GroundTruth,
+    results: Results,
+    selection: Selection,
+    iou_type: str,
+    limits: Limits,
+) -> Any:
+    import hotcoco
+
+    federated = truth.protocol == "lvis"
+    annotations = _hotcoco_annotations(hotcoco, truth, iou_type)
+    detections = _hotcoco_detections(annotations, results, selection, iou_type)
+    evaluator = hotcoco.COCOeval(annotations, detections, iou_type, lvis_style=federated)
+    # LVIS's limit is one over all categories of an image, and the selection has applied it.
+    evaluator.params.max_dets = [
+        NO_LIMIT if federated or limit is None else limit for limit in limits
+    ]
+    evaluator.params.iou_thrs = IOU_THRESHOLDS_T.tolist()
+    return evaluator
 
 
 def _hotcoco_annotations(hotcoco: Any, truth: GroundTruth, iou_type: str) -> Any:

@@ -151,8 +151,8 @@ class Report:
 
     Attributes:
         dataset: The data set's name.
-        protocol: ``"lvis"`` or ``"coco"``.
-        engine: ``"hotcoco"`` or ``"lvis"`` (the official evaluators).
+        protocol: ``"lvis"``, ``"coco"`` or ``"openimages"``.
+        engine: ``"hotcoco"``, ``"lvis"`` (the official evaluators), or ``"proxydet"`` for OpenImages.
         fixed: Whether this is fixed AP, which can't be compared with AP.
         counts: What was scored.
         types: By iou type, ``"bbox"`` and ``"segm"``.
@@ -172,13 +172,13 @@ class Report:
 
     @property
     def ap(self) -> float | None:
-        """Average precision of masks (of boxes where no masks were scored), as a fraction."""
-        return self.main.metrics["AP"]
+        """Average precision of masks (of boxes where no masks were scored), as a fraction; None for OpenImages."""
+        return self.main.metrics.get("AP")
 
     @property
     def ap50(self) -> float | None:
         """The same at IoU 0.5."""
-        return self.main.metrics["AP50"]
+        return self.main.metrics.get("AP50")
 
     @property
     def ap_rare(self) -> float | None:

@@ -1,0 +1,220 @@
+"""OpenImages' average precision at IoU 0.5, with its group boxes and its class hierarchy.
+
+The protocol of the Open Images Challenge: in each image only classes count that annotators verified, as present or as
+absent. Boxes drawn around groups count as one object each; detections that lie in one (half of their area) and find
+nothing else are one hit together, with the best of their scores. Average precision is the area under the curve.
+
+*Expanded* means that what is a guitar is a musical instrument too: annotations are expanded by whoever made the
+annotation file (the published ``oid_challenge_2019_val_expanded.json``); detections are expanded here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from proxydet.errors import DataError
+from proxydet.evaluation.ground_truth import GroundTruth
+from proxydet.evaluation.json_input import damaged_json, first_offenders, read_bytes
+from proxydet.evaluation.overlap import box_iou
+from proxydet.evaluation.results import Results
+from proxydet.evaluation.selection import Selection, select
+
+_IOU = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenImagesScore:
+    """Average precision at IoU 0.5 by OpenImages' protocol.
+
+    Attributes:
+        ap50: Mean over categories that have annotations; None if none has.
+        ap50_C: float64 (C,), each category; NaN for those without annotations.
+        expanded: Whether detections were expanded by the hierarchy.
+    """
+
+    ap50: float | None
+    ap50_C: NDArray[np.float64]
+    expanded: bool
+
+
+def score_openimages(
+    truth: GroundTruth,
+    results: Results,
+    *,
+    ancestors: Mapping[int, tuple[int, ...]] | None = None,
+    max_detections: int = 300,
+) -> OpenImagesScore:
+    """Score boxes by OpenImages' protocol.
+
+    Args:
+        truth: Annotations with ``pos_category_ids`` and ``neg_category_ids``; ``iscrowd`` marks group boxes.
+        results: All detections.
+        ancestors: For each category number those above it, from `read_hierarchy`: detections then count for these too.
+            None leaves them as they are.
+        max_detections: The most detections of an image, before they are expanded.
+    """
+    within = select(
+        results, replace(truth, protocol="coco"), iou_type="bbox", per_image=max_detections
+    )
+    kept = results.take(within.detection_S)
+    if ancestors:
+        kept = _expanded(kept, ancestors)
+    selection = select(kept, truth, iou_type="bbox")
+    hits = _hits(truth, kept, selection)
+    annotations_C = np.bincount(truth.ann_category_A, minlength=len(truth.category_ids))
+    ap50_C = np.full(len(annotations_C), np.nan)
+    for category in np.flatnonzero(annotations_C):
+        scores, right = hits.get(int(category), ([], []))
+        ap50_C[category] = _area_under_curve(
+            np.array(scores), np.array(right, dtype=bool), int(annotations_C[category])
+        )
+    known = ap50_C[~np.isnan(ap50_C)]
+    return OpenImagesScore(
+        ap50=float(known.mean()) if known.size else None,
+        ap50_C=ap50_C,
+        expanded=bool(ancestors),
+    )
+
+
+def read_hierarchy(path: Path, truth: GroundTruth) -> dict[int, tuple[int, ...]]:
+    """Read OpenImages' class hierarchy.
+
+    Args:
+        path: JSON of nested ``{"LabelName": ..., "Subcategory": [...]}``, such as
+            ``challenge-2019-label500-hierarchy.json``.
+        truth: Annotations whose categories have a ``freebase_id``.
+
+    Returns:
+        For each category number (0-based) the numbers of those above it.
+
+    Raises:
+        DataError: The file is damaged, or no label of it is a category.
+    """
+    try:
+        tree = msgspec.json.decode(read_bytes(path), type=dict[str, Any])
+    except msgspec.MsgspecError as error:
+        raise damaged_json(path, error, what="a class hierarchy") from error
+    number = {key: index for index, key in enumerate(truth.category_keys) if key}
+    found: dict[int, set[int]] = {}
+    unknown: list[str] = []
+    # Each entry is a node with the categories above it.
+    waiting: list[tuple[dict[str, Any], frozenset[int]]] = [(tree, frozenset())]
+    while waiting:
+        node, above = waiting.pop()
+        own = number.get(node.get("LabelName", ""))
+        if own is not None:
+            found.setdefault(own, set()).update(above - {own})
+            above = above | {own}
+        elif above or node is not tree:
+            unknown.append(str(node.get("LabelName")))
+        waiting.extend((child, above) for child in node.get("Subcategory", ()))
+    if not found:
+        raise DataError(
+            f"{path}: none of its labels is a category of {truth.name} ({first_offenders(unknown)}).",
+            hint="the categories need the freebase_id that the hierarchy names them by",
+            path=path,
+        )
+    return {key: tuple(sorted(above)) for key, above in found.items() if above}
+
+
+def _expanded(results: Results, ancestors: Mapping[int, tuple[int, ...]]) -> Results:
+    """Return the detections, each followed by copies for the categories above its own."""
+    above = [(int(category), *ancestors.get(int(category), ())) for category in results.category_D]
+    source = np.repeat(np.arange(len(above)), [len(categories) for categories in above])
+    return replace(
+        results,
+        image_D=results.image_D[source],
+        category_D=np.array(
+            [value for categories in above for value in categories], dtype=np.int64
+        ),
+        score_D=results.score_D[source],
+        box_D4=results.box_D4[source],
+        mask_D=results.mask_D[source],
+    )
+
+
+def _hits(
+    truth: GroundTruth, results: Results, selection: Selection
+) -> dict[int, tuple[list[float], list[bool]]]:
+    """Return each category's scores, and whether each is a hit, images in ascending order."""
+    categories = len(truth.category_ids)
+    key_A = truth.ann_image_A * categories + truth.ann_category_A
+    order = np.argsort(key_A, kind="stable")
+    key_S = selection.image_S * categories + selection.category_S
+    hits: dict[int, tuple[list[float], list[bool]]] = {}
+    starts = np.flatnonzero(np.append(True, np.diff(key_S) != 0)[: len(key_S)])
+    for start, end in zip(starts, np.append(starts[1:], len(key_S)), strict=True):
+        first, last = np.searchsorted(key_A[order], [key_S[start], key_S[start] + 1])
+        annotations = order[first:last]
+        scores, right = _image_hits(
+            results.box_D4[selection.detection_S[start:end]],
+            selection.score_S[start:end],
+            truth.ann_box_A4[annotations],
+            truth.ann_crowd_A[annotations],
+        )
+        all_scores, all_right = hits.setdefault(int(selection.category_S[start]), ([], []))
+        all_scores.extend(scores)
+        all_right.extend(right)
+    return hits
+
+
+def _image_hits(
+    box_D4: NDArray[np.float64],
+    score_D: NDArray[np.float64],
+    truth_G4: NDArray[np.float64],
+    group_G: NDArray[np.bool_],
+) -> tuple[list[float], list[bool]]:
+    """Match one image's detections of one category, in descending order of score."""
+    right_D = np.zeros(len(box_D4), dtype=bool)
+    best, overlap = _best_overlap(box_D4, truth_G4[~group_G], crowd=False)
+    taken = set()
+    for index in np.flatnonzero(overlap >= _IOU):
+        if best[index] not in taken:
+            taken.add(best[index])
+            right_D[index] = True
+    best, overlap = _best_overlap(box_D4, truth_G4[group_G], crowd=True)
+    inside_D = ~right_D & (overlap >= _IOU)
+    scores = score_D[~inside_D].tolist()
+    right = right_D[~inside_D].tolist()
+    for group in np.unique(best[inside_D]):
+        score = float(score_D[inside_D & (best == group)].max())
+        # As published, a group whose best detection scores 0 is no hit.
+        if score > 0:
+            scores.append(score)
+            right.append(True)
+    return scores, right
+
+
+def _best_overlap(
+    box_D4: NDArray[np.float64], truth_G4: NDArray[np.float64], *, crowd: bool
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return the annotation that each detection overlaps most, the first of equals, and by how much."""
+    detections, annotations = len(box_D4), len(truth_G4)
+    if not annotations:
+        return np.full(detections, -1), np.zeros(detections)
+    iou_P = box_iou(
+        np.repeat(box_D4, annotations, axis=0),
+        np.tile(truth_G4, (detections, 1)),
+        np.full(detections * annotations, crowd),
+    )
+    iou_DG = iou_P.reshape(detections, annotations)
+    return iou_DG.argmax(axis=1), iou_DG.max(axis=1)
+
+
+def _area_under_curve(
+    scores: NDArray[np.float64], right: NDArray[np.bool_], annotations: int
+) -> float:
+    """Area under precision over recall, precision being made to fall."""
+    order = np.argsort(-scores, kind="stable")
+    found = np.cumsum(right[order])
+    precision = found / (np.arange(len(found)) + 1)
+    falling = np.maximum.accumulate(precision[::-1])[::-1]
+    recall = np.concatenate([[0.0], found / annotations])
+    return float(np.sum(np.diff(recall) * falling))

@@ -1,0 +1,242 @@
+"""Kinds of errors, calibration, recall of boxes, OpenImages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from proxydet.errors import DataError
+from proxydet.evaluation.analysis import break_down_errors, calibrate, right_and_wrong
+from proxydet.evaluation.config import EvaluationConfig
+from proxydet.evaluation.evaluate import Evaluation, run_evaluation
+from proxydet.evaluation.ground_truth import GroundTruth
+from proxydet.evaluation.openimages import read_hierarchy, score_openimages
+from proxydet.evaluation.recall import box_recall
+from proxydet.evaluation.results_file import read_results
+
+BOXES = EvaluationConfig(bootstrap=0, iou_types=("bbox",))
+SIZE = {"height": 200, "width": 200}
+
+
+def coco(boxes: dict[int, list[tuple[int, list[float]]]], categories: int = 3) -> dict[str, Any]:
+    """COCO annotations: for each image id, (category id, box) pairs."""
+    rows = [(image, *pair) for image, pairs in boxes.items() for pair in pairs]
+    return {
+        "images": [{"id": image, **SIZE} for image in boxes],
+        "categories": [{"id": c, "name": f"c{c}"} for c in range(1, categories + 1)],
+        "annotations": [
+            {"id": index + 1, "image_id": image, "category_id": category, "bbox": box}
+            for index, (image, category, box) in enumerate(rows)
+        ],
+    }
+
+
+def found(image: int, category: int, box: list[float], score: float) -> dict[str, Any]:
+    return {"image_id": image, "category_id": category, "bbox": box, "score": score}
+
+
+def evaluated(truth: dict[str, Any], detections: list[dict[str, Any]]) -> Evaluation:
+    return run_evaluation(detections, truth, config=BOXES)
+
+
+HERE, SHIFTED, NEAR, FAR = [10, 10, 40, 40], [12, 10, 40, 40], [35, 10, 40, 40], [140, 140, 40, 40]
+
+
+@pytest.mark.parametrize(
+    ("detection", "kind"),
+    [
+        (found(1, 1, NEAR, 0.9), "localisation"),
+        (found(1, 2, SHIFTED, 0.9), "classification"),
+        (found(1, 2, NEAR, 0.9), "classification and localisation"),
+        (found(1, 1, FAR, 0.9), "background"),
+        (found(1, 1, SHIFTED, 0.1), "duplicate"),
+    ],
+)
+def test_each_kind_of_error_is_told(detection: dict[str, Any], kind: str) -> None:
+    truth = coco({1: [(1, HERE)], 2: [(2, HERE)]})
+    right = [found(1, 1, HERE, 0.5), found(2, 2, HERE, 0.5)]
+    evaluation = evaluated(truth, [*right, detection])
+    errors = break_down_errors(evaluation.truth, evaluation.results, evaluation.scored["bbox"])
+    assert {name for name, count in errors.counts.items() if count} == {kind}
+    assert errors.ap50 == pytest.approx(evaluation.report.ap50)
+    assert all(cost >= 0 for cost in errors.costs.values())
+    if detection["score"] > 0.5:
+        assert errors.costs[kind] == pytest.approx(1 - errors.ap50)
+
+
+def test_missed_objects_are_told() -> None:
+    evaluation = evaluated(coco({1: [(1, HERE)], 2: [(1, HERE)]}), [found(1, 1, HERE, 0.5)])
+    errors = break_down_errors(evaluation.truth, evaluation.results, evaluation.scored["bbox"])
+    assert errors.counts["missed"] == 1
+    assert errors.costs["missed"] == pytest.approx(1 - errors.ap50)
+
+
+def test_no_detection_is_all_missed() -> None:
+    evaluation = evaluated(coco({1: [(1, HERE)], 2: [(1, HERE)]}), [])
+    errors = break_down_errors(evaluation.truth, evaluation.results, evaluation.scored["bbox"])
+    assert errors.counts["missed"] == 2
+    assert sum(errors.counts.values()) == 2
+
+
+def test_calibration_compares_scores_with_hits() -> None:
+    truth = coco({image: [(1, HERE)] for image in range(1, 11)})
+    detections = [found(image, 1, HERE if image <= 8 else FAR, 0.85) for image in range(1, 11)]
+    detections += [found(1, 1, FAR, 0.15)]
+    calibration = calibrate(evaluated(truth, detections).scored["bbox"].matches)
+    assert calibration.count_B[[1, 8]].tolist() == [1, 10]
+    assert calibration.precision_B[[1, 8]] == pytest.approx([0, 0.8])
+    assert calibration.score_B[[1, 8]] == pytest.approx([0.15, 0.85])
+    assert calibration.error == pytest.approx((10 * 0.05 + 0.15) / 11)
+    assert np.isnan(calibration.score_B[0])
+
+
+def test_scores_outside_of_the_unit_interval_are_counted() -> None:
+    truth = coco({1: [(1, HERE)]})
+    matches = (
+        evaluated(truth, [found(1, 1, HERE, 7.0), found(1, 1, FAR, -3)]).scored["bbox"].matches
+    )
+    assert calibrate(matches).count_B.tolist() == [1, *[0] * 8, 1]
+
+
+def test_ignored_detections_are_neither_right_nor_wrong(make_set: Callable[..., Any]) -> None:
+    truth, detections = make_set(5, images=8, per_image=30)
+    evaluation = run_evaluation(detections, truth, config=BOXES)
+    matches = evaluation.scored["bbox"].matches
+    right, wrong = right_and_wrong(matches)
+    assert not (right & wrong).any()
+    assert (~right & ~wrong).any()
+    recall = evaluation.scored["bbox"].curves.recall_TCAM[0, :, 0, 0]
+    annotations = np.array([row.annotations for row in evaluation.report.per_class()])
+    assert right.sum() == pytest.approx((recall * annotations)[recall >= 0].sum())
+
+
+def test_recall_of_boxes_leaves_classes_aside() -> None:
+    truth = coco({1: [(1, HERE), (2, FAR)], 2: [(3, HERE)]})
+    detections = [found(1, 3, HERE, 0.5), found(1, 3, SHIFTED, 0.9), found(2, 1, NEAR, 0.4)]
+    evaluation = evaluated(truth, detections)
+    best, all_of_them = box_recall(evaluation.truth, evaluation.results, limits=(1, 10))
+    assert best.at_50 == pytest.approx(1 / 3)
+    assert 0 < best.average < best.at_50
+    assert all_of_them.at_50 == pytest.approx(1 / 3)
+    # Where the shifted box is too far off, the exact one, which scores less, takes the annotation.
+    assert all_of_them.average == all_of_them.at_50
+
+
+def test_recall_of_boxes_on_federated_annotations_counts_every_detection(
+    make_set: Callable[..., Any],
+) -> None:
+    truth, _ = make_set(3, images=6)
+    for image in truth["images"]:
+        image["neg_category_ids"] = []
+    perfect = [
+        found(row["image_id"], truth["categories"][0]["id"], row["bbox"], 0.5)
+        for row in truth["annotations"]
+    ]
+    loaded = GroundTruth.load(truth)
+    (recall,) = box_recall(loaded, read_results(perfect, loaded), limits=(300,))
+    assert recall.average == 1
+
+
+# -- OpenImages -----------------------------------------------------------------------------------------------------
+
+
+def openimages(annotations: list[dict[str, Any]]) -> dict[str, Any]:
+    labels = ["/m/animal", "/m/dog", "/m/cat", "/m/car"]
+    for index, row in enumerate(annotations):
+        row.setdefault("image_id", 1)
+        row["id"] = index + 1
+    positive = sorted({row["category_id"] for row in annotations})
+    return {
+        "images": [{"id": 1, **SIZE, "pos_category_ids": positive, "neg_category_ids": [4]}],
+        "categories": [
+            {"id": index + 1, "name": label[3:], "freebase_id": label}
+            for index, label in enumerate(labels)
+        ],
+        "annotations": annotations,
+    }
+
+
+def scored(truth: dict[str, Any], detections: list[dict[str, Any]], **options: Any) -> np.ndarray:
+    loaded = GroundTruth.load(truth)
+    return score_openimages(loaded, read_results(detections, loaded), **options).ap50_C
+
+
+def test_openimages_area_under_the_curve() -> None:
+    truth = openimages([{"category_id": 2, "bbox": HERE}, {"category_id": 2, "bbox": FAR}])
+    detections = [
+        found(1, 2, HERE, 0.9),
+        found(1, 2, [90, 20, 10, 10], 0.8),
+        found(1, 2, FAR, 0.7),
+        found(1, 2, SHIFTED, 0.6),
+    ]
+    ap50_C = scored(truth, detections)
+    assert ap50_C[1] == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
+    assert np.isnan(ap50_C[[0, 2, 3]]).all()
+
+
+def test_openimages_unverified_categories_do_no_harm() -> None:
+    truth = openimages([{"category_id": 2, "bbox": HERE}])
+    assert scored(truth, [found(1, 2, HERE, 0.5), found(1, 3, HERE, 0.9)])[1] == 1
+    report = run_evaluation([found(1, 2, HERE, 0.5), found(1, 4, FAR, 0.9)], truth).report
+    assert report.ap is None
+    assert report.ap50 == 1
+    assert report.protocol == "openimages"
+
+
+def test_openimages_group_boxes_are_one_hit_with_the_best_score() -> None:
+    group = {"category_id": 2, "bbox": [100, 100, 80, 80], "iscrowd": 1}
+    truth = openimages([{"category_id": 2, "bbox": HERE}, group])
+    inside = [found(1, 2, [100 + 20 * k, 110, 15, 15], 0.5 + k / 10) for k in range(3)]
+    # The three in the group are one hit at 0.7; the object is found at 0.6; a stray at 0.65 lies between.
+    detections = [*inside, found(1, 2, HERE, 0.6), found(1, 2, [10, 150, 20, 20], 0.65)]
+    assert scored(truth, detections)[1] == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
+
+
+def test_openimages_only_the_annotation_overlapped_most_counts() -> None:
+    """Two boxes on one object: the second is false even though it overlaps another object by half."""
+    truth = openimages(
+        [{"category_id": 2, "bbox": HERE}, {"category_id": 2, "bbox": [22, 10, 40, 40]}]
+    )
+    detections = [found(1, 2, HERE, 0.9), found(1, 2, SHIFTED, 0.8)]
+    assert scored(truth, detections)[1] == pytest.approx(0.5)
+
+
+@pytest.fixture
+def hierarchy(tmp_path: Path) -> Path:
+    animals = [{"LabelName": "/m/dog"}, {"LabelName": "/m/cat"}]
+    tree = {
+        "LabelName": "/m/entity",
+        "Subcategory": [
+            {"LabelName": "/m/animal", "Subcategory": animals},
+            {"LabelName": "/m/car"},
+        ],
+    }
+    path = tmp_path / "hierarchy.json"
+    path.write_text(json.dumps(tree))
+    return path
+
+
+def test_openimages_expansion_lets_a_dog_be_an_animal(hierarchy: Path) -> None:
+    truth = openimages([{"category_id": 1, "bbox": HERE}, {"category_id": 2, "bbox": HERE}])
+    detections = [found(1, 2, HERE, 0.9)]
+    loaded = GroundTruth.load(truth)
+    ancestors = read_hierarchy(hierarchy, loaded)
+    assert ancestors == {1: (0,), 2: (0,)}
+    assert scored(truth, detections)[:2].tolist() == [0, 1]
+    assert scored(truth, detections, ancestors=ancestors)[:2].tolist() == [1, 1]
+    config = EvaluationConfig(hierarchy=hierarchy)
+    metrics = run_evaluation(detections, truth, config=config).report.types["bbox"].metrics
+    assert metrics == {"AP50": 0.5, "AP50 expanded": 1.0}
+
+
+def test_openimages_a_hierarchy_of_other_labels_is_told(
+    hierarchy: Path, make_set: Callable[..., Any]
+) -> None:
+    truth = GroundTruth.load(make_set(1)[0])
+    with pytest.raises(DataError, match="none of its labels is a category"):
+        read_hierarchy(hierarchy, truth)

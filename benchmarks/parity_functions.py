@@ -1,0 +1,122 @@
+"""Compares single functions with the recorded numbers: class-wise mixup, CenterNet targets and losses, federated loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from parity_groups import LOSS_TOLERANCE, TENSOR_TOLERANCE, Row
+from parity_model import Fixture
+from torch.nn.functional import normalize
+
+from proxydet.losses.centernet import losses_from_targets
+from proxydet.losses.centernet_targets import Cells, CenterNetTargets, centernet_targets
+from proxydet.losses.classification import federated_loss
+from proxydet.losses.config import CenterNetLossConfig, MixupLossConfig
+from proxydet.losses.mixup import class_prototypes, mixup_loss
+from proxydet.modeling.outputs import MixupOutput
+
+_MIXUP_VARIANTS = {
+    "obj_score.t1.0.l1": MixupLossConfig(),
+    "obj_score.t0.1.l1": MixupLossConfig(temperature=0.1),
+    "center.t1.0.l1": MixupLossConfig(prototype="center"),
+    "obj_score.t1.0.l2": MixupLossConfig(distance="l2"),
+}
+_STRIDES = (8, 16, 32, 64, 128)
+
+
+def compare_functions(fixture: Fixture) -> Iterator[Row]:
+    """Compare every function that the losses are made of."""
+    for name, config in _MIXUP_VARIANTS.items():
+        yield from _compare_mixup(f"mixup.{name}", config, fixture)
+    yield from _compare_centernet(fixture)
+    labels, sampled = _tensor(fixture, "fed.gt_classes"), _tensor(fixture, "fed.sampled_classes")
+    logits = _tensor(fixture, "fed.logits")
+    columns = sampled[sampled < logits.shape[1] - 1]  # the background is drawn, but not looked at
+    ones = torch.ones(len(columns))
+    loss = federated_loss(logits[:, columns], labels, columns, ones)
+    yield _relative("federated loss", float(loss), float(fixture["fed.loss"]))
+
+
+def _compare_mixup(name: str, config: MixupLossConfig, fixture: Fixture) -> Iterator[Row]:
+    labels = _tensor(fixture, "mixup.gt_classes")
+    embeddings = _tensor(fixture, "mixup.region_embeddings").requires_grad_()
+    # Label 40 is the background among these 41 texts.
+    objects = labels < len(fixture["mixup.text_embeddings"]) - 1
+    output = MixupOutput(
+        embeddings_PD=embeddings[objects],
+        labels_P=labels[objects],
+        objectness_P=_tensor(fixture, "mixup.objectness")[objects],
+    )
+    prototypes, classes = class_prototypes(output, config)
+    texts = normalize(_tensor(fixture, "mixup.text_embeddings"), dim=1)[classes]
+    permutation = _tensor(fixture, "mixup.permutation")
+    ratio = float(fixture["mixup.lambda"])
+    loss = mixup_loss(prototypes, texts, permutation, ratio, config.distance)
+    loss.backward()
+    assert embeddings.grad is not None
+    recorded = fixture[f"{name}.grad"]
+    difference = np.abs(embeddings.grad.numpy() - recorded).max() / recorded.std()
+    yield _relative(f"{name} loss", float(loss.detach()), float(fixture[f"{name}.loss"]))
+    yield Row(f"{name} gradient", float(difference), TENSOR_TOLERANCE, "of the spread")
+
+
+def _compare_centernet(fixture: Fixture) -> Iterator[Row]:
+    config = CenterNetLossConfig()
+    shapes = tuple((int(height), int(width)) for height, width in fixture["centernet.level_shapes"])
+    cells = Cells.of_levels(shapes, _STRIDES, config.size_ranges, torch.device("cpu"))
+    targets = [
+        centernet_targets(_tensor(fixture, f"centernet.gt_boxes{image}"), cells, config)
+        for image in range(2)
+    ]
+    counts = [height * width for height, width in shapes]
+    heatmap = _by_level([target.heatmap_M for target in targets], counts)
+    learnt = _by_level([target.learnt_M for target in targets], counts)
+    distances = _by_level([target.distances_M4 for target in targets], counts)[learnt]
+    exact = "absolute"
+    recorded = _tensor(fixture, "centernet.heatmap")[:, 0]
+    yield Row("centernet heatmap", float((heatmap - recorded).abs().max()), 1e-6, exact)
+    wrong = (learnt != _tensor(fixture, "centernet.regression_valid")).sum()
+    yield Row("centernet learnt cells", float(wrong), 0, "cells")
+    gap = (distances - _tensor(fixture, "centernet.regression_targets")).abs().max()
+    yield Row("centernet distances", float(gap), 1e-5, exact)
+    ours = sorted(_positive_places(targets, cells, counts))
+    same = ours == sorted(fixture["centernet.positive_indices"].tolist())
+    yield Row("centernet positive cells", float(not same), 0, "lists that differ")
+    losses = losses_from_targets(
+        _by_image(_tensor(fixture, "centernet.pred_agn_hm"), counts),
+        _by_image(_tensor(fixture, "centernet.pred_reg"), counts),
+        targets,
+        config,
+    )
+    for name, loss in losses.items():
+        yield _relative(f"centernet {name}", float(loss), float(fixture[f"centernet.loss.{name}"]))
+
+
+def _positive_places(targets: list[CenterNetTargets], cells: Cells, counts: list[int]) -> list[int]:
+    """Return the positive cells counted as the recording does: level by level, in each the images one by one."""
+    places = []
+    for image, target in enumerate(targets):
+        for level, start in enumerate(cells.starts):
+            chosen = target.centres_GL[:, level][target.positive_GL[:, level]] - start
+            places += (chosen + len(targets) * start + image * counts[level]).tolist()
+    return places
+
+
+def _by_level(images: list[torch.Tensor], counts: list[int]) -> torch.Tensor:
+    levels = zip(*(values.split(counts) for values in images), strict=True)
+    return torch.cat([part for level in levels for part in level])
+
+
+def _by_image(values: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    parts = values.split([count for count in counts for _ in range(2)])
+    return torch.stack([torch.cat(parts[image::2]) for image in range(2)])
+
+
+def _tensor(fixture: Fixture, name: str) -> torch.Tensor:
+    return torch.from_numpy(fixture[name])
+
+
+def _relative(group: str, ours: float, recorded: float) -> Row:
+    return Row(group, abs(ours - recorded) / abs(recorded), LOSS_TOLERANCE, "relative")

@@ -1,0 +1,268 @@
+"""Compares the detector with the recorded numbers, group by group.
+
+A fixture may hold only a part of a recorded array: then ``trim`` cuts the same part out of ours before comparing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import proxydet.compat.d2  # noqa: F401
+
+import numpy as np
+import torch
+from parity_model import LOSSES, Fixture, batches_of, images_of
+
+from proxydet.losses.criterion import Criterion
+from proxydet.modeling.config import InferenceConfig
+from proxydet.modeling.network import ProxyDetNetwork
+from proxydet.modeling.prediction import Prediction, masks
+from proxydet.vocabulary.vocabulary import Vocabulary
+
+Trim = Callable[[str, np.ndarray], np.ndarray]
+
+TENSOR_TOLERANCE = 1e-3
+LOSS_TOLERANCE = 1e-4
+GRADIENT_TOLERANCE = 1e-3
+TRAJECTORY_TOLERANCE = 2e-3
+SMALLEST_MATCHED_SHARE = 0.99
+
+
+@dataclass(frozen=True)
+class Row:
+    """The outcome of one group.
+
+    Attributes:
+        group: What was compared.
+        difference: The largest difference, in the unit of the tolerance.
+        tolerance: What it may be.
+        unit: What the difference is measured in.
+    """
+
+    group: str
+    difference: float
+    tolerance: float
+    unit: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether the difference is within the tolerance (a NaN is not)."""
+        return self.difference <= self.tolerance
+
+
+def whole(_key: str, array: np.ndarray) -> np.ndarray:
+    """Cut nothing."""
+    return array
+
+
+def compare_inference(
+    network: ProxyDetNetwork, fixture: Fixture, index: int, trim: Trim = whole
+) -> Iterator[Row]:
+    """Compare everything recorded of one image in inference."""
+    recorded = _Recording(network.eval())
+    prediction = recorded.detect(images_of(fixture)[index])
+    worst: dict[str, float] = {}
+    for group, name, ours in recorded.arrays():
+        key = f"eval{index}.{name}"
+        if key in fixture:
+            difference = _relative_to_spread(trim(key, ours), fixture[key])
+            worst[group] = max(worst.get(group, 0.0), difference)
+    for group, difference in worst.items():
+        yield Row(f"eval{index} {group}", difference, TENSOR_TOLERANCE, "of the spread")
+    yield from _compare_detections(f"eval{index}", prediction, fixture)
+
+
+def compare_vocabulary(network: ProxyDetNetwork, fixture: Fixture) -> Iterator[Row]:
+    """Compare detection with a vocabulary of one's own."""
+    embeddings = fixture["vocab.embeddings"]
+    base = fixture["vocab.base_mask"][: len(embeddings)]
+    names = [f"thing {index}" for index in range(len(embeddings))]
+    vocabulary = Vocabulary.from_arrays(names, embeddings, base)
+    image = images_of(fixture)[0]
+    for name, only_one in (("all", False), ("one", True)):
+        settings = InferenceConfig(one_class_per_proposal=only_one, masks=False)
+        prediction = network.eval().detect([image], vocabulary, settings=settings)[0]
+        yield from _compare_detections(f"vocab.{name}", prediction, fixture)
+
+
+def compare_training(network: ProxyDetNetwork, fixture: Fixture) -> Iterator[Row]:
+    """Compare losses, gradient norms, and which parameters get no gradient."""
+    network.train()
+    criterion = Criterion(LOSSES)
+    generator = torch.Generator().manual_seed(0)
+    for name, batch in zip(("box", "image"), batches_of(fixture), strict=True):
+        network.zero_grad(set_to_none=True)
+        losses = criterion(network(batch, generator=generator), generator=generator)
+        torch.stack(list(losses.values())).sum().backward()
+        yield _compare_losses(f"train.{name}", losses, fixture, LOSS_TOLERANCE)
+        yield from _compare_gradients(name, network, fixture)
+    network.zero_grad(set_to_none=True)
+
+
+def compare_trajectory(
+    network: ProxyDetNetwork, images: Fixture, trajectory: Fixture, trim: Trim = whole
+) -> Iterator[Row]:
+    """Compare four optimiser steps: box, image, box, image batch."""
+    network.train()
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-6, weight_decay=1e-4)
+    criterion = Criterion(LOSSES)
+    generator = torch.Generator().manual_seed(0)
+    for step, batch in enumerate(batches_of(images) * 2):
+        optimizer.param_groups[0]["lr"] = 1e-6 * (1 + np.cos(np.pi * step / 90_000))
+        losses = criterion(network(batch, generator=generator), generator=generator)
+        optimizer.zero_grad(set_to_none=True)
+        torch.stack(list(losses.values())).sum().backward()
+        with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
+        torch.nn.utils.clip_grad_value_(with_gradient, 1.0)
+        optimizer.step()
+        yield _compare_losses(f"step{step}", losses, trajectory, TRAJECTORY_TOLERANCE)
+    state = network.state_dict()
+    worst = 0.0
+    for key in trajectory:
+        if key.startswith("after.") and key.endswith(".first"):
+            ours = state[key[len("after.") : -len(".first")]].flatten()[:16].numpy()
+            worst = max(worst, _relative_to_spread(trim(key, ours), trajectory[key]))
+    yield Row("weights after step 3", worst, TRAJECTORY_TOLERANCE, "of the spread")
+
+
+class _Recording:
+    """Runs `detect` and keeps what happens inside, through hooks on the parts."""
+
+    def __init__(self, network: ProxyDetNetwork) -> None:
+        self._network = network
+        self._features: dict[str, torch.Tensor] = {}
+        self._hidden: dict[tuple[str, int], torch.Tensor] = {}
+
+    def detect(self, image: torch.Tensor) -> Prediction:
+        """Run the detector on one image."""
+        heads = self._network.roi_heads
+        handles = [
+            self._network.backbone.register_forward_hook(self._keep_features),
+            self._network.proposal_generator.register_forward_hook(self._keep_proposals),
+        ]
+        for branch, modules in (("pred", heads.box_head), ("predcmm", heads.box_head_cmm)):
+            for step, module in enumerate(modules):
+                handles.append(module.register_forward_hook(self._keeper(branch, step)))
+        try:
+            return self._network.detect([image])[0]
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _keep_features(
+        self, _module: object, _inputs: object, output: dict[str, torch.Tensor]
+    ) -> None:
+        self._features = output
+
+    def _keep_proposals(self, module: torch.nn.Module, _inputs: object, output: object) -> None:
+        self._centernet = output
+        self._proposals = module.propose(output)  # type: ignore[operator]
+
+    def _keeper(self, branch: str, step: int) -> Callable[..., None]:
+        def keep(_module: object, _inputs: object, output: torch.Tensor) -> None:
+            self._hidden[branch, step] = output
+
+        return keep
+
+    def arrays(self) -> Iterator[tuple[str, str, np.ndarray]]:
+        """Yield group, name and values, laid out as in the full fixtures."""
+        for name, maps in self._features.items():
+            yield "features", name, maps[0, ::16].numpy()
+        levels = zip(self._centernet.heatmaps, self._centernet.distances, strict=True)
+        for level, (heatmap, distances) in enumerate(levels):
+            yield "CenterNet head", f"agn_hm{level}", heatmap[0].numpy()
+            yield "CenterNet head", f"reg{level}", distances[0].numpy()
+        yield "proposals", "proposal_boxes", self._proposals.boxes_BP4[0].numpy()
+        yield "proposals", "proposal_scores", self._proposals.scores_BP[0].numpy()
+        for (name, step), features in self._hidden.items():
+            yield from self._step(name, step, features)
+
+    @torch.inference_mode()
+    def _step(
+        self, name: str, step: int, features: torch.Tensor
+    ) -> Iterator[tuple[str, str, np.ndarray]]:
+        heads = self._network.roi_heads
+        branch = heads.mixup if name == "predcmm" else heads.detection
+        group = "mixup branch" if name == "predcmm" else "detection branch"
+        classifier = branch.classifier(step)
+        embeddings = classifier(features)
+        logits = classifier.logits(embeddings, classifier.zs_weight)
+        yield f"{group}, embeddings", f"{name}{step}.embedding", embeddings[:, ::8].numpy()
+        yield f"{group}, logits", f"{name}{step}.logits", logits[:, ::25].numpy()
+        yield f"{group}, deltas", f"{name}{step}.deltas", branch.deltas(step, features).numpy()
+
+
+def _relative_to_spread(ours: np.ndarray, recorded: np.ndarray) -> float:
+    if ours.shape != recorded.shape:
+        return float("inf")
+    return float(np.abs(ours - recorded).max() / max(recorded.std(), 1e-12))
+
+
+def _compare_detections(group: str, prediction: Prediction, fixture: Fixture) -> Iterator[Row]:
+    boxes, scores = prediction.boxes_N4.numpy(), prediction.scores_N.numpy()
+    classes = prediction.classes_N.numpy()
+    area_at = {}
+    if f"{group}.mask_area" in fixture and len(prediction):
+        area_at = dict(enumerate(masks(prediction).flatten(1).sum(dim=1).tolist()))
+    free = set(range(len(prediction)))
+    matched, largest_gap = 0, 0
+    recorded = len(fixture[f"{group}.boxes"])
+    for row in range(recorded):
+        box, score = fixture[f"{group}.boxes"][row], fixture[f"{group}.scores"][row]
+        for candidate in sorted(free, key=lambda index: abs(scores[index] - score)):
+            if abs(scores[candidate] - score) > 1e-4:
+                break
+            same_class = classes[candidate] == fixture[f"{group}.classes"][row]
+            if same_class and _overlap(boxes[candidate], box) > 0.99:
+                free.remove(candidate)
+                matched += 1
+                if area_at:
+                    gap = abs(area_at[candidate] - int(fixture[f"{group}.mask_area"][row]))
+                    largest_gap = max(largest_gap, gap)
+                break
+    unmatched = 1 - matched / max(recorded, len(prediction))
+    yield Row(f"{group} detections", unmatched, 1 - SMALLEST_MATCHED_SHARE, "share unmatched")
+    if area_at:
+        yield Row(f"{group} mask areas", largest_gap, 1, "pixels")
+
+
+def _overlap(first: np.ndarray, second: np.ndarray) -> float:
+    sides = np.minimum(first[2:], second[2:]) - np.maximum(first[:2], second[:2])
+    shared = np.prod(np.clip(sides, 0, None))
+    union = np.prod(first[2:] - first[:2]) + np.prod(second[2:] - second[:2]) - shared
+    return float(shared / union)
+
+
+def _compare_losses(
+    prefix: str, losses: dict[str, torch.Tensor], fixture: Fixture, tolerance: float
+) -> Row:
+    worst = 0.0
+    for key in fixture:
+        name = key.removeprefix(f"{prefix}.")
+        if key.startswith(f"{prefix}.") and name != "lr":
+            recorded, ours = float(fixture[key]), float(losses[name].detach())
+            difference = abs(ours - recorded) / abs(recorded) if recorded else abs(ours)
+            worst = max(worst, difference)
+    return Row(f"{prefix} losses", worst, tolerance, "relative")
+
+
+def _compare_gradients(name: str, network: ProxyDetNetwork, fixture: Fixture) -> Iterator[Row]:
+    parameters = dict(network.named_parameters())
+    worst = 0.0
+    for key in fixture:
+        if key.startswith(f"grad.{name}."):
+            gradient = parameters[key.removeprefix(f"grad.{name}.")].grad
+            ours = -1.0 if gradient is None else float(gradient.norm())
+            recorded = float(fixture[key])
+            worst = max(worst, abs(ours - recorded) / (abs(recorded) or 1.0))
+    yield Row(f"train.{name} gradient norms", worst, GRADIENT_TOLERANCE, "relative")
+    # Norms' parameters are frozen in ours and were no parameters to the recording; base.fc is not built.
+    without = {
+        key
+        for key, parameter in parameters.items()
+        if parameter.grad is None and not (".bn" in key or ".downsample.1." in key)
+    }
+    recorded_names = {key for key in fixture[f"nograd.{name}"].tolist() if ".base.fc." not in key}
+    yield Row(f"train.{name} without gradient", len(without ^ recorded_names), 0, "names")

@@ -87,6 +87,7 @@ class ImageTable:
     dropped_ids: set[int]
     sizes_I2: npt.NDArray[np.int32]
     _entries: list[ImageEntry]
+    _names: list[str]
 
     def write(
         self, writer: ColumnWriter, row_of_category: dict[int, int], report: StoreReport
@@ -94,7 +95,7 @@ class ImageTable:
         """Write the columns ``image_id``, ``size``, names and the lists of categories of each image."""
         writer.add("image_id", np.array([entry.id for entry in self._entries], dtype=np.int64))
         writer.add("size", self.sizes_I2)
-        names = [image_name(entry).encode("utf-8", "surrogatepass") for entry in self._entries]
+        names = [name.encode("utf-8", "surrogatepass") for name in self._names]
         writer.add("name_offsets", _offsets([len(name) for name in names]))
         writer.add("names", np.frombuffer(b"".join(names), dtype=np.uint8))
         for field in LABEL_LISTS:
@@ -114,6 +115,7 @@ def read_images(raws: Sequence[msgspec.Raw], report: StoreReport) -> ImageTable:
     """Decode the images and drop the unusable ones, counted in ``report``."""
     decoder = msgspec.json.Decoder(ImageEntry)
     kept: list[ImageEntry] = []
+    names: list[str] = []
     row_of: dict[int, int] = {}
     dropped: set[int] = set()
     for position, raw in enumerate(raws):
@@ -122,13 +124,15 @@ def read_images(raws: Sequence[msgspec.Raw], report: StoreReport) -> ImageTable:
         except (msgspec.MsgspecError, UnicodeDecodeError):
             report.drop_image("image record not readable", f"position {position}")
             continue
-        problem = _problem(image, row_of)
+        name = image_name(image)
+        problem = _problem(image, name, row_of)
         if problem:
             report.drop_image(problem, str(image.id))
             dropped.add(image.id)
             continue
         row_of[image.id] = len(kept)
         kept.append(image)
+        names.append(name)
     report.images_in = len(raws)
     report.images_kept = len(kept)
     sizes = np.array([(image.height, image.width) for image in kept], dtype=np.int32)
@@ -137,15 +141,16 @@ def read_images(raws: Sequence[msgspec.Raw], report: StoreReport) -> ImageTable:
         dropped_ids=dropped - row_of.keys(),
         sizes_I2=sizes.reshape(-1, 2),
         _entries=kept,
+        _names=names,
     )
 
 
-def _problem(image: ImageEntry, row_of: dict[int, int]) -> str:
+def _problem(image: ImageEntry, name: str, row_of: dict[int, int]) -> str:
     if image.id in row_of:
         return "image id repeated"
     if image.width <= 0 or image.height <= 0:
         return "image size not positive"
-    if not image_name(image):
+    if not name:
         return "image without a file name"
     return ""
 

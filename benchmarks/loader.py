@@ -1,0 +1,153 @@
+"""Measures how many training images a second a worker reads and augments, against decoding them alone.
+
+::
+
+    python benchmarks/loader.py DESCRIPTION.toml [--seconds 5] [--json FILE]
+
+Steps build on each other: decode; resize, crop and mirror; boxes, classes and masks. Variants of the resize are measured on the
+same images and views: the whole image at once, one side after the other (what is used), and torch's own.
+Times of a busy machine are ratios at best.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional
+
+from proxydet.data.config import DataConfig
+from proxydet.data.description import DatasetDescription
+from proxydet.data.images import find_image, read_image
+from proxydet.data.loader import open_training_sources
+from proxydet.data.stream import Place, TrainingLoader
+from proxydet.data.transforms import View, training_view
+
+Pixels = Any
+
+
+def rate(work: Callable[[int], object], seconds: float) -> float:
+    """Calls a second of ``work(number)``, after one warm-up round."""
+    work(0)
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        work(count)
+        count += 1
+    return count / (time.perf_counter() - start)
+
+
+def whole_resize(pixels: Pixels, view: View) -> Pixels:
+    """Resize the whole image, then cut."""
+    height, width = view.scaled
+    resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
+    top, left = view.offset
+    part = np.asarray(resized)[top : top + view.size[0], left : left + view.size[1]]
+    return np.array(part[:, ::-1] if view.mirrored else part)
+
+
+def torch_resize(pixels: Pixels, view: View) -> Pixels:
+    """Resize by torch's antialiased 8-bit kernel, then cut."""
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    top, left = view.offset
+    resized = functional.interpolate(image, view.scaled, mode="bilinear", antialias=True)
+    part = resized[0, :, top : top + view.size[0], left : left + view.size[1]]
+    return (part.flip(2) if view.mirrored else part).permute(1, 2, 0).contiguous().numpy()
+
+
+def measure_resizes(images: list[Pixels], config: DataConfig, seconds: float) -> dict[str, Any]:
+    """Images a second of each way to resize, and how its pixels differ from resizing the whole image."""
+    rng = np.random.default_rng(0)
+    box = config.boxes
+    views = [
+        training_view(
+            *image.shape[:2], size=box.size, scale=box.scale, flip_probability=0.5, rng=rng
+        )
+        for image in images
+        for _ in range(8)
+    ]
+    pairs = list(zip([image for image in images for _ in range(8)], views, strict=True))
+    ways: dict[str, Callable[[Pixels, View], Pixels]] = {
+        "whole image": whole_resize,
+        "side after side": lambda pixels, view: view.image(pixels),
+        "torch": torch_resize,
+    }
+    result = {}
+    for name, way in ways.items():
+        differences = [
+            np.abs(way(*pair).astype(int) - whole_resize(*pair))
+            for pair in pairs[:: max(1, len(pairs) // 64)]
+        ]
+        result[name] = {
+            "images_per_second": round(
+                rate(lambda n, way=way: way(*pairs[n % len(pairs)]), seconds), 1
+            ),
+            "largest_difference": int(max(d.max() for d in differences)),
+            "share_of_values_that_differ": float(np.mean([np.mean(d > 0) for d in differences])),
+        }
+    return result
+
+
+def measure(path: Path, seconds: float) -> dict[str, Any]:
+    """All measurements of a data set."""
+    torch.set_num_threads(1)
+    description = DatasetDescription.from_toml(path)
+    config = DataConfig(workers=0)
+    sources = open_training_sources(config, description)
+    boxes, store = sources.boxes, sources.boxes.store
+    roots = description.split("train").roots
+    files = [find_image(store.file_name(row), roots) for row in range(min(len(store), 64))]
+    result: dict[str, Any] = {
+        "images": len(files),
+        "decode": round(rate(lambda n: read_image(files[n % len(files)]), seconds), 1),
+        "box_sample": round(
+            rate(lambda n: boxes.sample(n % len(store), np.random.default_rng(n)), seconds), 1
+        ),
+    }
+    if sources.labels is not None:
+        labels, count = sources.labels, len(sources.labels.images)
+        result["label_sample"] = round(
+            rate(lambda n: labels.sample(n % count, np.random.default_rng(n)), seconds), 1
+        )
+    result["resize"] = measure_resizes([read_image(file) for file in files], config, seconds)
+    for workers in (0, 1, 2):
+        loader = TrainingLoader(
+            sources,
+            DataConfig(workers=workers, image_labels=None),
+            Place(rank=0, world_size=1, seed=0),
+        )
+        batches = iter(loader)
+        # The first batches are ready when workers have started.
+        for _ in itertools.islice(batches, 2 * workers + 1):
+            pass
+        result[f"loader, {workers} workers"] = round(
+            rate(lambda _, batches=batches: next(batches), 2 * seconds) * config.boxes.batch_size, 1
+        )
+    result["box_sample_over_decode"] = round(result["box_sample"] / result["decode"], 3)
+    return result
+
+
+def main() -> None:
+    """Run what was asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("description", type=Path)
+    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    result = measure(options.description, options.seconds)
+    print(json.dumps(result, indent=2))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

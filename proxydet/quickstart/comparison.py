@@ -13,6 +13,7 @@ from proxydet.data.synthetic.dataset import make_dataset
 from proxydet.detector import Detector
 from proxydet.errors import ConfigError
 from proxydet.quickstart.job import QuickstartFolder, quickstart_config, score
+from proxydet.recipes import RunConfig
 from proxydet.reporting import SILENT, Progress
 from proxydet.training.train import train
 from proxydet.visualization.plots import paired_plot, svg_of
@@ -67,6 +68,7 @@ def compare_mixup(
     *,
     seeds: Sequence[int],
     drawn: SyntheticConfig | None = None,
+    recipe: RunConfig | None = None,
     progress: Progress = SILENT,
 ) -> Comparison:
     """Train with and without the mixup branch on each seed, and compare the scores.
@@ -78,6 +80,7 @@ def compare_mixup(
         output: Folder for everything.
         seeds: At least 3 different seeds.
         drawn: What to draw; None takes the defaults.
+        recipe: What both configurations start from; None takes the recipe ``quickstart``.
         progress: Where progress is shown.
 
     Raises:
@@ -94,7 +97,10 @@ def compare_mixup(
     with progress.task("comparing", total=2 * len(seeds), unit="runs") as task:
         for seed in seeds:
             for mixup in (True, False):
-                values[mixup].append(_run(folder, seed, mixup=mixup, progress=progress))
+                config = quickstart_config(
+                    folder.description, seed=seed, mixup=mixup, recipe=recipe
+                )
+                values[mixup].append(_run(folder, config, progress))
                 task.advance()
     measures = tuple(_measure(name, values) for name in MEASURES)
     report = _write_page(folder, tuple(seeds), measures)
@@ -104,12 +110,9 @@ def compare_mixup(
     return comparison
 
 
-def _run(
-    folder: QuickstartFolder, seed: int, *, mixup: bool, progress: Progress
-) -> dict[str, float]:
-    name = f"seed_{seed}_{'with' if mixup else 'without'}_mixup"
-    own = QuickstartFolder(folder.root / name)
-    config = quickstart_config(seed=seed, mixup=mixup, description=folder.description)
+def _run(folder: QuickstartFolder, config: RunConfig, progress: Progress) -> dict[str, float]:
+    variant = "with" if config.model.mixup_branch else "without"
+    own = QuickstartFolder(folder.root / f"seed_{config.seed}_{variant}_mixup")
     train(config, output=own.run.root, progress=progress)
     detector = Detector.from_run(own.run.root, device=config.training.device)
     report = score(detector, folder.description, own.evaluation, config, progress)

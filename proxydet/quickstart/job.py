@@ -42,6 +42,7 @@ class QuickstartFolder:
         ├── run/             the run folder: configuration, losses, checkpoints, weights
         ├── evaluation/      predictions on the validation images, and results.json
         ├── predictions/     detections of other words on validation images, and their pictures
+        ├── seconds.json     how long each step took
         └── report.html
     """
 
@@ -71,6 +72,11 @@ class QuickstartFolder:
     def predictions(self) -> Path:
         """Detections of other words."""
         return self.root / "predictions"
+
+    @property
+    def seconds(self) -> Path:
+        """How long each step took."""
+        return self.root / "seconds.json"
 
     @property
     def report(self) -> Path:
@@ -103,7 +109,7 @@ class QuickstartResult:
         folder: Where everything is.
         evaluation: Scores on the validation images; the groups ``base`` and ``novel`` are the point.
         examples: Pictures with detections.
-        seconds: Wall-clock time of each step, in order.
+        seconds: Wall-clock time of each step, in order; a training that was stopped and went on counts in all.
     """
 
     folder: QuickstartFolder
@@ -122,15 +128,18 @@ class QuickstartResult:
         return self.evaluation.main.group("novel")
 
 
-def quickstart_config(*, seed: int, mixup: bool = True, description: Path) -> RunConfig:
-    """Return the recipe ``quickstart`` for a drawn data set.
+def quickstart_config(
+    description: Path, *, seed: int, mixup: bool = True, recipe: RunConfig | None = None
+) -> RunConfig:
+    """Return a configuration for a drawn data set.
 
     Args:
+        description: The data set.
         seed: Seed of weights, batches and augmentation.
         mixup: Whether the mixup branch is there; without it the detector is trained on boxes and image labels alone.
-        description: The data set.
+        recipe: What to start from; None takes the recipe ``quickstart``.
     """
-    recipe = get_recipe("quickstart")
+    recipe = recipe or get_recipe("quickstart")
     return dataclasses.replace(
         recipe,
         seed=seed,
@@ -144,7 +153,7 @@ def run_quickstart(
     *,
     seed: int = 7,
     drawn: SyntheticConfig | None = None,
-    config: RunConfig | None = None,
+    recipe: RunConfig | None = None,
     progress: Progress = SILENT,
 ) -> QuickstartResult:
     """Do the whole job; steps that are done already in the folder are not done again.
@@ -153,7 +162,7 @@ def run_quickstart(
         output: Folder for everything; made where absent.
         seed: Seed of the training. The data set has its own, in ``drawn``.
         drawn: What to draw; None takes the defaults.
-        config: Configuration of the run; None takes the recipe. Its data description is set to the drawn one.
+        recipe: What the run's configuration starts from; None takes the recipe ``quickstart``.
         progress: Where progress is shown.
 
     Raises:
@@ -163,16 +172,14 @@ def run_quickstart(
     from proxydet.quickstart.page import write_page
 
     folder = QuickstartFolder(output.resolve())
-    seconds: dict[str, float] = {}
-    with _timed(seconds, "draw the data set"):
+    folder.root.mkdir(parents=True, exist_ok=True)
+    seconds = _read_seconds(folder)
+    with _timed(seconds, "draw the data set", add=True):
         description = make_dataset(folder.data, drawn, progress=progress)
-    if config is None:
-        config = quickstart_config(seed=seed, description=description)
-    config = dataclasses.replace(
-        config, data=dataclasses.replace(config.data, description=description)
-    )
-    with _timed(seconds, "train"):
+    config = quickstart_config(description, seed=seed, recipe=recipe)
+    with _timed(seconds, "train", add=True):
         train(config, output=folder.run.root, progress=progress)
+    folder.seconds.write_text(json.dumps(seconds), encoding="utf-8")
     detector = Detector.from_run(folder.run.root, device=config.training.device)
     with _timed(seconds, "evaluate"):
         evaluation = score(detector, description, folder.evaluation, config, progress)
@@ -207,6 +214,8 @@ def predict_examples(
     The words are novel classes and one base class. They are embedded by the data set's text encoder, as those of
     ``proxydet predict --vocabulary`` are.
     """
+    # One name an object reads better in a picture; scores need every class of a region.
+    detector = detector.with_settings(one_class_per_proposal=True)
     names, base = detector.vocabulary.names, detector.vocabulary.base
     novel = tuple(name for name, known in zip(names, base, strict=True) if not known)
     known = tuple(name for name, seen in zip(names, base, strict=True) if seen)
@@ -240,8 +249,20 @@ def _pictures_with(folder: QuickstartFolder, wanted: set[str]) -> list[Path]:
     return [files[str(image)] for image in order]
 
 
+def _read_seconds(folder: QuickstartFolder) -> dict[str, float]:
+    """Return what earlier calls for the folder took; nothing for a new one."""
+    if not folder.seconds.exists():
+        return {}
+    return {
+        step: float(value)
+        for step, value in json.loads(folder.seconds.read_text(encoding="utf-8")).items()
+    }
+
+
 @contextmanager
-def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
+def _timed(seconds: dict[str, float], step: str, *, add: bool = False) -> Iterator[None]:
     start = time.perf_counter()
-    yield
-    seconds[step] = time.perf_counter() - start
+    try:
+        yield
+    finally:
+        seconds[step] = time.perf_counter() - start + (seconds.get(step, 0.0) if add else 0.0)

@@ -6,6 +6,7 @@ Dimensions: C classes of the vocabulary, K categories of an annotation file.
 from __future__ import annotations
 
 import difflib
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -60,7 +61,8 @@ def load_vocabulary(
     spec = description.vocabulary
     split = "train" if description.train is not None or description.val is None else "val"
     store = open_split(description, split, cache=cache, progress=progress)
-    if spec.embeddings.suffix == ".npz":
+    # By content: a saved vocabulary may have any name.
+    if spec.embeddings.is_file() and zipfile.is_zipfile(spec.embeddings):
         vocabulary = Vocabulary.load(spec.embeddings)
         if spec.names and spec.names != vocabulary.names:
             raise VocabularyError(
@@ -132,13 +134,7 @@ def _load_table(path: Path) -> npt.NDArray[np.generic]:
         ) from error
     except (OSError, ValueError, EOFError) as error:
         raise VocabularyError(f"cannot read text embeddings {path}: {error}", path=path) from error
-    if not isinstance(loaded, np.ndarray):
-        raise VocabularyError(
-            f"{path} holds several arrays, not one table",
-            hint="name it .npz where it is a saved vocabulary",
-            path=path,
-        )
-    return loaded
+    return np.asarray(loaded)
 
 
 def _check_count(

@@ -25,8 +25,8 @@ class VocabularySpec:
     """The table ``[vocabulary]``: class names, text embeddings, and what is novel."""
 
     embeddings: Path
-    """A ``.npy`` table (classes, dimensions) whose rows are in ascending order of the category ids, or a ``.npz``
-    written by `Vocabulary.save`."""
+    """A ``.npy`` table (classes, dimensions) whose rows are in ascending order of the category ids, or a vocabulary
+    that `Vocabulary.save` wrote."""
 
     names: tuple[str, ...] = ()
     """Class name of each row of the embeddings, where they are not all the categories of the annotation file in

@@ -113,9 +113,9 @@ def test_names_map_rows_to_categories(small_set: Path) -> None:
 
 def test_a_saved_vocabulary_brings_names_and_base(small_set: Path) -> None:
     Vocabulary.from_arrays(["bird", "dog", "cat"], np.eye(3), [True, True, False]).save(
-        small_set.parent / "v.npz"
+        small_set.parent / "pets.vocab"
     )
-    description = edited(small_set, ("embeddings.npy", "v.npz"), ('novel = ["dog"]', ""))
+    description = edited(small_set, ("embeddings.npy", "pets.vocab"), ('novel = ["dog"]', ""))
     assert load_vocabulary(description).names == ("bird", "dog", "cat")
     assert load_vocabulary(description).base.tolist() == [True, True, False]
     clash = edited(small_set, ("[train]", 'names = ["a"]\n[train]'))
@@ -129,7 +129,7 @@ def test_a_saved_vocabulary_brings_names_and_base(small_set: Path) -> None:
         (('novel = ["dog"]', 'novel = ["dgo"]'), VocabularyError, "'dgo' is not in the vocabulary.*'dog'"),
         (("embeddings.npy", "absent.npy"), VocabularyError, "no text embeddings"),
         (("embeddings.npy", "set.toml"), VocabularyError, "cannot read text embeddings"),
-        (("embeddings.npy", "arrays"), VocabularyError, "several arrays"),
+        (("embeddings.npy", "arrays"), VocabularyError, "does not hold a vocabulary"),
         (("embeddings.npy", "four.npy"), VocabularyError, "3 classes, but four.npy has 4 rows"),
         (('novel = ["dog"]', 'names = ["cat", "dog"]'), VocabularyError, "'names' has 2 classes"),
         (('novel = ["dog"]', 'names = ["cat", "dog", "cow"]'), DataError, "'bird'"),

@@ -60,7 +60,7 @@ $(PY):
 
 $(INSTALLED): $(LOCK) pyproject.toml | $(PY)
 	$(PY) -m pip install --quiet --disable-pip-version-check uv
-	$(PY) -m uv pip install --quiet --python $(PY) --require-hashes --requirements $(LOCK) \
+	$(PY) -m uv pip install --quiet --compile-bytecode --python $(PY) --require-hashes --requirements $(LOCK) \
 		|| $(PY) -m pip install --quiet --disable-pip-version-check --require-hashes --requirement $(LOCK)
 	$(PY) -m uv pip install --quiet --python $(PY) --no-build-isolation --no-deps --editable .
 	$(VENV)/bin/proxydet setup

@@ -75,7 +75,9 @@ def pip_install(arguments: Sequence[str], *, folder: Path, destination: Path) ->
         EnvironmentProblem: The environment cannot be written.
         DiskFullError: The disk is full.
     """
-    command = [str(find()), "pip", "install", "--no-progress", "--python", sys.executable]
+    # Compiled at once: the first import is quick also where Python may not write byte code later.
+    options = ["--no-progress", "--compile-bytecode", "--python", sys.executable]
+    command = [str(find()), "pip", "install", *options]
     run = subprocess.run(  # noqa: S603 - uv's path and our own arguments, no shell
         [*command, *arguments],
         cwd=folder,

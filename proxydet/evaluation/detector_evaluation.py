@@ -11,13 +11,10 @@ from typing import Any
 
 import torch.distributed
 
-from proxydet.data.classes import load_vocabulary, open_split
 from proxydet.data.description import DatasetDescription
 from proxydet.errors import ConfigError
 from proxydet.evaluation.config import EvaluationConfig
-from proxydet.evaluation.evaluate import evaluate_results
-from proxydet.evaluation.ground_truth import GroundTruth
-from proxydet.evaluation.groups import described_groups, imagenet_groups
+from proxydet.evaluation.evaluate import Evaluation, run_evaluation
 from proxydet.evaluation.prediction import (
     EvaluationTask,
     ImageDetector,
@@ -27,6 +24,7 @@ from proxydet.evaluation.prediction import (
 )
 from proxydet.evaluation.prediction_files import PredictionFolder
 from proxydet.evaluation.report import Report
+from proxydet.evaluation.split import DescribedSplit
 from proxydet.modeling.config import InferenceConfig
 from proxydet.reporting import SILENT, Progress
 from proxydet.vocabulary.vocabulary import Vocabulary
@@ -63,15 +61,24 @@ def evaluate(
         VocabularyError: The classes' embeddings do not fit the detector.
         DiskFullError: There is no room for the predictions.
     """
+    opened = DescribedSplit.open(description, split, progress=progress)
+    evaluation = evaluate_split(detector, opened, output, config=config, progress=progress)
+    return None if evaluation is None else evaluation.report
+
+
+def evaluate_split(
+    detector: ImageDetector,
+    split: DescribedSplit,
+    output: Path | None = None,
+    *,
+    config: EvaluationConfig | None = None,
+    progress: Progress = SILENT,
+) -> Evaluation | None:
+    """Do as `evaluate` on a split that is open, and keep what the report was made from."""
     config = config or EvaluationConfig()
-    if not isinstance(description, DatasetDescription):
-        description = DatasetDescription.from_toml(description)
-    store = open_split(description, split, progress=progress)
-    described = load_vocabulary(description, progress=progress)
     task = EvaluationTask.of(
-        store,
-        description.split(split).roots,
-        fusion_vocabulary(described, detector.vocabulary),
+        split.images,
+        fusion_vocabulary(split.vocabulary, detector.vocabulary),
         _settings(detector, config),
         config.batch_size,
     )
@@ -82,9 +89,10 @@ def evaluate(
         wait_for_all(share)
         if share.rank > 0:
             return None
-        truth = GroundTruth.load(description.split(split).annotations, name=description.name)
-        groups = {**imagenet_groups(truth), **described_groups(description, store, described)}
-        return evaluate_results(folder.join(task.ids), truth, config=config, groups=groups)
+        results = folder.join(task.ids)
+        return run_evaluation(
+            results, split.truth, config=config, groups=split.groups, progress=progress
+        )
 
 
 @contextlib.contextmanager
@@ -115,7 +123,7 @@ def _identity(detector: ImageDetector, task: EvaluationTask) -> dict[str, Any]:
         "image sides": list(getattr(detector, "sides", ())),
         "inference settings": dataclasses.asdict(task.settings),
         "vocabulary": task.vocabulary.digest,
-        "annotations": task.store.digest(),
+        "annotations": task.images.store.digest(),
     }
 
 

@@ -9,25 +9,20 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from proxydet.data.classes import class_rows
-from proxydet.data.images import find_image, image_size
-from proxydet.data.reading import read_annotated_image
-from proxydet.data.store import AnnotationStore
+from proxydet.evaluation.images import AnnotatedImages, Pixels
 from proxydet.evaluation.prediction_files import PredictionFolder
 from proxydet.modeling.config import InferenceConfig
 from proxydet.modeling.prediction import Prediction, rles
 from proxydet.reporting import SILENT, Progress
 from proxydet.vocabulary.vocabulary import Vocabulary
 
-Pixels = NDArray[np.uint8]
 _READ_AHEAD = 4
 
 
@@ -57,16 +52,14 @@ class EvaluationTask:
     """The images of a split, what to look for in them, and what detections are called.
 
     Attributes:
-        store: The split's annotations, for the images' names and sizes.
-        roots: Folders of the images.
+        images: The images.
         vocabulary: What to look for.
         category_id_C: The category id of each class of the vocabulary; None for classes that the data set has not.
         settings: Thresholds and limits of the detector.
         batch_size: Images that go through the detector at once.
     """
 
-    store: AnnotationStore
-    roots: tuple[Path, ...]
+    images: AnnotatedImages
     vocabulary: Vocabulary
     category_id_C: tuple[int | None, ...]
     settings: InferenceConfig
@@ -75,8 +68,7 @@ class EvaluationTask:
     @classmethod
     def of(
         cls,
-        store: AnnotationStore,
-        roots: tuple[Path, ...],
+        images: AnnotatedImages,
         vocabulary: Vocabulary,
         settings: InferenceConfig,
         batch_size: int = 1,
@@ -87,37 +79,22 @@ class EvaluationTask:
             DataError: A category of the split is not in the vocabulary.
         """
         ids: list[int | None] = [None] * len(vocabulary)
-        for row, category in zip(class_rows(store, vocabulary), store.categories, strict=True):
+        for row, category in zip(
+            class_rows(images.store, vocabulary), images.store.categories, strict=True
+        ):
             ids[row] = category.id
         return cls(
-            store=store,
-            roots=roots,
+            images=images,
             vocabulary=vocabulary,
             category_id_C=tuple(ids),
             settings=settings,
             batch_size=batch_size,
         )
 
-    def read(self, index: int) -> Pixels:
-        """Read image ``index`` of the store: uint8 (H, W, 3), RGB.
-
-        It is turned as its EXIF orientation says, as detectron2 does, unless only unturned it has the annotated size.
-
-        Raises:
-            DataError: It cannot be read, or has another size.
-        """
-        record = self.store.record(index)
-        path = find_image(record.file_name, self.roots)
-        annotated = (record.height, record.width)
-        unturned = image_size(path) != annotated and (
-            image_size(path, exif_orientation=False) == annotated
-        )
-        return read_annotated_image(record, self.roots, not unturned)
-
     @property
     def ids(self) -> tuple[int, ...]:
         """Ids of all images."""
-        return tuple(self.store.image_ids_I.tolist())
+        return tuple(self.images.store.image_ids_I.tolist())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +205,7 @@ def _read_ahead(task: EvaluationTask, todo: Sequence[int]) -> Iterator[list[tupl
                     index = next(upcoming, None)
                     if index is None:
                         break
-                    waiting.append((index, pool.submit(task.read, index)))
+                    waiting.append((index, pool.submit(task.images.read, index)))
                 if not waiting:
                     return
                 batch, waiting = waiting[: task.batch_size], waiting[task.batch_size :]

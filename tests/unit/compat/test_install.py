@@ -211,7 +211,16 @@ def test_uv_runs_for_this_interpreter(monkeypatch: pytest.MonkeyPatch, tmp_path:
     with pytest.raises(errors.DigestError):
         uv_installer.pip_install(["x"], folder=tmp_path, destination=tmp_path)
     assert calls == [
-        ["/bin/uv", "pip", "install", "--no-progress", "--python", sys.executable, "x"]
+        [
+            "/bin/uv",
+            "pip",
+            "install",
+            "--no-progress",
+            "--compile-bytecode",
+            "--python",
+            sys.executable,
+            "x",
+        ]
     ]
 
 

@@ -96,10 +96,8 @@ class Stepper:
             NumericsError: A loss is not finite, and the guard does not skip the step.
         """
         learning_rate = self._set_learning_rate(iteration)
-        local = self._backward(batches, iteration)
-        names = sorted(local)
-        values = torch.stack([local[name] for name in names])
-        shared = self._exchange(names, values, batches, stop)
+        names, values, shares = self._backward(batches, iteration)
+        shared = self._exchange(names, torch.cat([values, shares]), batches, stop)
         skip = self._guard.refuses(shared.losses, values, batches, iteration)
         if not skip:
             self._update()
@@ -120,19 +118,27 @@ class Stepper:
         set_learning_rate(self._optimizer, learning_rate)
         return learning_rate
 
-    def _backward(self, batches: Sequence[Any], iteration: int) -> dict[str, torch.Tensor]:
-        """Accumulate the gradients of the mean loss over the batches; return the batches' mean losses."""
-        sums: dict[str, torch.Tensor] = {}
+    def _backward(
+        self, batches: Sequence[Any], iteration: int
+    ) -> tuple[list[str], torch.Tensor, torch.Tensor]:
+        """Accumulate the gradients of the mean loss over the batches.
+
+        Returns:
+            Names of the losses in alphabetical order, their means over the batches, and in which share of the batches
+            each was not 0.
+        """
+        names: list[str] = []
+        rows = []
         for part, batch in enumerate(batches):
             seed = derive_seed(self._seed, iteration, self._ranks.rank, part)
             with self._no_sync() if part + 1 < len(batches) else nullcontext():
                 losses = self._model(batch.to(self._ranks.device), seed)
                 total = torch.stack(list(losses.values())).sum() / len(batches)
                 self._scaler.scale(total).backward()
-            for name, value in losses.items():
-                share = value.detach().float() / len(batches)
-                sums[name] = sums[name] + share if name in sums else share
-        return sums
+            names = sorted(losses)
+            rows.append(torch.stack([losses[name].detach().float() for name in names]))
+        values = torch.stack(rows)
+        return names, values.mean(dim=0), (values != 0).float().mean(dim=0)
 
     def _no_sync(self) -> AbstractContextManager[Any]:
         """Return the context in which gradients stay on this process."""
@@ -141,19 +147,27 @@ class Stepper:
         return nullcontext()
 
     def _exchange(
-        self, names: list[str], values: torch.Tensor, batches: Sequence[Any], stop: bool
+        self, names: list[str], numbers: torch.Tensor, batches: Sequence[Any], stop: bool
     ) -> _Shared:
-        """Average over the processes in one collective, and read the result: the step's one wait for the device."""
+        """Average over the processes in one collective, and read the result: the step's one wait for the device.
+
+        Args:
+            names: Names of the losses.
+            numbers: Their values, then their shares.
+            batches: The batches of this process.
+            stop: Whether this process wants to stop.
+        """
         images = sum(len(batch) for batch in batches)
-        counts = torch.tensor([images, stop], dtype=values.dtype).to(values.device)
-        message = torch.cat([values, (values != 0).to(values.dtype), counts])
-        numbers = sum_over_ranks(message, self._ranks).tolist()
-        world, count = self._ranks.world_size, len(names)
+        counts = torch.tensor([images, stop], dtype=numbers.dtype).to(numbers.device)
+        *means, total_images, stops = sum_over_ranks(
+            torch.cat([numbers, counts]), self._ranks
+        ).tolist()
+        means = [number / self._ranks.world_size for number in means]
         return _Shared(
-            losses={n: v / world for n, v in zip(names, numbers[:count], strict=True)},
-            shares={n: v / world for n, v in zip(names, numbers[count : 2 * count], strict=True)},
-            images=round(numbers[-2]),
-            stop=numbers[-1] > 0,
+            losses=dict(zip(names, means, strict=False)),
+            shares=dict(zip(names, means[len(names) :], strict=True)),
+            images=round(total_images),
+            stop=stops > 0,
         )
 
     def _update(self) -> None:

@@ -134,6 +134,8 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--endpoint", default="")
     parser.add_argument("--fail", default="", help="rank:iteration:how")
+    parser.add_argument("--plain", action="store_true", help="no dropout, no random weight")
+    parser.add_argument("--pairs", action="store_true", help="the batches of two ranks in turn")
     options = parser.parse_args()
     logs = RunFolder(options.folder).logs
     try:
@@ -159,7 +161,12 @@ def main() -> None:
 def work(options: argparse.Namespace) -> None:
     if options.fail:
         fail_at(*options.fail.split(":"))
-    result = run(options.folder, options.set, workers=options.workers, pause=options.pause)
+    if options.pairs:
+        global toy_batch
+        single = toy_batch
+        toy_batch = lambda number, rank, size: single(number // 2, number % 2, size)  # noqa: E731
+    kind = {"workers": options.workers, "pause": options.pause, "plain": options.plain}
+    result = run(options.folder, options.set, **kind)
     if int(os.environ.get("RANK", "0")) == 0:
         (options.folder / "result.json").write_text(json.dumps(result.losses))
 

@@ -1,0 +1,148 @@
+"""Whole processes of the toy training: launching, agreement, failures, signals, kill -9."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+TOY = Path(__file__).parents[2] / "unit/training/toy_run.py"
+
+pytestmark = pytest.mark.slow
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(TOY), str(folder), *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 240) -> tuple[int, str]:
+    _, errors = process.communicate(timeout=timeout)
+    return process.returncode, errors
+
+
+def run(folder: Path, *words: str) -> tuple[int, str]:
+    return finish(start(folder, *words))
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def final(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "model_final.pth", weights_only=True)["model"]
+
+
+def same(first: Path, second: Path) -> bool:
+    left, right = final(first), final(second)
+    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
+
+
+def wait_for(condition, process: subprocess.Popen[str], timeout: float = 120) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("unused", ["skip", "zero"])
+def test_two_processes_compute_what_one_does(tmp_path: Path, unused: str) -> None:
+    """In most steps one rank has a box batch and the other an image-label batch; nothing hangs."""
+    optimizer = {"unused_gradients": unused, "learning_rate": 0.01}
+    two = json.dumps({"optimizer": optimizer, "log": {"period": 1}})
+    one = json.dumps({"optimizer": optimizer, "log": {"period": 1}, "accumulation": 2})
+    code, errors = run(tmp_path / "two", "--launch", "2", "--plain", "--set", two)
+    assert code == 0, errors
+    code, errors = run(tmp_path / "one", "--plain", "--pairs", "--set", one)
+    assert code == 0, errors
+    for left, right in zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True):
+        assert left["losses"] == pytest.approx(right["losses"], rel=1e-4)
+    for name, weight in final(tmp_path / "one").items():
+        torch.testing.assert_close(final(tmp_path / "two")[name], weight, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "expected"),
+    [
+        ("data", 3, "DataError: Process 1 of 2: The image 12.jpg cannot be read."),
+        ("nan", 5, "loss_class is nan in process 1 on images 510, 511, 512, 513"),
+        ("bug", 6, "TrainingError: Process 1 of 2: KeyError: 'boxes'"),
+        ("kill", 6, "Process 1 of 2 was killed by SIGKILL"),
+    ],
+)
+def test_the_first_error_is_what_the_user_reads(
+    tmp_path: Path, how: str, code: int, expected: str
+) -> None:
+    found, errors = run(tmp_path, "--launch", "2", "--fail", f"1:5:{how}")
+    assert found == code, errors
+    assert expected in errors
+    assert "rank_" in errors
+    assert "Traceback" not in errors
+    assert (tmp_path / "checkpoints/step_0000004.pth").exists()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_stopped_at_any_step_and_started_again_is_the_same_run(
+    tmp_path: Path, processes: int, number: int
+) -> None:
+    words = ("--launch", str(processes), "--workers", "1")
+    code, errors = run(tmp_path / "whole", *words)
+    assert code == 0, errors
+    process = start(tmp_path / "cut", *words, "--pause", "0.1")
+    wait_for(lambda: (tmp_path / "cut/checkpoints/step_0000004.pth").exists(), process)
+    process.send_signal(number)
+    if processes == 2 and number == signal.SIGKILL:
+        # The launcher is gone; its processes go on and must be gone too before the run goes on.
+        wait_gone(tmp_path / "cut")
+    code, _ = finish(process)
+    assert code == (-9 if number == signal.SIGKILL else 143)
+    assert not (tmp_path / "cut/result.json").exists()
+    code, errors = run(tmp_path / "cut", *words)
+    assert code == 0, errors
+    assert same(tmp_path / "whole", tmp_path / "cut")
+    assert [r["losses"] for r in records(tmp_path / "whole")] == [
+        r["losses"] for r in records(tmp_path / "cut")
+    ]
+
+
+def wait_gone(folder: Path) -> None:
+    """Kill the processes that work in a folder."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if str(folder).encode() in words:
+            os.kill(int(path.parent.name), signal.SIGKILL)
+
+
+def test_two_machines_train_together_and_outlive_one_of_them(tmp_path: Path) -> None:
+    with_port = ("--nodes", "2", "--endpoint", "localhost:29571", "--pause", "0.2")
+    words = (*with_port, "--set", json.dumps({"iterations": 30}))
+    first = start(tmp_path, *words)
+    time.sleep(6)  # the first to come owns the meeting place
+    second = start(tmp_path, *words)
+    wait_for((tmp_path / "checkpoints/step_0000008.pth").exists, first)
+    children = subprocess.run(
+        ["pgrep", "-P", str(second.pid)], capture_output=True, text=True, check=True
+    )
+    for pid in (second.pid, *map(int, children.stdout.split())):
+        os.kill(pid, signal.SIGKILL)
+    finish(second)
+    third = start(tmp_path, *words)
+    code, errors = finish(first, timeout=400)
+    assert code == 0, errors
+    code, errors = finish(third)
+    assert code == 0, errors
+    assert records(tmp_path)[-1]["iteration"] == 30
+    assert "Going on after iteration" in (tmp_path / "logs/rank_0.log").read_text()

@@ -157,8 +157,8 @@ def separable_backward(
 ) -> Tensor:
     """Gradient of RoIAlign as matrix products, added in a fixed order.
 
-    Equal to the kernel's gradient up to the rounding of sums. Takes at most 128 MiB beside its result and the
-    interpolation matrices of one image (a matrix product a 128 MiB piece, pieces in order).
+    Equal to the kernel's gradient up to the rounding of sums. Beside its result and the interpolation matrices it
+    takes at most 128 MiB: each image's boxes are multiplied in pieces of that size, one after the other.
 
     Args:
         grad_KCPQ: Gradient of the pooled features; half and bfloat16 are added up in float32.
@@ -172,17 +172,22 @@ def separable_backward(
     images, channels, height, width = shape
     dtype = torch.float64 if grad_KCPQ.dtype == torch.float64 else torch.float32
     grad_NCHW = torch.zeros(shape, dtype=dtype, device=grad_KCPQ.device)
+    boxes_K4 = boxes_K5[:, 1:].to(dtype)
+    along_y_KPH, along_x_KQW = interpolation_matrices(boxes_K4, (height, width), geometry)
     piece = max(1, _CHUNK_BYTES // (geometry.output_size[0] * channels * width * dtype.itemsize))
-    owner_K = boxes_K5[:, 0].long()
-    for image in range(images):
-        of_image = torch.nonzero(owner_K == image).squeeze(1)
-        for members in torch.split(of_image, piece):
-            along_y, along_x = interpolation_matrices(
-                boxes_K5[members, 1:].to(dtype), (height, width), geometry
-            )
-            grad_kPCQ = grad_KCPQ[members].to(dtype).transpose(1, 2)
-            grad_NCHW[image] += _gradient_of_image(grad_kPCQ, along_y, along_x)
+    for image, members in _boxes_by_image(boxes_K5, images):
+        for some in torch.split(members, piece):
+            grad_kPCQ = grad_KCPQ[some].to(dtype).transpose(1, 2)
+            grad_NCHW[image] += _gradient_of_image(grad_kPCQ, along_y_KPH[some], along_x_KQW[some])
     return grad_NCHW.to(grad_KCPQ.dtype)
+
+
+def _boxes_by_image(boxes_K5: Tensor, images: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield each image that has boxes, with their positions in ascending order; waits for the device once."""
+    owner_K = boxes_K5[:, 0].long()
+    counts = torch.bincount(owner_K, minlength=images).tolist()
+    by_image = torch.split(owner_K.argsort(stable=True), counts)
+    yield from ((image, members) for image, members in enumerate(by_image) if counts[image])
 
 
 def _gradient_of_image(grad_kPCQ: Tensor, along_y_kPH: Tensor, along_x_kQW: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def run(job: Job) -> dict[str, Any]:
     """
     apply_mode(job.mode)
     config = from_mapping(RunConfig, job.configuration)
-    bench = _Bench(config, job)
+    bench = Bench(config, job)
     cost = bench.measure()
     first = bench.repeat(None)
     others = [bench.repeat(first) for _ in range(job.repetitions - 1)]
@@ -102,7 +102,14 @@ class _Repetition:
     elements: int = 0
 
 
-class _Bench:
+class Bench:
+    """A network in training on batches of noise, whose steps can be repeated from the same start.
+
+    Args:
+        config: What is trained.
+        job: How it is repeated; its mode must be in force.
+    """
+
     def __init__(self, config: RunConfig, job: Job) -> None:
         self._config = config
         self._job = job
@@ -119,6 +126,11 @@ class _Bench:
         self.device_name = "cpu"
         if self._device.type == "cuda":
             self.device_name = torch.cuda.get_device_name(self._device)
+
+    def step(self) -> dict[str, float]:
+        """Take the first step from the start, and return its losses."""
+        stepper, _ = self._fresh()
+        return stepper([self._batch(0)], self._iteration).losses
 
     def measure(self) -> dict[str, Any]:
         """Time the steps and take their memory, with nothing recorded; one step goes ahead to warm up."""

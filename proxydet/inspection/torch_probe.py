@@ -24,7 +24,7 @@ def probe() -> Answer:
     """
     try:
         import torch
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+    except (ImportError, OSError, RuntimeError, AttributeError, ValueError) as error:
         return {"torch_error": _say(error)}
     answer: Answer = {
         "torch": torch.__version__,

@@ -69,7 +69,7 @@ def test_a_gradient_that_varies_is_found_where_it_arises(monkeypatch):
         return real(*arguments) * (1 + 1e-6 * next(calls))
 
     monkeypatch.setattr(roi_operators, "kernel_backward", noisy)
-    found = worker.run(job(steps=1))
+    found = worker.run(job(mode="published", steps=1))
     (other,) = found["differing"]
     step, name = other["first"]
     assert step == 0

@@ -22,14 +22,14 @@ from proxydet_cli.output import Output, show_logs
 COMMANDS: dict[str, str] = {
     "quickstart": "Do the whole job on a small drawn data set.",
     "setup": "Make a working detectron2 where none is; check the rest.",
-    "download": "Fetch checkpoints, data sets and metadata; check them.",
-    "data": "Prepare data sets, check, count and look at them.",
-    "train": "Train a detector, from one CPU to many machines; resume.",
     "env": "Report the environment next to the published one.",
-    "predict": "Find objects in pictures, by any words.",
-    "vocab": "Make and inspect vocabularies of class names.",
     "patch": "Make, undo and prove the published change of RoIAlign.",
     "verify": "Prove by running that training repeats itself.",
+    "download": "Fetch checkpoints, data sets and metadata; check them.",
+    "data": "Prepare data sets, check, count and look at them.",
+    "vocab": "Make and inspect vocabularies of class names.",
+    "train": "Train a detector, from one CPU to many machines; resume.",
+    "predict": "Find objects in pictures, by any words.",
 }
 """Name and one-line help of each command, in the order of ``--help``."""
 
@@ -89,7 +89,7 @@ def build(*, own_help: bool = True) -> Any:
         rich_markup_mode=None,
         no_args_is_help=True,
         context_settings={"help_option_names": ["--help", "-h"]},
-        epilog=examples("proxydet setup", "proxydet COMMAND --help"),
+        epilog=examples("proxydet quickstart", "proxydet COMMAND --help"),
     )
     app.callback()(_main_options)
     for name, text in COMMANDS.items():

@@ -75,6 +75,31 @@ def test_examples_use_options_that_exist(name: str, command: Any) -> None:
             assert used <= known, line
 
 
+def documented() -> list[tuple[str, str]]:
+    """Every line of a code block in our pages that calls proxydet, with the page."""
+    pages = [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md")]
+    return [
+        (page.relative_to(REPOSITORY).as_posix(), match[1])
+        for page in sorted(pages)
+        if page.name != "commands.md"
+        for block in re.findall(r"^```.*?^```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+        for match in re.finditer(
+            r"^\s*(?:\$ )?(?:\S+/bin/)?proxydet ([a-z][^#\n]*)", block, re.MULTILINE
+        )
+    ]
+
+
+def test_commands_in_the_documentation_exist() -> None:
+    known = dict(all_leaves())
+    for page, line in documented():
+        words = line.split()
+        name = " ".join(words[:2]) if " ".join(words[:2]) in known else words[0]
+        assert name in known, f"{page}: proxydet {line}"
+        options = {o for p in known[name].params for o in (*p.opts, *p.secondary_opts)}
+        used = {word.split("=")[0] for word in words if word.startswith("--")} - {"--help"}
+        assert used <= options, f"{page}: proxydet {line}"
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
 def test_only_output_writes(path: Path) -> None:
     if path.name in {"output.py", "reference.py"}:

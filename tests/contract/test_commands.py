@@ -17,6 +17,10 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 MODULES = sorted((REPOSITORY / "proxydet_cli").rglob("*.py"))
 
 
+def module_file(name: str) -> Path:
+    return REPOSITORY / f"proxydet_cli/commands/{name.replace('-', '_')}.py"
+
+
 def leaves(name: str, command: Any) -> Iterator[tuple[str, Any]]:
     """A command, or its subcommands where it has some."""
     children = getattr(command, "commands", None)
@@ -28,7 +32,9 @@ def leaves(name: str, command: Any) -> Iterator[tuple[str, Any]]:
 
 
 def all_leaves() -> list[tuple[str, Any]]:
-    return [leaf for name in COMMANDS for leaf in leaves(name, load_command(name))]
+    # A listed command without a module fails a test of its own, not the collection of all.
+    present = [name for name in COMMANDS if module_file(name).is_file()]
+    return [leaf for name in present for leaf in leaves(name, load_command(name))]
 
 
 def help_of(name: str, command: Any) -> str:
@@ -37,7 +43,7 @@ def help_of(name: str, command: Any) -> str:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_listed_command_has_its_module(name: str) -> None:
-    assert (REPOSITORY / f"proxydet_cli/commands/{name.replace('-', '_')}.py").is_file()
+    assert module_file(name).is_file()
 
 
 @pytest.mark.parametrize("name", COMMANDS)

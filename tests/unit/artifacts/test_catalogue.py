@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxydet.artifacts.artifact import Artifact, check_relative
+from proxydet.artifacts.artifact import Artifact, Content, Login, Provided, Unpack, check_relative
 from proxydet.artifacts.catalogue import CATALOGUE_VARIABLE, Catalogue
 from proxydet.artifacts.content import expected_tensors
-from proxydet.artifacts.family import imagenet_synsets
+from proxydet.artifacts.family import Family, imagenet_synsets
+from proxydet.config import field_types
 from proxydet.errors import ConfigError
 
 HEAD = 'title = "t"\nlicence = "l"\n'
@@ -114,6 +115,22 @@ def test_a_family_of_ones_own(tmp_path) -> None:
     assert members[0].addresses == ("https://example.org/2.tar.gz",)
     assert members[0].unpack is not None
     assert members[0].unpack.provides[0].path == "p2"
+
+
+def test_the_example_of_the_reference_page(tmp_path, repository) -> None:
+    page = (repository / "docs/reference/catalogue.md").read_text(encoding="utf-8")
+    example = re.search(r"```toml\n(.*?)```", page, re.DOTALL)
+    assert example is not None
+    text = re.sub(r"<64[^>]*>", "0" * 64, example[1])
+    names = [artifact.name for artifact in load(tmp_path, text).resolve(["kitchen"])]
+    assert names == ["kitchen-r50", "kitchen-photos", "kitchen-tars/ladle", "kitchen-tars/whisk"]
+
+
+def test_the_reference_page_names_every_key(repository) -> None:
+    page = (repository / "docs/reference/catalogue.md").read_text(encoding="utf-8")
+    for kind in (Artifact, Family, Login, Unpack, Provided, Content):
+        for key in field_types(kind):
+            assert f"`{key}`" in page, key
 
 
 TARGETS = [

@@ -1,0 +1,193 @@
+"""Download speed and memory on this machine's own network, against curl in the same run.
+
+A server in a process of its own serves one file of random bytes with sendfile. curl and proxydet fetch it in turn
+into the same folder; proxydet computes and checks the SHA-256 while it fetches, and waits until the bytes are on the
+disk, curl does neither. ``curl then sha256sum`` and ``curl then sync`` are what doing the same by hand costs.
+
+    python benchmarks/download.py --size 1000 --runs 7
+    python benchmarks/download.py --size 1000 --json download.json
+
+Ratios are curl's time divided by ours, pair by pair: 1.0 is as fast, more is faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.server
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from proxydet.artifacts.digest import file_digest
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves the file named on the command line, with ranges."""
+
+    protocol_version = "HTTP/1.1"
+    path_served = ""
+
+    def do_GET(self) -> None:
+        """Send the file or a stretch of it."""
+        with Path(self.path_served).open("rb") as file:
+            total = os.fstat(file.fileno()).st_size
+            asked = self.headers.get("Range", "")
+            first, last = 0, total - 1
+            if asked:
+                begin, _, end = asked.removeprefix("bytes=").partition("-")
+                first, last = int(begin), min(int(end or last), last)
+            self.send_response(206 if asked else 200)
+            if asked:
+                self.send_header("Content-Range", f"bytes {first}-{last}/{total}")
+            self.send_header("Content-Length", str(last - first + 1))
+            self.send_header("ETag", '"one"')
+            self.end_headers()
+            self.wfile.flush()
+            while first <= last:
+                first += os.sendfile(
+                    self.connection.fileno(), file.fileno(), first, last - first + 1
+                )
+
+    def log_message(self, *args: object) -> None:
+        """Say nothing."""
+
+
+def serve(path: str) -> None:
+    """Serve a file until killed; the port goes to stdout."""
+    Handler.path_served = path
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        print(server.server_address[1], flush=True)
+        server.serve_forever()
+
+
+def fetch(address: str, target: str, digest: str, connections: str) -> None:
+    """Fetch the file as `proxydet download` does; seconds and peak memory go to stdout."""
+    from proxydet.artifacts.http import Client
+    from proxydet.artifacts.meter import Meter
+    from proxydet.artifacts.patience import RateLimit
+    from proxydet.artifacts.settings import TransferSettings
+    from proxydet.artifacts.transfer import fetch_file
+    from proxydet.artifacts.wanted import Line, Wanted
+    from proxydet.reporting import SILENT
+
+    started = time.perf_counter()
+    with Client(TransferSettings(connections=int(connections))) as client, SILENT.task("") as task:
+        line = Line(client=client, rate=RateLimit(None))
+        wanted = Wanted(name="it", target=Path(target), addresses=(address,), sha256=digest or None)
+        fetch_file(wanted, line, Meter(task), take_over=True)
+    seconds = time.perf_counter() - started
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"transfer_s": seconds, "peak_mb": memory}))
+
+
+def timed(command: list[str], target: Path) -> dict[str, float]:
+    """Run a command; return its wall and CPU seconds and what it says of itself."""
+    target.unlink(missing_ok=True)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    started = time.perf_counter()
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    wall = time.perf_counter() - started
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    said = json.loads(out) if out.startswith("{") else {}
+    return {"wall_s": wall, "cpu_s": cpu, **said}
+
+
+def measure(source: Path, folder: Path, runs: int) -> dict[str, list[dict[str, float]]]:
+    """Fetch in turn by each way, ``runs`` times after one that is not counted."""
+    digest = file_digest(source)
+    me = [sys.executable, __file__]
+    server = subprocess.Popen([*me, "--serve", str(source)], stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    try:
+        address = f"http://127.0.0.1:{int(server.stdout.readline())}/file"
+        target = folder / "fetched.bin"
+        curl = ["curl", "--silent", "--fail", "--output", str(target), address]
+        ways: dict[str, list[str]] = {
+            "curl": curl,
+            "proxydet, 1 connection": [*me, "--fetch", address, str(target), digest, "1"],
+            "proxydet, 4 connections": [*me, "--fetch", address, str(target), digest, "4"],
+            "curl then sync": ["sh", "-c", f"{' '.join(curl)} && sync {target}"],
+            "curl then sha256sum": [
+                "sh",
+                "-c",
+                f"{' '.join(curl)} && sha256sum {target} && sync {target}",
+            ],
+        }
+        results: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+        for run in range(runs + 1):
+            for name, command in ways.items():
+                result = timed(command, target)
+                if run:
+                    results[name].append(result)
+        target.unlink()
+    finally:
+        server.kill()
+        server.wait()
+    return results
+
+
+def summary(results: dict[str, list[dict[str, float]]], size: int) -> list[str]:
+    """Lay out medians and the ratios to curl."""
+    lines = [
+        f"{'way':26} {'wall s':>7} {'MB/s':>6} {'CPU s':>6} {'peak MB':>8}  curl/this  (least .. most)  transfer only"
+    ]
+    curls = [result["wall_s"] for result in results["curl"]]
+
+    def of(name: str, key: str) -> float:
+        return statistics.median(result.get(key, float("nan")) for result in results[name])
+
+    for name, rows in results.items():
+        ratios = [curl / row["wall_s"] for curl, row in zip(curls, rows, strict=True)]
+        inner = [
+            curl / row["transfer_s"]
+            for curl, row in zip(curls, rows, strict=True)
+            if "transfer_s" in row
+        ]
+        wall = of(name, "wall_s")
+        lines.append(
+            f"{name:26} {wall:7.2f} {size / wall / 1e6:6.0f} {of(name, 'cpu_s'):6.2f} {of(name, 'peak_mb'):8.0f}"
+            f"  {statistics.median(ratios):9.2f}  ({min(ratios):.2f} .. {max(ratios):.2f})"
+            + (f"  {statistics.median(inner):.2f}" if inner else "")
+        )
+    return lines
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", type=int, default=500, help="size of the file in MB")
+    parser.add_argument("--runs", type=int, default=5, help="counted runs of each way")
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="where to write; a temporary folder by default"
+    )
+    parser.add_argument("--json", type=Path, default=None, help="write all figures here")
+    options = parser.parse_args()
+    assert shutil.which("curl"), "this benchmark compares with curl, which is not installed"
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        source = Path(name) / "source.bin"
+        with source.open("wb") as file:
+            for _ in range(options.size):
+                file.write(os.urandom(1_000_000))
+        results = measure(source, Path(name), options.runs)
+    print("\n".join(summary(results, options.size * 1_000_000)))
+    if options.json is not None:
+        options.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    workers: dict[str, Callable[..., None]] = {"--serve": serve, "--fetch": fetch}
+    if len(sys.argv) > 1 and sys.argv[1] in workers:
+        workers[sys.argv[1]](*sys.argv[2:])
+    else:
+        main()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 from proxydet.errors import ConfigError
 from proxydet.visualization.colours import RGB, colour_of, text_colour_on
@@ -152,11 +152,11 @@ def _with_mask(canvas: Image.Image, item: DrawnObject, scale: int, opacity: floa
 
 def _rim(mask: Image.Image) -> Image.Image:
     """The mask's edge, about two pixels wide, as an alpha channel."""
-    framed = Image.new("L", (mask.width + 4, mask.height + 4), 0)
-    framed.paste(mask, (2, 2))
-    inner = framed.filter(ImageFilter.MinFilter(5)).crop((2, 2, mask.width + 2, mask.height + 2))
-    edge = np.asarray(mask).astype(np.int16) - np.asarray(inner).astype(np.int16)
-    return Image.fromarray(np.clip(edge, 0, 255).astype(np.uint8))
+    mask_HW = np.asarray(mask)
+    framed = np.pad(mask_HW, 2)
+    sides = (framed[:-4, 2:-2], framed[4:, 2:-2], framed[2:-2, :-4], framed[2:-2, 4:])
+    inner_HW = np.minimum.reduce(sides)
+    return Image.fromarray(np.where(mask_HW > inner_HW, mask_HW - inner_HW, 0).astype(np.uint8))
 
 
 def _draw_box(draw: ImageDraw.ImageDraw, box: Box, colour: RGB, line: int) -> None:
@@ -185,15 +185,24 @@ def _draw_labels(
 def _signs(
     objects: Sequence[DrawnObject], canvas: tuple[int, int], style: DrawingStyle
 ) -> list[Image.Image]:
-    size = style.font_size or max(_SMALLEST_FONT, min(round(min(canvas) / 30), 48))
-    while True:
-        signs = [
-            _sign(_text(o, style), colour_of(o.label), size, canvas[0], style) for o in objects
-        ]
-        covered = sum(sign.width * sign.height for sign in signs) / (canvas[0] * canvas[1])
-        if covered < _LABELS_SHARE or style.font_size is not None or size <= _SMALLEST_FONT:
-            return signs
+    texts = [_text(item, style) for item in objects]
+    size = style.font_size or _fitting_size(texts, canvas, style.font_file)
+    return [
+        _sign(text, colour_of(item.label), size, canvas[0], style)
+        for text, item in zip(texts, objects, strict=True)
+    ]
+
+
+def _fitting_size(texts: Sequence[str], canvas: tuple[int, int], font_file: Path | None) -> int:
+    """Height of the letters: fitted to the picture, and smaller where labels would cover much of it."""
+    size = max(_SMALLEST_FONT, min(round(min(canvas) / 30), 48))
+    while size > _SMALLEST_FONT:
+        # Labels are about one and a half times as high as their letters.
+        covered = sum(_font(text, size, font_file).getlength(text) * size * 1.5 for text in texts)
+        if covered < _LABELS_SHARE * canvas[0] * canvas[1]:
+            break
         size = max(_SMALLEST_FONT, round(size * 0.85))
+    return size
 
 
 def _text(item: DrawnObject, style: DrawingStyle) -> str:

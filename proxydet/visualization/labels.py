@@ -1,15 +1,25 @@
-"""Finds places for labels so that they cover each other and other labels' boxes as little as can be."""
+"""Finds places for labels so that they cover each other and other labels' boxes as little as can be.
+
+Dimensions: L labels, P places for one label, B boxes that may be covered.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels."""
+Floats = npt.NDArray[np.float64]
 
 _ROWS_INSIDE = 4
-_CROWDING = 0.15
+# What a place costs: for the share of it that covers other labels, for the share that covers other
+# boxes (at most thrice), for coming late in the list, and for each label's height that the picture's edge moved it.
+_COVERED, _CROWDED, _LATE, _MOVED = 10.0, 0.15, 0.05, 0.3
+_CROWD_MOST = 3.0
 
 
 @dataclass(frozen=True)
@@ -26,9 +36,8 @@ def place_labels(requests: Sequence[LabelRequest], canvas: tuple[int, int]) -> l
     """Choose a place for each label, the first ones first.
 
     Each label has a list of places around and inside its box, the best first: above, inside at the
-    top, below, then at the right edge, then further rows inside. The place wins that covers the least of
-    the labels placed before; among equal ones, the earlier in the list, where covering the top of
-    other boxes counts a little.
+    top, below, then at the right edge, then further rows. The place wins that covers the least of
+    the labels placed before; among equal ones, the earlier in the list, where covering other boxes counts a little.
 
     Args:
         requests: What to place, the most important first.
@@ -37,55 +46,52 @@ def place_labels(requests: Sequence[LabelRequest], canvas: tuple[int, int]) -> l
     Returns:
         One place for each request.
     """
-    placed: list[Box] = []
-    boxes = [request.box for request in requests]
+    boxes_L4 = np.array([request.box for request in requests], np.float64).reshape(-1, 4)
+    placed_L4 = np.zeros_like(boxes_L4)
     for index, request in enumerate(requests):
-        others = boxes[:index] + boxes[index + 1 :]
-        placed.append(_best_place(request, placed, others, canvas))
-    return placed
+        wanted_P2 = _places(request)
+        places_P4 = _inside(wanted_P2, request, canvas)
+        area = request.width * request.height
+        others_B4 = np.delete(boxes_L4, index, axis=0)
+        cost_P = _COVERED * overlaps(places_P4, placed_L4[:index]).sum(axis=1) / area
+        crowd_P = overlaps(places_P4, others_B4).sum(axis=1) / area
+        cost_P += _CROWDED * np.minimum(crowd_P, _CROWD_MOST) + _LATE * np.arange(len(places_P4))
+        moved_P = np.abs(places_P4[:, :2] - wanted_P2).sum(axis=1)
+        cost_P += _MOVED * moved_P / request.height
+        placed_L4[index] = places_P4[np.argmin(cost_P)]
+    return [(left, top, right, bottom) for left, top, right, bottom in placed_L4.tolist()]
 
 
-def overlap(first: Box, second: Box) -> float:
-    """Area in which two boxes overlap, in squared pixels."""
-    width = min(first[2], second[2]) - max(first[0], second[0])
-    height = min(first[3], second[3]) - max(first[1], second[1])
-    return max(width, 0.0) * max(height, 0.0)
+def overlaps(first_P4: Floats, second_B4: Floats) -> Floats:
+    """Area in which each box of one set overlaps each of another: (P, B), in squared pixels."""
+    low_PB2 = np.maximum(first_P4[:, None, :2], second_B4[None, :, :2])
+    high_PB2 = np.minimum(first_P4[:, None, 2:], second_B4[None, :, 2:])
+    areas: Floats = np.clip(high_PB2 - low_PB2, 0, None).prod(axis=2)
+    return areas
 
 
-def _best_place(
-    request: LabelRequest, placed: Sequence[Box], others: Sequence[Box], canvas: tuple[int, int]
-) -> Box:
-    area = request.width * request.height
-    best, best_cost = None, float("inf")
-    for rank, (left, top) in enumerate(_places(request)):
-        place = _inside(left, top, request, canvas)
-        covered = sum(overlap(place, other) for other in placed) / area
-        crowd = min(sum(overlap(place, other) for other in others) / area, 3.0)
-        moved = abs(place[0] - left) + abs(place[1] - top)
-        cost = 10 * covered + _CROWDING * crowd + 0.05 * rank + 0.3 * moved / request.height
-        if cost < best_cost:
-            best, best_cost = place, cost
-    assert best is not None
-    return best
-
-
-def _places(request: LabelRequest) -> Iterator[tuple[float, float]]:
+def _places(request: LabelRequest) -> Floats:
+    """Left and top of each place, (P, 2)."""
     left, top, right, bottom = request.box
     width, height = request.width, request.height
-    columns = (left, right - width, (left + right - width) / 2)
-    for column in columns:
-        yield column, top - height
-        yield column, top
-        yield column, bottom
-        yield column, bottom - height
-    for row in range(1, _ROWS_INSIDE + 1):
-        yield left, top + row * height
-        yield left, top - (row + 1) * height
-        yield right, top + row * height
-        yield left - width, top + row * height
+    places = [
+        (column, row)
+        for column in (left, right - width, (left + right - width) / 2)
+        for row in (top - height, top, bottom, bottom - height)
+    ]
+    for number in range(1, _ROWS_INSIDE + 1):
+        row = top + number * height
+        places += [
+            (left, row),
+            (left, top - (number + 1) * height),
+            (right, row),
+            (left - width, row),
+        ]
+    return np.array(places, np.float64)
 
 
-def _inside(left: float, top: float, request: LabelRequest, canvas: tuple[int, int]) -> Box:
-    left = max(min(left, canvas[0] - request.width), 0)
-    top = max(min(top, canvas[1] - request.height), 0)
-    return (left, top, left + request.width, top + request.height)
+def _inside(places_P2: Floats, request: LabelRequest, canvas: tuple[int, int]) -> Floats:
+    """Move places into the picture; (P, 4) boxes."""
+    size = np.array([request.width, request.height])
+    corners_P2 = np.maximum(np.minimum(places_P2, np.array(canvas) - size), 0)
+    return np.concatenate([corners_P2, corners_P2 + size], axis=1)

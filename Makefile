@@ -41,8 +41,9 @@ format: $(INSTALLED) ## Lay out the code and sort its imports.
 bench: $(INSTALLED) ## Measure start-up time; other measurements are scripts in benchmarks/.
 	$(PY) benchmarks/startup.py
 
-docs: $(INSTALLED) ## Write the command reference from the commands themselves.
+docs: $(INSTALLED) ## Write the command and configuration references from the program itself.
 	$(PY) -m proxydet_cli.reference docs/reference/commands.md
+	$(PY) -m proxydet_cli.config_reference docs/reference/configuration.md
 
 lock: $(INSTALLED) ## Resolve the dependencies into the lock files; UPGRADE=--upgrade takes newer versions.
 	$(PY) -m uv pip compile $(LOCK_FLAGS) --output-file requirements.lock pyproject.toml

@@ -143,6 +143,14 @@ def apply_overrides(config: T, assignments: Iterable[str]) -> T:
     return config
 
 
+def scalar_text(value: Any) -> str:
+    """Write a plain value as YAML on one line."""
+    text = yaml.dump(
+        value, Dumper=_Dumper, default_flow_style=True, width=2**31, allow_unicode=True
+    )
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
 @functools.cache
 def field_docs(cls: type) -> Mapping[str, str]:
     """Return the documentation of each field of a dataclass: the string that follows it in the source.
@@ -208,12 +216,5 @@ def _lines(cls: type, mapping: Mapping[str, Any], depth: int, comments: bool) ->
         if nested is not None and value:
             lines += [f"{indent}{name}:", *_lines(nested, value, depth + 1, comments)]
         else:
-            lines.append(f"{indent}{name}: {_scalar(value)}")
+            lines.append(f"{indent}{name}: {scalar_text(value)}")
     return lines
-
-
-def _scalar(value: Any) -> str:
-    text = yaml.dump(
-        value, Dumper=_Dumper, default_flow_style=True, width=2**31, allow_unicode=True
-    )
-    return text.removesuffix("\n").removesuffix("\n...")

@@ -63,36 +63,44 @@ def prepare(
 
 @app.command(
     epilog=examples(
-        "proxydet data check datasets/lvis.toml", "proxydet data check my.toml --decode"
+        "proxydet data check",
+        "proxydet data check datasets/lvis.toml",
+        "proxydet data check my.toml --decode",
     )
 )
 def check(
-    description: Description,
+    path: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Data description (TOML), or a data root; else $PROXYDET_DATASETS, else ./datasets."
+        ),
+    ] = None,
     decode: Annotated[
         bool, typer.Option(help="Decode every annotated image and compare its size (slow).")
     ] = False,
     cache: Cache = None,
     json: Json = False,
 ) -> None:
-    """Check that all files of a data set are there and fit together; say what to do about what does not.
+    """Check that all files of data sets are there and fit together; say what to do about what does not.
 
     The exit code is 3 where training or evaluation would fail.
     """
     from proxydet.data.check import check_dataset
+    from proxydet.data.check_root import check_root
     from proxydet.data.description import DatasetDescription
+    from proxydet.paths import datasets_folder
     from proxydet_cli.output import Output
     from proxydet_cli.progress import show_progress
 
-    report = check_dataset(
-        DatasetDescription.from_toml(description),
-        decode=decode,
-        cache=cache,
-        progress=show_progress(),
-    )
-    Output(json=json).data(
-        {"name": report.name, "sound": report.sound, "findings": report.findings}, _checked(report)
-    )
-    if not report.sound:
+    place, progress = path or datasets_folder(), show_progress()
+    if place.suffix == ".toml":
+        found = DatasetDescription.from_toml(place)
+        reports = [check_dataset(found, decode=decode, cache=cache, progress=progress)]
+    else:
+        reports = check_root(place, decode=decode, cache=cache, progress=progress)
+    rows = [{"name": r.name, "sound": r.sound, "findings": r.findings} for r in reports]
+    Output(json=json).data(rows, "\n\n".join(_checked(report) for report in reports))
+    if not all(report.sound for report in reports):
         raise typer.Exit(3)
 
 
@@ -178,7 +186,7 @@ def _checked(report: CheckReport) -> str:
         if finding.advice:
             lines.append(f"{'':>7}  -> {finding.advice}")
     verdict = "sound" if report.sound else "not usable as it is"
-    return "\n".join([*lines, f"data set {report.name}: {verdict}"])
+    return "\n".join([*lines, f"{report.name}: {verdict}"])
 
 
 def _part_row(part: PartStats) -> dict[str, object]:

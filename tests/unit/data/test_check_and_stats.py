@@ -8,8 +8,10 @@ import pytest
 from PIL import Image
 
 from proxydet.data.check import CheckReport, check_dataset
+from proxydet.data.check_root import check_root
 from proxydet.data.description import DatasetDescription
 from proxydet.data.stats import dataset_stats
+from proxydet.errors import DataError
 
 
 def check(path: Path, **options: Any) -> CheckReport:
@@ -119,6 +121,27 @@ def test_a_changed_store_is_found(small_set: Path, tmp_path: Path) -> None:
     store.write_bytes(content)
     assert check(small_set, cache=tmp_path / "c").sound
     assert "the store" in found(check(small_set, cache=tmp_path / "c", decode=True), "error")
+
+
+def test_a_root_reports_on_each_description_and_on_what_is_not_prepared(small_set: Path) -> None:
+    root = small_set.parent
+    (root / "broken.toml").write_text("name = 3")
+    for source in ("lvis/lvis_v1_train.json", "coco/annotations/instances_train2017.json"):
+        (root / source).parent.mkdir(parents=True)
+        (root / source).touch()
+    (root / "imagenet" / "ImageNet-21K").mkdir(parents=True)
+    (root / "lvis.toml").write_text(small_set.read_text().replace("small", "lvis"))
+    reports = {Path(report.name).name: report for report in check_root(root)}
+    assert reports.keys() == {root.name, "broken", "lvis", "small"}
+    advice = [f.advice for f in reports[root.name].findings if f.level == "warning"]
+    assert advice == [
+        "run: proxydet data prepare coco",
+        "run: proxydet data prepare imagenet-lvis",
+    ]
+    assert not reports["broken"].sound
+    assert reports["small"].sound
+    with pytest.raises(DataError, match="no data root"):
+        check_root(root / "absent")
 
 
 def test_counts_are_what_is_in_the_files(small_set_with_labels: Path) -> None:

@@ -46,6 +46,7 @@ class RegionEmbeddings:
     Attributes:
         detection: Region embeddings (B, R, D) of each step of the detection branch.
         mixup_BRD: Region embeddings of the last step of the mixup branch; None where there is no such branch.
+        mixup_boxes_BR4: The boxes that this step saw; None likewise.
         boxes_BR4: The detection branch's final boxes, clipped to the image.
         proposal_scores_BR: The proposal network's scores.
         valid_BR: bool, False where padded.
@@ -53,6 +54,7 @@ class RegionEmbeddings:
 
     detection: tuple[Tensor, ...]
     mixup_BRD: Tensor | None
+    mixup_boxes_BR4: Tensor | None
     boxes_BR4: Tensor
     proposal_scores_BR: Tensor
     valid_BR: Tensor
@@ -136,24 +138,28 @@ class RoiHeads(nn.Module):
             embeddings.append(branch.classifier(step)(features_NF).unflatten(0, shape))
             deltas_BR4 = branch.deltas(step, features_NF).unflatten(0, shape)
             regions = self.refine(scene, deltas_BR4, seen, step)
+        mixup_BRD, mixup_boxes_BR4 = self._embed_mixup(scene, seen, pooled_NCSS)
         return RegionEmbeddings(
             detection=tuple(embeddings),
-            mixup_BRD=self._embed_mixup(scene, seen, pooled_NCSS),
+            mixup_BRD=mixup_BRD,
+            mixup_boxes_BR4=mixup_boxes_BR4,
             boxes_BR4=regions.boxes_BR4,
             proposal_scores_BR=regions.objectness_BR,
             valid_BR=regions.valid_BR,
         )
 
-    def _embed_mixup(self, scene: Scene, regions: Regions, pooled_NCSS: Tensor) -> Tensor | None:
+    def _embed_mixup(
+        self, scene: Scene, regions: Regions, pooled_NCSS: Tensor
+    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
         branch = self.mixup
         if branch is None:
-            return None
+            return None, None
         last = len(branch) - 1
         if last > 0:
-            pooled_NCSS = self.pool(scene, self.mixup_regions(scene, regions, pooled_NCSS))
+            regions = self.mixup_regions(scene, regions, pooled_NCSS)
+            pooled_NCSS = self.pool(scene, regions)
         embeddings_ND = branch.classifier(last)(branch.features(last, pooled_NCSS))
-        embeddings_BRD: Tensor = embeddings_ND.unflatten(0, regions.valid_BR.shape)
-        return embeddings_BRD
+        return embeddings_ND.unflatten(0, regions.valid_BR.shape), regions.boxes_BR4
 
     def pool(self, scene: Scene, regions: Regions) -> Tensor:
         """Pool all regions: (N, C, S, S)."""

@@ -78,16 +78,20 @@ def detect_classes(
     embeddings = [*regions.detection]
     if regions.mixup_BRD is not None:
         embeddings.append(regions.mixup_BRD)
+    _require_finite([*embeddings, regions.boxes_BR4, regions.mixup_boxes_BR4])
+    scorer = _Scorer(regions, embeddings, classes, classifiers, settings)
+    found = scorer.candidates(settings.class_chunk)
+    return _select(found, regions, settings)
+
+
+def _require_finite(results: list[Tensor | None]) -> None:
     # One look for the whole batch: a comparison with NaN is false, so damage would pass as "nothing found".
-    finite = [values.isfinite().all() for values in (*embeddings, regions.boxes_BR4)]
+    finite = [values.isfinite().all() for values in results if values is not None]
     if not bool(torch.stack(finite).all()):
         raise NumericsError(
             "the box heads gave values that are not finite",
             hint="the weights are damaged, or half precision is too narrow for them: use float32",
         )
-    scorer = _Scorer(regions, embeddings, classes, classifiers, settings)
-    found = scorer.candidates(settings.class_chunk)
-    return _select(found, regions, settings)
 
 
 class _Scorer:

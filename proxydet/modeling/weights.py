@@ -113,7 +113,7 @@ def _as_detector(
         return given, expect
     for prefix in ("backbone.bottom_up.base.", "backbone.bottom_up."):
         renamed = {prefix + name: value for name, value in given.items()}
-        if len(renamed.keys() & own.keys()) < len(renamed) // 2:
+        if 2 * len(renamed.keys() & own.keys()) < len(renamed):
             continue
         # What classification has no use for is fresh, and so is what only classification needs.
         surplus = ("fc.*", "head.*", "norm.*", "layers.*.attn_mask")
@@ -159,14 +159,14 @@ def _demand_explained(
     for label in ("missing", "unexpected"):
         names = tuple(name for name in getattr(report, label) if not _matches(name, expect))
         if names:
-            problems.append(f"{len(names)} parameters are {label} ({_shorten(names)})")
+            problems.append(f"{len(names)} {label} ({_shorten(names)})")
     shapes = tuple(
         f"{name}: {tuple(given[name].shape)} instead of {tuple(own[name].shape)}"
         for name in report.mismatched
         if not _matches(name, expect)
     )
     if shapes:
-        problems.append(f"{len(shapes)} parameters have another shape ({_shorten(shapes)})")
+        problems.append(f"{len(shapes)} of another shape ({_shorten(shapes)})")
     if problems:
         raise CheckpointError(
             f"{path} does not fit the model: {'; '.join(problems)}",

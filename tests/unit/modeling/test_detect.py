@@ -1,0 +1,377 @@
+"""Inference: batches, vocabularies, settings, and every kind of empty result."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from proxydet.errors import ConfigError, DataError, NumericsError, VocabularyError
+from proxydet.modeling import scoring
+from proxydet.modeling.config import (
+    BackboneConfig,
+    CascadeConfig,
+    ClassifierConfig,
+    InferenceConfig,
+    ProposalConfig,
+    SwinConfig,
+)
+from proxydet.modeling.network import ProxyDetNetwork
+from proxydet.modeling.prediction import Prediction, masks
+from proxydet.vocabulary.vocabulary import Vocabulary
+
+LOW = InferenceConfig(score_threshold=0.0)
+
+
+@pytest.fixture(scope="module")
+def network(tiny) -> ProxyDetNetwork:
+    return tiny.lively(tiny.network())
+
+
+def assert_same(first: Prediction, second: Prediction, *, exact: bool = True) -> None:
+    tolerance = {"atol": 0, "rtol": 0} if exact else {"atol": 1e-5, "rtol": 1e-4}
+    assert first.image_size == second.image_size
+    assert torch.equal(first.classes_N, second.classes_N)
+    assert torch.equal(first.mask_index_N, second.mask_index_N)
+    for name in ("boxes_N4", "scores_N", "mask_probs_MSS"):
+        torch.testing.assert_close(getattr(first, name), getattr(second, name), **tolerance)
+
+
+def test_a_prediction_is_well_formed(network, tiny) -> None:
+    (found,) = network.detect([tiny.image(90, 120)], settings=LOW)
+    assert 10 < len(found) <= 300
+    assert found.image_size == (90, 120)
+    assert (found.scores_N.diff() <= 0).all()
+    assert (found.boxes_N4 >= 0).all()
+    assert (found.boxes_N4[:, 2] <= 120).all()
+    assert (found.boxes_N4[:, 3] <= 90).all()
+    assert (found.boxes_N4[:, 2:] > found.boxes_N4[:, :2]).all()
+    assert set(found.classes_N.tolist()) <= set(range(6))
+    assert found.mask_probs_MSS.shape[1:] == (14, 14)
+    assert len(found.mask_index_N.unique()) == len(found.mask_probs_MSS)
+
+
+def test_detections_that_share_a_box_share_a_mask(network, tiny) -> None:
+    (found,) = network.detect([tiny.image(96, 96)], settings=LOW)
+    boxes = {}
+    for box, mask in zip(found.boxes_N4.tolist(), found.mask_index_N.tolist(), strict=True):
+        assert boxes.setdefault(mask, box) == box
+    assert len(found.mask_probs_MSS) < len(found)
+
+
+def test_a_batch_finds_what_its_images_alone_do(network, tiny) -> None:
+    sizes = [(96, 128), (64, 64), (90, 120), (33, 65), (96, 128)]
+    images = [tiny.image(*size, seed) for seed, size in enumerate(sizes)]
+    together = network.detect(images, settings=LOW)
+    for image, found in zip(images, together, strict=True):
+        (alone,) = network.detect([image], settings=LOW)
+        # Different batch sizes may sum in different orders.
+        assert_same(found, alone, exact=False)
+
+
+def test_images_of_another_size_change_nothing_at_all(network, tiny) -> None:
+    images = [tiny.image(96, 128, 0), tiny.image(64, 64, 1)]
+    assert_same(
+        network.detect(images, settings=LOW)[0], network.detect(images[:1], settings=LOW)[0]
+    )
+
+
+def test_detect_of_no_images_is_an_empty_list(network) -> None:
+    assert network.detect([]) == []
+
+
+def test_float_and_uint8_images_are_the_same(network, tiny) -> None:
+    image = tiny.image(64, 96)
+    assert_same(
+        network.detect([image], settings=LOW)[0], network.detect([image.float()], settings=LOW)[0]
+    )
+
+
+def test_boxes_are_in_pixels_of_the_original(network, tiny) -> None:
+    image = tiny.image(64, 96)
+    (small,) = network.detect([image], settings=LOW)
+    (large,) = network.detect([image], original_sizes=[(128, 288)], settings=LOW)
+    scale = torch.tensor([3.0, 2.0, 3.0, 2.0])
+    torch.testing.assert_close(large.boxes_N4, small.boxes_N4 * scale)
+    assert large.image_size == (128, 288)
+    assert masks(large).shape[1:] == (128, 288)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 200), (7, 3)])
+def test_images_of_a_few_pixels(network, tiny, size) -> None:
+    (found,) = network.detect([tiny.image(*size)], settings=LOW)
+    assert found.image_size == size
+    assert masks(found).shape == (len(found), *size)
+
+
+def test_a_threshold_that_nothing_reaches(network, tiny) -> None:
+    settings = InferenceConfig(score_threshold=1.0)
+    (found,) = network.detect([tiny.image(64, 64)], settings=settings)
+    assert len(found) == 0
+    assert found.boxes_N4.shape == (0, 4)
+    assert found.mask_probs_MSS.shape[0] == 0
+    assert masks(found).shape == (0, 64, 64)
+
+
+def test_no_proposal_at_all(tiny) -> None:
+    network = tiny.network()
+    with torch.no_grad():
+        network.proposal_generator.centernet_head.agn_hm.bias.fill_(-40.0)
+    empty, _ = network.detect([tiny.image(64, 64), tiny.image(64, 64, 1)], settings=LOW)
+    assert len(empty) == 0
+
+
+def test_one_image_of_a_batch_without_proposals(network, tiny) -> None:
+    (blank,) = network.detect([torch.zeros(3, 64, 64)], settings=LOW)
+    pair = network.detect([torch.zeros(3, 64, 64), tiny.image(64, 64)], settings=LOW)
+    assert len(pair[0]) == len(blank)
+    assert len(pair[1]) > 0
+
+
+def test_masks_only_when_asked_for(network, tiny) -> None:
+    settings = dataclasses.replace(LOW, masks=False)
+    (found,) = network.detect([tiny.image(64, 64)], settings=settings)
+    assert len(found) > 0
+    assert found.mask_index_N.tolist() == [-1] * len(found)
+    with pytest.raises(ValueError, match="no masks"):
+        masks(found)
+
+
+def test_limits(network, tiny) -> None:
+    image = tiny.image(96, 96)
+    (everything,) = network.detect([image], settings=LOW)
+    (five,) = network.detect([image], settings=dataclasses.replace(LOW, max_detections=5))
+    assert len(five) == 5
+    assert torch.equal(five.scores_N, everything.scores_N[:5])
+    middle = float(everything.scores_N[len(everything) // 2])
+    settings = InferenceConfig(score_threshold=middle)
+    (above,) = network.detect([image], settings=settings)
+    assert len(above) == int((everything.scores_N > middle).sum())
+
+
+def test_one_class_per_proposal(network, tiny) -> None:
+    settings = dataclasses.replace(LOW, one_class_per_proposal=True, nms_iou=1.0)
+    (found,) = network.detect([tiny.image(96, 96)], settings=settings)
+    (every,) = network.detect([tiny.image(96, 96)], settings=dataclasses.replace(LOW, nms_iou=1.0))
+    assert len(found) == len(found.mask_probs_MSS)
+    best: dict[tuple[float, ...], float] = {}
+    for box, score in zip(every.boxes_N4.tolist(), every.scores_N.tolist(), strict=True):
+        best[tuple(box)] = max(best.get(tuple(box), 0.0), score)
+    for box, score in zip(found.boxes_N4.tolist(), found.scores_N.tolist(), strict=True):
+        assert score == best[tuple(box)]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5, 6, 100])
+@pytest.mark.parametrize("one", [False, True])
+def test_scoring_in_chunks_changes_nothing(network, tiny, chunk: int, one: bool) -> None:
+    images = [tiny.image(96, 96), tiny.image(96, 96, 1)]
+    settings = dataclasses.replace(LOW, one_class_per_proposal=one)
+    chunked = dataclasses.replace(settings, class_chunk=chunk)
+    for whole, part in zip(
+        network.detect(images, settings=settings),
+        network.detect(images, settings=chunked),
+        strict=True,
+    ):
+        assert_same(whole, part, exact=False)
+
+
+def test_own_vocabulary_and_none_agree_on_the_training_classes(network, tiny) -> None:
+    image = tiny.image(64, 96)
+    (own,) = network.detect([image], tiny.vocabulary(), settings=LOW)
+    (training,) = network.detect([image], settings=LOW)
+    assert_same(own, training, exact=False)
+
+
+def test_fusion_weights_follow_the_base_mask(network, tiny) -> None:
+    image = tiny.image(64, 96)
+    vocabulary = tiny.vocabulary()
+    both = InferenceConfig(score_threshold=0.0, alpha=0.2, beta=0.6)
+    swapped = InferenceConfig(score_threshold=0.0, alpha=0.6, beta=0.2)
+    (first,) = network.detect([image], vocabulary, settings=both)
+    (second,) = network.detect([image], vocabulary.with_base(~vocabulary.base), settings=swapped)
+    assert_same(first, second)
+
+
+def test_fusion_is_the_published_formula(network, tiny) -> None:
+    captured = {}
+    original = scoring.detect_classes
+
+    def capture(regions, classes, classifiers, settings):
+        captured.update(regions=regions, classes=classes, classifiers=classifiers)
+        return original(regions, classes, classifiers, settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("proxydet.modeling.network.detect_classes", capture)
+        (found,) = network.detect([tiny.image(64, 64)], settings=LOW)
+    regions, classes = captured["regions"], captured["classes"]
+    text = classes.text_DC
+    detection = sum((50 * e[0] @ text).sigmoid() for e in regions.detection) / 3
+    mixup = (regions.mixup_BRD[0] @ text).sigmoid()
+    weight = torch.where(classes.base_C, 0.15, 0.35)
+    scores = (
+        detection ** (1 - weight) * mixup**weight * regions.proposal_scores_BR[0][:, None]
+    ) ** 0.5
+    for box, score, label in zip(found.boxes_N4, found.scores_N, found.classes_N, strict=True):
+        region = (regions.boxes_BR4[0] - box).abs().sum(dim=1).argmin()
+        assert float(scores[region, label]) == pytest.approx(float(score), abs=1e-5)
+
+
+def test_one_class(network, tiny) -> None:
+    (found,) = network.detect([tiny.image(64, 64)], tiny.vocabulary(1), settings=LOW)
+    assert set(found.classes_N.tolist()) == {0}
+
+
+def test_ten_thousand_classes_stay_within_the_chunks_memory(network, tiny) -> None:
+    vocabulary = tiny.vocabulary(10_000)
+    widths = []
+    original = scoring._Scorer._scores
+
+    def watch(self, columns):
+        scores = original(self, columns)
+        widths.append(scores.shape[1])
+        return scores
+
+    settings = InferenceConfig(score_threshold=0.05, class_chunk=1500)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring._Scorer, "_scores", watch)
+        (found,) = network.detect([tiny.image(64, 64)], vocabulary, settings=settings)
+    assert max(widths) == 1500
+    assert sum(widths) == 10_000
+    assert len(found) == 300
+    (whole,) = network.detect(
+        [tiny.image(64, 64)], vocabulary, settings=dataclasses.replace(settings, class_chunk=10_000)
+    )
+    assert_same(found, whole, exact=False)
+
+
+def test_two_vocabularies_in_two_threads(network, tiny) -> None:
+    image = tiny.image(96, 96)
+    vocabularies = [tiny.vocabulary(4, seed=5), tiny.vocabulary(9, seed=6)]
+    alone = [network.detect([image], vocabulary, settings=LOW)[0] for vocabulary in vocabularies]
+    results: dict[int, list[Prediction]] = {0: [], 1: []}
+
+    def work(index: int) -> None:
+        for _ in range(4):
+            results[index] += network.detect([image], vocabularies[index], settings=LOW)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index in range(2):
+        assert len(results[index]) == 4
+        for found in results[index]:
+            assert_same(found, alone[index])
+
+
+def test_a_vocabulary_leaves_no_trace(network, tiny) -> None:
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    (first,) = network.detect([tiny.image(64, 64)], settings=LOW)
+    network.detect([tiny.image(64, 64)], tiny.vocabulary(50, seed=3), settings=LOW)
+    (again,) = network.detect([tiny.image(64, 64)], settings=LOW)
+    assert_same(first, again)
+    after = network.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_without_a_mixup_branch(tiny) -> None:
+    network = tiny.lively(tiny.network(tiny.model_config(mixup_branch=False)))
+    assert not any("cmm" in name for name in network.state_dict())
+    image = tiny.image(64, 64)
+    (found,) = network.detect([image], settings=LOW)
+    unfused = InferenceConfig(score_threshold=0.0, alpha=0.0, beta=0.0)
+    (same,) = network.detect([image], settings=unfused)
+    assert_same(found, same)
+
+
+def test_swin_and_one_step_and_a_bias(tiny) -> None:
+    config = tiny.model_config(
+        "swin",
+        cascade=CascadeConfig(
+            hidden=(16,), iou_thresholds=(0.5,), delta_weights=((10.0, 10.0, 5.0, 5.0),)
+        ),
+        classifier=ClassifierConfig(embedding_dim=tiny.DIMENSIONS, bias=-2.0),
+    )
+    (found,) = tiny.lively(tiny.network(config)).detect([tiny.image(50, 70)], settings=LOW)
+    assert len(found) > 0
+
+
+def test_wrong_images_are_named(network) -> None:
+    with pytest.raises(DataError, match="image 1 has the shape"):
+        network.detect([torch.zeros(3, 8, 8), torch.zeros(8, 8, 3)])
+    with pytest.raises(DataError, match="image 0"):
+        network.detect([torch.zeros(3, 0, 8)])
+
+
+def test_sizes_must_be_as_many_as_images(network, tiny) -> None:
+    with pytest.raises(ValueError, match="1 images but 2"):
+        network.detect([tiny.image(32, 32)], original_sizes=[(1, 1), (2, 2)])
+
+
+def test_a_vocabulary_of_another_encoder(network, tiny) -> None:
+    with pytest.raises(VocabularyError, match="have 8 dimensions"):
+        network.detect([tiny.image(32, 32)], tiny.vocabulary(dimensions=8))
+    with pytest.raises(VocabularyError, match="dimensions"):
+        ProxyDetNetwork(tiny.model_config(), tiny.vocabulary(dimensions=8))
+
+
+def test_image_counts_must_fit(tiny) -> None:
+    with pytest.raises(ConfigError, match="image counts"):
+        ProxyDetNetwork(tiny.model_config(), tiny.vocabulary(), np.ones(5))
+
+
+def test_detect_needs_eval_mode(tiny) -> None:
+    with pytest.raises(RuntimeError, match="eval"):
+        tiny.network().train().detect([tiny.image(32, 32)])
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        "backbone.fpn_output3.weight",
+        "proposal_generator.centernet_head.bbox_pred.bias",
+        "roi_heads.box_head.1.fc1.weight",
+        "roi_heads.box_predictor.2.bbox_pred.2.bias",
+        "roi_heads.box_head_cmm.0.fc1.weight",
+    ],
+)
+def test_values_that_are_not_finite_are_an_error_not_an_empty_result(tiny, damaged: str) -> None:
+    network = tiny.lively(tiny.network())
+    with torch.no_grad():
+        network.get_parameter(damaged).fill_(float("nan"))
+    with pytest.raises(NumericsError, match="not finite"):
+        network.detect([tiny.image(64, 64)])
+
+
+def test_half_precision_backbone_is_close(tiny) -> None:
+    network = tiny.lively(tiny.network())
+    image = tiny.image(64, 64)
+    (full,) = network.detect([image], settings=LOW)
+    network.backbone_dtype = torch.bfloat16
+    (half,) = network.detect([image], settings=LOW)
+    assert half.scores_N.dtype == torch.float32
+    assert not torch.equal(half.scores_N[:5], full.scores_N[:5])
+    torch.testing.assert_close(half.scores_N[:5], full.scores_N[:5], atol=0.1, rtol=0)
+
+
+def test_more_proposals_than_cells(tiny) -> None:
+    config = tiny.model_config(
+        proposals=ProposalConfig(convs=0, candidates_test=10_000, keep_test=10_000)
+    )
+    (found,) = tiny.lively(tiny.network(config)).detect([tiny.image(32, 32)], settings=LOW)
+    assert len(found) > 0
+
+
+def test_swin_default_is_swin_b() -> None:
+    swin = BackboneConfig(kind="swin").swin
+    assert swin == SwinConfig(embed_dim=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32))
+
+
+def test_a_base_mask_is_the_vocabularys(network) -> None:
+    vocabulary = Vocabulary.from_arrays(["a", "b"], np.eye(2, 16), [True, False])
+    assert network._class_text(vocabulary).base_C.tolist() == [True, False]

@@ -1,0 +1,86 @@
+"""Predictions: shared masks are pasted and encoded once, as detectron2 pastes them."""
+
+from __future__ import annotations
+
+import proxydet.compat.d2  # noqa: F401
+
+import pycocotools.mask as coco_mask
+import pytest
+import torch
+from detectron2.layers import paste_masks_in_image
+
+from proxydet.modeling import prediction as module
+from proxydet.modeling.prediction import Prediction, masks, rles
+
+
+@pytest.fixture
+def found() -> Prediction:
+    boxes = torch.tensor([[2.0, 3, 30, 40], [10.5, 5, 20, 33], [2.0, 3, 30, 40]])
+    return Prediction(
+        boxes_N4=boxes,
+        scores_N=torch.tensor([0.9, 0.8, 0.7]),
+        classes_N=torch.tensor([4, 1, 0]),
+        mask_probs_MSS=torch.rand(2, 28, 28, generator=torch.Generator().manual_seed(0)),
+        mask_index_N=torch.tensor([1, 0, 1]),
+        image_size=(48, 50),
+    )
+
+
+def test_masks_are_pasted_as_detectron2_does(found) -> None:
+    wanted = paste_masks_in_image(
+        found.mask_probs_MSS[found.mask_index_N], found.boxes_N4, (48, 50)
+    )
+    assert torch.equal(masks(found), wanted)
+
+
+def test_each_distinct_mask_is_encoded_once(found, monkeypatch) -> None:
+    calls = []
+    encode = module._encode
+    monkeypatch.setattr(module, "_encode", lambda mask: calls.append(1) or encode(mask))
+    encoded = rles(found)
+    assert len(calls) == 2
+    assert encoded[0] is encoded[2]
+    for rle, mask in zip(encoded, masks(found), strict=True):
+        assert isinstance(rle["counts"], str)
+        assert torch.equal(torch.from_numpy(coco_mask.decode(rle)).bool(), mask)
+
+
+def test_choosing_keeps_only_the_masks_in_use(found) -> None:
+    chosen = found.choose(torch.tensor([2, 0]))
+    assert chosen.classes_N.tolist() == [0, 4]
+    assert len(chosen.mask_probs_MSS) == 1
+    assert torch.equal(masks(chosen), masks(found)[[2, 0]])
+    by_mask = found.choose(found.scores_N > 0.75)
+    assert by_mask.classes_N.tolist() == [4, 1]
+    assert torch.equal(masks(by_mask), masks(found)[:2])
+
+
+def test_choosing_nothing(found) -> None:
+    nothing = found.choose(torch.tensor([], dtype=torch.int64))
+    assert len(nothing) == 0
+    assert masks(nothing).shape == (0, 48, 50)
+    assert rles(nothing) == []
+
+
+def test_choosing_without_masks(found) -> None:
+    bare = Prediction(
+        boxes_N4=found.boxes_N4,
+        scores_N=found.scores_N,
+        classes_N=found.classes_N,
+        mask_probs_MSS=torch.zeros(0, 28, 28),
+        mask_index_N=torch.full((3,), -1),
+        image_size=found.image_size,
+    )
+    chosen = bare.choose(torch.tensor([1]))
+    assert chosen.mask_index_N.tolist() == [-1]
+    assert not chosen.has_masks
+    with pytest.raises(ValueError, match="no masks"):
+        rles(chosen)
+
+
+def test_to_moves_every_tensor(found) -> None:
+    moved = found.to("meta")
+    assert all(
+        getattr(moved, name).device.type == "meta"
+        for name in ("boxes_N4", "scores_N", "classes_N", "mask_probs_MSS", "mask_index_N")
+    )

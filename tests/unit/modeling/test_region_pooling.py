@@ -1,0 +1,46 @@
+"""Pooling equals detectron2's pooler, whatever the regions."""
+
+from __future__ import annotations
+
+import proxydet.compat.d2  # noqa: F401
+
+import pytest
+import torch
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.structures import Boxes
+
+from proxydet.modeling.config import CascadeConfig
+from proxydet.modeling.pooling import RegionPooler
+
+
+@pytest.mark.parametrize("levels", [(3, 4, 5), (2, 3), (4,)])
+@pytest.mark.parametrize("sampling_ratio", [0, 2])
+def test_pooling_equals_detectron2s(levels: tuple[int, ...], sampling_ratio: int) -> None:
+    config = CascadeConfig(pool_levels=levels, sampling_ratio=sampling_ratio)
+    ours = RegionPooler(config, 7)
+    theirs = ROIPooler(7, [2.0**-level for level in levels], sampling_ratio, "ROIAlignV2")
+    generator = torch.Generator().manual_seed(0)
+    features = [
+        torch.randn(2, 4, 512 // 2**level, 512 // 2**level, generator=generator) for level in levels
+    ]
+    corners = torch.rand(60, 2, generator=generator) * 300 - 20
+    sides = 2 ** (torch.rand(60, 2, generator=generator) * 10 - 1)
+    boxes = torch.cat([corners, corners + sides], dim=1)
+    images = torch.arange(60) // 25 % 2
+    wanted = theirs(features, [Boxes(boxes[images == image]) for image in range(2)])
+    order = images.argsort(stable=True)
+    pooled = ours(features, boxes[order], images[order])
+    torch.testing.assert_close(pooled, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_no_regions_and_empty_regions() -> None:
+    pooler = RegionPooler(CascadeConfig(), 7)
+    features = [torch.ones(1, 4, size, size) for size in (32, 16, 8)]
+    assert pooler(features, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)).shape == (
+        0,
+        4,
+        7,
+        7,
+    )
+    pooled = pooler(features, torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64))
+    assert pooled.isfinite().all()

@@ -1,0 +1,63 @@
+"""Suppression that stops early keeps exactly what the whole one keeps."""
+
+from __future__ import annotations
+
+import proxydet.compat.d2  # noqa: F401
+
+import pytest
+import torch
+from detectron2.layers import batched_nms
+from torchvision.ops import nms
+
+from proxydet.modeling import suppression
+
+
+def crowd(count: int, seed: int, spread: float = 100.0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    corners = torch.rand(count, 2, generator=generator) * spread
+    sides = torch.rand(count, 2, generator=generator) * 60 + 5
+    scores = torch.rand(count, generator=generator)
+    return torch.cat([corners, corners + sides], dim=1), scores
+
+
+@pytest.mark.parametrize("limit", [1, 10, 100, 5000])
+@pytest.mark.parametrize("spread", [5.0, 300.0])
+def test_keep_best_equals_the_whole_suppression(limit: int, spread: float) -> None:
+    boxes, scores = crowd(2000, 0, spread)
+    scores, order = scores.sort(descending=True)
+    boxes = boxes[order]
+    kept = suppression.keep_best(boxes, scores, 0.7, limit)
+    assert kept.tolist() == nms(boxes, scores, 0.7)[:limit].tolist()
+
+
+def test_keep_best_of_nothing() -> None:
+    assert suppression.keep_best(torch.zeros(0, 4), torch.zeros(0), 0.5, 10).tolist() == []
+
+
+@pytest.mark.parametrize("count", [0, 1, 900, 1000, 1001, 6000])
+@pytest.mark.parametrize("limit", [20, 300])
+def test_keep_best_by_class_equals_detectron2s(count: int, limit: int) -> None:
+    boxes, scores = crowd(count, 1)
+    classes = torch.randint(1200, (count,), generator=torch.Generator().manual_seed(2))
+    kept = suppression.keep_best_by_class(boxes, scores, classes, 0.5, limit)
+    assert kept.tolist() == batched_nms(boxes, scores, classes, 0.5)[:limit].tolist()
+
+
+def test_keep_best_by_class_goes_on_when_the_first_look_yields_too_few() -> None:
+    # 3000 nearly equal boxes of one class above, the boxes that are wanted below.
+    boxes, scores = crowd(3000, 3, spread=0.01)
+    boxes[:] = torch.tensor([0.0, 0.0, 50.0, 50.0]) + boxes * 1e-4
+    others, _ = crowd(500, 4, spread=2000.0)
+    together = torch.cat([boxes, others])
+    together_scores = torch.cat([scores + 1, torch.linspace(0.9, 0.1, 500)])
+    classes = torch.zeros(3500, dtype=torch.int64)
+    kept = suppression.keep_best_by_class(together, together_scores, classes, 0.5, 50)
+    assert kept.tolist() == batched_nms(together, together_scores, classes, 0.5)[:50].tolist()
+    assert len(kept) == 50
+
+
+def test_classes_do_not_suppress_each_other() -> None:
+    boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0]]).repeat(2000, 1)
+    classes = torch.arange(2000)
+    kept = suppression.keep_best_by_class(boxes, torch.linspace(1, 0.1, 2000), classes, 0.5, 300)
+    assert kept.tolist() == list(range(300))

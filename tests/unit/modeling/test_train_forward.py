@@ -1,0 +1,222 @@
+"""The network in training: what reaches the losses, on full, empty and odd batches."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from proxydet.data.batches import BoxBatch
+from proxydet.errors import DataError
+from proxydet.modeling import geometry
+from proxydet.modeling.heads import scale_gradient
+from proxydet.modeling.matching import Regions
+from proxydet.modeling.network import _as_regions
+from proxydet.modeling.outputs import BoxTrainingOutput, ImageLabelTrainingOutput
+from proxydet.modeling.roi_training import largest_but_last
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def network(tiny):
+    return tiny.lively(tiny.network()).train()
+
+
+def test_a_box_batch(network, tiny) -> None:
+    output = network(tiny.box_batch(), generator=generator())
+    assert isinstance(output, BoxTrainingOutput)
+    assert len(output.steps) == 3
+    for step in output.steps:
+        labels = step.assignment.labels_BR
+        assert labels.shape == step.regions.valid_BR.shape == (2, 32)
+        assert step.embeddings_BRD.shape == (2, 32, 16)
+        lengths = step.embeddings_BRD.norm(dim=2)
+        torch.testing.assert_close(lengths, torch.ones_like(lengths))
+        assert torch.equal(labels >= 0, step.regions.valid_BR)
+        assert step.embeddings_BRD.requires_grad
+        assert not step.regions.boxes_BR4.requires_grad
+    first = output.steps[0].assignment.labels_BR
+    # Each object's own box is among the regions, and a quarter of 32 may be objects.
+    assert 1 <= int(((first >= 0) & (first < 6)).sum(dim=1).max()) <= 8
+    assert output.mixup is not None
+    assert output.masks is not None
+    assert len(output.masks.logits_PSS) == int(((first >= 0) & (first < 6)).sum())
+
+
+def test_the_generator_decides_and_the_global_one_does_not(network, tiny) -> None:
+    torch.manual_seed(0)
+    first = network(tiny.box_batch(), generator=generator(1))
+    torch.manual_seed(5)
+    again = network(tiny.box_batch(), generator=generator(1))
+    other = network(tiny.box_batch(), generator=generator(2))
+    boxes = [output.steps[0].regions.boxes_BR4 for output in (first, again, other)]
+    assert torch.equal(boxes[0], boxes[1])
+    assert not torch.equal(boxes[0], boxes[2])
+
+
+def test_boxes_that_became_empty_leave_the_cascade(network, tiny) -> None:
+    with torch.no_grad():
+        # Far to the left of the image: all boxes are empty once clipped.
+        network.roi_heads.box_predictor[0].bbox_pred[2].bias[0] = -1e5
+    output = network(tiny.box_batch(), generator=generator())
+    assert output.steps[0].regions.valid_BR.any()
+    for step in output.steps[1:]:
+        assert not step.regions.valid_BR.any()
+        assert (step.assignment.labels_BR == -1).all()
+    assert output.mixup is not None
+    assert len(output.mixup.labels_P) == 0
+
+
+def test_no_objects_in_any_image(network, tiny) -> None:
+    output = network(tiny.empty_batch(), generator=generator())
+    assert (output.steps[0].assignment.labels_BR == 6).any()
+    assert len(output.masks.logits_PSS) == 0
+    assert len(output.mixup.labels_P) == 0
+
+
+def test_one_image_without_objects_beside_one_with(network, tiny) -> None:
+    full, empty = tiny.box_batch(), tiny.empty_batch()
+    batch = BoxBatch(
+        images=full.images + empty.images,
+        instances=full.instances + empty.instances,
+        image_ids=(1, 2, 3),
+    )
+    output = network(batch, generator=generator())
+    labels = output.steps[0].assignment.labels_BR
+    assert set(labels[2].tolist()) <= {6, -1}
+    assert (output.masks.image_P < 2).all()
+
+
+def test_neither_proposals_nor_objects(network, tiny) -> None:
+    with torch.no_grad():
+        network.proposal_generator.centernet_head.agn_hm.weight.zero_()
+        network.proposal_generator.centernet_head.agn_hm.bias.fill_(-40.0)
+    output = network(tiny.empty_batch(), generator=generator())
+    assert output.steps[0].embeddings_BRD.shape[:2] == (1, 0)
+    labels = network(tiny.label_batch(), generator=generator())
+    assert labels.steps[0].valid_B.tolist() == [False, False]
+
+
+def test_masks_as_bitmaps_and_absent(network, tiny) -> None:
+    assert network(tiny.box_batch("bitmaps"), generator=generator()).masks is not None
+    assert network(tiny.box_batch(None), generator=generator()).masks is None
+
+
+def test_without_a_mixup_branch(tiny) -> None:
+    network = tiny.network(tiny.model_config(mixup_branch=False)).train()
+    assert network(tiny.box_batch(), generator=generator()).mixup is None
+
+
+def test_the_mixup_branch_starts_as_a_copy_and_only_its_last_step_learns(tiny) -> None:
+    network = tiny.network()
+    state = network.state_dict()
+    for name, value in state.items():
+        if "_cmm" in name:
+            assert torch.equal(value, state[name.replace("_cmm", "")])
+    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    assert {name for name in trained if "_cmm" in name} == {
+        "roi_heads.box_head_cmm.2.fc1.weight",
+        "roi_heads.box_head_cmm.2.fc1.bias",
+        "roi_heads.box_head_cmm.2.fc2.weight",
+        "roi_heads.box_head_cmm.2.fc2.bias",
+        "roi_heads.box_predictor_cmm.2.cls_score.linear.weight",
+        "roi_heads.box_predictor_cmm.2.cls_score.linear.bias",
+    }
+
+
+def test_an_image_label_batch(network, tiny) -> None:
+    output = network(tiny.label_batch(), generator=generator())
+    assert isinstance(output, ImageLabelTrainingOutput)
+    assert [labels.tolist() for labels in output.labels] == [[1], [2, 5]]
+    for step in output.steps:
+        assert step.embeddings_BD.shape == (2, 16)
+        assert step.valid_B.tolist() == [True, True]
+        assert step.embeddings_BD.requires_grad
+
+
+def test_only_the_chosen_region_needs_a_gradient(network, tiny) -> None:
+    # Seeing all regions with gradient and then choosing, as the published code does, gives the same.
+    batch, heads = tiny.label_batch(), network.roi_heads
+    output = network(batch, generator=generator())
+    (short,) = torch.autograd.grad(
+        output.steps[0].embeddings_BD[:, 0].sum(), heads.box_head[0].fc1.weight
+    )
+    images = network._stack(batch.images)
+    features = network._features(images)
+    centernet = network.proposal_generator(list(features.values()))
+    regions = _as_regions(network.proposal_generator.propose(centernet))
+    scene = network._scene(features, images)
+    boxes = geometry.clip(regions.boxes_BR4, images.sizes_B2[:, None])
+    regions = regions.with_boxes(boxes, regions.valid_BR)
+    hidden = heads.box_head[0](scale_gradient(heads.pool(scene, regions), 1 / 3))
+    embeddings = heads.detection.classifier(0)(hidden).unflatten(0, regions.valid_BR.shape)
+    chosen, _ = largest_but_last(regions)
+    places = (regions.boxes_BR4 == chosen[:, None]).all(dim=2).to(torch.uint8).argmax(dim=1)
+    picked = embeddings[torch.arange(2), places]
+    torch.testing.assert_close(picked, output.steps[0].embeddings_BD, atol=1e-5, rtol=1e-4)
+    (long,) = torch.autograd.grad(picked[:, 0].sum(), heads.box_head[0].fc1.weight)
+    torch.testing.assert_close(short, long, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("sides", "valid", "chosen"),
+    [
+        ([3, 9, 5, 20], [1, 1, 1, 1], 9),  # the last one is the largest, and left out
+        ([3, 9, 5, 20], [1, 1, 1, 0], 9),  # the third is the last one then
+        ([3, 2, 9, 20], [1, 1, 1, 0], 3),
+        ([3, 9, 5, 20], [1, 0, 0, 0], 3),  # alone
+        ([3, 9, 9, 20], [1, 0, 1, 1], 9),
+    ],
+)
+def test_the_largest_region_but_the_last(sides, valid, chosen) -> None:
+    corners = torch.tensor(sides, dtype=torch.float32)
+    boxes = torch.stack([torch.zeros(4), torch.zeros(4), corners, corners], dim=1)[None]
+    valid_BR = torch.tensor([valid], dtype=torch.bool)
+    regions = Regions(boxes_BR4=boxes, objectness_BR=torch.ones(1, 4), valid_BR=valid_BR)
+    box, found = largest_but_last(regions)
+    assert box[0, 2] == chosen
+    assert found.tolist() == [True]
+
+
+def test_the_largest_region_of_an_image_without_any() -> None:
+    regions = Regions(
+        boxes_BR4=torch.zeros(2, 3, 4),
+        objectness_BR=torch.zeros(2, 3),
+        valid_BR=torch.tensor([[True, True, True], [False, False, False]]),
+    )
+    assert largest_but_last(regions)[1].tolist() == [True, False]
+
+
+def test_gradients_into_shared_features_are_a_third_a_step(tiny) -> None:
+    # Three equal steps on equal regions would add up to one whole gradient.
+    values = torch.ones(3, requires_grad=True)
+    scaled = scale_gradient(values, 1 / 3)
+    assert torch.equal(scaled, values)
+    scaled.sum().backward()
+    torch.testing.assert_close(values.grad, torch.full((3,), 1 / 3))
+
+
+def test_wrong_images_are_named(network, tiny) -> None:
+    batch = dataclasses.replace(
+        tiny.label_batch(), images=(torch.zeros(3, 8, 8), torch.zeros(1, 8, 8))
+    )
+    with pytest.raises(DataError, match="image 1"):
+        network(batch)
+
+
+def test_the_backbone_alone_runs_in_half_precision(network, tiny) -> None:
+    seen = {}
+    network.backbone.bottom_up.base.conv1.register_forward_hook(
+        lambda _module, _inputs, output: seen.update(backbone=output.dtype)
+    )
+    network.proposal_generator.register_forward_hook(
+        lambda _module, inputs, output: seen.update(heads=output.heatmaps[0].dtype)
+    )
+    network.backbone_dtype = torch.bfloat16
+    output = network(tiny.box_batch(), generator=generator())
+    assert seen == {"backbone": torch.bfloat16, "heads": torch.float32}
+    assert output.steps[0].embeddings_BRD.dtype == torch.float32

@@ -180,13 +180,14 @@ def small() -> RunConfig:
     return RunConfig(
         recipe="small",
         data=DataConfig(
-            boxes=SourceConfig(batch_size=4, size=320, scale=(0.8, 1.2), ratio=1.0),
+            boxes=SourceConfig(batch_size=8, size=320, scale=(0.8, 1.2), ratio=1.0),
             image_labels=None,
+            # As large as in training: without wide scale jitter, other sizes are other objects to the network.
             test_shortest_side=320,
-            test_longest_side=533,
+            test_longest_side=320,
         ),
-        model=_small_model(width=32, channels=128, hidden=512, embedding_dim=512),
-        training=_short_training(iterations=1500, learning_rate=5e-4),
+        model=_small_model(width=24, channels=64, hidden=256, embedding_dim=512),
+        training=_short_training(iterations=1500, learning_rate=2e-3),
         inference=InferenceConfig(alpha=0.35, beta=0.55),
     )
 

@@ -29,6 +29,7 @@ COMMANDS: dict[str, str] = {
     "data": "Prepare data sets, check, count and look at them.",
     "vocab": "Make and inspect vocabularies of class names.",
     "train": "Train a detector, from one CPU to many machines; resume.",
+    "eval": "Measure average precision, with error bars; compare.",
     "predict": "Find objects in pictures, by any words.",
 }
 """Name and one-line help of each command, in the order of ``--help``."""

@@ -47,8 +47,13 @@ class Resamples:
     rare: tuple[int, float] | None
 
     def intervals(self, confidence: float) -> dict[str, Interval]:
-        """Return an interval for each metric that can be measured."""
-        return _intervals(self.names, self.values_M, self.resampled_RM, confidence)
+        """Return an interval for each metric whose resamples differ.
+
+        Where all resamples agree there is no spread to speak of, only too few images to show one: categories of a
+        single image each are either in a resample as they are or not at all.
+        """
+        intervals = _intervals(self.names, self.values_M, self.resampled_RM, confidence)
+        return {name: value for name, value in intervals.items() if value.low < value.high}
 
 
 @dataclass(frozen=True, kw_only=True)

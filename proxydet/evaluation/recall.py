@@ -72,4 +72,5 @@ def _without_classes(truth: GroundTruth) -> GroundTruth:
         ann_ignore_A=truth.ann_ignore_A | truth.ann_crowd_A,
         negatives_N2=everywhere.astype(np.int64),
         unexhaustive_N2=np.zeros((0, 2), dtype=np.int64),
+        positives_N2=np.zeros((0, 2), dtype=np.int64),
     )

@@ -1,0 +1,253 @@
+"""``proxydet eval`` as it is typed, and the files that it writes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from proxydet.errors import ConfigError, DataError, InputError
+from proxydet.evaluation.config import EvaluationConfig
+from proxydet.evaluation.evaluate import run_evaluation
+from proxydet.evaluation.output import analyse, write_files
+from proxydet.evaluation.pictures import best_examples, extreme_categories, worst_examples
+from proxydet.evaluation.scatter import scatter_svg
+from proxydet_cli.app import run
+
+Typed = Callable[..., tuple[str, str]]
+
+
+@pytest.fixture
+def typed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Typed:
+    """Type ``proxydet eval`` in an empty folder; gives stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PROXYDET_CACHE", str(tmp_path / "cache"))
+
+    def run_words(*words: str | Path) -> tuple[str, str]:
+        with pytest.raises(SystemExit) as done:
+            run(["eval", *map(str, words)])
+        assert done.value.code == 0
+        return tuple(capsys.readouterr())
+
+    return run_words
+
+
+@pytest.fixture
+def files(tmp_path: Path, make_set: Callable[..., Any]) -> Path:
+    """A folder with annotations, images, a description, and the results of two detectors."""
+    truth, detections = make_set(12, images=12, categories=6, per_image=30)
+    (tmp_path / "images").mkdir()
+    for row in truth["images"]:
+        row["file_name"] = f"{row['id']}.png"
+        pixels = np.full((row["height"], row["width"], 3), 90, dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / row["file_name"])
+    (tmp_path / "val.json").write_text(json.dumps(truth))
+    (tmp_path / "a.json").write_text(json.dumps(detections))
+    better = [{**row, "score": 1 - (1 - row["score"]) / 2} for row in detections[::2]]
+    (tmp_path / "b.json").write_text(json.dumps(better))
+    np.save(tmp_path / "text.npy", np.eye(6))
+    (tmp_path / "set.toml").write_text(
+        'name = "drawn"\n[vocabulary]\nembeddings = "text.npy"\nnovel = ["thing 0"]\n'
+        '[val]\nannotations = "val.json"\nimages = "images"\n'
+    )
+    return tmp_path
+
+
+def test_results_on_an_annotation_file(typed: Typed, files: Path) -> None:
+    out, messages = typed("--results", files / "a.json", "--data", files / "val.json")
+    report = run_evaluation(files / "a.json", files / "val.json").report
+    lines = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line}
+    assert float(lines["AP"][0]) == pytest.approx(
+        100 * report.types["bbox"].metrics["AP"], abs=0.006
+    )
+    assert float(lines["AP"][2]) == pytest.approx(100 * report.ap, abs=0.006)
+    assert "95 % confidence, from 200 resamples" in messages
+    folder = files / "evaluation" / "a-val.json-val"
+    assert {path.name for path in folder.iterdir()} == {
+        "results.json",
+        "per_category.csv",
+        "report.html",
+    }
+
+
+def test_json_is_the_whole_result(typed: Typed, files: Path) -> None:
+    words = ["--results", files / "a.json", "--data", files / "val.json", "--bootstrap", "20"]
+    out, _ = typed(*words, "--json", "--output", files / "out")
+    shown = json.loads(out)
+    assert shown == json.loads((files / "out" / "results.json").read_text())
+    report = run_evaluation(
+        files / "a.json", files / "val.json", config=EvaluationConfig(bootstrap=20)
+    ).report
+    assert shown["results"] == json.loads(json.dumps(report.to_dict()["results"]))
+    assert set(shown["analysis"]) == {"errors", "calibration", "box recall, classes left aside"}
+
+
+def test_both_engines_say_the_same(typed: Typed, files: Path) -> None:
+    words = ["--results", files / "a.json", "--data", files / "set.toml", "--bootstrap", "0"]
+    fast, _ = typed(*words, "--output", files / "fast")
+    official, _ = typed(*words, "--output", files / "official", "--engine", "lvis")
+    assert fast == official
+    assert "novel" in fast
+
+
+def test_fixed_ap_says_so(typed: Typed, files: Path) -> None:
+    out, messages = typed(
+        "--results", files / "a.json", "--data", files / "val.json", "--fixed", "--bootstrap", "0"
+    )
+    assert "fixed-AP " in out
+    assert "cannot be compared with AP" in messages
+
+
+def test_compare_two_files_and_two_folders(typed: Typed, files: Path) -> None:
+    data = ["--data", files / "set.toml"]
+    out, _ = typed("--compare", files / "a.json", files / "b.json", *data)
+    assert "verdict" in out
+    assert "B - A" in out
+    for name in ("a", "b"):
+        folder = files / name / "predictions"
+        folder.mkdir(parents=True)
+        (folder / "predictions.json").write_bytes((files / f"{name}.json").read_bytes())
+    again, _ = typed("--compare", files / "a", files / "b", *data)
+    assert again == out
+    rows = json.loads(typed("--compare", files / "a", files / "b", *data, "--json")[0])
+    overall = next(row for row in rows["segm"] if row["metric"] == "AP")
+    assert overall["difference"] == pytest.approx(overall["second"] - overall["first"])
+    assert overall["interval"]["low"] < overall["difference"] < overall["interval"]["high"]
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "message"),
+    [
+        (["--results", "a.json"], ConfigError, "need the data set"),
+        (["--results", "a.json", "--run", "x", "--data", "val.json"], ConfigError, "--run and"),
+        (["--vocabulary", "text.npy"], ConfigError, "belongs to a data set"),
+        (["--compare", "a.json", "b.json"], ConfigError, "need|needs the data set"),
+        (["--results", "a.json", "--data", "absent.toml"], DataError, "no data description"),
+        (["--results", "a.json", "--data", "absent"], DataError, "no data description"),
+        (["--results", "absent.json", "--data", "val.json"], DataError, "Cannot read"),
+        (["--results", "a.json", "--data", "val.json", "--engine", "x"], ConfigError, "engine"),
+        (["--compare", "images", "a.json", "--data", "val.json"], InputError, "no finished"),
+        (
+            ["--compare", "a.json", "b.json", "--data", "val.json", "--bootstrap", "0"],
+            ConfigError,
+            "needs resamples",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_told(
+    files: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    error: type[Exception],
+    message: str,
+) -> None:
+    monkeypatch.chdir(files)
+    monkeypatch.setenv("PROXYDET_CACHE", str(files / "cache"))
+    with pytest.raises(error, match=message):
+        run(["eval", *words])
+
+
+def test_files_hold_every_category_and_pictures(files: Path) -> None:
+    evaluation = run_evaluation(
+        files / "a.json", files / "val.json", config=EvaluationConfig(bootstrap=20)
+    )
+    asked = []
+
+    def read(image_id: Any) -> np.ndarray:
+        asked.append(image_id)
+        return np.full((48, 64, 3), 90, dtype=np.uint8)
+
+    written = write_files(
+        evaluation,
+        analyse(evaluation),
+        files / "out",
+        read=read,
+        commands={"proxydet eval <x>": "Again."},
+    )
+    with written["per_category.csv"].open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["name"] for row in rows] == [f"thing {index}" for index in range(6)]
+    for row, score in zip(rows, evaluation.report.per_class(), strict=True):
+        if score.ap is not None:
+            assert float(row["mask_AP"]) == pytest.approx(100 * score.ap, abs=0.006)
+        else:
+            assert row["mask_AP"] == ""
+    page = written["report.html"].read_text()
+    for title in ("Scores", "Categories", "Precision over recall", "What costs precision"):
+        assert title in page
+    assert "Do scores mean what they say?" in page
+    assert "The worst categories" in page
+    assert "proxydet eval &lt;x&gt;" in page
+    assert asked
+
+
+def test_openimages_has_files_too(files: Path) -> None:
+    truth = json.loads((files / "val.json").read_text())
+    for row in truth["images"]:
+        row["pos_category_ids"] = [category["id"] for category in truth["categories"]]
+    evaluation = run_evaluation(files / "a.json", truth)
+    written = write_files(evaluation, analyse(evaluation), files / "out")
+    assert "AP50" in written["report.html"].read_text()
+    assert json.loads(written["results.json"].read_text())["analysis"]["errors"] is None
+
+
+def test_examples_show_what_they_say(files: Path) -> None:
+    evaluation = run_evaluation(
+        files / "a.json", files / "val.json", config=EvaluationConfig(bootstrap=0)
+    )
+    scored, truth, results = evaluation.scored["segm"], evaluation.truth, evaluation.results
+    best, worst = extreme_categories(evaluation.report.per_class(), 2)
+    assert not set(best) & set(worst)
+    ap = [score.ap for score in evaluation.report.per_class()]
+    assert min(ap[index] for index in best) >= max(ap[index] for index in worst)
+    for category in best:
+        for example in best_examples(scored, category, 3):
+            assert example.kind == "found"
+            assert results.category_D[example.detection] == category
+            assert truth.ann_category_A[example.annotation] == category
+            assert truth.ann_image_A[example.annotation] == example.image
+    found = set(scored.matches.annotation_N.tolist())
+    kinds = set()
+    for category in [*best, *worst]:
+        for example in worst_examples(scored, category, 4):
+            kinds.add(example.kind)
+            if example.kind == "missed":
+                assert example.annotation not in found
+                assert truth.ann_category_A[example.annotation] == category
+            else:
+                assert (
+                    example.detection
+                    not in scored.matches.selection.detection_S[
+                        scored.matches.near_N[scored.matches.annotation_N >= 0]
+                    ]
+                )
+    assert kinds == {"false", "missed"}
+
+
+def test_extreme_categories_prefers_those_with_annotations(make_set: Callable[..., Any]) -> None:
+    truth, detections = make_set(12, images=10, categories=3, per_image=10)
+    report = run_evaluation(detections, truth, config=EvaluationConfig(bootstrap=0)).report
+    best, worst = extreme_categories(report.per_class(), 5)
+    assert len(best) + len(worst) == sum(score.ap is not None for score in report.per_class())
+    assert extreme_categories((), 3) == ([], [])
+
+
+def test_the_scatter_plot_is_valid_and_escaped() -> None:
+    series = {"rare": [(0.0, 10.0, "a <b> & c"), (9.0, 100.0, "d")], "frequent": [(5e4, 0.0, "e")]}
+    root = ET.fromstring(scatter_svg(series, ["#111", "#222"]))
+    titles = [node.text for node in root.iter("{http://www.w3.org/2000/svg}title")]
+    assert "a <b> & c: AP 10.0, 0 training images" in titles
+    circles = [
+        (float(node.get("cx")), float(node.get("cy")))
+        for node in root.iter("{http://www.w3.org/2000/svg}circle")
+    ]
+    assert all(0 <= x <= 560 and 0 <= y <= 300 for x, y in circles)

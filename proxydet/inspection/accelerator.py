@@ -26,7 +26,7 @@ _START = (
 class TorchProbe:
     """Torch's answers, asked for in a process of their own while other facts are collected.
 
-    Where this process has torch already, it is asked here.
+    Where this process has torch already, it is asked here, and the GPUs are only looked at.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class TorchProbe:
         if self._process is None:
             from proxydet.inspection.torch_probe import probe
 
-            return probe()
+            return probe(compute=False)
         try:
             written, complaints = self._process.communicate(timeout=_TORCH_SECONDS)
         except subprocess.TimeoutExpired:

@@ -16,8 +16,12 @@ from typing import Any
 Answer = dict[str, Any]
 
 
-def probe() -> Answer:
+def probe(*, compute: bool = True) -> Answer:
     """Collect what torch and torchvision say about themselves.
+
+    Args:
+        compute: Also add two numbers on every GPU. Not for one process of a training: it would take memory on the
+            GPUs of the others.
 
     Returns:
         ``torch`` (or ``torch_error``), ``gpus``, ``torchvision_error`` and more; all JSON values.
@@ -34,12 +38,12 @@ def probe() -> Answer:
         "cudnn": torch.backends.cudnn.version(),
         "nccl": _nccl_version(),
     }
-    answer.update(_gpus())
+    answer.update(_gpus(compute=compute))
     answer["torchvision_error"] = _torchvision_error()
     return answer
 
 
-def _gpus() -> Answer:
+def _gpus(*, compute: bool) -> Answer:
     import torch
 
     with warnings.catch_warnings(record=True) as caught:
@@ -54,7 +58,7 @@ def _gpus() -> Answer:
         answer["gpus"] = [_gpu(index) for index in range(torch.cuda.device_count())]
         answer["arch_list"] = torch.cuda.get_arch_list()
         answer["tf32_convolutions"] = torch.backends.cudnn.allow_tf32
-        answer["gpu_error"] = _compute_error()
+        answer["gpu_error"] = _compute_error() if compute else ""
     except (RuntimeError, AssertionError) as error:
         answer["gpu_error"] = _say(error)
     return answer

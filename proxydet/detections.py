@@ -77,8 +77,6 @@ class Detections:
         self.labels = tuple(names[index] for index in self.class_ids.tolist())
         self.image_size = self._prediction.image_size
 
-    # -- looking ---------------------------------------------------------------------------------------------------
-
     def __len__(self) -> int:
         return len(self.scores)
 
@@ -128,8 +126,6 @@ class Detections:
         self._require_masks()
         return tuple(rles(self._prediction))
 
-    # -- choosing --------------------------------------------------------------------------------------------------
-
     def above(self, score: float) -> Detections:
         """Return the detections whose score is above a threshold."""
         return self._chosen(np.flatnonzero(self.scores > score))
@@ -149,8 +145,6 @@ class Detections:
             self._prediction.choose(torch.from_numpy(index.astype(np.int64))), self._names
         )
 
-    # -- other forms -----------------------------------------------------------------------------------------------
-
     def to_dict(self, *, masks: bool = True) -> dict[str, Any]:
         """Return plain Python values, ready for JSON.
 
@@ -160,13 +154,13 @@ class Detections:
         with_masks = masks and self.has_masks
         entries: list[dict[str, Any]] = [
             {
-                "label": self.labels[i],
-                "class_id": int(self.class_ids[i]),
-                "score": float(self.scores[i]),
-                "box_xyxy": list(_as_tuple(self.boxes_xyxy[i])),
-                **({"mask": self.rles[i]} if with_masks else {}),
+                "label": item.label,
+                "class_id": item.class_id,
+                "score": item.score,
+                "box_xyxy": list(item.box_xyxy),
+                **({"mask": self.rles[index]} if with_masks else {}),
             }
-            for i in range(len(self))
+            for index, item in enumerate(self)
         ]
         height, width = self.image_size
         return {"width": width, "height": height, "detections": entries}
@@ -186,32 +180,26 @@ class Detections:
         """
         x0, y0, x1, y1 = self.boxes_xyxy.astype(np.float64).T
         boxes = np.stack([x0, y0, x1 - x0, y1 - y0], axis=1).tolist()
-        rows: list[dict[str, Any]] = []
-        for index, class_id in enumerate(self.class_ids.tolist()):
-            rows.append(
-                {
-                    "image_id": image_id,
-                    "category_id": class_id + 1 if category_ids is None else category_ids[class_id],
-                    "bbox": boxes[index],
-                    "score": float(self.scores[index]),
-                }
-            )
-            if self.has_masks:
-                rows[-1]["segmentation"] = self.rles[index]
-        return rows
+        ids = range(1, len(self._names) + 1) if category_ids is None else category_ids
+        return [
+            {
+                "image_id": image_id,
+                "category_id": ids[class_id],
+                "bbox": boxes[index],
+                "score": float(self.scores[index]),
+                **({"segmentation": self.rles[index]} if self.has_masks else {}),
+            }
+            for index, class_id in enumerate(self.class_ids.tolist())
+        ]
 
     def to_pandas(self) -> Any:
         """Return a ``pandas.DataFrame`` with label, class_id, score, x0, y0, x1, y1, and the mask's area in pixels."""
         pandas = _optional("pandas", "a data frame")
-        x0, y0, x1, y1 = self.boxes_xyxy.T
         columns: dict[str, Any] = {
             "label": list(self.labels),
             "class_id": self.class_ids,
             "score": self.scores,
-            "x0": x0,
-            "y0": y0,
-            "x1": x1,
-            "y1": y1,
+            **dict(zip(("x0", "y0", "x1", "y1"), self.boxes_xyxy.T, strict=True)),
         }
         if self.has_masks:
             columns["mask_area"] = self.masks.sum(axis=(1, 2))

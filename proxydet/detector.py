@@ -1,36 +1,25 @@
-"""The detector as a Python user sees it: pictures in, detections out, any words as classes.
-
-::
-
-    from proxydet import Detector
-
-    detector = Detector.from_run("runs/quickstart")
-    found = detector.predict("photo.jpg", vocabulary=["red striped circle", "blue plain star"])
-    for item in found.above(0.5):
-        print(item.label, item.score, item.box_xyxy)
-
-Dimensions: H, W a picture.
-"""
+"""The detector as a Python user sees it: pictures in, detections out, any words as classes."""
 
 from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from PIL import Image
-
-from proxydet.data.images import convert_image, read_image
-from proxydet.data.transforms import shortest_side
+from proxydet.config import merge
 from proxydet.detections import Detections
-from proxydet.errors import ConfigError, InputError
+from proxydet.detector_inputs import (
+    ChannelOrder,
+    Classes,
+    Picture,
+    Pixels,
+    as_pixels,
+    choose_device,
+    in_batches,
+    to_network,
+)
 from proxydet.modeling.config import InferenceConfig, ModelConfig
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.modeling.prediction import Prediction
@@ -38,14 +27,6 @@ from proxydet.vocabulary.encoder import TextEncoder, build_vocabulary, open_enco
 from proxydet.vocabulary.files import open_vocabulary
 from proxydet.vocabulary.prompts import PUBLISHED
 from proxydet.vocabulary.vocabulary import Vocabulary
-
-Pixels = npt.NDArray[np.uint8]
-Picture = str | Path | Image.Image | Pixels
-"""A file, an opened Pillow image, or uint8 (H, W, 3)."""
-
-Classes = Vocabulary | Sequence[str] | str | Path | None
-"""What to look for: a vocabulary, class names, a published vocabulary's name or a file (see
-`proxydet.vocabulary.files.open_vocabulary`), or None for the classes of the training."""
 
 _REMEMBERED = 16
 
@@ -150,8 +131,6 @@ class Detector:
 
         return open_pretrained(cls, name, choose_device(device))
 
-    # -- predicting ------------------------------------------------------------------------------------------------
-
     def predict(
         self,
         image: Picture,
@@ -159,7 +138,7 @@ class Detector:
         *,
         score_threshold: float = 0.3,
         max_detections: int = 300,
-        channel_order: Literal["rgb", "bgr"] = "rgb",
+        channel_order: ChannelOrder = "rgb",
     ) -> Detections:
         """Find objects in a picture.
 
@@ -190,10 +169,10 @@ class Detector:
         *,
         score_threshold: float = 0.3,
         max_detections: int = 300,
-        channel_order: Literal["rgb", "bgr"] = "rgb",
+        channel_order: ChannelOrder = "rgb",
         batch_size: int = 8,
     ) -> list[Detections]:
-        """Find objects in several pictures, which may differ in size.
+        """Find objects in several pictures, which may differ in size; results are in their order.
 
         Args:
             images: As for `predict`.
@@ -203,13 +182,11 @@ class Detector:
             channel_order: As for `predict`.
             batch_size: Pictures that are in memory and in the network at once.
 
-        Returns:
-            What was found, in the order of the pictures.
         """
         classes = self.resolve(vocabulary)
         settings = self.settings(score_threshold=score_threshold, max_detections=max_detections)
         found: list[Detections] = []
-        for batch in _batches(images, batch_size):
+        for batch in in_batches(images, batch_size):
             pixels = [as_pixels(image, channel_order) for image in batch]
             predictions = self.predict_images(pixels, classes, settings)
             found += [Detections(prediction, classes.names) for prediction in predictions]
@@ -232,14 +209,8 @@ class Detector:
             Boxes and masks in the pixels of the given pictures, on the network's device.
         """
         training = vocabulary is None or vocabulary == self.vocabulary
-        shortest, longest = self.sides
-        resized = []
-        for pixels_HW3 in images:
-            height, width = pixels_HW3.shape[:2]
-            view = shortest_side(height, width, shortest=shortest, longest=longest)
-            resized.append(torch.from_numpy(view.image(pixels_HW3)).permute(2, 0, 1))
         return self.network.detect(
-            resized,
+            [to_network(pixels_HW3, self.sides) for pixels_HW3 in images],
             None if training else vocabulary,
             original_sizes=[(pixels.shape[0], pixels.shape[1]) for pixels in images],
             settings=settings or self.inference,
@@ -265,21 +236,13 @@ class Detector:
         Raises:
             ConfigError: There is no such field, or its value is out of range.
         """
-        known = {field.name for field in dataclasses.fields(InferenceConfig)}
-        unknown = sorted(set(changes) - known)
-        if unknown:
-            raise ConfigError(
-                f"there is no setting {unknown[0]!r}", hint=f"there are {', '.join(sorted(known))}"
-            )
         return Detector(
             self.network,
-            inference=dataclasses.replace(self.inference, **changes),  # type: ignore[arg-type]
+            inference=merge(self.inference, changes, "inference"),
             shortest=self.sides[0],
             longest=self.sides[1],
             encoder=self._encoder,
         )
-
-    # -- vocabularies ----------------------------------------------------------------------------------------------
 
     def resolve(self, vocabulary: Classes) -> Vocabulary:
         """Turn what a user gives as vocabulary into one.
@@ -336,64 +299,3 @@ class Detector:
             if self._encoder is None or isinstance(self._encoder, Path):
                 self._encoder = open_encoder(self._encoder)
             return self._encoder
-
-
-def as_pixels(image: Picture, channel_order: Literal["rgb", "bgr"] = "rgb") -> Pixels:
-    """Decode or check a picture.
-
-    Args:
-        image: A file, a Pillow image, or uint8 (H, W, 3).
-        channel_order: Of an array.
-
-    Returns:
-        uint8 (H, W, 3), RGB.
-
-    Raises:
-        InputError: The file cannot be read, or the array is of another kind.
-    """
-    if channel_order not in ("rgb", "bgr"):
-        raise ConfigError(f'channel_order is {channel_order!r}; it can be "rgb" or "bgr"')
-    if isinstance(image, str | Path):
-        return read_image(Path(image))
-    if isinstance(image, Image.Image):
-        return convert_image(image)
-    if not isinstance(image, np.ndarray):
-        raise InputError(
-            f"a picture must be a path, a Pillow image or a numpy array, not {type(image).__name__}"
-        )
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise InputError(
-            f"a picture as an array must be uint8 of shape (height, width, 3), not {image.dtype} {image.shape}"
-        )
-    return image if channel_order == "rgb" else np.ascontiguousarray(image[:, :, ::-1])
-
-
-def choose_device(device: str) -> torch.device:
-    """Return the device of that name; ``"auto"`` is a GPU where there is one.
-
-    Raises:
-        ConfigError: There is no such device.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"the device {device!r} cannot be used: {reason}", hint="try cpu"
-        ) from error
-    return chosen
-
-
-def _batches(images: Iterable[Picture], size: int) -> Iterator[list[Picture]]:
-    if size < 1:
-        raise ConfigError(f"batch_size is {size}; it must be at least 1")
-    if isinstance(images, str | Path | Image.Image):
-        raise InputError(
-            "predict_batch takes several pictures", hint="use predict for a single one"
-        )
-    iterator = iter(images)
-    while batch := list(islice(iterator, size)):
-        yield batch

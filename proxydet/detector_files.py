@@ -126,7 +126,7 @@ def open_named(
         ArtifactError: The published model is not there.
     """
     from proxydet.artifacts.download import locate
-    from proxydet.detector import choose_device
+    from proxydet.detector_inputs import choose_device
 
     chosen = choose_device(device)
     if run is not None:

@@ -19,7 +19,7 @@ from proxydet.errors import ConfigError
 from proxydet.picture_files import PictureFile
 
 if TYPE_CHECKING:
-    from proxydet.detector import Pixels
+    from proxydet.detector_inputs import Pixels
     from proxydet.visualization.drawing import DrawingStyle
 
 KINDS = ("pictures", "json", "coco", "crops", "csv")

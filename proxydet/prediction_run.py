@@ -16,7 +16,8 @@ from proxydet.errors import ConfigError, DataError
 from proxydet.reporting import SILENT
 
 if TYPE_CHECKING:
-    from proxydet.detector import Detector, Pixels
+    from proxydet.detector import Detector
+    from proxydet.detector_inputs import Pixels
     from proxydet.modeling.config import InferenceConfig
     from proxydet.picture_files import PictureFile
     from proxydet.prediction_output import Saver

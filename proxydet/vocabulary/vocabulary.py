@@ -108,7 +108,8 @@ class Vocabulary:
         """
         path = Path(path)
         try:
-            with np.load(path, allow_pickle=False) as archive:
+            # Given a path, numpy leaves the file of a damaged archive open.
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
                 arrays: dict[str, npt.NDArray[Any]] = {name: archive[name] for name in _FIELDS}
         except FileNotFoundError as error:
             raise VocabularyError(f"there is no vocabulary file {path}", path=path) from error

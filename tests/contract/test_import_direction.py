@@ -36,6 +36,7 @@ RANK = {
     "detections": 5,
     "detector": 5,
     "detector_files": 5,
+    "detector_inputs": 5,
     **dict.fromkeys(["data_preview", "picture_files", "prediction_output", "prediction_run"], 5),
     "training": 7,
     "evaluation": 8,

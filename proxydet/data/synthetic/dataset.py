@@ -19,6 +19,12 @@ from PIL import Image
 
 from proxydet.data.synthetic.attributes import ALIASES, COLOURS, SHAPES, TEXTURES, build_classes
 from proxydet.data.synthetic.config import SyntheticConfig
+from proxydet.data.synthetic.lvis_rows import (
+    annotation_row,
+    category_rows,
+    count_objects,
+    write_json,
+)
 from proxydet.data.synthetic.scenes import ClassRates, SceneObject, draw_scene, draw_single
 from proxydet.errors import DataError, DiskFullError
 from proxydet.reporting import SILENT
@@ -136,14 +142,14 @@ class _Writer:
             self._write_embeddings()
             train = self._write_scenes("train", config.images_train, task)
             val = self._write_scenes("val", config.images_val, task)
-            counts = _count(train["annotations"])
+            counts = count_objects(train["annotations"])
             for split, content in (("train", train), ("val", val)):
-                content["categories"] = _categories(self.classes, *counts)
-                _write_json(self.folder / f"lvis_{split}.json", content)
+                content["categories"] = category_rows(self.classes, *counts)
+                write_json(self.folder / f"lvis_{split}.json", content)
             for shape_class in labelled:
                 self._write_tar(shape_class, task)
         self._write_description(with_labels=bool(labelled))
-        _write_json(self.folder / "synthetic.json", _fingerprint(config))
+        write_json(self.folder / "synthetic.json", _fingerprint(config))
 
     def _rng(self, *key: int) -> np.random.Generator:
         return np.random.default_rng([self.config.seed, *key])
@@ -172,7 +178,7 @@ class _Writer:
             (self.folder / split / file_name).write_bytes(_jpeg(scene.picture_HW3))
             kept, not_exhaustive = self._annotated(scene.objects, rng)
             for entry in kept:
-                annotations.append(_annotation(entry, image_id, len(annotations) + 1))
+                annotations.append(annotation_row(entry, image_id, len(annotations) + 1))
             height, width = scene.picture_HW3.shape[:2]
             images.append(
                 {
@@ -260,45 +266,3 @@ def _jpeg(picture_HW3: npt.NDArray[np.uint8]) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(picture_HW3).save(buffer, "JPEG", quality=92, subsampling=0)
     return buffer.getvalue()
-
-
-def _annotation(entry: SceneObject, image_id: int, annotation_id: int) -> dict[str, Any]:
-    return {
-        "id": annotation_id,
-        "image_id": image_id,
-        "category_id": entry.class_index + 1,
-        "bbox": list(entry.box_xywh),
-        "area": entry.area,
-        "segmentation": entry.polygons,
-    }
-
-
-def _count(annotations: list[dict[str, Any]]) -> tuple[Counter[int], Counter[int]]:
-    """Instances and images of each category id."""
-    instances = Counter(a["category_id"] for a in annotations)
-    images = Counter(
-        category for category, _ in {(a["category_id"], a["image_id"]) for a in annotations}
-    )
-    return instances, images
-
-
-def _categories(
-    classes: Sequence[ShapeClass], instances: Counter[int], images: Counter[int]
-) -> list[dict[str, Any]]:
-    return [
-        {
-            "id": index + 1,
-            "name": c.name,
-            "synonyms": [c.name, f"{c.texture} {c.colour} {c.shape}"],
-            "synset": c.synset,
-            "def": f"a {c.shape}, {c.colour}, {c.texture}",
-            "frequency": c.frequency,
-            "image_count": images[index + 1],
-            "instance_count": instances[index + 1],
-        }
-        for index, c in enumerate(classes)
-    ]
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content), encoding="utf-8")

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
+from proxydet.data.synthetic import scenes
 from proxydet.data.synthetic.attributes import build_classes
 from proxydet.data.synthetic.config import SyntheticConfig
 from proxydet.data.synthetic.contours import polygon_area, polygons_of, simplify
@@ -236,6 +237,24 @@ def test_polygons_of_an_object_cut_by_the_edge_stay_inside() -> None:
     assert points.min() >= 0
     assert (points.max(axis=0) == (30, 20)).all()
     assert polygon_area(points) == pytest.approx(8 * 20, abs=1.5)
+
+
+def test_a_mask_is_what_stays_visible_of_an_object() -> None:
+    canvas = scenes._Canvas(np.zeros((40, 60, 3), np.float32))
+    square = np.zeros((24, 24), np.float32)
+    square[2:22, 2:22] = 1
+    for left, colour in ((10, 50.0), (24, 200.0)):
+        target = (slice(8, 32), slice(left, left + 24))
+        coverage = np.zeros((40, 60), np.float32)
+        coverage[target] = square
+        canvas._paint(
+            coverage, np.full((24, 24, 3), colour, np.float32), target, (slice(None), slice(None))
+        )
+    below, above = scenes._finish(canvas, [4, 7]).objects
+    # The upper square starts 14 pixels to the right, so 6 of 20 columns of the lower one are hidden.
+    assert (below.class_index, below.area, below.box_xywh[2]) == (4, 14 * 20, 14)
+    assert (above.area, above.box_xywh[2]) == (400, 20)
+    assert (canvas.picture_HW3[20, 27] == 200).all()
 
 
 def test_simplify_keeps_corners_only() -> None:

@@ -32,6 +32,16 @@ def test_names_are_close_by_the_words_they_share(encoder: CompositionalEncoder) 
     assert np.all(np.diff(near) < -0.1)
 
 
+def test_a_name_has_a_short_direction_of_its_own() -> None:
+    encoders = [
+        CompositionalEncoder.create(WORDS, dim=64, noise=noise, seed=3) for noise in (0.0, 0.25)
+    ]
+    names = ["red striped circle", "red striped square"]
+    plain, own = (encoder.encode(names) for encoder in encoders)
+    np.testing.assert_allclose(np.linalg.norm(own - plain, axis=1), 0.25, rtol=0.01)
+    assert abs((own - plain)[0] @ (own - plain)[1]) < 0.03
+
+
 def test_order_articles_case_and_aliases_do_not_matter(encoder: CompositionalEncoder) -> None:
     rows = encoder.encode(["red striped circle", "A striped, RED disc"])
     np.testing.assert_array_equal(rows[0], rows[1])

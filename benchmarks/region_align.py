@@ -9,6 +9,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -60,17 +61,19 @@ def main() -> None:
             return align_regions(x, rois, side=7, scale=1 / STRIDE, sampling_ratio=0)
 
         print(name)
-        frozen = features.detach()
-        for part, times in (
-            ("forward", [median_ms(lambda f=f: f(frozen)) for f in (kernel, own)]),
-            (
-                "with backward",
-                [median_ms(lambda f=f: with_backward(f, features)) for f in (kernel, own)],
-            ),
-        ):
-            print(
-                f"  {part:14} torchvision {times[0]:8.1f}  own {times[1]:8.1f}  ratio {times[0] / times[1]:.1f}"
-            )
+        show("forward", partial(kernel, features.detach()), partial(own, features.detach()))
+        show(
+            "with backward",
+            partial(with_backward, kernel, features),
+            partial(with_backward, own, features),
+        )
+
+
+def show(part: str, kernel: Callable[[], object], own: Callable[[], object]) -> None:
+    """Measure both, one after the other, and print a line."""
+    times = [median_ms(kernel), median_ms(own)]
+    ratio = times[0] / times[1]
+    print(f"  {part:14} torchvision {times[0]:8.1f}  own {times[1]:8.1f}  ratio {ratio:.1f}")
 
 
 if __name__ == "__main__":

@@ -85,3 +85,14 @@ def test_flipped_bits_are_found_or_refused(tmp_path: Path) -> None:
             found += bool(ColumnFile(path, kind="test", version=2).damaged_columns())
     # All bytes of all columns: 7 int64, 6 float32, 2 bool.
     assert found >= 56 + 24 + 2
+
+
+def test_a_column_that_claims_to_reach_beyond_the_file_is_refused(tmp_path: Path) -> None:
+    with ColumnWriter(tmp_path / "c") as writer:
+        writer.add("a", np.arange(7))
+        writer.finish(kind="test", version=2, meta=None)
+    whole = (tmp_path / "c").read_bytes()
+    assert whole.count(b'"shape":[7]') == 1
+    (tmp_path / "c").write_bytes(whole.replace(b'"shape":[7]', b'"shape":[8]'))
+    with pytest.raises(DataError, match="reaches beyond its end"):
+        ColumnFile(tmp_path / "c", kind="test", version=2)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 # Seconds that processes get to write a checkpoint after a stop signal, before they are killed.
 _SHUTDOWN_SECONDS = "120"
+_MEETING_FAILURES = (RendezvousError, DistError)
+_PAUSE_SECONDS = 5.0
 
 
 def in_worker(environment: Mapping[str, str] = os.environ) -> bool:
@@ -55,22 +58,39 @@ def launch(topology: Topology, arguments: Sequence[str], logs: Path) -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN_SECONDS)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    config = _launch_config(topology, logs)
     received: list[int] = []
     try:
         with _preemption_as_sigterm(received):
-            elastic_launch(config, sys.executable)(*arguments)
+            _launch_until_met(topology, arguments, logs)
     except SignalException as error:
         number = received[0] if received else int(error.sigval)
         raise _interrupted(number, logs, since) from error
     except ChildFailedError as error:
         raise _failure(error, topology, logs, since) from error
-    except RendezvousError as error:
+    except _MEETING_FAILURES as error:
         raise TrainingError(
             f"The {topology.nodes} nodes did not find, or lost, each other at {topology.endpoint}: {error}",
             hint="Start the same command on every node. Each must reach that address, and the run ends with the node that "
             "owns it; starting anew goes on from the newest checkpoint.",
         ) from error
+
+
+def _launch_until_met(topology: Topology, arguments: Sequence[str], logs: Path) -> None:
+    """Run the elastic agent; where several nodes meet, run it again when the meeting breaks.
+
+    When a node dies, the others may meet once more with its ghost before its heartbeat is missed, and wait for it in vain.
+    """
+    for attempt in range(topology.max_restarts + 1):
+        config = _launch_config(topology, logs)
+        try:
+            elastic_launch(config, sys.executable)(*arguments)
+        except _MEETING_FAILURES as error:
+            if topology.nodes == 1 or attempt == topology.max_restarts:
+                raise
+            logger.warning("The nodes lost each other (%s); meeting again.", error)
+        else:
+            return
+        time.sleep(_PAUSE_SECONDS)
 
 
 def requeue(

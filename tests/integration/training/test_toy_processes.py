@@ -24,8 +24,9 @@ def start(folder: Path, *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 240) -> tuple[int, str]:
-    _, errors = process.communicate(timeout=timeout)
+def finish(process: subprocess.Popen[str], timeout: float = 900) -> tuple[int, str]:
+    with process:
+        _, errors = process.communicate(timeout=timeout)
     return process.returncode, errors
 
 
@@ -46,7 +47,7 @@ def same(first: Path, second: Path) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
 
 
-def wait_for(condition, process: subprocess.Popen[str], timeout: float = 120) -> None:
+def wait_for(condition, process: subprocess.Popen[str], timeout: float = 600) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         assert process.poll() is None, process.communicate()[1]
@@ -140,7 +141,7 @@ def test_two_machines_train_together_and_outlive_one_of_them(tmp_path: Path) -> 
         os.kill(pid, signal.SIGKILL)
     finish(second)
     third = start(tmp_path, *words)
-    code, errors = finish(first, timeout=400)
+    code, errors = finish(first)
     assert code == 0, errors
     code, errors = finish(third)
     assert code == 0, errors

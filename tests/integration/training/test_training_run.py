@@ -1,0 +1,145 @@
+"""The whole training on a drawn data set: run folders, repeating, going on, starting weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from proxydet.errors import ConfigError, DataError
+from proxydet.manifest import read_run_records
+from proxydet.recipes import RunConfig, resolve_config
+from proxydet.training.fit import TrainResult
+from proxydet.training.train import train
+from proxydet.training_run import run_training
+from proxydet.vocabulary.vocabulary import Vocabulary
+
+pytestmark = pytest.mark.slow
+
+
+def config(base: list[str], *more: str) -> RunConfig:
+    return resolve_config("tiny", None, [*base, *more])
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "model_final.pth", weights_only=True)["model"]
+
+
+def same(first: Path, second: Path) -> bool:
+    left, right = weights(first), weights(second)
+    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
+
+
+def losses(folder: Path) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["losses"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def first(drawn: list[str], tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    folder = tmp_path_factory.mktemp("run") / "first"
+    base = [*drawn, "training.iterations=6", "training.checkpoints.period=2"]
+    return run_training(config([*base, "training.log.period=1"]), output=folder)
+
+
+def test_a_run_folder_holds_what_repeats_it(first: TrainResult, tmp_path: Path) -> None:
+    folder = first.folder
+    manifest, report = read_run_records(folder)
+    vocabulary = Vocabulary.load(folder / "vocabulary.npz")
+    assert manifest.digests["vocabulary"] == vocabulary.digest
+    assert manifest.seeds == {"seed": 7}
+    assert report.fields
+    assert set(first.evaluations) == {6}
+    assert (folder / "plots/losses.png").stat().st_size > 1000
+    assert list((folder / "tensorboard").iterdir())
+    assert (folder / "text_encoder.json").exists()
+    repeated = run_training(resolve_config(None, folder / "config.yaml"), output=tmp_path / "again")
+    assert same(folder, tmp_path / "again")
+    assert repeated.losses == first.losses
+    assert repeated.evaluations == first.evaluations
+
+
+def test_every_part_of_the_method_has_a_loss(first: TrainResult) -> None:
+    names = set(first.losses)
+    assert {"cmm_loss_stage2", "image_loss_stage0", "loss_mask", "loss_centernet_loc"} <= names
+    seen = {name for record in losses(first.folder) for name, value in record.items() if value}
+    assert names == seen
+
+
+def test_going_on_is_exact_with_other_numbers_of_workers(
+    first: TrainResult, base: list[str], tmp_path: Path
+) -> None:
+    part = config(base, "data.workers=2")
+
+    def stop(network: torch.nn.Module, iteration: int, folder: Path) -> dict[str, float]:
+        raise RuntimeError("crash")
+
+    schedule = config(base, "training.evaluation.period=5", "data.workers=2")
+    with pytest.raises(RuntimeError, match="crash"):
+        train(schedule, output=tmp_path, evaluate=stop)
+    assert (tmp_path / "checkpoints/step_0000005.pth").exists()
+    (tmp_path / "checkpoints/step_0000005.pth").write_bytes(b"damaged")
+    train(part, output=tmp_path)
+    assert same(first.folder, tmp_path)
+    assert losses(first.folder) == losses(tmp_path)
+
+
+def test_a_folder_of_another_run_is_left_alone(first: TrainResult, base: list[str]) -> None:
+    before = (first.folder / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match="seed: 7 there, 8 now"):
+        train(config(base, "seed=8"), output=first.folder)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        train(config(base), output=first.folder, resume="never")
+    assert (first.folder / "config.yaml").read_text() == before
+
+
+def test_boxsup_weights_leave_the_mixup_branch_fresh(
+    first: TrainResult, base: list[str], tmp_path: Path
+) -> None:
+    """The branch starts as a copy of the detection branch's fresh initialisation, not of its loaded weights."""
+    boxsup = {name: w for name, w in weights(first.folder).items() if "_cmm." not in name}
+    torch.save({"model": boxsup}, tmp_path / "boxsup.pth")
+    frozen = [
+        f"training.weights={tmp_path / 'boxsup.pth'}",
+        "training.iterations=1",
+        "training.optimizer.learning_rate=1e-12",
+        "training.schedule.warmup_iterations=0",
+    ]
+    train(config(base, *frozen), output=tmp_path / "run")
+    started = weights(tmp_path / "run")
+    fresh_options = [item for item in frozen if "weights" not in item]
+    train(config(base, *fresh_options), output=tmp_path / "fresh")
+    fresh = weights(tmp_path / "fresh")
+    for name, weight in started.items():
+        wanted = fresh[name] if "_cmm." in name else boxsup[name]
+        torch.testing.assert_close(weight, wanted, rtol=0, atol=1e-9)
+    box, mixup = "roi_heads.box_head.0.fc1.weight", "roi_heads.box_head_cmm.0.fc1.weight"
+    torch.testing.assert_close(fresh[mixup], fresh[box], rtol=0, atol=1e-9)
+    assert not torch.equal(started[mixup], started[box])
+    manifest, _ = read_run_records(tmp_path / "run")
+    assert "weights" in manifest.digests
+
+
+def test_parameters_that_never_learn_are_as_they_were(first: TrainResult, base: list[str]) -> None:
+    """The first steps of the mixup branch get no gradient, hence no weight decay either."""
+    moved = weights(first.folder)
+    name = "roi_heads.box_head_cmm.0.fc1.weight"
+    from proxydet.modeling.network import ProxyDetNetwork
+    from proxydet.training.seeding import seed_everything
+
+    seed_everything(7)
+    vocabulary = Vocabulary.load(first.folder / "vocabulary.npz")
+    fresh = ProxyDetNetwork(config(base).model, vocabulary).state_dict()
+    assert torch.equal(moved[name], fresh[name])
+    last = "roi_heads.box_head_cmm.2.fc1.weight"
+    assert not torch.equal(moved[last], fresh[last])
+
+
+def test_without_data_or_with_wrong_data(tmp_path: Path, base: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"data\.description is not set"):
+        train(resolve_config("tiny"), output=tmp_path)
+    with pytest.raises(DataError, match="there is no data description"):
+        train(config(base, "data.description=absent.toml"), output=tmp_path)
+    assert not (tmp_path / "config.yaml").exists()

@@ -59,7 +59,9 @@ Weights = Annotated[
 Sizes = Annotated[
     str | None,
     typer.Option(
-        "--config", metavar="r50|swinb|FILE", help="Model of a --weights file, or a run's config.yaml. [default: r50]"
+        "--config",
+        metavar="r50|swinb|FILE",
+        help="Model of a --weights file, or a run's config.yaml. [default: r50]",
     ),
 ]
 Threshold = Annotated[

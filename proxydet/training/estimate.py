@@ -100,7 +100,7 @@ def estimate_run(
         processes: How many processes train.
     """
     device = choose_device(training.device)
-    parts = _MetaNetwork(model)
+    parts = MetaNetwork(model)
     costs = batch_costs(parts, boxes, labels, training)
     operations = sum(cost.operations * cost.share for cost in costs) * training.accumulation
     images = sum(cost.images * cost.share for cost in costs) * training.accumulation * processes
@@ -118,7 +118,7 @@ def estimate_run(
 
 
 def batch_costs(
-    network: _MetaNetwork,
+    network: MetaNetwork,
     boxes: SourceConfig,
     labels: SourceConfig | None,
     training: TrainingConfig,
@@ -180,7 +180,7 @@ def device_speed(device: torch.device, dtype: str) -> float:
     return operations * (rounds - 2) / (time.perf_counter() - start)
 
 
-class _MetaNetwork:
+class MetaNetwork:
     """The network's parts on the meta device."""
 
     def __init__(self, config: ModelConfig) -> None:

@@ -1,0 +1,98 @@
+"""What a dry run says: what is needed and missing, rough size and time, the command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from proxydet.recipes import get_recipe, resolve_config
+from proxydet.training.cluster import Topology
+from proxydet.training.estimate import MetaNetwork, batch_costs, estimate_run
+from proxydet.training.plan import plan_training
+
+WORKER = ["-m", "proxydet_cli", "train", "--recipe", "tiny"]
+
+
+def plan(tmp_path: Path, *overrides: str, processes: int = 1):
+    config = resolve_config("tiny", None, ["training.device=cpu", *overrides])
+    return plan_training(config, Topology(processes=processes), tmp_path / "run", WORKER)
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    nothing = plan(tmp_path)
+    assert [(need.what, need.problem) for need in nothing.missing] == [
+        ("data description", "give one with --data")
+    ]
+    absent = plan(
+        tmp_path, "training.weights=/absent/w.pth", f"data.description={tmp_path}/no.toml"
+    )
+    assert [need.what for need in absent.missing] == ["starting weights", "data description"]
+    assert "2 missing: training cannot start yet." in absent.to_text()
+
+
+def test_a_description_is_looked_through(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "e.npy").write_bytes(b"")
+    path = tmp_path / "d.toml"
+    path.write_text(
+        'name = "d"\n[vocabulary]\nembeddings = "e.npy"\n'
+        '[train]\nannotations = "a.json"\nimages = "images"\n[image_labels]\ntars = "tars"\n'
+    )
+    found = {need.what: need.present for need in plan(tmp_path, f"data.description={path}").needs}
+    assert found == {
+        "data description": True,
+        "text embeddings": True,
+        "training annotations": False,
+        "training images": True,
+        "image labels": False,
+    }
+    path.write_text("name = 3\n")
+    broken = plan(tmp_path, f"data.description={path}").missing
+    assert "name must be text" in broken[0].problem
+
+
+def test_the_command_and_the_scaled_configuration(tmp_path: Path) -> None:
+    alone, two = plan(tmp_path), plan(tmp_path, processes=2)
+    assert list(alone.command[1:]) == WORKER
+    assert "--nproc-per-node=2" in two.command
+    assert list(two.command[-len(WORKER) :]) == WORKER
+    assert two.config.training.iterations == alone.config.training.iterations // 2
+    content = json.loads(json.dumps(two.to_dict()))
+    assert content["processes"] == 2
+    assert content["configuration"]["training"]["replicas"] == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_it_would_go_on_with(tmp_path: Path) -> None:
+    folder = tmp_path / "run/checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "step_0000012.pth").write_bytes(b"")
+    assert plan(tmp_path).resumes_after == 12
+    assert "goes on after iteration 12" in plan(tmp_path).to_text()
+
+
+def test_estimates_grow_with_what_they_count() -> None:
+    config = get_recipe("tiny")
+    network = MetaNetwork(config.model)
+    sources = (config.data.boxes, config.data.image_labels)
+    costs = batch_costs(network, *sources, config.training)
+    assert sum(cost.share for cost in costs) == pytest.approx(1.0)
+    assert all(cost.operations > 0 and cost.kept_bytes > 0 for cost in costs)
+    larger = resolve_config("tiny", None, ["data.boxes.batch_size=4"])
+    twice = batch_costs(network, larger.data.boxes, None, config.training)[0]
+    assert twice.operations == pytest.approx(2 * costs[0].operations, rel=0.01)
+    assert twice.kept_bytes == pytest.approx(2 * costs[0].kept_bytes, rel=0.1)
+
+
+def test_an_estimate_is_plausible() -> None:
+    config = resolve_config("tiny", None, ["training.device=cpu"])
+    found = estimate_run(
+        config.model, config.data.boxes, config.data.image_labels, config.training, 1
+    )
+    assert found.device == "cpu"
+    assert 100_000 < found.parameters < 1_000_000
+    assert found.images == pytest.approx(20 * (2 * 2 / 3 + 4 / 3), abs=1)
+    assert 0 < found.seconds_per_step < 100
+    assert found.hours == pytest.approx(found.seconds_per_step * 20 / 3600)

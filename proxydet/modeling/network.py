@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from proxydet.data.batches import Batch, BoxBatch, ImageLabelBatch
-from proxydet.errors import ConfigError, VocabularyError
+from proxydet.errors import VocabularyError
 from proxydet.modeling import roi_training
 from proxydet.modeling.assemble import assemble_predictions
+from proxydet.modeling.buffers import draw_weights, text_with_background
 from proxydet.modeling.centernet import CenterNet, Proposals
 from proxydet.modeling.config import InferenceConfig, ModelConfig
 from proxydet.modeling.heads import ZeroShotClassifier
@@ -68,7 +69,7 @@ class ProxyDetNetwork(nn.Module):
             config.proposals, config.pyramid.channels, config.pyramid.strides
         )
         self.roi_heads = RoiHeads(
-            config, _text_with_background(vocabulary), _frequency(config, vocabulary, image_counts)
+            config, text_with_background(vocabulary), draw_weights(config, vocabulary, image_counts)
         )
         # Not part of the published state dict, hence not persistent.
         for name, values in (("pixel_mean", config.pixel_mean), ("pixel_std", config.pixel_std)):
@@ -281,24 +282,3 @@ def _as_regions(proposals: Proposals) -> Regions:
         objectness_BR=proposals.scores_BP,
         valid_BR=proposals.valid_BP,
     )
-
-
-def _text_with_background(vocabulary: Vocabulary) -> Tensor:
-    text_DC = torch.from_numpy(vocabulary.normalised()).T
-    return torch.cat([text_DC, text_DC.new_zeros(len(text_DC), 1)], dim=1).contiguous()
-
-
-def _frequency(
-    config: ModelConfig,
-    vocabulary: Vocabulary,
-    image_counts: np.ndarray[tuple[int], np.dtype[np.generic]] | None,
-) -> Tensor:
-    if image_counts is None:
-        return torch.ones(len(vocabulary))
-    counts_C = torch.as_tensor(np.asarray(image_counts), dtype=torch.float32)
-    if counts_C.shape != (len(vocabulary),) or not bool((counts_C >= 0).all()):
-        raise ConfigError(
-            f"image counts of shape {tuple(counts_C.shape)} do not fit {len(vocabulary)} classes",
-            hint="give one count, 0 or more, for each class of the training vocabulary",
-        )
-    return counts_C**config.classifier.frequency_power

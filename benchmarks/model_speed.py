@@ -1,0 +1,171 @@
+"""Splits the time of R50 inference and of a training step into parts, on random weights.
+
+::
+
+    python benchmarks/model_speed.py [inference|boxes|labels] [--threads 2] [--rounds 5] [--clock wall|cpu]
+
+``inference``: one 480x640 image, 300 detections, masks pasted and encoded. ``boxes``: 2 images of 416x416 with objects.
+``labels``: 8 images of 208x208 with one class each. Prints the median of the rounds after one warm-up round. ``--clock cpu``
+counts the process's CPU seconds over all threads, which a busy machine disturbs less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import proxydet.compat.d2  # noqa: F401
+
+import numpy as np
+import torch
+from detectron2.structures import Boxes, Instances, PolygonMasks
+from parity_model import TRIMMED, network_of
+from parity_trim import base_classes
+
+from proxydet.data.batches import Batch, BoxBatch, ImageLabelBatch
+from proxydet.losses.config import LossConfig
+from proxydet.losses.criterion import Criterion
+from proxydet.modeling import network as network_module
+from proxydet.modeling import roi_training
+from proxydet.modeling.network import ProxyDetNetwork
+from proxydet.modeling.prediction import rles
+
+Times = dict[str, float]
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+class Stopwatch:
+    """Adds up the time spent in parts of a program."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self.times: Times = {}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count what runs inside for a part."""
+        start = self.clock()
+        yield
+        self.times[name] = self.times.get(name, 0.0) + self.clock() - start
+
+    def watch(self, owner: Any, attribute: str, name: str) -> None:
+        """Count every call of a function for a part."""
+        inner = getattr(owner, attribute)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self.part(name):
+                return inner(*args, **kwargs)
+
+        setattr(owner, attribute, timed)
+
+
+def noise(height: int, width: int, seed: int) -> torch.Tensor:
+    """Return an image of blurred noise: uint8 (3, height, width)."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(1, 3, height // 16, width // 16, generator=generator) * 255
+    smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")
+    return smooth[0].to(torch.uint8)
+
+
+def box_batch() -> BoxBatch:
+    """Return 2 images of 416x416 with 7 objects each."""
+    images, instances = [], []
+    source = np.random.default_rng(0)
+    for seed in range(2):
+        images.append(noise(416, 416, seed))
+        corners = source.uniform(0, 250, (7, 2))
+        boxes = np.concatenate([corners, corners + source.uniform(20, 160, (7, 2))], axis=1)
+        objects = Instances((416, 416))
+        objects.gt_boxes = Boxes(torch.from_numpy(boxes.astype(np.float32)))
+        objects.gt_classes = torch.from_numpy(source.integers(0, 1203, 7))
+        corners_of = boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]]
+        objects.gt_masks = PolygonMasks([[polygon] for polygon in corners_of])
+        instances.append(objects)
+    return BoxBatch(images=tuple(images), instances=tuple(instances), image_ids=(0, 1))
+
+
+def label_batch() -> ImageLabelBatch:
+    """Return 8 images of 208x208 with a class each."""
+    images = tuple(noise(208, 208, seed) for seed in range(8))
+    labels = tuple(torch.tensor([100 * seed]) for seed in range(8))
+    return ImageLabelBatch(images=images, labels=labels, image_ids=tuple(range(8)))
+
+
+def inference(network: ProxyDetNetwork, stopwatch: Stopwatch) -> Callable[[], None]:
+    """Return one round of inference, its parts watched."""
+    heads, image = network.eval().roi_heads, noise(480, 640, 0)
+    stopwatch.watch(network, "_features", "backbone")
+    stopwatch.watch(network.proposal_generator, "forward", "proposals")
+    stopwatch.watch(network.proposal_generator, "propose", "proposals")
+    stopwatch.watch(heads, "embed", "cascades")
+    stopwatch.watch(heads, "mask_logits", "mask head")
+    stopwatch.watch(network_module, "detect_classes", "classes and suppression")
+
+    def run() -> None:
+        (prediction,) = network.detect([image])
+        with stopwatch.part("masks pasted and encoded"):
+            rles(prediction)
+
+    return run
+
+
+def training(network: ProxyDetNetwork, batch: Batch, stopwatch: Stopwatch) -> Callable[[], None]:
+    """Return one training step, its parts watched."""
+    network.train()
+    criterion, source = Criterion(LossConfig()), torch.Generator().manual_seed(0)
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-9)
+    stopwatch.watch(network, "_features", "backbone")
+    stopwatch.watch(network.proposal_generator, "forward", "proposals")
+    stopwatch.watch(network.proposal_generator, "propose", "proposals")
+    stopwatch.watch(roi_training, "box_steps", "cascade with mixup branch")
+    stopwatch.watch(roi_training, "_mixup_step", "of it, mixup branch")
+    stopwatch.watch(roi_training, "mask_step", "masks")
+    stopwatch.watch(roi_training, "image_label_steps", "cascade")
+
+    def run() -> None:
+        output = network(batch, generator=source)
+        with stopwatch.part("losses"):
+            losses = criterion(output, generator=source)
+        with stopwatch.part("backward"):
+            torch.stack(list(losses.values())).sum().backward()
+        with stopwatch.part("optimiser"):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return run
+
+
+def main() -> None:
+    """Measure what the command line asks for and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("inference", "boxes", "labels"))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    network = network_of("r50", base_classes(TRIMMED))
+    stopwatch = Stopwatch(CLOCKS[arguments.clock])
+    if arguments.what == "inference":
+        run = inference(network, stopwatch)
+    else:
+        batch = box_batch() if arguments.what == "boxes" else label_batch()
+        run = training(network, batch, stopwatch)
+    rounds: list[Times] = []
+    for _ in range(arguments.rounds + 1):
+        stopwatch.times.clear()
+        with stopwatch.part("all"):
+            run()
+        rounds.append(dict(stopwatch.times))
+    print(f"{arguments.what}, {arguments.threads} threads, {arguments.clock} seconds")
+    for name in rounds[-1]:
+        print(f"{name:28} {statistics.median(times[name] for times in rounds[1:]):8.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -232,9 +232,9 @@ class Attempts:
             raise
         except ProxydetError as error:
             self._begin_anew()
-            raise DigestError(
-                f"What {source} served is not {wanted.name}: {error.message}", hint=error.hint
-            ) from error
+            reason = error.message.replace(part.path.name, wanted.target.name)
+            message = f"What {source} served is not {wanted.name}: {reason}"
+            raise DigestError(message, hint=error.hint) from error
         return Received(sha256=digest, size=size, address=source, etag=etag, holds=holds)
 
 

@@ -112,8 +112,6 @@ class DigestFollower:
         self._digest = hashlib.sha256()
 
     def _run(self) -> None:
-        block = bytearray(_BLOCK)
-        view = memoryview(block)
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self._position < self._end)
@@ -121,16 +119,14 @@ class DigestFollower:
                     return
                 this_round, digest, position = self._round, self._digest, self._position
                 wanted = min(_BLOCK, self._end - position)
-            if not self._step(view[:wanted], position, digest, this_round):
+            if not self._step(wanted, position, digest, this_round):
                 return
 
-    def _step(
-        self, view: memoryview, position: int, digest: hashlib._Hash, this_round: int
-    ) -> bool:
+    def _step(self, wanted: int, position: int, digest: hashlib._Hash, this_round: int) -> bool:
         """Take one block into the digest; return whether to go on."""
         try:
-            count = os.preadv(self._descriptor, [view], position)
-            if count == 0:
+            block = os.pread(self._descriptor, wanted, position)
+            if not block:
                 raise OSError("the file is shorter than what was written to it")
         except OSError as error:
             with self._changed:
@@ -139,9 +135,9 @@ class DigestFollower:
                 self._error = error
                 self._changed.notify_all()
             return False
-        digest.update(view[:count])
+        digest.update(block)
         with self._changed:
             if this_round == self._round:
-                self._position = position + count
+                self._position = position + len(block)
                 self._changed.notify_all()
         return True

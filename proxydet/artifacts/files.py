@@ -21,7 +21,6 @@ from proxydet.errors import ArtifactError, DiskFullError
 _logger = logging.getLogger(__name__)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _POLL_SECONDS = 0.2
 
 
@@ -100,10 +99,10 @@ class FileLock:
         try:
             if fcntl is not None:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                os.close(descriptor)
-                return False
+        except BlockingIOError:
+            os.close(descriptor)
+            return False
+        except OSError as error:  # a file system without locks
             _logger.debug("no locks at %s: %s", self.path, error)
             fcntl = None
         if fcntl is not None and not _same_file(descriptor, self.path):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import http.cookiejar
 import logging
 import os
-import ssl
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import urllib3.exceptions
 
 from proxydet._version import __version__
 from proxydet.artifacts.addresses import check_address, host_of, shown
+from proxydet.artifacts.http_errors import explained, reason
 from proxydet.artifacts.patience import Stopped, Transient
 from proxydet.artifacts.replies import Reply, check_status
 from proxydet.artifacts.settings import TransferSettings
@@ -117,7 +117,7 @@ class Client:
                 timeout=(self.settings.connect_timeout, self.settings.read_timeout),
             )
         except requests.RequestException as error:
-            raise _explained(error, where) from error
+            raise explained(error, where) from error
         try:
             _logger.debug("%s %s", response.status_code, where)
             reply = check_status(response, where)
@@ -152,7 +152,7 @@ class Client:
                 )
                 return int(length[:18]) if told else None
         except requests.RequestException as error:
-            _logger.debug("%s did not say its size: %s", shown(address), _reason(error))
+            _logger.debug("%s did not say its size: %s", shown(address), reason(error))
             return None
 
     def has_credentials(self, address: str) -> bool:
@@ -201,7 +201,7 @@ class OpenReply:
             return self._response.raw.read1(count, decode_content=False) or b""
         except (urllib3.exceptions.HTTPError, OSError) as error:
             where = shown(self.reply.address)
-            raise Transient(f"The connection to {where} broke off ({_reason(error)}).") from error
+            raise Transient(f"The connection to {where} broke off ({reason(error)}).") from error
 
     def __enter__(self) -> OpenReply:
         return self
@@ -247,55 +247,3 @@ def _cookies() -> http.cookiejar.CookieJar:
             path=Path(named),
         ) from error
     return jar
-
-
-def _explained(error: requests.RequestException, where: str) -> TransferError:
-    """Say what a failed request means, without the address's query that the library's message would show."""
-    if isinstance(error, requests.exceptions.SSLError) and _caused_by(
-        error, ssl.SSLCertVerificationError
-    ):
-        return TransferError(
-            f"The certificate of {where} cannot be verified.",
-            hint="Behind a proxy that re-signs traffic, name its certificate file in REQUESTS_CA_BUNDLE.",
-        )
-    if isinstance(error, requests.TooManyRedirects):
-        return TransferError(f"{where} redirects without end.")
-    if isinstance(error, (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema)):
-        return TransferError(f"{where} leads to an address that cannot be used.")
-    if isinstance(error, requests.exceptions.ProxyError):
-        return Transient(f"The proxy did not connect to {where}.")
-    return Transient(f"{where} could not be reached ({_reason(error)}).")
-
-
-def _reason(error: BaseException) -> str:
-    """Name the innermost cause of a failure in a few words that hold no address."""
-    inner: BaseException = error
-    seen = 0
-    while seen < 20:
-        following = inner.__cause__ or inner.__context__ or getattr(inner, "reason", None)
-        if not isinstance(following, BaseException):
-            break
-        inner, seen = following, seen + 1
-    if isinstance(inner, (TimeoutError, urllib3.exceptions.TimeoutError)):
-        return "no answer in time"
-    if isinstance(inner, OSError) and inner.strerror:
-        return inner.strerror
-    return type(inner).__name__
-
-
-def _caused_by(error: BaseException, kind: type[BaseException]) -> bool:
-    pending: list[object] = [error]
-    for _ in range(20):
-        if not pending:
-            return False
-        current = pending.pop()
-        if isinstance(current, kind):
-            return True
-        if isinstance(current, BaseException):
-            pending += [
-                current.__cause__,
-                current.__context__,
-                getattr(current, "reason", None),
-                *current.args,
-            ]
-    return False

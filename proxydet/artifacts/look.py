@@ -78,6 +78,9 @@ def look(artifact: Artifact, root: Root, client: Client) -> Item:
         ArtifactError: A record under the root is damaged.
     """
     path = useful_path(artifact, root)
+    if path.exists() and root.records(artifact).is_damaged(artifact.name):
+        why = "--verify found it damaged"
+        return Item(artifact=artifact, state=State.DIFFERENT, path=path, why=why)
     lacking = ""
     if artifact.unpack is not None:
         state, why = _look_unpacked(artifact, artifact.unpack, root)

@@ -9,6 +9,7 @@ from proxydet.reporting import Task
 
 _EVERY_SECONDS = 0.2
 _SPEED_SECONDS = 5.0
+_LARGEST_STEP = 4 << 20
 
 
 class Meter:
@@ -34,7 +35,8 @@ class Meter:
         """Count bytes; a negative amount takes back those of a transfer that begins anew."""
         with self._lock:
             self._pending += amount
-            self._count += amount
+            if 0 < amount <= _LARGEST_STEP:  # a larger step is what an earlier run had fetched
+                self._count += amount
             now = time.monotonic()
             if now - self._last < _EVERY_SECONDS and not fields:
                 return
@@ -43,11 +45,6 @@ class Meter:
     def describe(self, description: str) -> None:
         """Change the text in front of the file's bar."""
         self._file.describe(description)
-
-    def skip(self) -> None:
-        """Begin the measurement of speed here: what was counted before did not come over the network."""
-        with self._lock:
-            self._marks = [(time.monotonic(), self._count)]
 
     def finish(self) -> None:
         """Pass on what is left."""
@@ -67,9 +64,8 @@ class Meter:
         self._marks.append((now, self._count))
         while len(self._marks) > 2 and now - self._marks[1][0] > _SPEED_SECONDS:
             self._marks.pop(0)
-        (before, had), seconds = self._marks[0], now - self._marks[0][0]
-        if seconds <= 0 or self._count <= had:
+        since, had = self._marks[0]
+        if now <= since or self._count <= had:
             return ""
-        del before
-        rate = (self._count - had) / seconds
+        rate = (self._count - had) / (now - since)
         return f"{rate / 1e6:.1f} MB/s" if rate >= 1e5 else f"{rate / 1e3:.1f} kB/s"

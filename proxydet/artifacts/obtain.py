@@ -156,7 +156,8 @@ def _check_there(item: Item, job: Job) -> Outcome:
     if artifact.unpack is not None and item.state is State.UNCHECKED:
         return _check_unpacked(item, job)
     expected = _expected(artifact, job.root)
-    digest = file_digest(target, job.progress, job.line.client.stop)
+    records = job.root.records(artifact)
+    digest = records.known_digest(target) or file_digest(target, job.progress, job.line.client.stop)
     if expected is not None and digest != expected:
         raise DigestError(
             f"{target} is there, but is not {artifact.name}: expected sha256 {expected}, got {digest}.",
@@ -174,11 +175,19 @@ def _check_there(item: Item, job: Job) -> Outcome:
                 hint="Move it away, or give --force to replace it.",
                 path=target,
             ) from error
-    _record(artifact, job.root, FirstSeen(sha256=digest, size=target.stat().st_size, holds=holds))
+    ours = records.was_fetched(target)
+    _record(
+        artifact,
+        job.root,
+        FirstSeen(sha256=digest, size=target.stat().st_size, holds=holds),
+        fetched=ours,
+    )
     outcome = Outcome(
         name=artifact.name, status="checked", path=item.path, sha256=digest, note=holds or ""
     )
-    return _unpacked(outcome, item, job, digest) if artifact.unpack is not None else outcome
+    if artifact.unpack is None:
+        return outcome
+    return _unpacked(outcome, item, job, digest, keep=job.keep_archives or not ours)
 
 
 def _check_unpacked(item: Item, job: Job) -> Outcome:
@@ -214,11 +223,11 @@ def _fetch(item: Item, job: Job, *, take_over: bool) -> Outcome:
         etag=received.etag,
         holds=received.holds,
     )
-    _record(artifact, job.root, seen)
+    _record(artifact, job.root, seen, fetched=True)
     outcome = _fetched(item, received)
-    return (
-        _unpacked(outcome, item, job, received.sha256) if artifact.unpack is not None else outcome
-    )
+    if artifact.unpack is None:
+        return outcome
+    return _unpacked(outcome, item, job, received.sha256, keep=job.keep_archives)
 
 
 def _wanted(artifact: Artifact, job: Job) -> Wanted:
@@ -252,16 +261,17 @@ def _fetched(item: Item, received: Received) -> Outcome:
     )
 
 
-def _record(artifact: Artifact, root: Root, seen: FirstSeen) -> None:
+def _record(artifact: Artifact, root: Root, seen: FirstSeen, *, fetched: bool) -> None:
     records = root.records(artifact)
     if not artifact.pinned:
         records.record_first(artifact.name, seen)
-    records.record_digest(root.path(artifact.target), seen.sha256)
+    records.record_digest(root.path(artifact.target), seen.sha256, fetched=fetched)
+    records.record_damage(artifact.name, damaged=False)
 
 
-def _unpacked(outcome: Outcome, item: Item, job: Job, digest: str) -> Outcome:
+def _unpacked(outcome: Outcome, item: Item, job: Job, digest: str, *, keep: bool) -> Outcome:
     with job.unpacking:
         count = unpack(item.artifact, digest, job.root, job.progress)
-    if not job.keep_archives:
+    if not keep:
         job.root.path(item.artifact.target).unlink(missing_ok=True)
     return Outcome(**{**vars(outcome), "status": "unpacked", "note": f"{count} files"})

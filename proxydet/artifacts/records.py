@@ -1,12 +1,13 @@
 """What is remembered about files between runs.
 
-Two records lie under the data root:
+Two records lie in each folder of downloads:
 
 ``artifacts.lock.json``
     For each artifact without a published digest: digest, size and source of the file that was seen first. Every later
     file of that name must be the same. It may be shared with others, who then get the same guarantee.
 ``.proxydet/ledger.json``
-    For each file that was checked: its size, time stamp and digest, so that it is not read through again.
+    For each file that was checked: its size, time stamp and digest, so that it is not read through again, and
+    whether it was fetched here; and which artifacts verification found damaged.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from proxydet.errors import ArtifactError
 
 LOCK_FILE = "artifacts.lock.json"
 HIDDEN_FOLDER = ".proxydet"
+
+_DAMAGED = "damaged: "
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,7 @@ class Records:
         self.root = root
         self._lock_file = root / LOCK_FILE
         self._ledger = root / HIDDEN_FOLDER / "ledger.json"
+        self._cache: dict[Path, tuple[tuple[int, int, int], dict[str, Any]]] = {}
 
     def first_seen(self, name: str) -> FirstSeen | None:
         """Return what was recorded for an unpinned artifact, if anything.
@@ -59,7 +63,7 @@ class Records:
         Raises:
             ArtifactError: The lock file is damaged.
         """
-        entry = read_json(self._lock_file).get(name)
+        entry = self._read(self._lock_file).get(name)
         if entry is None:
             return None
         try:
@@ -82,25 +86,59 @@ class Records:
 
     def known_digest(self, path: Path) -> str | None:
         """Return the digest that a file had when it was last checked, if it has not changed since."""
+        entry = self._entry(path)
+        digest = entry.get("sha256")
+        return digest if isinstance(digest, str) else None
+
+    def was_fetched(self, path: Path) -> bool:
+        """Tell whether a file was fetched here, and not put there by somebody."""
+        return self._entry(path).get("fetched") is True
+
+    def record_digest(self, path: Path, sha256: str, *, fetched: bool = False) -> None:
+        """Remember the digest of a file as it is now, and whether it was fetched here."""
+        status = path.stat()
+        entry = {
+            "size": status.st_size,
+            "time": status.st_mtime_ns,
+            "sha256": sha256,
+            "fetched": fetched,
+        }
+        self._update(self._ledger, {self._key(path): entry})
+
+    def is_damaged(self, name: str) -> bool:
+        """Tell whether verification found an artifact damaged and it has not been fetched since."""
+        return self._read(self._ledger).get(_DAMAGED + name) is True
+
+    def record_damage(self, name: str, *, damaged: bool) -> None:
+        """Remember that an artifact is damaged, or no longer so."""
+        if damaged != self.is_damaged(name):
+            self._update(self._ledger, {_DAMAGED + name: damaged})
+
+    def _entry(self, path: Path) -> dict[str, Any]:
         try:
             status = path.stat()
         except FileNotFoundError:
-            return None
-        entry = read_json(self._ledger).get(self._key(path))
+            return {}
+        entry = self._read(self._ledger).get(self._key(path))
         if not isinstance(entry, dict):
-            return None
+            return {}
         same = entry.get("size") == status.st_size and entry.get("time") == status.st_mtime_ns
-        digest = entry.get("sha256")
-        return digest if same and isinstance(digest, str) else None
-
-    def record_digest(self, path: Path, sha256: str) -> None:
-        """Remember the digest of a file as it is now."""
-        status = path.stat()
-        entry = {"size": status.st_size, "time": status.st_mtime_ns, "sha256": sha256}
-        self._update(self._ledger, {self._key(path): entry})
+        return entry if same else {}
 
     def _key(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        """Read a record, unless it is the one that was read last."""
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            return {}
+        version = (status.st_ino, status.st_size, status.st_mtime_ns)
+        known = self._cache.get(path)
+        if known is None or known[0] != version:
+            known = self._cache[path] = (version, read_json(path))
+        return known[1]
 
     def _update(self, path: Path, entries: dict[str, Any], *, keep_old: bool = False) -> None:
         with FileLock(self.root / HIDDEN_FOLDER / f"{path.name}.lock"):

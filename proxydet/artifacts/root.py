@@ -18,6 +18,7 @@ class Root:
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
+        self._records: dict[Path, Records] = {}
 
     def base(self, target: str) -> Path:
         """Return the folder that the first part of a catalogue path stands for; records lie there."""
@@ -33,7 +34,8 @@ class Root:
 
     def records(self, artifact: Artifact) -> Records:
         """Return what is remembered about an artifact and its neighbours."""
-        return Records(self.base(artifact.target))
+        base = self.base(artifact.target)
+        return self._records.setdefault(base, Records(base))
 
     def listing(self, artifact: Artifact) -> Path:
         """Return where the list of the files that an archive unpacked to is kept."""

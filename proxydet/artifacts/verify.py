@@ -45,6 +45,8 @@ def verify_all(
 ) -> Iterator[Finding]:
     """Check each artifact's bytes against its digest, or its unpacked files against their check sums.
 
+    Damage is remembered: a damaged artifact no longer counts as ready.
+
     Args:
         artifacts: What to check.
         root: Where files lie.
@@ -53,12 +55,16 @@ def verify_all(
     """
     for artifact in artifacts:
         try:
-            yield verify(artifact, root, progress, stop)
+            finding = verify(artifact, root, progress, stop)
         except Stopped:
             raise
         except ProxydetError as error:
-            path = useful_path(artifact, root)
-            yield Finding(name=artifact.name, verdict="damaged", path=path, detail=error.message)
+            finding = _finding(artifact, "damaged", useful_path(artifact, root), error.message)
+        if finding.verdict in ("sound", "damaged"):
+            root.records(artifact).record_damage(
+                artifact.name, damaged=finding.verdict == "damaged"
+            )
+        yield finding
 
 
 def verify(

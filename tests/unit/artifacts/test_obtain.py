@@ -6,12 +6,15 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
+import shutil
 import threading
 import zipfile
 from pathlib import Path
 
 import pytest
 
+import proxydet.artifacts.obtain as obtain_module
 from proxydet.artifacts.artifact import Content, Login, Provided, Unpack
 from proxydet.artifacts.catalogue import Catalogue, CatalogueFile
 from proxydet.artifacts.download import download, locate
@@ -416,3 +419,42 @@ def test_nothing_secret_is_told(run, server, artifact, caplog) -> None:
         report.raise_for_failures()
     ours = [record.getMessage() for record in caplog.records if record.name.startswith("proxydet")]
     assert "secret" not in str(caught.value) + " ".join(ours)
+
+
+def test_damage_that_verification_found_is_mended_by_force(
+    run, verify, server, artifact, body, root
+) -> None:
+    """Even where size and time stamp do not tell: a bit that flipped on the disk."""
+    server.add("/thing", body)
+    server.add("/set", photos())
+    things = [artifact(body=body), packed(artifact, photos())]
+    run(*things)
+    for path in (root / "models/thing.bin", root / "datasets/set/photos/3.jpg"):
+        status = path.stat()
+        path.write_bytes(path.read_bytes()[:-1] + b"!")
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert states(run(*things)[0]) == [State.READY, State.READY]
+    assert {finding.verdict for finding in verify(*things).values()} == {"damaged"}
+    plan, report = run(*things)
+    assert states(plan) == [State.DIFFERENT, State.DIFFERENT]
+    assert len(report.failures) == 2
+    run(*things, force=True)[1].raise_for_failures()
+    assert states(run(*things)[0]) == [State.READY, State.READY]
+    assert {finding.verdict for finding in verify(*things).values()} == {"sound"}
+
+
+def test_an_archive_that_somebody_put_there_stays(run, server, artifact, root, monkeypatch) -> None:
+    server.add("/set", photos())
+    path = root / "datasets/set/photos.zip"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(photos())
+    run(packed(artifact, photos()))[1].raise_for_failures()
+    assert path.exists()
+    shutil.rmtree(root)
+    with monkeypatch.context() as patch:
+        patch.setattr(obtain_module, "unpack", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(packed(artifact, photos()))
+    assert path.exists()
+    run(packed(artifact, photos()))[1].raise_for_failures()
+    assert not path.exists()

@@ -45,6 +45,7 @@ def done(fetch, body):
         {"ranges": False},
         {"forbidden_ranges": True},
         {"range_shift": 3},
+        {"later": {4: {"range_shift": 3}}},
         {"answers": [(503, {})] * 3},
         {"chunked": True},
     ],
@@ -122,10 +123,10 @@ def test_what_pieces_left_is_continued_over_one_connection(fetch, server, body) 
 
 
 def test_an_error_in_a_thread_reaches_the_caller(fetch, server, body, monkeypatch) -> None:
-    def broken(self, offset, data) -> None:
+    def broken(self, index) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(PartFile, "write", broken)
+    monkeypatch.setattr(PartFile, "finish_piece", broken)
     server.add("/f", body)
     with pytest.raises(ZeroDivisionError):
         fetch("/f")

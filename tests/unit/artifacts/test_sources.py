@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from proxydet.artifacts import addresses
 from proxydet.artifacts.addresses import check_address, is_this_machine, mirror_address, shown
 from proxydet.artifacts.google_drive import address_behind_page
 from proxydet.artifacts.patience import retry_after
@@ -111,6 +112,15 @@ class TestCertificates:
         server.add("/f", body, drop_after=100_000)
         fetch(server.address("/f").replace("http:", "https:"))
         assert fetch.target.read_bytes() == body
+
+    def test_a_redirect_from_https_to_http_needs_a_digest(
+        self, fetch, server, body, secure, monkeypatch
+    ) -> None:
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(secure))
+        monkeypatch.setattr(addresses, "is_this_machine", lambda _: False)
+        server.add("/f", redirect=server.address("/g"))
+        with pytest.raises(TransferError, match=r"redirect from .* is not encrypted"):
+            fetch(server.address("/f").replace("http:", "https:"))
 
 
 def test_proxies_are_honoured(fetch, server, body, monkeypatch) -> None:

@@ -202,6 +202,15 @@ def test_a_reply_without_any_length_is_only_good_with_a_digest(fetch, server, bo
     assert fetch.target.read_bytes() == body
 
 
+def test_a_break_is_told_by_the_published_size_where_no_length_is_given(
+    fetch, server, body
+) -> None:
+    served = server.add("/f", body, no_length=True, drop_after=100_000)
+    fetch("/f", pinned=body)
+    done(fetch, body)
+    assert served.sent == len(body)
+
+
 def test_wrong_bytes_never_get_the_name(fetch, server, body) -> None:
     server.add("/f", body[::-1])
     with pytest.raises(DigestError) as caught:
@@ -310,11 +319,16 @@ def test_endless_redirects(fetch, server) -> None:
 
 
 @pytest.mark.parametrize(
-    "goal", ["ftp://127.0.0.1/x", "file:///etc/passwd", "http://user:pw@127.0.0.1/x"]
+    ("goal", "message"),
+    [
+        ("ftp://127.0.0.1/x", "not an https or http"),
+        ("file:///etc/passwd", "not an https or http"),
+        ("http://user:pw@127.0.0.1/x", "carries a user name"),
+    ],
 )
-def test_redirects_to_what_is_no_plain_web_address(fetch, server, goal) -> None:
+def test_redirects_to_what_is_no_plain_web_address(fetch, server, goal, message) -> None:
     server.add("/f", redirect=goal)
-    with pytest.raises(TransferError):
+    with pytest.raises(TransferError, match=f"redirect from .*{message}"):
         fetch("/f")
     failed(fetch)
 

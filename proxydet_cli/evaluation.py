@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from proxydet.errors import ConfigError, DataError, InputError
+from proxydet.errors import ConfigError
+from proxydet_cli.evaluation_options import (
+    PREDICTIONS,
+    EvalOptions,
+    read_description,
+    results_of,
+)
 from proxydet_cli.output import Output
 
 if TYPE_CHECKING:
@@ -22,55 +29,6 @@ if TYPE_CHECKING:
     from proxydet.evaluation.report import Report
     from proxydet.evaluation.split import DescribedSplit
     from proxydet.reporting import Progress
-
-PREDICTIONS = "predictions"
-"""Folder below an evaluation's output that holds what the detector found."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalOptions:
-    """What to evaluate, on what, and how."""
-
-    run: Path | None
-    weights: str | None
-    model: str | None
-    results: Path | None
-    data: str | None
-    split: str
-    vocabulary: Path | None
-    output: Path | None
-    device: str
-    config: EvaluationConfig
-
-    def check(self) -> None:
-        """Raise ConfigError where options contradict each other or something is missing."""
-        if self.results is not None and (self.run or self.weights):
-            raise ConfigError(
-                "--results are scored as they are; --run and --weights make new ones.",
-                hint="give either",
-            )
-        if self.results is not None and self.data is None:
-            raise ConfigError(
-                "--results need the data set that they are of.",
-                hint="--data with an annotation file (JSON) or a data description (TOML)",
-            )
-        if self.results is None and self.vocabulary is not None and self.data is None:
-            raise ConfigError("--vocabulary belongs to a data set.", hint="give --data too")
-
-    def annotations_only(self) -> bool:
-        """Whether ``--data`` names an annotation file rather than a description."""
-        return self.data is not None and _is_json(self.data)
-
-    def folder(self, dataset: str) -> Path:
-        """Return where the files of the evaluation go."""
-        if self.output is not None:
-            return self.output
-        place = f"{dataset}-{self.split}"
-        if self.run is not None:
-            return self.run / "evaluation" / place
-        if self.results is not None:
-            return Path("evaluation") / f"{self.results.name.split('.')[0]}-{place}"
-        return Path("evaluation") / f"{Path(self.weights or 'proxydet-r50-inl').stem}-{place}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,21 +48,68 @@ class Subject:
 
 def run(options: EvalOptions, output: Output) -> None:
     """Evaluate, write the files and show the numbers."""
-    from proxydet.evaluation.output import analyse, write_files
-
     options.check()
     progress = _progress()
     if options.results is not None:
         subject = open_subject(options, progress)
-        evaluation: Evaluation | None = _score(options.results, subject, options.config, progress)
-        split = subject.split
-    else:
-        detector = _detector(options)
-        description = _description(options)
-        split = _open_split(description, options, progress)
-        evaluation = _detect_and_score(detector, split, options, progress)
-    if evaluation is None:  # another process of several shows the result
+        evaluation = _score(options.results, subject, options.config, progress)
+        _conclude(evaluation, subject.split, options, output, progress)
         return
+    description = read_description(options)
+    with _processes(options, options.folder(description.name), json=output.json) as device:
+        if device is None:
+            return
+        options = dataclasses.replace(options, device=device)
+        split = _open_split(description, options, progress)
+        detected = _detect_and_score(_detector(options), split, options, progress)
+        if detected is not None:  # the first process of several shows the result
+            _conclude(detected, split, options, output, progress)
+
+
+@contextlib.contextmanager
+def _processes(options: EvalOptions, folder: Path, *, json: bool) -> Iterator[str | None]:
+    """Give the device to work on here, or None when several processes have been started, and have done it."""
+    import os
+
+    import torch
+
+    from proxydet.training.cluster import plan_topology
+    from proxydet.training.distributed import connect, launched_rank
+    from proxydet.training.failures import worker_log
+    from proxydet.training.launcher import in_worker, launch
+
+    logs = folder / "logs"
+    if in_worker():
+        with worker_log(logs, launched_rank()), connect(options.device) as ranks:
+            yield str(ranks.device)
+        return
+    on_gpus = options.device in ("auto", "cuda") and torch.cuda.is_available()
+    topology = plan_topology(
+        gpus=options.gpus,
+        nodes=None,
+        rendezvous=None,
+        max_restarts=None,
+        available=torch.cuda.device_count() if on_gpus else 1,
+        environment=os.environ,
+    )
+    if topology.world_size == 1:
+        yield options.device
+        return
+    words = ["-m", "proxydet_cli", "eval", *options.words(), *(["--json"] if json else [])]
+    launch(topology, words, logs)
+    yield None
+
+
+def _conclude(
+    evaluation: Evaluation,
+    split: DescribedSplit | None,
+    options: EvalOptions,
+    output: Output,
+    progress: Progress,
+) -> None:
+    """Write the files and show the numbers."""
+    from proxydet.evaluation.output import analyse, write_files
+
     folder = options.folder(evaluation.report.dataset)
     analysis = analyse(evaluation, progress)
     with progress.task("writing report", total=None):
@@ -175,24 +180,6 @@ def show(report: Report, analysis: Mapping[str, Any], output: Output) -> None:
             )
 
 
-def results_of(place: Path) -> Path:
-    """Return the results file that a path means: itself, or the one in an evaluation's folder.
-
-    Raises:
-        InputError: There is none.
-    """
-    if not place.is_dir():
-        return place
-    for file in (place / "predictions.json", place / PREDICTIONS / "predictions.json"):
-        if file.is_file():
-            return file
-    raise InputError(
-        f"{place} holds no finished predictions.",
-        hint="give a results file, or the output folder of a finished proxydet eval",
-        path=place,
-    )
-
-
 def open_subject(options: EvalOptions, progress: Progress) -> Subject:
     """Open the data set that results are scored on."""
     from proxydet.evaluation.ground_truth import GroundTruth
@@ -201,7 +188,7 @@ def open_subject(options: EvalOptions, progress: Progress) -> Subject:
     if options.annotations_only():
         truth = GroundTruth.load(Path(options.data or ""))
         return Subject(truth=truth, groups=imagenet_groups(truth), split=None)
-    split = _open_split(_description(options), options, progress)
+    split = _open_split(read_description(options), options, progress)
     return Subject(truth=split.truth, groups=split.groups, split=split)
 
 
@@ -237,37 +224,6 @@ def _detector(options: EvalOptions) -> Detector:
     )
 
 
-def _description(options: EvalOptions) -> DatasetDescription:
-    """Read the data description that was named, or that the run was trained with."""
-    from proxydet.data.description import DatasetDescription
-
-    path = _description_path(options)
-    if not path.is_file():
-        raise DataError(
-            f"there is no data description {path}",
-            hint="--data takes a TOML file, or the name of a prepared data set: proxydet data prepare --help",
-            path=path,
-        )
-    return DatasetDescription.from_toml(path)
-
-
-def _description_path(options: EvalOptions) -> Path:
-    from proxydet.paths import datasets_folder
-
-    if options.data is not None:
-        path = Path(options.data)
-        if path.suffix or path.exists():
-            return path
-        return datasets_folder() / f"{options.data}.toml"
-    if options.run is not None:
-        from proxydet.recipes import resolve_config
-
-        found = resolve_config(None, options.run / "config.yaml", []).data.description
-        if found is not None:
-            return found
-    return datasets_folder() / "lvis.toml"
-
-
 def _open_split(
     description: DatasetDescription, options: EvalOptions, progress: Progress
 ) -> DescribedSplit:
@@ -277,10 +233,6 @@ def _open_split(
         spec = dataclasses.replace(description.vocabulary, embeddings=options.vocabulary.absolute())
         description = dataclasses.replace(description, vocabulary=spec)
     return DescribedSplit.open(description, options.split, progress=progress)
-
-
-def _is_json(name: str) -> bool:
-    return name.endswith((".json", ".json.gz"))
 
 
 def _next_commands(options: EvalOptions, folder: Path) -> dict[str, str]:

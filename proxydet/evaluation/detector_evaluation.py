@@ -119,8 +119,7 @@ def _settings(detector: ImageDetector, config: EvaluationConfig) -> InferenceCon
 def _identity(detector: ImageDetector, task: EvaluationTask) -> dict[str, Any]:
     return {
         "weights": weights_digest(detector.network),
-        # A detector that scales images to sides of its own says so; others see them as they are.
-        "image sides": list(getattr(detector, "sides", ())),
+        "image sides": list(detector.sides),
         "inference settings": dataclasses.asdict(task.settings),
         "vocabulary": task.vocabulary.digest,
         "annotations": task.images.store.digest(),

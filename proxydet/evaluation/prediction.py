@@ -41,6 +41,10 @@ class ImageDetector(Protocol):
     def inference(self) -> InferenceConfig:
         """Its thresholds and limits."""
 
+    @property
+    def sides(self) -> tuple[int, int]:
+        """The shortest and the longest side, in pixels, that images are scaled to."""
+
     def predict_images(
         self, images: Sequence[Pixels], vocabulary: Vocabulary, settings: InferenceConfig
     ) -> Sequence[Prediction]:

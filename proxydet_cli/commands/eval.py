@@ -110,6 +110,7 @@ Compare = Annotated[
 Device = Annotated[
     str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto: a GPU where there is one.")
 ]
+Gpus = Annotated[int | None, typer.Option("--gpus", min=1, help="Processes. [default: one a GPU]")]
 BatchSize = Annotated[
     int, typer.Option("--batch-size", min=1, help="Images in the network at once.")
 ]
@@ -141,6 +142,7 @@ def evaluate(  # noqa: PLR0913 one parameter an option
     output: OutputFolder = None,
     compare: Compare = None,
     device: Device = "auto",
+    gpus: Gpus = None,
     batch_size: BatchSize = 1,
     json: Json = False,
 ) -> None:
@@ -150,9 +152,10 @@ def evaluate(  # noqa: PLR0913 one parameter an option
     """
     from proxydet.evaluation.config import EvaluationConfig
     from proxydet_cli import evaluation
+    from proxydet_cli.evaluation_options import EvalOptions
     from proxydet_cli.output import Output
 
-    options = evaluation.EvalOptions(
+    options = EvalOptions(
         run=run,
         weights=weights,
         model=config,
@@ -162,6 +165,7 @@ def evaluate(  # noqa: PLR0913 one parameter an option
         vocabulary=vocabulary,
         output=output,
         device=device,
+        gpus=gpus,
         config=EvaluationConfig(
             engine=engine,  # type: ignore[arg-type]
             iou_types=tuple(iou_type.split(",")) if iou_type else (),

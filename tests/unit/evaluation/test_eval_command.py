@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
@@ -251,3 +252,26 @@ def test_the_scatter_plot_is_valid_and_escaped() -> None:
         for node in root.iter("{http://www.w3.org/2000/svg}circle")
     ]
     assert all(0 <= x <= 560 and 0 <= y <= 300 for x, y in circles)
+
+
+def test_options_survive_the_way_to_other_processes(tmp_path: Path) -> None:
+    """What is typed, as words for the processes that share the work, means the same when it is read there."""
+    from typer.testing import CliRunner
+
+    from proxydet_cli import evaluation
+    from proxydet_cli.commands.eval import app
+    from proxydet_cli.evaluation_options import EvalOptions
+
+    seen: list[EvalOptions] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "run", lambda options, _: seen.append(options))
+        words = ["--weights", "a b.pth", "--config", "swinb", "--data", "coco", "--split", "train"]
+        words += ["--vocabulary", "v.npz", "--output", str(tmp_path), "--device", "cpu", "--fixed"]
+        words += ["--iou-type", "segm,bbox", "--engine", "lvis", "--bootstrap", "7"]
+        words += ["--hierarchy", "h.json", "--batch-size", "3", "--allow-outside", "--gpus", "2"]
+        assert CliRunner().invoke(app, words).exit_code == 0
+        assert CliRunner().invoke(app, seen[0].words()).exit_code == 0
+    first, second = seen
+    assert first.config.fixed
+    assert first.config.iou_types == ("segm", "bbox")
+    assert second == dataclasses.replace(first, gpus=None)

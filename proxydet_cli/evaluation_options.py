@@ -1,0 +1,143 @@
+"""The options of ``proxydet eval``, and the files that they mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from proxydet.errors import ConfigError, DataError, InputError
+
+if TYPE_CHECKING:
+    from proxydet.data.description import DatasetDescription
+    from proxydet.evaluation.config import EvaluationConfig
+
+PREDICTIONS = "predictions"
+"""Folder below an evaluation's output that holds what the detector found."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """What to evaluate, on what, and how."""
+
+    run: Path | None
+    weights: str | None
+    model: str | None
+    results: Path | None
+    data: str | None
+    split: str
+    vocabulary: Path | None
+    output: Path | None
+    device: str
+    gpus: int | None
+    config: EvaluationConfig
+
+    def check(self) -> None:
+        """Raise ConfigError where options contradict each other or something is missing."""
+        if self.results is not None and (self.run or self.weights):
+            raise ConfigError(
+                "--results are scored as they are; --run and --weights make new ones.",
+                hint="give either",
+            )
+        if self.results is not None and self.data is None:
+            raise ConfigError(
+                "--results need the data set that they are of.",
+                hint="--data with an annotation file (JSON) or a data description (TOML)",
+            )
+        if self.results is None and self.vocabulary is not None and self.data is None:
+            raise ConfigError("--vocabulary belongs to a data set.", hint="give --data too")
+
+    def words(self) -> list[str]:
+        """Return the options as words of a command line, for the processes that do the work together."""
+        config = self.config
+        given = {
+            "--run": self.run,
+            "--weights": self.weights,
+            "--config": self.model,
+            "--data": self.data,
+            "--split": self.split,
+            "--vocabulary": self.vocabulary,
+            "--output": self.output,
+            "--device": self.device,
+            "--iou-type": ",".join(config.iou_types),
+            "--engine": config.engine,
+            "--bootstrap": config.bootstrap,
+            "--hierarchy": config.hierarchy,
+            "--batch-size": config.batch_size,
+        }
+        words = [
+            word
+            for key, value in given.items()
+            if value not in (None, "")
+            for word in (key, str(value))
+        ]
+        switches = {"--fixed": config.fixed, "--allow-outside": config.allow_outside}
+        return words + [key for key, on in switches.items() if on]
+
+    def annotations_only(self) -> bool:
+        """Whether ``--data`` names an annotation file rather than a description."""
+        return self.data is not None and _is_json(self.data)
+
+    def folder(self, dataset: str) -> Path:
+        """Return where the files of the evaluation go."""
+        if self.output is not None:
+            return self.output
+        place = f"{dataset}-{self.split}"
+        if self.run is not None:
+            return self.run / "evaluation" / place
+        if self.results is not None:
+            return Path("evaluation") / f"{self.results.name.split('.')[0]}-{place}"
+        return Path("evaluation") / f"{Path(self.weights or 'proxydet-r50-inl').stem}-{place}"
+
+
+def results_of(place: Path) -> Path:
+    """Return the results file that a path means: itself, or the one in an evaluation's folder.
+
+    Raises:
+        InputError: There is none.
+    """
+    if not place.is_dir():
+        return place
+    for file in (place / "predictions.json", place / PREDICTIONS / "predictions.json"):
+        if file.is_file():
+            return file
+    raise InputError(
+        f"{place} holds no finished predictions.",
+        hint="give a results file, or the output folder of a finished proxydet eval",
+        path=place,
+    )
+
+
+def read_description(options: EvalOptions) -> DatasetDescription:
+    """Read the data description that was named, or that the run was trained with."""
+    from proxydet.data.description import DatasetDescription
+
+    path = _description_path(options)
+    if not path.is_file():
+        raise DataError(
+            f"there is no data description {path}",
+            hint="--data takes a TOML file, or the name of a prepared data set: proxydet data prepare --help",
+            path=path,
+        )
+    return DatasetDescription.from_toml(path)
+
+
+def _description_path(options: EvalOptions) -> Path:
+    from proxydet.paths import datasets_folder
+
+    if options.data is not None:
+        path = Path(options.data)
+        if path.suffix or path.exists():
+            return path
+        return datasets_folder() / f"{options.data}.toml"
+    if options.run is not None:
+        from proxydet.recipes import resolve_config
+
+        found = resolve_config(None, options.run / "config.yaml", []).data.description
+        if found is not None:
+            return found
+    return datasets_folder() / "lvis.toml"
+
+
+def _is_json(name: str) -> bool:
+    return name.endswith((".json", ".json.gz"))

@@ -32,7 +32,8 @@ target = "models/thing.bin"
 """
 
 SCRIPT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite run in the background hands it down ignored
 from pathlib import Path
 from proxydet.artifacts.catalogue import Catalogue
 from proxydet.artifacts.downloader import Downloader, DownloadOptions

@@ -79,14 +79,15 @@ def test_a_gradient_that_varies_is_found_where_it_arises(monkeypatch):
 
 
 def test_zeros_of_both_signs_and_nan_are_told_by_their_bits():
-    first, other = torch.tensor([0.0, float("nan")]), torch.tensor([-0.0, float("nan")])
+    first = torch.tensor([0.0, 0.0, float("nan")])
+    other = torch.tensor([-0.0, -0.0, float("nan")])
     repetition = worker._Repetition()
     records = [
         worker.StepRecord(digests={"gradient of w": worker._digest(g)}, gradients={"w": g})
         for g in (first, other)
     ]
     worker._compare(repetition, *records, 3)
-    assert (repetition.elements, repetition.first) == (1, [3, "gradient of w"])
+    assert (repetition.elements, repetition.first) == (2, [3, "gradient of w"])
 
 
 def test_processes_are_compared_with_each_other():

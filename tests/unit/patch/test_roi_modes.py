@@ -58,6 +58,7 @@ def test_settings_of_the_user_come_back():
     try:
         apply_mode("published")
         apply_mode("strict")
+        assert flags() == (True, False, True, False, CUBLAS_WORKSPACE)
         apply_mode("off")
         assert flags() == (True, True, False, True, ":16:8")
     finally:

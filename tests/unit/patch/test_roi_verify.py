@@ -27,6 +27,10 @@ def test_the_probe_tells_the_modes_apart(mode, verdict):
     assert found["between_the_two"] > 100 * roi_verify._TOLERANCE
 
 
+def rounded(forward, self, x, boxes):
+    return forward(self, x.half().double(), boxes.half().double()).float()
+
+
 @pytest.mark.parametrize(
     "operator",
     [
@@ -34,6 +38,11 @@ def test_the_probe_tells_the_modes_apart(mode, verdict):
         lambda forward, self, x, boxes: forward(self, x, boxes.half().float()),
         lambda forward, self, x, boxes: forward(self, x.half().float(), boxes),
         lambda forward, self, x, boxes: forward(self, x, boxes.round()),
+        lambda forward, self, x, boxes: forward(self, x.half().double(), boxes.half().double()),
+        lambda forward, self, x, boxes: (
+            forward(self, x, boxes)
+            + (rounded(forward, self, x, boxes) - forward(self, x, boxes)).detach()
+        ),
         lambda forward, self, x, boxes: forward(self, x, boxes) * 1.001,
         lambda forward, self, x, boxes: x.sum() * 0 + forward(self, x.detach(), boxes),
     ],

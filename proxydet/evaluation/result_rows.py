@@ -12,6 +12,7 @@ from pycocotools import mask as coco_mask
 
 from proxydet.evaluation.annotation_file import Identifier
 from proxydet.evaluation.results import Results, ResultsBuilder
+from proxydet.evaluation.rle import are_polygons
 from proxydet.evaluation.validation import Problems
 
 
@@ -32,7 +33,7 @@ class _Rle(msgspec.Struct, gc=False):
 
 # JSON of at most this length is no mask: it is absent, null, or an empty list.
 _SHORTEST = 4
-_MASK = msgspec.json.Decoder(_Rle | list[list[float]] | None)
+_MASK = msgspec.json.Decoder(_Rle | list[list[float]])
 
 
 def add_rows(
@@ -80,7 +81,11 @@ def add_rows(
 
 
 def _numbers(ids: list[Identifier], index: dict[Identifier, int]) -> NDArray[np.int64]:
-    return np.fromiter((index.get(value, -1) for value in ids), dtype=np.int64, count=len(ids))
+    """Return the number of each id; -1 where the data set does not have it."""
+    try:
+        return np.fromiter(map(index.__getitem__, ids), dtype=np.int64, count=len(ids))
+    except KeyError:
+        return np.array([index.get(value, -1) for value in ids], dtype=np.int64)
 
 
 def _check_names(
@@ -111,43 +116,53 @@ def _masks(
 ) -> tuple[NDArray[np.int64], list[dict[str, Any]], NDArray[np.float64]]:
     """Return the number of each detection's mask (-1 where it has none), the wanted masks, and their areas."""
     masks: list[dict[str, Any]] = []
-    owners: list[int] = []
+    images: list[int] = []
     unreadable: list[int] = []
+    mask_D = np.full(len(rows), -1, dtype=np.int64)
+    # Detections of one box share its mask: each is read once.
+    known: dict[tuple[int, bytes], int] = {}
     for index in np.flatnonzero(wanted_D).tolist():
-        if len(rows[index].segmentation) <= _SHORTEST:
+        image, text = int(image_D[index]), bytes(rows[index].segmentation)
+        if len(text) <= _SHORTEST:
             continue
-        height, width = problems.truth.image_sizes_I2[image_D[index]].tolist()
-        try:
-            mask = _compressed(_MASK.decode(rows[index].segmentation), height, width)
-        except (msgspec.ValidationError, UnicodeEncodeError, OverflowError):
-            unreadable.append(index)
-            continue
-        if mask is not None:
+        number = known.setdefault((image, text), len(masks))
+        if number == len(masks):
+            mask = _read_mask(text, problems.truth.image_sizes_I2[image].tolist())
+            if mask is None:
+                unreadable.append(index)
+                del known[image, text]
+                continue
             masks.append(mask)
-            owners.append(index)
-    detection_M = np.array(owners, dtype=np.int64)
+            images.append(image)
+        mask_D[index] = number
     problems.add(
         "have a damaged mask", np.array(unreadable), lambda index: f"detection {first + index}"
     )
-    area_M = problems.check_masks(masks, image_D[detection_M], detection_M + first)
-    mask_D = np.full(len(rows), -1, dtype=np.int64)
-    mask_D[detection_M] = np.arange(len(detection_M))
+    area_M = problems.check_masks(masks, np.array(images, dtype=np.int64), mask_D, first)
     return mask_D, masks, area_M
 
 
-def _compressed(
-    value: _Rle | list[list[float]] | None, height: int, width: int
-) -> dict[str, Any] | None:
-    """Return a mask in compressed runs; polygons are rasterised in the image's size, as the COCO tools do."""
-    if value is None:
+def _read_mask(text: bytes, size: list[int]) -> dict[str, Any] | None:
+    """Return a mask in compressed runs; None where it is of no known kind.
+
+    Args:
+        text: JSON.
+        size: Height and width of the image, in which polygons are rasterised as the COCO tools do.
+    """
+    try:
+        value = _MASK.decode(text)
+        if isinstance(value, list):
+            if not are_polygons(value):
+                return None
+            merged: dict[str, Any] = coco_mask.merge(coco_mask.frPyObjects(value, *size))
+            return merged
+        own = list(value.size)
+        if isinstance(value.counts, str):
+            return {"size": own, "counts": value.counts.encode("ascii")}
+        runs = {"size": own, "counts": value.counts}
+        encoded: dict[str, Any] = coco_mask.frPyObjects(runs, *own)
+    except (msgspec.ValidationError, UnicodeEncodeError, OverflowError):
         return None
-    if isinstance(value, list):
-        merged: dict[str, Any] = coco_mask.merge(coco_mask.frPyObjects(value, height, width))
-        return merged
-    size = list(value.size)
-    if isinstance(value.counts, str):
-        return {"size": size, "counts": value.counts.encode("ascii")}
-    encoded: dict[str, Any] = coco_mask.frPyObjects({"size": size, "counts": value.counts}, *size)
     return encoded
 
 
@@ -159,14 +174,12 @@ def _boxes(
     first: int,
 ) -> NDArray[np.float64]:
     """Return the boxes, drawn around the mask where a detection has only that."""
-    without = np.array(
-        [index for index, row in enumerate(rows) if row.bbox is None], dtype=np.int64
-    )
-    none = (0.0, 0.0, 0.0, 0.0)
-    flat = chain.from_iterable(none if row.bbox is None else row.bbox for row in rows)
-    box_D4 = np.fromiter(flat, dtype=np.float64, count=4 * len(rows)).reshape(-1, 4)
-    if not len(without):
-        return box_D4
+    given = [row.bbox for row in rows]
+    if None not in given:
+        flat = chain.from_iterable(given)  # type: ignore[arg-type]
+        return np.fromiter(flat, dtype=np.float64, count=4 * len(rows)).reshape(-1, 4)
+    without = np.array([index for index, box in enumerate(given) if box is None], dtype=np.int64)
+    box_D4 = np.array([box or (0.0, 0.0, 0.0, 0.0) for box in given], dtype=np.float64)
     bare = np.array(
         [index for index in without if len(rows[index].segmentation) <= _SHORTEST], dtype=np.int64
     )

@@ -16,6 +16,16 @@ from numpy.typing import NDArray
 _FIRST = 48
 _LAST = 48 + 63
 _BATCH = 20_000
+_LONGEST = 6
+"""Groups of a number: 30 bits with its sign, more than an image of half a billion pixels needs."""
+
+
+def are_polygons(value: Sequence[Sequence[float]]) -> bool:
+    """Whether the COCO tools can rasterise a list: polygons of three points or more, or boxes of four numbers."""
+    lengths = {len(polygon) for polygon in value}
+    return bool(lengths) and (
+        lengths == {4} or (min(lengths) >= 6 and not any(n % 2 for n in lengths))
+    )
 
 
 def measure(masks: Sequence[dict[str, Any]]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
@@ -41,43 +51,50 @@ def _measure(
     counts = [mask["counts"] for mask in masks]
     lengths_M = np.fromiter(map(len, counts), dtype=np.int64, count=len(counts))
     pixels_M = np.array([mask["size"][0] * mask["size"][1] for mask in masks], dtype=np.int64)
-    owner_B = np.repeat(np.arange(len(masks)), lengths_M)
-    text_B = np.frombuffer(b"".join(counts), dtype=np.uint8).astype(np.int64)
-    strange_B = (text_B < _FIRST) | (text_B > _LAST)
-    runs, owner, ends_open = _run_differences(np.where(strange_B, 0, text_B - _FIRST), owner_B)
-    place = _place_in_segment(owner)
+    # Characters below the first wrap around to above the last.
+    groups_B = np.frombuffer(b"".join(counts), dtype=np.uint8) - np.uint8(_FIRST)
+    ends_M = np.cumsum(lengths_M)
+    last_M = ends_M[lengths_M > 0] - 1
+    last_B = (groups_B & 0x20) == 0
+    open_M = last_M[~last_B[last_M]]
+    last_B[last_M] = True
+    runs, odd = _run_differences(groups_B, np.flatnonzero(last_B))
+    run_ends_M = np.concatenate([[0], np.cumsum(last_B)])[ends_M]
+    owner = np.repeat(np.arange(len(masks)), np.diff(run_ends_M, prepend=0))
+    place = np.arange(len(runs)) - np.repeat(
+        run_ends_M - np.diff(run_ends_M, prepend=0), np.diff(run_ends_M, prepend=0)
+    )
     lengths = _undo_differences(runs, owner, place)
     total_M = np.bincount(owner, weights=lengths, minlength=len(masks))
     wrong_M = (total_M != pixels_M) | (lengths_M == 0)
-    wrong_M[owner_B[strange_B]] = True
-    wrong_M[owner[lengths < 0]] = True
-    wrong_M[ends_open] = True
+    wrong_M[owner[odd | (lengths < 0)]] = True
+    strange = np.concatenate([np.flatnonzero(groups_B > _LAST - _FIRST), open_M])
+    wrong_M[np.searchsorted(ends_M, strange, side="right")] = True
     area_M = np.bincount(owner, weights=lengths * (place % 2), minlength=len(masks))
     return area_M.astype(np.float64), ~wrong_M
 
 
 def _run_differences(
-    groups_B: NDArray[np.int64], owner_B: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Join the five-bit groups to numbers; return them, their masks, and the masks that end inside a number."""
-    if not len(groups_B):
-        return groups_B, owner_B, owner_B
-    last_B = (groups_B & 0x20) == 0
-    mask_ends_B = np.append(owner_B[1:] != owner_B[:-1], True)
-    ends_open = owner_B[mask_ends_B & ~last_B]
-    closes = np.flatnonzero(last_B | mask_ends_B)
-    starts = np.concatenate([[0], closes[:-1] + 1])
-    place_B = np.arange(len(groups_B)) - np.repeat(starts, closes - starts + 1)
-    # A run is shorter than 2^50 pixels; a longer chain of groups is damage, told by its sum.
-    values = np.add.reduceat((groups_B & 0x1F) << np.minimum(5 * place_B, 50), starts)
-    negative = (groups_B[closes] & 0x10) != 0
-    values -= negative.astype(np.int64) << np.minimum(5 * (closes - starts + 1), 50)
-    return values, owner_B[closes], ends_open
+    groups_B: NDArray[np.uint8], closes: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Join five-bit groups to numbers; return them, and which of them have more groups than any image needs.
 
-
-def _place_in_segment(segment: NDArray[np.int64]) -> NDArray[np.int64]:
-    starts = np.flatnonzero(np.append(True, segment[1:] != segment[:-1])[: len(segment)])
-    return np.arange(len(segment)) - np.repeat(starts, np.diff(np.append(starts, len(segment))))
+    Args:
+        groups_B: All characters, as numbers from 0.
+        closes: Where each number's last group is.
+    """
+    starts = np.concatenate([[0], closes[:-1] + 1])[: len(closes)]
+    lengths = closes - starts + 1
+    values = (groups_B[starts] & 0x1F).astype(np.int64)
+    for place in range(1, _LONGEST):
+        longer = np.flatnonzero(lengths > place)
+        if not len(longer):
+            break
+        group = (groups_B[starts[longer] + place] & 0x1F).astype(np.int64)
+        values[longer] |= group << (5 * place)
+    negative = np.flatnonzero(groups_B[closes] & 0x10)
+    values[negative] -= 1 << (5 * np.minimum(lengths[negative], _LONGEST))
+    return values, lengths > _LONGEST
 
 
 def _undo_differences(

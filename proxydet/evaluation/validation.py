@@ -97,19 +97,32 @@ class Problems:
         self,
         masks: list[dict[str, Any]],
         image_M: NDArray[np.int64],
-        detection_M: NDArray[np.int64],
+        mask_D: NDArray[np.int64],
+        first: int,
     ) -> NDArray[np.float64]:
-        """Note masks of another size than their image's and masks whose runs do not fill it; return their areas."""
+        """Note masks of another size than their image's and masks whose runs do not fill it; return all areas.
+
+        Args:
+            masks: Distinct masks.
+            image_M: The image of each.
+            mask_D: Which mask each detection has; -1 without.
+            first: Number of the first of these detections.
+        """
         sizes_M2 = np.array([mask["size"] for mask in masks], dtype=np.int64).reshape(-1, 2)
         wrong_M = (sizes_M2 != self.truth.image_sizes_I2[image_M]).any(axis=1)
+        area_M, sound_M = measure(masks)
 
         def describe(index: int) -> str:
-            height, width = sizes_M2[index]
-            return f"detection {detection_M[index]}: {height} x {width}{self._image(int(image_M[index]))}"
+            mask = mask_D[index]
+            height, width = sizes_M2[mask]
+            return f"detection {first + index}: {height} x {width}{self._image(int(image_M[mask]))}"
 
-        self.add("have a mask that is not of their image's size", np.flatnonzero(wrong_M), describe)
-        area_M, sound_M = measure(masks)
-        self.add("have a damaged mask", np.flatnonzero(~sound_M), describe)
+        with_mask = np.flatnonzero(mask_D >= 0)
+        for kind, bad_M in (
+            ("have a mask that is not of their image's size", wrong_M),
+            ("have a damaged mask", ~sound_M),
+        ):
+            self.add(kind, with_mask[bad_M[mask_D[with_mask]]], describe)
         return area_M
 
     def _image(self, index: int) -> str:

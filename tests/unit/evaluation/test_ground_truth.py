@@ -74,7 +74,9 @@ def test_masks_of_any_kind(make_set: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "segmentation", [None, [], {"size": [9, 9], "counts": [81]}], ids=["none", "empty", "size"]
+    "segmentation",
+    [None, [], {"size": [9, 9], "counts": [81]}, [[1, 2]], [[1, 2, 3, 4, 5, 6], [7]]],
+    ids=["none", "empty", "size", "a point", "half a polygon"],
 )
 def test_masks_that_cannot_be_scored_are_told(
     make_set: Callable[..., Any], segmentation: Any

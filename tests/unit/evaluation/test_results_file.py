@@ -128,6 +128,7 @@ BAD_VALUES = {
         r"2 of .* have a damaged mask",
     ),
     "mask kind": ({"segmentation": "mask.png"}, r"2 of .* have a damaged mask"),
+    "mask polygon": ({"segmentation": [[1, 2, 3]]}, r"2 of .* have a damaged mask"),
     "mask text": (
         {"segmentation": {"size": [48, 64], "counts": "é"}},
         r"2 of .* have a damaged mask",

@@ -134,7 +134,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 if first >= total:
                     self._answer(416, {"Content-Range": f"bytes */{total}"})
                     return
-                first += served.range_shift
+                first, last = first + served.range_shift, min(last + served.range_shift, total - 1)
         body = served.body[first : last + 1]
         self.send_response(206 if partial else 200)
         if partial:

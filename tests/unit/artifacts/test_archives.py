@@ -254,11 +254,29 @@ def test_a_zip_that_is_larger_than_the_disk(place) -> None:
 
 
 def test_members_that_overlap(place) -> None:
-    data = bytearray(zipped({"photos/a": b"a" * 100, "photos/b": b"b" * 100}, zipfile.ZIP_STORED))
+    """Two names for the same stored bytes, as zip bombs have millions of."""
+    data = bytearray(zipped({"photos/a": b"x" * 100, "photos/b": b"x" * 100}, zipfile.ZIP_STORED))
     at = data.rindex(b"PK\1\2")
-    data[at + 42 : at + 46] = struct.pack("<I", 10)
-    with pytest.raises(ArchiveError):
+    data[at + 42 : at + 46] = struct.pack("<I", 0)
+    with pytest.raises(ArchiveError, match="overlap"):
         place.unpack(".zip", bytes(data))
+
+
+def test_a_damaged_header_in_a_tar(place) -> None:
+    data = tarred({"photos/a": b"x"}).replace(b"photos/a", b"photos/e")
+    with pytest.raises(ArchiveError, match="damaged"):
+        place.unpack(".tar", data)
+
+
+def test_a_sparse_file_in_the_newer_style() -> None:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        info = tarfile.TarInfo("photos/x")
+        info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}
+        archive.addfile(info)
+    stream.seek(0)
+    with pytest.raises(ArchiveError, match="sparse"):
+        list(TarReader(stream, "it"))
 
 
 def test_the_same_name_twice(place) -> None:

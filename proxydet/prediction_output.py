@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from PIL import Image
 
 from proxydet.detections import Detections
-from proxydet.errors import ConfigError
+from proxydet.errors import ConfigError, DataError
 from proxydet.picture_files import PictureFile
 
 if TYPE_CHECKING:
@@ -36,6 +36,32 @@ class Saver(Protocol):
 
     def finish(self) -> list[Path]:
         """Write what is written at the end; the files and folders that were made."""
+
+
+def check_folder(folder: Path) -> None:
+    """Make sure, before any work is done for them, that files can be saved in a folder.
+
+    Args:
+        folder: Where files will go; it may not be there yet.
+
+    Raises:
+        DataError: The folder, or the nearest one above it that is there, is no folder or cannot be written to.
+    """
+    nearest = folder.absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise DataError(
+            f"Files cannot be saved in {folder}: {nearest} is a file, not a folder.",
+            hint="give another folder with --output",
+            path=nearest,
+        )
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise DataError(
+            f"Files cannot be saved in {folder}: {nearest} cannot be written to.",
+            hint="give another folder with --output",
+            path=nearest,
+        )
 
 
 def make_savers(

@@ -126,7 +126,7 @@ def predict(  # noqa: PLR0913 one parameter an option
     from proxydet.detector import Detector
     from proxydet.detector_files import open_named
     from proxydet.picture_files import find_pictures
-    from proxydet.prediction_output import make_savers
+    from proxydet.prediction_output import check_folder, make_savers
     from proxydet.prediction_run import PredictionPlan, predict_files
     from proxydet_cli.output import Output
     from proxydet_cli.progress import show_progress
@@ -134,6 +134,9 @@ def predict(  # noqa: PLR0913 one parameter an option
     out, collected = Output(json=json), list[dict[str, Any]]()
     pictures = find_pictures(_with_stdin(sources))
     _check_choice(classes, vocabulary, names)
+    kinds = _kinds(save, json=json)
+    if kinds:
+        check_folder(output)
     detector = open_named(Detector, run=run, weights=weights, config=config, device=device)
     detector = detector.with_settings(one_class_per_proposal=one_label, masks=masks)
     wanted = _vocabulary(detector, classes, vocabulary, names)
@@ -141,7 +144,7 @@ def predict(  # noqa: PLR0913 one parameter an option
         vocabulary=wanted,
         settings=detector.settings(score_threshold=score_threshold, max_detections=top),
         batch_size=batch_size,
-        savers=make_savers(_kinds(save, json=json), output, wanted.names),
+        savers=make_savers(kinds, output, wanted.names),
         on_result=lambda result: _tell(out, result, collected),
     )
     summary = predict_files(detector, pictures, plan, progress=show_progress())

@@ -26,7 +26,7 @@ from proxydet.training.distributed import choose_device
 
 # AdamW: weight, gradient and two moments in float32.
 _BYTES_PER_PARAMETER = 16
-# A step reaches this share of what a large convolution reaches on the same device; measured with R50 on 2 CPU threads.
+# A step is assumed to reach this share of what a large convolution reaches on the same device; not calibrated.
 _EFFICIENCY = 0.5
 _PROBE_SECONDS = 0.3
 

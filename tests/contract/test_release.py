@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,9 @@ def test_exit_codes_are_documented() -> None:
 
 
 def test_command_reference_is_fresh() -> None:
+    typer = version("typer")
+    if f"\ntyper=={typer} " not in (REPOSITORY / "requirements.lock").read_text():
+        pytest.skip(f"written with another Typer than {typer}, which words its help differently")
     from proxydet_cli.reference import reference
 
     written = (REPOSITORY / "docs/reference/commands.md").read_text()

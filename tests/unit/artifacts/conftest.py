@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import http.server
 import random
@@ -229,7 +230,7 @@ QUICK = TransferSettings(
     connections=1,
     first_delay=0.001,
     longest_delay=0.01,
-    read_timeout=0.3,
+    read_timeout=5,
     connect_timeout=2,
     slow_seconds=1,
     chunk_bytes=8192,
@@ -279,9 +280,13 @@ class Fetcher:
         if pinned is not None:
             wanted |= {"sha256": hashlib.sha256(pinned).hexdigest(), "size": len(pinned)}
         asked = Wanted(name="the file", target=self.target, addresses=addresses, **wanted)  # type: ignore[arg-type]
-        with Client(self.settings) as client:
+        stalling = any(served.stall_after is not None for served in self.server.files.values())
+        settings = (
+            dataclasses.replace(self.settings, read_timeout=0.3) if stalling else self.settings
+        )
+        with Client(settings) as client:
             line = Line(
-                client=client, rate=RateLimit(self.settings.limit_rate), drive_hosts=("localhost",)
+                client=client, rate=RateLimit(settings.limit_rate), drive_hosts=("localhost",)
             )
             return fetch_file(asked, line, self.task, take_over=True)
 

@@ -45,7 +45,7 @@ def done(fetch, body):
         {"ranges": False},
         {"forbidden_ranges": True},
         {"range_shift": 3},
-        {"later": {4: {"range_shift": 3}}},
+        {"later": {4: {"range_shift": 3}, 5: {"range_shift": 0}}},
         {"answers": [(503, {})] * 3},
         {"chunked": True},
     ],

@@ -5,7 +5,6 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,23 +111,8 @@ def test_characters_that_the_encoding_lacks_do_not_crash(monkeypatch: pytest.Mon
     assert raw.getvalue() == b"na\\xefve \\u7269\n"
 
 
-@pytest.fixture
-def core_logger() -> Iterator[logging.Logger]:
-    logger = logging.getLogger("proxydet")
-    before = (logger.level, list(logger.handlers), logger.propagate)
-    yield logger
-    logger.setLevel(before[0])
-    logger.handlers[:] = before[1]
-    logger.propagate = before[2]
-
-
 @pytest.mark.parametrize(("verbose", "expected"), [(False, ""), (True, "seen\n")])
-def test_logs(
-    core_logger: logging.Logger,
-    capsys: pytest.CaptureFixture[str],
-    verbose: bool,
-    expected: str,
-) -> None:
+def test_logs(capsys: pytest.CaptureFixture[str], verbose: bool, expected: str) -> None:
     show_logs(verbose=verbose)
     show_logs(verbose=verbose)
     logging.getLogger("proxydet.data").info("seen")

@@ -188,8 +188,6 @@ tiny = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tiny)
 from proxydet.losses.criterion import Criterion
 
-distributed.init_process_group("gloo")
-rank = distributed.get_rank()
 network = tiny.lively(tiny.network()).train()
 criterion = Criterion(tiny.LOSSES)
 
@@ -199,9 +197,14 @@ def losses(batch):
     return criterion(network(batch, generator=source), generator=source)
 
 
+alone = losses(tiny.box_batch())
+distributed.init_process_group("gloo")
+rank = distributed.get_rank()
 mixed = losses(tiny.box_batch() if rank == 0 else tiny.label_batch())
 equal = losses(tiny.box_batch())
 assert mixed.keys() == equal.keys()
+for name in equal:
+    torch.testing.assert_close(equal[name], alone[name])
 if rank == 0:
     # The other process counted nothing, so the average is half, and the loss twice as large.
     for name in ("loss_centernet_loc", "loss_centernet_agn_pos"):

@@ -63,16 +63,17 @@ def test_without_objects_all_is_background(tiny) -> None:
 
 
 def test_a_padded_object_matches_nothing() -> None:
-    # An all-zero region overlaps the all-zero padding of the ground truth as much as anything else.
+    # The second image has no object; its padding must not become one, even where any overlap is enough.
     truth = GroundTruth(
-        boxes_BG4=torch.tensor([[[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 0.0, 0.0]]]),
-        classes_BG=torch.tensor([[5, 0]]),
-        valid_BG=torch.tensor([[True, False]]),
-        counts=(1,),
-        masks=(None,),
+        boxes_BG4=torch.tensor([[[0.0, 0.0, 10.0, 10.0]], [[0.0, 0.0, 0.0, 0.0]]]),
+        classes_BG=torch.tensor([[5], [0]]),
+        valid_BG=torch.tensor([[True], [False]]),
+        counts=(1, 0),
+        masks=(None, None),
     )
-    assignment = matching.match(regions_of(torch.zeros(1, 1, 4)), truth, 0.0, CLASSES)
-    assert assignment.labels_BR.tolist() == [[5]]
+    boxes = torch.tensor([[[20.0, 20.0, 30.0, 30.0]]] * 2)
+    assignment = matching.match(regions_of(boxes), truth, 0.0, CLASSES)
+    assert assignment.labels_BR.tolist() == [[5], [CLASSES]]
 
 
 def test_ground_truth_joins_with_the_published_objectness(tiny) -> None:
@@ -115,6 +116,20 @@ def test_sampling_takes_as_many_as_it_may(labels, size, fraction, seed) -> None:
     assert len(set(rows.tolist())) == len(rows)
     assert torch.equal(drawn.boxes_BR4[drawn.valid_BR], regions.boxes_BR4[0][rows])
     assert torch.equal(got[drawn.valid_BR[0]], labels_BR[0][rows])
+
+
+def test_background_fills_up_only_what_objects_leave() -> None:
+    # The background comes first: if too much of it were drawn, the cut to size would drop the objects.
+    labels_BR = torch.tensor([[CLASSES] * 10 + [1] * 4])
+    _, drawn = matching.sample(
+        regions_of(some_boxes(1, 14, 0)),
+        Assignment(labels_BR=labels_BR, objects_BR=torch.arange(14)[None]),
+        size=8,
+        positive_fraction=0.5,
+        classes=CLASSES,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert sorted(drawn.labels_BR[0].tolist()) == [1] * 4 + [CLASSES] * 4
 
 
 def test_sampling_is_uniform_and_follows_the_generator() -> None:

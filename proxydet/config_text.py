@@ -71,6 +71,15 @@ _Loader.add_constructor(
 )
 
 
+def _represent_text(dumper: _Dumper, value: str) -> yaml.ScalarNode:
+    """Quote text with Unicode's own line breaks so that they are escaped: a plain key would lose them."""
+    style = '"' if any(break_ in value for break_ in "\x85\u2028\u2029\ufeff") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
 def parse_yaml(text: str, where: str = "the text", path: Path | None = None) -> Any:
     """Parse YAML text.
 

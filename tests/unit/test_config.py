@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from proxydet.config import differences, from_mapping, key_paths, merge, to_mapping, type_name
@@ -169,6 +169,7 @@ numbers = st.floats(allow_nan=False)
     extra=st.dictionaries(texts, numbers, max_size=3),
     rate=st.floats(min_value=1e-300, allow_infinity=True, exclude_min=True),
 )
+@example(name="a\x85b\u2028", iterations=0, momentum=None, sizes=[], extra={"\x85": 0.0}, rate=1.0)
 def test_text_round_trip_is_exact(
     name: str, iterations: int, momentum: float | None, sizes: list, extra: dict, rate: float
 ) -> None:

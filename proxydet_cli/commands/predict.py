@@ -8,12 +8,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from proxydet_cli.detector_options import (
+    Classes,
+    Device,
+    NamesFile,
+    Run,
+    Sizes,
+    VocabularySource,
+    Weights,
+    check_choice,
+    chosen_vocabulary,
+)
 from proxydet_cli.options import Json, command_app, examples
 
 if TYPE_CHECKING:
-    from proxydet.detector import Detector
     from proxydet.prediction_run import PictureResult, PredictionSummary
-    from proxydet.vocabulary.vocabulary import Vocabulary
     from proxydet_cli.output import Output
 
 app = command_app()
@@ -23,45 +32,6 @@ Sources = Annotated[
     typer.Argument(
         metavar="PICTURE",
         help="Files, folders, patterns in quotes ('photos/*.jpg'), or - for a list of files on stdin.",
-    ),
-]
-Classes = Annotated[
-    str | None,
-    typer.Option(
-        "--classes", "-v", metavar="NAMES", help="What to look for: 'cup, plate, \"knife, fork\"'."
-    ),
-]
-VocabularySource = Annotated[
-    str | None,
-    typer.Option(
-        "--vocabulary",
-        metavar="NAME|FILE",
-        help="Instead of -v: lvis, coco, objects365, openimages, a file of names (.txt, .json), of proxydet vocab "
-        "build (.npz, .vocab), or of embeddings (.npy, with --names).",
-    ),
-]
-NamesFile = Annotated[
-    Path | None, typer.Option("--names", metavar="FILE", help="Class names of a .npy --vocabulary.")
-]
-Run = Annotated[
-    Path | None,
-    typer.Option("--run", metavar="FOLDER", help="Run folder of proxydet train or quickstart."),
-]
-Weights = Annotated[
-    str | None,
-    typer.Option(
-        "--weights",
-        metavar="NAME|FILE",
-        help="A published model (proxydet-r50, proxydet-r50-inl, proxydet-swinb-inl) or a checkpoint; with --run, "
-        "one of the run's. [default: the run's last, else proxydet-r50-inl]",
-    ),
-]
-Sizes = Annotated[
-    str | None,
-    typer.Option(
-        "--config",
-        metavar="r50|swinb|FILE",
-        help="Model of a --weights file, or a run's config.yaml. [default: r50]",
     ),
 ]
 Threshold = Annotated[
@@ -83,9 +53,6 @@ Save = Annotated[
         help="What to save: pictures, json, coco, crops, csv; several with commas; none for nothing. [default: "
         "pictures, or none with --json]",
     ),
-]
-Device = Annotated[
-    str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto: a GPU where there is one.")
 ]
 BatchSize = Annotated[
     int, typer.Option("--batch-size", min=1, help="Pictures in the network at once.")
@@ -133,13 +100,13 @@ def predict(  # noqa: PLR0913 one parameter an option
 
     out, collected = Output(json=json), list[dict[str, Any]]()
     pictures = find_pictures(_with_stdin(sources))
-    _check_choice(classes, vocabulary, names)
+    check_choice(classes, vocabulary, names)
     kinds = _kinds(save, json=json)
     if kinds:
         check_folder(output)
     detector = open_named(Detector, run=run, weights=weights, config=config, device=device)
     detector = detector.with_settings(one_class_per_proposal=one_label, masks=masks)
-    wanted = _vocabulary(detector, classes, vocabulary, names)
+    wanted = chosen_vocabulary(detector, classes, vocabulary, names)
     plan = PredictionPlan(
         vocabulary=wanted,
         settings=detector.settings(score_threshold=score_threshold, max_detections=top),
@@ -155,27 +122,6 @@ def _with_stdin(sources: list[str]) -> list[str]:
     """Replace ``-`` by the lines of stdin."""
     listed = [line.strip() for line in sys.stdin if line.strip()] if "-" in sources else []
     return [name for source in sources for name in (listed if source == "-" else [source])]
-
-
-def _check_choice(classes: str | None, vocabulary: str | None, names: Path | None) -> None:
-    if classes is not None and vocabulary is not None:
-        raise typer.BadParameter("give either -v or --vocabulary")
-    if names is not None and vocabulary is None:
-        raise typer.BadParameter("--names belongs to a .npy --vocabulary")
-
-
-def _vocabulary(
-    detector: Detector, classes: str | None, source: str | None, names: Path | None
-) -> Vocabulary:
-    from proxydet.vocabulary.files import open_vocabulary
-    from proxydet.vocabulary.names import split_names
-
-    if classes is not None:
-        return detector.resolve(split_names(classes))
-    if source is None:
-        return detector.vocabulary
-    opened = open_vocabulary(source, encoder=lambda: detector.encoder, names=names)
-    return detector.with_base(opened)
 
 
 def _kinds(save: str | None, *, json: bool) -> list[str]:

@@ -1,0 +1,88 @@
+"""Options that choose a detector and what it looks for, alike in every command that uses one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from proxydet.detector import Detector
+    from proxydet.vocabulary.vocabulary import Vocabulary
+
+Classes = Annotated[
+    str | None,
+    typer.Option(
+        "--classes", "-v", metavar="NAMES", help="What to look for: 'cup, plate, \"knife, fork\"'."
+    ),
+]
+VocabularySource = Annotated[
+    str | None,
+    typer.Option(
+        "--vocabulary",
+        metavar="NAME|FILE",
+        help="Instead of -v: lvis, coco, objects365, openimages, a file of names (.txt, .json), of proxydet vocab "
+        "build (.npz, .vocab), or of embeddings (.npy, with --names).",
+    ),
+]
+NamesFile = Annotated[
+    Path | None, typer.Option("--names", metavar="FILE", help="Class names of a .npy --vocabulary.")
+]
+Run = Annotated[
+    Path | None,
+    typer.Option("--run", metavar="FOLDER", help="Run folder of proxydet train or quickstart."),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        metavar="NAME|FILE",
+        help="A published model (proxydet-r50, proxydet-r50-inl, proxydet-swinb-inl) or a checkpoint; with --run, "
+        "one of the run's. [default: the run's last, else proxydet-r50-inl]",
+    ),
+]
+Sizes = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        metavar="r50|swinb|FILE",
+        help="Model of a --weights file, or a run's config.yaml. [default: r50]",
+    ),
+]
+Device = Annotated[
+    str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto: a GPU where there is one.")
+]
+
+
+def check_choice(classes: str | None, vocabulary: str | None, names: Path | None) -> None:
+    """Refuse options that contradict each other, before anything is opened."""
+    if classes is not None and vocabulary is not None:
+        raise typer.BadParameter("give either -v or --vocabulary")
+    if names is not None and vocabulary is None:
+        raise typer.BadParameter("--names belongs to a .npy --vocabulary")
+
+
+def chosen_vocabulary(
+    detector: Detector, classes: str | None, source: str | None, names: Path | None
+) -> Vocabulary:
+    """Open the vocabulary that the options name; the training's where they name none.
+
+    Args:
+        detector: Whose text encoder embeds names.
+        classes: Names as ``-v`` takes them.
+        source: What ``--vocabulary`` takes.
+        names: File of the names of a ``.npy`` table.
+
+    Raises:
+        VocabularyError: It cannot be used.
+    """
+    from proxydet.vocabulary.files import open_vocabulary
+    from proxydet.vocabulary.names import split_names
+
+    if classes is not None:
+        return detector.resolve(split_names(classes))
+    if source is None:
+        return detector.vocabulary
+    opened = open_vocabulary(source, encoder=lambda: detector.encoder, names=names)
+    return detector.with_base(opened)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from proxydet.config import merge
 from proxydet.detections import Detections
@@ -19,6 +20,7 @@ from proxydet.detector_inputs import (
     choose_device,
     in_batches,
     to_network,
+    views_of,
 )
 from proxydet.modeling.config import InferenceConfig, ModelConfig
 from proxydet.modeling.network import ProxyDetNetwork
@@ -27,6 +29,10 @@ from proxydet.vocabulary.encoder import TextEncoder, build_vocabulary, open_enco
 from proxydet.vocabulary.files import open_vocabulary
 from proxydet.vocabulary.prompts import PUBLISHED
 from proxydet.vocabulary.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from proxydet.video.frames import FrameResult
+    from proxydet.video.source import VideoSource
 
 _REMEMBERED = 16
 
@@ -192,6 +198,42 @@ class Detector:
             found += [Detections(prediction, classes.names) for prediction in predictions]
         return found
 
+    def predict_video(
+        self,
+        source: str | Path | VideoSource,
+        vocabulary: Classes = None,
+        *,
+        score_threshold: float = 0.3,
+        max_detections: int = 300,
+        every: int = 1,
+        batch_size: int = 4,
+    ) -> Iterator[FrameResult]:
+        """Find objects in the frames of a video or a camera, which a thread decodes ahead.
+
+        Args:
+            source: A file; ``"webcam"`` or ``"webcam:1"``, of which only the newest frames are looked at.
+            vocabulary: As for `predict`.
+            score_threshold: As for `predict`.
+            max_detections: As for `predict`.
+            every: Look at each frame (1), each second one (2), ...
+            batch_size: Frames in the network at once; a camera's go one by one.
+
+        Returns:
+            For each frame its number ``index``, its time ``seconds``, its ``frame.pixels``, and what was ``found``. The
+            video is open until the iterator ends or is closed.
+
+        Raises:
+            MissingDependencyError: PyAV is not installed.
+            DataError: The video cannot be opened; from the iterator, after the frames before: it is damaged there.
+        """
+        from proxydet.video.frames import look_at_frames
+        from proxydet.video.reading import VideoReader
+
+        classes = self.resolve(vocabulary)
+        settings = self.settings(score_threshold=score_threshold, max_detections=max_detections)
+        reader = VideoReader(source, every=every)
+        return look_at_frames(self, reader, classes, settings, batch_size=batch_size)
+
     def predict_images(
         self,
         images: Sequence[Pixels],
@@ -209,11 +251,24 @@ class Detector:
             Boxes and masks in the pixels of the given pictures, on the network's device.
         """
         training = vocabulary is None or vocabulary == self.vocabulary
+        classes = None if training else vocabulary
+        settings = settings or self.inference
+        sizes = [(pixels.shape[0], pixels.shape[1]) for pixels in images]
+        if settings.augmented:
+            return [
+                self.network.detect_views(
+                    views_of(pixels_HW3, self.sides, settings),
+                    classes,
+                    original_size=size,
+                    settings=settings,
+                )
+                for pixels_HW3, size in zip(images, sizes, strict=True)
+            ]
         return self.network.detect(
             [to_network(pixels_HW3, self.sides) for pixels_HW3 in images],
-            None if training else vocabulary,
-            original_sizes=[(pixels.shape[0], pixels.shape[1]) for pixels in images],
-            settings=settings or self.inference,
+            classes,
+            original_sizes=sizes,
+            settings=settings,
         )
 
     def settings(self, *, score_threshold: float, max_detections: int) -> InferenceConfig:
@@ -226,12 +281,13 @@ class Detector:
             self.inference, score_threshold=score_threshold, max_detections=max_detections
         )
 
-    def with_settings(self, **changes: bool | float) -> Detector:
+    def with_settings(self, **changes: bool | float | str | Sequence[float]) -> Detector:
         """Return a detector with other settings that shares this one's network.
 
         Args:
-            **changes: Fields of `proxydet.modeling.config.InferenceConfig`, such as ``masks=False`` or
-                ``one_class_per_proposal=True`` (only the best class of each box, as the published demos show it).
+            **changes: Fields of `proxydet.modeling.config.InferenceConfig`, such as ``masks=False``,
+                ``one_class_per_proposal=True`` (only the best class of each box, as the published demos show it),
+                ``precision="fp16"`` on a GPU, or ``flip=True, scales=(0.75, 1.0, 1.25)`` (test-time augmentation).
 
         Raises:
             ConfigError: There is no such field, or its value is out of range.

@@ -15,6 +15,8 @@ from PIL import Image
 from proxydet.data.images import convert_image, read_image
 from proxydet.data.transforms import shortest_side
 from proxydet.errors import ConfigError, InputError
+from proxydet.modeling.augmentation import View
+from proxydet.modeling.config import InferenceConfig
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 Pixels = npt.NDArray[np.uint8]
@@ -71,6 +73,26 @@ def to_network(pixels_HW3: Pixels, sides: tuple[int, int]) -> torch.Tensor:
     height, width = pixels_HW3.shape[:2]
     view = shortest_side(height, width, shortest=sides[0], longest=sides[1])
     return torch.from_numpy(view.image(pixels_HW3)).permute(2, 0, 1)
+
+
+def views_of(
+    pixels_HW3: Pixels, sides: tuple[int, int], settings: InferenceConfig
+) -> list[View]:
+    """Prepare the views of a picture that the settings ask for: each size, plain and then mirrored.
+
+    Args:
+        pixels_HW3: uint8, RGB.
+        sides: As for `to_network`, of size 1.
+        settings: With test-time augmentation.
+    """
+    views = []
+    for scale in settings.scales:
+        scaled = (max(round(sides[0] * scale), 1), max(round(sides[1] * scale), 1))
+        image = to_network(pixels_HW3, scaled)
+        views.append(View(image=image))
+        if settings.flip:
+            views.append(View(image=image.flip(2), mirrored=True))
+    return views
 
 
 def choose_device(device: str) -> torch.device:

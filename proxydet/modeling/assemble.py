@@ -25,7 +25,7 @@ def assemble_predictions(
     found: list[Detections],
     scene: Scene,
     original_sizes: list[tuple[int, int]],
-    mask_logits: MaskPredictor | None,
+    mask_probabilities: MaskPredictor | None,
 ) -> list[Prediction]:
     """Scale boxes to the original images, drop those that end up empty, and predict masks for the rest.
 
@@ -33,7 +33,7 @@ def assemble_predictions(
         found: Detections of each image.
         scene: What the mask head looks at.
         original_sizes: Height and width of each original image.
-        mask_logits: Mask logits of boxes, given the image of each; None makes no masks.
+        mask_probabilities: Masks of boxes, in [0, 1], given the image of each; None makes no masks.
     """
     sizes = torch.tensor(original_sizes, dtype=torch.float32).to(scene.sizes_B2.device)
     scales_B4 = (sizes / scene.sizes_B2).flip(1).repeat(1, 2)
@@ -43,11 +43,11 @@ def assemble_predictions(
         solid = geometry.nonempty(scaled).nonzero()[:, 0]
         kept.append(_choose(detections, solid))
         boxes.append(scaled[solid])
-    if mask_logits is None:
+    if mask_probabilities is None:
         probabilities = [sizes.new_zeros(0, 1, 1)] * len(kept)
         indices = [torch.full_like(detections.classes_L, -1) for detections in kept]
     else:
-        probabilities, indices = _distinct_masks(kept, scene, mask_logits)
+        probabilities, indices = _distinct_masks(kept, scene, mask_probabilities)
     return [
         Prediction(
             boxes_N4=boxes[image],
@@ -62,7 +62,7 @@ def assemble_predictions(
 
 
 def _distinct_masks(
-    kept: list[Detections], scene: Scene, mask_logits: MaskPredictor
+    kept: list[Detections], scene: Scene, mask_probabilities: MaskPredictor
 ) -> tuple[list[Tensor], list[Tensor]]:
     counts = [len(detections.scores_L) for detections in kept]
     device = scene.sizes_B2.device
@@ -78,7 +78,7 @@ def _distinct_masks(
     boxes_M4 = boxes_N4.new_empty(len(place_M), 4)
     boxes_M4[mask_N] = boxes_N4
     parts = [
-        mask_logits(scene, boxes_part, image_part)
+        mask_probabilities(scene, boxes_part, image_part)
         for boxes_part, image_part in zip(
             boxes_M4.split(_MASKS_AT_ONCE), image_M.split(_MASKS_AT_ONCE), strict=True
         )
@@ -89,7 +89,7 @@ def _distinct_masks(
     for local_N, count in zip(mask_N.split(counts), per_image, strict=True):
         indices.append(local_N - first)
         first += count
-    return list(torch.cat(parts).sigmoid_().split(per_image)), indices
+    return list(torch.cat(parts).split(per_image)), indices
 
 
 def _choose(detections: Detections, index: Tensor) -> Detections:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Literal
 
+from proxydet.errors import ConfigError
 from proxydet.modeling.checks import require_positive, require_share
+
+TTA_SCALES = (0.75, 1.0, 1.25)
+"""Sizes of ``--tta``, times the usual one."""
+
+_SMALLEST, _LARGEST = 0.1, 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +43,15 @@ class InferenceConfig:
     class_chunk: int = 2048
     """Classes that are scored at once: bounds the memory for large vocabularies."""
 
+    flip: bool = False
+    """Test-time augmentation: also look at the mirrored picture, and take the mean."""
+
+    scales: tuple[float, ...] = (1.0,)
+    """Test-time augmentation: sizes to look at each picture in, times its usual size; the mean is taken."""
+
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Number format of the backbone and the pyramid; fp16 and bf16 need a GPU."""
+
     def __post_init__(self) -> None:
         require_share(
             "inference",
@@ -46,3 +63,16 @@ class InferenceConfig:
         require_positive(
             "inference", max_detections=self.max_detections, class_chunk=self.class_chunk
         )
+        if not self.scales or not all(_SMALLEST <= scale <= _LARGEST for scale in self.scales):
+            raise ConfigError(
+                f"inference.scales is {list(self.scales)}: there must be at least one, each from {_SMALLEST} to {_LARGEST}"
+            )
+
+    @property
+    def augmented(self) -> bool:
+        """Whether each picture is looked at in more than its one usual view."""
+        return self.flip or self.scales != (1.0,)
+
+    def with_augmentation(self) -> InferenceConfig:
+        """Return these settings with the test-time augmentation of ``--tta``: mirrored, and in three sizes."""
+        return dataclasses.replace(self, flip=True, scales=TTA_SCALES)

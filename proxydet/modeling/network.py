@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from proxydet.data.batches import Batch, BoxBatch, ImageLabelBatch
-from proxydet.errors import VocabularyError
+from proxydet.errors import ConfigError, VocabularyError
 from proxydet.modeling import roi_training
 from proxydet.modeling.assemble import assemble_predictions
+from proxydet.modeling.augmentation import Look, Stage, View, detect_in_views
 from proxydet.modeling.buffers import draw_weights, text_with_background
 from proxydet.modeling.centernet import CenterNet, Proposals
 from proxydet.modeling.config import InferenceConfig, ModelConfig
@@ -32,6 +33,8 @@ from proxydet.modeling.pyramid import build_backbone
 from proxydet.modeling.roi_heads import RoiHeads, Scene
 from proxydet.modeling.scoring import ClassText, detect_classes
 from proxydet.vocabulary.vocabulary import Vocabulary
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class ProxyDetNetwork(nn.Module):
@@ -191,10 +194,8 @@ class ProxyDetNetwork(nn.Module):
             NumericsError: The network gave values that are not finite.
             RuntimeError: The network is in training mode.
         """
-        if self.training:
-            raise RuntimeError("the network is in training mode: call eval() before detect()")
-        check_images(images)
         settings = settings or InferenceConfig()
+        self._check_ready(images, settings)
         classes = self._class_text(vocabulary)
         sizes = original_sizes or [(image.shape[1], image.shape[2]) for image in images]
         if len(sizes) != len(images):
@@ -210,6 +211,41 @@ class ProxyDetNetwork(nn.Module):
             predictions.update(zip(group, found, strict=True))
         return [predictions[index] for index in range(len(images))]
 
+    @torch.inference_mode()
+    def detect_views(
+        self,
+        views: Sequence[View],
+        vocabulary: Vocabulary | None = None,
+        *,
+        original_size: tuple[int, int],
+        settings: InferenceConfig | None = None,
+    ) -> Prediction:
+        """Find objects in one image by looking at it in several views; see `proxydet.modeling.augmentation`.
+
+        Args:
+            views: The image, resized and mirrored; at least one view.
+            vocabulary: As for `detect`.
+            original_size: Height and width of the image before resizing, for boxes and masks in its pixels.
+            settings: As for `detect`.
+
+        Raises:
+            ProxydetError: As `detect`.
+        """
+        settings = settings or InferenceConfig()
+        self._check_ready([view.image for view in views], settings)
+        looks = []
+        for view in views:
+            scene, proposals = self._look([view.image], settings)
+            looks.append(Look(scene=scene, proposals=proposals, mirrored=view.mirrored))
+        stage = Stage(
+            heads=self.roi_heads,
+            classifiers=self._classifiers(),
+            classes=self._class_text(vocabulary),
+            proposals=self.config.proposals,
+            settings=settings,
+        )
+        return detect_in_views(looks, stage, original_size)
+
     def _detect_group(
         self,
         images: list[Tensor],
@@ -217,15 +253,28 @@ class ProxyDetNetwork(nn.Module):
         classes: ClassText,
         settings: InferenceConfig,
     ) -> list[Prediction]:
+        scene, proposals = self._look(images, settings)
+        regions = self.roi_heads.embed(scene, _as_regions(proposals))
+        found = detect_classes([regions], classes, self._classifiers(), settings)
+        masks = self.roi_heads.mask_probabilities if settings.masks else None
+        return assemble_predictions(found, scene, original_sizes, masks)
+
+    def _look(self, images: list[Tensor], settings: InferenceConfig) -> tuple[Scene, Proposals]:
         stacked = self._stack(images)
-        features = self._features(stacked)
+        features = self._features(stacked, _DTYPES[settings.precision])
         centernet = self.proposal_generator(list(features.values()))
         proposals = self.proposal_generator.propose(centernet, check=True)
-        scene = self._scene(features, stacked)
-        regions = self.roi_heads.embed(scene, _as_regions(proposals))
-        found = detect_classes(regions, classes, self._classifiers(), settings)
-        mask_logits = self.roi_heads.mask_logits if settings.masks else None
-        return assemble_predictions(found, scene, original_sizes, mask_logits)
+        return self._scene(features, stacked), proposals
+
+    def _check_ready(self, images: Sequence[Tensor], settings: InferenceConfig) -> None:
+        if self.training:
+            raise RuntimeError("the network is in training mode: call eval() before detect()")
+        if settings.precision != "fp32" and self.device.type == "cpu":
+            raise ConfigError(
+                f"the precision {settings.precision} needs a GPU: on a CPU it is slower than fp32 and less exact",
+                hint="leave the precision at fp32, or choose a GPU with --device cuda",
+            )
+        check_images(images)
 
     def _classifiers(self) -> list[ZeroShotClassifier]:
         detection, mixup = self.roi_heads.detection, self.roi_heads.mixup
@@ -255,9 +304,12 @@ class ProxyDetNetwork(nn.Module):
             images, self.pixel_mean, self.pixel_std, self.backbone.size_divisibility
         )
 
-    def _features(self, images: ImageBatch) -> dict[str, Tensor]:
-        enabled = self.backbone_dtype is not torch.float32
-        with torch.autocast(self.device.type, dtype=self.backbone_dtype, enabled=enabled):
+    def _features(
+        self, images: ImageBatch, wanted: torch.dtype = torch.float32
+    ) -> dict[str, Tensor]:
+        dtype = self.backbone_dtype if wanted is torch.float32 else wanted
+        enabled = dtype is not torch.float32
+        with torch.autocast(self.device.type, dtype=dtype, enabled=enabled):
             features = self.backbone(images.pixels_B3HW)
         return {name: maps.float() for name, maps in features.items()}
 

@@ -200,3 +200,7 @@ class RoiHeads(nn.Module):
         pooled = self.mask_pooler(scene.features, boxes_M4, image_M)
         logits: Tensor = self.mask_head.layers(pooled)[:, 0]
         return logits
+
+    def mask_probabilities(self, scene: Scene, boxes_M4: Tensor, image_M: Tensor) -> Tensor:
+        """Return masks (M, side, side), in [0, 1], inside the given boxes."""
+        return self.mask_logits(scene, boxes_M4, image_M).sigmoid_()

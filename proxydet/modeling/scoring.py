@@ -6,6 +6,7 @@ class) of all images, L detections of one image.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,11 @@ from proxydet.errors import NumericsError
 from proxydet.modeling.config import InferenceConfig
 from proxydet.modeling.heads import ZeroShotClassifier
 from proxydet.modeling.roi_heads import RegionEmbeddings
-from proxydet.modeling.suppression import keep_best_by_class
+from proxydet.modeling.suppression import keep_best_by_class, suppressed_at_once
+
+# Chunks are whole multiples of this. A processor computes a row's ragged end with other instructions, which round
+# otherwise; at multiples of this no chunk has one but the last, where it is the same as without chunks.
+_STEP = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,21 +55,36 @@ class Detections:
 
 @dataclass(frozen=True, kw_only=True)
 class _Candidates:
+    """Pairs of region and class, by region and then by class.
+
+    Attributes:
+        region_K: int64, counted over the whole batch.
+        class_K: int64.
+        score_K: In [0, 1].
+        counts_B: Pairs of each image that scored above the threshold, those that were left out since among them.
+    """
+
     region_K: Tensor
     class_K: Tensor
     score_K: Tensor
+    counts_B: Tensor
 
 
 def detect_classes(
-    regions: RegionEmbeddings,
+    views: Sequence[RegionEmbeddings],
     classes: ClassText,
     classifiers: list[ZeroShotClassifier],
     settings: InferenceConfig,
 ) -> list[Detections]:
     """Score every class for every region and keep the best.
 
+    Classes are scored in chunks, and of each chunk only what can be in the result is kept, so memory does not grow with
+    the vocabulary. Suppression looks at each class alone and no class is in two chunks: the result is the same as in
+    one piece.
+
     Args:
-        regions: What the heads know of the regions.
+        views: What the heads know of the regions; with several views of the same regions, scores are their mean, and the
+            boxes are those of the first.
         classes: What to look for.
         classifiers: Those of the detection branch's steps, then that of the mixup branch's last step if there is one.
         settings: Thresholds and weights.
@@ -75,13 +95,17 @@ def detect_classes(
     Raises:
         NumericsError: Embeddings or boxes are not finite.
     """
-    embeddings = [*regions.detection]
-    if regions.mixup_BRD is not None:
-        embeddings.append(regions.mixup_BRD)
-    _require_finite([*embeddings, regions.boxes_BR4, regions.mixup_boxes_BR4])
-    scorer = _Scorer(regions, embeddings, classes, classifiers, settings)
-    found = scorer.candidates(settings.class_chunk)
-    return _select(found, regions, settings)
+    scorers = []
+    for regions in views:
+        embeddings = [*regions.detection]
+        if regions.mixup_BRD is not None:
+            embeddings.append(regions.mixup_BRD)
+        _require_finite([*embeddings, regions.boxes_BR4, regions.mixup_boxes_BR4])
+        scorers.append(_Scorer(regions, embeddings, classes, classifiers, settings))
+    search = _Search(scorers, views[0], settings)
+    if settings.one_class_per_proposal:
+        return search.select(search.best_classes(len(classes.base_C)))
+    return search.select(search.candidates(len(classes.base_C)))
 
 
 def _require_finite(results: list[Tensor | None]) -> None:
@@ -109,32 +133,11 @@ class _Scorer:
         self._classifiers = classifiers
         self._steps = len(regions.detection)
         self._classes = classes
-        self._settings = settings
         self._weight_C = torch.where(classes.base_C, settings.alpha, settings.beta)
-        self._proposal_N = regions.proposal_scores_BR.flatten()
-        self._valid_N1 = regions.valid_BR.flatten()[:, None]
+        self._proposal_N1 = regions.proposal_scores_BR.flatten()[:, None]
 
-    def candidates(self, chunk: int) -> _Candidates:
-        """Return the pairs of region and class that score above the threshold, by region."""
-        found: list[_Candidates] = []
-        best_N = torch.full_like(self._proposal_N, -1.0)
-        for start in range(0, len(self._classes.base_C), chunk):
-            scores_NC = self._scores(slice(start, start + chunk))
-            best_N = torch.maximum(best_N, scores_NC.amax(dim=1))
-            region_K, class_K = (
-                (scores_NC > self._settings.score_threshold) & self._valid_N1
-            ).nonzero(as_tuple=True)
-            score_K = scores_NC[region_K, class_K]
-            found.append(_Candidates(region_K=region_K, class_K=class_K + start, score_K=score_K))
-        everything = _join(found)
-        if self._settings.one_class_per_proposal:
-            winners = everything.score_K == best_N[everything.region_K]
-            everything = _choose(everything, winners)
-        if len(found) > 1:
-            everything = _choose(everything, everything.region_K.argsort(stable=True))
-        return everything
-
-    def _scores(self, columns: slice) -> Tensor:
+    def scores(self, columns: slice) -> Tensor:
+        """Return the scores (N, classes) of a range of classes."""
         text_DC = self._classes.text_DC[:, columns]
         scores_NC = self._probabilities(0, text_DC)
         for step in range(1, self._steps):
@@ -144,40 +147,121 @@ class _Scorer:
             weight_C = self._weight_C[columns]
             mixup_NC = self._probabilities(self._steps, text_DC).pow_(weight_C)
             scores_NC = scores_NC.pow_(1 - weight_C).mul_(mixup_NC)
-        return scores_NC.mul_(self._proposal_N[:, None]).sqrt_()
+        return scores_NC.mul_(self._proposal_N1).sqrt_()
 
     def _probabilities(self, index: int, text_DC: Tensor) -> Tensor:
         return self._classifiers[index].logits(self._embeddings[index], text_DC).sigmoid_()
 
 
-def _select(
-    found: _Candidates, regions: RegionEmbeddings, settings: InferenceConfig
-) -> list[Detections]:
-    images, count = regions.valid_BR.shape
-    image_K = found.region_K // max(count, 1)
-    per_image = torch.bincount(image_K, minlength=images).tolist()
-    results = []
-    for image, (region_K, class_K, score_K) in enumerate(
-        zip(
-            (found.region_K - image_K * count).split(per_image),
-            found.class_K.split(per_image),
-            found.score_K.split(per_image),
-            strict=True,
-        )
-    ):
-        boxes_K4 = regions.boxes_BR4[image][region_K]
-        kept = keep_best_by_class(
-            boxes_K4, score_K, class_K, settings.nms_iou, settings.max_detections
-        )
-        results.append(
-            Detections(
-                boxes_L4=boxes_K4[kept],
-                scores_L=score_K[kept],
-                classes_L=class_K[kept],
-                regions_L=region_K[kept],
+class _Search:
+    """Looks through the scores, a chunk of classes at a time."""
+
+    def __init__(
+        self, scorers: list[_Scorer], regions: RegionEmbeddings, settings: InferenceConfig
+    ) -> None:
+        self._scorers = scorers
+        self._settings = settings
+        self._boxes_BR4 = regions.boxes_BR4
+        self._boxes_N4 = regions.boxes_BR4.flatten(0, 1)
+        self._valid_N1 = regions.valid_BR.flatten()[:, None]
+        self._images, self._regions = regions.valid_BR.shape
+
+    def candidates(self, classes: int) -> _Candidates:
+        """Return the pairs that score above the threshold and can be in the result."""
+        found: list[_Candidates] = []
+        for columns, scores_NC in self._chunks(classes):
+            above_NC = (scores_NC > self._settings.score_threshold) & self._valid_N1
+            region_K, class_K = above_NC.nonzero(as_tuple=True)
+            part = self._gather(region_K, class_K + columns.start, scores_NC[region_K, class_K])
+            found.append(part if scores_NC.shape[1] == classes else self._prune(part))
+        everything = _join(found)
+        if len(found) > 1:
+            everything = _choose(everything, everything.region_K.argsort(stable=True))
+        return everything
+
+    def best_classes(self, classes: int) -> _Candidates:
+        """Return each region's best class, where it scores above the threshold."""
+        best_N = torch.full_like(self._boxes_N4[:, 0], -1.0)
+        class_N = torch.zeros_like(best_N, dtype=torch.int64)
+        for columns, scores_NC in self._chunks(classes):
+            chunk_N, place_N = scores_NC.max(dim=1)
+            better_N = chunk_N > best_N
+            best_N = torch.where(better_N, chunk_N, best_N)
+            class_N = torch.where(better_N, place_N + columns.start, class_N)
+        above_N = (best_N > self._settings.score_threshold) & self._valid_N1[:, 0]
+        region_K = above_N.nonzero()[:, 0]
+        return self._gather(region_K, class_N[region_K], best_N[region_K])
+
+    def select(self, found: _Candidates) -> list[Detections]:
+        """Suppress and keep the best of each image."""
+        settings = self._settings
+        per_image = self._count(found.region_K).tolist()
+        results = []
+        for image, (region_K, class_K, score_K, total) in enumerate(
+            zip(
+                (found.region_K % max(self._regions, 1)).split(per_image),
+                found.class_K.split(per_image),
+                found.score_K.split(per_image),
+                found.counts_B.tolist(),
+                strict=True,
             )
-        )
-    return results
+        ):
+            boxes_K4 = self._boxes_BR4[image][region_K]
+            kept = keep_best_by_class(
+                boxes_K4,
+                score_K,
+                class_K,
+                settings.nms_iou,
+                settings.max_detections,
+                candidates=total,
+            )
+            results.append(
+                Detections(
+                    boxes_L4=boxes_K4[kept],
+                    scores_L=score_K[kept],
+                    classes_L=class_K[kept],
+                    regions_L=region_K[kept],
+                )
+            )
+        return results
+
+    def _chunks(self, classes: int) -> Iterator[tuple[slice, Tensor]]:
+        width = -(-self._settings.class_chunk // _STEP) * _STEP
+        for start in range(0, classes, width):
+            columns = slice(start, min(start + width, classes))
+            scores_NC = self._scorers[0].scores(columns)
+            for scorer in self._scorers[1:]:
+                scores_NC += scorer.scores(columns)
+            if len(self._scorers) > 1:
+                scores_NC /= len(self._scorers)
+            yield columns, scores_NC
+
+    def _gather(self, region_K: Tensor, class_K: Tensor, score_K: Tensor) -> _Candidates:
+        counts_B = self._count(region_K)
+        return _Candidates(region_K=region_K, class_K=class_K, score_K=score_K, counts_B=counts_B)
+
+    def _count(self, region_K: Tensor) -> Tensor:
+        return torch.bincount(region_K // max(self._regions, 1), minlength=self._images)
+
+    def _prune(self, part: _Candidates) -> _Candidates:
+        """Leave out of an image's many candidates of a chunk those that suppression drops, or that are too many."""
+        limit = self._settings.max_detections
+        enough = max(4 * limit, suppressed_at_once(part.score_K.device))
+        kept, first = [], 0
+        for count in part.counts_B.tolist():
+            places = torch.arange(first, first + count, device=part.score_K.device)
+            if count > enough:
+                survivors = keep_best_by_class(
+                    self._boxes_N4[part.region_K[places]],
+                    part.score_K[places],
+                    part.class_K[places],
+                    self._settings.nms_iou,
+                    limit,
+                )
+                places = places[survivors.sort().values]
+            kept.append(places)
+            first += count
+        return _choose(part, torch.cat(kept))
 
 
 def _join(parts: list[_Candidates]) -> _Candidates:
@@ -187,6 +271,7 @@ def _join(parts: list[_Candidates]) -> _Candidates:
         region_K=torch.cat([part.region_K for part in parts]),
         class_K=torch.cat([part.class_K for part in parts]),
         score_K=torch.cat([part.score_K for part in parts]),
+        counts_B=torch.stack([part.counts_B for part in parts]).sum(dim=0),
     )
 
 
@@ -195,4 +280,5 @@ def _choose(found: _Candidates, index: Tensor) -> _Candidates:
         region_K=found.region_K[index],
         class_K=found.class_K[index],
         score_K=found.score_K[index],
+        counts_B=found.counts_B,
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import proxydet.compat.d2  # noqa: F401
 
+import torch
 from detectron2.layers import batched_nms
 from torch import Tensor
 from torchvision.ops import nms
@@ -41,8 +42,19 @@ def keep_best(boxes_N4: Tensor, scores_N: Tensor, iou: float, limit: int) -> Ten
         looked_at *= 4
 
 
-def keep_best_by_class(
-    boxes_N4: Tensor, scores_N: Tensor, classes_N: Tensor, iou: float, limit: int
+def suppressed_at_once(device: torch.device) -> int:
+    """Most boxes of several classes that ``batched_nms`` handles in one piece on a device."""
+    return _SHIFTED_UP_TO.get(device.type, _SHIFTED_UP_TO_ELSEWHERE)
+
+
+def keep_best_by_class(  # noqa: PLR0913
+    boxes_N4: Tensor,
+    scores_N: Tensor,
+    classes_N: Tensor,
+    iou: float,
+    limit: int,
+    *,
+    candidates: int | None = None,
 ) -> Tensor:
     """Suppress overlapping boxes of the same class, as detectron2's ``batched_nms`` does.
 
@@ -55,11 +67,14 @@ def keep_best_by_class(
         classes_N: int64, their classes.
         iou: Overlap above which the lower-scored box is dropped.
         limit: Boxes to keep at most.
+        candidates: How many boxes there were before some that cannot be in the result were left out: decides which of
+            the two ways is taken, so that leaving out changes nothing; None: none were.
 
     Returns:
         int64, positions of the kept boxes, best first.
     """
-    if len(boxes_N4) <= _SHIFTED_UP_TO.get(boxes_N4.device.type, _SHIFTED_UP_TO_ELSEWHERE):
+    many = len(boxes_N4) if candidates is None else candidates
+    if many <= suppressed_at_once(boxes_N4.device):
         kept: Tensor = batched_nms(boxes_N4, scores_N, classes_N, iou)
         return kept[:limit]
     order_N = scores_N.argsort(descending=True, stable=True)

@@ -199,9 +199,10 @@ def test_fusion_is_the_published_formula(network, tiny) -> None:
     captured = {}
     original = scoring.detect_classes
 
-    def capture(regions, classes, classifiers, settings):
+    def capture(views, classes, classifiers, settings):
+        (regions,) = views
         captured.update(regions=regions, classes=classes, classifiers=classifiers)
-        return original(regions, classes, classifiers, settings)
+        return original(views, classes, classifiers, settings)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("proxydet.modeling.network.detect_classes", capture)
@@ -227,7 +228,7 @@ def test_one_class(network, tiny) -> None:
 def test_ten_thousand_classes_stay_within_the_chunks_memory(network, tiny) -> None:
     vocabulary = tiny.vocabulary(10_000)
     widths = []
-    original = scoring._Scorer._scores
+    original = scoring._Scorer.scores
 
     def watch(self, columns):
         scores = original(self, columns)
@@ -236,15 +237,51 @@ def test_ten_thousand_classes_stay_within_the_chunks_memory(network, tiny) -> No
 
     settings = InferenceConfig(score_threshold=0.05, class_chunk=1500)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoring._Scorer, "_scores", watch)
+        patch.setattr(scoring._Scorer, "scores", watch)
         (found,) = network.detect([tiny.image(64, 64)], vocabulary, settings=settings)
-    assert max(widths) == 1500
+    assert max(widths) == 1536  # 1500, in steps of 64
     assert sum(widths) == 10_000
     assert len(found) == 300
     (whole,) = network.detect(
         [tiny.image(64, 64)], vocabulary, settings=dataclasses.replace(settings, class_chunk=10_000)
     )
-    assert_same(found, whole, exact=False)
+    assert_same(found, whole)
+
+
+@pytest.mark.parametrize("one_class", [False, True])
+@pytest.mark.parametrize("threshold", [0.0, 0.3])
+def test_chunks_change_no_bit(network, tiny, threshold: float, one_class: bool) -> None:
+    # More candidates in each chunk than suppression takes at once, so that chunks are pruned.
+    settings = InferenceConfig(
+        score_threshold=threshold, max_detections=20, one_class_per_proposal=one_class
+    )
+    vocabulary = tiny.vocabulary(301)
+    images = [tiny.image(64, 96), tiny.image(64, 96, 1)]
+    whole = network.detect(images, vocabulary, settings=settings)
+    for chunk in (64, 65, 128, 300):
+        parts = network.detect(
+            images, vocabulary, settings=dataclasses.replace(settings, class_chunk=chunk)
+        )
+        for one, other in zip(parts, whole, strict=True):
+            assert_same(one, other)
+
+
+def test_pruned_chunks_keep_little(network, tiny) -> None:
+    kept = []
+    original = scoring._Search._prune
+
+    def watch(self, part):
+        pruned = original(self, part)
+        kept.append((len(part.score_K), len(pruned.score_K)))
+        return pruned
+
+    settings = InferenceConfig(score_threshold=0.0, class_chunk=512, max_detections=20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring._Search, "_prune", watch)
+        network.detect([tiny.image(64, 64)], tiny.vocabulary(1500), settings=settings)
+    assert len(kept) == 3
+    assert all(before > 10_000 for before, _ in kept)
+    assert all(after == 20 for _, after in kept)
 
 
 def test_two_vocabularies_in_two_threads(network, tiny) -> None:

@@ -1,0 +1,1 @@
+"""Videos and cameras: decoded ahead of the network, drawn and encoded behind it."""

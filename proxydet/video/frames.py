@@ -1,0 +1,117 @@
+"""Looks at the frames of a video, in batches, decoding ahead of the network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from proxydet.detections import Detections
+from proxydet.errors import ConfigError, DataError
+from proxydet.video.ahead import read_ahead
+from proxydet.video.reading import Frame, VideoReader
+
+if TYPE_CHECKING:
+    from proxydet.modeling.config import InferenceConfig
+    from proxydet.modeling.prediction import Prediction
+    from proxydet.video.reading import Pixels
+    from proxydet.vocabulary.vocabulary import Vocabulary
+
+
+class FrameDetector(Protocol):
+    """What is asked of a detector; `proxydet.detector.Detector` is one."""
+
+    def predict_images(
+        self,
+        images: Sequence[Pixels],
+        vocabulary: Vocabulary | None = None,
+        settings: InferenceConfig | None = None,
+    ) -> list[Prediction]:
+        """Find objects in uint8 (H, W, 3) RGB images; boxes and masks in their pixels."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FrameResult:
+    """What was found in one frame.
+
+    Attributes:
+        frame: The frame: its number, time and pixels.
+        found: What was found in it.
+    """
+
+    frame: Frame
+    found: Detections
+
+    @property
+    def index(self) -> int:
+        """The frame's number in the video, from 0."""
+        return self.frame.index
+
+    @property
+    def seconds(self) -> float:
+        """The frame's time, counted from the first frame."""
+        return self.frame.seconds
+
+    def to_dict(self, video: str) -> dict[str, Any]:
+        """Return plain Python values, ready for JSON, with the video's name."""
+        place = {"file": video, "frame": self.index, "seconds": round(self.seconds, 6)}
+        return {**place, **self.found.to_dict()}
+
+
+def look_at_frames(
+    detector: FrameDetector,
+    reader: VideoReader,
+    vocabulary: Vocabulary,
+    settings: InferenceConfig,
+    *,
+    batch_size: int = 4,
+) -> Iterator[FrameResult]:
+    """Find objects in every frame that a reader gives; a thread decodes ahead.
+
+    Of a camera, frames that come while the network is busy are dropped, and batches hold one frame, so that results
+    are never late.
+
+    Args:
+        detector: Finds objects.
+        reader: An open video; it is closed at the end.
+        vocabulary: What to look for.
+        settings: Thresholds and limits.
+        batch_size: Frames that go through the network at once.
+
+    Raises:
+        DataError: The video is damaged or cut off; the frames before it come first.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}; it must be at least 1")
+    live = reader.source.live
+    size = 1 if live else batch_size
+    with reader, closing(read_ahead(reader, 1 if live else 2 * size, newest=live)) as frames:
+        for batch in _batches(frames, size):
+            predictions = detector.predict_images(
+                [frame.pixels for frame in batch], vocabulary, settings
+            )
+            for frame, prediction in zip(batch, predictions, strict=True):
+                yield FrameResult(frame=frame, found=Detections(prediction, vocabulary.names))
+
+
+def _batches(frames: Iterator[Frame], size: int) -> Iterator[list[Frame]]:
+    """Split frames into batches; an error comes after the frames before it."""
+    batch: list[Frame] = []
+    broken: DataError | None = None
+    while broken is None:
+        try:
+            frame = next(frames, None)
+        except DataError as error:
+            broken = error
+            break
+        if frame is None:
+            break
+        batch.append(frame)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+    if broken is not None:
+        raise broken

@@ -1,0 +1,224 @@
+"""Saves what was found in a video: an annotated video, JSON lines, a table."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from proxydet.errors import ConfigError
+from proxydet.video.frames import FrameResult
+from proxydet.video.reading import VideoInfo
+from proxydet.video.source import VideoSource
+from proxydet.video.writing import VideoWriter
+from proxydet.visualization.drawing import DrawingStyle
+
+KINDS = ("pictures", "json", "csv")
+"""What can be saved of a video; ``pictures`` are an annotated video."""
+
+_CSV_COLUMNS = ("frame", "seconds", "label", "score", "x0", "y0", "x1", "y1", "mask_area")
+
+
+class FrameSaver(Protocol):
+    """Saves the results of one frame after the other."""
+
+    def prepare(self, result: FrameResult) -> Any:
+        """Do the work that needs no order; threads call this at once."""
+
+    def add(self, result: FrameResult, prepared: Any) -> None:
+        """Save a frame; called in the frames' order."""
+
+    def finish(self) -> list[Path]:
+        """Complete the files; those that were made."""
+
+    def abandon(self) -> None:
+        """Remove what is not complete."""
+
+
+def check_kinds(kinds: Sequence[str]) -> None:
+    """Check that all kinds can be saved of a video.
+
+    Raises:
+        ConfigError: One cannot.
+    """
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ConfigError(
+                f"cannot save {kind!r} of a video", hint=f"choose from {', '.join(KINDS)}"
+            )
+
+
+def make_frame_savers(
+    kinds: Sequence[str],
+    folder: Path,
+    name: Path,
+    *,
+    source: VideoSource,
+    info: VideoInfo,
+    sound: bool = True,
+    style: DrawingStyle | None = None,
+) -> list[FrameSaver]:
+    """Make the savers of the wanted kinds for one video.
+
+    Args:
+        kinds: Some of `KINDS`.
+        folder: Where files go; made when needed.
+        name: The files' name below it, without ending.
+        source: The video.
+        info: What is known of it.
+        sound: Copy its sound.
+        style: How frames are drawn; None: letters of one size through the whole video.
+
+    Raises:
+        ConfigError: There is no such kind, or the annotated video would replace the one that is read.
+    """
+    check_kinds(kinds)
+    targets = {
+        kind: folder / name.with_name(name.name + suffix)
+        for kind, suffix in (("pictures", ".mp4"), ("json", ".jsonl"), ("csv", ".csv"))
+    }
+    drawn = targets["pictures"]
+    if source.path is not None and drawn.exists() and drawn.samefile(source.path):
+        raise ConfigError(
+            f"the annotated video would replace {source.path}",
+            hint="choose another --output folder",
+        )
+    sound_from = source.path if sound else None
+    makers: dict[str, Callable[[], FrameSaver]] = {
+        "pictures": lambda: DrawnVideo(VideoWriter(drawn, info, sound_from=sound_from), style),
+        "json": lambda: JsonLines(targets["json"], source.name),
+        "csv": lambda: CsvTable(targets["csv"]),
+    }
+    return [makers[kind]() for kind in dict.fromkeys(kinds)]
+
+
+class DrawnVideo:
+    """Draws what was found on the frames and encodes them."""
+
+    def __init__(self, writer: VideoWriter, style: DrawingStyle | None) -> None:
+        self._writer = writer
+        self._style = style
+
+    def prepare(self, result: FrameResult) -> Any:
+        """Draw."""
+        height, width = result.frame.pixels.shape[:2]
+        style = self._style or frame_style(height, width)
+        drawn = result.found.draw(Image.fromarray(result.frame.pixels), style)
+        return np.asarray(drawn)
+
+    def add(self, result: FrameResult, prepared: Any) -> None:
+        """Encode."""
+        self._writer.write(result.frame.pts, prepared)
+
+    def finish(self) -> list[Path]:
+        """Complete the video; none where there were no frames."""
+        made = self._writer.finish()
+        return [] if made is None else [made]
+
+    def abandon(self) -> None:
+        """Remove what is not complete."""
+        self._writer.abandon()
+
+
+def frame_style(height: int, width: int) -> DrawingStyle:
+    """How frames are drawn: at their own size, with letters that do not change from frame to frame.
+
+    Args:
+        height: Of the frames, in pixels.
+        width: Likewise.
+    """
+    return DrawingStyle(font_size=max(11, min(round(min(height, width) / 30), 48)), shortest_edge=0)
+
+
+class JsonLines:
+    """Saves one JSON object a frame, each on a line."""
+
+    def __init__(self, target: Path, video: str) -> None:
+        self._file = _TextFile(target)
+        self._video = video
+
+    def prepare(self, result: FrameResult) -> Any:
+        """Encode a frame."""
+        return json.dumps(result.to_dict(self._video), ensure_ascii=False) + "\n"
+
+    def add(self, result: FrameResult, prepared: Any) -> None:  # noqa: ARG002
+        """Write a line."""
+        self._file.write(prepared)
+
+    def finish(self) -> list[Path]:
+        """Complete the file."""
+        return [self._file.finish()]
+
+    def abandon(self) -> None:
+        """Remove what is not complete."""
+        self._file.abandon()
+
+
+class CsvTable:
+    """Saves one table of all frames' detections."""
+
+    def __init__(self, target: Path) -> None:
+        self._file = _TextFile(target)
+        self._file.write(_rows([_CSV_COLUMNS]))
+
+    def prepare(self, result: FrameResult) -> Any:
+        """Make the rows of a frame."""
+        frame = result.frame
+        rows = []
+        for item in result.found:
+            mask_HW = item.mask
+            area = "" if mask_HW is None else int(mask_HW.sum())
+            box = [round(value, 2) for value in item.box_xyxy]
+            start = [frame.index, round(frame.seconds, 4)]
+            rows.append([*start, item.label, round(item.score, 6), *box, area])
+        return _rows(rows)
+
+    def add(self, result: FrameResult, prepared: Any) -> None:  # noqa: ARG002
+        """Write the rows."""
+        self._file.write(prepared)
+
+    def finish(self) -> list[Path]:
+        """Complete the table."""
+        return [self._file.finish()]
+
+    def abandon(self) -> None:
+        """Remove what is not complete."""
+        self._file.abandon()
+
+
+class _TextFile:
+    """A file that is written bit by bit and appears under its name when it is complete."""
+
+    def __init__(self, target: Path) -> None:
+        self._target = target
+        self._temporary = target.with_name(
+            f".{target.name[:40]}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+        )
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = self._temporary.open("x", encoding="utf-8", newline="")
+
+    def write(self, text: str) -> None:
+        self._stream.write(text)
+
+    def finish(self) -> Path:
+        self._stream.close()
+        self._temporary.replace(self._target)
+        return self._target
+
+    def abandon(self) -> None:
+        self._stream.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+def _rows(rows: Sequence[Sequence[object]]) -> str:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    return text.getvalue()

@@ -75,9 +75,7 @@ def to_network(pixels_HW3: Pixels, sides: tuple[int, int]) -> torch.Tensor:
     return torch.from_numpy(view.image(pixels_HW3)).permute(2, 0, 1)
 
 
-def views_of(
-    pixels_HW3: Pixels, sides: tuple[int, int], settings: InferenceConfig
-) -> list[View]:
+def views_of(pixels_HW3: Pixels, sides: tuple[int, int], settings: InferenceConfig) -> list[View]:
     """Prepare the views of a picture that the settings ask for: each size, plain and then mirrored.
 
     Args:

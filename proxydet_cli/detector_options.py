@@ -64,7 +64,11 @@ def check_choice(classes: str | None, vocabulary: str | None, names: Path | None
 
 
 def chosen_vocabulary(
-    detector: Detector, classes: str | None, source: str | None, names: Path | None
+    detector: Detector,
+    classes: str | None,
+    source: str | None,
+    names: Path | None,
+    base_above: float = 0.9,
 ) -> Vocabulary:
     """Open the vocabulary that the options name; the training's where they name none.
 
@@ -73,6 +77,7 @@ def chosen_vocabulary(
         classes: Names as ``-v`` takes them.
         source: What ``--vocabulary`` takes.
         names: File of the names of a ``.npy`` table.
+        base_above: Cosine with a base class of training above which a class counts as base.
 
     Raises:
         VocabularyError: It cannot be used.
@@ -81,8 +86,8 @@ def chosen_vocabulary(
     from proxydet.vocabulary.names import split_names
 
     if classes is not None:
-        return detector.resolve(split_names(classes))
+        return detector.with_base(detector.resolve(split_names(classes)), base_above)
     if source is None:
         return detector.vocabulary
     opened = open_vocabulary(source, encoder=lambda: detector.encoder, names=names)
-    return detector.with_base(opened)
+    return detector.with_base(opened, base_above)

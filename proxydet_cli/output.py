@@ -47,6 +47,10 @@ class Output:
         else:
             _write(_as_text(value) if text is None else text)
 
+    def line(self, value: object) -> None:
+        """Write one of many results to stdout, as JSON on a line of its own."""
+        _write(json_module.dumps(_plain(value), ensure_ascii=False))
+
     def table(
         self, rows: Sequence[Mapping[str, object]], columns: Sequence[str] | None = None
     ) -> None:

@@ -139,7 +139,9 @@ def _merged(looks: Sequence[Look], config: ProposalConfig) -> Regions:
             for look in looks
         ]
     )
-    scores_P = torch.cat([look.proposals.scores_BP[0][look.proposals.valid_BP[0]] for look in looks])
+    scores_P = torch.cat(
+        [look.proposals.scores_BP[0][look.proposals.valid_BP[0]] for look in looks]
+    )
     order_P = scores_P.argsort(descending=True, stable=True)
     boxes_P4, scores_P = boxes_P4[order_P], scores_P[order_P]
     kept = keep_best(boxes_P4, scores_P, config.nms_iou, config.keep_test)

@@ -47,7 +47,7 @@ def suppressed_at_once(device: torch.device) -> int:
     return _SHIFTED_UP_TO.get(device.type, _SHIFTED_UP_TO_ELSEWHERE)
 
 
-def keep_best_by_class(  # noqa: PLR0913
+def keep_best_by_class(
     boxes_N4: Tensor,
     scores_N: Tensor,
     classes_N: Tensor,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -13,7 +13,9 @@ Item = TypeVar("Item")
 _PATIENCE_S = 5.0
 
 
-def read_ahead(items: Iterable[Item], size: int, *, newest: bool = False) -> Iterator[Item]:
+def read_ahead(
+    items: Iterable[Item], size: int, *, newest: bool = False
+) -> Generator[Item, None, None]:
     """Yield the items of an iterable that a thread runs through.
 
     An error of the iterable is raised here, after the items before it. Closing the generator stops the thread.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -66,7 +66,7 @@ def look_at_frames(
     settings: InferenceConfig,
     *,
     batch_size: int = 4,
-) -> Iterator[FrameResult]:
+) -> Generator[FrameResult, None, None]:
     """Find objects in every frame that a reader gives; a thread decodes ahead.
 
     Of a camera, frames that come while the network is busy are dropped, and batches hold one frame, so that results

@@ -6,6 +6,7 @@ Dimensions: H and W pixels of a frame.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -183,10 +184,8 @@ class VideoReader:
     def _read_info(self) -> VideoInfo:
         stream, container = self._stream, self._container
         time_base = Fraction(stream.time_base or Fraction(1, 1000))
-        seconds = None
-        if stream.duration:
-            seconds = float(stream.duration * time_base)
-        elif container.duration and len(container.streams) == 1:
+        seconds = float(stream.duration * time_base) if stream.duration else _tagged(stream)
+        if seconds is None and container.duration and len(container.streams) == 1:
             seconds = container.duration / 1e6
         return VideoInfo(
             rate=Fraction(stream.average_rate or stream.guessed_rate or _DEFAULT_RATE),
@@ -208,6 +207,14 @@ class VideoReader:
             hint="give a video that FFmpeg can read; a file that was cut off while recording may lack its index",
             path=self.source.path,
         )
+
+
+def _tagged(stream: Any) -> float | None:
+    """Length of a stream in seconds as Matroska notes it, ``00:01:02.500000000``; None where it does not."""
+    match = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
+    if match is None:
+        return None
+    return int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3])
 
 
 def _upright(decoded: Any) -> Pixels:

@@ -109,8 +109,7 @@ def predict_video_file(
         stack.callback(reader.close)
         savers = make_frame_savers(
             plan.kinds,
-            plan.output,
-            video.name,
+            plan.output / video.name,
             source=video.source,
             info=info,
             sound=plan.every == 1,

@@ -58,31 +58,27 @@ def check_kinds(kinds: Sequence[str]) -> None:
 
 def make_frame_savers(
     kinds: Sequence[str],
-    folder: Path,
-    name: Path,
+    target: Path,
     *,
     source: VideoSource,
     info: VideoInfo,
     sound: bool = True,
-    style: DrawingStyle | None = None,
 ) -> list[FrameSaver]:
     """Make the savers of the wanted kinds for one video.
 
     Args:
         kinds: Some of `KINDS`.
-        folder: Where files go; made when needed.
-        name: The files' name below it, without ending.
+        target: The files' path without ending; its folder is made when needed.
         source: The video.
         info: What is known of it.
         sound: Copy its sound.
-        style: How frames are drawn; None: letters of one size through the whole video.
 
     Raises:
         ConfigError: There is no such kind, or the annotated video would replace the one that is read.
     """
     check_kinds(kinds)
     targets = {
-        kind: folder / name.with_name(name.name + suffix)
+        kind: target.with_name(target.name + suffix)
         for kind, suffix in (("pictures", ".mp4"), ("json", ".jsonl"), ("csv", ".csv"))
     }
     drawn = targets["pictures"]
@@ -93,7 +89,7 @@ def make_frame_savers(
         )
     sound_from = source.path if sound else None
     makers: dict[str, Callable[[], FrameSaver]] = {
-        "pictures": lambda: DrawnVideo(VideoWriter(drawn, info, sound_from=sound_from), style),
+        "pictures": lambda: DrawnVideo(VideoWriter(drawn, info, sound_from=sound_from)),
         "json": lambda: JsonLines(targets["json"], source.name),
         "csv": lambda: CsvTable(targets["csv"]),
     }
@@ -103,15 +99,13 @@ def make_frame_savers(
 class DrawnVideo:
     """Draws what was found on the frames and encodes them."""
 
-    def __init__(self, writer: VideoWriter, style: DrawingStyle | None) -> None:
+    def __init__(self, writer: VideoWriter) -> None:
         self._writer = writer
-        self._style = style
 
     def prepare(self, result: FrameResult) -> Any:
         """Draw."""
         height, width = result.frame.pixels.shape[:2]
-        style = self._style or frame_style(height, width)
-        drawn = result.found.draw(Image.fromarray(result.frame.pixels), style)
+        drawn = result.found.draw(Image.fromarray(result.frame.pixels), frame_style(height, width))
         return np.asarray(drawn)
 
     def add(self, result: FrameResult, prepared: Any) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import glob
+import platform
 import re
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -48,8 +48,8 @@ class VideoSource:
     """The file; None for a camera."""
     format: str | None = None
     """FFmpeg's name of the input device; None: found out from the file's content."""
-    options: dict[str, str] = field(default_factory=dict)
-    """Options of FFmpeg's input."""
+    options: tuple[tuple[str, str], ...] = ()
+    """Names and values of options of FFmpeg's input."""
 
     @property
     def live(self) -> bool:
@@ -115,7 +115,10 @@ def open_source(source: str | Path | VideoSource) -> VideoSource:
         )
     # Nothing but files: a playlist that calls itself a video shall not reach for addresses.
     return VideoSource(
-        name=str(path), url=str(path.absolute()), path=path, options={"protocol_whitelist": "file"}
+        name=str(path),
+        url=str(path.absolute()),
+        path=path,
+        options=(("protocol_whitelist", "file"),),
     )
 
 
@@ -138,12 +141,13 @@ def pyav() -> ModuleType:
 
 def _camera(number: int) -> VideoSource:
     name = f"webcam:{number}"
-    if sys.platform.startswith("linux"):
+    system = platform.system()
+    if system == "Linux":
         return VideoSource(name=name, url=f"/dev/video{number}", format="v4l2")
-    if sys.platform == "darwin":
+    if system == "Darwin":
         # AVFoundation refuses to open a camera without a rate that it supports.
         return VideoSource(
-            name=name, url=f"{number}:none", format="avfoundation", options={"framerate": "30"}
+            name=name, url=f"{number}:none", format="avfoundation", options=(("framerate", "30"),)
         )
     return VideoSource(name=name, url=f"video={_windows_camera(number)}", format="dshow")
 

@@ -1,10 +1,11 @@
-"""``proxydet predict``: pictures in; drawn pictures, JSON, COCO, crops or tables out."""
+"""``proxydet predict``: pictures and videos in; drawn ones, JSON, COCO, crops or tables out."""
 
 from __future__ import annotations
 
 import sys
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,16 +23,26 @@ from proxydet_cli.detector_options import (
 from proxydet_cli.options import Json, command_app, examples
 
 if TYPE_CHECKING:
-    from proxydet.prediction_run import PictureResult, PredictionSummary
-    from proxydet_cli.output import Output
+    from proxydet.picture_files import PictureFile
+    from proxydet.video.run import VideoFile
 
 app = command_app()
+
+
+class Precision(str, Enum):
+    """Number formats of the backbone."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+
 
 Sources = Annotated[
     list[str],
     typer.Argument(
-        metavar="PICTURE",
-        help="Files, folders, patterns in quotes ('photos/*.jpg'), or - for a list of files on stdin.",
+        metavar="PICTURE|VIDEO",
+        help="Files, folders of pictures, patterns in quotes ('photos/*.jpg'), webcam or webcam:1, or - for a list of "
+        "files on stdin.",
     ),
 ]
 Threshold = Annotated[
@@ -50,12 +61,38 @@ Save = Annotated[
     typer.Option(
         "--save",
         metavar="KINDS",
-        help="What to save: pictures, json, coco, crops, csv; several with commas; none for nothing. [default: "
-        "pictures, or none with --json]",
+        help="What to save: pictures, json, coco, crops, csv; several with commas; none for nothing. Of a video: "
+        "pictures (an annotated video), json, csv. [default: pictures, or none with --json]",
     ),
 ]
 BatchSize = Annotated[
     int, typer.Option("--batch-size", min=1, help="Pictures in the network at once.")
+]
+Every = Annotated[
+    int,
+    typer.Option(
+        "--every", min=1, help="Of a video, look at each frame (1), each second one (2), ..."
+    ),
+]
+Augment = Annotated[
+    bool,
+    typer.Option(
+        "--tta",
+        help="Look at each picture mirrored too, and in three sizes: better, 6 times slower.",
+    ),
+]
+PrecisionOption = Annotated[
+    Precision,
+    typer.Option("--precision", help="Number format of the backbone; fp16 and bf16 need a GPU."),
+]
+BaseAbove = Annotated[
+    float,
+    typer.Option(
+        "--base-above",
+        min=-1.0,
+        max=1.0,
+        help="Cosine with a base class of training above which a class counts as base.",
+    ),
 ]
 
 
@@ -64,6 +101,8 @@ BatchSize = Annotated[
         "proxydet predict photo.jpg -v 'headphone, webcam, coffee cup'",
         "proxydet predict photos/ --vocabulary lvis --save pictures,csv --output found",
         "proxydet predict photo.jpg --run runs/quickstart -v 'red striped circle' --json",
+        "proxydet predict clip.mp4 --vocabulary coco --save pictures,json",
+        "proxydet predict webcam -v 'cup, phone'",
         "find photos -name '*.jpg' | proxydet predict - --vocabulary names.txt --save coco",
     )
 )
@@ -83,39 +122,76 @@ def predict(  # noqa: PLR0913 one parameter an option
     save: Save = None,
     device: Device = "auto",
     batch_size: BatchSize = 4,
+    every: Every = 1,
+    tta: Augment = False,
+    precision: PrecisionOption = Precision.fp32,
+    base_above: BaseAbove = 0.9,
     json: Json = False,
 ) -> None:
-    """Find objects in pictures, by any words.
+    """Find objects in pictures and videos, by any words.
 
     Without -v and --vocabulary it looks for the classes that the model was trained on. A picture that cannot be read
-    is reported and left out; the exit code is then 3.
+    is reported and left out, and of a video that breaks off what came before is kept; the exit code is then 3.
     """
     from proxydet.detector import Detector
     from proxydet.detector_files import open_named
-    from proxydet.picture_files import find_pictures
     from proxydet.prediction_output import check_folder, make_savers
     from proxydet.prediction_run import PredictionPlan, predict_files
+    from proxydet.video.run import VideoPlan, predict_video_file
     from proxydet_cli.output import Output
+    from proxydet_cli.prediction import Shown
     from proxydet_cli.progress import show_progress
 
-    out, collected = Output(json=json), list[dict[str, Any]]()
-    pictures = find_pictures(_with_stdin(sources))
     check_choice(classes, vocabulary, names)
     kinds = _kinds(save, json=json)
+    pictures, videos = _find(sources, kinds)
     if kinds:
         check_folder(output)
     detector = open_named(Detector, run=run, weights=weights, config=config, device=device)
-    detector = detector.with_settings(one_class_per_proposal=one_label, masks=masks)
-    wanted = chosen_vocabulary(detector, classes, vocabulary, names)
-    plan = PredictionPlan(
+    wanted = chosen_vocabulary(detector, classes, vocabulary, names, base_above)
+    settings = detector.with_settings(
+        one_class_per_proposal=one_label, masks=masks, precision=precision.value
+    ).settings(score_threshold=score_threshold, max_detections=top)
+    settings = settings.with_augmentation() if tta else settings
+    shown, progress = Shown(Output(json=json), lines=bool(videos)), show_progress()
+    if pictures:
+        plan = PredictionPlan(
+            vocabulary=wanted,
+            settings=settings,
+            batch_size=batch_size,
+            savers=make_savers(kinds, output, wanted.names),
+            on_result=shown.picture,
+        )
+        shown.pictures_done(predict_files(detector, pictures, plan, progress=progress))
+    frames = VideoPlan(
         vocabulary=wanted,
-        settings=detector.settings(score_threshold=score_threshold, max_detections=top),
+        settings=settings,
+        output=output,
+        kinds=kinds,
         batch_size=batch_size,
-        savers=make_savers(kinds, output, wanted.names),
-        on_result=lambda result: _tell(out, result, collected),
+        every=every,
+        on_result=shown.frame,
     )
-    summary = predict_files(detector, pictures, plan, progress=show_progress())
-    _conclude(out, summary, collected)
+    for video in videos:
+        shown.video_done(predict_video_file(detector, video, frames, progress=progress))
+    shown.conclude()
+
+
+def _find(
+    sources: list[str], kinds: list[str]
+) -> tuple[tuple[PictureFile, ...], tuple[VideoFile, ...]]:
+    """Find pictures and videos, and check that what is to be saved can be saved of them."""
+    from proxydet.picture_files import find_pictures
+    from proxydet.video.run import name_videos
+    from proxydet.video.saving import check_kinds
+    from proxydet.video.source import pyav, split_sources
+
+    named_pictures, named_videos = split_sources(_with_stdin(sources))
+    videos = name_videos(named_videos)
+    if videos:
+        pyav()
+        check_kinds(kinds)
+    return find_pictures(named_pictures) if named_pictures or not videos else (), videos
 
 
 def _with_stdin(sources: list[str]) -> list[str]:
@@ -129,33 +205,3 @@ def _kinds(save: str | None, *, json: bool) -> list[str]:
         return [] if json else ["pictures"]
     kinds = [kind.strip() for kind in save.split(",") if kind.strip()]
     return [] if kinds == ["none"] else kinds
-
-
-def _tell(out: Output, result: PictureResult, collected: list[dict[str, Any]]) -> None:
-    """Collect a result for ``--json``, or write it as one line."""
-    if out.json:
-        collected.append(result.to_dict())
-        return
-    found = result.found
-    shown = ", ".join(
-        f"{label} {score:.2f}" for label, score in zip(found.labels, found.scores, strict=True)
-    )
-    out.data(None, f"{result.file}: {shown or 'nothing found'}")
-
-
-def _conclude(out: Output, summary: PredictionSummary, collected: list[dict[str, Any]]) -> None:
-    """Say what was saved, and end with an error where pictures could not be read."""
-    from proxydet.errors import DataError
-
-    if out.json:
-        out.data({"images": collected, "unreadable": summary.unreadable})
-    if len(summary.saved) == 1:
-        out.message(f"saved {summary.saved[0]}")
-    elif summary.saved:
-        out.message(f"saved {len(summary.saved)} files, the first: {summary.saved[0]}")
-    if summary.unreadable:
-        total = summary.pictures + len(summary.unreadable)
-        raise DataError(
-            f"{len(summary.unreadable)} of {total} pictures could not be read; the others are done",
-            hint="they are named in the warnings above",
-        )

@@ -37,7 +37,9 @@ RANK = {
     "detector": 5,
     "detector_files": 5,
     "detector_inputs": 5,
-    **dict.fromkeys(["data_preview", "picture_files", "prediction_output", "prediction_run", "video"], 5),
+    **dict.fromkeys(
+        ["data_preview", "picture_files", "prediction_output", "prediction_run", "video"], 5
+    ),
     "training": 7,
     "evaluation": 8,
     # What puts everything together.

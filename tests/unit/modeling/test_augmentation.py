@@ -65,7 +65,10 @@ def test_a_mirrored_view_alone_is_the_mirrored_picture(lively_network, tiny) -> 
 def test_a_mirrored_picture_gives_mirrored_results(lively_network, tiny) -> None:
     image = tiny.image(96, 128)
     flipped = image.flip(2)
-    views = [[View(image=a), View(image=b, mirrored=True)] for a, b in ((image, flipped), (flipped, image))]
+    views = [
+        [View(image=a), View(image=b, mirrored=True)]
+        for a, b in ((image, flipped), (flipped, image))
+    ]
     one, other = (
         lively_network.detect_views(pair, original_size=(96, 128), settings=LOW) for pair in views
     )
@@ -79,7 +82,9 @@ def test_a_mirrored_picture_gives_mirrored_results(lively_network, tiny) -> None
 def test_views_of_other_sizes_are_brought_to_one_frame(lively_network, tiny) -> None:
     # Twice as large, the same content: boxes of both views must meet in the pixels of the picture.
     image = tiny.image(96, 128)
-    larger = torch.nn.functional.interpolate(image[None].float(), scale_factor=1.5, mode="bilinear")[0]
+    larger = torch.nn.functional.interpolate(
+        image[None].float(), scale_factor=1.5, mode="bilinear"
+    )[0]
     for order in ([image, larger], [larger, image]):
         found = lively_network.detect_views(
             [View(image=view) for view in order], original_size=(96, 128), settings=LOW
@@ -125,7 +130,9 @@ def test_the_detector_uses_it_only_when_asked(lively_network, monkeypatch) -> No
     seen = []
     original = lively_network.detect_views
     monkeypatch.setattr(
-        lively_network, "detect_views", lambda views, *a, **k: seen.append(views) or original(views, *a, **k)
+        lively_network,
+        "detect_views",
+        lambda views, *a, **k: seen.append(views) or original(views, *a, **k),
     )
     detector.predict(picture, score_threshold=0.02)
     assert seen == []
@@ -133,7 +140,12 @@ def test_the_detector_uses_it_only_when_asked(lively_network, monkeypatch) -> No
     found = augmented.predict(picture, score_threshold=0.02)
     assert found.image_size == (50, 70)
     (views,) = seen
-    assert [tuple(view.image.shape[1:]) for view in views] == [(32, 45), (32, 45), (64, 90), (64, 90)]
+    assert [tuple(view.image.shape[1:]) for view in views] == [
+        (32, 45),
+        (32, 45),
+        (64, 90),
+        (64, 90),
+    ]
     assert [view.mirrored for view in views] == [False, True, False, True]
     assert torch.equal(views[1].image, views[0].image.flip(2))
 

@@ -134,3 +134,108 @@ def test_mistakes_are_named_without_a_traceback(
     assert what in err
     assert "Traceback" not in err
     assert out == ""
+
+
+@pytest.fixture
+def clip(tmp_path: Path, pictures: list[np.ndarray]) -> Path:
+    """Five frames at ten a second."""
+    import av
+
+    path = tmp_path / "clip.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 80, 80, "yuv420p"
+        for shift in range(5):
+            pixels = np.roll(pictures[2], shift, axis=1)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode(None))
+    return path
+
+
+def test_videos_give_a_line_a_frame_and_files(run: Run, clip: Path, folder: Path) -> None:
+    code, out, err = run(
+        clip,
+        folder / "a0.png",
+        "--json",
+        "--every",
+        "2",
+        "--save",
+        "pictures,json,csv",
+        "-o",
+        "out",
+    )
+    assert (code, "saved 6 files" in err) == (0, True)
+    picture, *frames = [json.loads(line) for line in out.splitlines()]
+    assert picture["file"] == str(folder / "a0.png")
+    assert [(f["file"], f["frame"], f["seconds"]) for f in frames] == [
+        (str(clip), index, index / 10) for index in (0, 2, 4)
+    ]
+    assert {path.name for path in Path("out").iterdir()} >= {"clip.mp4", "clip.jsonl", "clip.csv"}
+    assert [json.loads(line) for line in Path("out/clip.jsonl").read_text().splitlines()] == frames
+
+
+def test_videos_are_listed_for_people(run: Run, clip: Path) -> None:
+    code, out, _ = run(clip, "--save", "none", "--top", "1")
+    assert code == 0
+    lines = out.splitlines()
+    assert len(lines) == 5
+    assert lines[3].startswith(f"{clip} 0.30 s: ")
+
+
+def test_a_broken_video_keeps_what_came_before(run: Run, clip: Path) -> None:
+    data = clip.read_bytes()
+    clip.write_bytes(data[: len(data) // 2])
+    code, _, err = run(clip, "--save", "csv")
+    assert code == 3
+    assert "clip.mp4" in err
+    assert "Traceback" not in err
+
+
+def test_augmentation_and_limits_reach_the_detector(
+    run: Run, detector: Detector, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    original = Detector.predict_images
+
+    def watch(self, images, vocabulary, settings):
+        seen.append((vocabulary, settings))
+        return original(self, images, vocabulary, settings)
+
+    monkeypatch.setattr(Detector, "predict_images", watch)
+    words = [folder / "a0.png", "--json", "-v", "red circle, red star"]
+    run(*words)
+    run(*words, "--tta", "--base-above", "-1")
+    (plain, settings), (spread, augmented) = seen
+    assert not settings.augmented
+    assert (augmented.flip, augmented.scales) == (True, (0.75, 1.0, 1.25))
+    assert plain.base.tolist() == [True, False]
+    assert spread.base.all()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "what"),
+    [
+        (["{clip}", "--save", "crops"], 3, "'crops' of a video"),
+        (["{clip}", "--every", "0"], 2, "--every"),
+        (["absent.mp4"], 3, "no video file"),
+        (["{clip}", "--precision", "fp16"], 3, "needs a GPU"),
+        (["{clip}", "--precision", "fp8"], 2, "--precision"),
+    ],
+)
+def test_mistakes_with_videos_are_named(
+    run: Run, clip: Path, words: list[str], code: int, what: str
+) -> None:
+    found, out, err = run(*[word.format(clip=clip) for word in words])
+    assert (found, out) == (code, "")
+    assert what in err
+    assert "Traceback" not in err
+
+
+def test_without_pyav_the_command_is_named_before_any_work(
+    run: Run, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "av", None)
+    monkeypatch.setattr(detector_files, "open_named", lambda *_, **__: pytest.fail("opened"))
+    code, out, err = run(clip)
+    assert (code, out) == (5, "")
+    assert "pip install 'proxydet[video]'" in err

@@ -1,0 +1,313 @@
+"""Looking at videos: what is saved, in which order things happen, and what is kept when something breaks."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import threading
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from proxydet.detector import Detector
+from proxydet.errors import ConfigError, DataError, Interrupted
+from proxydet.modeling.config import InferenceConfig
+from proxydet.video.ahead import read_ahead
+from proxydet.video.frames import look_at_frames
+from proxydet.video.reading import VideoReader
+from proxydet.video.run import VideoPlan, VideoSummary, name_videos, predict_video_file
+from proxydet.video.saving import KINDS
+from proxydet.video.source import VideoSource
+from proxydet.visualization.colours import colour_of
+
+
+def look(bars, source, output: Path, **changes) -> VideoSummary:
+    plan = VideoPlan(
+        **{
+            "vocabulary": bars.vocabulary,
+            "settings": InferenceConfig(),
+            "output": output,
+            "kinds": KINDS,
+            **changes,
+        }
+    )
+    video = name_videos([source])[0]
+    return predict_video_file(bars, video, plan)
+
+
+def decoded(path: Path) -> list:
+    with VideoReader(path) as reader:
+        return list(reader)
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+def test_everything_is_saved_and_says_the_same(bars, make, output: Path) -> None:
+    results = []
+    summary = look(bars, make(), output, on_result=lambda name, result: results.append(result))
+    assert (summary.frames, summary.detections, summary.broken) == (24, 24, None)
+    assert summary.saved == tuple(output / f"clip.{kind}" for kind in ("mp4", "jsonl", "csv"))
+    lines = [json.loads(line) for line in (output / "clip.jsonl").read_text().splitlines()]
+    assert [line["frame"] for line in lines] == list(range(24))
+    assert [line["seconds"] for line in lines] == [i / 10 for i in range(24)]
+    with (output / "clip.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for result, line, row in zip(results, lines, rows, strict=True):
+        (entry,) = line["detections"]
+        assert entry["box_xyxy"] == result.found.boxes_xyxy[0].tolist()
+        assert (int(row["frame"]), row["label"], float(row["score"])) == (
+            line["frame"],
+            "bar",
+            0.75,
+        )
+        assert int(row["mask_area"]) == result.found.masks[0].sum()
+    assert not list(output.glob(".*"))
+
+
+def test_the_annotated_video_keeps_times_and_shows_what_was_found(bars, make, output: Path) -> None:
+    times = [0, 40, 90, 400, 1000, 1020, 1500, 2100]
+    path = make(frames=8, times=times)
+    look(bars, path, output, kinds=["pictures"])
+    drawn = decoded(output / "clip.mp4")
+    assert [frame.seconds for frame in drawn] == pytest.approx([t / 1000 for t in times], abs=2e-3)
+    with av.open(str(output / "clip.mp4")) as container:
+        assert container.streams.video[0].codec_context.name == "h264"
+    before = decoded(path)
+    colour = np.array(colour_of("bar"))
+    for old, new in zip(before, drawn, strict=True):
+        assert new.pixels.shape == old.pixels.shape
+        # The left edge of the box, below the label: the class's colour in every frame.
+        left = 3 * old.index % 80
+        edge = new.pixels[44:60, left : left + 2].reshape(-1, 3).astype(int).mean(axis=0)
+        assert np.abs(edge - colour).max() < 75
+        far = np.s_[50:, (left + 45) % 96 : (left + 45) % 96 + 4]
+        assert np.abs(new.pixels[far].astype(int) - old.pixels[far]).mean() < 6
+
+
+@pytest.mark.parametrize("size", [(63, 95), (33, 64)])
+def test_odd_sizes_are_encoded(make, output: Path, size: tuple[int, int]) -> None:
+    # Only 4:2:0 asks for even sides; a source without it may be odd.
+    path = make("clip.avi", 3, size=(size[0] + size[0] % 2, size[1] + size[1] % 2))
+    with VideoReader(path) as reader:
+        frames = list(reader)
+        from proxydet.video.writing import VideoWriter
+
+        output.mkdir()
+        writer = VideoWriter(output / "odd.mp4", reader.info)
+        for frame in frames:
+            writer.write(frame.pts, frame.pixels[: size[0], : size[1]])
+        made = writer.finish()
+    assert made is not None
+    first = decoded(made)[0].pixels
+    assert first.shape[:2] == (size[0] + size[0] % 2, size[1] + size[1] % 2)
+
+
+def test_sound_is_copied_as_it_is(bars, make, output: Path) -> None:
+    path = make(sound=True)
+    look(bars, path, output, kinds=["pictures"])
+
+    def packets(file: Path) -> list[bytes]:
+        with av.open(str(file)) as container:
+            return [bytes(p) for p in container.demux(audio=0) if p.size]
+
+    assert len(packets(path)) > 50
+    assert packets(output / "clip.mp4") == packets(path)
+
+
+def test_without_every_frame_there_is_no_sound(bars, make, output: Path) -> None:
+    summary = look(bars, make(sound=True), output, kinds=["pictures", "csv"], every=5)
+    assert summary.frames == 5
+    with av.open(str(output / "clip.mp4")) as container:
+        assert not container.streams.audio
+    assert [frame.seconds for frame in decoded(output / "clip.mp4")] == pytest.approx(
+        [0, 0.5, 1.0, 1.5, 2.0], abs=2e-3
+    )
+
+
+def test_what_came_before_a_break_is_kept(bars, make, output: Path) -> None:
+    path = make("clip.mkv", frames=60, sound=True)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    summary = look(bars, path, output)
+    assert summary.broken is not None
+    assert "cut off" in summary.broken
+    assert 5 < summary.frames < 60
+    assert len((output / "clip.jsonl").read_text().splitlines()) == summary.frames
+    assert len(decoded(output / "clip.mp4")) == summary.frames
+
+
+def test_a_video_that_breaks_before_its_first_frame_is_an_error(bars, make, output: Path) -> None:
+    path = make("clip.mkv", frames=60)
+    path.write_bytes(path.read_bytes()[:900])
+    with pytest.raises(DataError, match=r"clip\.mkv"):
+        look(bars, path, output)
+    assert not [p for p in output.rglob("*") if p.is_file()]
+
+
+def test_ctrl_c_completes_the_files(bars, make, output: Path) -> None:
+    seen = itertools.count(1)
+
+    def stop(*_: object) -> None:
+        if next(seen) == 9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match="stopped after 9 frames") as caught:
+        look(bars, make(frames=60), output, on_result=stop)
+    assert caught.value.exit_code == 130
+    lines = (output / "clip.jsonl").read_text().splitlines()
+    assert 8 <= len(lines) <= 9
+    assert len(decoded(output / "clip.mp4")) == len(lines)
+    assert not list(output.glob(".*"))
+
+
+def test_an_error_in_saving_leaves_no_half_files(bars, make, output: Path, monkeypatch) -> None:
+    from proxydet.video.saving import CsvTable
+
+    def full(*_: object) -> None:
+        raise OSError(28, "no space left")
+
+    monkeypatch.setattr(CsvTable, "add", full)
+    with pytest.raises(OSError, match="no space"):
+        look(bars, make(), output)
+    assert list(output.iterdir()) == []
+
+
+def test_the_video_that_is_read_is_never_replaced(bars, make, tmp_path: Path) -> None:
+    path = make()
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match="replace"):
+        look(bars, path, tmp_path)
+    assert path.read_bytes() == before
+
+
+def test_kinds_that_a_video_has_not_are_named(bars, make, output: Path) -> None:
+    with pytest.raises(ConfigError, match="'crops'"):
+        look(bars, make(), output, kinds=["crops"])
+
+
+def test_a_camera_ends_with_ctrl_c_and_drops_what_comes_too_fast(bars, output: Path) -> None:
+    camera = VideoSource(name="webcam:0", url="testsrc=size=64x48:rate=500", format="lavfi")
+    assert camera.live
+    seen = itertools.count(1)
+
+    def slow(*_: object) -> None:
+        time.sleep(0.02)
+        if next(seen) == 12:
+            raise KeyboardInterrupt
+
+    summary = look(bars, camera, output, on_result=slow)
+    assert summary.frames == 12
+    assert set(bars.batches) == {1}
+    lines = [json.loads(line) for line in (output / "webcam_0.jsonl").read_text().splitlines()]
+    assert lines[0]["frame"] <= 2
+    assert lines[-1]["frame"] > 14
+    assert len(decoded(output / "webcam_0.mp4")) == len(lines)
+
+
+def test_videos_of_one_name_get_files_of_their_own(make, tmp_path: Path) -> None:
+    first = make(frames=1)
+    (tmp_path / "other").mkdir()
+    second = Path(tmp_path / "other" / "clip.mp4")
+    second.write_bytes(first.read_bytes())
+    assert [str(v.name) for v in name_videos([first, second, first])] == ["clip", "clip_2"]
+
+
+def test_batches_are_filled_and_the_rest_is_looked_at(bars, make) -> None:
+    results = look_at_frames(
+        bars, VideoReader(make()), bars.vocabulary, InferenceConfig(), batch_size=5
+    )
+    assert [result.index for result in results] == list(range(24))
+    assert bars.batches == [5, 5, 5, 5, 4]
+
+
+def test_decoding_goes_on_while_the_network_works() -> None:
+    produced = []
+    given = threading.Event()
+
+    def frames():
+        for index in range(10):
+            produced.append(index)
+            if index == 4:
+                given.set()
+            yield index
+
+    ahead = read_ahead(frames(), 4)
+    assert next(ahead) == 0
+    assert given.wait(5), "the thread did not run ahead"
+    time.sleep(0.05)
+    assert len(produced) <= 6  # one taken, four waiting, one in hand
+    assert list(ahead) == list(range(1, 10))
+
+
+def test_an_error_comes_after_the_items_before_it() -> None:
+    def broken():
+        yield from range(3)
+        raise DataError("broken")
+
+    ahead = read_ahead(broken(), 8)
+    assert [next(ahead) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(DataError, match="broken"):
+        next(ahead)
+
+
+def test_closing_ends_the_thread() -> None:
+    ahead = read_ahead(itertools.count(), 2)
+    next(ahead)
+    ahead.close()
+    assert not [t for t in threading.enumerate() if t.name == "read-ahead" and t.is_alive()]
+
+
+def test_the_newest_items_win_where_asked() -> None:
+    taken, enough = threading.Event(), threading.Event()
+
+    def fast():
+        yield 0
+        taken.wait(5)
+        yield from range(1, 50)
+        enough.set()
+        yield 50
+
+    ahead = read_ahead(fast(), 1, newest=True)
+    assert next(ahead) == 0
+    taken.set()
+    assert enough.wait(5)
+    time.sleep(0.1)
+    assert list(ahead) == [50]
+
+
+def test_drawing_and_encoding_run_beside_the_network(bars, make, output: Path, monkeypatch) -> None:
+    from proxydet.video.saving import DrawnVideo
+
+    threads = set()
+    original = DrawnVideo.add
+
+    def watch(self, result, prepared):
+        threads.add(threading.current_thread().name)
+        original(self, result, prepared)
+
+    monkeypatch.setattr(DrawnVideo, "add", watch)
+    look(bars, make(), output, kinds=["pictures"])
+    assert threads == {"encode_0"}
+
+
+def test_frames_are_found_as_pictures_are(detector_of_shapes: Detector, make) -> None:
+    path = make(frames=6)
+    with VideoReader(path) as reader:
+        pictures = [frame.pixels for frame in reader]
+    results = list(
+        detector_of_shapes.predict_video(path, score_threshold=0.02, max_detections=5, batch_size=4)
+    )
+    assert [result.index for result in results] == list(range(6))
+    for result, picture in zip(results, pictures, strict=True):
+        alone = detector_of_shapes.predict(picture, score_threshold=0.02, max_detections=5)
+        assert alone.labels == result.found.labels
+        np.testing.assert_allclose(alone.scores, result.found.scores, atol=1e-5)
+    with pytest.raises(DataError, match="no video file"):
+        detector_of_shapes.predict_video("absent.mp4")

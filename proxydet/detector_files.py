@@ -149,6 +149,13 @@ def open_named(
     return open_checkpoint(cls, Path(name), given, None, chosen)
 
 
+def shown_name(*, run: Path | None, weights: str | None) -> str:
+    """What to call the detector that `open_named` opens: the run folder's name, the file's or the model's."""
+    if run is not None:
+        return run.resolve().name
+    return Path(weights).name if weights is not None else _DEFAULT
+
+
 def _pretrained(name: str) -> _Settings:
     if name not in _PRETRAINED:
         raise InputError(

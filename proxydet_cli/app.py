@@ -31,6 +31,7 @@ COMMANDS: dict[str, str] = {
     "train": "Train a detector, from one CPU to many machines; resume.",
     "eval": "Measure average precision, with error bars; compare.",
     "predict": "Find objects in pictures, by any words.",
+    "serve": "Do the same from a web page, or by HTTP.",
 }
 """Name and one-line help of each command, in the order of ``--help``."""
 

@@ -48,7 +48,7 @@ class Output:
             _write(_as_text(value) if text is None else text)
 
     def line(self, value: object) -> None:
-        """Write one of many results to stdout, as JSON on a line of its own."""
+        """Write a value to stdout as one line of JSON, for programs that read while a command goes on."""
         _write(json_module.dumps(_plain(value), ensure_ascii=False))
 
     def table(

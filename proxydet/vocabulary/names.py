@@ -12,8 +12,9 @@ from typing import Any
 from proxydet.errors import VocabularyError
 
 _LARGEST_FILE = 32 * 1024 * 1024
+# The blanks in front are taken whole (a look-ahead does not go back), or a long row of them would take quadratic time.
 _NEXT_NAME = re.compile(
-    r'(?P<name>\s*(?:"(?P<quoted>(?:[^"]|"")*)"|(?P<plain>[^",\s][^,]*|))\s*)(?:,|$)'
+    r'(?P<name>(?=(?P<blanks>\s*))(?P=blanks)(?:"(?P<quoted>(?:[^"]|"")*)"|(?P<plain>[^",\s][^,]*|))\s*)(?:,|$)'
 )
 
 

@@ -40,6 +40,7 @@ RANK = {
     **dict.fromkeys(
         ["data_preview", "picture_files", "prediction_output", "prediction_run", "video"], 5
     ),
+    "serving": 6,
     "training": 7,
     "evaluation": 8,
     # What puts everything together.

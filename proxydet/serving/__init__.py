@@ -1,0 +1,1 @@
+"""The web page and the JSON endpoint: a detector behind HTTP, for one machine."""

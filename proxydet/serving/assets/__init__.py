@@ -1,0 +1,1 @@
+"""What the browser is given: a page, its style, its scripts."""

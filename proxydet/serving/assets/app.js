@@ -1,0 +1,279 @@
+// The page: a picture and words go to the server once; the slider filters what came back.
+
+import { colourOf, css } from "./colours.js";
+import { Drawing } from "./drawing.js";
+
+const ASKED_THRESHOLD = 0.1;
+
+const at = Object.fromEntries([...document.querySelectorAll("[id]")].map((element) => [element.id, element]));
+const state = { info: null, file: null, bitmap: null, drawing: null, result: null, seconds: 0, alone: null, pinned: null, asking: null };
+
+start();
+
+async function start() {
+  connect();
+  at.curl.textContent = `curl -F picture=@photo.jpg -F words='cup, plate' ${new URL("api/predict", location.href)}`;
+  try {
+    const response = await fetch("api/info");
+    if (!response.ok) throw await problemOf(response);
+    state.info = await response.json();
+    describe(state.info);
+  } catch (error) {
+    showProblem(error);
+  }
+}
+
+function describe({ model, version, words }) {
+  at.model.textContent = `${model.name} on ${model.device}, version ${version}`;
+  const count = words.default.length;
+  at.words.placeholder = count > 8 ? `empty: the ${count} words that the server was started with` : words.default.join(", ");
+  if (words.known) {
+    at.known.hidden = false;
+    at["known-words"].textContent = words.known.join(", ");
+  }
+  if (!words.free) at["words-help"].textContent = `Only the default words: ${words.why_not}`;
+}
+
+function connect() {
+  at.choose.addEventListener("click", () => at.file.click());
+  at.file.addEventListener("change", () => take(at.file.files));
+  document.addEventListener("dragover", (event) => {
+    event.preventDefault();
+    at.stage.classList.add("over");
+  });
+  document.addEventListener("dragleave", (event) => {
+    if (!event.relatedTarget) at.stage.classList.remove("over");
+  });
+  document.addEventListener("drop", (event) => {
+    event.preventDefault();
+    at.stage.classList.remove("over");
+    take(event.dataTransfer.files);
+  });
+  document.addEventListener("paste", (event) => {
+    if (event.clipboardData.files.length) {
+      event.preventDefault();
+      take(event.clipboardData.files);
+    }
+  });
+  at.form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    ask();
+  });
+  at.words.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+      event.preventDefault();
+      ask();
+    }
+  });
+  at.threshold.addEventListener("input", show);
+  at["show-masks"].addEventListener("change", draw);
+  at["show-labels"].addEventListener("change", draw);
+  at["save-json"].addEventListener("click", saveJson);
+  at["save-picture"].addEventListener("click", savePicture);
+  at.canvas.addEventListener("click", pick);
+  new ResizeObserver(() => draw()).observe(at.stage);
+}
+
+async function take(files) {
+  const [file] = files;
+  at.file.value = "";
+  if (!file) return;
+  state.asking?.abort();
+  const limit = state.info?.limits.max_upload_bytes;
+  if (limit && file.size > limit) {
+    showProblem({ message: `${file.name} is larger than the ${(limit / 2 ** 20).toFixed(0)} MiB that are accepted`, hint: "Take a smaller copy." });
+    return;
+  }
+  state.file = file;
+  state.result = null;
+  at["file-name"].textContent = file.name;
+  at.results.hidden = true;
+  state.bitmap = await createImageBitmap(file).catch(() => null);
+  if (state.file !== file) return;
+  if (state.bitmap) useDrawing(state.bitmap, state.bitmap);
+  await ask();
+}
+
+function useDrawing(picture, { width, height }) {
+  state.drawing = new Drawing(picture, { width, height });
+  at.invitation.hidden = true;
+  at.canvas.hidden = false;
+  at.stage.classList.add("filled");
+  draw();
+}
+
+async function ask() {
+  hideProblem();
+  if (!state.file) {
+    showProblem({ message: "There is no picture yet.", hint: "Drop one on the page, paste one, or choose a file." });
+    at.choose.focus();
+    return;
+  }
+  state.asking?.abort();
+  const asking = new AbortController();
+  state.asking = asking;
+  const body = new FormData();
+  body.append("picture", state.file);
+  body.append("words", at.words.value.replace(/\s*\n\s*/g, ", "));
+  body.append("score_threshold", ASKED_THRESHOLD);
+  const began = performance.now();
+  at.working.hidden = false;
+  try {
+    const response = await fetch("api/predict", { method: "POST", body, signal: asking.signal });
+    if (!response.ok) throw await problemOf(response);
+    const result = await response.json();
+    if (state.asking !== asking) return;
+    state.seconds = (performance.now() - began) / 1000;
+    receive(result);
+  } catch (error) {
+    if (error.name !== "AbortError" && state.asking === asking) showProblem(error);
+  } finally {
+    if (state.asking === asking) at.working.hidden = true;
+  }
+}
+
+function receive(result) {
+  state.result = result;
+  state.alone = state.pinned = null;
+  // Kinds of files that the browser cannot show (TIFF) are drawn on grey.
+  const { size } = state.drawing ?? {};
+  if (!state.bitmap || size.width !== result.width || size.height !== result.height) useDrawing(state.bitmap, result);
+  at.results.hidden = false;
+  show();
+}
+
+function shown() {
+  const threshold = Number(at.threshold.value);
+  return state.result ? state.result.detections.filter((item) => item.score > threshold) : [];
+}
+
+function show() {
+  const items = shown();
+  const threshold = Number(at.threshold.value).toFixed(2);
+  at["threshold-value"].textContent = threshold;
+  at.threshold.setAttribute("aria-valuetext", `${threshold}, ${items.length} shown`);
+  if (!items.includes(state.pinned)) state.pinned = null;
+  state.alone = state.pinned;
+  at.list.replaceChildren(...items.map(entry));
+  at.summary.textContent = summary(items);
+  at.canvas.setAttribute("aria-label", `${state.file.name} with what was found drawn on it`);
+  draw();
+}
+
+function summary(items) {
+  const counts = new Map();
+  for (const { label } of items) counts.set(label, (counts.get(label) ?? 0) + 1);
+  const parts = [...counts].slice(0, 6).map(([label, count]) => (count > 1 ? `${count} × ${label}` : label));
+  const more = counts.size > 6 ? ` and ${counts.size - 6} more kinds` : "";
+  const below = state.result.detections.length - items.length;
+  const hidden = below ? ` ${below} more below this score.` : "";
+  return `${items.length ? `${items.length} found: ${parts.join(", ")}${more}.` : "Nothing found."}${hidden} ${state.seconds.toFixed(1)} s.`;
+}
+
+function entry(item) {
+  const row = document.createElement("li");
+  const button = document.createElement("button");
+  button.type = "button";
+  button.setAttribute("aria-pressed", String(item === state.pinned));
+  const mark = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  mark.setAttribute("viewBox", "0 0 14 14");
+  mark.setAttribute("aria-hidden", "true");
+  const square = document.createElementNS("http://www.w3.org/2000/svg", "rect");
+  for (const [name, value] of Object.entries({ width: 14, height: 14, rx: 3, fill: css(colourOf(item.label)) })) square.setAttribute(name, value);
+  mark.append(square);
+  button.append(mark, textOf("label", item.label), textOf("score", item.score.toFixed(2)));
+  const alone = (value) => () => {
+    state.alone = value ?? state.pinned;
+    draw();
+  };
+  for (const name of ["mouseenter", "focus"]) button.addEventListener(name, alone(item));
+  for (const name of ["mouseleave", "blur"]) button.addEventListener(name, alone(null));
+  button.addEventListener("click", () => pin(state.pinned === item ? null : item));
+  row.append(button);
+  return row;
+}
+
+function textOf(kind, text) {
+  const element = document.createElement("span");
+  element.className = kind;
+  element.textContent = text;
+  return element;
+}
+
+function pin(item) {
+  state.pinned = state.alone = item;
+  const items = shown();
+  [...at.list.children].forEach((row, index) => row.firstChild.setAttribute("aria-pressed", String(items[index] === item)));
+  draw();
+}
+
+function pick(event) {
+  if (!state.drawing) return;
+  const { left, top, width, height } = at.canvas.getBoundingClientRect();
+  const x = ((event.clientX - left) / width) * state.drawing.size.width;
+  const y = ((event.clientY - top) / height) * state.drawing.size.height;
+  const under = shown().filter(({ box_xyxy: [x0, y0, x1, y1] }) => x0 <= x && x <= x1 && y0 <= y && y <= y1);
+  const area = ({ box_xyxy: [x0, y0, x1, y1] }) => (x1 - x0) * (y1 - y0);
+  const smallest = under.sort((a, b) => area(a) - area(b))[0] ?? null;
+  pin(smallest === state.pinned ? null : smallest);
+}
+
+function options(shownWidth) {
+  return { masks: at["show-masks"].checked, labels: at["show-labels"].checked, alone: state.alone, shownWidth };
+}
+
+function draw() {
+  if (!state.drawing) return;
+  fit();
+  state.drawing.draw(at.canvas, shown(), options(at.canvas.clientWidth));
+}
+
+/** Small pictures fill the stage; large ones are bounded by the style sheet. */
+function fit() {
+  const { width, height } = state.drawing.size;
+  const room = Math.min(innerHeight * (innerWidth > 900 ? 0.82 : 0.6), (at.stage.clientWidth * height) / width);
+  at.canvas.style.width = `${(room * width) / height}px`;
+  at.canvas.style.height = `${room}px`;
+}
+
+function saveJson() {
+  const content = { ...state.result, detections: shown() };
+  save(new Blob([JSON.stringify(content, null, 2)], { type: "application/json" }), `${stem()}.json`);
+}
+
+function savePicture() {
+  const canvas = document.createElement("canvas");
+  state.drawing.draw(canvas, shown(), options(Math.min(state.drawing.size.width * state.drawing.scale, 1000)));
+  canvas.toBlob((blob) => save(blob, `${stem()}_found.png`), "image/png");
+}
+
+function stem() {
+  return state.file.name.replace(/\.[^.]*$/, "") || "picture";
+}
+
+function save(blob, name) {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(blob);
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+}
+
+async function problemOf(response) {
+  try {
+    return (await response.json()).error;
+  } catch {
+    return { message: `The server answered ${response.status}.`, hint: "Try again in a moment." };
+  }
+}
+
+function showProblem(error) {
+  const unreachable = error instanceof TypeError;
+  at["problem-message"].textContent = unreachable ? "The server does not answer." : error.message;
+  at["problem-hint"].textContent = unreachable ? "Is proxydet serve still running?" : error.hint ?? "";
+  at.problem.hidden = false;
+}
+
+function hideProblem() {
+  at.problem.hidden = true;
+}

@@ -1,0 +1,184 @@
+"""Runs the application under uvicorn: address, patience with slow clients, stopping."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import ipaddress
+import signal
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from proxydet.errors import ConfigError, EnvironmentProblem, Interrupted
+from proxydet.serving.app import ServingApp
+
+_LONGEST_HEAD = 64 * 1024
+_KEEP_ALIVE_SECONDS = 5
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Take an address; nothing is accepted on it yet.
+
+    Args:
+        host: Name or address of this machine.
+        port: 0 takes any free one.
+
+    Raises:
+        ConfigError: There is no such host.
+        EnvironmentProblem: The port is taken or may not be used.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(
+            f"the host {host!r} cannot be found: {error}", hint="leave --host out for this machine"
+        ) from error
+    taken = socket.socket(family, kind, protocol)
+    try:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(address)
+    except OSError as error:
+        taken.close()
+        raise _cannot_bind(host, port, error) from error
+    return taken
+
+
+def is_loopback(listening: socket.socket) -> bool:
+    """Whether only programs on this machine can reach a socket."""
+    return ipaddress.ip_address(listening.getsockname()[0].split("%")[0]).is_loopback
+
+
+def address_of(listening: socket.socket) -> str:
+    """The page's address for a browser on this machine."""
+    host, port = listening.getsockname()[:2]
+    if ipaddress.ip_address(host.split("%")[0]).is_unspecified:
+        host = "127.0.0.1" if listening.family == socket.AF_INET else "::1"
+    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+
+
+def serve(
+    app: ServingApp, listening: socket.socket, *, on_started: Callable[[], None] = lambda: None
+) -> None:
+    """Answer requests until SIGINT or SIGTERM; what is being looked at then is finished.
+
+    Args:
+        app: The application.
+        listening: A socket of `bind`.
+        on_started: Called when requests are accepted.
+
+    Raises:
+        Interrupted: A second SIGINT came: nothing more was waited for.
+    """
+    server = Server(app, on_started)
+    server.run(sockets=[listening])
+    if server.force_exit:
+        raise Interrupted("the server was stopped before it had finished", signal_number=2)
+
+
+class Server(uvicorn.Server):
+    """Tells the queue when it stops, and ends without raising the signal again: stopping is how a server ends."""
+
+    def __init__(self, app: ServingApp, on_started: Callable[[], None]) -> None:
+        settings = app.settings
+
+        class Protocol(PatientProtocol):
+            header_seconds = settings.header_seconds
+
+        config = uvicorn.Config(
+            app,
+            http=Protocol,
+            ws="none",
+            loop="asyncio",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            limit_concurrency=settings.connections,
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=max(round(settings.stop_seconds), 1),
+            h11_max_incomplete_event_size=_LONGEST_HEAD,
+        )
+        super().__init__(config)
+        self._serving_app = app
+        self._on_started = on_started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to accept requests."""
+        await super().startup(sockets)
+        self._on_started()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Refuse what waits, finish what runs."""
+        self._serving_app.queue.stop()
+        await super().shutdown(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        """Note a signal; a second SIGINT waits for nothing."""
+        if self.should_exit and sig == signal.SIGINT:
+            self.force_exit = True
+        self.should_exit = True
+
+
+class PatientProtocol(H11Protocol):
+    """HTTP/1.1 that closes connections on which the head of a request does not arrive in time."""
+
+    header_seconds: float = 10.0
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Expect a request."""
+        super().connection_made(transport)
+        self._expect_head()
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes; those of an unfinished head set the deadline, unless it is set."""
+        super().data_received(data)
+        if self._in_request():
+            self._forget_deadline()
+        elif self._deadline is None:
+            self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Expect nothing more."""
+        self._forget_deadline()
+        super().connection_lost(exc)
+
+    def _in_request(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _expect_head(self) -> None:
+        self._deadline = self.loop.call_later(self.header_seconds, self._give_up)
+
+    def _forget_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _give_up(self) -> None:
+        self._deadline = None
+        if not self._in_request():
+            self.transport.close()
+
+
+def _cannot_bind(host: str, port: int, error: OSError) -> EnvironmentProblem:
+    if error.errno == errno.EADDRINUSE:
+        return EnvironmentProblem(
+            f"port {port} of {host} is in use by another program",
+            hint="give another with --port; --port 0 takes any free one",
+        )
+    if error.errno == errno.EACCES:
+        return EnvironmentProblem(
+            f"port {port} of {host} may not be used by this user",
+            hint="give a port above 1023 with --port",
+        )
+    return EnvironmentProblem(
+        f"{host} port {port} cannot be listened on: {error.strerror or error}",
+        hint="give an address of this machine with --host",
+    )

@@ -1,0 +1,189 @@
+"""``proxydet serve``: a web page and a JSON endpoint around a detector."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from proxydet_cli.detector_options import (
+    Classes,
+    Device,
+    NamesFile,
+    Run,
+    Sizes,
+    VocabularySource,
+    Weights,
+    check_choice,
+    chosen_vocabulary,
+)
+from proxydet_cli.options import Json, command_app, examples
+
+if TYPE_CHECKING:
+    import socket
+
+    from proxydet_cli.output import Output
+
+app = command_app()
+
+Host = Annotated[
+    str,
+    typer.Option(
+        "--host", help="Address to listen on; 0.0.0.0: all of this machine's. No password is asked."
+    ),
+]
+Port = Annotated[
+    int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0: any free one.")
+]
+AllowHost = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-host",
+        metavar="NAME",
+        help="A name under which the server may be addressed, besides localhost; may be repeated.",
+    ),
+]
+OpenPage = Annotated[bool, typer.Option("--open", help="Open the page in the browser.")]
+MaxUpload = Annotated[
+    float, typer.Option("--max-upload", min=0.01, metavar="MIB", help="Largest picture file.")
+]
+MaxMegapixels = Annotated[
+    float, typer.Option("--max-megapixels", min=0.01, help="Largest picture, in million pixels.")
+]
+Queue = Annotated[
+    int, typer.Option("--queue", min=1, help="Requests that may wait; more are refused.")
+]
+Timeout = Annotated[
+    float, typer.Option("--timeout", min=0.1, help="Longest time for an answer, in seconds.")
+]
+
+
+@app.command(
+    epilog=examples(
+        "proxydet serve --run runs/quickstart --open",
+        "proxydet serve -v 'mug, kettle' --port 0 --json",
+        "proxydet serve --host 0.0.0.0 --allow-host detector.example.org",
+    )
+)
+def serve(  # noqa: PLR0913 one parameter an option
+    classes: Classes = None,
+    vocabulary: VocabularySource = None,
+    names: NamesFile = None,
+    run: Run = None,
+    weights: Weights = None,
+    config: Sizes = None,
+    device: Device = "auto",
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    allow_host: AllowHost = None,
+    open_page: OpenPage = False,
+    max_upload: MaxUpload = 20,
+    max_megapixels: MaxMegapixels = 50,
+    queue: Queue = 32,
+    timeout: Timeout = 60,
+    json: Json = False,
+) -> None:
+    """Find objects from a web page, or by HTTP.
+
+    Listens on this machine only, unless told otherwise, until Ctrl-C or SIGTERM; then it finishes the picture that it
+    is looking at and ends with exit code 0. Words of -v or --vocabulary are looked for where a request names none.
+    """
+    from proxydet_cli.output import Output
+
+    out = Output(json=json)
+    check_choice(classes, vocabulary, names)
+    _check_packages()
+    from proxydet.serving.server import bind, is_loopback
+    from proxydet.serving.settings import ServingSettings
+
+    with bind(host, port) as listening:
+        own = is_loopback(listening)
+        settings = ServingSettings(
+            max_upload_bytes=round(max_upload * 2**20),
+            max_pixels=round(max_megapixels * 1e6),
+            queue_places=queue,
+            wait_seconds=timeout,
+            allowed_hosts=_host_names(allow_host, host),
+            loopback_only=own,
+        )
+        if not own:
+            out.warning(
+                "everyone who reaches this machine over the network can use this server: it asks for no password "
+                "and does not encrypt"
+            )
+        from proxydet.detector import Detector
+        from proxydet.detector_files import open_named, shown_name
+        from proxydet.serving.app import build_app
+        from proxydet.serving.server import serve as serve_app
+
+        detector = open_named(Detector, run=run, weights=weights, config=config, device=device)
+        wanted = chosen_vocabulary(detector, classes, vocabulary, names)
+        _show_server_logs()
+        application = build_app(
+            detector, settings, vocabulary=wanted, name=shown_name(run=run, weights=weights)
+        )
+        serve_app(application, listening, on_started=lambda: _announce(out, listening, open_page))
+    out.message("stopped")
+
+
+def _check_packages() -> None:
+    """Say before any work what is not installed."""
+    from importlib.util import find_spec
+
+    from proxydet.errors import MissingDependencyError
+
+    needed = {
+        "starlette": "starlette",
+        "uvicorn": "uvicorn",
+        "python_multipart": "python-multipart",
+    }
+    missing = [name for module, name in needed.items() if find_spec(module) is None]
+    if missing:
+        raise MissingDependencyError(
+            f"the server needs packages that are not installed: {', '.join(missing)}",
+            hint="run: pip install 'proxydet[serve]'",
+        )
+
+
+def _host_names(allowed: list[str] | None, host: str) -> tuple[str, ...]:
+    return tuple(name.strip().lower() for name in (*(allowed or ()), host))
+
+
+def _show_server_logs() -> None:
+    """Show one line a request, and what uvicorn has to say, on stderr."""
+    from proxydet_cli.output import LogHandler
+
+    logging.getLogger("proxydet.serving.access").setLevel(logging.INFO)
+    theirs = logging.getLogger("uvicorn")
+    theirs.setLevel(logging.WARNING)
+    if not theirs.handlers:
+        handler = LogHandler()
+        handler.addFilter(_without_traceback)
+        theirs.addHandler(handler)
+        theirs.propagate = False
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    if record.exc_info and not os.environ.get("PROXYDET_DEBUG"):
+        record.msg = f"{record.getMessage().strip()}: {record.exc_info[1]!r}"
+        record.args, record.exc_info, record.exc_text = None, None, None
+    return True
+
+
+def _announce(out: Output, listening: socket.socket, open_page: bool) -> None:
+    """Say where the page is: on stderr, or as one line of JSON on stdout."""
+    from proxydet.serving.server import address_of
+
+    address = address_of(listening)
+    host, port = listening.getsockname()[:2]
+    if out.json:
+        out.line({"address": address, "host": host, "port": port})
+    else:
+        out.message(f"{address} (Ctrl-C stops)")
+    if open_page:
+        import webbrowser
+
+        if not webbrowser.open(address):
+            out.warning(f"no browser could be opened; the page is {address}")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from proxydet.detector import Detector
 
 _DEFAULT = "proxydet-r50-inl"
+_QUICKSTARTS_RUN = "run"
 _CHECKPOINT = re.compile(r"step_(\d+)\.pth")
 
 
@@ -74,6 +75,7 @@ def open_run(
             hint="make one with: proxydet quickstart",
             path=folder,
         )
+    folder = _run_in(folder)
     settings = _read_settings(folder / "config.yaml")
     weights = checkpoint or _newest_weights(folder)
     vocabulary = Vocabulary.load(folder / "vocabulary.npz")
@@ -152,7 +154,8 @@ def open_named(
 def shown_name(*, run: Path | None, weights: str | None) -> str:
     """What to call the detector that `open_named` opens: the run folder's name, the file's or the model's."""
     if run is not None:
-        return run.resolve().name
+        found = _run_in(run.resolve())
+        return found.parent.name if found.name == _QUICKSTARTS_RUN else found.name
     return Path(weights).name if weights is not None else _DEFAULT
 
 
@@ -194,6 +197,13 @@ def _open(
         longest=settings.data.test_longest_side,
         encoder=encoder,
     )
+
+
+def _run_in(folder: Path) -> Path:
+    """The run folder itself; for the folder of a quickstart the one inside it."""
+    inner = folder / _QUICKSTARTS_RUN
+    known = [(place / "config.yaml").is_file() for place in (folder, inner)]
+    return inner if known == [False, True] else folder
 
 
 def _read_settings(path: Path) -> _Settings:

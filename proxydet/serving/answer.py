@@ -15,7 +15,7 @@ from proxydet.detections import Detections
 from proxydet.detector import Detector
 from proxydet.errors import EnvironmentProblem, VocabularyError
 from proxydet.prediction_run import PictureResult
-from proxydet.serving.pictures import FORMATS, decode
+from proxydet.serving.pictures import accepted_formats, decode
 from proxydet.serving.question import Question
 from proxydet.serving.settings import ServingSettings
 from proxydet.serving.upload import Upload
@@ -85,7 +85,7 @@ class Answerer:
                 "known": known,
             },
             "limits": {name: getattr(settings, name) for name in (*limits, *waiting)},
-            "formats": [kind for kind in FORMATS if kind != "MPO"],
+            "formats": list(accepted_formats()),
         }
 
     def _free_words(self) -> tuple[bool, str | None, list[str] | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +16,21 @@ from proxydet.serving.refusals import Refusal
 
 Pixels = npt.NDArray[np.uint8]
 
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")
-"""What is accepted, by Pillow's names. Its other readers are kept away from what strangers send."""
+_WANTED = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 # What Pillow raises for a header that is damaged, as `proxydet.data.images` catches it too.
 _DAMAGE = (OSError, ValueError, SyntaxError, EOFError)
 _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+@cache
+def accepted_formats() -> tuple[str, ...]:
+    """The kinds of pictures that are accepted, by Pillow's names, as far as this Pillow has them.
+
+    Its other readers are kept away from what strangers send: that of PostScript starts another program.
+    """
+    Image.init()
+    return tuple(kind for kind in _WANTED if kind in Image.OPEN)
 
 
 def check_header(data: bytes, max_pixels: int) -> None:
@@ -59,7 +69,7 @@ def decode(data: bytes, name: str, max_pixels: int) -> Pixels:
 @contextmanager
 def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=accepted_formats())
     except _TOO_LARGE as error:
         raise _too_large(max_pixels) from error
     except _DAMAGE as error:
@@ -67,7 +77,7 @@ def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
             415,
             "picture-type",
             "the upload is no picture of a known kind",
-            hint=f"send one of {', '.join(kind for kind in FORMATS if kind != 'MPO')}",
+            hint=f"send one of {', '.join(accepted_formats())}",
         ) from error
     with image:
         if image.width * image.height > max_pixels:

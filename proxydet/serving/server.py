@@ -7,12 +7,15 @@ import errno
 import ipaddress
 import signal
 import socket
+import warnings
 from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
+from PIL.Image import DecompressionBombWarning
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from proxydet.data.images import quiet_worker
 from proxydet.errors import ConfigError, EnvironmentProblem, Interrupted
 from proxydet.serving.app import ServingApp
 
@@ -75,6 +78,9 @@ def serve(
     Raises:
         Interrupted: A second SIGINT came: nothing more was waited for.
     """
+    # Pictures from strangers: damaged EXIF blocks do not touch the pixels, and sizes are checked here.
+    quiet_worker()
+    warnings.simplefilter("ignore", DecompressionBombWarning)
     server = Server(app, on_started)
     server.run(sockets=[listening])
     if server.force_exit:

@@ -26,7 +26,8 @@ async function start() {
 function describe({ model, version, words }) {
   at.model.textContent = `${model.name} on ${model.device}, version ${version}`;
   const count = words.default.length;
-  at.words.placeholder = count > 8 ? `empty: the ${count} words that the server was started with` : words.default.join(", ");
+  const listed = words.default.join(", ");
+  at.words.placeholder = listed.length > 64 ? `empty: the ${count} words that the server was started with` : listed;
   if (words.known) {
     at.known.hidden = false;
     at["known-words"].textContent = words.known.join(", ");

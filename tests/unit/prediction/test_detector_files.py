@@ -61,6 +61,14 @@ def test_a_run_predicts_as_its_network_does(
         assert found.labels == expected.labels
 
 
+def test_a_quickstarts_folder_stands_for_the_run_in_it(run: Path) -> None:
+    opened = Detector.from_run(run.parent, device="cpu")
+    assert opened.vocabulary == Detector.from_run(run, device="cpu").vocabulary
+    assert isinstance(opened.encoder, CompositionalEncoder)
+    assert detector_files.shown_name(run=run.parent, weights=None) == run.parent.name
+    assert detector_files.shown_name(run=run, weights=None) == run.parent.name
+
+
 def test_an_unfinished_run_gives_its_newest_checkpoint(run: Path, network: ProxyDetNetwork) -> None:
     (run / "model_final.pth").unlink()
     with pytest.raises(CheckpointError, match="no weights yet"):
@@ -106,7 +114,7 @@ def test_folders_that_are_no_runs_are_named(run: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no run folder"):
         Detector.from_run(tmp_path / "absent")
     with pytest.raises(InputError, match="no run folder"):
-        Detector.from_run(tmp_path)
+        Detector.from_run(run.parent.parent)
     (run / "config.yaml").write_text("model: {backbon: {}}\n")
     with pytest.raises(ConfigError, match="backbon"):
         Detector.from_run(run)

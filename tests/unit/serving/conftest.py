@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import io
-import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 import numpy as np
@@ -19,6 +18,7 @@ from starlette.testclient import TestClient
 
 from proxydet.detector import Detector
 from proxydet.modeling.network import ProxyDetNetwork
+from proxydet.modeling.prediction import Prediction
 from proxydet.recipes import get_recipe
 from proxydet.serving.app import ServingApp, build_app
 from proxydet.serving.server import Server, bind
@@ -44,6 +44,25 @@ class Running:
         return httpx.Client(base_url=self.url, timeout=seconds, trust_env=False)
 
 
+class HeldDetector(Detector):
+    """Waits in the middle of its work until it is released."""
+
+    def __init__(self, like: Detector) -> None:
+        super().__init__(like.network, shortest=64, longest=100, encoder=like.encoder)
+        self.entered = threading.Event()
+        self.release = threading.Event()
+        self.looks = 0
+        self.failure: Exception | None = None
+
+    def predict_images(self, *arguments: Any, **named: Any) -> list[Prediction]:
+        self.looks += 1
+        self.entered.set()
+        assert self.release.wait(60)
+        if self.failure is not None:
+            raise self.failure
+        return super().predict_images(*arguments, **named)
+
+
 StartServer = Callable[[ServingApp], AbstractContextManager[Running]]
 
 
@@ -61,6 +80,13 @@ def detector() -> Detector:
     return Detector(network, shortest=64, longest=100, encoder=encoder)
 
 
+@pytest.fixture
+def held(detector: Detector) -> Iterator[HeldDetector]:
+    made = HeldDetector(detector)
+    yield made
+    made.release.set()
+
+
 @pytest.fixture(scope="session")
 def pixels() -> np.ndarray:
     return np.random.default_rng(2).integers(0, 256, (48, 64, 3), np.uint8)
@@ -68,7 +94,9 @@ def pixels() -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def png(pixels: np.ndarray) -> bytes:
-    return as_file(pixels, "PNG")
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
 
 
 @pytest.fixture(scope="session")
@@ -99,25 +127,3 @@ def running(app: ServingApp) -> Iterator[Running]:
             server.should_exit = True
             thread.join(60)
             assert not thread.is_alive()
-
-
-def as_file(pixels: np.ndarray, kind: str, **options: object) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, kind, **options)
-    return stream.getvalue()
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 20) -> None:
-    """Wait until something is so."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-def answer_of(connection: socket.socket) -> bytes:
-    """All that a server sends until it closes."""
-    received = b""
-    while piece := connection.recv(65536):
-        received += piece
-    return received

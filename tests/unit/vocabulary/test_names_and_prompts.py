@@ -36,6 +36,13 @@ def test_unusable_lists_are_refused(text: str, what: str) -> None:
         split_names(text)
 
 
+def test_long_rows_of_blanks_and_quotes_are_refused_at_once() -> None:
+    # Time that grows with the square of the length would take minutes here.
+    for text in ('"' * 200_001, " " * 200_000 + '"x', "a," + " " * 200_000 + '"b"c'):
+        with pytest.raises(VocabularyError):
+            split_names(text)
+
+
 @given(st.lists(st.text("abc ,'äß-", min_size=1).map(str.strip).filter(bool), min_size=1))
 def test_quoted_names_come_back_whole(names: list[str]) -> None:
     assert split_names(", ".join(f'"{name}"' for name in names)) == names

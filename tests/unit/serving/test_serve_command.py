@@ -1,0 +1,215 @@
+"""``proxydet serve`` from the command line: its options, its mistakes, and how it ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from proxydet import detector_files
+from proxydet.config_text import dump_yaml
+from proxydet.detector import Detector
+from proxydet.recipes import get_recipe
+from proxydet.serving import server
+from proxydet.vocabulary.compositional import CompositionalEncoder
+from proxydet_cli.main import main
+
+PROGRAM = "import sys; from proxydet_cli.main import main; sys.exit(main(sys.argv[1:]))"
+
+
+@pytest.fixture
+def call(
+    detector: Detector, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str, Any]]:
+    """Run the command up to where it would accept requests."""
+    served: list[Any] = []
+
+    def serve(app: Any, listening: Any, *, on_started: Callable[[], None]) -> None:
+        listening.listen()
+        served.append(app)
+        on_started()
+
+    monkeypatch.setattr(detector_files, "open_named", lambda *_, **__: detector)
+    monkeypatch.setattr(server, "serve", serve)
+
+    def run(*words: str) -> tuple[int, str, str, Any]:
+        try:
+            code = main(["serve", "--port", "0", *words])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err, served[-1] if served else None
+
+    return run
+
+
+def test_the_address_goes_to_stderr(call: Any) -> None:
+    code, out, err, _ = call()
+    assert (code, out) == (0, "")
+    assert err.startswith("http://127.0.0.1:")
+
+
+def test_the_address_is_one_line_of_json(call: Any) -> None:
+    code, out, err, _ = call("--json")
+    assert code == 0
+    assert out.count("\n") == 1
+    told = json.loads(out)
+    assert told == {
+        "address": f"http://127.0.0.1:{told['port']}/",
+        "host": "127.0.0.1",
+        "port": told["port"],
+    }
+    assert "http" not in err
+
+
+def test_options_reach_the_application(call: Any) -> None:
+    limits = ("--max-upload", "2", "--max-megapixels", "3", "--queue", "4", "--timeout", "5")
+    _, _, err, app = call("-v", "red star, blue star", *limits, "--allow-host", "Box.local")
+    settings = app.settings
+    assert settings.max_upload_bytes == 2 * 2**20
+    assert settings.max_pixels == 3_000_000
+    assert (settings.queue_places, settings.wait_seconds) == (4, 5.0)
+    assert "box.local" in settings.allowed_hosts
+    assert settings.loopback_only
+    assert app._answerer.vocabulary.names == ("red star", "blue star")
+    assert "warning" not in err
+
+
+def test_listening_for_the_network_warns(call: Any) -> None:
+    code, _, err, app = call("--host", "0.0.0.0")
+    assert code == 0
+    assert "warning: everyone who reaches this machine" in err
+    assert not app.settings.loopback_only
+
+
+@pytest.mark.parametrize("opens", [True, False])
+def test_the_page_is_opened_when_asked(
+    call: Any, monkeypatch: pytest.MonkeyPatch, opens: bool
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) or opens)
+    _, _, err, _ = call("--open")
+    assert len(opened) == 1
+    assert opened[0] in err
+    assert ("no browser could be opened" in err) is not opens
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "what"),
+    [
+        (["-v", "a", "--vocabulary", "lvis"], 2, "either"),
+        (["--names", "a.txt"], 2, "--names"),
+        (["--port", "70000"], 2, "--port"),
+        (["--queue", "0"], 2, "--queue"),
+        (["--host", "no-such-host.invalid"], 3, "no-such-host.invalid"),
+        (["-v", "a giraffe"], 3, "giraffe"),
+        (["--host", "203.0.113.1"], 5, "203.0.113.1"),
+    ],
+)
+def test_mistakes_are_named_without_a_traceback(
+    call: Any, words: list[str], code: int, what: str
+) -> None:
+    found, out, err, _ = call(*words)
+    assert found == code
+    assert what in err
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def test_a_taken_port_is_told_before_the_model_is_opened(
+    call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(detector_files, "open_named", lambda *_, **__: pytest.fail("opened"))
+    with server.bind("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        code, _, err, _ = call("--port", str(port))
+    assert code == 5
+    assert f"port {port} of 127.0.0.1 is in use" in err
+
+
+def test_missing_packages_are_named_with_the_command(
+    call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from importlib import util
+
+    find = util.find_spec
+    monkeypatch.setattr(util, "find_spec", lambda n: None if n == "uvicorn" else find(n))
+    code, _, err, _ = call()
+    assert code == 5
+    assert "not installed: uvicorn" in err
+    assert "pip install 'proxydet[serve]'" in err
+
+
+@pytest.fixture(scope="module")
+def run_folder(detector: Detector, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("served") / "run"
+    folder.mkdir()
+    recipe = get_recipe("tiny")
+    data = dataclasses.replace(recipe.data, test_shortest_side=64, test_longest_side=100)
+    (folder / "config.yaml").write_text(dump_yaml(dataclasses.replace(recipe, data=data)))
+    detector.vocabulary.save(folder / "vocabulary.npz")
+    assert isinstance(detector.encoder, CompositionalEncoder)
+    detector.encoder.save(folder / "text_encoder.json")
+    torch.save({"model": detector.network.state_dict()}, folder / "model_final.pth")
+    return folder
+
+
+@contextmanager
+def process(folder: Path, *words: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Start the command as a program; its address too."""
+    arguments = ["serve", "--run", str(folder), "--port", "0", "--json", "--device", "cpu"]
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *arguments, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as started:
+        try:
+            assert started.stdout is not None
+            line = started.stdout.readline()
+            assert line, started.stderr and started.stderr.read()
+            yield started, json.loads(line)["address"]
+        finally:
+            started.kill()
+
+
+def test_the_program_answers_as_predict_does_and_stops_when_told(
+    run_folder: Path, png: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "a.png"
+    picture.write_bytes(png)
+    with process(run_folder) as (started, address):
+        answer = httpx.post(
+            address + "api/predict",
+            files={"picture": ("a.png", png)},
+            data={"words": "red star, blue circle", "score_threshold": "0.02"},
+            timeout=60,
+        )
+        assert answer.status_code == 200, answer.text
+        assert httpx.get(address + "api/predict", timeout=60).status_code == 405
+        started.send_signal(signal.SIGTERM)
+        assert started.wait(60) == 0
+        _, err = started.communicate()
+    lines = err.splitlines()
+    assert lines[0].startswith("127.0.0.1 POST /api/predict 200 ")
+    assert lines[1].startswith("127.0.0.1 GET /api/predict 405 ")
+    assert lines[2:] == ["stopped"]
+    words = ["-v", "red star, blue circle", "--score-threshold", "0.02", "--device", "cpu"]
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["predict", str(picture), "--run", str(run_folder), "--json", *words])
+    (wanted,) = json.loads(capsys.readouterr().out)["images"]
+    assert wanted["detections"]
+    assert {**answer.json(), "file": None} == {**wanted, "file": None}

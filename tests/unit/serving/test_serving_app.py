@@ -1,0 +1,348 @@
+"""What the endpoints answer, asked through a test client."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+
+from proxydet._version import __version__
+from proxydet.data.run_lengths import parse_counts, to_mask
+from proxydet.detector import Detector
+from proxydet.errors import VocabularyError
+from proxydet.serving.app import build_app
+from proxydet.serving.gate import is_own_host
+from proxydet.serving.settings import ServingSettings
+
+RAW = {"content-type": "image/png"}
+
+
+def ask(client: TestClient, picture: bytes, **fields: str) -> dict[str, Any]:
+    response = client.post(
+        "/api/predict", files={"picture": ("photo.png", picture, "image/png")}, data=fields
+    )
+    assert response.status_code == 200, response.text
+    return dict(response.json())
+
+
+def problem(response: Any, status: int, kind: str) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"kind", "message", "hint"}
+    assert error["kind"] == kind, error
+    return dict(error)
+
+
+@pytest.mark.parametrize("words", [None, "red star, blue circle"])
+def test_the_answer_is_that_of_the_detector_bit_for_bit(
+    client: TestClient, detector: Detector, png: bytes, pixels: np.ndarray, words: str | None
+) -> None:
+    names = None if words is None else ["red star", "blue circle"]
+    fields = {} if words is None else {"words": words}
+    wanted = detector.predict(pixels, names, score_threshold=0.02)
+    assert len(wanted) > 1
+    expected = {"file": "photo.png", **wanted.to_dict()}
+    assert ask(client, png, score_threshold="0.02", **fields) == json.loads(json.dumps(expected))
+
+
+def test_the_body_itself_can_be_the_picture(client: TestClient, png: bytes) -> None:
+    asked = {"words": "red star, blue circle", "score_threshold": "0.02", "top": "1"}
+    raw = client.post("/api/predict", params=asked, content=png, headers=RAW).json()
+    assert {**raw, "file": "photo.png"} == ask(client, png, **asked)
+    assert raw["file"] == "picture"
+    assert len(raw["detections"]) == 1
+
+
+def test_a_higher_threshold_keeps_what_the_slider_would(client: TestClient, png: bytes) -> None:
+    low = ask(client, png, score_threshold="0.02")["detections"]
+    middle = low[len(low) // 2]["score"]
+    high = ask(client, png, score_threshold=repr(middle))["detections"]
+    assert high == [item for item in low if item["score"] > middle]
+    assert 0 < len(high) < len(low)
+
+
+def test_masks_are_coco_run_lengths(
+    client: TestClient, detector: Detector, png: bytes, pixels: np.ndarray
+) -> None:
+    found = ask(client, png, score_threshold="0.02")["detections"]
+    wanted = detector.predict(pixels, score_threshold=0.02).masks
+    for item, mask_HW in zip(found, wanted, strict=True):
+        runs = parse_counts(item["mask"]["counts"], (48, 64))
+        assert runs is not None
+        np.testing.assert_array_equal(to_mask(runs, *item["mask"]["size"]), mask_HW)
+
+
+def test_masks_and_second_labels_can_be_left_out(client: TestClient, png: bytes) -> None:
+    found = ask(client, png, score_threshold="0.02", masks="false", one_label="true")["detections"]
+    assert all("mask" not in item for item in found)
+    boxes = [tuple(item["box_xyxy"]) for item in found]
+    assert len(set(boxes)) == len(boxes) > 1
+
+
+def test_photographs_are_turned_as_their_exif_says(client: TestClient, tmp_path: Path) -> None:
+    image = Image.new("RGB", (60, 40))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    answer = ask(client, (tmp_path / "turned.jpg").read_bytes())
+    assert (answer["width"], answer["height"]) == (40, 60)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"])
+def test_common_kinds_of_pictures_are_read(
+    client: TestClient, pixels: np.ndarray, tmp_path: Path, kind: str
+) -> None:
+    Image.fromarray(pixels).save(tmp_path / "picture", kind)
+    assert ask(client, (tmp_path / "picture").read_bytes())["width"] == 64
+
+
+def test_info_tells_model_words_and_limits(client: TestClient, detector: Detector) -> None:
+    info = client.get("/api/info").json()
+    assert info["version"] == __version__
+    assert info["model"] == {"name": "tiny", "device": "cpu", "training_classes": 4}
+    assert info["words"]["default"] == list(detector.vocabulary.names)
+    assert info["words"]["free"] is True
+    assert info["words"]["known"] == ["red", "blue", "green", "circle", "square", "star"]
+    assert info["limits"]["max_upload_bytes"] == 200_000
+    assert client.get("/api/health").json() == {"status": "ok", "waiting": 0, "busy": False}
+
+
+def test_without_a_text_encoder_the_default_words_still_serve(
+    detector: Detector, png: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PROXYDET_MODELS", str(tmp_path))
+    without = Detector(detector.network, shortest=64, longest=100)
+    words = detector.vocabulary_of(["red star"])
+    with TestClient(build_app(without, vocabulary=words), base_url="http://localhost") as client:
+        told = client.get("/api/info").json()["words"]
+        assert told["free"] is False
+        assert "proxydet download clip-vit-b32" in told["why_not"]
+        assert told["default"] == ["red star"]
+        assert ask(client, png, score_threshold="0.02")["detections"][0]["label"] == "red star"
+        response = client.post("/api/predict?words=giraffe", content=png, headers=RAW)
+        assert problem(response, 400, "words")["hint"].startswith("run: proxydet download")
+
+
+def test_the_command_lines_wording_is_kept(
+    client: TestClient, detector: Detector, png: bytes
+) -> None:
+    with pytest.raises(VocabularyError) as raised:
+        detector.resolve(["a giraffe"])
+    response = client.post("/api/predict?words=a+giraffe", content=png, headers=RAW)
+    told = problem(response, 400, "words")
+    assert (told["message"], told["hint"]) == (raised.value.message, raised.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("query", "kind", "what"),
+    [
+        ("score_threshold=2", "parameter", "from 0 to 1"),
+        ("score_threshold=nan", "parameter", "from 0 to 1"),
+        ("score_threshold=much", "parameter", "'much'"),
+        ("top=0", "parameter", "from 1"),
+        ("top=1001", "parameter", "at most 1000"),
+        ("top=1e3", "parameter", "whole number"),
+        ("top=" + "9" * 5000, "parameter", "whole number"),
+        ("masks=perhaps", "parameter", "true or false"),
+        ("treshold=0.1", "parameter", "no parameter 'treshold'"),
+        ("top=3&top=4", "parameter", "twice"),
+        ("words=red+star,,", "words", "empty"),
+        ("words=red+star,red+star", "words", "twice"),
+        ("words=red+star&words=red+star", "words", "twice"),
+        ('words="red', "words", "cannot split"),
+        ("words=" + ",".join(f"red{i}" for i in range(21)), "words", "21 words"),
+        ("words=" + "a" * 201, "words", "201 characters"),
+    ],
+)
+def test_wrong_parameters_are_named(
+    client: TestClient, png: bytes, query: str, kind: str, what: str
+) -> None:
+    response = client.post(f"/api/predict?{query}", content=png, headers=RAW)
+    error = problem(response, 400, kind)
+    assert what in error["message"]
+    assert len(error["message"]) < 2000
+
+
+def test_a_near_miss_is_suggested(client: TestClient, png: bytes) -> None:
+    response = client.post("/api/predict?score_treshold=1", content=png, headers=RAW)
+    assert problem(response, 400, "parameter")["hint"] == "did you mean 'score_threshold'?"
+
+
+def test_what_is_no_picture_is_refused(client: TestClient, png: bytes) -> None:
+    post = client.post
+    text = {"content-type": "text/plain"}
+    problem(post("/api/predict", content=b"no picture", headers=RAW), 415, "picture-type")
+    problem(post("/api/predict", content=png, headers=text), 415, "picture-type")
+    problem(post("/api/predict", content=png), 415, "picture-type")
+    problem(post("/api/predict", content=b"", headers=RAW), 400, "malformed")
+    problem(post("/api/predict", content=png[:-200], headers=RAW), 400, "picture")
+    # Pillow would hand PostScript to another program.
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n"
+    problem(post("/api/predict", content=eps, headers=RAW), 415, "picture-type")
+
+
+def test_wrong_forms_are_refused(client: TestClient, png: bytes) -> None:
+    post = client.post
+    problem(post("/api/predict", files={"file": ("a.png", png)}), 400, "malformed")
+    problem(post("/api/predict", files={"picture": ("a.png", b"")}), 400, "malformed")
+    twice = [("picture", ("a.png", png)), ("picture", ("b.png", png))]
+    problem(post("/api/predict", files=twice), 400, "malformed")
+    many = {f"field{i}": "x" for i in range(20)}
+    problem(post("/api/predict", files={"picture": ("a", png)}, data=many), 400, "malformed")
+    form = {"content-type": "multipart/form-data; boundary=x"}
+    problem(post("/api/predict", content=b"--y\r\n", headers=form), 400, "malformed")
+    form = {"content-type": "multipart/form-data"}
+    problem(post("/api/predict", content=b"--y\r\n", headers=form), 400, "malformed")
+
+
+def test_large_uploads_are_refused_with_any_stated_length(client: TestClient) -> None:
+    def pieces(count: int) -> Iterator[bytes]:
+        for _ in range(count):
+            yield bytes(50_000)
+
+    large = bytes(600_000)
+    problem(client.post("/api/predict", content=large, headers=RAW), 413, "upload-size")
+    problem(client.post("/api/predict", content=pieces(5), headers=RAW), 413, "upload-size")
+    # Within the room for fields, but the picture alone is too large.
+    form = {"picture": ("a.png", bytes(250_000))}
+    problem(client.post("/api/predict", files=form), 413, "upload-size")
+    lying = {**RAW, "content-length": "10"}
+    problem(client.post("/api/predict", content=large, headers=lying), 413, "upload-size")
+    for nonsense in ("-5", "many", "9" * 5000):
+        headers = {**RAW, "content-length": nonsense}
+        response = client.post("/api/predict", content=large, headers=headers)
+        problem(response, 413, "upload-size")
+
+
+def test_bombs_are_refused_from_their_header(client: TestClient, png: bytes) -> None:
+    """Files that say they are large and hold nothing: decoding would fail otherwise than by size."""
+    for side in (400, 20_000, 60_000):
+        header = bytearray(png)
+        header[16:24] = side.to_bytes(4, "big") * 2
+        header[29:33] = zlib.crc32(header[12:29]).to_bytes(4, "big")
+        with warnings.catch_warnings():
+            warnings.simplefilter("default" if side == 20_000 else "error")
+            response = client.post("/api/predict", content=bytes(header), headers=RAW)
+        assert "pixels" in problem(response, 413, "picture-size")["message"]
+
+
+def test_only_the_fixed_routes_exist(client: TestClient) -> None:
+    assert client.get("/").headers["content-type"] == "text/html; charset=utf-8"
+    for path in ("/style.css", "/app.js", "/drawing.js", "/colours.js"):
+        assert client.get(path).status_code == 200
+    traversals = ["/../app.py", "/%2e%2e/app.py", "/..%2fapp.py", "/assets/app.js", "/index.html"]
+    for path in (*traversals, "/api", "/api/predict/", "/%00", "/style.css/"):
+        problem(client.get(path), 404, "not-found")
+    problem(client.get("/api/predict"), 405, "method")
+    problem(client.post("/"), 405, "method")
+
+
+def test_the_page_needs_nothing_from_elsewhere(client: TestClient) -> None:
+    response = client.get("/")
+    policy = response.headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self';")
+    assert "unsafe" not in policy
+    assert response.headers["x-content-type-options"] == "nosniff"
+    assert "access-control-allow-origin" not in response.headers
+    for path in ("/", "/style.css", "/app.js", "/drawing.js", "/colours.js"):
+        content = client.get(path).text.replace("http://www.w3.org/2000/svg", "")
+        assert "http://" not in content
+        assert "https://" not in content
+        assert " style=" not in content
+        assert "innerHTML" not in content
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8000", "10.1.2.3", "[::2]", "", "a@"]
+)
+def test_other_hosts_are_refused(client: TestClient, host: str) -> None:
+    problem(client.get("/api/info", headers={"host": host}), 403, "host")
+
+
+def test_hosts_of_this_machine_are_accepted() -> None:
+    for host in ("localhost", "LOCALHOST:80", "127.0.0.1:8000", "127.1.2.3", "[::1]:80", "box:80"):
+        assert is_own_host(host, ("box",), loopback=True), host
+    assert is_own_host("10.1.2.3:80", (), loopback=False)
+    assert not is_own_host("evil.example", (), loopback=False)
+    assert not is_own_host("[::1", (), loopback=False)
+
+
+def test_pages_from_elsewhere_cannot_ask(client: TestClient, png: bytes) -> None:
+    for origin in ("http://evil.example", "null", "http://localhost:81", "http://[", "localhost"):
+        headers = {**RAW, "origin": origin}
+        problem(client.post("/api/predict", content=png, headers=headers), 403, "origin")
+    own = {**RAW, "origin": "http://localhost"}
+    assert client.post("/api/predict", content=png, headers=own).status_code == 200
+
+
+def test_names_of_files_are_shown_and_never_used(client: TestClient, png: bytes) -> None:
+    hostile = "../../etc/passwd"
+    response = client.post("/api/predict", files={"picture": (hostile, png)})
+    assert response.json()["file"] == hostile
+
+
+def test_a_bug_is_answered_as_one(
+    detector: Detector, png: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("lost")
+
+    monkeypatch.setattr("proxydet.serving.answer.decode", broken)
+    app = build_app(detector)
+    with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:
+        response = client.post("/api/predict", content=png, headers=RAW)
+    assert "KeyError" in problem(response, 500, "bug")["message"]
+    assert response.headers["x-content-type-options"] == "nosniff"
+    assert app.budget.held == 0
+
+
+def test_lack_of_memory_is_no_bug(
+    detector: Detector, png: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def greedy(*_: object) -> None:
+        raise MemoryError
+
+    with TestClient(build_app(detector), base_url="http://localhost") as client:
+        monkeypatch.setattr("proxydet.serving.answer.decode", greedy)
+        response = client.post("/api/predict", content=png, headers=RAW)
+    assert "memory" in problem(response, 500, "environment")["message"]
+
+
+def test_all_uploads_together_have_a_bound(detector: Detector, png: bytes) -> None:
+    settings = dataclasses.replace(ServingSettings(), held_bytes=len(png) - 1)
+    app = build_app(detector, settings)
+    with TestClient(app, base_url="http://localhost") as client:
+        response = client.post("/api/predict", content=png, headers=RAW)
+    problem(response, 503, "busy")
+    assert response.headers["retry-after"] == "1"
+    assert app.budget.held == 0
+
+
+def test_nothing_is_written_to_the_disk(
+    client: TestClient, png: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spooled(*_: object) -> None:
+        pytest.fail("the upload went to a file")
+
+    monkeypatch.setattr("tempfile.SpooledTemporaryFile.rollover", spooled)
+    form = {"picture": ("a.png", png + bytes(150_000))}
+    assert client.post("/api/predict", files=form).status_code == 200
+
+
+def test_settings_are_checked() -> None:
+    from proxydet.errors import ConfigError
+
+    for name in ("max_pixels", "wait_seconds", "queue_places"):
+        with pytest.raises(ConfigError, match=name):
+            ServingSettings(**{name: 0})
+    with pytest.raises(ConfigError):
+        ServingSettings(wait_seconds=float("nan"))

@@ -1,0 +1,242 @@
+"""The page in a real browser: Chromium without a window, where the machine has one."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.wait import WebDriverWait
+
+from proxydet.detector import Detector
+from proxydet.serving.app import build_app
+from proxydet.serving.settings import ServingSettings
+from proxydet.visualization.colours import colour_of
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+DRIVER = shutil.which("chromedriver")
+FLAGS = """
+    --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
+    --disable-component-update --disable-sync --disable-dev-shm-usage --window-size=1300,900
+"""
+DROP = """
+    const bytes = Uint8Array.from(atob(arguments[0]), (letter) => letter.charCodeAt(0));
+    const data = new DataTransfer();
+    data.items.add(new File([bytes], arguments[1], { type: "image/png" }));
+    const target = document.getElementById("stage");
+    for (const kind of ["dragover", "drop"]) {
+      target.dispatchEvent(new DragEvent(kind, { dataTransfer: data, bubbles: true, cancelable: true }));
+    }
+"""
+PASTE = """
+    const bytes = Uint8Array.from(atob(arguments[0]), (letter) => letter.charCodeAt(0));
+    const data = new DataTransfer();
+    data.items.add(new File([bytes], "pasted.png", { type: "image/png" }));
+    document.body.dispatchEvent(new ClipboardEvent("paste", { clipboardData: data, bubbles: true, cancelable: true }));
+"""
+SLIDE = """
+    const slider = document.getElementById("threshold");
+    slider.value = arguments[0];
+    slider.dispatchEvent(new Event("input"));
+"""
+MODULE = """
+    const [module, call, value, done] = arguments;
+    import(module).then((loaded) => done(JSON.stringify(loaded[call](value))), (error) => done(String(error)));
+"""
+
+pytestmark = pytest.mark.skipif(
+    BROWSER is None or DRIVER is None, reason="there is no chromium with its chromedriver"
+)
+
+
+class Page:
+    """The page, as a test handles it."""
+
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver
+
+    def __getitem__(self, name: str) -> Any:
+        return self.driver.find_element(By.ID, name)
+
+    def until(self, condition: Any) -> None:
+        WebDriverWait(self.driver, 60, 0.05).until(lambda _: condition())
+
+    def asks(self) -> int:
+        """How often the server was asked to look."""
+        script = 'return performance.getEntriesByName(new URL("api/predict", location.href)).length'
+        return int(self.driver.execute_script(script))
+
+    def rows(self) -> list[str]:
+        script = 'return [...document.querySelectorAll("#list button")].map((b) => [b.children[1], b.children[2]].map((e) => e.textContent).join(" "))'
+        return list(self.driver.execute_script(script))
+
+    def picture(self) -> np.ndarray:
+        """What is drawn: uint8 (h, w, 3)."""
+        script = 'return document.getElementById("canvas").toDataURL("image/png").split(",")[1]'
+        data = base64.b64decode(self.driver.execute_script(script))
+        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for flag in (*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    started = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield started
+    started.quit()
+
+
+@pytest.fixture
+def page(detector: Detector, start_server: Any, driver: Any, tmp_path: Path) -> Iterator[Page]:
+    settings = ServingSettings(max_upload_bytes=100_000)
+    with start_server(build_app(detector, settings, name="tiny")) as running:
+        where = {"behavior": "allow", "downloadPath": str(tmp_path)}
+        driver.execute_cdp_cmd("Browser.setDownloadBehavior", where)
+        driver.get(running.url)
+        made = Page(driver)
+        made.until(lambda: made["model"].text)
+        yield made
+        noise = [line for line in driver.get_log("browser") if "status of 4" not in line["message"]]
+        assert noise == [], "the console shows errors or a broken policy"
+        driver.get("about:blank")
+
+
+def test_from_a_dropped_picture_to_downloads(
+    page: Page, detector: Detector, png: bytes, pixels: np.ndarray, tmp_path: Path
+) -> None:
+    assert page["model"].text == "tiny on cpu, version " + page["model"].text.split()[-1]
+    page["words"].send_keys("red star, blue circle")
+    page.driver.execute_script(DROP, base64.b64encode(png).decode(), "noise.png")
+    page.until(lambda: page["results"].is_displayed())
+    wanted = detector.predict(pixels, ["red star", "blue circle"], score_threshold=0.1)
+    page.driver.execute_script(SLIDE, "0.1")
+    lines = [
+        f"{label} {score:.2f}" for label, score in zip(wanted.labels, wanted.scores, strict=True)
+    ]
+    assert page.rows() == lines
+    assert page["summary"].text.startswith(f"{len(wanted)} found: ")
+
+    # The slider filters without asking again.
+    full = page.picture()
+    assert full.shape[0] // 48 == full.shape[1] // 64 >= 8
+    cut = float(np.sort(wanted.scores)[-1]) - 0.001
+    page.driver.execute_script(SLIDE, str(round(cut, 2)))
+    kept = wanted.above(float(page["threshold"].get_attribute("value")))
+    assert page.rows() == lines[: len(kept)]
+    assert len(kept) < len(wanted)
+    assert np.any(page.picture() != full)
+    assert page.asks() == 1
+
+    page["save-json"].click()
+    page.until(lambda: (tmp_path / "noise.json").exists())
+    saved = json.loads((tmp_path / "noise.json").read_text())
+    assert saved == json.loads(json.dumps({"file": "noise.png", **kept.to_dict()}))
+    page["save-picture"].click()
+    page.until(lambda: (tmp_path / "noise_found.png").exists())
+    with Image.open(tmp_path / "noise_found.png") as image:
+        assert image.size == full.shape[1::-1]
+
+
+def test_colours_and_masks_are_those_of_the_program(
+    page: Page, detector: Detector, pixels: np.ndarray
+) -> None:
+    page.driver.set_script_timeout(30)
+    for name in ("red star", "Straße, naïve 漢字", "x" * 200):
+        told = page.driver.execute_async_script(MODULE, "./colours.js", "colourOf", name)
+        assert tuple(json.loads(told)) == colour_of(name)
+    found = detector.predict(pixels, score_threshold=0.02)
+    for item, rle in zip(found, found.rles, strict=True):
+        told = page.driver.execute_async_script(MODULE, "./drawing.js", "runLengths", rle["counts"])
+        runs = json.loads(told)
+        mask_WH = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(64, 48)
+        np.testing.assert_array_equal(mask_WH.T, item.mask)
+
+
+def test_boxes_and_masks_are_drawn_where_they_are(
+    page: Page, detector: Detector, png: bytes, pixels: np.ndarray
+) -> None:
+    page.driver.execute_script(DROP, base64.b64encode(png).decode(), "noise.png")
+    page.until(lambda: page["results"].is_displayed())
+    page.driver.execute_script(SLIDE, "0.99")
+    plain = page.picture().astype(int)
+    page["show-labels"].click()
+    best = detector.predict(pixels, score_threshold=0.1).top(1)
+    page.driver.execute_script(SLIDE, str(round(float(best.scores[0]) - 0.006, 2)))
+    changed_HW = (page.picture().astype(int) - plain).any(axis=2)
+    scale = plain.shape[0] // 48
+    left, top, right, bottom = best.boxes_xyxy[0] * scale
+    rows, columns = np.flatnonzero(changed_HW.any(1)), np.flatnonzero(changed_HW.any(0))
+    assert np.allclose([rows[0], rows[-1]], [top, bottom], atol=scale)
+    assert np.allclose([columns[0], columns[-1]], [left, right], atol=scale)
+    inner = np.repeat(np.repeat(best.masks[0], scale, 0), scale, 1)[20:-20, 20:-20]
+    assert changed_HW[20:-20, 20:-20][inner].mean() > 0.99
+    page["show-masks"].click()
+    assert (page.picture().astype(int) - plain).any(axis=2)[20:-20, 20:-20][inner].mean() < 0.5
+
+
+def test_by_keyboard_alone(page: Page, png: bytes, tmp_path: Path) -> None:
+    (tmp_path / "noise.png").write_bytes(png)
+    page["file"].send_keys(str(tmp_path / "noise.png"))
+    page.until(lambda: page["results"].is_displayed())
+    page.driver.execute_script(SLIDE, "0.1")
+    page["words"].send_keys("red star", Keys.ENTER)
+    page.until(lambda: page.rows() and all(row.startswith("red star") for row in page.rows()))
+    before = page["threshold-value"].text
+    page["threshold"].send_keys(Keys.ARROW_RIGHT)
+    assert page["threshold-value"].text != before
+    assert "shown" in page["threshold"].get_attribute("aria-valuetext")
+    button = page["list"].find_element(By.TAG_NAME, "button")
+    button.send_keys(Keys.ENTER)
+    assert button.get_attribute("aria-pressed") == "true"
+    unnamed = page.driver.execute_script(
+        """return [...document.querySelectorAll("input, textarea, button, canvas, section")]
+           .filter((e) => !(e.labels?.length || e.getAttribute("aria-label") || e.textContent.trim()))
+           .map((e) => e.id)"""
+    )
+    assert unnamed == []
+
+
+def test_problems_are_told(page: Page, png: bytes) -> None:
+    page["ask"].click()
+    assert page["problem-message"].text == "There is no picture yet."
+    page.driver.execute_script(PASTE, base64.b64encode(png).decode())
+    page.until(lambda: page["results"].is_displayed())
+    assert not page["problem"].is_displayed()
+    page["words"].send_keys("a giraffe", Keys.ENTER)
+    page.until(lambda: page["problem"].is_displayed())
+    assert "'giraffe'" in page["problem-message"].text
+    assert "red, blue, green" in page["problem-hint"].text
+    page["words"].clear()
+    page.driver.execute_script(DROP, base64.b64encode(b"no picture").decode(), "a.png")
+    page.until(lambda: "no picture of a known kind" in page["problem-message"].text)
+    asked = page.asks()
+    page.driver.execute_script(DROP, base64.b64encode(bytes(100_001)).decode(), "large.png")
+    page.until(lambda: "large.png is larger" in page["problem-message"].text)
+    assert page.asks() == asked
+
+
+def test_a_narrow_window_needs_no_sideways_scrolling(page: Page, png: bytes) -> None:
+    page.driver.execute_script(DROP, base64.b64encode(png).decode(), "noise.png")
+    page.until(lambda: page["results"].is_displayed())
+    size = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}
+    page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        wide = page.driver.execute_script(
+            "return [document.documentElement.scrollWidth, innerWidth]"
+        )
+        assert wide == [360, 360]
+    finally:
+        page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

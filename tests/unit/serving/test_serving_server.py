@@ -1,0 +1,372 @@
+"""A real server on a free port: many clients, slow ones, rude ones, and stopping."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from proxydet.detector import Detector
+from proxydet.errors import ConfigError, EnvironmentProblem, Interrupted
+from proxydet.serving.app import build_app
+from proxydet.serving.server import address_of, bind, is_loopback, serve
+from proxydet.serving.settings import ServingSettings
+
+RAW = {"content-type": "image/png"}
+ASK = "/api/predict?score_threshold=0.02"
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 30) -> None:
+    """Wait until something is so."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def connect(running: Any) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", running.port), timeout=30)
+
+
+def all_of(connection: socket.socket) -> bytes:
+    """All that the server sends until it closes."""
+    received = b""
+    while piece := connection.recv(65536):
+        received += piece
+    return received
+
+
+def head(length: int | None, *, more: str = "") -> bytes:
+    size = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
+    return (
+        f"POST {ASK} HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n{size}\r\n{more}\r\n"
+    ).encode()
+
+
+def in_background(pool: ThreadPoolExecutor, running: Any, png: bytes) -> Any:
+    return pool.submit(httpx.post, running.url + ASK, content=png, headers=RAW, timeout=60)
+
+
+def test_many_clients_get_what_the_detector_finds(
+    detector: Detector, start_server: Any, png: bytes, pixels: np.ndarray
+) -> None:
+    names = [None, ["red star"], ["blue circle", "green square"], ["red square", "red circle"]]
+    wanted = [
+        json.loads(json.dumps(detector.predict(pixels, words, score_threshold=0.02).to_dict()))
+        for words in names
+    ]
+    with start_server(build_app(detector)) as running, running.client() as client:
+
+        def ask(number: int) -> bool:
+            words = names[number % 4]
+            query = "" if words is None else "&words=" + ",".join(words)
+            answer = client.post(ASK + query, content=png, headers=RAW)
+            assert answer.status_code == 200, answer.text
+            return bool({**answer.json(), "file": None} == {**wanted[number % 4], "file": None})
+
+        with ThreadPoolExecutor(32) as pool:
+            assert all(pool.map(ask, range(32)))
+        assert running.app.budget.held == 0
+
+
+def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(
+    held: Any, start_server: Any, png: bytes
+) -> None:
+    settings = ServingSettings(queue_places=2)
+    with start_server(build_app(held, settings)) as running, ThreadPoolExecutor(3) as pool:
+        answers = [in_background(pool, running, png)]
+        assert held.entered.wait(30)
+        answers += [in_background(pool, running, png) for _ in range(2)]
+        eventually(lambda: running.app.queue.waiting == 2)
+        with running.client() as client:
+            refused = client.post(ASK, content=png, headers=RAW)
+            assert client.get("/api/health").json() == {"status": "ok", "waiting": 2, "busy": True}
+        assert refused.status_code == 503
+        assert refused.json()["error"]["kind"] == "busy"
+        assert 1 <= int(refused.headers["retry-after"]) <= 60
+        held.release.set()
+        assert [answer.result().status_code for answer in answers] == [200] * 3
+
+
+def test_waiting_has_an_end(held: Any, start_server: Any, png: bytes) -> None:
+    settings = ServingSettings(wait_seconds=0.3)
+    with start_server(build_app(held, settings)) as running, ThreadPoolExecutor(2) as pool:
+        first = in_background(pool, running, png)
+        assert held.entered.wait(30)
+        second = in_background(pool, running, png).result()
+        assert first.result().status_code == 504
+        assert first.result().json()["error"]["kind"] == "timeout"
+        assert (second.status_code, second.json()["error"]["kind"]) == (503, "busy")
+        assert int(second.headers["retry-after"]) >= 1
+        held.release.set()
+        eventually(lambda: not running.app.queue.busy)
+        assert (held.looks, running.app.budget.held) == (1, 0)
+
+
+def test_who_goes_away_leaves_the_queue(held: Any, start_server: Any, png: bytes) -> None:
+    with start_server(build_app(held)) as running, ThreadPoolExecutor(1) as pool:
+        first = in_background(pool, running, png)
+        assert held.entered.wait(30)
+        with connect(running) as connection:
+            connection.sendall(head(len(png)) + png)
+            eventually(lambda: running.app.queue.waiting == 1)
+        eventually(lambda: running.app.queue.waiting == 0)
+        held.release.set()
+        assert first.result().status_code == 200
+        assert held.looks == 1
+        eventually(lambda: running.app.budget.held == 0)
+
+
+def test_who_goes_away_in_mid_upload_leaves_nothing(
+    detector: Detector, start_server: Any, png: bytes
+) -> None:
+    with start_server(build_app(detector)) as running:
+        for start in (head(len(png)), head(None) + b"7d0\r\n"):
+            with connect(running) as connection:
+                connection.sendall(start + png[:2000])
+                eventually(lambda: running.app.budget.held == 2000)
+            eventually(lambda: running.app.budget.held == 0)
+        with running.client() as client:
+            assert client.post(ASK, content=png, headers=RAW).status_code == 200
+
+
+def test_slow_uploads_are_ended(detector: Detector, start_server: Any, png: bytes) -> None:
+    settings = ServingSettings(upload_seconds=0.4)
+    with start_server(build_app(detector, settings)) as running, connect(running) as connection:
+        connection.sendall(head(len(png)) + png[:100])
+        answer = connection.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b'"slow-upload"' in answer
+        assert running.app.budget.held == 0
+
+
+def test_what_trickles_in_after_a_refusal_is_ended(detector: Detector, start_server: Any) -> None:
+    settings = ServingSettings(max_upload_bytes=1000, header_seconds=0.4)
+    with start_server(build_app(detector, settings)) as running, connect(running) as connection:
+        connection.sendall(head(100_000))
+        assert connection.recv(65536).startswith(b"HTTP/1.1 413 ")
+
+        def drip() -> bool:
+            try:
+                connection.sendall(b"x")
+            except OSError:
+                return True
+            return False
+
+        eventually(drip, 4)
+
+
+@pytest.mark.parametrize("start", [b"", b"POST /api/pre", head(5)[:-2]])
+def test_slow_heads_are_ended(detector: Detector, start_server: Any, start: bytes) -> None:
+    settings = ServingSettings(header_seconds=0.4)
+    with start_server(build_app(detector, settings)) as running, connect(running) as connection:
+        connection.sendall(start)
+        assert all_of(connection) == b""
+
+
+def test_a_slow_second_head_is_ended_too(detector: Detector, start_server: Any) -> None:
+    settings = ServingSettings(header_seconds=0.4)
+    with start_server(build_app(detector, settings)) as running, connect(running) as connection:
+        connection.sendall(b"GET /api/health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        received = b""
+        while not received.endswith(b"}"):
+            received += connection.recv(65536)
+        time.sleep(0.1)
+        connection.sendall(b"GET /api/hea")
+        began = time.monotonic()
+        all_of(connection)
+        assert time.monotonic() - began < 4, "that was the time of idle connections"
+
+
+def test_work_may_take_longer_than_a_head(held: Any, start_server: Any, png: bytes) -> None:
+    settings = ServingSettings(header_seconds=0.3)
+    with start_server(build_app(held, settings)) as running, ThreadPoolExecutor(1) as pool:
+        answer = in_background(pool, running, png)
+        assert held.entered.wait(30)
+        time.sleep(0.6)
+        held.release.set()
+        assert answer.result().status_code == 200
+
+
+def test_too_large_is_said_before_the_upload(detector: Detector, start_server: Any) -> None:
+    settings = ServingSettings(max_upload_bytes=1000)
+    with start_server(build_app(detector, settings)) as running:
+        with connect(running) as connection:
+            connection.sendall(head(10**12, more="Connection: close\r\n"))
+            assert all_of(connection).startswith(b"HTTP/1.1 413 ")
+        with connect(running) as connection:
+            connection.sendall(head(None) + b"800\r\n" + bytes(2048) + b"\r\n")
+            assert connection.recv(65536).startswith(b"HTTP/1.1 413 ")
+
+
+@pytest.mark.parametrize(
+    "request_text",
+    [
+        b"nonsense\r\n\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nHost: localhost\r\n\r\n",
+        head(5, more="Content-Length: 6\r\n") + b"12345",
+        head(-5) + b"12345",
+        b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"GET /\x00 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    ],
+)
+def test_broken_requests_are_refused(
+    detector: Detector, start_server: Any, request_text: bytes
+) -> None:
+    settings = ServingSettings(header_seconds=1)
+    with start_server(build_app(detector, settings)) as running:
+        with connect(running) as connection:
+            connection.sendall(request_text)
+            answer = connection.recv(65536)
+            assert answer == b"" or answer.split()[1] in (b"400", b"403", b"404"), answer[:200]
+        with running.client() as client:
+            assert client.get("/api/health").status_code == 200
+
+
+def test_many_connections_are_refused(detector: Detector, start_server: Any) -> None:
+    settings = ServingSettings(connections=5)
+    with start_server(build_app(detector, settings)) as running:
+        idle = [connect(running) for _ in range(5)]
+        eventually(lambda: len(running.server.server_state.connections) == 5)
+        with running.client() as client:
+            assert client.get("/api/health").status_code == 503
+        for connection in idle:
+            connection.close()
+        eventually(lambda: not running.server.server_state.connections)
+        with running.client() as client:
+            assert client.get("/api/health").status_code == 200
+
+
+def test_stopping_finishes_what_runs_and_refuses_what_waits(
+    held: Any, start_server: Any, png: bytes
+) -> None:
+    with start_server(build_app(held)) as running, ThreadPoolExecutor(2) as pool:
+        first = in_background(pool, running, png)
+        assert held.entered.wait(30)
+        second = in_background(pool, running, png)
+        eventually(lambda: running.app.queue.waiting == 1)
+        running.server.should_exit = True
+        assert second.result().status_code == 503
+        assert second.result().json()["error"]["kind"] == "stopping"
+        held.release.set()
+        assert first.result().status_code == 200
+        eventually(lambda: not running.server.server_state.connections)
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(running.url, timeout=10)
+
+
+def test_a_signal_ends_it_and_a_second_one_ends_it_at_once(detector: Detector) -> None:
+    def interrupt(port: int, open_request: bool) -> None:
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            if open_request:
+                connection.sendall(head(9) + b"1")
+                eventually(lambda: app.budget.held == 1)
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGINT if open_request else signal.SIGTERM)
+
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    for open_request in (False, True):
+        app = build_app(detector)
+        with bind("127.0.0.1", 0) as listening, ThreadPoolExecutor(1) as pool:
+            start = partial(pool.submit, interrupt, listening.getsockname()[1], open_request)
+            if open_request:
+                with pytest.raises(Interrupted) as stopped:
+                    serve(app, listening, on_started=start)
+                assert stopped.value.exit_code == 130
+            else:
+                serve(app, listening, on_started=start)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_job_that_is_given_up_and_fails_is_logged(
+    held: Any, start_server: Any, png: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = ServingSettings(wait_seconds=5)
+    with start_server(build_app(held, settings)) as running, running.client() as client:
+        with caplog.at_level(logging.WARNING, "proxydet"):
+            with connect(running) as connection:
+                connection.sendall(head(len(png)) + png)
+                assert held.entered.wait(30)
+            eventually(lambda: running.app.budget.held == 0)
+            held.failure = RuntimeError("lost")
+            held.release.set()
+            eventually(lambda: not running.app.queue.busy)
+            assert "given up failed: lost" in caplog.text
+        held.failure = None
+        assert client.post(ASK, content=png, headers=RAW).status_code == 200
+
+
+def test_the_log_tells_who_and_what_and_no_words(
+    detector: Detector, start_server: Any, png: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = logging.getLogger("proxydet.serving.access")
+    with (
+        start_server(build_app(detector)) as running,
+        running.client() as client,
+        caplog.at_level(logging.INFO, logger.name),
+    ):
+        client.post(ASK + "&words=red+star", content=png, headers=RAW)
+        client.get("/a%0d%0aforged%20line")
+        eventually(lambda: len(caplog.messages) == 2)
+    assert caplog.messages[0].startswith("127.0.0.1 POST /api/predict 200 ")
+    assert "GET /a%0D%0Aforged%20line 404 " in caplog.messages[1]
+    assert "star" not in caplog.text
+
+
+def test_threads_share_the_budget(detector: Detector, start_server: Any, png: bytes) -> None:
+    settings = dataclasses.replace(ServingSettings(), held_bytes=len(png) + 10)
+    with start_server(build_app(detector, settings)) as running, connect(running) as connection:
+        connection.sendall(head(len(png)) + png[:1000])
+        eventually(lambda: running.app.budget.held == 1000)
+        with running.client() as client:
+            assert client.post(ASK, content=png, headers=RAW).status_code == 503
+            connection.close()
+            eventually(lambda: running.app.budget.held == 0)
+            assert client.post(ASK, content=png, headers=RAW).status_code == 200
+
+
+def test_addresses() -> None:
+    with bind("127.0.0.1", 0) as one:
+        port = one.getsockname()[1]
+        assert address_of(one) == f"http://127.0.0.1:{port}/"
+        assert is_loopback(one)
+        one.listen()
+        with pytest.raises(EnvironmentProblem, match=f"port {port} .* is in use") as raised:
+            bind("127.0.0.1", port)
+        assert "--port" in str(raised.value.hint)
+    with bind("0.0.0.0", 0) as everywhere:
+        assert address_of(everywhere).startswith("http://127.0.0.1:")
+        assert not is_loopback(everywhere)
+    with pytest.raises(ConfigError, match="cannot be found"):
+        bind("no-such-host.invalid", 0)
+    with pytest.raises(EnvironmentProblem, match="cannot be listened on"):
+        bind("203.0.113.1", 0)
+
+
+def test_the_event_loop_stays_free_while_the_detector_works(
+    held: Any, start_server: Any, png: bytes
+) -> None:
+    with start_server(build_app(held)) as running, ThreadPoolExecutor(1) as pool:
+        answer = in_background(pool, running, png)
+        assert held.entered.wait(30)
+        with running.client(5) as client:
+            assert client.get("/").status_code == 200
+        assert threading.active_count() < 50
+        held.release.set()
+        assert answer.result().status_code == 200

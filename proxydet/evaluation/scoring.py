@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,17 +32,28 @@ class Scored:
 
     Attributes:
         iou_type: ``"bbox"`` or ``"segm"``.
+        truth: The annotations.
+        results: All detections.
         selection: The detections that were scored.
         curves: Precision and recall, from the engine.
-        matches: What became of each detection.
+        known_matches: What became of each detection, where that was needed already.
         resamples: Metrics of resampled images; None when none were asked for.
     """
 
     iou_type: str
+    truth: GroundTruth
+    results: Results
     selection: Selection
     curves: Curves
-    matches: Matches
-    resamples: Resamples | None
+    known_matches: Matches | None = field(default=None, repr=False)
+    resamples: Resamples | None = None
+
+    @cached_property
+    def matches(self) -> Matches:
+        """What became of each detection; worked out when it is first asked for."""
+        if self.known_matches is not None:
+            return self.known_matches
+        return match(self.truth, self.results, self.selection, self.iou_type)
 
 
 def scored_types(config: EvaluationConfig, results: Results) -> tuple[str, ...]:
@@ -81,9 +93,9 @@ def score(
     """
     selection = select(results, truth, iou_type=iou_type, **_limits(config, truth))
     curves = _curves(truth, results, selection, iou_type, config)
-    matches = match(truth, results, selection, iou_type)
+    matches = match(truth, results, selection, iou_type) if config.bootstrap else None
     resamples = None
-    if config.bootstrap:
+    if matches is not None:
         precision = WeightedPrecision(matches, len(truth.category_ids))
         _check_against_engine(precision, curves, truth)
         resamples = resample(
@@ -96,9 +108,11 @@ def score(
         )
     return Scored(
         iou_type=iou_type,
+        truth=truth,
+        results=results,
         selection=selection,
         curves=curves,
-        matches=matches,
+        known_matches=matches,
         resamples=resamples,
     )
 

@@ -7,6 +7,7 @@ detections an image and category.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
@@ -38,6 +39,13 @@ class Curves:
     precision_TRCA: NDArray[np.float64]
     recall_TCAM: NDArray[np.float64]
     limits: Limits
+
+    @cached_property
+    def average_TCA(self) -> NDArray[np.float64]:
+        """Mean precision over recalls, float64 (T, C, A); NaN where a category has no annotation of that area."""
+        average_TCA: NDArray[np.float64] = self.precision_TRCA.mean(axis=1)
+        average_TCA[average_TCA < 0] = np.nan
+        return average_TCA
 
 
 def nothing_detected(truth: GroundTruth, limits: Limits) -> Curves:

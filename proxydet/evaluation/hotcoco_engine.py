@@ -82,13 +82,27 @@ def tide_errors(
 def _guarded(job: Callable[[], _Value]) -> _Value:
     try:
         return job()
-    except (KeyboardInterrupt, SystemExit, MemoryError):
+    except MemoryError:
         raise
-    except BaseException as error:  # A panic of compiled Rust code derives from BaseException.
-        raise EnvironmentProblem(
-            f"The fast evaluation engine failed: {type(error).__name__}: {error}.",
-            hint="evaluate with the official one, slower but the yardstick: --engine lvis",
-        ) from error
+    except Exception as error:
+        raise _failed(error) from error
+    except BaseException as error:
+        if not _is_panic(error):  # Ctrl-C, an exit
+            raise
+        raise _failed(error) from error
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether compiled Rust code failed; pyo3 has such a failure pass by ``except Exception``, and exports no class for it."""
+    kind = type(error)
+    return (kind.__module__, kind.__qualname__) == ("pyo3_runtime", "PanicException")
+
+
+def _failed(error: BaseException) -> EnvironmentProblem:
+    return EnvironmentProblem(
+        f"The fast evaluation engine failed: {type(error).__name__}: {error}.",
+        hint="evaluate with the official one, slower but the yardstick: --engine lvis",
+    )
 
 
 def _hotcoco_curves(

@@ -60,11 +60,10 @@ def average_precision(
         area: One of ``all``, ``small``, ``medium``, ``large``.
         categories: Bool (C,), the categories to average over; None for all.
     """
-    chosen = slice(None) if iou is None else np.flatnonzero(np.isclose(IOU_THRESHOLDS_T, iou))
-    precision = curves.precision_TRCA[chosen, :, :, AREAS.index(area)]
+    average_TC = curves.average_TCA[_at(iou), :, AREAS.index(area)]
     if categories is not None:
-        precision = precision[:, :, categories]
-    return _mean(precision)
+        average_TC = average_TC[:, categories]
+    return _mean(average_TC[~np.isnan(average_TC)])
 
 
 def average_recall(curves: Curves, *, area: str = "all", limit: int = -1) -> float | None:
@@ -75,16 +74,13 @@ def average_recall(curves: Curves, *, area: str = "all", limit: int = -1) -> flo
         area: One of ``all``, ``small``, ``medium``, ``large``.
         limit: Which of the engine's limits of detections.
     """
-    return _mean(curves.recall_TCAM[:, :, AREAS.index(area), limit])
+    recall_TC = curves.recall_TCAM[:, :, AREAS.index(area), limit]
+    return _mean(recall_TC[recall_TC > -1])
 
 
 def category_precision(curves: Curves, *, iou: float | None = None) -> NDArray[np.float64]:
     """float64 (C,): average precision of each category; NaN for those without annotations."""
-    chosen = slice(None) if iou is None else np.flatnonzero(np.isclose(IOU_THRESHOLDS_T, iou))
-    precision_TRC = curves.precision_TRCA[chosen, :, :, AREAS.index("all")]
-    absent_C = (precision_TRC <= -1).all(axis=(0, 1))
-    precision_C: NDArray[np.float64] = precision_TRC.mean(axis=(0, 1))
-    precision_C[absent_C] = np.nan
+    precision_C: NDArray[np.float64] = curves.average_TCA[_at(iou), :, 0].mean(axis=0)
     return precision_C
 
 
@@ -106,6 +102,10 @@ def category_groups(
     return groups
 
 
-def _mean(values: NDArray[Any]) -> float | None:
-    present = values[values > -1]
+def _at(iou: float | None) -> slice | NDArray[np.intp]:
+    """Return which IoU thresholds are meant; None means all."""
+    return slice(None) if iou is None else np.flatnonzero(np.isclose(IOU_THRESHOLDS_T, iou))
+
+
+def _mean(present: NDArray[Any]) -> float | None:
     return float(np.mean(present)) if present.size else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 import numpy as np
@@ -33,7 +33,8 @@ class _Rle(msgspec.Struct, gc=False):
 
 # JSON of at most this length is no mask: it is absent, null, or an empty list.
 _SHORTEST = 4
-_MASK = msgspec.json.Decoder(_Rle | list[list[float]])
+_Mask: TypeAlias = _Rle | list[list[float]]
+_MASKS = msgspec.json.Decoder(list[_Mask])
 
 
 def add_rows(
@@ -62,8 +63,9 @@ def add_rows(
     wanted_D = known_D.copy()
     if not keep_every_mask:
         wanted_D[known_D] = truth.judged_IC[image_D[known_D], category_D[known_D]]
-    mask_D, masks, area_M = _masks(rows, wanted_D, image_D, problems, first)
-    box_D4 = _boxes(rows, mask_D, masks, problems, first)
+    with_mask_D = np.array([len(row.segmentation) for row in rows]) > _SHORTEST
+    mask_D, masks, area_M = _masks(rows, wanted_D & with_mask_D, image_D, problems, first)
+    box_D4 = _boxes(rows, with_mask_D, mask_D, masks, problems, first)
     problems.check_boxes(image_D, box_D4, first)
     builder.add(
         Results(
@@ -75,7 +77,7 @@ def add_rows(
             mask_D=mask_D[known_D],
             masks=masks,
             mask_area_M=area_M,
-            has_masks=all(len(row.segmentation) > _SHORTEST for row in rows),
+            has_masks=bool(with_mask_D.all()),
         )
     )
 
@@ -115,59 +117,77 @@ def _masks(
     first: int,
 ) -> tuple[NDArray[np.int64], list[dict[str, Any]], NDArray[np.float64]]:
     """Return the number of each detection's mask (-1 where it has none), the wanted masks, and their areas."""
-    masks: list[dict[str, Any]] = []
-    images: list[int] = []
-    unreadable: list[int] = []
-    mask_D = np.full(len(rows), -1, dtype=np.int64)
+    wanted = np.flatnonzero(wanted_D).tolist()
     # Detections of one box share its mask: each is read once.
     known: dict[tuple[int, bytes], int] = {}
-    for index in np.flatnonzero(wanted_D).tolist():
-        image, text = int(image_D[index]), bytes(rows[index].segmentation)
-        if len(text) <= _SHORTEST:
-            continue
-        number = known.setdefault((image, text), len(masks))
-        if number == len(masks):
-            mask = _read_mask(text, problems.truth.image_sizes_I2[image].tolist())
-            if mask is None:
-                unreadable.append(index)
-                del known[image, text]
-                continue
-            masks.append(mask)
-            images.append(image)
-        mask_D[index] = number
-    problems.add(
-        "have a damaged mask", np.array(unreadable), lambda index: f"detection {first + index}"
+    images = image_D.tolist()
+    number_W = np.array(
+        [
+            known.setdefault((images[index], bytes(rows[index].segmentation)), len(known))
+            for index in wanted
+        ],
+        dtype=np.int64,
     )
-    area_M = problems.check_masks(masks, np.array(images, dtype=np.int64), mask_D, first)
+    found = _read_masks(list(known), problems.truth.image_sizes_I2)
+    readable_K = np.array([mask is not None for mask in found], dtype=bool)
+    place_K = np.where(readable_K, np.cumsum(readable_K) - 1, -1)
+    mask_D = np.full(len(rows), -1, dtype=np.int64)
+    if wanted:
+        mask_D[wanted] = place_K[number_W]
+        unreadable = np.array(wanted)[~readable_K[number_W]]
+        problems.add("have a damaged mask", unreadable, lambda index: f"detection {first + index}")
+    masks = [mask for mask in found if mask is not None]
+    image_K = np.array([image for image, _ in known], dtype=np.int64)
+    area_M = problems.check_masks(masks, image_K[readable_K], mask_D, first)
     return mask_D, masks, area_M
 
 
-def _read_mask(text: bytes, size: list[int]) -> dict[str, Any] | None:
-    """Return a mask in compressed runs; None where it is of no known kind.
+def _read_masks(
+    texts: list[tuple[int, bytes]], sizes_I2: NDArray[np.int64]
+) -> list[dict[str, Any] | None]:
+    """Return masks in compressed runs; None for what is of no known kind.
 
     Args:
-        text: JSON.
-        size: Height and width of the image, in which polygons are rasterised as the COCO tools do.
+        texts: Image number and JSON of each.
+        sizes_I2: Height and width of the images, in which polygons are rasterised as the COCO tools do.
     """
+    values: list[_Mask | None]
     try:
-        value = _MASK.decode(text)
+        values = list(_MASKS.decode(b"[" + b",".join(text for _, text in texts) + b"]"))
+    except msgspec.ValidationError:
+        values = [_try_mask(text) for _, text in texts]
+    return [
+        None if value is None else _compressed(value, sizes_I2[image])
+        for (image, _), value in zip(texts, values, strict=True)
+    ]
+
+
+def _try_mask(text: bytes) -> _Mask | None:
+    try:
+        return _MASKS.decode(b"[" + text + b"]")[0]
+    except msgspec.ValidationError:
+        return None
+
+
+def _compressed(value: _Mask, size_2: NDArray[np.int64]) -> dict[str, Any] | None:
+    try:
         if isinstance(value, list):
             if not are_polygons(value):
                 return None
-            merged: dict[str, Any] = coco_mask.merge(coco_mask.frPyObjects(value, *size))
+            merged: dict[str, Any] = coco_mask.merge(coco_mask.frPyObjects(value, *size_2.tolist()))
             return merged
         own = list(value.size)
         if isinstance(value.counts, str):
             return {"size": own, "counts": value.counts.encode("ascii")}
-        runs = {"size": own, "counts": value.counts}
-        encoded: dict[str, Any] = coco_mask.frPyObjects(runs, *own)
-    except (msgspec.ValidationError, UnicodeEncodeError, OverflowError):
+        encoded: dict[str, Any] = coco_mask.frPyObjects({"size": own, "counts": value.counts}, *own)
+    except (UnicodeEncodeError, OverflowError):
         return None
     return encoded
 
 
 def _boxes(
     rows: list[DetectionRow],
+    with_mask_D: NDArray[np.bool_],
     mask_D: NDArray[np.int64],
     masks: list[dict[str, Any]],
     problems: Problems,
@@ -180,9 +200,7 @@ def _boxes(
         return np.fromiter(flat, dtype=np.float64, count=4 * len(rows)).reshape(-1, 4)
     without = np.array([index for index, box in enumerate(given) if box is None], dtype=np.int64)
     box_D4 = np.array([box or (0.0, 0.0, 0.0, 0.0) for box in given], dtype=np.float64)
-    bare = np.array(
-        [index for index in without if len(rows[index].segmentation) <= _SHORTEST], dtype=np.int64
-    )
+    bare = without[~with_mask_D[without]]
     problems.add("have neither a box nor a mask", bare, lambda index: f"detection {first + index}")
     drawn = without[mask_D[without] >= 0]
     if len(drawn) and not problems.found:

@@ -27,9 +27,9 @@ from proxydet.evaluation.result_rows import DetectionRow, add_rows
 from proxydet.evaluation.results import Results, ResultsBuilder
 from proxydet.evaluation.validation import Problems, check_duplicates
 
-_BLOCK_BYTES = 48 * 2**20
+_BLOCK_BYTES = 8 * 2**20
 _BOUNDARY = re.compile(rb"\}\s*,\s*(?=\{)")
-_BOUNDARY_REACH = 2**20
+_BOUNDARY_REACHES = (2**13, 2**20)
 _BOUNDARIES_TRIED = 8
 _NOT_FINITE = re.compile(rb"-?\b(?:NaN|Infinity)\b")
 _FIRST_KEY = b'"image_id"'
@@ -128,8 +128,12 @@ def _rows_of_file(path: Path) -> Iterator[list[DetectionRow]]:
 
 def _boundaries(text: bytes) -> list[tuple[int, int]]:
     """Return the last places where one object ends and the next begins, the last first."""
-    reach = max(0, len(text) - _BOUNDARY_REACH)
-    found = [(match.start() + 1, match.end()) for match in _BOUNDARY.finditer(text, reach)]
+    found: list[tuple[int, int]] = []
+    for reach in _BOUNDARY_REACHES:
+        start = max(0, len(text) - reach)
+        found = [(match.start() + 1, match.end()) for match in _BOUNDARY.finditer(text, start)]
+        if len(found) >= _BOUNDARIES_TRIED:
+            break
     return found[: -_BOUNDARIES_TRIED - 1 : -1]
 
 

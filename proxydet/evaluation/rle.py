@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 _FIRST = 48
 _LAST = 48 + 63
-_BATCH = 20_000
+_BATCH = 1000
+"""Masks at once: few enough that their runs stay in the processor's cache."""
 _LONGEST = 6
 """Groups of a number: 30 bits with its sign, more than an image of half a billion pixels needs."""
 
@@ -54,69 +55,77 @@ def _measure(
     # Characters below the first wrap around to above the last.
     groups_B = np.frombuffer(b"".join(counts), dtype=np.uint8) - np.uint8(_FIRST)
     ends_M = np.cumsum(lengths_M)
-    last_M = ends_M[lengths_M > 0] - 1
-    last_B = (groups_B & 0x20) == 0
-    open_M = last_M[~last_B[last_M]]
-    last_B[last_M] = True
-    runs, odd = _run_differences(groups_B, np.flatnonzero(last_B))
-    run_ends_M = np.concatenate([[0], np.cumsum(last_B)])[ends_M]
-    owner = np.repeat(np.arange(len(masks)), np.diff(run_ends_M, prepend=0))
-    place = np.arange(len(runs)) - np.repeat(
-        run_ends_M - np.diff(run_ends_M, prepend=0), np.diff(run_ends_M, prepend=0)
+    last_B = groups_B < 0x20
+    ends = ends_M[lengths_M > 0] - 1
+    strange = np.concatenate(
+        [
+            np.flatnonzero(groups_B > _LAST - _FIRST),
+            ends[~last_B[ends]],
+        ]  # the latter: more was to follow
     )
-    lengths = _undo_differences(runs, owner, place)
-    total_M = np.bincount(owner, weights=lengths, minlength=len(masks))
-    wrong_M = (total_M != pixels_M) | (lengths_M == 0)
-    wrong_M[owner[odd | (lengths < 0)]] = True
-    strange = np.concatenate([np.flatnonzero(groups_B > _LAST - _FIRST), open_M])
+    last_B[ends] = True
+    closes_N = np.flatnonzero(last_B)
+    run_ends_M = np.searchsorted(closes_N, ends_M)
+    values_N, odd = _differences(groups_B, closes_N)
+    wrong_M = lengths_M == 0
     wrong_M[np.searchsorted(ends_M, strange, side="right")] = True
-    area_M = np.bincount(owner, weights=lengths * (place % 2), minlength=len(masks))
-    return area_M.astype(np.float64), ~wrong_M
+    wrong_M[np.searchsorted(run_ends_M, odd, side="right")] = True
+    lengths_P2, starts_M = _run_lengths(values_N, run_ends_M)
+    negative = np.flatnonzero((lengths_P2 < 0).any(axis=1))
+    wrong_M[np.searchsorted(starts_M, negative, side="right") - 1] = True
+    total_M2 = _sums(lengths_P2, starts_M)
+    wrong_M |= total_M2.sum(axis=1) != pixels_M
+    return total_M2[:, 1].astype(np.float64), ~wrong_M
 
 
-def _run_differences(
-    groups_B: NDArray[np.uint8], closes: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Join five-bit groups to numbers; return them, and which of them have more groups than any image needs.
+def _differences(
+    groups_B: NDArray[np.uint8], closes_N: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Join five-bit groups to numbers; return them, and the places of those with more groups than any image needs.
 
     Args:
         groups_B: All characters, as numbers from 0.
-        closes: Where each number's last group is.
+        closes_N: Where each number's last group is.
     """
-    starts = np.concatenate([[0], closes[:-1] + 1])[: len(closes)]
-    lengths = closes - starts + 1
-    values = (groups_B[starts] & 0x1F).astype(np.int64)
+    # The last group is the highest; its fifth bit is the sign.
+    values_N = ((groups_B[closes_N] & 0x1F) ^ 0x10).astype(np.int64) - 0x10
+    lengths_N = np.diff(closes_N, prepend=-1)
     for place in range(1, _LONGEST):
-        longer = np.flatnonzero(lengths > place)
+        longer = np.flatnonzero(lengths_N > place)
         if not len(longer):
             break
-        group = (groups_B[starts[longer] + place] & 0x1F).astype(np.int64)
-        values[longer] |= group << (5 * place)
-    negative = np.flatnonzero(groups_B[closes] & 0x10)
-    values[negative] -= 1 << (5 * np.minimum(lengths[negative], _LONGEST))
-    return values, lengths > _LONGEST
+        group = groups_B[closes_N[longer] - place] & 0x1F
+        values_N[longer] = (values_N[longer] << 5) | group
+    return values_N, np.flatnonzero(lengths_N > _LONGEST)
 
 
-def _undo_differences(
-    runs: NDArray[np.int64], owner: NDArray[np.int64], place: NDArray[np.int64]
-) -> NDArray[np.int64]:
-    """Return run lengths: from the fourth on, a number is the difference to the run before the last."""
-    lengths: NDArray[np.int64] = runs.copy()
-    for parity in (0, 1):
-        # Runs of one parity after the very first form a chain (2, 4, ... and 1, 3, ...), each adding to the one before.
-        chain = np.flatnonzero((place % 2 == parity) & (place > 0))
-        lengths[chain] = segment_cumsum(runs[chain], owner[chain])
-    return lengths
+def _run_lengths(
+    values_N: NDArray[np.int64], run_ends_M: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return run lengths in pairs, of 0 and of 1, a mask's number of runs being made even; and each mask's first pair."""
+    runs_M = np.diff(run_ends_M, prepend=0)
+    pairs_M = (runs_M + 1) // 2
+    starts_M = np.cumsum(pairs_M) - pairs_M
+    pairs_P2 = np.zeros((int(pairs_M.sum()), 2), dtype=np.int64)
+    shift_M = 2 * starts_M - (run_ends_M - runs_M)
+    pairs_P2.reshape(-1)[np.arange(len(values_N)) + np.repeat(shift_M, runs_M)] = values_N
+    # From the fourth on, a number is the difference to the run before the last; the first is in no such chain.
+    some_M = starts_M[pairs_M > 0]
+    first = pairs_P2[some_M, 0]
+    pairs_P2[some_M, 0] = 0
+    before_P2 = np.zeros((len(pairs_P2) + 1, 2), dtype=np.int64)
+    np.cumsum(pairs_P2, axis=0, out=before_P2[1:])
+    lengths_P2 = before_P2[1:] - np.repeat(before_P2[starts_M], pairs_M, axis=0)
+    lengths_P2[some_M, 0] = first
+    filled_M = starts_M[runs_M % 2 == 1] + pairs_M[runs_M % 2 == 1] - 1
+    lengths_P2[filled_M, 1] = 0
+    return lengths_P2, starts_M
 
 
-def segment_cumsum(values: NDArray[np.int64], segment: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return running sums that start anew wherever ``segment`` changes.
-
-    Args:
-        values: N numbers.
-        segment: N numbers, equal neighbours belonging together.
-    """
-    sums = np.cumsum(values)
-    heads = np.append(True, segment[1:] != segment[:-1])[: len(values)]
-    head_of = np.maximum.accumulate(np.where(heads, np.arange(len(values)), 0))
-    return sums - (sums - values)[head_of]
+def _sums(values_P2: NDArray[np.int64], starts_M: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return sums over segments that start at ``starts_M``; 0 for empty ones."""
+    sums = np.zeros((len(values_P2) + 1, 2), dtype=np.int64)
+    np.cumsum(values_P2, axis=0, out=sums[1:])
+    bounds = np.append(starts_M, len(values_P2))
+    between: NDArray[np.int64] = np.diff(sums[bounds], axis=0)
+    return between

@@ -149,7 +149,7 @@ def _curves(
 def _check_against_engine(precision: WeightedPrecision, curves: Curves, truth: GroundTruth) -> None:
     """Intervals come from our own matches: without resampling these must give the engine's average precision."""
     ours_ATC = precision.precision(np.ones(len(truth.image_ids)))
-    theirs_ATC = curves.precision_TRCA.mean(axis=1).transpose(2, 0, 1)
-    absent_ATC = theirs_ATC < 0
+    theirs_ATC = curves.average_TCA.transpose(2, 0, 1)
+    absent_ATC = np.isnan(theirs_ATC)
     assert (np.isnan(ours_ATC) == absent_ATC).all()
     assert (np.abs(ours_ATC - theirs_ATC)[~absent_ATC] < _ROUNDING).all()

@@ -201,7 +201,14 @@ def test_text_ids_are_fine(make_set: Callable[..., Any]) -> None:
     assert largest_difference(evaluate_results(detections, truth, config=FAST), expected) == 0
 
 
-@pytest.mark.parametrize("failure", [ValueError("odd"), BaseException("panic")])
+def panic() -> BaseException:
+    """What pyo3 raises when Rust code panics; it has its own class in every extension, and exports none."""
+    made = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})
+    failure: BaseException = made("index out of bounds")
+    return failure
+
+
+@pytest.mark.parametrize("failure", [ValueError("odd"), panic()])
 def test_a_failure_of_the_fast_engine_advises_the_official_one(
     make_set: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, failure: BaseException
 ) -> None:
@@ -213,6 +220,22 @@ def test_a_failure_of_the_fast_engine_advises_the_official_one(
     with pytest.raises(EnvironmentProblem, match="fast evaluation engine failed") as caught:
         evaluate_results(detections, truth, config=FAST)
     assert "--engine lvis" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    "stop", [KeyboardInterrupt(), SystemExit(3), GeneratorExit(), MemoryError(), BaseException("?")]
+)
+def test_what_is_no_failure_of_the_engine_passes_through(
+    make_set: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, stop: BaseException
+) -> None:
+    def fail(*_: Any) -> None:
+        raise stop
+
+    monkeypatch.setattr(hotcoco_engine, "_hotcoco_curves", fail)
+    truth, detections = make_set(0)
+    with pytest.raises(type(stop)) as caught:
+        evaluate_results(detections, truth, config=FAST)
+    assert caught.value is stop
 
 
 def test_groups_of_categories(make_set: Callable[..., Any]) -> None:

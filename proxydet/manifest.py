@@ -164,8 +164,12 @@ def read_run_records(run: Path) -> tuple[RunManifest, EnvironmentReport]:
         InputError: A file is missing or not one of ours.
     """
     folder = run if run.is_dir() else run.parent
-    manifest = RunManifest.from_dict(_read_json(folder / MANIFEST_NAME))
-    return manifest, EnvironmentReport.from_dict(_read_json(folder / ENVIRONMENT_NAME))
+    return read_manifest(folder), EnvironmentReport.from_dict(_read_json(folder / ENVIRONMENT_NAME))
+
+
+def read_manifest(folder: Path) -> RunManifest:
+    """Read the manifest of a training or an evaluation; errors as of `read_run_records`."""
+    return RunManifest.from_dict(_read_json(folder / MANIFEST_NAME))
 
 
 def file_digest(path: Path) -> str:

@@ -32,6 +32,12 @@ _CONFIGURATION: tuple[tuple[str, Suspicion, str], ...] = (
     ("training.evaluation", "unlikely", "it decides when is evaluated, not how is trained"),
     ("training.precision", "changes last bits", "other number formats round differently"),
     ("evaluation", "unlikely", "it does not take part in training"),
+    ("results", "harmless", "it is a file's place; what counts is its digest"),
+    ("scoring.bootstrap", "harmless", "it only makes the intervals"),
+    ("scoring.confidence", "harmless", "it only makes the intervals"),
+    ("scoring.seed", "harmless", "it only makes the intervals"),
+    ("scoring.engine", "changes last bits", "the engines agree but for rounding"),
+    ("scoring.batch_size", "changes last bits", "images of other sizes are padded together"),
 )
 
 _ENVIRONMENT: dict[str, tuple[Suspicion, str]] = {
@@ -120,10 +126,12 @@ def compare_runs(first: Path, second: Path) -> RunComparison:
 
 def _manifest_differences(first: RunManifest, second: RunManifest) -> Iterator[Difference]:
     yield from _compare("digests", first.digests, second.digests, _always("it is another input"))
-    yield from _compare(
-        "seeds", first.seeds, second.seeds, _always("every random number derives from it")
-    )
-    yield from _compare("", _one(first), _one(second), _of_run)
+    seeds = _always("every random number derives from it")
+    run = _of_run
+    if first.kind == second.kind == "evaluation":
+        seeds, run = _of_resamples, _of_evaluation
+    yield from _compare("seeds", first.seeds, second.seeds, seeds)
+    yield from _compare("", _one(first), _one(second), run)
     yield from _compare(
         "configuration", _flat(first.configuration), _flat(second.configuration), _of_configuration
     )
@@ -176,6 +184,16 @@ def _of_run(key: str) -> tuple[Suspicion, str]:
         "proxydet": "the code differs",
     }
     return "decides results", reasons[key]
+
+
+def _of_evaluation(key: str) -> tuple[Suspicion, str]:
+    if key == "world_size":
+        return "harmless", "results are the same for any number of processes"
+    return _of_run(key)
+
+
+def _of_resamples(_key: str) -> tuple[Suspicion, str]:
+    return "harmless", "it only makes the intervals"
 
 
 def _of_configuration(key: str) -> tuple[Suspicion, str]:

@@ -48,11 +48,16 @@ class Subject:
 
 def run(options: EvalOptions, output: Output) -> None:
     """Evaluate, write the files and show the numbers."""
+    from proxydet.evaluation.records import record_results
+
     options.check()
     progress = _progress()
     if options.results is not None:
         subject = open_subject(options, progress)
         evaluation = _score(options.results, subject, options.config, progress)
+        record_results(
+            options.folder(subject.truth.name), options.results, subject.truth, options.config
+        )
         _conclude(evaluation, subject.split, options, output, progress)
         return
     description = read_description(options)
@@ -176,7 +181,7 @@ def show(report: Report, analysis: Mapping[str, Any], output: Output) -> None:
         if resampling.rare is not None:
             scored, present = resampling.rare
             output.message(
-                f"rare: {scored} categories are annotated, {present:.0f} of them in a resample on average"
+                f"rare: {scored} categories are annotated, {present:.1f} of them in a resample on average"
             )
 
 
@@ -207,8 +212,11 @@ def _detect_and_score(
 ) -> Evaluation | None:
     from proxydet.evaluation.detector_evaluation import evaluate_split
 
-    folder = options.folder(split.description.name) / PREDICTIONS
-    return evaluate_split(detector, split, folder, config=options.config, progress=progress)
+    folder = options.folder(split.description.name)
+    return evaluate_split(
+        detector, split, folder / PREDICTIONS,
+        records=folder, config=options.config, progress=progress,
+    )  # fmt: skip
 
 
 def _detector(options: EvalOptions) -> Detector:

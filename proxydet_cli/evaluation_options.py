@@ -83,6 +83,8 @@ class EvalOptions:
         if self.output is not None:
             return self.output
         place = f"{dataset}-{self.split}"
+        if self.annotations_only():
+            place = Path(self.data or "").name.split(".")[0]
         if self.run is not None:
             return self.run / "evaluation" / place
         if self.results is not None:
@@ -91,16 +93,21 @@ class EvalOptions:
 
 
 def results_of(place: Path) -> Path:
-    """Return the results file that a path means: itself, or the one in an evaluation's folder.
+    """Return the results file that a path means: itself, or the one that an evaluation's folder holds or scored.
 
     Raises:
         InputError: There is none.
     """
+    from proxydet.evaluation.records import recorded_results
+
     if not place.is_dir():
         return place
     for file in (place / "predictions.json", place / PREDICTIONS / "predictions.json"):
         if file.is_file():
             return file
+    recorded = recorded_results(place)
+    if recorded is not None:
+        return recorded
     raise InputError(
         f"{place} holds no finished predictions.",
         hint="give a results file, or the output folder of a finished proxydet eval",

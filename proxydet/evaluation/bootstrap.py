@@ -27,6 +27,8 @@ from proxydet.reporting import SILENT, Progress
 
 Floats = NDArray[np.float64]
 _GROUP_METRICS = ("AP", "AP50")
+_ROUNDING = 1e-9
+"""Resamples that differ by less agree: they only add in another order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,9 @@ class Resamples:
         single image each are either in a resample as they are or not at all.
         """
         intervals = _intervals(self.names, self.values_M, self.resampled_RM, confidence)
-        return {name: value for name, value in intervals.items() if value.low < value.high}
+        return {
+            name: value for name, value in intervals.items() if value.high - value.low > _ROUNDING
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from proxydet.evaluation.prediction import (
     weights_digest,
 )
 from proxydet.evaluation.prediction_files import PredictionFolder
+from proxydet.evaluation.records import write_records
 from proxydet.evaluation.report import Report
 from proxydet.evaluation.split import DescribedSplit
 from proxydet.modeling.config import InferenceConfig
@@ -49,7 +50,8 @@ def evaluate(
         detector: Finds objects.
         description: The data set, or its TOML file.
         split: ``"train"`` or ``"val"``.
-        output: Where predictions are kept; None keeps them in a folder that is removed at the end (one process only).
+        output: Where predictions are kept, with the records of what they were made from; None keeps predictions in a
+            folder that is removed at the end (one process only).
         config: How to score.
         progress: Where progress is shown.
 
@@ -62,7 +64,9 @@ def evaluate(
         DiskFullError: There is no room for the predictions.
     """
     opened = DescribedSplit.open(description, split, progress=progress)
-    evaluation = evaluate_split(detector, opened, output, config=config, progress=progress)
+    evaluation = evaluate_split(
+        detector, opened, output, records=output, config=config, progress=progress
+    )
     return None if evaluation is None else evaluation.report
 
 
@@ -71,10 +75,20 @@ def evaluate_split(
     split: DescribedSplit,
     output: Path | None = None,
     *,
+    records: Path | None = None,
     config: EvaluationConfig | None = None,
     progress: Progress = SILENT,
 ) -> Evaluation | None:
-    """Do as `evaluate` on a split that is open, and keep what the report was made from."""
+    """Do as `evaluate` on a split that is open, and keep what the report was made from.
+
+    Args:
+        detector: Finds objects.
+        split: The images, their annotations and classes.
+        output: Where predictions are kept, as for `evaluate`.
+        records: Where ``manifest.json`` and ``environment.json`` are written; None writes none.
+        config: How to score.
+        progress: Where progress is shown.
+    """
     config = config or EvaluationConfig()
     task = EvaluationTask.of(
         split.images,
@@ -84,7 +98,10 @@ def evaluate_split(
     )
     share = current_share()
     with _folder(output) as path:
-        folder = PredictionFolder(path, _identity(detector, task))
+        identity = _identity(detector, task)
+        folder = PredictionFolder(path, identity)
+        if records is not None and share.rank == 0:
+            _record(records, identity, split, config, share)
         predict_split(detector, task, folder, share=share, progress=progress)
         wait_for_all(share)
         if share.rank > 0:
@@ -124,6 +141,25 @@ def _identity(detector: ImageDetector, task: EvaluationTask) -> dict[str, Any]:
         "vocabulary": task.vocabulary.digest,
         "annotations": task.images.store.digest(),
     }
+
+
+def _record(
+    folder: Path,
+    identity: dict[str, Any],
+    split: DescribedSplit,
+    config: EvaluationConfig,
+    share: Share,
+) -> None:
+    """Write down what the evaluation is made from."""
+    inputs = ("weights", "vocabulary", "annotations")
+    chosen = {key: value for key, value in identity.items() if key not in inputs}
+    write_records(
+        folder,
+        config,
+        {name: identity[name] for name in inputs},
+        {"dataset": split.description.name, "split": split.name, **chosen},
+        processes=share.processes,
+    )
 
 
 def fusion_vocabulary(vocabulary: Vocabulary, trained: Vocabulary) -> Vocabulary:

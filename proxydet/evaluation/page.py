@@ -27,6 +27,12 @@ from proxydet.visualization.report import Report as Page
 
 _SHOWN_CATEGORIES = 4
 _SHOWN_EXAMPLES = 2
+_SHORT_KINDS = {
+    "classification": "wrong class",
+    "localisation": "badly placed",
+    "classification and localisation": "both",
+}
+"""Names of kinds of errors that fit below a bar."""
 
 
 def write_page(
@@ -120,7 +126,7 @@ def _scores(report: Report) -> Section:
         if resampling.rare is not None:
             text += (
                 f" Rare categories have few images each: of the {resampling.rare[0]} that are annotated here, a resample "
-                f"has {resampling.rare[1]:.0f} on average. Their interval says how the images move the result, and less "
+                f"has {resampling.rare[1]:.1f} on average. Their interval says how the images move the result, and less "
                 "of how other rare categories would."
             )
     bars: dict[str, dict[str, float]] = {}
@@ -208,7 +214,9 @@ def _curves(evaluation: Evaluation) -> Section:
 
 def _errors(errors: ErrorBreakdown, report: Report) -> Section:
     rows = [(name, errors.counts[name], 100 * errors.costs[name]) for name in errors.counts]
-    bars = {name: {"AP50": 100 * cost} for name, cost in errors.costs.items()}
+    bars = {
+        _SHORT_KINDS.get(name, name): {"AP50": 100 * cost} for name, cost in errors.costs.items()
+    }
     return Section(
         title="What costs precision",
         text=(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -19,6 +19,11 @@ from proxydet.evaluation.report import CategoryScore
 from proxydet.evaluation.scoring import Scored
 from proxydet.visualization.drawing import DrawnObject, draw_objects
 from proxydet.visualization.report import Picture
+
+_AROUND = 2.5
+"""Sides of a picture of an error, as a multiple of what is to be seen."""
+_LEAST_CLOSE_UP = 200
+"""The least sides of such a picture, in pixels."""
 
 ImageReader = Callable[[Identifier], Pixels]
 
@@ -141,8 +146,39 @@ def draw_example(
         for index in np.flatnonzero(annotated)
         if example.annotation < 0 or index == example.annotation
     ]
-    drawn = draw_objects(Image.fromarray(read(image_id)), objects)
-    return Picture(image=drawn, caption=f"{name}: {_KINDS[example.kind]}, image {image_id}")
+    picture = draw_objects(*_close_up(Image.fromarray(read(image_id)), objects))
+    return Picture(image=picture, caption=f"{name}: {_KINDS[example.kind]}, image {image_id}")
+
+
+def _close_up(
+    image: Image.Image, objects: list[DrawnObject]
+) -> tuple[Image.Image, list[DrawnObject]]:
+    """Cut out what is to be seen with as much around it, and move the objects along; large objects keep the image."""
+    boxes_N4 = np.array([item.box_xyxy for item in objects])
+    low_2, high_2 = boxes_N4[:, :2].min(axis=0), boxes_N4[:, 2:].max(axis=0)
+    reach = max(float((high_2 - low_2).max()) * _AROUND, _LEAST_CLOSE_UP) / 2
+    size_2 = np.array(image.size)
+    middle_2 = (low_2 + high_2) / 2
+    start_2 = np.floor(np.clip(middle_2 - reach, 0, size_2 - 1)).astype(int)
+    end_2 = np.ceil(np.clip(middle_2 + reach, start_2 + 1, size_2)).astype(int)
+    (left, top), (right, bottom) = start_2.tolist(), end_2.tolist()
+    moved = [
+        replace(
+            item,
+            box_xyxy=_moved(item.box_xyxy, left, top),
+            mask_HW=None
+            if item.mask_HW is None
+            else np.asarray(item.mask_HW)[top:bottom, left:right],
+        )
+        for item in objects
+    ]
+    return image.crop((left, top, right, bottom)), moved
+
+
+def _moved(
+    box: tuple[float, float, float, float], left: int, top: int
+) -> tuple[float, float, float, float]:
+    return (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
 
 
 _KINDS = {"found": "found", "false": "false detection", "missed": "missed"}

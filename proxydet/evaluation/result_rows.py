@@ -15,6 +15,8 @@ from proxydet.evaluation.results import Results, ResultsBuilder
 from proxydet.evaluation.rle import are_polygons
 from proxydet.evaluation.validation import Problems
 
+_ABSENT = msgspec.Raw(b"")
+
 
 class DetectionRow(msgspec.Struct, gc=False):
     """One detection as results files spell it; the box is x, y, width, height in pixels."""
@@ -23,7 +25,7 @@ class DetectionRow(msgspec.Struct, gc=False):
     category_id: Identifier
     score: float
     bbox: tuple[float, float, float, float] | None = None
-    segmentation: msgspec.Raw = msgspec.Raw(b"")
+    segmentation: msgspec.Raw = _ABSENT
 
 
 class _Rle(msgspec.Struct, gc=False):
@@ -63,7 +65,7 @@ def add_rows(
     wanted_D = known_D.copy()
     if not keep_every_mask:
         wanted_D[known_D] = truth.judged_IC[image_D[known_D], category_D[known_D]]
-    with_mask_D = np.array([len(row.segmentation) for row in rows]) > _SHORTEST
+    with_mask_D = _with_mask(rows)
     mask_D, masks, area_M = _masks(rows, wanted_D & with_mask_D, image_D, problems, first)
     box_D4 = _boxes(rows, with_mask_D, mask_D, masks, problems, first)
     problems.check_boxes(image_D, box_D4, first)
@@ -88,6 +90,14 @@ def _numbers(ids: list[Identifier], index: dict[Identifier, int]) -> NDArray[np.
         return np.fromiter(map(index.__getitem__, ids), dtype=np.int64, count=len(ids))
     except KeyError:
         return np.array([index.get(value, -1) for value in ids], dtype=np.int64)
+
+
+def _with_mask(rows: list[DetectionRow]) -> NDArray[np.bool_]:
+    given = [row.segmentation for row in rows]
+    if given.count(_ABSENT) == len(given):  # a file of boxes; comparing is faster than measuring
+        return np.zeros(len(given), dtype=bool)
+    with_mask_D: NDArray[np.bool_] = np.array([len(text) for text in given]) > _SHORTEST
+    return with_mask_D
 
 
 def _check_names(

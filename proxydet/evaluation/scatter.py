@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 _WIDTH, _HEIGHT = 560, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 12, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 30, 40
 
 Point = tuple[float, float, str]
 """Number of training images (at least 0), AP in percent, name."""
@@ -64,16 +64,17 @@ def _axes(decades: int) -> str:
             )
             lines.append(_text(x, bottom + 15, f"{images:,}", "middle"))
     lines.append(_text((_LEFT + right) / 2, _HEIGHT - 6, "training images", "middle"))
-    lines.append(_text(12, _TOP + 10, "AP", "start"))
+    lines.append(_text(_LEFT - 6, 14, "AP", "end"))
     return "".join(lines)
 
 
 def _legend(names: Sequence[str], colours: Sequence[str]) -> str:
     entries = []
-    for index, (name, colour) in enumerate(zip(names, colours, strict=False)):
-        y = _TOP + 14 + 16 * index
-        entries.append(f'<circle cx="{_LEFT + 14}" cy="{y - 4}" r="4" fill="{colour}"/>')
-        entries.append(_text(_LEFT + 24, y, name, "start"))
+    x = float(_LEFT + 14)
+    for name, colour in zip(names, colours, strict=False):
+        entries.append(f'<circle cx="{x}" cy="10" r="4" fill="{colour}"/>')
+        entries.append(_text(x + 10, 14, name, "start"))
+        x += 34 + 6.5 * len(name)
     return "".join(entries)
 
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from proxydet.errors import ConfigError
-from proxydet.evaluation.bootstrap import Sets, differences, resample
+from proxydet.evaluation.bootstrap import Resamples, Sets, differences, resample
 from proxydet.evaluation.config import EvaluationConfig
 from proxydet.evaluation.curves import Curves
 from proxydet.evaluation.evaluate import Evaluation, evaluate_results, run_evaluation
@@ -131,6 +131,16 @@ def test_intervals_are_around_the_metrics_and_repeatable(make_set: Callable[...,
     narrow = EvaluationConfig(bootstrap=50, confidence=0.5)
     half = evaluate_results(detections, truth, config=narrow).types["segm"].intervals["AP"]
     assert part.intervals["AP"].low < half.low < half.high < part.intervals["AP"].high
+
+
+def test_resamples_that_differ_by_rounding_give_no_interval() -> None:
+    drawn = Resamples(
+        names=("APr", "AP"),
+        values_M=np.array([0.7, 0.5]),
+        resampled_RM=np.array([[0.7, 0.4], [0.7 + 1e-16, 0.6], [0.7 - 1e-16, 0.5]]),
+        rare=(1, 0.6),
+    )
+    assert set(drawn.intervals(0.95)) == {"AP"}
 
 
 def test_how_rare_categories_come_and_go_is_told(make_set: Callable[..., Any]) -> None:

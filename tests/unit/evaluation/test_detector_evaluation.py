@@ -22,8 +22,10 @@ from proxydet.evaluation.config import EvaluationConfig
 from proxydet.evaluation.detector_evaluation import fusion_vocabulary
 from proxydet.evaluation.evaluate import evaluate_results
 from proxydet.evaluation.prediction import Share, result_rows
+from proxydet.manifest import read_run_records
 from proxydet.modeling.config import InferenceConfig
 from proxydet.modeling.prediction import Prediction, masks
+from proxydet.run_comparison import compare_runs
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 
@@ -135,6 +137,39 @@ def test_any_number_of_processes_gives_the_same_files(
     assert report.to_dict() == alone.to_dict()
     for name in ("predictions.json", "identity.json"):
         assert (together / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+
+
+def test_what_predictions_were_made_from_is_recorded(
+    dataset: Path,
+    vocabulary: Vocabulary,
+    tmp_path: Path,
+    as_rank: Callable[[int, int], None],
+) -> None:
+    for rank in (1, 0):
+        as_rank(rank, 2)
+        evaluate(Guesser(vocabulary), dataset, output=tmp_path / "two")
+        assert (tmp_path / "two" / "manifest.json").exists() == (rank == 0)
+    manifest, _ = read_run_records(tmp_path / "two")
+    identity = json.loads((tmp_path / "two" / "identity.json").read_text())
+    assert manifest.kind == "evaluation"
+    assert manifest.digests == {
+        name: identity[name] for name in ("weights", "vocabulary", "annotations")
+    }
+    assert manifest.configuration["split"] == "val"
+    assert manifest.configuration["inference settings"] == identity["inference settings"]
+    as_rank(0, 1)
+    evaluate(
+        Guesser(vocabulary),
+        dataset,
+        output=tmp_path / "one",
+        config=EvaluationConfig(bootstrap=0, max_detections=10),
+    )
+    compared = compare_runs(tmp_path / "two", tmp_path / "one").differences
+    found = {row.key: row.suspicion for row in compared if not row.key.startswith("environment.")}
+    assert found == {
+        "configuration.scoring.max_detections": "decides results",
+        "world_size": "harmless",
+    }
 
 
 def test_a_finished_evaluation_does_not_predict_again(

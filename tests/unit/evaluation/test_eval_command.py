@@ -18,8 +18,16 @@ from proxydet.errors import ConfigError, DataError, InputError
 from proxydet.evaluation.config import EvaluationConfig
 from proxydet.evaluation.evaluate import run_evaluation
 from proxydet.evaluation.output import analyse, write_files
-from proxydet.evaluation.pictures import best_examples, extreme_categories, worst_examples
+from proxydet.evaluation.pictures import (
+    Example,
+    best_examples,
+    draw_example,
+    extreme_categories,
+    worst_examples,
+)
 from proxydet.evaluation.scatter import scatter_svg
+from proxydet.manifest import file_digest, read_run_records
+from proxydet.run_comparison import compare_runs
 from proxydet_cli.app import run
 
 Typed = Callable[..., tuple[str, str]]
@@ -72,12 +80,46 @@ def test_results_on_an_annotation_file(typed: Typed, files: Path) -> None:
     )
     assert float(lines["AP"][2]) == pytest.approx(100 * report.ap, abs=0.006)
     assert "95 % confidence, from 200 resamples" in messages
-    folder = files / "evaluation" / "a-val.json-val"
+    folder = files / "evaluation" / "a-val"
     assert {path.name for path in folder.iterdir()} == {
         "results.json",
         "per_category.csv",
         "report.html",
+        "manifest.json",
+        "environment.json",
     }
+
+
+def test_what_an_evaluation_was_made_from_is_recorded(typed: Typed, files: Path) -> None:
+    words = ["--data", files / "val.json", "--bootstrap", "2"]
+    for name in ("a", "b"):
+        typed("--results", files / f"{name}.json", *words, "--output", files / name)
+    manifest, report = read_run_records(files / "a")
+    assert manifest.kind == "evaluation"
+    assert manifest.digests == {
+        "results": file_digest(files / "a.json"),
+        "annotations": file_digest(files / "val.json"),
+    }
+    assert manifest.configuration["scoring"]["max_detections"] == 300
+    assert manifest.seeds == {"resamples": 0}
+    assert report.fields
+    found = {row.key: row.suspicion for row in compare_runs(files / "a", files / "b").differences}
+    assert found["digests.results"] == "decides results"
+    assert found["configuration.results"] == "harmless"
+
+
+def test_compare_takes_folders_of_results_that_were_scored(typed: Typed, files: Path) -> None:
+    data = ["--data", files / "val.json"]
+    for name in ("a", "b"):
+        typed("--results", files / f"{name}.json", *data, "--output", files / name)
+    named, _ = typed("--compare", files / "a.json", files / "b.json", *data)
+    assert typed("--compare", files / "a", files / "b", *data)[0] == named
+    (files / "b.json").write_text("[]")
+    with pytest.raises(InputError, match="has changed since"):
+        run(["eval", "--compare", str(files / "a"), str(files / "b"), *map(str, data)])
+    (files / "b.json").unlink()
+    with pytest.raises(InputError, match="not there any more"):
+        run(["eval", "--compare", str(files / "a"), str(files / "b"), *map(str, data)])
 
 
 def test_json_is_the_whole_result(typed: Typed, files: Path) -> None:
@@ -232,6 +274,28 @@ def test_examples_show_what_they_say(files: Path) -> None:
                     ]
                 )
     assert kinds == {"false", "missed"}
+
+
+def test_pictures_of_errors_are_close_ups(files: Path) -> None:
+    truth = json.loads((files / "val.json").read_text())
+    truth["images"] = [{**truth["images"][0], "height": 900, "width": 1200}]
+    truth["annotations"] = [
+        {"image_id": truth["images"][0]["id"], "category_id": 2, "bbox": box, "area": 600.0}
+        for box in ([1000.0, 700.0, 30.0, 20.0], [100.0, 100.0, 500.0, 400.0])
+    ]
+    evaluation = run_evaluation([], truth, config=EvaluationConfig(bootstrap=0))
+    pixels = np.zeros((900, 1200, 3), dtype=np.uint8)
+    pixels[700:720, 1000:1030] = 255
+    small, large = (
+        draw_example(
+            evaluation, Example(kind="missed", image=0, annotation=index), 0, lambda _: pixels
+        )
+        for index in (0, 1)
+    )
+    assert small.image.size == (400, 400)  # 200 pixels of the image, drawn at twice the size
+    centre = np.asarray(small.image)[190:210, 180:220]
+    assert (centre == 255).all()
+    assert large.image.size == (975, 900)
 
 
 def test_extreme_categories_prefers_those_with_annotations(make_set: Callable[..., Any]) -> None:

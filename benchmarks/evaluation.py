@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from pycocotools import mask as coco_mask
 
 HEIGHT, WIDTH = 480, 640
 CATEGORIES, DETECTIONS = 1203, 300
+DRAWN = 2000
 
 
 def main() -> None:
@@ -38,6 +40,7 @@ def main() -> None:
     engines.add_argument("--images", type=int, default=2000)
     engines.add_argument("--engine", choices=["hotcoco", "lvis"], action="append")
     engines.add_argument("--bootstrap", type=int, default=0)
+    engines.add_argument("--errors", action="store_true", help="analyse errors too")
     engines.add_argument("--folder", type=Path, help="keep the generated files here")
     coverage = commands.add_parser("coverage")
     coverage.add_argument("--sets", type=int, default=200)
@@ -71,6 +74,7 @@ def compare_engines(options: argparse.Namespace) -> None:
                     kind=kind,
                     engine=engine,
                     bootstrap=options.bootstrap if engine == "hotcoco" else 0,
+                    errors=options.errors and engine == "hotcoco",
                 )
                 for engine in options.engine or ["hotcoco", "lvis"]
             }
@@ -104,14 +108,17 @@ def run_child(**arguments: Any) -> dict[str, Any]:
     return result
 
 
-def measure(*, folder: str, images: int, kind: str, engine: str, bootstrap: int) -> None:
+def measure(
+    *, folder: str, images: int, kind: str, engine: str, bootstrap: int, errors: bool
+) -> None:
     """Evaluate in this process and print time, memory and metrics."""
     import hotcoco  # noqa: F401 - imports are not what is measured
     import pycocotools.cocoeval  # noqa: F401
 
     from proxydet.compat import lvis_api  # noqa: F401
     from proxydet.evaluation.config import EvaluationConfig
-    from proxydet.evaluation.evaluate import evaluate_results
+    from proxydet.evaluation.evaluate import run_evaluation
+    from proxydet.evaluation.output import analyse
 
     results = Path(folder) / f"{kind}_{images}.json"
     annotations = Path(folder) / f"truth_{images}.json"
@@ -120,7 +127,10 @@ def measure(*, folder: str, images: int, kind: str, engine: str, bootstrap: int)
         metrics = official(annotations, results, kind)
     else:
         config = EvaluationConfig(bootstrap=bootstrap, iou_types=(kind,))
-        metrics = evaluate_results(results, annotations, config=config).types[kind].metrics
+        evaluation = run_evaluation(results, annotations, config=config)
+        metrics = evaluation.report.types[kind].metrics
+        if errors:
+            analyse(evaluation)
     print(
         json.dumps(
             {
@@ -128,6 +138,7 @@ def measure(*, folder: str, images: int, kind: str, engine: str, bootstrap: int)
                 "engine": engine,
                 "images": images,
                 "resamples": bootstrap,
+                "errors": errors,
                 "wall s": round(time.perf_counter() - start, 2),
                 "processor s": round(time.process_time() - processor, 2),
                 "peak MiB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
@@ -155,8 +166,15 @@ def official(annotations: Path, results: Path, kind: str) -> dict[str, float]:
 
 
 def generate(images: int, folder: Path) -> None:
-    """Write annotations, and results with and without masks, unless they are there."""
-    if (folder / f"segm_{images}.json").is_file():
+    """Write annotations, and results with and without masks, unless they are there.
+
+    More images than `DRAWN` are copies of these under other ids: drawing masks takes longer than scoring them.
+    """
+    if (folder / f"truth_{images}.json").is_file():
+        return
+    if images > DRAWN:
+        generate(DRAWN, folder)
+        _repeat(images, folder)
         return
     draw = np.random.default_rng(0)
     share_C = draw.permutation(np.arange(1, CATEGORIES + 1) ** -0.8)
@@ -182,6 +200,32 @@ def generate(images: int, folder: Path) -> None:
         boxes.write("]")
         masks.write("]")
     (folder / f"truth_{images}.json").write_text(json.dumps(truth))
+
+
+def _repeat(images: int, folder: Path) -> None:
+    """Write copies of the drawn images under other ids."""
+    copies = images // DRAWN
+    if copies * DRAWN != images:
+        raise SystemExit(f"--images must be at most {DRAWN}, or a multiple of it")
+    for kind in ("bbox", "segm"):
+        text = (folder / f"{kind}_{DRAWN}.json").read_bytes()[1:-1]
+        with (folder / f"{kind}_{images}.json").open("wb") as file:
+            for copy in range(copies):
+                file.write(b"," if copy else b"[")
+                file.write(_shifted(text, copy * DRAWN))
+            file.write(b"]")
+    truth = json.loads((folder / f"truth_{DRAWN}.json").read_text())
+    for key, name in (("images", "id"), ("annotations", "image_id")):
+        truth[key] = [
+            {**row, name: row[name] + copy * DRAWN} for copy in range(copies) for row in truth[key]
+        ]
+    for number, row in enumerate(truth["annotations"], 1):
+        row["id"] = number
+    (folder / f"truth_{images}.json").write_text(json.dumps(truth))
+
+
+def _shifted(text: bytes, by: int) -> bytes:
+    return re.sub(rb'"image_id": (\d+)', lambda m: b'"image_id": %d' % (int(m[1]) + by), text)
 
 
 def _image(

@@ -167,6 +167,10 @@ def show(report: Report, analysis: Mapping[str, Any], output: Output) -> None:
         f"{report.dataset}: {counts.detections} detections in {counts.images_with_detections} of {counts.images} images, "
         f"{counts.annotations} annotations, engine {report.engine}, in percent"
     )
+    if 0 < counts.without_mask < counts.detections:
+        output.warning(
+            f"masks are not scored: {counts.without_mask} of {counts.detections} detections have none"
+        )
     if report.fixed:
         output.warning("this is fixed AP; it cannot be compared with AP")
     output.table(metric_rows(report))

@@ -82,7 +82,10 @@ def read_annotation_file(source: Path | dict[str, Any]) -> AnnotationFile:
         if isinstance(error, TypeError):
             raise DataError(f"The annotations given cannot be written as JSON: {error}.") from error
         raise damaged_json(
-            path, error, what="an annotation file in COCO's or LVIS's format"
+            path,
+            error,
+            what="an annotation file in COCO's or LVIS's format",
+            hint="it needs images, annotations and categories; a results file goes with --results",
         ) from error
     _check(rows, path)
     return rows

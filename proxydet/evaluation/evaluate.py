@@ -248,5 +248,6 @@ def _counts(truth: GroundTruth, results: Results, scored: Mapping[str, Scored]) 
         detections=len(results),
         capped=first.capped if first else 0,
         unjudged=first.unjudged if first else 0,
+        without_mask=results.without_mask,
         without_area={kind: part.selection.without_area for kind, part in scored.items()},
     )

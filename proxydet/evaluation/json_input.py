@@ -25,7 +25,7 @@ def read_bytes(path: Path) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise DataError(f"Cannot read {path}: {error.strerror or error}.", path=path) from error
+        raise unreadable(path, error) from error
     if data.startswith(_GZIP_MAGIC):
         try:
             data = gzip.decompress(data)
@@ -36,12 +36,35 @@ def read_bytes(path: Path) -> bytes:
                 path=path,
             ) from error
     if not data.strip():
-        raise DataError(f"{path} is empty.", path=path)
+        raise empty(path)
     return data
 
 
-def damaged_json(path: Path | None, error: msgspec.MsgspecError, *, what: str) -> DataError:
-    """Return the error for JSON that cannot be decoded as ``what``: cut short, malformed, or of another layout."""
+def unreadable(path: Path, error: OSError) -> DataError:
+    """Return the error for a file that cannot be opened or read."""
+    return DataError(
+        f"Cannot read {path}: {error.strerror or error}.",
+        hint="check the path, and that you may read the file",
+        path=path,
+    )
+
+
+def empty(path: Path) -> DataError:
+    """Return the error for a file without content."""
+    return DataError(f"{path} is empty.", hint="write or copy the file again", path=path)
+
+
+def damaged_json(
+    path: Path | None, error: msgspec.MsgspecError, *, what: str, hint: str | None = None
+) -> DataError:
+    """Return the error for JSON that cannot be decoded: cut short, malformed, or of another layout.
+
+    Args:
+        path: The file; None for values.
+        error: What the decoder said.
+        what: What it should be.
+        hint: What to do where it is something else.
+    """
     where = str(path) if path is not None else "The value given"
     detail = str(error)
     if "truncated" in detail:
@@ -51,8 +74,8 @@ def damaged_json(path: Path | None, error: msgspec.MsgspecError, *, what: str) -
             path=path,
         )
     if isinstance(error, msgspec.ValidationError):
-        return DataError(f"{where} is not {what}: {detail}.", path=path)
-    return DataError(f"{where} is not valid JSON: {detail}.", path=path)
+        return DataError(f"{where} is not {what}: {detail}.", hint=hint, path=path)
+    return DataError(f"{where} is not valid JSON: {detail}.", hint=hint, path=path)
 
 
 def first_offenders(items: Sequence[_Item], *, most: int = 5) -> str:

@@ -100,7 +100,12 @@ def read_hierarchy(path: Path, truth: GroundTruth) -> dict[int, tuple[int, ...]]
     try:
         tree = msgspec.json.decode(read_bytes(path), type=dict[str, Any])
     except msgspec.MsgspecError as error:
-        raise damaged_json(path, error, what="a class hierarchy") from error
+        raise damaged_json(
+            path,
+            error,
+            what="a class hierarchy",
+            hint="it is OpenImages' own file, challenge-2019-label500-hierarchy.json",
+        ) from error
     number = {key: index for index, key in enumerate(truth.category_keys) if key}
     found: dict[int, set[int]] = {}
     unknown: list[str] = []

@@ -52,7 +52,7 @@ class Analysis:
         return {
             "errors": asdict(self.errors) if self.errors else None,
             "calibration": calibration,
-            "box recall, classes left aside": [asdict(value) for value in self.recall],
+            "box_recall": [asdict(value) for value in self.recall],
         }
 
 

@@ -10,6 +10,8 @@ from proxydet.evaluation.annotation_file import Identifier
 from proxydet.evaluation.curves import Curves
 from proxydet.evaluation.metrics import Metrics
 
+FORMAT = 1
+"""Of results.json; another number where keys are renamed or go."""
 IOU_TYPE_NAMES = {"bbox": "box", "segm": "mask"}
 
 
@@ -133,6 +135,7 @@ class Counts:
         detections: All detections.
         capped: Left out by the limit an image, or for fixed AP a category.
         unjudged: Left out because nobody knows whether their category is in their image.
+        without_mask: Detections that have no mask; masks are scored where there are none of these.
         without_area: Left out because they cover no pixel, by iou type.
     """
 
@@ -142,6 +145,7 @@ class Counts:
     detections: int
     capped: int
     unjudged: int
+    without_mask: int
     without_area: Mapping[str, int]
 
 
@@ -172,7 +176,10 @@ class Report:
 
     @property
     def ap(self) -> float | None:
-        """Average precision of masks (of boxes where no masks were scored), as a fraction; None for OpenImages."""
+        """Average precision of masks (of boxes where no masks were scored), as a fraction; None for OpenImages.
+
+        Fixed AP where `fixed`; :meth:`to_dict` names that differently.
+        """
         return self.main.metrics.get("AP")
 
     @property
@@ -203,15 +210,23 @@ class Report:
                     self.metric_prefix + key: asdict(value) for key, value in part.intervals.items()
                 },
                 "resampling": asdict(part.resampling) if part.resampling else None,
-                "groups": [asdict(score) for score in part.groups],
+                "groups": [self._group(score) for score in part.groups],
             }
             for kind, part in self.types.items()
         }
         return {
+            "format": FORMAT,
             "dataset": self.dataset,
             "protocol": self.protocol,
             "engine": self.engine,
             "fixed": self.fixed,
             "counts": asdict(self.counts),
             "results": types,
+        }
+
+    def _group(self, score: GroupScore) -> dict[str, Any]:
+        averages = ("ap", "ap50", "ap75")
+        return {
+            self.metric_prefix + key if key in averages else key: value
+            for key, value in asdict(score).items()
         }

@@ -79,7 +79,7 @@ def add_rows(
             mask_D=mask_D[known_D],
             masks=masks,
             mask_area_M=area_M,
-            has_masks=bool(with_mask_D.all()),
+            without_mask=int(np.count_nonzero(~with_mask_D)),
         )
     )
 

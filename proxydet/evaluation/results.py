@@ -28,7 +28,7 @@ class Results:
             category is not judged in its image.
         masks: M compressed RLE masks (``size`` and ``counts``).
         mask_area_M: float64, pixels.
-        has_masks: Whether the file had a mask for every detection.
+        without_mask: How many detections the file has no mask for.
     """
 
     path: Path | None
@@ -39,10 +39,15 @@ class Results:
     mask_D: NDArray[np.int64]
     masks: list[dict[str, Any]] = field(repr=False)
     mask_area_M: NDArray[np.float64]
-    has_masks: bool
+    without_mask: int
 
     def __len__(self) -> int:
         return len(self.score_D)
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether masks can be scored: every detection has one."""
+        return self.without_mask == 0
 
     def take(self, chosen: NDArray[np.int64]) -> Results:
         """Return the detections of the given numbers, in their file's order."""
@@ -92,7 +97,7 @@ class ResultsBuilder:
             ),
             masks=[mask for part in parts for mask in part.masks],
             mask_area_M=np.concatenate([part.mask_area_M for part in parts]),
-            has_masks=all(part.has_masks for part in parts),
+            without_mask=sum(part.without_mask for part in parts),
         )
 
 
@@ -105,5 +110,5 @@ _NOTHING = Results(
     mask_D=np.zeros(0, dtype=np.int64),
     masks=[],
     mask_area_M=np.zeros(0),
-    has_masks=True,
+    without_mask=0,
 )

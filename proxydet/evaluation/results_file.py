@@ -22,7 +22,7 @@ import numpy as np
 
 from proxydet.errors import DataError
 from proxydet.evaluation.ground_truth import GroundTruth
-from proxydet.evaluation.json_input import damaged_json
+from proxydet.evaluation.json_input import damaged_json, empty, unreadable
 from proxydet.evaluation.result_rows import DetectionRow, add_rows
 from proxydet.evaluation.results import Results, ResultsBuilder
 from proxydet.evaluation.validation import Problems, check_duplicates
@@ -34,6 +34,9 @@ _BOUNDARIES_TRIED = 8
 _NOT_FINITE = re.compile(rb"-?\b(?:NaN|Infinity)\b")
 _FIRST_KEY = b'"image_id"'
 _SHOWN = 5
+_HINT = (
+    "results are a JSON list of objects with image_id, category_id, score, and bbox or segmentation"
+)
 _FORMAT = "a list of detections in COCO's or LVIS's results format"
 
 
@@ -88,7 +91,7 @@ def _rows_of_list(source: list[dict[str, Any]]) -> Iterator[list[DetectionRow]]:
     try:
         yield _ROWS.decode(json.dumps(source, default=_plain))
     except msgspec.ValidationError as error:
-        raise damaged_json(None, error, what=_FORMAT) from error
+        raise damaged_json(None, error, what=_FORMAT, hint=_HINT) from error
     except msgspec.DecodeError as error:
         raise _damage(None, json.dumps(source, default=_plain).encode(), 0, error) from error
 
@@ -117,11 +120,11 @@ def _rows_of_file(path: Path) -> Iterator[list[DetectionRow]]:
                     pending = b"[" + pending[start:]
                     break
     if not pending.strip():
-        raise DataError(f"{path} is empty.", path=path)
+        raise empty(path)
     try:
         yield _ROWS.decode(pending)
     except msgspec.ValidationError as error:
-        raise damaged_json(path, _renumbered(error, done), what=_FORMAT) from error
+        raise damaged_json(path, _renumbered(error, done), what=_FORMAT, hint=_HINT) from error
     except msgspec.DecodeError as error:
         raise _damage(path, pending, done, error) from error
 
@@ -142,7 +145,7 @@ def _try_decode(text: bytes, path: Path, done: int) -> list[DetectionRow] | None
     try:
         return _ROWS.decode(text)
     except msgspec.ValidationError as error:
-        raise damaged_json(path, _renumbered(error, done), what=_FORMAT) from error
+        raise damaged_json(path, _renumbered(error, done), what=_FORMAT, hint=_HINT) from error
     except msgspec.DecodeError:
         return None
 
@@ -151,7 +154,7 @@ def _damage(path: Path | None, text: bytes, done: int, error: msgspec.DecodeErro
     """Return the error for text that is not JSON; the usual cause is NaN, which Python writes and JSON does not have."""
     places = list(_NOT_FINITE.finditer(text))
     if not places:
-        return damaged_json(path, error, what=_FORMAT)
+        return damaged_json(path, error, what=_FORMAT, hint=_HINT)
     shown = []
     for match in places[:_SHOWN]:
         number = done + text.count(_FIRST_KEY, 0, match.start()) - 1
@@ -176,7 +179,7 @@ def _open(path: Path) -> IO[bytes]:
             zipped = probe.read(2) == b"\x1f\x8b"
         return cast(IO[bytes], gzip.open(path)) if zipped else path.open("rb")
     except OSError as error:
-        raise DataError(f"Cannot read {path}: {error.strerror or error}.", path=path) from error
+        raise unreadable(path, error) from error
 
 
 def _read(stream: IO[bytes], path: Path) -> bytes:
@@ -189,4 +192,4 @@ def _read(stream: IO[bytes], path: Path) -> bytes:
             path=path,
         ) from error
     except OSError as error:
-        raise DataError(f"Cannot read {path}: {error.strerror or error}.", path=path) from error
+        raise unreadable(path, error) from error

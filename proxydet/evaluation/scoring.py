@@ -66,7 +66,8 @@ def scored_types(config: EvaluationConfig, results: Results) -> tuple[str, ...]:
         return ("bbox", "segm") if results.has_masks else ("bbox",)
     if "segm" in config.iou_types and not results.has_masks:
         raise DataError(
-            f"{results.path or 'The detections given'}: masks are to be scored, and some detections have none.",
+            f"{results.path or 'The detections given'}: masks are to be scored, and "
+            f"{results.without_mask} of {len(results)} detections have none.",
             hint="score boxes only: --iou-type bbox",
             path=results.path,
         )

@@ -112,15 +112,19 @@ class Problems:
         wrong_M = (sizes_M2 != self.truth.image_sizes_I2[image_M]).any(axis=1)
         area_M, sound_M = measure(masks)
 
-        def describe(index: int) -> str:
+        def of_size(index: int) -> str:
             mask = mask_D[index]
             height, width = sizes_M2[mask]
             return f"detection {first + index}: {height} x {width}{self._image(int(image_M[mask]))}"
 
+        def of_image(index: int) -> str:
+            image_id = self.truth.image_ids[image_M[mask_D[index]]]
+            return f"detection {first + index} in image {image_id!r}"
+
         with_mask = np.flatnonzero(mask_D >= 0)
-        for kind, bad_M in (
-            ("have a mask that is not of their image's size", wrong_M),
-            ("have a damaged mask", ~sound_M),
+        for kind, bad_M, describe in (
+            ("have a mask that is not of their image's size", wrong_M, of_size),
+            ("have a damaged mask", ~sound_M & ~wrong_M, of_image),
         ):
             self.add(kind, with_mask[bad_M[mask_D[with_mask]]], describe)
         return area_M

@@ -131,7 +131,7 @@ def test_json_is_the_whole_result(typed: Typed, files: Path) -> None:
         files / "a.json", files / "val.json", config=EvaluationConfig(bootstrap=20)
     ).report
     assert shown["results"] == json.loads(json.dumps(report.to_dict()["results"]))
-    assert set(shown["analysis"]) == {"errors", "calibration", "box recall, classes left aside"}
+    assert set(shown["analysis"]) == {"errors", "calibration", "box_recall"}
 
 
 def test_both_engines_say_the_same(typed: Typed, files: Path) -> None:
@@ -148,6 +148,29 @@ def test_fixed_ap_says_so(typed: Typed, files: Path) -> None:
     )
     assert "fixed-AP " in out
     assert "cannot be compared with AP" in messages
+    content = json.loads((files / "evaluation" / "a-val" / "results.json").read_text())
+    assert content["fixed"] is True
+    for part in content["results"].values():
+        assert all(name.startswith(("fixed-AP", "fixed-AR")) for name in part["metrics"])
+        assert {"fixed-ap", "fixed-ap50", "fixed-ap75"} < set(part["groups"][0])
+        assert "ap" not in part["groups"][0]
+    header = (files / "evaluation" / "a-val" / "per_category.csv").read_text().splitlines()[0]
+    assert "box_fixed-AP" in header
+    assert "box_AP" not in header
+    page = (files / "evaluation" / "a-val" / "report.html").read_text()
+    assert "not comparable with AP" in page
+    assert ">AP50<" not in page
+
+
+def test_masks_that_only_some_detections_have_are_told(typed: Typed, files: Path) -> None:
+    rows = json.loads((files / "a.json").read_text())
+    del rows[3]["segmentation"], rows[5]["segmentation"]
+    (files / "a.json").write_text(json.dumps(rows))
+    words = ["--results", files / "a.json", "--data", files / "val.json", "--bootstrap", "0"]
+    _, messages = typed(*words)
+    assert f"masks are not scored: 2 of {len(rows)} detections have none" in messages
+    with pytest.raises(DataError, match=f"2 of {len(rows)} detections have none"):
+        run(["eval", *map(str, words), "--iou-type", "segm"])
 
 
 def test_compare_two_files_and_two_folders(typed: Typed, files: Path) -> None:

@@ -121,11 +121,11 @@ BAD_VALUES = {
     "left of": ({"bbox": [-2, 1, 20, 5]}, r"2 of .* reaches out of their image"),
     "mask size": (
         {"segmentation": {"size": [40, 64], "counts": "0"}},
-        r"2 of .* not of their image's size .*40 x 64 in image .* of 48 x 64",
+        r"2 of .* not of their image's size .*40 x 64 in image .* of 48 x 64\)\.$",
     ),
     "mask runs": (
         {"segmentation": {"size": [48, 64], "counts": "54"}},
-        r"2 of .* have a damaged mask",
+        r"2 of .* have a damaged mask \(detection 2 in image \d+; detection 4 in image \d+\)",
     ),
     "mask kind": ({"segmentation": "mask.png"}, r"2 of .* have a damaged mask"),
     "mask polygon": ({"segmentation": [[1, 2, 3]]}, r"2 of .* have a damaged mask"),

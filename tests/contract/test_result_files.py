@@ -1,0 +1,109 @@
+"""The keys of an evaluation's JSON are those that the reference documents."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proxydet_cli.app import run
+
+PAGE = Path(__file__).resolve().parents[2] / "docs/reference/results.md"
+# Keys that are names of something, by where they are.
+OPEN = {
+    "results": "TYPE",
+    "counts.without_area": "TYPE",
+    "results.TYPE.metrics": "NAME",
+    "results.TYPE.intervals": "NAME",
+    "analysis.errors.counts": "KIND",
+    "analysis.errors.costs": "KIND",
+}
+
+
+def key_paths(value: Any, where: str = "") -> Iterator[str]:
+    """Every leaf's place, names of things written as what they are."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            name = OPEN.get(where, key)
+            yield from key_paths(item, f"{where}.{name}" if where else name)
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        for item in value:
+            yield from key_paths(item, f"{where}[]")
+    else:
+        yield where
+
+
+def documented(section: str) -> set[str]:
+    text = PAGE.read_text(encoding="utf-8")
+    part = text.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    return set(re.findall(r"^\| `([^`]+)` \|", part, re.MULTILINE))
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """Two results files of a data set with a rare class."""
+    box = [10.0, 10.0, 20.0, 20.0]
+    mask = [[10, 10, 30, 10, 30, 30, 10, 30]]
+    images = [
+        {"id": index, "height": 64, "width": 64, "neg_category_ids": [2]} for index in range(1, 9)
+    ]
+    annotations = [
+        {"image_id": index, "category_id": 1, "bbox": box, "area": 400, "segmentation": mask}
+        for index in range(1, 9)
+    ]
+    categories = [
+        {"id": 1, "name": "kite", "frequency": "r"},
+        {"id": 2, "name": "dog", "frequency": "f"},
+    ]
+    truth = {"images": images, "annotations": annotations, "categories": categories}
+    (tmp_path / "val.json").write_text(json.dumps(truth))
+    for name, step in (("a", 2), ("b", 3)):
+        rows = [
+            {"image_id": index, "category_id": 1, "score": 0.5, "bbox": box, "segmentation": mask}
+            for index in range(1, 9, step)
+        ]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    return tmp_path
+
+
+def output_of(capsys: pytest.CaptureFixture[str], *words: str | Path) -> Any:
+    with pytest.raises(SystemExit) as done:
+        run(["eval", *map(str, words), "--bootstrap", "20", "--json"])
+    assert done.value.code == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_results_have_the_documented_keys(
+    files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(files)
+    shown = output_of(capsys, "--results", "a.json", "--data", "val.json")
+    assert set(key_paths(shown)) == documented("results.json")
+
+
+def test_comparisons_have_the_documented_keys(
+    files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(files)
+    shown = output_of(capsys, "--compare", "a.json", "b.json", "--data", "val.json")
+    found = {
+        f"TYPE{path.removeprefix(kind)}"
+        for kind in shown
+        for path in key_paths({kind: shown[kind]})
+    }
+    assert found == documented("proxydet eval --compare --json")
+
+
+def test_columns_of_the_table_are_documented(
+    files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(files)
+    output_of(capsys, "--results", "a.json", "--data", "val.json", "--output", "out")
+    header = (files / "out" / "per_category.csv").read_text().splitlines()[0]
+    part = PAGE.read_text(encoding="utf-8").split("\n## per_category.csv\n")[1].split("\n## ")[0]
+    rows = [line.split("|")[1] for line in part.splitlines() if line.startswith("| `")]
+    assert header.split(",") == [name for row in rows for name in re.findall(r"`([^`]+)`", row)]

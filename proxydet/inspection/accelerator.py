@@ -6,20 +6,20 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from proxydet.compat.patch_status import package_folder
-from proxydet.inspection.facts import Fact, Facts, ask
+from proxydet.inspection.facts import NOT_ASKED, Fact, Facts, ask
+from proxydet.inspection.nvidia import Kinds, driver_facts, kind_facts
 
 _TORCH_SECONDS = 120
-_GIB = 2**30
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from proxydet.inspection.torch_probe import probe; sys.stdout.write(json.dumps(probe()))"
+    "from proxydet.inspection.torch_probe import main; main()"
 )
 
 
@@ -49,21 +49,49 @@ class TorchProbe:
             from proxydet.inspection.torch_probe import probe
 
             return probe(compute=False)
+        end = ""
         try:
             written, complaints = self._process.communicate(timeout=_TORCH_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.communicate()
-            return {"torch_error": f"importing it took more than {_TORCH_SECONDS} s"}
+            written, complaints = self._process.communicate()
+            end = f"takes more than {_TORCH_SECONDS} s"
+        return complete_answer(written, end or _how_it_ended(self._process.returncode, complaints))
+
+
+def complete_answer(written: str, end: str) -> dict[str, Any]:
+    """Read what the probe wrote before it ended, and blame a crash on the part that it was at.
+
+    Args:
+        written: Its output: a JSON object a line after each part that it did, each holding those before; lines of
+            anything else may stand between.
+        end: How the process ended, after "importing it"; empty where it ended well.
+
+    Returns:
+        The probe's answer, with the error of the part that it did not survive; later parts are missing.
+    """
+    for line in reversed(written.splitlines()):
         try:
-            # The answer is the last line: what is above it was written by something that torch loads.
-            answer: dict[str, Any] = json.loads(written.strip().splitlines()[-1])
-        except (ValueError, IndexError):
-            last = (complaints.strip().splitlines() or ["no message"])[-1]
-            return {
-                "torch_error": f"importing it ends the process ({self._process.returncode}): {last}"
-            }
-        return answer
+            answer: dict[str, Any] = json.loads(line)
+        except ValueError:
+            continue
+        if "torch_error" in answer or "torchvision_error" in answer:
+            return answer
+        if "gpu_available" not in answer:
+            return {**answer, "gpu_error": f"looking for GPUs {end}"}
+        return {**answer, "torchvision_error": f"loading its operators {end}"}
+    return {"torch_error": f"importing it {end or 'gives no answer'}"}
+
+
+def _how_it_ended(code: int, complaints: str) -> str:
+    if code == 0:
+        return ""
+    try:
+        how = signal.Signals(-code).name
+    except ValueError:
+        how = f"exit code {code}"
+    last = (complaints.strip().splitlines() or ["no message"])[-1]
+    return f"ends the process ({how}): {last}"
 
 
 def facts_from_answer(answer: dict[str, Any]) -> Facts:
@@ -73,11 +101,13 @@ def facts_from_answer(answer: dict[str, Any]) -> Facts:
         answer: What :func:`proxydet.inspection.torch_probe.probe` returned.
 
     Returns:
-        Facts by key; ``torch.import`` alone, with the problem, where torch does not load.
+        Facts by key; where torch does not load, the problem and what therefore is not known.
     """
     if "torch_error" in answer:
-        return {"torch.import": Fact(None, answer["torch_error"])}
-    error = answer["torchvision_error"]
+        silent = ("gpu.available", "torch.built_with", "cudnn", "nccl")
+        return {"torch.import": Fact(None, answer["torch_error"])} | dict.fromkeys(
+            silent, Fact(None, NOT_ASKED)
+        )
     facts: Facts = {
         "torch.import": Fact("works"),
         "torch.debug": Fact(answer["debug"]),
@@ -85,9 +115,19 @@ def facts_from_answer(answer: dict[str, Any]) -> Facts:
         "torch.cuda": Fact(answer["cuda"], "" if answer["cuda"] else "built without CUDA"),
         "cudnn": Fact(_cudnn_version(answer["cudnn"])),
         "nccl": Fact(answer["nccl"], "" if answer["nccl"] else "torch was built without it"),
-        "torchvision.import": Fact(None if error or error is None else "works", error or ""),
     }
+    if "torchvision_error" in answer:
+        error = answer["torchvision_error"]
+        facts["torchvision.import"] = Fact("works" if error == "" else None, error or "")
+    built_for = answer.get("arch_list") or _architectures(answer["built_with"])
+    if built_for:
+        facts["torch.arch_list"] = Fact(", ".join(built_for))
     return facts | _gpu_facts(answer)
+
+
+def _architectures(built_with: str) -> list[str]:
+    """The GPUs that torch has code for, out of its build's flags: known where it sees no GPU, too."""
+    return list(dict.fromkeys(re.findall(r"code=((?:sm|compute)_\w+)", built_with)))
 
 
 def _cudnn_version(number: int | None) -> str | None:
@@ -100,26 +140,19 @@ def _cudnn_version(number: int | None) -> str | None:
 
 def _gpu_facts(answer: dict[str, Any]) -> Facts:
     warning = answer.get("gpu_error") or answer.get("gpu_warning", "")
+    if "gpu_available" not in answer:
+        return {"gpu.available": Fact(None, warning)}
     if not answer["gpu_available"]:
         return {"gpu.available": Fact("No", warning)}
-    facts: Facts = {"gpu.available": Fact("Yes", warning)}
-    by_kind: dict[tuple[str, str, int], list[str]] = defaultdict(list)
+    kinds: Kinds = {}
     for index, gpu in enumerate(answer.get("gpus", [])):
-        by_kind[gpu["name"], gpu["arch"], gpu["memory"]].append(str(index))
-    kinds = [
-        f"GPU {','.join(indices)}: {name} (arch={arch})"
-        for (name, arch, _), indices in by_kind.items()
-    ]
-    memory = [f"{size / _GIB:.1f} GiB" for _, _, size in by_kind]
-    facts["gpu.names"] = Fact("; ".join(kinds))
-    facts["gpu.count"] = Fact(str(len(answer.get("gpus", []))))
-    facts["gpu.memory"] = Fact("; ".join(memory))
-    facts["gpu.tf32"] = Fact(_tf32(answer, by_kind))
-    facts["torch.arch_list"] = Fact(", ".join(answer.get("arch_list", [])))
+        kinds.setdefault((gpu["name"], gpu["arch"], gpu["memory"]), []).append(str(index))
+    facts: Facts = {"gpu.available": Fact("Yes", warning), **kind_facts(kinds)}
+    facts["gpu.tf32"] = Fact(_tf32(answer, kinds))
     return facts
 
 
-def _tf32(answer: dict[str, Any], kinds: dict[tuple[str, str, int], list[str]]) -> str:
+def _tf32(answer: dict[str, Any], kinds: Kinds) -> str:
     capable = any(float(arch) >= 8 for _, arch, _ in kinds)
     if not capable:
         return "not on these GPUs"
@@ -139,8 +172,7 @@ def tool_facts() -> Facts:
         "compiler": _first_line(compiler),
         "cuda.compiler": _release(nvcc),
         "cuda.home": Fact(str(home) if home else None, "" if home else "not found"),
-        "driver": _driver(),
-        "gpu.topology": _topology(),
+        **driver_facts(),
         "detectron2.arch": _arch_flags("detectron2", home),
         "torchvision.arch": _arch_flags("torchvision", home),
         "TORCH_CUDA_ARCH_LIST": Fact(os.environ.get("TORCH_CUDA_ARCH_LIST", "<not set>")),
@@ -160,18 +192,6 @@ def cuda_home() -> Path | None:
     return default if default.is_dir() else None
 
 
-def _driver() -> Fact:
-    found = ask(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
-    return _first_line(found)
-
-
-def _topology() -> Fact:
-    found = ask(["nvidia-smi", "topo", "-m"])
-    if found.value is None:
-        return found
-    return Fact(re.sub(r"\x1b\[[0-9;]*m", "", found.value))
-
-
 def _first_line(fact: Fact) -> Fact:
     return Fact(fact.value.splitlines()[0]) if fact.value else fact
 
@@ -189,10 +209,11 @@ def _arch_flags(package: str, home: Path | None) -> Fact:
     files = sorted(folder.glob("_C*.so")) if folder is not None else []
     if not files:
         return Fact(None, "no compiled file")
-    tool = home / "bin" / "cuobjdump" if home else None
-    if tool is None or not tool.is_file():
+    beside = home / "bin" / "cuobjdump" if home else None
+    tool = str(beside) if beside is not None and beside.is_file() else shutil.which("cuobjdump")
+    if tool is None:
         return Fact(None, "cuobjdump, which lists them, is not installed")
-    listed = ask([str(tool), "--list-elf", str(files[0])])
+    listed = ask([tool, "--list-elf", str(files[0])])
     if listed.value is None:
         return listed
     found = {int(number) for number in re.findall(r"\.sm_(\d+)", listed.value)}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from proxydet.inspection.accelerator import TorchProbe, tool_facts
 from proxydet.inspection.machine import machine_facts
+from proxydet.inspection.nvidia import judged_driver
 from proxydet.inspection.packages import package_facts
 from proxydet.inspection.published import judged_fields
 from proxydet.inspection.report import EnvironmentReport, Field, Verdict
@@ -26,7 +27,7 @@ def environment(*, quick: bool = False, data_root: Path | None = None) -> Enviro
     """Report the environment; what is missing or broken is a field, never an error.
 
     Args:
-        quick: Do not import torch; its fields then come from its files, and GPUs are left out.
+        quick: Do not import torch; its fields then come from its files, and the GPUs from nvidia-smi.
         data_root: The folder of the data sets, whose disk is measured; None for the default.
 
     Returns:
@@ -38,6 +39,7 @@ def environment(*, quick: bool = False, data_root: Path | None = None) -> Enviro
     facts |= package_facts() | tool_facts()
     if probe is not None:
         facts |= probe.facts()
+    facts["driver"] = judged_driver(facts)
     return EnvironmentReport(
         fields=judged_fields(facts),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -21,6 +21,9 @@ class Fact:
 
 Facts = dict[str, Fact]
 
+NOT_ASKED = "torch does not load, so it cannot be asked"
+"""Why a fact that only torch knows is missing."""
+
 
 def ask(command: Sequence[str], *, seconds: float = 10) -> Fact:
     """Run a program and take what it writes to stdout.

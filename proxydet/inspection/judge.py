@@ -1,6 +1,6 @@
 """What a difference from the published environment means, and why.
 
-A rule looks at one fact and at all others and returns a verdict with its reason. The reasons state what was
+A rule looks at one fact and at all others (those that nobody knows have no value) and returns a verdict with its reason. The reasons state what was
 measured or what the code does; where neither is known, the verdict is ``may change results``.
 """
 
@@ -106,6 +106,8 @@ def torchvision_import(value: str | None, facts: Facts) -> Judgement:
 def gpu(value: str | None, facts: Facts) -> Judgement:
     """Whether a GPU can be used."""
     problem = facts["gpu.available"].problem
+    if value is None:
+        return Judgement("will fail", "torch's CUDA or the driver is damaged: reinstall them")
     if value == "Yes":
         return Judgement("will fail", "the GPU does not compute") if problem else Judgement("same")
     if os.environ.get("CUDA_VISIBLE_DEVICES") in {"", "-1"}:
@@ -119,6 +121,13 @@ def gpu(value: str | None, facts: Facts) -> Judgement:
     return Judgement(
         "harmless", "quickstart and prediction run on the CPU; the recipes of training need GPUs"
     )
+
+
+def driver(_value: str | None, facts: Facts) -> Judgement:
+    """A driver too old for torch's CUDA, or another than the published."""
+    if facts["driver"].problem and facts["driver"].value is not None:
+        return Judgement("will fail", "update the driver, or install a torch for an older CUDA")
+    return Judgement("harmless", "kernels come with torch")
 
 
 def gpu_names(value: str | None, facts: Facts) -> Judgement:
@@ -188,7 +197,10 @@ def roi_align(value: str | None, facts: Facts) -> Judgement:
     """The installed RoIAlign, next to the published change."""
     state = (value or "").split(" @")[0]
     if value is None:
-        return Judgement("will fail", facts["roi_align"].problem or "run: proxydet setup")
+        installed = facts["detectron2"].value is not None
+        return Judgement(
+            "will fail", "run: proxydet patch status" if installed else "run: proxydet setup"
+        )
     if state == "applied" and not facts["roi_align"].problem:
         return Judgement("same")
     if state == "original" and not facts["roi_align"].problem:

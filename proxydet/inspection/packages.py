@@ -42,6 +42,7 @@ def package_facts() -> Facts:
     for key, (module, names) in _DISTRIBUTIONS.items():
         facts[key] = _version(module, names)
     facts["torch"] = installed_version("torch")
+    facts |= _torch_build()
     facts["torchvision"] = installed_version("torchvision")
     facts["detectron2"] = installed_version("detectron2")
     facts["detectron2._C"] = _compiled_part()
@@ -80,18 +81,37 @@ def stated_version(file: Path) -> str | None:
     Returns:
         The version, or None where the file does not state one.
     """
+    version = _constants(file).get("__version__")
+    return version if isinstance(version, str) else None
+
+
+def _constants(file: Path) -> dict[str, object]:
+    """The names that a Python file gives constants at its top level; empty where it cannot be read as one."""
     if not file.is_file():
-        return None
+        return {}
     try:
         module = ast.parse(file.read_bytes())
     except (SyntaxError, ValueError):
-        return None
+        return {}
+    found: dict[str, object] = {}
     for node in module.body:
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
-            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
-            if "__version__" in names and isinstance(node.value.value, str):
-                return node.value.value
-    return None
+        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Constant):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {t.id: node.value.value for t in targets if isinstance(t, ast.Name)}
+    return found
+
+
+def _torch_build() -> Facts:
+    """What torch's version file says of its build: known even where torch does not load."""
+    folder = package_folder("torch")
+    stated = {} if folder is None else _constants(folder / "version.py")
+    facts: Facts = {}
+    if "debug" in stated:
+        facts["torch.debug"] = Fact(str(bool(stated["debug"])))
+    if "cuda" in stated:
+        cuda = stated["cuda"]
+        facts["torch.cuda"] = Fact(str(cuda)) if cuda else Fact(None, "built without CUDA")
+    return facts
 
 
 def _version(module: str, distributions: tuple[str, ...]) -> Fact:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 from proxydet.inspection import judge
-from proxydet.inspection.facts import Fact, Facts
+from proxydet.inspection.facts import NOT_ASKED, Fact, Facts
 from proxydet.inspection.report import Field
 
 RECORDED = "Published environment's fields"
@@ -88,7 +89,7 @@ _SPECS = (
         "GPU 0,1,2,3,4,5,6,7: Tesla V100-SXM2-32GB (arch=7.0)",
         judge.gpu_names,
     ),
-    _Spec("driver", "Driver version", "515.48.07", judge.harmless("kernels come with torch")),
+    _Spec("driver", "Driver version", "515.48.07", judge.driver),
     _Spec("cuda.home", "CUDA_HOME", "/usr/local/cuda", judge.harmless(_NOT_COMPILED)),
     _Spec(
         "TORCH_CUDA_ARCH_LIST",
@@ -173,7 +174,9 @@ def judged_fields(facts: Facts) -> tuple[Field, ...]:
     Returns:
         The report's fields, in its order.
     """
-    return tuple(_field(spec, facts) for spec in _SPECS if spec.key in facts)
+    # Rules look at other facts too, and those may be missing: a report never fails itself.
+    known = defaultdict(lambda: Fact(None), facts)
+    return tuple(_field(spec, known) for spec in _SPECS if spec.key in facts)
 
 
 def _field(spec: _Spec, facts: Facts) -> Field:
@@ -192,8 +195,16 @@ def _field(spec: _Spec, facts: Facts) -> Field:
 
 
 def _judge(spec: _Spec, fact: Fact, facts: Facts) -> judge.Judgement:
-    if spec.published is not None and fact.value is not None and not fact.problem:
-        found = fact.value.split(" @")[0]
-        if found == spec.published:
-            return judge.Judgement("same")
-    return spec.rule(fact.value, facts)
+    if fact.problem == NOT_ASKED:
+        return judge.NOT_JUDGED
+    found = spec.rule(fact.value, facts)
+    # What cannot work here is told as such even where it is what the published training had.
+    if found.verdict != "will fail" and _is_published(spec, fact):
+        return judge.Judgement("same")
+    return found
+
+
+def _is_published(spec: _Spec, fact: Fact) -> bool:
+    if spec.published is None or fact.value is None or fact.problem:
+        return False
+    return fact.value.split(" @")[0] == spec.published

@@ -5,8 +5,10 @@ A ``sitecustomize`` in front of the path hides packages from the report's proces
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -92,7 +94,7 @@ def test_with_a_torch_built_for_another_cuda(tmp_path):
 def test_with_a_torch_that_ends_the_process(tmp_path):
     stand_in(tmp_path, "torch", "2.7.0", "import os; os.abort()")
     fields = report_in(tmp_path)
-    assert "ends the process (-6)" in fields["torch.import"]["problem"]
+    assert "ends the process (SIGABRT)" in fields["torch.import"]["problem"]
 
 
 @pytest.mark.parametrize("name", ["fvcore", "numpy"])
@@ -108,3 +110,31 @@ def test_with_an_altered_roi_align(tmp_path):
     fields = report_in(tmp_path, quick=True)
     assert fields["roi_align"]["value"].startswith("altered @")
     assert fields["roi_align"]["verdict"] == "may change results"
+
+
+def test_with_two_detectron2_of_which_another_version_is_used(tmp_path):
+    package = stand_in(tmp_path, "detectron2", "0.7", "__version__ = '0.7'")
+    (package / "layers").mkdir()
+    installed = Path(importlib.util.find_spec("detectron2").origin).parent
+    shutil.copy(installed / "layers" / "roi_align.py", package / "layers")
+    fields = report_in(tmp_path, quick=True)
+    assert fields["detectron2"]["value"] == f"0.7 @{package}"
+    assert fields["detectron2"]["verdict"] == "may change results"
+    assert fields["roi_align"]["value"].startswith(f"original @{package}")
+    assert fields["roi_align"]["problem"] == "2 copies of detectron2 are on Python's path"
+    assert fields["roi_align"]["verdict"] == "may change results"
+
+
+def test_the_command_fails_only_when_asked_to_check(tmp_path):
+    hide(tmp_path, "torch", "torchvision", "numpy", "detectron2", "PIL", "cv2", "fvcore")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    codes = [
+        subprocess.run(
+            [sys.executable, "-m", "proxydet_cli", "env", *words],
+            capture_output=True,
+            check=False,
+            env={**os.environ, "PYTHONPATH": path},
+        ).returncode
+        for words in ((), ("--check",))
+    ]
+    assert codes == [0, 5]

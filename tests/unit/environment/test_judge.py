@@ -6,7 +6,7 @@ import pytest
 
 from proxydet.inspection import judge
 from proxydet.inspection.accelerator import facts_from_answer
-from proxydet.inspection.facts import Fact, ask, numbers
+from proxydet.inspection.facts import NOT_ASKED, Fact, ask, numbers
 from proxydet.inspection.published import judged_fields
 
 ANSWER = {
@@ -62,6 +62,7 @@ def test_gpus_of_one_kind_are_named_together():
         ("9.0", ["sm_80", "compute_80"], False),
         ("9.0", ["sm_90a"], False),
         ("12.0", ["sm_100", "sm_120"], False),
+        ("7.0", [], False),
     ],
 )
 def test_a_gpu_that_torch_has_no_code_for_fails(arch, built, fails):
@@ -114,11 +115,12 @@ def test_torchvision_of_another_torch_fails():
     [
         ("numpy", Fact("1.24.0"), "will fail"),
         ("numpy", Fact("2.4.0"), "harmless"),
-        ("numpy", Fact("1.23.2"), "same"),
+        ("numpy", Fact("1.23.2"), "will fail"),
         ("torch", Fact(None, "not installed"), "will fail"),
         ("torch", Fact("2.5.1 @/x"), "will fail"),
         ("torch", Fact("2.6.0 @/x"), "may change results"),
-        ("torch", Fact("1.11.0+cu113 @/x"), "same"),
+        ("torch", Fact("1.11.0+cu113 @/x"), "will fail"),
+        ("iopath", Fact("0.1.9"), "same"),
         ("detectron2", Fact(None, "not installed"), "will fail"),
         ("detectron2", Fact("0.6 @/x"), "same"),
         ("detectron2", Fact("0.5 @/x"), "will fail"),
@@ -131,6 +133,13 @@ def test_torchvision_of_another_torch_fails():
         ("roi_align", Fact("applied @/x", "stale"), "may change results"),
         ("roi_align", Fact("altered @/x", "why"), "may change results"),
         ("roi_align", Fact(None, "detectron2 is not installed"), "will fail"),
+        ("driver", Fact("515.48.07"), "same"),
+        ("driver", Fact("470.1"), "harmless"),
+        ("driver", Fact("515.48.07", "CUDA 13.2 of PyTorch needs 580 or later"), "will fail"),
+        ("gpu.available", Fact("No"), "harmless"),
+        ("gpu.available", Fact(None, "looking for GPUs ends the process"), "will fail"),
+        ("gpu.available", Fact(None, NOT_ASKED), "not judged"),
+        ("gpu.names", Fact("GPU 0: Tesla T4 (arch=7.5)"), "may change results"),
         ("dependencies", Fact("1 of 2 installed", "not installed: lvis"), "will fail"),
         ("dependencies", Fact("2 of 2 installed"), "not judged"),
         ("gpu.count", Fact("4"), "may change results"),
@@ -157,3 +166,38 @@ def test_a_program_that_is_missing_fails_or_hangs_is_a_reason():
     assert "failed" in ask(["false"]).problem
     assert "within 0.2 s" in ask(["sleep", "5"], seconds=0.2).problem
     assert ask(["echo", "x"]).value == "x"
+
+
+def test_the_published_gpus_fail_where_torch_has_no_code_for_them():
+    v100 = {"name": "Tesla V100-SXM2-32GB", "arch": "7.0", "memory": 32 * 2**30}
+    old, new = ({"gpus": [v100] * 8, "arch_list": built} for built in (["sm_70"], ["sm_75"]))
+    assert verdicts(old)["gpu.names"] == ("same", "")
+    assert verdicts(new)["gpu.names"][0] == "will fail"
+
+
+def test_architectures_are_read_from_the_build_where_torch_sees_no_gpu():
+    flags = (
+        "CUDA_FLAGS= -gencode arch=compute_75,code=sm_75 -gencode arch=compute_90,code=compute_90"
+    )
+    facts = facts_from_answer(
+        {**ANSWER, "gpu_available": False, "arch_list": [], "built_with": flags}
+    )
+    assert facts["torch.arch_list"].value == "sm_75, compute_90"
+    assert "torch.arch_list" not in facts_from_answer({**ANSWER, "arch_list": []})
+
+
+def test_a_torch_that_does_not_load_leaves_rows_that_say_so():
+    facts = {**BASE, **facts_from_answer({"torch_error": "OSError: libcudart.so.11.0"})}
+    rows = {field.key: field for field in judged_fields(facts)}
+    for key in ("gpu.available", "torch.built_with", "cudnn", "nccl"):
+        assert (rows[key].value, rows[key].problem) == (None, NOT_ASKED)
+
+
+def test_a_crash_while_looking_for_gpus_is_told_and_nothing_is_said_of_torchvision():
+    asked = {"torch", "debug", "cuda", "built_with", "cudnn", "nccl"}
+    known = {key: ANSWER[key] for key in asked}
+    facts = facts_from_answer({**known, "gpu_error": "looking for GPUs ends the process"})
+    rows = {field.key: field for field in judged_fields({**BASE, **facts})}
+    assert rows["gpu.available"].verdict == "will fail"
+    assert rows["torch.import"].value == "works"
+    assert "torchvision.import" not in rows

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from proxydet.inspection import torch_probe
+from proxydet.inspection.accelerator import complete_answer
 
 
 @pytest.fixture
@@ -61,3 +63,43 @@ def test_another_cuda_is_told(monkeypatch):
     operators._cuda_version = lambda: -1
     assert torch_probe._other_cuda() == "it was built without CUDA, torch for CUDA 13.2"
     assert torch_probe._missing_operator() == "its operator nms is not there"
+
+
+def written(*answers: dict) -> str:
+    return "a library's greeting\n" + "".join(f"\n{json.dumps(a)}\n" for a in answers) + "bye\n{"
+
+
+def test_each_part_is_told_when_it_is_done(monkeypatch):
+    told: list[dict] = []
+    monkeypatch.setattr(torch_probe, "_torchvision_error", lambda: "")
+    found = torch_probe.probe(tell=lambda answer: told.append(dict(answer)))
+    assert [set(a) & {"torch", "gpu_available", "torchvision_error"} for a in told] == [
+        {"torch"},
+        {"torch", "gpu_available"},
+        {"torch", "gpu_available", "torchvision_error"},
+    ]
+    assert told[-1] == found
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        ((), {"torch_error": "importing it dies"}),
+        (({"torch_error": "no"},), {"torch_error": "no"}),
+        (
+            ({"torch": "2"},),
+            {"torch": "2", "gpu_error": "looking for GPUs dies"},
+        ),
+        (
+            ({"torch": "2"}, {"torch": "2", "gpu_available": True}),
+            {
+                "torch": "2",
+                "gpu_available": True,
+                "torchvision_error": "loading its operators dies",
+            },
+        ),
+        (({"torch": "2"}, {"torchvision_error": ""}), {"torchvision_error": ""}),
+    ],
+)
+def test_a_crash_is_blamed_on_the_part_that_it_was_at(answers, expected):
+    assert complete_answer(written(*answers), "dies") == expected

@@ -22,7 +22,7 @@ class Part:
     """Step, from 0."""
 
     where: str
-    """``loss NAME``, ``gradient of NAME`` or ``weight NAME``, in the order in which a step computes them."""
+    """``loss NAME``, ``gradient of NAME`` or ``weight NAME``: of several, losses come first, then gradients."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,10 @@ class ModeResult:
 
     step_seconds: float
     """Time of a step: the median of a process's steps, the smaller of the processes'."""
+
+    step_cpu_seconds: float
+    """Processor time of a step over all threads, taken like ``step_seconds``: what other work on the machine disturbs
+    least."""
 
     memory_mib: float
     """Most memory during the steps: allocated on the GPU, or on the CPU what the steps added to the process."""

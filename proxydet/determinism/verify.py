@@ -53,31 +53,31 @@ def verify_determinism(
     Raises:
         EnvironmentProblem: A process failed.
     """
-    results = []
-    found: list[dict[str, Any]] = []
-    with progress.task("repeating steps", total=len(modes) * PROCESSES, unit="processes") as task:
-        for mode in modes:
+    jobs = {
+        mode: Job(
+            configuration=to_mapping(config),
+            mode=mode,
+            device=device,
+            steps=steps,
+            repetitions=repetitions,
+            classes=LVIS_CLASSES,
+        )
+        for mode in modes
+    }
+    found: dict[Mode, list[dict[str, Any]]] = {mode: [] for mode in jobs}
+    with progress.task("repeating steps", total=len(jobs) * PROCESSES, unit="processes") as task:
+        # Modes take turns: a machine that slows down meanwhile slows each of them.
+        for mode, job in [*jobs.items()] * PROCESSES:
             task.describe(f"repeating steps, mode {mode}")
-            job = Job(
-                configuration=to_mapping(config),
-                mode=mode,
-                device=device,
-                steps=steps,
-                repetitions=repetitions,
-                classes=LVIS_CLASSES,
-            )
-            found = []
-            for _ in range(PROCESSES):
-                found.append(_run_process(job))
-                task.advance()
-            results.append(_summarise(mode, found, repetitions))
+            found[mode].append(_run_process(job))
+            task.advance()
     return DeterminismReport(
-        device=found[0]["device"] if found else device,
+        device=next((answers[0]["device"] for answers in found.values()), device),
         recipe=config.recipe,
         steps=steps,
         processes=PROCESSES,
         versions=_versions(),
-        modes=tuple(results),
+        modes=tuple(_summarise(mode, answers, repetitions) for mode, answers in found.items()),
     )
 
 
@@ -117,6 +117,7 @@ def _summarise(mode: Mode, found: list[dict[str, Any]], repetitions: int) -> Mod
         ),
         first_difference=parts[0] if parts else None,
         step_seconds=min(answer["step_seconds"] for answer in found),
+        step_cpu_seconds=min(answer["step_cpu_seconds"] for answer in found),
         memory_mib=max(answer["memory_mib"] for answer in found),
         losses=found[0]["losses"],
     )

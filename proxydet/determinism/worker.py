@@ -136,20 +136,22 @@ class Bench:
         """Time the steps and take their memory, with nothing recorded; one step goes ahead to warm up."""
         before = _resident_mib()
         stepper, _ = self._fresh()
-        times: list[float] = []
+        times: list[tuple[float, float]] = []
         losses: dict[str, float] = {}
         for step in range(self._job.steps + 1):
-            start = time.perf_counter()
+            start, start_cpu = time.perf_counter(), time.process_time()
             result = stepper([self._batch(step)], self._iteration + step)
             self._wait()
-            times.append(time.perf_counter() - start)
+            times.append((time.perf_counter() - start, time.process_time() - start_cpu))
             losses = losses or result.losses
         if self._device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(self._device) / _MIB
         else:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+        seconds, cpu_seconds = zip(*times[1:], strict=True)
         return {
-            "step_seconds": statistics.median(times[1:]),
+            "step_seconds": statistics.median(seconds),
+            "step_cpu_seconds": statistics.median(cpu_seconds),
             "memory_mib": memory,
             "losses": losses,
         }

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from itertools import count
+from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from proxydet.determinism.batches import random_batches, random_vocabulary
 from proxydet.determinism.report import Part
 from proxydet.determinism.worker import Job
 from proxydet.errors import EnvironmentProblem
+from proxydet.modeling import heads
 from proxydet.recipes import tiny
 from proxydet_cli.main import main
 
@@ -25,12 +29,18 @@ ANSWER = {
     "device": "cpu",
     "elements": 10,
     "step_seconds": 1.0,
+    "step_cpu_seconds": 1.0,
     "memory_mib": 5.0,
     "losses": {},
     "digests": [{"loss a": "1", "weight w": "2"}],
     "differing": [{"first": None, "elements": 0}],
 }
-NOISY = {**ANSWER, "step_seconds": 2.0, "differing": [{"first": [0, "loss a"], "elements": 7}]}
+NOISY = {
+    **ANSWER,
+    "step_seconds": 2.0,
+    "step_cpu_seconds": 4.0,
+    "differing": [{"first": [0, "loss a"], "elements": 7}],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -124,6 +134,68 @@ def test_a_process_that_fails_is_an_error_with_its_reason(monkeypatch):
         verify._run_process(job())
 
 
+def test_the_modes_take_turns_and_keep_their_own_answers(monkeypatch):
+    turns: list[str] = []
+
+    def answer(asked: Job) -> dict:
+        turns.append(asked.mode)
+        return {**ANSWER, "step_seconds": float(len(turns))}
+
+    monkeypatch.setattr(verify, "_run_process", answer)
+    report = verify.verify_determinism(tiny(), modes=("off", "strict"))
+    assert turns == ["off", "strict", "off", "strict"]
+    assert [(r.mode, r.step_seconds) for r in report.modes] == [("off", 1.0), ("strict", 2.0)]
+
+
+def test_on_a_gpu_the_time_is_that_of_the_clock(monkeypatch, capsys):
+    answers = {"off": NOISY, "strict": ANSWER}
+    monkeypatch.setattr(
+        verify, "_run_process", lambda asked: {**answers[asked.mode], "device": "NVIDIA X"}
+    )
+    with pytest.raises(SystemExit):
+        main(["verify", "determinism", "--mode", "off", "--mode", "strict"])
+    assert "0.50 x the time and 1.00 x the memory of off" in capsys.readouterr().out
+
+
+def test_an_operation_that_draws_without_a_seed_is_found_in_the_loss_that_it_enters(monkeypatch):
+    real, source = heads.functional.normalize, Random()
+
+    def noisy(embedding, dim):
+        return real(embedding, dim=dim) * (1 + 1e-6 * source.random())
+
+    monkeypatch.setattr(heads, "functional", SimpleNamespace(normalize=noisy))
+    found = worker.run(job(mode="strict", steps=1))
+    (other,) = found["differing"]
+    step, where = other["first"]
+    assert step == 0
+    assert where.startswith("loss ")
+    assert 0 < other["elements"] < found["elements"]
+
+
+_NOISY_WORKER = """
+import os, runpy
+from torch.nn import functional
+real = functional.normalize
+def noisy(*arguments, **settings):
+    return real(*arguments, **settings) * (1 + 1e-6 * os.urandom(1)[0])
+functional.normalize = noisy
+runpy.run_module("proxydet.determinism.worker", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.slow
+def test_the_command_finds_a_draw_without_a_seed_in_fresh_processes(tmp_path, monkeypatch, capsys):
+    (tmp_path / "noisy_worker.py").write_text(_NOISY_WORKER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(verify, "_WORKER", "noisy_worker")
+    with pytest.raises(SystemExit) as end:
+        main(["verify", "determinism", "--mode", "strict", "--steps", "1"])
+    assert end.value.code == 5
+    out = capsys.readouterr().out
+    assert "strict     NO" in out
+    assert "in step 0, loss " in out
+
+
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Run the command with canned answers of its processes: mode off varies, the others as told."""
@@ -148,7 +220,7 @@ def test_the_command_compares_the_modes(run):
     ]
     assert rows[0] == ["off", "NO", "7", "of", "10"]
     assert rows[1][:2] == ["published", "yes"]
-    assert "0.50 x the time and 1.00 x the memory of off" in out
+    assert "0.25 x the processor time and 1.00 x the memory of off" in out
     assert "off: 2 repetitions differ; the first (process 0, repetition 1) in step 0, loss a" in out
 
 

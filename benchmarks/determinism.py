@@ -6,6 +6,7 @@
     python benchmarks/determinism.py forward    # what the published rounding does to values, by where the box lies
     python benchmarks/determinism.py gradients  # which share of the gradient the published rounding loses
     python benchmarks/determinism.py network    # the same share in a step of R50 with fresh weights, without loss scaling
+    python benchmarks/determinism.py memory     # of each backward pass at the sizes of the R50 recipe, on a CPU
     python benchmarks/determinism.py cost       # time and memory of the backward passes [--device cuda]
     python benchmarks/determinism.py steps      # whole training steps: proxydet verify determinism [--device cuda]
 
@@ -38,12 +39,20 @@ from proxydet.compat.roi_operators import (
 )
 from proxydet.config import to_mapping
 from proxydet.config_text import apply_overrides
-from proxydet.determinism.worker import Bench, Job
+from proxydet.determinism.worker import Bench, Job, _resident_mib
 from proxydet.recipes import r50, tiny
 
 P3 = RoiGeometry(output_size=(7, 7), spatial_scale=1 / 8, sampling_ratio=0, aligned=True)
 SIDE = 640
 CHANNELS = 256
+
+RECIPE_CASES = {
+    "boxes, stride 8": (8, 7, 8 * 512),
+    "boxes, stride 16": (16, 7, 8 * 512),
+    "boxes, stride 32": (32, 7, 8 * 512),
+    "masks, stride 8": (8, 14, 8 * 128),
+}
+"""By pooling: stride of the level, bins along an axis, boxes (of masks, the quarter that may be positive)."""
 
 
 def boxes_of_level(count: int, images: int, seed: int = 0) -> torch.Tensor:
@@ -179,6 +188,46 @@ def measure_network() -> dict[str, Any]:
     }
 
 
+def measure_memory() -> dict[str, Any]:
+    """Memory and time of each backward pass at the sizes of the R50 recipe: 8 images of 640 x 640, 512 boxes each.
+
+    Every box goes to one level, which is the worst case: a step spreads them over three.
+    """
+    found: dict[str, Any] = {}
+    for case in RECIPE_CASES:
+        for name in ("off", "strict"):
+            options = ["--case", case, "--operator", name]
+            command = [sys.executable, __file__, "one-memory", *options]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            found[f"{case}, {name}"] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def one_memory(case: str, name: str) -> dict[str, float]:
+    """Measure one backward pass here: what it adds to its inputs at most, its result among it."""
+    stride, bins, count = RECIPE_CASES[case]
+    shape = (8, CHANNELS, SIDE // stride, SIDE // stride)
+    geometry = RoiGeometry(
+        output_size=(bins, bins), spatial_scale=1 / stride, sampling_ratio=0, aligned=True
+    )
+    boxes = boxes_of_level(count, 8)
+    grad = torch.randn((count, CHANNELS, bins, bins))
+    backward = {"off": kernel_backward, "strict": separable_backward}[name]
+    few = backward(grad[:1], boxes[:1], (8, CHANNELS, 2, 2), geometry)
+    before = _resident_mib()
+    start = time.process_time()
+    result = backward(grad, boxes, shape, geometry)
+    seconds = time.process_time() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {
+        "MiB added": peak - before,
+        "MiB of it the result": result.numel() * result.element_size() / 2**20,
+        "MiB of the gradient that comes in": grad.numel() * grad.element_size() / 2**20,
+        "processor seconds": seconds,
+        "finite": float(result.isfinite().all() and few.isfinite().all()),
+    }
+
+
 def measure_cost(device: str) -> dict[str, Any]:
     """Time and memory of one backward pass on the finest level, each in a process of its own."""
     names = ["off", "published", "strict"]
@@ -246,11 +295,13 @@ def measure_steps(device: str, repetitions: int) -> dict[str, Any]:
 def main() -> None:
     """Run one measurement and print it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = ["order", "forward", "gradients", "network", "cost", "steps", "one-cost"]
+    parts = ["order", "forward", "gradients", "network", "memory", "cost", "steps"]
+    parts += ["one-memory", "one-cost"]
     parser.add_argument("part", choices=parts)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--operator", choices=["off", "published", "strict"], default="off")
+    parser.add_argument("--case", choices=list(RECIPE_CASES), default="boxes, stride 8")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     measurements: dict[str, Callable[[], dict[str, Any]]] = {
@@ -258,14 +309,16 @@ def main() -> None:
         "forward": measure_forward,
         "gradients": measure_gradients,
         "network": measure_network,
+        "memory": measure_memory,
         "cost": lambda: measure_cost(options.device),
         "steps": lambda: measure_steps(options.device, options.repetitions),
+        "one-memory": lambda: one_memory(options.case, options.operator),
         "one-cost": lambda: one_cost(options.device, options.operator),
     }
     found = measurements[options.part]()
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(found, indent=None if options.part == "one-cost" else 1))
+    print(json.dumps(found, indent=None if options.part.startswith("one-") else 1))
 
 
 if __name__ == "__main__":

@@ -189,5 +189,5 @@ def random_like(values: Tensor, generator: torch.Generator | None) -> Tensor:
 
 def _rank(among_BR: Tensor, chance_BR: Tensor) -> Tensor:
     """Return each row's place in a random order of the rows that are ``among``; the others come after them."""
-    order_BR = (chance_BR + (~among_BR)).argsort(dim=1)
+    order_BR = (chance_BR + (~among_BR)).argsort(dim=1, stable=True)
     return order_BR.argsort(dim=1)

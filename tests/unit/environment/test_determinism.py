@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import random
 from itertools import count
-from random import Random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from proxydet.compat import roi_align, roi_operators
 from proxydet.compat.modes import MODES
+from proxydet.compat.roi_operators import RoiGeometry
 from proxydet.config import to_mapping
 from proxydet.data.batches import BoxBatch, ImageLabelBatch
 from proxydet.determinism import verify, worker
@@ -21,8 +23,8 @@ from proxydet.determinism.batches import random_batches, random_vocabulary
 from proxydet.determinism.report import Part
 from proxydet.determinism.worker import Job
 from proxydet.errors import EnvironmentProblem
-from proxydet.modeling import heads
-from proxydet.recipes import tiny
+from proxydet.modeling import heads, pooling
+from proxydet.recipes import r50, tiny
 from proxydet_cli.main import main
 
 ANSWER = {
@@ -70,6 +72,47 @@ def test_every_mode_repeats_itself_on_a_cpu(mode):
     names = list(found["digests"][0])
     assert any(name.startswith("gradient of backbone") for name in names)
     assert any(name.startswith("weight roi_heads") for name in names)
+
+
+def test_what_others_draw_from_the_global_generators_does_not_matter():
+    bench = worker.Bench(tiny(), job(mode="off"))
+    first = bench.repeat(None)
+    torch.rand(3)
+    np.random.rand(5)  # noqa: NPY002 - the global generator is what is meant
+    random.random()
+    other = bench.repeat(first)
+    assert (other.first, other.elements) == (None, 0)
+
+
+def test_strict_of_a_gpu_gives_a_step_the_losses_and_gradients_of_the_kernel(monkeypatch):
+    def pool_with(backward):
+        def pool(maps, rois, *, side, scale, sampling_ratio):
+            geometry = RoiGeometry(
+                output_size=(side, side),
+                spatial_scale=scale,
+                sampling_ratio=sampling_ratio,
+                aligned=True,
+            )
+            return roi_operators._RoiAlign.apply(maps, rois.to(maps.dtype), geometry, backward)
+
+        return pool
+
+    bench = worker.Bench(tiny(), job(steps=1))
+    found = {}
+    for name in ("kernel_backward", "separable_backward"):
+        monkeypatch.setattr(pooling, "align_regions", pool_with(getattr(roi_operators, name)))
+        found[name] = bench.repeat(None)
+    assert bench.repeat(found["separable_backward"]).first is None
+    ((kernel,), (strict,)) = (repetition.steps for repetition in found.values())
+    losses = [key for key in kernel.digests if key.startswith("loss ")]
+    assert losses
+    assert all(kernel.digests[key] == strict.digests[key] for key in losses)
+    assert kernel.digests != strict.digests
+    for name, gradient in kernel.gradients.items():
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(
+            strict.gradients[name], gradient, rtol=1e-4, atol=1e-5 * scale, msg=name
+        )
 
 
 def test_a_gradient_that_varies_is_found_where_it_arises(monkeypatch):
@@ -158,7 +201,7 @@ def test_on_a_gpu_the_time_is_that_of_the_clock(monkeypatch, capsys):
 
 
 def test_an_operation_that_draws_without_a_seed_is_found_in_the_loss_that_it_enters(monkeypatch):
-    real, source = heads.functional.normalize, Random()
+    real, source = heads.functional.normalize, random.Random()
 
     def noisy(embedding, dim):
         return real(embedding, dim=dim) * (1 + 1e-6 * source.random())
@@ -243,9 +286,12 @@ def test_fresh_processes_agree():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_strict_repeats_itself_on_a_gpu_within_half_as_much_memory_again():
+@pytest.mark.parametrize(
+    ("recipe", "repetitions"), [(tiny, 25), pytest.param(r50, 25, marks=pytest.mark.slow)]
+)
+def test_strict_repeats_itself_on_a_gpu_within_half_as_much_memory_again(recipe, repetitions):
     report = verify.verify_determinism(
-        tiny(), modes=("off", "strict"), device="cuda", steps=2, repetitions=25
+        recipe(), modes=("off", "strict"), device="cuda", steps=2, repetitions=repetitions
     )
     off, strict = report.modes
     assert strict.identical, strict.first_difference

@@ -157,8 +157,9 @@ def separable_backward(
 ) -> Tensor:
     """Gradient of RoIAlign as matrix products, added in a fixed order.
 
-    Equal to the kernel's gradient up to the rounding of sums. Beside its result and the interpolation matrices it
-    takes at most 128 MiB: each image's boxes are multiplied in pieces of that size, one after the other.
+    Equal to the kernel's gradient up to the rounding of sums. Each image's boxes are multiplied in pieces, one after
+    the other: beside its result, the interpolation matrices and two copies of a piece's gradient it takes at most
+    128 MiB.
 
     Args:
         grad_KCPQ: Gradient of the pooled features; half and bfloat16 are added up in float32.

@@ -24,7 +24,7 @@ from proxydet.detector_inputs import (
 )
 from proxydet.modeling.config import InferenceConfig, ModelConfig
 from proxydet.modeling.network import ProxyDetNetwork
-from proxydet.modeling.prediction import Prediction
+from proxydet.modeling.prediction import Prediction, to_host
 from proxydet.vocabulary.encoder import TextEncoder, build_vocabulary, open_encoder
 from proxydet.vocabulary.files import open_vocabulary
 from proxydet.vocabulary.prompts import PUBLISHED
@@ -194,7 +194,7 @@ class Detector:
         found: list[Detections] = []
         for batch in in_batches(images, batch_size):
             pixels = [as_pixels(image, channel_order) for image in batch]
-            predictions = self.predict_images(pixels, classes, settings)
+            predictions = to_host(self.predict_images(pixels, classes, settings))
             found += [Detections(prediction, classes.names) for prediction in predictions]
         return found
 

@@ -41,10 +41,10 @@ class BoxBatch:
         return len(self.images)
 
     def to(self, device: torch.device | str) -> BoxBatch:
-        """Return the batch with all tensors on ``device``."""
+        """Return the batch with its images on ``device``; the network moves the objects there, in one piece."""
         return BoxBatch(
             images=tuple(image.to(device, non_blocking=True) for image in self.images),
-            instances=tuple(instances.to(device) for instances in self.instances),
+            instances=self.instances,
             image_ids=self.image_ids,
             skipped=self.skipped,
         )
@@ -82,10 +82,10 @@ class ImageLabelBatch:
         return len(self.images)
 
     def to(self, device: torch.device | str) -> ImageLabelBatch:
-        """Return the batch with all tensors on ``device``."""
+        """Return the batch with its images on ``device``; the network moves the labels there, in one piece."""
         return ImageLabelBatch(
             images=tuple(image.to(device, non_blocking=True) for image in self.images),
-            labels=tuple(labels.to(device, non_blocking=True) for labels in self.labels),
+            labels=self.labels,
             image_ids=self.image_ids,
             skipped=self.skipped,
         )

@@ -19,20 +19,25 @@ from proxydet.modeling.outputs import MaskOutput
 def mask_targets(output: MaskOutput, truth: GroundTruth) -> Tensor:
     """Return each region's object cut out by its box and resized to the mask's size: float32 (P, S, S), 0 or 1.
 
-    Polygons are drawn on the CPU; their boxes go there in one piece for the whole batch.
+    Polygons are drawn on the CPU; their boxes go there in one piece for the whole batch, the one wait for the device.
     """
-    side = output.logits_PSS.shape[-1]
-    rows = torch.cat(
+    rows_P6 = torch.cat(
         [output.boxes_P4, output.image_P[:, None], output.object_P[:, None]], dim=1
     ).cpu()
+    return _draw(rows_P6, truth, output.logits_PSS)
+
+
+def _draw(rows_P6: Tensor, truth: GroundTruth, logits_PSS: Tensor) -> Tensor:
+    """Draw the targets of regions, given on the CPU as box, image and object, for logits that lie elsewhere."""
+    side, device = logits_PSS.shape[-1], logits_PSS.device
     parts = []
     for image, masks in enumerate(truth.masks):
-        chosen = rows[rows[:, 4] == image]
+        chosen = rows_P6[rows_P6[:, 4] == image]
         if len(chosen) and masks is not None:
-            parts.append(_crop(masks, chosen[:, :4], chosen[:, 5].long(), side))
+            drawn = _crop(masks, chosen[:, :4], chosen[:, 5].long(), side)
+            parts.append(drawn.to(device, torch.float32, non_blocking=True))
     # The regions are ordered by image, so that the parts follow the same order.
-    targets_PSS = torch.cat(parts) if parts else torch.zeros(0, side, side)
-    return targets_PSS.to(output.logits_PSS.device, torch.float32)
+    return torch.cat(parts) if parts else logits_PSS.new_zeros(0, side, side)
 
 
 def mask_loss(output: MaskOutput, truth: GroundTruth) -> Tensor:
@@ -45,5 +50,7 @@ def mask_loss(output: MaskOutput, truth: GroundTruth) -> Tensor:
 
 
 def _crop(masks: PolygonMasks | BitMasks, boxes: Tensor, objects: Tensor, side: int) -> Tensor:
-    cropped: Tensor = masks[objects.to(masks.device)].crop_and_resize(boxes.to(masks.device), side)
-    return cropped.cpu()
+    objects = objects.to(masks.device, non_blocking=True)
+    boxes = boxes.to(masks.device, non_blocking=True)
+    cropped: Tensor = masks[objects].crop_and_resize(boxes, side)
+    return cropped

@@ -1,6 +1,8 @@
 """From detections in the network's input to predictions in the original image, with one mask a distinct box.
 
-Dimensions: N detections and M distinct boxes of the whole batch.
+How often the host waits for the device does not depend on the number of images.
+
+Dimensions: B images, N detections and M distinct boxes of the whole batch.
 """
 
 from __future__ import annotations
@@ -17,9 +19,6 @@ from proxydet.modeling.scoring import Detections
 
 MaskPredictor = Callable[[Scene, Tensor, Tensor], Tensor]
 
-# Bounds the memory of the mask head; a batch seldom has more distinct boxes.
-_MASKS_AT_ONCE = 512
-
 
 def assemble_predictions(
     found: list[Detections],
@@ -35,61 +34,70 @@ def assemble_predictions(
         original_sizes: Height and width of each original image.
         mask_probabilities: Masks of boxes, in [0, 1], given the image of each; None makes no masks.
     """
-    sizes = torch.tensor(original_sizes, dtype=torch.float32).to(scene.sizes_B2.device)
-    scales_B4 = (sizes / scene.sizes_B2).flip(1).repeat(1, 2)
-    kept, boxes = [], []
-    for image, detections in enumerate(found):
-        scaled = geometry.clip(detections.boxes_L4 * scales_B4[image], sizes[image])
-        solid = geometry.nonempty(scaled).nonzero()[:, 0]
-        kept.append(_choose(detections, solid))
-        boxes.append(scaled[solid])
+    device = scene.sizes_B2.device
+    sizes_B2 = torch.tensor(original_sizes, dtype=torch.float32).to(device, non_blocking=True)
+    scales_B4 = (sizes_B2 / scene.sizes_B2).flip(1).repeat(1, 2)
+    image_N = geometry.image_of_each([len(detections.scores_L) for detections in found], device)
+    everything = _join(found)
+    scaled_N4 = geometry.clip(everything.boxes_L4 * scales_B4[image_N], sizes_B2[image_N])
+    solid = geometry.nonempty(scaled_N4).nonzero()[:, 0]
+    kept, image_N = _choose(everything, solid), image_N[solid]
+    counts = _counts(image_N, len(found))
     if mask_probabilities is None:
-        probabilities = [sizes.new_zeros(0, 1, 1)] * len(kept)
-        indices = [torch.full_like(detections.classes_L, -1) for detections in kept]
+        masks = [sizes_B2.new_zeros(0, 1, 1)] * len(found)
+        mask_index_N = torch.full_like(kept.classes_L, -1)
     else:
-        probabilities, indices = _distinct_masks(kept, scene, mask_probabilities)
+        masks, mask_index_N = _distinct_masks(kept, image_N, len(found), scene, mask_probabilities)
     return [
         Prediction(
-            boxes_N4=boxes[image],
-            scores_N=detections.scores_L,
-            classes_N=detections.classes_L,
-            mask_probs_MSS=probabilities[image],
-            mask_index_N=indices[image],
-            image_size=original_sizes[image],
+            boxes_N4=boxes,
+            scores_N=scores,
+            classes_N=classes,
+            mask_probs_MSS=own_masks,
+            mask_index_N=mask_index,
+            image_size=size,
         )
-        for image, detections in enumerate(kept)
+        for boxes, scores, classes, own_masks, mask_index, size in zip(
+            scaled_N4[solid].split(counts),
+            kept.scores_L.split(counts),
+            kept.classes_L.split(counts),
+            masks,
+            mask_index_N.split(counts),
+            original_sizes,
+            strict=True,
+        )
     ]
 
 
 def _distinct_masks(
-    kept: list[Detections], scene: Scene, mask_probabilities: MaskPredictor
-) -> tuple[list[Tensor], list[Tensor]]:
-    counts = [len(detections.scores_L) for detections in kept]
-    device = scene.sizes_B2.device
-    image_N = torch.repeat_interleave(
-        torch.arange(len(kept), device=device), torch.tensor(counts, device=device)
-    )
-    region_N = torch.cat([detections.regions_L for detections in kept])
-    boxes_N4 = torch.cat([detections.boxes_L4 for detections in kept])
+    kept: Detections, image_N: Tensor, images: int, scene: Scene, predict: MaskPredictor
+) -> tuple[list[Tensor], Tensor]:
+    """Predict one mask a distinct box: return each image's masks, and the place of each detection's among them."""
     # A region's place in the whole batch; all its classes have the same box.
-    stride = int(region_N.max()) + 1 if len(region_N) else 1
-    place_M, mask_N = (image_N * stride + region_N).unique(return_inverse=True)
+    stride = kept.regions_L.max() + 1 if len(image_N) else 1
+    place_M, mask_N = (image_N * stride + kept.regions_L).unique(return_inverse=True)
     image_M = place_M // stride
-    boxes_M4 = boxes_N4.new_empty(len(place_M), 4)
-    boxes_M4[mask_N] = boxes_N4
-    parts = [
-        mask_probabilities(scene, boxes_part, image_part)
-        for boxes_part, image_part in zip(
-            boxes_M4.split(_MASKS_AT_ONCE), image_M.split(_MASKS_AT_ONCE), strict=True
-        )
-    ]
-    per_image = torch.bincount(image_M, minlength=len(kept)).tolist()
-    first = 0
-    indices = []
-    for local_N, count in zip(mask_N.split(counts), per_image, strict=True):
-        indices.append(local_N - first)
-        first += count
-    return list(torch.cat(parts).split(per_image)), indices
+    boxes_M4 = kept.boxes_L4.new_empty(len(place_M), 4)
+    boxes_M4[mask_N] = kept.boxes_L4
+    probabilities_MSS = predict(scene, boxes_M4, image_M)
+    first_B = torch.searchsorted(image_M, torch.arange(images, device=image_M.device))
+    return list(probabilities_MSS.split(_counts(image_M, images))), mask_N - first_B[image_N]
+
+
+def _counts(image_N: Tensor, images: int) -> list[int]:
+    """Return how many rows belong to each image; waits for the device once."""
+    numbers_B = torch.arange(images, device=image_N.device)
+    counts: list[int] = (image_N[:, None] == numbers_B).sum(dim=0).tolist()
+    return counts
+
+
+def _join(found: list[Detections]) -> Detections:
+    return Detections(
+        boxes_L4=torch.cat([detections.boxes_L4 for detections in found]),
+        scores_L=torch.cat([detections.scores_L for detections in found]),
+        classes_L=torch.cat([detections.classes_L for detections in found]),
+        regions_L=torch.cat([detections.regions_L for detections in found]),
+    )
 
 
 def _choose(detections: Detections, index: Tensor) -> Detections:

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from proxydet.errors import NumericsError
 from proxydet.modeling.config import ProposalConfig
 from proxydet.modeling.geometry import cell_centres
-from proxydet.modeling.suppression import keep_best
+from proxydet.modeling.suppression import Crowd, suppress
 
 # Boxes are widened to this many pixels, so that none is empty.
 _SMALLEST_SIDE = 0.01
@@ -150,14 +150,13 @@ class CenterNet(nn.Module):
             keep = self.config.keep_train if self.training else self.config.keep_test
         boxes_BN4, scores_BN = self._candidates(output, candidates)
         counts = (scores_BN > 0).sum(dim=1).tolist()
-        kept_boxes, kept_scores = [], []
-        for boxes_N4, scores_N, count in zip(boxes_BN4, scores_BN, counts, strict=True):
-            chosen = keep_best(boxes_N4[:count], scores_N[:count], self.config.nms_iou, keep)
-            kept_boxes.append(boxes_N4[chosen])
-            kept_scores.append(scores_N[chosen])
-        scores_BP = pad_sequence(kept_scores, batch_first=True)
+        boxes = torch.cat([own[:count] for own, count in zip(boxes_BN4, counts, strict=True)])
+        scores = torch.cat([own[:count] for own, count in zip(scores_BN, counts, strict=True)])
+        crowd = Crowd(boxes_N4=boxes, scores_N=scores, counts=counts)
+        kept = suppress(crowd, iou=self.config.nms_iou, limit=keep)
+        scores_BP = pad_sequence([scores[places] for places in kept], batch_first=True)
         return Proposals(
-            boxes_BP4=pad_sequence(kept_boxes, batch_first=True),
+            boxes_BP4=pad_sequence([boxes[places] for places in kept], batch_first=True),
             scores_BP=scores_BP,
             valid_BP=scores_BP > 0,
         )

@@ -7,6 +7,7 @@ Boxes are (x1, y1, x2, y2) in pixels. Dimensions: B images, R regions of an imag
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -79,3 +80,10 @@ def cell_centres(height: int, width: int, stride: int, device: torch.device) -> 
     columns = torch.arange(width, device=device) * stride + stride // 2
     down, across = torch.meshgrid(rows, columns, indexing="ij")
     return torch.stack([across.flatten(), down.flatten()], dim=1).float()
+
+
+def image_of_each(counts: Sequence[int], device: torch.device) -> Tensor:
+    """Return which image each of N rows belongs to, where the rows lie image after image: int64 (N,)."""
+    repeats_B = torch.tensor(counts, dtype=torch.int64)
+    image_N = torch.arange(len(counts)).repeat_interleave(repeats_B, output_size=sum(counts))
+    return image_N.to(device, non_blocking=True)

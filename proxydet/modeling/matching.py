@@ -44,17 +44,25 @@ class GroundTruth:
 
     @classmethod
     def from_instances(cls, instances: tuple[Instances, ...], device: torch.device) -> GroundTruth:
-        """Collect ``gt_boxes``, ``gt_classes`` and (where there) ``gt_masks`` of every image."""
+        """Collect ``gt_boxes``, ``gt_classes`` and (where there) ``gt_masks`` of every image, on one device.
+
+        Boxes and classes are put together where they are and moved in one piece, so that moving them does not wait for
+        the device once an image.
+        """
         counts = tuple(len(image) for image in instances)
-        positions_G = torch.arange(max(counts), device=device)
+        boxes_BG4 = pad_sequence([image.gt_boxes.tensor.float() for image in instances], True)
+        valid_BG = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
         return cls(
-            boxes_BG4=pad_sequence(
-                [image.gt_boxes.tensor.to(device, torch.float32) for image in instances], True
+            boxes_BG4=boxes_BG4.to(device, non_blocking=True),
+            classes_BG=pad_sequence([image.gt_classes for image in instances], True).to(
+                device, non_blocking=True
             ),
-            classes_BG=pad_sequence([image.gt_classes.to(device) for image in instances], True),
-            valid_BG=positions_G < torch.tensor(counts, device=device)[:, None],
+            valid_BG=valid_BG.to(device, non_blocking=True),
             counts=counts,
-            masks=tuple(image.gt_masks if image.has("gt_masks") else None for image in instances),
+            masks=tuple(
+                image.gt_masks.to(device, non_blocking=True) if image.has("gt_masks") else None
+                for image in instances
+            ),
         )
 
 

@@ -147,7 +147,7 @@ class ProxyDetNetwork(nn.Module):
         regions = _as_regions(self.proposal_generator.propose(centernet, keep=keep))
         return ImageLabelTrainingOutput(
             centernet=centernet,
-            labels=tuple(labels.to(self.device) for labels in batch.labels),
+            labels=_moved_together(batch.labels, self.device),
             steps=roi_training.image_label_steps(
                 self.roi_heads, self._scene(features, images), regions
             ),
@@ -334,3 +334,10 @@ def _as_regions(proposals: Proposals) -> Regions:
         objectness_BR=proposals.scores_BP,
         valid_BR=proposals.valid_BP,
     )
+
+
+def _moved_together(labels: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+    """Return the labels of all images on a device, moved in one piece."""
+    counts = [len(labels_L) for labels_L in labels]
+    moved: tuple[Tensor, ...] = torch.cat(list(labels)).to(device, non_blocking=True).split(counts)
+    return moved

@@ -5,6 +5,8 @@ Dimensions: N regions, C channels, S side of a pooled region.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import proxydet.compat.d2  # noqa: F401
 
 import torch
@@ -47,16 +49,46 @@ class RegionPooler(nn.Module):
             image_N: int64, which image each box belongs to.
 
         Returns:
-            (N, C, S, S). Waits for the device once for each level, whatever N is.
+            (N, C, S, S). Waits for the device once, whatever N is.
         """
+        (pooled,) = self.parts(features, boxes_N4, image_N, max(len(boxes_N4), 1))
+        return pooled
+
+    def parts(
+        self, features: list[Tensor], boxes_N4: Tensor, image_N: Tensor, size: int
+    ) -> Iterator[Tensor]:
+        """Pool every box, at most ``size`` boxes at once, so that the caller can bound its memory.
+
+        Args:
+            features: Maps (B, C, H, W) of ``levels``, finest first.
+            boxes_N4: xyxy pixels.
+            image_N: int64, which image each box belongs to.
+            size: Boxes of a part.
+
+        Yields:
+            (n, C, S, S) of one part after the other; at least one, which may be empty. Waits for the device once.
+        """
+        # Boxes that are not finite have no level; whoever made them checks for them once a batch.
+        boxes_N4 = boxes_N4.nan_to_num(nan=0.0)
         rois_N5 = torch.cat([image_N[:, None].to(boxes_N4.dtype), boxes_N4], dim=1)
+        parts = rois_N5.split(size)
         if len(self.levels) == 1:
-            return self._pool_level(0, features[0], rois_N5)
-        level_N = self._level(boxes_N4)
-        output = features[0].new_zeros(len(boxes_N4), features[0].shape[1], self.side, self.side)
-        for position, (level, maps) in enumerate(zip(self.levels, features, strict=True)):
-            chosen = (level_N == level).nonzero()[:, 0]
-            output.index_put_((chosen,), self._pool_level(position, maps, rois_N5[chosen]))
+            yield from (self._pool_level(0, features[0], rois) for rois in parts)
+            return
+        position_N = self._level(boxes_N4) - self.levels[0]
+        positions_L = torch.arange(len(self.levels), device=boxes_N4.device)
+        counts = torch.stack(
+            [(own[:, None] == positions_L).sum(dim=0) for own in position_N.split(size)]
+        ).tolist()
+        for rois, own, per_level in zip(parts, position_N.split(size), counts, strict=True):
+            yield self._pool_part(features, rois, own.argsort(stable=True).split(per_level))
+
+    def _pool_part(
+        self, features: list[Tensor], rois_N5: Tensor, rows_of_level: Sequence[Tensor]
+    ) -> Tensor:
+        output = features[0].new_zeros(len(rois_N5), features[0].shape[1], self.side, self.side)
+        for position, (maps, rows) in enumerate(zip(features, rows_of_level, strict=True)):
+            output.index_put_((rows,), self._pool_level(position, maps, rois_N5[rows]))
         return output
 
     def _pool_level(self, position: int, maps: Tensor, rois_N5: Tensor) -> Tensor:

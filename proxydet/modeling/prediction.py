@@ -5,6 +5,7 @@ Dimensions: N detections, M distinct masks (detections that share a box share a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,12 +115,42 @@ def rles(prediction: Prediction) -> list[dict[str, Any]]:
         ValueError: The prediction was made without masks.
     """
     _require_masks(prediction)
-    encoded = [_encode(mask_HW) for mask_HW in prediction.distinct_masks()]
+    # All masks go to the CPU in one piece.
+    encoded = [_encode(mask_HW) for mask_HW in prediction.distinct_masks().cpu().numpy()]
     return [encoded[index] for index in prediction.mask_index_N.tolist()]
 
 
-def _encode(mask_HW: Tensor) -> dict[str, Any]:
-    rle: dict[str, Any] = coco_mask.encode(np.asfortranarray(mask_HW.cpu().numpy().view(np.uint8)))
+def to_host(predictions: Sequence[Prediction]) -> list[Prediction]:
+    """Return predictions on the CPU, moved in as many pieces for many as for one; they must be on one device."""
+    if not predictions:
+        return []
+    found = [len(prediction) for prediction in predictions]
+    masks_of_each = [len(prediction.mask_probs_MSS) for prediction in predictions]
+    columns = zip(
+        torch.cat([prediction.boxes_N4 for prediction in predictions]).cpu().split(found),
+        torch.cat([prediction.scores_N for prediction in predictions]).cpu().split(found),
+        torch.cat([prediction.classes_N for prediction in predictions]).cpu().split(found),
+        torch.cat([p.mask_probs_MSS for p in predictions]).cpu().split(masks_of_each),
+        torch.cat([prediction.mask_index_N for prediction in predictions]).cpu().split(found),
+        strict=True,
+    )
+    return [
+        Prediction(
+            boxes_N4=boxes,
+            scores_N=scores,
+            classes_N=classes,
+            mask_probs_MSS=probabilities,
+            mask_index_N=index,
+            image_size=prediction.image_size,
+        )
+        for prediction, (boxes, scores, classes, probabilities, index) in zip(
+            predictions, columns, strict=True
+        )
+    ]
+
+
+def _encode(mask_HW: np.ndarray[tuple[int, int], np.dtype[np.bool_]]) -> dict[str, Any]:
+    rle: dict[str, Any] = coco_mask.encode(np.asfortranarray(mask_HW.view(np.uint8)))
     return {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import proxydet.compat.d2  # noqa: F401
 
+import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 from torch import Tensor, nn
@@ -24,6 +25,9 @@ from proxydet.modeling.config import ModelConfig
 from proxydet.modeling.heads import BoxPredictor, Branch, build_heads
 from proxydet.modeling.matching import Regions
 from proxydet.modeling.pooling import RegionPooler
+
+# Bounds the memory of the mask head in inference; an image seldom has more distinct boxes.
+_MASKS_AT_ONCE = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,9 +201,9 @@ class RoiHeads(nn.Module):
 
     def mask_logits(self, scene: Scene, boxes_M4: Tensor, image_M: Tensor) -> Tensor:
         """Return mask logits (M, side, side) inside the given boxes."""
-        pooled = self.mask_pooler(scene.features, boxes_M4, image_M)
-        logits: Tensor = self.mask_head.layers(pooled)[:, 0]
-        return logits
+        at_once = max(len(boxes_M4), 1) if self.training else _MASKS_AT_ONCE
+        parts = self.mask_pooler.parts(scene.features, boxes_M4, image_M, at_once)
+        return torch.cat([self.mask_head.layers(pooled)[:, 0] for pooled in parts])
 
     def mask_probabilities(self, scene: Scene, boxes_M4: Tensor, image_M: Tensor) -> Tensor:
         """Return masks (M, side, side), in [0, 1], inside the given boxes."""

@@ -16,7 +16,7 @@ from proxydet.errors import NumericsError
 from proxydet.modeling.config import InferenceConfig
 from proxydet.modeling.heads import ZeroShotClassifier
 from proxydet.modeling.roi_heads import RegionEmbeddings
-from proxydet.modeling.suppression import keep_best_by_class, suppressed_at_once
+from proxydet.modeling.suppression import SHIFTED_UP_TO, Crowd, suppress
 
 # Chunks are whole multiples of this. A processor computes a row's ragged end with other instructions, which round
 # otherwise; at multiples of this no chunk has one but the last, where it is the same as without chunks.
@@ -161,7 +161,6 @@ class _Search:
     ) -> None:
         self._scorers = scorers
         self._settings = settings
-        self._boxes_BR4 = regions.boxes_BR4
         self._boxes_N4 = regions.boxes_BR4.flatten(0, 1)
         self._valid_N1 = regions.valid_BR.flatten()[:, None]
         self._images, self._regions = regions.valid_BR.shape
@@ -194,36 +193,27 @@ class _Search:
 
     def select(self, found: _Candidates) -> list[Detections]:
         """Suppress and keep the best of each image."""
+        # One look for both counts of every image.
+        counts, candidates = torch.stack([self._count(found.region_K), found.counts_B]).tolist()
+        boxes_K4 = self._boxes_N4[found.region_K]
+        crowd = Crowd(
+            boxes_N4=boxes_K4,
+            scores_N=found.score_K,
+            classes_N=found.class_K,
+            counts=counts,
+            candidates=candidates,
+        )
         settings = self._settings
-        per_image = self._count(found.region_K).tolist()
-        results = []
-        for image, (region_K, class_K, score_K, total) in enumerate(
-            zip(
-                (found.region_K % max(self._regions, 1)).split(per_image),
-                found.class_K.split(per_image),
-                found.score_K.split(per_image),
-                found.counts_B.tolist(),
-                strict=True,
+        kept = suppress(crowd, iou=settings.nms_iou, limit=settings.max_detections)
+        return [
+            Detections(
+                boxes_L4=boxes_K4[places_L],
+                scores_L=found.score_K[places_L],
+                classes_L=found.class_K[places_L],
+                regions_L=found.region_K[places_L] - image * self._regions,
             )
-        ):
-            boxes_K4 = self._boxes_BR4[image][region_K]
-            kept = keep_best_by_class(
-                boxes_K4,
-                score_K,
-                class_K,
-                settings.nms_iou,
-                settings.max_detections,
-                candidates=total,
-            )
-            results.append(
-                Detections(
-                    boxes_L4=boxes_K4[kept],
-                    scores_L=score_K[kept],
-                    classes_L=class_K[kept],
-                    regions_L=region_K[kept],
-                )
-            )
-        return results
+            for image, places_L in enumerate(kept)
+        ]
 
     def _chunks(self, classes: int) -> Iterator[tuple[slice, Tensor]]:
         width = -(-self._settings.class_chunk // _STEP) * _STEP
@@ -241,27 +231,31 @@ class _Search:
         return _Candidates(region_K=region_K, class_K=class_K, score_K=score_K, counts_B=counts_B)
 
     def _count(self, region_K: Tensor) -> Tensor:
-        return torch.bincount(region_K // max(self._regions, 1), minlength=self._images)
+        image_K = region_K // max(self._regions, 1)
+        return (image_K[:, None] == torch.arange(self._images, device=image_K.device)).sum(dim=0)
 
     def _prune(self, part: _Candidates) -> _Candidates:
         """Leave out of an image's many candidates of a chunk those that suppression drops, or that are too many."""
         limit = self._settings.max_detections
-        enough = max(4 * limit, suppressed_at_once(part.score_K.device))
-        kept, first = [], 0
-        for count in part.counts_B.tolist():
-            places = torch.arange(first, first + count, device=part.score_K.device)
-            if count > enough:
-                survivors = keep_best_by_class(
-                    self._boxes_N4[part.region_K[places]],
-                    part.score_K[places],
-                    part.class_K[places],
-                    self._settings.nms_iou,
-                    limit,
-                )
-                places = places[survivors.sort().values]
-            kept.append(places)
-            first += count
-        return _choose(part, torch.cat(kept))
+        enough = max(4 * limit, SHIFTED_UP_TO)
+        counts = part.counts_B.tolist()
+        places = torch.arange(len(part.region_K), device=part.region_K.device).split(counts)
+        crowded = [image for image, count in enumerate(counts) if count > enough]
+        if not crowded:
+            return part
+        many = torch.cat([places[image] for image in crowded])
+        crowd = Crowd(
+            boxes_N4=self._boxes_N4[part.region_K[many]],
+            scores_N=part.score_K[many],
+            classes_N=part.class_K[many],
+            counts=[counts[image] for image in crowded],
+        )
+        kept = dict(enumerate(places))
+        survivors = suppress(crowd, iou=self._settings.nms_iou, limit=limit)
+        kept |= {
+            image: many[own.sort().values] for image, own in zip(crowded, survivors, strict=True)
+        }
+        return _choose(part, torch.cat(list(kept.values())))
 
 
 def _join(parts: list[_Candidates]) -> _Candidates:

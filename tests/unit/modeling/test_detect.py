@@ -20,7 +20,7 @@ from proxydet.modeling.config import (
     SwinConfig,
 )
 from proxydet.modeling.network import ProxyDetNetwork
-from proxydet.modeling.prediction import Prediction, masks
+from proxydet.modeling.prediction import Prediction, masks, to_host
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 LOW = InferenceConfig(score_threshold=0.0)
@@ -77,6 +77,14 @@ def test_images_of_another_size_change_nothing_at_all(network, tiny) -> None:
     assert_same(
         network.detect(images, settings=LOW)[0], network.detect(images[:1], settings=LOW)[0]
     )
+
+
+def test_predictions_on_the_host_are_the_same(network, tiny) -> None:
+    images = [tiny.image(96, 128, 0), torch.zeros(3, 64, 64), tiny.image(64, 64, 1)]
+    found = network.detect(images, settings=LOW)
+    for moved, original in zip(to_host(found), found, strict=True):
+        assert_same(moved, original)
+    assert to_host([]) == []
 
 
 def test_detect_of_no_images_is_an_empty_list(network) -> None:

@@ -61,3 +61,71 @@ def test_classes_do_not_suppress_each_other() -> None:
     classes = torch.arange(2000)
     kept = suppression.keep_best_by_class(boxes, torch.linspace(1, 0.1, 2000), classes, 0.5, 300)
     assert kept.tolist() == list(range(300))
+
+
+def batch(counts: list[int], spread: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return boxes of several images, some left of and above the image, each image's by descending score."""
+    boxes, scores = [], []
+    for image, count in enumerate(counts):
+        own, own_scores = crowd(count, image, spread)
+        own_scores, order = own_scores.sort(descending=True)
+        boxes.append(own[order] - 30.0)
+        scores.append(own_scores)
+    return torch.cat(boxes), torch.cat(scores)
+
+
+@pytest.mark.parametrize("counts", [[0], [0, 0], [700], [0, 50, 3000, 1, 900, 0]])
+@pytest.mark.parametrize("limit", [1, 20, 300])
+@pytest.mark.parametrize("spread", [5.0, 300.0])
+@pytest.mark.parametrize("with_classes", [False, True])
+def test_all_images_at_once_keep_what_each_keeps_alone(
+    monkeypatch: pytest.MonkeyPatch,
+    counts: list[int],
+    limit: int,
+    spread: float,
+    with_classes: bool,
+) -> None:
+    boxes, scores = batch(counts, spread)
+    classes = None
+    if with_classes:
+        classes = torch.randint(40, (len(boxes),), generator=torch.Generator().manual_seed(2))
+    one_by_one, together = (
+        _suppress(monkeypatch, waits, boxes, scores, classes, counts, limit)
+        for waits in (False, True)
+    )
+    assert together == one_by_one
+    start = 0
+    for count, kept in zip(counts, together, strict=True):
+        own = slice(start, start + count)
+        alone = (
+            nms(boxes[own], scores[own], 0.6)
+            if classes is None
+            else batched_nms(boxes[own], scores[own], classes[own], 0.6)
+        )
+        assert kept == (start + alone[:limit]).tolist()
+        start += count
+
+
+def test_a_batch_that_would_take_too_much_memory_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = [300, 10, 900, 200, 0, 400]
+    boxes, scores = batch(counts, 300.0)
+    sizes = []
+
+    def watched(boxes, scores, iou):
+        sizes.append(len(boxes))
+        return nms(boxes, scores, iou)
+
+    monkeypatch.setattr(suppression, "nms", watched)
+    whole = _suppress(monkeypatch, True, boxes, scores, None, counts, 500)
+    assert sizes == [sum(counts)]
+    monkeypatch.setattr(suppression, "_TOGETHER_UP_TO", 700)
+    sizes.clear()
+    assert _suppress(monkeypatch, True, boxes, scores, None, counts, 500) == whole
+    assert sizes == [310, 900, 600]
+
+
+def _suppress(monkeypatch, waits, boxes, scores, classes, counts, limit) -> list[list[int]]:
+    monkeypatch.setattr(suppression, "_waits", lambda _device: waits)
+    crowd = suppression.Crowd(boxes_N4=boxes, scores_N=scores, classes_N=classes, counts=counts)
+    kept = suppression.suppress(crowd, iou=0.6, limit=limit)
+    return [places.tolist() for places in kept]

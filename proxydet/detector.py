@@ -25,8 +25,8 @@ from proxydet.detector_inputs import (
 from proxydet.modeling.config import InferenceConfig, ModelConfig
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.modeling.prediction import Prediction, to_host
-from proxydet.vocabulary.encoder import TextEncoder, build_vocabulary, open_encoder
-from proxydet.vocabulary.files import open_vocabulary
+from proxydet.vocabulary.encoder import TextEncoder, open_encoder
+from proxydet.vocabulary.files import complete_vocabulary, open_vocabulary
 from proxydet.vocabulary.prompts import PUBLISHED
 from proxydet.vocabulary.vocabulary import Vocabulary
 
@@ -314,13 +314,18 @@ class Detector:
         if isinstance(vocabulary, Vocabulary):
             return vocabulary
         if isinstance(vocabulary, str | Path):
-            return self.with_base(open_vocabulary(vocabulary, encoder=lambda: self.encoder))
+            opened = open_vocabulary(
+                vocabulary, encoder=lambda: self.encoder, known=self.vocabulary
+            )
+            return self.with_base(opened)
         return self.vocabulary_of(vocabulary)
 
     def vocabulary_of(
         self, names: Sequence[str], *, prompts: str | Sequence[str] = PUBLISHED
     ) -> Vocabulary:
         """Embed class names by the text encoder of the training, and say which count as base.
+
+        Names of classes that the training knew have their embedding already, unless other prompts are asked for.
 
         Args:
             names: Class names.
@@ -342,7 +347,8 @@ class Detector:
         return vocabulary.base_by_similarity(base_CD, threshold)
 
     def _embed(self, names: tuple[str, ...], prompts: str | tuple[str, ...]) -> Vocabulary:
-        return self.with_base(build_vocabulary(names, self.encoder, prompts=prompts))
+        made = complete_vocabulary(names, self.vocabulary, lambda: self.encoder, prompts=prompts)
+        return self.with_base(made)
 
     @property
     def encoder(self) -> TextEncoder:

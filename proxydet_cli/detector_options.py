@@ -89,5 +89,7 @@ def chosen_vocabulary(
         return detector.with_base(detector.resolve(split_names(classes)), base_above)
     if source is None:
         return detector.vocabulary
-    opened = open_vocabulary(source, encoder=lambda: detector.encoder, names=names)
+    opened = open_vocabulary(
+        source, encoder=lambda: detector.encoder, names=names, known=detector.vocabulary
+    )
     return detector.with_base(opened, base_above)

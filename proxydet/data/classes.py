@@ -18,6 +18,7 @@ from proxydet.data.description import DatasetDescription, VocabularySpec
 from proxydet.data.store import AnnotationStore
 from proxydet.errors import DataError, VocabularyError
 from proxydet.reporting import SILENT, Progress
+from proxydet.vocabulary.published import load_embeddings
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 
@@ -124,17 +125,13 @@ def nearest(name: str, known: Sequence[str]) -> str:
 
 
 def _load_table(path: Path) -> npt.NDArray[np.generic]:
-    try:
-        loaded = np.load(path, allow_pickle=False)
-    except FileNotFoundError as error:
+    if not path.exists():
         raise VocabularyError(
             f"there are no text embeddings {path}",
             hint="make them with: proxydet vocab build",
             path=path,
-        ) from error
-    except (OSError, ValueError, EOFError) as error:
-        raise VocabularyError(f"cannot read text embeddings {path}: {error}", path=path) from error
-    return np.asarray(loaded)
+        )
+    return np.asarray(load_embeddings(path))
 
 
 def _check_count(
@@ -159,7 +156,8 @@ def _novel_mask(
     unknown = [name for name in spec.novel if name.strip() not in names]
     if unknown:
         raise VocabularyError(
-            f"the novel class {unknown[0]!r} is not in the vocabulary.{nearest(unknown[0], names)}"
+            f"the novel class {unknown[0]!r} is not in the vocabulary.{nearest(unknown[0], names)}",
+            hint="spell 'novel' in the data description as the annotation file spells its categories",
         )
     novel = {name.strip() for name in spec.novel}
     if spec.novel_frequency:

@@ -19,7 +19,7 @@ from proxydet.paths import cache_folder, models_folder
 from proxydet.reporting import SILENT
 from proxydet.vocabulary.compositional import CompositionalEncoder
 from proxydet.vocabulary.embedding_cache import EmbeddingCache
-from proxydet.vocabulary.names import ClassWords
+from proxydet.vocabulary.names import ClassWords, check_classes
 from proxydet.vocabulary.prompts import PUBLISHED, fill, find_prompts
 from proxydet.vocabulary.text_tower import causal_mask, load_tower, tower_settings
 from proxydet.vocabulary.vocabulary import Vocabulary
@@ -99,11 +99,7 @@ def build_vocabulary(
     Raises:
         VocabularyError: A name is empty or there twice, or cannot be encoded.
     """
-    entries = [
-        entry if isinstance(entry, ClassWords) else ClassWords(entry.strip()) for entry in classes
-    ]
-    # Checked before the long work: dummy rows, since a vocabulary without them cannot be.
-    Vocabulary.from_arrays([entry.name for entry in entries], np.ones((len(entries), 1)))
+    entries = check_classes(classes)
     filled = ("{}",) if isinstance(encoder, CompositionalEncoder) else find_prompts(prompts)
     texts = [[fill(prompt, word) for word in entry.words for prompt in filled] for entry in entries]
     rows_TD = encoder.encode([text for group in texts for text in group])

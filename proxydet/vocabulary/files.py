@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from proxydet.errors import VocabularyError
 from proxydet.vocabulary.encoder import TextEncoder, build_vocabulary
-from proxydet.vocabulary.names import read_names
+from proxydet.vocabulary.names import ClassWords, check_classes, quote_names, read_names
+from proxydet.vocabulary.prompts import PUBLISHED, find_prompts
 from proxydet.vocabulary.published import (
     PUBLISHED_VOCABULARIES,
     is_published,
@@ -22,7 +25,11 @@ _NAMES = (".txt", ".json")
 
 
 def open_vocabulary(
-    source: str | Path, *, encoder: Callable[[], TextEncoder], names: Path | None = None
+    source: str | Path,
+    *,
+    encoder: Callable[[], TextEncoder],
+    names: Path | None = None,
+    known: Vocabulary | None = None,
 ) -> Vocabulary:
     """Open a vocabulary.
 
@@ -31,6 +38,7 @@ def open_vocabulary(
             ``.json`` file of class names, which are then embedded; or a ``.npy`` table of embeddings.
         encoder: Gives the text encoder when there are names to embed.
         names: File of class names for a ``.npy`` table, one for each row.
+        known: Classes whose embeddings are at hand, those of a training: they are not embedded again.
 
     Raises:
         VocabularyError: There is no such vocabulary, or it cannot be read.
@@ -50,9 +58,55 @@ def open_vocabulary(
     if path.suffix in SAVED_SUFFIXES:
         return Vocabulary.load(path)
     if path.suffix.lower() in _NAMES:
-        return build_vocabulary(read_names(path), encoder())
+        classes = check_classes(read_names(path))
+        if known is not None:
+            return complete_vocabulary(classes, known, encoder)
+        return build_vocabulary(classes, encoder())
     raise VocabularyError(
         f"the vocabulary {str(source)!r} is neither a published one ({', '.join(PUBLISHED_VOCABULARIES)}) nor a "
         f"file ({', '.join((*SAVED_SUFFIXES, *_NAMES, '.npy'))})",
         hint="class names can be given as a list: -v 'cup, plate' on the command line, ['cup', 'plate'] in Python",
     )
+
+
+def complete_vocabulary(
+    classes: Sequence[str | ClassWords],
+    known: Vocabulary,
+    encoder: Callable[[], TextEncoder],
+    *,
+    prompts: str | Sequence[str] = PUBLISHED,
+) -> Vocabulary:
+    """Embed class names that a model was not trained with; those that it knows have their embedding already.
+
+    Known names are taken over where nothing else was asked for: no synonyms and no prompts of one's own. Their
+    embeddings are what the model was trained with, whatever made them.
+
+    Args:
+        classes: Names, or names with synonyms.
+        known: The vocabulary of the training.
+        encoder: Opens the text encoder; called only where a name is not known.
+        prompts: As for `build_vocabulary`.
+
+    Raises:
+        VocabularyError: A name is empty or there twice, or cannot be encoded; without an encoder, the message says
+            for which names one is needed.
+    """
+    entries = check_classes(classes)
+    rows = dict(zip(known.names, known.embeddings, strict=True))
+    if find_prompts(prompts) != PUBLISHED:
+        rows = {}
+    missing = [entry for entry in entries if entry.synonyms or entry.name not in rows]
+    if missing:
+        try:
+            opened = encoder()
+        except VocabularyError as error:
+            unknown = quote_names([entry.name for entry in missing])
+            raise VocabularyError(
+                f"{unknown}: not among the {len(known)} classes of the training. {error.message}",
+                hint=error.hint,
+                path=error.path,
+            ) from error
+        made = build_vocabulary(missing, opened, prompts=prompts)
+        rows |= zip(made.names, made.embeddings, strict=True)
+    names = [entry.name for entry in entries]
+    return Vocabulary.from_arrays(names, np.stack([rows[name] for name in names]))

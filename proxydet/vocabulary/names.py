@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,3 +137,55 @@ def _named(name: str, what: str) -> str:
     if not clean:
         raise VocabularyError(f"{what} is empty")
     return clean
+
+
+def check_names(names: Iterable[str]) -> tuple[str, ...]:
+    """Return class names without the blanks around them.
+
+    Raises:
+        VocabularyError: There is none, or one is no text, empty, or there twice.
+    """
+    if isinstance(names, str):
+        raise VocabularyError(
+            f"class names must be a list, not one string ({names!r})", hint="split it at the commas"
+        )
+    stripped: list[str] = []
+    first_at: dict[str, int] = {}
+    for position, name in enumerate(names):
+        if not isinstance(name, str):
+            raise VocabularyError(f"class name {position} is {name!r}, not a string")
+        clean = name.strip()
+        if not clean:
+            raise VocabularyError(
+                f"class name {position} (counted from 0) is empty",
+                hint="remove it, or the comma too many",
+            )
+        if clean in first_at:
+            raise VocabularyError(
+                f"class name {clean!r} is there twice, at {first_at[clean]} and {position} (counted from 0)",
+                hint="remove one of the two",
+            )
+        first_at[clean] = position
+        stripped.append(clean)
+    if not stripped:
+        raise VocabularyError(
+            "a vocabulary needs at least one class name", hint="name what to look for: cup, plate"
+        )
+    return tuple(stripped)
+
+
+def check_classes(classes: Iterable[str | ClassWords]) -> list[ClassWords]:
+    """Return names as entries, checked before the long work of embedding them.
+
+    Raises:
+        VocabularyError: There is no name, or one is empty or there twice.
+    """
+    entries = [entry if isinstance(entry, ClassWords) else ClassWords(entry) for entry in classes]
+    names = check_names(entry.name for entry in entries)
+    return [ClassWords(name, entry.synonyms) for name, entry in zip(names, entries, strict=True)]
+
+
+def quote_names(names: Sequence[str], limit: int = 5) -> str:
+    """Return names as a message shows them: in quotes, the first few of many."""
+    shown = ", ".join(repr(name) for name in names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

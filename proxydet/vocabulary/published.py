@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.format import MAGIC_PREFIX
 
 from proxydet.errors import VocabularyError
 from proxydet.paths import datasets_folder
@@ -72,12 +73,26 @@ def load_embeddings(path: Path) -> Any:
     Raises:
         VocabularyError: The file cannot be read, or holds anything but numbers.
     """
+    hint = "give a .npy file with one row a class, such as numpy.save writes"
     try:
-        return np.load(path, allow_pickle=False)
+        with path.open("rb") as file:
+            if file.read(len(MAGIC_PREFIX)) != MAGIC_PREFIX:
+                raise VocabularyError(
+                    f"{path} is no table of embeddings: it does not begin as a .npy file does",
+                    hint=hint,
+                    path=path,
+                )
+            file.seek(0)
+            return np.load(file, allow_pickle=False)
     except FileNotFoundError as error:
-        raise VocabularyError(f"there is no file {path}", path=path) from error
+        raise VocabularyError(
+            f"there is no file {path}", hint="check the spelling of its path", path=path
+        ) from error
     except (OSError, ValueError, EOFError) as error:
-        raise VocabularyError(f"cannot read embeddings from {path}: {error}", path=path) from error
+        reason = "it holds Python objects, not numbers" if "pickle" in str(error) else error
+        raise VocabularyError(
+            f"cannot read embeddings from {path}: {reason}", hint=hint, path=path
+        ) from error
 
 
 def is_published(name: str) -> bool:

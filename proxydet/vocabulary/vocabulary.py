@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from proxydet.errors import VocabularyError
+from proxydet.vocabulary.names import check_classes, check_names, quote_names
 
 FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
@@ -62,7 +63,7 @@ class Vocabulary:
         Raises:
             VocabularyError: a name is empty or there twice, or an array has the wrong shape, type or values.
         """
-        checked_names = _check_names(names)
+        checked_names = check_names(names)
         embeddings_CD = _check_embeddings(embeddings, len(checked_names))
         base_C = _check_base(base, len(checked_names))
         embeddings_CD.setflags(write=False)
@@ -96,8 +97,9 @@ class Vocabulary:
         """
         from proxydet.vocabulary.encoder import build_vocabulary, open_encoder
 
+        classes = check_classes(names)
         opened = open_encoder(None if encoder is None else Path(encoder))
-        return build_vocabulary(names, opened, prompts=prompt)
+        return build_vocabulary(classes, opened, prompts=prompt)
 
     @classmethod
     def load(cls, path: Path | str) -> Vocabulary:
@@ -112,7 +114,11 @@ class Vocabulary:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
                 arrays: dict[str, npt.NDArray[Any]] = {name: archive[name] for name in _FIELDS}
         except FileNotFoundError as error:
-            raise VocabularyError(f"there is no vocabulary file {path}", path=path) from error
+            raise VocabularyError(
+                f"there is no vocabulary file {path}",
+                hint="make one with: proxydet vocab build",
+                path=path,
+            ) from error
         except (
             OSError,
             ValueError,
@@ -122,8 +128,10 @@ class Vocabulary:
             EOFError,
             zipfile.BadZipFile,
         ) as error:
+            # Of a file of another kind, numpy says that it will not unpickle it, which helps nobody.
+            reason = "it is no .npz archive" if "pickle" in str(error) else error
             raise VocabularyError(
-                f"{path} does not hold a vocabulary: {error}",
+                f"{path} does not hold a vocabulary: {reason}",
                 hint="make one with: proxydet vocab build",
                 path=path,
             ) from error
@@ -183,10 +191,13 @@ class Vocabulary:
             VocabularyError: a name is not in this vocabulary, or asked for twice.
         """
         row_of = {name: row for row, name in enumerate(self.names)}
-        wanted = _check_names(names)
+        wanted = check_names(names)
         missing = [name for name in wanted if name not in row_of]
         if missing:
-            raise VocabularyError(f"not in the vocabulary: {_quote(missing)}")
+            raise VocabularyError(
+                f"not in the vocabulary: {quote_names(missing)}",
+                hint=f"it holds {quote_names(self.names)}",
+            )
         rows = [row_of[name] for name in wanted]
         return Vocabulary.from_arrays(wanted, self.embeddings[rows], self.base[rows])
 
@@ -209,38 +220,18 @@ class Vocabulary:
         return f"Vocabulary({len(self)} classes x {self.dimension}: {shown})"
 
 
-def _check_names(names: Iterable[str]) -> tuple[str, ...]:
-    if isinstance(names, str):
-        raise VocabularyError(
-            f"class names must be a list, not one string ({names!r})", hint="split it at the commas"
-        )
-    stripped: list[str] = []
-    first_at: dict[str, int] = {}
-    for position, name in enumerate(names):
-        if not isinstance(name, str):
-            raise VocabularyError(f"class name {position} is {name!r}, not a string")
-        clean = name.strip()
-        if not clean:
-            raise VocabularyError(f"class name {position} is empty")
-        if clean in first_at:
-            raise VocabularyError(
-                f"class name {clean!r} is there twice, at {first_at[clean]} and {position} (counted from 0)"
-            )
-        first_at[clean] = position
-        stripped.append(clean)
-    if not stripped:
-        raise VocabularyError("a vocabulary needs at least one class name")
-    return tuple(stripped)
-
-
 def _check_embeddings(embeddings: npt.ArrayLike, count: int | None) -> FloatArray:
     given = np.asarray(embeddings)
     if given.ndim != 2 or given.shape[0] == 0 or given.shape[1] == 0:
         raise VocabularyError(
-            f"embeddings must be a (classes, dimensions) table, not of shape {given.shape}"
+            f"embeddings must be a (classes, dimensions) table, not of shape {given.shape}",
+            hint="save a two-dimensional array, one row a class",
         )
     if given.dtype.kind not in "fiu":
-        raise VocabularyError(f"embeddings must be numbers, not {given.dtype}")
+        raise VocabularyError(
+            f"embeddings must be numbers, not {given.dtype}",
+            hint="save a float16 or float32 array, one row a class",
+        )
     if count is not None and given.shape[0] != count:
         raise VocabularyError(
             f"{count} class names but {given.shape[0]} embeddings",
@@ -249,10 +240,16 @@ def _check_embeddings(embeddings: npt.ArrayLike, count: int | None) -> FloatArra
     table = np.array(given, dtype=np.float32, order="C")
     bad: BoolArray = np.logical_not(np.isfinite(table).all(axis=1))
     if bad.any():
-        raise VocabularyError(f"embeddings that are not finite, rows {_positions(bad)}")
+        raise VocabularyError(
+            f"embeddings that are not finite, rows {_positions(bad)} (counted from 0)",
+            hint="encode these class names again",
+        )
     zero: BoolArray = np.logical_not(table.any(axis=1))
     if zero.any():
-        raise VocabularyError(f"embeddings that are all zero, rows {_positions(zero)}")
+        raise VocabularyError(
+            f"embeddings that are all zero, rows {_positions(zero)} (counted from 0)",
+            hint="a zero row for the background does not belong into the file; encode other rows again",
+        )
     return table
 
 
@@ -290,8 +287,3 @@ def _positions(mask: BoolArray, limit: int = 5) -> str:
     rows = np.flatnonzero(mask)
     shown = ", ".join(str(row) for row in rows[:limit])
     return shown if len(rows) <= limit else f"{shown} and {len(rows) - limit} more"
-
-
-def _quote(names: Sequence[str], limit: int = 5) -> str:
-    shown = ", ".join(repr(name) for name in names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -68,16 +68,18 @@ def build(
     from proxydet.errors import VocabularyError
     from proxydet.vocabulary.encoder import build_vocabulary, open_encoder
     from proxydet.vocabulary.files import SAVED_SUFFIXES
-    from proxydet.vocabulary.names import read_names
+    from proxydet.vocabulary.names import check_classes, read_names
     from proxydet_cli.output import Output
     from proxydet_cli.progress import show_progress
 
     if output.suffix not in SAVED_SUFFIXES:
         raise VocabularyError(
-            f"the vocabulary's file {output} must end in {' or '.join(SAVED_SUFFIXES)}"
+            f"the vocabulary's file {output} must end in {' or '.join(SAVED_SUFFIXES)}",
+            hint=f"write to {output.with_suffix('.npz')}",
         )
+    classes = check_classes(read_names(names))
     opened = open_encoder(encoder, model=model, progress=show_progress())
-    made = build_vocabulary(read_names(names), opened, prompts=prompts)
+    made = build_vocabulary(classes, opened, prompts=prompts)
     made.save(output)
     value = {
         "file": output,
@@ -130,26 +132,26 @@ def show(  # noqa: PLR0913 one parameter an option
 
     if run is not None and against is not None:
         raise typer.BadParameter("give either --against or --run")
-    shown = _open(vocabulary, encoder)
     reference = (
         _open(against or "lvis", encoder)
         if run is None
         else Vocabulary.load(run / "vocabulary.npz")
     )
+    shown = _open(vocabulary, encoder, known=reference)
     report = compare(
         shown, reference, threshold=threshold, neighbours=neighbours, alike_above=alike_above
     )
     _render(Output(json=json), report)
 
 
-def _open(source: str, encoder: Path | None) -> Vocabulary:
+def _open(source: str, encoder: Path | None, known: Vocabulary | None = None) -> Vocabulary:
     from proxydet.vocabulary.encoder import open_encoder
     from proxydet.vocabulary.files import open_vocabulary
 
     def opened() -> TextEncoder:
         return open_encoder(encoder)
 
-    return open_vocabulary(source, encoder=opened)
+    return open_vocabulary(source, encoder=opened, known=known)
 
 
 def _render(out: Output, report: VocabularyReport) -> None:

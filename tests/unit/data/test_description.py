@@ -128,7 +128,8 @@ def test_a_saved_vocabulary_brings_names_and_base(small_set: Path) -> None:
     [
         (('novel = ["dog"]', 'novel = ["dgo"]'), VocabularyError, "'dgo' is not in the vocabulary.*'dog'"),
         (("embeddings.npy", "absent.npy"), VocabularyError, "no text embeddings"),
-        (("embeddings.npy", "set.toml"), VocabularyError, "cannot read text embeddings"),
+        (("embeddings.npy", "set.toml"), VocabularyError, "set.toml is no table of embeddings"),
+        (("embeddings.npy", "objects.npy"), VocabularyError, "it holds Python objects, not numbers"),
         (("embeddings.npy", "arrays"), VocabularyError, "does not hold a vocabulary"),
         (("embeddings.npy", "four.npy"), VocabularyError, "3 classes, but four.npy has 4 rows"),
         (('novel = ["dog"]', 'names = ["cat", "dog"]'), VocabularyError, "'names' has 2 classes"),
@@ -138,11 +139,14 @@ def test_a_saved_vocabulary_brings_names_and_base(small_set: Path) -> None:
 )  # fmt: skip
 def test_what_does_not_fit_is_an_error(small_set: Path, change, error, message: str) -> None:
     np.save(small_set.parent / "four.npy", np.eye(4))
+    np.save(small_set.parent / "objects.npy", np.array([{}], dtype=object))
     with (small_set.parent / "arrays").open("wb") as file:
         np.savez(file, a=np.eye(4))
     description = edited(small_set, change)
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as caught:
         class_rows(open_split(description, "train"), load_vocabulary(description))
+    assert caught.value.hint
+    assert "pickle" not in str(caught.value)
 
 
 def test_frequency_groups_need_frequencies(small_set: Path) -> None:

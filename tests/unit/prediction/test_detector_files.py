@@ -105,9 +105,54 @@ def test_without_an_encoder_names_ask_for_clip(
     (run / "text_encoder.json").unlink()
     opened = Detector.from_run(run)
     opened.predict(pictures[0])
-    with pytest.raises(VocabularyError) as caught:
-        opened.predict(pictures[0], ["red star"])
+    with pytest.raises(VocabularyError, match=r"^'red star': not among the 4 classes") as caught:
+        opened.predict(pictures[0], ["red circle", "red star"])
     assert "clip-vit-b32" in str(caught.value.hint)
+
+
+def test_without_an_encoder_the_runs_own_names_are_looked_for(
+    run: Path,
+    pictures: list[np.ndarray],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    names = ["blue circle", "red circle"]
+    file = tmp_path / "names.txt"
+    file.write_text("\n".join(names))
+    monkeypatch.setenv("PROXYDET_MODELS", str(tmp_path / "none"))
+    (run / "text_encoder.json").unlink()
+    opened = Detector.from_run(run)
+    for given in (names, file):
+        resolved = opened.resolve(given)
+        assert resolved.names == ("blue circle", "red circle")
+        np.testing.assert_array_equal(
+            resolved.embeddings, opened.vocabulary.subset(names).embeddings
+        )
+        assert set(opened.predict(pictures[0], given, score_threshold=0).labels) <= set(names)
+    # The table holds them under the training's prompt, and a class's synonyms are in no table.
+    with pytest.raises(VocabularyError, match="'red circle'"):
+        opened.vocabulary_of(["red circle"], prompts="a photo of a {}.")
+    file.write_text("red circle | red disc\n")
+    with pytest.raises(VocabularyError, match="'red circle'"):
+        opened.resolve(file)
+
+
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [(["red star", "red star"], "there twice"), (["red star", " "], "is empty"), ([], "at least")],
+)
+def test_names_are_checked_before_an_encoder_is_asked_for(
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    names: list[str],
+    problem: str,
+) -> None:
+    monkeypatch.setenv("PROXYDET_MODELS", str(tmp_path / "none"))
+    (run / "text_encoder.json").unlink()
+    with pytest.raises(VocabularyError, match=problem) as caught:
+        Detector.from_run(run).resolve(names)
+    assert caught.value.hint
 
 
 def test_folders_that_are_no_runs_are_named(run: Path, tmp_path: Path) -> None:

@@ -58,6 +58,26 @@ def test_build_writes_what_the_encoder_gives(
     np.testing.assert_array_equal(made.embeddings[:2], wanted)
 
 
+def test_names_are_checked_before_clip_is_looked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROXYDET_MODELS", str(tmp_path / "none"))
+    twice = tmp_path / "twice.txt"
+    twice.write_text("cup\nplate\ncup\n")
+    for words in (
+        ("build", twice, "-o", tmp_path / "a.npz"),
+        ("show", twice, "--against", _saved(tmp_path)),
+    ):
+        code, _, err = call(capsys, *words)
+        assert code == 3
+        assert "'cup' is there twice" in err
+        assert "hint: " in err
+
+
+def _saved(folder: Path) -> Path:
+    return Vocabulary.from_arrays(["a", "b"], np.eye(2)).save(folder / "training.npz")
+
+
 def test_show_says_what_is_base_and_why(
     encoder: Path, names: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

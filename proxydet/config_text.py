@@ -94,7 +94,11 @@ def parse_yaml(text: str, where: str = "the text", path: Path | None = None) -> 
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{where} is not valid YAML: {error}", path=path) from error
+        raise ConfigError(
+            f"{where} is not valid YAML: {error}",
+            hint="correct that line; proxydet train --recipe small --show-config shows a complete file",
+            path=path,
+        ) from error
 
 
 def load_mapping(path: Path) -> dict[str, Any]:
@@ -115,7 +119,11 @@ def load_mapping(path: Path) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds {type(value).__name__}, not a mapping of keys.", path=path)
+        raise ConfigError(
+            f"{path} holds {type(value).__name__}, not a mapping of keys.",
+            hint="a configuration file holds keys and values, such as seed: 7",
+            path=path,
+        )
     return value
 
 
@@ -187,7 +195,10 @@ def _nested(cls: type, key: str, text: str) -> dict[str, Any]:
         where = f"{where}.{part}" if where else part
         if nested is None:
             leaf = parts[-1]
-            raise ConfigError(f"{key} is not a configuration key: {where} has no {leaf} in it.")
+            raise ConfigError(
+                f"{key} is not a configuration key: {where} has no {leaf} in it.",
+                hint="proxydet train --recipe small --show-config lists every key",
+            )
         cls = nested
     annotation = _field_type(cls, parts[-1], where, root)
     value: Any = _value(annotation, key, text)

@@ -135,7 +135,10 @@ def _chosen_rows(
         shown = class_rows(store, vocabulary)[store.column("category")] == wanted
         candidates = np.unique(store.column("image")[shown])
     if not len(candidates):
-        raise DataError(f"there is no image to draw in {request.split} of this data set")
+        raise DataError(
+            f"there is no image to draw in {request.split} of this data set",
+            hint="look at what it holds: proxydet data stats",
+        )
     generator = np.random.default_rng(request.seed)
     chosen = generator.permutation(candidates)[: request.count]
     return chosen.astype(np.int64)

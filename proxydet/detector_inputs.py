@@ -51,11 +51,13 @@ def as_pixels(image: Picture, channel_order: ChannelOrder = "rgb") -> Pixels:
         return convert_image(image)
     if not isinstance(image, np.ndarray):
         raise InputError(
-            f"a picture must be a path, a Pillow image or a numpy array, not {type(image).__name__}"
+            f"a picture must be a path, a Pillow image or a numpy array, not {type(image).__name__}",
+            hint="give the file's path, or numpy.asarray(picture)",
         )
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise InputError(
-            f"a picture as an array must be uint8 of shape (height, width, 3), not {image.dtype} {image.shape}"
+            f"a picture as an array must be uint8 of shape (height, width, 3), not {image.dtype} {image.shape}",
+            hint="convert it: RGB, 0 to 255, channels last",
         )
     return image if channel_order == "rgb" else np.ascontiguousarray(image[:, :, ::-1])
 

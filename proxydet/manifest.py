@@ -219,7 +219,15 @@ def _read_json(path: Path) -> Mapping[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}.", path=path) from error
+        raise InputError(
+            f"{path} is not JSON: {error}.",
+            hint="give a manifest.json that proxydet wrote",
+            path=path,
+        ) from error
     if not isinstance(value, dict):
-        raise InputError(f"{path} does not hold a JSON object.", path=path)
+        raise InputError(
+            f"{path} does not hold a JSON object.",
+            hint="give a manifest.json that proxydet wrote",
+            path=path,
+        )
     return value

@@ -63,7 +63,11 @@ def _expand(source: str | Path) -> list[tuple[Path, Path]]:
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
         if not files:
-            raise DataError(f"the folder {path} holds no pictures", path=path)
+            raise DataError(
+                f"the folder {path} holds no pictures",
+                hint="name the folder that holds them; what is a picture is told by its ending",
+                path=path,
+            )
         return [(file, file.relative_to(path).with_suffix("")) for file in files]
     if not path.exists() and glob.has_magic(str(source)):
         files = sorted(
@@ -72,10 +76,13 @@ def _expand(source: str | Path) -> list[tuple[Path, Path]]:
             if Path(name).is_file()
         )
         if not files:
-            raise DataError(f"no file matches {str(source)!r}")
+            raise DataError(
+                f"no file matches {str(source)!r}",
+                hint="put the pattern in quotes, and check the folder that it starts from",
+            )
         return [(file, Path(file.stem)) for file in files]
     if not path.exists():
-        raise DataError(f"there is no file or folder {path}", path=path)
+        raise DataError(f"there is no file or folder {path}", hint="check its spelling", path=path)
     return [(path, Path(path.stem))]
 
 

@@ -107,9 +107,17 @@ def read_annotations(path: Path) -> AnnotationDocument:
         with path.open("rb") as file:
             text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError as error:
-        raise DataError(f"there is no annotation file {path}", path=path) from error
+        raise DataError(
+            f"there is no annotation file {path}",
+            hint="check the paths in the data description; they are relative to its folder",
+            path=path,
+        ) from error
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {error}", path=path) from error
+        raise DataError(
+            f"cannot read {path}: {error}",
+            hint="check that it is a file that you may read",
+            path=path,
+        ) from error
     try:
         document = msgspec.json.decode(text, type=_Document)
     except msgspec.ValidationError as error:
@@ -180,7 +188,9 @@ def _read_leniently(text: mmap.mmap, path: Path, error: msgspec.DecodeError) -> 
     position = int(match.group(1))
     if not _LENIENT_START.match(text, position):
         raise DataError(
-            f"{path} is not JSON: {_place(text, position)} ({error})", path=path
+            f"{path} is not JSON: {_place(text, position)} ({error})",
+            hint="correct it there, or fetch or write the file again",
+            path=path,
         ) from error
     _logger.warning("%s holds NaN, Infinity or a byte order mark; reading it slowly", path)
     try:
@@ -188,9 +198,15 @@ def _read_leniently(text: mmap.mmap, path: Path, error: msgspec.DecodeError) -> 
         # Written again by msgspec, which turns NaN and infinities into null.
         return msgspec.json.decode(msgspec.json.encode(loaded), type=_Document)
     except json.JSONDecodeError as problem:
-        raise DataError(f"{path} is not JSON: {problem}", path=path) from problem
+        raise DataError(
+            f"{path} is not JSON: {problem}", hint="fetch or write the file again", path=path
+        ) from problem
     except (UnicodeError, OverflowError, RecursionError) as problem:
-        raise DataError(f"{path} cannot be read: {problem}", path=path) from problem
+        raise DataError(
+            f"{path} cannot be read: {problem}",
+            hint="it must be COCO or LVIS JSON in UTF-8; fetch or write the file again",
+            path=path,
+        ) from problem
     except msgspec.ValidationError as problem:
         raise _not_annotations(path, str(problem)) from problem
 

@@ -128,11 +128,23 @@ class DatasetDescription:
             with path.open("rb") as file:
                 content = tomllib.load(file)
         except FileNotFoundError as error:
-            raise DataError(f"there is no data description {path}", path=path) from error
+            raise DataError(
+                f"there is no data description {path}",
+                hint="write one as docs/how-to/own-data.md shows, and give it with --data",
+                path=path,
+            ) from error
         except OSError as error:
-            raise DataError(f"cannot read {path}: {error}", path=path) from error
+            raise DataError(
+                f"cannot read {path}: {error}",
+                hint="it must be a text file (UTF-8) that you may read",
+                path=path,
+            ) from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise DataError(f"{path} is not TOML: {error}", path=path) from error
+            raise DataError(
+                f"{path} is not TOML: {error}",
+                hint="correct that line; docs/reference/data-description.md shows every key",
+                path=path,
+            ) from error
         try:
             description = from_mapping(cls, content)
         except ConfigError as error:

@@ -104,7 +104,10 @@ def find_image(file_name: str, roots: tuple[Path, ...]) -> Path:
                 return candidate
             tried.append(str(candidate))
     if not tried:
-        raise DataError(f"the image name {file_name!r} leads outside the image folders")
+        raise DataError(
+            f"the image name {file_name!r} leads outside the image folders",
+            hint="image names in annotation files are relative to the image folders, without '..'",
+        )
     raise DataError(
         f"the image {file_name!r} is not there; looked for {' and '.join(tried[:4])}",
         hint="check 'images' in the data description",
@@ -119,7 +122,10 @@ def _to_rgb(image: Image.Image, label: str) -> Pixels:
     if image.mode in _SIXTEEN_BIT or image.mode == "I":
         return _from_sixteen_bits(np.asarray(image), label)
     if image.mode == "F":
-        raise DataError(f"{label} holds floating-point values, whose range is not stated")
+        raise DataError(
+            f"{label} holds floating-point values, whose range is not stated",
+            hint="convert it to 8 bits a channel",
+        )
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, _WHITE), image)
@@ -129,7 +135,9 @@ def _to_rgb(image: Image.Image, label: str) -> Pixels:
 def _from_sixteen_bits(values_HW: npt.NDArray[np.generic], label: str) -> Pixels:
     wide = values_HW.astype(np.int64)
     if wide.size and (wide.min() < 0 or wide.max() > 65535):
-        raise DataError(f"{label} holds values outside 0 to 65535")
+        raise DataError(
+            f"{label} holds values outside 0 to 65535", hint="convert it to 8 bits a channel"
+        )
     grey_HW = ((wide * 255 + 32767) // 65535).astype(np.uint8)
     return np.repeat(grey_HW[:, :, None], 3, axis=2)
 

@@ -53,7 +53,11 @@ def match_tars(
         DataError: the folder is not there or holds no tar of any class, or ``map`` names an unknown class.
     """
     if spec.tars is None or not spec.tars.is_dir():
-        raise DataError(f"there is no folder of tars {spec.tars}", path=spec.tars)
+        raise DataError(
+            f"there is no folder of tars {spec.tars}",
+            hint="check 'tars' under [image_labels] in the data description; it is relative to its folder",
+            path=spec.tars,
+        )
     row_of_name = {name: row for row, name in enumerate(vocabulary.names)}
     row_of_key = _rows_of_keys(spec, row_of_name, categories)
     tars = sorted(path.name for path in spec.tars.glob("*.tar"))
@@ -121,7 +125,8 @@ def _rows_of_keys(
         if name.strip() not in row_of_name:
             raise DataError(
                 f"[image_labels] map: {key!r} is given the class {name!r}, which is not in the vocabulary."
-                + nearest(name, list(row_of_name))
+                + nearest(name, list(row_of_name)),
+                hint="spell the class as the vocabulary does",
             )
         row_of_key[key] = row_of_name[name.strip()]
     return row_of_key

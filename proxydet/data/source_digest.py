@@ -47,9 +47,17 @@ def source_digest(source: Path, memory: Path) -> str:
             return known.sha256
         digest = _digest(resolved)
     except FileNotFoundError as error:
-        raise DataError(f"there is no file {source}", path=source) from error
+        raise DataError(
+            f"there is no file {source}",
+            hint="check the paths in the data description; they are relative to its folder",
+            path=source,
+        ) from error
     except OSError as error:
-        raise DataError(f"cannot read {source}: {error}", path=source) from error
+        raise DataError(
+            f"cannot read {source}: {error}",
+            hint="check that it is a file that you may read",
+            path=source,
+        ) from error
     memory.mkdir(parents=True, exist_ok=True)
     temporary = memory / f".{note.name}.{uuid.uuid4().hex}"
     temporary.write_bytes(

@@ -40,7 +40,9 @@ def read_categories(raws: Sequence[msgspec.Raw], path: Path) -> list[CategoryEnt
             categories.append(decode_entry(raw, decoder, CategoryEntry))
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise DataError(
-                f"{path}: category {position} is not usable: {error}", path=path
+                f"{path}: category {position} is not usable: {error}",
+                hint="every category needs a whole number as 'id' and a text as 'name'",
+                path=path,
             ) from error
     for what, values in (
         ("id", [str(category.id) for category in categories]),

@@ -161,10 +161,16 @@ class TarIndex:
                 int(self._sizes[row]),
             )
         except OSError as error:
-            raise DataError(f"cannot read {self.name(row)}: {error}", path=self.folder) from error
+            raise DataError(
+                f"cannot read {self.name(row)}: {error}",
+                hint="fetch the tar again, or remove it",
+                path=self.folder,
+            ) from error
         except DataError as error:
             raise DataError(
-                f"cannot read {self.name(row)}: {error.message}", path=self.folder
+                f"cannot read {self.name(row)}: {error.message}",
+                hint="fetch the tar again, or remove it",
+                path=self.folder,
             ) from error
 
     def _descriptor(self, tar: int) -> int:
@@ -192,7 +198,11 @@ def _fingerprint(folder: Path, tars: Sequence[str]) -> str:
         try:
             stat = (folder / name).stat()
         except OSError as error:
-            raise DataError(f"cannot read {folder / name}: {error}", path=folder / name) from error
+            raise DataError(
+                f"cannot read {folder / name}: {error}",
+                hint="fetch the tar again, or remove it",
+                path=folder / name,
+            ) from error
         digest.update(
             f"\0{name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode("utf-8", "surrogateescape")
         )

@@ -80,7 +80,10 @@ def member_bytes(descriptor: int, offset: int, size: int) -> bytes:
     """
     data = os.pread(descriptor, size, offset)
     if len(data) != size:
-        raise DataError("the tar ends in the middle of the image; it changed since it was indexed")
+        raise DataError(
+            "the tar ends in the middle of the image; it changed since it was indexed",
+            hint="run the same command again: the tar is indexed anew",
+        )
     return gunzip(data) if data.startswith(_GZIP_MAGIC) else data
 
 
@@ -94,9 +97,14 @@ def gunzip(data: bytes) -> bytes:
         with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
             unpacked = file.read(LARGEST_MEMBER + 1)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"gzip-compressed and damaged: {error}") from error
+        raise DataError(
+            f"gzip-compressed and damaged: {error}", hint="fetch the tar again, or remove it"
+        ) from error
     if len(unpacked) > LARGEST_MEMBER:
-        raise DataError(f"gzip-compressed and larger than {LARGEST_MEMBER} bytes")
+        raise DataError(
+            f"gzip-compressed and larger than {LARGEST_MEMBER} bytes",
+            hint="unpack it before it is put into the tar",
+        )
     return unpacked
 
 

@@ -80,7 +80,10 @@ def read_annotation_file(source: Path | dict[str, Any]) -> AnnotationFile:
         rows = msgspec.json.decode(data, type=AnnotationFile)
     except (msgspec.MsgspecError, TypeError) as error:
         if isinstance(error, TypeError):
-            raise DataError(f"The annotations given cannot be written as JSON: {error}.") from error
+            raise DataError(
+                f"The annotations given cannot be written as JSON: {error}.",
+                hint="give COCO or LVIS annotations: dictionaries and lists of numbers and texts",
+            ) from error
         raise damaged_json(
             path,
             error,
@@ -95,7 +98,11 @@ def _check(rows: AnnotationFile, path: Path | None) -> None:
     where = str(path) if path is not None else "The annotations given"
     if not rows.images or not rows.categories:
         missing = "images" if not rows.images else "categories"
-        raise DataError(f"{where} lists no {missing}: there is nothing to evaluate on.", path=path)
+        raise DataError(
+            f"{where} lists no {missing}: there is nothing to evaluate on.",
+            hint="check that it is the split that you mean",
+            path=path,
+        )
     images = _unique([row.id for row in rows.images], "image", where, path)
     categories = _unique([row.id for row in rows.categories], "category", where, path)
     for key, known in (("image_id", images), ("category_id", categories)):
@@ -116,7 +123,9 @@ def _check(rows: AnnotationFile, path: Path | None) -> None:
     wrong = [row.id for row in rows.images if row.width <= 0 or row.height <= 0]
     if wrong:
         raise DataError(
-            f"{where}: {len(wrong)} images have no size (ids {first_offenders(wrong)}).", path=path
+            f"{where}: {len(wrong)} images have no size (ids {first_offenders(wrong)}).",
+            hint="give every image its height and width",
+            path=path,
         )
 
 
@@ -126,11 +135,13 @@ def _unique(ids: list[Identifier], what: str, where: str, path: Path | None) -> 
     if twice:
         raise DataError(
             f"{where}: {len(twice)} {what} ids are there more than once ({first_offenders(twice)}).",
+            hint="give each an id of its own",
             path=path,
         )
     if len({type(value) for value in known}) > 1:
         raise DataError(
             f"{where}: some {what} ids are numbers and some are text; they must be of one kind.",
+            hint="make them all numbers, as COCO and LVIS do",
             path=path,
         )
     return known

@@ -47,7 +47,11 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         CheckpointError: The file is absent, damaged, would run code, or holds no parameters.
     """
     if not path.is_file():
-        raise CheckpointError(f"there is no weight file {path}", path=path)
+        raise CheckpointError(
+            f"there is no weight file {path}",
+            hint="check its path; a run's are in RUN/checkpoints, published ones come with proxydet download",
+            path=path,
+        )
     content = _read_pickle(path) if path.suffix == ".pkl" else _read_torch(path)
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -59,7 +63,11 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         if isinstance(name, str) and isinstance(value, Tensor):
             tensors[name.removeprefix("module.")] = value
     if not tensors:
-        raise CheckpointError(f"{path} holds no parameters", path=path)
+        raise CheckpointError(
+            f"{path} holds no parameters",
+            hint="give a checkpoint of proxydet train or a published one",
+            path=path,
+        )
     return tensors
 
 

@@ -136,12 +136,22 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is not None:
-            raise CheckpointError(f"{path} is damaged: {damaged} fails its checksum.", path=path)
+            raise CheckpointError(
+                f"{path} is damaged: {damaged} fails its checksum.",
+                hint="go on with an older one: --resume RUN/checkpoints/step_....pth",
+                path=path,
+            )
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise CheckpointError(f"There is no checkpoint {path}.", path=path) from error
+        raise CheckpointError(
+            f"There is no checkpoint {path}.", hint="checkpoints lie in RUN/checkpoints", path=path
+        ) from error
     except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}", path=path) from error
+        raise CheckpointError(
+            f"{path} cannot be read: {error}",
+            hint="go on with an older one: --resume RUN/checkpoints/step_....pth",
+            path=path,
+        ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} is not a training checkpoint of this program.",

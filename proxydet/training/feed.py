@@ -90,7 +90,10 @@ class _Failure:
 
 def _translate(error: BaseException) -> BaseException:
     if isinstance(error, StopIteration):
-        return DataError("The data loader came to its end in the middle of training.")
+        return DataError(
+            "The data loader came to its end in the middle of training.",
+            hint="this is a bug in proxydet: please report it",
+        )
     if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
         failure = TrainingError(
             f"A process of the data loader died: {error}",

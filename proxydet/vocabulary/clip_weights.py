@@ -65,7 +65,11 @@ def read_text_tower(path: Path) -> dict[str, torch.Tensor]:
         raise _unreadable(path, error) from error
     tower = _text_part(tensors)
     if "token_embedding.weight" not in tower:
-        raise CheckpointError(f"{path} holds no CLIP text tower", path=path)
+        raise CheckpointError(
+            f"{path} holds no CLIP text tower",
+            hint="fetch OpenAI's weights: proxydet download clip-vit-b32",
+            path=path,
+        )
     return {
         name: tensor.float() if tensor.is_floating_point() else tensor
         for name, tensor in tower.items()

@@ -78,7 +78,10 @@ def compare(
         VocabularyError: The vocabularies come from different encoders, or the reference has no base class.
     """
     if not reference.base.any():
-        raise VocabularyError("the reference vocabulary has no base class")
+        raise VocabularyError(
+            "the reference vocabulary has no base class",
+            hint="give the vocabulary that the model was trained with",
+        )
     judged = vocabulary.base_by_similarity(reference.embeddings[reference.base], threshold)
     classes = []
     table_RD = reference.normalised()

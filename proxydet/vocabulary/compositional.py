@@ -125,10 +125,16 @@ class CompositionalEncoder:
             content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise VocabularyError(
-                f"cannot read the text encoder {path}: {error}", path=path
+                f"cannot read the text encoder {path}: {error}",
+                hint="give the text_encoder.json of a run or of proxydet quickstart's data",
+                path=path,
             ) from error
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
-            raise VocabularyError(f"{path} is not a file of the form {_FORMAT!r}", path=path)
+            raise VocabularyError(
+                f"{path} is not a file of the form {_FORMAT!r}",
+                hint="give the text_encoder.json of a run or of proxydet quickstart's data",
+                path=path,
+            )
         try:
             return cls(
                 np.asarray(content["common"], np.float32),
@@ -138,7 +144,9 @@ class CompositionalEncoder:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise VocabularyError(
-                f"the text encoder {path} is damaged: {error!r}", path=path
+                f"the text encoder {path} is damaged: {error!r}",
+                hint="give the text_encoder.json of a run or of proxydet quickstart's data",
+                path=path,
             ) from error
 
 

@@ -71,17 +71,25 @@ def read_names(path: Path) -> tuple[ClassWords, ...]:
     text = _text_of(path)
     classes = _from_json(text, path) if path.suffix.lower() == ".json" else _from_lines(text, path)
     if not classes:
-        raise VocabularyError(f"{path} holds no class names", path=path)
+        raise VocabularyError(
+            f"{path} holds no class names", hint="put one class on each line", path=path
+        )
     return tuple(classes)
 
 
 def _text_of(path: Path) -> str:
     try:
         if path.stat().st_size > _LARGEST_FILE:
-            raise VocabularyError(f"{path} is too large to be a list of class names", path=path)
+            raise VocabularyError(
+                f"{path} is too large to be a list of class names",
+                hint="a list of names has one class on each line",
+                path=path,
+            )
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
-        raise VocabularyError(f"there is no file {path}", path=path) from error
+        raise VocabularyError(
+            f"there is no file {path}", hint="check the spelling of its path", path=path
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise VocabularyError(
             f"cannot read class names from {path}: {error}",
@@ -103,7 +111,11 @@ def _from_json(text: str, path: Path) -> list[ClassWords]:
     try:
         content: Any = json.loads(text)
     except ValueError as error:
-        raise VocabularyError(f"{path} is not valid JSON: {error}", path=path) from error
+        raise VocabularyError(
+            f"{path} is not valid JSON: {error}",
+            hint="correct it there, or write one name on each line of a .txt file",
+            path=path,
+        ) from error
     entries: list[tuple[Any, Any]] = []
     if isinstance(content, list):
         entries = [(name, []) for name in content]
@@ -112,6 +124,7 @@ def _from_json(text: str, path: Path) -> list[ClassWords]:
     if not isinstance(content, list | dict) or not all(_is_entry(*entry) for entry in entries):
         raise VocabularyError(
             f"{path} must hold a list of names, or a mapping of names to lists of synonyms",
+            hint='such as ["cup", "plate"], or {"cup": ["mug"], "plate": []}',
             path=path,
         )
     return [
@@ -135,7 +148,7 @@ def _is_entry(name: object, words: object) -> bool:
 def _named(name: str, what: str) -> str:
     clean = name.strip()
     if not clean:
-        raise VocabularyError(f"{what} is empty")
+        raise VocabularyError(f"{what} is empty", hint="remove it, or the comma too many")
     return clean
 
 
@@ -153,7 +166,9 @@ def check_names(names: Iterable[str]) -> tuple[str, ...]:
     first_at: dict[str, int] = {}
     for position, name in enumerate(names):
         if not isinstance(name, str):
-            raise VocabularyError(f"class name {position} is {name!r}, not a string")
+            raise VocabularyError(
+                f"class name {position} is {name!r}, not a string", hint="give class names as text"
+            )
         clean = name.strip()
         if not clean:
             raise VocabularyError(

@@ -105,7 +105,9 @@ def _read_names(published: _Published, path: Path) -> _Names:
         return published.read(path)
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise VocabularyError(
-            f"{path} does not hold the class names: {error!r}", path=path
+            f"{path} does not hold the class names: {error!r}",
+            hint=f"fetch it again: proxydet download {published.artifacts}",
+            path=path,
         ) from error
 
 

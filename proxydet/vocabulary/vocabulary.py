@@ -173,7 +173,10 @@ class Vocabulary:
             VocabularyError: the reference has another dimension, or the threshold is not a cosine.
         """
         if not -1.0 <= threshold <= 1.0:
-            raise VocabularyError(f"the similarity threshold must be in [-1, 1], not {threshold}")
+            raise VocabularyError(
+                f"the similarity threshold must be in [-1, 1], not {threshold}",
+                hint="0.9 is the published one",
+            )
         reference = _check_embeddings(reference_RD, None)
         if reference.shape[1] != self.embeddings.shape[1]:
             raise VocabularyError(
@@ -263,7 +266,10 @@ def _check_base(base: npt.ArrayLike | None, count: int) -> BoolArray:
             hint="a mask with one entry more holds the background: leave that one out",
         )
     if given.dtype != np.bool_ and not np.isin(given, (0, 1)).all():
-        raise VocabularyError("the base mask must hold only True and False (or 1 and 0)")
+        raise VocabularyError(
+            "the base mask must hold only True and False (or 1 and 0)",
+            hint="give one truth value a class",
+        )
     return np.array(given, dtype=np.bool_)
 
 

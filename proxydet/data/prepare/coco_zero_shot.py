@@ -61,10 +61,16 @@ def _category_ids(raws: list[msgspec.Raw], names: Collection[str], source: Path)
     try:
         entries = [msgspec.json.decode(raw, type=CategoryEntry) for raw in raws]
     except msgspec.MsgspecError as error:
-        raise DataError(f"{source}: a category is not usable: {error}", path=source) from error
+        raise DataError(
+            f"{source}: a category is not usable: {error}", hint="fetch the file again", path=source
+        ) from error
     missing = sorted(set(names) - {entry.name for entry in entries})
     if missing:
-        raise DataError(f"{source} has no category {missing[0]!r}; it is not COCO's", path=source)
+        raise DataError(
+            f"{source} has no category {missing[0]!r}; it is not COCO's",
+            hint="give COCO 2017's instances_train2017.json or instances_val2017.json",
+            path=source,
+        )
     return {entry.id for entry in entries if entry.name in set(names)}
 
 
@@ -76,4 +82,6 @@ def _id(raw: msgspec.Raw, source: Path) -> int:
     try:
         return msgspec.json.decode(raw, type=_Identified).id
     except msgspec.MsgspecError as error:
-        raise DataError(f"{source}: an image is not usable: {error}", path=source) from error
+        raise DataError(
+            f"{source}: an image is not usable: {error}", hint="fetch the file again", path=source
+        ) from error

@@ -33,7 +33,9 @@ def ids_of(annotations: RawList, path: Path) -> Iterator[tuple[msgspec.Raw, int,
             ids = decoder.decode(raw)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise DataError(
-                f"{path}: annotation {position} is not usable: {error}", path=path
+                f"{path}: annotation {position} is not usable: {error}",
+                hint="correct it, or fetch the file again",
+                path=path,
             ) from error
         yield raw, ids.image_id, ids.category_id
 

@@ -79,9 +79,13 @@ def _categories(raws: list[msgspec.Raw], source: Path) -> list[dict[str, Any]]:
     try:
         categories = [msgspec.json.decode(raw, type=dict[str, Any]) for raw in raws]
     except msgspec.MsgspecError as error:
-        raise DataError(f"{source}: a category is not usable: {error}", path=source) from error
+        raise DataError(
+            f"{source}: a category is not usable: {error}", hint="fetch the file again", path=source
+        ) from error
     if not all({"id", "frequency"} <= category.keys() for category in categories):
         raise DataError(
-            f"{source} is not in LVIS format: its categories have no 'frequency'", path=source
+            f"{source} is not in LVIS format: its categories have no 'frequency'",
+            hint="give LVIS v1's annotation file",
+            path=source,
         )
     return categories

@@ -61,5 +61,7 @@ def _read_fixes(path: Path) -> dict[int, tuple[str, str]]:
         ) from error
     except (OSError, UnicodeDecodeError, csv.Error, ValueError) as error:
         raise DataError(
-            f"{path} does not hold rows of id, old and new name: {error}", path=path
+            f"{path} does not hold rows of id, old and new name: {error}",
+            hint="fetch the file again: proxydet download objects365-name-fixes",
+            path=path,
         ) from error

@@ -67,9 +67,17 @@ class Hierarchy:
                 children = node.get("Subcategory", [])
                 stack.extend((child, ancestors | {label}) for child in children)
         except FileNotFoundError as error:
-            raise DataError(f"there is no class hierarchy {path}", path=path) from error
+            raise DataError(
+                f"there is no class hierarchy {path}",
+                hint="run: proxydet download openimages-hierarchy",
+                path=path,
+            ) from error
         except (msgspec.MsgspecError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path} is not a class hierarchy: {error!r}", path=path) from error
+            raise DataError(
+                f"{path} is not a class hierarchy: {error!r}",
+                hint="fetch the file again",
+                path=path,
+            ) from error
         below: dict[str, set[str]] = {label: set() for label in above}
         for label, ancestors_of_label in above.items():
             for ancestor in ancestors_of_label:
@@ -226,12 +234,18 @@ def _columns(path: Path, names: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     header = next(rows, [])
     if not set(names) <= set(header):
         missing = next(name for name in names if name not in header)
-        raise DataError(f"{path} has no column {missing!r}", path=path)
+        raise DataError(
+            f"{path} has no column {missing!r}",
+            hint="give the table as OpenImages publishes it",
+            path=path,
+        )
     places = [header.index(name) for name in names]
     for number, row in enumerate(rows, 2):
         if len(row) != len(header):
             raise DataError(
-                f"{path}, row {number}: {len(row)} values, not {len(header)}", path=path
+                f"{path}, row {number}: {len(row)} values, not {len(header)}",
+                hint="fetch the file again",
+                path=path,
             )
         yield tuple(row[place] for place in places)
 
@@ -245,7 +259,9 @@ def _rows(path: Path) -> Iterator[list[str]]:
             f"there is no table {path}", hint="get it with: proxydet download openimages", path=path
         ) from error
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"cannot read the table {path}: {error}", path=path) from error
+        raise DataError(
+            f"cannot read the table {path}: {error}", hint="fetch the file again", path=path
+        ) from error
 
 
 def _bad_row(path: Path, number: int, error: Exception) -> DataError:
@@ -254,4 +270,4 @@ def _bad_row(path: Path, number: int, error: Exception) -> DataError:
         if isinstance(error, KeyError)
         else str(error)
     )
-    return DataError(f"{path}, row {number}: {why}", path=path)
+    return DataError(f"{path}, row {number}: {why}", hint="fetch the file again", path=path)

@@ -81,7 +81,9 @@ def make_dataset(
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise DiskFullError(
-                f"no room left on the disk for the data set {folder}", path=folder
+                f"no room left on the disk for the data set {folder}",
+                hint="free some space, or choose another folder, and run the same command again",
+                path=folder,
             ) from error
         raise
     finally:

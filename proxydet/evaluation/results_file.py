@@ -102,7 +102,10 @@ def _plain(value: Any) -> Any:
         return value.decode("ascii")
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
-    raise DataError(f"Detections cannot hold a value of type {type(value).__name__}.")
+    raise DataError(
+        f"Detections cannot hold a value of type {type(value).__name__}.",
+        hint="give numbers, texts, lists and dictionaries",
+    )
 
 
 def _rows_of_file(path: Path) -> Iterator[list[DetectionRow]]:

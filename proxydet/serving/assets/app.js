@@ -164,7 +164,7 @@ function show() {
 function summary(items) {
   const counts = new Map();
   for (const { label } of items) counts.set(label, (counts.get(label) ?? 0) + 1);
-  const parts = [...counts].slice(0, 6).map(([label, count]) => (count > 1 ? `${count} × ${label}` : label));
+  const parts = [...counts].slice(0, 6).map(([label, count]) => (count > 1 ? `${count}\u00a0×\u00a0${label}` : label));
   const more = counts.size > 6 ? ` and ${counts.size - 6} more kinds` : "";
   const below = state.result.detections.length - items.length;
   const hidden = below ? ` ${below} more below this score.` : "";

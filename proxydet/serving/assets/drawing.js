@@ -156,35 +156,39 @@ function rimOf(stamp, scale, thickness) {
   return { canvas, margin };
 }
 
-/** Writes labels, the best first, each where it covers no other where there is such a place. */
+/** Writes labels: the best has the first choice of place, and lies on top where labels have to overlap. */
 function placeLabels(context, items, scale, unit, bounds) {
-  const taken = [];
-  const letters = 13 * unit;
+  const letters = (items.length > 16 ? 11 : 13) * unit;
   context.font = `600 ${letters}px system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif`;
   context.textBaseline = "middle";
+  const placed = [];
   for (const item of items) {
     const text = `${item.label} ${item.score.toFixed(2)}`;
-    const width = Math.min(context.measureText(text).width + 10 * unit, bounds.width);
-    const height = letters * 1.45;
-    const [x0, y0, x1, y1] = item.box_xyxy.map((value) => value * scale);
-    const wanted = [[x0, y0 - height], [x0, y0], [x1 - width, y0 - height], [x0, y1], [x0, y1 - height], [x1 - width, y1]];
-    const places = wanted.map(([x, y]) => ({
-      x: Math.max(0, Math.min(x, bounds.width - width)),
-      y: Math.max(0, Math.min(y, bounds.height - height)),
-      width,
-      height,
-    }));
-    const covered = places.map((place) => taken.reduce((sum, other) => sum + overlap(place, other), 0));
-    const place = places[covered.indexOf(Math.min(...covered))];
-    taken.push(place);
-    const colour = colourOf(item.label);
+    const size = { width: Math.min(context.measureText(text).width + 10 * unit, bounds.width), height: letters * 1.45 };
+    placed.push({ text, colour: colourOf(item.label), ...freePlace(item, size, scale, bounds, placed) });
+  }
+  for (const { text, colour, x, y, width, height } of placed.reverse()) {
     context.fillStyle = css(colour);
     context.beginPath();
-    context.roundRect(place.x, place.y, width, height, 3 * unit);
+    context.roundRect(x, y, width, height, 3 * unit);
     context.fill();
     context.fillStyle = textColourOn(colour);
-    context.fillText(text, place.x + 5 * unit, place.y + height / 2 + 0.05 * letters, width - 8 * unit);
+    context.fillText(text, x + 5 * unit, y + height / 2 + 0.05 * letters, width - 8 * unit);
   }
+}
+
+/** The place at a box's corners that covers least of the labels that are placed already. */
+function freePlace(item, { width, height }, scale, bounds, placed) {
+  const [x0, y0, x1, y1] = item.box_xyxy.map((value) => value * scale);
+  const corners = [[x0, y0 - height], [x0, y0], [x1 - width, y0 - height], [x0, y1], [x0, y1 - height], [x1 - width, y1]];
+  const places = corners.map(([x, y]) => ({
+    x: Math.max(0, Math.min(x, bounds.width - width)),
+    y: Math.max(0, Math.min(y, bounds.height - height)),
+    width,
+    height,
+  }));
+  const covered = places.map((place) => placed.reduce((sum, other) => sum + overlap(place, other), 0));
+  return places[covered.indexOf(Math.min(...covered))];
 }
 
 function overlap(one, other) {

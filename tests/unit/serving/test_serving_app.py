@@ -328,14 +328,16 @@ def test_all_uploads_together_have_a_bound(detector: Detector, png: bytes) -> No
 
 
 def test_nothing_is_written_to_the_disk(
-    client: TestClient, png: bytes, monkeypatch: pytest.MonkeyPatch
+    detector: Detector, png: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def spooled(*_: object) -> None:
         pytest.fail("the upload went to a file")
 
     monkeypatch.setattr("tempfile.SpooledTemporaryFile.rollover", spooled)
-    form = {"picture": ("a.png", png + bytes(150_000))}
-    assert client.post("/api/predict", files=form).status_code == 200
+    # More than what the form parser keeps in memory by itself.
+    form = {"picture": ("a.png", png + bytes(3_000_000))}
+    with TestClient(build_app(detector), base_url="http://localhost") as client:
+        assert client.post("/api/predict", files=form).status_code == 200
 
 
 def test_settings_are_checked() -> None:

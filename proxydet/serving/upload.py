@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from python_multipart.exceptions import FormParserError
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
@@ -160,11 +161,11 @@ async def _read_form(
     parser.spool_max_size = settings.max_upload_bytes + _ROOM_FOR_FIELDS + 1
     try:
         form = await parser.parse()
-    except MultiPartException as error:
+    except (MultiPartException, FormParserError) as error:
         raise Refusal(
             400,
             "malformed",
-            f"the form cannot be read: {error.message}",
+            f"the form cannot be read: {error}",
             hint="send one file as the field 'picture'",
         ) from error
     try:

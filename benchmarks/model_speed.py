@@ -2,9 +2,11 @@
 
 ::
 
-    python benchmarks/model_speed.py [inference|boxes|labels] [--threads 2] [--rounds 5] [--clock wall|cpu]
+    python benchmarks/model_speed.py [inference|variants|boxes|labels] [--threads 2] [--rounds 5] [--clock wall|cpu]
 
-``inference``: one 480x640 image, 300 detections, masks pasted and encoded. ``boxes``: 2 images of 416x416 with objects.
+``inference``: one 480x640 image, 300 detections, masks pasted and encoded; ``--score-threshold`` for fewer.
+``variants``: the same in turn with a mask predicted, pasted and encoded for every detection (as detectron2 does) and once for
+each distinct box, at thresholds 0.02 and 0.3; checks that detections and masks are equal. ``boxes``: 2 images of 416x416 with objects.
 ``labels``: 8 images of 208x208 with one class each. Prints the median of the rounds after one warm-up round. ``--clock cpu``
 counts the process's CPU seconds over all threads, which a busy machine disturbs less.
 """
@@ -31,8 +33,10 @@ from proxydet.losses.config import LossConfig
 from proxydet.losses.criterion import Criterion
 from proxydet.modeling import network as network_module
 from proxydet.modeling import roi_training
+from proxydet.modeling.assemble import assemble_predictions
+from proxydet.modeling.config import InferenceConfig
 from proxydet.modeling.network import ProxyDetNetwork
-from proxydet.modeling.prediction import rles
+from proxydet.modeling.prediction import Prediction, rles
 
 Times = dict[str, float]
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -95,18 +99,70 @@ def label_batch() -> ImageLabelBatch:
     return ImageLabelBatch(images=images, labels=labels, image_ids=tuple(range(8)))
 
 
-def inference(network: ProxyDetNetwork, stopwatch: Stopwatch) -> Callable[[], None]:
+def variants(network: ProxyDetNetwork, rounds: int, clock: Callable[[], float]) -> Times:
+    """Time inference with shared masks and with a mask for each detection, in turn; check that both give the same."""
+    network.eval()
+    image = noise(480, 640, 0)
+    times: dict[str, list[float]] = {}
+    counts = {}
+    for _ in range(rounds + 1):
+        results = {}
+        for threshold in (0.02, 0.3):
+            settings = InferenceConfig(score_threshold=threshold)
+            for name, ask in (("each detection", _each_mask), ("distinct boxes", _shared_masks)):
+                start = clock()
+                prediction, encoded = ask(network, image, settings)
+                key = f"{threshold}, masks of {name}"
+                times.setdefault(key, []).append(clock() - start)
+                results[key] = (prediction, encoded)
+                counts[key] = (len(prediction), len(prediction.mask_probs_MSS))
+            (one, first), (two, second) = list(results.values())[-2:]
+            assert torch.equal(one.boxes_N4, two.boxes_N4)
+            assert torch.equal(one.scores_N, two.scores_N)
+            assert first == second, "the masks differ"
+    for key, (detections, masks) in counts.items():
+        print(f"{key}: {detections} detections, {masks} masks predicted")
+    return {key: statistics.median(values[1:]) for key, values in times.items()}
+
+
+def _shared_masks(
+    network: ProxyDetNetwork, image: torch.Tensor, settings: InferenceConfig
+) -> tuple[Prediction, list[Any]]:
+    (prediction,) = network.detect([image], settings=settings)
+    return prediction, rles(prediction)
+
+
+def _each_mask(
+    network: ProxyDetNetwork, image: torch.Tensor, settings: InferenceConfig
+) -> tuple[Prediction, list[Any]]:
+    """Do as `ProxyDetNetwork.detect`, with a mask for each detection."""
+
+    def assemble(found: Any, scene: Any, sizes: Any, masks: Any) -> Any:
+        for image_found in found:  # as if every detection came from a region of its own
+            image_found.regions_L.copy_(torch.arange(len(image_found.regions_L)))
+        return assemble_predictions(found, scene, sizes, masks)
+
+    network_module.assemble_predictions = assemble
+    try:
+        return _shared_masks(network, image, settings)
+    finally:
+        network_module.assemble_predictions = assemble_predictions
+
+
+def inference(
+    network: ProxyDetNetwork, stopwatch: Stopwatch, settings: InferenceConfig
+) -> Callable[[], None]:
     """Return one round of inference, its parts watched."""
     heads, image = network.eval().roi_heads, noise(480, 640, 0)
     stopwatch.watch(network, "_features", "backbone")
     stopwatch.watch(network.proposal_generator, "forward", "proposals")
     stopwatch.watch(network.proposal_generator, "propose", "proposals")
     stopwatch.watch(heads, "embed", "cascades")
-    stopwatch.watch(heads, "mask_logits", "mask head")
+    stopwatch.watch(heads, "mask_probabilities", "mask head")
     stopwatch.watch(network_module, "detect_classes", "classes and suppression")
 
     def run() -> None:
-        (prediction,) = network.detect([image])
+        (prediction,) = network.detect([image], settings=settings)
         with stopwatch.part("masks pasted and encoded"):
             rles(prediction)
 
@@ -143,16 +199,25 @@ def training(network: ProxyDetNetwork, batch: Batch, stopwatch: Stopwatch) -> Ca
 def main() -> None:
     """Measure what the command line asks for and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("inference", "boxes", "labels"))
+    parser.add_argument("what", choices=("inference", "variants", "boxes", "labels"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
+    parser.add_argument("--score-threshold", type=float, default=0.02)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     network = network_of("r50", base_classes(TRIMMED))
+    if arguments.what == "variants":
+        medians = variants(network, arguments.rounds, CLOCKS[arguments.clock])
+        print(f"variants, {arguments.threads} threads, {arguments.clock} seconds")
+        for name, seconds in medians.items():
+            print(f"{name:36} {seconds:8.3f}")
+        return
     stopwatch = Stopwatch(CLOCKS[arguments.clock])
     if arguments.what == "inference":
-        run = inference(network, stopwatch)
+        run = inference(
+            network, stopwatch, InferenceConfig(score_threshold=arguments.score_threshold)
+        )
     else:
         batch = box_batch() if arguments.what == "boxes" else label_batch()
         run = training(network, batch, stopwatch)

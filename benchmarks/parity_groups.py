@@ -12,12 +12,13 @@ import proxydet.compat.d2  # noqa: F401
 
 import numpy as np
 import torch
-from parity_model import LOSSES, Fixture, batches_of, images_of
+from parity_model import CLASSES, LOSSES, Fixture, batches_of, images_of
 
+from proxydet.detections import Detections
+from proxydet.detector import Detector
 from proxydet.losses.criterion import Criterion
-from proxydet.modeling.config import InferenceConfig
 from proxydet.modeling.network import ProxyDetNetwork
-from proxydet.modeling.prediction import Prediction, masks
+from proxydet.modeling.prediction import Prediction
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 Trim = Callable[[str, np.ndarray], np.ndarray]
@@ -70,20 +71,22 @@ def compare_inference(
             worst[group] = max(worst.get(group, 0.0), difference)
     for group, difference in worst.items():
         yield Row(f"eval{index} {group}", difference, TENSOR_TOLERANCE, "of the spread")
-    yield from _compare_detections(f"eval{index}", prediction, fixture)
+    found = Detections(prediction, [f"class {row}" for row in range(CLASSES)])
+    yield from _compare_detections(f"eval{index}", found, fixture)
 
 
 def compare_vocabulary(network: ProxyDetNetwork, fixture: Fixture) -> Iterator[Row]:
-    """Compare detection with a vocabulary of one's own."""
+    """Compare detection with a vocabulary of one's own, through what a Python user calls."""
     embeddings = fixture["vocab.embeddings"]
     base = fixture["vocab.base_mask"][: len(embeddings)]
     names = [f"thing {index}" for index in range(len(embeddings))]
     vocabulary = Vocabulary.from_arrays(names, embeddings, base)
-    image = images_of(fixture)[0]
+    pixels = fixture["image0"]
+    detector = Detector(network, shortest=min(pixels.shape[:2]), longest=max(pixels.shape[:2]))
     for name, only_one in (("all", False), ("one", True)):
-        settings = InferenceConfig(one_class_per_proposal=only_one, masks=False)
-        prediction = network.eval().detect([image], vocabulary, settings=settings)[0]
-        yield from _compare_detections(f"vocab.{name}", prediction, fixture)
+        asked = detector.with_settings(one_class_per_proposal=only_one, masks=False)
+        found = asked.predict(pixels, vocabulary, score_threshold=asked.inference.score_threshold)
+        yield from _compare_detections(f"vocab.{name}", found, fixture)
 
 
 def compare_training(network: ProxyDetNetwork, fixture: Fixture) -> Iterator[Row]:
@@ -200,13 +203,12 @@ def _relative_to_spread(ours: np.ndarray, recorded: np.ndarray) -> float:
     return float(np.abs(ours - recorded).max() / max(recorded.std(), 1e-12))
 
 
-def _compare_detections(group: str, prediction: Prediction, fixture: Fixture) -> Iterator[Row]:
-    boxes, scores = prediction.boxes_N4.numpy(), prediction.scores_N.numpy()
-    classes = prediction.classes_N.numpy()
+def _compare_detections(group: str, found: Detections, fixture: Fixture) -> Iterator[Row]:
+    boxes, scores, classes = found.boxes_xyxy, found.scores, found.class_ids
     area_at = {}
-    if f"{group}.mask_area" in fixture and len(prediction):
-        area_at = dict(enumerate(masks(prediction).flatten(1).sum(dim=1).tolist()))
-    free = set(range(len(prediction)))
+    if f"{group}.mask_area" in fixture and len(found):
+        area_at = dict(enumerate(found.masks.sum(axis=(1, 2)).tolist()))
+    free = set(range(len(found)))
     matched, largest_gap = 0, 0
     recorded = len(fixture[f"{group}.boxes"])
     for row in range(recorded):
@@ -222,7 +224,7 @@ def _compare_detections(group: str, prediction: Prediction, fixture: Fixture) ->
                     gap = abs(area_at[candidate] - int(fixture[f"{group}.mask_area"][row]))
                     largest_gap = max(largest_gap, gap)
                 break
-    unmatched = 1 - matched / max(recorded, len(prediction))
+    unmatched = 1 - matched / max(recorded, len(found))
     yield Row(f"{group} detections", unmatched, 1 - SMALLEST_MATCHED_SHARE, "share unmatched")
     if area_at:
         yield Row(f"{group} mask areas", largest_gap, 1, "pixels")

@@ -23,6 +23,7 @@ from proxydet.detector_inputs import (
     views_of,
 )
 from proxydet.modeling.config import InferenceConfig, ModelConfig
+from proxydet.modeling.inference_config import TTA_SCALES
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.modeling.prediction import Prediction, to_host
 from proxydet.vocabulary.encoder import TextEncoder, open_encoder
@@ -299,6 +300,10 @@ class Detector:
             longest=self.sides[1],
             encoder=self._encoder,
         )
+
+    def with_augmentation(self) -> Detector:
+        """Return a detector that looks at each picture mirrored too, and in three sizes (``--tta``)."""
+        return self.with_settings(flip=True, scales=TTA_SCALES)
 
     def resolve(self, vocabulary: Classes) -> Vocabulary:
         """Turn what a user gives as vocabulary into one.

@@ -227,13 +227,14 @@ def _detector(options: EvalOptions) -> Detector:
     from proxydet.detector import Detector
     from proxydet.detector_files import open_named
 
-    return open_named(
+    detector = open_named(
         Detector,
         run=options.run,
         weights=options.weights,
         config=options.model,
         device=options.device,
     )
+    return detector.with_augmentation() if options.tta else detector
 
 
 def _open_split(

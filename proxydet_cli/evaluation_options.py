@@ -31,12 +31,13 @@ class EvalOptions:
     device: str
     gpus: int | None
     config: EvaluationConfig
+    tta: bool = False
 
     def check(self) -> None:
         """Raise ConfigError where options contradict each other or something is missing."""
-        if self.results is not None and (self.run or self.weights):
+        if self.results is not None and (self.run or self.weights or self.tta):
             raise ConfigError(
-                "--results are scored as they are; --run and --weights make new ones.",
+                "--results are scored as they are; --run, --weights and --tta make new ones.",
                 hint="give either",
             )
         if self.results is not None and self.data is None:
@@ -71,7 +72,11 @@ class EvalOptions:
             if value not in (None, "")
             for word in (key, str(value))
         ]
-        switches = {"--fixed": config.fixed, "--allow-outside": config.allow_outside}
+        switches = {
+            "--fixed": config.fixed,
+            "--allow-outside": config.allow_outside,
+            "--tta": self.tta,
+        }
         return words + [key for key, on in switches.items() if on]
 
     def annotations_only(self) -> bool:

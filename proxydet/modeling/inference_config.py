@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,7 +71,3 @@ class InferenceConfig:
     def augmented(self) -> bool:
         """Whether each picture is looked at in more than its one usual view."""
         return self.flip or self.scales != (1.0,)
-
-    def with_augmentation(self) -> InferenceConfig:
-        """Return these settings with the test-time augmentation of ``--tta``: mirrored, and in three sizes."""
-        return dataclasses.replace(self, flip=True, scales=TTA_SCALES)

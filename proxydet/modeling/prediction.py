@@ -5,7 +5,7 @@ Dimensions: N detections, M distinct masks (detections that share a box share a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ from detectron2.layers import paste_masks_in_image
 from torch import Tensor
 
 _MASK_THRESHOLD = 0.5
+# Memory of pasted masks while they are encoded: all of a photograph's, a few of a poster's.
+_PASTED_BYTES = 2**28
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,16 +84,26 @@ class Prediction:
 
     def distinct_masks(self) -> Tensor:
         """Return each distinct mask pasted into the image, as detectron2 does: bool (M, H, W)."""
-        count = len(self.mask_probs_MSS)
-        if count == 0:
-            height, width = self.image_size
-            return torch.zeros(0, height, width, dtype=torch.bool, device=self.boxes_N4.device)
-        boxes_M4 = self.boxes_N4.new_empty(count, 4)
+        for everything in self._pasted(max(len(self.mask_probs_MSS), 1)):
+            return everything
+        height, width = self.image_size
+        return torch.zeros(0, height, width, dtype=torch.bool, device=self.boxes_N4.device)
+
+    def each_mask(self) -> Iterator[np.ndarray[tuple[int, int], np.dtype[np.bool_]]]:
+        """Yield each distinct mask pasted into the image, bool (H, W): as many at once as memory allows."""
+        height, width = self.image_size
+        for part in self._pasted(max(_PASTED_BYTES // (height * width), 1)):
+            yield from part.cpu().numpy()  # to the CPU in one piece
+
+    def _pasted(self, at_once: int) -> Iterator[Tensor]:
+        if len(self.mask_probs_MSS) == 0:
+            return
+        boxes_M4 = self.boxes_N4.new_empty(len(self.mask_probs_MSS), 4)
         boxes_M4[self.mask_index_N] = self.boxes_N4  # detections of one mask have the same box
-        pasted: Tensor = paste_masks_in_image(
-            self.mask_probs_MSS, boxes_M4, self.image_size, threshold=_MASK_THRESHOLD
-        )
-        return pasted
+        for probs, boxes in zip(
+            self.mask_probs_MSS.split(at_once), boxes_M4.split(at_once), strict=True
+        ):
+            yield paste_masks_in_image(probs, boxes, self.image_size, threshold=_MASK_THRESHOLD)
 
 
 def masks(prediction: Prediction) -> Tensor:
@@ -115,8 +127,7 @@ def rles(prediction: Prediction) -> list[dict[str, Any]]:
         ValueError: The prediction was made without masks.
     """
     _require_masks(prediction)
-    # All masks go to the CPU in one piece.
-    encoded = [_encode(mask_HW) for mask_HW in prediction.distinct_masks().cpu().numpy()]
+    encoded = [_encode(mask_HW) for mask_HW in prediction.each_mask()]
     return [encoded[index] for index in prediction.mask_index_N.tolist()]
 
 

@@ -154,12 +154,13 @@ class VideoWriter:
 class _Sound:
     """Copies the packets of a file's first sound track, as far as the pictures have come."""
 
-    def __init__(self, source: Any, stream: Any, target: Any) -> None:
+    def __init__(self, av: Any, source: Any, stream: Any, target: Any) -> None:
         self._source = source
         self._target = target
         self._track = target.add_stream_from_template(stream)
         self._packets: Iterator[Any] = source.demux(stream)
-        self._next: Any = next(self._packets, None)
+        self._damage = av.FFmpegError
+        self._next: Any = self._read()
 
     @classmethod
     def of(cls, av: Any, path: Path, target: Any) -> _Sound | None:
@@ -167,7 +168,7 @@ class _Sound:
         source = av.open(str(path.absolute()), options={"protocol_whitelist": "file"})
         tracks = source.streams.audio
         if tracks and tracks[0].codec_context.name in _SOUNDS:
-            return cls(source, tracks[0], target)
+            return cls(av, source, tracks[0], target)
         if tracks:
             logger.warning(
                 "the sound of %s (%s) is left out: an .mp4 file cannot hold it as it is",
@@ -186,7 +187,14 @@ class _Sound:
                     return
                 packet.stream = self._track
                 self._target.mux(packet)
-            self._next = next(self._packets, None)
+            self._next = self._read()
+
+    def _read(self) -> Any:
+        """Return the next packet; None at the end, and where the file breaks: the pictures' reader says so."""
+        try:
+            return next(self._packets, None)
+        except self._damage:
+            return None
 
     def close(self) -> None:
         """Close the file that is copied from."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -133,6 +134,8 @@ def predict(  # noqa: PLR0913 one parameter an option
     Without -v and --vocabulary it looks for the classes that the model was trained on. A picture that cannot be read
     is reported and left out, and of a video that breaks off what came before is kept; the exit code is then 3.
     """
+    from PIL.Image import DecompressionBombWarning
+
     from proxydet.detector import Detector
     from proxydet.detector_files import open_named
     from proxydet.prediction_output import check_folder, make_savers
@@ -143,16 +146,19 @@ def predict(  # noqa: PLR0913 one parameter an option
     from proxydet_cli.progress import show_progress
 
     check_choice(classes, vocabulary, names)
+    # A user's own picture may be as large as it likes; beyond twice Pillow's limit it is an error all the same.
+    warnings.simplefilter("ignore", DecompressionBombWarning)
     kinds = _kinds(save, json=json)
     pictures, videos = _find(sources, kinds)
     if kinds:
         check_folder(output)
     detector = open_named(Detector, run=run, weights=weights, config=config, device=device)
     wanted = chosen_vocabulary(detector, classes, vocabulary, names, base_above)
-    settings = detector.with_settings(
+    asked = detector.with_augmentation() if tta else detector
+    asked = asked.with_settings(
         one_class_per_proposal=one_label, masks=masks, precision=precision.value
-    ).settings(score_threshold=score_threshold, max_detections=top)
-    settings = settings.with_augmentation() if tta else settings
+    )
+    settings = asked.settings(score_threshold=score_threshold, max_detections=top)
     shown, progress = Shown(Output(json=json), lines=bool(videos)), show_progress()
     if pictures:
         plan = PredictionPlan(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +14,7 @@ from proxydet_cli.options import Json, command_app, examples
 if TYPE_CHECKING:
     from proxydet.vocabulary.comparison import VocabularyReport
     from proxydet.vocabulary.encoder import TextEncoder
+    from proxydet.vocabulary.lengths import LongName
     from proxydet.vocabulary.vocabulary import Vocabulary
     from proxydet_cli.output import Output
 
@@ -125,8 +128,9 @@ def show(  # noqa: PLR0913 one parameter an option
     encoder: EncoderFile = None,
     json: Json = False,
 ) -> None:
-    """Show what each class resembles, whether it counts as base or novel and why, and what is too alike."""
+    """Show what each class resembles, whether it counts as base or novel and why, what is too alike, and what CLIP would cut."""
     from proxydet.vocabulary.comparison import compare
+    from proxydet.vocabulary.lengths import names_too_long
     from proxydet.vocabulary.vocabulary import Vocabulary
     from proxydet_cli.output import Output
 
@@ -141,7 +145,7 @@ def show(  # noqa: PLR0913 one parameter an option
     report = compare(
         shown, reference, threshold=threshold, neighbours=neighbours, alike_above=alike_above
     )
-    _render(Output(json=json), report)
+    _render(Output(json=json), report, names_too_long(shown.names))
 
 
 def _open(source: str, encoder: Path | None, known: Vocabulary | None = None) -> Vocabulary:
@@ -154,9 +158,9 @@ def _open(source: str, encoder: Path | None, known: Vocabulary | None = None) ->
     return open_vocabulary(source, encoder=opened, known=known)
 
 
-def _render(out: Output, report: VocabularyReport) -> None:
+def _render(out: Output, report: VocabularyReport, cut: Sequence[LongName]) -> None:
     if out.json:
-        out.data(report)
+        out.data({**asdict(report), "cut": cut})
         return
     out.table(
         [
@@ -175,4 +179,8 @@ def _render(out: Output, report: VocabularyReport) -> None:
     for pair in report.alike:
         out.warning(
             f"hard to tell apart: {pair.first!r} and {pair.second!r} (cosine {pair.cosine:.3f})"
+        )
+    for long in cut:
+        out.warning(
+            f"too long for CLIP, which reads {long.read} tokens: {long.name[:60]!r}... has {long.tokens}"
         )

@@ -45,6 +45,22 @@ def test_each_distinct_mask_is_encoded_once(found, monkeypatch) -> None:
         assert torch.equal(torch.from_numpy(coco_mask.decode(rle)).bool(), mask)
 
 
+def test_of_a_large_picture_few_masks_are_pasted_at_once(found, monkeypatch) -> None:
+    wanted, sizes = rles(found), []
+    paste = paste_masks_in_image
+
+    def watch(probs, *args, **options):
+        sizes.append(len(probs))
+        return paste(probs, *args, **options)
+
+    monkeypatch.setattr(module, "paste_masks_in_image", watch)
+    assert rles(found) == wanted
+    assert sizes == [2]
+    monkeypatch.setattr(module, "_PASTED_BYTES", 48 * 50)
+    assert rles(found) == wanted
+    assert sizes == [2, 1, 1]
+
+
 def test_choosing_keeps_only_the_masks_in_use(found) -> None:
     chosen = found.choose(torch.tensor([2, 0]))
     assert chosen.classes_N.tolist() == [0, 4]

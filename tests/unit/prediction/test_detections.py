@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -107,21 +106,50 @@ def test_detectron2_gets_instances(found: Detections) -> None:
     np.testing.assert_array_equal(instances.pred_masks.numpy(), found.masks)
 
 
-def test_pandas_and_supervision_get_the_same_numbers(
-    found: Detections, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake = SimpleNamespace(DataFrame=dict, Detections=SimpleNamespace)
-    monkeypatch.setitem(sys.modules, "pandas", fake)
-    monkeypatch.setitem(sys.modules, "supervision", fake)
-    frame = found.to_pandas()
-    assert frame["label"] == ["fork", "cup", "cup"]
-    assert frame["mask_area"].tolist() == found.masks.sum(axis=(1, 2)).tolist()
-    np.testing.assert_array_equal(frame["x1"], found.boxes_xyxy[:, 2])
-    theirs = found.to_supervision()
-    np.testing.assert_array_equal(theirs.xyxy, found.boxes_xyxy)
-    assert theirs.data["class_name"].tolist() == ["fork", "cup", "cup"]
+@pytest.mark.parametrize("kind", ["found", "without_masks", "nothing"])
+def test_pandas_gets_the_same_numbers(request: pytest.FixtureRequest, kind: str) -> None:
+    ours = form(request, kind)
+    frame = ours.to_pandas()
+    assert list(frame["label"]) == list(ours.labels)
+    assert list(frame["class_id"]) == ours.class_ids.tolist()
+    np.testing.assert_array_equal(frame["score"].to_numpy(), ours.scores)
+    np.testing.assert_array_equal(frame[["x0", "y0", "x1", "y1"]].to_numpy(), ours.boxes_xyxy)
+    assert ("mask_area" in frame) == ours.has_masks
+    if ours.has_masks:
+        assert list(frame["mask_area"]) == ours.masks.sum(axis=(1, 2)).tolist()
+    frame["score"] = 0.0
+    frame.loc[:, "x0"] = 0.0
+    assert kind == "nothing" or ours.boxes_xyxy[:, 0].any()
+
+
+@pytest.mark.parametrize("kind", ["found", "without_masks", "nothing"])
+def test_supervision_gets_the_same_numbers(request: pytest.FixtureRequest, kind: str) -> None:
+    import supervision
+
+    ours = form(request, kind)
+    theirs = ours.to_supervision()
+    assert isinstance(theirs, supervision.Detections)
+    assert len(theirs) == len(ours)
+    np.testing.assert_array_equal(theirs.xyxy, ours.boxes_xyxy)
+    np.testing.assert_array_equal(theirs.confidence, ours.scores)
+    np.testing.assert_array_equal(theirs.class_id, ours.class_ids)
+    assert theirs.data["class_name"].tolist() == list(ours.labels)
+    assert (theirs.mask is not None) == ours.has_masks
+    if ours.has_masks:
+        np.testing.assert_array_equal(theirs.mask, ours.masks)
+    # Their own operations work on it.
+    assert len(theirs[theirs.confidence > 0.5]) == len(ours.above(0.5))
+    assert len(theirs.with_nms(threshold=0.99)) <= len(ours)
     theirs.xyxy[:] = 0
-    assert found.boxes_xyxy.any()
+    assert kind == "nothing" or ours.boxes_xyxy.any()
+
+
+def form(request: pytest.FixtureRequest, kind: str) -> Detections:
+    if kind == "nothing":
+        nothing: Detections = request.getfixturevalue("found").above(1.0)
+        return nothing
+    ours: Detections = request.getfixturevalue(kind)
+    return ours
 
 
 def test_missing_packages_are_named(found: Detections, monkeypatch: pytest.MonkeyPatch) -> None:

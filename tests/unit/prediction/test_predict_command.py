@@ -136,6 +136,18 @@ def test_mistakes_are_named_without_a_traceback(
     assert out == ""
 
 
+def test_a_large_picture_is_looked_at_without_a_warning(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 48 * 64 - 1)
+    code, _, err = run(folder / "a0.png", "--save", "none")
+    assert (code, err) == (0, "")
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 48 * 64 // 2 - 1)
+    code, _, err = run(folder / "a0.png", "--save", "none")
+    assert code == 3
+    assert "decompression bomb" in err
+
+
 @pytest.fixture
 def clip(tmp_path: Path, pictures: list[np.ndarray]) -> Path:
     """Five frames at ten a second."""

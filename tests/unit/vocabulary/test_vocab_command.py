@@ -106,6 +106,27 @@ def test_show_takes_the_training_vocabulary_of_a_run(
     assert [entry["base"] for entry in json.loads(out)["classes"]] == [False, True, False]
 
 
+def test_show_names_what_clip_would_cut(
+    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """74 words and "a", start and end are the 77 tokens that are read."""
+    fits, long = " ".join(["cat"] * 74), " ".join(["dog"] * 75)
+    many_letters = (
+        "a very long but ordinary name of a thing that stands in a kitchen, or in another room"
+    )
+    saved = Vocabulary.from_arrays([fits, long, many_letters], np.eye(3, 32)).save(
+        tmp_path / "long.vocab"
+    )
+    words = ("show", saved, "--against", saved)
+    code, _, err = call(capsys, *words)
+    assert code == 0
+    assert err.count("too long for CLIP") == 1
+    assert "reads 77 tokens: 'dog dog" in err
+    assert "has 78" in err
+    _, out, _ = call(capsys, *words, "--json")
+    assert json.loads(out)["cut"] == [{"name": long, "tokens": 78, "read": 77}]
+
+
 def test_mistakes_are_named(
     encoder: Path,
     names: Path,

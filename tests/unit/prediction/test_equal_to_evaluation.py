@@ -1,0 +1,100 @@
+"""Evaluation, the Python API and the saved files say the same, bit for bit, at equal settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from proxydet import evaluate
+from proxydet.data.images import read_image
+from proxydet.data.synthetic.config import SyntheticConfig
+from proxydet.data.synthetic.dataset import make_dataset
+from proxydet.detector import Detector
+from proxydet.evaluation.config import EvaluationConfig
+from proxydet.evaluation.split import DescribedSplit
+from proxydet.modeling.network import ProxyDetNetwork
+from proxydet.picture_files import find_pictures
+from proxydet.prediction_output import make_savers
+from proxydet.prediction_run import PredictionPlan, predict_files
+from proxydet.recipes import get_recipe
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = SyntheticConfig(images_train=2, images_val=4, image_label_images_per_class=1)
+    return make_dataset(tmp_path_factory.mktemp("drawn"), config)
+
+
+@pytest.fixture(scope="module")
+def split(drawn: Path) -> DescribedSplit:
+    return DescribedSplit.open(drawn)
+
+
+@pytest.fixture(scope="module")
+def eyes(split: DescribedSplit) -> Detector:
+    """A random detector of the drawn set's classes, which finds a lot."""
+    torch.manual_seed(5)
+    model = get_recipe("tiny").model
+    classifier = dataclasses.replace(model.classifier, embedding_dim=split.vocabulary.dimension)
+    network = ProxyDetNetwork(dataclasses.replace(model, classifier=classifier), split.vocabulary)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name.startswith("roi_heads.") and parameter.ndim > 1:
+                parameter.mul_(6)
+    return Detector(network, shortest=96, longest=160)
+
+
+@pytest.mark.parametrize("augmented", [False, True], ids=["plain", "augmented"])
+def test_evaluation_predicts_what_a_user_gets(
+    eyes: Detector, drawn: Path, split: DescribedSplit, tmp_path: Path, augmented: bool
+) -> None:
+    detector = eyes.with_settings(flip=True) if augmented else eyes
+    evaluate(detector, drawn, output=tmp_path, config=EvaluationConfig(bootstrap=0))
+    rows = json.loads((tmp_path / "predictions.json").read_text())
+    by_image: dict[int, list[dict]] = {}
+    for row in rows:
+        by_image.setdefault(row["image_id"], []).append(row)
+    ids = [category.id for category in split.store.categories]
+    assert len(rows) > 100
+    for index, image_id in enumerate(split.store.image_ids_I.tolist()):
+        found = detector.predict(
+            split.images.read(index),
+            score_threshold=detector.inference.score_threshold,
+            max_detections=detector.inference.max_detections,
+        )
+        theirs = by_image.pop(image_id, [])
+        ours = found.to_coco(image_id, ids)
+        for field in ("score", "category_id", "segmentation"):
+            assert [row[field] for row in theirs] == [row[field] for row in ours], field
+        corners = found.boxes_xyxy
+        boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
+        assert [row["bbox"] for row in theirs] == boxes.tolist()
+    assert by_image == {}
+
+
+def test_saved_pictures_and_json_say_what_python_says(
+    eyes: Detector, drawn: Path, tmp_path: Path
+) -> None:
+    pictures = find_pictures([drawn.parent / "val"])
+    settings = eyes.settings(score_threshold=0.1, max_detections=5)
+    plan = PredictionPlan(
+        vocabulary=eyes.vocabulary,
+        settings=settings,
+        batch_size=1,
+        savers=make_savers(["pictures", "json"], tmp_path, eyes.vocabulary.names),
+    )
+    predict_files(eyes, pictures, plan)
+    for picture in pictures:
+        found = eyes.predict(picture.path, score_threshold=0.1, max_detections=5)
+        assert len(found) == 5
+        content = json.loads((tmp_path / f"{picture.name}.json").read_text())
+        assert content == json.loads(json.dumps({"file": str(picture.path), **found.to_dict()}))
+        saved = io.BytesIO()
+        found.draw(read_image(picture.path)).save(saved, "JPEG", quality=92, subsampling=0)
+        assert (tmp_path / f"{picture.name}.jpg").read_bytes() == saved.getvalue()

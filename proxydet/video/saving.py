@@ -19,7 +19,7 @@ from proxydet.video.frames import FrameResult
 from proxydet.video.reading import VideoInfo
 from proxydet.video.source import VideoSource
 from proxydet.video.writing import VideoWriter
-from proxydet.visualization.drawing import DrawingStyle
+from proxydet.visualization.drawing import DrawingStyle, letters_for
 
 KINDS = ("pictures", "json", "csv")
 """What can be saved of a video; ``pictures`` are an annotated video."""
@@ -129,7 +129,7 @@ def frame_style(height: int, width: int) -> DrawingStyle:
         height: Of the frames, in pixels.
         width: Likewise.
     """
-    return DrawingStyle(font_size=max(11, min(round(min(height, width) / 30), 48)), shortest_edge=0)
+    return DrawingStyle(font_size=letters_for((width, height)), shortest_edge=0)
 
 
 class JsonLines:

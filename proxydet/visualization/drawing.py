@@ -193,9 +193,20 @@ def _signs(
     ]
 
 
+def letters_for(size: tuple[int, int]) -> int:
+    """Height of letters, in pixels, that can be read where the whole picture is shown on a screen.
+
+    Args:
+        size: Width and height of the picture.
+    """
+    shortest = min(size)
+    # Up to a screen's size letters need not grow with the picture; beyond, it is shown smaller than it is.
+    return round(max(_SMALLEST_FONT, min(shortest / 30, 48), shortest / 45))
+
+
 def _fitting_size(texts: Sequence[str], canvas: tuple[int, int], font_file: Path | None) -> int:
     """Height of the letters: fitted to the picture, and smaller where labels would cover much of it."""
-    size = max(_SMALLEST_FONT, min(round(min(canvas) / 30), 48))
+    size = letters_for(canvas)
     while size > _SMALLEST_FONT:
         # Labels are about one and a half times as high as their letters.
         covered = sum(_font(text, size, font_file).getlength(text) * size * 1.5 for text in texts)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from proxydet.errors import ConfigError
 from proxydet.visualization.colours import colour_of, relative_luminance, text_colour_on
-from proxydet.visualization.drawing import DrawingStyle, DrawnObject, draw_objects
+from proxydet.visualization.drawing import DrawingStyle, DrawnObject, draw_objects, letters_for
 from proxydet.visualization.labels import LabelRequest, overlaps, place_labels
 from proxydet.visualization.sheets import contact_sheet
 
@@ -147,3 +147,20 @@ def test_a_sheet_holds_all_pictures() -> None:
     sheet = contact_sheet(pictures, columns=3, cell=60)
     assert sheet.size == (3 * 68 + 8, 2 * 68 + 8)
     assert (np.asarray(sheet) == (250, 0, 0)).all(axis=2).sum() == 5 * 60 * 30
+
+
+@pytest.mark.parametrize(
+    ("shortest", "letters"), [(64, 11), (480, 16), (1440, 48), (2160, 48), (9000, 200)]
+)
+def test_letters_fit_the_picture(shortest: int, letters: int) -> None:
+    assert letters_for((shortest * 4 // 3, shortest)) == letters
+
+
+def test_labels_of_a_large_picture_can_be_read_on_a_screen() -> None:
+    """Shown a thousand pixels wide, the label is at least 14 pixels high."""
+    picture = Image.new("RGB", (6000, 4000))
+    drawn = draw_objects(
+        picture, [DrawnObject(label="cup", box_xyxy=(2000, 2000, 3000, 3000), score=0.5)]
+    )
+    ground = np.all(np.abs(np.asarray(drawn).astype(int) - colour_of("cup")) < 40, axis=2)
+    assert ground[:1990, 2030].sum() > 14 * 6

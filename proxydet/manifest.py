@@ -53,7 +53,8 @@ class RunManifest:
     """The command line of the process."""
 
     git: dict[str, str | None]
-    """Commit of proxydet's source tree and of the working folder's, and digests of their uncommitted changes."""
+    """Commit of proxydet's source tree and of the working folder's, digests of their uncommitted changes, and a digest of
+    the Python files of the package itself (``proxydet.source``), which needs no git."""
 
     packages: dict[str, str]
     """Version of every installed package."""
@@ -192,9 +193,18 @@ def installed_packages() -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
+def source_digest(package: Path) -> str:
+    """SHA-256 of a package's Python files and their names, in hexadecimal: the same wherever it is installed."""
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest.update(f"{path.relative_to(package).as_posix()} {content}\n".encode())
+    return digest.hexdigest()
+
+
 def _source_trees() -> dict[str, str | None]:
     trees = {"proxydet": Path(proxydet.__file__).parent, "working_folder": Path.cwd()}
-    state: dict[str, str | None] = {}
+    state: dict[str, str | None] = {"proxydet.source": source_digest(trees["proxydet"])}
     for name, folder in trees.items():
         state[f"{name}.commit"] = ask(["git", "-C", str(folder), "rev-parse", "HEAD"]).value
         changes = ask(["git", "-C", str(folder), "diff", "HEAD", "--", "."]).value

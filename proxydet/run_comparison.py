@@ -1,9 +1,4 @@
-"""What differed between two runs, the likeliest causes first.
-
-The rank of a difference is how directly it acts on the numbers: other inputs or another configuration change every
-step; another library, GPU or operator changes last bits that grow over the steps; the machine's name or memory
-change nothing.
-"""
+"""What differed between two runs, the likeliest causes first; their ranks are those of ``run_suspects``."""
 
 from __future__ import annotations
 
@@ -12,54 +7,20 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from proxydet.inspection.report import EnvironmentReport
+from proxydet.compat.modes import CUBLAS_VARIABLE
+from proxydet.inspection.report import EnvironmentReport, Field
 from proxydet.manifest import RunManifest, read_run_records
-
-Suspicion = Literal["decides results", "changes last bits", "unlikely", "harmless"]
-RANKS: tuple[Suspicion, ...] = ("decides results", "changes last bits", "unlikely", "harmless")
-"""How much a difference explains, the most first."""
+from proxydet.run_suspects import RANKS, Suspect, Suspects, Suspicion
 
 _ABSENT = "(absent)"
 
-_Judge = Callable[[str], tuple[Suspicion, str]]
+_SAID_ELSEWHERE = frozenset({"seed", "reproducibility"})
+"""Keys of a training's configuration that are its seeds and its mode, too."""
 
-# What a configuration key decides, by its first words; anything else decides results.
-_CONFIGURATION: tuple[tuple[str, Suspicion, str], ...] = (
-    ("training.log", "harmless", "it only says what is written down"),
-    ("training.checkpoints", "harmless", "it only says what is kept"),
-    ("training.evaluation", "unlikely", "it decides when is evaluated, not how is trained"),
-    ("training.precision", "changes last bits", "other number formats round differently"),
-    ("evaluation", "unlikely", "it does not take part in training"),
-    ("results", "harmless", "it is a file's place; what counts is its digest"),
-    ("scoring.bootstrap", "harmless", "it only makes the intervals"),
-    ("scoring.confidence", "harmless", "it only makes the intervals"),
-    ("scoring.seed", "harmless", "it only makes the intervals"),
-    ("scoring.engine", "changes last bits", "the engines agree but for rounding"),
-    ("scoring.batch_size", "changes last bits", "images of other sizes are padded together"),
-)
-
-_ENVIRONMENT: dict[str, tuple[Suspicion, str]] = {
-    "gpu.count": ("decides results", "the batch is spread and drawn otherwise"),
-    "gpu.names": ("changes last bits", "another GPU takes other kernels"),
-    "gpu.tf32": ("changes last bits", "convolutions round differently"),
-    "torch": ("changes last bits", "kernels and the order of sums differ between versions"),
-    "torchvision": ("changes last bits", "RoIAlign and NMS are its operators"),
-    "torch.cuda": ("changes last bits", "its libraries compute"),
-    "cudnn": ("changes last bits", "its convolutions compute"),
-    "nccl": ("changes last bits", "it adds gradients across GPUs"),
-    "torch.built_with": ("changes last bits", "on a CPU its libraries compute"),
-    "roi_align": ("changes last bits", "the installed operator differs; the modes replace it"),
-    "detectron2": ("changes last bits", "layers and box arithmetic are its"),
-    "variables": ("changes last bits", "they choose code paths"),
-    "cpu": ("changes last bits", "on a CPU, other vector instructions add in another order"),
-    "cpu.cores": ("changes last bits", "on a CPU, sums are split over its cores"),
-    "numpy": ("unlikely", "its seeded stream is the same in all versions"),
-    "Pillow": ("unlikely", "it decodes and resizes; the versions tested agree"),
-    "driver": ("unlikely", "kernels come with torch"),
-}
-_ELSEWHERE: tuple[Suspicion, str] = ("harmless", "it changes no number")
+_NEVER_ALIKE = frozenset({"disk", "proxydet"})
+"""Fields of the environment that differ between any two runs (free space), or stand in the manifest too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,45 +74,87 @@ def compare_runs(first: Path, second: Path) -> RunComparison:
         InputError: A folder does not hold the records of a run.
     """
     one, other = read_run_records(first), read_run_records(second)
-    found = [*_manifest_differences(one[0], other[0]), *_environment_differences(one[1], other[1])]
+    suspects = Suspects(one[0], other[0])
+    found = [
+        *_manifest_differences(one[0], other[0], suspects),
+        *_environment_differences(
+            one[1], other[1], suspects, one_mode=one[0].mode == other[0].mode
+        ),
+    ]
     ranked = tuple(sorted(found, key=lambda d: RANKS.index(d.suspicion)))
-    divergence, compared = _first_divergence(first, second)
+    losses = [_losses(folder / "metrics.jsonl") for folder in (first, second)]
+    common = sorted(losses[0].keys() & losses[1].keys())
+    divergence = next((i for i in common if not _equal(losses[0][i], losses[1][i])), None)
+    if common and divergence is None:
+        conclusion = f"The losses of all {len(common)} common records are equal."
+        ends = sorted(max(side) for side in losses)
+        if ends[0] != ends[1]:
+            conclusion += f" The records of one run end at iteration {ends[0]}, those of the other at {ends[1]}."
+    else:
+        parted = (
+            ""
+            if divergence is None
+            else f"The losses part at the record of iteration {divergence}. "
+        )
+        conclusion = parted + _suspicion(ranked, {one[0].mode, other[0].mode})
     return RunComparison(
         differences=ranked,
         first_divergence=divergence,
-        compared_records=compared,
-        conclusion=_conclude(ranked, divergence, compared, {one[0].mode, other[0].mode}),
+        compared_records=len(common),
+        conclusion=conclusion,
     )
 
 
-def _manifest_differences(first: RunManifest, second: RunManifest) -> Iterator[Difference]:
-    yield from _compare("digests", first.digests, second.digests, _always("it is another input"))
-    seeds = _always("every random number derives from it")
-    run = _of_run
-    if first.kind == second.kind == "evaluation":
-        seeds, run = _of_resamples, _of_evaluation
-    yield from _compare("seeds", first.seeds, second.seeds, seeds)
-    yield from _compare("", _one(first), _one(second), run)
-    yield from _compare(
-        "configuration", _flat(first.configuration), _flat(second.configuration), _of_configuration
-    )
-    yield from _compare("git", first.git, second.git, _of_source)
-    yield from _compare("packages", first.packages, second.packages, lambda _: _ELSEWHERE)
+def _manifest_differences(
+    first: RunManifest, second: RunManifest, suspects: Suspects
+) -> Iterator[Difference]:
+    yield from _compare("digests", first.digests, second.digests, suspects.of_digest)
+    yield from _compare("seeds", first.seeds, second.seeds, suspects.of_seed)
+    yield from _compare("", _one(first), _one(second), suspects.of_run)
+    told = [_configuration(manifest) for manifest in (first, second)]
+    yield from _compare("configuration", told[0], told[1], suspects.of_configuration)
+    yield from _compare("git", first.git, second.git, suspects.of_source)
+    yield from _compare("packages", first.packages, second.packages, suspects.of_package)
+
+
+def _configuration(manifest: RunManifest) -> dict[str, object]:
+    said = _SAID_ELSEWHERE if manifest.kind == "training" else frozenset()
+    flat = _flat(manifest.configuration)
+    return {key: value for key, value in flat.items() if key not in said}
 
 
 def _environment_differences(
-    first: EnvironmentReport, second: EnvironmentReport
+    first: EnvironmentReport, second: EnvironmentReport, suspects: Suspects, *, one_mode: bool
 ) -> Iterator[Difference]:
-    yield from _compare(
-        "environment",
-        {field.key: field.value for field in first.fields},
-        {field.key: field.value for field in second.fields},
-        lambda key: _ENVIRONMENT.get(key, _ELSEWHERE),
-    )
+    values = [
+        {field.key: _telling(field, one_mode=one_mode) for field in report.fields}
+        for report in (first, second)
+    ]
+    common = values[0].keys() & values[1].keys()
+    # A quick report did not ask torch: what it lacks is no difference.
+    keys = common if first.quick or second.quick else values[0].keys() | values[1].keys()
+    one, other = ({key: side[key] for key in keys - _NEVER_ALIKE if key in side} for side in values)
+    yield from _compare("environment", one, other, suspects.of_environment)
+
+
+def _telling(field: Field, *, one_mode: bool) -> str | None:
+    """Return the part of a value that says something: not where a package lies, nor how much memory was free."""
+    if field.value is None:
+        return None
+    if field.key == "memory":
+        return field.value.split(",")[0]
+    if field.key == "variables" and not one_mode:
+        # The modes set this one themselves.
+        parts = field.value.split(", ")
+        return ", ".join(p for p in parts if not p.startswith(f"{CUBLAS_VARIABLE}=")) or "none set"
+    return field.value.split(" @")[0]
 
 
 def _compare(
-    prefix: str, first: Mapping[str, object], second: Mapping[str, object], judge: _Judge
+    prefix: str,
+    first: Mapping[str, object],
+    second: Mapping[str, object],
+    judge: Callable[[str], Suspect],
 ) -> Iterator[Difference]:
     for key in sorted({*first, *second}):
         values = [str(side.get(key, _ABSENT)) for side in (first, second)]
@@ -175,44 +178,6 @@ def _one(manifest: RunManifest) -> dict[str, object]:
     }
 
 
-def _of_run(key: str) -> tuple[Suspicion, str]:
-    if key == "mode":
-        return "changes last bits", "published rounds the inputs of RoIAlign, off adds in any order"
-    reasons = {
-        "kind": "the runs did different things",
-        "world_size": "the batch is spread and drawn otherwise",
-        "proxydet": "the code differs",
-    }
-    return "decides results", reasons[key]
-
-
-def _of_evaluation(key: str) -> tuple[Suspicion, str]:
-    if key == "world_size":
-        return "harmless", "results are the same for any number of processes"
-    return _of_run(key)
-
-
-def _of_resamples(_key: str) -> tuple[Suspicion, str]:
-    return "harmless", "it only makes the intervals"
-
-
-def _of_configuration(key: str) -> tuple[Suspicion, str]:
-    for prefix, suspicion, reason in _CONFIGURATION:
-        if key == prefix or key.startswith(f"{prefix}."):
-            return suspicion, reason
-    return "decides results", "the runs were told different things"
-
-
-def _of_source(key: str) -> tuple[Suspicion, str]:
-    if key.startswith("proxydet."):
-        return "decides results", "the code differs"
-    return "unlikely", "the working folder's own code, where it takes part"
-
-
-def _always(reason: str) -> _Judge:
-    return lambda _key: ("decides results", reason)
-
-
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
     flat: dict[str, object] = {}
     for key, item in value.items():
@@ -221,16 +186,6 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
         else:
             flat[f"{prefix}{key}"] = item
     return flat
-
-
-def _first_divergence(first: Path, second: Path) -> tuple[int | None, int]:
-    """Iteration of the first common record with other losses, and the number of common records."""
-    losses = [_losses(folder / "metrics.jsonl") for folder in (first, second)]
-    common = sorted(losses[0].keys() & losses[1].keys())
-    for iteration in common:
-        if not _equal(losses[0][iteration], losses[1][iteration]):
-            return iteration, len(common)
-    return None, len(common)
 
 
 def _losses(path: Path) -> dict[int, dict[str, float]]:
@@ -249,21 +204,17 @@ def _equal(first: Mapping[str, float], second: Mapping[str, float]) -> bool:
     )
 
 
-def _conclude(
-    ranked: tuple[Difference, ...], divergence: int | None, compared: int, modes: set[str]
-) -> str:
-    if compared and divergence is None:
-        return f"The losses of all {compared} common records are equal."
-    parted = f"The losses part at the record of iteration {divergence}. " if compared else ""
+def _suspicion(ranked: tuple[Difference, ...], modes: set[str]) -> str:
     suspects = [d.key for d in ranked if d.suspicion == "decides results"]
     if suspects:
-        return f"{parted}The first suspects decide results: {', '.join(suspects[:3])}."
+        return f"The first suspects decide results: {', '.join(suspects[:3])}."
     suspects = [d.key for d in ranked if d.suspicion == "changes last bits"]
     if suspects:
-        return f"{parted}What differs changes last bits, which grow with the steps: {', '.join(suspects[:3])}."
+        first = ", ".join(suspects[:3])
+        return f"What differs changes last bits, which grow with the steps: {first}."
     if modes == {"strict"}:
-        return f"{parted}Nothing recorded explains a difference: in mode strict that is a bug to report."
+        return "Nothing recorded explains a difference: in mode strict that is a bug to report."
     return (
-        f"{parted}Nothing recorded explains a difference; outside mode strict, sums in changing order do: "
+        "Nothing recorded explains a difference; outside mode strict, sums in changing order do: "
         "run: proxydet verify determinism"
     )

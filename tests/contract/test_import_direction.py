@@ -51,6 +51,7 @@ RANK = {
             "quickstart",
             "training_run",
             "run_comparison",
+            "run_suspects",
             "determinism",
             "training_run",
         ],

@@ -9,12 +9,14 @@ import pytest
 
 from proxydet.errors import InputError
 from proxydet.inspection.environment import environment
+from proxydet.inspection.report import Field
 from proxydet.manifest import (
     RunManifest,
     build_manifest,
     file_digest,
     installed_packages,
     read_run_records,
+    source_digest,
     write_run_records,
 )
 from proxydet.run_comparison import RANKS, compare_runs
@@ -140,3 +142,115 @@ def test_a_line_cut_short_and_nan_losses_are_no_divergence(run):
     with (second / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 40, "los')
     assert compare_runs(first, second).first_divergence is None
+
+
+def suspicions(run, other: RunManifest, report=REPORT) -> dict[str, str]:
+    found = compare_runs(run("a"), run("b", other, report)).differences
+    return {difference.key: difference.suspicion for difference in found}
+
+
+def test_settings_that_take_no_part_in_training_are_no_suspects(run):
+    configuration = {
+        **MANIFEST.configuration,
+        "data": {"workers": 2, "cache": "x"},
+        "inference": {"flip": True},
+        "training": {"iterations": 100, "log": {"period": 20}, "threads": 2, "device": "cpu"},
+    }
+    assert suspicions(run, replace(MANIFEST, configuration=configuration)) == {
+        "configuration.training.device": "changes last bits",
+        "configuration.training.threads": "changes last bits",
+        "configuration.inference.flip": "unlikely",
+        "configuration.data.workers": "harmless",
+        "configuration.data.cache": "harmless",
+    }
+
+
+def test_of_an_evaluation_the_inference_decides(run, tmp_path):
+    for name, flip in (("a", True), ("b", False)):
+        manifest = replace(MANIFEST, kind="evaluation", configuration={"inference": {"flip": flip}})
+        run(name, manifest)
+    (found,) = compare_runs(tmp_path / "a", tmp_path / "b").differences
+    assert (found.key, found.suspicion) == ("configuration.inference.flip", "decides results")
+
+
+def test_seed_and_mode_are_told_once(run):
+    configuration = {**MANIFEST.configuration, "seed": 8, "reproducibility": "strict"}
+    other = replace(MANIFEST, seeds={"seed": 8}, mode="strict", configuration=configuration)
+    assert suspicions(run, other) == {
+        "seeds.seed": "decides results",
+        "mode": "changes last bits",
+    }
+
+
+@pytest.mark.parametrize(
+    ("source", "suspicion"),
+    [(MANIFEST.git["proxydet.source"], "harmless"), ("other", "decides results")],
+)
+def test_another_commit_of_the_same_files_is_harmless(run, source, suspicion):
+    git = {**MANIFEST.git, "proxydet.commit": "f00", "proxydet.source": source}
+    found = suspicions(run, replace(MANIFEST, git=git, proxydet="9.9"))
+    assert set(found.values()) == {suspicion}
+    assert {"git.proxydet.commit", "proxydet"} <= found.keys()
+
+
+def test_files_that_nobody_digested_are_not_the_same(run, tmp_path):
+    for name, commit in (("a", "1"), ("b", "2")):
+        run(name, replace(MANIFEST, git={"proxydet.commit": commit}))
+    (found,) = compare_runs(tmp_path / "a", tmp_path / "b").differences
+    assert found.suspicion == "decides results"
+
+
+def test_the_digest_of_the_source_is_of_names_and_contents(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name / "part").mkdir(parents=True)
+        (tmp_path / name / "part" / "x.py").write_text("x = 1\n")
+    first = source_digest(tmp_path / "one")
+    assert source_digest(tmp_path / "two") == first
+    (tmp_path / "two" / "part" / "x.py").write_text("x = 2\n")
+    assert source_digest(tmp_path / "two") != first
+    (tmp_path / "two" / "part" / "x.py").write_text("x = 1\n")
+    (tmp_path / "two" / "part" / "x.py").rename(tmp_path / "two" / "part" / "y.py")
+    assert source_digest(tmp_path / "two") != first
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("torch", REPORT.value("torch").split(" @")[0] + " @/elsewhere/torch"),
+        ("memory", REPORT.value("memory").split(",")[0] + ", 0.1 GiB available"),
+        ("disk", "data: 1 GiB free of 2 GiB"),
+        ("proxydet", "0.1.0 @/elsewhere"),
+    ],
+)
+def test_places_and_free_space_are_no_differences(run, key, value):
+    assert suspicions(run, MANIFEST, with_field(key, value)) == {}
+
+
+def test_what_a_mode_sets_is_not_a_suspect_of_its_own(run, tmp_path):
+    def variables(text: str):
+        return with_field("variables", text)
+
+    run("off", report=variables("OMP_NUM_THREADS=1"))
+    run("off too", report=variables("CUBLAS_WORKSPACE_CONFIG=:16:8, OMP_NUM_THREADS=1"))
+    set_by_mode = variables("CUBLAS_WORKSPACE_CONFIG=:4096:8, OMP_NUM_THREADS=1")
+    run("strict", replace(MANIFEST, mode="strict"), set_by_mode)
+
+    def keys(other: str) -> list[str]:
+        return [d.key for d in compare_runs(tmp_path / "off", tmp_path / other).differences]
+
+    assert keys("strict") == ["mode"]
+    assert keys("off too") == ["environment.variables"]
+
+
+def test_what_a_quick_report_did_not_ask_is_no_difference(run):
+    asked = Field(key="torch.built_with", section="x", label="x", value="flags")
+    full = replace(REPORT, fields=(*REPORT.fields, asked), quick=False)
+    assert suspicions(run, MANIFEST, full) == {}
+
+
+def test_a_run_that_ended_early_is_said_to_have(run):
+    found = compare_runs(run("a", losses=[1.0, 0.5, 0.4]), run("b", losses=[1.0, 0.5]))
+    assert found.conclusion == (
+        "The losses of all 2 common records are equal. "
+        "The records of one run end at iteration 40, those of the other at 60."
+    )

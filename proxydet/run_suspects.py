@@ -125,9 +125,9 @@ class Suspects:
             return self._of_code()
         return "unlikely", "the working folder's own code, where it takes part"
 
-    def of_package(self, _key: str) -> Suspect:
+    def of_package(self, key: str) -> Suspect:
         """Rank another version of a package; those that compute are fields of the environment, too."""
-        return _ELSEWHERE
+        return self.of_environment("Pillow" if key == "pillow" else key)
 
     def of_environment(self, key: str) -> Suspect:
         """Rank another value of a field of the environment report."""

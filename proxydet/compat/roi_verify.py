@@ -131,7 +131,7 @@ def _measure(device: str, search_path: list[str]) -> dict[str, Any]:
             last = (done.stderr.strip().splitlines() or ["it wrote no message"])[-1]
             raise EnvironmentProblem(
                 f"detectron2's RoIAlign does not run (exit code {done.returncode}): {last}",
-                hint="run: proxydet env --check",
+                hint="run: proxydet patch status, and: proxydet env --check",
             )
         found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
         return found

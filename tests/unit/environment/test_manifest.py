@@ -94,7 +94,7 @@ def test_the_likeliest_cause_comes_first(run):
     other = replace(
         MANIFEST,
         digests={"vocabulary": "cc", "start_checkpoint": "bb"},
-        packages={**MANIFEST.packages, "rich": "0.0"},
+        packages={**MANIFEST.packages, "rich": "0.0", "pillow": "1.0"},
         configuration={"seed": 7, "training": {"iterations": 100, "log": {"period": 50}}},
     )
     second = run("b", other, with_field("torch", "9.9 @/x"), losses=[1.0, 0.25])
@@ -107,6 +107,7 @@ def test_the_likeliest_cause_comes_first(run):
         "digests.vocabulary": "decides results",
         "environment.torch": "changes last bits",
         "configuration.training.log.period": "harmless",
+        "packages.pillow": "unlikely",
         "packages.rich": "harmless",
     }
     assert found.first_divergence == 40

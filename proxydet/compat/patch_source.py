@@ -193,14 +193,25 @@ def _require_plain_names(module: ast.Module) -> None:
             if names and (node.module != "torchvision.ops" or names[0].name != "roi_align"):
                 raise _NotExpected("roi_align is not the one of torchvision.ops")
             imported += len(names)
-        rebound = (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store | ast.Del)) and (
-            node.id in {"roi_align", "ROIAlign"}
-        )
+        rebound = _bound_name(node) in {"roi_align", "ROIAlign"}
         replaced = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del)
         if rebound or (replaced and ast.unparse(node) == "ROIAlign.forward"):
             raise _NotExpected("it replaces roi_align, ROIAlign or its forward by something else")
     if imported != 1:
         raise _NotExpected(f"it imports roi_align from torchvision.ops {imported} times, not once")
+
+
+def _bound_name(node: ast.AST) -> str | None:
+    """The name that a node gives another meaning; None where it does not, or is the class or import looked for."""
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store | ast.Del):
+        return node.id
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return node.name
+    if isinstance(node, ast.ClassDef) and node.name == "roi_align":
+        return node.name
+    if isinstance(node, ast.Import):
+        return next((a.asname for a in node.names if a.asname == "roi_align"), None)
+    return None
 
 
 def _call_of_method(method: ast.FunctionDef) -> _Call:

@@ -199,6 +199,14 @@ def test_unchecked_bytecode_of_another_source_is_found_and_deleted(roi_align_fil
     assert patch_status(roi_align_file).stale_bytecode == ()
 
 
+@pytest.mark.parametrize("mode", ["TIMESTAMP", "CHECKED_HASH"])
+def test_bytecode_that_python_checks_itself_is_not_stale(roi_align_file, mode):
+    kind = py_compile.PycInvalidationMode[mode]
+    py_compile.compile(str(roi_align_file), invalidation_mode=kind)
+    roi_align_file.write_bytes(roi_align_file.read_bytes() + b"\n")
+    assert patch_status(roi_align_file).stale_bytecode == ()
+
+
 def test_a_missing_file_is_said_to_be_missing(tmp_path):
     assert patch_status(tmp_path / "roi_align.py").state == "missing"
     with pytest.raises(EnvironmentProblem, match="no such file"):

@@ -81,6 +81,16 @@ def test_a_part_of_the_change_is_told_apart(source, old, new, missing):
             b"from torchvision.ops import roi_align",
             b"from torchvision.ops import roi_align\nroi_align = abs",
         ),
+        (
+            b"from torchvision.ops import roi_align",
+            b"from torchvision.ops import roi_align\ndef roi_align(*a): ...",
+        ),
+        (
+            b"from torchvision.ops import roi_align",
+            b"from torchvision.ops import roi_align\nimport mine as roi_align",
+        ),
+        (b"from torchvision.ops import roi_align", b"from torchvision.ops import *"),
+        (b"            self.aligned,", b"            self.aligned, extra=1,"),
         (b"class ROIAlign(", b"class RoIAlign("),
         (b"def forward(self, input, rois)", b"def forward(self, input, rois, extra=None)"),
         (b"def forward(", b"@staticmethod\n    def forward("),

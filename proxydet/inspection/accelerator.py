@@ -71,9 +71,8 @@ def complete_answer(written: str, end: str) -> dict[str, Any]:
         The probe's answer, with the error of the part that it did not survive; later parts are missing.
     """
     for line in reversed(written.splitlines()):
-        try:
-            answer: dict[str, Any] = json.loads(line)
-        except ValueError:
+        answer = _part(line)
+        if answer is None:
             continue
         if "torch_error" in answer or "torchvision_error" in answer:
             return answer
@@ -81,6 +80,16 @@ def complete_answer(written: str, end: str) -> dict[str, Any]:
             return {**answer, "gpu_error": f"looking for GPUs {end}"}
         return {**answer, "torchvision_error": f"loading its operators {end}"}
     return {"torch_error": f"importing it {end or 'gives no answer'}"}
+
+
+def _part(line: str) -> dict[str, Any] | None:
+    """What a line of the probe says; None for a line of something else."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    ours = isinstance(value, dict) and ("torch" in value or "torch_error" in value)
+    return value if ours else None
 
 
 def _how_it_ended(code: int, complaints: str) -> str:

@@ -1,7 +1,8 @@
 """What a difference from the published environment means, and why.
 
-A rule looks at one fact and at all others (those that nobody knows have no value) and returns a verdict with its reason. The reasons state what was
-measured or what the code does; where neither is known, the verdict is ``may change results``.
+A rule looks at one fact and at all others (those that nobody knows have no value) and returns a verdict with its
+reason. The reasons state what was measured or what the code does; where neither is known, the verdict is ``may change
+results``.
 """
 
 from __future__ import annotations

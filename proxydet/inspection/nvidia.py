@@ -28,9 +28,12 @@ def driver_facts() -> Facts:
     topology = ask(["nvidia-smi", "topo", "-m"]) if listed.value is not None else listed
     # It underlines its headings on a terminal and elsewhere.
     plain = Fact(re.sub(r"\x1b\[[0-9;]*m", "", topology.value)) if topology.value else topology
-    if not listed.value:
-        return {"driver": listed, "gpu.topology": plain}
-    rows = [[cell.strip() for cell in line.split(",")] for line in listed.value.splitlines()]
+    lines = (listed.value or "").splitlines()
+    rows = [[cell.strip() for cell in line.split(",")] for line in lines]
+    if not rows or min(map(len, rows)) < 3:
+        # Without a GPU it may say so in a sentence, and end as if all were well.
+        told = Fact(None, f"nvidia-smi: {lines[0]}") if lines else listed
+        return {"driver": told, "gpu.topology": plain}
     kinds: Kinds = {}
     for index, (_, name, memory, *arch) in enumerate(rows):
         key = (name, arch[0] if arch else "unknown", _bytes(memory))

@@ -62,6 +62,13 @@ def test_a_driver_that_does_not_answer_is_a_problem(tool):
     assert "nvidia-smi failed: 9" in facts["driver"].problem
 
 
+def test_a_driver_without_gpus_says_so(tool):
+    tool(lines("No devices were found"))
+    facts = driver_facts()
+    assert set(facts) == {"driver", "gpu.topology"}
+    assert facts["driver"] == Fact(None, "nvidia-smi: No devices were found")
+
+
 def test_no_driver(tool):
     facts = driver_facts()
     assert set(facts) == {"driver", "gpu.topology"}

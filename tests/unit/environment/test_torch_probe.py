@@ -66,7 +66,8 @@ def test_another_cuda_is_told(monkeypatch):
 
 
 def written(*answers: dict) -> str:
-    return "a library's greeting\n" + "".join(f"\n{json.dumps(a)}\n" for a in answers) + "bye\n{"
+    told = "".join(f"\n{json.dumps(answer)}\n" for answer in answers)
+    return f'a greeting\n{told}\nbye\n{{"not": "ours"}}\n17\n{{'
 
 
 def test_each_part_is_told_when_it_is_done(monkeypatch):
@@ -98,7 +99,10 @@ def test_each_part_is_told_when_it_is_done(monkeypatch):
                 "torchvision_error": "loading its operators dies",
             },
         ),
-        (({"torch": "2"}, {"torchvision_error": ""}), {"torchvision_error": ""}),
+        (
+            ({"torch": "2"}, {"torch": "2", "torchvision_error": ""}),
+            {"torch": "2", "torchvision_error": ""},
+        ),
     ],
 )
 def test_a_crash_is_blamed_on_the_part_that_it_was_at(answers, expected):

@@ -4,6 +4,7 @@
 
     python benchmarks/evaluation.py engines --images 2000          # both engines, boxes and masks, reading included
     python benchmarks/evaluation.py engines --images 20000 --engine hotcoco
+    python benchmarks/evaluation.py sample FOLDER                  # the official numbers on real annotations
     python benchmarks/evaluation.py coverage --sets 200            # how often 95 % intervals hold
 
 Every measurement runs in a process of its own: wall time, processor time and peak memory are that process's, from reading
@@ -46,11 +47,15 @@ def main() -> None:
     coverage.add_argument("--sets", type=int, default=200)
     coverage.add_argument("--images", type=int, default=400)
     coverage.add_argument("--resamples", type=int, default=200)
+    sample = commands.add_parser("sample")
+    sample.add_argument("folder", type=Path, help="annotations, results, and expected.json")
     child = commands.add_parser("child")
     child.add_argument("arguments", type=json.loads)
     options = parser.parse_args()
     if options.command == "child":
         measure(**options.arguments)
+    elif options.command == "sample":
+        compare_sample(options.folder)
     elif options.command == "engines":
         compare_engines(options)
     else:
@@ -82,6 +87,30 @@ def compare_engines(options: argparse.Namespace) -> None:
                 print(json.dumps({key: result[key] for key in result if key != "metrics"}))
             if len(results) == 2:
                 print(json.dumps(compared(results["hotcoco"], results["lvis"])))
+
+
+def compare_sample(folder: Path) -> None:
+    """Print the fast engine's largest differences from what the official one gave on real annotations."""
+    from proxydet.evaluation.config import EvaluationConfig
+    from proxydet.evaluation.evaluate import evaluate_results
+
+    expected = json.loads((folder / "expected.json").read_text())
+    for results in sorted(folder.glob("dt_*.json*")):
+        case = expected[results.name.split(".")[0]]
+        report = evaluate_results(
+            results, folder / "lvis_val_100.json", config=EvaluationConfig(bootstrap=0)
+        )
+        for kind, part in report.types.items():
+            metrics = [abs(part.metrics[name] - value) for name, value in case[kind].items()]
+            by_id = {str(score.id): score.ap for score in part.categories if score.ap is not None}
+            wanted = case[f"{kind}_per_category_AP"]
+            if by_id.keys() != wanted.keys():
+                raise SystemExit(f"{results.name}, {kind}: other categories are scored")
+            categories = [abs(by_id[key] - value) for key, value in wanted.items()]
+            print(
+                f"{results.name:32} {kind:5} metrics {max(metrics):.1e} of {len(metrics)}  "
+                f"categories {max(categories):.1e} of {len(categories)}"
+            )
 
 
 def compared(fast: dict[str, Any], official: dict[str, Any]) -> dict[str, Any]:

@@ -126,9 +126,7 @@ def resample(
     rare_C = np.array([value == "r" for value in truth.frequencies or ()], dtype=bool)
 
     def one(index: int) -> tuple[list[float], int]:
-        draw = np.random.default_rng([seed, index])
-        counts = np.bincount(draw.integers(0, images, images), minlength=images)
-        drawn_ATC = precision.precision(counts.astype(np.float64))
+        drawn_ATC = precision.precision(drawn_weights(images, seed, index))
         return sets.measure(drawn_ATC), _present(drawn_ATC, rare_C)
 
     results = []
@@ -146,6 +144,18 @@ def resample(
         resampled_RM=np.array([values for values, _ in results]),
         rare=(_present(whole_ATC, rare_C), float(np.mean(present))) if rare_C.any() else None,
     )
+
+
+def drawn_weights(images: int, seed: int, index: int) -> Floats:
+    """Return how often each image is in a resample, float64 (I,): the same for every detector and metric.
+
+    Args:
+        images: How many there are.
+        seed: Of all resamples.
+        index: Which resample.
+    """
+    draw = np.random.default_rng([seed, index])
+    return np.bincount(draw.integers(0, images, images), minlength=images).astype(np.float64)
 
 
 @dataclass(frozen=True, kw_only=True)

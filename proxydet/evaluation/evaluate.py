@@ -11,16 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proxydet.errors import ConfigError
+from proxydet.evaluation.bootstrap import Resamples
 from proxydet.evaluation.config import EvaluationConfig
 from proxydet.evaluation.ground_truth import GroundTruth
 from proxydet.evaluation.metrics import (
-    Metrics,
     average_precision,
     category_groups,
     category_precision,
     official_metrics,
 )
-from proxydet.evaluation.openimages import read_hierarchy, score_openimages
+from proxydet.evaluation.openimages import (
+    read_hierarchy,
+    resample_openimages,
+    score_openimages,
+)
 from proxydet.evaluation.report import (
     CategoryScore,
     Counts,
@@ -134,18 +138,24 @@ def _openimages(truth: GroundTruth, results: Results, config: EvaluationConfig) 
     """Score by OpenImages' own protocol, which has one metric: AP50, plain and expanded."""
     limit = config.max_detections
     plain = score_openimages(truth, results, max_detections=limit)
-    metrics: Metrics = {"AP50": plain.ap50}
+    scores = {"AP50": plain}
     if config.hierarchy is not None:
         ancestors = read_hierarchy(config.hierarchy, truth)
-        expanded = score_openimages(truth, results, ancestors=ancestors, max_detections=limit)
-        metrics["AP50 expanded"] = expanded.ap50
+        scores["AP50 expanded"] = score_openimages(
+            truth, results, ancestors=ancestors, max_detections=limit
+        )
+    resamples = None
+    if config.bootstrap:
+        resamples = resample_openimages(scores, truth, number=config.bootstrap, seed=config.seed)
     unscored_C = np.full(len(truth.category_ids), np.nan)
     detections_C = np.bincount(results.category_D, minlength=len(truth.category_ids))
     part = TypeReport(
         iou_type="bbox",
-        metrics=metrics,
+        metrics={name: score.ap50 for name, score in scores.items()},
         groups=(),
         categories=_category_scores(truth, detections_C, unscored_C, plain.ap50_C),
+        intervals=resamples.intervals(config.confidence) if resamples else {},
+        resampling=_resampling(config, resamples),
     )
     report = Report(
         dataset=truth.name,
@@ -191,15 +201,19 @@ def _type_report(
             category_precision(curves, iou=0.5),
         ),
         intervals=resamples.intervals(config.confidence) if resamples else {},
-        resampling=Resampling(
-            number=config.bootstrap,
-            confidence=config.confidence,
-            seed=config.seed,
-            rare=resamples.rare,
-        )
-        if resamples
-        else None,
+        resampling=_resampling(config, resamples),
         curves=curves,
+    )
+
+
+def _resampling(config: EvaluationConfig, resamples: Resamples | None) -> Resampling | None:
+    if resamples is None:
+        return None
+    return Resampling(
+        number=config.bootstrap,
+        confidence=config.confidence,
+        seed=config.seed,
+        rare=resamples.rare,
     )
 
 

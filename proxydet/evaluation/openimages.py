@@ -11,7 +11,7 @@ annotation file (the published ``oid_challenge_2019_val_expanded.json``); detect
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proxydet.errors import DataError
+from proxydet.evaluation.bootstrap import Resamples, drawn_weights
 from proxydet.evaluation.ground_truth import GroundTruth
 from proxydet.evaluation.json_input import damaged_json, first_offenders, read_bytes
+from proxydet.evaluation.openimages_hits import Hits
 from proxydet.evaluation.overlap import box_iou
 from proxydet.evaluation.results import Results
 from proxydet.evaluation.selection import Selection, select
@@ -37,11 +39,13 @@ class OpenImagesScore:
         ap50: Mean over categories that have annotations; None if none has.
         ap50_C: float64 (C,), each category; NaN for those without annotations.
         expanded: Whether detections were expanded by the hierarchy.
+        hits: What it was computed from.
     """
 
     ap50: float | None
     ap50_C: NDArray[np.float64]
     expanded: bool
+    hits: Hits = field(repr=False)
 
 
 def score_openimages(
@@ -68,18 +72,42 @@ def score_openimages(
         kept = _expanded(kept, ancestors)
     selection = select(kept, truth, iou_type="bbox")
     hits = _hits(truth, kept, selection)
-    annotations_C = np.bincount(truth.ann_category_A, minlength=len(truth.category_ids))
-    ap50_C = np.full(len(annotations_C), np.nan)
-    for category in np.flatnonzero(annotations_C):
-        scores, right = hits.get(int(category), ([], []))
-        ap50_C[category] = _area_under_curve(
-            np.array(scores), np.array(right, dtype=bool), int(annotations_C[category])
-        )
-    known = ap50_C[~np.isnan(ap50_C)]
+    ap50_C = hits.ap50(np.ones(len(truth.image_ids)), len(truth.category_ids))
     return OpenImagesScore(
-        ap50=float(known.mean()) if known.size else None,
-        ap50_C=ap50_C,
-        expanded=bool(ancestors),
+        ap50=mean_of_known(ap50_C), ap50_C=ap50_C, expanded=bool(ancestors), hits=hits
+    )
+
+
+def mean_of_known(ap50_C: NDArray[np.float64]) -> float | None:
+    """Return the mean over categories that have annotations; None if none has."""
+    known = ap50_C[~np.isnan(ap50_C)]
+    return float(known.mean()) if known.size else None
+
+
+def resample_openimages(
+    scores: Mapping[str, OpenImagesScore], truth: GroundTruth, *, number: int, seed: int
+) -> Resamples:
+    """Compute AP50 on resamples of the images.
+
+    Args:
+        scores: What was measured, by the metric's name.
+        truth: The data set.
+        number: How many resamples.
+        seed: Of the draws.
+    """
+    images, categories = len(truth.image_ids), len(truth.category_ids)
+
+    def measured(weight_I: NDArray[np.float64]) -> list[float]:
+        means = [mean_of_known(score.hits.ap50(weight_I, categories)) for score in scores.values()]
+        return [np.nan if value is None else value for value in means]
+
+    return Resamples(
+        names=tuple(scores),
+        values_M=np.array(measured(np.ones(images))),
+        resampled_RM=np.array(
+            [measured(drawn_weights(images, seed, index)) for index in range(number)]
+        ),
+        rare=None,
     )
 
 
@@ -145,15 +173,13 @@ def _expanded(results: Results, ancestors: Mapping[int, tuple[int, ...]]) -> Res
     )
 
 
-def _hits(
-    truth: GroundTruth, results: Results, selection: Selection
-) -> dict[int, tuple[list[float], list[bool]]]:
-    """Return each category's scores, and whether each is a hit, images in ascending order."""
+def _hits(truth: GroundTruth, results: Results, selection: Selection) -> Hits:
+    """Match all detections; images are looked at in ascending order, which decides between equal scores."""
     categories = len(truth.category_ids)
     key_A = truth.ann_image_A * categories + truth.ann_category_A
     order = np.argsort(key_A, kind="stable")
     key_S = selection.image_S * categories + selection.category_S
-    hits: dict[int, tuple[list[float], list[bool]]] = {}
+    parts: list[tuple[int, list[float], list[bool]]] = []
     starts = np.flatnonzero(np.append(True, np.diff(key_S) != 0)[: len(key_S)])
     for start, end in zip(starts, np.append(starts[1:], len(key_S)), strict=True):
         first, last = np.searchsorted(key_A[order], [key_S[start], key_S[start] + 1])
@@ -164,10 +190,22 @@ def _hits(
             truth.ann_box_A4[annotations],
             truth.ann_crowd_A[annotations],
         )
-        all_scores, all_right = hits.setdefault(int(selection.category_S[start]), ([], []))
-        all_scores.extend(scores)
-        all_right.extend(right)
-    return hits
+        parts.append((int(key_S[start]), scores, right))
+    key_H = np.repeat(
+        np.array([key for key, _, _ in parts], dtype=np.int64),
+        [len(scores) for _, scores, _ in parts],
+    )
+    score_H = np.array([score for _, scores, _ in parts for score in scores])
+    right_H = np.array([value for _, _, right in parts for value in right], dtype=bool)
+    image_H, category_H = np.divmod(key_H, categories)
+    best_first = np.lexsort((-score_H, category_H))
+    return Hits(
+        category_H=category_H[best_first],
+        image_H=image_H[best_first],
+        right_H=right_H[best_first],
+        ann_image_A=truth.ann_image_A,
+        ann_category_A=truth.ann_category_A,
+    )
 
 
 def _image_hits(
@@ -211,15 +249,3 @@ def _best_overlap(
     )
     iou_DG = iou_P.reshape(detections, annotations)
     return iou_DG.argmax(axis=1), iou_DG.max(axis=1)
-
-
-def _area_under_curve(
-    scores: NDArray[np.float64], right: NDArray[np.bool_], annotations: int
-) -> float:
-    """Area under precision over recall, precision being made to fall."""
-    order = np.argsort(-scores, kind="stable")
-    found = np.cumsum(right[order])
-    precision = found / (np.arange(len(found)) + 1)
-    falling = np.maximum.accumulate(precision[::-1])[::-1]
-    recall = np.concatenate([[0.0], found / annotations])
-    return float(np.sum(np.diff(recall) * falling))

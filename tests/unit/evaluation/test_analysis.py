@@ -179,6 +179,12 @@ def test_openimages_area_under_the_curve() -> None:
     assert np.isnan(ap50_C[[0, 2, 3]]).all()
 
 
+def test_openimages_categories_do_not_mix() -> None:
+    truth = openimages([{"category_id": 2, "bbox": HERE}, {"category_id": 3, "bbox": HERE}])
+    detections = [found(1, 2, FAR, 0.9), found(1, 2, HERE, 0.8), found(1, 3, HERE, 0.1)]
+    assert scored(truth, detections)[1:3].tolist() == [0.5, 1.0]
+
+
 def test_openimages_unverified_categories_do_no_harm() -> None:
     truth = openimages([{"category_id": 2, "bbox": HERE}])
     assert scored(truth, [found(1, 2, HERE, 0.5), found(1, 3, HERE, 0.9)])[1] == 1
@@ -204,6 +210,74 @@ def test_openimages_only_the_annotation_overlapped_most_counts() -> None:
     )
     detections = [found(1, 2, HERE, 0.9), found(1, 2, SHIFTED, 0.8)]
     assert scored(truth, detections)[1] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_openimages_weights_are_copies_of_images(seed: int) -> None:
+    """An image of weight n counts like n images of the same content, one of weight 0 like none."""
+    draw = np.random.default_rng(seed)
+    weights = draw.integers(0, 4, 6)
+    alone: dict[str, Any] = {"images": [], "annotations": []}
+    copied: dict[str, Any] = {"images": [], "annotations": []}
+    detections: dict[str, list[Any]] = {"alone": [], "copied": []}
+    for image, weight in enumerate(weights.tolist(), 1):
+        boxes = [
+            (int(draw.integers(1, 4)), [*draw.integers(0, 100, 2).tolist(), 40, 40])
+            for _ in range(3)
+        ]
+        crowd = int(draw.integers(0, 2))
+        guesses = [
+            (
+                category,
+                [*(np.array(box[:2]) + draw.integers(-12, 12, 2)).clip(0, 120).tolist(), 40, 40],
+            )
+            for category, box in boxes
+        ]
+        scores = draw.random(3).tolist()
+        for target, key, ids in (
+            (alone, "alone", [image]),
+            (copied, "copied", [10 * image + copy for copy in range(weight)]),
+        ):
+            for image_id in ids:
+                target["images"].append(
+                    {"id": image_id, **SIZE, "pos_category_ids": [1, 2, 3], "neg_category_ids": []}
+                )
+                target["annotations"] += [
+                    {"image_id": image_id, "category_id": category, "bbox": box, "iscrowd": crowd}
+                    for category, box in boxes
+                ]
+                detections[key] += [
+                    found(image_id, category, box, score)
+                    for (category, box), score in zip(guesses, scores, strict=True)
+                ]
+    categories = [{"id": index, "name": f"c{index}"} for index in (1, 2, 3)]
+    one = GroundTruth.load({**alone, "categories": categories})
+    score = score_openimages(one, read_results(detections["alone"], one))
+    many = GroundTruth.load({**copied, "categories": categories})
+    results = read_results(detections["copied"], many)
+    expected = score_openimages(many, results).ap50_C
+    assert score.hits.ap50(weights.astype(float), 3) == pytest.approx(expected, nan_ok=True)
+    assert np.nanmax(expected) > 0
+
+
+def test_openimages_has_intervals() -> None:
+    truth = openimages([])
+    truth["images"] = [
+        {**truth["images"][0], "id": index, "pos_category_ids": [2]} for index in range(1, 21)
+    ]
+    truth["annotations"] = [
+        {"image_id": index, "category_id": 2, "bbox": HERE} for index in range(1, 21)
+    ]
+    detections = [found(index, 2, HERE, 0.5) for index in range(1, 11)]
+    report = run_evaluation(detections, truth, config=EvaluationConfig(bootstrap=200)).report
+    part = report.types["bbox"]
+    assert part.metrics["AP50"] == 0.5
+    # The share of 20 images that were found: its standard error is sqrt(0.25 / 20).
+    interval = part.intervals["AP50"]
+    assert (interval.high - interval.low) / 2 == pytest.approx(1.96 * 0.1118, rel=0.15)
+    assert part.resampling.number == 200
+    again = run_evaluation(detections, truth, config=EvaluationConfig(bootstrap=0)).report
+    assert again.types["bbox"].resampling is None
 
 
 @pytest.fixture

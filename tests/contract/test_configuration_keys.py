@@ -1,0 +1,76 @@
+"""No configuration key that no code reads; told by the attribute's name, so one name that two classes share counts for both."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import typing
+from pathlib import Path
+
+from proxydet.recipes import RunConfig
+
+
+def keys(owner: type, prefix: str = "") -> dict[str, tuple[str, str]]:
+    """Return every key below a configuration class, with the class that defines it and the field's name."""
+    found = {}
+    hints = typing.get_type_hints(owner)
+    for field in dataclasses.fields(owner):
+        inner = (hints[field.name], *typing.get_args(hints[field.name]))
+        classes = [part for part in inner if dataclasses.is_dataclass(part)]
+        for part in classes:
+            found |= keys(part, f"{prefix}{field.name}.")
+        if not classes:
+            found[f"{prefix}{field.name}"] = (owner.__name__, field.name)
+    return found
+
+
+class _Reads(ast.NodeVisitor):
+    """Collects the attributes that code reads, with the class around each."""
+
+    def __init__(self) -> None:
+        self.found: set[tuple[str, str]] = set()
+        self._class = ""
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        around, self._class = self._class, node.name
+        self.generic_visit(node)
+        self._class = around
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        if isinstance(node.ctx, ast.Load):
+            self.found.add((self._class, node.attr))
+        self.generic_visit(node)
+
+
+def unread(wanted: dict[str, tuple[str, str]], sources: list[str]) -> list[str]:
+    """Return the keys whose field no code reads outside of the class that defines it."""
+    reads = _Reads()
+    for source in sources:
+        reads.visit(ast.parse(source))
+    return sorted(
+        key
+        for key, (owner, name) in wanted.items()
+        if not any(read == name and around != owner for around, read in reads.found)
+    )
+
+
+def test_every_key_is_read(repository: Path) -> None:
+    wanted = keys(RunConfig)
+    assert len(wanted) > 100
+    sources = [
+        file.read_text(encoding="utf-8") for file in sorted((repository / "proxydet").rglob("*.py"))
+    ]
+    assert unread(wanted, sources) == []
+
+
+def test_the_check_sees_an_unread_key() -> None:
+    source = """
+class Config:
+    def __post_init__(self):
+        self.checked_only
+        self.read
+def work(config):
+    config.written = config.read
+"""
+    wanted = {f"c.{name}": ("Config", name) for name in ("checked_only", "written", "read")}
+    assert unread(wanted, [source]) == ["c.checked_only", "c.written"]

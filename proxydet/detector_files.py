@@ -17,6 +17,7 @@ from proxydet.errors import ArtifactError, CheckpointError, ConfigError, InputEr
 from proxydet.modeling.config import BackboneConfig, InferenceConfig, ModelConfig
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.modeling.weights import load_weights
+from proxydet.paths import QUICKSTARTS_RUN, require_run, run_in
 from proxydet.vocabulary.published import published_vocabulary
 from proxydet.vocabulary.vocabulary import Vocabulary
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from proxydet.detector import Detector
 
 _DEFAULT = "proxydet-r50-inl"
-_QUICKSTARTS_RUN = "run"
 _CHECKPOINT = re.compile(r"step_(\d+)\.pth")
 
 
@@ -69,13 +69,7 @@ def open_run(
     cls: type[Detector], folder: Path, checkpoint: Path | None, device: torch.device
 ) -> Detector:
     """Open a run folder; see `Detector.from_run`."""
-    if not folder.is_dir():
-        raise InputError(
-            f"there is no run folder {folder}",
-            hint="make one with: proxydet quickstart",
-            path=folder,
-        )
-    folder = _run_in(folder)
+    folder = require_run(folder)
     settings = _read_settings(folder / "config.yaml")
     weights = checkpoint or _newest_weights(folder)
     vocabulary = Vocabulary.load(folder / "vocabulary.npz")
@@ -154,8 +148,8 @@ def open_named(
 def shown_name(*, run: Path | None, weights: str | None) -> str:
     """What to call the detector that `open_named` opens: the run folder's name, the file's or the model's."""
     if run is not None:
-        found = _run_in(run.resolve())
-        return found.parent.name if found.name == _QUICKSTARTS_RUN else found.name
+        found = run_in(run.resolve())
+        return found.parent.name if found.name == QUICKSTARTS_RUN else found.name
     return Path(weights).name if weights is not None else _DEFAULT
 
 
@@ -199,19 +193,12 @@ def _open(
     )
 
 
-def _run_in(folder: Path) -> Path:
-    """The run folder itself; for the folder of a quickstart the one inside it."""
-    inner = folder / _QUICKSTARTS_RUN
-    known = [(place / "config.yaml").is_file() for place in (folder, inner)]
-    return inner if known == [False, True] else folder
-
-
 def _read_settings(path: Path) -> _Settings:
     """Read the parts of a run's configuration that prediction needs; a run folder holds it complete."""
     if not path.is_file():
         raise InputError(
-            f"{path.parent} is no run folder: it has no {path.name}",
-            hint="give the folder that proxydet train or quickstart wrote",
+            f"there is no configuration {path}",
+            hint="give the config.yaml of a run that proxydet train or quickstart wrote",
             path=path,
         )
     content: dict[str, Any] = load_mapping(path)

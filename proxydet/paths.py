@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from proxydet.errors import EnvironmentProblem
+from proxydet.errors import EnvironmentProblem, InputError
 
 
 def _from_environment(variable: str, default: Path) -> Path:
@@ -63,3 +63,36 @@ def cache_folder(kind: str) -> Path:
             ) from error
         user_cache = Path()
     return _from_environment("PROXYDET_CACHE", user_cache / "proxydet") / kind
+
+
+QUICKSTARTS_RUN = "run"
+"""The run folder inside the folder of a quickstart."""
+
+
+def run_in(folder: Path) -> Path:
+    """The run folder itself; for the folder of a quickstart the one inside it."""
+    inner = folder / QUICKSTARTS_RUN
+    known = [(place / "config.yaml").is_file() for place in (folder, inner)]
+    return inner if known == [False, True] else folder
+
+
+def require_run(folder: Path) -> Path:
+    """Return the run folder that a path means; see `run_in`.
+
+    Raises:
+        InputError: There is no such folder, or no run in it.
+    """
+    if not folder.is_dir():
+        raise InputError(
+            f"there is no run folder {folder}",
+            hint="make one with: proxydet quickstart, or proxydet train",
+            path=folder,
+        )
+    found = run_in(folder)
+    if not (found / "config.yaml").is_file():
+        raise InputError(
+            f"{folder} is no run folder: it has no config.yaml",
+            hint="give the folder that proxydet train or quickstart wrote",
+            path=folder,
+        )
+    return found

@@ -35,6 +35,11 @@ class EvalOptions:
 
     def check(self) -> None:
         """Raise ConfigError where options contradict each other or something is missing."""
+        if self.split not in ("val", "train"):
+            raise ConfigError(
+                f"--split is {self.split!r}; it can be val or train.",
+                hint="to evaluate on other images, name their annotations as [val] in a data description",
+            )
         if self.results is not None and (self.run or self.weights or self.tta):
             raise ConfigError(
                 "--results are scored as they are; --run, --weights and --tta make new ones.",
@@ -135,7 +140,7 @@ def read_description(options: EvalOptions) -> DatasetDescription:
 
 
 def _description_path(options: EvalOptions) -> Path:
-    from proxydet.paths import datasets_folder
+    from proxydet.paths import datasets_folder, require_run
 
     if options.data is not None:
         path = Path(options.data)
@@ -145,7 +150,8 @@ def _description_path(options: EvalOptions) -> Path:
     if options.run is not None:
         from proxydet.recipes import resolve_config
 
-        found = resolve_config(None, options.run / "config.yaml", []).data.description
+        config = require_run(options.run) / "config.yaml"
+        found = resolve_config(None, config, []).data.description
         if found is not None:
             return found
     return datasets_folder() / "lvis.toml"

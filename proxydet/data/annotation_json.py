@@ -113,8 +113,10 @@ def read_annotations(path: Path) -> AnnotationDocument:
             path=path,
         ) from error
     except (OSError, ValueError) as error:
+        # An empty file cannot be mapped, which Python says in its own words.
+        reason = "it is empty" if isinstance(error, ValueError) else error
         raise DataError(
-            f"cannot read {path}: {error}",
+            f"cannot read {path}: {reason}",
             hint="check that it is a file that you may read",
             path=path,
         ) from error

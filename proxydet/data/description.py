@@ -158,7 +158,12 @@ class DatasetDescription:
         Raises:
             DataError: it is neither ``train`` nor ``val``, or the description has no such table.
         """
-        found = {"train": self.train, "val": self.val}.get(name)
+        splits = {"train": self.train, "val": self.val}
+        found = splits.get(name)
+        if name not in splits:
+            raise DataError(
+                f"there is no split {name!r}", hint="a data description has train and val"
+            )
         if found is None:
             raise DataError(
                 f"the data set {self.name!r} has no [{name}] table",

@@ -12,13 +12,17 @@ from typing import Any
 
 from proxydet.config import to_mapping
 from proxydet.config_text import dump_yaml
+from proxydet.data.annotation_json import read_annotations
 from proxydet.data.description import DatasetDescription
-from proxydet.errors import InputError
+from proxydet.errors import DataError, InputError
 from proxydet.training.checkpoint import CheckpointFolder
 from proxydet.training.cluster import Topology
 from proxydet.training.estimate import Estimate, estimate_run
 from proxydet.training.runfolder import RunFolder
 from proxydet.training.train import RunSettings, scale_run
+
+# Annotation files up to this are looked into; it takes well under a second.
+_LARGEST_READ = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +105,7 @@ class TrainingPlan:
             f"  {shlex.join(self.command)}",
         ]
         if self.missing:
-            lines += ["", f"{len(self.missing)} missing: training cannot start yet."]
+            lines += ["", f"{len(self.missing)} missing or unusable: training cannot start yet."]
         return "\n".join(lines)
 
 
@@ -169,7 +173,7 @@ def _data_needs(description: DatasetDescription, config: RunSettings) -> list[Ne
         needs.append(Need(what="training annotations", path="", present=False, problem=text))
     for name, split in (("training", description.train), ("validation", description.val)):
         if split is not None:
-            needs.append(_need(f"{name} annotations", split.annotations))
+            needs.append(_annotations(f"{name} annotations", split.annotations))
             needs += [_need(f"{name} images", root) for root in split.roots]
     labels = description.image_labels
     if config.data.image_labels is not None and labels is not None:
@@ -182,8 +186,29 @@ def _need(what: str, path: Path) -> Need:
     return Need(what=what, path=str(path), present=path.exists())
 
 
+def _annotations(what: str, path: Path) -> Need:
+    """Look into an annotation file, unless it is a large one."""
+    if not path.is_file() or path.stat().st_size > _LARGEST_READ:
+        return _need(what, path)
+    try:
+        document = read_annotations(path)
+    except DataError as error:
+        problem = error.message
+    else:
+        entries = {
+            "images": document.images,
+            "annotations": document.annotations,
+            "categories": document.categories,
+        }
+        lacking = [name for name, found in entries.items() if not found]
+        problem = f"it holds no {' and no '.join(lacking)}" if lacking else ""
+    return Need(what=what, path=str(path), present=not problem, problem=problem)
+
+
 def _mark(need: Need) -> str:
-    return "there" if need.present else "MISSING"
+    if need.present:
+        return "there"
+    return "UNUSABLE" if need.problem and need.path else "MISSING"
 
 
 def _place(need: Need) -> str:

@@ -129,6 +129,7 @@ def show(  # noqa: PLR0913 one parameter an option
     json: Json = False,
 ) -> None:
     """Show what each class resembles, whether it counts as base or novel and why, what is too alike, and what CLIP would cut."""
+    from proxydet.paths import require_run
     from proxydet.vocabulary.comparison import compare
     from proxydet.vocabulary.lengths import names_too_long
     from proxydet.vocabulary.vocabulary import Vocabulary
@@ -139,7 +140,7 @@ def show(  # noqa: PLR0913 one parameter an option
     reference = (
         _open(against or "lvis", encoder)
         if run is None
-        else Vocabulary.load(run / "vocabulary.npz")
+        else Vocabulary.load(require_run(run) / "vocabulary.npz")
     )
     shown = _open(vocabulary, encoder, known=reference)
     report = compare(

@@ -29,7 +29,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         tmp_path, "training.weights=/absent/w.pth", f"data.description={tmp_path}/no.toml"
     )
     assert [need.what for need in absent.missing] == ["starting weights", "data description"]
-    assert "2 missing: training cannot start yet." in absent.to_text()
+    assert "2 missing or unusable: training cannot start yet." in absent.to_text()
 
 
 def test_a_description_is_looked_through(tmp_path: Path) -> None:
@@ -51,6 +51,33 @@ def test_a_description_is_looked_through(tmp_path: Path) -> None:
     path.write_text("name = 3\n")
     broken = plan(tmp_path, f"data.description={path}").missing
     assert "name must be text" in broken[0].problem
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "cup"}]}', "it holds no images and no annotations"),
+        ('{"images": [{"id": 1, "width": 2, "height": 2, "file_name": "a"}], "annotations": [], "categories": []}', "it holds no annotations and no categories"),
+        ("{", "ends in the middle of its JSON"),
+        ("", "it is empty"),
+    ],
+)  # fmt: skip
+def test_an_empty_or_broken_annotation_file_is_told(
+    tmp_path: Path, content: str, problem: str
+) -> None:
+    (tmp_path / "a.json").write_text(content)
+    path = tmp_path / "d.toml"
+    path.write_text(
+        'name = "d"\n[vocabulary]\nembeddings = "d.toml"\n'
+        '[train]\nannotations = "a.json"\nimages = "."\n'
+    )
+    planned = plan(tmp_path, f"data.description={path}")
+    (need,) = planned.missing
+    assert need.what == "training annotations"
+    assert problem in need.problem
+    text = planned.to_text()
+    assert "UNUSABLE training annotations" in text
+    assert "1 missing or unusable: training cannot start yet." in text
 
 
 def test_the_command_and_the_scaled_configuration(tmp_path: Path) -> None:

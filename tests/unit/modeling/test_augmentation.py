@@ -10,9 +10,10 @@ import torch
 
 from proxydet.detector import Detector
 from proxydet.errors import ConfigError
-from proxydet.modeling.augmentation import View
+from proxydet.modeling.augmentation import Look, View
 from proxydet.modeling.config import InferenceConfig
 from proxydet.modeling.prediction import Prediction
+from proxydet.modeling.roi_heads import Scene
 
 LOW = InferenceConfig(score_threshold=0.05, max_detections=30)
 
@@ -167,3 +168,16 @@ def test_half_precision_needs_a_gpu(lively_network, tiny) -> None:
     settings = dataclasses.replace(LOW, precision="fp16")
     with pytest.raises(ConfigError, match="needs a GPU"):
         lively_network.detect([tiny.image(64, 64)], settings=settings)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_boxes_go_into_a_view_and_back(mirrored: bool) -> None:
+    reference, own = (
+        Scene(features=[], sizes_B2=torch.tensor([size])) for size in ([100.0, 200.0], [50.0, 80.0])
+    )
+    look = Look(scene=own, proposals=None, mirrored=mirrored)
+    boxes = torch.tensor([[20.0, 10.0, 60.0, 90.0]])
+    inside = look.from_reference(boxes, reference)
+    across = [56.0, 72.0] if mirrored else [8.0, 24.0]
+    torch.testing.assert_close(inside, torch.tensor([[across[0], 5.0, across[1], 45.0]]))
+    torch.testing.assert_close(look.to_reference(inside, reference), boxes)

@@ -9,24 +9,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
-from proxydet.data.classes import class_rows, load_vocabulary, open_split
+from proxydet.data.classes import class_rows, load_vocabulary, nearest, open_split
 from proxydet.data.config import DataConfig
 from proxydet.data.description import DatasetDescription
 from proxydet.data.reading import read_annotated_image
 from proxydet.data.run_lengths import to_mask
 from proxydet.data.stats import DatasetStats, PartStats, dataset_stats
 from proxydet.data.store import AnnotationStore, ImageRecord
-from proxydet.errors import DataError
+from proxydet.errors import ConfigError, DataError, VocabularyError
 from proxydet.reporting import SILENT, Progress
 from proxydet.visualization.drawing import DrawnObject, draw_objects
-from proxydet.visualization.plots import svg_of
+from proxydet.visualization.plots import long_tail_plot, svg_of
 from proxydet.visualization.report import Command, Picture, Report, Section, Table, write_report
 from proxydet.visualization.sheets import contact_sheet
 from proxydet.vocabulary.vocabulary import Vocabulary
@@ -36,15 +35,15 @@ if TYPE_CHECKING:
 
 Bools = npt.NDArray[np.bool_]
 
-_NOVEL, _BASE = "#c2410c", "#0f766e"
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewRequest:
     """Which images to draw."""
 
-    split: str = "train"
-    """``train`` or ``val``."""
+    split: Literal["train", "val"] = "train"
+    """Which part."""
     count: int = 12
     """How many images."""
     seed: int = 0
@@ -53,6 +52,14 @@ class PreviewRequest:
     """Draw only images on which this class is annotated."""
     augmented: bool = False
     """Draw what training sees (scaled, cropped, mirrored; no novel classes, no crowds) instead of what is annotated."""
+
+    def __post_init__(self) -> None:
+        """What training sees is drawn by its own plan, of its own part."""
+        if self.augmented and (self.split != "train" or self.class_name is not None):
+            raise ConfigError(
+                "what training sees (--augmented) cannot be chosen by split or class",
+                hint="leave --augmented out, or --split and --class",
+            )
 
 
 def preview_pictures(
@@ -103,7 +110,7 @@ def write_preview(
 
     Args:
         description: The data set.
-        path: ``.html``, or any picture format that Pillow writes.
+        path: ``.html``, ``.png``, ``.jpg`` or ``.webp``.
         request: Which images.
         cache: Folder of annotation stores; None means the user's cache folder.
         progress: Where to show the drawing.
@@ -112,7 +119,7 @@ def write_preview(
         DataError: a file cannot be used, or the picture format is unknown.
     """
     html = path.suffix.lower() in (".html", ".htm")
-    if not html and path.suffix.lower() not in Image.registered_extensions():
+    if not html and path.suffix.lower() not in _PICTURES:
         raise DataError(
             f"cannot write a picture of the kind {path.suffix!r}", hint="use .html, .png or .jpg"
         )
@@ -129,15 +136,22 @@ def _chosen_rows(
     store: AnnotationStore, vocabulary: Vocabulary, request: PreviewRequest
 ) -> npt.NDArray[np.int64]:
     candidates = np.arange(len(store))
-    if request.class_name is not None:
-        vocabulary.subset([request.class_name])
-        wanted = vocabulary.names.index(request.class_name.strip())
+    name = None if request.class_name is None else request.class_name.strip()
+    if name is not None:
+        if name not in vocabulary.names:
+            raise VocabularyError(
+                f"{name!r} is not a class of this data set.{nearest(name, vocabulary.names)}",
+                hint="proxydet data stats --classes lists them",
+            )
+        wanted = vocabulary.names.index(name)
         shown = class_rows(store, vocabulary)[store.column("category")] == wanted
         candidates = np.unique(store.column("image")[shown])
     if not len(candidates):
+        of_class = "" if name is None else f" with {name!r} on it"
+        other = "val" if request.split == "train" else "train"
         raise DataError(
-            f"there is no image to draw in {request.split} of this data set",
-            hint="look at what it holds: proxydet data stats",
+            f"there is no image{of_class} in {request.split} of this data set",
+            hint=f"look into the other part with --split {other}",
         )
     generator = np.random.default_rng(request.seed)
     chosen = generator.permutation(candidates)[: request.count]
@@ -255,7 +269,7 @@ def _page(stats: DatasetStats, pictures: list[Picture], request: PreviewRequest)
             Section(
                 title="Long tail",
                 text="Images of each class, most frequent first; a class without any has no mark.",
-                plots=[svg_of(long_tail_plot(part)) for part in stats.parts],
+                plots=[_long_tail(part) for part in stats.parts],
             ),
             Section(title=f"Images of {request.split}, {kind}", pictures=pictures),
             Section(
@@ -271,31 +285,21 @@ def _page(stats: DatasetStats, pictures: list[Picture], request: PreviewRequest)
     )
 
 
-def _row(part: PartStats) -> list[str]:
+def _row(part: PartStats) -> list[str | int]:
     base, novel = part.group(base=True), part.group(base=False)
     return [
         part.part,
-        str(part.images),
-        str(part.annotations),
+        part.images,
+        part.annotations,
         f"{base['occurring']} of {base['classes']}",
         f"{novel['occurring']} of {novel['classes']}",
-        str(part.images_without_annotations),
+        part.images_without_annotations,
     ]
 
 
-def long_tail_plot(part: PartStats) -> Figure:
-    """Plot the number of images of each class, most frequent first, base and novel in two colours."""
-    ordered = sorted(part.classes, key=lambda entry: -entry.images)
-    figure = Figure(figsize=(6.4, 2.6), layout="constrained")
-    axes = figure.add_subplot()
-    for base, colour, label in ((True, _BASE, "base"), (False, _NOVEL, "novel")):
-        points = [
-            (place, c.images) for place, c in enumerate(ordered, 1) if c.base == base and c.images
-        ]
-        if points:
-            axes.plot(*zip(*points, strict=True), ".", color=colour, label=label, markersize=4)
-            axes.legend(frameon=False)
-    axes.set_yscale("log")
-    axes.set(title=part.part, xlabel="class, by frequency", ylabel="images")
-    axes.grid(visible=True, alpha=0.3)
-    return figure
+def _long_tail(part: PartStats) -> str:
+    counts = {
+        name: [c.images for c in part.classes if c.base == base]
+        for name, base in (("base", True), ("novel", False))
+    }
+    return svg_of(long_tail_plot(counts, title=part.part))

@@ -215,16 +215,19 @@ def _build(
     paths = [folder / name for name in tars]
     count = min(processes or min(os.cpu_count() or 1, _MOST_PROCESSES), len(paths))
     scans: list[TarScan] = []
+    images = 0
     with progress.task("indexing tars", total=len(paths), unit="tars") as task:
         if count <= 1:
             for path in paths:
                 scans.append(scan_tar(path))
-                task.advance(images=len(scans[-1].names))
+                images += len(scans[-1].names)
+                task.advance(images=images)
         else:
             with ProcessPoolExecutor(count, initializer=quiet_worker) as pool:
                 for scan in pool.map(scan_tar, paths):
                     scans.append(scan)
-                    task.advance(images=len(scan.names))
+                    images += len(scan.names)
+                    task.advance(images=images)
     _write(target, folder, tars, scans)
 
 

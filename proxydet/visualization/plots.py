@@ -171,6 +171,33 @@ def paired_plot(
     return figure
 
 
+def long_tail_plot(groups: Mapping[str, Sequence[int]], *, title: str = "") -> Figure:
+    """Plot how often classes occur, most frequent first, on a logarithmic scale.
+
+    Args:
+        groups: For each group of classes, such as base and novel, the count of each class; a count of 0 has no mark.
+        title: What was counted.
+    """
+    ranked = sorted(((c, name) for name, counts in groups.items() for c in counts), reverse=True)
+    with _style():
+        figure = _figure(5.4, 2.6)
+        axes = figure.add_subplot()
+        for index, name in enumerate(groups):
+            points = [(rank, c) for rank, (c, of) in enumerate(ranked, 1) if of == name and c]
+            if points:
+                colour = PALETTE[index % len(PALETTE)]
+                axes.plot(*zip(*points, strict=True), ".", color=colour, label=name, markersize=5)
+        axes.set_yscale("log")
+        axes.set_ylim(0.8, max(10.0, 1.5 * (ranked[0][0] if ranked else 0)))
+        # Plain numbers: the settings switch matplotlib's own way of writing powers off.
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
+        axes.set(title=title, xlabel="class, by frequency", ylabel="images")
+        if axes.lines:
+            axes.legend()
+    return figure
+
+
 def running_mean(values: npt.ArrayLike, window: int) -> npt.NDArray[np.float64]:
     """Mean of the finite values among the last ``window`` ones at each place; NaN where there is none."""
     given = np.asarray(values, np.float64)

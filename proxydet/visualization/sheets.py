@@ -13,7 +13,7 @@ _GAP = 8
 def contact_sheet(
     pictures: Sequence[Image.Image], *, columns: int = 4, cell: int = 480
 ) -> Image.Image:
-    """Arrange pictures in a grid, each scaled to fit a square cell.
+    """Arrange pictures in a grid, each scaled to fit a square cell; a row is as high as its highest picture.
 
     Args:
         pictures: At least one picture.
@@ -24,13 +24,18 @@ def contact_sheet(
         An RGB picture.
     """
     columns = min(columns, len(pictures))
-    rows = -(-len(pictures) // columns)
-    step = cell + _GAP
-    sheet = Image.new("RGB", (columns * step + _GAP, rows * step + _GAP), _GROUND)
-    for index, picture in enumerate(pictures):
-        fitted = ImageOps.contain(picture.convert("RGB"), (cell, cell), Image.Resampling.LANCZOS)
-        row, column = divmod(index, columns)
-        left = _GAP + column * step + (cell - fitted.width) // 2
-        top = _GAP + row * step + (cell - fitted.height) // 2
-        sheet.paste(fitted, (left, top))
+    fitted = [
+        ImageOps.contain(picture.convert("RGB"), (cell, cell), Image.Resampling.LANCZOS)
+        for picture in pictures
+    ]
+    rows = [fitted[start : start + columns] for start in range(0, len(fitted), columns)]
+    heights = [max(picture.height for picture in row) for row in rows]
+    size = (columns * (cell + _GAP) + _GAP, sum(heights) + (len(rows) + 1) * _GAP)
+    sheet = Image.new("RGB", size, _GROUND)
+    top = _GAP
+    for row, height in zip(rows, heights, strict=True):
+        for column, picture in enumerate(row):
+            left = _GAP + column * (cell + _GAP) + (cell - picture.width) // 2
+            sheet.paste(picture, (left, top + (height - picture.height) // 2))
+        top += height + _GAP
     return sheet

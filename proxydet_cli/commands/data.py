@@ -134,7 +134,8 @@ def stats(
         output.data(
             None, f"\n{part.part}: " + ("classes" if classes else "most and least frequent")
         )
-        output.table([_class_row(entry) for entry in shown])
+        grouped = any(entry.frequency for entry in shown)
+        output.table([_class_row(entry, grouped=grouped) for entry in shown])
 
 
 @app.command(
@@ -147,13 +148,14 @@ def stats(
 def preview(  # noqa: PLR0913 - one parameter an option
     description: Description,
     output: Annotated[Path, typer.Option(help="A picture (.png, .jpg), or a page (.html).")],
-    split: Annotated[str, typer.Option(help="train or val.")] = "train",
+    split: Annotated[Literal["train", "val"], typer.Option(help="Which part.")] = "train",
     count: Annotated[int, typer.Option(min=1, max=500, help="How many images.")] = 12,
     seed: Annotated[int, typer.Option(min=0, help="Which images.")] = 0,
     class_name: Annotated[
         str | None, typer.Option("--class", help="Only images on which this class is annotated.")
     ] = None,
     augmented: Annotated[bool, typer.Option(help="As training sees them.")] = False,
+    cache: Cache = None,
     json: Json = False,
 ) -> None:
     """Draw images of a data set with their boxes, masks and classes."""
@@ -166,7 +168,7 @@ def preview(  # noqa: PLR0913 - one parameter an option
         split=split, count=count, seed=seed, class_name=class_name, augmented=augmented
     )
     found = DatasetDescription.from_toml(description)
-    path = write_preview(found, output, request, progress=show_progress())
+    path = write_preview(found, output, request, cache=cache, progress=show_progress())
     Output(json=json).data({"path": path}, str(path))
 
 
@@ -212,11 +214,11 @@ def _ends(part: PartStats, most: int = 5) -> list[ClassCount]:
     return occurring if len(occurring) <= 2 * most else [*occurring[:most], *occurring[-most:]]
 
 
-def _class_row(entry: ClassCount) -> dict[str, object]:
+def _class_row(entry: ClassCount, *, grouped: bool) -> dict[str, object]:
     return {
         "class": entry.name,
         "split": "base" if entry.base else "novel",
-        "frequency": entry.frequency,
+        **({"frequency": entry.frequency} if grouped else {}),
         "images": entry.images,
         "annotations": entry.annotations,
     }

@@ -8,7 +8,7 @@ from PIL import Image
 from proxydet.data.description import DatasetDescription
 from proxydet.data.images import read_image
 from proxydet.data_preview import PreviewRequest, preview_pictures, write_preview
-from proxydet.errors import DataError, VocabularyError
+from proxydet.errors import ConfigError, DataError, VocabularyError
 
 
 def described(path: Path) -> DatasetDescription:
@@ -41,9 +41,9 @@ def test_images_of_one_class(small_set: Path) -> None:
     request = PreviewRequest(class_name="dog")
     captions = [p.caption for p in preview_pictures(described(small_set), request)]
     assert sorted(captions) == ["3.png: 2 annotations", "4.png: 3 annotations"]
-    with pytest.raises(VocabularyError, match="'cow'"):
-        preview_pictures(described(small_set), PreviewRequest(class_name="cow"))
-    with pytest.raises(DataError, match="no image to draw in val"):
+    with pytest.raises(VocabularyError, match=r"'dogg' is not a class .* mean 'dog'"):
+        preview_pictures(described(small_set), PreviewRequest(class_name="dogg"))
+    with pytest.raises(DataError, match="no image with 'bird' on it in val"):
         preview_pictures(described(small_set), PreviewRequest(split="val", class_name="bird"))
 
 
@@ -85,5 +85,13 @@ def test_a_sheet_or_a_page_is_written(small_set: Path, tmp_path: Path) -> None:
     assert text.count("<svg") == 2
     assert text.count("data:image/") == 2
     assert "2 of 2" in text
-    with pytest.raises(DataError, match=r"'\.xyz'"):
-        write_preview(described(small_set), tmp_path / "s.xyz", PreviewRequest())
+    assert "mathdefault" not in text
+    for name in ("s.xyz", "s.gif"):
+        with pytest.raises(DataError, match=r"'\.(xyz|gif)'"):
+            write_preview(described(small_set), tmp_path / name, PreviewRequest())
+
+
+@pytest.mark.parametrize("choice", [{"split": "val"}, {"class_name": "dog"}])
+def test_what_training_sees_is_not_chosen(choice) -> None:
+    with pytest.raises(ConfigError, match="--augmented"):
+        PreviewRequest(augmented=True, **choice)

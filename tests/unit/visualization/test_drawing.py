@@ -145,7 +145,7 @@ def test_the_first_label_gets_the_first_choice() -> None:
 def test_a_sheet_holds_all_pictures() -> None:
     pictures = [Image.new("RGB", (40, 20), (250, 0, 0)) for _ in range(5)]
     sheet = contact_sheet(pictures, columns=3, cell=60)
-    assert sheet.size == (3 * 68 + 8, 2 * 68 + 8)
+    assert sheet.size == (3 * 68 + 8, 2 * 38 + 8), "a row is as high as its pictures"
     assert (np.asarray(sheet) == (250, 0, 0)).all(axis=2).sum() == 5 * 60 * 30
 
 
@@ -164,3 +164,11 @@ def test_labels_of_a_large_picture_can_be_read_on_a_screen() -> None:
     )
     ground = np.all(np.abs(np.asarray(drawn).astype(int) - colour_of("cup")) < 40, axis=2)
     assert ground[:1990, 2030].sum() > 14 * 6
+
+
+def test_a_sheet_of_wide_and_high_pictures() -> None:
+    wide, high = Image.new("RGB", (40, 20), (250, 0, 0)), Image.new("RGB", (20, 40), (0, 250, 0))
+    sheet = np.asarray(contact_sheet([wide, high, wide], columns=2, cell=60))
+    assert sheet.shape[:2] == (8 + 60 + 8 + 30 + 8, 2 * 68 + 8)
+    red = (sheet == (250, 0, 0)).all(axis=2)
+    assert np.flatnonzero(red.any(axis=1)).tolist() == [*range(23, 53), *range(76, 106)]

@@ -13,10 +13,10 @@ Ratios are curl's time divided by ours, pair by pair: 1.0 is as fast, more is fa
 from __future__ import annotations
 
 import argparse
+import hashlib
 import http.server
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -27,6 +27,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from proxydet.artifacts.digest import file_digest
+
+_COMMAND = "import sys; from proxydet_cli.main import main; sys.exit(main())"
+_DIGEST = (
+    'import hashlib,sys; print(hashlib.file_digest(open(sys.argv[1],"rb"),"sha256").hexdigest())'
+)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -69,7 +74,7 @@ def serve(path: str) -> None:
 
 
 def fetch(address: str, target: str, digest: str, connections: str) -> None:
-    """Fetch the file as `proxydet download` does; seconds and peak memory go to stdout."""
+    """Fetch the file as `proxydet download` does; the seconds go to stdout."""
     from proxydet.artifacts.http import Client
     from proxydet.artifacts.meter import Meter
     from proxydet.artifacts.patience import RateLimit
@@ -84,51 +89,84 @@ def fetch(address: str, target: str, digest: str, connections: str) -> None:
         wanted = Wanted(name="it", target=Path(target), addresses=(address,), sha256=digest or None)
         fetch_file(wanted, line, Meter(task), take_over=True)
     seconds = time.perf_counter() - started
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"transfer_s": seconds, "peak_mb": memory}))
+    print(json.dumps({"transfer_s": seconds}))
+
+
+def digest_memory(size: str) -> None:
+    """Compute the SHA-256 of so many MB without reading anything; the seconds go to stdout."""
+    block, digest = os.urandom(1_000_000), hashlib.sha256()
+    started = time.perf_counter()
+    for _ in range(int(size)):
+        digest.update(block)
+    print(json.dumps({"transfer_s": time.perf_counter() - started}))
 
 
 def timed(command: list[str], target: Path) -> dict[str, float]:
-    """Run a command; return its wall and CPU seconds and what it says of itself."""
-    target.unlink(missing_ok=True)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    """Run a command after removing what it makes; return wall and CPU seconds, peak memory, and what it says of itself."""
+    shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+    os.sync()
     started = time.perf_counter()
-    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert process.stdout is not None
+    out = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
     wall = time.perf_counter() - started
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0, f"{command} ended with {process.returncode}"
     said = json.loads(out) if out.startswith("{") else {}
-    return {"wall_s": wall, "cpu_s": cpu, **said}
+    return {
+        "wall_s": wall,
+        "cpu_s": usage.ru_utime + usage.ru_stime,
+        "peak_mb": usage.ru_maxrss / 1024,
+        **said,
+    }
+
+
+def catalogue(folder: Path, address: str, size: int, digest: str) -> Path:
+    """Write a catalogue with the file in it."""
+    path = folder / "catalogue.toml"
+    path.write_text(
+        f'[[artifacts]]\nname = "it"\ntitle = "it"\naddresses = ["{address}"]\nlicence = "none"\n'
+        f'target = "models/it.bin"\nsize = {size}\nsha256 = "{digest}"\n'
+    )
+    return path
 
 
 def measure(source: Path, folder: Path, runs: int) -> dict[str, list[dict[str, float]]]:
     """Fetch in turn by each way, ``runs`` times after one that is not counted."""
-    digest = file_digest(source)
+    digest, size = file_digest(source), source.stat().st_size
     me = [sys.executable, __file__]
     server = subprocess.Popen([*me, "--serve", str(source)], stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     try:
         address = f"http://127.0.0.1:{int(server.stdout.readline())}/file"
-        target = folder / "fetched.bin"
+        target, root = folder / "fetched.bin", folder / "root"
         curl = ["curl", "--silent", "--fail", "--output", str(target), address]
-        ways: dict[str, list[str]] = {
-            "curl": curl,
-            "proxydet, 1 connection": [*me, "--fetch", address, str(target), digest, "1"],
-            "proxydet, 4 connections": [*me, "--fetch", address, str(target), digest, "4"],
-            "curl then sync": ["sh", "-c", f"{' '.join(curl)} && sync {target}"],
-            "curl then sha256sum": [
-                "sh",
-                "-c",
-                f"{' '.join(curl)} && sha256sum {target} && sync {target}",
-            ],
-        }
+        command = [sys.executable, "-c", _COMMAND, "download", "it", "--yes", "--root", str(root)]
+        command += ["--catalogue", str(catalogue(folder, address, size, digest))]
+        ways: dict[str, tuple[list[str], Path]] = {
+            "curl": (curl, target),
+            "proxydet, 1 connection": ([*me, "--fetch", address, str(target), digest, "1"], target),
+            "proxydet, 4 connections": (
+                [*me, "--fetch", address, str(target), digest, "4"],
+                target,
+            ),
+            "proxydet download, 1 c.": ([*command, "--connections", "1"], root),
+            "SHA-256 alone": ([*me, "--digest", str(size // 1_000_000)], target),
+            "curl then sync": (["sh", "-c", f"{' '.join(curl)} && sync {target}"], target),
+            "curl then sha256, sync": (
+                ["sh", "-c", f"{' '.join(curl)} && {sys.executable} -c '{_DIGEST}' {target} && sync {target}"],
+                target,
+            ),
+        }  # fmt: skip
         results: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
         for run in range(runs + 1):
-            for name, command in ways.items():
-                result = timed(command, target)
+            for name, (words, made) in ways.items():
+                result = timed(words, made)
                 if run:
                     results[name].append(result)
-        target.unlink()
     finally:
         server.kill()
         server.wait()
@@ -186,7 +224,11 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    workers: dict[str, Callable[..., None]] = {"--serve": serve, "--fetch": fetch}
+    workers: dict[str, Callable[..., None]] = {
+        "--serve": serve,
+        "--fetch": fetch,
+        "--digest": digest_memory,
+    }
     if len(sys.argv) > 1 and sys.argv[1] in workers:
         workers[sys.argv[1]](*sys.argv[2:])
     else:

@@ -12,6 +12,7 @@ from proxydet.errors import ArtifactError
 from proxydet.reporting import SILENT, Progress
 
 _BLOCK = 1 << 20
+_WRITE_OUT = 8 << 20
 
 
 def file_digest(
@@ -52,7 +53,8 @@ class DigestFollower:
     """Computes the digest of a file behind its writer, in a thread of its own.
 
     Reading back what was just written costs little (it is still in memory), and needs no queue between the two, so
-    that memory does not grow when one is faster.
+    that memory does not grow when one is faster. What was read is sent on to the disk, so that little is left to wait
+    for when the file is complete.
 
     Args:
         descriptor: The open file, readable.
@@ -65,6 +67,8 @@ class DigestFollower:
         self._round = 0
         self._closed = False
         self._position = 0
+        self._written_out = 0
+        self._waited_for = False
         self._digest = hashlib.sha256()
         self._error: OSError | None = None
         self._thread = threading.Thread(target=self._run, name="digest", daemon=True)
@@ -76,7 +80,8 @@ class DigestFollower:
             if end < self._position:
                 self._begin()
             self._end = end
-            self._changed.notify_all()
+            if self._worth_a_step():
+                self._changed.notify_all()
 
     def restart(self) -> None:
         """Say that the file is written anew from its start."""
@@ -91,7 +96,10 @@ class DigestFollower:
             ArtifactError: The file could not be read back.
         """
         with self._changed:
+            self._waited_for = True
+            self._changed.notify_all()
             self._changed.wait_for(lambda: self._error is not None or self._position >= self._end)
+            self._waited_for = False
             if self._error is not None:
                 raise ArtifactError(
                     f"What was just written cannot be read back: {self._error}.",
@@ -108,13 +116,17 @@ class DigestFollower:
 
     def _begin(self) -> None:
         self._round += 1
-        self._position = 0
+        self._position = self._written_out = 0
         self._digest = hashlib.sha256()
+
+    def _worth_a_step(self) -> bool:
+        """Tell whether a whole block is there, or somebody waits for the rest: small steps wake two threads for little."""
+        return self._end - self._position >= (1 if self._waited_for else _BLOCK)
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._position < self._end)
+                self._changed.wait_for(lambda: self._closed or self._worth_a_step())
                 if self._closed:
                     return
                 this_round, digest, position = self._round, self._digest, self._position
@@ -139,5 +151,14 @@ class DigestFollower:
         with self._changed:
             if this_round == self._round:
                 self._position = position + len(block)
-                self._changed.notify_all()
+                self._write_out()
+                if self._waited_for:
+                    self._changed.notify_all()
         return True
+
+    def _write_out(self) -> None:
+        """Have the system begin to write what was read: the call returns at once, and errors show at the final sync."""
+        length = self._position - self._written_out
+        if length >= _WRITE_OUT and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, self._written_out, length, os.POSIX_FADV_DONTNEED)
+            self._written_out = self._position

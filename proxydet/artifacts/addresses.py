@@ -7,11 +7,13 @@ holds at every redirect. Nothing that may hold a secret (user names, query strin
 from __future__ import annotations
 
 import ipaddress
+import re
 from urllib.parse import quote, urlsplit
 
 from proxydet.errors import TransferError
 
 _MAX_LENGTH = 4096
+_NOT_PLAIN = re.compile(r"[\x00-\x20\x7f]")
 
 
 def check_address(address: str, *, pinned: bool, came_from: str | None = None) -> None:
@@ -81,7 +83,7 @@ def mirror_address(mirror: str, target: str) -> str:
 
 
 def _host(address: str, where: str) -> str:
-    if len(address) > _MAX_LENGTH or any(ord(c) <= 32 or ord(c) == 127 for c in address):
+    if len(address) > _MAX_LENGTH or _NOT_PLAIN.search(address):
         raise TransferError(f"{where} is too long or holds blanks or control characters.")
     try:
         parts = urlsplit(address)

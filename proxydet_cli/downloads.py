@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from proxydet.artifacts.artifact import Artifact
@@ -75,12 +76,20 @@ def plan_rows(plan: Plan) -> list[Row]:
 
 
 def plan_text(plan: Plan) -> str:
-    """Lay out a plan: the rows, what is to be fetched in all, and the room it takes."""
-    shown = [{**row, "to fetch": _size_of(row["to fetch"])} for row in plan_rows(plan)]
-    columns = ("name", "files", "state", "to fetch", "licence", "account")
-    rows = [{column: row[column] or "" for column in columns} for row in shown]
+    """Lay out a plan: the rows, their licences, what is to be fetched in all, and the room it takes."""
+    rows = plan_rows(plan)
+    columns = ("name", "files", "state", "to fetch", "account")
+    shown = [
+        {
+            **row,
+            "to fetch": _size_of(row["to fetch"]),
+            "account": urlsplit(str(row["account"] or "")).hostname,
+        }
+        for row in rows
+    ]
+    table = [{column: row[column] or "" for column in columns} for row in shown]
     unknown = f" and {plan.unknown_sizes} of unknown size" if plan.unknown_sizes else ""
-    lines = [aligned(rows, numeric=("files", "to fetch")), ""]
+    lines = [aligned(table, numeric=("files", "to fetch")), "", *_licences(rows), ""]
     lines.append(f"to fetch: {size_text(plan.bytes_to_fetch)}{unknown}")
     for need in plan.needs:
         more = " or more" if plan.unknown_sizes else ""
@@ -88,6 +97,14 @@ def plan_text(plan: Plan) -> str:
             f"room in {need.folder}: {size_text(need.needed)}{more} needed, {size_text(need.free)} free"
         )
     return "\n".join(lines)
+
+
+def _licences(rows: Sequence[Row]) -> list[str]:
+    """Return one line a licence with the names under it: too long for a column."""
+    names: dict[object, list[str]] = {}
+    for row in rows:
+        names.setdefault(row["licence"], []).append(str(row["name"]))
+    return ["licences:", *(f"  {', '.join(under)}: {licence}" for licence, under in names.items())]
 
 
 def plan_value(plan: Plan) -> dict[str, object]:

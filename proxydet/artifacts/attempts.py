@@ -234,7 +234,11 @@ class Attempts:
             self._begin_anew()
             reason = error.message.replace(part.path.name, wanted.target.name)
             message = f"What {source} served is not {wanted.name}: {reason}"
-            raise DigestError(message, hint=error.hint) from error
+            hint = (
+                error.hint
+                or "Its file was replaced, or something stands in between. Try another source with --mirror."
+            )
+            raise DigestError(message, hint=hint) from error
         return Received(sha256=digest, size=size, address=source, etag=etag, holds=holds)
 
 

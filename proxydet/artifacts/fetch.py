@@ -80,7 +80,9 @@ def fetch_all(items: Sequence[Item], job: Job) -> Report:
     """
     queue = _Queue([item.artifact for item in items], job)
     sizes = [item.to_fetch for item in items]
-    known = None if None in sizes else sum(size or 0 for size in sizes)
+    # What an earlier run fetched is counted as soon as it is taken up.
+    kept = sum(item.kept for item in items if item.must_fetch)
+    known = None if None in sizes else sum(size or 0 for size in sizes) + kept
     stop = job.line.client.stop
     try:
         if len(items) == 1:

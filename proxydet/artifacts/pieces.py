@@ -32,9 +32,8 @@ def fetch_pieces(client: Client, sink: Sink, request: Request) -> None:
         DiskFullError: There is no room.
     """
     round_ = _Round(client, sink, request)
-    count = min(client.settings.connections, len(round_.missing))
-    _logger.debug("%d pieces over %d connections", len(round_.missing), count)
-    run_workers([round_.work] * count, client.stop)
+    _logger.debug("%d pieces over %d connections", len(round_.missing), round_.connections)
+    run_workers([round_.work] * round_.connections, client.stop)
     if round_.errors:
         raise round_.errors[0]
     if client.stop.is_set():
@@ -51,13 +50,18 @@ class _Round:
         self._total = sink.part.record.total or 0
         self._piece = client.settings.piece_bytes
         self.missing = deque(sink.begin_pieces(self._piece))
+        self.connections = min(client.settings.connections, len(self.missing))
         self.errors: list[ProxydetError] = []
         self._begun: dict[int, int] = {}
         self._lock = threading.Lock()
         self._received = 0
 
     def work(self) -> None:
-        """Fetch missing pieces until none is left or an error ends the round."""
+        """Fetch missing pieces until none is left or an error ends the round.
+
+        A connection that gets nothing for long is given up as long as another is at work: some servers refuse more than
+        a few at a time.
+        """
         backoff = Backoff(self._client.settings, self._client.stop)
         seen = 0
         while (index := self._next()) is not None:
@@ -69,9 +73,18 @@ class _Round:
                 try:
                     backoff.failed(error, progress=progress)
                 except TransferError as final:
-                    self._fail(final)
+                    if not self._leave():
+                        self._fail(final)
+                    return
             except ProxydetError as error:
                 self._fail(error)
+        self._leave()
+
+    def _leave(self) -> bool:
+        """End one connection; tell whether another goes on."""
+        with self._lock:
+            self.connections -= 1
+            return self.connections > 0
 
     def _next(self) -> int | None:
         with self._lock:

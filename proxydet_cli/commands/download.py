@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -173,10 +174,12 @@ def _verify(downloader: Downloader, names: list[str], output: Output) -> None:
     rows = downloads.finding_rows(downloader.verify(names))
     output.data(rows, downloads.aligned(rows) if rows else "nothing is there")
     wrong = [str(row["name"]) for row in rows if row["verdict"] in ("damaged", "absent")]
+    root = downloader.options.root
+    where = "" if root is None else f" --root {shlex.quote(str(root))}"
     if wrong:
         raise DigestError(
             f"{len(wrong)} of {len(rows)} are damaged or absent: {', '.join(wrong[:5])}.",
-            hint=f"Run: proxydet download --force {' '.join(wrong[:5])}",
+            hint=f"Run: proxydet download --force {' '.join(wrong[:5])}{where}",
         )
 
 

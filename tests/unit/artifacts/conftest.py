@@ -44,6 +44,7 @@ class Served:
     content_range: Callable[[int, int, int], str] | None = None
     range_shift: int = 0  # serve other bytes than those asked for, saying so
     pause: float = 0.0  # seconds before each block
+    together: int = 1  # send nothing before so many have asked
     answers: list[tuple[int, dict[str, str]]] = field(
         default_factory=list
     )  # given first, one a request
@@ -166,6 +167,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         sent = 0
         if served.announced is not None:
             self.close_connection = True
+        while len(served.requests) < served.together and not self.server.closing.wait(0.01):
+            pass
         while sent < len(body):
             block = body[sent : sent + 16384]
             for limit in (served.drop_after, served.stall_after if served.stalls > 0 else None):

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from proxydet.artifacts.http import Client
+from proxydet.artifacts.partfile import PartFile, PartRecord
+from proxydet.reporting import SILENT
 from proxydet_cli import main
 
 ENTRY = """
@@ -104,6 +106,38 @@ def test_json_is_json(run, entry, body) -> None:
         rows[0]
     )
     assert json.loads(run("--verify", "--json")[1])[0]["verdict"] == "sound"
+
+
+def test_all_files_of_a_resumed_job_are_counted_whole(
+    run, entry, server, body, tmp_path, monkeypatch
+) -> None:
+    totals: dict[str, float | None] = {}
+
+    class Recorder:
+        def task(self, description, *, total=None, **_):
+            totals[description] = total
+            return SILENT.task(description)
+
+    monkeypatch.setattr("proxydet_cli.progress.show_progress", Recorder)
+    for name in ("one", "two"):
+        entry(name, body)
+    part = PartFile(tmp_path / "models/one.bin", take_over=True)
+    part.restart(PartRecord(address=server.address("/one"), total=len(body), validator='"v1"'))
+    part.append(body[:100_000])
+    part.close()
+    plan = json.loads(run("one", "two", "--dry-run", "--json")[1])
+    assert plan["bytes_to_fetch"] == 2 * len(body) - 100_000
+    assert run("one", "two", "--yes")[0] == 0
+    assert totals["all files"] == 2 * len(body)
+    assert server.files["/one"].sent == len(body) - 100_000
+
+
+def test_licences_are_told_once_each(run, entry, body) -> None:
+    entry("one", body)
+    entry("two", body)
+    out = run("one", "two", "--dry-run")[1]
+    assert out.count("CC0") == 1
+    assert "one, two: CC0" in out
 
 
 def test_nobody_there_to_agree(run, entry, server, body, monkeypatch) -> None:

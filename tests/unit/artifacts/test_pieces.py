@@ -69,6 +69,14 @@ def test_pieces_come_over_several_connections(fetch, server, body) -> None:
     assert all(request["If-Range"] == '"v1"' for request in served.requests[1:])
 
 
+def test_a_server_that_refuses_more_than_one_connection(fetch, server, body) -> None:
+    """Those that it refuses give up long before the one that it serves is done."""
+    fetch.settings = dataclasses.replace(fetch.settings, retries=2, longest_delay=0.001)
+    server.add("/f", body, most_at_once=1, pause=0.02)
+    fetch("/f")
+    done(fetch, body)
+
+
 def test_a_small_file_takes_one_request(fetch, server, body) -> None:
     served = server.add("/f", body[:50_000])
     fetch("/f")

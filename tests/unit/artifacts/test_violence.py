@@ -161,8 +161,9 @@ def test_without_locks_each_process_has_its_own_file(
         "fcntl.flock = flock\n"
     )  # fmt: skip
     monkeypatch.setattr(sys.modules[__name__], "SCRIPT", no_locks + SCRIPT)
-    processes = [start(pause=0.002) for _ in range(2)]
+    processes = [start(together=2) for _ in range(2)]
     assert [finish(process) for process in processes] == ["fetched", "fetched"]
+    assert len(server.files["/thing"].requests) == 2
     assert (tmp_path / "models/thing.bin").read_bytes() == body
 
 

@@ -109,6 +109,23 @@ class Catalogue:
                 found.setdefault(artifact.name, artifact)
         return tuple(found.values())
 
+    def name_of_source(self, path: Path) -> str | None:
+        """Return the name to download by which a file of the published layout comes, unpacked ones included.
+
+        Args:
+            path: Where the file is or should be, under any data root; told by how its path ends.
+        """
+        wanted = f"/{path.as_posix()}/"
+        for artifact in self.every():
+            places = [artifact.target]
+            if artifact.unpack is not None:
+                places += [f"{artifact.unpack.folder}/{p.path}" for p in artifact.unpack.provides]
+            # Without the first part, which stands for the data root whatever its name.
+            if any(f"/{place.partition('/')[2]}/" in wanted for place in places):
+                family = artifact.name.partition("/")[0]
+                return family if family in self.families else artifact.name
+        return None
+
     def _expand(self, name: str) -> Iterator[Artifact]:
         if name in self.groups:
             for inner in self.groups[name]:

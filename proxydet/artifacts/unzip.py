@@ -140,10 +140,6 @@ class _Work:
                 yield raw
             else:
                 yield from _inflated(inflate, raw, name)
-        if inflate is not None and not inflate.eof:
-            raise ArchiveError(
-                f"{name} in the archive is damaged: its compressed data ends in the middle."
-            )
 
     def _data_offset(self, name: str, entry: zipfile.ZipInfo) -> int:
         head = os.pread(self._descriptor, _LOCAL_HEADER.size, entry.header_offset)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from proxydet.data.advice import how_to_get
 from proxydet.data.classes import class_rows, load_vocabulary, open_split
 from proxydet.data.config import DataConfig
 from proxydet.data.description import DatasetDescription
@@ -107,7 +108,9 @@ class _Checker:
         self.findings.append(Finding(part=part, level=level, text=text, advice=advice))
 
     def _failed(self, part: str, error: InputError) -> None:
-        self._add(part, "error", error.message, error.hint or "")
+        absent = error.path is not None and not error.path.exists()
+        advice = how_to_get(error.path) if absent else None
+        self._add(part, "error", error.message, advice or error.hint or "")
 
     def _store(self, description: DatasetDescription, split: str) -> AnnotationStore | None:
         try:
@@ -135,7 +138,7 @@ class _Checker:
                 "warning",
                 f"{name} has {counts[0]} images and {counts[1]} annotations, the published file "
                 f"{_EXPECTED[name][0]} and {_EXPECTED[name][1]}",
-                "fine for a part of it; else get it again with: proxydet download",
+                f"fine for a part of it; else {how_to_get(description.split(split).annotations) or 'get it again'}",
             )
         if report.without_mask and store.has_masks:
             self._add(
@@ -151,27 +154,29 @@ class _Checker:
         return store
 
     def _images(self, store: AnnotationStore, roots: tuple[Path, ...], split: str) -> None:
-        problems: list[str] = []
-        absent = 0
+        problems: dict[int, str] = {}
         with (
             self.progress.task(
                 f"checking images of {split}", total=len(store), unit="images"
             ) as task,
             ThreadPoolExecutor(_READERS) as pool,
         ):
-            for problem in pool.map(
-                lambda row: _image_problem(store, row, roots, self.decode), range(len(store))
+            for row, problem in enumerate(
+                pool.map(
+                    lambda row: _image_problem(store, row, roots, self.decode), range(len(store))
+                )
             ):
                 task.advance()
                 if problem:
-                    problems.append(problem)
-        absent = len(problems)
-        if absent:
+                    problems[row] = problem
+        if problems:
+            row = next(iter(problems))
+            got = how_to_get(roots[0] / store.file_name(row))
             self._add(
                 split,
                 "error",
-                f"{absent} of {len(store)} images cannot be used, e.g.: {problems[0]}",
-                "get them with proxydet download, or correct 'images' in the description",
+                f"{len(problems)} of {len(store)} images cannot be used, e.g.: {problems[row]}",
+                f"{got or 'get them'}, or correct 'images' in the description",
             )
         elif len(store):
             seen = "were decoded and have the annotated size" if self.decode else "are there"

@@ -71,7 +71,7 @@ def _unprepared(root: Path, described: list[Path]) -> list[Finding]:
             _finding("root", "warning", text, "run: proxydet data prepare imagenet-lvis")
         )
     if not described and not findings:
-        advice = "proxydet download lvis coco metadata, then proxydet data prepare lvis"
+        advice = "run: proxydet download lvis coco metadata; then: proxydet data prepare lvis"
         findings.append(_finding("root", "error", "there is no data set in it", advice))
     count = len(described)
     if count:

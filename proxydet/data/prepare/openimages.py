@@ -256,7 +256,9 @@ def _rows(path: Path) -> Iterator[list[str]]:
             yield from (row for row in csv.reader(file) if row)
     except FileNotFoundError as error:
         raise DataError(
-            f"there is no table {path}", hint="get it with: proxydet download openimages", path=path
+            f"there is no table {path}",
+            hint="get it with: proxydet download openimages-val",
+            path=path,
         ) from error
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from proxydet.data.advice import how_to_get
 from proxydet.data.classes import load_vocabulary, open_split
 from proxydet.data.description import DatasetDescription
 from proxydet.data.label_sources import match_tars
@@ -144,7 +145,7 @@ class _Work:
         except OSError as error:
             raise DataError(
                 f"there is no {source} in the data root {self.root}",
-                hint="get it with proxydet download, or name another root by --root",
+                hint=f"{how_to_get(self.root / source) or 'get it'}, or name another root by --root",
                 path=self.root / source,
             ) from error
 
@@ -180,7 +181,7 @@ def _imagenet_lvis(work: _Work) -> None:
     if not tars.is_dir():
         raise DataError(
             f"there is no folder of tars {tars}",
-            hint="put the tars of ImageNet-21K there (n02691156.tar, ...); proxydet download imagenet-lvis says how",
+            hint="put the tars of ImageNet-21K there (n02691156.tar, ...); proxydet download imagenet-21k-lvis says how",
             path=tars,
         )
     path = work.description("lvis", description_text("lvis", image_labels=True))

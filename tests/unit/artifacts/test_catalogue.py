@@ -239,3 +239,33 @@ def test_artifacts_say_what_they_are() -> None:
     )
     assert not thing.pinned
     assert thing.file_name == "a"
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("sets/coco/train2017/000000000009.jpg", "coco-train2017"),
+        ("/data/coco/annotations/instances_val2017.json", "coco-annotations"),
+        ("lvis/lvis_v1_train.json", "lvis-train"),
+        ("imagenet/ImageNet-21K/n02691156.tar", "imagenet-21k-lvis"),
+        ("x/objects365/val/images/v1/patch3/a.jpg", "objects365-val-v1"),
+        ("x/metadata/coco_clip_a+cname.npy", "coco-embeddings"),
+        ("xcoco/train2017x/9.jpg", None),
+        ("mine/annotations.json", None),
+    ],
+)
+def test_where_a_file_of_the_layout_comes_from(catalogue, path, name) -> None:
+    assert catalogue.name_of_source(Path(path)) == name
+    assert name is None or catalogue.resolve([name])
+
+
+def test_hints_name_what_can_be_downloaded(catalogue, repository) -> None:
+    named = {
+        name
+        for folder in ("proxydet", "proxydet_cli")
+        for path in (repository / folder).rglob("*.py")
+        for name in re.findall(r"proxydet download ([a-z0-9][\w-]*)", path.read_text("utf-8"))
+    }
+    named -= {"puts", "says", "fills", "calls"}
+    assert {"imagenet-21k-lvis", "clip-vit-b32", "metadata", "openimages-val"} <= named
+    assert all(catalogue.resolve([name]) for name in named)

@@ -47,6 +47,20 @@ def test_missing_images_are_errors_with_advice(small_set: Path) -> None:
     assert all(f.advice for f in report.findings if f.level != "ok")
 
 
+def test_files_of_the_published_layout_are_named_as_they_are_downloaded(small_set: Path) -> None:
+    """Photographs, embeddings and annotations that are not there: the advice is a command."""
+    small_set.write_text(
+        small_set.read_text()
+        .replace('"embeddings.npy"', '"metadata/coco_clip_a+cname.npy"')
+        .replace('"train"', '"coco/train2017"')
+        .replace('"val.json"', '"lvis/lvis_v1_val.json"')
+    )
+    advice = {f.part: f.advice for f in check(small_set).findings if f.level == "error"}
+    assert "proxydet download coco-train2017" in advice["train"]
+    assert "proxydet download lvis-val" in advice["val"]
+    assert "proxydet download coco-embeddings" in advice["vocabulary"]
+
+
 def test_decoding_finds_what_looking_does_not(small_set: Path) -> None:
     Image.new("RGB", (5, 5)).save(small_set.parent / "train" / "3.png")
     assert check(small_set).sound

@@ -56,13 +56,13 @@ class Attempts:
         """
         self._settle_start()
         self._fetch()
+        doubtful = self._part.inherited > 0 or self._joined_blindly
         try:
             return self._checked()
         except DigestError as error:
-            if not self._part.inherited and not self._joined_blindly:
+            if not doubtful:
                 raise
             _logger.info("%s: %s Fetching it anew.", self._wanted.name, error.message)
-            self._begin_anew()
             self._fetch()
             return self._checked()
 

@@ -262,6 +262,15 @@ def test_members_that_overlap(place) -> None:
         place.unpack(".zip", bytes(data))
 
 
+@pytest.mark.parametrize("at", [0, 8])
+def test_a_zip_that_contradicts_its_table_of_contents(place, at) -> None:
+    """Signature or method in front of a member's bytes are other than in the table."""
+    data = bytearray(zipped({"photos/a": b"x" * 100}, zipfile.ZIP_STORED))
+    data[at] ^= 8
+    with pytest.raises(ArchiveError, match="contradicts"):
+        place.unpack(".zip", bytes(data))
+
+
 def test_a_damaged_header_in_a_tar(place) -> None:
     data = tarred({"photos/a": b"x"}).replace(b"photos/a", b"photos/e")
     with pytest.raises(ArchiveError, match="damaged"):

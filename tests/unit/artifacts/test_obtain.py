@@ -10,6 +10,7 @@ import os
 import shutil
 import threading
 import zipfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,7 @@ def states(plan) -> list[State]:
     return [item.state for item in plan.items]
 
 
+@cache  # a zip holds the time at which it was made
 def photos(count: int = 30) -> bytes:
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:

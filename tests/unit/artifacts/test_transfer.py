@@ -8,6 +8,7 @@ from email.utils import formatdate
 
 import pytest
 
+from proxydet.artifacts.partfile import PartFile, PartRecord
 from proxydet.artifacts.replies import NotThere
 from proxydet.errors import ArchiveError, DigestError, TransferError
 
@@ -212,13 +213,30 @@ def test_a_break_is_told_by_the_published_size_where_no_length_is_given(
 
 
 def test_wrong_bytes_never_get_the_name(fetch, server, body) -> None:
-    server.add("/f", body[::-1])
+    served = server.add("/f", body[::-1])
     with pytest.raises(DigestError) as caught:
         fetch("/f", pinned=body)
     failed(fetch)
     assert fetch.leftovers() == []
     assert "expected sha256" in caught.value.message
     assert caught.value.hint
+    assert len(served.requests) == 1
+
+
+def test_wrong_bytes_are_fetched_again_only_if_old_ones_were_among_them(
+    fetch, server, body
+) -> None:
+    """Old bytes that could not be used are no reason to doubt the new ones."""
+    served = server.add("/f", body[::-1])
+    for total, requests in ((len(body), 2), (len(body) + 1, 1)):
+        part = PartFile(fetch.target, take_over=True)
+        part.restart(PartRecord(address=server.address("/f"), total=total, validator='"v1"'))
+        part.append(body[:1000])
+        part.close()
+        served.requests.clear()
+        with pytest.raises(DigestError):
+            fetch("/f", pinned=body)
+        assert len(served.requests) == requests
 
 
 def test_the_next_address_is_tried(fetch, server, body) -> None:

@@ -140,7 +140,7 @@ def test_a_cut_journal_is_read_up_to_the_cut(place) -> None:
     staging.note("photos/001.jpg", staging.write("photos/001.jpg", 37, [FILES["photos/001.jpg"]]))
     staging.close()
     journal = place.data / ".archive.zip.unpacking" / ".journal"
-    journal.write_text(journal.read_text() + "12\tab")
+    journal.write_text(journal.read_text() + "12\t0123abcd\tphotos/00")
     again = Staging(place.data, "archive.zip", "d" * 64)
     again.close()
     assert set(again.done) == {"photos/001.jpg"}

@@ -294,6 +294,42 @@ class TestLeftovers:
             assert (part.frontier, part.record.validator) == (40, '"v"')
         assert len(list(tmp_path.iterdir())) == 2
 
+    def in_pieces(self, tmp_path: Path) -> PartFile:
+        """Pieces 0 and 2 of ten."""
+        part = PartFile(tmp_path / "f", take_over=True)
+        part.restart(PartRecord(address="a", total=100, validator='"v"'))
+        assert part.begin_pieces(10) == list(range(10))
+        for index in (0, 2):
+            part.write(index * 10, b"y" * 10)
+            part.finish_piece(index)
+        return part
+
+    def test_pieces_of_another_size_count_up_to_the_first_gap(self, tmp_path) -> None:
+        self.in_pieces(tmp_path).close()
+        with contextlib.closing(PartFile(tmp_path / "f", take_over=True)) as part:
+            assert (part.stored, part.frontier) == (20, 10)
+            assert part.begin_pieces(5) == list(range(2, 20))
+
+    def test_without_pieces_nothing_behind_the_first_gap_counts(self, tmp_path) -> None:
+        with contextlib.closing(self.in_pieces(tmp_path)) as part:
+            part.end_pieces()
+        assert kept_bytes(tmp_path / "f") == 10
+        with contextlib.closing(PartFile(tmp_path / "f", take_over=True)) as part:
+            assert (part.stored, part.frontier) == (10, 10)
+
+    def test_every_byte_is_on_the_disk_before_the_file_has_its_name(
+        self, tmp_path, monkeypatch
+    ) -> None:
+        seen: list[bool] = []
+        sync = os.fsync
+        monkeypatch.setattr(
+            os, "fsync", lambda fd: (seen.append((tmp_path / "f").exists()), sync(fd))
+        )
+        part = self.part(tmp_path, 100)
+        part.move_to_target()
+        assert seen == [False]
+        assert (tmp_path / "f").read_bytes() == b"x" * 100
+
     def test_without_the_lock_nothing_is_touched(self, tmp_path) -> None:
         self.part(tmp_path, 10).close()
         with contextlib.closing(PartFile(tmp_path / "f", take_over=False)) as part:

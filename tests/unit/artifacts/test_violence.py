@@ -317,6 +317,15 @@ class TestLeftovers:
         with contextlib.closing(PartFile(tmp_path / "f", take_over=True)) as part:
             assert (part.stored, part.frontier) == (10, 10)
 
+    def test_writes_that_the_system_takes_in_parts(self, tmp_path, monkeypatch) -> None:
+        write = os.pwrite
+        monkeypatch.setattr(os, "pwrite", lambda fd, data, at: write(fd, data[:3], at))
+        part = PartFile(tmp_path / "f", take_over=False)
+        part.restart(PartRecord(address="a", total=8))
+        part.append(b"abcdefgh")
+        part.move_to_target()
+        assert (tmp_path / "f").read_bytes() == b"abcdefgh"
+
     def test_every_byte_is_on_the_disk_before_the_file_has_its_name(
         self, tmp_path, monkeypatch
     ) -> None:

@@ -57,6 +57,10 @@ class DataConfig:
     """Images are repeated for the sake of classes that occur in less than this share of the annotated images; 0 repeats
     none. Image-label sources are never repeated."""
 
+    count_novel_classes: bool = True
+    """Whether the weights of the federated loss count the training images of novel classes too. On is published: it tells
+    training how frequent the classes are that it is not supposed to know. Off counts 0 for them."""
+
     flip_probability: float = 0.5
     """Probability of mirroring a training image left to right."""
 

@@ -185,7 +185,7 @@ def _open_data(config: DataConfig, progress: Progress) -> _Data:
         description=description,
         vocabulary=vocabulary,
         sources=sources,
-        counts=image_counts(store, vocabulary),
+        counts=image_counts(store, vocabulary, with_novel=config.count_novel_classes),
         digests=digests,
     )
 

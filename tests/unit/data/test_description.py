@@ -168,3 +168,15 @@ def test_declared_counts_stand_in_for_classes_that_were_removed(small_set: Path)
     description = DatasetDescription.from_toml(small_set)
     counts = image_counts(open_split(description, "train"), load_vocabulary(description))
     assert counts.tolist() == [4, 77, 1]
+
+
+@pytest.mark.parametrize(("counted", "expected"), [(True, [4, 2, 1]), (False, [4, 0, 1])])
+def test_training_counts_novel_classes_only_where_it_is_asked_to(
+    small_set: Path, counted: bool, expected: list[int]
+) -> None:
+    from proxydet.data.config import DataConfig
+    from proxydet.reporting import SILENT
+    from proxydet.training.train import _open_data
+
+    config = DataConfig(description=small_set, count_novel_classes=counted, workers=0)
+    assert _open_data(config, SILENT).counts.tolist() == expected

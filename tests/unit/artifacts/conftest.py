@@ -42,6 +42,8 @@ class Served:
     encoding: str | None = None
     redirect: str | None = None
     content_range: Callable[[int, int, int], str] | None = None
+    open_ended: bool = False  # serve ranges up to the end of the file, whatever was asked for
+    cut: int = 0  # leave out so many bytes at the end of each reply, and end it properly
     range_shift: int = 0  # serve other bytes than those asked for, saying so
     pause: float = 0.0  # seconds before each block
     together: int = 1  # send nothing before so many have asked
@@ -136,8 +138,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 if first >= total:
                     self._answer(416, {"Content-Range": f"bytes */{total}"})
                     return
+                last = total - 1 if served.open_ended else last
                 first, last = first + served.range_shift, min(last + served.range_shift, total - 1)
-        body = served.body[first : last + 1]
+        body = served.body[first : last + 1 - served.cut]
         self.send_response(206 if partial else 200)
         if partial:
             text = served.content_range or (lambda a, b, n: f"bytes {a}-{b}/{n}")

@@ -98,6 +98,29 @@ def test_a_file_that_changes_in_the_middle_is_never_mixed(fetch, server, body) -
     done(fetch, new)
 
 
+@pytest.mark.parametrize("etag", ['"v2"', '"v1"'])
+def test_another_version_is_noticed_by_its_name_or_size(fetch, server, body, etag) -> None:
+    """The server does not heed If-Range: only the head of its reply tells."""
+    other = bytes(len(body) + (etag == '"v1"'))
+    versions = [(body, '"v1"')] * 3 + [(other, etag)] * 40
+    server.add("/f", body, heed_if_range=False, versions=versions)
+    fetch("/f")
+    assert fetch.target.read_bytes() == other
+
+
+def test_a_server_that_sends_more_than_asked_for_is_not_listened_to(fetch, server, body) -> None:
+    served = server.add("/f", body, open_ended=True)
+    fetch("/f")
+    done(fetch, body)
+    assert served.sent < 6 * len(body)
+
+
+def test_pieces_that_end_early_are_asked_for_again(fetch, server, body) -> None:
+    server.add("/f", body, later={3: {"cut": 100, "chunked": True}, 7: {"cut": 0}})
+    fetch("/f")
+    done(fetch, body)
+
+
 def test_without_a_version_one_connection_is_used(fetch, server, body) -> None:
     served = server.add("/f", body, etag=None)
     fetch("/f")

@@ -8,9 +8,10 @@ from email.utils import formatdate
 
 import pytest
 
+from proxydet.artifacts.http import Client
 from proxydet.artifacts.partfile import PartFile, PartRecord
 from proxydet.artifacts.replies import NotThere
-from proxydet.errors import ArchiveError, DigestError, TransferError
+from proxydet.errors import ArchiveError, DigestError, DiskFullError, TransferError
 
 
 def done(fetch, body):
@@ -118,6 +119,18 @@ def test_a_check_that_sees_every_byte_allows_joining_too(fetch, server, body) ->
     assert fetch("/f", check=check, check_sees_all=True).holds == "all there"
     done(fetch, body)
     assert served.sent == len(body)
+
+
+def test_a_check_that_finds_no_room_does_not_condemn_the_file(fetch, server, body) -> None:
+    server.add("/f", body)
+
+    def check(_) -> str:
+        raise DiskFullError("no room")
+
+    with pytest.raises(DiskFullError, match="no room"):
+        fetch("/f", check=check)
+    failed(fetch)
+    assert len(fetch.leftovers()) == 2, "the bytes are kept for the next time"
 
 
 def test_a_file_that_changes_at_every_request_is_given_up(fetch, server, body) -> None:
@@ -253,7 +266,7 @@ def test_bytes_of_one_address_are_continued_at_the_next_only_with_a_digest(
     for pinned in (True, False):
         fetch.task.count = 0
         server.add("/first", body, drop_after=100_000, ranges=False)
-        second = server.add("/second", body)
+        second = server.add("/second", body, etag='"another"')
         fetch("/first", "/second", pinned=body if pinned else None)
         done(fetch, body)
         assert second.sent == (200_000 if pinned else 300_000)
@@ -360,6 +373,19 @@ def test_an_empty_file(fetch, server) -> None:
 def test_an_unreachable_server_is_told_soon(fetch) -> None:
     with pytest.raises(TransferError, match="could not be reached"):
         fetch("http://127.0.0.1:9/f")
+
+
+def test_a_host_that_did_not_answer_is_tried_once_for_the_next_address(fetch, monkeypatch) -> None:
+    asked: list[str] = []
+    send = Client.open
+    monkeypatch.setattr(
+        Client,
+        "open",
+        lambda self, request: (asked.append(request.address), send(self, request))[1],
+    )
+    with pytest.raises(TransferError):
+        fetch("http://127.0.0.1:9/a", "http://127.0.0.1:9/b")
+    assert [address[-1] for address in asked] == ["a"] * fetch.settings.retries + ["b"]
 
 
 def test_the_speed_limit_holds(fetch, server, body) -> None:

@@ -19,6 +19,7 @@ import pytest
 
 from proxydet.artifacts.files import FileLock, disk_errors
 from proxydet.artifacts.partfile import PartFile, PartRecord, kept_bytes
+from proxydet.artifacts.patience import Stopped
 from proxydet.errors import ArtifactError, DiskFullError
 
 CATALOGUE = """
@@ -316,6 +317,13 @@ class TestLeftovers:
         assert kept_bytes(tmp_path / "f") == 10
         with contextlib.closing(PartFile(tmp_path / "f", take_over=True)) as part:
             assert (part.stored, part.frontier) == (10, 10)
+
+    def test_a_thread_that_was_left_behind_cannot_write_any_more(self, tmp_path) -> None:
+        """The descriptor's number may belong to another file by then."""
+        part = self.part(tmp_path, 10)
+        part.close()
+        with pytest.raises(Stopped):
+            part.write(10, b"late")
 
     def test_writes_that_the_system_takes_in_parts(self, tmp_path, monkeypatch) -> None:
         write = os.pwrite

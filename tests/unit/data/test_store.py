@@ -46,6 +46,20 @@ def open_one(write_json: Write, tmp_path: Path, *annotations: Any, **image: Any)
     )
 
 
+def test_records_that_are_read_in_several_chunks(
+    write_json: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Polygons keep their points, and the report its places, across chunks."""
+    monkeypatch.setattr("proxydet.data.store_build._CHUNK", 2)
+    boxes = [[float(i), 1, 2 + i, 3] for i in range(5)]
+    entries: list[Any] = [annotation(i + 1, 1, 3, box) for i, box in enumerate(boxes)]
+    store = open_one(write_json, tmp_path, *entries[:3], "no record", *entries[3:])
+    for row, entry in enumerate(entries):
+        (polygon,) = store.polygons(row)
+        assert polygon.tolist() == entry["segmentation"][0]
+    assert store.report.examples == {"annotation record not readable": ["position 3"]}
+
+
 def test_columns_hold_what_the_json_says(write_json: Write, tmp_path: Path) -> None:
     images = [
         {"id": 20, "coco_url": "http://images.cocodataset.org/val2017/000020.jpg", "height": 8, "width": 9,

@@ -173,14 +173,15 @@ class CenterNet(nn.Module):
             points_M2 = cell_centres(height, width, stride, heatmap.device)
             sides_BM4 = distances.detach().float().flatten(2).transpose(1, 2)
             sides_BK4 = stride * sides_BM4.gather(1, cells_BK[:, :, None].expand(-1, -1, 4))
-            boxes.append(_boxes_around(points_M2[cells_BK], sides_BK4))
+            boxes.append(boxes_around(points_M2[cells_BK], sides_BK4))
             scores.append(torch.where(best_BK > self.config.score_floor, best_BK.sqrt(), 0.0))
         scores_BN, order_BN = torch.cat(scores, dim=1).sort(dim=1, descending=True, stable=True)
         boxes_BN4 = torch.cat(boxes, dim=1).gather(1, order_BN[:, :, None].expand(-1, -1, 4))
         return boxes_BN4, scores_BN
 
 
-def _boxes_around(points: Tensor, sides: Tensor) -> Tensor:
+def boxes_around(points: Tensor, sides: Tensor) -> Tensor:
+    """Return the boxes (..., 4) whose sides have the given distances (..., 4) from points (..., 2), in pixels."""
     top_left = points - sides[..., :2]
     bottom_right = torch.maximum(points + sides[..., 2:], top_left + _SMALLEST_SIDE)
     return torch.cat([top_left, bottom_right], dim=-1)

@@ -239,7 +239,7 @@ class ProxyDetNetwork(nn.Module):
             looks.append(Look(scene=scene, proposals=proposals, mirrored=view.mirrored))
         stage = Stage(
             heads=self.roi_heads,
-            classifiers=self._classifiers(),
+            classifiers=self.classifiers(),
             classes=self._class_text(vocabulary),
             proposals=self.config.proposals,
             settings=settings,
@@ -255,7 +255,7 @@ class ProxyDetNetwork(nn.Module):
     ) -> list[Prediction]:
         scene, proposals = self._look(images, settings)
         regions = self.roi_heads.embed(scene, _as_regions(proposals))
-        found = detect_classes([regions], classes, self._classifiers(), settings)
+        found = detect_classes([regions], classes, self.classifiers(), settings)
         masks = self.roi_heads.mask_probabilities if settings.masks else None
         return assemble_predictions(found, scene, original_sizes, masks)
 
@@ -276,7 +276,8 @@ class ProxyDetNetwork(nn.Module):
             )
         check_images(images)
 
-    def _classifiers(self) -> list[ZeroShotClassifier]:
+    def classifiers(self) -> list[ZeroShotClassifier]:
+        """Return the classifiers whose scores inference fuses, in the order that `detect_classes` takes them."""
         detection, mixup = self.roi_heads.detection, self.roi_heads.mixup
         classifiers = [detection.classifier(step) for step in range(len(detection))]
         return classifiers if mixup is None else [*classifiers, mixup.classifier(len(mixup) - 1)]

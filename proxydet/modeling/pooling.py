@@ -31,8 +31,7 @@ class RegionPooler(nn.Module):
         super().__init__()
         self.levels = config.pool_levels
         self.side = side
-        self._canonical = (config.canonical_size, config.canonical_level)
-        self._sampling_ratio = config.sampling_ratio
+        self.config = config
         # detectron2's own layer, so that a repair of its roi_align reaches this one. On a CPU there is nothing to
         # repair (no atomics), and a faster way; the published rounding is kept where it is asked for.
         self.level_poolers = nn.ModuleList(
@@ -75,7 +74,7 @@ class RegionPooler(nn.Module):
         if len(self.levels) == 1:
             yield from (self._pool_level(0, features[0], rois) for rois in parts)
             return
-        position_N = self._level(boxes_N4) - self.levels[0]
+        position_N = self.level(boxes_N4) - self.levels[0]
         positions_L = torch.arange(len(self.levels), device=boxes_N4.device)
         counts = torch.stack(
             [(own[:, None] == positions_L).sum(dim=0) for own in position_N.split(size)]
@@ -98,13 +97,14 @@ class RegionPooler(nn.Module):
                 rois_N5,
                 side=self.side,
                 scale=1.0 / 2 ** self.levels[position],
-                sampling_ratio=self._sampling_ratio,
+                sampling_ratio=self.config.sampling_ratio,
             )
         pooled: Tensor = self.level_poolers[position](maps, rois_N5)
         return pooled
 
-    def _level(self, boxes_N4: Tensor) -> Tensor:
-        size, level = self._canonical
+    def level(self, boxes_N4: Tensor) -> Tensor:
+        """Return the level that each box is pooled from: int64 (N,)."""
+        size, level = self.config.canonical_size, self.config.canonical_level
         # The small number keeps empty boxes at a finite level and equals the published rounding.
         octaves_N = torch.log2(areas(boxes_N4).clamp(min=0).sqrt() / size + 1e-8)
         return torch.floor(level + octaves_N).clamp(self.levels[0], self.levels[-1]).long()

@@ -97,15 +97,35 @@ def detect_classes(
     """
     scorers = []
     for regions in views:
-        embeddings = [*regions.detection]
-        if regions.mixup_BRD is not None:
-            embeddings.append(regions.mixup_BRD)
-        _require_finite([*embeddings, regions.boxes_BR4, regions.mixup_boxes_BR4])
-        scorers.append(_Scorer(regions, embeddings, classes, classifiers, settings))
+        _require_finite([*_embeddings(regions), regions.boxes_BR4, regions.mixup_boxes_BR4])
+        scorers.append(_Scorer(regions, classes, classifiers, settings))
     search = _Search(scorers, views[0], settings)
     if settings.one_class_per_proposal:
         return search.select(search.best_classes(len(classes.base_C)))
     return search.select(search.candidates(len(classes.base_C)))
+
+
+def class_scores(
+    regions: RegionEmbeddings,
+    classes: ClassText,
+    classifiers: list[ZeroShotClassifier],
+    settings: InferenceConfig,
+) -> Tensor:
+    """Return the fused score of every class for every region: (N, C), padded regions included.
+
+    Args:
+        regions: What the heads know of the regions.
+        classes: What to look for.
+        classifiers: As `detect_classes` takes them.
+        settings: Fusion weights.
+    """
+    scorer = _Scorer(regions, classes, classifiers, settings)
+    return scorer.scores(slice(0, classes.text_DC.shape[1]))
+
+
+def _embeddings(regions: RegionEmbeddings) -> list[Tensor]:
+    mixup = [] if regions.mixup_BRD is None else [regions.mixup_BRD]
+    return [*regions.detection, *mixup]
 
 
 def _require_finite(results: list[Tensor | None]) -> None:
@@ -124,12 +144,11 @@ class _Scorer:
     def __init__(
         self,
         regions: RegionEmbeddings,
-        embeddings: list[Tensor],
         classes: ClassText,
         classifiers: list[ZeroShotClassifier],
         settings: InferenceConfig,
     ) -> None:
-        self._embeddings = [values.flatten(0, 1) for values in embeddings]
+        self._embeddings = [values.flatten(0, 1) for values in _embeddings(regions)]
         self._classifiers = classifiers
         self._steps = len(regions.detection)
         self._classes = classes

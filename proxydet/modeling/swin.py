@@ -8,7 +8,6 @@ Dimensions: B images, H and W tokens down and across, C channels, T tokens of a 
 
 from __future__ import annotations
 
-import math
 from typing import cast
 
 import proxydet.compat.d2  # noqa: F401
@@ -40,6 +39,11 @@ def from_windows(windows: Tensor, side: int, height: int, width: int) -> Tensor:
     channels = windows.shape[-1]
     grid = windows.view(-1, height // side, width // side, side, side, channels)
     return grid.transpose(2, 3).reshape(-1, height, width, channels)
+
+
+def _whole_windows(length: int, side: int) -> int:
+    """Round up to a multiple of ``side``, in whole numbers above 0 only: ONNX rounds quotients towards 0."""
+    return (length + side - 1) // side * side
 
 
 def relative_positions(side: int) -> Tensor:
@@ -109,7 +113,7 @@ class WindowAttention(nn.Module):
         bias = table.view(tokens, tokens, self.heads).permute(2, 0, 1)[None]
         if mask_NTT is not None:
             per_image = bias + mask_NTT[:, None]
-            bias = per_image.repeat(count // len(mask_NTT), 1, 1, 1)
+            bias = per_image.repeat(count // mask_NTT.shape[0], 1, 1, 1)
         bias = bias.to(query.dtype).expand(count, -1, -1, -1)
         attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         return cast(Tensor, self.proj(attended.transpose(1, 2).reshape(windows.shape)))
@@ -158,12 +162,14 @@ class SwinBlock(nn.Module):
 
     def _attend(self, maps_BHWC: Tensor, mask_NTT: Tensor) -> Tensor:
         height, width = maps_BHWC.shape[1:3]
-        down, right = -height % self.side, -width % self.side
-        padded = functional.pad(maps_BHWC, (0, 0, 0, right, 0, down))
+        full_height, full_width = _whole_windows(height, self.side), _whole_windows(width, self.side)
+        padded = functional.pad(
+            maps_BHWC, (0, 0, 0, full_width - width, 0, full_height - height)
+        )
         if self.shift:
             padded = padded.roll((-self.shift, -self.shift), dims=(1, 2))
         windows = self.attn(to_windows(padded, self.side), mask_NTT if self.shift else None)
-        attended = from_windows(windows, self.side, height + down, width + right)
+        attended = from_windows(windows, self.side, full_height, full_width)
         if self.shift:
             attended = attended.roll((self.shift, self.shift), dims=(1, 2))
         return attended[:, :height, :width]
@@ -207,7 +213,7 @@ class SwinStage(nn.Module):
 
     def forward(self, maps_BHWC: Tensor) -> tuple[Tensor, Tensor]:
         """Return this stage's maps, and what the next stage starts from."""
-        height, width = (math.ceil(size / self.side) * self.side for size in maps_BHWC.shape[1:3])
+        height, width = (_whole_windows(size, self.side) for size in maps_BHWC.shape[1:3])
         mask_NTT = shift_mask(height, width, self.side, maps_BHWC.device)
         for block in self.blocks:
             if self.checkpoint_activations and torch.is_grad_enabled():

@@ -1,0 +1,1 @@
+"""Detectors as files that run without detectron2: ONNX, and programs of torch.export."""

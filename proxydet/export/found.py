@@ -1,0 +1,124 @@
+"""What an exported detector found, in the pixels of the picture; numpy only.
+
+Dimensions: N detections, M distinct boxes, S side of a mask, H and W the picture, h and w as it went into the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+_MASK_THRESHOLD = 0.5
+
+Floats = npt.NDArray[np.float32]
+Integers = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Found:
+    """Everything that was found in one picture, best first; the fields are named as `proxydet.Detections`' are.
+
+    Attributes:
+        boxes_xyxy: float32 (N, 4), left, top, right, bottom in pixels of the picture.
+        scores: float32 (N,), descending.
+        class_ids: int64 (N,), places in the vocabulary, from 0.
+        labels: Class name of each detection.
+        image_size: Height and width of the picture in pixels.
+        mask_probs: float32 (M, S, S), probabilities inside the boxes.
+        mask_index: int64 (N,), the mask of each detection.
+    """
+
+    boxes_xyxy: Floats
+    scores: Floats
+    class_ids: Integers
+    labels: tuple[str, ...]
+    image_size: tuple[int, int]
+    mask_probs: Floats
+    mask_index: Integers
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def mask(self, index: int) -> Bools:
+        """Return a detection's mask in the picture: bool (H, W)."""
+        return paste(
+            self.mask_probs[self.mask_index[index]], self.boxes_xyxy[index], self.image_size
+        )
+
+    @property
+    def masks(self) -> Bools:
+        """All masks in the picture: bool (N, H, W), N * H * W bytes."""
+        pasted = np.zeros((len(self), *self.image_size), dtype=np.bool_)
+        for index in range(len(self)):
+            pasted[index] = self.mask(index)
+        return pasted
+
+
+def to_picture(
+    outputs: dict[str, npt.NDArray[Any]],
+    network_size: tuple[int, ...],
+    picture_size: tuple[int, ...],
+    names: Sequence[str],
+) -> Found:
+    """Scale boxes to the picture, and drop those that end up empty.
+
+    Args:
+        outputs: What the graph returned.
+        network_size: h and w.
+        picture_size: H and W.
+        names: The vocabulary's class names.
+    """
+    sizes = np.array(picture_size, dtype=np.float32)
+    bounds = np.tile(sizes[::-1], 2)
+    factors = np.tile((sizes / np.array(network_size, dtype=np.float32))[::-1], 2)
+    boxes_N4 = np.clip(outputs["boxes"] * factors, 0, bounds)
+    solid = (boxes_N4[:, 2] > boxes_N4[:, 0]) & (boxes_N4[:, 3] > boxes_N4[:, 1])
+    classes_N = outputs["classes"][solid]
+    return Found(
+        boxes_xyxy=boxes_N4[solid],
+        scores=outputs["scores"][solid],
+        class_ids=classes_N,
+        labels=tuple(names[index] for index in classes_N.tolist()),
+        image_size=(int(picture_size[0]), int(picture_size[1])),
+        mask_probs=outputs["masks"],
+        mask_index=outputs["mask_index"][solid],
+    )
+
+
+def paste(mask_SS: Floats, box_4: Floats, image_size: tuple[int, int]) -> Bools:
+    """Paste a mask into a picture: the probability at each pixel's centre, interpolated, at least one half.
+
+    Outside the mask the probability is 0; between the outermost cells' centres and the box it falls off towards that.
+
+    Args:
+        mask_SS: Probabilities in the cells of a grid over the box.
+        box_4: xyxy pixels, not empty.
+        image_size: H and W.
+
+    Returns:
+        bool (H, W).
+    """
+    height, width = image_size
+    rows, columns = (
+        slice(max(int(np.floor(box_4[axis])) - 1, 0), int(np.ceil(box_4[axis + 2])) + 1)
+        for axis in (1, 0)
+    )
+    down = _weights(range(*rows.indices(height)), box_4[1], box_4[3], len(mask_SS))
+    across = _weights(range(*columns.indices(width)), box_4[0], box_4[2], len(mask_SS))
+    pasted = np.zeros((height, width), dtype=np.bool_)
+    pasted[rows, columns] = down @ mask_SS @ across.T >= _MASK_THRESHOLD
+    return pasted
+
+
+def _weights(pixels: range, start: np.float32, end: np.float32, cells: int) -> Floats:
+    """Return how much each pixel of an axis takes from each cell: (pixels, cells)."""
+    centres = np.asarray(pixels, dtype=np.float32) + np.float32(0.5)
+    position = (centres - start) / (end - start) * cells - np.float32(0.5)
+    distance = np.abs(position[:, None] - np.arange(cells, dtype=np.float32))
+    weights: Floats = np.maximum(0, 1 - distance).astype(np.float32)
+    return weights

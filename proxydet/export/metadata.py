@@ -1,0 +1,67 @@
+"""What an exported file says of itself."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from proxydet.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportMetadata:
+    """Stored as JSON: in an ONNX file under the property ``proxydet``, in a torch program as the file ``proxydet.json``."""
+
+    proxydet_version: str
+    """Version that exported it."""
+    torch_version: str
+    """Version of torch that exported it."""
+    backbone: str
+    """``resnet`` or ``swin``."""
+    weights_sha256: str
+    """Digest of the weights: of names, shapes and values in the order of the names."""
+    embedding_dimension: int
+    """Dimensions that text embeddings must have."""
+    mixup_branch: bool
+    """Whether the scores of two branches are fused."""
+    alpha: float
+    """Weight of the mixup branch for base classes."""
+    beta: float
+    """Weight of the mixup branch for novel classes."""
+    nms_iou: float
+    """Overlap above which the lower-scored of two detections of one class is dropped."""
+    max_detections: int
+    """Detections at most."""
+    one_class_per_proposal: bool
+    """Whether only the best class of each box is kept."""
+    shortest: int
+    """Pictures are scaled so that their shortest side has this many pixels,"""
+    longest: int
+    """but the longest at most this many."""
+
+    def to_text(self) -> str:
+        """Return JSON."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_text(cls, text: str | None, path: Path) -> ExportMetadata:
+        """Read what `to_text` wrote.
+
+        Args:
+            text: JSON; None where the file has none.
+            path: The file that it comes from.
+
+        Raises:
+            InputError: There is none, or it is not complete.
+        """
+        hint = "make a file with: proxydet export"
+        if text is None:
+            raise InputError(f"{path} was not made by proxydet", hint=hint, path=path)
+        try:
+            content = json.loads(text)
+            return cls(**{field.name: content[field.name] for field in fields(cls)})
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path} was made by another version of proxydet, or is damaged", hint=hint, path=path
+            ) from error

@@ -1,0 +1,46 @@
+"""RoIAlign over the pyramid with shapes that do not depend on the boxes.
+
+The detector pools each box from its own level, level by level. Here every box is pooled from every level, but on levels
+that are not its own it is shrunk to a point, which adds no samples and so exactly nothing; the results are added up.
+
+Dimensions: N regions, C channels, S side of a pooled region.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchvision.ops import roi_align
+
+from proxydet.modeling.pooling import RegionPooler
+
+
+class ExportPooler(RegionPooler):
+    """Same values as `proxydet.modeling.pooling.RegionPooler`, by torchvision's operator.
+
+    Args:
+        pooler: The pooler to stand in for.
+    """
+
+    def __init__(self, pooler: RegionPooler) -> None:
+        super().__init__(pooler.config, pooler.side)
+
+    def forward(self, features: list[Tensor], boxes_N4: Tensor, image_N: Tensor) -> Tensor:
+        """Pool every box: (N, C, S, S)."""
+        level_N1 = self.level(boxes_N4)[:, None]
+        index_N1 = image_N[:, None].to(boxes_N4.dtype)
+        pooled = []
+        for level, maps in zip(self.levels, features, strict=True):
+            own_N4 = torch.where(level_N1 == level, boxes_N4, 0.0)
+            rois_N5 = torch.cat([index_N1, own_N4], dim=1)
+            pooled.append(
+                roi_align(
+                    maps,
+                    rois_N5,
+                    (self.side, self.side),
+                    spatial_scale=1.0 / 2**level,
+                    sampling_ratio=self.config.sampling_ratio,
+                    aligned=True,
+                )
+            )
+        return torch.stack(pooled).sum(dim=0)

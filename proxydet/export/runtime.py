@@ -1,0 +1,204 @@
+"""Runs an exported ONNX file. Needs numpy, Pillow and onnxruntime; neither torch nor detectron2.
+
+::
+
+    from proxydet.export.runtime import OnnxDetector
+
+    detector = OnnxDetector.from_file("detector.onnx")
+    found = detector.predict("desk.jpg", "kitchen.npz", score_threshold=0.3)
+
+Dimensions: N detections, M distinct boxes, S side of a mask, C classes, D embedding, H and W the picture, h and w as it
+goes into the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from proxydet.data.images import convert_image, read_image
+from proxydet.data.transforms import shortest_side
+from proxydet.errors import InputError, MissingDependencyError, NumericsError, VocabularyError
+from proxydet.export.found import Found, to_picture
+from proxydet.export.metadata import ExportMetadata
+from proxydet.vocabulary.vocabulary import Vocabulary
+
+Pixels = npt.NDArray[np.uint8]
+Picture = str | Path | Image.Image | Pixels
+Outputs = dict[str, npt.NDArray[Any]]
+
+INPUTS = ("image", "text", "base", "score_threshold")
+"""Names of the file's inputs."""
+
+OUTPUTS = ("boxes", "scores", "classes", "masks", "mask_index", "finite")
+"""Names of its outputs."""
+
+
+class OnnxDetector:
+    """A detector in an ONNX file.
+
+    Attributes:
+        metadata: What the file says of itself.
+        vocabulary: The classes in the ``.npz`` of the same name beside the file; None where there is none.
+    """
+
+    def __init__(self, session: Any, metadata: ExportMetadata, vocabulary: Vocabulary | None) -> None:
+        """Wrap a session; `from_file` makes one.
+
+        Args:
+            session: An ``onnxruntime.InferenceSession``.
+            metadata: Of the file.
+            vocabulary: What `predict` looks for where it is given nothing.
+        """
+        self._session = session
+        self.metadata = metadata
+        self.vocabulary = vocabulary
+
+    @classmethod
+    def from_file(
+        cls,
+        path: Path | str,
+        *,
+        threads: int | None = None,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+    ) -> OnnxDetector:
+        """Open a file of ``proxydet export --format onnx``.
+
+        Args:
+            path: The file.
+            threads: Threads of one operator; None: as many as onnxruntime likes.
+            providers: Where onnxruntime computes, best first.
+
+        Raises:
+            InputError: The file is absent, damaged, or was not made by proxydet.
+            MissingDependencyError: onnxruntime is not installed.
+        """
+        path = Path(path)
+        runtime = _onnxruntime()
+        if not path.is_file():
+            raise InputError(
+                f"there is no file {path}", hint="make one with: proxydet export", path=path
+            )
+        options = runtime.SessionOptions()
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        try:
+            session = runtime.InferenceSession(str(path), options, providers=list(providers))
+        except Exception as error:  # onnxruntime's errors have no base of their own
+            raise InputError(
+                f"onnxruntime cannot open {path}: {str(error).splitlines()[0]}",
+                hint="make it again with: proxydet export",
+                path=path,
+            ) from error
+        properties = session.get_modelmeta().custom_metadata_map
+        companion = path.with_suffix(".npz")
+        return cls(
+            session,
+            ExportMetadata.from_text(properties.get("proxydet"), path),
+            Vocabulary.load(companion) if companion.is_file() else None,
+        )
+
+    def predict(
+        self,
+        image: Picture,
+        vocabulary: Vocabulary | Path | str | None = None,
+        *,
+        score_threshold: float = 0.3,
+    ) -> Found:
+        """Find objects in a picture.
+
+        Args:
+            image: A file, a Pillow image, or uint8 (H, W, 3) RGB.
+            vocabulary: What to look for: a vocabulary, a file of ``proxydet vocab build`` or that was saved beside the
+                model; None takes the one beside the model. Which classes count as base is taken from it as it is.
+            score_threshold: Only detections that score above this, 0 to 1.
+
+        Raises:
+            InputError: The picture or the vocabulary cannot be used.
+            NumericsError: The network gave values that are not finite.
+        """
+        pixels = _as_pixels(image)
+        classes = self._classes(vocabulary)
+        scaled = shortest_side(
+            *pixels.shape[:2], shortest=self.metadata.shortest, longest=self.metadata.longest
+        ).image(pixels)
+        outputs = self.run(scaled, classes, score_threshold)
+        return to_picture(outputs, scaled.shape[:2], pixels.shape[:2], classes.names)
+
+    def run(self, scaled_hw3: Pixels, vocabulary: Vocabulary, score_threshold: float) -> Outputs:
+        """Run the file's graph on a picture that is scaled already.
+
+        Returns:
+            The outputs by name, boxes in the pixels of ``scaled_hw3``.
+
+        Raises:
+            NumericsError: The network gave values that are not finite.
+        """
+        values = (
+            np.ascontiguousarray(scaled_hw3),
+            vocabulary.embeddings,
+            vocabulary.base,
+            np.float32(score_threshold),
+        )
+        inputs = dict(zip(INPUTS, (np.asarray(value) for value in values), strict=True))
+        outputs = dict(zip(OUTPUTS, self._session.run(list(OUTPUTS), inputs), strict=True))
+        check_finite(outputs)
+        return outputs
+
+    def _classes(self, vocabulary: Vocabulary | Path | str | None) -> Vocabulary:
+        if vocabulary is None:
+            vocabulary = self.vocabulary
+        if vocabulary is None:
+            raise VocabularyError(
+                "nothing says what to look for: there is no vocabulary beside the model",
+                hint="give one of: proxydet vocab build; or export with --vocabulary",
+            )
+        if not isinstance(vocabulary, Vocabulary):
+            vocabulary = Vocabulary.load(vocabulary)
+        expected = self.metadata.embedding_dimension
+        if vocabulary.dimension != expected:
+            raise VocabularyError(
+                f"the vocabulary's embeddings have {vocabulary.dimension} dimensions, the model's have {expected}",
+                hint="embed the class names with the text encoder that the model was trained with",
+            )
+        return vocabulary
+
+
+def check_finite(outputs: Outputs) -> None:
+    """Refuse what a network with damaged weights gave.
+
+    Raises:
+        NumericsError: The network gave values that are not finite.
+    """
+    if not bool(outputs["finite"]):
+        raise NumericsError(
+            "the network gave values that are not finite", hint="the exported weights are damaged"
+        )
+
+
+def _as_pixels(image: Picture) -> Pixels:
+    if isinstance(image, str | Path):
+        return read_image(Path(image))
+    if isinstance(image, Image.Image):
+        return convert_image(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise InputError(
+            f"a picture as an array must be uint8 of shape (height, width, 3), not {image.dtype} {image.shape}"
+        )
+    return image
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependencyError(
+            "running an ONNX file needs the package onnxruntime, which is not installed",
+            hint="run: pip install onnxruntime",
+        ) from error
+    return onnxruntime

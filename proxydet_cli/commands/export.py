@@ -1,0 +1,101 @@
+"""``proxydet export``: a detector as a file that runs without detectron2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from proxydet_cli.detector_options import (
+    Classes,
+    NamesFile,
+    Run,
+    Sizes,
+    VocabularySource,
+    Weights,
+    check_choice,
+    chosen_vocabulary,
+)
+from proxydet_cli.options import Json, command_app, examples
+
+if TYPE_CHECKING:
+    from proxydet.export.exporter import ExportReport
+
+app = command_app()
+
+OutputFile = Annotated[
+    Path, typer.Option("--output", "-o", metavar="FILE", help="The file: .onnx or .pt2.")
+]
+FileFormat = Annotated[
+    Literal["onnx", "torch"] | None,
+    typer.Option(
+        "--format",
+        help="onnx, for onnxruntime; torch, a program of torch.export. [default: by the file's ending]",
+    ),
+]
+Check = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--check", metavar="PICTURE", help="Compare with the detector on this picture too; repeat."
+    ),
+]
+Opset = Annotated[int, typer.Option("--opset", metavar="N", help="ONNX operator set, 18 to 23.")]
+
+
+@app.command(
+    epilog=examples(
+        "proxydet export --output detector.onnx",
+        "proxydet export --run runs/quickstart -o shapes.onnx -v 'red circle, blue star'",
+        "proxydet export --weights model_final.pth --config swinb -o detector.pt2 --check photo.jpg",
+    )
+)
+def export(  # noqa: PLR0913 one parameter an option
+    output: OutputFile,
+    run: Run = None,
+    weights: Weights = None,
+    config: Sizes = None,
+    format: FileFormat = None,
+    classes: Classes = None,
+    vocabulary: VocabularySource = None,
+    names: NamesFile = None,
+    check: Check = None,
+    opset: Opset = 18,
+    json: Json = False,
+) -> None:
+    """Write a detector into a file that runs without detectron2.
+
+    The file takes any vocabulary and pictures of any size. It is compared with the detector before it is kept. With -v
+    or --vocabulary, these classes are saved beside it as .npz, for use where there is no text encoder.
+    """
+    from proxydet.detector import Detector
+    from proxydet.detector_files import open_named
+    from proxydet.export.exporter import export_detector
+    from proxydet_cli.output import Output
+
+    out = Output(json=json)
+    check_choice(classes, vocabulary, names)
+    detector = open_named(Detector, run=run, weights=weights, config=config, device="cpu")
+    given = classes is not None or vocabulary is not None
+    report = export_detector(
+        detector,
+        output,
+        format=format,
+        opset=opset,
+        check=check or (),
+        vocabulary=chosen_vocabulary(detector, classes, vocabulary, names) if given else None,
+        progress=out.message,
+    )
+    out.data(report, _text(report))
+
+
+def _text(report: ExportReport) -> str:
+    lines = [f"{report.path}: {report.bytes / 1e6:.1f} MB, exported in {report.seconds:.0f} s"]
+    if report.vocabulary is not None:
+        lines.append(f"{report.vocabulary}: the vocabulary")
+    lines += [
+        f"{result.picture}, {result.classes} classes: {result.matched} of {result.detections} detections the same, "
+        f"scores within {result.largest_score_difference:.1e}, masks within {result.largest_mask_difference:.1e}"
+        for result in report.agreement
+    ]
+    return "\n".join(lines)

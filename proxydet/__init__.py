@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from proxydet.detections import Detections
     from proxydet.detector import Detector
     from proxydet.evaluation.detector_evaluation import evaluate
+    from proxydet.export.exporter import export_detector
     from proxydet.inspection.environment import environment
     from proxydet.training.train import train
     from proxydet.vocabulary.vocabulary import Vocabulary
@@ -31,6 +32,7 @@ __all__ = [
     "environment",
     "errors",
     "evaluate",
+    "export_detector",
     "train",
     "verify_roi_align",
 ]
@@ -43,6 +45,7 @@ _HOME = {
     "download": "proxydet.artifacts.download",
     "environment": "proxydet.inspection.environment",
     "evaluate": "proxydet.evaluation.detector_evaluation",
+    "export_detector": "proxydet.export.exporter",
     "train": "proxydet.training.train",
     "verify_roi_align": "proxydet.compat.roi_verify",
 }

@@ -32,6 +32,7 @@ COMMANDS: dict[str, str] = {
     "eval": "Measure average precision, with error bars; compare.",
     "predict": "Find objects in pictures, by any words.",
     "serve": "Do the same from a web page, or by HTTP.",
+    "export": "Write a file that runs without detectron2: ONNX or torch.",
 }
 """Name and one-line help of each command, in the order of ``--help``."""
 

@@ -116,9 +116,7 @@ def _agreement(wanted: Prediction, found: Found, name: str, classes: int) -> Agr
     )
 
 
-def _matches(
-    wanted: Prediction, found: Found
-) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+def _matches(wanted: Prediction, found: Found) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
     """Pair detections one to one, best first; return their places in both."""
     boxes_N4 = wanted.boxes_N4.numpy().astype(np.float64)
     boxes_M4 = found.boxes_xyxy.astype(np.float64)

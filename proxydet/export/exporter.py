@@ -156,7 +156,7 @@ def trace(detector: Detector, format: Format) -> torch.export.ExportedProgram:
     )
     free = torch.export.Dim.DYNAMIC
     classes = torch.export.Dim("classes", min=1)
-    shapes = ({0: free, 1: free}, {0: classes}, {0: classes}, {})
+    shapes: tuple[dict[int, object], ...] = ({0: free, 1: free}, {0: classes}, {0: classes}, {})
     with warnings.catch_warnings(), torch.no_grad():
         quiet()
         return torch.export.export(graph, example, dynamic_shapes=shapes, strict=False)
@@ -268,5 +268,3 @@ def _prove(
                 hint="please report it together with the output of: proxydet env",
             )
     return tuple(results)
-
-

@@ -76,7 +76,7 @@ def to_picture(
     sizes = np.array(picture_size, dtype=np.float32)
     bounds = np.tile(sizes[::-1], 2)
     factors = np.tile((sizes / np.array(network_size, dtype=np.float32))[::-1], 2)
-    boxes_N4 = np.clip(outputs["boxes"] * factors, 0, bounds)
+    boxes_N4: Floats = np.clip(outputs["boxes"] * factors, 0, bounds)
     solid = (boxes_N4[:, 2] > boxes_N4[:, 0]) & (boxes_N4[:, 3] > boxes_N4[:, 1])
     classes_N = outputs["classes"][solid]
     return Found(

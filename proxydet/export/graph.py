@@ -10,11 +10,12 @@ M distinct boxes, S side of a mask.
 from __future__ import annotations
 
 import copy
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from proxydet.export.plain import with_plain_convolutions
+from proxydet.export.plain import make_convolutions_plain
 from proxydet.export.pooling import ExportPooler
 from proxydet.export.suppression import Suppression
 from proxydet.modeling.centernet import CenterNetOutput, boxes_around
@@ -39,14 +40,18 @@ class DetectorGraph(nn.Module):
         self, network: ProxyDetNetwork, settings: InferenceConfig, suppression: Suppression
     ) -> None:
         super().__init__()
-        own = copy.deepcopy(network).cpu().float().eval().requires_grad_(False)
+        own = copy.deepcopy(network)
+        own.cpu().float().eval().requires_grad_(False)
+        make_convolutions_plain(own)
         own.roi_heads.box_pooler = ExportPooler(own.roi_heads.box_pooler)
         own.roi_heads.mask_pooler = ExportPooler(own.roi_heads.mask_pooler)
-        self.network = with_plain_convolutions(own)
+        self.network = own
         self.settings = settings
         self.suppression = suppression
 
-    def forward(self, image: Tensor, text: Tensor, base: Tensor, score_threshold: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, image: Tensor, text: Tensor, base: Tensor, score_threshold: Tensor
+    ) -> dict[str, Tensor]:
         """Find objects.
 
         Args:
@@ -106,14 +111,12 @@ class DetectorGraph(nn.Module):
             # A coarse level can have fewer cells than candidates: cells that do not exist score 0.
             padded = torch.cat([probability_M, probability_M.new_zeros(config.candidates_test)])
             best_K, cells_K = padded.topk(config.candidates_test)
-            cells_K = torch.minimum(cells_K, torch.full_like(cells_K[:1], 0) + points_M2.shape[0] - 1)
+            cells_K = cells_K.clamp(max=points_M2.shape[0] - 1)
             sides_M4 = distances[0].flatten(1).T
             boxes.append(boxes_around(points_M2[cells_K], stride * sides_M4[cells_K]))
             scores.append(torch.where(best_K > config.score_floor, best_K.sqrt(), 0.0))
         boxes_K4, scores_K = torch.cat(boxes), torch.cat(scores)
-        kept = self.suppression.keep_best(boxes_K4, scores_K, config.nms_iou, config.keep_test)
-        kept_R = torch.cat([kept, kept.new_full((config.keep_test,), scores_K.shape[0])])
-        kept_R = kept_R[: config.keep_test]
+        kept_R = self.suppression.keep_best(boxes_K4, scores_K, config.nms_iou, config.keep_test)
         scores_R = torch.cat([scores_K, scores_K.new_zeros(1)])[kept_R]
         boxes_R4 = torch.cat([boxes_K4, boxes_K4.new_zeros(1, 4)])[kept_R]
         return Regions(
@@ -127,7 +130,9 @@ class DetectorGraph(nn.Module):
         settings = self.settings
         scores_RC = torch.where(known.valid_BR[0][:, None], scores_RC, 0.0)
         if settings.one_class_per_proposal:
-            scores_RC = torch.where(scores_RC == scores_RC.amax(dim=1, keepdim=True), scores_RC, 0.0)
+            scores_RC = torch.where(
+                scores_RC == scores_RC.amax(dim=1, keepdim=True), scores_RC, 0.0
+            )
         region_K, class_K = self.suppression.keep_best_by_class(
             known.boxes_BR4[0], scores_RC, score_threshold, settings
         )
@@ -139,9 +144,7 @@ class DetectorGraph(nn.Module):
         order_L = order_L[real]
         return best_L[real], class_K[order_L], region_K[order_L]
 
-    def _masks(
-        self, scene: Scene, boxes_R4: Tensor, regions_L: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _masks(self, scene: Scene, boxes_R4: Tensor, regions_L: Tensor) -> tuple[Tensor, Tensor]:
         """Return a mask for each box in use, and which of them each detection has."""
         used_R = torch.zeros_like(boxes_R4[:, 0]).index_fill(0, regions_L, 1.0)
         boxes_M4 = boxes_R4[used_R.nonzero()[:, 0]]

@@ -63,5 +63,7 @@ class ExportMetadata:
             return cls(**{field.name: content[field.name] for field in fields(cls)})
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"{path} was made by another version of proxydet, or is damaged", hint=hint, path=path
+                f"{path} was made by another version of proxydet, or is damaged",
+                hint=hint,
+                path=path,
             ) from error

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from proxydet.export.suppression import filled
 from proxydet.modeling.config import InferenceConfig
 
 
@@ -25,10 +26,14 @@ class OnnxSuppression:
         """See `Suppression.keep_best`; boxes that score 0 are left out."""
         floor = scores_K.new_zeros(())
         kept_L3 = _operator()(boxes_K4, scores_K[None], floor, iou, limit)
-        return kept_L3[:, 2]
+        return filled(kept_L3[:, 2], limit, scores_K)
 
     def keep_best_by_class(
-        self, boxes_R4: Tensor, scores_RC: Tensor, score_threshold: Tensor, settings: InferenceConfig
+        self,
+        boxes_R4: Tensor,
+        scores_RC: Tensor,
+        score_threshold: Tensor,
+        settings: InferenceConfig,
     ) -> tuple[Tensor, Tensor]:
         """See `Suppression.keep_best_by_class`."""
         limit = settings.max_detections
@@ -38,7 +43,9 @@ class OnnxSuppression:
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Return what `torch.onnx.export` makes of the operator."""
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
+
+    op: Any = opset18  # typed for scripts, not for tracing
 
     def suppress(
         boxes_K4: Any, scores_CK: Any, score_threshold: Any, iou: float, limit: int
@@ -70,9 +77,7 @@ def _operator() -> Any:
     operator = torch.library.custom_op("proxydet::suppress", only_traced, mutates_args=())
 
     @operator.register_fake
-    def _(
-        boxes: Tensor, scores: Tensor, score_threshold: Tensor, iou: float, limit: int
-    ) -> Tensor:
+    def _(boxes: Tensor, *_others: object) -> Tensor:
         rows = torch.library.get_ctx().new_dynamic_size()
         return boxes.new_empty((rows, 3), dtype=torch.int64)
 

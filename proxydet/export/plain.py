@@ -8,23 +8,19 @@ from detectron2.layers import Conv2d
 from torch import nn
 
 
-def with_plain_convolutions(module: nn.Module) -> nn.Module:
+def make_convolutions_plain(module: nn.Module) -> None:
     """Replace every detectron2 ``Conv2d`` below a module by torch's, with its norm and its activation behind it.
 
     detectron2's asks, in Python, whether its input is empty.
 
     Args:
         module: Changed in place; its parameters are kept.
-
-    Returns:
-        The module.
     """
     for name, child in module.named_children():
         if isinstance(child, Conv2d):
             setattr(module, name, _plain(child))
         else:
-            with_plain_convolutions(child)
-    return module
+            make_convolutions_plain(child)
 
 
 def _plain(layer: Conv2d) -> nn.Module:

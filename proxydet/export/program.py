@@ -19,7 +19,9 @@ from proxydet.vocabulary.vocabulary import Vocabulary
 METADATA_FILE = "proxydet.json"
 
 
-def save_program(program: torch.export.ExportedProgram, path: Path, metadata: ExportMetadata) -> None:
+def save_program(
+    program: torch.export.ExportedProgram, path: Path, metadata: ExportMetadata
+) -> None:
     """Write a ``.pt2`` with its metadata."""
     with path.open("wb") as file:
         torch.export.save(program, file, extra_files={METADATA_FILE: metadata.to_text()})

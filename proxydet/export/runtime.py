@@ -47,7 +47,9 @@ class OnnxDetector:
         vocabulary: The classes in the ``.npz`` of the same name beside the file; None where there is none.
     """
 
-    def __init__(self, session: Any, metadata: ExportMetadata, vocabulary: Vocabulary | None) -> None:
+    def __init__(
+        self, session: Any, metadata: ExportMetadata, vocabulary: Vocabulary | None
+    ) -> None:
         """Wrap a session; `from_file` makes one.
 
         Args:

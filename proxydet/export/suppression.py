@@ -21,12 +21,21 @@ class Suppression(Protocol):
     """How overlapping boxes are dropped."""
 
     def keep_best(self, boxes_K4: Tensor, scores_K: Tensor, iou: float, limit: int) -> Tensor:
-        """Return the positions (up to ``limit``, or more) of the boxes to keep, best first; scores descend."""
+        """Return the positions (``limit``,) of the boxes to keep, best first; K where there are no more."""
 
     def keep_best_by_class(
-        self, boxes_R4: Tensor, scores_RC: Tensor, score_threshold: Tensor, settings: InferenceConfig
+        self,
+        boxes_R4: Tensor,
+        scores_RC: Tensor,
+        score_threshold: Tensor,
+        settings: InferenceConfig,
     ) -> tuple[Tensor, Tensor]:
         """Return region and class of the pairs to keep, in any order."""
+
+
+def filled(kept_L: Tensor, limit: int, scores_K: Tensor) -> Tensor:
+    """Cut positions to ``limit``, or fill them up with K."""
+    return torch.cat([kept_L, kept_L.new_full((limit,), scores_K.shape[0])])[:limit]
 
 
 class TorchvisionSuppression:
@@ -37,11 +46,14 @@ class TorchvisionSuppression:
 
     def keep_best(self, boxes_K4: Tensor, scores_K: Tensor, iou: float, limit: int) -> Tensor:
         """See `Suppression.keep_best`."""
-        kept = _nms(boxes_K4, scores_K, iou)
-        return kept
+        return filled(_nms(boxes_K4, scores_K, iou), limit, scores_K)
 
     def keep_best_by_class(
-        self, boxes_R4: Tensor, scores_RC: Tensor, score_threshold: Tensor, settings: InferenceConfig
+        self,
+        boxes_R4: Tensor,
+        scores_RC: Tensor,
+        score_threshold: Tensor,
+        settings: InferenceConfig,
     ) -> tuple[Tensor, Tensor]:
         """See `Suppression.keep_best_by_class`."""
         classes = scores_RC.shape[1]
@@ -62,6 +74,8 @@ def _nms(boxes_K4: Tensor, scores_K: Tensor, iou: float) -> Tensor:
     # with the lowest scores, make that true.
     marks_24 = boxes_K4.new_tensor([[-3e9, -3e9, -2e9, -2e9], [-6e9, -6e9, -5e9, -5e9]])
     kept: Tensor = nms(
-        torch.cat([boxes_K4, marks_24]), torch.cat([scores_K, scores_K.new_tensor([-2.0, -2.0])]), iou
+        torch.cat([boxes_K4, marks_24]),
+        torch.cat([scores_K, scores_K.new_tensor([-2.0, -2.0])]),
+        iou,
     )
     return kept[:-2]

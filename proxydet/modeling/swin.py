@@ -162,10 +162,11 @@ class SwinBlock(nn.Module):
 
     def _attend(self, maps_BHWC: Tensor, mask_NTT: Tensor) -> Tensor:
         height, width = maps_BHWC.shape[1:3]
-        full_height, full_width = _whole_windows(height, self.side), _whole_windows(width, self.side)
-        padded = functional.pad(
-            maps_BHWC, (0, 0, 0, full_width - width, 0, full_height - height)
+        full_height, full_width = (
+            _whole_windows(height, self.side),
+            _whole_windows(width, self.side),
         )
+        padded = functional.pad(maps_BHWC, (0, 0, 0, full_width - width, 0, full_height - height))
         if self.shift:
             padded = padded.roll((-self.shift, -self.shift), dims=(1, 2))
         windows = self.attn(to_windows(padded, self.side), mask_NTT if self.shift else None)

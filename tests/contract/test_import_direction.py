@@ -41,6 +41,7 @@ RANK = {
         ["data_preview", "picture_files", "prediction_output", "prediction_run", "video"], 5
     ),
     "serving": 6,
+    "export": 6,
     "training": 7,
     "evaluation": 8,
     # What puts everything together.

@@ -1,0 +1,54 @@
+"""Small detectors, and one export of each format that the tests share."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from proxydet.detector import Detector
+from proxydet.export.exporter import ExportReport, export_detector
+
+FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
+
+
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, FIXTURES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModuleType:
+    return _load("tiny_detector")
+
+
+def make_detector(tiny: ModuleType, kind: str) -> Detector:
+    """Two steps a cascade, which the tracer is through with sooner, and everything else that the full model has."""
+    config = tiny.model_config(kind)
+    cascade = dataclasses.replace(
+        config.cascade, iou_thresholds=(0.6, 0.7), delta_weights=config.cascade.delta_weights[:2]
+    )
+    network = tiny.lively(tiny.network(dataclasses.replace(config, cascade=cascade)))
+    return Detector(network, shortest=100, longest=160)
+
+
+@pytest.fixture(scope="session")
+def detector(tiny: ModuleType) -> Detector:
+    return make_detector(tiny, "resnet")
+
+
+@pytest.fixture(scope="session")
+def onnx_export(detector: Detector, tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
+    return export_detector(detector, tmp_path_factory.mktemp("export") / "tiny.onnx")
+
+
+@pytest.fixture(scope="session")
+def torch_export(detector: Detector, tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
+    return export_detector(detector, tmp_path_factory.mktemp("export") / "tiny.pt2")

@@ -21,6 +21,7 @@ from proxydet.vocabulary.vocabulary import Vocabulary
 IOU_ABOVE = 0.99
 SCORE_WITHIN = 1e-4
 MATCHED_AT_LEAST = 0.99
+MASKS_WITHIN = 0.01
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -61,8 +62,8 @@ class Agreement:
 
     @property
     def good(self) -> bool:
-        """Whether at least 99 % are matched."""
-        return self.share >= MATCHED_AT_LEAST
+        """Whether at least 99 % are matched, and their masks differ nowhere by more than 0.01."""
+        return self.share >= MATCHED_AT_LEAST and self.largest_mask_difference <= MASKS_WITHIN
 
 
 def compare(

@@ -1,7 +1,8 @@
 """RoIAlign over the pyramid with shapes that do not depend on the boxes.
 
-The detector pools each box from its own level, level by level. Here every box is pooled from every level, but on levels
-that are not its own it is shrunk to a point, which adds no samples and so exactly nothing; the results are added up.
+The detector pools each box from its own level, level by level. Here every box is pooled from every level, and what is not
+from its own is set to zero before the results are added up. On levels that are not its own a box is shrunk to a point:
+where the samples follow from the size (ratio 0), that costs nothing.
 
 Dimensions: N regions, C channels, S side of a pooled region.
 """
@@ -31,16 +32,15 @@ class ExportPooler(RegionPooler):
         index_N1 = image_N[:, None].to(boxes_N4.dtype)
         pooled = []
         for level, maps in zip(self.levels, features, strict=True):
-            own_N4 = torch.where(level_N1 == level, boxes_N4, 0.0)
-            rois_N5 = torch.cat([index_N1, own_N4], dim=1)
-            pooled.append(
-                roi_align(
-                    maps,
-                    rois_N5,
-                    (self.side, self.side),
-                    spatial_scale=1.0 / 2**level,
-                    sampling_ratio=self.config.sampling_ratio,
-                    aligned=True,
-                )
+            own_N1 = level_N1 == level
+            rois_N5 = torch.cat([index_N1, torch.where(own_N1, boxes_N4, 0.0)], dim=1)
+            cells = roi_align(
+                maps,
+                rois_N5,
+                (self.side, self.side),
+                spatial_scale=1.0 / 2**level,
+                sampling_ratio=self.config.sampling_ratio,
+                aligned=True,
             )
+            pooled.append(torch.where(own_N1[:, :, None, None], cells, 0.0))
         return torch.stack(pooled).sum(dim=0)

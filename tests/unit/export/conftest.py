@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -29,7 +30,12 @@ def tiny() -> ModuleType:
     return _load("tiny_detector")
 
 
-def make_detector(tiny: ModuleType, kind: str) -> Detector:
+@pytest.fixture(scope="session")
+def make_detector() -> Callable[[ModuleType, str], Detector]:
+    return _make_detector
+
+
+def _make_detector(tiny: ModuleType, kind: str) -> Detector:
     """Two steps a cascade, which the tracer is through with sooner, and everything else that the full model has."""
     config = tiny.model_config(kind)
     cascade = dataclasses.replace(
@@ -41,7 +47,7 @@ def make_detector(tiny: ModuleType, kind: str) -> Detector:
 
 @pytest.fixture(scope="session")
 def detector(tiny: ModuleType) -> Detector:
-    return make_detector(tiny, "resnet")
+    return _make_detector(tiny, "resnet")
 
 
 @pytest.fixture(scope="session")

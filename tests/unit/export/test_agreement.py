@@ -96,9 +96,12 @@ def test_detections_that_are_missing_or_doubled_count(detector: Detector, tiny: 
 
 def test_masks_that_differ_are_told(detector: Detector, tiny: ModuleType) -> None:
     def change(outputs: Outputs) -> None:
-        outputs["masks"] = 1 - outputs["masks"]
+        outputs["masks"] = outputs["masks"] * 0.5
 
-    assert agreement(detector, tiny, change).largest_mask_difference > 0.01
+    result = agreement(detector, tiny, change)
+    assert result.largest_mask_difference > 0.1
+    assert result.share == 1.0
+    assert not result.good
 
 
 def test_nothing_in_both_agrees(detector: Detector, tiny: ModuleType) -> None:

@@ -143,12 +143,16 @@ def test_the_network_is_left_as_it_was(tiny: ModuleType) -> None:
 
 @pytest.mark.parametrize("sampling_ratio", [0, 2])
 def test_pooling_equals_the_detectors_on_odd_boxes(sampling_ratio: int) -> None:
-    pooler = RegionPooler(
-        CascadeConfig(canonical_size=64.0, sampling_ratio=sampling_ratio), side=7
-    )
+    pooler = RegionPooler(CascadeConfig(canonical_size=64.0, sampling_ratio=sampling_ratio), side=7)
     generator = torch.Generator().manual_seed(0)
     features = [torch.randn(1, 4, 96 // s, 128 // s, generator=generator) for s in (8, 16, 32)]
-    odd = [[0, 0, 0, 0], [10, 10, 10, 10], [-50, -40, 30, 20], [0, 0, 128, 96], [300, 300, 400, 400]]
+    odd = [
+        [0, 0, 0, 0],
+        [10, 10, 10, 10],
+        [-50, -40, 30, 20],
+        [0, 0, 128, 96],
+        [300, 300, 400, 400],
+    ]
     corners = torch.rand(60, 2, 2, generator=generator) * 150 - 10
     drawn = torch.cat([corners.amin(dim=1), corners.amax(dim=1)], dim=1)
     boxes = torch.cat([torch.tensor(odd, dtype=torch.float32), drawn])

@@ -1,0 +1,90 @@
+"""The command: options in, a report out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from proxydet.detector import Detector
+from proxydet.export.agreement import Agreement
+from proxydet.export.exporter import ExportReport, _metadata
+from proxydet_cli.main import main
+
+
+def run(*words: object) -> int:
+    try:
+        return main(["export", *map(str, words)])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+@pytest.fixture
+def seen(detector: Detector, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """What the command gave to the exporter, which is not run."""
+    given: dict[str, object] = {}
+
+    def exported(chosen: Detector, path: Path, **options: object) -> ExportReport:
+        given.update(options, path=path, detector=chosen)
+        agreement = Agreement(
+            picture="drawn",
+            classes=6,
+            detections=40,
+            exported=40,
+            matched=40,
+            largest_score_difference=1e-6,
+            largest_mask_difference=2e-6,
+        )
+        return ExportReport(
+            path=path,
+            format="onnx",
+            opset=18,
+            bytes=2_000_000,
+            seconds=3.0,
+            vocabulary=None,
+            agreement=(agreement,),
+            metadata=_metadata(chosen),
+        )
+
+    monkeypatch.setattr("proxydet.export.exporter.export_detector", exported)
+    monkeypatch.setattr("proxydet.detector_files.open_named", lambda *_, **__: detector)
+    return given
+
+
+def test_options_reach_the_exporter(
+    seen: dict[str, object], detector: Detector, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "a.onnx"
+    assert run("-o", target, "--opset", 19, "--format", "onnx", "--check", "x.jpg", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["path"] == str(target)
+    assert told["agreement"][0]["matched"] == 40
+    assert told["metadata"]["weights_sha256"]
+    assert seen["detector"] is detector
+    assert (seen["opset"], seen["format"]) == (19, "onnx")
+    assert seen["check"] == [Path("x.jpg")]
+    assert seen["vocabulary"] is None
+
+
+def test_a_vocabulary_is_given_on(
+    seen: dict[str, object], detector: Detector, tmp_path: Path
+) -> None:
+    saved = detector.vocabulary.subset(["class 1", "class 4"]).save(tmp_path / "two.npz")
+    assert run("-o", tmp_path / "a.onnx", "--vocabulary", saved) == 0
+    assert seen["vocabulary"].names == ("class 1", "class 4")  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("seen")
+def test_the_report_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("-o", tmp_path / "a.onnx") == 0
+    told = capsys.readouterr().out
+    assert "2.0 MB, exported in 3 s" in told
+    assert "drawn, 6 classes: 40 of 40 detections the same" in told
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "a.onnx"
+    assert run("--run", tmp_path, "--output", target) == 3
+    assert "is no run folder" in capsys.readouterr().err
+    assert not target.exists()

@@ -1,0 +1,150 @@
+"""What the exporter refuses, and that it leaves nothing half done."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from proxydet.detector import Detector
+from proxydet.errors import (
+    ArtifactError,
+    ConfigError,
+    InputError,
+    MissingDependencyError,
+    NumericsError,
+    ProxydetError,
+)
+from proxydet.export import exporter
+from proxydet.export.exporter import export_detector, weights_digest
+from proxydet.export.program import TorchProgram
+from proxydet.export.runtime import OnnxDetector
+
+
+class Untouched(AssertionError):
+    """Raised where the exporter went on although it should have refused."""
+
+
+@pytest.fixture
+def no_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail where work begins: what is refused must be refused before."""
+
+    def trace(*_: object) -> None:
+        raise Untouched
+
+    monkeypatch.setattr(exporter, "trace", trace)
+
+
+@pytest.mark.usefixtures("no_tracing")
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("model.bin", {}, "does not say which format"),
+        ("model.onnx", {"format": "tensorrt"}, "no format 'tensorrt'"),
+        ("model.onnx", {"opset": 99}, "operator set 99"),
+        ("model.onnx", {"opset": 11}, "operator set 11"),
+        ("model.onnx", {"check": ["absent.jpg"]}, "absent.jpg"),
+    ],
+)
+def test_wrong_options_are_refused_before_the_work(
+    detector: Detector, tmp_path: Path, name: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        export_detector(detector, tmp_path / name, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_tracing")
+def test_test_time_augmentation_is_refused(detector: Detector, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="augmentation"):
+        export_detector(detector.with_settings(flip=True), tmp_path / "model.onnx")
+
+
+@pytest.mark.usefixtures("no_tracing")
+def test_a_place_that_cannot_be_written_to(detector: Detector, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match="cannot be written"):
+        export_detector(detector, tmp_path / "file" / "model.onnx")
+
+
+@pytest.mark.usefixtures("no_tracing")
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+def test_absent_packages_are_named_with_the_command(
+    detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingDependencyError, match=f"package {package},") as caught:
+        export_detector(detector, tmp_path / "model.onnx")
+    assert "proxydet[export]" in str(caught.value.hint)
+
+
+def test_running_without_onnxruntime_names_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingDependencyError) as caught:
+        OnnxDetector.from_file(tmp_path / "model.onnx")
+    assert "pip install onnxruntime" in str(caught.value.hint)
+
+
+class Wrong:
+    """An exported file that finds nothing."""
+
+    def run(self, *_: object) -> dict[str, np.ndarray]:
+        return {
+            "boxes": np.zeros((0, 4), np.float32),
+            "scores": np.zeros(0, np.float32),
+            "classes": np.zeros(0, np.int64),
+            "masks": np.zeros((0, 14, 14), np.float32),
+            "mask_index": np.zeros(0, np.int64),
+        }
+
+
+def test_a_file_that_disagrees_is_not_kept(
+    detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporter, "trace", lambda *_: None)
+    monkeypatch.setattr(exporter, "save_onnx", lambda *_: None)
+    monkeypatch.setattr(exporter, "_open", lambda *_: Wrong())
+    kept = tmp_path / "model.onnx"
+    kept.write_text("the file of before")
+    with pytest.raises(NumericsError, match="not kept"):
+        export_detector(detector, kept)
+    assert kept.read_text() == "the file of before"
+    assert list(tmp_path.iterdir()) == [kept]
+
+
+def test_a_comparison_of_nothing_with_nothing_proves_nothing(
+    tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    network = tiny.network()
+    with torch.no_grad():
+        network.proposal_generator.centernet_head.agn_hm.bias.fill_(-50.0)
+    monkeypatch.setattr(exporter, "trace", lambda *_: None)
+    monkeypatch.setattr(exporter, "save_onnx", lambda *_: None)
+    monkeypatch.setattr(exporter, "_open", lambda *_: Wrong())
+    with pytest.raises(ProxydetError, match="nothing shows that the file is right"):
+        export_detector(Detector(network), tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_digest_is_of_the_weights(tiny: ModuleType) -> None:
+    first, same, other = (tiny.network(seed=seed) for seed in (0, 0, 1))
+    assert weights_digest(first) == weights_digest(same) != weights_digest(other)
+
+
+@pytest.mark.parametrize("opener", [OnnxDetector.from_file, TorchProgram])
+def test_files_that_cannot_be_opened(opener: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is no file"):
+        opener(tmp_path / "absent")
+    damaged = tmp_path / "damaged"
+    damaged.write_bytes(b"PK\x03\x04 no model")
+    with pytest.raises(InputError, match="cannot open"):
+        opener(damaged)

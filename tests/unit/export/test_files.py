@@ -1,0 +1,216 @@
+"""Exported files, run as a user without torch or without detectron2 runs them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+
+from proxydet.detector import Detector
+from proxydet.errors import InputError, NumericsError, VocabularyError
+from proxydet.export.agreement import Runner, compare
+from proxydet.export.drawn import drawn_picture
+from proxydet.export.exporter import ExportReport, export_detector
+from proxydet.export.program import TorchProgram
+from proxydet.export.runtime import INPUTS, OUTPUTS, OnnxDetector
+
+# One export takes longer than a quick test may; what is exported is tested without in test_graph.py.
+pytestmark = pytest.mark.slow
+
+SIZES = [(60, 90), (160, 60), (31, 200), (128, 128)]
+
+BLOCKED = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ImportError("blocked: " + name)
+sys.meta_path.insert(0, Block())
+"""
+
+WITHOUT_TORCH = """
+import json
+from proxydet.export.runtime import OnnxDetector
+found = OnnxDetector.from_file(sys.argv[1]).predict(sys.argv[2], sys.argv[3], score_threshold=0.02)
+print(json.dumps([found.boxes_xyxy.tolist(), found.scores.tolist(), found.labels, int(found.masks.sum())]))
+"""
+
+WITHOUT_DETECTRON2 = """
+import numpy as np, torch, torchvision
+program = torch.export.load(sys.argv[1]).module()
+arrays = np.load(sys.argv[2])
+inputs = [torch.from_numpy(arrays[name]) for name in ("image", "text", "base", "score_threshold")]
+np.savez(sys.argv[3], **{name: value.numpy() for name, value in program(*inputs).items()})
+"""
+
+
+def run_without(blocked: set[str], code: str, *words: object) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED.format(blocked=blocked) + code, *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def assert_agrees(detector: Detector, runner: Runner, tiny: ModuleType) -> None:
+    """Sizes and vocabularies other than the traced ones, and a threshold that leaves nothing."""
+    for size, classes, threshold in zip(
+        SIZES, (1, 7, 80, 1203), (0.02, 0.02, 0.3, 0.9999), strict=True
+    ):
+        result = compare(
+            detector,
+            runner,
+            drawn_picture(*size, seed=classes),
+            tiny.vocabulary(classes, seed=classes),
+            name=f"{size}",
+            score_threshold=threshold,
+        )
+        assert result.good, result
+        assert (result.detections > 0) == (threshold < 0.9)
+
+
+def test_onnx_finds_what_the_detector_finds(
+    detector: Detector, onnx_export: ExportReport, tiny: ModuleType
+) -> None:
+    assert_agrees(detector, OnnxDetector.from_file(onnx_export.path, threads=1), tiny)
+
+
+def test_onnx_says_what_it_is(detector: Detector, onnx_export: ExportReport) -> None:
+    model = onnx.load(onnx_export.path)
+    assert [value.name for value in model.graph.input] == list(INPUTS)
+    assert [value.name for value in model.graph.output] == list(OUTPUTS)
+    assert {opset.domain for opset in model.opset_import} == {""}
+    assert onnx_export.bytes == onnx_export.path.stat().st_size
+    metadata = OnnxDetector.from_file(onnx_export.path).metadata
+    assert metadata == onnx_export.metadata
+    assert (metadata.shortest, metadata.longest) == detector.sides
+    assert metadata.embedding_dimension == detector.vocabulary.dimension
+    assert list(onnx_export.path.parent.iterdir()) == [onnx_export.path]
+
+
+def test_onnx_runs_without_torch_and_detectron2(
+    detector: Detector, onnx_export: ExportReport, tiny: ModuleType, tmp_path: Path
+) -> None:
+    words = tiny.vocabulary(5, seed=5)
+    Image.fromarray(drawn_picture(70, 90)).save(tmp_path / "picture.png")
+    words.save(tmp_path / "words.npz")
+    blocked = {"torch", "torchvision", "detectron2", "pycocotools", "fvcore", "open_clip", "yaml"}
+    text = run_without(
+        blocked, WITHOUT_TORCH, onnx_export.path, tmp_path / "picture.png", tmp_path / "words.npz"
+    )
+    boxes, scores, labels, area = json.loads(text)
+    wanted = detector.predict(tmp_path / "picture.png", words, score_threshold=0.02)
+    assert len(wanted) > 5
+    assert tuple(labels) == wanted.labels
+    np.testing.assert_allclose(boxes, wanted.boxes_xyxy, atol=0.01)
+    np.testing.assert_allclose(scores, wanted.scores, atol=1e-4)
+    assert abs(area - int(wanted.masks.sum())) <= 0.01 * max(area, 1)
+
+
+def test_pictures_of_every_kind(
+    onnx_export: ExportReport, tiny: ModuleType, tmp_path: Path
+) -> None:
+    model, words = OnnxDetector.from_file(onnx_export.path), tiny.vocabulary(3)
+    pixels = drawn_picture(70, 90)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    first = model.predict(pixels, words, score_threshold=0.02)
+    for same in (tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(pixels)):
+        found = model.predict(same, words, score_threshold=0.02)
+        np.testing.assert_array_equal(found.boxes_xyxy, first.boxes_xyxy)
+    with pytest.raises(InputError, match="uint8"):
+        model.predict(pixels.astype(np.float32), words)  # type: ignore[arg-type]
+
+
+def test_vocabularies_that_do_not_fit(onnx_export: ExportReport, tiny: ModuleType) -> None:
+    model = OnnxDetector.from_file(onnx_export.path)
+    with pytest.raises(VocabularyError, match="have 8 dimensions, the model's have 16"):
+        model.predict(drawn_picture(60, 60), tiny.vocabulary(3, dimensions=8))
+    with pytest.raises(VocabularyError, match="nothing says what to look for"):
+        model.predict(drawn_picture(60, 60))
+
+
+def test_the_vocabulary_beside_the_file_is_used(
+    onnx_export: ExportReport, tiny: ModuleType, tmp_path: Path
+) -> None:
+    copy = tmp_path / "model.onnx"
+    copy.write_bytes(onnx_export.path.read_bytes())
+    tiny.vocabulary(3, seed=9).save(tmp_path / "model.npz")
+    found = OnnxDetector.from_file(copy).predict(drawn_picture(60, 90), score_threshold=0.02)
+    assert len(found) > 0
+    assert set(found.labels) <= {"class 0", "class 1", "class 2"}
+
+
+def test_an_onnx_file_of_others_is_refused(onnx_export: ExportReport, tmp_path: Path) -> None:
+    model = onnx.load(onnx_export.path)
+    del model.metadata_props[:]
+    onnx.save(model, tmp_path / "other.onnx")
+    with pytest.raises(InputError, match="was not made by proxydet"):
+        OnnxDetector.from_file(tmp_path / "other.onnx")
+
+
+def test_damaged_weights_in_the_file_are_told(
+    onnx_export: ExportReport, tiny: ModuleType, tmp_path: Path
+) -> None:
+    model = onnx.load(onnx_export.path)
+    [stem] = [t for t in model.graph.initializer if list(t.dims) == [8, 3, 7, 7]]
+    stem.raw_data = np.full(stem.dims, np.nan, dtype=np.float32).tobytes()
+    onnx.save(model, tmp_path / "damaged.onnx")
+    with pytest.raises(NumericsError, match="not finite"):
+        OnnxDetector.from_file(tmp_path / "damaged.onnx").predict(
+            drawn_picture(60, 60), tiny.vocabulary(3)
+        )
+
+
+def test_torch_finds_what_the_detector_finds_without_detectron2(
+    detector: Detector, torch_export: ExportReport, tiny: ModuleType, tmp_path: Path
+) -> None:
+    assert_agrees(detector, TorchProgram(torch_export.path), tiny)
+    words = tiny.vocabulary(5, seed=5)
+    inputs = {
+        "image": drawn_picture(70, 90),
+        "text": words.embeddings,
+        "base": words.base,
+        "score_threshold": np.float32(0.02),
+    }
+    np.savez(tmp_path / "inputs.npz", **inputs)
+    run_without(
+        {"detectron2", "proxydet"},
+        WITHOUT_DETECTRON2,
+        torch_export.path,
+        tmp_path / "inputs.npz",
+        tmp_path / "outputs.npz",
+    )
+    here = TorchProgram(torch_export.path).run(inputs["image"], words, 0.02)
+    there = np.load(tmp_path / "outputs.npz")
+    assert len(here["scores"]) > 5
+    for name in OUTPUTS:
+        np.testing.assert_allclose(there[name], here[name], atol=1e-4)
+
+
+@pytest.mark.parametrize("ending", [".onnx", ".pt2"])
+def test_swin(make_detector, tiny: ModuleType, tmp_path: Path, ending: str) -> None:
+    detector = make_detector(tiny, "swin")
+    report = export_detector(detector, tmp_path / f"swin{ending}", vocabulary=tiny.vocabulary(2))
+    opened = OnnxDetector.from_file if ending == ".onnx" else TorchProgram
+    assert_agrees(detector, opened(report.path), tiny)
+    assert report.metadata.backbone == "swin"
+    assert (tmp_path / "swin.npz").is_file()
+
+
+@pytest.mark.parametrize("opset", [20, 23])
+def test_newer_operator_sets(
+    detector: Detector, tiny: ModuleType, tmp_path: Path, opset: int
+) -> None:
+    report = export_detector(detector, tmp_path / "new.onnx", opset=opset)
+    assert onnx.load(report.path).opset_import[0].version == opset
+    assert_agrees(detector, OnnxDetector.from_file(report.path), tiny)

@@ -9,6 +9,8 @@ Dimensions: N regions, C channels, S side of a pooled region.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torchvision.ops import roi_align
@@ -44,3 +46,9 @@ class ExportPooler(RegionPooler):
             )
             pooled.append(torch.where(own_N1[:, :, None, None], cells, 0.0))
         return torch.stack(pooled).sum(dim=0)
+
+    def parts(
+        self, features: list[Tensor], boxes_N4: Tensor, image_N: Tensor, size: int  # noqa: ARG002 the detector bounds memory by it
+    ) -> Iterator[Tensor]:
+        """Pool every box: in one part, since a picture's regions are few and the number of parts must be known."""
+        yield self(features, boxes_N4, image_N)

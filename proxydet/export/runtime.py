@@ -190,7 +190,8 @@ def _as_pixels(image: Picture) -> Pixels:
         return convert_image(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise InputError(
-            f"a picture as an array must be uint8 of shape (height, width, 3), not {image.dtype} {image.shape}"
+            f"a picture as an array must be uint8 of shape (height, width, 3), not {image.dtype} {image.shape}",
+            hint="give RGB pixels from 0 to 255, or a file",
         )
     return image
 

@@ -48,7 +48,11 @@ class ExportPooler(RegionPooler):
         return torch.stack(pooled).sum(dim=0)
 
     def parts(
-        self, features: list[Tensor], boxes_N4: Tensor, image_N: Tensor, size: int  # noqa: ARG002 the detector bounds memory by it
+        self,
+        features: list[Tensor],
+        boxes_N4: Tensor,
+        image_N: Tensor,
+        size: int,  # noqa: ARG002 the detector bounds memory by it
     ) -> Iterator[Tensor]:
         """Pool every box: in one part, since a picture's regions are few and the number of parts must be known."""
         yield self(features, boxes_N4, image_N)

@@ -72,7 +72,7 @@ def _operator() -> Any:
     def only_traced(
         boxes: Tensor, scores: Tensor, score_threshold: Tensor, iou: float, limit: int
     ) -> Tensor:
-        raise NotImplementedError("this operator is translated to ONNX's, not run")
+        raise RuntimeError("this operator is translated to ONNX's, not run")
 
     operator = torch.library.custom_op("proxydet::suppress", only_traced, mutates_args=())
 

@@ -68,15 +68,13 @@ def _operator() -> Any:
     It takes boxes (K, 4), scores (C, K), a score threshold, an overlap and a limit for each class, and returns
     ``NonMaxSuppression``'s rows (L, 3): 0, class, box; of each class best first.
     """
+    # It has no kernel: nothing ever runs it.
+    torch.library.define(
+        "proxydet::suppress",
+        "(Tensor boxes, Tensor scores, Tensor score_threshold, float iou, int limit) -> Tensor",
+    )
 
-    def only_traced(
-        boxes: Tensor, scores: Tensor, score_threshold: Tensor, iou: float, limit: int
-    ) -> Tensor:
-        raise RuntimeError("this operator is translated to ONNX's, not run")
-
-    operator = torch.library.custom_op("proxydet::suppress", only_traced, mutates_args=())
-
-    @operator.register_fake
+    @torch.library.register_fake("proxydet::suppress")
     def _(boxes: Tensor, *_others: object) -> Tensor:
         rows = torch.library.get_ctx().new_dynamic_size()
         return boxes.new_empty((rows, 3), dtype=torch.int64)

@@ -74,9 +74,9 @@ def _operator() -> Any:
         "(Tensor boxes, Tensor scores, Tensor score_threshold, float iou, int limit) -> Tensor",
     )
 
-    @torch.library.register_fake("proxydet::suppress")
-    def _(boxes: Tensor, *_others: object) -> Tensor:
+    def shapes(boxes: Tensor, *_others: object) -> Tensor:
         rows = torch.library.get_ctx().new_dynamic_size()
         return boxes.new_empty((rows, 3), dtype=torch.int64)
 
+    torch.library.register_fake("proxydet::suppress", shapes)
     return torch.ops.proxydet.suppress.default

@@ -312,7 +312,7 @@ def _short_training(*, iterations: int, learning_rate: float) -> TrainingConfig:
     return TrainingConfig(
         iterations=iterations,
         replicas=1,
-        optimizer=OptimizerConfig(learning_rate=learning_rate),
+        optimizer=OptimizerConfig(learning_rate=learning_rate, unused_gradients="skip"),
         schedule=ScheduleConfig(warmup_iterations=iterations // 20),
         precision=PrecisionConfig(dtype="fp32"),
         checkpoints=CheckpointConfig(period=max(iterations // 10, 1)),

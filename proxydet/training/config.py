@@ -28,10 +28,12 @@ class OptimizerConfig:
     clip_value: float | None = 1.0
     """Largest absolute value of a gradient element; larger ones are cut to it. null does not clip."""
 
-    unused_gradients: Literal["skip", "zero"] = "skip"
-    """What a step does to parameters that no loss of it reaches (the mask head, where all batches have image labels):
-    skip leaves them alone, as the published code does with torch 2; zero moves them on by their momentum, as it did
-    with the torch 1.11 of the published training."""
+    unused_gradients: Literal["zero", "skip"] = "zero"
+    """What a step does to parameters that no loss of it reaches on any process (the mask head, where all batches have
+    image labels), if an earlier step reached them: zero moves them on by momentum and decay, as in the published
+    training (torch 1.11, whose zero_grad keeps gradients of zero); skip leaves them alone, as the same code does with
+    torch 2. With 8 processes about 1 step in 256 has image labels only; with one process half of them, so the recipes
+    for one process skip."""
 
     def __post_init__(self) -> None:
         _require(self.learning_rate > 0, "learning_rate must be above 0", self.learning_rate)

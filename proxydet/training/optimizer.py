@@ -41,8 +41,17 @@ def clip_gradients(parameters: Iterable[nn.Parameter], value: float) -> None:
         nn.utils.clip_grad_value_(with_gradient, value)
 
 
-def fill_missing_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Give a zero gradient to trained parameters that the losses did not reach."""
-    for parameter in parameters:
-        if parameter.requires_grad and parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
+def settle_unused_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Give a gradient of zero to parameters that the losses did not reach now but have reached in an earlier step.
+
+    So they go on by their momentum, as with torch before 2.0, whose ``zero_grad`` kept gradients and set them to zero.
+    Parameters that were never reached are left alone: a group of processes hands them zeros, which are taken away. Which
+    ones were reached is read from the optimiser's state, and so outlives an interruption.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            reached = parameter in optimizer.state
+            if reached and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            elif not reached and parameter.grad is not None and not parameter.grad.any():
+                parameter.grad = None

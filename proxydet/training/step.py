@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from proxydet.training.config import TrainingConfig
 from proxydet.training.distributed import Ranks, sum_over_ranks
 from proxydet.training.guards import NonFiniteGuard
-from proxydet.training.optimizer import clip_gradients, fill_missing_gradients
+from proxydet.training.optimizer import clip_gradients, settle_unused_gradients
 from proxydet.training.schedule import learning_rate_factor, set_learning_rate
 from proxydet.training.seeding import derive_seed
 from proxydet.training.state import TrainingState
@@ -173,7 +173,7 @@ class Stepper:
     def _update(self) -> None:
         config = self._config.optimizer
         if config.unused_gradients == "zero":
-            fill_missing_gradients(self._parameters)
+            settle_unused_gradients(self._optimizer)
         self._scaler.unscale_(self._optimizer)
         if config.clip_value is not None:
             clip_gradients(self._parameters, config.clip_value)

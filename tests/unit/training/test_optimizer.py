@@ -10,7 +10,7 @@ from torch import nn
 
 from proxydet.errors import ConfigError
 from proxydet.training.config import OptimizerConfig
-from proxydet.training.optimizer import build_optimizer, clip_gradients, fill_missing_gradients
+from proxydet.training.optimizer import build_optimizer, clip_gradients, settle_unused_gradients
 
 
 def parameters(*gradients: list[float] | None) -> list[nn.Parameter]:
@@ -38,13 +38,21 @@ def test_clipping_does_not_hide_what_is_not_a_number() -> None:
     assert found[0].grad[1] == 1.0
 
 
-def test_missing_gradients_become_zero_for_trained_parameters_only() -> None:
-    found = parameters([1.0, 2.0], None, None)
-    found[2].requires_grad_(False)
-    fill_missing_gradients(found)
-    assert found[0].grad.tolist() == [1.0, 2.0]
+def test_what_was_reached_before_goes_on_and_what_never_was_rests() -> None:
+    """As torch 1.11 did: gradients of zero stay once there was one; before, there is none."""
+    found = parameters([1.0, 2.0], [0.5, 0.5], None, [0.0, 0.0])
+    optimizer = build_optimizer(found, OptimizerConfig())
+    settle_unused_gradients(optimizer)
+    assert [p.grad is None for p in found] == [False, False, True, True]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    found[0].grad = torch.ones(2)
+    before = [p.detach().clone() for p in found]
+    settle_unused_gradients(optimizer)
     assert found[1].grad.tolist() == [0.0, 0.0]
-    assert found[2].grad is None
+    optimizer.step()
+    moved = [not torch.equal(p, b) for p, b in zip(found, before, strict=True)]
+    assert moved == [True, True, False, False]
 
 
 def adamw_step(p: float, g: float, m: float, v: float, t: int) -> tuple[float, float, float]:

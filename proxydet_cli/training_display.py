@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
 Fields = dict[str, str | float]
 
-# Shown in the line of the bar; everything else that a training reports is a part of the loss.
-_HEADLINE = ("total", "lr", "it/s", "data s", "MiB")
+# Shown beside the amount and the time left, under these names; the table above a bar shows the rest.
+_HEADLINE = {"total": "loss", "it/s": "it/s", "lr": "lr"}
+# Not parts of the loss: shown below them in the table.
+_MACHINE = {"data s": "waiting for data, s/it", "MiB": "memory, MiB"}
 _COLUMNS = 3
 
 
@@ -78,7 +80,7 @@ class _SplitTask:
 
     def advance(self, amount: float = 1, **fields: str | float) -> None:
         """Count, and show what is new."""
-        headline = {name: fields[name] for name in _HEADLINE if name in fields}
+        headline = {shown: fields[name] for name, shown in _HEADLINE.items() if name in fields}
         parts = {name: value for name, value in fields.items() if name not in _HEADLINE}
         self._task.advance(amount, **(headline or fields))
         if headline and parts and self._bars is not None:
@@ -90,17 +92,15 @@ class _SplitTask:
 
 
 def parts_table(parts: Fields) -> Table:
-    """Lay out the parts of a loss in columns of name and value, in order of their names."""
+    """Lay out the parts of a loss in columns of name and value, in order of their names; the machine's share last."""
     from rich.table import Table
 
     table = Table.grid(padding=(0, 2))
     for _ in range(_COLUMNS):
         table.add_column(style="dim")
         table.add_column(justify="right")
-    cells = [
-        (name.removeprefix("loss_"), f"{value:.4f}" if isinstance(value, float) else str(value))
-        for name, value in sorted(parts.items())
-    ]
+    losses = sorted(parts.keys() - _MACHINE.keys())
+    cells = [(name.removeprefix("loss_"), _number(parts[name], ".4f")) for name in losses]
     height = -(-len(cells) // _COLUMNS)
     for row in range(height):
         line: list[str] = []
@@ -108,4 +108,16 @@ def parts_table(parts: Fields) -> Table:
             index = column * height + row
             line += cells[index] if index < len(cells) else ("", "")
         table.add_row(*line)
+    machine = [
+        word
+        for name, shown in _MACHINE.items()
+        if name in parts
+        for word in (shown, _number(parts[name], ".4g"))
+    ]
+    if machine:
+        table.add_row(*machine)
     return table
+
+
+def _number(value: str | float, form: str) -> str:
+    return format(value, form) if isinstance(value, float) else str(value)

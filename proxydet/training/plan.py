@@ -14,10 +14,13 @@ from proxydet.config import to_mapping
 from proxydet.config_text import dump_yaml
 from proxydet.data.annotation_json import read_annotations
 from proxydet.data.description import DatasetDescription
-from proxydet.errors import DataError, InputError
+from proxydet.errors import DataError, InputError, ProxydetError
 from proxydet.training.checkpoint import CheckpointFolder
 from proxydet.training.cluster import Topology
+from proxydet.training.config import TrainingConfig
+from proxydet.training.distributed import choose_device
 from proxydet.training.estimate import Estimate, estimate_run
+from proxydet.training.precision import check_precision
 from proxydet.training.runfolder import RunFolder
 from proxydet.training.train import RunSettings, scale_run
 
@@ -148,7 +151,7 @@ def _command(topology: Topology, folder: RunFolder, worker: Sequence[str]) -> tu
 
 
 def _needs(config: RunSettings) -> list[Need]:
-    needs = []
+    needs = _machine_needs(config.training)
     weights = config.training.weights
     if weights is not None:
         needs.append(_need("starting weights", weights))
@@ -164,6 +167,15 @@ def _needs(config: RunSettings) -> list[Need]:
         broken = Need(what="data description", path=str(path), present=False, problem=error.message)
         return [*needs, broken]
     return [*needs, _need("data description", path), *_data_needs(description, config)]
+
+
+def _machine_needs(training: TrainingConfig) -> list[Need]:
+    try:
+        check_precision(training.precision, choose_device(training.device))
+    except ProxydetError as error:
+        text = " ".join(filter(None, [error.message, error.hint]))
+        return [Need(what="precision", path="", present=False, problem=text)]
+    return []
 
 
 def _data_needs(description: DatasetDescription, config: RunSettings) -> list[Need]:

@@ -35,6 +35,7 @@ from proxydet.training.config import TrainingConfig
 from proxydet.training.distributed import Ranks, check_agreement, connect, wait_for_all
 from proxydet.training.fit import FitJob, Resume, TrainResult, fit
 from proxydet.training.loop import Evaluate
+from proxydet.training.precision import check_precision
 from proxydet.training.runfolder import RunFolder
 from proxydet.training.scaling import scale_training
 from proxydet.training.seeding import seed_everything
@@ -123,12 +124,14 @@ def train(
         ConfigError: The configuration does not fit the data, or the folder holds a run of another one.
         DataError: The data cannot be used.
         CheckpointError: The starting weights, or the checkpoints to go on with, do not fit.
+        EnvironmentProblem: The machine cannot compute as it is told.
         ProxydetError: As `proxydet.training.fit.fit`.
     """
     with ExitStack() as stack:
         ranks = stack.enter_context(connect(config.training.device))
         config = scale_run(config, ranks.world_size)
         settings = config.training
+        check_precision(settings.precision, ranks.device)
         stack.enter_context(reproducibility_mode(config.reproducibility))
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)

@@ -32,6 +32,12 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     assert "2 missing or unusable: training cannot start yet." in absent.to_text()
 
 
+def test_a_precision_that_the_machine_lacks_is_missing_too(tmp_path: Path) -> None:
+    found = plan(tmp_path, "training.precision.dtype=fp16").missing
+    assert found[0].what == "precision"
+    assert "--set training.precision.dtype=fp32" in found[0].problem
+
+
 def test_a_description_is_looked_through(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "e.npy").write_bytes(b"")

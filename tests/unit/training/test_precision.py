@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from proxydet.errors import ConfigError, EnvironmentProblem
 from proxydet.training.config import PrecisionConfig
-from proxydet.training.precision import apply_precision, build_scaler
+from proxydet.training.precision import apply_precision, build_scaler, check_precision
 
 CPU = torch.device("cpu")
 
@@ -74,3 +75,17 @@ def test_tf32_is_as_told(toy: ModuleType, tf32: bool) -> None:
     finally:
         for switch, value in zip(switches, before, strict=True):
             switch.allow_tf32 = value
+
+
+def test_what_the_machine_cannot_do_is_said_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="fp16, which needs a GPU"):
+        check_precision(PrecisionConfig(dtype="fp16"), CPU)
+    check_precision(PrecisionConfig(dtype="fp16"), torch.device("cuda"))
+    compiled = PrecisionConfig(dtype="bf16", compile=True)
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(EnvironmentProblem, match=r"C\+\+ compiler, and there is no g\+\+"):
+        check_precision(compiled, CPU, which=lambda name: None)
+    check_precision(compiled, CPU, which=lambda name: name if name == "clang++" else None)
+    monkeypatch.setenv("CXX", "icpx")
+    with pytest.raises(EnvironmentProblem, match="no icpx"):
+        check_precision(compiled, CPU, which=lambda name: name if name == "g++" else None)

@@ -102,10 +102,15 @@ def show_logs(*, verbose: bool = False) -> None:
         verbose: Show information too, not only warnings.
     """
     logger = logging.getLogger("proxydet")
-    logger.setLevel(logging.INFO if verbose else logging.WARNING)
+    level = logging.INFO if verbose else logging.WARNING
+    logger.setLevel(level)
     if not any(isinstance(handler, LogHandler) for handler in logger.handlers):
         logger.addHandler(LogHandler())
         logger.propagate = False
+    for handler in logger.handlers:
+        if isinstance(handler, LogHandler):
+            # A log file that wants more may lower the logger's own level.
+            handler.setLevel(level)
 
 
 def prepare_streams() -> None:

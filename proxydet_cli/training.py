@@ -113,6 +113,10 @@ def show_plan(options: TrainOptions, machines: Machines, *, json: bool) -> None:
 
 def run(options: TrainOptions, machines: Machines, *, json: bool) -> None:
     """Train here, or start the processes that do and wait for them."""
+    import os
+
+    # Read when torch is loaded: its C++ code reports lost connections with stack traces, which we report in words.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from proxydet.training.launcher import in_worker, requeue
 
     config = options.resolve()
@@ -145,8 +149,10 @@ def _work(options: TrainOptions, config: RunConfig) -> None:
     """Train as one of several processes; the first of all shows how it goes."""
     from proxydet.training.distributed import launched_rank
     from proxydet.training.failures import worker_log
+    from proxydet.training.launcher import end_with_launcher
     from proxydet.training.runfolder import RunFolder
 
+    end_with_launcher()
     with worker_log(RunFolder(options.folder(config)).logs, launched_rank()):
         _train(options, config, Output(quiet=launched_rank() > 0))
 

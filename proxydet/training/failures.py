@@ -47,7 +47,7 @@ class FailureRecord:
 
 
 LAUNCHED = "PROXYDET_LAUNCHED"
-"""Environment variable that our launcher sets: it reports the failures of its processes itself."""
+"""Environment variable that our launcher sets to its process id: it reports the failures of its processes itself."""
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import shutil
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 # Seconds that processes get to write a checkpoint after a stop signal, before they are killed.
 _SHUTDOWN_SECONDS = "120"
+_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
 _MEETING_FAILURES = (RendezvousError, DistError)
 _PAUSE_SECONDS = 5.0
 
@@ -35,6 +37,23 @@ _PAUSE_SECONDS = 5.0
 def in_worker(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether a launcher (ours, or torchrun) started this process as one of several."""
     return "RANK" in environment and "WORLD_SIZE" in environment and "LOCAL_RANK" in environment
+
+
+def end_with_launcher(environment: Mapping[str, str] = os.environ) -> None:
+    """Make the system kill this process when the launcher that started it is killed (Linux; elsewhere nothing).
+
+    The elastic launcher gives its processes sessions of their own, so that they would outlive it, and go on writing to
+    the folder of a run that was started again.
+
+    Raises:
+        TrainingError: The launcher is gone already.
+    """
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    launcher = environment.get(LAUNCHED, "")
+    if launcher and os.getppid() != int(launcher):
+        raise TrainingError("The process that started this one is gone.")
 
 
 def launch(topology: Topology, arguments: Sequence[str], logs: Path) -> None:
@@ -53,11 +72,11 @@ def launch(topology: Topology, arguments: Sequence[str], logs: Path) -> None:
         ProxydetError: A process failed with this error.
     """
     since = time.time()
-    os.environ[LAUNCHED] = "1"
+    os.environ[LAUNCHED] = str(os.getpid())
     # Otherwise DDP warns in each process about steps whose losses reach every parameter.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN_SECONDS)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    _silence("torch.distributed.elastic")
     received: list[int] = []
     try:
         with _preemption_as_sigterm(received):
@@ -73,6 +92,13 @@ def launch(topology: Topology, arguments: Sequence[str], logs: Path) -> None:
             hint="Start the same command on every node. Each must reach that address, and the run ends with the node that "
             "owns it; starting anew goes on from the newest checkpoint.",
         ) from error
+
+
+def _silence(package: str) -> None:
+    """Keep a package's log off the terminal; its modules' loggers have levels of their own."""
+    names = [name for name in logging.Logger.manager.loggerDict if name.startswith(package)]
+    for name in [package, *names]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _launch_until_met(topology: Topology, arguments: Sequence[str], logs: Path) -> None:

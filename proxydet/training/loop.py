@@ -161,8 +161,7 @@ class Loop:
             wait_for_all(self.ranks)
         number = self.signals.received or int(signal.SIGTERM)
         raise Interrupted(
-            f"Training was stopped by {signal.Signals(number).name} after "
-            f"{self.state.iteration} of {self.config.iterations} iterations; "
+            f"Training was stopped after {self.state.iteration} of {self.config.iterations} iterations; "
             f"{self.checkpoints.path(self.state.iteration)} holds its state.",
             signal_number=number,
             hint="Start the same command again: it goes on from there.",

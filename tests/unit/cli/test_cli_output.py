@@ -118,3 +118,19 @@ def test_logs(capsys: pytest.CaptureFixture[str], verbose: bool, expected: str) 
     logging.getLogger("proxydet.data").info("seen")
     logging.getLogger("proxydet.data").warning("odd %s", "thing")
     assert capsys.readouterr().err == f"{expected}warning: odd thing\n"
+
+
+def test_a_log_file_that_wants_more_does_not_fill_the_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    show_logs()
+    logger = logging.getLogger("proxydet")
+    logger.setLevel(logging.INFO)
+    try:
+        logger.info("for the file")
+        logger.warning("for people")
+    finally:
+        logger.setLevel(logging.WARNING)
+    shown = capsys.readouterr().err
+    assert "for people" in shown
+    assert "for the file" not in shown

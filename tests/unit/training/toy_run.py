@@ -21,7 +21,7 @@ from proxydet.training.config import TrainingConfig
 from proxydet.training.distributed import connect
 from proxydet.training.failures import worker_log
 from proxydet.training.fit import FitJob, TrainResult, fit
-from proxydet.training.launcher import in_worker, launch
+from proxydet.training.launcher import end_with_launcher, in_worker, launch
 from proxydet.training.runfolder import RunFolder
 
 
@@ -140,6 +140,7 @@ def main() -> None:
     logs = RunFolder(options.folder).logs
     try:
         if in_worker():
+            end_with_launcher()
             with worker_log(logs, int(os.environ["RANK"])):
                 work(options)
         elif options.launch * options.nodes > 1:

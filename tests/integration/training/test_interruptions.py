@@ -92,7 +92,6 @@ def test_killed_or_stopped_at_a_random_step_it_ends_bit_for_bit_the_same(
     assert code == 0, errors
     for how in (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1):
         step = random.randrange(1, STEPS - 5)
-        print(f"{how.name} after step {step}")
         process = start(how.name, processes)
         wait_for_step(tmp_path / how.name, step, process)
         # Only the first process is told: those that it started end with it, whatever ends it.

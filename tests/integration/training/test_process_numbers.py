@@ -15,11 +15,12 @@ from proxydet.data.synthetic.dataset import make_dataset
 
 pytestmark = pytest.mark.slow
 
-# No process draws anything, all classes count, and all images have as many regions: every loss that is an average over
-# regions, cells or images is then the same however the images are spread.
+# No process draws anything for itself, and all classes count. Losses that are averages over cells or images are then the
+# same however the images are spread. Those over regions are averages of averages, and processes differ by a region or two.
 SETTLED = [
     "data.ranks_share_group=true",
     "data.boxes.size=96",
+    "data.boxes.scale=[1.0,1.0]",
     "data.image_labels.size=48",
     "data.workers=0",
     "model.proposals.keep_train=40",
@@ -37,8 +38,15 @@ SETTLED = [
 ]
 # The mask loss is a mean over the regions that stand for an object, and the mixup loss one over the classes of the
 # batch; each process has others.
-PER_PROCESS = {"loss_mask", "cmm_loss_stage2", "total"}
-TOLERANCE = 1e-4
+TOLERANCES = {
+    "loss_centernet": 1e-4,
+    "image_loss": 1e-4,
+    "loss_cls": 5e-3,
+    "loss_box": 5e-3,
+    "loss_mask": 0.1,
+    "cmm_loss": 0.1,
+    "total": 0.05,
+}
 
 
 def train(folder: Path, processes: int, batch: int, steps: int, sets: list[str]) -> list[dict]:
@@ -77,7 +85,7 @@ def test_two_processes_see_what_one_with_twice_the_batch_sees(tmp_path: Path) ->
     one = train(tmp_path / "one", 1, 4, 6, sets)
     assert {bool(losses["loss_mask"]) for losses in one} == {True, False}
     for mine, theirs in zip(one, two, strict=True):
-        same = {name: value for name, value in mine.items() if name not in PER_PROCESS}
-        assert {name: theirs[name] for name in same} == pytest.approx(same, rel=TOLERANCE, abs=1e-7)
-        for name in PER_PROCESS:
-            assert theirs[name] == pytest.approx(mine[name], rel=0.1)
+        assert mine.keys() == theirs.keys()
+        for name, value in mine.items():
+            (tolerance,) = (t for start, t in TOLERANCES.items() if name.startswith(start))
+            assert theirs[name] == pytest.approx(value, rel=tolerance, abs=1e-7), name

@@ -53,7 +53,10 @@ def end_with_launcher(environment: Mapping[str, str] = os.environ) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     launcher = environment.get(LAUNCHED, "")
     if launcher and os.getppid() != int(launcher):
-        raise TrainingError("The process that started this one is gone.")
+        raise TrainingError(
+            "The process that started this one is gone.",
+            hint="Start the same command again: it goes on from the newest checkpoint.",
+        )
 
 
 def launch(topology: Topology, arguments: Sequence[str], logs: Path) -> None:

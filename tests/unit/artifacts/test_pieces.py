@@ -116,7 +116,7 @@ def test_a_server_that_sends_more_than_asked_for_is_not_listened_to(fetch, serve
 
 
 def test_pieces_that_end_early_are_asked_for_again(fetch, server, body) -> None:
-    server.add("/f", body, later={3: {"cut": 100, "chunked": True}, 7: {"cut": 0}})
+    server.add("/f", body, chunked=True, later={3: {"cut": 100}, 7: {"cut": 0}})
     fetch("/f")
     done(fetch, body)
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from proxydet._version import __version__
 from proxydet.compat import patch_source
-from proxydet.compat.patch_disk import remove_bytecode, replace_file, writable
+from proxydet.compat.patch_disk import remove_bytecode, replace_file
 from proxydet.compat.patch_status import (
     PatchRecord,
     PatchState,
@@ -87,8 +87,7 @@ def apply_patch(file: Path, *, dry_run: bool = False) -> PatchChange:
     status = _expect(patch_status(file), {"original", "applied"})
     source = status.file.read_bytes()
     if status.state == "applied":
-        stale = bool(status.stale_bytecode) and not dry_run
-        removed = remove_bytecode(status.file) if stale else ()
+        removed = _remove_stale(status, dry_run=dry_run)
         return _change(status.file, "apply", source, source, dry_run=dry_run, removed=removed)
     changed = patch_source.with_change(source)
     if dry_run:
@@ -123,9 +122,10 @@ def revert_patch(file: Path, *, dry_run: bool = False) -> PatchChange:
     status = _expect(patch_status(file), {"original", "applied"})
     source = status.file.read_bytes()
     if status.state == "original":
-        if not dry_run and writable(status.file):
+        if not dry_run and status.writable:
             _forget(status.file)
-        return _change(status.file, "revert", source, source, dry_run=dry_run)
+        removed = _remove_stale(status, dry_run=dry_run)
+        return _change(status.file, "revert", source, source, dry_run=dry_run, removed=removed)
     original = _original_to_restore(status, source)
     if dry_run:
         return _change(status.file, "revert", source, original, dry_run=True)
@@ -155,6 +155,14 @@ def _original_to_restore(status: PatchStatus, source: bytes) -> bytes:
     return kept
 
 
+def _remove_stale(status: PatchStatus, *, dry_run: bool) -> tuple[Path, ...]:
+    """Delete the compiled files where one of them is of another source: the text is right, and Python would not run it."""
+    if dry_run or not status.stale_bytecode:
+        return ()
+    _require_writable(status)
+    return remove_bytecode(status.file)
+
+
 def _expect(status: PatchStatus, states: set[PatchState]) -> PatchStatus:
     if status.state in states:
         return status
@@ -169,7 +177,7 @@ def _expect(status: PatchStatus, states: set[PatchState]) -> PatchStatus:
 def _require_writable(status: PatchStatus) -> None:
     if not status.writable:
         raise EnvironmentProblem(
-            f"{status.file} may not be changed by this user (the file or its folder is read-only).",
+            f"{status.file} may not be changed by this user: {status.obstacle}.",
             hint=f"use an environment of your own; {_RUN_TIME}",
             path=status.file,
         )

@@ -12,9 +12,25 @@ _UNCHECKED_HASH = 0b01
 """Flags of a compiled file that names a hash of its source and asks Python not to compare it (PEP 552)."""
 
 
-def writable(file: Path) -> bool:
-    """Whether this user may replace a file and create others beside it."""
-    return os.access(file, os.W_OK) and os.access(file.parent, os.W_OK | os.X_OK)
+def obstacle(file: Path) -> str:
+    """Why this user may not replace a file as `replace_file` does, and delete its compiled forms; empty where they may."""
+    if not (os.access(file, os.W_OK) and _may_change(file.parent)):
+        return "the file or its folder is read-only"
+    if hasattr(os, "geteuid") and not _may_give_away(file.stat()):
+        return "it belongs to another user or group, which the new file could not be given to"
+    fixed = [path for path in bytecode_files(file) if not _may_change(path.parent)]
+    return f"its compiled file may not be deleted: {fixed[0]}" if fixed else ""
+
+
+def _may_change(folder: Path) -> bool:
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
+def _may_give_away(owner: os.stat_result) -> bool:
+    """Whether a new file of this user can be given the owner and the group of another."""
+    if os.geteuid() == 0:
+        return True
+    return owner.st_uid == os.geteuid() and owner.st_gid in {os.getegid(), *os.getgroups()}
 
 
 def replace_file(file: Path, content: bytes, *, like: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from proxydet.compat import patch_source
-from proxydet.compat.patch_disk import unchecked_bytecode, writable
+from proxydet.compat.patch_disk import obstacle, unchecked_bytecode
 from proxydet.errors import EnvironmentProblem, MissingDependencyError
 
 PatchState = Literal["original", "applied", "half", "altered", "missing"]
@@ -54,8 +54,8 @@ class PatchStatus:
     record: PatchRecord | None = None
     """What ``apply`` recorded, where the file or its kept original still matches; None otherwise."""
 
-    writable: bool = False
-    """Whether this user may replace the file."""
+    obstacle: str = ""
+    """Why this user may not replace the file; empty where they may."""
 
     stale_bytecode: tuple[Path, ...] = ()
     """Compiled files that Python would run without looking at the source, and that are of another source."""
@@ -66,9 +66,14 @@ class PatchStatus:
     notes: tuple[str, ...] = ()
     """What else the user should know."""
 
+    @property
+    def writable(self) -> bool:
+        """Whether this user may replace the file."""
+        return not self.obstacle
+
     def to_dict(self) -> dict[str, Any]:
         """Return the status as JSON values."""
-        plain = asdict(self)
+        plain = {**asdict(self), "writable": self.writable}
         plain["file"] = str(self.file)
         plain["stale_bytecode"] = [str(path) for path in self.stale_bytecode]
         plain["notes"] = list(self.notes)
@@ -92,10 +97,18 @@ def roi_align_files(search_path: Sequence[str] | None = None) -> tuple[Path, ...
         packages.append(in_use)
     for entry in sys.path if search_path is None else search_path:
         package = Path(entry or ".") / "detectron2"
-        if (package / "__init__.py").is_file():
+        if _can_be_imported(package):
             packages.append(package)
     files = [(package / "layers" / "roi_align.py").resolve() for package in packages]
     return tuple(dict.fromkeys(files))
+
+
+def _can_be_imported(package: Path) -> bool:
+    try:
+        return (package / "__init__.py").is_file()
+    except PermissionError:
+        # Python, too, passes over folders of its path that this user may not read.
+        return False
 
 
 def package_folder(name: str) -> Path | None:
@@ -131,7 +144,8 @@ def patch_status(file: Path) -> PatchStatus:
     """
     file = file.resolve()
     if not file.is_file():
-        return PatchStatus(file=file, state="missing", reason="there is no such file")
+        reason = "there is no such file"
+        return PatchStatus(file=file, state="missing", reason=reason, obstacle=reason)
     source = file.read_bytes()
     reading = patch_source.read_source(source)
     record = _matching_record(file, source)
@@ -146,7 +160,7 @@ def patch_status(file: Path) -> PatchStatus:
         reason=reading.reason,
         digest=digest_of(source),
         record=record,
-        writable=writable(file),
+        obstacle=obstacle(file),
         stale_bytecode=unchecked_bytecode(file),
         diff=diff,
         notes=_notes(file, reading.state, record),

@@ -155,7 +155,10 @@ def _notes(verdict: Verdict, state: str, *, stale: bool) -> tuple[str, ...]:
     if expected is None or expected == verdict:
         return ()
     if stale:
-        return ("Python runs a compiled file of another source; `proxydet patch apply` deletes it",)
+        verb = "apply" if state == "applied" else "revert"
+        return (
+            f"Python runs a compiled file of another source; `proxydet patch {verb}` deletes it",
+        )
     return (
         "the operator does not do what its source file says: something replaces it when Python starts "
         "(a .pth file, sitecustomize), or torchvision's own operator differs",

@@ -77,7 +77,8 @@ def test_an_operator_that_does_not_run_is_an_error_with_its_reason(tmp_path):
 
 def test_a_verdict_that_the_file_does_not_explain_is_commented():
     assert roi_verify._notes("active", "applied", stale=False) == ()
-    assert "compiled file" in roi_verify._notes("not active", "applied", stale=True)[0]
+    assert "patch apply` deletes" in roi_verify._notes("not active", "applied", stale=True)[0]
+    assert "patch revert` deletes" in roi_verify._notes("active", "original", stale=True)[0]
     assert "replaces it" in roi_verify._notes("active", "original", stale=False)[0]
 
 

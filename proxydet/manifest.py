@@ -85,7 +85,7 @@ class RunManifest:
         """Read a manifest that :meth:`to_dict` wrote.
 
         Raises:
-            InputError: It is of another format.
+            InputError: It is of another format, or not a whole one.
         """
         if mapping.get("format") != FORMAT:
             raise InputError(
@@ -93,7 +93,13 @@ class RunManifest:
                 hint="it was written by another version of proxydet",
             )
         values = {key: value for key, value in mapping.items() if key != "format"}
-        return cls(**{**values, "command": tuple(values["command"])})
+        try:
+            return cls(**{**values, "command": tuple(values["command"])})
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                f"The manifest has other keys than proxydet writes: {error}.",
+                hint="give a manifest.json that proxydet wrote",
+            ) from error
 
 
 def build_manifest(
@@ -164,8 +170,13 @@ def read_run_records(run: Path) -> tuple[RunManifest, EnvironmentReport]:
     Raises:
         InputError: A file is missing or not one of ours.
     """
-    folder = run if run.is_dir() else run.parent
+    folder = folder_of(run)
     return read_manifest(folder), EnvironmentReport.from_dict(_read_json(folder / ENVIRONMENT_NAME))
+
+
+def folder_of(run: Path) -> Path:
+    """Return the folder of a run that is given as such, or as a file in it."""
+    return run.parent if run.is_file() else run
 
 
 def read_manifest(folder: Path) -> RunManifest:
@@ -223,7 +234,8 @@ def _read_json(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise InputError(
             f"There is no {path.name} in {path.parent}.",
-            hint="give the folder of a run that proxydet trained or evaluated",
+            hint="give the folder of a run that proxydet trained or evaluated; one that was killed before its first step "
+            "has no records",
             path=path,
         )
     try:

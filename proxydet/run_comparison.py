@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from proxydet.compat.modes import CUBLAS_VARIABLE
 from proxydet.inspection.report import EnvironmentReport, Field
-from proxydet.manifest import RunManifest, read_run_records
+from proxydet.json_lines import JsonLines
+from proxydet.manifest import RunManifest, folder_of, read_run_records
 from proxydet.run_suspects import RANKS, Suspect, Suspects, Suspicion
 
 _ABSENT = "(absent)"
 
 _SAID_ELSEWHERE = frozenset({"seed", "reproducibility"})
 """Keys of a training's configuration that are its seeds and its mode, too."""
+
+_NO_LOSSES = "The runs recorded no losses of the same iterations. "
+_NO_SUSPECT = "Nothing recorded that acts on results differs."
 
 _NEVER_ALIKE = frozenset({"disk", "proxydet"})
 """Fields of the environment that differ between any two runs (free space), or stand in the manifest too."""
@@ -64,7 +67,7 @@ def compare_runs(first: Path, second: Path) -> RunComparison:
     """Compare what two runs recorded about themselves.
 
     Args:
-        first: A run folder.
+        first: A run folder, or a file in it.
         second: Another.
 
     Returns:
@@ -82,27 +85,31 @@ def compare_runs(first: Path, second: Path) -> RunComparison:
         ),
     ]
     ranked = tuple(sorted(found, key=lambda d: RANKS.index(d.suspicion)))
-    losses = [_losses(folder / "metrics.jsonl") for folder in (first, second)]
+    losses = [_losses(folder_of(run) / "metrics.jsonl") for run in (first, second)]
     common = sorted(losses[0].keys() & losses[1].keys())
     divergence = next((i for i in common if not _equal(losses[0][i], losses[1][i])), None)
-    if common and divergence is None:
-        conclusion = f"The losses of all {len(common)} common records are equal."
-        ends = sorted(max(side) for side in losses)
-        if ends[0] != ends[1]:
-            conclusion += f" The records of one run end at iteration {ends[0]}, those of the other at {ends[1]}."
+    if divergence is not None:
+        cause = _suspicion(ranked) or _unexplained({one[0].mode, other[0].mode})
+        conclusion = f"The losses part at the record of iteration {divergence}. {cause}"
+    elif common:
+        conclusion = _all_equal(losses, len(common))
     else:
-        parted = (
-            ""
-            if divergence is None
-            else f"The losses part at the record of iteration {divergence}. "
-        )
-        conclusion = parted + _suspicion(ranked, {one[0].mode, other[0].mode})
+        trained = {one[0].kind, other[0].kind} == {"training"}
+        conclusion = f"{_NO_LOSSES if trained else ''}{_suspicion(ranked) or _NO_SUSPECT}"
     return RunComparison(
         differences=ranked,
         first_divergence=divergence,
         compared_records=len(common),
         conclusion=conclusion,
     )
+
+
+def _all_equal(losses: Sequence[Mapping[int, object]], records: int) -> str:
+    equal = f"The losses of all {records} common records are equal."
+    first, last = sorted(max(side) for side in losses)
+    if first == last:
+        return equal
+    return f"{equal} The records of one run end at iteration {first}, those of the other at {last}."
 
 
 def _manifest_differences(
@@ -189,12 +196,7 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
 
 
 def _losses(path: Path) -> dict[int, dict[str, float]]:
-    if not path.is_file():
-        return {}
-    lines = path.read_text(encoding="utf-8").splitlines()
-    # A run that was killed may have left half a line at the end.
-    records = [json.loads(line) for line in lines if line.endswith("}")]
-    return {record["iteration"]: record["losses"] for record in records if "losses" in record}
+    return {record["iteration"]: record["losses"] for record in JsonLines(path).read()}
 
 
 def _equal(first: Mapping[str, float], second: Mapping[str, float]) -> bool:
@@ -204,7 +206,8 @@ def _equal(first: Mapping[str, float], second: Mapping[str, float]) -> bool:
     )
 
 
-def _suspicion(ranked: tuple[Difference, ...], modes: set[str]) -> str:
+def _suspicion(ranked: tuple[Difference, ...]) -> str:
+    """What to suspect first; empty where no difference acts on results."""
     suspects = [d.key for d in ranked if d.suspicion == "decides results"]
     if suspects:
         return f"The first suspects decide results: {', '.join(suspects[:3])}."
@@ -212,6 +215,10 @@ def _suspicion(ranked: tuple[Difference, ...], modes: set[str]) -> str:
     if suspects:
         first = ", ".join(suspects[:3])
         return f"What differs changes last bits, which grow with the steps: {first}."
+    return ""
+
+
+def _unexplained(modes: set[str]) -> str:
     if modes == {"strict"}:
         return "Nothing recorded explains a difference: in mode strict that is a bug to report."
     return (

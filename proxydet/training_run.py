@@ -21,11 +21,11 @@ from proxydet.data.description import DatasetDescription
 from proxydet.detector import Detector
 from proxydet.evaluation.detector_evaluation import evaluate
 from proxydet.evaluation.report import Report
+from proxydet.json_lines import JsonLines
 from proxydet.recipes import RunConfig
 from proxydet.reporting import SILENT, Progress
 from proxydet.training.distributed import launched_rank
 from proxydet.training.fit import Resume, TrainResult
-from proxydet.training.logs import JsonLines
 from proxydet.training.loop import Evaluate
 from proxydet.training.runfolder import RunFolder
 from proxydet.training.train import train

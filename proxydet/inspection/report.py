@@ -104,18 +104,24 @@ class EnvironmentReport:
         """Read a report that :meth:`to_dict` wrote.
 
         Raises:
-            InputError: It is of another format.
+            InputError: It is of another format, or not a whole one.
         """
         if mapping.get("format") != FORMAT:
             raise InputError(
                 f"The environment report has format {mapping.get('format')!r}, not {FORMAT}.",
                 hint="it was written by another version of proxydet",
             )
-        return cls(
-            fields=tuple(Field(**field) for field in mapping["fields"]),
-            created=mapping["created"],
-            quick=mapping["quick"],
-        )
+        try:
+            return cls(
+                fields=tuple(Field(**field) for field in mapping["fields"]),
+                created=mapping["created"],
+                quick=mapping["quick"],
+            )
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                f"The environment report has other keys than proxydet writes: {error}.",
+                hint="give an environment.json that proxydet wrote",
+            ) from error
 
     def to_markdown(self) -> str:
         """Return a block to paste into an issue; the home folder is written ``~``."""

@@ -1,20 +1,15 @@
-"""The course of a training: JSON lines, TensorBoard, and what is shown while it runs."""
+"""The course of a training: what is recorded of its steps, TensorBoard, and what is shown while it runs."""
 
 from __future__ import annotations
 
-import errno
-import json
-import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from proxydet.errors import DiskFullError
 from proxydet.training.step import StepResult
 
 
@@ -60,48 +55,6 @@ class LossWindow:
     def state_dict(self) -> dict[str, Any]:
         """Return the sums, to go on with after an interruption."""
         return {k: dict(v) if isinstance(v, dict) else v for k, v in self._sums.items()}
-
-
-class JsonLines:
-    """A file of one JSON object a line, each with the ``iteration`` it belongs to."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def read(self) -> Iterator[dict[str, Any]]:
-        """Yield the records; a last line that was cut short by a crash is passed over."""
-        if not self.path.exists():
-            return
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            if line.endswith("}"):
-                yield json.loads(line)
-
-    def append(self, record: dict[str, Any]) -> None:
-        """Write a record.
-
-        Raises:
-            DiskFullError: There is no room.
-        """
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise DiskFullError(
-                    f"There is no room on the disk for {self.path}.",
-                    hint="Make room and start the same command again: it goes on from the newest checkpoint.",
-                    path=self.path,
-                ) from error
-            raise
-
-    def forget_after(self, iteration: int) -> None:
-        """Remove the records of steps that an interrupted run took and a resumed one will take again."""
-        kept = [record for record in self.read() if record["iteration"] <= iteration]
-        if not self.path.exists():
-            return
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-        temporary.replace(self.path)
 
 
 class TensorBoard:

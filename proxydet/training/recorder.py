@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from proxydet.json_lines import JsonLines
 from proxydet.reporting import Task
 from proxydet.training.config import LogConfig
 from proxydet.training.distributed import Ranks
-from proxydet.training.logs import Clock, JsonLines, LossWindow, TensorBoard, memory_mib
+from proxydet.training.logs import Clock, LossWindow, TensorBoard, memory_mib
 from proxydet.training.runfolder import RunFolder
 from proxydet.training.state import TrainingState
 from proxydet.training.step import StepResult

@@ -17,6 +17,7 @@ RANK = {
     **dict.fromkeys(
         [
             "errors",
+            "json_lines",
             "reporting",
             "paths",
             "_version",

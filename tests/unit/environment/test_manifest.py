@@ -75,7 +75,18 @@ def test_digest_of_a_file(tmp_path):
     assert file_digest(tmp_path / "x").startswith("ba7816bf8f01cfea")
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"format": 0}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "{",
+        "[]",
+        '{"format": 0}',
+        '{"format": 1}',
+        json.dumps({**MANIFEST.to_dict(), "more": 1}),
+        json.dumps({k: v for k, v in MANIFEST.to_dict().items() if k != "mode"}),
+    ],
+)
 def test_folders_that_are_no_runs_are_told(tmp_path, content):
     if content is not None:
         (tmp_path / "manifest.json").write_text(content)
@@ -138,11 +149,48 @@ def test_absent_keys_and_other_values_are_differences(run):
     assert by_key["mode"].suspicion == "changes last bits"
 
 
-def test_a_line_cut_short_and_nan_losses_are_no_divergence(run):
+@pytest.mark.parametrize("cut", ['{"iteration": 40, "los', '{"iteration": 40, "losses": {"a": 1}'])
+def test_a_line_cut_short_and_nan_losses_are_no_divergence(run, cut):
     first, second = run("a", losses=[float("nan")]), run("b", losses=[float("nan")])
     with (second / "metrics.jsonl").open("a") as file:
-        file.write('{"iteration": 40, "los')
-    assert compare_runs(first, second).first_divergence is None
+        file.write(cut)
+    found = compare_runs(first, second)
+    assert (found.first_divergence, found.compared_records) == (None, 1)
+
+
+def test_a_run_is_given_as_its_folder_or_a_file_in_it(run):
+    first, second = run("a", losses=[1.0]), run("b", losses=[2.0])
+    found = compare_runs(first / "manifest.json", second / "environment.json")
+    assert found.first_divergence == 20
+    with pytest.raises(InputError, match="no manifest.json in .*/typo"):
+        compare_runs(first, second / "typo")
+
+
+def test_a_run_that_was_killed_before_its_first_record_is_said_to_have_none(run):
+    second = run("b")
+    (second / "metrics.jsonl").unlink()
+    first = run("a", losses=[1.0])
+    assert compare_runs(first, second).conclusion == (
+        "The runs recorded no losses of the same iterations. "
+        "Nothing recorded that acts on results differs."
+    )
+
+
+def test_a_folder_without_the_environment_is_told(run):
+    first, second = run("a"), run("b")
+    (second / "environment.json").unlink()
+    with pytest.raises(InputError, match=r"no environment\.json") as caught:
+        compare_runs(first, second)
+    assert "killed" in (caught.value.hint or "")
+    (second / "environment.json").write_text('{"format": 1, "fields": []}')
+    with pytest.raises(InputError, match="other keys"):
+        compare_runs(first, second)
+
+
+def test_evaluations_have_no_losses_to_miss(run):
+    manifest = replace(MANIFEST, kind="evaluation")
+    found = compare_runs(run("a", manifest), run("b", manifest))
+    assert found.conclusion == "Nothing recorded that acts on results differs."
 
 
 def suspicions(run, other: RunManifest, report=REPORT) -> dict[str, str]:

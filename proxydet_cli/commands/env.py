@@ -44,8 +44,14 @@ def env(
     GPU drivers missing or broken, and says so.
     """
     if diff is not None:
+        if markdown or check or quick or data_root is not None:
+            raise typer.BadParameter(
+                "of the other options only --json goes with it", param_hint="--diff"
+            )
         _show_diff(*diff, json=json)
         return
+    if check and markdown:
+        raise typer.BadParameter("give it or --check, not both", param_hint="--markdown")
     from proxydet.inspection.environment import environment
     from proxydet_cli import environment_text
     from proxydet_cli.output import Output

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from proxydet.compat.modes import MODES, Mode
+from proxydet.compat.roi_align import reproducibility_mode
 from proxydet.data.batches import Batch, BoxBatch, ImageLabelBatch
 from proxydet.data.config import DataConfig, SourceConfig
 from proxydet.data.description import DatasetDescription
@@ -117,6 +119,16 @@ def test_two_processes_that_share_groups_see_what_one_sees(small_set_with_labels
         assert large.image_ids == halves[0].image_ids + halves[1].image_ids
         images = halves[0].images + halves[1].images
         assert all(torch.equal(a, b) for a, b in zip(large.images, images, strict=True))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_batches_are_the_same_in_every_reproducibility_mode(
+    small_set_with_labels: Path, mode: Mode
+) -> None:
+    plain = first(loader(small_set_with_labels), 4)
+    with reproducibility_mode(mode):
+        assert first(loader(small_set_with_labels), 4) == plain
+        assert first(loader(small_set_with_labels, workers=1), 4) == plain
 
 
 def test_the_global_generators_are_left_alone(small_set_with_labels: Path) -> None:

@@ -58,6 +58,20 @@ def test_check_fails_with_what_will_fail(run, broken):
     assert run()[0] == 0
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--check", "--markdown"),
+        ("--diff", "a", "b", "--markdown"),
+        ("--diff", "a", "b", "--check"),
+        ("--diff", "a", "b", "--quick"),
+        ("--diff", "a", "b", "--data-root", "a"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(run, words):
+    assert run(*words)[0] == 2
+
+
 def test_diff_of_two_runs(run, tmp_path):
     for name, seed in (("a", 7), ("b", 8)):
         (tmp_path / name).mkdir()

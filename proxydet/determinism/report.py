@@ -43,7 +43,7 @@ class ModeResult:
     """Gradient elements of one repetition, all steps together."""
 
     differing_elements: int
-    """The most gradient elements in which a repetition of the first process differs from the first one."""
+    """The most gradient elements in which a repetition differs from the first one of its process."""
 
     first_difference: Part | None
     """Where the first differing repetition left the first run; None where all are identical."""

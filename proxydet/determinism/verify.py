@@ -13,10 +13,12 @@ from typing import Any
 from proxydet.compat.modes import MODES, Mode
 from proxydet.config import to_mapping
 from proxydet.determinism.report import DeterminismReport, ModeResult, Part
-from proxydet.determinism.worker import Job, write_job
+from proxydet.determinism.worker import Job, first_other, write_job
 from proxydet.errors import EnvironmentProblem
 from proxydet.recipes import RunConfig
 from proxydet.reporting import SILENT, Progress
+from proxydet.training.distributed import choose_device
+from proxydet.training.precision import check_precision
 
 LVIS_CLASSES = 1203
 PROCESSES = 2
@@ -51,8 +53,10 @@ def verify_determinism(
         For each mode, whether all repetitions were identical, where the first difference was, time and memory.
 
     Raises:
-        EnvironmentProblem: A process failed.
+        ConfigError: The device cannot do the configuration's number format.
+        EnvironmentProblem: There is no such device, or a process failed.
     """
+    check_precision(config.training.precision, choose_device(device))
     jobs = {
         mode: Job(
             configuration=to_mapping(config),
@@ -140,9 +144,9 @@ def _first_other(
     first: list[dict[str, str]], other: list[dict[str, str]]
 ) -> tuple[int, str] | None:
     for step, (mine, theirs) in enumerate(zip(first, other, strict=True)):
-        for name, digest in mine.items():
-            if theirs.get(name) != digest:
-                return step, name
+        name = first_other(mine, theirs)
+        if name is not None:
+            return step, name
     return None
 
 

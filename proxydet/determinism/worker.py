@@ -12,6 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -219,15 +220,25 @@ def _take_gradients(
 
 
 def _compare(repetition: _Repetition, first: StepRecord, other: StepRecord, step: int) -> None:
-    for name, gradient in other.gradients.items():
-        # Bits are compared: two NaN of one pattern are equal, 0 and -0 are not.
-        mine, theirs = (_bits(tensor) for tensor in (gradient, first.gradients[name]))
-        repetition.elements += int((mine != theirs).sum())
-    if repetition.first is None:
-        for name, digest in other.digests.items():
-            if first.digests.get(name) != digest:
-                repetition.first = [step, name]
-                return
+    for name, gradient in {**first.gradients, **other.gradients}.items():
+        if name in first.gradients and name in other.gradients:
+            repetition.elements += _differing(first.gradients[name], other.gradients[name])
+        else:
+            repetition.elements += gradient.numel()
+    where = first_other(first.digests, other.digests)
+    if repetition.first is None and where is not None:
+        repetition.first = [step, where]
+
+
+def first_other(first: Mapping[str, str], other: Mapping[str, str]) -> str | None:
+    """Name the first digest that differs, or that only one of two steps has; None where all are equal."""
+    names = {**first, **other}
+    return next((name for name in names if first.get(name) != other.get(name)), None)
+
+
+def _differing(first: Tensor, other: Tensor) -> int:
+    # Bits are compared: two NaN of one pattern are equal, 0 and -0 are not.
+    return int((_bits(first) != _bits(other)).sum())
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -57,6 +57,8 @@ def determinism(  # noqa: PLR0913 - options of the command line
     unknown = sorted(set(mode or ()) - set(MODES))
     if unknown:
         raise typer.BadParameter(f"{unknown[0]} is none of {', '.join(MODES)}", param_hint="--mode")
+    if device not in {"cpu", "cuda"}:
+        raise typer.BadParameter("give cpu or cuda", param_hint="--device")
     report = verify_determinism(
         resolve_config(recipe, overrides=set_ or ()),
         modes=[known for known in MODES if not mode or known in mode],

@@ -160,6 +160,24 @@ def test_a_failed_write_leaves_no_temporary_file(roi_align_file, monkeypatch):
     assert folder_content(roi_align_file) == before
 
 
+def test_an_original_that_is_not_the_recorded_one_is_not_restored(roi_align_file):
+    apply_patch(roi_align_file)
+    kept = roi_align_file.with_name("roi_align.py.proxydet-original")
+    kept.write_bytes(kept.read_bytes() + b"# mine\n")
+    before = folder_content(roi_align_file)
+    assert patch_status(roi_align_file).record is None
+    with pytest.raises(EnvironmentProblem, match="nothing to restore"):
+        revert_patch(roi_align_file)
+    assert folder_content(roi_align_file) == before
+
+
+def test_bytecode_in_a_folder_of_its_own_is_deleted(roi_align_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "pycache_prefix", str(tmp_path / "bytecode"))
+    compiled = Path(py_compile.compile(str(roi_align_file)))
+    assert tmp_path / "bytecode" in compiled.parents
+    assert apply_patch(roi_align_file).removed_bytecode == (compiled,)
+
+
 def test_a_damaged_record_is_named(roi_align_file):
     apply_patch(roi_align_file)
     record = roi_align_file.with_name("roi_align.py.proxydet-patch.json")

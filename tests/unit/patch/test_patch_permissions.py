@@ -61,16 +61,32 @@ def as_another_user(file: Path, group: int) -> str:
 
 @needs_root
 @pytest.mark.parametrize(
-    ("mode", "message"), [(0o755, "is read-only"), (0o775, "belongs to another user")]
+    ("folder_mode", "file_mode", "message"),
+    [
+        (0o755, 0o644, "is read-only"),
+        (0o755, 0o664, "is read-only"),
+        (0o775, 0o644, "is read-only"),
+        (0o775, 0o664, "belongs to another user"),
+    ],
 )
-def test_files_of_another_user_are_left_to_them(roi_align_file, open_folder, mode, message):
+def test_files_of_another_user_are_left_to_them(
+    roi_align_file, open_folder, folder_mode, file_mode, message
+):
     file = Path(shutil.copy(roi_align_file, open_folder))
-    for path in (open_folder, file):
+    for path, mode in ((open_folder, folder_mode), (file, file_mode)):
         os.chown(path, 0, 65533)
         path.chmod(mode)
     before = folder_content(file)
     assert message in as_another_user(file, group=65533)
     assert folder_content(file) == before
+
+
+@needs_root
+def test_root_keeps_the_owner_of_what_it_replaces(roi_align_file):
+    os.chown(roi_align_file, 65534, 65533)
+    apply_patch(roi_align_file)
+    owners = {(p.stat().st_uid, p.stat().st_gid) for p in roi_align_file.parent.iterdir()}
+    assert owners == {(65534, 65533)}
 
 
 @needs_root

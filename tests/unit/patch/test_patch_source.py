@@ -93,6 +93,8 @@ def test_a_part_of_the_change_is_told_apart(source, old, new, missing):
         (b"            self.aligned,", b"            self.aligned, extra=1,"),
         (b"class ROIAlign(", b"class RoIAlign("),
         (b"def forward(self, input, rois)", b"def forward(self, input, rois, extra=None)"),
+        (b"def forward(self, input, rois)", b"def forward(self, input, rois, *extra)"),
+        (b"def forward(self, input, rois)", b"def forward(self, input, rois, *, extra=None)"),
         (b"def forward(", b"@staticmethod\n    def forward("),
         (b"def __repr__", b"def forward(self): ...\n    def __repr__"),
         (b"return roi_align(", b"return 2 * roi_align("),

@@ -194,7 +194,11 @@ def test_compare_two_files_and_two_folders(typed: Typed, files: Path) -> None:
     ("words", "error", "message"),
     [
         (["--results", "a.json"], ConfigError, "need the data set"),
-        (["--results", "a.json", "--run", "x", "--data", "val.json"], ConfigError, "--run, --weights and"),
+        (
+            ["--results", "a.json", "--run", "x", "--data", "val.json"],
+            ConfigError,
+            "--run, --weights and",
+        ),
         (["--vocabulary", "text.npy"], ConfigError, "belongs to a data set"),
         (["--compare", "a.json", "b.json"], ConfigError, "need|needs the data set"),
         (["--results", "a.json", "--data", "absent.toml"], DataError, "no data description"),

@@ -83,7 +83,8 @@ class CheckpointFolder:
             try:
                 return load_checkpoint(path), path
             except CheckpointError as error:
-                logger.warning("%s Falling back to the checkpoint before it.", error.message)
+                reason = error.message.rstrip(".")
+                logger.warning("%s. Falling back to the checkpoint before it.", reason)
         if found:
             raise CheckpointError(
                 f"None of the {len(found)} checkpoints in {self.folder} can be read.",
@@ -91,6 +92,19 @@ class CheckpointFolder:
                 path=self.folder,
             )
         return None
+
+    def set_aside_after(self, iteration: int) -> None:
+        """Rename the checkpoints after an iteration that a run goes back to: they are no longer its newest ones.
+
+        Left as they are they would count among the last that are kept, and push out those that the run now writes.
+        """
+        for later, path in self.list():
+            if later > iteration:
+                aside = path.with_name(f"{path.name}.aside")
+                path.replace(aside)
+                logger.warning(
+                    "The run goes back to iteration %d; %s is now %s.", iteration, path, aside.name
+                )
 
     def rotate(self, best: int | None) -> None:
         """Remove the checkpoints that need not be kept; ``best`` is the best one's iteration, if any."""

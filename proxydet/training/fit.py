@@ -17,7 +17,12 @@ from proxydet.errors import EnvironmentProblem, TrainingError
 from proxydet.reporting import SILENT, Progress
 from proxydet.training.checkpoint import CheckpointFolder, load_checkpoint, write_checkpoint
 from proxydet.training.config import TrainingConfig
-from proxydet.training.distributed import Ranks, broadcast_value, wrap_for_ranks
+from proxydet.training.distributed import (
+    Ranks,
+    broadcast_value,
+    wait_for_all,
+    wrap_for_ranks,
+)
 from proxydet.training.feed import BatchFeed
 from proxydet.training.guards import NonFiniteGuard
 from proxydet.training.loop import Best, Evaluate, Loop
@@ -190,13 +195,17 @@ def _resume(state: TrainingState, job: FitJob) -> None:
         return
     saved: dict[str, Any] | None = None
     path: object = job.resume if isinstance(job.resume, Path) else None
+    folder = CheckpointFolder(job.folder.checkpoints, job.config.checkpoints)
     if job.ranks.is_main and path is None:
-        folder = CheckpointFolder(job.folder.checkpoints, job.config.checkpoints)
         saved, path = folder.load_newest() or (None, None)
     path = broadcast_value(path, job.ranks)
     if isinstance(path, Path):
         state.load_state_dict(saved if saved is not None else load_checkpoint(path))
         logger.info("Going on after iteration %d of %s", state.iteration, path)
+        # When every process has read its state.
+        wait_for_all(job.ranks)
+        if job.ranks.is_main:
+            folder.set_aside_after(state.iteration)
 
 
 def _run(loop: Loop) -> None:

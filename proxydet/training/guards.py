@@ -64,10 +64,21 @@ class NonFiniteGuard:
             logger.warning("%s Skipping this step (%d so far).", message, self.skipped)
             return True
         raise NumericsError(
-            f"{message} The weights are as they were before this step; the last checkpoint is good.",
-            hint=f"{record} lists the images. Look at their annotations, lower "
-            "training.optimizer.learning_rate, or go on with --set training.guards.non_finite=skip.",
+            f"{message} The weights are as they were before this step; no checkpoint was touched.",
+            hint=f"{record} lists the images. {self._advice()}",
             path=record,
+        )
+
+    def _advice(self) -> str:
+        if self._config.non_finite == "skip":
+            return (
+                f"{self.skipped} steps were skipped, as many as training.guards.max_skipped allows: the weights have most "
+                "likely diverged. Go back to an earlier checkpoint (--resume FILE), or start anew, with a lower "
+                "training.optimizer.learning_rate."
+            )
+        return (
+            "Look at their annotations, lower training.optimizer.learning_rate, or go on with "
+            "--set training.guards.non_finite=skip."
         )
 
     def _describe(
@@ -92,11 +103,21 @@ class NonFiniteGuard:
             record = {"iteration": iteration, "not_finite": found, "batches_by_rank": ids_by_rank}
             path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         parts = [
-            f"{', '.join(f'{n} is {v}' for n, v in item['losses'].items())} "
-            f"in process {item['rank']} on images {_flat(item['images'])}"
+            f"{_in_words(item['losses'])} in process {item['rank']} on images {_flat(item['images'])}"
             for item in found
         ]
         return f"At iteration {iteration}, {'; '.join(parts)}.", path
+
+
+def _in_words(losses: dict[str, str]) -> str:
+    """Say which losses have which value: ``loss_a and loss_b are nan``."""
+    names: dict[str, list[str]] = {}
+    for name, value in losses.items():
+        names.setdefault(value, []).append(name)
+    return ", ".join(
+        f"{' and '.join(group)} {'are' if len(group) > 1 else 'is'} {value}"
+        for value, group in names.items()
+    )
 
 
 def _flat(groups: list[list[Any]]) -> str:

@@ -94,6 +94,30 @@ def test_an_interrupted_evaluation_is_made_up_for(toy: ModuleType, tmp_path: Pat
     assert result.best == dataclasses.replace(result.best, iteration=12, metric="AP", value=12.0)
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_what_follows_a_run_that_went_back_is_kept(
+    toy: ModuleType, tmp_path: Path, damaged: bool
+) -> None:
+    """Checkpoints that were left behind do not count among the newest, and push out none that is written now."""
+    changes = {"checkpoints": {"period": 2, "keep_last": 2}}
+    toy.run(tmp_path, changes)
+    folder = tmp_path / "checkpoints"
+    early = folder / "step_0000010.pth"
+    if damaged:
+        (folder / "step_0000012.pth").write_bytes(b"")
+    with pytest.raises(Stop):
+        toy.run(
+            tmp_path,
+            {"checkpoints": {"period": 1, "keep_last": 1}, "evaluation": {"period": 11}},
+            evaluate=crash_at(11),
+            **({} if damaged else {"resume": early}),
+        )
+    assert [path.name for path in sorted(folder.iterdir())] == [
+        "step_0000011.pth",
+        "step_0000012.pth.aside",
+    ]
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_writes_a_checkpoint_and_the_run_goes_on(
     toy: ModuleType, tmp_path: Path, number: int, code: int
@@ -178,8 +202,10 @@ def test_a_step_can_be_skipped_instead_and_is_counted(
     assert records(tmp_path / "a")[-1]["skipped"] == 2
     monkeypatch.undo()
     poisoned(toy, monkeypatch, 5, 7, 9)
-    with pytest.raises(NumericsError):
+    with pytest.raises(NumericsError) as caught:
         toy.run(tmp_path / "b", skip)
+    assert "2 steps were skipped, as many as training.guards.max_skipped" in caught.value.hint
+    assert "non_finite=skip" not in caught.value.hint
 
 
 def test_weights_that_are_not_finite_are_not_saved(

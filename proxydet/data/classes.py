@@ -118,6 +118,18 @@ def image_counts(
     return counts if with_novel else np.where(vocabulary.base, counts, 0)
 
 
+def embedding_dimension(path: Path) -> int:
+    """Return the dimension of the text embeddings in a file: a table, or a saved vocabulary.
+
+    Raises:
+        VocabularyError: It is neither.
+    """
+    if zipfile.is_zipfile(path):
+        return Vocabulary.load(path).dimension
+    table = _load_table(path)
+    return table.shape[1] if table.ndim == 2 else 0
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
     """Return `` Did you mean 'x'?`` for the known name nearest to ``name``, or nothing."""
     close = difflib.get_close_matches(name, known, n=1)

@@ -77,18 +77,22 @@ def _read_torch(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "global" not in str(error).lower():
-            raise _damaged(path, error) from error
+            # torch's own text advises to load the file unsafely.
+            raise _damaged(path, "it is no file that torch.save writes") from error
         raise CheckpointError(
             f"{path} holds more than parameters, and loading it could run code",
             hint="take the file from its publisher, or save its state dict alone with torch.save",
             path=path,
         ) from error
     except (*_DAMAGE, RuntimeError, zipfile.BadZipFile) as error:
-        raise _damaged(path, error) from error
+        raise _damaged(path, _first_line(error)) from error
 
 
-def _damaged(path: Path, error: Exception) -> CheckpointError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _damaged(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(
         f"{path} is damaged or no weight file: {reason}", hint="fetch it again", path=path
     )
@@ -121,6 +125,6 @@ def _read_pickle(path: Path) -> Any:
                 hint="take the file from its publisher",
                 path=path,
             ) from error
-        raise _damaged(path, error) from error
+        raise _damaged(path, _first_line(error)) from error
     except _DAMAGE as error:
-        raise _damaged(path, error) from error
+        raise _damaged(path, _first_line(error)) from error

@@ -26,8 +26,10 @@ from proxydet.training.distributed import choose_device
 
 # AdamW: weight, gradient and two moments in float32.
 _BYTES_PER_PARAMETER = 16
-# A step is assumed to reach this share of what a large convolution reaches on the same device; not calibrated.
-_EFFICIENCY = 0.5
+# The operations of a step over its time, as a share of what the probe's convolution reaches. Measured for R50 on a 2-core CPU
+# (benchmarks/training_step_cpu2_202611.md, 220 GFLOP/s): 1.17 for box batches, with fewer masks than are counted here,
+# 0.65 for image-label batches. No GPU was measured.
+_EFFICIENCY = 0.85
 _PROBE_SECONDS = 0.3
 
 
@@ -50,7 +52,7 @@ class BatchCost:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a training takes, roughly: within a factor of two."""
+    """What a training takes, roughly: within a factor of two on an idle machine."""
 
     device: str
     """Where it would compute."""
@@ -64,6 +66,9 @@ class Estimate:
     seconds_per_step: float
     """Time of a step."""
 
+    operations_per_second: float
+    """Floating-point operations a second that a large convolution reached in a short probe of the device."""
+
     hours: float
     """Time of all steps."""
 
@@ -76,7 +81,8 @@ class Estimate:
             f"device       {self.device}, at least {self.memory_gib:.1f} GiB a process, "
             f"{self.parameters / 1e6:.1f} M parameters",
             f"time         about {_duration(self.hours)}: {self.seconds_per_step:.2g} s a step, "
-            f"{self.images:,} images; a rough guess from a short probe of this machine",
+            f"{self.images:,} images; a rough guess: a convolution reaches {self.operations_per_second / 1e9:.3g} GFLOP/s "
+            "here just now (less where other programs run)",
         ]
         if self.device == "cpu" and self.hours > 24:
             lines.append("slow         this recipe is made for GPUs; on a CPU it takes very long")
@@ -104,7 +110,8 @@ def estimate_run(
     costs = batch_costs(parts, boxes, labels, training)
     operations = sum(cost.operations * cost.share for cost in costs) * training.accumulation
     images = sum(cost.images * cost.share for cost in costs) * training.accumulation * processes
-    seconds = operations / (_EFFICIENCY * device_speed(device, training.precision.dtype))
+    speed = device_speed(device, training.precision.dtype)
+    seconds = operations / (_EFFICIENCY * speed)
     parameters = sum(p.numel() for p in parts.parameters())
     return Estimate(
         device=str(device),
@@ -112,6 +119,7 @@ def estimate_run(
         memory_gib=(_BYTES_PER_PARAMETER * parameters + max(cost.kept_bytes for cost in costs))
         / 2**30,
         seconds_per_step=seconds,
+        operations_per_second=speed,
         hours=seconds * training.iterations / 3600,
         images=round(images * training.iterations),
     )

@@ -13,6 +13,7 @@ from typing import Any
 from proxydet.config import to_mapping
 from proxydet.config_text import dump_yaml
 from proxydet.data.annotation_json import read_annotations
+from proxydet.data.classes import embedding_dimension
 from proxydet.data.description import DatasetDescription
 from proxydet.errors import DataError, InputError, ProxydetError
 from proxydet.training.checkpoint import CheckpointFolder
@@ -22,7 +23,7 @@ from proxydet.training.distributed import choose_device
 from proxydet.training.estimate import Estimate, estimate_run
 from proxydet.training.precision import check_precision
 from proxydet.training.runfolder import RunFolder
-from proxydet.training.train import RunSettings, scale_run
+from proxydet.training.train import RunSettings, check_dimension, scale_run
 
 # Annotation files up to this are looked into; it takes well under a second.
 _LARGEST_READ = 64 * 1024 * 1024
@@ -173,13 +174,12 @@ def _machine_needs(training: TrainingConfig) -> list[Need]:
     try:
         check_precision(training.precision, choose_device(training.device))
     except ProxydetError as error:
-        text = " ".join(filter(None, [error.message, error.hint]))
-        return [Need(what="precision", path="", present=False, problem=text)]
+        return [Need(what="precision", path="", present=False, problem=_in_full(error))]
     return []
 
 
 def _data_needs(description: DatasetDescription, config: RunSettings) -> list[Need]:
-    needs = [_need("text embeddings", description.vocabulary.embeddings)]
+    needs = [_embeddings(description, config)]
     if description.train is None:
         text = "the description has no [train] table"
         needs.append(Need(what="training annotations", path="", present=False, problem=text))
@@ -192,6 +192,22 @@ def _data_needs(description: DatasetDescription, config: RunSettings) -> list[Ne
         paths = [path for path in (labels.tars, labels.annotations, *labels.roots) if path]
         needs += [_need("image labels", path) for path in paths]
     return needs
+
+
+def _embeddings(description: DatasetDescription, config: RunSettings) -> Need:
+    path = description.vocabulary.embeddings
+    need = _need("text embeddings", path)
+    if not path.is_file():
+        return need
+    try:
+        check_dimension(config.model, embedding_dimension(path))
+    except ProxydetError as error:
+        return dataclasses.replace(need, present=False, problem=_in_full(error))
+    return need
+
+
+def _in_full(error: ProxydetError) -> str:
+    return " ".join(filter(None, [error.message, error.hint]))
 
 
 def _need(what: str, path: Path) -> Need:

@@ -173,6 +173,21 @@ def scale_run(config: S, processes: int) -> S:
     return cast("S", dataclasses.replace(cast("Any", config), training=scaled))
 
 
+def check_dimension(model: ModelConfig, dimension: int) -> None:
+    """Make sure that a model takes text embeddings of a dimension.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    expected = model.classifier.embedding_dim
+    if dimension != expected:
+        raise ConfigError(
+            f"The data's text embeddings have {dimension} dimensions; model.classifier.embedding_dim is {expected}.",
+            hint=f"Add --set model.classifier.embedding_dim={dimension}; where training starts from weights, embed the "
+            "class names with the text encoder of those instead.",
+        )
+
+
 def _open_data(config: DataConfig, progress: Progress) -> _Data:
     if config.description is None:
         raise ConfigError(
@@ -195,6 +210,7 @@ def _open_data(config: DataConfig, progress: Progress) -> _Data:
 
 def _build_network(config: RunSettings, data: _Data, *, from_weights: bool) -> ProxyDetNetwork:
     """Build the network with fresh weights, the same everywhere, and load the starting weights where it begins."""
+    check_dimension(config.model, data.vocabulary.dimension)
     seed_everything(config.seed)
     network = ProxyDetNetwork(config.model, data.vocabulary, data.counts)
     settings = config.training

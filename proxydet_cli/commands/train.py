@@ -17,7 +17,9 @@ app = command_app()
 Backbone = Annotated[
     str | None,
     typer.Option(
-        "--backbone", metavar="r50|swinb", help="The published recipe with this backbone."
+        "--backbone",
+        metavar="r50|swinb",
+        help="The published recipe with this backbone (in place of --recipe).",
     ),
 ]
 Recipe = Annotated[
@@ -127,6 +129,8 @@ def train(  # noqa: PLR0913 - one parameter an option
     """
     from proxydet_cli import training
 
+    if backbone is not None and recipe is not None:
+        raise typer.BadParameter("give either --backbone or --recipe, not both")
     options: TrainOptions = training.TrainOptions(
         recipe=recipe or backbone,
         data=data,

@@ -62,6 +62,12 @@ def test_result_in_json_and_a_second_start_has_nothing_to_do(
     assert json.loads(again.stdout)["evaluations"] == result["evaluations"]
 
 
+def test_backbone_and_recipe_exclude_each_other(tmp_path: Path) -> None:
+    done = command("--backbone", "r50", "--recipe", "tiny", "--show-config", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "either --backbone or --recipe" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

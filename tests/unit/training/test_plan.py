@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from proxydet.recipes import get_recipe, resolve_config
@@ -40,7 +41,7 @@ def test_a_precision_that_the_machine_lacks_is_missing_too(tmp_path: Path) -> No
 
 def test_a_description_is_looked_through(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
-    (tmp_path / "e.npy").write_bytes(b"")
+    np.save(tmp_path / "e.npy", np.ones((2, 64), np.float32))
     path = tmp_path / "d.toml"
     path.write_text(
         'name = "d"\n[vocabulary]\nembeddings = "e.npy"\n'
@@ -59,6 +60,17 @@ def test_a_description_is_looked_through(tmp_path: Path) -> None:
     assert "name must be text" in broken[0].problem
 
 
+def test_embeddings_of_another_dimension_or_none_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "d.toml"
+    path.write_text('name = "d"\n[vocabulary]\nembeddings = "e.npy"\n')
+    np.save(tmp_path / "e.npy", np.ones((2, 32), np.float32))
+    found = {need.what: need.problem for need in plan(tmp_path, f"data.description={path}").missing}
+    assert "Add --set model.classifier.embedding_dim=32" in found["text embeddings"]
+    (tmp_path / "e.npy").write_bytes(b"none")
+    found = {need.what: need.problem for need in plan(tmp_path, f"data.description={path}").missing}
+    assert "e.npy" in found["text embeddings"]
+
+
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
@@ -72,9 +84,10 @@ def test_an_empty_or_broken_annotation_file_is_told(
     tmp_path: Path, content: str, problem: str
 ) -> None:
     (tmp_path / "a.json").write_text(content)
+    np.save(tmp_path / "e.npy", np.ones((2, 64), np.float32))
     path = tmp_path / "d.toml"
     path.write_text(
-        'name = "d"\n[vocabulary]\nembeddings = "d.toml"\n'
+        'name = "d"\n[vocabulary]\nembeddings = "e.npy"\n'
         '[train]\nannotations = "a.json"\nimages = "."\n'
     )
     planned = plan(tmp_path, f"data.description={path}")
@@ -128,4 +141,5 @@ def test_an_estimate_is_plausible() -> None:
     assert 100_000 < found.parameters < 1_000_000
     assert found.images == pytest.approx(20 * (2 * 2 / 3 + 4 / 3), abs=1)
     assert 0 < found.seconds_per_step < 100
+    assert found.operations_per_second > 0
     assert found.hours == pytest.approx(found.seconds_per_step * 20 / 3600)

@@ -3,7 +3,8 @@
 A resample draws as many images as there are, with replacement, and every metric is computed anew from the matches. The
 spread of the resamples is the standard error, and the interval is the metric plus and minus a multiple of it. The
 resamples' own quantiles would be off to one side: average precision of few annotations is biased, and that of a
-resample, which has fewer distinct ones, is biased more.
+resample, which has fewer distinct ones, is biased more. What categories of few images lack in spread is added by
+:mod:`proxydet.evaluation.few_images`.
 
 Dimensions: I images, C categories, A areas, T IoU thresholds, R resamples, M metrics.
 """
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proxydet.evaluation.curves import AREAS, IOU_THRESHOLDS_T
+from proxydet.evaluation.few_images import FewImages
 from proxydet.evaluation.ground_truth import FREQUENCIES, GroundTruth
 from proxydet.evaluation.report import Interval
 from proxydet.evaluation.resampling import WeightedPrecision
@@ -38,7 +40,7 @@ class Resamples:
     Attributes:
         names: M metrics: the official ones of precision, and ``GROUP/AP`` and ``GROUP/AP50`` for each group.
         values_M: On the data set itself; NaN where there is nothing to measure.
-        resampled_RM: On each resample.
+        resampled_RM: On each resample, deviations widened for categories of few images; may leave [0, 1].
         rare: How many rare categories have annotations, in the data set and on average in a resample; None without
             frequencies.
     """
@@ -123,11 +125,14 @@ def resample(
     """
     images = len(truth.image_ids)
     whole_ATC = precision.precision(np.ones(images))
+    kinds = sets.frequencies or ("",) * whole_ATC.shape[2]
+    few = FewImages(whole_ATC, precision.images_AC(), kinds)
     rare_C = np.array([value == "r" for value in truth.frequencies or ()], dtype=bool)
 
     def one(index: int) -> tuple[list[float], int]:
         drawn_ATC = precision.precision(drawn_weights(images, seed, index))
-        return sets.measure(drawn_ATC), _present(drawn_ATC, rare_C)
+        widened_ATC = few.widen(drawn_ATC, pooling(seed, index))
+        return sets.measure(widened_ATC), _present(drawn_ATC, rare_C)
 
     results = []
     with (
@@ -156,6 +161,11 @@ def drawn_weights(images: int, seed: int, index: int) -> Floats:
     """
     draw = np.random.default_rng([seed, index])
     return np.bincount(draw.integers(0, images, images), minlength=images).astype(np.float64)
+
+
+def pooling(seed: int, index: int) -> np.random.Generator:
+    """Return the generator that pools a resample's categories of a single image: the same for every detector."""
+    return np.random.default_rng([seed, index, 1])
 
 
 @dataclass(frozen=True, kw_only=True)

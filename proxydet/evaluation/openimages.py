@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proxydet.errors import DataError
-from proxydet.evaluation.bootstrap import Resamples, drawn_weights
+from proxydet.evaluation.bootstrap import Resamples, drawn_weights, pooling
+from proxydet.evaluation.few_images import FewImages, images_of
 from proxydet.evaluation.ground_truth import GroundTruth
 from proxydet.evaluation.json_input import damaged_json, first_offenders, read_bytes
 from proxydet.evaluation.openimages_hits import Hits
@@ -96,19 +97,30 @@ def resample_openimages(
         seed: Of the draws.
     """
     images, categories = len(truth.image_ids), len(truth.category_ids)
+    images_1C = images_of(truth.ann_image_A, truth.ann_category_A, categories)[None]
+    few = {
+        name: FewImages(score.ap50_C[None, None], images_1C, ("",) * categories)
+        for name, score in scores.items()
+    }
 
-    def measured(weight_I: NDArray[np.float64]) -> list[float]:
-        means = [mean_of_known(score.hits.ap50(weight_I, categories)) for score in scores.values()]
-        return [np.nan if value is None else value for value in means]
+    def resampled(index: int) -> list[float]:
+        weight_I = drawn_weights(images, seed, index)
+        values = []
+        for name, score in scores.items():
+            drawn_11C = score.hits.ap50(weight_I, categories)[None, None]
+            values.append(_or_nan(mean_of_known(few[name].widen(drawn_11C, pooling(seed, index)))))
+        return values
 
     return Resamples(
         names=tuple(scores),
-        values_M=np.array(measured(np.ones(images))),
-        resampled_RM=np.array(
-            [measured(drawn_weights(images, seed, index)) for index in range(number)]
-        ),
+        values_M=np.array([_or_nan(score.ap50) for score in scores.values()]),
+        resampled_RM=np.array([resampled(index) for index in range(number)]),
         rare=None,
     )
+
+
+def _or_nan(value: float | None) -> float:
+    return np.nan if value is None else value
 
 
 def read_hierarchy(path: Path, truth: GroundTruth) -> dict[int, tuple[int, ...]]:

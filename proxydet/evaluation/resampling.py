@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proxydet.evaluation.curves import RECALL_THRESHOLDS_R
+from proxydet.evaluation.few_images import images_of
 from proxydet.evaluation.matching import FOUND, IGNORED, Matches
 
 Floats = NDArray[np.float64]
@@ -123,6 +124,12 @@ class WeightedPrecision:
             ),
             end_K=np.searchsorted(key, group_K * size + self._place_S[event_K], side="right"),
         )
+
+    def images_AC(self) -> Integers:
+        """Return in how many images each category has annotations that count, by area: int64 (A, C)."""
+        areas, _, categories = self._shape
+        number = images_of(self._ann_image, self._ann_slot, areas * categories)
+        return number.reshape(areas, categories)
 
     def precision(self, weight_I: Floats) -> Floats:
         """Return average precision.

@@ -9,12 +9,13 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from proxydet.errors import DataError
+from proxydet.errors import DataError, EnvironmentProblem
 from proxydet.evaluation.bootstrap import Resamples, Sets, resample
 from proxydet.evaluation.config import EvaluationConfig
 from proxydet.evaluation.curves import Curves, Limits
 from proxydet.evaluation.ground_truth import GroundTruth
 from proxydet.evaluation.hotcoco_engine import run_hotcoco
+from proxydet.evaluation.json_input import first_offenders
 from proxydet.evaluation.matching import Matches, match
 from proxydet.evaluation.official_engine import run_official
 from proxydet.evaluation.resampling import WeightedPrecision
@@ -91,6 +92,9 @@ def score(
         config: How to score.
         groups: Sets of categories to average over, bool (C,) each.
         progress: Where progress is shown.
+
+    Raises:
+        EnvironmentProblem: The engine failed, or is found to be wrong.
     """
     selection = select(results, truth, iou_type=iou_type, **_limits(config, truth))
     curves = _curves(truth, results, selection, iou_type, config)
@@ -98,7 +102,7 @@ def score(
     resamples = None
     if matches is not None:
         precision = WeightedPrecision(matches, len(truth.category_ids))
-        _check_against_engine(precision, curves, truth)
+        _check_against_engine(precision, curves, truth, config.engine)
         resamples = resample(
             precision,
             truth,
@@ -147,10 +151,25 @@ def _curves(
     return run_official(truth, results, iou_type=iou_type, limits=limits, per_image=per_image)
 
 
-def _check_against_engine(precision: WeightedPrecision, curves: Curves, truth: GroundTruth) -> None:
-    """Intervals come from our own matches: without resampling these must give the engine's average precision."""
+def _check_against_engine(
+    precision: WeightedPrecision, curves: Curves, truth: GroundTruth, engine: str
+) -> None:
+    """Intervals come from our own matches: without resampling these must give the engine's average precision.
+
+    Raises:
+        EnvironmentProblem: They do not.
+    """
     ours_ATC = precision.precision(np.ones(len(truth.image_ids)))
     theirs_ATC = curves.average_TCA.transpose(2, 0, 1)
-    absent_ATC = np.isnan(theirs_ATC)
-    assert (np.isnan(ours_ATC) == absent_ATC).all()
-    assert (np.abs(ours_ATC - theirs_ATC)[~absent_ATC] < _ROUNDING).all()
+    apart_ATC = np.abs(ours_ATC - theirs_ATC) > _ROUNDING
+    apart_ATC |= np.isnan(ours_ATC) != np.isnan(theirs_ATC)
+    if not apart_ATC.any():
+        return
+    names = [truth.category_names[index] for index in np.flatnonzero(apart_ATC.any(axis=(0, 1)))]
+    raise EnvironmentProblem(
+        f"The engine {engine!r} gives another average precision than the matches that intervals are made from, in "
+        f"{len(names)} categories ({first_offenders(names)}).",
+        hint="evaluate with the official one, the yardstick: --engine lvis"
+        if engine == "hotcoco"
+        else "report this with the files; --bootstrap 0 gives the metrics without intervals",
+    )

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from proxydet.errors import EnvironmentProblem
-from proxydet.evaluation import hotcoco_engine
+from proxydet.evaluation import hotcoco_engine, scoring
 from proxydet.evaluation.config import EvaluationConfig
 from proxydet.evaluation.evaluate import evaluate_results
 from proxydet.evaluation.report import Report
@@ -220,6 +220,32 @@ def test_a_failure_of_the_fast_engine_advises_the_official_one(
     with pytest.raises(EnvironmentProblem, match="fast evaluation engine failed") as caught:
         evaluate_results(detections, truth, config=FAST)
     assert "--engine lvis" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(("engine", "advice"), [("hotcoco", "--engine lvis"), ("lvis", "report")])
+@pytest.mark.parametrize("wrong", [0.5, -1.0])
+def test_an_engine_that_is_wrong_is_told(
+    make_set: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    engine: str,
+    advice: str,
+    wrong: float,
+) -> None:
+    """Intervals rest on matches of our own; where these give other numbers, something is wrong and nothing is shown."""
+    truth, detections = make_set(5)
+    name = "run_hotcoco" if engine == "hotcoco" else "run_official"
+    run = getattr(scoring, name)
+
+    def slightly_off(*args: Any, **options: Any) -> Any:
+        curves = run(*args, **options)
+        present = np.flatnonzero(curves.precision_TRCA[0, 0, :, 0] >= 0)
+        curves.precision_TRCA[0, :, present[0], 0] = wrong
+        return curves
+
+    monkeypatch.setattr(scoring, name, slightly_off)
+    with pytest.raises(EnvironmentProblem, match=r"in 1 categories \(thing \d\)") as caught:
+        evaluate_results(detections, truth, config=EvaluationConfig(bootstrap=2, engine=engine))
+    assert advice in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize(

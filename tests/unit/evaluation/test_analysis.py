@@ -284,6 +284,18 @@ def test_openimages_only_the_annotation_overlapped_most_counts() -> None:
     assert scored(truth, detections)[1] == pytest.approx(0.5)
 
 
+def test_openimages_half_an_overlap_is_enough() -> None:
+    truth = openimages([{"category_id": 2, "bbox": [0, 0, 10, 10]}])
+    assert scored(truth, [found(1, 2, [0, 0, 10, 5], 0.9)])[1] == 1
+    assert scored(truth, [found(1, 2, [0, 0, 10, 4.99], 0.9)])[1] == 0
+
+
+@pytest.mark.parametrize(("score", "ap50"), [(0.0, 0), (1e-6, 1)])
+def test_openimages_a_group_is_not_found_by_a_score_of_zero(score: float, ap50: float) -> None:
+    truth = openimages([{"category_id": 2, "bbox": [100, 100, 80, 80], "iscrowd": 1}])
+    assert scored(truth, [found(1, 2, [110, 110, 15, 15], score)])[1] == ap50
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_openimages_weights_are_copies_of_images(seed: int) -> None:
     """An image of weight n counts like n images of the same content, one of weight 0 like none."""
@@ -378,6 +390,20 @@ def test_openimages_expansion_lets_a_dog_be_an_animal(hierarchy: Path) -> None:
     config = EvaluationConfig(hierarchy=hierarchy)
     metrics = run_evaluation(detections, truth, config=config).report.types["bbox"].metrics
     assert metrics == {"AP50": 0.5, "AP50 expanded": 1.0}
+
+
+def test_openimages_expansion_goes_all_the_way_up(tmp_path: Path) -> None:
+    tree: dict[str, Any] = {"LabelName": "/m/cat"}
+    for label in ("/m/dog", "/m/animal", "/m/entity"):
+        tree = {"LabelName": label, "Subcategory": [tree]}
+    path = tmp_path / "hierarchy.json"
+    path.write_text(json.dumps(tree))
+    truth = openimages([{"category_id": category, "bbox": HERE} for category in (1, 2, 3)])
+    loaded = GroundTruth.load(truth)
+    ancestors = read_hierarchy(path, loaded)
+    assert ancestors == {1: (0,), 2: (0, 1)}
+    best = scored(truth, [found(1, 3, HERE, 0.9)], ancestors=ancestors)
+    assert best[:3].tolist() == [1, 1, 1]
 
 
 def test_openimages_a_hierarchy_of_other_labels_is_told(

@@ -52,6 +52,25 @@ def test_without_resampling_matches_give_the_engines_precision(
         np.testing.assert_allclose(ours, engine_precision(part.curves), atol=1e-12)
 
 
+def test_coco_counts_100_detections_of_a_category_in_an_image() -> None:
+    """The 101st would find the object; neither the engine nor our own matches look at it."""
+    size = {"height": 200, "width": 200}
+    truth = {
+        "images": [{"id": 1, **size}],
+        "categories": [{"id": 1, "name": "thing"}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [150, 150, 40, 40]}],
+    }
+    for wrong, ap in ((99, 0.01), (100, 0)):
+        detections = [
+            {"image_id": 1, "category_id": 1, "bbox": [index, 0, 5, 5], "score": 0.9}
+            for index in range(wrong)
+        ]
+        detections += [{**detections[0], "bbox": [150, 150, 40, 40], "score": 0.1}]
+        evaluation = run_evaluation(detections, truth, config=EvaluationConfig(bootstrap=0))
+        assert evaluation.report.ap == pytest.approx(ap)
+        assert weighted(evaluation, "bbox").precision(np.ones(1))[0, 0, 0] == pytest.approx(ap)
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("federated", [True, False])
 def test_weights_are_copies_of_images(
@@ -168,6 +187,20 @@ def test_a_detector_does_not_differ_from_itself(make_set: Callable[..., Any]) ->
     assert rows["AP"].difference == 0
     assert rows["AP"].chance == 1
     assert not rows["AP"].clear
+
+
+def test_chance_counts_differences_either_way() -> None:
+    """Resampled differences of standard deviation 0.1; a difference of 0.1 either way is one sigma: 31.7 %."""
+    spread = np.array([[0.4], [0.6], [0.5]])
+    nothing = Resamples(
+        names=("AP",), values_M=np.zeros(1), resampled_RM=np.zeros((3, 1)), rare=None
+    )
+    for value in (0.1, -0.1):
+        other = Resamples(names=("AP",), values_M=np.array([value]), resampled_RM=spread, rare=None)
+        (row,) = differences(nothing, other, confidence=0.95)
+        assert row.chance == pytest.approx(0.3173, abs=1e-4)
+        assert row.interval.high - row.difference == pytest.approx(0.196, abs=1e-3)
+        assert not row.clear
 
 
 def test_a_much_better_detector_is_clearly_better(make_set: Callable[..., Any]) -> None:

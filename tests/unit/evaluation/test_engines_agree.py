@@ -130,6 +130,24 @@ def test_fixed_ap_limits_a_category_and_not_an_image(make_set: Callable[..., Any
     assert usual.ap != fast.ap
 
 
+def test_fixed_ap_takes_the_best_of_each_category(make_set: Callable[..., Any]) -> None:
+    """Chosen here by sorting, over the whole data set and before unjudged detections are dropped."""
+    truth, detections = make_set(3, images=4, categories=3, per_image=400)
+    best = []
+    for category in {row["category_id"] for row in detections}:
+        own = [row for row in detections if row["category_id"] == category]
+        best += sorted(own, key=lambda row: -row["score"])[:40]
+    options = {"fixed": True, "bootstrap": 0}
+    limited = EvaluationConfig(fixed_detections=40, **options)
+    report = evaluate_results(detections, truth, config=limited)
+    expected = evaluate_results(best, truth, config=EvaluationConfig(engine="lvis", **options))
+    assert report.counts.capped == len(detections) - len(best) > 0
+    assert report.counts.unjudged == expected.counts.unjudged > 0
+    for kind in ("bbox", "segm"):
+        wanted = expected.types[kind].metrics
+        assert report.types[kind].metrics == pytest.approx(wanted, abs=TOLERANCE)
+
+
 def test_detections_of_unjudged_categories_only(make_set: Callable[..., Any]) -> None:
     truth, detections = make_set(2, images=3, categories=4)
     present = {(row["image_id"], row["category_id"]) for row in truth["annotations"]}

@@ -85,7 +85,7 @@ def widening(images: int) -> float:
         chance *= images / times
         inverse += chance / times
     inverse /= 1 - math.exp(-images)
-    return max(1.0, ((images - 1) * inverse) ** -0.5)
+    return max(1.0, 1 / math.sqrt((images - 1) * inverse))
 
 
 def images_of(

@@ -52,6 +52,19 @@ def test_every_mode_repeats_itself_on_a_cpu(mode):
     assert any(name.startswith("weight roi_heads") for name in names)
 
 
+def test_steps_take_the_batches_of_all_sources_in_turn(monkeypatch):
+    bench, taken = worker.Bench(tiny(), job(mode="off")), []
+    real = bench._batch
+
+    def batch(step):
+        taken.append(type(real(step)))
+        return real(step)
+
+    monkeypatch.setattr(bench, "_batch", batch)
+    bench.repeat(None)
+    assert taken == [BoxBatch, ImageLabelBatch]
+
+
 def test_what_others_draw_from_the_global_generators_does_not_matter():
     bench = worker.Bench(tiny(), job(mode="off"))
     first = bench.repeat(None)

@@ -92,6 +92,7 @@ def test_a_part_of_the_change_is_told_apart(source, old, new, missing):
         (b"from torchvision.ops import roi_align", b"from torchvision.ops import *"),
         (b"            self.aligned,", b"            self.aligned, extra=1,"),
         (b"class ROIAlign(", b"class RoIAlign("),
+        (b"class ROIAlign(", b"class ROIAlign: ...\nclass ROIAlign("),
         (b"def forward(self, input, rois)", b"def forward(self, input, rois, extra=None)"),
         (b"def forward(self, input, rois)", b"def forward(self, input, rois, *extra)"),
         (b"def forward(self, input, rois)", b"def forward(self, input, rois, *, extra=None)"),

@@ -91,6 +91,16 @@ def test_the_pooler_uses_the_operator_of_the_mode():
     assert not torch.equal(values["off"], values["published"])
 
 
+def test_a_mode_that_comes_after_the_first_use_of_a_gpu_warns(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for used in (False, True):
+        caplog.clear()
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda used=used: used)
+        with reproducibility_mode("strict"):
+            pass
+        assert ("comes too late" in caplog.text) is used
+
+
 def test_gradients_reach_the_features_in_every_mode():
     for mode in MODES:
         features = torch.randn((1, 4, 16, 16), requires_grad=True)

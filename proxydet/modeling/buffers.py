@@ -16,7 +16,7 @@ from proxydet.vocabulary.vocabulary import Vocabulary
 
 def text_with_background(vocabulary: Vocabulary) -> Tensor:
     """Return normalised text embeddings, a column each, and a zero column for the background last: (D, C + 1)."""
-    text_DC = torch.from_numpy(vocabulary.normalised()).T
+    text_DC = torch.tensor(vocabulary.normalised()).T
     return torch.cat([text_DC, text_DC.new_zeros(len(text_DC), 1)], dim=1).contiguous()
 
 

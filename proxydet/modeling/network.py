@@ -287,8 +287,8 @@ class ProxyDetNetwork(nn.Module):
             return ClassText(text_DC=self.class_table().text_DC1[:, :-1], base_C=self.base_C)
         self._check_dimension(vocabulary)
         return ClassText(
-            text_DC=torch.from_numpy(vocabulary.normalised()).to(self.device).T,
-            base_C=torch.from_numpy(vocabulary.base.copy()).to(self.device),
+            text_DC=torch.tensor(vocabulary.normalised(), device=self.device).T,
+            base_C=torch.tensor(vocabulary.base, device=self.device),
         )
 
     def _same_padded_size(self, images: Sequence[Tensor]) -> list[list[int]]:

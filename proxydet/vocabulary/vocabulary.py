@@ -12,6 +12,7 @@ import uuid
 import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -155,8 +156,14 @@ class Vocabulary:
         return path
 
     def normalised(self) -> FloatArray:
-        """Return the embeddings with rows of length 1: float32 (C, D)."""
-        return _normalise(self.embeddings)
+        """Return the embeddings with rows of length 1: float32 (C, D), read-only, computed once."""
+        return self._normalised
+
+    @cached_property
+    def _normalised(self) -> FloatArray:
+        table_CD = _normalise(self.embeddings)
+        table_CD.setflags(write=False)
+        return table_CD
 
     def with_base(self, mask: npt.ArrayLike) -> Vocabulary:
         """Return the same classes with another base mask, bool (C,)."""

@@ -55,7 +55,8 @@ def find_pictures(sources: Iterable[str | Path]) -> tuple[PictureFile, ...]:
             found.setdefault(path, name)
     if not found:
         raise DataError("no pictures were given", hint="name files, folders or patterns")
-    return _named_apart(found)
+    taken: set[Path] = set()
+    return tuple(PictureFile(path, named_apart(name, taken)) for path, name in found.items())
 
 
 def _expand(source: str | Path) -> list[tuple[Path, Path]]:
@@ -86,15 +87,16 @@ def _expand(source: str | Path) -> list[tuple[Path, Path]]:
     return [(path, Path(path.stem))]
 
 
-def _named_apart(found: dict[Path, Path]) -> tuple[PictureFile, ...]:
-    """Number the names that several pictures share."""
-    taken: set[Path] = set()
-    pictures = []
-    for path, name in found.items():
-        unique, number = name, 1
-        while unique in taken:
-            number += 1
-            unique = name.with_name(f"{name.name}_{number}")
-        taken.add(unique)
-        pictures.append(PictureFile(path, unique))
-    return tuple(pictures)
+def named_apart(name: Path, taken: set[Path]) -> Path:
+    """Number a name that is taken already, and note the one that is given.
+
+    Args:
+        name: The wanted name.
+        taken: Names that are in use; the given one is added.
+    """
+    unique, number = name, 1
+    while unique in taken:
+        number += 1
+        unique = name.with_name(f"{name.name}_{number}")
+    taken.add(unique)
+    return unique

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image
 
-from proxydet.detections import Detections
+from proxydet.detections import Detection, Detections
 from proxydet.errors import ConfigError, DataError
-from proxydet.picture_files import PictureFile
+from proxydet.picture_files import PictureFile, named_apart
 
 if TYPE_CHECKING:
     from proxydet.detector_inputs import Pixels
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 KINDS = ("pictures", "json", "coco", "crops", "csv")
 """What can be saved."""
 
-_CSV_COLUMNS = ("file", "label", "score", "x0", "y0", "x1", "y1", "mask_area")
+TABLE_COLUMNS = ("label", "score", "x0", "y0", "x1", "y1", "mask_area")
+"""What tables tell of a detection; `table_cells` gives the values."""
 
 
 class Saver(Protocol):
@@ -170,10 +171,13 @@ class CropSaver:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._taken: set[Path] = set()
 
     def add(self, picture: PictureFile, pixels: Pixels, found: Detections) -> None:
         """Cut out and save; boxes are widened to whole pixels."""
         whole = Image.fromarray(pixels)
+        # "a/b" and "a_b" are two pictures.
+        flat = named_apart(Path("_".join(picture.name.parts)), self._taken)
         for index, item in enumerate(found):
             left, top, right, bottom = item.box_xyxy
             box = (
@@ -182,7 +186,6 @@ class CropSaver:
                 max(-int(-right), int(left) + 1),
                 max(-int(-bottom), int(top) + 1),
             )
-            flat = "_".join(picture.name.parts)
             target = self._folder / safe_name(item.label) / f"{flat}_{index:03d}.jpg"
             _save_picture(whole.crop(box), target)
 
@@ -198,18 +201,23 @@ class CsvSaver:
         self._target = target
         self._text = io.StringIO(newline="")
         self._writer = csv.writer(self._text)
-        self._writer.writerow(_CSV_COLUMNS)
+        self._writer.writerow(("file", *TABLE_COLUMNS))
 
     def add(self, picture: PictureFile, pixels: Pixels, found: Detections) -> None:  # noqa: ARG002
         """Keep the rows of a picture."""
-        for item in found:
-            area = "" if item.mask is None else int(item.mask.sum())
-            box = [round(value, 2) for value in item.box_xyxy]
-            self._writer.writerow([picture.path, item.label, round(item.score, 6), *box, area])
+        self._writer.writerows([picture.path, *table_cells(item)] for item in found)
 
     def finish(self) -> list[Path]:
         """Write the table."""
         return [_write_bytes(self._text.getvalue().encode(), self._target)]
+
+
+def table_cells(item: Detection) -> list[object]:
+    """What a table tells of a detection, in the order of `TABLE_COLUMNS`; without a mask its area is empty."""
+    mask_HW = item.mask
+    area = "" if mask_HW is None else int(mask_HW.sum())
+    box = [round(value, 2) for value in item.box_xyxy]
+    return [item.label, round(item.score, 6), *box, area]
 
 
 def safe_name(label: str) -> str:

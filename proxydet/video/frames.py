@@ -80,12 +80,24 @@ def look_at_frames(
         batch_size: Frames that go through the network at once.
 
     Raises:
+        ConfigError: The batch size is below 1: at once, all others while iterating.
         DataError: The video is damaged or cut off; the frames before it come first.
     """
     if batch_size < 1:
+        reader.close()
         raise ConfigError(f"batch_size is {batch_size}; it must be at least 1")
+    size = 1 if reader.source.live else batch_size
+    return _look(detector, reader, vocabulary, settings, size)
+
+
+def _look(
+    detector: FrameDetector,
+    reader: VideoReader,
+    vocabulary: Vocabulary,
+    settings: InferenceConfig,
+    size: int,
+) -> Generator[FrameResult, None, None]:
     live = reader.source.live
-    size = 1 if live else batch_size
     with reader, closing(read_ahead(reader, 1 if live else 2 * size, newest=live)) as frames:
         for batch in _batches(frames, size):
             predictions = detector.predict_images(

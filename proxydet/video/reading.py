@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -25,6 +26,7 @@ Pixels = npt.NDArray[np.uint8]
 logger = logging.getLogger(__name__)
 
 _DEFAULT_RATE = Fraction(30)
+_PATIENCE_S = 1.0
 # A file that ends this much earlier than its header says was cut off.
 _SHORT_BY_S = 0.5
 # FFmpeg takes any text for pictures made of letters.
@@ -77,6 +79,7 @@ class VideoReader:
         if every < 1:
             raise ConfigError(f"every is {every}; it must be at least 1")
         av = pyav()
+        self._decoding = threading.Lock()
         self.source = open_source(source)
         self._every = every
         self._error = av.FFmpegError
@@ -102,8 +105,17 @@ class VideoReader:
         self.close()
 
     def close(self) -> None:
-        """Close the file or the camera."""
-        self._container.close()
+        """Close the file or the camera.
+
+        One whose driver hangs in another thread stays open until it returns: closed under it, FFmpeg would crash.
+        """
+        if self._decoding.acquire(timeout=_PATIENCE_S):
+            try:
+                self._container.close()
+            finally:
+                self._decoding.release()
+        else:
+            logger.warning("%s does not answer, and is left open", self.source.name)
 
     def __iter__(self) -> Iterator[Frame]:
         """Decode.
@@ -138,7 +150,12 @@ class VideoReader:
         """Decode, turning FFmpeg's errors into ours with the place."""
         count, seconds = 0, 0.0
         try:
-            for decoded in self._container.decode(self._stream):
+            frames = iter(self._container.decode(self._stream))
+            while True:
+                with self._decoding:
+                    decoded = next(frames, None)
+                if decoded is None:
+                    return
                 yield decoded
                 count += 1
                 seconds = decoded.time if decoded.time is not None else seconds

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proxydet.errors import DataError, Interrupted
-from proxydet.reporting import SILENT, Progress
+from proxydet.picture_files import named_apart
+from proxydet.reporting import SILENT, Progress, Task
 from proxydet.video.frames import FrameDetector, FrameResult, look_at_frames
 from proxydet.video.reading import VideoReader
 from proxydet.video.saving import FrameSaver, make_frame_savers
@@ -76,12 +77,7 @@ def name_videos(sources: Sequence[str | Path]) -> tuple[VideoFile, ...]:
     videos = []
     for source in map(open_source, dict.fromkeys(sources)):
         plain = Path(source.path.stem if source.path else source.name.replace(":", "_"))
-        name, number = plain, 1
-        while name in taken:
-            number += 1
-            name = Path(f"{plain}_{number}")
-        taken.add(name)
-        videos.append(VideoFile(source=source, name=name))
+        videos.append(VideoFile(source=source, name=named_apart(plain, taken)))
     return tuple(videos)
 
 
@@ -103,10 +99,8 @@ def predict_video_file(
         DataError: The video cannot be opened, has no frames, or breaks before its first one.
         Interrupted: Ctrl-C stopped a file; its results up to there are saved.
     """
-    reader = VideoReader(video.source, every=plan.every)
-    info = reader.info
-    with contextlib.ExitStack() as stack:
-        stack.callback(reader.close)
+    with VideoReader(video.source, every=plan.every) as reader, contextlib.ExitStack() as stack:
+        info = reader.info
         savers = make_frame_savers(
             plan.kinds,
             plan.output / video.name,
@@ -116,37 +110,20 @@ def predict_video_file(
         )
         for saver in savers:
             stack.callback(saver.abandon)
+        run = stack.enter_context(closing(_Run(video.source.name, plan, savers)))
         total = None if info.frames is None else -(-info.frames // plan.every)
         task = stack.enter_context(
             progress.task(f"looking at {video.source.name}", total=total, unit="frames")
         )
-        results = stack.enter_context(
-            closing(
-                look_at_frames(
-                    detector, reader, plan.vocabulary, plan.settings, batch_size=plan.batch_size
-                )
-            )
+        results = look_at_frames(
+            detector, reader, plan.vocabulary, plan.settings, batch_size=plan.batch_size
         )
-        run = _Run(video.source.name, plan, savers)
-        stack.callback(run.close)
-        stopped: KeyboardInterrupt | None = None
-        broken: str | None = None
-        try:
-            for result in results:
-                run.add(result)
-                task.advance()
-        except KeyboardInterrupt as error:
-            stopped = error
-        except DataError as error:
-            if run.frames == 0:
-                raise
-            broken = error.message
-        summary = run.finish(broken)
+        stopped = run.follow(stack.enter_context(closing(results)), task)
+        summary = run.finish()
     if stopped is not None and not video.source.live:
+        kept = "; what was found in them is saved" if summary.saved else ""
         raise Interrupted(
-            f"stopped after {summary.frames} frames of {summary.video}; what was found in them is saved"
-            if summary.saved
-            else f"stopped after {summary.frames} frames of {summary.video}"
+            f"stopped after {summary.frames} frames of {summary.video}{kept}"
         ) from stopped
     return summary
 
@@ -161,11 +138,35 @@ class _Run:
         self._drawers = ThreadPoolExecutor(_DRAWERS, "draw")
         self._writer = ThreadPoolExecutor(1, "encode")
         self._behind: deque[Future[None]] = deque()
-        self.frames = self._detections = 0
+        self._frames = self._detections = 0
+        self._broken: str | None = None
+
+    def follow(self, results: Iterator[FrameResult], task: Task) -> KeyboardInterrupt | None:
+        """Take results until they end, the video breaks or Ctrl-C comes, which is returned.
+
+        Raises:
+            DataError: The video breaks before its first frame.
+        """
+        try:
+            for result in self._until_broken(results):
+                self.add(result)
+                task.advance()
+        except KeyboardInterrupt as error:
+            return error
+        return None
+
+    def _until_broken(self, results: Iterator[FrameResult]) -> Iterator[FrameResult]:
+        # Apart from what takes the results: a file that cannot be written is no broken video.
+        try:
+            yield from results
+        except DataError as error:
+            if self._frames == 0:
+                raise
+            self._broken = error.message
 
     def add(self, result: FrameResult) -> None:
         """Take a result; waits where drawing and encoding are far behind."""
-        self.frames += 1
+        self._frames += 1
         self._detections += len(result.found)
         if self._plan.on_result is not None:
             self._plan.on_result(self._name, result)
@@ -174,17 +175,17 @@ class _Run:
         while len(self._behind) > 2 * self._plan.batch_size + _DRAWERS:
             self._behind.popleft().result()
 
-    def finish(self, broken: str | None) -> VideoSummary:
+    def finish(self) -> VideoSummary:
         """Wait for what is behind, and complete the files."""
         for future in self._behind:
             future.result()
-        saved = [path for saver in self._savers for path in saver.finish()] if self.frames else []
+        saved = [path for saver in self._savers for path in saver.finish()] if self._frames else []
         return VideoSummary(
             video=self._name,
-            frames=self.frames,
+            frames=self._frames,
             detections=self._detections,
             saved=tuple(saved),
-            broken=broken,
+            broken=self._broken,
         )
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from proxydet.errors import ConfigError
+from proxydet.prediction_output import TABLE_COLUMNS, table_cells
 from proxydet.video.frames import FrameResult
 from proxydet.video.reading import VideoInfo
 from proxydet.video.source import VideoSource
@@ -23,8 +24,6 @@ from proxydet.visualization.drawing import DrawingStyle, letters_for
 
 KINDS = ("pictures", "json", "csv")
 """What can be saved of a video; ``pictures`` are an annotated video."""
-
-_CSV_COLUMNS = ("frame", "seconds", "label", "score", "x0", "y0", "x1", "y1", "mask_area")
 
 
 class FrameSaver(Protocol):
@@ -161,19 +160,12 @@ class CsvTable:
 
     def __init__(self, target: Path) -> None:
         self._file = _TextFile(target)
-        self._file.write(_rows([_CSV_COLUMNS]))
+        self._file.write(_rows([("frame", "seconds", *TABLE_COLUMNS)]))
 
     def prepare(self, result: FrameResult) -> Any:
         """Make the rows of a frame."""
-        frame = result.frame
-        rows = []
-        for item in result.found:
-            mask_HW = item.mask
-            area = "" if mask_HW is None else int(mask_HW.sum())
-            box = [round(value, 2) for value in item.box_xyxy]
-            start = [frame.index, round(frame.seconds, 4)]
-            rows.append([*start, item.label, round(item.score, 6), *box, area])
-        return _rows(rows)
+        start = [result.index, round(result.seconds, 4)]
+        return _rows([[*start, *table_cells(item)] for item in result.found])
 
     def add(self, result: FrameResult, prepared: Any) -> None:  # noqa: ARG002
         """Write the rows."""

@@ -67,7 +67,14 @@ class VideoWriter:
         Args:
             pts: Its time in the original's time base, later than the last one's.
             pixels_HW3: uint8 RGB; frames of another size than the first are scaled to it.
+
+        Raises:
+            DataError: It cannot be written.
         """
+        with self._told():
+            self._write(pts, pixels_HW3)
+
+    def _write(self, pts: int, pixels_HW3: Pixels) -> None:
         if self._container is None:
             self._open(pixels_HW3.shape[0], pixels_HW3.shape[1])
         stream = self._stream
@@ -84,14 +91,19 @@ class VideoWriter:
         self._mux(stream.encode(frame))
 
     def finish(self) -> Path | None:
-        """Write what is still in the encoder, and give the file its name; None where there were no frames."""
+        """Write what is still in the encoder, and give the file its name; None where there were no frames.
+
+        Raises:
+            DataError: It cannot be written; nothing is left.
+        """
         if self._container is None:
             return None
         try:
-            self._mux(self._stream.encode(None))
-            if self._sound is not None:
-                self._sound.copy_until(self._end)
-            self._container.close()
+            with self._told():
+                self._mux(self._stream.encode(None))
+                if self._sound is not None:
+                    self._sound.copy_until(self._end)
+                self._container.close()
             self._temporary.replace(self._target)
         finally:
             self.abandon()
@@ -141,20 +153,27 @@ class VideoWriter:
         for packet in packets:
             if self._sound is not None and packet.dts is not None:
                 self._sound.copy_until(float(packet.dts * packet.time_base))
-            try:
-                self._container.mux(packet)
-            except self._av.FFmpegError as error:
-                raise DataError(
-                    f"the video {self._target} cannot be written: {error.strerror or error}",
-                    hint="check the room on the disk",
-                    path=self._target,
-                ) from error
+            self._container.mux(packet)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Turn FFmpeg's errors into ours."""
+        try:
+            yield
+        except self._av.FFmpegError as error:
+            raise DataError(
+                f"the video {self._target} cannot be written: {error.strerror or error}",
+                hint="check the room on the disk",
+                path=self._target,
+            ) from error
 
 
 class _Sound:
     """Copies the packets of a file's first sound track, as far as the pictures have come."""
 
-    def __init__(self, av: Any, source: Any, stream: Any, target: Any) -> None:
+    def __init__(self, av: Any, path: Path, source: Any, target: Any) -> None:
+        stream = source.streams.audio[0]
+        self._path = path
         self._source = source
         self._target = target
         self._track = target.add_stream_from_template(stream)
@@ -168,7 +187,7 @@ class _Sound:
         source = av.open(str(path.absolute()), options={"protocol_whitelist": "file"})
         tracks = source.streams.audio
         if tracks and tracks[0].codec_context.name in _SOUNDS:
-            return cls(av, source, tracks[0], target)
+            return cls(av, path, source, target)
         if tracks:
             logger.warning(
                 "the sound of %s (%s) is left out: an .mp4 file cannot hold it as it is",
@@ -190,10 +209,13 @@ class _Sound:
             self._next = self._read()
 
     def _read(self) -> Any:
-        """Return the next packet; None at the end, and where the file breaks: the pictures' reader says so."""
+        """Return the next packet; None at the end, and where the file breaks."""
         try:
             return next(self._packets, None)
-        except self._damage:
+        except self._damage as error:
+            logger.warning(
+                "the sound of %s is left out from a damaged place on: %s", self._path, error
+            )
             return None
 
     def close(self) -> None:

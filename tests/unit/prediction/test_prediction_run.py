@@ -107,6 +107,18 @@ def test_every_kind_is_saved_and_says_the_same(
     assert not list(output.rglob(".*"))
 
 
+def test_crops_of_pictures_whose_names_join_alike_are_kept_apart(
+    detector: Detector, folder: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "alike"
+    (place / "a").mkdir(parents=True)
+    data = (folder / "a0.png").read_bytes()
+    (place / "a" / "b.png").write_bytes(data)
+    (place / "a_b.png").write_bytes(data)
+    summary, _ = look(detector, [place], tmp_path / "out", kinds=("crops",))
+    assert len(list((tmp_path / "out" / "crops").rglob("*.jpg"))) == summary.detections > 1
+
+
 def test_nothing_found_still_saves_a_picture(
     detector: Detector, folder: Path, tmp_path: Path
 ) -> None:

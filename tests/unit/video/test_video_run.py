@@ -179,6 +179,107 @@ def test_an_error_in_saving_leaves_no_half_files(bars, make, output: Path, monke
     assert list(output.iterdir()) == []
 
 
+def test_a_video_that_cannot_be_written_is_an_error_and_no_broken_video(
+    bars, make, output: Path, monkeypatch
+) -> None:
+    from proxydet.video.writing import VideoWriter
+
+    def full(*_: object) -> None:
+        raise av.error.OSError(28, "No space left on device", "clip.mp4")
+
+    monkeypatch.setattr(VideoWriter, "_mux", full)
+    for frames in (3, 24):  # told at the end, and on the way
+        with pytest.raises(DataError, match=r"clip\.mp4 cannot be written: No space") as caught:
+            look(bars, make(frames=frames), output)
+        assert "disk" in str(caught.value.hint)
+        assert list(output.iterdir()) == []
+
+
+def test_sound_that_is_damaged_is_left_out_with_a_warning(
+    bars, make, output: Path, monkeypatch, caplog
+) -> None:
+    from proxydet.video.writing import _Sound
+
+    def damaged():
+        raise av.error.InvalidDataError(1, "Invalid data")
+        yield
+
+    original = _Sound.of
+
+    def of(*arguments):
+        sound = original(*arguments)
+        sound._packets = damaged()
+        return sound
+
+    monkeypatch.setattr(_Sound, "of", of)
+    summary = look(bars, make(sound=True), output, kinds=["pictures"])
+    assert summary.broken is None
+    assert "sound of" in caplog.text
+
+
+def test_threads_end_and_files_close_where_the_detector_fails(bars, make, output: Path) -> None:
+    before = threading.active_count()
+    path = make(frames=60)
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("lost")
+
+    bars.predict_images = fail
+    with pytest.raises(RuntimeError, match="lost"):
+        look(bars, path, output)
+    assert threading.active_count() == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == opened
+    assert list(output.iterdir()) == []
+
+
+def test_a_consumer_that_stops_early_leaves_no_thread_and_no_open_video(
+    detector_of_shapes: Detector, make
+) -> None:
+    before = threading.active_count()
+    path = make(frames=60)
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+    results = detector_of_shapes.predict_video(path, batch_size=2)
+    assert next(results).index == 0
+    results.close()
+    assert threading.active_count() == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == opened
+
+
+def test_a_wrong_batch_size_is_told_at_once(detector_of_shapes: Detector, make) -> None:
+    with pytest.raises(ConfigError, match="batch_size is 0"):
+        detector_of_shapes.predict_video(make(frames=1), batch_size=0)
+
+
+def test_a_camera_that_hangs_is_not_closed_under_its_thread(make, monkeypatch, caplog) -> None:
+    monkeypatch.setattr("proxydet.video.reading._PATIENCE_S", 0.05)
+    reader = VideoReader(make(frames=1))
+    container = reader._container
+    hanging, closed = threading.Event(), []
+
+    class Hung:
+        def decode(self, _stream):
+            hanging.set()
+            yield release.wait(20)
+
+        def close(self):
+            closed.append(True)
+
+    release = threading.Event()
+    reader._container = Hung()
+    thread = threading.Thread(target=lambda: next(reader._decoded()), daemon=True)
+    thread.start()
+    assert hanging.wait(5)
+    reader.close()
+    assert closed == []
+    assert "does not answer" in caplog.text
+    release.set()
+    thread.join(5)
+    reader.close()
+    assert closed == [True]
+    container.close()
+
+
 def test_the_video_that_is_read_is_never_replaced(bars, make, tmp_path: Path) -> None:
     path = make()
     before = path.read_bytes()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from proxydet.config import merge
 from proxydet.detections import Detections
+from proxydet.detector_classes import ClassResolver
 from proxydet.detector_inputs import (
     ChannelOrder,
     Classes,
@@ -26,19 +25,15 @@ from proxydet.modeling.config import InferenceConfig, ModelConfig
 from proxydet.modeling.inference_config import TTA_SCALES
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.modeling.prediction import Prediction, to_host
-from proxydet.vocabulary.encoder import TextEncoder, open_encoder
-from proxydet.vocabulary.files import complete_vocabulary, open_vocabulary
-from proxydet.vocabulary.prompts import PUBLISHED
+from proxydet.vocabulary.encoder import TextEncoder
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from proxydet.video.frames import FrameResult
     from proxydet.video.source import VideoSource
 
-_REMEMBERED = 16
 
-
-class Detector:
+class Detector(ClassResolver):
     """A trained network with what it needs to look at pictures.
 
     Predicting changes nothing in it: threads may share one, each with a vocabulary of its own.
@@ -69,13 +64,10 @@ class Detector:
             encoder: Embeds class names: an encoder, its file, or None for CLIP ViT-B/32's weights where ``proxydet
                 download`` puts them. It is opened when names are first given.
         """
+        super().__init__(network.vocabulary, encoder)
         self.network = network.eval()
-        self.vocabulary = network.vocabulary
         self.inference = inference or InferenceConfig()
         self.sides = (shortest, longest)
-        self._encoder = encoder
-        self._lock = threading.Lock()
-        self._named = lru_cache(maxsize=_REMEMBERED)(self._embed)
 
     @classmethod
     def from_run(
@@ -304,65 +296,3 @@ class Detector:
     def with_augmentation(self) -> Detector:
         """Return a detector that looks at each picture mirrored too, and in three sizes (``--tta``)."""
         return self.with_settings(flip=True, scales=TTA_SCALES)
-
-    def resolve(self, vocabulary: Classes) -> Vocabulary:
-        """Turn what a user gives as vocabulary into one.
-
-        Names, files and published vocabularies are split into base and novel by `with_base`; a `Vocabulary` object
-        is taken as it is.
-
-        Raises:
-            InputError: It cannot be used.
-        """
-        if vocabulary is None:
-            return self.vocabulary
-        if isinstance(vocabulary, Vocabulary):
-            return vocabulary
-        if isinstance(vocabulary, str | Path):
-            opened = open_vocabulary(
-                vocabulary, encoder=lambda: self.encoder, known=self.vocabulary
-            )
-            return self.with_base(opened)
-        return self.vocabulary_of(vocabulary)
-
-    def vocabulary_of(
-        self, names: Sequence[str], *, prompts: str | Sequence[str] = PUBLISHED
-    ) -> Vocabulary:
-        """Embed class names by the text encoder of the training, and say which count as base.
-
-        Names of classes that the training knew have their embedding already, unless other prompts are asked for.
-
-        Args:
-            names: Class names.
-            prompts: Sentences with ``{}`` in the name's place, or the name of a prompt set.
-
-        Raises:
-            VocabularyError: A name is empty or there twice, or the encoder cannot read it or is not there.
-        """
-        return self._named(tuple(names), prompts if isinstance(prompts, str) else tuple(prompts))
-
-    def with_base(self, vocabulary: Vocabulary, threshold: float = 0.9) -> Vocabulary:
-        """Say which classes of a vocabulary count as base: the published rule.
-
-        Args:
-            vocabulary: Any classes.
-            threshold: A class is base where its largest cosine with a base class of the training is above this.
-        """
-        base_CD = self.vocabulary.embeddings[self.vocabulary.base]
-        return vocabulary.base_by_similarity(base_CD, threshold)
-
-    def _embed(self, names: tuple[str, ...], prompts: str | tuple[str, ...]) -> Vocabulary:
-        made = complete_vocabulary(names, self.vocabulary, lambda: self.encoder, prompts=prompts)
-        return self.with_base(made)
-
-    @property
-    def encoder(self) -> TextEncoder:
-        """The text encoder, opened when first used.
-
-        Raises:
-            VocabularyError: Its weights are not there.
-        """
-        with self._lock:
-            if self._encoder is None or isinstance(self._encoder, Path):
-                self._encoder = open_encoder(self._encoder)
-            return self._encoder

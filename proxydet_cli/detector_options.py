@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -53,6 +54,47 @@ Sizes = Annotated[
 Device = Annotated[
     str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto: a GPU where there is one.")
 ]
+
+
+class Precision(str, Enum):
+    """Number formats of the backbone."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+
+
+Augment = Annotated[
+    bool,
+    typer.Option(
+        "--tta",
+        help="Look at each picture mirrored too, and in three sizes: better, 6 times slower.",
+    ),
+]
+PrecisionOption = Annotated[
+    Precision,
+    typer.Option("--precision", help="Number format of the backbone; fp16 and bf16 need a GPU."),
+]
+BaseAbove = Annotated[
+    float,
+    typer.Option(
+        "--base-above",
+        min=-1.0,
+        max=1.0,
+        help="Cosine with a base class of training above which a class counts as base.",
+    ),
+]
+
+
+def tuned(detector: Detector, *, tta: bool, precision: Precision) -> Detector:
+    """Return the detector with the settings that the options ask for.
+
+    Raises:
+        ConfigError: The device cannot compute in this precision.
+    """
+    asked = detector.with_augmentation() if tta else detector
+    asked.network.check_precision(precision.value)
+    return asked.with_settings(precision=precision.value)
 
 
 def check_choice(classes: str | None, vocabulary: str | None, names: Path | None) -> None:

@@ -1,4 +1,4 @@
-"""What ``proxydet predict`` shows: results as they come, what was saved, what could not be read."""
+"""What ``proxydet predict`` does and shows: results as they come, what was saved, what could not be read."""
 
 from __future__ import annotations
 
@@ -12,9 +12,62 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from proxydet.detections import Detections
+    from proxydet.detector import Detector
+    from proxydet.modeling.config import InferenceConfig
+    from proxydet.picture_files import PictureFile
     from proxydet.prediction_run import PictureResult, PredictionSummary
     from proxydet.video.frames import FrameResult
-    from proxydet.video.run import VideoSummary
+    from proxydet.video.run import VideoFile, VideoSummary
+    from proxydet.vocabulary.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is looked at and what becomes of it; the fields are those of the plans for pictures and for videos."""
+
+    pictures: Sequence[PictureFile]
+    videos: Sequence[VideoFile]
+    vocabulary: Vocabulary
+    settings: InferenceConfig
+    output: Path
+    kinds: Sequence[str]
+    batch_size: int
+    every: int
+
+
+def look(detector: Detector, job: Job, out: Output) -> None:
+    """Look at pictures, then at videos.
+
+    Raises:
+        DataError: Something could not be read; all else is done.
+    """
+    from proxydet.prediction_output import make_savers
+    from proxydet.prediction_run import PredictionPlan, predict_files
+    from proxydet.video.run import VideoPlan, predict_video_file
+    from proxydet_cli.progress import show_progress
+
+    shown, progress = Shown(out, lines=bool(job.videos)), show_progress()
+    if job.pictures:
+        plan = PredictionPlan(
+            vocabulary=job.vocabulary,
+            settings=job.settings,
+            batch_size=job.batch_size,
+            savers=make_savers(job.kinds, job.output, job.vocabulary.names),
+            on_result=shown.picture,
+        )
+        shown.pictures_done(predict_files(detector, job.pictures, plan, progress=progress))
+    frames = VideoPlan(
+        vocabulary=job.vocabulary,
+        settings=job.settings,
+        output=job.output,
+        kinds=job.kinds,
+        batch_size=job.batch_size,
+        every=job.every,
+        on_result=shown.frame,
+    )
+    for video in job.videos:
+        shown.video_done(predict_video_file(detector, video, frames, progress=progress))
+    shown.conclude()
 
 
 @dataclass

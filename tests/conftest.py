@@ -48,13 +48,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 
 @pytest.fixture(autouse=True)
 def _own_logging() -> Iterator[None]:
-    """Undo what a command line that ran in this process did to the core's logger."""
-    logger = logging.getLogger("proxydet")
-    level, handlers, propagate = logger.level, list(logger.handlers), logger.propagate
+    """Undo what a command line that ran in this process did to the core's loggers."""
+    loggers = [logging.getLogger(name) for name in ("proxydet", "proxydet.serving.access")]
+    before = [(logger.level, list(logger.handlers), logger.propagate) for logger in loggers]
     yield
-    logger.setLevel(level)
-    logger.handlers[:] = handlers
-    logger.propagate = propagate
+    for logger, (level, handlers, propagate) in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
+        logger.propagate = propagate
 
 
 @pytest.fixture(autouse=True, scope="session")

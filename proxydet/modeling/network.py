@@ -269,12 +269,20 @@ class ProxyDetNetwork(nn.Module):
     def _check_ready(self, images: Sequence[Tensor], settings: InferenceConfig) -> None:
         if self.training:
             raise RuntimeError("the network is in training mode: call eval() before detect()")
-        if settings.precision != "fp32" and self.device.type == "cpu":
+        self.check_precision(settings.precision)
+        check_images(images)
+
+    def check_precision(self, precision: str) -> None:
+        """Refuse a number format that the device is not for.
+
+        Raises:
+            ConfigError: It needs a GPU.
+        """
+        if precision != "fp32" and self.device.type == "cpu":
             raise ConfigError(
-                f"the precision {settings.precision} needs a GPU: on a CPU it is slower than fp32 and less exact",
+                f"the precision {precision} needs a GPU: on a CPU it is slower than fp32 and less exact",
                 hint="leave the precision at fp32, or choose a GPU with --device cuda",
             )
-        check_images(images)
 
     def classifiers(self) -> list[ZeroShotClassifier]:
         """Return the classifiers whose scores inference fuses, in the order that `detect_classes` takes them."""

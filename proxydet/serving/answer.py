@@ -31,6 +31,8 @@ class Answerer:
     vocabulary: Vocabulary
     name: str
     """What the model is called on the page."""
+    base_above: float = 0.9
+    """Words of a request count as base above this cosine with a base class of the training."""
 
     def look(self, upload: Upload, question: Question, max_pixels: int) -> bytes:
         """Look at a picture; called in the one thread that computes.
@@ -44,9 +46,7 @@ class Answerer:
         Raises:
             ProxydetError: The picture or the words cannot be used, or there is not enough memory.
         """
-        vocabulary = (
-            self.vocabulary if question.words is None else self.detector.resolve(question.words)
-        )
+        vocabulary = self._vocabulary_of(question)
         settings = dataclasses.replace(
             self.detector.settings(
                 score_threshold=question.score_threshold, max_detections=question.top
@@ -65,6 +65,11 @@ class Answerer:
                 hint="send a smaller picture or fewer words",
             ) from error
         return json.dumps(result, ensure_ascii=False, allow_nan=False).encode()
+
+    def _vocabulary_of(self, question: Question) -> Vocabulary:
+        if question.words is None:
+            return self.vocabulary
+        return self.detector.with_base(self.detector.resolve(question.words), self.base_above)
 
     def describe(self, settings: ServingSettings) -> dict[str, Any]:
         """What ``GET /api/info`` tells: model, words and limits."""

@@ -110,6 +110,7 @@ def build_app(
     settings: ServingSettings | None = None,
     *,
     vocabulary: Vocabulary | None = None,
+    base_above: float = 0.9,
     name: str = "detector",
 ) -> ServingApp:
     """Put a detector behind HTTP.
@@ -118,12 +119,18 @@ def build_app(
         detector: The detector.
         settings: Limits; the default ones where None.
         vocabulary: What is looked for when a request names no words; None: the classes of the training.
+        base_above: Words of requests count as base above this cosine with a base class of the training.
         name: What the model is called on the page.
 
     Returns:
         An ASGI application, for `proxydet.serving.server.serve` or any ASGI server (one process of it).
     """
-    answerer = Answerer(detector=detector, vocabulary=vocabulary or detector.vocabulary, name=name)
+    answerer = Answerer(
+        detector=detector,
+        vocabulary=vocabulary or detector.vocabulary,
+        base_above=base_above,
+        name=name,
+    )
     return ServingApp(answerer, settings or ServingSettings())
 
 

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import sys
 import warnings
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from proxydet_cli.detector_options import (
+    Augment,
+    BaseAbove,
     Classes,
     Device,
     NamesFile,
+    Precision,
+    PrecisionOption,
     Run,
     Sizes,
     VocabularySource,
     Weights,
     check_choice,
     chosen_vocabulary,
+    tuned,
 )
 from proxydet_cli.options import Json, command_app, examples
 
@@ -28,14 +32,6 @@ if TYPE_CHECKING:
     from proxydet.video.run import VideoFile
 
 app = command_app()
-
-
-class Precision(str, Enum):
-    """Number formats of the backbone."""
-
-    fp32 = "fp32"
-    fp16 = "fp16"
-    bf16 = "bf16"
 
 
 Sources = Annotated[
@@ -73,26 +69,6 @@ Every = Annotated[
     int,
     typer.Option(
         "--every", min=1, help="Of a video, look at each frame (1), each second one (2), ..."
-    ),
-]
-Augment = Annotated[
-    bool,
-    typer.Option(
-        "--tta",
-        help="Look at each picture mirrored too, and in three sizes: better, 6 times slower.",
-    ),
-]
-PrecisionOption = Annotated[
-    Precision,
-    typer.Option("--precision", help="Number format of the backbone; fp16 and bf16 need a GPU."),
-]
-BaseAbove = Annotated[
-    float,
-    typer.Option(
-        "--base-above",
-        min=-1.0,
-        max=1.0,
-        help="Cosine with a base class of training above which a class counts as base.",
     ),
 ]
 
@@ -138,12 +114,9 @@ def predict(  # noqa: PLR0913 one parameter an option
 
     from proxydet.detector import Detector
     from proxydet.detector_files import open_named
-    from proxydet.prediction_output import check_folder, make_savers
-    from proxydet.prediction_run import PredictionPlan, predict_files
-    from proxydet.video.run import VideoPlan, predict_video_file
+    from proxydet.prediction_output import check_folder
     from proxydet_cli.output import Output
-    from proxydet_cli.prediction import Shown
-    from proxydet_cli.progress import show_progress
+    from proxydet_cli.prediction import Job, look
 
     check_choice(classes, vocabulary, names)
     # A user's own picture may be as large as it likes; beyond twice Pillow's limit it is an error all the same.
@@ -152,35 +125,20 @@ def predict(  # noqa: PLR0913 one parameter an option
     pictures, videos = _find(sources, kinds)
     if kinds:
         check_folder(output)
-    detector = open_named(Detector, run=run, weights=weights, config=config, device=device)
-    wanted = chosen_vocabulary(detector, classes, vocabulary, names, base_above)
-    asked = detector.with_augmentation() if tta else detector
-    asked = asked.with_settings(
-        one_class_per_proposal=one_label, masks=masks, precision=precision.value
-    )
-    settings = asked.settings(score_threshold=score_threshold, max_detections=top)
-    shown, progress = Shown(Output(json=json), lines=bool(videos)), show_progress()
-    if pictures:
-        plan = PredictionPlan(
-            vocabulary=wanted,
-            settings=settings,
-            batch_size=batch_size,
-            savers=make_savers(kinds, output, wanted.names),
-            on_result=shown.picture,
-        )
-        shown.pictures_done(predict_files(detector, pictures, plan, progress=progress))
-    frames = VideoPlan(
-        vocabulary=wanted,
-        settings=settings,
+    opened = open_named(Detector, run=run, weights=weights, config=config, device=device)
+    detector = tuned(opened, tta=tta, precision=precision)
+    kept = detector.with_settings(one_class_per_proposal=one_label, masks=masks)
+    job = Job(
+        pictures=pictures,
+        videos=videos,
+        vocabulary=chosen_vocabulary(detector, classes, vocabulary, names, base_above),
+        settings=kept.settings(score_threshold=score_threshold, max_detections=top),
         output=output,
         kinds=kinds,
         batch_size=batch_size,
         every=every,
-        on_result=shown.frame,
     )
-    for video in videos:
-        shown.video_done(predict_video_file(detector, video, frames, progress=progress))
-    shown.conclude()
+    look(detector, job, Output(json=json))
 
 
 def _find(

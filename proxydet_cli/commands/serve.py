@@ -9,21 +9,27 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from proxydet_cli.detector_options import (
+    Augment,
+    BaseAbove,
     Classes,
     Device,
     NamesFile,
+    Precision,
+    PrecisionOption,
     Run,
     Sizes,
     VocabularySource,
     Weights,
     check_choice,
     chosen_vocabulary,
+    tuned,
 )
 from proxydet_cli.options import Json, command_app, examples
 
 if TYPE_CHECKING:
     import socket
 
+    from proxydet.serving.settings import ServingSettings
     from proxydet_cli.output import Output
 
 app = command_app()
@@ -83,6 +89,9 @@ def serve(  # noqa: PLR0913 one parameter an option
     max_megapixels: MaxMegapixels = 50,
     queue: Queue = 32,
     timeout: Timeout = 60,
+    tta: Augment = False,
+    precision: PrecisionOption = Precision.fp32,
+    base_above: BaseAbove = 0.9,
     json: Json = False,
 ) -> None:
     """Find objects from a web page, or by HTTP.
@@ -99,33 +108,40 @@ def serve(  # noqa: PLR0913 one parameter an option
     from proxydet.serving.settings import ServingSettings
 
     with bind(host, port) as listening:
-        own = is_loopback(listening)
         settings = ServingSettings(
             max_upload_bytes=round(max_upload * 2**20),
             max_pixels=round(max_megapixels * 1e6),
             queue_places=queue,
             wait_seconds=timeout,
             allowed_hosts=_host_names(allow_host, host),
-            loopback_only=own,
+            loopback_only=is_loopback(listening),
         )
-        if not own:
-            out.warning(
-                "everyone who reaches this machine over the network can use this server: it asks for no password "
-                "and does not encrypt"
-            )
+        _warn_of_strangers(out, settings)
         from proxydet.detector import Detector
         from proxydet.detector_files import open_named, shown_name
         from proxydet.serving.app import build_app
         from proxydet.serving.server import serve as serve_app
 
-        detector = open_named(Detector, run=run, weights=weights, config=config, device=device)
-        wanted = chosen_vocabulary(detector, classes, vocabulary, names)
-        _show_server_logs()
+        opened = open_named(Detector, run=run, weights=weights, config=config, device=device)
+        detector = tuned(opened, tta=tta, precision=precision)
         application = build_app(
-            detector, settings, vocabulary=wanted, name=shown_name(run=run, weights=weights)
+            detector,
+            settings,
+            vocabulary=chosen_vocabulary(detector, classes, vocabulary, names, base_above),
+            base_above=base_above,
+            name=shown_name(run=run, weights=weights),
         )
+        _show_server_logs()
         serve_app(application, listening, on_started=lambda: _announce(out, listening, open_page))
     out.message("stopped")
+
+
+def _warn_of_strangers(out: Output, settings: ServingSettings) -> None:
+    if not settings.loopback_only:
+        out.warning(
+            "everyone who reaches this machine over the network can use this server: it asks for no password "
+            "and does not encrypt"
+        )
 
 
 def _check_packages() -> None:
@@ -155,14 +171,15 @@ def _show_server_logs() -> None:
     """Show one line a request, and what uvicorn has to say, on stderr."""
     from proxydet_cli.output import LogHandler
 
-    logging.getLogger("proxydet.serving.access").setLevel(logging.INFO)
-    theirs = logging.getLogger("uvicorn")
-    theirs.setLevel(logging.WARNING)
-    if not theirs.handlers:
-        handler = LogHandler()
-        handler.addFilter(_without_traceback)
-        theirs.addHandler(handler)
-        theirs.propagate = False
+    # Handlers of their own: that of the core shows warnings only.
+    for name, level in (("proxydet.serving.access", logging.INFO), ("uvicorn", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.setLevel(level)
+        if not logger.handlers:
+            handler = LogHandler()
+            handler.addFilter(_without_traceback)
+            logger.addHandler(handler)
+            logger.propagate = False
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:

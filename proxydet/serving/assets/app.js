@@ -66,6 +66,7 @@ function connect() {
       ask();
     }
   });
+  at["one-label"].addEventListener("change", () => state.file && ask());
   at.threshold.addEventListener("input", show);
   at["show-masks"].addEventListener("change", draw);
   at["show-labels"].addEventListener("change", draw);
@@ -117,6 +118,7 @@ async function ask() {
   body.append("picture", state.file);
   body.append("words", at.words.value.replace(/\s*\n\s*/g, ", "));
   body.append("score_threshold", ASKED_THRESHOLD);
+  body.append("one_label", at["one-label"].checked);
   const began = performance.now();
   at.working.hidden = false;
   try {

@@ -22,6 +22,7 @@ from proxydet.config_text import dump_yaml
 from proxydet.detector import Detector
 from proxydet.recipes import get_recipe
 from proxydet.serving import server
+from proxydet.serving.question import Question
 from proxydet.vocabulary.compositional import CompositionalEncoder
 from proxydet_cli.main import main
 
@@ -86,6 +87,19 @@ def test_options_reach_the_application(call: Any) -> None:
     assert "warning" not in err
 
 
+def test_settings_of_the_detector_are_those_of_predict(call: Any, png: bytes) -> None:
+    _, _, _, app = call("--tta", "--base-above", "-1", "-v", "red star")
+    answerer = app._answerer
+    assert answerer.detector.inference.flip
+    assert answerer.detector.inference.scales == (0.75, 1.0, 1.25)
+    assert answerer.vocabulary.base.all()
+    asked = Question(words=("red star", "green square"))
+    assert answerer._vocabulary_of(asked).base.all()
+    _, _, _, plain = call("-v", "red star")
+    assert not plain._answerer.detector.inference.augmented
+    assert not plain._answerer._vocabulary_of(asked).base.any()
+
+
 def test_listening_for_the_network_warns(call: Any) -> None:
     code, _, err, app = call("--host", "0.0.0.0")
     assert code == 0
@@ -114,6 +128,7 @@ def test_the_page_is_opened_when_asked(
         (["--queue", "0"], 2, "--queue"),
         (["--host", "no-such-host.invalid"], 3, "no-such-host.invalid"),
         (["-v", "a giraffe"], 3, "giraffe"),
+        (["--precision", "fp16"], 3, "needs a GPU"),
         (["--host", "203.0.113.1"], 5, "203.0.113.1"),
     ],
 )

@@ -209,6 +209,21 @@ def test_by_keyboard_alone(page: Page, png: bytes, tmp_path: Path) -> None:
     assert unnamed == []
 
 
+def test_one_label_for_each_box_asks_again(
+    page: Page, detector: Detector, png: bytes, pixels: np.ndarray
+) -> None:
+    page.driver.execute_script(DROP, base64.b64encode(png).decode(), "noise.png")
+    page.until(lambda: page["results"].is_displayed())
+    page.driver.execute_script(SLIDE, "0.1")
+    many = len(page.rows())
+    page["one-label"].click()
+    page.until(lambda: page.asks() == 2 and len(page.rows()) < many)
+    best = detector.with_settings(one_class_per_proposal=True).predict(pixels, score_threshold=0.1)
+    assert page.rows() == [
+        f"{label} {score:.2f}" for label, score in zip(best.labels, best.scores, strict=True)
+    ]
+
+
 def test_problems_are_told(page: Page, png: bytes) -> None:
     page["ask"].click()
     assert page["problem-message"].text == "There is no picture yet."

@@ -49,6 +49,16 @@ def all_of(connection: socket.socket) -> bytes:
     return received
 
 
+def reply(connection: socket.socket) -> bytes:
+    """One answer of JSON; its head and its body may come apart."""
+    received = b""
+    while not received.endswith(b"}"):
+        piece = connection.recv(65536)
+        assert piece, received
+        received += piece
+    return received
+
+
 def head(length: int | None, *, more: str = "") -> bytes:
     size = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
     return (
@@ -147,7 +157,7 @@ def test_slow_uploads_are_ended(detector: Detector, start_server: Any, png: byte
     settings = ServingSettings(upload_seconds=0.4)
     with start_server(build_app(detector, settings)) as running, connect(running) as connection:
         connection.sendall(head(len(png)) + png[:100])
-        answer = connection.recv(65536)
+        answer = reply(connection)
         assert answer.startswith(b"HTTP/1.1 408 ")
         assert b'"slow-upload"' in answer
         assert running.app.budget.held == 0
@@ -181,9 +191,7 @@ def test_a_slow_second_head_is_ended_too(detector: Detector, start_server: Any) 
     settings = ServingSettings(header_seconds=0.4)
     with start_server(build_app(detector, settings)) as running, connect(running) as connection:
         connection.sendall(b"GET /api/health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        received = b""
-        while not received.endswith(b"}"):
-            received += connection.recv(65536)
+        reply(connection)
         time.sleep(0.1)
         connection.sendall(b"GET /api/hea")
         began = time.monotonic()

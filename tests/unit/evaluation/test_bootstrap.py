@@ -12,10 +12,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from proxydet.errors import ConfigError
-from proxydet.evaluation.bootstrap import Resamples, Sets, differences, resample
+from proxydet.evaluation.bootstrap import (
+    Resamples,
+    Sets,
+    differences,
+    drawn_weights,
+    resample,
+)
 from proxydet.evaluation.config import EvaluationConfig
 from proxydet.evaluation.curves import Curves
 from proxydet.evaluation.evaluate import Evaluation, evaluate_results, run_evaluation
+from proxydet.evaluation.few_images import widening
 from proxydet.evaluation.metrics import category_precision
 from proxydet.evaluation.resampling import WeightedPrecision
 
@@ -160,6 +167,28 @@ def test_resamples_that_differ_by_rounding_give_no_interval() -> None:
         rare=(1, 0.6),
     )
     assert set(drawn.intervals(0.95)) == {"AP"}
+
+
+def test_a_category_of_two_images_is_widened_in_every_resample() -> None:
+    size = {"height": 99, "width": 99}
+    box = {"category_id": 1, "bbox": [9, 9, 40, 40]}
+    truth = {
+        "images": [{"id": index, **size} for index in range(1, 6)],
+        "categories": [{"id": 1, "name": "thing"}],
+        "annotations": [{"id": index, "image_id": index, **box} for index in (1, 2)],
+    }
+    detections = [{"image_id": 1, "score": 0.5, **box}]
+    evaluation = run_evaluation(detections, truth, config=EvaluationConfig(bootstrap=0))
+    precision = weighted(evaluation, "bbox")
+    sets = Sets(frequencies=None, groups={})
+    widened = resample(precision, evaluation.truth, sets, number=30).resampled_RM[:, 0]
+    plain = [
+        sets.measure(precision.precision(drawn_weights(5, 0, index)))[0] for index in range(30)
+    ]
+    whole = evaluation.report.ap
+    expected = whole + widening(2) * (np.array(plain) - whole)
+    np.testing.assert_allclose(widened, expected)
+    assert np.nanstd(plain) > 0
 
 
 def test_how_rare_categories_come_and_go_is_told(make_set: Callable[..., Any]) -> None:

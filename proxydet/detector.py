@@ -103,7 +103,8 @@ class Detector(ClassResolver):
             path: The checkpoint.
             config: The model's sizes: ``"r50"``, ``"swinb"``, a name that `from_pretrained` knows, a configuration, or
                 the ``config.yaml`` of a run.
-            vocabulary: The classes of its training; None: those of LVIS, from the downloaded metadata.
+            vocabulary: The classes of its training; None: the run's where ``config`` lies in a run folder, else those
+                of LVIS, from the downloaded metadata.
             device: See `from_run`.
 
         Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,11 @@ def open_checkpoint(
 ) -> Detector:
     """Open a checkpoint; see `Detector.from_checkpoint`."""
     settings = _settings_from(config)
-    return _open(cls, settings, vocabulary or published_vocabulary("lvis"), path, device)
+    encoder = None
+    if vocabulary is None and isinstance(config, Path) and _is_run(config.parent):
+        vocabulary = Vocabulary.load(config.parent / "vocabulary.npz")
+        encoder = _encoder_of(config.parent, settings.data)
+    return _open(cls, settings, vocabulary or published_vocabulary("lvis"), path, device, encoder)
 
 
 def open_pretrained(cls: type[Detector], name: str, device: torch.device) -> Detector:
@@ -114,7 +119,8 @@ def open_named(
         run: A run folder.
         weights: A checkpoint (of the run where there is one), or a published model's name; None with no run: the
             published R50.
-        config: ``r50``, ``swinb`` or a ``config.yaml``: the sizes of a checkpoint without a run.
+        config: ``r50``, ``swinb`` or a ``config.yaml``: the sizes of a checkpoint without a run. Without it, a
+            checkpoint that lies in a run folder is opened as that run's.
         device: As `proxydet.detector.choose_device` takes it.
 
     Raises:
@@ -140,9 +146,35 @@ def open_named(
                 path=error.path,
             ) from error
         return _open(cls, _PRETRAINED[name], published_vocabulary("lvis"), path, chosen)
+    _require_weights(name)
+    if config is None and (of := _run_of(Path(name))) is not None:
+        return open_run(cls, of, Path(name), chosen)
     sizes = config or "r50"
     given = Path(sizes) if Path(sizes).suffix in (".yaml", ".yml") else sizes
     return open_checkpoint(cls, Path(name), given, None, chosen)
+
+
+def _require_weights(name: str) -> None:
+    """Say what is meant with a name that is neither a file nor a model, before anything else is looked for."""
+    if Path(name).is_file():
+        return
+    near = difflib.get_close_matches(name, _PRETRAINED, n=1)
+    raise InputError(
+        f"{name} is neither a weight file nor a published model",
+        hint=(f"did you mean {near[0]}? " if near else "") + f"Models: {', '.join(_PRETRAINED)}",
+        path=Path(name),
+    )
+
+
+def _is_run(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in ("config.yaml", "vocabulary.npz"))
+
+
+def _run_of(weights: Path) -> Path | None:
+    """The run folder that a checkpoint lies in, if any."""
+    folder = weights.absolute().parent
+    folder = folder.parent if folder.name == "checkpoints" else folder
+    return folder if _is_run(folder) else None
 
 
 def shown_name(*, run: Path | None, weights: str | None) -> str:

@@ -241,3 +241,22 @@ def test_the_command_line_never_downloads(
     assert opened.inference.beta == 0.6
     with pytest.raises(ConfigError, match="own configuration"):
         detector_files.open_named(Detector, **{**nothing, "run": run, "config": "r50"})
+
+
+def test_a_runs_checkpoint_is_opened_as_that_runs(run: Path, network: ProxyDetNetwork) -> None:
+    step = save(network, run / "checkpoints" / "step_0000009.pth")
+    for weights in (run / "model_final.pth", step):
+        for config in (None, str(run / "config.yaml")):
+            opened = detector_files.open_named(
+                Detector, run=None, weights=str(weights), config=config, device="cpu"
+            )
+            assert opened.vocabulary == network.vocabulary
+            assert opened.inference.alpha == 0.2
+            assert isinstance(opened.encoder, CompositionalEncoder)
+
+
+def test_weights_that_are_neither_file_nor_model(tmp_path: Path) -> None:
+    for name, said in (("proxydet-r50-in", "did you mean proxydet-r50"), ("a.pth", "Models: ")):
+        with pytest.raises(InputError, match="neither a weight file nor a published") as caught:
+            detector_files.open_named(Detector, run=None, weights=name, config=None, device="cpu")
+        assert said in str(caught.value.hint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -73,7 +74,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path) -> Any:
     try:
-        with torch.serialization.safe_globals(_TORCH_GLOBALS):
+        with torch.serialization.safe_globals(_TORCH_GLOBALS), warnings.catch_warnings():
+            # Of pickles that torch did not write; what it then thinks of the content is an error below.
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "global" not in str(error).lower():
@@ -89,12 +92,17 @@ def _read_torch(path: Path) -> Any:
 
 
 def _first_line(error: Exception) -> str:
+    if isinstance(error, LookupError | TypeError | AttributeError):
+        # An unpickler's words would be the value of a byte.
+        return "its content makes no sense"
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _damaged(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(
-        f"{path} is damaged or no weight file: {reason}", hint="fetch it again", path=path
+        f"{path} is damaged or no weight file: {reason}",
+        hint="give a checkpoint of proxydet train or a published one; fetch or copy a damaged one again",
+        path=path,
     )
 
 

@@ -203,8 +203,24 @@ def test_a_file_that_would_run_code_is_refused(
 def test_a_damaged_file(network, tmp_path: Path, content: bytes, suffix: str) -> None:
     path = tmp_path / f"w.{suffix}"
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match="damaged"):
+    with pytest.raises(CheckpointError, match="damaged") as caught:
         load_weights(network, path)
+    # What torch says of a pickle it refuses advises to load it without its guard.
+    assert "weights_only" not in str(caught.value)
+    assert not str(caught.value).endswith(("101", "104"))
+
+
+def test_a_pickle_that_runs_code_is_refused_without_advice_to_run_it(
+    network, tmp_path: Path, monkeypatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "w.pth"
+    path.write_bytes(pickle.dumps({"model": Harm()}, protocol=4))
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(network, path)
+    assert "weights_only" not in f"{caught.value} {caught.value.hint}"
+    assert not (tmp_path / "harmed").exists()
+    assert not recwarn.list
 
 
 def test_a_truncated_file(network, source, tmp_path: Path) -> None:

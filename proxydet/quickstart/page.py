@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 from PIL import Image
@@ -139,8 +140,10 @@ def _time_section(result: QuickstartResult) -> Section:
 
 
 def _commands_section(folder: QuickstartFolder) -> Section:
-    run, data = folder.run.root, folder.description
-    picture = next(iter(sorted((folder.data / "val").iterdir())))
+    first = min((folder.data / "val").iterdir())
+    run, data, picture = (
+        shlex.quote(str(path)) for path in (folder.run.root, folder.description, first)
+    )
     return Section(
         title="Go on",
         commands=[

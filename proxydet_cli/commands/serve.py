@@ -146,6 +146,7 @@ def _warn_of_strangers(out: Output, settings: ServingSettings) -> None:
 
 def _check_packages() -> None:
     """Say before any work what is not installed."""
+    from importlib import import_module
     from importlib.util import find_spec
 
     from proxydet.errors import MissingDependencyError
@@ -161,6 +162,14 @@ def _check_packages() -> None:
             f"the server needs packages that are not installed: {', '.join(missing)}",
             hint="run: pip install 'proxydet[serve]'",
         )
+    for module, name in needed.items():
+        try:
+            import_module(module)
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"the server needs the package {name}, which cannot be imported: {error}",
+                hint="run: pip install --force-reinstall 'proxydet[serve]'",
+            ) from error
 
 
 def _host_names(allowed: list[str] | None, host: str) -> tuple[str, ...]:

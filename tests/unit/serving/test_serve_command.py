@@ -167,6 +167,24 @@ def test_missing_packages_are_named_with_the_command(
     assert "pip install 'proxydet[serve]'" in err
 
 
+def test_packages_that_are_broken_are_no_bug_of_this_program(
+    call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib
+
+    def broken(name: str) -> Any:
+        if name == "uvicorn":
+            raise ImportError("cannot import name 'Server'")
+        return load(name)
+
+    load = importlib.import_module
+    monkeypatch.setattr(importlib, "import_module", broken)
+    code, _, err, _ = call()
+    assert code == 5
+    assert "uvicorn, which cannot be imported: cannot import name 'Server'" in err
+    assert "pip install --force-reinstall 'proxydet[serve]'" in err
+
+
 @pytest.fixture(scope="module")
 def run_folder(detector: Detector, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("served") / "run"

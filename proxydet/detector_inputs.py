@@ -105,11 +105,17 @@ def choose_device(device: str) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"there is no kind of device {device!r}", hint="choose auto, cpu, cuda, or cuda:1, ..."
+        ) from error
+    try:
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"the device {device!r} cannot be used: {reason}", hint="try cpu"
+            f"the device {device!r} cannot be used: {reason}",
+            hint="try cpu, or auto; proxydet env says what hinders a GPU",
         ) from error
     return chosen
 

@@ -53,13 +53,13 @@ def check_folder(folder: Path) -> None:
         nearest = nearest.parent
     if not nearest.is_dir():
         raise DataError(
-            f"Files cannot be saved in {folder}: {nearest} is a file, not a folder.",
+            f"files cannot be saved in {folder}: {nearest} is a file, not a folder",
             hint="give another folder with --output",
             path=nearest,
         )
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise DataError(
-            f"Files cannot be saved in {folder}: {nearest} cannot be written to.",
+            f"files cannot be saved in {folder}: {nearest} cannot be written to",
             hint="give another folder with --output",
             path=nearest,
         )
@@ -81,7 +81,9 @@ def make_savers(
     """
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
-        raise ConfigError(f"cannot save {unknown[0]!r}", hint=f"choose from {', '.join(KINDS)}")
+        raise ConfigError(
+            f"cannot save {unknown[0]!r}", hint=f"choose from {', '.join(KINDS)}; none stands alone"
+        )
     makers: dict[str, Callable[[], Saver]] = {
         "pictures": lambda: PictureSaver(folder, style),
         "json": lambda: JsonSaver(folder),

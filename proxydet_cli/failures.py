@@ -35,6 +35,7 @@ READER_GONE = 141
 BUG = 1
 
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
+_FILE_IN_THE_WAY = frozenset({errno.EEXIST, errno.ENOTDIR})
 
 
 def report(error: BaseException) -> int:
@@ -91,6 +92,12 @@ def _translate_os_error(error: OSError) -> ProxydetError:
         return DiskFullError(
             f"There is no room left on the disk{where}.",
             hint="free some space, or choose another folder, and run the same command again",
+            path=path,
+        )
+    if path is not None and error.errno in _FILE_IN_THE_WAY:
+        return EnvironmentProblem(
+            f"A folder is needed where there is a file: {path}.",
+            hint="name another folder, or move the file away",
             path=path,
         )
     return EnvironmentProblem(

@@ -84,6 +84,7 @@ class Shown:
     _collected: list[dict[str, Any]] = field(default_factory=list)
     _saved: list[Path] = field(default_factory=list)
     _broken: list[str] = field(default_factory=list)
+    _hints: dict[str, None] = field(default_factory=dict)
 
     def picture(self, result: PictureResult) -> None:
         """Write, or collect, the result of a picture."""
@@ -109,12 +110,14 @@ class Shown:
         if summary.unreadable:
             total = summary.pictures + len(summary.unreadable)
             self._broken.append(f"{len(summary.unreadable)} of {total} pictures could not be read")
+            self._hints["the warnings above name the pictures"] = None
 
     def video_done(self, summary: VideoSummary) -> None:
         """Take note of what became of a video."""
         self._saved += summary.saved
         if summary.broken is not None:
             self._broken.append(summary.broken)
+            self._hints["what was found before a video broke off is kept"] = None
 
     def conclude(self) -> None:
         """Say what was saved.
@@ -128,7 +131,7 @@ class Shown:
         if self._broken:
             raise DataError(
                 f"{'; '.join(self._broken)}; all else is done",
-                hint="what was found before a video broke off is kept; pictures are named in the warnings above",
+                hint="; ".join(self._hints),
             )
 
 

@@ -158,5 +158,5 @@ def _unreadable(label: str, error: Exception) -> DataError:
         why = "it is no image of a known kind"
     return DataError(
         f"cannot read the image {label}: {why}",
-        hint="replace the file, or remove it from the annotations",
+        hint="replace the file, or leave it out (of annotations: its entry)",
     )

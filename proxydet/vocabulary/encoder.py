@@ -100,7 +100,9 @@ def build_vocabulary(
         VocabularyError: A name is empty or there twice, or cannot be encoded.
     """
     entries = check_classes(classes)
-    filled = ("{}",) if isinstance(encoder, CompositionalEncoder) else find_prompts(prompts)
+    filled = find_prompts(prompts)
+    if isinstance(encoder, CompositionalEncoder):
+        filled = ("{}",)
     texts = [[fill(prompt, word) for word in entry.words for prompt in filled] for entry in entries]
     rows_TD = encoder.encode([text for group in texts for text in group])
     ends = np.cumsum([len(group) for group in texts])

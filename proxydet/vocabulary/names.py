@@ -41,6 +41,8 @@ def split_names(text: str) -> list[str]:
     """
     if "\n" in text or "\r" in text:
         raise VocabularyError("class names given as text must be on one line", hint="use a file")
+    if not text.strip():
+        raise VocabularyError("no class names are given", hint="name one or more: cup, plate")
     names: list[str] = []
     position = 0
     while position <= len(text):

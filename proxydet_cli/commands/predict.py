@@ -168,4 +168,6 @@ def _kinds(save: str | None, *, json: bool) -> list[str]:
     if save is None:
         return [] if json else ["pictures"]
     kinds = [kind.strip() for kind in save.split(",") if kind.strip()]
+    if not kinds:
+        raise typer.BadParameter("--save names nothing; for nothing: --save none")
     return [] if kinds == ["none"] else kinds

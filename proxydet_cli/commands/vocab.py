@@ -137,16 +137,30 @@ def show(  # noqa: PLR0913 one parameter an option
 
     if run is not None and against is not None:
         raise typer.BadParameter("give either --against or --run")
-    reference = (
-        _open(against or "lvis", encoder)
-        if run is None
-        else Vocabulary.load(require_run(run) / "vocabulary.npz")
-    )
+    if run is not None:
+        reference = Vocabulary.load(require_run(run) / "vocabulary.npz")
+    else:
+        reference = _training_vocabulary(against, encoder)
     shown = _open(vocabulary, encoder, known=reference)
     report = compare(
         shown, reference, threshold=threshold, neighbours=neighbours, alike_above=alike_above
     )
     _render(Output(json=json), report, names_too_long(shown.names))
+
+
+def _training_vocabulary(against: str | None, encoder: Path | None) -> Vocabulary:
+    from proxydet.errors import VocabularyError
+
+    try:
+        return _open(against or "lvis", encoder)
+    except VocabularyError as error:
+        if against is not None:
+            raise
+        raise VocabularyError(
+            error.message,
+            hint=f"{error.hint}; or compare with the training of yours: --run FOLDER",
+            path=error.path,
+        ) from error
 
 
 def _open(source: str, encoder: Path | None, known: Vocabulary | None = None) -> Vocabulary:

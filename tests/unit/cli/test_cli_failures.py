@@ -231,3 +231,14 @@ def test_closed_pipe_ends_quietly() -> None:
 def test_translate_keeps_our_errors() -> None:
     error = errors.DataError("x", path=Path("y"))
     assert failures.translate(error) is error
+
+
+@pytest.mark.parametrize("number", [errno.EEXIST, errno.ENOTDIR])
+def test_a_file_where_a_folder_goes(
+    number: int, failing: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing.error = OSError(number, os.strerror(number), "/data/run")
+    code, text = run(capsys)
+    assert code == 5
+    assert text.startswith("error: A folder is needed where there is a file: /data/run.\n")
+    assert "hint: name another folder" in text

@@ -36,6 +36,12 @@ def test_unusable_lists_are_refused(text: str, what: str) -> None:
         split_names(text)
 
 
+@pytest.mark.parametrize("text", ["", "  "])
+def test_no_names_are_told_as_such(text: str) -> None:
+    with pytest.raises(VocabularyError, match="no class names are given"):
+        split_names(text)
+
+
 def test_long_rows_of_blanks_and_quotes_are_refused_at_once() -> None:
     # Time that grows with the square of the length would take minutes here.
     for text in ('"' * 200_001, " " * 200_000 + '"x', "a," + " " * 200_000 + '"b"c'):

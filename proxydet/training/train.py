@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from proxydet.compat.modes import Mode
 from proxydet.compat.roi_align import reproducibility_mode
 from proxydet.config import to_mapping
-from proxydet.config_text import dump_yaml, load_mapping
+from proxydet.config_text import dump_yaml
 from proxydet.data.classes import image_counts, load_vocabulary, open_split
 from proxydet.data.config import DataConfig
 from proxydet.data.description import DatasetDescription
@@ -32,6 +31,7 @@ from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.modeling.weights import MIXUP_BRANCH, load_weights
 from proxydet.reporting import SILENT, Progress
 from proxydet.training.config import TrainingConfig
+from proxydet.training.continuation import check_folder
 from proxydet.training.distributed import Ranks, check_agreement, connect, wait_for_all
 from proxydet.training.fit import FitJob, Resume, TrainResult, fit
 from proxydet.training.loop import Evaluate
@@ -42,25 +42,6 @@ from proxydet.training.seeding import seed_everything
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
-
-# Keys that may differ when a run goes on: they do not change what is learnt.
-_FREE_KEYS = (
-    "recipe",
-    "training.device",
-    "training.threads",
-    "training.checkpoints",
-    "training.evaluation",
-    "training.log",
-    "training.guards",
-    "training.weights",
-    "data.workers",
-    "data.prefetch",
-    "data.worker_timeout_s",
-    "data.cache",
-    "data.test_",
-    "inference",
-    "evaluation",
-)
 
 
 class RunSettings(Protocol):
@@ -137,7 +118,7 @@ def train(
             torch.set_num_threads(settings.threads)
         folder = RunFolder(output.resolve())
         data = _open_data(config.data, progress)
-        starts_anew = _check_folder(folder, config, resume)
+        starts_anew = check_folder(folder, to_mapping(config), digests=data.digests, resume=resume)
         check_agreement(ranks, _facts(config, data))
         network = _build_network(config, data, from_weights=starts_anew)
         if ranks.is_main:
@@ -229,49 +210,6 @@ def _patience(config: DataConfig) -> float | None:
 def _facts(config: RunSettings, data: _Data) -> dict[str, str]:
     """Return what all processes must have in common."""
     return {"configuration": dump_yaml(config, comments=False), **data.digests}
-
-
-def _check_folder(folder: RunFolder, config: RunSettings, resume: Resume) -> bool:
-    """Make sure that going on in a folder goes on with the same run; return whether training starts anew."""
-    if isinstance(resume, Path):
-        return False
-    if not any(folder.checkpoints.glob("step_*.pth")):
-        return True
-    if resume == "never":
-        raise ConfigError(
-            f"{folder.root} already holds a run.",
-            hint="Give another folder with --output, or go on with the run: --resume auto.",
-            path=folder.root,
-        )
-    if folder.config.exists():
-        _check_same(load_mapping(folder.config), to_mapping(config), folder)
-    return False
-
-
-def _check_same(saved: Mapping[str, Any], ours: Mapping[str, Any], folder: RunFolder) -> None:
-    before, now = _flat(saved), _flat(ours)
-    changed = [
-        f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
-        for key in sorted({*before, *now})
-        if before.get(key) != now.get(key) and not key.startswith(_FREE_KEYS)
-    ]
-    if changed:
-        raise ConfigError(
-            f"{folder.root} holds a run with other settings ({'; '.join(changed[:5])}).",
-            hint="Give another folder with --output; go on with the same settings "
-            f"(--config {folder.config}); or start from its weights with --weights.",
-            path=folder.config,
-        )
-
-
-def _flat(mapping: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in mapping.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(_flat(value, f"{where}{key}."))
-        else:
-            flat[f"{where}{key}"] = value
-    return flat
 
 
 def _write_folder(folder: RunFolder, config: RunSettings, data: _Data, ranks: Ranks) -> None:

@@ -92,7 +92,7 @@ def _read_torch(path: Path) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    if isinstance(error, LookupError | TypeError | AttributeError):
+    if isinstance(error, LookupError | TypeError | AttributeError | pickle.UnpicklingError):
         # An unpickler's words would be the value of a byte.
         return "its content makes no sense"
     return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -177,21 +177,22 @@ class Difference:
         first: The first detector's value.
         second: The second's.
         difference: Second minus first.
-        interval: Of the difference.
-        chance: How often a difference at least this far from 0, either way, would come up if there were none.
+        interval: Of the difference; None where there is one, but too few images to show how far it varies.
+        chance: How often a difference at least this far from 0, either way, would come up if there were none; None
+            where there is no interval.
     """
 
     metric: str
     first: float
     second: float
     difference: float
-    interval: Interval
-    chance: float
+    interval: Interval | None
+    chance: float | None
 
     @property
     def clear(self) -> bool:
-        """Whether the interval leaves out 0."""
-        return self.interval.low > 0 or self.interval.high < 0
+        """Whether the interval leaves out 0; never without one."""
+        return self.interval is not None and (self.interval.low > 0 or self.interval.high < 0)
 
 
 def differences(first: Resamples, second: Resamples, confidence: float) -> tuple[Difference, ...]:
@@ -211,20 +212,31 @@ def differences(first: Resamples, second: Resamples, confidence: float) -> tuple
     for index, name in enumerate(first.names):
         if name not in intervals:
             continue
-        error = float(np.nanstd(resampled_RM[:, index], ddof=1))
-        size = abs(float(values_M[index]))
-        chance = 2 * (1 - NormalDist().cdf(size / error)) if error > 0 else float(size == 0)
+        interval, chance = _surety(
+            float(values_M[index]),
+            intervals[name],
+            float(np.nanstd(resampled_RM[:, index], ddof=1)),
+        )
         compared.append(
             Difference(
                 metric=name,
                 first=float(first.values_M[index]),
                 second=float(second.values_M[index]),
                 difference=float(values_M[index]),
-                interval=intervals[name],
+                interval=interval,
                 chance=chance,
             )
         )
     return tuple(compared)
+
+
+def _surety(
+    difference: float, interval: Interval, error: float
+) -> tuple[Interval | None, float | None]:
+    """Return a difference's interval and chance, both None where the resamples agree on one (see `Resamples`)."""
+    if interval.high - interval.low > _ROUNDING:
+        return interval, 2 * (1 - NormalDist().cdf(abs(difference) / error))
+    return (interval, 1.0) if abs(difference) <= _ROUNDING else (None, None)
 
 
 def _intervals(

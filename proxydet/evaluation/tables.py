@@ -50,9 +50,9 @@ def difference_rows(differences: Sequence[Difference]) -> list[dict[str, Any]]:
             "A": _percent(row.first),
             "B": _percent(row.second),
             "B - A": _percent(row.difference),
-            "from": _percent(row.interval.low),
-            "to": _percent(row.interval.high),
-            "by chance": round(row.chance, 4),
+            "from": _percent(row.interval.low if row.interval else None),
+            "to": _percent(row.interval.high if row.interval else None),
+            "by chance": None if row.chance is None else round(row.chance, 4),
             "verdict": _verdict(row),
         }
         for row in differences
@@ -79,6 +79,8 @@ def category_csv(report: Report) -> str:
 
 
 def _verdict(row: Difference) -> str:
+    if row.interval is None:
+        return "too few images"
     if not row.clear:
         return "not clear"
     return "B is better" if row.difference > 0 else "A is better"

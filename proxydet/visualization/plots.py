@@ -91,7 +91,8 @@ def bar_plot(
         for index, name in enumerate(series):
             heights = [values.get(name, math.nan) for values in groups.values()]
             at = np.arange(len(groups)) + (index - (len(series) - 1) / 2) * width
-            spread = [(errors or {}).get(group, {}).get(name, 0.0) for group in groups]
+            # An empty whisker would say that a value without an interval is certain.
+            spread = [(errors or {}).get(group, {}).get(name) or math.nan for group in groups]
             bars = axes.bar(
                 at,
                 heights,
@@ -125,7 +126,7 @@ def precision_recall_plot(
             precisions (nothing to measure, in COCO's convention) leave a gap.
     """
     with _style():
-        figure = _figure(4.2, 3.0)
+        figure = _figure(6.2, 3.0)
         axes = figure.add_subplot()
         for index, (name, (recalls, precisions)) in enumerate(curves.items()):
             heights = np.array(precisions, np.float64)
@@ -133,7 +134,7 @@ def precision_recall_plot(
             axes.plot(np.asarray(recalls), heights, label=name, color=PALETTE[index % len(PALETTE)])
         axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision")
         if curves:
-            axes.legend(loc="upper right")
+            figure.legend(loc="outside right upper")
     return figure
 
 

@@ -25,6 +25,7 @@ from proxydet.evaluation.evaluate import Evaluation, evaluate_results, run_evalu
 from proxydet.evaluation.few_images import widening
 from proxydet.evaluation.metrics import category_precision
 from proxydet.evaluation.resampling import WeightedPrecision
+from proxydet.evaluation.tables import difference_rows
 
 WITHOUT = EvaluationConfig(bootstrap=0, iou_types=("bbox", "segm"))
 
@@ -247,6 +248,22 @@ def test_a_much_better_detector_is_clearly_better(make_set: Callable[..., Any]) 
     backwards = compared(truth, perfect, detections)
     assert backwards["AP"].difference == -rows["AP"].difference
     assert backwards["AP"].interval.high < 0
+
+
+def test_a_single_class_of_a_single_image_is_not_called_clear(
+    make_set: Callable[..., Any],
+) -> None:
+    """It is in a resample as it is or not at all: no resample shows how far the difference varies."""
+    truth, _ = make_set(12, images=15)
+    only = truth["annotations"][0]
+    truth["annotations"] = [only]
+    found = [{key: only[key] for key in ("image_id", "category_id", "bbox")} | {"score": 1.0}]
+    row = compared(truth, [], found)["AP"]
+    assert row.difference == 1
+    assert row.interval is None
+    assert row.chance is None
+    assert not row.clear
+    assert difference_rows([row])[0]["verdict"] == "too few images"
 
 
 def test_pairs_narrow_the_interval(make_set: Callable[..., Any]) -> None:

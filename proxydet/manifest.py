@@ -28,6 +28,7 @@ from proxydet.compat.modes import Mode
 from proxydet.errors import InputError
 from proxydet.inspection.environment import EnvironmentReport, environment
 from proxydet.inspection.facts import ask
+from proxydet.paths import run_in
 
 MANIFEST_NAME = "manifest.json"
 ENVIRONMENT_NAME = "environment.json"
@@ -175,8 +176,18 @@ def read_run_records(run: Path) -> tuple[RunManifest, EnvironmentReport]:
 
 
 def folder_of(run: Path) -> Path:
-    """Return the folder of a run that is given as such, or as a file in it."""
-    return run.parent if run.is_file() else run
+    """Return the folder of a run that is given as such, as that of a quickstart, or as a file in it.
+
+    Raises:
+        InputError: There is no such folder or file.
+    """
+    if not run.exists():
+        raise InputError(
+            f"There is no run folder {run}.",
+            hint="give the folder of a run that proxydet trained or evaluated",
+            path=run,
+        )
+    return run.parent if run.is_file() else run_in(run)
 
 
 def read_manifest(folder: Path) -> RunManifest:

@@ -91,3 +91,18 @@ def test_diff_of_two_runs(run, tmp_path):
     code, _, err = run("--diff", str(tmp_path / "a"), str(tmp_path))
     assert code == 3
     assert "no manifest.json" in err
+    code, _, err = run("--diff", str(tmp_path / "a"), str(tmp_path / "absent"))
+    assert code == 3
+    assert "There is no run folder" in err
+
+
+def test_diff_takes_a_quickstarts_folder(run, tmp_path):
+    inner = tmp_path / "quickstart" / "run"
+    inner.mkdir(parents=True)
+    (inner / "config.yaml").touch()
+    manifest = build_manifest("training", configuration={}, digests={}, mode="off", seeds={})
+    write_run_records(inner, manifest, REPORT)
+    (inner / "metrics.jsonl").write_text('{"iteration": 1, "losses": {"total": 2.0}}\n')
+    code, out, _ = run("--diff", str(inner), str(tmp_path / "quickstart"))
+    assert code == 0
+    assert "The losses of all 1 common records are equal." in out

@@ -82,6 +82,12 @@ def require_run(folder: Path) -> Path:
     Raises:
         InputError: There is no such folder, or no run in it.
     """
+    if folder.is_file():
+        raise InputError(
+            f"{folder} is a file, not a run folder",
+            hint="give the folder that proxydet train or quickstart wrote",
+            path=folder,
+        )
     if not folder.is_dir():
         raise InputError(
             f"there is no run folder {folder}",

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from proxydet.errors import ConfigError
 from proxydet_cli.evaluation_options import (
     PREDICTIONS,
     EvalOptions,
@@ -49,8 +48,11 @@ class Subject:
 def run(options: EvalOptions, output: Output) -> None:
     """Evaluate, write the files and show the numbers."""
     from proxydet.evaluation.records import record_results
+    from proxydet.prediction_output import check_folder
 
     options.check()
+    if options.output is not None:
+        check_folder(options.output)
     progress = _progress()
     if options.results is not None:
         subject = open_subject(options, progress)
@@ -66,7 +68,11 @@ def run(options: EvalOptions, output: Output) -> None:
             return
         options = dataclasses.replace(options, device=device)
         split = _open_split(description, options, progress)
-        detected = _detect_and_score(_detector(options), split, options, progress)
+        try:
+            detected = _detect_and_score(_detector(options), split, options, progress)
+        except KeyboardInterrupt:
+            output.message("stopped: the same command goes on from here")
+            raise
         if detected is not None:  # the first process of several shows the result
             _conclude(detected, split, options, output, progress)
 
@@ -134,15 +140,12 @@ def compare(first: Path, second: Path, options: EvalOptions, output: Output) -> 
     from proxydet.evaluation.compare import compare_results
     from proxydet.evaluation.tables import difference_rows
 
-    if options.data is None:
-        raise ConfigError(
-            "--compare needs the data set that both results are of.",
-            hint="--data with an annotation file (JSON) or a data description (TOML)",
-        )
+    options.check_comparison()
+    files = results_of(first), results_of(second)
     progress = _progress()
     subject = open_subject(options, progress)
     compared = compare_results(
-        results_of(first), results_of(second), subject.truth,
+        *files, subject.truth,
         config=options.config, groups=subject.groups, progress=progress,
     )  # fmt: skip
     if output.json:

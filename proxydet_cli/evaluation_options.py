@@ -40,10 +40,16 @@ class EvalOptions:
                 f"--split is {self.split!r}; it can be val or train.",
                 hint="to evaluate on other images, name their annotations as [val] in a data description",
             )
-        if self.results is not None and (self.run or self.weights or self.tta):
+        if self.results is not None and (self.run or self.weights or self.model or self.tta):
             raise ConfigError(
-                "--results are scored as they are; --run, --weights and --tta make new ones.",
+                "--results are scored as they are; --run, --weights, --config and --tta make new ones.",
                 hint="give either",
+            )
+        if self.config.hierarchy is not None and not self.config.hierarchy.is_file():
+            raise InputError(
+                f"there is no class hierarchy {self.config.hierarchy}",
+                hint="--hierarchy takes OpenImages' own file, challenge-2019-label500-hierarchy.json",
+                path=self.config.hierarchy,
             )
         if self.results is not None and self.data is None:
             raise ConfigError(
@@ -52,6 +58,27 @@ class EvalOptions:
             )
         if self.results is None and self.vocabulary is not None and self.data is None:
             raise ConfigError("--vocabulary belongs to a data set.", hint="give --data too")
+
+    def check_comparison(self) -> None:
+        """Raise ConfigError where the options are not those of a comparison."""
+        makes = {
+            "--run": self.run,
+            "--weights": self.weights,
+            "--results": self.results,
+            "--output": self.output,
+            "--tta": self.tta or None,
+        }
+        given = [name for name, value in makes.items() if value is not None]
+        if given:
+            raise ConfigError(
+                f"--compare looks at results that are there, and writes no files: {', '.join(given)} has no part in it.",
+                hint="make each result with a proxydet eval of its own, then compare the two folders",
+            )
+        if self.data is None:
+            raise ConfigError(
+                "--compare needs the data set that both results are of.",
+                hint="--data with an annotation file (JSON) or a data description (TOML)",
+            )
 
     def words(self) -> list[str]:
         """Return the options as words of a command line, for the processes that do the work together."""
@@ -110,6 +137,12 @@ def results_of(place: Path) -> Path:
     """
     from proxydet.evaluation.records import recorded_results
 
+    if not place.exists():
+        raise InputError(
+            f"there is no {place}",
+            hint="give a results file, or the output folder of a finished proxydet eval",
+            path=place,
+        )
     if not place.is_dir():
         return place
     for file in (place / "predictions.json", place / PREDICTIONS / "predictions.json"):
@@ -120,8 +153,19 @@ def results_of(place: Path) -> Path:
         return recorded
     raise InputError(
         f"{place} holds no finished predictions.",
-        hint="give a results file, or the output folder of a finished proxydet eval",
+        hint=_evaluations_below(place)
+        or "give a results file, or the output folder of a finished proxydet eval",
         path=place,
+    )
+
+
+def _evaluations_below(place: Path) -> str:
+    """Name a run's evaluations, each of which could be compared; empty where it has none."""
+    from proxydet.paths import run_in
+
+    found = sorted((run_in(place) / "evaluation").glob("*/results.json"))
+    return (
+        f"its evaluations are in {', '.join(str(file.parent) for file in found)}" if found else ""
     )
 
 
@@ -132,7 +176,9 @@ def read_description(options: EvalOptions) -> DatasetDescription:
     path = _description_path(options)
     if not path.is_file():
         raise DataError(
-            f"there is no data description {path}",
+            f"{path} is a folder, not a data description"
+            if path.is_dir()
+            else f"there is no data description {path}",
             hint="--data takes a TOML file, or the name of a prepared data set: proxydet data prepare --help",
             path=path,
         )

@@ -75,6 +75,7 @@ def read_annotation_file(source: Path | dict[str, Any]) -> AnnotationFile:
             annotation names an image or a category that the file does not have.
     """
     path = source if isinstance(source, Path) else None
+    data = b""
     try:
         data = read_bytes(source) if isinstance(source, Path) else msgspec.json.encode(source)
         rows = msgspec.json.decode(data, type=AnnotationFile)
@@ -89,6 +90,7 @@ def read_annotation_file(source: Path | dict[str, Any]) -> AnnotationFile:
             error,
             what="an annotation file in COCO's or LVIS's format",
             hint="it needs images, annotations and categories; a results file goes with --results",
+            length=len(data),
         ) from error
     _check(rows, path)
     return rows

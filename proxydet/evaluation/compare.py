@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ from numpy.typing import NDArray
 from proxydet.errors import ConfigError
 from proxydet.evaluation.bootstrap import Difference, differences
 from proxydet.evaluation.config import EvaluationConfig
-from proxydet.evaluation.evaluate import run_evaluation
+from proxydet.evaluation.evaluate import Evaluation, run_evaluation
 from proxydet.evaluation.ground_truth import GroundTruth
 from proxydet.reporting import SILENT, Progress
+
+_LOG = logging.getLogger(__name__)
 
 
 def compare_results(
@@ -48,6 +51,7 @@ def compare_results(
         run_evaluation(results, truth, config=config, groups=groups, progress=progress)
         for results in (first, second)
     ]
+    _tell_unmatched_masks(first, second, evaluations)
     compared = {}
     for kind in evaluations[0].scored:
         pair = [evaluation.scored.get(kind) for evaluation in evaluations]
@@ -60,3 +64,11 @@ def compare_results(
             "boxes nor masks."
         )
     return compared
+
+
+def _tell_unmatched_masks(first: Path, second: Path, evaluations: Sequence[Evaluation]) -> None:
+    """Warn where the masks of one file have nothing to be compared with."""
+    with_masks = ["segm" in evaluation.scored for evaluation in evaluations]
+    if with_masks[0] != with_masks[1]:
+        lacking = second if with_masks[0] else first
+        _LOG.warning("masks are not compared: not every detection of %s has one", lacking)

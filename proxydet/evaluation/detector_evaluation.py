@@ -14,7 +14,7 @@ import torch.distributed
 from proxydet.data.description import DatasetDescription
 from proxydet.errors import ConfigError
 from proxydet.evaluation.config import EvaluationConfig
-from proxydet.evaluation.evaluate import Evaluation, run_evaluation
+from proxydet.evaluation.evaluate import Evaluation, check_protocol, run_evaluation
 from proxydet.evaluation.prediction import (
     EvaluationTask,
     ImageDetector,
@@ -90,6 +90,7 @@ def evaluate_split(
         progress: Where progress is shown.
     """
     config = config or EvaluationConfig()
+    check_protocol(config, split.truth)
     task = EvaluationTask.of(
         split.images,
         fusion_vocabulary(split.vocabulary, detector.vocabulary),

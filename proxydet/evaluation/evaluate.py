@@ -107,6 +107,7 @@ def run_evaluation(
     truth = (
         ground_truth if isinstance(ground_truth, GroundTruth) else GroundTruth.load(ground_truth)
     )
+    check_protocol(config, truth)
     if not isinstance(results, Results):
         results = read_results(
             results,
@@ -132,6 +133,15 @@ def run_evaluation(
         },
     )
     return Evaluation(report=report, truth=truth, results=results, scored=scored, groups=all_groups)
+
+
+def check_protocol(config: EvaluationConfig, truth: GroundTruth) -> None:
+    """Raise ConfigError where a setting belongs to another protocol than that of the annotations."""
+    if config.hierarchy is not None and truth.protocol != "openimages":
+        raise ConfigError(
+            f"{truth.name} is scored by {truth.protocol.upper()}'s protocol, which has no use for a class hierarchy.",
+            hint="leave --hierarchy out, or give OpenImages' annotations with --data",
+        )
 
 
 def _openimages(truth: GroundTruth, results: Results, config: EvaluationConfig) -> Evaluation:

@@ -55,7 +55,12 @@ def empty(path: Path) -> DataError:
 
 
 def damaged_json(
-    path: Path | None, error: msgspec.MsgspecError, *, what: str, hint: str | None = None
+    path: Path | None,
+    error: msgspec.MsgspecError,
+    *,
+    what: str,
+    hint: str | None = None,
+    length: int | None = None,
 ) -> DataError:
     """Return the error for JSON that cannot be decoded: cut short, malformed, or of another layout.
 
@@ -64,10 +69,11 @@ def damaged_json(
         error: What the decoder said.
         what: What it should be.
         hint: What to do where it is something else.
+        length: Of the text, in bytes: a number or word that is cut short is malformed at its very end.
     """
     where = str(path) if path is not None else "The value given"
     detail = str(error)
-    if "truncated" in detail:
+    if "truncated" in detail or f"(byte {length})" in detail:
         return DataError(
             f"{where} ends in the middle of its JSON: it is cut short.",
             hint="the program that wrote it was stopped or the copy is incomplete: write or copy it again",

@@ -52,10 +52,13 @@ def add_rows(
     """
     truth, first = problems.truth, builder.seen
     builder.seen += len(rows)
-    image_D = _numbers([row.image_id for row in rows], truth.image_index)
-    category_D = _numbers([row.category_id for row in rows], truth.category_index)
+    images = [row.image_id for row in rows]
+    categories = [row.category_id for row in rows]
+    image_D = _numbers(images, truth.image_index)
+    category_D = _numbers(categories, truth.category_index)
     score_D = np.array([row.score for row in rows], dtype=np.float64)
-    _check_names(rows, image_D, category_D, problems, first)
+    problems.check_names("image_id", images, image_D, first)
+    problems.check_names("category_id", categories, category_D, first)
     problems.add(
         "have a score that is not finite",
         np.flatnonzero(~np.isfinite(score_D)),
@@ -98,25 +101,6 @@ def _with_mask(rows: list[DetectionRow]) -> NDArray[np.bool_]:
         return np.zeros(len(given), dtype=bool)
     with_mask_D: NDArray[np.bool_] = np.array([len(text) for text in given]) > _SHORTEST
     return with_mask_D
-
-
-def _check_names(
-    rows: list[DetectionRow],
-    image_D: NDArray[np.int64],
-    category_D: NDArray[np.int64],
-    problems: Problems,
-    first: int,
-) -> None:
-    problems.add(
-        "name images that the data set does not have",
-        np.flatnonzero(image_D < 0),
-        lambda index: f"detection {first + index}: image_id {rows[index].image_id!r}",
-    )
-    problems.add(
-        "name categories that the data set does not have",
-        np.flatnonzero(category_D < 0),
-        lambda index: f"detection {first + index}: category_id {rows[index].category_id!r}",
-    )
 
 
 def _masks(

@@ -157,7 +157,7 @@ def _damage(path: Path | None, text: bytes, done: int, error: msgspec.DecodeErro
     """Return the error for text that is not JSON; the usual cause is NaN, which Python writes and JSON does not have."""
     places = list(_NOT_FINITE.finditer(text))
     if not places:
-        return damaged_json(path, error, what=_FORMAT, hint=_HINT)
+        return damaged_json(path, error, what=_FORMAT, hint=_HINT, length=len(text))
     shown = []
     for match in places[:_SHOWN]:
         number = done + text.count(_FIRST_KEY, 0, match.start()) - 1

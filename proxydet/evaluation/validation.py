@@ -6,7 +6,7 @@ first few for the message.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proxydet.errors import DataError
+from proxydet.evaluation.annotation_file import Identifier
 from proxydet.evaluation.ground_truth import GroundTruth
 from proxydet.evaluation.results import Results
 from proxydet.evaluation.rle import measure
 
 _SHOWN = 5
+_DIGITS = 20
 _TOLERANCE_PIXELS = 1.0
 
 _HINTS = {
@@ -52,6 +54,7 @@ class Problems:
     allow_outside: bool = False
     _counts: dict[str, int] = field(default_factory=dict)
     _examples: dict[str, list[str]] = field(default_factory=dict)
+    _misspelled: set[str] = field(default_factory=set)
 
     @property
     def found(self) -> bool:
@@ -71,6 +74,27 @@ class Problems:
         self._counts[kind] = self._counts.get(kind, 0) + len(wrong)
         examples = self._examples.setdefault(kind, [])
         examples.extend(describe(int(index)) for index in wrong[: _SHOWN - len(examples)])
+
+    def check_names(
+        self, key: str, names: Sequence[Identifier], number_D: NDArray[np.int64], first: int
+    ) -> None:
+        """Note images or categories that the data set does not have.
+
+        Args:
+            key: ``image_id`` or ``category_id``.
+            names: What the detections name.
+            number_D: The number of each in the data set; -1 where it is not there.
+            first: Number of the first of these detections.
+        """
+        plural, known = {
+            "image_id": ("images", self.truth.image_index),
+            "category_id": ("categories", self.truth.category_index),
+        }[key]
+        kind = f"name {plural} that the data set does not have"
+        wrong = np.flatnonzero(number_D < 0)
+        self.add(kind, wrong, lambda index: f"detection {first + index}: {key} {names[index]!r}")
+        if len(wrong) and _other_spelling(names[wrong[0]]) in known:
+            self._misspelled.add(kind)
 
     def check_boxes(
         self, image_D: NDArray[np.int64], box_D4: NDArray[np.float64], first: int
@@ -155,10 +179,19 @@ class Problems:
         for other in found[1:]:
             message += f" Also, {self._counts[other]} {other}."
         hint = _HINTS[kind]
-        if kind.startswith("name") and count > detections / 2:
+        if kind in self._misspelled:
+            hint = "the same ids are there as numbers or as text: write them as the annotation file does"
+        elif kind.startswith("name") and count > detections / 2:
             message += f" These look like results of another data set than {self.truth.name}."
             hint = "evaluate with the annotation file of the data set that the detector ran on"
         raise DataError(message, hint=hint, path=self.path)
+
+
+def _other_spelling(name: Identifier) -> Identifier | None:
+    """Return a number's text, or a text's number; None where it has none."""
+    if isinstance(name, int):
+        return str(name)
+    return int(name) if name.isascii() and name.isdigit() and len(name) < _DIGITS else None
 
 
 def check_duplicates(results: Results, truth: GroundTruth) -> None:

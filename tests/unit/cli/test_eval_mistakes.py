@@ -15,15 +15,40 @@ from proxydet_cli.main import main
         (["--run", "RUN", "--split", "test"], "--split is 'test'", "[val] in a data description"),
         (["--run", "RUN"], "is no run folder", "proxydet train or quickstart wrote"),
         (["--run", "RUN/absent"], "there is no run folder", "proxydet quickstart"),
+        (["--run", "RUN/file"], "is a file, not a run folder", "give the folder"),
+        (["--run", "RUN", "-o", "RUN/file"], "is a file, not a folder", "--output"),
+        (["--run", "RUN", "--hierarchy", "RUN/absent"], "there is no class hierarchy", "label500"),
+        (["--run", "RUN", "--data", "RUN"], "is a folder, not a data description", "TOML"),
+        (
+            ["--compare", "RUN/file", "RUN/absent", "--data", "x.json"],
+            "there is no",
+            "results file",
+        ),
+        (["--compare", "RUN/file", "RUN/file"], "needs the data set", "--data"),
+        (
+            ["--compare", "RUN/file", "RUN/file", "--data", "x.json", "-o", "RUN", "--tta"],
+            "--output, --tta has no part in it",
+            "a proxydet eval of its own",
+        ),
+        (
+            ["--compare", "RUN/qs", "RUN/file", "--data", "x.json"],
+            "no finished",
+            "evaluation/shapes-val",
+        ),
     ],
 )
 def test_what_is_no_run_or_split_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str, hint: str
 ) -> None:
+    (tmp_path / "file").touch()
+    evaluated = tmp_path / "qs" / "run" / "evaluation" / "shapes-val"
+    evaluated.mkdir(parents=True)
+    (tmp_path / "qs" / "run" / "config.yaml").touch()
+    (evaluated / "results.json").touch()
     words = [word.replace("RUN", str(tmp_path)) for word in words]
     with pytest.raises(SystemExit) as stopped:
         raise SystemExit(main(["eval", *words]))
     assert stopped.value.code == 3
-    told = capsys.readouterr().err
+    told = " ".join(capsys.readouterr().err.split())
     assert message in told
     assert hint in told

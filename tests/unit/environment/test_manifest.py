@@ -162,7 +162,7 @@ def test_a_run_is_given_as_its_folder_or_a_file_in_it(run):
     first, second = run("a", losses=[1.0]), run("b", losses=[2.0])
     found = compare_runs(first / "manifest.json", second / "environment.json")
     assert found.first_divergence == 20
-    with pytest.raises(InputError, match=r"no manifest\.json in .*/typo"):
+    with pytest.raises(InputError, match=r"no run folder .*/typo"):
         compare_runs(first, second / "typo")
 
 

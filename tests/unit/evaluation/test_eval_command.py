@@ -173,6 +173,19 @@ def test_masks_that_only_some_detections_have_are_told(typed: Typed, files: Path
         run(["eval", *map(str, words), "--iou-type", "segm"])
 
 
+def test_masks_that_only_one_of_two_has_are_not_compared(typed: Typed, files: Path) -> None:
+    rows = json.loads((files / "a.json").read_text())
+    for row in rows:
+        del row["segmentation"]
+    (files / "boxes.json").write_text(json.dumps(rows))
+    pair = [files / "a.json", files / "boxes.json"]
+    for first, second in (pair, pair[::-1]):
+        out, messages = typed("--compare", first, second, "--data", files / "val.json")
+        assert "boxes" in out
+        assert "not every detection of" in messages
+        assert "boxes.json has one" in " ".join(messages.split())
+
+
 def test_compare_two_files_and_two_folders(typed: Typed, files: Path) -> None:
     data = ["--data", files / "set.toml"]
     out, _ = typed("--compare", files / "a.json", files / "b.json", *data)
@@ -197,7 +210,7 @@ def test_compare_two_files_and_two_folders(typed: Typed, files: Path) -> None:
         (
             ["--results", "a.json", "--run", "x", "--data", "val.json"],
             ConfigError,
-            "--run, --weights and",
+            "--config and --tta make",
         ),
         (["--vocabulary", "text.npy"], ConfigError, "belongs to a data set"),
         (["--compare", "a.json", "b.json"], ConfigError, "need|needs the data set"),
@@ -211,6 +224,12 @@ def test_compare_two_files_and_two_folders(typed: Typed, files: Path) -> None:
             ConfigError,
             "needs resamples",
         ),
+        (
+            ["--results", "a.json", "--data", "val.json", "--hierarchy", "val.json"],
+            ConfigError,
+            "no use for a class hierarchy",
+        ),
+        (["--results", "a.json", "--data", "val.json", "--config", "r50"], ConfigError, "--config"),
     ],
 )
 def test_what_cannot_be_done_is_told(

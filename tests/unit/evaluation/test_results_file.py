@@ -171,6 +171,19 @@ def test_another_data_set_is_named(files: Any, make_set: Callable[..., Any]) -> 
     assert "annotation file of the data set" in caught.value.hint
 
 
+@pytest.mark.parametrize(("key", "every"), [("image_id", True), ("category_id", False)])
+def test_ids_written_as_text_are_not_taken_for_another_data_set(
+    files: Any, key: str, every: bool
+) -> None:
+    truth, detections, _ = files
+    for row in detections if every else detections[:1]:
+        row[key] = str(row[key])
+    with pytest.raises(DataError, match=f"{key} '") as caught:
+        read_results(detections, truth)
+    assert "numbers or as text" in caught.value.hint
+    assert "another data set" not in str(caught.value)
+
+
 def test_images_that_are_there_twice(files: Any) -> None:
     truth, detections, path = files
     image = detections[0]["image_id"]
@@ -197,6 +210,17 @@ def test_a_truncated_file(
     with pytest.raises(DataError, match="cut short") as caught:
         read_results(path, truth)
     assert caught.value.hint
+
+
+def test_a_file_that_ends_in_a_number(files: Any, tmp_path: Path) -> None:
+    truth, _, path = files
+    path.write_text('[{"image_id": 1, "category_id": 2, "score": 0.')
+    with pytest.raises(DataError, match="cut short"):
+        read_results(path, truth)
+    annotations = tmp_path / "annotations.json"
+    annotations.write_text('{"images": [{"id": 1, "width": -')
+    with pytest.raises(DataError, match="cut short"):
+        GroundTruth.load(annotations)
 
 
 def test_a_truncated_gzip_file(files: Any) -> None:

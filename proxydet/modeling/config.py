@@ -195,7 +195,7 @@ class ClassifierConfig:
     """The zero-shot classifier: cosine between a region's embedding and a class name's, times a temperature."""
 
     embedding_dim: int = 512
-    """Dimensions of the text embeddings (512 for CLIP ViT-B/32)."""
+    """Dimensions of the text embeddings (512 for CLIP ViT-B/32). Training from fresh weights takes those of its data."""
 
     temperature: float = 50.0
     """Factor on the cosine to make a logit, in the detection branch."""

@@ -23,7 +23,7 @@ from proxydet.training.distributed import choose_device
 from proxydet.training.estimate import Estimate, estimate_run
 from proxydet.training.precision import check_precision
 from proxydet.training.runfolder import RunFolder
-from proxydet.training.train import RunSettings, check_dimension, scale_run
+from proxydet.training.train import RunSettings, fit_to_embeddings, scale_run
 
 # Annotation files up to this are looked into; it takes well under a second.
 _LARGEST_READ = 64 * 1024 * 1024
@@ -200,7 +200,7 @@ def _embeddings(description: DatasetDescription, config: RunSettings) -> Need:
     if not path.is_file():
         return need
     try:
-        check_dimension(config.model, embedding_dimension(path))
+        fit_to_embeddings(config, embedding_dimension(path))
     except ProxydetError as error:
         return dataclasses.replace(need, present=False, problem=_in_full(error))
     return need

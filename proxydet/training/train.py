@@ -118,6 +118,7 @@ def train(
             torch.set_num_threads(settings.threads)
         folder = RunFolder(output.resolve())
         data = _open_data(config.data, progress)
+        config = fit_to_embeddings(config, data.vocabulary.dimension)
         starts_anew = check_folder(folder, to_mapping(config), digests=data.digests, resume=resume)
         check_agreement(ranks, _facts(config, data))
         network = _build_network(config, data, from_weights=starts_anew)
@@ -154,19 +155,30 @@ def scale_run(config: S, processes: int) -> S:
     return cast("S", dataclasses.replace(cast("Any", config), training=scaled))
 
 
-def check_dimension(model: ModelConfig, dimension: int) -> None:
-    """Make sure that a model takes text embeddings of a dimension.
+def fit_to_embeddings(config: S, dimension: int) -> S:
+    """Return a run's configuration with a classifier of as many dimensions as the data's text embeddings.
 
     Raises:
-        ConfigError: It does not.
+        ConfigError: They differ, and starting weights fix the number.
     """
-    expected = model.classifier.embedding_dim
-    if dimension != expected:
+    model, weights = config.model, config.training.weights
+    asked = model.classifier.embedding_dim
+    if asked == dimension:
+        return config
+    if weights is not None:
         raise ConfigError(
-            f"The data's text embeddings have {dimension} dimensions; model.classifier.embedding_dim is {expected}.",
-            hint=f"Add --set model.classifier.embedding_dim={dimension}; where training starts from weights, embed the "
-            "class names with the text encoder of those instead.",
+            f"The data's text embeddings have {dimension} dimensions; model.classifier.embedding_dim is {asked}.",
+            hint=f"Embed the class names with the text encoder of {weights}; if its weights have {dimension} dimensions, "
+            f"add --set model.classifier.embedding_dim={dimension}.",
         )
+    logger.warning(
+        "model.classifier.embedding_dim is %d, as the data's text embeddings have it, not %d",
+        dimension,
+        asked,
+    )
+    classifier = dataclasses.replace(model.classifier, embedding_dim=dimension)
+    fitted = dataclasses.replace(model, classifier=classifier)
+    return cast("S", dataclasses.replace(cast("Any", config), model=fitted))
 
 
 def _open_data(config: DataConfig, progress: Progress) -> _Data:
@@ -191,7 +203,6 @@ def _open_data(config: DataConfig, progress: Progress) -> _Data:
 
 def _build_network(config: RunSettings, data: _Data, *, from_weights: bool) -> ProxyDetNetwork:
     """Build the network with fresh weights, the same everywhere, and load the starting weights where it begins."""
-    check_dimension(config.model, data.vocabulary.dimension)
     seed_everything(config.seed)
     network = ProxyDetNetwork(config.model, data.vocabulary, data.counts)
     settings = config.training

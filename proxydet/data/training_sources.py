@@ -34,7 +34,7 @@ class TrainingSources:
         """Return the sequence of batches of a run.
 
         Raises:
-            DataError: there is no image to train on.
+            DataError: there is no image, or no annotated object, to train on.
         """
         described: list[tuple[FloatArray, npt.NDArray[np.int32], SourceName, SourceConfig]] = [
             (self._box_factors(config), self.boxes.store.sizes_I2, "boxes", config.boxes)
@@ -49,6 +49,14 @@ class TrainingSources:
                     f"the data set has no images to train on in its part {name!r}",
                     hint="look at it with: proxydet data check",
                 )
+        if not self.boxes.usable.any():
+            # Training would end well and have learnt that nothing is ever there.
+            store = self.boxes.store
+            raise DataError(
+                f"{store.source_name} has no object to train on among its {store.report.annotations_kept} annotations: "
+                "crowds, novel classes and, where masks are trained, objects without one are left out",
+                hint="look at it with: proxydet data stats",
+            )
         weights = image_weights([d[0] for d in described], [d[3].ratio for d in described])
         sources = [
             SourceImages(

@@ -170,11 +170,24 @@ def test_an_empty_data_set_is_an_error(small_set: Path) -> None:
     annotations = small_set.parent / "train.json"
     content = json.loads(annotations.read_text())
     annotations.write_text(json.dumps(content | {"annotations": []}))
-    assert len(next(iter(loader(small_set))).instances[0]) == 0
+    with pytest.raises(DataError, match="no object to train on among its 0 annotations"):
+        loader(small_set)
     with pytest.raises(DataError, match="no images to train on"):
         loader(small_set, keep_empty_images=False)
     annotations.write_text(json.dumps(content | {"annotations": [], "images": []}))
     with pytest.raises(DataError, match="no images to train on"):
+        loader(small_set)
+
+
+@pytest.mark.parametrize(("key", "value"), [("iscrowd", 1), ("category_id", 7)])
+def test_crowds_or_the_novel_class_alone_are_an_error(
+    small_set: Path, key: str, value: int
+) -> None:
+    annotations = small_set.parent / "train.json"
+    content = json.loads(annotations.read_text())
+    changed = [annotation | {key: value} for annotation in content["annotations"]]
+    annotations.write_text(json.dumps(content | {"annotations": changed}))
+    with pytest.raises(DataError, match="no object to train on"):
         loader(small_set)
 
 

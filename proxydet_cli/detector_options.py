@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from proxydet.errors import VocabularyError
+
 if TYPE_CHECKING:
     from proxydet.detector import Detector
     from proxydet.vocabulary.vocabulary import Vocabulary
+
+_VOCABULARY_FILES = (".txt", ".json", ".npy", ".npz", ".vocab")
 
 Classes = Annotated[
     str | None,
@@ -128,6 +132,11 @@ def chosen_vocabulary(
     from proxydet.vocabulary.names import split_names
 
     if classes is not None:
+        if Path(classes).suffix in _VOCABULARY_FILES and Path(classes).is_file():
+            raise VocabularyError(
+                f"-v takes class names, and {classes} is a file",
+                hint=f"give it as --vocabulary {classes}",
+            )
         return detector.with_base(detector.resolve(split_names(classes)), base_above)
     if source is None:
         return detector.vocabulary

@@ -54,7 +54,7 @@ def split_names(text: str) -> list[str]:
             )
         quoted, plain = match["quoted"], match["plain"]
         name = plain if quoted is None else quoted.replace('""', '"')
-        names.append(_named(name, f"class name {len(names)}"))
+        names.append(_named(name, f"class name {len(names)} (counted from 0)"))
         # One past the comma, or past the end of the text.
         position = match.end("name") + 1
     return names

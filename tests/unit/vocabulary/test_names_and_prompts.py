@@ -25,7 +25,7 @@ def test_names_are_split_at_commas_outside_quotes() -> None:
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        ("a,,b", "name 1 is empty"),
+        ("a,,b", r"name 1 \(counted from 0\) is empty"),
         ("a,", "name 1"),
         ('a, "b', "cannot split"),
         ("a\nb", "one line"),

@@ -226,7 +226,13 @@ def _facts(config: RunSettings, data: _Data) -> dict[str, str]:
 def _write_folder(folder: RunFolder, config: RunSettings, data: _Data, ranks: Ranks) -> None:
     """Write down what the run is made from."""
     folder.root.mkdir(parents=True, exist_ok=True)
-    folder.config.write_text(dump_yaml(config), encoding="utf-8")
+    # Whole or not at all: a run that goes on on a full disk must not lose what it is compared with.
+    temporary = folder.config.with_name(f".{folder.config.name}.new")
+    try:
+        temporary.write_text(dump_yaml(config), encoding="utf-8")
+        temporary.replace(folder.config)
+    finally:
+        temporary.unlink(missing_ok=True)
     data.vocabulary.save(folder.vocabulary)
     encoder = data.description.vocabulary.encoder
     if encoder is not None and Path(encoder).suffix == ".json" and Path(encoder).is_file():

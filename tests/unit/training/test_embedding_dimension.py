@@ -29,7 +29,7 @@ def test_nothing_changes_where_they_fit(caplog: pytest.LogCaptureFixture) -> Non
 
 def test_starting_weights_fix_the_dimensions(tmp_path: Path) -> None:
     config = resolve_config("r50", None, [f"training.weights={tmp_path / 'boxsup.pth'}"])
-    with pytest.raises(ConfigError, match=r"have 768 dimensions, .*embedding_dim is 512") as caught:
+    with pytest.raises(ConfigError, match=r"have 768 dimensions; .*embedding_dim is 512") as caught:
         fit_to_embeddings(config, 768)
     assert "boxsup.pth" in (caught.value.hint or "")
     assert "--set model.classifier.embedding_dim=768" in (caught.value.hint or "")

@@ -36,6 +36,7 @@ RANK = {
     "losses": 4,
     "detections": 5,
     "detector": 5,
+    "detector_classes": 5,
     "detector_files": 5,
     "detector_inputs": 5,
     **dict.fromkeys(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,7 +45,12 @@ def check_onnx(opset: int) -> None:
 
 
 def save_onnx(
-    program: torch.export.ExportedProgram, path: Path, metadata: ExportMetadata, opset: int
+    program: torch.export.ExportedProgram,
+    path: Path,
+    metadata: ExportMetadata,
+    opset: int,
+    *,
+    output_names: Sequence[str] = OUTPUTS,
 ) -> None:
     """Translate a program to ONNX and write it, weights included, into one file."""
     with warnings.catch_warnings(), _less_talk():
@@ -54,7 +59,7 @@ def save_onnx(
             program,
             dynamo=True,
             opset_version=opset,
-            output_names=list(OUTPUTS),
+            output_names=list(output_names),
             custom_translation_table=translations(),
             external_data=False,
             optimize=True,

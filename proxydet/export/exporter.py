@@ -19,7 +19,7 @@ from proxydet._version import __version__
 from proxydet.artifacts.files import disk_errors
 from proxydet.detector import Detector
 from proxydet.detector_inputs import Picture, as_pixels
-from proxydet.errors import ConfigError, DataError, NumericsError
+from proxydet.errors import ArtifactError, ConfigError, DataError, NumericsError
 from proxydet.export.agreement import Agreement, Pixels, Runner, compare
 from proxydet.export.drawn import drawn_picture
 from proxydet.export.graph import DetectorGraph
@@ -34,6 +34,7 @@ from proxydet.vocabulary.vocabulary import Vocabulary
 
 Format = Literal["onnx", "torch"]
 SUFFIXES = {".onnx": "onnx", ".pt2": "torch"}
+VOCABULARY_SUFFIX = ".npz"
 
 # Network inputs of the proof, height and width: neither is the one that is traced, nor a multiple of a stride.
 _PROOF_SIZES = ((250, 330), (417, 190))
@@ -99,6 +100,7 @@ def export_detector(  # noqa: PLR0913 one keyword an option
     """
     path = Path(path)
     chosen = _format(path, format)
+    _check_place(path, with_vocabulary=vocabulary is not None)
     _check_settings(detector.inference)
     if chosen == "onnx":
         check_onnx(opset)
@@ -132,7 +134,9 @@ def export_detector(  # noqa: PLR0913 one keyword an option
         opset=opset if chosen == "onnx" else None,
         bytes=path.stat().st_size,
         seconds=seconds,
-        vocabulary=None if vocabulary is None else vocabulary.save(path.with_suffix(".npz")),
+        vocabulary=None
+        if vocabulary is None
+        else vocabulary.save(path.with_suffix(VOCABULARY_SUFFIX)),
         agreement=agreement,
         metadata=metadata,
     )
@@ -173,6 +177,18 @@ def _format(path: Path, format: Format | None) -> Format:
             hint="end it in .onnx or .pt2, or give --format onnx or --format torch",
         )
     return cast(Format, SUFFIXES[path.suffix])
+
+
+def _check_place(path: Path, *, with_vocabulary: bool) -> None:
+    if path.is_dir():
+        raise ArtifactError(
+            f"{path} is a folder", hint="name the file that is to be written", path=path
+        )
+    if with_vocabulary and path.suffix == VOCABULARY_SUFFIX:
+        raise ConfigError(
+            f"the vocabulary would take the model's place: it is saved as {path.name} too",
+            hint="end the model's name in .onnx or .pt2",
+        )
 
 
 def _check_settings(settings: InferenceConfig) -> None:

@@ -121,9 +121,14 @@ class OnnxDetector:
             score_threshold: Only detections that score above this, 0 to 1.
 
         Raises:
-            InputError: The picture or the vocabulary cannot be used.
+            InputError: The picture or the vocabulary cannot be used, or the threshold is out of range.
             NumericsError: The network gave values that are not finite.
         """
+        if not 0 <= score_threshold <= 1:  # false for NaN, too
+            raise InputError(
+                f"the score threshold must be 0 to 1, not {score_threshold}",
+                hint="0.3 shows what is likely, 0.02 nearly everything",
+            )
         pixels = _as_pixels(image)
         classes = self._classes(vocabulary)
         scaled = shortest_side(

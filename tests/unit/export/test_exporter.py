@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from proxydet.detector import Detector
 from proxydet.errors import (
@@ -21,9 +22,11 @@ from proxydet.errors import (
     ProxydetError,
 )
 from proxydet.export import exporter
+from proxydet.export.drawn import drawn_picture
 from proxydet.export.exporter import export_detector, weights_digest
 from proxydet.export.program import TorchProgram
 from proxydet.export.runtime import OnnxDetector
+from proxydet.vocabulary.vocabulary import Vocabulary
 
 
 class Untouched(AssertionError):
@@ -70,6 +73,63 @@ def test_a_place_that_cannot_be_written_to(detector: Detector, tmp_path: Path) -
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtifactError, match="cannot be written"):
         export_detector(detector, tmp_path / "file" / "model.onnx")
+
+
+@pytest.mark.usefixtures("no_tracing")
+def test_a_folder_is_refused_before_the_work(detector: Detector, tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").mkdir()
+    with pytest.raises(ArtifactError, match="is a folder"):
+        export_detector(detector, tmp_path / "model.onnx")
+
+
+@pytest.mark.usefixtures("no_tracing")
+def test_the_vocabulary_does_not_replace_the_model(
+    detector: Detector, tiny: ModuleType, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="would take the model's place"):
+        export_detector(
+            detector, tmp_path / "model.npz", format="onnx", vocabulary=tiny.vocabulary(2)
+        )
+
+
+class Right:
+    """The detector itself as an exported file."""
+
+    def __init__(self, detector: Detector) -> None:
+        self.detector = detector
+
+    def run(self, scaled_hw3: np.ndarray, vocabulary: Vocabulary, score_threshold: float) -> Any:
+        settings = self.detector.settings(score_threshold=score_threshold, max_detections=300)
+        image = torch.from_numpy(scaled_hw3).permute(2, 0, 1)
+        (found,) = self.detector.network.detect([image], vocabulary, settings=settings)
+        return {
+            "boxes": found.boxes_N4.numpy(),
+            "scores": found.scores_N.numpy(),
+            "classes": found.classes_N.numpy(),
+            "masks": found.mask_probs_MSS.numpy(),
+            "mask_index": found.mask_index_N.numpy(),
+        }
+
+
+def test_the_vocabulary_is_written_beside_the_file_as_it_was_given(
+    detector: Detector, tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporter, "trace", lambda *_: None)
+    monkeypatch.setattr(exporter, "save_onnx", lambda *_: None)
+    monkeypatch.setattr(exporter, "_open", lambda *_: Right(detector))
+    words = tiny.vocabulary(6, seed=4)
+    report = export_detector(
+        detector, tmp_path / "shapes.onnx", vocabulary=words, check=[drawn_picture(80, 120)]
+    )
+    assert report.vocabulary == tmp_path / "shapes.npz"
+    read = Vocabulary.load(report.vocabulary)
+    assert read.names == words.names
+    np.testing.assert_array_equal(read.embeddings, words.embeddings)
+    np.testing.assert_array_equal(read.base, words.base)
+    assert 0 < read.base.sum() < len(read)
+    trained = len(detector.vocabulary)
+    assert [result.classes for result in report.agreement] == [trained, 1, 6]
+    assert report.agreement[2].picture == "picture 0"
 
 
 @pytest.mark.usefixtures("no_tracing")
@@ -122,8 +182,6 @@ def test_a_file_that_disagrees_is_not_kept(
 def test_a_comparison_of_nothing_with_nothing_proves_nothing(
     tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import torch
-
     network = tiny.network()
     with torch.no_grad():
         network.proposal_generator.centernet_head.agn_hm.bias.fill_(-50.0)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 
 from proxydet.detector import Detector
-from proxydet.export.agreement import Agreement, compare
+from proxydet.export.agreement import Agreement, _agreement, compare
 from proxydet.export.drawn import drawn_picture
+from proxydet.export.found import Found
 
 Outputs = dict[str, np.ndarray]
 
@@ -22,8 +25,6 @@ class Altered:
         self.detector, self.change = detector, change
 
     def run(self, scaled_hw3, vocabulary, score_threshold) -> Outputs:
-        import torch
-
         settings = self.detector.settings(score_threshold=score_threshold, max_detections=300)
         image = torch.from_numpy(scaled_hw3).permute(2, 0, 1)
         (found,) = self.detector.network.detect([image], vocabulary, settings=settings)
@@ -108,3 +109,28 @@ def test_nothing_in_both_agrees(detector: Detector, tiny: ModuleType) -> None:
     result = agreement(detector, tiny, lambda _outputs: None, threshold=0.9999)
     assert result.detections == 0
     assert result.good
+
+
+def test_a_detection_is_matched_once_only(detector: Detector, tiny: ModuleType) -> None:
+    image = torch.from_numpy(drawn_picture(100, 140)).permute(2, 0, 1)
+    (found,) = detector.network.detect([image], tiny.vocabulary(4))
+    first = found.scores_N.argmax().repeat(2)
+    doubled = dataclasses.replace(
+        found,
+        boxes_N4=found.boxes_N4[first],
+        scores_N=found.scores_N[first],
+        classes_N=found.classes_N[first],
+        mask_index_N=found.mask_index_N[first],
+    )
+    single = Found(
+        boxes_xyxy=doubled.boxes_N4[:1].numpy(),
+        scores=doubled.scores_N[:1].numpy(),
+        class_ids=doubled.classes_N[:1].numpy(),
+        labels=("one",),
+        image_size=(100, 140),
+        mask_probs=found.mask_probs_MSS.numpy(),
+        mask_index=doubled.mask_index_N[:1].numpy(),
+    )
+    result = _agreement(doubled, single, "drawn", 4)
+    assert (result.detections, result.exported, result.matched) == (2, 1, 1)
+    assert not result.good

@@ -117,7 +117,7 @@ def test_the_vocabulary_is_written_beside_the_file_as_it_was_given(
     monkeypatch.setattr(exporter, "trace", lambda *_: None)
     monkeypatch.setattr(exporter, "save_onnx", lambda *_: None)
     monkeypatch.setattr(exporter, "_open", lambda *_: Right(detector))
-    words = tiny.vocabulary(6, seed=4)
+    words = tiny.vocabulary(4, seed=4)
     report = export_detector(
         detector, tmp_path / "shapes.onnx", vocabulary=words, check=[drawn_picture(80, 120)]
     )
@@ -128,7 +128,8 @@ def test_the_vocabulary_is_written_beside_the_file_as_it_was_given(
     np.testing.assert_array_equal(read.base, words.base)
     assert 0 < read.base.sum() < len(read)
     trained = len(detector.vocabulary)
-    assert [result.classes for result in report.agreement] == [trained, 1, 6]
+    assert trained != len(words)
+    assert [result.classes for result in report.agreement] == [trained, 1, 4]
     assert report.agreement[2].picture == "picture 0"
 
 

@@ -43,6 +43,9 @@ from proxydet.vocabulary.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
+# The recipes for CPUs have less than half of these, the published ones six times as many.
+_MANY_PARAMETERS = 20_000_000
+
 
 class RunSettings(Protocol):
     """What training reads of a run's configuration (`proxydet.recipes.RunConfig`)."""
@@ -123,6 +126,7 @@ def train(
         check_agreement(ranks, _facts(config, data))
         network = _build_network(config, data, from_weights=starts_anew)
         if ranks.is_main:
+            warn_of_slow_device(network, ranks.device)
             _write_folder(folder, config, data, ranks)
         wait_for_all(ranks)
 
@@ -211,6 +215,16 @@ def _build_network(config: RunSettings, data: _Data, *, from_weights: bool) -> P
         report = load_weights(network, settings.weights, expect=expect, vocabulary="keep")
         logger.info("Starting from %s: %s", settings.weights, report)
     return network
+
+
+def warn_of_slow_device(network: torch.nn.Module, device: torch.device) -> None:
+    """Say that a network of the published sizes takes very long on a CPU."""
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    if device.type == "cpu" and parameters > _MANY_PARAMETERS:
+        logger.warning(
+            "Training %.0f million parameters on a CPU takes very long; --dry-run estimates how long.",
+            parameters / 1e6,
+        )
 
 
 def _patience(config: DataConfig) -> float | None:

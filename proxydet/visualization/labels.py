@@ -15,11 +15,13 @@ Box = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels."""
 Floats = npt.NDArray[np.float64]
 
-_ROWS_INSIDE = 4
+# Rows that a label may go up or down from its box, so that a dozen of one place stay apart.
+_ROWS = 12
 # What a place costs: for the share of it that covers other labels, for the share that covers other
-# boxes (at most thrice), for coming late in the list, and for each label's height that the picture's edge moved it.
+# boxes (at most thrice), for coming late in the list (up to a point: being far is better than covering), and for each
+# label's height that the picture's edge moved it.
 _COVERED, _CROWDED, _LATE, _MOVED = 10.0, 0.15, 0.05, 0.3
-_CROWD_MOST = 3.0
+_CROWD_MOST, _LATE_MOST = 3.0, 1.4
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ def place_labels(requests: Sequence[LabelRequest], canvas: tuple[int, int]) -> l
         others_B4 = np.delete(boxes_L4, index, axis=0)
         cost_P = _COVERED * overlaps(places_P4, placed_L4[:index]).sum(axis=1) / area
         crowd_P = overlaps(places_P4, others_B4).sum(axis=1) / area
-        cost_P += _CROWDED * np.minimum(crowd_P, _CROWD_MOST) + _LATE * np.arange(len(places_P4))
+        late_P = np.minimum(_LATE * np.arange(len(places_P4)), _LATE_MOST)
+        cost_P += _CROWDED * np.minimum(crowd_P, _CROWD_MOST) + late_P
         moved_P = np.abs(places_P4[:, :2] - wanted_P2).sum(axis=1)
         cost_P += _MOVED * moved_P / request.height
         placed_L4[index] = places_P4[np.argmin(cost_P)]
@@ -79,7 +82,7 @@ def _places(request: LabelRequest) -> Floats:
         for column in (left, right - width, (left + right - width) / 2)
         for row in (top - height, top, bottom, bottom - height)
     ]
-    for number in range(1, _ROWS_INSIDE + 1):
+    for number in range(1, _ROWS + 1):
         row = top + number * height
         places += [
             (left, row),

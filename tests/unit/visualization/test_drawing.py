@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -118,6 +118,8 @@ boxes = st.tuples(st.floats(0, 500), st.floats(0, 400), st.floats(1, 200), st.fl
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(boxes, min_size=1, max_size=12))
+@example([(0.0, 0.0, 1.0, 1.0)] * 7)
+@example([(500.0, 400.0, 640.0, 480.0)] * 12)
 def test_labels_stay_in_the_picture_and_apart(where: list) -> None:
     requests = [LabelRequest(box, 80, 18) for box in where]
     places = place_labels(requests, (640, 480))

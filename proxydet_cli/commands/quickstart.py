@@ -45,9 +45,9 @@ def quickstart(
     and writes report.html. Run it again after a stop: it goes on where it was.
     """
     from proxydet_cli.output import Output
-    from proxydet_cli.progress import show_progress
+    from proxydet_cli.training_display import training_progress
 
-    out, progress = Output(json=json), show_progress()
+    out, progress = Output(json=json), training_progress()
     if compare:
         from proxydet.quickstart.comparison import compare_mixup
 

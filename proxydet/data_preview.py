@@ -82,6 +82,12 @@ def preview_pictures(
     """
     if request.augmented:
         return _augmented(description, request, cache, progress)
+    other: Literal["train", "val"] = "val" if request.split == "train" else "train"
+    if getattr(description, request.split) is None and getattr(description, other) is not None:
+        raise DataError(
+            f"the data set {description.name!r} has no [{request.split}] table",
+            hint=f"look at its other part with --split {other}",
+        )
     vocabulary = load_vocabulary(description, cache=cache, progress=progress)
     store = open_split(description, request.split, cache=cache, progress=progress)
     rows = _chosen_rows(store, vocabulary, request)

@@ -114,7 +114,7 @@ def read_annotations(path: Path) -> AnnotationDocument:
         ) from error
     except (OSError, ValueError) as error:
         # An empty file cannot be mapped, which Python says in its own words.
-        reason = "it is empty" if isinstance(error, ValueError) else error
+        reason = "it is empty" if isinstance(error, ValueError) else error.strerror or error
         raise DataError(
             f"cannot read {path}: {reason}",
             hint="check that it is a file that you may read",

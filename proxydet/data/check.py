@@ -13,13 +13,16 @@ from proxydet.data.classes import class_rows, load_vocabulary, open_split
 from proxydet.data.config import DataConfig
 from proxydet.data.description import DatasetDescription
 from proxydet.data.images import find_image
-from proxydet.data.label_sources import match_tars
+from proxydet.data.label_check import unusable_label_images
+from proxydet.data.label_sources import TarClasses, match_tars
+from proxydet.data.labelled_images import FolderImages, LabelledImages, TarImages
 from proxydet.data.reading import read_annotated_image
 from proxydet.data.store import AnnotationStore
 from proxydet.data.tar_index import TarIndex
 from proxydet.errors import DataError, InputError
 from proxydet.reporting import SILENT, Progress
 from proxydet.vocabulary.vocabulary import Vocabulary
+from proxydet.wording import counted
 
 _READERS = 8
 _EXPECTED = {
@@ -29,6 +32,7 @@ _EXPECTED = {
     "zhiyuan_objv2_val_fixname.json": (80_000, 1_240_587),
 }
 """Images and annotations of files that everyone has the same of."""
+_MEND = "mend the annotation file; its other entries are used"
 
 Level = Literal["ok", "warning", "error"]
 
@@ -73,7 +77,8 @@ def check_dataset(
 
     Args:
         description: The data set.
-        decode: Also decode every annotated image and compare its size, and read the stores against their checksums.
+        decode: Also decode every image, compare the size of annotated ones, and read the stores against their
+            checksums.
         cache: Folder of annotation stores and tar indexes; None means the user's cache folder.
         progress: Where to show long steps.
     """
@@ -114,7 +119,9 @@ class _Checker:
 
     def _store(self, description: DatasetDescription, split: str) -> AnnotationStore | None:
         try:
-            store = open_split(description, split, cache=self.cache, progress=self.progress)
+            store = open_split(
+                description, split, cache=self.cache, progress=self.progress, warn=False
+            )
         except InputError as error:
             self._failed(split, error)
             return None
@@ -129,9 +136,7 @@ class _Checker:
             "" if report.images_kept else "there is nothing to read",
         )
         for line in report.lines():
-            self._add(
-                split, "warning", line, "mend the annotation file; its other entries are used"
-            )
+            self._add(split, "warning", line, _MEND)
         if counts != _EXPECTED.get(name, counts):
             self._add(
                 split,
@@ -144,7 +149,8 @@ class _Checker:
             self._add(
                 split,
                 "warning",
-                f"{report.without_mask} annotations have a box and no mask; training leaves them out",
+                f"{counted(report.without_mask, 'annotation has', 'annotations have')} a box and no mask; "
+                "training leaves what has no mask out",
                 "train on boxes only with data.masks=false",
             )
         if self.decode and (damaged := store.damaged_columns()):
@@ -205,8 +211,49 @@ class _Checker:
     def _labels(
         self, description: DatasetDescription, vocabulary: Vocabulary, store: AnnotationStore
     ) -> None:
-        for finding in _label_findings(description, vocabulary, store, self.cache, self.progress):
-            self.findings.append(finding)
+        images = self._label_images(description, vocabulary, store)
+        if images is None:
+            return
+        problems = unusable_label_images(images, decode=self.decode, progress=self.progress)
+        if problems:
+            self._add(
+                "image_labels",
+                "error",
+                f"{len(problems)} of {counted(len(images), 'image')} cannot be used, e.g.: {problems[0]}",
+                "fetch them again, or train with data.unreadable_images=skip",
+            )
+        elif len(images) and self.decode:
+            self._add("image_labels", "ok", f"all {len(images)} images were decoded")
+
+    def _label_images(
+        self, description: DatasetDescription, vocabulary: Vocabulary, store: AnnotationStore
+    ) -> LabelledImages | None:
+        part, spec = "image_labels", description.image_labels
+        if spec is None:
+            return None
+        try:
+            if spec.annotations is not None:
+                labels = AnnotationStore.open(
+                    spec.annotations, cache=self.cache, progress=self.progress, warn=False
+                )
+                folder_images = FolderImages(labels, spec.roots, class_rows(labels, vocabulary))
+                self._add(part, "ok", f"{counted(len(labels), 'image')} with labels")
+                for line in labels.report.lines():
+                    self._add(part, "warning", line, _MEND)
+                return folder_images
+            matched = match_tars(spec, vocabulary, store.categories)
+            index = TarIndex.open(
+                spec.tars or Path(),
+                list(matched.class_of_tar),
+                cache=self.cache,
+                progress=self.progress,
+                warn=False,
+            )
+        except InputError as error:
+            self._failed(part, error)
+            return None
+        self.findings.extend(_tar_findings(index, matched))
+        return TarImages(index, tuple(matched.class_of_tar[tar] for tar in index.tars))
 
 
 def _image_problem(store: AnnotationStore, row: int, roots: tuple[Path, ...], decode: bool) -> str:
@@ -220,34 +267,16 @@ def _image_problem(store: AnnotationStore, row: int, roots: tuple[Path, ...], de
     return ""
 
 
-def _label_findings(
-    description: DatasetDescription,
-    vocabulary: Vocabulary,
-    store: AnnotationStore,
-    cache: Path | None,
-    progress: Progress,
-) -> Iterator[Finding]:
+def _tar_findings(index: TarIndex, matched: TarClasses) -> Iterator[Finding]:
     part = "image_labels"
-    spec = description.image_labels
-    if spec is None:
-        return
-    try:
-        if spec.annotations is not None:
-            labels = AnnotationStore.open(spec.annotations, cache=cache, progress=progress)
-            class_rows(labels, vocabulary)
-            yield Finding(part=part, level="ok", text=f"{len(labels)} images with labels")
-            return
-        matched = match_tars(spec, vocabulary, store.categories)
-        index = TarIndex.open(
-            spec.tars or Path(), list(matched.class_of_tar), cache=cache, progress=progress
-        )
-    except InputError as error:
-        yield Finding(part=part, level="error", text=error.message, advice=error.hint or "")
-        return
     level: Level = "ok" if len(index) else "error"
-    yield Finding(part=part, level=level, text=f"{len(index)} images in {len(index.tars)} tars")
+    yield Finding(
+        part=part,
+        level=level,
+        text=f"{counted(len(index), 'image')} in {counted(len(index.tars), 'tar')}",
+    )
     for line in index.report.lines():
-        yield Finding(part=part, level="warning", text=line, advice="get these tars again")
+        yield Finding(part=part, level="warning", text=line, advice="fetch what is named again")
     for names, what, advice in (
         (matched.missing, "expected and not there", "get them, or train without these classes"),
         (
@@ -257,5 +286,5 @@ def _label_findings(
         ),
     ):
         if names:
-            text = f"{len(names)} tars {what}, e.g. {', '.join(names[:3])}"
+            text = f"{counted(len(names), 'tar')} {what}, e.g. {', '.join(names[:3])}"
             yield Finding(part=part, level="warning", text=text, advice=advice)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from proxydet.data.advice import inner_root
 from proxydet.data.check import CheckReport, Finding, Level, check_dataset
 from proxydet.data.description import DatasetDescription
 from proxydet.errors import DataError, InputError
 from proxydet.reporting import SILENT, Progress
+from proxydet.wording import counted
 
 _SOURCES = {
     "lvis": ("lvis.toml", "lvis/lvis_v1_train.json"),
@@ -38,6 +40,12 @@ def check_root(
     Raises:
         DataError: there is no such folder.
     """
+    if root.is_file():
+        raise DataError(
+            f"{root} is neither a data root (a folder) nor a data description (.toml)",
+            hint="name one of these; docs/how-to/own-data.md shows how to describe annotations of your own",
+            path=root,
+        )
     if not root.is_dir():
         raise DataError(
             f"there is no data root {root}",
@@ -71,11 +79,14 @@ def _unprepared(root: Path, described: list[Path]) -> list[Finding]:
             _finding("root", "warning", text, "run: proxydet data prepare imagenet-lvis")
         )
     if not described and not findings:
-        advice = "run: proxydet download lvis coco metadata; then: proxydet data prepare lvis"
+        advice = (
+            inner_root(root)
+            or "run: proxydet download lvis coco metadata; then: proxydet data prepare lvis"
+        )
         findings.append(_finding("root", "error", "there is no data set in it", advice))
     count = len(described)
     if count:
-        text = f"{count} data {'set' if count == 1 else 'sets'} described"
+        text = f"{counted(count, 'data set')} described"
         findings.append(_finding("root", "ok", text, ""))
     return findings
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from proxydet.data.advice import how_to_get
 from proxydet.data.annotation_json import CategoryEntry
 from proxydet.data.description import DatasetDescription, VocabularySpec
 from proxydet.data.store import AnnotationStore
@@ -28,14 +29,22 @@ def open_split(
     *,
     cache: Path | None = None,
     progress: Progress = SILENT,
+    warn: bool = True,
 ) -> AnnotationStore:
     """Open the annotation store of ``train`` or ``val``.
+
+    Args:
+        description: The data set.
+        split: Which of the two.
+        cache: Folder of annotation stores; None means the user's cache folder.
+        progress: Where to show the conversion of annotations.
+        warn: As for `AnnotationStore.open`.
 
     Raises:
         DataError: the description has no such split, or its annotation file cannot be read.
     """
     return AnnotationStore.open(
-        description.split(split).annotations, cache=cache, progress=progress
+        description.split(split).annotations, cache=cache, progress=progress, warn=warn
     )
 
 
@@ -140,7 +149,7 @@ def _load_table(path: Path) -> npt.NDArray[np.generic]:
     if not path.exists():
         raise VocabularyError(
             f"there are no text embeddings {path}",
-            hint="make them with: proxydet vocab build",
+            hint=how_to_get(path) or "make them with: proxydet vocab build",
             path=path,
         )
     return np.asarray(load_embeddings(path))

@@ -130,19 +130,27 @@ class DatasetDescription:
         except FileNotFoundError as error:
             raise DataError(
                 f"there is no data description {path}",
-                hint="write one as docs/how-to/own-data.md shows, and give it with --data",
+                hint="check the path, or write one as docs/how-to/own-data.md shows",
+                path=path,
+            ) from error
+        except IsADirectoryError as error:
+            raise DataError(
+                f"{path} is a folder, not a data description",
+                hint=_name_one_of(path),
                 path=path,
             ) from error
         except OSError as error:
             raise DataError(
-                f"cannot read {path}: {error}",
+                f"cannot read {path}: {error.strerror or error}",
                 hint="it must be a text file (UTF-8) that you may read",
                 path=path,
             ) from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise DataError(
                 f"{path} is not TOML: {error}",
-                hint="correct that line; docs/reference/data-description.md shows every key",
+                hint="name the data description, not the annotation file that it describes"
+                if path.suffix.lower() == ".json"
+                else "correct that line; docs/reference/data-description.md shows every key",
                 path=path,
             ) from error
         try:
@@ -187,3 +195,9 @@ def _absolute(value: Any, folder: Path) -> Any:
     if isinstance(value, VocabularySpec) and value.encoder and (folder / value.encoder).exists():
         changed["encoder"] = str(folder / value.encoder)
     return dataclasses.replace(value, **changed)
+
+
+def _name_one_of(folder: Path) -> str:
+    """Say which description of a folder to name; ``proxydet data check`` takes the folder itself."""
+    names = [path.as_posix() for path in sorted(folder.glob("*.toml"))]
+    return f"name one in it: {', '.join(names[:5])}" if names else "name a file such as my.toml"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from proxydet.data.advice import how_to_get
 from proxydet.data.annotation_json import CategoryEntry
 from proxydet.data.classes import class_rows, nearest
 from proxydet.data.description import ImageLabelSpec
@@ -17,6 +18,7 @@ from proxydet.data.tar_index import TarIndex
 from proxydet.errors import DataError
 from proxydet.reporting import SILENT, Progress
 from proxydet.vocabulary.vocabulary import Vocabulary
+from proxydet.wording import counted
 
 _logger = logging.getLogger(__name__)
 
@@ -62,9 +64,16 @@ def match_tars(
     row_of_key = _rows_of_keys(spec, row_of_name, categories)
     tars = sorted(path.name for path in spec.tars.glob("*.tar"))
     found = {tar: row_of_key[Path(tar).stem] for tar in tars if Path(tar).stem in row_of_key}
+    if not tars:
+        got = how_to_get(spec.tars / "n02691156.tar")
+        raise DataError(
+            f"there are no tars in {spec.tars}",
+            hint=got or "put one tar for each class there, named by its class",
+            path=spec.tars,
+        )
     if not found:
         raise DataError(
-            f"none of the {len(tars)} tars in {spec.tars} belongs to a class of the vocabulary",
+            f"none of the {counted(len(tars), 'tar')} in {spec.tars} belongs to a class of the vocabulary",
             hint="say which by [image_labels] map = { key = 'class name' }; the key is the tar's name without .tar",
             path=spec.tars,
         )
@@ -98,10 +107,17 @@ def open_label_images(
     matched = match_tars(spec, vocabulary, categories)
     folder = spec.tars or Path()
     if matched.without_class:
-        _logger.info("%s: %d tars belong to no class", folder, len(matched.without_class))
+        _logger.info(
+            "%s: %s to no class",
+            folder,
+            counted(len(matched.without_class), "tar belongs", "tars belong"),
+        )
     if matched.missing:
         _logger.warning(
-            "%s: %d tars are missing, e.g. %s.tar", folder, len(matched.missing), matched.missing[0]
+            "%s: %s missing, e.g. %s.tar",
+            folder,
+            counted(len(matched.missing), "tar is", "tars are"),
+            matched.missing[0],
         )
     index = TarIndex.open(folder, list(matched.class_of_tar), cache=cache, progress=progress)
     return TarImages(index, tuple(matched.class_of_tar[tar] for tar in index.tars))

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from proxydet.data.images import Pixels, find_image, read_image
 from proxydet.data.store import AnnotationStore
 from proxydet.data.tar_index import TarIndex
+from proxydet.errors import DataError
 
 
 class LabelledImages(Protocol):
@@ -61,7 +62,15 @@ class TarImages:
     def pixels(self, row: int, *, exif_orientation: bool) -> Pixels:
         """Decode an image."""
         name = self.index.name(row)
-        return read_image(self.index.read(row), name=name, exif_orientation=exif_orientation)
+        content = self.index.read(row)
+        try:
+            return read_image(content, name=name, exif_orientation=exif_orientation)
+        except DataError as error:
+            raise DataError(
+                error.message,
+                hint="fetch the tar again, or leave such images out with data.unreadable_images=skip",
+                path=self.index.folder,
+            ) from error
 
     def labels(self, row: int) -> npt.NDArray[np.int64]:
         """Return the class of the image's tar."""

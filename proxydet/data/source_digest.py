@@ -54,7 +54,7 @@ def source_digest(source: Path, memory: Path) -> str:
         ) from error
     except OSError as error:
         raise DataError(
-            f"cannot read {source}: {error}",
+            f"cannot read {source}: {error.strerror or error}",
             hint="check that it is a file that you may read",
             path=source,
         ) from error

@@ -100,7 +100,12 @@ class AnnotationStore:
 
     @classmethod
     def open(
-        cls, source: Path | str, *, cache: Path | None = None, progress: Progress = SILENT
+        cls,
+        source: Path | str,
+        *,
+        cache: Path | None = None,
+        progress: Progress = SILENT,
+        warn: bool = True,
     ) -> AnnotationStore:
         """Open the store of an annotation file, after making it where there is none.
 
@@ -108,6 +113,7 @@ class AnnotationStore:
             source: COCO, LVIS or image-label JSON.
             cache: Folder of the stores; None means the user's cache folder.
             progress: Where to show the conversion.
+            warn: Log what the conversion drops and mends; False where the caller shows the report itself.
 
         Raises:
             DataError: the file cannot be read.
@@ -123,7 +129,7 @@ class AnnotationStore:
 
         build_once(path, build)
         store = cls(path)
-        if made_here:
+        if made_here and warn:
             for line in store.report.lines():
                 _logger.warning("%s: %s", source.name, line)
         return store

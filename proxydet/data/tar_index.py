@@ -25,6 +25,7 @@ from proxydet.data.tar_scan import TarScan, member_bytes, scan_tar
 from proxydet.errors import DataError
 from proxydet.paths import cache_folder
 from proxydet.reporting import SILENT, Progress
+from proxydet.wording import counted
 
 _logger = logging.getLogger(__name__)
 
@@ -53,12 +54,12 @@ class TarReport(msgspec.Struct, frozen=True, kw_only=True):
     def lines(self) -> list[str]:
         """Return one line of text for each kind of problem."""
         groups = (
-            ("unreadable members", self.unreadable),
-            ("damaged tars", self.damaged),
-            ("tars without images", self.empty),
+            (("unreadable member", "unreadable members"), self.unreadable),
+            (("damaged tar", "damaged tars"), self.damaged),
+            (("tar without images", "tars without images"), self.empty),
         )
         return [
-            f"{len(items)} {title}: {'; '.join(items[:3])}{'; ...' if len(items) > 3 else ''}"
+            f"{counted(len(items), *title)}: {'; '.join(items[:3])}{'; ...' if len(items) > 3 else ''}"
             for title, items in groups
             if items
         ]
@@ -106,6 +107,7 @@ class TarIndex:
         cache: Path | None = None,
         processes: int | None = None,
         progress: Progress = SILENT,
+        warn: bool = True,
     ) -> TarIndex:
         """Open the index of some tars of a folder, after making it where there is none.
 
@@ -115,6 +117,7 @@ class TarIndex:
             cache: Folder of indexes; None means the user's cache folder.
             processes: How many look through tars side by side; None means one for each processor, at most 16.
             progress: Where to show the indexing.
+            warn: Log what indexing finds; False where the caller shows the report itself.
 
         Raises:
             DataError: a tar is not there.
@@ -122,8 +125,19 @@ class TarIndex:
         folder = folder.resolve()
         ordered = sorted(tars)
         target = cls.path_for(folder, ordered, cache=cache)
-        build_once(target, lambda path: _build(path, folder, ordered, processes, progress))
-        return cls(target)
+        made_here = False
+
+        def build(path: Path) -> None:
+            nonlocal made_here
+            made_here = True
+            _build(path, folder, ordered, processes, progress)
+
+        build_once(target, build)
+        index = cls(target)
+        if made_here and warn:
+            for line in index.report.lines():
+                _logger.warning("%s: %s", folder, line)
+        return index
 
     @staticmethod
     def path_for(folder: Path, tars: Sequence[str], *, cache: Path | None = None) -> Path:
@@ -243,8 +257,6 @@ def _write(target: Path, folder: Path, tars: Sequence[str], scans: Sequence[TarS
         damaged=[f"{tar}: {s.damage}" for tar, s in zip(tars, scans, strict=True) if s.damage],
         empty=[tar for tar, scan in zip(tars, scans, strict=True) if not scan.names],
     )
-    for line in report.lines():
-        _logger.warning("%s: %s", folder, line)
     names = [name.encode("utf-8", "surrogateescape") for scan in scans for name in scan.names]
     shapes = [shape for scan in scans for shape in scan.shapes]
     with ColumnWriter(target) as writer:

@@ -76,7 +76,7 @@ def check(
         ),
     ] = None,
     decode: Annotated[
-        bool, typer.Option(help="Decode every annotated image and compare its size (slow).")
+        bool, typer.Option(help="Decode every image; compare the size of annotated ones (slow).")
     ] = False,
     cache: Cache = None,
     json: Json = False,

@@ -19,6 +19,7 @@ RANK = {
             "errors",
             "json_lines",
             "reporting",
+            "wording",
             "paths",
             "_version",
             "config",

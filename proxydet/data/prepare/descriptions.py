@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 MARK = "# Written by `proxydet data prepare`. Remove this line to keep your changes."
 
@@ -105,14 +106,18 @@ def description_text(name: str, *, image_labels: bool = False, novel: tuple[str,
     return MARK + "\n" + text
 
 
-def write_description(path: Path, text: str) -> bool:
+def write_description(path: Path, text: str) -> Literal["made", "up to date", "kept"]:
     """Write a description unless somebody changed it and took the mark away.
 
     Returns:
-        Whether the file holds ``text`` now.
+        ``made``, ``up to date`` where the file held ``text`` before, ``kept`` where it is somebody's own.
     """
-    if path.exists() and not path.read_text(encoding="utf-8").startswith(MARK):
-        return False
+    if path.exists():
+        there = path.read_text(encoding="utf-8")
+        if not there.startswith(MARK):
+            return "kept"
+        if there == text:
+            return "up to date"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
-    return True
+    return "made"

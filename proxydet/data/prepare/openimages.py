@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from proxydet.data.advice import how_to_get
 from proxydet.data.images import image_size
 from proxydet.data.prepare.json_files import replacing
 from proxydet.errors import DataError
@@ -223,10 +224,17 @@ def _read_sizes(names: Sequence[str], images: Path, progress: Progress) -> list[
         progress.task("reading image sizes", total=len(names), unit="images") as task,
         ThreadPoolExecutor(_READERS) as pool,
     ):
-        for size in pool.map(lambda name: image_size(images / f"{name}.jpg"), names):
+        for size in pool.map(lambda name: _size(images / f"{name}.jpg"), names):
             sizes.append(size)
             task.advance()
     return sizes
+
+
+def _size(path: Path) -> tuple[int, int]:
+    try:
+        return image_size(path)
+    except DataError as error:
+        raise DataError(error.message, hint=how_to_get(path) or error.hint, path=path) from error
 
 
 def _columns(path: Path, names: tuple[str, ...]) -> Iterator[tuple[str, ...]]:

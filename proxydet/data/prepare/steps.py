@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from proxydet.data.advice import how_to_get
+from proxydet.data.advice import how_to_get, inner_root
 from proxydet.data.classes import load_vocabulary, open_split
 from proxydet.data.description import DatasetDescription
 from proxydet.data.label_sources import match_tars
@@ -17,6 +17,7 @@ from proxydet.data.store import AnnotationStore
 from proxydet.data.tar_index import TarIndex
 from proxydet.errors import DataError
 from proxydet.reporting import SILENT, Progress
+from proxydet.wording import counted
 
 DatasetName = Literal["lvis", "imagenet-lvis", "objects365", "openimages", "coco"]
 Action = Literal["made", "up to date", "kept"]
@@ -110,9 +111,10 @@ class _Work:
         path = self.root / source
         self._time(source)
         there = AnnotationStore.path_for(path, cache=self.cache).exists()
-        store = AnnotationStore.open(path, cache=self.cache, progress=self.progress)
+        store = AnnotationStore.open(path, cache=self.cache, progress=self.progress, warn=False)
         report = store.report
-        detail = f"{report.images_kept} images, {report.annotations_kept} annotations"
+        images, annotations = report.images_kept, report.annotations_kept
+        detail = f"{counted(images, 'image')}, {counted(annotations, 'annotation')}"
         self.steps.append(
             Step(
                 name="annotation store",
@@ -122,21 +124,16 @@ class _Work:
             )
         )
         self.problems.extend(f"{path.name}: {line}" for line in report.lines())
+        if not images:
+            self.problems.append(f"{path.name} has no image that can be used")
         return store
 
     def description(self, name: str, text: str) -> Path:
         """Write a data description."""
         path = self.root / f"{name}.toml"
-        written = write_description(path, text)
-        detail = "" if written else "left as it is: it was changed by hand"
-        self.steps.append(
-            Step(
-                name="data description",
-                path=path,
-                action="made" if written else "kept",
-                detail=detail,
-            )
-        )
+        action = write_description(path, text)
+        detail = "left as it is: it was changed by hand" if action == "kept" else ""
+        self.steps.append(Step(name="data description", path=path, action=action, detail=detail))
         return path
 
     def _time(self, source: str) -> int:
@@ -145,7 +142,8 @@ class _Work:
         except OSError as error:
             raise DataError(
                 f"there is no {source} in the data root {self.root}",
-                hint=f"{how_to_get(self.root / source) or 'get it'}, or name another root by --root",
+                hint=inner_root(self.root)
+                or f"{how_to_get(self.root / source) or 'get it'}, or name another root by --root",
                 path=self.root / source,
             ) from error
 
@@ -157,9 +155,8 @@ def _lvis(work: _Work) -> None:
     work.store("lvis/lvis_v1_val.json")
 
     def without_rare(path: Path) -> str:
-        return (
-            f"{lvis.write_without_frequencies(source, path)} annotations of rare classes left out"
-        )
+        left_out = lvis.write_without_frequencies(source, path)
+        return f"{counted(left_out, 'annotation')} of rare classes left out"
 
     def category_info(path: Path, *, with_rare: bool) -> str:
         lvis.write_category_info(source, path, with_rare=with_rare)
@@ -181,7 +178,8 @@ def _imagenet_lvis(work: _Work) -> None:
     if not tars.is_dir():
         raise DataError(
             f"there is no folder of tars {tars}",
-            hint="put the tars of ImageNet-21K there (n02691156.tar, ...); proxydet download imagenet-21k-lvis says how",
+            hint=inner_root(work.root)
+            or "put the tars of ImageNet-21K there (n02691156.tar, ...); proxydet download imagenet-21k-lvis says how",
             path=tars,
         )
     path = work.description("lvis", description_text("lvis", image_labels=True))
@@ -195,20 +193,19 @@ def _imagenet_lvis(work: _Work) -> None:
     matched = match_tars(description.image_labels, vocabulary, store.categories)
     names = list(matched.class_of_tar)
     there = TarIndex.path_for(tars, names, cache=work.cache).exists()
-    index = TarIndex.open(tars, names, cache=work.cache, progress=work.progress)
-    detail = (
-        f"{len(index)} images in {len(index.tars)} tars, {index.report.gzipped} gzip-compressed"
-    )
+    index = TarIndex.open(tars, names, cache=work.cache, progress=work.progress, warn=False)
+    inside = f"{counted(len(index), 'image')} in {counted(len(index.tars), 'tar')}"
+    detail = f"{inside}, {index.report.gzipped} gzip-compressed"
     action: Action = "up to date" if there else "made"
     work.steps.append(Step(name="tar index", path=index.path, action=action, detail=detail))
     work.problems.extend(index.report.lines())
     if matched.missing:
         shown = ", ".join(matched.missing[:5])
-        work.problems.append(f"{len(matched.missing)} tars are missing, e.g. {shown}")
+        absent = counted(len(matched.missing), "tar is", "tars are")
+        work.problems.append(f"{absent} missing, e.g. {shown}")
     if matched.without_class:
-        work.problems.append(
-            f"{len(matched.without_class)} tars belong to no class and are not used"
-        )
+        unused = counted(len(matched.without_class), "tar belongs", "tars belong")
+        work.problems.append(f"{unused} to no class and not used")
 
 
 def _objects365(work: _Work) -> None:
@@ -217,7 +214,7 @@ def _objects365(work: _Work) -> None:
 
     def fix(path: Path) -> str:
         changed = objects365.write_with_fixed_names(work.root / source, work.root / fixes, path)
-        return f"{changed} names changed"
+        return f"{counted(changed, 'name')} changed"
 
     fixed = "objects365/annotations/zhiyuan_objv2_val_fixname.json"
     work.file("names set right", fixed, [source, fixes], fix)
@@ -239,7 +236,7 @@ def _openimages(work: _Work) -> None:
         images, boxes = openimages.write_expanded(
             tables, work.root / "oid/images/validation", path, progress=work.progress
         )
-        return f"{images} images, {boxes} boxes after expansion"
+        return f"{counted(images, 'image')}, {counted(boxes, 'box', 'boxes')} after expansion"
 
     expanded = "oid/annotations/oid_challenge_2019_val_expanded.json"
     work.file("hierarchy expanded", expanded, list(names.values()), expand)
@@ -258,7 +255,7 @@ def _coco(work: _Work) -> None:
 
         def write(path: Path, source: str = source, names: tuple[str, ...] = names) -> str:
             images, boxes = coco_zero_shot.write_split(work.root / source, path, names)
-            return f"{images} images, {boxes} annotations of {len(names)} classes"
+            return f"{counted(images, 'image')}, {counted(boxes, 'annotation')} of {len(names)} classes"
 
         target = f"coco/zero-shot/instances_{split}_{suffix}_2_oriorder.json"
         work.file("zero-shot split", target, [source], write)

@@ -78,7 +78,7 @@ def test_losses_and_boxes_without_masks_are_warnings(small_set: Path) -> None:
     assert report.sound
     text = found(report, "warning")
     assert "1 annotation of an unknown category" in text
-    assert "1 annotations have a box and no mask" in text
+    assert "1 annotation has a box and no mask" in text
 
 
 def test_known_files_with_other_counts_are_named(small_set: Path) -> None:
@@ -122,9 +122,9 @@ def test_tar_problems_are_warnings(small_set_with_labels: Path, make_tar) -> Non
     make_tar(tars / "unknown.tar", {})
     small_set_with_labels.write_text(small_set_with_labels.read_text() + 'map = { cow = "cat" }\n')
     text = found(check(small_set_with_labels), "warning")
-    assert "1 damaged tars: bird.tar" in text
-    assert "1 tars expected and not there, e.g. cow" in text
-    assert "1 tars of no class, not used, e.g. unknown.tar" in text
+    assert "1 damaged tar: bird.tar" in text
+    assert "1 tar expected and not there, e.g. cow" in text
+    assert "1 tar of no class, not used, e.g. unknown.tar" in text
 
 
 def test_a_changed_store_is_found(small_set: Path, tmp_path: Path) -> None:
@@ -194,3 +194,42 @@ def test_classes_that_the_annotations_lack_count_nothing(small_set: Path) -> Non
     )
     stats = dataset_stats(DatasetDescription.from_toml(small_set))
     assert [c.images for c in stats.parts[0].classes] == [1, 0, 4, 2]
+
+
+def test_decoding_reads_images_in_tars_too(small_set_with_labels: Path, make_tar, jpeg) -> None:
+    whole = jpeg(40, 60)
+    tars = small_set_with_labels.parent / "tars"
+    make_tar(tars / "bird.tar", {"a.jpg": whole, "cut.jpg": whole[: len(whole) - 40]})
+    assert check(small_set_with_labels).sound
+    report = check(small_set_with_labels, decode=True)
+    assert "image_labels: 1 of " in found(report, "error")
+    assert "bird.tar/cut.jpg" in found(report, "error")
+    assert "data.unreadable_images=skip" in report.findings[-1].advice
+
+
+def test_labelled_images_in_folders_must_be_there(small_set: Path) -> None:
+    folder = small_set.parent
+    content = json.loads((folder / "train.json").read_text())
+    for image in content["images"]:
+        image["pos_category_ids"] = [content["categories"][0]["id"]]
+    (folder / "labels.json").write_text(json.dumps(content | {"annotations": []}))
+    table = '[image_labels]\nannotations = "labels.json"\nimages = "train"\n'
+    small_set.write_text(small_set.read_text() + table)
+    assert check(small_set).sound
+    (folder / "train" / content["images"][0]["file_name"]).unlink()
+    error = found(check(small_set), "error")
+    assert "image_labels: 1 of " in error
+    assert content["images"][0]["file_name"] in error
+
+
+def test_what_is_no_description_says_what_to_name(small_set: Path) -> None:
+    with pytest.raises(DataError, match="is a folder") as folder:
+        DatasetDescription.from_toml(small_set.parent)
+    assert folder.value.hint is not None
+    assert small_set.name in folder.value.hint
+    with pytest.raises(DataError, match="is not TOML") as annotations:
+        DatasetDescription.from_toml(small_set.parent / "train.json")
+    assert annotations.value.hint is not None
+    assert "annotation file" in annotations.value.hint
+    with pytest.raises(DataError, match="neither a data root"):
+        check_root(small_set.parent / "train.json")

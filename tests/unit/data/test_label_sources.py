@@ -70,7 +70,7 @@ def test_missing_wordnet_ids_are_reported(
             load_vocabulary(description),
             open_split(description, "train").categories,
         )
-    assert "1 tars are missing, e.g. n07750586.tar" in caplog.text
+    assert "1 tar is missing, e.g. n07750586.tar" in caplog.text
 
 
 def test_images_carry_the_class_of_their_tar(small_set_with_labels: Path) -> None:
@@ -115,7 +115,7 @@ def test_sources_without_any_class_are_an_error(
         match_tars(ImageLabelSpec(tars=tmp_path / "absent"), vocabulary, categories)
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "x.tar").touch()
-    with pytest.raises(DataError, match="none of the 1 tars"):
+    with pytest.raises(DataError, match="none of the 1 tar in"):
         match_tars(ImageLabelSpec(tars=tmp_path / "others"), vocabulary, categories)
     spec = ImageLabelSpec(tars=tmp_path / "tars", map={"bird": "birb"})
     with pytest.raises(DataError, match=r"'birb'.*Did you mean 'bird'"):

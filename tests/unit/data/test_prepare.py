@@ -142,22 +142,49 @@ def test_imagenet_lvis_is_indexed_with_its_problems(root: Path, make_tar, jpeg) 
     make_tar(tars / "n02682922.tar", {"a.JPEG": jpeg(4, 6), "b.txt": b"no image"})
     make_tar(tars / "n00000001.tar", {"a.JPEG": jpeg(4, 6)})
     report = prepare("imagenet-lvis", root)
-    assert report.steps[-1].detail == "1 images in 1 tars, 0 gzip-compressed"
+    assert report.steps[-1].detail == "1 image in 1 tar, 0 gzip-compressed"
     text = "\n".join(report.problems)
     assert "n02682922.tar/b.txt" in text
     assert "2 tars are missing, e.g. n02121620, n07750586" in text
-    assert "1 tars belong to no class" in text
+    assert "1 tar belongs to no class" in text
     description = DatasetDescription.from_toml(root / "lvis.toml")
     assert description.image_labels is not None
-    assert prepare("lvis", root).steps[-1].action == "made"
+    assert prepare("lvis", root).steps[-1].action == "up to date"
     assert DatasetDescription.from_toml(root / "lvis.toml") == description
+
+
+def test_what_preparing_reports_is_not_logged_as_well(
+    root: Path, make_tar, jpeg, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = lvis_content()
+    content["annotations"][0]["category_id"] = 99
+    (root / "lvis/lvis_v1_train.json").write_text(json.dumps(content))
+    assert "unknown category" in "\n".join(prepare("lvis", root).problems)
+    (root / "imagenet/ImageNet-21K").mkdir(parents=True)
+    make_tar(root / "imagenet/ImageNet-21K/n02682922.tar", {"a.JPEG": jpeg(4, 6), "b.txt": b"-"})
+    assert "1 unreadable member: " in "\n".join(prepare("imagenet-lvis", root).problems)
+    assert not caplog.records
+
+
+def test_a_file_without_images_is_named(root: Path) -> None:
+    content = lvis_content() | {"images": [], "annotations": []}
+    (root / "lvis/lvis_v1_val.json").write_text(json.dumps(content))
+    assert "lvis_v1_val.json has no image that can be used" in prepare("lvis", root).problems
+
+
+@pytest.mark.parametrize("dataset", ["lvis", "imagenet-lvis", "openimages"])
+def test_the_folder_around_the_data_root_is_recognised(root: Path, dataset: Any) -> None:
+    with pytest.raises(DataError) as caught:
+        prepare(dataset, root.parent)
+    assert caught.value.hint == f"the data root is the folder inside it: name {root}"
 
 
 def test_descriptions_changed_by_hand_are_kept(root: Path) -> None:
     path = root / "lvis.toml"
-    assert write_description(path, description_text("lvis"))
+    assert write_description(path, description_text("lvis")) == "made"
+    assert write_description(path, description_text("lvis")) == "up to date"
     path.write_text(path.read_text().replace(MARK, "# mine"))
-    assert not write_description(path, description_text("lvis", image_labels=True))
+    assert write_description(path, description_text("lvis", image_labels=True)) == "kept"
     assert "image_labels" not in path.read_text()
     assert prepare("lvis", root).steps[-1].action == "kept"
 
@@ -304,5 +331,5 @@ def test_the_zero_shot_split_keeps_categories_and_drops_empty_images(tmp_path: P
 def test_every_description_can_be_read(tmp_path: Path, name: str) -> None:
     text = description_text(name, image_labels=True, novel=coco_zero_shot.UNSEEN)
     path = tmp_path / "d.toml"
-    assert write_description(path, text)
+    assert write_description(path, text) == "made"
     assert DatasetDescription.from_toml(path).name.replace("-", "_") == name

@@ -144,6 +144,7 @@ class ColumnFile:
         except (OSError, ValueError) as error:
             raise _damaged(path, str(error)) from error
         self._footer = self._read_footer()
+        self._arrays: dict[str, Column] = {}
         if (self._footer.kind, self._footer.version) != (kind, version):
             raise _damaged(
                 path,
@@ -156,10 +157,15 @@ class ColumnFile:
         return bytes(self._footer.meta)
 
     def __getitem__(self, name: str) -> Column:
-        entry = self._footer.columns[name]
-        count = int(np.prod(entry.shape, dtype=np.int64))
-        flat: Column = np.frombuffer(self._map, dtype=entry.dtype, count=count, offset=entry.offset)
-        return flat.reshape(entry.shape)
+        # Kept: training asks several times for each object of an image.
+        if name not in self._arrays:
+            entry = self._footer.columns[name]
+            count = int(np.prod(entry.shape, dtype=np.int64))
+            flat: Column = np.frombuffer(
+                self._map, dtype=entry.dtype, count=count, offset=entry.offset
+            )
+            self._arrays[name] = flat.reshape(entry.shape)
+        return self._arrays[name]
 
     def __contains__(self, name: str) -> bool:
         return name in self._footer.columns

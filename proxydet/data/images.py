@@ -18,6 +18,9 @@ Pixels = npt.NDArray[np.uint8]
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
 _DAMAGE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 _WHITE = (255, 255, 255, 255)
+# The EXIF tag, and its values that are not upright.
+_ORIENTATION = 0x0112
+_TURNED = range(2, 9)
 
 
 def read_image(
@@ -39,10 +42,24 @@ def read_image(
     Raises:
         DataError: the file is absent, no image, cut short, or of a kind without a stated range of values.
     """
+    return np.array(open_picture(source, name=name, exif_orientation=exif_orientation))
+
+
+def open_picture(
+    source: Path | str | bytes, *, name: str | None = None, exif_orientation: bool = True
+) -> Image.Image:
+    """Decode an image as `read_image` does, and leave it with Pillow, which need not be asked for a copy.
+
+    Returns:
+        An image of mode RGB, loaded.
+
+    Raises:
+        DataError: as `read_image`.
+    """
     label = name or (str(source) if not isinstance(source, bytes) else "an image")
     try:
         with Image.open(_readable(source)) as image:
-            return convert_image(image, name=label, exif_orientation=exif_orientation)
+            return _picture(image, label, exif_orientation)
     except _DAMAGE as error:
         raise _unreadable(label, error) from error
 
@@ -56,11 +73,17 @@ def convert_image(
         DataError: the image is cut short, or of a kind without a stated range of values.
     """
     try:
-        image.load()
-        turned = ImageOps.exif_transpose(image) if exif_orientation else image
-        return _to_rgb(turned, name)
+        return np.array(_picture(image, name, exif_orientation))
     except _DAMAGE as error:
         raise _unreadable(name, error) from error
+
+
+def _picture(image: Image.Image, label: str, exif_orientation: bool) -> Image.Image:
+    image.load()
+    # Pillow copies an image that it need not turn.
+    if exif_orientation and image.getexif().get(_ORIENTATION) in _TURNED:
+        image = ImageOps.exif_transpose(image)
+    return _to_rgb(image, label)
 
 
 def image_size(
@@ -75,7 +98,7 @@ def image_size(
     try:
         with Image.open(_readable(source)) as image:
             width, height = image.size
-            turned = exif_orientation and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            turned = exif_orientation and image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
     except _DAMAGE as error:
         raise _unreadable(label, error) from error
     return (width, height) if turned else (height, width)
@@ -118,9 +141,9 @@ def _readable(source: Path | str | bytes) -> Path | BinaryIO:
     return io.BytesIO(source) if isinstance(source, bytes) else Path(source)
 
 
-def _to_rgb(image: Image.Image, label: str) -> Pixels:
+def _to_rgb(image: Image.Image, label: str) -> Image.Image:
     if image.mode in _SIXTEEN_BIT or image.mode == "I":
-        return _from_sixteen_bits(np.asarray(image), label)
+        return Image.fromarray(_from_sixteen_bits(np.asarray(image), label))
     if image.mode == "F":
         raise DataError(
             f"{label} holds floating-point values, whose range is not stated",
@@ -129,7 +152,7 @@ def _to_rgb(image: Image.Image, label: str) -> Pixels:
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, _WHITE), image)
-    return np.array(image.convert("RGB"))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _from_sixteen_bits(values_HW: npt.NDArray[np.generic], label: str) -> Pixels:

@@ -8,8 +8,9 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
-from proxydet.data.images import Pixels, find_image, read_image
+from proxydet.data.images import find_image, open_picture
 from proxydet.data.store import AnnotationStore
 from proxydet.data.tar_index import TarIndex
 from proxydet.errors import DataError
@@ -28,8 +29,8 @@ class LabelledImages(Protocol):
     def name(self, row: int) -> str:
         """Return a name for messages."""
 
-    def pixels(self, row: int, *, exif_orientation: bool) -> Pixels:
-        """Decode an image."""
+    def picture(self, row: int, *, exif_orientation: bool) -> Image.Image:
+        """Decode an image: mode RGB."""
 
     def labels(self, row: int) -> npt.NDArray[np.int64]:
         """Return the vocabulary rows of an image's classes."""
@@ -59,12 +60,12 @@ class TarImages:
         """Return ``tar/member``."""
         return self.index.name(row)
 
-    def pixels(self, row: int, *, exif_orientation: bool) -> Pixels:
-        """Decode an image."""
+    def picture(self, row: int, *, exif_orientation: bool) -> Image.Image:
+        """Decode an image: mode RGB."""
         name = self.index.name(row)
         content = self.index.read(row)
         try:
-            return read_image(content, name=name, exif_orientation=exif_orientation)
+            return open_picture(content, name=name, exif_orientation=exif_orientation)
         except DataError as error:
             raise DataError(
                 error.message,
@@ -103,9 +104,10 @@ class FolderImages:
         """Return the file name."""
         return self.store.file_name(row)
 
-    def pixels(self, row: int, *, exif_orientation: bool) -> Pixels:
-        """Decode an image."""
-        return read_image(find_image(self.name(row), self.roots), exif_orientation=exif_orientation)
+    def picture(self, row: int, *, exif_orientation: bool) -> Image.Image:
+        """Decode an image: mode RGB."""
+        path = find_image(self.name(row), self.roots)
+        return open_picture(path, exif_orientation=exif_orientation)
 
     def labels(self, row: int) -> npt.NDArray[np.int64]:
         """Return the classes that the file gives for the image."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from proxydet.data.images import Pixels, find_image, read_image
+import numpy as np
+from PIL import Image
+
+from proxydet.data.images import Pixels, find_image, open_picture
 from proxydet.data.store import ImageRecord
 from proxydet.errors import DataError
 
@@ -17,9 +20,20 @@ def read_annotated_image(
     Raises:
         DataError: it cannot be read, or its size is not the annotated one.
     """
+    return np.array(open_annotated_picture(record, roots, exif_orientation))
+
+
+def open_annotated_picture(
+    record: ImageRecord, roots: tuple[Path, ...], exif_orientation: bool
+) -> Image.Image:
+    """Decode the image of a record as `read_annotated_image` does, and leave it with Pillow: mode RGB.
+
+    Raises:
+        DataError: as `read_annotated_image`.
+    """
     path = find_image(record.file_name, roots)
-    pixels = read_image(path, exif_orientation=exif_orientation)
-    height, width = pixels.shape[:2]
+    picture = open_picture(path, exif_orientation=exif_orientation)
+    width, height = picture.size
     if (height, width) != (record.height, record.width):
         turned = (width, height) == (record.height, record.width)
         raise DataError(
@@ -29,4 +43,4 @@ def read_annotated_image(
             else "use the images that the annotations were made on",
             path=path,
         )
-    return pixels
+    return picture

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 
 from proxydet.data.config import DataConfig, SourceConfig
-from proxydet.data.images import Pixels
 from proxydet.data.instances import Targets, make_instances
 from proxydet.data.labelled_images import LabelledImages
-from proxydet.data.reading import read_annotated_image
+from proxydet.data.reading import open_annotated_picture
 from proxydet.data.store import AnnotationStore
 from proxydet.data.transforms import View, training_view
 from proxydet.errors import DataError
@@ -90,12 +90,12 @@ class BoxSource:
             DataError: it cannot be read, or has another size than annotated.
         """
         record = self.store.record(row)
-        pixels = read_annotated_image(record, self._roots, self._config.exif_orientation)
-        view = _draw(pixels, self._config.boxes, self._config.flip_probability, rng)
+        picture = open_annotated_picture(record, self._roots, self._config.exif_orientation)
+        view = _draw(picture, self._config.boxes, self._config.flip_probability, rng)
         first = record.first_annotation
         usable = self.usable[first : first + len(record)]
         return BoxSample(
-            image=to_tensor(view.image(pixels)),
+            image=to_tensor(view.picture(picture)),
             instances=make_instances(self.store, record, usable, view, self._targets),
             image_id=record.image_id,
         )
@@ -119,27 +119,28 @@ class LabelSource:
         Raises:
             DataError: it cannot be read.
         """
-        pixels = self.images.pixels(row, exif_orientation=self._config.exif_orientation)
-        view = _draw(pixels, self._source, self._config.flip_probability, rng)
+        picture = self.images.picture(row, exif_orientation=self._config.exif_orientation)
+        view = _draw(picture, self._source, self._config.flip_probability, rng)
         return LabelSample(
-            image=to_tensor(view.image(pixels)),
+            image=to_tensor(view.picture(picture)),
             labels=torch.from_numpy(self.images.labels(row)),
             image_id=self.images.name(row),
         )
 
 
-def to_tensor(pixels_HW3: Pixels) -> torch.Tensor:
-    """Return an image as uint8 (3, H, W), contiguous."""
-    return torch.from_numpy(pixels_HW3).permute(2, 0, 1).contiguous()
+def to_tensor(picture: Image.Image) -> torch.Tensor:
+    """Return an image of mode RGB as uint8 (3, H, W), contiguous."""
+    # Pillow takes its pixels apart in less than half the time that torch needs to turn them over.
+    planes = [np.frombuffer(picture.tobytes("raw", channel), np.uint8) for channel in "RGB"]
+    return torch.from_numpy(np.stack(planes)).view(3, picture.height, picture.width)
 
 
 def _draw(
-    pixels: Pixels, source: SourceConfig, flip_probability: float, rng: np.random.Generator
+    picture: Image.Image, source: SourceConfig, flip_probability: float, rng: np.random.Generator
 ) -> View:
-    height, width = pixels.shape[:2]
     return training_view(
-        height,
-        width,
+        picture.height,
+        picture.width,
         size=source.size,
         scale=source.scale,
         flip_probability=flip_probability,

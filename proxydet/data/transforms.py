@@ -8,6 +8,7 @@ Dimensions: A annotations, H, W the image, h, w the result.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,18 +39,42 @@ class View:
 
     def image(self, pixels_HW3: Pixels) -> Pixels:
         """Return the view of an image: uint8 (h, w, 3), contiguous."""
+        return np.array(self.picture(Image.fromarray(pixels_HW3)))
+
+    def picture(self, image: Image.Image) -> Image.Image:
+        """Return the view of a Pillow image; where nothing has to be done, the image itself.
+
+        The pixels are those of resizing the width of the whole image, then its height, and cutting the view out. Pillow does
+        it in this order up to version 12; later ones sometimes take the height first, whose pixels differ by 1. Rows that
+        the view does not need are dropped before, columns in between.
+        """
         height, width = self.scaled
         top, left = self.offset
-        image = Image.fromarray(pixels_HW3)
-        # One side after the other, as Pillow does it itself, so that columns outside the crop are dropped in between.
+        tall = image.height
+        first, last = self._rows_needed(tall)
         if image.width != width:
+            if (first, last) != (0, tall):
+                image = image.crop((0, first, image.width, last))
             image = image.resize((width, image.height), Image.Resampling.BILINEAR)
-        if self.size[1] != width:
-            image = image.crop((left, 0, left + self.size[1], image.height))
-        if image.height != height:
+        else:
+            first = 0
+        # What was dropped above and below comes back as black rows: resizing the other side depends on the whole height.
+        if image.size != (self.size[1], tall):
+            image = image.crop((left, -first, left + self.size[1], tall - first))
+        if tall != height:
             image = image.resize((image.width, height), Image.Resampling.BILINEAR)
-        result = np.asarray(image)[top : top + self.size[0]]
-        return np.array(result[:, ::-1] if self.mirrored else result)
+        if height != self.size[0]:
+            image = image.crop((0, top, image.width, top + self.size[0]))
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.mirrored else image
+
+    def _rows_needed(self, tall: int) -> tuple[int, int]:
+        """Return the first row of an image of a height that the view's rows are mixed from, and the one after the last."""
+        step = tall / self.scaled[0]
+        # A bilinear filter reaches a pixel of the larger of both images; one row more against rounding.
+        reach = max(step, 1.0) + 1.0
+        first = math.floor(self.offset[0] * step - reach)
+        last = math.ceil((self.offset[0] + self.size[0]) * step + reach)
+        return max(first, 0), min(last, tall)
 
     def mask(self, mask_HW: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
         """Return the view of a mask by nearest neighbour: bool (h, w)."""

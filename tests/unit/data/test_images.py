@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from proxydet.data.images import find_image, image_size, read_image
+from proxydet.data.images import find_image, image_size, open_picture, read_image
 from proxydet.errors import DataError
 
 RGB = np.dstack(np.meshgrid(np.arange(0, 250, 50), np.arange(0, 250, 80), [77])).astype(np.uint8)
@@ -82,6 +82,21 @@ def test_transparency_is_laid_over_white() -> None:
     palette.putdata([0, 1])
     pixels = read_image(encoded(palette, "PNG", transparency=0))
     assert pixels.tolist() == [[[255, 255, 255], [40, 50, 60]]]
+
+
+@pytest.mark.parametrize(
+    "kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "MPO", "TGA"]
+)
+def test_a_picture_outlives_its_file(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "picture"
+    Image.fromarray(RGB).save(path, kind)
+    picture = open_picture(path)
+    path.unlink()
+    assert picture.mode == "RGB"
+    with Image.open(io.BytesIO(encoded(Image.fromarray(RGB), kind))) as image:
+        expected = np.asarray(image.convert("RGB"))
+    np.testing.assert_array_equal(np.asarray(picture.resize(picture.size)), expected)
+    assert picture.tobytes("raw", "G") == expected[:, :, 1].tobytes()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -84,7 +84,7 @@ def test_images_carry_the_class_of_their_tar(small_set_with_labels: Path) -> Non
     assert [images.labels(row).tolist() for row in (0, 2, 3, 6)] == [[2], [2], [1], [1]]
     assert images.shapes_I2[3].tolist() == [20, 30]
     assert images.name(3) == "dog.n.01.tar/0.jpg"
-    assert images.pixels(5, exif_orientation=True).shape == (20, 20, 3)
+    assert images.picture(5, exif_orientation=True).size == (20, 20)
 
 
 def test_image_labels_from_json(small_set: Path) -> None:
@@ -100,7 +100,7 @@ def test_image_labels_from_json(small_set: Path) -> None:
     description = DatasetDescription.from_toml(small_set)
     labelled = open_label_images(description.image_labels, load_vocabulary(description), ())
     assert [labelled.labels(row).tolist() for row in range(2)] == [[2, 0], [1]]
-    assert labelled.pixels(1, exif_orientation=True).shape == (40, 60, 3)
+    assert labelled.picture(1, exif_orientation=True).size == (60, 40)
     assert labelled.name(1) == "2.png"
     np.testing.assert_array_equal(labelled.shapes_I2, [[60, 40], [40, 60]])
 

@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from proxydet.compat.modes import MODES, Mode
 from proxydet.compat.roi_align import reproducibility_mode
 from proxydet.data.batches import Batch, BoxBatch, ImageLabelBatch
 from proxydet.data.config import DataConfig, SourceConfig
 from proxydet.data.description import DatasetDescription
+from proxydet.data.images import read_image
 from proxydet.data.loader import build_training_loader, open_training_sources
 from proxydet.data.stream import BatchMaker, Place, TrainingLoader
+from proxydet.data.transforms import training_view
 from proxydet.errors import ConfigError, DataError, EnvironmentProblem
 
 BOXES = SourceConfig(batch_size=3, size=48, scale=(0.5, 2.0), ratio=1.0)
@@ -92,6 +95,36 @@ def test_batches_do_not_depend_on_workers_or_on_where_iteration_began(
     assert first(loader(small_set_with_labels, workers=1, start=5), 9) == straight[5:]
     assert first(loader(small_set_with_labels, seed=8), 14) != straight
     assert len(set(straight)) == 14
+
+
+def slow_pixels(pixels: np.ndarray, source: SourceConfig, rng: np.random.Generator) -> torch.Tensor:
+    """Resize the whole image, its width first, cut, mirror, turn over."""
+    height, width = pixels.shape[:2]
+    view = training_view(
+        height, width, size=source.size, scale=source.scale, flip_probability=0.5, rng=rng
+    )
+    wide = Image.fromarray(pixels).resize((view.scaled[1], height), Image.Resampling.BILINEAR)
+    resized = wide.resize(view.scaled[::-1], Image.Resampling.BILINEAR)
+    top, left = view.offset
+    part = np.asarray(resized)[top : top + view.size[0], left : left + view.size[1]]
+    part = part[:, ::-1] if view.mirrored else part
+    return torch.from_numpy(part.copy()).permute(2, 0, 1)
+
+
+def test_the_pixels_of_samples_equal_a_plain_way_to_make_them(small_set_with_labels: Path) -> None:
+    sources = loader(small_set_with_labels).sources
+    boxes, labels = sources.boxes, sources.labels
+    assert labels is not None
+    for seed in range(24):
+        record = boxes.store.record(seed % len(boxes.store))
+        pixels = read_image(small_set_with_labels.parent / "train" / record.file_name)
+        sample = boxes.sample(record.index, np.random.default_rng(seed))
+        assert torch.equal(sample.image, slow_pixels(pixels, BOXES, np.random.default_rng(seed)))
+        assert sample.image.is_contiguous()
+        row = seed % len(labels.images)
+        pixels = np.asarray(labels.images.picture(row, exif_orientation=True))
+        image = labels.sample(row, np.random.default_rng(seed)).image
+        assert torch.equal(image, slow_pixels(pixels, LABELS, np.random.default_rng(seed)))
 
 
 def test_iterating_again_starts_again_and_single_batches_can_be_asked_for(

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -72,6 +72,40 @@ def test_the_image_equals_one_full_resize_then_crop_then_mirror() -> None:
     smaller = View(scaled=(20, 53), offset=(0, 0), size=(20, 53), factor_xy=(1, 0.5))
     whole = np.asarray(Image.fromarray(pixels).resize((53, 20), Image.Resampling.BILINEAR))
     np.testing.assert_array_equal(smaller.image(pixels), whole)
+
+
+def slow_view(pixels: np.ndarray, view: View) -> np.ndarray:
+    """Resize the whole image, its width first whatever the version of Pillow, then cut, then mirror."""
+    height, width = view.scaled
+    wide = Image.fromarray(pixels).resize((width, len(pixels)), Image.Resampling.BILINEAR)
+    whole = np.asarray(wide.resize((width, height), Image.Resampling.BILINEAR))
+    top, left = view.offset
+    part = whole[top : top + view.size[0], left : left + view.size[1]]
+    return part[:, ::-1] if view.mirrored else part
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    height=st.integers(1, 90),
+    width=st.integers(1, 90),
+    size=st.integers(1, 120),
+    seed=st.integers(0, 2**31),
+    scale=st.sampled_from([(0.1, 2.0), (0.5, 1.5), (1.0, 1.0), (4.0, 9.0)]),
+)
+def test_rows_and_columns_that_are_dropped_early_change_no_pixel(
+    height: int, width: int, size: int, seed: int, scale: tuple[float, float]
+) -> None:
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, (height, width, 3)).astype(np.uint8)
+    view = training_view(height, width, size=size, scale=scale, flip_probability=0.5, rng=rng)
+    np.testing.assert_array_equal(view.image(pixels), slow_view(pixels, view))
+
+
+@pytest.mark.parametrize("scaled", [(70, 30), (90, 30), (70, 45), (50, 30)])
+def test_a_side_that_keeps_its_length(scaled: tuple[int, int]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 30, 3)).astype(np.uint8)
+    view = View(scaled=scaled, offset=(21, 3), size=(25, 20), factor_xy=(1, 1))
+    np.testing.assert_array_equal(view.image(pixels), slow_view(pixels, view))
 
 
 def test_an_identical_view_copies() -> None:

@@ -21,6 +21,8 @@ from proxydet.errors import ConfigError
 
 T = TypeVar("T")
 
+_ARTICLES = {"integer": "an ", "number": "a ", "path": "a ", "list": "a ", "mapping": "a "}
+
 
 def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
     """Build a configuration from a mapping, strictly.
@@ -261,7 +263,8 @@ def _construct(build: Callable[[], T], where: str) -> T:
 
 def _type_error(where: str, wanted: str, value: Any) -> ConfigError:
     given = "null" if value is None else f"{value!r} ({type(value).__name__})"
-    return ConfigError(f"{_name(where)} must be {wanted}; it is {given}.")
+    article = _ARTICLES.get(wanted.split()[0], "")
+    return ConfigError(f"{_name(where)} must be {article}{wanted}; it is {given}.")
 
 
 def _init_fields(cls: Any) -> list[dataclasses.Field[Any]]:

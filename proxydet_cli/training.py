@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from proxydet.errors import ConfigError, Interrupted
+import typer
+
+from proxydet.errors import ConfigError, InputError, Interrupted
 from proxydet.paths import runs_folder
 from proxydet_cli.output import Output
 
@@ -109,6 +111,8 @@ def show_plan(options: TrainOptions, machines: Machines, *, json: bool) -> None:
     topology = machines.topology(config)
     plan = plan_training(config, topology, options.folder(config), _worker_words(options))
     Output(json=json).data(plan.to_dict(), plan.to_text())
+    if plan.missing:
+        raise typer.Exit(InputError.exit_code)
 
 
 def run(options: TrainOptions, machines: Machines, *, json: bool) -> None:
@@ -121,32 +125,31 @@ def run(options: TrainOptions, machines: Machines, *, json: bool) -> None:
 
     config = options.resolve()
     if in_worker():
-        _work(options, config)
+        _work(options, config, json=json)
         return
     output = Output(json=json)
     topology = machines.topology(config)
     try:
         if topology.world_size == 1:
-            result = _train(options, config, output)
-            output.data(result, _summary(result))
+            _train(options, config, output)
         else:
-            _launch(options, config, topology)
-            output.data({"folder": options.folder(config)}, _next_steps(options.folder(config)))
+            _launch(options, config, topology, json=json)
     except Interrupted as error:
         if machines.requeue and error.signal_number != 2 and requeue():
             output.message("The SLURM job is back in the queue.")
         raise
 
 
-def _launch(options: TrainOptions, config: RunConfig, topology: Topology) -> None:
+def _launch(options: TrainOptions, config: RunConfig, topology: Topology, *, json: bool) -> None:
     from proxydet.training.launcher import launch
     from proxydet.training.runfolder import RunFolder
 
-    launch(topology, _worker_words(options), RunFolder(options.folder(config)).logs)
+    words = [*_worker_words(options), *(["--json"] if json else [])]
+    launch(topology, words, RunFolder(options.folder(config)).logs)
 
 
-def _work(options: TrainOptions, config: RunConfig) -> None:
-    """Train as one of several processes; the first of all shows how it goes."""
+def _work(options: TrainOptions, config: RunConfig, *, json: bool) -> None:
+    """Train as one of several processes; the first of all shows how it goes, and the result."""
     from proxydet.training.distributed import launched_rank
     from proxydet.training.failures import worker_log
     from proxydet.training.launcher import end_with_launcher
@@ -154,21 +157,24 @@ def _work(options: TrainOptions, config: RunConfig) -> None:
 
     end_with_launcher()
     with worker_log(RunFolder(options.folder(config)).logs, launched_rank()):
-        _train(options, config, Output(quiet=launched_rank() > 0))
+        _train(options, config, Output(json=json, quiet=launched_rank() > 0))
 
 
-def _train(options: TrainOptions, config: RunConfig, output: Output) -> TrainResult:
+def _train(options: TrainOptions, config: RunConfig, output: Output) -> None:
+    """Train, and write the result unless another process does so."""
     from proxydet.training_run import run_training
     from proxydet_cli.training_display import training_progress
 
     folder = options.folder(config)
     output.message(f"run folder: {folder}")
-    return run_training(
+    result = run_training(
         config,
         output=folder,
         resume=_resume(options.resume),
         progress=training_progress(quiet=output.quiet),
     )
+    if not output.quiet:
+        output.data(result, _summary(result))
 
 
 def _resume(text: str) -> Resume:

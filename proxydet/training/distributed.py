@@ -93,7 +93,7 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
         return torch.device("cpu")
     if local_rank >= count:
         raise EnvironmentProblem(
-            f"Process {local_rank} of this machine needs a GPU of its own; torch sees {count}.",
+            f"There is no GPU for this process, which takes number {local_rank}: torch sees {count}.",
             hint="Use fewer --gpus, or --device cpu; proxydet env says what torch sees.",
         )
     return torch.device("cuda", local_rank)

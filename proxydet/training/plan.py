@@ -23,7 +23,7 @@ from proxydet.training.distributed import choose_device
 from proxydet.training.estimate import Estimate, estimate_run
 from proxydet.training.precision import check_precision
 from proxydet.training.runfolder import RunFolder
-from proxydet.training.train import RunSettings, fit_to_embeddings, scale_run
+from proxydet.training.train import RunSettings, S, fit_to_embeddings, scale_run
 
 # Annotation files up to this are looked into; it takes well under a second.
 _LARGEST_READ = 64 * 1024 * 1024
@@ -60,7 +60,7 @@ class TrainingPlan:
     """Processes."""
 
     config: RunSettings
-    """The resolved configuration, scaled to the number of processes."""
+    """The configuration of the run: resolved, scaled to the number of processes, fitted to the text embeddings."""
 
     needs: tuple[Need, ...]
     """What it reads."""
@@ -126,13 +126,17 @@ def plan_training(
     """
     folder = RunFolder(output)
     scaled = scale_run(config, topology.world_size)
+    description, needs = _description(scaled.data.description)
+    if description is not None:
+        scaled, embeddings = _embeddings(description, scaled)
+        needs += [embeddings, *_data_needs(description, scaled)]
     checkpoints = CheckpointFolder(folder.checkpoints, scaled.training.checkpoints).list()
     return TrainingPlan(
         folder=folder.root,
         resumes_after=checkpoints[-1][0] if checkpoints else None,
         topology=topology,
         config=scaled,
-        needs=tuple(_needs(scaled)),
+        needs=(*_machine_needs(scaled.training), *needs),
         estimate=estimate_run(
             scaled.model,
             scaled.data.boxes,
@@ -151,35 +155,33 @@ def _command(topology: Topology, folder: RunFolder, worker: Sequence[str]) -> tu
     return (*launcher, *topology.torchrun_arguments(folder.logs), *worker)
 
 
-def _needs(config: RunSettings) -> list[Need]:
-    needs = _machine_needs(config.training)
-    weights = config.training.weights
-    if weights is not None:
-        needs.append(_need("starting weights", weights))
-    path = config.data.description
+def _description(path: Path | None) -> tuple[DatasetDescription | None, list[Need]]:
+    """Read the data description, if it can be read."""
     if path is None:
         text = "give one with --data"
-        return [*needs, Need(what="data description", path="", present=False, problem=text)]
+        return None, [Need(what="data description", path="", present=False, problem=text)]
+    need = _need("data description", path)
     if not path.is_file():
-        return [*needs, _need("data description", path)]
+        return None, [dataclasses.replace(need, present=False)]
     try:
-        description = DatasetDescription.from_toml(path)
+        return DatasetDescription.from_toml(path), [need]
     except InputError as error:
-        broken = Need(what="data description", path=str(path), present=False, problem=error.message)
-        return [*needs, broken]
-    return [*needs, _need("data description", path), *_data_needs(description, config)]
+        return None, [dataclasses.replace(need, present=False, problem=error.message)]
 
 
 def _machine_needs(training: TrainingConfig) -> list[Need]:
+    needs = []
     try:
         check_precision(training.precision, choose_device(training.device))
     except ProxydetError as error:
-        return [Need(what="precision", path="", present=False, problem=_in_full(error))]
-    return []
+        needs.append(Need(what="precision", path="", present=False, problem=_in_full(error)))
+    if training.weights is not None:
+        needs.append(_need("starting weights", training.weights))
+    return needs
 
 
 def _data_needs(description: DatasetDescription, config: RunSettings) -> list[Need]:
-    needs = [_embeddings(description, config)]
+    needs = []
     if description.train is None:
         text = "the description has no [train] table"
         needs.append(Need(what="training annotations", path="", present=False, problem=text))
@@ -194,16 +196,16 @@ def _data_needs(description: DatasetDescription, config: RunSettings) -> list[Ne
     return needs
 
 
-def _embeddings(description: DatasetDescription, config: RunSettings) -> Need:
+def _embeddings(description: DatasetDescription, config: S) -> tuple[S, Need]:
+    """Return the configuration with a classifier that fits the text embeddings, and whether they are usable."""
     path = description.vocabulary.embeddings
     need = _need("text embeddings", path)
     if not path.is_file():
-        return need
+        return config, need
     try:
-        fit_to_embeddings(config, embedding_dimension(path))
+        return fit_to_embeddings(config, embedding_dimension(path)), need
     except ProxydetError as error:
-        return dataclasses.replace(need, present=False, problem=_in_full(error))
-    return need
+        return config, dataclasses.replace(need, present=False, problem=_in_full(error))
 
 
 def _in_full(error: ProxydetError) -> str:

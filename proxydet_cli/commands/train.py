@@ -125,7 +125,8 @@ def train(  # noqa: PLR0913 - one parameter an option
 ) -> None:
     """Train a detector.
 
-    The same command starts a run and goes on with it. Ctrl-C writes a checkpoint first.
+    The same command starts a run and goes on with it. Ctrl-C writes a checkpoint first. With --dry-run, the exit code is 3
+    where training could not start.
     """
     from proxydet_cli import training
 

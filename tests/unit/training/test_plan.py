@@ -64,9 +64,12 @@ def test_embeddings_of_another_dimension_or_none_at_all(tmp_path: Path) -> None:
     path = tmp_path / "d.toml"
     path.write_text('name = "d"\n[vocabulary]\nembeddings = "e.npy"\n')
     np.save(tmp_path / "e.npy", np.ones((2, 32), np.float32))
-    assert "text embeddings" not in {
-        need.what for need in plan(tmp_path, f"data.description={path}").missing
-    }
+    fresh = plan(tmp_path, f"data.description={path}")
+    assert "text embeddings" not in {need.what for need in fresh.missing}
+    assert fresh.config.model.classifier.embedding_dim == 32
+    assert "embedding_dim: 32" in fresh.to_text()
+    usual = plan(tmp_path).estimate.parameters
+    assert fresh.estimate.parameters < usual
     missing = plan(tmp_path, f"data.description={path}", "training.weights=w.pth").missing
     found = {need.what: need.problem for need in missing}
     assert "add --set model.classifier.embedding_dim=32" in found["text embeddings"]

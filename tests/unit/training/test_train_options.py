@@ -1,0 +1,123 @@
+"""``proxydet train`` as far as it goes without training: what a dry run answers, what one of several processes writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from proxydet.training.cluster import Topology
+from proxydet.training.fit import TrainResult
+from proxydet_cli import training
+from proxydet_cli.main import main
+
+
+def dry_run(*words: object) -> int:
+    try:
+        return main(["train", "--dry-run", "--recipe", "tiny", "--device", "cpu", *map(str, words)])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+@pytest.fixture
+def description(tmp_path: Path) -> Path:
+    """Describe a data set of which all files are there."""
+    document = {
+        "images": [{"id": 1, "width": 2, "height": 2, "file_name": "a.png"}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1]}],
+        "categories": [{"id": 1, "name": "cup"}],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(document))
+    np.save(tmp_path / "e.npy", np.ones((1, 32), np.float32))
+    path = tmp_path / "d.toml"
+    path.write_text(
+        'name = "d"\n[vocabulary]\nembeddings = "e.npy"\n'
+        '[train]\nannotations = "a.json"\nimages = "."\n'
+    )
+    return path
+
+
+def test_a_dry_run_ends_with_3_while_training_cannot_start(
+    description: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert dry_run("--data", description) == 0
+    assert "cannot start" not in capsys.readouterr().out
+    (description.parent / "a.json").unlink()
+    assert dry_run("--data", description) == 3
+    assert "1 missing or unusable: training cannot start yet." in capsys.readouterr().out
+    assert dry_run("--data", description, "--json") == 3
+    needs = json.loads(capsys.readouterr().out)["needs"]
+    assert [need["what"] for need in needs if not need["present"]] == ["training annotations"]
+
+
+RESULT = TrainResult(
+    folder=Path("runs/a b"),
+    weights=Path("runs/a b/model_final.pth"),
+    iterations=6,
+    losses={"total": 1.5},
+    evaluations={},
+    best=None,
+    skipped=0,
+    seconds=1.0,
+)
+OPTIONS = training.TrainOptions(
+    recipe="tiny",
+    data=None,
+    config=None,
+    overrides=(),
+    output=Path("run"),
+    resume="auto",
+    weights=None,
+    device=None,
+)
+MACHINES = training.Machines(gpus=2, nodes=None, rendezvous=None, max_restarts=None, requeue=False)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("as_json", [False, True])
+def test_the_first_of_all_processes_writes_the_result(
+    rank: int,
+    as_json: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """So it is written once, whatever the number of machines, and the same as by one process."""
+    monkeypatch.setattr("proxydet.training_run.run_training", lambda *_, **__: RESULT)
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("RANK", rank), ("WORLD_SIZE", 2), ("LOCAL_RANK", 0)):
+        monkeypatch.setenv(name, str(value))
+    training.run(OPTIONS, MACHINES, json=as_json)
+    written = capsys.readouterr().out
+    if rank:
+        assert written == ""
+    elif as_json:
+        assert json.loads(written)["iterations"] == 6
+    else:
+        assert "trained 6 iterations" in written
+        assert "next: proxydet eval --run 'runs/a b'" in written
+
+
+def test_the_launcher_leaves_the_result_to_its_processes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launched: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(
+        "proxydet.training.launcher.launch", lambda *arguments: launched.append(arguments)
+    )
+    monkeypatch.setattr(
+        training.Machines, "topology", lambda self, config: Topology(processes=self.gpus)
+    )
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    training.run(OPTIONS, MACHINES, json=True)
+    assert capsys.readouterr().out == ""
+    topology, words, logs = launched[0]
+    assert topology.world_size == 2
+    assert list(words) == ["-m", "proxydet_cli", "train", *OPTIONS.words(), "--json"]
+    assert logs == Path("run/logs").absolute()
+    training.run(OPTIONS, MACHINES, json=False)
+    assert "--json" not in launched[1][1]

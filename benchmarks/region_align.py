@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from proxydet.modeling.region_align import align_regions
+from proxydet.modeling.region_align import RegionGrid, align_regions
 
 CASES = {
     "quickstart: 8 images 160x160, 512 regions, 64 channels": (8, 64, 20, 512, 60.0),
     "R50: 2 images 416x416, 1024 regions, 256 channels": (2, 256, 52, 1024, 80.0),
 }
 STRIDE = 8
+GRID = RegionGrid(side=7, scales=[1 / STRIDE], sampling_ratio=0)
 
 
 def median_ms(call: Callable[[], object]) -> float:
@@ -58,7 +59,7 @@ def main() -> None:
             return roi_align(x, rois, (7, 7), 1 / STRIDE, 0, aligned=True)
 
         def own(x: Tensor, rois: Tensor = rois) -> Tensor:
-            return align_regions(x, rois, side=7, scale=1 / STRIDE, sampling_ratio=0)
+            return align_regions([x], rois, torch.zeros(len(rois), dtype=torch.int64), GRID)
 
         print(name)
         show("forward", partial(kernel, features.detach()), partial(own, features.detach()))

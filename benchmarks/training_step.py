@@ -20,7 +20,7 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ from proxydet.modeling import geometry, matching, pooling, roi_training
 from proxydet.modeling.config import ModelConfig
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.modeling.outputs import ImageStepOutput, MixupOutput
+from proxydet.modeling.region_align import RegionGrid
 from proxydet.training.config import OptimizerConfig
 from proxydet.training.optimizer import build_optimizer, clip_gradients
 from proxydet.vocabulary.vocabulary import Vocabulary
@@ -60,10 +61,15 @@ Patches = list[tuple[Any, str, Callable[..., Any]]]
 
 
 def pool_by_torchvision(
-    features: Tensor, rois_N5: Tensor, *, side: int, scale: float, sampling_ratio: int
+    features: Sequence[Tensor], rois_N5: Tensor, level_N: Tensor, grid: RegionGrid
 ) -> Tensor:
-    """Pool regions by torchvision's CPU kernel."""
-    pooled: Tensor = roi_align(features, rois_N5, (side, side), scale, sampling_ratio, aligned=True)
+    """Pool regions by torchvision's CPU kernel, level after level."""
+    pooled = rois_N5.new_zeros(len(rois_N5), features[0].shape[1], grid.side, grid.side)
+    size, ratio = (grid.side, grid.side), grid.sampling_ratio
+    for level, (maps, scale) in enumerate(zip(features, grid.scales, strict=True)):
+        rows = (level_N == level).nonzero()[:, 0]
+        own = roi_align(maps, rois_N5[rows], size, scale, ratio, aligned=True)
+        pooled.index_put_((rows,), own)
     return pooled
 
 

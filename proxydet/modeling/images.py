@@ -6,7 +6,7 @@ Dimensions: B images, H and W pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,12 @@ class ImageBatch:
     pixels_B3HW: Tensor
     sizes: tuple[tuple[int, int], ...]
     sizes_B2: Tensor
+
+    def channels_last(self) -> ImageBatch:
+        """Return the same images with their channels innermost in memory."""
+        return replace(
+            self, pixels_B3HW=self.pixels_B3HW.contiguous(memory_format=torch.channels_last)
+        )
 
 
 def padded_size(height: int, width: int, divisor: int) -> tuple[int, int]:

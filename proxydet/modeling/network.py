@@ -261,6 +261,9 @@ class ProxyDetNetwork(nn.Module):
 
     def _look(self, images: list[Tensor], settings: InferenceConfig) -> tuple[Scene, Proposals]:
         stacked = self._stack(images)
+        if self.device.type == "cpu":
+            # Convolutions hand this order on and need not put their maps back into the other after each.
+            stacked = stacked.channels_last()
         features = self._features(stacked, _DTYPES[settings.precision])
         centernet = self.proposal_generator(list(features.values()))
         proposals = self.proposal_generator.propose(centernet, check=True)

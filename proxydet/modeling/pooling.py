@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from proxydet.compat.roi_align import current_mode
 from proxydet.modeling.config import CascadeConfig
 from proxydet.modeling.geometry import areas
-from proxydet.modeling.region_align import align_regions
+from proxydet.modeling.region_align import RegionGrid, align_regions
 
 
 class RegionPooler(nn.Module):
@@ -37,6 +37,11 @@ class RegionPooler(nn.Module):
         self.level_poolers = nn.ModuleList(
             ROIAlign((side, side), 1.0 / 2**level, config.sampling_ratio, aligned=True)
             for level in self.levels
+        )
+        self._grid = RegionGrid(
+            side=side,
+            scales=[1.0 / 2**level for level in self.levels],
+            sampling_ratio=config.sampling_ratio,
         )
 
     def forward(self, features: list[Tensor], boxes_N4: Tensor, image_N: Tensor) -> Tensor:
@@ -71,10 +76,14 @@ class RegionPooler(nn.Module):
         boxes_N4 = boxes_N4.nan_to_num(nan=0.0)
         rois_N5 = torch.cat([image_N[:, None].to(boxes_N4.dtype), boxes_N4], dim=1)
         parts = rois_N5.split(size)
-        if len(self.levels) == 1:
-            yield from (self._pool_level(0, features[0], rois) for rois in parts)
+        if boxes_N4.device.type == "cpu" and current_mode() != "published":
+            for rois, own in zip(parts, self._position(boxes_N4).split(size), strict=True):
+                yield align_regions(features, rois, own, self._grid)
             return
-        position_N = self.level(boxes_N4) - self.levels[0]
+        if len(self.levels) == 1:
+            yield from (self.level_poolers[0](features[0], rois) for rois in parts)
+            return
+        position_N = self._position(boxes_N4)
         positions_L = torch.arange(len(self.levels), device=boxes_N4.device)
         counts = torch.stack(
             [(own[:, None] == positions_L).sum(dim=0) for own in position_N.split(size)]
@@ -86,21 +95,13 @@ class RegionPooler(nn.Module):
         self, features: list[Tensor], rois_N5: Tensor, rows_of_level: Sequence[Tensor]
     ) -> Tensor:
         output = features[0].new_zeros(len(rois_N5), features[0].shape[1], self.side, self.side)
-        for position, (maps, rows) in enumerate(zip(features, rows_of_level, strict=True)):
-            output.index_put_((rows,), self._pool_level(position, maps, rois_N5[rows]))
+        for pooler, maps, rows in zip(self.level_poolers, features, rows_of_level, strict=True):
+            output.index_put_((rows,), pooler(maps, rois_N5[rows]))
         return output
 
-    def _pool_level(self, position: int, maps: Tensor, rois_N5: Tensor) -> Tensor:
-        if maps.device.type == "cpu" and current_mode() != "published":
-            return align_regions(
-                maps,
-                rois_N5,
-                side=self.side,
-                scale=1.0 / 2 ** self.levels[position],
-                sampling_ratio=self.config.sampling_ratio,
-            )
-        pooled: Tensor = self.level_poolers[position](maps, rois_N5)
-        return pooled
+    def _position(self, boxes_N4: Tensor) -> Tensor:
+        """Return the place among the levels of the one that each box is pooled from: int64 (N,)."""
+        return self.level(boxes_N4) - self.levels[0]
 
     def level(self, boxes_N4: Tensor) -> Tensor:
         """Return the level that each box is pooled from: int64 (N,)."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import proxydet.compat.d2  # noqa: F401
 
+import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import Backbone
 from torch import Tensor, nn
@@ -27,7 +28,17 @@ class FrozenBatchNorm(nn.BatchNorm2d):
         self.requires_grad_(False)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise (B, channels, H, W) with the stored statistics."""
+        """Normalise (B, channels, H, W) with the stored statistics.
+
+        In inference mode on a CPU ``input`` itself is changed and returned: it is a convolution's output, which nobody
+        else reads.
+        """
+        if torch.is_inference_mode_enabled() and input.device.type == "cpu":
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            scale_C = self.weight * (self.running_var + self.eps).rsqrt()
+            shift_C = self.bias - self.running_mean * scale_C
+            return torch.addcmul(shift_C[:, None, None], input, scale_C[:, None, None], out=input)
         return functional.batch_norm(
             input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
         )

@@ -128,16 +128,25 @@ def keep_best_by_class(
     if many <= SHIFTED_UP_TO:
         kept: Tensor = batched_nms(boxes_N4, scores_N, classes_N, iou)
         return kept[:limit]
-    order_N = scores_N.argsort(descending=True, stable=True)
     spacing = _spacing(boxes_N4)
     looked_at = 4 * limit
     while True:
-        prefix = order_N[:looked_at]
+        prefix = _best_places(scores_N, looked_at)
         apart = _apart(boxes_N4[prefix], classes_N[prefix], spacing)
         kept = nms(apart, scores_N[prefix].double(), iou)
-        if len(kept) >= limit or looked_at >= len(order_N):
+        if len(kept) >= limit or looked_at >= len(scores_N):
             return prefix[kept[:limit]]
         looked_at *= 4
+
+
+def _best_places(scores_N: Tensor, count: int) -> Tensor:
+    """Return the first ``count`` places of a stable sort by descending score, without sorting the others."""
+    if count < len(scores_N):
+        floor = scores_N.topk(count, sorted=False).values.min()
+        places = (scores_N >= floor).nonzero()[:, 0]
+    else:
+        places = torch.arange(len(scores_N), device=scores_N.device)
+    return places[scores_N[places].argsort(descending=True, stable=True)[:count]]
 
 
 def _waits(device: torch.device) -> bool:

@@ -77,14 +77,19 @@ def test_what_others_draw_from_the_global_generators_does_not_matter():
 
 def test_strict_of_a_gpu_gives_a_step_the_losses_and_gradients_of_the_kernel(monkeypatch):
     def pool_with(backward):
-        def pool(maps, rois, *, side, scale, sampling_ratio):
-            geometry = RoiGeometry(
-                output_size=(side, side),
-                spatial_scale=scale,
-                sampling_ratio=sampling_ratio,
-                aligned=True,
-            )
-            return roi_operators._RoiAlign.apply(maps, rois.to(maps.dtype), geometry, backward)
+        def pool(features, rois, level_N, grid):
+            pooled = rois.new_zeros(len(rois), features[0].shape[1], grid.side, grid.side)
+            for level, (maps, scale) in enumerate(zip(features, grid.scales, strict=True)):
+                rows = (level_N == level).nonzero()[:, 0]
+                geometry = RoiGeometry(
+                    output_size=(grid.side, grid.side),
+                    spatial_scale=scale,
+                    sampling_ratio=grid.sampling_ratio,
+                    aligned=True,
+                )
+                own = roi_operators._RoiAlign.apply(maps, rois[rows], geometry, backward)
+                pooled.index_put_((rows,), own)
+            return pooled
 
         return pool
 

@@ -13,7 +13,7 @@ from proxydet.modeling.config import (
     SwinConfig,
 )
 from proxydet.modeling.pyramid import build_backbone
-from proxydet.modeling.resnet import ResNet
+from proxydet.modeling.resnet import FrozenBatchNorm, ResNet
 from proxydet.modeling.swin import (
     SwinBackbone,
     from_windows,
@@ -160,3 +160,19 @@ def test_stochastic_depth_grows_over_the_blocks_and_acts_in_training_only() -> N
     torch.manual_seed(0)
     outputs = [network(images)["layer3"] for _ in range(8)]
     assert any(not torch.equal(outputs[0], output) for output in outputs)
+
+
+def test_the_frozen_norm_of_inference_is_that_of_training() -> None:
+    generator = torch.Generator().manual_seed(0)
+    norm = FrozenBatchNorm(5)
+    norm.running_mean.copy_(torch.randn(5, generator=generator))
+    norm.running_var.copy_(torch.rand(5, generator=generator) + 0.1)
+    norm.weight.copy_(torch.randn(5, generator=generator))
+    norm.bias.copy_(torch.randn(5, generator=generator))
+    maps = torch.randn(2, 5, 6, 7, generator=generator)
+    before = maps.clone()
+    trained = norm(maps)
+    assert torch.equal(maps, before)
+    with torch.inference_mode():
+        inferred = norm(maps.clone())
+    torch.testing.assert_close(inferred, trained, rtol=1e-5, atol=1e-6)

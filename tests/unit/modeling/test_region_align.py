@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.ops import roi_align
 
-from proxydet.modeling.region_align import align_regions
+from proxydet.modeling.region_align import RegionGrid, align_regions
 
 SCALE = 1 / 8
 
@@ -25,11 +25,16 @@ def _rois(count, batch, size, generator):
     return rois
 
 
+def _pool(features, rois, *, side, ratio):
+    grid = RegionGrid(side=side, scales=[SCALE], sampling_ratio=ratio)
+    return align_regions([features], rois, torch.zeros(len(rois), dtype=torch.int64), grid)
+
+
 def _both(features, rois, side, ratio):
     results = []
     for pool in (
         lambda x: roi_align(x, rois, (side, side), SCALE, ratio, aligned=True),
-        lambda x: align_regions(x, rois, side=side, scale=SCALE, sampling_ratio=ratio),
+        lambda x: _pool(x, rois, side=side, ratio=ratio),
     ):
         leaf = features.clone().requires_grad_()
         pooled = pool(leaf)
@@ -68,7 +73,7 @@ def test_equals_torchvision_in_single_precision():
 @pytest.mark.parametrize("ratio", [0, 2])
 def test_no_regions_give_an_empty_result_and_no_gradient(ratio):
     features = torch.randn(1, 4, 6, 6, requires_grad=True)
-    pooled = align_regions(features, torch.zeros(0, 5), side=7, scale=SCALE, sampling_ratio=ratio)
+    pooled = _pool(features, torch.zeros(0, 5), side=7, ratio=ratio)
     assert pooled.shape == (0, 4, 7, 7)
     pooled.sum().backward()
     assert not features.grad.any()

@@ -7,6 +7,8 @@ import proxydet.compat.d2  # noqa: F401
 import pytest
 import torch
 from detectron2.layers import batched_nms
+from hypothesis import given
+from hypothesis import strategies as st
 from torchvision.ops import nms
 
 from proxydet.modeling import suppression
@@ -54,6 +56,15 @@ def test_keep_best_by_class_goes_on_when_the_first_look_yields_too_few() -> None
     kept = suppression.keep_best_by_class(together, together_scores, classes, 0.5, 50)
     assert kept.tolist() == batched_nms(together, together_scores, classes, 0.5)[:50].tolist()
     assert len(kept) == 50
+
+
+@given(
+    scores=st.lists(st.sampled_from([0.1, 0.2, 0.5, 0.9]), max_size=60), count=st.integers(1, 80)
+)
+def test_the_best_places_are_those_of_a_whole_stable_sort(scores: list[float], count: int) -> None:
+    scores_N = torch.tensor(scores)
+    whole = scores_N.argsort(descending=True, stable=True)
+    assert suppression._best_places(scores_N, count).tolist() == whole[:count].tolist()
 
 
 def test_classes_do_not_suppress_each_other() -> None:

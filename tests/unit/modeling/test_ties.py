@@ -15,7 +15,7 @@ from proxydet.compat.roi_align import reproducibility_mode
 from proxydet.losses.classification import choose_categories
 from proxydet.modeling import suppression
 from proxydet.modeling.config import InferenceConfig
-from proxydet.modeling.region_align import align_regions
+from proxydet.modeling.region_align import RegionGrid, align_regions
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 SIZES = [40, suppression.SHIFTED_UP_TO, suppression.SHIFTED_UP_TO + 1, 6000]
@@ -106,7 +106,8 @@ def test_sums_of_samples_that_share_a_cell_repeat_in_every_mode() -> None:
     found = []
     for mode in (*MODES, *MODES):
         with reproducibility_mode(mode):
-            pooled = align_regions(maps, rois_N5, side=7, scale=0.125, sampling_ratio=2)
+            grid = RegionGrid(side=7, scales=[0.125], sampling_ratio=2)
+            pooled = align_regions([maps], rois_N5, torch.zeros(50, dtype=torch.int64), grid)
             (gradient,) = torch.autograd.grad(pooled.square().sum(), [maps])
         found.append((pooled, gradient))
     for pooled, gradient in found[1:]:

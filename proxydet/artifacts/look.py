@@ -147,7 +147,7 @@ def _look_unpacked(artifact: Artifact, unpack: Unpack, root: Root) -> tuple[Stat
             if not lacking
             else (None, f"{lacking[0]} is missing")
         )
-    records = root.records(artifact)
+    records = root.records_at(unpack.folder)
     states: list[State] = []
     for provided in unpack.provides:
         path = folder / provided.path

@@ -204,7 +204,7 @@ def _check_unpacked(item: Item, job: Job) -> Outcome:
                 hint="Move it away, or give --force to replace it.",
                 path=path,
             )
-        job.root.records(item.artifact).record_digest(path, digest)
+        job.root.records_at(rule.folder).record_digest(path, digest)
     return Outcome(name=item.artifact.name, status="checked", path=item.path, note=item.why)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
+import re
 import threading
 import uuid
 from dataclasses import asdict, dataclass, replace
@@ -202,33 +202,57 @@ class PartFile:
 
     def _take_over(self) -> None:
         best = 0
-        for path, record in _leftovers(self.target):
-            have = _stored(record, path.stat().st_size) if record is not None else 0
+        for path, record, have in _leftovers(self.target):
             if record is None or have <= best:
                 _remove(path)
                 continue
             if best:
                 _remove(self.path)
             self.path, self.record, best = path, record, have
+        for orphan in _orphans(self.target):
+            orphan.unlink(missing_ok=True)
 
 
 def kept_bytes(target: Path) -> int:
     """Return how many bytes of an unfinished download of ``target`` need not be fetched again."""
-    sizes = [0]
-    for path, record in _leftovers(target):
-        with contextlib.suppress(FileNotFoundError):  # another process may be finishing it
-            sizes.append(_stored(record, path.stat().st_size) if record is not None else 0)
-    return max(sizes)
+    return max((have for _, _, have in _leftovers(target)), default=0)
 
 
-def _leftovers(target: Path) -> list[tuple[Path, PartRecord | None]]:
-    """Return the unfinished downloads that lie beside a final path, with their records where usable."""
+def _leftovers(target: Path) -> list[tuple[Path, PartRecord | None, int]]:
+    """Return the unfinished downloads beside a final path: file, record where usable, and bytes that can be used."""
+    found: list[tuple[Path, PartRecord | None, int]] = []
+    for path in _beside(target, r"\.{name}\.\d+-[0-9a-f]{{8}}\.part"):
+        record = PartRecord.read(_sidecar(path))
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:  # another process has just finished it
+            continue
+        if record is not None:
+            record = _within(record, size)
+        found.append((path, record, 0 if record is None else _stored(record, size)))
+    return found
+
+
+def _orphans(target: Path) -> list[Path]:
+    """Return records whose unfinished download is gone, and records that a killed process was writing."""
+    record = r"\.?(?:\.{name}\.\d+-[0-9a-f]{{8}}\.part)\.json(?:\.[0-9a-f]+\.tmp)?"
+    paths = _beside(target, record)
+    return [p for p in paths if p.suffix == ".tmp" or not p.with_suffix("").exists()]
+
+
+def _beside(target: Path, pattern: str) -> list[Path]:
+    """Return the files beside a final path whose whole name fits a pattern: those of ``a.json.zip`` are not ``a.json``'s."""
     if not target.parent.is_dir():
         return []
-    prefix = f".{target.name}."
-    names = [entry.name for entry in os.scandir(target.parent)]
-    paths = [target.parent / n for n in names if n.startswith(prefix) and n.endswith(".part")]
-    return [(path, PartRecord.read(_sidecar(path))) for path in paths]
+    fits = re.compile(pattern.format(name=re.escape(target.name)))
+    return [target.parent / e.name for e in os.scandir(target.parent) if fits.fullmatch(e.name)]
+
+
+def _within(record: PartRecord, size: int) -> PartRecord:
+    """Leave out pieces beyond the end of the file: it was cut and killed before that was noted."""
+    width = record.piece_bytes
+    there = (i for i in record.done if i * width + _piece_length(record, i) <= size)
+    return replace(record, done=tuple(there))
 
 
 def _stored(record: PartRecord, size: int) -> int:

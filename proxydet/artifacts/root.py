@@ -34,7 +34,11 @@ class Root:
 
     def records(self, artifact: Artifact) -> Records:
         """Return what is remembered about an artifact and its neighbours."""
-        base = self.base(artifact.target)
+        return self.records_at(artifact.target)
+
+    def records_at(self, place: str) -> Records:
+        """Return what is remembered about the files under the first part of a catalogue path."""
+        base = self.base(place)
         return self._records.setdefault(base, Records(base))
 
     def listing(self, artifact: Artifact) -> Path:

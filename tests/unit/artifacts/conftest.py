@@ -7,6 +7,7 @@ import hashlib
 import http.server
 import random
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -68,6 +69,11 @@ class Served:
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: Server
+
+    def setup(self) -> None:
+        # Or the system takes megabytes that the client has not asked for into its buffers, and `sent` says little.
+        self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+        super().setup()
 
     def log_message(self, *args: object) -> None:
         pass

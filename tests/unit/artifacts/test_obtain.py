@@ -460,3 +460,17 @@ def test_an_archive_that_somebody_put_there_stays(run, server, artifact, root, m
     assert path.exists()
     run(packed(artifact, photos()))[1].raise_for_failures()
     assert not path.exists()
+
+
+def test_files_unpacked_under_another_top_folder_are_remembered_there(run, artifact, root) -> None:
+    data = b"weights"
+    provides = (Provided(path="w.bin", sha256=hashlib.sha256(data).hexdigest()),)
+    thing = artifact(
+        target="datasets/w.zip", unpack=Unpack(folder="models/w", provides=provides), body=b"zip"
+    )
+    (root / "models/w").mkdir(parents=True)
+    (root / "models/w/w.bin").write_bytes(data)
+    plan, report = run(thing)
+    assert states(plan) == [State.UNCHECKED]
+    assert [outcome.status for outcome in report.outcomes] == ["checked"]
+    assert states(run(thing)[0]) == [State.READY]

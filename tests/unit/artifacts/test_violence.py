@@ -318,6 +318,46 @@ class TestLeftovers:
         with contextlib.closing(PartFile(tmp_path / "f", take_over=True)) as part:
             assert (part.stored, part.frontier) == (10, 10)
 
+    @pytest.mark.parametrize("moment", ["restart", "end_pieces"])
+    def test_killed_between_cutting_the_file_and_noting_it(
+        self, tmp_path, monkeypatch, moment
+    ) -> None:
+        """Pieces that the record names and the file no longer holds do not count: they would be read as zeros."""
+        part = self.in_pieces(tmp_path)
+        monkeypatch.setattr(part, "_note", lambda record: None)
+        part.restart(PartRecord()) if moment == "restart" else part.end_pieces()
+        part._end()
+        there = 0 if moment == "restart" else 10
+        assert kept_bytes(tmp_path / "f") == there
+        with contextlib.closing(PartFile(tmp_path / "f", take_over=True)) as part:
+            assert (part.stored, part.frontier) == (there, there)
+
+    def test_a_file_whose_name_begins_like_another_is_not_taken_for_its_leftover(
+        self, tmp_path
+    ) -> None:
+        with contextlib.closing(PartFile(tmp_path / "f.zip", take_over=True)) as other:
+            other.restart(PartRecord(address="a", total=100, validator='"v"'))
+            other.append(b"x" * 40)
+            assert kept_bytes(tmp_path / "f") == 0
+            with contextlib.closing(PartFile(tmp_path / "f", take_over=True)) as part:
+                assert part.path != other.path
+            assert other.path.exists()
+            assert kept_bytes(tmp_path / "f.zip") == 40
+
+    def test_what_a_kill_between_two_steps_leaves_is_swept_up(self, tmp_path) -> None:
+        self.part(tmp_path, 10).close()
+        (record,) = tmp_path.glob(".f.*.json")
+        for litter in (
+            f".{record.name}.0123456789ab.tmp",  # the record was being replaced
+            ".f.1-00000000.part.json",  # the file had got its final name, the record was still there
+        ):
+            (tmp_path / litter).write_text("{}")
+        (tmp_path / ".f.zip.1-00000000.part.json").write_text("{}")
+        with contextlib.closing(PartFile(tmp_path / "f", take_over=True)) as part:
+            assert part.frontier == 10
+        names = {path.name for path in tmp_path.iterdir()}
+        assert names == {record.name, part.path.name, ".f.zip.1-00000000.part.json"}
+
     def test_a_thread_that_was_left_behind_cannot_write_any_more(self, tmp_path) -> None:
         """The descriptor's number may belong to another file by then."""
         part = self.part(tmp_path, 10)

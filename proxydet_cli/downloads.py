@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from proxydet.wording import counted, size_text
+
 if TYPE_CHECKING:
     from proxydet.artifacts.artifact import Artifact
     from proxydet.artifacts.catalogue import Catalogue
@@ -18,20 +20,20 @@ if TYPE_CHECKING:
 Row = Mapping[str, object]
 
 
-def size_text(size: int | None) -> str:
-    """Say a size: ``1.2 GB``; ``?`` where it is not known."""
-    if size is None:
-        return "?"
-    for divisor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if size >= divisor:
-            return f"{size / divisor:.1f} {unit}"
-    return f"{size} B"
+def catalogue_rows(catalogue: Catalogue, names: Sequence[str] = ()) -> list[Row]:
+    """Return one row a name: what it is, its size, licence, and what is known of its digest.
 
+    Args:
+        catalogue: What is known.
+        names: Which; none for all.
 
-def catalogue_rows(catalogue: Catalogue) -> list[Row]:
-    """Return one row a name: what it is, its size, licence, and what is known of its digest."""
+    Raises:
+        ConfigError: A name is not in the catalogue.
+    """
+    catalogue.resolve(names)
     rows: list[Row] = []
-    for name in (*catalogue.groups, *catalogue.families, *catalogue.artifacts):
+    every = (*catalogue.groups, *catalogue.families, *catalogue.artifacts)
+    for name in [name for name in every if name in names or not names]:
         artifacts = catalogue.resolve([name])
         kind = "group" if name in catalogue.groups else "file" if len(artifacts) == 1 else "family"
         pinned = sum(artifact.pinned for artifact in artifacts)
@@ -88,15 +90,21 @@ def plan_text(plan: Plan) -> str:
         for row in rows
     ]
     table = [{column: row[column] or "" for column in columns} for row in shown]
-    unknown = f" and {plan.unknown_sizes} of unknown size" if plan.unknown_sizes else ""
     lines = [aligned(table, numeric=("files", "to fetch")), "", *_licences(rows), ""]
-    lines.append(f"to fetch: {size_text(plan.bytes_to_fetch)}{unknown}")
+    lines.append(f"to fetch: {_to_fetch(plan)}")
     for need in plan.needs:
         more = " or more" if plan.unknown_sizes else ""
+        short = ": not enough" if need.needed > need.free else ""
         lines.append(
-            f"room in {need.folder}: {size_text(need.needed)}{more} needed, {size_text(need.free)} free"
+            f"room in {need.folder}: {size_text(need.needed)}{more} needed, {size_text(need.free)} free{short}"
         )
     return "\n".join(lines)
+
+
+def _to_fetch(plan: Plan) -> str:
+    unknown = f"{counted(plan.unknown_sizes, 'file')} of unknown size" if plan.unknown_sizes else ""
+    known = size_text(plan.bytes_to_fetch) if plan.bytes_to_fetch or not unknown else ""
+    return " and ".join(filter(None, [known, unknown]))
 
 
 def _licences(rows: Sequence[Row]) -> list[str]:

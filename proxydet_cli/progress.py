@@ -193,13 +193,7 @@ class BarProgress:
 
 def _make_bars() -> RichProgress:
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        ProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, ProgressColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as RichProgress
     from rich.text import Text
 
@@ -211,13 +205,21 @@ def _make_bars() -> RichProgress:
             uncounted = task.total is None and not task.completed and not unit
             return Text("" if uncounted else amount(task.completed, task.total, unit))
 
+    class LeftColumn(ProgressColumn):
+        """The time left, where it can be told."""
+
+        max_refresh = 0.5
+
+        def render(self, task: Any) -> Text:
+            left = task.time_remaining
+            return Text("" if left is None or task.finished else f"{duration(left)} left")
+
     return RichProgress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         AmountColumn(),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        LeftColumn(),
         TextColumn("{task.fields[shown]}", markup=False),
         console=Console(stderr=True),
     )

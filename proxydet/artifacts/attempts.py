@@ -219,6 +219,12 @@ class Attempts:
         part, wanted = self._part, self._wanted
         size, digest, etag = part.frontier, part.digest(), part.record.etag
         source = shown(self._address)
+        if size == 0 and wanted.sha256 is None:
+            self._begin_anew()
+            raise DigestError(
+                f"{source} served an empty file in place of {wanted.name}.",
+                hint="Something stands in between, or its source is broken. Try another source with --mirror.",
+            )
         if wanted.sha256 is not None and digest != wanted.sha256:
             self._begin_anew()
             raise DigestError(

@@ -219,7 +219,10 @@ def _parse(data: bytes, where: str) -> CatalogueFile:
         table: Mapping[str, object] = tomllib.loads(data.decode("utf-8"))
         return from_mapping(CatalogueFile, table)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{where} is not TOML: {error}.") from error
+        raise ConfigError(
+            f"{where} is not TOML: {error}.",
+            hint="Correct that line; docs/reference/catalogue.md shows the format.",
+        ) from error
     except RecursionError as error:
         raise ConfigError(f"{where} is nested too deeply for a catalogue.") from error
     except ConfigError as error:

@@ -78,7 +78,7 @@ def fetch_all(items: Sequence[Item], job: Job) -> Report:
     Raises:
         KeyboardInterrupt: Ctrl-C; what was fetched so far is kept.
     """
-    queue = _Queue([item.artifact for item in items], job)
+    queue = _Queue(items, job)
     sizes = [item.to_fetch for item in items]
     # What an earlier run fetched is counted as soon as it is taken up.
     kept = sum(item.kept for item in items if item.must_fetch)
@@ -101,8 +101,8 @@ def fetch_all(items: Sequence[Item], job: Job) -> Report:
 class _Queue:
     """Artifacts that are still to be made ready."""
 
-    def __init__(self, artifacts: list[Artifact], job: Job) -> None:
-        self._waiting = deque(artifacts)
+    def __init__(self, items: Sequence[Item], job: Job) -> None:
+        self._waiting = deque(items)
         self._stop = job.line.client.stop
         self._lock = threading.Lock()
         self._refusals: Counter[str] = Counter()
@@ -111,9 +111,10 @@ class _Queue:
 
     def work(self, job: Job) -> None:
         """Make one after another ready until none is left."""
-        while (artifact := self._next()) is not None:
+        while (item := self._next()) is not None:
+            artifact = item.artifact
             try:
-                outcome = obtain(artifact, job)
+                outcome = obtain(artifact, job, announced=item.announced)
             except Stopped:
                 return
             except ProxydetError as error:
@@ -123,12 +124,13 @@ class _Queue:
                     self._refusals[_host(artifact)] = 0
                     self.report.outcomes.append(outcome)
 
-    def _next(self) -> Artifact | None:
+    def _next(self) -> Item | None:
         with self._lock:
             while self._waiting and not self._full and not self._stop.is_set():
-                artifact = self._waiting.popleft()
+                item = self._waiting.popleft()
+                artifact = item.artifact
                 if self._refusals[_host(artifact)] < _REFUSALS:
-                    return artifact
+                    return item
                 error = ArtifactError(
                     f"not tried, because {_host(artifact)} failed several times in a row."
                 )

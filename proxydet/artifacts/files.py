@@ -16,7 +16,8 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
-from proxydet.errors import ArtifactError, DiskFullError
+from proxydet.errors import ArtifactError, DiskFullError, NotWritableError
+from proxydet.wording import size_text
 
 _logger = logging.getLogger(__name__)
 
@@ -121,11 +122,11 @@ def _same_file(descriptor: int, path: Path) -> bool:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn errors of writing at ``path`` into `DiskFullError` or `ArtifactError`.
+    """Turn errors of writing at ``path`` into `DiskFullError` or `NotWritableError`.
 
     Raises:
         DiskFullError: The disk, the quota or the largest file size is exhausted.
-        ArtifactError: The place cannot be written to for another reason.
+        NotWritableError: The place cannot be written to for another reason.
     """
     try:
         yield
@@ -136,7 +137,7 @@ def disk_errors(path: Path) -> Iterator[None]:
                 hint="Free some space, or choose another place with --root; then run the same command again.",
                 path=path,
             ) from error
-        raise ArtifactError(
+        raise NotWritableError(
             f"{path} cannot be written: {error.strerror or error}.",
             hint="Check the folder's owner and permissions, or choose another place with --root.",
             path=path,
@@ -224,7 +225,7 @@ def require_room(path: Path, needed: int) -> None:
     free = free_bytes(path.parent)
     if needed > free:
         raise DiskFullError(
-            f"{path.name} needs {needed / 1e9:.2f} GB more in {path.parent}, where {free / 1e9:.2f} GB are free.",
+            f"{path.name} needs {size_text(needed)} more in {path.parent}, where {size_text(free)} are free.",
             hint="Free some space, or choose another place with --root.",
             path=path,
         )

@@ -28,6 +28,7 @@ class Meter:
         self._lock = threading.Lock()
         self._pending = 0.0
         self._last = time.monotonic()
+        self._began = self._last
         self._marks = [(self._last, 0.0)]
         self._count = 0.0
 
@@ -47,9 +48,11 @@ class Meter:
         self._file.describe(description)
 
     def finish(self) -> None:
-        """Pass on what is left."""
+        """Pass on what is left, and the speed over all."""
         with self._lock:
-            self._send(time.monotonic(), {})
+            now = time.monotonic()
+            overall = _rate_text(self._count, now - self._began)
+            self._send(now, {"speed": overall} if overall else {})
 
     def _send(self, now: float, fields: dict[str, str | float]) -> None:
         speed = self._speed(now)
@@ -65,7 +68,11 @@ class Meter:
         while len(self._marks) > 2 and now - self._marks[1][0] > _SPEED_SECONDS:
             self._marks.pop(0)
         since, had = self._marks[0]
-        if now <= since or self._count <= had:
-            return ""
-        rate = (self._count - had) / (now - since)
-        return f"{rate / 1e6:.1f} MB/s" if rate >= 1e5 else f"{rate / 1e3:.1f} kB/s"
+        return _rate_text(self._count - had, now - since)
+
+
+def _rate_text(count: float, seconds: float) -> str:
+    if seconds <= 0 or count <= 0:
+        return ""
+    rate = count / seconds
+    return f"{rate / 1e6:.1f} MB/s" if rate >= 1e5 else f"{rate / 1e3:.1f} kB/s"

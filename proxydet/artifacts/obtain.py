@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,8 +23,9 @@ from proxydet.artifacts.root import Root
 from proxydet.artifacts.transfer import fetch_file
 from proxydet.artifacts.unpacking import unpack
 from proxydet.artifacts.wanted import Line, Received, Wanted
-from proxydet.errors import ArtifactError, DigestError, ProxydetError
+from proxydet.errors import ArchiveError, ArtifactError, DigestError, ProxydetError
 from proxydet.reporting import SILENT, Progress, Task
+from proxydet.wording import counted
 
 _logger = logging.getLogger(__name__)
 
@@ -76,12 +77,13 @@ class Job:
     """Held while unpacking: two archives at once would only fight over the disk."""
 
 
-def obtain(artifact: Artifact, job: Job) -> Outcome:
+def obtain(artifact: Artifact, job: Job, *, announced: int | None = None) -> Outcome:
     """Make an artifact ready.
 
     Args:
         artifact: The artifact.
         job: What it shares with others.
+        announced: Size that its server gave when asked, to show how far it is.
 
     Raises:
         ArtifactError: It could not be had; the leaf says why.
@@ -101,7 +103,7 @@ def obtain(artifact: Artifact, job: Job) -> Outcome:
         if stop.is_set():
             raise Stopped
         item = look(artifact, job.root, job.line.client)
-        outcome = _act(item, job, take_over=lock.held)
+        outcome = _act(replace(item, announced=announced), job, take_over=lock.held)
     finally:
         lock.release()
     return Outcome(**{**vars(outcome), "seconds": time.monotonic() - started})
@@ -125,7 +127,7 @@ def _act(item: Item, job: Job, *, take_over: bool) -> Outcome:
     if item.state in (State.UNCHECKED, State.PACKED):
         try:
             return _check_there(item, job)
-        except DigestError as error:
+        except (DigestError, ArchiveError) as error:
             if not job.force:
                 raise
             _logger.warning("%s Replacing it.", error.message)
@@ -211,7 +213,7 @@ def _check_unpacked(item: Item, job: Job) -> Outcome:
 def _fetch(item: Item, job: Job, *, take_over: bool) -> Outcome:
     artifact = item.artifact
     wanted = _wanted(artifact, job)
-    size = wanted.size
+    size = wanted.size if wanted.size is not None else item.announced
     with job.progress.task(artifact.file_name, total=size, unit="B") as task:
         meter = Meter(task, job.total)
         received = fetch_file(wanted, job.line, meter, take_over=take_over)
@@ -227,7 +229,28 @@ def _fetch(item: Item, job: Job, *, take_over: bool) -> Outcome:
     outcome = _fetched(item, received)
     if artifact.unpack is None:
         return outcome
-    return _unpacked(outcome, item, job, received.sha256, keep=job.keep_archives)
+    try:
+        return _unpacked(outcome, item, job, received.sha256, keep=job.keep_archives)
+    except ArchiveError as error:
+        if wanted.sha256 is not None:
+            raise
+        raise _taken_back(artifact, job.root, received, error) from error
+
+
+def _taken_back(
+    artifact: Artifact, root: Root, received: Received, error: ArchiveError
+) -> DigestError:
+    """Forget an unpinned archive that was fetched and turned out not to be what the catalogue says.
+
+    Only what passes the check of its content is a first use; else the wrong file would be held to ever after.
+    """
+    root.records(artifact).forget_first(artifact.name)
+    root.path(artifact.target).unlink(missing_ok=True)
+    return DigestError(
+        f"What {received.address} served is not {artifact.name}: {error.message} It was thrown away.",
+        hint="Try again later, or another source with --mirror.",
+        path=root.path(artifact.target),
+    )
 
 
 def _wanted(artifact: Artifact, job: Job) -> Wanted:
@@ -270,8 +293,13 @@ def _record(artifact: Artifact, root: Root, seen: FirstSeen, *, fetched: bool) -
 
 
 def _unpacked(outcome: Outcome, item: Item, job: Job, digest: str, *, keep: bool) -> Outcome:
-    with job.unpacking:
-        count = unpack(item.artifact, digest, job.root, job.progress)
+    try:
+        with job.unpacking:
+            count = unpack(item.artifact, digest, job.root, job.progress)
+    except ArchiveError as error:
+        advice = f"Remove {job.root.path(item.artifact.target)}, or give --force to fetch it again."
+        hint = f"{error.hint} {advice}" if error.hint else advice
+        raise ArchiveError(error.message, hint=hint, path=error.path) from error
     if not keep:
         job.root.path(item.artifact.target).unlink(missing_ok=True)
-    return Outcome(**{**vars(outcome), "status": "unpacked", "note": f"{count} files"})
+    return Outcome(**{**vars(outcome), "status": "unpacked", "note": counted(count, "file")})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 import time
@@ -11,6 +12,8 @@ from email.utils import parsedate_to_datetime
 
 from proxydet.artifacts.settings import TransferSettings
 from proxydet.errors import TransferError
+
+_logger = logging.getLogger(__name__)
 
 
 class Stopped(TransferError):
@@ -49,6 +52,7 @@ class Backoff:
         self._stop = stop
         self._attempts = attempts or settings.retries
         self._failures = 0
+        self._told = False
 
     def failed(self, error: Transient, *, progress: bool) -> None:
         """Wait before the next attempt.
@@ -65,7 +69,11 @@ class Backoff:
         if self._failures >= self._attempts:
             times = f", {self._failures} times in a row" if self._failures > 1 else ""
             raise TransferError(f"{error.message.rstrip('.')}{times}.") from error
-        pause(self._delay(error), self._stop)
+        delay = self._delay(error)
+        if not progress and not self._told:
+            self._told = True
+            _logger.warning("%s Trying again.", error.message)
+        pause(delay, self._stop)
 
     def _delay(self, error: Transient) -> float:
         settings = self._settings

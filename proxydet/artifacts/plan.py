@@ -14,6 +14,7 @@ from proxydet.artifacts.look import Item, State, look
 from proxydet.artifacts.root import Root
 from proxydet.artifacts.workers import run_workers
 from proxydet.errors import DiskFullError
+from proxydet.wording import size_text
 
 _MOST_ASKED = 60
 _ASKING_THREADS = 8
@@ -24,7 +25,7 @@ class Need:
     """The room that a plan takes on one file system."""
 
     folder: Path
-    """A folder on it."""
+    """A folder on it: the one into which most is fetched."""
     needed: int
     """Bytes, at the most crowded moment; files of unknown size are not counted."""
     free: int
@@ -68,7 +69,7 @@ class Plan:
         for need in self.needs:
             if need.needed > need.free:
                 raise DiskFullError(
-                    f"This needs {need.needed / 1e9:.1f} GB in {need.folder}, where {need.free / 1e9:.1f} GB are free.",
+                    f"This needs {size_text(need.needed)} in {need.folder}, where {size_text(need.free)} are free.",
                     hint="Free some space, choose another place with --root, or ask for less at a time.",
                     path=need.folder,
                 )
@@ -129,11 +130,11 @@ def _needs(items: Iterable[Item], root: Root, jobs: int) -> tuple[Need, ...]:
     """
     lasting: dict[int, int] = defaultdict(int)
     passing: dict[int, list[int]] = defaultdict(list)
-    folders: dict[int, Path] = {}
+    bases: dict[int, dict[Path, int]] = defaultdict(lambda: defaultdict(int))
     for item in items:
         base = root.base(item.artifact.target)
         device = _device(base)
-        folders.setdefault(device, base)
+        bases[device][base] += item.to_fetch or 0
         if item.must_fetch or item.state is State.PACKED:
             fetched = item.to_fetch or 0
             if item.artifact.unpack is None:
@@ -143,11 +144,11 @@ def _needs(items: Iterable[Item], root: Root, jobs: int) -> tuple[Need, ...]:
                 passing[device].append(fetched)
     return tuple(
         Need(
-            folder=folder,
+            folder=max(fetched_to, key=lambda folder: fetched_to[folder]),
             needed=lasting[device] + sum(sorted(passing[device], reverse=True)[: jobs or None]),
-            free=free_bytes(folder),
+            free=free_bytes(next(iter(fetched_to))),
         )
-        for device, folder in folders.items()
+        for device, fetched_to in bases.items()
     )
 
 

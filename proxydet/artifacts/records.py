@@ -84,6 +84,13 @@ class Records:
         entry = {key: value for key, value in vars(seen).items() if value is not None}
         self._update(self._lock_file, {name: {**entry, "when": today}}, keep_old=True)
 
+    def forget_first(self, name: str) -> None:
+        """Take back what `record_first` recorded."""
+        with FileLock(self.root / HIDDEN_FOLDER / f"{LOCK_FILE}.lock"):
+            entries = read_json(self._lock_file)
+            if entries.pop(name, None) is not None:
+                write_json(self._lock_file, entries)
+
     def known_digest(self, path: Path) -> str | None:
         """Return the digest that a file had when it was last checked, if it has not changed since."""
         entry = self._entry(path)

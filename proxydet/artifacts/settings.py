@@ -67,7 +67,10 @@ class TransferSettings:
             try:
                 check_address(self.mirror, pinned=True)
             except TransferError as error:
-                raise ConfigError(f"mirror: {error.message}", hint=error.hint) from error
+                raise ConfigError(
+                    f"mirror: {error.message}",
+                    hint=error.hint or "Write it as https://mirror.example.org/proxydet",
+                ) from error
 
 
 def bytes_per_second(text: str) -> float:

@@ -114,6 +114,12 @@ class Staging:
                 self._flush()
                 self._journal.close()
 
+    def discard(self) -> None:
+        """Throw away what was unpacked."""
+        self.close()
+        with disk_errors(self.path):
+            shutil.rmtree(self.path)
+
     def publish(self, names: Iterable[str]) -> None:
         """Move everything to its final place, and remove the hidden folder.
 

@@ -58,7 +58,9 @@ def fetch_file(wanted: Wanted, line: Line, task: Task, *, take_over: bool) -> Re
 def _summary(wanted: Wanted, failures: list[ArtifactError]) -> ArtifactError:
     """Build the error that says why no address served the file."""
     reasons = " ".join(error.message for error in failures)
-    hint = next((error.hint for error in failures if error.hint), None)
+    hint = next((error.hint for error in failures if error.hint), None) or _next_step(
+        wanted, failures
+    )
     if wanted.page is not None:
         hint = f"Open {wanted.page} in a browser and save the file as {wanted.target}."
     if all(isinstance(error, NotThere) for error in failures):
@@ -66,3 +68,12 @@ def _summary(wanted: Wanted, failures: list[ArtifactError]) -> ArtifactError:
     if any(isinstance(error, DigestError) for error in failures):
         return DigestError(reasons, hint=hint, path=wanted.target)
     return TransferError(reasons, hint=hint, path=wanted.target)
+
+
+def _next_step(wanted: Wanted, failures: list[ArtifactError]) -> str:
+    if all(isinstance(error, NotThere) for error in failures):
+        return f"Its source moved it. Name another with --mirror, or put the file there yourself: {wanted.target}"
+    return (
+        "Check the network (HTTPS_PROXY behind a proxy) or wait, then run the same command again: what was fetched "
+        "is kept. --mirror names another source."
+    )

@@ -13,6 +13,7 @@ from proxydet.artifacts.untar import untar
 from proxydet.artifacts.unzip import unzip, zip_members
 from proxydet.errors import ArchiveError
 from proxydet.reporting import Progress
+from proxydet.wording import counted
 
 _logger = logging.getLogger(__name__)
 
@@ -43,6 +44,10 @@ def unpack(artifact: Artifact, digest: str, root: Root, progress: Progress) -> i
         files = {name: staging.done[name] for name in names}
         _check_provided(artifact, rule, files)
         staging.publish(names)
+    except ArchiveError:
+        # Unlike an interruption, this cannot be gone on from.
+        staging.discard()
+        raise
     finally:
         staging.close()
     write_text(root.listing(artifact), listing(digest, files))
@@ -72,8 +77,9 @@ def _check_provided(artifact: Artifact, rule: Unpack, files: dict[str, Unpacked]
         if not inside and single is None:
             raise ArchiveError(f"{artifact.file_name} does not hold {provided.path}.")
         if provided.files is not None and len(inside) != provided.files:
+            count = counted(len(inside), "file")
             raise ArchiveError(
-                f"{artifact.file_name} holds {len(inside)} files in {provided.path}, not {provided.files}."
+                f"{artifact.file_name} holds {count} in {provided.path}, not {provided.files}."
             )
         if provided.size is not None and (single is None or single.size != provided.size):
             raise ArchiveError(

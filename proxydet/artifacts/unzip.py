@@ -39,7 +39,7 @@ def zip_members(path: Path, tops: Collection[str]) -> dict[str, zipfile.ZipInfo]
             entries = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, struct.error) as error:
         raise ArchiveError(
-            f"{path.name} is not a zip archive, or damaged: {error}.", path=path
+            f"{path.name} is not a zip archive, or damaged: {str(error).rstrip('.')}.", path=path
         ) from error
     if len(entries) > _MOST_MEMBERS:
         raise ArchiveError(f"{path.name} holds {len(entries)} files; that is refused.", path=path)

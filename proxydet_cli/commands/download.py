@@ -39,7 +39,7 @@ def download(  # noqa: PLR0913 - one parameter an option
         typer.Argument(help="What to fetch; without a name, what train --backbone r50 needs."),
     ] = None,
     list_: Annotated[
-        bool, typer.Option("--list", help="Show everything that can be fetched.")
+        bool, typer.Option("--list", help="Show everything that can be fetched, or what is named.")
     ] = False,
     dry_run: DryRun = False,
     verify: Annotated[
@@ -91,7 +91,7 @@ def download(  # noqa: PLR0913 - one parameter an option
 
     output, known = Output(json=json), Catalogue.load(catalogue or ())
     if list_:
-        _list(known, output)
+        _list(known, names or [], output)
         return
     options = DownloadOptions(
         root=root,
@@ -114,10 +114,10 @@ def download(  # noqa: PLR0913 - one parameter an option
             _fetch(downloader, names or [], output, asked=not yes)
 
 
-def _list(catalogue: Catalogue, output: Output) -> None:
+def _list(catalogue: Catalogue, names: list[str], output: Output) -> None:
     from proxydet_cli import downloads
 
-    rows = downloads.catalogue_rows(catalogue)
+    rows = downloads.catalogue_rows(catalogue, names)
     output.data(rows, downloads.catalogue_text(rows))
 
 
@@ -136,24 +136,27 @@ def _fetch(downloader: Downloader, names: list[str], output: Output, *, asked: b
     if plan.todo:
         output.message(downloads.plan_text(plan))
         plan.require_room()
-        if asked:
-            _ask()
+        if asked and not _agreed():
+            output.message("Nothing was fetched.")
+            return
     report = downloader.fetch(plan)
     output.data(downloads.report_value(report), downloads.report_text(report))
     report.raise_for_failures()
     _tell_of_accounts(plan, names, output)
 
 
-def _ask() -> None:
+def _agreed() -> bool:
     """Ask once whether to go on; where nobody can answer, say which option does."""
-    from proxydet.errors import ConfigError
+    from proxydet.errors import ConfigError, Interrupted
 
     if not sys.stdin.isatty():
         raise ConfigError(
             "Nobody is there to agree to the download.", hint="Add --yes to go on without asking."
         )
-    if not typer.confirm("Go on?", default=True, err=True):
-        raise typer.Exit
+    try:
+        return typer.confirm("Go on?", default=True, err=True)
+    except typer.Abort:  # Ctrl-C or Ctrl-D in place of an answer
+        raise Interrupted("Stopped. Nothing was fetched.") from None
 
 
 def _tell_of_accounts(plan: Plan, names: list[str], output: Output) -> None:
@@ -169,17 +172,21 @@ def _tell_of_accounts(plan: Plan, names: list[str], output: Output) -> None:
 
 def _verify(downloader: Downloader, names: list[str], output: Output) -> None:
     from proxydet.errors import DigestError
+    from proxydet.wording import counted
     from proxydet_cli import downloads
 
     rows = downloads.finding_rows(downloader.verify(names))
-    output.data(rows, downloads.aligned(rows) if rows else "nothing is there")
-    wrong = [str(row["name"]) for row in rows if row["verdict"] in ("damaged", "absent")]
     root = downloader.options.root
+    output.data(
+        rows, downloads.aligned(rows) if rows else f"nothing is there ({root or Path.cwd()})"
+    )
+    wrong = [str(row["name"]) for row in rows if row["verdict"] in ("damaged", "absent")]
+    force = " --force" if any(row["verdict"] == "damaged" for row in rows) else ""
     where = "" if root is None else f" --root {shlex.quote(str(root))}"
     if wrong:
         raise DigestError(
-            f"{len(wrong)} of {len(rows)} are damaged or absent: {', '.join(wrong[:5])}.",
-            hint=f"Run: proxydet download --force {' '.join(wrong[:5])}{where}",
+            f"{len(wrong)} of {counted(len(rows), 'file')} damaged or absent: {', '.join(wrong[:5])}.",
+            hint=f"Run: proxydet download{force} {' '.join(wrong[:5])}{where}",
         )
 
 

@@ -200,8 +200,11 @@ def test_an_account_by_its_own_name_is_an_error_in_a_group_a_warning(
 
 def test_verification(run, entry, body, tmp_path) -> None:
     entry("thing", body)
-    assert run("--verify")[1].strip() == "nothing is there"
-    assert run("thing", "--verify")[0] == 4
+    assert run("--verify")[1].strip() == f"nothing is there ({tmp_path})"
+    code, _, err = run("thing", "--verify")
+    assert code == 4
+    assert "1 of 1 file damaged or absent: thing." in err
+    assert "Run: proxydet download thing" in err
     run("thing", "--yes")
     code, out, _ = run("thing", "--verify")
     assert code == 0
@@ -244,3 +247,84 @@ def test_mistakes(run, entry, words, code, message) -> None:
     assert got == code
     assert message in err
     assert "Traceback" not in err
+    assert "hint: " in err or code == 2
+
+
+@pytest.mark.parametrize("key", [b"\x03", b"\x04"])
+def test_stopped_at_the_question(entry, server, body, tmp_path, key) -> None:
+    entry("thing", body)
+    code, shown = on_terminal(tmp_path, key)
+    assert code == 130
+    assert "Nothing was fetched." in shown
+    assert not server.files["/thing"].requests
+
+
+def test_declining_is_answered(entry, server, body, tmp_path) -> None:
+    entry("thing", body)
+    code, shown = on_terminal(tmp_path, b"n\n")
+    assert code == 0
+    assert "Nothing was fetched." in shown
+
+
+def on_terminal(folder: Path, keys: bytes) -> tuple[int, str]:
+    """Type keys when asked, on a terminal that is the process's own, so that Ctrl-C is a signal."""
+    child, controller = pty.fork()
+    if child == 0:
+        os.chdir(folder)
+        words = ["download", "thing", "--catalogue", "catalogue.toml"]
+        os.execv(sys.executable, [sys.executable, "-c", TYPED, *words])
+    shown = b""
+    while True:
+        try:
+            more = os.read(controller, 4096)
+        except OSError:  # the child is gone
+            break
+        if not more:
+            break
+        asked_before = b"Go on?" in shown
+        shown += more
+        if b"Go on?" in shown and not asked_before:
+            os.write(controller, keys)
+    os.close(controller)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), shown.decode()
+
+
+def test_the_list_of_what_is_named(run, entry, body) -> None:
+    entry("thing", body)
+    code, out, _ = run("--list", "thing", "metadata")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["name", "metadata", "thing"]
+    code, _, err = run("--list", "thnig")
+    assert code == 3
+    assert "Did you mean thing" in err
+
+
+def test_what_does_not_fit_is_marked_before(run, entry, body, monkeypatch) -> None:
+    entry("thing", body)
+    monkeypatch.setattr("proxydet.artifacts.plan.free_bytes", lambda _: 1000)
+    code, out, _ = run("thing", "--dry-run")
+    assert code == 0
+    assert "300.0 kB needed, 1.0 kB free: not enough" in out
+    code, _, err = run("thing", "--yes")
+    assert code == 5
+    assert "This needs 300.0 kB in" in err
+
+
+def test_a_file_of_unknown_size_is_counted(run, entry, monkeypatch) -> None:
+    entry("loose")
+    assert "to fetch: 1 file of unknown size\n" in run("loose", "--dry-run")[1]
+
+
+def test_a_place_that_cannot_be_written_is_the_environments_fault(
+    run, entry, body, tmp_path
+) -> None:
+    entry("thing", body)
+    (tmp_path / "file").touch()
+    code, _, err = run("thing", "--yes", "--root", "file")
+    assert code == 5
+    assert "cannot be written" in err
+
+
+def test_failures_say_what_to_do(run, entry, server, body) -> None:
+    entry("absent", more=f'sha256 = "{"0" * 64}"\n')
+    assert "or put the file there yourself" in run("absent", "--yes")[2]

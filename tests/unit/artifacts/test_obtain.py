@@ -22,6 +22,7 @@ from proxydet.artifacts.download import download, locate
 from proxydet.artifacts.downloader import Downloader, DownloadOptions
 from proxydet.artifacts.look import State
 from proxydet.errors import ArtifactError, ConfigError, DigestError, DiskFullError, TransferError
+from proxydet.reporting import SilentProgress
 
 
 @pytest.fixture
@@ -474,3 +475,65 @@ def test_files_unpacked_under_another_top_folder_are_remembered_there(run, artif
     assert states(plan) == [State.UNCHECKED]
     assert [outcome.status for outcome in report.outcomes] == ["checked"]
     assert states(run(thing)[0]) == [State.READY]
+
+
+def test_a_wrong_archive_is_no_first_use(run, server, artifact, root) -> None:
+    """An unpinned archive that does not unpack is not recorded, so that the next run fetches it again."""
+    server.add("/set", b"no archive")
+    thing = packed(artifact, photos(), sha256=None, size=None)
+    (failure,) = run(thing)[1].failures
+    assert "is not set: photos.zip is not a zip archive" in failure.error.message
+    folder = root / "datasets"
+    assert "set" not in json.loads((folder / "artifacts.lock.json").read_text())
+    assert list((folder / "set").iterdir()) == []
+    server.add("/set", photos())
+    run(thing)[1].raise_for_failures()
+    assert len(list((folder / "set/photos").iterdir())) == 30
+
+
+def test_a_pinned_archive_that_does_not_unpack_can_be_fetched_anew(
+    run, server, artifact, root
+) -> None:
+    data = photos(29)  # the catalogue says 30
+    served = server.add("/set", data)
+    thing = packed(artifact, data)
+    for _ in range(2):
+        (failure,) = run(thing)[1].failures
+        assert "photos.zip holds 29 files in photos, not 30" in failure.error.message
+        assert "--force to fetch it again" in (failure.error.hint or "")
+    assert len(served.requests) == 1
+    assert [path.name for path in (root / "datasets/set").iterdir()] == ["photos.zip"]
+    run(thing, force=True)
+    assert len(served.requests) == 2
+
+
+def test_an_empty_file_is_no_first_use(run, server, artifact, root) -> None:
+    server.add("/thing", b"")
+    (failure,) = run(artifact(body=b"x", sha256=None, size=None))[1].failures
+    assert "served an empty file" in failure.error.message
+    assert not (root / "models/thing.bin").exists()
+
+
+def test_waiting_for_another_attempt_is_told_once(run, server, artifact, body, caplog) -> None:
+    served = server.add("/thing", body)
+    served.answers = [(500, {}), (503, {})]
+    run(artifact(body=body))[1].raise_for_failures()
+    told = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert len(told) == 1
+    assert told[0].endswith("answered 500. Trying again.")
+
+
+def test_a_size_that_was_only_announced_shows_how_far_it_is(server, artifact, body, root) -> None:
+    totals: list[float | None] = []
+
+    class Watching(SilentProgress):
+        def task(self, description, *, total=None, **options):
+            totals.append(total)
+            return super().task(description, total=total, **options)
+
+    server.add("/thing", body)
+    thing = artifact(body=body, sha256=None, size=None)
+    catalogue = Catalogue([("test", CatalogueFile(artifacts=(thing,)))])
+    with Downloader(catalogue, DownloadOptions(root=root), Watching()) as downloader:
+        downloader.fetch(downloader.ask_sizes(downloader.plan(["thing"]))).raise_for_failures()
+    assert totals == [len(body)]

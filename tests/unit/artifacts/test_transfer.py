@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import time
 from email.utils import formatdate
 
@@ -364,9 +365,12 @@ def test_redirects_to_what_is_no_plain_web_address(fetch, server, goal, message)
     failed(fetch)
 
 
-def test_an_empty_file(fetch, server) -> None:
+def test_an_empty_file_must_be_what_was_published(fetch, server) -> None:
     server.add("/f", b"")
-    assert fetch("/f").size == 0
+    with pytest.raises(DigestError, match="served an empty file"):
+        fetch("/f")
+    assert not fetch.target.exists()
+    assert fetch("/f", sha256=hashlib.sha256(b"").hexdigest()).size == 0
     assert fetch.target.read_bytes() == b""
 
 

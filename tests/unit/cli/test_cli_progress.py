@@ -2,12 +2,20 @@ from __future__ import annotations
 
 import io
 import sys
+import time
 
 import pytest
 
+from proxydet.artifacts.meter import Meter
 from proxydet.reporting import SilentProgress
 from proxydet_cli import progress
-from proxydet_cli.progress import BarProgress, LineProgress, NotebookProgress, show_progress
+from proxydet_cli.progress import (
+    BarProgress,
+    LineProgress,
+    LineTask,
+    NotebookProgress,
+    show_progress,
+)
 
 
 class Clock:
@@ -129,3 +137,28 @@ def test_notebook(capsys: pytest.CaptureFixture[str]) -> None:
         task.advance(2, loss=0.5)
         task.describe("trained")
     assert "trained: 100%" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("total", "left"), [(None, False), (100, True)])
+def test_bars_say_left_only_beside_a_time(monkeypatch, total, left) -> None:
+    """A bar of unknown length used to show the time gone by as the time left."""
+    stream = io.StringIO()
+    monkeypatch.setattr(progress.sys, "stderr", stream)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with BarProgress().task("fetching", total=total, unit="B") as task:
+        for _ in range(8):
+            task.advance(5)
+            time.sleep(0.05)
+    assert ("left" in stream.getvalue()) == left
+
+
+def test_the_last_line_of_a_transfer_tells_the_speed_over_all(monkeypatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("proxydet.artifacts.meter.time.monotonic", lambda: clock[0])
+    task = LineTask("f", 6e6, "B", 0)
+    meter = Meter(task)
+    for seconds, count in ((1, 3_000_000), (2, 3_000_000), (12, 0)):
+        clock[0] = seconds
+        meter.advance(count)
+    meter.finish()
+    assert task._fields["speed"] == "0.5 MB/s"

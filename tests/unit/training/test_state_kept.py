@@ -1,0 +1,202 @@
+"""What a run that goes on takes with it, and what signals, guards and records do at their edges."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from proxydet.errors import DiskFullError, Interrupted, NumericsError, TrainingError
+from proxydet.training import checkpoint
+from proxydet.training.checkpoint import load_checkpoint, write_checkpoint
+from proxydet.training.cluster import plan_topology
+from proxydet.training.config import OptimizerConfig, ScheduleConfig
+from proxydet.training.feed import BatchFeed
+from proxydet.training.optimizer import build_optimizer
+from proxydet.training.schedule import learning_rate_factor
+from proxydet.training.signals import StopNow, StopSignals
+from proxydet.training.state import TrainingState
+
+NEVER_SKIPPED = {"guards": {"non_finite": "skip", "max_skipped": 2}}
+
+
+def make_state() -> TrainingState:
+    network = torch.nn.Linear(2, 2)
+    return TrainingState(
+        network=network,
+        model=network,
+        optimizer=build_optimizer(network.parameters(), OptimizerConfig()),
+        scaler=torch.amp.GradScaler("cpu", init_scale=8.0, enabled=True),
+        seed=1,
+    )
+
+
+def test_counts_and_the_loss_scale_are_restored() -> None:
+    before = make_state()
+    before.iteration, before.skipped, before.images = 5, 2, 40
+    before.scaler.load_state_dict({**before.scaler.state_dict(), "scale": 2.0})
+    after = make_state()
+    after.load_state_dict(before.state_dict())
+    assert (after.iteration, after.skipped, after.images) == (5, 2, 40)
+    assert after.scaler.state_dict()["scale"] == 2.0
+
+
+def poison(toy: ModuleType, monkeypatch: pytest.MonkeyPatch, value: float, *calls: int) -> None:
+    losses, count = toy.toy_losses, iter(range(1000))
+
+    def poisoned(found: dict, *, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        values = losses(found, generator=generator)
+        return (
+            {**values, "loss_box": values["loss_box"] + value} if next(count) in calls else values
+        )
+
+    monkeypatch.setattr(toy, "toy_losses", poisoned)
+
+
+def test_an_infinite_loss_is_refused_too(
+    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(toy, monkeypatch, float("inf"), 1)
+    with pytest.raises(NumericsError, match="loss_box is inf"):
+        toy.run(tmp_path, {"iterations": 3})
+
+
+def test_skipped_steps_count_over_the_whole_run(
+    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is started again may not skip as many steps once more."""
+
+    def crash(network: torch.nn.Module, at: int, folder: Path) -> dict[str, float]:
+        raise KeyError(at)
+
+    with monkeypatch.context() as patch:
+        poison(toy, patch, float("nan"), 0, 1)
+        changes = {**NEVER_SKIPPED, "evaluation": {"period": 4}}
+        with pytest.raises(KeyError):
+            toy.run(tmp_path, changes, evaluate=crash)
+    assert load_checkpoint(tmp_path / "checkpoints/step_0000004.pth")["skipped"] == 2
+    poison(toy, monkeypatch, float("nan"), 0)
+    with pytest.raises(NumericsError, match="At iteration 4"):
+        toy.run(tmp_path, NEVER_SKIPPED)
+
+
+def test_the_seed_of_the_run_decides_what_steps_draw(toy: ModuleType, tmp_path: Path) -> None:
+    for seed in (7, 8):
+        toy.run(tmp_path / str(seed), {"iterations": 2}, seed=seed)
+    left, right = (
+        torch.load(tmp_path / name / "model_final.pth", weights_only=True)["model"]
+        for name in ("7", "8")
+    )
+    assert not torch.equal(left["backbone.0.weight"], right["backbone.0.weight"])
+
+
+def test_an_evaluation_that_was_made_is_not_made_again(toy: ModuleType, tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def evaluate(network: torch.nn.Module, at: int, folder: Path) -> dict[str, float]:
+        seen.append(at)
+        return {"AP": 0.5}
+
+    changes = {"iterations": 4, "evaluation": {"period": 2}}
+    result = toy.run(tmp_path, changes, evaluate=evaluate)
+    assert result.best.iteration == 2, "of equal ones the first is the best"
+    toy.run(tmp_path, changes, evaluate=evaluate)
+    assert seen == [2, 4]
+
+
+def test_a_signal_in_the_last_step_lets_the_run_end(
+    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses, count = toy.toy_losses, iter(range(100))
+
+    def interrupting(found: dict, *, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        if next(count) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return losses(found, generator=generator)
+
+    monkeypatch.setattr(toy, "toy_losses", interrupting)
+    with pytest.raises(Interrupted):
+        toy.run(tmp_path / "first", {"iterations": 4})
+    count = iter(range(100))
+    assert toy.run(tmp_path / "last", {"iterations": 3}).weights.exists()
+
+
+def test_a_second_ctrl_c_stops_at_once_and_the_first_signal_is_told() -> None:
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.received == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(StopNow), signals.immediate():
+            pytest.fail("long work began after a signal")
+
+
+def test_a_checkpoint_is_replaced_not_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.pth"
+    write_checkpoint({"format": 1, "x": 1}, path)
+    flushed: list[int] = []
+    flush = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: (flushed.append(number), flush(number)))
+    with path.open("rb") as reader:
+        write_checkpoint({"format": 1, "x": 2}, path)
+        assert torch.load(reader, weights_only=True)["x"] == 1
+    assert load_checkpoint(path)["x"] == 2
+    assert len(flushed) == 2, "the file and its folder"
+
+
+def test_a_disk_without_room_to_spare_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {"weights": torch.zeros(1000)}
+    usage = checkpoint.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=4001))
+    with pytest.raises(DiskFullError):
+        write_checkpoint(state, tmp_path / "a.pth")
+
+
+def test_a_dead_loader_process_is_told_in_words() -> None:
+    def batches() -> object:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+        yield
+
+    with (
+        BatchFeed(batches(), 60.0) as feed,
+        pytest.raises(TrainingError, match="A process of the data loader died"),
+    ):
+        feed.next()
+
+
+def test_several_slurm_tasks_a_node_are_not_taken_for_nodes() -> None:
+    environment = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_PROCID": "0",
+        "SLURM_NTASKS": "8",
+        "SLURM_NTASKS_PER_NODE": "8",
+    }
+    asked = {"gpus": None, "nodes": None, "rendezvous": None, "max_restarts": None}
+    assert plan_topology(**asked, available=2, environment=environment).nodes == 1
+
+
+def test_warm_up_ends_on_the_published_tolerance_and_may_outlast_the_training() -> None:
+    constant = ScheduleConfig(shape="constant", warmup_iterations=10)
+    assert learning_rate_factor(9, 20_000_000, constant) == 1.0
+    long = ScheduleConfig(warmup_iterations=20)
+    factors = [learning_rate_factor(step, 10, long) for step in range(10)]
+    assert factors == pytest.approx([1e-3 * (1 - step / 20) for step in range(10)])
+
+
+def test_records_of_steps_that_are_taken_again_are_forgotten(
+    toy: ModuleType, tmp_path: Path
+) -> None:
+    toy.run(tmp_path, {"log": {"period": 1}})
+    toy.run(tmp_path, {"log": {"period": 1}}, resume=tmp_path / "checkpoints/step_0000008.pth")
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == list(range(1, 13))

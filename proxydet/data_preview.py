@@ -5,6 +5,7 @@ Dimensions: A annotations of an image.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,7 @@ from proxydet.visualization.plots import long_tail_plot, svg_of
 from proxydet.visualization.report import Command, Picture, Report, Section, Table, write_report
 from proxydet.visualization.sheets import contact_sheet
 from proxydet.vocabulary.vocabulary import Vocabulary
+from proxydet.wording import counted
 
 if TYPE_CHECKING:
     from proxydet.data.batches import Batch
@@ -98,7 +100,7 @@ def preview_pictures(
             pixels = read_annotated_image(record, description.split(request.split).roots, True)
             objects = _drawn_objects(store, record, vocabulary)
             drawn = draw_objects(Image.fromarray(pixels), objects)
-            caption = f"{record.file_name}: {len(objects)} annotations"
+            caption = f"{record.file_name}: {counted(len(objects), 'annotation')}"
             pictures.append(Picture(image=drawn, caption=caption))
             task.advance()
     return pictures
@@ -109,6 +111,7 @@ def write_preview(
     path: Path,
     request: PreviewRequest,
     *,
+    named: Path | None = None,
     cache: Path | None = None,
     progress: Progress = SILENT,
 ) -> Path:
@@ -118,6 +121,7 @@ def write_preview(
         description: The data set.
         path: ``.html``, ``.png``, ``.jpg`` or ``.webp``.
         request: Which images.
+        named: The description's file, for the commands that the page shows.
         cache: Folder of annotation stores; None means the user's cache folder.
         progress: Where to show the drawing.
 
@@ -135,7 +139,7 @@ def write_preview(
         contact_sheet([picture.image for picture in pictures]).save(path)
         return path
     stats = dataset_stats(description, cache=cache, progress=progress)
-    return write_report(_page(stats, pictures, request), path)
+    return write_report(_page(stats, pictures, request, named or Path("DESCRIPTION.toml")), path)
 
 
 def _chosen_rows(
@@ -227,7 +231,8 @@ def _batch_picture(batch: Batch, place: int, vocabulary: Vocabulary) -> Picture:
     if hasattr(batch, "instances"):
         objects = _instance_objects(batch.instances[place], vocabulary)
         return Picture(
-            image=draw_objects(image, objects), caption=f"image {name}: {len(objects)} objects"
+            image=draw_objects(image, objects),
+            caption=f"image {name}: {counted(len(objects), 'object')}",
         )
     names = [vocabulary.names[row] for row in batch.labels[place].tolist()]
     whole = (0.0, 0.0, float(image.width), float(image.height))
@@ -253,7 +258,9 @@ def _instance_objects(instances: Any, vocabulary: Vocabulary) -> list[DrawnObjec
     return objects
 
 
-def _page(stats: DatasetStats, pictures: list[Picture], request: PreviewRequest) -> Report:
+def _page(
+    stats: DatasetStats, pictures: list[Picture], request: PreviewRequest, named: Path
+) -> Report:
     kind = "as training sees them" if request.augmented else "as annotated"
     table = Table(
         columns=(
@@ -269,7 +276,7 @@ def _page(stats: DatasetStats, pictures: list[Picture], request: PreviewRequest)
     return Report(
         title=f"Data set {stats.name}",
         summary="What is in the data set, how long its tail is, and some of its images.",
-        facts=[(part.part, f"{part.images} images") for part in stats.parts],
+        facts=[(part.part, counted(part.images, "image")) for part in stats.parts],
         sections=[
             Section(title="Counts", tables=[table]),
             Section(
@@ -280,15 +287,24 @@ def _page(stats: DatasetStats, pictures: list[Picture], request: PreviewRequest)
             Section(title=f"Images of {request.split}, {kind}", pictures=pictures),
             Section(
                 title="Go on",
-                commands=[
-                    Command(
-                        command="proxydet train --data DESCRIPTION.toml",
-                        does="train on this data set",
-                    )
-                ],
+                commands=_next_commands(stats, named),
             ),
         ],
     )
+
+
+def _next_commands(stats: DatasetStats, named: Path) -> list[Command]:
+    parts, data = {part.part for part in stats.parts}, f"--data {shlex.quote(str(named))}"
+    commands = [Command(command=f"proxydet data check {shlex.quote(str(named))}", does="check it")]
+    if "train" in parts:
+        commands.append(
+            Command(command=f"proxydet train --recipe small {data}", does="train on this data set")
+        )
+    if "val" in parts:
+        commands.append(
+            Command(command=f"proxydet eval --run runs/RUN {data}", does="evaluate a run on it")
+        )
+    return commands
 
 
 def _row(part: PartStats) -> list[str | int]:

@@ -142,7 +142,8 @@ def account_notes(plan: Plan) -> dict[str, AccountNote]:
         login = items[0].artifact.login
         locked = sum(item.state.value == "needs account" for item in items)
         if login is not None and locked:
-            what = f"{locked} of {len(items)} files need an account at {login.site}."
+            need = "needs" if len(items) == 1 else "need"
+            what = f"{locked} of {counted(len(items), 'file')} {need} an account at {login.site}."
             notes[name] = AccountNote(what, login.how)
     return notes
 

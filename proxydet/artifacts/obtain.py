@@ -17,7 +17,7 @@ from proxydet.artifacts.files import FileLock
 from proxydet.artifacts.look import Item, State, look
 from proxydet.artifacts.meter import Meter
 from proxydet.artifacts.patience import Stopped
-from proxydet.artifacts.records import FirstSeen
+from proxydet.artifacts.records import LOCK_FILE, FirstSeen
 from proxydet.artifacts.replies import NotThere
 from proxydet.artifacts.root import Root
 from proxydet.artifacts.transfer import fetch_file
@@ -216,7 +216,12 @@ def _fetch(item: Item, job: Job, *, take_over: bool) -> Outcome:
     size = wanted.size if wanted.size is not None else item.announced
     with job.progress.task(artifact.file_name, total=size, unit="B") as task:
         meter = Meter(task, job.total)
-        received = fetch_file(wanted, job.line, meter, take_over=take_over)
+        try:
+            received = fetch_file(wanted, job.line, meter, take_over=take_over)
+        except DigestError as error:
+            if artifact.pinned or wanted.sha256 is None:
+                raise
+            raise _not_as_first(artifact, job.root, error) from error
         meter.finish()
     seen = FirstSeen(
         sha256=received.sha256,
@@ -235,6 +240,16 @@ def _fetch(item: Item, job: Job, *, take_over: bool) -> Outcome:
         if wanted.sha256 is not None:
             raise
         raise _taken_back(artifact, job.root, received, error) from error
+
+
+def _not_as_first(artifact: Artifact, root: Root, error: DigestError) -> DigestError:
+    record = root.records(artifact).root / LOCK_FILE
+    return DigestError(
+        error.message,
+        hint=f"{record} holds the digest of its first use. If its source replaced the file and you trust the new "
+        f"one, remove the entry of {artifact.name} there.",
+        path=error.path,
+    )
 
 
 def _taken_back(

@@ -168,7 +168,9 @@ def preview(  # noqa: PLR0913 - one parameter an option
         split=split, count=count, seed=seed, class_name=class_name, augmented=augmented
     )
     found = DatasetDescription.from_toml(description)
-    path = write_preview(found, output, request, cache=cache, progress=show_progress())
+    path = write_preview(
+        found, output, request, named=description, cache=cache, progress=show_progress()
+    )
     Output(json=json).data({"path": path}, str(path))
 
 

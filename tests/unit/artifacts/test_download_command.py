@@ -195,6 +195,7 @@ def test_an_account_by_its_own_name_is_an_error_in_a_group_a_warning(
     assert "https://example.org/join" in err
     code, _, err = run("closed", "--yes")
     assert code == 4
+    assert "1 of 1 file needs an account" in err
     assert "Register there." in err
 
 
@@ -268,25 +269,33 @@ def test_declining_is_answered(entry, server, body, tmp_path) -> None:
 
 def on_terminal(folder: Path, keys: bytes) -> tuple[int, str]:
     """Type keys when asked, on a terminal that is the process's own, so that Ctrl-C is a signal."""
-    child, controller = pty.fork()
-    if child == 0:
-        os.chdir(folder)
-        words = ["download", "thing", "--catalogue", "catalogue.toml"]
-        os.execv(sys.executable, [sys.executable, "-c", TYPED, *words])
+    controller, terminal = pty.openpty()
+    # The first process of a session that opens a terminal is controlled by it.
+    own = "import os; os.open(os.ttyname(0), os.O_RDWR); " + TYPED
+    process = subprocess.Popen(
+        [sys.executable, "-c", own, "download", "thing", "--catalogue", "catalogue.toml"],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        cwd=folder,
+        start_new_session=True,
+    )
+    os.close(terminal)
     shown = b""
+    typed = False
     while True:
         try:
             more = os.read(controller, 4096)
-        except OSError:  # the child is gone
+        except OSError:  # the process is gone
             break
         if not more:
             break
-        asked_before = b"Go on?" in shown
         shown += more
-        if b"Go on?" in shown and not asked_before:
+        if b"Go on?" in shown and not typed:
             os.write(controller, keys)
+            typed = True
     os.close(controller)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), shown.decode()
+    return process.wait(timeout=60), shown.decode()
 
 
 def test_the_list_of_what_is_named(run, entry, body) -> None:

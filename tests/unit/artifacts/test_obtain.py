@@ -537,3 +537,16 @@ def test_a_size_that_was_only_announced_shows_how_far_it_is(server, artifact, bo
     with Downloader(catalogue, DownloadOptions(root=root), Watching()) as downloader:
         downloader.fetch(downloader.ask_sizes(downloader.plan(["thing"]))).raise_for_failures()
     assert totals == [len(body)]
+
+
+def test_another_file_than_at_first_use_says_where_that_is_recorded(
+    run, server, artifact, body, root
+) -> None:
+    server.add("/thing", body)
+    thing = artifact(body=body, sha256=None, size=None)
+    run(thing)[1].raise_for_failures()
+    (root / "models/thing.bin").unlink()
+    server.add("/thing", body[::-1])
+    (failure,) = run(thing)[1].failures
+    assert str(root / "models/artifacts.lock.json") in (failure.error.hint or "")
+    assert "remove the entry of thing" in (failure.error.hint or "")

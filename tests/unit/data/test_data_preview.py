@@ -20,11 +20,11 @@ def test_annotated_images_are_drawn(small_set: Path) -> None:
     pictures = preview_pictures(described(small_set), request)
     assert sorted(p.caption for p in pictures) == [
         "1.png: 0 annotations",
-        "2.png: 1 annotations",
+        "2.png: 1 annotation",
         "3.png: 2 annotations",
         "4.png: 3 annotations",
         "5.png: 0 annotations",
-        "6.png: 1 annotations",
+        "6.png: 1 annotation",
     ]
     again = preview_pictures(described(small_set), request)
     assert [p.caption for p in again] == [p.caption for p in pictures]
@@ -72,7 +72,7 @@ def test_what_training_sees(small_set_with_labels: Path) -> None:
     request = PreviewRequest(augmented=True, count=9)
     captions = [p.caption for p in preview_pictures(described(small_set_with_labels), request)]
     assert len(captions) == 9
-    assert any("objects" in caption for caption in captions)
+    assert any(" object" in caption for caption in captions)
     assert any("tar/" in caption and caption.endswith((": dog", ": bird")) for caption in captions)
 
 
@@ -95,3 +95,17 @@ def test_a_sheet_or_a_page_is_written(small_set: Path, tmp_path: Path) -> None:
 def test_what_training_sees_is_not_chosen(choice) -> None:
     with pytest.raises(ConfigError, match="--augmented"):
         PreviewRequest(augmented=True, **choice)
+
+
+def test_the_page_goes_on_with_the_description_itself(small_set: Path, tmp_path: Path) -> None:
+    folder = small_set.parent
+    named = folder / "my set.toml"
+    text = small_set.read_text()
+    start, end = text.index("[train]"), text.index("[val]")
+    named.write_text(text[:start] + text[end:])  # as Objects365 and OpenImages: evaluation only
+    page = write_preview(
+        described(named), tmp_path / "p.html", PreviewRequest(split="val", count=1), named=named
+    ).read_text()
+    assert "proxydet eval --run runs/RUN --data" in page
+    assert "my set.toml" in page
+    assert "proxydet train" not in page

@@ -14,7 +14,7 @@ from PIL import Image
 
 from proxydet.data.images import convert_image, read_image
 from proxydet.data.transforms import shortest_side
-from proxydet.errors import ConfigError, InputError
+from proxydet.errors import ConfigError, EnvironmentProblem, InputError
 from proxydet.modeling.augmentation import View
 from proxydet.modeling.config import InferenceConfig
 from proxydet.vocabulary.vocabulary import Vocabulary
@@ -99,7 +99,8 @@ def choose_device(device: str) -> torch.device:
     """Return the device of that name; ``"auto"`` is a GPU where there is one.
 
     Raises:
-        ConfigError: There is no such device.
+        ConfigError: There is no such kind of device.
+        EnvironmentProblem: It is not there, or cannot be used.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -113,7 +114,7 @@ def choose_device(device: str) -> torch.device:
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(
+        raise EnvironmentProblem(
             f"the device {device!r} cannot be used: {reason}",
             hint="try cpu, or auto; proxydet env says what hinders a GPU",
         ) from error

@@ -37,11 +37,14 @@ class PictureFile:
     """Where its results go below the output folder: relative, without ending, different for every picture."""
 
 
-def find_pictures(sources: Iterable[str | Path]) -> tuple[PictureFile, ...]:
+def find_pictures(
+    sources: Iterable[str | Path], *, reserved: Iterable[str] = ()
+) -> tuple[PictureFile, ...]:
     """Find pictures.
 
     Args:
         sources: Files, folders (searched at any depth), and patterns such as ``photos/*.jpg`` or ``**/*.png``.
+        reserved: Names in the output folder that other results have; a picture or folder of that name gets a number.
 
     Returns:
         Each file once, in the order given; those of a folder or a pattern by name.
@@ -56,7 +59,11 @@ def find_pictures(sources: Iterable[str | Path]) -> tuple[PictureFile, ...]:
     if not found:
         raise DataError("no pictures were given", hint="name files, folders or patterns")
     taken: set[Path] = set()
-    return tuple(PictureFile(path, named_apart(name, taken)) for path, name in found.items())
+    avoided = frozenset(reserved)
+    return tuple(
+        PictureFile(path, named_apart(clear_of(name, avoided), taken))
+        for path, name in found.items()
+    )
 
 
 def _expand(source: str | Path) -> list[tuple[Path, Path]]:
@@ -85,6 +92,17 @@ def _expand(source: str | Path) -> list[tuple[Path, Path]]:
     if not path.exists():
         raise DataError(f"there is no file or folder {path}", hint="check its spelling", path=path)
     return [(path, Path(path.stem))]
+
+
+def clear_of(name: Path, reserved: frozenset[str]) -> Path:
+    """Number a name whose first part is reserved; any other stays as it is.
+
+    Args:
+        name: Relative to the output folder, without ending.
+        reserved: Names in the output folder.
+    """
+    first, *rest = name.parts
+    return Path(f"{first}_2", *rest) if first in reserved else name
 
 
 def named_apart(name: Path, taken: set[Path]) -> Path:

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import re
-import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from PIL import Image
 
 from proxydet.detections import Detection, Detections
-from proxydet.errors import ConfigError, DataError
+from proxydet.errors import ConfigError, EnvironmentProblem
 from proxydet.picture_files import PictureFile, named_apart
+from proxydet.saving import write_whole
 
 if TYPE_CHECKING:
     from proxydet.detector_inputs import Pixels
@@ -27,6 +27,16 @@ KINDS = ("pictures", "json", "coco", "crops", "csv")
 
 TABLE_COLUMNS = ("label", "score", "x0", "y0", "x1", "y1", "mask_area")
 """What tables tell of a detection; `table_cells` gives the values."""
+
+
+def reserved_names(kinds: Sequence[str]) -> frozenset[str]:
+    """Names in the output folder that results of all pictures take, so that no single picture's may have them.
+
+    Args:
+        kinds: What is saved.
+    """
+    together = {("json", "coco"): "coco", ("pictures", "crops"): "crops"}
+    return frozenset(name for pair, name in together.items() if set(pair) <= set(kinds))
 
 
 class Saver(Protocol):
@@ -46,19 +56,19 @@ def check_folder(folder: Path) -> None:
         folder: Where files will go; it may not be there yet.
 
     Raises:
-        DataError: The folder, or the nearest one above it that is there, is no folder or cannot be written to.
+        EnvironmentProblem: The folder, or the nearest one above it that is there, is no folder or cannot be written to.
     """
     nearest = folder.absolute()
     while not nearest.exists():
         nearest = nearest.parent
     if not nearest.is_dir():
-        raise DataError(
+        raise EnvironmentProblem(
             f"files cannot be saved in {folder}: {nearest} is a file, not a folder",
             hint="give another folder with --output",
             path=nearest,
         )
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise DataError(
+        raise EnvironmentProblem(
             f"files cannot be saved in {folder}: {nearest} cannot be written to",
             hint="give another folder with --output",
             path=nearest,
@@ -211,7 +221,7 @@ class CsvSaver:
 
     def finish(self) -> list[Path]:
         """Write the table."""
-        return [_write_bytes(self._text.getvalue().encode(), self._target)]
+        return [write_whole(self._text.getvalue().encode(), self._target)]
 
 
 def table_cells(item: Detection) -> list[object]:
@@ -247,20 +257,8 @@ def _save_picture(picture: Image.Image, target: Path) -> None:
         picture.save(buffer, "PNG")
     else:
         picture.save(buffer, "JPEG", quality=92, subsampling=0)
-    _write_bytes(buffer.getvalue(), target)
+    write_whole(buffer.getvalue(), target)
 
 
 def _write_text(content: object, target: Path) -> Path:
-    return _write_bytes(json.dumps(content, ensure_ascii=False).encode(), target)
-
-
-def _write_bytes(data: bytes, target: Path) -> Path:
-    """Write a file in one step, making its folder."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name[:40]}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return target
+    return write_whole(json.dumps(content, ensure_ascii=False).encode(), target)

@@ -40,11 +40,8 @@ class EvalOptions:
                 f"--split is {self.split!r}; it can be val or train.",
                 hint="to evaluate on other images, name their annotations as [val] in a data description",
             )
-        if self.results is not None and (self.run or self.weights or self.model or self.tta):
-            raise ConfigError(
-                "--results are scored as they are; --run, --weights, --config and --tta make new ones.",
-                hint="give either",
-            )
+        if self.results is not None:
+            self._check_scoring()
         if self.config.hierarchy is not None and not self.config.hierarchy.is_file():
             raise InputError(
                 f"there is no class hierarchy {self.config.hierarchy}",
@@ -59,16 +56,31 @@ class EvalOptions:
         if self.results is None and self.vocabulary is not None and self.data is None:
             raise ConfigError("--vocabulary belongs to a data set.", hint="give --data too")
 
+    def _detecting(self) -> list[str]:
+        """Names of the given options that say how to detect, which has no part where results are there already."""
+        options = {
+            "--run": self.run is not None,
+            "--weights": self.weights is not None,
+            "--config": self.model is not None,
+            "--device": self.device != "auto",
+            "--gpus": self.gpus is not None,
+            "--batch-size": self.config.batch_size != 1,
+            "--tta": self.tta,
+        }
+        return [name for name, given in options.items() if given]
+
+    def _check_scoring(self) -> None:
+        given = self._detecting()
+        if given:
+            raise ConfigError(
+                f"--results are scored as they are: {', '.join(given)} has no part in it.",
+                hint="leave it out, or leave out --results to detect anew",
+            )
+
     def check_comparison(self) -> None:
         """Raise ConfigError where the options are not those of a comparison."""
-        makes = {
-            "--run": self.run,
-            "--weights": self.weights,
-            "--results": self.results,
-            "--output": self.output,
-            "--tta": self.tta or None,
-        }
-        given = [name for name, value in makes.items() if value is not None]
+        others = {"--results": self.results, "--output": self.output}
+        given = [name for name, value in others.items() if value is not None] + self._detecting()
         if given:
             raise ConfigError(
                 f"--compare looks at results that are there, and writes no files: {', '.join(given)} has no part in it.",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,7 @@ def look(detector: Detector, job: Job, out: Output) -> None:
     from proxydet_cli.progress import show_progress
 
     shown, progress = Shown(out, lines=bool(job.videos)), show_progress()
+    alone = len(job.pictures) + len(job.videos) == 1
     if job.pictures:
         plan = PredictionPlan(
             vocabulary=job.vocabulary,
@@ -55,7 +57,8 @@ def look(detector: Detector, job: Job, out: Output) -> None:
             savers=make_savers(job.kinds, job.output, job.vocabulary.names),
             on_result=shown.picture,
         )
-        shown.pictures_done(predict_files(detector, job.pictures, plan, progress=progress))
+        with shown.going_on(str(job.pictures[0].path), alone=alone):
+            shown.pictures_done(predict_files(detector, job.pictures, plan, progress=progress))
     frames = VideoPlan(
         vocabulary=job.vocabulary,
         settings=job.settings,
@@ -66,7 +69,8 @@ def look(detector: Detector, job: Job, out: Output) -> None:
         on_result=shown.frame,
     )
     for video in job.videos:
-        shown.video_done(predict_video_file(detector, video, frames, progress=progress))
+        with shown.going_on(video.source.name, alone=alone):
+            shown.video_done(predict_video_file(detector, video, frames, progress=progress))
     shown.conclude()
 
 
@@ -110,7 +114,7 @@ class Shown:
         if summary.unreadable:
             total = summary.pictures + len(summary.unreadable)
             self._broken.append(f"{len(summary.unreadable)} of {total} pictures could not be read")
-            self._hints["the warnings above name the pictures"] = None
+            self._hints["the warnings above say why"] = None
 
     def video_done(self, summary: VideoSummary) -> None:
         """Take note of what became of a video."""
@@ -118,6 +122,25 @@ class Shown:
         if summary.broken is not None:
             self._broken.append(summary.broken)
             self._hints["what was found before a video broke off is kept"] = None
+
+    @contextlib.contextmanager
+    def going_on(self, name: str, *, alone: bool) -> Iterator[None]:
+        """Note what cannot be read at all, so that the next is looked at.
+
+        Args:
+            name: What is read.
+            alone: It is all that there is to read: its error is raised.
+        """
+        from proxydet.errors import DataError
+
+        try:
+            yield
+        except DataError as error:
+            if alone:
+                raise
+            self.out.warning(error.message)
+            self._broken.append(f"{name} could not be read")
+            self._hints["the warnings above say why"] = None
 
     def conclude(self) -> None:
         """Say what was saved.

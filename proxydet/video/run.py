@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proxydet.errors import DataError, Interrupted
-from proxydet.picture_files import named_apart
+from proxydet.picture_files import clear_of, named_apart
 from proxydet.reporting import SILENT, Progress, Task
 from proxydet.video.frames import FrameDetector, FrameResult, look_at_frames
 from proxydet.video.reading import VideoReader
@@ -67,8 +67,14 @@ class VideoSummary:
     """Where and why the video ended early; None where it did not."""
 
 
-def name_videos(sources: Sequence[str | Path]) -> tuple[VideoFile, ...]:
+def name_videos(
+    sources: Sequence[str | Path], *, reserved: Iterable[str] = ()
+) -> tuple[VideoFile, ...]:
     """Open what a user calls videos, and give each a name of its own.
+
+    Args:
+        sources: Files and cameras.
+        reserved: Names in the output folder that other results have; a video of that name gets a number.
 
     Raises:
         DataError: A file or camera is not there.
@@ -77,7 +83,8 @@ def name_videos(sources: Sequence[str | Path]) -> tuple[VideoFile, ...]:
     videos = []
     for source in map(open_source, dict.fromkeys(sources)):
         plain = Path(source.path.stem if source.path else source.name.replace(":", "_"))
-        videos.append(VideoFile(source=source, name=named_apart(plain, taken)))
+        name = named_apart(clear_of(plain, frozenset(reserved)), taken)
+        videos.append(VideoFile(source=source, name=name))
     return tuple(videos)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -16,6 +17,7 @@ from PIL import Image
 
 from proxydet.errors import ConfigError
 from proxydet.prediction_output import TABLE_COLUMNS, table_cells
+from proxydet.saving import saving
 from proxydet.video.frames import FrameResult
 from proxydet.video.reading import VideoInfo
 from proxydet.video.source import VideoSource
@@ -188,19 +190,24 @@ class _TextFile:
         self._temporary = target.with_name(
             f".{target.name[:40]}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
         )
-        target.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = self._temporary.open("x", encoding="utf-8", newline="")
+        with saving(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = self._temporary.open("x", encoding="utf-8", newline="")
 
     def write(self, text: str) -> None:
-        self._stream.write(text)
+        with saving(self._target):
+            self._stream.write(text)
 
     def finish(self) -> Path:
-        self._stream.close()
-        self._temporary.replace(self._target)
+        with saving(self._target):
+            self._stream.close()
+            self._temporary.replace(self._target)
         return self._target
 
     def abandon(self) -> None:
-        self._stream.close()
+        # On a full disk closing fails as writing did: the error is told already, and the file is removed.
+        with contextlib.suppress(OSError):
+            self._stream.close()
         self._temporary.unlink(missing_ok=True)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from proxydet.errors import DataError
+from proxydet.saving import saving, unwritable
 from proxydet.video.reading import VideoInfo
 from proxydet.video.source import pyav
 
@@ -69,7 +69,7 @@ class VideoWriter:
             pixels_HW3: uint8 RGB; frames of another size than the first are scaled to it.
 
         Raises:
-            DataError: It cannot be written.
+            EnvironmentProblem: It cannot be written.
         """
         with self._told():
             self._write(pts, pixels_HW3)
@@ -94,7 +94,7 @@ class VideoWriter:
         """Write what is still in the encoder, and give the file its name; None where there were no frames.
 
         Raises:
-            DataError: It cannot be written; nothing is left.
+            EnvironmentProblem: It cannot be written; nothing is left.
         """
         if self._container is None:
             return None
@@ -104,7 +104,8 @@ class VideoWriter:
                 if self._sound is not None:
                     self._sound.copy_until(self._end)
                 self._container.close()
-            self._temporary.replace(self._target)
+            with saving(self._target):
+                self._temporary.replace(self._target)
         finally:
             self.abandon()
         return self._target
@@ -119,7 +120,8 @@ class VideoWriter:
         self._temporary.unlink(missing_ok=True)
 
     def _open(self, height: int, width: int) -> None:
-        self._target.parent.mkdir(parents=True, exist_ok=True)
+        with saving(self._target):
+            self._target.parent.mkdir(parents=True, exist_ok=True)
         self._container = self._av.open(
             str(self._temporary), "w", format="mp4", options={"movflags": "+faststart"}
         )
@@ -161,11 +163,8 @@ class VideoWriter:
         try:
             yield
         except self._av.FFmpegError as error:
-            raise DataError(
-                f"the video {self._target} cannot be written: {error.strerror or error}",
-                hint="check the room on the disk",
-                path=self._target,
-            ) from error
+            number, reason = error.errno, error.strerror or str(error)
+            raise unwritable(self._target, number, reason) from error
 
 
 class _Sound:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def open_vocabulary(
         VocabularyError: There is no such vocabulary, or it cannot be read.
     """
     path = Path(source)
+    check_source(source)
     if (path.suffix == ".npy") != (names is not None):
         raise VocabularyError(
             "a .npy table of embeddings and a file of its class names go together",
@@ -57,15 +59,31 @@ def open_vocabulary(
         )
     if path.suffix in SAVED_SUFFIXES:
         return Vocabulary.load(path)
-    if path.suffix.lower() in _NAMES:
-        classes = check_classes(read_names(path))
-        if known is not None:
-            return complete_vocabulary(classes, known, encoder)
-        return build_vocabulary(classes, encoder())
+    classes = check_classes(read_names(path))
+    if known is not None:
+        return complete_vocabulary(classes, known, encoder)
+    return build_vocabulary(classes, encoder())
+
+
+def check_source(source: str | Path) -> None:
+    """Refuse what can be no vocabulary, before anything is opened.
+
+    Args:
+        source: As for `open_vocabulary`.
+
+    Raises:
+        VocabularyError: It is neither a published vocabulary's name nor a file of a kind that holds one.
+    """
+    endings = (*SAVED_SUFFIXES, *_NAMES, ".npy")
+    if is_published(str(source)) or Path(source).suffix.lower() in endings:
+        return
+    near = difflib.get_close_matches(str(source).lower(), PUBLISHED_VOCABULARIES, n=1)
     raise VocabularyError(
         f"the vocabulary {str(source)!r} is neither a published one ({', '.join(PUBLISHED_VOCABULARIES)}) nor a "
-        f"file ({', '.join((*SAVED_SUFFIXES, *_NAMES, '.npy'))})",
-        hint="class names can be given as a list: -v 'cup, plate' on the command line, ['cup', 'plate'] in Python",
+        f"file ({', '.join(endings)})",
+        hint=f"did you mean {near[0]}?"
+        if near
+        else "class names can be given as a list: -v 'cup, plate' on the command line, ['cup', 'plate'] in Python",
     )
 
 

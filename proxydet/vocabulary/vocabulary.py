@@ -8,7 +8,7 @@ Dimensions: C classes, R reference classes, D embedding.
 from __future__ import annotations
 
 import hashlib
-import uuid
+import io
 import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from proxydet.errors import VocabularyError
+from proxydet.saving import write_whole
 from proxydet.vocabulary.names import check_classes, check_names, quote_names
 
 FloatArray = npt.NDArray[np.float32]
@@ -141,19 +142,14 @@ class Vocabulary:
         )
 
     def save(self, path: Path | str) -> Path:
-        """Write a ``.npz`` that `load` reads; an existing file is replaced in one step."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        try:
-            with temporary.open("xb") as file:
-                np.savez(
-                    file, names=np.array(self.names), embeddings=self.embeddings, base=self.base
-                )
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        return path
+        """Write a ``.npz`` that `load` reads; an existing file is replaced in one step.
+
+        Raises:
+            EnvironmentProblem: The file cannot be written.
+        """
+        file = io.BytesIO()
+        np.savez(file, names=np.array(self.names), embeddings=self.embeddings, base=self.base)
+        return write_whole(file.getvalue(), Path(path))
 
     def normalised(self) -> FloatArray:
         """Return the embeddings with rows of length 1: float32 (C, D), read-only, computed once."""

@@ -107,8 +107,8 @@ def predict(  # noqa: PLR0913 one parameter an option
 ) -> None:
     """Find objects in pictures and videos, by any words.
 
-    Without -v and --vocabulary it looks for the classes that the model was trained on. A picture that cannot be read
-    is reported and left out, and of a video that breaks off what came before is kept; the exit code is then 3.
+    Without -v and --vocabulary it looks for the classes that the model was trained on. A picture or video that cannot
+    be read is reported and left out, and of a video that breaks off what came before is kept; the exit code is then 3.
     """
     from PIL.Image import DecompressionBombWarning
 
@@ -146,16 +146,22 @@ def _find(
 ) -> tuple[tuple[PictureFile, ...], tuple[VideoFile, ...]]:
     """Find pictures and videos, and check that what is to be saved can be saved of them."""
     from proxydet.picture_files import find_pictures
+    from proxydet.prediction_output import reserved_names
     from proxydet.video.run import name_videos
     from proxydet.video.saving import check_kinds
     from proxydet.video.source import pyav, split_sources
 
     named_pictures, named_videos = split_sources(_with_stdin(sources))
-    videos = name_videos(named_videos)
-    if videos:
+    if named_videos:
         pyav()
         check_kinds(kinds)
-    return find_pictures(named_pictures) if named_pictures or not videos else (), videos
+    pictures = (
+        find_pictures(named_pictures, reserved=reserved_names(kinds))
+        if named_pictures or not named_videos
+        else ()
+    )
+    # The table of all pictures is called detections.csv.
+    return pictures, name_videos(named_videos, reserved=["detections"] if pictures else [])
 
 
 def _with_stdin(sources: list[str]) -> list[str]:

@@ -131,12 +131,14 @@ def show(  # noqa: PLR0913 one parameter an option
     """Show what each class resembles, whether it counts as base or novel and why, what is too alike, and what CLIP would cut."""
     from proxydet.paths import require_run
     from proxydet.vocabulary.comparison import compare
+    from proxydet.vocabulary.files import check_source
     from proxydet.vocabulary.lengths import names_too_long
     from proxydet.vocabulary.vocabulary import Vocabulary
     from proxydet_cli.output import Output
 
     if run is not None and against is not None:
         raise typer.BadParameter("give either --against or --run")
+    check_source(vocabulary)
     if run is not None:
         reference = Vocabulary.load(require_run(run) / "vocabulary.npz")
     else:

@@ -18,6 +18,7 @@ RANK = {
         [
             "errors",
             "json_lines",
+            "saving",
             "reporting",
             "wording",
             "paths",

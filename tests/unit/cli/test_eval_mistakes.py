@@ -16,7 +16,21 @@ from proxydet_cli.main import main
         (["--run", "RUN"], "is no run folder", "proxydet train or quickstart wrote"),
         (["--run", "RUN/absent"], "there is no run folder", "proxydet quickstart"),
         (["--run", "RUN/file"], "is a file, not a run folder", "give the folder"),
-        (["--run", "RUN", "-o", "RUN/file"], "is a file, not a folder", "--output"),
+        (
+            ["--results", "RUN/file", "--data", "x.json", "--device", "cpu", "--gpus", "2"],
+            "--device, --gpus has no part in it",
+            "leave it out",
+        ),
+        (
+            ["--results", "RUN/file", "--data", "x.json", "--batch-size", "2", "--tta"],
+            "--batch-size, --tta has no part in it",
+            "leave it out",
+        ),
+        (
+            ["--compare", "RUN/file", "RUN/file", "--data", "x.json", "--device", "cpu"],
+            "--device has no part in it",
+            "a proxydet eval of its own",
+        ),
         (["--run", "RUN", "--hierarchy", "RUN/absent"], "there is no class hierarchy", "label500"),
         (["--run", "RUN", "--data", "RUN"], "is a folder, not a data description", "TOML"),
         (
@@ -52,3 +66,13 @@ def test_what_is_no_run_or_split_is_told(
     told = " ".join(capsys.readouterr().err.split())
     assert message in told
     assert hint in told
+
+
+def test_a_place_that_cannot_be_written_to_is_the_environments_fault(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert main(["eval", "--run", str(tmp_path), "-o", str(tmp_path / "file")]) == 5
+    told = capsys.readouterr().err
+    assert "is a file, not a folder" in told
+    assert "--output" in told

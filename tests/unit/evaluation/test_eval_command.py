@@ -210,7 +210,7 @@ def test_compare_two_files_and_two_folders(typed: Typed, files: Path) -> None:
         (
             ["--results", "a.json", "--run", "x", "--data", "val.json"],
             ConfigError,
-            "--config and --tta make",
+            "--results are scored as they are: --run has no part",
         ),
         (["--vocabulary", "text.npy"], ConfigError, "belongs to a data set"),
         (["--compare", "a.json", "b.json"], ConfigError, "need|needs the data set"),

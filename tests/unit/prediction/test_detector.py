@@ -12,7 +12,7 @@ from PIL import Image
 from proxydet.detections import Detections
 from proxydet.detector import Detector
 from proxydet.detector_inputs import as_pixels, choose_device
-from proxydet.errors import ConfigError, DataError, InputError, VocabularyError
+from proxydet.errors import ConfigError, DataError, EnvironmentProblem, InputError, VocabularyError
 from proxydet.modeling.config import InferenceConfig
 from proxydet.vocabulary.vocabulary import Vocabulary
 
@@ -232,8 +232,9 @@ def test_embeddings_of_another_width_are_refused(
 
 def test_devices_that_are_not_there_are_refused() -> None:
     assert choose_device("auto").type in ("cpu", "cuda")
-    with pytest.raises(ConfigError, match="cuda:99"):
+    with pytest.raises(EnvironmentProblem, match="cuda:99") as caught:
         choose_device("cuda:99")
+    assert caught.value.exit_code == 5
     # Not torch's list of twenty kinds.
     with pytest.raises(ConfigError, match=r"^there is no kind of device 'toaster'$"):
         choose_device("toaster")

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from proxydet.errors import DataError
+from proxydet.errors import EnvironmentProblem
 from proxydet.prediction_output import check_folder
 
 
@@ -16,11 +16,11 @@ def test_a_folder_that_can_be_made_is_accepted_and_not_made(tmp_path):
 def test_a_file_in_the_way_is_named(tmp_path):
     (tmp_path / "taken").write_text("x")
     for folder in (tmp_path / "taken", tmp_path / "taken" / "below"):
-        with pytest.raises(DataError, match="taken is a file, not a folder"):
+        with pytest.raises(EnvironmentProblem, match="taken is a file, not a folder"):
             check_folder(folder)
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(DataError, match="cannot be written to"):
+    with pytest.raises(EnvironmentProblem, match="cannot be written to"):
         check_folder(tmp_path / "new")

@@ -121,7 +121,8 @@ def test_options_change_what_is_kept(run: Run, folder: Path) -> None:
         (["{folder}/a0.png", "-v", "red star,,"], 3, "empty"),
         (["{folder}/a0.png", "-v", "a giraffe"], 3, "giraffe"),
         (["{folder}/a0.png", "-v", "{folder}/notes.txt"], 3, "--vocabulary"),
-        (["{folder}/a0.png", "--vocabulary", "lviss"], 3, "lviss"),
+        (["{folder}/a0.png", "--vocabulary", "lviss"], 3, "did you mean lvis?"),
+        (["{folder}/a0.png", "-o", "{folder}/notes.txt"], 5, "is a file, not a folder"),
         (["{folder}/a0.png", "--vocabulary", "absent.txt"], 3, "absent.txt"),
         (["{folder}/a0.png", "--vocabulary", "a.npy"], 3, "--names"),
         (["{folder}/a0.png", "--save", "pictures,movie"], 3, "'movie'"),
@@ -206,6 +207,84 @@ def test_a_broken_video_keeps_what_came_before(run: Run, clip: Path) -> None:
     assert code == 3
     assert "clip.mp4" in err
     assert "Traceback" not in err
+
+
+def test_what_cannot_be_read_does_not_keep_the_rest_from_being_looked_at(
+    run: Run, clip: Path, folder: Path, tmp_path: Path
+) -> None:
+    bad, empty = tmp_path / "bad.mp4", tmp_path / "empty.mp4"
+    bad.write_bytes(b"no video at all")
+    empty.write_bytes(b"")
+    code, out, err = run(folder / "broken.jpg", bad, empty, clip, "--json", "--save", "csv")
+    assert code == 3
+    assert [json.loads(line)["file"] for line in out.splitlines()] == [str(clip)] * 5
+    for name in ("broken.jpg", "bad.mp4", "empty.mp4"):
+        assert (
+            sum("warning: cannot read" in line and name in line for line in err.splitlines()) == 1
+        )
+        assert f"{name} could not be read" in err
+    assert "all else is done" in err
+    assert [path.name for path in Path("predictions").iterdir()] == ["clip.csv"]
+
+
+def test_a_single_video_that_cannot_be_read_is_one_error(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "bad.mp4").write_bytes(b"no video at all")
+    code, out, err = run(tmp_path / "bad.mp4")
+    assert (code, out) == (3, "")
+    assert "error: cannot read the video" in err
+    assert "warning" not in err
+
+
+def test_a_full_disk_ends_the_run_and_names_the_file(
+    run: Run, clip: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    for kind, name in (("pictures", "a0.png"), ("json", "a0.json"), ("csv", "detections.csv")):
+        code, _, err = run(folder / "a0.png", clip, "--save", kind)
+        assert code == 5
+        assert f"no room left on the disk to write predictions/{name}" in err
+        assert "warning" not in err
+
+
+@pytest.mark.parametrize(
+    ("kinds", "name", "wanted"),
+    [
+        ("json,coco", "coco", {"coco.json", "coco_2.json", "a0.json"}),
+        ("json", "coco", {"coco.json", "a0.json"}),
+        ("pictures,coco", "coco", {"coco.json", "coco.png", "a0.png"}),
+    ],
+)
+def test_a_picture_called_like_a_file_of_all_pictures(
+    run: Run, folder: Path, kinds: str, name: str, wanted: set[str]
+) -> None:
+    picture = (folder / "a1.png").rename(folder / f"{name}.png")
+    code, _, _ = run(folder / "a0.png", picture, "--save", kinds, "-o", "out")
+    assert code == 0
+    assert {path.name for path in Path("out").iterdir()} == wanted
+    if "coco" in kinds:
+        assert len(json.loads(Path("out/coco.json").read_text())["images"]) == 2
+
+
+def test_a_folder_called_crops_does_not_mix_with_the_crops(run: Run, folder: Path) -> None:
+    (folder / "sub").rename(folder / "crops")
+    code, _, _ = run(folder / "a0.png", folder, "--save", "pictures,crops", "-o", "out")
+    assert code == 3  # the broken one
+    assert {path.name for path in Path("out/crops_2").iterdir()} == {"b3.png", "b4.png"}
+    assert all(path.suffix == ".jpg" for path in Path("out/crops").glob("*/*"))
+
+
+def test_a_video_called_detections_does_not_take_the_table(
+    run: Run, clip: Path, folder: Path
+) -> None:
+    clip = clip.rename(clip.with_name("detections.mp4"))
+    assert run(clip, folder / "a0.png", "--save", "csv", "-o", "out")[0] == 0
+    tables = {path.name: path.read_text().split(",")[0] for path in Path("out").iterdir()}
+    assert tables == {"detections.csv": "file", "detections_2.csv": "frame"}
+    assert run(clip, "--save", "csv", "-o", "alone")[0] == 0
+    assert [path.name for path in Path("alone").iterdir()] == ["detections.csv"]
 
 
 def test_augmentation_and_limits_reach_the_detector(

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from proxydet.detector import Detector
-from proxydet.errors import ConfigError, DataError, Interrupted
+from proxydet.errors import ConfigError, DataError, DiskFullError, Interrupted
 from proxydet.modeling.config import InferenceConfig
 from proxydet.video.ahead import read_ahead
 from proxydet.video.frames import look_at_frames
@@ -189,9 +189,9 @@ def test_a_video_that_cannot_be_written_is_an_error_and_no_broken_video(
 
     monkeypatch.setattr(VideoWriter, "_mux", full)
     for frames in (3, 24):  # told at the end, and on the way
-        with pytest.raises(DataError, match=r"clip\.mp4 cannot be written: No space") as caught:
+        with pytest.raises(DiskFullError, match=r"no room .*/clip\.mp4 \(No space") as caught:
             look(bars, make(frames=frames), output)
-        assert "disk" in str(caught.value.hint)
+        assert "free some space" in str(caught.value.hint)
         assert list(output.iterdir()) == []
 
 

@@ -147,6 +147,10 @@ def test_mistakes_are_named(
     code, _, err = call(capsys, "show", names, "--run", tmp_path, "--against", "lvis")
     assert code == 2
     monkeypatch.setenv("PROXYDET_DATASETS", str(tmp_path / "none"))
+    code, _, err = call(capsys, "show", "lvsi")
+    assert code == 3
+    assert "'lvsi' is neither" in err
+    assert "hint: did you mean lvis?" in err
     code, _, err = call(capsys, "show", "lvis")
     assert code == 3
     assert "proxydet download lvis-metadata" in err

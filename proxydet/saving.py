@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,3 +75,54 @@ def write_whole(data: bytes, target: Path) -> Path:
         finally:
             temporary.unlink(missing_ok=True)
     return target
+
+
+@contextlib.contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """Give a hidden file beside ``target`` to write to, which takes its place when all went well.
+
+    It is there, empty, from the beginning, so that a place that cannot be written to is found out before the work. It
+    is removed after an error; what a process that was killed left is removed by the next one that writes ``target``.
+
+    Args:
+        target: The file; an existing one is replaced at the end.
+
+    Raises:
+        EnvironmentProblem: The file cannot be made, or not take its place.
+    """
+    temporary = target.with_name(f".{uuid.uuid4().hex}.{target.name}")
+    with saving(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_orphans(target)
+        stream = temporary.open("xb")
+    try:
+        with stream:
+            _lock(stream.fileno())
+            yield temporary
+        with saving(target):
+            temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _remove_orphans(target: Path) -> None:
+    """Remove hidden files that nobody writes any more."""
+    hidden = re.compile(r"\.[0-9a-f]{32}\." + re.escape(target.name))
+    for path in list(target.parent.iterdir()):
+        if hidden.fullmatch(path.name):
+            with contextlib.suppress(FileNotFoundError), path.open("rb") as stream:
+                if _lock(stream.fileno()):
+                    path.unlink()
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock a file until it is closed or its process ends; False where another holds it, or there are no locks."""
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -5,8 +5,13 @@ This module and what it imports at its top load neither Typer nor the core's pac
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
+
+_CTRL_C = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,7 +29,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         sys.stdout.write(f"proxydet {__version__}\n")
         return 0
-    return _run(words)
+    try:
+        if arguments is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, _interrupt)
+        return _run(words)
+    except KeyboardInterrupt:
+        return _CTRL_C
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    # torch's C++ code calls Python while it is imported, and an exception there can abort the process. Nothing has been
+    # begun then that would have to be ended.
+    if getattr(getattr(sys.modules.get("torch"), "__spec__", None), "_initializing", False):
+        os._exit(_CTRL_C)
+    signal.default_int_handler(number, frame)
 
 
 def _run(words: list[str]) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-import uuid
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,9 @@ import numpy as np
 import torch
 
 from proxydet._version import __version__
-from proxydet.artifacts.files import disk_errors
 from proxydet.detector import Detector
 from proxydet.detector_inputs import Picture, as_pixels
-from proxydet.errors import ArtifactError, ConfigError, DataError, NumericsError
+from proxydet.errors import ConfigError, DataError, EnvironmentProblem, NumericsError
 from proxydet.export.agreement import Agreement, Pixels, Runner, compare
 from proxydet.export.drawn import drawn_picture
 from proxydet.export.graph import DetectorGraph
@@ -30,6 +28,7 @@ from proxydet.export.program import TorchProgram, quiet, save_program
 from proxydet.export.runtime import OnnxDetector
 from proxydet.export.suppression import TorchvisionSuppression
 from proxydet.modeling.config import InferenceConfig
+from proxydet.saving import saving, staged
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 Format = Literal["onnx", "torch"]
@@ -95,7 +94,7 @@ def export_detector(  # noqa: PLR0913 one keyword an option
         ConfigError: The format, the operator set or the detector's settings cannot be exported.
         MissingDependencyError: A package of the extra ``export`` is absent.
         InputError: A picture cannot be read.
-        ArtifactError: The file cannot be written.
+        EnvironmentProblem: The file cannot be written.
         NumericsError: The file finds something else than the detector; nothing is left at ``path``.
     """
     path = Path(path)
@@ -105,17 +104,14 @@ def export_detector(  # noqa: PLR0913 one keyword an option
     if chosen == "onnx":
         check_onnx(opset)
     pictures = [(_name(picture, index), as_pixels(picture)) for index, picture in enumerate(check)]
-    metadata = _metadata(detector)
-    temporary = path.with_name(f".{uuid.uuid4().hex}.{path.name}")
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-    try:
+    metadata = _metadata(detector, vocabulary)
+    beside = path.with_suffix(VOCABULARY_SUFFIX)
+    with staged(path) as temporary:
         started = time.perf_counter()
         progress("tracing the detector")
         program = trace(detector, chosen)
         progress("writing the file")
-        with disk_errors(path):
+        with saving(path):
             if chosen == "onnx":
                 save_onnx(program, temporary, metadata, opset)
             else:
@@ -124,19 +120,17 @@ def export_detector(  # noqa: PLR0913 one keyword an option
         del program
         progress("comparing with the detector")
         agreement = _prove(detector, _open(temporary, chosen), pictures, vocabulary)
-        with disk_errors(path):
-            temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        if vocabulary is not None:
+            vocabulary.save(beside)
+        elif beside.is_file():
+            progress(f"{beside} was there before: it is not this model's, and is not used with it")
     return ExportReport(
         path=path,
         format=chosen,
         opset=opset if chosen == "onnx" else None,
         bytes=path.stat().st_size,
         seconds=seconds,
-        vocabulary=None
-        if vocabulary is None
-        else vocabulary.save(path.with_suffix(VOCABULARY_SUFFIX)),
+        vocabulary=None if vocabulary is None else beside,
         agreement=agreement,
         metadata=metadata,
     )
@@ -181,7 +175,7 @@ def _format(path: Path, format: Format | None) -> Format:
 
 def _check_place(path: Path, *, with_vocabulary: bool) -> None:
     if path.is_dir():
-        raise ArtifactError(
+        raise EnvironmentProblem(
             f"{path} is a folder", hint="name the file that is to be written", path=path
         )
     if with_vocabulary and path.suffix == VOCABULARY_SUFFIX:
@@ -203,13 +197,14 @@ def _name(picture: Picture, index: int) -> str:
     return str(picture) if isinstance(picture, str | Path) else f"picture {index}"
 
 
-def _metadata(detector: Detector) -> ExportMetadata:
+def _metadata(detector: Detector, vocabulary: Vocabulary | None = None) -> ExportMetadata:
     settings, config = detector.inference, detector.network.config
     return ExportMetadata(
         proxydet_version=__version__,
         torch_version=str(torch.__version__),
         backbone=config.backbone.kind,
         weights_sha256=weights_digest(detector.network),
+        vocabulary_sha256=None if vocabulary is None else vocabulary.digest,
         embedding_dimension=config.classifier.embedding_dim,
         mixup_branch=config.mixup_branch,
         alpha=settings.alpha,

@@ -21,6 +21,8 @@ class ExportMetadata:
     """``resnet`` or ``swin``."""
     weights_sha256: str
     """Digest of the weights: of names, shapes and values in the order of the names."""
+    vocabulary_sha256: str | None
+    """Digest of the vocabulary that was saved beside the file; None where none was."""
     embedding_dimension: int
     """Dimensions that text embeddings must have."""
     mixup_branch: bool

@@ -17,8 +17,9 @@ from proxydet.export.onnx_operators import translations
 from proxydet.export.program import quiet
 from proxydet.export.runtime import OUTPUTS
 
-# The oldest has RoIAlign with half pixels and everything else that the translation writes.
-OPSETS = (18, 19, 20, 21, 22, 23)
+# The oldest has RoIAlign with half pixels and everything else that the translation writes; onnxruntime (1.32) has no
+# RoIAlign of sets 22 and later.
+OPSETS = (18, 19, 20, 21)
 DEFAULT_OPSET = 18
 
 

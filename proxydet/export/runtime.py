@@ -35,6 +35,8 @@ Outputs = dict[str, npt.NDArray[Any]]
 INPUTS = ("image", "text", "base", "score_threshold")
 """Names of the file's inputs."""
 
+_NONE_BESIDE = "there is no vocabulary beside the model"
+
 OUTPUTS = ("boxes", "scores", "classes", "masks", "mask_index", "finite")
 """Names of its outputs."""
 
@@ -44,11 +46,17 @@ class OnnxDetector:
 
     Attributes:
         metadata: What the file says of itself.
-        vocabulary: The classes in the ``.npz`` of the same name beside the file; None where there is none.
+        vocabulary: The classes that were exported with the file, in the ``.npz`` of the same name beside it; None
+            where there are none, or where that file is another.
     """
 
     def __init__(
-        self, session: Any, metadata: ExportMetadata, vocabulary: Vocabulary | None
+        self,
+        session: Any,
+        metadata: ExportMetadata,
+        vocabulary: Vocabulary | None,
+        *,
+        absence: str = _NONE_BESIDE,
     ) -> None:
         """Wrap a session; `from_file` makes one.
 
@@ -56,8 +64,10 @@ class OnnxDetector:
             session: An ``onnxruntime.InferenceSession``.
             metadata: Of the file.
             vocabulary: What `predict` looks for where it is given nothing.
+            absence: Why there is none.
         """
         self._session = session
+        self._absence = absence
         self.metadata = metadata
         self.vocabulary = vocabulary
 
@@ -98,12 +108,14 @@ class OnnxDetector:
                 path=path,
             ) from error
         properties = session.get_modelmeta().custom_metadata_map
+        metadata = ExportMetadata.from_text(properties.get("proxydet"), path)
         companion = path.with_suffix(".npz")
-        return cls(
-            session,
-            ExportMetadata.from_text(properties.get("proxydet"), path),
-            Vocabulary.load(companion) if companion.is_file() else None,
-        )
+        if not companion.is_file():
+            return cls(session, metadata, None)
+        vocabulary = Vocabulary.load(companion)
+        if vocabulary.digest == metadata.vocabulary_sha256:
+            return cls(session, metadata, vocabulary)
+        return cls(session, metadata, None, absence=f"{companion} was not exported with this model")
 
     def predict(
         self,
@@ -117,7 +129,7 @@ class OnnxDetector:
         Args:
             image: A file, a Pillow image, or uint8 (H, W, 3) RGB.
             vocabulary: What to look for: a vocabulary, a file of ``proxydet vocab build`` or that was saved beside the
-                model; None takes the one beside the model. Which classes count as base is taken from it as it is.
+                model; None takes the one beside the model, if it was exported with it. Which classes count as base is taken from it as it is.
             score_threshold: Only detections that score above this, 0 to 1.
 
         Raises:
@@ -162,8 +174,8 @@ class OnnxDetector:
             vocabulary = self.vocabulary
         if vocabulary is None:
             raise VocabularyError(
-                "nothing says what to look for: there is no vocabulary beside the model",
-                hint="give one of: proxydet vocab build; or export with --vocabulary",
+                f"nothing says what to look for: {self._absence}",
+                hint="give a vocabulary (of proxydet vocab build, or the file that you mean), or export with --vocabulary",
             )
         if not isinstance(vocabulary, Vocabulary):
             vocabulary = Vocabulary.load(vocabulary)

@@ -40,7 +40,7 @@ Check = Annotated[
         "--check", metavar="PICTURE", help="Compare with the detector on this picture too; repeat."
     ),
 ]
-Opset = Annotated[int, typer.Option("--opset", metavar="N", help="ONNX operator set, 18 to 23.")]
+Opset = Annotated[int, typer.Option("--opset", metavar="N", help="ONNX operator set, 18 to 21.")]
 
 
 @app.command(

@@ -14,8 +14,8 @@ import torch
 
 from proxydet.detector import Detector
 from proxydet.errors import (
-    ArtifactError,
     ConfigError,
+    EnvironmentProblem,
     InputError,
     MissingDependencyError,
     NumericsError,
@@ -51,6 +51,7 @@ def no_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
         ("model.onnx", {"format": "tensorrt"}, "no format 'tensorrt'"),
         ("model.onnx", {"opset": 99}, "operator set 99"),
         ("model.onnx", {"opset": 11}, "operator set 11"),
+        ("model.onnx", {"opset": 22}, "operator set 22"),
         ("model.onnx", {"check": ["absent.jpg"]}, "absent.jpg"),
     ],
 )
@@ -71,14 +72,16 @@ def test_test_time_augmentation_is_refused(detector: Detector, tmp_path: Path) -
 @pytest.mark.usefixtures("no_tracing")
 def test_a_place_that_cannot_be_written_to(detector: Detector, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ArtifactError, match="cannot be written"):
+    with pytest.raises(EnvironmentProblem, match=r"model\.onnx cannot be written") as caught:
         export_detector(detector, tmp_path / "file" / "model.onnx")
+    assert caught.value.exit_code == 5
+    assert "--root" not in str(caught.value.hint)
 
 
 @pytest.mark.usefixtures("no_tracing")
 def test_a_folder_is_refused_before_the_work(detector: Detector, tmp_path: Path) -> None:
     (tmp_path / "model.onnx").mkdir()
-    with pytest.raises(ArtifactError, match="is a folder"):
+    with pytest.raises(EnvironmentProblem, match="is a folder"):
         export_detector(detector, tmp_path / "model.onnx")
 
 
@@ -127,6 +130,7 @@ def test_the_vocabulary_is_written_beside_the_file_as_it_was_given(
     np.testing.assert_array_equal(read.embeddings, words.embeddings)
     np.testing.assert_array_equal(read.base, words.base)
     assert 0 < read.base.sum() < len(read)
+    assert report.metadata.vocabulary_sha256 == read.digest
     trained = len(detector.vocabulary)
     assert trained != len(words)
     assert [result.classes for result in report.agreement] == [trained, 1, 4]
@@ -178,6 +182,19 @@ def test_a_file_that_disagrees_is_not_kept(
         export_detector(detector, kept)
     assert kept.read_text() == "the file of before"
     assert list(tmp_path.iterdir()) == [kept]
+
+
+def test_a_vocabulary_of_an_earlier_export_is_told(
+    detector: Detector, tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporter, "trace", lambda *_: None)
+    monkeypatch.setattr(exporter, "save_onnx", lambda *_: None)
+    monkeypatch.setattr(exporter, "_open", lambda *_: Right(detector))
+    tiny.vocabulary(4, seed=4).save(tmp_path / "shapes.npz")
+    told: list[str] = []
+    report = export_detector(detector, tmp_path / "shapes.onnx", progress=told.append)
+    assert report.metadata.vocabulary_sha256 is None
+    assert "shapes.npz was there before" in told[-1]
 
 
 def test_a_comparison_of_nothing_with_nothing_proves_nothing(

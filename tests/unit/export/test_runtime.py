@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from proxydet.detector import Detector
 from proxydet.errors import InputError, NumericsError, VocabularyError
 from proxydet.export.exporter import _metadata
 from proxydet.export.runtime import INPUTS, OnnxDetector
+from proxydet.vocabulary.vocabulary import Vocabulary
 
 
 class Session:
@@ -88,6 +91,35 @@ def test_what_cannot_be_looked_for(detector: Detector, tiny: ModuleType) -> None
         opened(detector, Session()).predict(picture)
     with pytest.raises(VocabularyError, match="have 8 dimensions, the model's have 16"):
         opened(detector, Session()).predict(picture, tiny.vocabulary(3, dimensions=8))
+
+
+def test_only_the_vocabulary_that_was_exported_with_the_file_is_taken(
+    detector: Detector, tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, other = tiny.vocabulary(3, seed=1), tiny.vocabulary(3, seed=2)
+    (tmp_path / "model.onnx").touch()
+
+    def open_file(exported_with: Vocabulary | None) -> OnnxDetector:
+        text = _metadata(detector, exported_with).to_text()
+        made_up = SimpleNamespace(
+            SessionOptions=SimpleNamespace,
+            InferenceSession=lambda *_, **__: SimpleNamespace(
+                get_modelmeta=lambda: SimpleNamespace(custom_metadata_map={"proxydet": text})
+            ),
+        )
+        monkeypatch.setitem(sys.modules, "onnxruntime", made_up)
+        return OnnxDetector.from_file(tmp_path / "model.onnx")
+
+    picture = np.zeros((20, 30, 3), np.uint8)
+    with pytest.raises(VocabularyError, match="there is no vocabulary beside the model"):
+        open_file(own).predict(picture)
+    own.save(tmp_path / "model.npz")
+    assert open_file(own).vocabulary == own
+    for exported_with in (other, None):
+        opened = open_file(exported_with)
+        assert opened.vocabulary is None
+        with pytest.raises(VocabularyError, match=r"model\.npz was not exported with this model"):
+            opened.predict(picture)
 
 
 def test_values_that_are_not_finite_are_told(detector: Detector, tiny: ModuleType) -> None:

@@ -83,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--files", type=int, default=20_000)
+    parser.add_argument("--files", type=int, default=118_287, help="COCO's by default")
     parser.add_argument("--bytes", type=int, default=20_000, help="size of a file")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import struct
 import warnings
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -16,7 +18,11 @@ from proxydet.errors import DataError
 Pixels = npt.NDArray[np.uint8]
 
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
-_DAMAGE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+_DAMAGE = (
+    OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError,
+    # What Pillow's readers raise besides: AVIF's decoder, and tables (EXIF, TIFF) whose numbers make no sense.
+    RuntimeError, struct.error, ArithmeticError, LookupError, TypeError,
+)  # fmt: skip
 _WHITE = (255, 255, 255, 255)
 # The EXIF tag, and its values that are not upright.
 _ORIENTATION = 0x0112
@@ -123,7 +129,7 @@ def find_image(file_name: str, roots: tuple[Path, ...]) -> Path:
         for candidate in dict.fromkeys((root / relative, root / relative.name)):
             if ".." in relative.parts or not candidate.is_relative_to(root):
                 continue
-            if candidate.is_file():
+            if os.path.isfile(candidate):  # noqa: PTH113 - false, no error, for a name too long for the disk
                 return candidate
             tried.append(str(candidate))
     if not tried:

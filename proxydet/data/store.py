@@ -22,6 +22,7 @@ from proxydet.data.columns import ColumnFile
 from proxydet.data.source_digest import source_digest
 from proxydet.data.store_build import STORE_KIND, STORE_VERSION, build_store
 from proxydet.data.store_report import StoreReport
+from proxydet.errors import DataError
 from proxydet.paths import cache_folder
 from proxydet.reporting import SILENT, Progress
 
@@ -126,6 +127,13 @@ class AnnotationStore:
             nonlocal made_here
             made_here = True
             build_store(source, target, progress=progress)
+            if cls.path_for(source, cache=cache) != target:
+                target.unlink()
+                raise DataError(
+                    f"{source} changed while it was read",
+                    hint="run the same command again when nothing writes to it",
+                    path=source,
+                )
 
         build_once(path, build)
         store = cls(path)

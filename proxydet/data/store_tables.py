@@ -81,7 +81,7 @@ class ImageTable:
 
     Attributes:
         row_of: Row of each image id.
-        dropped_ids: Ids of images that were left out and whose id is not used by another.
+        dropped_ids: Ids of images that were left out; another image may have the same.
         sizes_I2: int32 (I, 2), height and width.
     """
 
@@ -140,7 +140,7 @@ def read_images(raws: Sequence[msgspec.Raw], report: StoreReport) -> ImageTable:
     sizes = np.array([(image.height, image.width) for image in kept], dtype=np.int32)
     return ImageTable(
         row_of=row_of,
-        dropped_ids=dropped - row_of.keys(),
+        dropped_ids=dropped,
         sizes_I2=sizes.reshape(-1, 2),
         _entries=kept,
         _names=names,

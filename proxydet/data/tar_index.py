@@ -96,7 +96,6 @@ class TarIndex:
         self._names = self._columns["names"]
         self._name_offsets = self._columns["name_offsets"]
         self._open: OrderedDict[int, int] = OrderedDict()
-        self._owner = os.getpid()
 
     @classmethod
     def open(
@@ -188,10 +187,10 @@ class TarIndex:
             ) from error
 
     def _descriptor(self, tar: int) -> int:
-        """Return an open file of a tar, of this process; the least used one is closed when there are many."""
-        if self._owner != os.getpid():
-            # Inherited by fork: the parent goes on using its own.
-            self._open, self._owner = OrderedDict(), os.getpid()
+        """Return an open file of a tar; the least used one is closed when there are many.
+
+        A process that inherits them by fork may use and close its own: they are read at offsets, without a position.
+        """
         if tar in self._open:
             self._open.move_to_end(tar)
             return self._open[tar]
@@ -201,9 +200,8 @@ class TarIndex:
         return self._open[tar]
 
     def __del__(self) -> None:
-        if getattr(self, "_owner", None) == os.getpid():
-            for descriptor in self._open.values():
-                os.close(descriptor)
+        for descriptor in getattr(self, "_open", {}).values():
+            os.close(descriptor)
 
 
 def _fingerprint(folder: Path, tars: Sequence[str]) -> str:
@@ -252,7 +250,7 @@ def _write(target: Path, folder: Path, tars: Sequence[str], scans: Sequence[TarS
         unreadable=[
             f"{tar}/{member}: {why}"
             for tar, scan in zip(tars, scans, strict=True)
-            for member, why in scan.unreadable.items()
+            for member, why in scan.unreadable
         ],
         damaged=[f"{tar}: {s.damage}" for tar, s in zip(tars, scans, strict=True) if s.damage],
         empty=[tar for tar, scan in zip(tars, scans, strict=True) if not scan.names],

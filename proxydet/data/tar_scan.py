@@ -33,7 +33,7 @@ class TarScan:
         sizes: Length of each image in bytes.
         shapes: Height and width of each picture.
         gzipped: Names of images that are stored gzip-compressed.
-        unreadable: Names of members that are no image that can be read, with the reason.
+        unreadable: Name of each member that is no image that can be read, with the reason.
         damage: Why the tar could not be read to its end; empty where it could.
     """
 
@@ -42,7 +42,7 @@ class TarScan:
     sizes: list[int] = field(default_factory=list)
     shapes: list[tuple[int, int]] = field(default_factory=list)
     gzipped: list[str] = field(default_factory=list)
-    unreadable: dict[str, str] = field(default_factory=dict)
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
     damage: str = ""
 
 
@@ -59,7 +59,7 @@ def scan_tar(path: Path) -> TarScan:
                 if member.isdir():
                     continue
                 if not member.isreg() or member.sparse is not None:
-                    scan.unreadable[member.name] = "it is a link or a special file"
+                    scan.unreadable.append((member.name, "it is a link or a special file"))
                 elif member.offset_data + member.size > length:
                     scan.damage = f"it ends in the middle of {member.name}"
                     break
@@ -116,15 +116,18 @@ def _tail_damage(block: bytes) -> str:
 
 
 def _add(scan: TarScan, descriptor: int, member: tarfile.TarInfo) -> None:
+    gzipped = False
     try:
         head = os.pread(descriptor, min(member.size, _HEAD_BYTES), member.offset_data)
         if head.startswith(_GZIP_MAGIC):
             head = member_bytes(descriptor, member.offset_data, member.size)
-            scan.gzipped.append(member.name)
+            gzipped = True
         shape = _shape(head, descriptor, member)
     except DataError as error:
-        scan.unreadable[member.name] = error.message
+        scan.unreadable.append((member.name, error.message))
         return
+    if gzipped:
+        scan.gzipped.append(member.name)
     scan.names.append(member.name)
     scan.offsets.append(member.offset_data)
     scan.sizes.append(member.size)

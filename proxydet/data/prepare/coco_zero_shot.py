@@ -60,7 +60,7 @@ def write_split(source: Path, target: Path, names: Collection[str]) -> tuple[int
 def _category_ids(raws: list[msgspec.Raw], names: Collection[str], source: Path) -> set[int]:
     try:
         entries = [msgspec.json.decode(raw, type=CategoryEntry) for raw in raws]
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise DataError(
             f"{source}: a category is not usable: {error}", hint="fetch the file again", path=source
         ) from error

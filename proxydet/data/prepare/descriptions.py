@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from proxydet.data.prepare.json_files import replacing
+
 MARK = "# Written by `proxydet data prepare`. Remove this line to keep your changes."
 
 _LVIS = """
@@ -118,6 +120,6 @@ def write_description(path: Path, text: str) -> Literal["made", "up to date", "k
             return "kept"
         if there == text:
             return "up to date"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    with replacing(path) as file:
+        file.write(text.encode())
     return "made"

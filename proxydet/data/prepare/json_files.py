@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -38,6 +38,31 @@ def ids_of(annotations: RawList, path: Path) -> Iterator[tuple[msgspec.Raw, int,
                 path=path,
             ) from error
         yield raw, ids.image_id, ids.category_id
+
+
+def categories_of(raws: RawList, path: Path) -> list[dict[str, Any]]:
+    """Return the category records with all their fields.
+
+    Raises:
+        DataError: a record is no object, has no whole number as its id, or shares it with another.
+    """
+    categories: list[dict[str, Any]] = []
+    seen: set[int] = set()
+    for position, raw in enumerate(raws):
+        try:
+            category = msgspec.json.decode(raw, type=dict[str, Any])
+            identity = category.get("id")
+            if type(identity) is not int or identity in seen:
+                raise ValueError(f"its id is {identity!r}, which is no whole number or there twice")
+        except (msgspec.MsgspecError, ValueError) as error:
+            raise DataError(
+                f"{path}: category {position} is not usable: {error}",
+                hint="fetch the file again",
+                path=path,
+            ) from error
+        seen.add(identity)
+        categories.append(category)
+    return categories
 
 
 def write_annotation_file(

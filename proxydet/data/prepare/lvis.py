@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from proxydet.data.annotation_json import read_annotations
-from proxydet.data.prepare.json_files import ids_of, replacing, write_annotation_file
+from proxydet.data.prepare.json_files import categories_of, ids_of, replacing, write_annotation_file
 from proxydet.errors import DataError
 
 
@@ -62,7 +62,7 @@ def write_category_info(source: Path, target: Path, *, with_rare: bool = True) -
         instances[category_id] += 1
     images = Counter(category_id for _, category_id in pairs)
     rows = []
-    for category in sorted(categories, key=lambda c: int(c["id"])):
+    for category in sorted(categories, key=lambda c: c["id"]):
         counted = with_rare or category["frequency"] != "r"
         rows.append(
             category
@@ -76,13 +76,8 @@ def write_category_info(source: Path, target: Path, *, with_rare: bool = True) -
 
 
 def _categories(raws: list[msgspec.Raw], source: Path) -> list[dict[str, Any]]:
-    try:
-        categories = [msgspec.json.decode(raw, type=dict[str, Any]) for raw in raws]
-    except msgspec.MsgspecError as error:
-        raise DataError(
-            f"{source}: a category is not usable: {error}", hint="fetch the file again", path=source
-        ) from error
-    if not all({"id", "frequency"} <= category.keys() for category in categories):
+    categories = categories_of(raws, source)
+    if not all("frequency" in category for category in categories):
         raise DataError(
             f"{source} is not in LVIS format: its categories have no 'frequency'",
             hint="give LVIS v1's annotation file",

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from proxydet.data.annotation_json import read_annotations
-from proxydet.data.prepare.json_files import write_annotation_file
+from proxydet.data.prepare.json_files import categories_of, write_annotation_file
 from proxydet.errors import DataError
 
 
@@ -31,12 +30,11 @@ def write_with_fixed_names(source: Path, fixes: Path, target: Path) -> int:
     names = _read_fixes(fixes)
     changed = 0
     categories = []
-    for raw in document.categories:
-        category = msgspec.json.decode(raw, type=dict[str, Any])
-        row = names.get(category.get("id", 0))
+    for category in categories_of(document.categories, source):
+        row = names.get(category["id"])
         if row is None or category.get("name") not in row:
             raise DataError(
-                f"{source}: category {category.get('id')} is called {category.get('name')!r}, "
+                f"{source}: category {category['id']} is called {category.get('name')!r}, "
                 f"but {fixes.name} says {row[0] if row else 'nothing of it'!r}",
                 hint="the two files belong to different releases",
                 path=source,

@@ -73,7 +73,10 @@ class Hierarchy:
                 hint="run: proxydet download openimages-hierarchy",
                 path=path,
             ) from error
-        except (msgspec.MsgspecError, KeyError, TypeError, AttributeError) as error:
+        except (
+            msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OSError,
+            KeyError, TypeError, AttributeError,
+        ) as error:  # fmt: skip
             raise DataError(
                 f"{path} is not a class hierarchy: {error!r}",
                 hint="fetch the file again",
@@ -166,7 +169,17 @@ class _Expander:
 
 
 def _read_classes(path: Path) -> dict[str, str]:
-    return {row[0]: row[1] for row in _rows(path) if len(row) == 2}
+    classes: dict[str, str] = {}
+    for number, row in enumerate(_rows(path), 1):
+        # A row left out would shift the numbers of all classes behind it.
+        if len(row) != 2 or row[0] in classes:
+            raise DataError(
+                f"{path}, row {number}: not a label of its own and a name",
+                hint="fetch the file again",
+                path=path,
+            )
+        classes[row[0]] = row[1]
+    return classes
 
 
 def _read_boxes(path: Path, expander: _Expander) -> Iterator[_Box]:

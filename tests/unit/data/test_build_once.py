@@ -71,3 +71,16 @@ def test_a_living_owners_lock_is_respected(tmp_path: Path, monkeypatch: pytest.M
     build_once(tmp_path / "t", slow, stale_after_s=0.4)
     first.join()
     assert built == [1]
+
+
+def test_a_file_that_came_between_the_look_and_the_lock_is_not_built_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def take(lock: Path) -> bool:
+        (tmp_path / "t").write_text("another's")
+        lock.touch()
+        return True
+
+    monkeypatch.setattr("proxydet.data.build_once._take", take)
+    build_once(tmp_path / "t", lambda _: pytest.fail("built"))
+    assert [p.name for p in tmp_path.iterdir()] == ["t"]

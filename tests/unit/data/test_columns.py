@@ -96,3 +96,11 @@ def test_a_column_that_claims_to_reach_beyond_the_file_is_refused(tmp_path: Path
     (tmp_path / "c").write_bytes(whole.replace(b'"shape":[7]', b'"shape":[8]'))
     with pytest.raises(DataError, match="reaches beyond its end"):
         ColumnFile(tmp_path / "c", kind="test", version=2)
+
+
+def test_the_file_gets_its_name_by_renaming(tmp_path: Path) -> None:
+    with ColumnWriter(tmp_path / "c") as writer:
+        (hidden,) = tmp_path.iterdir()
+        number = hidden.stat().st_ino
+        writer.finish(kind="test", version=1, meta={})
+    assert (tmp_path / "c").stat().st_ino == number

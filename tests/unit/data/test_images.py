@@ -1,9 +1,10 @@
 import io
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from proxydet.data.images import find_image, image_size, open_picture, read_image
 from proxydet.errors import DataError
@@ -181,3 +182,24 @@ def test_names_that_lead_outside_are_refused(tmp_path: Path) -> None:
             find_image(name, (tmp_path / "root",))
     with pytest.raises(DataError, match="not there"):
         find_image(str(tmp_path / "secret.jpg"), (tmp_path / "root",))
+
+
+@pytest.mark.parametrize(
+    "raised", [RuntimeError, struct.error, KeyError, TypeError, ZeroDivisionError]
+)
+def test_whatever_a_decoder_raises_is_an_error_that_names_the_image(
+    monkeypatch: pytest.MonkeyPatch, raised: type[Exception]
+) -> None:
+    def fail(*_: object) -> None:
+        raise raised("inside")
+
+    monkeypatch.setattr(Image.Image, "getexif", fail)
+    monkeypatch.setattr(ImageOps, "exif_transpose", fail)
+    for read in (read_image, image_size):
+        with pytest.raises(DataError, match="member 7"):
+            read(encoded(Image.fromarray(RGB), "JPEG"), name="member 7")
+
+
+def test_a_name_too_long_for_the_disk_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="not there"):
+        find_image("a" * 300 + ".jpg", (tmp_path,))

@@ -1,4 +1,5 @@
 import csv
+import errno
 import json
 import os
 from pathlib import Path
@@ -10,10 +11,12 @@ from PIL import Image
 
 from proxydet.data.classes import load_vocabulary
 from proxydet.data.description import DatasetDescription
-from proxydet.data.prepare import coco_zero_shot, lvis, objects365, openimages
+from proxydet.data.prepare import coco_zero_shot, lvis, objects365, openimages, steps
 from proxydet.data.prepare.descriptions import MARK, description_text, write_description
+from proxydet.data.prepare.json_files import replacing
 from proxydet.data.prepare.steps import prepare
-from proxydet.errors import DataError
+from proxydet.errors import DataError, DiskFullError
+from proxydet.reporting import SILENT
 
 CATEGORIES = [
     {"id": 1, "name": "cat", "frequency": "f", "synset": "cat.n.01", "def": "a pet"},
@@ -233,7 +236,7 @@ def challenge(tmp_path: Path) -> openimages.OpenImagesTables:
         '/animal,Animal\n/cat,"Cat, small"\n/dog,Dog\n/toy,Toy\n/ear,Ear\n'
     )
     (tmp_path / "boxes.csv").write_text(
-        "ImageID,LabelName,XMin,XMax,YMin,YMax,IsGroupOf\nb,/dog,0.5,1,0,0.5,0\nb,/animal,0,1,0,1,1\n"
+        "ImageID,LabelName,XMin,XMax,YMin,YMax,IsGroupOf\nb,/dog,0.5,1,0,0.5,0\nb,/animal,0,1,0.5,1,1\n"
     )
     (tmp_path / "labels.csv").write_text(
         "ImageID,Source,LabelName,Confidence\na,verification,/cat,1\na,verification,/toy,0\nb,v,/animal,0\n"
@@ -269,7 +272,7 @@ def test_openimages_is_expanded_along_the_hierarchy(challenge, tmp_path: Path) -
         (3, [5, 0, 5, 15], 0),
         (1, [5, 0, 5, 15], 0),
         (4, [5, 0, 5, 15], 0),
-        (1, [0, 0, 10, 30], 1),
+        (1, [0, 15, 10, 15], 1),
     ]
     assert [a["id"] for a in content["annotations"]] == [1, 2, 3, 4]
 
@@ -284,6 +287,8 @@ def test_openimages_is_expanded_along_the_hierarchy(challenge, tmp_path: Path) -
         ("labels.csv", "/toy", "/cow", r"row 3: the class '/cow'"),
         ("tree.json", '"LabelName": "/toy"', '"Label": "/toy"', "not a class hierarchy"),
         ("tree.json", "{", "", "not a class hierarchy"),
+        ("classes.csv", "/dog,Dog", "/dog,Dog,x", "row 3: not a label"),
+        ("classes.csv", "/toy,Toy", "/dog,Toy", "row 4: not a label"),
     ],
 )  # fmt: skip
 def test_bad_tables_name_file_and_row(challenge, tmp_path: Path, table, old, new, message) -> None:
@@ -333,3 +338,62 @@ def test_every_description_can_be_read(tmp_path: Path, name: str) -> None:
     path = tmp_path / "d.toml"
     assert write_description(path, text) == "made"
     assert DatasetDescription.from_toml(path).name.replace("-", "_") == name
+
+
+@pytest.mark.parametrize(
+    "category",
+    [
+        b"3",
+        b'{"name": "a", "frequency": "r"}',
+        b'{"id": [1], "name": "a", "frequency": "r"}',
+        b'{"id": "1", "name": "a", "frequency": "r"}',
+        b'{"id": 1, "name": "\xff", "frequency": "r"}',
+        b'{"id": 1, "name": "a", "frequency": "r"}, {"id": 1, "name": "b", "frequency": "f"}',
+    ],
+)
+def test_categories_that_mean_nothing_are_refused(tmp_path: Path, category: bytes) -> None:
+    source, out = tmp_path / "s.json", tmp_path / "out.json"
+    source.write_bytes(b'{"images": [], "annotations": [], "categories": [' + category + b"]}")
+    fixes = write_fixes(tmp_path / "f.csv", [["1", "a", "a"]])
+    for attempt in (
+        lambda: lvis.write_category_info(source, out),
+        lambda: lvis.write_without_frequencies(source, out),
+        lambda: objects365.write_with_fixed_names(source, fixes, out),
+        lambda: coco_zero_shot.write_split(source, out, ["zebra"]),
+    ):
+        with pytest.raises(DataError) as caught:
+            attempt()
+        assert caught.value.hint
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "text", [b'{"LabelName": "\xff"}', b'{"LabelName": "a", "Subcategory": [' * 5000], ids=["utf", "deep"]
+)  # fmt: skip
+def test_hierarchies_that_cannot_be_read(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "h.json").write_bytes(text)
+    for path in (tmp_path / "h.json", tmp_path):
+        with pytest.raises(DataError, match="not a class hierarchy"):
+            openimages.Hierarchy.read(path)
+
+
+def test_a_later_change_of_any_source_counts(tmp_path: Path) -> None:
+    work = steps._Work(root=tmp_path, force=False, cache=None, progress=SILENT)
+    for number, name in enumerate(("old", "target", "new")):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, ns=(number * 10**9, number * 10**9))
+    for sources in (["old"], ["old", "new"]):
+        work.file("step", "target", sources, lambda _: "")
+    assert [step.action for step in work.steps] == ["up to date", "made"]
+
+
+@pytest.mark.parametrize(("code", "kind"), [(errno.ENOSPC, DiskFullError), (errno.EIO, OSError)])
+def test_nothing_is_left_of_a_file_that_could_not_be_written(tmp_path: Path, code, kind) -> None:
+    def write() -> None:
+        with replacing(tmp_path / "f") as file:
+            file.write(b"half")
+            raise OSError(code, os.strerror(code))
+
+    with pytest.raises(kind):
+        write()
+    assert list(tmp_path.iterdir()) == []

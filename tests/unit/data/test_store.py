@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import proxydet.data.store as store_module
 from proxydet.data.run_lengths import to_mask
 from proxydet.data.store import AnnotationStore
 from proxydet.data.store_report import StoreReport
@@ -407,3 +408,38 @@ def test_any_bytes_are_refused_or_read(tmp_path_factory, text: bytes) -> None:
     (folder / "a.json").write_bytes(b'{"images": [], "categories": [], "annotations": [' + text)
     with pytest.raises(DataError):
         AnnotationStore.open(folder / "a.json", cache=folder)
+
+
+def test_another_version_has_a_store_of_its_own(
+    write_json: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_json(document([IMAGE], []))
+    path = AnnotationStore.path_for(source, cache=tmp_path)
+    monkeypatch.setattr("proxydet.data.store.STORE_VERSION", 99)
+    assert AnnotationStore.path_for(source, cache=tmp_path) != path
+
+
+def test_annotations_of_an_image_keep_their_order(write_json: Write, tmp_path: Path) -> None:
+    images = [IMAGE | {"id": i} for i in (1, 2, 3)]
+    rows = [annotation(i + 1, i % 3 + 1, 3, [1, 1, 5, 5]) for i in range(3000)]
+    store = AnnotationStore.open(write_json(document(images, rows)), cache=tmp_path / "c")
+    assert store.record(1).annotation_ids_A.tolist() == list(range(2, 3001, 3))
+
+
+def test_a_source_that_changes_while_it_is_read_gets_no_store(
+    write_json: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its store would carry the digest of what was there before."""
+    source = write_json(document([IMAGE], []))
+    convert = store_module.build_store
+
+    def change_and_convert(path: Path, target: Path, **options: Any) -> None:
+        write_json(document([IMAGE], [annotation(1, 1, 3, [1, 1, 5, 5])]))
+        convert(path, target, **options)
+
+    monkeypatch.setattr(store_module, "build_store", change_and_convert)
+    with pytest.raises(DataError, match="changed while it was read"):
+        AnnotationStore.open(source, cache=tmp_path / "c")
+    monkeypatch.undo()
+    assert not list((tmp_path / "c").glob("*.columns"))
+    assert AnnotationStore.open(source, cache=tmp_path / "c").report.annotations_kept == 1

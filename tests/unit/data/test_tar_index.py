@@ -1,5 +1,6 @@
 import gzip
 import io
+import os
 import pickle
 import tarfile
 from collections.abc import Callable
@@ -90,6 +91,8 @@ def test_what_is_no_image_is_reported_by_name(
     assert reported == {"none.tar/notes.txt"} | {
         f"t.tar/{name}" for name in ("notes.txt", "empty.jpg", "link.jpg", "bad.gz", "text.gz")
     }
+    assert any("link or a special file" in line for line in index.report.unreadable)
+    assert index.report.gzipped == 0
     assert index.report.empty == ["none.tar"]
     assert "6 unreadable members" in caplog.text
 
@@ -153,3 +156,24 @@ def test_many_tars_keep_few_files_open(tmp_path: Path, make_tar: Make, jpeg: Jpe
     assert again.read(79) == index.read(79)
     del index, again
     assert open_files() <= before + 1
+
+
+def test_members_of_one_name_are_each_reported(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        for _ in range(2):
+            tar.addfile(tarfile.TarInfo("notes.txt"))
+    assert [name for name, _ in scan_tar(tmp_path / "t.tar").unreadable] == ["notes.txt"] * 2
+
+
+def test_a_tar_of_the_same_size_and_another_time_is_looked_through_again(tars: Path) -> None:
+    first = TarIndex.path_for(tars, ["a.tar"])
+    os.utime(tars / "a.tar", ns=(1, 1))
+    assert TarIndex.path_for(tars, ["a.tar"]) != first
+
+
+def test_a_compressed_bomb_is_refused(
+    tmp_path: Path, make_tar: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("proxydet.data.tar_scan.LARGEST_MEMBER", 1000)
+    make_tar(tmp_path / "t.tar", {"a.jpg": gzip.compress(bytes(1001))})
+    assert "larger than 1000 bytes" in scan_tar(tmp_path / "t.tar").unreadable[0][1]

@@ -109,7 +109,13 @@ def show_plan(options: TrainOptions, machines: Machines, *, json: bool) -> None:
 
     config = options.resolve()
     topology = machines.topology(config)
-    plan = plan_training(config, topology, options.folder(config), _worker_words(options))
+    plan = plan_training(
+        config,
+        topology,
+        options.folder(config),
+        _worker_words(options),
+        resume=_resume(options.resume),
+    )
     Output(json=json).data(plan.to_dict(), plan.to_text())
     if plan.missing:
         raise typer.Exit(InputError.exit_code)
@@ -144,6 +150,8 @@ def _launch(options: TrainOptions, config: RunConfig, topology: Topology, *, jso
     from proxydet.training.launcher import launch
     from proxydet.training.runfolder import RunFolder
 
+    # Before any process starts: in each of them it would take seconds to come out, and be told as one process's failure.
+    _existing(_resume(options.resume))
     words = [*_worker_words(options), *(["--json"] if json else [])]
     launch(topology, words, RunFolder(options.folder(config)).logs)
 
@@ -170,7 +178,7 @@ def _train(options: TrainOptions, config: RunConfig, output: Output) -> None:
     result = run_training(
         config,
         output=folder,
-        resume=_resume(options.resume),
+        resume=_existing(_resume(options.resume)),
         progress=training_progress(quiet=output.quiet),
     )
     if not output.quiet:
@@ -182,14 +190,20 @@ def _resume(text: str) -> Resume:
         return "auto"
     if text == "never":
         return "never"
-    path = Path(text)
-    if not path.is_file():
+    return Path(text)
+
+
+def _existing(resume: Resume) -> Resume:
+    """Return what to go on with, if it is there."""
+    if not isinstance(resume, Path):
+        return resume
+    if not resume.is_file():
         raise ConfigError(
-            f"--resume takes auto, never or a checkpoint; there is no file {text}.",
+            f"--resume takes auto, never or a checkpoint; there is no file {resume}.",
             hint="Checkpoints lie in RUN/checkpoints/.",
-            path=path,
+            path=resume,
         )
-    return path.absolute()
+    return resume.absolute()
 
 
 def _worker_words(options: TrainOptions) -> list[str]:

@@ -146,16 +146,30 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: The file is absent, damaged, unsafe, or no training checkpoint of this program.
     """
+    return _read(path, whole=True)
+
+
+def read_iteration(path: Path) -> int:
+    """Return how many steps a training checkpoint was written after, without reading its weights.
+
+    Raises:
+        CheckpointError: The file is absent, cut off, unsafe, or no training checkpoint of this program.
+    """
+    return int(_read(path, whole=False)["iteration"])
+
+
+def _read(path: Path, *, whole: bool) -> dict[str, Any]:
+    """Read a checkpoint: all of it, compared with its checksums; or its structure, tensors being left on the disk."""
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+            damaged = archive.testzip() if whole else None
         if damaged is not None:
             raise CheckpointError(
                 f"{path} is damaged: {damaged} fails its checksum.",
                 hint="go on with an older one: --resume RUN/checkpoints/step_....pth",
                 path=path,
             )
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=not whole)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"There is no checkpoint {path}.", hint="checkpoints lie in RUN/checkpoints", path=path

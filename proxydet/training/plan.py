@@ -16,11 +16,13 @@ from proxydet.data.annotation_json import read_annotations
 from proxydet.data.classes import embedding_dimension
 from proxydet.data.description import DatasetDescription
 from proxydet.errors import DataError, InputError, ProxydetError
-from proxydet.training.checkpoint import CheckpointFolder
+from proxydet.training.checkpoint import CheckpointFolder, read_iteration
 from proxydet.training.cluster import Topology
 from proxydet.training.config import TrainingConfig
+from proxydet.training.continuation import check_folder
 from proxydet.training.distributed import choose_device
 from proxydet.training.estimate import Estimate, estimate_run
+from proxydet.training.fit import Resume
 from proxydet.training.precision import check_precision
 from proxydet.training.runfolder import RunFolder
 from proxydet.training.train import RunSettings, S, fit_to_embeddings, scale_run
@@ -102,7 +104,7 @@ class TrainingPlan:
             f"processes    {self.topology.world_size} on {self.topology.nodes} machine(s)",
             *self.estimate.lines(),
             "",
-            "data and weights",
+            "what it needs",
             *(f"  {_mark(need):8} {need.what:22} {_place(need)}" for need in self.needs),
             "",
             "command",
@@ -114,29 +116,40 @@ class TrainingPlan:
 
 
 def plan_training(
-    config: RunSettings, topology: Topology, output: Path, worker: Sequence[str]
+    config: RunSettings,
+    topology: Topology,
+    output: Path,
+    worker: Sequence[str],
+    *,
+    resume: Resume = "auto",
 ) -> TrainingPlan:
-    """Find out what a training would do. Looks at files, opens none of the large ones.
+    """Find out what a training would do. Looks at files, reads none of the large ones.
 
     Args:
         config: The configuration, before scaling to the number of processes.
         topology: Processes.
         output: The run folder.
         worker: What follows the interpreter on each process's command line.
+        resume: What to do with checkpoints that are there. A run folder that the training would refuse, and a checkpoint
+            that is not one, are told among the needs; whether the data changed since is not looked into.
     """
     folder = RunFolder(output)
     scaled = scale_run(config, topology.world_size)
     description, needs = _description(scaled.data.description)
     if description is not None:
         scaled, embeddings = _embeddings(description, scaled)
+        # Only what fits the embeddings can be compared with the settings of a run that is there.
+        comparable = embeddings.present
         needs += [embeddings, *_data_needs(description, scaled)]
-    checkpoints = CheckpointFolder(folder.checkpoints, scaled.training.checkpoints).list()
+    else:
+        comparable = False
+    resumes_after, start_needs = _start(folder, scaled, resume, comparable=comparable)
     return TrainingPlan(
         folder=folder.root,
-        resumes_after=checkpoints[-1][0] if checkpoints else None,
+        resumes_after=resumes_after,
         topology=topology,
         config=scaled,
-        needs=(*_machine_needs(scaled.training), *needs),
+        needs=(*start_needs, *_machine_needs(scaled.training), *needs),
         estimate=estimate_run(
             scaled.model,
             scaled.data.boxes,
@@ -146,6 +159,25 @@ def plan_training(
         ),
         command=_command(topology, folder, worker),
     )
+
+
+def _start(
+    folder: RunFolder, config: RunSettings, resume: Resume, *, comparable: bool
+) -> tuple[int | None, list[Need]]:
+    """Return the iteration to go on after, None to start anew, and what keeps the training from doing so."""
+    if isinstance(resume, Path):
+        try:
+            return read_iteration(resume), [_need("checkpoint", resume)]
+        except ProxydetError as error:
+            return None, [_unusable("checkpoint", resume, error)]
+    needs = []
+    if comparable or resume == "never":
+        try:
+            check_folder(folder, to_mapping(config), digests={}, resume=resume)
+        except ProxydetError as error:
+            needs.append(_unusable("run folder", folder.root, error))
+    found = CheckpointFolder(folder.checkpoints, config.training.checkpoints).list()
+    return found[-1][0] if found and resume == "auto" else None, needs
 
 
 def _command(topology: Topology, folder: RunFolder, worker: Sequence[str]) -> tuple[str, ...]:
@@ -210,6 +242,11 @@ def _embeddings(description: DatasetDescription, config: S) -> tuple[S, Need]:
 
 def _in_full(error: ProxydetError) -> str:
     return " ".join(filter(None, [error.message, error.hint]))
+
+
+def _unusable(what: str, path: Path, error: ProxydetError) -> Need:
+    problem = _in_full(error).removeprefix(f"{path} ")
+    return Need(what=what, path=str(path), present=False, problem=problem)
 
 
 def _need(what: str, path: Path) -> Need:

@@ -9,16 +9,20 @@ import numpy as np
 import pytest
 
 from proxydet.recipes import get_recipe, resolve_config
+from proxydet.config_text import dump_yaml
+from proxydet.training.checkpoint import write_checkpoint
 from proxydet.training.cluster import Topology
 from proxydet.training.estimate import MetaNetwork, batch_costs, estimate_run
+from proxydet.training.fit import Resume
 from proxydet.training.plan import plan_training
 
 WORKER = ["-m", "proxydet_cli", "train", "--recipe", "tiny"]
 
 
-def plan(tmp_path: Path, *overrides: str, processes: int = 1):
+def plan(tmp_path: Path, *overrides: str, processes: int = 1, resume: Resume = "auto"):
     config = resolve_config("tiny", None, ["training.device=cpu", *overrides])
-    return plan_training(config, Topology(processes=processes), tmp_path / "run", WORKER)
+    topology = Topology(processes=processes)
+    return plan_training(config, topology, tmp_path / "run", WORKER, resume=resume)
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
@@ -124,6 +128,47 @@ def test_what_it_would_go_on_with(tmp_path: Path) -> None:
     (folder / "step_0000012.pth").write_bytes(b"")
     assert plan(tmp_path).resumes_after == 12
     assert "goes on after iteration 12" in plan(tmp_path).to_text()
+
+
+def test_a_run_folder_that_training_would_refuse(tmp_path: Path) -> None:
+    np.save(tmp_path / "e.npy", np.ones((2, 32), np.float32))
+    (tmp_path / "d.toml").write_text('name = "d"\n[vocabulary]\nembeddings = "e.npy"\n')
+    folder, data = tmp_path / "run/checkpoints", f"data.description={tmp_path / 'd.toml'}"
+    folder.mkdir(parents=True)
+    (folder / "step_0000012.pth").write_bytes(b"")
+    # What a run of two processes writes down, its classifier being fitted to the embeddings.
+    (tmp_path / "run/config.yaml").write_text(dump_yaml(plan(tmp_path, data, processes=2).config))
+
+    def refused(*overrides: str, processes: int = 2, resume: Resume = "auto") -> str:
+        found = plan(tmp_path, data, *overrides, processes=processes, resume=resume)
+        return "".join(need.problem for need in found.missing if need.what == "run folder")
+
+    assert refused() == ""
+    assert "seed: 7 there, 8 now" in refused("seed=8")
+    assert "holds a run with other settings (training." in refused(processes=1)
+    assert refused("seed=8", resume=folder / "step_0000012.pth") == ""
+    occupied = plan(tmp_path, data, processes=2, resume="never")
+    assert occupied.resumes_after is None
+    text = occupied.to_text()
+    assert f"UNUSABLE run folder             {tmp_path}/run: already holds a run. Give" in text
+    # Without embeddings the settings cannot be compared, and what is missing is told alone.
+    (tmp_path / "e.npy").unlink()
+    assert refused("seed=8") == ""
+
+
+def test_a_named_checkpoint_is_looked_into(tmp_path: Path) -> None:
+    path = tmp_path / "old.pth"
+    write_checkpoint({"format": 1, "iteration": 34}, path)
+    found = plan(tmp_path, resume=path)
+    assert found.resumes_after == 34
+    assert "checkpoint" not in {need.what for need in found.missing}
+    path.write_bytes(path.read_bytes()[:100])
+    cut = plan(tmp_path, resume=path)
+    assert cut.resumes_after is None
+    assert cut.missing[0].what == "checkpoint"
+    assert "cannot be read" in cut.missing[0].problem
+    absent = plan(tmp_path, resume=tmp_path / "absent.pth").missing[0]
+    assert absent.problem.startswith("There is no checkpoint")
 
 
 def test_estimates_grow_with_what_they_count() -> None:

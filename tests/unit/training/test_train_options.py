@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from proxydet.errors import ConfigError
 from proxydet.training.cluster import Topology
 from proxydet.training.fit import TrainResult
 from proxydet_cli import training
@@ -51,6 +53,20 @@ def test_a_dry_run_ends_with_3_while_training_cannot_start(
     assert dry_run("--data", description, "--json") == 3
     needs = json.loads(capsys.readouterr().out)["needs"]
     assert [need["what"] for need in needs if not need["present"]] == ["training annotations"]
+
+
+def test_a_dry_run_tells_what_keeps_a_run_from_going_on(
+    description: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--data", description, "--output", tmp_path / "run")
+    assert dry_run(*words, "--resume", "absent.pth") == 3
+    assert "There is no checkpoint absent.pth" in capsys.readouterr().out
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/step_0000002.pth").touch()
+    assert dry_run(*words) == 0
+    capsys.readouterr()
+    assert dry_run(*words, "--resume", "never") == 3
+    assert "already holds a run. Give another folder with --output" in capsys.readouterr().out
 
 
 RESULT = TrainResult(
@@ -101,18 +117,36 @@ def test_the_first_of_all_processes_writes_the_result(
         assert "next: proxydet eval --run 'runs/a b'" in written
 
 
-def test_the_launcher_leaves_the_result_to_its_processes(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    launched: list[tuple[Any, ...]] = []
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Collect what would be launched."""
+    calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr(
-        "proxydet.training.launcher.launch", lambda *arguments: launched.append(arguments)
+        "proxydet.training.launcher.launch", lambda *arguments: calls.append(arguments)
     )
     monkeypatch.setattr(
         training.Machines, "topology", lambda self, config: Topology(processes=self.gpus)
     )
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
+    return calls
+
+
+def test_a_wrong_checkpoint_is_found_before_processes_start(
+    launched: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    options = dataclasses.replace(OPTIONS, resume=str(tmp_path / "absent.pth"))
+    with pytest.raises(ConfigError, match=r"there is no file .*absent\.pth"):
+        training.run(options, MACHINES, json=False)
+    assert not launched
+    (tmp_path / "absent.pth").touch()
+    training.run(options, MACHINES, json=False)
+    assert launched
+
+
+def test_the_launcher_leaves_the_result_to_its_processes(
+    launched: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]
+) -> None:
     training.run(OPTIONS, MACHINES, json=True)
     assert capsys.readouterr().out == ""
     topology, words, logs = launched[0]

@@ -108,9 +108,28 @@ class DiskFullError(EnvironmentProblem):
 
 
 class NumericsError(ProxydetError):
-    """A loss or a weight is not finite."""
+    """A loss or a weight is not finite.
+
+    Args:
+        message: What is not finite, and where.
+        hint: What the user can do next.
+        path: The file that tells more.
+        rank: Number of the process where it arose, where every process of a training raises the error; None where the
+            one that raises it is meant.
+    """
 
     exit_code = 5
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str | None = None,
+        path: Path | None = None,
+        rank: int | None = None,
+    ) -> None:
+        super().__init__(message, hint=hint, path=path)
+        self.rank = rank
 
 
 class TrainingError(ProxydetError):

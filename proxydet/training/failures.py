@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from proxydet import errors
-from proxydet.errors import Interrupted, ProxydetError, TrainingError
+from proxydet.errors import Interrupted, NumericsError, ProxydetError, TrainingError
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ class FailureRecord:
     """Why one process failed."""
 
     rank: int
-    """Its number."""
+    """Its number; for an error that every process raises, that of the process where it arose."""
 
     kind: str
     """Name of the error's class."""
@@ -43,7 +43,10 @@ class FailureRecord:
     """When, in seconds since 1970."""
 
     log: str
-    """The process's log file."""
+    """Log file of the process with this number."""
+
+    names_process: bool = False
+    """Whether the message says which process it is."""
 
 
 LAUNCHED = "PROXYDET_LAUNCHED"
@@ -104,19 +107,22 @@ def as_error(record: FailureRecord, processes: int) -> ProxydetError:
     """Turn the record of another process into an error to raise here, of the same class."""
     if record.kind == Interrupted.__name__:
         return Interrupted(record.message, signal_number=record.signal_number, hint=record.hint)
-    where = f"Process {record.rank} of {processes}: {record.message}"
+    where = "" if record.names_process else f"Process {record.rank} of {processes}: "
     known = getattr(errors, record.kind, None)
     cls = known if record.expected and isinstance(known, type) else TrainingError
     hint = " ".join(filter(None, [record.hint, f"Its log: {record.log}"]))
-    return cls(where, hint=hint)  # type: ignore[no-any-return]
+    return cls(where + record.message, hint=hint)  # type: ignore[no-any-return]
 
 
 def _write_failure(error: BaseException, folder: Path, rank: int, log: Path) -> None:
     expected = isinstance(error, ProxydetError)
     if not expected:
         logger.critical("Process %d failed", rank, exc_info=error)
+    arose = error.rank if isinstance(error, NumericsError) else None
+    if arose is not None:
+        log = folder / f"rank_{arose}.log"
     record = FailureRecord(
-        rank=rank,
+        rank=rank if arose is None else arose,
         kind=type(error).__name__,
         message=error.message
         if isinstance(error, ProxydetError)
@@ -126,6 +132,7 @@ def _write_failure(error: BaseException, folder: Path, rank: int, log: Path) -> 
         signal_number=error.signal_number if isinstance(error, Interrupted) else 0,
         time=time.time(),
         log=str(log),
+        names_process=arose is not None,
     )
     temporary = folder / f".rank_{rank}.failure.{os.getpid()}.tmp"
     temporary.write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")

@@ -58,7 +58,7 @@ class NonFiniteGuard:
         """
         if all(math.isfinite(value) for value in losses.values()):
             return False
-        message, record = self._describe(list(losses), local, batches, iteration)
+        message, record, rank = self._describe(list(losses), local, batches, iteration)
         if self._config.non_finite == "skip" and self.skipped < self._config.max_skipped:
             self.skipped += 1
             logger.warning("%s Skipping this step (%d so far).", message, self.skipped)
@@ -67,6 +67,7 @@ class NonFiniteGuard:
             f"{message} The weights are as they were before this step; no checkpoint was touched.",
             hint=f"{record} lists the images. {self._advice()}",
             path=record,
+            rank=rank if self._ranks.world_size > 1 else None,
         )
 
     def _advice(self) -> str:
@@ -83,8 +84,8 @@ class NonFiniteGuard:
 
     def _describe(
         self, names: list[str], local: torch.Tensor, batches: Sequence[Any], iteration: int
-    ) -> tuple[str, Path]:
-        """Write down the batches of this process, and say in words what is not finite on which process."""
+    ) -> tuple[str, Path, int]:
+        """Write down all processes' batches; say in words what is not finite on which process, where, and the first such."""
         image_ids = [list(batch.image_ids) for batch in batches]
         by_rank = [values.tolist() for values in gather_over_ranks(local, self._ranks)]
         ids_by_rank: list[Any] = [image_ids] * self._ranks.world_size
@@ -102,11 +103,14 @@ class NonFiniteGuard:
             self._folder.mkdir(parents=True, exist_ok=True)
             record = {"iteration": iteration, "not_finite": found, "batches_by_rank": ids_by_rank}
             path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        several = self._ranks.world_size > 1
         parts = [
-            f"{_in_words(item['losses'])} in process {item['rank']} on images {_flat(item['images'])}"
+            _in_words(item["losses"])
+            + (f" in process {item['rank']}" if several else "")
+            + f" on images {_flat(item['images'])}"
             for item in found
         ]
-        return f"At iteration {iteration}, {'; '.join(parts)}.", path
+        return f"At iteration {iteration}, {'; '.join(parts)}.", path, found[0]["rank"]
 
 
 def _in_words(losses: dict[str, str]) -> str:

@@ -75,7 +75,11 @@ def test_two_processes_compute_what_one_does(tmp_path: Path, unused: str) -> Non
     ("how", "code", "expected"),
     [
         ("data", 3, "DataError: Process 1 of 2: The image 12.jpg cannot be read."),
-        ("nan", 5, "loss_class is nan in process 1 on images 510, 511, 512, 513"),
+        (
+            "nan",
+            5,
+            "NumericsError: At iteration 5, loss_class is nan in process 1 on images 510, 511, 512, 513",
+        ),
         ("bug", 6, "TrainingError: Process 1 of 2: KeyError: 'boxes'"),
         ("kill", 6, "Process 1 of 2 was killed by SIGKILL"),
     ],
@@ -86,7 +90,8 @@ def test_the_first_error_is_what_the_user_reads(
     found, errors = run(tmp_path, "--launch", "2", "--fail", f"1:5:{how}")
     assert found == code, errors
     assert expected in errors
-    assert "rank_" in errors
+    assert "rank_1.log" in errors
+    assert "rank_0.log" not in errors
     assert "Traceback" not in errors
     assert (tmp_path / "checkpoints/step_0000004.pth").exists()
 

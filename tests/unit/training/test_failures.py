@@ -42,6 +42,16 @@ def test_the_cause_comes_before_its_echoes(tmp_path: Path) -> None:
     assert first_failure(tmp_path, time.time() + 1) is None
 
 
+def test_an_error_of_all_processes_names_the_one_where_it_arose(tmp_path: Path) -> None:
+    message = "At iteration 5, loss_box is nan in process 2 on images 7."
+    for rank in (0, 2, 1):
+        fail(tmp_path, rank, NumericsError(message, hint="look", rank=2))
+    error = as_error(first_failure(tmp_path, 0.0), 3)
+    assert type(error) is NumericsError
+    assert error.message == message
+    assert error.hint == f"look Its log: {tmp_path / 'rank_2.log'}"
+
+
 def test_a_bug_becomes_a_training_error_and_its_traceback_is_logged(tmp_path: Path) -> None:
     fail(tmp_path, 3, KeyError("boxes"))
     error = as_error(first_failure(tmp_path, 0.0), 4)

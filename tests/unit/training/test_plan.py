@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from proxydet.recipes import get_recipe, resolve_config
 from proxydet.config_text import dump_yaml
+from proxydet.recipes import get_recipe, resolve_config
 from proxydet.training.checkpoint import write_checkpoint
 from proxydet.training.cluster import Topology
 from proxydet.training.estimate import MetaNetwork, batch_costs, estimate_run

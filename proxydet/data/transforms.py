@@ -44,9 +44,9 @@ class View:
     def picture(self, image: Image.Image) -> Image.Image:
         """Return the view of a Pillow image; where nothing has to be done, the image itself.
 
-        The pixels are those of resizing the width of the whole image, then its height, and cutting the view out. Pillow does
-        it in this order up to version 12; later ones sometimes take the height first, whose pixels differ by 1. Rows that
-        the view does not need are dropped before, columns in between.
+        The pixels are those of resizing the width of the whole image, then its height, and cutting the view out, whatever
+        order Pillow's own resize takes: 13.0.0 sometimes takes the height first, whose pixels differ by 1. Rows that the
+        view does not need are dropped before, columns in between.
         """
         height, width = self.scaled
         top, left = self.offset

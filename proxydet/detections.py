@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
+    from proxydet.mask_window import MaskWindow
     from proxydet.modeling.prediction import Prediction
     from proxydet.visualization.drawing import DrawingStyle
 
@@ -41,12 +42,17 @@ class Detection:
     """From 0 to 1."""
     box_xyxy: tuple[float, float, float, float]
     """Left, top, right, bottom in pixels of the picture."""
-    _paste: Callable[[], Bools] | None
+    _paste: Callable[[], MaskWindow] | None
 
     @property
     def mask(self) -> Bools | None:
         """(H, W), True where the object is, pasted into the picture when asked for; None: without masks."""
-        return None if self._paste is None else self._paste()
+        return None if self._paste is None else self._paste().whole()
+
+    @property
+    def mask_area(self) -> int | None:
+        """Pixels of the mask; None: without masks."""
+        return None if self._paste is None else self._paste().area
 
 
 class Detections:
@@ -87,7 +93,7 @@ class Detections:
                 class_id=int(self.class_ids[index]),
                 score=float(self.scores[index]),
                 box_xyxy=_as_tuple(self.boxes_xyxy[index]),
-                _paste=partial(self._mask, index) if self.has_masks else None,
+                _paste=partial(self._window, index) if self.has_masks else None,
             )
 
     def __repr__(self) -> str:
@@ -262,10 +268,10 @@ class Detections:
         ]
         return draw_objects(picture, objects, style)
 
-    def _mask(self, index: int) -> Bools:
-        """One mask alone: all masks of a large picture at once can take gigabytes."""
-        mask_HW: Bools = self._chosen(np.array([index])).masks[0]
-        return mask_HW
+    def _window(self, index: int) -> MaskWindow:
+        """One mask alone, where it lies: all masks of a large picture at once can take gigabytes."""
+        (window,) = self._chosen(np.array([index]))._prediction.windows()
+        return window
 
     def _require_masks(self) -> None:
         if not self.has_masks:

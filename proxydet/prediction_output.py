@@ -226,8 +226,7 @@ class CsvSaver:
 
 def table_cells(item: Detection) -> list[object]:
     """What a table tells of a detection, in the order of `TABLE_COLUMNS`; without a mask its area is empty."""
-    mask_HW = item.mask
-    area = "" if mask_HW is None else int(mask_HW.sum())
+    area = "" if item.mask_area is None else item.mask_area
     box = [round(value, 2) for value in item.box_xyxy]
     return [item.label, round(item.score, 6), *box, area]
 

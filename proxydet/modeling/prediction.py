@@ -11,15 +11,17 @@ from typing import Any
 
 import proxydet.compat.d2  # noqa: F401
 
-import numpy as np
 import pycocotools.mask as coco_mask
 import torch
 from detectron2.layers import paste_masks_in_image
 from torch import Tensor
+from torch.nn.functional import grid_sample
+
+from proxydet.mask_window import MaskWindow
 
 _MASK_THRESHOLD = 0.5
-# Memory of pasted masks while they are encoded: all of a photograph's, a few of a poster's.
-_PASTED_BYTES = 2**28
+# Pixels that are sampled at once: bounds the memory of a mask that fills a poster.
+_SAMPLES_AT_ONCE = 2**22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,26 +86,34 @@ class Prediction:
 
     def distinct_masks(self) -> Tensor:
         """Return each distinct mask pasted into the image, as detectron2 does: bool (M, H, W)."""
-        for everything in self._pasted(max(len(self.mask_probs_MSS), 1)):
-            return everything
-        height, width = self.image_size
-        return torch.zeros(0, height, width, dtype=torch.bool, device=self.boxes_N4.device)
-
-    def each_mask(self) -> Iterator[np.ndarray[tuple[int, int], np.dtype[np.bool_]]]:
-        """Yield each distinct mask pasted into the image, bool (H, W): as many at once as memory allows."""
-        height, width = self.image_size
-        for part in self._pasted(max(_PASTED_BYTES // (height * width), 1)):
-            yield from part.cpu().numpy()  # to the CPU in one piece
-
-    def _pasted(self, at_once: int) -> Iterator[Tensor]:
         if len(self.mask_probs_MSS) == 0:
-            return
+            return torch.zeros(0, *self.image_size, dtype=torch.bool, device=self.boxes_N4.device)
+        pasted: Tensor = paste_masks_in_image(
+            self.mask_probs_MSS, self._mask_boxes(), self.image_size, threshold=_MASK_THRESHOLD
+        )
+        return pasted
+
+    def windows(self) -> Iterator[MaskWindow]:
+        """Yield each distinct mask (M of them) where it lies in the image: the pixels of `distinct_masks`."""
+        height, width = self.image_size
+        boxes_M4 = self._mask_boxes().cpu()
+        for probs_SS, box_4 in zip(self.mask_probs_MSS.cpu(), boxes_M4, strict=True):
+            left, top = (box_4[:2].floor() - 1).clamp(min=0).int().tolist()
+            right, bottom = (box_4[2:].ceil() + 1).int().tolist()
+            rows, columns = (top, min(bottom, height)), (left, min(right, width))
+            yield MaskWindow(
+                top=top,
+                left=left,
+                inside_hw=_pasted(probs_SS, box_4, rows, columns).numpy(),
+                size=self.image_size,
+            )
+
+    def _mask_boxes(self) -> Tensor:
+        """Return the box of each distinct mask: (M, 4)."""
         boxes_M4 = self.boxes_N4.new_empty(len(self.mask_probs_MSS), 4)
-        boxes_M4[self.mask_index_N] = self.boxes_N4  # detections of one mask have the same box
-        for probs, boxes in zip(
-            self.mask_probs_MSS.split(at_once), boxes_M4.split(at_once), strict=True
-        ):
-            yield paste_masks_in_image(probs, boxes, self.image_size, threshold=_MASK_THRESHOLD)
+        if len(boxes_M4):
+            boxes_M4[self.mask_index_N] = self.boxes_N4  # detections of one mask have the same box
+        return boxes_M4
 
 
 def masks(prediction: Prediction) -> Tensor:
@@ -127,7 +137,7 @@ def rles(prediction: Prediction) -> list[dict[str, Any]]:
         ValueError: The prediction was made without masks.
     """
     _require_masks(prediction)
-    encoded = [_encode(mask_HW) for mask_HW in prediction.each_mask()]
+    encoded = [_encode(window) for window in prediction.windows()]
     return [encoded[index] for index in prediction.mask_index_N.tolist()]
 
 
@@ -160,8 +170,27 @@ def to_host(predictions: Sequence[Prediction]) -> list[Prediction]:
     ]
 
 
-def _encode(mask_HW: np.ndarray[tuple[int, int], np.dtype[np.bool_]]) -> dict[str, Any]:
-    rle: dict[str, Any] = coco_mask.encode(np.asfortranarray(mask_HW.view(np.uint8)))
+def _pasted(
+    probs_SS: Tensor, box_4: Tensor, rows: tuple[int, int], columns: tuple[int, int]
+) -> Tensor:
+    """Paste a mask into a window of its image: the arithmetic of detectron2's pasting, so that no pixel differs."""
+    first_2, last_2 = box_4.unflatten(0, (2, 2))
+    x_w, y_h = (
+        ((torch.arange(*span, dtype=torch.float32) + 0.5 - first) / (last - first) * 2 - 1)
+        for span, first, last in zip((columns, rows), first_2, last_2, strict=True)
+    )
+    inside_hw = torch.empty(len(y_h), len(x_w), dtype=torch.bool)
+    some = max(_SAMPLES_AT_ONCE // max(len(x_w), 1), 1)
+    for part_hw, y in zip(inside_hw.split(some), y_h.split(some), strict=True):
+        grid_hw2 = torch.stack(torch.meshgrid(x_w, y, indexing="xy"), dim=-1)
+        sampled = grid_sample(probs_SS[None, None], grid_hw2[None], align_corners=False)
+        torch.ge(sampled[0, 0], _MASK_THRESHOLD, out=part_hw)
+    return inside_hw
+
+
+def _encode(window: MaskWindow) -> dict[str, Any]:
+    counts = {"size": list(window.size), "counts": window.runs().tolist()}
+    rle: dict[str, Any] = coco_mask.frPyObjects(counts, *window.size)
     return {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
 
 

@@ -13,10 +13,12 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from proxydet.errors import ConfigError
+from proxydet.mask_window import MaskWindow
 from proxydet.visualization.colours import RGB, colour_of, text_colour_on
 from proxydet.visualization.labels import Box, LabelRequest, place_labels
 
 Bools = npt.NDArray[np.bool_]
+Mask = Bools | MaskWindow
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 _SMALLEST_FONT = 11
@@ -34,8 +36,9 @@ class DrawnObject:
     """Left, top, right, bottom in pixels of the picture."""
     score: float | None = None
     """Shown behind the label where given."""
-    mask_HW: Bools | Callable[[], Bools] | None = field(default=None, compare=False)
-    """Mask of the picture's size, or a function that gives it when it is drawn."""
+    mask_HW: Mask | Callable[[], Mask] | None = field(default=None, compare=False)
+    """Mask of the picture's size, the window of the picture that it lies in, or a function that gives one of them when
+    it is drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,31 +126,49 @@ def _scaled(box: Box, scale: int) -> Box:
 
 
 def _with_mask(canvas: Image.Image, item: DrawnObject, scale: int, opacity: float) -> Image.Image:
-    mask_HW = item.mask_HW() if callable(item.mask_HW) else item.mask_HW
-    assert mask_HW is not None
-    if mask_HW.shape != (canvas.height // scale, canvas.width // scale):
-        raise ConfigError(
-            f"the mask of {item.label!r} is {mask_HW.shape[1]} x {mask_HW.shape[0]} pixels, "
-            f"the picture {canvas.width // scale} x {canvas.height // scale}"
-        )
-    rows, columns = (
-        np.flatnonzero(mask_HW.any(axis=1)),
-        np.flatnonzero(mask_HW.any(axis=0)),
-    )
-    if not len(rows):
+    found = _cut_out(item, (canvas.height // scale, canvas.width // scale))
+    if found is None:
         return canvas
-    # Only the window around the mask is touched: hundreds of masks on a large photograph stay cheap.
-    margin = 3
-    x0, y0 = max(int(columns[0]) - margin, 0), max(int(rows[0]) - margin, 0)
-    x1, y1 = int(columns[-1]) + 1 + margin, int(rows[-1]) + 1 + margin
-    mask = Image.fromarray(mask_HW[y0:y1, x0:x1].astype(np.uint8) * 255)
+    mask = Image.fromarray(found.inside_hw.astype(np.uint8) * 255)
     if scale > 1:
         mask = mask.resize((mask.width * scale, mask.height * scale), Image.Resampling.BILINEAR)
-    origin = (x0 * scale, y0 * scale)
+    origin = (found.left * scale, found.top * scale)
     colour = colour_of(item.label)
     canvas.paste(colour, origin, mask.point([round(value * opacity) for value in range(256)]))
     canvas.paste(colour, origin, _rim(mask))
     return canvas
+
+
+def _cut_out(item: DrawnObject, size: tuple[int, int]) -> MaskWindow | None:
+    """Return the mask with a little space around it; None where it is empty.
+
+    Only this window is touched in drawing: hundreds of masks on a large photograph stay cheap.
+    """
+    mask = item.mask_HW() if callable(item.mask_HW) else item.mask_HW
+    assert mask is not None
+    if not isinstance(mask, MaskWindow):
+        mask = MaskWindow(top=0, left=0, inside_hw=mask, size=(mask.shape[0], mask.shape[1]))
+    if mask.size != size:
+        raise ConfigError(
+            f"the mask of {item.label!r} is {mask.size[1]} x {mask.size[0]} pixels, "
+            f"the picture {size[1]} x {size[0]}"
+        )
+    rows = np.flatnonzero(mask.inside_hw.any(axis=1))
+    columns = np.flatnonzero(mask.inside_hw.any(axis=0))
+    if not len(rows):
+        return None
+    # In the picture's rows and columns; the rim needs to see where the mask ends.
+    margin = 3
+    y0, x0 = (max(start - margin, 0) for start in (mask.top + rows[0], mask.left + columns[0]))
+    y1, x1 = (
+        min(end + 1 + margin, most)
+        for end, most in zip((mask.top + rows[-1], mask.left + columns[-1]), size, strict=True)
+    )
+    cut_hw = np.zeros((y1 - y0, x1 - x0), dtype=np.bool_)
+    tight_hw = mask.inside_hw[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    top, left = mask.top + rows[0] - y0, mask.left + columns[0] - x0
+    cut_hw[top : top + tight_hw.shape[0], left : left + tight_hw.shape[1]] = tight_hw
+    return MaskWindow(top=int(y0), left=int(x0), inside_hw=cut_hw, size=size)
 
 
 def _rim(mask: Image.Image) -> Image.Image:

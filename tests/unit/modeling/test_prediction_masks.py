@@ -45,20 +45,36 @@ def test_each_distinct_mask_is_encoded_once(found, monkeypatch) -> None:
         assert torch.equal(torch.from_numpy(coco_mask.decode(rle)).bool(), mask)
 
 
-def test_of_a_large_picture_few_masks_are_pasted_at_once(found, monkeypatch) -> None:
-    wanted, sizes = rles(found), []
-    paste = paste_masks_in_image
+@pytest.mark.parametrize("at_once", [1, 60, 2**22])
+def test_masks_in_their_windows_are_the_pasted_ones(found, monkeypatch, at_once) -> None:
+    monkeypatch.setattr(module, "_SAMPLES_AT_ONCE", at_once)
+    windows = list(found.windows())
+    for window, mask in zip(windows, found.distinct_masks(), strict=True):
+        assert torch.equal(torch.from_numpy(window.whole()), mask)
+    assert windows[1].inside_hw.shape < (48, 50)
 
-    def watch(probs, *args, **options):
-        sizes.append(len(probs))
-        return paste(probs, *args, **options)
 
-    monkeypatch.setattr(module, "paste_masks_in_image", watch)
-    assert rles(found) == wanted
-    assert sizes == [2]
-    monkeypatch.setattr(module, "_PASTED_BYTES", 48 * 50)
-    assert rles(found) == wanted
-    assert sizes == [2, 1, 1]
+def test_a_mask_pastes_to_the_same_pixels_wherever_it_lies() -> None:
+    generator = torch.Generator().manual_seed(1)
+    corners = torch.rand(40, 2, generator=generator) * 2000
+    boxes = torch.cat([corners, corners + torch.rand(40, 2, generator=generator) * 900 + 0.1], 1)
+    boxes.clamp_(max=torch.tensor([2200.0, 2100, 2200, 2100]))
+    boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(dim=1)]
+    # Smooth probabilities, so that many pixels lie near the threshold.
+    coarse = torch.rand(len(boxes), 1, 4, 4, generator=generator) * 0.2 + 0.4
+    probs = torch.nn.functional.interpolate(coarse, (28, 28), mode="bilinear")[:, 0]
+    prediction = Prediction(
+        boxes_N4=boxes,
+        scores_N=torch.linspace(1, 0.1, len(boxes)),
+        classes_N=torch.zeros(len(boxes), dtype=torch.int64),
+        mask_probs_MSS=probs,
+        mask_index_N=torch.arange(len(boxes)),
+        image_size=(2100, 2200),
+    )
+    wanted = paste_masks_in_image(probs, boxes, (2100, 2200))
+    assert wanted.any(dim=(1, 2)).sum() > 20
+    for window, mask in zip(prediction.windows(), wanted, strict=True):
+        assert torch.equal(torch.from_numpy(window.whole()), mask)
 
 
 def test_choosing_keeps_only_the_masks_in_use(found) -> None:

@@ -1,0 +1,39 @@
+"""Masks as windows of their pictures."""
+
+import numpy as np
+import pycocotools.mask as coco_mask
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from proxydet.mask_window import MaskWindow
+
+
+@st.composite
+def windows(draw):
+    height, width = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    top, left = draw(st.integers(0, height - 1)), draw(st.integers(0, width - 1))
+    shape = (draw(st.integers(0, height - top)), draw(st.integers(0, width - left)))
+    inside = draw(arrays.arrays(np.bool_, shape))
+    return MaskWindow(top=top, left=left, inside_hw=inside, size=(height, width))
+
+
+@given(windows())
+def test_runs_are_those_of_the_whole_mask(window):
+    whole = window.whole()
+    counts = window.runs()
+    assert counts.sum() == whole.size
+    assert (counts[1:] > 0).all()
+    rle = coco_mask.frPyObjects(
+        {"size": list(window.size), "counts": counts.tolist()}, *window.size
+    )
+    assert rle == coco_mask.encode(np.asfortranarray(whole.astype(np.uint8)))
+    assert window.area == whole.sum()
+
+
+@pytest.mark.parametrize("value", [False, True])
+def test_a_window_of_the_whole_picture(value):
+    window = MaskWindow(top=0, left=0, inside_hw=np.full((4, 3), value), size=(4, 3))
+    assert window.runs().tolist() == ([0, 12] if value else [12])
+    assert (window.whole() == value).all()

@@ -12,7 +12,7 @@ from proxydet.artifacts.fetch import Report, fetch_all
 from proxydet.artifacts.http import Client
 from proxydet.artifacts.obtain import Job
 from proxydet.artifacts.patience import RateLimit
-from proxydet.artifacts.plan import Plan, make_plan, with_announced_sizes
+from proxydet.artifacts.plan import Plan, make_plan, refuse_unpinned, with_announced_sizes
 from proxydet.artifacts.root import Root
 from proxydet.artifacts.settings import TransferSettings
 from proxydet.artifacts.verify import Finding, verify_all
@@ -76,12 +76,15 @@ class Downloader:
 
         Raises:
             ConfigError: A name is not in the catalogue.
-            ArtifactError: A record under the root is damaged.
+            ArtifactError: A record under the root is damaged, or a file is refused as `DownloadOptions.strict` says.
         """
         artifacts = self.catalogue.resolve(names)
-        return make_plan(
+        plan = make_plan(
             artifacts, self._root, self._client, keep_archives=self.options.keep_archives
         )
+        if self.options.strict:
+            refuse_unpinned(plan, self._root)
+        return plan
 
     def ask_sizes(self, plan: Plan) -> Plan:
         """Complete a plan by asking servers for the sizes that are not published.
@@ -103,7 +106,6 @@ class Downloader:
             root=self._root,
             line=Line(client=self._client, rate=RateLimit(self.options.settings.limit_rate)),
             progress=self._progress,
-            strict=self.options.strict,
             keep_archives=self.options.keep_archives,
             force=self.options.force,
         )

@@ -11,7 +11,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
@@ -95,8 +95,13 @@ class FileLock:
         """Return whether waiting is over: the lock is held, or cannot be had on this file system."""
         fcntl = _locking()
         with disk_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            except FileNotFoundError:
+                if self.path.is_symlink():
+                    raise
+                return False  # its last holder has just removed the folder, which was empty again
         try:
             if fcntl is not None:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -206,6 +211,20 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ArtifactError(f"{path} does not hold a JSON object.", hint="Move it away.", path=path)
     return content
+
+
+def absent_folders(*folders: Path) -> list[Path]:
+    """Return those of some folders, and of the folders around them, that are not there; the innermost first."""
+    every = {place for folder in folders for place in (folder, *folder.parents)}
+    absent = [place for place in every if not place.exists()]
+    return sorted(absent, key=lambda folder: len(folder.parts), reverse=True)
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove those of some folders that are empty, in their order."""
+    for folder in folders:
+        with contextlib.suppress(OSError):  # absent, or not empty
+            folder.rmdir()
 
 
 def free_bytes(path: Path) -> int:

@@ -95,6 +95,18 @@ def look(artifact: Artifact, root: Root, client: Client) -> Item:
     return _absent(artifact, path, root, client, lacking)
 
 
+def expected_digest(artifact: Artifact, root: Root) -> str | None:
+    """Return the digest that the file must have: the published one, or else the one recorded on first use.
+
+    Raises:
+        ArtifactError: The record is damaged.
+    """
+    if artifact.sha256 is not None:
+        return artifact.sha256
+    seen = root.records(artifact).first_seen(artifact.name)
+    return None if seen is None else seen.sha256
+
+
 def useful_path(artifact: Artifact, root: Root) -> Path:
     """Return the path that an artifact is used by: the file, or what its archive unpacks to."""
     if artifact.unpack is None:

@@ -13,8 +13,8 @@ from proxydet.artifacts.addresses import mirror_address
 from proxydet.artifacts.artifact import Artifact
 from proxydet.artifacts.content import content_check
 from proxydet.artifacts.digest import file_digest
-from proxydet.artifacts.files import FileLock
-from proxydet.artifacts.look import Item, State, look
+from proxydet.artifacts.files import FileLock, absent_folders, remove_empty
+from proxydet.artifacts.look import Item, State, expected_digest, look
 from proxydet.artifacts.meter import Meter
 from proxydet.artifacts.patience import Stopped
 from proxydet.artifacts.records import LOCK_FILE, FirstSeen
@@ -23,7 +23,7 @@ from proxydet.artifacts.root import Root
 from proxydet.artifacts.transfer import fetch_file
 from proxydet.artifacts.unpacking import unpack
 from proxydet.artifacts.wanted import Line, Received, Wanted
-from proxydet.errors import ArchiveError, ArtifactError, DigestError, ProxydetError
+from proxydet.errors import ArchiveError, DigestError, ProxydetError
 from proxydet.reporting import SILENT, Progress, Task
 from proxydet.wording import counted
 
@@ -67,8 +67,6 @@ class Job:
     """Where to show how far it is."""
     total: Task | None = None
     """Counts the bytes of all files."""
-    strict: bool = False
-    """Refuse files for which no digest is published or recorded."""
     keep_archives: bool = False
     """Keep archives after unpacking them."""
     force: bool = False
@@ -92,8 +90,12 @@ def obtain(artifact: Artifact, job: Job, *, announced: int | None = None) -> Out
     started = time.monotonic()
     target = job.root.path(artifact.target)
     item = look(artifact, job.root, job.line.client)
-    if item.state in (State.READY, State.NEEDS_ACCOUNT):
+    if item.state in (State.READY, State.NEEDS_ACCOUNT) and not _left_archive(item, job):
         return _done(item)
+    folders = [target.parent]
+    if artifact.unpack is not None:
+        folders.append(job.root.path(artifact.unpack.folder))
+    made = absent_folders(*folders)
     lock = FileLock(target.with_name(f".{target.name}.lock"))
     stop = job.line.client.stop
     lock.acquire(
@@ -106,23 +108,22 @@ def obtain(artifact: Artifact, job: Job, *, announced: int | None = None) -> Out
         outcome = _act(replace(item, announced=announced), job, take_over=lock.held)
     finally:
         lock.release()
+        remove_empty(made)
     return Outcome(**{**vars(outcome), "seconds": time.monotonic() - started})
 
 
 def _act(item: Item, job: Job, *, take_over: bool) -> Outcome:
     artifact = item.artifact
     if item.state in (State.READY, State.NEEDS_ACCOUNT):
+        if _left_archive(item, job):
+            job.root.path(artifact.target).unlink(missing_ok=True)
+            _logger.info("%s: removed its archive, which an interrupted run left", artifact.name)
         return _done(item)
     if item.state is State.DIFFERENT and not job.force:
         raise DigestError(
             f"{item.path} is there, but is not {artifact.name}: {item.why}.",
             hint="Move it away, or give --force to replace it.",
             path=item.path,
-        )
-    if job.strict and _expected(artifact, job.root) is None:
-        raise ArtifactError(
-            f"No digest is published for {artifact.name}, and none is recorded here; --strict refuses it.",
-            hint="Without --strict its digest is recorded on first use and checked ever after.",
         )
     if item.state in (State.UNCHECKED, State.PACKED):
         try:
@@ -139,17 +140,17 @@ def _act(item: Item, job: Job, *, take_over: bool) -> Outcome:
         return Outcome(name=artifact.name, status="missing", path=item.path, note=error.message)
 
 
+def _left_archive(item: Item, job: Job) -> bool:
+    """Tell whether a run that unpacked an archive was killed before it could remove it, as it was to."""
+    artifact = item.artifact
+    if artifact.unpack is None or item.state is not State.READY or job.keep_archives:
+        return False
+    return job.root.records(artifact).is_passing(job.root.path(artifact.target))
+
+
 def _done(item: Item) -> Outcome:
     status: Status = "ready" if item.state is State.READY else "needs account"
     return Outcome(name=item.artifact.name, status=status, path=item.path, note=item.why)
-
-
-def _expected(artifact: Artifact, root: Root) -> str | None:
-    """Return the digest that the file must have: the published one, or else the one recorded on first use."""
-    if artifact.sha256 is not None:
-        return artifact.sha256
-    seen = root.records(artifact).first_seen(artifact.name)
-    return None if seen is None else seen.sha256
 
 
 def _check_there(item: Item, job: Job) -> Outcome:
@@ -157,7 +158,7 @@ def _check_there(item: Item, job: Job) -> Outcome:
     artifact, target = item.artifact, job.root.path(item.artifact.target)
     if artifact.unpack is not None and item.state is State.UNCHECKED:
         return _check_unpacked(item, job)
-    expected = _expected(artifact, job.root)
+    expected = expected_digest(artifact, job.root)
     records = job.root.records(artifact)
     digest = records.known_digest(target) or file_digest(target, job.progress, job.line.client.stop)
     if expected is not None and digest != expected:
@@ -178,12 +179,8 @@ def _check_there(item: Item, job: Job) -> Outcome:
                 path=target,
             ) from error
     ours = records.was_fetched(target)
-    _record(
-        artifact,
-        job.root,
-        FirstSeen(sha256=digest, size=target.stat().st_size, holds=holds),
-        fetched=ours,
-    )
+    seen = FirstSeen(sha256=digest, size=target.stat().st_size, holds=holds)
+    _record(artifact, job, seen, fetched=ours)
     outcome = Outcome(
         name=artifact.name, status="checked", path=item.path, sha256=digest, note=holds or ""
     )
@@ -230,7 +227,7 @@ def _fetch(item: Item, job: Job, *, take_over: bool) -> Outcome:
         etag=received.etag,
         holds=received.holds,
     )
-    _record(artifact, job.root, seen, fetched=True)
+    _record(artifact, job, seen, fetched=True)
     outcome = _fetched(item, received)
     if artifact.unpack is None:
         return outcome
@@ -299,11 +296,12 @@ def _fetched(item: Item, received: Received) -> Outcome:
     )
 
 
-def _record(artifact: Artifact, root: Root, seen: FirstSeen, *, fetched: bool) -> None:
-    records = root.records(artifact)
+def _record(artifact: Artifact, job: Job, seen: FirstSeen, *, fetched: bool) -> None:
+    records, target = job.root.records(artifact), job.root.path(artifact.target)
+    passing = fetched and artifact.unpack is not None and not job.keep_archives
     if not artifact.pinned:
         records.record_first(artifact.name, seen)
-    records.record_digest(root.path(artifact.target), seen.sha256, fetched=fetched)
+    records.record_digest(target, seen.sha256, fetched=fetched, passing=passing)
     records.record_damage(artifact.name, damaged=False)
 
 

@@ -10,13 +10,14 @@ from pathlib import Path
 from proxydet.artifacts.artifact import Artifact
 from proxydet.artifacts.files import free_bytes
 from proxydet.artifacts.http import Client
-from proxydet.artifacts.look import Item, State, look
+from proxydet.artifacts.look import Item, State, expected_digest, look
 from proxydet.artifacts.root import Root
 from proxydet.artifacts.workers import run_workers
-from proxydet.errors import DiskFullError
-from proxydet.wording import size_text
+from proxydet.errors import ArtifactError, DiskFullError
+from proxydet.wording import counted, size_text
 
 _MOST_ASKED = 60
+_MOST_NAMED = 5
 _ASKING_THREADS = 8
 
 
@@ -92,6 +93,28 @@ def make_plan(
     items = tuple(look(artifact, root, client) for artifact in artifacts)
     at_once = 0 if keep_archives else client.settings.jobs
     return Plan(items, _needs(items, root, at_once), at_once)
+
+
+def refuse_unpinned(plan: Plan, root: Root) -> None:
+    """Check that everything still to be done has a published or recorded digest, before anything is fetched.
+
+    Args:
+        plan: A plan.
+        root: Where files lie.
+
+    Raises:
+        ArtifactError: Something has none, or a record under the root is damaged.
+    """
+    names = [
+        item.artifact.name for item in plan.todo if expected_digest(item.artifact, root) is None
+    ]
+    if names:
+        listed = ", ".join(names[:_MOST_NAMED]) + (" ..." if len(names) > _MOST_NAMED else "")
+        raise ArtifactError(
+            f"No digest is published for {counted(len(names), 'file')} ({listed}), and none is recorded here; "
+            f"--strict refuses {'it' if len(names) == 1 else 'them'}.",
+            hint="Without --strict digests are recorded on first use and checked ever after.",
+        )
 
 
 def with_announced_sizes(plan: Plan, root: Root, client: Client) -> Plan:

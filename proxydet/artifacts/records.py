@@ -101,14 +101,21 @@ class Records:
         """Tell whether a file was fetched here, and not put there by somebody."""
         return self._entry(path).get("fetched") is True
 
-    def record_digest(self, path: Path, sha256: str, *, fetched: bool = False) -> None:
-        """Remember the digest of a file as it is now, and whether it was fetched here."""
+    def is_passing(self, path: Path) -> bool:
+        """Tell whether a file is an archive that was to be removed as soon as it is unpacked."""
+        return self._entry(path).get("passing") is True
+
+    def record_digest(
+        self, path: Path, sha256: str, *, fetched: bool = False, passing: bool = False
+    ) -> None:
+        """Remember the digest of a file as it is now, whether it was fetched here, and whether it is soon removed."""
         status = path.stat()
         entry = {
             "size": status.st_size,
             "time": status.st_mtime_ns,
             "sha256": sha256,
             "fetched": fetched,
+            "passing": passing,
         }
         self._update(self._ledger, {self._key(path): entry})
 

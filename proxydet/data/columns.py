@@ -1,7 +1,7 @@
 """A file of named numpy columns that is opened by memory map, in a millisecond, whatever its size.
 
 Layout: magic, the columns one after another (each aligned to 64 bytes), a JSON footer that says where each one is,
-the footer's length, magic again. The footer comes last so that a column can be written while it is being made.
+the footer's length and check sum, magic again. The footer comes last so that a column can be written while it is being made.
 All processes that open a file share its pages.
 """
 
@@ -9,23 +9,24 @@ from __future__ import annotations
 
 import mmap
 import struct
-import uuid
 import zlib
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from proxydet.data.unfinished import hidden_beside, hold, sweep
 from proxydet.errors import DataError
 
 Column = npt.NDArray[Any]
+Meta = TypeVar("Meta")
 
 _MAGIC = b"PDCOLS01"
 _ALIGNMENT = 64
-_TAIL = struct.Struct("<Q8s")
+_TAIL = struct.Struct("<II8s")  # length and CRC-32 of the footer (0: none was noted), magic
 _CHECKSUM_BLOCK = 1 << 24
 
 
@@ -47,13 +48,15 @@ class ColumnWriter:
     """Writes a column file under a temporary name and moves it into place when it is whole.
 
     Use as a context manager; leaving it without `finish`, or by an exception, leaves no file. One column at a time may
-    be written in parts (`append`); whole columns are added by `add`.
+    be written in parts (`append`); whole columns are added by `add`. What a killed process left unfinished is removed.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        self._temporary = hidden_beside(path)
         self._file = self._temporary.open("xb")
+        hold(self._file)
+        sweep(path, self._temporary)
         self._file.write(_MAGIC)
         self._entries: dict[str, _Entry] = {}
         self._open_column = ""
@@ -101,7 +104,7 @@ class ColumnWriter:
             _Footer(kind, version, self._entries, msgspec.Raw(msgspec.json.encode(meta)))
         )
         self._file.write(footer)
-        self._file.write(_TAIL.pack(len(footer), _MAGIC))
+        self._file.write(_TAIL.pack(len(footer), zlib.crc32(footer), _MAGIC))
         self._file.close()
         self._temporary.replace(self._path)
 
@@ -151,15 +154,26 @@ class ColumnFile:
                 f"it holds {self._footer.kind} version {self._footer.version}, not {kind} version {version}",
             )
 
-    @property
-    def meta(self) -> bytes:
-        """The JSON text of what was given to `ColumnWriter.finish` as ``meta``."""
-        return bytes(self._footer.meta)
+    def meta(self, kind: type[Meta]) -> Meta:
+        """Return what was given to `ColumnWriter.finish` as ``meta``.
+
+        Args:
+            kind: Its type.
+
+        Raises:
+            DataError: it is of another one.
+        """
+        try:
+            return msgspec.json.decode(self._footer.meta, type=kind)
+        except msgspec.MsgspecError as error:
+            raise _damaged(self.path, f"its footer is damaged ({error})") from error
 
     def __getitem__(self, name: str) -> Column:
         # Kept: training asks several times for each object of an image.
         if name not in self._arrays:
-            entry = self._footer.columns[name]
+            entry = self._footer.columns.get(name)
+            if entry is None:
+                raise _damaged(self.path, f"it has no column {name}")
             count = int(np.prod(entry.shape, dtype=np.int64))
             flat: Column = np.frombuffer(
                 self._map, dtype=entry.dtype, count=count, offset=entry.offset
@@ -186,12 +200,15 @@ class ColumnFile:
         size = len(self._map)
         if size < len(_MAGIC) + _TAIL.size or self._map[: len(_MAGIC)] != _MAGIC:
             raise _damaged(self.path, "it is not a column file")
-        length, magic = _TAIL.unpack(self._map[size - _TAIL.size :])
+        length, checksum, magic = _TAIL.unpack(self._map[size - _TAIL.size :])
         start = size - _TAIL.size - length
         if magic != _MAGIC or start < len(_MAGIC):
             raise _damaged(self.path, "its end is missing")
+        raw = self._map[start : start + length]
+        if checksum not in (0, zlib.crc32(raw)):
+            raise _damaged(self.path, "its footer is damaged (its check sum is wrong)")
         try:
-            footer = msgspec.json.decode(self._map[start : start + length], type=_Footer)
+            footer = msgspec.json.decode(raw, type=_Footer)
             ends = [
                 entry.offset
                 + int(np.prod(entry.shape, dtype=np.int64)) * np.dtype(entry.dtype).itemsize

@@ -86,7 +86,7 @@ class AnnotationStore:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._columns = ColumnFile(path, kind=STORE_KIND, version=STORE_VERSION)
-        meta = msgspec.json.decode(self._columns.meta, type=_Meta)
+        meta = self._columns.meta(_Meta)
         self.categories: tuple[CategoryEntry, ...] = tuple(meta.categories)
         self.report = meta.report
         self.source_name = meta.source

@@ -218,7 +218,8 @@ class AnnotationTable:
         again[first] = False
         again |= ids == _NO_ID
         if again.any():
-            self._report.repair("annotation id missing or repeated: a new one given", ids[again])
+            which = ("none" if number == _NO_ID else number for number in ids[again].tolist())
+            self._report.repair("annotation id missing or repeated: a new one given", which)
             free = np.setdiff1d(np.arange(1, 2 * len(ids) + 1), ids[~again])
             ids[again] = free[: np.count_nonzero(again)]
         return ids

@@ -85,7 +85,7 @@ class TarIndex:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._columns = ColumnFile(path, kind=_KIND, version=_VERSION)
-        meta = msgspec.json.decode(self._columns.meta, type=_Meta)
+        meta = self._columns.meta(_Meta)
         self.folder = Path(meta.folder)
         self.tars = tuple(meta.tars)
         self.report = meta.report

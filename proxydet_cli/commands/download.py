@@ -85,7 +85,7 @@ def download(  # noqa: PLR0913 - one parameter an option
     """
     from proxydet.artifacts.catalogue import Catalogue
     from proxydet.artifacts.downloader import Downloader, DownloadOptions
-    from proxydet.artifacts.settings import TransferSettings, bytes_per_second
+    from proxydet.artifacts.settings import TransferSettings
     from proxydet_cli.output import Output
     from proxydet_cli.progress import show_progress
 
@@ -101,7 +101,7 @@ def download(  # noqa: PLR0913 - one parameter an option
         settings=TransferSettings(
             connections=connections,
             jobs=jobs,
-            limit_rate=bytes_per_second(limit_rate) if limit_rate is not None else None,
+            limit_rate=_rate(limit_rate),
             mirror=mirror,
         ),
     )
@@ -112,6 +112,19 @@ def download(  # noqa: PLR0913 - one parameter an option
             _show_plan(downloader.ask_sizes(downloader.plan(names or [_DEFAULT])), output)
         else:
             _fetch(downloader, names or [], output, asked=not yes)
+
+
+def _rate(text: str | None) -> float | None:
+    """Read ``--limit-rate``; a value that is none is an error of the command line, as one of ``--jobs`` is."""
+    from proxydet.artifacts.settings import bytes_per_second
+    from proxydet.errors import ConfigError
+
+    try:
+        return None if text is None else bytes_per_second(text)
+    except ConfigError as error:
+        raise typer.BadParameter(
+            f"{error.message} {error.hint or ''}".rstrip(), param_hint="--limit-rate"
+        ) from None
 
 
 def _list(catalogue: Catalogue, names: list[str], output: Output) -> None:

@@ -132,6 +132,17 @@ def test_all_files_of_a_resumed_job_are_counted_whole(
     assert server.files["/one"].sent == len(body) - 100_000
 
 
+@pytest.mark.parametrize("how", ["--dry-run", "--yes"])
+def test_strict_refuses_before_anything_is_asked_or_fetched(run, entry, server, body, how) -> None:
+    entry("pinned", body)
+    entry("loose")
+    code, out, err = run("pinned", "loose", "--strict", how)
+    assert (code, out) == (4, "")
+    assert "loose" in err
+    assert "--strict refuses it" in " ".join(err.split())
+    assert not server.files["/pinned"].requests
+
+
 def test_licences_are_told_once_each(run, entry, body) -> None:
     entry("one", body)
     entry("two", body)
@@ -237,7 +248,7 @@ def test_a_mirror_from_the_environment(run, entry, server, body, monkeypatch) ->
     ("words", "code", "message"),
     [
         (("lvsi", "--dry-run"), 3, "Did you mean lvis"),
-        (("lvis", "--limit-rate", "fast"), 3, "not a rate"),
+        (("lvis", "--limit-rate", "fast"), 2, "not a rate"),
         (("lvis", "--jobs", "0"), 2, "jobs"),
         (("lvis", "--mirror", "ftp://x/", "--yes"), 3, "not an https or http address"),
         (("--catalogue", "absent.toml", "--list"), 3, "cannot be read"),

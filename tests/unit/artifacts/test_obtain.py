@@ -151,10 +151,13 @@ class TestUnpinned:
         self, run, server, artifact, body, root
     ) -> None:
         served = server.add("/thing", body)
-        _, report = run(artifact(), strict=True)
-        with pytest.raises(ArtifactError, match="--strict refuses"):
-            report.raise_for_failures()
+        pinned = server.add("/pinned", body)
+        with pytest.raises(ArtifactError, match=r"for 1 file \(thing\), .*--strict refuses it"):
+            run(artifact("pinned", body), artifact(), strict=True)
         assert not served.requests
+        assert not pinned.requests, (
+            "what has a digest is not fetched first, to be refused afterwards"
+        )
         run(artifact())[1].raise_for_failures()
         (root / "models/thing.bin").unlink()
         run(artifact(), strict=True)[1].raise_for_failures()
@@ -463,6 +466,73 @@ def test_an_archive_that_somebody_put_there_stays(run, server, artifact, root, m
     assert not path.exists()
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_an_archive_that_a_killed_run_did_not_come_to_remove_goes_at_the_next(
+    run, server, artifact, root, monkeypatch, keep
+) -> None:
+    """Unpacked and noted as such, but still there; one that was to be kept stays, whatever is asked later."""
+    served = server.add("/set", photos())
+    path, thing = root / "datasets/set/photos.zip", packed(artifact, photos())
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed_at(path, Path.unlink))
+        if keep:
+            run(thing, keep_archives=True)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                run(thing)
+    assert path.exists()
+    run(thing, keep_archives=True)
+    assert path.exists()
+    _, report = run(thing)
+    assert [outcome.status for outcome in report.outcomes] == ["ready"]
+    assert path.exists() == keep
+    assert len(list((root / "datasets/set/photos").iterdir())) == 30
+    assert len(served.requests) == 1
+
+
+def killed_at(path: Path, unlink):
+    def at(self: Path, **options: bool) -> None:
+        if self == path:
+            raise KeyboardInterrupt
+        unlink(self, **options)
+
+    return at
+
+
+def test_folders_that_a_failed_download_made_go_away(run, server, artifact, body, root) -> None:
+    """Those that were there stay, and so does the folder of what can be gone on from."""
+    for thing in (artifact(), packed(artifact, b"absent")):
+        assert len(run(thing)[1].failures) == 1
+        assert not root.exists()
+    (root / "models").mkdir(parents=True)
+    assert len(run(artifact())[1].failures) == 1
+    assert (root / "models").is_dir()
+    server.add("/thing", body, drop_after=100_000, answers=[], later={2: {"answers": [(403, {})]}})
+    part = artifact(target="deep/er/thing.bin")
+    assert len(run(part)[1].failures) == 1
+    assert any(path.suffix == ".part" for path in (root / "deep/er").iterdir())
+
+
+def test_so_does_the_empty_folder_of_an_archive_that_did_not_unpack(
+    run, server, artifact, root
+) -> None:
+    server.add("/thing", b"no archive")
+    unpack = Unpack(folder="models/w", provides=(Provided(path="w.bin"),))
+    thing = artifact(target="datasets/w.zip", unpack=unpack)
+    assert len(run(thing)[1].failures) == 1
+    assert not (root / "models").exists()
+
+
+def test_strict_has_nothing_against_what_is_ready(run, artifact, root) -> None:
+    """Photographs unpacked by hand: no digest of their archive was ever recorded."""
+    folder = root / "datasets/set/photos"
+    folder.mkdir(parents=True)
+    for number in range(30):
+        (folder / f"{number}.jpg").write_bytes(b"x")
+    thing = packed(artifact, b"", sha256=None, size=None)
+    assert states(run(thing, strict=True)[0]) == [State.READY]
+
+
 def test_files_unpacked_under_another_top_folder_are_remembered_there(run, artifact, root) -> None:
     data = b"weights"
     provides = (Provided(path="w.bin", sha256=hashlib.sha256(data).hexdigest()),)
@@ -485,7 +555,7 @@ def test_a_wrong_archive_is_no_first_use(run, server, artifact, root) -> None:
     assert "is not set: photos.zip is not a zip archive" in failure.error.message
     folder = root / "datasets"
     assert "set" not in json.loads((folder / "artifacts.lock.json").read_text())
-    assert list((folder / "set").iterdir()) == []
+    assert not (folder / "set").exists()
     server.add("/set", photos())
     run(thing)[1].raise_for_failures()
     assert len(list((folder / "set/photos").iterdir())) == 30

@@ -219,6 +219,7 @@ def test_ids_missing_or_repeated_are_given_anew(write_json: Write, tmp_path: Pat
     store = open_one(write_json, tmp_path, *twins, nameless)
     assert store.record(0).annotation_ids_A.tolist() == [2, 1, 3]
     assert sum(store.report.repaired.values()) == 2
+    assert list(store.report.examples.values()) == [["2", "none"]]
     assert store.report.annotations_kept == 3
 
 

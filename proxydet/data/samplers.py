@@ -200,8 +200,8 @@ def _split(source: SourceImages, by_orientation: bool) -> list[_Group]:
 
 def _pick(cumulative: FloatArray, uniform: FloatArray) -> npt.NDArray[np.int64]:
     """Return the row whose slice of the cumulative weights each number in [0, 1) falls into."""
+    # The largest double below 1 times a total is never rounded up to the total, so that every number falls into a slice.
     picked: npt.NDArray[np.int64] = np.searchsorted(
         cumulative, uniform * cumulative[-1], side="right"
     )
-    # The product may round up to the total.
-    return np.minimum(picked, len(cumulative) - 1)
+    return picked

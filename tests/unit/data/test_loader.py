@@ -191,6 +191,16 @@ def test_images_without_objects_are_kept_or_left_out(small_set: Path) -> None:
     assert ids == {2, 3, 4, 6}
 
 
+def test_a_square_image_goes_with_the_portraits(small_set: Path) -> None:
+    path = small_set.parent / "train.json"
+    content = json.loads(path.read_text())
+    content["images"][1].update(height=50, width=50)
+    path.write_text(json.dumps(content))
+    Image.new("RGB", (50, 50)).save(small_set.parent / "train/2.png")
+    drawn = [set(batch.image_ids) for batch in itertools.islice(loader(small_set), 60)]
+    assert set().union(*(ids for ids in drawn if 2 in ids)) == {1, 2, 3, 5}
+
+
 def test_rare_classes_are_repeated_and_novel_ones_are_not(small_set: Path) -> None:
     sources = open_training_sources(DataConfig(), DatasetDescription.from_toml(small_set))
     config = DataConfig(repeat_threshold=0.6)

@@ -2,8 +2,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from proxydet.data.samplers import BatchPlan, SourceImages, image_weights, repeat_factors
+from proxydet.data.samplers import BatchPlan, SourceImages, _pick, image_weights, repeat_factors
 from proxydet.errors import DataError
 
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "data_parity.npz"
@@ -132,3 +134,9 @@ def test_images_without_weight_are_never_drawn_and_none_at_all_is_an_error() -> 
     for weights in ((), (0.0, 0.0)):
         with pytest.raises(DataError, match="no images"):
             plan(*weights)
+
+
+@given(total=st.floats(1e-6, 1e12))
+def test_the_largest_random_number_falls_into_the_last_slice(total: float) -> None:
+    cumulative = np.array([total / 2, total])
+    assert _pick(cumulative, np.array([0.0, np.nextafter(1.0, 0.0)])).tolist() == [0, 1]

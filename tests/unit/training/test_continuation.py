@@ -49,6 +49,8 @@ def test_changed_data_is_refused(folder: RunFolder, name: str) -> None:
 def test_changed_settings_are_refused_and_free_ones_are_not(folder: RunFolder) -> None:
     free = {**SETTINGS, "training": {"iterations": 10, "threads": 2}}
     assert check_folder(folder, free, digests=DIGESTS, resume="auto") is False
+    weights = {**SETTINGS, "training": {**SETTINGS["training"], "weights": "elsewhere/w.pth"}}
+    assert check_folder(folder, weights, digests=DIGESTS, resume="auto") is False
     longer = {**SETTINGS, "training": {"iterations": 20, "threads": 1}}
     with pytest.raises(ConfigError, match=r"training\.iterations: 10 there, 20 now"):
         check_folder(folder, longer, digests=DIGESTS, resume="auto")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from proxydet.errors import DataError, Interrupted, NumericsError, TrainingError
 from proxydet.training.failures import LAUNCHED, as_error, first_failure, worker_log
-from proxydet.training.launcher import in_worker, requeue
+from proxydet.training.launcher import _killed, in_worker, requeue
 
 
 def fail(folder: Path, rank: int, error: BaseException) -> None:
@@ -26,6 +27,18 @@ def test_nothing_is_recorded_when_nothing_fails(tmp_path: Path) -> None:
     assert "hello" in path.read_text()
     assert "after" not in path.read_text()
     assert first_failure(tmp_path, 0.0) is None
+
+
+def test_the_level_of_the_log_is_put_back(tmp_path: Path) -> None:
+    logger = logging.getLogger("proxydet")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with worker_log(tmp_path, 0):
+            assert logger.level == logging.INFO
+        assert logger.level == logging.ERROR
+    finally:
+        logger.setLevel(before)
 
 
 def test_the_cause_comes_before_its_echoes(tmp_path: Path) -> None:
@@ -91,3 +104,16 @@ def test_requeue_once_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not requeue({"SLURM_JOB_ID": "7", "SLURM_NODEID": "1"}, ran.append)
     assert not requeue({}, ran.append)
     assert len(ran) == 1
+
+
+def test_a_killed_process_is_told_from_those_that_the_launcher_ended() -> None:
+    """When one process dies the launcher ends the others with SIGTERM; which of them it lists first says nothing."""
+
+    def ended(number: int, name: str) -> SimpleNamespace:
+        return SimpleNamespace(exitcode=-number, signal_name=lambda: name)
+
+    failures = {0: ended(15, "SIGTERM"), 1: ended(9, "SIGKILL")}
+    error = SimpleNamespace(failures=failures, get_first_failure=lambda: (0, failures[0]))
+    assert _killed(error) == (1, "SIGKILL")
+    del failures[1]
+    assert _killed(error) == (0, "")

@@ -244,6 +244,26 @@ def test_evaluation_keeps_to_its_schedule_and_marks_the_best(
     assert toy.run(tmp_path / "b", by_recall, evaluate=evaluate).best.iteration == 12
 
 
+def test_a_checkpoint_that_is_no_longer_the_best_goes_when_a_better_one_is_known(
+    toy: ModuleType, tmp_path: Path
+) -> None:
+    changes = {"evaluation": {"period": 4}, "checkpoints": {"keep_last": 1}}
+    toy.run(tmp_path, changes, evaluate=crash_at(-1))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_0000012.pth"]
+
+
+def test_evaluations_of_weights_that_a_run_goes_back_behind_are_made_again(
+    toy: ModuleType, tmp_path: Path
+) -> None:
+    changes = {"evaluation": {"period": 4}, "checkpoints": {"keep_last": 3}}
+    for value, resume in ((1.0, "auto"), (2.0, tmp_path / "checkpoints/step_0000004.pth")):
+        toy.run(tmp_path, changes, resume=resume, evaluate=lambda *_, value=value: {"AP": value})
+    found = [
+        (line["iteration"], line["metrics"]["AP"]) for line in records(tmp_path, "evaluations")
+    ]
+    assert found == [(4, 1.0), (8, 2.0), (12, 2.0)]
+
+
 def test_evaluation_does_not_change_what_is_learnt(toy: ModuleType, tmp_path: Path) -> None:
     def evaluate(network: torch.nn.Module, at: int, folder: Path) -> dict[str, float]:
         return {"AP": float(torch.rand(3).sum())}

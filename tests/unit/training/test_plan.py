@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,9 +13,9 @@ from proxydet.config_text import dump_yaml
 from proxydet.recipes import get_recipe, resolve_config
 from proxydet.training.checkpoint import write_checkpoint
 from proxydet.training.cluster import Topology
-from proxydet.training.estimate import MetaNetwork, batch_costs, estimate_run
+from proxydet.training.estimate import Estimate, MetaNetwork, batch_costs, count, estimate_run
 from proxydet.training.fit import Resume
-from proxydet.training.plan import plan_training
+from proxydet.training.plan import _annotations, plan_training
 
 WORKER = ["-m", "proxydet_cli", "train", "--recipe", "tiny"]
 
@@ -23,6 +24,21 @@ def plan(tmp_path: Path, *overrides: str, processes: int = 1, resume: Resume = "
     config = resolve_config("tiny", None, ["training.device=cpu", *overrides])
     topology = Topology(processes=processes)
     return plan_training(config, topology, tmp_path / "run", WORKER, resume=resume)
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the estimate, which takes a second."""
+    estimate = Estimate(
+        device="cpu",
+        parameters=1,
+        memory_gib=1.0,
+        seconds_per_step=1.0,
+        operations_per_second=1.0,
+        hours=1.0,
+        images=1,
+    )
+    monkeypatch.setattr("proxydet.training.plan.estimate_run", lambda *_: estimate)
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
@@ -110,6 +126,16 @@ def test_an_empty_or_broken_annotation_file_is_told(
     assert "1 missing or unusable: training cannot start yet." in text
 
 
+def test_a_large_annotation_file_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("{")
+    assert "ends in the middle" in _annotations("annotations", path).problem
+    monkeypatch.setattr("proxydet.training.plan._LARGEST_READ", 0)
+    assert _annotations("annotations", path).present
+
+
 def test_the_command_and_the_scaled_configuration(tmp_path: Path) -> None:
     alone, two = plan(tmp_path), plan(tmp_path, processes=2)
     assert list(alone.command[1:]) == WORKER
@@ -130,6 +156,7 @@ def test_what_it_would_go_on_with(tmp_path: Path) -> None:
     assert "goes on after iteration 12" in plan(tmp_path).to_text()
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_a_run_folder_that_training_would_refuse(tmp_path: Path) -> None:
     np.save(tmp_path / "e.npy", np.ones((2, 32), np.float32))
     (tmp_path / "d.toml").write_text('name = "d"\n[vocabulary]\nembeddings = "e.npy"\n')
@@ -156,6 +183,7 @@ def test_a_run_folder_that_training_would_refuse(tmp_path: Path) -> None:
     assert refused("seed=8") == ""
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_a_named_checkpoint_is_looked_into(tmp_path: Path) -> None:
     path = tmp_path / "old.pth"
     write_checkpoint({"format": 1, "iteration": 34}, path)
@@ -195,3 +223,29 @@ def test_an_estimate_is_plausible() -> None:
     assert 0 < found.seconds_per_step < 100
     assert found.operations_per_second > 0
     assert found.hours == pytest.approx(found.seconds_per_step * 20 / 3600)
+
+
+def test_every_process_and_accumulated_batch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("proxydet.training.estimate.device_speed", lambda *_: 1e9)
+    config = resolve_config("tiny", None, ["training.device=cpu"])
+
+    def images(accumulation: int, processes: int) -> int:
+        training = dataclasses.replace(config.training, accumulation=accumulation)
+        sources = (config.data.boxes, config.data.image_labels)
+        return estimate_run(config.model, *sources, training, processes).images
+
+    alone = images(1, 1)
+    assert images(2, 1) == pytest.approx(2 * alone, abs=2)
+    assert images(1, 3) == pytest.approx(3 * alone, abs=2)
+
+
+def test_a_step_takes_three_times_its_forward_pass() -> None:
+    """The backward pass computes two products where the forward pass computes one."""
+    config = get_recipe("tiny")
+    network, boxes = MetaNetwork(config.model), config.data.boxes
+    features, (pyramid, _) = count(network.pyramid, boxes.batch_size, boxes.size)
+    _, (proposals, _) = count(network.proposals, features)
+    regions = config.model.cascade.samples_per_image
+    _, (heads, _) = count(network.heads, boxes.batch_size, regions, True)
+    (cost,) = batch_costs(network, boxes, None, config.training)
+    assert cost.operations == 3 * (pyramid + proposals + heads)

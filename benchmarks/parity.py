@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from parity_functions import compare_functions
+from parity_functions import compare_functions, compare_training_functions
 from parity_groups import (
     Row,
     compare_inference,
@@ -32,7 +32,9 @@ from parity_trim import base_classes, write_trimmed
 def rows_of(folder: Path, part: str) -> Iterator[Row]:
     """Compare one part with the full fixtures of a folder."""
     if part == "functions":
-        yield from compare_functions(_load(folder / "parity_functions.npz"))
+        functions = _load(folder / "parity_functions.npz")
+        yield from compare_functions(functions)
+        yield from compare_training_functions(functions)
         return
     kind: Kind = "swinb" if part == "swinb" else "r50"
     fixture = _load(folder / f"parity_{kind}.npz")

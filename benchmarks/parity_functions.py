@@ -1,4 +1,8 @@
-"""Compares single functions with the recorded numbers: class-wise mixup, CenterNet targets and losses, federated loss."""
+"""Compares single functions with the recorded numbers.
+
+Of the losses: class-wise mixup, CenterNet targets and losses, federated loss. Of training: learning rates, repeat factors
+and weights of the sampler, resize and crop.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,16 @@ from parity_groups import LOSS_TOLERANCE, TENSOR_TOLERANCE, Row
 from parity_model import Fixture
 from torch.nn.functional import normalize
 
+from proxydet.data.samplers import image_weights, repeat_factors
+from proxydet.data.transforms import scaled_crop
 from proxydet.losses.centernet import losses_from_targets
 from proxydet.losses.centernet_targets import Cells, CenterNetTargets, centernet_targets
 from proxydet.losses.classification import federated_loss
 from proxydet.losses.config import CenterNetLossConfig, MixupLossConfig
 from proxydet.losses.mixup import class_prototypes, mixup_loss
 from proxydet.modeling.outputs import MixupOutput
+from proxydet.training.config import ScheduleConfig
+from proxydet.training.schedule import learning_rate_factor
 
 _MIXUP_VARIANTS = {
     "obj_score.t1.0.l1": MixupLossConfig(),
@@ -24,6 +32,7 @@ _MIXUP_VARIANTS = {
     "obj_score.t1.0.l2": MixupLossConfig(distance="l2"),
 }
 _STRIDES = (8, 16, 32, 64, 128)
+_REPEAT_THRESHOLD = 0.1  # of the recorded sampler
 
 
 def compare_functions(fixture: Fixture) -> Iterator[Row]:
@@ -37,6 +46,57 @@ def compare_functions(fixture: Fixture) -> Iterator[Row]:
     ones = torch.ones(len(columns))
     loss = federated_loss(logits[:, columns], labels, columns, ones)
     yield _relative("federated loss", float(loss), float(fixture["fed.loss"]))
+
+
+def compare_training_functions(fixture: Fixture) -> Iterator[Row]:
+    """Compare what decides which images are seen, how, and at which learning rate."""
+    for name, iterations, base in (("r50", 90_000, 2e-4), ("swinb", 180_000, 1e-4)):
+        steps, recorded = fixture[f"schedule.{name}.iterations"], fixture[f"schedule.{name}.lr"]
+        rates = [base * learning_rate_factor(int(i), iterations, ScheduleConfig()) for i in steps]
+        yield _largest(f"schedule, {name} (10 iterations)", np.array(rates), recorded, 1e-9)
+    categories = fixture["sampler.categories"].tolist()
+    box, image = _repeat_factors(categories[:40]), _repeat_factors(categories[40:])
+    weights = np.concatenate(image_weights([box, np.ones(100)], [1, 4]))
+    for name, own in (
+        ("repeat_factors_box", box),
+        ("repeat_factors_image", image),
+        ("weights", weights),
+    ):
+        yield _largest(f"sampler, {name}", own, fixture[f"sampler.{name}"], 1e-6)
+    yield from _compare_resize_crop(fixture)
+
+
+def _repeat_factors(categories: list[str]) -> np.ndarray:
+    labels = [[int(category) for category in text.split(",")] for text in categories]
+    images = np.repeat(np.arange(len(labels)), [len(own) for own in labels])
+    flat = np.array([category for own in labels for category in own])
+    return repeat_factors(images, flat, image_count=len(labels), threshold=_REPEAT_THRESHOLD)
+
+
+def _compare_resize_crop(fixture: Fixture) -> Iterator[Row]:
+    columns = fixture["resize_crop.columns"].tolist()
+    wrong, factors = 0, []
+    for values in fixture["resize_crop.rows"].tolist():
+        row = dict(zip(columns, values, strict=True))
+        view = scaled_crop(
+            int(row["height"]),
+            int(row["width"]),
+            size=int(row["size"]),
+            scale_factor=row["scale_factor"],
+            crop_y=row["u_y"],
+            crop_x=row["u_x"],
+        )
+        size, offset = (row["scaled_h"], row["scaled_w"]), (row["offset_y"], row["offset_x"])
+        wrong += view.scaled != size or view.offset != offset
+        factors.append((view.factor_xy[0], row["img_scale"]))
+    yield Row("resize and crop, sizes and offsets", float(wrong), 0.0, "views that differ")
+    own, recorded = np.array(factors).T
+    yield _largest("resize and crop, scale", own, recorded, 1e-12)
+
+
+def _largest(name: str, own: np.ndarray, recorded: np.ndarray, tolerance: float) -> Row:
+    difference = np.abs(own - recorded) / np.abs(recorded)
+    return Row(name, float(difference.max()), tolerance, "relative")
 
 
 def _compare_mixup(name: str, config: MixupLossConfig, fixture: Fixture) -> Iterator[Row]:

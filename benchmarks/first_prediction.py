@@ -65,9 +65,14 @@ def make_r50(place: Path) -> None:
     from parity_model import TRIMMED, network_of
     from parity_trim import base_classes
 
+    from proxydet import Vocabulary
+
     network = network_of("r50", base_classes(TRIMMED))
     torch.save({"model": network.state_dict()}, place / "r50.pth")
-    network.vocabulary.save(place / "vocabulary.npz")
+    # The fixtures' weights hold embeddings of their own.
+    text_CD = network.class_table().text_DC1[:, :-1].T.numpy()
+    names = network.vocabulary.names
+    Vocabulary.from_arrays(names, text_CD, network.vocabulary.base).save(place / "vocabulary.npz")
 
 
 def main() -> None:

@@ -27,6 +27,11 @@ Curve = Sequence[tuple[float, float]]
 PALETTE = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#0ea5b7", "#b08900", "#ec4899")
 """Middle tones that stand out from white and from near-black."""
 
+# Curves of up to this many points show them.
+_FEW_POINTS = 20
+# Characters that a panel of `loss_plot` is wide.
+_TITLE_WIDTH = 24
+
 # Replaced by "currentColor" in SVG text; drawn as it is in other formats.
 _INK = "#2b2d31"
 _SETTINGS = {
@@ -67,6 +72,8 @@ def loss_plot(curves: Mapping[str, Curve], *, columns: int = 4) -> Figure:
         for index, (name, curve) in enumerate(curves.items()):
             axes = figure.add_subplot(rows, columns, index + 1)
             _draw_curve(axes, name, curve, PALETTE[index % len(PALETTE)])
+        if curves:
+            figure.supxlabel("iteration", fontsize=_SETTINGS["font.size"])
     return figure
 
 
@@ -231,16 +238,24 @@ def svg_of(figure: Figure) -> str:
 
 
 def _draw_curve(axes: Axes, name: str, curve: Curve, colour: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     points = np.asarray(curve, np.float64).reshape(-1, 2)
     window = max(1, len(points) // 25)
     axes.plot(points[:, 0], points[:, 1], color=colour, linewidth=0.6, alpha=0.35)
     means = running_mean(points[:, 1], window)
-    axes.plot(points[:, 0], means, color=colour, linewidth=1.6)
+    few = len(points) <= _FEW_POINTS
+    # A line through one point is none: a run may have been evaluated once. Points on the axis are drawn in full.
+    shown: dict[str, Any] = {"marker": "o", "markersize": 3, "clip_on": False} if few else {}
+    axes.plot(points[:, 0], means, color=colour, linewidth=1.6, **shown)
     finite = means[np.isfinite(means)]
     if len(finite):
-        # The first, very large values would flatten the rest.
-        axes.set_ylim(min(0.0, float(finite.min())), float(np.quantile(finite, 0.98)) * 1.15 + 1e-9)
-    axes.set_title(name)
+        # The first of many values, which are very large, would flatten the rest.
+        top = float(np.quantile(finite, 1.0 if few else 0.98)) * 1.15
+        bottom = min(0.0, float(finite.min()))
+        axes.set_ylim(bottom, top if top > bottom else bottom + 1.0)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
+    axes.set_title(textwrap.fill(name, _TITLE_WIDTH, break_long_words=False))
 
 
 def _figure(width: float, height: float) -> Figure:

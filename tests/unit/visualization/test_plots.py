@@ -41,6 +41,23 @@ def test_short_curves_are_plotted(curve: list) -> None:
     assert "<svg" in svg_of(loss_plot({"loss": curve}))
 
 
+def test_one_evaluation_is_seen_even_if_it_is_zero() -> None:
+    """A run that was evaluated once, at its end, and found nothing."""
+    (axes,) = loss_plot({"AP": [(20.0, 0.0)]}).axes
+    assert axes.lines[1].get_marker() == "o"
+    assert axes.get_ylim() == (0.0, 1.0)
+    (long,) = loss_plot({"AP": [(float(i), 1.0) for i in range(100)]}).axes
+    assert long.lines[1].get_marker() == "None"
+    (steep,) = loss_plot({"loss": [(float(i), 10.0**-i) for i in range(5)]}).axes
+    assert steep.get_ylim()[1] > 1.0, "of few values none is cut off"
+
+
+def test_long_names_are_broken_and_iterations_are_whole() -> None:
+    (axes,) = loss_plot({"segm/AP50 novel, without image labels": [(2.0, 1.0), (4.0, 2.0)]}).axes
+    assert axes.get_title() == "segm/AP50 novel, without\nimage labels"
+    assert all(tick == int(tick) for tick in axes.get_xticks())
+
+
 def test_no_curves_make_an_empty_figure() -> None:
     assert "<svg" in svg_of(loss_plot({}))
 

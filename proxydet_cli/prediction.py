@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from proxydet.video.run import VideoFile, VideoSummary
     from proxydet.vocabulary.vocabulary import Vocabulary
 
+# More detections than these make a line that nobody reads.
+_SHOWN = 10
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -166,7 +169,9 @@ def _tell_saved(out: Output, saved: Sequence[Path]) -> None:
 
 
 def _summary(found: Detections) -> str:
-    shown = ", ".join(
-        f"{label} {score:.2f}" for label, score in zip(found.labels, found.scores, strict=True)
-    )
-    return shown or "nothing found"
+    """The best few detections, for a line of text; files and JSON hold all."""
+    best = zip(found.labels[:_SHOWN], found.scores[:_SHOWN], strict=True)
+    shown = [f"{label} {score:.2f}" for label, score in best]
+    if len(found) > _SHOWN:
+        shown.append(f"… and {len(found) - _SHOWN} more")
+    return ", ".join(shown) or "nothing found"

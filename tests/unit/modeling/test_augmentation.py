@@ -10,8 +10,9 @@ import torch
 
 from proxydet.detector import Detector
 from proxydet.errors import ConfigError
-from proxydet.modeling.augmentation import Look, View
-from proxydet.modeling.config import InferenceConfig
+from proxydet.modeling.augmentation import Look, View, _merged
+from proxydet.modeling.centernet import Proposals
+from proxydet.modeling.config import InferenceConfig, ProposalConfig
 from proxydet.modeling.prediction import Prediction
 from proxydet.modeling.roi_heads import Scene
 
@@ -181,3 +182,28 @@ def test_boxes_go_into_a_view_and_back(mirrored: bool) -> None:
     across = [56.0, 72.0] if mirrored else [8.0, 24.0]
     torch.testing.assert_close(inside, torch.tensor([[across[0], 5.0, across[1], 45.0]]))
     torch.testing.assert_close(look.to_reference(inside, reference), boxes)
+
+
+def test_the_best_proposals_of_all_views_are_kept() -> None:
+    """Of two views without a common box, the better scores are in the second."""
+    scene = Scene(features=[], sizes_B2=torch.tensor([[100.0, 400.0]]))
+    left_P = torch.arange(20) * 20.0
+    boxes_P4 = torch.stack([left_P, left_P * 0, left_P + 10, left_P * 0 + 10], dim=1)
+    looks = [
+        Look(
+            scene=scene,
+            proposals=Proposals(
+                boxes_BP4=boxes_P4[own][None],
+                scores_BP=torch.linspace(best, best - 0.2, 10)[None],
+                valid_BP=torch.ones(1, 10, dtype=torch.bool),
+            ),
+            mirrored=False,
+        )
+        for own, best in ((slice(0, 10), 0.5), (slice(10, 20), 0.6))
+    ]
+    merged = _merged(looks, ProposalConfig(keep_test=3))
+    scores_P = torch.cat([look.proposals.scores_BP[0] for look in looks])
+    best = scores_P.argsort(descending=True, stable=True)[:3]
+    assert (best >= 10).any()
+    assert torch.equal(merged.boxes_BR4[0], boxes_P4[best])
+    assert torch.equal(merged.objectness_BR[0], scores_P[best])

@@ -292,6 +292,38 @@ def test_pruned_chunks_keep_little(network, tiny) -> None:
     assert all(after == 20 for _, after in kept)
 
 
+def test_chunks_of_few_candidates_are_not_pruned(network, tiny) -> None:
+    """Suppression of few boxes looks at their places in float32, which depend on all of them: once, at the end."""
+    kept = []
+    original = scoring._Search._prune
+
+    def watch(self, part):
+        pruned = original(self, part)
+        kept.append((len(part.score_K), pruned is part))
+        return pruned
+
+    limit = 5000
+    settings = InferenceConfig(score_threshold=0.0, class_chunk=64, max_detections=limit)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring._Search, "_prune", watch)
+        network.detect([tiny.image(64, 64)], tiny.vocabulary(150), settings=settings)
+    assert len(kept) == 3
+    assert all(0 < count <= 4 * limit and untouched for count, untouched in kept)
+
+
+def test_of_equal_classes_the_first_is_taken_in_any_chunks(network, tiny) -> None:
+    half = np.random.default_rng(0).normal(size=(64, tiny.DIMENSIONS))
+    twice = Vocabulary.from_arrays(
+        [f"class {n}" for n in range(128)], np.tile(half, (2, 1)), np.ones(128, bool)
+    )
+    settings = InferenceConfig(score_threshold=0.0, one_class_per_proposal=True)
+    for chunk in (64, 128):
+        chosen = dataclasses.replace(settings, class_chunk=chunk)
+        (found,) = network.detect([tiny.image(64, 96)], twice, settings=chosen)
+        assert len(found) > 10
+        assert int(found.classes_N.max()) < 64
+
+
 def test_two_vocabularies_in_two_threads(network, tiny) -> None:
     image = tiny.image(96, 96)
     vocabularies = [tiny.vocabulary(4, seed=5), tiny.vocabulary(9, seed=6)]

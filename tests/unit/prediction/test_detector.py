@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,12 @@ from PIL import Image
 
 from proxydet.detections import Detections
 from proxydet.detector import Detector
+from proxydet.detector_classes import ClassResolver
 from proxydet.detector_inputs import as_pixels, choose_device
 from proxydet.errors import ConfigError, DataError, EnvironmentProblem, InputError, VocabularyError
 from proxydet.modeling.config import InferenceConfig
+from proxydet.modeling.network import ProxyDetNetwork
+from proxydet.vocabulary.compositional import CompositionalEncoder
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 
@@ -238,3 +243,23 @@ def test_devices_that_are_not_there_are_refused() -> None:
     # Not torch's list of twenty kinds.
     with pytest.raises(ConfigError, match=r"^there is no kind of device 'toaster'$"):
         choose_device("toaster")
+
+
+def test_threads_open_the_text_encoder_once(
+    network: ProxyDetNetwork, encoder: CompositionalEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both, opened = threading.Barrier(2), []
+
+    def slow(source: object) -> CompositionalEncoder:
+        opened.append(source)
+        # Comes through at once where a second thread is in here too.
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.3)
+        return encoder
+
+    monkeypatch.setattr("proxydet.detector_classes.open_encoder", slow)
+    resolver = ClassResolver(network.vocabulary, None)
+    with ThreadPoolExecutor(2) as pool:
+        got = [pool.submit(lambda: resolver.encoder) for _ in range(2)]
+        assert all(future.result() is encoder for future in got)
+    assert len(opened) == 1

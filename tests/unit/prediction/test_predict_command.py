@@ -64,6 +64,23 @@ def test_pictures_are_saved_and_results_listed(run: Run, folder: Path, tmp_path:
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a0.png", "b3.png", "b4.png"]
 
 
+def test_a_line_tells_the_best_few_and_files_hold_all(
+    run: Run, folder: Path, tmp_path: Path
+) -> None:
+    colours, forms = ("red", "blue", "green"), ("circle", "square", "star")
+    shapes = [*colours, *forms, *(f"{colour} {form}" for colour in colours for form in forms)]
+    words = (folder / "a2.png", "-v", ", ".join(shapes), "--output", tmp_path / "out")
+    _, out, _ = run(*words, "--json")
+    found = json.loads(out)["images"][0]["detections"]
+    assert len(found) > 10
+    _, out, _ = run(*words, "--save", "json")
+    best = ", ".join(f"{entry['label']} {entry['score']:.2f}" for entry in found[:10])
+    assert out == f"{folder / 'a2.png'}: {best}, … and {len(found) - 10} more\n"
+    assert json.loads((tmp_path / "out" / "a2.json").read_text())["detections"] == found
+    _, out, _ = run(*words, "--save", "none", "--top", "10")
+    assert out == f"{folder / 'a2.png'}: {best}\n"
+
+
 def test_unreadable_pictures_make_the_exit_code_3_after_the_others_are_done(
     run: Run, folder: Path, tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -159,3 +160,33 @@ def test_unknown_kinds_are_named(tmp_path: Path) -> None:
 )
 def test_class_names_make_safe_folder_names(label: str, name: str) -> None:
     assert safe_name(label) == name
+
+
+def test_the_network_waits_where_saving_is_far_behind(detector: Detector, folder: Path) -> None:
+    seen, at_first_save, more = [], [], threading.Event()
+    bound = 3  # two batches of one picture, and one in hand
+
+    class Slow:
+        def add(self, *_: object) -> None:
+            if not at_first_save:
+                more.wait(0.5)
+                at_first_save.append(len(seen))
+
+        def finish(self) -> list[Path]:
+            return []
+
+    def count(result: PictureResult) -> None:
+        seen.append(result.file)
+        if len(seen) > bound:
+            more.set()
+
+    plan = PredictionPlan(
+        vocabulary=detector.vocabulary,
+        settings=detector.settings(score_threshold=0.02, max_detections=5),
+        batch_size=1,
+        savers=[Slow()],
+        on_result=count,
+    )
+    summary = predict_files(detector, find_pictures([folder]), plan)
+    assert summary.pictures == 5
+    assert at_first_save[0] <= bound

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import warnings
@@ -14,13 +15,14 @@ import numpy as np
 import pytest
 from PIL import Image
 from starlette.testclient import TestClient
+from starlette.types import Message, Receive, Scope, Send
 
 from proxydet._version import __version__
 from proxydet.data.run_lengths import parse_counts, to_mask
 from proxydet.detector import Detector
 from proxydet.errors import VocabularyError
 from proxydet.serving.app import build_app
-from proxydet.serving.gate import is_own_host
+from proxydet.serving.gate import Gate, is_own_host
 from proxydet.serving.settings import ServingSettings
 
 RAW = {"content-type": "image/png"}
@@ -183,6 +185,10 @@ def test_what_is_no_picture_is_refused(client: TestClient, png: bytes) -> None:
     problem(post("/api/predict", content=b"no picture", headers=RAW), 415, "picture-type")
     problem(post("/api/predict", content=png, headers=text), 415, "picture-type")
     problem(post("/api/predict", content=png), 415, "picture-type")
+    for kind in ("application/image", "text/image/png"):
+        problem(
+            post("/api/predict", content=png, headers={"content-type": kind}), 415, "picture-type"
+        )
     problem(post("/api/predict", content=b"", headers=RAW), 400, "malformed")
     problem(post("/api/predict", content=png[:-200], headers=RAW), 400, "picture")
     # Pillow would hand PostScript to another program.
@@ -262,7 +268,17 @@ def test_the_page_needs_nothing_from_elsewhere(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:8000", "10.1.2.3", "[::2]", "", "a@"]
+    "host",
+    [
+        "evil.example",
+        "evil.example:8000",
+        "evil-localhost",
+        "a.localhost",
+        "10.1.2.3",
+        "[::2]",
+        "",
+        "a@",
+    ],
 )
 def test_other_hosts_are_refused(client: TestClient, host: str) -> None:
     problem(client.get("/api/info", headers={"host": host}), 403, "host")
@@ -348,3 +364,43 @@ def test_settings_are_checked() -> None:
             ServingSettings(**{name: 0})
     with pytest.raises(ConfigError):
         ServingSettings(wait_seconds=float("nan"))
+
+
+def test_what_cannot_be_looked_at_takes_no_turn(
+    detector: Detector, png: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def queued(*_: object, **__: object) -> None:
+        pytest.fail("it would have waited for its turn")
+
+    app = build_app(detector, dataclasses.replace(ServingSettings(), max_pixels=100))
+    monkeypatch.setattr(app.queue, "run", queued)
+    with TestClient(app, base_url="http://localhost") as client:
+        post = client.post
+        problem(post("/api/predict", content=png, headers=RAW), 413, "picture-size")
+        problem(post("/api/predict", content=b"text", headers=RAW), 415, "picture-type")
+
+
+def test_who_takes_no_answer_is_given_up() -> None:
+    async def send_head(_scope: Scope, _receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def never(_message: Message) -> None:
+        await asyncio.Event().wait()
+
+    async def wait_for_it() -> asyncio.Task[None]:
+        scope = {
+            "type": "http",
+            "method": "GET",
+            "path": "/",
+            "headers": [(b"host", b"localhost")],
+        }
+        gate = Gate(send_head, dataclasses.replace(ServingSettings(), upload_seconds=0.05))
+        task = asyncio.create_task(gate(scope, request, never))
+        await asyncio.wait([task], timeout=5)
+        return task
+
+    async def request() -> Message:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    with pytest.raises(asyncio.TimeoutError):
+        asyncio.run(wait_for_it()).result()

@@ -293,22 +293,36 @@ def test_kinds_that_a_video_has_not_are_named(bars, make, output: Path) -> None:
         look(bars, make(), output, kinds=["crops"])
 
 
-def test_a_camera_ends_with_ctrl_c_and_drops_what_comes_too_fast(bars, output: Path) -> None:
+def test_a_camera_ends_with_ctrl_c_and_drops_what_comes_too_fast(
+    bars, output: Path, monkeypatch
+) -> None:
     camera = VideoSource(name="webcam:0", url="testsrc=size=64x48:rate=500", format="lavfi")
     assert camera.live
-    seen = itertools.count(1)
+    seen, given, changed = itertools.count(1), [0], threading.Condition()
+    original = VideoReader.__iter__
 
-    def slow(*_: object) -> None:
-        time.sleep(0.02)
+    def frames(self):
+        for frame in original(self):
+            yield frame
+            # Comes here when the frame was taken in, whether or not another had to go for it.
+            with changed:
+                given[0] = frame.index + 1
+                changed.notify_all()
+
+    def slow(_name, result) -> None:
+        with changed:
+            assert changed.wait_for(lambda: given[0] > result.index + 3, 30)
         if next(seen) == 12:
             raise KeyboardInterrupt
+
+    monkeypatch.setattr(VideoReader, "__iter__", frames)
 
     summary = look(bars, camera, output, on_result=slow)
     assert summary.frames == 12
     assert set(bars.batches) == {1}
     lines = [json.loads(line) for line in (output / "webcam_0.jsonl").read_text().splitlines()]
-    assert lines[0]["frame"] <= 2
-    assert lines[-1]["frame"] > 14
+    looked_at = [line["frame"] for line in lines]
+    assert all(later - earlier > 2 for earlier, later in itertools.pairwise(looked_at))
     assert len(decoded(output / "webcam_0.mp4")) == len(lines)
 
 
@@ -412,3 +426,30 @@ def test_frames_are_found_as_pictures_are(detector_of_shapes: Detector, make) ->
         np.testing.assert_allclose(alone.scores, result.found.scores, atol=1e-5)
     with pytest.raises(DataError, match="no video file"):
         detector_of_shapes.predict_video("absent.mp4")
+
+
+def test_the_network_waits_where_saving_is_far_behind(
+    bars, make, output: Path, monkeypatch
+) -> None:
+    from proxydet.video.saving import CsvTable
+
+    seen, at_first_save, more = [], [], threading.Event()
+    original = CsvTable.add
+    # Two batches of one frame, one frame for each of two drawing threads, and one in hand.
+    bound = 5
+
+    def slow(self, result, prepared):
+        if result.index == 0:
+            more.wait(0.3)
+            at_first_save.append(len(seen))
+        original(self, result, prepared)
+
+    def count(_name, result):
+        seen.append(result.index)
+        if len(seen) > bound:
+            more.set()
+
+    monkeypatch.setattr(CsvTable, "add", slow)
+    look(bars, make(), output, kinds=["csv"], batch_size=1, on_result=count)
+    assert len(seen) == 24
+    assert at_first_save[0] <= bound

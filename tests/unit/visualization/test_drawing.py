@@ -174,3 +174,20 @@ def test_a_sheet_of_wide_and_high_pictures() -> None:
     assert sheet.shape[:2] == (8 + 60 + 8 + 30 + 8, 2 * 68 + 8)
     red = (sheet == (250, 0, 0)).all(axis=2)
     assert np.flatnonzero(red.any(axis=1)).tolist() == [*range(23, 53), *range(76, 106)]
+
+
+def test_a_label_that_the_edge_would_push_over_its_box_goes_inside() -> None:
+    (place,) = place_labels([LabelRequest((100, 4, 200, 100), 50, 10)], (640, 480))
+    assert place == (100, 4, 150, 14)
+
+
+def test_a_label_rather_covers_its_own_box_than_another() -> None:
+    above, own = (90.0, 50.0, 210.0, 99.0), (100.0, 100.0, 200.0, 200.0)
+    place, _ = place_labels([LabelRequest(own, 50, 10), LabelRequest(above, 50, 10)], (640, 480))
+    assert place == (100, 100, 150, 110)
+
+
+def test_a_label_is_rather_far_from_its_box_than_over_another_label() -> None:
+    requests = [LabelRequest((100, 100, 160, 180), 80, 18)] * 25
+    places = np.array(place_labels(requests, (640, 300)))
+    assert np.triu(overlaps(places, places), k=1).sum() == 0

@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from proxydet.data.unfinished import hidden_beside, hold, sweep
+from proxydet.data.unfinished import begin
 from proxydet.errors import DataError
 
 Column = npt.NDArray[Any]
@@ -53,10 +53,7 @@ class ColumnWriter:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._temporary = hidden_beside(path)
-        self._file = self._temporary.open("xb")
-        hold(self._file)
-        sweep(path, self._temporary)
+        self._temporary, self._file = begin(path)
         self._file.write(_MAGIC)
         self._entries: dict[str, _Entry] = {}
         self._open_column = ""

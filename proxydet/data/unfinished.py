@@ -24,19 +24,32 @@ def hidden_beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
 
 
-def hold(file: BinaryIO) -> None:
-    """Lock a file for as long as it is open, where the file system can."""
+def begin(path: Path) -> tuple[Path, BinaryIO]:
+    """Make the hidden file that is to become ``path``, after which what killed processes left of such is removed.
+
+    Returns:
+        Its name and the open file, locked for as long as it is open where the file system can.
+    """
+    while True:
+        own = hidden_beside(path)
+        file = own.open("xb", buffering=1 << 20)
+        _hold(file)
+        if own.exists():  # else another process took it for abandoned before it was locked
+            _sweep(path, own)
+            return own, file
+        file.close()
+
+
+def _hold(file: BinaryIO) -> None:
     if (fcntl := _locking()) is not None:
         with contextlib.suppress(OSError):
             fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def sweep(path: Path, own: Path) -> None:
-    """Remove what killed processes left in a folder; what cannot be locked is somebody's, and stays.
+def _sweep(path: Path, own: Path) -> None:
+    """Remove what killed processes left beside ``path``; what cannot be locked is somebody's, and stays.
 
-    Args:
-        path: The final path of the file that is being written; no other process may be at work on it.
-        own: Its hidden name, just made: its time is what the age of others is counted from, whatever the clock here says.
+    The age of others is counted from the time of ``own``, just made on the same file system, whatever the clock here says.
     """
     fcntl = _locking()
     if fcntl is None:

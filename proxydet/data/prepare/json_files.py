@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
+from proxydet.data.unfinished import begin
 from proxydet.errors import DataError, DiskFullError
 
 RawList = Iterable[msgspec.Raw]
@@ -91,22 +91,23 @@ def write_annotation_file(
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file under a temporary name and give it its own when all went well.
+    """Open a file under a temporary name and give it its own when all went well; removes what a killed process left.
 
     Raises:
         DiskFullError: there is no room for it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with temporary.open("xb", buffering=1 << 20) as file:
-            yield file
-        temporary.replace(path)
+        temporary, opened = begin(path)
+        try:
+            with opened as file:
+                yield file
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise DiskFullError(
                 f"no room left on the disk for {path}", hint="free some space", path=path
             ) from error
         raise
-    finally:
-        temporary.unlink(missing_ok=True)

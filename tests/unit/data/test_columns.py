@@ -1,10 +1,12 @@
 import os
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
 
+from proxydet.data import unfinished
 from proxydet.data.columns import ColumnFile, ColumnWriter
 from proxydet.data.unfinished import hidden_beside
 from proxydet.errors import DataError
@@ -138,6 +140,21 @@ class TestUnfinished:
         mine.write_bytes(b"mine")
         write(tmp_path / "c.columns")
         assert [path.exists() for path in (young, old, other, mine)] == [True, False, True, True]
+
+    def test_one_that_was_taken_for_abandoned_before_it_was_locked_is_begun_anew(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        hold, taken = unfinished._hold, []
+
+        def late(file: BinaryIO) -> None:
+            if not taken:
+                taken.append(file.name)
+                Path(file.name).unlink()
+            hold(file)
+
+        monkeypatch.setattr(unfinished, "_hold", late)
+        ColumnFile(write(tmp_path / "c.columns"), kind="test", version=2)
+        assert taken
 
     def test_never_while_it_is_written(self, tmp_path: Path) -> None:
         with ColumnWriter(tmp_path / "c.columns") as slow:

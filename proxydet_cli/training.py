@@ -147,11 +147,14 @@ def run(options: TrainOptions, machines: Machines, *, json: bool) -> None:
 
 
 def _launch(options: TrainOptions, config: RunConfig, topology: Topology, *, json: bool) -> None:
+    from proxydet.training.checkpoint import read_iteration
     from proxydet.training.launcher import launch
     from proxydet.training.runfolder import RunFolder
 
     # Before any process starts: in each of them it would take seconds to come out, and be told as one process's failure.
-    _existing(_resume(options.resume))
+    resume = _existing(_resume(options.resume))
+    if isinstance(resume, Path):
+        read_iteration(resume)
     words = [*_worker_words(options), *(["--json"] if json else [])]
     launch(topology, words, RunFolder(options.folder(config)).logs)
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from proxydet.errors import ConfigError
+from proxydet.errors import CheckpointError, ConfigError
+from proxydet.training.checkpoint import write_checkpoint
 from proxydet.training.cluster import Topology
 from proxydet.training.fit import TrainResult
 from proxydet_cli import training
@@ -139,7 +140,11 @@ def test_a_wrong_checkpoint_is_found_before_processes_start(
     with pytest.raises(ConfigError, match=r"there is no file .*absent\.pth"):
         training.run(options, MACHINES, json=False)
     assert not launched
-    (tmp_path / "absent.pth").touch()
+    Path(options.resume).touch()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        training.run(options, MACHINES, json=False)
+    assert not launched
+    write_checkpoint({"format": 1, "iteration": 3}, Path(options.resume))
     training.run(options, MACHINES, json=False)
     assert launched
 

@@ -59,7 +59,9 @@ def test_an_error_of_all_processes_names_the_one_where_it_arose(tmp_path: Path) 
     message = "At iteration 5, loss_box is nan in process 2 on images 7."
     for rank in (0, 2, 1):
         fail(tmp_path, rank, NumericsError(message, hint="look", rank=2))
-    error = as_error(first_failure(tmp_path, 0.0), 3)
+    record = first_failure(tmp_path, 0.0)
+    assert record.rank == 2
+    error = as_error(record, 3)
     assert type(error) is NumericsError
     assert error.message == message
     assert error.hint == f"look Its log: {tmp_path / 'rank_2.log'}"

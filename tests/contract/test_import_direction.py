@@ -31,6 +31,7 @@ RANK = {
         SHARED,
     ),
     **dict.fromkeys(["inspection", "manifest"], SHARED),
+    "mask_window": SHARED,
     "visualization": SHARED,  # draws what it is given
     "vocabulary": 1,
     "data": 2,

@@ -49,7 +49,7 @@ def open_vocabulary(
     if (path.suffix == ".npy") != (names is not None):
         raise VocabularyError(
             "a .npy table of embeddings and a file of its class names go together",
-            hint="give --vocabulary TABLE.npy --names NAMES.txt",
+            hint="give TABLE.npy together with --names NAMES.txt: one name for each row, in their order",
         )
     if is_published(str(source)):
         return published_vocabulary(str(source))
@@ -120,7 +120,7 @@ def complete_vocabulary(
         except VocabularyError as error:
             unknown = quote_names([entry.name for entry in missing])
             raise VocabularyError(
-                f"{unknown}: not among the {len(known)} classes of the training. {error.message}",
+                f"{unknown}: not among the {len(known)} classes of the training; {error.message}",
                 hint=error.hint,
                 path=error.path,
             ) from error

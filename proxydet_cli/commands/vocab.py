@@ -104,7 +104,8 @@ def show(  # noqa: PLR0913 one parameter an option
     vocabulary: Annotated[
         str,
         typer.Argument(
-            metavar="NAME|FILE", help="lvis, coco, objects365, openimages, or a file (see build)."
+            metavar="NAME|FILE",
+            help="lvis, coco, objects365, openimages, or a file: of names (see build), of build, or of embeddings (.npy, with --names).",
         ),
     ],
     against: Annotated[
@@ -125,6 +126,10 @@ def show(  # noqa: PLR0913 one parameter an option
     alike_above: Annotated[
         float, typer.Option(min=-1.0, max=1.0, help="Report pairs of classes more alike than this.")
     ] = 0.95,
+    names: Annotated[
+        Path | None,
+        typer.Option("--names", metavar="FILE", help="Class names of a .npy table, one a row."),
+    ] = None,
     encoder: EncoderFile = None,
     json: Json = False,
 ) -> None:
@@ -143,7 +148,7 @@ def show(  # noqa: PLR0913 one parameter an option
         reference = Vocabulary.load(require_run(run) / "vocabulary.npz")
     else:
         reference = _training_vocabulary(against, encoder)
-    shown = _open(vocabulary, encoder, known=reference)
+    shown = _open(vocabulary, encoder, names=names, known=reference)
     report = compare(
         shown, reference, threshold=threshold, neighbours=neighbours, alike_above=alike_above
     )
@@ -165,14 +170,20 @@ def _training_vocabulary(against: str | None, encoder: Path | None) -> Vocabular
         ) from error
 
 
-def _open(source: str, encoder: Path | None, known: Vocabulary | None = None) -> Vocabulary:
+def _open(
+    source: str,
+    encoder: Path | None,
+    *,
+    names: Path | None = None,
+    known: Vocabulary | None = None,
+) -> Vocabulary:
     from proxydet.vocabulary.encoder import open_encoder
     from proxydet.vocabulary.files import open_vocabulary
 
     def opened() -> TextEncoder:
         return open_encoder(encoder)
 
-    return open_vocabulary(source, encoder=opened, known=known)
+    return open_vocabulary(source, encoder=opened, names=names, known=known)
 
 
 def _render(out: Output, report: VocabularyReport, cut: Sequence[LongName]) -> None:

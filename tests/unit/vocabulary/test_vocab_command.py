@@ -154,3 +154,26 @@ def test_mistakes_are_named(
     code, _, err = call(capsys, "show", "lvis")
     assert code == 3
     assert "proxydet download lvis-metadata" in err
+
+
+def test_show_takes_a_table_of_embeddings_with_its_names(
+    encoder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PROXYDET_MODELS", str(tmp_path / "none"))
+    rows = CompositionalEncoder.load(encoder).encode(["red circle", "blue square"])
+    saved = Vocabulary.from_arrays(["red circle"], rows[:1]).save(tmp_path / "training.npz")
+    table, names = tmp_path / "table.npy", tmp_path / "names.txt"
+    np.save(table, rows)
+    names.write_text("red circle\nblue square\n")
+    words = ("show", table, "--against", saved)
+    _, out, _ = call(capsys, *words, "--names", names, "--json")
+    found = json.loads(out)["classes"]
+    assert [(entry["name"], entry["base"]) for entry in found] == [
+        ("red circle", True),
+        ("blue square", False),
+    ]
+    code, _, err = call(capsys, *words)
+    assert (code, "--names NAMES.txt" in err) == (3, True)

@@ -181,6 +181,7 @@ def test_a_run_folder_that_training_would_refuse(tmp_path: Path) -> None:
     # Without embeddings the settings cannot be compared, and what is missing is told alone.
     (tmp_path / "e.npy").unlink()
     assert refused("seed=8") == ""
+    assert "already holds a run" in refused(resume="never")
 
 
 @pytest.mark.usefixtures("unmeasured")

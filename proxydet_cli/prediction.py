@@ -173,5 +173,5 @@ def _summary(found: Detections) -> str:
     best = zip(found.labels[:_SHOWN], found.scores[:_SHOWN], strict=True)
     shown = [f"{label} {score:.2f}" for label, score in best]
     if len(found) > _SHOWN:
-        shown.append(f"… and {len(found) - _SHOWN} more")
+        shown.append(f"... and {len(found) - _SHOWN} more")
     return ", ".join(shown) or "nothing found"

@@ -49,7 +49,7 @@ def open_vocabulary(
     if (path.suffix == ".npy") != (names is not None):
         raise VocabularyError(
             "a .npy table of embeddings and a file of its class names go together",
-            hint="give TABLE.npy together with --names NAMES.txt: one name for each row, in their order",
+            hint="give --names NAMES.txt with it, a name for each row; in Python: Vocabulary.from_arrays(names, np.load(table))",
         )
     if is_published(str(source)):
         return published_vocabulary(str(source))

@@ -75,7 +75,7 @@ def test_a_line_tells_the_best_few_and_files_hold_all(
     assert len(found) > 10
     _, out, _ = run(*words, "--save", "json")
     best = ", ".join(f"{entry['label']} {entry['score']:.2f}" for entry in found[:10])
-    assert out == f"{folder / 'a2.png'}: {best}, … and {len(found) - 10} more\n"
+    assert out == f"{folder / 'a2.png'}: {best}, ... and {len(found) - 10} more\n"
     assert json.loads((tmp_path / "out" / "a2.json").read_text())["detections"] == found
     _, out, _ = run(*words, "--save", "none", "--top", "10")
     assert out == f"{folder / 'a2.png'}: {best}\n"

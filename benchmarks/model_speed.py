@@ -101,7 +101,7 @@ def label_batch() -> ImageLabelBatch:
 
 def variants(network: ProxyDetNetwork, rounds: int, clock: Callable[[], float]) -> Times:
     """Time inference with shared masks and with a mask for each detection, in turn; check that both give the same."""
-    network.eval()
+    network.for_inference(torch.device("cpu"))
     image = noise(480, 640, 0)
     times: dict[str, list[float]] = {}
     counts = {}
@@ -153,7 +153,8 @@ def inference(
     network: ProxyDetNetwork, stopwatch: Stopwatch, settings: InferenceConfig
 ) -> Callable[[], None]:
     """Return one round of inference, its parts watched."""
-    heads, image = network.eval().roi_heads, noise(480, 640, 0)
+    network.for_inference(torch.device("cpu"))
+    heads, image = network.roi_heads, noise(480, 640, 0)
     stopwatch.watch(network, "_features", "backbone")
     stopwatch.watch(network.proposal_generator, "forward", "proposals")
     stopwatch.watch(network.proposal_generator, "propose", "proposals")

@@ -217,7 +217,7 @@ def _open(
     network = ProxyDetNetwork(settings.model, vocabulary)
     load_weights(network, weights)
     return cls(
-        network.to(device),
+        network.for_inference(device),
         inference=settings.inference,
         shortest=settings.data.test_shortest_side,
         longest=settings.data.test_longest_side,

@@ -164,6 +164,19 @@ class ProxyDetNetwork(nn.Module):
 
     # -- inference -------------------------------------------------------------------------------------------------
 
+    def for_inference(self, device: torch.device) -> ProxyDetNetwork:
+        """Move the network to a device and lay out its weights for `detect`; values stay as they are.
+
+        Not for a network that is trained on: training in another layout rounds otherwise.
+        """
+        self.to(device).eval()
+        if device.type == "cpu":
+            for module in self.modules():
+                if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                    # As the maps that `detect` gives them; each convolution would reorder its weights anew.
+                    module.to(memory_format=torch.channels_last)
+        return self
+
     @torch.inference_mode()
     def detect(
         self,

@@ -52,7 +52,8 @@ def test_a_mirrored_view_alone_is_the_mirrored_picture(lively_network, tiny) -> 
     turned = lively_network.detect_views(
         [View(image=image, mirrored=True)], original_size=(96, 128), settings=LOW
     )
-    assert torch.equal(turned.scores_N, plain.scores_N)
+    # Boxes that were mirrored there and back have lost their last bits.
+    torch.testing.assert_close(turned.scores_N, plain.scores_N, atol=1e-6, rtol=0)
     x0, y0, x1, y1 = plain.boxes_N4.unbind(1)
     expected = torch.stack([128 - x1, y0, 128 - x0, y1], dim=1)
     torch.testing.assert_close(turned.boxes_N4, expected, atol=1e-3, rtol=0)

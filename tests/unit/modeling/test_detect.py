@@ -452,3 +452,18 @@ def test_swin_default_is_swin_b() -> None:
 def test_a_base_mask_is_the_vocabularys(network) -> None:
     vocabulary = Vocabulary.from_arrays(["a", "b"], np.eye(2, 16), [True, False])
     assert network._class_text(vocabulary).base_C.tolist() == [True, False]
+
+
+def test_a_network_laid_out_for_inference_has_the_same_weights_and_finds_the_same(tiny) -> None:
+    plain, laid_out = tiny.lively(tiny.network()), tiny.lively(tiny.network())
+    laid_out.load_state_dict(plain.state_dict())
+    laid_out.train()
+    assert laid_out.for_inference(torch.device("cpu")) is laid_out
+    assert not laid_out.training
+    for name, values in plain.state_dict().items():
+        assert torch.equal(laid_out.state_dict()[name], values), name
+    kernels = [m.weight for m in laid_out.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
+    image = tiny.image(90, 120)
+    (first,), (second,) = (each.detect([image], settings=LOW) for each in (plain.eval(), laid_out))
+    assert_same(first, second, exact=False)

@@ -65,7 +65,7 @@ class ExportReport:
     """What the file says of itself."""
 
 
-def export_detector(  # noqa: PLR0913 one keyword an option
+def export_detector(
     detector: Detector,
     path: Path | str,
     *,

@@ -145,7 +145,7 @@ def stats(
         "proxydet data preview my.toml --output seen.png --augmented",
     )
 )
-def preview(  # noqa: PLR0913 - one parameter an option
+def preview(
     description: Description,
     output: Annotated[Path, typer.Option(help="A picture (.png, .jpg), or a page (.html).")],
     split: Annotated[Literal["train", "val"], typer.Option(help="Which part.")] = "train",

@@ -33,7 +33,7 @@ _DEFAULT = "r50"
         "proxydet download --verify",
     )
 )
-def download(  # noqa: PLR0913 - one parameter an option
+def download(
     names: Annotated[
         list[str] | None,
         typer.Argument(help="What to fetch; without a name, what train --backbone r50 needs."),

@@ -132,7 +132,7 @@ Augment = Annotated[
         "proxydet eval --compare runs/a/evaluation/lvis-val runs/b/evaluation/lvis-val --data lvis",
     )
 )
-def evaluate(  # noqa: PLR0913 one parameter an option
+def evaluate(
     run: Run = None,
     weights: Weights = None,
     config: Model = None,

@@ -50,7 +50,7 @@ Opset = Annotated[int, typer.Option("--opset", metavar="N", help="ONNX operator 
         "proxydet export --weights model_final.pth --config swinb -o detector.pt2 --check photo.jpg",
     )
 )
-def export(  # noqa: PLR0913 one parameter an option
+def export(
     output: OutputFile,
     run: Run = None,
     weights: Weights = None,

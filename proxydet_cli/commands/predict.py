@@ -83,7 +83,7 @@ Every = Annotated[
         "find photos -name '*.jpg' | proxydet predict - --vocabulary names.txt --save coco",
     )
 )
-def predict(  # noqa: PLR0913 one parameter an option
+def predict(
     sources: Sources,
     classes: Classes = None,
     vocabulary: VocabularySource = None,

@@ -73,7 +73,7 @@ Timeout = Annotated[
         "proxydet serve --host 0.0.0.0 --allow-host detector.example.org",
     )
 )
-def serve(  # noqa: PLR0913 one parameter an option
+def serve(
     classes: Classes = None,
     vocabulary: VocabularySource = None,
     names: NamesFile = None,

@@ -104,7 +104,7 @@ ShowConfig = Annotated[
         "srun --ntasks-per-node=1 proxydet train --backbone r50 --requeue",
     )
 )
-def train(  # noqa: PLR0913 - one parameter an option
+def train(
     backbone: Backbone = None,
     recipe: Recipe = None,
     data: Data = None,

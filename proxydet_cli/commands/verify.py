@@ -26,7 +26,7 @@ def _subcommands() -> None:
         "proxydet verify determinism --mode strict --json",
     )
 )
-def determinism(  # noqa: PLR0913 - options of the command line
+def determinism(
     recipe: Annotated[str, typer.Option("--recipe", help="What is trained.")] = "tiny",
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Change a value of it: key=value.")

@@ -100,7 +100,7 @@ def build(
         "proxydet vocab show kitchen.vocab --run runs/quickstart --json",
     )
 )
-def show(  # noqa: PLR0913 one parameter an option
+def show(
     vocabulary: Annotated[
         str,
         typer.Argument(

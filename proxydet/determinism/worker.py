@@ -28,7 +28,7 @@ from proxydet.determinism.batches import random_batches, random_vocabulary
 from proxydet.losses.criterion import Criterion
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.recipes import RunConfig
-from proxydet.training.distributed import Ranks, choose_device
+from proxydet.training.distributed import DistInfo, choose_device
 from proxydet.training.guards import NonFiniteGuard
 from proxydet.training.model import TrainingModel
 from proxydet.training.optimizer import build_optimizer
@@ -183,7 +183,7 @@ class Bench:
         return repetition
 
     def _fresh(self) -> tuple[Stepper, TrainingState]:
-        config, ranks = self._config, Ranks(device=self._device)
+        config, ranks = self._config, DistInfo(device=self._device)
         self._network.load_state_dict(self._start)
         model = TrainingModel(
             self._network,

@@ -21,8 +21,8 @@ _TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ranks:
-    """This process among the processes of one training."""
+class DistInfo:
+    """This process, among the processes of one training."""
 
     rank: int = 0
     """Number of this process, from 0."""
@@ -53,7 +53,7 @@ def launched_rank() -> int:
 
 
 @contextmanager
-def connect(device: str) -> Iterator[Ranks]:
+def connect(device: str) -> Iterator[DistInfo]:
     """Join the other processes that the launcher started, and leave them at the end.
 
     Args:
@@ -68,11 +68,11 @@ def connect(device: str) -> Iterator[Ranks]:
         torch.cuda.set_device(place)
     world_size = launched_world_size()
     if world_size == 1:
-        yield Ranks(device=place)
+        yield DistInfo(device=place)
         return
     dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=_TIMEOUT)
     try:
-        yield Ranks(
+        yield DistInfo(
             rank=dist.get_rank(), world_size=world_size, local_rank=local_rank, device=place
         )
     finally:
@@ -99,7 +99,7 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def check_agreement(ranks: Ranks, facts: Mapping[str, str]) -> None:
+def check_agreement(ranks: DistInfo, facts: Mapping[str, str]) -> None:
     """Make sure that every process runs the same job on the same data.
 
     Args:
@@ -125,14 +125,14 @@ def check_agreement(ranks: Ranks, facts: Mapping[str, str]) -> None:
             )
 
 
-def sum_over_ranks(values: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+def sum_over_ranks(values: torch.Tensor, ranks: DistInfo) -> torch.Tensor:
     """Add up a tensor over all processes, in place."""
     if ranks.world_size > 1:
         dist.all_reduce(values)
     return values
 
 
-def gather_over_ranks(values: torch.Tensor, ranks: Ranks) -> list[torch.Tensor]:
+def gather_over_ranks(values: torch.Tensor, ranks: DistInfo) -> list[torch.Tensor]:
     """Return every process's tensor of the same shape, in the order of ranks."""
     if ranks.world_size == 1:
         return [values]
@@ -141,7 +141,9 @@ def gather_over_ranks(values: torch.Tensor, ranks: Ranks) -> list[torch.Tensor]:
     return gathered
 
 
-def wrap_for_ranks(model: nn.Module, ranks: Ranks, *, find_unused: bool) -> DistributedDataParallel:
+def wrap_for_ranks(
+    model: nn.Module, ranks: DistInfo, *, find_unused: bool
+) -> DistributedDataParallel:
     """Make the backward pass of a model average its gradients over all processes.
 
     Args:
@@ -162,13 +164,13 @@ def wrap_for_ranks(model: nn.Module, ranks: Ranks, *, find_unused: bool) -> Dist
     )
 
 
-def wait_for_all(ranks: Ranks) -> None:
+def wait_for_all(ranks: DistInfo) -> None:
     """Return when every process has arrived here."""
     if ranks.world_size > 1:
         dist.barrier()
 
 
-def broadcast_value(value: object, ranks: Ranks) -> object:
+def broadcast_value(value: object, ranks: DistInfo) -> object:
     """Return rank 0's value of a picklable object on every process."""
     if ranks.world_size == 1:
         return value

@@ -18,7 +18,7 @@ from proxydet.reporting import SILENT, Progress
 from proxydet.training.checkpoint import CheckpointFolder, load_checkpoint, write_checkpoint
 from proxydet.training.config import TrainingConfig
 from proxydet.training.distributed import (
-    Ranks,
+    DistInfo,
     broadcast_value,
     wait_for_all,
     wrap_for_ranks,
@@ -81,7 +81,7 @@ class FitJob:
     folder: RunFolder
     """Where the run lives."""
 
-    ranks: Ranks
+    ranks: DistInfo
     """This process."""
 
     seed: int

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from proxydet.errors import NumericsError
 from proxydet.training.config import GuardConfig
-from proxydet.training.distributed import Ranks, gather_over_ranks
+from proxydet.training.distributed import DistInfo, gather_over_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class NonFiniteGuard:
         folder: Where the record of the batch goes.
     """
 
-    def __init__(self, config: GuardConfig, ranks: Ranks, folder: Path) -> None:
+    def __init__(self, config: GuardConfig, ranks: DistInfo, folder: Path) -> None:
         self._config = config
         self._ranks = ranks
         self._folder = folder

@@ -13,7 +13,7 @@ from torch import nn
 from proxydet.errors import ConfigError, Interrupted
 from proxydet.training.checkpoint import CheckpointFolder
 from proxydet.training.config import TrainingConfig
-from proxydet.training.distributed import Ranks, broadcast_value, wait_for_all
+from proxydet.training.distributed import DistInfo, broadcast_value, wait_for_all
 from proxydet.training.feed import BatchFeed
 from proxydet.training.recorder import Recorder
 from proxydet.training.runfolder import RunFolder
@@ -67,7 +67,7 @@ class Loop:
     folder: RunFolder
     """Where the run lives."""
 
-    ranks: Ranks
+    ranks: DistInfo
     """This process."""
 
     config: TrainingConfig

@@ -8,7 +8,7 @@ from typing import Any
 from proxydet.json_lines import JsonLines
 from proxydet.reporting import Task
 from proxydet.training.config import LogConfig
-from proxydet.training.distributed import Ranks
+from proxydet.training.distributed import DistInfo
 from proxydet.training.logs import Clock, LossWindow, TensorBoard, memory_mib
 from proxydet.training.runfolder import RunFolder
 from proxydet.training.state import TrainingState
@@ -31,7 +31,7 @@ class Recorder:
         folder: RunFolder,
         config: LogConfig,
         *,
-        ranks: Ranks,
+        ranks: DistInfo,
         state: TrainingState,
         task: Task,
     ) -> None:

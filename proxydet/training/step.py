@@ -11,7 +11,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from proxydet.training.config import TrainingConfig
-from proxydet.training.distributed import Ranks, sum_over_ranks
+from proxydet.training.distributed import DistInfo, sum_over_ranks
 from proxydet.training.guards import NonFiniteGuard
 from proxydet.training.optimizer import clip_gradients, settle_unused_gradients
 from proxydet.training.schedule import learning_rate_factor, set_learning_rate
@@ -71,7 +71,7 @@ class Stepper:
         state: TrainingState,
         *,
         config: TrainingConfig,
-        ranks: Ranks,
+        ranks: DistInfo,
         guard: NonFiniteGuard,
         seed: int,
     ) -> None:

@@ -32,7 +32,7 @@ from proxydet.modeling.weights import MIXUP_BRANCH, load_weights
 from proxydet.reporting import SILENT, Progress
 from proxydet.training.config import TrainingConfig
 from proxydet.training.continuation import check_folder
-from proxydet.training.distributed import Ranks, check_agreement, connect, wait_for_all
+from proxydet.training.distributed import DistInfo, check_agreement, connect, wait_for_all
 from proxydet.training.fit import FitJob, Resume, TrainResult, fit
 from proxydet.training.loop import Evaluate
 from proxydet.training.precision import check_precision
@@ -237,7 +237,7 @@ def _facts(config: RunSettings, data: _Data) -> dict[str, str]:
     return {"configuration": dump_yaml(config, comments=False), **data.digests}
 
 
-def _write_folder(folder: RunFolder, config: RunSettings, data: _Data, ranks: Ranks) -> None:
+def _write_folder(folder: RunFolder, config: RunSettings, data: _Data, ranks: DistInfo) -> None:
     """Write down what the run is made from."""
     folder.root.mkdir(parents=True, exist_ok=True)
     # Whole or not at all: a run that goes on on a full disk must not lose what it is compared with.

@@ -74,7 +74,7 @@ def test_a_whole_configuration_is_read_back_as_it_was(folder: RunFolder) -> None
 def test_processes_that_differ_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    ranks = distributed.Ranks(rank=0, local_rank=0, world_size=3, device=torch.device("cpu"))
+    ranks = distributed.DistInfo(rank=0, local_rank=0, world_size=3, device=torch.device("cpu"))
     theirs = {"configuration": "same", "annotations": "bb"}
     others = [theirs, {**theirs, "annotations": "zz"}]
 

@@ -17,7 +17,7 @@ from proxydet.errors import NumericsError
 from proxydet.recipes import resolve_config
 from proxydet.training import fit, guards, train
 from proxydet.training.config import OptimizerConfig
-from proxydet.training.distributed import Ranks
+from proxydet.training.distributed import DistInfo
 from proxydet.training.fit import FitJob
 from proxydet.training.guards import NonFiniteGuard
 from proxydet.training.logs import LossWindow, TensorBoard
@@ -55,7 +55,7 @@ def test_seed_iteration_rank_and_part_all_decide_what_a_step_draws(
     )
     for seed in (7, 8):
         for rank in (0, 1):
-            ranks = Ranks(rank=rank, device=CPU)
+            ranks = DistInfo(rank=rank, device=CPU)
             guard = NonFiniteGuard(toy.BASE.guards, ranks, tmp_path)
             stepper = Stepper(state, config=toy.BASE, ranks=ranks, guard=guard, seed=seed)
             for iteration in (0, 1):
@@ -69,7 +69,7 @@ def test_ddp_searches_the_graph_only_where_gradients_may_be_missing(
 ) -> None:
     told: list[bool] = []
 
-    def wrap(model: nn.Module, ranks: Ranks, *, find_unused: bool) -> nn.Module:
+    def wrap(model: nn.Module, ranks: DistInfo, *, find_unused: bool) -> nn.Module:
         told.append(find_unused)
         return model
 
@@ -78,7 +78,7 @@ def test_ddp_searches_the_graph_only_where_gradients_may_be_missing(
     job = FitJob(
         config=dataclasses.replace(toy.BASE, optimizer=optimizer),
         folder=RunFolder(tmp_path),
-        ranks=Ranks(world_size=2, device=CPU),
+        ranks=DistInfo(world_size=2, device=CPU),
         seed=7,
     )
     fit._build_state(toy.ToyNetwork(), toy.toy_losses, job)
@@ -97,7 +97,7 @@ def test_every_process_names_the_one_whose_loss_is_not_finite(
     monkeypatch.setattr(guards, "gather_over_ranks", lambda *_: [torch.ones(1), bad])
     monkeypatch.setattr(guards.dist, "all_gather_object", gather)
     for rank in (0, 1):
-        ranks = Ranks(rank=rank, world_size=2, device=CPU)
+        ranks = DistInfo(rank=rank, world_size=2, device=CPU)
         guard = NonFiniteGuard(toy.BASE.guards, ranks, tmp_path)
         with pytest.raises(NumericsError, match="in process 1 on images 510, 511") as caught:
             guard.refuses({"loss_box": math.nan}, bad, [batch], 5)

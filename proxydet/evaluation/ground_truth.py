@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
+from proxydet.data.masks import polygon_fault
 from proxydet.errors import DataError
 from proxydet.evaluation.annotation_file import (
     AnnotationFile,
@@ -24,7 +25,6 @@ from proxydet.evaluation.annotation_file import (
     read_annotation_file,
 )
 from proxydet.evaluation.json_input import first_offenders
-from proxydet.evaluation.rle import are_polygons
 
 Protocol: TypeAlias = Literal["lvis", "coco", "openimages"]
 FREQUENCIES = ("r", "c", "f")
@@ -168,7 +168,7 @@ class GroundTruth:
 
 def _rasterise(raw: msgspec.Raw, height: int, width: int) -> dict[str, Any] | None:
     value = msgspec.json.decode(raw) if bytes(raw) else None
-    if not value or (isinstance(value, list) and not are_polygons(value)):
+    if not value or (isinstance(value, list) and any(polygon_fault(polygon) for polygon in value)):
         return None
     if isinstance(value, list):
         merged: dict[str, Any] = coco_mask.merge(coco_mask.frPyObjects(value, height, width))

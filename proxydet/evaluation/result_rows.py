@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
+from proxydet.data.masks import polygon_fault
 from proxydet.evaluation.annotation_file import Identifier
 from proxydet.evaluation.results import Results, ResultsBuilder
-from proxydet.evaluation.rle import are_polygons
 from proxydet.evaluation.validation import Problems
 
 _ABSENT = msgspec.Raw(b"")
@@ -166,7 +166,7 @@ def _try_mask(text: bytes) -> _Mask | None:
 def _compressed(value: _Mask, size_2: NDArray[np.int64]) -> dict[str, Any] | None:
     try:
         if isinstance(value, list):
-            if not are_polygons(value):
+            if not value or any(polygon_fault(polygon) for polygon in value):
                 return None
             merged: dict[str, Any] = coco_mask.merge(coco_mask.frPyObjects(value, *size_2.tolist()))
             return merged

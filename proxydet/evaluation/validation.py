@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from proxydet.data.masks import measure
 from proxydet.errors import DataError
 from proxydet.evaluation.annotation_file import Identifier
 from proxydet.evaluation.ground_truth import GroundTruth
 from proxydet.evaluation.results import Results
-from proxydet.evaluation.rle import measure
 
 _SHOWN = 5
 _DIGITS = 20

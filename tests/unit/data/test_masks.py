@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from pycocotools import mask as coco_mask
 
-from proxydet.evaluation.rle import measure
+from proxydet.data.masks import measure
 
 shapes = st.tuples(st.integers(1, 12), st.integers(1, 12))
 masks = shapes.flatmap(lambda shape: arrays.arrays(np.uint8, shape, elements=st.integers(0, 1)))

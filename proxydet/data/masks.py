@@ -1,17 +1,29 @@
-"""Checks of compressed run-length masks before they reach compiled code that trusts them.
+"""Masks of annotations and of results: run lengths (COCO's RLE) and polygons, checked before compiled code sees them.
 
-A mask is ``{"size": [height, width], "counts": bytes}``: the lengths of alternating runs of 0 and 1 down the columns,
+An RLE is ``{"size": [height, width], "counts": bytes}``: the lengths of alternating runs of 0 and 1 down the columns,
 each but the first three as the difference to the run before the last, in groups of five bits, the lowest first, one
 character a group from ``0`` on; a sixth bit says that more follow (the format of the COCO tools).
+
+The COCO tools trust what they are given: a polygon with one coordinate of 1e8 makes them allocate 20 GB, and run lengths
+that do not add up make them read and write outside their buffers. The bounds here keep both away from them.
 """
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
+
+LARGEST_COORDINATE = 100_000.0
+"""Pixels, either way: polygons that reach beyond it are not read."""
+LONGEST_OUTLINE = 1_000_000.0
+"""Pixels: longest outline of a polygon. The COCO tools need about 80 bytes a pixel of it."""
+LARGEST_IMAGE = 2**31 - 1
+"""Pixels: largest height times width that run lengths can count."""
 
 _FIRST = 48
 _LAST = 48 + 63
@@ -21,12 +33,85 @@ _LONGEST = 6
 """Groups of a number: 30 bits with its sign, more than an image of half a billion pixels needs."""
 
 
-def are_polygons(value: Sequence[Sequence[float]]) -> bool:
-    """Whether the COCO tools can rasterise a list: polygons of three points or more, or boxes of four numbers."""
-    lengths = {len(polygon) for polygon in value}
-    return bool(lengths) and (
-        lengths == {4} or (min(lengths) >= 6 and not any(n % 2 for n in lengths))
+def polygon_fault(polygon: Sequence[float]) -> str:
+    """Return why a polygon cannot be drawn; empty where it can.
+
+    Args:
+        polygon: Finite numbers x, y, x, y, ... in pixels.
+    """
+    if len(polygon) < 6:
+        return "fewer than 3 points"
+    if len(polygon) % 2:
+        return "an odd number of coordinates"
+    low, high = min(polygon), max(polygon)
+    if not (low >= -LARGEST_COORDINATE and high <= LARGEST_COORDINATE):
+        return f"a coordinate beyond {LARGEST_COORDINATE:.0f} pixels"
+    # An outline is never longer than its points times its extent, which is cheap to know.
+    if len(polygon) * (high - low) > LONGEST_OUTLINE:
+        points_P2 = np.array(polygon).reshape(-1, 2)
+        steps_P2 = np.abs(points_P2 - np.roll(points_P2, 1, axis=0))
+        if steps_P2.max(axis=1).sum() > LONGEST_OUTLINE:
+            return f"an outline longer than {LONGEST_OUTLINE:.0f} pixels"
+    return ""
+
+
+def are_numbers(value: object, length: int | None = None) -> bool:
+    """Whether a decoded JSON value is a list of finite numbers, of ``length`` where that is given."""
+    return (
+        isinstance(value, list)
+        and (length is None or len(value) == length)
+        and all(
+            isinstance(x, (int, float))
+            and not isinstance(x, bool)
+            and -1e300 < x < 1e300  # false for NaN too
+            for x in value
+        )
     )
+
+
+def rasterize(polygons: Sequence[Sequence[float]], size: tuple[int, int]) -> bytes:
+    """Return the union of polygons as RLE counts, drawn as the COCO tools draw it.
+
+    Args:
+        polygons: At least one, each without a `polygon_fault`.
+        size: Height and width of the image.
+    """
+    pieces = coco_mask.frPyObjects([list(polygon) for polygon in polygons], *size)
+    counts: bytes = coco_mask.merge(pieces)["counts"]
+    return counts
+
+
+def compress(counts: Sequence[Any], size: tuple[int, int]) -> bytes | None:
+    """Return RLE counts for run lengths given as numbers; None where they do not fill the image.
+
+    Args:
+        counts: Lengths of alternating runs of 0 and 1, column by column.
+        size: Height and width of the mask.
+    """
+    whole = all(isinstance(run, int) and not isinstance(run, bool) and run >= 0 for run in counts)
+    if not whole or sum(counts) != size[0] * size[1]:
+        return None
+    packed: bytes = coco_mask.frPyObjects({"size": list(size), "counts": list(counts)}, *size)[
+        "counts"
+    ]
+    return packed
+
+
+def counts_of_text(text: str) -> bytes | None:
+    """Return RLE counts from their text, also where Python wrote it as ``b'...'``; None where it is not ASCII."""
+    if text[:2] in ("b'", 'b"') and text[-1:] == text[1]:
+        try:
+            literal = ast.literal_eval(text)
+        except (ValueError, SyntaxError, MemoryError):
+            return None
+        return literal if isinstance(literal, bytes) else None
+    return text.encode("ascii") if text.isascii() else None
+
+
+def decode(counts: bytes, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """Return the mask of sound RLE counts: bool (height, width)."""
+    mask_HW = coco_mask.decode({"size": list(size), "counts": counts})
+    return np.ascontiguousarray(mask_HW, dtype=np.bool_)
 
 
 def measure(masks: Sequence[dict[str, Any]]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:

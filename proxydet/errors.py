@@ -15,7 +15,8 @@
     │   └── NotWritableError     5   the place it should go to
     ├── EnvironmentProblem       5   the machine or its packages
     │   ├── MissingDependencyError
-    │   └── DiskFullError
+    │   ├── DiskFullError
+    │   └── LockedError
     ├── NumericsError            5   a value that is not finite
     ├── TrainingError            6   training stopped by a failure in a process
     └── Interrupted              130 stopped by SIGINT (or 128 + the signal's number)
@@ -105,6 +106,10 @@ class MissingDependencyError(EnvironmentProblem):
 
 class DiskFullError(EnvironmentProblem):
     """There is no room left for a file that must be written."""
+
+
+class LockedError(EnvironmentProblem):
+    """Another process uses what only one may use at a time; the message names it."""
 
 
 class NumericsError(ProxydetError):

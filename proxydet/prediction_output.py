@@ -15,8 +15,8 @@ from PIL import Image
 
 from proxydet.detections import Detection, Detections
 from proxydet.errors import ConfigError, EnvironmentProblem
+from proxydet.files import write_bytes, write_text
 from proxydet.picture_files import PictureFile, named_apart
-from proxydet.saving import write_whole
 
 if TYPE_CHECKING:
     from proxydet.detector_inputs import Pixels
@@ -221,7 +221,7 @@ class CsvSaver:
 
     def finish(self) -> list[Path]:
         """Write the table."""
-        return [write_whole(self._text.getvalue().encode(), self._target)]
+        return [write_text(self._target, self._text.getvalue(), durable=False)]
 
 
 def table_cells(item: Detection) -> list[object]:
@@ -256,8 +256,8 @@ def _save_picture(picture: Image.Image, target: Path) -> None:
         picture.save(buffer, "PNG")
     else:
         picture.save(buffer, "JPEG", quality=92, subsampling=0)
-    write_whole(buffer.getvalue(), target)
+    write_bytes(target, buffer.getvalue(), durable=False)
 
 
 def _write_text(content: object, target: Path) -> Path:
-    return write_whole(json.dumps(content, ensure_ascii=False).encode(), target)
+    return write_text(target, json.dumps(content, ensure_ascii=False), durable=False)

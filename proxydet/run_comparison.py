@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from proxydet.compat.modes import CUBLAS_VARIABLE
+from proxydet.files import JsonLines
 from proxydet.inspection.report import EnvironmentReport, Field
-from proxydet.json_lines import JsonLines
 from proxydet.manifest import RunManifest, folder_of, read_run_records
 from proxydet.run_suspects import RANKS, Suspect, Suspects, Suspicion
 

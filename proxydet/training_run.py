@@ -21,7 +21,7 @@ from proxydet.data.description import DatasetDescription
 from proxydet.detector import Detector
 from proxydet.evaluation.detector_evaluation import evaluate
 from proxydet.evaluation.report import Report
-from proxydet.json_lines import JsonLines
+from proxydet.files import JsonLines
 from proxydet.recipes import RunConfig
 from proxydet.reporting import SILENT, Progress
 from proxydet.training.distributed import launched_rank

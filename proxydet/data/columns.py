@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import struct
 import zlib
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -18,8 +19,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from proxydet.data.unfinished import begin
 from proxydet.errors import DataError
+from proxydet.files import staged
 
 Column = npt.NDArray[Any]
 Meta = TypeVar("Meta")
@@ -52,8 +53,10 @@ class ColumnWriter:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._temporary, self._file = begin(path)
+        self._stack = ExitStack()
+        self._temporary = self._stack.enter_context(staged(path))
+        self._file = self._stack.enter_context(self._temporary.open("wb", buffering=1 << 20))
+        self._finished = False
         self._file.write(_MAGIC)
         self._entries: dict[str, _Entry] = {}
         self._open_column = ""
@@ -90,7 +93,7 @@ class ColumnWriter:
         self._file.write(raw.data)
 
     def finish(self, *, kind: str, version: int, meta: Any) -> None:
-        """Write the footer and give the file its name.
+        """Write the footer; the file gets its name when the ``with`` statement ends.
 
         Args:
             kind: What the file holds; checked on opening.
@@ -102,8 +105,7 @@ class ColumnWriter:
         )
         self._file.write(footer)
         self._file.write(_TAIL.pack(len(footer), zlib.crc32(footer), _MAGIC))
-        self._file.close()
-        self._temporary.replace(self._path)
+        self._finished = True
 
     def _align(self) -> int:
         position = self._file.tell()
@@ -120,8 +122,9 @@ class ColumnWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        if not self._finished:
+            self._temporary.unlink(missing_ok=True)
+        self._stack.__exit__(kind, error, trace)
 
 
 class ColumnFile:

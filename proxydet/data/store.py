@@ -17,12 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from proxydet.data.annotation_json import CategoryEntry
-from proxydet.data.build_once import build_once
 from proxydet.data.columns import ColumnFile
-from proxydet.data.source_digest import source_digest
 from proxydet.data.store_build import STORE_KIND, STORE_VERSION, build_store
 from proxydet.data.store_report import StoreReport
 from proxydet.errors import DataError
+from proxydet.files import build_once, remembered_sha256
 from proxydet.paths import cache_folder
 from proxydet.reporting import SILENT, Progress
 
@@ -150,7 +149,12 @@ class AnnotationStore:
             DataError: the file cannot be read.
         """
         folder = cache_folder("stores") if cache is None else cache
-        digest = source_digest(source, folder)
+        digest = remembered_sha256(
+            source,
+            folder,
+            hint="check the paths in the data description; they are relative to its folder",
+            error=DataError,
+        )
         return folder / f"{digest[:32]}-v{STORE_VERSION}.columns"
 
     def __len__(self) -> int:

@@ -18,11 +18,11 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from proxydet.data.build_once import build_once
 from proxydet.data.columns import ColumnFile, ColumnWriter
 from proxydet.data.images import quiet_worker
 from proxydet.data.tar_scan import TarScan, member_bytes, scan_tar
 from proxydet.errors import DataError
+from proxydet.files import build_once
 from proxydet.paths import cache_folder
 from proxydet.reporting import SILENT, Progress
 from proxydet.wording import counted

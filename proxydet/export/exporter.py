@@ -27,8 +27,8 @@ from proxydet.export.onnx_operators import OnnxSuppression
 from proxydet.export.program import TorchProgram, quiet, save_program
 from proxydet.export.runtime import OnnxDetector
 from proxydet.export.suppression import TorchvisionSuppression
+from proxydet.files import staged, write_errors
 from proxydet.modeling.config import InferenceConfig
-from proxydet.saving import saving, staged
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 Format = Literal["onnx", "torch"]
@@ -111,7 +111,7 @@ def export_detector(
         progress("tracing the detector")
         program = trace(detector, chosen)
         progress("writing the file")
-        with saving(path):
+        with write_errors(path):
             if chosen == "onnx":
                 save_onnx(program, temporary, metadata, opset)
             else:

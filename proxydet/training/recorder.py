@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from proxydet.json_lines import JsonLines
+from proxydet.files import JsonLines
 from proxydet.reporting import Task
 from proxydet.training.config import LogConfig
 from proxydet.training.distributed import DistInfo
@@ -45,8 +45,8 @@ class Recorder:
         self._clock = Clock()
         self._tensorboard: TensorBoard | None = None
         if ranks.is_main:
-            self._metrics.forget_after(state.iteration)
-            self._evaluations.forget_after(state.iteration)
+            self._metrics.keep(lambda record: record["iteration"] <= state.iteration)
+            self._evaluations.keep(lambda record: record["iteration"] <= state.iteration)
             if config.tensorboard:
                 self._tensorboard = TensorBoard(folder.tensorboard, state.iteration)
         self.last: dict[str, float] = {}

@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 
 from proxydet.errors import ConfigError
+from proxydet.files import write_errors
 from proxydet.prediction_output import TABLE_COLUMNS, table_cells
-from proxydet.saving import saving
 from proxydet.video.frames import FrameResult
 from proxydet.video.reading import VideoInfo
 from proxydet.video.source import VideoSource
@@ -190,16 +190,16 @@ class _TextFile:
         self._temporary = target.with_name(
             f".{target.name[:40]}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
         )
-        with saving(target):
+        with write_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             self._stream = self._temporary.open("x", encoding="utf-8", newline="")
 
     def write(self, text: str) -> None:
-        with saving(self._target):
+        with write_errors(self._target):
             self._stream.write(text)
 
     def finish(self) -> Path:
-        with saving(self._target):
+        with write_errors(self._target):
             self._stream.close()
             self._temporary.replace(self._target)
         return self._target

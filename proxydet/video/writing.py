@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from proxydet.saving import saving, unwritable
+from proxydet.files import unwritable, write_errors
 from proxydet.video.reading import VideoInfo
 from proxydet.video.source import pyav
 
@@ -104,7 +104,7 @@ class VideoWriter:
                 if self._sound is not None:
                     self._sound.copy_until(self._end)
                 self._container.close()
-            with saving(self._target):
+            with write_errors(self._target):
                 self._temporary.replace(self._target)
         finally:
             self.abandon()
@@ -120,7 +120,7 @@ class VideoWriter:
         self._temporary.unlink(missing_ok=True)
 
     def _open(self, height: int, width: int) -> None:
-        with saving(self._target):
+        with write_errors(self._target):
             self._target.parent.mkdir(parents=True, exist_ok=True)
         self._container = self._av.open(
             str(self._temporary), "w", format="mp4", options={"movflags": "+faststart"}

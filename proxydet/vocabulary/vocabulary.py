@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from proxydet.errors import VocabularyError
-from proxydet.saving import write_whole
+from proxydet.files import write_bytes
 from proxydet.vocabulary.names import check_classes, check_names, quote_names
 
 FloatArray = npt.NDArray[np.float32]
@@ -149,7 +149,7 @@ class Vocabulary:
         """
         file = io.BytesIO()
         np.savez(file, names=np.array(self.names), embeddings=self.embeddings, base=self.base)
-        return write_whole(file.getvalue(), Path(path))
+        return write_bytes(Path(path), file.getvalue())
 
     def normalised(self) -> FloatArray:
         """Return the embeddings with rows of length 1: float32 (C, D), read-only, computed once."""

@@ -17,8 +17,7 @@ RANK = {
     **dict.fromkeys(
         [
             "errors",
-            "json_lines",
-            "saving",
+            "files",
             "reporting",
             "wording",
             "paths",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from proxydet.data.unfinished import begin
-from proxydet.errors import DataError, DiskFullError
+from proxydet.errors import DataError
+from proxydet.files import staged, write_errors
 
 RawList = Iterable[msgspec.Raw]
 
@@ -96,18 +95,5 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     Raises:
         DiskFullError: there is no room for it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        temporary, opened = begin(path)
-        try:
-            with opened as file:
-                yield file
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise DiskFullError(
-                f"no room left on the disk for {path}", hint="free some space", path=path
-            ) from error
-        raise
+    with staged(path) as temporary, write_errors(path), temporary.open("wb", 1 << 20) as file:
+        yield file

@@ -1,14 +1,9 @@
-import os
-import time
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import pytest
 
-from proxydet.data import unfinished
 from proxydet.data.columns import ColumnFile, ColumnWriter
-from proxydet.data.unfinished import hidden_beside
 from proxydet.errors import DataError
 
 
@@ -115,53 +110,13 @@ def test_a_footer_without_a_check_sum_is_read(tmp_path: Path) -> None:
         opened.meta(list[int])
 
 
-class TestUnfinished:
-    """What a killed process was writing: kept while anybody may still be at it, then removed."""
-
-    @staticmethod
-    def left(folder: Path, name: str, *, age: float = 0) -> Path:
-        path = hidden_beside(folder / name)
-        path.write_bytes(b"half")
-        then = time.time() - age
-        os.utime(path, (then, then))
-        return path
-
-    def test_the_same_file_is_swept_at_the_next_build(self, tmp_path: Path) -> None:
-        left = self.left(tmp_path, "c.columns")
+def test_a_file_can_be_written_twice_at_once(tmp_path: Path) -> None:
+    with ColumnWriter(tmp_path / "c.columns") as slow:
+        slow.add("a", np.zeros(3))
         write(tmp_path / "c.columns")
-        assert not left.exists()
-        assert [path.name for path in tmp_path.iterdir()] == ["c.columns"]
-
-    def test_another_file_a_day_later(self, tmp_path: Path) -> None:
-        young = self.left(tmp_path, "young.columns", age=80_000)
-        old = self.left(tmp_path, "old.columns", age=90_000)
-        other = self.left(tmp_path, "old.lock", age=90_000)
-        mine = tmp_path / ".mine.columns"
-        mine.write_bytes(b"mine")
-        write(tmp_path / "c.columns")
-        assert [path.exists() for path in (young, old, other, mine)] == [True, False, True, True]
-
-    def test_one_that_was_taken_for_abandoned_before_it_was_locked_is_begun_anew(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        hold, taken = unfinished._hold, []
-
-        def late(file: BinaryIO) -> None:
-            if not taken:
-                taken.append(file.name)
-                Path(file.name).unlink()
-            hold(file)
-
-        monkeypatch.setattr(unfinished, "_hold", late)
-        ColumnFile(write(tmp_path / "c.columns"), kind="test", version=2)
-        assert taken
-
-    def test_never_while_it_is_written(self, tmp_path: Path) -> None:
-        with ColumnWriter(tmp_path / "c.columns") as slow:
-            slow.add("a", np.zeros(3))
-            write(tmp_path / "c.columns")
-            slow.finish(kind="slow", version=1, meta={})
-        ColumnFile(tmp_path / "c.columns", kind="slow", version=1)
+        slow.finish(kind="slow", version=1, meta={})
+    ColumnFile(tmp_path / "c.columns", kind="slow", version=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["c.columns"]
 
 
 def test_a_column_that_claims_to_reach_beyond_the_file_is_refused(tmp_path: Path) -> None:

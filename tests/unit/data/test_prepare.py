@@ -15,8 +15,7 @@ from proxydet.data.prepare import coco_zero_shot, lvis, objects365, openimages, 
 from proxydet.data.prepare.descriptions import MARK, description_text, write_description
 from proxydet.data.prepare.json_files import replacing
 from proxydet.data.prepare.steps import prepare
-from proxydet.data.unfinished import hidden_beside
-from proxydet.errors import DataError, DiskFullError
+from proxydet.errors import DataError, DiskFullError, EnvironmentProblem
 from proxydet.reporting import SILENT
 
 CATEGORIES = [
@@ -388,16 +387,9 @@ def test_a_later_change_of_any_source_counts(tmp_path: Path) -> None:
     assert [step.action for step in work.steps] == ["up to date", "made"]
 
 
-def test_what_a_killed_preparation_left_goes_at_the_next(tmp_path: Path) -> None:
-    left = hidden_beside(tmp_path / "f.json")
-    left.write_bytes(b"half")
-    with replacing(tmp_path / "f.json") as file:
-        file.write(b"whole")
-    assert [path.name for path in tmp_path.iterdir()] == ["f.json"]
-    assert (tmp_path / "f.json").read_bytes() == b"whole"
-
-
-@pytest.mark.parametrize(("code", "kind"), [(errno.ENOSPC, DiskFullError), (errno.EIO, OSError)])
+@pytest.mark.parametrize(
+    ("code", "kind"), [(errno.ENOSPC, DiskFullError), (errno.EIO, EnvironmentProblem)]
+)
 def test_nothing_is_left_of_a_file_that_could_not_be_written(tmp_path: Path, code, kind) -> None:
     def write() -> None:
         with replacing(tmp_path / "f") as file:

@@ -1,0 +1,714 @@
+"""Atomic writes, locks, digests and JSON lines: the only place that does these.
+
+- A file is written under a hidden name next to its own, flushed to the disk and moved into place (`staged`), so that its
+  name never stands for half of it. What a killed process left is removed by the next one that writes in the folder.
+- A `Lock` is a marker file that its owner touches every few seconds, so that it works on every file system that can make
+  a file exclusively, and between machines; see docs/decisions/0006-locks.md.
+- `JsonLines` grow by whole lines that survive a power cut; what damaged them is passed over, counted and reported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import hashlib
+import json
+import logging
+import os
+import re
+import shlex
+import shutil
+import socket
+import stat
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from filelock import LeaseCompromise, LeaseSettingsMismatch, SoftFileLease, Timeout, lock_descriptor
+
+from proxydet.errors import (
+    DiskFullError,
+    EnvironmentProblem,
+    InputError,
+    LockedError,
+    ProxydetError,
+)
+from proxydet.wording import size_text
+
+logger = logging.getLogger(__name__)
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK})
+_BLOCK = 1 << 20
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def write_errors(target: Path, *, hint: str | None = None) -> Iterator[None]:
+    """Turn the operating system's errors, which often do not name the file, into ours.
+
+    Args:
+        target: The file that is written inside the ``with`` statement.
+        hint: What the user can do when the disk is full or the place is not writable; None gives the usual advice.
+
+    Raises:
+        DiskFullError: There is no room: the disk, the quota or the largest file size is exhausted.
+        EnvironmentProblem: It cannot be written for another reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise unwritable(target, error.errno, error.strerror or str(error), hint=hint) from error
+
+
+def unwritable(
+    target: Path, number: int | None, reason: str, *, hint: str | None = None
+) -> EnvironmentProblem:
+    """Return the error of a file that cannot be written.
+
+    Args:
+        target: The file.
+        number: The operating system's number of the error (``errno``); None where it has none.
+        reason: Its text.
+        hint: What the user can do; None gives the usual advice.
+    """
+    if number in _FULL:
+        return DiskFullError(
+            f"there is no room left on the disk to write {target} ({reason})",
+            hint=hint
+            or "free some space, or choose another folder, and run the same command again",
+            path=target,
+        )
+    return EnvironmentProblem(
+        f"{target} cannot be written: {reason}",
+        hint=hint or "check that you may write to its folder, or choose another one",
+        path=target,
+    )
+
+
+def free_bytes(path: Path) -> int:
+    """Return the free bytes of the file system that ``path`` is or will be on."""
+    place = path
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def require_room(target: Path, needed: int, *, hint: str | None = None) -> None:
+    """Check that ``needed`` more bytes fit where ``target`` is.
+
+    Raises:
+        DiskFullError: They do not.
+    """
+    free = free_bytes(target.parent)
+    if needed > free:
+        reason = f"it needs {size_text(needed)} more, {size_text(free)} are free"
+        raise unwritable(target, errno.ENOSPC, reason, hint=hint)
+
+
+@contextlib.contextmanager
+def staged(target: Path, *, durable: bool = True) -> Iterator[Path]:
+    """Give a hidden file next to ``target`` to write to, which takes its place when all went well.
+
+    It is there, empty, from the beginning, so that a place that cannot be written to is found before the work. It is
+    removed after an error; removing it inside the ``with`` statement leaves ``target`` as it was. A link is followed; what
+    is there but not a regular file (``/dev/stdout``) is given itself.
+
+    Args:
+        target: The file; its folder is made, an existing file is replaced at the end.
+        durable: Whether to wait until the disk has it, so that it survives a power cut.
+
+    Raises:
+        DiskFullError: There is no room for it; an existing file stays.
+        EnvironmentProblem: The file cannot be made, or not take its place.
+    """
+    with write_errors(target):
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        special = target.exists() and not target.is_file()
+    if special:
+        yield target
+        return
+    with write_errors(target):
+        target = Path(os.path.realpath(target))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sweep(target.parent)
+        temporary, descriptor = _begin(target)
+    try:
+        yield temporary
+        if temporary.exists():
+            with write_errors(target):
+                if durable:
+                    _flush(temporary)
+                temporary.replace(target)
+                if durable:
+                    _flush(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def write_bytes(target: Path, data: bytes, *, durable: bool = True) -> Path:
+    """Write a file whole or not at all, and return it; arguments and errors as of `staged`."""
+    with staged(target, durable=durable) as temporary, write_errors(target):
+        temporary.write_bytes(data)
+    return target
+
+
+def write_text(target: Path, text: str, *, durable: bool = True) -> Path:
+    """Write a text file (UTF-8, ends of lines as they are) whole or not at all; see `staged`."""
+    return write_bytes(target, text.encode("utf-8", "surrogateescape"), durable=durable)
+
+
+def write_json(target: Path, value: Any, *, durable: bool = True, sort_keys: bool = False) -> Path:
+    """Write a JSON file whole or not at all; see `staged`."""
+    text = json.dumps(value, indent=2, sort_keys=sort_keys, ensure_ascii=False)
+    return write_text(target, text + "\n", durable=durable)
+
+
+_HIDDEN = re.compile(r"\..+\.(?P<kernel>[0-9a-f]{8})[0-9a-f]{24}\.tmp")
+_HIDDEN_BEFORE = re.compile(r"\.[0-9a-f]{32}\..+|\..+\.[0-9a-f]{32}|\..+\.\d+\.tmp")
+_ABANDONED_S = 86_400.0
+_swept: set[tuple[int, str]] = set()
+
+
+def sweep(folder: Path, *, sole_writer: bool = False) -> None:
+    """Remove the hidden files of processes that were killed while they wrote in a folder.
+
+    A file that is being written is locked by its writer; the lock goes when the process does. Not every network file system
+    keeps such locks between machines, so that what another one wrote counts as abandoned a day after it was last written to.
+    Without ``sole_writer`` a process looks into each folder once.
+
+    Args:
+        folder: The folder; may be absent.
+        sole_writer: Whether nobody else writes there now, so that every hidden file of ours is abandoned.
+    """
+    key = (os.getpid(), str(folder))
+    if key in _swept and not sole_writer:
+        return
+    _swept.add(key)
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            hidden = _HIDDEN.fullmatch(entry.name)
+            if hidden is None and not _HIDDEN_BEFORE.fullmatch(entry.name):
+                continue
+            with contextlib.suppress(OSError):
+                ours = hidden is not None and hidden["kernel"] == _kernel_tag()
+                old = time.time() - entry.stat(follow_symlinks=False).st_mtime > _ABANDONED_S
+                if entry.is_file(follow_symlinks=False) and (
+                    sole_writer or ((ours or old) and not _is_written(Path(entry.path)))
+                ):
+                    Path(entry.path).unlink()
+
+
+def _is_written(path: Path) -> bool:
+    # Opened for writing: locks over NFS ask for it.
+    descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        return not lock_descriptor(descriptor, blocking=False)
+    except OSError as error:
+        return error.errno not in _NO_LOCKS
+    finally:
+        os.close(descriptor)
+
+
+def _begin(target: Path) -> tuple[Path, int]:
+    """Make the hidden file that is to become ``target``, locked for as long as the descriptor is open."""
+    while True:
+        temporary = target.with_name(
+            f".{target.name[:40]}.{_kernel_tag()}{uuid.uuid4().hex[:24]}.tmp"
+        )
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        with contextlib.suppress(OSError):  # no locks here
+            lock_descriptor(descriptor, blocking=False)
+        if temporary.exists():  # else a sweeping process took it for abandoned before it was locked
+            return temporary, descriptor
+        os.close(descriptor)
+
+
+def _flush(path: Path) -> None:
+    """Wait until the disk has a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF):
+            raise  # else a file system that cannot be asked
+    finally:
+        os.close(descriptor)
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_json(
+    path: Path,
+    *,
+    what: str = "file",
+    hint: str = "move it away, or put back what was there",
+    error: type[ProxydetError] = InputError,
+    default: dict[str, Any] | None = None,
+    limit: int = 1 << 28,
+) -> dict[str, Any]:
+    """Return the object that a JSON file holds.
+
+    Args:
+        path: The file.
+        what: What it is, for messages.
+        hint: What the user can do when it is damaged.
+        error: The class of error.
+        default: Returned where the file is absent; None makes that an error.
+        limit: Largest size in bytes.
+
+    Raises:
+        ProxydetError: Of the class ``error``: it is absent, unreadable, too large, not JSON or not an object.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:  # noqa: PTH123 - a descriptor; a named pipe must not be waited for
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise ValueError("it is not a regular file")
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            raise ValueError(f"it is larger than {size_text(limit)}")
+        value = json.loads(data)
+        if not isinstance(value, dict):
+            raise ValueError("it does not hold a JSON object")
+    except FileNotFoundError as problem:
+        if default is not None:
+            return default
+        raise error(f"there is no {what} {path}", hint=hint, path=path) from problem
+    except (OSError, ValueError, RecursionError) as problem:
+        raise error(
+            f"the {what} {path} cannot be read: {problem}", hint=hint, path=path
+        ) from problem
+    return value
+
+
+def sha256(path: Path, progress: Callable[[int], object] | None = None) -> str:
+    """Return the SHA-256 of a file, in hexadecimal.
+
+    Args:
+        path: The file.
+        progress: Called with the number of bytes of each block that was read; may raise to stop.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            if progress is not None:
+                progress(len(block))
+    return digest.hexdigest()
+
+
+class _Remembered(msgspec.Struct, frozen=True):
+    size: int
+    mtime_ns: int
+    inode: int
+    sha256: str
+    ctime_ns: int = 0
+
+
+def remembered_sha256(
+    path: Path,
+    memory: Path,
+    *,
+    hint: str = "check the path",
+    error: type[ProxydetError] = InputError,
+) -> str:
+    """Return the SHA-256 of a file, remembered for as long as its size, times and inode are the same.
+
+    Args:
+        path: The file.
+        memory: Folder for what is remembered; made where it is absent.
+        hint: What the user can do when the file cannot be read.
+        error: The class of that error.
+
+    Raises:
+        ProxydetError: Of the class ``error``: the file cannot be read.
+        EnvironmentProblem: The memory cannot be written.
+    """
+    try:
+        resolved = path.resolve(strict=True)
+        now = resolved.stat()
+        key = hashlib.sha256(str(resolved).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+        note = memory / f"{key}.digest"
+        with contextlib.suppress(OSError, msgspec.MsgspecError):
+            known = msgspec.json.decode(note.read_bytes(), type=_Remembered)
+            if known == _Remembered(
+                now.st_size, now.st_mtime_ns, now.st_ino, known.sha256, now.st_ctime_ns
+            ):
+                return known.sha256
+        digest = sha256(resolved)
+    except FileNotFoundError as problem:
+        raise error(f"there is no file {path}", hint=hint, path=path) from problem
+    except (OSError, RuntimeError) as problem:  # RuntimeError: links in a circle
+        reason = getattr(problem, "strerror", None) or problem
+        raise error(f"{path} cannot be read: {reason}", hint=hint, path=path) from problem
+    remembered = _Remembered(now.st_size, now.st_mtime_ns, now.st_ino, digest, now.st_ctime_ns)
+    write_bytes(note, msgspec.json.encode(remembered), durable=False)
+    return digest
+
+
+# ---- JSON lines ------------------------------------------------------------------------------------------------------
+
+
+class JsonLines:
+    """A file of one JSON object a line that grows while a job runs; a crash may have cut or damaged it."""
+
+    _LONGEST = 1 << 24
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._whole = False
+        self._reported = 0
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """Yield the records.
+
+        A last line that a crash cut short is passed over; so are lines that are not JSON objects (zeros, after a power
+        cut), which are counted and reported once.
+
+        Raises:
+            InputError: The file is there but cannot be read.
+        """
+        damaged = 0
+        try:
+            if not self.path.exists():
+                return
+            if not self.path.is_file():
+                raise OSError(errno.EINVAL, "it is not a regular file")
+            with self.path.open("rb") as file:
+                inside = False
+                while piece := file.readline(self._LONGEST):
+                    begins, inside = not inside, not piece.endswith(b"\n")
+                    if inside:
+                        damaged += begins and len(piece) == self._LONGEST
+                        continue
+                    if not begins:
+                        continue  # the end of a line that is too long
+                    try:
+                        record = json.loads(piece)
+                    except (ValueError, RecursionError):
+                        record = None
+                    if isinstance(record, dict):
+                        yield record
+                    else:
+                        damaged += 1
+        except OSError as error:
+            raise InputError(
+                f"{self.path} cannot be read: {error.strerror or error}",
+                hint="move it away; it is written again",
+                path=self.path,
+            ) from error
+        if damaged > self._reported:
+            logger.warning("%s: passed over %d damaged lines", self.path, damaged)
+            self._reported = damaged
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write a record and wait until the disk has it.
+
+        Raises:
+            DiskFullError: There is no room; what was written of it is removed.
+            EnvironmentProblem: The file cannot be written.
+        """
+        line = json.dumps(record).encode() + b"\n"
+        with write_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if not self._whole:
+                self._remove_cut_line()
+                self._whole = True
+            with self.path.open("ab", buffering=0) as file:
+                start = file.tell()
+                try:
+                    if file.write(line) != len(line):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    os.fsync(file.fileno())
+                except OSError:
+                    with contextlib.suppress(OSError):
+                        file.truncate(start)
+                    raise
+
+    def keep(self, kept: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+        """Remove the records that are not kept, damaged lines too, and return the removed ones."""
+        if not self.path.exists():
+            return []
+        lines: list[dict[str, Any]] = []
+        removed: list[dict[str, Any]] = []
+        for record in self.read():
+            (lines if kept(record) else removed).append(record)
+        write_text(self.path, "".join(json.dumps(record) + "\n" for record in lines))
+        self._reported = 0
+        return removed
+
+    def _remove_cut_line(self) -> None:
+        with contextlib.suppress(FileNotFoundError), self.path.open("rb+") as file:
+            end = size = file.seek(0, os.SEEK_END)
+            while end > 0:
+                start = max(0, end - _BLOCK)
+                file.seek(start)
+                found = file.read(end - start).rfind(b"\n")
+                end = start + found + 1 if found >= 0 else start
+                if found >= 0:
+                    break
+            if end < size:
+                logger.info("%s: removed a line that was cut short", self.path)
+                file.truncate(end)
+
+
+# ---- locks -----------------------------------------------------------------------------------------------------------
+
+HEARTBEAT_S = 5.0
+STALE_AFTER_S = 60.0
+_POLL_S = 0.1
+
+
+class LockOwner(msgspec.Struct, frozen=True):
+    """Who holds a lock.
+
+    Attributes:
+        host: Name of its machine.
+        pid: Number of its process there.
+        since: UTC time, ISO 8601; empty where it is not known.
+        command: Its command line; empty where it is not known.
+        machine: What tells apart machines of one name, and containers.
+        start: When the process began, in the kernel's terms; empty where it is not known.
+    """
+
+    host: str
+    pid: int
+    since: str = ""
+    command: str = ""
+    machine: str = ""
+    start: str = ""
+
+    def __str__(self) -> str:
+        since = f" since {self.since}" if self.since else ""
+        return f"process {self.pid} on {self.host}{since}" + (
+            f" ({self.command})" if self.command else ""
+        )
+
+
+class Lock:
+    """Holds a place for one process, on one machine or on many that share a file system.
+
+    The owner touches the lock every few seconds. An owner on this machine that has ended is recognised at once. One on
+    another machine counts as dead when it did not touch the lock for ``stale_after_s``; clocks of machines are not compared.
+
+    Args:
+        path: The lock file. ``PATH.owner`` next to it says who holds it. Both are removed on release.
+        subject: What is held, for messages; None takes the file that the lock is named after.
+        hint: What the user can do while another process holds it.
+        stale_after_s: Seconds; the same in all processes.
+
+    Attributes:
+        held: Whether this process holds it; stays False where the file system has no locks.
+        lost: Whether another process has taken it over since, for example while this one was suspended.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        subject: str | None = None,
+        hint: str = "wait for it to end, or stop it",
+        stale_after_s: float = STALE_AFTER_S,
+    ) -> None:
+        self.path = path
+        self.held = False
+        self.lost = False
+        self._subject = subject or str(path.with_suffix(""))
+        self._hint = hint
+        self._record = path.with_name(f"{path.name}.owner")
+        self._stale_after_s = stale_after_s
+        self._lease: SoftFileLease | None = None
+
+    def acquire(self, *, wait: bool = True, until: Callable[[], bool] | None = None) -> None:
+        """Take the lock.
+
+        Args:
+            wait: Whether to wait for an owner who is alive. Without it, one on another machine is only watched until it
+                touches the lock, or counts as dead.
+            until: Ends the waiting, without the lock, once it returns true.
+
+        Raises:
+            LockedError: Another process holds it, and ``wait`` is false.
+            EnvironmentProblem: The folder cannot be written to.
+        """
+        with write_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        lease = SoftFileLease(
+            self.path,
+            lease_duration=self._stale_after_s,
+            heartbeat_interval=min(HEARTBEAT_S, self._stale_after_s / 4),
+            on_compromise=self._compromised,
+            thread_local=False,
+        )
+        first: tuple[int, int] | None = None
+        seen: tuple[int, int] | None = None
+        since, tries = time.monotonic(), 0
+        while not self._try(lease):
+            if until is not None and until():
+                return
+            try:
+                marker = self.path.lstat()
+            except OSError:
+                continue  # just released
+            touched = (marker.st_mtime_ns, marker.st_ino)
+            if touched != seen:
+                seen, since, tries = touched, time.monotonic(), 0
+            tries += 1
+            owner = self.owner() or LockOwner("an unknown host", 0)
+            here = owner.machine == _machine()
+            dead = here and owner.start not in ("", _start_of(owner.pid))
+            if not wait and ((here and not dead) or (first is not None and touched != first)):
+                raise LockedError(
+                    f"{self._subject} is in use by {owner}", hint=self._hint, path=self.path
+                )
+            if first is None and not dead:
+                logger.warning(
+                    "%s is in use by %s; waiting for it%s",
+                    self._subject,
+                    owner,
+                    "" if here else f", at most {self._stale_after_s:.0f} s if it is dead",
+                )
+            first = first or touched
+            # The library takes over by exchanging two names, which network file systems refuse: there the marker is removed.
+            stale = dead and tries > 2
+            if stale or time.monotonic() - since > self._stale_after_s * 1.1:
+                logger.warning(
+                    "%s: %s has ended without releasing it; taking over", self.path, owner
+                )
+                with contextlib.suppress(OSError):
+                    now = self.path.lstat()
+                    if (now.st_mtime_ns, now.st_ino) == seen:
+                        lease.force_break()
+            time.sleep(_POLL_S)
+
+    def release(self) -> None:
+        """Give the lock back."""
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            if not self.lost:
+                self._record.unlink(missing_ok=True)
+            lease.release()
+        self.held = False
+
+    def owner(self) -> LockOwner | None:
+        """Return who holds the lock now; None where nobody does, or its files cannot be read."""
+        marker = SoftFileLease(self.path, lease_duration=self._stale_after_s).owner
+        with contextlib.suppress(OSError, msgspec.MsgspecError):
+            record = msgspec.json.decode(self._record.read_bytes(), type=LockOwner)
+            if marker is None or marker.pid == record.pid:
+                return record
+        return None if marker is None else LockOwner(marker.hostname.partition("?")[0], marker.pid)
+
+    def __enter__(self) -> Lock:
+        self.acquire()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+    def _try(self, lease: SoftFileLease) -> bool:
+        """Return whether waiting is over: the lock is held, or cannot be had on this file system."""
+        with write_errors(self.path):
+            try:
+                lease.acquire(blocking=False)
+            except (Timeout, LeaseSettingsMismatch, FileNotFoundError):
+                self.path.parent.mkdir(
+                    parents=True, exist_ok=True
+                )  # its last holder may have removed it
+                return False
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                logger.warning(
+                    "%s: this file system has no locks (%s); nothing keeps a second process away",
+                    self.path.parent,
+                    error.strerror,
+                )
+                return True
+        self._lease, self.held, self.lost = lease, True, False
+        record = LockOwner(
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            since=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            command=shlex.join(sys.argv),
+            machine=_machine(),
+            start=_start_of(os.getpid()),
+        )
+        try:
+            write_bytes(self._record, msgspec.json.encode(record), durable=False)
+        except BaseException:
+            self.release()
+            raise
+        return True
+
+    def _compromised(self, loss: LeaseCompromise) -> None:
+        if loss.reason == "owner-changed":
+            self.lost = True
+        logger.warning("%s: the lock is no longer kept up (%s)", self.path, loss.reason)
+
+
+@functools.cache
+def _kernel() -> str:
+    """Return what tells apart the kernels that run machines and containers, since each was started."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+    return f"{socket.gethostname()} {uuid.getnode()}"
+
+
+@functools.cache
+def _kernel_tag() -> str:
+    return hashlib.sha256(_kernel().encode()).hexdigest()[:8]
+
+
+def _machine() -> str:
+    """Return what tells apart the machines, and the containers on one, whose process numbers can be compared."""
+    with contextlib.suppress(OSError):
+        return f"{_kernel()} {Path('/proc/self/ns/pid').stat().st_ino}"
+    return _kernel()
+
+
+def _start_of(pid: int) -> str:
+    """Return when a living process began, in the kernel's terms; empty where it has ended or that is not known."""
+    with contextlib.suppress(OSError, IndexError):
+        fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
+        return "" if fields[0] in "ZX" else fields[19]
+    return ""
+
+
+def build_once(
+    path: Path, build: Callable[[Path], None], *, stale_after_s: float = STALE_AFTER_S
+) -> None:
+    """Return when ``path`` exists: made by ``build`` here, or by another process that was first.
+
+    Args:
+        path: The file. Its folder is made.
+        build: Makes it; must move it into place whole.
+        stale_after_s: See `Lock`.
+
+    Raises:
+        EnvironmentProblem: The folder cannot be written to.
+    """
+    if path.exists():
+        return
+    lock = Lock(path.with_name(f"{path.name}.lock"), stale_after_s=stale_after_s)
+    lock.acquire(until=path.exists)
+    try:
+        if not path.exists():
+            build(path)
+    finally:
+        lock.release()

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from proxydet.data.classes import class_rows, load_vocabulary, nearest, open_split
 from proxydet.data.config import DataConfig
 from proxydet.data.description import DatasetDescription
-from proxydet.data.reading import read_annotated_image
+from proxydet.data.images import read_annotated_image
 from proxydet.data.run_lengths import to_mask
 from proxydet.data.stats import DatasetStats, PartStats, dataset_stats
 from proxydet.data.store import AnnotationStore, ImageRecord

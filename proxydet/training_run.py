@@ -21,6 +21,7 @@ from proxydet.data.description import DatasetDescription
 from proxydet.detector import Detector
 from proxydet.evaluation.detector_evaluation import evaluate
 from proxydet.evaluation.report import Report
+from proxydet.evaluation.split import DescribedSplit
 from proxydet.files import JsonLines
 from proxydet.recipes import RunConfig
 from proxydet.reporting import SILENT, Progress
@@ -69,13 +70,16 @@ def scheduled_evaluation(config: RunConfig, progress: Progress = SILENT) -> Eval
     """Return what training calls to evaluate the network; None where the data has no validation images.
 
     Raises:
-        DataError: The data description cannot be read.
+        DataError: The data description, or its validation part, cannot be used.
+        VocabularyError: Its class names and embeddings do not fit each other.
     """
     if config.data.description is None:
         return None
     description = DatasetDescription.from_toml(config.data.description)
     if description.val is None:
         return None
+    # What evaluation would refuse is refused here, before hours of training.
+    _ = DescribedSplit.open(description, progress=progress).images
 
     def evaluate_network(network: nn.Module, iteration: int, folder: Path) -> dict[str, float]:  # noqa: ARG001
         detector = Detector(

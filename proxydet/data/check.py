@@ -10,13 +10,11 @@ from typing import Literal
 
 from proxydet.data.advice import how_to_get
 from proxydet.data.classes import class_rows, load_vocabulary, open_split
-from proxydet.data.config import DataConfig
 from proxydet.data.description import DatasetDescription
-from proxydet.data.images import find_image
+from proxydet.data.images import find_image, open_annotated_image, require_distinct_files
 from proxydet.data.label_check import unusable_label_images
 from proxydet.data.label_sources import TarClasses, match_tars
 from proxydet.data.labelled_images import FolderImages, LabelledImages, TarImages
-from proxydet.data.reading import read_annotated_image
 from proxydet.data.store import AnnotationStore
 from proxydet.data.tar_index import TarIndex
 from proxydet.errors import DataError, InputError
@@ -112,10 +110,10 @@ class _Checker:
     def _add(self, part: str, level: Level, text: str, advice: str = "") -> None:
         self.findings.append(Finding(part=part, level=level, text=text, advice=advice))
 
-    def _failed(self, part: str, error: InputError) -> None:
+    def _failed(self, part: str, error: InputError, text: str = "") -> None:
         absent = error.path is not None and not error.path.exists()
         advice = how_to_get(error.path) if absent else None
-        self._add(part, "error", error.message, advice or error.hint or "")
+        self._add(part, "error", text or error.message, advice or error.hint or "")
 
     def _store(self, description: DatasetDescription, split: str) -> AnnotationStore | None:
         try:
@@ -160,30 +158,27 @@ class _Checker:
         return store
 
     def _images(self, store: AnnotationStore, roots: tuple[Path, ...], split: str) -> None:
-        problems: dict[int, str] = {}
+        try:
+            require_distinct_files(store, roots)
+        except InputError as error:
+            self._failed(split, error)
+        problems: list[DataError] = []
         with (
             self.progress.task(
                 f"checking images of {split}", total=len(store), unit="images"
             ) as task,
             ThreadPoolExecutor(_READERS) as pool,
         ):
-            for row, problem in enumerate(
-                pool.map(
-                    lambda row: _image_problem(store, row, roots, self.decode), range(len(store))
-                )
+            for problem in pool.map(
+                lambda row: _image_problem(store, row, roots, split, self.decode), range(len(store))
             ):
                 task.advance()
                 if problem:
-                    problems[row] = problem
+                    problems.append(problem)
         if problems:
-            row = next(iter(problems))
-            got = how_to_get(roots[0] / store.file_name(row))
-            self._add(
-                split,
-                "error",
-                f"{len(problems)} of {len(store)} images cannot be used, e.g.: {problems[row]}",
-                f"{got or 'get them'}, or correct 'images' in the description",
-            )
+            first = problems[0]
+            text = f"{len(problems)} of {len(store)} images cannot be used, e.g.: {first.message}"
+            self._failed(split, first, text)
         elif len(store):
             seen = "were decoded and have the annotated size" if self.decode else "are there"
             self._add(split, "ok", f"all {len(store)} images {seen}")
@@ -236,6 +231,7 @@ class _Checker:
                 labels = AnnotationStore.open(
                     spec.annotations, cache=self.cache, progress=self.progress, warn=False
                 )
+                require_distinct_files(labels, spec.roots)
                 folder_images = FolderImages(labels, spec.roots, class_rows(labels, vocabulary))
                 self._add(part, "ok", f"{counted(len(labels), 'image')} with labels")
                 for line in labels.report.lines():
@@ -256,15 +252,18 @@ class _Checker:
         return TarImages(index, tuple(matched.class_of_tar[tar] for tar in index.tars))
 
 
-def _image_problem(store: AnnotationStore, row: int, roots: tuple[Path, ...], decode: bool) -> str:
+def _image_problem(
+    store: AnnotationStore, row: int, roots: tuple[Path, ...], split: str, decode: bool
+) -> DataError | None:
     try:
         if decode:
-            read_annotated_image(store.record(row), roots, DataConfig().exif_orientation)
+            # Training follows data.exif_orientation; evaluation takes the orientation that fits.
+            open_annotated_image(store.record(row), roots, True if split == "train" else None)
         else:
             find_image(store.file_name(row), roots)
     except DataError as error:
-        return error.message
-    return ""
+        return error
+    return None
 
 
 def _tar_findings(index: TarIndex, matched: TarClasses) -> Iterator[Finding]:

@@ -1,13 +1,20 @@
-"""Decoding images of any kind to 8-bit RGB, or an error that names the file. No grey square for an unreadable image."""
+"""Image files: finding them below the roots of a data set, and decoding them to 8-bit RGB.
+
+A file that cannot be read is an error that names it, never a grey image. No torch here.
+"""
 
 from __future__ import annotations
 
 import io
 import os
+import posixpath
+import stat
 import struct
 import warnings
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -15,18 +22,21 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from proxydet.errors import DataError
 
+if TYPE_CHECKING:
+    from proxydet.data.store import AnnotationStore, ImageRecord
+
 Pixels = npt.NDArray[np.uint8]
 
-_SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
+_SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 _DAMAGE = (
     OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError,
     # What Pillow's readers raise besides: AVIF's decoder, and tables (EXIF, TIFF) whose numbers make no sense.
     RuntimeError, struct.error, ArithmeticError, LookupError, TypeError,
 )  # fmt: skip
 _WHITE = (255, 255, 255, 255)
-# The EXIF tag, and its values that are not upright.
+# The EXIF tag, its values that are not upright, and those that swap width and height.
 _ORIENTATION = 0x0112
-_TURNED = range(2, 9)
+_TURNED, _SWAPPED = range(2, 9), range(5, 9)
 
 
 def read_image(
@@ -35,7 +45,7 @@ def read_image(
     """Decode an image.
 
     Grey, palette and CMYK images are converted; transparency is laid over white; 16 bits are scaled to 8; of an
-    animation the first picture counts.
+    animation the first frame is taken.
 
     Args:
         source: A file, or its bytes.
@@ -46,15 +56,15 @@ def read_image(
         uint8 (H, W, 3), RGB.
 
     Raises:
-        DataError: the file is absent, no image, cut short, or of a kind without a stated range of values.
+        DataError: the file is absent, not an image, cut short, or of a kind without a stated range of values.
     """
-    return np.array(open_picture(source, name=name, exif_orientation=exif_orientation))
+    return np.array(open_image(source, name=name, exif_orientation=exif_orientation))
 
 
-def open_picture(
+def open_image(
     source: Path | str | bytes, *, name: str | None = None, exif_orientation: bool = True
 ) -> Image.Image:
-    """Decode an image as `read_image` does, and leave it with Pillow, which need not be asked for a copy.
+    """Decode an image as `read_image` does, without copying it out of Pillow.
 
     Returns:
         An image of mode RGB, loaded.
@@ -65,7 +75,7 @@ def open_picture(
     label = name or (str(source) if not isinstance(source, bytes) else "an image")
     try:
         with Image.open(_readable(source)) as image:
-            return _picture(image, label, exif_orientation)
+            return _to_rgb(image, label, exif_orientation)
     except _DAMAGE as error:
         raise _unreadable(label, error) from error
 
@@ -79,17 +89,9 @@ def convert_image(
         DataError: the image is cut short, or of a kind without a stated range of values.
     """
     try:
-        return np.array(_picture(image, name, exif_orientation))
+        return np.array(_to_rgb(image, name, exif_orientation))
     except _DAMAGE as error:
         raise _unreadable(name, error) from error
-
-
-def _picture(image: Image.Image, label: str, exif_orientation: bool) -> Image.Image:
-    image.load()
-    # Pillow copies an image that it need not turn.
-    if exif_orientation and image.getexif().get(_ORIENTATION) in _TURNED:
-        image = ImageOps.exif_transpose(image)
-    return _to_rgb(image, label)
 
 
 def image_size(
@@ -98,58 +100,149 @@ def image_size(
     """Read height and width of an image from its header, as `read_image` would return them.
 
     Raises:
-        DataError: the file is absent or no image.
+        DataError: the file is absent or not an image.
     """
     label = name or (str(source) if not isinstance(source, bytes) else "an image")
     try:
         with Image.open(_readable(source)) as image:
             width, height = image.size
-            turned = exif_orientation and image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+            swapped = exif_orientation and image.getexif().get(_ORIENTATION) in _SWAPPED
     except _DAMAGE as error:
         raise _unreadable(label, error) from error
-    return (width, height) if turned else (height, width)
+    return (width, height) if swapped else (height, width)
 
 
-def find_image(file_name: str, roots: tuple[Path, ...]) -> Path:
-    """Find an image below one of several folders.
+def open_annotated_image(
+    record: ImageRecord, roots: Sequence[Path], exif_orientation: bool | None
+) -> Image.Image:
+    """Decode the image of an annotation record as `open_image` does.
+
+    Args:
+        record: The image's entry in the annotation file.
+        roots: Folders of the images.
+        exif_orientation: Whether the image is turned as its EXIF orientation says; None turns it unless only the
+            unturned image has the annotated size.
+
+    Raises:
+        DataError: it cannot be read, or its size is not the annotated one.
+    """
+    path = find_image(record.file_name, roots)
+    annotated = (record.height, record.width)
+    turn = True if exif_orientation is None else exif_orientation
+    if exif_orientation is None and image_size(path) != annotated:
+        turn = image_size(path, exif_orientation=False) != annotated
+    image = open_image(path, exif_orientation=turn)
+    width, height = image.size
+    if (height, width) == annotated:
+        return image
+    message = f"{path} is {width} x {height} pixels, its annotations are for {record.width} x {record.height}"
+    hint = "use the images that the annotations were made on"
+    if image_size(path, exif_orientation=not turn) == annotated:
+        message += f", its size {'without' if turn else 'with'} its EXIF orientation applied"
+        hint = f"set data.exif_orientation={'false' if turn else 'true'}"
+    elif (width, height) == annotated:
+        message += ": width and height are swapped"
+        hint = "correct width and height in the annotation file, and its boxes where they are swapped too"
+    raise DataError(message, hint=hint, path=path)
+
+
+def read_annotated_image(
+    record: ImageRecord, roots: Sequence[Path], exif_orientation: bool | None
+) -> Pixels:
+    """Decode the image of an annotation record as `open_annotated_image` does: uint8 (H, W, 3), RGB."""
+    return np.array(open_annotated_image(record, roots, exif_orientation))
+
+
+def find_image(file_name: str, roots: Sequence[Path]) -> Path:
+    """Find an image below one of several folders: by its whole name, else by the last part of it.
 
     LVIS draws its images from two folders of COCO and names the folder (``train2017/000000000009.jpg``); both the
-    folder above them and the folders themselves serve as roots.
+    folder above them and the folders themselves serve as roots. Backslashes, drives and folders of another machine are
+    no obstacle, and nothing outside the roots is returned. Where the last part alone would give several entries one file,
+    `require_distinct_files` refuses the data set.
 
     Args:
         file_name: The image's path as the annotation file has it.
-        roots: Folders, searched in turn.
+        roots: Folders, searched in order.
 
     Raises:
-        DataError: it is in none of them, or its name leads outside.
+        DataError: it is in none of them.
     """
-    relative = PurePosixPath(file_name.replace("\\", "/"))
-    tried = []
+    relative = PurePosixPath(posixpath.normpath(file_name.replace("\\", "/")))
+    tried: dict[Path, str] = {}
     for root in roots:
-        for candidate in dict.fromkeys((root / relative, root / relative.name)):
-            if ".." in relative.parts or not candidate.is_relative_to(root):
+        candidates: list[Path] = [root / relative, root / relative.name]
+        for candidate in candidates[".." in relative.parts :]:
+            if candidate in tried or not candidate.is_relative_to(root):
                 continue
             if os.path.isfile(candidate):  # noqa: PTH113 - false, no error, for a name too long for the disk
                 return candidate
-            tried.append(str(candidate))
-    if not tried:
-        raise DataError(
-            f"the image name {file_name!r} leads outside the image folders",
-            hint="image names in annotation files are relative to the image folders, without '..'",
-        )
+            tried[candidate] = _why_not_a_file(candidate)
+    looked = " and ".join(f"{path}{why}" for path, why in list(tried.items())[:4])
     raise DataError(
-        f"the image {file_name!r} is not there; looked for {' and '.join(tried[:4])}",
+        f"the image {file_name!r} is not there; looked for {looked}",
         hint="check 'images' in the data description",
+        path=next(iter(tried), None),
     )
+
+
+def require_distinct_files(store: AnnotationStore, roots: Sequence[Path]) -> None:
+    """Refuse a data set in which several entries are one image file: all but one would get a wrong image.
+
+    Only entries that share the last part of their name are looked for on the disk.
+
+    Raises:
+        DataError: two entries name one file, or are found in one.
+    """
+    names = [store.file_name(row) for row in range(len(store))]
+    counts = Counter(name.replace("\\", "/").rpartition("/")[2] for name in names)
+    if not names or counts.most_common(1)[0][1] == 1:
+        return
+    row_of: dict[str, int] = {}
+    shared: list[tuple[int, int, str]] = []
+    for row, name in enumerate(names):
+        if counts[name.replace("\\", "/").rpartition("/")[2]] > 1:
+            try:
+                place = str(find_image(name, roots))
+            except DataError:  # another fault, reported where the image is read
+                place = posixpath.normpath(name.replace("\\", "/"))
+            if (earlier := row_of.setdefault(place, row)) != row:
+                shared.append((earlier, row, place))
+    if shared:
+        one, other, place = shared[0]
+        entries = " and ".join(f"{store.image_ids_I[row]} ({names[row]!r})" for row in (one, other))
+        more = f", as are {len(shared) - 1} more entries" if len(shared) > 1 else ""
+        raise DataError(
+            f"{store.source_name}: the images {entries} are one file, {place}{more}",
+            hint="put each image where its file_name says, or correct file_name; two entries of one image must be merged",
+        )
+
+
+def quiet_worker(_number: int = 0) -> None:
+    """Silence Pillow's warnings in a process that only reads images, for example a loader worker.
+
+    Photographs from the web often have damaged EXIF blocks, which do not touch the pixels.
+    """
+    warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 
 
 def _readable(source: Path | str | bytes) -> Path | BinaryIO:
     return io.BytesIO(source) if isinstance(source, bytes) else Path(source)
 
 
-def _to_rgb(image: Image.Image, label: str) -> Image.Image:
-    if image.mode in _SIXTEEN_BIT or image.mode == "I":
-        return Image.fromarray(_from_sixteen_bits(np.asarray(image), label))
+def _to_rgb(image: Image.Image, label: str, exif_orientation: bool) -> Image.Image:
+    image.load()
+    # Pillow copies an image that it need not turn.
+    if exif_orientation and image.getexif().get(_ORIENTATION) in _TURNED:
+        image = ImageOps.exif_transpose(image)
+    if image.mode in _SIXTEEN_BIT:
+        wide_HW = np.asarray(image).astype(np.int64)
+        if wide_HW.size and (wide_HW.min() < 0 or wide_HW.max() > 65535):
+            raise DataError(
+                f"{label} holds values outside 0 to 65535", hint="convert it to 8 bits a channel"
+            )
+        grey_HW = ((wide_HW * 255 + 32767) // 65535).astype(np.uint8)
+        return Image.fromarray(np.repeat(grey_HW[:, :, None], 3, axis=2))
     if image.mode == "F":
         raise DataError(
             f"{label} holds floating-point values, whose range is not stated",
@@ -161,31 +254,23 @@ def _to_rgb(image: Image.Image, label: str) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _from_sixteen_bits(values_HW: npt.NDArray[np.generic], label: str) -> Pixels:
-    wide = values_HW.astype(np.int64)
-    if wide.size and (wide.min() < 0 or wide.max() > 65535):
-        raise DataError(
-            f"{label} holds values outside 0 to 65535", hint="convert it to 8 bits a channel"
-        )
-    grey_HW = ((wide * 255 + 32767) // 65535).astype(np.uint8)
-    return np.repeat(grey_HW[:, :, None], 3, axis=2)
-
-
-def quiet_worker(_number: int = 0) -> None:
-    """Silence Pillow's warnings in a process that only reads images, for example a loader worker.
-
-    Photographs from the web often have damaged EXIF blocks, which do not touch the pixels.
-    """
-    warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
-
-
 def _unreadable(label: str, error: Exception) -> DataError:
     why = str(error)
     if isinstance(error, FileNotFoundError):
         why = "there is no such file"
     elif isinstance(error, UnidentifiedImageError):
-        why = "it is no image of a known kind"
+        why = "it is not an image of a known format"
     return DataError(
         f"cannot read the image {label}: {why}",
         hint="replace the file, or leave it out (of annotations: its entry)",
     )
+
+
+def _why_not_a_file(path: Path) -> str:
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return " (a broken link)" if path.is_symlink() else ""
+    except (OSError, ValueError) as error:  # no permission, a name that the disk cannot have
+        return f" ({getattr(error, 'strerror', None) or error})"
+    return " (a folder)" if stat.S_ISDIR(mode) else " (not a regular file)"

@@ -12,6 +12,7 @@ from proxydet.data.annotation_json import CategoryEntry
 from proxydet.data.classes import class_rows, nearest
 from proxydet.data.description import ImageLabelSpec
 from proxydet.data.imagenet_lvis import synset_of_wnid
+from proxydet.data.images import require_distinct_files
 from proxydet.data.labelled_images import FolderImages, LabelledImages, TarImages
 from proxydet.data.store import AnnotationStore
 from proxydet.data.tar_index import TarIndex
@@ -103,6 +104,7 @@ def open_label_images(
     """
     if spec.annotations is not None:
         store = AnnotationStore.open(spec.annotations, cache=cache, progress=progress)
+        require_distinct_files(store, spec.roots)
         return FolderImages(store, spec.roots, class_rows(store, vocabulary))
     matched = match_tars(spec, vocabulary, categories)
     folder = spec.tars or Path()

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from proxydet.data.images import find_image, open_picture
+from proxydet.data.images import find_image, open_image
 from proxydet.data.store import AnnotationStore
 from proxydet.data.tar_index import TarIndex
 from proxydet.errors import DataError
@@ -65,7 +65,7 @@ class TarImages:
         name = self.index.name(row)
         content = self.index.read(row)
         try:
-            return open_picture(content, name=name, exif_orientation=exif_orientation)
+            return open_image(content, name=name, exif_orientation=exif_orientation)
         except DataError as error:
             raise DataError(
                 error.message,
@@ -107,7 +107,7 @@ class FolderImages:
     def picture(self, row: int, *, exif_orientation: bool) -> Image.Image:
         """Decode an image: mode RGB."""
         path = find_image(self.name(row), self.roots)
-        return open_picture(path, exif_orientation=exif_orientation)
+        return open_image(path, exif_orientation=exif_orientation)
 
     def labels(self, row: int) -> npt.NDArray[np.int64]:
         """Return the classes that the file gives for the image."""

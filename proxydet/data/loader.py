@@ -5,6 +5,7 @@ from __future__ import annotations
 from proxydet.data.classes import class_rows, load_vocabulary, open_split
 from proxydet.data.config import DataConfig
 from proxydet.data.description import DatasetDescription
+from proxydet.data.images import require_distinct_files
 from proxydet.data.instances import Targets
 from proxydet.data.label_sources import open_label_images
 from proxydet.data.sources import BoxSource, LabelSource
@@ -27,7 +28,9 @@ def open_training_sources(
     targets = Targets(
         rows_K=class_rows(store, vocabulary), base_C=vocabulary.base, masks=config.masks
     )
-    boxes = BoxSource(store, description.split("train").roots, targets, config)
+    roots = description.split("train").roots
+    require_distinct_files(store, roots)
+    boxes = BoxSource(store, roots, targets, config)
     if config.image_labels is None or description.image_labels is None:
         return TrainingSources(boxes=boxes, labels=None)
     images = open_label_images(

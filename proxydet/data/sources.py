@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from proxydet.data.config import DataConfig, SourceConfig
+from proxydet.data.images import open_annotated_image
 from proxydet.data.instances import Targets, make_instances
 from proxydet.data.labelled_images import LabelledImages
-from proxydet.data.reading import open_annotated_picture
 from proxydet.data.store import AnnotationStore
 from proxydet.data.transforms import View, training_view
 from proxydet.errors import DataError
@@ -90,7 +90,7 @@ class BoxSource:
             DataError: it cannot be read, or has another size than annotated.
         """
         record = self.store.record(row)
-        picture = open_annotated_picture(record, self._roots, self._config.exif_orientation)
+        picture = open_annotated_image(record, self._roots, self._config.exif_orientation)
         view = _draw(picture, self._config.boxes, self._config.flip_probability, rng)
         first = record.first_annotation
         usable = self.usable[first : first + len(record)]

@@ -6,15 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
-from proxydet.data.images import find_image, image_size
-from proxydet.data.reading import read_annotated_image
+from proxydet.data.images import Pixels, read_annotated_image, require_distinct_files
 from proxydet.data.store import AnnotationStore
 from proxydet.evaluation.annotation_file import Identifier
-
-Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -24,10 +18,16 @@ class AnnotatedImages:
     Attributes:
         store: Annotations, for the images' names and sizes.
         roots: Folders of the images.
+
+    Raises:
+        DataError: Several entries are one image file.
     """
 
     store: AnnotationStore
     roots: tuple[Path, ...]
+
+    def __post_init__(self) -> None:
+        require_distinct_files(self.store, self.roots)
 
     def read(self, index: int) -> Pixels:
         """Read image ``index`` of the store: uint8 (H, W, 3), RGB.
@@ -37,13 +37,7 @@ class AnnotatedImages:
         Raises:
             DataError: It cannot be read, or has another size.
         """
-        record = self.store.record(index)
-        path = find_image(record.file_name, self.roots)
-        annotated = (record.height, record.width)
-        unturned = image_size(path) != annotated and (
-            image_size(path, exif_orientation=False) == annotated
-        )
-        return read_annotated_image(record, self.roots, not unturned)
+        return read_annotated_image(self.store.record(index), self.roots, None)
 
     def read_id(self, image_id: Identifier) -> Pixels:
         """Read the image of an id; KeyError where the store has none of it."""

@@ -11,10 +11,10 @@ from hotcoco import mask as coco_mask
 from numpy.typing import NDArray
 from PIL import Image
 
+from proxydet.data.images import Pixels
 from proxydet.evaluation.analysis import right_and_wrong
 from proxydet.evaluation.annotation_file import Identifier
 from proxydet.evaluation.evaluate import Evaluation
-from proxydet.evaluation.images import Pixels
 from proxydet.evaluation.report import CategoryScore
 from proxydet.evaluation.scoring import Scored
 from proxydet.visualization.drawing import DrawnObject, draw_objects

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from proxydet.data.classes import class_rows
-from proxydet.evaluation.images import AnnotatedImages, Pixels
+from proxydet.data.images import Pixels
+from proxydet.evaluation.images import AnnotatedImages
 from proxydet.evaluation.prediction_files import PredictionFolder
 from proxydet.modeling.config import InferenceConfig
 from proxydet.modeling.prediction import Prediction, rles

@@ -279,7 +279,7 @@ def test_an_image_of_another_size_is_an_error(small_set: Path) -> None:
         image.write_bytes((folder / "1.png").read_bytes())
     with pytest.raises(DataError, match=r"40 x 60 pixels.*for 60 x 40") as caught:
         list(itertools.islice(loader(small_set), 50))
-    assert "exif_orientation" in str(caught.value.hint)
+    assert "exif_orientation" not in str(caught.value.hint)
 
 
 def test_a_worker_that_is_killed_is_named(small_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:

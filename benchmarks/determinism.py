@@ -37,10 +37,9 @@ from proxydet.compat.roi_operators import (
     separable_backward,
     strict_roi_align,
 )
-from proxydet.config import to_mapping
-from proxydet.config_text import apply_overrides
+from proxydet.config import merge, parse_overrides, to_mapping
 from proxydet.determinism.worker import Bench, Job, _resident_mib
-from proxydet.recipes import r50, tiny
+from proxydet.recipes import RunConfig, r50, tiny
 
 P3 = RoiGeometry(output_size=(7, 7), spatial_scale=1 / 8, sampling_ratio=0, aligned=True)
 SIDE = 640
@@ -157,7 +156,7 @@ def measure_network() -> dict[str, Any]:
         "data.image_labels=null",
         "training.precision.dtype=fp32",
     ]
-    config = apply_overrides(r50(), overrides)
+    config = merge(r50(), parse_overrides(RunConfig, overrides))
     pieces: list[torch.Tensor] = []
 
     def listen(*arguments: Any) -> torch.Tensor:

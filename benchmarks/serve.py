@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from proxydet.config_text import dump_yaml
+from proxydet.config import dump_yaml
 from proxydet.data.synthetic.config import SyntheticConfig
 from proxydet.data.synthetic.dataset import make_dataset
 from proxydet.detector import Detector

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from proxydet.config import from_mapping
-from proxydet.config_text import load_mapping
+from proxydet.config import from_mapping, load_mapping
 from proxydet.data.config import DataConfig
 from proxydet.data.description import DatasetDescription
 from proxydet.errors import ArtifactError, CheckpointError, ConfigError, InputError

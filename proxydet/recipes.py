@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from proxydet.compat.modes import Mode
-from proxydet.config import merge
-from proxydet.config_text import apply_overrides, load_mapping
+from proxydet.config import load_mapping, merge, overlay, parse_overrides
 from proxydet.data.config import DataConfig, SourceConfig
 from proxydet.errors import ConfigError
 from proxydet.evaluation.config import EvaluationConfig
@@ -241,20 +240,26 @@ def resolve_config(
 ) -> RunConfig:
     """Put a configuration together: a recipe, then the values of a file, then single overrides.
 
+    Values are checked against each other when all are in place, so the order of overrides does not matter.
+
     Args:
-        recipe: Name of a recipe; None takes the file's ``recipe``, and ``r50`` where there is neither.
+        recipe: Name of a recipe; None takes that of the overrides or of the file, and ``r50`` where there is none.
         file: YAML file, whole (as in a run folder) or partial.
-        overrides: Assignments ``a.b=c``, in order.
+        overrides: Assignments ``a.b=c``; the later of two for one key wins.
 
     Raises:
         ConfigError: A name, key or value is wrong.
     """
     mapping: dict[str, Any] = {} if file is None else load_mapping(file)
-    name = recipe or mapping.get("recipe", "r50")
+    changes = parse_overrides(RunConfig, overrides)
+    name = changes.get("recipe", recipe or mapping.get("recipe", "r50"))
+    if recipe not in (None, name):
+        raise ConfigError(
+            f"The recipe is {recipe} and, by --set, {name}.", hint="leave one of the two out"
+        )
     if not isinstance(name, str):
         raise ConfigError(f"recipe must be text; it is {name!r}.", path=file)
-    config = merge(get_recipe(name), {**mapping, "recipe": name})
-    return apply_overrides(config, overrides)
+    return merge(get_recipe(name), overlay({**mapping, "recipe": name}, changes))
 
 
 def absolute_paths(config: RunConfig) -> RunConfig:

@@ -8,8 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-from proxydet.config import config_class, field_types, to_mapping, type_name
-from proxydet.config_text import field_docs, parse_yaml, scalar_text
+from proxydet.config import (
+    config_class,
+    field_docs,
+    field_types,
+    parse_yaml,
+    scalar_text,
+    to_mapping,
+    type_name,
+)
 from proxydet.recipes import RECIPES, RunConfig
 
 _INTRODUCTION = """# Configuration

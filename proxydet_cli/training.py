@@ -48,6 +48,7 @@ class TrainOptions:
 
     def resolve(self) -> RunConfig:
         """Put the configuration together; options win over ``--set``, that over the file, that over the recipe."""
+        from proxydet.config import scalar_text
         from proxydet.recipes import absolute_paths, resolve_config
 
         overrides = list(self.overrides)
@@ -57,7 +58,7 @@ class TrainOptions:
             ("training.device", self.device),
         ):
             if value is not None:
-                overrides.append(f"{key}={value}")
+                overrides.append(f"{key}={scalar_text(str(value))}")
         return absolute_paths(resolve_config(self.recipe, self.config, overrides))
 
     def folder(self, config: RunConfig) -> Path:
@@ -96,8 +97,7 @@ class Machines:
 
 def show_config(options: TrainOptions, *, json: bool) -> None:
     """Write the resolved configuration."""
-    from proxydet.config import to_mapping
-    from proxydet.config_text import dump_yaml
+    from proxydet.config import dump_yaml, to_mapping
 
     config = options.resolve()
     Output(json=json).data(to_mapping(config), dump_yaml(config).rstrip())

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from proxydet.config_text import load_mapping
+from proxydet.config import load_mapping
 from proxydet.errors import ConfigError
 from proxydet.training.fit import Resume
 from proxydet.training.runfolder import RunFolder

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from proxydet.config import to_mapping
-from proxydet.config_text import dump_yaml
+from proxydet.config import dump_yaml, to_mapping
 from proxydet.data.annotation_json import read_annotations
 from proxydet.data.classes import embedding_dimension
 from proxydet.data.description import DatasetDescription

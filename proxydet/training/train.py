@@ -14,8 +14,7 @@ import torch
 
 from proxydet.compat.modes import Mode
 from proxydet.compat.roi_align import reproducibility_mode
-from proxydet.config import to_mapping
-from proxydet.config_text import dump_yaml
+from proxydet.config import dump_yaml, to_mapping
 from proxydet.data.classes import image_counts, load_vocabulary, open_split
 from proxydet.data.config import DataConfig
 from proxydet.data.description import DatasetDescription

@@ -23,7 +23,6 @@ RANK = {
             "paths",
             "_version",
             "config",
-            "config_text",
             "compat",
             "artifacts",
         ],

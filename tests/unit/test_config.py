@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass, field
@@ -12,13 +13,19 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from proxydet.config import differences, from_mapping, key_paths, merge, to_mapping, type_name
-from proxydet.config_text import (
-    apply_overrides,
+from proxydet.config import (
+    differences,
     dump_yaml,
     field_docs,
+    from_mapping,
+    key_paths,
     load_mapping,
+    merge,
+    parse_overrides,
+    parse_toml,
     parse_yaml,
+    to_mapping,
+    type_name,
 )
 from proxydet.errors import ConfigError
 
@@ -49,6 +56,17 @@ class Run:
     extra: dict[str, float] = field(default_factory=dict)
     optimiser: Optimiser = field(default_factory=Optimiser)
     second: Optimiser | None = None
+    title: str | None = None
+    tags: tuple[str, ...] = ()
+    folders: tuple[Path, ...] = ()
+    pairs: tuple[tuple[float, float], ...] = ()
+    labels: dict[str, str] = field(default_factory=dict)
+    low: int = 1
+    high: int = 2
+
+    def __post_init__(self) -> None:
+        if self.low > self.high:
+            raise ConfigError("low must not be above high")
 
 
 def message(mapping: dict, cls: type = Run) -> str:
@@ -101,13 +119,51 @@ def test_merge_keeps_what_is_not_named() -> None:
         merge(run, {"optimiser": {"learning_rate": 0.0}})
 
 
-def test_overrides() -> None:
-    run = apply_overrides(
-        Run(name="a"),
-        ["optimiser.learning_rate=1e-5", "name=007", "mode=off", "sizes=[5]", "folder=null"],
-    )
-    assert run == Run(name="007", optimiser=Optimiser(learning_rate=1e-5), sizes=(5,))
-    assert apply_overrides(run, ["folder=1"]).folder == Path("1")
+def overridden(*assignments: str) -> Run:
+    return merge(Run(name="a"), parse_overrides(Run, assignments))
+
+
+@pytest.mark.parametrize(
+    ("assignment", "field", "value"),
+    [
+        ("name=007", "name", "007"),
+        ("name='null'", "name", "null"),
+        ("name=null", "name", "null"),
+        ("name=", "name", ""),
+        ("name=@{x}: [y", "name", "@{x}: [y"),
+        ("mode=off", "mode", "off"),
+        ("fast=true", "fast", True),
+        ("folder=1", "folder", Path("1")),
+        ("folder=null", "folder", None),
+        ("folder=C:\\x #1", "folder", Path("C:\\x #1")),
+        ("title=~", "title", None),
+        ("title='~'", "title", "~"),
+        ("sizes=[5]", "sizes", (5,)),
+        ("sizes=[]", "sizes", ()),
+        ("tags=[off, 007, 'a, b', \"c\"]", "tags", ("off", "007", "a, b", "c")),
+        ("folders=[a b, 1]", "folders", (Path("a b"), Path("1"))),
+        ("pairs=[[1, 2], [3, .inf]]", "pairs", ((1.0, 2.0), (3.0, math.inf))),
+        ("extra={k: 1}", "extra", {"k": 1.0}),
+        ("labels={k: 1}", "labels", {"k": "1"}),
+        ("optimiser.learning_rate=1e-5", "optimiser", Optimiser(learning_rate=1e-5)),
+        ("optimiser={momentum: 2}", "optimiser", Optimiser(momentum=2.0)),
+        ("second={momentum: 2}", "second", Optimiser(momentum=2.0)),
+        ("second.momentum=2", "second", Optimiser(momentum=2.0)),
+        ("second=null", "second", None),
+    ],
+)
+def test_an_override_of_every_type(assignment: str, field: str, value: object) -> None:
+    assert overridden(assignment) == dataclasses.replace(Run(name="a"), **{field: value})
+
+
+def test_overrides_are_checked_together() -> None:
+    both = ["low=8", "high=9"]
+    assert overridden(*both) == overridden(*reversed(both)) == Run(name="a", low=8, high=9)
+    with pytest.raises(ConfigError, match="low must not be above high"):
+        overridden("low=8")
+    assert overridden("sizes=[1]", "sizes=[2]").sizes == (2,)
+    assert overridden("optimiser={momentum: 1}", "optimiser.momentum=2").optimiser.momentum == 2
+    assert overridden("second=null", "second.momentum=2").second == Optimiser(momentum=2.0)
 
 
 @pytest.mark.parametrize(
@@ -119,11 +175,19 @@ def test_overrides() -> None:
         ("iterations.x=1", "iterations has no x in it"),
         ("sizes=[1", "not valid YAML"),
         ("iterations=ten", "iterations must be an integer"),
+        ("iterations={{ N }}", "The value of iterations, line 1"),
+        ("iterations=" + "[" * 3000, "nested too deeply"),
+        ("iterations=" + "9" * 5000, "too large"),
+        ("iterations=" + "9" * 30, "does not fit into 64 bits"),
+        ("optimiser.learning_rate=1e999", "too large"),
+        ("tags=bbox", "tags must be a list of text"),
+        ("tags=[[a]]", "tags[0] must be text"),
+        ("iterations=[&a [1], *a]", "aliases"),
     ],
 )
 def test_bad_overrides(override: str, expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        apply_overrides(Run(name="a"), [override])
+        overridden(override)
     assert expected in caught.value.message
 
 
@@ -143,8 +207,64 @@ def test_yaml_is_the_core_schema() -> None:
     }
     with pytest.raises(ConfigError, match="given twice"):
         parse_yaml("a: 1\na: 2")
-    with pytest.raises(ConfigError, match="not valid YAML"):
-        parse_yaml("!!python/object:os.system {}")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("!!python/object:os.system {}", 1),
+        ("a: 1\nb: {{ SEED }}\n", 2),
+        ("a:\n\tb: 1", 2),
+        ("a: 1\n\nb: \x07", 3),
+        ("a: 1\n---\nb: 2", 2),
+        ("a: 1\nb: !!bool maybe", 2),
+        ("a: 1\nb: !!timestamp soon", 2),
+        ("a: " + "[" * 5000, None),
+        ("a: 1\nb: 1" + "0" * 5000, 2),
+        ("a: 1e400", 1),
+        ("[a]: 1", 1),
+        ("a: &x [1]\nb: [*x, *x]", 2),
+        ("a: &x [*x]", 1),
+    ],
+)
+def test_malformed_yaml_is_refused_with_its_line(
+    text: str, line: int | None, tmp_path: Path
+) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match="not valid YAML") as caught:
+        load_mapping(file)
+    assert caught.value.path == file
+    assert str(file) in caught.value.message
+    assert line is None or f"line {line}" in caught.value.message
+    assert len(caught.value.message) < 500
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a = {{ SEED }}",
+        "a = " + "[" * 5000,
+        "a = 1" + "0" * 5000,
+        "a = 1\na = 2",
+        "a = [1,,]",
+        "a." * 100_000 + "b = 1",
+    ],
+)
+def test_malformed_toml_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"my\.toml.*not valid TOML"):
+        parse_toml(text, "my.toml")
+
+
+@given(st.text(alphabet="ab:-[]{}&*!|>'\"%@`#,?~01.e\n \t\x00", max_size=40))
+def test_any_text_is_a_value_or_refused(text: str) -> None:
+    for parse in (parse_yaml, parse_toml):
+        try:
+            value = parse(text)
+        except ConfigError:
+            continue
+        with contextlib.suppress(ConfigError):
+            from_mapping(Run, value)
 
 
 def test_file_errors(tmp_path: Path) -> None:
@@ -155,17 +275,26 @@ def test_file_errors(tmp_path: Path) -> None:
         load_mapping(tmp_path / "list.yaml")
     (tmp_path / "empty.yaml").write_text("# nothing\n")
     assert load_mapping(tmp_path / "empty.yaml") == {}
+    (tmp_path / "windows.yaml").write_bytes("a: é\r\nb: 1\r\n".encode("utf-16"))
+    assert load_mapping(tmp_path / "windows.yaml") == {"a": "é", "b": 1}
+    (tmp_path / "latin.yaml").write_bytes(b"a: 1\nb: \xe9\n")
+    with pytest.raises(ConfigError, match="line 2"):
+        load_mapping(tmp_path / "latin.yaml")
+    (tmp_path / "large.yaml").write_bytes(b"#" * 2_000_000)
+    with pytest.raises(ConfigError, match="larger"):
+        load_mapping(tmp_path / "large.yaml")
 
 
 texts = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), max_size=12)
 numbers = st.floats(allow_nan=False)
+wide = st.integers(-(2**63), 2**63 - 1)
 
 
 @given(
     name=texts | st.sampled_from(["off", "1e-4", "null", "~", "", "a: b", "# x", "true", "1:30"]),
-    iterations=st.integers(),
+    iterations=wide,
     momentum=st.none() | numbers,
-    sizes=st.lists(st.integers(), max_size=3),
+    sizes=st.lists(wide, max_size=3),
     extra=st.dictionaries(texts, numbers, max_size=3),
     rate=st.floats(min_value=1e-300, allow_infinity=True, exclude_min=True),
 )

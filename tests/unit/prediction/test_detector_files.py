@@ -11,7 +11,7 @@ import torch
 
 from proxydet import detector_files
 from proxydet.artifacts import download as download_module
-from proxydet.config_text import dump_yaml
+from proxydet.config import dump_yaml
 from proxydet.detector import Detector
 from proxydet.errors import ArtifactError, CheckpointError, ConfigError, InputError, VocabularyError
 from proxydet.modeling.config import ModelConfig

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from proxydet import detector_files
-from proxydet.config_text import dump_yaml
+from proxydet.config import dump_yaml
 from proxydet.detector import Detector
 from proxydet.recipes import get_recipe
 from proxydet.serving import server

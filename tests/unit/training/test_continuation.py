@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from proxydet.config_text import dump_yaml
+from proxydet.config import dump_yaml
 from proxydet.errors import ConfigError, TrainingError
 from proxydet.recipes import get_recipe
 from proxydet.training import distributed

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from proxydet.config_text import dump_yaml
+from proxydet.config import dump_yaml
 from proxydet.recipes import get_recipe, resolve_config
 from proxydet.training.checkpoint import write_checkpoint
 from proxydet.training.cluster import Topology

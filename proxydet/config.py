@@ -30,7 +30,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 import yaml
 
 from proxydet.errors import ConfigError
-from proxydet.wording import read_text
+from proxydet.files import read_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -598,7 +598,7 @@ def _not_valid(
     )
     if template:
         hint = "this looks like a template: put a value in place of {{ ... }}"
-    return ConfigError(f"{place}: this is not valid {kind}: {reason}", hint=hint, path=path)
+    return ConfigError(f"{place} is not valid {kind}: {reason}", hint=hint, path=path)
 
 
 def _reason(error: BaseException) -> str:

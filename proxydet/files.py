@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import functools
@@ -46,6 +47,11 @@ logger = logging.getLogger(__name__)
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK})
 _BLOCK = 1 << 20
+_ENCODINGS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -247,6 +253,35 @@ def _flush(path: Path) -> None:
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_text(path: Path, *, limit: int) -> str:
+    """Read a text file that somebody else wrote: UTF-8, or UTF-16 with a byte order mark as PowerShell writes.
+
+    Args:
+        path: The file; may be a pipe.
+        limit: Largest size in bytes.
+
+    Returns:
+        The text without its byte order mark, line ends as they are in the file.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is larger than ``limit``, or not text; the message says which, without the file's name.
+    """
+    with path.open("rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"it is larger than {size_text(limit)}")
+    encoding = next((name for mark, name in _ENCODINGS if data.startswith(mark)), "utf-8")
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"line {line} is not UTF-8 text") from error
+    if "\0" in text:
+        raise ValueError(f"line {text.count(chr(10), 0, text.index(chr(0))) + 1} is not text")
+    return text
 
 
 def read_json(

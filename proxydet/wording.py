@@ -1,51 +1,14 @@
-"""Text from outside and text for people: bounded reading, harmless printing, numbers with their nouns."""
+"""Text that people read: text from outside made harmless, numbers with their nouns, sizes."""
 
 from __future__ import annotations
 
-import codecs
 import re
-from pathlib import Path
 
 _CONTROL = re.compile(
     r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff]"
 )
 """C0 and C1 controls (ESC begins a terminal's commands), line separators, marks that reverse the direction of writing,
 lone surrogates (of file names that are not UTF-8)."""
-
-_ENCODINGS = (
-    (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
-
-
-def read_text(path: Path, *, limit: int) -> str:
-    """Read a text file that somebody else wrote: UTF-8, or UTF-16 with a byte order mark as PowerShell writes.
-
-    Args:
-        path: The file; may be a pipe.
-        limit: Largest size in bytes.
-
-    Returns:
-        The text without its byte order mark, line ends as they are in the file.
-
-    Raises:
-        OSError: It cannot be read.
-        ValueError: It is larger than ``limit``, or not text; the message says which, without the file's name.
-    """
-    with path.open("rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise ValueError(f"it is larger than {size_text(limit)}")
-    encoding = next((name for mark, name in _ENCODINGS if data.startswith(mark)), "utf-8")
-    try:
-        text = data.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"line {line} is not UTF-8 text") from error
-    if "\0" in text:
-        raise ValueError(f"line {text.count(chr(10), 0, text.index(chr(0))) + 1} is not text")
-    return text
 
 
 def printable(text: str) -> str:

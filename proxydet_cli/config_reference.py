@@ -24,7 +24,8 @@ _INTRODUCTION = """# Configuration
 Written by `make docs` from the dataclasses that the program reads.
 
 A configuration is put together from a recipe, a YAML file (`--config`, whole or partial) and single keys (`--set`), the later
-ones winning. `proxydet train --show-config` writes the result; a run keeps it as `config.yaml`. An unknown key or a wrong
+ones winning; values are checked against each other when all are in place. Lists and mappings are written as in YAML, in
+quotes for the shell: `--set 'evaluation.iou_types=[bbox]'`. `proxydet train --show-config` writes the result; a run keeps it as `config.yaml`. An unknown key or a wrong
 type is an error that names the nearest key. In YAML, `off` and `no` are text, `2e-4` is a number.
 
 Defaults below are those of the dataclasses, which are the published R50's; a recipe changes some."""

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import difflib
 import os
-import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path, PurePosixPath
 
 from proxydet.artifacts.artifact import Artifact
 from proxydet.artifacts.family import Family
-from proxydet.config import from_mapping
+from proxydet.config import from_mapping, parse_toml
 from proxydet.errors import ConfigError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from proxydet.files import read_text
 
 CATALOGUE_VARIABLE = "PROXYDET_CATALOGUE"
 """Environment variable with further catalogue files, separated as in PATH."""
@@ -81,7 +76,9 @@ class Catalogue:
         Raises:
             ConfigError: A file cannot be read or is not a catalogue.
         """
-        built_in = resources.files("proxydet.artifacts").joinpath("catalogue.toml").read_bytes()
+        built_in = (
+            resources.files("proxydet.artifacts").joinpath("catalogue.toml").read_text("utf-8")
+        )
         files = [("the built-in catalogue", _parse(built_in, "the built-in catalogue"))]
         named = os.environ.get(CATALOGUE_VARIABLE, "")
         paths = [Path(part) for part in named.split(os.pathsep) if part]
@@ -203,27 +200,18 @@ class Catalogue:
 
 def _read(path: Path) -> CatalogueFile:
     try:
-        if path.stat().st_size > _LARGEST_FILE:
-            raise ConfigError(f"{path} is too large for a catalogue.", path=path)
-        return _parse(path.read_bytes(), str(path))
-    except OSError as error:
+        return _parse(read_text(path, limit=_LARGEST_FILE), str(path))
+    except (OSError, ValueError) as error:
         raise ConfigError(
-            f"The catalogue file {path} cannot be read: {error.strerror}.",
+            f"The catalogue file {path} cannot be read: {getattr(error, 'strerror', None) or error}.",
             hint=f"Check the path given, and {CATALOGUE_VARIABLE}.",
             path=path,
         ) from error
 
 
-def _parse(data: bytes, where: str) -> CatalogueFile:
+def _parse(text: str, where: str) -> CatalogueFile:
+    table = parse_toml(text, where)
     try:
-        table: Mapping[str, object] = tomllib.loads(data.decode("utf-8"))
         return from_mapping(CatalogueFile, table)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{where} is not TOML: {error}.",
-            hint="Correct that line; docs/reference/catalogue.md shows the format.",
-        ) from error
-    except RecursionError as error:
-        raise ConfigError(f"{where} is nested too deeply for a catalogue.") from error
     except ConfigError as error:
         raise ConfigError(f"{where}: {error.message}", hint=error.hint) from error

@@ -6,18 +6,15 @@ See ``docs/reference/data-description.md``. Paths in the file are relative to th
 from __future__ import annotations
 
 import dataclasses
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from proxydet.config import from_mapping
+from proxydet.config import from_mapping, parse_toml
 from proxydet.errors import ConfigError, DataError
+from proxydet.files import read_text
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+_LARGEST_FILE = 8 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +122,7 @@ class DatasetDescription:
         """
         path = Path(path)
         try:
-            with path.open("rb") as file:
-                content = tomllib.load(file)
+            content = parse_toml(read_text(path, limit=_LARGEST_FILE), str(path), path)
         except FileNotFoundError as error:
             raise DataError(
                 f"there is no data description {path}",
@@ -139,15 +135,12 @@ class DatasetDescription:
                 hint=_name_one_of(path),
                 path=path,
             ) from error
-        except OSError as error:
+        except (OSError, ValueError, ConfigError) as error:
+            reason = (
+                error.message if isinstance(error, ConfigError) else f"cannot read {path}: {error}"
+            )
             raise DataError(
-                f"cannot read {path}: {error.strerror or error}",
-                hint="it must be a text file (UTF-8) that you may read",
-                path=path,
-            ) from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise DataError(
-                f"{path} is not TOML: {error}",
+                reason,
                 hint="name the data description, not the annotation file that it describes"
                 if path.suffix.lower() == ".json"
                 else "correct that line; docs/reference/data-description.md shows every key",

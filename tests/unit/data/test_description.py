@@ -52,7 +52,7 @@ def test_home_and_absolute_paths_and_encoders(
         ('embeddings = "embeddings.npy"', "", r"vocabulary\.embeddings"),
         ('novel = ["dog"]', "novel = 3", r"vocabulary\.novel"),
         ('novel = ["dog"]', 'novel_frequency = ["x"]', "'r', 'c' and 'f'"),
-        ("[val]", "[val", "not TOML"),
+        ("[val]", "[val", "not valid TOML"),
         ('images = "train"', "", r"train\.images"),
         ("[val]", "[image_labels]\n[val]", "either tars or annotations"),
         ("[val]", '[image_labels]\ntars = "a"\nannotations = "b"\n[val]', "either tars or annotations"),
@@ -73,8 +73,12 @@ def test_absent_files_and_splits(small_set: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is a folder"):
         DatasetDescription.from_toml(tmp_path)
     (tmp_path / "latin.toml").write_bytes(b'name = "\xff"')
-    with pytest.raises(DataError, match="not TOML"):
+    with pytest.raises(DataError, match="line 1 is not UTF-8"):
         DatasetDescription.from_toml(tmp_path / "latin.toml")
+    (tmp_path / "instances.json").write_bytes(b"[" * (9 << 20))
+    with pytest.raises(DataError, match="larger") as caught:
+        DatasetDescription.from_toml(tmp_path / "instances.json")
+    assert "annotation file" in str(caught.value.hint)
     with pytest.raises(DataError, match="there is no split 'test'"):
         DatasetDescription.from_toml(small_set).split("test")
 

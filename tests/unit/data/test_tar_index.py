@@ -11,7 +11,6 @@ from PIL import Image
 
 from proxydet.data.images import read_image
 from proxydet.data.tar_index import TarIndex
-from proxydet.data.tar_scan import scan_tar
 from proxydet.errors import DataError
 
 Make = Callable[..., Path]
@@ -59,12 +58,15 @@ def test_processes_give_the_same_index(tars: Path, tmp_path: Path) -> None:
 
 
 def test_the_index_is_made_once_and_again_when_a_tar_changes(
-    tars: Path, monkeypatch: pytest.MonkeyPatch, make_tar: Make, jpeg: Jpeg
+    tars: Path, make_tar: Make, jpeg: Jpeg
 ) -> None:
     first = TarIndex.open(tars, ["a.tar"], processes=1)
-    monkeypatch.setattr("proxydet.data.tar_index._build", lambda *_: pytest.fail("built"))
+    made = first.path.stat()
     assert TarIndex.open(tars, ["a.tar"]).path == first.path
-    monkeypatch.undo()
+    assert (first.path.stat().st_ino, first.path.stat().st_mtime_ns) == (
+        made.st_ino,
+        made.st_mtime_ns,
+    )
     make_tar(tars / "a.tar", {"1": jpeg(1, 1), "2": jpeg(2, 2)})
     assert len(TarIndex.open(tars, ["a.tar"], processes=1)) == 2
 
@@ -103,7 +105,7 @@ def test_large_headers_before_the_size_are_read(tmp_path: Path, make_tar: Make) 
     buffer = io.BytesIO()
     Image.new("RGB", (7, 3)).save(buffer, "JPEG", exif=exif, icc_profile=b"y" * 60000)
     make_tar(tmp_path / "t.tar", {"a.jpg": buffer.getvalue()})
-    assert scan_tar(tmp_path / "t.tar").shapes == [(3, 7)]
+    assert TarIndex.open(tmp_path, ["t.tar"]).shapes_I2.tolist() == [[3, 7]]
 
 
 def test_damaged_tars_give_what_is_before_the_damage(
@@ -118,17 +120,17 @@ def test_damaged_tars_give_what_is_before_the_damage(
         "between members": (whole[: 2 * size], 2, "no end mark"),
         "a flipped header": (whole[:size] + b"x" + whole[size + 1 :], 1, "header in its middle"),
         "empty": (b"", 0, "empty"),
-        "no tar": (b"<html>" * 300, 0, "."),
-        "compressed": (gzip.compress(whole), 0, "."),
+        "no tar": (b"<html>" * 300, 0, "t.tar"),
+        "compressed": (gzip.compress(whole), 0, "t.tar"),
     }
     for name, (content, count, damage) in cases.items():
         (tmp_path / "t.tar").write_bytes(content)
-        scan = scan_tar(tmp_path / "t.tar")
-        assert len(scan.names) == count, name
-        assert damage in scan.damage or (damage == "." and scan.damage), (name, scan.damage)
+        index = TarIndex.open(tmp_path, ["t.tar"], warn=False)
+        assert len(index) == count, name
+        assert damage in index.report.damaged[0], (name, index.report.damaged)
+        assert index.report.empty == ([] if count else ["t.tar"])
     make_tar(tmp_path / "t.tar", members)
-    assert scan_tar(tmp_path / "t.tar").damage == ""
-    assert "No such file" in scan_tar(tmp_path / "absent.tar").damage
+    assert TarIndex.open(tmp_path, ["t.tar"]).report.damaged == []
 
 
 def test_an_absent_tar_is_an_error_and_so_is_one_that_goes_away(tars: Path) -> None:
@@ -162,7 +164,8 @@ def test_members_of_one_name_are_each_reported(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "t.tar", "w") as tar:
         for _ in range(2):
             tar.addfile(tarfile.TarInfo("notes.txt"))
-    assert [name for name, _ in scan_tar(tmp_path / "t.tar").unreadable] == ["notes.txt"] * 2
+    report = TarIndex.open(tmp_path, ["t.tar"], warn=False).report
+    assert [line.split(":")[0] for line in report.unreadable] == ["t.tar/notes.txt"] * 2
 
 
 def test_a_tar_of_the_same_size_and_another_time_is_looked_through_again(tars: Path) -> None:
@@ -176,4 +179,4 @@ def test_a_compressed_bomb_is_refused(
 ) -> None:
     monkeypatch.setattr("proxydet.data.tar_scan.LARGEST_MEMBER", 1000)
     make_tar(tmp_path / "t.tar", {"a.jpg": gzip.compress(bytes(1001))})
-    assert "larger than 1000 bytes" in scan_tar(tmp_path / "t.tar").unreadable[0][1]
+    assert "larger than 1000 bytes" in TarIndex.open(tmp_path, ["t.tar"]).report.unreadable[0]

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from proxydet.data.imagenet_lvis import synset_of_wnid
+from proxydet.data.image_labels import synset_of_wnid
 from proxydet.data.prepare.coco_zero_shot import SEEN, UNSEEN
 
 Ints = npt.NDArray[np.int64]

@@ -216,7 +216,7 @@ def run_tars(folder: Path, scale: float) -> dict[str, Any]:
     """Index 997 tars of photographs' size."""
     from PIL import Image
 
-    from proxydet.data.tar_index import TarIndex
+    from proxydet.data.tars import TarIndex
 
     per_tar = max(1, round(40 * scale))
     rng = np.random.default_rng(0)

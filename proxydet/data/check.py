@@ -11,12 +11,9 @@ from typing import Literal
 from proxydet.data.advice import how_to_get
 from proxydet.data.classes import class_rows, load_vocabulary, open_split
 from proxydet.data.description import DatasetDescription
+from proxydet.data.image_labels import TarImages, open_label_images, unusable_label_images
 from proxydet.data.images import find_image, open_annotated_image, require_distinct_files
-from proxydet.data.label_check import unusable_label_images
-from proxydet.data.label_sources import TarClasses, match_tars
-from proxydet.data.labelled_images import FolderImages, LabelledImages, TarImages
 from proxydet.data.store import AnnotationStore
-from proxydet.data.tar_index import TarIndex
 from proxydet.errors import DataError, InputError
 from proxydet.reporting import SILENT, Progress
 from proxydet.vocabulary.vocabulary import Vocabulary
@@ -206,50 +203,37 @@ class _Checker:
     def _labels(
         self, description: DatasetDescription, vocabulary: Vocabulary, store: AnnotationStore
     ) -> None:
-        images = self._label_images(description, vocabulary, store)
-        if images is None:
-            return
-        problems = unusable_label_images(images, decode=self.decode, progress=self.progress)
-        if problems:
-            self._add(
-                "image_labels",
-                "error",
-                f"{len(problems)} of {counted(len(images), 'image')} cannot be used, e.g.: {problems[0]}",
-                "fetch them again, or train with data.unreadable_images=skip",
-            )
-        elif len(images) and self.decode:
-            self._add("image_labels", "ok", f"all {len(images)} images were decoded")
-
-    def _label_images(
-        self, description: DatasetDescription, vocabulary: Vocabulary, store: AnnotationStore
-    ) -> LabelledImages | None:
         part, spec = "image_labels", description.image_labels
         if spec is None:
-            return None
+            return
         try:
-            if spec.annotations is not None:
-                labels = AnnotationStore.open(
-                    spec.annotations, cache=self.cache, progress=self.progress, warn=False
-                )
-                require_distinct_files(labels, spec.roots)
-                folder_images = FolderImages(labels, spec.roots, class_rows(labels, vocabulary))
-                self._add(part, "ok", f"{counted(len(labels), 'image')} with labels")
-                for line in labels.report.lines():
-                    self._add(part, "warning", line, _MEND)
-                return folder_images
-            matched = match_tars(spec, vocabulary, store.categories)
-            index = TarIndex.open(
-                spec.tars or Path(),
-                list(matched.class_of_tar),
+            images = open_label_images(
+                spec,
+                vocabulary,
+                store.categories,
                 cache=self.cache,
                 progress=self.progress,
                 warn=False,
             )
         except InputError as error:
             self._failed(part, error)
-            return None
-        self.findings.extend(_tar_findings(index, matched))
-        return TarImages(index, tuple(matched.class_of_tar[tar] for tar in index.tars))
+            return
+        if isinstance(images, TarImages):
+            self.findings.extend(_tar_findings(images))
+        else:
+            self._add(part, "ok", f"{counted(len(images), 'image')} with labels")
+            for line in images.store.report.lines():
+                self._add(part, "warning", line, _MEND)
+        problems = unusable_label_images(images, decode=self.decode, progress=self.progress)
+        if problems:
+            self._add(
+                part,
+                "error",
+                f"{len(problems)} of {counted(len(images), 'image')} cannot be used, e.g.: {problems[0]}",
+                "fetch them again, or train with data.unreadable_images=skip",
+            )
+        elif len(images) and self.decode:
+            self._add(part, "ok", f"all {len(images)} images were decoded")
 
 
 def _image_problem(
@@ -266,8 +250,8 @@ def _image_problem(
     return None
 
 
-def _tar_findings(index: TarIndex, matched: TarClasses) -> Iterator[Finding]:
-    part = "image_labels"
+def _tar_findings(images: TarImages) -> Iterator[Finding]:
+    part, index, matched = "image_labels", images.index, images.matched
     level: Level = "ok" if len(index) else "error"
     yield Finding(
         part=part,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from proxydet.data.classes import class_rows, load_vocabulary, open_split
 from proxydet.data.config import DataConfig
 from proxydet.data.description import DatasetDescription
+from proxydet.data.image_labels import open_label_images
 from proxydet.data.images import require_distinct_files
 from proxydet.data.instances import Targets
-from proxydet.data.label_sources import open_label_images
 from proxydet.data.sources import BoxSource, LabelSource
 from proxydet.data.stream import Place, TrainingLoader
 from proxydet.data.training_sources import TrainingSources

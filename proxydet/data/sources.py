@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from proxydet.data.config import DataConfig, SourceConfig
+from proxydet.data.image_labels import LabelledImages
 from proxydet.data.images import open_annotated_image
 from proxydet.data.instances import Targets, make_instances
-from proxydet.data.labelled_images import LabelledImages
 from proxydet.data.store import AnnotationStore
 from proxydet.data.transforms import View, training_view
 from proxydet.errors import DataError
@@ -119,7 +119,7 @@ class LabelSource:
         Raises:
             DataError: it cannot be read.
         """
-        picture = self.images.picture(row, exif_orientation=self._config.exif_orientation)
+        picture = self.images.image(row, exif_orientation=self._config.exif_orientation)
         view = _draw(picture, self._source, self._config.flip_probability, rng)
         return LabelSample(
             image=to_tensor(view.picture(picture)),

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from proxydet.data.classes import class_rows, load_vocabulary, open_split
 from proxydet.data.description import DatasetDescription
-from proxydet.data.label_sources import open_label_images
+from proxydet.data.image_labels import open_label_images
 from proxydet.data.store import AnnotationStore
 from proxydet.reporting import SILENT, Progress
 from proxydet.vocabulary.vocabulary import Vocabulary

@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 
 from proxydet.data.classes import class_rows
 from proxydet.data.description import DatasetDescription
-from proxydet.data.imagenet_lvis import synset_of_wnid
-from proxydet.data.label_sources import match_tars
+from proxydet.data.image_labels import match_tars, synset_of_wnid
 from proxydet.data.store import AnnotationStore
 from proxydet.evaluation.ground_truth import GroundTruth
 from proxydet.vocabulary.vocabulary import Vocabulary

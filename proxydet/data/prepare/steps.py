@@ -10,11 +10,11 @@ from typing import Literal
 from proxydet.data.advice import how_to_get, inner_root
 from proxydet.data.classes import load_vocabulary, open_split
 from proxydet.data.description import DatasetDescription
-from proxydet.data.label_sources import match_tars
+from proxydet.data.image_labels import match_tars
 from proxydet.data.prepare import coco_zero_shot, lvis, objects365, openimages
 from proxydet.data.prepare.descriptions import description_text, write_description
 from proxydet.data.store import AnnotationStore
-from proxydet.data.tar_index import TarIndex
+from proxydet.data.tars import TarIndex
 from proxydet.errors import DataError
 from proxydet.reporting import SILENT, Progress
 from proxydet.wording import counted

@@ -122,7 +122,7 @@ def test_the_pixels_of_samples_equal_a_plain_way_to_make_them(small_set_with_lab
         assert torch.equal(sample.image, slow_pixels(pixels, BOXES, np.random.default_rng(seed)))
         assert sample.image.is_contiguous()
         row = seed % len(labels.images)
-        pixels = np.asarray(labels.images.picture(row, exif_orientation=True))
+        pixels = np.asarray(labels.images.image(row, exif_orientation=True))
         image = labels.sample(row, np.random.default_rng(seed)).image
         assert torch.equal(image, slow_pixels(pixels, LABELS, np.random.default_rng(seed)))
 

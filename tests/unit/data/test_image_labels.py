@@ -8,8 +8,7 @@ import pytest
 
 from proxydet.data.classes import load_vocabulary, open_split
 from proxydet.data.description import DatasetDescription, ImageLabelSpec
-from proxydet.data.imagenet_lvis import synset_of_wnid
-from proxydet.data.label_sources import TarClasses, match_tars, open_label_images
+from proxydet.data.image_labels import TarClasses, match_tars, open_label_images, synset_of_wnid
 from proxydet.errors import DataError
 
 
@@ -84,7 +83,7 @@ def test_images_carry_the_class_of_their_tar(small_set_with_labels: Path) -> Non
     assert [images.labels(row).tolist() for row in (0, 2, 3, 6)] == [[2], [2], [1], [1]]
     assert images.shapes_I2[3].tolist() == [20, 30]
     assert images.name(3) == "dog.n.01.tar/0.jpg"
-    assert images.picture(5, exif_orientation=True).size == (20, 20)
+    assert images.image(5, exif_orientation=True).size == (20, 20)
 
 
 def test_image_labels_from_json(small_set: Path) -> None:
@@ -100,7 +99,7 @@ def test_image_labels_from_json(small_set: Path) -> None:
     description = DatasetDescription.from_toml(small_set)
     labelled = open_label_images(description.image_labels, load_vocabulary(description), ())
     assert [labelled.labels(row).tolist() for row in range(2)] == [[2, 0], [1]]
-    assert labelled.picture(1, exif_orientation=True).size == (60, 40)
+    assert labelled.image(1, exif_orientation=True).size == (60, 40)
     assert labelled.name(1) == "2.png"
     np.testing.assert_array_equal(labelled.shapes_I2, [[60, 40], [40, 60]])
 

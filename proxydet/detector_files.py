@@ -95,7 +95,7 @@ def open_checkpoint(
 
 def open_pretrained(cls: type[Detector], name: str, device: torch.device) -> Detector:
     """Download a published model where it is not there, and open it; see `Detector.from_pretrained`."""
-    from proxydet.artifacts.download import download
+    from proxydet.artifacts import download
 
     settings = _pretrained(name)
     weights = download(name)
@@ -126,7 +126,7 @@ def open_named(
         InputError: It cannot be opened, or the options contradict each other.
         ArtifactError: The published model is not there.
     """
-    from proxydet.artifacts.download import locate
+    from proxydet.artifacts import locate
     from proxydet.detector_inputs import choose_device
 
     chosen = choose_device(device)

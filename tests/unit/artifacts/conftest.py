@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import http.server
@@ -16,12 +17,19 @@ from pathlib import Path
 
 import pytest
 
-from proxydet.artifacts.artifact import Artifact
-from proxydet.artifacts.http import Client
-from proxydet.artifacts.patience import RateLimit
-from proxydet.artifacts.settings import TransferSettings
-from proxydet.artifacts.transfer import fetch_file
-from proxydet.artifacts.wanted import Line, Received, Wanted
+from proxydet.artifacts import (
+    Artifact,
+    Catalogue,
+    CatalogueFile,
+    Downloader,
+    DownloadOptions,
+    Finding,
+    Outcome,
+    Plan,
+    Report,
+    TransferSettings,
+)
+from proxydet.reporting import Progress, Task
 
 
 @dataclass
@@ -62,8 +70,14 @@ class Served:
         default_factory=dict
     )  # from the n-th request on, behave so
     requests: list[dict[str, str]] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
     sent: int = 0
     active: int = 0
+    most_active: int = 0
+
+    def headers(self, name: str) -> list[str | None]:
+        """Return one header of each request."""
+        return [request.get(name) for request in self.requests]
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -96,7 +110,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self._answer(404, {})
         with self.server.lock:
             served.requests.append(dict(self.headers.items()))
+            served.times.append(time.monotonic())
             served.active += 1
+            served.most_active = max(served.most_active, served.active)
             for name, value in served.later.get(len(served.requests), {}).items():
                 setattr(served, name, value)
             if served.versions:
@@ -251,75 +267,123 @@ QUICK = TransferSettings(
 )
 
 
-@pytest.fixture
-def quick() -> TransferSettings:
-    return QUICK
-
-
-class CountingTask:
-    """Adds up what is reported."""
+class Counts:
+    """Progress that adds up what is reported, by the description of its task."""
 
     def __init__(self) -> None:
-        self.count = 0.0
-        self.lock = threading.Lock()
+        self.counts: dict[str, float] = {}
+        self.totals: dict[str, float | None] = {}
+        self._lock = threading.Lock()
 
-    def advance(self, amount: float = 1, **fields: str | float) -> None:
-        with self.lock:
-            self.count += amount
+    @contextlib.contextmanager
+    def task(
+        self, description: str, *, total: float | None = None, unit: str = "", done: float = 0
+    ) -> Iterator[Task]:
+        counts, lock = self.counts, self._lock
 
-    def describe(self, description: str) -> None:
-        pass
+        class Counting:
+            def advance(self, amount: float = 1, **fields: str | float) -> None:
+                with lock:
+                    counts[description] += amount
+
+            def describe(self, description: str) -> None:
+                pass
+
+        self.totals[description] = total
+        self.counts[description] = done
+        yield Counting()
 
 
 @dataclass
-class Fetcher:
-    """Fetches one file from the server into a folder."""
+class Downloads:
+    """A data root, and downloads into it as Python users call them; a second call is what a second run is."""
 
     server: Server
-    folder: Path
+    root: Path
     settings: TransferSettings = QUICK
-    task: CountingTask = field(default_factory=CountingTask)
+    progress: Counts = field(default_factory=Counts)
 
-    @property
-    def target(self) -> Path:
-        return self.folder / "file.bin"
-
-    def leftovers(self) -> list[str]:
-        return sorted(path.name for path in self.folder.iterdir() if path != self.target)
-
-    def __call__(self, *paths: str, pinned: bytes | None = None, **wanted: object) -> Received:
-        addresses = tuple(path if "://" in path else self.server.address(path) for path in paths)
-        if pinned is not None:
-            wanted |= {"sha256": hashlib.sha256(pinned).hexdigest(), "size": len(pinned)}
-        asked = Wanted(name="the file", target=self.target, addresses=addresses, **wanted)  # type: ignore[arg-type]
-        stalling = any(served.stall_after is not None for served in self.server.files.values())
-        settings = (
-            dataclasses.replace(self.settings, read_timeout=0.3) if stalling else self.settings
-        )
-        with Client(settings) as client:
-            line = Line(
-                client=client, rate=RateLimit(settings.limit_rate), drive_hosts=("localhost",)
-            )
-            return fetch_file(asked, line, self.task, take_over=True)
-
-
-@pytest.fixture
-def fetch(server: Server, tmp_path: Path) -> Fetcher:
-    return Fetcher(server, tmp_path)
-
-
-@pytest.fixture
-def artifact(server: Server) -> Callable[..., Artifact]:
-    def make(name: str = "thing", body: bytes | None = None, **fields: object) -> Artifact:
-        fields.setdefault("target", f"models/{name}.bin")
+    def artifact(
+        self, name: str = "thing", body: bytes | None = None, **fields: object
+    ) -> Artifact:
+        """Describe a file on the server; with its body it is pinned."""
         given: dict[str, object] = {
             "name": name,
             "title": "a thing",
-            "addresses": (server.address(f"/{name}"),),
+            "addresses": (self.server.address(f"/{name}"),),
+            "target": f"models/{name}.bin",
             "licence": "none",
         }
         if body is not None:
             given |= {"sha256": hashlib.sha256(body).hexdigest(), "size": len(body)}
         return Artifact(**{**given, **fields})  # type: ignore[arg-type]
 
-    return make
+    def open(
+        self, *artifacts: Artifact, progress: Progress | None = None, **options: object
+    ) -> Downloader:
+        self.progress = Counts()
+        catalogue = Catalogue([("test", CatalogueFile(artifacts=artifacts))])
+        chosen = DownloadOptions(root=self.root, **{"settings": self.settings, **options})  # type: ignore[arg-type]
+        return Downloader(catalogue, chosen, progress or self.progress)
+
+    def plan(self, *artifacts: Artifact, **options: object) -> Plan:
+        with self.open(*artifacts, **options) as downloader:
+            return downloader.plan([artifact.name for artifact in artifacts])
+
+    def fetch(self, *artifacts: Artifact, **options: object) -> Report:
+        with self.open(*artifacts, **options) as downloader:
+            return downloader.fetch(downloader.plan([artifact.name for artifact in artifacts]))
+
+    def states(self, *artifacts: Artifact, **options: object) -> list[str]:
+        return [item.state.value for item in self.plan(*artifacts, **options).items]
+
+    def verify(self, *artifacts: Artifact) -> dict[str, Finding]:
+        with self.open(*artifacts) as downloader:
+            found = downloader.verify([artifact.name for artifact in artifacts])
+        return {finding.name: finding for finding in found}
+
+
+@pytest.fixture
+def downloads(server: Server, tmp_path: Path) -> Downloads:
+    return Downloads(server, tmp_path / "root")
+
+
+@dataclass
+class Fetch:
+    """Fetches one file from the server, or raises what went wrong."""
+
+    downloads: Downloads
+
+    @property
+    def target(self) -> Path:
+        return self.downloads.root / "models/file.bin"
+
+    @property
+    def settings(self) -> TransferSettings:
+        return self.downloads.settings
+
+    def set(self, **settings: object) -> None:
+        self.downloads.settings = dataclasses.replace(self.settings, **settings)  # type: ignore[arg-type]
+
+    def leftovers(self) -> list[Path]:
+        return sorted(self.target.parent.glob(f".{self.target.name}*"))
+
+    def counted(self) -> float:
+        return self.downloads.progress.counts[self.target.name]
+
+    def __call__(self, *paths: str, pinned: bytes | None = None, **fields: object) -> Outcome:
+        server = self.downloads.server
+        addresses = tuple(path if "://" in path else server.address(path) for path in paths)
+        asked = self.downloads.artifact("file", pinned, addresses=addresses, **fields)
+        stalling = any(served.stall_after is not None for served in server.files.values())
+        settings = (
+            dataclasses.replace(self.settings, read_timeout=0.3) if stalling else self.settings
+        )
+        report = self.downloads.fetch(asked, settings=settings)
+        report.raise_for_failures()
+        return report.outcomes[0]
+
+
+@pytest.fixture
+def fetch(downloads: Downloads) -> Fetch:
+    return Fetch(downloads)

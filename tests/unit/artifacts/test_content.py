@@ -1,13 +1,15 @@
-"""What files without a digest hold: checkpoints by their tensors, tars by their images; read without running anything."""
+"""What files without a digest must hold: tensors of a model, images in a tar; read without running anything."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import pickle
 import tarfile
 import zipfile
 from collections import OrderedDict
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +18,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from proxydet.artifacts.artifact import Artifact, Content
-from proxydet.artifacts.checkpoint_index import read_tensor_index
-from proxydet.artifacts.content import content_check, expected_tensors, verify_checkpoint
-from proxydet.errors import ArchiveError, CheckpointError
+from proxydet.artifacts import Content
+from proxydet.errors import DigestError
 
 STATE = OrderedDict(
     [
@@ -31,19 +31,36 @@ STATE = OrderedDict(
         ("view", torch.arange(12).reshape(3, 4)[1:, ::2]),
     ]
 )
-SHAPES = {
-    "a.weight": (3, 4),
-    "a.half": (2,),
-    "count": (),
-    "b": (5,),
-    "flags": (2, 3),
-    "view": (2, 2),
-}
 
 
-def save(path: Path, content: object, *, legacy: bool = False) -> Path:
-    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
-    return path
+@pytest.fixture
+def check(downloads):
+    """Put a file in its place by hand and have it checked; returns what it holds."""
+
+    def run(data: bytes, name: str = "thing", **content: object) -> str:
+        thing = downloads.artifact(name, content=Content(**{"kind": "tensors", **content}))
+        path = downloads.root / thing.target
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        report = downloads.fetch(thing)
+        report.raise_for_failures()
+        (downloads.root / "models/artifacts.lock.json").unlink()
+        return report.outcomes[0].note
+
+    return run
+
+
+def saved(content: object, *, legacy: bool = False) -> bytes:
+    stream = io.BytesIO()
+    torch.save(content, stream, _use_new_zipfile_serialization=not legacy)
+    return stream.getvalue()
+
+
+def as_checkpoint(pickled: bytes) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+    return stream.getvalue()
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -60,8 +77,8 @@ def save(path: Path, content: object, *, legacy: bool = False) -> Path:
     ],
     ids=["plain", "detectron2", "optimizer"],
 )
-def test_names_and_shapes(tmp_path, wrap, legacy) -> None:
-    assert read_tensor_index(save(tmp_path / "c.pth", wrap(STATE), legacy=legacy)) == SHAPES
+def test_the_tensors_of_the_model_are_counted(check, wrap, legacy) -> None:
+    assert check(saved(wrap(STATE), legacy=legacy)) == "6 tensors"
 
 
 class Evil:
@@ -72,183 +89,164 @@ class Evil:
         return self.call
 
 
-@pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "os.system",
-        "builtins.eval",
-        "builtins.exec",
-        "subprocess.run",
-        "builtins.getattr",
-        "shutil.rmtree",
-    ],
-)
-def test_hostile_checkpoints_are_refused_and_not_run(tmp_path, name, legacy) -> None:
-    import importlib
+class TestHostileCheckpoints:
+    @pytest.mark.parametrize("legacy", [False, True])
+    @pytest.mark.parametrize(
+        "name",
+        ["os.system", "builtins.eval", "builtins.exec", "subprocess.run", "builtins.getattr",
+         "shutil.rmtree"],
+    )  # fmt: skip
+    def test_are_refused_and_not_run(self, check, tmp_path, name, legacy) -> None:
+        module, _, function = name.rpartition(".")
+        evil = Evil(getattr(importlib.import_module(module), function), f"touch {tmp_path}/ran")
+        parts = (0x1950A86A20F9469CFC6C, 1001, {}, {"model": evil}, [])
+        data = b"".join(map(pickle.dumps, parts)) if legacy else as_checkpoint(pickle.dumps(evil))
+        with pytest.raises(DigestError, match=function):
+            check(data)
+        assert not (tmp_path / "ran").exists()
 
-    module, _, function = name.rpartition(".")
-    evil = Evil(getattr(importlib.import_module(module), function), f"touch {tmp_path}/ran")
-    path = tmp_path / "c.pth"
-    if legacy:
-        path.write_bytes(
-            b"".join(
-                pickle.dumps(part)
-                for part in (0x1950A86A20F9469CFC6C, 1001, {}, {"model": evil}, [])
-            )
-        )
-    else:
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("archive/data.pkl", pickle.dumps({"model": evil}))
-    with pytest.raises(CheckpointError, match="asks to run"):
-        read_tensor_index(path)
-    assert not (tmp_path / "ran").exists()
+    def test_even_functions_of_torch_are_not_run(self, check) -> None:
+        evil = Evil(torch.hub.load_state_dict_from_url, "https://example.org/never")
+        with pytest.raises(DigestError, match="no tensors"):
+            check(as_checkpoint(pickle.dumps({"model": {"x": evil}})))
+
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
+    @given(data=st.binary(max_size=400))
+    def test_any_pickle_ends_in_a_count_or_a_clear_error(self, check, data) -> None:
+        with contextlib.suppress(DigestError):
+            check(as_checkpoint(b"\x80\x02" + data))
 
 
-def test_what_torch_could_be_made_to_do_is_not_done(tmp_path) -> None:
-    """Even functions of torch itself are only stood in for."""
-    evil = Evil(torch.hub.load_state_dict_from_url, "https://example.org/never")
-    with zipfile.ZipFile(tmp_path / "c.pth", "w") as archive:
-        archive.writestr("archive/data.pkl", pickle.dumps({"model": {"x": evil}}))
-    with pytest.raises(CheckpointError, match="no tensors"):
-        read_tensor_index(tmp_path / "c.pth")
+class TestDamagedCheckpoints:
+    @pytest.mark.parametrize("legacy", [False, True])
+    def test_cut_ones(self, check, legacy) -> None:
+        data = saved(STATE, legacy=legacy)
+        for length in (1, 10, len(data) // 3, len(data) // 2, len(data) - 1):
+            with pytest.raises(DigestError):
+                check(data[:length])
 
+    def test_something_appended(self, check) -> None:
+        with pytest.raises(DigestError, match="appended"):
+            check(saved(STATE, legacy=True) + b"x" * 100)
 
-@pytest.mark.parametrize("legacy", [False, True])
-def test_cut_and_damaged_checkpoints(tmp_path, legacy) -> None:
-    path = save(tmp_path / "c.pth", STATE, legacy=legacy)
-    data = path.read_bytes()
-    for length in (0, 10, len(data) // 3, len(data) // 2, len(data) - 1):
-        path.write_bytes(data[:length])
-        with pytest.raises(CheckpointError):
-            read_tensor_index(path)
-    path.write_bytes(data + b"x" * 100)
-    if legacy:
-        with pytest.raises(CheckpointError, match="appended"):
-            read_tensor_index(path)
+    def test_a_changed_byte_of_the_numbers(self, check) -> None:
+        data = bytearray(saved({"w": torch.full((1000,), 3.0)}))
+        data[data.index(np.full(10, 3.0, dtype=np.float32).tobytes()) + 20] ^= 1
+        with pytest.raises(DigestError):
+            check(bytes(data))
 
+    def test_fewer_numbers_than_the_index_says(self, check) -> None:
+        stream = io.BytesIO()
+        with (
+            zipfile.ZipFile(io.BytesIO(saved({"w": torch.ones(8)}))) as whole,
+            zipfile.ZipFile(stream, "w") as cut,
+        ):
+            for name in whole.namelist():
+                data = whole.read(name)
+                cut.writestr(name, data[:-4] if "/data/" in name else data)
+        with pytest.raises(DigestError, match="tensor data"):
+            check(stream.getvalue())
 
-def test_a_changed_byte_of_the_numbers_is_noticed(tmp_path) -> None:
-    path = save(tmp_path / "c.pth", {"w": torch.full((1000,), 3.0)})
-    data = bytearray(path.read_bytes())
-    at = data.index(np.full(10, 3.0, dtype=np.float32).tobytes())
-    data[at + 20] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(CheckpointError, match="check sum"):
-        read_tensor_index(path)
-
-
-@pytest.mark.parametrize("legacy", [False, True])
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=80)
-@given(flips=st.lists(st.tuples(st.integers(0, 5000), st.integers(1, 255)), min_size=1, max_size=8))
-def test_fuzzed_checkpoints_end_in_a_table_or_in_a_clear_error(tmp_path, legacy, flips) -> None:
-    path = tmp_path / "c.pth"
-    data = bytearray(save(path, {"model": STATE}, legacy=legacy).read_bytes())
-    for at, change in flips:
-        data[at % len(data)] ^= change
-    path.write_bytes(data)
-    with contextlib.suppress(CheckpointError):
-        read_tensor_index(path)
-
-
-@given(st.binary(max_size=400))
-def test_any_pickle_ends_in_a_table_or_in_a_clear_error(tmp_path_factory, data) -> None:
-    path = tmp_path_factory.getbasetemp() / "fuzz.pth"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("archive/data.pkl", b"\x80\x02" + data)
-    with contextlib.suppress(CheckpointError):
-        read_tensor_index(path)
-
-
-def published(layout: str, *, mixup_branch: bool) -> dict[str, torch.Tensor]:
-    """Return tensors of the published shapes that take no memory."""
-    shapes = expected_tensors(layout, mixup_branch=mixup_branch)
-    return {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}
+    @pytest.mark.parametrize("legacy", [False, True])
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
+    @given(
+        flips=st.lists(st.tuples(st.integers(0, 5000), st.integers(1, 255)), min_size=1, max_size=8)
+    )
+    def test_fuzzed_ones_end_in_a_count_or_a_clear_error(self, check, legacy, flips) -> None:
+        data = bytearray(saved({"model": STATE}, legacy=legacy))
+        for at, change in flips:
+            data[at % len(data)] ^= change
+        with contextlib.suppress(DigestError):
+            check(bytes(data))
 
 
 class TestPublishedModels:
-    def artifact(self, **content: object) -> Artifact:
-        return Artifact(
-            name="c", title="t", addresses=("https://e.org/c",), target="models/c.pth", licence="l",
-            content=Content(kind="checkpoint", **content),  # type: ignore[arg-type]
-        )  # fmt: skip
+    def state(self, layout: str, *, mixup_branch: bool) -> dict[str, torch.Tensor]:
+        """Return tensors of the published shapes that take no room."""
+        folder = resources.files("proxydet.artifacts").joinpath("layouts")
+        found = {}
+        for line in folder.joinpath(f"{layout}.txt").read_text().splitlines():
+            name, shape, *marks = line.split()
+            if mixup_branch or not marks:
+                sizes = [int(size) for size in shape.split("x")] if shape != "-" else []
+                found[name] = torch.zeros(()).expand(sizes)
+        return found
 
-    def run(self, path: Path, **content: object) -> str:
-        check = content_check(self.artifact(**content))
-        assert check is not None
-        assert check.sees_all
-        return check.run(path)
+    def test_a_boxsup_checkpoint(self, check) -> None:
+        data = saved({"model": self.state("r50", mixup_branch=False)})
+        assert check(data, kind="checkpoint", layout="r50") == "409 tensors"
+        with pytest.raises(DigestError, match="30 of the 445"):
+            check(data, kind="checkpoint", layout="r50", mixup_branch=True)
+        with pytest.raises(DigestError):
+            check(data, kind="checkpoint", layout="swinb")
 
-    def test_a_boxsup_checkpoint(self, tmp_path) -> None:
-        path = save(tmp_path / "c.pth", {"model": published("r50", mixup_branch=False)})
-        assert self.run(path, layout="r50") == "409 tensors"
-        with pytest.raises(CheckpointError, match="lacks 30 of the 445"):
-            self.run(path, layout="r50", mixup_branch=True)
-        with pytest.raises(CheckpointError, match=r"another model|lacks"):
-            self.run(path, layout="swinb")
+    def test_a_proxydet_checkpoint(self, check) -> None:
+        data = saved({"model": self.state("swinb", mixup_branch=True)})
+        assert check(data, kind="checkpoint", layout="swinb", mixup_branch=True) == "480 tensors"
+        note = check(data, kind="checkpoint", layout="swinb")
+        assert note.startswith("480 tensors, 36")
 
-    def test_a_proxydet_checkpoint(self, tmp_path) -> None:
-        path = save(tmp_path / "c.pth", {"model": published("swinb", mixup_branch=True)})
-        assert self.run(path, layout="swinb", mixup_branch=True) == "480 tensors"
-        assert self.run(path, layout="swinb") == "480 tensors, 36 of them beyond the model's"
-
-    def test_another_vocabulary_only_where_it_is_expected(self, tmp_path) -> None:
-        state = published("swinb", mixup_branch=False)
+    def test_another_vocabulary_only_where_it_is_expected(self, check) -> None:
+        state = self.state("swinb", mixup_branch=False)
         for name in state:
             if name.endswith("zs_weight"):
                 state[name] = torch.zeros(1).expand(512, 22048)
-        path = save(tmp_path / "c.pth", {"model": state})
-        with pytest.raises(CheckpointError, match="zs_weight"):
-            self.run(path, layout="swinb")
-        assert self.run(path, layout="swinb", any_shape=("zs_weight",))
+        data = saved({"model": state})
+        with pytest.raises(DigestError, match="zs_weight"):
+            check(data, kind="checkpoint", layout="swinb")
+        assert check(data, kind="checkpoint", layout="swinb", any_shape=("zs_weight",))
 
-    def test_what_can_be_made_anew_may_be_missing(self, tmp_path) -> None:
-        state = published("r50", mixup_branch=False)
-        kept = {
-            n: t for n, t in state.items() if not n.endswith(("num_batches_tracked", "freq_weight"))
-        }
-        assert self.run(save(tmp_path / "c.pth", kept), layout="r50")
+    def test_what_can_be_made_again_may_be_missing(self, check) -> None:
+        state = self.state("r50", mixup_branch=False)
+        made = ("num_batches_tracked", "freq_weight")
+        kept = {name: tensor for name, tensor in state.items() if not name.endswith(made)}
+        assert check(saved(kept), kind="checkpoint", layout="r50")
         kept.pop("backbone.fpn_lateral3.weight")
-        with pytest.raises(CheckpointError, match="fpn_lateral3"):
-            self.run(save(tmp_path / "c.pth", kept), layout="r50")
-
-    def test_the_expectation_may_be_a_function(self, tmp_path) -> None:
-        path = save(tmp_path / "c.pth", STATE)
-        assert verify_checkpoint(path, lambda: SHAPES) == "6 tensors"
+        with pytest.raises(DigestError, match="fpn_lateral3"):
+            check(saved(kept), kind="checkpoint", layout="r50")
 
 
 class TestTars:
-    def check(self, path: Path, names: list[str]) -> str:
-        with tarfile.open(path, "w") as archive:
+    def tar(self, *names: str) -> bytes:
+        stream = io.BytesIO()
+        with tarfile.open(fileobj=stream, mode="w") as archive:
             for name in names:
                 info = tarfile.TarInfo(name)
                 info.size = 700
                 archive.addfile(info, io.BytesIO(bytes(700)))
-        artifact = Artifact(
-            name="c", title="t", addresses=("https://e.org/c",), target="datasets/c.tar", licence="l",
-            content=Content(kind="image-tar"),
-        )  # fmt: skip
-        check = content_check(artifact)
-        assert check is not None
-        return check.run(path)
+        return stream.getvalue()
 
-    def test_a_tar_of_images(self, tmp_path) -> None:
-        assert self.check(tmp_path / "n01.tar", ["n01_1.JPEG", "n01_2.JPEG"]) == "2 images"
+    def test_a_tar_of_images(self, check) -> None:
+        assert check(self.tar("n01_1.JPEG", "n01_2.JPEG"), kind="image-tar") == "2 images"
 
     @pytest.mark.parametrize("names", [[], ["n01_1.JPEG", "run.sh"]])
-    def test_anything_else(self, tmp_path, names) -> None:
-        with pytest.raises(ArchiveError, match="should hold images"):
-            self.check(tmp_path / "n01.tar", names)
+    def test_anything_else(self, check, names) -> None:
+        with pytest.raises(DigestError, match="images"):
+            check(self.tar(*names), kind="image-tar")
 
-    def test_a_cut_tar(self, tmp_path) -> None:
-        path = tmp_path / "n01.tar"
-        self.check(path, ["a.jpg", "b.jpg"])
-        path.write_bytes(path.read_bytes()[:2000])
-        artifact = Artifact(
-            name="c", title="t", addresses=("https://e.org/c",), target="datasets/c.tar", licence="l",
-            content=Content(kind="image-tar"),
-        )  # fmt: skip
-        check = content_check(artifact)
-        assert check is not None
-        with pytest.raises(ArchiveError, match="ends in the middle"):
-            check.run(path)
+    def test_a_cut_tar(self, check) -> None:
+        for length in (2000, 1300, 1024 + 512):
+            with pytest.raises(DigestError):
+                check(self.tar("a.jpg", "b.jpg")[:length], kind="image-tar")
+
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+    @given(data=st.binary(min_size=1, max_size=3000))
+    def test_any_bytes_are_a_tar_or_a_clear_error(self, check, data) -> None:
+        with contextlib.suppress(DigestError):
+            check(data, kind="image-tar")
+
+
+def test_what_was_fetched_is_checked_before_it_gets_its_name(downloads, server, body) -> None:
+    server.add("/thing", body)
+    (failure,) = downloads.fetch(downloads.artifact(content=Content(kind="tensors"))).failures
+    assert isinstance(failure.error, DigestError)
+    assert not (downloads.root / "models/thing.bin").exists()
+    assert not (downloads.root / "models/artifacts.lock.json").exists()
+
+
+def test_a_file_put_there_by_hand_stays_if_it_is_wrong(downloads, check) -> None:
+    with pytest.raises(DigestError, match="thing") as caught:
+        check(b"not a checkpoint")
+    assert caught.value.path == downloads.root / "models/thing.bin"
+    assert Path(caught.value.path).exists()
+    assert not (downloads.root / "models/artifacts.lock.json").exists()

@@ -1,21 +1,15 @@
-"""Google Drive's pages, certificates, proxies, cookies, addresses: what stands between an address and its bytes."""
+"""Google Drive's pages, certificates, proxies, cookies, redirects: what stands between an address and its bytes."""
 
 from __future__ import annotations
 
-import dataclasses
 import ssl
 import subprocess
-import threading
 from pathlib import Path
 
 import pytest
 
-from proxydet.artifacts import addresses
-from proxydet.artifacts.addresses import check_address, is_this_machine, mirror_address, shown
-from proxydet.artifacts.google_drive import address_behind_page
-from proxydet.artifacts.patience import retry_after
-from proxydet.artifacts.settings import TransferSettings, bytes_per_second
-from proxydet.errors import ConfigError, TransferError
+from proxydet.artifacts import Login, TransferSettings, bytes_per_second
+from proxydet.errors import ArtifactError, ConfigError, TransferError
 
 SCAN_PAGE = b"""<!DOCTYPE html><html><head><title>Google Drive - Virus scan warning</title></head><body>
 <p>Google Drive can't scan this file for viruses. proxydet.pth (500M) is too large.</p>
@@ -23,64 +17,57 @@ SCAN_PAGE = b"""<!DOCTYPE html><html><head><title>Google Drive - Virus scan warn
 <input type="hidden" name="id" value="1H8c"><input type="hidden" name="export" value="download">
 <input type="hidden" name="confirm" value="t"><input type="hidden" name="uuid" value="a-b&amp;c"></form></body></html>"""
 QUOTA_PAGE = b"<html><head><title>Google Drive - Quota exceeded</title></head><body>Too many users</body></html>"
+DRIVE = "http://drive.google.com"
+BUTTON = f"{DRIVE}/download?id=1H8c&export=download&confirm=t&uuid=a-b%26c"
 
 
+@pytest.fixture
+def proxied(server, monkeypatch) -> None:
+    """Make every host of the web, over plain HTTP, be our server: it is the proxy."""
+    monkeypatch.setenv("HTTP_PROXY", server.address(""))
+    monkeypatch.setenv("no_proxy", "")
+
+
+@pytest.mark.usefixtures("proxied")
 class TestGoogleDrive:
-    def test_its_button_is_pressed(self, fetch, server, body) -> None:
+    @pytest.mark.parametrize("action", [b"/download", b"http://drive.usercontent.google.com/d"])
+    def test_its_button_is_pressed_and_again_to_resume(self, fetch, server, body, action) -> None:
+        fetch.set(connections=4, parallel_from=1000)
         page = server.add(
-            "/uc?id=1H8c", SCAN_PAGE % b"/download", content_type="text/html; charset=utf-8"
+            f"{DRIVE}/uc?id=1H8c", SCAN_PAGE % action, content_type="text/html", ranges=False
         )
-        served = server.add("/download?id=1H8c&export=download&confirm=t&uuid=a-b%26c", body)
-        host = server.address("").replace("127.0.0.1", "localhost")
-        fetch(f"{host}/uc?id=1H8c")
-        assert fetch.target.read_bytes() == body
-        assert (len(page.requests), len(served.requests)) == (1, 1)
-
-    def test_it_is_pressed_again_to_resume(self, fetch, server, body) -> None:
-        server.add("/uc?id=1H8c", SCAN_PAGE % b"/download", content_type="text/html", ranges=False)
-        served = server.add(
-            "/download?id=1H8c&export=download&confirm=t&uuid=a-b%26c", body, drop_after=200_000
+        goal = (
+            BUTTON
+            if action == b"/download"
+            else BUTTON.replace(f"{DRIVE}/download", action.decode())
         )
-        host = server.address("").replace("127.0.0.1", "localhost")
-        fetch.settings = dataclasses.replace(fetch.settings, connections=4, parallel_from=1000)
-        fetch(f"{host}/uc?id=1H8c")
+        served = server.add(goal, body, drop_after=200_000)
+        fetch(f"{DRIVE}/uc?id=1H8c", pinned=body)
         assert fetch.target.read_bytes() == body
+        assert (len(page.requests), len(served.requests)) == (2, 2)
         assert served.sent == len(body)
 
     @pytest.mark.parametrize(
         ("page", "message"),
         [
-            (QUOTA_PAGE, "daily quota"),
+            (QUOTA_PAGE, "quota"),
             (b"<html>You need access. Sign in</html>", "sign in"),
-            (b"<html>404</html>", "page in place"),
-            (SCAN_PAGE % b"https://evil.example.org/download", "page in place"),
+            (b"<html>404</html>", "page"),
+            (SCAN_PAGE % b"https://evil.example.org/download", "page"),
         ],
-    )
-    def test_pages_without_a_way_on(self, fetch, server, page, message) -> None:
-        server.add("/uc", page, content_type="text/html")
-        host = server.address("").replace("127.0.0.1", "localhost")
+    )  # fmt: skip
+    def test_pages_without_a_way_on(self, fetch, server, body, page, message) -> None:
+        server.add(f"{DRIVE}/uc", page, content_type="text/html")
         with pytest.raises(TransferError, match=message) as caught:
-            fetch(f"{host}/uc", page="https://drive.google.com/file/d/1H8c/view")
+            fetch(f"{DRIVE}/uc", pinned=body, page="https://drive.google.com/file/d/1H8c/view")
         assert "https://drive.google.com/file/d/1H8c/view" in (caught.value.hint or "")
         assert not fetch.target.exists()
 
-    def test_a_page_behind_the_page(self, fetch, server) -> None:
-        server.add("/uc", SCAN_PAGE % b"/download", content_type="text/html")
-        server.add(
-            "/download?id=1H8c&export=download&confirm=t&uuid=a-b%26c",
-            QUOTA_PAGE,
-            content_type="text/html",
-        )
-        host = server.address("").replace("127.0.0.1", "localhost")
-        with pytest.raises(TransferError, match="daily quota"):
-            fetch(f"{host}/uc")
-
-    def test_the_real_hosts(self) -> None:
-        page = (SCAN_PAGE % b"https://drive.usercontent.google.com/download").decode()
-        goal = address_behind_page(page, "https://drive.google.com/uc?id=1H8c&export=download")
-        assert goal.startswith(
-            "https://drive.usercontent.google.com/download?id=1H8c&export=download&confirm=t&uuid="
-        )
+    def test_a_page_behind_the_page(self, fetch, server, body) -> None:
+        server.add(f"{DRIVE}/uc", SCAN_PAGE % b"/download", content_type="text/html")
+        server.add(BUTTON, QUOTA_PAGE, content_type="text/html")
+        with pytest.raises(TransferError, match="quota"):
+            fetch(f"{DRIVE}/uc", pinned=body)
 
 
 class TestCertificates:
@@ -113,79 +100,119 @@ class TestCertificates:
         fetch(server.address("/f").replace("http:", "https:"))
         assert fetch.target.read_bytes() == body
 
-    def test_a_redirect_from_https_to_http_needs_a_digest(
-        self, fetch, server, body, secure, monkeypatch
+    @pytest.mark.usefixtures("secure")
+    def test_a_redirect_to_plain_http_needs_a_digest(
+        self, fetch, server, body, proxied, secure, monkeypatch
     ) -> None:
         monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(secure))
-        monkeypatch.setattr(addresses, "is_this_machine", lambda _: False)
-        server.add("/f", redirect=server.address("/g"))
-        with pytest.raises(TransferError, match=r"redirect from .* is not encrypted"):
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        server.add("/f", redirect="http://elsewhere.example/g")
+        with pytest.raises(TransferError, match=r"http://elsewhere.example/g"):
             fetch(server.address("/f").replace("http:", "https:"))
 
 
-def test_proxies_are_honoured(fetch, server, body, monkeypatch) -> None:
-    monkeypatch.setenv("HTTP_PROXY", server.address(""))
-    monkeypatch.setenv("no_proxy", "")
-    served = server.add("http://elsewhere.example/f", body)
-    fetch("http://elsewhere.example/f", pinned=body)
-    assert fetch.target.read_bytes() == body
-    assert served.requests[0]["Host"] == "elsewhere.example"
+class TestRedirects:
+    def test_they_keep_the_range(self, fetch, server, body) -> None:
+        server.add("/f", redirect="/elsewhere?token=secret")
+        served = server.add("/elsewhere?token=secret", body, drop_after=200_000)
+        fetch("/f")
+        assert fetch.target.read_bytes() == body
+        assert served.headers("Range") == [None, "bytes=200000-"]
+
+    def test_endless_ones(self, fetch, server) -> None:
+        served = server.add("/f", redirect="/f")
+        with pytest.raises(TransferError, match="redirects"):
+            fetch("/f")
+        assert len(served.requests) < 40
+
+    @pytest.mark.parametrize(
+        "goal",
+        ["ftp://127.0.0.1/x", "file:///etc/passwd", "http://user:secret@127.0.0.1/x",
+         "http://127.0.0.1:99999999/x", "http://" + "x" * 5000, "http://a b/"],
+    )  # fmt: skip
+    def test_to_what_is_not_a_plain_web_address(self, fetch, server, goal) -> None:
+        server.add("/f", redirect=goal)
+        with pytest.raises(TransferError, match="redirect") as caught:
+            fetch("/f")
+        assert "secret" not in str(caught.value)
+        assert not fetch.target.exists()
+
+    @pytest.mark.usefixtures("proxied")
+    @pytest.mark.parametrize(
+        "goal",
+        ["http://127.0.0.1:8080/f", "http://localhost/f", "http://[::1]/f", "http://0.0.0.0/f",
+         "http://LOCALHOST./f", "http://a.localhost/f", "http://127.8.9.1/f"],
+    )  # fmt: skip
+    def test_from_outside_to_this_machine(self, fetch, server, body, goal) -> None:
+        served = server.add("http://elsewhere.example/f", redirect=goal)
+        with pytest.raises(TransferError, match="this machine"):
+            fetch("http://elsewhere.example/f", pinned=body)
+        assert len(served.requests) == 1
+
+    @pytest.mark.usefixtures("proxied")
+    def test_from_outside_to_outside(self, fetch, server, body) -> None:
+        server.add("http://elsewhere.example/f", redirect="http://localhost.example.org/g")
+        served = server.add("http://localhost.example.org/g", body)
+        fetch("http://elsewhere.example/f", pinned=body)
+        assert fetch.target.read_bytes() == body
+        assert served.headers("Host") == ["localhost.example.org"]
 
 
-def test_netrc_credentials_stay_with_their_host(fetch, server, body, tmp_path, monkeypatch) -> None:
-    netrc = tmp_path / "netrc"
-    netrc.write_text("machine localhost login me password secret\n")
-    netrc.chmod(0o600)
-    monkeypatch.setenv("NETRC", str(netrc))
-    host = server.address("").replace("127.0.0.1", "localhost")
-    first = server.add("/f", redirect=server.address("/g"))
-    second = server.add("/g", body)
-    fetch(f"{host}/f")
-    assert first.requests[0]["Authorization"].startswith("Basic ")
-    assert "Authorization" not in second.requests[0]
+class TestAccounts:
+    def test_netrc_credentials_stay_with_their_host(
+        self, fetch, server, body, tmp_path, monkeypatch
+    ) -> None:
+        netrc = tmp_path / "netrc"
+        netrc.write_text("machine localhost login me password secret\n")
+        netrc.chmod(0o600)
+        monkeypatch.setenv("NETRC", str(netrc))
+        host = server.address("").replace("127.0.0.1", "localhost")
+        first = server.add("/f", redirect=server.address("/g"))
+        second = server.add("/g", body)
+        fetch(f"{host}/f")
+        assert (first.headers("Authorization")[0] or "").startswith("Basic ")
+        assert second.headers("Authorization") == [None]
+
+    def test_a_cookie_is_what_is_needed(
+        self, downloads, server, body, tmp_path, monkeypatch
+    ) -> None:
+        thing = downloads.artifact(login=Login(site="https://example.org", how="Register there."))
+        served = server.add("/thing", body, cookie="session=secret", page=b"<html>sign in</html>")
+        assert downloads.states(thing) == ["needs account"]
+        assert downloads.fetch(thing).outcomes[0].status == "needs account"
+        assert not served.requests
+        cookies = tmp_path / "cookies.txt"
+        line = "127.0.0.1\tFALSE\t/\tFALSE\t4102444800\tsession\tsecret\n"
+        cookies.write_text(f"# Netscape HTTP Cookie File\n{line}")
+        monkeypatch.setenv("PROXYDET_COOKIES", str(cookies))
+        downloads.fetch(thing).raise_for_failures()
+        assert served.headers("Cookie") == ["session=secret"]
+
+    def test_a_cookie_file_that_is_not_one(self, downloads, tmp_path, monkeypatch) -> None:
+        (tmp_path / "c").write_text("nonsense")
+        monkeypatch.setenv("PROXYDET_COOKIES", str(tmp_path / "c"))
+        with pytest.raises(ConfigError) as caught:
+            downloads.open(downloads.artifact())
+        assert caught.value.path == tmp_path / "c"
+
+    def test_nothing_secret_is_shown(self, downloads, server, caplog) -> None:
+        server.add("/thing?token=secret", answers=[(500, {})] * 99)
+        thing = downloads.artifact(addresses=(server.address("/thing?token=secret"),))
+        with caplog.at_level("DEBUG"), pytest.raises(ArtifactError) as caught:
+            downloads.fetch(thing).raise_for_failures()
+        ours = [r.getMessage() for r in caplog.records if r.name.startswith("proxydet")]
+        assert ours
+        assert "secret" not in str(caught.value) + str(caught.value.hint) + " ".join(ours)
 
 
-@pytest.mark.parametrize(
-    ("goal", "origin", "pinned", "accepted"),
-    [
-        ("https://b.org/f", "https://a.org/f", False, True),
-        ("http://b.org/f", "https://a.org/f", False, False),
-        ("http://b.org/f", "https://a.org/f", True, True),
-        ("http://127.0.0.1:8080/f", "https://a.org/f", True, False),
-        ("https://localhost/f", "https://a.org/f", True, False),
-        ("http://[::1]/f", "https://a.org/f", True, False),
-        ("http://0.0.0.0/f", "https://a.org/f", True, False),
-        ("http://127.0.0.1/f", "http://localhost/f", False, True),
-    ],
-)
-def test_where_redirects_may_lead(goal, origin, pinned, accepted) -> None:
-    if accepted:
-        check_address(goal, pinned=pinned, came_from=origin)
-    else:
-        with pytest.raises(TransferError, match="redirect"):
-            check_address(goal, pinned=pinned, came_from=origin)
-
-
-def test_what_is_shown_of_an_address() -> None:
-    assert shown("https://me:secret@a.org:8443/x/y?token=secret#part") == "https://a.org:8443/x/y"
-    assert shown("https://[bad") == "(unreadable address)"
-
-
-def test_this_machine() -> None:
-    assert all(
-        map(
-            is_this_machine,
-            ("localhost", "LOCALHOST.", "a.localhost", "127.8.9.1", "::1", "0.0.0.0"),
-        )
-    )
-    assert not any(map(is_this_machine, ("example.org", "10.0.0.1", "localhost.example.org", "")))
-
-
-def test_mirror_addresses_are_quoted() -> None:
-    assert (
-        mirror_address("https://m.org/x/", "datasets/metadata/a+b c.npy")
-        == "https://m.org/x/datasets/metadata/a%2Bb%20c.npy"
-    )
+def test_a_mirror_comes_first_with_quoted_paths(downloads, fetch, server, body) -> None:
+    served = server.add("/mirror/models/a%2Bb%20c.bin", body)
+    fetch.set(mirror=server.address("/mirror/"))
+    server.add("/thing", body)
+    downloads.fetch(downloads.artifact(body=body, target="models/a+b c.bin")).raise_for_failures()
+    assert len(served.requests) == 1
+    downloads.fetch(downloads.artifact(body=body, target="models/o.bin")).raise_for_failures()
+    assert len(server.files["/thing"].requests) == 1
 
 
 @pytest.mark.parametrize(
@@ -196,7 +223,7 @@ def test_rates(text, rate) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "fast", "-3M", "0", "1e9", "3T", "nan", "٣M"])
-def test_what_is_no_rate(text) -> None:
+def test_what_is_not_a_rate(text) -> None:
     with pytest.raises(ConfigError):
         bytes_per_second(text)
 
@@ -207,34 +234,3 @@ def test_what_is_no_rate(text) -> None:
 def test_settings_are_checked(field) -> None:
     with pytest.raises(ConfigError, match=field):
         TransferSettings(**{field: 0})
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [
-        ("7", 7),
-        ("", None),
-        ("soon", None),
-        ("-3", None),
-        ("Wed, 21 Oct 2015 07:28:00 GMT", 0),
-        ("9" * 50, 999999999),
-        ("²", None),
-    ],
-)
-def test_retry_after(text, seconds) -> None:
-    assert retry_after({"Retry-After": text}) == seconds
-
-
-def test_threads_do_not_share_a_session(fetch, server) -> None:
-    from proxydet.artifacts.http import Client
-
-    sessions: list[object] = []
-    with Client(fetch.settings) as client:
-        threads = [
-            threading.Thread(target=lambda: sessions.append(client._session())) for _ in range(3)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert len(set(map(id, sessions))) == 3

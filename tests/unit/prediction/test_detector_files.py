@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from proxydet import detector_files
-from proxydet.artifacts import download as download_module
+from proxydet import artifacts, detector_files
 from proxydet.config import dump_yaml
 from proxydet.detector import Detector
 from proxydet.errors import ArtifactError, CheckpointError, ConfigError, InputError, VocabularyError
@@ -204,7 +203,7 @@ def test_published_models_are_downloaded_by_name_and_fused_as_published(
 ) -> None:
     asked: list[str] = []
     monkeypatch.setattr(
-        download_module, "download", lambda name: (asked.append(name), run / "model_final.pth")[1]
+        artifacts, "download", lambda name: (asked.append(name), run / "model_final.pth")[1]
     )
     monkeypatch.setattr(detector_files, "published_vocabulary", lambda _: network.vocabulary)
     settings = detector_files._PRETRAINED["proxydet-r50"]
@@ -218,7 +217,7 @@ def test_published_models_are_downloaded_by_name_and_fused_as_published(
 
 
 def test_published_names_are_in_the_catalogue() -> None:
-    from proxydet.artifacts.catalogue import Catalogue
+    from proxydet.artifacts import Catalogue
 
     assert Catalogue.load().resolve(list(detector_files._PRETRAINED))
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,8 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from proxydet.artifacts.http import Client
-from proxydet.artifacts.partfile import PartFile, PartRecord
+from proxydet.artifacts import Downloader
 from proxydet.reporting import SILENT
 from proxydet_cli import main
 
@@ -84,7 +85,12 @@ def test_a_dry_run_fetches_nothing(run, entry, server, body, tmp_path) -> None:
 
 
 def test_without_a_name_it_is_what_training_needs(run, entry, monkeypatch) -> None:
-    monkeypatch.setattr(Client, "announced_size", lambda *_, **__: 170_000_000)
+    def ask_sizes(self, plan):
+        return dataclasses.replace(
+            plan, items=tuple(dataclasses.replace(i, announced=170_000_000) for i in plan.items)
+        )
+
+    monkeypatch.setattr(Downloader, "ask_sizes", ask_sizes)
     code, out, err = run("--dry-run")
     assert code == 0
     for name in ("boxsup-r50", "coco-train2017", "lvis-train", "imagenet-21k-lvis"):
@@ -121,15 +127,13 @@ def test_all_files_of_a_resumed_job_are_counted_whole(
     monkeypatch.setattr("proxydet_cli.progress.show_progress", Recorder)
     for name in ("one", "two"):
         entry(name, body)
-    part = PartFile(tmp_path / "models/one.bin", take_over=True)
-    part.restart(PartRecord(address=server.address("/one"), total=len(body), validator='"v1"'))
-    part.append(body[:100_000])
-    part.close()
+    served = server.add("/one", body, drop_after=100_000, later={2: {"answers": [(403, {})]}})
+    assert run("one", "--yes")[0] == 4
     plan = json.loads(run("one", "two", "--dry-run", "--json")[1])
     assert plan["bytes_to_fetch"] == 2 * len(body) - 100_000
     assert run("one", "two", "--yes")[0] == 0
     assert totals["all files"] == 2 * len(body)
-    assert server.files["/one"].sent == len(body) - 100_000
+    assert served.sent == len(body)
 
 
 @pytest.mark.parametrize("how", ["--dry-run", "--yes"])
@@ -321,7 +325,8 @@ def test_the_list_of_what_is_named(run, entry, body) -> None:
 
 def test_what_does_not_fit_is_marked_before(run, entry, body, monkeypatch) -> None:
     entry("thing", body)
-    monkeypatch.setattr("proxydet.artifacts.plan.free_bytes", lambda _: 1000)
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     code, out, _ = run("thing", "--dry-run")
     assert code == 0
     assert "300.0 kB needed, 1.0 kB free: not enough" in out

@@ -13,7 +13,7 @@ from proxydet._version import __version__
 
 if TYPE_CHECKING:
     from proxydet import errors
-    from proxydet.artifacts import download
+    from proxydet.artifacts.downloader import download
     from proxydet.compat.roi_verify import verify_roi_align
     from proxydet.detections import Detections
     from proxydet.detector import Detector
@@ -42,7 +42,7 @@ _HOME = {
     "Detections": "proxydet.detections",
     "Detector": "proxydet.detector",
     "Vocabulary": "proxydet.vocabulary.vocabulary",
-    "download": "proxydet.artifacts",
+    "download": "proxydet.artifacts.downloader",
     "environment": "proxydet.inspection.environment",
     "evaluate": "proxydet.evaluation.detector_evaluation",
     "export_detector": "proxydet.export.exporter",

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from proxydet.data.synthetic.config import SyntheticConfig
-from proxydet.data.synthetic.dataset import make_dataset
+from proxydet.data.synthetic.dataset import SyntheticConfig, make_dataset
 from proxydet.detector import Detector
 from proxydet.errors import ConfigError
 from proxydet.quickstart.job import QuickstartFolder, quickstart_config, score

@@ -13,8 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from proxydet.data.synthetic.config import SyntheticConfig
-from proxydet.data.synthetic.dataset import make_dataset
+from proxydet.data.synthetic.dataset import SyntheticConfig, make_dataset
 from proxydet.detections import Detections
 from proxydet.detector import Detector
 from proxydet.evaluation.detector_evaluation import evaluate

@@ -1,15 +1,21 @@
-"""Writes the drawn data set: scenes, LVIS annotations, image-label tars, text embeddings, description."""
+"""The synthetic data set: coloured, textured shapes in LVIS format, with image labels and text embeddings.
+
+::
+
+    from proxydet.data.synthetic.dataset import SyntheticConfig, make_dataset
+
+    description = make_dataset(Path("shapes"), SyntheticConfig(images_train=200))
+"""
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import logging
 import shutil
 import tarfile
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,23 +23,23 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from proxydet.data.synthetic.attributes import ALIASES, COLOURS, SHAPES, TEXTURES, build_classes
-from proxydet.data.synthetic.config import SyntheticConfig
-from proxydet.data.synthetic.lvis_rows import (
-    annotation_row,
-    category_rows,
-    count_objects,
-    write_json,
+from proxydet.data.synthetic.classes import (
+    ALIASES,
+    COLOURS,
+    SHAPES,
+    TEXTURES,
+    ShapeClass,
+    build_classes,
 )
-from proxydet.data.synthetic.scenes import ClassRates, SceneObject, draw_scene, draw_single
-from proxydet.errors import DataError, DiskFullError
+from proxydet.data.synthetic.drawing import SceneObject, draw_scene, draw_single
+from proxydet.errors import ConfigError, DataError
+from proxydet.files import read_json, write_errors
 from proxydet.reporting import SILENT
 from proxydet.vocabulary.compositional import CompositionalEncoder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from proxydet.data.synthetic.attributes import ShapeClass
     from proxydet.reporting import Progress, Task
 
 logger = logging.getLogger(__name__)
@@ -42,6 +48,100 @@ DRAWING_VERSION = 1
 """Raised whenever the same configuration draws other files."""
 
 _SPLIT_KEYS = {"train": 2, "val": 3, "labels": 4}
+_DESCRIPTION = """\
+name = "shapes"
+
+[vocabulary]
+embeddings = "embeddings.npy"
+encoder = "text_encoder.json"
+novel_frequency = ["r"]
+
+[train]
+annotations = "lvis_train.json"
+images = "train"
+
+[val]
+annotations = "lvis_val.json"
+images = "val"
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticConfig:
+    """Sizes of the drawn data set; equal configurations draw equal files."""
+
+    seed: int = 7
+    """Decides every random choice: splits, scenes, image labels and embeddings."""
+    images_train: int = 800
+    """Training scenes; they hold base classes only."""
+    images_val: int = 120
+    """Validation scenes; they hold base and novel classes."""
+    image_label_images_per_class: int = 16
+    """Images of a single object in each class's tar of the image-label source; 0 leaves the source out."""
+    size: int = 128
+    """Longest edge of a scene in pixels."""
+    image_label_size: int = 64
+    """Longest edge of an image-label image in pixels."""
+    colours: int = 5
+    """How many colours take part, from the first of the list."""
+    shapes: int = 4
+    """How many shapes take part, from the first of the list."""
+    textures: int = 3
+    """How many textures take part, from the first of the list."""
+    novel_classes: int = 12
+    """Combinations held out of training: the novel classes, frequency group "r"."""
+    novel_covered: int = 9
+    """Novel classes that the image-label source covers (in the paper 277 of 337)."""
+    common_share: float = 0.4
+    """Share of the base classes that are drawn at half the rate: frequency group "c"; the rest are "f"."""
+    novel_rate: float = 0.35
+    """Share of the objects of validation scenes that belong to novel classes."""
+    objects_least: int = 2
+    """Fewest objects a scene."""
+    objects_most: int = 4
+    """Most objects a scene."""
+    object_size_least: float = 0.25
+    """Smallest diameter of an object, as a share of the scene's longest edge."""
+    object_size_most: float = 0.5
+    """Largest diameter of an object, as a share of the scene's longest edge."""
+    negatives_per_image: int = 20
+    """Absent classes that a scene lists as verified absent (LVIS's federated evaluation)."""
+    not_exhaustive_rate: float = 0.1
+    """Chance that a scene with a class twice leaves one of them out and says so, as LVIS does."""
+    embedding_dim: int = 64
+    """Width of the text embeddings."""
+    embedding_noise: float = 0.15
+    """Length of a class's own random direction, next to its attributes' directions of length 1."""
+
+    def __post_init__(self) -> None:
+        words = self.colours + self.shapes + self.textures
+        ranges: dict[str, tuple[float, float]] = {
+            "images_train": (1, np.inf),
+            "images_val": (1, np.inf),
+            "image_label_images_per_class": (0, np.inf),
+            "size": (32, np.inf),
+            "image_label_size": (32, np.inf),
+            "colours": (1, len(COLOURS)),
+            "shapes": (1, len(SHAPES)),
+            "textures": (1, len(TEXTURES)),
+            "novel_classes": (0, np.inf),
+            "novel_covered": (0, self.novel_classes),
+            "common_share": (0, 1),
+            "novel_rate": (0, 1),
+            "objects_least": (1, np.inf),
+            "objects_most": (self.objects_least, np.inf),
+            "object_size_least": (0.05, 0.9),
+            "object_size_most": (self.object_size_least, 0.9),
+            "negatives_per_image": (0, np.inf),
+            "not_exhaustive_rate": (0, 1),
+            "embedding_dim": (words + 1, np.inf),
+            "embedding_noise": (0, 1),
+        }
+        for field, (low, high) in ranges.items():
+            value = getattr(self, field)
+            if not low <= value <= high:
+                most = "" if high == np.inf else f" and at most {high}"
+                raise ConfigError(f"{field} is {value}; it must be at least {low}{most}")
 
 
 def make_dataset(
@@ -73,19 +173,12 @@ def make_dataset(
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        unfinished.mkdir(parents=True)
-        _Writer(unfinished, config, progress).write()
-        if folder.exists():
-            folder.rmdir()
-        unfinished.rename(folder)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise DiskFullError(
-                f"no room left on the disk for the data set {folder}",
-                hint="free some space, or choose another folder, and run the same command again",
-                path=folder,
-            ) from error
-        raise
+        with write_errors(folder):
+            unfinished.mkdir(parents=True)
+            _Writer(unfinished, config, progress).write()
+            if folder.exists():
+                folder.rmdir()
+            unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return description
@@ -97,24 +190,23 @@ def _fingerprint(config: SyntheticConfig) -> dict[str, Any]:
 
 def _holds(folder: Path, config: SyntheticConfig) -> bool:
     """Whether the folder already holds this data set; raises where it holds anything else."""
-    if not folder.exists():
-        return False
     manifest = folder / "synthetic.json"
-    if folder.is_dir() and manifest.is_file():
-        found = json.loads(manifest.read_text(encoding="utf-8"))
-        if found == _fingerprint(config):
-            return True
-        changed = sorted(
-            key for key, value in _fingerprint(config).items() if found.get(key) != value
+    if manifest.is_file():
+        found = read_json(
+            manifest, hint="choose another folder, or delete this one", error=DataError
         )
+        wanted = _fingerprint(config)
+        changed = sorted(key for key, value in wanted.items() if found.get(key) != value)
+        if found == wanted:
+            return True
         raise DataError(
-            f"{folder} holds a data set drawn with other settings ({', '.join(changed)})",
+            f"{folder} holds a synthetic data set of other settings ({', '.join(changed)})",
             hint="choose another folder, or delete this one",
             path=folder,
         )
-    if not folder.is_dir() or any(folder.iterdir()):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(
-            f"{folder} is not empty, and what is in it is not a drawn data set",
+            f"{folder} is not empty and does not hold a synthetic data set",
             hint="choose another folder",
             path=folder,
         )
@@ -131,64 +223,68 @@ class _Writer:
         self.classes = build_classes(config)
 
     def write(self) -> None:
-        config = self.config
-        labelled = (
-            [c for c in self.classes if c.covered] if config.image_label_images_per_class else []
-        )
-        pictures = (
-            config.images_train
-            + config.images_val
-            + len(labelled) * config.image_label_images_per_class
-        )
-        with self.progress.task("drawing the data set", total=pictures, unit="images") as task:
+        config, each = self.config, self.config.image_label_images_per_class
+        labelled = [c for c in self.classes if c.covered] if each else []
+        total = config.images_train + config.images_val + len(labelled) * each
+        with self.progress.task("drawing the data set", total=total, unit="images") as task:
             self._write_embeddings()
-            train = self._write_scenes("train", config.images_train, task)
-            val = self._write_scenes("val", config.images_val, task)
-            counts = count_objects(train["annotations"])
+            train = self._draw_split("train", config.images_train, task)
+            val = self._draw_split("val", config.images_val, task)
+            categories = self._categories(train["annotations"])
             for split, content in (("train", train), ("val", val)):
-                content["categories"] = category_rows(self.classes, *counts)
-                write_json(self.folder / f"lvis_{split}.json", content)
+                self._write_json(f"lvis_{split}.json", content | {"categories": categories})
             for shape_class in labelled:
                 self._write_tar(shape_class, task)
-        self._write_description(with_labels=bool(labelled))
-        write_json(self.folder / "synthetic.json", _fingerprint(config))
+        labels = '\n[image_labels]\ntars = "tars"\n' if labelled else ""
+        (self.folder / "description.toml").write_text(_DESCRIPTION + labels, encoding="utf-8")
+        self._write_json("synthetic.json", _fingerprint(config))
+
+    def _write_json(self, name: str, content: dict[str, Any]) -> None:
+        (self.folder / name).write_text(json.dumps(content), encoding="utf-8")
 
     def _rng(self, *key: int) -> np.random.Generator:
         return np.random.default_rng([self.config.seed, *key])
 
-    def _rates(self, split: str) -> ClassRates:
-        base_rates = {"f": 1.0, "c": 0.5, "r": 0.0}
-        rates_C = np.array([base_rates[c.frequency] for c in self.classes])
+    def _draw_split(self, split: str, count: int, task: Task) -> dict[str, Any]:
+        (self.folder / split).mkdir()
+        rates_C = np.array([{"f": 1.0, "c": 0.5, "r": 0.0}[c.frequency] for c in self.classes])
         rates_C /= rates_C.sum()
         novel_C = np.array([float(c.novel) for c in self.classes])
         if split == "val" and novel_C.any():
             share = self.config.novel_rate
             rates_C = (1 - share) * rates_C + share * novel_C / novel_C.sum()
-        return ClassRates(rates_C)
-
-    def _write_scenes(self, split: str, count: int, task: Task) -> dict[str, Any]:
-        (self.folder / split).mkdir()
-        rates = self._rates(split)
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
         for index in range(count):
             rng = self._rng(_SPLIT_KEYS[split], index)
-            scene = draw_scene(self.classes, rates, self.config, rng)
+            image_HW3, objects = draw_scene(self.classes, rates_C, self.config, rng)
             # Ids of the splits must not meet: predictions on both may end up in one file.
             image_id = _SPLIT_KEYS[split] * 100_000 + index + 1
             file_name = f"{image_id:06d}.jpg"
-            (self.folder / split / file_name).write_bytes(_jpeg(scene.picture_HW3))
-            kept, not_exhaustive = self._annotated(scene.objects, rng)
+            (self.folder / split / file_name).write_bytes(_jpeg(image_HW3))
+            kept, not_exhaustive = self._annotated(objects, rng)
             for entry in kept:
-                annotations.append(annotation_row(entry, image_id, len(annotations) + 1))
-            height, width = scene.picture_HW3.shape[:2]
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": image_id,
+                        "category_id": entry.class_index + 1,
+                        "bbox": list(entry.box_xywh),
+                        "area": entry.area,
+                        "segmentation": entry.polygons,
+                    }
+                )
+            absent = sorted(
+                set(range(len(self.classes))) - {entry.class_index for entry in objects}
+            )
+            negatives = rng.permutation(len(absent))[: self.config.negatives_per_image]
             images.append(
                 {
                     "id": image_id,
                     "file_name": file_name,
-                    "width": width,
-                    "height": height,
-                    "neg_category_ids": self._negatives(scene.objects, rng),
+                    "width": image_HW3.shape[1],
+                    "height": image_HW3.shape[0],
+                    "neg_category_ids": sorted(absent[i] + 1 for i in negatives),
                     "not_exhaustive_category_ids": not_exhaustive,
                 }
             )
@@ -206,10 +302,23 @@ class _Writer:
         left_out = next(e for e in reversed(objects) if e.class_index == twice[0])
         return [e for e in objects if e is not left_out], [twice[0] + 1]
 
-    def _negatives(self, objects: Sequence[SceneObject], rng: np.random.Generator) -> list[int]:
-        absent = sorted(set(range(len(self.classes))) - {entry.class_index for entry in objects})
-        chosen = rng.permutation(len(absent))[: self.config.negatives_per_image]
-        return sorted(absent[i] + 1 for i in chosen)
+    def _categories(self, annotations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the classes as LVIS's categories, with their counts in training."""
+        instances = Counter(a["category_id"] for a in annotations)
+        images = Counter(c for c, _ in {(a["category_id"], a["image_id"]) for a in annotations})
+        return [
+            {
+                "id": identity,
+                "name": c.name,
+                "synonyms": [c.name, f"{c.texture} {c.colour} {c.shape}"],
+                "synset": c.synset,
+                "def": f"a {c.shape}, {c.colour}, {c.texture}",
+                "frequency": c.frequency,
+                "image_count": images[identity],
+                "instance_count": instances[identity],
+            }
+            for identity, c in enumerate(self.classes, 1)
+        ]
 
     def _write_tar(self, shape_class: ShapeClass, task: Task) -> None:
         (self.folder / "tars").mkdir(exist_ok=True)
@@ -226,13 +335,12 @@ class _Writer:
 
     def _write_embeddings(self) -> None:
         config = self.config
-        words = [
-            *list(COLOURS)[: config.colours],
-            *TEXTURES[: config.textures],
-            *SHAPES[: config.shapes],
-        ]
         encoder = CompositionalEncoder.create(
-            words,
+            [
+                *list(COLOURS)[: config.colours],
+                *TEXTURES[: config.textures],
+                *SHAPES[: config.shapes],
+            ],
             dim=config.embedding_dim,
             noise=config.embedding_noise,
             seed=config.seed,
@@ -242,29 +350,8 @@ class _Writer:
         embeddings_CD = encoder.encode([c.name for c in self.classes])
         np.save(self.folder / "embeddings.npy", embeddings_CD.astype(np.float16))
 
-    def _write_description(self, *, with_labels: bool) -> None:
-        lines = [
-            'name = "shapes"',
-            "",
-            "[vocabulary]",
-            'embeddings = "embeddings.npy"',
-            'encoder = "text_encoder.json"',
-            'novel_frequency = ["r"]',
-            "",
-            "[train]",
-            'annotations = "lvis_train.json"',
-            'images = "train"',
-            "",
-            "[val]",
-            'annotations = "lvis_val.json"',
-            'images = "val"',
-        ]
-        if with_labels:
-            lines += ["", "[image_labels]", 'tars = "tars"']
-        (self.folder / "description.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-
-def _jpeg(picture_HW3: npt.NDArray[np.uint8]) -> bytes:
+def _jpeg(image_HW3: npt.NDArray[np.uint8]) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(picture_HW3).save(buffer, "JPEG", quality=92, subsampling=0)
+    Image.fromarray(image_HW3).save(buffer, "JPEG", quality=92, subsampling=0)
     return buffer.getvalue()

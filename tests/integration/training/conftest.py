@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from proxydet.data.synthetic.config import SyntheticConfig
-from proxydet.data.synthetic.dataset import make_dataset
+from proxydet.data.synthetic.dataset import SyntheticConfig, make_dataset
 
 
 @pytest.fixture(scope="session")

@@ -23,8 +23,7 @@ from proxydet.data.batches import BoxBatch, ImageLabelBatch
 from proxydet.data.classes import image_counts, load_vocabulary, open_split
 from proxydet.data.description import DatasetDescription
 from proxydet.data.loader import build_training_loader
-from proxydet.data.synthetic.config import SyntheticConfig
-from proxydet.data.synthetic.dataset import make_dataset
+from proxydet.data.synthetic.dataset import SyntheticConfig, make_dataset
 from proxydet.losses.criterion import Criterion
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.modeling.outputs import BoxTrainingOutput

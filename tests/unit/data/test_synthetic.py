@@ -18,8 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFilter
 
-from proxydet.data.synthetic.config import SyntheticConfig
-from proxydet.data.synthetic.dataset import make_dataset
+from proxydet.data.synthetic.dataset import SyntheticConfig, make_dataset
 from proxydet.errors import ConfigError, DataError
 from proxydet.vocabulary.compositional import CompositionalEncoder
 
@@ -152,6 +151,10 @@ def test_the_folder_is_reused_or_refused(folder: Path, tmp_path: Path) -> None:
     assert (folder / "lvis_train.json").stat().st_mtime_ns == stamp
     with pytest.raises(DataError, match="images_val"):
         make_dataset(folder, replace(SMALL, images_val=11))
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/synthetic.json").write_text("{")
+    with pytest.raises(DataError, match=r"synthetic\.json"):
+        make_dataset(tmp_path / "damaged", SMALL)
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(DataError, match="not empty"):
         make_dataset(tmp_path, SMALL)

@@ -1,7 +1,8 @@
-"""The words that the drawn classes are made of, and the classes made of them."""
+"""The classes of the synthetic data set: every combination of a colour, a texture and a shape."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from itertools import combinations, product
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ import numpy as np
 from proxydet.errors import ConfigError
 
 if TYPE_CHECKING:
-    from proxydet.data.synthetic.config import SyntheticConfig
+    from proxydet.data.synthetic.dataset import SyntheticConfig
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (208, 38, 38),
@@ -49,10 +50,6 @@ ALIASES = {
 """Other words for the same attributes, understood by the data set's text encoder."""
 
 
-Combo = tuple[int, int, int]
-"""Indices of a colour, a texture and a shape."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class ShapeClass:
     """One class: a colour, a texture and a shape."""
@@ -84,20 +81,15 @@ class ShapeClass:
 def build_classes(config: SyntheticConfig) -> tuple[ShapeClass, ...]:
     """Make all combinations of the attributes and split them into base and novel.
 
-    Novel combinations are spread evenly over the attribute values, and every pair of values of
-    different attributes stays in some base class wherever the counts allow it, so that what a novel
-    class looks like can be told from what base classes look like.
+    Novel combinations are spread evenly over the attribute values, and every pair of values of different attributes stays in
+    some base class wherever the counts allow it, so that what a novel class looks like can be told from what base classes
+    look like.
 
     Raises:
         ConfigError: So many classes are novel that an attribute value would be left without a base class.
     """
-    combos = list(
-        product(
-            range(config.colours),
-            range(config.textures),
-            range(config.shapes),
-        )
-    )
+    counts = (config.colours, config.textures, config.shapes)
+    combos = list(product(*map(range, counts)))
     rng = np.random.default_rng([config.seed, 1])
     novel = _choose_novel(combos, config.novel_classes, rng)
     covered = set(sorted(novel, key=lambda _: rng.random())[: config.novel_covered])
@@ -117,32 +109,24 @@ def build_classes(config: SyntheticConfig) -> tuple[ShapeClass, ...]:
     )
 
 
-def _values(combo: Combo) -> list[tuple[int, int]]:
-    return list(enumerate(combo))
-
-
-def _pairs(combo: Combo) -> list[tuple[tuple[int, int], ...]]:
-    return list(combinations(_values(combo), 2))
-
-
-def _choose_novel(combos: list[Combo], count: int, rng: np.random.Generator) -> list[Combo]:
+def _choose_novel(
+    combos: list[tuple[int, ...]], count: int, rng: np.random.Generator
+) -> list[tuple[int, ...]]:
     """Pick ``count`` combinations greedily, those whose values and pairs are held out least so far."""
-    left_values: dict[object, int] = {}
-    for combo in combos:
-        for key in (*_values(combo), *_pairs(combo)):
-            left_values[key] = left_values.get(key, 0) + 1
-    total = dict(left_values)
+    values = {combo: list(enumerate(combo)) for combo in combos}
+    pairs = {combo: list(combinations(values[combo], 2)) for combo in combos}
+    total: Counter[object] = Counter(key for c in combos for key in (*values[c], *pairs[c]))
+    left = total.copy()
     remaining = [combos[i] for i in rng.permutation(len(combos))]
-    novel: list[Combo] = []
+    novel: list[tuple[int, ...]] = []
 
-    def cost(combo: Combo) -> tuple[int, float, float]:
-        pairs_lost = sum(left_values[pair] == 1 for pair in _pairs(combo))
-        share_out = [1 - left_values[key] / total[key] for key in _values(combo)]
-        pairs_out = [1 - left_values[key] / total[key] for key in _pairs(combo)]
-        return pairs_lost, sum(share_out), sum(pairs_out)
+    def cost(combo: tuple[int, ...]) -> tuple[int, float, float]:
+        pairs_lost = sum(left[pair] == 1 for pair in pairs[combo])
+        share_out = sum(1 - left[key] / total[key] for key in values[combo])
+        return pairs_lost, share_out, sum(1 - left[key] / total[key] for key in pairs[combo])
 
     for _ in range(count):
-        allowed = [c for c in remaining if all(left_values[value] > 1 for value in _values(c))]
+        allowed = [c for c in remaining if all(left[value] > 1 for value in values[c])]
         if not allowed:
             raise ConfigError(
                 f"novel_classes is {count}, but after {len(novel)} of {len(combos)} combinations some colour, "
@@ -151,6 +135,5 @@ def _choose_novel(combos: list[Combo], count: int, rng: np.random.Generator) -> 
         chosen = min(allowed, key=cost)
         remaining.remove(chosen)
         novel.append(chosen)
-        for key in (*_values(chosen), *_pairs(chosen)):
-            left_values[key] -= 1
+        left.subtract([*values[chosen], *pairs[chosen]])
     return novel

@@ -80,35 +80,25 @@ def run(options: EvalOptions, output: Output) -> None:
 @contextlib.contextmanager
 def _processes(options: EvalOptions, folder: Path, *, json: bool) -> Iterator[str | None]:
     """Give the device to work on here, or None when several processes have been started, and have done it."""
-    import os
-
     import torch
 
-    from proxydet.training.cluster import plan_topology
-    from proxydet.training.distributed import connect, launched_rank
-    from proxydet.training.failures import worker_log
-    from proxydet.training.launcher import in_worker, launch
+    from proxydet.training.distributed import connect
+    from proxydet.training.launch import launch, plan_launch, worker
 
     logs = folder / "logs"
-    if in_worker():
-        with worker_log(logs, launched_rank()), connect(options.device) as ranks:
-            yield str(ranks.device)
-        return
     on_gpus = options.device in ("auto", "cuda") and torch.cuda.is_available()
-    topology = plan_topology(
-        gpus=options.gpus,
-        nodes=None,
-        rendezvous=None,
-        max_restarts=None,
-        available=torch.cuda.device_count() if on_gpus else 1,
-        environment=os.environ,
+    plan = plan_launch(
+        gpus=options.gpus, whole_job=False, available=torch.cuda.device_count() if on_gpus else 1
     )
-    if topology.world_size == 1:
+    if plan.started:
+        with worker(logs), connect(options.device) as info:
+            yield str(info.device)
+    elif plan.torchrun:
+        words = ["-m", "proxydet_cli", "eval", *options.words(), *(["--json"] if json else [])]
+        launch(plan, words, logs)
+        yield None
+    else:
         yield options.device
-        return
-    words = ["-m", "proxydet_cli", "eval", *options.words(), *(["--json"] if json else [])]
-    launch(topology, words, logs)
-    yield None
 
 
 def _conclude(

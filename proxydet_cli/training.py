@@ -15,8 +15,8 @@ from proxydet_cli.output import Output
 
 if TYPE_CHECKING:
     from proxydet.recipes import RunConfig
-    from proxydet.training.cluster import Topology
     from proxydet.training.fit import Resume, TrainResult
+    from proxydet.training.launch import LaunchPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,22 +76,19 @@ class Machines:
     max_restarts: int | None
     requeue: bool
 
-    def topology(self, config: RunConfig) -> Topology:
+    def plan(self, config: RunConfig) -> LaunchPlan:
         """Decide how many processes run where."""
-        import os
-
         import torch
 
-        from proxydet.training.cluster import plan_topology
+        from proxydet.training.launch import plan_launch
 
         on_cpu = config.training.device == "cpu" or not torch.cuda.is_available()
-        return plan_topology(
+        return plan_launch(
             gpus=self.gpus,
             nodes=self.nodes,
             rendezvous=self.rendezvous,
             max_restarts=self.max_restarts,
             available=1 if on_cpu else torch.cuda.device_count(),
-            environment=os.environ,
         )
 
 
@@ -105,18 +102,19 @@ def show_config(options: TrainOptions, *, json: bool) -> None:
 
 def show_plan(options: TrainOptions, machines: Machines, *, json: bool) -> None:
     """Write what would be done, with what, for how long, and what is missing."""
+    from proxydet.training.distributed import launched_rank
     from proxydet.training.plan import plan_training
 
     config = options.resolve()
-    topology = machines.topology(config)
     plan = plan_training(
         config,
-        topology,
+        machines.plan(config),
         options.folder(config),
-        _worker_words(options),
+        ["train", *options.words()],
         resume=_resume(options.resume),
     )
-    Output(json=json).data(plan.to_dict(), plan.to_text())
+    if launched_rank() == 0:
+        Output(json=json).data(plan.to_dict(), plan.to_text())
     if plan.missing:
         raise typer.Exit(InputError.exit_code)
 
@@ -127,48 +125,32 @@ def run(options: TrainOptions, machines: Machines, *, json: bool) -> None:
 
     # Read when torch is loaded: its C++ code reports lost connections with stack traces, which we report in words.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from proxydet.training.launcher import in_worker, requeue
+    from proxydet.training.checkpoint import read_iteration
+    from proxydet.training.distributed import launched_rank
+    from proxydet.training.launch import launch, requeue, worker
+    from proxydet.training.runfolder import RunFolder
 
     config = options.resolve()
-    if in_worker():
-        _work(options, config, json=json)
-        return
-    output = Output(json=json)
-    topology = machines.topology(config)
+    plan = machines.plan(config)
+    logs = RunFolder(options.folder(config)).logs
+    output = Output(json=json, quiet=plan.started and launched_rank() > 0)
     try:
-        if topology.world_size == 1:
-            _train(options, config, output)
+        if plan.started:
+            with worker(logs):
+                _train(options, config, output)
+        elif plan.torchrun:
+            # In each of the processes it would take seconds to come out, and be reported as one process's failure.
+            resume = _existing(_resume(options.resume))
+            if isinstance(resume, Path):
+                read_iteration(resume)
+            words = ["train", *options.words(), *(["--json"] if json else [])]
+            launch(plan, ["-m", "proxydet_cli", *words], logs)
         else:
-            _launch(options, config, topology, json=json)
+            _train(options, config, output)
     except Interrupted as error:
         if machines.requeue and error.signal_number != 2 and requeue():
             output.message("The SLURM job is back in the queue.")
         raise
-
-
-def _launch(options: TrainOptions, config: RunConfig, topology: Topology, *, json: bool) -> None:
-    from proxydet.training.checkpoint import read_iteration
-    from proxydet.training.launcher import launch
-    from proxydet.training.runfolder import RunFolder
-
-    # Before any process starts: in each of them it would take seconds to come out, and be told as one process's failure.
-    resume = _existing(_resume(options.resume))
-    if isinstance(resume, Path):
-        read_iteration(resume)
-    words = [*_worker_words(options), *(["--json"] if json else [])]
-    launch(topology, words, RunFolder(options.folder(config)).logs)
-
-
-def _work(options: TrainOptions, config: RunConfig, *, json: bool) -> None:
-    """Train as one of several processes; the first of all shows how it goes, and the result."""
-    from proxydet.training.distributed import launched_rank
-    from proxydet.training.failures import worker_log
-    from proxydet.training.launcher import end_with_launcher
-    from proxydet.training.runfolder import RunFolder
-
-    end_with_launcher()
-    with worker_log(RunFolder(options.folder(config)).logs, launched_rank()):
-        _train(options, config, Output(json=json, quiet=launched_rank() > 0))
 
 
 def _train(options: TrainOptions, config: RunConfig, output: Output) -> None:
@@ -207,10 +189,6 @@ def _existing(resume: Resume) -> Resume:
             path=resume,
         )
     return resume.absolute()
-
-
-def _worker_words(options: TrainOptions) -> list[str]:
-    return ["-m", "proxydet_cli", "train", *options.words()]
 
 
 def _summary(result: TrainResult) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +15,12 @@ from proxydet.data.classes import embedding_dimension
 from proxydet.data.description import DatasetDescription
 from proxydet.errors import DataError, InputError, ProxydetError
 from proxydet.training.checkpoint import CheckpointFolder, read_iteration
-from proxydet.training.cluster import Topology
 from proxydet.training.config import TrainingConfig
 from proxydet.training.continuation import check_folder
 from proxydet.training.distributed import choose_device
 from proxydet.training.estimate import Estimate, estimate_run
 from proxydet.training.fit import Resume
+from proxydet.training.launch import LaunchPlan
 from proxydet.training.precision import check_precision
 from proxydet.training.runfolder import RunFolder
 from proxydet.training.train import RunSettings, S, fit_to_embeddings, scale_run
@@ -57,7 +56,7 @@ class TrainingPlan:
     resumes_after: int | None
     """Iteration of the checkpoint that it would go on with; None starts anew."""
 
-    topology: Topology
+    launch: LaunchPlan
     """Processes."""
 
     config: RunSettings
@@ -82,7 +81,7 @@ class TrainingPlan:
         return {
             "folder": str(self.folder),
             "resumes_after": self.resumes_after,
-            "processes": self.topology.world_size,
+            "processes": self.launch.world_size,
             "needs": [dataclasses.asdict(need) for need in self.needs],
             "estimate": dataclasses.asdict(self.estimate),
             "command": list(self.command),
@@ -100,7 +99,7 @@ class TrainingPlan:
             dump_yaml(self.config, comments=False).rstrip(),
             "",
             f"run folder   {self.folder} ({start})",
-            f"processes    {self.topology.world_size} on {self.topology.nodes} machine(s)",
+            f"processes    {self.launch.world_size} on {self.launch.nodes} machine(s)",
             *self.estimate.lines(),
             "",
             "what it needs",
@@ -116,9 +115,9 @@ class TrainingPlan:
 
 def plan_training(
     config: RunSettings,
-    topology: Topology,
+    launch: LaunchPlan,
     output: Path,
-    worker: Sequence[str],
+    words: Sequence[str],
     *,
     resume: Resume = "auto",
 ) -> TrainingPlan:
@@ -126,14 +125,14 @@ def plan_training(
 
     Args:
         config: The configuration, before scaling to the number of processes.
-        topology: Processes.
+        launch: Processes.
         output: The run folder.
-        worker: What follows the interpreter on each process's command line.
+        words: What follows ``proxydet`` on the command line, without the choice of processes.
         resume: What to do with checkpoints that are there. A run folder that the training would refuse, and a checkpoint
             that is not one, are told among the needs; whether the data changed since is not looked into.
     """
     folder = RunFolder(output)
-    scaled = scale_run(config, topology.world_size)
+    scaled = scale_run(config, launch.world_size)
     description, needs = _description(scaled.data.description)
     if description is not None:
         scaled, embeddings = _embeddings(description, scaled)
@@ -146,7 +145,7 @@ def plan_training(
     return TrainingPlan(
         folder=folder.root,
         resumes_after=resumes_after,
-        topology=topology,
+        launch=launch,
         config=scaled,
         needs=(*start_needs, *_machine_needs(scaled.training), *needs),
         estimate=estimate_run(
@@ -154,9 +153,9 @@ def plan_training(
             scaled.data.boxes,
             scaled.data.image_labels,
             scaled.training,
-            topology.world_size,
+            launch.world_size,
         ),
-        command=_command(topology, folder, worker),
+        command=launch.command(words),
     )
 
 
@@ -177,13 +176,6 @@ def _start(
             needs.append(_unusable("run folder", folder.root, error))
     found = CheckpointFolder(folder.checkpoints, config.training.checkpoints).list()
     return found[-1][0] if found and resume == "auto" else None, needs
-
-
-def _command(topology: Topology, folder: RunFolder, worker: Sequence[str]) -> tuple[str, ...]:
-    if topology.world_size == 1:
-        return (sys.executable, *worker)
-    launcher = (sys.executable, "-m", "torch.distributed.run")
-    return (*launcher, *topology.torchrun_arguments(folder.logs), *worker)
 
 
 def _description(path: Path | None) -> tuple[DatasetDescription | None, list[Need]]:

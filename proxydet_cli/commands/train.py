@@ -1,4 +1,4 @@
-"""``proxydet train``: training, on one CPU or on many machines, started again as if nothing had happened."""
+"""``proxydet train``: training, on one CPU or on many nodes, resumed as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -62,15 +62,22 @@ Weights = Annotated[
 ]
 Gpus = Annotated[
     int | None,
-    typer.Option("--gpus", min=1, help="Processes on each machine. [default: one a GPU]"),
+    typer.Option("--gpus", min=1, help="Processes on each node. [default: one a GPU]"),
 ]
 Nodes = Annotated[
-    int | None, typer.Option("--nodes", min=1, help="Machines. [default: SLURM's, or 1]")
+    int | None,
+    typer.Option(
+        "--nodes",
+        min=1,
+        help="Nodes. [default: those that SLURM, Kubeflow or SkyPilot state, or 1]",
+    ),
 ]
 Rendezvous = Annotated[
     str | None,
     typer.Option(
-        "--rendezvous", metavar="HOST:PORT", help="Where several machines meet. [default: SLURM's]"
+        "--rendezvous",
+        metavar="HOST:PORT",
+        help="Where several nodes meet. [default: as the cluster states]",
     ),
 ]
 Restarts = Annotated[
@@ -78,7 +85,7 @@ Restarts = Annotated[
     typer.Option(
         "--max-restarts",
         min=0,
-        help="How often processes are started again after a failure. [default: 3 on several machines]",
+        help="How often processes are started again after a failure. [default: 3 on several nodes]",
     ),
 ]
 Requeue = Annotated[

@@ -12,18 +12,18 @@ import pytest
 from proxydet.config import dump_yaml
 from proxydet.recipes import get_recipe, resolve_config
 from proxydet.training.checkpoint import write_checkpoint
-from proxydet.training.cluster import Topology
 from proxydet.training.estimate import Estimate, MetaNetwork, batch_costs, count, estimate_run
 from proxydet.training.fit import Resume
+from proxydet.training.launch import plan_launch
 from proxydet.training.plan import _annotations, plan_training
 
-WORKER = ["-m", "proxydet_cli", "train", "--recipe", "tiny"]
+WORDS = ["train", "--recipe", "tiny"]
 
 
 def plan(tmp_path: Path, *overrides: str, processes: int = 1, resume: Resume = "auto"):
     config = resolve_config("tiny", None, ["training.device=cpu", *overrides])
-    topology = Topology(processes=processes)
-    return plan_training(config, topology, tmp_path / "run", WORKER, resume=resume)
+    launch = plan_launch(gpus=processes, available=0, environment={})
+    return plan_training(config, launch, tmp_path / "run", WORDS, resume=resume)
 
 
 @pytest.fixture
@@ -138,9 +138,9 @@ def test_a_large_annotation_file_is_not_read(
 
 def test_the_command_and_the_scaled_configuration(tmp_path: Path) -> None:
     alone, two = plan(tmp_path), plan(tmp_path, processes=2)
-    assert list(alone.command[1:]) == WORKER
-    assert "--nproc-per-node=2" in two.command
-    assert list(two.command[-len(WORKER) :]) == WORKER
+    assert alone.command == ("proxydet", *WORDS)
+    torchrun = ("torchrun", "--standalone", "--nproc-per-node=2", "-m", "proxydet_cli")
+    assert two.command == (*torchrun, *WORDS)
     assert two.config.training.iterations == alone.config.training.iterations // 2
     content = json.loads(json.dumps(two.to_dict()))
     assert content["processes"] == 2

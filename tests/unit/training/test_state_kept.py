@@ -14,7 +14,6 @@ import torch
 from proxydet.errors import DiskFullError, Interrupted, NumericsError, TrainingError
 from proxydet.training import checkpoint
 from proxydet.training.checkpoint import load_checkpoint, write_checkpoint
-from proxydet.training.cluster import plan_topology
 from proxydet.training.config import OptimizerConfig, ScheduleConfig
 from proxydet.training.feed import BatchFeed
 from proxydet.training.optimizer import build_optimizer
@@ -172,17 +171,6 @@ def test_a_dead_loader_process_is_told_in_words() -> None:
         pytest.raises(TrainingError, match="A process of the data loader died"),
     ):
         feed.next()
-
-
-def test_several_slurm_tasks_a_node_are_not_taken_for_nodes() -> None:
-    environment = {
-        "SLURM_JOB_ID": "7",
-        "SLURM_PROCID": "0",
-        "SLURM_NTASKS": "8",
-        "SLURM_NTASKS_PER_NODE": "8",
-    }
-    asked = {"gpus": None, "nodes": None, "rendezvous": None, "max_restarts": None}
-    assert plan_topology(**asked, available=2, environment=environment).nodes == 1
 
 
 def test_warm_up_ends_on_the_published_tolerance_and_may_outlast_the_training() -> None:

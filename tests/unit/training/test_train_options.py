@@ -12,8 +12,8 @@ import pytest
 
 from proxydet.errors import CheckpointError, ConfigError
 from proxydet.training.checkpoint import write_checkpoint
-from proxydet.training.cluster import Topology
 from proxydet.training.fit import TrainResult
+from proxydet.training.launch import LaunchPlan
 from proxydet_cli import training
 from proxydet_cli.main import main
 
@@ -123,13 +123,10 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """Collect what would be launched."""
     calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr(
-        "proxydet.training.launcher.launch", lambda *arguments: calls.append(arguments)
+        "proxydet.training.launch.launch", lambda *arguments: calls.append(arguments)
     )
-    monkeypatch.setattr(
-        training.Machines, "topology", lambda self, config: Topology(processes=self.gpus)
-    )
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
+    plan = LaunchPlan(processes=2, world_size=2, torchrun=("--standalone", "--nproc-per-node=2"))
+    monkeypatch.setattr("proxydet.training.launch.plan_launch", lambda **_: plan)
     return calls
 
 
@@ -154,8 +151,8 @@ def test_the_launcher_leaves_the_result_to_its_processes(
 ) -> None:
     training.run(OPTIONS, MACHINES, json=True)
     assert capsys.readouterr().out == ""
-    topology, words, logs = launched[0]
-    assert topology.world_size == 2
+    plan, words, logs = launched[0]
+    assert plan.world_size == 2
     assert list(words) == ["-m", "proxydet_cli", "train", *OPTIONS.words(), "--json"]
     assert logs == Path("run/logs").absolute()
     training.run(OPTIONS, MACHINES, json=False)

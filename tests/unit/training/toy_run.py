@@ -16,12 +16,10 @@ from torch import nn
 
 from proxydet.config import merge
 from proxydet.errors import DataError, ProxydetError
-from proxydet.training.cluster import Topology
 from proxydet.training.config import TrainingConfig
 from proxydet.training.distributed import connect
-from proxydet.training.failures import worker_log
 from proxydet.training.fit import FitJob, TrainResult, fit
-from proxydet.training.launcher import end_with_launcher, in_worker, launch
+from proxydet.training.launch import launch, plan_launch, worker
 from proxydet.training.runfolder import RunFolder
 
 
@@ -130,8 +128,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--pause", type=float, default=0.0)
     parser.add_argument("--set", type=json.loads, default={})
-    parser.add_argument("--launch", type=int, default=1)
-    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--launch", type=int)
+    parser.add_argument("--nodes", type=int)
     parser.add_argument("--endpoint", default="")
     parser.add_argument("--fail", default="", help="rank:iteration:how")
     parser.add_argument("--plain", action="store_true", help="no dropout, no random weight")
@@ -139,19 +137,17 @@ def main() -> None:
     options = parser.parse_args()
     logs = RunFolder(options.folder).logs
     try:
-        if in_worker():
-            end_with_launcher()
-            with worker_log(logs, int(os.environ["RANK"])):
+        plan = plan_launch(
+            gpus=options.launch,
+            nodes=options.nodes,
+            rendezvous=None if "RANK" in os.environ else options.endpoint or None,
+            available=1,
+        )
+        if plan.started:
+            with worker(logs):
                 work(options)
-        elif options.launch * options.nodes > 1:
-            topology = Topology(
-                processes=options.launch,
-                nodes=options.nodes,
-                endpoint=options.endpoint,
-                run_id="toy",
-                max_restarts=3 if options.nodes > 1 else 0,
-            )
-            launch(topology, sys.argv, logs)
+        elif plan.torchrun:
+            launch(plan, sys.argv, logs)
         else:
             work(options)
     except ProxydetError as error:

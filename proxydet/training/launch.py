@@ -1,0 +1,451 @@
+"""Starts the processes of a training by torchrun, on whatever cluster this is, and reports why they failed."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from proxydet import errors
+from proxydet.errors import ConfigError, Interrupted, NumericsError, ProxydetError, TrainingError
+from proxydet.files import write_json
+from proxydet.training.distributed import SlurmStep, torch_variables
+
+logger = logging.getLogger(__name__)
+
+_DEFAULT_PORT = "29400"
+# Seconds that processes get to write a checkpoint after a stop signal, before they are killed.
+_SHUTDOWN_SECONDS = "120"
+_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
+_PAUSE_SECONDS = 5.0
+# Set by `launch` to its process id, for its processes: it reports their errors, so they need not.
+_LAUNCHER = "PROXYDET_LAUNCHER"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchPlan:
+    """The processes of a training, and who starts them."""
+
+    processes: int
+    """Processes on each node: one a GPU."""
+
+    nodes: int = 1
+    """Nodes."""
+
+    world_size: int
+    """Processes in all."""
+
+    started: bool = False
+    """Whether this process is one of them: torchrun, srun or another program has started them all."""
+
+    torchrun: tuple[str, ...] = ()
+    """Options of torchrun that start them; empty where this process is all, or one of those that are started."""
+
+    hosts_rendezvous: bool | None = None
+    """Whether the nodes meet at this one; None leaves it to torchrun to find out."""
+
+    def command(self, words: Sequence[str]) -> tuple[str, ...]:
+        """Return the command line that does the work of ``proxydet WORDS`` in all these processes."""
+        if not self.torchrun:
+            return ("proxydet", *words)
+        return ("torchrun", *self.torchrun, "-m", "proxydet_cli", *words)
+
+
+def plan_launch(
+    *,
+    gpus: int | None = None,
+    nodes: int | None = None,
+    rendezvous: str | None = None,
+    max_restarts: int | None = None,
+    whole_job: bool = True,
+    available: int,
+    environment: Mapping[str, str] = os.environ,
+) -> LaunchPlan:
+    """Decide how many processes run where, from what is asked for and what the cluster has put into the environment.
+
+    - A process that torchrun, Ray or another program has started as one of several takes part as it is; so does a task of a
+      SLURM step with several tasks a node.
+    - Kubeflow (``PET_*``), SkyPilot (``SKYPILOT_*``) and a SLURM step with one task a node state how many nodes there are and
+      where they meet.
+    - Otherwise there is one node; in a SLURM batch script too, which runs on the first of the job's.
+
+    Args:
+        gpus: Processes on each node, as asked for; None for one a GPU (one on a node without).
+        nodes: Nodes, as asked for; None for what the cluster states, or 1.
+        rendezvous: ``HOST[:PORT]`` at which the nodes meet, as asked for.
+        max_restarts: How often processes are started again after a failure, as asked for; None for 3 on several nodes and 0
+            on one.
+        whole_job: Refuse to work on one of several nodes of a SLURM job, unless ``nodes`` asks for it.
+        available: GPUs that torch sees here.
+        environment: Environment variables.
+
+    Raises:
+        ConfigError: What is asked for and what the cluster states do not make one training; the hint says what to change.
+    """
+    step = SlurmStep.of(environment)
+    variables = torch_variables(environment)
+    by_srun = "RANK" not in environment
+    if variables and (not by_srun or step is None or step.tasks > step.nodes):
+        world_size = int(variables["WORLD_SIZE"])
+        found = step.nodes if step and by_srun else int(environment.get("GROUP_WORLD_SIZE", "1"))
+        local = int(environment.get("LOCAL_WORLD_SIZE", -(-world_size // found)))
+        asked = {
+            "--gpus": gpus not in (None, 1, local),
+            "--nodes": nodes not in (None, found),
+            "--rendezvous": rendezvous is not None,
+            "--max-restarts": max_restarts is not None,
+        }
+        if any(asked.values()):
+            names = " and ".join(name for name, given in asked.items() if given)
+            raise ConfigError(
+                f"{names} cannot be given here: {'srun' if by_srun else 'torchrun, or a program like it,'} has started "
+                f"{world_size} processes, of which this is one.",
+                hint=f"Leave out {names}. To let proxydet start the processes of a node: srun --ntasks-per-node=1.",
+            )
+        if local < available and variables["RANK"] == "0":
+            logger.warning(
+                "%d of %d GPUs of a node are used: that many processes were started",
+                local,
+                available,
+            )
+        return LaunchPlan(processes=local, nodes=found, world_size=world_size, started=True)
+
+    source, found = "", 1
+    options: list[str] = []
+    is_host: bool | None = None
+    if "PET_NNODES" in environment:
+        source, found = "PET_NNODES", _count(environment, "PET_NNODES")
+        if environment.get("PET_NPROC_PER_NODE", "").isdigit():
+            gpus = gpus or int(environment["PET_NPROC_PER_NODE"])
+        if "PET_RDZV_ENDPOINT" in environment:
+            for name in ("backend", "endpoint", "id"):
+                value = environment.get(f"PET_RDZV_{name.upper()}")
+                options += [f"--rdzv-{name}={value}"] if value else []
+        else:
+            stated = ("PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT")
+            options = _static_rendezvous(*(environment.get(name, "") for name in stated))
+    elif "SKYPILOT_NUM_NODES" in environment:
+        source, found = "SKYPILOT_NUM_NODES", _count(environment, "SKYPILOT_NUM_NODES")
+        first = environment.get("SKYPILOT_NODE_IPS", "").strip().split("\n")[0]
+        options = _static_rendezvous(environment.get("SKYPILOT_NODE_RANK", ""), first)
+    elif step is not None:
+        source, found = "the SLURM step", step.nodes
+        options = _rendezvous(":".join(step.endpoint), step.name)
+        is_host = None if "MASTER_ADDR" in environment else environment["SLURM_NODEID"] == "0"
+    elif whole_job and nodes is None and environment.get("SLURM_JOB_NUM_NODES", "1") != "1":
+        count = environment["SLURM_JOB_NUM_NODES"]
+        raise ConfigError(
+            f"This SLURM job has {count} nodes, and the command runs on one of them: srun has not started it on each.",
+            hint=f"srun --ntasks={count} --ntasks-per-node=1 proxydet train ... trains on all; --nodes 1 trains on this one.",
+        )
+    if source and nodes not in (None, found):
+        raise ConfigError(
+            f"--nodes is {nodes}, but there are {found} ({source}).",
+            hint="Leave out --nodes; or start the command on as many nodes as it should use.",
+        )
+    nodes = nodes or found
+    if rendezvous is not None:
+        address = rendezvous if re.search(r":\d+$", rendezvous) else f"{rendezvous}:{_DEFAULT_PORT}"
+        options, is_host = _rendezvous(address, step.name if step else "proxydet"), None
+    if nodes == 1:
+        options, is_host = ["--standalone"], None
+    elif options:
+        options = [f"--nnodes={nodes}", *options]
+    else:
+        raise ConfigError(
+            f"{nodes} nodes need an address to meet at, and none is given.",
+            hint="Give the same --rendezvous HOST:PORT on every node: the name of one of them and a free port.",
+        )
+    if max_restarts is None and "PET_MAX_RESTARTS" not in environment:
+        max_restarts = 0 if nodes == 1 else 3
+    if max_restarts:
+        options = [*options, f"--max-restarts={max_restarts}"]
+    processes = gpus or max(available, 1)
+    options = [*options, f"--nproc-per-node={processes}"]
+    return LaunchPlan(
+        processes=processes,
+        nodes=nodes,
+        world_size=processes * nodes,
+        torchrun=tuple(options) if processes * nodes > 1 else (),
+        hosts_rendezvous=is_host,
+    )
+
+
+def _count(environment: Mapping[str, str], name: str) -> int:
+    if not environment[name].isdigit() or int(environment[name]) < 1:
+        raise ConfigError(
+            f"{name} must be a whole number of at least 1; it is {environment[name]!r}.",
+            hint="A training has a fixed number of nodes: set the least and the greatest number to the same.",
+        )
+    return int(environment[name])
+
+
+def _rendezvous(address: str, run_id: str) -> list[str]:
+    return ["--rdzv-backend=c10d", f"--rdzv-endpoint={address}", f"--rdzv-id={run_id}"]
+
+
+def _static_rendezvous(rank: str, address: str, port: str = "") -> list[str]:
+    """Return options for nodes that know their numbers; none where number or address is unknown."""
+    if not rank or not address:
+        return []
+    return [
+        f"--node-rank={rank}",
+        f"--master-addr={address}",
+        f"--master-port={port or _DEFAULT_PORT}",
+    ]
+
+
+def launch(plan: LaunchPlan, words: Sequence[str], logs: Path) -> None:
+    """Run a Python program in every process of a plan by torchrun, and wait for all of them.
+
+    The first process of a node shares its terminal; the others write below ``logs``.
+
+    Args:
+        plan: How many processes where.
+        words: The program and its arguments, as torchrun takes them: ``-m MODULE ...`` or ``SCRIPT ...``.
+        logs: Folder of logs, the same on all nodes.
+
+    Raises:
+        Interrupted: A stop signal came; the processes wrote a checkpoint.
+        TrainingError: A process failed, or the nodes did not find each other.
+        ProxydetError: A process failed with this error.
+    """
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
+
+    since = time.time()
+    os.environ[_LAUNCHER] = str(os.getpid())
+    # Otherwise DDP warns in each process about steps whose losses reach every parameter.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN_SECONDS)
+    # torchrun would give each process one thread.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // plan.processes)))
+    # What it logs, we report in words; its modules' loggers have levels of their own.
+    for name in [
+        name for name in logging.Logger.manager.loggerDict if name.startswith("torch.distributed.")
+    ]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    options = [*plan.torchrun, f"--log-dir={logs}"]
+    if plan.processes > 1:
+        options.append("--redirects=" + ",".join(f"{n}:3" for n in range(1, plan.processes)))
+    if plan.hosts_rendezvous is not None:
+        options.append(f"--rdzv-conf=is_host={int(plan.hosts_rendezvous)}")
+    received: list[int] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        received.append(number)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    # Older versions of torchrun do not know this signal.
+    before = signal.signal(signal.SIGUSR1, forward)
+    arguments = torchrun.get_args_parser().parse_args([*options, *words])
+    try:
+        for left in reversed(range(arguments.max_restarts + 1)):
+            try:
+                torchrun.run(arguments)
+                return
+            except (RendezvousError, dist.DistError) as error:
+                if plan.nodes == 1 or not left:
+                    raise
+                # When a node dies, the others may meet its ghost before its heartbeat is missed, and wait in vain.
+                logger.warning("Rendezvous lost (%s), retrying.", _first_line(error))
+                time.sleep(_PAUSE_SECONDS)
+    except SignalException as error:
+        number = received[0] if received else int(error.sigval)
+        recorded = _recorded_error(logs, since, plan.world_size)
+        if isinstance(recorded, Interrupted):
+            raise Interrupted(recorded.message, signal_number=number, hint=recorded.hint) from error
+        raise Interrupted(
+            f"Training was stopped by {signal.Signals(number).name} before its processes could write a checkpoint.",
+            signal_number=number,
+            hint="Start the same command again: it continues from the newest checkpoint.",
+        ) from error
+    except ChildFailedError as error:
+        raise _failure(error, plan.world_size, logs, since) from error
+    except (RendezvousError, dist.DistError) as error:
+        raise TrainingError(
+            f"The {plan.nodes} nodes did not find, or lost, each other ({' '.join(plan.torchrun)}): {_first_line(error)}",
+            hint="Start the same command on every node. Each must reach that address, and the run ends with the node that owns "
+            "it; starting again continues from the newest checkpoint.",
+        ) from error
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+@contextmanager
+def worker(logs: Path) -> Iterator[None]:
+    """Be one of several processes: log to ``rank_N.log``, end with the launcher, and say why this process fails.
+
+    A process whose torchrun is killed is killed too (Linux). torchrun gives its processes sessions of their own, so that
+    they would outlive it, and write to the folder of a run that was started again.
+
+    Args:
+        logs: The run's folder of logs.
+
+    Raises:
+        TrainingError: The launcher is gone already; or this process lost the others.
+        SystemExit: In place of any error that `launch`, or the first process, reports.
+    """
+    variables = torch_variables()
+    rank, world_size = int(variables.get("RANK", "0")), int(variables.get("WORLD_SIZE", "1"))
+    launcher = os.environ.get(_LAUNCHER)
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None, use_errno=True).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+        if launcher and os.getppid() != int(launcher):
+            raise TrainingError(
+                "The process that started this one is gone.",
+                hint="Start the same command again: it continues from the newest checkpoint.",
+            )
+    logs.mkdir(parents=True, exist_ok=True)
+    log = logs / f"rank_{rank}.log"
+    handler = logging.FileHandler(log, encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    package = logging.getLogger("proxydet")
+    before = package.level
+    package.setLevel(min(logging.INFO, package.getEffectiveLevel()))
+    package.addHandler(handler)
+    try:
+        yield
+    except BaseException as error:
+        expected = isinstance(error, ProxydetError)
+        logger.critical("Process %d failed: %s", rank, error, exc_info=None if expected else error)
+        _record_error(error, rank, logs)
+        if launcher or (isinstance(error, Interrupted) and rank > 0):
+            raise SystemExit(error.exit_code if isinstance(error, ProxydetError) else 1) from error
+        if _is_echo(error):
+            raise TrainingError(
+                f"Process {rank} of {world_size} lost the others: {_first_line(error)}",
+                hint=f"One of them failed or was killed; its message, or its log next to {log}, says why.",
+            ) from error
+        raise
+    finally:
+        package.removeHandler(handler)
+        package.setLevel(before)
+        handler.close()
+
+
+def _is_echo(error: BaseException) -> bool:
+    """Whether an error only says that another process is gone."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError)
+        and re.search(r"gloo|Connection (closed|reset|refused)|Broken pipe", str(error)) is not None
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _record_error(error: BaseException, rank: int, logs: Path) -> None:
+    """Write an error to the file from which torchrun, and `launch`, take the reason of a failure."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    known = isinstance(error, ProxydetError)
+    # Where every process raises the error, it names the one where it arose.
+    arose = error.rank if isinstance(error, NumericsError) else None
+    text = (
+        error.message
+        if isinstance(error, ProxydetError)
+        else f"{type(error).__name__}: {_first_line(error)}"
+    )
+    record = {
+        "kind": type(error).__name__ if known else "TrainingError",
+        "weight": 0 if known else 2 if _is_echo(error) else 1,
+        "message": text,
+        "hint": error.hint if isinstance(error, ProxydetError) else None,
+        "signal": error.signal_number if isinstance(error, Interrupted) else 0,
+        "process": None if arose is not None else rank,
+        "log": str(logs / f"rank_{rank if arose is None else arose}.log"),
+        "time": time.time(),
+    }
+    content = {"message": text, "timestamp": int(time.time()), "proxydet": record}
+    write_json(Path(path), content, durable=False)
+
+
+def _recorded_error(
+    logs: Path, since: float, world_size: int, *, least: int = 2
+) -> ProxydetError | None:
+    """Return the error that came first in the last attempt, before those that it caused in other processes.
+
+    Args:
+        logs: The folder of logs, below which torchrun keeps a folder for each node and attempt.
+        since: Seconds since 1970; older errors are of another run.
+        world_size: Number of processes.
+        least: 0 for this program's own errors, 1 for any, 2 for those too that another process may have caused.
+    """
+    records: list[dict[str, Any]] = []
+    for folder in logs.iterdir() if logs.is_dir() else ():
+        attempts = sorted(folder.glob("attempt_*"), key=lambda path: int(path.name[8:]))
+        for path in attempts[-1].glob("*/error.json") if attempts else ():
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content.get("proxydet", {}).get("time", 0) >= since:
+                records.append(content["proxydet"])
+    records = [record for record in records if record["weight"] <= least]
+    if not records:
+        return None
+    first = min(records, key=lambda record: (record["weight"], record["time"]))
+    if first["kind"] == Interrupted.__name__:
+        return Interrupted(first["message"], signal_number=first["signal"], hint=first["hint"])
+    where = "" if first["process"] is None else f"Process {first['process']} of {world_size}: "
+    hint = " ".join(filter(None, [first["hint"], f"Its log: {first['log']}"]))
+    error: ProxydetError = getattr(errors, first["kind"])(where + first["message"], hint=hint)
+    return error
+
+
+def _failure(error: Any, world_size: int, logs: Path, since: float) -> ProxydetError:
+    """Turn torchrun's report of failed processes into the error to raise."""
+    rank, killed = error.get_first_failure()[0], ""
+    for number, failure in error.failures.items():
+        # When one process dies, torchrun ends the others with SIGTERM; which of them it lists first says nothing.
+        if failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM:
+            rank, killed = number, str(failure.signal_name())
+            break
+    recorded = _recorded_error(logs, since, world_size, least=0 if killed else 2)
+    if recorded is not None:
+        return recorded
+    how = f"was killed by {killed}" if killed else "ended"
+    return TrainingError(
+        f"Process {rank} of {world_size} {how} without saying why.",
+        hint=f"Its log: {logs / f'rank_{rank}.log'}."
+        + (" SIGKILL is most often the system's answer to memory running out." if killed else ""),
+    )
+
+
+def requeue(
+    environment: Mapping[str, str] = os.environ,
+    run: Callable[[list[str]], object] = lambda words: subprocess.run(words, check=True),  # noqa: S603
+) -> bool:
+    """Put the SLURM job that this process belongs to back into the queue; once a job, from its first task.
+
+    Args:
+        environment: Environment variables.
+        run: Runs a command.
+
+    Returns:
+        Whether it was done.
+    """
+    job = environment.get("SLURM_JOB_ID")
+    scontrol = shutil.which("scontrol")
+    if not job or environment.get("SLURM_PROCID", "0") != "0" or scontrol is None:
+        return False
+    run([scontrol, "requeue", job])
+    return True

@@ -20,7 +20,7 @@ from proxydet.data.classes import class_rows, load_vocabulary, nearest, open_spl
 from proxydet.data.config import DataConfig
 from proxydet.data.description import DatasetDescription
 from proxydet.data.images import read_annotated_image
-from proxydet.data.run_lengths import to_mask
+from proxydet.data.masks import decode
 from proxydet.data.stats import DatasetStats, PartStats, dataset_stats
 from proxydet.data.store import AnnotationStore, ImageRecord
 from proxydet.errors import ConfigError, DataError, VocabularyError
@@ -181,16 +181,17 @@ def _drawn_objects(
             DrawnObject(
                 label=vocabulary.names[row] + (f" ({', '.join(marks)})" if marks else ""),
                 box_xyxy=tuple(record.boxes_A4[place].tolist()),
-                mask_HW=partial(_mask, store, record, record.first_annotation + place),
+                mask_HW=partial(_mask, store, record, record.first_annotation + place)
+                if store.masked_A[record.first_annotation + place]
+                else None,
             )
         )
     return objects
 
 
 def _mask(store: AnnotationStore, record: ImageRecord, annotation: int) -> Bools:
-    runs = store.run_lengths(annotation)
-    if len(runs):
-        return to_mask(runs, record.height, record.width)
+    if rle := store.rle(annotation):
+        return decode(rle, (record.height, record.width))
     return _filled(store.polygons(annotation), (record.height, record.width))
 
 

@@ -1,4 +1,8 @@
-"""Looking at a data set and saying what is wrong with it and what to do."""
+"""Checking annotation files and data sets: what will be used, mended and dropped, and whether a command would stop.
+
+The answers are those of the annotation store, which training and evaluation read too: what is refused there is an error
+here, and nothing else is.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from proxydet.data.advice import how_to_get
-from proxydet.data.classes import class_rows, load_vocabulary, open_split
+from proxydet.data.advice import how_to_get, inner_root
+from proxydet.data.classes import class_rows, load_vocabulary
 from proxydet.data.description import DatasetDescription
+from proxydet.data.deviations import DEVIATIONS, line_of
+from proxydet.data.formats.voc import image_folder, is_voc
 from proxydet.data.image_labels import TarImages, open_label_images, unusable_label_images
-from proxydet.data.images import find_image, open_annotated_image, require_distinct_files
+from proxydet.data.images import (
+    check_annotated_image,
+    open_annotated_image,
+    require_distinct_files,
+)
+from proxydet.data.protocol import PROTOCOL_NAMES, protocol_of
 from proxydet.data.store import AnnotationStore
 from proxydet.errors import DataError, InputError
 from proxydet.reporting import SILENT, Progress
@@ -27,23 +38,36 @@ _EXPECTED = {
     "zhiyuan_objv2_val_fixname.json": (80_000, 1_240_587),
 }
 """Images and annotations of files that everyone has the same of."""
-_MEND = "mend the annotation file; its other entries are used"
+_SOURCES = {
+    "lvis": ("lvis.toml", "lvis/lvis_v1_train.json"),
+    "coco": ("coco.toml", "coco/annotations/instances_train2017.json"),
+    "objects365": ("objects365.toml", "objects365/annotations/zhiyuan_objv2_val.json"),
+    "openimages": (
+        "openimages.toml",
+        "oid/annotations/challenge-2019-validation-detection-bbox.csv",
+    ),
+}
+"""Dataset config and first source file of each data set that ``data prepare`` knows."""
 
 Level = Literal["ok", "warning", "error"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing that was looked at."""
+    """One thing that was checked."""
 
     part: str
-    """Which part of the data set: ``vocabulary``, ``train``, ``val``, ``image_labels``."""
+    """Which part of the data set: ``vocabulary``, ``train``, ``val``, ``image_labels``, ``annotations``."""
     level: Level
-    """``error`` where training or evaluation will fail, ``warning`` where something is lost."""
+    """``error`` where training or evaluation will stop, ``warning`` where something is mended, dropped or doubtful."""
     text: str
     """What was found."""
     advice: str = ""
     """What to do about it."""
+    deviation: str = ""
+    """Of what kind the records are, as ``docs/reference/annotation-files.md`` names it; empty for other findings."""
+    count: int = 0
+    """How many records."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +75,47 @@ class CheckReport:
     """What a check found."""
 
     name: str
-    """Name of the data set."""
+    """Name of the data set, or of the annotation file."""
     findings: tuple[Finding, ...]
-    """In the order in which parts were looked at."""
+    """In the order in which parts were checked."""
 
     @property
     def sound(self) -> bool:
-        """Whether nothing found makes training or evaluation fail."""
+        """Whether nothing found stops training, evaluation or prediction."""
         return all(finding.level != "error" for finding in self.findings)
+
+
+def check_path(
+    path: Path, *, decode: bool = False, cache: Path | None = None, progress: Progress = SILENT
+) -> list[CheckReport]:
+    """Check what a path names: a dataset config, an annotation file, Pascal VOC annotations, or a data root.
+
+    Args:
+        path: A ``.toml`` file; a COCO, LVIS or OpenImages JSON file, plain or gzipped; a Pascal VOC folder, XML file or
+            list; or a folder with dataset configs.
+        decode: Also decode every image, and read the stores against their checksums.
+        cache: Folder of annotation stores and tar indexes; None means the user's cache folder.
+        progress: Where to show long steps.
+
+    Returns:
+        One report; for a data root one on the root itself, then one for each dataset config in it.
+
+    Raises:
+        DataError: there is no such file or folder, or the dataset config cannot be read.
+    """
+    if not path.exists():
+        raise DataError(
+            f"there is no file or folder {path}",
+            hint="name an annotation file, a dataset config (.toml), a Pascal VOC folder, or a data root (the folder "
+            "that proxydet download fills, or set PROXYDET_DATASETS)",
+            path=path,
+        )
+    checker = _Checker(cache=cache, progress=progress, decode=decode)
+    if path.suffix.lower() == ".toml" and path.is_file():
+        return [checker.dataset(DatasetDescription.from_toml(path))]
+    if path.is_dir() and not _holds_voc(path):
+        return _check_root(path, checker)
+    return [checker.annotations(path)]
 
 
 def check_dataset(
@@ -68,18 +125,50 @@ def check_dataset(
     cache: Path | None = None,
     progress: Progress = SILENT,
 ) -> CheckReport:
-    """Check that all files of a data set are there and fit together.
+    """Check that all files of a data set are there and fit together; arguments as of `check_path`."""
+    return _Checker(cache=cache, progress=progress, decode=decode).dataset(description)
 
-    Args:
-        description: The data set.
-        decode: Also decode every image, compare the size of annotated ones, and read the stores against their
-            checksums.
-        cache: Folder of annotation stores and tar indexes; None means the user's cache folder.
-        progress: Where to show long steps.
-    """
-    checker = _Checker(cache=cache, progress=progress, decode=decode)
-    checker.check(description)
-    return CheckReport(name=description.name, findings=tuple(checker.findings))
+
+def _holds_voc(folder: Path) -> bool:
+    inside = folder / "Annotations"
+    return inside.is_dir() or next(folder.glob("*.xml"), None) is not None
+
+
+def _check_root(root: Path, checker: _Checker) -> list[CheckReport]:
+    paths = sorted(root.glob("*.toml"))
+    reports = [CheckReport(name=str(root), findings=tuple(_unprepared(root, paths)))]
+    for path in paths:
+        try:
+            reports.append(checker.dataset(DatasetDescription.from_toml(path)))
+        except InputError as error:
+            broken = Finding(
+                part="config", level="error", text=error.message, advice=error.hint or ""
+            )
+            reports.append(CheckReport(name=path.stem, findings=(broken,)))
+    return reports
+
+
+def _unprepared(root: Path, configs: list[Path]) -> Iterator[Finding]:
+    found = 0
+    for name, (config, source) in _SOURCES.items():
+        if (root / source).exists() and not (root / config).exists():
+            found += 1
+            text = f"{source} is there, but {name} is not prepared"
+            advice = f"run: proxydet data prepare {name}"
+            yield Finding(part="root", level="warning", text=text, advice=advice)
+    tars, lvis = root / "imagenet/ImageNet-21K", root / "lvis.toml"
+    if tars.is_dir() and lvis.exists() and "[image_labels]" not in lvis.read_text("utf-8"):
+        found += 1
+        text = f"{tars.relative_to(root)} is there, but lvis.toml does not use it"
+        advice = "run: proxydet data prepare imagenet-lvis"
+        yield Finding(part="root", level="warning", text=text, advice=advice)
+    if configs:
+        yield Finding(part="root", level="ok", text=counted(len(configs), "dataset config"))
+    elif not found:
+        advice = inner_root(root) or (
+            "run: proxydet download lvis coco metadata; then: proxydet data prepare lvis; or name an annotation file"
+        )
+        yield Finding(part="root", level="error", text="there is no data set in it", advice=advice)
 
 
 @dataclass(kw_only=True)
@@ -89,20 +178,35 @@ class _Checker:
     decode: bool
     findings: list[Finding] = field(default_factory=list)
 
-    def check(self, description: DatasetDescription) -> None:
+    def annotations(self, path: Path) -> CheckReport:
+        """Check an annotation file on its own, and for Pascal VOC the images that belong to it."""
+        self.findings = []
+        store = self._store(path, "annotations")
+        folder = image_folder(path) if is_voc(path) else None
+        if store is not None and folder is not None:
+            self._images(store, (folder,), "images", exact=True)
+        return CheckReport(name=str(path), findings=tuple(self.findings))
+
+    def dataset(self, description: DatasetDescription) -> CheckReport:
+        """Check a data set."""
+        self.findings = []
         stores: dict[str, AnnotationStore] = {}
         for split in ("train", "val"):
             if getattr(description, split) is None:
                 continue
-            store = self._store(description, split)
+            spec = description.split(split)
+            store = self._store(spec.annotations, split)
             if store is not None:
                 stores[split] = store
-                self._images(store, description.split(split).roots, split)
+                self._images(store, spec.roots, split, exact=split == "train")
         if description.train is None and description.val is None:
-            self._add("train", "error", "neither [train] nor [val] is described", "add one")
+            self._add("train", "error", "neither [train] nor [val] is there", "add one")
         vocabulary = self._vocabulary(description, stores)
-        if description.image_labels is not None and vocabulary is not None and "train" in stores:
-            self._labels(description, vocabulary, stores["train"])
+        if vocabulary is not None and "train" in stores:
+            self._trainable(stores["train"], vocabulary)
+            if description.image_labels is not None:
+                self._labels(description, vocabulary, stores["train"])
+        return CheckReport(name=description.name, findings=tuple(self.findings))
 
     def _add(self, part: str, level: Level, text: str, advice: str = "") -> None:
         self.findings.append(Finding(part=part, level=level, text=text, advice=advice))
@@ -112,73 +216,104 @@ class _Checker:
         advice = how_to_get(error.path) if absent else None
         self._add(part, "error", text or error.message, advice or error.hint or "")
 
-    def _store(self, description: DatasetDescription, split: str) -> AnnotationStore | None:
+    def _store(self, path: Path, part: str) -> AnnotationStore | None:
+        """Read annotations, and say what is used, mended and dropped; None where they are refused."""
         try:
-            store = open_split(
-                description, split, cache=self.cache, progress=self.progress, warn=False
-            )
+            store = AnnotationStore.open(path, cache=self.cache, progress=self.progress, warn=False)
         except InputError as error:
-            self._failed(split, error)
+            self._failed(part, error)
             return None
         report = store.report
-        counts = (report.images_in, report.annotations_in)
-        name = description.split(split).annotations.name
+        boxes_only = report.without_mask == report.annotations_kept
         self._add(
-            split,
-            "ok" if report.images_kept else "error",
-            f"{name}: {report.images_kept} images, {report.annotations_kept} annotations, "
-            f"{len(store.categories)} categories",
-            "" if report.images_kept else "there is nothing to read",
+            part,
+            "ok",
+            f"{path.name} ({store.format}): {counted(report.images_kept, 'image')}, "
+            f"{counted(report.annotations_kept, 'annotation')}, "
+            f"{counted(len(store.categories), 'category', 'categories')}; annotations: {report.without_mask} of them "
+            f"without a mask, {report.crowds} of them crowds",
         )
-        for line in report.lines():
-            self._add(split, "warning", line, _MEND)
-        if counts != _EXPECTED.get(name, counts):
+        self._deviations(store, part)
+        counts = (report.images_in, report.annotations_in)
+        if counts != _EXPECTED.get(path.name, counts):
+            images, annotations = _EXPECTED[path.name]
             self._add(
-                split,
+                part,
                 "warning",
-                f"{name} has {counts[0]} images and {counts[1]} annotations, the published file "
-                f"{_EXPECTED[name][0]} and {_EXPECTED[name][1]}",
-                f"fine for a part of it; else {how_to_get(description.split(split).annotations) or 'get it again'}",
+                f"{path.name} has {counts[0]} images and {counts[1]} annotations, the published file {images} and "
+                f"{annotations}",
+                f"fine for a part of it; else {how_to_get(path) or 'get it again'}",
             )
-        if report.without_mask and store.has_masks:
+        if report.without_mask and not boxes_only:
             self._add(
-                split,
+                part,
                 "warning",
-                f"{counted(report.without_mask, 'annotation has', 'annotations have')} a box and no mask; "
-                "training leaves what has no mask out",
-                "train on boxes only with data.masks=false",
+                f"{counted(report.without_mask, 'annotation has', 'annotations have')} a box and no mask: they train "
+                "boxes, and count neither way when masks are scored",
             )
+        try:
+            protocol = protocol_of(store)
+            store.require_objects(groups=protocol == "openimages" and part != "train")
+        except InputError as error:
+            self._failed(part, error)
+            return None
+        self._add(part, "ok", f"scored by the protocol of {PROTOCOL_NAMES[protocol]}")
         if self.decode and (damaged := store.damaged_columns()):
             self._add(
-                split, "error", f"the store {store.path} changed: {damaged}", "delete it and repeat"
+                part, "error", f"the store {store.path} changed: {damaged}", "delete it and repeat"
             )
         return store
 
-    def _images(self, store: AnnotationStore, roots: tuple[Path, ...], split: str) -> None:
+    def _deviations(self, store: AnnotationStore, part: str) -> None:
+        report = store.report
+        order = ("dropped", "mended", "noted", "refused")
+        for key in sorted(report.counts, key=lambda key: (order.index(DEVIATIONS[key].fate), key)):
+            self.findings.append(
+                Finding(
+                    part=part,
+                    level="warning",
+                    text=line_of(key, report.counts[key], report.examples[key]),
+                    deviation=key,
+                    count=report.counts[key],
+                )
+            )
+
+    def _images(
+        self, store: AnnotationStore, roots: tuple[Path, ...], part: str, *, exact: bool
+    ) -> None:
+        """Check that images are there and of the annotated size; evaluation takes the EXIF orientation that fits."""
         try:
             require_distinct_files(store, roots)
         except InputError as error:
-            self._failed(split, error)
-        problems: list[DataError] = []
+            self._failed(part, error)
+        orientation = True if exact else None
+        check = open_annotated_image if self.decode else check_annotated_image
+
+        def problem(row: int) -> DataError | None:
+            try:
+                check(store.record(row), roots, orientation)
+            except DataError as error:
+                return error
+            return None
+
         with (
             self.progress.task(
-                f"checking images of {split}", total=len(store), unit="images"
+                f"checking images of {part}", total=len(store), unit="images"
             ) as task,
             ThreadPoolExecutor(_READERS) as pool,
         ):
-            for problem in pool.map(
-                lambda row: _image_problem(store, row, roots, split, self.decode), range(len(store))
-            ):
+            problems = []
+            for found in pool.map(problem, range(len(store))):
                 task.advance()
-                if problem:
-                    problems.append(problem)
+                if found is not None:
+                    problems.append(found)
         if problems:
             first = problems[0]
             text = f"{len(problems)} of {len(store)} images cannot be used, e.g.: {first.message}"
-            self._failed(split, first, text)
+            self._failed(part, first, text)
         elif len(store):
-            seen = "were decoded and have the annotated size" if self.decode else "are there"
-            self._add(split, "ok", f"all {len(store)} images {seen}")
+            seen = "were decoded and" if self.decode else "are there and"
+            self._add(part, "ok", f"all {len(store)} images {seen} have the annotated size")
 
     def _vocabulary(
         self, description: DatasetDescription, stores: dict[str, AnnotationStore]
@@ -199,6 +334,16 @@ class _Checker:
             f"{len(vocabulary)} classes of {vocabulary.dimension} dimensions, {novel} of them novel",
         )
         return vocabulary
+
+    def _trainable(self, store: AnnotationStore, vocabulary: Vocabulary) -> None:
+        if not store.trainable(vocabulary.base[class_rows(store, vocabulary)]).any():
+            self._add(
+                "train",
+                "error",
+                f"none of the {store.report.annotations_kept} annotations can be trained on: crowds, novel classes and "
+                "boxes without extent are left out",
+                "name fewer novel classes, or see: proxydet data stats",
+            )
 
     def _labels(
         self, description: DatasetDescription, vocabulary: Vocabulary, store: AnnotationStore
@@ -222,8 +367,7 @@ class _Checker:
             self.findings.extend(_tar_findings(images))
         else:
             self._add(part, "ok", f"{counted(len(images), 'image')} with labels")
-            for line in images.store.report.lines():
-                self._add(part, "warning", line, _MEND)
+            self._deviations(images.store, part)
         problems = unusable_label_images(images, decode=self.decode, progress=self.progress)
         if problems:
             self._add(
@@ -234,20 +378,6 @@ class _Checker:
             )
         elif len(images) and self.decode:
             self._add(part, "ok", f"all {len(images)} images were decoded")
-
-
-def _image_problem(
-    store: AnnotationStore, row: int, roots: tuple[Path, ...], split: str, decode: bool
-) -> DataError | None:
-    try:
-        if decode:
-            # Training follows data.exif_orientation; evaluation takes the orientation that fits.
-            open_annotated_image(store.record(row), roots, True if split == "train" else None)
-        else:
-            find_image(store.file_name(row), roots)
-    except DataError as error:
-        return error
-    return None
 
 
 def _tar_findings(images: TarImages) -> Iterator[Finding]:

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from proxydet.data.advice import how_to_get
-from proxydet.data.annotation_json import CategoryEntry
 from proxydet.data.description import DatasetDescription, VocabularySpec
+from proxydet.data.formats.records import CategoryEntry
 from proxydet.data.store import AnnotationStore
 from proxydet.errors import DataError, VocabularyError
 from proxydet.reporting import SILENT, Progress
@@ -41,11 +41,13 @@ def open_split(
         warn: As for `AnnotationStore.open`.
 
     Raises:
-        DataError: the description has no such split, or its annotation file cannot be read.
+        DataError: the description has no such split, or its annotation file cannot be read or has nothing to use.
     """
-    return AnnotationStore.open(
+    store = AnnotationStore.open(
         description.split(split).annotations, cache=cache, progress=progress, warn=warn
     )
+    store.require_objects(groups=split != "train")
+    return store
 
 
 def load_vocabulary(
@@ -83,6 +85,11 @@ def load_vocabulary(
     else:
         table = _load_table(spec.embeddings)
         names = spec.names or tuple(category.name.strip() for category in store.categories)
+        root = store.root_category
+        if root is not None and not spec.names and table.ndim == 2 and len(table) == len(names) + 1:
+            # Made for all categories of the file, one of which is no class.
+            ids = sorted([root.id, *(category.id for category in store.categories)])
+            table = np.delete(table, ids.index(root.id), axis=0)
         _check_count(spec, names, table, description)
         vocabulary = Vocabulary.from_arrays(names, table)
     if not spec.novel and not spec.novel_frequency:

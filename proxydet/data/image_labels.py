@@ -17,9 +17,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from proxydet.data.advice import how_to_get
-from proxydet.data.annotation_json import CategoryEntry
 from proxydet.data.classes import class_rows, nearest
 from proxydet.data.description import ImageLabelSpec
+from proxydet.data.formats.records import CategoryEntry
 from proxydet.data.images import find_image, open_image, require_distinct_files
 from proxydet.data.store import AnnotationStore
 from proxydet.data.tars import TarIndex

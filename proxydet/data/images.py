@@ -126,15 +126,37 @@ def open_annotated_image(
     Raises:
         DataError: it cannot be read, or its size is not the annotated one.
     """
+    path, turn = _annotated_file(record, roots, exif_orientation)
+    image = open_image(path, exif_orientation=turn)
+    _require_size(path, (image.height, image.width), record, turn)
+    return image
+
+
+def check_annotated_image(
+    record: ImageRecord, roots: Sequence[Path], exif_orientation: bool | None
+) -> None:
+    """Check by its header that the image of a record is there and of the annotated size; errors as `open_annotated_image`."""
+    path, turn = _annotated_file(record, roots, exif_orientation)
+    _require_size(path, image_size(path, exif_orientation=turn), record, turn)
+
+
+def _annotated_file(
+    record: ImageRecord, roots: Sequence[Path], exif_orientation: bool | None
+) -> tuple[Path, bool]:
+    """Return the file of a record, and whether to turn it as its EXIF orientation says."""
     path = find_image(record.file_name, roots)
     annotated = (record.height, record.width)
     turn = True if exif_orientation is None else exif_orientation
     if exif_orientation is None and image_size(path) != annotated:
         turn = image_size(path, exif_orientation=False) != annotated
-    image = open_image(path, exif_orientation=turn)
-    width, height = image.size
-    if (height, width) == annotated:
-        return image
+    return path, turn
+
+
+def _require_size(path: Path, size: tuple[int, int], record: ImageRecord, turn: bool) -> None:
+    height, width = size
+    annotated = (record.height, record.width)
+    if size == annotated:
+        return
     message = f"{path} is {width} x {height} pixels, its annotations are for {record.width} x {record.height}"
     hint = "use the images that the annotations were made on"
     if image_size(path, exif_orientation=not turn) == annotated:
@@ -210,7 +232,7 @@ def require_distinct_files(store: AnnotationStore, roots: Sequence[Path]) -> Non
                 shared.append((earlier, row, place))
     if shared:
         one, other, place = shared[0]
-        entries = " and ".join(f"{store.image_ids_I[row]} ({names[row]!r})" for row in (one, other))
+        entries = " and ".join(f"{store.image_ids[row]} ({names[row]!r})" for row in (one, other))
         more = f", as are {len(shared) - 1} more entries" if len(shared) > 1 else ""
         raise DataError(
             f"{store.source_name}: the images {entries} are one file, {place}{more}",

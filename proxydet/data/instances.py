@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 
-from proxydet.data.run_lengths import to_mask
+from proxydet.data.masks import decode
 from proxydet.data.store import AnnotationStore, ImageRecord
 from proxydet.data.transforms import View
 
@@ -44,10 +44,9 @@ class Targets:
 
     def usable(self, store: AnnotationStore) -> BoolArray:
         """Return which annotations of a store may be used, whatever the view: bool over all annotations."""
-        usable: BoolArray = self.base_C[self.rows_K[store.column("category")]]
-        usable = usable & ~store.column("crowd")
+        usable = store.trainable(self.base_C[self.rows_K])
         if self.masks:
-            usable &= (store.column("polygon_count") > 0) | (store.column("run_count") > 0)
+            usable &= store.masked_A
         return usable
 
 
@@ -86,25 +85,28 @@ def _masks(
 ) -> tuple[npt.NDArray[np.int64], PolygonMasks | BitMasks]:
     """Return the rows whose mask is in the view, and their masks."""
     annotations = (record.first_annotation + rows).tolist()
-    if any(len(store.run_lengths(annotation)) for annotation in annotations):
+    if store.column("rle_length")[annotations].any():
         bitmaps = [_bitmap(store, record, annotation, view) for annotation in annotations]
         seen = [bool(bitmap.any()) for bitmap in bitmaps]
         visible = [bitmap for bitmap, is_seen in zip(bitmaps, seen, strict=True) if is_seen]
         stacked = np.stack(visible) if visible else np.zeros((0, *view.size), dtype=np.bool_)
         return rows[np.array(seen, dtype=np.bool_)], BitMasks(torch.from_numpy(stacked))
-    polygons = [view.polygons(store.polygons(annotation)) for annotation in annotations]
+    polygons = [view.polygons(_polygons(store, annotation)) for annotation in annotations]
     seen = [any(_touches(polygon, view.size) for polygon in parts) for parts in polygons]
     visible_polygons = [parts for parts, is_seen in zip(polygons, seen, strict=True) if is_seen]
     return rows[np.array(seen, dtype=np.bool_)], PolygonMasks(visible_polygons)
 
 
 def _bitmap(store: AnnotationStore, record: ImageRecord, annotation: int, view: View) -> BoolArray:
-    runs = store.run_lengths(annotation)
-    if len(runs):
-        return view.mask(to_mask(runs, record.height, record.width))
-    polygons = PolygonMasks([view.polygons(store.polygons(annotation))])
+    if rle := store.rle(annotation):
+        return view.mask(decode(rle, (record.height, record.width)))
+    polygons = PolygonMasks([view.polygons(_polygons(store, annotation))])
     bitmap: BoolArray = BitMasks.from_polygon_masks(polygons, *view.size).tensor[0].numpy()
     return bitmap
+
+
+def _polygons(store: AnnotationStore, annotation: int) -> list[npt.NDArray[np.float32]]:
+    return [polygon.astype(np.float32) for polygon in store.polygons(annotation)]
 
 
 def _touches(polygon: npt.NDArray[np.float64], size: tuple[int, int]) -> bool:

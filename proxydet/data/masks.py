@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,7 +55,7 @@ def polygon_fault(polygon: Sequence[float]) -> str:
     return ""
 
 
-def are_numbers(value: object, length: int | None = None) -> bool:
+def are_numbers(value: object, length: int | None = None) -> TypeGuard[list[float]]:
     """Whether a decoded JSON value is a list of finite numbers, of ``length`` where that is given."""
     return (
         isinstance(value, list)

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from proxydet.data.config import DataConfig, SourceConfig
+from proxydet.data.formats.records import Identifier
 from proxydet.data.image_labels import LabelledImages
 from proxydet.data.images import open_annotated_image
 from proxydet.data.instances import Targets, make_instances
@@ -33,7 +34,7 @@ class BoxSample:
     image: torch.Tensor
     """uint8 (3, h, w), RGB."""
     instances: Instances
-    image_id: int
+    image_id: Identifier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ class LabelSample:
     """uint8 (3, h, w), RGB."""
     labels: torch.Tensor
     """int64 (L,)."""
-    image_id: str | int
+    image_id: Identifier
 
 
 class BoxSource:

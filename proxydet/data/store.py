@@ -1,35 +1,90 @@
-"""Annotations in columns: converted from JSON once, then opened by memory map in a millisecond.
+"""Annotations in columns: read from a file of any format once, then opened by memory map in a millisecond.
 
-All ranks and loader workers of a machine share the pages of the one file; nothing is parsed again.
+Everything that asks about annotations (check, stats, preview, training, evaluation) asks a store, so that all get one
+answer. All ranks and loader workers of a machine share the pages of the one file; nothing is parsed again.
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import itertools
 import logging
+import posixpath
+import re
+import tempfile
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
+from pycocotools import mask as coco_mask
 
-from proxydet.data.annotation_json import CategoryEntry
-from proxydet.data.columns import ColumnFile
-from proxydet.data.store_build import STORE_KIND, STORE_VERSION, build_store
-from proxydet.data.store_report import StoreReport
+from proxydet.data import masks
+from proxydet.data.columns import Column, ColumnFile, ColumnWriter
+from proxydet.data.deviations import DAMAGED_MASK, StoreReport, line_of, refused
+from proxydet.data.formats.reader import read_document, source_files
+from proxydet.data.formats.records import (
+    LABEL_LISTS,
+    AnnotationEntry,
+    CategoryEntry,
+    Document,
+    Flaw,
+    Identifier,
+    ImageEntry,
+    Loose,
+    RunLengths,
+)
 from proxydet.errors import DataError
-from proxydet.files import build_once, remembered_sha256
+from proxydet.files import build_once, remembered_sha256, sha256
 from proxydet.paths import cache_folder
 from proxydet.reporting import SILENT, Progress
 
 _logger = logging.getLogger(__name__)
 
+STORE_KIND = "annotations"
+STORE_VERSION = 2
+_FREQUENCY_LIMITS = (("r", 10), ("c", 100))
+"""LVIS: rare categories are in at most 10 training images, common ones in at most 100."""
+_CLIP_COUNTED_FROM = 1.0
+_MOST_CROWDS = 0.1
+_LARGEST = 1e9
+"""Pixels: numbers of boxes beyond it are read as missing."""
+_COMPARED = 2000
+"""Annotations whose box is compared with its own mask, to recognise boxes of another convention."""
+_FITS = 2.0
+_NO_ID = -(2**63)
+# LVIS v0.5 names its images by the COCO 2014 release; the 2017 release that users have is in the address.
+_COCO_2014_NAME = re.compile(r"COCO_(train|val|test)2014_")
+_DTYPES: dict[str, npt.DTypeLike] = {
+    "annotation_id": np.int64,
+    "image": np.int32,
+    "category": np.int32,
+    "xywh": np.float64,
+    "area": np.float64,
+    "crowd": np.bool_,
+    "ignore": np.bool_,
+    "polygon_start": np.int64,
+    "polygon_count": np.int32,
+    "rle_start": np.int64,
+    "rle_length": np.int32,
+}
+"""Columns over annotations, as they are collected; ``box`` is derived from them."""
+
 
 class _Meta(msgspec.Struct, frozen=True):
+    format: str
     categories: list[CategoryEntry]
+    root_category: CategoryEntry | None
+    label_lists: dict[str, int]
     report: StoreReport
     source: str
 
@@ -41,28 +96,28 @@ class ImageRecord:
     Attributes:
         index: Row of the image in the store.
         image_id: Its id in the annotation file.
-        file_name: Path below an image root, with forward slashes.
+        file_name: Path below an image root, as the file has it; empty where it names none.
         height: Pixels.
         width: Pixels.
         annotation_ids_A: int64 (A,).
-        boxes_A4: float32 (A, 4), xyxy in pixels, inside the image.
+        boxes_A4: float32 (A, 4), xyxy in pixels, clipped to the image; without extent where nothing of it is inside.
         categories_A: int32 (A,), rows of the store's categories.
-        areas_A: float32 (A,), square pixels of the mask.
+        areas_A: float64 (A,), square pixels of the mask, as the file says.
         crowd_A: bool (A,), whether the annotation stands for a group.
+        first_annotation: Row of the first of the annotations in the store.
     """
 
     index: int
-    image_id: int
+    image_id: Identifier
     file_name: str
     height: int
     width: int
     annotation_ids_A: npt.NDArray[np.int64]
     boxes_A4: npt.NDArray[np.float32]
     categories_A: npt.NDArray[np.int32]
-    areas_A: npt.NDArray[np.float32]
+    areas_A: npt.NDArray[np.float64]
     crowd_A: npt.NDArray[np.bool_]
     first_annotation: int
-    """Row of the first of the annotations in the store."""
 
     def __len__(self) -> int:
         return len(self.boxes_A4)
@@ -75,10 +130,12 @@ class AnnotationStore:
 
     Attributes:
         path: The store's file.
+        format: Name of the annotations' format.
         categories: The categories, in ascending order of their id; annotations refer to their position.
-        report: What was dropped and mended when the store was made.
+        root_category: A category that was left out because it is no class (Roboflow's root); None without.
+        label_lists: How many images have each of the lists ``neg_category_ids``, ...
+        report: What was dropped, mended and noted when the store was made.
         source_name: Name of the annotation file.
-        image_ids_I: int64 (I,).
         sizes_I2: int32 (I, 2), height and width in pixels.
     """
 
@@ -86,17 +143,17 @@ class AnnotationStore:
         self.path = path
         self._columns = ColumnFile(path, kind=STORE_KIND, version=STORE_VERSION)
         meta = self._columns.meta(_Meta)
+        self.format = meta.format
         self.categories: tuple[CategoryEntry, ...] = tuple(meta.categories)
+        self.root_category = meta.root_category
+        self.label_lists = meta.label_lists
         self.report = meta.report
         self.source_name = meta.source
-        self.image_ids_I: npt.NDArray[np.int64] = self._columns["image_id"]
         self.sizes_I2: npt.NDArray[np.int32] = self._columns["size"]
-        self._names = self._columns["names"]
-        self._name_offsets = self._columns["name_offsets"]
         self._offsets = self._columns["annotation_offsets"]
         self._point_offsets = self._columns["point_offsets"]
         self._coordinates = self._columns["coordinates"]
-        self._runs = self._columns["runs"]
+        self._rle = self._columns["rle"]
 
     @classmethod
     def open(
@@ -110,13 +167,14 @@ class AnnotationStore:
         """Open the store of an annotation file, after making it where there is none.
 
         Args:
-            source: COCO, LVIS or image-label JSON.
+            source: COCO, LVIS or image-label JSON, plain or gzipped; or Pascal VOC: see
+                `proxydet.data.formats.reader.read_document`.
             cache: Folder of the stores; None means the user's cache folder.
             progress: Where to show the conversion.
-            warn: Log what the conversion drops and mends; False where the caller shows the report itself.
+            warn: Log what the conversion drops, mends and notes; False where the caller shows the report itself.
 
         Raises:
-            DataError: the file cannot be read.
+            DataError: the file cannot be read, or is refused: see `proxydet.data.deviations`.
         """
         source = Path(source)
         path = cls.path_for(source, cache=cache)
@@ -141,6 +199,19 @@ class AnnotationStore:
                 _logger.warning("%s: %s", source.name, line)
         return store
 
+    @classmethod
+    def from_bytes(cls, text: bytes, name: str) -> AnnotationStore:
+        """Return a store of annotations in memory (COCO or LVIS JSON); errors as of `open`.
+
+        Args:
+            text: The JSON.
+            name: What to call it in messages.
+        """
+        with tempfile.TemporaryDirectory(prefix="proxydet-store-") as folder:
+            path = Path(folder) / "annotations.columns"
+            build_store(text, path, name=name)
+            return cls(path)  # stays mapped when its file is gone
+
     @staticmethod
     def path_for(source: Path, *, cache: Path | None = None) -> Path:
         """Return where the store of an annotation file is, or would be made.
@@ -149,33 +220,89 @@ class AnnotationStore:
             DataError: the file cannot be read.
         """
         folder = cache_folder("stores") if cache is None else cache
-        digest = remembered_sha256(
-            source,
-            folder,
-            hint="check the paths in the data description; they are relative to its folder",
-            error=DataError,
-        )
+        files = source_files(source)
+        if len(files) == 1:
+            hint = "check the path; paths in a dataset config are relative to its folder"
+            digest = remembered_sha256(files[0], folder, hint=hint, error=DataError)
+        else:
+            digest = _sha256("\n".join(f"{file.name} {sha256(file)}" for file in files))
         return folder / f"{digest[:32]}-v{STORE_VERSION}.columns"
 
     def __len__(self) -> int:
-        return len(self.image_ids_I)
+        return len(self.sizes_I2)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return AnnotationStore, (self.path,)
+
+    def require_objects(self, *, groups: bool = False) -> None:
+        """Check that there is something to train on or to score.
+
+        Args:
+            groups: Whether crowds count, as OpenImages' groups do when it scores.
+
+        Raises:
+            DataError: there is no image, no annotation, or only crowds.
+        """
+        key = ""
+        if not self.report.images_kept or not self.categories:
+            key = "file.images"
+        elif not self.report.annotations_kept:
+            key = "file.empty"
+        elif not groups and self.report.crowds == self.report.annotations_kept:
+            key = "file.crowds"
+        if key:
+            error = refused(key, None, self.source_name)
+            lost = [line for line in self.report.lines() if " dropped: " in line][:3]
+            raise DataError("; ".join([error.message, *lost]), hint=error.hint)
 
     @property
     def has_masks(self) -> bool:
         """Whether any annotation has a mask."""
         return self.report.without_mask < self.report.annotations_kept
 
+    @cached_property
+    def masked_A(self) -> npt.NDArray[np.bool_]:
+        """Whether each annotation has a mask: bool over all annotations."""
+        masked: npt.NDArray[np.bool_] = (self.column("polygon_count") > 0) | (
+            self.column("rle_length") > 0
+        )
+        return masked
+
+    @cached_property
+    def image_ids(self) -> tuple[Identifier, ...]:
+        """The id of each image: whole numbers, or texts."""
+        if "image_id" in self._columns:
+            return tuple(self._columns["image_id"].tolist())
+        return tuple(self._text("id_names", row) for row in range(len(self)))
+
+    def trainable(self, base_K: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """Return which annotations may be trained on: no crowds, of a base class, something of the box in the image.
+
+        Args:
+            base_K: bool, whether each category may be trained on.
+
+        Returns:
+            bool over all annotations.
+        """
+        box_A4 = self.column("box")
+        usable: npt.NDArray[np.bool_] = base_K[self.column("category")] & ~self.column("crowd")
+        return usable & (box_A4[:, 2:] > box_A4[:, :2]).all(axis=1)
+
     def column(self, name: str) -> npt.NDArray[Any]:
-        """Return a column over all annotations: ``image``, ``category``, ``box``, ``area``, ``crowd``, ..."""
+        """Return a column over all annotations.
+
+        ``image``, ``category``: rows; ``xywh``: float64 as the file says; ``box``: float32 xyxy clipped to the image;
+        ``area``, ``crowd``, ``ignore``, ``annotation_id``, ``polygon_count``, ``rle_length``.
+        """
         return self._columns[name]
 
     def file_name(self, index: int) -> str:
-        """Return the path of an image below its root."""
-        start, end = self._name_offsets[index : index + 2]
-        return bytes(self._names[start:end]).decode("utf-8", "surrogatepass")
+        """Return the path of an image below its root; empty where the file names none."""
+        return self._text("names", index)
+
+    def _text(self, column: str, index: int) -> str:
+        start, end = self._columns[f"{column}_offsets"][index : index + 2]
+        return bytes(self._columns[column][start:end]).decode("utf-8", "surrogatepass")
 
     def record(self, index: int) -> ImageRecord:
         """Return image ``index`` with its annotations."""
@@ -183,7 +310,7 @@ class AnnotationStore:
         height, width = (int(side) for side in self.sizes_I2[index])
         return ImageRecord(
             index=index,
-            image_id=int(self.image_ids_I[index]),
+            image_id=self.image_ids[index],
             file_name=self.file_name(index),
             height=height,
             width=width,
@@ -206,20 +333,27 @@ class AnnotationStore:
         labels: npt.NDArray[np.int32] = self._columns[field][start:end]
         return labels
 
-    def polygons(self, annotation: int) -> list[npt.NDArray[np.float32]]:
-        """Return the polygons of annotation row ``annotation``, each (2n,) as x, y, x, y, ... in pixels."""
+    def label_pairs(self, field: str) -> npt.NDArray[np.int64]:
+        """Return the (image row, category row) pairs of a list of all images: int64 (N, 2)."""
+        images = np.repeat(np.arange(len(self)), np.diff(self._columns[f"{field}_offsets"]))
+        return np.column_stack([images, self._columns[field]]).astype(np.int64)
+
+    def without_list(self, field: str) -> list[Identifier]:
+        """Return the ids of images that lack a list ``field`` (an empty list is one)."""
+        lacking = np.flatnonzero(~self._columns[f"{field}_given"])
+        return [self.image_ids[row] for row in lacking.tolist()]
+
+    def polygons(self, annotation: int) -> list[npt.NDArray[np.float64]]:
+        """Return the polygons of annotation row ``annotation``, each float64 (2n,) as x, y, x, y, ... in pixels."""
         first = int(self._columns["polygon_start"][annotation])
         count = int(self._columns["polygon_count"][annotation])
         ends = self._point_offsets[first : first + count + 1].tolist()
         return [self._coordinates[start:end] for start, end in itertools.pairwise(ends)]
 
-    def run_lengths(self, annotation: int) -> npt.NDArray[np.uint32]:
-        """Return the run lengths of annotation row ``annotation`` (see `run_lengths.to_mask`); empty without."""
-        start = int(self._columns["run_start"][annotation])
-        runs: npt.NDArray[np.uint32] = self._runs[
-            start : start + int(self._columns["run_count"][annotation])
-        ]
-        return runs
+    def rle(self, annotation: int) -> bytes:
+        """Return the RLE counts of annotation row ``annotation`` (of its image's size); empty where it has none."""
+        start = int(self._columns["rle_start"][annotation])
+        return bytes(self._rle[start : start + int(self._columns["rle_length"][annotation])])
 
     def counts(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Return how many images and how many annotations each category has, crowds included: int64 (C,) each."""
@@ -231,8 +365,543 @@ class AnnotationStore:
 
     def digest(self) -> str:
         """Return a digest of the annotation file's content, as in the store's name."""
-        return hashlib.sha256(self.path.stem.encode()).hexdigest()
+        return _sha256(self.path.stem)
 
     def damaged_columns(self) -> list[str]:
         """Read the whole file and return the names of columns that changed since they were written."""
         return self._columns.damaged_columns()
+
+
+def build_store(
+    source: Path | bytes, target: Path, *, name: str = "", progress: Progress = SILENT
+) -> None:
+    """Convert annotations.
+
+    Args:
+        source: What `proxydet.data.formats.reader.read_document` takes.
+        target: The store to write; moved into place when whole.
+        name: What to call the annotations in messages; the file's name by default.
+        progress: Where to show how far it is.
+
+    Raises:
+        DataError: the annotations cannot be read, or are refused.
+    """
+    path = source if isinstance(source, Path) else None
+    name = name or (str(path) if path is not None else "annotations")
+    with _no_garbage_collection(), ColumnWriter(target) as writer:
+        document = read_document(source, name)
+        report = StoreReport(annotations_in=document.annotation_count)
+        for key, examples in document.mended.items():
+            report.count(key, examples)
+        builder = _Builder(document, report, writer, path, name)
+        with progress.task(
+            f"reading {PurePosixPath(name).name}",
+            total=document.annotation_count,
+            unit="annotations",
+        ) as task:
+            start = 0
+            for chunk in document.annotations:
+                builder.add(chunk, start)
+                start += len(chunk)
+                task.advance(len(chunk))
+        meta = builder.write(path.name if path is not None else name)
+        writer.finish(kind=STORE_KIND, version=STORE_VERSION, meta=meta)
+
+
+class _Builder:
+    """Turns records into columns by the rules of `proxydet.data.deviations`.
+
+    Annotations come chunk by chunk; polygon coordinates go to the file at once, the rest at the end.
+    """
+
+    def __init__(
+        self,
+        document: Document,
+        report: StoreReport,
+        writer: ColumnWriter,
+        path: Path | None,
+        name: str,
+    ) -> None:
+        self._format = document.format
+        self._report = report
+        self._writer = writer
+        self._path = path
+        self._name = name
+        self._categories = self._read_categories(document.categories)
+        self._row_of_category = {entry.id: row for row, entry in enumerate(self._categories)}
+        self._dropped_images: set[Identifier] = set()
+        self._images = self._read_images(document.images)
+        self._row_of_image = {entry.id: row for row, entry in enumerate(self._images)}
+        sizes = np.array([(entry.height, entry.width) for entry in self._images], dtype=np.int32)
+        self._sizes_I2: npt.NDArray[np.int32] = sizes.reshape(-1, 2)
+        self._chunks: list[dict[str, Column]] = []
+        self._labels: list[Column] = []
+        self._point_offsets = array("q", [0])
+        self._rles: list[bytes] = []
+        self._rle_total = 0
+        self._masks_given = 0
+        self._compared = self._fit_xywh = self._fit_corners = 0
+        writer.append("coordinates", np.empty(0, dtype=np.float64))
+
+    def _refuse(self, key: str, examples: Sequence[object]) -> DataError:
+        return refused(key, self._path, self._name, examples)
+
+    # Categories and images.
+
+    def _read_categories(self, entries: Sequence[CategoryEntry]) -> list[CategoryEntry]:
+        """Check categories and return them in ascending order of their id."""
+        if len({type(entry.id) for entry in entries}) > 1:
+            raise self._refuse("category.id.mixed", [entry.id for entry in entries])
+        repeated = [value for value, n in Counter(entry.id for entry in entries).items() if n > 1]
+        if repeated:
+            raise self._refuse("category.id.repeated", repeated)
+        names = Counter(entry.name.strip() for entry in entries)
+        if "" in names:
+            raise self._refuse("category.name.empty", [e.id for e in entries if not e.name.strip()])
+        repeated = [name for name, n in names.items() if n > 1]
+        if repeated:
+            raise self._refuse("category.name.repeated", repeated)
+        ordered = sorted(entries, key=lambda entry: entry.id)
+        return self._with_frequencies(ordered)
+
+    def _with_frequencies(self, entries: list[CategoryEntry]) -> list[CategoryEntry]:
+        """Give LVIS's frequency to the categories that lack it, where others have it and the file has their counts."""
+        if all(entry.frequency is None for entry in entries):
+            return entries
+        for row, entry in enumerate(entries):
+            if entry.frequency is None and entry.image_count is not None:
+                limits = (f for f, most in _FREQUENCY_LIMITS if entry.image_count <= most)
+                entries[row] = msgspec.structs.replace(entry, frequency=next(limits, "f"))
+                self._report.count("category.frequency", [entry.name])
+        return entries
+
+    def _read_images(self, records: Sequence[ImageEntry | Loose | Flaw]) -> list[ImageEntry]:
+        report = self._report
+        kept: dict[Identifier, ImageEntry] = {}
+        for record in records:
+            if isinstance(record, Flaw):
+                report.count(record.key, [record.which])
+                self._dropped_images.update([record.which, *_spellings(record.which)])
+                continue
+            entry = record.entry if isinstance(record, Loose) else record
+            assert isinstance(entry, ImageEntry)
+            if isinstance(record, Loose):
+                for key in record.mended:
+                    report.count(key, [entry.id])
+            if (
+                entry.width <= 0
+                or entry.height <= 0
+                or (entry.width * entry.height > masks.LARGEST_IMAGE)
+            ):
+                report.count("image.size", [entry.id])
+                self._dropped_images.add(entry.id)
+                continue
+            before = kept.get(entry.id)
+            if before is None:
+                kept[entry.id] = entry
+            elif (before.width, before.height, _image_name(before)) == (
+                entry.width, entry.height, _image_name(entry)
+            ):  # fmt: skip
+                report.count("image.id.again", [entry.id])
+            else:
+                raise self._refuse("image.id.repeated", [entry.id])
+        if len({type(value) for value in kept}) > 1:
+            by_kind = {type(value): value for value in kept}
+            raise self._refuse("image.id.mixed", [repr(value) for value in by_kind.values()])
+        named: dict[str, ImageEntry] = {}
+        for entry in kept.values():
+            if not (file_name := _image_name(entry)):
+                report.count("image.name", [entry.id])
+                continue
+            place = posixpath.normpath(file_name.replace("\\", "/"))
+            if (other := named.setdefault(place, entry)) is not entry:
+                both = " and ".join(f"{e.id} ({_image_name(e)!r})" for e in (other, entry))
+                raise self._refuse("image.name.repeated", [both])
+        report.images_in = len(records)
+        report.images_kept = len(kept)
+        return list(kept.values())
+
+    def _write_images(self) -> dict[str, int]:
+        """Write the columns of images; return how many images have each list of categories."""
+        writer, entries = self._writer, self._images
+        writer.add("size", self._sizes_I2)
+        self._write_texts("names", [_image_name(entry) for entry in entries])
+        if entries and isinstance(entries[0].id, str):
+            self._write_texts("id_names", [str(entry.id) for entry in entries])
+        else:
+            writer.add("image_id", np.array([entry.id for entry in entries], dtype=np.int64))
+        given = {}
+        for field in LABEL_LISTS:
+            rows, lengths, unknown = [], [], []
+            has_list = np.array([getattr(e, field) is not None for e in entries], dtype=np.bool_)
+            for entry in entries:
+                listed = getattr(entry, field) or ()
+                known = [self._row_of_category[c] for c in listed if c in self._row_of_category]
+                if len(known) < len(listed):
+                    unknown.append(entry.id)
+                rows.extend(known)
+                lengths.append(len(known))
+            writer.add(f"{field}_given", has_list)
+            writer.add(f"{field}_offsets", _offsets(lengths))
+            writer.add(field, np.array(rows, dtype=np.int32))
+            self._report.count("image.list", unknown)
+            given[field] = int(has_list.sum())
+        return given
+
+    def _write_texts(self, column: str, texts: Sequence[str]) -> None:
+        encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
+        self._writer.add(f"{column}_offsets", _offsets([len(text) for text in encoded]))
+        self._writer.add(column, np.frombuffer(b"".join(encoded), dtype=np.uint8))
+
+    # Annotations.
+
+    def add(self, records: Sequence[AnnotationEntry | Loose | Flaw], start: int) -> None:
+        """Check and collect a chunk of annotations.
+
+        Args:
+            records: As a reader gave them.
+            start: Position of the first of them in the file.
+        """
+        report = self._report
+        coordinates = array("d")
+        labels: list[object] = []
+        rows: list[tuple[Any, ...]] = []
+        runs: list[tuple[int, bytes]] = []
+        for position, record in enumerate(records, start):
+            if isinstance(record, Flaw):
+                report.count(record.key, [record.which])
+                continue
+            mended = record.mended if isinstance(record, Loose) else []
+            entry = record.entry if isinstance(record, Loose) else record
+            assert isinstance(entry, AnnotationEntry)
+            label = entry.id if entry.id is not None else f"position {position}"
+            image = self._row_of_image.get(entry.image_id)
+            category = self._row_of_category.get(entry.category_id)
+            if image is None or category is None:
+                report.count(self._unknown(entry, image, label), [label])
+                continue
+            for key in mended:
+                report.count(key, [label])
+            first_polygon = len(self._point_offsets) - 1
+            if entry.segmentation:
+                self._masks_given += 1
+                if isinstance(entry.segmentation, RunLengths):
+                    counts = self._run_lengths(entry.segmentation, image, label)
+                    if counts is not None:
+                        runs.append((len(rows), counts))
+                else:
+                    self._add_polygons(entry.segmentation, label, coordinates)
+            elif any(key in DAMAGED_MASK for key in mended):
+                self._masks_given += 1
+            if entry.iscrowd not in (0, 1):
+                report.count("annotation.iscrowd", [label])
+            own_id = entry.id
+            labels.append(label)
+            rows.append(
+                (
+                    own_id if isinstance(own_id, int) and -(2**63) < own_id < 2**63 else _NO_ID,
+                    image,
+                    category,
+                    entry.bbox or (np.nan, np.nan, np.nan, np.nan),
+                    np.nan if entry.area is None else entry.area,
+                    entry.iscrowd != 0,
+                    entry.ignore != 0,
+                    first_polygon,
+                    len(self._point_offsets) - 1 - first_polygon,
+                    0,
+                    0,
+                )
+            )
+        self._writer.append("coordinates", np.frombuffer(coordinates, dtype=np.float64))
+        if not rows:
+            return
+        columns = zip(*rows, strict=True)
+        chunk = {
+            column: np.array(values, dtype=dtype)
+            for (column, dtype), values in zip(_DTYPES.items(), columns, strict=True)
+        }
+        rles = self._place_runs(chunk, runs, labels)
+        kept = self._place_boxes(chunk, np.array(labels, dtype=object), np.array(coordinates), rles)
+        self._chunks.append({column: values[kept] for column, values in chunk.items()})
+        self._labels.append(np.array(labels, dtype=object)[kept])
+
+    def _unknown(self, entry: AnnotationEntry, image: int | None, label: object) -> str:
+        """Return why an annotation's image or category is not known; refuse where its id is spelt as the other type."""
+        field, value, known = "category_id", entry.category_id, self._row_of_category
+        if image is None:
+            field, value, known = "image_id", entry.image_id, self._row_of_image
+            if value in self._dropped_images:
+                return "annotation.image_id.dropped"
+        if any(other in known for other in _spellings(value)):
+            raise self._refuse(f"annotation.{field}.type", [f"{field} {value!r} of {label}"])
+        return f"annotation.{field}.unknown"
+
+    def _add_polygons(
+        self, polygons: Sequence[Sequence[float]], label: object, coordinates: array[float]
+    ) -> None:
+        if len(polygons) >= 3 and all(len(polygon) == 2 for polygon in polygons):
+            polygons = [[number for point in polygons for number in point]]
+            self._report.count("annotation.segmentation.flat", [label])
+        base = self._point_offsets[-1] - len(coordinates)
+        kept = empty = 0
+        for polygon in polygons:
+            fault = masks.polygon_fault(polygon) if polygon else ""
+            if fault or not polygon:
+                empty += not polygon
+                if fault:
+                    far = "coordinate beyond" in fault or "outline" in fault
+                    self._report.count(f"polygon.{'far' if far else 'points'}", [label])
+                continue
+            coordinates.extend(polygon)
+            self._point_offsets.append(base + len(coordinates))
+            kept += 1
+        if empty == len(polygons):
+            self._masks_given -= 1  # [[]] is how some tools write that there is no mask
+        elif not kept:
+            self._report.count("annotation.segmentation", [label])
+
+    def _run_lengths(self, mask: RunLengths, image: int, label: object) -> bytes | None:
+        """Return the RLE counts of a mask of its image's size; whether they are sound is seen chunk by chunk."""
+        size = (int(self._sizes_I2[image, 0]), int(self._sizes_I2[image, 1]))
+        if mask.size != size:
+            self._report.count("annotation.rle.size", [label])
+            return None
+        if isinstance(mask.counts, str):
+            counts = masks.counts_of_text(mask.counts)
+            if counts is not None and mask.counts[:1] == "b" and len(counts) < len(mask.counts):
+                self._report.count("annotation.segmentation.bytes", [label])
+        else:
+            counts = masks.compress(mask.counts, size)
+        if counts is None:
+            self._report.count("annotation.rle.counts", [label])
+        return counts
+
+    def _place_runs(
+        self, chunk: dict[str, Column], runs: list[tuple[int, bytes]], labels: list[object]
+    ) -> dict[int, bytes]:
+        """Keep the sound run lengths of a chunk; return them by row."""
+        sizes = self._sizes_I2[chunk["image"]].tolist()
+        _, sound = masks.measure([{"size": sizes[row], "counts": counts} for row, counts in runs])
+        kept = {}
+        for (row, counts), is_sound in zip(runs, sound.tolist(), strict=True):
+            if not is_sound:
+                self._report.count("annotation.rle.counts", [labels[row]])
+                continue
+            chunk["rle_start"][row], chunk["rle_length"][row] = self._rle_total, len(counts)
+            self._rles.append(counts)
+            self._rle_total += len(counts)
+            kept[row] = counts
+        return kept
+
+    def _place_boxes(
+        self,
+        chunk: dict[str, Column],
+        labels: Column,
+        coordinates: npt.NDArray[np.float64],
+        rles: dict[int, bytes],
+    ) -> npt.NDArray[np.bool_]:
+        """Add the clipped boxes to a chunk, mend boxes and areas, and return which annotations are kept."""
+        report = self._report
+        xywh = np.where(np.abs(chunk["xywh"]) < _LARGEST, chunk["xywh"], np.nan)
+        chunk["xywh"] = xywh
+        if self._compared < _COMPARED:
+            self._compare_with_masks(chunk, coordinates)
+        finite = np.isfinite(xywh).all(axis=1) & (xywh[:, 2:] >= 0).all(axis=1)
+        extended = finite & (xywh[:, 2:] > 0).all(axis=1)
+        shown = xywh.copy()
+        mended: npt.NDArray[np.bool_] = np.zeros(len(xywh), dtype=np.bool_)
+        for row in np.flatnonzero(np.logical_not(extended)).tolist():
+            extent = self._extent(chunk, row, coordinates, rles.get(row))
+            if extent is not None:
+                shown[row] = extent
+                mended[row] = True
+                if not bool(np.take(finite, row)):
+                    xywh[row] = extent
+        kept = np.asarray(finite | mended)
+        shown[~kept] = 0
+        corners = np.concatenate([shown[:, :2], shown[:, :2] + shown[:, 2:]], axis=1)
+        size_wh = self._sizes_I2[chunk["image"]][:, ::-1]
+        clipped = np.clip(corners, 0, np.tile(size_wh, 2)).astype(np.float32)
+        inside: npt.NDArray[np.bool_] = (clipped[:, 2:] > clipped[:, :2]).all(axis=1)
+        clipped[~inside] = 0
+        moved = (np.abs(clipped - corners) >= _CLIP_COUNTED_FROM).any(axis=1)
+        has_extent = (shown[:, 2:] > 0).all(axis=1)
+        report.count("annotation.bbox", labels[~kept])
+        report.count("annotation.bbox.mask", labels[mended])
+        report.count("annotation.bbox.extent", labels[kept & ~has_extent])
+        report.count("annotation.bbox.outside", labels[kept & has_extent & ~inside])
+        report.count("annotation.bbox.clipped", labels[inside & moved])
+        area, box_area = chunk["area"], xywh[:, 2:].prod(axis=1)
+        no_area = ~((area >= 0) & (area < _LARGEST**2))
+        report.count("annotation.area", labels[kept & no_area])
+        chunk["area"] = np.where(no_area, box_area, area)
+        large = chunk["area"] > 1.02 * shown[:, 2:].prod(axis=1) + 4
+        report.count("annotation.area.large", labels[inside & large])
+        chunk["box"] = clipped
+        return kept
+
+    def _extent(
+        self,
+        chunk: dict[str, Column],
+        row: int,
+        coordinates: npt.NDArray[np.float64],
+        rle: bytes | None,
+    ) -> tuple[float, ...] | None:
+        """Return the box of an annotation's mask, xywh; None without a mask that has an extent."""
+        count = int(chunk["polygon_count"][row])
+        if count:
+            first = int(chunk["polygon_start"][row])
+            base = self._point_offsets[-1] - len(coordinates)
+            start, end = (self._point_offsets[first + n] - base for n in (0, count))
+            points = coordinates[start:end].reshape(-1, 2)
+            low, high = points.min(axis=0), points.max(axis=0)
+            extent = (*low.tolist(), *(high - low).tolist())
+        elif rle is not None:
+            size = self._sizes_I2[chunk["image"][row]].tolist()
+            extent = tuple(coco_mask.toBbox({"size": size, "counts": rle}).tolist())
+        else:
+            return None
+        return extent if extent[2] > 0 and extent[3] > 0 else None
+
+    def write(self, source_name: str) -> _Meta:
+        """Write all columns but ``coordinates``, annotations sorted by image (in the file's order within one)."""
+        dtypes = {**_DTYPES, "box": np.float32}
+        wide = ("xywh", "box")
+        columns = {
+            name: np.concatenate(
+                [
+                    np.empty((0, 4) if name in wide else 0, dtype=dtype),
+                    *(chunk[name] for chunk in self._chunks),
+                ]
+            )
+            for name, dtype in dtypes.items()
+        }
+        labels = np.concatenate([np.empty(0, dtype=object), *self._labels])
+        self._check_conventions(columns, labels)
+        root = self._take_root(columns)
+        columns["annotation_id"] = self._unique_ids(columns["annotation_id"], labels)
+        order = np.argsort(columns["image"], kind="stable")
+        for name, column in columns.items():
+            self._writer.add(name, column[order])
+        counts = np.bincount(columns["image"], minlength=len(self._images))
+        self._writer.add("annotation_offsets", _offsets(counts))
+        self._writer.add("point_offsets", np.frombuffer(self._point_offsets, dtype=np.int64))
+        self._writer.add("rle", np.frombuffer(b"".join(self._rles), dtype=np.uint8))
+        report = self._report
+        masked = (columns["polygon_count"] > 0) | (columns["rle_length"] > 0)
+        report.annotations_kept = len(order)
+        report.without_mask = int(np.count_nonzero(~masked))
+        report.crowds = int(np.count_nonzero(columns["crowd"]))
+        if self._masks_given and not masked.any():
+            damaged = [key for key in report.counts if key in DAMAGED_MASK]
+            examples = [line_of(key, report.counts[key], report.examples[key]) for key in damaged]
+            raise self._refuse("file.masks", examples)
+        if _MOST_CROWDS * len(order) < report.crowds < len(order):
+            report.count("annotation.crowds", labels[columns["crowd"]])
+        given = self._write_images()
+        return _Meta(self._format, self._categories, root, given, report, source_name)
+
+    def _compare_with_masks(
+        self, chunk: dict[str, Column], coordinates: npt.NDArray[np.float64]
+    ) -> None:
+        """Count in how many of the first annotations the box fits its polygons, as xywh and as two corners."""
+        for row in np.flatnonzero(chunk["polygon_count"] > 0)[: _COMPARED - self._compared]:
+            extent = self._extent(chunk, int(row), coordinates, None)
+            box = chunk["xywh"][row]
+            if extent is not None and np.isfinite(box).all():
+                self._compared += 1
+                self._fit_xywh += bool((np.abs(box - extent) < _FITS).all())
+                corners = np.concatenate([box[:2], box[2:] - box[:2]])
+                self._fit_corners += bool((np.abs(corners - extent) < _FITS).all())
+
+    def _check_conventions(self, columns: dict[str, Column], labels: Column) -> None:
+        """Refuse files whose boxes are of another convention: fractions of the image, or two corners."""
+        xywh = columns["xywh"]
+        if not len(xywh):
+            return
+        size_wh = self._sizes_I2[columns["image"]][:, ::-1].astype(np.float64)
+        if (xywh <= 1).all() and (xywh >= 0).all() and (size_wh > 2).all() and xywh.any():
+            raise self._refuse("file.convention.fractions", labels[:3].tolist())
+        possible = (xywh[:, 2:] > xywh[:, :2]).all() and (xywh[:, 2:] <= size_wh + 1).all()
+        if self._compared:
+            # The boxes contradict their own masks, and agree with them as corners.
+            wrong = (
+                self._fit_corners >= 0.9 * self._compared and self._fit_xywh < 0.5 * self._compared
+            )
+        else:
+            beyond = (xywh[:, :2] + xywh[:, 2:] > size_wh + 1).any(axis=1)
+            wrong = bool(possible and len(xywh) >= 3 and beyond.mean() > 0.5)
+        if wrong:
+            raise self._refuse("file.convention.xyxy", labels[:3].tolist())
+
+    def _take_root(self, columns: dict[str, Column]) -> CategoryEntry | None:
+        """Take out a category without objects that is the supercategory of all others, which Roboflow writes."""
+        used = np.bincount(columns["category"], minlength=len(self._categories))
+        for row, entry in enumerate(self._categories):
+            others = [other for other in self._categories if other is not entry]
+            name = entry.name.strip()
+            if (
+                used[row] == 0
+                and others
+                and entry.supercategory in (None, "", "none", "None")
+                and all((other.supercategory or "").strip() == name for other in others)
+            ):
+                columns["category"] -= (columns["category"] > row).astype(np.int32)
+                self._categories = others
+                self._row_of_category = {other.id: row for row, other in enumerate(others)}
+                self._report.count("category.root", [entry.name])
+                return entry
+        return None
+
+    def _unique_ids(self, ids: npt.NDArray[np.int64], labels: Column) -> npt.NDArray[np.int64]:
+        _, first = np.unique(ids, return_index=True)
+        again = np.ones(len(ids), dtype=np.bool_)
+        again[first] = False
+        again |= ids == _NO_ID
+        if again.any():
+            self._report.count("annotation.id", labels[again])
+            free = np.setdiff1d(np.arange(1, 2 * len(ids) + 1), ids[~again])
+            ids[again] = free[: np.count_nonzero(again)]
+        return ids
+
+
+def _image_name(image: ImageEntry) -> str:
+    """Return the path of an image below its root, empty where the record has none.
+
+    ``file_name`` where there is one; LVIS v1 gives only an address, whose last two parts are folder and name.
+    """
+    name = (image.file_name or "").strip()
+    if image.coco_url and (not name or _COCO_2014_NAME.search(name)):
+        parts = PurePosixPath(urlsplit(image.coco_url).path).parts
+        return "/".join(parts[-2:]).lstrip("/")
+    return name
+
+
+def _spellings(value: Identifier) -> list[Identifier]:
+    """Return the other type's spelling of an id: a number's text, a text's number."""
+    if isinstance(value, int):
+        return [str(value)]
+    digits = value.strip().lstrip("-")
+    return [int(value)] if digits.isascii() and digits.isdigit() and len(digits) < 19 else []
+
+
+def _offsets(lengths: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Millions of small containers without cycles: looking for cycles among them takes half of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

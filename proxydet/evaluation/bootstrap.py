@@ -20,9 +20,10 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
+from proxydet.data.protocol import FREQUENCIES
 from proxydet.evaluation.curves import AREAS, IOU_THRESHOLDS_T
 from proxydet.evaluation.few_images import FewImages
-from proxydet.evaluation.ground_truth import FREQUENCIES, GroundTruth
+from proxydet.evaluation.ground_truth import GroundTruth
 from proxydet.evaluation.report import Interval
 from proxydet.evaluation.resampling import WeightedPrecision
 from proxydet.reporting import SILENT, Progress

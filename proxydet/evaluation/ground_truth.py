@@ -6,37 +6,30 @@ their ids, which is the order in which the official evaluators visit them: it de
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools import mask as coco_mask
 
-from proxydet.data.masks import polygon_fault
+from proxydet.data.formats.records import Identifier
+from proxydet.data.masks import rasterize
+from proxydet.data.protocol import FREQUENCIES, Protocol, protocol_of
+from proxydet.data.store import AnnotationStore
 from proxydet.errors import DataError
-from proxydet.evaluation.annotation_file import (
-    AnnotationFile,
-    Identifier,
-    ImageRow,
-    read_annotation_file,
-)
-from proxydet.evaluation.json_input import first_offenders
-
-Protocol: TypeAlias = Literal["lvis", "coco", "openimages"]
-FREQUENCIES = ("r", "c", "f")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroundTruth:
-    """Annotations of a data set, ready to score against.
+    """Annotations of a data set, ready to score against: the columns of its store in the order of evaluators.
 
     Attributes:
         name: What to call the data set in a report.
         path: The annotation file; None when it was given as Python values.
+        store: The annotations.
         protocol: ``"lvis"``: federated annotations, 300 detections an image; ``"coco"``: exhaustive annotations;
             ``"openimages"``: image-level labels verified, group boxes.
         image_ids: I ids, ascending.
@@ -46,21 +39,23 @@ class GroundTruth:
         category_names: C names, as the file has them.
         frequencies: C times ``"r"``, ``"c"`` or ``"f"``; None where the file does not say.
         training_images_C: int64, in how many training images each category is; None where the file does not say.
+        ann_row_A: int64, the annotation's row in the store.
         ann_image_A: int64 in [0, I).
         ann_category_A: int64 in [0, C).
         ann_box_A4: float64, x, y, width, height in pixels.
         ann_area_A: float64, pixels; the file's own number (of the mask), the box's where the file has none.
         ann_crowd_A: bool, crowds (COCO) or groups (OpenImages).
         ann_ignore_A: bool, annotations that neither help nor harm.
+        masked_A: bool, annotations that have a mask.
         negatives_N2: int64 (image, category) pairs verified to be absent; empty unless the protocol has them.
         unexhaustive_N2: int64 (image, category) pairs of which not every object is annotated.
         positives_N2: int64 (image, category) pairs verified to be present (OpenImages).
-        segmentations: A raw JSON values, read when masks are asked for.
         category_keys: C other identifiers of the category (``freebase_id``, else ``synset``, else empty).
     """
 
     name: str
     path: Path | None
+    store: AnnotationStore
     protocol: Protocol
     image_ids: tuple[Identifier, ...]
     image_sizes_I2: NDArray[np.int64]
@@ -69,17 +64,18 @@ class GroundTruth:
     category_names: tuple[str, ...]
     frequencies: tuple[str, ...] | None
     training_images_C: NDArray[np.int64] | None
+    ann_row_A: NDArray[np.int64]
     ann_image_A: NDArray[np.int64]
     ann_category_A: NDArray[np.int64]
     ann_box_A4: NDArray[np.float64]
     ann_area_A: NDArray[np.float64]
     ann_crowd_A: NDArray[np.bool_]
     ann_ignore_A: NDArray[np.bool_]
+    masked_A: NDArray[np.bool_]
     negatives_N2: NDArray[np.int64]
     unexhaustive_N2: NDArray[np.int64]
     positives_N2: NDArray[np.int64]
-    segmentations: list[msgspec.Raw] = field(repr=False)
-    category_keys: tuple[str, ...] = ()
+    category_keys: tuple[str, ...]
 
     @classmethod
     def load(
@@ -89,22 +85,93 @@ class GroundTruth:
         name: str | None = None,
         protocol: Protocol | None = None,
     ) -> GroundTruth:
-        """Read annotations in COCO's or LVIS's format.
+        """Read annotations.
 
         Args:
-            source: A JSON file, plain or gzipped, or its content as Python values.
+            source: What `AnnotationStore.open` takes, or the content of a COCO or LVIS file as Python values.
             name: What to call the data set; the file's name by default.
-            protocol: How to score. By default LVIS's when the images say which categories are verified to be absent
-                and the categories have a frequency, COCO's otherwise.
+            protocol: How to score; by default `proxydet.data.protocol.protocol_of` decides.
 
         Raises:
             DataError: The annotations cannot be used; the message names the first offenders.
         """
-        origin = Path(source) if isinstance(source, str) else source
-        rows = read_annotation_file(origin)
-        path = origin if isinstance(origin, Path) else None
-        label = name or (path.name if path is not None else "annotations")
-        return _from_rows(rows, path=path, name=label, protocol=protocol or _recognise(rows))
+        if isinstance(source, dict):
+            try:
+                text = msgspec.json.encode(source)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise DataError(
+                    f"the annotations given cannot be written as JSON: {error}",
+                    hint="give COCO or LVIS annotations: dictionaries and lists of numbers and texts",
+                ) from error
+            store = AnnotationStore.from_bytes(text, "the annotations given")
+            return cls.from_store(store, name=name or "annotations", protocol=protocol)
+        path = Path(source)
+        store = AnnotationStore.open(path)
+        return cls.from_store(store, name=name or path.name, path=path, protocol=protocol)
+
+    @classmethod
+    def from_store(
+        cls,
+        store: AnnotationStore,
+        *,
+        name: str,
+        path: Path | None = None,
+        protocol: Protocol | None = None,
+    ) -> GroundTruth:
+        """Return a store's annotations for scoring.
+
+        Args:
+            store: The annotations.
+            name: What to call the data set.
+            path: The annotation file.
+            protocol: How to score; by default `protocol_of` decides.
+
+        Raises:
+            DataError: There is nothing to score, or the protocol is in doubt.
+        """
+        protocol = protocol or protocol_of(store)
+        store.require_objects(groups=protocol == "openimages")
+        ids = store.image_ids
+        order = sorted(range(len(ids)), key=ids.__getitem__)
+        rank_I = np.empty(len(ids), dtype=np.int64)
+        rank_I[order] = np.arange(len(ids))
+        categories = store.categories
+        frequencies = tuple(category.frequency or "" for category in categories)
+        counts = [category.image_count for category in categories]
+
+        def pairs(field: str) -> NDArray[np.int64]:
+            # A listed category that the file does not have can match no detection: official evaluators never notice.
+            if protocol == "coco" or (field == "pos_category_ids" and protocol == "lvis"):
+                return np.zeros((0, 2), dtype=np.int64)
+            found_N2 = store.label_pairs(field)
+            found_N2[:, 0] = rank_I[found_N2[:, 0]]
+            return found_N2[np.argsort(found_N2[:, 0], kind="stable")]
+
+        return cls(
+            name=name,
+            path=path,
+            store=store,
+            protocol=protocol,
+            image_ids=tuple(ids[row] for row in order),
+            image_sizes_I2=store.sizes_I2[order].astype(np.int64),
+            image_names=tuple(store.file_name(row) for row in order),
+            category_ids=tuple(category.id for category in categories),
+            category_names=tuple(category.name for category in categories),
+            frequencies=frequencies if all(value in FREQUENCIES for value in frequencies) else None,
+            training_images_C=None if None in counts else np.array(counts, dtype=np.int64),
+            ann_row_A=np.arange(store.report.annotations_kept),
+            ann_image_A=rank_I[store.column("image")],
+            ann_category_A=store.column("category").astype(np.int64),
+            ann_box_A4=store.column("xywh"),
+            ann_area_A=store.column("area"),
+            ann_crowd_A=store.column("crowd"),
+            ann_ignore_A=store.column("ignore"),
+            masked_A=store.masked_A,
+            negatives_N2=pairs("neg_category_ids"),
+            unexhaustive_N2=pairs("not_exhaustive_category_ids"),
+            positives_N2=pairs("pos_category_ids"),
+            category_keys=tuple(c.freebase_id or c.synset or "" for c in categories),
+        )
 
     @cached_property
     def image_index(self) -> dict[Identifier, int]:
@@ -134,116 +201,50 @@ class GroundTruth:
 
     @cached_property
     def counted_A(self) -> NDArray[np.bool_]:
-        """Bool (A,): annotations that the official evaluator looks at. LVIS's leaves out those of area 0."""
+        """Bool (A,): annotations that the official evaluator counts. LVIS's leaves out those of area 0."""
         if self.protocol == "lvis":
             return (self.ann_area_A > 0) & (self.ann_area_A < np.inf)
         return np.ones(len(self.ann_area_A), dtype=bool)
 
+    @property
+    def has_masks(self) -> bool:
+        """Whether masks can be scored: an object that is no crowd has one."""
+        return bool((self.masked_A & ~self.ann_crowd_A).any())
+
+    def for_masks(self) -> GroundTruth:
+        """Return the truth for scoring masks, in which objects without a mask neither help nor harm.
+
+        They become crowds (COCO) or ignored (LVIS), with their box as their mask.
+        """
+        if self.masked_A.all():
+            return self
+        unknown_A = ~self.masked_A
+        return replace(
+            self,
+            ann_crowd_A=self.ann_crowd_A | (unknown_A & (self.protocol == "coco")),
+            ann_ignore_A=self.ann_ignore_A | unknown_A,
+        )
+
     @cached_property
     def masks(self) -> list[dict[str, Any]]:
-        """A masks as compressed RLE of the image's size, polygons rasterised as the COCO tools do.
+        """A masks as compressed RLE of the image's size, polygons drawn as the COCO tools do, boxes where there is none."""
+        sizes = self.image_sizes_I2[self.ann_image_A].tolist()
+        store = self.store
+        found = []
+        for index, (row, size) in enumerate(zip(self.ann_row_A.tolist(), sizes, strict=True)):
+            counts = store.rle(row)
+            if not counts:
+                polygons = [polygon.tolist() for polygon in store.polygons(row)]
+                x, y, w, h = self.ann_box_A4[index].tolist()
+                corners = [x, y, x + w, y, x + w, y + h, x, y + h]
+                counts = rasterize(polygons or [corners], (size[0], size[1]))
+            found.append({"size": size, "counts": counts})
+        return found
 
-        Raises:
-            DataError: An annotation has no mask, or one that is not of its image's size.
-        """
-        masks: list[dict[str, Any]] = []
-        wrong: list[str] = []
-        for index, (raw, image) in enumerate(
-            zip(self.segmentations, self.ann_image_A, strict=True)
-        ):
-            height, width = (int(side) for side in self.image_sizes_I2[image])
-            mask = _rasterise(raw, height, width)
-            if mask is None or mask["size"] != [height, width]:
-                wrong.append(f"annotations[{index}] of image {self.image_ids[image]!r}")
-            else:
-                masks.append(mask)
-        if wrong:
-            raise DataError(
-                f"{self.name}: {len(wrong)} annotations have no mask of their image's size ({first_offenders(wrong)}).",
-                hint="evaluate boxes only with: --iou-type bbox",
-                path=self.path,
-            )
-        return masks
-
-
-def _rasterise(raw: msgspec.Raw, height: int, width: int) -> dict[str, Any] | None:
-    value = msgspec.json.decode(raw) if bytes(raw) else None
-    if not value or (isinstance(value, list) and any(polygon_fault(polygon) for polygon in value)):
-        return None
-    if isinstance(value, list):
-        merged: dict[str, Any] = coco_mask.merge(coco_mask.frPyObjects(value, height, width))
-        return merged
-    if isinstance(value["counts"], list):
-        encoded: dict[str, Any] = coco_mask.frPyObjects(value, *value["size"])
-        return encoded
-    return {"size": list(value["size"]), "counts": value["counts"].encode("ascii")}
-
-
-def _recognise(rows: AnnotationFile) -> Protocol:
-    if all(row.pos_category_ids is not None for row in rows.images):
-        return "openimages"
-    federated = sum(row.neg_category_ids is not None for row in rows.images)
-    if 0 < federated < len(rows.images):
-        lacking = [row.id for row in rows.images if row.neg_category_ids is None]
-        raise DataError(
-            f"{len(lacking)} images lack neg_category_ids while others have it (ids {first_offenders(lacking)}).",
-            hint="give every image the list (empty where nothing is verified absent), or evaluate as COCO",
-        )
-    with_frequency = all(row.frequency in FREQUENCIES for row in rows.categories)
-    return "lvis" if federated and with_frequency else "coco"
-
-
-def _from_rows(
-    rows: AnnotationFile, *, path: Path | None, name: str, protocol: Protocol
-) -> GroundTruth:
-    images = sorted(rows.images, key=lambda row: row.id)
-    categories = sorted(rows.categories, key=lambda row: row.id)
-    image_index = {row.id: index for index, row in enumerate(images)}
-    category_index = {row.id: index for index, row in enumerate(categories)}
-    box_A4 = np.array([row.bbox for row in rows.annotations], dtype=np.float64).reshape(-1, 4)
-    area = [row.bbox[2] * row.bbox[3] if row.area is None else row.area for row in rows.annotations]
-    counts = [row.image_count for row in categories]
-    frequencies = tuple(row.frequency or "" for row in categories)
-    return GroundTruth(
-        name=name,
-        path=path,
-        protocol=protocol,
-        image_ids=tuple(row.id for row in images),
-        image_sizes_I2=np.array([(row.height, row.width) for row in images], dtype=np.int64),
-        image_names=tuple(row.file_name or row.coco_url for row in images),
-        category_ids=tuple(row.id for row in categories),
-        category_names=tuple(row.name for row in categories),
-        frequencies=frequencies if all(value in FREQUENCIES for value in frequencies) else None,
-        training_images_C=None if None in counts else np.array(counts, dtype=np.int64),
-        ann_image_A=_column([image_index[row.image_id] for row in rows.annotations]),
-        ann_category_A=_column([category_index[row.category_id] for row in rows.annotations]),
-        ann_box_A4=box_A4,
-        ann_area_A=np.array(area, dtype=np.float64),
-        ann_crowd_A=np.array([bool(row.iscrowd) for row in rows.annotations], dtype=bool),
-        ann_ignore_A=np.array([bool(row.ignore) for row in rows.annotations], dtype=bool),
-        negatives_N2=_pairs(images, category_index, "neg_category_ids", protocol),
-        unexhaustive_N2=_pairs(images, category_index, "not_exhaustive_category_ids", protocol),
-        positives_N2=_pairs(images, category_index, "pos_category_ids", protocol),
-        segmentations=[row.segmentation for row in rows.annotations],
-        category_keys=tuple(row.freebase_id or row.synset or "" for row in categories),
-    )
-
-
-def _column(values: list[int]) -> NDArray[np.int64]:
-    return np.array(values, dtype=np.int64)
-
-
-def _pairs(
-    images: list[ImageRow], category_index: dict[Identifier, int], key: str, protocol: Protocol
-) -> NDArray[np.int64]:
-    """Return the (image, category) pairs that one of the images' lists spells out; none outside federated data."""
-    if protocol == "coco":
-        return np.zeros((0, 2), dtype=np.int64)
-    # A listed category that the file does not have can match no detection: the official evaluator never notices it.
-    pairs = [
-        (index, category_index[value])
-        for index, row in enumerate(images)
-        for value in (getattr(row, key) or ())
-        if value in category_index
-    ]
-    return np.array(pairs, dtype=np.int64).reshape(-1, 2)
+    def segmentation(self, index: int) -> list[list[float]] | dict[str, Any]:
+        """Return the mask of annotation ``index`` as the official evaluators take it: polygons, RLE, or an empty list."""
+        row = int(self.ann_row_A[index])
+        if counts := self.store.rle(row):
+            size = self.image_sizes_I2[self.ann_image_A[index]].tolist()
+            return {"size": size, "counts": counts}
+        return [polygon.tolist() for polygon in self.store.polygons(row)]

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from proxydet.data.formats.records import Identifier
 from proxydet.data.images import Pixels, read_annotated_image, require_distinct_files
 from proxydet.data.store import AnnotationStore
-from proxydet.evaluation.annotation_file import Identifier
 
 
 @dataclass(frozen=True)
@@ -45,4 +45,4 @@ class AnnotatedImages:
 
     @cached_property
     def _index(self) -> dict[Identifier, int]:
-        return {image_id: index for index, image_id in enumerate(self.store.image_ids_I.tolist())}
+        return {image_id: index for index, image_id in enumerate(self.store.image_ids)}

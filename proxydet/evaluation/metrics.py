@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from proxydet.data.protocol import FREQUENCIES, Protocol
 from proxydet.evaluation.curves import AREAS, IOU_THRESHOLDS_T, Curves
-from proxydet.evaluation.ground_truth import FREQUENCIES, Protocol
 
 Metrics = dict[str, float | None]
 FREQUENCY_NAMES = dict(zip(FREQUENCIES, ("rare", "common", "frequent"), strict=True))

@@ -13,8 +13,6 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import msgspec
-
 from proxydet.evaluation.curves import NO_LIMIT, Curves, Limits, nothing_detected
 from proxydet.evaluation.ground_truth import GroundTruth
 from proxydet.evaluation.results import Results
@@ -85,19 +83,15 @@ def _annotations(truth: GroundTruth) -> dict[str, Any]:
             "area": float(truth.ann_area_A[index]),
             "iscrowd": int(truth.ann_crowd_A[index]),
             "ignore": int(truth.ann_ignore_A[index]),
-            "segmentation": _segmentation(raw),
+            "segmentation": truth.segmentation(index),
         }
-        for index, raw in enumerate(truth.segmentations)
+        for index in range(len(truth.ann_row_A))
     ]
     categories = [
         {"id": index + 1, "name": str(index), "frequency": frequency}
         for index, frequency in enumerate(frequencies)
     ]
     return {"images": images, "annotations": annotations, "categories": categories}
-
-
-def _segmentation(raw: msgspec.Raw) -> Any:
-    return msgspec.json.decode(raw) if raw else []
 
 
 def _detections(results: Results, iou_type: str) -> list[dict[str, Any]]:

@@ -11,9 +11,9 @@ from hotcoco import mask as coco_mask
 from numpy.typing import NDArray
 from PIL import Image
 
+from proxydet.data.formats.records import Identifier
 from proxydet.data.images import Pixels
 from proxydet.evaluation.analysis import right_and_wrong
-from proxydet.evaluation.annotation_file import Identifier
 from proxydet.evaluation.evaluate import Evaluation
 from proxydet.evaluation.report import CategoryScore
 from proxydet.evaluation.scoring import Scored

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from proxydet.data.classes import class_rows
+from proxydet.data.formats.records import Identifier
 from proxydet.data.images import Pixels
 from proxydet.evaluation.images import AnnotatedImages
 from proxydet.evaluation.prediction_files import PredictionFolder
@@ -66,7 +67,7 @@ class EvaluationTask:
 
     images: AnnotatedImages
     vocabulary: Vocabulary
-    category_id_C: tuple[int | None, ...]
+    category_id_C: tuple[Identifier | None, ...]
     settings: InferenceConfig
     batch_size: int = 1
 
@@ -83,7 +84,7 @@ class EvaluationTask:
         Raises:
             DataError: A category of the split is not in the vocabulary.
         """
-        ids: list[int | None] = [None] * len(vocabulary)
+        ids: list[Identifier | None] = [None] * len(vocabulary)
         for row, category in zip(
             class_rows(images.store, vocabulary), images.store.categories, strict=True
         ):
@@ -97,9 +98,9 @@ class EvaluationTask:
         )
 
     @property
-    def ids(self) -> tuple[int, ...]:
+    def ids(self) -> tuple[Identifier, ...]:
         """Ids of all images."""
-        return tuple(self.images.store.image_ids_I.tolist())
+        return self.images.store.image_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +159,7 @@ def predict_split(
 
 
 def result_rows(
-    prediction: Prediction, image_id: int, category_id_C: Sequence[int | None]
+    prediction: Prediction, image_id: Identifier, category_id_C: Sequence[Identifier | None]
 ) -> list[dict[str, Any]]:
     """Return the rows of a results file for what was found in an image.
 

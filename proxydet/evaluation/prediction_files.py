@@ -20,8 +20,8 @@ from typing import IO, Any
 
 import msgspec
 
+from proxydet.data.formats.records import Identifier
 from proxydet.errors import DataError, DiskFullError
-from proxydet.evaluation.annotation_file import Identifier
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from proxydet.evaluation.annotation_file import Identifier
+from proxydet.data.formats.records import Identifier
 from proxydet.evaluation.curves import Curves
 from proxydet.evaluation.metrics import Metrics
 

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
+from proxydet.data.formats.records import Identifier
 from proxydet.data.masks import polygon_fault
-from proxydet.evaluation.annotation_file import Identifier
 from proxydet.evaluation.results import Results, ResultsBuilder
 from proxydet.evaluation.validation import Problems
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from proxydet.data.classes import load_vocabulary, open_split
 from proxydet.data.description import DatasetDescription
+from proxydet.data.protocol import Protocol
 from proxydet.data.store import AnnotationStore
 from proxydet.evaluation.ground_truth import GroundTruth
 from proxydet.evaluation.groups import Masks, described_groups, imagenet_groups
@@ -25,12 +26,14 @@ class DescribedSplit:
         name: ``"train"`` or ``"val"``.
         store: The split's annotations.
         vocabulary: The data set's classes.
+        protocol: How to score; None leaves it to the annotations.
     """
 
     description: DatasetDescription
     name: str
     store: AnnotationStore
     vocabulary: Vocabulary
+    protocol: Protocol | None = None
 
     @classmethod
     def open(
@@ -38,6 +41,7 @@ class DescribedSplit:
         description: DatasetDescription | Path | str,
         name: str = "val",
         *,
+        protocol: Protocol | None = None,
         progress: Progress = SILENT,
     ) -> DescribedSplit:
         """Open a split.
@@ -45,6 +49,7 @@ class DescribedSplit:
         Args:
             description: The data set, or its TOML file.
             name: ``"train"`` or ``"val"``.
+            protocol: How to score; None leaves it to the annotations.
             progress: Where the conversion of annotations is shown.
 
         Raises:
@@ -54,7 +59,9 @@ class DescribedSplit:
         if not isinstance(description, DatasetDescription):
             description = DatasetDescription.from_toml(description)
         store = open_split(description, name, progress=progress)
-        return cls(description, name, store, load_vocabulary(description, progress=progress))
+        return cls(
+            description, name, store, load_vocabulary(description, progress=progress), protocol
+        )
 
     @property
     def images(self) -> AnnotatedImages:
@@ -64,8 +71,11 @@ class DescribedSplit:
     @cached_property
     def truth(self) -> GroundTruth:
         """What to score against; DataError where the annotations cannot be."""
-        return GroundTruth.load(
-            self.description.split(self.name).annotations, name=self.description.name
+        return GroundTruth.from_store(
+            self.store,
+            name=self.description.name,
+            path=self.description.split(self.name).annotations,
+            protocol=self.protocol,
         )
 
     @cached_property

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from proxydet.data.formats.records import Identifier
 from proxydet.data.masks import measure
 from proxydet.errors import DataError
-from proxydet.evaluation.annotation_file import Identifier
 from proxydet.evaluation.ground_truth import GroundTruth
 from proxydet.evaluation.results import Results
 

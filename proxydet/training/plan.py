@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from proxydet.config import dump_yaml, to_mapping
-from proxydet.data.annotation_json import read_annotations
 from proxydet.data.classes import embedding_dimension
 from proxydet.data.description import DatasetDescription
+from proxydet.data.store import AnnotationStore
 from proxydet.errors import DataError, InputError, ProxydetError
 from proxydet.training.checkpoint import CheckpointFolder, read_iteration
 from proxydet.training.config import TrainingConfig
@@ -246,20 +246,14 @@ def _need(what: str, path: Path) -> Need:
 
 def _annotations(what: str, path: Path) -> Need:
     """Look into an annotation file, unless it is a large one."""
-    if not path.is_file() or path.stat().st_size > _LARGEST_READ:
+    if not path.exists() or path.stat().st_size > _LARGEST_READ:
         return _need(what, path)
     try:
-        document = read_annotations(path)
+        AnnotationStore.open(path, warn=False).require_objects()
     except DataError as error:
         problem = error.message
     else:
-        entries = {
-            "images": document.images,
-            "annotations": document.annotations,
-            "categories": document.categories,
-        }
-        lacking = [name for name, found in entries.items() if not found]
-        problem = f"it holds no {' and no '.join(lacking)}" if lacking else ""
+        problem = ""
     return Need(what=what, path=str(path), present=not problem, problem=problem)
 
 

@@ -63,8 +63,8 @@ def prepare(
 
 @app.command(
     epilog=examples(
-        "proxydet data check",
-        "proxydet data check datasets/lvis.toml",
+        "proxydet data check instances.json",
+        "proxydet data check VOCdevkit/VOC2012",
         "proxydet data check my.toml --decode",
     )
 )
@@ -72,32 +72,28 @@ def check(
     path: Annotated[
         Path | None,
         typer.Argument(
-            help="Data description (TOML), or a data root; else $PROXYDET_DATASETS, else ./datasets."
+            help="Annotation file (COCO, LVIS, OpenImages JSON), Pascal VOC folder or list, dataset config (TOML), or "
+            "data root; else $PROXYDET_DATASETS, else ./datasets."
         ),
     ] = None,
     decode: Annotated[
-        bool, typer.Option(help="Decode every image; compare the size of annotated ones (slow).")
+        bool, typer.Option(help="Decode every image, beyond comparing its size (slow).")
     ] = False,
     cache: Cache = None,
     json: Json = False,
 ) -> None:
-    """Check that all files of data sets are there and fit together; say what to do about what does not.
+    """Check annotations and images: what will be used, mended and dropped, which field and why.
 
-    The exit code is 3 where training or evaluation would fail.
+    Exit code 0: nothing in these files stops training, evaluation or prediction. Exit code 3: something does.
     """
-    from proxydet.data.check import check_dataset
-    from proxydet.data.check_root import check_root
-    from proxydet.data.description import DatasetDescription
+    from proxydet.data.check import check_path
     from proxydet.paths import datasets_folder
     from proxydet_cli.output import Output
     from proxydet_cli.progress import show_progress
 
-    place, progress = path or datasets_folder(), show_progress()
-    if place.suffix == ".toml":
-        found = DatasetDescription.from_toml(place)
-        reports = [check_dataset(found, decode=decode, cache=cache, progress=progress)]
-    else:
-        reports = check_root(place, decode=decode, cache=cache, progress=progress)
+    reports = check_path(
+        path or datasets_folder(), decode=decode, cache=cache, progress=show_progress()
+    )
     rows = [{"name": r.name, "sound": r.sound, "findings": r.findings} for r in reports]
     Output(json=json).data(rows, "\n\n".join(_checked(report) for report in reports))
     if not all(report.sound for report in reports):
@@ -189,7 +185,10 @@ def _checked(report: CheckReport) -> str:
         lines.append(f"{finding.level:>7}  {finding.part}: {finding.text}")
         if finding.advice:
             lines.append(f"{'':>7}  -> {finding.advice}")
-    verdict = "sound" if report.sound else "not usable as it is"
+    errors = sum(finding.level == "error" for finding in report.findings)
+    verdict = "sound: nothing found that stops training, evaluation or prediction"
+    if errors:
+        verdict = f"not usable as it is: {errors} error{'s' if errors > 1 else ''}"
     return "\n".join([*lines, f"{report.name}: {verdict}"])
 
 

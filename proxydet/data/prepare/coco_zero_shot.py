@@ -11,7 +11,8 @@ from pathlib import Path
 
 import msgspec
 
-from proxydet.data.annotation_json import CategoryEntry, read_annotations
+from proxydet.data.formats.coco import read_outline
+from proxydet.data.formats.records import CategoryEntry, Identifier
 from proxydet.data.prepare.json_files import ids_of, write_annotation_file
 from proxydet.errors import DataError
 
@@ -44,7 +45,7 @@ def write_split(source: Path, target: Path, names: Collection[str]) -> tuple[int
     Raises:
         DataError: the file cannot be read, or a class is not in it.
     """
-    document = read_annotations(source)
+    document = read_outline(source)
     wanted = _category_ids(document.categories, names, source)
     kept = []
     image_ids = set()
@@ -57,7 +58,7 @@ def write_split(source: Path, target: Path, names: Collection[str]) -> tuple[int
     return len(images), len(kept)
 
 
-def _category_ids(raws: list[msgspec.Raw], names: Collection[str], source: Path) -> set[int]:
+def _category_ids(raws: list[msgspec.Raw], names: Collection[str], source: Path) -> set[Identifier]:
     try:
         entries = [msgspec.json.decode(raw, type=CategoryEntry) for raw in raws]
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from proxydet.data.annotation_json import read_annotations
+from proxydet.data.formats.coco import read_outline
 from proxydet.data.prepare.json_files import categories_of, ids_of, replacing, write_annotation_file
 from proxydet.errors import DataError
 
@@ -30,7 +30,7 @@ def write_without_frequencies(
     Raises:
         DataError: the file cannot be read, or its categories have no frequency.
     """
-    document = read_annotations(source)
+    document = read_outline(source)
     left_out = {
         category["id"]
         for category in _categories(document.categories, source)
@@ -53,7 +53,7 @@ def write_category_info(source: Path, target: Path, *, with_rare: bool = True) -
     Raises:
         DataError: the file cannot be read, or its categories have no frequency.
     """
-    document = read_annotations(source)
+    document = read_outline(source)
     categories = _categories(document.categories, source)
     pairs: set[tuple[int, int]] = set()
     instances: Counter[int] = Counter()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from proxydet.data.annotation_json import read_annotations
+from proxydet.data.formats.coco import read_outline
 from proxydet.data.prepare.json_files import categories_of, write_annotation_file
 from proxydet.errors import DataError
 
@@ -26,7 +26,7 @@ def write_with_fixed_names(source: Path, fixes: Path, target: Path) -> int:
     Raises:
         DataError: a file cannot be read, or a category has neither the old nor the new name of its row.
     """
-    document = read_annotations(source)
+    document = read_outline(source)
     names = _read_fixes(fixes)
     changed = 0
     categories = []

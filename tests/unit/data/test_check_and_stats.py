@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from proxydet.data.check import CheckReport, check_dataset
-from proxydet.data.check_root import check_root
+from proxydet.data.check import CheckReport, check_dataset, check_path
 from proxydet.data.description import DatasetDescription
 from proxydet.data.stats import dataset_stats
 from proxydet.errors import DataError
@@ -34,7 +33,7 @@ def test_a_sound_data_set_is_sound(small_set_with_labels: Path, decode: bool) ->
     assert report.sound
     assert found(report, "error") == found(report, "warning") == ""
     text = found(report, "ok")
-    assert "train: train.json: 6 images, 7 annotations, 3 categories" in text
+    assert "train: train.json (COCO JSON): 6 images, 7 annotations, 3 categories" in text
     assert "3 classes of 8 dimensions, 1 of them novel" in text
     assert "image_labels: 7 images in 2 tars" in text
 
@@ -61,11 +60,12 @@ def test_files_of_the_published_layout_are_named_as_they_are_downloaded(small_se
     assert "proxydet download coco-embeddings" in advice["vocabulary"]
 
 
-def test_decoding_finds_what_looking_does_not(small_set: Path) -> None:
+def test_images_of_another_size_are_errors_and_decoding_finds_cut_ones(small_set: Path) -> None:
     Image.new("RGB", (5, 5)).save(small_set.parent / "train" / "3.png")
-    assert check(small_set).sound
-    report = check(small_set, decode=True)
-    assert "5 x 5 pixels, its annotations are for 40 x 60" in found(report, "error")
+    assert "5 x 5 pixels, its annotations are for 40 x 60" in found(check(small_set), "error")
+    whole = (small_set.parent / "train" / "1.png").read_bytes()
+    (small_set.parent / "train" / "3.png").write_bytes(whole[: len(whole) // 2])
+    assert "3.png" in found(check(small_set, decode=True), "error")
 
 
 def test_losses_and_boxes_without_masks_are_warnings(small_set: Path) -> None:
@@ -77,7 +77,7 @@ def test_losses_and_boxes_without_masks_are_warnings(small_set: Path) -> None:
     report = check(small_set)
     assert report.sound
     text = found(report, "warning")
-    assert "1 annotation of an unknown category" in text
+    assert "1 annotation dropped: category_id" in text
     assert "1 annotation has a box and no mask" in text
 
 
@@ -109,7 +109,7 @@ def test_each_part_says_its_error_and_the_others_are_still_checked(
 
 def test_empty_and_undescribed_sets_are_errors(small_set: Path) -> None:
     change(small_set.parent / "val.json", lambda content: content.update(images=[], annotations=[]))
-    assert "val: val.json: 0 images" in found(check(small_set), "error")
+    assert "val: val.json: images" in found(check(small_set), "error")
     head = small_set.read_text().split("[train]")[0]
     small_set.write_text(head)
     assert "neither [train] nor [val]" in found(check(small_set), "error")
@@ -145,7 +145,7 @@ def test_a_root_reports_on_each_description_and_on_what_is_not_prepared(small_se
         (root / source).touch()
     (root / "imagenet" / "ImageNet-21K").mkdir(parents=True)
     (root / "lvis.toml").write_text(small_set.read_text().replace("small", "lvis"))
-    reports = {Path(report.name).name: report for report in check_root(root)}
+    reports = {Path(report.name).name: report for report in check_path(root)}
     assert reports.keys() == {root.name, "broken", "lvis", "small"}
     advice = [f.advice for f in reports[root.name].findings if f.level == "warning"]
     assert advice == [
@@ -154,8 +154,8 @@ def test_a_root_reports_on_each_description_and_on_what_is_not_prepared(small_se
     ]
     assert not reports["broken"].sound
     assert reports["small"].sound
-    with pytest.raises(DataError, match="no data root"):
-        check_root(root / "absent")
+    with pytest.raises(DataError, match="no file or folder"):
+        check_path(root / "absent")
 
 
 def test_counts_are_what_is_in_the_files(small_set_with_labels: Path) -> None:
@@ -227,9 +227,18 @@ def test_what_is_no_description_says_what_to_name(small_set: Path) -> None:
         DatasetDescription.from_toml(small_set.parent)
     assert folder.value.hint is not None
     assert small_set.name in folder.value.hint
-    with pytest.raises(DataError, match="is not TOML") as annotations:
+    with pytest.raises(DataError, match="TOML") as annotations:
         DatasetDescription.from_toml(small_set.parent / "train.json")
     assert annotations.value.hint is not None
     assert "annotation file" in annotations.value.hint
-    with pytest.raises(DataError, match="neither a data root"):
-        check_root(small_set.parent / "train.json")
+
+
+def test_an_annotation_file_is_checked_on_its_own(small_set: Path) -> None:
+    """Without a dataset config or embeddings; for Pascal VOC with the images that belong to it."""
+    (report,) = check_path(small_set.parent / "train.json")
+    assert report.sound
+    assert "6 images, 7 annotations, 3 categories" in found(report, "ok")
+    assert "COCO" in found(report, "ok")
+    change(small_set.parent / "train.json", lambda c: c["images"][0].update(neg_category_ids=[]))
+    (report,) = check_path(small_set.parent / "train.json")
+    assert "neg_category_ids" in found(report, "error")

@@ -23,12 +23,12 @@ def test_check_says_what_is_wrong_and_exits_with_3(small_set: Path, capsys) -> N
 
 def test_check_of_a_root(small_set: Path, tmp_path: Path, capsys) -> None:
     assert run("check", small_set.parent) == 0
-    assert "1 data set described" in capsys.readouterr().out
+    assert "1 dataset config" in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
     assert run("check", tmp_path / "empty") == 3
     assert "proxydet download" in capsys.readouterr().out
     assert run("check", tmp_path / "absent") == 3
-    assert "no data root" in capsys.readouterr().err
+    assert "no file or folder" in capsys.readouterr().err
 
 
 def test_stats_as_tables_and_as_json(small_set_with_labels: Path, capsys) -> None:

@@ -107,7 +107,7 @@ def copies(
     for row in truth["images"]:
         for number in range(weights[row["id"]]):
             new_id = row["id"] * 100 + number
-            new["images"].append({**row, "id": new_id})
+            new["images"].append({**row, "id": new_id, "file_name": f"{new_id}.jpg"})
             for source, target in (
                 (truth["annotations"], new["annotations"]),
                 (detections, copied_detections),

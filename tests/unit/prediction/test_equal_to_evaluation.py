@@ -61,7 +61,7 @@ def test_evaluation_predicts_what_a_user_gets(
         by_image.setdefault(row["image_id"], []).append(row)
     ids = [category.id for category in split.store.categories]
     assert len(rows) > 100
-    for index, image_id in enumerate(split.store.image_ids_I.tolist()):
+    for index, image_id in enumerate(split.store.image_ids):
         found = detector.predict(
             split.images.read(index),
             score_threshold=detector.inference.score_threshold,

@@ -1,0 +1,105 @@
+"""Records as every reader hands them over, typed as loosely as files are written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import msgspec
+
+Identifier = int | str
+LABEL_LISTS = ("neg_category_ids", "not_exhaustive_category_ids", "pos_category_ids")
+"""Fields of images that list categories: LVIS's verified absent, LVIS's not exhaustively annotated, verified present."""
+
+
+class RunLengths(msgspec.Struct, frozen=True, gc=False):
+    """A mask as run lengths, column by column, starting with background."""
+
+    counts: list[int] | str
+    size: tuple[int, int]
+
+
+class ImageEntry(msgspec.Struct, frozen=True, gc=False):
+    """What is read of an image; other fields are skipped. Sizes in pixels."""
+
+    id: Identifier
+    width: int
+    height: int
+    file_name: str | None = None
+    coco_url: str | None = None
+    neg_category_ids: list[Identifier] | None = None
+    not_exhaustive_category_ids: list[Identifier] | None = None
+    pos_category_ids: list[Identifier] | None = None
+
+
+class AnnotationEntry(msgspec.Struct, frozen=True, gc=False):
+    """What is read of an annotation; other fields are skipped. The box is x, y, width, height in pixels."""
+
+    image_id: Identifier
+    category_id: Identifier
+    bbox: tuple[float, float, float, float] | None = None
+    segmentation: list[list[float]] | RunLengths | None = None
+    area: float | None = None
+    iscrowd: int = 0
+    ignore: int = 0
+    id: Identifier | None = None
+
+
+class CategoryEntry(msgspec.Struct, frozen=True):
+    """What is read of a category; other fields are skipped."""
+
+    id: Identifier
+    name: str
+    frequency: str | None = None
+    synset: str | None = None
+    wnid: str | None = None
+    freebase_id: str | None = None
+    supercategory: str | None = None
+    image_count: int | None = None
+    instance_count: int | None = None
+    synonyms: list[str] | None = None
+
+
+class Flaw(msgspec.Struct, frozen=True):
+    """A record that is dropped.
+
+    Attributes:
+        key: The deviation.
+        which: Its id, or its position.
+    """
+
+    key: str
+    which: str
+
+
+class Loose(msgspec.Struct, frozen=True):
+    """A record that is read after mending.
+
+    Attributes:
+        entry: The record.
+        mended: Deviations found in it.
+    """
+
+    entry: ImageEntry | AnnotationEntry
+    mended: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """An annotation file, opened.
+
+    Attributes:
+        format: Name of the format, for people.
+        categories: The categories, in the file's order.
+        images: The images, in the file's order.
+        annotations: Chunks of annotations, in the file's order.
+        annotation_count: How many annotations there are.
+        mended: Deviations of the file as a whole and of its categories, with examples.
+    """
+
+    format: str
+    categories: list[CategoryEntry]
+    images: list[ImageEntry | Loose | Flaw]
+    annotations: Iterator[list[AnnotationEntry | Loose | Flaw]]
+    annotation_count: int
+    mended: dict[str, list[str]]

@@ -1,0 +1,197 @@
+"""Reading Pascal VOC: one XML file an image, boxes with both corners, classes by name.
+
+Layout: ``Annotations/*.xml``, ``JPEGImages/``, and lists of image names in ``ImageSets/Main/*.txt``. A data set is named
+by its folder, by a folder of XML files, or by one of the lists.
+"""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from pathlib import Path
+
+from proxydet.data.formats.records import (
+    AnnotationEntry,
+    CategoryEntry,
+    Document,
+    Flaw,
+    ImageEntry,
+    Loose,
+)
+from proxydet.data.masks import LARGEST_IMAGE
+from proxydet.errors import DataError
+
+_LARGEST_FILE = 32 << 20
+_CHUNK = 16384
+_HINT = "Pascal VOC has one XML file an image in Annotations/, with size and object/bndbox"
+
+
+def is_voc(source: Path) -> bool:
+    """Whether a path names Pascal VOC annotations: a folder, an XML file, or a list in ``ImageSets``."""
+    return source.is_dir() or source.suffix.lower() in (".xml", ".txt")
+
+
+def image_folder(source: Path) -> Path | None:
+    """Return the ``JPEGImages`` folder that belongs to VOC annotations; None where there is none."""
+    for folder in (source, *source.resolve().parents[:4]):
+        if (folder / "JPEGImages").is_dir():
+            return folder / "JPEGImages"
+    return None
+
+
+def files(source: Path) -> list[Path]:
+    """Return the XML files that a path names, in the order of the list, or of their names.
+
+    Raises:
+        DataError: there are none, or a listed one is absent.
+    """
+    if source.suffix.lower() == ".xml" and source.is_file():
+        return [source]
+    if source.is_dir():
+        inner = source / "Annotations"
+        folder = inner if inner.is_dir() else source
+        found = sorted(path for path in folder.glob("*.xml") if not path.name.startswith("._"))
+        if not found:
+            raise DataError(
+                f"there are no annotations (*.xml) in {folder}", hint=_HINT, path=source
+            )
+        return found
+    above = [f / "Annotations" for f in source.resolve().parents[:4]]
+    folder = next((f for f in above if f.is_dir()), source)
+    if folder == source:
+        raise DataError(
+            f"{source} is not an annotation file: a list of images needs a folder Annotations above it",
+            hint=_HINT,
+            path=source,
+        )
+    try:
+        lines = source.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {source}: {error}", hint=_HINT, path=source) from error
+    # In the lists of single classes, a second column says whether the class is there.
+    names = [line.split()[0] for line in lines if line.split()]
+    listed = [folder / f"{name}.xml" for name in dict.fromkeys(names)]
+    absent = [path.name for path in listed if not path.is_file()]
+    if absent or not listed:
+        what = (
+            f"{len(absent)} of its {len(listed)} images have no XML in {folder}, e.g. {absent[:3]}"
+        )
+        raise DataError(
+            f"{source}: {what if absent else 'it lists no image'}",
+            hint="correct the list, or get the missing files",
+            path=source,
+        )
+    return listed
+
+
+def read(source: Path) -> Document:
+    """Read Pascal VOC annotations.
+
+    Corners are pixel numbers from 1, both inclusive, as the format says: a box from 1 to W covers the image. Where a
+    corner of the data set is 0, its writer counted from 0, and all corners are taken as they are. ``difficult`` objects
+    are marked to be ignored in scoring.
+
+    Raises:
+        DataError: a file is not such XML.
+    """
+    images: list[ImageEntry | Loose | Flaw] = []
+    objects: list[tuple[str, str, tuple[float, ...] | None, bool]] = []
+    for path in files(source):
+        root = _parse(path)
+        name = (root.findtext("filename") or "").strip()
+        # Some writers put the whole path, or the name without its ending, there.
+        name = name.replace("\\", "/").rsplit("/", 1)[-1]
+        if not name or "." not in name:
+            name = _image_beside(path, name or path.stem)
+        width, height = (_number(root.findtext(f"size/{side}")) for side in ("width", "height"))
+        if not width or not height or not 0 < width * height <= LARGEST_IMAGE:
+            images.append(Flaw("image.size", path.stem))
+        else:
+            images.append(
+                ImageEntry(id=path.stem, width=int(width), height=int(height), file_name=name)
+            )
+        for item in root.iter("object"):
+            corners = [
+                _number(item.findtext(f"bndbox/{side}"))
+                for side in ("xmin", "ymin", "xmax", "ymax")
+            ]
+            box = None if None in corners else tuple(float(side or 0) for side in corners)
+            label = (item.findtext("name") or "").strip()
+            objects.append(
+                (path.stem, label, box, (item.findtext("difficult") or "").strip() == "1")
+            )
+    names = sorted({label for _, label, _, _ in objects if label})
+    number = {name: index for index, name in enumerate(names, 1)}
+    first = 0 if any(box and min(box[:2]) < 1 for _, _, box, _ in objects) else 1
+
+    def chunks() -> Iterator[list[AnnotationEntry | Loose | Flaw]]:
+        rows: list[AnnotationEntry | Loose | Flaw] = []
+        for index, (image, label, box, difficult) in enumerate(objects, 1):
+            if not label:
+                rows.append(Flaw("annotation.category_id", f"object {index} of {image}"))
+                continue
+            xywh = None
+            if box is not None:
+                x, y = box[0] - first, box[1] - first
+                xywh = (x, y, box[2] - x, box[3] - y)
+            rows.append(
+                AnnotationEntry(
+                    id=index,
+                    image_id=image,
+                    category_id=number[label],
+                    bbox=xywh,
+                    area=None if xywh is None else max(xywh[2], 0) * max(xywh[3], 0),
+                    ignore=int(difficult),
+                )
+            )
+        for start in range(0, len(rows), _CHUNK):
+            yield rows[start : start + _CHUNK]
+
+    return Document(
+        format="Pascal VOC",
+        categories=[CategoryEntry(id=index, name=name) for name, index in number.items()],
+        images=images,
+        annotations=chunks(),
+        annotation_count=len(objects),
+        mended={},
+    )
+
+
+def _parse(path: Path) -> ElementTree.Element:
+    try:
+        if path.stat().st_size > _LARGEST_FILE:
+            raise DataError(
+                f"{path} is larger than any annotation of one image", hint=_HINT, path=path
+            )
+        text = path.read_bytes()
+        # Python's parser bounds the growth of entities; the format needs none, so none are read.
+        if b"<!ENTITY" in text:
+            raise DataError(f"{path} declares entities, which are not read", hint=_HINT, path=path)
+        root = ElementTree.fromstring(text)  # noqa: S314 - no entities, bounded size
+    except OSError as error:
+        raise DataError(
+            f"cannot read {path}: {error.strerror or error}",
+            hint="check that it is a file that you may read",
+            path=path,
+        ) from error
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
+        raise DataError(f"{path} is not XML: {error}", hint=_HINT, path=path) from error
+    if root.tag != "annotation":
+        raise DataError(
+            f"{path} is not Pascal VOC: its root is <{root.tag[:40]}>", hint=_HINT, path=path
+        )
+    return root
+
+
+def _image_beside(path: Path, stem: str) -> str:
+    folder = image_folder(path)
+    found = sorted(folder.glob(f"{stem}.*")) if folder is not None else []
+    return found[0].name if found else f"{stem}.jpg"
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        value = float(text or "")
+    except ValueError:
+        return None
+    return value if -1e9 < value < 1e9 else None

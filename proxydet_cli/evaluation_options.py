@@ -119,6 +119,7 @@ class EvalOptions:
         switches = {
             "--fixed": config.fixed,
             "--allow-outside": config.allow_outside,
+            "--allow-duplicates": config.allow_duplicates,
             "--tta": self.tta,
         }
         return words + [key for key, on in switches.items() if on]

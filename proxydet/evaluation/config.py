@@ -40,6 +40,9 @@ class EvaluationConfig:
     allow_outside: bool = False
     """Accept boxes that reach out of their image by more than a pixel; they are scored as they are."""
 
+    allow_duplicates: bool = False
+    """Accept results that hold every detection of every image more than once, as files that were joined twice do."""
+
     bootstrap: int = 200
     """Resamples of the images that confidence intervals are made from; 0 for no intervals."""
 

@@ -33,8 +33,7 @@ from proxydet.evaluation.report import (
     Resampling,
     TypeReport,
 )
-from proxydet.evaluation.results import Results
-from proxydet.evaluation.results_file import read_results
+from proxydet.evaluation.results import Results, read_results
 from proxydet.evaluation.scoring import Scored, score, scored_types
 from proxydet.reporting import SILENT, Progress
 
@@ -114,6 +113,7 @@ def run_evaluation(
             truth,
             keep_every_mask=config.engine == "lvis",
             allow_outside=config.allow_outside,
+            allow_duplicates=config.allow_duplicates,
         )
     if truth.protocol == "openimages":
         return _openimages(truth, results, config)

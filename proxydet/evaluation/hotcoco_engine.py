@@ -186,10 +186,11 @@ def _hotcoco_detections(
             selection.category_S + 1,
         ]
     )
-    if iou_type == "bbox":
-        return annotations.load_res(table_S7)
-    masks = [results.masks[index] for index in results.mask_D[chosen]]
+    masks = None
+    if iou_type == "segm":
+        masks = [results.masks[index] for index in results.mask_D[chosen]]
     detections = annotations.load_res(table_S7, segmentation=masks)
-    # Its loader takes the box's area; small, medium and large masks go by the mask's.
-    detections.update_anns(ids=np.arange(len(chosen)) + 1, area=selection.area_S)
+    if iou_type == "segm" or results.drawn_D[chosen].any():
+        # Its loader takes the box's area.
+        detections.update_anns(ids=np.arange(len(chosen)) + 1, area=selection.area_S)
     return detections

@@ -13,6 +13,8 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from proxydet.evaluation.curves import NO_LIMIT, Curves, Limits, nothing_detected
 from proxydet.evaluation.ground_truth import GroundTruth
 from proxydet.evaluation.results import Results
@@ -115,6 +117,13 @@ def _detections(results: Results, iou_type: str) -> list[dict[str, Any]]:
     return rows
 
 
+def _set_areas(rows: list[dict[str, Any]], results: Results, iou_type: str) -> None:
+    """Give loaded rows that had no box in their file the area of their mask, as the evaluators do without a box."""
+    if iou_type == "bbox":
+        for index in np.flatnonzero(results.drawn_D).tolist():
+            rows[index]["area"] = float(results.mask_area_M[results.mask_D[index]])
+
+
 def _lvis_curves(
     truth: GroundTruth,
     results: Results,
@@ -129,7 +138,9 @@ def _lvis_curves(
     annotations.dataset = _annotations(truth)
     annotations._create_index()
     most = -1 if per_image is None else per_image
-    detections = LVISResults(annotations, _detections(results, iou_type), max_dets=most)
+    rows = _detections(results, iou_type)
+    detections = LVISResults(annotations, rows, max_dets=most)
+    _set_areas(rows, results, iou_type)
     evaluator = LVISEval(annotations, detections, iou_type)
     evaluator.evaluate()
     evaluator.accumulate()
@@ -147,7 +158,10 @@ def _coco_curves(truth: GroundTruth, results: Results, iou_type: str, limits: Li
     annotations = COCO()
     annotations.dataset = _annotations(truth)
     annotations.createIndex()
-    evaluator = COCOeval(annotations, annotations.loadRes(_detections(results, iou_type)), iou_type)
+    rows = _detections(results, iou_type)
+    detections = annotations.loadRes(rows)
+    _set_areas(rows, results, iou_type)
+    evaluator = COCOeval(annotations, detections, iou_type)
     evaluator.params.maxDets = [NO_LIMIT if limit is None else limit for limit in limits]
     evaluator.evaluate()
     evaluator.accumulate()

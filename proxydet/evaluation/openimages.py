@@ -181,6 +181,7 @@ def _expanded(results: Results, ancestors: Mapping[int, tuple[int, ...]]) -> Res
         ),
         score_D=results.score_D[source],
         box_D4=results.box_D4[source],
+        drawn_D=results.drawn_D[source],
         mask_D=results.mask_D[source],
     )
 

@@ -26,7 +26,8 @@ class Selection:
         image_S: int64 in [0, I).
         category_S: int64 in [0, C).
         score_S: float64.
-        area_S: float64, pixels: of the box when boxes are scored, of the mask when masks are.
+        area_S: float64, pixels: of the box when boxes are scored (of the mask where the file has no box), of the mask when
+            masks are.
         capped: Detections left out because their image, or for fixed AP their category, has better ones enough.
         unjudged: Detections left out because their category is not judged in their image.
         without_area: Detections left out because they cover no pixel (LVIS only, as its evaluator does).
@@ -125,9 +126,11 @@ def _best(
 
 
 def _areas(results: Results, kept: NDArray[np.int64], iou_type: str) -> NDArray[np.float64]:
-    if iou_type == "bbox":
-        sides_D2 = results.box_D4[kept, 2:]
-        area: NDArray[np.float64] = sides_D2[:, 0] * sides_D2[:, 1]
-    else:
-        area = results.mask_area_M[results.mask_D[kept]]
+    if iou_type == "segm":
+        masks: NDArray[np.float64] = results.mask_area_M[results.mask_D[kept]]
+        return masks
+    area: NDArray[np.float64] = results.box_D4[kept, 2] * results.box_D4[kept, 3]
+    # Without a box of its own a detection is as large as its mask, for the official evaluators too.
+    drawn = results.drawn_D[kept]
+    area[drawn] = results.mask_area_M[results.mask_D[kept[drawn]]]
     return area

@@ -35,7 +35,7 @@ Results = Annotated[
     typer.Option(
         "--results",
         metavar="FILE",
-        help="Score this LVIS or COCO results file (JSON, plain or gzipped) instead of detecting.",
+        help="Score this LVIS or COCO results file (JSON, plain or gzipped), or what predict --save coco wrote, instead of detecting.",
     ),
 ]
 Data = Annotated[
@@ -89,6 +89,10 @@ Hierarchy = Annotated[
 ]
 AllowOutside = Annotated[
     bool, typer.Option("--allow-outside", help="Accept boxes that reach out of their image.")
+]
+AllowDuplicates = Annotated[
+    bool,
+    typer.Option("--allow-duplicates", help="Accept results that hold every detection twice."),
 ]
 OutputFolder = Annotated[
     Path | None,
@@ -146,6 +150,7 @@ def evaluate(
     bootstrap: Bootstrap = 200,
     hierarchy: Hierarchy = None,
     allow_outside: AllowOutside = False,
+    allow_duplicates: AllowDuplicates = False,
     output: OutputFolder = None,
     compare: Compare = None,
     device: Device = "auto",
@@ -181,6 +186,7 @@ def evaluate(
             bootstrap=bootstrap,
             hierarchy=hierarchy,
             allow_outside=allow_outside,
+            allow_duplicates=allow_duplicates,
             batch_size=batch_size,
         ),
         tta=tta,

@@ -18,7 +18,7 @@ from proxydet.evaluation.evaluate import Evaluation, run_evaluation
 from proxydet.evaluation.ground_truth import GroundTruth
 from proxydet.evaluation.openimages import read_hierarchy, score_openimages
 from proxydet.evaluation.recall import box_recall
-from proxydet.evaluation.results_file import read_results
+from proxydet.evaluation.results import read_results
 
 BOXES = EvaluationConfig(bootstrap=0, iou_types=("bbox",))
 SIZE = {"height": 200, "width": 200}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
+from proxydet.compat.lvis_api import LVIS, LVISEval, LVISResults
 from proxydet.errors import EnvironmentProblem
 from proxydet.evaluation import hotcoco_engine, scoring
 from proxydet.evaluation.config import EvaluationConfig
@@ -120,6 +125,42 @@ def test_the_limit_counts_detections_of_unjudged_categories(make_set: Callable[.
     assert judged.counts.unjudged > 0
     fast, official = both(truth, detections, max_detections=5)
     assert largest_difference(fast, official) < TOLERANCE
+
+
+@pytest.mark.parametrize("engine", ["hotcoco", "lvis"])
+@pytest.mark.parametrize("federated", [True, False])
+def test_sizes_of_detections_without_a_box_are_those_of_their_masks(
+    make_set: Callable[..., Any], federated: bool, engine: str
+) -> None:
+    """As the official evaluators take them when they are given such rows; AP of small and medium boxes shows it."""
+    truth, detections = make_set(8, images=8, categories=3, per_image=40, federated=federated)
+    for row in truth["annotations"]:  # around the limit of small ones
+        row["area"] = 1000.0 + row["id"] % 2 * 50
+    bare = [{key: row[key] for key in row if key != "bbox"} for row in detections]
+    report = evaluate_results(
+        bare, truth, config=EvaluationConfig(engine=engine, bootstrap=0, iou_types=("bbox",))
+    )
+    ids = itertools.count(1)
+    truth["annotations"] = [{"iscrowd": 0, **row, "id": next(ids)} for row in truth["annotations"]]
+    if federated:
+        annotations = LVIS.__new__(LVIS)
+        annotations.logger = logging.getLogger("lvis")
+        annotations.dataset = truth
+        annotations._create_index()
+        evaluator = LVISEval(annotations, LVISResults(annotations, bare), "bbox")
+        evaluator.run()
+        expected = evaluator.get_results()
+    else:
+        annotations = COCO()
+        annotations.dataset = truth
+        annotations.createIndex()
+        evaluator = COCOeval(annotations, annotations.loadRes(bare), "bbox")
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
+        expected = dict(zip(("AP", "AP50", "AP75", "APs", "APm"), evaluator.stats, strict=False))
+    for name in ("AP", "AP50", "APs", "APm"):
+        assert report.types["bbox"].metrics[name] == pytest.approx(expected[name], abs=TOLERANCE)
 
 
 def test_fixed_ap_limits_a_category_and_not_an_image(make_set: Callable[..., Any]) -> None:

@@ -380,7 +380,8 @@ def test_options_survive_the_way_to_other_processes(tmp_path: Path) -> None:
         words = ["--weights", "a b.pth", "--config", "swinb", "--data", "coco", "--split", "train"]
         words += ["--vocabulary", "v.npz", "--output", str(tmp_path), "--device", "cpu", "--fixed"]
         words += ["--iou-type", "segm,bbox", "--engine", "lvis", "--bootstrap", "7"]
-        words += ["--hierarchy", "h.json", "--batch-size", "3", "--allow-outside", "--gpus", "2"]
+        words += ["--hierarchy", "h.json", "--batch-size", "3", "--allow-outside"]
+        words += ["--allow-duplicates", "--gpus", "2"]
         assert CliRunner().invoke(app, words).exit_code == 0
         assert CliRunner().invoke(app, seen[0].words()).exit_code == 0
     first, second = seen

@@ -440,7 +440,7 @@ _Dumper.add_representer(str, _represent_text)
 
 
 def parse_yaml(
-    text: str, where: str = "the text", path: Path | None = None, *, loader: type[_Loader] = _Loader
+    text: str, where: str = "the text", path: Path | None = None, *, only_text: bool = False
 ) -> Any:
     """Parse YAML text.
 
@@ -448,13 +448,13 @@ def parse_yaml(
         text: One YAML document.
         where: What the text is, for messages.
         path: The file it came from.
-        loader: How scalars are read.
+        only_text: Take every scalar as text, ``007``, ``off`` and nothing at all too.
 
     Raises:
         ConfigError: The text is not valid YAML; the message has the line.
     """
     try:
-        return yaml.load(text, Loader=loader)  # noqa: S506 - a subclass of SafeLoader
+        return yaml.load(text, Loader=_TextLoader if only_text else _Loader)  # noqa: S506 - a subclass of SafeLoader
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         number = mark.line if mark is not None else 0
@@ -637,7 +637,7 @@ def _override_value(annotation: Any, where: str, text: str) -> Any:
         none = type(None) in members and text in ("null", "Null", "NULL", "~", "")
         return None if none else text
     only_text = any(_holds_text(member) for member in members)
-    return parse_yaml(text, where, loader=_TextLoader if only_text else _Loader)
+    return parse_yaml(text, where, only_text=only_text)
 
 
 def _holds_text(annotation: Any) -> bool:

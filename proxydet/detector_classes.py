@@ -9,8 +9,8 @@ from pathlib import Path
 
 from proxydet.detector_inputs import Classes
 from proxydet.vocabulary.encoder import TextEncoder, open_encoder
-from proxydet.vocabulary.files import complete_vocabulary, open_vocabulary
-from proxydet.vocabulary.prompts import PUBLISHED
+from proxydet.vocabulary.names import PUBLISHED
+from proxydet.vocabulary.sources import complete_vocabulary, open_vocabulary
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 _REMEMBERED = 16

@@ -18,7 +18,7 @@ from proxydet.modeling.config import BackboneConfig, InferenceConfig, ModelConfi
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.modeling.weights import load_weights
 from proxydet.paths import QUICKSTARTS_RUN, require_run, run_in
-from proxydet.vocabulary.published import published_vocabulary
+from proxydet.vocabulary.sources import published_vocabulary
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 if TYPE_CHECKING:

@@ -8,18 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from proxydet.errors import VocabularyError
-
 if TYPE_CHECKING:
     from proxydet.detector import Detector
     from proxydet.vocabulary.vocabulary import Vocabulary
 
-_VOCABULARY_FILES = (".txt", ".json", ".npy", ".npz", ".vocab")
-
 Classes = Annotated[
     str | None,
     typer.Option(
-        "--classes", "-v", metavar="NAMES", help="What to look for: 'cup, plate, \"knife, fork\"'."
+        "--classes",
+        "-v",
+        metavar="NAMES",
+        help="What to look for: 'cup, plate, \"knife, fork\"', or a file as for --vocabulary.",
     ),
 ]
 VocabularySource = Annotated[
@@ -27,8 +26,8 @@ VocabularySource = Annotated[
     typer.Option(
         "--vocabulary",
         metavar="NAME|FILE",
-        help="Instead of -v: lvis, coco, objects365, openimages, a file of names (.txt, .json), of proxydet vocab "
-        "build (.npz, .vocab), or of embeddings (.npy, with --names).",
+        help="Instead of -v: lvis, coco, objects365, openimages, a file of names (.txt, .json, .yaml, a COCO annotation "
+        "file), of proxydet vocab build (.npz, .vocab), or of embeddings (.npy, with --names).",
     ),
 ]
 NamesFile = Annotated[
@@ -128,15 +127,12 @@ def chosen_vocabulary(
     Raises:
         VocabularyError: It cannot be used.
     """
-    from proxydet.vocabulary.files import open_vocabulary
     from proxydet.vocabulary.names import split_names
+    from proxydet.vocabulary.sources import is_vocabulary_file, open_vocabulary
 
+    if classes is not None and is_vocabulary_file(classes) and Path(classes).is_file():
+        classes, source = None, classes
     if classes is not None:
-        if Path(classes).suffix in _VOCABULARY_FILES and Path(classes).is_file():
-            raise VocabularyError(
-                f"-v takes class names, and {classes} is a file",
-                hint=f"give it as --vocabulary {classes}",
-            )
         return detector.with_base(detector.resolve(split_names(classes)), base_above)
     if source is None:
         return detector.vocabulary

@@ -19,8 +19,7 @@ from proxydet.data.formats.records import CategoryEntry
 from proxydet.data.store import AnnotationStore
 from proxydet.errors import DataError, VocabularyError
 from proxydet.reporting import SILENT, Progress
-from proxydet.vocabulary.published import load_embeddings
-from proxydet.vocabulary.vocabulary import Vocabulary
+from proxydet.vocabulary.vocabulary import Vocabulary, load_embeddings
 
 
 def open_split(

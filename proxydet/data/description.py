@@ -13,6 +13,7 @@ from typing import Any
 from proxydet.config import from_mapping, parse_toml
 from proxydet.errors import ConfigError, DataError
 from proxydet.files import read_text
+from proxydet.vocabulary.names import read_names
 
 _LARGEST_FILE = 8 << 20
 
@@ -27,7 +28,7 @@ class VocabularySpec:
 
     names: tuple[str, ...] = ()
     """Class name of each row of the embeddings, where they are not all the categories of the annotation file in
-    ascending order of their ids; categories are then found by name."""
+    ascending order of their ids; categories are then found by name. In a TOML file also a file of names."""
 
     novel: tuple[str, ...] = ()
     """Names of the classes whose annotations training must not see."""
@@ -119,6 +120,7 @@ class DatasetDescription:
         Raises:
             DataError: the file is absent or not TOML, a key is unknown or missing, or a value has the wrong type.
                 Whether the files that it names exist is checked when they are opened.
+            VocabularyError: ``vocabulary.names`` is a file that holds no class names.
         """
         path = Path(path)
         try:
@@ -146,6 +148,10 @@ class DatasetDescription:
                 else "correct that line; docs/reference/data-description.md shows every key",
                 path=path,
             ) from error
+        table = content.get("vocabulary")
+        if isinstance(table, dict) and isinstance(table.get("names"), str):
+            file = path.resolve().parent / Path(table["names"]).expanduser()
+            table["names"] = [entry.name for entry in read_names(file)]
         try:
             description = from_mapping(cls, content)
         except ConfigError as error:

@@ -13,12 +13,13 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from proxydet.errors import VocabularyError
+from proxydet.files import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -121,19 +122,11 @@ class CompositionalEncoder:
         Raises:
             VocabularyError: The file is no such encoder.
         """
-        try:
-            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        hint = "give the text_encoder.json of a run or of proxydet quickstart's data"
+        content = read_json(path, what="text encoder", hint=hint, error=VocabularyError)
+        if content.get("format") != _FORMAT:
             raise VocabularyError(
-                f"cannot read the text encoder {path}: {error}",
-                hint="give the text_encoder.json of a run or of proxydet quickstart's data",
-                path=path,
-            ) from error
-        if not isinstance(content, dict) or content.get("format") != _FORMAT:
-            raise VocabularyError(
-                f"{path} is not a file of the form {_FORMAT!r}",
-                hint="give the text_encoder.json of a run or of proxydet quickstart's data",
-                path=path,
+                f"{path} is not a file of the form {_FORMAT!r}", hint=hint, path=path
             )
         try:
             return cls(
@@ -142,11 +135,9 @@ class CompositionalEncoder:
                 dict(content["aliases"]),
                 float(content["noise"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise VocabularyError(
-                f"the text encoder {path} is damaged: {error!r}",
-                hint="give the text_encoder.json of a run or of proxydet quickstart's data",
-                path=path,
+                f"the text encoder {path} is damaged: {error!r}", hint=hint, path=path
             ) from error
 
 

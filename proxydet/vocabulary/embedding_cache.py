@@ -18,7 +18,6 @@ logger = logging.getLogger(__name__)
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS embeddings (key BLOB PRIMARY KEY, row BLOB NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS digests (file TEXT PRIMARY KEY, digest TEXT NOT NULL) WITHOUT ROWID;
 """
 _VARIABLES = 500
 
@@ -58,21 +57,6 @@ class EmbeddingCache:
         with self._opened() as database, database:
             database.executemany("INSERT OR REPLACE INTO embeddings VALUES (?, ?)", entries)
 
-    def digest_of(self, file: Path) -> str:
-        """SHA-256 of a file; remembered for as long as its size and time of change stay the same."""
-        status = file.stat()
-        identity = f"{file.resolve()}:{status.st_size}:{status.st_mtime_ns}"
-        with self._opened() as database:
-            known = database.execute(
-                "SELECT digest FROM digests WHERE file = ?", (identity,)
-            ).fetchone()
-            if known:
-                return str(known[0])
-            digest = _sha256_of(file)
-            with database:
-                database.execute("INSERT OR REPLACE INTO digests VALUES (?, ?)", (identity, digest))
-        return digest
-
     @contextmanager
     def _opened(self) -> Iterator[sqlite3.Connection]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,14 +83,6 @@ def _connected(path: Path) -> sqlite3.Connection:
         database.close()
         raise
     return database
-
-
-def _sha256_of(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _key(encoder_digest: str, text: str) -> bytes:

@@ -5,6 +5,8 @@ Dimensions: C classes, T texts, L tokens, D embedding.
 
 from __future__ import annotations
 
+import inspect
+import logging
 import threading
 from collections.abc import Sequence
 from functools import cached_property
@@ -14,14 +16,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from proxydet.errors import VocabularyError
+from proxydet.errors import CheckpointError, VocabularyError
+from proxydet.files import remembered_sha256
 from proxydet.paths import cache_folder, models_folder
 from proxydet.reporting import SILENT
 from proxydet.vocabulary.compositional import CompositionalEncoder
 from proxydet.vocabulary.embedding_cache import EmbeddingCache
-from proxydet.vocabulary.names import ClassWords, check_classes
-from proxydet.vocabulary.prompts import PUBLISHED, fill, find_prompts
-from proxydet.vocabulary.text_tower import causal_mask, load_tower, tower_settings
+from proxydet.vocabulary.names import PUBLISHED, ClassWords, check_classes, fill, find_prompts
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from proxydet.reporting import Progress
 
 Floats = npt.NDArray[np.float32]
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "ViT-B-32-quickgelu"
 """The text tower of the published embeddings: OpenAI's CLIP ViT-B/32."""
@@ -151,7 +154,8 @@ class ClipTextEncoder:
     @cached_property
     def digest(self) -> str:
         """What the embeddings depend on besides the text: the model's name and the weights' SHA-256."""
-        return f"{self.model}:{self.cache.digest_of(self.weights)}"
+        memory = self.cache.path.with_name("weights.json")
+        return f"{self.model}:{remembered_sha256(self.weights, memory)}"
 
     @property
     def dim(self) -> int:
@@ -191,7 +195,7 @@ class ClipTextEncoder:
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
-        return tower_settings(self.model)
+        return _tower_settings(self.model)
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -201,7 +205,7 @@ class ClipTextEncoder:
 
     @cached_property
     def _tower(self) -> torch.nn.Module:
-        return load_tower(self._settings, self.weights, self.model).to(self.device)
+        return _load_tower(self._settings, self.weights, self.model).to(self.device)
 
     def _encode_texts(self, texts: Sequence[str]) -> dict[str, Floats]:
         counts = self.token_counts(texts)
@@ -238,8 +242,100 @@ class ClipTextEncoder:
 
         tokens_TL = self._tokenizer(list(texts), context_length=length).to(self.device)
         # open_clip's tower adds a mask of its full context; a cut one is passed in instead of changing the tower.
-        masks = {"attn_mask": causal_mask(length).to(self.device)} if self._settings["cut"] else {}
+        masks = {"attn_mask": _causal_mask(length).to(self.device)} if self._settings["cut"] else {}
         with torch.inference_mode():
             rows_TD = torch.func.functional_call(self._tower, masks, (tokens_TL,))
         encoded: Floats = rows_TD.float().cpu().numpy()
         return encoded
+
+
+def _tower_settings(model: str) -> dict[str, Any]:
+    """Look up what a model's text tower is built of.
+
+    Args:
+        model: open_clip's name of the model.
+
+    Returns:
+        The arguments of open_clip's ``TextTransformer``, ``quick_gelu``, and ``cut``: whether its context can be cut to the
+        length of the texts.
+
+    Raises:
+        VocabularyError: open_clip has no such model, or its text tower is of another kind.
+    """
+    import open_clip
+    from open_clip.transformer import TextTransformer
+
+    config = open_clip.get_model_config(model)
+    if config is None:
+        raise VocabularyError(
+            f"open_clip has no model {model!r}",
+            hint="see open_clip.list_models(); OpenAI's weights need ...-quickgelu",
+        )
+    text = {key: value for key, value in config["text_cfg"].items() if value is not None}
+    accepted = set(inspect.signature(TextTransformer.__init__).parameters)
+    foreign = sorted(set(text) - accepted)
+    if foreign:
+        raise VocabularyError(
+            f"the text tower of {model!r} is not one that can be used here (it needs {', '.join(foreign)})",
+            hint="encode the names with open_clip yourself and give the embeddings as a .npy file",
+        )
+    causal = text.get("pool_type", "argmax") == "argmax" and not text.get("no_causal_mask")
+    return {
+        "context_length": 77,
+        **text,
+        "output_dim": config["embed_dim"],
+        "quick_gelu": bool(config.get("quick_gelu")),
+        # Behind the end token nothing is read, so padding can be left out.
+        "cut": causal and not text.get("embed_cls"),
+    }
+
+
+def _load_tower(settings: dict[str, Any], weights: Path, model: str) -> torch.nn.Module:
+    """Build a text tower with its weights.
+
+    Args:
+        settings: What `_tower_settings` gave.
+        weights: CLIP checkpoint.
+        model: The model's name, for messages.
+
+    Raises:
+        CheckpointError: The weights cannot be read, or are not those of the model.
+    """
+    import torch
+    from open_clip.transformer import QuickGELU, TextTransformer
+
+    from proxydet.vocabulary.clip_weights import read_text_tower
+
+    arguments = {k: v for k, v in settings.items() if k not in ("quick_gelu", "cut")}
+    with torch.device("meta"):
+        tower = TextTransformer(
+            **arguments, act_layer=QuickGELU if settings["quick_gelu"] else torch.nn.GELU
+        )
+    given = read_text_tower(weights)
+    expected = tower.state_dict()
+    wrong = sorted(
+        {name for name in expected if name not in given}
+        | {name for name in given if name not in expected}
+        | {name for name in given if name in expected and given[name].shape != expected[name].shape}
+    )
+    if wrong:
+        raise CheckpointError(
+            f"{weights} does not fit the text tower of {model}: {len(wrong)} tensors differ in name or shape, "
+            f"the first: {', '.join(wrong[:3])}",
+            hint="name the open_clip model that the weights belong to",
+            path=weights,
+        )
+    tower.load_state_dict(given, assign=True)
+    if tower.attn_mask is not None:
+        # Not in checkpoints, and made on the meta device above.
+        tower.attn_mask = _causal_mask(tower.num_pos)
+    logger.info("loaded the text tower of %s from %s", model, weights)
+    ready: torch.nn.Module = tower.eval()
+    return ready
+
+
+def _causal_mask(length: int) -> torch.Tensor:
+    """Return what is added to attention so that no token sees a later one: (length, length), 0 or minus infinity."""
+    import torch
+
+    return torch.full((length, length), float("-inf")).triu_(1)

@@ -1,21 +1,40 @@
-"""Reads class names from an option's text and from files."""
+"""Class names: read from an option's text and from files, checked, and put into the sentences that are embedded."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
+import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from proxydet.errors import VocabularyError
+import msgspec
 
-_LARGEST_FILE = 32 * 1024 * 1024
+from proxydet.config import parse_yaml
+from proxydet.errors import ConfigError, VocabularyError
+from proxydet.files import read_text
+from proxydet.wording import counted, size_text
+
+logger = logging.getLogger(__name__)
+
+LIST_SUFFIXES = (".txt", ".names", ".list", ".json", ".yaml", ".yml")
+"""Endings of files that hold class names; a file without an ending is read as ``.txt``."""
+
+_LARGEST_FILE = 32 << 20
+_LARGEST_YAML = 2_000_000
+_LARGEST_ANNOTATIONS = 4 << 30
+_LONGEST_NAME = 500
+_MOST_NAMES = 100_000
 # The blanks in front are taken whole (a look-ahead does not go back), or a long row of them would take quadratic time.
 _NEXT_NAME = re.compile(
     r'(?P<name>(?=(?P<blanks>\s*))(?P=blanks)(?:"(?P<quoted>(?:[^"]|"")*)"|(?P<plain>[^",\s][^,]*|))\s*)(?:,|$)'
 )
+_DOT = re.compile(r"(?<=\s)\.(?=\s|$)|\.\s|\.$")
+_LIST_ITEM = re.compile(r"\s*(?:- |\d+\s*: )")
 
 
 @dataclass(frozen=True)
@@ -31,13 +50,18 @@ class ClassWords:
         return tuple(dict.fromkeys((self.name, *self.synonyms)))
 
 
-def split_names(text: str) -> list[str]:
+def split_names(text: str, where: str = "the class names") -> list[str]:
     """Split names at commas; a name in double quotes may hold commas.
 
-    ``'cup, "knife, fork", plate'`` are three names. Blanks around names are removed.
+    ``'cup, "knife, fork", plate'`` are three names. Blanks around names are removed. Without a comma, semicolons
+    separate names, and so do dots as in the prompts of other detectors (``'cup . plate .'``); that is logged.
+
+    Args:
+        text: One line.
+        where: What it is, for messages.
 
     Raises:
-        VocabularyError: A name is empty, or a quote is not closed.
+        VocabularyError: A name is empty or too long, or a quote is not closed.
     """
     if "\n" in text or "\r" in text:
         raise VocabularyError("class names given as text must be on one line", hint="use a file")
@@ -49,10 +73,12 @@ def split_names(text: str) -> list[str]:
         match = _NEXT_NAME.match(text, position)
         if match is None:
             raise VocabularyError(
-                f"cannot split the class names {text!r} at {text[position:].strip()[:40]!r}",
+                f"cannot split the class names {text[:200]!r} at {text[position:].strip()[:40]!r}",
                 hint='put a name that holds commas in double quotes: cup, "knife, fork"',
             )
         quoted, plain = match["quoted"], match["plain"]
+        if quoted is None and plain.strip() == text.strip():
+            return _split_otherwise(plain, where)
         name = plain if quoted is None else quoted.replace('""', '"')
         names.append(_named(name, f"class name {len(names)} (counted from 0)"))
         # One past the comma, or past the end of the text.
@@ -60,97 +86,295 @@ def split_names(text: str) -> list[str]:
     return names
 
 
+def _split_otherwise(text: str, where: str) -> list[str]:
+    """Split text without commas at semicolons, or at dots where these separate names."""
+    parts = [text]
+    if ";" in text:
+        parts = text.split(";")
+    elif re.search(r"\s\.(\s|$)", text) or (text.endswith(".") and ". " in text):
+        parts = _DOT.split(text)
+    names = [part.strip() for part in parts if part.strip()]
+    if len(parts) > 1 and names:
+        _tell_split(names, "semicolons" if ";" in text else "dots", where)
+    return [_named(name, f"class name {i} (counted from 0)") for i, name in enumerate(names)]
+
+
+def _tell_split(names: Sequence[str], separators: str, where: str) -> None:
+    logger.warning(
+        "%s: read as %s, separated by %s: %s (one name that holds %s goes in double quotes)",
+        where,
+        counted(len(names), "name"),
+        separators,
+        quote_names(names),
+        separators,
+    )
+
+
 def read_names(path: Path) -> tuple[ClassWords, ...]:
     """Read class names from a file.
 
-    A text file holds one class a line, synonyms behind ``|`` (``couch | sofa | settee``); empty lines and lines
-    that start with ``#`` are skipped. A JSON file holds a list of names, or a mapping of names to lists of
-    synonyms.
+    A text file holds one class a line, synonyms behind ``|`` (``couch | sofa | settee``); empty lines and lines that
+    start with ``#`` are skipped; a single line of names that commas, semicolons or dots separate is split, and that is
+    logged. JSON and YAML files hold a list of names, names by their index, indices by their name, or names with lists
+    of synonyms; the same under ``names``, as in data sets of Ultralytics; or ``categories``, as COCO's and LVIS's
+    annotation files, whose names are taken in ascending order of the ids.
 
     Raises:
-        VocabularyError: The file cannot be read, or holds no names or an empty one.
+        VocabularyError: The file cannot be read, is of another kind, or holds no names, or one that is empty, too long
+            or there twice.
     """
-    text = _text_of(path)
-    classes = _from_json(text, path) if path.suffix.lower() == ".json" else _from_lines(text, path)
-    if not classes:
+    suffix = path.suffix.lower()
+    if suffix and suffix not in LIST_SUFFIXES:
         raise VocabularyError(
-            f"{path} holds no class names", hint="put one class on each line", path=path
+            f"{path} is not a list of class names ({', '.join(LIST_SUFFIXES)})",
+            hint="give a text file with one name on each line, the data.yaml of a YOLO data set, or a COCO annotation file",
+            path=path,
         )
-    return tuple(classes)
-
-
-def _text_of(path: Path) -> str:
     try:
-        if path.stat().st_size > _LARGEST_FILE:
-            raise VocabularyError(
-                f"{path} is too large to be a list of class names",
-                hint="a list of names has one class on each line",
-                path=path,
-            )
-        return path.read_text(encoding="utf-8-sig")
+        if suffix == ".json" and path.stat().st_size > _LARGEST_FILE:
+            return _checked(_categories_of_large_file(path), path)
+        text = read_text(path, limit=_LARGEST_FILE)
     except FileNotFoundError as error:
         raise VocabularyError(
             f"there is no file {path}", hint="check the spelling of its path", path=path
         ) from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise VocabularyError(
             f"cannot read class names from {path}: {error}",
             hint="a list of names is a UTF-8 text file with one class a line",
             path=path,
         ) from error
+    if suffix == ".json":
+        return _checked(_from_value(_parsed_json(text, path), path), path)
+    if suffix in (".yaml", ".yml"):
+        return _checked(_from_value(_parsed_yaml(text, path), path), path)
+    return _checked(_from_text(text, path), path)
 
 
-def _from_lines(text: str, path: Path) -> list[ClassWords]:
+def _checked(classes: Sequence[tuple[str, ClassWords]], path: Path) -> tuple[ClassWords, ...]:
+    """Return classes that were read with their places in the file; refuse none, too many, and one that is there twice."""
+    if not classes:
+        raise VocabularyError(
+            f"{path} holds no class names", hint="put one class on each line", path=path
+        )
+    if len(classes) > _MOST_NAMES:
+        raise VocabularyError(
+            f"{path} holds {len(classes)} class names; at most {_MOST_NAMES} are read",
+            hint="split it into several vocabularies",
+            path=path,
+        )
+    places: dict[str, str] = {}
+    for place, entry in classes:
+        if entry.name in places:
+            raise VocabularyError(
+                f"the class name {entry.name!r} is in {path} twice: {places[entry.name]} and {place}",
+                hint="remove one of the two",
+                path=path,
+            )
+        places[entry.name] = place
+    return tuple(entry for _, entry in classes)
+
+
+def _from_text(text: str, path: Path) -> list[tuple[str, ClassWords]]:
+    if text.lstrip().startswith("<"):
+        raise VocabularyError(
+            f"{path} is HTML or XML, not a list of class names",
+            hint="put one class on each line",
+            path=path,
+        )
+    lines = [
+        (f"line {number}", line.strip())
+        for number, line in enumerate(text.splitlines(), start=1)
+        if line.strip() and not line.lstrip().startswith("#")
+    ]
+    listed = text.strip()[:1] in ("[", "{") and text.strip()[-1:] in ("]", "}")
+    if listed or (lines and all(_LIST_ITEM.match(line) for _, line in lines)):
+        with contextlib.suppress(ValueError, RecursionError):
+            return _from_value(json.loads(text), path)
+        return _from_value(_parsed_yaml(text, path), path)
+    if len(lines) > 1 and all(line.endswith(",") for _, line in lines[:-1]):
+        joined = " ".join(line for _, line in lines)
+        return _from_value(_parsed_yaml(f"[{joined}]", path), path)
+    if len(lines) == 1 and "|" not in lines[0][1]:
+        names = split_names(lines[0][1], str(path))
+        if len(names) > 1 and "," in lines[0][1]:
+            _tell_split(names, "commas", str(path))
+        return [(f"name {i}", ClassWords(name)) for i, name in enumerate(names, start=1)]
+    with_commas = sum("," in line for _, line in lines)
+    if 2 * with_commas > len(lines):
+        logger.warning(
+            "%s: %d of %d lines hold commas; each line is one class (synonyms are separated by |)",
+            path,
+            with_commas,
+            len(lines),
+        )
     classes = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip() and not line.lstrip().startswith("#"):
-            words = [_named(word, f"a name in line {number} of {path}") for word in line.split("|")]
-            classes.append(ClassWords(words[0], tuple(words[1:])))
+    for place, line in lines:
+        whole = len(line) > 2 and line[0] == line[-1] == '"'
+        words = [line[1:-1]] if whole else line.split("|")
+        clean = [_named(word, f"a name in {place} of {path}") for word in words]
+        classes.append((place, ClassWords(clean[0], tuple(clean[1:]))))
     return classes
 
 
-def _from_json(text: str, path: Path) -> list[ClassWords]:
+def _parsed_json(text: str, path: Path) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise ValueError(f"{twice[:80]!r} is there twice")
+        return content
+
     try:
-        content: Any = json.loads(text)
-    except ValueError as error:
+        return json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise VocabularyError(
-            f"{path} is not valid JSON: {error}",
+            f"{path} is not valid JSON: {reason}",
             hint="correct it there, or write one name on each line of a .txt file",
             path=path,
         ) from error
-    entries: list[tuple[Any, Any]] = []
-    if isinstance(content, list):
-        entries = [(name, []) for name in content]
-    elif isinstance(content, dict):
-        entries = list(content.items())
-    if not isinstance(content, list | dict) or not all(_is_entry(*entry) for entry in entries):
+
+
+def _parsed_yaml(text: str, path: Path) -> Any:
+    try:
+        if len(text) > _LARGEST_YAML:
+            raise ConfigError(f"{path} is larger than {size_text(_LARGEST_YAML)}.")
+        return parse_yaml(text, str(path), path, only_text=True)
+    except ConfigError as error:
         raise VocabularyError(
-            f"{path} must hold a list of names, or a mapping of names to lists of synonyms",
-            hint='such as ["cup", "plate"], or {"cup": ["mug"], "plate": []}',
+            error.message,
+            hint="correct it there, or write one name on each line of a .txt file",
+            path=path,
+        ) from error
+
+
+def _from_value(content: Any, path: Path) -> list[tuple[str, ClassWords]]:
+    """Return the classes of parsed JSON or YAML; see `read_names` for what it may be."""
+    if isinstance(content, Mapping):
+        listed = content.get("categories")
+        if isinstance(listed, list) and all(isinstance(entry, Mapping) for entry in listed):
+            return _categories(listed, path, content.get("annotations"))
+        for key in ("names", "id2label"):
+            inside = isinstance(content.get(key), list | Mapping)
+            if inside and (len(content) == 1 or not _are_synonyms(content)):
+                return _from_value(content[key], path)
+    if isinstance(content, list) and content and all(isinstance(c, Mapping) for c in content):
+        return _categories(content, path, None)
+    entries: list[tuple[Any, Sequence[Any]]] = []
+    if isinstance(content, list):
+        entries = [(name, ()) for name in content]
+    elif isinstance(content, Mapping):
+        keys, values = [_whole(k) for k in content], [_whole(v) for v in content.values()]
+        if None not in keys and all(isinstance(name, str) for name in content.values()):
+            order = sorted(zip(keys, content.values(), strict=True))
+            entries = [(name, ()) for _, name in order]
+        elif None not in values:
+            entries = [(name, ()) for _, name in sorted(zip(values, content, strict=True))]
+        elif _are_synonyms(content):
+            entries = [(name, words or ()) for name, words in content.items()]
+    if (
+        not isinstance(content, list | Mapping)
+        or not all(isinstance(word, str) for name, more in entries for word in (name, *more))
+        or len(entries) < len(content)
+    ):
+        raise VocabularyError(
+            f"{path} must hold a list of names, names by index, names with lists of synonyms, or the categories of COCO",
+            hint='such as ["cup", "plate"], {"0": "cup", "1": "plate"}, or {"cup": ["mug"], "plate": []}',
             path=path,
         )
+    classes = []
+    for number, (name, more) in enumerate(entries, start=1):
+        words = tuple(_named(word, f"a synonym of {name[:80]!r} in {path}") for word in more)
+        classes.append((f"entry {number}", ClassWords(_named(name, f"a name in {path}"), words)))
+    return classes
+
+
+def _are_synonyms(content: Mapping[Any, Any]) -> bool:
+    """Whether a mapping holds nothing but lists of texts (or nothing) by name."""
+    return all(
+        words in (None, "") or (isinstance(words, list) and all(isinstance(w, str) for w in words))
+        for words in content.values()
+    )
+
+
+def _whole(value: Any) -> int | None:
+    """The whole number that a value is or spells; None for any other."""
+    if isinstance(value, str) and len(value) < 20 and value.strip().isdecimal():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _categories(
+    entries: Sequence[Any], path: Path, annotations: Any
+) -> list[tuple[str, ClassWords]]:
+    """Return the names of COCO's or LVIS's categories, in ascending order of their ids."""
+    found: list[tuple[int, Mapping[str, Any]]] = []
+    for position, entry in enumerate(entries):
+        number = _whole(entry.get("id")) if isinstance(entry, Mapping) else None
+        if number is None or not isinstance(entry.get("name"), str):
+            raise VocabularyError(
+                f"{path}: category {position} (counted from 0) has no {'name' if number is not None else 'whole number as id'}",
+                hint='a category is such as {"id": 1, "name": "cup"}',
+                path=path,
+            )
+        found.append((number, entry))
+    found.sort(key=lambda pair: pair[0])
+    # Roboflow writes a category without objects above all others, which is not a class.
+    tops = [e for _, e in found if str(e.get("supercategory")) in ("None", "none", "")]
+    root = tops[0] if len(tops) == 1 < len(found) and isinstance(annotations, list) else None
+    if root is not None and annotations:
+        below = [e.get("supercategory") for _, e in found if e is not root]
+        used = [_whole(a.get("category_id")) for a in annotations if isinstance(a, Mapping)]
+        if set(below) == {root["name"]} and _whole(root["id"]) not in used:
+            found = [pair for pair in found if pair[1] is not root]
+            logger.warning(
+                "%s: the category %r has no objects and is above all others; it is left out",
+                path,
+                root["name"],
+            )
     return [
-        ClassWords(
-            _named(name, f"a name in {path}"),
-            tuple(_named(word, f"a synonym of {name!r} in {path}") for word in words),
-        )
-        for name, words in entries
+        (f"id {i}", ClassWords(_named(entry["name"], f"the name of category {i} in {path}")))
+        for i, entry in found
     ]
 
 
-def _is_entry(name: object, words: object) -> bool:
-    return (
-        isinstance(name, str)
-        and isinstance(words, Sequence)
-        and not isinstance(words, str)
-        and all(isinstance(word, str) for word in words)
-    )
+class _Category(msgspec.Struct):
+    id: int | str
+    name: str
+
+
+class _Annotations(msgspec.Struct):
+    """What is read of a large annotation file; all else is skipped without becoming objects."""
+
+    categories: list[_Category]
+
+
+def _categories_of_large_file(path: Path) -> list[tuple[str, ClassWords]]:
+    if path.stat().st_size > _LARGEST_ANNOTATIONS:
+        raise ValueError(f"it is larger than {size_text(_LARGEST_ANNOTATIONS)}")
+    import mmap
+
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        try:
+            found = msgspec.json.decode(content, type=_Annotations)
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise ValueError(
+                f"it is larger than {size_text(_LARGEST_FILE)} and not a COCO annotation file ({error})"
+            ) from error
+    return _categories([msgspec.to_builtins(entry) for entry in found.categories], path, None)
 
 
 def _named(name: str, what: str) -> str:
     clean = name.strip()
     if not clean:
         raise VocabularyError(f"{what} is empty", hint="remove it, or the comma too many")
+    if len(clean) > _LONGEST_NAME:
+        raise VocabularyError(
+            f"{what} has {len(clean)} characters: {clean[:40]!r}...",
+            hint=f"a class name has at most {_LONGEST_NAME}; put one class on each line",
+        )
     return clean
 
 
@@ -158,13 +382,12 @@ def check_names(names: Iterable[str]) -> tuple[str, ...]:
     """Return class names without the blanks around them.
 
     Raises:
-        VocabularyError: There is none, or one is no text, empty, or there twice.
+        VocabularyError: There is none, or one is not text, empty, or there twice.
     """
     if isinstance(names, str):
         raise VocabularyError(
             f"class names must be a list, not one string ({names!r})", hint="split it at the commas"
         )
-    stripped: list[str] = []
     first_at: dict[str, int] = {}
     for position, name in enumerate(names):
         if not isinstance(name, str):
@@ -183,12 +406,11 @@ def check_names(names: Iterable[str]) -> tuple[str, ...]:
                 hint="remove one of the two",
             )
         first_at[clean] = position
-        stripped.append(clean)
-    if not stripped:
+    if not first_at:
         raise VocabularyError(
             "a vocabulary needs at least one class name", hint="name what to look for: cup, plate"
         )
-    return tuple(stripped)
+    return tuple(first_at)
 
 
 def check_classes(classes: Iterable[str | ClassWords]) -> list[ClassWords]:
@@ -204,5 +426,85 @@ def check_classes(classes: Iterable[str | ClassWords]) -> list[ClassWords]:
 
 def quote_names(names: Sequence[str], limit: int = 5) -> str:
     """Return names as a message shows them: in quotes, the first few of many."""
-    shown = ", ".join(repr(name) for name in names[:limit])
+    shown = ", ".join(repr(name[:80]) for name in names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+# --- Prompts ----------------------------------------------------------------------------------------------------------
+
+PUBLISHED = ("a {}",)
+"""The prompt of all published embeddings (and of ProxyDet's training)."""
+
+PROMPT_SETS: dict[str, tuple[str, ...]] = {
+    "published": PUBLISHED,
+    "photo": ("a photo of a {}.",),
+    "ensemble": (
+        "a {}",
+        "a photo of a {}.",
+        "a photo of the {}.",
+        "a close-up photo of a {}.",
+        "a photo of a small {}.",
+        "a photo of a large {}.",
+        "there is a {} in the scene.",
+    ),
+}
+"""Prompts by name; where there are several, a class's embedding is their mean."""
+
+
+def find_prompts(prompts: str | Sequence[str]) -> tuple[str, ...]:
+    """Give the prompts of a named set, or check prompts that were written out.
+
+    Args:
+        prompts: A key of `PROMPT_SETS`, one prompt such as ``"a picture of a {}"``, or several.
+
+    Returns:
+        At least one prompt, each with ``{}`` in the name's place.
+
+    Raises:
+        VocabularyError: There is no such set, or a prompt does not hold ``{}`` exactly once.
+    """
+    if isinstance(prompts, str):
+        if prompts in PROMPT_SETS:
+            return PROMPT_SETS[prompts]
+        prompts = (prompts,)
+    for prompt in prompts:
+        if prompt.count("{}") != 1:
+            raise VocabularyError(
+                f"the prompt {prompt!r} does not hold {{}} exactly once",
+                hint=f"write a sentence with {{}} in the name's place, or one of {', '.join(PROMPT_SETS)}",
+            )
+    if not prompts:
+        raise VocabularyError("there are no prompts", hint='give at least one, such as "a {}"')
+    return tuple(prompts)
+
+
+def fill(prompt: str, name: str) -> str:
+    """Put a name into a prompt; braces in the name stay as they are."""
+    return prompt.replace("{}", name, 1)
+
+
+CLIP_TOKENS = 77
+"""Tokens that CLIP's text towers read, start and end included."""
+
+
+@functools.cache
+def _tokenizer() -> Any:
+    import open_clip
+
+    return open_clip.SimpleTokenizer()
+
+
+def names_too_long(names: Iterable[str]) -> dict[str, int]:
+    """Find the names that CLIP would cut, in the published prompt.
+
+    Args:
+        names: Class names.
+
+    Returns:
+        By name, its tokens, start and end included: more than `CLIP_TOKENS`.
+    """
+    texts = {name: fill(PUBLISHED[0], name) for name in names}
+    # A token stands for a byte at least, so only long names need the tokenizer, which takes seconds to import.
+    suspects = [name for name, text in texts.items() if len(text.encode()) + 2 > CLIP_TOKENS]
+    counts = {name: len(_tokenizer().encode(texts[name])) + 2 for name in suspects}
+    return {name: count for name, count in counts.items() if count > CLIP_TOKENS}

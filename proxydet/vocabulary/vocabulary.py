@@ -18,15 +18,19 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.format import MAGIC_PREFIX
 
 from proxydet.errors import VocabularyError
 from proxydet.files import write_bytes
 from proxydet.vocabulary.names import check_classes, check_names, quote_names
+from proxydet.wording import size_text
 
 FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
 
 _FIELDS = ("names", "embeddings", "base")
+_UNPACKED = 64 << 20
+"""Bytes that an archive may unpack to whatever its own size; beyond, twenty times its size."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,26 +116,16 @@ class Vocabulary:
         """
         path = Path(path)
         try:
-            # Given a path, numpy leaves the file of a damaged archive open.
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-                arrays: dict[str, npt.NDArray[Any]] = {name: archive[name] for name in _FIELDS}
+            arrays = _read_archive(path)
         except FileNotFoundError as error:
             raise VocabularyError(
                 f"there is no vocabulary file {path}",
                 hint="make one with: proxydet vocab build",
                 path=path,
             ) from error
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            AttributeError,
-            TypeError,
-            EOFError,
-            zipfile.BadZipFile,
-        ) as error:
+        except Exception as error:  # numpy and zipfile raise errors of any kind for damaged files
             # Of a file of another kind, numpy says that it will not unpickle it, which helps nobody.
-            reason = "it is no .npz archive" if "pickle" in str(error) else error
+            reason = "it is not an .npz archive" if "pickle" in str(error) else error
             raise VocabularyError(
                 f"{path} does not hold a vocabulary: {reason}",
                 hint="make one with: proxydet vocab build",
@@ -224,6 +218,53 @@ class Vocabulary:
     def __repr__(self) -> str:
         shown = ", ".join(self.names[:3]) + (", ..." if len(self) > 3 else "")
         return f"Vocabulary({len(self)} classes x {self.dimension}: {shown})"
+
+
+def _read_archive(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """Read the arrays of a saved vocabulary, once their sizes are known to be what the file can hold."""
+    # Given a path, numpy leaves the file of a damaged archive open.
+    with path.open("rb") as file:
+        with zipfile.ZipFile(file) as archive:
+            unpacked = sum(archive.getinfo(f"{name}.npy").file_size for name in _FIELDS)
+        stored = file.seek(0, 2)
+        if unpacked > _UNPACKED + 20 * stored:
+            raise ValueError(f"{size_text(stored)} would unpack to {size_text(unpacked)}")
+        file.seek(0)
+        with np.load(file, allow_pickle=False) as arrays:
+            found = {name: arrays[name] for name in _FIELDS}
+    if found["names"].dtype.kind != "U" or found["names"].ndim != 1:
+        raise ValueError("the names are not a list of text")
+    return found
+
+
+def load_embeddings(path: Path) -> npt.NDArray[Any]:
+    """Read a table of embeddings (C, D) from a ``.npy`` file.
+
+    Raises:
+        VocabularyError: The file cannot be read, or holds anything but numbers.
+    """
+    hint = "give a .npy file with one row a class, such as numpy.save writes"
+    try:
+        with path.open("rb") as file:
+            if file.read(len(MAGIC_PREFIX)) != MAGIC_PREFIX:
+                raise VocabularyError(
+                    f"{path} is no table of embeddings: it does not begin as a .npy file does",
+                    hint=hint,
+                    path=path,
+                )
+        # Mapped, so that a header cannot ask for more than the file holds.
+        return np.array(np.load(path, mmap_mode="r", allow_pickle=False))
+    except VocabularyError:
+        raise
+    except FileNotFoundError as error:
+        raise VocabularyError(
+            f"there is no file {path}", hint="check the spelling of its path", path=path
+        ) from error
+    except Exception as error:  # numpy raises errors of any kind for damaged files
+        reason = "it holds Python objects, not numbers" if "bject" in str(error) else error
+        raise VocabularyError(
+            f"cannot read embeddings from {path}: {reason}", hint=hint, path=path
+        ) from error
 
 
 def _check_embeddings(embeddings: npt.ArrayLike, count: int | None) -> FloatArray:

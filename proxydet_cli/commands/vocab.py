@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,7 +14,6 @@ from proxydet_cli.options import Json, command_app, examples
 if TYPE_CHECKING:
     from proxydet.vocabulary.comparison import VocabularyReport
     from proxydet.vocabulary.encoder import TextEncoder
-    from proxydet.vocabulary.lengths import LongName
     from proxydet.vocabulary.vocabulary import Vocabulary
     from proxydet_cli.output import Output
 
@@ -46,6 +45,7 @@ Prompts = Annotated[
     epilog=examples(
         "proxydet vocab build names.txt -o kitchen.vocab",
         "proxydet vocab build names.txt -o kitchen.vocab --prompts ensemble",
+        "proxydet vocab build instances_train.json -o pets.vocab",
     )
 )
 def build(
@@ -53,7 +53,8 @@ def build(
         Path,
         typer.Argument(
             metavar="FILE",
-            help="One class a line, synonyms behind |: couch | sofa. Or JSON: a list, or names with their synonyms.",
+            help="One class a line, synonyms behind |: couch | sofa. Or YAML or JSON: a list, names with synonyms, the data.yaml "
+            "of a YOLO data set, a COCO annotation file.",
         ),
     ],
     output: Annotated[
@@ -70,8 +71,8 @@ def build(
     """
     from proxydet.errors import VocabularyError
     from proxydet.vocabulary.encoder import build_vocabulary, open_encoder
-    from proxydet.vocabulary.files import SAVED_SUFFIXES
-    from proxydet.vocabulary.names import check_classes, read_names
+    from proxydet.vocabulary.names import read_names
+    from proxydet.vocabulary.sources import SAVED_SUFFIXES
     from proxydet_cli.output import Output
     from proxydet_cli.progress import show_progress
 
@@ -80,7 +81,7 @@ def build(
             f"the vocabulary's file {output} must end in {' or '.join(SAVED_SUFFIXES)}",
             hint=f"write to {output.with_suffix('.npz')}",
         )
-    classes = check_classes(read_names(names))
+    classes = read_names(names)
     opened = open_encoder(encoder, model=model, progress=show_progress())
     made = build_vocabulary(classes, opened, prompts=prompts)
     made.save(output)
@@ -136,8 +137,8 @@ def show(
     """Show what each class resembles, whether it counts as base or novel and why, what is too alike, and what CLIP would cut."""
     from proxydet.paths import require_run
     from proxydet.vocabulary.comparison import compare
-    from proxydet.vocabulary.files import check_source
-    from proxydet.vocabulary.lengths import names_too_long
+    from proxydet.vocabulary.names import names_too_long
+    from proxydet.vocabulary.sources import check_source
     from proxydet.vocabulary.vocabulary import Vocabulary
     from proxydet_cli.output import Output
 
@@ -178,7 +179,7 @@ def _open(
     known: Vocabulary | None = None,
 ) -> Vocabulary:
     from proxydet.vocabulary.encoder import open_encoder
-    from proxydet.vocabulary.files import open_vocabulary
+    from proxydet.vocabulary.sources import open_vocabulary
 
     def opened() -> TextEncoder:
         return open_encoder(encoder)
@@ -186,9 +187,12 @@ def _open(
     return open_vocabulary(source, encoder=opened, names=names, known=known)
 
 
-def _render(out: Output, report: VocabularyReport, cut: Sequence[LongName]) -> None:
+def _render(out: Output, report: VocabularyReport, cut: Mapping[str, int]) -> None:
+    from proxydet.vocabulary.names import CLIP_TOKENS
+
     if out.json:
-        out.data({**asdict(report), "cut": cut})
+        rows = [{"name": n, "tokens": count, "read": CLIP_TOKENS} for n, count in cut.items()]
+        out.data({**asdict(report), "cut": rows})
         return
     out.table(
         [
@@ -208,7 +212,7 @@ def _render(out: Output, report: VocabularyReport, cut: Sequence[LongName]) -> N
         out.warning(
             f"hard to tell apart: {pair.first!r} and {pair.second!r} (cosine {pair.cosine:.3f})"
         )
-    for long in cut:
+    for name, tokens in cut.items():
         out.warning(
-            f"too long for CLIP, which reads {long.read} tokens: {long.name[:60]!r}... has {long.tokens}"
+            f"too long for CLIP, which reads {CLIP_TOKENS} tokens: {name[:60]!r}... has {tokens}"
         )

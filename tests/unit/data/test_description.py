@@ -67,6 +67,15 @@ def test_mistakes_name_the_key_and_the_file(
     assert "set.toml" in caught.value.message
 
 
+def test_names_may_be_a_file(small_set: Path) -> None:
+    (small_set.parent / "data.yaml").write_text("names: {1: dog, 0: cat, 2: cow}\n")
+    old = 'embeddings = "embeddings.npy"'
+    description = edited(small_set, (old, f'{old}\nnames = "data.yaml"'))
+    assert description.vocabulary.names == ("cat", "dog", "cow")
+    with pytest.raises(VocabularyError, match=r"absent\.txt"):
+        edited(small_set, ("data.yaml", "absent.txt"))
+
+
 def test_absent_files_and_splits(small_set: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no data description"):
         DatasetDescription.from_toml(tmp_path / "x.toml")

@@ -117,6 +117,7 @@ def test_vocabularies_come_from_files(
         run(picture, "--json", "--vocabulary", saved),
         run(picture, "--json", "--vocabulary", tmp_path / "table.npy", "--names", names),
         run(picture, "--json", "-v", "green star, blue square"),
+        run(picture, "--json", "-v", names),
     ]
     assert all(answer == answers[0] and answer[0] == 0 for answer in answers)
 
@@ -137,7 +138,7 @@ def test_options_change_what_is_kept(run: Run, folder: Path) -> None:
         (["{folder}/a0.png", "-v", "red star, red star"], 3, "twice"),
         (["{folder}/a0.png", "-v", "red star,,"], 3, "empty"),
         (["{folder}/a0.png", "-v", "a giraffe"], 3, "giraffe"),
-        (["{folder}/a0.png", "-v", "{folder}/notes.txt"], 3, "--vocabulary"),
+        (["{folder}/a0.png", "-v", "{folder}/notes.txt"], 3, "no picture"),
         (["{folder}/a0.png", "--vocabulary", "lviss"], 3, "did you mean lvis?"),
         (["{folder}/a0.png", "-o", "{folder}/notes.txt"], 5, "is a file, not a folder"),
         (["{folder}/a0.png", "--vocabulary", "absent.txt"], 3, "absent.txt"),

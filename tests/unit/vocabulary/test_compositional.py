@@ -62,7 +62,17 @@ def test_unknown_words_are_named(encoder: CompositionalEncoder, name: str, what:
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{}", "[1]", '{"format": "proxydet compositional text encoder 1"}']
+    "content",
+    [
+        "",
+        "{}",
+        "[1]",
+        "[" * 100_000,
+        '{"format": "proxydet compositional text encoder 1"}',
+        '{"format": "proxydet compositional text encoder 1", "common": [1], "words": [1], "aliases": {}, "noise": 1}',
+        '{"format": "proxydet compositional text encoder 1", "common": %s}'
+        % ("[" * 900 + "]" * 900),
+    ],
 )
 def test_a_file_of_another_kind_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "encoder.json"

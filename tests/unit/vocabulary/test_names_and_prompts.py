@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxydet.errors import VocabularyError
-from proxydet.vocabulary.names import ClassWords, read_names, split_names
-from proxydet.vocabulary.prompts import PROMPT_SETS, fill, find_prompts
+from proxydet.vocabulary.names import (
+    PROMPT_SETS,
+    ClassWords,
+    fill,
+    find_prompts,
+    read_names,
+    split_names,
+)
 
 
 def test_names_are_split_at_commas_outside_quotes() -> None:
@@ -29,6 +37,7 @@ def test_names_are_split_at_commas_outside_quotes() -> None:
         ("a,", "name 1"),
         ('a, "b', "cannot split"),
         ("a\nb", "one line"),
+        ("a, " + "b" * 501, "501 characters"),
     ],
 )
 def test_unusable_lists_are_refused(text: str, what: str) -> None:
@@ -63,12 +72,129 @@ def test_text_files_hold_a_class_a_line(tmp_path: Path) -> None:
     )
 
 
-def test_json_files_hold_lists_or_synonyms(tmp_path: Path) -> None:
-    path = tmp_path / "names.json"
-    path.write_text('["cup", " pan "]')
-    assert [entry.name for entry in read_names(path)] == ["cup", "pan"]
-    path.write_text('{"couch": ["sofa", "couch"]}')
-    assert read_names(path)[0].words == ("couch", "sofa")
+def names_of(path: Path, content: str | bytes) -> list[str]:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return [entry.name for entry in read_names(path)]
+
+
+COCO = {
+    "images": [],
+    "annotations": [{"category_id": 3}, {"category_id": "7"}],
+    "categories": [
+        {"id": 7, "name": "plate", "supercategory": "kitchen"},
+        {"id": 3, "name": " cup", "supercategory": "kitchen"},
+    ],
+}
+ROOT = {"id": 0, "name": "kitchen", "supercategory": "none"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.txt", "cup\r\nplate\r\n", ["cup", "plate"]),
+        ("a.txt", "cup\nplate".encode("utf-16"), ["cup", "plate"]),
+        ("a.txt", "é\n犬\n  a\u00a0\n", ["é", "犬", "a"]),
+        ("a", "cup\nplate", ["cup", "plate"]),
+        ("coco.names", "cup\nplate", ["cup", "plate"]),
+        ("a.txt", '"knife, fork"\ncup', ["knife, fork", "cup"]),
+        ("a.txt", "'cup',\n'knife, fork',\n# x\nplate", ["cup", "knife, fork", "plate"]),
+        ("a.txt", "- cup\n- no", ["cup", "no"]),
+        ("a.txt", "1: cup\n0: plate", ["plate", "cup"]),
+        ("a.txt", '["cup",\n "plate"]', ["cup", "plate"]),
+        ("a.txt", "['cup', plate]", ["cup", "plate"]),
+        ("a.json", '["cup", " pan "]', ["cup", "pan"]),
+        ("a.json", "\ufeff[\"cup\"]", ["cup"]),
+        ("a.json", '{"couch": ["sofa"], "pan": []}', ["couch", "pan"]),
+        ("a.json", '{"1": "pan", "0": "cup", "10": "lid"}', ["cup", "pan", "lid"]),
+        ("a.json", '{"pan": 1, "cup": 0}', ["cup", "pan"]),
+        ("a.json", '{"id2label": {"0": "cup"}, "model_type": "x"}', ["cup"]),
+        ("a.json", json.dumps(COCO), ["cup", "plate"]),
+        ("a.json", json.dumps(COCO["categories"]), ["cup", "plate"]),
+        ("a.json", json.dumps({**COCO, "categories": [ROOT, *COCO["categories"]]}), ["cup", "plate"]),
+        ("a.json", '{"categories": [{"id": 1, "name": "a"}], "x": NaN}', ["a"]),
+        ("a.yaml", "path: x\nnc: 2\nnames:\n  1: pan\n  0: no\n", ["no", "pan"]),
+        ("a.yaml", "names: [cup, 007]\n", ["cup", "007"]),
+        ("a.yml", "- cup\n- pan\n", ["cup", "pan"]),
+        ("a.yaml", "cup:\npan: [pot]\n", ["cup", "pan"]),
+    ],
+)  # fmt: skip
+def test_files_of_many_kinds_give_their_names(
+    tmp_path: Path, name: str, content: str | bytes, expected: list[str]
+) -> None:
+    assert names_of(tmp_path / name, content) == expected
+
+
+def test_synonyms_come_from_lines_json_and_yaml(tmp_path: Path) -> None:
+    for name, content in (
+        ("a.txt", "couch | sofa | couch"),
+        ("a.json", '{"couch": ["sofa", "couch"]}'),
+        ("a.yaml", "couch: [sofa]"),
+    ):
+        (tmp_path / name).write_text(content)
+        assert read_names(tmp_path / name)[0].words == ("couch", "sofa")
+
+
+def test_a_root_with_objects_is_a_class(tmp_path: Path) -> None:
+    used = {
+        "annotations": [{"category_id": 0}],
+        "categories": [ROOT, *COCO["categories"]],
+    }
+    assert names_of(tmp_path / "a.json", json.dumps(used)) == ["kitchen", "cup", "plate"]
+
+
+def test_categories_of_a_large_annotation_file_are_read_in_little_memory(tmp_path: Path) -> None:
+    path = tmp_path / "large.json"
+    with path.open("w") as file:
+        file.write('{"annotations": [')
+        for _ in range(300):
+            file.write(json.dumps({"segmentation": [[1.5] * 25_000]}) + ",")
+        file.write('{}], "categories": [{"id": 2, "name": "b"}, {"id": 1, "name": "a"}]}')
+    assert path.stat().st_size > 35e6
+    tracemalloc.start()
+    assert [entry.name for entry in read_names(path)] == ["a", "b"]
+    assert tracemalloc.get_traced_memory()[1] < 5e6
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("line", "names", "separator"),
+    [
+        ("red circle, blue star", ["red circle", "blue star"], "commas"),
+        ("red circle; blue star;", ["red circle", "blue star"], "semicolons"),
+        ("a . b . c .", ["a", "b", "c"], "dots"),
+        ("a cat. a dog.", ["a cat", "a dog"], "dots"),
+        ('"red circle, blue star"', ["red circle, blue star"], None),
+        ('"a . b ."', ["a . b ."], None),
+        ("St. Bernard", ["St. Bernard"], None),
+        ("no.2 pencil", ["no.2 pencil"], None),
+    ],
+)
+def test_several_names_on_a_single_line_are_split_and_that_is_reported(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    line: str,
+    names: list[str],
+    separator: str | None,
+) -> None:
+    assert names_of(tmp_path / "n.txt", line + "\n") == names
+    reported = [record.getMessage() for record in caplog.records]
+    assert len(reported) == (separator is not None)
+    assert all(
+        "n.txt" in text and separator in text and repr(names[1]) in text for text in reported
+    )
+    caplog.clear()
+    assert split_names(line) == names
+    assert len(caplog.records) == (separator in ("semicolons", "dots"))
+
+
+def test_lines_that_hold_commas_are_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert names_of(tmp_path / "n.txt", "tench, Tinca tinca\ngoldfish, Carassius\n") == [
+        "tench, Tinca tinca",
+        "goldfish, Carassius",
+    ]
+    assert "2 of 2 lines hold commas" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -76,17 +202,40 @@ def test_json_files_hold_lists_or_synonyms(tmp_path: Path) -> None:
     [
         ("a.txt", b"# only\n", "no class names"),
         ("a.txt", b"cup | | pan", "line 1"),
-        ("a.txt", b"\xff\xfe\x00", "cannot read"),
+        ("a.txt", b"cup\n\xff\xe9", "line 2"),
+        ("a.txt", b"cup\0", "cannot read"),
+        ("a.txt", b"cup\nlid\n# x\ncup ", "line 1 and line 4"),
+        ("a.txt", b"cup\n" + b"x" * 501, "line 2.*501 characters"),
+        ("a.txt", b"<html><p>cup</p>", "HTML"),
+        ("a.txt", b"[cup]]", "not valid"),
+        ("a.txt", b"\n".join(b"%d" % i for i in range(100_001)), "100001"),
+        ("a.py", b"cup\n", "not a list of class names"),
+        ("a.png", b"\x89PNG", "not a list of class names"),
+        ("a.html", b"cup\n", "not a list of class names"),
         ("a.json", b"{", "not valid JSON"),
+        ("a.json", b"[" * 100_000, "nested too deeply"),
         ("a.json", b'{"a": "b"}', "must hold"),
         ("a.json", b"[1]", "must hold"),
         ("a.json", b"3", "must hold"),
+        ("a.json", b'{"a": [], "a": ["b"]}', "'a' is there twice"),
+        ("a.json", b'["cup", "lid", "cup"]', "entry 1 and entry 3"),
+        ("a.json", b'{"categories": [{"id": 1}]}', "category 0.*no name"),
+        ("a.json", b'{"categories": [{"id": "x", "name": "a"}]}', "category 0.*id"),
+        ("a.json", b'{"categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "a"}]}', "id 1 and id 2"),
+        ("a.json", b'{"categories": []}', "no class names"),
+        ("a.json", b" " * (33 << 20) + b"[]", "larger than"),
+        ("a.yaml", b"[" * 5000, "nested too deeply"),
+        ("a.yaml", b"path: x\n", "must hold"),
+        ("a.yaml", b"a: &x [b]\nc: *x", "line 2"),
+        ("a.yaml", b"#" * 3_000_000, "larger than"),
     ],
-)
+)  # fmt: skip
 def test_unusable_files_are_named(tmp_path: Path, name: str, content: bytes, what: str) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(VocabularyError, match=what):
+    with pytest.raises(VocabularyError, match=what) as caught:
         read_names(tmp_path / name)
+    assert name in caught.value.message
+    assert len(caught.value.message) < 500
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

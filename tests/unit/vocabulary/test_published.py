@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from proxydet.errors import VocabularyError
-from proxydet.vocabulary.published import PUBLISHED_VOCABULARIES, published_vocabulary
+from proxydet.vocabulary.sources import PUBLISHED_VOCABULARIES, published_vocabulary
 
 
 @pytest.fixture

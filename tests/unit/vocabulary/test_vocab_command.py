@@ -70,7 +70,8 @@ def test_names_are_checked_before_clip_is_looked_for(
     ):
         code, _, err = call(capsys, *words)
         assert code == 3
-        assert "'cup' is there twice" in err
+        assert "'cup'" in err
+        assert "line 1 and line 3" in err
         assert "hint: " in err
 
 

@@ -1,3 +1,4 @@
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from proxydet.errors import VocabularyError
-from proxydet.vocabulary.vocabulary import Vocabulary
+from proxydet.vocabulary.vocabulary import Vocabulary, load_embeddings
 
 
 def table(rows: int, dims: int = 4, seed: int = 0) -> np.ndarray:
@@ -152,3 +153,50 @@ def test_a_file_that_is_no_vocabulary_is_refused(tmp_path: Path) -> None:
     for name in ("text.npz", "one.npy", "other.npz", "pickled.npz", "cut.npz", "empty.npz"):
         with pytest.raises(VocabularyError, match="does not hold a vocabulary"):
             Vocabulary.load(tmp_path / name)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    return Vocabulary.from_arrays(["cup", "pan"], np.eye(2, 8)).save(tmp_path / "v.vocab")
+
+
+def test_every_damaged_byte_is_an_error_or_harmless(saved: Path) -> None:
+    content = saved.read_bytes()
+    for position in range(0, len(content), 3):
+        for value in (0x00, 0x10, 0xFF):
+            damaged = bytearray(content)
+            damaged[position] = value
+            saved.write_bytes(damaged)
+            with contextlib.suppress(VocabularyError):
+                Vocabulary.load(saved)
+        saved.write_bytes(content[:position])
+        with pytest.raises(VocabularyError, match=r"v\.vocab"):
+            Vocabulary.load(saved)
+
+
+def test_an_archive_that_unpacks_to_much_more_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.npz"
+    zeros = np.zeros((40_000, 512), np.float32)
+    np.savez_compressed(path, names=np.array(["a"]), embeddings=zeros, base=np.ones(1, bool))
+    assert path.stat().st_size < 1e6
+    with pytest.raises(VocabularyError, match="would unpack to 81"):
+        Vocabulary.load(path)
+
+
+def test_arrays_of_other_kinds_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "v.npz"
+    for names in (np.array([1, 2]), np.array([["a", "b"]])):
+        np.savez(path, names=names, embeddings=np.eye(2), base=np.ones(2, bool))
+        with pytest.raises(VocabularyError, match="names are not"):
+            Vocabulary.load(path)
+
+
+def test_a_table_whose_header_asks_for_more_than_the_file_holds_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.npy"
+    np.save(path, np.eye(4))
+    path.write_bytes(path.read_bytes().replace(b"(4, 4), ", b"(99999999, 9999), "))
+    with pytest.raises(VocabularyError, match=r"t\.npy"):
+        load_embeddings(path)
+    np.save(path, np.array([{}], dtype=object))
+    with pytest.raises(VocabularyError, match="Python objects"):
+        load_embeddings(path)

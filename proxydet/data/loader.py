@@ -50,9 +50,9 @@ def build_training_loader(
     rank: int,
     world_size: int,
     seed: int,
-    start_iteration: int = 0,
+    start: int = 0,
 ) -> TrainingLoader:
-    """Return the batches of one process, from ``start_iteration`` on, without end.
+    """Return the batches of one process, from ``start`` on, without end.
 
     They depend on seed, iteration, rank and world size only: not on the number of workers, nor on where iteration began.
 
@@ -63,8 +63,7 @@ def build_training_loader(
         rank: Number of this process.
         world_size: How many processes train together.
         seed: Of the run, at least 0.
-        start_iteration: Iteration of the first batch. Where gradients are accumulated over n batches, that is n times the
-            step.
+        start: Batches that all processes have used before; where they share a group, that one process has.
 
     Raises:
         DataError: the data cannot be used.
@@ -74,5 +73,5 @@ def build_training_loader(
     return TrainingLoader(
         sources,
         config,
-        Place(rank=rank, world_size=world_size, seed=seed, start_iteration=start_iteration),
+        Place(rank=rank, world_size=world_size, seed=seed, start=start),
     )

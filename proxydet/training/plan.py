@@ -9,21 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from proxydet.config import dump_yaml, to_mapping
 from proxydet.data.classes import embedding_dimension
 from proxydet.data.description import DatasetDescription
 from proxydet.data.store import AnnotationStore
-from proxydet.errors import DataError, InputError, ProxydetError
+from proxydet.errors import CheckpointError, DataError, InputError, ProxydetError
+from proxydet.files import Lock
 from proxydet.training.checkpoint import CheckpointFolder, read_iteration
 from proxydet.training.config import TrainingConfig
-from proxydet.training.continuation import check_folder
-from proxydet.training.distributed import choose_device
+from proxydet.training.distributed import DistInfo, choose_device
 from proxydet.training.estimate import Estimate, estimate_run
-from proxydet.training.fit import Resume
 from proxydet.training.launch import LaunchPlan
-from proxydet.training.precision import check_precision
-from proxydet.training.runfolder import RunFolder
-from proxydet.training.train import RunSettings, S, fit_to_embeddings, scale_run
+from proxydet.training.runfolder import EarlierRun, Resume, RunFolder, check_same
+from proxydet.training.step import check_precision
+from proxydet.training.train import RunSettings, S, continue_run, find_earlier, fit_to_embeddings
 
 # Annotation files up to this are looked into; it takes well under a second.
 _LARGEST_READ = 64 * 1024 * 1024
@@ -114,12 +115,13 @@ class TrainingPlan:
 
 
 def plan_training(
-    config: RunSettings,
+    config: S,
     launch: LaunchPlan,
     output: Path,
     words: Sequence[str],
     *,
     resume: Resume = "auto",
+    overwrite: bool = False,
 ) -> TrainingPlan:
     """Find out what a training would do. Looks at files, reads none of the large ones.
 
@@ -129,19 +131,22 @@ def plan_training(
         output: The run folder.
         words: What follows ``proxydet`` on the command line, without the choice of processes.
         resume: What to do with checkpoints that are there. A run folder that the training would refuse, and a checkpoint
-            that is not one, are told among the needs; whether the data changed since is not looked into.
+            that is not one, are among the needs; whether the data changed since is not checked.
+        overwrite: Whether ``never`` removes the run that is there.
     """
     folder = RunFolder(output)
-    scaled = scale_run(config, launch.world_size)
+    earlier, start_needs, resumes_after = _start(folder, config, resume, overwrite=overwrite)
+    ranks = DistInfo(world_size=launch.world_size, device=torch.device("cpu"))
+    scaled, _ = continue_run(config, earlier, ranks)
+    for run in earlier:
+        try:
+            check_same(folder, run, scaled, before_data=True)
+        except ProxydetError as error:
+            start_needs.append(_unusable("run folder", folder.root, error))
     description, needs = _description(scaled.data.description)
     if description is not None:
         scaled, embeddings = _embeddings(description, scaled)
-        # Only what fits the embeddings can be compared with the settings of a run that is there.
-        comparable = embeddings.present
         needs += [embeddings, *_data_needs(description, scaled)]
-    else:
-        comparable = False
-    resumes_after, start_needs = _start(folder, scaled, resume, comparable=comparable)
     return TrainingPlan(
         folder=folder.root,
         resumes_after=resumes_after,
@@ -160,22 +165,27 @@ def plan_training(
 
 
 def _start(
-    folder: RunFolder, config: RunSettings, resume: Resume, *, comparable: bool
-) -> tuple[int | None, list[Need]]:
-    """Return the iteration to go on after, None to start anew, and what keeps the training from doing so."""
-    if isinstance(resume, Path):
-        try:
-            return read_iteration(resume), [_need("checkpoint", resume)]
-        except ProxydetError as error:
-            return None, [_unusable("checkpoint", resume, error)]
-    needs = []
-    if comparable or resume == "never":
-        try:
-            check_folder(folder, to_mapping(config), digests={}, resume=resume)
-        except ProxydetError as error:
-            needs.append(_unusable("run folder", folder.root, error))
-    found = CheckpointFolder(folder.checkpoints, config.training.checkpoints).list()
-    return found[-1][0] if found and resume == "auto" else None, needs
+    folder: RunFolder, config: S, resume: Resume, *, overwrite: bool
+) -> tuple[list[EarlierRun[S]], list[Need], int | None]:
+    """Return the runs that would be continued, what keeps the training from it, and the iteration to resume after."""
+    needs, earlier, after = [], [], None
+    owner = Lock(folder.lock).owner()
+    if owner is not None and not owner.has_ended:
+        problem = f"it is in use by {owner}"
+        needs.append(Need(what="run folder", path=str(folder.root), present=False, problem=problem))
+    try:
+        earlier = find_earlier(folder, config, resume, overwrite=overwrite)
+        if isinstance(resume, Path):
+            after = read_iteration(resume)
+            needs.append(_need("checkpoint", resume))
+        elif resume == "auto":
+            found = CheckpointFolder(folder.checkpoints, config.training.checkpoints).list()
+            after = found[-1][0] if found else None
+    except CheckpointError as error:
+        needs.append(_unusable("checkpoint", error.path or folder.checkpoints, error))
+    except ProxydetError as error:
+        needs.append(_unusable("run folder", folder.root, error))
+    return earlier, needs, after
 
 
 def _description(path: Path | None) -> tuple[DatasetDescription | None, list[Need]]:

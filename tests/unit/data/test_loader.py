@@ -37,7 +37,7 @@ def loader(
         rank=rank,
         world_size=world,
         seed=seed,
-        start_iteration=start,
+        start=start,
     )
 
 

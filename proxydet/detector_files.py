@@ -262,5 +262,5 @@ def _encoder_of(folder: Path, data: DataConfig) -> Path | None:
         return own
     if data.description is None or not data.description.is_file():
         return None
-    encoder = DatasetDescription.from_toml(data.description).vocabulary.encoder
+    encoder = DatasetDescription.from_toml(data.description).classes.encoder
     return Path(encoder) if encoder is not None and Path(encoder).is_file() else None

@@ -231,7 +231,7 @@ def _data_needs(description: DatasetDescription, config: RunSettings) -> list[Ne
 
 def _embeddings(description: DatasetDescription, config: S) -> tuple[S, Need]:
     """Return the configuration with a classifier that fits the text embeddings, and whether they are usable."""
-    path = description.vocabulary.embeddings
+    path = description.classes.embeddings
     need = _need("text embeddings", path)
     if not path.is_file():
         return config, need

@@ -338,7 +338,7 @@ def _write_folder(
     """Write down what the run is made from."""
     write_text(folder.config, dump_yaml(config))
     data.vocabulary.save(folder.vocabulary)
-    encoder = data.description.vocabulary.encoder
+    encoder = data.description.classes.encoder
     if encoder is not None and Path(encoder).suffix == ".json" and Path(encoder).is_file():
         write_bytes(folder.text_encoder, Path(encoder).read_bytes())
     manifest = build_manifest(

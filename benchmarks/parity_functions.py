@@ -23,7 +23,7 @@ from proxydet.losses.config import CenterNetLossConfig, MixupLossConfig
 from proxydet.losses.mixup import class_prototypes, mixup_loss
 from proxydet.modeling.outputs import MixupOutput
 from proxydet.training.config import ScheduleConfig
-from proxydet.training.schedule import learning_rate_factor
+from proxydet.training.step import learning_rate_factor
 
 _MIXUP_VARIANTS = {
     "obj_score.t1.0.l1": MixupLossConfig(),

@@ -51,7 +51,7 @@ from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.modeling.outputs import ImageStepOutput, MixupOutput
 from proxydet.modeling.region_align import RegionGrid
 from proxydet.training.config import OptimizerConfig
-from proxydet.training.optimizer import build_optimizer, clip_gradients
+from proxydet.training.step import build_optimizer, clip_gradients
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 Patches = list[tuple[Any, str, Callable[..., Any]]]

@@ -16,7 +16,14 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from proxydet.data.classes import class_rows, load_vocabulary, nearest, open_split
+from proxydet.data.classes import (
+    ClassTable,
+    class_rows,
+    load_classes,
+    load_vocabulary,
+    nearest,
+    open_split,
+)
 from proxydet.data.config import DataConfig
 from proxydet.data.description import DatasetDescription
 from proxydet.data.images import read_annotated_image
@@ -90,7 +97,7 @@ def preview_pictures(
             f"the data set {description.name!r} has no [{request.split}] table",
             hint=f"look at its other part with --split {other}",
         )
-    vocabulary = load_vocabulary(description, cache=cache, progress=progress)
+    vocabulary = load_classes(description, cache=cache, progress=progress)
     store = open_split(description, request.split, cache=cache, progress=progress)
     rows = _chosen_rows(store, vocabulary, request)
     pictures = []
@@ -143,7 +150,7 @@ def write_preview(
 
 
 def _chosen_rows(
-    store: AnnotationStore, vocabulary: Vocabulary, request: PreviewRequest
+    store: AnnotationStore, vocabulary: ClassTable, request: PreviewRequest
 ) -> npt.NDArray[np.int64]:
     candidates = np.arange(len(store))
     name = None if request.class_name is None else request.class_name.strip()
@@ -169,7 +176,7 @@ def _chosen_rows(
 
 
 def _drawn_objects(
-    store: AnnotationStore, record: ImageRecord, vocabulary: Vocabulary
+    store: AnnotationStore, record: ImageRecord, vocabulary: ClassTable
 ) -> list[DrawnObject]:
     rows_K = class_rows(store, vocabulary)
     objects = []

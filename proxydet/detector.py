@@ -21,7 +21,6 @@ from proxydet.detector_inputs import (
     to_network,
     views_of,
 )
-from proxydet.errors import ConfigError
 from proxydet.modeling.config import InferenceConfig, ModelConfig
 from proxydet.modeling.inference_config import TTA_SCALES
 from proxydet.modeling.network import ProxyDetNetwork
@@ -42,7 +41,7 @@ class Detector(ClassResolver):
     Attributes:
         network: The network, in evaluation mode.
         vocabulary: The classes of the training.
-        inference: Settings of evaluation; `predict` changes thresholds only. Without a mask head, ``masks`` is False.
+        inference: Settings of evaluation; `predict` changes thresholds only.
         sides: The shortest and the longest side, in pixels, that pictures are scaled to.
     """
 
@@ -67,10 +66,7 @@ class Detector(ClassResolver):
         """
         super().__init__(network.vocabulary, encoder)
         self.network = network.eval()
-        settings = inference or InferenceConfig()
-        self.inference = (
-            settings if network.has_mask_head else dataclasses.replace(settings, masks=False)
-        )
+        self.inference = inference or InferenceConfig()
         self.sides = (shortest, longest)
 
     @classmethod
@@ -246,8 +242,7 @@ class Detector(ClassResolver):
             settings: Thresholds and limits; None: those of the run.
 
         Returns:
-            Boxes, and masks where the settings ask for them and the network has a mask head, in the pixels of the given
-            pictures, on the network's device.
+            Boxes and masks in the pixels of the given pictures, on the network's device.
         """
         training = vocabulary is None or vocabulary == self.vocabulary
         classes = None if training else vocabulary
@@ -270,39 +265,30 @@ class Detector(ClassResolver):
             settings=settings,
         )
 
-    def settings(self, **changes: bool | float | str | Sequence[float] | None) -> InferenceConfig:
-        """Return the run's settings with some of them changed.
-
-        Args:
-            **changes: As for `with_settings`.
+    def settings(self, *, score_threshold: float, max_detections: int) -> InferenceConfig:
+        """Return the run's settings with other thresholds.
 
         Raises:
-            ConfigError: There is no such setting, its value is out of range, or masks are asked of a detector without a
-                mask head.
+            InputError: A threshold is out of range.
         """
-        if changes.get("masks") and not self.network.has_mask_head:
-            raise ConfigError(
-                "this detector has no mask head: it was trained on boxes, and finds boxes only",
-                hint="leave masks out; for masks, train on objects that have them",
-            )
-        given = {name: value for name, value in changes.items() if value is not None}
-        return merge(self.inference, given, "inference")
+        return dataclasses.replace(
+            self.inference, score_threshold=score_threshold, max_detections=max_detections
+        )
 
-    def with_settings(self, **changes: bool | float | str | Sequence[float] | None) -> Detector:
+    def with_settings(self, **changes: bool | float | str | Sequence[float]) -> Detector:
         """Return a detector with other settings that shares this one's network.
 
         Args:
             **changes: Fields of `proxydet.modeling.config.InferenceConfig`, such as ``masks=False``,
                 ``one_class_per_proposal=True`` (only the best class of each box, as the published demos show it),
-                ``precision="fp16"`` on a GPU, or ``flip=True, scales=(0.75, 1.0, 1.25)`` (test-time augmentation). None
-                keeps the run's.
+                ``precision="fp16"`` on a GPU, or ``flip=True, scales=(0.75, 1.0, 1.25)`` (test-time augmentation).
 
         Raises:
-            ConfigError: As `settings`.
+            ConfigError: There is no such field, or its value is out of range.
         """
         return Detector(
             self.network,
-            inference=self.settings(**changes),
+            inference=merge(self.inference, changes, "inference"),
             shortest=self.sides[0],
             longest=self.sides[1],
             encoder=self._encoder,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -234,11 +234,7 @@ def _read_settings(path: Path) -> _Settings:
         )
     content: dict[str, Any] = load_mapping(path)
     parts = {key: content.get(key, {}) for key in ("data", "model", "inference")}
-    settings = from_mapping(_Settings, parts)
-    if settings.data.masks is False:
-        # Version 0.1 gave such a run a mask head too, and never trained it.
-        return replace(settings, model=replace(settings.model, masks=None))
-    return settings
+    return from_mapping(_Settings, parts)
 
 
 def _newest_weights(folder: Path) -> Path:
@@ -266,5 +262,5 @@ def _encoder_of(folder: Path, data: DataConfig) -> Path | None:
         return own
     if data.description is None or not data.description.is_file():
         return None
-    encoder = DatasetDescription.from_toml(data.description).vocabulary.encoder
+    encoder = DatasetDescription.from_toml(data.description).classes.encoder
     return Path(encoder) if encoder is not None and Path(encoder).is_file() else None

@@ -528,6 +528,16 @@ class LockOwner(msgspec.Struct, frozen=True):
     machine: str = ""
     start: str = ""
 
+    @property
+    def is_here(self) -> bool:
+        """Whether it is a process of this machine, or container, so that its end can be seen from here."""
+        return self.machine == _machine()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it is here, and has ended."""
+        return self.is_here and self.start not in ("", _start_of(self.pid))
+
     def __str__(self) -> str:
         since = f" since {self.since}" if self.since else ""
         return f"process {self.pid} on {self.host}{since}" + (
@@ -605,8 +615,7 @@ class Lock:
                 seen, since, tries = touched, time.monotonic(), 0
             tries += 1
             owner = self.owner() or LockOwner("an unknown host", 0)
-            here = owner.machine == _machine()
-            dead = here and owner.start not in ("", _start_of(owner.pid))
+            here, dead = owner.is_here, owner.has_ended
             if not wait and ((here and not dead) or (first is not None and touched != first)):
                 raise LockedError(
                     f"{self._subject} is in use by {owner}", hint=self._hint, path=self.path

@@ -11,9 +11,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -22,14 +20,14 @@ from proxydet.detector import Detector
 from proxydet.evaluation.detector_evaluation import evaluate
 from proxydet.evaluation.report import Report
 from proxydet.evaluation.split import DescribedSplit
-from proxydet.files import JsonLines
+from proxydet.files import JsonLines, write_json
 from proxydet.recipes import RunConfig
 from proxydet.reporting import SILENT, Progress
 from proxydet.training.distributed import launched_rank
-from proxydet.training.fit import Resume, TrainResult
-from proxydet.training.loop import Evaluate
-from proxydet.training.runfolder import RunFolder
+from proxydet.training.logs import iteration_of, read_evaluations
+from proxydet.training.runfolder import Resume, RunFolder
 from proxydet.training.train import train
+from proxydet.training.trainer import Evaluate, TrainResult, best_of
 from proxydet.visualization.plots import loss_plot, save_figure
 
 if TYPE_CHECKING:
@@ -41,7 +39,12 @@ Curves = dict[str, list[tuple[float, float]]]
 
 
 def run_training(
-    config: RunConfig, *, output: Path, resume: Resume = "auto", progress: Progress = SILENT
+    config: RunConfig,
+    *,
+    output: Path,
+    resume: Resume = "auto",
+    overwrite: bool = False,
+    progress: Progress = SILENT,
 ) -> TrainResult:
     """Train a detector, evaluate it by the schedule where the data has validation images, and plot the course.
 
@@ -49,6 +52,7 @@ def run_training(
         config: The whole configuration.
         output: The run folder.
         resume: What to do with checkpoints that are there.
+        overwrite: With ``resume="never"``, remove the run that the folder holds.
         progress: Where progress is shown.
 
     Raises:
@@ -58,12 +62,30 @@ def run_training(
         config,
         output=output,
         resume=resume,
+        overwrite=overwrite,
         evaluate=scheduled_evaluation(config, progress),
         progress=progress,
     )
     if launched_rank() == 0:
         plot_run(RunFolder(result.folder))
     return result
+
+
+def finished_run(folder: RunFolder, config: RunConfig) -> TrainResult:
+    """Return what a run that is finished gave, from its records."""
+    records = [record for record in JsonLines(folder.metrics).read() if "losses" in record]
+    last = records[-1] if records else {}
+    evaluations = read_evaluations(JsonLines(folder.evaluations))
+    return TrainResult(
+        folder=folder.root,
+        weights=folder.final_weights,
+        iterations=iteration_of(last) if last else config.training.iterations,
+        losses=last.get("losses", {}),
+        evaluations=evaluations,
+        best=best_of(evaluations, config.training.evaluation.metric),
+        skipped=last.get("skipped", 0),
+        seconds=0.0,
+    )
 
 
 def scheduled_evaluation(config: RunConfig, progress: Progress = SILENT) -> Evaluate | None:
@@ -97,9 +119,7 @@ def scheduled_evaluation(config: RunConfig, progress: Progress = SILENT) -> Eval
         )
         if report is None:
             return {}
-        (folder / "report.json").write_text(
-            json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8"
-        )
+        write_json(folder / "report.json", report.to_dict())
         return flat_metrics(report)
 
     return evaluate_network
@@ -145,8 +165,8 @@ def _curves(path: Path, key: str) -> Curves:
     """Read one curve for each name from a file of JSON lines."""
     curves: Curves = {}
     for record in JsonLines(path).read():
-        values: Mapping[str, float] = record[key]
-        for name, value in values.items():
-            if math.isfinite(value):
-                curves.setdefault(name, []).append((record["iteration"], value))
+        values = record.get(key)
+        for name, value in values.items() if isinstance(values, dict) else ():
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                curves.setdefault(name, []).append((iteration_of(record), value))
     return curves

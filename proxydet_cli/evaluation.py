@@ -236,7 +236,7 @@ def _open_split(
     from proxydet.evaluation.split import DescribedSplit
 
     if options.vocabulary is not None:
-        spec = dataclasses.replace(description.vocabulary, embeddings=options.vocabulary.absolute())
+        spec = dataclasses.replace(description.classes, embeddings=options.vocabulary.absolute())
         description = dataclasses.replace(description, vocabulary=spec)
     return DescribedSplit.open(description, options.split, progress=progress)
 

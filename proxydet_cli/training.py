@@ -15,8 +15,9 @@ from proxydet_cli.output import Output
 
 if TYPE_CHECKING:
     from proxydet.recipes import RunConfig
-    from proxydet.training.fit import Resume, TrainResult
     from proxydet.training.launch import LaunchPlan
+    from proxydet.training.runfolder import Resume
+    from proxydet.training.trainer import TrainResult
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ import difflib
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -69,7 +70,7 @@ def load_vocabulary(
         VocabularyError: embeddings and names do not fit, or a novel class is unknown.
         DataError: a file cannot be read.
     """
-    spec = description.vocabulary
+    spec = description.classes
     split = "train" if description.train is not None or description.val is None else "val"
     store = open_split(description, split, cache=cache, progress=progress)
     # By content: a saved vocabulary may have any name.
@@ -96,7 +97,40 @@ def load_vocabulary(
     return vocabulary.with_base(~_novel_mask(spec, vocabulary.names, store.categories))
 
 
-def class_rows(store: AnnotationStore, vocabulary: Vocabulary) -> npt.NDArray[np.int64]:
+class ClassTable(NamedTuple):
+    """The classes of a data set.
+
+    Attributes:
+        names: C class names.
+        base: bool (C,), whether training may use a class's annotations.
+    """
+
+    names: tuple[str, ...]
+    base: npt.NDArray[np.bool_]
+
+
+def load_classes(
+    description: DatasetDescription,
+    *,
+    cache: Path | None = None,
+    progress: Progress = SILENT,
+) -> ClassTable:
+    """Return the classes of a data set: its vocabulary's, or where it has none the categories of its annotations.
+
+    Args and errors as of `load_vocabulary`.
+    """
+    if description.vocabulary is not None:
+        vocabulary = load_vocabulary(description, cache=cache, progress=progress)
+        return ClassTable(vocabulary.names, vocabulary.base)
+    split = "train" if description.train is not None else "val"
+    store = open_split(description, split, cache=cache, progress=progress)
+    names = tuple(category.name.strip() for category in store.categories)
+    return ClassTable(names, np.ones(len(names), dtype=np.bool_))
+
+
+def class_rows(
+    store: AnnotationStore, vocabulary: Vocabulary | ClassTable
+) -> npt.NDArray[np.int64]:
     """Return the vocabulary's row of each category of a store, found by name: int64 (K,).
 
     Raises:

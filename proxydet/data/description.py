@@ -6,11 +6,13 @@ See ``docs/reference/data-description.md``. Paths in the file are relative to th
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from proxydet.config import from_mapping, parse_toml
+from proxydet.data.formats.voc import image_folder, is_voc
 from proxydet.errors import ConfigError, DataError
 from proxydet.files import read_text
 from proxydet.vocabulary.names import read_names
@@ -101,8 +103,8 @@ class DatasetDescription:
     name: str
     """Name of the data set, for messages and run folders."""
 
-    vocabulary: VocabularySpec
-    """Classes."""
+    vocabulary: VocabularySpec | None = None
+    """Classes; what only counts or draws annotations does without, and takes the annotations' own categories."""
 
     train: SplitSpec | None = None
     """Annotated images to train on."""
@@ -112,6 +114,25 @@ class DatasetDescription:
 
     image_labels: ImageLabelSpec | None = None
     """Images with class labels to train on."""
+
+    @classmethod
+    def open(cls, path: Path | str, images: Sequence[Path] = ()) -> DatasetDescription:
+        """Read a dataset config, or take annotations alone as a data set without embeddings.
+
+        Args:
+            path: A TOML file, or what `AnnotationStore.open` takes.
+            images: Folders of the images, where ``path`` is no dataset config; by default ``JPEGImages`` of Pascal VOC,
+                else the annotation file's own folder.
+
+        Raises:
+            DataError: as of `from_toml`.
+        """
+        path = Path(path)
+        if path.suffix.lower() == ".toml":
+            return cls.from_toml(path)
+        folder = image_folder(path) if is_voc(path) else None
+        roots = tuple(images) or (folder or path.parent,)
+        return cls(name=path.stem, train=SplitSpec(annotations=path, images=roots))
 
     @classmethod
     def from_toml(cls, path: Path | str) -> DatasetDescription:
@@ -158,6 +179,16 @@ class DatasetDescription:
             raise DataError(f"{path}: {error.message}", hint=error.hint, path=path) from error
         resolved: DatasetDescription = _absolute(description, path.resolve().parent)
         return resolved
+
+    @property
+    def classes(self) -> VocabularySpec:
+        """The table ``[vocabulary]``; DataError where there is none."""
+        if self.vocabulary is None:
+            raise DataError(
+                f"the data set {self.name!r} has no text embeddings",
+                hint="write a dataset config (TOML) with a table [vocabulary] that names them: see proxydet vocab build",
+            )
+        return self.vocabulary
 
     def split(self, name: str) -> SplitSpec:
         """Return the split ``name``.

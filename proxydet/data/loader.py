@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from proxydet.data.classes import load_vocabulary, open_split
+from proxydet.data.classes import class_rows, load_vocabulary, open_split
 from proxydet.data.config import DataConfig
 from proxydet.data.description import DatasetDescription
 from proxydet.data.image_labels import open_label_images
@@ -25,7 +25,9 @@ def open_training_sources(
     """
     vocabulary = load_vocabulary(description, cache=config.cache, progress=progress)
     store = open_split(description, "train", cache=config.cache, progress=progress)
-    targets = Targets.of(store, vocabulary, config.masks)
+    targets = Targets(
+        rows_K=class_rows(store, vocabulary), base_C=vocabulary.base, masks=config.masks
+    )
     roots = description.split("train").roots
     require_distinct_files(store, roots)
     boxes = BoxSource(store, roots, targets, config)
@@ -48,9 +50,9 @@ def build_training_loader(
     rank: int,
     world_size: int,
     seed: int,
-    start_iteration: int = 0,
+    start: int = 0,
 ) -> TrainingLoader:
-    """Return the batches of one process, from ``start_iteration`` on, without end.
+    """Return the batches of one process, from ``start`` on, without end.
 
     They depend on seed, iteration, rank and world size only: not on the number of workers, nor on where iteration began.
 
@@ -61,8 +63,7 @@ def build_training_loader(
         rank: Number of this process.
         world_size: How many processes train together.
         seed: Of the run, at least 0.
-        start_iteration: Iteration of the first batch. Where gradients are accumulated over n batches, that is n times the
-            step.
+        start: Batches that all processes have used before; where they share a group, that one process has.
 
     Raises:
         DataError: the data cannot be used.
@@ -72,5 +73,5 @@ def build_training_loader(
     return TrainingLoader(
         sources,
         config,
-        Place(rank=rank, world_size=world_size, seed=seed, start_iteration=start_iteration),
+        Place(rank=rank, world_size=world_size, seed=seed, start=start),
     )

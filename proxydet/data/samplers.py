@@ -155,18 +155,19 @@ class BatchPlan:
         rates = [group.cumulative[-1] / group.batch_size for group in self._groups]
         self._cumulative_G: FloatArray = np.cumsum(rates)
 
-    def batch(self, step: int, *, rank: int, world_size: int) -> PlannedBatch:
+    def batch(self, step: int, *, rank: int, world_size: int, start: int = 0) -> PlannedBatch:
         """Return the batch of one process in one step.
 
-        The batches of all processes are one sequence: process r of N takes number ``step * N + r``. One process that
+        The batches of all processes are one sequence: process r of N takes number ``start + step * N + r``. One process that
         accumulates the gradients of N batches therefore sees the same images as N processes.
 
         Args:
             step: Counted from 0; where gradients are accumulated, each batch is a step here.
             rank: Number of the process.
             world_size: How many processes there are.
+            start: Numbers that were used before: batches of all processes, or, where these share a group, steps.
         """
-        number = step if self._shared else step * world_size + rank
+        number = start + (step if self._shared else step * world_size + rank)
         group = self._groups[_pick(self._cumulative_G, self._random(_GROUP_STREAM, number, 1))[0]]
         first = rank * group.batch_size if self._shared else 0
         needed = first + group.batch_size

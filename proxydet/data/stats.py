@@ -8,7 +8,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from proxydet.data.classes import class_rows, load_vocabulary, open_split
+from proxydet.data.classes import (
+    ClassTable,
+    class_rows,
+    load_classes,
+    load_vocabulary,
+    open_split,
+)
 from proxydet.data.description import DatasetDescription
 from proxydet.data.image_labels import open_label_images
 from proxydet.data.store import AnnotationStore
@@ -94,19 +100,20 @@ def dataset_stats(
         DataError: a file cannot be used.
         VocabularyError: embeddings and categories do not fit.
     """
-    vocabulary = load_vocabulary(description, cache=cache, progress=progress)
+    classes = load_classes(description, cache=cache, progress=progress)
     parts = []
     for split in ("train", "val"):
         if getattr(description, split) is not None:
             store = open_split(description, split, cache=cache, progress=progress)
-            parts.append(_split_stats(split, store, vocabulary))
+            parts.append(_split_stats(split, store, classes))
     if description.image_labels is not None and description.train is not None:
         store = open_split(description, "train", cache=cache, progress=progress)
+        vocabulary = load_vocabulary(description, cache=cache, progress=progress)
         parts.append(_label_stats(description, vocabulary, store, cache, progress))
     return DatasetStats(name=description.name, parts=tuple(parts))
 
 
-def _split_stats(part: str, store: AnnotationStore, vocabulary: Vocabulary) -> PartStats:
+def _split_stats(part: str, store: AnnotationStore, vocabulary: ClassTable) -> PartStats:
     rows_K = class_rows(store, vocabulary)
     images_K, annotations_K = store.counts()
     area, crowd = store.column("area"), store.column("crowd")
@@ -126,7 +133,7 @@ def _split_stats(part: str, store: AnnotationStore, vocabulary: Vocabulary) -> P
 
 def _class_counts(
     store: AnnotationStore,
-    vocabulary: Vocabulary,
+    vocabulary: Vocabulary | ClassTable,
     rows_K: npt.NDArray[np.int64],
     images_K: npt.NDArray[np.int64],
     annotations_K: npt.NDArray[np.int64],

@@ -6,6 +6,7 @@ state, and batches are the same with any number of them.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,20 +37,20 @@ class Place:
     """How many processes there are."""
     seed: int
     """Of the run, at least 0."""
-    start_iteration: int = 0
-    """Iteration of the first batch wanted."""
+    start: int = 0
+    """What the run has used before: batches of all processes, or, where these share a group, batches of one."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank {self.rank} is not one of {self.world_size} processes")
-        if self.seed < 0 or self.start_iteration < 0:
-            raise ValueError("seed and start_iteration must not be negative")
+        if self.seed < 0 or self.start < 0:
+            raise ValueError("seed and start must not be negative")
 
 
 class TrainingLoader:
     """Iterates over the batches of one process, without end.
 
-    Each `iter` starts at the place's iteration, with workers of its own, which end when the iterator is dropped or closed.
+    Each `iter` starts at the place's start, with workers of its own, which end when the iterator is dropped or closed.
 
     Attributes:
         skipped: Number of images left out so far because they cannot be read (only where the configuration asks for it).
@@ -71,8 +72,11 @@ class TrainingLoader:
         self._plan = sources.plan(config, seed=place.seed)
 
     def planned(self, iteration: int) -> PlannedBatch:
-        """Return which images the batch of an iteration holds."""
-        return self._plan.batch(iteration, rank=self.place.rank, world_size=self.place.world_size)
+        """Return which images the batch of an iteration, counted from the place's start, holds."""
+        place = self.place
+        return self._plan.batch(
+            iteration, rank=place.rank, world_size=place.world_size, start=place.start
+        )
 
     def batch(self, iteration: int) -> Batch:
         """Make the batch of one iteration here, in this process (to look at it, or to repeat it).
@@ -163,16 +167,13 @@ class BatchMaker(Dataset[Any]):
 
 
 class _Plans(torch.utils.data.Sampler[PlannedBatch]):
-    """The plans from the loader's first iteration on."""
+    """The plans from the loader's start on."""
 
     def __init__(self, loader: TrainingLoader) -> None:
         self._loader = loader
 
     def __iter__(self) -> Iterator[PlannedBatch]:
-        iteration = self._loader.place.start_iteration
-        while True:
-            yield self._loader.planned(iteration)
-            iteration += 1
+        yield from map(self._loader.planned, itertools.count())
 
 
 def _unchanged(batch: Any) -> Any:

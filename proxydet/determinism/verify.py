@@ -18,7 +18,7 @@ from proxydet.errors import EnvironmentProblem
 from proxydet.recipes import RunConfig
 from proxydet.reporting import SILENT, Progress
 from proxydet.training.distributed import choose_device
-from proxydet.training.precision import check_precision
+from proxydet.training.step import check_precision
 
 LVIS_CLASSES = 1203
 PROCESSES = 2

@@ -5,6 +5,7 @@ Run as a module by :mod:`proxydet.determinism.verify` with the paths of its job 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import resource
@@ -28,14 +29,17 @@ from proxydet.determinism.batches import random_batches, random_vocabulary
 from proxydet.losses.criterion import Criterion
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.recipes import RunConfig
+from proxydet.training.checkpoint import TrainingState
 from proxydet.training.distributed import DistInfo, choose_device
-from proxydet.training.guards import NonFiniteGuard
-from proxydet.training.model import TrainingModel
-from proxydet.training.optimizer import build_optimizer
-from proxydet.training.precision import apply_precision, build_scaler
-from proxydet.training.seeding import seed_everything
-from proxydet.training.state import TrainingState
-from proxydet.training.step import Stepper
+from proxydet.training.step import (
+    StepResult,
+    TrainingModel,
+    apply_precision,
+    build_optimizer,
+    build_scaler,
+    seed_everything,
+    train_step,
+)
 
 _MIB = 2**20
 
@@ -122,26 +126,23 @@ class Bench:
         self._network.train()
         self._batches: list[Batch] = random_batches(config.data, job.classes)
         self._start = {k: v.cpu().clone() for k, v in self._network.state_dict().items()}
-        # After warm-up, so that the steps move the weights.
-        self._iteration = config.training.schedule.warmup_iterations
         self.device_name = "cpu"
         if self._device.type == "cuda":
             self.device_name = torch.cuda.get_device_name(self._device)
 
     def step(self) -> dict[str, float]:
         """Take the first step from the start, and return its losses."""
-        stepper, _ = self._fresh()
-        return stepper([self._batch(0)], self._iteration).losses
+        return self._step(self._fresh(), 0).losses
 
     def measure(self) -> dict[str, Any]:
         """Time the steps and take their memory, with nothing recorded; one step goes ahead to warm up."""
         before = _resident_mib()
-        stepper, _ = self._fresh()
+        state = self._fresh()
         times: list[tuple[float, float]] = []
         losses: dict[str, float] = {}
         for step in range(self._job.steps + 1):
             start, start_cpu = time.perf_counter(), time.process_time()
-            result = stepper([self._batch(step)], self._iteration + step)
+            result = self._step(state, step)
             self._wait()
             times.append((time.perf_counter() - start, time.process_time() - start_cpu))
             losses = losses or result.losses
@@ -159,7 +160,7 @@ class Bench:
 
     def repeat(self, reference: _Repetition | None) -> _Repetition:
         """Run the steps from the start; compare each with the reference, or become it."""
-        stepper, state = self._fresh()
+        state = self._fresh()
         repetition = _Repetition()
         names = {id(p): name for name, p in self._network.named_parameters()}
         record = StepRecord()
@@ -168,7 +169,7 @@ class Bench:
         )
         for step in range(self._job.steps):
             record.digests, record.gradients = {}, {}
-            result = stepper([self._batch(step)], self._iteration + step)
+            result = self._step(state, step)
             done = StepRecord(
                 digests={f"loss {name}": value.hex() for name, value in result.losses.items()},
                 gradients=record.gradients,
@@ -182,8 +183,18 @@ class Bench:
                 _compare(repetition, reference.steps[step], done, step)
         return repetition
 
-    def _fresh(self) -> tuple[Stepper, TrainingState]:
-        config, ranks = self._config, DistInfo(device=self._device)
+    def _step(self, state: TrainingState, step: int) -> StepResult:
+        return train_step(
+            state,
+            [self._batch(step)],
+            # One batch is an iteration.
+            config=dataclasses.replace(self._config.training, replicas=1),
+            ranks=DistInfo(device=self._device),
+            failures=Path(tempfile.gettempdir()),
+        )
+
+    def _fresh(self) -> TrainingState:
+        config = self._config
         self._network.load_state_dict(self._start)
         model = TrainingModel(
             self._network,
@@ -191,16 +202,16 @@ class Bench:
             device=self._device,
             touch_all=config.training.optimizer.unused_gradients == "zero",
         )
-        state = TrainingState(
+        return TrainingState(
             network=self._network,
             model=model,
             optimizer=build_optimizer(self._network.parameters(), config.training.optimizer),
             scaler=build_scaler(config.training.precision, self._device),
             seed=config.seed,
+            replicas=1,
+            # After warm-up, so that the steps move the weights.
+            batches=config.training.schedule.warmup_iterations,
         )
-        guard = NonFiniteGuard(config.training.guards, ranks, Path(tempfile.gettempdir()))
-        stepper = Stepper(state, config=config.training, ranks=ranks, guard=guard, seed=config.seed)
-        return stepper, state
 
     def _batch(self, step: int) -> Batch:
         return self._batches[step % len(self._batches)]

@@ -5,7 +5,6 @@ Dimensions: B images, C classes, D embedding.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -83,11 +82,6 @@ class ProxyDetNetwork(nn.Module):
         """Type that the backbone and the pyramid compute in, under autocast; the rest is float32."""
 
     @property
-    def has_mask_head(self) -> bool:
-        """Whether it can predict masks; a detector of boxes cannot."""
-        return self.config.masks is not None
-
-    @property
     def device(self) -> torch.device:
         """Where the network is."""
         return self.pixel_mean.device
@@ -133,10 +127,8 @@ class ProxyDetNetwork(nn.Module):
             self.roi_heads, scene, regions, assignment, truth, classes=classes
         )
         masks = None
-        if self.has_mask_head and any(image_masks is not None for image_masks in truth.masks):
-            masks = roi_training.mask_step(
-                self.roi_heads, scene, regions, assignment, truth, classes
-            )
+        if all(image_masks is not None for image_masks in truth.masks):
+            masks = roi_training.mask_step(self.roi_heads, scene, regions, assignment, classes)
         return BoxTrainingOutput(
             centernet=centernet,
             truth=truth,
@@ -263,7 +255,7 @@ class ProxyDetNetwork(nn.Module):
             classifiers=self.classifiers(),
             classes=self._class_text(vocabulary),
             proposals=self.config.proposals,
-            settings=dataclasses.replace(settings, masks=self._with_masks(settings)),
+            settings=settings,
         )
         return detect_in_views(looks, stage, original_size)
 
@@ -277,7 +269,7 @@ class ProxyDetNetwork(nn.Module):
         scene, proposals = self._look(images, settings)
         regions = self.roi_heads.embed(scene, _as_regions(proposals))
         found = detect_classes([regions], classes, self.classifiers(), settings)
-        masks = self.roi_heads.mask_probabilities if self._with_masks(settings) else None
+        masks = self.roi_heads.mask_probabilities if settings.masks else None
         return assemble_predictions(found, scene, original_sizes, masks)
 
     def _look(self, images: list[Tensor], settings: InferenceConfig) -> tuple[Scene, Proposals]:
@@ -289,9 +281,6 @@ class ProxyDetNetwork(nn.Module):
         centernet = self.proposal_generator(list(features.values()))
         proposals = self.proposal_generator.propose(centernet, check=True)
         return self._scene(features, stacked), proposals
-
-    def _with_masks(self, settings: InferenceConfig) -> bool:
-        return settings.masks and self.has_mask_head
 
     def _check_ready(self, images: Sequence[Tensor], settings: InferenceConfig) -> None:
         if self.training:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,6 @@ from proxydet._version import __version__
 from proxydet.detections import Detections
 from proxydet.detector import Detector
 from proxydet.errors import EnvironmentProblem, VocabularyError
-from proxydet.modeling.config import InferenceConfig
 from proxydet.prediction_run import PictureResult
 from proxydet.serving.pictures import accepted_formats, decode
 from proxydet.serving.question import Question
@@ -47,7 +47,13 @@ class Answerer:
             ProxydetError: The picture or the words cannot be used, or there is not enough memory.
         """
         vocabulary = self._vocabulary_of(question)
-        settings = self.settings_of(question)
+        settings = dataclasses.replace(
+            self.detector.settings(
+                score_threshold=question.score_threshold, max_detections=question.top
+            ),
+            masks=question.masks,
+            one_class_per_proposal=question.one_label,
+        )
         try:
             pixels_HW3 = decode(upload.data, upload.name, max_pixels)
             (prediction,) = self.detector.predict_images([pixels_HW3], vocabulary, settings)
@@ -59,19 +65,6 @@ class Answerer:
                 hint="send a smaller picture or fewer words",
             ) from error
         return json.dumps(result, ensure_ascii=False, allow_nan=False).encode()
-
-    def settings_of(self, question: Question) -> InferenceConfig:
-        """Return the settings that a request asks for.
-
-        Raises:
-            ConfigError: It asks for masks, and the detector has no mask head.
-        """
-        return self.detector.settings(
-            score_threshold=question.score_threshold,
-            max_detections=question.top,
-            masks=question.masks,
-            one_class_per_proposal=question.one_label,
-        )
 
     def _vocabulary_of(self, question: Question) -> Vocabulary:
         if question.words is None:
@@ -89,7 +82,6 @@ class Answerer:
                 "name": self.name,
                 "device": str(self.detector.network.device),
                 "training_classes": len(self.detector.vocabulary),
-                "masks": self.detector.inference.masks,
             },
             "words": {
                 "default": list(self.vocabulary.names),

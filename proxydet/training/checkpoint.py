@@ -1,33 +1,158 @@
-"""Checkpoints: written whole or not at all, rotated, checked when read.
+"""Checkpoints: what they hold, written whole or not at all, rotated, and proved when read.
 
-A checkpoint ``step_0001000.pth`` is what torch.save writes: a zip archive whose every record carries a checksum. It is
-written beside its final name, flushed to the disk and renamed, so that a file with that name is complete; the
-checksums tell when it was damaged afterwards.
+A checkpoint ``step_0001000.pth`` is what torch.save writes: a zip archive of a pickle and the tensors' bytes. It carries
+the SHA-256 of all that it holds, values, names and shapes, which is computed again from what was read: whatever damaged the
+file, nothing else than what was written is ever resumed from.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import logging
-import os
-import pickle
 import re
-import shutil
 import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from proxydet.errors import CheckpointError, DiskFullError
+from proxydet.errors import CheckpointError, NumericsError
+from proxydet.files import require_room, staged, unwritable, write_errors
 from proxydet.training.config import CheckpointConfig
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
+"""Version 0.1 wrote 1: without a digest, and counting iterations only."""
+
 _NAME = re.compile(r"step_(\d{7,})\.pth")
 # Room for what else a run writes between two checkpoints.
 _DISK_MARGIN = 64 * 2**20
+_NO_ROOM = "make room and start the same command again: it resumes from the newest checkpoint"
+_OLDER = "resume from an older one: --resume RUN/checkpoints/step_....pth"
+
+
+@dataclass(kw_only=True)
+class TrainingState:
+    """All that changes while a network is trained: what a checkpoint holds.
+
+    There is no random state among it: each batch draws from the seed and its number alone; nor a position of the
+    sampler or of the learning-rate schedule: both are functions of the number of batches.
+    """
+
+    network: nn.Module
+    """The detector; its state dict has the published names."""
+
+    model: nn.Module
+    """The module whose forward pass gives losses: a `TrainingModel` around the network, or DDP around that."""
+
+    optimizer: torch.optim.Optimizer
+    """Optimiser over the trained parameters."""
+
+    scaler: torch.amp.GradScaler
+    """Loss scaler; disabled unless fp16."""
+
+    seed: int
+    """Seed of the run."""
+
+    replicas: int
+    """Batches of an iteration; the same for the whole run, whatever the number of processes."""
+
+    run: str = ""
+    """JSON of what the run is made from: ``configuration`` and ``digests``."""
+
+    batches: int = 0
+    """Batches that all processes have used: the measure of progress."""
+
+    draws: int = 0
+    """Batches that each process has used; differs from ``batches`` by the numbers of processes."""
+
+    images: int = 0
+    """Images in all batches."""
+
+    skipped: int = 0
+    """Steps that left the weights alone because a loss was not finite."""
+
+    window: dict[str, Any] = field(default_factory=dict)
+    """Sums of the log record that is being collected."""
+
+    @property
+    def iteration(self) -> int:
+        """Whole iterations so far."""
+        return self.batches // self.replicas
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that `load_state_dict` needs, as tensors and plain values.
+
+        Raises:
+            NumericsError: A weight is not finite; such a state is not worth keeping.
+        """
+        check_finite(self.network)
+        return {
+            "model": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "seed": self.seed,
+            "iteration": self.iteration,
+            "batches": self.batches,
+            "draws": self.draws,
+            "images": self.images,
+            "skipped": self.skipped,
+            "window": dict(self.window),
+            "run": self.run,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], draws: int = 1) -> None:
+        """Go back to a saved state.
+
+        Args:
+            state: What `state_dict` returned.
+            draws: Batches of one process in a step, where the state, of version 0.1, does not say.
+
+        Raises:
+            CheckpointError: It belongs to another model or another seed.
+        """
+        other = "resume with the run's own configuration; to start from its weights use --weights"
+        if state.get("seed") != self.seed:
+            raise CheckpointError(
+                f"the checkpoint was written with seed {state.get('seed')}, this run has {self.seed}",
+                hint=other,
+            )
+        try:
+            self.network.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if state["scaler"]:
+                self.scaler.load_state_dict(state["scaler"])
+            # Version 0.1 went on with as many processes and as much accumulation only.
+            self.batches = state.get("batches", state["iteration"] * self.replicas)
+            self.draws = state.get("draws", state["iteration"] * draws)
+            self.images, self.skipped = state["images"], state["skipped"]
+            self.window = dict(state["window"])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"the checkpoint belongs to another model: {error}", hint=other
+            ) from error
+
+
+def check_finite(network: nn.Module) -> None:
+    """Make sure that no weight is NaN or infinite.
+
+    Raises:
+        NumericsError: One is; the message names the first such tensors.
+    """
+    tensors = {n: t for n, t in network.state_dict().items() if t.is_floating_point()}
+    bad = torch.stack([~torch.isfinite(t).all() for t in tensors.values()]).tolist()
+    names = [name for name, is_bad in zip(tensors, bad, strict=True) if is_bad]
+    if names:
+        raise NumericsError(
+            f"{len(names)} weights are not finite, the first: {', '.join(names[:3])}.",
+            hint="The last checkpoint is good. Lower the learning rate, or use precision bf16 or fp32.",
+        )
 
 
 class CheckpointFolder:
@@ -43,7 +168,7 @@ class CheckpointFolder:
         self._config = config
 
     def path(self, iteration: int) -> Path:
-        """Return the name of the checkpoint after a number of steps."""
+        """Return the name of the checkpoint after a number of iterations."""
         return self.folder / f"step_{iteration:07d}.pth"
 
     def list(self) -> list[tuple[int, Path]]:
@@ -58,19 +183,19 @@ class CheckpointFolder:
 
         Args:
             state: What `load_checkpoint` shall return.
-            iteration: Steps taken.
+            iteration: Iterations so far.
             best: Iteration of the best checkpoint so far, which is kept.
 
         Raises:
             DiskFullError: There is no room for it; nothing is left of it, and the earlier ones are untouched.
         """
         path = self.path(iteration)
-        write_checkpoint({"format": FORMAT, **state}, path)
+        write_checkpoint(state, path)
         self.rotate(best)
         return path
 
     def load_newest(self) -> tuple[dict[str, Any], Path] | None:
-        """Read the newest checkpoint that is whole, saying so when a newer one is damaged.
+        """Read the newest checkpoint that is whole, with a warning when a newer one is damaged.
 
         Returns:
             The state and its file; None when there is no checkpoint at all.
@@ -93,19 +218,6 @@ class CheckpointFolder:
             )
         return None
 
-    def set_aside_after(self, iteration: int) -> None:
-        """Rename the checkpoints after an iteration that a run goes back to: they are no longer its newest ones.
-
-        Left as they are they would count among the last that are kept, and push out those that the run now writes.
-        """
-        for later, path in self.list():
-            if later > iteration:
-                aside = path.with_name(f"{path.name}.aside")
-                path.replace(aside)
-                logger.warning(
-                    "The run goes back to iteration %d; %s is now %s.", iteration, path, aside.name
-                )
-
     def rotate(self, best: int | None) -> None:
         """Remove the checkpoints that need not be kept; ``best`` is the best one's iteration, if any."""
         found = self.list()
@@ -116,123 +228,138 @@ class CheckpointFolder:
                 path.unlink(missing_ok=True)
 
 
-def write_checkpoint(state: dict[str, Any], path: Path) -> None:
-    """Write a state so that ``path`` either holds all of it or is as it was.
+def write_checkpoint(state: Mapping[str, Any], path: Path) -> None:
+    """Write a state, with its digest, so that ``path`` either holds all of it or is as it was.
 
     Raises:
         DiskFullError: There is no room.
+        EnvironmentProblem: It cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _check_room(_size(state), path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:
-        if _is_full(error):
-            raise _disk_full(path) from error
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-    _flush_folder(path.parent)
+    content = {"format": FORMAT, **state}
+    content["sha256"] = _digest(content)
+    with write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    require_room(path, _size(content) + _DISK_MARGIN, hint=_NO_ROOM)
+    with staged(path) as temporary:
+        try:
+            with write_errors(path, hint=_NO_ROOM), temporary.open("wb") as file:
+                torch.save(content, file)
+        except RuntimeError as error:
+            # torch may wrap the system's error.
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            if cause is None:
+                raise
+            number = cause.errno or errno.EIO
+            raise unwritable(path, number, cause.strerror or str(cause), hint=_NO_ROOM) from error
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a training checkpoint, checking that it is whole and holds plain data only.
+    """Read a training checkpoint, and prove that it holds what was written.
 
     Raises:
-        CheckpointError: The file is absent, damaged, unsafe, or no training checkpoint of this program.
+        CheckpointError: The file is absent, damaged, unsafe, or not a training checkpoint of this program.
     """
     return _read(path, whole=True)
 
 
 def read_iteration(path: Path) -> int:
-    """Return how many steps a training checkpoint was written after, without reading its weights.
+    """Return how many iterations a training checkpoint was written after, without reading its weights.
 
     Raises:
-        CheckpointError: The file is absent, cut off, unsafe, or no training checkpoint of this program.
+        CheckpointError: The file is absent, cut off, unsafe, or not a training checkpoint of this program.
     """
     return int(_read(path, whole=False)["iteration"])
 
 
+def read_run(path: Path) -> dict[str, Any] | None:
+    """Return ``configuration`` and ``digests`` of the run that wrote a training checkpoint; None of version 0.1.
+
+    Raises:
+        CheckpointError: As `read_iteration`.
+    """
+    try:
+        run = json.loads(_read(path, whole=False).get("run") or "null")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}", hint=_OLDER, path=path) from error
+    return run if isinstance(run, dict) else None
+
+
 def _read(path: Path, *, whole: bool) -> dict[str, Any]:
-    """Read a checkpoint: all of it, compared with its checksums; or its structure, tensors being left on the disk."""
+    """Read a checkpoint: all of it, compared with its digest; or its structure, tensors being left on the disk."""
+    if not path.is_file():
+        what = "is not a file" if path.exists() else "does not exist"
+        raise CheckpointError(
+            f"the checkpoint {path} {what}", hint="checkpoints are in RUN/checkpoints", path=path
+        )
     try:
         with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                # As torch writes them. Anything else is damage, and could make torch read other bytes, or too many.
+                if (
+                    entry.is_dir()
+                    or entry.compress_type
+                    or entry.flag_bits & 1
+                    or entry.external_attr
+                ):
+                    raise ValueError(f"the entry {entry.filename} has impossible attributes")
             damaged = archive.testzip() if whole else None
         if damaged is not None:
-            raise CheckpointError(
-                f"{path} is damaged: {damaged} fails its checksum.",
-                hint="go on with an older one: --resume RUN/checkpoints/step_....pth",
-                path=path,
-            )
+            raise ValueError(f"{damaged} fails its checksum")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=not whole)
-    except FileNotFoundError as error:
+        ours = isinstance(state, dict) and state.get("format") in (1, FORMAT)
+        ours = ours and isinstance(state.get("iteration"), int)
+        if (
+            ours
+            and whole
+            and state["format"] == FORMAT
+            and state.pop("sha256", "") != _digest(state)
+        ):
+            raise ValueError("what it holds is not what was written (SHA-256)")
+    except Exception as error:  # the readers of zip files and pickles raise of every kind on damage
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise CheckpointError(
-            f"There is no checkpoint {path}.", hint="checkpoints lie in RUN/checkpoints", path=path
+            f"{path} is damaged, and cannot be read: {reason}", hint=_OLDER, path=path
         ) from error
-    except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+    if not ours:
         raise CheckpointError(
-            f"{path} cannot be read: {error}",
-            hint="go on with an older one: --resume RUN/checkpoints/step_....pth",
-            path=path,
-        ) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} is not a training checkpoint of this program.",
-            hint="To start from its weights give it with --weights; --resume goes on with a run.",
+            f"{path} is not a training checkpoint of this program",
+            hint="to start from its weights give it with --weights; --resume continues a run",
             path=path,
         )
-    return state
+    return dict(state)
+
+
+def _digest(value: Any) -> str:
+    """Return the SHA-256 of a nested state: its names, values, shapes, number formats and tensors' bytes."""
+    digest = hashlib.sha256()
+
+    def add(item: Any) -> None:
+        if isinstance(item, torch.Tensor):
+            plain = item.detach().cpu().contiguous()
+            digest.update(f"tensor {plain.dtype} {tuple(plain.shape)}\0".encode())
+            digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+        elif isinstance(item, Mapping):
+            digest.update(f"mapping {len(item)}\0".encode())
+            for key, inner in item.items():
+                add(key)
+                add(inner)
+        elif isinstance(item, (list, tuple)):
+            digest.update(f"{'list' if isinstance(item, list) else 'tuple'} {len(item)}\0".encode())
+            for inner in item:
+                add(inner)
+        else:
+            digest.update(f"{type(item).__name__} {item!r}\0".encode())
+
+    add(value)
+    return digest.hexdigest()
 
 
 def _size(value: Any) -> int:
     """Bytes of all tensors in a nested state."""
     if isinstance(value, torch.Tensor):
         return value.numel() * value.element_size()
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return sum(_size(item) for item in value.values())
-    if isinstance(value, (list, tuple)):
-        return sum(_size(item) for item in value)
-    return 0
-
-
-def _check_room(size: int, path: Path) -> None:
-    if shutil.disk_usage(path.parent).free < size + _DISK_MARGIN:
-        raise _disk_full(path, size)
-
-
-def _is_full(error: BaseException) -> bool:
-    """Whether a failed write failed for lack of room; torch may wrap the system's error."""
-    full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-    chain: BaseException | None = error
-    while chain is not None:
-        if isinstance(chain, OSError) and chain.errno in full:
-            return True
-        chain = chain.__cause__ or chain.__context__
-    return False
-
-
-def _disk_full(path: Path, size: int = 0) -> DiskFullError:
-    need = (
-        f" It needs {size / 2**20:.0f} MiB and {_DISK_MARGIN // 2**20} MiB to spare."
-        if size
-        else ""
-    )
-    return DiskFullError(
-        f"There is no room on the disk for {path}.{need} The checkpoints before it are untouched.",
-        hint="Make room and start the same command again: it goes on from the newest checkpoint.",
-        path=path,
-    )
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make a rename outlive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return sum(_size(item) for item in value) if isinstance(value, (list, tuple)) else 0

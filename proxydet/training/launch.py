@@ -35,7 +35,7 @@ _SHUTDOWN_SECONDS = "120"
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
 _PAUSE_SECONDS = 5.0
 # Set by `launch` to its process id, for its processes: it reports their errors, so they need not.
-_LAUNCHER = "PROXYDET_LAUNCHER"
+LAUNCHER = "PROXYDET_LAUNCHER"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +232,7 @@ def launch(plan: LaunchPlan, words: Sequence[str], logs: Path) -> None:
     from torch.distributed.elastic.rendezvous.api import RendezvousError
 
     since = time.time()
-    os.environ[_LAUNCHER] = str(os.getpid())
+    os.environ[LAUNCHER] = str(os.getpid())
     # Otherwise DDP warns in each process about steps whose losses reach every parameter.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN_SECONDS)
@@ -306,7 +306,7 @@ def worker(logs: Path) -> Iterator[None]:
     """
     variables = torch_variables()
     rank, world_size = int(variables.get("RANK", "0")), int(variables.get("WORLD_SIZE", "1"))
-    launcher = os.environ.get(_LAUNCHER)
+    launcher = os.environ.get(LAUNCHER)
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None, use_errno=True).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
         if launcher and os.getppid() != int(launcher):

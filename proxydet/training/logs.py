@@ -5,102 +5,174 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from proxydet.files import JsonLines
+from proxydet.reporting import Task
+from proxydet.training.checkpoint import TrainingState
+from proxydet.training.config import LogConfig
+from proxydet.training.distributed import DistInfo
+from proxydet.training.runfolder import RunFolder
 from proxydet.training.step import StepResult
 
 
-class LossWindow:
-    """Sums over the steps since the last record.
+class MetricLogger:
+    """Collects steps into records, on the main process.
 
-    A loss that some batches do not have (mask loss, on image-label batches) is averaged over those that have it.
-    """
-
-    def __init__(self, sums: dict[str, Any] | None = None) -> None:
-        self._sums: dict[str, Any] = sums or {"steps": 0, "images": 0, "losses": {}, "shares": {}}
-
-    def add(self, result: StepResult) -> None:
-        """Take a step into account."""
-        if result.skipped:
-            return
-        self._sums["steps"] += 1
-        self._sums["images"] += result.images
-        for kind, values in (("losses", result.losses), ("shares", result.shares)):
-            sums = self._sums[kind]
-            for name, value in values.items():
-                sums[name] = sums.get(name, 0.0) + value
-
-    def means(self) -> dict[str, float]:
-        """Return each loss's mean over the batches that have it, and their mean sum as ``total``."""
-        steps = max(self._sums["steps"], 1)
-        means = {}
-        for name, value in self._sums["losses"].items():
-            share = self._sums["shares"][name]
-            means[name] = value / share if share else 0.0
-        return {"total": sum(self._sums["losses"].values()) / steps, **means}
-
-    @property
-    def steps(self) -> int:
-        """Number of steps taken into account."""
-        return int(self._sums["steps"])
-
-    @property
-    def images(self) -> int:
-        """Number of images in those steps, on all processes."""
-        return int(self._sums["images"])
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the sums, to go on with after an interruption."""
-        return {k: dict(v) if isinstance(v, dict) else v for k, v in self._sums.items()}
-
-
-class TensorBoard:
-    """TensorBoard event files.
+    Between two records the losses are summed up in the state's ``window``, which checkpoints hold. A loss that some batches do
+    not have (mask loss, on image-label batches) is averaged over those that have it.
 
     Args:
-        folder: Where they go.
-        iteration: Steps taken so far: later entries of an interrupted run are hidden.
+        folder: The run folder.
+        config: How often, and whether for TensorBoard.
+        ranks: This process; all others record nothing.
+        state: Of the training, as it is resumed; records after it are removed.
+        task: Where progress is shown.
+
+    Attributes:
+        last: Mean losses of the newest record.
     """
 
-    def __init__(self, folder: Path, iteration: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: LogConfig,
+        *,
+        ranks: DistInfo,
+        state: TrainingState,
+        task: Task,
+    ) -> None:
+        self._config = config
+        self._ranks = ranks
+        self._state = state
+        self._task = task
+        self._metrics = JsonLines(folder.metrics)
+        self._evaluations = JsonLines(folder.evaluations)
+        self._tensorboard: Any = None
+        self._shown = state.iteration
+        self._restart_clock(0.0)
+        self.last: dict[str, float] = {}
+        if ranks.is_main:
+            for lines in (self._metrics, self._evaluations):
+                lines.keep(lambda record: iteration_of(record) <= state.iteration)
+            if config.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=iteration + 1)
+                # Later entries of an interrupted run are hidden.
+                self._tensorboard = SummaryWriter(
+                    str(folder.tensorboard), purge_step=state.iteration + 1
+                )
 
-    def add(self, values: dict[str, float], iteration: int) -> None:
-        """Write scalars."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, iteration)
+    def __enter__(self) -> MetricLogger:
+        return self
 
-    def close(self) -> None:
-        """Flush to the disk."""
-        self._writer.close()
+    def __exit__(self, *error: object) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
-
-class Clock:
-    """Time and waiting since the last record."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._waited = 0.0
-
-    def lap(self, waited: float, steps: int) -> dict[str, float]:
-        """Return seconds a step, seconds of waiting for data a step, and start anew.
+    def step(self, result: StepResult, waited: float, *, record: bool) -> None:
+        """Take a step into account; the state already counts it.
 
         Args:
-            waited: Seconds that the feed has waited since the beginning.
-            steps: Steps since the last lap.
+            result: What the step did.
+            waited: Seconds that the run has waited for data so far.
+            record: Whether a record ends with this step.
         """
-        now = time.perf_counter()
-        seconds, data = now - self._start, waited - self._waited
-        self._start, self._waited = now, waited
-        return {
-            "step_seconds": round(seconds / max(steps, 1), 6),
-            "data_seconds": round(data / max(steps, 1), 6),
+        window = self._state.window
+        if not result.skipped:
+            window["steps"] = window.get("steps", 0) + 1
+            window["images"] = window.get("images", 0) + result.images
+            for kind, values in (("losses", result.losses), ("shares", result.shares)):
+                sums = window.setdefault(kind, {})
+                for name, value in values.items():
+                    sums[name] = sums.get(name, 0.0) + value
+        self._clocked_steps += 1
+        self._clocked_images += result.images
+        advance = self._state.iteration - self._shown
+        self._shown = self._state.iteration
+        if not record:
+            self._task.advance(advance)
+            return
+        losses, shares = window.get("losses", {}), window.get("shares", {})
+        self.last = {
+            "total": sum(losses.values()) / max(window.get("steps", 0), 1),
+            **{n: value / shares[n] if shares[n] else 0.0 for n, value in losses.items()},
         }
+        seconds = max(time.perf_counter() - self._clock_start, 1e-9)
+        speed = {
+            "step_seconds": round(seconds / self._clocked_steps, 6),
+            "data_seconds": round((waited - self._waited) / self._clocked_steps, 6),
+        }
+        images_per_second = self._clocked_images / seconds
+        self._restart_clock(waited)
+        self._state.window = {}
+        memory = round(memory_mib(self._ranks.device), 1)
+        self._task.advance(
+            advance,
+            **self.last,
+            **{
+                "lr": result.learning_rate,
+                "it/s": 1 / max(speed["step_seconds"], 1e-9),
+                "data s": speed["data_seconds"],
+                "MiB": memory,
+            },
+        )
+        if not self._ranks.is_main:
+            return
+        self._metrics.append(
+            {
+                "iteration": self._state.iteration,
+                "images": self._state.images,
+                "losses": self.last,
+                "learning_rate": result.learning_rate,
+                **speed,
+                "images_per_second": round(images_per_second, 3),
+                "memory_mib": memory,
+                "skipped": self._state.skipped,
+                "time": round(time.time(), 3),
+            }
+        )
+        scalars = {f"loss/{name}": value for name, value in self.last.items()}
+        scalars["train/learning_rate"] = result.learning_rate
+        scalars.update({f"train/{name}": value for name, value in speed.items()})
+        self._to_tensorboard(scalars)
+
+    def evaluation(self, metrics: dict[str, float]) -> None:
+        """Write down the metrics of an evaluation of the present weights."""
+        if not self._ranks.is_main:
+            return
+        self._evaluations.append({"iteration": self._state.iteration, "metrics": metrics})
+        self._to_tensorboard({f"evaluation/{name}": value for name, value in metrics.items()})
+
+    def evaluations(self) -> dict[int, dict[str, float]]:
+        """Return the metrics of each evaluation so far by iteration, oldest first (main process only)."""
+        return read_evaluations(self._evaluations)
+
+    def _restart_clock(self, waited: float) -> None:
+        self._clock_start, self._waited = time.perf_counter(), waited
+        self._clocked_steps = self._clocked_images = 0
+
+    def _to_tensorboard(self, values: dict[str, float]) -> None:
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, self._state.iteration)
+
+
+def read_evaluations(lines: JsonLines) -> dict[int, dict[str, float]]:
+    """Return the metrics of a run's evaluations by iteration; records that are not such are passed over."""
+    return {
+        iteration_of(record): record["metrics"]
+        for record in lines.read()
+        if iteration_of(record) < sys.maxsize and isinstance(record.get("metrics"), dict)
+    }
+
+
+def iteration_of(record: dict[str, Any]) -> int:
+    """Return the iteration that a record belongs to; beyond all of them for one that names none."""
+    iteration = record.get("iteration")
+    return iteration if type(iteration) is int else sys.maxsize
 
 
 def memory_mib(device: torch.device) -> float:

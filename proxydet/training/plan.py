@@ -9,21 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from proxydet.config import dump_yaml, to_mapping
-from proxydet.data.classes import embedding_dimension, load_vocabulary, open_split
+from proxydet.data.classes import embedding_dimension
 from proxydet.data.description import DatasetDescription
 from proxydet.data.store import AnnotationStore
-from proxydet.errors import DataError, InputError, ProxydetError
+from proxydet.errors import CheckpointError, DataError, InputError, ProxydetError
+from proxydet.files import Lock
 from proxydet.training.checkpoint import CheckpointFolder, read_iteration
 from proxydet.training.config import TrainingConfig
-from proxydet.training.continuation import check_folder
-from proxydet.training.distributed import choose_device
+from proxydet.training.distributed import DistInfo, choose_device
 from proxydet.training.estimate import Estimate, estimate_run
-from proxydet.training.fit import Resume
 from proxydet.training.launch import LaunchPlan
-from proxydet.training.precision import check_precision
-from proxydet.training.runfolder import RunFolder
-from proxydet.training.train import RunSettings, S, fit_to_embeddings, fit_to_masks, scale_run
+from proxydet.training.runfolder import EarlierRun, Resume, RunFolder, check_same
+from proxydet.training.step import check_precision
+from proxydet.training.train import RunSettings, S, continue_run, find_earlier, fit_to_embeddings
 
 # Annotation files up to this are looked into; it takes well under a second.
 _LARGEST_READ = 64 * 1024 * 1024
@@ -65,9 +66,6 @@ class TrainingPlan:
     needs: tuple[Need, ...]
     """What it reads."""
 
-    notes: tuple[str, ...]
-    """What to know of it: that no masks are trained, or not by all objects."""
-
     estimate: Estimate
     """Memory and time."""
 
@@ -86,7 +84,6 @@ class TrainingPlan:
             "resumes_after": self.resumes_after,
             "processes": self.launch.world_size,
             "needs": [dataclasses.asdict(need) for need in self.needs],
-            "notes": list(self.notes),
             "estimate": dataclasses.asdict(self.estimate),
             "command": list(self.command),
             "configuration": to_mapping(self.config),
@@ -104,7 +101,6 @@ class TrainingPlan:
             "",
             f"run folder   {self.folder} ({start})",
             f"processes    {self.launch.world_size} on {self.launch.nodes} machine(s)",
-            *(f"masks        {note}" for note in self.notes),
             *self.estimate.lines(),
             "",
             "what it needs",
@@ -119,12 +115,13 @@ class TrainingPlan:
 
 
 def plan_training(
-    config: RunSettings,
+    config: S,
     launch: LaunchPlan,
     output: Path,
     words: Sequence[str],
     *,
     resume: Resume = "auto",
+    overwrite: bool = False,
 ) -> TrainingPlan:
     """Find out what a training would do. Looks at files, reads none of the large ones.
 
@@ -134,30 +131,28 @@ def plan_training(
         output: The run folder.
         words: What follows ``proxydet`` on the command line, without the choice of processes.
         resume: What to do with checkpoints that are there. A run folder that the training would refuse, and a checkpoint
-            that is not one, are told among the needs; whether the data changed since is not looked into.
+            that is not one, are among the needs; whether the data changed since is not checked.
+        overwrite: Whether ``never`` removes the run that is there.
     """
     folder = RunFolder(output)
-    scaled = scale_run(config, launch.world_size)
+    earlier, start_needs, resumes_after = _start(folder, config, resume, overwrite=overwrite)
+    ranks = DistInfo(world_size=launch.world_size, device=torch.device("cpu"))
+    scaled, _ = continue_run(config, earlier, ranks)
+    for run in earlier:
+        try:
+            check_same(folder, run, scaled, before_data=True)
+        except ProxydetError as error:
+            start_needs.append(_unusable("run folder", folder.root, error))
     description, needs = _description(scaled.data.description)
-    notes: list[str] = []
-    # Only what fits the data can be compared with the settings of a run that is there.
-    comparable = False
     if description is not None:
         scaled, embeddings = _embeddings(description, scaled)
         needs += [embeddings, *_data_needs(description, scaled)]
-        readable = all(need.present for need in needs if need.what == "training annotations")
-        if embeddings.present and readable:
-            scaled, notes, problems = _masks(description, scaled)
-            needs += problems
-            comparable = scaled.data.masks != "auto"
-    resumes_after, start_needs = _start(folder, scaled, resume, comparable=comparable)
     return TrainingPlan(
         folder=folder.root,
         resumes_after=resumes_after,
         launch=launch,
         config=scaled,
         needs=(*start_needs, *_machine_needs(scaled.training), *needs),
-        notes=tuple(notes),
         estimate=estimate_run(
             scaled.model,
             scaled.data.boxes,
@@ -170,22 +165,27 @@ def plan_training(
 
 
 def _start(
-    folder: RunFolder, config: RunSettings, resume: Resume, *, comparable: bool
-) -> tuple[int | None, list[Need]]:
-    """Return the iteration to go on after, None to start anew, and what keeps the training from doing so."""
-    if isinstance(resume, Path):
-        try:
-            return read_iteration(resume), [_need("checkpoint", resume)]
-        except ProxydetError as error:
-            return None, [_unusable("checkpoint", resume, error)]
-    needs = []
-    if comparable or resume == "never":
-        try:
-            check_folder(folder, to_mapping(config), digests={}, resume=resume)
-        except ProxydetError as error:
-            needs.append(_unusable("run folder", folder.root, error))
-    found = CheckpointFolder(folder.checkpoints, config.training.checkpoints).list()
-    return found[-1][0] if found and resume == "auto" else None, needs
+    folder: RunFolder, config: S, resume: Resume, *, overwrite: bool
+) -> tuple[list[EarlierRun[S]], list[Need], int | None]:
+    """Return the runs that would be continued, what keeps the training from it, and the iteration to resume after."""
+    needs, earlier, after = [], [], None
+    owner = Lock(folder.lock).owner()
+    if owner is not None and not owner.has_ended:
+        problem = f"it is in use by {owner}"
+        needs.append(Need(what="run folder", path=str(folder.root), present=False, problem=problem))
+    try:
+        earlier = find_earlier(folder, config, resume, overwrite=overwrite)
+        if isinstance(resume, Path):
+            after = read_iteration(resume)
+            needs.append(_need("checkpoint", resume))
+        elif resume == "auto":
+            found = CheckpointFolder(folder.checkpoints, config.training.checkpoints).list()
+            after = found[-1][0] if found else None
+    except CheckpointError as error:
+        needs.append(_unusable("checkpoint", error.path or folder.checkpoints, error))
+    except ProxydetError as error:
+        needs.append(_unusable("run folder", folder.root, error))
+    return earlier, needs, after
 
 
 def _description(path: Path | None) -> tuple[DatasetDescription | None, list[Need]]:
@@ -231,7 +231,7 @@ def _data_needs(description: DatasetDescription, config: RunSettings) -> list[Ne
 
 def _embeddings(description: DatasetDescription, config: S) -> tuple[S, Need]:
     """Return the configuration with a classifier that fits the text embeddings, and whether they are usable."""
-    path = description.vocabulary.embeddings
+    path = description.classes.embeddings
     need = _need("text embeddings", path)
     if not path.is_file():
         return config, need
@@ -239,23 +239,6 @@ def _embeddings(description: DatasetDescription, config: S) -> tuple[S, Need]:
         return fit_to_embeddings(config, embedding_dimension(path)), need
     except ProxydetError as error:
         return config, dataclasses.replace(need, present=False, problem=_in_full(error))
-
-
-def _masks(description: DatasetDescription, config: S) -> tuple[S, list[str], list[Need]]:
-    """Decide whether masks are trained, as training does, unless that means to read a large annotation file."""
-    split, cache = description.train, config.data.cache
-    if split is None or not split.annotations.is_file():
-        return config, [], []
-    path = split.annotations
-    try:
-        large = path.stat().st_size > _LARGEST_READ
-        if large and not AnnotationStore.path_for(path, cache=cache).is_file():
-            return config, ["decided when training reads the annotations (data.masks)"], []
-        store = open_split(description, "train", cache=cache, warn=False)
-        fitted, note = fit_to_masks(config, store, load_vocabulary(description, cache=cache))
-    except ProxydetError as error:
-        return config, [], [_unusable("classes and masks", path, error)]
-    return fitted, [note] if note else [], []
 
 
 def _in_full(error: ProxydetError) -> str:

@@ -1,22 +1,270 @@
-"""One optimiser step: forward, backward, exchange of the losses, clip, update."""
+"""One optimiser step: losses of the batches, their exchange between processes, the guard against NaN, clipping, AdamW.
+
+Everything random in a step is drawn from the seed of the run and the number of the batch, counted over all processes and
+steps: no random state is carried from step to step or stored, what one step draws does not depend on how many numbers
+another one drew, and a batch draws the same whichever process computes it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import hashlib
+import importlib.util
+import logging
+import math
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from proxydet.training.config import TrainingConfig
-from proxydet.training.distributed import DistInfo, sum_over_ranks
-from proxydet.training.guards import NonFiniteGuard
-from proxydet.training.optimizer import clip_gradients, settle_unused_gradients
-from proxydet.training.schedule import learning_rate_factor, set_learning_rate
-from proxydet.training.seeding import derive_seed
-from proxydet.training.state import TrainingState
+from proxydet.errors import ConfigError, EnvironmentProblem, NumericsError
+from proxydet.files import write_json
+from proxydet.training.checkpoint import TrainingState
+from proxydet.training.config import (
+    GuardConfig,
+    OptimizerConfig,
+    PrecisionConfig,
+    ScheduleConfig,
+    TrainingConfig,
+)
+from proxydet.training.distributed import DistInfo, gather_over_ranks, sum_over_ranks
+
+logger = logging.getLogger(__name__)
+
+Losses = dict[str, torch.Tensor]
+"""Loss name to scalar tensor; the same names for every kind of batch on every rank."""
+
+# detectron2's scheduler (fvcore) decides on this tolerance, in units of the whole training, whether warm-up is over.
+_WARMUP_TOLERANCE = 1e-6
+# What torch.compile calls on a CPU, in this order, where CXX names no other.
+_CPP_COMPILERS = ("g++", "clang++")
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+# ---- random numbers --------------------------------------------------------------------------------------------------
+
+
+def derive_seed(*parts: int | str) -> int:
+    """Mix integers and words into one seed of 63 bits, the same on every machine."""
+    text = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, numpy's and torch's global generators (the CPU's and every GPU's)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries draw from the global generator
+    torch.manual_seed(seed)
+
+
+# ---- learning rate ---------------------------------------------------------------------------------------------------
+
+
+def learning_rate_factor(iteration: float, iterations: int, config: ScheduleConfig) -> float:
+    """Return the fraction of the learning rate with which a step is taken.
+
+    During warm-up the factor runs linearly from ``warmup_start`` to the value that the cosine has at the end of
+    warm-up, so that the two parts meet; this is how detectron2 joins them.
+
+    Args:
+        iteration: Iterations before the step, from 0; a fraction where a step has fewer batches than an iteration.
+        iterations: Iterations of the whole training.
+        config: Shape and warm-up.
+
+    Returns:
+        A number in (0, 1].
+    """
+
+    def course(progress: float) -> float:
+        """Factor without warm-up at a fraction of the training (above 1 during a warm-up longer than it)."""
+        if config.shape == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+    progress = iteration / iterations
+    warmup_end = config.warmup_iterations / iterations
+    if progress + _WARMUP_TOLERANCE >= warmup_end:
+        return course(progress)
+    start, end = config.warmup_start * course(0.0), course(warmup_end)
+    done = progress / warmup_end
+    return end * done + start * (1 - done)
+
+
+# ---- number formats --------------------------------------------------------------------------------------------------
+
+
+def check_precision(
+    config: PrecisionConfig,
+    device: torch.device,
+    which: Callable[[str], str | None] = shutil.which,
+) -> None:
+    """Make sure that a device can compute as configured, before a run begins.
+
+    Args:
+        config: What is asked for.
+        device: Where it will be computed.
+        which: Finds a program.
+
+    Raises:
+        ConfigError: fp16 is asked for on a CPU, which has no fast way to do it: a step would take minutes.
+        EnvironmentProblem: torch.compile is asked for and what it needs is not there.
+    """
+    if config.dtype == "fp16" and device.type == "cpu":
+        raise ConfigError(
+            "training.precision.dtype is fp16, which needs a GPU; on a CPU it is about a hundred times slower than fp32.",
+            hint="Add --set training.precision.dtype=fp32, or bf16.",
+        )
+    if not config.compile:
+        return
+    if device.type == "cpu":
+        compilers = [os.environ["CXX"]] if "CXX" in os.environ else list(_CPP_COMPILERS)
+        if not any(which(name) for name in compilers):
+            raise EnvironmentProblem(
+                f"training.precision.compile needs a C++ compiler, and there is no {' or '.join(compilers)}.",
+                hint="Install one (for example: apt install g++), or leave training.precision.compile off.",
+            )
+    elif importlib.util.find_spec("triton") is None:
+        raise EnvironmentProblem(
+            "training.precision.compile needs the package triton on a GPU, and it is not installed.",
+            hint="Install triton, or leave training.precision.compile off.",
+        )
+
+
+def apply_precision(network: nn.Module, config: PrecisionConfig) -> None:
+    """Set number format, memory layout and compilation of a network's backbone and pyramid, in place.
+
+    Args:
+        network: Has a module ``backbone``, which it runs under autocast in its ``backbone_dtype``.
+        config: What to set.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = config.tf32
+    torch.backends.cudnn.allow_tf32 = config.tf32
+    network.backbone_dtype = _DTYPES[config.dtype]  # type: ignore[assignment]
+    backbone = network.get_submodule("backbone")
+    if config.channels_last:
+        backbone.to(memory_format=torch.channels_last)
+    if config.compile:
+        backbone.compile()
+
+
+def build_scaler(config: PrecisionConfig, device: torch.device) -> torch.amp.GradScaler:
+    """Build the loss scaler: active in fp16, passing everything through otherwise."""
+    return torch.amp.GradScaler(
+        device.type, init_scale=config.initial_loss_scale, enabled=config.dtype == "fp16"
+    )
+
+
+# ---- losses and gradients --------------------------------------------------------------------------------------------
+
+
+class TrainingModel(nn.Module):
+    """Network and criterion as one module whose forward pass gives the losses: what DDP wraps.
+
+    Args:
+        network: A module with ``forward_train(batch, generator=...)``.
+        criterion: Called with that method's result and the same generator; returns `Losses`.
+        device: Where both compute, and where their random numbers are drawn.
+        touch_all: Whether every trained parameter shall be in the graph of the losses, be it with gradient 0.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        criterion: Callable[..., Losses],
+        *,
+        device: torch.device,
+        touch_all: bool = True,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self._criterion = criterion
+        self._generator = torch.Generator(device=device)
+        self._touch_all = touch_all
+
+    def forward(self, batch: Any, seed: int) -> Losses:
+        """Compute the losses of a box batch or an image-label batch, drawing every random number from one seed."""
+        seed_everything(seed)
+        generator = self._generator.manual_seed(derive_seed(seed, "generator"))
+        output = self.network.forward_train(batch, generator=generator)  # type: ignore[operator]
+        losses: Losses = self._criterion(output, generator=generator)
+        if not self._touch_all:
+            return losses
+        # DDP waits for every parameter's gradient. An image-label batch reaches neither mask head nor mixup branch; with this
+        # link their gradients arrive (as absent, which DDP counts as 0) and it need not search the graph for them.
+        first = next(iter(losses))
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return {**losses, first: _Touch.apply(losses[first], *trained)}
+
+
+class _Touch(torch.autograd.Function):
+    """Identity on the first argument; the others only become part of the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.count = len(parameters)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return (gradient, *([None] * ctx.count))
+
+
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], config: OptimizerConfig
+) -> torch.optim.AdamW:
+    """Build AdamW, as published, over the parameters that are trained, all in one group.
+
+    Raises:
+        ConfigError: No parameter is trained.
+    """
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if not trained:
+        raise ConfigError("The network has no parameter to train: all are frozen.")
+    return torch.optim.AdamW(
+        trained,
+        lr=config.learning_rate,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], value: float) -> None:
+    """Cut every gradient element to [-value, value] in place; parameters without a gradient are passed over.
+
+    A gradient element that is not a number stays so: clipping must not hide it.
+    """
+    with_gradient = [p for p in parameters if p.grad is not None]
+    if with_gradient:
+        nn.utils.clip_grad_value_(with_gradient, value)
+
+
+def zero_unused_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Give a gradient of zero to parameters that the losses did not reach now but have reached in an earlier step.
+
+    So they move on by their momentum, as with torch before 2.0, whose ``zero_grad`` kept gradients and set them to zero.
+    Parameters that were never reached are left alone: a group of processes hands them zeros, which are taken away. Which
+    ones were reached is read from the optimiser's state, and so outlives an interruption.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            reached = parameter in optimizer.state
+            if reached and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            elif not reached and parameter.grad is not None and not parameter.grad.any():
+                parameter.grad = None
+
+
+# ---- the step --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,137 +293,138 @@ class StepResult:
         return sum(self.losses.values())
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Shared:
-    """What the processes tell each other in a step; see `StepResult`."""
-
-    losses: dict[str, float]
-    shares: dict[str, float]
-    images: int
-    stop: bool
-
-
-class Stepper:
-    """Takes optimiser steps.
+def train_step(
+    state: TrainingState,
+    batches: Sequence[Any],
+    *,
+    config: TrainingConfig,
+    ranks: DistInfo,
+    failures: Path,
+    stop: bool = False,
+) -> StepResult:
+    """Take one optimiser step, and count it in the state.
 
     Args:
-        state: Model, optimiser and loss scaler; its iteration is left to the caller.
-        config: Training settings.
+        state: What changes.
+        batches: The batches of this process: as many as are accumulated, at least 1.
+        config: Training settings. Where a step has k times the batches of ``config.replicas``, and ``scaling`` is linear, the
+            learning rate is multiplied by k.
         ranks: This process.
-        guard: Decides about losses that are not finite.
-        seed: Seed of the run.
+        failures: Folder for the record of a batch whose loss is not finite.
+        stop: Whether this process wants to stop; all processes learn of it.
+
+    Raises:
+        NumericsError: A loss is not finite, and the step is not to be skipped.
     """
+    count = len(batches) * ranks.world_size
+    factor = count / config.replicas if config.scaling == "linear" else 1.0
+    learning_rate = config.optimizer.learning_rate * learning_rate_factor(
+        state.batches / config.replicas, config.iterations, config.schedule
+    )
+    learning_rate *= factor
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate
 
-    def __init__(
-        self,
-        state: TrainingState,
-        *,
-        config: TrainingConfig,
-        ranks: DistInfo,
-        guard: NonFiniteGuard,
-        seed: int,
-    ) -> None:
-        self._model = state.model
-        self._optimizer = state.optimizer
-        self._scaler = state.scaler
-        self._config = config
-        self._ranks = ranks
-        self._guard = guard
-        self._seed = seed
-        self._parameters = [p for p in state.model.parameters() if p.requires_grad]
+    names: list[str] = []
+    rows = []
+    for part, batch in enumerate(batches):
+        seed = derive_seed(state.seed, state.batches + part * ranks.world_size + ranks.rank)
+        last = part + 1 == len(batches)
+        exchanging = isinstance(state.model, DistributedDataParallel)
+        with state.model.no_sync() if exchanging and not last else nullcontext():  # type: ignore[operator]
+            losses = state.model(batch.to(ranks.device), seed)
+            total = torch.stack(list(losses.values())).sum() / len(batches)
+            state.scaler.scale(total).backward()
+        names = sorted(losses)
+        rows.append(torch.stack([losses[name].detach().float() for name in names]))
+    values_BL = torch.stack(rows)
+    local_L = values_BL.mean(dim=0)
 
-    def __call__(self, batches: Sequence[Any], iteration: int, stop: bool = False) -> StepResult:
-        """Take the step of one iteration.
+    # One collective averages over the processes; reading its result is the step's one wait for the device.
+    images = sum(len(batch) for batch in batches)
+    counts = torch.tensor([images, stop], dtype=local_L.dtype).to(local_L.device)
+    shared = torch.cat([local_L, (values_BL != 0).float().mean(dim=0), counts])
+    *means, total_images, stops = sum_over_ranks(shared, ranks).tolist()
+    means = [number / ranks.world_size for number in means]
+    result = StepResult(
+        losses=dict(zip(names, means, strict=False)),
+        shares=dict(zip(names, means[len(names) :], strict=True)),
+        learning_rate=learning_rate,
+        images=round(total_images),
+        skipped=not all(math.isfinite(value) for value in means[: len(names)]),
+        stop=stops > 0,
+    )
+    if result.skipped:
+        _skip_or_stop(state, names, local_L, batches, config.guards, ranks, failures)
+    else:
+        if config.optimizer.unused_gradients == "zero":
+            zero_unused_gradients(state.optimizer)
+        state.scaler.unscale_(state.optimizer)
+        if config.optimizer.clip_value is not None:
+            clip_gradients(state.model.parameters(), config.optimizer.clip_value)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.batches += count
+    state.draws += len(batches)
+    state.images += result.images
+    return result
 
-        Args:
-            batches: As many batches as are accumulated.
-            iteration: Steps taken before this one.
-            stop: Whether this process wants to stop; all processes learn of it.
 
-        Raises:
-            NumericsError: A loss is not finite, and the guard does not skip the step.
-        """
-        learning_rate = self._set_learning_rate(iteration)
-        names, values, shares = self._backward(batches, iteration)
-        shared = self._exchange(names, torch.cat([values, shares]), batches, stop)
-        skip = self._guard.refuses(shared.losses, values, batches, iteration)
-        if not skip:
-            self._update()
-        self._optimizer.zero_grad(set_to_none=True)
-        return StepResult(
-            losses=shared.losses,
-            shares=shared.shares,
-            learning_rate=learning_rate,
-            images=shared.images,
-            skipped=skip,
-            stop=shared.stop,
-        )
-
-    def _set_learning_rate(self, iteration: int) -> float:
-        config = self._config
-        factor = learning_rate_factor(iteration, config.iterations, config.schedule)
-        learning_rate = config.optimizer.learning_rate * factor
-        set_learning_rate(self._optimizer, learning_rate)
-        return learning_rate
-
-    def _backward(
-        self, batches: Sequence[Any], iteration: int
-    ) -> tuple[list[str], torch.Tensor, torch.Tensor]:
-        """Accumulate the gradients of the mean loss over the batches.
-
-        Returns:
-            Names of the losses in alphabetical order, their means over the batches, and in which share of the batches
-            each was not 0.
-        """
-        names: list[str] = []
-        rows = []
-        for part, batch in enumerate(batches):
-            seed = derive_seed(self._seed, iteration, self._ranks.rank, part)
-            with self._no_sync() if part + 1 < len(batches) else nullcontext():
-                losses = self._model(batch.to(self._ranks.device), seed)
-                total = torch.stack(list(losses.values())).sum() / len(batches)
-                self._scaler.scale(total).backward()
-            names = sorted(losses)
-            rows.append(torch.stack([losses[name].detach().float() for name in names]))
-        values = torch.stack(rows)
-        return names, values.mean(dim=0), (values != 0).float().mean(dim=0)
-
-    def _no_sync(self) -> AbstractContextManager[Any]:
-        """Return the context in which gradients stay on this process."""
-        if isinstance(self._model, DistributedDataParallel):
-            return self._model.no_sync()
-        return nullcontext()
-
-    def _exchange(
-        self, names: list[str], numbers: torch.Tensor, batches: Sequence[Any], stop: bool
-    ) -> _Shared:
-        """Average over the processes in one collective, and read the result: the step's one wait for the device.
-
-        Args:
-            names: Names of the losses.
-            numbers: Their values, then their shares.
-            batches: The batches of this process.
-            stop: Whether this process wants to stop.
-        """
-        images = sum(len(batch) for batch in batches)
-        counts = torch.tensor([images, stop], dtype=numbers.dtype).to(numbers.device)
-        *means, total_images, stops = sum_over_ranks(
-            torch.cat([numbers, counts]), self._ranks
-        ).tolist()
-        means = [number / self._ranks.world_size for number in means]
-        return _Shared(
-            losses=dict(zip(names, means, strict=False)),
-            shares=dict(zip(names, means[len(names) :], strict=True)),
-            images=round(total_images),
-            stop=stops > 0,
-        )
-
-    def _update(self) -> None:
-        config = self._config.optimizer
-        if config.unused_gradients == "zero":
-            settle_unused_gradients(self._optimizer)
-        self._scaler.unscale_(self._optimizer)
-        if config.clip_value is not None:
-            clip_gradients(self._parameters, config.clip_value)
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
+def _skip_or_stop(
+    state: TrainingState,
+    names: list[str],
+    local: torch.Tensor,
+    batches: Sequence[Any],
+    config: GuardConfig,
+    ranks: DistInfo,
+    folder: Path,
+) -> None:
+    """Write down all processes' batches of a step whose losses are not finite, and count the skipped step or raise."""
+    image_ids = [list(batch.image_ids) for batch in batches]
+    by_rank = [values.tolist() for values in gather_over_ranks(local, ranks)]
+    ids_by_rank: list[Any] = [image_ids] * ranks.world_size
+    several = ranks.world_size > 1
+    if several:
+        dist.all_gather_object(ids_by_rank, image_ids)
+    found, parts = [], []
+    for rank, (values, ids) in enumerate(zip(by_rank, ids_by_rank, strict=True)):
+        by_value: dict[str, list[str]] = {}
+        for name, value in zip(names, values, strict=True):
+            if not math.isfinite(value):
+                by_value.setdefault(str(value), []).append(name)
+        if by_value:
+            losses = {name: value for value, group in by_value.items() for name in group}
+            found.append({"rank": rank, "losses": losses, "images": ids})
+            parts.append(
+                ", ".join(
+                    f"{' and '.join(group)} {'are' if len(group) > 1 else 'is'} {value}"
+                    for value, group in by_value.items()
+                )
+                + (f" in process {rank}" if several else "")
+                + f" on images {', '.join(str(item) for group in ids for item in group)}"
+            )
+    iteration = state.iteration
+    record = folder / f"step_{iteration:07d}.json"
+    if ranks.is_main:
+        content = {"iteration": iteration, "not_finite": found, "batches_by_rank": ids_by_rank}
+        write_json(record, content)
+    message = f"At iteration {iteration}, {'; '.join(parts)}."
+    if config.non_finite == "skip" and state.skipped < config.max_skipped:
+        state.skipped += 1
+        logger.warning("%s Skipping this step (%d so far).", message, state.skipped)
+        return
+    advice = (
+        f"{state.skipped} steps were skipped, as many as training.guards.max_skipped allows: the weights have most "
+        "likely diverged. Go back to an earlier checkpoint (--resume FILE), or start again, with a lower "
+        "training.optimizer.learning_rate."
+        if config.non_finite == "skip"
+        else "Check their annotations, lower training.optimizer.learning_rate, or resume with "
+        "--set training.guards.non_finite=skip."
+    )
+    raise NumericsError(
+        f"{message} The weights are as they were before this step; no checkpoint was touched.",
+        hint=f"{record} lists the images. {advice}",
+        path=record,
+        rank=found[0]["rank"] if several else None,
+    )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
-import shutil
+import os
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,28 +20,31 @@ from proxydet.config import dump_yaml, to_mapping
 from proxydet.data.classes import image_counts, load_vocabulary, open_split
 from proxydet.data.config import DataConfig
 from proxydet.data.description import DatasetDescription
-from proxydet.data.instances import Targets
 from proxydet.data.loader import open_training_sources
-from proxydet.data.store import AnnotationStore
 from proxydet.data.stream import Place, TrainingLoader
 from proxydet.data.training_sources import TrainingSources
 from proxydet.errors import ConfigError
+from proxydet.files import sha256, write_bytes, write_text
 from proxydet.losses.config import LossConfig
 from proxydet.losses.criterion import Criterion
-from proxydet.manifest import build_manifest, file_digest, write_run_records
+from proxydet.manifest import build_manifest, write_run_records
 from proxydet.modeling.config import ModelConfig
 from proxydet.modeling.network import ProxyDetNetwork
-from proxydet.modeling.weights import MASK_HEAD, MIXUP_BRANCH, load_weights
+from proxydet.modeling.weights import MIXUP_BRANCH, load_weights
 from proxydet.reporting import SILENT, Progress
-from proxydet.training.config import TrainingConfig
-from proxydet.training.continuation import check_folder
+from proxydet.training.checkpoint import read_iteration
+from proxydet.training.config import TrainingConfig, scale_training
 from proxydet.training.distributed import DistInfo, check_agreement, connect, wait_for_all
-from proxydet.training.fit import FitJob, Resume, TrainResult, fit
-from proxydet.training.loop import Evaluate
-from proxydet.training.precision import check_precision
-from proxydet.training.runfolder import RunFolder
-from proxydet.training.scaling import scale_training
-from proxydet.training.seeding import seed_everything
+from proxydet.training.runfolder import (
+    EarlierRun,
+    Resume,
+    RunFolder,
+    check_same,
+    check_same_data,
+    earlier_run,
+)
+from proxydet.training.step import check_precision, seed_everything
+from proxydet.training.trainer import Evaluate, FitJob, TrainResult, fit
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -89,10 +94,11 @@ class _Data:
 
 
 def train(
-    config: RunSettings,
+    config: S,
     *,
     output: Path,
     resume: Resume = "auto",
+    overwrite: bool = False,
     evaluate: Evaluate | None = None,
     progress: Progress = SILENT,
 ) -> TrainResult:
@@ -102,54 +108,149 @@ def train(
         config: The whole configuration; see `proxydet.recipes`. Its training is scaled to the number of processes.
         output: The run folder; see `proxydet.training.runfolder`. Several machines must share it.
         resume: What to do with checkpoints that are there.
+        overwrite: With ``resume="never"``, remove the run that the folder holds.
         evaluate: Evaluates the network by the schedule of the configuration.
         progress: Where progress is shown.
 
     Raises:
         ConfigError: The configuration does not fit the data, or the folder holds a run of another one.
+        LockedError: Another training holds the folder.
         DataError: The data cannot be used.
-        CheckpointError: The starting weights, or the checkpoints to go on with, do not fit.
-        EnvironmentProblem: The machine cannot compute as it is told.
-        ProxydetError: As `proxydet.training.fit.fit`.
+        CheckpointError: The starting weights, or the checkpoints to resume from, do not fit.
+        EnvironmentProblem: The machine cannot compute as configured.
+        ProxydetError: As `proxydet.training.trainer.fit`.
     """
+    if resume == "never" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        resume, overwrite = "auto", False  # the run that is there is the one that was to be started
     with ExitStack() as stack:
         ranks = stack.enter_context(connect(config.training.device))
-        config = scale_run(config, ranks.world_size)
+        folder = RunFolder(output.resolve())
+        still_ours = stack.enter_context(folder.held()) if ranks.is_main else lambda: None
+        earlier = find_earlier(folder, config, resume, overwrite=overwrite)
+        config, accumulation = continue_run(config, earlier, ranks)
         settings = config.training
         check_precision(settings.precision, ranks.device)
         stack.enter_context(reproducibility_mode(config.reproducibility))
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
-        folder = RunFolder(output.resolve())
-        config, data = _open_data(config, ranks, progress)
-        starts_anew = check_folder(folder, to_mapping(config), digests=data.digests, resume=resume)
-        check_agreement(ranks, _facts(config, data))
-        network = _build_network(config, data, from_weights=starts_anew)
+        for run in earlier:
+            check_same(folder, run, config, before_data=True)
+        data = _open_data(config.data, progress)
+        config = fit_to_embeddings(config, data.vocabulary.dimension)
+        for run in earlier:
+            check_same(folder, run, config)
+            check_same_data(folder, run, data.digests)
+        digests = dict(data.digests)
+        if settings.weights is not None and settings.weights.is_file():
+            digests["weights"] = sha256(settings.weights)
+        facts = {"configuration": dump_yaml(config, comments=False), **data.digests}
+        check_agreement(ranks, {**facts, "accumulation": str(accumulation)})
+        resumes = isinstance(resume, Path) or (
+            resume == "auto" and any(folder.checkpoints.glob("step_*.pth"))
+        )
+        network = _build_network(config, data, from_weights=not resumes)
         if ranks.is_main:
             warn_of_slow_device(network, ranks.device)
-            _write_folder(folder, config, data, ranks)
+            if overwrite and resume == "never":
+                folder.clear()
+            _write_folder(folder, config, data, digests, ranks)
         wait_for_all(ranks)
 
-        def make_loader(start: int) -> TrainingLoader:
+        def make_loader(batches: int, draws: int) -> TrainingLoader:
             place = Place(
                 rank=ranks.rank,
                 world_size=ranks.world_size,
                 seed=config.seed,
-                start_iteration=start,
+                start=draws if config.data.ranks_share_group else batches,
             )
             return TrainingLoader(data.sources, config.data, place)
 
+        timeout = config.data.worker_timeout_s
         job = FitJob(
             config=settings,
             folder=folder,
             ranks=ranks,
             seed=config.seed,
-            loader_timeout=_patience(config.data),
+            accumulation=accumulation,
+            # A little longer than the loader itself waits for its workers.
+            loader_timeout=timeout + 30.0 if timeout else None,
             resume=resume,
+            run=json.dumps({"configuration": to_mapping(config), "digests": digests}),
+            still_ours=still_ours,
             evaluate=evaluate,
             progress=progress,
         )
         return fit(network, Criterion(config.losses), make_loader, job)
+
+
+def find_earlier(
+    folder: RunFolder, config: S, resume: Resume, *, overwrite: bool = False
+) -> list[EarlierRun[S]]:
+    """Return the runs that a training continues: that in its folder, and that of the checkpoint that is given.
+
+    Raises:
+        ConfigError: The folder holds a run, and a new one is to be started.
+        CheckpointError: The checkpoint is absent or damaged.
+    """
+    if resume == "never" and overwrite:
+        return []
+    here = earlier_run(folder, type(config))
+    if resume == "never" and here is not None:
+        raise ConfigError(
+            f"{folder.root} already holds a run.",
+            hint="train in another folder (--output), resume the run (--resume auto), or remove it: "
+            "--resume never --overwrite",
+            path=folder.root,
+        )
+    found = [] if here is None else [here]
+    if isinstance(resume, Path):
+        read_iteration(resume)
+        own = resume.parent.parent if resume.parent.name == "checkpoints" else resume
+        if here is None or own.resolve() != folder.root.resolve():
+            other = earlier_run(RunFolder(own), type(config), resume)
+            if other is None:
+                logger.warning(
+                    "Nothing tells with which settings %s was written; they are not compared",
+                    resume,
+                )
+            else:
+                found.append(other)
+    return found
+
+
+def continue_run(config: S, earlier: Sequence[EarlierRun[S]], ranks: DistInfo) -> tuple[S, int]:
+    """Return a run's configuration, and how many batches this many processes accumulate.
+
+    A new run is scaled to its number of processes; see `scale_training`. A run that is resumed keeps what an iteration was in
+    it, so that its schedule continues. On another number of processes, a step keeps its number of batches where they share
+    it evenly; otherwise, or where another accumulation is asked for, the learning rate is scaled and progress is counted in
+    batches.
+    """
+    training = config.training
+    if not earlier:
+        return scale_run(config, ranks.world_size), training.accumulation
+    before = earlier[-1].config.training
+    scaled = scale_training(training, before.replicas)
+    accumulation = training.accumulation
+    if accumulation == before.accumulation and before.replicas % ranks.world_size == 0:
+        accumulation = before.replicas // ranks.world_size
+    batches = accumulation * ranks.world_size
+    processes = before.replicas // before.accumulation
+    if ranks.is_main and (processes, before.accumulation) != (ranks.world_size, accumulation):
+        k = batches / before.replicas
+        rate = f"; learning rates are multiplied by {k:g}" if training.scaling == "linear" else ""
+        logger.warning(
+            "Resuming on %d processes with accumulation %d instead of %d with %d: %s",
+            ranks.world_size,
+            accumulation,
+            processes,
+            before.accumulation,
+            "as many batches a step as before"
+            if k == 1
+            else f"{batches} batches a step instead of {before.replicas}{rate}; an iteration takes {1 / k:g} steps",
+        )
+    scaled = dataclasses.replace(scaled, accumulation=before.accumulation)
+    return cast("S", dataclasses.replace(cast("Any", config), training=scaled)), accumulation
 
 
 def scale_run(config: S, processes: int) -> S:
@@ -185,73 +286,23 @@ def fit_to_embeddings(config: S, dimension: int) -> S:
     return cast("S", dataclasses.replace(cast("Any", config), model=fitted))
 
 
-def fit_to_masks(config: S, store: AnnotationStore, vocabulary: Vocabulary) -> tuple[S, str]:
-    """Decide whether masks are trained.
-
-    Args:
-        config: The configuration.
-        store: The training annotations.
-        vocabulary: The classes.
-
-    Returns:
-        The configuration with ``data.masks`` true, or with ``data.masks`` false and no mask head; and a line about objects
-        without masks, empty where there is nothing to say.
-
-    Raises:
-        ConfigError: Masks are to be trained by a model without a mask head.
-        DataError: Masks are to be trained, and no object has one.
-    """
-    asked, head = config.data.masks, config.model.masks
-    if head is None and asked is True:
-        raise ConfigError(
-            "data.masks is true, and model.masks is null: there is no mask head to train.",
-            hint="set data.masks to auto, or give the model a mask head: --set 'model.masks={}'",
-        )
-    targets = Targets.of(store, vocabulary, False if head is None else asked)
-    fitted = dataclasses.replace(
-        cast("Any", config),
-        data=dataclasses.replace(config.data, masks=targets.masks),
-        model=dataclasses.replace(config.model, masks=head if targets.masks else None),
-    )
-    usable = targets.usable(store)
-    without = int((usable & ~store.masked_A).sum())
-    note = ""
-    if not targets.masks and asked == "auto":
-        reason = (
-            "model.masks is null"
-            if head is None
-            else f"no object in {store.source_name} has a mask"
-        )
-        note = f"{reason}: training a detector of boxes, without a mask head"
-    elif targets.masks and without:
-        note = (
-            f"{without} of {int(usable.sum())} objects in {store.source_name} have no mask: "
-            "they train boxes and classes only"
-        )
-    return cast("S", fitted), note
-
-
-def _open_data(config: S, ranks: DistInfo, progress: Progress) -> tuple[S, _Data]:
-    """Open the data, and return the configuration that fits it."""
-    settings = config.data
-    if settings.description is None:
+def _open_data(config: DataConfig, progress: Progress) -> _Data:
+    if config.description is None:
         raise ConfigError(
             "There is no data to train on: data.description is not set.",
             hint="Give a data description: --data DATA.toml. docs/reference/data-description.md says what it holds.",
         )
-    description = DatasetDescription.from_toml(settings.description)
-    vocabulary = load_vocabulary(description, cache=settings.cache, progress=progress)
-    store = open_split(description, "train", cache=settings.cache, progress=progress)
-    config, note = fit_to_masks(config, store, vocabulary)
-    if note and ranks.is_main:
-        logger.warning("%s", note)
-    config = fit_to_embeddings(config, vocabulary.dimension)
-    return config, _Data(
+    description = DatasetDescription.from_toml(config.description)
+    sources = open_training_sources(config, description, progress=progress)
+    vocabulary = load_vocabulary(description, cache=config.cache, progress=progress)
+    store = open_split(description, "train", cache=config.cache, progress=progress)
+    digests = {"vocabulary": vocabulary.digest, "annotations": store.path.stem}
+    return _Data(
         description=description,
         vocabulary=vocabulary,
-        sources=open_training_sources(config.data, description, progress=progress),
-        counts=image_counts(store, vocabulary, with_novel=settings.count_novel_classes),
-        digests={"vocabulary": vocabulary.digest, "annotations": store.path.stem},
+        sources=sources,
+        counts=image_counts(store, vocabulary, with_novel=config.count_novel_classes),
+        digests=digests,
     )
 
 
@@ -264,8 +315,6 @@ def _build_network(config: RunSettings, data: _Data, *, from_weights: bool) -> P
         expect = (*settings.ignore_in_weights, *MIXUP_BRANCH)
         report = load_weights(network, settings.weights, expect=expect, vocabulary="keep")
         logger.info("Starting from %s: %s", settings.weights, report)
-        if any(name.startswith(MASK_HEAD) for name in report.ignored):
-            logger.warning("%s: the weights of its mask head are not used", settings.weights)
     return network
 
 
@@ -279,34 +328,19 @@ def warn_of_slow_device(network: torch.nn.Module, device: torch.device) -> None:
         )
 
 
-def _patience(config: DataConfig) -> float | None:
-    """Seconds to wait for a batch: a little longer than the loader itself waits for its workers."""
-    return config.worker_timeout_s + 30.0 if config.worker_timeout_s else None
-
-
-def _facts(config: RunSettings, data: _Data) -> dict[str, str]:
-    """Return what all processes must have in common."""
-    return {"configuration": dump_yaml(config, comments=False), **data.digests}
-
-
-def _write_folder(folder: RunFolder, config: RunSettings, data: _Data, ranks: DistInfo) -> None:
+def _write_folder(
+    folder: RunFolder,
+    config: RunSettings,
+    data: _Data,
+    digests: Mapping[str, str],
+    ranks: DistInfo,
+) -> None:
     """Write down what the run is made from."""
-    folder.root.mkdir(parents=True, exist_ok=True)
-    # Whole or not at all: a run that goes on on a full disk must not lose what it is compared with.
-    temporary = folder.config.with_name(f".{folder.config.name}.new")
-    try:
-        temporary.write_text(dump_yaml(config), encoding="utf-8")
-        temporary.replace(folder.config)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(folder.config, dump_yaml(config))
     data.vocabulary.save(folder.vocabulary)
-    encoder = data.description.vocabulary.encoder
+    encoder = data.description.classes.encoder
     if encoder is not None and Path(encoder).suffix == ".json" and Path(encoder).is_file():
-        shutil.copyfile(encoder, folder.text_encoder)
-    digests = dict(data.digests)
-    weights = config.training.weights
-    if weights is not None and weights.is_file():
-        digests["weights"] = file_digest(weights)
+        write_bytes(folder.text_encoder, Path(encoder).read_bytes())
     manifest = build_manifest(
         "training",
         configuration=to_mapping(config),

@@ -16,8 +16,15 @@ if TYPE_CHECKING:
 
 app = command_app("Prepare data sets, check them, count and look at what is in them.")
 
-Description = Annotated[
-    Path, typer.Argument(help="Data description (TOML).", metavar="DESCRIPTION.toml")
+Source = Annotated[
+    Path,
+    typer.Argument(
+        help="Dataset config (TOML), annotation file, or Pascal VOC folder or list.", metavar="PATH"
+    ),
+]
+Images = Annotated[
+    list[Path] | None,
+    typer.Option(help="Folder of the images, where PATH is not a dataset config; repeatable."),
 ]
 Cache = Annotated[
     Path | None,
@@ -102,11 +109,11 @@ def check(
 
 @app.command(
     epilog=examples(
-        "proxydet data stats datasets/lvis.toml", "proxydet data stats my.toml --classes"
+        "proxydet data stats datasets/lvis.toml", "proxydet data stats instances.json --classes"
     )
 )
 def stats(
-    description: Description,
+    path: Source,
     classes: Annotated[bool, typer.Option(help="List every class.")] = False,
     cache: Cache = None,
     json: Json = False,
@@ -117,9 +124,7 @@ def stats(
     from proxydet_cli.output import Output
     from proxydet_cli.progress import show_progress
 
-    counted = dataset_stats(
-        DatasetDescription.from_toml(description), cache=cache, progress=show_progress()
-    )
+    counted = dataset_stats(DatasetDescription.open(path), cache=cache, progress=show_progress())
     output = Output(json=json)
     if json:
         output.data(counted)
@@ -137,13 +142,15 @@ def stats(
 @app.command(
     epilog=examples(
         "proxydet data preview my.toml --output sheet.png",
+        "proxydet data preview instances.json --images photos --output sheet.png",
         "proxydet data preview my.toml --output page.html --class dog",
         "proxydet data preview my.toml --output seen.png --augmented",
     )
 )
 def preview(
-    description: Description,
-    output: Annotated[Path, typer.Option(help="A picture (.png, .jpg), or a page (.html).")],
+    path: Source,
+    output: Annotated[Path, typer.Option(help="An image (.png, .jpg), or a page (.html).")],
+    images: Images = None,
     split: Annotated[Literal["train", "val"], typer.Option(help="Which part.")] = "train",
     count: Annotated[int, typer.Option(min=1, max=500, help="How many images.")] = 12,
     seed: Annotated[int, typer.Option(min=0, help="Which images.")] = 0,
@@ -163,11 +170,11 @@ def preview(
     request = PreviewRequest(
         split=split, count=count, seed=seed, class_name=class_name, augmented=augmented
     )
-    found = DatasetDescription.from_toml(description)
-    path = write_preview(
-        found, output, request, named=description, cache=cache, progress=show_progress()
+    found = DatasetDescription.open(path, images or ())
+    written = write_preview(
+        found, output, request, named=path, cache=cache, progress=show_progress()
     )
-    Output(json=json).data({"path": path}, str(path))
+    Output(json=json).data({"path": written}, str(written))
 
 
 def _prepared(report: PrepareReport) -> str:

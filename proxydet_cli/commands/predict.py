@@ -49,14 +49,7 @@ Top = Annotated[int, typer.Option("--top", min=1, help="Keep at most this many a
 OneLabel = Annotated[
     bool, typer.Option("--one-label", help="Keep only the best class of each box.")
 ]
-Masks = Annotated[
-    bool | None,
-    typer.Option(
-        "--masks/--no-masks",
-        help="Predict masks, or boxes only. [default: masks, by a detector that has a mask head]",
-        show_default=False,
-    ),
-]
+Masks = Annotated[bool, typer.Option("--masks/--no-masks", help="Predict masks, or boxes only.")]
 OutputFolder = Annotated[
     Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where files are saved.")
 ]
@@ -101,7 +94,7 @@ def predict(
     score_threshold: Threshold = 0.3,
     top: Top = 300,
     one_label: OneLabel = False,
-    masks: Masks = None,
+    masks: Masks = True,
     output: OutputFolder = Path("predictions"),
     save: Save = None,
     device: Device = "auto",

@@ -139,6 +139,12 @@ def test_command_reference_is_fresh() -> None:
     assert written == reference(), "run: make docs"
 
 
+def test_the_table_of_annotation_files_is_fresh() -> None:
+    from proxydet_cli.annotation_reference import annotation_page
+
+    assert (REPOSITORY / "docs/reference/annotation-files.md").read_text() == annotation_page()
+
+
 def test_links_between_pages_lead_somewhere() -> None:
     for path, text in texts():
         if path.suffix != ".md":

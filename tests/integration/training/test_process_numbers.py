@@ -28,8 +28,7 @@ from proxydet.losses.criterion import Criterion
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.modeling.outputs import BoxTrainingOutput
 from proxydet.recipes import RunConfig, resolve_config
-from proxydet.training.model import TrainingModel
-from proxydet.training.seeding import derive_seed, seed_everything
+from proxydet.training.step import TrainingModel, derive_seed, seed_everything
 
 pytestmark = pytest.mark.slow
 
@@ -98,7 +97,7 @@ class Alone:
 
     def losses(self, batch: Any, step: int, rank: int) -> tuple[Losses, Regions]:
         """Return a batch's losses with the random numbers of a process, and how many regions they are about."""
-        losses = self._model(batch, derive_seed(self.config.seed, step, rank, 0))
+        losses = self._model(batch, derive_seed(self.config.seed, 2 * step + rank))
         return {name: value.item() for name, value in losses.items()}, count(self._seen.pop())
 
     def _watch(self, output: Any, *, generator: torch.Generator) -> dict[str, torch.Tensor]:

@@ -137,4 +137,4 @@ def test_two_machines_train_together_and_outlive_one_of_them(tmp_path: Path) -> 
     code, errors = finish(third)
     assert code == 0, errors
     assert records(tmp_path)[-1]["iteration"] == 30
-    assert "Going on after iteration" in (tmp_path / "logs/rank_0.log").read_text()
+    assert "Resuming after iteration" in (tmp_path / "logs/rank_0.log").read_text()

@@ -11,8 +11,8 @@ import torch
 from proxydet.errors import ConfigError, DataError
 from proxydet.manifest import read_run_records
 from proxydet.recipes import RunConfig, resolve_config
-from proxydet.training.fit import TrainResult
 from proxydet.training.train import train
+from proxydet.training.trainer import TrainResult
 from proxydet.training_run import run_training
 from proxydet.vocabulary.vocabulary import Vocabulary
 
@@ -127,7 +127,7 @@ def test_parameters_that_never_learn_are_as_they_were(first: TrainResult, base: 
     moved = weights(first.folder)
     name = "roi_heads.box_head_cmm.0.fc1.weight"
     from proxydet.modeling.network import ProxyDetNetwork
-    from proxydet.training.seeding import seed_everything
+    from proxydet.training.step import seed_everything
 
     seed_everything(7)
     vocabulary = Vocabulary.load(first.folder / "vocabulary.npz")

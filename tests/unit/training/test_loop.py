@@ -112,10 +112,11 @@ def test_what_follows_a_run_that_went_back_is_kept(
             evaluate=crash_at(11),
             **({} if damaged else {"resume": early}),
         )
-    assert [path.name for path in sorted(folder.iterdir())] == [
-        "step_0000011.pth",
-        "step_0000012.pth.aside",
-    ]
+    assert [path.name for path in folder.iterdir()] == ["step_0000011.pth"]
+    aside = tmp_path / "aside/after_step_0000010"
+    assert (aside / "checkpoints/step_0000012.pth").exists()
+    assert (aside / "model_final.pth").exists()
+    assert [line["iteration"] for line in records(aside)] == [12]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -10,7 +10,7 @@ from torch import nn
 
 from proxydet.errors import ConfigError
 from proxydet.training.config import OptimizerConfig
-from proxydet.training.optimizer import build_optimizer, clip_gradients, settle_unused_gradients
+from proxydet.training.step import build_optimizer, clip_gradients, zero_unused_gradients
 
 
 def parameters(*gradients: list[float] | None) -> list[nn.Parameter]:
@@ -42,13 +42,13 @@ def test_what_was_reached_before_goes_on_and_what_never_was_rests() -> None:
     """As torch 1.11 did: gradients of zero stay once there was one; before, there is none."""
     found = parameters([1.0, 2.0], [0.5, 0.5], None, [0.0, 0.0])
     optimizer = build_optimizer(found, OptimizerConfig())
-    settle_unused_gradients(optimizer)
+    zero_unused_gradients(optimizer)
     assert [p.grad is None for p in found] == [False, False, True, True]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     found[0].grad = torch.ones(2)
     before = [p.detach().clone() for p in found]
-    settle_unused_gradients(optimizer)
+    zero_unused_gradients(optimizer)
     assert found[1].grad.tolist() == [0.0, 0.0]
     optimizer.step()
     moved = [not torch.equal(p, b) for p, b in zip(found, before, strict=True)]

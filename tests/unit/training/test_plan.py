@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from proxydet.config import dump_yaml
-from proxydet.recipes import get_recipe, resolve_config
+from proxydet.recipes import RunConfig, get_recipe, resolve_config
 from proxydet.training.checkpoint import write_checkpoint
 from proxydet.training.estimate import Estimate, MetaNetwork, batch_costs, count, estimate_run
-from proxydet.training.fit import Resume
 from proxydet.training.launch import plan_launch
 from proxydet.training.plan import _annotations, plan_training
+from proxydet.training.runfolder import Resume, RunFolder
 
 WORDS = ["train", "--recipe", "tiny"]
 
@@ -148,10 +148,16 @@ def test_the_command_and_the_scaled_configuration(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_what_it_would_go_on_with(tmp_path: Path) -> None:
-    folder = tmp_path / "run/checkpoints"
-    folder.mkdir(parents=True)
-    (folder / "step_0000012.pth").write_bytes(b"")
+def occupy(tmp_path: Path, config: RunConfig) -> RunFolder:
+    """Write what a run leaves that was stopped after 12 iterations."""
+    folder = RunFolder(tmp_path / "run")
+    write_checkpoint({"iteration": 12}, folder.checkpoints / "step_0000012.pth")
+    folder.config.write_text(dump_yaml(config))
+    return folder
+
+
+def test_what_it_would_resume(tmp_path: Path) -> None:
+    occupy(tmp_path, plan(tmp_path).config)
     assert plan(tmp_path).resumes_after == 12
     assert "goes on after iteration 12" in plan(tmp_path).to_text()
 
@@ -159,41 +165,36 @@ def test_what_it_would_go_on_with(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("unmeasured")
 def test_a_run_folder_that_training_would_refuse(tmp_path: Path) -> None:
     np.save(tmp_path / "e.npy", np.ones((2, 32), np.float32))
-    split = '[train]\nannotations = "t.json"\nimages = "."\n'
-    (tmp_path / "d.toml").write_text(f'name = "d"\n[vocabulary]\nembeddings = "e.npy"\n{split}')
-    image = {"id": 1, "file_name": "1.png", "height": 9, "width": 9}
-    boxes = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 5, 5]}
-    categories = [{"id": 1, "name": "cup"}, {"id": 2, "name": "mug"}]
-    content = {"images": [image], "annotations": [boxes], "categories": categories}
-    (tmp_path / "t.json").write_text(json.dumps(content))
-    folder, data = tmp_path / "run/checkpoints", f"data.description={tmp_path / 'd.toml'}"
-    folder.mkdir(parents=True)
-    (folder / "step_0000012.pth").write_bytes(b"")
+    (tmp_path / "d.toml").write_text('name = "d"\n[vocabulary]\nembeddings = "e.npy"\n')
+    data = f"data.description={tmp_path / 'd.toml'}"
     # What a run of two processes writes down, its classifier being fitted to the embeddings.
-    (tmp_path / "run/config.yaml").write_text(dump_yaml(plan(tmp_path, data, processes=2).config))
+    folder = occupy(tmp_path, plan(tmp_path, data, processes=2).config)
 
     def refused(*overrides: str, processes: int = 2, resume: Resume = "auto") -> str:
         found = plan(tmp_path, data, *overrides, processes=processes, resume=resume)
         return "".join(need.problem for need in found.missing if need.what == "run folder")
 
     assert refused() == ""
+    assert refused(processes=1) == "", "another number of processes resumes it"
     assert "seed: 7 there, 8 now" in refused("seed=8")
-    assert "holds a run with other settings (training." in refused(processes=1)
-    assert refused("seed=8", resume=folder / "step_0000012.pth") == ""
+    named = folder.checkpoints / "step_0000012.pth"
+    assert "seed: 7 there, 8 now" in refused("seed=8", resume=named)
     occupied = plan(tmp_path, data, processes=2, resume="never")
     assert occupied.resumes_after is None
-    text = occupied.to_text()
-    assert f"UNUSABLE run folder             {tmp_path}/run: already holds a run. Give" in text
-    # Without embeddings the settings cannot be compared, and what is missing is told alone.
+    assert f"UNUSABLE run folder             {tmp_path}/run: already holds" in occupied.to_text()
+    # Without the data what they decide cannot be compared; all else is.
     (tmp_path / "e.npy").unlink()
-    assert refused("seed=8") == ""
+    assert refused() == ""
+    assert "seed: 7 there, 8 now" in refused("seed=8")
     assert "already holds a run" in refused(resume="never")
+    with folder.held():
+        assert "in use by process" in refused()
 
 
 @pytest.mark.usefixtures("unmeasured")
 def test_a_named_checkpoint_is_looked_into(tmp_path: Path) -> None:
     path = tmp_path / "old.pth"
-    write_checkpoint({"format": 1, "iteration": 34}, path)
+    write_checkpoint({"iteration": 34}, path)
     found = plan(tmp_path, resume=path)
     assert found.resumes_after == 34
     assert "checkpoint" not in {need.what for need in found.missing}
@@ -203,7 +204,8 @@ def test_a_named_checkpoint_is_looked_into(tmp_path: Path) -> None:
     assert cut.missing[0].what == "checkpoint"
     assert "cannot be read" in cut.missing[0].problem
     absent = plan(tmp_path, resume=tmp_path / "absent.pth").missing[0]
-    assert absent.problem.startswith("There is no checkpoint")
+    assert absent.what == "checkpoint"
+    assert "absent.pth" in absent.problem
 
 
 def test_estimates_grow_with_what_they_count() -> None:

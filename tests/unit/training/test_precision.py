@@ -11,7 +11,7 @@ from torch import nn
 
 from proxydet.errors import ConfigError, EnvironmentProblem
 from proxydet.training.config import PrecisionConfig
-from proxydet.training.precision import apply_precision, build_scaler, check_precision
+from proxydet.training.step import apply_precision, build_scaler, check_precision
 
 CPU = torch.device("cpu")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import logging
 import math
 from pathlib import Path
@@ -15,16 +15,11 @@ from torch import nn
 
 from proxydet.errors import NumericsError
 from proxydet.recipes import resolve_config
-from proxydet.training import fit, guards, train
+from proxydet.training import step, train, trainer
+from proxydet.training.checkpoint import TrainingState, load_checkpoint, write_checkpoint
 from proxydet.training.config import OptimizerConfig
 from proxydet.training.distributed import DistInfo
-from proxydet.training.fit import FitJob
-from proxydet.training.guards import NonFiniteGuard
-from proxydet.training.logs import LossWindow, TensorBoard
-from proxydet.training.optimizer import build_optimizer
-from proxydet.training.runfolder import RunFolder
-from proxydet.training.state import TrainingState
-from proxydet.training.step import Stepper, StepResult
+from proxydet.training.step import build_optimizer, train_step
 
 CPU = torch.device("cpu")
 
@@ -42,25 +37,41 @@ class SeedsSeen(nn.Module):
         return {"loss": self.weight * 1.0}
 
 
-def test_seed_iteration_rank_and_part_all_decide_what_a_step_draws(
-    toy: ModuleType, tmp_path: Path
+def test_each_batch_of_a_run_has_a_seed_of_its_own_whichever_process_computes_it(
+    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = SeedsSeen()
-    state = TrainingState(
-        network=model,
-        model=model,
-        optimizer=build_optimizer(model.parameters(), OptimizerConfig()),
-        scaler=torch.amp.GradScaler("cpu", enabled=False),
-        seed=1,
-    )
-    for seed in (7, 8):
-        for rank in (0, 1):
-            ranks = DistInfo(rank=rank, device=CPU)
-            guard = NonFiniteGuard(toy.BASE.guards, ranks, tmp_path)
-            stepper = Stepper(state, config=toy.BASE, ranks=ranks, guard=guard, seed=seed)
-            for iteration in (0, 1):
-                stepper([toy.toy_batch(0), toy.toy_batch(1)], iteration)
-    assert len(set(model.seeds)) == len(model.seeds) == 16
+    monkeypatch.setattr(step, "sum_over_ranks", lambda values, _: values)
+
+    def seeds(seed: int, world_size: int, accumulation: int) -> dict[int, list[int]]:
+        found = {}
+        for rank in range(world_size):
+            model = SeedsSeen()
+            state = TrainingState(
+                network=model,
+                model=model,
+                optimizer=build_optimizer(model.parameters(), OptimizerConfig()),
+                scaler=torch.amp.GradScaler("cpu", enabled=False),
+                seed=seed,
+                replicas=4,
+            )
+            for _ in range(2):
+                train_step(
+                    state,
+                    [toy.toy_batch(part) for part in range(accumulation)],
+                    config=toy.BASE,
+                    ranks=DistInfo(rank=rank, world_size=world_size, device=CPU),
+                    failures=tmp_path,
+                )
+            assert state.batches == 8
+            assert state.draws == 2 * accumulation
+            found[rank] = model.seeds
+        return found
+
+    one, four, two = seeds(7, 1, 4)[0], seeds(7, 4, 1), seeds(7, 2, 2)
+    assert len(set(one)) == 8
+    assert one == [four[rank][turn] for turn in range(2) for rank in range(4)]
+    assert one == [two[rank][turn] for turn in range(4) for rank in range(2)]
+    assert not set(one) & set(seeds(8, 1, 4)[0])
 
 
 @pytest.mark.parametrize(("unused", "searched"), [("zero", False), ("skip", True)])
@@ -71,36 +82,42 @@ def test_ddp_searches_the_graph_only_where_gradients_may_be_missing(
 
     def wrap(model: nn.Module, ranks: DistInfo, *, find_unused: bool) -> nn.Module:
         told.append(find_unused)
-        return model
+        raise Stop
 
-    monkeypatch.setattr(fit, "wrap_for_ranks", wrap)
-    optimizer = dataclasses.replace(toy.BASE.optimizer, unused_gradients=unused)
-    job = FitJob(
-        config=dataclasses.replace(toy.BASE, optimizer=optimizer),
-        folder=RunFolder(tmp_path),
-        ranks=DistInfo(world_size=2, device=CPU),
-        seed=7,
-    )
-    fit._build_state(toy.ToyNetwork(), toy.toy_losses, job)
+    monkeypatch.setattr(trainer, "wrap_for_ranks", wrap)
+    ranks = DistInfo(world_size=2, device=CPU)
+    with pytest.raises(Stop):
+        toy.run(tmp_path, {"optimizer": {"unused_gradients": unused}}, ranks=ranks)
     assert told == [searched]
 
 
 def test_every_process_names_the_one_whose_loss_is_not_finite(
     toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bad = torch.tensor([math.nan])
     batch = toy.toy_batch(5, rank=1)
 
     def gather(into: list[Any], _: object) -> None:
         into[:] = [[[7, 8]], [list(batch.image_ids)]]
 
-    monkeypatch.setattr(guards, "gather_over_ranks", lambda *_: [torch.ones(1), bad])
-    monkeypatch.setattr(guards.dist, "all_gather_object", gather)
+    bad = [torch.ones(1), torch.tensor([math.nan])]
+    monkeypatch.setattr(
+        step, "sum_over_ranks", lambda values, _: values.new_tensor([math.nan, 1, 8, 0])
+    )
+    monkeypatch.setattr(step, "gather_over_ranks", lambda *_: bad)
+    monkeypatch.setattr(step.dist, "all_gather_object", gather)
     for rank in (0, 1):
+        model = SeedsSeen()
+        state = TrainingState(
+            network=model,
+            model=model,
+            optimizer=build_optimizer(model.parameters(), OptimizerConfig()),
+            scaler=torch.amp.GradScaler("cpu", enabled=False),
+            seed=7,
+            replicas=1,
+        )
         ranks = DistInfo(rank=rank, world_size=2, device=CPU)
-        guard = NonFiniteGuard(toy.BASE.guards, ranks, tmp_path)
         with pytest.raises(NumericsError, match="in process 1 on images 510, 511") as caught:
-            guard.refuses({"loss_box": math.nan}, bad, [batch], 5)
+            train_step(state, [batch], config=toy.BASE, ranks=ranks, failures=tmp_path)
         assert caught.value.rank == 1
 
 
@@ -111,12 +128,7 @@ def test_starting_weights_are_read_only_where_a_run_begins(
     """A run that goes on has its own; the file that it began with may be gone."""
     loaded: list[Path] = []
     monkeypatch.setattr(train, "ProxyDetNetwork", lambda *_: nn.Linear(1, 1))
-
-    def load(_: object, path: Path, **__: object) -> SimpleNamespace:
-        loaded.append(path)
-        return SimpleNamespace(ignored=())
-
-    monkeypatch.setattr(train, "load_weights", load)
+    monkeypatch.setattr(train, "load_weights", lambda _, path, **__: loaded.append(path))
     config = resolve_config("tiny", None, [f"training.weights={tmp_path / 'w.pth'}"])
     data: Any = SimpleNamespace(vocabulary=None, counts=None)
     train._build_network(config, data, from_weights=anew)
@@ -148,36 +160,57 @@ def test_training_computes_with_as_many_threads_as_asked_for(
         torch.set_num_threads(before)
 
 
-def test_a_skipped_step_is_left_out_of_the_means() -> None:
-    window = LossWindow()
-    for value, skipped in ((2.0, False), (float("nan"), True)):
-        window.add(
-            StepResult(
-                losses={"loss_box": value},
-                shares={"loss_box": 1.0},
-                learning_rate=0.1,
-                images=4,
-                skipped=skipped,
-                stop=False,
-            )
-        )
-    assert window.means() == {"total": 2.0, "loss_box": 2.0}
-    assert (window.steps, window.images) == (1, 4)
+def test_a_skipped_step_is_left_out_of_the_means(
+    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses, calls = toy.toy_losses, iter(range(9))
+
+    def poisoned(found: dict, *, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        values = losses(found, generator=generator)
+        factor = math.nan if next(calls) == 1 else 1.0
+        return {name: value * 0 + factor for name, value in values.items()}
+
+    monkeypatch.setattr(toy, "toy_losses", poisoned)
+    toy.run(tmp_path, {"iterations": 3, "log": {"period": 3}, "guards": {"non_finite": "skip"}})
+    (record,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert record["losses"] == {"total": 2.0, "loss_box": 1.0, "loss_class": 1.0}
+    assert record["images"] == 12
 
 
 def test_tensorboard_hides_steps_that_are_taken_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("tensorboard"), "disabled", True)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    for start, value in ((0, 1.0), (3, 2.0)):
-        board = TensorBoard(tmp_path, start)
-        for step in range(start + 1, 6 if start == 0 else 5):
-            board.add({"loss/total": value}, step)
-        board.close()
+    changes = {
+        "iterations": 4,
+        "log": {"period": 1, "tensorboard": True},
+        "checkpoints": {"period": 2, "keep_last": 9},
+    }
+    for start in (0, 2):
+        found = tmp_path / "checkpoints" / f"step_{start:07d}.pth"
+        toy.run(tmp_path, changes, **({"resume": found} if start else {}))
         # The reader goes by file names, which tell seconds and then count on through a process: 10 before 9.
-        (written,) = tmp_path.glob("events.out.tfevents.*.*")
-        written.rename(tmp_path / f"events.out.tfevents.{start}")
-    events = EventAccumulator(str(tmp_path)).Reload().Scalars("loss/total")
-    assert [(event.step, event.value) for event in events] == [(1, 1), (2, 1), (3, 1), (4, 2)]
+        folder = tmp_path / "tensorboard"
+        (written,) = folder.glob("events.out.tfevents.*.*")
+        written.rename(folder / f"events.out.tfevents.{start}")
+    events = EventAccumulator(str(folder)).Reload().Scalars("loss/total")
+    assert [event.step for event in events] == [1, 2, 3, 4]
+
+
+def test_speed_after_a_resume_counts_its_own_steps(
+    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record that began before an interruption holds the losses of all its steps, and the time of those after it."""
+    changes = {"iterations": 8, "checkpoints": {"period": 7}, "log": {"period": 8}}
+    toy.run(tmp_path, {**changes, "iterations": 7, "log": {"period": 100}})
+    found = tmp_path / "checkpoints/step_0000007.pth"
+    state = load_checkpoint(found)
+    state["window"] = {"steps": 7, "images": 28, "losses": {}, "shares": {}}
+    write_checkpoint(state, found)
+    toy.run(tmp_path, changes, pause=0.3)
+    record = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert record["iteration"] == 8
+    assert 0.2 < record["step_seconds"] < 30
+    assert record["images_per_second"] == pytest.approx(4 / record["step_seconds"], rel=0.05)

@@ -14,8 +14,8 @@ from proxydet.training.config import (
     LogConfig,
     ScheduleConfig,
     TrainingConfig,
+    scale_training,
 )
-from proxydet.training.scaling import scale_training
 
 PUBLISHED = TrainingConfig(
     evaluation=EvaluationSchedule(period=2500, start=65_000),

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from proxydet.training.config import ScheduleConfig
-from proxydet.training.schedule import learning_rate_factor, set_learning_rate
+from proxydet.training.step import learning_rate_factor
 
 R50 = {
     0: 2.0e-07,
@@ -60,9 +59,3 @@ def test_factor_rises_in_warmup_then_never(iterations: int, warmup: int, shape: 
     assert after == sorted(after, reverse=True)
     if 0 < warmup <= iterations // 2:
         assert factors[: warmup + 1] == sorted(factors[: warmup + 1])
-
-
-def test_learning_rate_reaches_every_group() -> None:
-    optimizer = torch.optim.AdamW([{"params": [torch.zeros(1)]}, {"params": [torch.zeros(1)]}])
-    set_learning_rate(optimizer, 0.5)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]

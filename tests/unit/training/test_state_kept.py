@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from types import ModuleType
@@ -12,14 +13,11 @@ import pytest
 import torch
 
 from proxydet.errors import DiskFullError, Interrupted, NumericsError, TrainingError
-from proxydet.training import checkpoint
-from proxydet.training.checkpoint import load_checkpoint, write_checkpoint
+from proxydet.training.checkpoint import TrainingState, load_checkpoint, write_checkpoint
 from proxydet.training.config import OptimizerConfig, ScheduleConfig
-from proxydet.training.feed import BatchFeed
-from proxydet.training.optimizer import build_optimizer
-from proxydet.training.schedule import learning_rate_factor
 from proxydet.training.signals import StopNow, StopSignals
-from proxydet.training.state import TrainingState
+from proxydet.training.step import build_optimizer, learning_rate_factor
+from proxydet.training.trainer import Prefetcher
 
 NEVER_SKIPPED = {"guards": {"non_finite": "skip", "max_skipped": 2}}
 
@@ -32,16 +30,18 @@ def make_state() -> TrainingState:
         optimizer=build_optimizer(network.parameters(), OptimizerConfig()),
         scaler=torch.amp.GradScaler("cpu", init_scale=8.0, enabled=True),
         seed=1,
+        replicas=8,
     )
 
 
 def test_counts_and_the_loss_scale_are_restored() -> None:
     before = make_state()
-    before.iteration, before.skipped, before.images = 5, 2, 40
+    before.batches, before.draws, before.skipped, before.images = 40, 5, 2, 160
     before.scaler.load_state_dict({**before.scaler.state_dict(), "scale": 2.0})
     after = make_state()
     after.load_state_dict(before.state_dict())
-    assert (after.iteration, after.skipped, after.images) == (5, 2, 40)
+    assert (after.iteration, after.batches, after.draws) == (5, 40, 5)
+    assert (after.skipped, after.images) == (2, 160)
     assert after.scaler.state_dict()["scale"] == 2.0
 
 
@@ -140,12 +140,12 @@ def test_a_checkpoint_is_replaced_not_written_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "a.pth"
-    write_checkpoint({"format": 1, "x": 1}, path)
+    write_checkpoint({"iteration": 1, "x": 1}, path)
     flushed: list[int] = []
     flush = os.fsync
     monkeypatch.setattr(os, "fsync", lambda number: (flushed.append(number), flush(number)))
     with path.open("rb") as reader:
-        write_checkpoint({"format": 1, "x": 2}, path)
+        write_checkpoint({"iteration": 1, "x": 2}, path)
         assert torch.load(reader, weights_only=True)["x"] == 1
     assert load_checkpoint(path)["x"] == 2
     assert len(flushed) == 2, "the file and its folder"
@@ -155,8 +155,8 @@ def test_a_disk_without_room_to_spare_is_full(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = {"weights": torch.zeros(1000)}
-    usage = checkpoint.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=4001))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4001))
     with pytest.raises(DiskFullError):
         write_checkpoint(state, tmp_path / "a.pth")
 
@@ -167,7 +167,7 @@ def test_a_dead_loader_process_is_told_in_words() -> None:
         yield
 
     with (
-        BatchFeed(batches(), 60.0) as feed,
+        Prefetcher(batches(), 60.0) as feed,
         pytest.raises(TrainingError, match="A process of the data loader died"),
     ):
         feed.next()

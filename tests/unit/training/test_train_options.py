@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from proxydet.config import dump_yaml
 from proxydet.errors import CheckpointError, ConfigError
+from proxydet.recipes import resolve_config
 from proxydet.training.checkpoint import write_checkpoint
-from proxydet.training.fit import TrainResult
 from proxydet.training.launch import LaunchPlan
+from proxydet.training.trainer import TrainResult
 from proxydet_cli import training
 from proxydet_cli.main import main
 
@@ -61,13 +63,14 @@ def test_a_dry_run_tells_what_keeps_a_run_from_going_on(
 ) -> None:
     words = ("--data", description, "--output", tmp_path / "run")
     assert dry_run(*words, "--resume", "absent.pth") == 3
-    assert "There is no checkpoint absent.pth" in capsys.readouterr().out
-    (tmp_path / "run/checkpoints").mkdir(parents=True)
-    (tmp_path / "run/checkpoints/step_0000002.pth").touch()
+    assert "absent.pth does not exist" in capsys.readouterr().out
+    config = resolve_config("tiny", None, [f"data.description={description}"])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text(dump_yaml(config))
     assert dry_run(*words) == 0
     capsys.readouterr()
     assert dry_run(*words, "--resume", "never") == 3
-    assert "already holds a run. Give another folder with --output" in capsys.readouterr().out
+    assert "already holds a run. train in another folder (--output)" in capsys.readouterr().out
 
 
 RESULT = TrainResult(
@@ -141,7 +144,7 @@ def test_a_wrong_checkpoint_is_found_before_processes_start(
     with pytest.raises(CheckpointError, match="cannot be read"):
         training.run(options, MACHINES, json=False)
     assert not launched
-    write_checkpoint({"format": 1, "iteration": 3}, Path(options.resume))
+    write_checkpoint({"iteration": 3}, Path(options.resume))
     training.run(options, MACHINES, json=False)
     assert launched
 

@@ -16,11 +16,11 @@ from torch import nn
 
 from proxydet.config import merge
 from proxydet.errors import DataError, ProxydetError
-from proxydet.training.config import TrainingConfig
+from proxydet.training.config import TrainingConfig, scale_training
 from proxydet.training.distributed import connect
-from proxydet.training.fit import FitJob, TrainResult, fit
 from proxydet.training.launch import launch, plan_launch, worker
 from proxydet.training.runfolder import RunFolder
+from proxydet.training.trainer import FitJob, TrainResult, fit
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,7 @@ BASE = merge(
         "iterations": 12,
         "device": "cpu",
         "replicas": 1,
+        "scaling": "none",
         "schedule": {"warmup_iterations": 3},
         "optimizer": {"learning_rate": 0.01},
         "precision": {"dtype": "fp32"},
@@ -201,12 +202,14 @@ def run(
     config = merge(BASE, changes)
     torch.set_num_threads(1)
     with connect(config.device) as ranks:
+        if "replicas" not in changes:
+            config = scale_training(config, ranks.world_size * config.accumulation)
         settings = {"config": config, "folder": RunFolder(folder), "ranks": ranks, "seed": 7}
         settings["loader_timeout"] = 60.0
         return fit(
             ToyNetwork(dropout=0.0 if plain else 0.3),
             plain_losses if plain else toy_losses,
-            lambda start: toy_loader(start, ranks.rank, workers, pause),
+            lambda _, draws: toy_loader(draws, ranks.rank, workers, pause),
             FitJob(**{**settings, **job}),
         )
 

@@ -1,0 +1,124 @@
+"""Pascal VOC annotations: read as they are, from a folder or a list, and refused by name where they are not that."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from proxydet.data.check import check_path
+from proxydet.data.store import AnnotationStore
+from proxydet.errors import DataError
+
+Box = tuple[str, int, int, int, int]
+
+
+def write(folder: Path, name: str, boxes: list[Box], *, extra: str = "") -> None:
+    (folder / "Annotations").mkdir(parents=True, exist_ok=True)
+    (folder / "JPEGImages").mkdir(exist_ok=True)
+    Image.new("RGB", (40, 30)).save(folder / "JPEGImages" / f"{name}.jpg")
+    objects = "".join(
+        f"<object><name>{escape(label)}</name>{extra}<bndbox><xmin>{x1}</xmin><ymin>{y1}</ymin>"
+        f"<xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"
+        for label, x1, y1, x2, y2 in boxes
+    )
+    (folder / "Annotations" / f"{name}.xml").write_text(
+        f"<annotation><filename>{name}.jpg</filename><size><width>40</width><height>30</height>"
+        f"</size>{objects}</annotation>"
+    )
+
+
+@pytest.fixture
+def voc(tmp_path: Path) -> Path:
+    write(tmp_path / "voc", "a", [("dog", 1, 1, 40, 30), ("cat & co", 5, 6, 9, 20)])
+    write(tmp_path / "voc", "b", [("dog", 2, 3, 10, 12)])
+    lists = tmp_path / "voc" / "ImageSets" / "Main"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("b\n")
+    return tmp_path / "voc"
+
+
+def test_corners_count_from_one_and_classes_are_sorted_by_name(voc: Path, tmp_path: Path) -> None:
+    store = AnnotationStore.open(voc, cache=tmp_path / "c")
+    assert store.report.clean
+    assert [category.name for category in store.categories] == ["cat & co", "dog"]
+    assert store.image_ids == ("a", "b")
+    assert store.record(0).boxes_A4.tolist() == [[0, 0, 40, 30], [4, 5, 9, 20]]
+    assert store.record(0).file_name == "a.jpg"
+    assert not store.has_masks
+
+
+def test_a_corner_of_zero_means_that_all_count_from_zero(voc: Path, tmp_path: Path) -> None:
+    write(voc, "c", [("dog", 0, 2, 10, 12)])
+    store = AnnotationStore.open(voc, cache=tmp_path / "c")
+    assert store.record(1).boxes_A4.tolist() == [[2, 3, 10, 12]]
+
+
+def test_a_list_chooses_images_and_a_changed_file_makes_another_store(
+    voc: Path, tmp_path: Path
+) -> None:
+    source = voc / "ImageSets" / "Main" / "train.txt"
+    store = AnnotationStore.open(source, cache=tmp_path / "c")
+    assert store.image_ids == ("b",)
+    write(voc, "b", [("dog", 2, 3, 10, 13)])
+    assert AnnotationStore.open(source, cache=tmp_path / "c").path != store.path
+
+
+def test_check_stats_and_preview_need_no_other_file(voc: Path, tmp_path: Path) -> None:
+    from proxydet_cli.commands.data import app
+
+    (report,) = check_path(voc)
+    assert report.sound
+    assert "all 2 images" in report.findings[-1].text
+    runner = CliRunner()
+    counted = runner.invoke(app, ["stats", str(voc), "--json"])
+    assert counted.exit_code == 0, counted.output
+    assert json.loads(counted.stdout)["parts"][0]["annotations"] == 3
+    sheet = tmp_path / "sheet.png"
+    drawn = runner.invoke(app, ["preview", str(voc), "--output", str(sheet)])
+    assert drawn.exit_code == 0, drawn.output
+    with Image.open(sheet) as image:
+        assert image.size[0] > 40
+    (voc / "JPEGImages" / "a.jpg").unlink()
+    assert runner.invoke(app, ["check", str(voc)]).exit_code == 3
+
+
+def test_what_is_missing_in_an_object_costs_that_object(voc: Path, tmp_path: Path) -> None:
+    path = voc / "Annotations" / "a.xml"
+    path.write_text(path.read_text().replace("<xmax>9</xmax>", "<xmax>x</xmax>"))
+    report = AnnotationStore.open(voc, cache=tmp_path / "c").report
+    assert report.counts == {"annotation.bbox": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("<annotation>", "not XML"),
+        ("<html></html>", "not Pascal VOC"),
+        ('<!DOCTYPE a [<!ENTITY b "c">]><annotation>&b;</annotation>', "entities"),
+        ("", "not XML"),
+        ("\0", "not XML"),
+    ],
+)
+def test_what_is_not_voc_is_refused_by_its_file(voc: Path, text: str, match: str) -> None:
+    (voc / "Annotations" / "a.xml").write_text(text)
+    with pytest.raises(DataError, match=match) as caught:
+        AnnotationStore.open(voc, cache=voc / "c")
+    assert "a.xml" in caught.value.message
+
+
+def test_lists_and_folders_without_annotations_are_refused(voc: Path, tmp_path: Path) -> None:
+    source = voc / "ImageSets" / "Main" / "train.txt"
+    source.write_text("b\nabsent\n")
+    with pytest.raises(DataError, match=r"absent\.xml"):
+        AnnotationStore.open(source, cache=voc / "c")
+    (tmp_path / "names.txt").write_text("dog\n")
+    with pytest.raises(DataError, match=r"names\.txt"):
+        AnnotationStore.open(tmp_path / "names.txt", cache=voc / "c")
+    (tmp_path / "empty" / "Annotations").mkdir(parents=True)
+    with pytest.raises(DataError, match="no annotations"):
+        AnnotationStore.open(tmp_path / "empty", cache=voc / "c")

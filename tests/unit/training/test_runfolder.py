@@ -1,0 +1,430 @@
+"""A run folder belongs to one training, and is resumed with the same run only."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from proxydet.config import dump_yaml, to_mapping
+from proxydet.errors import ConfigError, LockedError, TrainingError
+from proxydet.recipes import RunConfig, get_recipe, resolve_config
+from proxydet.training import distributed
+from proxydet.training.checkpoint import write_checkpoint
+from proxydet.training.config import scale_training
+from proxydet.training.distributed import DistInfo, check_agreement
+from proxydet.training.runfolder import (
+    RunFolder,
+    check_same,
+    check_same_data,
+    default_folder,
+)
+from proxydet.training.train import continue_run, find_earlier, scale_run
+
+DIGESTS = {"vocabulary": "aa", "annotations": "bb"}
+CPU = torch.device("cpu")
+
+
+def ranks(count: int) -> DistInfo:
+    return DistInfo(world_size=count, device=CPU)
+
+
+def write_run(
+    root: Path, config: RunConfig, *, processes: int = 2, finished: bool = False
+) -> RunFolder:
+    """Write what a run leaves, as far as it says what it is."""
+    folder = RunFolder(root)
+    scaled = scale_run(config, processes)
+    run = {"configuration": to_mapping(scaled), "digests": DIGESTS}
+    content = {"iteration": 3, "run": json.dumps(run)}
+    write_checkpoint(content, folder.checkpoints / "step_0000003.pth")
+    folder.config.write_text(dump_yaml(scaled))
+    folder.manifest.write_text(json.dumps(run))
+    if finished:
+        folder.final_weights.touch()
+    return folder
+
+
+@pytest.fixture
+def config() -> RunConfig:
+    return get_recipe("tiny")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, config: RunConfig) -> RunFolder:
+    return write_run(tmp_path / "run", config)
+
+
+def check(folder: RunFolder, config: RunConfig, processes: int = 2, **options: Any) -> int:
+    """Return the accumulation with which a configuration resumes the run of a folder, all being well."""
+    earlier = find_earlier(folder, config, "auto", **options)
+    now, accumulation = continue_run(config, earlier, ranks(processes))
+    for run in earlier:
+        check_same(folder, run, now)
+    return accumulation
+
+
+class TestSettings:
+    def test_the_same_run_is_resumed_and_an_empty_folder_begun(
+        self, folder: RunFolder, config: RunConfig, tmp_path: Path
+    ) -> None:
+        assert check(folder, config) == 1
+        assert find_earlier(RunFolder(tmp_path / "absent"), config, "auto") == []
+
+    def test_other_settings_are_refused_and_free_ones_are_not(
+        self, folder: RunFolder, config: RunConfig
+    ) -> None:
+        free = [
+            "training.threads=2",
+            "training.weights=w.pth",
+            "data.workers=3",
+            "evaluation.batch_size=9",
+        ]
+        assert check(folder, resolve_config("tiny", None, free)) == 1
+        longer = resolve_config("tiny", None, ["training.iterations=30"])
+        with pytest.raises(ConfigError, match=r"training\.iterations: ") as caught:
+            check(folder, longer)
+        assert "--overwrite" in str(caught.value.hint)
+        for path in folder.checkpoints.iterdir():
+            path.unlink()  # from the first second, long before there is a checkpoint
+        with pytest.raises(ConfigError, match=r"training\.iterations: "):
+            check(folder, longer)
+
+    def test_what_the_data_decide_is_compared_when_they_are_read(
+        self, folder: RunFolder, config: RunConfig
+    ) -> None:
+        (earlier,) = find_earlier(folder, config, "auto")
+        model = dataclasses.replace(
+            config.model, classifier=dataclasses.replace(config.model.classifier, embedding_dim=7)
+        )
+        other, _ = continue_run(dataclasses.replace(config, model=model), [earlier], ranks(2))
+        check_same(folder, earlier, other, before_data=True)
+        with pytest.raises(ConfigError, match="embedding_dim"):
+            check_same(folder, earlier, other)
+
+    @pytest.mark.parametrize("name", list(DIGESTS))
+    def test_changed_data_is_refused(self, folder: RunFolder, config: RunConfig, name: str) -> None:
+        (earlier,) = find_earlier(folder, config, "auto")
+        check_same_data(folder, earlier, {**DIGESTS, "images": "new in this version"})
+        with pytest.raises(ConfigError, match=name) as caught:
+            check_same_data(folder, earlier, {**DIGESTS, name: "zz"})
+        assert "--output" in (caught.value.hint or "")
+
+    def test_never_refuses_a_run_whatever_its_settings_unless_it_is_to_be_overwritten(
+        self, folder: RunFolder, config: RunConfig
+    ) -> None:
+        for other in (config, resolve_config("tiny", None, ["seed=8"])):
+            with pytest.raises(ConfigError, match="already holds a run") as caught:
+                find_earlier(folder, other, "never")
+            assert "--overwrite" in str(caught.value.hint)
+            assert find_earlier(folder, other, "never", overwrite=True) == []
+        (folder.root / "notes.txt").touch()
+        folder.clear()
+        assert [path.name for path in folder.root.iterdir()] == ["notes.txt"]
+
+    def test_a_checkpoint_is_checked_with_the_run_that_wrote_it(
+        self, folder: RunFolder, config: RunConfig, tmp_path: Path
+    ) -> None:
+        path = folder.checkpoints / "step_0000003.pth"
+        other = resolve_config("tiny", None, ["seed=8"])
+        new = RunFolder(tmp_path / "new")
+        moved = tmp_path / "moved.pth"
+        moved.write_bytes(path.read_bytes())
+        for target, checkpoint in ((folder, path), (new, path), (new, moved)):
+            (earlier,) = find_earlier(target, config, checkpoint)
+            assert earlier.digests == DIGESTS
+            check_same(target, earlier, continue_run(config, [earlier], ranks(2))[0])
+            with pytest.raises(ConfigError, match="seed: 7 there, 8 now"):
+                check_same(target, earlier, continue_run(other, [earlier], ranks(2))[0])
+
+    def test_one_that_says_nothing_of_itself_is_taken_with_a_warning(
+        self, config: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        torch.save({"format": 1, "iteration": 3}, tmp_path / "old.pth")
+        assert find_earlier(RunFolder(tmp_path / "new"), config, tmp_path / "old.pth") == []
+        assert "old.pth" in caplog.text
+
+
+class TestDamage:
+    @pytest.mark.parametrize("content", [None, b"", b"seed: [", b"\xff", b"seed: x", b"a: 1"])
+    def test_without_a_configuration_the_manifest_tells(
+        self,
+        folder: RunFolder,
+        config: RunConfig,
+        content: bytes | None,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        folder.config.unlink()
+        if content is not None:
+            folder.config.write_bytes(content)
+        assert check(folder, config) == 1
+        with pytest.raises(ConfigError, match="seed: 7 there, 8 now"):
+            check(folder, resolve_config("tiny", None, ["seed=8"]))
+        assert (content is not None) == (str(folder.config) in caplog.text)
+
+    @pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b'{"configuration": 3}'])
+    def test_without_both_the_newest_whole_checkpoint_tells(
+        self, folder: RunFolder, config: RunConfig, content: bytes | None
+    ) -> None:
+        folder.config.unlink()
+        folder.manifest.unlink()
+        if content is not None:
+            folder.manifest.write_bytes(content)
+        (folder.checkpoints / "step_0000004.pth").write_bytes(b"cut")
+        (earlier,) = find_earlier(folder, config, "auto")
+        assert earlier.digests == DIGESTS
+        with pytest.raises(ConfigError, match="seed: 7 there, 8 now"):
+            check(folder, resolve_config("tiny", None, ["seed=8"]))
+
+    def test_where_nothing_tells_the_error_names_the_remedy(
+        self, folder: RunFolder, config: RunConfig
+    ) -> None:
+        folder.config.write_bytes(b"{")
+        folder.manifest.write_bytes(b"{")
+        (folder.checkpoints / "step_0000003.pth").write_bytes(b"")
+        with pytest.raises(ConfigError, match=str(folder.root)) as caught:
+            find_earlier(folder, config, "auto")
+        assert caught.value.path == folder.config
+        assert "--output" in str(caught.value.hint)
+
+    def test_a_damaged_manifest_alone_is_reported(
+        self, folder: RunFolder, config: RunConfig, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        folder.manifest.write_bytes(folder.manifest.read_bytes()[:50])
+        (earlier,) = find_earlier(folder, config, "auto")
+        assert earlier.digests == {}
+        assert str(folder.manifest) in caplog.text
+
+    def test_keys_that_an_earlier_version_did_not_have_get_their_defaults(
+        self, folder: RunFolder, config: RunConfig
+    ) -> None:
+        lines = folder.config.read_text().splitlines()
+        kept = [line for line in lines if not line.strip().startswith("ranks_share_group:")]
+        assert len(kept) < len(lines)
+        folder.config.write_text("\n".join(kept) + "\n")
+        assert check(folder, config) == 1
+
+
+class TestProcesses:
+    @pytest.mark.parametrize(
+        ("began", "now", "asked", "accumulation", "told"),
+        [
+            (2, 2, 1, 1, ""),
+            (2, 1, 1, 2, "as many batches a step as before"),
+            (8, 4, 1, 2, "as many batches a step as before"),
+            (2, 4, 1, 1, "4 batches a step instead of 2; learning rates are multiplied by 2"),
+            (8, 3, 1, 1, "3 batches a step instead of 8; learning rates are multiplied by 0.375"),
+            (2, 2, 2, 2, "4 batches a step instead of 2"),
+            (2, 1, 3, 3, "3 batches a step instead of 2"),
+        ],
+    )
+    def test_a_run_goes_on_with_another_number_of_processes(
+        self,
+        tmp_path: Path,
+        config: RunConfig,
+        caplog: pytest.LogCaptureFixture,
+        began: int,
+        now: int,
+        asked: int,
+        accumulation: int,
+        told: str,
+    ) -> None:
+        folder = write_run(tmp_path / "run", config, processes=began)
+        options = resolve_config("tiny", None, [f"training.accumulation={asked}"])
+        assert check(folder, options, now) == accumulation
+        assert told in caplog.text
+        assert bool(told) == bool(caplog.text)
+        # What an iteration is stays, and so do learning rate, periods and length.
+        (earlier,) = find_earlier(folder, config, "auto")
+        resumed, _ = continue_run(options, [earlier], ranks(now))
+        assert resumed.training == scale_training(config.training, began)
+
+    def test_a_run_that_accumulated_goes_on_with_more_processes(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        config = resolve_config("tiny", None, ["training.accumulation=4"])
+        folder = write_run(tmp_path / "run", config, processes=1)
+        assert check(folder, config, 2) == 2
+        assert check(folder, config, 4) == 1
+        assert "as many batches a step" in caplog.text
+        again = resolve_config(None, folder.config)
+        assert check(folder, again, 1) == 4, "as its own configuration repeats it"
+
+
+class TestDefaultFolder:
+    def test_the_same_run_has_its_folder_and_others_have_one_of_their_own(
+        self, tmp_path: Path, config: RunConfig
+    ) -> None:
+        def scale(asked: RunConfig, replicas: int) -> RunConfig:
+            return dataclasses.replace(asked, training=scale_training(asked.training, replicas))
+
+        def choose(asked: RunConfig, resume: Any = "auto") -> tuple[str, str]:
+            found, why = default_folder(tmp_path / "r50", asked, scale=scale, resume=resume)
+            return found.name, why
+
+        other = resolve_config("tiny", None, ["seed=8"])
+        assert choose(config) == ("r50", "")
+        write_run(tmp_path / "r50", config)
+        name, why = choose(config)
+        assert name == "r50"
+        assert "not finished" in why
+        name, why = choose(other)
+        assert name == "r50-2"
+        assert "seed: 7 there, 8 now" in why
+        write_run(tmp_path / "r50-2", other, finished=True)
+        name, why = choose(other)
+        assert name == "r50-2"
+        assert "is finished" in why
+        assert choose(config, "never")[0] == "r50-3"
+        path = tmp_path / "r50-2/checkpoints/step_0000003.pth"
+        assert choose(config, path)[0] == "r50-2"
+
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from proxydet.training.runfolder import RunFolder
+with RunFolder(Path(sys.argv[1])).held():
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+class TestLock:
+    def test_a_second_training_learns_who_holds_the_folder_and_changes_nothing(
+        self, folder: RunFolder, config: RunConfig
+    ) -> None:
+        words = [sys.executable, "-c", HOLDS, str(folder.root)]
+        with subprocess.Popen(words, stdout=subprocess.PIPE) as first:
+            assert first.stdout is not None
+            assert first.stdout.readline() == b"held\n"
+            before = {path: path.stat().st_mtime_ns for path in folder.root.rglob("*")}
+            with (
+                pytest.raises(LockedError, match=f"process {first.pid} on") as caught,
+                folder.held(),
+            ):
+                pytest.fail("held twice")
+            assert str(folder.root) in caught.value.message
+            assert "--output" in str(caught.value.hint)
+            after = {path: path.stat().st_mtime_ns for path in folder.root.rglob("*")}
+            assert {k: v for k, v in after.items() if "lock" not in k.name} == {
+                k: v for k, v in before.items() if "lock" not in k.name
+            }
+            first.kill()
+        left = folder.checkpoints / f".step.{'0' * 32}.tmp"
+        left.touch()
+        with folder.held() as still_ours:
+            assert not left.exists(), "what a killed process was writing"
+            still_ours()
+            with folder.held():  # as the launcher's processes do
+                pass
+            assert folder.lock.exists()
+        assert not folder.lock.exists()
+
+    def test_it_is_given_back_on_every_way_out_and_leaves_no_new_folder(
+        self, tmp_path: Path
+    ) -> None:
+        folder = RunFolder(tmp_path / "new")
+        for error in (ValueError, KeyboardInterrupt):
+            with pytest.raises(error), folder.held():
+                raise error
+            assert not folder.root.exists()
+
+    def test_a_process_of_our_launcher_need_not_hold_it(self, folder: RunFolder) -> None:
+        code = """
+import os, sys
+from pathlib import Path
+from proxydet.errors import LockedError
+from proxydet.training.runfolder import RunFolder
+folder = RunFolder(Path(sys.argv[1]))
+with folder.held() as still_ours:
+    still_ours()
+os.environ["PROXYDET_LAUNCHER"] = "1"
+try:
+    folder.held().__enter__()
+except LockedError:
+    print("refused")
+"""
+        with folder.held():
+            done = subprocess.run(
+                [sys.executable, "-c", code, str(folder.root)],
+                env={**os.environ, "PROXYDET_LAUNCHER": str(os.getpid())},
+                check=True,
+                capture_output=True,
+                text=True,
+            )
+            assert done.stdout == "refused\n"
+            assert folder.lock.exists()
+
+    def test_one_that_was_taken_for_dead_stops_before_it_writes(self, folder: RunFolder) -> None:
+        with folder.held() as still_ours:
+            record = Path(f"{folder.lock}.owner")
+            owner = json.loads(record.read_text())
+            record.write_text("{")  # unreadable for a moment, as on a network file system
+            still_ours()
+            folder.lock.write_text(folder.lock.read_text().replace(f"pid={os.getpid()}", "pid=1"))
+            record.write_text(json.dumps({**owner, "pid": 1, "since": "2026-01-01"}))
+            with pytest.raises(LockedError, match="taken over"):
+                still_ours()
+
+
+class TestGoingBack:
+    def test_what_came_after_is_set_aside(self, tmp_path: Path) -> None:
+        folder = RunFolder(tmp_path)
+        folder.checkpoints.mkdir()
+        for step in (2, 4, 6):
+            (folder.checkpoints / f"step_{step:07d}.pth").touch()
+            folder.evaluation(step).mkdir(parents=True)
+        lines = [json.dumps({"iteration": n}) for n in (2, 4, 6)]
+        folder.metrics.write_text("\n".join([*lines, ""]))
+        folder.final_weights.touch()
+        folder.set_aside_after(4)
+        kept = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*_00000*"))
+        assert kept == [
+            "aside/after_step_0000004",
+            "aside/after_step_0000004/checkpoints/step_0000006.pth",
+            "aside/after_step_0000004/evaluations/step_0000006",
+            "checkpoints/step_0000002.pth",
+            "checkpoints/step_0000004.pth",
+            "evaluations/step_0000002",
+            "evaluations/step_0000004",
+        ]
+        assert not folder.final_weights.exists()
+        assert (tmp_path / "aside/after_step_0000004/model_final.pth").exists()
+        assert folder.metrics.read_text().splitlines() == lines[:2]
+        assert (
+            tmp_path / "aside/after_step_0000004/metrics.jsonl"
+        ).read_text().splitlines() == lines[2:]
+        folder.set_aside_after(4)
+        folder.set_aside_after(2)
+        assert len(list((tmp_path / "aside").iterdir())) == 2
+
+    def test_where_only_log_lines_came_after_nothing_is(self, tmp_path: Path) -> None:
+        folder = RunFolder(tmp_path)
+        folder.metrics.write_text('{"iteration": 3}\n')
+        folder.set_aside_after(2)
+        assert not (tmp_path / "aside").exists()
+
+
+def test_processes_that_differ_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = {"configuration": "same", "annotations": "bb"}
+    others = [theirs, {**theirs, "annotations": "zz"}]
+
+    def gather(into: list[Any], ours: Any) -> None:
+        into[:] = [ours, *others]
+
+    monkeypatch.setattr(distributed.dist, "all_gather_object", gather)
+    with pytest.raises(
+        TrainingError, match=r"agree on the annotations: ranks \[0, 1\]: bb"
+    ) as caught:
+        check_agreement(ranks(3), theirs)
+    assert "ranks [2]: zz" in caught.value.message
+    others[1] = theirs
+    check_agreement(ranks(3), theirs)

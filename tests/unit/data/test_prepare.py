@@ -11,12 +11,9 @@ from PIL import Image
 
 from proxydet.data.classes import load_vocabulary
 from proxydet.data.description import DatasetDescription
-from proxydet.data.prepare import coco_zero_shot, lvis, objects365, openimages, steps
-from proxydet.data.prepare.descriptions import MARK, description_text, write_description
-from proxydet.data.prepare.json_files import replacing
-from proxydet.data.prepare.steps import prepare
-from proxydet.errors import DataError, DiskFullError, EnvironmentProblem
-from proxydet.reporting import SILENT
+from proxydet.data.prepare.coco_zero_shot import SEEN, UNSEEN
+from proxydet.data.prepare.steps import PrepareReport, prepare
+from proxydet.errors import DataError, DiskFullError
 
 CATEGORIES = [
     {"id": 1, "name": "cat", "frequency": "f", "synset": "cat.n.01", "def": "a pet"},
@@ -58,41 +55,61 @@ def root(tmp_path: Path) -> Path:
     return root
 
 
+def details(report: PrepareReport) -> dict[str, str]:
+    return {step.path.name: step.detail for step in report.steps}
+
+
 def test_rare_annotations_are_left_out_and_the_rest_is_untouched(root: Path) -> None:
-    source, target = root / "lvis/lvis_v1_train.json", root / "out" / "norare.json"
-    assert lvis.write_without_frequencies(source, target) == 2
-    content = json.loads(target.read_text())
+    report = prepare("lvis", root)
+    assert details(report)["lvis_v1_train_norare.json"].startswith("2 annotations")
+    content = json.loads((root / "lvis/lvis_v1_train_norare.json").read_text())
     assert content["images"] == lvis_content()["images"]
     assert content["categories"] == CATEGORIES
     assert content["annotations"] == [
         a for a in lvis_content()["annotations"] if a["category_id"] != 2
     ]
-    assert [path.name for path in target.parent.iterdir()] == ["norare.json"]
+    assert {path.name for path in (root / "lvis").iterdir()} == {
+        "lvis_v1_train.json",
+        "lvis_v1_val.json",
+        "lvis_v1_train_norare.json",
+        "lvis_v1_train_cat_info.json",
+        "lvis_v1_train_norare_cat_info.json",
+    }
 
 
 @pytest.mark.parametrize("with_rare", [True, False])
-def test_category_info_counts_images_and_instances(
-    root: Path, tmp_path: Path, with_rare: bool
-) -> None:
-    source = root / "lvis/lvis_v1_train.json"
-    lvis.write_category_info(source, tmp_path / "info.json", with_rare=with_rare)
-    rows = json.loads((tmp_path / "info.json").read_text())
+def test_category_info_counts_images_and_instances(root: Path, with_rare: bool) -> None:
+    prepare("lvis", root)
+    name = "lvis_v1_train_cat_info.json" if with_rare else "lvis_v1_train_norare_cat_info.json"
+    rows = json.loads((root / "lvis" / name).read_text())
     assert [row["def"] for row in rows] == ["a pet", "spray", "a nut"]
     assert [row["image_count"] for row in rows] == [2, 2 if with_rare else 0, 2]
     assert [row["instance_count"] for row in rows] == [3, 2 if with_rare else 0, 2]
 
 
-def test_files_in_another_format_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "coco.json"
-    content = lvis_content()
-    path.write_text(json.dumps(content | {"categories": [{"id": 1, "name": "a"}]}))
-    for call in (lvis.write_without_frequencies, lvis.write_category_info):
-        with pytest.raises(DataError, match="no 'frequency'"):
-            call(path, tmp_path / "out.json")
-    path.write_text(json.dumps(content | {"annotations": [{"id": 1}]}))
-    with pytest.raises(DataError, match="annotation 0 is not usable"):
-        lvis.write_without_frequencies(path, tmp_path / "out.json")
-    assert not (tmp_path / "out.json").exists()
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"categories": [{"id": 1, "name": "a"}]}, "frequency"),
+        ({"annotations": [{"id": 1}]}, "annotation 0"),
+        ({"categories": [3]}, "category 0"),
+        ({"categories": [{"name": "a", "frequency": "r"}]}, "category 0"),
+        ({"categories": [{"id": [1], "name": "a", "frequency": "r"}]}, "category 0"),
+        ({"categories": [{"id": "1", "name": "a", "frequency": "r"}]}, "category 0"),
+        ({"categories": [*CATEGORIES, CATEGORIES[1]]}, r"lvis_v1_train\.json"),
+    ],
+)
+def test_files_that_are_not_lvis_are_refused(root: Path, change: dict[str, Any], why: str) -> None:
+    source = root / "lvis/lvis_v1_train.json"
+    source.write_text(json.dumps(lvis_content() | change))
+    with pytest.raises(DataError, match=why) as caught:
+        prepare("lvis", root)
+    assert caught.value.hint
+    assert caught.value.path == source
+    assert {path.name for path in source.parent.iterdir()} == {
+        "lvis_v1_train.json",
+        "lvis_v1_val.json",
+    }
 
 
 def test_lvis_is_prepared_once_and_described(root: Path) -> None:
@@ -184,77 +201,111 @@ def test_the_folder_around_the_data_root_is_recognised(root: Path, dataset: Any)
 
 def test_descriptions_changed_by_hand_are_kept(root: Path) -> None:
     path = root / "lvis.toml"
-    assert write_description(path, description_text("lvis")) == "made"
-    assert write_description(path, description_text("lvis")) == "up to date"
-    path.write_text(path.read_text().replace(MARK, "# mine"))
-    assert write_description(path, description_text("lvis", image_labels=True)) == "kept"
-    assert "image_labels" not in path.read_text()
+    assert prepare("lvis", root).steps[-1].action == "made"
+    assert prepare("lvis", root).steps[-1].action == "up to date"
+    mine = path.read_text().replace(path.read_text().splitlines()[0], "# mine")
+    path.write_text(mine)
+    (root / "imagenet/ImageNet-21K").mkdir(parents=True)
     assert prepare("lvis", root).steps[-1].action == "kept"
-
-
-def write_fixes(path: Path, rows: list[list[str]]) -> Path:
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows(rows)
-    return path
-
-
-def test_objects365_names_are_set_right(tmp_path: Path) -> None:
-    source = tmp_path / "o.json"
-    categories = [{"id": 1, "name": "Bakset", "x": 1}, {"id": 2, "name": "Hat, big"}]
-    source.write_text(json.dumps(lvis_content() | {"categories": categories}))
-    fixes = write_fixes(
-        tmp_path / "f.csv", [["1", "Bakset", "Basket"], ["2", "Hat, big", "Hat, big"]]
-    )
-    assert objects365.write_with_fixed_names(source, fixes, tmp_path / "out.json") == 1
-    content = json.loads((tmp_path / "out.json").read_text())
-    assert content["categories"] == [{"id": 1, "name": "Basket", "x": 1}, categories[1]]
-    assert content["annotations"] == lvis_content()["annotations"]
-    # What is right already stays right.
-    assert objects365.write_with_fixed_names(tmp_path / "out.json", fixes, tmp_path / "2.json") == 0
-    for rows, message in (
-        ([["1", "Other", "Basket"], ["2", "Hat, big", "Hat"]], "is called 'Bakset'"),
-        ([["1", "Bakset", "Basket"]], "nothing of it"),
-        ([["1", "Bakset"]], "rows of id"),
-        ([["one", "Bakset", "Basket"]], "rows of id"),
-    ):
-        write_fixes(fixes, rows)
-        with pytest.raises(DataError, match=message):
-            objects365.write_with_fixed_names(source, fixes, tmp_path / "3.json")
-    with pytest.raises(DataError, match="no table of names"):
-        objects365.write_with_fixed_names(source, tmp_path / "none.csv", tmp_path / "3.json")
+    assert path.read_text() == mine
 
 
 @pytest.fixture
-def challenge(tmp_path: Path) -> openimages.OpenImagesTables:
+def objects365(tmp_path: Path) -> Path:
+    """A data root whose first class is misspelt."""
+    root = tmp_path / "o"
+    (root / "objects365/annotations").mkdir(parents=True)
+    (root / "metadata").mkdir()
+    categories = [{"id": 1, "name": "Bakset", "x": 1}, {"id": 2, "name": "Hat, big"}]
+    annotations = [a | {"category_id": 1 + a["id"] % 2} for a in lvis_content()["annotations"]]
+    content = lvis_content() | {"categories": categories, "annotations": annotations}
+    (root / "objects365/annotations/zhiyuan_objv2_val.json").write_text(json.dumps(content))
+    write_fixes(root, [["1", "Bakset", "Basket"], ["2", "Hat, big", "Hat, big"]])
+    return root
+
+
+def write_fixes(root: Path, rows: list[list[str]]) -> None:
+    with (root / "metadata/Objects365_names_fix.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+def test_objects365_names_are_corrected(objects365: Path) -> None:
+    folder = objects365 / "objects365/annotations"
+    fixed = folder / "zhiyuan_objv2_val_fixname.json"
+    assert details(prepare("objects365", objects365))[fixed.name] == "1 name changed"
+    before = json.loads((folder / "zhiyuan_objv2_val.json").read_text())
+    after = json.loads(fixed.read_text())
+    assert after["categories"] == [
+        {"id": 1, "name": "Basket", "x": 1},
+        {"id": 2, "name": "Hat, big"},
+    ]
+    assert after["annotations"] == before["annotations"]
+    # What is right already stays right.
+    fixed.replace(folder / "zhiyuan_objv2_val.json")
+    assert details(prepare("objects365", objects365))[fixed.name] == "0 names changed"
+
+
+@pytest.mark.parametrize(
+    ("rows", "why"),
+    [
+        ([["1", "Other", "Basket"], ["2", "Hat, big", "Hat"]], "'Bakset'"),
+        ([["1", "Basket", "Basket"]], "category 1"),
+        ([["2", "Hat, big", "Hat"]], "category 1"),
+        ([["1", "Bakset"]], r"names_fix\.csv"),
+        ([["one", "Bakset", "Basket"]], r"names_fix\.csv"),
+    ],
+)
+def test_corrections_of_another_release_are_refused(
+    objects365: Path, rows: list[list[str]], why: str
+) -> None:
+    write_fixes(objects365, rows)
+    with pytest.raises(DataError, match=why) as caught:
+        prepare("objects365", objects365)
+    assert caught.value.hint
+    assert not list(objects365.glob("**/*fixname*"))
+
+
+TABLES = {
+    "hierarchy": "challenge-2019-label500-hierarchy.json",
+    "classes": "challenge-2019-classes-description-500.csv",
+    "boxes": "challenge-2019-validation-detection-bbox.csv",
+    "labels": "challenge-2019-validation-detection-human-imagelabels.csv",
+}
+
+
+@pytest.fixture
+def challenge(tmp_path: Path) -> Path:
     """Entity > (Animal > (Cat, Dog), Toy > Dog); Entity is no class of the challenge."""
+    folder, images = tmp_path / "oid/annotations", tmp_path / "oid/images/validation"
+    folder.mkdir(parents=True)
+    images.mkdir(parents=True)
     leaf = [{"LabelName": "/cat"}, {"LabelName": "/dog"}]
     animal = {"LabelName": "/animal", "Subcategory": leaf, "Part": [{"LabelName": "/ear"}]}
     toy = {"LabelName": "/toy", "Subcategory": [{"LabelName": "/dog"}]}
     tree = {"LabelName": "/entity", "Subcategory": [animal, toy]}
-    (tmp_path / "tree.json").write_text(json.dumps(tree))
-    (tmp_path / "classes.csv").write_text(
+    (folder / TABLES["hierarchy"]).write_text(json.dumps(tree))
+    (folder / TABLES["classes"]).write_text(
         '/animal,Animal\n/cat,"Cat, small"\n/dog,Dog\n/toy,Toy\n/ear,Ear\n'
     )
-    (tmp_path / "boxes.csv").write_text(
+    (folder / TABLES["boxes"]).write_text(
         "ImageID,LabelName,XMin,XMax,YMin,YMax,IsGroupOf\nb,/dog,0.5,1,0,0.5,0\nb,/animal,0,1,0.5,1,1\n"
     )
-    (tmp_path / "labels.csv").write_text(
+    (folder / TABLES["labels"]).write_text(
         "ImageID,Source,LabelName,Confidence\na,verification,/cat,1\na,verification,/toy,0\nb,v,/animal,0\n"
     )
     for name, size in (("a", (40, 20)), ("b", (10, 30))):
-        Image.new("RGB", size).save(tmp_path / f"{name}.jpg")
-    return openimages.OpenImagesTables(
-        boxes=tmp_path / "boxes.csv",
-        image_labels=tmp_path / "labels.csv",
-        classes=tmp_path / "classes.csv",
-        hierarchy=tmp_path / "tree.json",
-    )
+        Image.new("RGB", size).save(images / f"{name}.jpg")
+    return tmp_path
 
 
-def test_openimages_is_expanded_along_the_hierarchy(challenge, tmp_path: Path) -> None:
-    counts = openimages.write_expanded(challenge, tmp_path, tmp_path / "out.json")
-    content = json.loads((tmp_path / "out.json").read_text())
-    assert counts == (2, 4)
+EXPANDED = "oid/annotations/oid_challenge_2019_val_expanded.json"
+
+
+def test_openimages_is_expanded_along_the_hierarchy(challenge: Path) -> None:
+    report = prepare("openimages", challenge)
+    content = json.loads((challenge / EXPANDED).read_text())
+    assert report.steps[0].detail == "2 images, 4 boxes after expansion"
+    assert report.problems == ()
     assert [c["name"] for c in content["categories"]] == [
         "Animal",
         "Cat, small",
@@ -280,122 +331,118 @@ def test_openimages_is_expanded_along_the_hierarchy(challenge, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("table", "old", "new", "message"),
     [
-        ("boxes.csv", "b,/dog", "b,/cow", r"row 2: the class '/cow'"),
-        ("boxes.csv", "0.5,1,", "x,1,", "row 2: could not convert"),
-        ("boxes.csv", ",IsGroupOf", ",Group", "no column 'IsGroupOf'"),
-        ("boxes.csv", "0.5,1,0", "0.5,1", "row 2: 6 values, not 7"),
-        ("labels.csv", "/toy", "/cow", r"row 3: the class '/cow'"),
-        ("tree.json", '"LabelName": "/toy"', '"Label": "/toy"', "not a class hierarchy"),
-        ("tree.json", "{", "", "not a class hierarchy"),
-        ("classes.csv", "/dog,Dog", "/dog,Dog,x", "row 3: not a label"),
-        ("classes.csv", "/toy,Toy", "/dog,Toy", "row 4: not a label"),
+        ("boxes", "b,/dog", "b,/cow", r"row 2: .*'/cow'"),
+        ("boxes", "0.5,1,", "x,1,", "row 2: "),
+        ("boxes", ",IsGroupOf", ",Group", "'IsGroupOf'"),
+        ("boxes", "0.5,1,0", "0.5,1", "row 2: 6 values, not 7"),
+        ("labels", "/toy", "/cow", r"row 3: .*'/cow'"),
+        ("hierarchy", '"LabelName": "/toy"', '"Label": "/toy"', "hierarchy"),
+        ("hierarchy", "{", "", "hierarchy"),
+        ("hierarchy", "/entity", "\udcff", "hierarchy"),
+        ("hierarchy", "{", '{"LabelName": "a", "Subcategory": [' * 5000, "hierarchy"),
+        ("classes", "/dog,Dog", "/dog,Dog,x", "row 3"),
+        ("classes", "/toy,Toy", "/dog,Toy", "row 4"),
     ],
 )  # fmt: skip
-def test_bad_tables_name_file_and_row(challenge, tmp_path: Path, table, old, new, message) -> None:
-    path = tmp_path / table
-    path.write_text(path.read_text().replace(old, new, 1))
+def test_bad_tables_name_file_and_row(challenge: Path, table, old, new, message) -> None:
+    path = challenge / "oid/annotations" / TABLES[table]
+    assert old in path.read_text()
+    text = path.read_text().replace(old, new, 1)
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(DataError, match=message) as caught:
-        openimages.write_expanded(challenge, tmp_path, tmp_path / "out.json")
-    assert table in caught.value.message
-    assert not (tmp_path / "out.json").exists()
+        prepare("openimages", challenge)
+    assert path.name in caught.value.message
+    assert not (challenge / EXPANDED).exists()
 
 
-def test_openimages_needs_its_images(challenge, tmp_path: Path) -> None:
-    (tmp_path / "a.jpg").unlink()
+def test_openimages_needs_its_images(challenge: Path) -> None:
+    (challenge / "oid/images/validation/a.jpg").unlink()
     with pytest.raises(DataError, match=r"a\.jpg"):
-        openimages.write_expanded(challenge, tmp_path, tmp_path / "out.json")
+        prepare("openimages", challenge)
 
 
-def test_the_zero_shot_split_keeps_categories_and_drops_empty_images(tmp_path: Path) -> None:
-    names = [*coco_zero_shot.SEEN, *coco_zero_shot.UNSEEN, "stop sign"]
-    assert len(set(names)) == 66
+@pytest.fixture
+def coco(tmp_path: Path) -> Path:
+    """A data root with COCO's classes of both splits and one more."""
+    names = [*SEEN, *UNSEEN, "stop sign"]
     categories = [{"id": 2 * i + 1, "name": name} for i, name in enumerate(names)]
     ids = {c["name"]: c["id"] for c in categories}
     images = [{"id": i, "file_name": f"{i}.jpg", "height": 5, "width": 5} for i in range(4)]
     annotations = [
-        {"id": 1, "image_id": 0, "category_id": ids["person"]},
-        {"id": 2, "image_id": 0, "category_id": ids["dog"]},
-        {"id": 3, "image_id": 1, "category_id": ids["dog"]},
-        {"id": 4, "image_id": 2, "category_id": ids["stop sign"]},
+        {"id": n, "image_id": image, "category_id": ids[name], "bbox": [0, 0, 4, 4], "area": 16}
+        for n, (image, name) in enumerate(
+            [(0, "person"), (0, "dog"), (1, "dog"), (2, "stop sign")], 1
+        )
     ]
-    source = tmp_path / "c.json"
-    source.write_text(
-        json.dumps({"images": images, "annotations": annotations, "categories": categories})
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (tmp_path / "coco/annotations").mkdir(parents=True)
+    for split in ("train", "val"):
+        path = tmp_path / f"coco/annotations/instances_{split}2017.json"
+        path.write_text(json.dumps(content))
+    return tmp_path
+
+
+def test_the_zero_shot_split_keeps_categories_and_drops_empty_images(coco: Path) -> None:
+    assert (len(set(SEEN)), len(set(UNSEEN)), len({*SEEN, *UNSEEN})) == (48, 17, 65)
+    found = details(prepare("coco", coco))
+    train, val = (
+        coco / "coco/zero-shot" / f"instances_{name}_2_oriorder.json"
+        for name in ("train2017_seen", "val2017_all")
     )
-    assert coco_zero_shot.write_split(source, tmp_path / "seen.json", coco_zero_shot.SEEN) == (1, 1)
-    everything = (*coco_zero_shot.SEEN, *coco_zero_shot.UNSEEN)
-    assert coco_zero_shot.write_split(source, tmp_path / "all.json", everything) == (2, 3)
-    content = json.loads((tmp_path / "all.json").read_text())
-    assert content["categories"] == categories
-    assert content["images"] == images[:2]
-    with pytest.raises(DataError, match="no category 'zebra crossing'"):
-        coco_zero_shot.write_split(source, tmp_path / "x.json", ["zebra crossing"])
+    assert found[train.name] == "1 image, 1 annotation of 48 classes"
+    assert found[val.name] == "2 images, 3 annotations of 65 classes"
+    source = json.loads((coco / "coco/annotations/instances_val2017.json").read_text())
+    content = json.loads(val.read_text())
+    assert content["categories"] == source["categories"]
+    assert content["images"] == source["images"][:2]
+    assert content["annotations"] == source["annotations"][:3]
+    novel = DatasetDescription.from_toml(coco / "coco_zero_shot.toml").vocabulary.novel
+    assert novel == UNSEEN
 
 
-@pytest.mark.parametrize("name", ["lvis", "coco", "coco_zero_shot", "objects365", "openimages"])
-def test_every_description_can_be_read(tmp_path: Path, name: str) -> None:
-    text = description_text(name, image_labels=True, novel=coco_zero_shot.UNSEEN)
-    path = tmp_path / "d.toml"
-    assert write_description(path, text) == "made"
-    assert DatasetDescription.from_toml(path).name.replace("-", "_") == name
+def test_a_file_that_is_not_coco_is_refused(coco: Path) -> None:
+    path = coco / "coco/annotations/instances_train2017.json"
+    path.write_text(path.read_text().replace('"zebra"', '"zebra crossing"'))
+    with pytest.raises(DataError, match="'zebra'"):
+        prepare("coco", coco)
 
 
-@pytest.mark.parametrize(
-    "category",
-    [
-        b"3",
-        b'{"name": "a", "frequency": "r"}',
-        b'{"id": [1], "name": "a", "frequency": "r"}',
-        b'{"id": "1", "name": "a", "frequency": "r"}',
-        b'{"id": 1, "name": "\xff", "frequency": "r"}',
-        b'{"id": 1, "name": "a", "frequency": "r"}, {"id": 1, "name": "b", "frequency": "f"}',
-    ],
-)
-def test_categories_that_mean_nothing_are_refused(tmp_path: Path, category: bytes) -> None:
-    source, out = tmp_path / "s.json", tmp_path / "out.json"
-    source.write_bytes(b'{"images": [], "annotations": [], "categories": [' + category + b"]}")
-    fixes = write_fixes(tmp_path / "f.csv", [["1", "a", "a"]])
-    for attempt in (
-        lambda: lvis.write_category_info(source, out),
-        lambda: lvis.write_without_frequencies(source, out),
-        lambda: objects365.write_with_fixed_names(source, fixes, out),
-        lambda: coco_zero_shot.write_split(source, out, ["zebra"]),
-    ):
-        with pytest.raises(DataError) as caught:
-            attempt()
-        assert caught.value.hint
-    assert not out.exists()
+def test_every_description_can_be_read(
+    root: Path, objects365: Path, challenge: Path, coco: Path
+) -> None:
+    prepare("lvis", root)
+    prepare("objects365", objects365)
+    prepare("openimages", challenge)
+    prepare("coco", coco)
+    names = [DatasetDescription.from_toml(path).name for path in root.parent.glob("**/*.toml")]
+    assert sorted(names) == ["coco", "coco-zero-shot", "lvis", "objects365", "openimages"]
 
 
-@pytest.mark.parametrize(
-    "text", [b'{"LabelName": "\xff"}', b'{"LabelName": "a", "Subcategory": [' * 5000], ids=["utf", "deep"]
-)  # fmt: skip
-def test_hierarchies_that_cannot_be_read(tmp_path: Path, text: bytes) -> None:
-    (tmp_path / "h.json").write_bytes(text)
-    for path in (tmp_path / "h.json", tmp_path):
-        with pytest.raises(DataError, match="not a class hierarchy"):
-            openimages.Hierarchy.read(path)
+def test_a_later_change_of_any_source_counts(objects365: Path) -> None:
+    def actions() -> list[str]:
+        return [step.action for step in prepare("objects365", objects365).steps[:1]]
+
+    fixes = objects365 / "metadata/Objects365_names_fix.csv"
+    fixed = objects365 / "objects365/annotations/zhiyuan_objv2_val_fixname.json"
+    assert actions() == ["made"]
+    assert actions() == ["up to date"]
+    later = fixed.stat().st_mtime_ns + 10**9
+    os.utime(fixes, ns=(later, later))
+    assert actions() == ["made"]
 
 
-def test_a_later_change_of_any_source_counts(tmp_path: Path) -> None:
-    work = steps._Work(root=tmp_path, force=False, cache=None, progress=SILENT)
-    for number, name in enumerate(("old", "target", "new")):
-        (tmp_path / name).touch()
-        os.utime(tmp_path / name, ns=(number * 10**9, number * 10**9))
-    for sources in (["old"], ["old", "new"]):
-        work.file("step", "target", sources, lambda _: "")
-    assert [step.action for step in work.steps] == ["up to date", "made"]
+def test_a_file_that_cannot_be_written_leaves_nothing(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-
-@pytest.mark.parametrize(
-    ("code", "kind"), [(errno.ENOSPC, DiskFullError), (errno.EIO, EnvironmentProblem)]
-)
-def test_nothing_is_left_of_a_file_that_could_not_be_written(tmp_path: Path, code, kind) -> None:
-    def write() -> None:
-        with replacing(tmp_path / "f") as file:
-            file.write(b"half")
-            raise OSError(code, os.strerror(code))
-
-    with pytest.raises(kind):
-        write()
-    assert list(tmp_path.iterdir()) == []
+    before = set(root.rglob("*"))
+    cache = root.parent / "cache"
+    prepare("lvis", root, cache=cache)
+    for path in set(root.rglob("*")) - before:
+        path.unlink()
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(DiskFullError, match=r"lvis_v1_train_norare\.json"):
+        prepare("lvis", root, cache=cache)
+    assert set(root.rglob("*")) == before

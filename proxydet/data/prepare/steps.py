@@ -1,9 +1,13 @@
-"""The steps of ``proxydet data prepare``, each made only where its result is absent or older than its source."""
+"""The steps of ``proxydet data prepare``: what a data set needs between its downloaded files and training.
+
+Each is done only where its result is absent or older than its source.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -11,17 +15,30 @@ from proxydet.data.advice import how_to_get, inner_root
 from proxydet.data.classes import load_vocabulary, open_split
 from proxydet.data.description import DatasetDescription
 from proxydet.data.image_labels import match_tars
-from proxydet.data.prepare import coco_zero_shot, lvis, objects365, openimages
-from proxydet.data.prepare.descriptions import description_text, write_description
+from proxydet.data.prepare import openimages
+from proxydet.data.prepare.annotation_files import (
+    SEEN,
+    UNSEEN,
+    write_category_info,
+    write_classes,
+    write_with_fixed_names,
+    write_without_rare,
+)
 from proxydet.data.store import AnnotationStore
 from proxydet.data.tars import TarIndex
 from proxydet.errors import DataError
+from proxydet.files import write_text
 from proxydet.reporting import SILENT, Progress
 from proxydet.wording import counted
 
 DatasetName = Literal["lvis", "imagenet-lvis", "objects365", "openimages", "coco"]
 Action = Literal["made", "up to date", "kept"]
 DATASETS: tuple[DatasetName, ...] = ("lvis", "imagenet-lvis", "objects365", "openimages", "coco")
+
+_MARK = "# Written by `proxydet data prepare`. Remove this line to keep your changes."
+_TARS = "imagenet/ImageNet-21K"
+_OBJECTS365 = "objects365/annotations/zhiyuan_objv2_val_fixname.json"
+_OPENIMAGES = "oid/annotations/oid_challenge_2019_val_expanded.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +50,7 @@ class Step:
     path: Path
     """The file that it makes."""
     action: Action
-    """Whether it was made now, was there already, or is a description that the user changed."""
+    """Whether it was made now, was up to date, or is a description that the user changed."""
     detail: str = ""
     """Counts, and what to know."""
 
@@ -106,35 +123,74 @@ class _Work:
             detail = make(path)
         self.steps.append(Step(name=name, path=path, action="made", detail=detail))
 
-    def store(self, source: str) -> AnnotationStore:
+    def store(self, source: str) -> None:
         """Make the annotation store of a file."""
         path = self.root / source
         self._time(source)
         there = AnnotationStore.path_for(path, cache=self.cache).exists()
         store = AnnotationStore.open(path, cache=self.cache, progress=self.progress, warn=False)
-        report = store.report
-        images, annotations = report.images_kept, report.annotations_kept
-        detail = f"{counted(images, 'image')}, {counted(annotations, 'annotation')}"
-        self.steps.append(
-            Step(
-                name="annotation store",
-                path=store.path,
-                action="up to date" if there else "made",
-                detail=detail,
-            )
+        images, kept = store.report.images_kept, store.report.annotations_kept
+        self.made_or_there(
+            "annotation store",
+            store.path,
+            there,
+            f"{counted(images, 'image')}, {counted(kept, 'annotation')}",
         )
-        self.problems.extend(f"{path.name}: {line}" for line in report.lines())
+        self.problems.extend(f"{path.name}: {line}" for line in store.report.lines())
         if not images:
             self.problems.append(f"{path.name} has no image that can be used")
-        return store
 
-    def description(self, name: str, text: str) -> Path:
-        """Write a data description."""
+    def made_or_there(self, name: str, path: Path, there: bool, detail: str) -> None:
+        """Add the step of a file in the cache."""
+        action: Action = "up to date" if there else "made"
+        self.steps.append(Step(name=name, path=path, action=action, detail=detail))
+
+    def description(
+        self,
+        name: str,
+        embeddings: str,
+        splits: dict[str, tuple[str, str]],
+        *,
+        more: str = "",
+        tables: str = "",
+    ) -> Path:
+        """Write a data description, with paths relative to the data root, unless somebody changed it and took the mark away.
+
+        Args:
+            name: Its file's name, and the data set's.
+            embeddings: Table of text embeddings, in ``metadata``.
+            splits: Annotations and images of ``train`` and ``val``.
+            more: Lines of ``[vocabulary]``.
+            tables: Tables after the splits.
+        """
         path = self.root / f"{name}.toml"
-        action = write_description(path, text)
+        parts = [
+            f'{_MARK}\n\nname = "{name.replace("_", "-")}"',
+            f'[vocabulary]\nembeddings = "metadata/{embeddings}"\nencoder = "ViT-B/32"{more}',
+            *(f'[{s}]\nannotations = "{a}"\nimages = "{i}"' for s, (a, i) in splits.items()),
+        ]
+        text = "\n\n".join(parts) + "\n" + tables
+        there = path.read_text(encoding="utf-8") if path.exists() else None
+        action: Action = "made"
+        if there is not None and not there.startswith(_MARK):
+            action = "kept"
+        elif there == text:
+            action = "up to date"
+        else:
+            write_text(path, text)
         detail = "left as it is: it was changed by hand" if action == "kept" else ""
         self.steps.append(Step(name="data description", path=path, action=action, detail=detail))
         return path
+
+    def lvis_description(self, *, image_labels: bool) -> Path:
+        """Write the description of LVIS, with or without ImageNet-LVIS."""
+        return self.description(
+            "lvis",
+            "lvis_v1_clip_a+cname.npy",
+            {split: (f"lvis/lvis_v1_{split}.json", "coco") for split in ("train", "val")},
+            more='\nnovel_frequency = ["r"]',
+            tables=f'\n[image_labels]\ntars = "{_TARS}"\n' if image_labels else "",
+        )
 
     def _time(self, source: str) -> int:
         try:
@@ -155,26 +211,23 @@ def _lvis(work: _Work) -> None:
     work.store("lvis/lvis_v1_val.json")
 
     def without_rare(path: Path) -> str:
-        left_out = lvis.write_without_frequencies(source, path)
+        left_out = write_without_rare(source, path)
         return f"{counted(left_out, 'annotation')} of rare classes left out"
 
     def category_info(path: Path, *, with_rare: bool) -> str:
-        lvis.write_category_info(source, path, with_rare=with_rare)
-        return (
-            "counts of rare classes included, as published" if with_rare else "rare classes count 0"
-        )
+        write_category_info(source, path, with_rare=with_rare)
+        published = "counts of rare classes included, as published"
+        return published if with_rare else "rare classes count 0"
 
     work.file("without rare classes", "lvis/lvis_v1_train_norare.json", [train], without_rare)
-    info = "lvis/lvis_v1_train_cat_info.json"
-    work.file("class counts", info, [train], lambda path: category_info(path, with_rare=True))
-    clean = "lvis/lvis_v1_train_norare_cat_info.json"
-    work.file("class counts", clean, [train], lambda path: category_info(path, with_rare=False))
-    has_tars = (work.root / "imagenet/ImageNet-21K").is_dir()
-    work.description("lvis", description_text("lvis", image_labels=has_tars))
+    for name, with_rare in (("train", True), ("train_norare", False)):
+        info = f"lvis/lvis_v1_{name}_cat_info.json"
+        work.file("class counts", info, [train], partial(category_info, with_rare=with_rare))
+    work.lvis_description(image_labels=(work.root / _TARS).is_dir())
 
 
 def _imagenet_lvis(work: _Work) -> None:
-    tars = work.root / "imagenet/ImageNet-21K"
+    tars = work.root / _TARS
     if not tars.is_dir():
         raise DataError(
             f"there is no folder of tars {tars}",
@@ -182,7 +235,7 @@ def _imagenet_lvis(work: _Work) -> None:
             or "put the tars of ImageNet-21K there (n02691156.tar, ...); proxydet download imagenet-21k-lvis says how",
             path=tars,
         )
-    path = work.description("lvis", description_text("lvis", image_labels=True))
+    path = work.lvis_description(image_labels=True)
     description = DatasetDescription.from_toml(path)
     if description.image_labels is None:
         raise DataError(
@@ -195,14 +248,13 @@ def _imagenet_lvis(work: _Work) -> None:
     there = TarIndex.path_for(tars, names, cache=work.cache).exists()
     index = TarIndex.open(tars, names, cache=work.cache, progress=work.progress, warn=False)
     inside = f"{counted(len(index), 'image')} in {counted(len(index.tars), 'tar')}"
-    detail = f"{inside}, {index.report.gzipped} gzip-compressed"
-    action: Action = "up to date" if there else "made"
-    work.steps.append(Step(name="tar index", path=index.path, action=action, detail=detail))
+    work.made_or_there(
+        "tar index", index.path, there, f"{inside}, {index.report.gzipped} gzip-compressed"
+    )
     work.problems.extend(index.report.lines())
     if matched.missing:
-        shown = ", ".join(matched.missing[:5])
         absent = counted(len(matched.missing), "tar is", "tars are")
-        work.problems.append(f"{absent} missing, e.g. {shown}")
+        work.problems.append(f"{absent} missing, e.g. {', '.join(matched.missing[:5])}")
     if matched.without_class:
         unused = counted(len(matched.without_class), "tar belongs", "tars belong")
         work.problems.append(f"{unused} to no class and not used")
@@ -213,13 +265,13 @@ def _objects365(work: _Work) -> None:
     fixes = "metadata/Objects365_names_fix.csv"
 
     def fix(path: Path) -> str:
-        changed = objects365.write_with_fixed_names(work.root / source, work.root / fixes, path)
+        changed = write_with_fixed_names(work.root / source, work.root / fixes, path)
         return f"{counted(changed, 'name')} changed"
 
-    fixed = "objects365/annotations/zhiyuan_objv2_val_fixname.json"
-    work.file("names set right", fixed, [source, fixes], fix)
-    work.store(fixed)
-    work.description("objects365", description_text("objects365"))
+    work.file("names corrected", _OBJECTS365, [source, fixes], fix)
+    work.store(_OBJECTS365)
+    splits = {"val": (_OBJECTS365, "objects365/val")}
+    work.description("objects365", "o365_clip_a+cnamefix.npy", splits)
 
 
 def _openimages(work: _Work) -> None:
@@ -238,27 +290,31 @@ def _openimages(work: _Work) -> None:
         )
         return f"{counted(images, 'image')}, {counted(boxes, 'box', 'boxes')} after expansion"
 
-    expanded = "oid/annotations/oid_challenge_2019_val_expanded.json"
-    work.file("hierarchy expanded", expanded, list(names.values()), expand)
-    work.store(expanded)
-    work.description("openimages", description_text("openimages"))
+    work.file("hierarchy expanded", _OPENIMAGES, list(names.values()), expand)
+    work.store(_OPENIMAGES)
+    splits = {"val": (_OPENIMAGES, "oid/images/validation")}
+    work.description("openimages", "oid_clip_a+cname.npy", splits)
 
 
 def _coco(work: _Work) -> None:
-    splits = {
-        "train2017": ("seen", coco_zero_shot.SEEN),
-        "val2017": ("all", (*coco_zero_shot.SEEN, *coco_zero_shot.UNSEEN)),
-    }
-    for split, (suffix, names) in splits.items():
-        source = f"coco/annotations/instances_{split}.json"
+    everything = (*SEEN, *UNSEEN)
+    whole: dict[str, tuple[str, str]] = {}
+    zero_shot: dict[str, tuple[str, str]] = {}
+    for split, suffix, names in (("train", "seen", SEEN), ("val", "all", everything)):
+        source = f"coco/annotations/instances_{split}2017.json"
+        target = f"coco/zero-shot/instances_{split}2017_{suffix}_2_oriorder.json"
         work.store(source)
 
         def write(path: Path, source: str = source, names: tuple[str, ...] = names) -> str:
-            images, boxes = coco_zero_shot.write_split(work.root / source, path, names)
-            return f"{counted(images, 'image')}, {counted(boxes, 'annotation')} of {len(names)} classes"
+            images, kept = write_classes(work.root / source, path, names)
+            of = f"{counted(kept, 'annotation')} of {len(names)} classes"
+            return f"{counted(images, 'image')}, {of}"
 
-        target = f"coco/zero-shot/instances_{split}_{suffix}_2_oriorder.json"
         work.file("zero-shot split", target, [source], write)
-    work.description("coco", description_text("coco"))
-    text = description_text("coco_zero_shot", novel=coco_zero_shot.UNSEEN)
-    work.description("coco_zero_shot", text)
+        whole[split] = (source, f"coco/{split}2017")
+        zero_shot[split] = (target, f"coco/{split}2017")
+    embeddings = "coco_clip_a+cname.npy"
+    work.description("coco", embeddings, whole)
+    # Of COCO's 80 classes, 48 to train on, 17 unseen; the other 15 have no annotations here.
+    novel = ", ".join(f'"{name}"' for name in UNSEEN)
+    work.description("coco_zero_shot", embeddings, zero_shot, more=f"\nnovel = [{novel}]")

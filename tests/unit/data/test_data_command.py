@@ -68,4 +68,4 @@ def test_prepare_objects365(tmp_path: Path, capsys) -> None:
     assert [step["action"] for step in report["steps"]] == ["made", "made", "made"]
     assert report["steps"][0]["detail"] == "1 name changed"
     assert run("prepare", "objects365", "--root", tmp_path) == 0
-    assert "up to date  names set right" in capsys.readouterr().out
+    assert "up to date  names corrected" in capsys.readouterr().out

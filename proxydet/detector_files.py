@@ -249,7 +249,7 @@ def _newest_weights(folder: Path) -> Path:
     if not steps:
         raise CheckpointError(
             f"the run {folder} has no weights yet",
-            hint=f"go on with it: proxydet train --resume --output {folder}",
+            hint=f"continue it: proxydet train --config {folder / 'config.yaml'} --output {folder}",
             path=folder,
         )
     return steps[max(steps)]

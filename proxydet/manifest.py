@@ -12,20 +12,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import msgspec
 
 import proxydet
 from proxydet._version import __version__
 from proxydet.compat.modes import Mode
 from proxydet.errors import InputError
+from proxydet.files import read_json, write_json
 from proxydet.inspection.environment import EnvironmentReport, environment
 from proxydet.inspection.facts import ask
 from proxydet.paths import run_in
@@ -34,7 +35,8 @@ MANIFEST_NAME = "manifest.json"
 ENVIRONMENT_NAME = "environment.json"
 FORMAT = 1
 
-_BLOCK = 2**20
+_HINT = "give the folder of a run that proxydet trained or evaluated; one that was killed before its first step has no records"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,18 +90,17 @@ class RunManifest:
         Raises:
             InputError: It is of another format, or not a whole one.
         """
-        if mapping.get("format") != FORMAT:
-            raise InputError(
-                f"The manifest has format {mapping.get('format')!r}, not {FORMAT}.",
-                hint="it was written by another version of proxydet",
-            )
         values = {key: value for key, value in mapping.items() if key != "format"}
         try:
-            return cls(**{**values, "command": tuple(values["command"])})
-        except (KeyError, TypeError) as error:
+            if mapping.get("format") != FORMAT:
+                raise ValueError(f"it has format {mapping.get('format')!r}, not {FORMAT}")
+            unknown = values.keys() - {field.name for field in fields(cls)}
+            if unknown:
+                raise ValueError(f"it has unknown keys: {', '.join(sorted(unknown))}")
+            return msgspec.convert(values, cls)
+        except (msgspec.ValidationError, ValueError) as error:
             raise InputError(
-                f"The manifest has other keys than proxydet writes: {error}.",
-                hint="give a manifest.json that proxydet wrote",
+                f"the manifest is not one that this version of proxydet writes: {error}", hint=_HINT
             ) from error
 
 
@@ -117,7 +118,7 @@ def build_manifest(
     Args:
         kind: What runs: ``"training"``, ``"evaluation"``.
         configuration: The resolved configuration as plain values.
-        digests: By name, digests of what goes in; see :func:`file_digest`.
+        digests: By name, digests of what goes in; see `proxydet.files.sha256`.
         mode: The reproducibility mode.
         seeds: By name.
         world_size: Number of processes.
@@ -154,8 +155,8 @@ def write_run_records(
         The environment report that was written.
     """
     report = environment() if report is None else report
-    _write_json(folder / MANIFEST_NAME, manifest.to_dict())
-    _write_json(folder / ENVIRONMENT_NAME, report.to_dict())
+    write_json(folder / MANIFEST_NAME, manifest.to_dict())
+    write_json(folder / ENVIRONMENT_NAME, report.to_dict())
     return report
 
 
@@ -172,7 +173,7 @@ def read_run_records(run: Path) -> tuple[RunManifest, EnvironmentReport]:
         InputError: A file is missing or not one of ours.
     """
     folder = folder_of(run)
-    return read_manifest(folder), EnvironmentReport.from_dict(_read_json(folder / ENVIRONMENT_NAME))
+    return read_manifest(folder), _read(folder / ENVIRONMENT_NAME, EnvironmentReport.from_dict)
 
 
 def folder_of(run: Path) -> Path:
@@ -192,16 +193,7 @@ def folder_of(run: Path) -> Path:
 
 def read_manifest(folder: Path) -> RunManifest:
     """Read the manifest of a training or an evaluation; errors as of `read_run_records`."""
-    return RunManifest.from_dict(_read_json(folder / MANIFEST_NAME))
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+    return _read(folder / MANIFEST_NAME, RunManifest.from_dict)
 
 
 def installed_packages() -> dict[str, str]:
@@ -235,32 +227,9 @@ def _source_trees() -> dict[str, str | None]:
     return state
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        raise InputError(
-            f"There is no {path.name} in {path.parent}.",
-            hint="give the folder of a run that proxydet trained or evaluated; one that was killed before its first step "
-            "has no records",
-            path=path,
-        )
+def _read(path: Path, from_dict: Callable[[Mapping[str, Any]], T]) -> T:
+    content = read_json(path, what="record of a run", hint=_HINT)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(
-            f"{path} is not JSON: {error}.",
-            hint="give a manifest.json that proxydet wrote",
-            path=path,
-        ) from error
-    if not isinstance(value, dict):
-        raise InputError(
-            f"{path} does not hold a JSON object.",
-            hint="give a manifest.json that proxydet wrote",
-            path=path,
-        )
-    return value
+        return from_dict(content)
+    except InputError as error:
+        raise InputError(f"{path}: {error.message}", hint=error.hint, path=path) from error

@@ -196,7 +196,11 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
 
 
 def _losses(path: Path) -> dict[int, dict[str, float]]:
-    return {record["iteration"]: record["losses"] for record in JsonLines(path).read()}
+    return {
+        record["iteration"]: record["losses"]
+        for record in JsonLines(path).read()
+        if isinstance(record.get("iteration"), int) and isinstance(record.get("losses"), dict)
+    }
 
 
 def _equal(first: Mapping[str, float], second: Mapping[str, float]) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import typer
 
@@ -30,6 +32,7 @@ class TrainOptions:
     overrides: tuple[str, ...]
     output: Path | None
     resume: str
+    overwrite: bool
     weights: Path | None
     device: str | None
 
@@ -40,11 +43,12 @@ class TrainOptions:
             "--data": self.data,
             "--config": self.config,
             "--output": self.output,
-            "--resume": None if self.resume == "auto" else self.resume,
+            "--resume": None if self.resume == "auto" or self.overwrite else self.resume,
             "--weights": self.weights,
             "--device": self.device,
         }
         words = [word for key, value in given.items() if value for word in (key, str(value))]
+        words += ["--overwrite"] if self.overwrite else []
         return words + [word for item in self.overrides for word in ("--set", item)]
 
     def resolve(self) -> RunConfig:
@@ -62,9 +66,23 @@ class TrainOptions:
                 overrides.append(f"{key}={scalar_text(str(value))}")
         return absolute_paths(resolve_config(self.recipe, self.config, overrides))
 
-    def folder(self, config: RunConfig) -> Path:
-        """Return the run folder."""
-        return (self.output or runs_folder() / config.recipe).absolute()
+    def folder(self, config: RunConfig) -> tuple[Path, str]:
+        """Return the run folder, and why it is that one; empty where it is the one that was asked for."""
+        from proxydet.training.runfolder import default_folder
+        from proxydet.training.train import scale_to
+
+        base = (self.output or runs_folder() / config.recipe).absolute()
+        if self.output is not None or self.overwrite:
+            return base, ""
+        return default_folder(base, config, scale=scale_to, resume=self.resumes())
+
+    def resumes(self) -> Resume:
+        """Return what to do with checkpoints that are there."""
+        from proxydet.training.runfolder import after_restart
+
+        if self.resume in ("auto", "never"):
+            return after_restart(cast("Resume", self.resume))
+        return Path(self.resume).absolute()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,13 +125,17 @@ def show_plan(options: TrainOptions, machines: Machines, *, json: bool) -> None:
     from proxydet.training.plan import plan_training
 
     config = options.resolve()
+    folder, why = options.folder(config)
     plan = plan_training(
         config,
         machines.plan(config),
-        options.folder(config),
+        folder,
         ["train", *options.words()],
-        resume=_resume(options.resume),
+        resume=options.resumes(),
+        overwrite=options.overwrite,
     )
+    if launched_rank() == 0 and why:
+        Output(json=json).message(f"run folder: {folder} ({why})")
     if launched_rank() == 0:
         Output(json=json).data(plan.to_dict(), plan.to_text())
     if plan.missing:
@@ -128,68 +150,61 @@ def run(options: TrainOptions, machines: Machines, *, json: bool) -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from proxydet.training.checkpoint import read_iteration
     from proxydet.training.distributed import launched_rank
-    from proxydet.training.launch import launch, requeue, worker
+    from proxydet.training.launch import LAUNCHER, launch, requeue, worker
     from proxydet.training.runfolder import RunFolder
+    from proxydet.training.train import same_finished_run
+    from proxydet.training_run import finished_run, run_training
+    from proxydet_cli.training_display import training_progress
 
     config = options.resolve()
     plan = machines.plan(config)
-    logs = RunFolder(options.folder(config)).logs
     output = Output(json=json, quiet=plan.started and launched_rank() > 0)
+    resume = options.resumes()
+    if isinstance(resume, Path) and not resume.is_file():
+        raise ConfigError(
+            f"--resume takes auto, never or a checkpoint; there is no file {options.resume}.",
+            hint="Checkpoints are in RUN/checkpoints/.",
+            path=resume,
+        )
+    root, why = options.folder(config)
+    folder = RunFolder(root)
+    if LAUNCHER not in os.environ:
+        output.message(f"run folder: {root}" + (f" ({why})" if why else ""))
+    if resume == "auto" and same_finished_run(folder, config):
+        result = finished_run(folder, config)
+        output.data(result, f"This run is finished: nothing to do.\n{_summary(result)}")
+        return
+
+    def train_here() -> None:
+        result = run_training(
+            config,
+            output=root,
+            resume=resume,
+            overwrite=options.overwrite,
+            progress=training_progress(quiet=output.quiet),
+        )
+        if not output.quiet:
+            output.data(result, _summary(result))
+
     try:
         if plan.started:
-            with worker(logs):
-                _train(options, config, output)
+            with worker(folder.logs):
+                train_here()
         elif plan.torchrun:
             # In each of the processes it would take seconds to come out, and be reported as one process's failure.
-            resume = _existing(_resume(options.resume))
             if isinstance(resume, Path):
                 read_iteration(resume)
-            words = ["train", *options.words(), *(["--json"] if json else [])]
-            launch(plan, ["-m", "proxydet_cli", *words], logs)
+            chosen = dataclasses.replace(options, output=root)
+            words = ["train", *chosen.words(), *(["--json"] if json else [])]
+            # On several nodes the main process holds the folder: no launcher knows which one it will be.
+            with folder.held() if plan.nodes == 1 else contextlib.nullcontext():
+                launch(plan, ["-m", "proxydet_cli", *words], folder.logs)
         else:
-            _train(options, config, output)
+            train_here()
     except Interrupted as error:
         if machines.requeue and error.signal_number != 2 and requeue():
             output.message("The SLURM job is back in the queue.")
         raise
-
-
-def _train(options: TrainOptions, config: RunConfig, output: Output) -> None:
-    """Train, and write the result unless another process does so."""
-    from proxydet.training_run import run_training
-    from proxydet_cli.training_display import training_progress
-
-    folder = options.folder(config)
-    output.message(f"run folder: {folder}")
-    result = run_training(
-        config,
-        output=folder,
-        resume=_existing(_resume(options.resume)),
-        progress=training_progress(quiet=output.quiet),
-    )
-    if not output.quiet:
-        output.data(result, _summary(result))
-
-
-def _resume(text: str) -> Resume:
-    if text == "auto":
-        return "auto"
-    if text == "never":
-        return "never"
-    return Path(text)
-
-
-def _existing(resume: Resume) -> Resume:
-    """Return what to go on with, if it is there."""
-    if not isinstance(resume, Path):
-        return resume
-    if not resume.is_file():
-        raise ConfigError(
-            f"--resume takes auto, never or a checkpoint; there is no file {resume}.",
-            hint="Checkpoints lie in RUN/checkpoints/.",
-            path=resume,
-        )
-    return resume.absolute()
 
 
 def _summary(result: TrainResult) -> str:

@@ -17,7 +17,7 @@ from PIL import Image
 from proxydet.data.config import DataConfig, SourceConfig
 from proxydet.data.formats.records import Identifier
 from proxydet.data.image_labels import LabelledImages
-from proxydet.data.images import open_annotated_image
+from proxydet.data.images import find_image, open_annotated_image
 from proxydet.data.instances import Targets, make_instances
 from proxydet.data.store import AnnotationStore
 from proxydet.data.transforms import View, training_view
@@ -83,6 +83,14 @@ class BoxSource:
     def name(self, row: int) -> str:
         """Return the file name of an image."""
         return self.store.file_name(row)
+
+    def encoded(self, row: int) -> Path:
+        """Return the file of an image.
+
+        Raises:
+            DataError: it is not there.
+        """
+        return find_image(self.name(row), self._roots)
 
     def sample(self, row: int, rng: np.random.Generator) -> BoxSample:
         """Read and augment the image of a row of the store.

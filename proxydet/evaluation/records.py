@@ -15,11 +15,11 @@ from proxydet.config import to_mapping
 from proxydet.errors import InputError
 from proxydet.evaluation.config import EvaluationConfig
 from proxydet.evaluation.ground_truth import GroundTruth
+from proxydet.files import sha256
 from proxydet.inspection.environment import environment
 from proxydet.manifest import (
     MANIFEST_NAME,
     build_manifest,
-    file_digest,
     read_manifest,
     write_run_records,
 )
@@ -39,9 +39,9 @@ def record_results(
         truth: The annotations, read from a file.
         config: How it is scored.
     """
-    digests = {RESULTS: file_digest(results)}
+    digests = {RESULTS: sha256(results)}
     if truth.path is not None:
-        digests["annotations"] = file_digest(truth.path)
+        digests["annotations"] = sha256(truth.path)
     chosen = {"dataset": truth.name, RESULTS: str(results.resolve())}
     write_records(folder, config, digests, chosen)
 
@@ -61,7 +61,7 @@ def recorded_results(folder: Path) -> Path | None:
     path = Path(place)
     if not path.is_file():
         changed = "is not there any more"
-    elif file_digest(path) != manifest.digests[RESULTS]:
+    elif sha256(path) != manifest.digests[RESULTS]:
         changed = "has changed since"
     else:
         return path

@@ -182,8 +182,8 @@ class RunFolder:
         if mine:
             lock.acquire(wait=False)
             owner = lock.owner()
-        for folder in (self.root, self.checkpoints, self.failures, self.plots):
-            sweep(folder, sole_writer=True)
+            for folder in (self.root, self.checkpoints, self.failures, self.plots):
+                sweep(folder, sole_writer=True)
 
         def check() -> None:
             now = lock.owner()
@@ -367,7 +367,12 @@ def check_same_data(
     Raises:
         ConfigError: They are not; the message says which.
     """
-    changed = [n for n, digest in digests.items() if earlier.digests.get(n, digest) != digest]
+    changed = []
+    for name, digest in digests.items():
+        before = earlier.digests.get(name, digest)
+        # Version 0.1 wrote the version of the store behind the digest of the annotations.
+        if not isinstance(before, str) or before.partition("-v")[0] != digest:
+            changed.append(name)
     if changed:
         raise ConfigError(
             f"{folder.root} holds a run on other data: the {' and the '.join(changed)} changed since.",
@@ -375,6 +380,12 @@ def check_same_data(
             "you like (--weights)",
             path=folder.manifest,
         )
+
+
+def after_restart(resume: Resume) -> Resume:
+    """Return what to do with checkpoints when torchrun starts a process again: a new run has become the one that is there."""
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return "auto" if resume == "never" and restarted else resume
 
 
 def default_folder(

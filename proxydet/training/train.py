@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from proxydet.training.runfolder import (
     EarlierRun,
     Resume,
     RunFolder,
+    after_restart,
     check_same,
     check_same_data,
     earlier_run,
@@ -120,8 +120,7 @@ def train(
         EnvironmentProblem: The machine cannot compute as configured.
         ProxydetError: As `proxydet.training.trainer.fit`.
     """
-    if resume == "never" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        resume, overwrite = "auto", False  # the run that is there is the one that was to be started
+    resume = after_restart(resume)
     with ExitStack() as stack:
         ranks = stack.enter_context(connect(config.training.device))
         folder = RunFolder(output.resolve())
@@ -253,11 +252,33 @@ def continue_run(config: S, earlier: Sequence[EarlierRun[S]], ranks: DistInfo) -
     return cast("S", dataclasses.replace(cast("Any", config), training=scaled)), accumulation
 
 
+def same_finished_run(folder: RunFolder, config: S) -> bool:
+    """Whether a folder holds a run of these settings that is finished.
+
+    Raises:
+        ConfigError: It holds a run, and nothing tells with which settings.
+    """
+    earlier = earlier_run(folder, type(config))
+    if earlier is None or not earlier.finished:
+        return False
+    try:
+        check_same(
+            folder, earlier, scale_to(config, earlier.config.training.replicas), before_data=True
+        )
+    except ConfigError:
+        return False
+    return True
+
+
+def scale_to(config: S, replicas: int) -> S:
+    """Return a configuration whose training is scaled to a number of batches an iteration; see `scale_training`."""
+    training = scale_training(config.training, replicas)
+    return cast("S", dataclasses.replace(cast("Any", config), training=training))
+
+
 def scale_run(config: S, processes: int) -> S:
     """Return a run's configuration with its training scaled to a number of processes; see `scale_training`."""
-    training = config.training
-    scaled = scale_training(training, processes * training.accumulation)
-    return cast("S", dataclasses.replace(cast("Any", config), training=scaled))
+    return scale_to(config, processes * config.training.accumulation)
 
 
 def fit_to_embeddings(config: S, dimension: int) -> S:
@@ -296,7 +317,12 @@ def _open_data(config: DataConfig, progress: Progress) -> _Data:
     sources = open_training_sources(config, description, progress=progress)
     vocabulary = load_vocabulary(description, cache=config.cache, progress=progress)
     store = open_split(description, "train", cache=config.cache, progress=progress)
-    digests = {"vocabulary": vocabulary.digest, "annotations": store.path.stem}
+    digests = {
+        "vocabulary": vocabulary.digest,
+        # Of the annotations, whatever the version of their store.
+        "annotations": store.path.stem.partition("-v")[0],
+        **sources.digests(),
+    }
     return _Data(
         description=description,
         vocabulary=vocabulary,

@@ -46,19 +46,35 @@ Overrides = Annotated[
 ]
 RunFolderOption = Annotated[
     Path | None,
-    typer.Option("--output", "-o", metavar="FOLDER", help="The run folder. [default: runs/RECIPE]"),
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FOLDER",
+        help="The run folder. [default: runs/RECIPE; where that holds a run with other settings, runs/RECIPE-2 and so on]",
+    ),
 ]
 ResumeOption = Annotated[
     str,
     typer.Option(
         "--resume",
         metavar="auto|never|FILE",
-        help="Go on with the newest checkpoint of the run folder, if any; start anew; or go on with this one.",
+        help="Resume from the newest checkpoint of the run folder, if any; start a new run; or resume from this checkpoint.",
+    ),
+]
+OverwriteOption = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Start a new run (--resume never) and remove the one that the folder holds.",
     ),
 ]
 Weights = Annotated[
     Path | None,
-    typer.Option("--weights", metavar="FILE", help="Checkpoint to start from (not to go on with)."),
+    typer.Option(
+        "--weights",
+        metavar="FILE",
+        help="Checkpoint whose weights a new run starts from (to continue a run: --resume).",
+    ),
 ]
 Gpus = Annotated[
     int | None,
@@ -119,6 +135,7 @@ def train(
     overrides: Overrides = None,
     output: RunFolderOption = None,
     resume: ResumeOption = "auto",
+    overwrite: OverwriteOption = False,
     weights: Weights = None,
     device: Device = None,
     gpus: Gpus = None,
@@ -132,20 +149,25 @@ def train(
 ) -> None:
     """Train a detector.
 
-    The same command starts a run and goes on with it. Ctrl-C writes a checkpoint first. With --dry-run, the exit code is 3
-    where training could not start.
+    The same command starts a run and resumes it, on any number of processes. Ctrl-C writes a checkpoint first. With --dry-run,
+    the exit code is 3 where training could not start.
     """
     from proxydet_cli import training
 
     if backbone is not None and recipe is not None:
         raise typer.BadParameter("give either --backbone or --recipe, not both")
+    if overwrite and resume not in ("auto", "never"):
+        raise typer.BadParameter(
+            "--overwrite starts a new run: it cannot be combined with --resume FILE"
+        )
     options: TrainOptions = training.TrainOptions(
         recipe=recipe or backbone,
         data=data,
         config=config,
         overrides=tuple(overrides or ()),
         output=output,
-        resume=resume,
+        resume="never" if overwrite else resume,
+        overwrite=overwrite,
         weights=weights,
         device=device,
     )

@@ -335,3 +335,24 @@ def test_impossible_settings_are_refused(wrong: Any) -> None:
         Place(rank=2, world_size=2, seed=0)
     with pytest.raises(ValueError, match="negative"):
         Place(rank=0, world_size=1, seed=-1)
+
+
+def test_digests_tell_changed_images_and_labels(small_set_with_labels: Path) -> None:
+    def digests() -> dict[str, str]:
+        return loader(small_set_with_labels).sources.digests()
+
+    before = digests()
+    assert before == digests()
+    assert before.keys() == {"images", "image labels"}
+    sources = loader(small_set_with_labels).sources
+    image = sources.boxes.encoded(int(sources.boxes.rows_I[0]))
+    whole = image.read_bytes()
+    image.write_bytes(whole + b"\0")
+    assert digests()["images"] != before["images"]
+    image.unlink()
+    assert digests()["images"] != before["images"]
+    image.write_bytes(whole)
+    assert digests() == before
+    (tar, *_) = sorted(small_set_with_labels.parent.rglob("*.tar"))
+    tar.unlink()
+    assert digests()["image labels"] != before["image labels"]

@@ -90,7 +90,7 @@ def test_diff_of_two_runs(run, tmp_path):
     assert found["differences"][0]["key"] == "seeds.seed"
     code, _, err = run("--diff", str(tmp_path / "a"), str(tmp_path))
     assert code == 3
-    assert "no manifest.json" in err
+    assert "manifest.json" in err
     code, _, err = run("--diff", str(tmp_path / "a"), str(tmp_path / "absent"))
     assert code == 3
     assert "There is no run folder" in err

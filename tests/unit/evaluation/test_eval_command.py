@@ -26,7 +26,8 @@ from proxydet.evaluation.pictures import (
     worst_examples,
 )
 from proxydet.evaluation.scatter import scatter_svg
-from proxydet.manifest import file_digest, read_run_records
+from proxydet.files import sha256
+from proxydet.manifest import read_run_records
 from proxydet.run_comparison import compare_runs
 from proxydet_cli.app import run
 
@@ -97,8 +98,8 @@ def test_what_an_evaluation_was_made_from_is_recorded(typed: Typed, files: Path)
     manifest, report = read_run_records(files / "a")
     assert manifest.kind == "evaluation"
     assert manifest.digests == {
-        "results": file_digest(files / "a.json"),
-        "annotations": file_digest(files / "val.json"),
+        "results": sha256(files / "a.json"),
+        "annotations": sha256(files / "val.json"),
     }
     assert manifest.configuration["scoring"]["max_detections"] == 300
     assert manifest.seeds == {"resamples": 0}

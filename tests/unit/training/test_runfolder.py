@@ -113,6 +113,9 @@ class TestSettings:
     def test_changed_data_is_refused(self, folder: RunFolder, config: RunConfig, name: str) -> None:
         (earlier,) = find_earlier(folder, config, "auto")
         check_same_data(folder, earlier, {**DIGESTS, "images": "new in this version"})
+        folder.manifest.write_text(folder.manifest.read_text().replace('"bb"', '"bb-v3"'))
+        (of_before,) = find_earlier(folder, config, "auto")
+        check_same_data(folder, of_before, DIGESTS)
         with pytest.raises(ConfigError, match=name) as caught:
             check_same_data(folder, earlier, {**DIGESTS, name: "zz"})
         assert "--output" in (caught.value.hint or "")

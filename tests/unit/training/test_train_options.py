@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -12,9 +13,11 @@ import pytest
 
 from proxydet.config import dump_yaml
 from proxydet.errors import CheckpointError, ConfigError
-from proxydet.recipes import resolve_config
+from proxydet.recipes import RunConfig, resolve_config
 from proxydet.training.checkpoint import write_checkpoint
 from proxydet.training.launch import LaunchPlan
+from proxydet.training.runfolder import RunFolder
+from proxydet.training.train import scale_run
 from proxydet.training.trainer import TrainResult
 from proxydet_cli import training
 from proxydet_cli.main import main
@@ -90,6 +93,7 @@ OPTIONS = training.TrainOptions(
     overrides=(),
     output=Path("run"),
     resume="auto",
+    overwrite=False,
     weights=None,
     device=None,
 )
@@ -134,8 +138,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 
 def test_a_wrong_checkpoint_is_found_before_processes_start(
-    launched: list[tuple[Any, ...]], tmp_path: Path
+    launched: list[tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     options = dataclasses.replace(OPTIONS, resume=str(tmp_path / "absent.pth"))
     with pytest.raises(ConfigError, match=r"there is no file .*absent\.pth"):
         training.run(options, MACHINES, json=False)
@@ -150,13 +155,78 @@ def test_a_wrong_checkpoint_is_found_before_processes_start(
 
 
 def test_the_launcher_leaves_the_result_to_its_processes(
-    launched: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]
+    launched: list[tuple[Any, ...]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     training.run(OPTIONS, MACHINES, json=True)
     assert capsys.readouterr().out == ""
     plan, words, logs = launched[0]
     assert plan.world_size == 2
-    assert list(words) == ["-m", "proxydet_cli", "train", *OPTIONS.words(), "--json"]
-    assert logs == Path("run/logs").absolute()
+    folder = Path("run").absolute()
+    options = dataclasses.replace(OPTIONS, output=folder)
+    assert list(words) == ["-m", "proxydet_cli", "train", *options.words(), "--json"]
+    assert logs == folder / "logs"
     training.run(OPTIONS, MACHINES, json=False)
     assert "--json" not in launched[1][1]
+
+
+def test_without_a_folder_a_run_has_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained: list[tuple[Path, Any, bool]] = []
+
+    def run_training(config: RunConfig, **job: Any) -> TrainResult:
+        folder = RunFolder(job["output"])
+        trained.append((folder.root.name, job["resume"], job["overwrite"]))
+        folder.root.mkdir(parents=True, exist_ok=True)
+        folder.config.write_text(dump_yaml(scale_run(config, 1)))
+        return RESULT
+
+    monkeypatch.setattr("proxydet.training_run.run_training", run_training)
+    monkeypatch.setenv("PROXYDET_RUNS", str(tmp_path))
+
+    def command(*words: str) -> str:
+        with contextlib.suppress(SystemExit):
+            main(["train", "--recipe", "tiny", "--device", "cpu", *words])
+        found = capsys.readouterr()
+        return found.out + found.err
+
+    assert "tiny" in command()
+    assert "not finished" in command()
+    assert "seed: 7 there, 8 now" in command("--set", "seed=8")
+    assert trained == [("tiny", "auto", False), ("tiny", "auto", False), ("tiny-2", "auto", False)]
+    folder = RunFolder(tmp_path / "tiny-2")
+    folder.final_weights.touch()
+    folder.metrics.write_text('{"iteration": 20, "losses": {"total": 0.5}}\n')
+    for words in ((), ("--output", str(folder.root))):
+        said = command("--set", "seed=8", *words)
+        assert "finished: nothing to do" in said
+        assert "trained 20 iterations" in said
+    assert len(trained) == 3
+    command("--set", "seed=8", "--resume", "never")
+    command("--set", "seed=8", "--overwrite", "--output", str(folder.root))
+    assert trained[3:] == [("tiny-3", "never", False), ("tiny-2", "never", True)]
+    assert main_code("--overwrite", "--resume", "a.pth") == 2
+
+
+def main_code(*words: str) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *words])
+    return int(stop.value.code)
+
+
+def test_the_launcher_holds_the_folder_of_its_processes(
+    launched: list[tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = dataclasses.replace(OPTIONS, output=tmp_path / "run")
+    held: list[bool] = []
+    monkeypatch.setattr(
+        "proxydet.training.launch.launch",
+        lambda *_: held.append(RunFolder(tmp_path / "run").lock.exists()),
+    )
+    training.run(options, MACHINES, json=False)
+    assert held == [True]
+    assert not (tmp_path / "run").exists()

@@ -123,7 +123,7 @@ def check_coco(root: Path, made: Any, report: Any) -> None:
 
 def check_objects365(root: Path, made: Any, report: Any) -> None:
     """Compare the store, and the names and counts in the file written."""
-    expect("names changed", detail(report, "names set right"), [made["changed names"]])
+    expect("names changed", detail(report, "names corrected"), [made["changed names"]])
     expect(
         "images, annotations",
         detail(report, "annotation store"),

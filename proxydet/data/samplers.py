@@ -112,14 +112,6 @@ class PlannedBatch:
     seeds: tuple[tuple[int, ...], ...]
 
 
-@dataclass(frozen=True)
-class _Group:
-    source: SourceName
-    batch_size: int
-    rows: npt.NDArray[np.int64]
-    cumulative: FloatArray
-
-
 class BatchPlan:
     """The infinite sequence of batches of a run.
 
@@ -143,16 +135,22 @@ class BatchPlan:
     ) -> None:
         self._seed = seed
         self._shared = ranks_share_group
-        self._groups: list[_Group] = []
+        self._groups: list[tuple[SourceImages, npt.NDArray[np.int64], FloatArray]] = []
+        """The source, the rows of its images, and their cumulative weights."""
         for source in sources:
-            self._groups.extend(_split(source, group_by_orientation))
+            landscape = np.flatnonzero(source.landscape_I), np.flatnonzero(~source.landscape_I)
+            whole = (np.arange(len(source.weights_I)),)
+            for rows in landscape if group_by_orientation else whole:
+                cumulative = np.cumsum(source.weights_I[rows])
+                if len(rows) and cumulative[-1] > 0:
+                    self._groups.append((source, rows, cumulative))
         if not self._groups:
             raise DataError(
                 "there are no images to train on",
-                hint="look at the data set with: proxydet data check",
+                hint="see what is in the data set: proxydet data check",
             )
         # A group that fills its batch with n images comes up 1/n as often as its images do.
-        rates = [group.cumulative[-1] / group.batch_size for group in self._groups]
+        rates = [cumulative[-1] / source.batch_size for source, _, cumulative in self._groups]
         self._cumulative_G: FloatArray = np.cumsum(rates)
 
     def batch(self, step: int, *, rank: int, world_size: int, start: int = 0) -> PlannedBatch:
@@ -168,41 +166,26 @@ class BatchPlan:
             start: Numbers that were used before: batches of all processes, or, where these share a group, steps.
         """
         number = start + (step if self._shared else step * world_size + rank)
-        group = self._groups[_pick(self._cumulative_G, self._random(_GROUP_STREAM, number, 1))[0]]
-        first = rank * group.batch_size if self._shared else 0
-        needed = first + group.batch_size
-        drawn = self._random(_IMAGE_STREAM, number, needed)[first:]
-        rows = group.rows[_pick(group.cumulative, drawn)]
+        drawn = self._pick(self._cumulative_G, (_GROUP_STREAM, number), 1)
+        source, rows, cumulative = self._groups[drawn[0]]
+        first = rank * source.batch_size if self._shared else 0
+        needed = first + source.batch_size
+        drawn = self._pick(cumulative, (_IMAGE_STREAM, number), needed)[first:]
         return PlannedBatch(
-            source=group.source,
-            rows=tuple(rows.tolist()),
+            source=source.name,
+            rows=tuple(rows[drawn].tolist()),
             seeds=tuple(
                 (self._seed, _AUGMENTATION_STREAM, number, place) for place in range(first, needed)
             ),
         )
 
-    def _random(self, stream: int, number: int, count: int) -> FloatArray:
-        return np.random.default_rng([self._seed, stream, number]).random(count)
-
-
-def _split(source: SourceImages, by_orientation: bool) -> list[_Group]:
-    parts = (
-        [np.flatnonzero(source.landscape_I), np.flatnonzero(~source.landscape_I)]
-        if by_orientation
-        else [np.arange(len(source.weights_I))]
-    )
-    groups = []
-    for rows in parts:
-        cumulative = np.cumsum(source.weights_I[rows])
-        if len(rows) and cumulative[-1] > 0:
-            groups.append(_Group(source.name, source.batch_size, rows, cumulative))
-    return groups
-
-
-def _pick(cumulative: FloatArray, uniform: FloatArray) -> npt.NDArray[np.int64]:
-    """Return the row whose slice of the cumulative weights each number in [0, 1) falls into."""
-    # The largest double below 1 times a total is never rounded up to the total, so that every number falls into a slice.
-    picked: npt.NDArray[np.int64] = np.searchsorted(
-        cumulative, uniform * cumulative[-1], side="right"
-    )
-    return picked
+    def _pick(
+        self, cumulative: FloatArray, stream: tuple[int, int], count: int
+    ) -> npt.NDArray[np.int64]:
+        """Draw rows in proportion to weights, of which the cumulative sums are given."""
+        uniform = np.random.default_rng([self._seed, *stream]).random(count)
+        # The largest double below 1 times a total is never rounded up to the total, so that every number falls into a slice.
+        picked: npt.NDArray[np.int64] = np.searchsorted(
+            cumulative, uniform * cumulative[-1], side="right"
+        )
+        return picked

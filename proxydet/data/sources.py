@@ -104,7 +104,7 @@ class BoxSource:
         first = record.first_annotation
         usable = self.usable[first : first + len(record)]
         return BoxSample(
-            image=to_tensor(view.picture(picture)),
+            image=to_tensor(view.apply(picture)),
             instances=make_instances(self.store, record, usable, view, self._targets),
             image_id=record.image_id,
         )
@@ -131,7 +131,7 @@ class LabelSource:
         picture = self.images.image(row, exif_orientation=self._config.exif_orientation)
         view = _draw(picture, self._source, self._config.flip_probability, rng)
         return LabelSample(
-            image=to_tensor(view.picture(picture)),
+            image=to_tensor(view.apply(picture)),
             labels=torch.from_numpy(self.images.labels(row)),
             image_id=self.images.name(row),
         )

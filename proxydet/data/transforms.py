@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-Pixels = npt.NDArray[np.uint8]
+from proxydet.data.images import Pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +39,9 @@ class View:
 
     def image(self, pixels_HW3: Pixels) -> Pixels:
         """Return the view of an image: uint8 (h, w, 3), contiguous."""
-        return np.array(self.picture(Image.fromarray(pixels_HW3)))
+        return np.array(self.apply(Image.fromarray(pixels_HW3)))
 
-    def picture(self, image: Image.Image) -> Image.Image:
+    def apply(self, image: Image.Image) -> Image.Image:
         """Return the view of a Pillow image; where nothing has to be done, the image itself.
 
         The pixels are those of resizing the width of the whole image, then its height, and cutting the view out, whatever
@@ -51,7 +51,12 @@ class View:
         height, width = self.scaled
         top, left = self.offset
         tall = image.height
-        first, last = self._rows_needed(tall)
+        # The first row that the view's rows are mixed from, and the one after the last: a bilinear filter reaches a pixel of
+        # the larger of both images; one row more against rounding.
+        step = tall / height
+        reach = max(step, 1.0) + 1.0
+        first = max(math.floor(top * step - reach), 0)
+        last = min(math.ceil((top + self.size[0]) * step + reach), tall)
         if image.width != width:
             if (first, last) != (0, tall):
                 image = image.crop((0, first, image.width, last))
@@ -66,15 +71,6 @@ class View:
         if height != self.size[0]:
             image = image.crop((0, top, image.width, top + self.size[0]))
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.mirrored else image
-
-    def _rows_needed(self, tall: int) -> tuple[int, int]:
-        """Return the first row of an image of a height that the view's rows are mixed from, and the one after the last."""
-        step = tall / self.scaled[0]
-        # A bilinear filter reaches a pixel of the larger of both images; one row more against rounding.
-        reach = max(step, 1.0) + 1.0
-        first = math.floor(self.offset[0] * step - reach)
-        last = math.ceil((self.offset[0] + self.size[0]) * step + reach)
-        return max(first, 0), min(last, tall)
 
     def mask(self, mask_HW: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
         """Return the view of a mask by nearest neighbour: bool (h, w)."""
@@ -195,10 +191,4 @@ def training_view(
         crop_y=crop_y,
         crop_x=crop_x,
     )
-    return View(
-        scaled=view.scaled,
-        offset=view.offset,
-        size=view.size,
-        factor_xy=view.factor_xy,
-        mirrored=bool(mirror < flip_probability),
-    )
+    return replace(view, mirrored=bool(mirror < flip_probability))

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxydet.data.samplers import BatchPlan, SourceImages, _pick, image_weights, repeat_factors
+from proxydet.data.samplers import BatchPlan, SourceImages, image_weights, repeat_factors
 from proxydet.errors import DataError
 
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "data_parity.npz"
@@ -137,6 +137,18 @@ def test_images_without_weight_are_never_drawn_and_none_at_all_is_an_error() -> 
 
 
 @given(total=st.floats(1e-6, 1e12))
-def test_the_largest_random_number_falls_into_the_last_slice(total: float) -> None:
-    cumulative = np.array([total / 2, total])
-    assert _pick(cumulative, np.array([0.0, np.nextafter(1.0, 0.0)])).tolist() == [0, 1]
+def test_the_smallest_and_the_largest_random_number_draw_an_image(total: float) -> None:
+    class Extremes:
+        def random(self, count: int) -> np.ndarray:
+            return np.resize([0.0, np.nextafter(1.0, 0.0)], count)
+
+    images = SourceImages(
+        name="boxes",
+        weights_I=np.array([total / 2, total / 2]),
+        landscape_I=np.zeros(2, dtype=bool),
+        batch_size=2,
+    )
+    plan = BatchPlan([images], seed=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np.random, "default_rng", lambda _: Extremes())
+        assert plan.batch(0, rank=0, world_size=1).rows == (0, 1)

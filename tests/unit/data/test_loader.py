@@ -18,8 +18,8 @@ from proxydet.data.batches import Batch, BoxBatch, ImageLabelBatch
 from proxydet.data.config import DataConfig, SourceConfig
 from proxydet.data.description import DatasetDescription
 from proxydet.data.images import read_image
-from proxydet.data.loader import build_training_loader, open_training_sources
-from proxydet.data.stream import BatchMaker, Place, TrainingLoader
+from proxydet.data.loader import build_training_loader
+from proxydet.data.stream import TrainingLoader
 from proxydet.data.transforms import training_view
 from proxydet.errors import ConfigError, DataError, EnvironmentProblem
 
@@ -202,11 +202,11 @@ def test_a_square_image_goes_with_the_portraits(small_set: Path) -> None:
 
 
 def test_rare_classes_are_repeated_and_novel_ones_are_not(small_set: Path) -> None:
-    sources = open_training_sources(DataConfig(), DatasetDescription.from_toml(small_set))
-    config = DataConfig(repeat_threshold=0.6)
-    factors = sources._box_factors(config)
+    stream = loader(small_set, repeat_threshold=0.6)
+    drawn = np.bincount([row for n in range(6000) for row in stream.planned(n).rows], minlength=6)
     # "cat" is in 4 of 6 images, "bird" in 1; "dog" is novel and counts nowhere.
-    np.testing.assert_allclose(factors, [1, 1, 1, np.sqrt(0.6 * 6), 1, 1])
+    factors = np.array([1, 1, 1, np.sqrt(0.6 * 6), 1, 1])
+    np.testing.assert_allclose(drawn / drawn.sum(), factors / factors.sum(), rtol=0.06)
 
 
 def test_an_empty_data_set_is_an_error(small_set: Path) -> None:
@@ -285,18 +285,18 @@ def test_an_image_of_another_size_is_an_error(small_set: Path) -> None:
 def test_a_worker_that_is_killed_is_named(small_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parent = os.getpid()
 
-    def die(self: BatchMaker, planned: object) -> None:
+    def die(*_: object) -> None:
         assert os.getpid() != parent
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(BatchMaker, "__getitem__", die)
+    monkeypatch.setattr(Image, "open", die)
     with pytest.raises(EnvironmentProblem, match="a data worker died") as caught:
         next(iter(loader(small_set, workers=1)))
     assert "data.workers" in str(caught.value.hint)
 
 
 def test_workers_that_hang_are_given_up(small_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(BatchMaker, "__getitem__", lambda *_: signal.pause())
+    monkeypatch.setattr(Image, "open", lambda *_: signal.pause())
     # How long torch waits for a worker to end before it ends it.
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
     with pytest.raises(EnvironmentProblem, match=r"nothing for 0\.5 s"):
@@ -331,10 +331,12 @@ def test_batches_move_as_a_whole(small_set_with_labels: Path) -> None:
 def test_impossible_settings_are_refused(wrong: Any) -> None:
     with pytest.raises(ConfigError):
         wrong()
-    with pytest.raises(ValueError, match="rank 2"):
-        Place(rank=2, world_size=2, seed=0)
-    with pytest.raises(ValueError, match="negative"):
-        Place(rank=0, world_size=1, seed=-1)
+
+
+def test_impossible_shards_are_refused(small_set: Path) -> None:
+    for wrong in ({"rank": 2, "world": 2}, {"rank": -1}, {"seed": -1}, {"start": -1}):
+        with pytest.raises(ValueError, match=r"rank|negative"):
+            loader(small_set, **wrong)
 
 
 def test_digests_tell_changed_images_and_labels(small_set_with_labels: Path) -> None:

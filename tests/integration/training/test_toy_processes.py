@@ -71,6 +71,21 @@ def test_two_processes_compute_what_one_does(tmp_path: Path, unused: str) -> Non
         torch.testing.assert_close(final(tmp_path / "two")[name], weight, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("words", [[], ["--group"]])
+def test_processes_of_plain_torchrun_train_as_ours_do(tmp_path: Path, words: list[str]) -> None:
+    """Alone, and in a process group that exists already, as in Ray Train and Accelerate."""
+    code, errors = run(tmp_path / "ours", "--launch", "2")
+    assert code == 0, errors
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run(
+        [*torchrun, str(TOY), str(tmp_path / "theirs"), *words],
+        check=True,
+        timeout=900,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert same(tmp_path / "ours", tmp_path / "theirs")
+
+
 @pytest.mark.parametrize(
     ("how", "code", "expected"),
     [

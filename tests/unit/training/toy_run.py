@@ -133,6 +133,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int)
     parser.add_argument("--endpoint", default="")
     parser.add_argument("--fail", default="", help="rank:iteration:how")
+    parser.add_argument("--group", action="store_true", help="in a process group that exists")
     parser.add_argument("--plain", action="store_true", help="no dropout, no random weight")
     parser.add_argument("--pairs", action="store_true", help="the batches of two ranks in turn")
     options = parser.parse_args()
@@ -144,7 +145,12 @@ def main() -> None:
             rendezvous=None if "RANK" in os.environ else options.endpoint or None,
             available=1,
         )
-        if plan.started:
+        if options.group:
+            torch.distributed.init_process_group("gloo")
+            work(options)
+            torch.distributed.barrier()  # it is still there
+            torch.distributed.destroy_process_group()
+        elif plan.started:
             with worker(logs):
                 work(options)
         elif plan.torchrun:

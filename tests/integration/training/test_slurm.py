@@ -187,8 +187,19 @@ def test_every_task_reports_and_the_cause_is_among_them(cluster: Cluster, tmp_pa
     assert "Traceback" not in output
 
 
-def test_a_requeued_training_continues(cluster: Cluster, base: list[str], tmp_path: Path) -> None:
-    """SIGUSR1, as --signal=USR1@180 sends it, ends both tasks with a checkpoint; the first puts the job back."""
+@pytest.mark.parametrize(
+    ("script", "options", "signal"),
+    [("srun {train}", ["-N1", "-n2"], []), ("exec {train} --gpus 2", ["-N1"], ["--batch"])],
+)
+def test_a_requeued_training_continues(
+    cluster: Cluster,
+    base: list[str],
+    tmp_path: Path,
+    script: str,
+    options: list[str],
+    signal: list[str],
+) -> None:
+    """SIGUSR1, as --signal=[B:]USR1@180 sends it, ends the training with a checkpoint and puts the job back."""
     more = ["training.iterations=40", "training.scaling=none", "training.evaluation.at_end=false"]
     sets = [word for item in [*base, *more] for word in ("--set", item)]
     words = [
@@ -203,12 +214,12 @@ def test_a_requeued_training_continues(cluster: Cluster, base: list[str], tmp_pa
         *sets,
     ]
     command = shlex.join([sys.executable, "-m", "proxydet_cli", *words])
-    job = cluster.submit(f"srun {command}", "-N1", "-n2", "--requeue")
+    job = cluster.submit(script.format(train=command), *options, "--requeue")
     deadline = time.monotonic() + 300
     while not list((tmp_path / "run/checkpoints").glob("step_*.pth")):
         assert time.monotonic() < deadline, cluster.output(job)
         time.sleep(0.2)
-    cluster.call("scancel", "--signal=USR1", job)
+    cluster.call("scancel", *signal, "--signal=USR1", job)
     while cluster.state(job)["Restarts"] != "1" or cluster.state(job)["JobState"] != "PENDING":
         assert time.monotonic() < deadline, cluster.output(job)
         time.sleep(0.2)

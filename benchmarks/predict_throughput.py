@@ -5,7 +5,7 @@
     python benchmarks/predict_throughput.py --run RUN --pictures FOLDER [--frames 60] [--size 720] [--rounds 3]
 
 The parts are measured one after the other: reading (or decoding) everything, the network on everything, drawing, saving (or
-encoding). The whole is `proxydet.prediction_run.predict_files` and `proxydet.video.run.predict_video_file`, where they
+encoding). The whole is `proxydet.inference.predict_files.predict_files` and `proxydet.video.run.predict_video_file`, where they
 overlap. The video is made of the folder's pictures, each moved a little from frame to frame. Medians of the rounds, seconds.
 """
 
@@ -26,9 +26,9 @@ from PIL import Image
 from proxydet.data.images import read_image
 from proxydet.detections import Detections
 from proxydet.detector import Detector
-from proxydet.picture_files import find_pictures
-from proxydet.prediction_output import make_savers
-from proxydet.prediction_run import PredictionPlan, predict_files
+from proxydet.inference.image_files import find_images
+from proxydet.inference.predict_files import predict_files
+from proxydet.inference.writers import make_writers
 from proxydet.video.reading import VideoReader
 from proxydet.video.run import VideoPlan, name_videos, predict_video_file
 from proxydet.video.saving import frame_style
@@ -83,22 +83,27 @@ class Subject:
 
     def folder(self, source: Path, times: Times, place: Path) -> None:
         """Measure a folder: its parts, then the whole."""
-        pictures = find_pictures([source])
-        pixels = timed(times, "folder: read", lambda: [read_image(p.path) for p in pictures])
+        images = find_images([source]).files
+        pixels = timed(times, "folder: read", lambda: [read_image(p.path) for p in images])
         found = timed(times, "folder: network", lambda: self.look(pixels))
-        savers = make_savers(["pictures"], place / "parts", self.detector.vocabulary.names)
+        writers = make_writers(["images"], place / "parts", self.detector.vocabulary.names)
         timed(
             times,
             "folder: draw and save",
-            lambda: [savers[0].add(*each) for each in zip(pictures, pixels, found, strict=True)],
+            lambda: [writers[0].add(*each) for each in zip(images, pixels, found, strict=True)],
         )
-        plan = PredictionPlan(
-            vocabulary=self.detector.vocabulary,
-            settings=self.settings,
-            batch_size=self.batch,
-            savers=make_savers(["pictures"], place / "whole", self.detector.vocabulary.names),
+        timed(
+            times,
+            "folder: whole",
+            lambda: predict_files(
+                self.detector,
+                images,
+                vocabulary=self.detector.vocabulary,
+                settings=self.settings,
+                batch_size=self.batch,
+                writers=make_writers(["images"], place / "whole", self.detector.vocabulary.names),
+            ),
         )
-        timed(times, "folder: whole", lambda: predict_files(self.detector, pictures, plan))
 
     def video(self, source: Path, times: Times, place: Path) -> None:
         """Measure a video: its parts, then the whole."""
@@ -127,7 +132,7 @@ class Subject:
             vocabulary=self.detector.vocabulary,
             settings=self.settings,
             output=place / "whole",
-            kinds=["pictures"],
+            kinds=["images"],
             batch_size=self.batch,
         )
         (video,) = name_videos([source])
@@ -147,7 +152,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     subject = Subject(Detector.from_run(arguments.run, device="cpu"), arguments.batch)
-    pictures = find_pictures([arguments.pictures])
+    pictures = find_images([arguments.pictures]).files
     times: Times = {}
     with tempfile.TemporaryDirectory() as folder:
         clip = Path(folder) / "clip.mp4"

@@ -40,7 +40,7 @@ from proxydet.errors import (
     LockedError,
     ProxydetError,
 )
-from proxydet.wording import size_text
+from proxydet.wording import json_text, size_text
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +176,7 @@ def write_text(target: Path, text: str, *, durable: bool = True) -> Path:
 
 def write_json(target: Path, value: Any, *, durable: bool = True, sort_keys: bool = False) -> Path:
     """Write a JSON file whole or not at all; see `staged`."""
-    text = json.dumps(value, indent=2, sort_keys=sort_keys, ensure_ascii=False)
+    text = json_text(value, indent=2, sort_keys=sort_keys)
     return write_text(target, text + "\n", durable=durable)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
 
 _CONTROL = re.compile(
     r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff]"
@@ -11,15 +13,28 @@ _CONTROL = re.compile(
 lone surrogates (of file names that are not UTF-8)."""
 
 
-def printable(text: str) -> str:
+def printable(text: str, *, keep: str = "") -> str:
     r"""Return a text that comes from outside as it may be shown: control characters are escaped (``\x1b``).
 
     A terminal would obey them, and a line break would forge a second line.
 
     Args:
         text: A class name, a file name, any text of a file that somebody else made.
+        keep: Control characters that stay, such as the line breaks of text of several lines.
     """
-    return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
+    return _CONTROL.sub(lambda m: m[0] if m[0] in keep else ascii(m[0])[1:-1], text)
+
+
+def json_text(value: Any, **options: Any) -> str:
+    """Return a value as JSON, not confined to ASCII, but with characters escaped that `printable` escapes.
+
+    Args:
+        value: What `json.dumps` takes.
+        options: Of `json.dumps`: ``indent``, ``sort_keys``.
+    """
+    text = json.dumps(value, ensure_ascii=False, **options)
+    # The only C0 controls outside of strings are the ends of lines.
+    return _CONTROL.sub(lambda m: m[0] if m[0] == "\n" else f"\\u{ord(m[0]):04x}", text)
 
 
 def table_cell(value: object) -> object:

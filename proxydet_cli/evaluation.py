@@ -48,7 +48,7 @@ class Subject:
 def run(options: EvalOptions, output: Output) -> None:
     """Evaluate, write the files and show the numbers."""
     from proxydet.evaluation.records import record_results
-    from proxydet.prediction_output import check_folder
+    from proxydet.inference.writers import check_folder
 
     options.check()
     if options.output is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 import logging
 import math
 import os
@@ -12,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, TextIO
+
+from proxydet.wording import json_text, printable
 
 _RED = "31"
 _YELLOW = "33"
@@ -43,13 +44,17 @@ class Output:
             text: What a person reads; None shows ``value`` as it is, a mapping as ``key: value`` lines.
         """
         if self.json:
-            _write(json_module.dumps(_plain(value), indent=2, ensure_ascii=False))
+            _write(json_text(_plain(value), indent=2))
         else:
             _write(_as_text(value) if text is None else text)
 
     def line(self, value: object) -> None:
         """Write a value to stdout as one line of JSON, for programs that read while a command goes on."""
-        _write(json_module.dumps(_plain(value), ensure_ascii=False))
+        _write(json_text(_plain(value)))
+
+    def row(self, text: str) -> None:
+        """Write one line of text about one file, frame or class to stdout; a line break in its name does not break it."""
+        _write(printable(text))
 
     def table(
         self, rows: Sequence[Mapping[str, object]], columns: Sequence[str] | None = None
@@ -70,17 +75,17 @@ class Output:
     def message(self, text: str) -> None:
         """Tell how the job goes: one line on stderr, left out under ``--quiet``."""
         if not self.quiet:
-            _write_error(text)
+            _write_error(_harmless(text))
 
     def warning(self, text: str) -> None:
         """Tell what the user should know although the job goes on: stderr."""
-        _write_error(f"{_coloured('warning:', _YELLOW)} {text}")
+        _write_error(f"{_coloured('warning:', _YELLOW)} {_harmless(text)}")
 
     def error(self, text: str, hint: str | None = None) -> None:
         """Tell why the job stopped and what to do next: stderr."""
-        _write_error(f"{_coloured('error:', _RED)} {text}")
+        _write_error(f"{_coloured('error:', _RED)} {_harmless(text)}")
         if hint:
-            _write_error(f"\n{_coloured('hint:', _BOLD)} {hint}")
+            _write_error(f"\n{_coloured('hint:', _BOLD)} {_harmless(hint)}")
 
 
 class LogHandler(logging.Handler):
@@ -140,9 +145,14 @@ def _told_when_closed() -> Iterator[None]:
         raise ReaderGone from error
 
 
+def _harmless(text: str) -> str:
+    """Escape what a terminal would obey, names and file contents being what others made them."""
+    return printable(text, keep="\n\t")
+
+
 def _write(text: str) -> None:
     with _told_when_closed():
-        print(text, flush=True)
+        print(_harmless(text), flush=True)
 
 
 def _write_error(text: str) -> None:
@@ -183,7 +193,7 @@ def _as_text(value: object) -> str:
 def _cell(value: object) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else printable(str(value))
 
 
 def _aligned(names: Sequence[str], rows: Sequence[Mapping[str, object]]) -> Iterator[str]:

@@ -5,6 +5,7 @@ A file that cannot be read is an error that names it, never a grey image. No tor
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import posixpath
@@ -14,7 +15,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -34,9 +35,30 @@ _DAMAGE = (
     RuntimeError, struct.error, ArithmeticError, LookupError, TypeError,
 )  # fmt: skip
 _WHITE = (255, 255, 255, 255)
+# What Pillow opens besides images: pages, films and containers of measurements.
+_NOT_IMAGES = {"BUFR", "EPS", "FITS", "FLI", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 # The EXIF tag, its values that are not upright, and those that swap width and height.
 _ORIENTATION = 0x0112
 _TURNED, _SWAPPED = range(2, 9), range(5, 9)
+
+
+@functools.cache
+def readable_suffixes() -> frozenset[str]:
+    """Endings, lower case, of the image files that can be read here: Pillow's, and HEIC's where pillow-heif is installed."""
+    _register_heif()
+    Image.init()
+    formats = {*Image.OPEN, "MPO"} - _NOT_IMAGES
+    return frozenset(end for end, kind in Image.registered_extensions().items() if kind in formats)
+
+
+@functools.cache
+def _register_heif() -> bool:
+    try:
+        import pillow_heif  # type: ignore[import-not-found]
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
 
 
 def read_image(
@@ -74,10 +96,10 @@ def open_image(
     """
     label = name or (str(source) if not isinstance(source, bytes) else "an image")
     try:
-        with Image.open(_readable(source)) as image:
+        with _opened(source) as image:
             return _to_rgb(image, label, exif_orientation)
     except _DAMAGE as error:
-        raise _unreadable(label, error) from error
+        raise _unreadable(label, error, source) from error
 
 
 def convert_image(
@@ -104,11 +126,11 @@ def image_size(
     """
     label = name or (str(source) if not isinstance(source, bytes) else "an image")
     try:
-        with Image.open(_readable(source)) as image:
+        with _opened(source) as image:
             width, height = image.size
             swapped = exif_orientation and image.getexif().get(_ORIENTATION) in _SWAPPED
     except _DAMAGE as error:
-        raise _unreadable(label, error) from error
+        raise _unreadable(label, error, source) from error
     return (width, height) if swapped else (height, width)
 
 
@@ -248,8 +270,13 @@ def quiet_worker(_number: int = 0) -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 
 
-def _readable(source: Path | str | bytes) -> Path | BinaryIO:
-    return io.BytesIO(source) if isinstance(source, bytes) else Path(source)
+def _opened(source: Path | str | bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    except UnidentifiedImageError:
+        if not _register_heif():
+            raise
+        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
 
 
 def _to_rgb(image: Image.Image, label: str, exif_orientation: bool) -> Image.Image:
@@ -276,16 +303,57 @@ def _to_rgb(image: Image.Image, label: str, exif_orientation: bool) -> Image.Ima
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _unreadable(label: str, error: Exception) -> DataError:
-    why = str(error)
+def _unreadable(
+    label: str, error: Exception, source: Path | str | bytes | None = None
+) -> DataError:
+    why, hint = str(error), "replace the file, or leave it out (of annotations: its entry)"
     if isinstance(error, FileNotFoundError):
         why = "there is no such file"
     elif isinstance(error, UnidentifiedImageError):
-        why = "it is not an image of a known format"
-    return DataError(
-        f"cannot read the image {label}: {why}",
-        hint="replace the file, or leave it out (of annotations: its entry)",
-    )
+        kind = _kind_of(source) if source is not None else None
+        why = f"it is {kind}" if kind else "it is not an image of a known format"
+        if kind == _HEIC:
+            hint = "run: pip install pillow-heif (or convert it to JPEG)"
+        elif kind == _LFS:
+            hint = "fetch the files themselves: git lfs pull"
+    return DataError(f"cannot read the image {label}: {why}", hint=hint)
+
+
+_HEIC = "HEIC, which Pillow does not read by itself"
+_LFS = "a pointer of Git LFS, not the file"
+
+
+def _kind_of(source: Path | str | bytes) -> str | None:
+    """Say what a file is that is not an image, where its first bytes show it."""
+    if isinstance(source, bytes):
+        start = source[:512]
+    else:
+        try:
+            with Path(source).open("rb") as file:
+                start = file.read(512)
+        except OSError:
+            return None
+    if not start:
+        return "empty"
+    text = start.lstrip().lower()
+    if start[4:8] == b"ftyp":
+        if start[8:12] in (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"):
+            return _HEIC
+        return "AVIF, which this Pillow does not read" if start[8:11] == b"avi" else "a video"
+    for mark, kind in (
+        (b"version https://git-lfs", _LFS),
+        (b"<!doctype html", "an HTML page"),
+        (b"<html", "an HTML page"),
+        (b"<svg", "SVG, which is not made of pixels"),
+        (b"<?xml", "XML"),
+        (b"%pdf", "a PDF"),
+        (b"pk\x03\x04", "a ZIP archive"),
+        (b"\x1f\x8b", "a gzip archive"),
+    ):
+        if text.startswith(mark):
+            return kind
+    controls = sum(byte < 32 and byte not in b"\t\n\r\f" for byte in start)
+    return "a text file" if controls == 0 and 0x7F not in start else None
 
 
 def _why_not_a_file(path: Path) -> str:

@@ -14,7 +14,7 @@ from proxydet._version import __version__
 from proxydet.detections import Detections
 from proxydet.detector import Detector
 from proxydet.errors import EnvironmentProblem, VocabularyError
-from proxydet.prediction_run import PictureResult
+from proxydet.inference.predict_files import ImageResult
 from proxydet.serving.pictures import accepted_formats, decode
 from proxydet.serving.question import Question
 from proxydet.serving.settings import ServingSettings
@@ -58,7 +58,7 @@ class Answerer:
             pixels_HW3 = decode(upload.data, upload.name, max_pixels)
             (prediction,) = self.detector.predict_images([pixels_HW3], vocabulary, settings)
             found = Detections(prediction, vocabulary.names)
-            result = PictureResult(file=Path(upload.name), found=found).to_dict()
+            result = ImageResult(file=Path(upload.name), found=found).to_dict()
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise EnvironmentProblem(
                 "There is not enough memory for this picture and these words.",

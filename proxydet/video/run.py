@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proxydet.errors import DataError, Interrupted
-from proxydet.picture_files import clear_of, named_apart
+from proxydet.inference.image_files import clear_of, unique_name
 from proxydet.reporting import SILENT, Progress, Task
 from proxydet.video.frames import FrameDetector, FrameResult, look_at_frames
 from proxydet.video.reading import VideoReader
@@ -83,7 +83,7 @@ def name_videos(
     videos = []
     for source in map(open_source, dict.fromkeys(sources)):
         plain = Path(source.path.stem if source.path else source.name.replace(":", "_"))
-        name = named_apart(clear_of(plain, frozenset(reserved)), taken)
+        name = unique_name(clear_of(plain, frozenset(reserved)), taken)
         videos.append(VideoFile(source=source, name=name))
     return tuple(videos)
 

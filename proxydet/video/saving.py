@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-import json
 import os
 import uuid
 from collections.abc import Callable, Sequence
@@ -17,15 +16,16 @@ from PIL import Image
 
 from proxydet.errors import ConfigError
 from proxydet.files import write_errors
-from proxydet.prediction_output import TABLE_COLUMNS, table_cells
+from proxydet.inference.writers import TABLE_COLUMNS, table_cells
 from proxydet.video.frames import FrameResult
 from proxydet.video.reading import VideoInfo
 from proxydet.video.source import VideoSource
 from proxydet.video.writing import VideoWriter
 from proxydet.visualization.drawing import DrawingStyle, letters_for
+from proxydet.wording import json_text
 
-KINDS = ("pictures", "json", "csv")
-"""What can be saved of a video; ``pictures`` are an annotated video."""
+KINDS = {"images": ".mp4", "json": ".jsonl", "csv": ".csv"}
+"""What can be saved of a video, and the file's ending; ``images`` are an annotated video."""
 
 
 class FrameSaver(Protocol):
@@ -78,19 +78,17 @@ def make_frame_savers(
         ConfigError: There is no such kind, or the annotated video would replace the one that is read.
     """
     check_kinds(kinds)
-    targets = {
-        kind: target.with_name(target.name + suffix)
-        for kind, suffix in (("pictures", ".mp4"), ("json", ".jsonl"), ("csv", ".csv"))
-    }
-    drawn = targets["pictures"]
-    if source.path is not None and drawn.exists() and drawn.samefile(source.path):
+    targets = {kind: target.with_name(target.name + suffix) for kind, suffix in KINDS.items()}
+    drawn = targets["images"]
+    replaces = "images" in kinds and source.path is not None and drawn.exists()
+    if replaces and drawn.samefile(str(source.path)):
         raise ConfigError(
             f"the annotated video would replace {source.path}",
             hint="choose another --output folder",
         )
     sound_from = source.path if sound else None
     makers: dict[str, Callable[[], FrameSaver]] = {
-        "pictures": lambda: DrawnVideo(VideoWriter(drawn, info, sound_from=sound_from)),
+        "images": lambda: DrawnVideo(VideoWriter(drawn, info, sound_from=sound_from)),
         "json": lambda: JsonLines(targets["json"], source.name),
         "csv": lambda: CsvTable(targets["csv"]),
     }
@@ -142,7 +140,7 @@ class JsonLines:
 
     def prepare(self, result: FrameResult) -> Any:
         """Encode a frame."""
-        return json.dumps(result.to_dict(self._video), ensure_ascii=False) + "\n"
+        return json_text(result.to_dict(self._video)) + "\n"
 
     def add(self, result: FrameResult, prepared: Any) -> None:  # noqa: ARG002
         """Write a line."""

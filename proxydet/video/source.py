@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import platform
 import re
 from collections.abc import Sequence
@@ -62,7 +63,7 @@ def is_video(source: str | Path) -> bool:
     path = Path(source)
     if _CAMERA.fullmatch(str(source)) and not path.exists():
         return True
-    return path.suffix.lower() in SUFFIXES and not path.is_dir()
+    return path.suffix.lower() in SUFFIXES and not os.path.isdir(path)  # noqa: PTH112
 
 
 def split_sources(sources: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -74,7 +75,7 @@ def split_sources(sources: Sequence[str]) -> tuple[list[str], list[str]]:
         sources: Files, folders, patterns, cameras.
 
     Returns:
-        Sources for `proxydet.picture_files.find_pictures`, and videos.
+        Sources for `proxydet.inference.image_files.find_images`, and videos.
     """
     pictures: list[str] = []
     videos: list[str] = []
@@ -85,7 +86,7 @@ def split_sources(sources: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _expanded(source: str) -> list[str]:
-    if Path(source).exists() or not glob.has_magic(source):
+    if os.path.exists(source) or not glob.has_magic(source):  # noqa: PTH110
         return [source]
     matches = sorted(glob.glob(source, recursive=True))  # noqa: PTH207 absolute patterns too
     files = [name for name in matches if Path(name).is_file()]

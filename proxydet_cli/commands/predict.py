@@ -1,11 +1,15 @@
-"""``proxydet predict``: pictures and videos in; drawn ones, JSON, COCO, crops or tables out."""
+"""``proxydet predict``: images and videos in; drawn ones, JSON, COCO, crops or tables out."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import warnings
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,44 +30,58 @@ from proxydet_cli.detector_options import (
     tuned,
 )
 from proxydet_cli.options import Json, command_app, examples
+from proxydet_cli.output import Output
 
 if TYPE_CHECKING:
-    from proxydet.picture_files import PictureFile
-    from proxydet.video.run import VideoFile
+    from proxydet.detections import Detections
+    from proxydet.inference.predict_files import ImageResult, PredictionSummary
+    from proxydet.video.frames import FrameResult
+    from proxydet.video.run import VideoSummary
 
 app = command_app()
 
+# More detections than these make a line that nobody reads.
+_SHOWN = 10
 
 Sources = Annotated[
     list[str],
     typer.Argument(
-        metavar="PICTURE|VIDEO",
-        help="Files, folders of pictures, patterns in quotes ('photos/*.jpg'), webcam or webcam:1, or - for a list of "
-        "files on stdin.",
+        metavar="IMAGE|VIDEO",
+        help="Files, folders of images, patterns in quotes ('photos/*.jpg'), webcam or webcam:1, or - for a list of "
+        "files on stdin, one a line or separated by NUL.",
     ),
 ]
 Threshold = Annotated[
     float, typer.Option("--score-threshold", min=0.0, max=1.0, help="Keep what scores above this.")
 ]
-Top = Annotated[int, typer.Option("--top", min=1, help="Keep at most this many a picture.")]
+Top = Annotated[int, typer.Option("--top", min=1, help="Keep at most this many an image.")]
 OneLabel = Annotated[
     bool, typer.Option("--one-label", help="Keep only the best class of each box.")
 ]
 Masks = Annotated[bool, typer.Option("--masks/--no-masks", help="Predict masks, or boxes only.")]
 OutputFolder = Annotated[
-    Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where files are saved.")
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FOLDER",
+        help="Where files are saved. [default: predictions; predictions-2, ... where that holds results]",
+    ),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace results that are in the output folder.")
 ]
 Save = Annotated[
     str | None,
     typer.Option(
         "--save",
         metavar="KINDS",
-        help="What to save: pictures, json, coco, crops, csv; several with commas; none for nothing. Of a video: "
-        "pictures (an annotated video), json, csv. [default: pictures, or none with --json]",
+        help="What to save: images, json, coco, crops, csv; several with commas; none for nothing. Of a video: "
+        "images (an annotated video), json, csv. [default: images, or none with --json]",
     ),
 ]
 BatchSize = Annotated[
-    int, typer.Option("--batch-size", min=1, help="Pictures in the network at once.")
+    int, typer.Option("--batch-size", min=1, help="Images in the network at once.")
 ]
 Every = Annotated[
     int,
@@ -76,11 +94,11 @@ Every = Annotated[
 @app.command(
     epilog=examples(
         "proxydet predict photo.jpg -v 'headphone, webcam, coffee cup'",
-        "proxydet predict photos/ --vocabulary lvis --save pictures,csv --output found",
+        "proxydet predict photos/ --vocabulary lvis --save images,csv --output found",
         "proxydet predict photo.jpg --run runs/quickstart -v 'red striped circle' --json",
-        "proxydet predict clip.mp4 --vocabulary coco --save pictures,json",
+        "proxydet predict clip.mp4 --vocabulary coco --save images,json",
         "proxydet predict webcam -v 'cup, phone'",
-        "find photos -name '*.jpg' | proxydet predict - --vocabulary names.txt --save coco",
+        "find photos -name '*.jpg' -print0 | proxydet predict - -v names.txt --save coco",
     )
 )
 def predict(
@@ -95,7 +113,8 @@ def predict(
     top: Top = 300,
     one_label: OneLabel = False,
     masks: Masks = True,
-    output: OutputFolder = Path("predictions"),
+    output: OutputFolder = None,
+    overwrite: Overwrite = False,
     save: Save = None,
     device: Device = "auto",
     batch_size: BatchSize = 4,
@@ -105,75 +124,212 @@ def predict(
     base_above: BaseAbove = 0.9,
     json: Json = False,
 ) -> None:
-    """Find objects in pictures and videos, by any words.
+    """Detect objects in images and videos from any class names.
 
-    Without -v and --vocabulary it looks for the classes that the model was trained on. A picture or video that cannot
-    be read is reported and left out, and of a video that breaks off what came before is kept; the exit code is then 3.
+    Without -v and --vocabulary it looks for the classes that the model was trained on. An image or video that cannot be
+    read is reported and left out, and of a video that breaks off what came before is kept; the exit code is then 3.
+    Ctrl-C keeps what was found before.
     """
     from PIL.Image import DecompressionBombWarning
 
     from proxydet.detector import Detector
     from proxydet.detector_files import open_named
-    from proxydet.prediction_output import check_folder
-    from proxydet_cli.output import Output
-    from proxydet_cli.prediction import Job, look
-
-    check_choice(classes, vocabulary, names)
-    # A user's own picture may be as large as it likes; beyond twice Pillow's limit it is an error all the same.
-    warnings.simplefilter("ignore", DecompressionBombWarning)
-    kinds = _kinds(save, json=json)
-    pictures, videos = _find(sources, kinds)
-    if kinds:
-        check_folder(output)
-    opened = open_named(Detector, run=run, weights=weights, config=config, device=device)
-    detector = tuned(opened, tta=tta, precision=precision)
-    kept = detector.with_settings(one_class_per_proposal=one_label, masks=masks)
-    job = Job(
-        pictures=pictures,
-        videos=videos,
-        vocabulary=chosen_vocabulary(detector, classes, vocabulary, names, base_above),
-        settings=kept.settings(score_threshold=score_threshold, max_detections=top),
-        output=output,
-        kinds=kinds,
-        batch_size=batch_size,
-        every=every,
+    from proxydet.inference.image_files import FoundImages, describe_left_out, find_images
+    from proxydet.inference.predict_files import predict_files
+    from proxydet.inference.writers import (
+        choose_folder,
+        make_writers,
+        output_files,
+        reserved_names,
     )
-    look(detector, job, Output(json=json))
-
-
-def _find(
-    sources: list[str], kinds: list[str]
-) -> tuple[tuple[PictureFile, ...], tuple[VideoFile, ...]]:
-    """Find pictures and videos, and check that what is to be saved can be saved of them."""
-    from proxydet.picture_files import find_pictures
-    from proxydet.prediction_output import reserved_names
-    from proxydet.video.run import name_videos
+    from proxydet.video.run import VideoPlan, name_videos, predict_video_file
+    from proxydet.video.saving import KINDS as VIDEO_KINDS
     from proxydet.video.saving import check_kinds
     from proxydet.video.source import pyav, split_sources
+    from proxydet_cli.progress import show_progress
 
-    named_pictures, named_videos = split_sources(_with_stdin(sources))
+    check_choice(classes, vocabulary, names)
+    # A user's own image may be as large as it likes; beyond twice Pillow's limit it is an error all the same.
+    warnings.simplefilter("ignore", DecompressionBombWarning)
+    kinds = _kinds(save, json=json)
+    make_writers(kinds, Path(), ())
+    named_images, named_videos = split_sources(_with_stdin(sources))
     if named_videos:
         pyav()
         check_kinds(kinds)
-    pictures = (
-        find_pictures(named_pictures, reserved=reserved_names(kinds))
-        if named_pictures or not named_videos
-        else ()
+    images = FoundImages()
+    if named_images or not named_videos:
+        images = find_images(named_images, reserved=reserved_names(kinds))
+    # The table of all images is called detections.csv.
+    videos = name_videos(named_videos, reserved=["detections"] if images.files else [])
+    targets = list(output_files(kinds, images.files)) if images.files else []
+    for video in videos:
+        targets += [video.name.with_name(video.name.name + VIDEO_KINDS[kind]) for kind in kinds]
+    folder = choose_folder(output, targets, overwrite=overwrite) if kinds else Path()
+    out = Output(json=json)
+    if images.left_out:
+        out.message(f"left out: {describe_left_out(images.left_out)}")
+
+    opened = open_named(Detector, run=run, weights=weights, config=config, device=device)
+    detector = tuned(opened, tta=tta, precision=precision)
+    detector = detector.with_settings(one_class_per_proposal=one_label, masks=masks)
+    looked_for = chosen_vocabulary(detector, classes, vocabulary, names, base_above)
+    settings = detector.settings(score_threshold=score_threshold, max_detections=top)
+
+    shown = _Shown(out, images.left_out, lines=bool(videos))
+    alone = len(images.files) + len(videos) == 1
+    progress = show_progress()
+    if images.files:
+        with shown.continuing(str(images.files[0].path), alone=alone):
+            summary = predict_files(
+                detector,
+                images.files,
+                vocabulary=looked_for,
+                settings=settings,
+                batch_size=batch_size,
+                writers=make_writers(kinds, folder, looked_for.names),
+                on_result=shown.image,
+                progress=progress,
+            )
+            shown.images_done(summary)
+    plan = VideoPlan(
+        vocabulary=looked_for,
+        settings=settings,
+        output=folder,
+        kinds=kinds,
+        batch_size=batch_size,
+        every=every,
+        on_result=shown.frame,
     )
-    # The table of all pictures is called detections.csv.
-    return pictures, name_videos(named_videos, reserved=["detections"] if pictures else [])
+    for video in videos:
+        with shown.continuing(video.source.name, alone=alone):
+            shown.video_done(predict_video_file(detector, video, plan, progress=progress))
+    shown.conclude()
 
 
 def _with_stdin(sources: list[str]) -> list[str]:
-    """Replace ``-`` by the lines of stdin."""
-    listed = [line.strip() for line in sys.stdin if line.strip()] if "-" in sources else []
+    """Replace ``-`` by the names on stdin: one a line, or separated by NUL as ``find -print0`` writes them."""
+    if "-" not in sources:
+        return sources
+    data = sys.stdin.buffer.read()
+    if b"\0" in data:
+        listed = [os.fsdecode(name) for name in data.split(b"\0") if name]
+    else:
+        lines = [os.fsdecode(line.rstrip(b"\r")) for line in data.split(b"\n") if line.strip()]
+        listed = [line if os.path.lexists(line) else line.strip() for line in lines]
     return [name for source in sources for name in (listed if source == "-" else [source])]
 
 
 def _kinds(save: str | None, *, json: bool) -> list[str]:
     if save is None:
-        return [] if json else ["pictures"]
+        return [] if json else ["images"]
     kinds = [kind.strip() for kind in save.split(",") if kind.strip()]
     if not kinds:
         raise typer.BadParameter("--save names nothing; for nothing: --save none")
-    return [] if kinds == ["none"] else kinds
+    # Their name in version 0.1.
+    renamed = ["images" if kind == "pictures" else kind for kind in kinds]
+    return [] if kinds == ["none"] else list(dict.fromkeys(renamed))
+
+
+class _Shown:
+    """Prints results as they come, and at the end what was saved and what could not be read.
+
+    Args:
+        out: Where they are printed.
+        left_out: Files that are not run on, by kind.
+        lines: With ``--json``, print each result on a line of its own as it comes; else all in one object at the end.
+    """
+
+    def __init__(self, out: Output, left_out: Counter[str], *, lines: bool) -> None:
+        self._out = out
+        self._left_out = left_out
+        self._lines = lines
+        self._collected: list[dict[str, Any]] = []
+        self._saved: list[Path] = []
+        self._broken: list[str] = []
+        self._hints: dict[str, None] = {}
+
+    def image(self, result: ImageResult) -> None:
+        """Print, or collect, the result of an image."""
+        if not self._out.json:
+            self._out.row(f"{result.file}: {_summary(result.found)}")
+        elif self._lines:
+            self._out.line(result.to_dict())
+        else:
+            self._collected.append(result.to_dict())
+
+    def frame(self, video: str, result: FrameResult) -> None:
+        """Print the result of a frame."""
+        if self._out.json:
+            self._out.line(result.to_dict(video))
+        else:
+            self._out.row(f"{video} {result.seconds:.2f} s: {_summary(result.found)}")
+
+    def images_done(self, summary: PredictionSummary) -> None:
+        """Note what was done with the images."""
+        self._saved += summary.saved
+        if self._out.json and not self._lines:
+            self._out.data(
+                {
+                    "images": self._collected,
+                    "unreadable": summary.unreadable,
+                    "left_out": dict(self._left_out),
+                }
+            )
+        if summary.unreadable:
+            total = summary.images + len(summary.unreadable)
+            self._broken.append(f"{len(summary.unreadable)} of {total} images could not be read")
+            self._hints["the warnings above say why"] = None
+
+    def video_done(self, summary: VideoSummary) -> None:
+        """Note what was done with a video."""
+        self._saved += summary.saved
+        if summary.broken is not None:
+            self._broken.append(summary.broken)
+            self._hints["what was found before a video broke off is kept"] = None
+
+    @contextlib.contextmanager
+    def continuing(self, name: str, *, alone: bool) -> Iterator[None]:
+        """Note what cannot be read at all, so that the next is run on.
+
+        Args:
+            name: What is read.
+            alone: It is all that there is to read: its error is raised.
+        """
+        from proxydet.errors import DataError
+
+        try:
+            yield
+        except DataError as error:
+            if alone:
+                raise
+            self._out.warning(error.message)
+            self._broken.append(f"{name} could not be read")
+            self._hints["the warnings above say why"] = None
+
+    def conclude(self) -> None:
+        """Print what was saved.
+
+        Raises:
+            DataError: Something could not be read.
+        """
+        from proxydet.errors import DataError
+
+        if len(self._saved) == 1:
+            self._out.message(f"saved {self._saved[0]}")
+        elif self._saved:
+            self._out.message(f"saved {len(self._saved)} files, the first: {self._saved[0]}")
+        if self._broken:
+            raise DataError(
+                f"{'; '.join(self._broken)}; all else is done",
+                hint="; ".join(self._hints),
+            )
+
+
+def _summary(found: Detections) -> str:
+    """The best few detections, for a line of text; files and JSON hold all."""
+    best = zip(found.labels[:_SHOWN], found.scores[:_SHOWN], strict=True)
+    shown = [f"{label} {score:.2f}" for label, score in best]
+    if len(found) > _SHOWN:
+        shown.append(f"... and {len(found) - _SHOWN} more")
+    return ", ".join(shown) or "nothing found"

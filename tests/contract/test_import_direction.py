@@ -40,9 +40,7 @@ RANK = {
     "detector_classes": 5,
     "detector_files": 5,
     "detector_inputs": 5,
-    **dict.fromkeys(
-        ["data_preview", "picture_files", "prediction_output", "prediction_run", "video"], 5
-    ),
+    **dict.fromkeys(["data_preview", "inference", "video"], 5),
     "serving": 6,
     "export": 6,
     "training": 7,

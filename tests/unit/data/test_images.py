@@ -141,7 +141,7 @@ def test_a_truncated_jpeg_is_an_error_that_names_the_file(tmp_path: Path, keep: 
 
 
 def test_what_is_no_image_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "a.jpg").write_text("<html>not found</html>")
+    (tmp_path / "a.jpg").write_bytes(b"\x01\x02")
     for path, message in (
         (tmp_path / "a.jpg", "not an image of a known format"),
         (tmp_path / "b.jpg", "no such file"),

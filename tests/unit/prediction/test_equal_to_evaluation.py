@@ -17,10 +17,10 @@ from proxydet.data.synthetic.dataset import SyntheticConfig, make_dataset
 from proxydet.detector import Detector
 from proxydet.evaluation.config import EvaluationConfig
 from proxydet.evaluation.split import DescribedSplit
+from proxydet.inference.image_files import find_images
+from proxydet.inference.predict_files import predict_files
+from proxydet.inference.writers import make_writers
 from proxydet.modeling.network import ProxyDetNetwork
-from proxydet.picture_files import find_pictures
-from proxydet.prediction_output import make_savers
-from proxydet.prediction_run import PredictionPlan, predict_files
 from proxydet.recipes import get_recipe
 
 
@@ -80,16 +80,16 @@ def test_evaluation_predicts_what_a_user_gets(
 def test_saved_pictures_and_json_say_what_python_says(
     eyes: Detector, drawn: Path, tmp_path: Path
 ) -> None:
-    pictures = find_pictures([drawn.parent / "val"])
-    settings = eyes.settings(score_threshold=0.1, max_detections=5)
-    plan = PredictionPlan(
+    images = find_images([drawn.parent / "val"]).files
+    predict_files(
+        eyes,
+        images,
         vocabulary=eyes.vocabulary,
-        settings=settings,
+        settings=eyes.settings(score_threshold=0.1, max_detections=5),
         batch_size=1,
-        savers=make_savers(["pictures", "json"], tmp_path, eyes.vocabulary.names),
+        writers=make_writers(["images", "json"], tmp_path, eyes.vocabulary.names),
     )
-    predict_files(eyes, pictures, plan)
-    for picture in pictures:
+    for picture in images:
         found = eyes.predict(picture.path, score_threshold=0.1, max_detections=5)
         assert len(found) == 5
         content = json.loads((tmp_path / f"{picture.name}.json").read_text())

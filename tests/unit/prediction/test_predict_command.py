@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,12 +90,15 @@ def test_unreadable_pictures_make_the_exit_code_3_after_the_others_are_done(
     content = json.loads(out)
     assert len(content["images"]) == 5
     assert [Path(entry["file"]).name for entry in content["unreadable"]] == ["broken.jpg"]
-    assert "1 of 6 pictures" in err
+    assert "1 of 6 images" in err
     assert (tmp_path / "out" / "detections.csv").exists()
 
 
 def test_files_are_listed_on_stdin(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{folder}/a1.png\n\n{folder}/a2.png\n"))
+    monkeypatch.setattr(
+        "sys.stdin",
+        io.TextIOWrapper(io.BytesIO(f"{folder}/a1.png\r\n\n {folder}/a2.png \n".encode())),
+    )
     code, out, _ = run("-", folder / "a0.png", "--save", "none")
     assert code == 0
     assert [Path(line.split(": ")[0]).name for line in out.splitlines()] == [
@@ -102,6 +106,64 @@ def test_files_are_listed_on_stdin(run: Run, folder: Path, monkeypatch: pytest.M
         "a2.png",
         "a0.png",
     ]
+
+
+def test_lists_of_find_print0_hold_any_name(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = [
+        folder / os.fsdecode(name) for name in (b"a [1].png", b"b\n.png", b" c.png", b"\xff.png")
+    ]
+    for path in odd:
+        path.write_bytes((folder / "a0.png").read_bytes())
+    listed = b"".join(os.fsencode(path) + b"\0" for path in odd)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(listed)))
+    code, out, err = run("-", "--json")
+    assert (code, err) == (0, "")
+    assert [entry["file"] for entry in json.loads(out)["images"]] == list(map(str, odd))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(listed)))
+    code, out, _ = run("-", "--save", "none", "--top", "1")
+    assert code == 0
+    assert [line.rpartition(": ")[0] for line in out.splitlines()] == [
+        f"{folder}/a [1].png",
+        f"{folder}/b\\n.png",
+        f"{folder}/ c.png",
+        f"{folder}/\\udcff.png",
+    ]
+
+
+def test_what_is_left_out_of_a_folder_is_reported(run: Run, folder: Path) -> None:
+    (folder / "broken.jpg").unlink()
+    (folder / "a.HEIC").write_bytes(b"")
+    code, out, err = run(folder, "--json")
+    assert code == 0
+    assert json.loads(out)["left_out"] == {".txt": 1, ".heic": 1}
+    assert err.startswith("left out: ")
+    assert err.count("\n") == 1
+
+
+def test_results_of_an_earlier_command_stay(run: Run, folder: Path) -> None:
+    image = folder / "a0.png"
+    assert "saved predictions/a0.png" in run(image)[2]
+    assert "saved predictions-2/a0.png" in run(image)[2]
+    code, out, err = run(image, "-o", "predictions")
+    assert (code, out) == (3, "")
+    assert "--overwrite" in err
+    assert run(image, "-o", "predictions", "--overwrite", "--save", "images,csv")[0] == 0
+    assert "detections.csv" in run(image, "-o", "predictions", "--save", "csv")[2]
+
+
+def test_files_that_are_no_images_are_named_as_what_they_are(run: Run, tmp_path: Path) -> None:
+    for content, what in (
+        (b"<!DOCTYPE html><html>", "HTML"),
+        (b"a photograph of a cat", "a text file"),
+        (b"", "empty"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "pip install pillow-heif"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    ):
+        (tmp_path / "a.jpg").write_bytes(content)
+        code, _, err = run(tmp_path / "a.jpg")
+        assert (code, what in err) == (3, True), err
 
 
 def test_vocabularies_come_from_files(
@@ -147,7 +209,7 @@ def test_options_change_what_is_kept(run: Run, folder: Path) -> None:
         (["{folder}/a0.png", "-v", "red star", "--vocabulary", "lvis"], 2, "either"),
         (["{folder}/a0.png", "--names", "a.txt"], 2, "--names"),
         (["{folder}/a0.png", "--top", "0"], 2, "--top"),
-        ([], 2, "PICTURE"),
+        ([], 2, "IMAGE"),
     ],
 )
 def test_mistakes_are_named_without_a_traceback(
@@ -196,7 +258,7 @@ def test_videos_give_a_line_a_frame_and_files(run: Run, clip: Path, folder: Path
         "--every",
         "2",
         "--save",
-        "pictures,json,csv",
+        "images,json,csv",
         "-o",
         "out",
     )
@@ -260,7 +322,7 @@ def test_a_full_disk_ends_the_run_and_names_the_file(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    for kind, name in (("pictures", "a0.png"), ("json", "a0.json"), ("csv", "detections.csv")):
+    for kind, name in (("images", "a0.png"), ("json", "a0.json"), ("csv", "detections.csv")):
         code, _, err = run(folder / "a0.png", clip, "--save", kind)
         assert code == 5
         assert f"no room left on the disk to write predictions/{name}" in err

@@ -74,7 +74,7 @@ def test_everything_is_saved_and_says_the_same(bars, make, output: Path) -> None
 def test_the_annotated_video_keeps_times_and_shows_what_was_found(bars, make, output: Path) -> None:
     times = [0, 40, 90, 400, 1000, 1020, 1500, 2100]
     path = make(frames=8, times=times)
-    look(bars, path, output, kinds=["pictures"])
+    look(bars, path, output, kinds=["images"])
     drawn = decoded(output / "clip.mp4")
     assert [frame.seconds for frame in drawn] == pytest.approx([t / 1000 for t in times], abs=2e-3)
     with av.open(str(output / "clip.mp4")) as container:
@@ -111,7 +111,7 @@ def test_odd_sizes_are_encoded(make, output: Path, size: tuple[int, int]) -> Non
 
 def test_sound_is_copied_as_it_is(bars, make, output: Path) -> None:
     path = make(sound=True)
-    look(bars, path, output, kinds=["pictures"])
+    look(bars, path, output, kinds=["images"])
 
     def packets(file: Path) -> list[bytes]:
         with av.open(str(file)) as container:
@@ -122,7 +122,7 @@ def test_sound_is_copied_as_it_is(bars, make, output: Path) -> None:
 
 
 def test_without_every_frame_there_is_no_sound(bars, make, output: Path) -> None:
-    summary = look(bars, make(sound=True), output, kinds=["pictures", "csv"], every=5)
+    summary = look(bars, make(sound=True), output, kinds=["images", "csv"], every=5)
     assert summary.frames == 5
     with av.open(str(output / "clip.mp4")) as container:
         assert not container.streams.audio
@@ -212,7 +212,7 @@ def test_sound_that_is_damaged_is_left_out_with_a_warning(
         return sound
 
     monkeypatch.setattr(_Sound, "of", of)
-    summary = look(bars, make(sound=True), output, kinds=["pictures"])
+    summary = look(bars, make(sound=True), output, kinds=["images"])
     assert summary.broken is None
     assert "sound of" in caplog.text
 
@@ -408,7 +408,7 @@ def test_drawing_and_encoding_run_beside_the_network(bars, make, output: Path, m
         original(self, result, prepared)
 
     monkeypatch.setattr(DrawnVideo, "add", watch)
-    look(bars, make(), output, kinds=["pictures"])
+    look(bars, make(), output, kinds=["images"])
     assert threads == {"encode_0"}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import os
 import threading
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from proxydet.detector import Detector
-from proxydet.errors import ConfigError, DataError
-from proxydet.picture_files import find_pictures
-from proxydet.prediction_output import KINDS, make_savers, safe_name
-from proxydet.prediction_run import PictureResult, PredictionPlan, PredictionSummary, predict_files
+from proxydet.errors import ConfigError, DataError, Interrupted
+from proxydet.inference.image_files import find_images
+from proxydet.inference.predict_files import ImageResult, PredictionSummary, predict_files
+from proxydet.inference.writers import KINDS, make_writers, safe_name
+from proxydet.vocabulary.vocabulary import Vocabulary
 
 
 def look(
@@ -27,17 +29,19 @@ def look(
     *,
     batch_size: int = 2,
     kinds: tuple[str, ...] = KINDS,
-) -> tuple[PredictionSummary, list[PictureResult]]:
-    results: list[PictureResult] = []
+) -> tuple[PredictionSummary, list[ImageResult]]:
+    results: list[ImageResult] = []
     names = detector.vocabulary.names
-    plan = PredictionPlan(
+    summary = predict_files(
+        detector,
+        find_images(sources).files,
         vocabulary=detector.vocabulary,
         settings=detector.settings(score_threshold=0.02, max_detections=5),
         batch_size=batch_size,
-        savers=make_savers(kinds, output, names) if output else (),
+        writers=make_writers(kinds, output, names) if output else (),
         on_result=results.append,
     )
-    return predict_files(detector, find_pictures(sources), plan), results
+    return summary, results
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
@@ -46,7 +50,7 @@ def test_results_come_in_order_and_equal_single_predictions(
 ) -> None:
     summary, results = look(detector, [folder], batch_size=batch_size)
     assert [r.file.name for r in results] == ["a0.png", "a1.png", "a2.png", "b3.png", "b4.png"]
-    assert summary.pictures == 5
+    assert summary.images == 5
     assert summary.detections == sum(len(r.found) for r in results) > 0
     for result in results:
         alone = detector.predict(result.file, score_threshold=0.02, max_detections=5)
@@ -75,7 +79,7 @@ def test_a_batch_of_only_unreadable_pictures_is_passed_over(
     for name in ("a.jpg", "b.jpg", "c.jpg"):
         (tmp_path / name).write_bytes(b"")
     summary, results = look(detector, [tmp_path])
-    assert (summary.pictures, len(summary.unreadable), results) == (0, 3, [])
+    assert (summary.images, len(summary.unreadable), results) == (0, 3, [])
 
 
 @pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # inside pycocotools
@@ -123,12 +127,13 @@ def test_crops_of_pictures_whose_names_join_alike_are_kept_apart(
 def test_nothing_found_still_saves_a_picture(
     detector: Detector, folder: Path, tmp_path: Path
 ) -> None:
-    plan = PredictionPlan(
+    summary = predict_files(
+        detector,
+        find_images([folder / "a0.png"]).files,
         vocabulary=detector.vocabulary,
         settings=detector.settings(score_threshold=1.0, max_detections=5),
-        savers=make_savers(KINDS, tmp_path / "out", detector.vocabulary.names),
+        writers=make_writers(KINDS, tmp_path / "out", detector.vocabulary.names),
     )
-    summary = predict_files(detector, find_pictures([folder / "a0.png"]), plan)
     assert summary.detections == 0
     assert (tmp_path / "out" / "a0.png").exists()
     assert json.loads((tmp_path / "out" / "coco.json").read_text())["annotations"] == []
@@ -139,13 +144,13 @@ def test_a_drawn_picture_never_replaces_the_one_that_was_read(
 ) -> None:
     before = (folder / "a0.png").read_bytes()
     with pytest.raises(ConfigError, match="replace"):
-        look(detector, [folder / "a0.png"], folder, kinds=("pictures",))
+        look(detector, [folder / "a0.png"], folder, kinds=("images",))
     assert (folder / "a0.png").read_bytes() == before
 
 
 def test_unknown_kinds_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'picture'"):
-        make_savers(["picture"], tmp_path, [])
+        make_writers(["picture"], tmp_path, [])
 
 
 @pytest.mark.parametrize(
@@ -175,18 +180,71 @@ def test_the_network_waits_where_saving_is_far_behind(detector: Detector, folder
         def finish(self) -> list[Path]:
             return []
 
-    def count(result: PictureResult) -> None:
+    def count(result: ImageResult) -> None:
         seen.append(result.file)
         if len(seen) > bound:
             more.set()
 
-    plan = PredictionPlan(
+    summary = predict_files(
+        detector,
+        find_images([folder]).files,
         vocabulary=detector.vocabulary,
         settings=detector.settings(score_threshold=0.02, max_detections=5),
         batch_size=1,
-        savers=[Slow()],
+        writers=[Slow()],
         on_result=count,
     )
-    summary = predict_files(detector, find_pictures([folder]), plan)
-    assert summary.pictures == 5
+    assert summary.images == 5
     assert at_first_save[0] <= bound
+
+
+def test_ctrl_c_keeps_what_was_done_and_reports_it(
+    detector: Detector, folder: Path, tmp_path: Path
+) -> None:
+    def stop(result: ImageResult) -> None:
+        if result.file.name == "b3.png":
+            raise KeyboardInterrupt
+
+    output = tmp_path / "out"
+    with pytest.raises(Interrupted, match=r"3 of 6 images.*out") as caught:
+        predict_files(
+            detector,
+            find_images([folder]).files,
+            vocabulary=detector.vocabulary,
+            settings=detector.settings(score_threshold=0.02, max_detections=5),
+            batch_size=1,
+            writers=make_writers(["images", "coco"], output, detector.vocabulary.names),
+            on_result=stop,
+        )
+    assert caught.value.exit_code == 130
+    assert {path.name for path in output.iterdir()} == {"a0.png", "a1.png", "a2.png", "coco.json"}
+    assert len(json.loads((output / "coco.json").read_text())["images"]) == 3
+
+
+def test_names_from_outside_are_harmless_in_files(
+    detector: Detector, folder: Path, tmp_path: Path
+) -> None:
+    hostile = folder / os.fsdecode(b"=1+1\n\x1b[31m\xff.png")
+    hostile.write_bytes((folder / "a0.png").read_bytes())
+    names = ["=HYPERLINK(1)", "@SUM(1)", "\x1b]0;title\x07", "-1"]
+    vocabulary = Vocabulary.from_arrays(names, detector.vocabulary.embeddings)
+    output = tmp_path / "out"
+    predict_files(
+        detector,
+        find_images([hostile]).files,
+        vocabulary=vocabulary,
+        settings=detector.settings(score_threshold=0.0, max_detections=50),
+        writers=make_writers(KINDS, output, names),
+    )
+    table = (output / "detections.csv").read_bytes().decode()
+    rows = list(csv.reader(table.splitlines()))
+    assert {row[1] for row in rows[1:]} == {
+        "'=HYPERLINK(1)",
+        "'@SUM(1)",
+        "\\x1b]0;title\\x07",
+        "'-1",
+    }
+    assert "\x1b" not in table
+    content = json.loads((output / "coco.json").read_bytes().decode())
+    assert content["images"][0]["file_name"] == str(hostile)
+    assert [entry["name"] for entry in content["categories"]] == names

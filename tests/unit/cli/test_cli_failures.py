@@ -29,6 +29,7 @@ EXIT_CODES: dict[type[errors.ProxydetError], int] = {
     errors.EnvironmentProblem: 5,
     errors.MissingDependencyError: 5,
     errors.DiskFullError: 5,
+    errors.LockedError: 5,
     errors.NumericsError: 5,
     errors.TrainingError: 6,
     errors.Interrupted: 130,

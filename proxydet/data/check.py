@@ -6,6 +6,7 @@ here, and nothing else is.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -212,7 +213,8 @@ class _Checker:
         self.findings.append(Finding(part=part, level=level, text=text, advice=advice))
 
     def _failed(self, part: str, error: InputError, text: str = "") -> None:
-        absent = error.path is not None and not error.path.exists()
+        # False, where Path.exists raises: a name too long for the disk.
+        absent = error.path is not None and not os.path.exists(error.path)  # noqa: PTH110
         advice = how_to_get(error.path) if absent else None
         self._add(part, "error", text or error.message, advice or error.hint or "")
 

@@ -46,6 +46,14 @@ def test_missing_images_are_errors_with_advice(small_set: Path) -> None:
     assert all(f.advice for f in report.findings if f.level != "ok")
 
 
+def test_a_name_too_long_for_the_disk_is_an_image_that_is_missing(small_set: Path) -> None:
+    name = "a" * 5000
+    change(small_set.parent / "train.json", lambda c: c["images"][0].update(file_name=name))
+    assert f"1 of 6 images cannot be used, e.g.: the image '{name}'" in found(
+        check(small_set), "error"
+    )
+
+
 def test_files_of_the_published_layout_are_named_as_they_are_downloaded(small_set: Path) -> None:
     """Photographs, embeddings and annotations that are not there: the advice is a command."""
     small_set.write_text(

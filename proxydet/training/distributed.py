@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -46,81 +46,98 @@ class DistInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlurmStep:
-    """The job step that srun started this process in, by the variables that ``srun(1)`` states."""
+class StartedProcess:
+    """This process among those that another program has started, by what that has put into the environment."""
 
-    name: str
-    """``JOB.STEP.RESTARTS``: the same for all its tasks, and for no other step's."""
+    by: Literal["torchrun", "srun"]
+    """``torchrun``, or a program that sets the same variables (Ray, Accelerate, Kubernetes); or SLURM's ``srun``."""
 
-    tasks: int
-    """Tasks in all."""
+    rank: int
+    """Number of this process, from 0."""
+
+    world_size: int
+    """Number of processes."""
+
+    local_rank: int
+    """Number of this process on its node."""
+
+    local_world_size: int
+    """Number of processes on this node."""
 
     nodes: int
-    """Nodes that they run on."""
+    """Number of nodes."""
 
-    endpoint: tuple[str, str]
-    """Host and port to meet at: ``MASTER_ADDR`` and ``MASTER_PORT`` where they are set, else the step's first node and a
-    port that follows from the numbers of job and step."""
+    address: str
+    """Host at which they meet: ``MASTER_ADDR``, else the first node of the SLURM step."""
+
+    port: str
+    """Its port: ``MASTER_PORT``, else one that follows from the numbers of SLURM's job and step."""
 
     @classmethod
-    def of(cls, environment: Mapping[str, str] = os.environ) -> SlurmStep | None:
-        """Return the step that an environment describes; None outside of one, as in a batch script.
+    def of(cls, environment: Mapping[str, str] = os.environ) -> StartedProcess | None:
+        """Return what an environment states; None for a process that was started by itself, as by a batch script.
 
-        A batch script has task variables too (``SLURM_PROCID``, ``SLURM_NTASKS``); one submitted from within a step even
-        has that step's, which then contradict its own.
+        A batch script has variables of a task too (``SLURM_PROCID``, ``SLURM_NTASKS``). One that was submitted from within a
+        step even has that step's, which then contradict its own.
+
+        Raises:
+            ConfigError: A variable is not a number.
         """
         get = environment.get
-        job, number = get("SLURM_JOB_ID", ""), get("SLURM_STEP_ID", "")
-        if not number.isdigit() or int(number) >= _SPECIAL_STEPS:
+
+        def number(name: str, default: int = 0) -> int:
+            text = get(name, str(default))
+            if not text.isdecimal():
+                raise ConfigError(
+                    f"The environment variable {name} must be a number; it is {text!r}.",
+                    hint=f"Unset {name}, if nothing starts several processes here.",
+                )
+            return int(text)
+
+        # Kubeflow sets these for a pod that has yet to call torchrun.
+        pod = "PET_NNODES" in environment and "LOCAL_RANK" not in environment
+        if "RANK" in environment and "WORLD_SIZE" in environment and not pod:
+            nodes = number("GROUP_WORLD_SIZE", 1)
+            return cls(
+                by="torchrun",
+                rank=number("RANK"),
+                world_size=number("WORLD_SIZE"),
+                local_rank=number("LOCAL_RANK"),
+                local_world_size=number("LOCAL_WORLD_SIZE", number("WORLD_SIZE") // nodes),
+                nodes=nodes,
+                address=get("MASTER_ADDR", ""),
+                port=get("MASTER_PORT", ""),
+            )
+        if pod or "SLURM_STEP_ID" not in environment or number("SLURM_STEP_ID") >= _SPECIAL_STEPS:
             return None
-        tasks, per_node = environment["SLURM_STEP_NUM_TASKS"], get("SLURM_STEP_TASKS_PER_NODE")
-        if (tasks, per_node) != (get("SLURM_NTASKS"), get("SLURM_TASKS_PER_NODE")):
+        shared = ("NTASKS", "STEP_NUM_TASKS"), ("TASKS_PER_NODE", "STEP_TASKS_PER_NODE")
+        if any(get(f"SLURM_{own}") != get(f"SLURM_{step}") for own, step in shared):
             return None
+        tasks, nodes = number("SLURM_STEP_NUM_TASKS", 1), number("SLURM_STEP_NUM_NODES", 1)
         # `srun --pty bash` runs the shell in one task; those next to it have ended.
-        own = get("SLURM_TASK_PID") == str(os.getpid())
-        if tasks != "1" and "SLURM_PTY_PORT" in environment and not own and os.isatty(0):
+        itself = get("SLURM_TASK_PID") == str(os.getpid())
+        if tasks > 1 and "SLURM_PTY_PORT" in environment and not itself and os.isatty(0):
             return None
-        first = re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", environment["SLURM_STEP_NODELIST"])
-        port = 20_000 + (31 * int(job) + int(number)) % 12_000
+        job, step = number("SLURM_JOB_ID"), number("SLURM_STEP_ID")
+        first = re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", get("SLURM_STEP_NODELIST", "")).split(",")[0]
         return cls(
-            name=f"{job}.{number}.{get('SLURM_RESTART_COUNT', '0')}",
-            tasks=int(tasks),
-            nodes=int(environment["SLURM_STEP_NUM_NODES"]),
-            endpoint=(
-                get("MASTER_ADDR") or first.split(",")[0],
-                get("MASTER_PORT") or str(port),
-            ),
+            by="srun",
+            rank=number("SLURM_PROCID"),
+            world_size=tasks,
+            local_rank=number("SLURM_LOCALID"),
+            local_world_size=-(-tasks // nodes),
+            nodes=nodes,
+            address=get("MASTER_ADDR") or first,
+            port=get("MASTER_PORT") or str(20_000 + (31 * job + step) % 12_000),
         )
-
-
-def torch_variables(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return the variables by which torch knows one process among several; empty for a process that works alone.
-
-    ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT`` are the environment's own (torchrun, Ray,
-    Kubernetes...), or those of a task of a SLURM step of several tasks.
-    """
-    # Kubeflow sets some of them for a pod that has yet to call torchrun.
-    pod = "PET_NNODES" in environment and "LOCAL_RANK" not in environment
-    if "RANK" in environment and "WORLD_SIZE" in environment and not pod:
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-        return {name: environment[name] for name in names if name in environment}
-    step = None if pod else SlurmStep.of(environment)
-    if step is None or step.tasks == 1:
-        return {}
-    return {
-        "RANK": environment["SLURM_PROCID"],
-        "WORLD_SIZE": str(step.tasks),
-        "LOCAL_RANK": environment["SLURM_LOCALID"],
-        "MASTER_ADDR": step.endpoint[0],
-        "MASTER_PORT": step.endpoint[1],
-    }
 
 
 def launched_rank() -> int:
     """Return the number of this process among those of its training; 0 where it works alone."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank()
-    return int(torch_variables().get("RANK", "0"))
+    process = StartedProcess.of()
+    return process.rank if process else 0
 
 
 @contextmanager
@@ -139,28 +156,43 @@ def connect(device: str) -> Iterator[DistInfo]:
         ConfigError: The process group that exists cannot exchange tensors of the device.
         TrainingError: The processes did not find each other.
     """
-    variables = torch_variables()
-    local_rank = int(variables.get("LOCAL_RANK", "0"))
+    process = StartedProcess.of()
+    local_rank = process.local_rank if process else 0
     if dist.is_available() and dist.is_initialized():
         yield _existing_group(device, local_rank)
         return
-    place = choose_device(device, 0 if _has_own_gpu(local_rank) else local_rank)
+    if (
+        local_rank < int(os.environ.get("SLURM_GPUS_ON_NODE", "0"))
+        and torch.cuda.is_available()
+        and torch.cuda.device_count() == 1
+    ):
+        # SLURM shows each task its own GPU only (--gpus-per-task, --gpu-bind).
+        place = choose_device(device)
+    else:
+        place = choose_device(device, local_rank)
     if place.type == "cuda":
         torch.cuda.set_device(place)
-    world_size = int(variables.get("WORLD_SIZE", "1"))
-    if world_size == 1:
+    if process is None or process.world_size == 1:
         yield DistInfo(device=place)
         return
-    os.environ.update(variables)
+    os.environ.update(
+        RANK=str(process.rank),
+        WORLD_SIZE=str(process.world_size),
+        LOCAL_RANK=str(local_rank),
+        MASTER_ADDR=process.address,
+        MASTER_PORT=process.port,
+    )
     try:
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=_TIMEOUT)
-    except RuntimeError as error:  # of torch.distributed, or gloo's own
-        where = f"{variables.get('MASTER_ADDR')}:{variables.get('MASTER_PORT')}"
+    except (RuntimeError, ValueError) as error:
         raise TrainingError(
-            f"The {world_size} processes did not find each other at {where}: {str(error).splitlines()[0]}",
+            f"The {process.world_size} processes did not find each other at {process.address}:{process.port}: "
+            f"{str(error).splitlines()[0]}",
             hint="Each must be able to reach that address. Set MASTER_ADDR and MASTER_PORT, the same for all, to take another.",
         ) from error
-    yield DistInfo(rank=dist.get_rank(), world_size=world_size, local_rank=local_rank, device=place)
+    yield DistInfo(
+        rank=process.rank, world_size=process.world_size, local_rank=local_rank, device=place
+    )
     dist.destroy_process_group()
 
 
@@ -188,13 +220,6 @@ def _existing_group(device: str, local_rank: int) -> DistInfo:
         world_size=dist.get_world_size(),
         local_rank=local_rank,
         device=place,
-    )
-
-
-def _has_own_gpu(local_rank: int) -> bool:
-    """Whether SLURM shows this task one GPU of several (``--gpus-per-task``, ``--gpu-bind``): always number 0."""
-    return local_rank < int(os.environ.get("SLURM_GPUS_ON_NODE", "0")) and (
-        torch.cuda.is_available() and torch.cuda.device_count() == 1
     )
 
 

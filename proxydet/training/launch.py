@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ import torch.distributed as dist
 from proxydet import errors
 from proxydet.errors import ConfigError, Interrupted, NumericsError, ProxydetError, TrainingError
 from proxydet.files import write_json
-from proxydet.training.distributed import SlurmStep, torch_variables
+from proxydet.training.distributed import StartedProcess
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +56,6 @@ class LaunchPlan:
 
     torchrun: tuple[str, ...] = ()
     """Options of torchrun that start them; empty where this process is all, or one of those that are started."""
-
-    hosts_rendezvous: bool | None = None
-    """Whether the nodes meet at this one; None leaves it to torchrun to find out."""
 
     def command(self, words: Sequence[str]) -> tuple[str, ...]:
         """Return the command line that does the work of ``proxydet WORDS`` in all these processes."""
@@ -98,37 +95,36 @@ def plan_launch(
     Raises:
         ConfigError: What is asked for and what the cluster states do not make one training; the hint says what to change.
     """
-    step = SlurmStep.of(environment)
-    variables = torch_variables(environment)
-    by_srun = "RANK" not in environment
-    if variables and (not by_srun or step is None or step.tasks > step.nodes):
-        world_size = int(variables["WORLD_SIZE"])
-        found = step.nodes if step and by_srun else int(environment.get("GROUP_WORLD_SIZE", "1"))
-        local = int(environment.get("LOCAL_WORLD_SIZE", -(-world_size // found)))
+    process = StartedProcess.of(environment)
+    if process and (process.by == "torchrun" or process.world_size > process.nodes):
         asked = {
-            "--gpus": gpus not in (None, 1, local),
-            "--nodes": nodes not in (None, found),
+            "--gpus": gpus not in (None, 1, process.local_world_size),
+            "--nodes": nodes not in (None, process.nodes),
             "--rendezvous": rendezvous is not None,
             "--max-restarts": max_restarts is not None,
         }
         if any(asked.values()):
             names = " and ".join(name for name, given in asked.items() if given)
             raise ConfigError(
-                f"{names} cannot be given here: {'srun' if by_srun else 'torchrun, or a program like it,'} has started "
-                f"{world_size} processes, of which this is one.",
+                f"{names} cannot be given here: {process.by}, or a program like it, has started {process.world_size} processes, "
+                "of which this is one.",
                 hint=f"Leave out {names}. To let proxydet start the processes of a node: srun --ntasks-per-node=1.",
             )
-        if local < available and variables["RANK"] == "0":
+        if process.local_world_size < available and process.rank == 0:
             logger.warning(
-                "%d of %d GPUs of a node are used: that many processes were started",
-                local,
+                "%d of %d GPUs of a node are used: so many processes were started on it",
+                process.local_world_size,
                 available,
             )
-        return LaunchPlan(processes=local, nodes=found, world_size=world_size, started=True)
+        return LaunchPlan(
+            processes=process.local_world_size,
+            nodes=process.nodes,
+            world_size=process.world_size,
+            started=True,
+        )
 
     source, found = "", 1
     options: list[str] = []
-    is_host: bool | None = None
     if "PET_NNODES" in environment:
         source, found = "PET_NNODES", _count(environment, "PET_NNODES")
         if environment.get("PET_NPROC_PER_NODE", "").isdigit():
@@ -144,10 +140,11 @@ def plan_launch(
         source, found = "SKYPILOT_NUM_NODES", _count(environment, "SKYPILOT_NUM_NODES")
         first = environment.get("SKYPILOT_NODE_IPS", "").strip().split("\n")[0]
         options = _static_rendezvous(environment.get("SKYPILOT_NODE_RANK", ""), first)
-    elif step is not None:
-        source, found = "the SLURM step", step.nodes
-        options = _rendezvous(":".join(step.endpoint), step.name)
-        is_host = None if "MASTER_ADDR" in environment else environment["SLURM_NODEID"] == "0"
+    elif process is not None:
+        source, found = "the SLURM step", process.nodes
+        options = _rendezvous(f"{process.address}:{process.port}")
+        if "MASTER_ADDR" not in environment:
+            options.append(f"--rdzv-conf=is_host={int(process.rank == 0)}")
     elif whole_job and nodes is None and environment.get("SLURM_JOB_NUM_NODES", "1") != "1":
         count = environment["SLURM_JOB_NUM_NODES"]
         raise ConfigError(
@@ -162,9 +159,9 @@ def plan_launch(
     nodes = nodes or found
     if rendezvous is not None:
         address = rendezvous if re.search(r":\d+$", rendezvous) else f"{rendezvous}:{_DEFAULT_PORT}"
-        options, is_host = _rendezvous(address, step.name if step else "proxydet"), None
+        options = _rendezvous(address)
     if nodes == 1:
-        options, is_host = ["--standalone"], None
+        options = ["--standalone"]
     elif options:
         options = [f"--nnodes={nodes}", *options]
     else:
@@ -183,7 +180,6 @@ def plan_launch(
         nodes=nodes,
         world_size=processes * nodes,
         torchrun=tuple(options) if processes * nodes > 1 else (),
-        hosts_rendezvous=is_host,
     )
 
 
@@ -196,8 +192,8 @@ def _count(environment: Mapping[str, str], name: str) -> int:
     return int(environment[name])
 
 
-def _rendezvous(address: str, run_id: str) -> list[str]:
-    return ["--rdzv-backend=c10d", f"--rdzv-endpoint={address}", f"--rdzv-id={run_id}"]
+def _rendezvous(address: str) -> list[str]:
+    return ["--rdzv-backend=c10d", f"--rdzv-endpoint={address}", "--rdzv-id=proxydet"]
 
 
 def _static_rendezvous(rank: str, address: str, port: str = "") -> list[str]:
@@ -246,8 +242,6 @@ def launch(plan: LaunchPlan, words: Sequence[str], logs: Path) -> None:
     options = [*plan.torchrun, f"--log-dir={logs}"]
     if plan.processes > 1:
         options.append("--redirects=" + ",".join(f"{n}:3" for n in range(1, plan.processes)))
-    if plan.hosts_rendezvous is not None:
-        options.append(f"--rdzv-conf=is_host={int(plan.hosts_rendezvous)}")
     received: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
@@ -304,8 +298,8 @@ def worker(logs: Path) -> Iterator[None]:
         TrainingError: The launcher is gone already; or this process lost the others.
         SystemExit: In place of any error that `launch`, or the first process, reports.
     """
-    variables = torch_variables()
-    rank, world_size = int(variables.get("RANK", "0")), int(variables.get("WORLD_SIZE", "1"))
+    process = StartedProcess.of()
+    rank, world_size = (process.rank, process.world_size) if process else (0, 1)
     launcher = os.environ.get(LAUNCHER)
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None, use_errno=True).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
@@ -430,22 +424,14 @@ def _failure(error: Any, world_size: int, logs: Path, since: float) -> ProxydetE
     )
 
 
-def requeue(
-    environment: Mapping[str, str] = os.environ,
-    run: Callable[[list[str]], object] = lambda words: subprocess.run(words, check=True),  # noqa: S603
-) -> bool:
+def requeue(environment: Mapping[str, str] = os.environ) -> bool:
     """Put the SLURM job that this process belongs to back into the queue; once a job, from its first task.
-
-    Args:
-        environment: Environment variables.
-        run: Runs a command.
 
     Returns:
         Whether it was done.
     """
-    job = environment.get("SLURM_JOB_ID")
-    scontrol = shutil.which("scontrol")
+    job, scontrol = environment.get("SLURM_JOB_ID"), shutil.which("scontrol")
     if not job or environment.get("SLURM_PROCID", "0") != "0" or scontrol is None:
         return False
-    run([scontrol, "requeue", job])
+    subprocess.run([scontrol, "requeue", job], check=True)  # noqa: S603
     return True

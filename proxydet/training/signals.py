@@ -6,7 +6,8 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
+from typing import Any
 
 # SIGUSR1 is what `#SBATCH --signal=USR1@120` sends before SLURM takes the machine away.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -23,9 +24,11 @@ class StopSignals:
     where Python cannot take signals, nothing is changed.
     """
 
+    received = 0
+    """Number of the first signal that came, 0 when none did."""
+
     def __init__(self) -> None:
-        self._received: int = 0
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
         self._immediate = False
 
     @contextmanager
@@ -33,16 +36,11 @@ class StopSignals:
         """Within this context a signal raises `StopNow` as it comes: for long work that may be cut short."""
         self._immediate = True
         try:
-            if self._received:
+            if self.received:
                 raise StopNow
             yield
         finally:
             self._immediate = False
-
-    @property
-    def received(self) -> int:
-        """Number of the first signal that came, 0 when none did."""
-        return self._received
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
@@ -50,19 +48,14 @@ class StopSignals:
                 self._previous[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
         self._previous.clear()
 
     def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        if self._received and number == signal.SIGINT:
+        if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._received = self._received or number
+        self.received = self.received or number
         if self._immediate:
             raise StopNow

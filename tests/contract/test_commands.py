@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import typer
+import yaml
 
 from proxydet_cli.app import COMMANDS, load_command
 
@@ -90,7 +91,9 @@ def documented() -> list[tuple[str, str]]:
         if page.name != "commands.md"
         for block in re.findall(r"^```.*?^```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE)
         for match in re.finditer(
-            r"^\s*(?:\$ )?(?:\S+/bin/)?proxydet ([a-z][^#\n]*)", block, re.MULTILINE
+            r"^\s*(?:\$ |exec |srun (?:-\S+ )*)?(?:\S+/bin/)?proxydet ([a-z][^#\n]*)",
+            block,
+            re.MULTILINE,
         )
     ]
 
@@ -104,6 +107,14 @@ def test_commands_in_the_documentation_exist() -> None:
         options = {o for p in known[name].params for o in (*p.opts, *p.secondary_opts)}
         used = {word.split("=")[0] for word in words if word.startswith("--")} - {"--help"}
         assert used <= options, f"{page}: proxydet {line}"
+
+
+def test_programs_and_yaml_in_the_documentation_can_be_read() -> None:
+    read = {"python": ast.parse, "yaml": yaml.safe_load}
+    for page in (REPOSITORY / "docs").rglob("*.md"):
+        text = page.read_text("utf-8")
+        for kind, block in re.findall(r"^```(\w+)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+            read.get(kind, str)(block)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)

@@ -24,7 +24,7 @@ from proxydet.errors import (
     ProxydetError,
     TrainingError,
 )
-from proxydet.training.distributed import connect, launched_rank, torch_variables
+from proxydet.training.distributed import StartedProcess, connect, launched_rank
 from proxydet.training.launch import LaunchPlan, launch, plan_launch, requeue, worker
 
 RECORDED = json.loads(
@@ -112,7 +112,9 @@ def test_one_node_of_slurm_is_one_machine(name: str) -> None:
     found = plan(slurm(name))
     assert (found.nodes, found.world_size, found.started) == (1, 8, False)
     assert "--standalone" in found.torchrun
-    assert torch_variables(slurm(name)) == {}
+    os.environ.update(slurm(name))
+    with connect("cpu") as info:
+        assert info.world_size == 1
 
 
 @pytest.mark.parametrize(
@@ -136,11 +138,11 @@ def test_a_script_on_the_first_of_two_nodes_is_told_to_use_srun(name: str) -> No
 def test_one_task_a_node_starts_the_processes_of_its_node() -> None:
     first, second = (plan(slurm(f"sbatch -N2 --ntasks-per-node=1, srun: task {n}")) for n in (0, 1))
     assert (first.nodes, first.processes, first.world_size) == (2, 8, 16)
-    assert first.torchrun == second.torchrun
-    assert (first.hosts_rendezvous, second.hosts_rendezvous) == (True, False)
+    assert set(first.torchrun) - set(second.torchrun) == {"--rdzv-conf=is_host=1"}
+    assert set(second.torchrun) - set(first.torchrun) == {"--rdzv-conf=is_host=0"}
     assert understood(first) == {
         "nodes": (2, 2), "processes": 8, "backend": "c10d", "endpoint": "node-1:20124",
-        "id": "4.0.0", "restarts": 3, "rank": None,
+        "id": "proxydet", "restarts": 3, "rank": None,
     }  # fmt: skip
     assert plan(slurm("sbatch -N2 --ntasks-per-node=1, srun: task 0"), nodes=2) == first
     with pytest.raises(ConfigError, match=r"--nodes is 3, but there are 2"):
@@ -148,29 +150,34 @@ def test_one_task_a_node_starts_the_processes_of_its_node() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "world", "nodes", "variables"),
+    ("name", "world", "nodes", "rank", "local_rank", "port"),
     [
-        ("sbatch -N1 --ntasks-per-node=8, srun: task 5", 8, 1, ("5", "5", "node-1", "20155")),
-        ("sbatch -N2 --ntasks-per-node=4, srun: task 6", 8, 2, ("6", "2", "node-1", "20434")),
-        ("sbatch -N2 -n5, srun: task 4", 5, 2, ("4", "1", "node-1", "20496")),
+        ("sbatch -N1 --ntasks-per-node=8, srun: task 5", 8, 1, 5, 5, "20155"),
+        ("sbatch -N2 --ntasks-per-node=4, srun: task 6", 8, 2, 6, 2, "20434"),
+        ("sbatch -N2 -n5, srun: task 4", 5, 2, 4, 1, "20496"),
     ],
 )
 def test_one_task_a_gpu_takes_part_as_it_is(
-    name: str, world: int, nodes: int, variables: tuple[str, ...]
+    name: str,
+    world: int,
+    nodes: int,
+    rank: int,
+    local_rank: int,
+    port: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    environment = slurm(name)
-    found = plan(environment, available=1)
+    found = plan(slurm(name), available=1)
     assert (found.started, found.world_size, found.nodes) == (True, world, nodes)
     assert found.command(["train"]) == ("proxydet", "train")
-    assert torch_variables(environment) == dict(
-        zip(
-            ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"),
-            (*variables, str(world)),
-            strict=True,
-        )
-    )
-    os.environ.update(environment)
-    assert launched_rank() == int(variables[0])
+    os.environ.update(slurm(name))
+    assert launched_rank() == rank
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    with connect("cpu") as info:
+        assert (info.rank, info.world_size, info.local_rank) == (rank, world, local_rank)
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    expected = [str(rank), str(world), str(local_rank), "node-1", port]
+    assert [os.environ[name] for name in names] == expected
 
 
 def test_what_srun_has_decided_cannot_be_asked_for() -> None:
@@ -195,9 +202,10 @@ def test_the_address_can_be_chosen() -> None:
     chosen = {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "1234"}
     agents = plan(slurm("sbatch -N2 --ntasks-per-node=1, srun: task 0", **chosen))
     assert understood(agents)["endpoint"] == "10.0.0.7:1234"
-    assert agents.hosts_rendezvous is None
-    tasks = torch_variables(slurm("sbatch -N2 -n5, srun: task 4", **chosen))
-    assert (tasks["MASTER_ADDR"], tasks["MASTER_PORT"]) == ("10.0.0.7", "1234")
+    assert not any("is_host" in option for option in agents.torchrun)
+    task = StartedProcess.of(slurm("sbatch -N2 -n5, srun: task 4", **chosen))
+    assert task is not None
+    assert (task.address, task.port) == ("10.0.0.7", "1234")
 
 
 @pytest.mark.parametrize(
@@ -210,8 +218,9 @@ def test_the_address_can_be_chosen() -> None:
     ],
 )
 def test_the_first_of_a_node_list(names: str, first: str) -> None:
-    environment = slurm("sbatch -N2 -n5, srun: task 4", SLURM_STEP_NODELIST=names)
-    assert torch_variables(environment)["MASTER_ADDR"] == first
+    task = StartedProcess.of(slurm("sbatch -N2 -n5, srun: task 4", SLURM_STEP_NODELIST=names))
+    assert task is not None
+    assert task.address == first
 
 
 def test_a_shell_of_srun_is_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +242,6 @@ def test_a_task_that_sees_one_gpu_takes_it(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 5)
     os.environ["SLURM_GPUS_ON_NODE"] = "8"
     with connect("auto") as info:
         assert (info.device, info.rank, info.world_size) == (torch.device("cuda", 0), 5, 8)
@@ -276,7 +284,7 @@ def test_kubeflow_states_the_nodes() -> None:
     found = plan({**KUBEFLOW, **pod})
     assert understood(found) == expected
     assert not found.started
-    assert torch_variables({**KUBEFLOW, **pod}) == {}
+    assert StartedProcess.of({**KUBEFLOW, **pod}) is None
     process = {**KUBEFLOW, **pod, "RANK": "5", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
     assert plan({**process, "GROUP_WORLD_SIZE": "2"}, available=4).started
     assert understood(plan({**KUBEFLOW, "PET_NPROC_PER_NODE": "auto"}))["processes"] == 8
@@ -341,6 +349,23 @@ def test_a_process_of_torchrun_takes_part_as_it_is() -> None:
         assert found == LaunchPlan(processes=8, nodes=2, world_size=16, started=True)
     with pytest.raises(ConfigError, match="--rendezvous"):
         plan(environment, rendezvous="a:1")
+
+
+def test_variables_that_are_no_numbers_are_named() -> None:
+    with pytest.raises(ConfigError, match="RANK") as caught:
+        plan({"RANK": "gold", "WORLD_SIZE": "2"})
+    assert "Unset RANK" in str(caught.value.hint)
+
+
+def test_processes_that_do_not_find_each_other_say_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise torch.distributed.DistNetworkError("timed out\nframe #0")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", refuse)
+    os.environ.update(slurm("sbatch -N2 -n5, srun: task 4"))
+    with pytest.raises(TrainingError, match=r"node-1:20496: timed out$") as caught, connect("cpu"):
+        pass
+    assert "MASTER_PORT" in str(caught.value.hint)
 
 
 # ---- a process group that exists -------------------------------------------------------------------------------------

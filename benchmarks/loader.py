@@ -26,7 +26,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.nn import functional
 
-from proxydet.data.classes import class_rows, load_vocabulary
+from proxydet.data.classes import load_vocabulary
 from proxydet.data.config import DataConfig
 from proxydet.data.description import DatasetDescription
 from proxydet.data.images import find_image, read_image
@@ -135,9 +135,7 @@ def measure(path: Path, seconds: float, clock: Clock) -> dict[str, Any]:
     roots = description.split("train").roots
     files = [find_image(store.file_name(row), roots) for row in range(min(len(store), 64))]
     vocabulary = load_vocabulary(description, cache=config.cache)
-    targets = Targets(
-        rows_K=class_rows(store, vocabulary), base_C=vocabulary.base, masks=config.masks
-    )
+    targets = Targets.of(store, vocabulary, config.masks)
 
     def plain(number: int) -> torch.Tensor:
         row = number % len(files)

@@ -177,7 +177,8 @@ def type_name(annotation: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(type_name(member) for member in get_args(annotation))
     if origin is Literal:
-        return "one of " + ", ".join(repr(choice) for choice in get_args(annotation))
+        choices = ", ".join(repr(choice) for choice in get_args(annotation))
+        return f"one of {choices}" if len(get_args(annotation)) > 1 else choices
     if origin is tuple:
         members = get_args(annotation)
         if members[-1] is Ellipsis:

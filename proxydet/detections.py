@@ -105,7 +105,7 @@ class Detections:
 
     @property
     def has_masks(self) -> bool:
-        """Whether masks were asked for."""
+        """Whether masks were predicted: not by a detector without a mask head, nor with ``masks=False``."""
         return self._prediction.has_masks
 
     @cached_property
@@ -113,7 +113,7 @@ class Detections:
         """Masks in the picture, bool (N, H, W), read-only.
 
         Raises:
-            InputError: Masks were not asked for.
+            InputError: No masks were predicted.
         """
         from proxydet.modeling.prediction import masks
 
@@ -125,7 +125,7 @@ class Detections:
         """Masks in COCO's run-length encoding: ``size`` (height, width) and ``counts`` (text).
 
         Raises:
-            InputError: Masks were not asked for.
+            InputError: No masks were predicted.
         """
         from proxydet.modeling.prediction import rles
 
@@ -277,7 +277,7 @@ class Detections:
         if not self.has_masks:
             raise InputError(
                 "these detections have no masks",
-                hint="ask for them: detector.with_settings(masks=True)",
+                hint="a detector that has a mask head predicts them: detector.with_settings(masks=True)",
             )
 
 

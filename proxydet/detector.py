@@ -21,6 +21,7 @@ from proxydet.detector_inputs import (
     to_network,
     views_of,
 )
+from proxydet.errors import ConfigError
 from proxydet.modeling.config import InferenceConfig, ModelConfig
 from proxydet.modeling.inference_config import TTA_SCALES
 from proxydet.modeling.network import ProxyDetNetwork
@@ -41,7 +42,7 @@ class Detector(ClassResolver):
     Attributes:
         network: The network, in evaluation mode.
         vocabulary: The classes of the training.
-        inference: Settings of evaluation; `predict` changes thresholds only.
+        inference: Settings of evaluation; `predict` changes thresholds only. Without a mask head, ``masks`` is False.
         sides: The shortest and the longest side, in pixels, that pictures are scaled to.
     """
 
@@ -66,7 +67,10 @@ class Detector(ClassResolver):
         """
         super().__init__(network.vocabulary, encoder)
         self.network = network.eval()
-        self.inference = inference or InferenceConfig()
+        settings = inference or InferenceConfig()
+        self.inference = (
+            settings if network.has_mask_head else dataclasses.replace(settings, masks=False)
+        )
         self.sides = (shortest, longest)
 
     @classmethod
@@ -242,7 +246,8 @@ class Detector(ClassResolver):
             settings: Thresholds and limits; None: those of the run.
 
         Returns:
-            Boxes and masks in the pixels of the given pictures, on the network's device.
+            Boxes, and masks where the settings ask for them and the network has a mask head, in the pixels of the given
+            pictures, on the network's device.
         """
         training = vocabulary is None or vocabulary == self.vocabulary
         classes = None if training else vocabulary
@@ -265,30 +270,39 @@ class Detector(ClassResolver):
             settings=settings,
         )
 
-    def settings(self, *, score_threshold: float, max_detections: int) -> InferenceConfig:
-        """Return the run's settings with other thresholds.
+    def settings(self, **changes: bool | float | str | Sequence[float] | None) -> InferenceConfig:
+        """Return the run's settings with some of them changed.
+
+        Args:
+            **changes: As for `with_settings`.
 
         Raises:
-            InputError: A threshold is out of range.
+            ConfigError: There is no such setting, its value is out of range, or masks are asked of a detector without a
+                mask head.
         """
-        return dataclasses.replace(
-            self.inference, score_threshold=score_threshold, max_detections=max_detections
-        )
+        if changes.get("masks") and not self.network.has_mask_head:
+            raise ConfigError(
+                "this detector has no mask head: it was trained on boxes, and finds boxes only",
+                hint="leave masks out; for masks, train on objects that have them",
+            )
+        given = {name: value for name, value in changes.items() if value is not None}
+        return merge(self.inference, given, "inference")
 
-    def with_settings(self, **changes: bool | float | str | Sequence[float]) -> Detector:
+    def with_settings(self, **changes: bool | float | str | Sequence[float] | None) -> Detector:
         """Return a detector with other settings that shares this one's network.
 
         Args:
             **changes: Fields of `proxydet.modeling.config.InferenceConfig`, such as ``masks=False``,
                 ``one_class_per_proposal=True`` (only the best class of each box, as the published demos show it),
-                ``precision="fp16"`` on a GPU, or ``flip=True, scales=(0.75, 1.0, 1.25)`` (test-time augmentation).
+                ``precision="fp16"`` on a GPU, or ``flip=True, scales=(0.75, 1.0, 1.25)`` (test-time augmentation). None
+                keeps the run's.
 
         Raises:
-            ConfigError: There is no such field, or its value is out of range.
+            ConfigError: As `settings`.
         """
         return Detector(
             self.network,
-            inference=merge(self.inference, changes, "inference"),
+            inference=self.settings(**changes),
             shortest=self.sides[0],
             longest=self.sides[1],
             encoder=self._encoder,

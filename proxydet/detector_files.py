@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -234,7 +234,11 @@ def _read_settings(path: Path) -> _Settings:
         )
     content: dict[str, Any] = load_mapping(path)
     parts = {key: content.get(key, {}) for key in ("data", "model", "inference")}
-    return from_mapping(_Settings, parts)
+    settings = from_mapping(_Settings, parts)
+    if settings.data.masks is False:
+        # Version 0.1 gave such a run a mask head too, and never trained it.
+        return replace(settings, model=replace(settings.model, masks=None))
+    return settings
 
 
 def _newest_weights(folder: Path) -> Path:

@@ -24,7 +24,8 @@ class BoxBatch:
     Attributes:
         images: B uint8 tensors (3, H, W), RGB.
         instances: B detectron2 ``Instances`` of the size of their image, with ``gt_boxes`` (``Boxes``, xyxy pixels),
-            ``gt_classes`` (int64 in [0, C)) and ``gt_masks`` (``PolygonMasks`` or ``BitMasks``); may hold no object.
+            ``gt_classes`` (int64 in [0, C)) and, where masks are trained, ``gt_masks`` (``PolygonMasks`` or
+            ``BitMasks``) with ``gt_masked`` (bool, whether the object has one); may hold no object.
         image_ids: B identifiers, as the annotation file has them.
         skipped: Names of images that were planned for this batch and left out because they cannot be read.
     """

@@ -67,8 +67,9 @@ class DataConfig:
     keep_empty_images: bool = True
     """Whether to train on images that are left without objects (all of novel classes, or none at all)."""
 
-    masks: bool = True
-    """Whether objects carry masks; objects without one are then left out. Off trains on boxes only."""
+    masks: Literal["auto"] | bool = "auto"
+    """Whether masks are trained, on the objects that have one; boxes and classes are trained on all objects. auto: where
+    an object to train on has a mask; where none has, and for false, the detector has no mask head and finds boxes only."""
 
     group_by_orientation: bool = True
     """Whether a batch holds only landscape or only portrait images, which wastes less on padding."""

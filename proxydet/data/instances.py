@@ -1,15 +1,17 @@
 """From an image's record in the store to detectron2 ``Instances`` in the view that training sees.
 
-An object is left out of training when it is a crowd, when its class is novel, when it has no mask although masks are
-trained, or when nothing of it is in the view: its clipped box has a side below `SMALLEST_SIDE`, or all of its mask lies
-outside.
+An object is left out of training when it is a crowd, when its class is novel, or when nothing of it is in the view: its
+clipped box has a side below `SMALLEST_SIDE`, or, where masks are trained, all of its mask lies outside. An object without
+a mask trains its box and its class.
 
 Dimensions: A annotations of the image, K kept ones.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import proxydet.compat.d2  # noqa: F401
 
@@ -18,9 +20,12 @@ import numpy.typing as npt
 import torch
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 
+from proxydet.data.classes import class_rows
 from proxydet.data.masks import decode
 from proxydet.data.store import AnnotationStore, ImageRecord
 from proxydet.data.transforms import View
+from proxydet.errors import DataError
+from proxydet.vocabulary.vocabulary import Vocabulary
 
 SMALLEST_SIDE = 1e-5
 """Boxes with a side of at most this many pixels after clipping are left out (detectron2's limit)."""
@@ -35,19 +40,43 @@ class Targets:
     Attributes:
         rows_K: int64, the vocabulary's row of each category of the store.
         base_C: bool, whether each class of the vocabulary may be trained on.
-        masks: Whether objects need masks.
+        masks: Whether masks are trained.
     """
 
     rows_K: npt.NDArray[np.int64]
     base_C: BoolArray
     masks: bool
 
+    @classmethod
+    def of(
+        cls, store: AnnotationStore, vocabulary: Vocabulary, masks: Literal["auto"] | bool
+    ) -> Targets:
+        """Bring the categories of a store and the classes together, and decide whether masks are trained.
+
+        Args:
+            store: The annotations.
+            vocabulary: The classes.
+            masks: Whether to train masks; ``"auto"``: where an object to train on has one.
+
+        Raises:
+            DataError: A category is not in the vocabulary; or masks are to be trained, and no object has one.
+        """
+        targets = cls(
+            rows_K=class_rows(store, vocabulary), base_C=vocabulary.base, masks=masks is not False
+        )
+        usable = targets.usable(store)
+        if not (usable & store.masked_A).any():
+            if masks is True and usable.any():
+                raise DataError(
+                    f"{store.source_name} has boxes but no masks",
+                    hint="to train a detector of boxes, leave data.masks at auto",
+                )
+            return dataclasses.replace(targets, masks=False)
+        return targets
+
     def usable(self, store: AnnotationStore) -> BoolArray:
         """Return which annotations of a store may be used, whatever the view: bool over all annotations."""
-        usable = store.trainable(self.base_C[self.rows_K])
-        if self.masks:
-            usable &= store.masked_A
-        return usable
+        return store.trainable(self.base_C[self.rows_K])
 
 
 def make_instances(
@@ -63,38 +92,47 @@ def make_instances(
         targets: Classes and whether to make masks.
 
     Returns:
-        ``Instances`` of the view's size with ``gt_boxes``, ``gt_classes`` and, with masks, ``gt_masks``: polygons, or
-        bitmaps where an object of the image has run lengths.
+        ``Instances`` of the view's size with ``gt_boxes``, ``gt_classes`` and, with masks, ``gt_masks`` (polygons, or
+        bitmaps where an object of the image has run lengths) and ``gt_masked``: bool, whether the object has a mask; of
+        one without, ``gt_masks`` is empty.
     """
     boxes_A4 = view.boxes(record.boxes_A4)
     sides = boxes_A4[:, 2:] - boxes_A4[:, :2]
     kept = np.flatnonzero(usable_A & (sides > SMALLEST_SIDE).all(axis=1))
-    masks: PolygonMasks | BitMasks | None = None
-    if targets.masks:
-        kept, masks = _masks(store, record, kept, view)
     instances = Instances(view.size)
+    if targets.masks:
+        kept, instances.gt_masks, instances.gt_masked = _masks(store, record, kept, view)
     instances.gt_boxes = Boxes(torch.from_numpy(boxes_A4[kept].astype(np.float32)))
     instances.gt_classes = torch.from_numpy(targets.rows_K[record.categories_A[kept]])
-    if masks is not None:
-        instances.gt_masks = masks
     return instances
 
 
 def _masks(
     store: AnnotationStore, record: ImageRecord, rows: npt.NDArray[np.int64], view: View
-) -> tuple[npt.NDArray[np.int64], PolygonMasks | BitMasks]:
-    """Return the rows whose mask is in the view, and their masks."""
-    annotations = (record.first_annotation + rows).tolist()
-    if store.column("rle_length")[annotations].any():
-        bitmaps = [_bitmap(store, record, annotation, view) for annotation in annotations]
-        seen = [bool(bitmap.any()) for bitmap in bitmaps]
-        visible = [bitmap for bitmap, is_seen in zip(bitmaps, seen, strict=True) if is_seen]
-        stacked = np.stack(visible) if visible else np.zeros((0, *view.size), dtype=np.bool_)
-        return rows[np.array(seen, dtype=np.bool_)], BitMasks(torch.from_numpy(stacked))
-    polygons = [view.polygons(_polygons(store, annotation)) for annotation in annotations]
-    seen = [any(_touches(polygon, view.size) for polygon in parts) for parts in polygons]
-    visible_polygons = [parts for parts, is_seen in zip(polygons, seen, strict=True) if is_seen]
-    return rows[np.array(seen, dtype=np.bool_)], PolygonMasks(visible_polygons)
+) -> tuple[npt.NDArray[np.int64], PolygonMasks | BitMasks, torch.Tensor]:
+    """Return the rows without a mask or with theirs in the view, their masks, and which of them have one."""
+    annotations = record.first_annotation + rows
+    with_mask = store.masked_A[annotations]
+    seen = ~with_mask
+    parts: list[Any]
+    as_bitmaps = bool(store.column("rle_length")[annotations].any())
+    if as_bitmaps:
+        parts = [_bitmap(store, record, annotation, view) for annotation in annotations.tolist()]
+        seen |= np.array([bitmap.any() for bitmap in parts], dtype=np.bool_)
+    else:
+        parts = [view.polygons(_polygons(store, annotation)) for annotation in annotations.tolist()]
+        seen |= np.array(
+            [any(_touches(polygon, view.size) for polygon in polygons) for polygons in parts],
+            dtype=np.bool_,
+        )
+    kept = [part for part, is_seen in zip(parts, seen, strict=True) if is_seen]
+    masks: PolygonMasks | BitMasks
+    if as_bitmaps:
+        stacked = np.stack(kept) if kept else np.zeros((0, *view.size), dtype=np.bool_)
+        masks = BitMasks(torch.from_numpy(stacked))
+    else:
+        masks = PolygonMasks(kept)
+    return rows[seen], masks, torch.from_numpy(with_mask[seen])
 
 
 def _bitmap(store: AnnotationStore, record: ImageRecord, annotation: int, view: View) -> BoolArray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from proxydet.data.classes import class_rows, load_vocabulary, open_split
+from proxydet.data.classes import load_vocabulary, open_split
 from proxydet.data.config import DataConfig
 from proxydet.data.description import DatasetDescription
 from proxydet.data.image_labels import open_label_images
@@ -25,9 +25,7 @@ def open_training_sources(
     """
     vocabulary = load_vocabulary(description, cache=config.cache, progress=progress)
     store = open_split(description, "train", cache=config.cache, progress=progress)
-    targets = Targets(
-        rows_K=class_rows(store, vocabulary), base_C=vocabulary.base, masks=config.masks
-    )
+    targets = Targets.of(store, vocabulary, config.masks)
     roots = description.split("train").roots
     require_distinct_files(store, roots)
     boxes = BoxSource(store, roots, targets, config)

@@ -21,7 +21,6 @@ from proxydet.data.images import find_image, open_annotated_image
 from proxydet.data.instances import Targets, make_instances
 from proxydet.data.store import AnnotationStore
 from proxydet.data.transforms import View, training_view
-from proxydet.errors import DataError
 
 if TYPE_CHECKING:
     from detectron2.structures import Instances
@@ -56,22 +55,14 @@ class BoxSource:
         roots: Folders of the images.
         targets: Which annotations are trained on.
         config: Augmentation.
-
-    Raises:
-        DataError: masks are wanted and no annotation has one.
     """
 
     def __init__(
         self, store: AnnotationStore, roots: tuple[Path, ...], targets: Targets, config: DataConfig
     ) -> None:
-        if targets.masks and store.report.annotations_kept and not store.has_masks:
-            raise DataError(
-                f"{store.source_name} has boxes but no masks",
-                hint="to train on boxes only, set data.masks=false",
-            )
         self.store = store
         self._roots = roots
-        self._targets = targets
+        self.targets = targets
         self._config = config
         self.usable = targets.usable(store)
         used_images = np.unique(store.column("image")[self.usable])
@@ -105,7 +96,7 @@ class BoxSource:
         usable = self.usable[first : first + len(record)]
         return BoxSample(
             image=to_tensor(view.apply(picture)),
-            instances=make_instances(self.store, record, usable, view, self._targets),
+            instances=make_instances(self.store, record, usable, view, self.targets),
             image_id=record.image_id,
         )
 

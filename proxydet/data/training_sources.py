@@ -72,7 +72,7 @@ class TrainingSources:
             store = self.boxes.store
             raise DataError(
                 f"{store.source_name} has no object to train on among its {store.report.annotations_kept} annotations: "
-                "crowds, novel classes and, where masks are trained, objects without one are left out",
+                "crowds and novel classes are left out",
                 hint="look at it with: proxydet data stats",
             )
         weights = image_weights([d[0] for d in described], [d[3].ratio for d in described])

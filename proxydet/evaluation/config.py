@@ -20,7 +20,8 @@ class EvaluationConfig:
     """What computes precision and recall: hotcoco (fast), or lvis: the official evaluators (lvis, pycocotools)."""
 
     iou_types: tuple[str, ...] = ()
-    """What is scored: bbox, segm, or both; empty: boxes, and masks where every detection has one."""
+    """What is scored: bbox, segm, or both; empty: boxes, and masks where the ground truth, the detector and its results
+    all have them."""
 
     max_detections: int = 300
     """The most detections of an image that LVIS's protocol counts, over all categories. COCO's has its own limits."""

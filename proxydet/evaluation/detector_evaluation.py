@@ -25,8 +25,8 @@ from proxydet.evaluation.prediction import (
 from proxydet.evaluation.prediction_files import PredictionFolder
 from proxydet.evaluation.records import write_records
 from proxydet.evaluation.report import Report
+from proxydet.evaluation.scoring import scores_masks
 from proxydet.evaluation.split import DescribedSplit
-from proxydet.modeling.config import InferenceConfig
 from proxydet.reporting import SILENT, Progress
 from proxydet.vocabulary.vocabulary import Vocabulary
 
@@ -91,18 +91,34 @@ def evaluate_split(
     """
     config = config or EvaluationConfig()
     check_protocol(config, split.truth)
+    share = current_share()
+    if "segm" in config.iou_types and not detector.inference.masks:
+        raise ConfigError(
+            "Masks are to be scored, and the detector predicts none.",
+            hint="score boxes only: --iou-type bbox",
+        )
+    masks = scores_masks(config, split.truth, predicted=detector.inference.masks)
+    if not masks:
+        config = dataclasses.replace(config, iou_types=("bbox",))
+    settings = dataclasses.replace(detector.inference, masks=masks)
+    if config.fixed:
+        settings = dataclasses.replace(settings, max_detections=config.fixed_per_image)
     task = EvaluationTask.of(
         split.images,
         fusion_vocabulary(split.vocabulary, detector.vocabulary),
-        _settings(detector, config),
+        settings,
         config.batch_size,
     )
-    share = current_share()
     with _folder(output) as path:
         identity = _identity(detector, task)
-        folder = PredictionFolder(path, identity)
+        if share.rank == 0:
+            # Before the others look: predictions that lack the masks wanted now are removed here.
+            PredictionFolder(path, identity, masks=masks)
+        wait_for_all(share)
+        folder = PredictionFolder(path, identity, masks=masks)
+        task = dataclasses.replace(task, settings=dataclasses.replace(settings, masks=folder.masks))
         if records is not None and share.rank == 0:
-            _record(records, identity, split, config, share)
+            _record(records, {**identity, "masks": folder.masks}, split, config, share)
         predict_split(detector, task, folder, share=share, progress=progress)
         wait_for_all(share)
         if share.rank > 0:
@@ -124,21 +140,14 @@ def _folder(output: Path | None) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _settings(detector: ImageDetector, config: EvaluationConfig) -> InferenceConfig:
-    """Return the detector's settings, with masks only where they are scored, and room enough for fixed AP."""
-    settings = detector.inference
-    if config.iou_types == ("bbox",):
-        settings = dataclasses.replace(settings, masks=False)
-    if config.fixed:
-        settings = dataclasses.replace(settings, max_detections=config.fixed_per_image)
-    return settings
-
-
 def _identity(detector: ImageDetector, task: EvaluationTask) -> dict[str, Any]:
+    """Return what makes the predictions; masks are on top: those that have them serve where none are needed."""
+    settings = dataclasses.asdict(task.settings)
+    del settings["masks"]
     return {
         "weights": weights_digest(detector.network),
         "image sides": list(detector.sides),
-        "inference settings": dataclasses.asdict(task.settings),
+        "inference settings": settings,
         "vocabulary": task.vocabulary.digest,
         "annotations": task.images.store.digest(),
     }

@@ -119,8 +119,15 @@ def run_evaluation(
         return _openimages(truth, results, config)
     all_groups = category_groups(truth.frequencies, _checked_groups(groups or {}, truth))
     scored = {
-        iou_type: score(truth, results, iou_type, config, all_groups, progress)
-        for iou_type in scored_types(config, results)
+        iou_type: score(
+            truth.for_masks() if iou_type == "segm" else truth,
+            results,
+            iou_type,
+            config,
+            all_groups,
+            progress,
+        )
+        for iou_type in scored_types(config, truth, results)
     }
     report = Report(
         dataset=truth.name,

@@ -49,15 +49,20 @@ class PredictionFolder:
         path: The folder; made when it is not there.
         identity: What makes the predictions: digests of weights, vocabulary and annotations, and settings. A folder
             that holds predictions of another identity is refused, so that no two detectors' are ever mixed.
+        masks: Whether the predictions are needed with masks. Those with masks serve where none are needed; those
+            without are removed where masks are needed (while no other process predicts into the folder).
+
+    Attributes:
+        masks: Whether the predictions in the folder have masks, those to come too.
 
     Raises:
         DataError: The folder holds predictions that were made with something else.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, identity: Mapping[str, Any], *, masks: bool = False) -> None:
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
-        self._check_identity(json.loads(json.dumps(dict(identity))))
+        self.masks = self._check_identity(json.loads(json.dumps(dict(identity))), masks)
 
     @property
     def joined(self) -> Path:
@@ -69,7 +74,8 @@ class PredictionFolder:
         """Whether all images were predicted and joined."""
         return self.joined.is_file()
 
-    def _check_identity(self, identity: dict[str, Any]) -> None:
+    def _check_identity(self, identity: dict[str, Any], masks: bool) -> bool:
+        """Compare or write the identity; return whether the predictions have masks."""
         file = self.path / "identity.json"
         # Looked for before the identity, which every process writes before its first prediction.
         strays = [*self.path.glob("part-*.jsonl"), *self.path.glob("predictions.json")]
@@ -80,11 +86,21 @@ class PredictionFolder:
                     hint="choose another --output folder, or remove this one",
                     path=self.path,
                 )
-            _replace(file, json.dumps(identity, indent=2))
-            return
+            _replace(file, json.dumps({**identity, "masks": masks}, indent=2))
+            return masks
         theirs = json.loads(file.read_text(encoding="utf-8"))
+        inside = theirs.get("inference settings")
+        if isinstance(inside, dict) and "masks" in inside:  # as version 0.1 wrote it
+            theirs["masks"] = inside.pop("masks")
+        with_masks = bool(theirs.pop("masks", masks))
         if theirs == identity:
-            return
+            if masks and not with_masks:
+                if strays:
+                    logger.warning("%s: predicting again, with masks this time", self.path)
+                for stray in strays:
+                    stray.unlink()
+                _replace(file, json.dumps({**identity, "masks": True}, indent=2))
+            return masks or with_masks
         differing = sorted(
             key for key in {*theirs, *identity} if theirs.get(key) != identity.get(key)
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +23,8 @@ from proxydet.evaluation.resampling import WeightedPrecision
 from proxydet.evaluation.results import Results
 from proxydet.evaluation.selection import Selection, select
 from proxydet.reporting import SILENT, Progress
+
+logger = logging.getLogger(__name__)
 
 COCO_LIMITS = (1, 10, 100)
 _ROUNDING = 1e-9
@@ -57,15 +60,40 @@ class Scored:
         return match(self.truth, self.results, self.selection, self.iou_type)
 
 
-def scored_types(config: EvaluationConfig, results: Results) -> tuple[str, ...]:
-    """Return what is scored: what was asked for, or boxes, and masks where every detection has one.
+def scores_masks(config: EvaluationConfig, truth: GroundTruth, *, predicted: bool) -> bool:
+    """Return whether masks are scored; warn where predicted ones are not because the ground truth has none.
+
+    Args:
+        config: Asks for masks, for boxes only, or for what is there.
+        truth: The annotations.
+        predicted: Whether the detections have masks.
 
     Raises:
-        DataError: Masks are asked for, and some detection has none.
+        DataError: Masks are asked for, and the ground truth has none.
     """
+    if "segm" in config.iou_types and not truth.has_masks:
+        raise DataError(
+            f"Masks are to be scored, and {truth.name} has none.",
+            hint="score boxes only: --iou-type bbox",
+            path=truth.path,
+        )
+    if config.iou_types or truth.protocol == "openimages":
+        return "segm" in config.iou_types
+    if predicted and not truth.has_masks:
+        logger.warning("masks are not scored: %s has none", truth.name)
+    return predicted and truth.has_masks
+
+
+def scored_types(config: EvaluationConfig, truth: GroundTruth, results: Results) -> tuple[str, ...]:
+    """Return what is scored: what was asked for, or boxes, and masks where ground truth and results both have them.
+
+    Raises:
+        DataError: Masks are asked for, and the ground truth or some detection has none.
+    """
+    masks = scores_masks(config, truth, predicted=results.has_masks)
     if not config.iou_types:
-        return ("bbox", "segm") if results.has_masks else ("bbox",)
-    if "segm" in config.iou_types and not results.has_masks:
+        return ("bbox", "segm") if masks else ("bbox",)
+    if masks and not results.has_masks:
         raise DataError(
             f"{results.path or 'The detections given'}: masks are to be scored, and "
             f"{results.without_mask} of {len(results)} detections have none.",

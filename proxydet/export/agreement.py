@@ -51,8 +51,8 @@ class Agreement:
     """Pairs of the same class with an IoU above 0.99 and scores within 1e-4."""
     largest_score_difference: float
     """Among the matched."""
-    largest_mask_difference: float
-    """Among the matched, of mask probabilities."""
+    largest_mask_difference: float | None
+    """Among the matched, of mask probabilities; None for a detector of boxes."""
 
     @property
     def share(self) -> float:
@@ -63,7 +63,9 @@ class Agreement:
     @property
     def good(self) -> bool:
         """Whether at least 99 % are matched, and their masks differ nowhere by more than 0.01."""
-        return self.share >= MATCHED_AT_LEAST and self.largest_mask_difference <= MASKS_WITHIN
+        return (
+            self.share >= MATCHED_AT_LEAST and (self.largest_mask_difference or 0) <= MASKS_WITHIN
+        )
 
 
 def compare(
@@ -88,7 +90,7 @@ def compare(
     scaled = to_network(pixels_HW3, detector.sides)
     size = (pixels_HW3.shape[0], pixels_HW3.shape[1])
     settings = dataclasses.replace(
-        detector.inference, score_threshold=score_threshold, masks=True, precision="fp32"
+        detector.inference, score_threshold=score_threshold, precision="fp32"
     )
     (wanted,) = detector.network.detect(
         [scaled], vocabulary, original_sizes=[size], settings=settings
@@ -102,10 +104,15 @@ def compare(
 def _agreement(wanted: Prediction, found: Found, name: str, classes: int) -> Agreement:
     first, second = _matches(wanted, found)
     scores = np.abs(wanted.scores_N.numpy()[first] - found.scores[second])
-    masks = np.abs(
-        wanted.mask_probs_MSS.numpy()[wanted.mask_index_N.numpy()[first]]
-        - found.mask_probs[found.mask_index[second]]
-    )
+    masks: float | None = None
+    if wanted.mask_probs_MSS is not None:
+        assert found.mask_probs is not None
+        assert found.mask_index is not None
+        differences_PSS = (
+            wanted.mask_probs_MSS.numpy()[wanted.mask_index_N.numpy()[first]]
+            - found.mask_probs[found.mask_index[second]]
+        )
+        masks = float(np.abs(differences_PSS).max(initial=0.0))
     return Agreement(
         picture=name,
         classes=classes,
@@ -113,7 +120,7 @@ def _agreement(wanted: Prediction, found: Found, name: str, classes: int) -> Agr
         exported=len(found),
         matched=len(first),
         largest_score_difference=float(scores.max(initial=0.0)),
-        largest_mask_difference=float(masks.max(initial=0.0)),
+        largest_mask_difference=masks,
     )
 
 

@@ -206,6 +206,7 @@ def _metadata(detector: Detector, vocabulary: Vocabulary | None = None) -> Expor
         weights_sha256=weights_digest(detector.network),
         vocabulary_sha256=None if vocabulary is None else vocabulary.digest,
         embedding_dimension=config.classifier.embedding_dim,
+        masks=settings.masks,
         mixup_branch=config.mixup_branch,
         alpha=settings.alpha,
         beta=settings.beta,

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from proxydet.errors import InputError
+
 _MASK_THRESHOLD = 0.5
 
 Floats = npt.NDArray[np.float32]
@@ -29,8 +31,8 @@ class Found:
         class_ids: int64 (N,), places in the vocabulary, from 0.
         labels: Class name of each detection.
         image_size: Height and width of the picture in pixels.
-        mask_probs: float32 (M, S, S), probabilities inside the boxes.
-        mask_index: int64 (N,), the mask of each detection.
+        mask_probs: float32 (M, S, S), probabilities inside the boxes; None where the file gives boxes only.
+        mask_index: int64 (N,), the mask of each detection; None likewise.
     """
 
     boxes_xyxy: Floats
@@ -38,25 +40,46 @@ class Found:
     class_ids: Integers
     labels: tuple[str, ...]
     image_size: tuple[int, int]
-    mask_probs: Floats
-    mask_index: Integers
+    mask_probs: Floats | None
+    mask_index: Integers | None
 
     def __len__(self) -> int:
         return len(self.scores)
 
+    @property
+    def has_masks(self) -> bool:
+        """Whether the exported detector predicts masks."""
+        return self.mask_probs is not None
+
     def mask(self, index: int) -> Bools:
-        """Return a detection's mask in the picture: bool (H, W)."""
-        return paste(
-            self.mask_probs[self.mask_index[index]], self.boxes_xyxy[index], self.image_size
-        )
+        """Return a detection's mask in the picture: bool (H, W).
+
+        Raises:
+            InputError: The exported detector finds boxes only.
+        """
+        probs, places = self._require_masks()
+        return paste(probs[places[index]], self.boxes_xyxy[index], self.image_size)
 
     @property
     def masks(self) -> Bools:
-        """All masks in the picture: bool (N, H, W), N * H * W bytes."""
+        """All masks in the picture: bool (N, H, W), N * H * W bytes.
+
+        Raises:
+            InputError: The exported detector finds boxes only.
+        """
+        self._require_masks()
         pasted = np.zeros((len(self), *self.image_size), dtype=np.bool_)
         for index in range(len(self)):
             pasted[index] = self.mask(index)
         return pasted
+
+    def _require_masks(self) -> tuple[Floats, Integers]:
+        if self.mask_probs is None or self.mask_index is None:
+            raise InputError(
+                "the exported detector finds boxes only, without masks",
+                hint="export a detector that has a mask head",
+            )
+        return self.mask_probs, self.mask_index
 
 
 def to_picture(
@@ -85,8 +108,8 @@ def to_picture(
         class_ids=classes_N,
         labels=tuple(names[index] for index in classes_N.tolist()),
         image_size=(int(picture_size[0]), int(picture_size[1])),
-        mask_probs=outputs["masks"],
-        mask_index=outputs["mask_index"][solid],
+        mask_probs=outputs.get("masks"),
+        mask_index=outputs["mask_index"][solid] if "masks" in outputs else None,
     )
 
 

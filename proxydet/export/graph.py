@@ -32,7 +32,7 @@ class DetectorGraph(nn.Module):
 
     Args:
         network: The detector's network.
-        settings: Fusion weights, overlaps and limits; its score threshold is an input instead.
+        settings: Fusion weights, overlaps, limits, and whether there are masks; its score threshold is an input instead.
         suppression: How overlapping boxes are dropped.
     """
 
@@ -44,7 +44,12 @@ class DetectorGraph(nn.Module):
         own.cpu().float().eval().requires_grad_(False)
         make_convolutions_plain(own)
         own.roi_heads.box_pooler = ExportPooler(own.roi_heads.box_pooler)
-        own.roi_heads.mask_pooler = ExportPooler(own.roi_heads.mask_pooler)
+        mask_pooler = own.roi_heads.mask_pooler
+        self.masks = settings.masks and mask_pooler is not None
+        if settings.masks and mask_pooler is not None:
+            own.roi_heads.mask_pooler = ExportPooler(mask_pooler)
+        else:
+            own.roi_heads.mask_pooler = own.roi_heads.mask_head = None
         self.network = own
         self.settings = settings
         self.suppression = suppression
@@ -64,8 +69,8 @@ class DetectorGraph(nn.Module):
             - ``boxes``: float32 (L, 4) xyxy, pixels of ``image``, best first.
             - ``scores``: float32 (L,), descending.
             - ``classes``: int64 (L,), rows of ``text``.
-            - ``masks``: float32 (M, S, S), probabilities inside the boxes.
-            - ``mask_index``: int64 (L,), the mask of each detection; those of one box share a mask.
+            - ``masks``: float32 (M, S, S), probabilities inside the boxes; absent where there are no masks.
+            - ``mask_index``: int64 (L,), the mask of each detection, those of one box share a mask; absent likewise.
             - ``finite``: bool (), False where the network gave values that are not finite: then nothing else counts.
         """
         network = self.network
@@ -80,15 +85,15 @@ class DetectorGraph(nn.Module):
         classes = ClassText(text_DC=functional.normalize(text, dim=1).T, base_C=base)
         scores_RC = class_scores(known, classes, network.classifiers(), self.settings)
         scores_L, classes_L, regions_L = self._select(scores_RC, known, score_threshold)
-        masks, mask_index_L = self._masks(scene, known.boxes_BR4[0], regions_L)
-        return {
+        outputs = {
             "boxes": known.boxes_BR4[0][regions_L],
             "scores": scores_L,
             "classes": classes_L,
-            "masks": masks,
-            "mask_index": mask_index_L,
-            "finite": _finite(centernet, known),
         }
+        if self.masks:
+            masks, mask_index_L = self._masks(scene, known.boxes_BR4[0], regions_L)
+            outputs |= {"masks": masks, "mask_index": mask_index_L}
+        return {**outputs, "finite": _finite(centernet, known)}
 
     def _pixels(self, image: Tensor) -> Tensor:
         network = self.network

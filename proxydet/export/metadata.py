@@ -25,6 +25,8 @@ class ExportMetadata:
     """Digest of the vocabulary that was saved beside the file; None where none was."""
     embedding_dimension: int
     """Dimensions that text embeddings must have."""
+    masks: bool
+    """Whether it predicts masks; a detector without a mask head finds boxes only."""
     mixup_branch: bool
     """Whether the scores of two branches are fused."""
     alpha: float
@@ -61,7 +63,7 @@ class ExportMetadata:
         if text is None:
             raise InputError(f"{path} was not made by proxydet", hint=hint, path=path)
         try:
-            content = json.loads(text)
+            content = {"masks": True, **json.loads(text)}  # version 0.1 always exported masks
             return cls(**{field.name: content[field.name] for field in fields(cls)})
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(

@@ -15,7 +15,7 @@ from proxydet.errors import ConfigError, MissingDependencyError
 from proxydet.export.metadata import ExportMetadata
 from proxydet.export.onnx_operators import translations
 from proxydet.export.program import quiet
-from proxydet.export.runtime import OUTPUTS
+from proxydet.export.runtime import BOX_OUTPUTS, OUTPUTS
 
 # The oldest has RoIAlign with half pixels and everything else that the translation writes; onnxruntime (1.32) has no
 # RoIAlign of sets 22 and later.
@@ -51,7 +51,7 @@ def save_onnx(
     metadata: ExportMetadata,
     opset: int,
     *,
-    output_names: Sequence[str] = OUTPUTS,
+    output_names: Sequence[str] | None = None,
 ) -> None:
     """Translate a program to ONNX and write it, weights included, into one file."""
     with warnings.catch_warnings(), _less_talk():
@@ -60,7 +60,7 @@ def save_onnx(
             program,
             dynamo=True,
             opset_version=opset,
-            output_names=list(output_names),
+            output_names=list(output_names or (OUTPUTS if metadata.masks else BOX_OUTPUTS)),
             custom_translation_table=translations(),
             external_data=False,
             optimize=True,

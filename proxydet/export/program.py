@@ -23,7 +23,8 @@ def save_program(
     program: torch.export.ExportedProgram, path: Path, metadata: ExportMetadata
 ) -> None:
     """Write a ``.pt2`` with its metadata."""
-    with path.open("wb") as file:
+    with path.open("wb") as file, warnings.catch_warnings():
+        quiet()
         torch.export.save(program, file, extra_files={METADATA_FILE: metadata.to_text()})
 
 

@@ -39,6 +39,8 @@ _NONE_BESIDE = "there is no vocabulary beside the model"
 
 OUTPUTS = ("boxes", "scores", "classes", "masks", "mask_index", "finite")
 """Names of its outputs."""
+BOX_OUTPUTS = ("boxes", "scores", "classes", "finite")
+"""Names of the outputs of a detector that finds boxes only."""
 
 
 class OnnxDetector:
@@ -165,7 +167,8 @@ class OnnxDetector:
             np.float32(score_threshold),
         )
         inputs = dict(zip(INPUTS, (np.asarray(value) for value in values), strict=True))
-        outputs = dict(zip(OUTPUTS, self._session.run(list(OUTPUTS), inputs), strict=True))
+        names = OUTPUTS if self.metadata.masks else BOX_OUTPUTS
+        outputs = dict(zip(names, self._session.run(list(names), inputs), strict=True))
         check_finite(outputs)
         return outputs
 

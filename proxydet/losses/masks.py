@@ -1,6 +1,6 @@
 """The mask loss (Mask R-CNN, arXiv 1703.06870).
 
-Dimensions: P regions that stand for an object, S side of a mask.
+Dimensions: P regions that stand for an object with a mask, S side of a mask.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _draw(rows_P6: Tensor, truth: GroundTruth, logits_PSS: Tensor) -> Tensor:
 
 
 def mask_loss(output: MaskOutput, truth: GroundTruth) -> Tensor:
-    """Return the mean binary cross-entropy over all cells; a zero connected to the head where there is no object."""
+    """Return the mean binary cross-entropy over all cells; a zero connected to the head where there is no region."""
     if len(output.logits_PSS) == 0:
         return output.logits_PSS.sum() * 0
     return functional.binary_cross_entropy_with_logits(

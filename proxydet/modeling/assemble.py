@@ -7,7 +7,7 @@ Dimensions: B images, N detections and M distinct boxes of the whole batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ def assemble_predictions(
         found: Detections of each image.
         scene: What the mask head looks at.
         original_sizes: Height and width of each original image.
-        mask_probabilities: Masks of boxes, in [0, 1], given the image of each; None makes no masks.
+        mask_probabilities: Masks of boxes, in [0, 1], given the image of each; None makes boxes without masks.
     """
     device = scene.sizes_B2.device
     sizes_B2 = torch.tensor(original_sizes, dtype=torch.float32).to(device, non_blocking=True)
@@ -43,10 +43,9 @@ def assemble_predictions(
     solid = geometry.nonempty(scaled_N4).nonzero()[:, 0]
     kept, image_N = _choose(everything, solid), image_N[solid]
     counts = _counts(image_N, len(found))
-    if mask_probabilities is None:
-        masks = [sizes_B2.new_zeros(0, 1, 1)] * len(found)
-        mask_index_N = torch.full_like(kept.classes_L, -1)
-    else:
+    masks: Sequence[Tensor | None] = [None] * len(found)
+    mask_index_N = torch.full_like(kept.classes_L, -1)
+    if mask_probabilities is not None:
         masks, mask_index_N = _distinct_masks(kept, image_N, len(found), scene, mask_probabilities)
     return [
         Prediction(

@@ -255,8 +255,8 @@ class ModelConfig:
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
     """The zero-shot classifier of every box head."""
 
-    masks: MaskConfig = field(default_factory=MaskConfig)
-    """The mask head."""
+    masks: MaskConfig | None = field(default_factory=MaskConfig)
+    """The mask head; null builds none: a detector of boxes, without masks."""
 
     mixup_branch: bool = True
     """Whether the second cascade, trained by class-wise mixup, exists; BoxSup models have none."""

@@ -37,7 +37,7 @@ class InferenceConfig:
     """Weight of the mixup branch for novel classes, in [0, 1] (published without image labels: 0.55)."""
 
     masks: bool = True
-    """Whether masks are predicted for the detections."""
+    """Whether masks are predicted for the detections, by a detector that has a mask head."""
 
     class_chunk: int = 2048
     """Classes that are scored at once: bounds the memory for large vocabularies."""

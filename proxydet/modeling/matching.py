@@ -33,7 +33,8 @@ class GroundTruth:
         classes_BG: int64 in [0, C); zero where padded.
         valid_BG: bool, False where padded.
         counts: Objects of each image, known without asking the device.
-        masks: Each image's masks, None where there are none.
+        masks: Each image's masks, one an object; None where an image comes without.
+        masked_BG: bool, whether the object has a mask: of one without, the entry in ``masks`` is empty.
     """
 
     boxes_BG4: Tensor
@@ -41,10 +42,13 @@ class GroundTruth:
     valid_BG: Tensor
     counts: tuple[int, ...]
     masks: tuple[PolygonMasks | BitMasks | None, ...]
+    masked_BG: Tensor
 
     @classmethod
     def from_instances(cls, instances: tuple[Instances, ...], device: torch.device) -> GroundTruth:
         """Collect ``gt_boxes``, ``gt_classes`` and (where there) ``gt_masks`` of every image, on one device.
+
+        Every object of an image with ``gt_masks`` has a mask, unless ``gt_masked`` (bool) says otherwise.
 
         Boxes and classes are put together where they are and moved in one piece, so that moving them does not wait for
         the device once an image.
@@ -62,6 +66,9 @@ class GroundTruth:
             masks=tuple(
                 image.gt_masks.to(device, non_blocking=True) if image.has("gt_masks") else None
                 for image in instances
+            ),
+            masked_BG=pad_sequence([_masked(image) for image in instances], True).to(
+                device, non_blocking=True
             ),
         )
 
@@ -113,6 +120,20 @@ class Assignment:
             return truth.boxes_BG4.new_zeros(*self.labels_BR.shape, 4)
         index_BR4 = self.objects_BR[:, :, None].expand(-1, -1, 4)
         return truth.boxes_BG4.gather(1, index_BR4)
+
+    def masked_from(self, truth: GroundTruth) -> Tensor:
+        """Return whether each region's object has a mask: bool (B, R), False where the image has no object."""
+        if truth.masked_BG.shape[1] == 0:
+            return torch.zeros_like(self.labels_BR, dtype=torch.bool)
+        return truth.masked_BG.gather(1, self.objects_BR)
+
+
+def _masked(image: Instances) -> Tensor:
+    """Return which objects of an image have a mask: bool (G,)."""
+    if image.has("gt_masked"):
+        masked_G: Tensor = image.gt_masked
+        return masked_G
+    return torch.full((len(image),), image.has("gt_masks"), dtype=torch.bool)
 
 
 def match(regions: Regions, truth: GroundTruth, threshold: float, classes: int) -> Assignment:

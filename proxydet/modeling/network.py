@@ -5,6 +5,7 @@ Dimensions: B images, C classes, D embedding.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -82,6 +83,11 @@ class ProxyDetNetwork(nn.Module):
         """Type that the backbone and the pyramid compute in, under autocast; the rest is float32."""
 
     @property
+    def has_mask_head(self) -> bool:
+        """Whether it can predict masks; a detector of boxes cannot."""
+        return self.config.masks is not None
+
+    @property
     def device(self) -> torch.device:
         """Where the network is."""
         return self.pixel_mean.device
@@ -127,8 +133,10 @@ class ProxyDetNetwork(nn.Module):
             self.roi_heads, scene, regions, assignment, truth, classes=classes
         )
         masks = None
-        if all(image_masks is not None for image_masks in truth.masks):
-            masks = roi_training.mask_step(self.roi_heads, scene, regions, assignment, classes)
+        if self.has_mask_head and any(image_masks is not None for image_masks in truth.masks):
+            masks = roi_training.mask_step(
+                self.roi_heads, scene, regions, assignment, truth, classes
+            )
         return BoxTrainingOutput(
             centernet=centernet,
             truth=truth,
@@ -255,7 +263,7 @@ class ProxyDetNetwork(nn.Module):
             classifiers=self.classifiers(),
             classes=self._class_text(vocabulary),
             proposals=self.config.proposals,
-            settings=settings,
+            settings=dataclasses.replace(settings, masks=self._with_masks(settings)),
         )
         return detect_in_views(looks, stage, original_size)
 
@@ -269,7 +277,7 @@ class ProxyDetNetwork(nn.Module):
         scene, proposals = self._look(images, settings)
         regions = self.roi_heads.embed(scene, _as_regions(proposals))
         found = detect_classes([regions], classes, self.classifiers(), settings)
-        masks = self.roi_heads.mask_probabilities if settings.masks else None
+        masks = self.roi_heads.mask_probabilities if self._with_masks(settings) else None
         return assemble_predictions(found, scene, original_sizes, masks)
 
     def _look(self, images: list[Tensor], settings: InferenceConfig) -> tuple[Scene, Proposals]:
@@ -281,6 +289,9 @@ class ProxyDetNetwork(nn.Module):
         centernet = self.proposal_generator(list(features.values()))
         proposals = self.proposal_generator.propose(centernet, check=True)
         return self._scene(features, stacked), proposals
+
+    def _with_masks(self, settings: InferenceConfig) -> bool:
+        return settings.masks and self.has_mask_head
 
     def _check_ready(self, images: Sequence[Tensor], settings: InferenceConfig) -> None:
         if self.training:

@@ -80,7 +80,7 @@ class MixupOutput:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskOutput:
-    """Masks predicted for the regions of the first step that stand for an object.
+    """Masks predicted for the regions of the first step that stand for an object which has a mask.
 
     Attributes:
         logits_PSS: Mask logits.
@@ -104,7 +104,7 @@ class BoxTrainingOutput:
         truth: The objects.
         steps: The detection branch, a step each.
         mixup: The mixup branch; None where the model has none.
-        masks: The mask head; None where an image's objects have no masks.
+        masks: The mask head; None where the model has none, or no image comes with masks.
         table: The classes.
     """
 

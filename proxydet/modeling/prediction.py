@@ -32,15 +32,15 @@ class Prediction:
         boxes_N4: float32 xyxy, pixels of the original image.
         scores_N: float32 in [0, 1], descending.
         classes_N: int64, rows of the vocabulary.
-        mask_probs_MSS: float32 in [0, 1], masks inside their boxes; (0, S, S) where masks were not asked for.
-        mask_index_N: int64, the mask of each detection; -1 where masks were not asked for.
+        mask_probs_MSS: float32 in [0, 1], masks inside their boxes; None where no masks were predicted.
+        mask_index_N: int64, the mask of each detection; -1 where no masks were predicted.
         image_size: Height and width of the original image.
     """
 
     boxes_N4: Tensor
     scores_N: Tensor
     classes_N: Tensor
-    mask_probs_MSS: Tensor
+    mask_probs_MSS: Tensor | None
     mask_index_N: Tensor
     image_size: tuple[int, int]
 
@@ -53,7 +53,7 @@ class Prediction:
             boxes_N4=self.boxes_N4.to(device),
             scores_N=self.scores_N.to(device),
             classes_N=self.classes_N.to(device),
-            mask_probs_MSS=self.mask_probs_MSS.to(device),
+            mask_probs_MSS=None if self.mask_probs_MSS is None else self.mask_probs_MSS.to(device),
             mask_index_N=self.mask_index_N.to(device),
             image_size=self.image_size,
         )
@@ -67,37 +67,48 @@ class Prediction:
         Returns:
             A prediction with only the masks that are still in use.
         """
-        used, mask_index_N = self.mask_index_N[index].unique(return_inverse=True)
-        if not self.has_masks:
-            used, mask_index_N = used[:0], self.mask_index_N[index]
+        mask_probs_MSS, mask_index_N = self.mask_probs_MSS, self.mask_index_N[index]
+        if mask_probs_MSS is not None:
+            used, mask_index_N = mask_index_N.unique(return_inverse=True)
+            mask_probs_MSS = mask_probs_MSS[used]
         return Prediction(
             boxes_N4=self.boxes_N4[index],
             scores_N=self.scores_N[index],
             classes_N=self.classes_N[index],
-            mask_probs_MSS=self.mask_probs_MSS[used],
+            mask_probs_MSS=mask_probs_MSS,
             mask_index_N=mask_index_N,
             image_size=self.image_size,
         )
 
     @property
     def has_masks(self) -> bool:
-        """Whether masks were asked for (true also where nothing was found)."""
-        return len(self) == 0 or len(self.mask_probs_MSS) > 0
+        """Whether masks were predicted (true also where nothing was found)."""
+        return self.mask_probs_MSS is not None
 
     def distinct_masks(self) -> Tensor:
-        """Return each distinct mask pasted into the image, as detectron2 does: bool (M, H, W)."""
-        if len(self.mask_probs_MSS) == 0:
+        """Return each distinct mask pasted into the image, as detectron2 does: bool (M, H, W).
+
+        Raises:
+            ValueError: The prediction was made without masks.
+        """
+        probs_MSS = self._require_masks()
+        if len(probs_MSS) == 0:
             return torch.zeros(0, *self.image_size, dtype=torch.bool, device=self.boxes_N4.device)
         pasted: Tensor = paste_masks_in_image(
-            self.mask_probs_MSS, self._mask_boxes(), self.image_size, threshold=_MASK_THRESHOLD
+            probs_MSS, self._mask_boxes(probs_MSS), self.image_size, threshold=_MASK_THRESHOLD
         )
         return pasted
 
     def windows(self) -> Iterator[MaskWindow]:
-        """Yield each distinct mask (M of them) where it lies in the image: the pixels of `distinct_masks`."""
+        """Yield each distinct mask (M of them) where it lies in the image: the pixels of `distinct_masks`.
+
+        Raises:
+            ValueError: The prediction was made without masks.
+        """
+        probs_MSS = self._require_masks()
         height, width = self.image_size
-        boxes_M4 = self._mask_boxes().cpu()
-        for probs_SS, box_4 in zip(self.mask_probs_MSS.cpu(), boxes_M4, strict=True):
+        boxes_M4 = self._mask_boxes(probs_MSS).cpu()
+        for probs_SS, box_4 in zip(probs_MSS.cpu(), boxes_M4, strict=True):
             left, top = (box_4[:2].floor() - 1).clamp(min=0).int().tolist()
             right, bottom = (box_4[2:].ceil() + 1).int().tolist()
             rows, columns = (top, min(bottom, height)), (left, min(right, width))
@@ -108,9 +119,17 @@ class Prediction:
                 size=self.image_size,
             )
 
-    def _mask_boxes(self) -> Tensor:
+    def _require_masks(self) -> Tensor:
+        if self.mask_probs_MSS is None:
+            raise ValueError(
+                "this prediction has no masks: they are made by a detector with a mask head, under "
+                "InferenceConfig(masks=True)"
+            )
+        return self.mask_probs_MSS
+
+    def _mask_boxes(self, probs_MSS: Tensor) -> Tensor:
         """Return the box of each distinct mask: (M, 4)."""
-        boxes_M4 = self.boxes_N4.new_empty(len(self.mask_probs_MSS), 4)
+        boxes_M4 = self.boxes_N4.new_empty(len(probs_MSS), 4)
         if len(boxes_M4):
             boxes_M4[self.mask_index_N] = self.boxes_N4  # detections of one mask have the same box
         return boxes_M4
@@ -122,9 +141,6 @@ def masks(prediction: Prediction) -> Tensor:
     Raises:
         ValueError: The prediction was made without masks.
     """
-    _require_masks(prediction)
-    if len(prediction) == 0:
-        return prediction.distinct_masks()
     return prediction.distinct_masks()[prediction.mask_index_N]
 
 
@@ -136,22 +152,27 @@ def rles(prediction: Prediction) -> list[dict[str, Any]]:
     Raises:
         ValueError: The prediction was made without masks.
     """
-    _require_masks(prediction)
     encoded = [_encode(window) for window in prediction.windows()]
     return [encoded[index] for index in prediction.mask_index_N.tolist()]
 
 
 def to_host(predictions: Sequence[Prediction]) -> list[Prediction]:
-    """Return predictions on the CPU, moved in as many pieces for many as for one; they must be on one device."""
+    """Return predictions on the CPU, moved in as many pieces for many as for one.
+
+    They must be on one device, and all with masks or all without.
+    """
     if not predictions:
         return []
     found = [len(prediction) for prediction in predictions]
-    masks_of_each = [len(prediction.mask_probs_MSS) for prediction in predictions]
+    masks = [p.mask_probs_MSS for p in predictions if p.mask_probs_MSS is not None]
+    moved: Sequence[Tensor | None] = [None] * len(predictions)
+    if masks:
+        moved = torch.cat(masks).cpu().split([len(of_image) for of_image in masks])
     columns = zip(
         torch.cat([prediction.boxes_N4 for prediction in predictions]).cpu().split(found),
         torch.cat([prediction.scores_N for prediction in predictions]).cpu().split(found),
         torch.cat([prediction.classes_N for prediction in predictions]).cpu().split(found),
-        torch.cat([p.mask_probs_MSS for p in predictions]).cpu().split(masks_of_each),
+        moved,
         torch.cat([prediction.mask_index_N for prediction in predictions]).cpu().split(found),
         strict=True,
     )
@@ -192,10 +213,3 @@ def _encode(window: MaskWindow) -> dict[str, Any]:
     counts = {"size": list(window.size), "counts": window.runs().tolist()}
     rle: dict[str, Any] = coco_mask.frPyObjects(counts, *window.size)
     return {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
-
-
-def _require_masks(prediction: Prediction) -> None:
-    if not prediction.has_masks:
-        raise ValueError(
-            "this prediction has no masks: ask for them with InferenceConfig(masks=True)"
-        )

@@ -1,4 +1,4 @@
-"""The second stage: two cascades over the proposals, and the mask head.
+"""The second stage: two cascades over the proposals, and the mask head of a detector that has one.
 
 The mixup branch starts from the regions that the detection branch's last step saw, so both share the features pooled for
 that step. (The published code does so in training and in inference, and the recorded numbers hold only that way.) It is
@@ -75,6 +75,7 @@ class RoiHeads(nn.Module):
     Attributes:
         detection: The detection branch.
         mixup: The mixup branch; None where the model has none.
+        mask_head: Predicts masks; None for a detector of boxes.
     """
 
     def __init__(self, config: ModelConfig, text_DC1: Tensor, frequency_C: Tensor) -> None:
@@ -85,13 +86,16 @@ class RoiHeads(nn.Module):
         self.box_head, self.box_predictor = build_heads(
             config.cascade, config.classifier, channels, text_DC1, frequency_C
         )
-        side = config.masks.pool_size
-        self.mask_pooler = RegionPooler(config.cascade, side)
-        self.mask_head = MaskRCNNConvUpsampleHead(
-            ShapeSpec(channels=channels, height=side, width=side),
-            num_classes=1,
-            conv_dims=[config.masks.channels] * (config.masks.convs + 1),
-        )
+        self.mask_pooler: RegionPooler | None = None
+        self.mask_head: MaskRCNNConvUpsampleHead | None = None
+        if config.masks is not None:
+            side = config.masks.pool_size
+            self.mask_pooler = RegionPooler(config.cascade, side)
+            self.mask_head = MaskRCNNConvUpsampleHead(
+                ShapeSpec(channels=channels, height=side, width=side),
+                num_classes=1,
+                conv_dims=[config.masks.channels] * (config.masks.convs + 1),
+            )
         self._has_mixup = config.mixup_branch
         if config.mixup_branch:
             self._copy_branch(config.classifier.mixup_temperature)
@@ -201,6 +205,8 @@ class RoiHeads(nn.Module):
 
     def mask_logits(self, scene: Scene, boxes_M4: Tensor, image_M: Tensor) -> Tensor:
         """Return mask logits (M, side, side) inside the given boxes."""
+        assert self.mask_head is not None
+        assert self.mask_pooler is not None
         at_once = max(len(boxes_M4), 1) if self.training else _MASKS_AT_ONCE
         parts = self.mask_pooler.parts(scene.features, boxes_M4, image_M, at_once)
         return torch.cat([self.mask_head.layers(pooled)[:, 0] for pooled in parts])

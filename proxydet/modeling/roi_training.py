@@ -110,11 +110,16 @@ def _mixup_step(
 
 
 def mask_step(
-    heads: RoiHeads, scene: Scene, regions: Regions, assignment: Assignment, classes: int
+    heads: RoiHeads,
+    scene: Scene,
+    regions: Regions,
+    assignment: Assignment,
+    truth: GroundTruth,
+    classes: int,
 ) -> MaskOutput:
-    """Predict masks for the regions that stand for an object."""
-    labels_BR = assignment.labels_BR
-    chosen = _stand_for_objects(labels_BR, classes)
+    """Predict masks for the regions that stand for an object which has a mask."""
+    masked_BR = assignment.masked_from(truth)
+    chosen = _stand_for_objects(torch.where(masked_BR, assignment.labels_BR, classes), classes)
     boxes_P4 = regions.boxes_BR4.flatten(0, 1)[chosen]
     image_P = regions.image_N[chosen]
     return MaskOutput(

@@ -22,6 +22,8 @@ from proxydet.modeling.weights_reading import read_state_dict
 
 MIXUP_BRANCH = ("roi_heads.box_head_cmm.", "roi_heads.box_predictor_cmm.")
 """For ``expect``: the mixup branch, which a BoxSup checkpoint does not hold."""
+MASK_HEAD = "roi_heads.mask_head."
+"""Start of the names of the mask head, which a detector of boxes does not have."""
 
 # In published files, and without a use here.
 _UNUSED = ("backbone.bottom_up.base.fc.*", "pixel_mean", "pixel_std")
@@ -40,7 +42,8 @@ class LoadReport:
         missing: Expected to be absent from the file, and absent: they keep their fresh values.
         unexpected: Expected to be surplus in the file, and not loaded.
         mismatched: Expected to differ in shape, and not loaded.
-        ignored: In published files and without a use here, or the file's own vocabulary where the network's is kept.
+        ignored: Not loaded: in published files and without a use here, the mask head where the network has none, or the
+            file's own vocabulary where the network's is kept.
     """
 
     loaded: int
@@ -51,8 +54,9 @@ class LoadReport:
 
     def __str__(self) -> str:
         parts = [f"{self.loaded} parameters loaded"]
-        for label in ("missing", "unexpected", "mismatched", "ignored"):
-            names: tuple[str, ...] = getattr(self, label)
+        labels = {"missing": "missing", "unexpected": "unexpected", "mismatched": "mismatched"}
+        for field, label in {**labels, "ignored": "not used"}.items():
+            names: tuple[str, ...] = getattr(self, field)
             if names:
                 parts.append(f"{len(names)} {label} ({_shorten(names)})")
         return "; ".join(parts)
@@ -82,7 +86,8 @@ def load_weights(
     given = read_state_dict(path)
     own = network.state_dict()
     given, expect = _as_detector(given, own, tuple(expect))
-    ignored = {name for name in given if _matches(name, _UNUSED) and name not in own}
+    unused = _UNUSED if network.has_mask_head else (*_UNUSED, MASK_HEAD)
+    ignored = {name for name in given if _matches(name, unused) and name not in own}
     if vocabulary == "keep":
         ignored |= {name for name in {*given, *own} if _matches(name, _VOCABULARY)}
     else:
@@ -180,6 +185,11 @@ def _advice(report: LoadReport, expect: tuple[str, ...]) -> str:
     if unexplained and all(name.startswith(MIXUP_BRANCH) for name in unexplained):
         return (
             "it has no mixup branch: use it to start a training, or set model.mixup_branch to false"
+        )
+    if unexplained and all(name.startswith(MASK_HEAD) for name in unexplained):
+        return (
+            "it has no mask head: it is a detector of boxes. Open it with its run's config.yaml, or set model.masks to null; "
+            f"to train a new mask head from it, set training.ignore_in_weights to [{MASK_HEAD}]"
         )
     return "check that model.backbone and the sizes are those that it was trained with"
 

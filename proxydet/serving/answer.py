@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from proxydet.detections import Detections
 from proxydet.detector import Detector
 from proxydet.errors import EnvironmentProblem, VocabularyError
 from proxydet.inference.predict_files import ImageResult
+from proxydet.modeling.config import InferenceConfig
 from proxydet.serving.pictures import accepted_formats, decode
 from proxydet.serving.question import Question
 from proxydet.serving.settings import ServingSettings
@@ -47,13 +47,7 @@ class Answerer:
             ProxydetError: The picture or the words cannot be used, or there is not enough memory.
         """
         vocabulary = self._vocabulary_of(question)
-        settings = dataclasses.replace(
-            self.detector.settings(
-                score_threshold=question.score_threshold, max_detections=question.top
-            ),
-            masks=question.masks,
-            one_class_per_proposal=question.one_label,
-        )
+        settings = self.settings_of(question)
         try:
             pixels_HW3 = decode(upload.data, upload.name, max_pixels)
             (prediction,) = self.detector.predict_images([pixels_HW3], vocabulary, settings)
@@ -65,6 +59,19 @@ class Answerer:
                 hint="send a smaller picture or fewer words",
             ) from error
         return json.dumps(result, ensure_ascii=False, allow_nan=False).encode()
+
+    def settings_of(self, question: Question) -> InferenceConfig:
+        """Return the settings that a request asks for.
+
+        Raises:
+            ConfigError: It asks for masks, and the detector has no mask head.
+        """
+        return self.detector.settings(
+            score_threshold=question.score_threshold,
+            max_detections=question.top,
+            masks=question.masks,
+            one_class_per_proposal=question.one_label,
+        )
 
     def _vocabulary_of(self, question: Question) -> Vocabulary:
         if question.words is None:
@@ -82,6 +89,7 @@ class Answerer:
                 "name": self.name,
                 "device": str(self.detector.network.device),
                 "training_classes": len(self.detector.vocabulary),
+                "masks": self.detector.inference.masks,
             },
             "words": {
                 "default": list(self.vocabulary.names),

@@ -92,7 +92,7 @@ class ServingApp:
         self.queue.admit()
         # Mistakes in the address are told before the picture is sent.
         asked = request.query_params.multi_items()
-        read_question(asked, self.settings)
+        self._answerer.settings_of(read_question(asked, self.settings))
         with self.budget.share() as share:
             upload = await read_upload(request, self.settings, share)
             question = read_question([*asked, *upload.fields], self.settings)

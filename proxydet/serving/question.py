@@ -23,8 +23,8 @@ class Question:
     """Only what scores above this, 0 to 1."""
     top: int = 300
     """At most this many detections, the best."""
-    masks: bool = True
-    """Masks too, or boxes only."""
+    masks: bool | None = None
+    """Masks too, or boxes only; None: masks where the detector has a mask head."""
     one_label: bool = False
     """Only the best class of each box."""
 

@@ -227,8 +227,10 @@ class MetaNetwork:
         objects = max(round(images * regions * config.cascade.positive_fraction), 1)
         if heads.mixup is not None:
             heads.mixup.features(config.cascade.steps - 1, pooled[:objects])
-        mask_side = config.masks.pool_size
-        heads.mask_head.layers(torch.empty(objects, channels, mask_side, mask_side, device="meta"))
+        if config.masks is not None and heads.mask_head is not None:
+            mask_side = config.masks.pool_size
+            pooled = torch.empty(objects, channels, mask_side, mask_side, device="meta")
+            heads.mask_head.layers(pooled)
 
 
 def _duration(hours: float) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from proxydet.config import dump_yaml, to_mapping
-from proxydet.data.classes import embedding_dimension
+from proxydet.data.classes import embedding_dimension, load_vocabulary, open_split
 from proxydet.data.description import DatasetDescription
 from proxydet.data.store import AnnotationStore
 from proxydet.errors import CheckpointError, DataError, InputError, ProxydetError
@@ -24,7 +24,14 @@ from proxydet.training.estimate import Estimate, estimate_run
 from proxydet.training.launch import LaunchPlan
 from proxydet.training.runfolder import EarlierRun, Resume, RunFolder, check_same
 from proxydet.training.step import check_precision
-from proxydet.training.train import RunSettings, S, continue_run, find_earlier, fit_to_embeddings
+from proxydet.training.train import (
+    RunSettings,
+    S,
+    continue_run,
+    find_earlier,
+    fit_to_embeddings,
+    fit_to_masks,
+)
 
 # Annotation files up to this are looked into; it takes well under a second.
 _LARGEST_READ = 64 * 1024 * 1024
@@ -66,6 +73,9 @@ class TrainingPlan:
     needs: tuple[Need, ...]
     """What it reads."""
 
+    notes: tuple[str, ...]
+    """What to know of it: that no masks are trained, or not by all objects."""
+
     estimate: Estimate
     """Memory and time."""
 
@@ -84,6 +94,7 @@ class TrainingPlan:
             "resumes_after": self.resumes_after,
             "processes": self.launch.world_size,
             "needs": [dataclasses.asdict(need) for need in self.needs],
+            "notes": list(self.notes),
             "estimate": dataclasses.asdict(self.estimate),
             "command": list(self.command),
             "configuration": to_mapping(self.config),
@@ -101,6 +112,7 @@ class TrainingPlan:
             "",
             f"run folder   {self.folder} ({start})",
             f"processes    {self.launch.world_size} on {self.launch.nodes} machine(s)",
+            *(f"masks        {note}" for note in self.notes),
             *self.estimate.lines(),
             "",
             "what it needs",
@@ -138,21 +150,29 @@ def plan_training(
     earlier, start_needs, resumes_after = _start(folder, config, resume, overwrite=overwrite)
     ranks = DistInfo(world_size=launch.world_size, device=torch.device("cpu"))
     scaled, _ = continue_run(config, earlier, ranks)
-    for run in earlier:
-        try:
-            check_same(folder, run, scaled, before_data=True)
-        except ProxydetError as error:
-            start_needs.append(_unusable("run folder", folder.root, error))
     description, needs = _description(scaled.data.description)
+    notes: list[str] = []
+    decided = False
     if description is not None:
         scaled, embeddings = _embeddings(description, scaled)
         needs += [embeddings, *_data_needs(description, scaled)]
+        readable = all(need.present for need in needs if need.what == "training annotations")
+        if embeddings.present and readable:
+            scaled, notes, problems = _masks(description, scaled)
+            needs += problems
+            decided = not problems and scaled.data.masks != "auto"
+    for run in earlier:
+        try:
+            check_same(folder, run, scaled, before_data=not decided)
+        except ProxydetError as error:
+            start_needs.append(_unusable("run folder", folder.root, error))
     return TrainingPlan(
         folder=folder.root,
         resumes_after=resumes_after,
         launch=launch,
         config=scaled,
         needs=(*start_needs, *_machine_needs(scaled.training), *needs),
+        notes=tuple(notes),
         estimate=estimate_run(
             scaled.model,
             scaled.data.boxes,
@@ -239,6 +259,23 @@ def _embeddings(description: DatasetDescription, config: S) -> tuple[S, Need]:
         return fit_to_embeddings(config, embedding_dimension(path)), need
     except ProxydetError as error:
         return config, dataclasses.replace(need, present=False, problem=_in_full(error))
+
+
+def _masks(description: DatasetDescription, config: S) -> tuple[S, list[str], list[Need]]:
+    """Decide whether masks are trained, as training does, unless that means to read a large annotation file."""
+    split, cache = description.train, config.data.cache
+    if split is None or not split.annotations.is_file():
+        return config, [], []
+    path = split.annotations
+    try:
+        large = path.stat().st_size > _LARGEST_READ
+        if large and not AnnotationStore.path_for(path, cache=cache).is_file():
+            return config, ["decided when training reads the annotations (data.masks)"], []
+        store = open_split(description, "train", cache=cache, warn=False)
+        fitted, note = fit_to_masks(config, store, load_vocabulary(description, cache=cache))
+    except ProxydetError as error:
+        return config, [], [_unusable("classes and masks", path, error)]
+    return fitted, [note] if note else [], []
 
 
 def _in_full(error: ProxydetError) -> str:

@@ -19,7 +19,9 @@ from proxydet.config import dump_yaml, to_mapping
 from proxydet.data.classes import image_counts, load_vocabulary, open_split
 from proxydet.data.config import DataConfig
 from proxydet.data.description import DatasetDescription
+from proxydet.data.instances import Targets
 from proxydet.data.loader import open_training_sources
+from proxydet.data.store import AnnotationStore
 from proxydet.data.stream import Place, TrainingLoader
 from proxydet.data.training_sources import TrainingSources
 from proxydet.errors import ConfigError
@@ -29,7 +31,7 @@ from proxydet.losses.criterion import Criterion
 from proxydet.manifest import build_manifest, write_run_records
 from proxydet.modeling.config import ModelConfig
 from proxydet.modeling.network import ProxyDetNetwork
-from proxydet.modeling.weights import MIXUP_BRANCH, load_weights
+from proxydet.modeling.weights import MASK_HEAD, MIXUP_BRANCH, load_weights
 from proxydet.reporting import SILENT, Progress
 from proxydet.training.checkpoint import read_iteration
 from proxydet.training.config import TrainingConfig, scale_training
@@ -134,8 +136,7 @@ def train(
             torch.set_num_threads(settings.threads)
         for run in earlier:
             check_same(folder, run, config, before_data=True)
-        data = _open_data(config.data, progress)
-        config = fit_to_embeddings(config, data.vocabulary.dimension)
+        config, data = _open_data(config, ranks, progress)
         for run in earlier:
             check_same(folder, run, config)
             check_same_data(folder, run, data.digests)
@@ -307,28 +308,79 @@ def fit_to_embeddings(config: S, dimension: int) -> S:
     return cast("S", dataclasses.replace(cast("Any", config), model=fitted))
 
 
-def _open_data(config: DataConfig, progress: Progress) -> _Data:
-    if config.description is None:
+def fit_to_masks(config: S, store: AnnotationStore, vocabulary: Vocabulary) -> tuple[S, str]:
+    """Decide whether masks are trained.
+
+    Args:
+        config: The configuration.
+        store: The training annotations.
+        vocabulary: The classes.
+
+    Returns:
+        The configuration with ``data.masks`` true, or with ``data.masks`` false and no mask head; and a line about objects
+        without masks, empty where there is nothing to say.
+
+    Raises:
+        ConfigError: Masks are to be trained by a model without a mask head.
+        DataError: Masks are to be trained, and no object has one.
+    """
+    asked, head = config.data.masks, config.model.masks
+    if head is None and asked is True:
+        raise ConfigError(
+            "data.masks is true, and model.masks is null: there is no mask head to train.",
+            hint="set data.masks to auto, or give the model a mask head: --set 'model.masks={}'",
+        )
+    targets = Targets.of(store, vocabulary, False if head is None else asked)
+    fitted = dataclasses.replace(
+        cast("Any", config),
+        data=dataclasses.replace(config.data, masks=targets.masks),
+        model=dataclasses.replace(config.model, masks=head if targets.masks else None),
+    )
+    usable = targets.usable(store)
+    without = int((usable & ~store.masked_A).sum())
+    note = ""
+    if not targets.masks and asked == "auto":
+        reason = (
+            "model.masks is null"
+            if head is None
+            else f"no object in {store.source_name} has a mask"
+        )
+        note = f"{reason}: training a detector of boxes, without a mask head"
+    elif targets.masks and without:
+        note = (
+            f"{without} of {int(usable.sum())} objects in {store.source_name} have no mask: "
+            "they train boxes and classes only"
+        )
+    return cast("S", fitted), note
+
+
+def _open_data(config: S, ranks: DistInfo, progress: Progress) -> tuple[S, _Data]:
+    """Open the data, and return the configuration that fits it."""
+    settings = config.data
+    if settings.description is None:
         raise ConfigError(
             "There is no data to train on: data.description is not set.",
             hint="Give a data description: --data DATA.toml. docs/reference/data-description.md says what it holds.",
         )
-    description = DatasetDescription.from_toml(config.description)
-    sources = open_training_sources(config, description, progress=progress)
-    vocabulary = load_vocabulary(description, cache=config.cache, progress=progress)
-    store = open_split(description, "train", cache=config.cache, progress=progress)
-    digests = {
-        "vocabulary": vocabulary.digest,
-        # Of the annotations, whatever the version of their store.
-        "annotations": store.path.stem.partition("-v")[0],
-        **sources.digests(),
-    }
-    return _Data(
+    description = DatasetDescription.from_toml(settings.description)
+    vocabulary = load_vocabulary(description, cache=settings.cache, progress=progress)
+    store = open_split(description, "train", cache=settings.cache, progress=progress)
+    config, note = fit_to_masks(config, store, vocabulary)
+    if note and ranks.is_main:
+        logger.warning("%s", note)
+    config = fit_to_embeddings(config, vocabulary.dimension)
+    sources = open_training_sources(config.data, description, progress=progress)
+    return config, _Data(
         description=description,
         vocabulary=vocabulary,
         sources=sources,
-        counts=image_counts(store, vocabulary, with_novel=config.count_novel_classes),
-        digests=digests,
+        counts=image_counts(store, vocabulary, with_novel=settings.count_novel_classes),
+        digests={
+            "vocabulary": vocabulary.digest,
+            # Of the annotations, whatever the version of their store.
+            "annotations": store.path.stem.partition("-v")[0],
+            **sources.digests(),
+        },
     )
 
 
@@ -341,6 +393,8 @@ def _build_network(config: RunSettings, data: _Data, *, from_weights: bool) -> P
         expect = (*settings.ignore_in_weights, *MIXUP_BRANCH)
         report = load_weights(network, settings.weights, expect=expect, vocabulary="keep")
         logger.info("Starting from %s: %s", settings.weights, report)
+        if any(name.startswith(MASK_HEAD) for name in report.ignored):
+            logger.warning("%s: the weights of its mask head are not used", settings.weights)
     return network
 
 

@@ -95,7 +95,12 @@ def _text(report: ExportReport) -> str:
         lines.append(f"{report.vocabulary}: the vocabulary")
     lines += [
         f"{result.picture}, {result.classes} classes: {result.matched} of {result.detections} detections the same, "
-        f"scores within {result.largest_score_difference:.1e}, masks within {result.largest_mask_difference:.1e}"
+        f"scores within {result.largest_score_difference:.1e}"
+        + (
+            ", boxes only"
+            if result.largest_mask_difference is None
+            else f", masks within {result.largest_mask_difference:.1e}"
+        )
         for result in report.agreement
     ]
     return "\n".join(lines)

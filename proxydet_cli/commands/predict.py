@@ -58,7 +58,14 @@ Top = Annotated[int, typer.Option("--top", min=1, help="Keep at most this many a
 OneLabel = Annotated[
     bool, typer.Option("--one-label", help="Keep only the best class of each box.")
 ]
-Masks = Annotated[bool, typer.Option("--masks/--no-masks", help="Predict masks, or boxes only.")]
+Masks = Annotated[
+    bool | None,
+    typer.Option(
+        "--masks/--no-masks",
+        help="Predict masks, or boxes only. [default: masks, by a detector that has a mask head]",
+        show_default=False,
+    ),
+]
 OutputFolder = Annotated[
     Path | None,
     typer.Option(
@@ -112,7 +119,7 @@ def predict(
     score_threshold: Threshold = 0.3,
     top: Top = 300,
     one_label: OneLabel = False,
-    masks: Masks = True,
+    masks: Masks = None,
     output: OutputFolder = None,
     overwrite: Overwrite = False,
     save: Save = None,

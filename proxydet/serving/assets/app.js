@@ -24,7 +24,8 @@ async function start() {
 }
 
 function describe({ model, version, words }) {
-  at.model.textContent = `${model.name} on ${model.device}, version ${version}`;
+  at.model.textContent = `${model.name} on ${model.device}, version ${version}${model.masks ? "" : ", boxes only"}`;
+  at["masks-toggle"].hidden = !model.masks;
   const count = words.default.length;
   const listed = words.default.join(", ");
   at.words.placeholder = listed.length > 64 ? `empty: the ${count} words that the server was started with` : listed;

@@ -11,6 +11,8 @@ from detectron2.structures import BitMasks, PolygonMasks
 from proxydet.data.instances import Targets, make_instances
 from proxydet.data.store import AnnotationStore
 from proxydet.data.transforms import View, scaled_crop
+from proxydet.errors import DataError
+from proxydet.vocabulary.vocabulary import Vocabulary
 
 Write = Callable[[Any], Path]
 CATEGORIES = [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}]
@@ -139,10 +141,36 @@ def test_run_lengths_make_the_image_bitmaps(write_json: Write) -> None:
     assert second[2:14, 8:20].all()
 
 
-@pytest.mark.parametrize("masks", [True, False])
-def test_boxes_without_mask_are_used_only_where_no_masks_are_trained(
-    write_json: Write, masks: bool
+@pytest.mark.parametrize("runs", [True, False])
+def test_an_object_without_a_mask_keeps_its_box_beside_those_with(
+    write_json: Write, runs: bool
 ) -> None:
-    store = store_of(write_json, entry([1, 1, 5, 5], segmentation=[]), entry([2, 2, 5, 5]))
-    made = make(store, goals=targets(masks=masks))
-    assert len(made) == (1 if masks else 2)
+    other = {"counts": [0, 100, 500], "size": [20, 30]} if runs else [square(2, 2, 5)]
+    store = store_of(
+        write_json,
+        entry([1, 1, 5, 5], segmentation=[]),
+        entry([0, 0, 5, 20], category=2, segmentation=other),
+        # In the view with its box, but not with its mask.
+        entry([0, 0, 30, 20], segmentation=[square(20, 10, 5)]),
+    )
+    corner = View(scaled=(20, 30), offset=(0, 0), size=(9, 9), factor_xy=(1, 1))
+    made = make(store, corner)
+    assert made.gt_classes.tolist() == [1, 0]
+    assert made.gt_masked.tolist() == [False, True]
+    assert isinstance(made.gt_masks, BitMasks if runs else PolygonMasks)
+    assert len(made.gt_masks) == 2
+    cut = made.gt_masks.crop_and_resize(made.gt_boxes.tensor, 4)
+    assert cut.flatten(1).any(dim=1).tolist() == [False, True]
+
+
+def test_whether_masks_are_trained_depends_on_the_objects_to_train_on(write_json: Write) -> None:
+    bare = entry([1, 1, 5, 5], segmentation=[])
+    of_novel = store_of(write_json, bare, entry([2, 2, 5, 5], category=2))
+    names = [category["name"] for category in CATEGORIES]
+    vocabulary = Vocabulary.from_arrays(names, np.eye(2), [True, False])
+    assert not Targets.of(of_novel, vocabulary, "auto").masks
+    everything = vocabulary.with_base(np.array([True, True]))
+    assert Targets.of(of_novel, everything, "auto").masks
+    assert not Targets.of(of_novel, everything, False).masks
+    with pytest.raises(DataError, match="no masks"):
+        Targets.of(of_novel, vocabulary, True)

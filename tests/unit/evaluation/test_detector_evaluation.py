@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 from proxydet.data.description import DatasetDescription
-from proxydet.errors import DataError
+from proxydet.errors import ConfigError, DataError
 from proxydet.evaluation import detector_evaluation
 from proxydet.evaluation.config import EvaluationConfig
 from proxydet.evaluation.detector_evaluation import fusion_vocabulary
@@ -55,7 +56,10 @@ class Guesser:
     ) -> list[Prediction]:
         self.sought, self.settings = vocabulary, settings
         self.seen += len(images)
-        return [self._guess(pixels, len(vocabulary)) for pixels in images]
+        found = [self._guess(pixels, len(vocabulary)) for pixels in images]
+        if settings.masks:
+            return found
+        return [dataclasses.replace(item, mask_probs_MSS=None) for item in found]
 
     def _guess(self, pixels: np.ndarray, classes: int) -> Prediction:
         draw = torch.Generator().manual_seed(int(pixels.sum()) % 2**31)
@@ -249,6 +253,84 @@ def test_boxes_only_asks_for_no_masks_and_fixed_ap_for_more_detections(
     assert detector.settings == dataclasses.replace(
         InferenceConfig(), masks=False, max_detections=1000
     )
+
+
+def test_boxes_need_no_second_prediction_and_masks_do_where_there_are_none(
+    dataset: Path, vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    boxes = EvaluationConfig(bootstrap=0, iou_types=("bbox",))
+    seen = []
+    for config in (boxes, boxes, None, boxes):
+        detector = Guesser(vocabulary)
+        report = evaluate(
+            detector,
+            dataset,
+            output=tmp_path / "out",
+            config=config or EvaluationConfig(bootstrap=0),
+        )
+        seen.append(detector.seen)
+        assert list(report.types) == (["bbox"] if config else ["bbox", "segm"])
+    assert seen == [9, 0, 9, 0]
+
+
+def test_a_stopped_prediction_with_masks_keeps_them_when_boxes_are_scored(
+    dataset: Path, vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    evaluate(Guesser(vocabulary), dataset, output=tmp_path / "out")
+    joined = tmp_path / "out" / "predictions.json"
+    rows = [row for row in json.loads(joined.read_text()) if row["image_id"] == 100]
+    line = json.dumps({"image_id": 100, "detections": rows}, separators=(",", ":"))
+    (tmp_path / "out" / "part-00000.jsonl").write_text(line + "\n")
+    joined.unlink()
+    detector = Guesser(vocabulary)
+    boxes = EvaluationConfig(bootstrap=0, iou_types=("bbox",))
+    evaluate(detector, dataset, output=tmp_path / "out", config=boxes)
+    assert detector.seen == 8
+    assert detector.settings is not None
+    assert detector.settings.masks
+    again = Guesser(vocabulary)
+    assert "segm" in evaluate(again, dataset, output=tmp_path / "out").types
+    assert again.seen == 0
+
+
+def test_masks_that_the_ground_truth_lacks_are_neither_predicted_nor_scored(
+    dataset: Path, vocabulary: Vocabulary, caplog: pytest.LogCaptureFixture
+) -> None:
+    annotations = dataset.parent / "val.json"
+    content = json.loads(annotations.read_text())
+    for annotation in content["annotations"]:
+        del annotation["segmentation"]
+    annotations.write_text(json.dumps(content))
+    detector = Guesser(vocabulary)
+    with caplog.at_level(logging.WARNING):
+        report = evaluate(detector, dataset)
+    assert list(report.types) == ["bbox"]
+    assert detector.settings is not None
+    assert not detector.settings.masks
+    (said,) = [record.getMessage() for record in caplog.records if "masks" in record.getMessage()]
+    assert "drawn" in said
+    masks = EvaluationConfig(bootstrap=0, iou_types=("bbox", "segm"))
+    asked = Guesser(vocabulary)
+    with pytest.raises(DataError, match="Masks are to be scored"):
+        evaluate(asked, dataset, config=masks)
+    assert asked.seen == 0
+
+
+@pytest.mark.parametrize("finds", [True, False])
+def test_a_detector_of_boxes_is_scored_by_boxes_where_there_are_masks_too(
+    dataset: Path, vocabulary: Vocabulary, finds: bool
+) -> None:
+    detector = Guesser(vocabulary)
+    detector.inference = dataclasses.replace(detector.inference, masks=False)
+    if not finds:
+        detector.predict_images = lambda images, *_: [  # type: ignore[method-assign]
+            Guesser(vocabulary)._guess(pixels, 4).choose(torch.tensor([], dtype=torch.int64))
+            for pixels in images
+        ]
+    assert list(evaluate(detector, dataset).types) == ["bbox"]
+    masks = EvaluationConfig(bootstrap=0, iou_types=("segm",))
+    with pytest.raises(ConfigError, match="predicts none"):
+        evaluate(detector, dataset, config=masks)
 
 
 def test_rows_keep_every_digit_and_leave_out_classes_that_the_data_has_not(

@@ -53,6 +53,37 @@ def test_no_detection_at_all_is_an_empty_list(tmp_path: Path) -> None:
     assert json.loads(folder.join([3, 6]).read_text()) == []
 
 
+def test_predictions_with_masks_serve_where_none_are_needed(tmp_path: Path) -> None:
+    fill(PredictionFolder(tmp_path, IDENTITY, masks=True), 0, [1])
+    again = PredictionFolder(tmp_path, IDENTITY)
+    assert again.masks
+    assert again.images_done() == {1}
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_predictions_without_masks_give_way_where_masks_are_needed(
+    tmp_path: Path, joined: bool
+) -> None:
+    folder = PredictionFolder(tmp_path, IDENTITY)
+    fill(folder, 0, [1])
+    if joined:
+        folder.join([1])
+    assert not PredictionFolder(tmp_path, IDENTITY).masks
+    again = PredictionFolder(tmp_path, IDENTITY, masks=True)
+    assert again.masks
+    assert not again.complete
+    assert again.images_done() == set()
+    assert PredictionFolder(tmp_path, IDENTITY).masks
+
+
+def test_a_folder_of_version_0_1_is_read(tmp_path: Path) -> None:
+    """It held masks among the settings that make the predictions."""
+    settings = {"score_threshold": 0.02, "masks": True}
+    (tmp_path / "identity.json").write_text(json.dumps({"inference settings": settings}))
+    del settings["masks"]
+    assert PredictionFolder(tmp_path, {"inference settings": settings}).masks
+
+
 @pytest.mark.parametrize("cut", [1, 30, 150])
 def test_a_line_cut_by_a_stop_is_predicted_again(tmp_path: Path, cut: int) -> None:
     folder = PredictionFolder(tmp_path, IDENTITY)

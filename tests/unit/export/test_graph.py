@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from proxydet.errors import InputError
 from proxydet.export.found import Found, to_picture
 from proxydet.export.graph import DetectorGraph
 from proxydet.export.pooling import ExportPooler
@@ -43,9 +44,13 @@ def assert_same(found: Found, wanted: Prediction) -> None:
     assert found.class_ids.tolist() == wanted.classes_N.tolist()
     np.testing.assert_allclose(found.scores, wanted.scores_N, atol=1e-5)
     np.testing.assert_allclose(found.boxes_xyxy, wanted.boxes_N4, atol=1e-3)
-    np.testing.assert_allclose(
-        found.mask_probs[found.mask_index], wanted.mask_probs_MSS[wanted.mask_index_N], atol=1e-5
-    )
+    assert found.has_masks == wanted.has_masks
+    if found.has_masks:
+        np.testing.assert_allclose(
+            found.mask_probs[found.mask_index],
+            wanted.mask_probs_MSS[wanted.mask_index_N],
+            atol=1e-5,
+        )
 
 
 @pytest.mark.parametrize("kind", ["resnet", "swin"])
@@ -94,6 +99,25 @@ def test_a_model_without_mixup_branch(tiny: ModuleType) -> None:
     (wanted,) = network.detect([image], words)
     assert len(wanted) > 5
     assert_same(look(graph_of(network, InferenceConfig()), image, words, 0.02), wanted)
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_boxes_only_where_there_is_no_mask_head_or_no_masks_are_wanted(
+    tiny: ModuleType, head: bool
+) -> None:
+    changes = {} if head else {"masks": None}
+    network = tiny.lively(tiny.network(tiny.model_config(**changes)))
+    settings = InferenceConfig(masks=not head)
+    image, words = tiny.image(96, 128), tiny.vocabulary(7)
+    (wanted,) = network.detect([image], words, settings=settings)
+    assert len(wanted) > 5
+    graph = graph_of(network, settings)
+    assert not [name for name, _ in graph.named_parameters() if "mask" in name]
+    found = look(graph, image, words, 0.02)
+    assert_same(found, wanted)
+    assert not found.has_masks
+    with pytest.raises(InputError, match="boxes only"):
+        _ = found.masks
 
 
 def test_nothing_found_and_a_picture_of_one_pixel(tiny: ModuleType) -> None:

@@ -74,6 +74,31 @@ def test_without_mixup_branch_and_masks_the_names_stay(tiny) -> None:
     assert losses["cmm_loss_stage2"] == losses["loss_mask"] == 0
 
 
+@pytest.mark.parametrize("kind", ["box_batch", "empty_batch", "label_batch"])
+def test_without_a_mask_head_the_names_stay(tiny, kind: str) -> None:
+    network = tiny.lively(tiny.network(tiny.model_config(masks=None))).train()
+    losses = losses_of(network, getattr(tiny, kind)(), tiny.LOSSES)
+    assert set(losses) == NAMES
+    assert losses["loss_mask"] == 0
+
+
+def test_the_mask_loss_skips_objects_without_a_mask(network, tiny) -> None:
+    """The mean over the others, whatever their place in ``gt_masks`` holds."""
+    batch = tiny.box_batch()
+    reference = losses_of(network, batch, tiny.LOSSES)
+    first, second = batch.instances
+    first.gt_masked, second.gt_masked = torch.ones(3).bool(), torch.ones(1).bool()
+    everything = losses_of(network, batch, tiny.LOSSES)
+    assert all(torch.equal(everything[name], reference[name]) for name in NAMES)
+    first.gt_masked[1:] = False
+    some = losses_of(network, batch, tiny.LOSSES)
+    first.gt_masks.polygons[1] = first.gt_masks.polygons[2] = []
+    assert torch.equal(losses_of(network, batch, tiny.LOSSES)["loss_mask"], some["loss_mask"])
+    assert some["loss_mask"] != reference["loss_mask"]
+    others = NAMES - {"loss_mask"}
+    assert all(torch.equal(some[name], reference[name]) for name in others)
+
+
 def test_which_parameters_learn_from_which_batch(network, tiny) -> None:
     parts = {
         "heatmap": "proposal_generator.centernet_head.agn_hm.weight",

@@ -11,6 +11,7 @@ import torch
 
 from proxydet.errors import ConfigError, DataError, NumericsError, VocabularyError
 from proxydet.modeling import scoring
+from proxydet.modeling.augmentation import View
 from proxydet.modeling.config import (
     BackboneConfig,
     CascadeConfig,
@@ -137,6 +138,21 @@ def test_one_image_of_a_batch_without_proposals(network, tiny) -> None:
     pair = network.detect([torch.zeros(3, 64, 64), tiny.image(64, 64)], settings=LOW)
     assert len(pair[0]) == len(blank)
     assert len(pair[1]) > 0
+
+
+def test_a_network_without_a_mask_head_gives_boxes_whatever_is_asked(tiny) -> None:
+    network = tiny.lively(tiny.network(tiny.model_config(masks=None)))
+    for threshold in (LOW.score_threshold, 1.0):
+        settings = dataclasses.replace(LOW, masks=True, score_threshold=threshold)
+        (found,) = network.detect([tiny.image(64, 64)], settings=settings)
+        assert not found.has_masks
+        views = [View(image=tiny.image(64, 64))]
+        seen = network.detect_views(views, original_size=(64, 64), settings=settings)
+        assert not seen.has_masks
+        assert torch.equal(seen.boxes_N4, found.boxes_N4)
+    (with_masks,) = tiny.lively(tiny.network()).detect([tiny.image(64, 64)], settings=LOW)
+    (boxes,) = network.detect([tiny.image(64, 64)], settings=LOW)
+    assert torch.equal(with_masks.boxes_N4, boxes.boxes_N4)
 
 
 def test_masks_only_when_asked_for(network, tiny) -> None:

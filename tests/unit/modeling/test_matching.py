@@ -70,6 +70,7 @@ def test_a_padded_object_matches_nothing() -> None:
         valid_BG=torch.tensor([[True], [False]]),
         counts=(1, 0),
         masks=(None, None),
+        masked_BG=torch.tensor([[False], [False]]),
     )
     boxes = torch.tensor([[[20.0, 20.0, 30.0, 30.0]]] * 2)
     assignment = matching.match(regions_of(boxes), truth, 0.0, CLASSES)

@@ -99,7 +99,7 @@ def test_choosing_without_masks(found) -> None:
         boxes_N4=found.boxes_N4,
         scores_N=found.scores_N,
         classes_N=found.classes_N,
-        mask_probs_MSS=torch.zeros(0, 28, 28),
+        mask_probs_MSS=None,
         mask_index_N=torch.full((3,), -1),
         image_size=found.image_size,
     )

@@ -106,6 +106,30 @@ def test_masks_as_bitmaps_and_absent(network, tiny) -> None:
     assert network(tiny.box_batch(None), generator=generator()).masks is None
 
 
+def test_masks_are_trained_on_the_objects_that_have_one(network, tiny) -> None:
+    batch = tiny.box_batch()
+    every = network(batch, generator=generator()).masks
+    first, second = batch.instances
+    first.gt_masked = torch.tensor([True, False, False])
+    second.remove("gt_masks")
+    some = network(batch, generator=generator()).masks
+    assert 0 < len(some.logits_PSS) < len(every.logits_PSS)
+    assert set(zip(some.image_P.tolist(), some.object_P.tolist(), strict=True)) == {(0, 0)}
+    first.gt_masked[:] = False
+    assert len(network(batch, generator=generator()).masks.logits_PSS) == 0
+
+
+def test_a_model_without_a_mask_head_takes_any_batch(tiny) -> None:
+    network = tiny.lively(tiny.network(tiny.model_config(masks=None))).train()
+    assert not [name for name, _ in network.named_parameters() if "mask" in name]
+    for masks in ("polygons", None):
+        assert network(tiny.box_batch(masks), generator=generator()).masks is None
+    with_head = tiny.lively(tiny.network()).state_dict()
+    assert all(
+        torch.equal(with_head[name], value) for name, value in network.state_dict().items()
+    ), "leaving the mask head out must not change the other fresh weights"
+
+
 def test_without_a_mixup_branch(tiny) -> None:
     network = tiny.network(tiny.model_config(mixup_branch=False)).train()
     assert network(tiny.box_batch(), generator=generator()).mixup is None

@@ -67,11 +67,25 @@ def test_an_old_pickle_of_arrays(network, source, tmp_path: Path) -> None:
     assert equal(network, source)
 
 
+def test_a_mask_head_is_not_used_by_a_network_without_one(tiny, source, tmp_path: Path) -> None:
+    path = saved(tmp_path / "w.pth", source)
+    network = tiny.network(tiny.model_config(masks=None), seed=2)
+    report = load_weights(network, path)
+    assert report.ignored
+    assert all(name.startswith("roi_heads.mask_head.") for name in report.ignored)
+    assert report.unexpected == report.missing == ()
+    path = saved(tmp_path / "boxes.pth", network.state_dict())
+    with pytest.raises(CheckpointError, match=r"missing \(roi_heads\.mask_head\.") as caught:
+        load_weights(tiny.network(), path)
+    assert "model.masks" in str(caught.value.hint)
+    load_weights(tiny.network(), path, expect=("roi_heads.mask_head.",))
+
+
 def test_published_names_without_a_use_are_ignored(network, source, tmp_path: Path) -> None:
     extra = {f"{RESNET}fc.weight": torch.zeros(2, 2), "pixel_mean": torch.zeros(3, 1, 1)}
     report = load_weights(network, saved(tmp_path / "w.pth", {**source, **extra}))
     assert report.ignored == (f"{RESNET}fc.weight", "pixel_mean")
-    assert "2 ignored" in str(report)
+    assert "2 not used" in str(report)
 
 
 def test_a_boxsup_checkpoint_starts_a_training_and_nothing_else(

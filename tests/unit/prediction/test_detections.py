@@ -37,7 +37,7 @@ def without_masks() -> Detections:
         boxes_N4=torch.tensor([[2.0, 3, 12, 13]]),
         scores_N=torch.tensor([0.9]),
         classes_N=torch.tensor([1]),
-        mask_probs_MSS=torch.zeros(0, 28, 28),
+        mask_probs_MSS=None,
         mask_index_N=torch.tensor([-1]),
         image_size=(30, 40),
     )

@@ -21,6 +21,7 @@ from proxydet._version import __version__
 from proxydet.data.masks import decode
 from proxydet.detector import Detector
 from proxydet.errors import VocabularyError
+from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.serving.app import build_app
 from proxydet.serving.gate import Gate, is_own_host
 from proxydet.serving.settings import ServingSettings
@@ -89,6 +90,23 @@ def test_masks_and_second_labels_can_be_left_out(client: TestClient, png: bytes)
     assert len(set(boxes)) == len(boxes) > 1
 
 
+def test_a_detector_of_boxes_serves_boxes_and_refuses_masks(detector: Detector, png: bytes) -> None:
+    config = dataclasses.replace(detector.network.config, masks=None)
+    network = ProxyDetNetwork(config, detector.vocabulary)
+    network.load_state_dict(detector.network.state_dict(), strict=False)
+    boxes = Detector(network, shortest=64, longest=100, encoder=detector.encoder)
+    with TestClient(build_app(boxes), base_url="http://localhost") as client:
+        assert client.get("/api/info").json()["model"]["masks"] is False
+        for fields in ({}, {"masks": "false"}):
+            found = ask(client, png, score_threshold="0.02", **fields)["detections"]
+            assert len(found) > 0
+            assert not any("mask" in item for item in found)
+        files = {"picture": ("photo.png", png, "image/png")}
+        for asked in ({"data": {"masks": "true"}}, {"params": {"masks": "true"}}):
+            response = client.post("/api/predict", files=files, **asked)
+            assert "mask head" in problem(response, 400, "parameter")["message"]
+
+
 def test_photographs_are_turned_as_their_exif_says(client: TestClient, tmp_path: Path) -> None:
     image = Image.new("RGB", (60, 40))
     exif = image.getexif()
@@ -109,7 +127,7 @@ def test_common_kinds_of_pictures_are_read(
 def test_info_tells_model_words_and_limits(client: TestClient, detector: Detector) -> None:
     info = client.get("/api/info").json()
     assert info["version"] == __version__
-    assert info["model"] == {"name": "tiny", "device": "cpu", "training_classes": 4}
+    assert info["model"] == {"name": "tiny", "device": "cpu", "training_classes": 4, "masks": True}
     assert info["words"]["default"] == list(detector.vocabulary.names)
     assert info["words"]["free"] is True
     assert info["words"]["known"] == ["red", "blue", "green", "circle", "square", "star"]

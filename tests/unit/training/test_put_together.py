@@ -128,7 +128,12 @@ def test_starting_weights_are_read_only_where_a_run_begins(
     """A run that goes on has its own; the file that it began with may be gone."""
     loaded: list[Path] = []
     monkeypatch.setattr(train, "ProxyDetNetwork", lambda *_: nn.Linear(1, 1))
-    monkeypatch.setattr(train, "load_weights", lambda _, path, **__: loaded.append(path))
+
+    def load(_: object, path: Path, **__: object) -> SimpleNamespace:
+        loaded.append(path)
+        return SimpleNamespace(ignored=())
+
+    monkeypatch.setattr(train, "load_weights", load)
     config = resolve_config("tiny", None, [f"training.weights={tmp_path / 'w.pth'}"])
     data: Any = SimpleNamespace(vocabulary=None, counts=None)
     train._build_network(config, data, from_weights=anew)

@@ -67,11 +67,15 @@ def test_a_dry_run_tells_what_keeps_a_run_from_going_on(
     words = ("--data", description, "--output", tmp_path / "run")
     assert dry_run(*words, "--resume", "absent.pth") == 3
     assert "absent.pth does not exist" in capsys.readouterr().out
-    config = resolve_config("tiny", None, [f"data.description={description}"])
+    # What training writes down when it has read the data.
+    decided = ["data.masks=false", "model.masks=null", "model.classifier.embedding_dim=32"]
+    config = resolve_config("tiny", None, [f"data.description={description}", *decided])
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.yaml").write_text(dump_yaml(config))
     assert dry_run(*words) == 0
     capsys.readouterr()
+    assert dry_run(*words, "--set", "seed=8") == 3
+    assert "seed: 7 there, 8 now" in capsys.readouterr().out
     assert dry_run(*words, "--resume", "never") == 3
     assert "already holds a run. train in another folder (--output)" in capsys.readouterr().out
 

@@ -24,7 +24,7 @@ from proxydet.data.images import (
     open_annotated_image,
     require_distinct_files,
 )
-from proxydet.data.protocol import PROTOCOL_NAMES, protocol_of
+from proxydet.data.protocol import PROTOCOL_NAMES, Protocol, protocol_of
 from proxydet.data.store import AnnotationStore
 from proxydet.errors import DataError, InputError
 from proxydet.reporting import SILENT, Progress
@@ -87,7 +87,12 @@ class CheckReport:
 
 
 def check_path(
-    path: Path, *, decode: bool = False, cache: Path | None = None, progress: Progress = SILENT
+    path: Path,
+    *,
+    decode: bool = False,
+    protocol: Protocol | None = None,
+    cache: Path | None = None,
+    progress: Progress = SILENT,
 ) -> list[CheckReport]:
     """Check what a path names: a dataset config, an annotation file, Pascal VOC annotations, or a data root.
 
@@ -95,6 +100,7 @@ def check_path(
         path: A ``.toml`` file; a COCO, LVIS or OpenImages JSON file, plain or gzipped; a Pascal VOC folder, XML file or
             list; or a folder with dataset configs.
         decode: Also decode every image, and read the stores against their checksums.
+        protocol: How the annotations will be scored; None leaves it to them, as evaluation does.
         cache: Folder of annotation stores and tar indexes; None means the user's cache folder.
         progress: Where to show long steps.
 
@@ -111,7 +117,7 @@ def check_path(
             "that proxydet download fills, or set PROXYDET_DATASETS)",
             path=path,
         )
-    checker = _Checker(cache=cache, progress=progress, decode=decode)
+    checker = _Checker(cache=cache, progress=progress, decode=decode, protocol=protocol)
     if path.suffix.lower() == ".toml" and path.is_file():
         return [checker.dataset(DatasetDescription.from_toml(path))]
     if path.is_dir() and not _holds_voc(path):
@@ -177,6 +183,7 @@ class _Checker:
     cache: Path | None
     progress: Progress
     decode: bool
+    protocol: Protocol | None = None
     findings: list[Finding] = field(default_factory=list)
 
     def annotations(self, path: Path) -> CheckReport:
@@ -254,7 +261,7 @@ class _Checker:
                 "boxes, and count neither way when masks are scored",
             )
         try:
-            protocol = protocol_of(store)
+            protocol = self.protocol or protocol_of(store)
             store.require_objects(groups=protocol == "openimages" and part != "train")
         except InputError as error:
             self._failed(part, error)

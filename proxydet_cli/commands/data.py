@@ -86,6 +86,10 @@ def check(
     decode: Annotated[
         bool, typer.Option(help="Decode every image, beyond comparing its size (slow).")
     ] = False,
+    protocol: Annotated[
+        Literal["lvis", "coco", "openimages"] | None,
+        typer.Option(help="How they will be scored, as eval --protocol; else found out by rule."),
+    ] = None,
     cache: Cache = None,
     json: Json = False,
 ) -> None:
@@ -99,7 +103,11 @@ def check(
     from proxydet_cli.progress import show_progress
 
     reports = check_path(
-        path or datasets_folder(), decode=decode, cache=cache, progress=show_progress()
+        path or datasets_folder(),
+        decode=decode,
+        protocol=protocol,
+        cache=cache,
+        progress=show_progress(),
     )
     rows = [{"name": r.name, "sound": r.sound, "findings": r.findings} for r in reports]
     Output(json=json).data(rows, "\n\n".join(_checked(report) for report in reports))

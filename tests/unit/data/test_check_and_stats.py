@@ -250,3 +250,4 @@ def test_an_annotation_file_is_checked_on_its_own(small_set: Path) -> None:
     change(small_set.parent / "train.json", lambda c: c["images"][0].update(neg_category_ids=[]))
     (report,) = check_path(small_set.parent / "train.json")
     assert "neg_category_ids" in found(report, "error")
+    assert check_path(small_set.parent / "train.json", protocol="coco")[0].sound

@@ -390,19 +390,16 @@ def build_store(
     name = name or (str(path) if path is not None else "annotations")
     with _no_garbage_collection(), ColumnWriter(target) as writer:
         document = read_document(source, name)
-        report = StoreReport(annotations_in=document.annotation_count)
+        report = StoreReport()
         for key, examples in document.mended.items():
             report.count(key, examples)
         builder = _Builder(document, report, writer, path, name)
         with progress.task(
-            f"reading {PurePosixPath(name).name}",
-            total=document.annotation_count,
-            unit="annotations",
+            f"reading {PurePosixPath(name).name}", total=None, unit="annotations"
         ) as task:
-            start = 0
             for chunk in document.annotations:
-                builder.add(chunk, start)
-                start += len(chunk)
+                builder.add(chunk, report.annotations_in)
+                report.annotations_in += len(chunk)
                 task.advance(len(chunk))
         meta = builder.write(path.name if path is not None else name)
         writer.finish(kind=STORE_KIND, version=STORE_VERSION, meta=meta)

@@ -6,11 +6,13 @@ read once more, field by field: see `_loose_annotation`.
 
 from __future__ import annotations
 
+import itertools
 import json
 import mmap
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,10 @@ from proxydet.data.formats.records import (
 from proxydet.data.masks import are_numbers
 from proxydet.errors import DataError
 
-_CHUNK = 16384
+_BLOCK_BYTES = 4 << 20
+_SHORTEST_RECORD = 16
+"""Bytes: no image or annotation is shorter; a list of records that are is refused."""
+_BOUNDARY = re.compile(rb"\}\s*,\s*(?=\{)")
 _SNIPPET = 40
 _BOM = b"\xef\xbb\xbf"
 _GZIP = b"\x1f\x8b"
@@ -50,12 +55,19 @@ _OTHER_FORMATS = (
 )
 
 
-class Outline(msgspec.Struct, frozen=True):
+@dataclass(frozen=True)
+class Outline:
     """The three lists of an annotation file, each record as its JSON text."""
 
     images: list[msgspec.Raw]
     categories: list[msgspec.Raw]
-    annotations: list[msgspec.Raw] = []
+    annotations: list[msgspec.Raw]
+
+
+class _Lists(msgspec.Struct, frozen=True):
+    images: msgspec.Raw
+    categories: msgspec.Raw
+    annotations: msgspec.Raw = msgspec.Raw(b"[]")
 
 
 def read(source: Path | bytes, name: str) -> Document:
@@ -71,35 +83,87 @@ def read(source: Path | bytes, name: str) -> Document:
     """
     path = source if isinstance(source, Path) else None
     text = _open(source) if isinstance(source, Path) else source
-    outline, mended = _outline(text, path, name)
-    if outline.annotations and b'"segments_info"' in bytes(outline.annotations[0]):
+    lists, mended = _lists(text, path, name)
+    blocks = _blocks(lists.annotations, "annotations", path, name)
+    first = next(blocks, [])
+    if first and b'"segments_info"' in bytes(first[0]):
         raise DataError(
             f"{name} holds panoptic annotations (segments_info), not objects",
             hint="convert it to COCO's object format (panopticapi has a converter), or name the instances file",
             path=path,
         )
-    categories = [
-        _category(raw, at, mended, path, name) for at, raw in enumerate(outline.categories)
-    ]
+    categories = itertools.chain.from_iterable(_blocks(lists.categories, "categories", path, name))
+    images: list[ImageEntry | Loose | Flaw] = []
+    for block in _blocks(lists.images, "images", path, name):
+        images += _decoded(block, len(images), ImageEntry, _loose_image, "image.record")
     return Document(
         format="COCO JSON",
-        categories=categories,
-        images=list(_decoded(outline.images, 0, ImageEntry, _loose_image, "image.record")),
-        annotations=_chunks(outline.annotations),
-        annotation_count=len(outline.annotations),
+        categories=[_category(raw, at, mended, path, name) for at, raw in enumerate(categories)],
+        images=images,
+        annotations=_chunks(itertools.chain([first], blocks)),
         mended=mended,
     )
 
 
 def read_outline(path: Path) -> Outline:
     """Read an annotation file and leave its records as they are, for writing a file of some of them; errors as of `read`."""
-    return _outline(_open(path), path, str(path))[0]
+    name = str(path)
+    lists, _ = _lists(_open(path), path, name)
+    parts = {
+        field: list(
+            itertools.chain.from_iterable(_blocks(getattr(lists, field), field, path, name))
+        )
+        for field in ("images", "categories", "annotations")
+    }
+    return Outline(**parts)
 
 
-def _chunks(raws: list[msgspec.Raw]) -> Iterator[list[AnnotationEntry | Loose | Flaw]]:
-    for start in range(0, len(raws), _CHUNK):
-        part = raws[start : start + _CHUNK]
-        yield list(_decoded(part, start, AnnotationEntry, _loose_annotation, "annotation.record"))
+def _blocks(
+    text: msgspec.Raw, field: str, path: Path | None, name: str
+) -> Iterator[list[msgspec.Raw]]:
+    """Yield the records of a list, some megabytes at a time, so that no list of tiny records fills the memory."""
+    view, start = memoryview(text), 1
+    if bytes(view[:1]) != b"[":
+        raise _not_records(field, "it is not a list", path, name)
+    while start:
+        boundary = _BOUNDARY.search(view, start + _BLOCK_BYTES)
+        while True:
+            end = len(view) - 1 if boundary is None else boundary.start() + 1
+            whole = end - start <= 2 * _BLOCK_BYTES or boundary is not None
+            piece = b"".join((b"[", view[start:end], b"]"))
+            try:
+                # What has no boundary for megabytes is one large record, or no list of records.
+                records = msgspec.json.decode(
+                    piece, type=list[msgspec.Raw] if whole else tuple[msgspec.Raw]
+                )
+                break
+            except (msgspec.DecodeError, RecursionError) as error:
+                if boundary is None:
+                    raise _not_records(field, str(error), path, name) from error
+                boundary = _BOUNDARY.search(view, boundary.end())  # it was inside of a record
+        if len(records) > 1000 and len(piece) < _SHORTEST_RECORD * len(records):
+            raise _not_records(
+                field, f"records of {len(piece) / len(records):.0f} bytes", path, name
+            )
+        yield list(records)
+        start = 0 if boundary is None else boundary.end()
+
+
+def _not_records(field: str, why: str, path: Path | None, name: str) -> DataError:
+    return DataError(
+        f"{name} is not an annotation file: {field!r} is not a list of objects ({why})",
+        hint=_HINT,
+        path=path,
+    )
+
+
+def _chunks(
+    blocks: Iterable[list[msgspec.Raw]],
+) -> Iterator[list[AnnotationEntry | Loose | Flaw]]:
+    start = 0
+    for block in blocks:
+        yield list(_decoded(block, start, AnnotationEntry, _loose_annotation, "annotation.record"))
+        start += len(block)
 
 
 def _decoded(
@@ -287,20 +351,10 @@ def _gunzip(packed: bytes, path: Path) -> bytes:
     return b"".join(parts)
 
 
-def _outline(
+def _lists(
     text: mmap.mmap | bytes, path: Path | None, name: str
-) -> tuple[Outline, dict[str, list[str]]]:
+) -> tuple[_Lists, dict[str, list[str]]]:
     """Find the three lists; a byte order mark is passed over, NaN and infinities are read as null."""
-    mended: dict[str, list[str]] = {}
-    data: Any = memoryview(text)[len(_BOM) :] if text[:3] == _BOM else text
-    try:
-        return msgspec.json.decode(data, type=Outline), mended
-    except msgspec.ValidationError as error:
-        raise _not_annotations(data, str(error), path, name) from error
-    except RecursionError as error:
-        raise _not_annotations(b"", "it is nested too deeply", path, name) from error
-    except msgspec.DecodeError as error:
-        problem = error
     found: list[str] = []
 
     def as_null(match: re.Match[bytes]) -> bytes:
@@ -310,18 +364,19 @@ def _outline(
         found.append(token.decode())
         return b"null"
 
-    plain = _NOT_FINITE.sub(as_null, data)
-    if not found:
-        raise _not_json(data, problem, path, name) from problem
-    mended["file.nan"] = found
-    try:
-        return msgspec.json.decode(plain, type=Outline), mended
-    except msgspec.ValidationError as error:
-        raise _not_annotations(plain, str(error), path, name) from error
-    except RecursionError as error:
-        raise _not_annotations(b"", "it is nested too deeply", path, name) from error
-    except msgspec.DecodeError as error:
-        raise _not_json(plain, error, path, name) from error
+    data: Any = memoryview(text)[len(_BOM) :] if text[:3] == _BOM else text
+    while True:
+        try:
+            return msgspec.json.decode(data, type=_Lists), {"file.nan": found} if found else {}
+        except msgspec.ValidationError as error:
+            raise _not_annotations(data, str(error), path, name) from error
+        except RecursionError as error:
+            raise _not_annotations(b"", "it is nested too deeply", path, name) from error
+        except msgspec.DecodeError as error:
+            plain = None if found else _NOT_FINITE.sub(as_null, data)
+            if not found or plain is None:
+                raise _not_json(data, error, path, name) from error
+            data = plain
 
 
 def _not_json(text: Any, error: msgspec.DecodeError, path: Path | None, name: str) -> DataError:

@@ -93,7 +93,6 @@ class Document:
         categories: The categories, in the file's order.
         images: The images, in the file's order.
         annotations: Chunks of annotations, in the file's order.
-        annotation_count: How many annotations there are.
         mended: Deviations of the file as a whole and of its categories, with examples.
     """
 
@@ -101,5 +100,4 @@ class Document:
     categories: list[CategoryEntry]
     images: list[ImageEntry | Loose | Flaw]
     annotations: Iterator[list[AnnotationEntry | Loose | Flaw]]
-    annotation_count: int
     mended: dict[str, list[str]]

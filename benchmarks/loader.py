@@ -31,9 +31,7 @@ from proxydet.data.config import DataConfig
 from proxydet.data.description import DatasetDescription
 from proxydet.data.images import find_image, read_image
 from proxydet.data.instances import Targets, make_instances
-from proxydet.data.loader import open_training_sources
-from proxydet.data.sources import BoxSource
-from proxydet.data.stream import Place, TrainingLoader
+from proxydet.data.loader import BoxSource, TrainingLoader, open_training_sources
 from proxydet.data.transforms import View, training_view
 
 Pixels = Any
@@ -166,7 +164,9 @@ def measure(path: Path, seconds: float, clock: Clock) -> dict[str, Any]:
         loader = TrainingLoader(
             sources,
             DataConfig(workers=workers, image_labels=None),
-            Place(rank=0, world_size=1, seed=0),
+            rank=0,
+            world_size=1,
+            seed=0,
         )
         batches = iter(loader)
         # The first batches are ready when workers have started.

@@ -20,10 +20,8 @@ from proxydet.data.classes import image_counts, load_vocabulary, open_split
 from proxydet.data.config import DataConfig
 from proxydet.data.description import DatasetDescription
 from proxydet.data.instances import Targets
-from proxydet.data.loader import open_training_sources
+from proxydet.data.loader import TrainingLoader, TrainingSources, open_training_sources
 from proxydet.data.store import AnnotationStore
-from proxydet.data.stream import Place, TrainingLoader
-from proxydet.data.training_sources import TrainingSources
 from proxydet.errors import ConfigError
 from proxydet.files import sha256, write_bytes, write_text
 from proxydet.losses.config import LossConfig
@@ -157,13 +155,14 @@ def train(
         wait_for_all(ranks)
 
         def make_loader(batches: int, draws: int) -> TrainingLoader:
-            place = Place(
+            return TrainingLoader(
+                data.sources,
+                config.data,
                 rank=ranks.rank,
                 world_size=ranks.world_size,
                 seed=config.seed,
                 start=draws if config.data.ranks_share_group else batches,
             )
-            return TrainingLoader(data.sources, config.data, place)
 
         timeout = config.data.worker_timeout_s
         job = FitJob(

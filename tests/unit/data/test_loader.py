@@ -18,8 +18,7 @@ from proxydet.data.batches import Batch, BoxBatch, ImageLabelBatch
 from proxydet.data.config import DataConfig, SourceConfig
 from proxydet.data.description import DatasetDescription
 from proxydet.data.images import read_image
-from proxydet.data.loader import build_training_loader
-from proxydet.data.stream import TrainingLoader
+from proxydet.data.loader import TrainingLoader, build_training_loader
 from proxydet.data.transforms import training_view
 from proxydet.errors import ConfigError, DataError, EnvironmentProblem
 

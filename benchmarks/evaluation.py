@@ -145,9 +145,9 @@ def measure(
     import pycocotools.cocoeval  # noqa: F401
 
     from proxydet.compat import lvis_api  # noqa: F401
+    from proxydet.evaluation.analysis import analyse
     from proxydet.evaluation.config import EvaluationConfig
     from proxydet.evaluation.evaluate import run_evaluation
-    from proxydet.evaluation.output import analyse
 
     results = Path(folder) / f"{kind}_{images}.json"
     annotations = Path(folder) / f"truth_{images}.json"
@@ -342,7 +342,7 @@ def _ellipses(box_M4: np.ndarray) -> np.ndarray:
 
 def report_coverage(sets: int, images: int, resamples: int) -> None:
     """Print how often a 95 % interval holds the mean over many data sets of the same size."""
-    from proxydet.evaluation.bootstrap import Sets, resample
+    from proxydet.evaluation.bootstrap import Sets, resample, summary
 
     draw = np.random.default_rng(7)
     rate_C = np.concatenate([np.full(10, 0.3), np.full(20, 0.05), np.full(30, 4 / images)])
@@ -352,7 +352,9 @@ def report_coverage(sets: int, images: int, resamples: int) -> None:
     columns = [measured.names.index(name) for name in names]
     means = np.nanmean(
         [
-            np.array(measured.measure(simulated([1, index], images, rate_C, quality_C)[0]))[columns]
+            np.array(
+                measured.measure(summary(simulated([1, index], images, rate_C, quality_C)[0]))
+            )[columns]
             for index in range(10 * sets)
         ],
         axis=0,
@@ -384,20 +386,19 @@ def simulated(seed: list[int], images: int, rate_C: np.ndarray, quality_C: np.nd
     """
     from types import SimpleNamespace
 
-    from proxydet.evaluation.resampling import WeightedPrecision
+    from proxydet.evaluation.bootstrap import WeightedPrecision
 
     draw = np.random.default_rng(seed)
     precision = WeightedPrecision(_matches(draw, images, rate_C, quality_C), len(rate_C))
     truth = SimpleNamespace(image_ids=range(images), frequencies=None)
-    return precision.precision(np.ones(images)), precision, truth
+    return precision.precision(np.ones(images, dtype=np.int64)), precision, truth
 
 
 def _matches(
     draw: np.random.Generator, images: int, rate_C: np.ndarray, quality_C: np.ndarray
 ) -> Any:
-    from proxydet.evaluation.curves import AREAS, IOU_THRESHOLDS_T
     from proxydet.evaluation.matching import FOUND, UNMATCHED, Matches
-    from proxydet.evaluation.selection import Selection
+    from proxydet.evaluation.scoring import AREAS, IOU_THRESHOLDS_T, Selection
 
     ease_I = draw.normal(0, 0.7, images)
     crowd_I = draw.gamma(1.5, 1 / 1.5, (images, 1))

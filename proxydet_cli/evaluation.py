@@ -109,7 +109,8 @@ def _conclude(
     progress: Progress,
 ) -> None:
     """Write the files and show the numbers."""
-    from proxydet.evaluation.output import analyse, write_files
+    from proxydet.evaluation.analysis import analyse
+    from proxydet.evaluation.page import write_files
 
     folder = options.folder(evaluation.report.dataset)
     analysis = analyse(evaluation, progress)
@@ -127,8 +128,8 @@ def _conclude(
 
 def compare(first: Path, second: Path, options: EvalOptions, output: Output) -> None:
     """Say whether the second of two results is better than the first."""
-    from proxydet.evaluation.compare import compare_results
-    from proxydet.evaluation.tables import difference_rows
+    from proxydet.evaluation.evaluate import compare_results
+    from proxydet.evaluation.report import difference_rows
 
     options.check_comparison()
     files = results_of(first), results_of(second)
@@ -150,7 +151,8 @@ def compare(first: Path, second: Path, options: EvalOptions, output: Output) -> 
 
 def show(report: Report, analysis: Mapping[str, Any], output: Output) -> None:
     """Write the numbers to stdout."""
-    from proxydet.evaluation.tables import group_rows, metric_rows
+    from proxydet.data.protocol import PROTOCOL_NAMES
+    from proxydet.evaluation.report import group_rows, metric_rows
 
     if output.json:
         output.data({**report.to_dict(), "analysis": analysis})
@@ -160,9 +162,15 @@ def show(report: Report, analysis: Mapping[str, Any], output: Output) -> None:
         f"{report.dataset}: {counts.detections} detections in {counts.images_with_detections} of {counts.images} images, "
         f"{counts.annotations} annotations, engine {report.engine}, in percent"
     )
-    if 0 < counts.without_mask < counts.detections:
-        output.warning(
-            f"masks are not scored: {counts.without_mask} of {counts.detections} detections have none"
+    output.message(f"protocol: {PROTOCOL_NAMES[report.protocol]}")
+    if report.masks_left_out and 0 < counts.without_mask < counts.detections:
+        output.warning(f"masks are not scored: {report.masks_left_out}")
+    elif report.masks_left_out:
+        output.message(f"masks are not scored: {report.masks_left_out}")
+    if "segm" in report.types and counts.annotations_without_mask:
+        output.message(
+            f"{counts.annotations_without_mask} of {counts.annotations} annotations have no mask: for masks they neither "
+            "help nor harm"
         )
     if report.fixed:
         output.warning("this is fixed AP; it cannot be compared with AP")
@@ -188,7 +196,7 @@ def open_subject(options: EvalOptions, progress: Progress) -> Subject:
     from proxydet.evaluation.groups import imagenet_groups
 
     if options.annotations_only():
-        truth = GroundTruth.load(Path(options.data or ""))
+        truth = GroundTruth.load(Path(options.data or ""), protocol=options.config.protocol)
         return Subject(truth=truth, groups=imagenet_groups(truth), split=None)
     split = _open_split(read_description(options), options, progress)
     return Subject(truth=split.truth, groups=split.groups, split=split)
@@ -238,7 +246,9 @@ def _open_split(
     if options.vocabulary is not None:
         spec = dataclasses.replace(description.classes, embeddings=options.vocabulary.absolute())
         description = dataclasses.replace(description, vocabulary=spec)
-    return DescribedSplit.open(description, options.split, progress=progress)
+    return DescribedSplit.open(
+        description, options.split, protocol=options.config.protocol, progress=progress
+    )
 
 
 def _next_commands(options: EvalOptions, folder: Path) -> dict[str, str]:

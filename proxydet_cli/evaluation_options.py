@@ -104,6 +104,7 @@ class EvalOptions:
             "--vocabulary": self.vocabulary,
             "--output": self.output,
             "--device": self.device,
+            "--protocol": config.protocol,
             "--iou-type": ",".join(config.iou_types),
             "--engine": config.engine,
             "--bootstrap": config.bootstrap,

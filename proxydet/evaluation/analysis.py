@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from proxydet.evaluation.evaluate import Evaluation, Scored
 from proxydet.evaluation.ground_truth import GroundTruth
-from proxydet.evaluation.hotcoco_engine import tide_errors
 from proxydet.evaluation.matching import FOUND, IGNORED, Matches
 from proxydet.evaluation.results import Results
-from proxydet.evaluation.scoring import Scored
+from proxydet.evaluation.scoring import (
+    IOU_THRESHOLDS_T,
+    guarded,
+    hotcoco_data,
+    hotcoco_evaluator,
+    select,
+)
+from proxydet.reporting import SILENT, Progress
 
 ERROR_NAMES = {
     "Cls": "classification",
@@ -63,25 +72,35 @@ class Calibration:
     error: float | None
 
 
-def break_down_errors(truth: GroundTruth, results: Results, scored: Scored) -> ErrorBreakdown:
-    """Count errors by kind, and what each kind costs.
+def break_down_errors(scored: Scored) -> ErrorBreakdown:
+    """Count errors by kind, and what each kind costs, with hotcoco's implementation of TIDE.
 
     Args:
-        truth: The annotations.
-        results: All detections.
-        scored: What scoring boxes or masks gave.
+        scored: The result of scoring boxes or masks.
 
     Raises:
         EnvironmentProblem: The engine failed.
     """
     if not len(scored.selection):
-        counted = int(truth.counted_A.sum())
+        counted = int(scored.truth.counted_A.sum())
         return ErrorBreakdown(
             ap50=0.0,
             counts={name: counted if key == "Miss" else 0 for key, name in ERROR_NAMES.items()},
             costs=dict.fromkeys(ERROR_NAMES.values(), 0.0),
         )
-    errors = tide_errors(truth, results, scored.matches.selection, scored.iou_type)
+
+    def job() -> dict[str, Any]:
+        evaluator = scored.evaluator or hotcoco_evaluator(
+            scored.truth,
+            scored.results,
+            scored.matches.selection,
+            scored.iou_type,
+            (None,),
+        )
+        errors: dict[str, Any] = evaluator.tide_errors(pos_thr=0.5, bg_thr=0.1)
+        return errors
+
+    errors = guarded(job)
     return ErrorBreakdown(
         ap50=float(errors["ap_base"]),
         counts={name: int(errors["counts"].get(key, 0)) for key, name in ERROR_NAMES.items()},
@@ -128,3 +147,135 @@ def calibrate(matches: Matches, bins: int = 10) -> Calibration:
         count_B=count_B,
         error=error,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoxRecall:
+    """Share of annotations that a box overlaps, among an image's best boxes, classes left aside.
+
+    Attributes:
+        limit: How many boxes of an image count, the best by score.
+        average: Mean over IoU thresholds from 0.5 to 0.95; None where nothing is annotated.
+        at_50: At IoU 0.5.
+    """
+
+    limit: int
+    average: float | None
+    at_50: float | None
+
+
+def box_recall(
+    truth: GroundTruth, results: Results, limits: Sequence[int] = (100, 300)
+) -> tuple[BoxRecall, ...]:
+    """Measure the recall of boxes without regard to class: of proposals, or of detections taken as such.
+
+    Each annotation, crowds aside, is matched to at most one box. hotcoco does it, with all classes as one. For a
+    class-agnostic proposal file give all boxes one category.
+
+    Args:
+        truth: The annotations.
+        results: Boxes with scores.
+        limits: How many boxes of an image count, in ascending order.
+
+    Raises:
+        EnvironmentProblem: The engine failed.
+    """
+    unmatched_A = truth.ann_ignore_A | truth.ann_crowd_A
+    one_class = replace(
+        truth,
+        protocol="lvis",
+        category_ids=(0,),
+        category_names=("object",),
+        frequencies=None,
+        ann_category_A=np.zeros_like(truth.ann_category_A),
+        ann_ignore_A=unmatched_A,
+        negatives_N2=np.zeros((0, 2), dtype=np.int64),
+        unexhaustive_N2=np.zeros((0, 2), dtype=np.int64),
+        positives_N2=np.zeros((0, 2), dtype=np.int64),
+    )
+    boxes = replace(results, category_D=np.zeros_like(results.category_D))
+    every_box = replace(
+        one_class, protocol="coco"
+    )  # also those that cover no pixel, which take a place
+    selection = select(boxes, every_box, iou_type="bbox", per_image=max(limits))
+
+    def job() -> NDArray[np.float64]:
+        import hotcoco
+
+        evaluator = hotcoco.COCOeval(
+            *hotcoco_data(one_class, boxes, selection, "bbox"), "bbox", lvis_style=False
+        )
+        evaluator.params.max_dets = list(limits)
+        evaluator.params.area_rng, evaluator.params.area_rng_lbl = [[0.0, 1e10]], ["all"]
+        evaluator.params.iou_thrs = IOU_THRESHOLDS_T.tolist()
+        evaluator.evaluate()
+        evaluator.accumulate()
+        accumulated: Any = evaluator.eval
+        recall_TM: NDArray[np.float64] = np.asarray(accumulated["recall"])[:, 0, 0]
+        return recall_TM
+
+    to_find = int(np.count_nonzero(one_class.counted_A & ~unmatched_A))
+    recall_TM = np.zeros((len(IOU_THRESHOLDS_T), len(limits)))
+    if to_find and len(selection):
+        recall_TM = guarded(job)
+    return tuple(
+        BoxRecall(
+            limit=limit,
+            average=float(recall_T.mean()) if to_find else None,
+            at_50=float(recall_T[0]) if to_find else None,
+        )
+        for limit, recall_T in zip(limits, recall_TM.T, strict=True)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analysis:
+    """What lies behind the numbers, for boxes or masks; all None where the protocol has no matches (OpenImages).
+
+    Attributes:
+        errors: Errors by kind.
+        calibration: Scores against precision.
+        recall: Recall of boxes, classes left aside.
+    """
+
+    errors: ErrorBreakdown | None
+    calibration: Calibration | None
+    recall: tuple[BoxRecall, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values; None where there is nothing to measure."""
+        calibration = None
+        if self.calibration is not None:
+            calibration = {
+                "edges": self.calibration.edges.tolist(),
+                "score": [
+                    None if math.isnan(value) else value
+                    for value in self.calibration.score_B.tolist()
+                ],
+                "precision": [
+                    None if math.isnan(value) else value
+                    for value in self.calibration.precision_B.tolist()
+                ],
+                "detections": self.calibration.count_B.tolist(),
+                "error": self.calibration.error,
+            }
+        return {
+            "errors": asdict(self.errors) if self.errors else None,
+            "calibration": calibration,
+            "box_recall": [asdict(value) for value in self.recall],
+        }
+
+
+def analyse(evaluation: Evaluation, progress: Progress = SILENT) -> Analysis:
+    """Look behind the numbers of the masks, or of the boxes where no masks were scored.
+
+    Raises:
+        EnvironmentProblem: The engine failed.
+    """
+    scored = evaluation.main
+    with progress.task("analysing errors", total=None):
+        return Analysis(
+            errors=break_down_errors(scored) if scored else None,
+            calibration=calibrate(scored.matches) if scored else None,
+            recall=box_recall(evaluation.truth, evaluation.results),
+        )

@@ -1,37 +1,54 @@
 """How far results would move on other images of the same kind: the bootstrap over images.
 
-A resample draws as many images as there are, with replacement, and every metric is computed anew from the matches. The
+A resample draws as many images as there are, with replacement, and every metric is computed again from the matches. The
 spread of the resamples is the standard error, and the interval is the metric plus and minus a multiple of it. The
 resamples' own quantiles would be off to one side: average precision of few annotations is biased, and that of a
-resample, which has fewer distinct ones, is biased more. What categories of few images lack in spread is added by
-:mod:`proxydet.evaluation.few_images`.
+resample, which has fewer distinct ones, is biased more.
 
-Dimensions: I images, C categories, A areas, T IoU thresholds, R resamples, M metrics.
+A category that is annotated in n images has n observations, and a resample draws from just these. The variance of their
+mean comes out too small by the factor (n - 1) / n, as if the sum of squares were divided by n. Of a category with a
+single image every resample that has it gives the same value: no spread at all. Rare categories have so few images, and
+intervals made from plain resamples hold less often than they say. Two remedies from the statistics of surveys, where
+strata of few units are common:
+
+- deviations of a category from its value on the whole data set are multiplied by the factor that makes the variance of
+  a mean of n values right (Rao and Wu, *Resampling inference with complex survey data*, JASA 1988);
+- categories of a single image are pooled, as strata of a single unit are collapsed: in a resample each of them that is
+  present takes the value of one drawn among them. Their quality differs too, so that this errs towards wider intervals.
+
+Dimensions: I images, C categories, A areas, T IoU thresholds, R resamples, M metrics, S selected detections, N detections
+near an annotation, K events (an annotation found by a detection, in an area and at a threshold), H segments (events of one
+area, threshold and category), L counted detections of one kind.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from proxydet.data.protocol import FREQUENCIES
-from proxydet.evaluation.curves import AREAS, IOU_THRESHOLDS_T
-from proxydet.evaluation.few_images import FewImages
 from proxydet.evaluation.ground_truth import GroundTruth
+from proxydet.evaluation.matching import FOUND, IGNORED, Matches
 from proxydet.evaluation.report import Interval
-from proxydet.evaluation.resampling import WeightedPrecision
+from proxydet.evaluation.scoring import AREAS, IOU_THRESHOLDS_T, RECALL_THRESHOLDS_R
 from proxydet.reporting import SILENT, Progress
 
 Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
 _GROUP_METRICS = ("AP", "AP50")
 _ROUNDING = 1e-9
 """Resamples that differ by less agree: they only add in another order."""
+_MOST_TIMES = 60
+_ENOUGH_IMAGES = 5
+"""From this many images on, the varying number of them in a resample outweighs the missing spread."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,18 +106,29 @@ class Sets:
             *by_group,
         )
 
-    def measure(self, precision_ATC: Floats) -> list[float]:
-        """Return the metrics of average precision float64 (A, T, C) with NaN for absent categories."""
-        all_TC = precision_ATC[0]
-        at = [int(np.flatnonzero(np.isclose(IOU_THRESHOLDS_T, iou))[0]) for iou in (0.5, 0.75)]
-        values = [_mean(all_TC), *(_mean(all_TC[index]) for index in at)]
-        values += [_mean(precision_ATC[area]) for area in range(1, len(AREAS))]
+    def measure(self, summary_A3C: Floats) -> list[float]:
+        """Return the metrics of a `summary`."""
+        all_3C = summary_A3C[0]
+        values = [_mean(row_C) for row_C in (*all_3C, *summary_A3C[1:, 0])]
         if self.frequencies:
             frequency_C = np.array(self.frequencies)
-            values += [_mean(all_TC[:, frequency_C == value]) for value in FREQUENCIES]
+            values += [_mean(all_3C[0, frequency_C == value]) for value in FREQUENCIES]
         for mask_C in self.groups.values():
-            values += [_mean(all_TC[:, mask_C]), _mean(all_TC[at[0], mask_C])]
+            values += [_mean(all_3C[0, mask_C]), _mean(all_3C[1, mask_C])]
         return values
+
+
+def summary(precision_ATC: Floats) -> Floats:
+    """Return what metrics are made of: the mean over IoU thresholds, and the values at 0.5 and 0.75.
+
+    Args:
+        precision_ATC: Average precision; NaN for absent categories.
+
+    Returns:
+        float64 (A, 3, C).
+    """
+    at_50, at_75 = (precision_ATC[:, np.isclose(IOU_THRESHOLDS_T, iou)] for iou in (0.5, 0.75))
+    return np.concatenate([precision_ATC.mean(axis=1, keepdims=True), at_50, at_75], axis=1)
 
 
 def resample(
@@ -125,15 +153,15 @@ def resample(
         progress: Where progress is shown.
     """
     images = len(truth.image_ids)
-    whole_ATC = precision.precision(np.ones(images))
-    kinds = sets.frequencies or ("",) * whole_ATC.shape[2]
-    few = FewImages(whole_ATC, precision.images_AC(), kinds)
+    whole_A3C = summary(precision.precision(np.ones(images, dtype=np.int64)))
+    kinds = sets.frequencies or ("",) * whole_A3C.shape[2]
+    few = FewImages(whole_A3C, precision.images_AC(), kinds)
     rare_C = np.array([value == "r" for value in truth.frequencies or ()], dtype=bool)
 
     def one(index: int) -> tuple[list[float], int]:
-        drawn_ATC = precision.precision(drawn_weights(images, seed, index))
-        widened_ATC = few.widen(drawn_ATC, pooling(seed, index))
-        return sets.measure(widened_ATC), _present(drawn_ATC, rare_C)
+        drawn_A3C = summary(precision.precision(drawn_weights(images, seed, index)))
+        widened_A3C = few.widen(drawn_A3C, pooling(seed, index))
+        return sets.measure(widened_A3C), _present(drawn_A3C, rare_C)
 
     results = []
     with (
@@ -146,14 +174,14 @@ def resample(
     present = [count for _, count in results]
     return Resamples(
         names=sets.names,
-        values_M=np.array(sets.measure(whole_ATC)),
+        values_M=np.array(sets.measure(whole_A3C)),
         resampled_RM=np.array([values for values, _ in results]),
-        rare=(_present(whole_ATC, rare_C), float(np.mean(present))) if rare_C.any() else None,
+        rare=(_present(whole_A3C, rare_C), float(np.mean(present))) if rare_C.any() else None,
     )
 
 
-def drawn_weights(images: int, seed: int, index: int) -> Floats:
-    """Return how often each image is in a resample, float64 (I,): the same for every detector and metric.
+def drawn_weights(images: int, seed: int, index: int) -> Integers:
+    """Return how often each image is in a resample, int64 (I,): the same for every detector and metric.
 
     Args:
         images: How many there are.
@@ -161,7 +189,7 @@ def drawn_weights(images: int, seed: int, index: int) -> Floats:
         index: Which resample.
     """
     draw = np.random.default_rng([seed, index])
-    return np.bincount(draw.integers(0, images, images), minlength=images).astype(np.float64)
+    return np.bincount(draw.integers(0, images, images), minlength=images)
 
 
 def pooling(seed: int, index: int) -> np.random.Generator:
@@ -266,7 +294,205 @@ def _mean(values: Floats) -> float:
     return float(known.mean()) if known.size else float("nan")
 
 
-def _present(precision_ATC: Floats, chosen_C: NDArray[np.bool_]) -> int:
-    if not chosen_C.any():
-        return 0
-    return int(np.count_nonzero(~np.isnan(precision_ATC[0, 0, chosen_C])))
+def _present(summary_A3C: Floats, chosen_C: NDArray[np.bool_]) -> int:
+    return int(np.count_nonzero(~np.isnan(summary_A3C[0, 0, chosen_C])))
+
+
+class WeightedPrecision:
+    """Average precision as a function of how often each image counts.
+
+    With weights of 1 this is the engines' average precision; with the counts of a resample, that resample's. Precision
+    only matters where an annotation is found, so all that depends on the weights is computed at those events, for all
+    areas and thresholds at once; where they stand among the other detections is worked out once.
+
+    Args:
+        matches: What each detection was matched to.
+        categories: How many categories there are.
+    """
+
+    def __init__(self, matches: Matches, categories: int) -> None:
+        areas, thresholds = matches.state_NAT.shape[1:]
+        self._shape = (areas, thresholds, categories)
+        selection, silent_SA = matches.selection, matches.silent_SA
+        counted, area = np.nonzero(matches.counts_GA)
+        self._ann_image = matches.ann_image_G[counted]
+        self._ann_slot = area * categories + matches.ann_category_G[counted]
+        # Within a category: descending score, of equals the lower image, then the order within the image.
+        order_S = np.lexsort((-selection.score_S, selection.category_S))
+        place_S = np.empty_like(order_S)
+        place_S[order_S] = np.arange(len(order_S))
+        near_order = np.argsort(place_S[matches.near_N])
+        near_N, state_NAT = matches.near_N[near_order], matches.state_NAT[near_order]
+        found_NAT = state_NAT == FOUND
+        counts_NAT = found_NAT | ((state_NAT != IGNORED) & ~silent_SA[near_N][:, :, None])
+        always_NA = counts_NAT.all(axis=2)
+        always_SA = ~silent_SA
+        always_SA[near_N] = always_NA
+        area_K, threshold_K, at_K = np.nonzero(found_NAT.transpose(1, 2, 0))
+        event_K = near_N[at_K]
+        self._image_K = selection.image_S[event_K]
+        category_K = selection.category_S[event_K]
+        segment_K = (area_K * thresholds + threshold_K) * categories + category_K
+        self._head_H = np.flatnonzero(np.diff(segment_K, prepend=-1))
+        self._length_H = np.diff(self._head_H, append=len(segment_K))
+        self._segment_H = segment_K[self._head_H]
+        self._slot_H = (area_K * categories + category_K)[self._head_H]
+        # Running from the end, nothing passes from one segment to the one before: earlier ones lie higher.
+        self._level_K = np.repeat(2.0 * np.arange(len(self._head_H))[::-1], self._length_H)
+        # Detections that count against precision at every threshold, and at some; how many are ahead of each event, and
+        # how many of these are of the categories before.
+        always_area, at = np.nonzero(always_SA[order_S].T)
+        some_area, some_threshold, some_at = np.nonzero(
+            (counts_NAT & ~always_NA[:, :, None]).transpose(1, 2, 0)
+        )
+        self._ahead = []
+        for listed, group, group_K in (
+            (order_S[at], always_area, area_K),
+            (
+                near_N[some_at],
+                some_area * thresholds + some_threshold,
+                area_K * thresholds + threshold_K,
+            ),
+        ):
+            size = len(order_S) + 1
+            end_K = np.searchsorted(
+                group * size + place_S[listed], group_K * size + place_S[event_K], side="right"
+            )
+            start_H = np.searchsorted(
+                group * categories + selection.category_S[listed],
+                (group_K * categories + category_K)[self._head_H],
+            )
+            if len(listed):
+                self._ahead.append((selection.image_S[listed], end_K, start_H))
+
+    def images_AC(self) -> Integers:
+        """Return in how many images each category has annotations that count, by area: int64 (A, C)."""
+        areas, _, categories = self._shape
+        number = images_of(self._ann_image, self._ann_slot, areas * categories)
+        return number.reshape(areas, categories)
+
+    def precision(self, weight_I: Integers) -> Floats:
+        """Return average precision.
+
+        Args:
+            weight_I: int64, how often each image counts, 0 or more.
+
+        Returns:
+            float64 (A, T, C); NaN for categories without an annotation of that area in the images that count.
+        """
+        areas, thresholds, categories = self._shape
+        weight_I = np.asarray(weight_I, dtype=np.int64)
+        present = np.bincount(
+            self._ann_slot, weights=weight_I[self._ann_image], minlength=areas * categories
+        )
+        average_A1C = np.where(present > 0, 0.0, np.nan).reshape(areas, 1, categories)
+        precision_ATC = np.repeat(average_A1C, thresholds, axis=1)
+        if not len(self._head_H):
+            return precision_ATC
+        # Sums of whole numbers: faster than those of floats, and exact.
+        weight_K = weight_I[self._image_K]
+        found_K = np.cumsum(weight_K)
+        found_K -= self._spread(found_K[self._head_H] - weight_K[self._head_H])
+        counted_K = np.zeros_like(found_K)
+        before_H = np.zeros_like(self._head_H)
+        for image_L, end_K, start_H in self._ahead:
+            sums = np.zeros(len(image_L) + 1, dtype=np.int64)
+            np.cumsum(weight_I[image_L], out=sums[1:])
+            counted_K += sums[end_K]
+            before_H += sums[start_H]
+        counted_K -= self._spread(before_H)
+        # The same expression as the official evaluators', to the last bit.
+        best_K = found_K / (counted_K + np.spacing(1))
+        # The largest precision at an event or after it in its segment; the bits of floats from 0 up order as they do.
+        best_K += self._level_K
+        backwards = best_K.view(np.int64)[::-1]
+        np.maximum.accumulate(backwards, out=backwards)
+        best_K -= self._level_K
+        # A segment whose annotations all have weight 0 has no event that counts; it must only not divide by 0.
+        recall_K = found_K / self._spread(np.maximum(present[self._slot_H], 1e-300))
+        nearest_K = np.rint(recall_K * (len(RECALL_THRESHOLDS_R) - 1)).astype(np.int64)
+        reached_K = nearest_K + (recall_K >= RECALL_THRESHOLDS_R[nearest_K])
+        passed_K = np.diff(reached_K, prepend=0)
+        passed_K[self._head_H] = reached_K[self._head_H]
+        best_K *= passed_K
+        sums_H = np.add.reduceat(best_K, self._head_H) / len(RECALL_THRESHOLDS_R)
+        precision_ATC.reshape(-1)[self._segment_H] += sums_H
+        return precision_ATC
+
+    def _spread(self, values_H: NDArray[Any]) -> NDArray[Any]:
+        """Give each event its segment's value."""
+        return np.repeat(values_H, self._length_H)
+
+
+class FewImages:
+    """Widens the average precision of resamples where categories have few images.
+
+    Args:
+        whole_ATC: Average precision on the data set itself; NaN for absent categories.
+        images_AC: int64 (A, C), in how many images each category has annotations of an area.
+        kinds_C: Categories of a single image are pooled with those of the same kind.
+    """
+
+    def __init__(
+        self, whole_ATC: Floats, images_AC: NDArray[np.int64], kinds_C: Sequence[str]
+    ) -> None:
+        self._whole_ATC = whole_ATC
+        factors = np.array([widening(number) for number in range(_ENOUGH_IMAGES + 1)])
+        self._factor_A1C = factors[np.minimum(images_AC, _ENOUGH_IMAGES)][:, None]
+        kind_C = np.array(kinds_C)
+        single_AC = images_AC == 1
+        self._pools = [
+            (area, np.flatnonzero(single_C & (kind_C == kind)))
+            for area, single_C in enumerate(single_AC)
+            for kind in np.unique(kind_C)
+        ]
+
+    def widen(self, drawn_ATC: Floats, draw: np.random.Generator) -> Floats:
+        """Return a resample's average precision with its deviations widened; values may leave [0, 1].
+
+        Args:
+            drawn_ATC: On the resample; NaN for categories that it lacks. T may be any quantities.
+            draw: Of this resample only, so that two detectors' resamples stay pairs.
+        """
+        wide_ATC = self._whole_ATC + self._factor_A1C * (drawn_ATC - self._whole_ATC)
+        for area, pool in self._pools:
+            taken = draw.choice(pool, len(pool)) if len(pool) else pool
+            absent_TC = np.isnan(drawn_ATC[area][:, pool])
+            wide_ATC[area][:, pool] = np.where(absent_TC, np.nan, self._whole_ATC[area][:, taken])
+        return wide_ATC
+
+
+def widening(images: int) -> float:
+    """Return by what to multiply a resampled mean's deviations, when it is over the values of a few images.
+
+    In a resample of a large data set about Poisson(n) of a category's images are drawn. Given m of them, the mean has the
+    variance s^2 (n - 1) / (n m), where s^2 is the unbiased estimate; it should be s^2 / n.
+
+    Args:
+        images: How many, n.
+
+    Returns:
+        At least 1; 1 for a single image, whose deviations are all 0.
+    """
+    if not 2 <= images < _ENOUGH_IMAGES:
+        return 1.0
+    chance, inverse = math.exp(-images), 0.0
+    for times in range(1, _MOST_TIMES):
+        chance *= images / times
+        inverse += chance / times
+    inverse /= 1 - math.exp(-images)
+    return max(1.0, 1 / math.sqrt((images - 1) * inverse))
+
+
+def images_of(
+    image_G: NDArray[np.int64], slot_G: NDArray[np.int64], slots: int
+) -> NDArray[np.int64]:
+    """Return in how many images each slot (as a category) has an entry, int64 (``slots``,).
+
+    Args:
+        image_G: The images of the entries.
+        slot_G: Their slots.
+        slots: How many there are.
+    """
+    pairs = np.unique(image_G * slots + slot_G)
+    return np.bincount(pairs % slots, minlength=slots)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from proxydet.data.protocol import PROTOCOLS, Protocol
 from proxydet.errors import ConfigError
 
 _IOU_TYPES = ("bbox", "segm")
@@ -18,6 +19,9 @@ class EvaluationConfig:
 
     engine: Literal["hotcoco", "lvis"] = "hotcoco"
     """What computes precision and recall: hotcoco (fast), or lvis: the official evaluators (lvis, pycocotools)."""
+
+    protocol: Protocol | None = None
+    """Whose protocol: lvis (federated annotations), coco (exhaustive ones) or openimages; null: by what the annotations say."""
 
     iou_types: tuple[str, ...] = ()
     """What is scored: bbox, segm, or both; empty: boxes, and masks where the ground truth, the detector and its results
@@ -60,6 +64,11 @@ class EvaluationConfig:
         if self.engine not in _ENGINES:
             raise ConfigError(
                 f"evaluation.engine is {self.engine!r}.", hint=f"use one of {', '.join(_ENGINES)}"
+            )
+        if self.protocol is not None and self.protocol not in PROTOCOLS:
+            raise ConfigError(
+                f"evaluation.protocol is {self.protocol!r}.",
+                hint=f"use one of {', '.join(PROTOCOLS)}, or null for what the annotations say",
             )
         unknown = [value for value in self.iou_types if value not in _IOU_TYPES]
         if unknown or len(set(self.iou_types)) < len(self.iou_types):

@@ -14,7 +14,12 @@ import torch.distributed
 from proxydet.data.description import DatasetDescription
 from proxydet.errors import ConfigError
 from proxydet.evaluation.config import EvaluationConfig
-from proxydet.evaluation.evaluate import Evaluation, check_protocol, run_evaluation
+from proxydet.evaluation.evaluate import (
+    Evaluation,
+    check_protocol,
+    run_evaluation,
+    scores_masks,
+)
 from proxydet.evaluation.prediction import (
     EvaluationTask,
     ImageDetector,
@@ -25,7 +30,6 @@ from proxydet.evaluation.prediction import (
 from proxydet.evaluation.prediction_files import PredictionFolder
 from proxydet.evaluation.records import write_records
 from proxydet.evaluation.report import Report
-from proxydet.evaluation.scoring import scores_masks
 from proxydet.evaluation.split import DescribedSplit
 from proxydet.reporting import SILENT, Progress
 from proxydet.vocabulary.vocabulary import Vocabulary
@@ -63,7 +67,8 @@ def evaluate(
         VocabularyError: The classes' embeddings do not fit the detector.
         DiskFullError: There is no room for the predictions.
     """
-    opened = DescribedSplit.open(description, split, progress=progress)
+    config = config or EvaluationConfig()
+    opened = DescribedSplit.open(description, split, protocol=config.protocol, progress=progress)
     evaluation = evaluate_split(
         detector, opened, output, records=output, config=config, progress=progress
     )

@@ -1,30 +1,30 @@
-"""From a results file to a report."""
+"""From results and annotations to a report, and from two results to their difference."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from proxydet.errors import ConfigError
-from proxydet.evaluation.bootstrap import Resamples
+from proxydet.errors import ConfigError, DataError, EnvironmentProblem
+from proxydet.evaluation.bootstrap import (
+    Difference,
+    Resamples,
+    Sets,
+    WeightedPrecision,
+    differences,
+    resample,
+)
 from proxydet.evaluation.config import EvaluationConfig
 from proxydet.evaluation.ground_truth import GroundTruth
-from proxydet.evaluation.metrics import (
-    average_precision,
-    category_groups,
-    category_precision,
-    official_metrics,
-)
-from proxydet.evaluation.openimages import (
-    read_hierarchy,
-    resample_openimages,
-    score_openimages,
-)
+from proxydet.evaluation.matching import Matches, match
+from proxydet.evaluation.openimages import read_hierarchy, resample_openimages, score_openimages
 from proxydet.evaluation.report import (
     CategoryScore,
     Counts,
@@ -33,18 +33,66 @@ from proxydet.evaluation.report import (
     Resampling,
     TypeReport,
 )
-from proxydet.evaluation.results import Results, read_results
-from proxydet.evaluation.scoring import Scored, score, scored_types
+from proxydet.evaluation.results import Results, first_offenders, read_results
+from proxydet.evaluation.scoring import (
+    Curves,
+    Limits,
+    Selection,
+    average_precision,
+    category_groups,
+    category_precision,
+    official_metrics,
+    run_hotcoco,
+    run_official,
+    select,
+)
 from proxydet.reporting import SILENT, Progress
 
+_LOG = logging.getLogger(__name__)
+
 Groups = Mapping[str, NDArray[np.bool_] | Sequence[bool]]
-ResultsSource = Path | str | list[dict[str, Any]] | Results
+ResultsSource = Path | str | list[dict[str, Any]] | dict[str, Any] | Results
 TruthSource = Path | str | dict[str, Any] | GroundTruth
+
+COCO_LIMITS = (1, 10, 100)
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """All that scoring boxes, or masks, gave.
+
+    Attributes:
+        iou_type: ``"bbox"`` or ``"segm"``.
+        truth: The annotations as they were scored against.
+        results: All detections.
+        selection: The detections that were scored.
+        curves: Precision and recall, from the engine.
+        evaluator: hotcoco's evaluator with its matches; None where it was not kept.
+        known_matches: Our own matches, where they were needed already.
+        resamples: Metrics of resampled images; None when none were asked for.
+    """
+
+    iou_type: str
+    truth: GroundTruth
+    results: Results
+    selection: Selection
+    curves: Curves
+    evaluator: Any = field(default=None, repr=False)
+    known_matches: Matches | None = field(default=None, repr=False)
+    resamples: Resamples | None = None
+
+    @cached_property
+    def matches(self) -> Matches:
+        """Which detection finds which annotation; worked out when it is first asked for."""
+        if self.known_matches is not None:
+            return self.known_matches
+        return match(self.truth, self.results, self.selection, self.iou_type)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """A report with what it was made from, for those who look further.
+    """A report with what it was made from.
 
     Attributes:
         report: The numbers.
@@ -59,6 +107,11 @@ class Evaluation:
     results: Results
     scored: Mapping[str, Scored]
     groups: Mapping[str, NDArray[np.bool_]]
+
+    @property
+    def main(self) -> Scored | None:
+        """What was scored of masks, or of boxes where masks were not; None for OpenImages."""
+        return self.scored.get("segm") or self.scored.get("bbox")
 
 
 def evaluate_results(
@@ -103,9 +156,17 @@ def run_evaluation(
 ) -> Evaluation:
     """Do as `evaluate_results`, and keep what the report was made from."""
     config = config or EvaluationConfig()
-    truth = (
-        ground_truth if isinstance(ground_truth, GroundTruth) else GroundTruth.load(ground_truth)
-    )
+    if not isinstance(ground_truth, GroundTruth):
+        truth = GroundTruth.load(ground_truth, protocol=config.protocol)
+    elif config.protocol in (None, ground_truth.protocol):
+        truth = ground_truth
+    else:
+        truth = GroundTruth.from_store(
+            ground_truth.store,
+            name=ground_truth.name,
+            path=ground_truth.path,
+            protocol=config.protocol,
+        )
     check_protocol(config, truth)
     if not isinstance(results, Results):
         results = read_results(
@@ -117,29 +178,83 @@ def run_evaluation(
         )
     if truth.protocol == "openimages":
         return _openimages(truth, results, config)
-    all_groups = category_groups(truth.frequencies, _checked_groups(groups or {}, truth))
-    scored = {
-        iou_type: score(
-            truth.for_masks() if iou_type == "segm" else truth,
-            results,
-            iou_type,
-            config,
-            all_groups,
-            progress,
-        )
-        for iou_type in scored_types(config, truth, results)
-    }
+    categories = len(truth.category_ids)
+    all_groups = category_groups(truth.frequencies, {})
+    for name, mask in (groups or {}).items():
+        all_groups[name] = np.asarray(mask)
+        if all_groups[name].dtype != bool or all_groups[name].shape != (categories,):
+            raise ConfigError(
+                f"The group {name!r} is of type {all_groups[name].dtype} and shape {all_groups[name].shape}; it must be "
+                f"one bool for each of the {categories} categories of {truth.name}."
+            )
+    kinds, masks_left_out = scored_types(config, truth, results)
+    scored: dict[str, Scored] = {}
+    for kind in kinds:
+        # Only the last one, masks where they are scored, is analysed: others need not be kept.
+        scored = {name: replace(part, evaluator=None) for name, part in scored.items()}
+        scored[kind] = _score(truth, results, kind, config, all_groups, progress)
     report = Report(
         dataset=truth.name,
         protocol=truth.protocol,
         engine=config.engine,
         fixed=config.fixed,
+        masks_left_out=masks_left_out,
         counts=_counts(truth, results, scored),
-        types={
-            kind: _type_report(truth, part, all_groups, config) for kind, part in scored.items()
-        },
+        types={kind: _type_report(part, all_groups, config) for kind, part in scored.items()},
     )
     return Evaluation(report=report, truth=truth, results=results, scored=scored, groups=all_groups)
+
+
+def scores_masks(config: EvaluationConfig, truth: GroundTruth, *, predicted: bool) -> bool:
+    """Return whether masks are to be scored; warn where predicted ones are not because the ground truth has none.
+
+    Args:
+        config: Asks for masks, for boxes only, or for what is there.
+        truth: The annotations.
+        predicted: Whether the detector predicts masks.
+
+    Raises:
+        DataError: Masks are asked for, and the ground truth has none.
+    """
+    if "segm" in config.iou_types and not truth.has_masks:
+        raise DataError(
+            f"Masks are to be scored, and {truth.name} has none.",
+            hint="score boxes only: --iou-type bbox",
+            path=truth.path,
+        )
+    if config.iou_types or truth.protocol == "openimages":
+        return "segm" in config.iou_types
+    if predicted and not truth.has_masks:
+        _LOG.warning("masks are not scored: %s has none", truth.name)
+    return predicted and truth.has_masks
+
+
+def scored_types(
+    config: EvaluationConfig, truth: GroundTruth, results: Results
+) -> tuple[tuple[str, ...], str | None]:
+    """Return what is scored, and why masks are not where nobody said so.
+
+    What was asked for; by default boxes, and masks where objects have masks and every detection has one.
+
+    Raises:
+        DataError: Masks are asked for, and no object or some detection has none.
+    """
+    reason = None
+    if not truth.has_masks:
+        reason = "the annotations have none"
+    elif not results.has_masks:
+        reason = f"{results.without_mask} of {len(results)} detections have none"
+    if not config.iou_types:
+        return ("bbox", "segm") if reason is None else ("bbox",), reason
+    if "segm" in config.iou_types and reason is not None:
+        source = results.path if truth.has_masks else truth.path
+        raise DataError(
+            f"{source or 'The values given'}: masks are to be scored, and {reason}.",
+            hint="score boxes only: --iou-type bbox",
+            path=source,
+        )
+    # Boxes first: masks are what is analysed.
+    return tuple(sorted(config.iou_types)), None
 
 
 def check_protocol(config: EvaluationConfig, truth: GroundTruth) -> None:
@@ -149,30 +264,113 @@ def check_protocol(config: EvaluationConfig, truth: GroundTruth) -> None:
             f"{truth.name} is scored by {truth.protocol.upper()}'s protocol, which has no use for a class hierarchy.",
             hint="leave --hierarchy out, or give OpenImages' annotations with --data",
         )
+    if truth.protocol == "openimages" and "segm" in config.iou_types:
+        raise ConfigError(
+            f"{truth.name} is scored by OpenImages' protocol, which scores boxes only.",
+            hint="leave --iou-type out, or choose another protocol with --protocol",
+        )
+
+
+def _score(
+    truth: GroundTruth,
+    results: Results,
+    iou_type: str,
+    config: EvaluationConfig,
+    groups: Mapping[str, NDArray[np.bool_]],
+    progress: Progress,
+) -> Scored:
+    """Score boxes or masks: select, run the engine, match, resample.
+
+    Raises:
+        EnvironmentProblem: The engine failed, or is found to be wrong.
+    """
+    if iou_type == "segm":
+        truth = truth.for_masks()
+    limits: Limits = COCO_LIMITS
+    per_image = per_category = None
+    if config.fixed:
+        limits, per_category = (None,), config.fixed_detections
+    elif truth.protocol == "lvis":
+        limits, per_image = (config.max_detections,), config.max_detections
+    selection = select(
+        results, truth, iou_type=iou_type, per_image=per_image, per_category=per_category
+    )
+    evaluator = None
+    if config.engine == "hotcoco":
+        curves, evaluator = run_hotcoco(truth, results, selection, iou_type=iou_type, limits=limits)
+    else:
+        # The official evaluator has no fixed AP: it gets the chosen detections, without a limit of its own.
+        given = results.take(selection.detection_S) if config.fixed else results
+        curves = run_official(truth, given, iou_type=iou_type, limits=limits, per_image=per_image)
+    matches = resamples = None
+    if config.bootstrap:
+        matches = match(truth, results, selection, iou_type)
+        precision = WeightedPrecision(matches, len(truth.category_ids))
+        _check_against_engine(precision, curves, truth, config.engine)
+        resamples = resample(
+            precision,
+            truth,
+            Sets(frequencies=truth.frequencies, groups=groups),
+            number=config.bootstrap,
+            seed=config.seed,
+            progress=progress,
+        )
+    return Scored(
+        iou_type=iou_type,
+        truth=truth,
+        results=results,
+        selection=selection,
+        curves=curves,
+        evaluator=evaluator,
+        known_matches=matches,
+        resamples=resamples,
+    )
+
+
+def _check_against_engine(
+    precision: WeightedPrecision, curves: Curves, truth: GroundTruth, engine: str
+) -> None:
+    """Intervals come from our own matches: without resampling these must give the engine's average precision.
+
+    Raises:
+        EnvironmentProblem: They do not.
+    """
+    ours_ATC = precision.precision(np.ones(len(truth.image_ids), dtype=np.int64))
+    theirs_ATC = curves.average_TCA.transpose(2, 0, 1)
+    apart_ATC = np.abs(ours_ATC - theirs_ATC) > _ROUNDING
+    apart_ATC |= np.isnan(ours_ATC) != np.isnan(theirs_ATC)
+    if not apart_ATC.any():
+        return
+    names = [truth.category_names[index] for index in np.flatnonzero(apart_ATC.any(axis=(0, 1)))]
+    raise EnvironmentProblem(
+        f"The engine {engine!r} gives another average precision than the matches that intervals are made from, in "
+        f"{len(names)} categories ({first_offenders(names)}).",
+        hint="evaluate with the official one, the yardstick: --engine lvis"
+        if engine == "hotcoco"
+        else "report this with the files; --bootstrap 0 gives the metrics without intervals",
+    )
 
 
 def _openimages(truth: GroundTruth, results: Results, config: EvaluationConfig) -> Evaluation:
     """Score by OpenImages' own protocol, which has one metric: AP50, plain and expanded."""
-    limit = config.max_detections
-    plain = score_openimages(truth, results, max_detections=limit)
+    plain = score_openimages(truth, results, max_detections=config.max_detections)
     scores = {"AP50": plain}
     if config.hierarchy is not None:
         ancestors = read_hierarchy(config.hierarchy, truth)
         scores["AP50 expanded"] = score_openimages(
-            truth, results, ancestors=ancestors, max_detections=limit
+            truth, results, ancestors=ancestors, max_detections=config.max_detections
         )
     resamples = None
     if config.bootstrap:
         resamples = resample_openimages(scores, truth, number=config.bootstrap, seed=config.seed)
-    unscored_C = np.full(len(truth.category_ids), np.nan)
-    detections_C = np.bincount(results.category_D, minlength=len(truth.category_ids))
     part = TypeReport(
         iou_type="bbox",
         metrics={name: score.ap50 for name, score in scores.items()},
         groups=(),
-        categories=_category_scores(truth, detections_C, unscored_C, plain.ap50_C),
-        intervals=resamples.intervals(config.confidence) if resamples else {},
-        resampling=_resampling(config, resamples),
+        categories=_category_scores(
+            truth, results.category_D, np.full(len(truth.category_ids), np.nan), plain.ap50_C
+        ),
+        **_intervals(resamples, config),
     )
     report = Report(
         dataset=truth.name,
@@ -185,88 +383,77 @@ def _openimages(truth: GroundTruth, results: Results, config: EvaluationConfig) 
     return Evaluation(report=report, truth=truth, results=results, scored={}, groups={})
 
 
-def _checked_groups(groups: Groups, truth: GroundTruth) -> dict[str, NDArray[np.bool_]]:
-    checked = {}
-    for name, mask in groups.items():
-        mask_C = np.asarray(mask)
-        if mask_C.dtype != bool or mask_C.shape != (len(truth.category_ids),):
-            raise ConfigError(
-                f"The group {name!r} is of type {mask_C.dtype} and shape {mask_C.shape}; it must be one bool for each "
-                f"of the {len(truth.category_ids)} categories of {truth.name}."
-            )
-        checked[name] = mask_C
-    return checked
-
-
 def _type_report(
-    truth: GroundTruth,
-    scored: Scored,
-    groups: Mapping[str, NDArray[np.bool_]],
-    config: EvaluationConfig,
+    scored: Scored, groups: Mapping[str, NDArray[np.bool_]], config: EvaluationConfig
 ) -> TypeReport:
-    curves, resamples = scored.curves, scored.resamples
+    curves, truth = scored.curves, scored.truth
+    ap_C = category_precision(curves)
     return TypeReport(
         iou_type=scored.iou_type,
         metrics=official_metrics(curves, truth.protocol, truth.frequencies),
         groups=tuple(
-            _group_score(name, mask_C, scored) for name, mask_C in groups.items() if mask_C.any()
+            GroupScore(
+                name=name,
+                categories=int(mask_C.sum()),
+                scored=int(np.count_nonzero(~np.isnan(ap_C[mask_C]))),
+                ap=average_precision(curves, categories=mask_C),
+                ap50=average_precision(curves, iou=0.5, categories=mask_C),
+                ap75=average_precision(curves, iou=0.75, categories=mask_C),
+            )
+            for name, mask_C in groups.items()
+            if mask_C.any()
         ),
         categories=_category_scores(
-            truth,
-            np.bincount(scored.selection.category_S, minlength=len(truth.category_ids)),
-            category_precision(curves),
-            category_precision(curves, iou=0.5),
+            truth, scored.selection.category_S, ap_C, category_precision(curves, iou=0.5)
         ),
-        intervals=resamples.intervals(config.confidence) if resamples else {},
-        resampling=_resampling(config, resamples),
         curves=curves,
+        **_intervals(scored.resamples, config),
     )
 
 
-def _resampling(config: EvaluationConfig, resamples: Resamples | None) -> Resampling | None:
+def _intervals(resamples: Resamples | None, config: EvaluationConfig) -> dict[str, Any]:
     if resamples is None:
-        return None
-    return Resampling(
+        return {}
+    resampling = Resampling(
         number=config.bootstrap,
         confidence=config.confidence,
         seed=config.seed,
         rare=resamples.rare,
     )
-
-
-def _group_score(name: str, mask_C: NDArray[np.bool_], scored: Scored) -> GroupScore:
-    curves = scored.curves
-    return GroupScore(
-        name=name,
-        categories=int(mask_C.sum()),
-        scored=int(np.count_nonzero(~np.isnan(category_precision(curves)[mask_C]))),
-        ap=average_precision(curves, categories=mask_C),
-        ap50=average_precision(curves, iou=0.5, categories=mask_C),
-        ap75=average_precision(curves, iou=0.75, categories=mask_C),
-    )
+    return {"intervals": resamples.intervals(config.confidence), "resampling": resampling}
 
 
 def _category_scores(
     truth: GroundTruth,
-    detections_C: NDArray[np.intp],
+    category_S: NDArray[np.int64],
     ap_C: NDArray[np.float64],
     ap50_C: NDArray[np.float64],
 ) -> tuple[CategoryScore, ...]:
     categories = len(truth.category_ids)
-    annotations_C = np.bincount(truth.ann_category_A[truth.counted_A], minlength=categories)
     training_C = truth.training_images_C
+    columns = zip(
+        truth.category_ids,
+        truth.category_names,
+        truth.frequencies or (None,) * categories,
+        (None,) * categories if training_C is None else training_C.tolist(),
+        np.bincount(truth.ann_category_A[truth.counted_A], minlength=categories).tolist(),
+        np.bincount(category_S, minlength=categories).tolist(),
+        ap_C.tolist(),
+        ap50_C.tolist(),
+        strict=True,
+    )
     return tuple(
         CategoryScore(
-            id=truth.category_ids[index],
-            name=truth.category_names[index],
-            frequency=truth.frequencies[index] if truth.frequencies else None,
-            training_images=int(training_C[index]) if training_C is not None else None,
-            annotations=int(annotations_C[index]),
-            detections=int(detections_C[index]),
-            ap=None if np.isnan(ap_C[index]) else float(ap_C[index]),
-            ap50=None if np.isnan(ap50_C[index]) else float(ap50_C[index]),
+            id=id_,
+            name=name,
+            frequency=frequency,
+            training_images=training_images,
+            annotations=annotations,
+            detections=detections,
+            ap=None if np.isnan(ap) else ap,
+            ap50=None if np.isnan(ap50) else ap50,
         )
-        for index in range(categories)
+        for id_, name, frequency, training_images, annotations, detections, ap, ap50 in columns
     )
 
 
@@ -276,9 +463,63 @@ def _counts(truth: GroundTruth, results: Results, scored: Mapping[str, Scored]) 
         images=len(truth.image_ids),
         images_with_detections=len(np.unique(results.image_D)),
         annotations=len(truth.ann_image_A),
+        annotations_without_mask=int(np.count_nonzero(~truth.masked_A)),
         detections=len(results),
         capped=first.capped if first else 0,
         unjudged=first.unjudged if first else 0,
         without_mask=results.without_mask,
         without_area={kind: part.selection.without_area for kind, part in scored.items()},
     )
+
+
+# -- two results ------------------------------------------------------------------------------------------------------
+
+
+def compare_results(
+    first: Path,
+    second: Path,
+    truth: GroundTruth,
+    *,
+    config: EvaluationConfig,
+    groups: Mapping[str, NDArray[np.bool_]],
+    progress: Progress = SILENT,
+) -> dict[str, tuple[Difference, ...]]:
+    """Compare two results files by pairs of resamples of the same images.
+
+    Args:
+        first: One detector's results.
+        second: The other's.
+        truth: The data set that both are of.
+        config: How to score.
+        groups: Sets of categories to average over.
+        progress: Where progress is shown.
+
+    Returns:
+        By iou type (masks where both have them), one difference a metric: second minus first.
+
+    Raises:
+        DataError: A results file cannot be used.
+        ConfigError: No resamples are to be drawn, or the protocol has none (OpenImages).
+    """
+    if not config.bootstrap:
+        raise ConfigError("A comparison needs resamples.", hint="give --bootstrap at least 2")
+    evaluations = [
+        run_evaluation(results, truth, config=config, groups=groups, progress=progress)
+        for results in (first, second)
+    ]
+    with_masks = ["segm" in evaluation.scored for evaluation in evaluations]
+    if with_masks[0] != with_masks[1]:
+        lacking = second if with_masks[0] else first
+        _LOG.warning("masks are not compared: not every detection of %s has one", lacking)
+    compared = {}
+    for kind in evaluations[0].scored:
+        pair = [evaluation.scored.get(kind) for evaluation in evaluations]
+        resamples = [part.resamples for part in pair if part is not None and part.resamples]
+        if len(resamples) == 2:
+            compared[kind] = differences(resamples[0], resamples[1], config.confidence)
+    if not compared:
+        raise ConfigError(
+            f"Results on {truth.name} cannot be compared: its protocol has no resamples, or the two files share neither "
+            "boxes nor masks."
+        )
+    return compared

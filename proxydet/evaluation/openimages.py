@@ -13,21 +13,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from proxydet.errors import DataError
-from proxydet.evaluation.bootstrap import Resamples, drawn_weights, pooling
-from proxydet.evaluation.few_images import FewImages, images_of
+from proxydet.evaluation.bootstrap import (
+    FewImages,
+    Resamples,
+    drawn_weights,
+    images_of,
+    pooling,
+)
 from proxydet.evaluation.ground_truth import GroundTruth
-from proxydet.evaluation.json_input import damaged_json, first_offenders, read_bytes
-from proxydet.evaluation.openimages_hits import Hits
-from proxydet.evaluation.overlap import box_iou
-from proxydet.evaluation.results import Results
-from proxydet.evaluation.selection import Selection, select
+from proxydet.evaluation.matching import box_iou
+from proxydet.evaluation.results import Results, first_offenders
+from proxydet.evaluation.scoring import Selection, select
 
 _IOU = 0.5
 
@@ -73,7 +75,7 @@ def score_openimages(
         kept = _expanded(kept, ancestors)
     selection = select(kept, truth, iou_type="bbox")
     hits = _hits(truth, kept, selection)
-    ap50_C = hits.ap50(np.ones(len(truth.image_ids)), len(truth.category_ids))
+    ap50_C = hits.ap50(np.ones(len(truth.image_ids), dtype=np.int64), len(truth.category_ids))
     return OpenImagesScore(
         ap50=mean_of_known(ap50_C), ap50_C=ap50_C, expanded=bool(ancestors), hits=hits
     )
@@ -123,6 +125,11 @@ def _or_nan(value: float | None) -> float:
     return np.nan if value is None else value
 
 
+class _Node(msgspec.Struct, rename={"label": "LabelName", "children": "Subcategory"}):
+    label: str = ""
+    children: list[_Node] = []
+
+
 def read_hierarchy(path: Path, truth: GroundTruth) -> dict[int, tuple[int, ...]]:
     """Read OpenImages' class hierarchy.
 
@@ -138,28 +145,27 @@ def read_hierarchy(path: Path, truth: GroundTruth) -> dict[int, tuple[int, ...]]
         DataError: The file is damaged, or no label of it is a category.
     """
     try:
-        tree = msgspec.json.decode(read_bytes(path), type=dict[str, Any])
-    except msgspec.MsgspecError as error:
-        raise damaged_json(
-            path,
-            error,
-            what="a class hierarchy",
+        tree = msgspec.json.decode(path.read_bytes(), type=_Node)
+    except (OSError, msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path} is not a class hierarchy: {error}.",
             hint="it is OpenImages' own file, challenge-2019-label500-hierarchy.json",
+            path=path,
         ) from error
     number = {key: index for index, key in enumerate(truth.category_keys) if key}
     found: dict[int, set[int]] = {}
     unknown: list[str] = []
     # Each entry is a node with the categories above it.
-    waiting: list[tuple[dict[str, Any], frozenset[int]]] = [(tree, frozenset())]
+    waiting: list[tuple[_Node, frozenset[int]]] = [(tree, frozenset())]
     while waiting:
         node, above = waiting.pop()
-        own = number.get(node.get("LabelName", ""))
+        own = number.get(node.label)
         if own is not None:
             found.setdefault(own, set()).update(above - {own})
             above = above | {own}
         elif above or node is not tree:
-            unknown.append(str(node.get("LabelName")))
-        waiting.extend((child, above) for child in node.get("Subcategory", ()))
+            unknown.append(node.label)
+        waiting.extend((child, above) for child in node.children)
     if not found:
         raise DataError(
             f"{path}: none of its labels is a category of {truth.name} ({first_offenders(unknown)}).",
@@ -262,3 +268,63 @@ def _best_overlap(
     )
     iou_DG = iou_P.reshape(detections, annotations)
     return iou_DG.argmax(axis=1), iou_DG.max(axis=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hits:
+    """What became of detections, ordered by category, then descending score.
+
+    Attributes:
+        category_H: int64 in [0, C).
+        image_H: int64 in [0, I).
+        right_H: Whether an annotation was found.
+        ann_image_A: int64 in [0, I), the images of what is to be found.
+        ann_category_A: int64 in [0, C), its categories.
+    """
+
+    category_H: NDArray[np.int64]
+    image_H: NDArray[np.int64]
+    right_H: NDArray[np.bool_]
+    ann_image_A: NDArray[np.int64]
+    ann_category_A: NDArray[np.int64]
+
+    def ap50(self, weight_I: NDArray[np.int64], categories: int) -> NDArray[np.float64]:
+        """Return average precision at IoU 0.5 when each image counts a given number of times.
+
+        Args:
+            weight_I: How often, 0 or more.
+            categories: How many there are.
+
+        Returns:
+            float64 (C,); NaN for categories without annotations in the images that count.
+        """
+        total_C = np.bincount(
+            self.ann_category_A, weights=weight_I[self.ann_image_A], minlength=categories
+        )
+        average_C = np.where(total_C > 0, 0.0, np.nan)
+        if not len(self.image_H):
+            return average_C
+        weight_H = weight_I[self.image_H]
+        found_H = weight_H * self.right_H
+        heads = np.flatnonzero(np.append(True, np.diff(self.category_H) != 0))
+        lengths = np.diff(np.append(heads, len(weight_H)))
+        precision_H = _running(found_H, heads, lengths) / np.maximum(
+            _running(weight_H, heads, lengths), 1e-300
+        )
+        # Made to fall within each category: earlier ones lie higher, so that nothing passes from one to the one before.
+        level_H = np.repeat(2.0 * np.arange(len(heads))[::-1], lengths)
+        falling_H = np.maximum.accumulate((precision_H + level_H)[::-1])[::-1] - level_H
+        area_C = np.bincount(self.category_H, weights=found_H * falling_H, minlength=categories)
+        known_C = total_C > 0
+        average_C[known_C] = area_C[known_C] / total_C[known_C]
+        return average_C
+
+
+def _running(
+    values_H: NDArray[np.int64], heads: NDArray[np.int64], lengths: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Return running sums that start anew at each of ``heads``."""
+    sums_H = np.cumsum(values_H)
+    before = sums_H[heads] - values_H[heads]
+    within_H: NDArray[np.int64] = sums_H - np.repeat(before, lengths)
+    return within_H

@@ -1,17 +1,23 @@
-"""What an evaluation gives back: plain values, all fractions in [0, 1]; tables show them in percent."""
+"""The report of an evaluation: plain values, all fractions in [0, 1]; its tables, in percent."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import csv
+import io
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from proxydet.data.formats.records import Identifier
-from proxydet.evaluation.curves import Curves
-from proxydet.evaluation.metrics import Metrics
+from proxydet.evaluation.scoring import Curves, Metrics
+
+if TYPE_CHECKING:
+    from proxydet.evaluation.bootstrap import Difference
 
 FORMAT = 1
 """Of results.json; another number where keys are renamed or go."""
+_CATEGORY_COLUMNS = ("id", "name", "frequency", "training_images", "annotations")
+_FORMULA = tuple("=+-@\t\r")
 IOU_TYPE_NAMES = {"bbox": "box", "segm": "mask"}
 
 
@@ -132,6 +138,7 @@ class Counts:
         images: Images of the data set.
         images_with_detections: Those of them that have a detection.
         annotations: Annotations of the data set.
+        annotations_without_mask: Those of them without one; where others have masks these neither help nor harm masks.
         detections: All detections.
         capped: Left out by the limit an image, or for fixed AP a category.
         unjudged: Left out because nobody knows whether their category is in their image.
@@ -142,6 +149,7 @@ class Counts:
     images: int
     images_with_detections: int
     annotations: int
+    annotations_without_mask: int
     detections: int
     capped: int
     unjudged: int
@@ -160,6 +168,7 @@ class Report:
         fixed: Whether this is fixed AP, which can't be compared with AP.
         counts: What was scored.
         types: By iou type, ``"bbox"`` and ``"segm"``.
+        masks_left_out: Why masks are not scored, where nobody asked for boxes only; None where they are.
     """
 
     dataset: str
@@ -168,6 +177,7 @@ class Report:
     fixed: bool
     counts: Counts
     types: Mapping[str, TypeReport]
+    masks_left_out: str | None = None
 
     @property
     def main(self) -> TypeReport:
@@ -203,30 +213,140 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON can hold it: fractions, None where there is nothing to measure."""
+        prefix = self.metric_prefix
         types = {
             kind: {
-                "metrics": {self.metric_prefix + key: value for key, value in part.metrics.items()},
-                "intervals": {
-                    self.metric_prefix + key: asdict(value) for key, value in part.intervals.items()
-                },
+                "metrics": {prefix + key: value for key, value in part.metrics.items()},
+                "intervals": {prefix + key: asdict(value) for key, value in part.intervals.items()},
                 "resampling": asdict(part.resampling) if part.resampling else None,
-                "groups": [self._group(score) for score in part.groups],
+                "groups": [
+                    {
+                        prefix + key if key in ("ap", "ap50", "ap75") else key: value
+                        for key, value in asdict(score).items()
+                    }
+                    for score in part.groups
+                ],
             }
             for kind, part in self.types.items()
         }
+        categories = [
+            {
+                **{name: getattr(scores[0], name) for name in _CATEGORY_COLUMNS},
+                **{
+                    kind: {
+                        "detections": score.detections,
+                        f"{prefix}ap": score.ap,
+                        f"{prefix}ap50": score.ap50,
+                    }
+                    for kind, score in zip(self.types, scores, strict=True)
+                },
+            }
+            for scores in zip(*(part.categories for part in self.types.values()), strict=True)
+        ]
         return {
             "format": FORMAT,
             "dataset": self.dataset,
             "protocol": self.protocol,
             "engine": self.engine,
             "fixed": self.fixed,
+            "masks_left_out": self.masks_left_out,
             "counts": asdict(self.counts),
             "results": types,
+            "categories": categories,
         }
 
-    def _group(self, score: GroupScore) -> dict[str, Any]:
-        averages = ("ap", "ap50", "ap75")
-        return {
-            self.metric_prefix + key if key in averages else key: value
-            for key, value in asdict(score).items()
+
+# -- tables, in percent -----------------------------------------------------------------------------------------------
+
+
+def metric_rows(report: Report) -> list[dict[str, Any]]:
+    """One row a metric: its name, and for boxes and masks its value in percent with the interval's half width."""
+    names = list(dict.fromkeys(name for part in report.types.values() for name in part.metrics))
+    rows = []
+    for name in names:
+        row: dict[str, Any] = {"metric": report.metric_prefix + name}
+        for kind, part in report.types.items():
+            row[IOU_TYPE_NAMES[kind]] = _percent(part.metrics.get(name))
+            if part.intervals:
+                row[f"{IOU_TYPE_NAMES[kind]} ±"] = _half_width(part.intervals.get(name))
+        rows.append(row)
+    return rows
+
+
+def group_rows(report: Report) -> list[dict[str, Any]]:
+    """One row a set of categories, for boxes and masks."""
+    return [
+        {
+            "classes": group.name,
+            "of": IOU_TYPE_NAMES[kind],
+            "scored": group.scored,
+            f"{report.metric_prefix}AP": _percent(group.ap),
+            **_spread(part, f"{group.name}/AP", "AP ±"),
+            f"{report.metric_prefix}AP50": _percent(group.ap50),
+            **_spread(part, f"{group.name}/AP50", "AP50 ±"),
         }
+        for kind, part in report.types.items()
+        for group in part.groups
+    ]
+
+
+def difference_rows(differences: Sequence[Difference]) -> list[dict[str, Any]]:
+    """One row a metric of two detectors, with the difference and whether it is clear."""
+    return [
+        {
+            "metric": row.metric,
+            "A": _percent(row.first),
+            "B": _percent(row.second),
+            "B - A": _percent(row.difference),
+            "from": _percent(row.interval.low if row.interval else None),
+            "to": _percent(row.interval.high if row.interval else None),
+            "by chance": None if row.chance is None else round(row.chance, 4),
+            "verdict": _verdict(row),
+        }
+        for row in differences
+    ]
+
+
+def category_csv(report: Report) -> str:
+    """The scores of each category as CSV, in percent with six decimals: one line a category, empty without annotations."""
+    measured = [
+        f"{IOU_TYPE_NAMES[kind]}_{report.metric_prefix}{metric}"
+        for kind in report.types
+        for metric in ("AP", "AP50")
+    ]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*_CATEGORY_COLUMNS, "detections", *measured])
+    for scores in zip(*(part.categories for part in report.types.values()), strict=True):
+        first = scores[0]
+        cells = [getattr(first, name) for name in _CATEGORY_COLUMNS]
+        values = [value for score in scores for value in (score.ap, score.ap50)]
+        writer.writerow(
+            [
+                # No spreadsheet takes a name for a formula.
+                *(f"'{c}" if isinstance(c, str) and c[:1] in _FORMULA else c for c in cells),
+                first.detections,
+                *(None if value is None else round(100 * value, 6) for value in values),
+            ]
+        )
+    return text.getvalue()
+
+
+def _verdict(row: Difference) -> str:
+    if row.interval is None:
+        return "too few images"
+    if not row.clear:
+        return "not clear"
+    return "B is better" if row.difference > 0 else "A is better"
+
+
+def _spread(part: TypeReport, name: str, column: str) -> dict[str, float | None]:
+    return {column: _half_width(part.intervals.get(name))} if part.intervals else {}
+
+
+def _percent(value: float | None) -> float | None:
+    return None if value is None else round(100 * value, 2)
+
+
+def _half_width(interval: Interval | None) -> float | None:
+    return None if interval is None else round(50 * (interval.high - interval.low), 2)

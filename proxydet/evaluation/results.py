@@ -20,7 +20,7 @@ import json
 import logging
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path, PurePosixPath
@@ -35,7 +35,6 @@ from proxydet.data.formats.records import Identifier
 from proxydet.data.masks import are_numbers, compress, measure, polygon_fault, rasterize
 from proxydet.errors import DataError
 from proxydet.evaluation.ground_truth import GroundTruth
-from proxydet.evaluation.json_input import damaged_json, empty, first_offenders, unreadable
 
 _LOG = logging.getLogger(__name__)
 
@@ -54,7 +53,6 @@ _TOLERANCE_PIXELS = 1.0
 _HINT = (
     "results are a JSON list of objects with image_id, category_id, score, and bbox or segmentation"
 )
-_FORMAT = "a list of detections in COCO's or LVIS's results format"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +173,7 @@ class _Stream:
                 path=self._path,
             ) from error
         except OSError as error:
-            raise unreadable(cast(Path, self._path), error) from error
+            raise _unreadable(cast(Path, self._path), error) from error
         if self._at_start:
             data = data.removeprefix(_BYTE_ORDER_MARK)
         self._at_start = False
@@ -191,14 +189,22 @@ def _opened(source: Path | str | list[dict[str, Any]] | dict[str, Any]) -> Itera
     try:
         file = path.open("rb")
     except OSError as error:
-        raise unreadable(path, error) from error
+        raise _unreadable(path, error) from error
     with file:
         try:
             zipped = file.read(2) == b"\x1f\x8b"
             file.seek(0)
         except OSError as error:  # a folder, a pipe
-            raise unreadable(path, error) from error
+            raise _unreadable(path, error) from error
         yield _Stream(cast(IO[bytes], gzip.GzipFile(fileobj=file)) if zipped else file, path)
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(
+        f"Cannot read {path}: {error.strerror or error}.",
+        hint="check the path, and that you may read the file",
+        path=path,
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -258,7 +264,7 @@ def _blocks(head: bytes, stream: IO[bytes], path: Path | None) -> Iterator[list[
         else:  # cut inside of a long element: with ever more text, so that the whole is not decoded again and again
             size *= 2
     if not pending.strip():
-        raise empty(cast(Path, path))
+        raise DataError(f"{path} is empty.", hint="write or copy the file again", path=path)
     yield _decoded(pending, done, path, None) or []
 
 
@@ -286,24 +292,10 @@ def _decoded(
     """
     try:
         return _ROWS.decode(text)
-    except msgspec.ValidationError as error:
-        place = re.sub(r"\$\[(\d+)\]", lambda m: f"$[{int(m[1]) + done}]", str(error), count=1)
-        raise damaged_json(
-            path, msgspec.ValidationError(place), what=_FORMAT, hint=_HINT
-        ) from error
-    except msgspec.DecodeError as error:
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         if rest is not None and "truncated" in str(error):
             return None
         raise _damage(text, done, path, rest, error) from error
-    except (RecursionError, UnicodeDecodeError) as error:
-        what = "a text is not UTF-8"
-        if isinstance(error, RecursionError):
-            what = "lists or objects are nested too deeply"
-        raise DataError(
-            f"{path or 'The detections given'}: after detection {done} {what}.",
-            hint=_HINT,
-            path=path,
-        ) from error
 
 
 def _damage(
@@ -311,23 +303,49 @@ def _damage(
     done: int,
     path: Path | None,
     rest: IO[bytes] | None,
-    error: msgspec.DecodeError,
+    error: msgspec.MsgspecError | RecursionError | UnicodeDecodeError,
 ) -> DataError:
-    """Return the error for text that is not JSON; the usual cause is NaN, which Python writes and JSON does not have."""
-    places = list(_NOT_FINITE.finditer(text))
-    if not places:
-        return damaged_json(path, error, what=_FORMAT, hint=_HINT, length=len(text))
-    shown = []
-    for match in places[:_SHOWN]:
-        number = done + text.count(b'"image_id"', 0, match.start()) - 1
-        shown.append(f"{match[0].decode()} in detection {number}")
-    count = len(places)
-    while rest is not None and (block := rest.read(_BLOCK_BYTES)):
-        count += len(_NOT_FINITE.findall(block))
+    """Return the error for text that is not JSON, or not of the layout of results.
+
+    Args:
+        text: What could not be decoded.
+        done: How many detections come before it.
+        path: The file; None for values.
+        rest: What follows; None at the end.
+        error: What the decoder said.
+    """
+    where = str(path) if path is not None else "The detections given"
+    detail = str(error)
+    if isinstance(error, RecursionError):
+        detail = "lists or objects are nested too deeply"
+    elif isinstance(error, msgspec.ValidationError):
+        detail = re.sub(r"\$\[(\d+)\]", lambda m: f"$[{int(m[1]) + done}]", detail, count=1)
+    elif isinstance(error, msgspec.DecodeError):
+        places = list(_NOT_FINITE.finditer(text))
+        if places:  # Python writes NaN, and JSON does not have it
+            shown = []
+            for place in places[: _SHOWN + 1]:
+                number = done + text.count(b'"image_id"', 0, place.start()) - 1
+                shown.append(f"{place[0].decode()} in detection {number}")
+            count = len(places)
+            while rest is not None and (block := rest.read(_BLOCK_BYTES)):
+                count += len(_NOT_FINITE.findall(block))
+            return DataError(
+                f"{where}: {count} numbers are not finite ({first_offenders(shown)}).",
+                hint="the detector that made them diverged, or divided by zero: inspect its outputs on these images",
+                path=path,
+            )
+        # A number or word that is cut short is malformed at its very end.
+        if "truncated" in detail or f"(byte {len(text)})" in detail:
+            return DataError(
+                f"{where} ends in the middle of its JSON: it is cut short.",
+                hint="the program that wrote it was stopped or the copy is incomplete: write or copy it again",
+                path=path,
+            )
+        return DataError(f"{where} is not valid JSON: {detail}.", hint=_HINT, path=path)
     return DataError(
-        f"{path or 'The detections given'}: {count} numbers are not finite "
-        f"({first_offenders(shown + ['...'] * (count > _SHOWN), most=_SHOWN)}).",
-        hint="the detector that made them diverged, or divided by zero: look at these images' outputs",
+        f"{where} is not a list of detections in COCO's or LVIS's results format: {detail}.",
+        hint=_HINT,
         path=path,
     )
 
@@ -356,16 +374,8 @@ class _Object(msgspec.Struct, gc=False):
 def _decode_object(data: bytes, path: Path | None) -> _Object:
     try:
         content = msgspec.json.decode(data, type=_Object)
-    except msgspec.ValidationError as error:
-        raise damaged_json(path, error, what=_FORMAT, hint=_HINT) from error
-    except msgspec.DecodeError as error:
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise _damage(data, 0, path, None, error) from error
-    except (RecursionError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path or 'The detections given'} is nested too deeply, or not UTF-8.",
-            hint=_HINT,
-            path=path,
-        ) from error
     if content.rows[:1] != b"[":
         raise DataError(
             f"{path or 'The detections given'} is not a list of detections, nor an object with a list of "
@@ -785,3 +795,9 @@ def _fingerprint(results: Results) -> NDArray[np.uint64]:
         key_D = (key_D ^ bits_D) * np.uint64(0xC2B2AE3D27D4EB4F)
         key_D ^= key_D >> np.uint64(29)
     return key_D
+
+
+def first_offenders(items: Sequence[object], *, most: int = _SHOWN) -> str:
+    """Return the first few of ``items`` as text for an error message, with dots where there are more."""
+    shown = ", ".join(str(item) for item in items[:most])
+    return shown if len(items) <= most else f"{shown}, ..."

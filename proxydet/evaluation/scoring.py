@@ -1,203 +1,603 @@
-"""Scoring of detections that are in memory: select, run the engine, match, resample."""
+"""Precision and recall of detections: which of them count, the engines that score them, and the metrics made of it.
+
+The official evaluators drop detections at several places, and other engines differ from them exactly there. So the choice
+is made here, once, and every engine and analysis gets the same detections in the same order.
+
+The fast engine is hotcoco, compiled code that gives the official evaluators' numbers. What was found to differ before that
+choice, with version 1.3:
+
+- detections that cover no pixel stay (LVIS's evaluator drops them after applying its limit);
+- the area of a detection with a mask is its box's (LVIS's evaluator as detectron2 drives it: its mask's);
+- unknown image ids give a warning (LVIS's evaluator stops), and runs that fall short of a mask's size are accepted.
+
+The official evaluators themselves, ``lvis`` for LVIS's protocol and ``pycocotools`` for COCO's, get all detections and make
+every choice themselves: they are the yardstick that the fast engine, and the choice before it, are held against.
+
+Dimensions: T IoU thresholds, R recall thresholds, C categories, A areas (all, small, medium, large), M limits of detections
+an image and category, D detections in all, S selected ones.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from proxydet.errors import DataError, EnvironmentProblem
-from proxydet.evaluation.bootstrap import Resamples, Sets, resample
-from proxydet.evaluation.config import EvaluationConfig
-from proxydet.evaluation.curves import Curves, Limits
+from proxydet.data.protocol import FREQUENCIES, Protocol
+from proxydet.errors import EnvironmentProblem, ProxydetError
 from proxydet.evaluation.ground_truth import GroundTruth
-from proxydet.evaluation.hotcoco_engine import run_hotcoco
-from proxydet.evaluation.json_input import first_offenders
-from proxydet.evaluation.matching import Matches, match
-from proxydet.evaluation.official_engine import run_official
-from proxydet.evaluation.resampling import WeightedPrecision
 from proxydet.evaluation.results import Results
-from proxydet.evaluation.selection import Selection, select
-from proxydet.reporting import SILENT, Progress
 
-logger = logging.getLogger(__name__)
+_Value = TypeVar("_Value")
+Limits: TypeAlias = tuple[int | None, ...]
+NO_LIMIT = 2**31 - 1
 
-COCO_LIMITS = (1, 10, 100)
-_ROUNDING = 1e-9
+IOU_THRESHOLDS_T: NDArray[np.float64] = np.linspace(0.5, 0.95, 10)
+RECALL_THRESHOLDS_R: NDArray[np.float64] = np.linspace(0.0, 1.0, 101)
+AREAS = ("all", "small", "medium", "large")
+AREA_RANGES_A2: NDArray[np.float64] = np.array(
+    [[0, 1e5**2], [0, 32**2], [32**2, 96**2], [96**2, 1e5**2]]
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scored:
-    """Everything that scoring boxes, or masks, gave.
+class Curves:
+    """Precision at fixed recalls, and the recall reached.
 
     Attributes:
-        iou_type: ``"bbox"`` or ``"segm"``.
-        truth: The annotations.
-        results: All detections.
-        selection: The detections that were scored.
-        curves: Precision and recall, from the engine.
-        known_matches: What became of each detection, where that was needed already.
-        resamples: Metrics of resampled images; None when none were asked for.
+        precision_TRCA: float64 in [0, 1]; -1 where a category has no annotation of that area.
+        recall_TCAM: float64 in [0, 1]; -1 likewise.
+        limits: M: the most detections counted (None: no limit); precision is computed with the last.
     """
 
-    iou_type: str
-    truth: GroundTruth
-    results: Results
-    selection: Selection
-    curves: Curves
-    known_matches: Matches | None = field(default=None, repr=False)
-    resamples: Resamples | None = None
+    precision_TRCA: NDArray[np.float64]
+    recall_TCAM: NDArray[np.float64]
+    limits: Limits
 
     @cached_property
-    def matches(self) -> Matches:
-        """What became of each detection; worked out when it is first asked for."""
-        if self.known_matches is not None:
-            return self.known_matches
-        return match(self.truth, self.results, self.selection, self.iou_type)
+    def average_TCA(self) -> NDArray[np.float64]:
+        """Mean precision over recalls, float64 (T, C, A); NaN where a category has no annotation of that area."""
+        average_TCA: NDArray[np.float64] = self.precision_TRCA.mean(axis=1)
+        average_TCA[average_TCA < 0] = np.nan
+        return average_TCA
 
 
-def scores_masks(config: EvaluationConfig, truth: GroundTruth, *, predicted: bool) -> bool:
-    """Return whether masks are scored; warn where predicted ones are not because the ground truth has none.
+def nothing_detected(truth: GroundTruth, limits: Limits) -> Curves:
+    """Return the curves of no detection at all, on which the official evaluators fail: 0 where there is something to find."""
+    categories, thresholds = len(truth.category_ids), len(IOU_THRESHOLDS_T)
+    areas = len(AREA_RANGES_A2)
+    precision_TRCA = np.full((thresholds, len(RECALL_THRESHOLDS_R), categories, areas), -1.0)
+    recall_TCAM = np.full((thresholds, categories, areas, len(limits)), -1.0)
+    ignored_A = truth.ann_crowd_A if truth.protocol == "coco" else truth.ann_ignore_A
+    for area, (least, most) in enumerate(AREA_RANGES_A2):
+        inside_A = (truth.ann_area_A >= least) & (truth.ann_area_A <= most)
+        present = np.unique(truth.ann_category_A[inside_A & truth.counted_A & ~ignored_A])
+        precision_TRCA[:, :, present, area] = 0
+        recall_TCAM[:, present, area] = 0
+    return Curves(precision_TRCA=precision_TRCA, recall_TCAM=recall_TCAM, limits=limits)
 
-    Args:
-        config: Asks for masks, for boxes only, or for what is there.
-        truth: The annotations.
-        predicted: Whether the detections have masks.
 
-    Raises:
-        DataError: Masks are asked for, and the ground truth has none.
+# -- which detections count ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Detections to score, ordered by image, then category, then descending score, then their place in the file.
+
+    Attributes:
+        detection_S: int64, their numbers among all detections.
+        image_S: int64 in [0, I).
+        category_S: int64 in [0, C).
+        score_S: float64.
+        area_S: float64, pixels: of the box when boxes are scored (of the mask where the file has no box), of the mask when
+            masks are.
+        capped: Detections left out because their image, or for fixed AP their category, has better ones enough.
+        unjudged: Detections left out because their category is not judged in their image.
+        without_area: Detections left out because they cover no pixel (LVIS only, as its evaluator does).
     """
-    if "segm" in config.iou_types and not truth.has_masks:
-        raise DataError(
-            f"Masks are to be scored, and {truth.name} has none.",
-            hint="score boxes only: --iou-type bbox",
-            path=truth.path,
+
+    detection_S: NDArray[np.int64]
+    image_S: NDArray[np.int64]
+    category_S: NDArray[np.int64]
+    score_S: NDArray[np.float64]
+    area_S: NDArray[np.float64]
+    capped: int
+    unjudged: int
+    without_area: int
+
+    def __len__(self) -> int:
+        return len(self.detection_S)
+
+    def best_of_each_category(self, most: int) -> Selection:
+        """Return the selection with at most ``most`` detections of a category in an image, COCO's own limit."""
+        new_S = np.append(True, (np.diff(self.image_S) != 0) | (np.diff(self.category_S) != 0))[
+            : len(self)
+        ]
+        starts = np.flatnonzero(new_S)
+        place_S = np.arange(len(self)) - np.repeat(starts, np.diff(np.append(starts, len(self))))
+        kept = place_S < most
+        return replace(
+            self,
+            detection_S=self.detection_S[kept],
+            image_S=self.image_S[kept],
+            category_S=self.category_S[kept],
+            score_S=self.score_S[kept],
+            area_S=self.area_S[kept],
         )
-    if config.iou_types or truth.protocol == "openimages":
-        return "segm" in config.iou_types
-    if predicted and not truth.has_masks:
-        logger.warning("masks are not scored: %s has none", truth.name)
-    return predicted and truth.has_masks
 
 
-def scored_types(config: EvaluationConfig, truth: GroundTruth, results: Results) -> tuple[str, ...]:
-    """Return what is scored: what was asked for, or boxes, and masks where ground truth and results both have them.
-
-    Raises:
-        DataError: Masks are asked for, and the ground truth or some detection has none.
-    """
-    masks = scores_masks(config, truth, predicted=results.has_masks)
-    if not config.iou_types:
-        return ("bbox", "segm") if masks else ("bbox",)
-    if masks and not results.has_masks:
-        raise DataError(
-            f"{results.path or 'The detections given'}: masks are to be scored, and "
-            f"{results.without_mask} of {len(results)} detections have none.",
-            hint="score boxes only: --iou-type bbox",
-            path=results.path,
-        )
-    return config.iou_types
-
-
-def score(
-    truth: GroundTruth,
+def select(
     results: Results,
+    truth: GroundTruth,
+    *,
     iou_type: str,
-    config: EvaluationConfig,
-    groups: Mapping[str, NDArray[np.bool_]],
-    progress: Progress = SILENT,
-) -> Scored:
-    """Score boxes or masks.
+    per_image: int | None = None,
+    per_category: int | None = None,
+) -> Selection:
+    """Choose the detections that are scored.
 
     Args:
-        truth: The annotations.
         results: All detections.
+        truth: The data set.
         iou_type: ``"bbox"`` or ``"segm"``.
-        config: How to score.
-        groups: Sets of categories to average over, bool (C,) each.
-        progress: Where progress is shown.
+        per_image: The most detections of one image, over all its categories, the best first; None for no limit.
+        per_category: The most detections of one category over the data set; None for no limit.
 
-    Raises:
-        EnvironmentProblem: The engine failed, or is found to be wrong.
+    Returns:
+        The detections that are within the limits, cover at least a pixel where the protocol asks for that, and
+        whose category is judged in their image. The limits come first: a detection of an unjudged category takes
+        a place, as it does in the official evaluator.
     """
-    selection = select(results, truth, iou_type=iou_type, **_limits(config, truth))
-    curves = _curves(truth, results, selection, iou_type, config)
-    matches = match(truth, results, selection, iou_type) if config.bootstrap else None
-    resamples = None
-    if matches is not None:
-        precision = WeightedPrecision(matches, len(truth.category_ids))
-        _check_against_engine(precision, curves, truth, config.engine)
-        resamples = resample(
-            precision,
-            truth,
-            Sets(frequencies=truth.frequencies, groups=groups),
-            number=config.bootstrap,
-            seed=config.seed,
-            progress=progress,
-        )
-    return Scored(
-        iou_type=iou_type,
-        truth=truth,
-        results=results,
-        selection=selection,
-        curves=curves,
-        known_matches=matches,
-        resamples=resamples,
+    kept = np.arange(len(results))
+    if per_image is not None:
+        kept = _best(kept, results.image_D, results.score_D, per_image)
+    if per_category is not None:
+        kept = _best(kept, results.category_D, results.score_D, per_category)
+    capped = len(results) - len(kept)
+    judged = truth.judged_IC[results.image_D[kept], results.category_D[kept]]
+    unjudged = int(np.count_nonzero(~judged))
+    kept = kept[judged]
+    area = _areas(results, kept, iou_type)
+    covers = area > 0 if truth.protocol == "lvis" else np.ones(len(kept), dtype=bool)
+    kept, area = kept[covers], area[covers]
+    # lexsort is stable: among equal scores the earlier detection of the file stays first.
+    order = np.lexsort((-results.score_D[kept], results.category_D[kept], results.image_D[kept]))
+    kept = kept[order]
+    return Selection(
+        detection_S=kept,
+        image_S=results.image_D[kept],
+        category_S=results.category_D[kept],
+        score_S=results.score_D[kept],
+        area_S=area[order],
+        capped=capped,
+        unjudged=unjudged,
+        without_area=int(np.count_nonzero(~covers)),
     )
 
 
-def _limits(config: EvaluationConfig, truth: GroundTruth) -> dict[str, int | None]:
-    if config.fixed:
-        return {"per_image": None, "per_category": config.fixed_detections}
-    if truth.protocol == "lvis":
-        return {"per_image": config.max_detections, "per_category": None}
-    return {"per_image": None, "per_category": None}
+def _best(
+    kept: NDArray[np.int64], group_D: NDArray[np.int64], score_D: NDArray[np.float64], most: int
+) -> NDArray[np.int64]:
+    """Return the ``most`` best detections of each group, in their file's order."""
+    if not len(kept) or np.bincount(group_D[kept]).max() <= most:
+        return kept
+    order = np.lexsort((-score_D[kept], group_D[kept]))
+    ordered = group_D[kept][order]
+    starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
+    rank = np.arange(len(ordered)) - np.repeat(starts, np.diff(np.append(starts, len(ordered))))
+    return np.sort(kept[order[rank < most]])
 
 
-def _curves(
+def _areas(results: Results, kept: NDArray[np.int64], iou_type: str) -> NDArray[np.float64]:
+    if iou_type == "segm":
+        masks: NDArray[np.float64] = results.mask_area_M[results.mask_D[kept]]
+        return masks
+    area: NDArray[np.float64] = results.box_D4[kept, 2] * results.box_D4[kept, 3]
+    # Without a box of its own a detection is as large as its mask, for the official evaluators too.
+    drawn = results.drawn_D[kept]
+    area[drawn] = results.mask_area_M[results.mask_D[kept[drawn]]]
+    return area
+
+
+# -- the fast engine --------------------------------------------------------------------------------------------------
+
+
+_BEYOND_EVERY_AREA = 2 * AREA_RANGES_A2.max()
+
+
+def run_hotcoco(
     truth: GroundTruth,
     results: Results,
     selection: Selection,
+    *,
     iou_type: str,
-    config: EvaluationConfig,
-) -> Curves:
-    limits: Limits = COCO_LIMITS
-    if config.fixed:
-        limits = (None,)
-    elif truth.protocol == "lvis":
-        limits = (config.max_detections,)
-    if config.engine == "hotcoco":
-        return run_hotcoco(truth, results, selection, iou_type=iou_type, limits=limits)
-    if config.fixed:
-        # The official evaluator has no fixed AP: it gets the chosen detections, without a limit of its own.
-        results = results.take(selection.detection_S)
-    per_image = None if config.fixed else config.max_detections
-    return run_official(truth, results, iou_type=iou_type, limits=limits, per_image=per_image)
+    limits: Limits,
+) -> tuple[Curves, Any]:
+    """Score selected detections with hotcoco, a compiled engine.
 
+    Args:
+        truth: What to score against.
+        results: All detections.
+        selection: Those of them that are scored.
+        iou_type: ``"bbox"`` or ``"segm"``.
+        limits: For COCO's protocol, the most detections of a category in an image (1, 10, 100); for LVIS's the
+            selection has applied its limit already, and this is only handed on.
 
-def _check_against_engine(
-    precision: WeightedPrecision, curves: Curves, truth: GroundTruth, engine: str
-) -> None:
-    """Intervals come from our own matches: without resampling these must give the engine's average precision.
+    Returns:
+        Precision and recall, and the evaluator for `tide_errors`; None without detections.
 
     Raises:
-        EnvironmentProblem: They do not.
+        EnvironmentProblem: The engine failed. There is no silent fall-back to the other one.
     """
-    ours_ATC = precision.precision(np.ones(len(truth.image_ids)))
-    theirs_ATC = curves.average_TCA.transpose(2, 0, 1)
-    apart_ATC = np.abs(ours_ATC - theirs_ATC) > _ROUNDING
-    apart_ATC |= np.isnan(ours_ATC) != np.isnan(theirs_ATC)
-    if not apart_ATC.any():
-        return
-    names = [truth.category_names[index] for index in np.flatnonzero(apart_ATC.any(axis=(0, 1)))]
-    raise EnvironmentProblem(
-        f"The engine {engine!r} gives another average precision than the matches that intervals are made from, in "
-        f"{len(names)} categories ({first_offenders(names)}).",
-        hint="evaluate with the official one, the yardstick: --engine lvis"
-        if engine == "hotcoco"
-        else "report this with the files; --bootstrap 0 gives the metrics without intervals",
+    if not len(selection):
+        return nothing_detected(truth, limits), None
+
+    def job() -> tuple[Curves, Any]:
+        evaluator = hotcoco_evaluator(truth, results, selection, iou_type, limits)
+        evaluator.accumulate()
+        accumulated: Any = evaluator.eval
+        curves = Curves(
+            precision_TRCA=np.ascontiguousarray(accumulated["precision"][..., -1]),
+            recall_TCAM=np.asarray(accumulated["recall"]),
+            limits=limits,
+        )
+        return curves, evaluator
+
+    return guarded(job)
+
+
+def guarded(job: Callable[[], _Value]) -> _Value:
+    """Call hotcoco; EnvironmentProblem where it fails. Errors of the input stay what they are."""
+    try:
+        return job()
+    except (MemoryError, ProxydetError):
+        raise
+    except BaseException as error:
+        # pyo3 has a failure of compiled Rust code pass by ``except Exception``, and exports no class for it.
+        kind = type(error)
+        panic = (kind.__module__, kind.__qualname__) == ("pyo3_runtime", "PanicException")
+        if not isinstance(error, Exception) and not panic:  # Ctrl-C, an exit
+            raise
+        raise EnvironmentProblem(
+            f"The fast evaluation engine failed: {type(error).__name__}: {error}.",
+            hint="evaluate with the official one, slower but the yardstick: --engine lvis",
+        ) from error
+
+
+def hotcoco_evaluator(
+    truth: GroundTruth, results: Results, selection: Selection, iou_type: str, limits: Limits
+) -> Any:
+    """Return hotcoco's evaluator with all matches made."""
+    import hotcoco
+
+    federated = truth.protocol == "lvis"
+    evaluator = hotcoco.COCOeval(
+        *hotcoco_data(truth, results, selection, iou_type), iou_type, lvis_style=federated
     )
+    # LVIS's limit is one over all categories of an image, and the selection has applied it.
+    evaluator.params.max_dets = [
+        NO_LIMIT if federated or limit is None else limit for limit in limits
+    ]
+    evaluator.params.iou_thrs = IOU_THRESHOLDS_T.tolist()
+    evaluator.evaluate()
+    return evaluator
+
+
+def hotcoco_data(
+    truth: GroundTruth, results: Results, selection: Selection, iou_type: str
+) -> tuple[Any, Any]:
+    """Return annotations and selected detections as hotcoco holds them, ids being numbers from 1."""
+    import hotcoco
+
+    federated = truth.protocol == "lvis"
+    counted = np.flatnonzero(truth.counted_A)
+    images: list[dict[str, Any]] = [
+        {"id": index + 1, "height": int(height), "width": int(width)}
+        for index, (height, width) in enumerate(truth.image_sizes_I2)
+    ]
+    for key, pairs_N2 in (
+        ("neg_category_ids", truth.negatives_N2),
+        ("not_exhaustive_category_ids", truth.unexhaustive_N2),
+    ):
+        for image, category in pairs_N2.tolist():
+            images[image].setdefault(key, []).append(category + 1)
+    # It has no flag for annotations to ignore; an area beyond every range makes it ignore them all the same.
+    ignored_A = truth.ann_ignore_A & federated
+    area_A = np.where(ignored_A, _BEYOND_EVERY_AREA, truth.ann_area_A)
+    crowd_A = truth.ann_crowd_A & (not federated)
+    annotations = hotcoco.COCO.from_arrays(
+        images,
+        [{"id": index + 1, "name": str(index)} for index in range(len(truth.category_ids))],
+        truth.ann_image_A[counted] + 1,
+        truth.ann_category_A[counted] + 1,
+        truth.ann_box_A4[counted],
+        ids=np.arange(len(counted)) + 1,
+        area=area_A[counted],
+        iscrowd=crowd_A[counted].astype(np.int64),
+        segmentation=[truth.masks[index] for index in counted] if iou_type == "segm" else None,
+    )
+    chosen = selection.detection_S
+    table_S7 = np.column_stack(
+        [
+            selection.image_S + 1,
+            results.box_D4[chosen],
+            selection.score_S,
+            selection.category_S + 1,
+        ]
+    )
+    masks = None
+    if iou_type == "segm":
+        masks = [results.masks[index] for index in results.mask_D[chosen]]
+    detections = annotations.load_res(table_S7, segmentation=masks)
+    if iou_type == "segm" or results.drawn_D[chosen].any():
+        # Its loader takes the box's area.
+        detections.update_anns(ids=np.arange(len(chosen)) + 1, area=selection.area_S)
+    return annotations, detections
+
+
+# -- the official evaluators ------------------------------------------------------------------------------------------
+
+
+def run_official(
+    truth: GroundTruth,
+    results: Results,
+    *,
+    iou_type: str,
+    limits: Limits,
+    per_image: int | None = None,
+) -> Curves:
+    """Score detections with the official evaluator of the data set's protocol.
+
+    Args:
+        truth: What to score against.
+        results: All detections, with every mask when masks are scored.
+        iou_type: ``"bbox"`` or ``"segm"``.
+        limits: For COCO's protocol, the most detections of a category in an image.
+        per_image: For LVIS's protocol, the most detections of an image; None for no limit.
+    """
+    if not len(results):
+        return nothing_detected(truth, limits)
+    with _quiet():
+        if truth.protocol == "lvis":
+            return _lvis_curves(truth, results, iou_type, limits, per_image)
+        return _coco_curves(truth, results, iou_type, limits)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the official evaluators, which print and log at will, from the program's output."""
+    logger = logging.getLogger("lvis")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _annotations(truth: GroundTruth) -> dict[str, Any]:
+    """Return the annotation file's content, with images, categories and annotations numbered from 1."""
+    images: list[dict[str, Any]] = [
+        {
+            "id": index + 1,
+            "height": int(height),
+            "width": int(width),
+            "neg_category_ids": [],
+            "not_exhaustive_category_ids": [],
+        }
+        for index, (height, width) in enumerate(truth.image_sizes_I2)
+    ]
+    for image, category in truth.negatives_N2.tolist():
+        images[image]["neg_category_ids"].append(category + 1)
+    for image, category in truth.unexhaustive_N2.tolist():
+        images[image]["not_exhaustive_category_ids"].append(category + 1)
+    frequencies = truth.frequencies or ("f",) * len(truth.category_ids)
+    annotations = [
+        {
+            "id": index + 1,
+            "image_id": int(truth.ann_image_A[index]) + 1,
+            "category_id": int(truth.ann_category_A[index]) + 1,
+            "bbox": truth.ann_box_A4[index].tolist(),
+            "area": float(truth.ann_area_A[index]),
+            "iscrowd": int(truth.ann_crowd_A[index]),
+            "ignore": int(truth.ann_ignore_A[index]),
+            "segmentation": truth.segmentation(index) or _corners(truth.ann_box_A4[index]),
+        }
+        for index in range(len(truth.ann_row_A))
+    ]
+    categories = [
+        {"id": index + 1, "name": str(index), "frequency": frequency}
+        for index, frequency in enumerate(frequencies)
+    ]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def _corners(box_4: NDArray[np.float64]) -> list[list[float]]:
+    x, y, width, height = box_4.tolist()
+    return [[x, y, x + width, y, x + width, y + height, x, y + height]]
+
+
+def _detections(results: Results, iou_type: str) -> list[dict[str, Any]]:
+    """Return the detections as dictionaries; for masks without their boxes, whose area would be taken for the mask's."""
+    rows: list[dict[str, Any]] = []
+    columns = zip(
+        results.image_D.tolist(),
+        results.category_D.tolist(),
+        results.score_D.tolist(),
+        results.box_D4.tolist(),
+        results.mask_D.tolist(),
+        strict=True,
+    )
+    for image, category, score, box, mask in columns:
+        row = {"image_id": image + 1, "category_id": category + 1, "score": score}
+        if iou_type == "segm":
+            row["segmentation"] = results.masks[mask]
+        else:
+            row["bbox"] = box
+        rows.append(row)
+    return rows
+
+
+def _set_areas(rows: list[dict[str, Any]], results: Results, iou_type: str) -> None:
+    """Give loaded rows that had no box in their file the area of their mask, as the evaluators do without a box."""
+    if iou_type == "bbox":
+        for index in np.flatnonzero(results.drawn_D).tolist():
+            rows[index]["area"] = float(results.mask_area_M[results.mask_D[index]])
+
+
+def _lvis_curves(
+    truth: GroundTruth,
+    results: Results,
+    iou_type: str,
+    limits: Limits,
+    per_image: int | None,
+) -> Curves:
+    from proxydet.compat.lvis_api import LVIS, LVISEval, LVISResults
+
+    annotations = LVIS.__new__(LVIS)
+    annotations.logger = logging.getLogger("lvis.lvis")
+    annotations.dataset = _annotations(truth)
+    annotations._create_index()
+    most = -1 if per_image is None else per_image
+    rows = _detections(results, iou_type)
+    detections = LVISResults(annotations, rows, max_dets=most)
+    _set_areas(rows, results, iou_type)
+    evaluator = LVISEval(annotations, detections, iou_type)
+    evaluator.evaluate()
+    evaluator.accumulate()
+    return Curves(
+        precision_TRCA=evaluator.eval["precision"],
+        recall_TCAM=evaluator.eval["recall"][..., None],
+        limits=limits,
+    )
+
+
+def _coco_curves(truth: GroundTruth, results: Results, iou_type: str, limits: Limits) -> Curves:
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    annotations = COCO()
+    annotations.dataset = _annotations(truth)
+    annotations.createIndex()
+    rows = _detections(results, iou_type)
+    detections = annotations.loadRes(rows)
+    _set_areas(rows, results, iou_type)
+    evaluator = COCOeval(annotations, detections, iou_type)
+    evaluator.params.maxDets = [NO_LIMIT if limit is None else limit for limit in limits]
+    evaluator.evaluate()
+    evaluator.accumulate()
+    return Curves(
+        precision_TRCA=evaluator.eval["precision"][..., -1],
+        recall_TCAM=evaluator.eval["recall"],
+        limits=limits,
+    )
+
+
+# -- metrics ----------------------------------------------------------------------------------------------------------
+
+
+Metrics = dict[str, float | None]
+FREQUENCY_NAMES = dict(zip(FREQUENCIES, ("rare", "common", "frequent"), strict=True))
+
+
+def official_metrics(
+    curves: Curves, protocol: Protocol, frequencies: tuple[str, ...] | None
+) -> Metrics:
+    """Return the protocol's metrics under its own names, as fractions; None where there is nothing to measure.
+
+    LVIS: AP, AP50, AP75, APs, APm, APl, APr, APc, APf, AR@300, ARs@300, ARm@300, ARl@300. COCO: AP, AP50, AP75, APs,
+    APm, APl, AR@1, AR@10, AR@100, ARs@100, ARm@100, ARl@100. Without a limit an image: AR, ARs, ARm, ARl.
+    """
+    metrics: Metrics = {
+        "AP": average_precision(curves),
+        "AP50": average_precision(curves, iou=0.5),
+        "AP75": average_precision(curves, iou=0.75),
+    }
+    for area in AREAS[1:]:
+        metrics[f"AP{area[0]}"] = average_precision(curves, area=area)
+    if protocol == "lvis" and frequencies is not None:
+        for frequency in FREQUENCIES:
+            chosen_C = np.array([value == frequency for value in frequencies])
+            metrics[f"AP{frequency}"] = average_precision(curves, categories=chosen_C)
+    suffixes = ["" if limit is None else f"@{limit}" for limit in curves.limits]
+    for index, suffix in enumerate(suffixes):
+        metrics[f"AR{suffix}"] = average_recall(curves, limit=index)
+    for area in AREAS[1:]:
+        metrics[f"AR{area[0]}{suffixes[-1]}"] = average_recall(curves, area=area)
+    return metrics
+
+
+def average_precision(
+    curves: Curves,
+    *,
+    iou: float | None = None,
+    area: str = "all",
+    categories: NDArray[np.bool_] | None = None,
+) -> float | None:
+    """Mean precision over recalls, IoU thresholds and categories that have annotations; None if none has.
+
+    Args:
+        curves: An engine's result.
+        iou: One IoU threshold; None for the mean over 0.5, 0.55, ..., 0.95.
+        area: One of ``all``, ``small``, ``medium``, ``large``.
+        categories: Bool (C,), the categories to average over; None for all.
+    """
+    average_TC = curves.average_TCA[_at(iou), :, AREAS.index(area)]
+    if categories is not None:
+        average_TC = average_TC[:, categories]
+    return _mean(average_TC[~np.isnan(average_TC)])
+
+
+def average_recall(curves: Curves, *, area: str = "all", limit: int = -1) -> float | None:
+    """Mean recall over IoU thresholds and categories that have annotations; None if none has.
+
+    Args:
+        curves: An engine's result.
+        area: One of ``all``, ``small``, ``medium``, ``large``.
+        limit: Which of the engine's limits of detections.
+    """
+    recall_TC = curves.recall_TCAM[:, :, AREAS.index(area), limit]
+    return _mean(recall_TC[recall_TC > -1])
+
+
+def category_precision(curves: Curves, *, iou: float | None = None) -> NDArray[np.float64]:
+    """float64 (C,): average precision of each category; NaN for those without annotations."""
+    precision_C: NDArray[np.float64] = curves.average_TCA[_at(iou), :, 0].mean(axis=0)
+    return precision_C
+
+
+def category_groups(
+    frequencies: tuple[str, ...] | None,
+    partition: Mapping[str, NDArray[np.bool_]],
+) -> dict[str, NDArray[np.bool_]]:
+    """Return the named sets of categories that a report averages over.
+
+    Args:
+        frequencies: C times ``"r"``, ``"c"`` or ``"f"``; None where not known.
+        partition: Further sets, bool (C,) each.
+    """
+    groups = {}
+    if frequencies is not None:
+        for frequency, name in FREQUENCY_NAMES.items():
+            groups[name] = np.array([value == frequency for value in frequencies])
+    groups.update(partition)
+    return groups
+
+
+def _at(iou: float | None) -> slice | NDArray[np.intp]:
+    """Return which IoU thresholds are meant; None means all."""
+    return slice(None) if iou is None else np.flatnonzero(np.isclose(IOU_THRESHOLDS_T, iou))
+
+
+def _mean(present: NDArray[Any]) -> float | None:
+    return float(np.mean(present)) if present.size else None

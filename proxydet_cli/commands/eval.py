@@ -57,12 +57,21 @@ Vocabulary = Annotated[
         help="Text embeddings (.npz, .npy) to use instead of the data description's.",
     ),
 ]
+Protocol = Annotated[
+    str | None,
+    typer.Option(
+        "--protocol",
+        metavar="lvis|coco|openimages",
+        help="Whose protocol to score by: lvis (federated annotations), coco (exhaustive) or openimages. "
+        "[default: by what the annotations say]",
+    ),
+]
 IouTypes = Annotated[
     str | None,
     typer.Option(
         "--iou-type",
         metavar="bbox,segm",
-        help="What is scored. [default: boxes, and masks where there are any]",
+        help="What is scored. [default: boxes, and masks where objects and detections have them]",
     ),
 ]
 Engine = Annotated[
@@ -144,6 +153,7 @@ def evaluate(
     data: Data = None,
     split: Split = "val",
     vocabulary: Vocabulary = None,
+    protocol: Protocol = None,
     iou_type: IouTypes = None,
     engine: Engine = "hotcoco",
     fixed: Fixed = False,
@@ -181,6 +191,7 @@ def evaluate(
         gpus=gpus,
         config=EvaluationConfig(
             engine=engine,  # type: ignore[arg-type]
+            protocol=protocol,  # type: ignore[arg-type]
             iou_types=tuple(iou_type.split(",")) if iou_type else (),
             fixed=fixed,
             bootstrap=bootstrap,

@@ -40,7 +40,8 @@ def key_paths(value: Any, where: str = "") -> Iterator[str]:
 def documented(section: str) -> set[str]:
     text = PAGE.read_text(encoding="utf-8")
     part = text.split(f"\n## {section}\n")[1].split("\n## ")[0]
-    return set(re.findall(r"^\| `([^`]+)` \|", part, re.MULTILINE))
+    cells = re.findall(r"^\| (`[^|]+`) \|", part, re.MULTILINE)
+    return {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
 
 
 @pytest.fixture

@@ -15,17 +15,17 @@ from proxydet.errors import ConfigError
 from proxydet.evaluation.bootstrap import (
     Resamples,
     Sets,
+    WeightedPrecision,
     differences,
     drawn_weights,
     resample,
+    summary,
+    widening,
 )
 from proxydet.evaluation.config import EvaluationConfig
-from proxydet.evaluation.curves import Curves
 from proxydet.evaluation.evaluate import Evaluation, evaluate_results, run_evaluation
-from proxydet.evaluation.few_images import widening
-from proxydet.evaluation.metrics import category_precision
-from proxydet.evaluation.resampling import WeightedPrecision
-from proxydet.evaluation.tables import difference_rows
+from proxydet.evaluation.report import difference_rows
+from proxydet.evaluation.scoring import Curves, category_precision
 
 WITHOUT = EvaluationConfig(bootstrap=0, iou_types=("bbox", "segm"))
 
@@ -56,7 +56,9 @@ def test_without_resampling_matches_give_the_engines_precision(
         row["ignore"] = int(flags and index % 4 == 0)
     evaluation = run_evaluation(detections, truth, config=WITHOUT)
     for kind, part in evaluation.scored.items():
-        ours = weighted(evaluation, kind).precision(np.ones(len(evaluation.truth.image_ids)))
+        ours = weighted(evaluation, kind).precision(
+            np.ones(len(evaluation.truth.image_ids), dtype=np.int64)
+        )
         np.testing.assert_allclose(ours, engine_precision(part.curves), atol=1e-12)
 
 
@@ -76,7 +78,9 @@ def test_coco_counts_100_detections_of_a_category_in_an_image() -> None:
         detections += [{**detections[0], "bbox": [150, 150, 40, 40], "score": 0.1}]
         evaluation = run_evaluation(detections, truth, config=EvaluationConfig(bootstrap=0))
         assert evaluation.report.ap == pytest.approx(ap)
-        assert weighted(evaluation, "bbox").precision(np.ones(1))[0, 0, 0] == pytest.approx(ap)
+        assert weighted(evaluation, "bbox").precision(np.ones(1, dtype=np.int64))[
+            0, 0, 0
+        ] == pytest.approx(ap)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -94,7 +98,7 @@ def test_weights_are_copies_of_images(
     copied, copied_detections = copies(truth, detections, dict(zip(ids, weights, strict=True)))
     expected = run_evaluation(copied_detections, copied, config=WITHOUT)
     for kind in ("bbox", "segm"):
-        ours = weighted(evaluation, kind).precision(weights.astype(np.float64))
+        ours = weighted(evaluation, kind).precision(weights)
         theirs = engine_precision(expected.scored[kind].curves)
         np.testing.assert_allclose(ours, theirs, atol=1e-12)
 
@@ -184,7 +188,8 @@ def test_a_category_of_two_images_is_widened_in_every_resample() -> None:
     sets = Sets(frequencies=None, groups={})
     widened = resample(precision, evaluation.truth, sets, number=30).resampled_RM[:, 0]
     plain = [
-        sets.measure(precision.precision(drawn_weights(5, 0, index)))[0] for index in range(30)
+        sets.measure(summary(precision.precision(drawn_weights(5, 0, index))))[0]
+        for index in range(30)
     ]
     whole = evaluation.report.ap
     expected = whole + widening(2) * (np.array(plain) - whole)

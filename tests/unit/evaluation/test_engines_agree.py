@@ -18,7 +18,7 @@ from pycocotools.cocoeval import COCOeval
 
 from proxydet.compat.lvis_api import LVIS, LVISEval, LVISResults
 from proxydet.errors import EnvironmentProblem
-from proxydet.evaluation import hotcoco_engine, scoring
+from proxydet.evaluation import evaluate as evaluate_module
 from proxydet.evaluation.config import EvaluationConfig
 from proxydet.evaluation.evaluate import evaluate_results
 from proxydet.evaluation.report import Report
@@ -106,6 +106,19 @@ def test_equal_on_generated_coco_sets(
     assume(not all(row["iscrowd"] for row in truth["annotations"]))
     fast, official = both(truth, detections, iou_types=("bbox", "segm"))
     assert fast.protocol == "coco"
+    assert largest_difference(fast, official) < TOLERANCE
+
+
+@pytest.mark.parametrize("federated", [True, False])
+def test_objects_without_a_mask_neither_help_nor_harm(
+    make_set: Callable[..., Any], federated: bool
+) -> None:
+    truth, detections = make_set(4, images=8, categories=3, per_image=40, federated=federated)
+    for row in truth["annotations"][::3]:
+        del row["segmentation"]
+    fast, official = both(truth, detections)
+    assert set(fast.types) == {"bbox", "segm"}
+    assert fast.counts.annotations_without_mask == len(truth["annotations"][::3])
     assert largest_difference(fast, official) < TOLERANCE
 
 
@@ -273,10 +286,10 @@ def panic() -> BaseException:
 def test_a_failure_of_the_fast_engine_advises_the_official_one(
     make_set: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, failure: BaseException
 ) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise failure
 
-    monkeypatch.setattr(hotcoco_engine, "_hotcoco_curves", fail)
+    monkeypatch.setattr("hotcoco.COCOeval", fail)
     truth, detections = make_set(0)
     with pytest.raises(EnvironmentProblem, match="fast evaluation engine failed") as caught:
         evaluate_results(detections, truth, config=FAST)
@@ -295,15 +308,16 @@ def test_an_engine_that_is_wrong_is_told(
     """Intervals rest on matches of our own; where these give other numbers, something is wrong and nothing is shown."""
     truth, detections = make_set(5)
     name = "run_hotcoco" if engine == "hotcoco" else "run_official"
-    run = getattr(scoring, name)
+    run = getattr(evaluate_module, name)
 
     def slightly_off(*args: Any, **options: Any) -> Any:
-        curves = run(*args, **options)
+        given = run(*args, **options)
+        curves = given[0] if engine == "hotcoco" else given
         present = np.flatnonzero(curves.precision_TRCA[0, 0, :, 0] >= 0)
         curves.precision_TRCA[0, :, present[0], 0] = wrong
-        return curves
+        return given
 
-    monkeypatch.setattr(scoring, name, slightly_off)
+    monkeypatch.setattr(evaluate_module, name, slightly_off)
     with pytest.raises(EnvironmentProblem, match=r"in 1 categories \(thing \d\)") as caught:
         evaluate_results(detections, truth, config=EvaluationConfig(bootstrap=2, engine=engine))
     assert advice in (caught.value.hint or "")
@@ -315,10 +329,10 @@ def test_an_engine_that_is_wrong_is_told(
 def test_what_is_no_failure_of_the_engine_passes_through(
     make_set: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, stop: BaseException
 ) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise stop
 
-    monkeypatch.setattr(hotcoco_engine, "_hotcoco_curves", fail)
+    monkeypatch.setattr("hotcoco.COCOeval", fail)
     truth, detections = make_set(0)
     with pytest.raises(type(stop)) as caught:
         evaluate_results(detections, truth, config=FAST)

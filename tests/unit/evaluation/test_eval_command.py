@@ -15,17 +15,19 @@ import pytest
 from PIL import Image
 
 from proxydet.errors import ConfigError, DataError, InputError
+from proxydet.evaluation.analysis import analyse
 from proxydet.evaluation.config import EvaluationConfig
 from proxydet.evaluation.evaluate import run_evaluation
-from proxydet.evaluation.output import analyse, write_files
-from proxydet.evaluation.pictures import (
+from proxydet.evaluation.page import (
     Example,
     best_examples,
     draw_example,
     extreme_categories,
+    scatter_svg,
     worst_examples,
+    write_files,
 )
-from proxydet.evaluation.scatter import scatter_svg
+from proxydet.evaluation.report import category_csv
 from proxydet.files import sha256
 from proxydet.manifest import read_run_records
 from proxydet.run_comparison import compare_runs
@@ -174,6 +176,53 @@ def test_masks_that_only_some_detections_have_are_told(typed: Typed, files: Path
         run(["eval", *map(str, words), "--iou-type", "segm"])
 
 
+def test_the_protocol_is_printed_and_can_be_chosen(typed: Typed, files: Path) -> None:
+    words = ["--results", files / "a.json", "--data", files / "val.json", "--bootstrap", "0"]
+    out, messages = typed(*words)
+    assert "protocol: LVIS" in messages
+    chosen, messages = typed(*words, "--protocol", "coco")
+    assert "protocol: COCO" in messages
+    assert "AR@300" in out
+    assert "AR@100" in chosen
+    content = json.loads((files / "evaluation" / "a-val" / "results.json").read_text())
+    assert content["protocol"] == "coco"
+    assert "Protocol: COCO" in (files / "evaluation" / "a-val" / "report.html").read_text()
+    _, messages = typed(
+        "--results", files / "a.json", "--data", files / "set.toml", "--protocol", "coco"
+    )
+    assert "protocol: COCO" in messages
+
+
+def test_boxes_without_masks_are_scored_with_a_line_that_says_so(typed: Typed, files: Path) -> None:
+    truth = json.loads((files / "val.json").read_text())
+    for row in truth["annotations"]:
+        del row["segmentation"]
+    (files / "boxes.json").write_text(json.dumps(truth))
+    words = ["--results", files / "a.json", "--data", files / "boxes.json", "--bootstrap", "0"]
+    out, messages = typed(*words)
+    assert "masks are not scored: the annotations have none" in messages
+    assert "mask" not in out
+    for engine in ("hotcoco", "lvis"):
+        with pytest.raises(DataError, match="the annotations have none"):
+            run(["eval", *map(str, words), "--iou-type", "segm", "--engine", engine])
+
+
+def test_every_class_stands_in_the_results_at_full_precision(typed: Typed, files: Path) -> None:
+    typed("--results", files / "a.json", "--data", files / "val.json", "--bootstrap", "0")
+    folder = files / "evaluation" / "a-val"
+    content = json.loads((folder / "results.json").read_text())
+    report = run_evaluation(files / "a.json", files / "val.json").report
+    for kind in ("bbox", "segm"):
+        shown = [(row["name"], row[kind]["ap"], row[kind]["ap50"]) for row in content["categories"]]
+        assert shown == [(row.name, row.ap, row.ap50) for row in report.types[kind].categories]
+
+
+def test_names_in_the_table_are_no_formulas(files: Path) -> None:
+    truth = json.loads((files / "val.json").read_text())
+    truth["categories"][0]["name"] = "=cmd|' /C calc'!A0"
+    assert "\n2,'=cmd|" in category_csv(run_evaluation(files / "a.json", truth).report)
+
+
 def test_masks_that_only_one_of_two_has_are_not_compared(typed: Typed, files: Path) -> None:
     rows = json.loads((files / "a.json").read_text())
     for row in rows:
@@ -268,7 +317,7 @@ def test_files_hold_every_category_and_pictures(files: Path) -> None:
     assert [row["name"] for row in rows] == [f"thing {index}" for index in range(6)]
     for row, score in zip(rows, evaluation.report.per_class(), strict=True):
         if score.ap is not None:
-            assert float(row["mask_AP"]) == pytest.approx(100 * score.ap, abs=0.006)
+            assert float(row["mask_AP"]) == pytest.approx(100 * score.ap, abs=1e-6)
         else:
             assert row["mask_AP"] == ""
     page = written["report.html"].read_text()
@@ -382,7 +431,7 @@ def test_options_survive_the_way_to_other_processes(tmp_path: Path) -> None:
         words += ["--vocabulary", "v.npz", "--output", str(tmp_path), "--device", "cpu", "--fixed"]
         words += ["--iou-type", "segm,bbox", "--engine", "lvis", "--bootstrap", "7"]
         words += ["--hierarchy", "h.json", "--batch-size", "3", "--allow-outside"]
-        words += ["--allow-duplicates", "--gpus", "2"]
+        words += ["--allow-duplicates", "--protocol", "coco", "--gpus", "2"]
         assert CliRunner().invoke(app, words).exit_code == 0
         assert CliRunner().invoke(app, seen[0].words()).exit_code == 0
     first, second = seen

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from proxydet.evaluation.few_images import FewImages, images_of, widening
+from proxydet.evaluation.bootstrap import FewImages, images_of, widening
 
 
 @pytest.mark.parametrize("images", [2, 3, 4])

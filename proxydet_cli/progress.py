@@ -10,6 +10,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from proxydet.reporting import Progress, SilentProgress, Task
+from proxydet.wording import printable
 from proxydet_cli.output import Output, is_terminal
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ class _BarTask:
 
     def describe(self, description: str) -> None:
         """Change the text in front of the bar."""
-        self._bars.update(self._id, description=description)
+        self._bars.update(self._id, description=printable(description))
 
 
 class BarProgress:
@@ -165,7 +166,7 @@ class BarProgress:
     ) -> Iterator[Task]:
         """Run a task under a bar of its own; the bar of the outermost task stays on screen."""
         bars = self._enter()
-        task_id = bars.add_task(description, total=total, unit=unit, shown="")
+        task_id = bars.add_task(printable(description), total=total, unit=unit, shown="")
         bars.update(task_id, completed=done)
         try:
             yield _BarTask(bars, task_id)

@@ -6,18 +6,25 @@ The file holds all that it shows: nothing is loaded from anywhere, and its own p
 from __future__ import annotations
 
 import base64
+import html
 import io
 import math
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from importlib.resources import files
 from pathlib import Path
 
 from PIL import Image
 
+from proxydet.wording import printable
+
 Cell = str | float | int | None
+
+
+def escape(text: str) -> str:
+    """Return text as it stands in HTML, with control characters escaped that browsers would pass on to the clipboard."""
+    return html.escape(printable(text, keep="\n\t"))
 
 
 @dataclass(frozen=True, kw_only=True)

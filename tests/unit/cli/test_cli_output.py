@@ -134,3 +134,25 @@ def test_a_log_file_that_wants_more_does_not_fill_the_terminal(
     shown = capsys.readouterr().err
     assert "for people" in shown
     assert "for the file" not in shown
+
+
+HOSTILE = "\x1b]0;owned\x07\x9b2J"
+
+
+def test_nothing_that_a_terminal_obeys_is_written(capsys: pytest.CaptureFixture[str]) -> None:
+    show_logs()
+    for output in (Output(), Output(json=True)):
+        output.data({"name": HOSTILE}, f"two\nlines {HOSTILE}")
+        output.data(HOSTILE)
+        output.table([{"name": HOSTILE, HOSTILE: 1}])
+        output.row(f"a\nb {HOSTILE}")
+        output.line({"name": HOSTILE})
+        output.message(HOSTILE)
+        output.warning(HOSTILE)
+        output.error(HOSTILE, HOSTILE)
+    logging.getLogger("proxydet.x").warning("%s", HOSTILE)
+    captured = capsys.readouterr()
+    assert not {"\x1b", "\x07", "\x9b"} & {*captured.out, *captured.err}
+    assert captured.err.count("owned") == 9
+    assert "two\nlines" in captured.out
+    assert "a\\nb" in captured.out

@@ -114,13 +114,14 @@ def test_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     shown = show_progress()
     assert isinstance(shown, BarProgress)
-    with shown.task("training [x]", total=4, unit="it", done=1) as outer:
+    with shown.task("training [x]\a", total=4, unit="it", done=1) as outer:
         with shown.task("evaluating", unit="images") as inner:
             inner.advance()
-            inner.describe("scoring")
+            inner.describe("scoring\a")
         outer.advance(3, loss=0.25)
     text = terminal.getvalue()
-    assert "training [x]" in text
+    assert "training [x]\\x07" in text
+    assert "\a" not in text
     assert "4/4 it" in text
     assert "loss 0.25" in text
     assert shown._bars is None

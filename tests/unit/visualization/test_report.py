@@ -21,7 +21,7 @@ from proxydet.visualization.report import (
     write_report,
 )
 
-HOSTILE = '<script>alert("x")</script> & {title} \' "'
+HOSTILE = '<script>alert("x")</script> & {title} \x1b[2J \' "'
 
 
 class Collector(HTMLParser):
@@ -74,6 +74,8 @@ def test_hostile_text_stays_text() -> None:
     page = parsed(render_report(hostile_report()))
     assert page.tags.count("script") == 1
     assert page.text.count("alert(") == 13
+    assert "\x1b" not in page.text
+    assert page.text.count("\\x1b") == 13
 
 
 def test_nothing_is_loaded_from_elsewhere() -> None:

@@ -216,11 +216,12 @@ def _augmented(
     cache: Path | None,
     progress: Progress,
 ) -> list[Picture]:
-    from proxydet.data.loader import build_training_loader
+    from proxydet.data.loader import TrainingLoader, open_training_sources
 
     vocabulary = load_vocabulary(description, cache=cache, progress=progress)
     config = DataConfig(workers=0, cache=cache)
-    loader = build_training_loader(config, description, rank=0, world_size=1, seed=request.seed)
+    sources = open_training_sources(config, description, progress=progress)
+    loader = TrainingLoader(sources, config, rank=0, world_size=1, seed=request.seed)
     pictures: list[Picture] = []
     iteration = 0
     while len(pictures) < request.count:
@@ -251,11 +252,15 @@ def _batch_picture(batch: Batch, place: int, vocabulary: Vocabulary) -> Picture:
 def _instance_objects(instances: Any, vocabulary: Vocabulary) -> list[DrawnObject]:
     objects = []
     for place in range(len(instances)):
-        masks = instances.gt_masks
-        if hasattr(masks, "polygons"):
-            mask = _filled(masks.polygons[place], instances.image_size)
-        else:
-            mask = masks.tensor[place].numpy()
+        mask = None
+        if instances.has("gt_masks") and instances.gt_masked[place]:
+            masks = instances.gt_masks
+            polygons = getattr(masks, "polygons", None)
+            mask = (
+                masks.tensor[place].numpy()
+                if polygons is None
+                else _filled(polygons[place], instances.image_size)
+            )
         objects.append(
             DrawnObject(
                 label=vocabulary.names[int(instances.gt_classes[place])],

@@ -113,18 +113,23 @@ def _masks(
     """Return the rows without a mask or with theirs in the view, their masks, and which of them have one."""
     annotations = record.first_annotation + rows
     with_mask = store.masked_A[annotations]
-    seen = ~with_mask
-    parts: list[Any]
     as_bitmaps = bool(store.column("rle_length")[annotations].any())
-    if as_bitmaps:
-        parts = [_bitmap(store, record, annotation, view) for annotation in annotations.tolist()]
-        seen |= np.array([bitmap.any() for bitmap in parts], dtype=np.bool_)
-    else:
-        parts = [view.polygons(_polygons(store, annotation)) for annotation in annotations.tolist()]
-        seen |= np.array(
-            [any(_touches(polygon, view.size) for polygon in polygons) for polygons in parts],
-            dtype=np.bool_,
-        )
+    parts: list[Any] = []
+    seen: list[bool] = []
+    for annotation, has_mask in zip(annotations.tolist(), with_mask.tolist(), strict=True):
+        # The store keeps more digits than polygons are trained with.
+        polygons = view.polygons([p.astype(np.float32) for p in store.polygons(annotation)])
+        if not as_bitmaps:
+            parts.append(polygons)
+            visible = any(_touches(polygon, view.size) for polygon in polygons)
+        elif rle := store.rle(annotation):
+            parts.append(view.mask(decode(rle, (record.height, record.width))))
+            visible = bool(parts[-1].any())
+        else:
+            drawn = BitMasks.from_polygon_masks(PolygonMasks([polygons]), *view.size)
+            parts.append(drawn.tensor[0].numpy())
+            visible = bool(parts[-1].any())
+        seen.append(visible or not has_mask)
     kept = [part for part, is_seen in zip(parts, seen, strict=True) if is_seen]
     masks: PolygonMasks | BitMasks
     if as_bitmaps:
@@ -132,19 +137,8 @@ def _masks(
         masks = BitMasks(torch.from_numpy(stacked))
     else:
         masks = PolygonMasks(kept)
-    return rows[seen], masks, torch.from_numpy(with_mask[seen])
-
-
-def _bitmap(store: AnnotationStore, record: ImageRecord, annotation: int, view: View) -> BoolArray:
-    if rle := store.rle(annotation):
-        return view.mask(decode(rle, (record.height, record.width)))
-    polygons = PolygonMasks([view.polygons(_polygons(store, annotation))])
-    bitmap: BoolArray = BitMasks.from_polygon_masks(polygons, *view.size).tensor[0].numpy()
-    return bitmap
-
-
-def _polygons(store: AnnotationStore, annotation: int) -> list[npt.NDArray[np.float32]]:
-    return [polygon.astype(np.float32) for polygon in store.polygons(annotation)]
+    chosen = np.array(seen, dtype=np.bool_)
+    return rows[chosen], masks, torch.from_numpy(with_mask[chosen])
 
 
 def _touches(polygon: npt.NDArray[np.float64], size: tuple[int, int]) -> bool:

@@ -292,6 +292,7 @@ def open_training_sources(
 class TrainingLoader:
     """Iterates over the batches of one process, without end.
 
+    They depend on seed, iteration, rank and world size only: not on the number of workers, nor on where iteration began.
     Each `iter` begins at ``start``, with workers of its own, which end when the iterator is dropped or closed.
 
     Attributes:
@@ -424,33 +425,3 @@ class _BatchMaker(Dataset[Any]):
 
 def _unchanged(batch: Any) -> Any:
     return batch
-
-
-def build_training_loader(
-    config: DataConfig,
-    description: DatasetDescription,
-    *,
-    rank: int,
-    world_size: int,
-    seed: int,
-    start: int = 0,
-) -> TrainingLoader:
-    """Return the batches of one process, from ``start`` on, without end.
-
-    They depend on seed, iteration, rank and world size only: not on the number of workers, nor on where iteration began.
-
-    Args:
-        config: Sources, augmentation, workers.
-        description: The data set. Without an ``[image_labels]`` table, or with ``config.image_labels`` None, all batches
-            have boxes.
-        rank: As of `TrainingLoader`, like ``world_size``, ``seed`` and ``start``.
-        world_size: See there.
-        seed: See there.
-        start: See there.
-
-    Raises:
-        DataError: the data cannot be used.
-        VocabularyError: embeddings and categories do not fit.
-    """
-    sources = open_training_sources(config, description)
-    return TrainingLoader(sources, config, rank=rank, world_size=world_size, seed=seed, start=start)

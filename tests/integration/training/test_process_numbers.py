@@ -22,7 +22,7 @@ import torch
 from proxydet.data.batches import BoxBatch, ImageLabelBatch
 from proxydet.data.classes import image_counts, load_vocabulary, open_split
 from proxydet.data.description import DatasetDescription
-from proxydet.data.loader import build_training_loader
+from proxydet.data.loader import TrainingLoader, open_training_sources
 from proxydet.data.synthetic.dataset import SyntheticConfig, make_dataset
 from proxydet.losses.criterion import Criterion
 from proxydet.modeling.network import ProxyDetNetwork
@@ -82,15 +82,10 @@ class Alone:
 
     def halves(self) -> Iterator[list[Any]]:
         """Yield the batches of both processes, step by step."""
+        data, seed = self.config.data, self.config.seed
+        sources = open_training_sources(data, self.description)
         loaders = [
-            build_training_loader(
-                self.config.data,
-                self.description,
-                rank=rank,
-                world_size=2,
-                seed=self.config.seed,
-            )
-            for rank in (0, 1)
+            TrainingLoader(sources, data, rank=rank, world_size=2, seed=seed) for rank in (0, 1)
         ]
         for step in range(STEPS):
             yield [loader.batch(step) for loader in loaders]

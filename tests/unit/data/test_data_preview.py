@@ -76,6 +76,13 @@ def test_what_training_sees(small_set_with_labels: Path) -> None:
     assert any("tar/" in caption and caption.endswith((": dog", ": bird")) for caption in captions)
 
 
+def test_what_training_sees_of_boxes_without_masks(small_set: Path) -> None:
+    annotations = small_set.parent / "train.json"
+    annotations.write_text(annotations.read_text().replace('"segmentation"', '"outline"'))
+    pictures = preview_pictures(described(small_set), PreviewRequest(augmented=True, count=6))
+    assert any(" object" in picture.caption for picture in pictures)
+
+
 def test_a_sheet_or_a_page_is_written(small_set: Path, tmp_path: Path) -> None:
     sheet = write_preview(described(small_set), tmp_path / "out" / "s.png", PreviewRequest(count=3))
     with Image.open(sheet) as image:

@@ -13,7 +13,7 @@ from PIL import Image
 from proxydet.data.check import CheckReport, check_dataset
 from proxydet.data.config import DataConfig, SourceConfig
 from proxydet.data.description import DatasetDescription
-from proxydet.data.loader import build_training_loader
+from proxydet.data.loader import TrainingLoader, open_training_sources
 from proxydet.errors import DataError
 from proxydet.evaluation.split import DescribedSplit
 from proxydet.recipes import resolve_config
@@ -48,7 +48,8 @@ def train_batches(path: Path, **config: Any) -> list[Any]:
     boxes = SourceConfig(batch_size=6, size=48, scale=(1.0, 1.0), ratio=1.0)
     settings = DataConfig(workers=0, boxes=boxes, image_labels=None, **config)
     description = DatasetDescription.from_toml(path)
-    loader = build_training_loader(settings, description, rank=0, world_size=1, seed=0)
+    sources = open_training_sources(settings, description)
+    loader = TrainingLoader(sources, settings, rank=0, world_size=1, seed=0)
     return list(itertools.islice(loader, 4))
 
 
@@ -113,7 +114,7 @@ def test_image_labels_of_one_file_are_refused(small_set: Path) -> None:
     description = DatasetDescription.from_toml(small_set)
     assert "'3/1.png'" in errors(check_dataset(description))["image_labels"]
     with pytest.raises(DataError, match=r"3/1\.png.*7/1\.png"):
-        build_training_loader(DataConfig(), description, rank=0, world_size=1, seed=0)
+        open_training_sources(DataConfig(), description)
 
 
 @pytest.fixture

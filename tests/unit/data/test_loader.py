@@ -18,7 +18,7 @@ from proxydet.data.batches import Batch, BoxBatch, ImageLabelBatch
 from proxydet.data.config import DataConfig, SourceConfig
 from proxydet.data.description import DatasetDescription
 from proxydet.data.images import read_image
-from proxydet.data.loader import TrainingLoader, build_training_loader
+from proxydet.data.loader import TrainingLoader, open_training_sources
 from proxydet.data.transforms import training_view
 from proxydet.errors import ConfigError, DataError, EnvironmentProblem
 
@@ -29,15 +29,9 @@ LABELS = SourceConfig(batch_size=4, size=24, scale=(0.5, 1.5), ratio=1.5)
 def loader(
     path: Path, *, rank: int = 0, world: int = 1, start: int = 0, seed: int = 7, **config: Any
 ) -> TrainingLoader:
-    settings = {"boxes": BOXES, "image_labels": LABELS, "workers": 0} | config
-    return build_training_loader(
-        DataConfig(**settings),
-        DatasetDescription.from_toml(path),
-        rank=rank,
-        world_size=world,
-        seed=seed,
-        start=start,
-    )
+    settings = DataConfig(**{"boxes": BOXES, "image_labels": LABELS, "workers": 0} | config)
+    sources = open_training_sources(settings, DatasetDescription.from_toml(path))
+    return TrainingLoader(sources, settings, rank=rank, world_size=world, seed=seed, start=start)
 
 
 def fingerprint(batch: Batch) -> bytes:

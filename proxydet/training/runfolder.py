@@ -234,6 +234,13 @@ class RunFolder:
             "The run goes back to iteration %d; what came after it is now in %s", iteration, aside
         )
 
+    def remove_unfinished_evaluations(self) -> None:
+        """Remove the predictions of an evaluation that was interrupted: with other settings it starts again."""
+        done = {record.get("iteration") for record in JsonLines(self.evaluations).read()}
+        for path in (self.root / "evaluations").glob("step_*"):
+            if path.name.removeprefix("step_").isdigit() and int(path.name[5:]) not in done:
+                shutil.rmtree(path, ignore_errors=True)
+
     def clear(self) -> None:
         """Remove the run that the folder holds; files that are not a run's stay."""
         for path in (self.checkpoints, self.tensorboard, self.plots, self.failures):

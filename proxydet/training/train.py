@@ -15,7 +15,7 @@ import torch
 
 from proxydet.compat.modes import Mode
 from proxydet.compat.roi_align import reproducibility_mode
-from proxydet.config import dump_yaml, to_mapping
+from proxydet.config import differences, dump_yaml, to_mapping
 from proxydet.data.classes import image_counts, load_vocabulary, open_split
 from proxydet.data.config import DataConfig
 from proxydet.data.description import DatasetDescription
@@ -35,6 +35,7 @@ from proxydet.training.checkpoint import read_iteration
 from proxydet.training.config import TrainingConfig, scale_training
 from proxydet.training.distributed import DistInfo, check_agreement, connect, wait_for_all
 from proxydet.training.runfolder import (
+    EVALUATION_KEYS,
     EarlierRun,
     Resume,
     RunFolder,
@@ -151,6 +152,9 @@ def train(
             warn_of_slow_device(network, ranks.device)
             if overwrite and resume == "never":
                 folder.clear()
+            changed = [key for run in earlier for key in differences(run.config, config)]
+            if any(key.startswith(EVALUATION_KEYS) for key in changed):
+                folder.remove_unfinished_evaluations()
             _write_folder(folder, config, data, digests, ranks)
         wait_for_all(ranks)
 

@@ -308,6 +308,8 @@ class _Trainer:
         state, config, ranks = self._state, self._job.config, self._job.ranks
         end = config.iterations * config.replicas
         self._evaluate_if_due()
+        if ranks.is_main:  # a process that was killed may have left that to do
+            self._checkpoints.rotate(self._best_iteration())
         while state.batches < end:
             batches = [self._prefetcher.next() for _ in range(self._accumulation)]
             result = train_step(

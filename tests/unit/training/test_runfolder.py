@@ -378,6 +378,15 @@ except LockedError:
                 still_ours()
 
 
+def test_an_interrupted_evaluation_starts_again_with_other_settings(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for step in (2, 4):
+        folder.evaluation(step).mkdir(parents=True)
+    folder.evaluations.write_text('{"iteration": 2, "metrics": {}}\n')
+    folder.remove_unfinished_evaluations()
+    assert [path.name for path in (tmp_path / "evaluations").iterdir()] == ["step_0000002"]
+
+
 class TestGoingBack:
     def test_what_came_after_is_set_aside(self, tmp_path: Path) -> None:
         folder = RunFolder(tmp_path)

@@ -1,0 +1,132 @@
+"""``proxydet train``: two at once in one folder are one run; on changing numbers of processes it stays the same run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.slow
+
+
+class Trainings:
+    """Starts trainings of one data set."""
+
+    def __init__(self, folder: Path, sets: list[str]) -> None:
+        self.folder = folder
+        self.sets = sets
+        self._words = [word for item in sets for word in ("--set", item)]
+
+    def start(self, name: str, *words: str, processes: int = 1) -> subprocess.Popen[str]:
+        command = [
+            sys.executable,
+            "-m",
+            "proxydet_cli",
+            "train",
+            "--recipe",
+            "tiny",
+            "--device",
+            "cpu",
+        ]
+        command += ["--gpus", str(processes), "--output", name, *self._words, *words]
+        return subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def finish(self, process: subprocess.Popen[str]) -> tuple[int, str]:
+        with process:
+            _, errors = process.communicate(timeout=900)
+        return process.returncode, errors
+
+    def run(self, name: str, *words: str, processes: int = 1) -> str:
+        code, errors = self.finish(self.start(name, *words, processes=processes))
+        assert code == 0, errors
+        return errors
+
+    def records(self, name: str) -> list[dict]:
+        path = self.folder / name / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        timeless = ("iteration", "images", "losses", "learning_rate")
+        return [{key: json.loads(line)[key] for key in timeless} for line in lines]
+
+    def weights(self, name: str) -> dict[str, torch.Tensor]:
+        return torch.load(self.folder / name / "model_final.pth", weights_only=True)["model"]
+
+    def same(self, one: str, other: str) -> bool:
+        left, right = self.weights(one), self.weights(other)
+        return self.records(one) == self.records(other) and all(
+            torch.equal(left[name], right[name]) for name in left
+        )
+
+
+@pytest.fixture
+def trainings(drawn: list[str], tmp_path: Path) -> Trainings:
+    return Trainings(
+        tmp_path,
+        [
+            *drawn,
+            "training.iterations=8",
+            "training.checkpoints.period=2",
+            "training.log.period=1",
+            "training.log.tensorboard=false",
+            "training.evaluation.at_end=false",
+            "data.workers=0",
+        ],
+    )
+
+
+@pytest.mark.parametrize(
+    "second", [(), ("--set", "seed=8"), ("--resume", "never"), ("--overwrite",)], ids=" ".join
+)
+def test_of_two_trainings_at_once_one_wins_and_the_other_exits_at_once(
+    trainings: Trainings, second: tuple[str, ...]
+) -> None:
+    both = [trainings.start("run"), trainings.start("run", *second)]
+    ended = [trainings.finish(process) for process in both]
+    codes = [code for code, _ in ended]
+    assert sorted(codes) == [0, 5], ended
+    loser = codes.index(5)
+    assert f"in use by process {both[1 - loser].pid} on" in ended[loser][1].replace("\n", " ")
+    trainings.run("alone", *(second if loser == 0 else ()))
+    assert trainings.same("run", "alone")
+    assert not list((trainings.folder / "run").glob("train.lock*"))
+
+
+def test_two_processes_then_one_then_two_are_the_same_run(trainings: Trainings) -> None:
+    def until(step: int, processes: int) -> str:
+        process = trainings.start("changing", processes=processes)
+        deadline = time.monotonic() + 600
+        while len(trainings.records("changing")) < step:
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        code, errors = trainings.finish(process)
+        assert code == 143, errors
+        return errors
+
+    two = ("training.scaling=none", "training.iterations=12")
+    trainings = Trainings(trainings.folder, [*trainings.sets, *two])
+    trainings.run("whole", processes=2)
+    until(2, 2)
+    said = until(5, 1)
+    assert "as many batches a step as before" in said.replace("\n", " ")
+    trainings.run("changing", processes=2)
+    whole, changing = trainings.records("whole"), trainings.records("changing")
+    for one, other in zip(whole, changing, strict=True):
+        assert one["learning_rate"] == other["learning_rate"]
+        assert (one["iteration"], one["images"]) == (other["iteration"], other["images"])
+        # The proposal losses are averaged over the cells of both processes, or of each batch.
+        assert one["losses"]["total"] == pytest.approx(other["losses"]["total"], rel=0.05)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from html import escape
 from pathlib import Path
 from typing import Literal
 
@@ -34,7 +33,7 @@ from proxydet.evaluation.scoring import FREQUENCY_NAMES, RECALL_THRESHOLDS_R
 from proxydet.files import write_bytes, write_text
 from proxydet.visualization.drawing import DrawnObject, draw_objects
 from proxydet.visualization.plots import PALETTE, bar_plot, precision_recall_plot, svg_of
-from proxydet.visualization.report import Command, Picture, Section, Table, write_report
+from proxydet.visualization.report import Command, Picture, Section, Table, escape, write_report
 from proxydet.visualization.report import Report as Page
 
 _SHOWN_CATEGORIES = 4

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from proxydet.data.formats.records import Identifier
 from proxydet.evaluation.scoring import Curves, Metrics
+from proxydet.wording import table_cell
 
 if TYPE_CHECKING:
     from proxydet.evaluation.bootstrap import Difference
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Of results.json; another number where keys are renamed or go."""
 _CATEGORY_COLUMNS = ("id", "name", "frequency", "training_images", "annotations")
-_FORMULA = tuple("=+-@\t\r")
 IOU_TYPE_NAMES = {"bbox": "box", "segm": "mask"}
 
 
@@ -323,8 +323,7 @@ def category_csv(report: Report) -> str:
         values = [value for score in scores for value in (score.ap, score.ap50)]
         writer.writerow(
             [
-                # No spreadsheet takes a name for a formula.
-                *(f"'{c}" if isinstance(c, str) and c[:1] in _FORMULA else c for c in cells),
+                *map(table_cell, cells),
                 first.detections,
                 *(None if value is None else round(100 * value, 6) for value in values),
             ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from proxydet.serving.settings import ServingSettings
 from proxydet.serving.upload import Upload
 from proxydet.vocabulary.compositional import CompositionalEncoder
 from proxydet.vocabulary.vocabulary import Vocabulary
+from proxydet.wording import json_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class Answerer:
                 "There is not enough memory for this picture and these words.",
                 hint="send a smaller picture or fewer words",
             ) from error
-        return json.dumps(result, ensure_ascii=False, allow_nan=False).encode()
+        return json_text(result, allow_nan=False).encode()
 
     def settings_of(self, question: Question) -> InferenceConfig:
         """Return the settings that a request asks for.

@@ -71,81 +71,30 @@ _FREE_KEYS = (
 _DATA_DECIDES = ("data.masks", "model.masks", "model.classifier.embedding_dim")
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    """Names of the files in a run folder."""
+    """Names of the files in a run folder, as the text above explains them.
 
-    root: Path
+    Args:
+        root: The folder; may be absent.
+    """
 
-    @property
-    def config(self) -> Path:
-        """The resolved configuration."""
-        return self.root / "config.yaml"
-
-    @property
-    def vocabulary(self) -> Path:
-        """The training vocabulary."""
-        return self.root / "vocabulary.npz"
-
-    @property
-    def text_encoder(self) -> Path:
-        """The text encoder that the data came with, where it is a file."""
-        return self.root / "text_encoder.json"
-
-    @property
-    def environment(self) -> Path:
-        """The environment report."""
-        return self.root / "environment.json"
-
-    @property
-    def manifest(self) -> Path:
-        """Digests, versions and seeds."""
-        return self.root / "manifest.json"
-
-    @property
-    def metrics(self) -> Path:
-        """The course of the losses."""
-        return self.root / "metrics.jsonl"
-
-    @property
-    def evaluations(self) -> Path:
-        """The course of the evaluation metrics."""
-        return self.root / "evaluations.jsonl"
-
-    @property
-    def tensorboard(self) -> Path:
-        """TensorBoard event files."""
-        return self.root / "tensorboard"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Training checkpoints."""
-        return self.root / "checkpoints"
-
-    @property
-    def plots(self) -> Path:
-        """Losses and metrics over the iterations."""
-        return self.root / "plots"
-
-    @property
-    def failures(self) -> Path:
-        """Records of batches whose loss was not finite."""
-        return self.root / "failures"
-
-    @property
-    def logs(self) -> Path:
-        """Logs of the processes."""
-        return self.root / "logs"
-
-    @property
-    def final_weights(self) -> Path:
-        """The weights after the last step; a run that has them is finished."""
-        return self.root / "model_final.pth"
-
-    @property
-    def lock(self) -> Path:
-        """Held by the first process of a training."""
-        return self.root / "train.lock"
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.config = root / "config.yaml"
+        self.vocabulary = root / "vocabulary.npz"
+        self.text_encoder = root / "text_encoder.json"
+        self.environment = root / "environment.json"
+        self.manifest = root / "manifest.json"
+        self.metrics = root / "metrics.jsonl"
+        self.evaluations = root / "evaluations.jsonl"
+        self.tensorboard = root / "tensorboard"
+        self.checkpoints = root / "checkpoints"
+        self.plots = root / "plots"
+        self.failures = root / "failures"
+        self.logs = root / "logs"
+        self.lock = root / "train.lock"
+        self.final_weights = root / "model_final.pth"
+        """A run that has them is finished."""
 
     def list_checkpoints(self) -> list[tuple[int, Path]]:
         """Return (iteration, path) of the checkpoints, oldest first."""

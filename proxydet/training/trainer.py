@@ -176,9 +176,17 @@ def fit(
         )
         signals = stack.enter_context(StopSignals())
         network.train()
-        trainer = _Trainer(job, state, checkpoints, metrics, prefetcher, signals)
+        loop = _Loop(
+            job=job,
+            accumulation=job.accumulation or job.config.accumulation,
+            state=state,
+            checkpoints=checkpoints,
+            metrics=metrics,
+            prefetcher=prefetcher,
+            signals=signals,
+        )
         try:
-            trainer.run()
+            loop.run()
         except torch.OutOfMemoryError as error:
             raise EnvironmentProblem(
                 f"The GPU has no memory left at iteration {state.iteration}: {error}",
@@ -279,25 +287,17 @@ def _resume(state: TrainingState, checkpoints: CheckpointFolder, job: FitJob) ->
             job.folder.set_aside_after(state.iteration)
 
 
-class _Trainer:
+@dataclass(frozen=True, kw_only=True)
+class _Loop:
     """The training loop; `run` is the loop."""
 
-    def __init__(
-        self,
-        job: FitJob,
-        state: TrainingState,
-        checkpoints: CheckpointFolder,
-        metrics: MetricLogger,
-        prefetcher: Prefetcher,
-        signals: StopSignals,
-    ) -> None:
-        self._job = job
-        self._state = state
-        self._checkpoints = checkpoints
-        self._metrics = metrics
-        self._prefetcher = prefetcher
-        self._signals = signals
-        self._accumulation = job.accumulation or job.config.accumulation
+    job: FitJob
+    accumulation: int
+    state: TrainingState
+    checkpoints: CheckpointFolder
+    metrics: MetricLogger
+    prefetcher: Prefetcher
+    signals: StopSignals
 
     def run(self) -> None:
         """Train until the last iteration.
@@ -305,28 +305,28 @@ class _Trainer:
         Raises:
             Interrupted: A stop signal came; a checkpoint is written.
         """
-        state, config, ranks = self._state, self._job.config, self._job.ranks
+        state, config, ranks = self.state, self.job.config, self.job.ranks
         end = config.iterations * config.replicas
         self._evaluate_if_due()
         if ranks.is_main:  # a process that was killed may have left that to do
-            self._checkpoints.rotate(self._best_iteration())
+            self.checkpoints.rotate(self._best_iteration())
         while state.batches < end:
-            batches = [self._prefetcher.next() for _ in range(self._accumulation)]
+            batches = [self.prefetcher.next() for _ in range(self.accumulation)]
             result = train_step(
                 state,
                 batches,
                 config=config,
                 ranks=ranks,
-                failures=self._job.folder.failures,
-                stop=self._signals.received > 0,
+                failures=self.job.folder.failures,
+                stop=self.signals.received > 0,
             )
             # Where an iteration is no whole number of steps, the last one would count beyond the end.
             state.batches = min(state.batches, end)
             last = state.batches == end
             record = last or self._has_passed(config.log.period)
             if record and ranks.is_main:
-                self._job.still_ours()
-            self._metrics.step(result, self._prefetcher.waited, record=record)
+                self.job.still_ours()
+            self.metrics.step(result, self.prefetcher.waited, record=record)
             if result.stop and not last:
                 self._stop()
             if last or self._has_passed(config.checkpoints.period) or self._evaluation_due():
@@ -335,32 +335,32 @@ class _Trainer:
 
     def _has_passed(self, period: int) -> bool:
         """Whether the last step reached or passed a multiple of a number of iterations."""
-        state = self._state
-        step = self._accumulation * self._job.ranks.world_size
+        state = self.state
+        step = self.accumulation * self.job.ranks.world_size
         unit = period * state.replicas
         return state.batches // unit > max(state.batches - step, 0) // unit
 
     def _evaluation_due(self) -> bool:
         """Whether the schedule asks for an evaluation of the present weights."""
-        schedule, iteration = self._job.config.evaluation, self._state.iteration
-        if self._job.evaluate is None or iteration == 0:
+        schedule, iteration = self.job.config.evaluation, self.state.iteration
+        if self.job.evaluate is None or iteration == 0:
             return False
-        if iteration == self._job.config.iterations:
+        if iteration == self.job.config.iterations:
             return schedule.at_end
         period = schedule.period
         return period is not None and iteration >= schedule.start and self._has_passed(period)
 
     def _evaluate_if_due(self) -> None:
         """Evaluate by the schedule, unless an interrupted run did so at this very iteration."""
-        job, network, iteration = self._job, self._state.network, self._state.iteration
+        job, network, iteration = self.job, self.state.network, self.state.iteration
         if not self._evaluation_due() or job.evaluate is None:
             return
-        done = iteration in self._metrics.evaluations()
+        done = iteration in self.metrics.evaluations()
         if broadcast_value(done, job.ranks):
             return
         network.eval()
         try:
-            with self._signals.immediate():
+            with self.signals.immediate():
                 metrics = job.evaluate(network, iteration, job.folder.evaluation(iteration))
         except StopNow:
             self._stop(saved=True)
@@ -368,31 +368,31 @@ class _Trainer:
             network.train()
         if job.ranks.is_main:
             job.still_ours()
-        self._metrics.evaluation(metrics)
+        self.metrics.evaluation(metrics)
         if job.ranks.is_main:
-            self._checkpoints.rotate(self._best_iteration())
+            self.checkpoints.rotate(self._best_iteration())
 
     def _save(self) -> None:
-        if self._job.ranks.is_main:
-            self._job.still_ours()
-            state = self._state.state_dict()
-            path = self._checkpoints.save(state, self._state.iteration, self._best_iteration())
+        if self.job.ranks.is_main:
+            self.job.still_ours()
+            state = self.state.state_dict()
+            path = self.checkpoints.save(state, self.state.iteration, self._best_iteration())
             logger.info("Wrote %s", path)
 
     def _best_iteration(self) -> int | None:
-        best = best_of(self._metrics.evaluations(), self._job.config.evaluation.metric)
+        best = best_of(self.metrics.evaluations(), self.job.config.evaluation.metric)
         return None if best is None else best.iteration
 
     def _stop(self, *, saved: bool = False) -> None:
         """End the run after a stop signal, with a checkpoint."""
         if not saved:
             self._save()
-            wait_for_all(self._job.ranks)
-        number = self._signals.received or int(signal.SIGTERM)
-        iteration = self._state.iteration
+            wait_for_all(self.job.ranks)
+        number = self.signals.received or int(signal.SIGTERM)
+        iteration = self.state.iteration
         raise Interrupted(
-            f"Training was stopped after {iteration} of {self._job.config.iterations} iterations; "
-            f"{self._checkpoints.path(iteration)} holds its state.",
+            f"Training was stopped after {iteration} of {self.job.config.iterations} iterations; "
+            f"{self.checkpoints.path(iteration)} holds its state.",
             signal_number=number,
             hint="Start the same command again: it resumes from there.",
         )

@@ -126,8 +126,11 @@ class EvalOptions:
         return words + [key for key, on in switches.items() if on]
 
     def annotations_only(self) -> bool:
-        """Whether ``--data`` names an annotation file rather than a description."""
-        return self.data is not None and _is_json(self.data)
+        """Whether ``--data`` names annotations (a JSON file, Pascal VOC) rather than a dataset config."""
+        if self.data is None:
+            return False
+        place = Path(self.data)
+        return _is_json(self.data) or place.is_dir() or place.suffix.lower() in (".xml", ".txt")
 
     def folder(self, dataset: str) -> Path:
         """Return where the files of the evaluation go."""

@@ -222,6 +222,5 @@ def _summary(result: TrainResult) -> str:
 def _next_steps(folder: Path) -> str:
     run_name = shlex.quote(str(folder))
     return (
-        f"next: proxydet eval --run {run_name}\n"
-        f"      proxydet predict --run {run_name} photo.jpg --classes 'cup, plate'"
+        f"next: proxydet eval --run {run_name}\n      proxydet predict --run {run_name} photo.jpg"
     )

@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
+
 from proxydet.data.advice import how_to_get, inner_root
 from proxydet.data.classes import class_rows, load_vocabulary
 from proxydet.data.description import DatasetDescription
@@ -173,9 +176,11 @@ def _unprepared(root: Path, configs: list[Path]) -> Iterator[Finding]:
         yield Finding(part="root", level="ok", text=counted(len(configs), "dataset config"))
     elif not found:
         advice = inner_root(root) or (
-            "run: proxydet download lvis coco metadata; then: proxydet data prepare lvis; or name an annotation file"
+            "name an annotation file, or a Pascal VOC folder (with Annotations/*.xml); for the published data sets run: "
+            "proxydet download lvis coco metadata; then: proxydet data prepare lvis"
         )
-        yield Finding(part="root", level="error", text="there is no data set in it", advice=advice)
+        text = f"{root} holds neither a dataset config (*.toml) nor annotations (*.xml)"
+        yield Finding(part="root", level="error", text=text, advice=advice)
 
 
 @dataclass(kw_only=True)
@@ -191,8 +196,18 @@ class _Checker:
         self.findings = []
         store = self._store(path, "annotations")
         folder = image_folder(path) if is_voc(path) else None
-        if store is not None and folder is not None:
-            self._images(store, (folder,), "images", exact=True)
+        if store is not None:
+            self._trainable(store, np.ones(len(store.categories), dtype=np.bool_), "annotations")
+            if "image.name" in store.report.counts:
+                self._add(
+                    "annotations",
+                    "error",
+                    f"{store.report.counts['image.name']} of {len(store)} images have neither file_name nor coco_url: they "
+                    "can be scored with eval --results, not trained on or predicted",
+                    "write each image's file_name",
+                )
+            elif folder is not None:
+                self._images(store, (folder,), "images", exact=True)
         return CheckReport(name=str(path), findings=tuple(self.findings))
 
     def dataset(self, description: DatasetDescription) -> CheckReport:
@@ -211,7 +226,8 @@ class _Checker:
             self._add("train", "error", "neither [train] nor [val] is there", "add one")
         vocabulary = self._vocabulary(description, stores)
         if vocabulary is not None and "train" in stores:
-            self._trainable(stores["train"], vocabulary)
+            base_K = vocabulary.base[class_rows(stores["train"], vocabulary)]
+            self._trainable(stores["train"], base_K, "train")
             if description.image_labels is not None:
                 self._labels(description, vocabulary, stores["train"])
         return CheckReport(name=description.name, findings=tuple(self.findings))
@@ -344,14 +360,14 @@ class _Checker:
         )
         return vocabulary
 
-    def _trainable(self, store: AnnotationStore, vocabulary: Vocabulary) -> None:
-        if not store.trainable(vocabulary.base[class_rows(store, vocabulary)]).any():
+    def _trainable(self, store: AnnotationStore, base_K: npt.NDArray[np.bool_], part: str) -> None:
+        if not store.trainable(base_K).any():
             self._add(
-                "train",
+                part,
                 "error",
-                f"none of the {store.report.annotations_kept} annotations can be trained on: crowds, novel classes and "
-                "boxes without extent are left out",
-                "name fewer novel classes, or see: proxydet data stats",
+                f"none of the {store.report.annotations_kept} annotations can be trained on: crowds, novel classes, and "
+                "boxes without extent or outside their image are left out",
+                "correct the boxes, or name fewer novel classes: proxydet data stats",
             )
 
     def _labels(

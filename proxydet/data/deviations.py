@@ -40,15 +40,15 @@ class Deviation(NamedTuple):
 
 _ROWS: dict[str, tuple[str, str, str, Fate, str]] = {
     # The file.
-    "file.nan": ("file", "numbers", "NaN or Infinity, which JSON does not have", "mended", "read as missing"),
+    "file.nan": ("file", "a number", "NaN or Infinity, which JSON does not have", "mended", "read as missing"),
     "file.convention.xyxy": ("file", "bbox", "boxes are [x1, y1, x2, y2]", "refused", "write [x, y, width, height]: subtract x1 from x2 and y1 from y2"),
     "file.convention.fractions": ("file", "bbox", "boxes are fractions of the image", "refused", "write pixels: multiply by the image's width and height"),
     "file.masks": ("file", "segmentation", "masks are given and none of them can be read", "refused", "correct the masks, or remove 'segmentation' to use boxes only"),
     "file.crowds": ("file", "iscrowd", "every annotation is a crowd: nothing to train on or to score", "refused", "set iscrowd to 0 where an annotation is one object (CVAT writes 1 for every mask)"),
-    "file.empty": ("file", "annotations", "no annotation is left to use", "refused", "see what was dropped, above or with: proxydet data check FILE"),
+    "file.empty": ("file", "annotations", "no annotation is left to use", "refused", "the file has none, or all were dropped: proxydet data check FILE says why"),
     "file.images": ("file", "images, categories", "no image or no category is left to use", "refused", "every image needs an id, a width and a height, every category an id and a name"),
     # Categories.
-    "category.record": ("category", "categories", "not an object with an 'id' (number or text) and a 'name' (text)", "refused", "give each category an id and a name"),
+    "category.record": ("category", "record", "not an object with an 'id' (number or text) and a 'name' (text)", "refused", "give each category an id and a name"),
     "category.id.repeated": ("category", "id", "used by two categories", "refused", "give each category an id of its own"),
     "category.id.mixed": ("category", "id", "a number in some categories, a text in others", "refused", "write all category ids as numbers"),
     "category.name.repeated": ("category", "name", "used by two categories", "refused", "give each category a name of its own, or merge the two"),
@@ -74,11 +74,11 @@ _ROWS: dict[str, tuple[str, str, str, Fate, str]] = {
     "annotation.image_id.type": ("annotation", "image_id", "a text where the image's id is a number, or the reverse", "refused", "write image_id as images[].id is written"),
     "annotation.image_id.unknown": ("annotation", "image_id", "names an image that the file does not have", "dropped", ""),
     "annotation.image_id.dropped": ("annotation", "image_id", "names an image that was dropped", "dropped", ""),
-    "annotation.category_id": ("annotation", "category_id", "missing, or neither a whole number nor a text", "dropped", ""),
+    "annotation.category_id": ("annotation", "category_id", "missing, or neither a whole number nor a text (Pascal VOC: an empty name)", "dropped", ""),
     "annotation.category_id.type": ("annotation", "category_id", "a text where the category's id is a number, or the reverse", "refused", "write category_id as categories[].id is written"),
     "annotation.category_id.unknown": ("annotation", "category_id", "names a category that the file does not have", "dropped", ""),
-    "annotation.bbox.mask": ("annotation", "bbox", "missing, not 4 finite numbers, or without extent", "mended", "taken from the mask"),
-    "annotation.bbox": ("annotation", "bbox", "missing, not 4 finite numbers, or of negative extent, and no mask to take it from", "dropped", ""),
+    "annotation.bbox.mask": ("annotation", "bbox", "missing, not 4 numbers below 1e9, or without extent", "mended", "taken from the mask"),
+    "annotation.bbox": ("annotation", "bbox", "missing, not 4 numbers below 1e9, or of negative extent, and no mask to take it from", "dropped", ""),
     "annotation.bbox.extent": ("annotation", "bbox", "without extent (width or height 0)", "noted", "counted in scoring as the official evaluators count it, not trained on"),
     "annotation.bbox.outside": ("annotation", "bbox", "outside the image", "noted", "counted in scoring as the official evaluators count it, not trained on"),
     "annotation.bbox.clipped": ("annotation", "bbox", "reaches out of the image by a pixel or more", "mended", "clipped for training"),
@@ -169,6 +169,8 @@ def line_of(key: str, count: int, examples: Iterable[str]) -> str:
     what = DEVIATIONS[key]
     nouns = {"category": "categories"}
     noun = what.of if count == 1 else nouns.get(what.of, what.of + "s")
+    if what.of == "file":
+        noun = "place in the file" if count == 1 else "places in the file"
     then = f" ({what.then})" if what.then and what.fate != "refused" else ""
     shown = list(examples)
     ids = f"; e.g. {', '.join(shown)}" if shown else ""

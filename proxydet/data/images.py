@@ -239,6 +239,13 @@ def require_distinct_files(store: AnnotationStore, roots: Sequence[Path]) -> Non
         DataError: two entries name one file, or are found in one.
     """
     names = [store.file_name(row) for row in range(len(store))]
+    if "" in names:
+        row = names.index("")
+        raise DataError(
+            f"{store.source_name}: {names.count('')} of {len(names)} images have no file_name and no coco_url, e.g. the image "
+            f"with id {store.image_ids[row]}",
+            hint="write each image's file_name; results on such annotations can be scored with: proxydet eval --results",
+        )
     counts = Counter(name.replace("\\", "/").rpartition("/")[2] for name in names)
     if not names or counts.most_common(1)[0][1] == 1:
         return

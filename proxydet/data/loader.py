@@ -227,7 +227,7 @@ class TrainingSources:
             store = self.boxes.store
             raise DataError(
                 f"{store.source_name} has no object to train on among its {store.report.annotations_kept} annotations: "
-                "crowds and novel classes are left out",
+                "crowds, novel classes, and boxes without extent or outside their image are left out",
                 hint="see what is in it with: proxydet data stats",
             )
         weights = image_weights([part[1] for part in parts], [part[3].ratio for part in parts])

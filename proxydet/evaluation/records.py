@@ -40,8 +40,7 @@ def record_results(
         config: How it is scored.
     """
     digests = {RESULTS: sha256(results)}
-    if truth.path is not None:
-        digests["annotations"] = sha256(truth.path)
+    digests["annotations"] = truth.store.digest()
     chosen = {"dataset": truth.name, RESULTS: str(results.resolve())}
     write_records(folder, config, digests, chosen)
 

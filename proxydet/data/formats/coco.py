@@ -290,7 +290,11 @@ def _category(
 ) -> CategoryEntry:
     try:
         return msgspec.json.decode(raw, type=CategoryEntry)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{name} is not UTF-8 text: {error}", hint="write it as UTF-8", path=path
+        ) from error
+    except msgspec.MsgspecError:
         pass
     try:
         fields = json.loads(bytes(raw))

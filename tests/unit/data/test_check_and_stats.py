@@ -251,3 +251,30 @@ def test_an_annotation_file_is_checked_on_its_own(small_set: Path) -> None:
     (report,) = check_path(small_set.parent / "train.json")
     assert "neg_category_ids" in found(report, "error")
     assert check_path(small_set.parent / "train.json", protocol="coco")[0].sound
+
+
+@pytest.mark.parametrize(
+    ("where", "field", "value", "named"),
+    [
+        ("annotations", "bbox", [500, 500, 5, 5], "outside their image"),
+        ("annotations", "bbox", [9, 9, 0, 0], "without extent"),
+        ("images", "file_name", None, "file_name"),
+    ],
+)
+def test_what_stops_training_is_an_error_of_the_file_on_its_own(
+    small_set: Path, where: str, field: str, value: object, named: str
+) -> None:
+    def edit(content: dict[str, Any]) -> None:
+        for row in content[where]:
+            row[field] = value
+            row["segmentation"] = None
+
+    change(small_set.parent / "train.json", edit)
+    assert named in found(check_path(small_set.parent / "train.json")[0], "error")
+    assert named in found(check(small_set), "error")
+
+
+def test_a_folder_with_no_annotations_says_what_it_should_hold(tmp_path: Path) -> None:
+    (report,) = check_path(tmp_path)
+    assert str(tmp_path) in found(report, "error")
+    assert "Pascal VOC" in report.findings[0].advice

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from proxydet.data.check import check_path
 from proxydet.data.store import AnnotationStore
 from proxydet.errors import DataError
+from proxydet_cli.main import main
 
 Box = tuple[str, int, int, int, int]
 
@@ -78,6 +79,15 @@ def test_check_stats_and_preview_need_no_other_file(voc: Path, tmp_path: Path) -
     counted = runner.invoke(app, ["stats", str(voc), "--json"])
     assert counted.exit_code == 0, counted.output
     assert json.loads(counted.stdout)["parts"][0]["annotations"] == 3
+    results = tmp_path / "results.json"
+    results.write_text(
+        json.dumps([{"image_id": "a", "category_id": 2, "bbox": [0, 0, 40, 30], "score": 0.9}])
+    )
+    scoring = ["eval", "--results", str(results), "--data", str(voc), "-o", str(tmp_path / "e")]
+    with pytest.raises(SystemExit) as ended:
+        main([*scoring, "--bootstrap", "0"])
+    assert ended.value.code == 0
+    assert json.loads((tmp_path / "e" / "results.json").read_text())["protocol"] == "coco"
     sheet = tmp_path / "sheet.png"
     drawn = runner.invoke(app, ["preview", str(voc), "--output", str(sheet)])
     assert drawn.exit_code == 0, drawn.output

@@ -1,7 +1,9 @@
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from proxydet.data.classes import class_rows, image_counts, load_vocabulary, open_split
 from proxydet.data.description import DatasetDescription
@@ -187,9 +189,15 @@ def test_declared_counts_stand_in_for_classes_that_were_removed(small_set: Path)
 def test_training_counts_novel_classes_only_where_it_is_asked_to(
     small_set: Path, counted: bool, expected: list[int]
 ) -> None:
-    from proxydet.data.config import DataConfig
+    from proxydet.recipes import RECIPES
     from proxydet.reporting import SILENT
+    from proxydet.training.distributed import DistInfo
     from proxydet.training.train import _open_data
 
-    config = DataConfig(description=small_set, count_novel_classes=counted, workers=0)
-    assert _open_data(config, SILENT).counts.tolist() == expected
+    tiny = RECIPES["tiny"]()
+    data = dataclasses.replace(
+        tiny.data, description=small_set, count_novel_classes=counted, image_labels=None
+    )
+    ranks = DistInfo(device=torch.device("cpu"))
+    _, opened = _open_data(dataclasses.replace(tiny, data=data), ranks, SILENT)
+    assert opened.counts.tolist() == expected

@@ -40,14 +40,35 @@ def look(
     return to_picture(arrays, size, size, words.names)
 
 
+def paired(found: Found, wanted: Prediction) -> list[int]:
+    """Return for each detection of the network the graph's: the nearest box of its class among those that tie with it.
+
+    Scores that differ by rounding alone may change places; everything else keeps its order.
+    """
+    assert len(found.scores) == len(wanted)
+    left = list(range(len(wanted)))
+    order = []
+    for score, box, label in zip(
+        wanted.scores_N.tolist(), wanted.boxes_N4.numpy(), wanted.classes_N.tolist(), strict=True
+    ):
+        ties = [
+            row for row in left
+            if abs(found.scores[row] - score) <= 1e-5 and found.class_ids[row] == label
+        ]  # fmt: skip
+        assert ties, f"the graph has no detection of class {label} with a score of {score}"
+        order.append(min(ties, key=lambda row: np.abs(found.boxes_xyxy[row] - box).max()))
+        left.remove(order[-1])
+    return order
+
+
 def assert_same(found: Found, wanted: Prediction) -> None:
-    assert found.class_ids.tolist() == wanted.classes_N.tolist()
-    np.testing.assert_allclose(found.scores, wanted.scores_N, atol=1e-5)
-    np.testing.assert_allclose(found.boxes_xyxy, wanted.boxes_N4, atol=1e-3)
+    order = paired(found, wanted)
+    np.testing.assert_allclose(found.scores[order], wanted.scores_N, atol=1e-5)
+    np.testing.assert_allclose(found.boxes_xyxy[order], wanted.boxes_N4, atol=1e-3)
     assert found.has_masks == wanted.has_masks
     if found.has_masks:
         np.testing.assert_allclose(
-            found.mask_probs[found.mask_index],
+            found.mask_probs[found.mask_index][order],
             wanted.mask_probs_MSS[wanted.mask_index_N],
             atol=1e-5,
         )

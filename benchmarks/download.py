@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from proxydet.artifacts.digest import file_digest
+from proxydet.files import sha256
 
 _COMMAND = "import sys; from proxydet_cli.main import main; sys.exit(main())"
 _DIGEST = (
@@ -75,19 +75,22 @@ def serve(path: str) -> None:
 
 def fetch(address: str, target: str, digest: str, connections: str) -> None:
     """Fetch the file as `proxydet download` does; the seconds go to stdout."""
+    from proxydet.artifacts import Artifact, TransferSettings
     from proxydet.artifacts.http import Client
-    from proxydet.artifacts.meter import Meter
-    from proxydet.artifacts.patience import RateLimit
-    from proxydet.artifacts.settings import TransferSettings
-    from proxydet.artifacts.transfer import fetch_file
-    from proxydet.artifacts.wanted import Line, Wanted
-    from proxydet.reporting import SILENT
+    from proxydet.artifacts.transfer import RateLimit, Transfer
 
     started = time.perf_counter()
-    with Client(TransferSettings(connections=int(connections))) as client, SILENT.task("") as task:
-        line = Line(client=client, rate=RateLimit(None))
-        wanted = Wanted(name="it", target=Path(target), addresses=(address,), sha256=digest or None)
-        fetch_file(wanted, line, Meter(task), take_over=True)
+    artifact = Artifact(
+        name="it",
+        title="it",
+        licence="none",
+        addresses=(address,),
+        target="models/it.bin",
+        sha256=digest or None,
+    )
+    with Client(TransferSettings(connections=int(connections))) as client:
+        transfer = Transfer(artifact, Path(target), None, client, RateLimit(None), lambda _: None)
+        transfer.run(take_over=True)
     seconds = time.perf_counter() - started
     print(json.dumps({"transfer_s": seconds}))
 
@@ -136,7 +139,7 @@ def catalogue(folder: Path, address: str, size: int, digest: str) -> Path:
 
 def measure(source: Path, folder: Path, runs: int) -> dict[str, list[dict[str, float]]]:
     """Fetch in turn by each way, ``runs`` times after one that is not counted."""
-    digest, size = file_digest(source), source.stat().st_size
+    digest, size = sha256(source), source.stat().st_size
     me = [sys.executable, __file__]
     server = subprocess.Popen([*me, "--serve", str(source)], stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None

@@ -45,14 +45,15 @@ def make(archive: str, files: str, size: str) -> None:
 
 def by_us(archive: str, folder: str) -> None:
     """Unpack as `proxydet download` does."""
-    from proxydet.artifacts.artifact import Artifact, Provided, Unpack
-    from proxydet.artifacts.root import Root
-    from proxydet.artifacts.unpacking import unpack
+    import threading
+
+    from proxydet.artifacts import Artifact, Provided, Unpack
+    from proxydet.artifacts.archives import Unpacker
     from proxydet.reporting import SILENT
 
-    root = Path(folder)
-    (root / "datasets").mkdir(parents=True, exist_ok=True)
-    (root / "datasets" / "a.zip").hardlink_to(archive)
+    data = Path(folder) / "datasets"
+    data.mkdir(parents=True, exist_ok=True)
+    (data / "a.zip").hardlink_to(archive)
     rule = Unpack(folder="datasets", provides=(Provided(path="train2017"),))
     artifact = Artifact(
         name="a",
@@ -62,7 +63,9 @@ def by_us(archive: str, folder: str) -> None:
         target="datasets/a.zip",
         unpack=rule,
     )
-    unpack(artifact, "0" * 64, Root(root), SILENT)
+    stop = threading.Event()
+    unpacker = Unpacker(artifact, rule, data / "a.zip", data, "0" * 64, SILENT, stop)
+    unpacker.run(data / "a.tsv")
 
 
 def by_zipfile(archive: str, folder: str) -> None:

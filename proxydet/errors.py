@@ -11,8 +11,7 @@
     ├── ArtifactError            4   a file to download, verify or unpack
     │   ├── TransferError
     │   ├── DigestError
-    │   ├── ArchiveError
-    │   └── NotWritableError     5   the place it should go to
+    │   └── ArchiveError
     ├── EnvironmentProblem       5   the machine or its packages
     │   ├── MissingDependencyError
     │   ├── DiskFullError
@@ -86,12 +85,6 @@ class DigestError(ArtifactError):
 
 class ArchiveError(ArtifactError):
     """An archive is damaged, or tries to write outside its folder."""
-
-
-class NotWritableError(ArtifactError):
-    """A file to download or unpack cannot be written where it should go: permissions, or a file in the way."""
-
-    exit_code = 5
 
 
 class EnvironmentProblem(ProxydetError):

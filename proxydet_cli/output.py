@@ -70,7 +70,7 @@ class Output:
             return
         names = list(columns if columns is not None else rows[0] if rows else [])
         if names:
-            _write("\n".join(_aligned(names, rows)))
+            _write(aligned(rows, names))
 
     def message(self, text: str) -> None:
         """Tell how the job goes: one line on stderr, left out under ``--quiet``."""
@@ -196,13 +196,22 @@ def _cell(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else printable(str(value))
 
 
-def _aligned(names: Sequence[str], rows: Sequence[Mapping[str, object]]) -> Iterator[str]:
+def aligned(rows: Sequence[Mapping[str, object]], columns: Sequence[str] | None = None) -> str:
+    """Lay out rows under the names of their columns, numbers to the right.
+
+    Args:
+        rows: One mapping a row.
+        columns: The keys to show and their order; None shows those of the first row.
+    """
+    names = list(columns if columns is not None else rows[0] if rows else [])
     cells = [[_cell(row.get(name)) for name in names] for row in rows]
-    widths = [max(len(line[i]) for line in [list(names), *cells]) for i in range(len(names))]
+    widths = [max(len(line[i]) for line in [names, *cells]) for i in range(len(names))]
     numeric = [all(isinstance(row.get(name), int | float | None) for row in rows) for name in names]
-    for line in [list(names), *cells]:
-        padded = (
+    lines = (
+        "  ".join(
             text.rjust(width) if right else text.ljust(width)
             for text, width, right in zip(line, widths, numeric, strict=True)
-        )
-        yield "  ".join(padded).rstrip()
+        ).rstrip()
+        for line in [names, *cells]
+    )
+    return "\n".join(lines)

@@ -107,7 +107,8 @@ class LineTask:
         elapsed = time.monotonic() - self._started
         if self._lines or elapsed >= 1:
             counted = f"{amount(self.done, None, self.unit)} in " if self.done or self.unit else ""
-            self._write(f"{counted}{duration(elapsed)}")
+            speed = self._speed(elapsed)
+            self._write(f"{counted}{duration(elapsed)}{f', {speed}' if speed else ''}")
 
     def _progress(self, now: float) -> str:
         parts = [amount(self.done, self.total, self.unit)]
@@ -115,7 +116,13 @@ class LineTask:
         if self.total and made > 0:
             left = (now - self._started) / made * max(self.total - self.done, 0)
             parts = [f"{parts[0]} ({self.done / self.total:.0%})", f"{duration(left)} left"]
-        return ", ".join(parts)
+        return ", ".join(filter(None, [*parts, self._speed(now - self._started)]))
+
+    def _speed(self, seconds: float) -> str:
+        """Say how many bytes a second were done; nothing where no bytes are counted."""
+        made = self.done - self._done_before
+        counted = self.unit == "B" and made > 0 and seconds > 0
+        return f"{amount(made / seconds, None, 'B')}/s" if counted else ""
 
     def _write(self, text: str) -> None:
         Output().message(
@@ -215,10 +222,20 @@ def _make_bars() -> RichProgress:
             left = task.time_remaining
             return Text("" if left is None or task.finished else f"{duration(left)} left")
 
+    class SpeedColumn(ProgressColumn):
+        """How many bytes a second, where bytes are counted."""
+
+        max_refresh = 0.5
+
+        def render(self, task: Any) -> Text:
+            counted = task.fields["unit"] == "B" and task.speed
+            return Text(f"{amount(task.speed, None, 'B')}/s" if counted else "")
+
     return RichProgress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         AmountColumn(),
+        SpeedColumn(),
         TimeElapsedColumn(),
         LeftColumn(),
         TextColumn("{task.fields[shown]}", markup=False),

@@ -10,68 +10,47 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from proxydet.artifacts.artifact import Artifact, Content, Login, Provided, Unpack
-    from proxydet.artifacts.catalogue import Catalogue, CatalogueFile
-    from proxydet.artifacts.downloader import Downloader, DownloadOptions, download, locate
-    from proxydet.artifacts.family import Family
-    from proxydet.artifacts.fetch import Report
-    from proxydet.artifacts.look import Item, State
-    from proxydet.artifacts.obtain import Outcome
-    from proxydet.artifacts.plan import Plan
-    from proxydet.artifacts.settings import TransferSettings, bytes_per_second
-    from proxydet.artifacts.verify import Finding
-
-# No submodule of this package may have one of these names: importing it would hide the public one.
-_HOME = {
-    "Artifact": "artifact",
-    "Catalogue": "catalogue",
-    "CatalogueFile": "catalogue",
-    "Content": "artifact",
-    "DownloadOptions": "downloader",
-    "Downloader": "downloader",
-    "Family": "family",
-    "Finding": "verify",
-    "Item": "look",
-    "Login": "artifact",
-    "Outcome": "obtain",
-    "Plan": "plan",
-    "Provided": "artifact",
-    "Report": "fetch",
-    "State": "look",
-    "TransferSettings": "settings",
-    "Unpack": "artifact",
-    "bytes_per_second": "settings",
-    "download": "downloader",
-    "locate": "downloader",
-}
+    from proxydet.artifacts.catalogue import (
+        Artifact,
+        Catalogue,
+        CatalogueFile,
+        Content,
+        Family,
+        Login,
+        Provided,
+        Unpack,
+    )
+    from proxydet.artifacts.downloader import (
+        Downloader,
+        DownloadOptions,
+        Finding,
+        Outcome,
+        Report,
+        download,
+        locate,
+    )
+    from proxydet.artifacts.http import TransferSettings, bytes_per_second
+    from proxydet.artifacts.plan import Item, Plan, State
 
 __all__ = [
-    "Artifact",
-    "Catalogue",
-    "CatalogueFile",
-    "Content",
-    "DownloadOptions",
-    "Downloader",
-    "Family",
-    "Finding",
-    "Item",
-    "Login",
-    "Outcome",
-    "Plan",
-    "Provided",
-    "Report",
-    "State",
-    "TransferSettings",
-    "Unpack",
-    "bytes_per_second",
-    "download",
-    "locate",
-]
+    "Artifact", "Catalogue", "CatalogueFile", "Content", "DownloadOptions", "Downloader", "Family", "Finding", "Item",
+    "Login", "Outcome", "Plan", "Provided", "Report", "State", "TransferSettings", "Unpack", "bytes_per_second",
+    "download", "locate",
+]  # fmt: skip
+# No submodule of this package may have one of these names: importing it would hide the public one.
+_HOME = {
+    **dict.fromkeys(["Item", "Plan", "State"], "plan"),
+    **dict.fromkeys(["TransferSettings", "bytes_per_second"], "http"),
+    **dict.fromkeys(
+        ["DownloadOptions", "Downloader", "Finding", "Outcome", "Report"], "downloader"
+    ),
+    **dict.fromkeys(["download", "locate"], "downloader"),
+}
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOME:
+    if name not in __all__:
         raise AttributeError(f"module 'proxydet.artifacts' has no attribute {name!r}")
-    value = getattr(import_module(f"proxydet.artifacts.{_HOME[name]}"), name)
-    globals()[name] = value
+    home = import_module(f"proxydet.artifacts.{_HOME.get(name, 'catalogue')}")
+    globals()[name] = value = getattr(home, name)
     return value

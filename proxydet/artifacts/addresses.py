@@ -12,7 +12,7 @@ from urllib.parse import quote, urlsplit
 
 from proxydet.errors import TransferError
 
-_MAX_LENGTH = 4096
+_LONGEST = 4096
 _NOT_PLAIN = re.compile(r"[\x00-\x20\x7f]")
 
 
@@ -29,21 +29,33 @@ def check_address(address: str, *, pinned: bool, came_from: str | None = None) -
             from the outside to this machine.
     """
     where = f"The redirect from {shown(came_from)}" if came_from else "The address"
-    host = _host(address, where)
-    local = is_this_machine(host)
-    if came_from and local and not is_this_machine(_host(came_from, where)):
+    if len(address) > _LONGEST or _NOT_PLAIN.search(address):
+        raise TransferError(f"{where} is too long or holds blanks or control characters.")
+    try:
+        parts = urlsplit(address)
+        host, has_user, _ = parts.hostname, parts.username is not None, parts.port
+    except ValueError as error:
+        raise TransferError(f"{where} cannot be read: {error}.") from error
+    if parts.scheme not in ("http", "https") or not host:
+        raise TransferError(f"{where} ({shown(address)}) is not an https or http address.")
+    if has_user:
+        raise TransferError(
+            f"{where} ({shown(address)}) carries a user name or password.",
+            hint="Keep credentials in ~/.netrc or in a cookie file named by PROXYDET_COOKIES.",
+        )
+    local = _is_this_machine(host)
+    if came_from and local and not _is_this_machine(host_of(came_from)):
         raise TransferError(
             f"{where} leads to this machine itself ({shown(address)}); that is refused."
         )
-    if urlsplit(address).scheme == "http" and not pinned and not local:
+    if parts.scheme == "http" and not pinned and not local:
         raise TransferError(
             f"{where} ({shown(address)}) is not encrypted, and no digest is known to check the file against.",
             hint="Use an https address, or add the file's sha256 to its catalogue entry.",
         )
 
 
-def is_this_machine(host: str) -> bool:
-    """Tell whether a host name or number stands for the machine that asks."""
+def _is_this_machine(host: str) -> bool:
     name = host.rstrip(".").lower()
     if name == "localhost" or name.endswith(".localhost"):
         return True
@@ -80,21 +92,3 @@ def mirror_address(mirror: str, target: str) -> str:
         target: Path of the file relative to the data root, with forward slashes.
     """
     return f"{mirror.rstrip('/')}/{quote(target)}"
-
-
-def _host(address: str, where: str) -> str:
-    if len(address) > _MAX_LENGTH or _NOT_PLAIN.search(address):
-        raise TransferError(f"{where} is too long or holds blanks or control characters.")
-    try:
-        parts = urlsplit(address)
-        host, has_user, _ = parts.hostname, parts.username is not None, parts.port
-    except ValueError as error:
-        raise TransferError(f"{where} cannot be read: {error}.") from error
-    if parts.scheme not in ("http", "https") or not host:
-        raise TransferError(f"{where} ({shown(address)}) is not an https or http address.")
-    if has_user:
-        raise TransferError(
-            f"{where} ({shown(address)}) carries a user name or password.",
-            hint="Keep credentials in ~/.netrc or in a cookie file named by PROXYDET_COOKIES.",
-        )
-    return host

@@ -1,24 +1,263 @@
-"""The list of everything that can be downloaded, and how names in it are looked up."""
+"""What can be downloaded: files, families of files and groups, and how names of them are looked up.
+
+The classes are read from TOML by `proxydet.config.from_mapping`, so a wrong key or value in a catalogue file is an error
+that names its place. Everything in a catalogue is treated as hostile: its paths cannot leave the data root.
+"""
 
 from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
-from proxydet.artifacts.artifact import Artifact
-from proxydet.artifacts.family import Family
+from proxydet.artifacts.addresses import check_address
 from proxydet.config import from_mapping, parse_toml
-from proxydet.errors import ConfigError
+from proxydet.errors import ConfigError, TransferError
 from proxydet.files import read_text
 
 CATALOGUE_VARIABLE = "PROXYDET_CATALOGUE"
 """Environment variable with further catalogue files, separated as in PATH."""
 
-_LARGEST_FILE = 8 << 20
+_DEEPEST_GROUP = 20
+_LARGEST_CATALOGUE = 8 << 20
+_LARGEST_FAMILY = 25_000
+_LARGEST_FILE = 1 << 50
+_LONGEST_PART = 180
+_NAME = re.compile(r"[a-z0-9][a-z0-9._+-]{0,99}(/[A-Za-z0-9][A-Za-z0-9._+-]{0,99})?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Login:
+    """A source that serves only those who have an account there."""
+
+    site: str
+    """Address of the page where one registers."""
+    how: str
+    """What to do, in one or two sentences."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provided:
+    """A file or folder that an archive unpacks to."""
+
+    path: str
+    """Relative to the folder that the archive is unpacked into."""
+    files: int | None = None
+    """Number of files in it, where it is a folder and the number is published."""
+    size: int | None = None
+    """Size in bytes, where it is a file and the size is published."""
+    sha256: str | None = None
+    """Digest, where it is a file and the digest is published."""
+
+    def __post_init__(self) -> None:
+        """Check the path and the numbers."""
+        _check_path(self.path, "path")
+        _check_count(self.files, "files")
+        _check_published(self.size, self.sha256)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unpack:
+    """How an archive is unpacked."""
+
+    folder: str
+    """Folder, relative to the data root, that its members are written into."""
+    provides: tuple[Provided, ...]
+    """What must be there afterwards. Members outside of these first folders or files are refused."""
+
+    def __post_init__(self) -> None:
+        """Check the folder, and that something is provided."""
+        _check_path(self.folder, "folder")
+        if not self.provides:
+            raise ConfigError("provides must name at least one file or folder.")
+
+    @property
+    def tops(self) -> frozenset[str]:
+        """First path parts under which members may lie."""
+        return frozenset(PurePosixPath(provided.path).parts[0] for provided in self.provides)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """What a file without a published digest must hold."""
+
+    kind: Literal["checkpoint", "tensors", "image-tar"]
+    """``checkpoint``: tensors of a published model; ``tensors``: any readable checkpoint; ``image-tar``: a tar of
+    image files."""
+    layout: Literal["r50", "swinb"] | None = None
+    """The published model whose tensor names and shapes a checkpoint must have."""
+    mixup_branch: bool = False
+    """Whether the checkpoint holds the mixup branch too (ProxyDet), or not (BoxSup, Detic)."""
+    any_shape: tuple[str, ...] = ()
+    """Last name parts of tensors whose shape depends on the vocabulary trained on, which is another one here."""
+
+    def __post_init__(self) -> None:
+        """A checkpoint is checked against some layout."""
+        if (self.kind == "checkpoint") != (self.layout is not None):
+            raise ConfigError("layout belongs to kind = 'checkpoint', and is needed there.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What a single file and the members of a family have in common."""
+
+    name: str
+    """Short name by which users ask for it; a member of a family is ``name/value``."""
+    title: str
+    """What it is, in a few words."""
+    addresses: tuple[str, ...]
+    """Where it is served, in the order to try."""
+    target: str
+    """Path of the file under the data root, with forward slashes."""
+    licence: str
+    """Licence or terms."""
+    login: Login | None = None
+    """The account that the source asks for."""
+    may_be_missing: bool = False
+    """Whether the source may lack it: reported then, but not a failure."""
+    unpack: Unpack | None = None
+    """How it is unpacked; None for a file that is used as it is."""
+    content: Content | None = None
+    """What it must hold, checked where there is no digest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact(Entry):
+    """One file that can be downloaded."""
+
+    size: int | None = None
+    """Size in bytes; None where none is published."""
+    sha256: str | None = None
+    """Digest in lower-case hexadecimal; None where none is published (the artifact is unpinned)."""
+    page: str | None = None
+    """A page from which a person can fetch it in a browser when everything else fails."""
+
+    def __post_init__(self) -> None:
+        """Check every field against what a hostile catalogue could try."""
+        if not _NAME.fullmatch(self.name):
+            raise ConfigError(
+                f"name {self.name!r} may hold only lower-case letters, digits and . _ + - ."
+            )
+        _check_path(self.target, "target")
+        _check_published(self.size, self.sha256)
+        if not self.addresses:
+            raise ConfigError("addresses must name at least one address.")
+        for address in self.addresses:
+            try:
+                check_address(address, pinned=self.pinned)
+            except TransferError as error:
+                raise ConfigError(f"addresses: {error.message}", hint=error.hint) from error
+
+    @property
+    def pinned(self) -> bool:
+        """Whether its digest is published."""
+        return self.sha256 is not None
+
+    @property
+    def file_name(self) -> str:
+        """Last part of its path."""
+        return PurePosixPath(self.target).name
+
+
+def _check_path(path: str, what: str) -> None:
+    """Check that a path stays inside the folder that it is relative to, and is plain."""
+    for part in path.split("/"):
+        bad = not part or part.startswith(".") or "\\" in part or not part.isprintable()
+        if bad or len(part.encode()) > _LONGEST_PART:
+            break
+    else:
+        if not re.match(r"[A-Za-z]:", path) and len(path) <= 1000:
+            return
+    raise ConfigError(
+        f"{what} {path!r} is not a plain relative path.",
+        hint="Give a path inside the data root with forward slashes, without '..' or hidden parts.",
+    )
+
+
+def _check_count(value: int | None, what: str) -> None:
+    if value is not None and not 0 <= value <= _LARGEST_FILE:
+        raise ConfigError(f"{what} must be between 0 and {_LARGEST_FILE}; it is {value}.")
+
+
+def _check_published(size: int | None, sha256: str | None) -> None:
+    _check_count(size, "size")
+    if sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", sha256):
+        raise ConfigError("sha256 must be 64 lower-case hexadecimal digits.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family(Entry):
+    """Many files of one kind, such as the 997 ImageNet tars, one a WordNet id.
+
+    They differ by one value, written ``{variable}`` in addresses, target and what they unpack to.
+    """
+
+    variable: str
+    """Name of the value that differs."""
+    first: int | None = None
+    """First value, where the values are numbers in a row."""
+    last: int | None = None
+    """Last value, included."""
+    values: tuple[str, ...] = ()
+    """The values, where they are listed."""
+    values_from: Literal["imagenet-lvis-synsets"] | None = None
+    """A list that comes with the package: the 997 WordNet ids of LVIS classes in ImageNet-21K, as Detic has them."""
+
+    def __post_init__(self) -> None:
+        """Check that there is exactly one list of values, of a sensible length."""
+        numbered = self.first is not None and self.last is not None
+        if [numbered, bool(self.values), self.values_from is not None].count(True) != 1:
+            raise ConfigError("give either first and last, or values, or values_from.")
+        if (self.first is None) != (self.last is None):
+            raise ConfigError("first and last belong together.")
+        count = (self.last or 0) - (self.first or 0) + 1 if numbered else len(self._values())
+        if not 0 < count <= _LARGEST_FAMILY:
+            raise ConfigError(f"a family has 1 to {_LARGEST_FAMILY} members.")
+        if not all("{" + self.variable + "}" in text for text in (*self.addresses, self.target)):
+            raise ConfigError(
+                f"{{{self.variable}}} must appear in the target and in every address."
+            )
+
+    def members(self) -> tuple[Artifact, ...]:
+        """Return one artifact per value.
+
+        Raises:
+            ConfigError: A member would not be a valid artifact.
+        """
+        return tuple(self._member(str(value)) for value in self._values())
+
+    def _values(self) -> range | tuple[str, ...]:
+        if self.first is not None and self.last is not None:
+            return range(self.first, self.last + 1)
+        if self.values_from is None:
+            return self.values
+        synsets = resources.files("proxydet.artifacts").joinpath("synsets.txt")
+        return tuple(synsets.read_text(encoding="ascii").split())
+
+    def _member(self, value: str) -> Artifact:
+        def fill(text: str) -> str:
+            return text.replace("{" + self.variable + "}", value)
+
+        unpack = self.unpack
+        if unpack is not None:
+            provides = tuple(replace(p, path=fill(p.path)) for p in unpack.provides)
+            unpack = Unpack(folder=fill(unpack.folder), provides=provides)
+        return Artifact(
+            name=f"{self.name}/{value}",
+            title=f"{self.title}: {value}",
+            addresses=tuple(fill(address) for address in self.addresses),
+            target=fill(self.target),
+            licence=self.licence,
+            login=self.login,
+            may_be_missing=self.may_be_missing,
+            unpack=unpack,
+            content=self.content,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +305,9 @@ class Catalogue:
         for where, content in files:
             self._add(where, content)
         self._by_file_name = {artifact.file_name: artifact for artifact in self.every()}
-        self._check_groups()
+        sound: set[str] = set()
+        for name in self.groups:
+            self._check_group(name, (name,), sound)
         self._check_places()
 
     @classmethod
@@ -101,8 +342,15 @@ class Catalogue:
             ConfigError: A name is not in the catalogue; the message names the nearest one that is.
         """
         found: dict[str, Artifact] = {}
-        for name in names:
-            for artifact in self._expand(name):
+        waiting, seen = list(names)[::-1], set[str]()
+        while waiting:
+            name = waiting.pop()
+            if name in self.groups:
+                if name not in seen:
+                    waiting.extend(self.groups[name][::-1])
+                seen.add(name)
+                continue
+            for artifact in self.families.get(name) or (self._single(name),):
                 found.setdefault(artifact.name, artifact)
         return tuple(found.values())
 
@@ -110,31 +358,22 @@ class Catalogue:
         """Return the name to download by which a file of the published layout comes, unpacked ones included.
 
         Args:
-            path: Where the file is or should be, under any data root; told by how its path ends.
+            path: Where the file is or should be, under any data root; recognised by how its path ends.
         """
-        wanted = f"/{path.as_posix()}/"
+        asked = f"/{path.as_posix()}/"
         for artifact in self.every():
             places = [artifact.target]
             if artifact.unpack is not None:
                 places += [f"{artifact.unpack.folder}/{p.path}" for p in artifact.unpack.provides]
             # Without the first part, which stands for the data root whatever its name.
-            if any(f"/{place.partition('/')[2]}/" in wanted for place in places):
+            if any(f"/{place.partition('/')[2]}/" in asked for place in places):
                 family = artifact.name.partition("/")[0]
                 return family if family in self.families else artifact.name
         return None
 
-    def _expand(self, name: str) -> Iterator[Artifact]:
-        if name in self.groups:
-            for inner in self.groups[name]:
-                yield from self._expand(inner)
-        elif name in self.families:
-            yield from self.families[name]
-        elif name in self.artifacts:
-            yield self.artifacts[name]
-        else:
-            yield self._single(name)
-
     def _single(self, name: str) -> Artifact:
+        if name in self.artifacts:
+            return self.artifacts[name]
         family = name.partition("/")[0]
         for member in self.families.get(family, ()):
             if member.name == name:
@@ -172,18 +411,17 @@ class Catalogue:
             )
         self.titles[name] = title
 
-    def _check_groups(self) -> None:
-        for name in self.groups:
-            self._check_group(name, (name,))
-
-    def _check_group(self, name: str, above: tuple[str, ...]) -> None:
+    def _check_group(self, name: str, above: tuple[str, ...], sound: set[str]) -> None:
+        if len(above) > _DEEPEST_GROUP:
+            raise ConfigError(f"The group {above[0]!r} is nested too deeply.")
         for inner in self.groups[name]:
             if inner in above:
                 raise ConfigError(f"The group {inner!r} contains itself.")
-            if inner in self.groups:
-                self._check_group(inner, (*above, inner))
+            if inner in self.groups and inner not in sound:
+                self._check_group(inner, (*above, inner), sound)
             elif inner not in self.titles:
                 self._single(inner)
+        sound.add(name)
 
     def _check_places(self) -> None:
         owners: dict[str, str] = {}
@@ -200,7 +438,7 @@ class Catalogue:
 
 def _read(path: Path) -> CatalogueFile:
     try:
-        return _parse(read_text(path, limit=_LARGEST_FILE), str(path))
+        return _parse(read_text(path, limit=_LARGEST_CATALOGUE), str(path))
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"The catalogue file {path} cannot be read: {getattr(error, 'strerror', None) or error}.",

@@ -1,26 +1,60 @@
-"""Everything a caller does with downloads: plan, fetch, verify; and ``proxydet.download``, a name in and a path out."""
+"""Making artifacts ready: inspected, fetched, checked, recorded, unpacked, whatever is needed, each under its lock."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+import threading
+import time
+import zlib
+from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
+from typing import Literal
 
-from proxydet.artifacts.catalogue import Catalogue
-from proxydet.artifacts.fetch import Report, fetch_all
-from proxydet.artifacts.http import Client
-from proxydet.artifacts.look import State
-from proxydet.artifacts.obtain import Job
-from proxydet.artifacts.patience import RateLimit
-from proxydet.artifacts.plan import Plan, make_plan, refuse_unpinned, with_announced_sizes
-from proxydet.artifacts.root import Root
-from proxydet.artifacts.settings import TransferSettings
-from proxydet.artifacts.verify import Finding, verify_all
-from proxydet.artifacts.wanted import Line
-from proxydet.errors import ArtifactError
-from proxydet.reporting import SILENT, Progress
+from proxydet.artifacts.addresses import host_of
+from proxydet.artifacts.archives import Listing, Unpacker, read_listing
+from proxydet.artifacts.catalogue import Artifact, Catalogue, Unpack
+from proxydet.artifacts.content import content_check
+from proxydet.artifacts.http import (
+    Client,
+    NotFoundError,
+    StoppedError,
+    TransferSettings,
+    run_in_threads,
+)
+from proxydet.artifacts.plan import (
+    Item,
+    Plan,
+    Root,
+    State,
+    inspect,
+    make_plan,
+    refuse_unpinned,
+    with_announced_sizes,
+)
+from proxydet.artifacts.transfer import RateLimit, Seen, Transfer
+from proxydet.errors import (
+    ArchiveError,
+    ArtifactError,
+    DigestError,
+    DiskFullError,
+    ProxydetError,
+    TransferError,
+)
+from proxydet.files import Lock, sha256
+from proxydet.reporting import SILENT, Progress, Task
+from proxydet.wording import counted
+
+_logger = logging.getLogger(__name__)
+
+_FAILURES_OF_A_HOST = 3
+_REPLACE = "Move it away, or give --force to replace it."
+
+Status = Literal["ready", "checked", "fetched", "unpacked", "missing", "needs account"]
+Verdict = Literal["sound", "damaged", "absent", "unproven"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +70,87 @@ class DownloadOptions:
     keep_archives: bool = False
     """Keep archives after unpacking them."""
     settings: TransferSettings = field(default_factory=TransferSettings)
-    """Connections, patience, speed limit, mirror."""
+    """Connections, retries, speed limit, mirror."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The result for one artifact."""
+
+    name: str
+    """The artifact."""
+    status: Status
+    """``ready``: nothing to do; ``checked``: was there, and its bytes are right; ``fetched``; ``unpacked``;
+    ``missing``: its source does not have it, which was to be expected of some; ``needs account``."""
+    path: Path
+    """The file, or the folder that its archive was unpacked to."""
+    bytes_fetched: int = 0
+    """Bytes of the file that was fetched."""
+    sha256: str | None = None
+    """Digest of the file, where it was computed now."""
+    address: str | None = None
+    """Where it came from, where it was fetched now."""
+    seconds: float = 0.0
+    """How long it took."""
+    note: str = ""
+    """Anything special."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An artifact that failed to download."""
+
+    name: str
+    """The artifact."""
+    error: ProxydetError
+    """Why."""
+
+
+@dataclass
+class Report:
+    """The results for all artifacts of a job."""
+
+    outcomes: list[Outcome] = field(default_factory=list)
+    """Those that ended without an error, in the order in which they ended."""
+    failures: list[Failure] = field(default_factory=list)
+    """Those that did not."""
+
+    def raise_for_failures(self) -> None:
+        """Raise what went wrong, if anything did: the one error, or one that sums them up.
+
+        Raises:
+            DiskFullError: The disk is full.
+            ArtifactError: Anything else.
+        """
+        if not self.failures:
+            return
+        errors = [failure.error for failure in self.failures]
+        full = next((error for error in errors if isinstance(error, DiskFullError)), None)
+        if full is not None or len(errors) == 1:
+            raise full or errors[0]
+        lines = [f"  {failure.name}: {failure.error.message}" for failure in self.failures[:10]]
+        if len(errors) > 10:
+            lines.append(f"  and {len(errors) - 10} more")
+        head = f"{len(errors)} of {len(self.outcomes) + len(errors)} files failed to download:"
+        raise ArtifactError(
+            "\n".join([head, *lines]),
+            hint=errors[0].hint or "Run the same command again: what was fetched is kept.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What verification found for one artifact."""
+
+    name: str
+    """The artifact."""
+    verdict: Verdict
+    """``sound``: every byte is right; ``damaged``; ``absent``; ``unproven``: it is there, but nothing is known to
+    check its bytes against."""
+    path: Path
+    """The file or folder."""
+    detail: str = ""
+    """What was checked, or what is wrong."""
 
 
 class Downloader:
@@ -62,60 +176,304 @@ class Downloader:
         self._progress = progress
         self._root = Root(self.options.root)
         self._client = Client(self.options.settings)
+        self._rate = RateLimit(self.options.settings.limit_rate)
+        self._unpacking = threading.Lock()  # two archives at once would only fight over the disk
 
     def __enter__(self) -> Downloader:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._client.__exit__(kind, error, trace)
+    def __exit__(self, *error: object) -> None:
+        self._client.__exit__(*error)
 
     def plan(self, names: Sequence[str]) -> Plan:
-        """Look at what is there for names of the catalogue, and what has to be fetched.
+        """Inspect what is there for names of the catalogue, and what has to be fetched.
 
         Raises:
             ConfigError: A name is not in the catalogue.
             ArtifactError: A record under the root is damaged, or a file is refused as `DownloadOptions.strict` says.
         """
         artifacts = self.catalogue.resolve(names)
-        plan = make_plan(
-            artifacts, self._root, self._client, keep_archives=self.options.keep_archives
-        )
+        plan = self._plan([inspect(artifact, self._root, self._client) for artifact in artifacts])
         if self.options.strict:
             refuse_unpinned(plan, self._root)
         return plan
 
     def ask_sizes(self, plan: Plan) -> Plan:
-        """Complete a plan by asking servers for the sizes that are not published.
+        """Complete a plan by asking servers for the sizes that are not published."""
+        return self._plan(with_announced_sizes(plan.items, self._client))
 
-        Raises:
-            TransferError: An address redirects to where it must not.
-        """
-        return with_announced_sizes(plan, self._root, self._client)
+    def _plan(self, items: list[Item]) -> Plan:
+        options = self.options
+        return make_plan(items, self._root, 0 if options.keep_archives else options.settings.jobs)
 
     def fetch(self, plan: Plan) -> Report:
-        """Make everything in a plan ready, as far as possible; the report holds the failures.
+        """Make everything in a plan ready, as far as possible, several at a time; the report holds the failures.
+
+        A failure of one does not stop the others, except for a full disk. A host that refuses or fails several files in
+        a row is not asked for more.
 
         Raises:
             DiskFullError: It would not fit.
             KeyboardInterrupt: Ctrl-C; what was fetched is kept.
         """
         plan.require_room()
-        job = Job(
-            root=self._root,
-            line=Line(client=self._client, rate=RateLimit(self.options.settings.limit_rate)),
-            progress=self._progress,
-            keep_archives=self.options.keep_archives,
-            force=self.options.force,
+        waiting, report = deque(plan.items), Report()
+        failed: Counter[str] = Counter()  # in a row, by host
+        lock = threading.Lock()
+
+        def work(total: Task | None) -> None:
+            while waiting and not self._client.stop.is_set():
+                with lock:
+                    if not waiting:
+                        return
+                    item = waiting.popleft()
+                    name, host = item.artifact.name, host_of(item.artifact.addresses[0])
+                    if failed[host] >= _FAILURES_OF_A_HOST:
+                        error = ArtifactError(f"not tried: {host} failed several times in a row.")
+                        report.failures.append(Failure(name, error))
+                        continue
+                try:
+                    outcome = self._ensure(item, total)
+                except StoppedError:
+                    return
+                except ProxydetError as error:
+                    _logger.info("%s: %s", name, error.message)
+                    with lock:
+                        report.failures.append(Failure(name, error))
+                        if isinstance(error, DiskFullError):
+                            waiting.clear()
+                        if isinstance(error, TransferError):
+                            failed[host] += 1
+                else:
+                    with lock:
+                        report.outcomes.append(outcome)
+                        failed[host] = 0
+
+        # What an earlier run fetched is counted as soon as it is taken up.
+        sizes = [item.size if item.must_fetch else 0 for item in plan.items]
+        known = None if None in sizes else sum(size or 0 for size in sizes)
+        jobs = min(self.options.settings.jobs, len(plan.items))
+        try:
+            with contextlib.ExitStack() as stack:
+                total = None
+                if len(plan.items) > 1:
+                    shown = self._progress.task("all files", total=known, unit="B")
+                    total = stack.enter_context(shown)
+                run_in_threads([lambda: work(total)] * jobs, self._client.stop)
+        except BaseException:
+            self._client.stop.set()
+            raise
+        return report
+
+    def _ensure(self, item: Item, total: Task | None) -> Outcome:
+        """Make one artifact ready, under its lock.
+
+        Raises:
+            ArtifactError: It failed to download; the leaf says why.
+            DiskFullError: There is no room.
+        """
+        started, artifact, stop = time.monotonic(), item.artifact, self._client.stop
+        target = self._root.path(artifact.target)
+        now = inspect(artifact, self._root, self._client)
+        if now.state in (State.READY, State.NEEDS_ACCOUNT) and not self._left_archive(now):
+            return _done(now)
+        folders = [target.parent]
+        if artifact.unpack is not None:
+            folders.append(self._root.path(artifact.unpack.folder))
+        absent = {p for folder in folders for p in (folder, *folder.parents) if not p.exists()}
+        lock = Lock(target.with_name(f".{target.name}.lock"), subject=artifact.name)
+        lock.acquire(until=stop.is_set)
+        try:
+            if stop.is_set():
+                raise StoppedError
+            now = inspect(artifact, self._root, self._client)
+            outcome = self._act(replace(now, announced=item.announced), total, lock)
+        finally:
+            lock.release()
+            for folder in sorted(absent, key=lambda folder: len(folder.parts), reverse=True):
+                with contextlib.suppress(OSError):  # not made, or not empty
+                    folder.rmdir()
+        return replace(outcome, seconds=time.monotonic() - started)
+
+    def _act(self, item: Item, total: Task | None, lock: Lock) -> Outcome:
+        artifact, force = item.artifact, self.options.force
+        if item.state in (State.READY, State.NEEDS_ACCOUNT):
+            if self._left_archive(item):
+                self._root.path(artifact.target).unlink(missing_ok=True)
+                _logger.info("%s: removed its archive, left by an interrupted run", artifact.name)
+            return _done(item)
+        if item.state is State.DIFFERENT and not force:
+            raise DigestError(
+                f"{item.path} is there, but is not {artifact.name}: {item.why}.",
+                hint=_REPLACE,
+                path=item.path,
+            )
+        if item.state in (State.UNCHECKED, State.PACKED):
+            try:
+                return self._check_there(item)
+            except (DigestError, ArchiveError) as error:
+                if not force:
+                    raise
+                _logger.warning("%s Replacing it.", error.message)
+        try:
+            return self._fetch(item, total, lock)
+        except NotFoundError as error:
+            if not artifact.may_be_missing:
+                raise
+            return Outcome(name=artifact.name, status="missing", path=item.path, note=error.message)
+
+    def _left_archive(self, item: Item) -> bool:
+        """Return whether a run that unpacked an archive was killed before it could remove it, as it was to."""
+        artifact = item.artifact
+        if artifact.unpack is None or item.state is not State.READY or self.options.keep_archives:
+            return False
+        records = self._root.records(artifact.target)
+        return records.file(self._root.path(artifact.target)).get("passing") is True
+
+    def _check_there(self, item: Item) -> Outcome:
+        """Check a file that is there already: its digest, or what it holds where none is known."""
+        artifact, target = item.artifact, self._root.path(item.artifact.target)
+        if artifact.unpack is not None and item.state is State.UNCHECKED:
+            return self._check_placed(item, artifact.unpack)
+        expected = self._root.expected_digest(artifact)
+        known = self._root.records(artifact.target).file(target)
+        digest, holds = known.get("sha256") or self._sha256(target), None
+        wrong = None
+        if expected is not None and digest != expected:
+            wrong = f"expected sha256 {expected}, got {digest}."
+        elif expected is None and (check := content_check(artifact)) is not None:
+            try:
+                holds = check.run(target)
+            except ProxydetError as error:
+                wrong = error.message
+        if wrong is not None:
+            raise DigestError(
+                f"{target} is there, but is not {artifact.name}: {wrong}",
+                hint=_REPLACE,
+                path=target,
+            )
+        fetched = known.get("fetched") is True
+        self._record(
+            artifact, Seen(sha256=digest, size=target.stat().st_size, holds=holds), fetched=fetched
         )
-        return fetch_all(plan.items, job)
+        outcome = Outcome(
+            name=artifact.name, status="checked", path=item.path, sha256=digest, note=holds or ""
+        )
+        return self._unpack(
+            outcome, artifact, digest, keep=self.options.keep_archives or not fetched
+        )
+
+    def _check_placed(self, item: Item, rule: Unpack) -> Outcome:
+        """Check unpacked files that somebody placed by hand, where their digests are published."""
+        for provided in rule.provides:
+            path = self._root.path(rule.folder) / provided.path
+            if provided.sha256 is not None:
+                digest = self._sha256(path)
+                if digest != provided.sha256:
+                    raise DigestError(
+                        f"{path} is there, but is not the published file: expected sha256 {provided.sha256}, got {digest}.",
+                        hint=_REPLACE,
+                        path=path,
+                    )
+                self._root.records(rule.folder).record_file(path, digest)
+        return Outcome(name=item.artifact.name, status="checked", path=item.path, note=item.why)
+
+    def _fetch(self, item: Item, total: Task | None, lock: Lock) -> Outcome:
+        artifact, target = item.artifact, self._root.path(item.artifact.target)
+        first, records = self._root.first_seen(artifact), self._root.records(artifact.target)
+        size = item.size if first is None else first.size
+        with self._progress.task(artifact.file_name, total=size, unit="B") as task:
+
+            def count(change: int) -> None:
+                if lock.lost:  # this process was suspended for long
+                    raise ArtifactError(
+                        f"Another process has taken over {artifact.name}.",
+                        hint="Run the same command again.",
+                    )
+                task.advance(change)
+                if total is not None:
+                    total.advance(change)
+
+            transfer = Transfer(artifact, target, first, self._client, self._rate, count)
+            try:
+                seen = transfer.run(take_over=lock.held)
+            except DigestError as error:
+                if first is None:
+                    raise
+                hint = f"{records.lock_file} holds the digest of its first use. If its source replaced the file and you trust the new one, remove the entry of {artifact.name} there."
+                raise DigestError(error.message, hint=hint, path=error.path) from error
+        self._record(artifact, seen, fetched=True)
+        outcome = Outcome(
+            name=artifact.name,
+            status="fetched",
+            path=item.path,
+            bytes_fetched=seen.size,
+            sha256=seen.sha256,
+            address=seen.address,
+            note=seen.holds or "",
+        )
+        try:
+            return self._unpack(outcome, artifact, seen.sha256, keep=self.options.keep_archives)
+        except ArchiveError as error:
+            if artifact.pinned or first is not None:
+                raise
+            # Only what unpacks is a first use; else the wrong file would be held to ever after.
+            records.record_first(artifact.name, None)
+            target.unlink(missing_ok=True)
+            raise DigestError(
+                f"What {seen.address} served is not {artifact.name}: {error.message} It was thrown away.",
+                hint="Try again later, or another source with --mirror.",
+                path=target,
+            ) from error
+
+    def _record(self, artifact: Artifact, seen: Seen, *, fetched: bool) -> None:
+        records, target = self._root.records(artifact.target), self._root.path(artifact.target)
+        if not artifact.pinned:
+            records.record_first(artifact.name, seen)
+        passing = fetched and artifact.unpack is not None and not self.options.keep_archives
+        records.record_file(target, seen.sha256, fetched=fetched, passing=passing)
+        records.record_damage(artifact.name, damaged=False)
+
+    def _unpack(self, outcome: Outcome, artifact: Artifact, digest: str, *, keep: bool) -> Outcome:
+        rule, target = artifact.unpack, self._root.path(artifact.target)
+        if rule is None:
+            return outcome
+        try:
+            with self._unpacking:
+                folder, listing = self._root.path(rule.folder), self._root.listing(artifact)
+                unpacker = Unpacker(
+                    artifact, rule, target, folder, digest, self._progress, self._client.stop
+                )
+                count = unpacker.run(listing)
+        except ArchiveError as error:
+            advice = f"Remove {target}, or give --force to fetch it again."
+            hint = f"{error.hint} {advice}" if error.hint else advice
+            raise ArchiveError(error.message, hint=hint, path=error.path) from error
+        if not keep:
+            target.unlink(missing_ok=True)
+        return replace(outcome, status="unpacked", note=counted(count, "file"))
+
+    def _sha256(self, path: Path) -> str:
+        """Return the digest of a file; errors of reading it are `ArtifactError`, the stop sign is `StoppedError`."""
+        try:
+            title, size = f"checking {path.name}", path.stat().st_size
+            with self._progress.task(title, total=size, unit="B") as task:
+
+                def count(read: int) -> None:
+                    if self._client.stop.is_set():
+                        raise StoppedError
+                    task.advance(read)
+
+                return sha256(path, count)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+
+    # ---- verifying -----------------------------------------------------------------------------------------------------
 
     def verify(self, names: Sequence[str]) -> list[Finding]:
-        """Read files through again.
+        """Read files through again: is every byte still what it was?
+
+        Damage is remembered: a damaged artifact no longer counts as ready.
 
         Args:
             names: Which; none for all that are there.
@@ -123,9 +481,94 @@ class Downloader:
         Raises:
             ConfigError: A name is not in the catalogue.
         """
-        artifacts = self.catalogue.resolve(names) if names else tuple(self.catalogue.every())
-        findings = verify_all(artifacts, self._root, self._progress, self._client.stop)
-        return [finding for finding in findings if names or finding.verdict != "absent"]
+        findings = []
+        for artifact in self.catalogue.resolve(names) if names else self.catalogue.every():
+            path = self._root.useful_path(artifact)
+            try:
+                verdict, path, detail = self._verify(artifact, path)
+            except StoppedError:
+                raise
+            except ProxydetError as error:
+                verdict, detail = "damaged", error.message
+            if verdict in ("sound", "damaged"):
+                records = self._root.records(artifact.target)
+                records.record_damage(artifact.name, damaged=verdict == "damaged")
+            if names or verdict != "absent":
+                findings.append(
+                    Finding(name=artifact.name, verdict=verdict, path=path, detail=detail)
+                )
+        return findings
+
+    def _verify(self, artifact: Artifact, path: Path) -> tuple[Verdict, Path, str]:
+        rule, target = artifact.unpack, self._root.path(artifact.target)
+        if rule is not None and (listed := read_listing(self._root.listing(artifact))) is not None:
+            return self._verify_listed(artifact, self._root.path(rule.folder), listed, path)
+        if rule is not None and not target.is_file():
+            return self._verify_placed(self._root.path(rule.folder), rule, path)
+        if not target.is_file():
+            return "absent", path, ""
+        expected, digest = self._root.expected_digest(artifact), self._sha256(target)
+        if expected is None:
+            check = content_check(artifact)
+            holds = f"{check.run(target)}; " if check is not None else ""
+            return "unproven", target, f"{holds}no digest is published or recorded"
+        if digest != expected:
+            return "damaged", target, f"expected sha256 {expected}, got {digest}"
+        self._root.records(artifact.target).record_file(target, digest)
+        return "sound", target, "published digest" if artifact.pinned else "digest of first use"
+
+    def _verify_listed(
+        self, artifact: Artifact, folder: Path, listed: Listing, path: Path
+    ) -> tuple[Verdict, Path, str]:
+        wrong: list[str] = []
+        total = sum(size for size, _ in listed.values())
+        with self._progress.task(f"checking {artifact.name}", total=total, unit="B") as task:
+            for name, expected in listed.items():
+                if self._client.stop.is_set():
+                    raise StoppedError
+                crc = size = 0
+                try:
+                    with (folder / name).open("rb") as file:
+                        while block := file.read(1 << 20):
+                            crc, size = zlib.crc32(block, crc), size + len(block)
+                except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                    size = -1
+                except OSError as error:
+                    raise _unreadable(folder / name, error) from error
+                if (size, crc) != expected:
+                    wrong.append(name)
+                task.advance(expected[0])
+        if wrong:
+            what = f"{len(wrong)} of {len(listed)} files are missing or changed"
+            return "damaged", path, f"{what}, such as {wrong[0]}"
+        return "sound", path, f"check sums of {len(listed)} files"
+
+    def _verify_placed(self, folder: Path, rule: Unpack, path: Path) -> tuple[Verdict, Path, str]:
+        """Check unpacked files that somebody placed by hand."""
+        proven = True
+        for provided in rule.provides:
+            place = folder / provided.path
+            if not place.exists():
+                return "absent", path, ""
+            if provided.sha256 is None or not place.is_file():
+                proven = False
+            elif (digest := self._sha256(place)) != provided.sha256:
+                return "damaged", place, f"expected sha256 {provided.sha256}, got {digest}"
+        if proven:
+            return "sound", path, "published digests"
+        return "unproven", path, "placed by hand; no check sums are known"
+
+
+def _done(item: Item) -> Outcome:
+    status: Status = "ready" if item.state is State.READY else "needs account"
+    return Outcome(name=item.artifact.name, status=status, path=item.path, note=item.why)
+
+
+def _unreadable(path: Path, error: OSError) -> ArtifactError:
+    return ArtifactError(f"{path} cannot be read: {error.strerror or error}.", path=path)
+
+
+# ---- proxydet.download: a name in and a path out -----------------------------------------------------------------------
 
 
 def download(

@@ -1,56 +1,59 @@
-"""Google Drive's page in place of a file: the question whether to go on without a virus scan, or a refusal."""
+"""Google Drive's page in place of a file: the question whether to continue without a virus scan, or a refusal."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
 from html.parser import HTMLParser
 from urllib.parse import urlencode, urljoin, urlsplit
 
 from proxydet.artifacts.addresses import host_of
 from proxydet.errors import TransferError
 
-HOSTS = frozenset({"drive.google.com", "drive.usercontent.google.com", "docs.google.com"})
-"""Hosts that serve Drive's files and pages."""
-
+_HOSTS = frozenset({"drive.google.com", "drive.usercontent.google.com", "docs.google.com"})
 _QUOTA = re.compile(r"quota exceeded|too many users|download quota", re.IGNORECASE)
 _SIGN_IN = re.compile(r"sign in|you need access|request access", re.IGNORECASE)
 
 
-def is_drive(address: str, hosts: Collection[str] = HOSTS) -> bool:
-    """Tell whether an address belongs to Google Drive."""
-    return host_of(address) in hosts
+def is_drive(address: str) -> bool:
+    """Return whether an address belongs to Google Drive."""
+    return host_of(address) in _HOSTS
 
 
-def address_behind_page(page: str, address: str, hosts: Collection[str] = HOSTS) -> str:
+def address_behind_page(page: str, address: str) -> str:
     """Return the address that the page's own button leads to.
 
     Args:
         page: The page, HTML.
         address: Where it came from.
-        hosts: Hosts that the button may lead to.
 
     Raises:
-        TransferError: The page offers no download: the daily quota is used up, or the file is not public.
+        TransferError: The page offers no download; see `refusal`.
     """
     reader = _Forms()
     reader.feed(page)
     for action, fields in reader.forms:
-        goal = urljoin(address, action)
-        if "confirm" in fields and "id" in fields and is_drive(goal, hosts):
-            query = urlencode(fields)
-            return f"{goal}{'&' if urlsplit(goal).query else '?'}{query}"
+        try:
+            goal = urljoin(address, action)
+        except ValueError:
+            continue
+        if "confirm" in fields and "id" in fields and is_drive(goal):
+            return f"{goal}{'&' if urlsplit(goal).query else '?'}{urlencode(fields)}"
+    raise refusal(page)
+
+
+def refusal(page: str) -> TransferError:
+    """Return what a page without a button means: the daily quota is used up, or the file is not public."""
     if _QUOTA.search(page):
-        raise TransferError(
-            "Google Drive serves this file to no one right now: its daily quota is used up.",
+        return TransferError(
+            "Google Drive does not serve this file right now: its daily quota is used up.",
             hint="Try again in a day, or fetch it in a browser while signed in to a Google account.",
         )
     if _SIGN_IN.search(page):
-        raise TransferError(
+        return TransferError(
             "Google Drive asks to sign in for this file.",
             hint="Fetch it in a browser, or name a cookies.txt file of your browser in PROXYDET_COOKIES.",
         )
-    raise TransferError(
+    return TransferError(
         "Google Drive sent a page in place of the file.",
         hint="Fetch the file in a browser and put it in its place by hand.",
     )

@@ -1,79 +1,678 @@
-"""Fetching one file: from the first address that serves the right bytes, resuming what is there.
+"""Fetching one file: from the first address that serves the right bytes, over one connection or several, resumed.
 
-The bytes go to a hidden file beside the final one (`proxydet.artifacts.partfile`). Only when their digest, or where
-none is published what they hold, has been checked does that file get its final name.
+The bytes go to a hidden file next to the final one. Only when their digest, or where none is published what they hold,
+has been checked does that file get its final name.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import logging
+import os
+import random
+import re
+import threading
+import time
+import uuid
+from collections.abc import Callable, Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
 
-from proxydet.artifacts.attempts import Attempts
-from proxydet.artifacts.partfile import PartFile
-from proxydet.artifacts.patience import Stopped
-from proxydet.artifacts.replies import NotThere
-from proxydet.artifacts.stream import Sink
-from proxydet.artifacts.wanted import Line, Received, Wanted
-from proxydet.errors import ArtifactError, DigestError, TransferError
-from proxydet.reporting import Task
+import msgspec
+
+from proxydet.artifacts import google_drive
+from proxydet.artifacts.addresses import host_of, mirror_address, shown
+from proxydet.artifacts.catalogue import Artifact
+from proxydet.artifacts.content import content_check
+from proxydet.artifacts.http import (
+    Client,
+    NotFoundError,
+    Pace,
+    RangeError,
+    Response,
+    RetryableError,
+    StoppedError,
+    run_in_threads,
+)
+from proxydet.errors import ArtifactError, DigestError, ProxydetError, TransferError
+from proxydet.files import read_text, require_room, write_bytes, write_errors
+from proxydet.wording import size_text
 
 _logger = logging.getLogger(__name__)
 
+_BLOCK = 1 << 20
+_ENDLESS = 1 << 60
+_LARGEST_PAGE = 1 << 20
+_SAVE_SECONDS = 1.0
+_REPLACED = (
+    "Its file was replaced, or something stands in between. Try another source with --mirror."
+)
 
-def fetch_file(wanted: Wanted, line: Line, task: Task, *, take_over: bool) -> Received:
-    """Fetch a file, check it and give it its final name.
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Stretch = tuple[Count, Count]
+"""Offsets of the first byte and of that behind the last."""
+
+
+class Seen(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A file as it arrived, or was found.
+
+    Attributes:
+        sha256: Digest in lower-case hexadecimal.
+        size: Size in bytes.
+        address: Where it came from, as messages may show it; None for a file that was already there.
+        etag: The server's name for that version, where it gave one.
+        holds: What the check of its content found.
+        when: Date of first use, ISO 8601, UTC.
+    """
+
+    sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+    size: Count
+    address: str | None = None
+    etag: str | None = None
+    holds: str | None = None
+    when: str = ""
+
+
+# ---- the unfinished file -----------------------------------------------------------------------------------------------
+
+
+class PartRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Which bytes of which version of which file an unfinished download holds.
+
+    Attributes:
+        address: Where they came from.
+        total: Size of the whole file, where known.
+        validator: The server's name for the version.
+        etag: The ETag as sent.
+        stretches: What is there, in order and not touching.
+    """
+
+    address: str = ""
+    total: Count | None = None
+    validator: str | None = None
+    etag: str | None = None
+    stretches: tuple[Stretch, ...] = ()
+
+    @property
+    def frontier(self) -> int:
+        """Offset before which every byte is there."""
+        return self.stretches[0][1] if self.stretches and self.stretches[0][0] == 0 else 0
+
+    @property
+    def stored(self) -> int:
+        """How many bytes are there."""
+        return sum(end - start for start, end in self.stretches)
+
+    def gaps(self, claimed: Iterable[Stretch] = ()) -> Iterator[Stretch]:
+        """Yield what is neither there nor claimed; the last one ends at the end of the file, where that is known."""
+        at = 0
+        for start, end in _joined([*self.stretches, *claimed]):
+            if at < start:
+                yield at, start
+            at = end
+        if self.total is None or at < self.total:
+            yield at, _ENDLESS if self.total is None else self.total
+
+
+def _joined(stretches: Iterable[Stretch]) -> tuple[Stretch, ...]:
+    found: list[Stretch] = []
+    for start, end in sorted(stretches):
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(end, found[-1][1]))
+        else:
+            found.append((start, end))
+    return tuple(found)
+
+
+class PartFile:
+    """One unfinished download, owned by this process.
+
+    Bytes are written at offsets, from several threads; a thread of its own follows with the digest of what lies before
+    the frontier and saves the record, once the disk has what it names. The name is unique to the process that made the
+    file, so two processes never write into one. What an earlier process left is taken over where a lock proves that its
+    owner is gone.
 
     Args:
-        wanted: The file.
-        line: What it shares with other transfers.
-        task: Where its bytes are counted.
-        take_over: Whether the lock of the target is held, so that leftovers of earlier runs may be used.
+        target: The final path.
+        take_over: Whether the lock of the target is held, so that what lies there belongs to nobody.
 
     Raises:
-        NotThere: No address has the file.
-        DigestError: Bytes came, but not the right ones.
-        TransferError: No address served it; the message says why for each.
         DiskFullError: There is no room.
+        EnvironmentProblem: The folder cannot be written to.
     """
-    part = PartFile(wanted.target, take_over=take_over)
-    try:
-        sink = Sink(part, line.rate, task, line.client.stop)
+
+    def __init__(self, target: Path, *, take_over: bool) -> None:
+        self.target = target
+        self.record = self._saved = PartRecord()
+        self.path = target.with_name(f".{target.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
+        with write_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if take_over:
+                found = sorted(_leftovers(target).items(), key=lambda item: item[1].stored)
+                if found and found[-1][1].stored:
+                    self.path, self.record = found.pop()
+                for path, _ in found:
+                    path.unlink(missing_ok=True)
+                for record in _files_next_to(target, ".json"):
+                    if not record.with_suffix("").exists():
+                        record.unlink(missing_ok=True)
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._sidecar = self.path.with_name(f"{self.path.name}.json")
+        self.inherited = self.record.stored
+        self._digest, self._digested = hashlib.sha256(), 0
+        self._lock, self._following = threading.Lock(), threading.Lock()
+        self._closed = threading.Event()
+        self._follower = threading.Thread(target=self._follow, name="digest", daemon=True)
+        self._follower.start()
+
+    def restart(self, record: PartRecord) -> None:
+        """Throw away all bytes and begin with another version."""
+        with self._following, self._lock, write_errors(self.target):
+            self._sidecar.unlink(missing_ok=True)  # before the bytes that it names
+            os.ftruncate(self._descriptor, 0)
+            self.record, self._saved, self.inherited = record, PartRecord(), 0
+            self._digest, self._digested = hashlib.sha256(), 0
+
+    def describe(self, **changes: Any) -> None:
+        """Note more about the version that the bytes belong to; they stay."""
+        with self._lock:
+            self.record = msgspec.structs.replace(self.record, **changes)
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Write bytes at an offset. May be called from several threads.
+
+        Raises:
+            DiskFullError: There is no room.
+            EnvironmentProblem: Writing failed otherwise.
+        """
+        end, view = offset, memoryview(data)
+        try:
+            with write_errors(self.target):
+                while view:
+                    count = os.pwrite(self._descriptor, view, end)
+                    view, end = view[count:], end + count
+        finally:
+            with self._lock:
+                stretches = _joined([*self.record.stretches, (offset, end)])
+                self.record = msgspec.structs.replace(self.record, stretches=stretches)
+
+    def digest(self) -> str:
+        """Return the SHA-256 of everything before the frontier."""
+        with write_errors(self.target):
+            self._catch_up()
+        return self._digest.hexdigest()
+
+    def move_to_target(self) -> None:
+        """Give the file its final name, with all its bytes on the disk first.
+
+        Raises:
+            DiskFullError: There is no room.
+            EnvironmentProblem: It cannot be moved.
+        """
+        with write_errors(self.target):
+            os.fsync(self._descriptor)
+            self.path.replace(self.target)
+        self.record = PartRecord()
+
+    def close(self) -> None:
+        """Let go of the file; it stays for the next time, unless nothing is in it, or it was moved."""
+        self._closed.set()
+        self._follower.join()
+        if self.record.stored:
+            with contextlib.suppress(ProxydetError, OSError):  # the record of a moment ago is there
+                self._save()
+        else:
+            self._sidecar.unlink(missing_ok=True)
+            self.path.unlink(missing_ok=True)
+        os.close(self._descriptor)
+
+    def _follow(self) -> None:
+        while not self._closed.wait(_SAVE_SECONDS):
+            # What fails here fails again at the next write, or in the end.
+            with contextlib.suppress(ProxydetError, OSError):
+                self._catch_up()
+                self._save()
+
+    def _catch_up(self) -> None:
+        with self._following:
+            while count := min(self.record.frontier - self._digested, _BLOCK):
+                block = os.pread(self._descriptor, count, self._digested)
+                if not block:
+                    raise OSError("what was just written cannot be read back")
+                self._digest.update(block)
+                self._digested += len(block)
+
+    def _save(self) -> None:
+        """Save the record, after the bytes that it names are on the disk: then no loss of power makes it wrong."""
+        with self._following:
+            record = self.record
+            if record != self._saved:
+                getattr(os, "fdatasync", os.fsync)(self._descriptor)
+                write_bytes(self._sidecar, msgspec.json.encode(record), durable=False)
+                self._saved = record
+
+
+def kept_bytes(target: Path) -> int:
+    """Return how many bytes of an unfinished download of ``target`` need not be fetched again."""
+    return max((record.stored for record in _leftovers(target).values()), default=0)
+
+
+def _leftovers(target: Path) -> dict[Path, PartRecord]:
+    """Return the unfinished downloads next to a final path, with the usable part of their records."""
+    found: dict[Path, PartRecord] = {}
+    for path in _files_next_to(target):
+        with contextlib.suppress(FileNotFoundError):  # another process has just finished it
+            size, found[path] = path.stat().st_size, PartRecord()
+            with contextlib.suppress(OSError, ValueError, RecursionError):
+                text = read_text(path.with_name(f"{path.name}.json"), limit=1 << 20)
+                record = msgspec.json.decode(text, type=PartRecord)
+                there = _joined((a, min(b, size)) for a, b in record.stretches if a < min(b, size))
+                found[path] = msgspec.structs.replace(record, stretches=there)
+    return found
+
+
+def _files_next_to(target: Path, suffix: str = "") -> list[Path]:
+    """Return unfinished downloads, or their records; those of ``a.json.zip`` are not those of ``a.json``."""
+    if not target.parent.is_dir():
+        return []
+    fits = re.compile(rf"\.{re.escape(target.name)}\.\d+-[0-9a-f]{{8}}\.part{re.escape(suffix)}")
+    return [target.parent / e.name for e in os.scandir(target.parent) if fits.fullmatch(e.name)]
+
+
+# ---- what transfers share ----------------------------------------------------------------------------------------------
+
+
+class RateLimit:
+    """Keeps the sum of all transfers under a rate.
+
+    Args:
+        bytes_per_second: The rate; None for no limit.
+    """
+
+    def __init__(self, bytes_per_second: float | None) -> None:
+        self._rate = bytes_per_second
+        self._lock = threading.Lock()
+        self._free_at = 0.0
+
+    def took(self, count: int, stop: threading.Event) -> None:
+        """Account for ``count`` bytes that were just read, and wait until the next may be read.
+
+        Raises:
+            StoppedError: The stop sign was given meanwhile.
+        """
+        if self._rate is None:
+            return
+        with self._lock:
+            now = time.monotonic()
+            self._free_at = max(self._free_at, now) + count / self._rate
+            wait = self._free_at - now
+        if stop.wait(wait):
+            raise StoppedError
+
+
+# ---- fetching ----------------------------------------------------------------------------------------------------------
+
+
+class Transfer:
+    """Fetches one file, checks it and gives it its final name.
+
+    Args:
+        artifact: The file. Its size and digest are those that are published.
+        target: Its final path.
+        expected: Size and digest that were recorded on first use, where none are published.
+        client: Makes the requests.
+        rate: The speed limit over all transfers.
+        counted: Called with the bytes that need no longer be fetched; negative for those that are thrown away.
+    """
+
+    def __init__(
+        self, artifact: Artifact, target: Path, expected: Seen | None, client: Client, rate: RateLimit,
+        counted: Callable[[int], None],
+    ) -> None:  # fmt: skip
+        self._name, self._page, self._target = artifact.name, artifact.page, target
+        self._size = artifact.size if expected is None else expected.size
+        self._sha256 = artifact.sha256 if expected is None else expected.sha256
+        self._check = None if self._sha256 else content_check(artifact)
+        self._addresses = artifact.addresses
+        if client.settings.mirror is not None:
+            mirrored = mirror_address(client.settings.mirror, artifact.target)
+            self._addresses = (mirrored, *artifact.addresses)
+        self._html = target.suffix.lower() in (".html", ".htm")
+        self._client, self._settings, self._rate = client, client.settings, rate
+        self._report, self._counted = counted, 0
+        self._lock = threading.Lock()
+
+    def run(self, *, take_over: bool) -> Seen:
+        """Fetch from the first address that serves the right bytes.
+
+        Args:
+            take_over: Whether the lock of the target is held, so that leftovers of earlier runs may be used.
+
+        Raises:
+            NotFoundError: No address has the file.
+            DigestError: Bytes came, but not the right ones.
+            TransferError: No address served it; the message says why for each.
+            DiskFullError: There is no room.
+            StoppedError: The stop sign was given.
+        """
+        self._part = PartFile(self._target, take_over=take_over)
         failures: list[ArtifactError] = []
-        for address in wanted.addresses:
-            try:
-                received = Attempts(wanted, line, sink, address).run()
-            except Stopped:
+        try:
+            for address in self._addresses:
+                try:
+                    seen = self._from(address)
+                except StoppedError:
+                    raise
+                except (TransferError, DigestError) as error:
+                    _logger.info("%s: %s", self._name, error.message)
+                    failures.append(error)
+                else:
+                    self._part.move_to_target()
+                    return seen
+        finally:
+            self._part.close()
+        hint = next((error.hint for error in failures if error.hint), None)
+        not_found = all(isinstance(error, NotFoundError) for error in failures)
+        if self._page is not None:
+            hint = f"Open {self._page} in a browser and save the file as {self._target}."
+        elif hint is None and not_found:
+            hint = f"Its source moved it. Name another with --mirror, or put the file there yourself: {self._target}"
+        elif hint is None:
+            hint = (
+                "Check the network (HTTPS_PROXY behind a proxy) or wait, then run the same command again: what was "
+                "fetched is kept. --mirror names another source."
+            )
+        wrong = any(isinstance(error, DigestError) for error in failures)
+        kind = NotFoundError if not_found else DigestError if wrong else TransferError
+        raise kind(" ".join(error.message for error in failures), hint=hint, path=self._target)
+
+    def _from(self, address: str) -> Seen:
+        """Fetch from one address until the file is complete and right."""
+        self._address, self._pace = address, Pace(self._settings)
+        self._whole_only = False  # the server serves stretches wrongly
+        self._ranges_seen = False  # the server has served a stretch rightly
+        self._blindly_joined = False  # bytes of two responses without a name of the version
+        record = self._part.record
+        # What an earlier run or address left is kept only if it can be continued from this address.
+        fits = self._size is None or record.total in (None, self._size)
+        same = record.address == address and (record.validator is not None or self._sees_all)
+        if not record.stored or not fits or not (self._sha256 or same):
+            self._restart()
+        self._count(0)
+        self._fetch()
+        doubtful = self._blindly_joined or self._part.inherited > 0
+        try:
+            return self._checked()
+        except DigestError as error:
+            if not doubtful:
                 raise
-            except (TransferError, DigestError) as error:
-                _logger.info("%s: %s", wanted.name, error.message)
-                failures.append(error)
-            else:
-                part.move_to_target()
-                return received
-        raise _summary(wanted, failures)
-    finally:
-        part.close()
+            _logger.info("%s: %s Fetching it again.", self._name, error.message)
+            self._fetch()
+            return self._checked()
+
+    @property
+    def _sees_all(self) -> bool:
+        return self._check is not None and self._check.sees_all
+
+    def _fetch(self) -> None:
+        """Repeat attempts, with longer pauses each time, until all bytes are there."""
+        host, unreachable, settings = (
+            host_of(self._address),
+            self._client.unreachable,
+            self._settings,
+        )
+        most = 1 if host in unreachable else settings.retries
+        best, failures, announced = self._part.record.stored, 0, False
+        while next(self._part.record.gaps(), None) is not None:
+            try:
+                self._attempt()
+                unreachable.discard(host)
+                continue
+            except RangeError as problem:
+                self._ask_without_ranges(problem)
+                continue
+            except RetryableError as problem:
+                error = problem
+            stored = self._part.record.stored
+            if stored == 0:
+                unreachable.add(host)
+            progress = stored > best and not error.slow
+            best, failures = max(best, stored), 1 if progress else failures + 1
+            if failures >= most:
+                times = f", {failures} times in a row" if failures > 1 else ""
+                raise TransferError(f"{error.message.rstrip('.')}{times}.") from error
+            delay = min(settings.first_delay * 2.0 ** (failures - 1), settings.longest_delay)
+            delay *= random.uniform(0.5, 1.0)  # noqa: S311 - spreads attempts, guards nothing
+            if error.retry_after is not None:
+                delay = error.retry_after
+                if delay > settings.longest_retry_after:
+                    raise TransferError(
+                        f"{error.message} The server asks to come back in {delay / 60:.0f} minutes.",
+                        hint="Run the same command again then: what was fetched is kept.",
+                    )
+            if not progress and not announced:
+                announced = True
+                _logger.warning("%s Trying again.", error.message)
+            self._pace.pause(delay)
+            if self._client.stop.wait(delay):
+                raise StoppedError
+
+    def _attempt(self) -> None:
+        """Make one request, or several at once, and take in what comes."""
+        record, settings = self._part.record, self._settings
+        size = record.total or self._size
+        several = (
+            settings.connections > 1
+            and (size is None or size >= settings.parallel_from)
+            and not self._whole_only
+            and not google_drive.is_drive(self._address)
+        )
+        if several and self._ranges_seen and record.total is not None and record.validator:
+            self._fetch_pieces()
+            return
+        first, end = next(record.gaps())
+        if self._whole_only or not (record.validator or self._sha256 or self._sees_all):
+            first, end = 0, _ENDLESS
+        if several and not self._ranges_seen:  # ask for one piece only, to try ranges
+            end = first + settings.piece_bytes
+        with self._open(first, end) as response:
+            self._accept(response, first)
+            self._take_in(response)
+
+    def _fetch_pieces(self) -> None:
+        """Fetch all that is missing over several connections.
+
+        One that fails leaves the rest to the others, since some servers refuse more than a few at a time; the failure of
+        the last one counts.
+        """
+        piece, claimed, errors = self._settings.piece_bytes, set[Stretch](), list[ProxydetError]()
+        missing = sum(-(-(end - start) // piece) for start, end in self._part.record.gaps())
+        running = min(self._settings.connections, missing)
+        _logger.debug("%d pieces over %d connections", missing, running)
+
+        def work() -> None:
+            nonlocal running
+            while True:
+                with self._lock:
+                    gap = next(self._part.record.gaps(claimed), None)
+                    if gap is None or errors:
+                        running -= 1
+                        return
+                    mine = (gap[0], min(gap[1], gap[0] + piece))
+                    claimed.add(mine)
+                failure = None
+                try:
+                    with self._open(*mine) as response:
+                        self._accept_piece(response, *mine)
+                        self._take_in(response, errors)
+                except ProxydetError as error:
+                    failure = error
+                with self._lock:
+                    claimed.discard(mine)
+                    if failure is not None:
+                        running -= 1
+                        if running == 0 or not isinstance(failure, RetryableError):
+                            errors.append(failure)
+                        return
+
+        run_in_threads([work] * running, self._client.stop)
+        if errors:
+            raise errors[0]
+
+    def _open(self, first: int, end: int) -> Response:
+        """Send a request; where Google Drive asks back, press its button."""
+        record, pinned = self._part.record, self._sha256 is not None
+        last = None if end >= (record.total or _ENDLESS) else end - 1
+        validator = record.validator if record.address == self._address else None
+
+        def ask(address: str) -> Response:
+            return self._client.open(
+                address, pinned=pinned, pace=self._pace, first=first, last=last, validator=validator
+            )
+
+        response = ask(self._address)
+        if not response.web_page or self._html:
+            return response
+        page, where = _read_page(response), response.address
+        if not google_drive.is_drive(where):
+            raise TransferError(
+                f"{shown(where)} sent a web page in place of the file.",
+                hint="A proxy or a sign-in page may stand in between: open the address in a browser.",
+            )
+        response = ask(google_drive.address_behind_page(page, where))
+        if response.web_page:
+            raise google_drive.refusal(_read_page(response))
+        return response
+
+    def _accept(self, response: Response, first: int) -> None:
+        """Check that a response continues what is there; begin again if it brings the whole file."""
+        self._refuse_unusable(response)
+        part, record = self._part, self._part.record
+        require_room(part.target, (response.total or 0) - record.stored)
+        described = {
+            "address": self._address,
+            "total": response.total,
+            "validator": response.validator,
+            "etag": response.etag,
+        }
+        if not response.partial or (record.stored == 0 and first == response.first == 0):
+            self._restart(**described)
+            return
+        known = record.address == self._address
+        sizes, names = {response.total, record.total}, {response.validator, record.validator}
+        other = len(sizes - {None}) > 1 or (known and len(names - {None}) > 1)
+        if response.first != first or other:
+            raise RangeError(f"{shown(response.address)} sent another part than was asked for.")
+        self._blindly_joined = self._blindly_joined or response.validator is None
+        if record.total is None or not known:
+            part.describe(**described)
+
+    def _accept_piece(self, response: Response, first: int, end: int) -> None:
+        self._refuse_unusable(response)
+        record = self._part.record
+        same = response.validator == record.validator and response.total in (None, record.total)
+        whole = response.partial and response.first == first and not response.web_page
+        if not whole or not same or first + (response.length or 0) > end:
+            raise RangeError(f"{shown(response.address)} did not serve the part asked for.")
+
+    def _refuse_unusable(self, response: Response) -> None:
+        where, size = shown(response.address), self._size
+        self._ranges_seen = self._ranges_seen or response.partial
+        if size is not None and response.total not in (None, size) and not response.encoded:
+            raise DigestError(
+                f"{where} serves {response.total} bytes, but {self._name} has {size}.",
+                hint=_REPLACED,
+            )
+        if self._sha256 is None and response.encoded:
+            raise TransferError(f"{where} compressed the file on the way, unasked.")
+        if self._sha256 is None and response.length is None and not response.chunked:
+            raise TransferError(
+                f"{where} does not say how long the file is: a broken transfer would go unseen."
+            )
+
+    def _take_in(self, response: Response, errors: Collection[object] = ()) -> None:
+        """Write the body of a response where it belongs; end with it where another connection had an error."""
+        offset, where, settings = response.first, shown(response.address), self._settings
+        end = self._size if response.length is None else offset + response.length
+        bound = settings.largest_unannounced if end is None else end
+        # Pauses for the speed limit are short.
+        chunk = int(max(min(settings.chunk_bytes, settings.limit_rate or _ENDLESS), 1))
+        while data := response.read(chunk):
+            if errors:
+                raise StoppedError
+            if offset == 0 and not self._html and _looks_like_page(data):
+                raise TransferError(f"{where} sent a web page in place of the file.")
+            if offset + len(data) > bound:
+                raise TransferError(
+                    f"{where} sent more bytes than it announced."
+                    if end is not None
+                    else f"{where} sent more than {size_text(bound)} without saying how much will come. If that is "
+                    "right, add the file's size to its catalogue entry."
+                )
+            self._part.write(offset, data)
+            offset += len(data)
+            self._count(len(data))
+        if end is not None and offset < end:
+            raise RetryableError(f"{where} ended before the announced length.")
+        if not response.partial:
+            self._part.describe(total=offset)
+
+    def _ask_without_ranges(self, error: RangeError) -> None:
+        """React to a server that has no such bytes: all are there, the file changed, or it serves ranges wrongly."""
+        if error.total is not None and self._part.record.stretches == ((0, error.total),):
+            self._part.describe(total=error.total)
+            return
+        if self._whole_only:
+            raise TransferError(error.message, hint=error.hint) from error
+        self._whole_only = True
+        self._restart()
+
+    def _restart(self, **described: Any) -> None:
+        self._blindly_joined = False
+        self._part.restart(PartRecord(**{"address": self._address, **described}))
+        self._count(0)
+
+    def _count(self, received: int) -> None:
+        """Count exactly what would not have to be fetched again."""
+        with self._lock:
+            stored = self._part.record.stored
+            change, self._counted = stored - self._counted, stored
+        self._report(change)
+        self._rate.took(received, self._client.stop)
+
+    def _checked(self) -> Seen:
+        part, name, source = self._part, self._name, shown(self._address)
+        record, digest, holds = part.record, part.digest(), None
+        try:
+            if record.stored == 0 and self._sha256 is None:
+                raise DigestError(f"{source} served an empty file in place of {name}.")
+            if self._sha256 not in (None, digest):
+                raise DigestError(
+                    f"{source} served other bytes than {name} should be: expected sha256 {self._sha256}, got {digest} "
+                    f"({record.stored} bytes). They were thrown away."
+                )
+            holds = self._check.run(part.path) if self._check is not None else None
+        except ProxydetError as error:
+            self._restart()
+            message = error.message
+            if not isinstance(error, DigestError):
+                reason = message.replace(part.path.name, self._target.name)
+                message = f"What {source} served is not {name}: {reason}"
+            raise DigestError(message, hint=error.hint or _REPLACED) from error
+        return Seen(
+            sha256=digest, size=record.stored, address=source, etag=record.etag, holds=holds
+        )
 
 
-def _summary(wanted: Wanted, failures: list[ArtifactError]) -> ArtifactError:
-    """Build the error that says why no address served the file."""
-    reasons = " ".join(error.message for error in failures)
-    hint = next((error.hint for error in failures if error.hint), None) or _next_step(
-        wanted, failures
-    )
-    if wanted.page is not None:
-        hint = f"Open {wanted.page} in a browser and save the file as {wanted.target}."
-    if all(isinstance(error, NotThere) for error in failures):
-        return NotThere(reasons, hint=hint)
-    if any(isinstance(error, DigestError) for error in failures):
-        return DigestError(reasons, hint=hint, path=wanted.target)
-    return TransferError(reasons, hint=hint, path=wanted.target)
+def _read_page(response: Response) -> str:
+    data = b""
+    with response:
+        while len(data) < _LARGEST_PAGE and (more := response.read(_LARGEST_PAGE - len(data))):
+            data += more
+    return data.decode("utf-8", errors="replace")
 
 
-def _next_step(wanted: Wanted, failures: list[ArtifactError]) -> str:
-    if all(isinstance(error, NotThere) for error in failures):
-        return f"Its source moved it. Name another with --mirror, or put the file there yourself: {wanted.target}"
-    return (
-        "Check the network (HTTPS_PROXY behind a proxy) or wait, then run the same command again: what was fetched "
-        "is kept. --mirror names another source."
-    )
+def _looks_like_page(data: bytes) -> bool:
+    start = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    return start.startswith((b"<!doctype html", b"<html", b"<head", b"<script"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from proxydet.artifacts.catalogue import Catalogue
+from proxydet.artifacts import Catalogue
 
 
 def how_to_get(path: Path | None) -> str | None:

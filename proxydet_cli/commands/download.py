@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+from urllib.parse import urlsplit
 
 import typer
 
 from proxydet_cli.options import DryRun, Json, Yes, command_app, examples
 
 if TYPE_CHECKING:
-    from proxydet.artifacts.catalogue import Catalogue
-    from proxydet.artifacts.downloader import Downloader
-    from proxydet.artifacts.plan import Plan
+    from proxydet.artifacts import Catalogue, Downloader, Item, Plan, Report
     from proxydet_cli.output import Output
 
 app = command_app()
 
 _DEFAULT = "r50"
+
+Row = Mapping[str, object]
 
 
 @app.command(
@@ -83,9 +85,7 @@ def download(
     Shows first what is needed, what is there, sizes, free room, licences and what needs an account, and asks once.
     Run the same command again after any interruption: what was fetched is kept.
     """
-    from proxydet.artifacts.catalogue import Catalogue
-    from proxydet.artifacts.downloader import Downloader, DownloadOptions
-    from proxydet.artifacts.settings import TransferSettings
+    from proxydet.artifacts import Catalogue, Downloader, DownloadOptions, TransferSettings
     from proxydet_cli.output import Output
     from proxydet_cli.progress import show_progress
 
@@ -99,24 +99,31 @@ def download(
         force=force,
         keep_archives=keep_archives,
         settings=TransferSettings(
-            connections=connections,
-            jobs=jobs,
-            limit_rate=_rate(limit_rate),
-            mirror=mirror,
+            connections=connections, jobs=jobs, limit_rate=_rate(limit_rate), mirror=mirror
         ),
     )
     with _stoppable(), Downloader(known, options, show_progress()) as downloader:
         if verify:
             _verify(downloader, names or [], output)
-        elif dry_run:
-            _show_plan(downloader.ask_sizes(downloader.plan(names or [_DEFAULT])), output)
-        else:
-            _fetch(downloader, names or [], output, asked=not yes)
+            return
+        plan = downloader.ask_sizes(downloader.plan(names or [_DEFAULT]))
+        if not dry_run:
+            _fetch(downloader, plan, names or [], output, asked=not yes)
+            return
+        value = {
+            "files": _plan_rows(plan),
+            "bytes_to_fetch": plan.bytes_to_fetch,
+            "unknown_sizes": plan.unknown_sizes,
+            "room": [vars(need) for need in plan.needs],
+        }
+        output.data(value, _plan_text(plan))
+        for name, (what, how) in _account_notes(plan).items():
+            output.message(f"{name}: {what} {how}")
 
 
 def _rate(text: str | None) -> float | None:
-    """Read ``--limit-rate``; a value that is none is an error of the command line, as one of ``--jobs`` is."""
-    from proxydet.artifacts.settings import bytes_per_second
+    """Read ``--limit-rate``; a value that is not a rate is an error of the command line, as one of ``--jobs`` is."""
+    from proxydet.artifacts import bytes_per_second
     from proxydet.errors import ConfigError
 
     try:
@@ -128,75 +135,115 @@ def _rate(text: str | None) -> float | None:
 
 
 def _list(catalogue: Catalogue, names: list[str], output: Output) -> None:
-    from proxydet_cli import downloads
+    """Show one row a name: what it is, its size, licence, and what is known of its digest."""
+    from proxydet_cli.output import aligned
 
-    rows = downloads.catalogue_rows(catalogue, names)
-    output.data(rows, downloads.catalogue_text(rows))
-
-
-def _show_plan(plan: Plan, output: Output) -> None:
-    from proxydet_cli import downloads
-
-    output.data(downloads.plan_value(plan), downloads.plan_text(plan))
-    for name, note in downloads.account_notes(plan).items():
-        output.message(f"{name}: {note.what} {note.how}")
-
-
-def _fetch(downloader: Downloader, names: list[str], output: Output, *, asked: bool) -> None:
-    from proxydet_cli import downloads
-
-    plan = downloader.ask_sizes(downloader.plan(names or [_DEFAULT]))
-    if plan.todo:
-        output.message(downloads.plan_text(plan))
-        plan.require_room()
-        if asked and not _agreed():
-            output.message("Nothing was fetched.")
-            return
-    report = downloader.fetch(plan)
-    output.data(downloads.report_value(report), downloads.report_text(report))
-    report.raise_for_failures()
-    _tell_of_accounts(plan, names, output)
-
-
-def _agreed() -> bool:
-    """Ask once whether to go on; where nobody can answer, say which option does."""
-    from proxydet.errors import ConfigError, Interrupted
-
-    if not sys.stdin.isatty():
-        raise ConfigError(
-            "Nobody is there to agree to the download.", hint="Add --yes to go on without asking."
+    catalogue.resolve(names)
+    rows: list[Row] = []
+    for name in (*catalogue.groups, *catalogue.families, *catalogue.artifacts):
+        if name not in names and names:
+            continue
+        artifacts = catalogue.resolve([name])
+        kind = "group" if name in catalogue.groups else "file" if len(artifacts) == 1 else "family"
+        pinned = sum(artifact.pinned for artifact in artifacts)
+        rows.append(
+            {
+                "name": name,
+                "kind": kind,
+                "files": len(artifacts),
+                "bytes": _sum(artifact.size for artifact in artifacts),
+                "digest": "published"
+                if pinned == len(artifacts)
+                else "partly"
+                if pinned
+                else "none",
+                "account": any(artifact.login is not None for artifact in artifacts),
+                "licence": artifacts[0].licence if kind != "group" else "",
+                "title": catalogue.titles[name],
+            }
         )
-    try:
-        return typer.confirm("Go on?", default=True, err=True)
-    except typer.Abort:  # Ctrl-C or Ctrl-D in place of an answer
-        raise Interrupted("Stopped. Nothing was fetched.") from None
+    shown = [
+        {
+            "name": row["name"],
+            "files": row["files"],
+            "size": _size(row["bytes"]),
+            "digest": row["digest"] if row["kind"] != "group" else "",
+            "account": "needed" if row["account"] else "",
+            "what": f"{row['title']}" + (f" [{row['licence']}]" if row["licence"] else ""),
+        }
+        for row in rows
+    ]
+    output.data(rows, aligned(shown))
 
 
-def _tell_of_accounts(plan: Plan, names: list[str], output: Output) -> None:
-    """Say what could not be fetched without an account; an error if it was asked for by its own name."""
-    from proxydet.errors import ArtifactError
-    from proxydet_cli import downloads
+def _fetch(downloader: Downloader, plan: Plan, names: list[str], output: Output, *, asked: bool) -> None:  # fmt: skip
+    from proxydet.errors import ArtifactError, ConfigError, Interrupted
 
-    for name, note in downloads.account_notes(plan).items():
-        if any(asked.partition("/")[0] == name for asked in names):
-            raise ArtifactError(f"{name}: {note.what}", hint=note.how)
-        output.warning(f"{name}: {note.what} {note.how}")
+    if plan.todo:
+        output.message(_plan_text(plan))
+        plan.require_room()
+        if asked:
+            if not sys.stdin.isatty():
+                raise ConfigError(
+                    "stdin is not a terminal, so the download cannot be confirmed",
+                    hint="pass --yes",
+                )
+            try:
+                agreed = typer.confirm("Continue?", default=True, err=True)
+            except typer.Abort:  # Ctrl-C or Ctrl-D in place of an answer
+                raise Interrupted("Stopped. Nothing was fetched.") from None
+            if not agreed:
+                output.message("Nothing was fetched.")
+                return
+    report = downloader.fetch(plan)
+    value = {
+        "files": [vars(outcome) for outcome in report.outcomes],
+        "failed": [{"name": f.name, "error": f.error.message} for f in report.failures],
+    }
+    output.data(value, _report_text(report))
+    report.raise_for_failures()
+    for name, (what, how) in _account_notes(plan).items():
+        if any(given.partition("/")[0] == name for given in names):  # asked for by its own name
+            raise ArtifactError(f"{name}: {what}", hint=how)
+        output.warning(f"{name}: {what} {how}")
+
+
+def _report_text(report: Report) -> str:
+    """Lay out a finished job: a line a file that was worked on, and how many were ready before."""
+    from proxydet.wording import size_text
+    from proxydet_cli.output import aligned
+
+    ready = sum(outcome.status == "ready" for outcome in report.outcomes)
+    rows = [
+        {
+            "status": outcome.status,
+            "name": outcome.name,
+            "size": size_text(outcome.bytes_fetched) if outcome.bytes_fetched else "",
+            "path": outcome.path,
+            "note": outcome.note,
+        }
+        for outcome in report.outcomes
+        if outcome.status not in ("ready", "needs account")
+    ]
+    lines = [aligned(rows)] if rows else []
+    return "\n".join(lines + [f"{ready} ready before"] * (ready > 0)) or "nothing was done"
 
 
 def _verify(downloader: Downloader, names: list[str], output: Output) -> None:
     from proxydet.errors import DigestError
     from proxydet.wording import counted
-    from proxydet_cli import downloads
+    from proxydet_cli.output import aligned
 
-    rows = downloads.finding_rows(downloader.verify(names))
+    rows: list[Row] = [
+        {"verdict": f.verdict, "name": f.name, "path": str(f.path), "detail": f.detail}
+        for f in downloader.verify(names)
+    ]
     root = downloader.options.root
-    output.data(
-        rows, downloads.aligned(rows) if rows else f"nothing is there ({root or Path.cwd()})"
-    )
+    output.data(rows, aligned(rows) if rows else f"nothing is there ({root or Path.cwd()})")
     wrong = [str(row["name"]) for row in rows if row["verdict"] in ("damaged", "absent")]
-    force = " --force" if any(row["verdict"] == "damaged" for row in rows) else ""
-    where = "" if root is None else f" --root {shlex.quote(str(root))}"
     if wrong:
+        force = " --force" if any(row["verdict"] == "damaged" for row in rows) else ""
+        where = "" if root is None else f" --root {shlex.quote(str(root))}"
         raise DigestError(
             f"{len(wrong)} of {counted(len(rows), 'file')} damaged or absent: {', '.join(wrong[:5])}.",
             hint=f"Run: proxydet download{force} {' '.join(wrong[:5])}{where}",
@@ -211,5 +258,91 @@ def _stoppable() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise Interrupted(
-            "Stopped. What was fetched is kept.", hint="Run the same command again to go on."
+            "Stopped. What was fetched is kept.", hint="Run the same command again to continue."
         ) from None
+
+
+def _plan_rows(plan: Plan) -> list[Row]:
+    """Return one row a file, the members of a family in one: state, bytes to fetch, licence, account."""
+    rows: list[Row] = []
+    for name, items in _by_family(plan).items():
+        first = items[0]
+        counts = Counter(item.state.value for item in items)
+        state = ", ".join(f"{n} {s}" for s, n in counts.items()) if len(counts) > 1 else first.state.value  # fmt: skip
+        why = first.why if len(items) == 1 and state != "needs account" else ""
+        rows.append(
+            {
+                "name": name,
+                "files": len(items),
+                "state": f"{state} ({why})" if why else state,
+                "to fetch": None if state == "needs account" else _sum(i.to_fetch for i in items),
+                "licence": first.artifact.licence,
+                "account": first.artifact.login.site if first.artifact.login is not None else None,
+                "path": str(first.path if len(items) == 1 else first.path.parent),
+            }
+        )
+    return rows
+
+
+def _plan_text(plan: Plan) -> str:
+    """Lay out a plan: the rows, their licences, what is to be fetched in all, and the room it takes."""
+    from proxydet.wording import counted, size_text
+    from proxydet_cli.output import aligned
+
+    rows = _plan_rows(plan)
+    columns = ("name", "files", "state", "to fetch", "account")
+    shown = [
+        {**row, "to fetch": _size(row["to fetch"]), "account": urlsplit(str(row["account"] or "")).hostname or ""}
+        for row in rows
+    ]  # fmt: skip
+    licences: dict[object, list[str]] = {}  # too long for a column
+    for row in rows:
+        licences.setdefault(row["licence"], []).append(str(row["name"]))
+    unknown = f"{counted(plan.unknown_sizes, 'file')} of unknown size" if plan.unknown_sizes else ""
+    known = size_text(plan.bytes_to_fetch) if plan.bytes_to_fetch or not unknown else ""
+    lines = [
+        aligned(shown, columns),
+        "",
+        "licences:",
+        *(f"  {', '.join(under)}: {licence}" for licence, under in licences.items()),
+        "",
+        f"to fetch: {' and '.join(filter(None, [known, unknown]))}",
+    ]
+    for need in plan.needs:
+        room = f"{size_text(need.needed)}{' or more' if unknown else ''} needed, {size_text(need.free)} free"
+        short = ": not enough" if need.needed > need.free else ""
+        lines.append(f"room in {need.folder}: {room}{short}")
+    return "\n".join(lines)
+
+
+def _account_notes(plan: Plan) -> dict[str, tuple[str, str]]:
+    """Return what cannot be fetched without an account, and what to do, by the name of the file or family."""
+    from proxydet.wording import counted
+
+    notes: dict[str, tuple[str, str]] = {}
+    for name, items in _by_family(plan).items():
+        login = items[0].artifact.login
+        locked = sum(item.state.value == "needs account" for item in items)
+        if login is not None and locked:
+            need = "needs" if len(items) == 1 else "need"
+            what = f"{locked} of {counted(len(items), 'file')} {need} an account at {login.site}."
+            notes[name] = (what, login.how)
+    return notes
+
+
+def _by_family(plan: Plan) -> dict[str, list[Item]]:
+    rows: dict[str, list[Item]] = {}
+    for item in plan.items:
+        rows.setdefault(item.artifact.name.partition("/")[0], []).append(item)
+    return rows
+
+
+def _sum(sizes: Iterable[int | None]) -> int | None:
+    known = list(sizes)
+    return None if None in known else sum(size or 0 for size in known)
+
+
+def _size(value: object) -> str:
+    from proxydet.wording import size_text
+
+    return size_text(value if isinstance(value, int) else None).rjust(8)

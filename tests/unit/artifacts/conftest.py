@@ -31,6 +31,9 @@ from proxydet.artifacts import (
 )
 from proxydet.reporting import Progress, Task
 
+Raw = Callable[[Callable[[bytes], object], threading.Event], object]
+"""Given what writes, and what is set in the end."""
+
 
 @dataclass
 class Served:
@@ -66,6 +69,10 @@ class Served:
     cookie: str | None = None  # answer with a page unless the request has it
     page: bytes = b""
     forbidden_ranges: bool = False  # answer 416 to every range
+    raw: Callable[[Callable[[bytes], object], threading.Event], object] | None = (
+        None  # given what writes
+    )
+    more_headers: dict[str, str] = field(default_factory=dict)
     later: dict[int, dict[str, object]] = field(
         default_factory=dict
     )  # from the n-th request on, behave so
@@ -94,6 +101,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_HEAD(self) -> None:
         served = self.server.files.get(self.path)
+        if served is not None and served.raw is not None:
+            served.requests.append(dict(self.headers.items()))
+            self.do_raw(served.raw)
+            return
         self.send_response(404 if served is None else 302 if served.redirect else 200)
         for name, value in {
             "Location": served and served.redirect,
@@ -122,6 +133,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         try:
             if crowded:
                 return self._answer(503, {})
+            if served.raw is not None:
+                return self.do_raw(served.raw)
             if answer is not None:
                 return self._answer(*answer)
             if served.redirect is not None:
@@ -136,6 +149,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         finally:
             with self.server.lock:
                 served.active -= 1
+
+    def do_raw(self, raw: Raw) -> None:
+        self.close_connection = True
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            raw(self.wfile.write, self.server.closing)
 
     def _answer(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
         self.send_response(status)
@@ -173,6 +191,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             ("Content-Type", served.content_type),
             ("Content-Encoding", served.encoding),
             ("Accept-Ranges", "bytes" if served.ranges else None),
+            *served.more_headers.items(),
         ):
             if value is not None:
                 self.send_header(name, value)

@@ -11,6 +11,7 @@ import stat
 import struct
 import tarfile
 import zipfile
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -60,6 +61,7 @@ class Place:
     def __init__(self, downloads) -> None:
         self.downloads = downloads
         self.data = downloads.root / "datasets" / "set"
+        self.photos = self.data / "photos"
 
     def artifact(self, suffix: str, data: bytes, *provides: Provided) -> Artifact:
         self.data.mkdir(parents=True, exist_ok=True)
@@ -155,24 +157,35 @@ def test_what_another_version_left_is_thrown_away(place) -> None:
     assert place.files() == FILES
 
 
-def test_a_cut_journal_is_read_up_to_the_cut(place) -> None:
-    complete = place.interrupt(*KINDS["zip"], 0.5)
-    journal = place.data / ".archive.zip.unpacking" / ".journal"
-    journal.write_text(journal.read_text() + "12\t0123abcd\tphotos/19")
-    place.unpack(*KINDS["zip"])
-    assert place.files() == FILES
-    assert {path.stat().st_ino for path in (place.data / "photos").iterdir()} & complete
+def test_a_kill_while_they_are_moved(place, monkeypatch) -> None:
+    """All are unpacked, and some have their final place: nothing is unpacked again, or lost."""
+    place.photos.mkdir(parents=True)
+    (place.photos / "mine.jpg").write_bytes(b"mine")
+    replace, moved = Path.replace, list[Path]()
+
+    def killed(self: Path, target: Path) -> Path:
+        if target.parent == place.photos:
+            moved.append(target)
+            if len(moved) > 100:
+                raise KeyboardInterrupt
+        return replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            place.unpack(*KINDS["zip"], Provided(path="photos", files=200))
+    inodes = {path.stat().st_ino for path in place.data.rglob("*.jpg")}
+    place.unpack(*KINDS["zip"], Provided(path="photos", files=200))
+    assert place.files() == FILES | {"photos/mine.jpg": b"mine"}
+    assert {path.stat().st_ino for path in place.photos.iterdir()} == inodes
 
 
-def test_files_that_were_moved_before_an_interruption_are_used(place) -> None:
-    complete = place.interrupt(*KINDS["tar"], 0.9999)
-    assert len(complete) == 200
-    (place.data / "photos").mkdir()
-    for path in list((place.data / ".archive.tar.unpacking/photos").iterdir())[:100]:
-        path.rename(place.data / "photos" / path.name)
-    place.unpack(*KINDS["tar"], Provided(path="photos", files=200))
-    assert place.files() == FILES
-    assert {path.stat().st_ino for path in (place.data / "photos").iterdir()} == complete
+@pytest.mark.parametrize("suffix", MAKERS)
+def test_a_name_that_is_a_file_and_a_folder(place, suffix) -> None:
+    for files in ({"photos/a": b"1", "photos/a/b": b"2"}, {"photos/a/b": b"2", "photos/a": b"1"}):
+        with pytest.raises(ArchiveError, match="photos/a"):
+            place.unpack(suffix, MAKERS[suffix](files))
+    assert place.files() == {}
 
 
 def test_files_of_others_in_the_folder_stay(place) -> None:
@@ -264,13 +277,58 @@ class TestBombs:
         with pytest.raises(ArchiveError, match="200"):
             place.unpack(".tar.gz", data)
 
+    def test_a_zip_of_many_times_its_size(self, place) -> None:
+        data = zipped({f"photos/{n}": bytes(20 << 20) for n in range(4)})
+        assert len(data) < 100_000
+        with pytest.raises(ArchiveError, match="200"):
+            place.unpack(".zip", data)
+        assert place.files() == {}
+
+    def test_what_follows_the_end_of_a_tar_counts_too(self, place) -> None:
+        data = gzip.compress(tarred({"photos/a": b"x"}) + bytes(80 << 20))
+        with pytest.raises(ArchiveError, match="200"):
+            place.unpack(".tar.gz", data)
+
+    @pytest.mark.parametrize("suffix", MAKERS)
+    def test_more_members_than_any_data_set_has(self, place, suffix, monkeypatch) -> None:
+        monkeypatch.setattr("proxydet.artifacts.archives.MOST_MEMBERS", 3)
+        files = {f"photos/{n}": b"x" for n in range(3)}
+        place.unpack(suffix, MAKERS[suffix](files))
+        shutil.rmtree(place.data)
+        with pytest.raises(ArchiveError, match="3 files"):
+            place.unpack(suffix, MAKERS[suffix](files | {"photos/3": b"x"}))
+        assert place.files() == {}
+
+    def test_headers_without_end(self, place) -> None:
+        """A sparse file's map, compressed to nothing, that the library would hold in memory."""
+        head = bytearray(one_header(tarfile.GNUTYPE_SPARSE))
+        head[482] = 1  # more blocks of the map follow
+        head[148:156] = b" " * 8
+        head[148:156] = b"%06o\0 " % sum(head)
+        more = bytearray(512)
+        more[504] = 1
+        with pytest.raises(ArchiveError, match="headers"):
+            place.unpack(".tar.gz", gzip.compress(bytes(head) + bytes(more) * 100_000))
+
+    def test_a_chain_of_extended_headers(self, place) -> None:
+        head = one_header(tarfile.GNUTYPE_LONGNAME, 512) + b"photos/x".ljust(512, b"\0")
+        with pytest.raises(ArchiveError):
+            place.unpack(".tar", head * 900)
+
+    def test_a_zips_table_of_contents_that_is_announced_too_long(self, place) -> None:
+        data = bytearray(zipped({"photos/a": b"x"}))
+        end = data.rindex(b"PK\5\6")
+        data[end + 12 : end + 16] = struct.pack("<I", 0xF0000000)
+        with pytest.raises(ArchiveError):
+            place.unpack(".zip", bytes(data))
+
     def test_room_for_a_zip_is_checked_before_anything_is_written(self, place, monkeypatch) -> None:
         data = zipped({"photos/a": b"x" * 100_000, "photos/b": b"x" * 100_000})
         usage = shutil.disk_usage("/")
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=199_999))
         with pytest.raises(DiskFullError):
             place.unpack(".zip", data)
-        assert set(place.files()) <= {".archive.zip.unpacking/.journal"}
+        assert place.files() == {}
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=200_000))
         place.unpack(".zip", data)
 

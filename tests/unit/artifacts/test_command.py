@@ -182,7 +182,7 @@ def test_asks_once_on_a_terminal(entry, server, body, tmp_path, answer, fetched)
     os.close(controller)
     os.close(terminal)
     assert process.returncode == 0, err
-    assert err.count("Go on?") == 1
+    assert err.count("Continue?") == 1
     assert (tmp_path / "models/thing.bin").exists() == fetched
 
 
@@ -306,7 +306,7 @@ def on_terminal(folder: Path, keys: bytes) -> tuple[int, str]:
         if not more:
             break
         shown += more
-        if b"Go on?" in shown and not typed:
+        if b"Continue?" in shown and not typed:
             os.write(controller, keys)
             typed = True
     os.close(controller)

@@ -325,7 +325,7 @@ class TestTime:
     def test_a_dripping_server_is_given_up(self, fetch, server, body) -> None:
         fetch.set(slow_seconds=0.2, retries=2)
         server.add("/f", body[:40_000], pause=0.15, ranges=False)
-        with pytest.raises(TransferError, match=r"\d+ bytes in 0 seconds"):
+        with pytest.raises(TransferError, match=r"slow.* \d+ bytes"):
             fetch("/f")
         failed(fetch)
 

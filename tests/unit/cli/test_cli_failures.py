@@ -25,7 +25,6 @@ EXIT_CODES: dict[type[errors.ProxydetError], int] = {
     errors.TransferError: 4,
     errors.DigestError: 4,
     errors.ArchiveError: 4,
-    errors.NotWritableError: 5,
     errors.EnvironmentProblem: 5,
     errors.MissingDependencyError: 5,
     errors.DiskFullError: 5,

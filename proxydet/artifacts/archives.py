@@ -1,0 +1,482 @@
+"""Zip and tar archives: read in order with bounds, and unpacked whole or not at all.
+
+The standard library reads them. Here stands what it leaves to its callers: a bound on the number of members, on how much
+they unpack to, on what is held in memory; one rule for names; and nothing but plain files and folders.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import gzip
+import io
+import json
+import logging
+import re
+import shutil
+import stat
+import struct
+import tarfile
+import threading
+import zipfile
+import zlib
+from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO
+
+from proxydet.artifacts.catalogue import Artifact, Unpack
+from proxydet.artifacts.http import StoppedError
+from proxydet.errors import ArchiveError, ArtifactError
+from proxydet.files import read_text, require_room, write_errors, write_text
+from proxydet.reporting import Progress, Task
+from proxydet.wording import counted
+
+_logger = logging.getLogger(__name__)
+
+MOST_TIMES = 200
+"""An archive may unpack to so many times its size, and `SPARE_BYTES` more."""
+SPARE_BYTES = 64 << 20
+"""See `MOST_TIMES`."""
+MOST_MEMBERS = 2_000_000
+"""More members than any data set has."""
+_CHUNK = 1 << 20
+_DEEPEST = 32
+_LARGEST_DIRECTORY = 256 << 20
+_LARGEST_HEADERS = 1 << 20
+_LOCAL_HEADER = 30  # bytes in front of the name and data of a zip's member
+_LONGEST_PART = 240
+_HOSTILE = "The archive is damaged or hostile: do not use it."
+_DAMAGE = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, struct.error, EOFError, ValueError,
+           OverflowError, IndexError, KeyError, RecursionError, NotImplementedError, RuntimeError, OSError)  # fmt: skip
+
+
+@contextlib.contextmanager
+def archive_errors(path: Path) -> Iterator[None]:
+    """Turn whatever the libraries raise about a damaged archive into `ArchiveError`."""
+    try:
+        yield
+    except _DAMAGE as error:
+        raise ArchiveError(
+            f"{path.name} is damaged or not an archive of its kind: {str(error).rstrip('.')}.",
+            hint="Download it again.",
+            path=path,
+        ) from error
+
+
+def checked_name(name: str, tops: Collection[str], archive: str) -> str:
+    """Return the path of a member relative to the folder unpacked into, or refuse it.
+
+    Args:
+        name: The name as the archive gives it; a leading ``./`` and a trailing ``/`` mean nothing.
+        tops: First path parts below which members may lie.
+        archive: What messages call the archive.
+
+    Returns:
+        The path with forward slashes; empty for the folder itself.
+
+    Raises:
+        ArchiveError: The name is absolute, leads upwards, or is not plain; or it lies elsewhere than it should.
+    """
+    plain = re.sub(r"^(\./)+", "", name).removesuffix("/")
+    if plain in ("", "."):
+        return ""
+    parts = plain.split("/")
+    if len(parts) > _DEEPEST or re.match(r"[A-Za-z]:", plain) or not all(map(_is_plain, parts)):
+        raise ArchiveError(
+            f"{archive} holds a file called {name[:200]!r}, which could be written outside its folder.",
+            hint=_HOSTILE,
+        )
+    if parts[0] not in tops:
+        raise ArchiveError(
+            f"{archive} holds {name[:200]!r}, but only {', '.join(sorted(tops))} may come from it.",
+            hint="It is not the archive that the catalogue describes.",
+        )
+    return plain
+
+
+def _is_plain(part: str) -> bool:
+    if part in ("", ".", "..") or not part.isprintable() or "\\" in part:
+        return False
+    return len(part.encode("utf-8", errors="replace")) <= _LONGEST_PART
+
+
+# ---- reading -----------------------------------------------------------------------------------------------------------
+
+
+class Tar:
+    """The members of a tar archive, compressed with gzip or not, from start to end: never backwards.
+
+    Use as a context manager and iterate; between two steps, `data` gives the bytes of the member just named.
+
+    Args:
+        path: The archive.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._most = path.stat().st_size * MOST_TIMES + SPARE_BYTES
+        self._raw = path.open("rb")
+        compressed = self._raw.read(2) == b"\x1f\x8b"
+        self._raw.seek(0)
+        self._file: IO[bytes] = gzip.GzipFile(fileobj=self._raw) if compressed else self._raw  # type: ignore[assignment]
+        self._at = self._headers = self._left = 0
+        self._last = b""
+
+    def __enter__(self) -> Tar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+        self._raw.close()
+
+    @property
+    def read_bytes(self) -> int:
+        """How many bytes of the archive have been read."""
+        return self._raw.tell()
+
+    def __iter__(self) -> Iterator[tarfile.TarInfo]:
+        """Yield files and folders.
+
+        Raises:
+            ArchiveError: It is damaged or cut; holds anything else, too many members, or far more than its own size.
+        """
+        with archive_errors(self.path):
+            archive = tarfile.TarFile(fileobj=self, encoding="utf-8")  # type: ignore[arg-type]
+            for count in range(MOST_MEMBERS + 1):
+                self._headers = 0
+                member = archive.next()
+                archive.members.clear()  # type: ignore[attr-defined]
+                if member is None:
+                    break
+                if not (member.isdir() or member.isreg()) or member.issparse():
+                    raise ArchiveError(
+                        f"{self.path.name} holds a link, a device or a sparse file, {member.name[:200]!r}; that is refused.",
+                        hint=_HOSTILE,
+                    )
+                if count == MOST_MEMBERS or not 0 <= member.size <= self._most - self._at:
+                    self._refuse_bomb()
+                self._left = member.size if member.isreg() else 0
+                yield member
+            if (
+                self._last.count(0) != tarfile.BLOCKSIZE
+            ):  # the library takes a damaged header for the end
+                raise ValueError(f"it breaks off, or is damaged, at byte {self._at}")
+            self._headers = 0
+            while self._take(_CHUNK):  # so that the check sum of the compression is checked
+                pass
+
+    def data(self) -> Iterator[bytes]:
+        """Yield the bytes of the member that iteration stands at; errors as of iteration."""
+        with archive_errors(self.path):
+            while self._left:
+                chunk = self._take(min(self._left, _CHUNK))
+                if not chunk:
+                    raise EOFError("it ends in the middle")
+                self._left -= len(chunk)
+                yield chunk
+
+    # What tarfile.TarFile asks of a file. It trusts the sizes in headers, and would hold what they announce in memory.
+
+    def read(self, size: int) -> bytes:
+        """Read headers."""
+        self._headers += size
+        if size < 0 or self._headers > _LARGEST_HEADERS:
+            raise ArchiveError(
+                f"{self.path.name} has headers of more than {_LARGEST_HEADERS} bytes for one member.",
+                hint=_HOSTILE,
+                path=self.path,
+            )
+        self._last = self._take(size)
+        return self._last
+
+    def tell(self) -> int:
+        """Return the offset in the archive, uncompressed."""
+        return self._at
+
+    def seek(self, offset: int) -> None:
+        """Skip what the caller did not read of a member."""
+        if offset < self._at:
+            raise ValueError("its headers contradict each other")
+        while self._at < offset and self._take(min(offset - self._at, _CHUNK)):
+            pass
+
+    def _take(self, size: int) -> bytes:
+        data = self._file.read(size)
+        self._at += len(data)
+        if self._at > self._most:
+            self._refuse_bomb()
+        return data
+
+    def _refuse_bomb(self) -> None:
+        raise _bomb(self.path)
+
+
+def _bomb(path: Path) -> ArchiveError:
+    return ArchiveError(
+        f"{path.name} holds more than {MOST_MEMBERS} files, or unpacks to more than {MOST_TIMES} times its size; that is "
+        "refused.",
+        hint=_HOSTILE,
+        path=path,
+    )
+
+
+class _BoundedFile(io.BufferedReader):
+    """A file of which no more is read at once than a zip's directory can be long: zipfile trusts its announced size."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Read ``size`` bytes."""
+        if size is not None and size > _LARGEST_DIRECTORY:
+            raise ValueError("its table of contents is too long")
+        return super().read(size)
+
+
+@contextlib.contextmanager
+def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
+    """Open a zip archive; whatever zipfile raises about a damaged one is for `archive_errors`."""
+    with _BoundedFile(io.FileIO(path)) as file, zipfile.ZipFile(file) as archive:
+        yield archive
+
+
+def _zip_members(archive: zipfile.ZipFile, path: Path, tops: Collection[str]) -> dict[str, zipfile.ZipInfo]:  # fmt: skip
+    """Return the files in a zip archive by their checked path, in the order in which they lie there."""
+    entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+    unpacked = sum(entry.file_size for entry in entries)
+    if len(entries) > MOST_MEMBERS or unpacked > path.stat().st_size * MOST_TIMES + SPARE_BYTES:
+        raise _bomb(path)
+    found: dict[str, zipfile.ZipInfo] = {}
+    end = 0
+    for entry in entries:
+        name = checked_name(entry.orig_filename, tops, path.name)
+        if stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise ArchiveError(
+                f"{path.name} holds a link or a device, {entry.orig_filename[:200]!r}; that is refused.",
+                hint=_HOSTILE,
+            )
+        if entry.flag_bits & 0x1:
+            raise ArchiveError(f"{path.name} is encrypted.")
+        if entry.header_offset < end:
+            raise ArchiveError(
+                f"{path.name} holds files that overlap; that is refused.", hint=_HOSTILE
+            )
+        end = entry.header_offset + _LOCAL_HEADER + entry.compress_size
+        if name and not entry.orig_filename.endswith("/"):
+            if name in found:
+                raise ArchiveError(f"{path.name} holds {name!r} twice.", path=path)
+            found[name] = entry
+    return found
+
+
+# ---- unpacking ---------------------------------------------------------------------------------------------------------
+
+Listing = dict[str, tuple[int, int]]
+"""Size and CRC-32 of unpacked files, by path with forward slashes."""
+
+
+class Unpacker:
+    """Unpacks one archive whose digest has been checked; continues where an earlier run stopped.
+
+    The members are written to a hidden folder, and moved when all are there and listed. So a folder such as
+    ``train2017`` is either absent or whole.
+
+    Args:
+        artifact: The artifact.
+        rule: What it unpacks to.
+        path: The archive.
+        folder: Where its members go.
+        digest: Digest of the archive.
+        progress: Where to show how far it is.
+        stop: Ends the work when set.
+    """
+
+    def __init__(
+        self, artifact: Artifact, rule: Unpack, path: Path, folder: Path, digest: str, progress: Progress,
+        stop: threading.Event,
+    ) -> None:  # fmt: skip
+        self._artifact, self._rule, self._path, self._folder = artifact, rule, path, folder
+        self._digest, self._progress, self._stop = digest, progress, stop
+        self._staging = folder / f".{path.name}.{digest[:16]}.unpacking"
+
+    def run(self, listing: Path) -> int:
+        """Unpack.
+
+        Args:
+            listing: File to write size and CRC-32 of each member to, for later checks.
+
+        Returns:
+            How many files the archive holds.
+
+        Raises:
+            ArchiveError: It is damaged, hostile, or does not hold what the catalogue says.
+            DiskFullError: There is no room.
+            StoppedError: The stop sign was given.
+        """
+        staging, complete = self._staging, self._staging / ".listing"
+        with write_errors(staging):
+            plain = f".{glob.escape(self._path.name)}"
+            for pattern in (f"{plain}.unpacking", f"{plain}.{'[0-9a-f]' * 16}.unpacking"):
+                for left in self._folder.glob(pattern):
+                    if left != staging:  # of another version
+                        shutil.rmtree(left)
+            staging.mkdir(parents=True, exist_ok=True)
+        files = read_listing(complete)
+        if files is None:
+            try:
+                with archive_errors(self._path):
+                    files = self._from_zip() if self._path.suffix == ".zip" else self._from_tar()
+                self._check_provided(files)
+            except ArchiveError:
+                shutil.rmtree(staging, ignore_errors=True)  # this cannot be continued from
+                raise
+            head = json.dumps({"archive": self._digest, "columns": ["size", "crc32", "name"]})
+            lines = (f"{files[name][0]}\t{files[name][1]:08x}\t{name}\n" for name in sorted(files))
+            write_text(complete, f"{head}\n{''.join(lines)}")
+        with write_errors(self._folder):
+            for top in self._rule.tops:
+                if (staging / top).exists() and not (self._folder / top).exists():
+                    (staging / top).rename(self._folder / top)
+            for name in files:
+                if (staging / name).exists():
+                    (self._folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    (staging / name).replace(self._folder / name)
+            listing.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(complete, listing)
+            shutil.rmtree(staging)
+        _logger.info("%s: %d files in %s", self._artifact.name, len(files), self._folder)
+        return len(files)
+
+    def _check_provided(self, files: Listing) -> None:
+        archive = self._artifact.file_name
+        for provided in self._rule.provides:
+            inside = sum(name.startswith(provided.path + "/") for name in files)
+            single = files.get(provided.path)
+            if not inside and single is None:
+                raise ArchiveError(f"{archive} does not hold {provided.path}.")
+            if provided.files not in (None, inside):
+                what = f"{counted(inside, 'file')} in {provided.path}"
+                raise ArchiveError(f"{archive} holds {what}, not {provided.files}.")
+            if provided.size is not None and (single is None or single[0] != provided.size):
+                raise ArchiveError(
+                    f"{provided.path} in {archive} does not have the published size."
+                )
+
+    def _from_zip(self) -> Listing:
+        """Write the members that are not there yet, several at a time."""
+        path, failed = self._path, threading.Event()
+        title = f"unpacking {path.name}"
+        with open_zip(path) as archive:
+            members = _zip_members(archive, path, self._rule.tops)
+            total = sum(entry.file_size for entry in members.values())
+            there = sum(e.file_size for name, e in members.items() if self._has(name, e.file_size))
+            require_room(self._staging / "files", total - there)
+            waiting = iter(members.items())
+
+            def work(task: Task) -> None:
+                try:
+                    while not failed.is_set() and (found := next(waiting, None)) is not None:
+                        name, entry = found
+                        if not self._has(name, entry.file_size):
+                            data = self._zip_data(archive, entry)
+                            self._write(name, entry.file_size, data)
+                        task.advance(entry.file_size)
+                except BaseException:
+                    failed.set()
+                    raise
+
+            with (
+                self._progress.task(title, total=total, unit="B") as task,
+                ThreadPoolExecutor(4) as pool,
+            ):
+                for future in [pool.submit(work, task) for _ in range(4)]:
+                    future.result()
+        return {name: (entry.file_size, entry.CRC) for name, entry in members.items()}
+
+    def _zip_data(self, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Iterator[bytes]:
+        with archive_errors(self._path), archive.open(entry) as source:
+            while chunk := source.read(_CHUNK):
+                yield chunk
+
+    def _from_tar(self) -> Listing:
+        """Write the members that are not there yet, one after another."""
+        path, files, at = self._path, Listing(), 0
+        title, size = f"unpacking {path.name}", path.stat().st_size
+        with Tar(path) as archive, self._progress.task(title, total=size, unit="B") as task:
+            for member in archive:
+                name = checked_name(member.name, self._rule.tops, path.name)
+                if member.isdir() or not name:
+                    self._make_folder(name)
+                    continue
+                if name in files:
+                    raise ArchiveError(f"{path.name} holds {name!r} twice.", path=path)
+                files[name] = (member.size, self._write(name, member.size, archive.data()))
+                task.advance(archive.read_bytes - at)
+                at = archive.read_bytes
+            task.advance(size - at)
+        return files
+
+    def _has(self, name: str, size: int) -> bool:
+        """Return whether an earlier run wrote a member; it gets its full size with its last byte."""
+        try:
+            return (self._staging / name).stat().st_size == size
+        except OSError:
+            return False
+
+    def _write(self, name: str, size: int, chunks: Iterable[bytes]) -> int:
+        """Write one member unless it is there, and return its CRC-32. May be called from several threads."""
+        path, there = self._staging / name, self._has(name, size)
+        self._make_folder(name.rpartition("/")[0])
+        crc = count = 0
+        with (
+            write_errors(path),
+            _one_kind(name),
+            path.open("ab" if there else "wb", buffering=0) as file,
+        ):
+            for chunk in chunks:
+                if self._stop.is_set():
+                    raise StoppedError
+                crc, count = zlib.crc32(chunk, crc), count + len(chunk)
+                view = memoryview(b"" if there else chunk)
+                while view:
+                    view = view[file.write(view) :]
+        if count != size:
+            raise ArchiveError(
+                f"{name} in the archive has {count} bytes, not the {size} announced."
+            )
+        return crc
+
+    def _make_folder(self, name: str) -> None:
+        with write_errors(self._staging / name), _one_kind(name):
+            (self._staging / name).mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def _one_kind(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (FileExistsError, IsADirectoryError, NotADirectoryError) as error:
+        raise ArchiveError(
+            f"It holds {name!r} as a file and as a folder.", hint=_HOSTILE
+        ) from error
+
+
+def read_listing(path: Path) -> Listing | None:
+    """Return the files of a listing; None if there is none.
+
+    Raises:
+        ArtifactError: It is there but damaged.
+    """
+    found: Listing = {}
+    try:
+        head, *lines = read_text(path, limit=1 << 30).splitlines()
+        if not isinstance(json.loads(head), dict):
+            raise ValueError("no heading")
+        for line in lines:
+            size, crc, name = line.split("\t", 2)
+            found[name] = (int(size), int(crc, 16))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(
+            f"{path} is damaged.", hint="Remove it and run the same command again.", path=path
+        ) from error
+    return found

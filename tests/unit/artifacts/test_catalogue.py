@@ -254,5 +254,5 @@ def test_hints_name_what_can_be_downloaded(catalogue, repository) -> None:
         for name in re.findall(r"proxydet download ([a-z0-9][\w-]*)", path.read_text("utf-8"))
     }
     named -= {"puts", "says", "fills", "calls"}
-    assert {"imagenet-21k-lvis", "clip-vit-b32", "metadata", "openimages-val"} <= named
+    assert {"imagenet-21k-lvis", "clip-vit-b32"} <= named
     assert all(catalogue.resolve([name]) for name in named)

@@ -171,8 +171,9 @@ def run(options: TrainOptions, machines: Machines, *, json: bool) -> None:
     if LAUNCHER not in os.environ:
         output.message(f"run folder: {root}" + (f" ({why})" if why else ""))
     if resume == "auto" and same_finished_run(folder, config):
-        result = finished_run(folder, config)
-        output.data(result, f"This run is finished: nothing to do.\n{_summary(result)}")
+        if not output.quiet:
+            result = finished_run(folder, config)
+            output.data(result, f"This run is finished: nothing to do.\n{_summary(result)}")
         return
 
     def train_here() -> None:

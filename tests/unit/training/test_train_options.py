@@ -106,15 +106,19 @@ MACHINES = training.Machines(gpus=2, nodes=None, rendezvous=None, max_restarts=N
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize("finished", [False, True])
 def test_the_first_of_all_processes_writes_the_result(
     rank: int,
     as_json: bool,
+    finished: bool,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """So it is written once, whatever the number of machines, and the same as by one process."""
     monkeypatch.setattr("proxydet.training_run.run_training", lambda *_, **__: RESULT)
+    monkeypatch.setattr("proxydet.training_run.finished_run", lambda *_: RESULT)
+    monkeypatch.setattr("proxydet.training.train.same_finished_run", lambda *_: finished)
     monkeypatch.chdir(tmp_path)
     for name, value in (("RANK", rank), ("WORLD_SIZE", 2), ("LOCAL_RANK", 0)):
         monkeypatch.setenv(name, str(value))

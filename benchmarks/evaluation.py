@@ -4,6 +4,7 @@
 
     python benchmarks/evaluation.py engines --images 2000          # both engines, boxes and masks, reading included
     python benchmarks/evaluation.py engines --images 20000 --engine hotcoco
+    python benchmarks/evaluation.py user --images 2000             # proxydet eval --results, everything, against lvis alone
     python benchmarks/evaluation.py sample FOLDER                  # the official numbers on real annotations
     python benchmarks/evaluation.py coverage --sets 200            # how often 95 % intervals hold
 
@@ -15,6 +16,8 @@ detector's are.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import re
 import resource
@@ -43,6 +46,9 @@ def main() -> None:
     engines.add_argument("--bootstrap", type=int, default=0)
     engines.add_argument("--errors", action="store_true", help="analyse errors too")
     engines.add_argument("--folder", type=Path, help="keep the generated files here")
+    user = commands.add_parser("user")
+    user.add_argument("--images", type=int, default=2000)
+    user.add_argument("--folder", type=Path, help="keep the generated files here")
     coverage = commands.add_parser("coverage")
     coverage.add_argument("--sets", type=int, default=200)
     coverage.add_argument("--images", type=int, default=400)
@@ -56,6 +62,8 @@ def main() -> None:
         measure(**options.arguments)
     elif options.command == "sample":
         compare_sample(options.folder)
+    elif options.command == "user":
+        compare_user(options)
     elif options.command == "engines":
         compare_engines(options)
     else:
@@ -87,6 +95,21 @@ def compare_engines(options: argparse.Namespace) -> None:
                 print(json.dumps({key: result[key] for key in result if key != "metrics"}))
             if len(results) == 2:
                 print(json.dumps(compared(results["hotcoco"], results["lvis"])))
+
+
+def compare_user(options: argparse.Namespace) -> None:
+    """Print what `proxydet eval --results` takes with all that it writes, and the official evaluator alone beside it."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        generate(options.images, folder)
+        for kind in ("bbox", "segm"):
+            arguments = {"folder": str(folder), "images": options.images, "kind": kind}
+            ours = run_child(**arguments, engine="user", bootstrap=200, errors=True)
+            official = run_child(**arguments, engine="lvis", bootstrap=0, errors=False)
+            for result in (ours, official):
+                print(json.dumps({key: result[key] for key in result if key != "metrics"}))
+            print(json.dumps(compared(ours, official)))
 
 
 def compare_sample(folder: Path) -> None:
@@ -149,11 +172,26 @@ def measure(
     from proxydet.evaluation.config import EvaluationConfig
     from proxydet.evaluation.evaluate import run_evaluation
 
+    if engine == "user":
+        import matplotlib.backends.backend_svg
+        import matplotlib.figure  # noqa: F401
+
+        import proxydet.evaluation.page
+        import proxydet.evaluation.records
+        import proxydet.inference.writers  # noqa: F401
+        from proxydet_cli.app import run
     results = Path(folder) / f"{kind}_{images}.json"
     annotations = Path(folder) / f"truth_{images}.json"
     start, processor = time.perf_counter(), time.process_time()
     if engine == "lvis":
         metrics = official(annotations, results, kind)
+    elif engine == "user":
+        output = Path(folder) / f"user_{kind}"
+        words = ["--results", str(results), "--data", str(annotations), "--output", str(output)]
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+            run(["eval", *words])
+        written = json.loads((output / "results.json").read_text())
+        metrics = written["results"][kind]["metrics"]
     else:
         config = EvaluationConfig(bootstrap=bootstrap, iou_types=(kind,))
         evaluation = run_evaluation(results, annotations, config=config)

@@ -11,6 +11,7 @@ that do not add up make them read and write outside their buffers. The bounds he
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Sequence
 from typing import Any, TypeGuard
 
@@ -25,6 +26,7 @@ LONGEST_OUTLINE = 1_000_000.0
 LARGEST_IMAGE = 2**31 - 1
 """Pixels: largest height times width that run lengths can count."""
 
+_BYTES_LITERAL = re.compile(r"""b'(?:[^'\\\n]|\\[ -~])*'|b"(?:[^"\\\n]|\\[ -~])*\"""")
 _FIRST = 48
 _LAST = 48 + 63
 _BATCH = 1000
@@ -99,12 +101,13 @@ def compress(counts: Sequence[Any], size: tuple[int, int]) -> bytes | None:
 
 def counts_of_text(text: str) -> bytes | None:
     """Return RLE counts from their text, also where Python wrote it as ``b'...'``; None where it is not ASCII."""
-    if text[:2] in ("b'", 'b"') and text[-1:] == text[1]:
-        try:
-            literal = ast.literal_eval(text)
-        except (ValueError, SyntaxError, MemoryError):
+    if text[:2] in ("b'", 'b"'):
+        if not _BYTES_LITERAL.fullmatch(text):
             return None
-        return literal if isinstance(literal, bytes) else None
+        try:
+            return bytes(ast.literal_eval(text))
+        except (ValueError, SyntaxError):  # an escape that does not exist
+            return None
     return text.encode("ascii") if text.isascii() else None
 
 

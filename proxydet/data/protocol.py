@@ -46,7 +46,7 @@ def protocol_of(store: AnnotationStore) -> Protocol:
             f"{store.source_name}: every image has neg_category_ids (LVIS's federated annotations), but "
             f"{len(lacking)} of {len(store.categories)} categories have no frequency r, c or f ({_first(lacking)})",
             hint="add 'frequency' (or 'image_count') to them, or choose how to score with --protocol coco or "
-            "--protocol lvis",
+            "--protocol lvis (evaluation.protocol in a configuration)",
         )
     return "lvis"
 

@@ -834,15 +834,15 @@ class _Builder:
     def _take_root(self, columns: dict[str, Column]) -> CategoryEntry | None:
         """Take out a category without objects that is the supercategory of all others, which Roboflow writes."""
         used = np.bincount(columns["category"], minlength=len(self._categories))
+        above = Counter((entry.supercategory or "").strip() for entry in self._categories)
         for row, entry in enumerate(self._categories):
-            others = [other for other in self._categories if other is not entry]
-            name = entry.name.strip()
             if (
                 used[row] == 0
-                and others
+                and len(self._categories) > 1
                 and entry.supercategory in (None, "", "none", "None")
-                and all((other.supercategory or "").strip() == name for other in others)
+                and above[entry.name.strip()] == len(self._categories) - 1
             ):
+                others = [other for other in self._categories if other is not entry]
                 columns["category"] -= (columns["category"] > row).astype(np.int32)
                 self._categories = others
                 self._row_of_category = {other.id: row for row, other in enumerate(others)}
@@ -878,8 +878,7 @@ def _spellings(value: Identifier) -> list[Identifier]:
     """Return the other type's spelling of an id: a number's text, a text's number."""
     if isinstance(value, int):
         return [str(value)]
-    digits = value.strip().lstrip("-")
-    return [int(value)] if digits.isascii() and digits.isdigit() and len(digits) < 19 else []
+    return [int(value)] if re.fullmatch(r"-?\d{1,18}", value.strip(), re.ASCII) else []
 
 
 def _offsets(lengths: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

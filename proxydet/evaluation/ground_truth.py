@@ -235,11 +235,14 @@ class GroundTruth:
             counts = store.rle(row)
             if not counts:
                 polygons = [polygon.tolist() for polygon in store.polygons(row)]
-                x, y, w, h = self.ann_box_A4[index].tolist()
-                corners = [x, y, x + w, y, x + w, y + h, x, y + h]
-                counts = rasterize(polygons or [corners], (size[0], size[1]))
+                counts = rasterize(polygons or self.box_outline(index), (size[0], size[1]))
             found.append({"size": size, "counts": counts})
         return found
+
+    def box_outline(self, index: int) -> list[list[float]]:
+        """Return the box of annotation ``index``, clipped to its image, as a polygon."""
+        x1, y1, x2, y2 = self.store.column("box")[self.ann_row_A[index]].tolist()
+        return [[x1, y1, x2, y1, x2, y2, x1, y2]]
 
     def segmentation(self, index: int) -> list[list[float]] | dict[str, Any]:
         """Return the mask of annotation ``index`` as the official evaluators take it: polygons, RLE, or an empty list."""

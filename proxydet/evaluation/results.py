@@ -20,6 +20,7 @@ import json
 import logging
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -48,6 +49,8 @@ _BOUNDARIES_TRIED = 8
 _NOT_FINITE = re.compile(rb"-?\b(?:NaN|Infinity)\b")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _SHOWN = 5
+_DEEPEST = 16
+"""Folders of an image's path that are compared."""
 _DIGITS = 20
 _TOLERANCE_PIXELS = 1.0
 _HINT = (
@@ -391,6 +394,7 @@ def _images_of(content: _Object, truth: GroundTruth, path: Path | None) -> Index
 
     A name may have more or fewer folders than the data set's, as long as only one image fits.
     """
+    _unique_ids(content.images, "image", path)
     if not any(row.file_name for row in content.images):
         return truth.image_index
     known: dict[tuple[str, ...], list[int]] = {}
@@ -430,11 +434,22 @@ def _images_of(content: _Object, truth: GroundTruth, path: Path | None) -> Index
 
 
 def _parts(name: str) -> tuple[str, ...]:
-    return PurePosixPath(name.replace("\\", "/")).parts
+    return PurePosixPath(name.replace("\\", "/")).parts[-_DEEPEST:]
+
+
+def _unique_ids(rows: Sequence[_Named], what: str, path: Path | None) -> None:
+    repeated = [value for value, n in Counter(row.id for row in rows).items() if n > 1]
+    if repeated:
+        raise DataError(
+            f"{path or 'The detections given'}: {what} ids used more than once ({first_offenders(repeated)}).",
+            hint="score each results file on its own, or give the joined ones ids that are unique",
+            path=path,
+        )
 
 
 def _categories_of(content: _Object, truth: GroundTruth, path: Path | None) -> Index:
     """Return which of the data set's categories each category of the file is: by name, by id where it has none."""
+    _unique_ids(content.categories, "category", path)
     if not any(row.name for row in content.categories):
         return truth.category_index
     number_of: dict[str, int] = {}

@@ -411,7 +411,7 @@ def _annotations(truth: GroundTruth) -> dict[str, Any]:
             "area": float(truth.ann_area_A[index]),
             "iscrowd": int(truth.ann_crowd_A[index]),
             "ignore": int(truth.ann_ignore_A[index]),
-            "segmentation": truth.segmentation(index) or _corners(truth.ann_box_A4[index]),
+            "segmentation": truth.segmentation(index) or truth.box_outline(index),
         }
         for index in range(len(truth.ann_row_A))
     ]
@@ -420,11 +420,6 @@ def _annotations(truth: GroundTruth) -> dict[str, Any]:
         for index, frequency in enumerate(frequencies)
     ]
     return {"images": images, "annotations": annotations, "categories": categories}
-
-
-def _corners(box_4: NDArray[np.float64]) -> list[list[float]]:
-    x, y, width, height = box_4.tolist()
-    return [[x, y, x + width, y, x + width, y + height, x, y + height]]
 
 
 def _detections(results: Results, iou_type: str) -> list[dict[str, Any]]:

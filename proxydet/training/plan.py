@@ -240,7 +240,7 @@ def _data_needs(description: DatasetDescription, config: RunSettings) -> list[Ne
         needs.append(Need(what="training annotations", path="", present=False, problem=text))
     for name, split in (("training", description.train), ("validation", description.val)):
         if split is not None:
-            needs.append(_annotations(f"{name} annotations", split.annotations))
+            needs.append(_annotations(name, split.annotations))
             needs += [_need(f"{name} images", root) for root in split.roots]
     labels = description.image_labels
     if config.data.image_labels is not None and labels is not None:
@@ -291,12 +291,13 @@ def _need(what: str, path: Path) -> Need:
     return Need(what=what, path=str(path), present=path.exists())
 
 
-def _annotations(what: str, path: Path) -> Need:
-    """Look into an annotation file, unless it is a large one."""
+def _annotations(split: str, path: Path) -> Need:
+    """Open the annotations of a split as training and evaluation do, unless they are large."""
+    what = f"{split} annotations"
     if not path.exists() or path.stat().st_size > _LARGEST_READ:
         return _need(what, path)
     try:
-        AnnotationStore.open(path, warn=False).require_objects()
+        AnnotationStore.open(path, warn=False).require_objects(groups=split != "training")
     except DataError as error:
         problem = error.message
     else:

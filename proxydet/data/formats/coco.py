@@ -42,7 +42,9 @@ _BOM = b"\xef\xbb\xbf"
 _GZIP = b"\x1f\x8b"
 _UNPACKED_FREELY = 1 << 28
 _MOST_RATIO = 200
-_NOT_FINITE = re.compile(rb'"(?:[^"\\]|\\.)*"|-?\b(?:NaN|Infinity)\b')
+_NOT_FINITE = re.compile(rb"-?(?:NaN|Infinity)|-?I|I")
+_NOT_FINITE_OR_STRING = re.compile(rb'"|-?\b(?:NaN|Infinity)\b')
+_REST_OF_STRING = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _HINT = (
     "it must be an object with lists 'images', 'annotations' and 'categories' (COCO or LVIS format)"
 )
@@ -360,14 +362,6 @@ def _lists(
 ) -> tuple[_Lists, dict[str, list[str]]]:
     """Find the three lists; a byte order mark is passed over, NaN and infinities are read as null."""
     found: list[str] = []
-
-    def as_null(match: re.Match[bytes]) -> bytes:
-        token = match[0]
-        if token.startswith(b'"'):
-            return token
-        found.append(token.decode())
-        return b"null"
-
     data: Any = memoryview(text)[len(_BOM) :] if text[:3] == _BOM else text
     while True:
         try:
@@ -377,10 +371,28 @@ def _lists(
         except RecursionError as error:
             raise _not_annotations(b"", "it is nested too deeply", path, name) from error
         except msgspec.DecodeError as error:
-            plain = None if found else _NOT_FINITE.sub(as_null, data)
-            if not found or plain is None:
+            place = re.search(r"\(byte (\d+)\)", str(error))
+            at = data[int(place[1]) : int(place[1]) + 9] if place else b""
+            if found or not _NOT_FINITE.match(bytes(at)):
                 raise _not_json(data, error, path, name) from error
-            data = plain
+            data, found = _with_nulls(bytes(data))
+
+
+def _with_nulls(text: bytes) -> tuple[bytes, list[str]]:
+    """Return JSON text with null for NaN and infinities outside of strings, and what was replaced."""
+    parts, found = bytearray(), []
+    at = copied = 0
+    while match := _NOT_FINITE_OR_STRING.search(text, at):
+        if match[0] == b'"':
+            end = _REST_OF_STRING.match(text, match.end())
+            if end is None:
+                break
+            at = end.end()
+            continue
+        parts += text[copied : match.start()] + b"null"
+        found.append("NaN" if match[0] == b"NaN" else "Infinity")
+        at = copied = match.end()
+    return bytes(parts) + text[copied:], found
 
 
 def _not_json(text: Any, error: msgspec.DecodeError, path: Path | None, name: str) -> DataError:

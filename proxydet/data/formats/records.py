@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 import msgspec
 
 Identifier = int | str
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 LABEL_LISTS = ("neg_category_ids", "not_exhaustive_category_ids", "pos_category_ids")
 """Fields of images that list categories: LVIS's verified absent, LVIS's not exhaustively annotated, verified present."""
 
@@ -55,8 +57,8 @@ class CategoryEntry(msgspec.Struct, frozen=True):
     wnid: str | None = None
     freebase_id: str | None = None
     supercategory: str | None = None
-    image_count: int | None = None
-    instance_count: int | None = None
+    image_count: _Count | None = None
+    instance_count: _Count | None = None
     synonyms: list[str] | None = None
 
 

@@ -6,6 +6,8 @@ by its folder, by a folder of XML files, or by one of the lists.
 
 from __future__ import annotations
 
+import glob
+import os
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,7 +73,7 @@ def files(source: Path) -> list[Path]:
     # In the lists of single classes, a second column says whether the class is there.
     names = [line.split()[0] for line in lines if line.split()]
     listed = [folder / f"{name}.xml" for name in dict.fromkeys(names)]
-    absent = [path.name for path in listed if not path.is_file()]
+    absent = [path.name for path in listed if not os.path.isfile(path)]  # noqa: PTH113 - false for a name too long
     if absent or not listed:
         what = (
             f"{len(absent)} of its {len(listed)} images have no XML in {folder}, e.g. {absent[:3]}"
@@ -164,8 +166,12 @@ def _parse(path: Path) -> ElementTree.Element:
             )
         text = path.read_bytes()
         # Python's parser bounds the growth of entities; the format needs none, so none are read.
-        if b"<!ENTITY" in text:
-            raise DataError(f"{path} declares entities, which are not read", hint=_HINT, path=path)
+        if b"<!ENTITY" in text or b"\0" in text:  # other encodings than ASCII's relatives hide it
+            raise DataError(
+                f"{path} declares entities, or is not text of one byte a character",
+                hint=_HINT,
+                path=path,
+            )
         root = ElementTree.fromstring(text)  # noqa: S314 - no entities, bounded size
     except OSError as error:
         raise DataError(
@@ -184,7 +190,7 @@ def _parse(path: Path) -> ElementTree.Element:
 
 def _image_beside(path: Path, stem: str) -> str:
     folder = image_folder(path)
-    found = sorted(folder.glob(f"{stem}.*")) if folder is not None else []
+    found = sorted(folder.glob(f"{glob.escape(stem)}.*")) if folder is not None else []
     return found[0].name if found else f"{stem}.jpg"
 
 

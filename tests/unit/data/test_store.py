@@ -17,6 +17,7 @@ from proxydet.data.deviations import DEVIATIONS, StoreReport
 from proxydet.data.masks import decode
 from proxydet.data.store import AnnotationStore
 from proxydet.errors import DataError
+from proxydet.evaluation.ground_truth import GroundTruth
 
 Write = Callable[[Any], Path]
 CATEGORIES = [{"id": 9, "name": "bird"}, {"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
@@ -645,3 +646,37 @@ def test_a_source_that_changes_while_it_is_read_gets_no_store(
     monkeypatch.undo()
     assert not list((tmp_path / "c").glob("*.columns"))
     assert AnnotationStore.open(source, cache=tmp_path / "c").report.annotations_kept == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image_id": "--5"},
+        {"segmentation": {"size": [20, 30], "counts": "b'a'" + "-" * 4000 + "b'a'"}},
+        {"bbox": [0, 0, 5e8, 5e8], "segmentation": None},
+    ],
+    ids=["dashes", "an expression", "a far box"],
+)
+def test_hostile_records_are_dropped_or_used(
+    write_json: Write, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    """Also when masks are scored: an object without one counts neither way, whatever its box."""
+    rows = [annotation(1, 1, 3, [1, 1, 5, 5]), annotation(2, 1, 3, [1, 1, 5, 5]) | change]
+    content = document([IMAGE], rows)
+    content["categories"][0] = content["categories"][0] | {"image_count": 10**30}
+    path = write_json(content)
+    store = AnnotationStore.open(path, cache=tmp_path / "c")
+    assert store.report.annotations_kept >= 1
+    masks = GroundTruth.load(path).for_masks().masks
+    assert len(masks) == store.report.annotations_kept
+
+
+def test_text_with_nan_is_read_in_time_that_grows_with_its_length(
+    write_json: Write, tmp_path: Path
+) -> None:
+    row = annotation(1, 1, 3, [1, 1, 5, 5]) | {"note": 'NaN "quoted" \\ Infinity'}
+    text = json.dumps(document([IMAGE], [row])).replace("25", "NaN", 1)
+    store = AnnotationStore.open(write_json(text), cache=tmp_path / "c")
+    assert store.report.counts["file.nan"] == 1
+    with pytest.raises(DataError):
+        AnnotationStore.open(write_json('{"images": [NaN, "' + '\\"' * 200_000), cache=tmp_path)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from proxydet.data.store import AnnotationStore
 from proxydet.errors import ConfigError, DataError, InputError
 from proxydet.evaluation.analysis import analyse
 from proxydet.evaluation.config import EvaluationConfig
@@ -101,7 +102,7 @@ def test_what_an_evaluation_was_made_from_is_recorded(typed: Typed, files: Path)
     assert manifest.kind == "evaluation"
     assert manifest.digests == {
         "results": sha256(files / "a.json"),
-        "annotations": sha256(files / "val.json"),
+        "annotations": AnnotationStore.open(files / "val.json").digest(),
     }
     assert manifest.configuration["scoring"]["max_detections"] == 300
     assert manifest.seeds == {"resamples": 0}

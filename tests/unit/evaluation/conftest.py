@@ -98,6 +98,14 @@ def draw_set(
                 }
             )
     draw.shuffle(detections)
+    # A set without an object that counts is refused: there is nothing to score.
+    if not truth["annotations"]:
+        box = _box(draw)
+        first = {"id": 1, "image_id": truth["images"][0]["id"], "category_id": ids[0], "bbox": box}
+        first |= {"area": box[2] * box[3], "iscrowd": 0, "segmentation": ellipse(box)}
+        truth["annotations"].append(first)
+    if all(row["iscrowd"] for row in truth["annotations"]):
+        truth["annotations"][0]["iscrowd"] = 0
     return truth, detections
 
 

@@ -415,7 +415,11 @@ def test_what_is_not_an_annotation_file_is_refused(
     with pytest.raises(DataError, match=match) as caught:
         AnnotationStore.open(path, cache=tmp_path / "c")
     assert "annotations.json" in caught.value.message
-    path.write_bytes(gzip.compress(b" " * (300 << 20)))
+
+
+def test_a_gzip_bomb_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.json.gz"
+    path.write_bytes(gzip.compress(b" " * (300 << 20), compresslevel=1))
     with pytest.raises(DataError, match="200 times"):
         AnnotationStore.open(path, cache=tmp_path / "c")
 

@@ -191,7 +191,7 @@ def overlapping_pairs(
         selection: The S detections.
         annotations: The G annotations, ordered by image and category.
         iou_type: ``"bbox"`` or ``"segm"``.
-        images: The first image to look at, and the one to stop before.
+        images: The first image to compare, and the one to stop before.
     """
     categories = len(truth.category_ids)
     key_G = truth.ann_image_A[annotations] * categories + truth.ann_category_A[annotations]

@@ -323,7 +323,7 @@ class Hits:
 def _running(
     values_H: NDArray[np.int64], heads: NDArray[np.int64], lengths: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Return running sums that start anew at each of ``heads``."""
+    """Return running sums that restart at each of ``heads``."""
     sums_H = np.cumsum(values_H)
     before = sums_H[heads] - values_H[heads]
     within_H: NDArray[np.int64] = sums_H - np.repeat(before, lengths)

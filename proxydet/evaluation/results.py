@@ -115,7 +115,7 @@ def read_results(
     Args:
         source: A results file, plain or gzipped JSON, or the same as Python values.
         truth: The data set.
-        keep_every_mask: Keep masks that the protocol does not look at too; the official evaluator wants them.
+        keep_every_mask: Keep masks that the protocol does not judge too; the official evaluator wants them.
         allow_outside: Accept boxes that reach out of their image by more than a pixel.
         allow_duplicates: Accept a file that holds every detection more than once.
 
@@ -662,7 +662,7 @@ _HINTS = {
 class _Problems:
     """What is wrong with detections, found block by block and reported at the end.
 
-    Every check looks at whole columns, counts the offenders, and keeps the first few for the message.
+    Every check works on whole columns, counts the offenders, and keeps the first few for the message.
 
     Attributes:
         truth: The data set.

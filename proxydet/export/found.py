@@ -52,7 +52,7 @@ class Found:
         return self.mask_probs is not None
 
     def mask(self, index: int) -> Bools:
-        """Return a detection's mask in the picture: bool (H, W).
+        """Return a detection's mask in the image: bool (H, W).
 
         Raises:
             InputError: The exported detector finds boxes only.
@@ -62,7 +62,7 @@ class Found:
 
     @property
     def masks(self) -> Bools:
-        """All masks in the picture: bool (N, H, W), N * H * W bytes.
+        """All masks in the image: bool (N, H, W), N * H * W bytes.
 
         Raises:
             InputError: The exported detector finds boxes only.

@@ -131,7 +131,7 @@ BatchSize = Annotated[
 Augment = Annotated[
     bool,
     typer.Option(
-        "--tta", help="Look at each image mirrored too, and in three sizes: 6 times slower."
+        "--tta", help="Run on each image mirrored too, and in three sizes: 6 times slower."
     ),
 ]
 

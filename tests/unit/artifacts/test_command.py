@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pty
+import select
 import shutil
 import subprocess
 import sys
@@ -297,18 +298,15 @@ def on_terminal(folder: Path, keys: bytes) -> tuple[int, str]:
     )
     os.close(terminal)
     shown = b""
-    typed = False
     while True:
-        try:
-            more = os.read(controller, 4096)
-        except OSError:  # the process is gone
-            break
-        if not more:
-            break
-        shown += more
-        if b"Continue?" in shown and not typed:
+        if select.select([controller], [], [], 0.5)[0]:
+            try:
+                shown += os.read(controller, 4096)
+            except OSError:  # the process is gone
+                break
+        elif b"Continue?" in shown:
+            # What is typed before the prompt has set up its terminal is thrown away with what was typed ahead: again.
             os.write(controller, keys)
-            typed = True
     os.close(controller)
     return process.wait(timeout=60), shown.decode()
 

@@ -1,38 +1,139 @@
 """Writes the published RoIAlign change into an installed detectron2, and takes it out again byte for byte.
 
-``proxydet patch`` is for other detectron2 code: proxydet's own training applies the change at run time
-(:mod:`proxydet.compat.roi_align`). Beside ``roi_align.py`` two files are kept while the change is in place: the
-original (``roi_align.py.proxydet-original``) and a record of both digests (``roi_align.py.proxydet-patch.json``).
-The file is replaced, never written in place: installers such as uv link one file into many environments.
+``proxydet patch`` is for other code that uses detectron2: proxydet's own training makes the change at run time
+(:mod:`proxydet.compat.roi_align`). The change (detectron2 issue 4723) has three parts: features and boxes are cast to
+half and then to double, and the result is cast back to the dtype of the features.
+
+A file is recognised by the digest of its code, without comments, docstrings and layout; the change is three
+replacements in its text. Next to ``roi_align.py`` two files are kept while the change is in place: the original
+(``roi_align.py.proxydet-original``) and a record of both digests (``roi_align.py.proxydet-patch.json``). The file is
+replaced, never written in place: installers such as uv link one file into many environments.
 """
 
 from __future__ import annotations
 
+import ast
+import difflib
+import hashlib
+import importlib.util
 import json
 import os
+import re
+import stat
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
 from proxydet._version import __version__
-from proxydet.compat import patch_source
-from proxydet.compat.patch_disk import remove_bytecode, replace_file
-from proxydet.compat.patch_status import (
-    PatchRecord,
-    PatchState,
-    PatchStatus,
-    digest_of,
-    kept_original,
-    original_path,
-    patch_status,
-    record_path,
-)
-from proxydet.errors import EnvironmentProblem
+from proxydet.errors import EnvironmentProblem, MissingDependencyError
+from proxydet.files import staged
+
+PatchState = Literal["original", "applied", "half", "altered", "missing"]
+"""As detectron2 0.6 ships it; with the published change; with a part of it; anything else; no such file."""
+
+_CODE = "899ff35f83fbc019cef9e08ed344f59df9e5973234bf77db40e5b47c38c312f2"
+"""SHA-256 of the code of detectron2 0.6's ``layers/roi_align.py`` as `_code_of` gives it."""
+
+_FORWARD = """\
+def forward(self, input, rois):
+    assert rois.dim() == 2 and rois.size(1) == 5
+    if input.is_quantized:
+        input = input.dequantize()
+    return roi_align(input, rois.to(dtype=input.dtype), self.output_size, self.spatial_scale, self.sampling_ratio, \
+self.aligned)"""
+"""The method that the change is made in, as `ast.unparse` gives it: what a diff of other code starts from."""
+
+_GAP = rb"(?:\s|#[^\n]*\n)*"
+_PARTS = {
+    "features": (
+        rb"(\breturn roi_align\(" + _GAP + rb")input(?=\s*,)",
+        rb"\1input.half().double()",
+        ("roi_align(input.half().double(), ", "roi_align(input, "),
+    ),
+    "boxes": (
+        rb"()\brois\.to\((?:dtype=)?input\.dtype\)",
+        rb"\1rois.half().double()",
+        (" rois.half().double(), ", " rois.to(dtype=input.dtype), "),
+    ),
+    "result": (
+        rb"(self\.aligned,?" + _GAP + rb"\))",
+        rb"\1.to(dtype=input.dtype)",
+        ("self.aligned).to(dtype=input.dtype)", "self.aligned)"),
+    ),
+}
+"""Part of the change -> pattern and replacement in a file's text; the changed and the original form in its code."""
+
+_UNCHECKED_HASH = 0b01
+"""Flags of a compiled file that names a hash of its source and asks Python not to compare it (PEP 552)."""
 
 _RUN_TIME = (
-    "training needs no edit: its reproducibility mode 'published' applies the change at run time"
+    "training needs no edit: its reproducibility mode 'published' makes the change at run time"
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchRecord:
+    """What ``apply`` did."""
+
+    before: str
+    """SHA-256 of the original file."""
+
+    after: str
+    """SHA-256 of the changed file."""
+
+    applied_at: str
+    """UTC time, ISO 8601."""
+
+    proxydet: str
+    """The version of proxydet that did it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchStatus:
+    """What one detectron2's ``layers/roi_align.py`` holds."""
+
+    file: Path
+    """The file, links resolved."""
+
+    state: PatchState
+    """``original``, ``applied``, ``half`` or ``altered`` code, or ``missing``."""
+
+    reason: str
+    """Why it counts as that, one sentence."""
+
+    digest: str | None = None
+    """SHA-256 of the file; None where it is missing."""
+
+    record: PatchRecord | None = None
+    """What ``apply`` recorded, where the file or its kept original still matches; None otherwise."""
+
+    obstacle: str = ""
+    """Why this user may not replace the file; empty where they may."""
+
+    stale_bytecode: tuple[Path, ...] = ()
+    """Compiled files that Python would run without looking at the source, and that are of another source."""
+
+    diff: str = ""
+    """For ``half`` and ``altered``: from what was expected to what is there."""
+
+    notes: tuple[str, ...] = ()
+    """What else the user should know."""
+
+    @property
+    def writable(self) -> bool:
+        """Whether this user may replace the file."""
+        return not self.obstacle
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the status as JSON values."""
+        paths = {
+            "file": str(self.file),
+            "stale_bytecode": [str(path) for path in self.stale_bytecode],
+        }
+        return {**asdict(self), "writable": self.writable, **paths, "notes": list(self.notes)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +166,233 @@ class PatchChange:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the change as JSON values."""
-        plain = asdict(self)
-        plain["file"] = str(self.file)
-        plain["removed_bytecode"] = [str(path) for path in self.removed_bytecode]
-        return plain
+        removed = [str(path) for path in self.removed_bytecode]
+        return {**asdict(self), "file": str(self.file), "removed_bytecode": removed}
+
+
+# ---- which files -----------------------------------------------------------------------------------------------------
+
+
+def roi_align_files(search_path: Sequence[str] | None = None) -> tuple[Path, ...]:
+    """Find the ``layers/roi_align.py`` of every detectron2 that Python could import.
+
+    Args:
+        search_path: Folders to look into, in order; None for ``sys.path``.
+
+    Returns:
+        The files, the one in use first; empty without detectron2. A file may not exist (a broken installation).
+    """
+    packages: list[Path] = []
+    if search_path is None:
+        in_use = package_folder("detectron2")
+        if in_use is None:
+            return ()
+        packages.append(in_use)
+    for entry in sys.path if search_path is None else search_path:
+        package = Path(entry or ".") / "detectron2"
+        try:
+            if (package / "__init__.py").is_file():
+                packages.append(package)
+        except PermissionError:
+            continue  # Python, too, passes over folders of its path that this user may not read.
+    files = [(package / "layers" / "roi_align.py").resolve() for package in packages]
+    return tuple(dict.fromkeys(files))
+
+
+def package_folder(name: str) -> Path | None:
+    """Return the folder of the package that Python would import, without importing it; None where there is none."""
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        # Something refuses its import, or put a module without a spec in its place.
+        return None
+    return Path(spec.origin).parent if spec is not None and spec.origin is not None else None
+
+
+def file_in_use() -> Path:
+    """Return the ``layers/roi_align.py`` of the detectron2 that Python imports.
+
+    Raises:
+        MissingDependencyError: There is no detectron2.
+    """
+    files = roi_align_files()
+    if not files:
+        raise MissingDependencyError("detectron2 is not installed.", hint="run: proxydet setup")
+    return files[0]
+
+
+# ---- what a file holds -----------------------------------------------------------------------------------------------
+
+
+def patch_status(file: Path) -> PatchStatus:
+    """Read what a ``roi_align.py`` holds; changes nothing.
+
+    Args:
+        file: The file.
+
+    Returns:
+        Its state, with the reason, and for unexpected code a diff.
+
+    Raises:
+        EnvironmentProblem: The record of the change is damaged.
+    """
+    file = file.resolve()
+    if not file.is_file():
+        reason = "there is no such file"
+        return PatchStatus(file=file, state="missing", reason=reason, obstacle=reason)
+    source = file.read_bytes()
+    state, reason, diff = _recognise(source)
+    record = None
+    kept, path = _kept_original(file), _record_path(file)
+    if path.is_file() and kept is not None:
+        try:
+            record = PatchRecord(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise EnvironmentProblem(
+                f"{path} is damaged: {error}.",
+                hint="reinstall detectron2, and delete that file and the kept original next to it",
+                path=path,
+            ) from error
+        # A file that was installed again, or an original that is not the recorded one, makes the record void.
+        if record.before != _digest(kept) or state == "original":
+            record = None
+    notes = []
+    installed = roi_align_files()
+    if installed and file not in installed:
+        notes.append(f"Python imports another detectron2: {installed[0]}")
+    elif len(installed) > 1:
+        listed = ", ".join(str(other) for other in installed if other != file)
+        notes.append(f"there is more than one detectron2 on Python's path; also: {listed}")
+    if "site-packages" not in file.parts and any((p / ".git").exists() for p in file.parents):
+        notes.append("the file belongs to a source tree: its version control will show the change")
+    if state == "applied" and record is None:
+        notes.append("proxydet did not write this change: it can be verified, but not reverted")
+    if diff and kept is not None:
+        diff = _diff(kept, source, file.name, ("expected", "found"))
+    source_hash = importlib.util.source_hash(source)
+    stale = []
+    for compiled in _bytecode_files(file):
+        header = compiled.read_bytes()[:16]
+        unchecked = int.from_bytes(header[4:8], "little") == _UNCHECKED_HASH
+        if unchecked and header[8:16] != source_hash:
+            stale.append(compiled)
+    return PatchStatus(
+        file=file,
+        state=state,
+        reason=reason,
+        digest=_digest(source),
+        record=record,
+        obstacle=_obstacle(file),
+        stale_bytecode=tuple(stale),
+        diff=diff,
+        notes=tuple(notes),
+    )
+
+
+def _recognise(source: bytes) -> tuple[PatchState, str, str]:
+    """Return the state of a source text, the reason, and for unexpected code a diff of the method."""
+    try:
+        code, method = _code_of(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        return "altered", f"it is not valid Python: {error}", ""
+    done = []
+    original = code
+    for part, (_, _, (changed, unchanged)) in _PARTS.items():
+        if changed in original:
+            done.append(part)
+            original = original.replace(changed, unchanged)
+    original = original.replace("rois.to(input.dtype)", "rois.to(dtype=input.dtype)")
+    if hashlib.sha256(original.encode()).hexdigest() != _CODE:
+        found = _diff(_FORWARD.encode(), method.encode(), "forward", ("expected", "found"))
+        where = "in ROIAlign.forward" if found else "outside ROIAlign.forward"
+        return "altered", f"its code differs from detectron2 0.6's {where}", found
+    if not done:
+        return "original", "the call is detectron2's own", ""
+    if len(done) == len(_PARTS):
+        return "applied", "the call carries the published change", ""
+    missing = ", ".join(part for part in _PARTS if part not in done)
+    return (
+        "half",
+        f"only a part of the published change is there: {', '.join(done)}, but not {missing}",
+        _diff(_FORWARD.encode(), method.encode(), "forward", ("expected", "found")),
+    )
+
+
+def _code_of(source: bytes) -> tuple[str, str]:
+    """Return a module's code without comments, docstrings and layout, and that of its method ``ROIAlign.forward``."""
+    module = ast.parse(source)
+    method = ""
+    for node in ast.walk(module):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            if ast.get_docstring(node, clean=False) is not None:
+                node.body = node.body[1:] or [ast.Pass()]
+            if isinstance(node, ast.FunctionDef) and node.name == "forward":
+                method = ast.unparse(node)
+    return ast.unparse(module), method
+
+
+def _with_change(source: bytes) -> bytes:
+    """Return the text of an original file with the published change."""
+    for pattern, replacement, _ in _PARTS.values():
+        source = re.sub(pattern, replacement, source, count=1)
+    if _recognise(source)[0] != "applied":
+        raise EnvironmentProblem(
+            "the places of the published change were not found in the text of roi_align.py",
+            hint=f"reinstall detectron2 to have its original file; {_RUN_TIME}",
+        )
+    return source
+
+
+def _diff(before: bytes, after: bytes, name: str, labels: tuple[str, str]) -> str:
+    old, new = (text.decode("utf-8", errors="replace").splitlines() for text in (before, after))
+    headers = (f"{name} ({labels[0]})", f"{name} ({labels[1]})")
+    return "\n".join(difflib.unified_diff(old, new, *headers, lineterm=""))
+
+
+def _digest(source: bytes) -> str:
+    return hashlib.sha256(source).hexdigest()
+
+
+def _original_path(file: Path) -> Path:
+    return file.with_name(f"{file.name}.proxydet-original")
+
+
+def _record_path(file: Path) -> Path:
+    return file.with_name(f"{file.name}.proxydet-patch.json")
+
+
+def _kept_original(file: Path) -> bytes | None:
+    path = _original_path(file)
+    return path.read_bytes() if path.is_file() else None
+
+
+def _obstacle(file: Path) -> str:
+    """Return why this user may not replace a file and delete its compiled forms; empty where they may."""
+
+    def may_change(folder: Path) -> bool:
+        return os.access(folder, os.W_OK | os.X_OK)
+
+    if not (os.access(file, os.W_OK) and may_change(file.parent)):
+        return "the file or its folder is read-only"
+    if hasattr(os, "geteuid") and os.geteuid() != 0:
+        owner = file.stat()
+        mine = owner.st_uid == os.geteuid() and owner.st_gid in {os.getegid(), *os.getgroups()}
+        if not mine:
+            return "it belongs to another user or group, which the new file could not be given to"
+    fixed = [path for path in _bytecode_files(file) if not may_change(path.parent)]
+    return f"its compiled file may not be deleted: {fixed[0]}" if fixed else ""
+
+
+def _bytecode_files(file: Path) -> tuple[Path, ...]:
+    """Compiled forms of a source file: of every Python and optimisation level, and under PYTHONPYCACHEPREFIX."""
+    found = sorted((file.parent / "__pycache__").glob(f"{file.stem}.*.pyc"))
+    mine = Path(importlib.util.cache_from_source(str(file)))
+    if mine not in found and mine.is_file():
+        found.append(mine)
+    return tuple(found)
+
+
+# ---- changing it -----------------------------------------------------------------------------------------------------
 
 
 def apply_patch(file: Path, *, dry_run: bool = False) -> PatchChange:
@@ -76,7 +400,7 @@ def apply_patch(file: Path, *, dry_run: bool = False) -> PatchChange:
 
     Args:
         file: The file.
-        dry_run: Only say what would change.
+        dry_run: Only return what would change.
 
     Returns:
         What was done, with the diff.
@@ -84,26 +408,23 @@ def apply_patch(file: Path, *, dry_run: bool = False) -> PatchChange:
     Raises:
         EnvironmentProblem: The file is not the expected code, or may not be replaced.
     """
-    status = _expect(patch_status(file), {"original", "applied"})
-    source = status.file.read_bytes()
+    status, source = _expected(file)
     if status.state == "applied":
-        removed = _remove_stale(status, dry_run=dry_run)
-        return _change(status.file, "apply", source, source, dry_run=dry_run, removed=removed)
-    changed = patch_source.with_change(source)
-    if dry_run:
-        return _change(status.file, "apply", source, changed, dry_run=True)
-    _require_writable(status)
-    record = PatchRecord(
-        before=digest_of(source),
-        after=digest_of(changed),
-        applied_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        proxydet=__version__,
-    )
-    # The original and the record come first: whatever stops us later, they describe the file truly.
-    replace_file(original_path(status.file), source, like=status.file)
-    replace_file(record_path(status.file), _to_json(record), like=status.file)
-    replace_file(status.file, changed, like=status.file)
-    return _change(status.file, "apply", source, changed, removed=remove_bytecode(status.file))
+        return _changed(status, "apply", source, source, dry_run=dry_run)
+    changed = _with_change(source)
+    if not dry_run:
+        _require_writable(status)
+        record = PatchRecord(
+            before=_digest(source),
+            after=_digest(changed),
+            applied_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            proxydet=__version__,
+        )
+        # The original and the record come first: whatever stops us later, they describe the file truly.
+        _replace(_original_path(status.file), source, like=status.file)
+        text = json.dumps(asdict(record), indent=2) + os.linesep
+        _replace(_record_path(status.file), text.encode(), like=status.file)
+    return _changed(status, "apply", source, changed, dry_run=dry_run)
 
 
 def revert_patch(file: Path, *, dry_run: bool = False) -> PatchChange:
@@ -111,7 +432,7 @@ def revert_patch(file: Path, *, dry_run: bool = False) -> PatchChange:
 
     Args:
         file: The file.
-        dry_run: Only say what would change.
+        dry_run: Only return what would change.
 
     Returns:
         What was done, with the diff.
@@ -119,53 +440,37 @@ def revert_patch(file: Path, *, dry_run: bool = False) -> PatchChange:
     Raises:
         EnvironmentProblem: The file was changed since, the change is not proxydet's own, or it may not be replaced.
     """
-    status = _expect(patch_status(file), {"original", "applied"})
-    source = status.file.read_bytes()
-    if status.state == "original":
-        if not dry_run and status.writable:
-            _forget(status.file)
-        removed = _remove_stale(status, dry_run=dry_run)
-        return _change(status.file, "revert", source, source, dry_run=dry_run, removed=removed)
-    original = _original_to_restore(status, source)
-    if dry_run:
-        return _change(status.file, "revert", source, original, dry_run=True)
-    _require_writable(status)
-    replace_file(status.file, original, like=status.file)
-    _forget(status.file)
-    return _change(status.file, "revert", source, original, removed=remove_bytecode(status.file))
+    status, source = _expected(file)
+    original = source
+    if status.state == "applied":
+        kept = _kept_original(status.file)
+        if status.record is None or kept is None:
+            raise EnvironmentProblem(
+                f"{status.file} carries the published change, but proxydet did not write it (or its kept "
+                "original is gone), so there is nothing to restore.",
+                hint="reinstall detectron2 to have its original file",
+                path=status.file,
+            )
+        if status.record.after != _digest(source):
+            labels = ("as applied", "found")
+            changes = _diff(_with_change(kept), source, status.file.name, labels)
+            raise EnvironmentProblem(
+                f"{status.file} was changed after the patch was applied; it is left alone.\n\n{changes}",
+                hint="undo that change, or reinstall detectron2",
+                path=status.file,
+            )
+        original = kept
+    change = _changed(status, "revert", source, original, dry_run=dry_run)
+    if not dry_run and status.writable:
+        _record_path(status.file).unlink(missing_ok=True)
+        _original_path(status.file).unlink(missing_ok=True)
+    return change
 
 
-def _original_to_restore(status: PatchStatus, source: bytes) -> bytes:
-    kept = kept_original(status.file)
-    if status.record is None or kept is None:
-        raise EnvironmentProblem(
-            f"{status.file} carries the published change, but proxydet did not write it (or its kept original "
-            "is gone), so there is nothing to restore.",
-            hint="reinstall detectron2 to have its original file",
-            path=status.file,
-        )
-    if status.record.after != digest_of(source):
-        written = patch_source.with_change(kept)
-        changes = patch_source.diff(written, source, status.file.name, ("as applied", "found"))
-        raise EnvironmentProblem(
-            f"{status.file} was changed after the patch was applied; it is left alone.\n\n{changes}",
-            hint="undo that change, or reinstall detectron2",
-            path=status.file,
-        )
-    return kept
-
-
-def _remove_stale(status: PatchStatus, *, dry_run: bool) -> tuple[Path, ...]:
-    """Delete the compiled files where one of them is of another source: the text is right, and Python would not run it."""
-    if dry_run or not status.stale_bytecode:
-        return ()
-    _require_writable(status)
-    return remove_bytecode(status.file)
-
-
-def _expect(status: PatchStatus, states: set[PatchState]) -> PatchStatus:
-    if status.state in states:
-        return status
+def _expected(file: Path) -> tuple[PatchStatus, bytes]:
+    status = patch_status(file)
+    if status.state in {"original", "applied"}:
+        return status, status.file.read_bytes()
     shown = f"\n\n{status.diff}" if status.diff else ""
     raise EnvironmentProblem(
         f"{status.file} is not the code that was expected, so it is left alone: {status.reason}.{shown}",
@@ -183,31 +488,42 @@ def _require_writable(status: PatchStatus) -> None:
         )
 
 
-def _change(
-    file: Path,
+def _changed(
+    status: PatchStatus,
     action: Literal["apply", "revert"],
     before: bytes,
     after: bytes,
     *,
-    dry_run: bool = False,
-    removed: tuple[Path, ...] = (),
+    dry_run: bool,
 ) -> PatchChange:
+    """Put the new text in place, delete compiled files that Python would run instead of it, and report both."""
+    removed: tuple[Path, ...] = ()
+    if not dry_run and (before != after or status.stale_bytecode):
+        _require_writable(status)
+        if before != after:
+            _replace(status.file, after, like=status.file)
+        removed = _bytecode_files(status.file)
+        for compiled in removed:
+            compiled.unlink(missing_ok=True)
     return PatchChange(
-        file=file,
+        file=status.file,
         action=action,
         changed=before != after,
         dry_run=dry_run,
-        before=digest_of(before),
-        after=digest_of(after),
-        diff=patch_source.diff(before, after, file.name, ("before", "after")),
+        before=_digest(before),
+        after=_digest(after),
+        diff=_diff(before, after, status.file.name, ("before", "after")),
         removed_bytecode=removed,
     )
 
 
-def _forget(file: Path) -> None:
-    record_path(file).unlink(missing_ok=True)
-    original_path(file).unlink(missing_ok=True)
-
-
-def _to_json(record: PatchRecord) -> bytes:
-    return (json.dumps(asdict(record), indent=2) + os.linesep).encode()
+def _replace(file: Path, content: bytes, *, like: Path) -> None:
+    """Put new content in a file's place with the owner and permissions of ``like``; hard links keep the old content."""
+    info = like.stat()
+    with staged(file) as temporary:
+        temporary.write_bytes(content)
+        if hasattr(os, "chown"):
+            own = temporary.stat()
+            if (info.st_uid, info.st_gid) != (own.st_uid, own.st_gid):
+                os.chown(temporary, info.st_uid, info.st_gid)
+        temporary.chmod(stat.S_IMODE(info.st_mode))

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from proxydet.compat.patch_status import patch_status
+from proxydet.compat.patch import patch_status
 from proxydet.errors import EnvironmentProblem
 
 Verdict = Literal["active", "not active", "altered"]

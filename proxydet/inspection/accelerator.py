@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from proxydet.compat.patch_status import package_folder
+from proxydet.compat.patch import package_folder
 from proxydet.inspection.facts import NOT_ASKED, Fact, Facts, ask
 from proxydet.inspection.nvidia import Kinds, driver_facts, kind_facts
 

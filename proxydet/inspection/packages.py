@@ -10,7 +10,7 @@ from pathlib import Path
 
 import proxydet
 from proxydet._version import __version__
-from proxydet.compat.patch_status import package_folder, patch_status, roi_align_files
+from proxydet.compat.patch import package_folder, patch_status, roi_align_files
 from proxydet.errors import EnvironmentProblem
 from proxydet.inspection.facts import Fact, Facts, ask
 

@@ -11,7 +11,7 @@ from proxydet_cli.options import DryRun, Json, command_app, examples
 
 if TYPE_CHECKING:
     from proxydet.compat.patch import PatchChange
-    from proxydet.compat.patch_status import PatchStatus
+    from proxydet.compat.patch import PatchStatus
     from proxydet.compat.roi_verify import RoiAlignReport
 
 app = command_app(
@@ -30,7 +30,7 @@ Detectron2 = Annotated[
 @app.command(epilog=examples("proxydet patch status", "proxydet patch status --json"))
 def status(json: Json = False, detectron2: Detectron2 = None) -> None:
     """Say whether the change is there, by reading the file; changes nothing."""
-    from proxydet.compat.patch_status import patch_status
+    from proxydet.compat.patch import patch_status
     from proxydet_cli.output import Output
 
     found = patch_status(_file(detectron2))
@@ -84,7 +84,7 @@ def verify(
 
 
 def _file(detectron2: Path | None) -> Path:
-    from proxydet.compat.patch_status import file_in_use
+    from proxydet.compat.patch import file_in_use
 
     return file_in_use() if detectron2 is None else detectron2 / "layers" / "roi_align.py"
 

@@ -12,9 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from proxydet.compat import patch, patch_disk
-from proxydet.compat.patch import apply_patch, revert_patch
-from proxydet.compat.patch_status import patch_status, roi_align_files
+from proxydet.compat.patch import apply_patch, patch_status, revert_patch, roi_align_files
 from proxydet.errors import EnvironmentProblem
 
 
@@ -56,6 +54,78 @@ def test_dry_runs_change_nothing_and_show_the_diff(roi_align_file):
     assert folder_content(roi_align_file) == applied
 
 
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda s: b"# a comment\n" * 40 + s,
+        lambda s: s.replace(b"\n", b"\r\n"),
+        lambda s: s.replace(b"Copyright", "Cöpyright ©".encode()),
+        lambda s: s.replace(
+            b"            rois.to(dtype=input.dtype),\n", b" rois.to(dtype=input.dtype) ,"
+        ),
+        lambda s: s.replace(b"rois.to(dtype=input.dtype)", b"rois.to(input.dtype)"),
+        lambda s: s.replace(b"return roi_align(", b"return roi_align(  # \xc3\xa9 pooled\n"),
+        lambda s: s.replace(b"input,\n            rois", b"input, rois"),
+    ],
+)
+def test_position_layout_and_comments_do_not_matter(roi_align_file, move):
+    moved = move(roi_align_file.read_bytes())
+    assert moved != roi_align_file.read_bytes()
+    roi_align_file.write_bytes(moved)
+    apply_patch(roi_align_file)
+    changed = roi_align_file.read_bytes()
+    assert patch_status(roi_align_file).state == "applied"
+    assert changed.count(b".half().double()") == 2
+    assert changed.count(b").to(dtype=input.dtype)") == 1
+    revert_patch(roi_align_file)
+    assert roi_align_file.read_bytes() == moved
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "missing"),
+    [
+        (b"            input,\n", b"            input.half().double(),\n", "boxes"),
+        (b"rois.to(dtype=input.dtype)", b"rois.half().double()", "features"),
+        (b"self.aligned,\n        )", b"self.aligned,\n        ).to(dtype=input.dtype)", "boxes"),
+    ],
+)
+def test_a_part_of_the_change_is_told_apart(roi_align_file, old, new, missing):
+    roi_align_file.write_bytes(roi_align_file.read_bytes().replace(old, new, 1))
+    status = patch_status(roi_align_file)
+    assert status.state == "half"
+    assert f"not {missing}" in status.reason or f", {missing}" in status.reason
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"self.sampling_ratio,\n            self.aligned", b"2,\n            self.aligned"),
+        (b"rois.to(dtype=input.dtype)", b"rois.double()"),
+        (b"        return roi_align(", b"        input = input.half()\n        return roi_align("),
+        (b"input = input.dequantize()", b"input = input.float()"),
+        (b"import roi_align", b"import roi_align\nroi_align = abs"),
+        (b"import roi_align", b"import roi_align\nimport mine as roi_align"),
+        (b"class ROIAlign(", b"class ROIAlign: ...\nclass ROIAlign("),
+        (b"def forward(", b"@staticmethod\n    def forward("),
+        (b"def __repr__", b"def forward(self): ...\n    def __repr__"),
+        (b"def __repr__", b"forward = None\n    def __repr__"),
+        (b"return roi_align(", b"return roi_align("[:-1]),
+        (b"return roi_align(", b"return " + b"(" * 3000),
+        (b"return roi_align(", b"return \0roi_align("),
+    ],
+)
+def test_other_code_is_altered_and_is_left_alone(roi_align_file, old, new):
+    changed = roi_align_file.read_bytes().replace(old, new, 1)
+    assert changed != roi_align_file.read_bytes()
+    roi_align_file.write_bytes(changed)
+    status = patch_status(roi_align_file)
+    assert status.state == "altered"
+    assert len(status.reason) > 10
+    with pytest.raises(EnvironmentProblem, match="left alone"):
+        apply_patch(roi_align_file)
+    assert roi_align_file.read_bytes() == changed
+
+
 def test_permissions_stay_and_hard_links_keep_the_original(roi_align_file, tmp_path):
     roi_align_file.chmod(0o640)
     linked = tmp_path / "in_another_environment.py"
@@ -91,10 +161,8 @@ def test_unexpected_code_is_left_alone_with_a_diff(roi_align_file, old, new):
     for action in (apply_patch, revert_patch):
         with pytest.raises(EnvironmentProblem) as caught:
             action(roi_align_file)
-        assert any(
-            line.startswith("+") and new.decode().splitlines()[0] in line
-            for line in caught.value.message.splitlines()
-        )
+        added = [line for line in caught.value.message.splitlines() if line.startswith("+")]
+        assert any(new.decode().split("\n")[0] in line for line in added)
         assert "reinstall" in (caught.value.hint or "")
     assert folder_content(roi_align_file) == before
 
@@ -110,9 +178,11 @@ def test_a_file_changed_after_apply_is_not_reverted(roi_align_file):
 
 
 def test_a_change_made_by_hand_is_recognised_but_not_reverted(roi_align_file):
-    from proxydet.compat.patch_source import with_change
-
-    roi_align_file.write_bytes(with_change(roi_align_file.read_bytes()))
+    text = roi_align_file.read_text()
+    text = text.replace("            input,\n", "            input.half().double(),\n")
+    text = text.replace("rois.to(dtype=input.dtype)", "rois.half().double()")
+    text = text.replace("self.aligned,\n        )", "self.aligned,\n        ).to(dtype=input.dtype)")
+    roi_align_file.write_text(text)
     status = patch_status(roi_align_file)
     assert status.state == "applied"
     assert status.record is None
@@ -132,31 +202,28 @@ def test_a_reinstalled_file_makes_the_old_record_void(roi_align_file):
     assert roi_align_file.read_bytes() == b"# newer\n" + original
 
 
-def test_a_crash_between_the_steps_leaves_a_usable_file(roi_align_file, monkeypatch):
-    before = roi_align_file.read_bytes()
-    real = patch_disk.replace_file
+@pytest.mark.parametrize("writes_before", [0, 1, 2])
+def test_a_crash_between_the_steps_leaves_a_usable_file(
+    roi_align_file, monkeypatch, writes_before
+):
+    before = folder_content(roi_align_file)
+    real, done = Path.replace, []
 
-    def fail_on_the_source(file, content, *, like):
-        if file == roi_align_file.resolve():
-            raise OSError(28, "No space left on device", str(file))
-        real(file, content, like=like)
+    def fail_later(self: Path, target: Path) -> Path:
+        if len(done) == writes_before:
+            raise OSError(28, "No space left on device", str(target))
+        done.append(target)
+        return real(self, target)
 
-    monkeypatch.setattr(patch, "replace_file", fail_on_the_source)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr(Path, "replace", fail_later)
+    with pytest.raises(EnvironmentProblem, match="No space"):
         apply_patch(roi_align_file)
     monkeypatch.undo()
-    assert roi_align_file.read_bytes() == before
+    assert roi_align_file.read_bytes() == before["roi_align.py"]
+    assert not [name for name in folder_content(roi_align_file) if name.endswith(".tmp")]
     assert patch_status(roi_align_file).state == "original"
     apply_patch(roi_align_file)
     revert_patch(roi_align_file)
-    assert roi_align_file.read_bytes() == before
-
-
-def test_a_failed_write_leaves_no_temporary_file(roi_align_file, monkeypatch):
-    before = folder_content(roi_align_file)
-    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(PermissionError("no")))
-    with pytest.raises(PermissionError):
-        patch_disk.replace_file(roi_align_file, b"x", like=roi_align_file)
     assert folder_content(roi_align_file) == before
 
 
@@ -276,7 +343,7 @@ def test_status_is_json(roi_align_file):
 
 def test_status_needs_neither_torch_nor_detectron2s_import():
     code = (
-        "import sys; from proxydet.compat.patch_status import patch_status, file_in_use; "
+        "import sys; from proxydet.compat.patch import patch_status, file_in_use; "
         "patch_status(file_in_use()); assert not {'torch', 'detectron2', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -121,16 +121,17 @@ def require_room(target: Path, needed: int, *, hint: str | None = None) -> None:
 
 
 @contextlib.contextmanager
-def staged(target: Path, *, durable: bool = True) -> Iterator[Path]:
+def staged(target: Path, *, durable: bool = True, follow_links: bool = True) -> Iterator[Path]:
     """Give a hidden file next to ``target`` to write to, which takes its place when all went well.
 
     It is there, empty, from the beginning, so that a place that cannot be written to is found before the work. It is
-    removed after an error; removing it inside the ``with`` statement leaves ``target`` as it was. A link is followed; what
-    is there but not a regular file (``/dev/stdout``) is given itself.
+    removed after an error; removing it inside the ``with`` statement leaves ``target`` as it was. What is there but not a
+    regular file (``/dev/stdout``) is given itself.
 
     Args:
         target: The file; its folder is made, an existing file is replaced at the end.
         durable: Whether to wait until the disk has it, so that it survives a power cut.
+        follow_links: Whether a link stays, and the file that it names is replaced; otherwise the link is replaced.
 
     Raises:
         DiskFullError: There is no room for it; an existing file stays.
@@ -144,7 +145,7 @@ def staged(target: Path, *, durable: bool = True) -> Iterator[Path]:
         yield target
         return
     with write_errors(target):
-        target = Path(os.path.realpath(target))
+        target = Path(os.path.realpath(target)) if follow_links else target
         target.parent.mkdir(parents=True, exist_ok=True)
         sweep(target.parent)
         temporary, descriptor = _begin(target)
@@ -462,7 +463,7 @@ class JsonLines:
         with write_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if not self._whole:
-                self._remove_cut_line()
+                remove_cut_line(self.path)
                 self._whole = True
             with self.path.open("ab", buffering=0) as file:
                 start = file.tell()
@@ -487,19 +488,21 @@ class JsonLines:
         self._reported = 0
         return removed
 
-    def _remove_cut_line(self) -> None:
-        with contextlib.suppress(FileNotFoundError), self.path.open("rb+") as file:
-            end = size = file.seek(0, os.SEEK_END)
-            while end > 0:
-                start = max(0, end - _BLOCK)
-                file.seek(start)
-                found = file.read(end - start).rfind(b"\n")
-                end = start + found + 1 if found >= 0 else start
-                if found >= 0:
-                    break
-            if end < size:
-                logger.info("%s: removed a line that was cut short", self.path)
-                file.truncate(end)
+
+def remove_cut_line(path: Path) -> None:
+    """Remove the last line of a file, which may be absent, where a crash cut it short."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb+") as file:
+        end = size = file.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - _BLOCK)
+            file.seek(start)
+            found = file.read(end - start).rfind(b"\n")
+            end = start + found + 1 if found >= 0 else start
+            if found >= 0:
+                break
+        if end < size:
+            logger.info("%s: removed a line that was cut short", path)
+            file.truncate(end)
 
 
 # ---- locks -----------------------------------------------------------------------------------------------------------

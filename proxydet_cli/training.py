@@ -149,7 +149,7 @@ def run(options: TrainOptions, machines: Machines, *, json: bool) -> None:
     # Read when torch is loaded: its C++ code reports lost connections with stack traces, which we report in words.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from proxydet.training.checkpoint import read_iteration
-    from proxydet.training.distributed import launched_rank
+    from proxydet.training.distributed import broadcast_value, connect, launched_rank
     from proxydet.training.launch import LAUNCHER, launch, requeue, worker
     from proxydet.training.runfolder import RunFolder
     from proxydet.training.train import same_finished_run
@@ -166,46 +166,53 @@ def run(options: TrainOptions, machines: Machines, *, json: bool) -> None:
             hint="Checkpoints are in RUN/checkpoints/.",
             path=resume,
         )
-    root, why = options.folder(config)
-    folder = RunFolder(root)
-    if LAUNCHER not in os.environ:
-        output.message(f"run folder: {root}" + (f" ({why})" if why else ""))
-    if resume == "auto" and same_finished_run(folder, config):
-        if not output.quiet:
-            result = finished_run(folder, config)
-            output.data(result, f"This run is finished: nothing to do.\n{_summary(result)}")
-        return
-
-    def train_here() -> None:
-        result = run_training(
-            config,
-            output=root,
-            resume=resume,
-            overwrite=options.overwrite,
-            progress=training_progress(quiet=output.quiet),
-        )
-        if not output.quiet:
-            output.data(result, _summary(result))
-
-    try:
-        if plan.started:
-            with worker(folder.logs):
-                train_here()
-        elif plan.torchrun:
-            # In each of the processes it would take seconds to come out, and be reported as one process's failure.
-            if isinstance(resume, Path):
-                read_iteration(resume)
-            chosen = dataclasses.replace(options, output=root)
-            words = ["train", *chosen.words(), *(["--json"] if json else [])]
-            # On several nodes the main process holds the folder: no launcher knows which one it will be.
-            with folder.held() if plan.nodes == 1 else contextlib.nullcontext():
-                launch(plan, ["-m", "proxydet_cli", *words], folder.logs)
+    with contextlib.ExitStack() as stack:
+        if plan.started and options.output is None:
+            # One process chooses for all: what it writes there must not make another one choose otherwise.
+            ranks = stack.enter_context(connect(config.training.device))
+            choice = broadcast_value(options.folder(config) if ranks.is_main else None, ranks)
+            root, why = cast("tuple[Path, str]", choice)
         else:
-            train_here()
-    except Interrupted as error:
-        if machines.requeue and error.signal_number != 2 and requeue():
-            output.message("The SLURM job is back in the queue.")
-        raise
+            root, why = options.folder(config)
+        folder = RunFolder(root)
+        if LAUNCHER not in os.environ:
+            output.message(f"run folder: {root}" + (f" ({why})" if why else ""))
+        if resume == "auto" and same_finished_run(folder, config):
+            if not output.quiet:
+                result = finished_run(folder, config)
+                output.data(result, f"This run is finished: nothing to do.\n{_summary(result)}")
+            return
+
+        def train_here() -> None:
+            result = run_training(
+                config,
+                output=root,
+                resume=resume,
+                overwrite=options.overwrite,
+                progress=training_progress(quiet=output.quiet),
+            )
+            if not output.quiet:
+                output.data(result, _summary(result))
+
+        try:
+            if plan.started:
+                with worker(folder.logs):
+                    train_here()
+            elif plan.torchrun:
+                # In each of the processes it would take seconds to come out, and be reported as one process's failure.
+                if isinstance(resume, Path):
+                    read_iteration(resume)
+                chosen = dataclasses.replace(options, output=root)
+                words = ["train", *chosen.words(), *(["--json"] if json else [])]
+                # On several nodes the main process holds the folder: no launcher knows which one it will be.
+                with folder.held() if plan.nodes == 1 else contextlib.nullcontext():
+                    launch(plan, ["-m", "proxydet_cli", *words], folder.logs)
+            else:
+                train_here()
+        except Interrupted as error:
+            if machines.requeue and error.signal_number != 2 and requeue():
+                output.message("The SLURM job is back in the queue.")
+            raise
 
 
 def _summary(result: TrainResult) -> str:

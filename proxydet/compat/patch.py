@@ -520,7 +520,8 @@ def _changed(
 def _replace(file: Path, content: bytes, *, like: Path) -> None:
     """Put new content in a file's place with the owner and permissions of ``like``; hard links keep the old content."""
     info = like.stat()
-    with staged(file) as temporary:
+    # A link may lead to a copy that other environments share.
+    with staged(file, follow_links=False) as temporary:
         temporary.write_bytes(content)
         if hasattr(os, "chown"):
             own = temporary.stat()

@@ -8,7 +8,6 @@ ascending order of their ids, whatever order and number of processes they were m
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -21,11 +20,12 @@ from typing import IO, Any
 import msgspec
 
 from proxydet.data.formats.records import Identifier
-from proxydet.errors import DataError, DiskFullError
+from proxydet.errors import DataError
+from proxydet.files import read_json, remove_cut_line, staged, write_errors, write_json
 
 logger = logging.getLogger(__name__)
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_RESUME = "free some space and run the same command again; it continues where it stopped"
 
 
 class _Line(msgspec.Struct, gc=False):
@@ -86,9 +86,11 @@ class PredictionFolder:
                     hint="choose another --output folder, or remove this one",
                     path=self.path,
                 )
-            _replace(file, json.dumps({**identity, "masks": masks}, indent=2))
+            write_json(file, {**identity, "masks": masks})
             return masks
-        theirs = json.loads(file.read_text(encoding="utf-8"))
+        theirs = read_json(
+            file, hint="choose another --output folder, or remove this one", error=DataError
+        )
         inside = theirs.get("inference settings")
         if isinstance(inside, dict) and "masks" in inside:  # as version 0.1 wrote it
             theirs["masks"] = inside.pop("masks")
@@ -99,7 +101,7 @@ class PredictionFolder:
                     logger.warning("%s: predicting again, with masks this time", self.path)
                 for stray in strays:
                     stray.unlink()
-                _replace(file, json.dumps({**identity, "masks": True}, indent=2))
+                write_json(file, {**identity, "masks": True})
             return masks or with_masks
         differing = sorted(
             key for key in {*theirs, *identity} if theirs.get(key) != identity.get(key)
@@ -122,8 +124,8 @@ class PredictionFolder:
             rank: Number of the process. Two processes must not use the same one at a time.
         """
         path = self.path / f"part-{rank:05}.jsonl"
-        _drop_cut_line(path)
-        with _told_when_full(path), path.open("ab") as file:
+        remove_cut_line(path)
+        with write_errors(path, hint=_RESUME), path.open("ab") as file:
             yield PredictionWriter(file, path)
             file.flush()
             os.fsync(file.fileno())
@@ -152,13 +154,15 @@ class PredictionFolder:
         if missing:
             raise DataError(
                 f"{self.path}: {len(missing)} of {len(image_ids)} images are not predicted yet.",
-                hint="run the same command again; it goes on where it stopped",
+                hint="run the same command again; it continues where it stopped",
                 path=self.path,
             )
-        temporary = self.joined.with_suffix(".json.partial")
-        with _told_when_full(temporary), temporary.open("wb") as target:
+        with (
+            staged(self.joined) as temporary,
+            write_errors(self.joined, hint=_RESUME),
+            temporary.open("wb") as target,
+        ):
             _write_joined(target, files, [places[image_id] for image_id in sorted(image_ids)])
-        temporary.replace(self.joined)
         for file in files:
             file.unlink()
         return self.joined
@@ -198,7 +202,7 @@ class PredictionWriter:
             DiskFullError: There is no room; what was written before stays good.
         """
         text = msgspec.json.encode({"image_id": image_id, "detections": detections})
-        with _told_when_full(self._path):
+        with write_errors(self._path, hint=_RESUME):
             self._file.write(text + b"\n")
             self._file.flush()
 
@@ -227,48 +231,6 @@ def _write_joined(target: IO[bytes], files: list[Path], places: list[_Place]) ->
                 target.write(separator + rows)
                 separator = b",\n"
         target.write(b"\n]\n")
-        target.flush()
-        os.fsync(target.fileno())
     finally:
         for stream in streams:
             stream.close()
-
-
-def _drop_cut_line(path: Path) -> None:
-    if not path.is_file():
-        return
-    with path.open("rb+") as file:
-        size = file.seek(0, os.SEEK_END)
-        end = size
-        while end > 0:
-            start = max(0, end - 2**20)
-            file.seek(start)
-            found = file.read(end - start).rfind(b"\n")
-            if found >= 0:
-                end = start + found + 1
-                break
-            end = start
-        if end < size:
-            logger.info("%s: dropped %d bytes of an image that was not finished", path, size - end)
-            file.truncate(end)
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with _told_when_full(path):
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-
-
-@contextmanager
-def _told_when_full(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _FULL:
-            raise DiskFullError(
-                f"There is no room left for {path}.",
-                hint="free some space and run the same command again; it goes on where it stopped",
-                path=path,
-            ) from error
-        raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from proxydet.data.synthetic.dataset import SyntheticConfig, make_dataset
 from proxydet.detector import Detector
 from proxydet.errors import ConfigError
+from proxydet.files import write_json
 from proxydet.quickstart.job import QuickstartFolder, quickstart_config, score
 from proxydet.recipes import RunConfig
 from proxydet.reporting import SILENT, Progress
@@ -84,6 +84,7 @@ def compare_mixup(
 
     Raises:
         ConfigError: There are fewer than 3 seeds, or some are the same.
+        LockedError: Another comparison or quickstart is using the folder.
     """
     if len(set(seeds)) < max(LEAST_SEEDS, len(seeds)):
         raise ConfigError(
@@ -91,22 +92,22 @@ def compare_mixup(
             hint="one pair of runs says little: the difference of two runs that differ by seed alone may be as large",
         )
     folder = QuickstartFolder(output.resolve())
-    make_dataset(folder.data, drawn, progress=progress)
-    values: dict[bool, list[dict[str, float]]] = {True: [], False: []}
-    with progress.task("comparing", total=2 * len(seeds), unit="runs") as task:
-        for seed in seeds:
-            for mixup in (True, False):
-                config = quickstart_config(
-                    folder.description, seed=seed, mixup=mixup, recipe=recipe
-                )
-                values[mixup].append(_run(folder, config, progress))
-                task.advance()
-    measures = tuple(_measure(name, values) for name in MEASURES)
-    report = _write_page(folder, tuple(seeds), measures)
-    comparison = Comparison(seeds=tuple(seeds), measures=measures, report=report)
-    text = json.dumps({**asdict(comparison), "report": str(report)}, indent=2)
-    (folder.root / "comparison.json").write_text(text, encoding="utf-8")
-    return comparison
+    with folder.held():
+        make_dataset(folder.data, drawn, progress=progress)
+        values: dict[bool, list[dict[str, float]]] = {True: [], False: []}
+        with progress.task("comparing", total=2 * len(seeds), unit="runs") as task:
+            for seed in seeds:
+                for mixup in (True, False):
+                    config = quickstart_config(
+                        folder.description, seed=seed, mixup=mixup, recipe=recipe
+                    )
+                    values[mixup].append(_run(folder, config, progress))
+                    task.advance()
+        measures = tuple(_measure(name, values) for name in MEASURES)
+        report = _write_page(folder, tuple(seeds), measures)
+        comparison = Comparison(seeds=tuple(seeds), measures=measures, report=report)
+        write_json(folder.root / "comparison.json", {**asdict(comparison), "report": str(report)})
+        return comparison
 
 
 def _run(folder: QuickstartFolder, config: RunConfig, progress: Progress) -> dict[str, float]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,12 +17,16 @@ from pathlib import Path
 from proxydet.data.synthetic.dataset import SyntheticConfig, make_dataset
 from proxydet.detections import Detections
 from proxydet.detector import Detector
+from proxydet.errors import InputError
 from proxydet.evaluation.detector_evaluation import evaluate
 from proxydet.evaluation.report import GroupScore, Report
+from proxydet.files import Lock, read_json, sweep, write_json
 from proxydet.recipes import RunConfig, get_recipe
 from proxydet.reporting import SILENT, Progress
 from proxydet.training.runfolder import RunFolder
 from proxydet.training.train import train
+
+logger = logging.getLogger(__name__)
 
 PICTURES = 6
 """Validation pictures that are shown."""
@@ -42,6 +47,7 @@ class QuickstartFolder:
         ├── evaluation/      predictions on the validation images, and results.json
         ├── predictions/     detections of other words on validation images, and their pictures
         ├── seconds.json     how long each step took
+        ├── quickstart.lock  while it runs
         └── report.html
     """
 
@@ -81,6 +87,26 @@ class QuickstartFolder:
     def report(self) -> Path:
         """The report."""
         return self.root / "report.html"
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other quickstarts and comparisons out of the folder.
+
+        Raises:
+            LockedError: Another one is using it; nothing in it was changed.
+            EnvironmentProblem: The folder cannot be written to.
+        """
+        lock = Lock(
+            self.root / "quickstart.lock",
+            subject=f"the folder {self.root}",
+            hint="wait for it to end, or stop it; or use another folder: --output",
+        )
+        lock.acquire(wait=False)
+        try:
+            sweep(self.root, sole_writer=True)
+            yield
+        finally:
+            lock.release()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,29 +192,30 @@ def run_quickstart(
 
     Raises:
         ConfigError: The folder holds a run of another configuration.
+        LockedError: Another quickstart, or a training, is using the folder.
         ProxydetError: As `make_dataset`, `train` and `evaluate`.
     """
     from proxydet.quickstart.page import write_page
 
     folder = QuickstartFolder(output.resolve())
-    folder.root.mkdir(parents=True, exist_ok=True)
-    seconds = _read_seconds(folder)
-    with _timed(seconds, "draw the data set", add=True):
-        description = make_dataset(folder.data, drawn, progress=progress)
-    config = quickstart_config(description, seed=seed, recipe=recipe)
-    with _timed(seconds, "train", add=True):
-        train(config, output=folder.run.root, progress=progress)
-    folder.seconds.write_text(json.dumps(seconds), encoding="utf-8")
-    detector = Detector.from_run(folder.run.root, device=config.training.device)
-    with _timed(seconds, "evaluate"):
-        evaluation = score(detector, description, folder.evaluation, config, progress)
-    with _timed(seconds, "predict"):
-        examples = tuple(predict_examples(detector, folder, progress))
-    result = QuickstartResult(
-        folder=folder, evaluation=evaluation, examples=examples, seconds=seconds
-    )
-    write_page(result)
-    return result
+    with folder.held():
+        seconds = _read_seconds(folder)
+        with _timed(seconds, "draw the data set", add=True):
+            description = make_dataset(folder.data, drawn, progress=progress)
+        config = quickstart_config(description, seed=seed, recipe=recipe)
+        with _timed(seconds, "train", add=True):
+            train(config, output=folder.run.root, progress=progress)
+        write_json(folder.seconds, seconds)
+        detector = Detector.from_run(folder.run.root, device=config.training.device)
+        with _timed(seconds, "evaluate"):
+            evaluation = score(detector, description, folder.evaluation, config, progress)
+        with _timed(seconds, "predict"):
+            examples = tuple(predict_examples(detector, folder, progress))
+        result = QuickstartResult(
+            folder=folder, evaluation=evaluation, examples=examples, seconds=seconds
+        )
+        write_page(result)
+        return result
 
 
 def score(
@@ -200,8 +227,7 @@ def score(
     )
     if report is None:
         raise RuntimeError("a quickstart runs in one process, which scores")
-    text = json.dumps(report.to_dict(), indent=2)
-    (output / "results.json").write_text(text, encoding="utf-8")
+    write_json(output / "results.json", report.to_dict())
     return report
 
 
@@ -230,8 +256,7 @@ def predict_examples(
                 found=detector.predict(picture, list(asked), score_threshold=SHOWN_ABOVE),
             )
             found = {"vocabulary": asked, **example.found.to_dict()}
-            text = json.dumps(found, indent=2)
-            (folder.predictions / f"{picture.stem}.json").write_text(text, encoding="utf-8")
+            write_json(folder.predictions / f"{picture.stem}.json", found)
             task.advance()
             yield example
 
@@ -250,12 +275,12 @@ def _pictures_with(folder: QuickstartFolder, wanted: set[str]) -> list[Path]:
 
 def _read_seconds(folder: QuickstartFolder) -> dict[str, float]:
     """Return what earlier calls for the folder took; nothing for a new one."""
-    if not folder.seconds.exists():
+    try:
+        content = read_json(folder.seconds, default={})
+    except InputError as error:
+        logger.warning("%s", error.message)
         return {}
-    return {
-        step: float(value)
-        for step, value in json.loads(folder.seconds.read_text(encoding="utf-8")).items()
-    }
+    return {name: float(value) for name, value in content.items() if type(value) in (int, float)}
 
 
 @contextmanager

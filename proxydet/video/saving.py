@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-import os
-import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from proxydet.errors import ConfigError
-from proxydet.files import write_errors
+from proxydet.files import staged, write_errors
 from proxydet.inference.writers import TABLE_COLUMNS, table_cells
 from proxydet.video.frames import FrameResult
 from proxydet.video.reading import VideoInfo
@@ -185,12 +183,10 @@ class _TextFile:
 
     def __init__(self, target: Path) -> None:
         self._target = target
-        self._temporary = target.with_name(
-            f".{target.name[:40]}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
-        )
+        self._stack = contextlib.ExitStack()
+        self._temporary = self._stack.enter_context(staged(target))
         with write_errors(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            self._stream = self._temporary.open("x", encoding="utf-8", newline="")
+            self._stream = self._temporary.open("w", encoding="utf-8", newline="")
 
     def write(self, text: str) -> None:
         with write_errors(self._target):
@@ -199,14 +195,16 @@ class _TextFile:
     def finish(self) -> Path:
         with write_errors(self._target):
             self._stream.close()
-            self._temporary.replace(self._target)
+        self._stack.close()
         return self._target
 
     def abandon(self) -> None:
         # On a full disk closing fails as writing did: the error is told already, and the file is removed.
         with contextlib.suppress(OSError):
             self._stream.close()
-        self._temporary.unlink(missing_ok=True)
+        if self._temporary is not self._target:
+            self._temporary.unlink(missing_ok=True)
+        self._stack.close()
 
 
 def _rows(rows: Sequence[Sequence[object]]) -> str:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import uuid
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from proxydet.files import unwritable, write_errors
+from proxydet.files import staged, unwritable
 from proxydet.video.reading import VideoInfo
 from proxydet.video.source import pyav
 
@@ -53,9 +51,8 @@ class VideoWriter:
         self._target = target
         self._info = info
         self._sound_from = sound_from
-        self._temporary = target.with_name(
-            f".{target.name[:40]}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
-        )
+        self._stack = contextlib.ExitStack()
+        self._temporary = target
         self._container: Any = None
         self._stream: Any = None
         self._sound: _Sound | None = None
@@ -104,8 +101,7 @@ class VideoWriter:
                 if self._sound is not None:
                     self._sound.copy_until(self._end)
                 self._container.close()
-            with write_errors(self._target):
-                self._temporary.replace(self._target)
+            self._stack.close()
         finally:
             self.abandon()
         return self._target
@@ -117,11 +113,12 @@ class VideoWriter:
         if self._container is not None:
             with contextlib.suppress(self._av.FFmpegError):
                 self._container.close()
-        self._temporary.unlink(missing_ok=True)
+        if self._temporary is not self._target:
+            self._temporary.unlink(missing_ok=True)
+        self._stack.close()
 
     def _open(self, height: int, width: int) -> None:
-        with write_errors(self._target):
-            self._target.parent.mkdir(parents=True, exist_ok=True)
+        self._temporary = self._stack.enter_context(staged(self._target))
         self._container = self._av.open(
             str(self._temporary), "w", format="mp4", options={"movflags": "+faststart"}
         )

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from proxydet.files import staged, write_errors
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -224,8 +226,8 @@ def running_mean(values: npt.ArrayLike, window: int) -> npt.NDArray[np.float64]:
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure; the file's ending decides the format (png, svg, pdf)."""
-    with _style():
-        figure.savefig(path, dpi=160)
+    with _style(), staged(path) as temporary, write_errors(path):
+        figure.savefig(temporary, dpi=160, format=path.suffix[1:])
 
 
 def svg_of(figure: Figure) -> str:

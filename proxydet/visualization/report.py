@@ -9,7 +9,6 @@ import base64
 import html
 import io
 import math
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from proxydet.files import write_text
 from proxydet.wording import printable
 
 Cell = str | float | int | None
@@ -87,14 +87,7 @@ def write_report(report: Report, path: Path) -> Path:
     Returns:
         The path.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        temporary.write_text(render_report(report), encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    return write_text(path, render_report(report))
 
 
 def render_report(report: Report) -> str:

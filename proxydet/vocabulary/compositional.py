@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from proxydet.errors import VocabularyError
-from proxydet.files import read_json
+from proxydet.files import read_json, write_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -113,7 +113,7 @@ class CompositionalEncoder:
             "common": self.common_D.tolist(),
             "words": {word: direction.tolist() for word, direction in self.words.items()},
         }
-        path.write_text(json.dumps(content), encoding="utf-8")
+        write_text(path, json.dumps(content))
 
     @classmethod
     def load(cls, path: Path) -> CompositionalEncoder:

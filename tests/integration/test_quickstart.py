@@ -7,7 +7,7 @@ import re
 import pytest
 
 from proxydet.data.synthetic.dataset import SyntheticConfig
-from proxydet.errors import ConfigError
+from proxydet.errors import ConfigError, LockedError
 from proxydet.quickstart.comparison import compare_mixup
 from proxydet.quickstart.job import QuickstartFolder, quickstart_config, run_quickstart
 from proxydet.recipes import get_recipe
@@ -88,6 +88,22 @@ def test_a_second_call_trains_no_more_and_keeps_the_training_time(done):
     assert again.folder.run.final_weights.read_bytes() == weights
     assert again.seconds["train"] >= done.seconds["train"]
     assert again.evaluation.to_dict() == done.evaluation.to_dict()
+
+
+def test_a_folder_in_use_is_refused_and_left_alone(tmp_path):
+    with QuickstartFolder(tmp_path / "quickstart").held():
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(LockedError):
+            run_quickstart(tmp_path / "quickstart", drawn=DRAWN, recipe=_recipe())
+        with pytest.raises(LockedError):
+            compare_mixup(tmp_path / "quickstart", seeds=[1, 2, 3], drawn=DRAWN, recipe=_recipe())
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_damaged_times_of_earlier_steps_do_not_stop_it(done):
+    done.folder.seconds.write_bytes(b'{"train": 1.0, "ev\0')
+    again = run_quickstart(done.folder.root, drawn=DRAWN, recipe=_recipe())
+    assert json.loads(done.folder.seconds.read_text()).keys() <= again.seconds.keys()
 
 
 def test_another_configuration_in_the_same_folder_is_refused(done):

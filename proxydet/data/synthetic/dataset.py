@@ -33,7 +33,7 @@ from proxydet.data.synthetic.classes import (
 )
 from proxydet.data.synthetic.drawing import SceneObject, draw_scene, draw_single
 from proxydet.errors import ConfigError, DataError
-from proxydet.files import read_json, write_errors
+from proxydet.files import Lock, read_json, write_errors
 from proxydet.reporting import SILENT
 from proxydet.vocabulary.compositional import CompositionalEncoder
 
@@ -170,17 +170,20 @@ def make_dataset(
     if _holds(folder, config):
         logger.info("using the data set that is in %s", folder)
         return description
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        with write_errors(folder):
-            unfinished.mkdir(parents=True)
-            _Writer(unfinished, config, progress).write()
-            if folder.exists():
-                folder.rmdir()
-            unfinished.rename(folder)
-    finally:
+    with Lock(folder.with_name(f".{folder.name}.lock"), subject=str(folder)):
+        if _holds(folder, config):  # another process drew it meanwhile
+            return description
+        unfinished = folder.with_name(f"{folder.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
+        try:
+            with write_errors(folder):
+                unfinished.mkdir(parents=True)
+                _Writer(unfinished, config, progress).write()
+                if folder.exists():
+                    folder.rmdir()
+                unfinished.rename(folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     return description
 
 

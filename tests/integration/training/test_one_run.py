@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -24,7 +27,13 @@ class Trainings:
         self.sets = sets
         self._words = [word for item in sets for word in ("--set", item)]
 
-    def start(self, name: str, *words: str, processes: int = 1) -> subprocess.Popen[str]:
+    def start(
+        self,
+        name: str,
+        *words: str,
+        processes: int = 1,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> subprocess.Popen[str]:
         command = [
             sys.executable,
             "-m",
@@ -35,11 +44,13 @@ class Trainings:
             "--device",
             "cpu",
         ]
-        command += ["--gpus", str(processes), "--output", name, *self._words, *words]
+        command += ["--output", name] if name else []
+        command += ["--gpus", str(processes)] if not environment else []
+        command += [*self._words, *words]
         return subprocess.Popen(
             command,
             cwd=self.folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -102,6 +113,34 @@ def test_of_two_trainings_at_once_one_wins_and_the_other_exits_at_once(
     trainings.run("alone", *(second if loser == 0 else ()))
     assert trainings.same("run", "alone")
     assert not list((trainings.folder / "run").glob("train.lock*"))
+
+
+def test_tasks_of_srun_train_in_the_folder_that_the_first_one_chooses(
+    trainings: Trainings,
+) -> None:
+    """Even where a task looks for it later, when others have written there, or elsewhere."""
+    port = free_port()
+    tasks = []
+    for rank in range(2):
+        place = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_STEP_ID": 0, "SLURM_JOB_ID": 7}
+        count = {"SLURM_NTASKS": 2, "SLURM_STEP_NUM_TASKS": 2, "SLURM_STEP_NUM_NODES": 1}
+        per_node = {"SLURM_TASKS_PER_NODE": 2, "SLURM_STEP_TASKS_PER_NODE": 2}
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PROXYDET_RUNS": f"runs-{rank}"}
+        variables = {**place, **count, **per_node, **meet}
+        tasks.append(
+            trainings.start("", environment={name: str(value) for name, value in variables.items()})
+        )
+    ended = [trainings.finish(task) for task in tasks]
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert [path.name for path in trainings.folder.glob("runs-*")] == ["runs-0"]
+    manifest = json.loads((trainings.folder / "runs-0/tiny/manifest.json").read_text())
+    assert manifest["world_size"] == 2
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 def test_two_processes_then_one_then_two_are_the_same_run(trainings: Trainings) -> None:

@@ -94,7 +94,7 @@ def test_a_line_cut_by_a_stop_is_predicted_again(tmp_path: Path, cut: int) -> No
     assert again.images_done() == {1, 2}
     with pytest.raises(DataError, match="1 of 3 images are not predicted yet") as caught:
         again.join([1, 2, 4])
-    assert "goes on where it stopped" in caught.value.hint
+    assert "continues where it stopped" in caught.value.hint
     fill(again, 0, [4])
     assert json.loads(again.join([1, 2, 4]).read_text()) == rows(1) + rows(2) + rows(4)
 
@@ -144,5 +144,5 @@ def test_a_full_disk_is_told_and_what_is_written_stays(
         with pytest.raises(DiskFullError, match="no room left") as caught:
             writer.write(2, rows(2))
         monkeypatch.setattr(writer, "_file", whole)
-    assert "goes on where it stopped" in caught.value.hint
+    assert "continues where it stopped" in caught.value.hint
     assert folder.images_done() == {1}

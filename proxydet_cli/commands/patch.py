@@ -10,8 +10,7 @@ import typer
 from proxydet_cli.options import DryRun, Json, command_app, examples
 
 if TYPE_CHECKING:
-    from proxydet.compat.patch import PatchChange
-    from proxydet.compat.patch import PatchStatus
+    from proxydet.compat.patch import PatchChange, PatchStatus
     from proxydet.compat.roi_verify import RoiAlignReport
 
 app = command_app(

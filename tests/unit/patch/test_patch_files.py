@@ -181,7 +181,9 @@ def test_a_change_made_by_hand_is_recognised_but_not_reverted(roi_align_file):
     text = roi_align_file.read_text()
     text = text.replace("            input,\n", "            input.half().double(),\n")
     text = text.replace("rois.to(dtype=input.dtype)", "rois.half().double()")
-    text = text.replace("self.aligned,\n        )", "self.aligned,\n        ).to(dtype=input.dtype)")
+    text = text.replace(
+        "self.aligned,\n        )", "self.aligned,\n        ).to(dtype=input.dtype)"
+    )
     roi_align_file.write_text(text)
     status = patch_status(roi_align_file)
     assert status.state == "applied"
@@ -203,9 +205,7 @@ def test_a_reinstalled_file_makes_the_old_record_void(roi_align_file):
 
 
 @pytest.mark.parametrize("writes_before", [0, 1, 2])
-def test_a_crash_between_the_steps_leaves_a_usable_file(
-    roi_align_file, monkeypatch, writes_before
-):
+def test_a_crash_between_the_steps_leaves_a_usable_file(roi_align_file, monkeypatch, writes_before):
     before = folder_content(roi_align_file)
     real, done = Path.replace, []
 

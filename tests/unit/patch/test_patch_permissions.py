@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from proxydet.compat.patch import apply_patch
-from proxydet.compat.patch import patch_status
+from proxydet.compat.patch import apply_patch, patch_status
 from proxydet.errors import EnvironmentProblem
 
 needs_root = pytest.mark.skipif(

@@ -506,7 +506,7 @@ class _Session(requests.Session):
                     twin.close()
                     self._sockets.remove(twin)
             if self._closed:
-                connection.shutdown(socket.SHUT_RDWR)
+                connection.close()  # whatever is sent over it fails
             else:
                 self._sockets.append(connection.dup())
 
@@ -524,6 +524,22 @@ class _Adapter(HTTPAdapter):
                 made = super()._new_conn()
                 opened(made)
                 return made
+
+            def getresponse(self) -> Any:
+                """Close a response whose head the library refuses; it keeps the socket open, and the library lets it go."""
+                made = []
+
+                def make(*args: Any, **options: Any) -> http.client.HTTPResponse:
+                    made.append(http.client.HTTPResponse(*args, **options))
+                    return made[-1]
+
+                self.response_class = make
+                try:
+                    return super().getresponse()
+                except BaseException:
+                    for response in made:
+                        response.close()
+                    raise
 
         class SecureConnection(Connection, urllib3.connection.HTTPSConnection):
             pass

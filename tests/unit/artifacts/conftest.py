@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import http.server
 import random
@@ -255,6 +256,17 @@ class Server(http.server.ThreadingHTTPServer):
 
     def address(self, path: str) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}{path}"
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_open() -> Iterator[None]:
+    """Collect what a test leaves behind: a socket or file that was not closed is reported here, and fails that test."""
+    gc.freeze()  # what was there before is not searched
+    gc.disable()  # one collection at the end, in the order of creation: others may hide it
+    yield
+    gc.enable()
+    gc.collect()
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -533,13 +533,15 @@ class _Adapter(HTTPAdapter):
                     made.append(http.client.HTTPResponse(*args, **options))
                     return made[-1]
 
-                self.response_class = make
+                self.response_class = make  # type: ignore[assignment]
                 try:
                     return super().getresponse()
                 except BaseException:
                     for response in made:
                         response.close()
                     raise
+                finally:
+                    del self.response_class
 
         class SecureConnection(Connection, urllib3.connection.HTTPSConnection):
             pass

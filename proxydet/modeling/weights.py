@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from proxydet.errors import CheckpointError
 from proxydet.modeling.network import ProxyDetNetwork
-from proxydet.modeling.weights_reading import read_state_dict
+from proxydet.weight_files import read_state_dict
 
 MIXUP_BRANCH = ("roi_heads.box_head_cmm.", "roi_heads.box_predictor_cmm.")
 """For ``expect``: the mixup branch, which a BoxSup checkpoint does not hold."""
@@ -35,7 +35,7 @@ _SHOWN = 5
 
 @dataclass(frozen=True, kw_only=True)
 class LoadReport:
-    """What became of the names of a weight file.
+    """Which names of a weight file were loaded, and which were not.
 
     Attributes:
         loaded: How many parameters were loaded.
@@ -73,7 +73,7 @@ def load_weights(
 
     Args:
         network: Where to load it.
-        path: Torch's format or a plain pickle of arrays (``.pkl``).
+        path: Any file that `proxydet.weight_files.read_state_dict` reads.
         expect: Names that may be missing, surplus or of another shape: prefixes, or patterns with ``*``.
         vocabulary: ``"check"`` demands that the file was trained for the network's classes (for inference);
             ``"keep"`` keeps the network's own text embeddings and class frequencies whatever the file has (to start

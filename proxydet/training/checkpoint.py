@@ -1,18 +1,14 @@
 """Checkpoints: what they hold, written whole or not at all, rotated, and proved when read.
 
-A checkpoint ``step_0001000.pth`` is what torch.save writes: a zip archive of a pickle and the tensors' bytes. It carries
-the SHA-256 of all that it holds, values, names and shapes, which is computed again from what was read: whatever damaged the
-file, nothing else than what was written is ever resumed from.
+A checkpoint ``step_0001000.pth`` is a file of `proxydet.weight_files.write_state`, with a SHA-256 that is compared when it
+is read: whatever damaged the file, nothing else than what was written is ever resumed from.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import logging
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,17 +18,12 @@ import torch
 from torch import nn
 
 from proxydet.errors import CheckpointError, NumericsError
-from proxydet.files import require_room, staged, unwritable, write_errors
 from proxydet.training.config import CheckpointConfig
+from proxydet.weight_files import FORMAT, read_content, write_state
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
-"""Version 0.1 wrote 1: without a digest, and counting iterations only."""
-
 _NAME = re.compile(r"step_(\d{7,})\.pth")
-# Room for what else a run writes between two checkpoints.
-_DISK_MARGIN = 64 * 2**20
 _NO_ROOM = "make room and start the same command again: it resumes from the newest checkpoint"
 _OLDER = "resume from an older one: --resume RUN/checkpoints/step_....pth"
 
@@ -190,7 +181,7 @@ class CheckpointFolder:
             DiskFullError: There is no room for it; nothing is left of it, and the earlier ones are untouched.
         """
         path = self.path(iteration)
-        write_checkpoint(state, path)
+        write_state(state, path, hint=_NO_ROOM)
         self.rotate(best)
         return path
 
@@ -228,33 +219,6 @@ class CheckpointFolder:
                 path.unlink(missing_ok=True)
 
 
-def write_checkpoint(state: Mapping[str, Any], path: Path) -> None:
-    """Write a state, with its digest, so that ``path`` either holds all of it or is as it was.
-
-    Raises:
-        DiskFullError: There is no room.
-        EnvironmentProblem: It cannot be written.
-    """
-    content = {"format": FORMAT, **state}
-    content["sha256"] = _digest(content)
-    with write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    require_room(path, _size(content) + _DISK_MARGIN, hint=_NO_ROOM)
-    with staged(path) as temporary:
-        try:
-            with write_errors(path, hint=_NO_ROOM), temporary.open("wb") as file:
-                torch.save(content, file)
-        except RuntimeError as error:
-            # torch may wrap the system's error.
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, OSError):
-                cause = cause.__cause__ or cause.__context__
-            if cause is None:
-                raise
-            number = cause.errno or errno.EIO
-            raise unwritable(path, number, cause.strerror or str(cause), hint=_NO_ROOM) from error
-
-
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a training checkpoint, and prove that it holds what was written.
 
@@ -287,79 +251,13 @@ def read_run(path: Path) -> dict[str, Any] | None:
 
 
 def _read(path: Path, *, whole: bool) -> dict[str, Any]:
-    """Read a checkpoint: all of it, compared with its digest; or its structure, tensors being left on the disk."""
-    if not path.is_file():
-        what = "is not a file" if path.exists() else "does not exist"
-        raise CheckpointError(
-            f"the checkpoint {path} {what}", hint="checkpoints are in RUN/checkpoints", path=path
-        )
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for entry in archive.infolist():
-                # As torch writes them. Anything else is damage, and could make torch read other bytes, or too many.
-                if (
-                    entry.is_dir()
-                    or entry.compress_type
-                    or entry.flag_bits & 1
-                    or entry.external_attr
-                ):
-                    raise ValueError(f"the entry {entry.filename} has impossible attributes")
-            damaged = archive.testzip() if whole else None
-        if damaged is not None:
-            raise ValueError(f"{damaged} fails its checksum")
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=not whole)
-        ours = isinstance(state, dict) and state.get("format") in (1, FORMAT)
-        ours = ours and isinstance(state.get("iteration"), int)
-        if (
-            ours
-            and whole
-            and state["format"] == FORMAT
-            and state.pop("sha256", "") != _digest(state)
-        ):
-            raise ValueError("what it holds is not what was written (SHA-256)")
-    except Exception as error:  # the readers of zip files and pickles raise of every kind on damage
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise CheckpointError(
-            f"{path} is damaged, and cannot be read: {reason}", hint=_OLDER, path=path
-        ) from error
-    if not ours:
+    """Read a checkpoint: all of it, compared with its digest; or without its tensors."""
+    state = read_content(path, tensors=whole, hint=_OLDER)
+    ours = isinstance(state, dict) and state.get("format") in (1, FORMAT)
+    if not ours or not isinstance(state.get("iteration"), int):
         raise CheckpointError(
             f"{path} is not a training checkpoint of this program",
             hint="to start from its weights give it with --weights; --resume continues a run",
             path=path,
         )
     return dict(state)
-
-
-def _digest(value: Any) -> str:
-    """Return the SHA-256 of a nested state: its names, values, shapes, number formats and tensors' bytes."""
-    digest = hashlib.sha256()
-
-    def add(item: Any) -> None:
-        if isinstance(item, torch.Tensor):
-            plain = item.detach().cpu().contiguous()
-            digest.update(f"tensor {plain.dtype} {tuple(plain.shape)}\0".encode())
-            digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
-        elif isinstance(item, Mapping):
-            digest.update(f"mapping {len(item)}\0".encode())
-            for key, inner in item.items():
-                add(key)
-                add(inner)
-        elif isinstance(item, (list, tuple)):
-            digest.update(f"{'list' if isinstance(item, list) else 'tuple'} {len(item)}\0".encode())
-            for inner in item:
-                add(inner)
-        else:
-            digest.update(f"{type(item).__name__} {item!r}\0".encode())
-
-    add(value)
-    return digest.hexdigest()
-
-
-def _size(value: Any) -> int:
-    """Bytes of all tensors in a nested state."""
-    if isinstance(value, torch.Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, Mapping):
-        return sum(_size(item) for item in value.values())
-    return sum(_size(item) for item in value) if isinstance(value, (list, tuple)) else 0

@@ -28,7 +28,6 @@ from proxydet.training.checkpoint import (
     CheckpointFolder,
     TrainingState,
     load_checkpoint,
-    write_checkpoint,
 )
 from proxydet.training.config import TrainingConfig
 from proxydet.training.distributed import DistInfo, broadcast_value, wait_for_all, wrap_for_ranks
@@ -43,6 +42,7 @@ from proxydet.training.step import (
     build_scaler,
     train_step,
 )
+from proxydet.weight_files import write_state
 
 logger = logging.getLogger(__name__)
 
@@ -211,7 +211,7 @@ def fit(
         if job.ranks.is_main:
             job.still_ours()
             weights = {"model": network.state_dict(), "iteration": state.iteration}
-            write_checkpoint(weights, job.folder.final_weights)
+            write_state(weights, job.folder.final_weights)
         return TrainResult(
             folder=job.folder.root,
             weights=job.folder.final_weights,

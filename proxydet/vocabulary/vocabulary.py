@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,17 +19,13 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.format import MAGIC_PREFIX
 
-from proxydet.errors import VocabularyError
+from proxydet.errors import CheckpointError, VocabularyError
 from proxydet.files import write_bytes
 from proxydet.vocabulary.names import check_classes, check_names, quote_names
-from proxydet.wording import size_text
+from proxydet.weight_files import read_arrays
 
 FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
-
-_FIELDS = ("names", "embeddings", "base")
-_UNPACKED = 64 << 20
-"""Bytes that an archive may unpack to whatever its own size; beyond, twenty times its size."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,25 +110,23 @@ class Vocabulary:
             VocabularyError: the file is absent, damaged, or not a vocabulary.
         """
         path = Path(path)
+        hint = "make one with: proxydet vocab build"
+        if not path.exists():
+            raise VocabularyError(f"there is no vocabulary file {path}", hint=hint, path=path)
         try:
-            arrays = _read_archive(path)
-        except FileNotFoundError as error:
+            arrays = read_arrays(path, ("names", "embeddings", "base"))
+            if arrays["names"].dtype.kind != "U" or arrays["names"].ndim != 1:
+                raise ValueError("the names are not a list of text")
+            if len(arrays["names"]) != len(arrays["embeddings"]):  # before lists are made of them
+                raise ValueError("it has more names than embeddings, or fewer")
+            names = arrays["names"].tolist()
+        except (CheckpointError, ValueError, TypeError) as error:
             raise VocabularyError(
-                f"there is no vocabulary file {path}",
-                hint="make one with: proxydet vocab build",
+                f"{path} does not hold a vocabulary: {str(error).replace(str(path), 'it')}",
+                hint=hint,
                 path=path,
             ) from error
-        except Exception as error:  # numpy and zipfile raise errors of any kind for damaged files
-            # Of a file of another kind, numpy says that it will not unpickle it, which helps nobody.
-            reason = "it is not an .npz archive" if "pickle" in str(error) else error
-            raise VocabularyError(
-                f"{path} does not hold a vocabulary: {reason}",
-                hint="make one with: proxydet vocab build",
-                path=path,
-            ) from error
-        return cls.from_arrays(
-            [str(name) for name in arrays["names"]], arrays["embeddings"], arrays["base"]
-        )
+        return cls.from_arrays(names, arrays["embeddings"], arrays["base"])
 
     def save(self, path: Path | str) -> Path:
         """Write a ``.npz`` that `load` reads; an existing file is replaced in one step.
@@ -218,23 +211,6 @@ class Vocabulary:
     def __repr__(self) -> str:
         shown = ", ".join(self.names[:3]) + (", ..." if len(self) > 3 else "")
         return f"Vocabulary({len(self)} classes x {self.dimension}: {shown})"
-
-
-def _read_archive(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """Read the arrays of a saved vocabulary, once their sizes are known to be what the file can hold."""
-    # Given a path, numpy leaves the file of a damaged archive open.
-    with path.open("rb") as file:
-        with zipfile.ZipFile(file) as archive:
-            unpacked = sum(archive.getinfo(f"{name}.npy").file_size for name in _FIELDS)
-        stored = file.seek(0, 2)
-        if unpacked > _UNPACKED + 20 * stored:
-            raise ValueError(f"{size_text(stored)} would unpack to {size_text(unpacked)}")
-        file.seek(0)
-        with np.load(file, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in _FIELDS}
-    if found["names"].dtype.kind != "U" or found["names"].ndim != 1:
-        raise ValueError("the names are not a list of text")
-    return found
 
 
 def load_embeddings(path: Path) -> npt.NDArray[Any]:

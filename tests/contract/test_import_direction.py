@@ -18,6 +18,7 @@ RANK = {
         [
             "errors",
             "files",
+            "weight_files",
             "reporting",
             "wording",
             "paths",

@@ -107,7 +107,7 @@ class TestHostileCheckpoints:
 
     def test_even_functions_of_torch_are_not_run(self, check) -> None:
         evil = Evil(torch.hub.load_state_dict_from_url, "https://example.org/never")
-        with pytest.raises(DigestError, match="no tensors"):
+        with pytest.raises(DigestError, match="no parameters"):
             check(as_checkpoint(pickle.dumps({"model": {"x": evil}})))
 
     @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)

@@ -244,16 +244,8 @@ def test_a_truncated_file(network, source, tmp_path: Path) -> None:
         load_weights(network, path)
 
 
-def test_what_torch_advises_about_a_text_file_is_not_passed_on(network, tmp_path: Path) -> None:
-    path = tmp_path / "w.pth"
-    path.write_text("name = 'pets'\n")
-    with pytest.raises(CheckpointError, match=r"no file that torch\.save writes") as caught:
-        load_weights(network, path)
-    assert "weights_only" not in caught.value.message
-
-
 def test_no_file_and_no_parameters(network, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no weight file"):
+    with pytest.raises(CheckpointError, match=r"absent\.pth"):
         load_weights(network, tmp_path / "absent.pth")
     with pytest.raises(CheckpointError, match="no parameters"):
         load_weights(network, saved(tmp_path / "w.pth", {"iteration": 3}))

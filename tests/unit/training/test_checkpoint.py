@@ -13,15 +13,14 @@ import pytest
 import torch
 
 from proxydet.errors import CheckpointError, DiskFullError, EnvironmentProblem
-from proxydet.training import checkpoint as module
 from proxydet.training.checkpoint import (
     CheckpointFolder,
     load_checkpoint,
     read_iteration,
     read_run,
-    write_checkpoint,
 )
 from proxydet.training.config import CheckpointConfig
+from proxydet.weight_files import write_state
 
 
 def folder(tmp_path: Path, **config: object) -> CheckpointFolder:
@@ -59,7 +58,7 @@ def test_rotation_keeps_newest_milestones_and_best(tmp_path: Path) -> None:
     assert iterations(without_best) == [90, 100]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "directory bit", "empty", "text"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "text"])
 def test_a_damaged_newest_checkpoint_falls_back(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -70,11 +69,6 @@ def test_a_damaged_newest_checkpoint_falls_back(
     if damage == "flipped":
         place = content.index(torch.full((10,), 2.0).numpy().tobytes()) + 17
         content[place] ^= 4
-    if (
-        damage == "directory bit"
-    ):  # in the attributes of the tensor's entry: torch would read no bytes for it
-        entry = content.rindex(b"PK\x01\x02", 0, content.rindex(b"data/0"))
-        content[entry + 38] ^= 0x10
     damaged = {"truncated": content[:-600], "empty": b"", "text": b"hello"}.get(damage, content)
     newest.write_bytes(bytes(damaged))
     with caplog.at_level(logging.WARNING):
@@ -88,7 +82,7 @@ def test_a_damaged_newest_checkpoint_falls_back(
 def test_other_values_than_were_written_are_never_loaded(tmp_path: Path) -> None:
     """As far as zip checksums go, this is a good file."""
     path = tmp_path / "a.pth"
-    write_checkpoint(state(1.0), path)
+    write_state(state(1.0), path)
     content = torch.load(path, weights_only=True)
     content["model"]["w"][3] = 2.0
     torch.save(content, path)
@@ -99,7 +93,7 @@ def test_other_values_than_were_written_are_never_loaded(tmp_path: Path) -> None
 
 def test_damage_anywhere_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
-    write_checkpoint(state(1.0), path)
+    write_state(state(1.0), path)
     whole, random = path.read_bytes(), np.random.default_rng(0)
     expected = load_checkpoint(path)["model"]["w"]
     directory = whole.index(b"PK\x01\x02")
@@ -143,7 +137,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "weights.pth")
     assert "--weights" in str(caught.value.hint)
     torch.save({"format": 1, "x": Path("a")}, tmp_path / "unsafe.pth")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match=r"unsafe\.pth .*pathlib"):
         load_checkpoint(tmp_path / "unsafe.pth")
 
 
@@ -171,11 +165,11 @@ def test_a_disk_that_fills_up_while_writing_leaves_nothing(
         message = "PytorchStreamWriter failed writing file data/0: file write failed"
         raise RuntimeError(message) from full
 
-    monkeypatch.setattr(module.torch, "save", fail)
+    monkeypatch.setattr(torch, "save", fail)
     path = tmp_path / "model.pth"
     path.write_bytes(b"before")
     with pytest.raises(DiskFullError):
-        write_checkpoint(state(1.0), path)
+        write_state(state(1.0), path)
     assert path.read_bytes() == b"before"
     assert [p.name for p in tmp_path.iterdir()] == ["model.pth"]
 
@@ -186,7 +180,7 @@ def test_other_failures_of_writing_are_not_called_a_full_disk(
     def fail(content: object, file: object) -> None:
         raise PermissionError(errno.EACCES, "no")
 
-    monkeypatch.setattr(module.torch, "save", fail)
+    monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(EnvironmentProblem, match=r"model\.pth") as caught:
-        write_checkpoint(state(1.0), tmp_path / "model.pth")
+        write_state(state(1.0), tmp_path / "model.pth")
     assert not isinstance(caught.value, DiskFullError)

@@ -11,11 +11,11 @@ import pytest
 
 from proxydet.config import dump_yaml
 from proxydet.recipes import RunConfig, get_recipe, resolve_config
-from proxydet.training.checkpoint import write_checkpoint
 from proxydet.training.estimate import Estimate, MetaNetwork, batch_costs, count, estimate_run
 from proxydet.training.launch import plan_launch
 from proxydet.training.plan import _annotations, plan_training
 from proxydet.training.runfolder import Resume, RunFolder
+from proxydet.weight_files import write_state
 
 WORDS = ["train", "--recipe", "tiny"]
 
@@ -151,7 +151,7 @@ def test_the_command_and_the_scaled_configuration(tmp_path: Path) -> None:
 def occupy(tmp_path: Path, config: RunConfig) -> RunFolder:
     """Write what a run leaves that was stopped after 12 iterations."""
     folder = RunFolder(tmp_path / "run")
-    write_checkpoint({"iteration": 12}, folder.checkpoints / "step_0000012.pth")
+    write_state({"iteration": 12}, folder.checkpoints / "step_0000012.pth")
     folder.config.write_text(dump_yaml(config))
     return folder
 
@@ -194,7 +194,7 @@ def test_a_run_folder_that_training_would_refuse(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("unmeasured")
 def test_a_named_checkpoint_is_looked_into(tmp_path: Path) -> None:
     path = tmp_path / "old.pth"
-    write_checkpoint({"iteration": 34}, path)
+    write_state({"iteration": 34}, path)
     found = plan(tmp_path, resume=path)
     assert found.resumes_after == 34
     assert "checkpoint" not in {need.what for need in found.missing}

@@ -16,10 +16,11 @@ from torch import nn
 from proxydet.errors import NumericsError
 from proxydet.recipes import resolve_config
 from proxydet.training import step, train, trainer
-from proxydet.training.checkpoint import TrainingState, load_checkpoint, write_checkpoint
+from proxydet.training.checkpoint import TrainingState, load_checkpoint
 from proxydet.training.config import OptimizerConfig
 from proxydet.training.distributed import DistInfo
 from proxydet.training.step import build_optimizer, train_step
+from proxydet.weight_files import write_state
 
 CPU = torch.device("cpu")
 
@@ -213,7 +214,7 @@ def test_speed_after_a_resume_counts_its_own_steps(
     found = tmp_path / "checkpoints/step_0000007.pth"
     state = load_checkpoint(found)
     state["window"] = {"steps": 7, "images": 28, "losses": {}, "shares": {}}
-    write_checkpoint(state, found)
+    write_state(state, found)
     toy.run(tmp_path, changes, pause=0.3)
     record = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert record["iteration"] == 8

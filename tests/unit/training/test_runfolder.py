@@ -17,7 +17,6 @@ from proxydet.config import dump_yaml, to_mapping
 from proxydet.errors import ConfigError, LockedError, TrainingError
 from proxydet.recipes import RunConfig, get_recipe, resolve_config
 from proxydet.training import distributed
-from proxydet.training.checkpoint import write_checkpoint
 from proxydet.training.config import scale_training
 from proxydet.training.distributed import DistInfo, check_agreement
 from proxydet.training.runfolder import (
@@ -27,6 +26,7 @@ from proxydet.training.runfolder import (
     default_folder,
 )
 from proxydet.training.train import continue_run, find_earlier, scale_run
+from proxydet.weight_files import write_state
 
 DIGESTS = {"vocabulary": "aa", "annotations": "bb"}
 CPU = torch.device("cpu")
@@ -44,7 +44,7 @@ def write_run(
     scaled = scale_run(config, processes)
     run = {"configuration": to_mapping(scaled), "digests": DIGESTS}
     content = {"iteration": 3, "run": json.dumps(run)}
-    write_checkpoint(content, folder.checkpoints / "step_0000003.pth")
+    write_state(content, folder.checkpoints / "step_0000003.pth")
     folder.config.write_text(dump_yaml(scaled))
     folder.manifest.write_text(json.dumps(run))
     if finished:

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from proxydet.errors import DiskFullError, Interrupted, NumericsError, TrainingError
-from proxydet.training.checkpoint import TrainingState, load_checkpoint, write_checkpoint
+from proxydet.training.checkpoint import TrainingState, load_checkpoint
 from proxydet.training.config import OptimizerConfig, ScheduleConfig
 from proxydet.training.signals import StopNow, StopSignals
 from proxydet.training.step import build_optimizer, learning_rate_factor
 from proxydet.training.trainer import Prefetcher
+from proxydet.weight_files import write_state
 
 NEVER_SKIPPED = {"guards": {"non_finite": "skip", "max_skipped": 2}}
 
@@ -140,12 +141,12 @@ def test_a_checkpoint_is_replaced_not_written_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "a.pth"
-    write_checkpoint({"iteration": 1, "x": 1}, path)
+    write_state({"iteration": 1, "x": 1}, path)
     flushed: list[int] = []
     flush = os.fsync
     monkeypatch.setattr(os, "fsync", lambda number: (flushed.append(number), flush(number)))
     with path.open("rb") as reader:
-        write_checkpoint({"iteration": 1, "x": 2}, path)
+        write_state({"iteration": 1, "x": 2}, path)
         assert torch.load(reader, weights_only=True)["x"] == 1
     assert load_checkpoint(path)["x"] == 2
     assert len(flushed) == 2, "the file and its folder"
@@ -158,7 +159,7 @@ def test_a_disk_without_room_to_spare_is_full(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4001))
     with pytest.raises(DiskFullError):
-        write_checkpoint(state, tmp_path / "a.pth")
+        write_state(state, tmp_path / "a.pth")
 
 
 def test_a_dead_loader_process_is_told_in_words() -> None:

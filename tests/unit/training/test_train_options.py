@@ -14,11 +14,11 @@ import pytest
 from proxydet.config import dump_yaml
 from proxydet.errors import CheckpointError, ConfigError
 from proxydet.recipes import RunConfig, resolve_config
-from proxydet.training.checkpoint import write_checkpoint
 from proxydet.training.launch import LaunchPlan
 from proxydet.training.runfolder import RunFolder
 from proxydet.training.train import scale_run
 from proxydet.training.trainer import TrainResult
+from proxydet.weight_files import write_state
 from proxydet_cli import training
 from proxydet_cli.main import main
 
@@ -157,7 +157,7 @@ def test_a_wrong_checkpoint_is_found_before_processes_start(
     with pytest.raises(CheckpointError, match="cannot be read"):
         training.run(options, MACHINES, json=False)
     assert not launched
-    write_checkpoint({"iteration": 3}, Path(options.resume))
+    write_state({"iteration": 3}, Path(options.resume))
     training.run(options, MACHINES, json=False)
     assert launched
 

@@ -1,0 +1,836 @@
+"""Weight files: one reader of what others wrote, one writer of ours.
+
+Reads what ``torch.save`` writes (zip archives, and the format before them), pickles of numpy arrays (``.pkl``), TorchScript
+archives, safetensors and ``.npz`` tables. No pickle is run: its instructions, as the standard library's `pickletools` lists
+them, build plain values, and descriptions of tensors whose bytes are then read as numbers of a known type. What else a file
+names (an optimizer's class, say) is passed over; what no weight file needs is refused. Sizes and counts are bounded by the
+size of the file, and CRC-32 sums are compared. See docs/decisions/0009-weight-files.md.
+
+What proxydet writes carries a SHA-256, which is computed again from what was read:
+
+- training states and ``model_final.pth``: of their content, under the key ``sha256``;
+- ``model_final.safetensors``: of metadata and tensors, in the metadata;
+- exports (`seal`): of the whole file before the digest, at its end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import logging
+import math
+import pickletools
+import re
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from proxydet.errors import CheckpointError
+from proxydet.files import require_room, staged, unwritable, write_bytes, write_errors
+from proxydet.wording import size_text
+
+if (
+    TYPE_CHECKING
+):  # torch takes seconds to import, and tables and the shapes in a download need none
+    from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 2
+"""Of training states and ``model_final.pth``. Version 0.1 wrote 1: without a digest, and counting iterations only."""
+SAFETENSORS_FORMAT = 1
+"""Of the metadata in ``model_final.safetensors``."""
+
+_HINT = (
+    "give a checkpoint of proxydet train or a published one; copy or download a damaged one again"
+)
+# Room for what else a run writes between two checkpoints.
+_DISK_MARGIN = 64 << 20
+_CHUNK = 4 << 20
+# Of a pickle in a zip archive, or in front of the numbers of torch's older format.
+_LARGEST_PICKLE = 64 << 20
+# What may be held in memory beyond a multiple of the file's size.
+_SPARE = 64 << 20
+_MOST_VALUES = 1_000_000
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+# What a file may name without being refused; only the few names in `_call` mean anything.
+_PACKAGES = frozenset(
+    ["torch", "__torch__", "numpy", "collections", "_codecs", "builtins", "__builtin__", "copyreg", "copy_reg", "argparse",
+     "fvcore", "detectron2", "omegaconf", "yacs"]
+)  # fmt: skip
+_BUILTINS = frozenset(
+    ["set", "frozenset", "dict", "list", "tuple", "int", "float", "complex", "slice", "bytearray", "bytes", "object"]
+)  # fmt: skip
+# Number formats by the name of torch's storage class: torch's name of the type, bytes.
+_STORAGES = {
+    "DoubleStorage": ("float64", 8), "FloatStorage": ("float32", 4), "HalfStorage": ("float16", 2),
+    "BFloat16Storage": ("bfloat16", 2), "LongStorage": ("int64", 8), "IntStorage": ("int32", 4),
+    "ShortStorage": ("int16", 2), "CharStorage": ("int8", 1), "ByteStorage": ("uint8", 1),
+    "BoolStorage": ("bool", 1), "ComplexFloatStorage": ("complex64", 8), "ComplexDoubleStorage": ("complex128", 16),
+}  # fmt: skip
+# Only these reach numpy: a dtype with fields or flags of its own could make it follow pointers from the file.
+_NUMPY_DTYPE = re.compile(r"[<>=|]?(?:b1|[iu][1248]|f[248]|c8|c16)")
+_KEYS = (str, int, bytes, bool, type(None))
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """The bytes of one or more tensors, somewhere in the file."""
+
+    key: str
+    dtype: str
+    item: int
+    """Bytes of a number."""
+    count: int
+
+
+@dataclass(frozen=True)
+class _Described:
+    """A tensor whose bytes are not read yet."""
+
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Global:
+    """What the file names; never looked up."""
+
+    module: str
+    name: str
+
+
+@dataclass
+class _Dtype:
+    text: str
+
+
+@dataclass
+class _Array:
+    """A numpy array; pickles state its values after they have named it."""
+
+    values: npt.NDArray[Any] | None = None
+
+
+class _Module(dict[str, Any]):
+    """The attributes of a TorchScript module."""
+
+
+class _Ignored:
+    """An object of a class that weights do not need; takes any state."""
+
+
+class _NotAllowedError(Exception):
+    """The file names what no weight file needs."""
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_content(path: Path, *, tensors: bool = True, hint: str = _HINT) -> Any:
+    """Return what a file holds as dicts, lists, tuples, plain values and tensors; other objects become None.
+
+    Args:
+        path: What ``torch.save`` or ``torch.jit.save`` wrote, or a pickle.
+        tensors: False leaves the numbers of the tensors in the file, and puts None in place of the tensors.
+        hint: What the user can do where it cannot be read.
+
+    Raises:
+        CheckpointError: It is absent, damaged, not such a file, names code, or is not what proxydet wrote.
+    """
+    with _errors(path, hint), _opened(path) as source:
+        return source.content() if tensors else _map(source.described, lambda _: None)
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of the model in a file, by name; the bytes are compared with their check sums.
+
+    Raises:
+        CheckpointError: As `read_content`; or there are no tensors.
+    """
+    with _errors(path, _HINT), _opened(path) as source:
+        source.verify()
+        return {name: tuple(found.shape) for name, found in _parameters(source.described, path)}
+
+
+def read_state_dict(path: Path, *, parts: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
+    """Return the parameters in a weight file of any kind, by name.
+
+    Args:
+        path: ``.safetensors``, or what `read_content` reads; the kind is seen from the content. Containers (``model``,
+            ``state_dict``, ``ema``, ...) and what wrappers put in front of the names (``module.``, ``model.``,
+            ``_orig_mod.``) are taken off, however they are nested.
+        parts: Starts of the names to read.
+
+    Raises:
+        CheckpointError: As `read_content`; or there are no parameters.
+    """
+    with _errors(path, _HINT):
+        with path.open("rb") as file:
+            is_safetensors = file.read(9)[8:] == b"{"
+        if is_safetensors:
+            return dict(_parameters(read_safetensors(path)[0], path, parts))
+        with _opened(path) as source:
+            if _is_ours(source.described):
+                return dict(_parameters(source.content(), path, parts))
+            found = _parameters(source.described, path, parts)
+            return {name: source.tensor(described) for name, described in found}
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors of a safetensors file, and what `write_safetensors` was told of them (else empty).
+
+    Raises:
+        CheckpointError: It is absent, damaged, or not what proxydet wrote.
+    """
+    from safetensors import safe_open
+
+    with _errors(path, _HINT), safe_open(path, framework="pt", device="cpu") as file:
+        tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        text = file.metadata() or {}
+        if "proxydet" not in text:
+            return tensors, {}
+        if text.get("sha256") != content_digest([text["proxydet"], tensors]):
+            raise ValueError("what it holds is not what was written (SHA-256)")
+        metadata = json.loads(text["proxydet"])
+        return tensors, metadata if isinstance(metadata, dict) else {}
+
+
+def read_arrays(path: Path, names: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+    """Return arrays of numbers or text in an ``.npz`` file, once their sizes are known to be what it holds.
+
+    Raises:
+        CheckpointError: As `read_content`; or an array is absent, or of Python objects.
+    """
+    with (
+        _errors(path, "write it again with numpy.savez", "an .npz archive"),
+        _open_zip(path) as archive,
+    ):
+        return {name: _read_array(archive.open(_entry(archive, f"{name}.npy"))) for name in names}
+
+
+def _read_array(file: Any) -> npt.NDArray[Any]:
+    data = file.read()
+    stream = io.BytesIO(data)
+    version = np.lib.format.read_magic(stream)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError("it is not an array of numbers or text")
+    read_header = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
+    shape, fortran, dtype = read_header(stream)
+    if dtype.kind not in "biufcU" or dtype.hasobject or dtype.fields is not None:
+        raise ValueError(f"it holds {dtype.name}, not numbers or text")
+    if math.prod(shape) * dtype.itemsize != len(data) - stream.tell():
+        raise ValueError("its size is not that of its content")
+    array: npt.NDArray[Any] = np.frombuffer(data, dtype, offset=stream.tell())
+    return np.asarray(array.reshape(shape, order="F" if fortran else "C"))
+
+
+@contextlib.contextmanager
+def _errors(path: Path, hint: str, kind: str = "a weight file") -> Iterator[None]:
+    """Turn whatever the readers of damaged files raise into CheckpointError."""
+    if not path.is_file():
+        what = "is not a file" if path.exists() else "does not exist"
+        raise CheckpointError(
+            f"the weight file {path} {what}",
+            hint="check its path; a run's are in RUN/checkpoints, published ones come with proxydet download",
+            path=path,
+        )
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except _NotAllowedError as error:
+        raise CheckpointError(
+            f"{path} holds more than weights, and loading it could run code ({error})",
+            hint="take the file from its publisher, or save its state dict alone with torch.save",
+            path=path,
+        ) from error
+    except (
+        Exception
+    ) as error:  # damage makes zipfile, pickletools, torch and safetensors raise of every kind
+        reason = str(error).partition("\n")[0].rstrip(".")[:300]
+        if (
+            isinstance(error, LookupError | TypeError | AttributeError | RecursionError)
+            or not reason
+        ):
+            reason = "its content makes no sense"
+        raise CheckpointError(
+            f"{path} is damaged, or not {kind}: {reason}", hint=hint, path=path
+        ) from error
+
+
+class _Bounded(io.BufferedReader):
+    """A file of which no more is read at once than a pickle or a zip's directory may take: their sizes are hearsay."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > _LARGEST_PICKLE:
+            raise ValueError("a part of it is larger than in any weight file")
+        return super().read(size)
+
+
+@contextlib.contextmanager
+def _open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
+    with _Bounded(io.FileIO(path)) as file, zipfile.ZipFile(file) as archive:
+        stored, unpacked = path.stat().st_size, sum(entry.file_size for entry in archive.infolist())
+        if unpacked > 4 * stored + _SPARE:
+            raise ValueError(f"its {size_text(stored)} would unpack to {size_text(unpacked)}")
+        yield archive
+
+
+def _entry(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
+    found = [entry for entry in archive.infolist() if entry.filename == name]
+    if len(found) != 1:
+        raise ValueError(f"it holds {name} {len(found)} times")
+    return found[0]
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[_Source]:
+    with path.open("rb") as file:
+        is_zip = file.read(4) == b"PK\x03\x04"
+    if is_zip:
+        with _open_zip(path) as archive:
+            yield _ZipSource(archive)
+    else:
+        with path.open("rb") as file:
+            yield _StreamSource(file, path.stat().st_size)
+
+
+class _Source(ABC):
+    """An open file of described tensors."""
+
+    described: Any
+    """What the file holds as plain values, with `_Described` and numpy arrays in place of tensors."""
+
+    def __init__(self, size: int) -> None:
+        self.storages: dict[str, _Storage] = {}
+        self._size = size
+        self._room = 4 * size + _SPARE  # a file can have many tensors of the same bytes
+        self._read: dict[str, Tensor] = {}
+
+    @abstractmethod
+    def fill(self, storage: _Storage, view: memoryview | None) -> None:
+        """Read a storage's bytes into ``view``, which has their size; with None, only compare them."""
+
+    def verify(self) -> None:
+        """Read all bytes, and compare them with their check sums."""
+        for storage in self.storages.values():
+            self.fill(storage, None)
+
+    def persistent(self, reference: Any) -> _Storage:
+        """Return the storage that a pickle refers to."""
+        kind, dtype, key, _, count, *view = reference
+        if kind != "storage" or not isinstance(dtype, _Global) or dtype.name not in _STORAGES:
+            raise ValueError("its tensors have numbers of an unknown type")
+        if type(count) is not int or count < 0 or any(part is not None for part in view):
+            raise ValueError("its tensors are not described as in a weight file")
+        storage = _Storage(str(key), *_STORAGES[dtype.name], count)
+        if self.storages.setdefault(storage.key, storage) != storage:
+            raise ValueError("its tensors contradict each other")
+        return storage
+
+    def content(self) -> Any:
+        """Return ``described`` with its tensors, compared with the SHA-256 where proxydet wrote it."""
+        content = _map(self.described, self.tensor)
+        if _is_ours(content) and content.pop("sha256", None) != content_digest(content):
+            raise ValueError("what it holds is not what was written (SHA-256)")
+        return content
+
+    def tensor(self, value: _Described | npt.NDArray[Any]) -> Tensor:
+        """Return a tensor; those that share a storage in the file share it here."""
+        import torch
+
+        if isinstance(value, np.ndarray):
+            return torch.from_numpy(value)
+        storage = value.storage
+        self._room -= math.prod(value.shape) * storage.item
+        if self._room < 0 or storage.count * storage.item > self._size:
+            raise ValueError("its tensors are larger than the file")
+        if storage.key not in self._read:
+            data = torch.empty(storage.count * storage.item, dtype=torch.uint8)
+            self.fill(storage, memoryview(data.numpy().data))
+            self._read[storage.key] = data.view(getattr(torch, storage.dtype))
+        return torch.as_strided(self._read[storage.key], value.shape, value.stride, value.offset)
+
+
+def _is_ours(content: Any) -> bool:
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
+class _ZipSource(_Source):
+    """What torch.save and torch.jit.save write."""
+
+    def __init__(self, archive: zipfile.ZipFile) -> None:
+        super().__init__(sum(entry.compress_size for entry in archive.infolist()))
+        self._archive = archive
+        indexes = [name for name in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", name)]
+        if len(indexes) != 1:
+            raise ValueError("it is a zip archive without the index of a checkpoint")
+        self._folder = indexes[0].partition("/")[0]
+        order = f"{self._folder}/byteorder"
+        if order in archive.namelist() and archive.read(_entry(archive, order)) != b"little":
+            raise ValueError("its numbers are big-endian")
+        entry = _entry(archive, indexes[0])
+        if entry.file_size > _LARGEST_PICKLE:
+            raise ValueError("its index is larger than that of any checkpoint")
+        self.described = _unpickle(io.BytesIO(archive.read(entry)), self.persistent)
+
+    def fill(self, storage: _Storage, view: memoryview | None) -> None:
+        entry = _entry(self._archive, f"{self._folder}/data/{storage.key}")
+        size = storage.count * storage.item
+        if (
+            entry.compress_type
+            or entry.flag_bits & 1
+            or not entry.file_size == entry.compress_size == size
+        ):
+            raise ValueError(f"the tensor data {storage.key} have another size than in the index")
+        with self._archive.open(entry) as file:
+            _fill(file, size, view)
+            file.read(1)  # CRC-32 is compared at the end
+
+    def verify(self) -> None:
+        damaged = self._archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"the check sum of {damaged} is wrong")
+        for storage in self.storages.values():
+            self.fill(storage, None)
+
+
+class _StreamSource(_Source):
+    """A pickle, or several and then the numbers: torch's format before 1.6."""
+
+    def __init__(self, file: io.BufferedReader, size: int) -> None:
+        super().__init__(size)
+        self._file = file
+        self._places: dict[str, int] = {}
+        head = file.read(_LARGEST_PICKLE)
+        if head[8:9] == b"{":
+            raise ValueError("it is a safetensors file, which holds weights alone")
+        if _LEGACY_MAGIC.to_bytes(10, "little") not in head[:32]:
+            self.described = _unpickle(io.BytesIO(head + file.read()), self.persistent)
+            return
+        stream = io.BytesIO(head)
+        for _ in range(3):  # the magic number, the version, the sizes of numbers
+            _unpickle(stream, self.persistent)
+        self.described = _unpickle(stream, self.persistent)
+        keys = _unpickle(stream, self.persistent)
+        place = stream.tell()
+        if not isinstance(keys, list) or {str(key) for key in keys} != self.storages.keys():
+            raise ValueError("its list of tensor data is not that of its tensors")
+        for key in keys:
+            self._places[str(key)] = place
+            place += 8 + self.storages[str(key)].count * self.storages[str(key)].item
+        if place != size:
+            raise ValueError("it is cut off, or has something appended")
+
+    def fill(self, storage: _Storage, view: memoryview | None) -> None:
+        self._file.seek(self._places[storage.key])
+        if int.from_bytes(self._file.read(8), "little") != storage.count:
+            raise ValueError(f"the tensor data {storage.key} have another size than in the index")
+        _fill(self._file, storage.count * storage.item, view)
+
+
+def _fill(file: Any, size: int, view: memoryview | None) -> None:
+    """Read exactly ``size`` bytes into a buffer, or through to nowhere."""
+    done = 0
+    while done < size:
+        data = file.read(min(_CHUNK, size - done))
+        if not data:
+            raise ValueError("it is cut off")
+        if view is not None:
+            view[done : done + len(data)] = data
+        done += len(data)
+
+
+# ---- pickles ---------------------------------------------------------------------------------------------------------
+
+_PUSH = frozenset(
+    ["INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "UNICODE", "BINUNICODE",
+     "SHORT_BINUNICODE", "BINUNICODE8", "STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES",
+     "BINBYTES8", "BYTEARRAY8"]
+)  # fmt: skip
+_NEW: dict[str, Any] = {
+    "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
+    "EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": _Ignored,
+}  # fmt: skip
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+
+def _unpickle(file: io.BytesIO, persistent: Callable[[Any], _Storage]) -> Any:
+    """Build what a pickle describes, without calling or importing anything that it names."""
+    try:
+        most = min(_MOST_VALUES, 10_000 + 4 * len(file.getbuffer()))
+        return _map(_build(file, persistent), lambda leaf: leaf, most)
+    except _NotAllowedError:
+        raise
+    except Exception as error:  # pickletools raises of every kind
+        text = str(error) if type(error) is ValueError and str(error).startswith("its ") else ""
+        raise ValueError(
+            text or "it is not what torch.save, pickle or safetensors write"
+        ) from error
+
+
+def _map(value: Any, leaf: Callable[[Any], Any], left: int = _MOST_VALUES) -> Any:
+    """Return nested plain values, with what ``leaf`` gives for each tensor or array, and None for other objects.
+
+    A pickle can refer to the same list, or text, again and again; ``left`` is how many values there may be.
+    """
+    room = 4 * _LARGEST_PICKLE
+
+    def walk(item: Any) -> Any:
+        nonlocal left, room
+        left -= 1
+        room -= len(item) if isinstance(item, str | bytes) else 0
+        if left < 0 or room < 0:
+            raise ValueError("its values are more than those of any weight file")
+        if isinstance(item, dict):
+            return {key: walk(inner) for key, inner in item.items()}
+        if isinstance(item, list | tuple):
+            return type(item)(walk(inner) for inner in item)
+        if isinstance(item, _Array):
+            item = item.values
+        if isinstance(item, _Described | np.ndarray):
+            return leaf(item)
+        return item if isinstance(item, str | int | float | bytes) else None
+
+    return walk(value)
+
+
+def _build(file: io.BytesIO, persistent: Callable[[Any], _Storage]) -> Any:
+    stack: list[Any] = []
+    below: list[list[Any]] = []  # what lies under each mark
+    memo: dict[Any, Any] = {}
+    calls = _Calls(4 * len(file.getbuffer()) + _SPARE)
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+        name = opcode.name
+        if count > _MOST_VALUES or (isinstance(argument, int) and abs(argument) >> 128):
+            raise ValueError("its values are more, or larger, than those of any weight file")
+        if name in _PUSH:
+            stack.append(argument)
+        elif name in _NEW:
+            stack.append(_NEW[name]())
+        elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
+            memo[argument] = stack[-1]
+        elif name == "MEMOIZE":
+            memo[len(memo)] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET", "GET"):
+            stack.append(memo[argument])
+        elif name == "MARK":
+            below.append(stack)
+            stack = []
+        elif name in _TUPLES:
+            items = [stack.pop() for _ in range(_TUPLES[name])]
+            stack.append(tuple(reversed(items)))
+        elif name in ("TUPLE", "LIST", "DICT", "FROZENSET"):
+            items, stack = stack, below.pop()
+            made: Any = {} if name == "DICT" else tuple(items) if name == "TUPLE" else items
+            if name == "DICT":
+                _set_items(made, items)
+            stack.append(_Ignored() if name == "FROZENSET" else made)
+        elif name in ("APPEND", "SETITEM", "APPENDS", "SETITEMS", "ADDITEMS"):
+            if name.endswith("S"):
+                items, stack = stack, below.pop()
+            else:
+                items = [stack.pop() for _ in range(2 if name == "SETITEM" else 1)][::-1]
+            if name.startswith("SET"):
+                _set_items(stack[-1], items)
+            elif isinstance(stack[-1], list):
+                stack[-1].extend(items)
+        elif name in ("GLOBAL", "STACK_GLOBAL"):
+            words = argument.split(" ", 1) if argument else [stack.pop(), stack.pop()][::-1]
+            stack.append(_allowed(*words))
+        elif name in ("REDUCE", "NEWOBJ", "NEWOBJ_EX"):
+            if name == "NEWOBJ_EX":
+                stack.pop()
+            arguments = stack.pop()
+            stack.append(calls.call(stack.pop(), *arguments))
+        elif name == "BUILD":
+            state = stack.pop()
+            calls.set_state(stack[-1], state)
+        elif name == "BINPERSID":
+            stack.append(persistent(stack.pop()))
+        elif name == "STOP":
+            return stack.pop()
+        elif name == "POP":
+            stack.pop()
+        elif name == "POP_MARK":
+            stack = below.pop()
+        elif name == "DUP":
+            stack.append(stack[-1])
+        elif name not in ("PROTO", "FRAME"):
+            raise ValueError(f"its pickle holds {name}")
+    raise ValueError("it has no end")
+
+
+def _set_items(target: Any, items: list[Any]) -> None:
+    if isinstance(target, dict):
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            # Keys of other kinds name no weights; the hash of a nested tuple, say, recurses without a bound.
+            if type(key) in _KEYS and not (isinstance(key, int) and abs(key) >> 60):
+                target[key] = value
+
+
+def _allowed(module: Any, name: Any) -> _Global:
+    package = str(module).partition(".")[0]
+    if package not in _PACKAGES or ("builtin" in package and name not in _BUILTINS):
+        raise _NotAllowedError(ascii(f"{module}.{name}"[:100])[1:-1])
+    return _Global(str(module), str(name))
+
+
+class _Calls:
+    """Does itself what little a pickle of weights needs done.
+
+    Args:
+        room: Bytes and values that all calls may copy.
+    """
+
+    def __init__(self, room: int) -> None:
+        self._room = room
+
+    def call(self, function: Any, *arguments: Any) -> Any:
+        """Return what stands for the result of a function, or an object of a class, that the pickle names."""
+        where, name = (
+            (function.module, function.name) if isinstance(function, _Global) else ("", "")
+        )
+        package = where.partition(".")[0]
+        if (where, name) == ("collections", "OrderedDict"):
+            made: dict[Any, Any] = {}
+            for pair in arguments[0] if arguments else ():
+                self._spend(1)
+                _set_items(made, list(pair))
+            return made
+        if name in ("_rebuild_tensor_v2", "_rebuild_tensor"):
+            return _describe(*arguments[:4])
+        if name in ("_rebuild_parameter", "_rebuild_parameter_with_state"):
+            return arguments[0]
+        if (where, name) == ("torch", "Size") or where == "torch.jit._pickle":
+            return arguments[0]
+        if package == "__torch__":
+            return _Module()
+        if (where, name) == ("numpy", "dtype"):
+            known = isinstance(arguments[0], str) and _NUMPY_DTYPE.fullmatch(arguments[0])
+            return _Dtype(arguments[0]) if known else _Ignored()
+        if package == "numpy" and name == "_reconstruct":
+            return _Array()
+        if package == "numpy" and name == "_frombuffer":
+            data, dtype, shape, order = arguments
+            return _Array(self._array(dtype, shape, order == "F", data))
+        if package == "numpy" and name == "scalar" and isinstance(arguments[0], _Dtype):
+            values = self._array(arguments[0], (), False, arguments[1])
+            return None if values is None else values.item()
+        if (where, name) == ("_codecs", "encode"):
+            text, encoding = arguments
+            self._spend(len(text))
+            return text.encode("latin1") if encoding == "latin1" else _Ignored()
+        # Pickles of protocol 2 and before write empty bytes as a call.
+        return b"" if name == "bytes" and not arguments else _Ignored()
+
+    def set_state(self, target: Any, state: Any) -> None:
+        """Give the state that the pickle states to what `call` returned."""
+        if isinstance(target, _Module) and isinstance(state, dict):
+            self._spend(len(state))
+            target.update(state)
+        elif isinstance(target, _Array):
+            _, shape, dtype, fortran, data = state
+            target.values = self._array(dtype, shape, bool(fortran), data)
+        elif isinstance(target, _Dtype):
+            _, order, *fields = state
+            if order not in ("<", ">", "=", "|") or any(part is not None for part in fields[:3]):
+                raise ValueError("its arrays are of a type with a structure of its own")
+            target.text = order + target.text.lstrip("<>=|")
+
+    def _array(self, dtype: Any, shape: Any, fortran: bool, data: Any) -> npt.NDArray[Any] | None:
+        if not isinstance(dtype, _Dtype):
+            return None
+        if isinstance(data, str):  # of Python 2
+            data = data.encode("latin1")
+        self._spend(2 * len(data))
+        kind = np.dtype(dtype.text)
+        if not all(type(length) is int and length >= 0 for length in shape):
+            raise ValueError("its arrays are not described as in a weight file")
+        if math.prod(shape) * kind.itemsize != len(data):
+            raise ValueError("its arrays have another size than their numbers")
+        values = np.frombuffer(data, kind).reshape(shape, order="F" if fortran else "C")
+        return np.array(values, dtype=kind.newbyteorder("="), order="C")
+
+    def _spend(self, size: int) -> None:
+        self._room -= size
+        if self._room < 0:
+            raise ValueError("its values are more than those of any weight file")
+
+
+def _describe(storage: Any, offset: Any, shape: Any, stride: Any) -> _Described:
+    numbers = (offset, *shape, *stride)
+    if not isinstance(storage, _Storage) or len(shape) != len(stride) or len(shape) > 32:
+        raise ValueError("its tensors are not described as in a weight file")
+    if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
+        raise ValueError("its tensors are not described as in a weight file")
+    last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+    if 0 not in shape and last >= storage.count:
+        raise ValueError("its tensors reach beyond their numbers")
+    return _Described(storage, offset, tuple(shape), tuple(stride))
+
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+_CONTAINERS = (
+    "model",
+    "state_dict",
+    "model_state_dict",
+    "ema",
+    "model_ema",
+    "state_dict_ema",
+    "module",
+)
+_WRAPPERS = ("module.", "model.", "ema.", "network.")
+
+
+def _has_tensors(value: Any) -> bool:
+    return isinstance(value, dict) and any(
+        hasattr(item, "shape") or _has_tensors(item) for item in value.values()
+    )
+
+
+def _parameters(content: Any, path: Path, parts: tuple[str, ...] = ("",)) -> list[tuple[str, Any]]:
+    """Return names and tensors of the model that a file holds.
+
+    Raises:
+        CheckpointError: There are none.
+    """
+    while isinstance(content, dict):
+        inner = [key for key in _CONTAINERS if _has_tensors(content.get(key))]
+        if not inner:
+            break
+        if len(inner) > 1:
+            logger.warning(
+                "%s holds the weights %s; those under %r are used",
+                path,
+                " and ".join(inner),
+                inner[0],
+            )
+        content = content[inner[0]]
+    found: dict[str, Any] = {}
+
+    def flatten(value: Any, prefix: str) -> None:
+        for key, item in value.items() if isinstance(value, dict) else ():
+            if isinstance(item, dict):
+                flatten(item, f"{prefix}{key}.")
+            elif isinstance(key, str) and hasattr(item, "shape"):
+                found[prefix + key] = item
+
+    flatten(content, "")
+    found = {name.replace("_orig_mod.", ""): item for name, item in found.items()}
+    found.pop("n_averaged", None)  # torch's AveragedModel counts in it
+    while wrapper := next(
+        (w for w in _WRAPPERS if 2 * sum(n.startswith(w) for n in found) > len(found)), None
+    ):
+        found = {name.removeprefix(wrapper): item for name, item in found.items()}
+    if not found:
+        raise CheckpointError(f"{path} holds no parameters", hint=_HINT, path=path)
+    return [(name, item) for name, item in found.items() if name.startswith(parts)]
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_state(state: Mapping[str, Any], path: Path, *, hint: str | None = None) -> None:
+    """Write a state as torch.save does, with its digest, so that ``path`` either holds all of it or is as it was.
+
+    Args:
+        state: Nested plain values and tensors.
+        path: The file.
+        hint: What the user can do where there is no room.
+
+    Raises:
+        DiskFullError: There is no room.
+        EnvironmentProblem: It cannot be written.
+    """
+    import torch
+
+    content = {"format": FORMAT, **state}
+    content["sha256"] = content_digest(content)
+    with write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    require_room(path, _size(content) + _DISK_MARGIN, hint=hint)
+    with staged(path) as temporary:
+        try:
+            with write_errors(path, hint=hint), temporary.open("wb") as file:
+                torch.save(content, file)
+        except RuntimeError as error:
+            # torch may wrap the system's error.
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            if cause is None:
+                raise
+            number = cause.errno or errno.EIO
+            raise unwritable(path, number, cause.strerror or str(cause), hint=hint) from error
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
+) -> None:
+    """Write tensors as safetensors, with metadata and their digest; whole or not at all.
+
+    Args:
+        path: The file.
+        tensors: By name; those that share memory are written each.
+        metadata: Plain values, stored as JSON under the key ``proxydet``.
+
+    Raises:
+        DiskFullError: There is no room.
+        EnvironmentProblem: It cannot be written.
+    """
+    from safetensors.torch import save
+
+    own = {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
+    text = json.dumps({"format": SAFETENSORS_FORMAT, **metadata})
+    notes = {"format": "pt", "proxydet": text, "sha256": content_digest([text, own])}
+    write_bytes(path, save(own, metadata=notes))
+
+
+def content_digest(value: Any) -> str:
+    """Return the SHA-256 of nested values: names, values, shapes, number formats and tensors' bytes."""
+    import torch
+
+    digest = hashlib.sha256()
+
+    def add(item: Any) -> None:
+        if isinstance(item, torch.Tensor):
+            plain = item.detach().cpu().contiguous()
+            digest.update(f"tensor {plain.dtype} {tuple(plain.shape)}\0".encode())
+            digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+        elif isinstance(item, Mapping):
+            digest.update(f"mapping {len(item)}\0".encode())
+            for key, inner in item.items():
+                add(key)
+                add(inner)
+        elif isinstance(item, (list, tuple)):
+            digest.update(f"{'list' if isinstance(item, list) else 'tuple'} {len(item)}\0".encode())
+            for inner in item:
+                add(inner)
+        else:
+            digest.update(f"{type(item).__name__} {item!r}\0".encode())
+
+    add(value)
+    return digest.hexdigest()
+
+
+def _size(value: Any) -> int:
+    """Bytes of all tensors in nested values."""
+    if hasattr(value, "element_size"):
+        return int(value.numel() * value.element_size())
+    if isinstance(value, Mapping):
+        return sum(_size(item) for item in value.values())
+    return sum(_size(item) for item in value) if isinstance(value, (list, tuple)) else 0

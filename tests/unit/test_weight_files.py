@@ -1,0 +1,244 @@
+"""Reading the weight files of others: containers and formats that are understood, and files made to harm."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from proxydet.errors import CheckpointError
+from proxydet.weight_files import read_arrays, read_content, read_shapes, read_state_dict
+
+NAMES = {"backbone.weight": torch.arange(6.0).reshape(2, 3), "backbone.bias": torch.ones(2)}
+
+
+def prefixed(prefix: str) -> dict[str, torch.Tensor]:
+    return {prefix + name: value for name, value in NAMES.items()}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        NAMES,
+        {"model": NAMES, "iteration": 3},
+        {"ema": NAMES},
+        {"state_dict": prefixed("model."), "hyper_parameters": {"model": {"depth": 50}}},
+        {"model": prefixed("module._orig_mod.")},
+        prefixed("_orig_mod.module."),
+        {"backbone._orig_mod.weight": NAMES["backbone.weight"], "backbone.bias": NAMES["backbone.bias"]},
+        {"ema": {"module": NAMES, "updates": 7}, "epoch": 1},
+        {"model_ema": {"n_averaged": torch.tensor(7), **prefixed("module.")}},
+        {"model": {"ema": {"state_dict": prefixed("module.")}}},
+        {"model": NAMES, "args": argparse.Namespace(lr=0.1), "seen": {1, 2}, "best": np.float64(0.5)},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("legacy", [False, True])
+def test_containers_and_wrappers_are_taken_off(tmp_path: Path, content: Any, legacy: bool) -> None:
+    path = tmp_path / "w.pth"
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    found = read_state_dict(path)
+    assert found.keys() == NAMES.keys()
+    assert all(torch.equal(found[name], value) for name, value in NAMES.items())
+    assert read_shapes(path) == {"backbone.weight": (2, 3), "backbone.bias": (2,)}
+
+
+def test_two_kinds_of_weights_are_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "w.pth"
+    torch.save({"ema": {"x": torch.ones(1)}, "model": NAMES}, path)
+    assert read_state_dict(path).keys() == NAMES.keys()
+    assert "model and ema" in caplog.text
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_pickled_arrays(tmp_path: Path, protocol: int) -> None:
+    arrays = {
+        "float": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        "big": np.arange(3, dtype=">i4"),
+        "half": np.float16([1, 2]),
+        "empty": np.zeros((0, 3)),
+        "flag": np.array([True]),
+    }
+    path = tmp_path / "w.pkl"
+    others = {"objects": np.array([None]), "text": np.array(["a"])}
+    path.write_bytes(pickle.dumps({"model": {**arrays, **others}}, protocol=protocol))
+    found = read_state_dict(path)
+    assert found.keys() == arrays.keys()
+    for name, value in arrays.items():
+        np.testing.assert_array_equal(found[name].numpy(), value)
+
+
+def test_numbers_of_every_type_and_shared_storages(tmp_path: Path) -> None:
+    base = torch.arange(12.0)
+    kinds = (
+        "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool complex64 complex128"
+    )
+    content = {kind: torch.tensor([0, 1, 1]).to(getattr(torch, kind)) for kind in kinds.split()}
+    content |= {"view": base.reshape(3, 4)[1:, ::2], "base": base, "none": torch.empty(0)}
+    content["scalar"] = torch.nn.Parameter(torch.tensor(3.0))
+    for legacy in (False, True):
+        torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=not legacy)
+        found = read_content(tmp_path / "w.pth")
+        assert all(torch.equal(found[name], value) for name, value in content.items())
+        assert all(found[name].dtype == value.dtype for name, value in content.items())
+        found["base"][4] = 77
+        assert found["view"][0, 0] == 77
+
+
+# ---- files made to harm ----------------------------------------------------------------------------------------------
+
+
+def named(module: str, name: str) -> bytes:
+    return f"c{module}\n{name}\n".encode()
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def number(value: int) -> bytes:
+    return b"J" + struct.pack("<i", value)
+
+
+def group(*parts: bytes) -> bytes:
+    return b"(" + b"".join(parts) + b"t"
+
+
+def forged_dtype() -> bytes:
+    """A type of eight plain bytes that claims a field of Python objects, whose flags say that there are none."""
+    objects = named("numpy", "dtype") + group(text("O8"), b"\x89", b"\x88") + b"R"
+    fields = b"}" + text("a") + group(objects, number(0)) + b"s"
+    state = group(
+        number(3), text("|"), b"N", group(text("a")), fields, number(8), number(1), number(0)
+    )
+    return named("numpy", "dtype") + group(text("V8"), b"\x89", b"\x88") + b"R" + state + b"b"
+
+
+POINTER = struct.pack("<Q", 0x4141414141414141)
+ARRAY = (
+    b"\x80\x03" + named("numpy.core.multiarray", "_reconstruct")
+    + group(named("numpy", "ndarray"), group(number(0)), b"C\x01b") + b"R"
+    + group(number(1), group(number(1)), forged_dtype(), b"\x89", b"C\x08" + POINTER) + b"b"
+    + text("a") + b"Ns."
+)  # fmt: skip
+SCALAR = (
+    b"\x80\x02" + named("numpy.core.multiarray", "scalar")
+    + group(forged_dtype(), named("_codecs", "encode") + group(text("A" * 8), text("latin1")) + b"R")
+    + b"R" + text("a") + b"Ns."
+)  # fmt: skip
+# Sixty lists, each with the one before it twice: 2**60 values.
+LAUGHS = b"".join(b"](h" + bytes([i, 104, i]) + b"eq" + bytes([i + 1]) for i in range(60))
+REPEATED = text("x" * 3_000_000) + b"q\x00" + text("latin1") + b"q\x01" + named("_codecs", "encode")
+HOSTILE = {
+    "array of a forged type": ARRAY,
+    "scalar of a forged type": SCALAR,
+    "laughs": b"\x80\x02]q\x00" + LAUGHS + b".",
+    "cycle": b"\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s.",
+    "deep": b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",
+    "deep key": b"\x80\x02})" + b"\x85" * 100_000 + b"Ns.",
+    "many": b"\x80\x02" + b"]" * 1_000_002 + b".",
+    "announced": b"\x80\x04\x8e" + (1 << 62).to_bytes(8, "little") + b".",
+    "memo": b"\x80\x02}r\xff\xff\xff\x7f.",
+    "copies": b"\x80\x02" + REPEATED + b"q\x02" + b"h\x02h\x00h\x01\x86R" * 1000 + b".",
+    "long": b"\x80\x02\x8b" + struct.pack("<i", 1_000_000) + b"\x7f" * 1_000_000 + b".",
+    "nothing": b"\x80\x02.",
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("suffix", [".pth", ".pkl"])
+def test_hostile_pickles_are_refused(tmp_path: Path, kind: str, suffix: str) -> None:
+    path = tmp_path / f"w{suffix}"
+    if kind == "many" and suffix == ".pkl":
+        pytest.skip("takes two seconds, and is the same")
+    if suffix == ".pth":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", HOSTILE[kind])
+    else:
+        path.write_bytes(HOSTILE[kind])
+    with pytest.raises(CheckpointError, match=f"w{suffix}"):
+        read_state_dict(path)
+
+
+@pytest.mark.parametrize(
+    "change", ["huge", "negative", "beyond", "stride", "type", "contradiction", "big-endian"]
+)
+def test_tensors_that_do_not_fit_their_bytes(tmp_path: Path, change: str) -> None:
+    storage = torch.arange(4.0).untyped_storage()
+
+    class Forged:
+        def __init__(self, offset: int, shape: tuple, stride: tuple) -> None:
+            self.arguments = (torch.storage.TypedStorage(wrap_storage=storage, dtype=torch.float32, _internal=True),
+                              offset, shape, stride, False, OrderedDict())  # fmt: skip
+
+        def __reduce__(self) -> tuple:
+            return torch._utils._rebuild_tensor_v2, self.arguments
+
+    shapes = {"huge": (0, (1 << 40,), (0,)), "negative": (-1, (1,), (1,)), "beyond": (0, (5,), (1,)),
+              "stride": (0, (2, 2), (1, 3))}  # fmt: skip
+    stream = io.BytesIO()
+    torch.save({"w": Forged(*shapes.get(change, (0, (4,), (1,))))}, stream)
+    with (
+        zipfile.ZipFile(stream) as before,
+        zipfile.ZipFile(tmp_path / "w.pth", "w") as after,
+    ):
+        for name in before.namelist():
+            data = before.read(name)
+            if change == "type":
+                data = data.replace(b"FloatStorage", b"QInt8Storage")
+            elif change == "contradiction" and name.endswith("data/0"):
+                data = data[:12]
+            elif change == "big-endian" and name.endswith("byteorder"):
+                data = b"big"
+            after.writestr(name, data)
+    with pytest.raises(CheckpointError, match=r"w\.pth"):
+        read_state_dict(tmp_path / "w.pth")
+
+
+def test_a_zip_directory_without_end(tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    torch.save(NAMES, path)
+    content = bytearray(path.read_bytes())
+    end = content.rindex(b"PK\x06\x06")  # the directory's size, and its place before the end
+    content[end + 40 : end + 48] = (1 << 40).to_bytes(8, "little")
+    path.write_bytes(bytes(content))
+    with pytest.raises(CheckpointError):
+        read_state_dict(path)
+
+
+@pytest.mark.parametrize("header", ["larger", "smaller", "objects", "fields", "text", "deep"])
+def test_tables_whose_header_lies(tmp_path: Path, header: str) -> None:
+    def npy(text: str) -> bytes:
+        raw = text.encode() + b"\n"
+        return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(raw)) + raw + bytes(64)
+
+    shapes = {"larger": (1 << 40,), "smaller": (15,)}
+    kinds: dict[str, object] = {"objects": "|O", "fields": [("a", "<f4")]}
+    told = {
+        "descr": kinds.get(header, "<f4"),
+        "fortran_order": False,
+        "shape": shapes.get(header, (16,)),
+    }
+    texts = {"text": "no header", "deep": "(" * 9000}
+    for content, good in (
+        (npy(texts.get(header, repr(told))), False),
+        (npy(repr({**told, "descr": "<f4", "shape": (16,)})), True),
+    ):
+        with zipfile.ZipFile(tmp_path / "t.npz", "w") as archive:
+            archive.writestr("x.npy", content)
+        if good:
+            assert read_arrays(tmp_path / "t.npz", ["x"])["x"].shape == (16,)
+        else:
+            with pytest.raises(CheckpointError, match=r"t\.npz"):
+                read_arrays(tmp_path / "t.npz", ["x"])

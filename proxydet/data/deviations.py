@@ -41,6 +41,7 @@ class Deviation(NamedTuple):
 _ROWS: dict[str, tuple[str, str, str, Fate, str]] = {
     # The file.
     "file.nan": ("file", "a number", "NaN or Infinity, which JSON does not have", "mended", "read as missing"),
+    "file.text": ("file", "a text", "not UTF-8, or with half of a surrogate pair", "mended", "read with U+FFFD in its place: write the file as UTF-8"),
     "file.convention.xyxy": ("file", "bbox", "boxes are [x1, y1, x2, y2]", "refused", "write [x, y, width, height]: subtract x1 from x2 and y1 from y2"),
     "file.convention.fractions": ("file", "bbox", "boxes are fractions of the image", "refused", "write pixels: multiply by the image's width and height"),
     "file.masks": ("file", "segmentation", "masks are given and none of them can be read", "refused", "correct the masks, or remove 'segmentation' to use boxes only"),
@@ -57,7 +58,7 @@ _ROWS: dict[str, tuple[str, str, str, Fate, str]] = {
     "category.frequency": ("category", "frequency", "missing, while other categories have it", "mended", "taken from image_count, by LVIS's limits (r: 1-10, c: 11-100, f: more)"),
     "category.field": ("category", "frequency, synset, image_count, ...", "of another type", "mended", "read as missing"),
     # Images.
-    "image.record": ("image", "images", "not an object", "dropped", ""),
+    "image.record": ("image", "images", "not an object, or longer than 32 MB", "dropped", ""),
     "image.id": ("image", "id", "missing, or neither a whole number nor a text", "dropped", ""),
     "image.id.mixed": ("image", "id", "a number in some images, a text in others", "refused", "write all image ids as numbers"),
     "image.id.again": ("image", "id", "two entries for one image, equal in name and size", "dropped", "the first is used"),
@@ -68,7 +69,7 @@ _ROWS: dict[str, tuple[str, str, str, Fate, str]] = {
     "image.list": ("image", "neg_category_ids, ...", "names a category that the file does not have", "mended", "that entry is left out"),
     "image.list.type": ("image", "neg_category_ids, ...", "not a list of category ids", "mended", "read as missing"),
     # Annotations.
-    "annotation.record": ("annotation", "annotations", "not an object", "dropped", ""),
+    "annotation.record": ("annotation", "annotations", "not an object, or longer than 32 MB", "dropped", ""),
     "annotation.id": ("annotation", "id", "missing, repeated, or not a whole number of 64 bits", "mended", "a new id"),
     "annotation.image_id": ("annotation", "image_id", "missing, or neither a whole number nor a text", "dropped", ""),
     "annotation.image_id.type": ("annotation", "image_id", "a text where the image's id is a number, or the reverse", "refused", "write image_id as images[].id is written"),
@@ -85,7 +86,7 @@ _ROWS: dict[str, tuple[str, str, str, Fate, str]] = {
     "annotation.area": ("annotation", "area", "missing, negative, or not a finite number", "mended", "the box's"),
     "annotation.area.large": ("annotation", "area", "larger than the box", "noted", "size classes (small, medium, large) go by it"),
     "annotation.iscrowd": ("annotation", "iscrowd", "not 0 or 1", "mended", "read as a truth value; null and \"0\" are 0"),
-    "annotation.segmentation.flat": ("annotation", "segmentation", "one flat list of numbers (VGG VIA), or of points", "mended", "read as one polygon"),
+    "annotation.segmentation.flat": ("annotation", "segmentation", "one flat list of numbers (VGG VIA), or lists of points", "mended", "read as one polygon"),
     "annotation.segmentation.bytes": ("annotation", "segmentation", "run lengths written as Python's b'...'", "mended", "read without the quotes"),
     "annotation.segmentation": ("annotation", "segmentation", "neither polygons nor run lengths", "mended", "the mask is left out, the box is used"),
     "annotation.rle.size": ("annotation", "segmentation.size", "missing, or not the image's height and width", "mended", "the mask is left out, the box is used"),
@@ -94,6 +95,10 @@ _ROWS: dict[str, tuple[str, str, str, Fate, str]] = {
     "polygon.points": ("polygon", "segmentation", "fewer than 3 points, or an odd number of coordinates", "mended", "the polygon is left out"),
     "polygon.numbers": ("polygon", "segmentation", "coordinates that are not finite numbers", "mended", "the polygon is left out"),
     "polygon.far": ("polygon", "segmentation", "a coordinate beyond 100,000 pixels, or an outline longer than 1,000,000", "mended", "the polygon is left out"),
+    # Detections of results files; ids, boxes and masks are read as those of annotations.
+    "detection.record": ("detection", "the list", "not an object, or longer than 32 MB", "dropped", ""),
+    "detection.score": ("detection", "score", "missing, or not a finite number", "dropped", ""),
+    "detection.none": ("detection", "the list", "no detection is left to score", "refused", "each needs image_id, category_id, score, and bbox or segmentation"),
 }  # fmt: skip
 DEVIATIONS = {key: Deviation(*row) for key, row in _ROWS.items()}
 """Every deviation, by its key."""
@@ -157,18 +162,26 @@ class StoreReport(msgspec.Struct, kw_only=True):
         """Whether nothing deviates."""
         return not self.counts
 
-    def lines(self) -> list[str]:
-        """Return one line of text for each deviation, what is dropped first."""
+    def lines(self, record: str = "annotation") -> list[str]:
+        """Return one line of text for each deviation, what is dropped first; ``record`` as for `line_of`."""
         order = ("dropped", "mended", "noted", "refused")
         keys = sorted(self.counts, key=lambda key: (order.index(DEVIATIONS[key].fate), key))
-        return [line_of(key, self.counts[key], self.examples[key]) for key in keys]
+        return [line_of(key, self.counts[key], self.examples[key], record) for key in keys]
 
 
-def line_of(key: str, count: int, examples: Iterable[str]) -> str:
-    """Return a deviation as text: how many of what, the fate, the field, why, and the first few."""
+def line_of(key: str, count: int, examples: Iterable[str], record: str = "annotation") -> str:
+    """Return a deviation as text: how many of what, the fate, the field, why, and the first few.
+
+    Args:
+        key: The deviation.
+        count: How many records.
+        examples: What to call the first few of them.
+        record: ``annotation``, or ``detection`` for those of a results file.
+    """
     what = DEVIATIONS[key]
     nouns = {"category": "categories"}
-    noun = what.of if count == 1 else nouns.get(what.of, what.of + "s")
+    of = record if what.of == "annotation" else what.of
+    noun = of if count == 1 else nouns.get(of, of + "s")
     if what.of == "file":
         noun = "place in the file" if count == 1 else "places in the file"
     then = f" ({what.then})" if what.then and what.fate != "refused" else ""

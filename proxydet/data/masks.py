@@ -13,12 +13,15 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
+LARGEST_NUMBER = 1e9
+"""Pixels: numbers of boxes beyond it are read as missing."""
 LARGEST_COORDINATE = 100_000.0
 """Pixels, either way: polygons that reach beyond it are not read."""
 LONGEST_OUTLINE = 1_000_000.0
@@ -33,28 +36,6 @@ _BATCH = 1000
 """Masks at once: few enough that their runs stay in the processor's cache."""
 _LONGEST = 6
 """Groups of a number: 30 bits with its sign, more than an image of half a billion pixels needs."""
-
-
-def polygon_fault(polygon: Sequence[float]) -> str:
-    """Return why a polygon cannot be drawn; empty where it can.
-
-    Args:
-        polygon: Finite numbers x, y, x, y, ... in pixels.
-    """
-    if len(polygon) < 6:
-        return "fewer than 3 points"
-    if len(polygon) % 2:
-        return "an odd number of coordinates"
-    low, high = min(polygon), max(polygon)
-    if not (low >= -LARGEST_COORDINATE and high <= LARGEST_COORDINATE):
-        return f"a coordinate beyond {LARGEST_COORDINATE:.0f} pixels"
-    # An outline is never longer than its points times its extent, which is cheap to know.
-    if len(polygon) * (high - low) > LONGEST_OUTLINE:
-        points_P2 = np.array(polygon).reshape(-1, 2)
-        steps_P2 = np.abs(points_P2 - np.roll(points_P2, 1, axis=0))
-        if steps_P2.max(axis=1).sum() > LONGEST_OUTLINE:
-            return f"an outline longer than {LONGEST_OUTLINE:.0f} pixels"
-    return ""
 
 
 def are_numbers(value: object, length: int | None = None) -> TypeGuard[list[float]]:
@@ -75,7 +56,7 @@ def rasterize(polygons: Sequence[Sequence[float]], size: tuple[int, int]) -> byt
     """Return the union of polygons as RLE counts, drawn as the COCO tools draw it.
 
     Args:
-        polygons: At least one, each without a `polygon_fault`.
+        polygons: At least one, as `read` or the store gives them.
         size: Height and width of the image.
     """
     pieces = coco_mask.frPyObjects([list(polygon) for polygon in polygons], *size)
@@ -83,23 +64,106 @@ def rasterize(polygons: Sequence[Sequence[float]], size: tuple[int, int]) -> byt
     return counts
 
 
-def compress(counts: Sequence[Any], size: tuple[int, int]) -> bytes | None:
-    """Return RLE counts for run lengths given as numbers; None where they do not fill the image.
+class RunLengths(msgspec.Struct, frozen=True, gc=False):
+    """A mask as run lengths, column by column, starting with background."""
+
+    counts: list[int] | str
+    size: tuple[int, int]
+
+
+class Mask(NamedTuple):
+    """What a record's ``segmentation`` is; neither polygons nor counts where it has no mask, or a damaged one.
+
+    Attributes:
+        polygons: Numbers x, y, x, y, ... in pixels, each of at least 3 points that may be given to `rasterize`.
+        counts: RLE counts of a mask of the image's size; whether they are sound, `measure` says.
+        deviations: Keys of `proxydet.data.deviations.DEVIATIONS`.
+    """
+
+    polygons: Sequence[list[float]] = ()
+    counts: bytes | None = None
+    deviations: Sequence[str] = ()
+
+
+def read(value: object, size: tuple[int, int]) -> Mask:
+    """Read a mask, however it is spelt.
 
     Args:
-        counts: Lengths of alternating runs of 0 and 1, column by column.
-        size: Height and width of the mask.
+        value: `RunLengths`, or a decoded JSON value.
+        size: Height and width of its image.
     """
-    whole = all(isinstance(run, int) and not isinstance(run, bool) and run >= 0 for run in counts)
-    if not whole or sum(counts) != size[0] * size[1]:
-        return None
-    packed: bytes = coco_mask.frPyObjects({"size": list(size), "counts": list(counts)}, *size)[
-        "counts"
-    ]
-    return packed
+    if not isinstance(value, RunLengths):
+        if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
+            value = value[0]
+        if isinstance(value, dict) and value:
+            value = RunLengths(counts=value.get("counts"), size=value.get("size"))  # type: ignore[arg-type]
+    if isinstance(value, RunLengths):
+        if tuple(value.size) != size if are_numbers(value.size) else value.size != size:
+            return Mask(deviations=["annotation.rle.size"])
+        found: list[str] = []
+        counts = None
+        if isinstance(value.counts, str):
+            counts = _counts_of_text(value.counts)
+            if counts is not None and value.counts[:1] == "b" and len(counts) < len(value.counts):
+                found.append("annotation.segmentation.bytes")
+        elif are_numbers(value.counts):
+            runs = [int(run) for run in value.counts]
+            if (
+                runs == value.counts
+                and min(runs, default=0) >= 0
+                and sum(runs) == size[0] * size[1]
+            ):
+                counts = coco_mask.frPyObjects({"size": list(size), "counts": runs}, *size)[
+                    "counts"
+                ]
+        return Mask(counts=counts, deviations=found if counts else ["annotation.rle.counts"])
+    if value in (None, "", [], {}):
+        return Mask()
+    if not isinstance(value, list):
+        return Mask(deviations=["annotation.segmentation"])
+    found, polygons = [], []
+    # By type: of numbers that strict decoding made, none is looked at one by one in Python.
+    kinds = set(map(type, value))
+    flat = list not in kinds
+    if flat or (len(value) >= 3 and kinds == {list} and set(map(len, value)) == {2}):
+        value = [value]
+    for polygon in value:
+        if polygon == []:  # [[]] is how some tools write that there is no mask
+            continue
+        kinds = set(map(type, polygon)) if isinstance(polygon, list) else {object}
+        if kinds == {list} and set(map(len, polygon)) == {2}:
+            polygon, flat = [number for point in polygon for number in point], True
+            kinds = set(map(type, polygon))
+        if not kinds <= {int, float}:
+            found.append("polygon.numbers")
+        elif fault := _fault(polygon):
+            found.append(fault)
+        else:
+            polygons.append(polygon)
+    if flat:
+        found.append("annotation.segmentation.flat")
+    if not polygons and any(value):
+        found.append("annotation.segmentation")
+    return Mask(polygons=polygons, deviations=found)
 
 
-def counts_of_text(text: str) -> bytes | None:
+def _fault(polygon: Sequence[float]) -> str:
+    """Return the deviation of a polygon that cannot be drawn; empty where it can."""
+    if len(polygon) < 6 or len(polygon) % 2:
+        return "polygon.points"
+    low, high = min(polygon), max(polygon)
+    if not (low >= -LARGEST_COORDINATE and high <= LARGEST_COORDINATE):
+        return "polygon.far"
+    # An outline is never longer than its points times its extent, which is cheap to know.
+    if len(polygon) * (high - low) > LONGEST_OUTLINE:
+        points_P2 = np.array(polygon).reshape(-1, 2)
+        steps_P2 = np.abs(points_P2 - np.roll(points_P2, 1, axis=0))
+        if steps_P2.max(axis=1).sum() > LONGEST_OUTLINE:
+            return "polygon.far"
+    return ""
+
+
+def _counts_of_text(text: str) -> bytes | None:
     """Return RLE counts from their text, also where Python wrote it as ``b'...'``; None where it is not ASCII."""
     if text[:2] in ("b'", 'b"'):
         if not _BYTES_LITERAL.fullmatch(text):

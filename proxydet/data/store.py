@@ -6,7 +6,6 @@ answer. All ranks and loader workers of a machine share the pages of the one fil
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import itertools
 import logging
@@ -15,8 +14,7 @@ import re
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -31,7 +29,8 @@ from pycocotools import mask as coco_mask
 from proxydet.data import masks
 from proxydet.data.columns import Column, ColumnFile, ColumnWriter
 from proxydet.data.deviations import DAMAGED_MASK, StoreReport, line_of, refused
-from proxydet.data.formats.reader import read_document, source_files
+from proxydet.data.formats import read_document, source_files
+from proxydet.data.formats.reader import no_garbage_collection, other_spelling
 from proxydet.data.formats.records import (
     LABEL_LISTS,
     AnnotationEntry,
@@ -41,7 +40,6 @@ from proxydet.data.formats.records import (
     Identifier,
     ImageEntry,
     Loose,
-    RunLengths,
 )
 from proxydet.errors import DataError
 from proxydet.files import build_once, remembered_sha256, sha256
@@ -56,8 +54,6 @@ _FREQUENCY_LIMITS = (("r", 10), ("c", 100))
 """LVIS: rare categories are in at most 10 training images, common ones in at most 100."""
 _CLIP_COUNTED_FROM = 1.0
 _MOST_CROWDS = 0.1
-_LARGEST = 1e9
-"""Pixels: numbers of boxes beyond it are read as missing."""
 _COMPARED = 2000
 """Annotations whose box is compared with its own mask, to recognise boxes of another convention."""
 _FITS = 2.0
@@ -168,7 +164,7 @@ class AnnotationStore:
 
         Args:
             source: COCO, LVIS or image-label JSON, plain or gzipped; or Pascal VOC: see
-                `proxydet.data.formats.reader.read_document`.
+                `proxydet.data.formats.read_document`.
             cache: Folder of the stores; None means the user's cache folder.
             progress: Where to show the conversion.
             warn: Log what the conversion drops, mends and notes; False where the caller shows the report itself.
@@ -378,7 +374,7 @@ def build_store(
     """Convert annotations.
 
     Args:
-        source: What `proxydet.data.formats.reader.read_document` takes.
+        source: What `proxydet.data.formats.read_document` takes.
         target: The store to write; moved into place when whole.
         name: What to call the annotations in messages; the file's name by default.
         progress: Where to show how far it is.
@@ -388,11 +384,9 @@ def build_store(
     """
     path = source if isinstance(source, Path) else None
     name = name or (str(path) if path is not None else "annotations")
-    with _no_garbage_collection(), ColumnWriter(target) as writer:
-        document = read_document(source, name)
+    with no_garbage_collection(), ColumnWriter(target) as writer:
         report = StoreReport()
-        for key, examples in document.mended.items():
-            report.count(key, examples)
+        document = read_document(source, name, report)
         builder = _Builder(document, report, writer, path, name)
         with progress.task(
             f"reading {PurePosixPath(name).name}", total=None, unit="annotations"
@@ -426,11 +420,11 @@ class _Builder:
         self._name = name
         self._categories = self._read_categories(document.categories)
         self._row_of_category = {entry.id: row for row, entry in enumerate(self._categories)}
-        self._dropped_images: set[Identifier] = set()
+        self._dropped_images: set[Identifier | None] = set()
         self._images = self._read_images(document.images)
         self._row_of_image = {entry.id: row for row, entry in enumerate(self._images)}
-        sizes = np.array([(entry.height, entry.width) for entry in self._images], dtype=np.int32)
-        self._sizes_I2: npt.NDArray[np.int32] = sizes.reshape(-1, 2)
+        self._sizes = [(entry.height, entry.width) for entry in self._images]
+        self._sizes_I2: npt.NDArray[np.int32] = np.array(self._sizes, np.int32).reshape(-1, 2)
         self._chunks: list[dict[str, Column]] = []
         self._labels: list[Column] = []
         self._point_offsets = array("q", [0])
@@ -478,7 +472,7 @@ class _Builder:
         for record in records:
             if isinstance(record, Flaw):
                 report.count(record.key, [record.which])
-                self._dropped_images.update([record.which, *_spellings(record.which)])
+                self._dropped_images.update([record.which, other_spelling(record.which)])
                 continue
             entry = record.entry if isinstance(record, Loose) else record
             assert isinstance(entry, ImageEntry)
@@ -561,6 +555,7 @@ class _Builder:
         """
         report = self._report
         coordinates = array("d")
+        base = self._point_offsets[-1]
         labels: list[object] = []
         rows: list[tuple[Any, ...]] = []
         runs: list[tuple[int, bytes]] = []
@@ -581,15 +576,16 @@ class _Builder:
                 report.count(key, [label])
             first_polygon = len(self._point_offsets) - 1
             if entry.segmentation:
-                self._masks_given += 1
-                if isinstance(entry.segmentation, RunLengths):
-                    counts = self._run_lengths(entry.segmentation, image, label)
-                    if counts is not None:
-                        runs.append((len(rows), counts))
-                else:
-                    self._add_polygons(entry.segmentation, label, coordinates)
-            elif any(key in DAMAGED_MASK for key in mended):
-                self._masks_given += 1
+                mask = masks.read(entry.segmentation, self._sizes[image])
+                for key in mask.deviations:
+                    report.count(key, [label])
+                damaged = any(key in DAMAGED_MASK for key in mask.deviations)
+                self._masks_given += bool(mask.polygons or mask.counts or damaged)
+                if mask.counts:
+                    runs.append((len(rows), mask.counts))
+                for polygon in mask.polygons:
+                    coordinates.extend(polygon)
+                    self._point_offsets.append(base + len(coordinates))
             if entry.iscrowd not in (0, 1):
                 report.count("annotation.iscrowd", [label])
             own_id = entry.id
@@ -629,49 +625,9 @@ class _Builder:
             field, value, known = "image_id", entry.image_id, self._row_of_image
             if value in self._dropped_images:
                 return "annotation.image_id.dropped"
-        if any(other in known for other in _spellings(value)):
+        if other_spelling(value) in known:
             raise self._refuse(f"annotation.{field}.type", [f"{field} {value!r} of {label}"])
         return f"annotation.{field}.unknown"
-
-    def _add_polygons(
-        self, polygons: Sequence[Sequence[float]], label: object, coordinates: array[float]
-    ) -> None:
-        if len(polygons) >= 3 and all(len(polygon) == 2 for polygon in polygons):
-            polygons = [[number for point in polygons for number in point]]
-            self._report.count("annotation.segmentation.flat", [label])
-        base = self._point_offsets[-1] - len(coordinates)
-        kept = empty = 0
-        for polygon in polygons:
-            fault = masks.polygon_fault(polygon) if polygon else ""
-            if fault or not polygon:
-                empty += not polygon
-                if fault:
-                    far = "coordinate beyond" in fault or "outline" in fault
-                    self._report.count(f"polygon.{'far' if far else 'points'}", [label])
-                continue
-            coordinates.extend(polygon)
-            self._point_offsets.append(base + len(coordinates))
-            kept += 1
-        if empty == len(polygons):
-            self._masks_given -= 1  # [[]] is how some tools write that there is no mask
-        elif not kept:
-            self._report.count("annotation.segmentation", [label])
-
-    def _run_lengths(self, mask: RunLengths, image: int, label: object) -> bytes | None:
-        """Return the RLE counts of a mask of its image's size; whether they are sound is seen chunk by chunk."""
-        size = (int(self._sizes_I2[image, 0]), int(self._sizes_I2[image, 1]))
-        if mask.size != size:
-            self._report.count("annotation.rle.size", [label])
-            return None
-        if isinstance(mask.counts, str):
-            counts = masks.counts_of_text(mask.counts)
-            if counts is not None and mask.counts[:1] == "b" and len(counts) < len(mask.counts):
-                self._report.count("annotation.segmentation.bytes", [label])
-        else:
-            counts = masks.compress(mask.counts, size)
-        if counts is None:
-            self._report.count("annotation.rle.counts", [label])
-        return counts
 
     def _place_runs(
         self, chunk: dict[str, Column], runs: list[tuple[int, bytes]], labels: list[object]
@@ -699,7 +655,7 @@ class _Builder:
     ) -> npt.NDArray[np.bool_]:
         """Add the clipped boxes to a chunk, mend boxes and areas, and return which annotations are kept."""
         report = self._report
-        xywh = np.where(np.abs(chunk["xywh"]) < _LARGEST, chunk["xywh"], np.nan)
+        xywh = np.where(np.abs(chunk["xywh"]) < masks.LARGEST_NUMBER, chunk["xywh"], np.nan)
         chunk["xywh"] = xywh
         if self._compared < _COMPARED:
             self._compare_with_masks(chunk, coordinates)
@@ -729,7 +685,7 @@ class _Builder:
         report.count("annotation.bbox.outside", labels[kept & has_extent & ~inside])
         report.count("annotation.bbox.clipped", labels[inside & moved])
         area, box_area = chunk["area"], xywh[:, 2:].prod(axis=1)
-        no_area = ~((area >= 0) & (area < _LARGEST**2))
+        no_area = ~((area >= 0) & (area < masks.LARGEST_NUMBER**2))
         report.count("annotation.area", labels[kept & no_area])
         chunk["area"] = np.where(no_area, box_area, area)
         large = chunk["area"] > 1.02 * shown[:, 2:].prod(axis=1) + 4
@@ -874,13 +830,6 @@ def _image_name(image: ImageEntry) -> str:
     return name
 
 
-def _spellings(value: Identifier) -> list[Identifier]:
-    """Return the other type's spelling of an id: a number's text, a text's number."""
-    if isinstance(value, int):
-        return [str(value)]
-    return [int(value)] if re.fullmatch(r"-?\d{1,18}", value.strip(), re.ASCII) else []
-
-
 def _offsets(lengths: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=offsets[1:])
@@ -889,15 +838,3 @@ def _offsets(lengths: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.i
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Millions of small containers without cycles: looking for cycles among them takes half of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

@@ -11,15 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from proxydet.data.formats.reader import encoded
 from proxydet.data.formats.records import Identifier
 from proxydet.data.masks import rasterize
 from proxydet.data.protocol import FREQUENCIES, Protocol, protocol_of
 from proxydet.data.store import AnnotationStore
-from proxydet.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,13 +95,7 @@ class GroundTruth:
             DataError: The annotations cannot be used; the message names the first offenders.
         """
         if isinstance(source, dict):
-            try:
-                text = msgspec.json.encode(source)
-            except (TypeError, ValueError, RecursionError) as error:
-                raise DataError(
-                    f"the annotations given cannot be written as JSON: {error}",
-                    hint="give COCO or LVIS annotations: dictionaries and lists of numbers and texts",
-                ) from error
+            text = encoded(source, "the annotations given")
             store = AnnotationStore.from_bytes(text, "the annotations given")
             return cls.from_store(store, name=name or "annotations", protocol=protocol)
         path = Path(source)

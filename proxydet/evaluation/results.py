@@ -4,7 +4,8 @@ Taken are LVIS's and COCO's results format, a list of ``{"image_id", "category_i
 "segmentation": RLE or polygons}``, and an object that holds such a list as ``annotations`` or ``predictions`` next to its
 own ``images`` and ``categories``, as ``proxydet predict --save coco`` writes it; plain or gzipped. Results of LVIS's
 validation set are some gigabytes, so a file is read in blocks, each turned into columns before the next is read; of the
-masks only those are kept that can be scored.
+masks only those are kept that can be scored. What deviates from the format has the fate that `proxydet.data.deviations`
+gives it, as in annotation files.
 
 Dimensions: D detections, M distinct masks. Detections keep the order of their file: among equal scores in one image the
 official evaluators count the earlier one first.
@@ -12,28 +13,32 @@ official evaluators count the earlier one first.
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import gzip
-import io
 import json
 import logging
-import re
-import zlib
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from proxydet.data.formats.records import Identifier
-from proxydet.data.masks import are_numbers, compress, measure, polygon_fault, rasterize
+from proxydet.data import masks
+from proxydet.data.deviations import DAMAGED_MASK, StoreReport, refused
+from proxydet.data.formats.reader import (
+    JsonText,
+    encoded,
+    identifier,
+    no_garbage_collection,
+    other_spelling,
+    owners,
+)
+from proxydet.data.formats.records import Flaw, Identifier, Loose
 from proxydet.errors import DataError
 from proxydet.evaluation.ground_truth import GroundTruth
 
@@ -42,16 +47,9 @@ _LOG = logging.getLogger(__name__)
 Index: TypeAlias = Mapping[Identifier, int]
 """Ids of a file, and the number in the data set of what each names."""
 
-_BLOCK_BYTES = 4 * 2**20
-_BOUNDARY = re.compile(rb"\}\s*,\s*(?=\{)")
-_BOUNDARY_REACHES = (2**13, 2**20)
-_BOUNDARIES_TRIED = 8
-_NOT_FINITE = re.compile(rb"-?\b(?:NaN|Infinity)\b")
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _SHOWN = 5
 _DEEPEST = 16
 """Folders of an image's path that are compared."""
-_DIGITS = 20
 _TOLERANCE_PIXELS = 1.0
 _HINT = (
     "results are a JSON list of objects with image_id, category_id, score, and bbox or segmentation"
@@ -73,7 +71,8 @@ class Results:
             category is not judged in its image.
         masks: M compressed RLE masks (``size`` and ``counts``).
         mask_area_M: float64, pixels.
-        without_mask: How many detections the file has no mask for.
+        without_mask: How many detections the file has no mask for, or none that can be read.
+        report: What was mended and dropped.
     """
 
     path: Path | None
@@ -86,6 +85,7 @@ class Results:
     masks: list[dict[str, Any]] = field(repr=False)
     mask_area_M: NDArray[np.float64]
     without_mask: int
+    report: StoreReport = field(default_factory=StoreReport, repr=False)
 
     def __len__(self) -> int:
         return len(self.score_D)
@@ -121,105 +121,44 @@ def read_results(
 
     Raises:
         DataError: The file is damaged, or its detections cannot be of this data set; the message has the first
-            offenders and their count.
+            offenders and their count. Or no detection is left, or none of its masks can be read.
     """
     path = None if isinstance(source, list | dict) else Path(source)
-    problems = _Problems(truth=truth, path=path, allow_outside=allow_outside)
+    name = str(path) if path is not None else "The detections given"
+    content = encoded(source, name) if path is None else path
+    problems = _Problems(truth=truth, path=path, name=name, allow_outside=allow_outside)
+    report = problems.report
     parts: list[Results] = []
-    with _without_garbage_collector(), _opened(source) as stream:
+    with no_garbage_collection():
+        text = JsonText(content, name, kind="a results file", hint=_HINT, report=report)
         indexes: tuple[Index, Index] = truth.image_index, truth.category_index
-        head, rows = stream.read(_BLOCK_BYTES), cast(IO[bytes], stream)
-        if head.lstrip(b" \t\r\n")[:1] == b"{":
-            content = _decode_object(head + stream.read(), path)
-            indexes = _images_of(content, truth, path), _categories_of(content, truth, path)
-            rows, head = io.BytesIO(content.rows), b""
-        for block in _blocks(head, rows, path):
+        rows, key = None, ""
+        if text.start[:1] == b"{":
+            lists = text.fields(_Object)
+            key = "predictions" if lists.predictions != _ABSENT else "annotations"
+            rows = cast(msgspec.Raw, getattr(lists, key))
+            if bytes(memoryview(rows)[:1]) != b"[":
+                raise text.error("it has no list of annotations or predictions")
+            indexes = (
+                _images_of(_named(text, lists, "images", name), truth, name, path),
+                _categories_of(_named(text, lists, "categories", name), truth, name, path),
+            )
+        for block in text.records(_Row, _loose_row, "detection.record", text=rows, field=key):
             parts.append(_columns(block, indexes, problems, keep_every_mask))
-            problems.seen += len(block)
+            report.annotations_in += len(block)
     problems.raise_if_any()
-    results = _joined(path, parts)
+    results = _joined(path, parts, report)
+    report.annotations_kept = len(results)
+    lines = report.lines("detection")
+    if report.annotations_in and not len(results):
+        raise refused("detection.none", path, name, lines)
+    if problems.masks_given and not problems.masks_read:
+        raise refused("file.masks", path, name, lines)
+    for line in lines:
+        _LOG.warning("%s: %s", name, line)
     if not allow_duplicates:
         _check_duplicates(results, truth)
     return results
-
-
-@contextlib.contextmanager
-def _without_garbage_collector() -> Iterator[None]:
-    """Keep the collector from walking over a million new objects, none of which is in a cycle, again and again."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-# -- from bytes to blocks of rows -------------------------------------------------------------------------------------
-
-
-class _Stream:
-    """A file's bytes, unpacked when it is gzipped, without a byte order mark; DataError where it cannot be read."""
-
-    def __init__(self, stream: IO[bytes], path: Path | None) -> None:
-        self._stream = stream
-        self._path = path
-        self._at_start = True
-
-    def read(self, size: int = -1) -> bytes:
-        try:
-            data = self._stream.read(size)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise DataError(
-                f"{self._path} is a damaged or incomplete gzip file: {error}.",
-                hint="copy or download the file again",
-                path=self._path,
-            ) from error
-        except OSError as error:
-            raise _unreadable(cast(Path, self._path), error) from error
-        if self._at_start:
-            data = data.removeprefix(_BYTE_ORDER_MARK)
-        self._at_start = False
-        return data
-
-
-@contextlib.contextmanager
-def _opened(source: Path | str | list[dict[str, Any]] | dict[str, Any]) -> Iterator[_Stream]:
-    if isinstance(source, list | dict):
-        yield _Stream(io.BytesIO(json.dumps(source, default=_plain).encode()), None)
-        return
-    path = Path(source)
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    with file:
-        try:
-            zipped = file.read(2) == b"\x1f\x8b"
-            file.seek(0)
-        except OSError as error:  # a folder, a pipe
-            raise _unreadable(path, error) from error
-        yield _Stream(cast(IO[bytes], gzip.GzipFile(fileobj=file)) if zipped else file, path)
-
-
-def _unreadable(path: Path, error: OSError) -> DataError:
-    return DataError(
-        f"Cannot read {path}: {error.strerror or error}.",
-        hint="check the path, and that you may read the file",
-        path=path,
-    )
-
-
-def _plain(value: Any) -> Any:
-    """Return what JSON has for numpy's numbers and arrays, and for the bytes of a mask."""
-    if isinstance(value, bytes):
-        return value.decode("ascii", "replace")
-    if isinstance(value, np.generic | np.ndarray):
-        return value.tolist()
-    raise DataError(
-        f"Detections cannot hold a value of type {type(value).__name__}.",
-        hint="give numbers, texts, lists and dictionaries",
-    )
 
 
 _ABSENT = msgspec.Raw(b"")
@@ -228,136 +167,36 @@ _ABSENT = msgspec.Raw(b"")
 class _Row(msgspec.Struct, gc=False):
     """One detection as results files spell it; the box is x, y, width, height in pixels. Other keys are ignored."""
 
-    image_id: int | float | str
-    category_id: int | float | str
+    image_id: Identifier
+    category_id: Identifier
     score: float
     bbox: tuple[float, float, float, float] | None = None
     segmentation: msgspec.Raw = _ABSENT
 
 
-class _Runs(msgspec.Struct, gc=False):
-    size: tuple[int, int]
-    counts: str
-
-
-_ROWS = msgspec.json.Decoder(list[_Row])
-_RUNS = msgspec.json.Decoder(list[_Runs])
+_RUNS = msgspec.json.Decoder(list[masks.RunLengths])
 # JSON of at most this length is no mask: it is absent, null, or an empty list or object.
 _SHORTEST_MASK = 4
 
 
-def _blocks(head: bytes, stream: IO[bytes], path: Path | None) -> Iterator[list[_Row]]:
-    """Decode a JSON list piece by piece: each piece ends where one element ends and the next begins.
-
-    Args:
-        head: What was read already.
-        stream: Where the rest comes from.
-        path: The file; None for values.
-    """
-    pending, done, size = head, 0, _BLOCK_BYTES
-    while read := stream.read(size):
-        pending += read
-        for end, start in _boundaries(pending):
-            rows = _decoded(pending[:end] + b"]", done, path, stream)
-            if rows is not None:
-                yield rows
-                done, size = done + len(rows), _BLOCK_BYTES
-                pending = b"[" + pending[start:]
-                break
-        else:  # cut inside of a long element: with ever more text, so that the whole is not decoded again and again
-            size *= 2
-    if not pending.strip():
-        raise DataError(f"{path} is empty.", hint="write or copy the file again", path=path)
-    yield _decoded(pending, done, path, None) or []
-
-
-def _boundaries(text: bytes) -> list[tuple[int, int]]:
-    """Return the last places where one object ends and the next begins, the last first."""
-    found: list[tuple[int, int]] = []
-    for reach in _BOUNDARY_REACHES:
-        start = max(0, len(text) - reach)
-        found = [(match.start() + 1, match.end()) for match in _BOUNDARY.finditer(text, start)]
-        if len(found) >= _BOUNDARIES_TRIED:
-            break
-    return found[: -_BOUNDARIES_TRIED - 1 : -1]
-
-
-def _decoded(
-    text: bytes, done: int, path: Path | None, rest: IO[bytes] | None
-) -> list[_Row] | None:
-    """Decode a list of detections; None where it was cut inside of one of them.
-
-    Args:
-        text: The list.
-        done: How many detections come before it.
-        path: The file; None for values.
-        rest: What follows; None at the end, where a cut is an error.
-    """
-    try:
-        return _ROWS.decode(text)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        if rest is not None and "truncated" in str(error):
-            return None
-        raise _damage(text, done, path, rest, error) from error
-
-
-def _damage(
-    text: bytes,
-    done: int,
-    path: Path | None,
-    rest: IO[bytes] | None,
-    error: msgspec.MsgspecError | RecursionError | UnicodeDecodeError,
-) -> DataError:
-    """Return the error for text that is not JSON, or not of the layout of results.
-
-    Args:
-        text: What could not be decoded.
-        done: How many detections come before it.
-        path: The file; None for values.
-        rest: What follows; None at the end.
-        error: What the decoder said.
-    """
-    where = str(path) if path is not None else "The detections given"
-    detail = str(error)
-    if isinstance(error, RecursionError):
-        detail = "lists or objects are nested too deeply"
-    elif isinstance(error, msgspec.ValidationError):
-        detail = re.sub(r"\$\[(\d+)\]", lambda m: f"$[{int(m[1]) + done}]", detail, count=1)
-    elif isinstance(error, msgspec.DecodeError):
-        places = list(_NOT_FINITE.finditer(text))
-        if places:  # Python writes NaN, and JSON does not have it
-            shown = []
-            for place in places[: _SHOWN + 1]:
-                number = done + text.count(b'"image_id"', 0, place.start()) - 1
-                shown.append(f"{place[0].decode()} in detection {number}")
-            count = len(places)
-            while rest is not None and (block := rest.read(_BLOCK_BYTES)):
-                count += len(_NOT_FINITE.findall(block))
-            return DataError(
-                f"{where}: {count} numbers are not finite ({first_offenders(shown)}).",
-                hint="the detector that made them diverged, or divided by zero: inspect its outputs on these images",
-                path=path,
-            )
-        # A number or word that is cut short is malformed at its very end.
-        if "truncated" in detail or f"(byte {len(text)})" in detail:
-            return DataError(
-                f"{where} ends in the middle of its JSON: it is cut short.",
-                hint="the program that wrote it was stopped or the copy is incomplete: write or copy it again",
-                path=path,
-            )
-        return DataError(f"{where} is not valid JSON: {detail}.", hint=_HINT, path=path)
-    return DataError(
-        f"{where} is not a list of detections in COCO's or LVIS's results format: {detail}.",
-        hint=_HINT,
-        path=path,
-    )
+def _loose_row(fields: dict[str, Any], which: str) -> Loose | Flaw:
+    ids = owners(fields, which)
+    if isinstance(ids, Flaw):
+        return ids
+    if not masks.are_numbers([fields.get("score")]):
+        return Flaw("detection.score", which)
+    box, mask = fields.get("bbox"), fields.get("segmentation")
+    if box is not None:
+        box = tuple(box) if masks.are_numbers(box, 4) else (math.nan,) * 4
+    text = _ABSENT if mask is None else msgspec.Raw(json.dumps(mask).encode())
+    return Loose(_Row(**ids, score=float(fields["score"]), bbox=box, segmentation=text), [])
 
 
 # -- files with images and categories of their own --------------------------------------------------------------------
 
 
 class _Named(msgspec.Struct, gc=False):
-    id: int | float | str
+    id: Identifier
     file_name: str | None = None
     name: str | None = None
 
@@ -365,37 +204,40 @@ class _Named(msgspec.Struct, gc=False):
 class _Object(msgspec.Struct, gc=False):
     annotations: msgspec.Raw = _ABSENT
     predictions: msgspec.Raw = _ABSENT
-    images: list[_Named] = []
-    categories: list[_Named] = []
-
-    @property
-    def rows(self) -> bytes:
-        """The list of detections, as JSON."""
-        return bytes(self.predictions or self.annotations)
+    images: msgspec.Raw = msgspec.Raw(b"[]")
+    categories: msgspec.Raw = msgspec.Raw(b"[]")
 
 
-def _decode_object(data: bytes, path: Path | None) -> _Object:
-    try:
-        content = msgspec.json.decode(data, type=_Object)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        raise _damage(data, 0, path, None, error) from error
-    if content.rows[:1] != b"[":
-        raise DataError(
-            f"{path or 'The detections given'} is not a list of detections, nor an object with a list of "
-            "predictions or annotations.",
-            hint=_HINT,
-            path=path,
-        )
-    return content
+def _named(text: JsonText, lists: _Object, key: str, name: str) -> list[_Named]:
+    """Return the images or categories of a file; DataError where two have one id."""
+    of = {"images": "image", "categories": "category"}[key]
+
+    def loosely(fields: dict[str, Any], which: str) -> Loose | Flaw:
+        own_id = identifier(fields.get("id"))
+        if own_id is None:
+            return Flaw(f"{of}.record", which)
+        texts = {k: v for k in ("file_name", "name") if isinstance(v := fields.get(k), str)}
+        return Loose(_Named(own_id, **texts), [])
+
+    rows = []
+    for record in chain.from_iterable(
+        text.records(_Named, loosely, f"{of}.record", text=getattr(lists, key), field=key)
+    ):
+        if isinstance(record, Flaw):
+            raise refused(record.key, text.path, name, [record.which])
+        rows.append(record.entry if isinstance(record, Loose) else record)
+    repeated = [value for value, n in Counter(row.id for row in rows).items() if n > 1]
+    if repeated:
+        raise refused(f"{of}.id.repeated", text.path, name, repeated)
+    return rows
 
 
-def _images_of(content: _Object, truth: GroundTruth, path: Path | None) -> Index:
+def _images_of(images: list[_Named], truth: GroundTruth, called: str, path: Path | None) -> Index:
     """Return which of the data set's images each image of the file is: by file name, by id where it has no names.
 
     A name may have more or fewer folders than the data set's, as long as only one image fits.
     """
-    _unique_ids(content.images, "image", path)
-    if not any(row.file_name for row in content.images):
+    if not any(row.file_name for row in images):
         return truth.image_index
     known: dict[tuple[str, ...], list[int]] = {}
     for number, name in enumerate(truth.image_names):
@@ -405,7 +247,7 @@ def _images_of(content: _Object, truth: GroundTruth, path: Path | None) -> Index
     exact = {_parts(name): number for number, name in enumerate(truth.image_names)}
     found: dict[Identifier, int] = {}
     taken: dict[int, str] = {}
-    for row in content.images:
+    for row in images:
         parts = _parts(row.file_name or "")
         tails = [parts[-count:] for count in range(len(parts), 0, -1)]
         # The longest name of the data set that this one ends with; else the only one that ends as this one does.
@@ -416,17 +258,17 @@ def _images_of(content: _Object, truth: GroundTruth, path: Path | None) -> Index
         number = fitting[0]
         if number in taken:
             raise DataError(
-                f"{path or 'The detections given'}: {taken[number]} and {row.file_name} are both the image "
+                f"{called}: {taken[number]} and {row.file_name} are both the image "
                 f"{truth.image_names[number]} of {truth.name}.",
                 hint="predict each image once, or give its path as the annotation file does",
                 path=path,
             )
         taken[number] = row.file_name or ""
-        found[cast(Identifier, row.id)] = number
+        found[row.id] = number
     if not found:
         raise DataError(
-            f"{path or 'The detections given'}: none of its {len(content.images)} images is in {truth.name} "
-            f"({first_offenders([row.file_name for row in content.images])}).",
+            f"{called}: none of its {len(images)} images is in {truth.name} "
+            f"({first_offenders([row.file_name for row in images])}).",
             hint="give the annotation file of these images with --data",
             path=path,
         )
@@ -437,35 +279,26 @@ def _parts(name: str) -> tuple[str, ...]:
     return PurePosixPath(name.replace("\\", "/")).parts[-_DEEPEST:]
 
 
-def _unique_ids(rows: Sequence[_Named], what: str, path: Path | None) -> None:
-    repeated = [value for value, n in Counter(row.id for row in rows).items() if n > 1]
-    if repeated:
-        raise DataError(
-            f"{path or 'The detections given'}: {what} ids used more than once ({first_offenders(repeated)}).",
-            hint="score each results file on its own, or give the joined ones ids that are unique",
-            path=path,
-        )
-
-
-def _categories_of(content: _Object, truth: GroundTruth, path: Path | None) -> Index:
+def _categories_of(
+    categories: list[_Named], truth: GroundTruth, called: str, path: Path | None
+) -> Index:
     """Return which of the data set's categories each category of the file is: by name, by id where it has none."""
-    _unique_ids(content.categories, "category", path)
-    if not any(row.name for row in content.categories):
+    if not any(row.name for row in categories):
         return truth.category_index
     number_of: dict[str, int] = {}
     for spelled in (str.strip, lambda name: name.strip().replace("_", " ").casefold()):
         for number, name in enumerate(truth.category_names):
             number_of.setdefault(spelled(name), number)
     found: dict[Identifier, int] = {}
-    for row in content.categories:
+    for row in categories:
         name = (row.name or "").strip()
         place = number_of.get(name, number_of.get(name.replace("_", " ").casefold()))
         if place is not None:
-            found[cast(Identifier, row.id)] = place
+            found[row.id] = place
     if not found:
         raise DataError(
-            f"{path or 'The detections given'}: none of its {len(content.categories)} categories is in {truth.name} "
-            f"({first_offenders([row.name for row in content.categories])}).",
+            f"{called}: none of its {len(categories)} categories is in {truth.name} "
+            f"({first_offenders([row.name for row in categories])}).",
             hint="predict with the class names of the annotation file",
             path=path,
         )
@@ -476,10 +309,23 @@ def _categories_of(content: _Object, truth: GroundTruth, path: Path | None) -> I
 
 
 def _columns(
-    rows: list[_Row], indexes: tuple[Index, Index], problems: _Problems, keep_every_mask: bool
+    block: list[_Row | Loose | Flaw],
+    indexes: tuple[Index, Index],
+    problems: _Problems,
+    keep_every_mask: bool,
 ) -> Results:
     """Check detections, and return those that can be placed in the data set; what is wrong is noted in ``problems``."""
-    truth = problems.truth
+    truth, report = problems.truth, problems.report
+    place_D = np.arange(report.annotations_in, report.annotations_in + len(block))
+    rows = cast(list[_Row], block)
+    if not set(map(type, block)) <= {_Row}:
+        for record in block:
+            if isinstance(record, Flaw):
+                report.count(record.key, [record.which])
+        read = [row.entry if isinstance(row, Loose) else row for row in block]
+        place_D = place_D[[not isinstance(row, Flaw) for row in read]]
+        rows = [row for row in read if not isinstance(row, Flaw)]
+    problems.place_D = place_D
     image_D = problems.numbers("image_id", [row.image_id for row in rows], indexes[0])
     category_D = problems.numbers("category_id", [row.category_id for row in rows], indexes[1])
     known_D = (image_D >= 0) & (category_D >= 0)
@@ -488,24 +334,28 @@ def _columns(
     if texts.count(_ABSENT) < len(rows):  # not a file of boxes; comparing is faster than measuring
         masked_D = np.fromiter(map(len, texts), dtype=np.int64, count=len(rows)) > _SHORTEST_MASK
     boxes = [row.bbox for row in rows]
-    drawn_D = np.zeros(len(rows), dtype=bool)
+    absent_D = np.zeros(len(rows), dtype=bool)
     if None in boxes:
-        drawn_D = np.array([box is None for box in boxes])
+        absent_D = np.array([box is None for box in boxes])
         boxes = [box or (0.0, 0.0, 0.0, 0.0) for box in boxes]
     box_D4 = np.fromiter(
         chain.from_iterable(cast(Any, boxes)), dtype=np.float64, count=4 * len(rows)
     ).reshape(-1, 4)
+    sound_D = (np.abs(box_D4) < masks.LARGEST_NUMBER).all(axis=1) & (box_D4[:, 2:] >= 0).all(axis=1)
+    drawn_D = absent_D | ~sound_D
     wanted_D = known_D & masked_D
     if not keep_every_mask and wanted_D.any():
         wanted_D[wanted_D] = truth.judged_IC[image_D[wanted_D], category_D[wanted_D]]
         wanted_D |= known_D & masked_D & drawn_D  # to draw their boxes
-    mask_D, masks, area_M = _masks(texts, np.flatnonzero(wanted_D), image_D, problems)
-    bare = np.flatnonzero(drawn_D & ~masked_D)
-    problems.add("have neither a box nor a mask", bare, problems.name)
+    mask_D, kept_masks, area_M = _masks(texts, np.flatnonzero(wanted_D), image_D, problems)
+    masked_D &= ~wanted_D | (mask_D >= 0)
     drawn = np.flatnonzero(drawn_D & (mask_D >= 0))
-    if len(drawn) and not problems.found:
-        box_D4[drawn] = coco_mask.toBbox([masks[index] for index in mask_D[drawn]])
-    problems.check_boxes(image_D, box_D4)
+    if len(drawn):
+        box_D4[drawn] = coco_mask.toBbox([kept_masks[index] for index in mask_D[drawn]])
+    kept_D = known_D & ~(drawn_D & ~masked_D)
+    report.count("annotation.bbox", problems.labels(np.flatnonzero(known_D & ~kept_D)))
+    report.count("annotation.bbox.mask", problems.labels(np.flatnonzero(kept_D & ~sound_D)))
+    problems.check_boxes(image_D, box_D4, kept_D)
     part = Results(
         path=problems.path,
         image_D=image_D,
@@ -514,11 +364,11 @@ def _columns(
         box_D4=box_D4,
         drawn_D=drawn_D,
         mask_D=mask_D,
-        masks=masks,
+        masks=kept_masks,
         mask_area_M=area_M,
-        without_mask=int(np.count_nonzero(~masked_D)),
+        without_mask=int(np.count_nonzero(kept_D & ~masked_D)),
     )
-    return part if known_D.all() else part.take(np.flatnonzero(known_D))
+    return part if kept_D.all() else part.take(np.flatnonzero(kept_D))
 
 
 def _masks(
@@ -527,7 +377,7 @@ def _masks(
     image_D: NDArray[np.int64],
     problems: _Problems,
 ) -> tuple[NDArray[np.int64], list[dict[str, Any]], NDArray[np.float64]]:
-    """Return the number of each detection's mask (-1 where it has none), the wanted masks, and their areas."""
+    """Return the number of each detection's mask (-1 where none can be read), the masks, and their areas."""
     mask_D = np.full(len(texts), -1, dtype=np.int64)
     if not len(wanted):
         return mask_D, [], np.zeros(0)
@@ -538,86 +388,52 @@ def _masks(
         known.setdefault((image, bytes(texts[index])), len(known))
         for image, index in zip(images, wanted.tolist(), strict=True)
     ]
-    mask_D[wanted] = number_W = np.array(numbers, dtype=np.int64)
-    image_K = np.array([image for image, _ in known], dtype=np.int64)
-    sizes_K2 = problems.truth.image_sizes_I2[image_K]
-    masks: list[dict[str, Any]] = []
-    faults: dict[int, str] = {}
     try:
-        runs = _RUNS.decode(b"[" + b",".join(text for _, text in known) + b"]")
-        masks = [{"size": list(mask.size), "counts": mask.counts.encode("ascii")} for mask in runs]
-    except (msgspec.MsgspecError, RecursionError, UnicodeError):
-        masks = []  # of another spelling, or damaged
-        for number, ((_, text), size) in enumerate(zip(known, sizes_K2.tolist(), strict=True)):
-            mask = _read_mask(text, size)
-            if not isinstance(mask, dict):
-                faults[number] = mask
-                mask = {"size": size, "counts": b""}
-            masks.append(mask)
-    own_K2 = np.array([mask["size"] for mask in masks]).reshape(-1, 2)
-    fits_K = (own_K2 == sizes_K2).all(axis=1)
-
-    def other_size(index: int) -> str:
-        height, width = own_K2[mask_D[index]]
-        return f"{problems.name(index)}: {height:.0f} x {width:.0f}{problems.image(int(image_D[index]))}"
-
-    problems.add(
-        "have a mask that is not of their image's size", wanted[~fits_K[number_W]], other_size
-    )
-    fitting = np.flatnonzero(fits_K)  # the size of others may be beyond all bounds
-    area_K = np.zeros(len(masks))
-    area_K[fitting], sound = measure([masks[index] for index in fitting])
-    for number in fitting[~sound].tolist():
-        python = masks[number]["counts"][:2] in (b"b'", b'b"')
-        faults.setdefault(
-            number,
-            "run lengths written as Python's b'...': write counts.decode()"
-            if python
-            else "run lengths that do not fill it",
-        )
-    faulty_K = np.zeros(len(masks), dtype=bool)
-    faulty_K[list(faults)] = True
-
-    def damaged(index: int) -> str:
-        image_id = problems.truth.image_ids[image_D[index]]
-        return f"{problems.name(index)} in image {image_id!r}: {faults[int(mask_D[index])]}"
-
-    problems.add("have a damaged mask", wanted[faulty_K[number_W]], damaged)
-    return mask_D, masks, area_K
+        values: list[Any] = _RUNS.decode(b"[" + b",".join(text for _, text in known) + b"]")
+    except (msgspec.MsgspecError, RecursionError, UnicodeError):  # of another spelling, or damaged
+        values = [_json(text) for _, text in known]
+    sizes = problems.truth.image_sizes_I2[[image for image, _ in known]].tolist()
+    read: list[dict[str, Any]] = []
+    read_numbers: list[int] = []
+    deviating: dict[int, list[str]] = {}
+    for number, (value, size) in enumerate(zip(values, sizes, strict=True)):
+        mask = masks.read(value, (size[0], size[1]))
+        counts = mask.counts
+        if mask.polygons:
+            counts = masks.rasterize(mask.polygons, (size[0], size[1]))
+        if counts:
+            read.append({"size": size, "counts": counts})
+            read_numbers.append(number)
+        if mask.deviations:
+            deviating[number] = list(mask.deviations)
+    area_R, sound_R = masks.measure(read)
+    place_K = np.full(len(known), -1, dtype=np.int64)
+    place_K[np.array(read_numbers, dtype=np.int64)[sound_R]] = np.arange(int(sound_R.sum()))
+    for index in np.flatnonzero(~sound_R).tolist():
+        deviating[read_numbers[index]] = ["annotation.rle.counts"]
+    mask_D[wanted] = place_K[numbers]
+    found: dict[str, list[int]] = {}
+    if deviating:
+        for row, number in zip(wanted.tolist(), numbers, strict=True):
+            for key in deviating.get(number, ()):
+                found.setdefault(key, []).append(row)
+    for key, rows in found.items():
+        problems.report.count(key, problems.labels(np.array(rows)))
+    damaged = {row for key in DAMAGED_MASK for row in found.get(key, ())}
+    problems.masks_read += int(np.count_nonzero(mask_D >= 0))
+    problems.masks_given += int(np.count_nonzero(mask_D >= 0)) + len(damaged)
+    sound = [mask for mask, is_sound in zip(read, sound_R.tolist(), strict=True) if is_sound]
+    return mask_D, sound, area_R[sound_R]
 
 
-def _read_mask(text: bytes, size: list[int]) -> dict[str, Any] | str:
-    """Return a mask of any spelling as a compressed one, or what is wrong with it."""
+def _json(text: bytes) -> Any:
     try:
-        value = msgspec.json.decode(text)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
-        return "damaged JSON"
-    height, width = size
-    if isinstance(value, list):
-        if are_numbers(value):
-            return "a flat list of numbers where a list of polygons should be"
-        if not all(are_numbers(polygon) for polygon in value):
-            return "polygons that are not lists of numbers"
-        fault = next(filter(None, map(polygon_fault, value)), "")
-        return fault or {"size": size, "counts": rasterize(value, (height, width))}
-    if not isinstance(value, dict) or not are_numbers(value.get("size"), 2):
-        return "neither polygons nor run lengths with a size"
-    counts = value.get("counts")
-    if value["size"] != size:
-        return {"size": value["size"], "counts": b""}
-    if isinstance(counts, list):
-        packed = compress(counts, (height, width))
-        return (
-            "run lengths that do not fill it"
-            if packed is None
-            else {"size": size, "counts": packed}
-        )
-    if not isinstance(counts, str):
-        return "no run lengths"
-    return {"size": size, "counts": counts.encode("ascii", "replace")}
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text  # which is no mask
 
 
-def _joined(path: Path | None, parts: list[Results]) -> Results:
+def _joined(path: Path | None, parts: list[Results], report: StoreReport) -> Results:
     before = np.cumsum([0] + [len(part.masks) for part in parts])
 
     def column(name: str, empty: NDArray[Any]) -> NDArray[Any]:
@@ -639,6 +455,7 @@ def _joined(path: Path | None, parts: list[Results]) -> Results:
         masks=[mask for part in parts for mask in part.masks],
         mask_area_M=column("mask_area_M", np.zeros(0)),
         without_mask=sum(part.without_mask for part in parts),
+        report=report,
     )
 
 
@@ -647,53 +464,45 @@ def _joined(path: Path | None, parts: list[Results]) -> Results:
 _HINTS = {
     "name images that the data set does not have": "give the results' own annotation file with --data",
     "name categories that the data set does not have": "category_id is the id of the annotation file, not a row number",
-    "have a box with a side that is negative or not finite": "a box is x, y, width, height in pixels",
     "have a box that reaches out of their image": (
         "boxes are x, y, width, height in pixels of the original image; clip them, or accept them as they are with "
         "--allow-outside"
     ),
-    "have neither a box nor a mask": "each detection needs a bbox, a segmentation, or both",
-    "have a mask that is not of their image's size": "masks must be of the original image's height and width",
-    "have a damaged mask": "segmentation is a run-length mask of the COCO tools or a list of polygons",
 }
 
 
 @dataclass
 class _Problems:
-    """What is wrong with detections, found block by block and reported at the end.
+    """What refuses a file, found block by block and reported at the end; and the report of what does not.
 
     Every check works on whole columns, counts the offenders, and keeps the first few for the message.
 
     Attributes:
         truth: The data set.
         path: The results file; None for values.
+        name: What to call it.
         allow_outside: Whether boxes may reach out of their image.
-        seen: Detections before the block that is looked at.
+        report: What is mended and dropped.
+        place_D: Place in the file of each detection of the block that is being read.
+        masks_given: Masks that were read, or are damaged.
+        masks_read: Masks that were read.
     """
 
     truth: GroundTruth
     path: Path | None
+    name: str
     allow_outside: bool
-    seen: int = 0
+    report: StoreReport = field(default_factory=StoreReport)
+    place_D: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    masks_given: int = 0
+    masks_read: int = 0
     _counts: dict[str, int] = field(default_factory=dict)
     _examples: dict[str, list[str]] = field(default_factory=dict)
     _misspelled: set[str] = field(default_factory=set)
 
-    @property
-    def found(self) -> bool:
-        """Whether anything is wrong so far."""
-        return bool(self._counts)
-
-    def name(self, index: int) -> str:
-        """Return what to call a detection of the block."""
-        return f"detection {self.seen + index}"
-
-    def image(self, index: int) -> str:
-        """Return what to say of a detection's image."""
-        if index < 0:
-            return ""
-        height, width = self.truth.image_sizes_I2[index]
-        return f" in image {self.truth.image_ids[index]!r} of {height} x {width}"
+    def labels(self, rows: NDArray[np.int64]) -> list[str]:
+        """Return what to call detections of the block, by their places in it."""
+        return [f"position {place}" for place in self.place_D[rows].tolist()]
 
     def add(self, kind: str, wrong: NDArray[Any], describe: Callable[[int], str]) -> None:
         """Note offenders of a kind that has a hint: their positions in the block, and text for the message."""
@@ -712,28 +521,30 @@ class _Problems:
         wrong = np.flatnonzero(number_D < 0)
         plural = {"image_id": "images", "category_id": "categories"}[key]
         kind = f"name {plural} that the data set does not have"
-        self.add(kind, wrong, lambda index: f"{self.name(index)}: {key} {ids[index]!r}")
-        if _other_spelling(ids[wrong[0]]) in known:
+        self.add(kind, wrong, lambda i: f"position {self.place_D[i]}: {key} {ids[i]!r}"[:120])
+        if other_spelling(ids[wrong[0]]) in known:
             self._misspelled.add(kind)
         return number_D
 
-    def check_boxes(self, image_D: NDArray[np.int64], box_D4: NDArray[np.float64]) -> None:
-        """Note boxes with impossible sides, and those that reach out of their image by more than a pixel."""
-        end_D2 = box_D4[:, :2] + box_D4[:, 2:]
-        valid_D = (box_D4[:, 2] >= 0) & (box_D4[:, 3] >= 0) & np.isfinite(end_D2).all(axis=1)
-
-        def describe(index: int) -> str:
-            sides = ", ".join(f"{side:g}" for side in box_D4[index])
-            return f"{self.name(index)}: [{sides}]{self.image(int(image_D[index]))}"
-
-        kind = "have a box with a side that is negative or not finite"
-        self.add(kind, np.flatnonzero(~valid_D), describe)
+    def check_boxes(
+        self, image_D: NDArray[np.int64], box_D4: NDArray[np.float64], kept_D: NDArray[np.bool_]
+    ) -> None:
+        """Note boxes that reach out of their image by more than a pixel."""
         if self.allow_outside:
             return
         limit_I2 = self.truth.image_sizes_I2[:, ::-1] + _TOLERANCE_PIXELS
+        end_D2 = box_D4[:, :2] + box_D4[:, 2:]
         out_D2 = (end_D2 > limit_I2[image_D]) | (box_D4[:, :2] < -_TOLERANCE_PIXELS)
-        outside_D = valid_D & (image_D >= 0) & (out_D2[:, 0] | out_D2[:, 1])
-        self.add("have a box that reaches out of their image", np.flatnonzero(outside_D), describe)
+
+        def describe(index: int) -> str:
+            sides = ", ".join(f"{side:g}" for side in box_D4[index])
+            image = int(image_D[index])
+            height, width = self.truth.image_sizes_I2[image]
+            of = f"image {self.truth.image_ids[image]!r} of {height} x {width}"
+            return f"position {self.place_D[index]}: [{sides}] in {of}"
+
+        outside = np.flatnonzero(kept_D & (out_D2[:, 0] | out_D2[:, 1]))
+        self.add("have a box that reaches out of their image", outside, describe)
 
     def raise_if_any(self) -> None:
         """Raise DataError for the first kind of problem found, naming the others."""
@@ -742,25 +553,18 @@ class _Problems:
             return
         kind = found[0]
         count = self._counts[kind]
-        where = str(self.path) if self.path is not None else "The detections given"
         shown = "; ".join(self._examples[kind]) + ("; ..." if count > _SHOWN else "")
-        message = f"{where}: {count} of {self.seen} detections {kind} ({shown})."
+        total = self.report.annotations_in
+        message = f"{self.name}: {count} of {total} detections {kind} ({shown})."
         for other in found[1:]:
             message += f" Also, {self._counts[other]} {other}."
         hint = _HINTS[kind]
         if kind in self._misspelled:
             hint = "the same ids are there as numbers or as text: write them as the annotation file does"
-        elif kind.startswith("name") and count > self.seen / 2:
+        elif kind.startswith("name") and count > total / 2:
             message += f" These look like results of another data set than {self.truth.name}."
             hint = "evaluate with the annotation file of the data set that the detector ran on"
         raise DataError(message, hint=hint, path=self.path)
-
-
-def _other_spelling(name: Any) -> Identifier | None:
-    """Return a number's text, or a text's number; None where it has none."""
-    if isinstance(name, str):
-        return int(name) if name.isascii() and name.isdigit() and len(name) < _DIGITS else None
-    return str(name)
 
 
 def _check_duplicates(results: Results, truth: GroundTruth) -> None:

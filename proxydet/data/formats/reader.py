@@ -1,41 +1,408 @@
-"""Opening annotations with the reader of their format; each gives the same records, which `proxydet.data.store` turns into columns.
+"""Reading the JSON of annotations and of results: gigabytes of records, wrapped in several ways, written by anybody.
 
-A reader decides nothing about records that deviate: it hands over what the file says, and the store applies
-`proxydet.data.deviations`.
+A file is mapped, not read; a gzipped one is unpacked, within bounds, into a temporary file without a name. Lists are
+decoded some megabytes at a time. What JSON does not have (NaN, lone surrogates, bytes that are not UTF-8) is mended and
+counted, and a record that strict decoding refuses is read again, field by field, by the rules of its format.
 """
 
 from __future__ import annotations
 
-import os
+import gc
+import itertools
+import json
+import mmap
+import re
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
-from proxydet.data.formats import coco, voc
-from proxydet.data.formats.records import Document
+import msgspec
+import numpy as np
+
+from proxydet.data.deviations import StoreReport
+from proxydet.data.formats.records import Flaw, Identifier, Loose
 from proxydet.errors import DataError
 
+_BLOCK_BYTES = 4 << 20
+_LARGE_BLOCKS = 3
+"""Blocks: a piece of a list that is longer is searched for tiny records before they are made objects."""
+_LONGEST_RECORD = 32 << 20
+"""Bytes: a longer record is not read; as Python objects it takes up to 16 times as much."""
+_SHORTEST_RECORD = 16
+"""Bytes: no image, annotation or detection is shorter; a list of records that are is refused."""
+_BOUNDARY = re.compile(rb"\}\s*,\s*(?=\{)")
+_BOUNDARIES_TRIED = 16
+_SNIPPET = 40
+_BOM = b"\xef\xbb\xbf"
+_GZIP = b"\x1f\x8b"
+_UNPACKED_FREELY = 1 << 28
+_MOST_RATIO = 200
+_PLACE = re.compile(r"\(byte (\d+)\)")
+_AT_NOT_FINITE = re.compile(rb"-?(?:NaN|Infinity)|-?I")
+_NOT_FINITE_OR_STRING = re.compile(rb'"|-?\b(?:NaN|Infinity)\b')
+_REST_OF_STRING = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_HEX = rb"[0-9a-fA-F]"
+_ESCAPE = re.compile(
+    rb"\\(?:u[dD][89abAB]%s{2}\\u[dD][c-fC-F]%s{2}|(u[dD][89a-fA-F]%s{2})|.)" % (_HEX, _HEX, _HEX),
+    re.DOTALL,
+)
+"""An escape in a string; the group is a surrogate that is not one of a pair."""
 
-def read_document(source: Path | bytes, name: str) -> Document:
-    """Read an annotation file with the reader of its format, found out by looking.
+Fields = TypeVar("Fields", bound=msgspec.Struct)
+Loosely = Callable[[dict[str, Any], str], Loose | Flaw]
+
+
+class _Object(msgspec.Struct, gc=False):
+    """Any object, with nothing of it kept."""
+
+
+class JsonText:
+    """The JSON of one file or of values.
 
     Args:
-        source: A COCO, LVIS or OpenImages JSON file (plain or gzipped) or its bytes; or Pascal VOC: a folder of XML
-            files, the data set's folder above it, one XML file, or a list of ``ImageSets``.
+        source: A file, plain or gzipped, or the text.
         name: What to call it in messages.
+        kind: What it should be, as ``an annotation file``, for messages.
+        hint: How such a file is laid out.
+        report: Where mended places of the file are counted.
 
     Raises:
-        DataError: the file cannot be read, or is of no known format.
+        DataError: the file cannot be opened, is empty, or is a gzip file that is damaged or grows out of bounds.
     """
-    if isinstance(source, Path) and not os.path.exists(source):  # noqa: PTH110 - false for a name too long
-        raise DataError(
-            f"there is no annotation file {source}",
-            hint="check the path; paths in a dataset config are relative to its folder",
-            path=source,
+
+    def __init__(
+        self, source: Path | bytes, name: str, *, kind: str, hint: str, report: StoreReport
+    ) -> None:
+        self.path = source if isinstance(source, Path) else None
+        self.name = name
+        self._kind = kind
+        self._hint = hint
+        self._report = report
+        text = memoryview(source if isinstance(source, bytes) else _opened(source))
+        self._map = text.obj
+        self._text = text[len(_BOM) :] if text[: len(_BOM)] == _BOM else text
+
+    @property
+    def start(self) -> bytes:
+        """The first 64 KB, without blanks before them."""
+        return bytes(self._text[: 1 << 16]).lstrip()
+
+    def error(self, why: str, hint: str = "") -> DataError:
+        """Return the error of a text that is not what it should be."""
+        return DataError(
+            f"{self.name} is not {self._kind}: {why}", hint=hint or self._hint, path=self.path
         )
-    if isinstance(source, Path) and voc.is_voc(source):
-        return voc.read(source)
-    return coco.read(source, name)
+
+    def fields(self, kind: type[Fields]) -> Fields:
+        """Decode an object whose fields are `msgspec.Raw`.
+
+        Raises:
+            DataError: it is not JSON (with line and column), not an object, or a field is missing.
+        """
+        text: Any = self._text
+        while True:
+            try:
+                decoded = msgspec.json.decode(text, type=kind)
+            except msgspec.ValidationError as error:
+                raise self.error(str(error)) from error
+            except RecursionError as error:
+                raise self.error("it is nested too deeply") from error
+            except msgspec.DecodeError as error:
+                mended = _mended(text, error)
+                if mended is None:
+                    raise self._malformed(error, 0 if text is self._text else None) from error
+                text, key, examples = mended
+                self._report.count(key, examples)
+            else:
+                return decoded
+
+    def raws(self, text: msgspec.Raw, field: str) -> list[msgspec.Raw]:
+        """Return the records of a list as their JSON; errors as of `records`."""
+        pieces = self._pieces(memoryview(text), field, msgspec.Raw, lambda raw, _: raw)
+        return list(itertools.chain.from_iterable(pieces))
+
+    def records(
+        self,
+        kind: type[Any],
+        loosely: Loosely,
+        unusable: str,
+        *,
+        text: msgspec.Raw | None = None,
+        field: str = "",
+    ) -> Iterator[list[Any]]:
+        """Yield the records of a list, some megabytes at a time.
+
+        Args:
+            kind: What a record is decoded to.
+            loosely: Reads a record that cannot be, given as a dictionary and its name: its place in the list.
+            unusable: The deviation of what is not an object, or a longer one than any record is.
+            text: The list; by default the whole text.
+            field: The list's name.
+
+        Raises:
+            DataError: it is not JSON, or not a list of records.
+        """
+        decode = msgspec.json.Decoder(kind).decode
+
+        def one(raw: msgspec.Raw, position: int) -> Any:
+            try:
+                if len(memoryview(raw)) <= _LONGEST_RECORD:
+                    return decode(raw)
+                fields = None
+            except (msgspec.MsgspecError, UnicodeDecodeError):
+                try:
+                    fields = json.loads(bytes(raw))
+                except (ValueError, RecursionError):
+                    fields = None
+            which = f"position {position}"
+            return loosely(fields, which) if isinstance(fields, dict) else Flaw(unusable, which)
+
+        return self._pieces(self._text if text is None else memoryview(text), field, kind, one)
+
+    def _pieces(
+        self,
+        view: memoryview,
+        field: str,
+        kind: type[Any],
+        one: Callable[[msgspec.Raw, int], Any],
+    ) -> Iterator[list[Any]]:
+        decode = msgspec.json.Decoder(list[kind]).decode  # type: ignore[valid-type]
+        no_list = f"{field!r} is not a list of objects" if field else "it is not a list of objects"
+        blanks = len(view[:4096]) - len(bytes(view[:4096]).lstrip())
+        if bytes(view[blanks : blanks + 1]) != b"[":
+            if bytes(view).strip():
+                raise self.error(no_list)
+            raise self._malformed(msgspec.DecodeError(), None)
+        start, done = blanks + 1, 0
+        while start:
+            size, tries = _BLOCK_BYTES, 0
+            while True:
+                boundary = _BOUNDARY.search(view, start + size)
+                end, close = (len(view), b"") if boundary is None else (boundary.start() + 1, b"]")
+                piece = b"".join((b"[", view[start:end], close))
+                found: list[tuple[str, list[str]]] = []
+                try:
+                    records = self._decoded(piece, decode, one, done, found, no_list)
+                    break
+                except msgspec.DecodeError as error:
+                    place = _PLACE.search(str(error))
+                    cut = place is None or int(place[1]) >= len(piece) - 1
+                    if boundary is None or not cut:
+                        raise self._malformed(error, None if found else start - 1) from error
+                    # It was inside of a record. A long one is not decoded again for each of its parts.
+                    tries += 1
+                    size = boundary.end() - start if tries < _BOUNDARIES_TRIED else 2 * size
+                except RecursionError as error:
+                    raise self.error("it is nested too deeply") from error
+            for key, examples in found:
+                self._report.count(key, examples)
+            yield records
+            if isinstance(self._map, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+                self._map.madvise(mmap.MADV_DONTNEED)  # pages that were read are not kept in memory
+            done += len(records)
+            start = 0 if boundary is None else boundary.end()
+
+    def _decoded(
+        self,
+        piece: bytes,
+        decode: Callable[[bytes], list[Any]],
+        one: Callable[[msgspec.Raw, int], Any],
+        done: int,
+        found: list[tuple[str, list[str]]],
+        no_list: str,
+    ) -> list[Any]:
+        """Decode a list of records, all at once where they are as they should be; DecodeError where it is not JSON."""
+
+        def checked(records: list[Any]) -> list[Any]:
+            if len(records) > 1000 and len(piece) < _SHORTEST_RECORD * len(records):
+                raise self.error(f"{no_list} (records of {len(piece) / len(records):.0f} bytes)")
+            return records
+
+        while True:
+            try:
+                if len(piece) <= _LARGE_BLOCKS * _BLOCK_BYTES:
+                    try:
+                        return checked(decode(piece))
+                    except msgspec.ValidationError:
+                        pass  # some of them are to be read one by one
+                else:
+                    try:
+                        checked(msgspec.json.decode(piece, type=list[_Object]))
+                    except msgspec.ValidationError as error:
+                        raise self.error(f"{no_list} ({error})") from error
+                raws = checked(msgspec.json.decode(piece, type=list[msgspec.Raw]))
+                return [one(raw, position) for position, raw in enumerate(raws, done)]
+            except UnicodeDecodeError:
+                piece = piece.decode("utf-8", "replace").encode()
+                found.append(("file.text", ["bytes that are not UTF-8"]))
+            except msgspec.DecodeError as error:
+                mended = _mended(piece, error)
+                if mended is None:
+                    raise
+                piece = mended[0]
+                found.append(mended[1:])
+
+    def _malformed(self, error: msgspec.DecodeError, offset: int | None) -> DataError:
+        """Return the error of a text that is not JSON; ``offset`` is where the decoded part of it starts, if known."""
+        text, place = self._text, _PLACE.search(str(error))
+        position = None if place is None or offset is None else int(place[1]) + offset
+        if bytes(text[:2]) in (b"\xff\xfe", b"\xfe\xff"):
+            what, hint = "is UTF-16 text", "write it as UTF-8"
+        elif not self.start and not bytes(text).strip():
+            what, hint = "is empty", "write or copy the file again"
+        elif place is None or (
+            position is not None and position >= len(text) and "trailing" not in str(error)
+        ):
+            what = f"ends in the middle of its JSON, after {len(text)} bytes ({error}): it is cut short"
+            hint = "it was not copied or written completely: get it again"
+        elif position is None:
+            what, hint = f"is not JSON ({error})", "fetch or write the file again"
+        else:
+            line, last = 1, -1
+            for at in range(0, position, _BLOCK_BYTES):
+                part = bytes(text[at : min(at + _BLOCK_BYTES, position)])
+                line += part.count(b"\n")
+                last = at + part.rfind(b"\n") if b"\n" in part else last
+            snippet = bytes(text[max(0, position - _SNIPPET) : position + _SNIPPET])
+            what = (
+                f"is not JSON: line {line}, column {position - last}, near "
+                f"{snippet.decode('utf-8', 'replace')!r} ({error})"
+            )
+            hint = "correct it there, or fetch or write the file again"
+        return DataError(f"{self.name} {what}", hint=hint, path=self.path)
 
 
-def source_files(source: Path) -> list[Path]:
-    """Return the files that annotations are read from: the file itself, or those of a folder or list."""
-    return voc.files(source) if voc.is_voc(source) else [source]
+def identifier(value: object) -> Identifier | None:
+    """Return an id: a whole number of 64 bits, however it is spelt, or a text; None for anything else."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63:
+        return value
+    return value if isinstance(value, str) and value else None
+
+
+def owners(fields: dict[str, Any], which: str) -> dict[str, Any] | Flaw:
+    """Return ``image_id`` and ``category_id`` of a record, or the flaw of one of which they cannot be read."""
+    found = {name: identifier(fields.get(name)) for name in ("image_id", "category_id")}
+    missing = next((name for name, value in found.items() if value is None), None)
+    return found if missing is None else Flaw(f"annotation.{missing}", which)
+
+
+def other_spelling(value: Identifier) -> Identifier | None:
+    """Return an id as the other type writes it, a number's text or a text's number; None where it has none."""
+    if isinstance(value, int):
+        return str(value)
+    return int(value) if re.fullmatch(r"-?\d{1,18}", value.strip(), re.ASCII) else None
+
+
+def encoded(value: Any, name: str) -> bytes:
+    """Return Python values as JSON, numpy's among them.
+
+    Raises:
+        DataError: they hold something that JSON has nothing for.
+    """
+
+    def plain(other: Any) -> Any:
+        if isinstance(other, bytes):  # of a mask
+            return other.decode("ascii", "replace")
+        if isinstance(other, np.generic | np.ndarray):
+            return other.tolist()
+        raise TypeError(f"a value of type {type(other).__name__}")
+
+    try:
+        return json.dumps(value, default=plain).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"{name} cannot be written as JSON: {error}",
+            hint="give dictionaries and lists of numbers and texts",
+        ) from error
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Millions of small containers without cycles: looking for cycles among them takes half of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _opened(path: Path) -> mmap.mmap:
+    try:
+        with path.open("rb") as file:
+            if file.read(2) != _GZIP:
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            # Annotations shrink by a factor of 3 to 30, a bomb by a thousand.
+            most = max(_UNPACKED_FREELY, _MOST_RATIO * file.seek(0, 2))
+            file.seek(0)
+            unpacker, rest = zlib.decompressobj(wbits=31), b""
+            with tempfile.TemporaryFile(prefix="proxydet-") as unpacked:
+                while rest or (rest := file.read(_BLOCK_BYTES)):
+                    if unpacker.eof:  # several files in one, or zeros that fill a block
+                        rest = rest.lstrip(b"\0")
+                        unpacker = zlib.decompressobj(wbits=31) if rest else unpacker
+                        continue
+                    unpacked.write(unpacker.decompress(rest, _BLOCK_BYTES))
+                    rest = unpacker.unconsumed_tail or unpacker.unused_data
+                    if unpacked.tell() > most:
+                        raise DataError(
+                            f"{path} unpacks to more than {_MOST_RATIO} times its size",
+                            hint="unpack it, if it is what you expect, and name the plain file",
+                            path=path,
+                        )
+                if not unpacker.eof:
+                    raise zlib.error("it is cut short")
+                unpacked.flush()
+                return mmap.mmap(unpacked.fileno(), 0, access=mmap.ACCESS_READ)
+    except zlib.error as error:
+        raise DataError(
+            f"{path} is a damaged gzip file: {error}", hint="copy or fetch it again", path=path
+        ) from error
+    except (OSError, ValueError) as error:
+        # An empty file cannot be mapped, which Python says in its own words.
+        reason = "it is empty" if isinstance(error, ValueError) else error.strerror or error
+        raise DataError(
+            f"cannot read {path}: {reason}",
+            hint="check that it is a file that you may read",
+            path=path,
+        ) from error
+
+
+def _mended(text: Any, error: msgspec.DecodeError) -> tuple[bytes, str, list[str]] | None:
+    """Return JSON text without what JSON does not have and ``error`` is about, the deviation, and what was replaced.
+
+    NaN and infinities become null, surrogates that are not one of a pair U+FFFD. None where it is about something else.
+    """
+    place = _PLACE.search(str(error))
+    parts, found = bytearray(), []
+    if "surrogate" in str(error):
+
+        def replaced(match: re.Match[bytes]) -> bytes:
+            if match[1] is None:
+                return match[0]
+            found.append(match[0].decode())
+            return b"\\ufffd"
+
+        text = _ESCAPE.sub(replaced, bytes(text))
+        return (text, "file.text", found) if found else None
+    if place is None or not _AT_NOT_FINITE.match(bytes(text[int(place[1]) : int(place[1]) + 9])):
+        return None
+    text = bytes(text)
+    at = copied = 0
+    while match := _NOT_FINITE_OR_STRING.search(text, at):
+        if match[0] == b'"':
+            end = _REST_OF_STRING.match(text, match.end())
+            if end is None:
+                break
+            at = end.end()
+            continue
+        parts += text[copied : match.start()] + b"null"
+        found.append("NaN" if match[0] == b"NaN" else "Infinity")
+        at = copied = match.end()
+    return (bytes(parts) + text[copied:], "file.nan", found) if found else None

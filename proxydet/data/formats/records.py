@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
+
+from proxydet.data.masks import RunLengths
 
 Identifier = int | str
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 LABEL_LISTS = ("neg_category_ids", "not_exhaustive_category_ids", "pos_category_ids")
 """Fields of images that list categories: LVIS's verified absent, LVIS's not exhaustively annotated, verified present."""
-
-
-class RunLengths(msgspec.Struct, frozen=True, gc=False):
-    """A mask as run lengths, column by column, starting with background."""
-
-    counts: list[int] | str
-    size: tuple[int, int]
 
 
 class ImageEntry(msgspec.Struct, frozen=True, gc=False):
@@ -35,7 +30,10 @@ class ImageEntry(msgspec.Struct, frozen=True, gc=False):
 
 
 class AnnotationEntry(msgspec.Struct, frozen=True, gc=False):
-    """What is read of an annotation; other fields are skipped. The box is x, y, width, height in pixels."""
+    """What is read of an annotation; other fields are skipped. The box is x, y, width, height in pixels.
+
+    Of a record that strict decoding refused, ``segmentation`` may be anything: `proxydet.data.masks.read` says what it is.
+    """
 
     image_id: Identifier
     category_id: Identifier
@@ -82,7 +80,7 @@ class Loose(msgspec.Struct, frozen=True):
         mended: Deviations found in it.
     """
 
-    entry: ImageEntry | AnnotationEntry
+    entry: Any
     mended: list[str]
 
 
@@ -95,11 +93,9 @@ class Document:
         categories: The categories, in the file's order.
         images: The images, in the file's order.
         annotations: Chunks of annotations, in the file's order.
-        mended: Deviations of the file as a whole and of its categories, with examples.
     """
 
     format: str
     categories: list[CategoryEntry]
     images: list[ImageEntry | Loose | Flaw]
     annotations: Iterator[list[AnnotationEntry | Loose | Flaw]]
-    mended: dict[str, list[str]]

@@ -154,7 +154,6 @@ def read(source: Path) -> Document:
         categories=[CategoryEntry(id=index, name=name) for name, index in number.items()],
         images=images,
         annotations=chunks(),
-        mended={},
     )
 
 

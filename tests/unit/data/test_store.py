@@ -54,7 +54,7 @@ def test_records_that_are_read_in_several_chunks(
     write_json: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Polygons keep their points, and the report its places, across chunks."""
-    monkeypatch.setattr("proxydet.data.formats.coco._BLOCK_BYTES", 200)
+    monkeypatch.setattr("proxydet.data.formats.reader._BLOCK_BYTES", 200)
     boxes = [[float(i), 1, 2 + i, 3] for i in range(5)]
     entries: list[Any] = [annotation(i + 1, 1, 3, box) for i, box in enumerate(boxes)]
     store = open_one(write_json, tmp_path, *entries[:3], "no record", *entries[3:])

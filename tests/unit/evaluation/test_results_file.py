@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from proxydet.data.deviations import DEVIATIONS
+from proxydet.data.masks import rasterize
 from proxydet.errors import DataError
-from proxydet.evaluation import results as results_module
 from proxydet.evaluation.config import EvaluationConfig
 from proxydet.evaluation.evaluate import evaluate_results
 from proxydet.evaluation.ground_truth import GroundTruth
@@ -58,7 +59,7 @@ def test_blocks_of_any_size_give_the_same(
         row["parts"] = [{"a": 1}, {"b": "},{"}, {"c": [{"d": 2}, {"e": 3}]}]
     expected = read_results(detections, truth)
     path.write_text(json.dumps(detections, indent=indent))
-    monkeypatch.setattr(results_module, "_BLOCK_BYTES", block)
+    monkeypatch.setattr("proxydet.data.formats.reader._BLOCK_BYTES", block)
     assert_equal(read_results(path, truth), expected)
 
 
@@ -103,67 +104,21 @@ def broken(rows: list[Any], index: int, **changes: Any) -> list[Any]:
     return rows
 
 
-BAD_VALUES = {
-    "unknown image": ({"image_id": 5}, r"2 of \d+ detections name images.*detection 2: image_id 5"),
+REFUSED = {
+    "unknown image": ({"image_id": 5}, r"2 of \d+ detections name images.*position 2: image_id 5"),
     "unknown category": (
         {"category_id": 4},
-        r"2 of .* name categories.*detection 2: category_id 4",
+        r"2 of .* name categories.*position 2: category_id 4",
     ),
-    "endless score": (
-        {"score": float("inf")},
-        r"2 numbers are not finite \(Infinity in detection 2,",
-    ),
-    "no score": ({"score": float("nan")}, r"2 numbers are not finite \(NaN in detection 2,"),
-    "endless box": ({"bbox": [0, 0, float("nan"), 1]}, r"2 numbers are not finite \(NaN in det"),
-    "negative side": ({"bbox": [1, 1, -4, 5]}, r"2 of .* negative.*detection 2: \[1, 1, -4, 5\]"),
     "outside": ({"bbox": [50, 1, 20, 5]}, r"2 of .* reaches out of their image.*of 48 x 64"),
     "left of": ({"bbox": [-2, 1, 20, 5]}, r"2 of .* reaches out of their image"),
-    "mask size": (
-        {"segmentation": {"size": [40, 64], "counts": "0"}},
-        r"2 of .* not of their image's size .*40 x 64 in image .* of 48 x 64\)\.$",
-    ),
-    "mask runs": (
-        {"segmentation": {"size": [48, 64], "counts": "54"}},
-        r"2 of .* have a damaged mask \(detection 2 in image \d+: run lengths that do not fill it; detection 4 ",
-    ),
-    "mask kind": ({"segmentation": "mask.png"}, r"2 of .* have a damaged mask"),
-    "mask polygon": ({"segmentation": [[1, 2, 3]]}, r"damaged mask .* fewer than 3 points"),
-    "mask two points": ({"segmentation": [[10, 10, 30, 30]]}, r"damaged mask .* fewer than 3 poi"),
-    "mask flat": ({"segmentation": [1, 1, 9, 1, 9, 9]}, r"damaged mask .* flat list of numbers"),
-    "mask far": (
-        {"segmentation": [[1, 1, 9, 1e9, 3e8, 9]]},
-        r"damaged mask .* coordinate beyond 100000 pixels",
-    ),
-    "mask point pairs": ({"segmentation": [[[1, 1], [9, 1], [9, 9]]]}, r"damaged mask .* lists of"),
-    "mask bytes": (
-        {"segmentation": {"size": [48, 64], "counts": "b'PPY'"}},
-        r"damaged mask .* Python's b'",
-    ),
-    "mask null": ({"segmentation": {"size": [48, 64], "counts": None}}, r"damaged mask .* no run"),
-    "mask long runs": (
-        {"segmentation": {"size": [48, 64], "counts": [640, 30, 100000]}},
-        r"damaged mask .* do not fill",
-    ),
-    "mask without size": ({"segmentation": {"counts": [640, 30]}}, r"damaged mask .* with a size"),
-    "mask huge": (
-        {"segmentation": {"size": [1e200, 64], "counts": "0"}},
-        r"not of their image's size",
-    ),
-    "endless number": ({"score": 10**400}, r"\$\[2\]\.score"),
-    "id of another kind": ({"image_id": [1]}, r"\$\[2\]\.image_id"),
     "huge id": ({"image_id": 10**30}, r"name images.*image_id 10{30}"),
-    "box of five": ({"bbox": [1, 2, 3, 4, 5]}, r"\$\[2\]\.bbox"),
-    "mask text": (
-        {"segmentation": {"size": [48, 64], "counts": "é"}},
-        r"2 of .* have a damaged mask",
-    ),
-    "neither": ({"bbox": None, "segmentation": None}, r"2 of .* neither a box nor a mask"),
 }
 
 
 @pytest.mark.parametrize("as_file", [True, False])
-@pytest.mark.parametrize(("changes", "message"), BAD_VALUES.values(), ids=BAD_VALUES)
-def test_a_bad_value_is_told_with_its_place(
+@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_of_this_data_set_is_told_with_its_place(
     files: Any, changes: dict[str, Any], message: str, as_file: bool
 ) -> None:
     truth, detections, path = files
@@ -173,6 +128,152 @@ def test_a_bad_value_is_told_with_its_place(
         read_results(path if as_file else rows, truth, keep_every_mask=True)
     assert caught.value.hint
     assert caught.value.path == (path if as_file else None)
+
+
+SQUARE = [[1, 1, 9, 1, 9, 9, 1, 9]]
+COUNTS = rasterize(SQUARE, (48, 64))
+DROPPED: dict[str, tuple[dict[str, Any], str]] = {
+    "endless score": ({"score": float("inf")}, "detection.score"),
+    "no score": ({"score": float("nan")}, "detection.score"),
+    "score as text": ({"score": "high"}, "detection.score"),
+    "endless number": ({"score": 10**400}, "detection.score"),
+    "score null": ({"score": None}, "detection.score"),
+    "id of another kind": ({"image_id": [1]}, "annotation.image_id"),
+    "category null": ({"category_id": None}, "annotation.category_id"),
+    "negative side": ({"bbox": [1, 1, -4, 5], "segmentation": None}, "annotation.bbox"),
+    "far box": ({"bbox": [1, 1, 4e9, 5], "segmentation": None}, "annotation.bbox"),
+    "neither": ({"bbox": None, "segmentation": None}, "annotation.bbox"),
+    "neither can be read": ({"bbox": None, "segmentation": "mask.png"}, "annotation.bbox"),
+}
+MENDED: dict[str, tuple[dict[str, Any], str, float | None]] = {
+    "box with NaN": ({"bbox": [0, 0, float("nan"), 1]}, "annotation.bbox.mask", 64),
+    "negative side": ({"bbox": [1, 1, -4, 5]}, "annotation.bbox.mask", 64),
+    "box of five": ({"bbox": [1, 2, 3, 4, 5]}, "annotation.bbox.mask", 64),
+    "flat": ({"segmentation": [1, 1, 9, 1, 9, 9, 1, 9]}, "annotation.segmentation.flat", 64),
+    "points": ({"segmentation": [[1, 1], [9, 1], [9, 9]]}, "annotation.segmentation.flat", 28),
+    "lists of points": (
+        {"segmentation": [[[1, 1], [9, 1], [9, 9]]]},
+        "annotation.segmentation.flat",
+        28,
+    ),
+    "one bad polygon": ({"segmentation": [[1, 2, 3], [1, 1, 9, 1, 9, 9]]}, "polygon.points", 28),
+    "bytes": (
+        {"segmentation": {"size": [48, 64], "counts": repr(COUNTS)}},
+        "annotation.segmentation.bytes",
+        64,
+    ),
+    "size": ({"segmentation": {"size": [40, 64], "counts": "0"}}, "annotation.rle.size", None),
+    "no size": ({"segmentation": {"counts": [640, 30]}}, "annotation.rle.size", None),
+    "huge": ({"segmentation": {"size": [1e200, 64], "counts": "0"}}, "annotation.rle.size", None),
+    "runs": ({"segmentation": {"size": [48, 64], "counts": "54"}}, "annotation.rle.counts", None),
+    "text": ({"segmentation": {"size": [48, 64], "counts": "é"}}, "annotation.rle.counts", None),
+    "null": ({"segmentation": {"size": [48, 64], "counts": None}}, "annotation.rle.counts", None),
+    "long runs": (
+        {"segmentation": {"size": [48, 64], "counts": [640, 30, 100000]}},
+        "annotation.rle.counts",
+        None,
+    ),
+    "kind": ({"segmentation": "mask.png"}, "annotation.segmentation", None),
+    "two points": ({"segmentation": [[10, 10, 30, 30]]}, "annotation.segmentation", None),
+    "far": ({"segmentation": [[1, 1, 9, 1e9, 3e8, 9]]}, "annotation.segmentation", None),
+}
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+@pytest.mark.parametrize(("changes", "key"), DROPPED.values(), ids=DROPPED)
+def test_a_detection_that_cannot_be_scored_is_dropped_counted_and_told(
+    files: Any,
+    changes: dict[str, Any],
+    key: str,
+    as_file: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    truth, detections, path = files
+    rows = broken(broken(detections, 2, **changes), 4, **changes)
+    path.write_text(json.dumps(rows))
+    results = read_results(path if as_file else rows, truth)
+    others = [row for at, row in enumerate(rows) if at not in (2, 4)]
+    assert_equal(results, read_results(others, truth))
+    assert results.report.counts[key] == 2
+    assert results.report.examples[key] == ["position 2", "position 4"]
+    report = results.report
+    assert (report.annotations_in, report.annotations_kept) == (len(rows), len(rows) - 2)
+    assert f"2 detections dropped: {DEVIATIONS[key].field}" in caplog.text
+    # A file of which nothing is left is refused, with what was wrong.
+    with pytest.raises(DataError, match=f"no detection is left.*{DEVIATIONS[key].field}"):
+        read_results([rows[2]], truth)
+
+
+@pytest.mark.parametrize(("changes", "key", "area"), MENDED.values(), ids=MENDED)
+def test_annotations_and_results_have_one_fate(
+    tmp_path: Path, make_set: Callable[..., Any], changes: dict[str, Any], key: str, area: Any
+) -> None:
+    """The same record, as an annotation and as a detection: the same count, the same mask left."""
+    drawn, detections = make_set(1, images=6, per_image=25)
+    truth = GroundTruth.load(drawn)
+    for row in detections:
+        row["segmentation"] = SQUARE
+    rows = broken(broken(detections, 2, **changes), 4, **changes)
+    results = read_results(rows, truth, keep_every_mask=True)
+    counts = {k: n for k, n in results.report.counts.items() if k != "file.nan"}
+    assert counts[key] == 2
+    if area is None:
+        assert results.mask_D[[2, 4]].tolist() == [-1, -1]
+        assert results.without_mask == 2
+    else:
+        assert results.mask_area_M[results.mask_D[[2, 4]]].tolist() == [area, area]
+    assert (results.box_D4[:, 2:] >= 0).all()
+
+    drawn["annotations"] = [
+        {**row, "id": at, "image_id": row["image_id"], "area": 1, "iscrowd": 0}
+        for at, row in enumerate(rows)
+    ]
+    store = GroundTruth.load(drawn).store
+    assert {k: store.report.counts[k] for k in counts} == counts
+    row = store.column("annotation_id").tolist().index(2)
+    assert bool(store.masked_A[row]) == (area is not None)
+
+
+def test_masks_none_of_which_can_be_read_are_refused(files: Any) -> None:
+    truth, detections, _ = files
+    for row in detections:
+        row["segmentation"] = [[10, 10, 30, 30]]
+    with pytest.raises(DataError, match=r"segmentation.*none of them can be read"):
+        read_results(detections, truth)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda text: text.replace(b'"file_name": "', b'"file_name": "\\udcff', 1),
+        lambda text: text.replace(b'"file_name": "', b'"file_name": "\xff', 1),
+    ],
+    ids=["half of a surrogate pair", "not UTF-8"],
+)
+def test_text_that_is_not_unicode_costs_no_other_record(
+    tmp_path: Path, make_set: Callable[..., Any], wrap: Callable[[bytes], bytes]
+) -> None:
+    """In annotations and in results: read with U+FFFD, counted."""
+    drawn, detections = make_set(1, images=6, per_image=25)
+    drawn["images"][0]["note"] = "pair \U0001f600, escaped \\udcff"
+    path = tmp_path / "annotations.json"
+    path.write_bytes(wrap(json.dumps(drawn).encode()))
+    truth = GroundTruth.load(path)
+    assert truth.store.report.counts["file.text"] == 1
+    first = drawn["images"][0]
+    assert truth.image_names[truth.image_index[first["id"]]] == "\ufffd" + first["file_name"]
+    path = tmp_path / "results.json"
+    path.write_bytes(wrap(json.dumps(saved_by_predict(drawn, detections, "")).encode()))
+    results = read_results(path, truth)
+    assert results.report.counts["file.text"] == 1
+    assert_equal(results, read_results(detections, truth))
+
+
+def test_a_results_file_that_unpacks_out_of_bounds_is_refused(files: Any) -> None:
+    truth, _, path = files
+    path.write_bytes(gzip.compress(b"[" + b" " * (300 << 20), compresslevel=1))
+    with pytest.raises(DataError, match="200 times"):
+        read_results(path, truth)
 
 
 def test_boxes_may_reach_out_when_that_is_said(files: Any) -> None:
@@ -243,7 +344,7 @@ def test_a_truncated_file(
     truth, _, path = files
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * kept)])
-    monkeypatch.setattr(results_module, "_BLOCK_BYTES", block)
+    monkeypatch.setattr("proxydet.data.formats.reader._BLOCK_BYTES", block)
     with pytest.raises(DataError, match="cut short") as caught:
         read_results(path, truth)
     assert caught.value.hint
@@ -263,7 +364,7 @@ def test_a_file_that_ends_in_a_number(files: Any, tmp_path: Path) -> None:
 def test_a_truncated_gzip_file(files: Any) -> None:
     truth, _, path = files
     path.write_bytes(gzip.compress(path.read_bytes())[:-200])
-    with pytest.raises(DataError, match="damaged or incomplete gzip"):
+    with pytest.raises(DataError, match="damaged gzip file"):
         read_results(path, truth)
 
 
@@ -272,37 +373,50 @@ def test_a_truncated_gzip_file(files: Any) -> None:
     [
         ("", "is empty"),
         ("  \n", "is empty"),
-        ("[1 2]", "not .* results format|not valid JSON"),
-        ("{]", "not .* results format|not valid JSON"),
-        ('{"annotation": []}', "is not a list of detections"),
-        ('{"annotations": {}}', "is not a list of detections"),
-        ('{"images": [{"id": 1}], "annotations": [{"image_id": 1, "category_id": 2}]}', "`score`"),
+        ("[1 2]", "is not JSON: line 1, column 4"),
+        ('[{"image_id": 1}] x', "is not JSON: line 1"),
+        ("{]", "is not JSON"),
+        ("3", "is not a results file"),
+        ("[" + "0," * 2000 + "0]", "is not a list of objects"),
+        ('{"annotation": []}', "no list of annotations"),
+        ('{"annotations": {}}', "no list of annotations"),
+        ('{"images": [{"id": 1}], "annotations": [{"image_id": 1, "category_id": 2}]}', "score"),
         ('{"a":' * 100_000, "nested too deeply"),
         ('[{"image_id": 1, "category_id": 2, "score": 1, "x":' + "[" * 100_000, "nested too dee"),
-        ('[{"image_id": 1}]', r"missing required field `category_id` - at `\$\[0\]`"),
-        ('[{"image_id": 1, "category_id": 2, "score": "high"}]', r"\$\[0\]\.score"),
+        ('[{"image_id": 1}]', "no detection is left.*category_id"),
+        ('[{"image_id": 1, "category_id": 2, "score": "high"}]', "no detection is left.*score"),
     ],
 )
 def test_a_file_of_another_kind(files: Any, content: str, message: str) -> None:
     truth, _, path = files
     path.write_text(content)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=message) as caught:
         read_results(path, truth)
+    assert str(path) in caught.value.message
 
 
-def test_a_wrong_type_is_told_with_its_number_in_the_whole_file(
+def test_an_empty_list_is_a_detector_that_finds_nothing(files: Any) -> None:
+    assert len(read_results([], files[0])) == 0
+
+
+def test_a_record_is_told_with_its_place_in_the_whole_file(
     files: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     truth, detections, path = files
-    path.write_text(json.dumps(broken(detections, 20, score="high")))
-    monkeypatch.setattr(results_module, "_BLOCK_BYTES", 1000)
-    with pytest.raises(DataError, match=r"\$\[20\]\.score"):
+    rows = broken(broken(detections, 20, score="high"), 30, score=float("nan"))
+    path.write_text(json.dumps(rows))
+    monkeypatch.setattr("proxydet.data.formats.reader._BLOCK_BYTES", 1000)
+    report = read_results(path, truth).report
+    assert report.examples["detection.score"] == ["position 20", "position 30"]
+    assert report.counts == {"detection.score": 2, "file.nan": 1}
+    path.write_text(json.dumps(detections)[:-1] + ",\n {]")
+    with pytest.raises(DataError, match="line 2, column 3"):
         read_results(path, truth)
 
 
 def test_a_file_that_is_not_there(files: Any, tmp_path: Path) -> None:
     truth, _, _ = files
-    with pytest.raises(DataError, match=r"Cannot read .*absent\.json: No such file"):
+    with pytest.raises(DataError, match=r"cannot read .*absent\.json: No such file"):
         read_results(tmp_path / "absent.json", truth)
 
 
@@ -400,14 +514,3 @@ def test_boxes_drawn_around_masks_are_so_for_unjudged_detections_too(files: Any)
     assert (results.mask_D >= 0).all()
     assert results.drawn_D.all()
     assert (results.box_D4[covers][:, 2:] > 0).all()
-
-
-def test_damage_at_the_start_of_a_long_file_is_found_at_once(
-    files: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    truth, detections, path = files
-    rows = broken(detections, 1, score=float("nan"))
-    path.write_text(json.dumps(rows))
-    monkeypatch.setattr(results_module, "_BLOCK_BYTES", 1000)
-    with pytest.raises(DataError, match=r"1 numbers are not finite \(NaN in detection 1\)"):
-        read_results(path, truth)

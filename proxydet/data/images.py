@@ -200,7 +200,7 @@ def read_annotated_image(
 def find_image(file_name: str, roots: Sequence[Path]) -> Path:
     """Find an image below one of several folders: by its whole name, else by the last part of it.
 
-    LVIS draws its images from two folders of COCO and names the folder (``train2017/000000000009.jpg``); both the
+    Where the name has no ending, any that images have will do. LVIS draws its images from two folders of COCO and names the folder (``train2017/000000000009.jpg``); both the
     folder above them and the folders themselves serve as roots. Backslashes, drives and folders of another machine are
     no obstacle, and nothing outside the roots is returned. Where the last part alone would give several entries one file,
     `require_distinct_files` refuses the data set.
@@ -210,7 +210,7 @@ def find_image(file_name: str, roots: Sequence[Path]) -> Path:
         roots: Folders, searched in order.
 
     Raises:
-        DataError: it is in none of them.
+        DataError: it is in none of them, or has no ending and several images have its name.
     """
     relative = PurePosixPath(posixpath.normpath(file_name.replace("\\", "/")))
     tried: dict[Path, str] = {}
@@ -221,6 +221,18 @@ def find_image(file_name: str, roots: Sequence[Path]) -> Path:
                 continue
             if os.path.isfile(candidate):  # noqa: PTH113 - false, no error, for a name too long for the disk
                 return candidate
+            # Pascal VOC's writers may leave the ending out. It is found here, not kept: the folder may change.
+            ends = sorted(readable_suffixes()) if "." not in candidate.name else []
+            spelt = (candidate.name + end for low in ends for end in (low, low.upper()))
+            found = [path for name in spelt if os.path.isfile(path := candidate.with_name(name))]  # noqa: PTH113
+            if len({path.stat().st_ino for path in found}) > 1:  # one, where the disk ignores case
+                raise DataError(
+                    f"the image {file_name!r} is any of {', '.join(path.name for path in found)} in {candidate.parent}",
+                    hint="write the ending of the file's name (file_name; Pascal VOC: filename)",
+                    path=found[0],
+                )
+            if found:
+                return found[0]
             tried[candidate] = _why_not_a_file(candidate)
     looked = " and ".join(f"{path}{why}" for path, why in list(tried.items())[:4])
     raise DataError(
@@ -246,13 +258,16 @@ def require_distinct_files(store: AnnotationStore, roots: Sequence[Path]) -> Non
             f"with id {store.image_ids[row]}",
             hint="write each image's file_name; results on such annotations can be scored with: proxydet eval --results",
         )
-    counts = Counter(name.replace("\\", "/").rpartition("/")[2] for name in names)
+    # Without the ending, which a name may lack.
+    stems = [name.replace("\\", "/").rpartition("/")[2].rpartition(".") for name in names]
+    lasts = [stem or last for stem, _, last in stems]
+    counts = Counter(lasts)
     if not names or counts.most_common(1)[0][1] == 1:
         return
     row_of: dict[str, int] = {}
     shared: list[tuple[int, int, str]] = []
     for row, name in enumerate(names):
-        if counts[name.replace("\\", "/").rpartition("/")[2]] > 1:
+        if counts[lasts[row]] > 1:
             try:
                 place = str(find_image(name, roots))
             except DataError:  # another fault, reported where the image is read

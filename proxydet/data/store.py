@@ -49,7 +49,7 @@ from proxydet.reporting import SILENT, Progress
 _logger = logging.getLogger(__name__)
 
 STORE_KIND = "annotations"
-STORE_VERSION = 2
+STORE_VERSION = 3
 _FREQUENCY_LIMITS = (("r", 10), ("c", 100))
 """LVIS: rare categories are in at most 10 training images, common ones in at most 100."""
 _CLIP_COUNTED_FROM = 1.0

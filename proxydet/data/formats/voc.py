@@ -6,7 +6,6 @@ by its folder, by a folder of XML files, or by one of the lists.
 
 from __future__ import annotations
 
-import glob
 import os
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
@@ -101,10 +100,8 @@ def read(source: Path) -> Document:
     for path in files(source):
         root = _parse(path)
         name = (root.findtext("filename") or "").strip()
-        # Some writers put the whole path, or the name without its ending, there.
-        name = name.replace("\\", "/").rsplit("/", 1)[-1]
-        if not name or "." not in name:
-            name = _image_beside(path, name or path.stem)
+        # Some writers put the whole path there, or the name without its ending, or nothing.
+        name = name.replace("\\", "/").rsplit("/", 1)[-1] or path.stem
         width, height = (_number(root.findtext(f"size/{side}")) for side in ("width", "height"))
         if not width or not height or not 0 < width * height <= LARGEST_IMAGE:
             images.append(Flaw("image.size", path.stem))
@@ -185,12 +182,6 @@ def _parse(path: Path) -> ElementTree.Element:
             f"{path} is not Pascal VOC: its root is <{root.tag[:40]}>", hint=_HINT, path=path
         )
     return root
-
-
-def _image_beside(path: Path, stem: str) -> str:
-    folder = image_folder(path)
-    found = sorted(folder.glob(f"{glob.escape(stem)}.*")) if folder is not None else []
-    return found[0].name if found else f"{stem}.jpg"
 
 
 def _number(text: str | None) -> float | None:

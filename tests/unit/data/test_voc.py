@@ -132,3 +132,28 @@ def test_lists_and_folders_without_annotations_are_refused(voc: Path, tmp_path: 
     (tmp_path / "empty" / "Annotations").mkdir(parents=True)
     with pytest.raises(DataError, match="no annotations"):
         AnnotationStore.open(tmp_path / "empty", cache=voc / "c")
+
+
+@pytest.mark.parametrize("filename", ["<filename>a</filename>", "<filename></filename>", ""])
+def test_an_ending_that_is_left_out_is_found_when_the_image_is_opened(
+    voc: Path, tmp_path: Path, filename: str
+) -> None:
+    """Also after the folder changed, with the store that was made before."""
+    path, images = voc / "Annotations" / "a.xml", voc / "JPEGImages"
+    path.write_text(path.read_text().replace("<filename>a.jpg</filename>", filename))
+    cache = tmp_path / "c"
+    assert check_path(voc, cache=cache)[0].sound
+    Image.open(images / "a.jpg").save(images / "a.PNG")
+    (report,) = check_path(voc, cache=cache)
+    assert not report.sound
+    assert "a.jpg, a.PNG" in report.findings[-1].text
+    (images / "a.jpg").unlink()
+    assert check_path(voc, cache=cache)[0].sound
+
+
+def test_a_name_with_and_one_without_its_ending_are_one_image(voc: Path, tmp_path: Path) -> None:
+    path = voc / "Annotations" / "b.xml"
+    path.write_text(path.read_text().replace("b.jpg", "a"))
+    (report,) = check_path(voc, cache=tmp_path / "c")
+    assert any("are one file" in finding.text for finding in report.findings)
+    assert not report.sound

@@ -26,11 +26,10 @@ import torch
 from PIL import Image, ImageOps
 from torch.nn import functional
 
-from proxydet.data.classes import load_vocabulary
+from proxydet.data.batches import Targets, make_instances
 from proxydet.data.config import DataConfig
-from proxydet.data.description import DatasetDescription
+from proxydet.data.dataset import DatasetConfig, load_vocabulary
 from proxydet.data.images import find_image, read_image
-from proxydet.data.instances import Targets, make_instances
 from proxydet.data.loader import BoxSource, TrainingLoader, open_training_sources
 from proxydet.data.transforms import View, training_view
 
@@ -126,7 +125,7 @@ def measure_resizes(
 def measure(path: Path, seconds: float, clock: Clock) -> dict[str, Any]:
     """All measurements of a data set."""
     torch.set_num_threads(1)
-    description = DatasetDescription.from_toml(path)
+    description = DatasetConfig.from_toml(path)
     config = DataConfig(workers=0)
     sources = open_training_sources(config, description)
     boxes, store = sources.boxes, sources.boxes.store

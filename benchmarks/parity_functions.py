@@ -14,7 +14,7 @@ from parity_groups import LOSS_TOLERANCE, TENSOR_TOLERANCE, Row
 from parity_model import Fixture
 from torch.nn.functional import normalize
 
-from proxydet.data.samplers import image_weights, repeat_factors
+from proxydet.data.loader import image_weights, repeat_factors
 from proxydet.data.transforms import scaled_crop
 from proxydet.losses.centernet import losses_from_targets
 from proxydet.losses.centernet_targets import Cells, CenterNetTargets, centernet_targets

@@ -210,7 +210,7 @@ def measure(name: str, folder: Path, scale: float, fixes: Path | None) -> dict[s
     report, first = run(words, cache)
     globals()[f"check_{name}"](root, made, report)
     again, second = run(words, cache)
-    actions = {step["action"] for step in again["steps"] if step["name"] != "data description"}
+    actions = {step["action"] for step in again["steps"] if step["name"] != "dataset config"}
     expect("the second time", actions, {"up to date"})
     description = root / ("lvis.toml" if name == "imagenet" else f"{name}.toml")
     found, checked = run(["data", "check", str(description)], cache)

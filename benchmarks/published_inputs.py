@@ -22,7 +22,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from proxydet.data.image_labels import synset_of_wnid
-from proxydet.data.prepare.annotation_files import SEEN, UNSEEN
+from proxydet.data.prepare import SEEN, UNSEEN
 
 Ints = npt.NDArray[np.int64]
 

@@ -30,7 +30,7 @@ import torch
 from PIL import Image
 
 from proxydet.config import dump_yaml
-from proxydet.data.synthetic.dataset import SyntheticConfig, make_dataset
+from proxydet.data.synthetic import SyntheticConfig, make_dataset
 from proxydet.detector import Detector
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.recipes import get_recipe

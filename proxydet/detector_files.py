@@ -12,7 +12,7 @@ import torch
 
 from proxydet.config import from_mapping, load_mapping
 from proxydet.data.config import DataConfig
-from proxydet.data.description import DatasetDescription
+from proxydet.data.dataset import DatasetConfig
 from proxydet.errors import ArtifactError, CheckpointError, ConfigError, InputError
 from proxydet.modeling.config import BackboneConfig, InferenceConfig, ModelConfig
 from proxydet.modeling.network import ProxyDetNetwork
@@ -266,5 +266,5 @@ def _encoder_of(folder: Path, data: DataConfig) -> Path | None:
         return own
     if data.description is None or not data.description.is_file():
         return None
-    encoder = DatasetDescription.from_toml(data.description).classes.encoder
+    encoder = DatasetConfig.from_toml(data.description).classes.encoder
     return Path(encoder) if encoder is not None and Path(encoder).is_file() else None

@@ -6,7 +6,7 @@
     ├── InputError               3   what the user gave is not usable
     │   ├── ConfigError              a configuration key or value
     │   ├── VocabularyError          class names or their embeddings
-    │   ├── DataError                annotations, images, data descriptions, results files
+    │   ├── DataError                annotations, images, dataset configs, results files
     │   └── CheckpointError          weights that are damaged or of another model
     ├── ArtifactError            4   a file to download, verify or unpack
     │   ├── TransferError
@@ -62,7 +62,7 @@ class VocabularyError(InputError):
 
 
 class DataError(InputError):
-    """Annotations, images, data descriptions or results that cannot be used."""
+    """Annotations, images, dataset configs or results that cannot be used."""
 
 
 class CheckpointError(InputError):

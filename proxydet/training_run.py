@@ -15,7 +15,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from proxydet.data.description import DatasetDescription
+from proxydet.data.dataset import DatasetConfig
 from proxydet.detector import Detector
 from proxydet.evaluation.detector_evaluation import evaluate
 from proxydet.evaluation.report import Report
@@ -92,12 +92,12 @@ def scheduled_evaluation(config: RunConfig, progress: Progress = SILENT) -> Eval
     """Return what training calls to evaluate the network; None where the data has no validation images.
 
     Raises:
-        DataError: The data description, or its validation part, cannot be used.
+        DataError: The dataset config, or its validation part, cannot be used.
         VocabularyError: Its class names and embeddings do not fit each other.
     """
     if config.data.description is None:
         return None
-    description = DatasetDescription.from_toml(config.data.description)
+    description = DatasetConfig.from_toml(config.data.description)
     if description.val is None:
         return None
     # What evaluation would refuse is refused here, before hours of training.

@@ -20,7 +20,7 @@ from proxydet_cli.evaluation_options import (
 from proxydet_cli.output import Output
 
 if TYPE_CHECKING:
-    from proxydet.data.description import DatasetDescription
+    from proxydet.data.dataset import DatasetConfig
     from proxydet.detector import Detector
     from proxydet.evaluation.config import EvaluationConfig
     from proxydet.evaluation.evaluate import Evaluation, ResultsSource
@@ -239,7 +239,7 @@ def _detector(options: EvalOptions) -> Detector:
 
 
 def _open_split(
-    description: DatasetDescription, options: EvalOptions, progress: Progress
+    description: DatasetConfig, options: EvalOptions, progress: Progress
 ) -> DescribedSplit:
     from proxydet.evaluation.split import DescribedSplit
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from proxydet.errors import ConfigError, DataError, InputError
 
 if TYPE_CHECKING:
-    from proxydet.data.description import DatasetDescription
+    from proxydet.data.dataset import DatasetConfig
     from proxydet.evaluation.config import EvaluationConfig
 
 PREDICTIONS = "predictions"
@@ -38,7 +38,7 @@ class EvalOptions:
         if self.split not in ("val", "train"):
             raise ConfigError(
                 f"--split is {self.split!r}; it can be val or train.",
-                hint="to evaluate on other images, name their annotations as [val] in a data description",
+                hint="to evaluate on other images, name their annotations as [val] in a dataset config",
             )
         if self.results is not None:
             self._check_scoring()
@@ -51,7 +51,7 @@ class EvalOptions:
         if self.results is not None and self.data is None:
             raise ConfigError(
                 "--results need the data set that they are of.",
-                hint="--data with an annotation file (JSON) or a data description (TOML)",
+                hint="--data with an annotation file (JSON) or a dataset config (TOML)",
             )
         if self.results is None and self.vocabulary is not None and self.data is None:
             raise ConfigError("--vocabulary belongs to a data set.", hint="give --data too")
@@ -89,7 +89,7 @@ class EvalOptions:
         if self.data is None:
             raise ConfigError(
                 "--compare needs the data set that both results are of.",
-                hint="--data with an annotation file (JSON) or a data description (TOML)",
+                hint="--data with an annotation file (JSON) or a dataset config (TOML)",
             )
 
     def words(self) -> list[str]:
@@ -186,20 +186,20 @@ def _evaluations_below(place: Path) -> str:
     )
 
 
-def read_description(options: EvalOptions) -> DatasetDescription:
-    """Read the data description that was named, or that the run was trained with."""
-    from proxydet.data.description import DatasetDescription
+def read_description(options: EvalOptions) -> DatasetConfig:
+    """Read the dataset config that was named, or that the run was trained with."""
+    from proxydet.data.dataset import DatasetConfig
 
     path = _description_path(options)
     if not path.is_file():
         raise DataError(
-            f"{path} is a folder, not a data description"
+            f"{path} is a folder, not a dataset config"
             if path.is_dir()
-            else f"there is no data description {path}",
+            else f"there is no dataset config {path}",
             hint="--data takes a TOML file, or the name of a prepared data set: proxydet data prepare --help",
             path=path,
         )
-    return DatasetDescription.from_toml(path)
+    return DatasetConfig.from_toml(path)
 
 
 def _description_path(options: EvalOptions) -> Path:

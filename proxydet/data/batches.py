@@ -6,16 +6,29 @@ C classes.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
+import proxydet.compat.d2  # noqa: F401
+
+import numpy as np
+import numpy.typing as npt
 import torch
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 
+from proxydet.data.dataset import class_rows
 from proxydet.data.formats.records import Identifier
+from proxydet.data.masks import decode
+from proxydet.data.store import AnnotationStore, ImageRecord
+from proxydet.data.transforms import View
+from proxydet.errors import DataError
+from proxydet.vocabulary.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from detectron2.structures import Instances
+
 
 B = TypeVar("B", bound="_Batch")
 
@@ -87,3 +100,123 @@ class ImageLabelBatch(_Batch):
 
 
 Batch: TypeAlias = BoxBatch | ImageLabelBatch
+
+
+SMALLEST_SIDE = 1e-5
+"""Boxes with a side of at most this many pixels after clipping are left out (detectron2's limit)."""
+
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """Which annotations training uses, and as which class.
+
+    Attributes:
+        rows_K: int64, the vocabulary's row of each category of the store.
+        base_C: bool, whether each class of the vocabulary may be trained on.
+        masks: Whether masks are trained.
+    """
+
+    rows_K: npt.NDArray[np.int64]
+    base_C: BoolArray
+    masks: bool
+
+    @classmethod
+    def of(
+        cls, store: AnnotationStore, vocabulary: Vocabulary, masks: Literal["auto"] | bool
+    ) -> Targets:
+        """Bring the categories of a store and the classes together, and decide whether masks are trained.
+
+        Args:
+            store: The annotations.
+            vocabulary: The classes.
+            masks: Whether to train masks; ``"auto"``: where an object to train on has one.
+
+        Raises:
+            DataError: A category is not in the vocabulary; or masks are to be trained, and no object has one.
+        """
+        targets = cls(
+            rows_K=class_rows(store, vocabulary), base_C=vocabulary.base, masks=masks is not False
+        )
+        usable = targets.usable(store)
+        if not (usable & store.masked_A).any():
+            if masks is True and usable.any():
+                raise DataError(
+                    f"{store.source_name} has boxes but no masks",
+                    hint="to train a detector of boxes, leave data.masks at auto",
+                )
+            return dataclasses.replace(targets, masks=False)
+        return targets
+
+    def usable(self, store: AnnotationStore) -> BoolArray:
+        """Return which annotations of a store may be used, whatever the view: bool over all annotations."""
+        return store.trainable(self.base_C[self.rows_K])
+
+
+def make_instances(
+    store: AnnotationStore, record: ImageRecord, usable_A: BoolArray, view: View, targets: Targets
+) -> Instances:
+    """Return the objects of an image in a view of it.
+
+    Args:
+        store: Where the record comes from.
+        record: The image with its annotations.
+        usable_A: bool (A,), the record's part of `Targets.usable`.
+        view: What of the image is seen, and how.
+        targets: Classes and whether to make masks.
+
+    Returns:
+        ``Instances`` of the view's size with ``gt_boxes``, ``gt_classes`` and, with masks, ``gt_masks`` (polygons, or
+        bitmaps where an object of the image has run lengths) and ``gt_masked``: bool, whether the object has a mask; of
+        one without, ``gt_masks`` is empty.
+    """
+    boxes_A4 = view.boxes(record.boxes_A4)
+    sides = boxes_A4[:, 2:] - boxes_A4[:, :2]
+    kept = np.flatnonzero(usable_A & (sides > SMALLEST_SIDE).all(axis=1))
+    instances = Instances(view.size)
+    if targets.masks:
+        kept, instances.gt_masks, instances.gt_masked = _masks(store, record, kept, view)
+    instances.gt_boxes = Boxes(torch.from_numpy(boxes_A4[kept].astype(np.float32)))
+    instances.gt_classes = torch.from_numpy(targets.rows_K[record.categories_A[kept]])
+    return instances
+
+
+def _masks(
+    store: AnnotationStore, record: ImageRecord, rows: npt.NDArray[np.int64], view: View
+) -> tuple[npt.NDArray[np.int64], PolygonMasks | BitMasks, torch.Tensor]:
+    """Return the rows without a mask or with theirs in the view, their masks, and which of them have one."""
+    annotations = record.first_annotation + rows
+    with_mask = store.masked_A[annotations]
+    as_bitmaps = bool(store.column("rle_length")[annotations].any())
+    parts: list[Any] = []
+    seen: list[bool] = []
+    for annotation, has_mask in zip(annotations.tolist(), with_mask.tolist(), strict=True):
+        # The store keeps more digits than polygons are trained with.
+        polygons = view.polygons([p.astype(np.float32) for p in store.polygons(annotation)])
+        if not as_bitmaps:
+            parts.append(polygons)
+            visible = any(_touches(polygon, view.size) for polygon in polygons)
+        elif rle := store.rle(annotation):
+            parts.append(view.mask(decode(rle, (record.height, record.width))))
+            visible = bool(parts[-1].any())
+        else:
+            drawn = BitMasks.from_polygon_masks(PolygonMasks([polygons]), *view.size)
+            parts.append(drawn.tensor[0].numpy())
+            visible = bool(parts[-1].any())
+        seen.append(visible or not has_mask)
+    kept = [part for part, is_seen in zip(parts, seen, strict=True) if is_seen]
+    masks: PolygonMasks | BitMasks
+    if as_bitmaps:
+        stacked = np.stack(kept) if kept else np.zeros((0, *view.size), dtype=np.bool_)
+        masks = BitMasks(torch.from_numpy(stacked))
+    else:
+        masks = PolygonMasks(kept)
+    chosen = np.array(seen, dtype=np.bool_)
+    return rows[chosen], masks, torch.from_numpy(with_mask[chosen])
+
+
+def _touches(polygon: npt.NDArray[np.float64], size: tuple[int, int]) -> bool:
+    """Whether the extent of a polygon meets the view: where not, its mask there is certainly empty."""
+    x, y = polygon[0::2], polygon[1::2]
+    return bool(x.max() > 0 and y.max() > 0 and x.min() < size[1] and y.min() < size[0])

@@ -16,9 +16,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from proxydet.data.advice import how_to_get, inner_root
-from proxydet.data.classes import class_rows, load_vocabulary
-from proxydet.data.description import DatasetDescription
+from proxydet.data.dataset import DatasetConfig, class_rows, how_to_get, inner_root, load_vocabulary
 from proxydet.data.deviations import DEVIATIONS, line_of
 from proxydet.data.formats.voc import image_folder, is_voc
 from proxydet.data.image_labels import TarImages, open_label_images, unusable_label_images
@@ -122,14 +120,14 @@ def check_path(
         )
     checker = _Checker(cache=cache, progress=progress, decode=decode, protocol=protocol)
     if path.suffix.lower() == ".toml" and path.is_file():
-        return [checker.dataset(DatasetDescription.from_toml(path))]
+        return [checker.dataset(DatasetConfig.from_toml(path))]
     if path.is_dir() and not _holds_voc(path):
         return _check_root(path, checker)
     return [checker.annotations(path)]
 
 
 def check_dataset(
-    description: DatasetDescription,
+    description: DatasetConfig,
     *,
     decode: bool = False,
     cache: Path | None = None,
@@ -149,7 +147,7 @@ def _check_root(root: Path, checker: _Checker) -> list[CheckReport]:
     reports = [CheckReport(name=str(root), findings=tuple(_unprepared(root, paths)))]
     for path in paths:
         try:
-            reports.append(checker.dataset(DatasetDescription.from_toml(path)))
+            reports.append(checker.dataset(DatasetConfig.from_toml(path)))
         except InputError as error:
             broken = Finding(
                 part="config", level="error", text=error.message, advice=error.hint or ""
@@ -210,7 +208,7 @@ class _Checker:
                 self._images(store, (folder,), "images", exact=True)
         return CheckReport(name=str(path), findings=tuple(self.findings))
 
-    def dataset(self, description: DatasetDescription) -> CheckReport:
+    def dataset(self, description: DatasetConfig) -> CheckReport:
         """Check a data set."""
         self.findings = []
         stores: dict[str, AnnotationStore] = {}
@@ -349,7 +347,7 @@ class _Checker:
             self._add(part, "ok", f"all {len(store)} images {seen} have the annotated size")
 
     def _vocabulary(
-        self, description: DatasetDescription, stores: dict[str, AnnotationStore]
+        self, description: DatasetConfig, stores: dict[str, AnnotationStore]
     ) -> Vocabulary | None:
         if not stores:
             return None
@@ -379,7 +377,7 @@ class _Checker:
             )
 
     def _labels(
-        self, description: DatasetDescription, vocabulary: Vocabulary, store: AnnotationStore
+        self, description: DatasetConfig, vocabulary: Vocabulary, store: AnnotationStore
     ) -> None:
         part, spec = "image_labels", description.image_labels
         if spec is None:

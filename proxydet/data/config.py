@@ -41,7 +41,7 @@ class DataConfig:
     """Data of a run. Defaults are those of the published R50 recipe, for one of its 8 processes."""
 
     description: Path | None = None
-    """The data description (TOML) that names annotations, images and classes."""
+    """The dataset config (TOML) that names annotations, images and classes."""
 
     boxes: SourceConfig = field(
         default_factory=lambda: SourceConfig(batch_size=8, size=640, scale=(0.1, 2.0), ratio=1.0)

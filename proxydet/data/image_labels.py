@@ -16,9 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from proxydet.data.advice import how_to_get
-from proxydet.data.classes import class_rows, nearest
-from proxydet.data.description import ImageLabelSpec
+from proxydet.data.dataset import ImageLabelSpec, class_rows, how_to_get, nearest
 from proxydet.data.formats.records import CategoryEntry
 from proxydet.data.images import find_image, open_image, require_distinct_files
 from proxydet.data.store import AnnotationStore
@@ -209,7 +207,7 @@ def match_tars(
     if spec.tars is None or not spec.tars.is_dir():
         raise DataError(
             f"there is no folder of tars {spec.tars}",
-            hint="check 'tars' under [image_labels] in the data description; it is relative to its folder",
+            hint="check 'tars' under [image_labels] in the dataset config; it is relative to its folder",
             path=spec.tars,
         )
     row_of_name = {name: row for row, name in enumerate(vocabulary.names)}

@@ -237,7 +237,7 @@ def find_image(file_name: str, roots: Sequence[Path]) -> Path:
     looked = " and ".join(f"{path}{why}" for path, why in list(tried.items())[:4])
     raise DataError(
         f"the image {file_name!r} is not there; looked for {looked}",
-        hint="check 'images' in the data description",
+        hint="check 'images' in the dataset config",
         path=next(iter(tried), None),
     )
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from proxydet.data.classes import (
+from proxydet.data.dataset import (
     ClassTable,
+    DatasetConfig,
     class_rows,
     load_classes,
     load_vocabulary,
     open_split,
 )
-from proxydet.data.description import DatasetDescription
 from proxydet.data.image_labels import open_label_images
 from proxydet.data.store import AnnotationStore
 from proxydet.reporting import SILENT, Progress
@@ -87,7 +87,7 @@ class DatasetStats:
 
 
 def dataset_stats(
-    description: DatasetDescription, *, cache: Path | None = None, progress: Progress = SILENT
+    description: DatasetConfig, *, cache: Path | None = None, progress: Progress = SILENT
 ) -> DatasetStats:
     """Count what is in a data set.
 
@@ -155,7 +155,7 @@ def _class_counts(
 
 
 def _label_stats(
-    description: DatasetDescription,
+    description: DatasetConfig,
     vocabulary: Vocabulary,
     store: AnnotationStore,
     cache: Path | None,

@@ -26,8 +26,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from proxydet.data.columns import ColumnFile, ColumnWriter
 from proxydet.data.images import image_size, quiet_worker
+from proxydet.data.store import ColumnFile, ColumnWriter
 from proxydet.errors import DataError
 from proxydet.files import build_once
 from proxydet.paths import cache_folder

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed
 
-from proxydet.data.description import DatasetDescription
+from proxydet.data.dataset import DatasetConfig
 from proxydet.errors import ConfigError
 from proxydet.evaluation.config import EvaluationConfig
 from proxydet.evaluation.evaluate import (
@@ -37,7 +37,7 @@ from proxydet.vocabulary.vocabulary import Vocabulary
 
 def evaluate(
     detector: ImageDetector,
-    description: DatasetDescription | Path | str,
+    description: DatasetConfig | Path | str,
     *,
     split: str = "val",
     output: Path | None = None,

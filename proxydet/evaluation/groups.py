@@ -8,8 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from proxydet.data.classes import class_rows
-from proxydet.data.description import DatasetDescription
+from proxydet.data.dataset import DatasetConfig, class_rows
 from proxydet.data.image_labels import match_tars, synset_of_wnid
 from proxydet.data.store import AnnotationStore
 from proxydet.evaluation.ground_truth import GroundTruth
@@ -38,7 +37,7 @@ def imagenet_groups(truth: GroundTruth) -> Masks:
 
 
 def described_groups(
-    description: DatasetDescription, store: AnnotationStore, vocabulary: Vocabulary
+    description: DatasetConfig, store: AnnotationStore, vocabulary: Vocabulary
 ) -> Masks:
     """Return base and novel categories, and which novel ones the description's image labels cover.
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from proxydet.data.classes import class_rows
+from proxydet.data.dataset import class_rows
 from proxydet.data.formats.records import Identifier
 from proxydet.data.images import Pixels
 from proxydet.evaluation.images import AnnotatedImages

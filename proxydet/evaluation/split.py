@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from proxydet.data.classes import load_vocabulary, open_split
-from proxydet.data.description import DatasetDescription
+from proxydet.data.dataset import DatasetConfig, load_vocabulary, open_split
 from proxydet.data.protocol import Protocol
 from proxydet.data.store import AnnotationStore
 from proxydet.evaluation.ground_truth import GroundTruth
@@ -29,7 +28,7 @@ class DescribedSplit:
         protocol: How to score; None leaves it to the annotations.
     """
 
-    description: DatasetDescription
+    description: DatasetConfig
     name: str
     store: AnnotationStore
     vocabulary: Vocabulary
@@ -38,7 +37,7 @@ class DescribedSplit:
     @classmethod
     def open(
         cls,
-        description: DatasetDescription | Path | str,
+        description: DatasetConfig | Path | str,
         name: str = "val",
         *,
         protocol: Protocol | None = None,
@@ -56,8 +55,8 @@ class DescribedSplit:
             DataError: The description or the annotations cannot be used.
             VocabularyError: The class names and embeddings do not fit each other.
         """
-        if not isinstance(description, DatasetDescription):
-            description = DatasetDescription.from_toml(description)
+        if not isinstance(description, DatasetConfig):
+            description = DatasetConfig.from_toml(description)
         store = open_split(description, name, progress=progress)
         return cls(
             description, name, store, load_vocabulary(description, progress=progress), protocol

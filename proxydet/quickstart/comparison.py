@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from proxydet.data.synthetic.dataset import SyntheticConfig, make_dataset
+from proxydet.data.synthetic import SyntheticConfig, make_dataset
 from proxydet.detector import Detector
 from proxydet.errors import ConfigError
 from proxydet.files import write_json

@@ -153,7 +153,7 @@ def _commands_section(folder: QuickstartFolder) -> Section:
             ),
             Command(
                 command=f"proxydet eval --run {run} --data {data} --split val",
-                does="Evaluate again; the same command works for your own data description.",
+                does="Evaluate again; the same command works for your own dataset config.",
             ),
             Command(
                 command="proxydet train --recipe small --data my-data.toml --output runs/mine",

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from proxydet.config import dump_yaml, to_mapping
-from proxydet.data.classes import embedding_dimension, load_vocabulary, open_split
-from proxydet.data.description import DatasetDescription
+from proxydet.data.dataset import DatasetConfig, embedding_dimension, load_vocabulary, open_split
 from proxydet.data.store import AnnotationStore
 from proxydet.errors import CheckpointError, DataError, InputError, ProxydetError
 from proxydet.files import Lock
@@ -208,16 +207,16 @@ def _start(
     return earlier, needs, after
 
 
-def _description(path: Path | None) -> tuple[DatasetDescription | None, list[Need]]:
-    """Read the data description, if it can be read."""
+def _description(path: Path | None) -> tuple[DatasetConfig | None, list[Need]]:
+    """Read the dataset config, if it can be read."""
     if path is None:
         text = "give one with --data"
-        return None, [Need(what="data description", path="", present=False, problem=text)]
-    need = _need("data description", path)
+        return None, [Need(what="dataset config", path="", present=False, problem=text)]
+    need = _need("dataset config", path)
     if not path.is_file():
         return None, [dataclasses.replace(need, present=False)]
     try:
-        return DatasetDescription.from_toml(path), [need]
+        return DatasetConfig.from_toml(path), [need]
     except InputError as error:
         return None, [dataclasses.replace(need, present=False, problem=error.message)]
 
@@ -233,7 +232,7 @@ def _machine_needs(training: TrainingConfig) -> list[Need]:
     return needs
 
 
-def _data_needs(description: DatasetDescription, config: RunSettings) -> list[Need]:
+def _data_needs(description: DatasetConfig, config: RunSettings) -> list[Need]:
     needs = []
     if description.train is None:
         text = "the description has no [train] table"
@@ -249,7 +248,7 @@ def _data_needs(description: DatasetDescription, config: RunSettings) -> list[Ne
     return needs
 
 
-def _embeddings(description: DatasetDescription, config: S) -> tuple[S, Need]:
+def _embeddings(description: DatasetConfig, config: S) -> tuple[S, Need]:
     """Return the configuration with a classifier that fits the text embeddings, and whether they are usable."""
     path = description.classes.embeddings
     need = _need("text embeddings", path)
@@ -261,7 +260,7 @@ def _embeddings(description: DatasetDescription, config: S) -> tuple[S, Need]:
         return config, dataclasses.replace(need, present=False, problem=_in_full(error))
 
 
-def _masks(description: DatasetDescription, config: S) -> tuple[S, list[str], list[Need]]:
+def _masks(description: DatasetConfig, config: S) -> tuple[S, list[str], list[Need]]:
     """Decide whether masks are trained, as training does, unless that means to read a large annotation file."""
     split, cache = description.train, config.data.cache
     if split is None or not split.annotations.is_file():

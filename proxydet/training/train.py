@@ -16,10 +16,9 @@ import torch
 from proxydet.compat.modes import Mode
 from proxydet.compat.roi_align import reproducibility_mode
 from proxydet.config import differences, dump_yaml, to_mapping
-from proxydet.data.classes import image_counts, load_vocabulary, open_split
+from proxydet.data.batches import Targets
 from proxydet.data.config import DataConfig
-from proxydet.data.description import DatasetDescription
-from proxydet.data.instances import Targets
+from proxydet.data.dataset import DatasetConfig, image_counts, load_vocabulary, open_split
 from proxydet.data.loader import TrainingLoader, TrainingSources, open_training_sources
 from proxydet.data.store import AnnotationStore
 from proxydet.errors import ConfigError
@@ -87,7 +86,7 @@ S = TypeVar("S", bound=RunSettings)
 
 @dataclass(frozen=True, kw_only=True)
 class _Data:
-    description: DatasetDescription
+    description: DatasetConfig
     vocabulary: Vocabulary
     sources: TrainingSources
     counts: Any
@@ -363,9 +362,9 @@ def _open_data(config: S, ranks: DistInfo, progress: Progress) -> tuple[S, _Data
     if settings.description is None:
         raise ConfigError(
             "There is no data to train on: data.description is not set.",
-            hint="Give a data description: --data DATA.toml. docs/reference/data-description.md says what it holds.",
+            hint="Give a dataset config: --data DATA.toml. docs/reference/dataset-config.md says what it holds.",
         )
-    description = DatasetDescription.from_toml(settings.description)
+    description = DatasetConfig.from_toml(settings.description)
     vocabulary = load_vocabulary(description, cache=settings.cache, progress=progress)
     store = open_split(description, "train", cache=settings.cache, progress=progress)
     config, note = fit_to_masks(config, store, vocabulary)

@@ -11,7 +11,7 @@ from proxydet_cli.options import Json, command_app, examples
 
 if TYPE_CHECKING:
     from proxydet.data.check import CheckReport
-    from proxydet.data.prepare.steps import PrepareReport
+    from proxydet.data.prepare import PrepareReport
     from proxydet.data.stats import ClassCount, PartStats
 
 app = command_app("Prepare data sets, check them, count and look at what is in them.")
@@ -51,9 +51,9 @@ def prepare(
 
     lvis: annotations without rare classes, class counts, stores. imagenet-lvis: an index of the tars, which are read in
     place. objects365: class names set right. openimages: one file in COCO format, hierarchy expanded. coco: the
-    zero-shot split. Each also writes a data description (TOML) into the root. What is up to date is left alone.
+    zero-shot split. Each also writes a dataset config (TOML) into the root. What is up to date is left alone.
     """
-    from proxydet.data.prepare.steps import prepare as run
+    from proxydet.data.prepare import prepare as run
     from proxydet.paths import datasets_folder
     from proxydet_cli.output import Output
     from proxydet_cli.progress import show_progress
@@ -127,12 +127,12 @@ def stats(
     json: Json = False,
 ) -> None:
     """Count images, objects and classes of a data set, base and novel, with the ends of its long tail."""
-    from proxydet.data.description import DatasetDescription
+    from proxydet.data.dataset import DatasetConfig
     from proxydet.data.stats import dataset_stats
     from proxydet_cli.output import Output
     from proxydet_cli.progress import show_progress
 
-    counted = dataset_stats(DatasetDescription.open(path), cache=cache, progress=show_progress())
+    counted = dataset_stats(DatasetConfig.open(path), cache=cache, progress=show_progress())
     output = Output(json=json)
     if json:
         output.data(counted)
@@ -170,15 +170,15 @@ def preview(
     json: Json = False,
 ) -> None:
     """Draw images of a data set with their boxes, masks and classes."""
-    from proxydet.data.description import DatasetDescription
-    from proxydet.data_preview import PreviewRequest, write_preview
+    from proxydet.data.dataset import DatasetConfig
+    from proxydet.data.preview import PreviewRequest, write_preview
     from proxydet_cli.output import Output
     from proxydet_cli.progress import show_progress
 
     request = PreviewRequest(
         split=split, count=count, seed=seed, class_name=class_name, augmented=augmented
     )
-    found = DatasetDescription.open(path, images or ())
+    found = DatasetConfig.open(path, images or ())
     written = write_preview(
         found, output, request, named=path, cache=cache, progress=show_progress()
     )

@@ -44,7 +44,7 @@ Data = Annotated[
         "--data",
         "--dataset",
         metavar="NAME|FILE",
-        help="Data description (TOML), or a prepared data set (lvis, coco, objects365, openimages); for --results an "
+        help="Dataset config (TOML), or a prepared data set (lvis, coco, objects365, openimages); for --results an "
         "annotation file (JSON) will do. [default: the run's, else lvis]",
     ),
 ]
@@ -54,7 +54,7 @@ Vocabulary = Annotated[
     typer.Option(
         "--vocabulary",
         metavar="FILE",
-        help="Text embeddings (.npz, .npy) to use instead of the data description's.",
+        help="Text embeddings (.npz, .npy) to use instead of the dataset config's.",
     ),
 ]
 Protocol = Annotated[

@@ -31,9 +31,7 @@ Recipe = Annotated[
         "small, tiny.",
     ),
 ]
-Data = Annotated[
-    Path | None, typer.Option("--data", metavar="FILE", help="Data description (TOML).")
-]
+Data = Annotated[Path | None, typer.Option("--data", metavar="FILE", help="Dataset config (TOML).")]
 ConfigFile = Annotated[
     Path | None,
     typer.Option(

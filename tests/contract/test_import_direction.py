@@ -41,7 +41,7 @@ RANK = {
     "detector_classes": 5,
     "detector_files": 5,
     "detector_inputs": 5,
-    **dict.fromkeys(["data_preview", "inference", "video"], 5),
+    **dict.fromkeys(["inference", "video"], 5),
     "serving": 6,
     "export": 6,
     "training": 7,

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from proxydet.data.synthetic.dataset import SyntheticConfig
+from proxydet.data.synthetic import SyntheticConfig
 from proxydet.errors import ConfigError, LockedError
 from proxydet.quickstart.comparison import compare_mixup
 from proxydet.quickstart.job import QuickstartFolder, quickstart_config, run_quickstart

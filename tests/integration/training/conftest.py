@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from proxydet.data.synthetic.dataset import SyntheticConfig, make_dataset
+from proxydet.data.synthetic import SyntheticConfig, make_dataset
 
 
 @pytest.fixture(scope="session")

@@ -20,10 +20,9 @@ import pytest
 import torch
 
 from proxydet.data.batches import BoxBatch, ImageLabelBatch
-from proxydet.data.classes import image_counts, load_vocabulary, open_split
-from proxydet.data.description import DatasetDescription
+from proxydet.data.dataset import DatasetConfig, image_counts, load_vocabulary, open_split
 from proxydet.data.loader import TrainingLoader, open_training_sources
-from proxydet.data.synthetic.dataset import SyntheticConfig, make_dataset
+from proxydet.data.synthetic import SyntheticConfig, make_dataset
 from proxydet.losses.criterion import Criterion
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.modeling.outputs import BoxTrainingOutput
@@ -70,7 +69,7 @@ class Alone:
     def __init__(self, config: RunConfig) -> None:
         assert config.data.description is not None
         self.config = config
-        self.description = DatasetDescription.from_toml(config.data.description)
+        self.description = DatasetConfig.from_toml(config.data.description)
         vocabulary = load_vocabulary(self.description, cache=config.data.cache)
         store = open_split(self.description, "train", cache=config.data.cache)
         counts = image_counts(store, vocabulary, with_novel=config.data.count_novel_classes)

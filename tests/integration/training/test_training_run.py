@@ -140,6 +140,6 @@ def test_parameters_that_never_learn_are_as_they_were(first: TrainResult, base: 
 def test_without_data_or_with_wrong_data(tmp_path: Path, base: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"data\.description is not set"):
         train(resolve_config("tiny"), output=tmp_path)
-    with pytest.raises(DataError, match="there is no data description"):
+    with pytest.raises(DataError, match="there is no dataset config"):
         train(config(base, "data.description=absent.toml"), output=tmp_path)
     assert not (tmp_path / "config.yaml").exists()

@@ -12,7 +12,7 @@ from proxydet_cli.main import main
 @pytest.mark.parametrize(
     ("words", "message", "hint"),
     [
-        (["--run", "RUN", "--split", "test"], "--split is 'test'", "[val] in a data description"),
+        (["--run", "RUN", "--split", "test"], "--split is 'test'", "[val] in a dataset config"),
         (["--run", "RUN"], "is no run folder", "proxydet train or quickstart wrote"),
         (["--run", "RUN/absent"], "there is no run folder", "proxydet quickstart"),
         (["--run", "RUN/file"], "is a file, not a run folder", "give the folder"),
@@ -32,7 +32,7 @@ from proxydet_cli.main import main
             "a proxydet eval of its own",
         ),
         (["--run", "RUN", "--hierarchy", "RUN/absent"], "there is no class hierarchy", "label500"),
-        (["--run", "RUN", "--data", "RUN"], "is a folder, not a data description", "TOML"),
+        (["--run", "RUN", "--data", "RUN"], "is a folder, not a dataset config", "TOML"),
         (
             ["--compare", "RUN/file", "RUN/absent", "--data", "x.json"],
             "there is no",

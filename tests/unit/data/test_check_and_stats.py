@@ -8,13 +8,13 @@ import pytest
 from PIL import Image
 
 from proxydet.data.check import CheckReport, check_dataset, check_path
-from proxydet.data.description import DatasetDescription
+from proxydet.data.dataset import DatasetConfig
 from proxydet.data.stats import dataset_stats
 from proxydet.errors import DataError
 
 
 def check(path: Path, **options: Any) -> CheckReport:
-    return check_dataset(DatasetDescription.from_toml(path), **options)
+    return check_dataset(DatasetConfig.from_toml(path), **options)
 
 
 def found(report: CheckReport, level: str) -> str:
@@ -173,7 +173,7 @@ def test_counts_are_what_is_in_the_files(small_set_with_labels: Path) -> None:
         content["annotations"][2] |= {"area": 96 * 96, "segmentation": []}
 
     change(small_set_with_labels.parent / "train.json", edit)
-    stats = dataset_stats(DatasetDescription.from_toml(small_set_with_labels))
+    stats = dataset_stats(DatasetConfig.from_toml(small_set_with_labels))
     train, val, labels = stats.parts
     assert (train.part, train.images, train.annotations, train.images_without_annotations) == (
         "train",
@@ -200,7 +200,7 @@ def test_classes_that_the_annotations_lack_count_nothing(small_set: Path) -> Non
     small_set.write_text(
         small_set.read_text().replace('["dog"]', '["dog"]\nnames = ["bird", "cow", "cat", "dog"]')
     )
-    stats = dataset_stats(DatasetDescription.from_toml(small_set))
+    stats = dataset_stats(DatasetConfig.from_toml(small_set))
     assert [c.images for c in stats.parts[0].classes] == [1, 0, 4, 2]
 
 
@@ -232,11 +232,11 @@ def test_labelled_images_in_folders_must_be_there(small_set: Path) -> None:
 
 def test_what_is_no_description_says_what_to_name(small_set: Path) -> None:
     with pytest.raises(DataError, match="is a folder") as folder:
-        DatasetDescription.from_toml(small_set.parent)
+        DatasetConfig.from_toml(small_set.parent)
     assert folder.value.hint is not None
     assert small_set.name in folder.value.hint
     with pytest.raises(DataError, match="TOML") as annotations:
-        DatasetDescription.from_toml(small_set.parent / "train.json")
+        DatasetConfig.from_toml(small_set.parent / "train.json")
     assert annotations.value.hint is not None
     assert "annotation file" in annotations.value.hint
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from proxydet.data.columns import ColumnFile, ColumnWriter
+from proxydet.data.store import ColumnFile, ColumnWriter
 from proxydet.errors import DataError
 
 

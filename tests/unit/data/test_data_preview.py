@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from proxydet.data.description import DatasetDescription
+from proxydet.data.dataset import DatasetConfig
 from proxydet.data.images import read_image
-from proxydet.data_preview import PreviewRequest, preview_pictures, write_preview
+from proxydet.data.preview import PreviewRequest, preview_pictures, write_preview
 from proxydet.errors import ConfigError, DataError, VocabularyError
 
 
-def described(path: Path) -> DatasetDescription:
-    return DatasetDescription.from_toml(path)
+def described(path: Path) -> DatasetConfig:
+    return DatasetConfig.from_toml(path)
 
 
 def test_annotated_images_are_drawn(small_set: Path) -> None:
@@ -48,8 +48,8 @@ def test_images_of_one_class(small_set: Path) -> None:
 
 
 def test_masks_are_filled_polygons_and_run_lengths(small_set: Path) -> None:
-    from proxydet.data.classes import load_vocabulary, open_split
-    from proxydet.data_preview import _drawn_objects
+    from proxydet.data.dataset import load_vocabulary, open_split
+    from proxydet.data.preview import _drawn_objects
 
     annotations = small_set.parent / "train.json"
     content = json.loads(annotations.read_text())

@@ -5,24 +5,29 @@ import numpy as np
 import pytest
 import torch
 
-from proxydet.data.classes import class_rows, image_counts, load_vocabulary, open_split
-from proxydet.data.description import DatasetDescription
+from proxydet.data.dataset import (
+    DatasetConfig,
+    class_rows,
+    image_counts,
+    load_vocabulary,
+    open_split,
+)
 from proxydet.errors import DataError, VocabularyError
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 
-def edited(path: Path, *changes: tuple[str, str]) -> DatasetDescription:
+def edited(path: Path, *changes: tuple[str, str]) -> DatasetConfig:
     text = path.read_text()
     for old, new in changes:
         assert old in text
         text = text.replace(old, new)
     path.write_text(text)
-    return DatasetDescription.from_toml(path)
+    return DatasetConfig.from_toml(path)
 
 
 def test_paths_are_relative_to_the_file(small_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(small_set.parent)
-    description = DatasetDescription.from_toml(Path(small_set.name))
+    description = DatasetConfig.from_toml(Path(small_set.name))
     assert description.name == "small"
     assert description.vocabulary.embeddings == small_set.parent / "embeddings.npy"
     assert description.split("train").roots == (small_set.parent / "train",)
@@ -79,23 +84,23 @@ def test_names_may_be_a_file(small_set: Path) -> None:
 
 
 def test_absent_files_and_splits(small_set: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no data description"):
-        DatasetDescription.from_toml(tmp_path / "x.toml")
+    with pytest.raises(DataError, match="no dataset config"):
+        DatasetConfig.from_toml(tmp_path / "x.toml")
     with pytest.raises(DataError, match="is a folder"):
-        DatasetDescription.from_toml(tmp_path)
+        DatasetConfig.from_toml(tmp_path)
     (tmp_path / "latin.toml").write_bytes(b'name = "\xff"')
     with pytest.raises(DataError, match="line 1 is not UTF-8"):
-        DatasetDescription.from_toml(tmp_path / "latin.toml")
+        DatasetConfig.from_toml(tmp_path / "latin.toml")
     (tmp_path / "instances.json").write_bytes(b"[" * (9 << 20))
     with pytest.raises(DataError, match="larger") as caught:
-        DatasetDescription.from_toml(tmp_path / "instances.json")
+        DatasetConfig.from_toml(tmp_path / "instances.json")
     assert "annotation file" in str(caught.value.hint)
     with pytest.raises(DataError, match="there is no split 'test'"):
-        DatasetDescription.from_toml(small_set).split("test")
+        DatasetConfig.from_toml(small_set).split("test")
 
 
 def test_rows_of_embeddings_are_categories_in_order_of_their_ids(small_set: Path) -> None:
-    description = DatasetDescription.from_toml(small_set)
+    description = DatasetConfig.from_toml(small_set)
     vocabulary = load_vocabulary(description)
     assert vocabulary.names == ("cat", "dog", "bird")
     assert vocabulary.base.tolist() == [True, False, True]
@@ -180,7 +185,7 @@ def test_declared_counts_stand_in_for_classes_that_were_removed(small_set: Path)
         .replace('"category_id": 7', '"category_id": 3')
         .replace('"name": "cat"', '"name": "cat", "image_count": 5000')
     )
-    description = DatasetDescription.from_toml(small_set)
+    description = DatasetConfig.from_toml(small_set)
     counts = image_counts(open_split(description, "train"), load_vocabulary(description))
     assert counts.tolist() == [4, 77, 1]
 

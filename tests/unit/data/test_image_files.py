@@ -12,7 +12,7 @@ from PIL import Image
 
 from proxydet.data.check import CheckReport, check_dataset
 from proxydet.data.config import DataConfig, SourceConfig
-from proxydet.data.description import DatasetDescription
+from proxydet.data.dataset import DatasetConfig
 from proxydet.data.loader import TrainingLoader, open_training_sources
 from proxydet.errors import DataError
 from proxydet.evaluation.split import DescribedSplit
@@ -47,7 +47,7 @@ def errors(report: CheckReport) -> dict[str, str]:
 def train_batches(path: Path, **config: Any) -> list[Any]:
     boxes = SourceConfig(batch_size=6, size=48, scale=(1.0, 1.0), ratio=1.0)
     settings = DataConfig(workers=0, boxes=boxes, image_labels=None, **config)
-    description = DatasetDescription.from_toml(path)
+    description = DatasetConfig.from_toml(path)
     sources = open_training_sources(settings, description)
     loader = TrainingLoader(sources, settings, rank=0, world_size=1, seed=0)
     return list(itertools.islice(loader, 4))
@@ -72,7 +72,7 @@ def test_two_entries_of_one_file_are_refused_everywhere(
     text = small_set.read_text()
     small_set.write_text(text.replace('"train.json"', '"val.json"').replace('"train"', '"val"'))
     edit_images(small_set.parent / "val.json", names(*entries))
-    description = DatasetDescription.from_toml(small_set)
+    description = DatasetConfig.from_toml(small_set)
     found = errors(check_dataset(description))[split]
     config = resolve_config("tiny", overrides=[f"data.description={small_set}"])
     for refuse in (
@@ -94,7 +94,7 @@ def test_equal_last_parts_are_fine_where_each_has_a_file(small_set: Path) -> Non
         (val / folder).mkdir()
         (val / f"{number}.png").rename(val / folder / "1.png")
     edit_images(small_set.parent / "val.json", names("cam1/1.png", "cam2\\1.png"))
-    description = DatasetDescription.from_toml(small_set)
+    description = DatasetConfig.from_toml(small_set)
     assert check_dataset(description, decode=True).sound
     images = DescribedSplit.open(description).images
     assert images.read_id(101).shape == (60, 40, 3)
@@ -111,7 +111,7 @@ def test_image_labels_of_one_file_are_refused(small_set: Path) -> None:
     (small_set.parent / "labels.json").write_text(json.dumps(content))
     table = '\n[image_labels]\nannotations = "labels.json"\nimages = "train"\n'
     small_set.write_text(small_set.read_text() + table)
-    description = DatasetDescription.from_toml(small_set)
+    description = DatasetConfig.from_toml(small_set)
     assert "'3/1.png'" in errors(check_dataset(description))["image_labels"]
     with pytest.raises(DataError, match=r"3/1\.png.*7/1\.png"):
         open_training_sources(DataConfig(), description)
@@ -130,7 +130,7 @@ def turned_set(small_set: Path) -> Path:
 
 
 def test_exif_is_named_where_it_explains_the_size(turned_set: Path) -> None:
-    found = errors(check_dataset(DatasetDescription.from_toml(turned_set), decode=True))
+    found = errors(check_dataset(DatasetConfig.from_toml(turned_set), decode=True))
     # Evaluation takes the orientation that fits the annotations, so only training is in the way.
     assert found.keys() == {"train"}
     with pytest.raises(DataError, match="EXIF") as caught:
@@ -139,7 +139,7 @@ def test_exif_is_named_where_it_explains_the_size(turned_set: Path) -> None:
     assert "EXIF" in found["train"]
     assert str(caught.value.hint) in found["train"]
     assert len(train_batches(turned_set, exif_orientation=False)) == 4
-    images = DescribedSplit.open(DatasetDescription.from_toml(turned_set)).images
+    images = DescribedSplit.open(DatasetConfig.from_toml(turned_set)).images
     with Image.open(turned_set.parent / "val/101.png") as image:
         np.testing.assert_array_equal(images.read_id(101), np.asarray(image))
 
@@ -153,5 +153,5 @@ def test_sizes_that_are_swapped_without_exif_are_said_to_be_swapped(small_set: P
     with pytest.raises(DataError, match="swapped") as caught:
         train_batches(small_set)
     assert "exif" not in str(caught.value.hint)
-    found = errors(check_dataset(DatasetDescription.from_toml(small_set), decode=True))
+    found = errors(check_dataset(DatasetConfig.from_toml(small_set), decode=True))
     assert str(caught.value.hint) in found["train"]

@@ -6,13 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from proxydet.data.classes import load_vocabulary, open_split
-from proxydet.data.description import DatasetDescription, ImageLabelSpec
+from proxydet.data.dataset import DatasetConfig, ImageLabelSpec, load_vocabulary, open_split
 from proxydet.data.image_labels import TarClasses, match_tars, open_label_images, synset_of_wnid
 from proxydet.errors import DataError
 
 
-def match(description: DatasetDescription) -> TarClasses:
+def match(description: DatasetConfig) -> TarClasses:
     assert description.image_labels is not None
     categories = open_split(description, "train").categories
     return match_tars(description.image_labels, load_vocabulary(description), categories)
@@ -38,7 +37,7 @@ def test_tars_are_matched_by_synset_name_wnid_and_map(
     small_set_with_labels.write_text(text + 'map = { felines = "cat", absent = "dog" }\n')
     annotations = small_set_with_labels.parent / "train.json"
     annotations.write_text(annotations.read_text().replace("cat.n.01", "airplane.n.01"))
-    found = match(DatasetDescription.from_toml(small_set_with_labels))
+    found = match(DatasetConfig.from_toml(small_set_with_labels))
     assert found.class_of_tar == {
         "dog.n.01.tar": 1,
         "bird.tar": 2,
@@ -61,7 +60,7 @@ def test_missing_wordnet_ids_are_reported(
         .replace("cat.n.01", "airplane.n.01")
         .replace("bird.n.01", "almond.n.02")
     )
-    description = DatasetDescription.from_toml(small_set_with_labels)
+    description = DatasetConfig.from_toml(small_set_with_labels)
     assert match(description).missing == ("n07750586",)
     with caplog.at_level(logging.INFO):
         open_label_images(
@@ -73,7 +72,7 @@ def test_missing_wordnet_ids_are_reported(
 
 
 def test_images_carry_the_class_of_their_tar(small_set_with_labels: Path) -> None:
-    description = DatasetDescription.from_toml(small_set_with_labels)
+    description = DatasetConfig.from_toml(small_set_with_labels)
     images = open_label_images(
         description.image_labels,
         load_vocabulary(description),
@@ -96,7 +95,7 @@ def test_image_labels_from_json(small_set: Path) -> None:
     (small_set.parent / "labels.json").write_text(json.dumps(content))
     table = '\n[image_labels]\nannotations = "labels.json"\nimages = "train"\n'
     small_set.write_text(small_set.read_text() + table)
-    description = DatasetDescription.from_toml(small_set)
+    description = DatasetConfig.from_toml(small_set)
     labelled = open_label_images(description.image_labels, load_vocabulary(description), ())
     assert [labelled.labels(row).tolist() for row in range(2)] == [[2, 0], [1]]
     assert labelled.image(1, exif_orientation=True).size == (60, 40)
@@ -107,7 +106,7 @@ def test_image_labels_from_json(small_set: Path) -> None:
 def test_sources_without_any_class_are_an_error(
     small_set_with_labels: Path, tmp_path: Path
 ) -> None:
-    description = DatasetDescription.from_toml(small_set_with_labels)
+    description = DatasetConfig.from_toml(small_set_with_labels)
     vocabulary = load_vocabulary(description)
     categories = open_split(description, "train").categories
     with pytest.raises(DataError, match="no folder of tars"):

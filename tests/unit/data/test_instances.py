@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from detectron2.structures import BitMasks, PolygonMasks
 
-from proxydet.data.instances import Targets, make_instances
+from proxydet.data.batches import Targets, make_instances
 from proxydet.data.store import AnnotationStore
 from proxydet.data.transforms import View, scaled_crop
 from proxydet.errors import DataError

@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from proxydet.data.classes import load_vocabulary
-from proxydet.data.description import DatasetDescription
-from proxydet.data.prepare.annotation_files import SEEN, UNSEEN
-from proxydet.data.prepare.steps import PrepareReport, prepare
+from proxydet.data.dataset import DatasetConfig, load_vocabulary
+from proxydet.data.prepare import SEEN, UNSEEN, PrepareReport, prepare
 from proxydet.errors import DataError, DiskFullError
 
 CATEGORIES = [
@@ -119,12 +117,10 @@ def test_lvis_is_prepared_once_and_described(root: Path) -> None:
     ].action == "up to date"
     assert first.problems == ()
     again = prepare("lvis", root)
-    assert {step.action for step in again.steps if step.name != "data description"} == {
-        "up to date"
-    }
+    assert {step.action for step in again.steps if step.name != "dataset config"} == {"up to date"}
     forced = prepare("lvis", root, force=True)
     assert [s.action for s in forced.steps if s.name == "class counts"] == ["made", "made"]
-    description = DatasetDescription.from_toml(root / "lvis.toml")
+    description = DatasetConfig.from_toml(root / "lvis.toml")
     assert load_vocabulary(description).base.tolist() == [True, False, True]
     assert description.image_labels is None
     assert description.split("val").roots == (root / "coco",)
@@ -167,10 +163,10 @@ def test_imagenet_lvis_is_indexed_with_its_problems(root: Path, make_tar, jpeg) 
     assert "n02682922.tar/b.txt" in text
     assert "2 tars are missing, e.g. n02121620, n07750586" in text
     assert "1 tar belongs to no class" in text
-    description = DatasetDescription.from_toml(root / "lvis.toml")
+    description = DatasetConfig.from_toml(root / "lvis.toml")
     assert description.image_labels is not None
     assert prepare("lvis", root).steps[-1].action == "up to date"
-    assert DatasetDescription.from_toml(root / "lvis.toml") == description
+    assert DatasetConfig.from_toml(root / "lvis.toml") == description
 
 
 def test_what_preparing_reports_is_not_logged_as_well(
@@ -399,7 +395,7 @@ def test_the_zero_shot_split_keeps_categories_and_drops_empty_images(coco: Path)
     assert content["categories"] == source["categories"]
     assert content["images"] == source["images"][:2]
     assert content["annotations"] == source["annotations"][:3]
-    novel = DatasetDescription.from_toml(coco / "coco_zero_shot.toml").vocabulary.novel
+    novel = DatasetConfig.from_toml(coco / "coco_zero_shot.toml").vocabulary.novel
     assert novel == UNSEEN
 
 
@@ -417,7 +413,7 @@ def test_every_description_can_be_read(
     prepare("objects365", objects365)
     prepare("openimages", challenge)
     prepare("coco", coco)
-    names = [DatasetDescription.from_toml(path).name for path in root.parent.glob("**/*.toml")]
+    names = [DatasetConfig.from_toml(path).name for path in root.parent.glob("**/*.toml")]
     assert sorted(names) == ["coco", "coco-zero-shot", "lvis", "objects365", "openimages"]
 
 

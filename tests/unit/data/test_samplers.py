@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxydet.data.samplers import BatchPlan, SourceImages, image_weights, repeat_factors
+from proxydet.data.loader import BatchPlan, SourceImages, image_weights, repeat_factors
 from proxydet.errors import DataError
 
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "data_parity.npz"

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFilter
 
-from proxydet.data.synthetic.dataset import SyntheticConfig, make_dataset
+from proxydet.data.synthetic import SyntheticConfig, make_dataset
 from proxydet.errors import ConfigError, DataError
 from proxydet.vocabulary.compositional import CompositionalEncoder
 

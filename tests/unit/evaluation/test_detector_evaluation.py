@@ -16,7 +16,7 @@ from hotcoco.mask import decode
 from PIL import Image
 from torch import nn
 
-from proxydet.data.description import DatasetDescription
+from proxydet.data.dataset import DatasetConfig
 from proxydet.errors import ConfigError, DataError
 from proxydet.evaluation import detector_evaluation
 from proxydet.evaluation.config import EvaluationConfig
@@ -388,5 +388,5 @@ def test_images_are_turned_as_their_annotations_were(
 
 
 def test_description_may_be_read_already(dataset: Path, vocabulary: Vocabulary) -> None:
-    description = DatasetDescription.from_toml(dataset)
+    description = DatasetConfig.from_toml(dataset)
     assert evaluate(Guesser(vocabulary), description).dataset == "drawn"

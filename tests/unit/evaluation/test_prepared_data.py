@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from proxydet.data.prepare.steps import DATASETS, prepare
+from proxydet.data.prepare import DATASETS, prepare
 from proxydet.evaluation.detector_evaluation import fusion_vocabulary
 from proxydet.evaluation.ground_truth import GroundTruth
 from proxydet.evaluation.groups import imagenet_groups

@@ -13,7 +13,7 @@ import torch
 
 from proxydet import evaluate
 from proxydet.data.images import read_image
-from proxydet.data.synthetic.dataset import SyntheticConfig, make_dataset
+from proxydet.data.synthetic import SyntheticConfig, make_dataset
 from proxydet.detector import Detector
 from proxydet.evaluation.config import EvaluationConfig
 from proxydet.evaluation.split import DescribedSplit

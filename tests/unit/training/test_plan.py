@@ -44,12 +44,12 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     nothing = plan(tmp_path)
     assert [(need.what, need.problem) for need in nothing.missing] == [
-        ("data description", "give one with --data")
+        ("dataset config", "give one with --data")
     ]
     absent = plan(
         tmp_path, "training.weights=/absent/w.pth", f"data.description={tmp_path}/no.toml"
     )
-    assert [need.what for need in absent.missing] == ["starting weights", "data description"]
+    assert [need.what for need in absent.missing] == ["starting weights", "dataset config"]
     assert "2 missing or unusable: training cannot start yet." in absent.to_text()
 
 
@@ -69,7 +69,7 @@ def test_a_description_is_looked_through(tmp_path: Path) -> None:
     )
     found = {need.what: need.present for need in plan(tmp_path, f"data.description={path}").needs}
     assert found == {
-        "data description": True,
+        "dataset config": True,
         "text embeddings": True,
         "training annotations": False,
         "training images": True,

@@ -16,16 +16,16 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from proxydet.data.classes import (
+from proxydet.data.config import DataConfig
+from proxydet.data.dataset import (
     ClassTable,
+    DatasetConfig,
     class_rows,
     load_classes,
     load_vocabulary,
     nearest,
     open_split,
 )
-from proxydet.data.config import DataConfig
-from proxydet.data.description import DatasetDescription
 from proxydet.data.images import read_annotated_image
 from proxydet.data.masks import decode
 from proxydet.data.stats import DatasetStats, PartStats, dataset_stats
@@ -72,7 +72,7 @@ class PreviewRequest:
 
 
 def preview_pictures(
-    description: DatasetDescription,
+    description: DatasetConfig,
     request: PreviewRequest,
     *,
     cache: Path | None = None,
@@ -114,7 +114,7 @@ def preview_pictures(
 
 
 def write_preview(
-    description: DatasetDescription,
+    description: DatasetConfig,
     path: Path,
     request: PreviewRequest,
     *,
@@ -211,7 +211,7 @@ def _filled(polygons: Sequence[npt.NDArray[np.floating]], size: tuple[int, int])
 
 
 def _augmented(
-    description: DatasetDescription,
+    description: DatasetConfig,
     request: PreviewRequest,
     cache: Path | None,
     progress: Progress,

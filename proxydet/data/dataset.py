@@ -1,0 +1,480 @@
+"""A data set as one TOML file describes it (the dataset config): annotation files, image folders, text embeddings, novel classes.
+
+See ``docs/reference/dataset-config.md``. Paths in the file are relative to the file.
+
+Dimensions: C classes of the vocabulary, K categories of an annotation file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from proxydet.artifacts import Catalogue
+from proxydet.config import from_mapping, parse_toml
+from proxydet.data.formats.records import CategoryEntry
+from proxydet.data.formats.voc import image_folder, is_voc
+from proxydet.data.store import AnnotationStore
+from proxydet.errors import ConfigError, DataError, VocabularyError
+from proxydet.files import read_text
+from proxydet.reporting import SILENT, Progress
+from proxydet.vocabulary.names import read_names
+from proxydet.vocabulary.vocabulary import Vocabulary, load_embeddings
+
+_LARGEST_FILE = 8 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocabularySpec:
+    """The table ``[vocabulary]``: class names, text embeddings, and what is novel."""
+
+    embeddings: Path
+    """A ``.npy`` table (classes, dimensions) whose rows are in ascending order of the category ids, or a vocabulary
+    that `Vocabulary.save` wrote."""
+
+    names: tuple[str, ...] = ()
+    """Class name of each row of the embeddings, where they are not all the categories of the annotation file in
+    ascending order of their ids; categories are then found by name. In a TOML file also a file of names."""
+
+    novel: tuple[str, ...] = ()
+    """Names of the classes whose annotations training must not see."""
+
+    novel_frequency: tuple[str, ...] = ()
+    """Frequency groups of LVIS (``"r"``, ``"c"``, ``"f"``) whose classes are novel."""
+
+    encoder: str | None = None
+    """The text encoder that made the embeddings (a file, or a name that ``proxydet vocab build`` knows), for
+    encoding other class names."""
+
+    def __post_init__(self) -> None:
+        wrong = sorted(set(self.novel_frequency) - {"r", "c", "f"})
+        if wrong:
+            raise ConfigError(f"novel_frequency holds {wrong[0]!r}; it can hold 'r', 'c' and 'f'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitSpec:
+    """The table ``[train]`` or ``[val]``: annotated images."""
+
+    annotations: Path
+    """Annotation file in COCO or LVIS format."""
+
+    images: Path | tuple[Path, ...]
+    """Folder of the images, or a list of folders that are searched in turn."""
+
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        """The image folders."""
+        return self.images if isinstance(self.images, tuple) else (self.images,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageLabelSpec:
+    """The table ``[image_labels]``: images of which only the class is known."""
+
+    tars: Path | None = None
+    """Folder of ``<key>.tar``, each with the images of one class."""
+
+    map: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Class name of each key. A key that is not here is looked for among the categories' ``wnid``, ``synset`` and
+    ``name``, and in the WordNet ids of ImageNet-LVIS."""
+
+    annotations: Path | None = None
+    """Instead of tars: a JSON file whose images have ``pos_category_ids``."""
+
+    images: Path | tuple[Path, ...] = ()
+    """Folders of the images of ``annotations``."""
+
+    def __post_init__(self) -> None:
+        if (self.tars is None) == (self.annotations is None):
+            raise ConfigError("give either tars or annotations")
+        if (self.annotations is None) != (not self.images):
+            raise ConfigError("annotations and images go together")
+
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        """The image folders of ``annotations``."""
+        return self.images if isinstance(self.images, tuple) else (self.images,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """A data set. All paths are absolute.
+
+    Make one with `from_toml`.
+    """
+
+    name: str
+    """Name of the data set, for messages and run folders."""
+
+    vocabulary: VocabularySpec | None = None
+    """Classes; what only counts or draws annotations does without, and takes the annotations' own categories."""
+
+    train: SplitSpec | None = None
+    """Annotated images to train on."""
+
+    val: SplitSpec | None = None
+    """Annotated images to evaluate on."""
+
+    image_labels: ImageLabelSpec | None = None
+    """Images with class labels to train on."""
+
+    @classmethod
+    def open(cls, path: Path | str, images: Sequence[Path] = ()) -> DatasetConfig:
+        """Read a dataset config, or take annotations alone as a data set without embeddings.
+
+        Args:
+            path: A TOML file, or what `AnnotationStore.open` takes.
+            images: Folders of the images, where ``path`` is no dataset config; by default ``JPEGImages`` of Pascal VOC,
+                else the annotation file's own folder.
+
+        Raises:
+            DataError: as of `from_toml`.
+        """
+        path = Path(path)
+        if path.suffix.lower() == ".toml":
+            return cls.from_toml(path)
+        folder = image_folder(path) if is_voc(path) else None
+        roots = tuple(images) or (folder or path.parent,)
+        return cls(name=path.stem, train=SplitSpec(annotations=path, images=roots))
+
+    @classmethod
+    def from_toml(cls, path: Path | str) -> DatasetConfig:
+        """Read a dataset config.
+
+        Raises:
+            DataError: the file is absent or not TOML, a key is unknown or missing, or a value has the wrong type.
+                Whether the files that it names exist is checked when they are opened.
+            VocabularyError: ``vocabulary.names`` is a file that holds no class names.
+        """
+        path = Path(path)
+        try:
+            content = parse_toml(read_text(path, limit=_LARGEST_FILE), str(path), path)
+        except FileNotFoundError as error:
+            raise DataError(
+                f"there is no dataset config {path}",
+                hint="check the path, or write one as docs/how-to/own-data.md shows",
+                path=path,
+            ) from error
+        except IsADirectoryError as error:
+            raise DataError(
+                f"{path} is a folder, not a dataset config",
+                hint=_name_one_of(path),
+                path=path,
+            ) from error
+        except (OSError, ValueError, ConfigError) as error:
+            reason = (
+                error.message if isinstance(error, ConfigError) else f"cannot read {path}: {error}"
+            )
+            raise DataError(
+                reason,
+                hint="name the dataset config, not the annotation file that it describes"
+                if path.suffix.lower() == ".json"
+                else "correct that line; docs/reference/dataset-config.md shows every key",
+                path=path,
+            ) from error
+        table = content.get("vocabulary")
+        if isinstance(table, dict) and isinstance(table.get("names"), str):
+            file = path.resolve().parent / Path(table["names"]).expanduser()
+            table["names"] = [entry.name for entry in read_names(file)]
+        try:
+            description = from_mapping(cls, content)
+        except ConfigError as error:
+            raise DataError(f"{path}: {error.message}", hint=error.hint, path=path) from error
+        resolved: DatasetConfig = _absolute(description, path.resolve().parent)
+        return resolved
+
+    @property
+    def classes(self) -> VocabularySpec:
+        """The table ``[vocabulary]``; DataError where there is none."""
+        if self.vocabulary is None:
+            raise DataError(
+                f"the data set {self.name!r} has no text embeddings",
+                hint="write a dataset config (TOML) with a table [vocabulary] that names them: see proxydet vocab build",
+            )
+        return self.vocabulary
+
+    def split(self, name: str) -> SplitSpec:
+        """Return the split ``name``.
+
+        Raises:
+            DataError: it is neither ``train`` nor ``val``, or the description has no such table.
+        """
+        splits = {"train": self.train, "val": self.val}
+        found = splits.get(name)
+        if name not in splits:
+            raise DataError(
+                f"there is no split {name!r}", hint="a dataset config has train and val"
+            )
+        if found is None:
+            raise DataError(
+                f"the data set {self.name!r} has no [{name}] table",
+                hint=f"add [{name}] with annotations and images to its description",
+            )
+        return found
+
+
+def _absolute(value: Any, folder: Path) -> Any:
+    """Return a copy of a description with its paths relative to ``folder`` made absolute."""
+    if isinstance(value, Path):
+        return folder / value.expanduser()
+    if isinstance(value, tuple):
+        return tuple(_absolute(item, folder) for item in value)
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    changed = {
+        item.name: _absolute(getattr(value, item.name), folder)
+        for item in dataclasses.fields(value)
+    }
+    if isinstance(value, VocabularySpec) and value.encoder and (folder / value.encoder).exists():
+        changed["encoder"] = str(folder / value.encoder)
+    return dataclasses.replace(value, **changed)
+
+
+def _name_one_of(folder: Path) -> str:
+    """Say which description of a folder to name; ``proxydet data check`` takes the folder itself."""
+    names = [path.as_posix() for path in sorted(folder.glob("*.toml"))]
+    return f"name one in it: {', '.join(names[:5])}" if names else "name a file such as my.toml"
+
+
+def how_to_get(path: Path | None) -> str | None:
+    """Return the command that fetches a file of the published layout; None for any other file.
+
+    Args:
+        path: Where it should be; None where that is not known.
+
+    Raises:
+        ConfigError: A catalogue file that the environment names cannot be read.
+    """
+    name = None if path is None else Catalogue.load().name_of_source(path)
+    return None if name is None else f"get it with: proxydet download {name}"
+
+
+def inner_root(folder: Path) -> str | None:
+    """Return what to do where a folder is not the data root but holds it; None where it does not.
+
+    ``proxydet download --root FOLDER`` puts data sets into ``FOLDER/datasets``, which is the data root.
+    """
+    inner = folder / "datasets"
+    return f"the data root is the folder inside it: name {inner}" if inner.is_dir() else None
+
+
+def open_split(
+    description: DatasetConfig,
+    split: str,
+    *,
+    cache: Path | None = None,
+    progress: Progress = SILENT,
+    warn: bool = True,
+) -> AnnotationStore:
+    """Open the annotation store of ``train`` or ``val``.
+
+    Args:
+        description: The data set.
+        split: Which of the two.
+        cache: Folder of annotation stores; None means the user's cache folder.
+        progress: Where to show the conversion of annotations.
+        warn: As for `AnnotationStore.open`.
+
+    Raises:
+        DataError: the description has no such split, or its annotation file cannot be read or has nothing to use.
+    """
+    store = AnnotationStore.open(
+        description.split(split).annotations, cache=cache, progress=progress, warn=warn
+    )
+    store.require_objects(groups=split != "train")
+    return store
+
+
+def load_vocabulary(
+    description: DatasetConfig,
+    *,
+    cache: Path | None = None,
+    progress: Progress = SILENT,
+) -> Vocabulary:
+    """Return the classes of a data set with their text embeddings and the base / novel split.
+
+    The names come from ``names``, or from the ``.npz``, or from the categories of the training annotations (of the
+    validation annotations where there is no training).
+
+    Args:
+        description: The data set.
+        cache: Folder of annotation stores; None means the user's cache folder.
+        progress: Where to show the conversion of annotations.
+
+    Raises:
+        VocabularyError: embeddings and names do not fit, or a novel class is unknown.
+        DataError: a file cannot be read.
+    """
+    spec = description.classes
+    split = "train" if description.train is not None or description.val is None else "val"
+    store = open_split(description, split, cache=cache, progress=progress)
+    # By content: a saved vocabulary may have any name.
+    if spec.embeddings.is_file() and zipfile.is_zipfile(spec.embeddings):
+        vocabulary = Vocabulary.load(spec.embeddings)
+        if spec.names and spec.names != vocabulary.names:
+            raise VocabularyError(
+                f"{spec.embeddings} holds its own class names, which differ from 'names'",
+                hint="leave 'names' out of the dataset config",
+                path=spec.embeddings,
+            )
+    else:
+        table = _load_table(spec.embeddings)
+        names = spec.names or tuple(category.name.strip() for category in store.categories)
+        root = store.root_category
+        if root is not None and not spec.names and table.ndim == 2 and len(table) == len(names) + 1:
+            # Made for all categories of the file, one of which is no class.
+            ids = sorted([root.id, *(category.id for category in store.categories)])
+            table = np.delete(table, ids.index(root.id), axis=0)
+        _check_count(spec, names, table, description)
+        vocabulary = Vocabulary.from_arrays(names, table)
+    if not spec.novel and not spec.novel_frequency:
+        return vocabulary
+    return vocabulary.with_base(~_novel_mask(spec, vocabulary.names, store.categories))
+
+
+class ClassTable(NamedTuple):
+    """The classes of a data set.
+
+    Attributes:
+        names: C class names.
+        base: bool (C,), whether training may use a class's annotations.
+    """
+
+    names: tuple[str, ...]
+    base: npt.NDArray[np.bool_]
+
+
+def load_classes(
+    description: DatasetConfig,
+    *,
+    cache: Path | None = None,
+    progress: Progress = SILENT,
+) -> ClassTable:
+    """Return the classes of a data set: its vocabulary's, or where it has none the categories of its annotations.
+
+    Args and errors as of `load_vocabulary`.
+    """
+    if description.vocabulary is not None:
+        vocabulary = load_vocabulary(description, cache=cache, progress=progress)
+        return ClassTable(vocabulary.names, vocabulary.base)
+    split = "train" if description.train is not None else "val"
+    store = open_split(description, split, cache=cache, progress=progress)
+    names = tuple(category.name.strip() for category in store.categories)
+    return ClassTable(names, np.ones(len(names), dtype=np.bool_))
+
+
+def class_rows(
+    store: AnnotationStore, vocabulary: Vocabulary | ClassTable
+) -> npt.NDArray[np.int64]:
+    """Return the vocabulary's row of each category of a store, found by name: int64 (K,).
+
+    Raises:
+        DataError: a category is not in the vocabulary.
+    """
+    row_of = {name: row for row, name in enumerate(vocabulary.names)}
+    missing = [c.name for c in store.categories if c.name.strip() not in row_of]
+    if missing:
+        raise DataError(
+            f"{store.source_name} has {len(missing)} categories that are not in the vocabulary: {_some(missing)}",
+            hint="name the class of each row of the embeddings by 'names' in the dataset config",
+        )
+    return np.array([row_of[c.name.strip()] for c in store.categories], dtype=np.int64)
+
+
+def image_counts(
+    store: AnnotationStore, vocabulary: Vocabulary, *, with_novel: bool = True
+) -> npt.NDArray[np.int64]:
+    """Return in how many training images each class of the vocabulary is annotated: int64 (C,).
+
+    They weight the sampling of the federated loss. Classes that are not annotated at all in the file (as the rare ones in
+    a file without them) take the ``image_count`` of their category.
+
+    Args:
+        store: The training annotations.
+        vocabulary: The classes.
+        with_novel: False puts 0 for novel classes. The published counts include them, and so tell training how many
+            images of novel classes there are.
+    """
+    counted, _ = store.counts()
+    declared = np.array([c.image_count or 0 for c in store.categories], dtype=np.int64)
+    counts = np.zeros(len(vocabulary), dtype=np.int64)
+    counts[class_rows(store, vocabulary)] = np.where(counted > 0, counted, declared)
+    return counts if with_novel else np.where(vocabulary.base, counts, 0)
+
+
+def embedding_dimension(path: Path) -> int:
+    """Return the dimension of the text embeddings in a file: a table, or a saved vocabulary.
+
+    Raises:
+        VocabularyError: It is neither.
+    """
+    if zipfile.is_zipfile(path):
+        return Vocabulary.load(path).dimension
+    table = _load_table(path)
+    return table.shape[1] if table.ndim == 2 else 0
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Return `` Did you mean 'x'?`` for the known name nearest to ``name``, or nothing."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _load_table(path: Path) -> npt.NDArray[np.generic]:
+    if not path.exists():
+        raise VocabularyError(
+            f"there are no text embeddings {path}",
+            hint=how_to_get(path) or "make them with: proxydet vocab build",
+            path=path,
+        )
+    return np.asarray(load_embeddings(path))
+
+
+def _check_count(
+    spec: VocabularySpec,
+    names: Sequence[str],
+    table: npt.NDArray[np.generic],
+    description: DatasetConfig,
+) -> None:
+    if table.ndim == 2 and len(table) != len(names):
+        source = "'names' has" if spec.names else f"the annotations of {description.name!r} have"
+        raise VocabularyError(
+            f"{source} {len(names)} classes, but {spec.embeddings.name} has {len(table)} rows",
+            hint="rows must be the categories in ascending order of their ids; "
+            "where they are not, list the class of each row as 'names' in the dataset config",
+            path=spec.embeddings,
+        )
+
+
+def _novel_mask(
+    spec: VocabularySpec, names: Sequence[str], categories: Sequence[CategoryEntry]
+) -> npt.NDArray[np.bool_]:
+    unknown = [name for name in spec.novel if name.strip() not in names]
+    if unknown:
+        raise VocabularyError(
+            f"the novel class {unknown[0]!r} is not in the vocabulary.{nearest(unknown[0], names)}",
+            hint="spell 'novel' in the dataset config as the annotation file spells its categories",
+        )
+    novel = {name.strip() for name in spec.novel}
+    if spec.novel_frequency:
+        if all(category.frequency is None for category in categories):
+            raise VocabularyError(
+                "novel_frequency needs categories with a 'frequency' (LVIS format)",
+                hint="list the novel classes by name: novel = [...]",
+            )
+        novel |= {c.name.strip() for c in categories if c.frequency in spec.novel_frequency}
+    return np.array([name in novel for name in names], dtype=np.bool_)
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    shown = ", ".join(repr(name) for name in names[:most])
+    return shown if len(names) <= most else f"{shown}, ..."

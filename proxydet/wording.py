@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 _CONTROL = re.compile(
@@ -59,6 +60,12 @@ def counted(number: int, singular: str, plural: str | None = None) -> str:
         plural: The noun for any other number; None adds an ``s``.
     """
     return f"{number} {singular if number == 1 else plural or singular + 's'}"
+
+
+def first_of(items: Sequence[object], most: int = 5) -> str:
+    """Return the first few of ``items`` as text for a message, with dots where there are more."""
+    shown = ", ".join(str(item)[:200] for item in items[:most])
+    return shown if len(items) <= most else f"{shown}, ..."
 
 
 def size_text(size: int | None) -> str:

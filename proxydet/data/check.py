@@ -16,8 +16,15 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from proxydet.data.dataset import DatasetConfig, class_rows, how_to_get, inner_root, load_vocabulary
-from proxydet.data.deviations import DEVIATIONS, line_of
+from proxydet.data.dataset import (
+    DatasetConfig,
+    ImageLabelSpec,
+    class_rows,
+    how_to_get,
+    inner_root,
+    load_vocabulary,
+)
+from proxydet.data.deviations import line_of
 from proxydet.data.formats.voc import image_folder, is_voc
 from proxydet.data.image_labels import TarImages, open_label_images, unusable_label_images
 from proxydet.data.images import (
@@ -121,38 +128,18 @@ def check_path(
     checker = _Checker(cache=cache, progress=progress, decode=decode, protocol=protocol)
     if path.suffix.lower() == ".toml" and path.is_file():
         return [checker.dataset(DatasetConfig.from_toml(path))]
-    if path.is_dir() and not _holds_voc(path):
-        return _check_root(path, checker)
-    return [checker.annotations(path)]
-
-
-def check_dataset(
-    description: DatasetConfig,
-    *,
-    decode: bool = False,
-    cache: Path | None = None,
-    progress: Progress = SILENT,
-) -> CheckReport:
-    """Check that all files of a data set are there and fit together; arguments as of `check_path`."""
-    return _Checker(cache=cache, progress=progress, decode=decode).dataset(description)
-
-
-def _holds_voc(folder: Path) -> bool:
-    inside = folder / "Annotations"
-    return inside.is_dir() or next(folder.glob("*.xml"), None) is not None
-
-
-def _check_root(root: Path, checker: _Checker) -> list[CheckReport]:
-    paths = sorted(root.glob("*.toml"))
-    reports = [CheckReport(name=str(root), findings=tuple(_unprepared(root, paths)))]
-    for path in paths:
+    if not path.is_dir() or (path / "Annotations").is_dir() or any(path.glob("*.xml")):
+        return [checker.annotations(path)]
+    configs = sorted(path.glob("*.toml"))
+    reports = [CheckReport(name=str(path), findings=tuple(_unprepared(path, configs)))]
+    for config in configs:
         try:
-            reports.append(checker.dataset(DatasetConfig.from_toml(path)))
+            reports.append(checker.dataset(DatasetConfig.from_toml(config)))
         except InputError as error:
             broken = Finding(
                 part="config", level="error", text=error.message, advice=error.hint or ""
             )
-            reports.append(CheckReport(name=path.stem, findings=(broken,)))
+            reports.append(CheckReport(name=config.stem, findings=(broken,)))
     return reports
 
 
@@ -222,12 +209,25 @@ class _Checker:
                 self._images(store, spec.roots, split, exact=split == "train")
         if description.train is None and description.val is None:
             self._add("train", "error", "neither [train] nor [val] is there", "add one")
-        vocabulary = self._vocabulary(description, stores)
+        vocabulary = None
+        if stores:
+            try:
+                vocabulary = load_vocabulary(description, cache=self.cache)
+                rows_K = {split: class_rows(store, vocabulary) for split, store in stores.items()}
+            except InputError as error:
+                vocabulary = None
+                self._failed("vocabulary", error)
+        if vocabulary is not None:
+            novel = int((~vocabulary.base).sum())
+            self._add(
+                "vocabulary",
+                "ok",
+                f"{len(vocabulary)} classes of {vocabulary.dimension} dimensions, {novel} of them novel",
+            )
         if vocabulary is not None and "train" in stores:
-            base_K = vocabulary.base[class_rows(stores["train"], vocabulary)]
-            self._trainable(stores["train"], base_K, "train")
+            self._trainable(stores["train"], vocabulary.base[rows_K["train"]], "train")
             if description.image_labels is not None:
-                self._labels(description, vocabulary, stores["train"])
+                self._labels(description.image_labels, vocabulary, stores["train"])
         return CheckReport(name=description.name, findings=tuple(self.findings))
 
     def _add(self, part: str, level: Level, text: str, advice: str = "") -> None:
@@ -297,8 +297,7 @@ class _Checker:
 
     def _deviations(self, store: AnnotationStore, part: str) -> None:
         report = store.report
-        order = ("dropped", "mended", "noted", "refused")
-        for key in sorted(report.counts, key=lambda key: (order.index(DEVIATIONS[key].fate), key)):
+        for key in report.by_fate():
             self.findings.append(
                 Finding(
                     part=part,
@@ -346,26 +345,6 @@ class _Checker:
             seen = "were decoded and" if self.decode else "are there and"
             self._add(part, "ok", f"all {len(store)} images {seen} have the annotated size")
 
-    def _vocabulary(
-        self, description: DatasetConfig, stores: dict[str, AnnotationStore]
-    ) -> Vocabulary | None:
-        if not stores:
-            return None
-        try:
-            vocabulary = load_vocabulary(description, cache=self.cache)
-            for store in stores.values():
-                class_rows(store, vocabulary)
-        except InputError as error:
-            self._failed("vocabulary", error)
-            return None
-        novel = int((~vocabulary.base).sum())
-        self._add(
-            "vocabulary",
-            "ok",
-            f"{len(vocabulary)} classes of {vocabulary.dimension} dimensions, {novel} of them novel",
-        )
-        return vocabulary
-
     def _trainable(self, store: AnnotationStore, base_K: npt.NDArray[np.bool_], part: str) -> None:
         if not store.trainable(base_K).any():
             self._add(
@@ -376,12 +355,8 @@ class _Checker:
                 "correct the boxes, or name fewer novel classes: proxydet data stats",
             )
 
-    def _labels(
-        self, description: DatasetConfig, vocabulary: Vocabulary, store: AnnotationStore
-    ) -> None:
-        part, spec = "image_labels", description.image_labels
-        if spec is None:
-            return
+    def _labels(self, spec: ImageLabelSpec, vocabulary: Vocabulary, store: AnnotationStore) -> None:
+        part = "image_labels"
         try:
             images = open_label_images(
                 spec,
@@ -395,7 +370,26 @@ class _Checker:
             self._failed(part, error)
             return
         if isinstance(images, TarImages):
-            self.findings.extend(_tar_findings(images))
+            index, matched = images.index, images.matched
+            held = f"{counted(len(index), 'image')} in {counted(len(index.tars), 'tar')}"
+            self._add(part, "ok" if len(index) else "error", held)
+            for line in index.report.lines():
+                self._add(part, "warning", line, "fetch what is named again")
+            for names, what, advice in (
+                (
+                    matched.missing,
+                    "expected and not there",
+                    "get them, or train without these classes",
+                ),
+                (
+                    matched.without_class,
+                    "of no class, not used",
+                    "name their classes by 'map' if they have one",
+                ),
+            ):
+                if names:
+                    text = f"{counted(len(names), 'tar')} {what}, e.g. {', '.join(names[:3])}"
+                    self._add(part, "warning", text, advice)
         else:
             self._add(part, "ok", f"{counted(len(images), 'image')} with labels")
             self._deviations(images.store, part)
@@ -409,26 +403,3 @@ class _Checker:
             )
         elif len(images) and self.decode:
             self._add(part, "ok", f"all {len(images)} images were decoded")
-
-
-def _tar_findings(images: TarImages) -> Iterator[Finding]:
-    part, index, matched = "image_labels", images.index, images.matched
-    level: Level = "ok" if len(index) else "error"
-    yield Finding(
-        part=part,
-        level=level,
-        text=f"{counted(len(index), 'image')} in {counted(len(index.tars), 'tar')}",
-    )
-    for line in index.report.lines():
-        yield Finding(part=part, level="warning", text=line, advice="fetch what is named again")
-    for names, what, advice in (
-        (matched.missing, "expected and not there", "get them, or train without these classes"),
-        (
-            matched.without_class,
-            "of no class, not used",
-            "name their classes by 'map' if they have one",
-        ),
-    ):
-        if names:
-            text = f"{counted(len(names), 'tar')} {what}, e.g. {', '.join(names[:3])}"
-            yield Finding(part=part, level="warning", text=text, advice=advice)

@@ -20,7 +20,6 @@ import numpy.typing as npt
 
 from proxydet.artifacts import Catalogue
 from proxydet.config import from_mapping, parse_toml
-from proxydet.data.formats.records import CategoryEntry
 from proxydet.data.formats.voc import image_folder, is_voc
 from proxydet.data.store import AnnotationStore
 from proxydet.errors import ConfigError, DataError, VocabularyError
@@ -28,6 +27,7 @@ from proxydet.files import read_text
 from proxydet.reporting import SILENT, Progress
 from proxydet.vocabulary.names import read_names
 from proxydet.vocabulary.vocabulary import Vocabulary, load_embeddings
+from proxydet.wording import first_of
 
 _LARGEST_FILE = 8 << 20
 
@@ -165,9 +165,12 @@ class DatasetConfig:
                 path=path,
             ) from error
         except IsADirectoryError as error:
+            names = [config.as_posix() for config in sorted(path.glob("*.toml"))]
             raise DataError(
                 f"{path} is a folder, not a dataset config",
-                hint=_name_one_of(path),
+                hint=f"name one in it: {first_of(names)}"
+                if names
+                else "name a file such as my.toml",
                 path=path,
             ) from error
         except (OSError, ValueError, ConfigError) as error:
@@ -237,12 +240,6 @@ def _absolute(value: Any, folder: Path) -> Any:
     if isinstance(value, VocabularySpec) and value.encoder and (folder / value.encoder).exists():
         changed["encoder"] = str(folder / value.encoder)
     return dataclasses.replace(value, **changed)
-
-
-def _name_one_of(folder: Path) -> str:
-    """Say which description of a folder to name; ``proxydet data check`` takes the folder itself."""
-    names = [path.as_posix() for path in sorted(folder.glob("*.toml"))]
-    return f"name one in it: {', '.join(names[:5])}" if names else "name a file such as my.toml"
 
 
 def how_to_get(path: Path | None) -> str | None:
@@ -334,11 +331,34 @@ def load_vocabulary(
             # Made for all categories of the file, one of which is no class.
             ids = sorted([root.id, *(category.id for category in store.categories)])
             table = np.delete(table, ids.index(root.id), axis=0)
-        _check_count(spec, names, table, description)
+        if table.ndim == 2 and len(table) != len(names):
+            source = (
+                "'names' has" if spec.names else f"the annotations of {description.name!r} have"
+            )
+            raise VocabularyError(
+                f"{source} {len(names)} classes, but {spec.embeddings.name} has {len(table)} rows",
+                hint="rows must be the categories in ascending order of their ids; "
+                "where they are not, list the class of each row as 'names' in the dataset config",
+                path=spec.embeddings,
+            )
         vocabulary = Vocabulary.from_arrays(names, table)
     if not spec.novel and not spec.novel_frequency:
         return vocabulary
-    return vocabulary.with_base(~_novel_mask(spec, vocabulary.names, store.categories))
+    unknown = [name for name in spec.novel if name.strip() not in vocabulary.names]
+    if unknown:
+        raise VocabularyError(
+            f"the novel class {unknown[0]!r} is not in the vocabulary.{nearest(unknown[0], vocabulary.names)}",
+            hint="spell 'novel' in the dataset config as the annotation file spells its categories",
+        )
+    novel = {name.strip() for name in spec.novel}
+    if spec.novel_frequency:
+        if all(category.frequency is None for category in store.categories):
+            raise VocabularyError(
+                "novel_frequency needs categories with a 'frequency' (LVIS format)",
+                hint="list the novel classes by name: novel = [...]",
+            )
+        novel |= {c.name.strip() for c in store.categories if c.frequency in spec.novel_frequency}
+    return vocabulary.with_base(np.array([name not in novel for name in vocabulary.names]))
 
 
 class ClassTable(NamedTuple):
@@ -384,7 +404,7 @@ def class_rows(
     missing = [c.name for c in store.categories if c.name.strip() not in row_of]
     if missing:
         raise DataError(
-            f"{store.source_name} has {len(missing)} categories that are not in the vocabulary: {_some(missing)}",
+            f"{store.source_name} has {len(missing)} categories that are not in the vocabulary: {first_of([repr(name) for name in missing])}",
             hint="name the class of each row of the embeddings by 'names' in the dataset config",
         )
     return np.array([row_of[c.name.strip()] for c in store.categories], dtype=np.int64)
@@ -437,44 +457,3 @@ def _load_table(path: Path) -> npt.NDArray[np.generic]:
             path=path,
         )
     return np.asarray(load_embeddings(path))
-
-
-def _check_count(
-    spec: VocabularySpec,
-    names: Sequence[str],
-    table: npt.NDArray[np.generic],
-    description: DatasetConfig,
-) -> None:
-    if table.ndim == 2 and len(table) != len(names):
-        source = "'names' has" if spec.names else f"the annotations of {description.name!r} have"
-        raise VocabularyError(
-            f"{source} {len(names)} classes, but {spec.embeddings.name} has {len(table)} rows",
-            hint="rows must be the categories in ascending order of their ids; "
-            "where they are not, list the class of each row as 'names' in the dataset config",
-            path=spec.embeddings,
-        )
-
-
-def _novel_mask(
-    spec: VocabularySpec, names: Sequence[str], categories: Sequence[CategoryEntry]
-) -> npt.NDArray[np.bool_]:
-    unknown = [name for name in spec.novel if name.strip() not in names]
-    if unknown:
-        raise VocabularyError(
-            f"the novel class {unknown[0]!r} is not in the vocabulary.{nearest(unknown[0], names)}",
-            hint="spell 'novel' in the dataset config as the annotation file spells its categories",
-        )
-    novel = {name.strip() for name in spec.novel}
-    if spec.novel_frequency:
-        if all(category.frequency is None for category in categories):
-            raise VocabularyError(
-                "novel_frequency needs categories with a 'frequency' (LVIS format)",
-                hint="list the novel classes by name: novel = [...]",
-            )
-        novel |= {c.name.strip() for c in categories if c.frequency in spec.novel_frequency}
-    return np.array([name in novel for name in names], dtype=np.bool_)
-
-
-def _some(names: Sequence[str], most: int = 5) -> str:
-    shown = ", ".join(repr(name) for name in names[:most])
-    return shown if len(names) <= most else f"{shown}, ..."

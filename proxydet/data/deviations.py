@@ -149,24 +149,16 @@ class StoreReport(msgspec.Struct, kw_only=True):
             self.counts[key] = self.counts.get(key, 0) + number
             self.examples[key] = shown
 
-    def of(self, record: str, fate: Fate) -> dict[str, int]:
-        """Return the counts of one kind of record (``image``, ``annotation``, ...) with one fate, by deviation."""
-        return {
-            key: count
-            for key, count in self.counts.items()
-            if (DEVIATIONS[key].of, DEVIATIONS[key].fate) == (record, fate)
-        }
-
-    @property
-    def clean(self) -> bool:
-        """Whether nothing deviates."""
-        return not self.counts
+    def by_fate(self) -> list[str]:
+        """Return the deviations that were found, what is dropped first."""
+        order = ("dropped", "mended", "noted", "refused")
+        return sorted(self.counts, key=lambda key: (order.index(DEVIATIONS[key].fate), key))
 
     def lines(self, record: str = "annotation") -> list[str]:
         """Return one line of text for each deviation, what is dropped first; ``record`` as for `line_of`."""
-        order = ("dropped", "mended", "noted", "refused")
-        keys = sorted(self.counts, key=lambda key: (order.index(DEVIATIONS[key].fate), key))
-        return [line_of(key, self.counts[key], self.examples[key], record) for key in keys]
+        return [
+            line_of(key, self.counts[key], self.examples[key], record) for key in self.by_fate()
+        ]
 
 
 def line_of(key: str, count: int, examples: Iterable[str], record: str = "annotation") -> str:

@@ -5,6 +5,7 @@ Dimensions: A annotations of an image.
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from proxydet.data.dataset import (
 )
 from proxydet.data.images import read_annotated_image
 from proxydet.data.masks import decode
-from proxydet.data.stats import DatasetStats, PartStats, dataset_stats
+from proxydet.data.stats import DatasetStats, dataset_stats
 from proxydet.data.store import AnnotationStore, ImageRecord
 from proxydet.errors import ConfigError, DataError, VocabularyError
 from proxydet.reporting import SILENT, Progress
@@ -36,11 +37,10 @@ from proxydet.visualization.drawing import DrawnObject, draw_objects
 from proxydet.visualization.plots import long_tail_plot, svg_of
 from proxydet.visualization.report import Command, Picture, Report, Section, Table, write_report
 from proxydet.visualization.sheets import contact_sheet
-from proxydet.vocabulary.vocabulary import Vocabulary
 from proxydet.wording import counted
 
 if TYPE_CHECKING:
-    from proxydet.data.batches import Batch
+    pass
 
 Bools = npt.NDArray[np.bool_]
 
@@ -95,11 +95,28 @@ def preview_pictures(
     if getattr(description, request.split) is None and getattr(description, other) is not None:
         raise DataError(
             f"the data set {description.name!r} has no [{request.split}] table",
-            hint=f"look at its other part with --split {other}",
+            hint=f"see its other part with --split {other}",
         )
     vocabulary = load_classes(description, cache=cache, progress=progress)
     store = open_split(description, request.split, cache=cache, progress=progress)
-    rows = _chosen_rows(store, vocabulary, request)
+    candidates = np.arange(len(store))
+    name = None if request.class_name is None else request.class_name.strip()
+    if name is not None:
+        if name not in vocabulary.names:
+            raise VocabularyError(
+                f"{name!r} is not a class of this data set.{nearest(name, vocabulary.names)}",
+                hint="proxydet data stats --classes lists them",
+            )
+        wanted = vocabulary.names.index(name)
+        shown = class_rows(store, vocabulary)[store.column("category")] == wanted
+        candidates = np.unique(store.column("image")[shown])
+    if not len(candidates):
+        of_class = "" if name is None else f" with {name!r} on it"
+        raise DataError(
+            f"there is no image{of_class} in {request.split} of this data set",
+            hint=f"see the other part with --split {other}",
+        )
+    rows = np.random.default_rng(request.seed).permutation(candidates)[: request.count]
     pictures = []
     with progress.task("drawing", total=len(rows), unit="images") as task:
         for row in rows:
@@ -149,35 +166,15 @@ def write_preview(
     return write_report(_page(stats, pictures, request, named or Path("DESCRIPTION.toml")), path)
 
 
-def _chosen_rows(
-    store: AnnotationStore, vocabulary: ClassTable, request: PreviewRequest
-) -> npt.NDArray[np.int64]:
-    candidates = np.arange(len(store))
-    name = None if request.class_name is None else request.class_name.strip()
-    if name is not None:
-        if name not in vocabulary.names:
-            raise VocabularyError(
-                f"{name!r} is not a class of this data set.{nearest(name, vocabulary.names)}",
-                hint="proxydet data stats --classes lists them",
-            )
-        wanted = vocabulary.names.index(name)
-        shown = class_rows(store, vocabulary)[store.column("category")] == wanted
-        candidates = np.unique(store.column("image")[shown])
-    if not len(candidates):
-        of_class = "" if name is None else f" with {name!r} on it"
-        other = "val" if request.split == "train" else "train"
-        raise DataError(
-            f"there is no image{of_class} in {request.split} of this data set",
-            hint=f"look into the other part with --split {other}",
-        )
-    generator = np.random.default_rng(request.seed)
-    chosen = generator.permutation(candidates)[: request.count]
-    return chosen.astype(np.int64)
-
-
 def _drawn_objects(
     store: AnnotationStore, record: ImageRecord, vocabulary: ClassTable
 ) -> list[DrawnObject]:
+    size = (record.height, record.width)
+
+    def mask_of(annotation: int) -> Bools:
+        rle = store.rle(annotation)
+        return decode(rle, size) if rle else _filled(store.polygons(annotation), size)
+
     rows_K = class_rows(store, vocabulary)
     objects = []
     for place in range(len(record)):
@@ -188,18 +185,12 @@ def _drawn_objects(
             DrawnObject(
                 label=vocabulary.names[row] + (f" ({', '.join(marks)})" if marks else ""),
                 box_xyxy=tuple(record.boxes_A4[place].tolist()),
-                mask_HW=partial(_mask, store, record, record.first_annotation + place)
+                mask_HW=partial(mask_of, record.first_annotation + place)
                 if store.masked_A[record.first_annotation + place]
                 else None,
             )
         )
     return objects
-
-
-def _mask(store: AnnotationStore, record: ImageRecord, annotation: int) -> Bools:
-    if rle := store.rle(annotation):
-        return decode(rle, (record.height, record.width))
-    return _filled(store.polygons(annotation), (record.height, record.width))
 
 
 def _filled(polygons: Sequence[npt.NDArray[np.floating]], size: tuple[int, int]) -> Bools:
@@ -218,56 +209,43 @@ def _augmented(
 ) -> list[Picture]:
     from proxydet.data.loader import TrainingLoader, open_training_sources
 
-    vocabulary = load_vocabulary(description, cache=cache, progress=progress)
+    names = load_vocabulary(description, cache=cache, progress=progress).names
     config = DataConfig(workers=0, cache=cache)
     sources = open_training_sources(config, description, progress=progress)
     loader = TrainingLoader(sources, config, rank=0, world_size=1, seed=request.seed)
     pictures: list[Picture] = []
-    iteration = 0
-    while len(pictures) < request.count:
+    for iteration in itertools.count():
         batch = loader.batch(iteration)
-        iteration += 1
         # Two of a batch, so that a sheet shows several batches of either kind.
-        pictures.extend(
-            _batch_picture(batch, place, vocabulary) for place in range(min(2, len(batch)))
-        )
+        for place in range(min(2, len(batch))):
+            image = Image.fromarray(batch.images[place].permute(1, 2, 0).numpy())
+            if hasattr(batch, "instances"):
+                objects = _instance_objects(batch.instances[place], names)
+                caption = f"image {batch.image_ids[place]}: {counted(len(objects), 'object')}"
+            else:
+                labels = [names[row] for row in batch.labels[place].tolist()]
+                whole = (0.0, 0.0, float(image.width), float(image.height))
+                objects = [DrawnObject(label=label, box_xyxy=whole) for label in labels]
+                caption = f"{batch.image_ids[place]}: {', '.join(labels)}"
+            pictures.append(Picture(image=draw_objects(image, objects), caption=caption))
+        if len(pictures) >= request.count:
+            break
     return pictures[: request.count]
 
 
-def _batch_picture(batch: Batch, place: int, vocabulary: Vocabulary) -> Picture:
-    image = Image.fromarray(batch.images[place].permute(1, 2, 0).numpy())
-    name = batch.image_ids[place]
-    if hasattr(batch, "instances"):
-        objects = _instance_objects(batch.instances[place], vocabulary)
-        return Picture(
-            image=draw_objects(image, objects),
-            caption=f"image {name}: {counted(len(objects), 'object')}",
-        )
-    names = [vocabulary.names[row] for row in batch.labels[place].tolist()]
-    whole = (0.0, 0.0, float(image.width), float(image.height))
-    drawn = draw_objects(image, [DrawnObject(label=label, box_xyxy=whole) for label in names])
-    return Picture(image=drawn, caption=f"{name}: {', '.join(names)}")
-
-
-def _instance_objects(instances: Any, vocabulary: Vocabulary) -> list[DrawnObject]:
+def _instance_objects(instances: Any, names: Sequence[str]) -> list[DrawnObject]:
     objects = []
     for place in range(len(instances)):
         mask = None
         if instances.has("gt_masks") and instances.gt_masked[place]:
-            masks = instances.gt_masks
-            polygons = getattr(masks, "polygons", None)
-            mask = (
-                masks.tensor[place].numpy()
-                if polygons is None
-                else _filled(polygons[place], instances.image_size)
-            )
-        objects.append(
-            DrawnObject(
-                label=vocabulary.names[int(instances.gt_classes[place])],
-                box_xyxy=tuple(instances.gt_boxes.tensor[place].tolist()),
-                mask_HW=mask,
-            )
-        )
+            polygons = getattr(instances.gt_masks, "polygons", None)
+            if polygons is None:
+                mask = instances.gt_masks.tensor[place].numpy()
+            else:
+                mask = _filled(polygons[place], instances.image_size)
+        box = tuple(instances.gt_boxes.tensor[place].tolist())
+        label = names[int(instances.gt_classes[place])]
+        objects.append(DrawnObject(label=label, box_xyxy=box, mask_HW=mask))
     return objects
 
 
@@ -275,66 +253,44 @@ def _page(
     stats: DatasetStats, pictures: list[Picture], request: PreviewRequest, named: Path
 ) -> Report:
     kind = "as training sees them" if request.augmented else "as annotated"
-    table = Table(
-        columns=(
-            "part",
-            "images",
-            "annotations",
-            "base classes",
-            "novel classes",
-            "without annotations",
-        ),
-        rows=[_row(part) for part in stats.parts],
-    )
+    rows: list[list[str | int]] = []
+    tails = []
+    for part in stats.parts:
+        groups = [part.group(base=base) for base in (True, False)]
+        of = [f"{group['occurring']} of {group['classes']}" for group in groups]
+        rows.append(
+            [part.part, part.images, part.annotations, *of, part.images_without_annotations]
+        )
+        counts = {
+            name: [c.images for c in part.classes if c.base == base]
+            for name, base in (("base", True), ("novel", False))
+        }
+        tails.append(svg_of(long_tail_plot(counts, title=part.part)))
+    file = shlex.quote(str(named))
+    next_of = {
+        "train": (f"proxydet train --recipe small --data {file}", "train on this data set"),
+        "val": (f"proxydet eval --run runs/RUN --data {file}", "evaluate a run on it"),
+    }
+    chosen = [next_of[part.part] for part in stats.parts if part.part in next_of]
+    head = ("part", "images", "annotations", "base classes", "novel classes", "without annotations")
     return Report(
         title=f"Data set {stats.name}",
         summary="What is in the data set, how long its tail is, and some of its images.",
         facts=[(part.part, counted(part.images, "image")) for part in stats.parts],
         sections=[
-            Section(title="Counts", tables=[table]),
+            Section(title="Counts", tables=[Table(columns=head, rows=rows)]),
             Section(
                 title="Long tail",
                 text="Images of each class, most frequent first; a class without any has no mark.",
-                plots=[_long_tail(part) for part in stats.parts],
+                plots=tails,
             ),
             Section(title=f"Images of {request.split}, {kind}", pictures=pictures),
             Section(
-                title="Go on",
-                commands=_next_commands(stats, named),
+                title="Next steps",
+                commands=[
+                    Command(command=command, does=does)
+                    for command, does in ((f"proxydet data check {file}", "check it"), *chosen)
+                ],
             ),
         ],
     )
-
-
-def _next_commands(stats: DatasetStats, named: Path) -> list[Command]:
-    parts, data = {part.part for part in stats.parts}, f"--data {shlex.quote(str(named))}"
-    commands = [Command(command=f"proxydet data check {shlex.quote(str(named))}", does="check it")]
-    if "train" in parts:
-        commands.append(
-            Command(command=f"proxydet train --recipe small {data}", does="train on this data set")
-        )
-    if "val" in parts:
-        commands.append(
-            Command(command=f"proxydet eval --run runs/RUN {data}", does="evaluate a run on it")
-        )
-    return commands
-
-
-def _row(part: PartStats) -> list[str | int]:
-    base, novel = part.group(base=True), part.group(base=False)
-    return [
-        part.part,
-        part.images,
-        part.annotations,
-        f"{base['occurring']} of {base['classes']}",
-        f"{novel['occurring']} of {novel['classes']}",
-        part.images_without_annotations,
-    ]
-
-
-def _long_tail(part: PartStats) -> str:
-    counts = {
-        name: [c.images for c in part.classes if c.base == base]
-        for name, base in (("base", True), ("novel", False))
-    }
-    return svg_of(long_tail_plot(counts, title=part.part))

@@ -7,6 +7,7 @@ from typing import Literal, NoReturn, TypeAlias, get_args
 
 from proxydet.data.store import AnnotationStore
 from proxydet.errors import DataError
+from proxydet.wording import first_of
 
 Protocol: TypeAlias = Literal["lvis", "coco", "openimages"]
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
@@ -44,7 +45,7 @@ def protocol_of(store: AnnotationStore) -> Protocol:
     if lacking:
         raise DataError(
             f"{store.source_name}: every image has neg_category_ids (LVIS's federated annotations), but "
-            f"{len(lacking)} of {len(store.categories)} categories have no frequency r, c or f ({_first(lacking)})",
+            f"{len(lacking)} of {len(store.categories)} categories have no frequency r, c or f ({first_of(lacking)})",
             hint="add 'frequency' (or 'image_count') to them, or choose how to score with --protocol coco or "
             "--protocol lvis (evaluation.protocol in a configuration)",
         )
@@ -56,12 +57,7 @@ def _almost(
 ) -> NoReturn:
     raise DataError(
         f"{store.source_name}: {len(ids)} of {len(store)} images lack {field} while others have it "
-        f"(image ids {_first(ids)})",
+        f"(image ids {first_of(ids)})",
         hint=f"give every image the list (empty where nothing is verified), or choose how to score with --protocol "
         f"{protocol} or --protocol coco",
     )
-
-
-def _first(items: Sequence[object], most: int = 5) -> str:
-    shown = ", ".join(str(item) for item in items[:most])
-    return shown if len(items) <= most else f"{shown}, ..."

@@ -19,7 +19,6 @@ from proxydet.data.dataset import (
 from proxydet.data.image_labels import open_label_images
 from proxydet.data.store import AnnotationStore
 from proxydet.reporting import SILENT, Progress
-from proxydet.vocabulary.vocabulary import Vocabulary
 
 SMALL_AREA, LARGE_AREA = 32**2, 96**2
 """Square pixels of the mask that divide small, medium and large objects (COCO)."""
@@ -100,45 +99,69 @@ def dataset_stats(
         DataError: a file cannot be used.
         VocabularyError: embeddings and categories do not fit.
     """
-    classes = load_classes(description, cache=cache, progress=progress)
+    vocabulary = load_classes(description, cache=cache, progress=progress)
     parts = []
+    stores = {}
     for split in ("train", "val"):
-        if getattr(description, split) is not None:
-            store = open_split(description, split, cache=cache, progress=progress)
-            parts.append(_split_stats(split, store, classes))
-    if description.image_labels is not None and description.train is not None:
-        store = open_split(description, "train", cache=cache, progress=progress)
-        vocabulary = load_vocabulary(description, cache=cache, progress=progress)
-        parts.append(_label_stats(description, vocabulary, store, cache, progress))
+        if getattr(description, split) is None:
+            continue
+        store = stores[split] = open_split(description, split, cache=cache, progress=progress)
+        images_K, annotations_K = store.counts()
+        objects = store.column("area")[~store.column("crowd")]
+        parts.append(
+            PartStats(
+                part=split,
+                images=len(store),
+                annotations=store.report.annotations_kept,
+                images_without_annotations=len(store) - len(np.unique(store.column("image"))),
+                crowds=store.report.crowds,
+                without_mask=store.report.without_mask,
+                small=int((objects < SMALL_AREA).sum()),
+                medium=int(((objects >= SMALL_AREA) & (objects < LARGE_AREA)).sum()),
+                large=int((objects >= LARGE_AREA).sum()),
+                classes=_class_counts(store, vocabulary, images_K, annotations_K),
+            )
+        )
+    if description.image_labels is not None and "train" in stores:
+        store = stores["train"]
+        images = open_label_images(
+            description.image_labels,
+            load_vocabulary(description, cache=cache, progress=progress),
+            store.categories,
+            cache=cache,
+            progress=progress,
+        )
+        counts = np.zeros(len(vocabulary.names), dtype=np.int64)
+        unlabelled = 0
+        for row in range(len(images)):
+            labels = images.labels(row)
+            counts[labels] += 1
+            unlabelled += not len(labels)
+        counts_K = counts[class_rows(store, vocabulary)]
+        parts.append(
+            PartStats(
+                part="image_labels",
+                images=len(images),
+                annotations=int(counts.sum()),
+                images_without_annotations=unlabelled,
+                crowds=0,
+                without_mask=int(counts.sum()),
+                small=0,
+                medium=0,
+                large=0,
+                classes=_class_counts(store, vocabulary, counts_K, counts_K),
+            )
+        )
     return DatasetStats(name=description.name, parts=tuple(parts))
-
-
-def _split_stats(part: str, store: AnnotationStore, vocabulary: ClassTable) -> PartStats:
-    rows_K = class_rows(store, vocabulary)
-    images_K, annotations_K = store.counts()
-    area, crowd = store.column("area"), store.column("crowd")
-    return PartStats(
-        part=part,
-        images=len(store),
-        annotations=store.report.annotations_kept,
-        images_without_annotations=len(store) - len(np.unique(store.column("image"))),
-        crowds=int(crowd.sum()),
-        without_mask=store.report.without_mask,
-        small=int((area[~crowd] < SMALL_AREA).sum()),
-        medium=int(((area[~crowd] >= SMALL_AREA) & (area[~crowd] < LARGE_AREA)).sum()),
-        large=int((area[~crowd] >= LARGE_AREA).sum()),
-        classes=_class_counts(store, vocabulary, rows_K, images_K, annotations_K),
-    )
 
 
 def _class_counts(
     store: AnnotationStore,
-    vocabulary: Vocabulary | ClassTable,
-    rows_K: npt.NDArray[np.int64],
+    vocabulary: ClassTable,
     images_K: npt.NDArray[np.int64],
     annotations_K: npt.NDArray[np.int64],
 ) -> tuple[ClassCount, ...]:
-    category_of = {int(row): k for k, row in enumerate(rows_K)}
+    category_of = {int(row): k for k, row in enumerate(class_rows(store, vocabulary))}
     counts = []
     for row, name in enumerate(vocabulary.names):
         k = category_of.get(row)
@@ -152,36 +175,3 @@ def _class_counts(
             )
         )
     return tuple(counts)
-
-
-def _label_stats(
-    description: DatasetConfig,
-    vocabulary: Vocabulary,
-    store: AnnotationStore,
-    cache: Path | None,
-    progress: Progress,
-) -> PartStats:
-    if description.image_labels is None:
-        raise ValueError("the data set has no image labels")
-    images = open_label_images(
-        description.image_labels, vocabulary, store.categories, cache=cache, progress=progress
-    )
-    counts = np.zeros(len(vocabulary), dtype=np.int64)
-    unlabelled = 0
-    for row in range(len(images)):
-        labels = images.labels(row)
-        counts[labels] += 1
-        unlabelled += not len(labels)
-    rows_K = class_rows(store, vocabulary)
-    return PartStats(
-        part="image_labels",
-        images=len(images),
-        annotations=int(counts.sum()),
-        images_without_annotations=unlabelled,
-        crowds=0,
-        without_mask=int(counts.sum()),
-        small=0,
-        medium=0,
-        large=0,
-        classes=_class_counts(store, vocabulary, rows_K, counts[rows_K], counts[rows_K]),
-    )

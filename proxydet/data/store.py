@@ -658,7 +658,7 @@ class _Builder:
     # Categories and images.
 
     def _read_categories(self, entries: Sequence[CategoryEntry]) -> list[CategoryEntry]:
-        """Check categories and return them in ascending order of their id."""
+        """Check categories and return them in ascending order of their id, with LVIS's frequencies where some have them."""
         if len({type(entry.id) for entry in entries}) > 1:
             raise self._refuse("category.id.mixed", [entry.id for entry in entries])
         repeated = [value for value, n in Counter(entry.id for entry in entries).items() if n > 1]
@@ -671,18 +671,13 @@ class _Builder:
         if repeated:
             raise self._refuse("category.name.repeated", repeated)
         ordered = sorted(entries, key=lambda entry: entry.id)
-        return self._with_frequencies(ordered)
-
-    def _with_frequencies(self, entries: list[CategoryEntry]) -> list[CategoryEntry]:
-        """Give LVIS's frequency to the categories that lack it, where others have it and the file has their counts."""
-        if all(entry.frequency is None for entry in entries):
-            return entries
-        for row, entry in enumerate(entries):
-            if entry.frequency is None and entry.image_count is not None:
-                limits = (f for f, most in _FREQUENCY_LIMITS if entry.image_count <= most)
-                entries[row] = msgspec.structs.replace(entry, frequency=next(limits, "f"))
-                self._report.count("category.frequency", [entry.name])
-        return entries
+        if any(entry.frequency is not None for entry in ordered):
+            for row, entry in enumerate(ordered):
+                if entry.frequency is None and entry.image_count is not None:
+                    limits = (f for f, most in _FREQUENCY_LIMITS if entry.image_count <= most)
+                    ordered[row] = msgspec.structs.replace(entry, frequency=next(limits, "f"))
+                    self._report.count("category.frequency", [entry.name])
+        return ordered
 
     def _read_images(self, records: Sequence[ImageEntry | Loose | Flaw]) -> list[ImageEntry]:
         report = self._report
@@ -831,7 +826,16 @@ class _Builder:
             column: np.array(values, dtype=dtype)
             for (column, dtype), values in zip(_DTYPES.items(), columns, strict=True)
         }
-        rles = self._place_runs(chunk, runs, labels)
+        runs_of = [{"size": self._sizes[rows[row][1]], "counts": counts} for row, counts in runs]
+        rles = {}
+        for (row, counts), sound in zip(runs, masks.measure(runs_of)[1].tolist(), strict=True):
+            if not sound:
+                report.count("annotation.rle.counts", [labels[row]])
+                continue
+            chunk["rle_start"][row], chunk["rle_length"][row] = self._rle_total, len(counts)
+            self._rles.append(counts)
+            self._rle_total += len(counts)
+            rles[row] = counts
         kept = self._place_boxes(chunk, np.array(labels, dtype=object), np.array(coordinates), rles)
         self._chunks.append({column: values[kept] for column, values in chunk.items()})
         self._labels.append(np.array(labels, dtype=object)[kept])
@@ -846,23 +850,6 @@ class _Builder:
         if other_spelling(value) in known:
             raise self._refuse(f"annotation.{field}.type", [f"{field} {value!r} of {label}"])
         return f"annotation.{field}.unknown"
-
-    def _place_runs(
-        self, chunk: dict[str, Column], runs: list[tuple[int, bytes]], labels: list[object]
-    ) -> dict[int, bytes]:
-        """Keep the sound run lengths of a chunk; return them by row."""
-        sizes = self._sizes_I2[chunk["image"]].tolist()
-        _, sound = masks.measure([{"size": sizes[row], "counts": counts} for row, counts in runs])
-        kept = {}
-        for (row, counts), is_sound in zip(runs, sound.tolist(), strict=True):
-            if not is_sound:
-                self._report.count("annotation.rle.counts", [labels[row]])
-                continue
-            chunk["rle_start"][row], chunk["rle_length"][row] = self._rle_total, len(counts)
-            self._rles.append(counts)
-            self._rle_total += len(counts)
-            kept[row] = counts
-        return kept
 
     def _place_boxes(
         self,
@@ -950,7 +937,14 @@ class _Builder:
         labels = np.concatenate([np.empty(0, dtype=object), *self._labels])
         self._check_conventions(columns, labels)
         root = self._take_root(columns)
-        columns["annotation_id"] = self._unique_ids(columns["annotation_id"], labels)
+        ids = columns["annotation_id"]
+        again = np.ones(len(ids), dtype=np.bool_)
+        again[np.unique(ids, return_index=True)[1]] = False
+        again |= ids == _NO_ID
+        if again.any():
+            self._report.count("annotation.id", labels[again])
+            free = np.setdiff1d(np.arange(1, 2 * len(ids) + 1), ids[~again])
+            ids[again] = free[: np.count_nonzero(again)]
         order = np.argsort(columns["image"], kind="stable")
         for name, column in columns.items():
             self._writer.add(name, column[order])
@@ -1023,17 +1017,6 @@ class _Builder:
                 self._report.count("category.root", [entry.name])
                 return entry
         return None
-
-    def _unique_ids(self, ids: npt.NDArray[np.int64], labels: Column) -> npt.NDArray[np.int64]:
-        _, first = np.unique(ids, return_index=True)
-        again = np.ones(len(ids), dtype=np.bool_)
-        again[first] = False
-        again |= ids == _NO_ID
-        if again.any():
-            self._report.count("annotation.id", labels[again])
-            free = np.setdiff1d(np.arange(1, 2 * len(ids) + 1), ids[~again])
-            ids[again] = free[: np.count_nonzero(again)]
-        return ids
 
 
 def _image_name(image: ImageEntry) -> str:

@@ -469,6 +469,7 @@ def _counts(truth: GroundTruth, results: Results, scored: Mapping[str, Scored]) 
         unjudged=first.unjudged if first else 0,
         without_mask=results.without_mask,
         without_area={kind: part.selection.without_area for kind, part in scored.items()},
+        deviations=tuple(results.report.lines("detection")),
     )
 
 

@@ -144,6 +144,7 @@ class Counts:
         unjudged: Left out because nobody knows whether their category is in their image.
         without_mask: Detections that have no mask; masks are scored where there are none of these.
         without_area: Left out because they cover no pixel, by iou type.
+        deviations: What was mended and dropped of the results file, one line of text for each kind.
     """
 
     images: int
@@ -155,6 +156,7 @@ class Counts:
     unjudged: int
     without_mask: int
     without_area: Mapping[str, int]
+    deviations: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

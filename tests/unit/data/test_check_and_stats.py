@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from proxydet.data.check import CheckReport, check_dataset, check_path
+from proxydet.data.check import CheckReport, check_path
 from proxydet.data.dataset import DatasetConfig
 from proxydet.data.stats import dataset_stats
 from proxydet.errors import DataError
 
 
 def check(path: Path, **options: Any) -> CheckReport:
-    return check_dataset(DatasetConfig.from_toml(path), **options)
+    (report,) = check_path(path, **options)
+    return report
 
 
 def found(report: CheckReport, level: str) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from proxydet.data.check import CheckReport, check_dataset
+from proxydet.data.check import CheckReport, check_path
 from proxydet.data.config import DataConfig, SourceConfig
 from proxydet.data.dataset import DatasetConfig
 from proxydet.data.loader import TrainingLoader, open_training_sources
@@ -73,7 +73,7 @@ def test_two_entries_of_one_file_are_refused_everywhere(
     small_set.write_text(text.replace('"train.json"', '"val.json"').replace('"train"', '"val"'))
     edit_images(small_set.parent / "val.json", names(*entries))
     description = DatasetConfig.from_toml(small_set)
-    found = errors(check_dataset(description))[split]
+    found = errors(check_path(small_set)[0])[split]
     config = resolve_config("tiny", overrides=[f"data.description={small_set}"])
     for refuse in (
         lambda: train_batches(small_set),
@@ -95,7 +95,7 @@ def test_equal_last_parts_are_fine_where_each_has_a_file(small_set: Path) -> Non
         (val / f"{number}.png").rename(val / folder / "1.png")
     edit_images(small_set.parent / "val.json", names("cam1/1.png", "cam2\\1.png"))
     description = DatasetConfig.from_toml(small_set)
-    assert check_dataset(description, decode=True).sound
+    assert check_path(small_set, decode=True)[0].sound
     images = DescribedSplit.open(description).images
     assert images.read_id(101).shape == (60, 40, 3)
     assert images.read_id(102).shape == (40, 60, 3)
@@ -112,7 +112,7 @@ def test_image_labels_of_one_file_are_refused(small_set: Path) -> None:
     table = '\n[image_labels]\nannotations = "labels.json"\nimages = "train"\n'
     small_set.write_text(small_set.read_text() + table)
     description = DatasetConfig.from_toml(small_set)
-    assert "'3/1.png'" in errors(check_dataset(description))["image_labels"]
+    assert "'3/1.png'" in errors(check_path(small_set)[0])["image_labels"]
     with pytest.raises(DataError, match=r"3/1\.png.*7/1\.png"):
         open_training_sources(DataConfig(), description)
 
@@ -130,7 +130,7 @@ def turned_set(small_set: Path) -> Path:
 
 
 def test_exif_is_named_where_it_explains_the_size(turned_set: Path) -> None:
-    found = errors(check_dataset(DatasetConfig.from_toml(turned_set), decode=True))
+    found = errors(check_path(turned_set, decode=True)[0])
     # Evaluation takes the orientation that fits the annotations, so only training is in the way.
     assert found.keys() == {"train"}
     with pytest.raises(DataError, match="EXIF") as caught:
@@ -153,5 +153,5 @@ def test_sizes_that_are_swapped_without_exif_are_said_to_be_swapped(small_set: P
     with pytest.raises(DataError, match="swapped") as caught:
         train_batches(small_set)
     assert "exif" not in str(caught.value.hint)
-    found = errors(check_dataset(DatasetConfig.from_toml(small_set), decode=True))
+    found = errors(check_path(small_set, decode=True)[0])
     assert str(caught.value.hint) in found["train"]

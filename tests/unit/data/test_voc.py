@@ -45,7 +45,7 @@ def voc(tmp_path: Path) -> Path:
 
 def test_corners_count_from_one_and_classes_are_sorted_by_name(voc: Path, tmp_path: Path) -> None:
     store = AnnotationStore.open(voc, cache=tmp_path / "c")
-    assert store.report.clean
+    assert store.report.counts == {}
     assert [category.name for category in store.categories] == ["cat & co", "dog"]
     assert store.image_ids == ("a", "b")
     assert store.record(0).boxes_A4.tolist() == [[0, 0, 40, 30], [4, 5, 9, 20]]

@@ -199,6 +199,8 @@ def test_a_detection_that_cannot_be_scored_is_dropped_counted_and_told(
     report = results.report
     assert (report.annotations_in, report.annotations_kept) == (len(rows), len(rows) - 2)
     assert f"2 detections dropped: {DEVIATIONS[key].field}" in caplog.text
+    counts = evaluate_results(rows, truth, config=FAST).to_dict()["counts"]
+    assert [line for line in counts["deviations"] if line.startswith("2 detections dropped: ")]
     # A file of which nothing is left is refused, with what was wrong.
     with pytest.raises(DataError, match=f"no detection is left.*{DEVIATIONS[key].field}"):
         read_results([rows[2]], truth)
@@ -269,9 +271,12 @@ def test_text_that_is_not_unicode_costs_no_other_record(
     assert_equal(results, read_results(detections, truth))
 
 
-def test_a_results_file_that_unpacks_out_of_bounds_is_refused(files: Any) -> None:
+def test_a_results_file_that_unpacks_out_of_bounds_is_refused(
+    files: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("proxydet.data.formats.reader._UNPACKED_FREELY", 1 << 20)
     truth, _, path = files
-    path.write_bytes(gzip.compress(b"[" + b" " * (300 << 20), compresslevel=1))
+    path.write_bytes(gzip.compress(b"[" + b" " * (8 << 20)))
     with pytest.raises(DataError, match="200 times"):
         read_results(path, truth)
 

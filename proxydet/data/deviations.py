@@ -98,6 +98,9 @@ _ROWS: dict[str, tuple[str, str, str, Fate, str]] = {
     # Detections of results files; ids, boxes and masks are read as those of annotations.
     "detection.record": ("detection", "the list", "not an object, or longer than 32 MB", "dropped", ""),
     "detection.score": ("detection", "score", "missing, or not a finite number", "dropped", ""),
+    "detection.image_id.unknown": ("detection", "image_id", "names an image that the data set does not have", "refused", "give the results' own annotation file with --data"),
+    "detection.category_id.unknown": ("detection", "category_id", "names a category that the data set does not have", "refused", "category_id is the id of the annotation file, not a row number"),
+    "detection.bbox.outside": ("detection", "bbox", "reaches out of the image by more than a pixel", "refused", "boxes are x, y, width, height in pixels of the original image; clip them, or accept them as they are with --allow-outside"),
     "detection.none": ("detection", "the list", "no detection is left to score", "refused", "each needs image_id, category_id, score, and bbox or segmentation"),
 }  # fmt: skip
 DEVIATIONS = {key: Deviation(*row) for key, row in _ROWS.items()}

@@ -19,7 +19,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias, cast
 
@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from proxydet.data import masks
-from proxydet.data.deviations import DAMAGED_MASK, StoreReport, refused
+from proxydet.data.deviations import DAMAGED_MASK, DEVIATIONS, StoreReport, line_of, refused
 from proxydet.data.formats.reader import (
     JsonText,
     encoded,
@@ -126,8 +126,8 @@ def read_results(
     path = None if isinstance(source, list | dict) else Path(source)
     name = str(path) if path is not None else "The detections given"
     content = encoded(source, name) if path is None else path
-    problems = _Problems(truth=truth, path=path, name=name, allow_outside=allow_outside)
-    report = problems.report
+    reading = _Reading(truth=truth, path=path, name=name, allow_outside=allow_outside)
+    report = reading.report
     parts: list[Results] = []
     with no_garbage_collection():
         text = JsonText(content, name, kind="a results file", hint=_HINT, report=report)
@@ -144,15 +144,15 @@ def read_results(
                 _categories_of(_named(text, lists, "categories", name), truth, name, path),
             )
         for block in text.records(_Row, _loose_row, "detection.record", text=rows, field=key):
-            parts.append(_columns(block, indexes, problems, keep_every_mask))
+            parts.append(_columns(block, indexes, reading, keep_every_mask))
             report.annotations_in += len(block)
-    problems.raise_if_any()
+    reading.refuse_if_needed()
     results = _joined(path, parts, report)
     report.annotations_kept = len(results)
     lines = report.lines("detection")
     if report.annotations_in and not len(results):
         raise refused("detection.none", path, name, lines)
-    if problems.masks_given and not problems.masks_read:
+    if reading.masks_given and not reading.masks_read:
         raise refused("file.masks", path, name, lines)
     for line in lines:
         _LOG.warning("%s: %s", name, line)
@@ -311,11 +311,11 @@ def _categories_of(
 def _columns(
     block: list[_Row | Loose | Flaw],
     indexes: tuple[Index, Index],
-    problems: _Problems,
+    reading: _Reading,
     keep_every_mask: bool,
 ) -> Results:
-    """Check detections, and return those that can be placed in the data set; what is wrong is noted in ``problems``."""
-    truth, report = problems.truth, problems.report
+    """Check detections, and return those that can be placed in the data set; what is wrong is noted in ``reading``."""
+    truth, report = reading.truth, reading.report
     place_D = np.arange(report.annotations_in, report.annotations_in + len(block))
     rows = cast(list[_Row], block)
     if not set(map(type, block)) <= {_Row}:
@@ -325,9 +325,9 @@ def _columns(
         read = [row.entry if isinstance(row, Loose) else row for row in block]
         place_D = place_D[[not isinstance(row, Flaw) for row in read]]
         rows = [row for row in read if not isinstance(row, Flaw)]
-    problems.place_D = place_D
-    image_D = problems.numbers("image_id", [row.image_id for row in rows], indexes[0])
-    category_D = problems.numbers("category_id", [row.category_id for row in rows], indexes[1])
+    reading.place_D = place_D
+    image_D = reading.numbers("image_id", [row.image_id for row in rows], indexes[0])
+    category_D = reading.numbers("category_id", [row.category_id for row in rows], indexes[1])
     known_D = (image_D >= 0) & (category_D >= 0)
     texts = [row.segmentation for row in rows]
     masked_D = np.zeros(len(rows), dtype=bool)
@@ -347,17 +347,17 @@ def _columns(
     if not keep_every_mask and wanted_D.any():
         wanted_D[wanted_D] = truth.judged_IC[image_D[wanted_D], category_D[wanted_D]]
         wanted_D |= known_D & masked_D & drawn_D  # to draw their boxes
-    mask_D, kept_masks, area_M = _masks(texts, np.flatnonzero(wanted_D), image_D, problems)
+    mask_D, kept_masks, area_M = _masks(texts, np.flatnonzero(wanted_D), image_D, reading)
     masked_D &= ~wanted_D | (mask_D >= 0)
     drawn = np.flatnonzero(drawn_D & (mask_D >= 0))
     if len(drawn):
         box_D4[drawn] = coco_mask.toBbox([kept_masks[index] for index in mask_D[drawn]])
     kept_D = known_D & ~(drawn_D & ~masked_D)
-    report.count("annotation.bbox", problems.labels(np.flatnonzero(known_D & ~kept_D)))
-    report.count("annotation.bbox.mask", problems.labels(np.flatnonzero(kept_D & ~sound_D)))
-    problems.check_boxes(image_D, box_D4, kept_D)
+    reading.count("annotation.bbox", np.flatnonzero(known_D & ~kept_D))
+    reading.count("annotation.bbox.mask", np.flatnonzero(kept_D & ~sound_D))
+    reading.check_boxes(image_D, box_D4, kept_D)
     part = Results(
-        path=problems.path,
+        path=reading.path,
         image_D=image_D,
         category_D=category_D,
         score_D=np.array([row.score for row in rows], dtype=np.float64),
@@ -375,7 +375,7 @@ def _masks(
     texts: list[msgspec.Raw],
     wanted: NDArray[np.int64],
     image_D: NDArray[np.int64],
-    problems: _Problems,
+    reading: _Reading,
 ) -> tuple[NDArray[np.int64], list[dict[str, Any]], NDArray[np.float64]]:
     """Return the number of each detection's mask (-1 where none can be read), the masks, and their areas."""
     mask_D = np.full(len(texts), -1, dtype=np.int64)
@@ -392,7 +392,7 @@ def _masks(
         values: list[Any] = _RUNS.decode(b"[" + b",".join(text for _, text in known) + b"]")
     except (msgspec.MsgspecError, RecursionError, UnicodeError):  # of another spelling, or damaged
         values = [_json(text) for _, text in known]
-    sizes = problems.truth.image_sizes_I2[[image for image, _ in known]].tolist()
+    sizes = reading.truth.image_sizes_I2[[image for image, _ in known]].tolist()
     read: list[dict[str, Any]] = []
     read_numbers: list[int] = []
     deviating: dict[int, list[str]] = {}
@@ -418,10 +418,10 @@ def _masks(
             for key in deviating.get(number, ()):
                 found.setdefault(key, []).append(row)
     for key, rows in found.items():
-        problems.report.count(key, problems.labels(np.array(rows)))
+        reading.count(key, np.array(rows))
     damaged = {row for key in DAMAGED_MASK for row in found.get(key, ())}
-    problems.masks_read += int(np.count_nonzero(mask_D >= 0))
-    problems.masks_given += int(np.count_nonzero(mask_D >= 0)) + len(damaged)
+    reading.masks_read += int(np.count_nonzero(mask_D >= 0))
+    reading.masks_given += int(np.count_nonzero(mask_D >= 0)) + len(damaged)
     sound = [mask for mask, is_sound in zip(read, sound_R.tolist(), strict=True) if is_sound]
     return mask_D, sound, area_R[sound_R]
 
@@ -461,31 +461,23 @@ def _joined(path: Path | None, parts: list[Results], report: StoreReport) -> Res
 
 # -- what is wrong ----------------------------------------------------------------------------------------------------
 
-_HINTS = {
-    "name images that the data set does not have": "give the results' own annotation file with --data",
-    "name categories that the data set does not have": "category_id is the id of the annotation file, not a row number",
-    "have a box that reaches out of their image": (
-        "boxes are x, y, width, height in pixels of the original image; clip them, or accept them as they are with "
-        "--allow-outside"
-    ),
-}
+_REFUSED = ("detection.image_id.unknown", "detection.category_id.unknown", "detection.bbox.outside")
 
 
 @dataclass
-class _Problems:
-    """What refuses a file, found block by block and reported at the end; and the report of what does not.
-
-    Every check works on whole columns, counts the offenders, and keeps the first few for the message.
+class _Reading:
+    """What is found block by block, and reported at the end.
 
     Attributes:
         truth: The data set.
         path: The results file; None for values.
         name: What to call it.
         allow_outside: Whether boxes may reach out of their image.
-        report: What is mended and dropped.
+        report: What deviates.
         place_D: Place in the file of each detection of the block that is being read.
         masks_given: Masks that were read, or are damaged.
         masks_read: Masks that were read.
+        misspelled: Deviations of ids that are known when they are written as the other type.
     """
 
     truth: GroundTruth
@@ -496,73 +488,61 @@ class _Problems:
     place_D: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     masks_given: int = 0
     masks_read: int = 0
-    _counts: dict[str, int] = field(default_factory=dict)
-    _examples: dict[str, list[str]] = field(default_factory=dict)
-    _misspelled: set[str] = field(default_factory=set)
+    misspelled: set[str] = field(default_factory=set)
 
-    def labels(self, rows: NDArray[np.int64]) -> list[str]:
-        """Return what to call detections of the block, by their places in it."""
-        return [f"position {place}" for place in self.place_D[rows].tolist()]
+    def count(
+        self, key: str, rows: NDArray[np.int64], describe: Callable[[int], str] = lambda _: ""
+    ) -> None:
+        """Count detections of the block by their places in it; ``describe`` adds to the place in the file."""
+        if len(rows):
+            named = (
+                f"position {self.place_D[row]}{describe(row)}" for row in rows[:_SHOWN].tolist()
+            )
+            self.report.count(key, chain(named, repeat("", max(0, len(rows) - _SHOWN))))
 
-    def add(self, kind: str, wrong: NDArray[Any], describe: Callable[[int], str]) -> None:
-        """Note offenders of a kind that has a hint: their positions in the block, and text for the message."""
-        if not len(wrong):
-            return
-        self._counts[kind] = self._counts.get(kind, 0) + len(wrong)
-        examples = self._examples.setdefault(kind, [])
-        examples.extend(describe(int(index)) for index in wrong[: _SHOWN - len(examples)])
-
-    def numbers(self, key: str, ids: list[Any], known: Index) -> NDArray[np.int64]:
-        """Return the number of each id; -1 for images or categories that the data set does not have, which is noted."""
+    def numbers(self, field: str, ids: list[Any], known: Index) -> NDArray[np.int64]:
+        """Return the number of each id; -1 for images or categories that the data set does not have, which is counted."""
         try:
             return np.fromiter(map(known.__getitem__, ids), dtype=np.int64, count=len(ids))
         except KeyError:
             number_D = np.array([known.get(value, -1) for value in ids], dtype=np.int64)
+        key = f"detection.{field}.unknown"
         wrong = np.flatnonzero(number_D < 0)
-        plural = {"image_id": "images", "category_id": "categories"}[key]
-        kind = f"name {plural} that the data set does not have"
-        self.add(kind, wrong, lambda i: f"position {self.place_D[i]}: {key} {ids[i]!r}"[:120])
+        self.count(key, wrong, lambda row: f": {field} {ids[row]!r}")
         if other_spelling(ids[wrong[0]]) in known:
-            self._misspelled.add(kind)
+            self.misspelled.add(key)
         return number_D
 
     def check_boxes(
         self, image_D: NDArray[np.int64], box_D4: NDArray[np.float64], kept_D: NDArray[np.bool_]
     ) -> None:
-        """Note boxes that reach out of their image by more than a pixel."""
+        """Count boxes that reach out of their image by more than a pixel."""
         if self.allow_outside:
             return
-        limit_I2 = self.truth.image_sizes_I2[:, ::-1] + _TOLERANCE_PIXELS
+        sizes_I2, ids = self.truth.image_sizes_I2, self.truth.image_ids
         end_D2 = box_D4[:, :2] + box_D4[:, 2:]
-        out_D2 = (end_D2 > limit_I2[image_D]) | (box_D4[:, :2] < -_TOLERANCE_PIXELS)
+        out_D2 = end_D2 > sizes_I2[image_D, ::-1] + _TOLERANCE_PIXELS
+        out_D2 |= box_D4[:, :2] < -_TOLERANCE_PIXELS
 
-        def describe(index: int) -> str:
-            sides = ", ".join(f"{side:g}" for side in box_D4[index])
-            image = int(image_D[index])
-            height, width = self.truth.image_sizes_I2[image]
-            of = f"image {self.truth.image_ids[image]!r} of {height} x {width}"
-            return f"position {self.place_D[index]}: [{sides}] in {of}"
+        def describe(row: int) -> str:
+            sides = ", ".join(f"{side:g}" for side in box_D4[row])
+            height, width = sizes_I2[image_D[row]]
+            return f": [{sides}] in image {ids[image_D[row]]!r} of {height} x {width}"
 
-        outside = np.flatnonzero(kept_D & (out_D2[:, 0] | out_D2[:, 1]))
-        self.add("have a box that reaches out of their image", outside, describe)
+        self.count("detection.bbox.outside", np.flatnonzero(kept_D & out_D2.any(axis=1)), describe)
 
-    def raise_if_any(self) -> None:
-        """Raise DataError for the first kind of problem found, naming the others."""
-        found = [kind for kind in _HINTS if kind in self._counts]
+    def refuse_if_needed(self) -> None:
+        """Raise DataError where detections cannot be of this data set."""
+        counts, total = self.report.counts, self.report.annotations_in
+        found = [key for key in _REFUSED if key in counts]
         if not found:
             return
-        kind = found[0]
-        count = self._counts[kind]
-        shown = "; ".join(self._examples[kind]) + ("; ..." if count > _SHOWN else "")
-        total = self.report.annotations_in
-        message = f"{self.name}: {count} of {total} detections {kind} ({shown})."
-        for other in found[1:]:
-            message += f" Also, {self._counts[other]} {other}."
-        hint = _HINTS[kind]
-        if kind in self._misspelled:
+        lines = "; ".join(line_of(key, counts[key], self.report.examples[key]) for key in found)
+        message, hint = f"{self.name}: of {total} detections, {lines}", DEVIATIONS[found[0]].then
+        if found[0] in self.misspelled:
             hint = "the same ids are there as numbers or as text: write them as the annotation file does"
-        elif kind.startswith("name") and count > total / 2:
-            message += f" These look like results of another data set than {self.truth.name}."
+        elif found[0] != _REFUSED[-1] and counts[found[0]] > total / 2:
+            message += f". These look like results of another data set than {self.truth.name}"
             hint = "evaluate with the annotation file of the data set that the detector ran on"
         raise DataError(message, hint=hint, path=self.path)
 

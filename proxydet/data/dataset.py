@@ -209,7 +209,7 @@ class DatasetConfig:
         """Return the split ``name``.
 
         Raises:
-            DataError: it is neither ``train`` nor ``val``, or the description has no such table.
+            DataError: it is neither ``train`` nor ``val``, or the config has no such table.
         """
         splits = {"train": self.train, "val": self.val}
         found = splits.get(name)
@@ -220,13 +220,13 @@ class DatasetConfig:
         if found is None:
             raise DataError(
                 f"the data set {self.name!r} has no [{name}] table",
-                hint=f"add [{name}] with annotations and images to its description",
+                hint=f"add [{name}] with annotations and images to its dataset config",
             )
         return found
 
 
 def _absolute(value: Any, folder: Path) -> Any:
-    """Return a copy of a description with its paths relative to ``folder`` made absolute."""
+    """Return a copy of a config with its paths relative to ``folder`` made absolute."""
     if isinstance(value, Path):
         return folder / value.expanduser()
     if isinstance(value, tuple):
@@ -282,7 +282,7 @@ def open_split(
         warn: As for `AnnotationStore.open`.
 
     Raises:
-        DataError: the description has no such split, or its annotation file cannot be read or has nothing to use.
+        DataError: the config has no such split, or its annotation file cannot be read or has nothing to use.
     """
     store = AnnotationStore.open(
         description.split(split).annotations, cache=cache, progress=progress, warn=warn

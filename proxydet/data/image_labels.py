@@ -157,7 +157,7 @@ def open_label_images(
     progress: Progress = SILENT,
     warn: bool = True,
 ) -> TarImages | FolderImages:
-    """Open the image-label data of a description, after indexing it where that was not done before.
+    """Open the image-label data of a dataset config, after indexing it where that was not done before.
 
     Args:
         spec: The table ``[image_labels]``.

@@ -422,7 +422,6 @@ def _bad_row(path: Path, number: int, why: object) -> DataError:
 
 DatasetName = Literal["lvis", "imagenet-lvis", "objects365", "openimages", "coco"]
 Action = Literal["made", "up to date", "kept"]
-DATASETS: tuple[DatasetName, ...] = ("lvis", "imagenet-lvis", "objects365", "openimages", "coco")
 
 _MARK = "# Written by `proxydet data prepare`. Remove this line to keep your changes."
 _TARS = "imagenet/ImageNet-21K"
@@ -439,7 +438,7 @@ class Step:
     path: Path
     """The file that it makes."""
     action: Action
-    """Whether it was made now, was up to date, or is a description that the user changed."""
+    """Whether it was made now, was up to date, or is a dataset config that the user changed."""
     detail: str = ""
     """Counts, and what to know."""
 
@@ -572,7 +571,7 @@ class _Work:
         return path
 
     def lvis_description(self, *, image_labels: bool) -> Path:
-        """Write the description of LVIS, with or without ImageNet-LVIS."""
+        """Write the dataset config of LVIS, with or without ImageNet-LVIS."""
         return self.description(
             "lvis",
             "lvis_v1_clip_a+cname.npy",

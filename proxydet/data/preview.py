@@ -145,7 +145,7 @@ def write_preview(
         description: The data set.
         path: ``.html``, ``.png``, ``.jpg`` or ``.webp``.
         request: Which images.
-        named: The description's file, for the commands that the page shows.
+        named: The dataset config's file, for the commands that the page shows.
         cache: Folder of annotation stores; None means the user's cache folder.
         progress: Where to show the drawing.
 
@@ -163,7 +163,7 @@ def write_preview(
         contact_sheet([picture.image for picture in pictures]).save(path)
         return path
     stats = dataset_stats(description, cache=cache, progress=progress)
-    return write_report(_page(stats, pictures, request, named or Path("DESCRIPTION.toml")), path)
+    return write_report(_page(stats, pictures, request, named or Path("DATASET.toml")), path)
 
 
 def _drawn_objects(

@@ -235,7 +235,7 @@ def _machine_needs(training: TrainingConfig) -> list[Need]:
 def _data_needs(description: DatasetConfig, config: RunSettings) -> list[Need]:
     needs = []
     if description.train is None:
-        text = "the description has no [train] table"
+        text = "the dataset config has no [train] table"
         needs.append(Need(what="training annotations", path="", present=False, problem=text))
     for name, split in (("training", description.train), ("validation", description.val)):
         if split is not None:

@@ -6,13 +6,13 @@ import csv
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from proxydet.data.prepare import DATASETS, prepare
+from proxydet.data.prepare import DatasetName, prepare
 from proxydet.evaluation.detector_evaluation import fusion_vocabulary
 from proxydet.evaluation.ground_truth import GroundTruth
 from proxydet.evaluation.groups import imagenet_groups
@@ -78,7 +78,7 @@ def root(
     source = root / "objects365" / "annotations" / "zhiyuan_objv2_val.json"
     source.write_text(json.dumps(annotations(named)))
     openimages_tables(root / "oid")
-    for name in DATASETS:
+    for name in get_args(DatasetName):
         if name != "imagenet-lvis":
             prepare(name, root)
     return root

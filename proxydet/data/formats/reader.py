@@ -44,6 +44,7 @@ _PLACE = re.compile(r"\(byte (\d+)\)")
 _AT_NOT_FINITE = re.compile(rb"-?(?:NaN|Infinity)|-?I")
 _NOT_FINITE_OR_STRING = re.compile(rb'"|-?\b(?:NaN|Infinity)\b')
 _REST_OF_STRING = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_MAYBE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _HEX = rb"[0-9a-fA-F]"
 _ESCAPE = re.compile(
     rb"\\(?:u[dD][89abAB]%s{2}\\u[dD][c-fC-F]%s{2}|(u[dD][89a-fA-F]%s{2})|.)" % (_HEX, _HEX, _HEX),
@@ -380,8 +381,10 @@ def _mended(text: Any, error: msgspec.DecodeError) -> tuple[bytes, str, list[str
     NaN and infinities become null, surrogates that are not one of a pair U+FFFD. None where it is about something else.
     """
     place = _PLACE.search(str(error))
+    text = bytes(text)
     parts, found = bytearray(), []
-    if "surrogate" in str(error):
+    if place is None or not _AT_NOT_FINITE.match(text, int(place[1])):
+        # Where the first half of a pair is without its second, the decoder may take what follows for the end.
 
         def replaced(match: re.Match[bytes]) -> bytes:
             if match[1] is None:
@@ -389,11 +392,9 @@ def _mended(text: Any, error: msgspec.DecodeError) -> tuple[bytes, str, list[str
             found.append(match[0].decode())
             return b"\\ufffd"
 
-        text = _ESCAPE.sub(replaced, bytes(text))
+        if _MAYBE_SURROGATE.search(text):
+            text = _ESCAPE.sub(replaced, text)
         return (text, "file.text", found) if found else None
-    if place is None or not _AT_NOT_FINITE.match(bytes(text[int(place[1]) : int(place[1]) + 9])):
-        return None
-    text = bytes(text)
     at = copied = 0
     while match := _NOT_FINITE_OR_STRING.search(text, at):
         if match[0] == b'"':

@@ -248,9 +248,10 @@ def test_masks_none_of_which_can_be_read_are_refused(files: Any) -> None:
     "wrap",
     [
         lambda text: text.replace(b'"file_name": "', b'"file_name": "\\udcff', 1),
+        lambda text: text.replace(b'"file_name": "', b'"file_name": "\\ud800', 1),
         lambda text: text.replace(b'"file_name": "', b'"file_name": "\xff', 1),
     ],
-    ids=["half of a surrogate pair", "not UTF-8"],
+    ids=["second half of a surrogate pair", "first half", "not UTF-8"],
 )
 def test_text_that_is_not_unicode_costs_no_other_record(
     tmp_path: Path, make_set: Callable[..., Any], wrap: Callable[[bytes], bytes]

@@ -77,7 +77,7 @@ def fetch(address: str, target: str, digest: str, connections: str) -> None:
     """Fetch the file as `proxydet download` does; the seconds go to stdout."""
     from proxydet.artifacts import Artifact, TransferSettings
     from proxydet.artifacts.http import Client
-    from proxydet.artifacts.transfer import RateLimit, Transfer
+    from proxydet.artifacts.transfer import Transfer
 
     started = time.perf_counter()
     artifact = Artifact(
@@ -89,7 +89,7 @@ def fetch(address: str, target: str, digest: str, connections: str) -> None:
         sha256=digest or None,
     )
     with Client(TransferSettings(connections=int(connections))) as client:
-        transfer = Transfer(artifact, Path(target), None, client, RateLimit(None), lambda _: None)
+        transfer = Transfer(artifact, Path(target), None, client, lambda _: None)
         transfer.run(take_over=True)
     seconds = time.perf_counter() - started
     print(json.dumps({"transfer_s": seconds}))

@@ -10,7 +10,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -247,17 +247,15 @@ class Family(Entry):
         if unpack is not None:
             provides = tuple(replace(p, path=fill(p.path)) for p in unpack.provides)
             unpack = Unpack(folder=fill(unpack.folder), provides=provides)
-        return Artifact(
-            name=f"{self.name}/{value}",
-            title=f"{self.title}: {value}",
-            addresses=tuple(fill(address) for address in self.addresses),
-            target=fill(self.target),
-            licence=self.licence,
-            login=self.login,
-            may_be_missing=self.may_be_missing,
-            unpack=unpack,
-            content=self.content,
-        )
+        common = {each.name: getattr(self, each.name) for each in fields(Entry)}
+        filled = {
+            "name": f"{self.name}/{value}",
+            "title": f"{self.title}: {value}",
+            "addresses": tuple(fill(address) for address in self.addresses),
+            "target": fill(self.target),
+            "unpack": unpack,
+        }
+        return Artifact(**{**common, **filled})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -431,8 +429,9 @@ class Catalogue:
                 raise ConfigError(f"{both} would both be written to {artifact.target}.")
             owners[artifact.target] = artifact.name
         for target, name in owners.items():
-            for parent in PurePosixPath(target).parents:
-                if str(parent) in owners:
+            parent = target
+            while parent := parent.rpartition("/")[0]:
+                if parent in owners:
                     raise ConfigError(f"{name} would be written below the file {parent}.")
 
 

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 import zlib
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,15 +27,13 @@ from proxydet.artifacts.http import (
 )
 from proxydet.artifacts.plan import (
     Item,
+    Need,
     Plan,
     Root,
     State,
     inspect,
-    make_plan,
-    refuse_unpinned,
-    with_announced_sizes,
 )
-from proxydet.artifacts.transfer import RateLimit, Seen, Transfer
+from proxydet.artifacts.transfer import Seen, Transfer
 from proxydet.errors import (
     ArchiveError,
     ArtifactError,
@@ -44,13 +42,14 @@ from proxydet.errors import (
     ProxydetError,
     TransferError,
 )
-from proxydet.files import Lock, sha256
+from proxydet.files import Lock, free_bytes, sha256
 from proxydet.reporting import SILENT, Progress, Task
 from proxydet.wording import counted
 
 _logger = logging.getLogger(__name__)
 
 _FAILURES_OF_A_HOST = 3
+_MOST_ASKED = 60
 _REPLACE = "Move it away, or give --force to replace it."
 
 Status = Literal["ready", "checked", "fetched", "unpacked", "missing", "needs account"]
@@ -176,7 +175,6 @@ class Downloader:
         self._progress = progress
         self._root = Root(self.options.root)
         self._client = Client(self.options.settings)
-        self._rate = RateLimit(self.options.settings.limit_rate)
         self._unpacking = threading.Lock()  # two archives at once would only fight over the disk
 
     def __enter__(self) -> Downloader:
@@ -192,19 +190,68 @@ class Downloader:
             ConfigError: A name is not in the catalogue.
             ArtifactError: A record under the root is damaged, or a file is refused as `DownloadOptions.strict` says.
         """
-        artifacts = self.catalogue.resolve(names)
-        plan = self._plan([inspect(artifact, self._root, self._client) for artifact in artifacts])
+        root = self._root
+        items = [
+            inspect(artifact, root, self._client) for artifact in self.catalogue.resolve(names)
+        ]
+        plan = self._plan(items)
         if self.options.strict:
-            refuse_unpinned(plan, self._root)
+            loose = [i.artifact for i in plan.todo if root.expected_digest(i.artifact) is None]
+            if loose:
+                listed = ", ".join(artifact.name for artifact in loose[:5])
+                listed += " ..." if len(loose) > 5 else ""
+                raise ArtifactError(
+                    f"No digest is published for {counted(len(loose), 'file')} ({listed}), and none is recorded here; "
+                    f"--strict refuses {'it' if len(loose) == 1 else 'them'}.",
+                    hint="Without --strict digests are recorded on first use and checked ever after.",
+                )
         return plan
 
     def ask_sizes(self, plan: Plan) -> Plan:
-        """Complete a plan by asking servers for the sizes that are not published."""
-        return self._plan(with_announced_sizes(plan.items, self._client))
+        """Complete a plan by asking servers for the sizes that are not published, 60 at most."""
+        waiting = deque([i.artifact for i in plan.items if i.to_fetch is None][:_MOST_ASKED])
+        sizes: dict[str, int | None] = {}
+
+        def ask() -> None:
+            with contextlib.suppress(IndexError):  # none is left
+                while artifact := waiting.popleft():
+                    sizes[artifact.name] = self._client.announced_size(
+                        artifact.addresses[0], pinned=artifact.pinned
+                    )
+
+        run_in_threads([ask] * min(8, len(waiting)), self._client.stop)
+        return self._plan([replace(i, announced=sizes.get(i.artifact.name)) for i in plan.items])
 
     def _plan(self, items: list[Item]) -> Plan:
-        options = self.options
-        return make_plan(items, self._root, 0 if options.keep_archives else options.settings.jobs)
+        """Add up the room that items take.
+
+        An archive and its files lie side by side until it is unpacked. Where archives are removed afterwards, no more
+        than one a job is there at any time, plus one whose unpacking waits for its turn.
+        """
+        lasting: dict[int, int] = defaultdict(int)
+        passing: dict[int, list[int]] = defaultdict(list)
+        bases: dict[int, dict[Path, int]] = defaultdict(lambda: defaultdict(int))
+        for item in items:
+            base, fetched = self._root.base(item.artifact.target), item.to_fetch or 0
+            place = base.absolute()
+            while not place.exists() and place != place.parent:
+                place = place.parent
+            device = place.stat().st_dev
+            bases[device][base] += fetched
+            if item.artifact.unpack is None:
+                lasting[device] += fetched
+            elif item.must_fetch or item.state is State.PACKED:
+                # The published sizes; but photographs do not shrink in archives.
+                unpacked = sum(provided.size or 0 for provided in item.artifact.unpack.provides)
+                lasting[device] += max(item.artifact.size or 0, unpacked)
+                passing[device].append(fetched)
+        at_once = None if self.options.keep_archives else self.options.settings.jobs
+        needs = []
+        for device, folders in bases.items():
+            most = max(folders, key=lambda folder: folders[folder])
+            needed = lasting[device] + sum(sorted(passing[device], reverse=True)[:at_once])
+            needs.append(Need(folder=most, needed=needed, free=free_bytes(most)))
+        return Plan(tuple(items), tuple(needs))
 
     def fetch(self, plan: Plan) -> Report:
         """Make everything in a plan ready, as far as possible, several at a time; the report holds the failures.
@@ -331,27 +378,32 @@ class Downloader:
         return records.file(self._root.path(artifact.target)).get("passing") is True
 
     def _check_there(self, item: Item) -> Outcome:
-        """Check a file that is there already: its digest, or what it holds where none is known."""
+        """Check what is there already: digests, or what a file holds where none is known."""
         artifact, target = item.artifact, self._root.path(item.artifact.target)
         if artifact.unpack is not None and item.state is State.UNCHECKED:
-            return self._check_placed(item, artifact.unpack)
+            folder = self._root.path(artifact.unpack.folder)
+            verdict, path, detail = self._verify_placed(folder, artifact.unpack, item.path)
+            if verdict == "damaged":
+                raise DigestError(
+                    f"{path} is there, but is not the published file: {detail}.",
+                    hint=_REPLACE,
+                    path=path,
+                )
+            return Outcome(name=artifact.name, status="checked", path=item.path, note=item.why)
         expected = self._root.expected_digest(artifact)
         known = self._root.records(artifact.target).file(target)
         digest, holds = known.get("sha256") or self._sha256(target), None
-        wrong = None
-        if expected is not None and digest != expected:
-            wrong = f"expected sha256 {expected}, got {digest}."
-        elif expected is None and (check := content_check(artifact)) is not None:
-            try:
+        try:
+            if expected is not None and digest != expected:
+                raise DigestError(f"expected sha256 {expected}, got {digest}.")
+            if expected is None and (check := content_check(artifact)) is not None:
                 holds = check.run(target)
-            except ProxydetError as error:
-                wrong = error.message
-        if wrong is not None:
+        except ProxydetError as error:
             raise DigestError(
-                f"{target} is there, but is not {artifact.name}: {wrong}",
+                f"{target} is there, but is not {artifact.name}: {error.message}",
                 hint=_REPLACE,
                 path=target,
-            )
+            ) from error
         fetched = known.get("fetched") is True
         self._record(
             artifact, Seen(sha256=digest, size=target.stat().st_size, holds=holds), fetched=fetched
@@ -362,21 +414,6 @@ class Downloader:
         return self._unpack(
             outcome, artifact, digest, keep=self.options.keep_archives or not fetched
         )
-
-    def _check_placed(self, item: Item, rule: Unpack) -> Outcome:
-        """Check unpacked files that somebody placed by hand, where their digests are published."""
-        for provided in rule.provides:
-            path = self._root.path(rule.folder) / provided.path
-            if provided.sha256 is not None:
-                digest = self._sha256(path)
-                if digest != provided.sha256:
-                    raise DigestError(
-                        f"{path} is there, but is not the published file: expected sha256 {provided.sha256}, got {digest}.",
-                        hint=_REPLACE,
-                        path=path,
-                    )
-                self._root.records(rule.folder).record_file(path, digest)
-        return Outcome(name=item.artifact.name, status="checked", path=item.path, note=item.why)
 
     def _fetch(self, item: Item, total: Task | None, lock: Lock) -> Outcome:
         artifact, target = item.artifact, self._root.path(item.artifact.target)
@@ -394,7 +431,7 @@ class Downloader:
                 if total is not None:
                     total.advance(change)
 
-            transfer = Transfer(artifact, target, first, self._client, self._rate, count)
+            transfer = Transfer(artifact, target, first, self._client, count)
             try:
                 seen = transfer.run(take_over=lock.held)
             except DigestError as error:
@@ -554,6 +591,8 @@ class Downloader:
                 proven = False
             elif (digest := self._sha256(place)) != provided.sha256:
                 return "damaged", place, f"expected sha256 {provided.sha256}, got {digest}"
+            else:
+                self._root.records(rule.folder).record_file(place, digest)
         if proven:
             return "sound", path, "published digests"
         return "unproven", path, "placed by hand; no check sums are known"

@@ -235,6 +235,8 @@ class Client:
         self._local = threading.local()
         self._sessions: list[_Session] = []
         self._closed = threading.Event()
+        self._rate_lock = threading.Lock()
+        self._free_at = 0.0  # when the speed limit lets the next bytes be read
 
     def __enter__(self) -> Client:
         return self
@@ -306,6 +308,21 @@ class Client:
         except TransferError as error:
             _logger.debug("%s did not say its size: %s", shown(address), error.message)
             return None
+
+    def took(self, count: int) -> None:
+        """Account for bytes that were just read; under a speed limit, wait until the next may be read.
+
+        Raises:
+            StoppedError: The stop sign was given meanwhile.
+        """
+        if self.settings.limit_rate is None:
+            return
+        with self._rate_lock:
+            now = time.monotonic()
+            self._free_at = max(self._free_at, now) + count / self.settings.limit_rate
+            wait = self._free_at - now
+        if self.stop.wait(wait):
+            raise StoppedError
 
     def has_credentials(self, address: str) -> bool:
         """Return whether a cookie or a netrc entry is at hand for the host of an address."""

@@ -13,9 +13,8 @@ Two records lie in each folder of downloads:
 from __future__ import annotations
 
 import os
-from collections import defaultdict, deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from enum import Enum
 from pathlib import Path, PurePosixPath
@@ -25,12 +24,12 @@ import msgspec
 
 from proxydet.artifacts.archives import Listing, read_listing
 from proxydet.artifacts.catalogue import Artifact, Provided, Unpack
-from proxydet.artifacts.http import Client, run_in_threads
+from proxydet.artifacts.http import Client
 from proxydet.artifacts.transfer import Seen, kept_bytes
 from proxydet.errors import ArtifactError, DiskFullError
-from proxydet.files import Lock, free_bytes, read_json, write_json
+from proxydet.files import Lock, read_json, write_json
 from proxydet.paths import datasets_folder, models_folder
-from proxydet.wording import counted, size_text
+from proxydet.wording import size_text
 
 LOCK_FILE = "artifacts.lock.json"
 _HIDDEN_FOLDER = ".proxydet"
@@ -391,81 +390,3 @@ class Plan:
                     hint="Free some space, choose another place with --root, or ask for less at a time.",
                     path=need.folder,
                 )
-
-
-def make_plan(items: Iterable[Item], root: Root, archives_at_once: int) -> Plan:
-    """Add up what items take.
-
-    An archive and its files lie side by side until it is unpacked. Where archives are removed afterwards, no more
-    than one a job is there at any time, plus one whose unpacking waits for its turn.
-
-    Args:
-        items: What was found.
-        root: Where files lie.
-        archives_at_once: How many archives lie next to what they were unpacked to at any time; 0 for all of them.
-    """
-    items = tuple(items)
-    lasting: dict[int, int] = defaultdict(int)
-    passing: dict[int, list[int]] = defaultdict(list)
-    bases: dict[int, dict[Path, int]] = defaultdict(lambda: defaultdict(int))
-    for item in items:
-        base, fetched, rule = (
-            root.base(item.artifact.target),
-            item.to_fetch or 0,
-            item.artifact.unpack,
-        )
-        place = base.absolute()
-        while not place.exists() and place != place.parent:
-            place = place.parent
-        device = place.stat().st_dev
-        bases[device][base] += fetched
-        if rule is None:
-            lasting[device] += fetched
-        elif item.must_fetch or item.state is State.PACKED:
-            # The published sizes; but photographs do not shrink in archives.
-            unpacked = sum(provided.size or 0 for provided in rule.provides)
-            lasting[device] += max(item.artifact.size or 0, unpacked)
-            passing[device].append(fetched)
-    needs = []
-    for device, folders in bases.items():
-        together = sorted(passing[device], reverse=True)[: archives_at_once or None]
-        most = max(folders, key=lambda folder: folders[folder])
-        needs.append(
-            Need(folder=most, needed=lasting[device] + sum(together), free=free_bytes(most))
-        )
-    return Plan(items, tuple(needs))
-
-
-def refuse_unpinned(plan: Plan, root: Root) -> None:
-    """Check that everything still to be done has a published or recorded digest, before anything is fetched.
-
-    Raises:
-        ArtifactError: Something has none, or a record under the root is damaged.
-    """
-    names = [i.artifact.name for i in plan.todo if root.expected_digest(i.artifact) is None]
-    if names:
-        listed = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
-        raise ArtifactError(
-            f"No digest is published for {counted(len(names), 'file')} ({listed}), and none is recorded here; "
-            f"--strict refuses {'it' if len(names) == 1 else 'them'}.",
-            hint="Without --strict digests are recorded on first use and checked ever after.",
-        )
-
-
-def with_announced_sizes(items: Sequence[Item], client: Client) -> list[Item]:
-    """Ask servers for the sizes that are not published, 60 at most; what they do not say stays unknown."""
-    waiting = deque([item.artifact for item in items if item.to_fetch is None][:_MOST_ASKED])
-    sizes: dict[str, int | None] = {}
-
-    def ask() -> None:
-        while waiting:
-            try:
-                artifact = waiting.popleft()
-            except IndexError:  # another thread took the last one
-                return
-            sizes[artifact.name] = client.announced_size(
-                artifact.addresses[0], pinned=artifact.pinned
-            )
-
-    run_in_threads([ask] * min(8, len(waiting)), client.stop)
-    return [replace(item, announced=sizes.get(item.artifact.name)) for item in items]

@@ -13,7 +13,6 @@ import os
 import random
 import re
 import threading
-import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
@@ -280,37 +279,6 @@ def _files_next_to(target: Path, suffix: str = "") -> list[Path]:
     return [target.parent / e.name for e in os.scandir(target.parent) if fits.fullmatch(e.name)]
 
 
-# ---- what transfers share ----------------------------------------------------------------------------------------------
-
-
-class RateLimit:
-    """Keeps the sum of all transfers under a rate.
-
-    Args:
-        bytes_per_second: The rate; None for no limit.
-    """
-
-    def __init__(self, bytes_per_second: float | None) -> None:
-        self._rate = bytes_per_second
-        self._lock = threading.Lock()
-        self._free_at = 0.0
-
-    def took(self, count: int, stop: threading.Event) -> None:
-        """Account for ``count`` bytes that were just read, and wait until the next may be read.
-
-        Raises:
-            StoppedError: The stop sign was given meanwhile.
-        """
-        if self._rate is None:
-            return
-        with self._lock:
-            now = time.monotonic()
-            self._free_at = max(self._free_at, now) + count / self._rate
-            wait = self._free_at - now
-        if stop.wait(wait):
-            raise StoppedError
-
-
 # ---- fetching ----------------------------------------------------------------------------------------------------------
 
 
@@ -322,12 +290,11 @@ class Transfer:
         target: Its final path.
         expected: Size and digest that were recorded on first use, where none are published.
         client: Makes the requests.
-        rate: The speed limit over all transfers.
         counted: Called with the bytes that need no longer be fetched; negative for those that are thrown away.
     """
 
     def __init__(
-        self, artifact: Artifact, target: Path, expected: Seen | None, client: Client, rate: RateLimit,
+        self, artifact: Artifact, target: Path, expected: Seen | None, client: Client,
         counted: Callable[[int], None],
     ) -> None:  # fmt: skip
         self._name, self._page, self._target = artifact.name, artifact.page, target
@@ -339,7 +306,7 @@ class Transfer:
             mirrored = mirror_address(client.settings.mirror, artifact.target)
             self._addresses = (mirrored, *artifact.addresses)
         self._html = target.suffix.lower() in (".html", ".htm")
-        self._client, self._settings, self._rate = client, client.settings, rate
+        self._client, self._settings = client, client.settings
         self._report, self._counted = counted, 0
         self._lock = threading.Lock()
 
@@ -639,7 +606,7 @@ class Transfer:
             stored = self._part.record.stored
             change, self._counted = stored - self._counted, stored
         self._report(change)
-        self._rate.took(received, self._client.stop)
+        self._client.took(received)
 
     def _checked(self) -> Seen:
         part, name, source = self._part, self._name, shown(self._address)

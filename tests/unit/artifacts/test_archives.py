@@ -215,7 +215,7 @@ NAMES = ["/etc/evil", "../evil", "photos/../../../evil", "photos/..", "a\\..\\ev
          "photos/\x1b[2Jx", "photos/" + "p/" * 31 + "x", "photos/\u202egpj.exe"]  # fmt: skip
 
 
-@pytest.mark.parametrize("suffix", MAKERS)
+@pytest.mark.parametrize("suffix", [".zip", ".tar"])
 @pytest.mark.parametrize("name", NAMES)
 def test_names_that_lead_elsewhere(place, tmp_path, name, suffix) -> None:
     data = MAKERS[suffix]({"photos/good.jpg": b"x", name: b"evil"})
@@ -272,8 +272,9 @@ def test_an_encrypted_zip(place) -> None:
 
 
 class TestBombs:
-    def test_a_tar_of_many_times_its_size(self, place) -> None:
-        data = gzip.compress(tarred({"photos/zeros": bytes(80 << 20)}))
+    def test_a_tar_of_many_times_its_size(self, place, monkeypatch) -> None:
+        monkeypatch.setattr("proxydet.artifacts.archives.SPARE_BYTES", 1 << 20)
+        data = gzip.compress(tarred({"photos/zeros": bytes(4 << 20)}))
         with pytest.raises(ArchiveError, match="200"):
             place.unpack(".tar.gz", data)
 
@@ -284,8 +285,9 @@ class TestBombs:
             place.unpack(".zip", data)
         assert place.files() == {}
 
-    def test_what_follows_the_end_of_a_tar_counts_too(self, place) -> None:
-        data = gzip.compress(tarred({"photos/a": b"x"}) + bytes(80 << 20))
+    def test_what_follows_the_end_of_a_tar_counts_too(self, place, monkeypatch) -> None:
+        monkeypatch.setattr("proxydet.artifacts.archives.SPARE_BYTES", 1 << 20)
+        data = gzip.compress(tarred({"photos/a": b"x"}) + bytes(4 << 20))
         with pytest.raises(ArchiveError, match="200"):
             place.unpack(".tar.gz", data)
 
@@ -400,7 +402,7 @@ class TestDamage:
             place.unpack(".zip", bytes(data))
 
     @pytest.mark.parametrize("suffix", MAKERS)
-    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15)
     @given(
         flips=st.lists(
             st.tuples(st.integers(0, 4000), st.integers(1, 255)), min_size=1, max_size=20

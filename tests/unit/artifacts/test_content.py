@@ -110,7 +110,7 @@ class TestHostileCheckpoints:
         with pytest.raises(DigestError, match="no parameters"):
             check(as_checkpoint(pickle.dumps({"model": {"x": evil}})))
 
-    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
     @given(data=st.binary(max_size=400))
     def test_any_pickle_ends_in_a_count_or_a_clear_error(self, check, data) -> None:
         with contextlib.suppress(DigestError):
@@ -148,7 +148,7 @@ class TestDamagedCheckpoints:
             check(stream.getvalue())
 
     @pytest.mark.parametrize("legacy", [False, True])
-    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
     @given(
         flips=st.lists(st.tuples(st.integers(0, 5000), st.integers(1, 255)), min_size=1, max_size=8)
     )

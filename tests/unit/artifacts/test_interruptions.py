@@ -112,7 +112,7 @@ def kill_at_random(
 
 @pytest.mark.parametrize("connections", [1, 3])
 def test_killed_and_resumed(start, server, tmp_path, body, connections) -> None:
-    kill_at_random(start, server, tmp_path, body, 3, connections, pinned=connections == 1)
+    kill_at_random(start, server, tmp_path, body, 2, connections, pinned=connections == 1)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 from proxydet.errors import TransferError
 
@@ -82,13 +82,3 @@ def shown(address: str) -> str:
     except ValueError:
         return "(unreadable address)"
     return f"{parts.scheme}://{parts.hostname or ''}{port}{parts.path}"
-
-
-def mirror_address(mirror: str, target: str) -> str:
-    """Return where a mirror keeps a file: the layout under the mirror is that of the data root.
-
-    Args:
-        mirror: Base address of the mirror.
-        target: Path of the file relative to the data root, with forward slashes.
-    """
-    return f"{mirror.rstrip('/')}/{quote(target)}"

@@ -155,7 +155,7 @@ class Tar:
                         hint=_HOSTILE,
                     )
                 if count == MOST_MEMBERS or not 0 <= member.size <= self._most - self._at:
-                    self._refuse_bomb()
+                    raise _bomb(self.path)
                 self._left = member.size if member.isreg() else 0
                 yield member
             if (
@@ -205,11 +205,8 @@ class Tar:
         data = self._file.read(size)
         self._at += len(data)
         if self._at > self._most:
-            self._refuse_bomb()
+            raise _bomb(self.path)
         return data
-
-    def _refuse_bomb(self) -> None:
-        raise _bomb(self.path)
 
 
 def _bomb(path: Path) -> ArchiveError:

@@ -640,7 +640,12 @@ def download(
     options = options or DownloadOptions(root=None if root is None else Path(root))
     with Downloader(catalogue or Catalogue.load(), options, progress) as downloader:
         plan = downloader.plan([name])
-        _require_credentials(name, plan)
+        locked = [item for item in plan.items if item.state is State.NEEDS_ACCOUNT]
+        if locked:
+            raise ArtifactError(
+                f"{len(locked)} of {len(plan.items)} files of {name} need an account.",
+                hint=locked[0].why,
+            )
         downloader.fetch(plan).raise_for_failures()
     return _common([item.path for item in plan.items])
 
@@ -671,15 +676,6 @@ def locate(
                 path=item.path,
             )
     return _common([item.path for item in plan.items])
-
-
-def _require_credentials(name: str, plan: Plan) -> None:
-    locked = [item for item in plan.items if item.state is State.NEEDS_ACCOUNT]
-    if locked:
-        raise ArtifactError(
-            f"{len(locked)} of {len(plan.items)} files of {name} need an account.",
-            hint=locked[0].why,
-        )
 
 
 def _common(paths: Sequence[Path]) -> Path:

@@ -13,15 +13,17 @@ import os
 import random
 import re
 import threading
+import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import msgspec
 
 from proxydet.artifacts import google_drive
-from proxydet.artifacts.addresses import host_of, mirror_address, shown
+from proxydet.artifacts.addresses import host_of, shown
 from proxydet.artifacts.catalogue import Artifact
 from proxydet.artifacts.content import content_check
 from proxydet.artifacts.http import (
@@ -43,6 +45,7 @@ _logger = logging.getLogger(__name__)
 _BLOCK = 1 << 20
 _ENDLESS = 1 << 60
 _LARGEST_PAGE = 1 << 20
+_FOLLOW_SECONDS = 0.05
 _SAVE_SECONDS = 1.0
 _REPLACED = (
     "Its file was replaced, or something stands in between. Try another source with --mirror."
@@ -227,15 +230,21 @@ class PartFile:
         os.close(self._descriptor)
 
     def _follow(self) -> None:
-        while not self._closed.wait(_SAVE_SECONDS):
+        saved = time.monotonic()
+        while not self._closed.wait(_FOLLOW_SECONDS):
             # What fails here fails again at the next write, or in the end.
             with contextlib.suppress(ProxydetError, OSError):
                 self._catch_up()
-                self._save()
+                if time.monotonic() - saved >= _SAVE_SECONDS:
+                    self._save()
+                    saved = time.monotonic()
 
     def _catch_up(self) -> None:
         with self._following:
-            while count := min(self.record.frontier - self._digested, _BLOCK):
+            goal = (
+                self.record.frontier
+            )  # what comes meanwhile is for the next time: the record is due
+            while count := min(goal - self._digested, _BLOCK):
                 block = os.pread(self._descriptor, count, self._digested)
                 if not block:
                     raise OSError("what was just written cannot be read back")
@@ -303,7 +312,8 @@ class Transfer:
         self._check = None if self._sha256 else content_check(artifact)
         self._addresses = artifact.addresses
         if client.settings.mirror is not None:
-            mirrored = mirror_address(client.settings.mirror, artifact.target)
+            # Files lie under a mirror as under the data root.
+            mirrored = f"{client.settings.mirror.rstrip('/')}/{quote(artifact.target)}"
             self._addresses = (mirrored, *artifact.addresses)
         self._html = target.suffix.lower() in (".html", ".htm")
         self._client, self._settings = client, client.settings

@@ -13,7 +13,6 @@ from pathlib import Path
 from proxydet.artifacts.archives import Tar
 from proxydet.artifacts.catalogue import Artifact, Content
 from proxydet.errors import ArchiveError, CheckpointError
-from proxydet.weight_files import read_shapes
 
 _MAY_BE_MISSING = (
     ".freq_weight",
@@ -60,6 +59,8 @@ def _check_tar(path: Path, *, images: bool) -> str:
 
 
 def _check_checkpoint(path: Path, content: Content) -> str:
+    from proxydet.weight_files import read_shapes  # numpy takes a fifth of a second
+
     found = read_shapes(path)
     if content.layout is None:
         return f"{len(found)} tensors" if len(found) > 1 else "1 tensor"

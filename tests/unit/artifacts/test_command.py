@@ -11,6 +11,7 @@ import select
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +30,8 @@ addresses = ["{address}"]
 target = "models/{name}.bin"
 {more}
 """
+# A suite that is run in the background hands Ctrl-C down ignored.
+SIGNALLED = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
 TYPED = "import sys; from proxydet_cli.main import main; sys.exit(main())"
 LOGIN = 'login = { site = "https://example.org/join", how = "Register there." }\n'
 
@@ -286,7 +289,7 @@ def on_terminal(folder: Path, keys: bytes) -> tuple[int, str]:
     """Type keys when asked, on a terminal that is the process's own, so that Ctrl-C is a signal."""
     controller, terminal = pty.openpty()
     # The first process of a session that opens a terminal is controlled by it.
-    own = "import os; os.open(os.ttyname(0), os.O_RDWR); " + TYPED
+    own = "import os; os.open(os.ttyname(0), os.O_RDWR); " + SIGNALLED + TYPED
     process = subprocess.Popen(
         [sys.executable, "-c", own, "download", "thing", "--catalogue", "catalogue.toml"],
         stdin=terminal,
@@ -296,8 +299,8 @@ def on_terminal(folder: Path, keys: bytes) -> tuple[int, str]:
         start_new_session=True,
     )
     os.close(terminal)
-    shown = b""
-    while True:
+    shown, end = b"", time.monotonic() + 60
+    while time.monotonic() < end:
         if select.select([controller], [], [], 0.5)[0]:
             try:
                 shown += os.read(controller, 4096)
@@ -306,7 +309,7 @@ def on_terminal(folder: Path, keys: bytes) -> tuple[int, str]:
         elif b"Continue?" in shown:
             # What is typed before the prompt has set up its terminal is thrown away with what was typed ahead: again.
             os.write(controller, keys)
-    os.close(controller)
+    os.close(controller)  # hangs up on a process that still waits
     return process.wait(timeout=60), shown.decode()
 
 

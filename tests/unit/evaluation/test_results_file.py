@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from proxydet.data.deviations import DEVIATIONS
 from proxydet.data.masks import rasterize
@@ -520,3 +523,59 @@ def test_boxes_drawn_around_masks_are_so_for_unjudged_detections_too(files: Any)
     assert (results.mask_D >= 0).all()
     assert results.drawn_D.all()
     assert (results.box_D4[covers][:, 2:] > 0).all()
+
+
+number = st.one_of(
+    st.integers(-5, 70), st.floats(-60, 80), st.sampled_from([math.nan, math.inf, 1e308, 2**64])
+)
+anything = st.one_of(
+    st.none(), st.booleans(), number, st.text(max_size=3), st.lists(number, max_size=5)
+)
+mask = st.one_of(
+    anything,
+    st.lists(st.one_of(st.lists(number, min_size=4, max_size=9), anything), max_size=3),
+    st.fixed_dictionaries(
+        {}, optional={"counts": anything, "size": st.one_of(st.just([48, 64]), anything)}
+    ),
+    st.just({"size": [48, 64], "counts": repr(COUNTS)}),
+)
+detection = st.fixed_dictionaries(
+    {"image_id": st.sampled_from([1, 1.0, 1, [1]]), "category_id": st.sampled_from([1, None])},
+    optional={
+        "score": st.one_of(st.floats(0, 1), anything),
+        "bbox": st.one_of(st.lists(number, min_size=4, max_size=4), anything),
+        "segmentation": mask,
+    },
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.one_of(detection, anything), max_size=6), st.booleans())
+def test_no_detection_is_lost_silently(rows: list[Any], every_mask: bool) -> None:
+    box = {"image_id": 1, "category_id": 1, "bbox": [1, 1, 9, 9], "score": 0.5}
+    truth = GroundTruth.load(
+        {
+            "images": [{"id": 1, "file_name": "a.png", "height": 48, "width": 64}],
+            "categories": [{"id": 1, "name": "a"}],
+            "annotations": [{**box, "segmentation": SQUARE}],
+        }
+    )
+    sound = {**box, "segmentation": SQUARE}
+    given_rows = [sound, *rows]
+    results = read_results(
+        given_rows, truth, keep_every_mask=every_mask, allow_outside=True, allow_duplicates=True
+    )
+    report = results.report
+    fates = {key: (rule.of, rule.fate) for key, rule in DEVIATIONS.items()}
+    dropped = sum(
+        count
+        for key, count in report.counts.items()
+        if fates[key] in (("annotation", "dropped"), ("detection", "dropped"))
+    )
+    assert report.annotations_in == len(given_rows)
+    assert report.annotations_in == report.annotations_kept + dropped == len(results) + dropped
+    assert np.isfinite(results.box_D4).all()
+    assert np.isfinite(results.score_D).all()
+    assert (results.mask_D < len(results.masks)).all()
+    assert results.without_mask == np.count_nonzero(results.mask_D < 0)
+    assert all(len(mask["counts"]) for mask in results.masks)

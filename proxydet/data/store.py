@@ -43,7 +43,6 @@ from proxydet.data.formats.records import (
     Flaw,
     Identifier,
     ImageEntry,
-    Loose,
 )
 from proxydet.errors import DataError
 from proxydet.files import build_once, remembered_sha256, sha256, staged
@@ -679,19 +678,14 @@ class _Builder:
                     self._report.count("category.frequency", [entry.name])
         return ordered
 
-    def _read_images(self, records: Sequence[ImageEntry | Loose | Flaw]) -> list[ImageEntry]:
+    def _read_images(self, records: Sequence[ImageEntry | Flaw]) -> list[ImageEntry]:
         report = self._report
         kept: dict[Identifier, ImageEntry] = {}
-        for record in records:
-            if isinstance(record, Flaw):
-                report.count(record.key, [record.which])
-                self._dropped_images.update([record.which, other_spelling(record.which)])
+        for entry in records:
+            if isinstance(entry, Flaw):
+                report.count(entry.key, [entry.which])
+                self._dropped_images.update([entry.which, other_spelling(entry.which)])
                 continue
-            entry = record.entry if isinstance(record, Loose) else record
-            assert isinstance(entry, ImageEntry)
-            if isinstance(record, Loose):
-                for key in record.mended:
-                    report.count(key, [entry.id])
             if (
                 entry.width <= 0
                 or entry.height <= 0
@@ -759,7 +753,7 @@ class _Builder:
 
     # Annotations.
 
-    def add(self, records: Sequence[AnnotationEntry | Loose | Flaw], start: int) -> None:
+    def add(self, records: Sequence[AnnotationEntry | Flaw], start: int) -> None:
         """Check and collect a chunk of annotations.
 
         Args:
@@ -772,21 +766,16 @@ class _Builder:
         labels: list[object] = []
         rows: list[tuple[Any, ...]] = []
         runs: list[tuple[int, bytes]] = []
-        for position, record in enumerate(records, start):
-            if isinstance(record, Flaw):
-                report.count(record.key, [record.which])
+        for position, entry in enumerate(records, start):
+            if isinstance(entry, Flaw):
+                report.count(entry.key, [entry.which])
                 continue
-            mended = record.mended if isinstance(record, Loose) else []
-            entry = record.entry if isinstance(record, Loose) else record
-            assert isinstance(entry, AnnotationEntry)
             label = entry.id if entry.id is not None else f"position {position}"
             image = self._row_of_image.get(entry.image_id)
             category = self._row_of_category.get(entry.category_id)
             if image is None or category is None:
                 report.count(self._unknown(entry, image, label), [label])
                 continue
-            for key in mended:
-                report.count(key, [label])
             first_polygon = len(self._point_offsets) - 1
             if entry.segmentation:
                 mask = masks.read(entry.segmentation, self._sizes[image])

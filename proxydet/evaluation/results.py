@@ -38,7 +38,7 @@ from proxydet.data.formats.reader import (
     other_spelling,
     owners,
 )
-from proxydet.data.formats.records import Flaw, Identifier, Loose
+from proxydet.data.formats.records import Flaw, Identifier
 from proxydet.errors import DataError
 from proxydet.evaluation.ground_truth import GroundTruth
 
@@ -179,7 +179,7 @@ _RUNS = msgspec.json.Decoder(list[masks.RunLengths])
 _SHORTEST_MASK = 4
 
 
-def _loose_row(fields: dict[str, Any], which: str) -> Loose | Flaw:
+def _loose_row(fields: dict[str, Any], which: str) -> _Row | Flaw:
     ids = owners(fields, which)
     if isinstance(ids, Flaw):
         return ids
@@ -189,7 +189,7 @@ def _loose_row(fields: dict[str, Any], which: str) -> Loose | Flaw:
     if box is not None:
         box = tuple(box) if masks.are_numbers(box, 4) else (math.nan,) * 4
     text = _ABSENT if mask is None else msgspec.Raw(json.dumps(mask).encode())
-    return Loose(_Row(**ids, score=float(fields["score"]), bbox=box, segmentation=text), [])
+    return _Row(**ids, score=float(fields["score"]), bbox=box, segmentation=text)
 
 
 # -- files with images and categories of their own --------------------------------------------------------------------
@@ -212,12 +212,12 @@ def _named(text: JsonText, lists: _Object, key: str, name: str) -> list[_Named]:
     """Return the images or categories of a file; DataError where two have one id."""
     of = {"images": "image", "categories": "category"}[key]
 
-    def loosely(fields: dict[str, Any], which: str) -> Loose | Flaw:
+    def loosely(fields: dict[str, Any], which: str) -> _Named | Flaw:
         own_id = identifier(fields.get("id"))
         if own_id is None:
             return Flaw(f"{of}.record", which)
         texts = {k: v for k in ("file_name", "name") if isinstance(v := fields.get(k), str)}
-        return Loose(_Named(own_id, **texts), [])
+        return _Named(own_id, **texts)
 
     rows = []
     for record in chain.from_iterable(
@@ -225,7 +225,7 @@ def _named(text: JsonText, lists: _Object, key: str, name: str) -> list[_Named]:
     ):
         if isinstance(record, Flaw):
             raise refused(record.key, text.path, name, [record.which])
-        rows.append(record.entry if isinstance(record, Loose) else record)
+        rows.append(record)
     repeated = [value for value, n in Counter(row.id for row in rows).items() if n > 1]
     if repeated:
         raise refused(f"{of}.id.repeated", text.path, name, repeated)
@@ -309,7 +309,7 @@ def _categories_of(
 
 
 def _columns(
-    block: list[_Row | Loose | Flaw],
+    block: list[_Row | Flaw],
     indexes: tuple[Index, Index],
     reading: _Reading,
     keep_every_mask: bool,
@@ -322,9 +322,8 @@ def _columns(
         for record in block:
             if isinstance(record, Flaw):
                 report.count(record.key, [record.which])
-        read = [row.entry if isinstance(row, Loose) else row for row in block]
-        place_D = place_D[[not isinstance(row, Flaw) for row in read]]
-        rows = [row for row in read if not isinstance(row, Flaw)]
+        place_D = place_D[[not isinstance(row, Flaw) for row in block]]
+        rows = [row for row in block if not isinstance(row, Flaw)]
     reading.place_D = place_D
     image_D = reading.numbers("image_id", [row.image_id for row in rows], indexes[0])
     category_D = reading.numbers("category_id", [row.category_id for row in rows], indexes[1])

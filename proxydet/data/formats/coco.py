@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from proxydet.data.formats.records import (
     Document,
     Flaw,
     ImageEntry,
-    Loose,
 )
 from proxydet.data.masks import are_numbers
 from proxydet.errors import DataError
@@ -63,7 +63,7 @@ def read(source: Path | bytes, name: str, report: StoreReport) -> Document:
     lists = _lists(text)
     annotations = text.records(
         AnnotationEntry,
-        _loose_annotation,
+        partial(_loose_annotation, report),
         "annotation.record",
         text=lists.annotations,
         field="annotations",
@@ -76,14 +76,11 @@ def read(source: Path | bytes, name: str, report: StoreReport) -> Document:
             path=text.path,
         )
 
-    def loose_category(fields: dict[str, Any], which: str) -> Loose | Flaw:
-        return _loose_category(fields, which, report)
-
     categories: list[CategoryEntry] = []
     for record in itertools.chain.from_iterable(
         text.records(
             CategoryEntry,
-            loose_category,
+            partial(_loose_category, report),
             "category.record",
             text=lists.categories,
             field="categories",
@@ -91,9 +88,9 @@ def read(source: Path | bytes, name: str, report: StoreReport) -> Document:
     ):
         if isinstance(record, Flaw):
             raise refused(record.key, text.path, name, [record.which])
-        categories.append(record.entry if isinstance(record, Loose) else record)
+        categories.append(record)
     images = text.records(
-        ImageEntry, _loose_image, "image.record", text=lists.images, field="images"
+        ImageEntry, partial(_loose_image, report), "image.record", text=lists.images, field="images"
     )
     return Document(
         format="COCO JSON",
@@ -143,14 +140,15 @@ def _lists(text: JsonText) -> _Lists:
         ) from error
 
 
-def _loose_annotation(fields: dict[str, Any], which: str) -> Loose | Flaw:
+def _loose_annotation(
+    report: StoreReport, fields: dict[str, Any], which: str
+) -> AnnotationEntry | Flaw:
     """Read an annotation field by field: what is wrong costs its field where the object can still be used."""
     own_id = identifier(fields.get("id"))
     which = which if own_id is None else str(own_id)
     ids = owners(fields, which)
     if isinstance(ids, Flaw):
         return ids
-    mended: list[str] = []
     flags: dict[str, Any] = {}
     for name in ("iscrowd", "ignore"):
         value = fields.get(name, 0)
@@ -161,22 +159,19 @@ def _loose_annotation(fields: dict[str, Any], which: str) -> Loose | Flaw:
                 isinstance(value, str) and value.strip().lower() in ("1", "true", "yes")
             )
             if name == "iscrowd":
-                mended.append("annotation.iscrowd")
+                report.count("annotation.iscrowd", [which])
     box, area = fields.get("bbox"), fields.get("area")
-    return Loose(
-        AnnotationEntry(
-            **ids,
-            **flags,
-            bbox=(box[0], box[1], box[2], box[3]) if are_numbers(box, 4) else None,
-            segmentation=fields.get("segmentation"),
-            area=area if area is not None and are_numbers([area]) else None,
-            id=own_id,
-        ),
-        mended,
+    return AnnotationEntry(
+        **ids,
+        **flags,
+        bbox=(box[0], box[1], box[2], box[3]) if are_numbers(box, 4) else None,
+        segmentation=fields.get("segmentation"),
+        area=area if area is not None and are_numbers([area]) else None,
+        id=own_id,
     )
 
 
-def _loose_image(fields: dict[str, Any], which: str) -> Loose | Flaw:
+def _loose_image(report: StoreReport, fields: dict[str, Any], which: str) -> ImageEntry | Flaw:
     own_id = identifier(fields.get("id"))
     if own_id is None:
         return Flaw("image.id", which)
@@ -184,23 +179,23 @@ def _loose_image(fields: dict[str, Any], which: str) -> Loose | Flaw:
     if not are_numbers(sides) or any(side != int(side) for side in sides):
         return Flaw("image.size", str(own_id))
     width, height = (int(side) for side in sides)
-    mended: list[str] = []
     lists: dict[str, Any] = {}
     for name in LABEL_LISTS:
         value = fields.get(name)
         ids = [identifier(item) for item in value] if isinstance(value, list) else [None]
         lists[name] = [item for item in ids if item is not None] if None not in ids else None
         if value is not None and lists[name] is None:
-            mended.append("image.list.type")
+            report.count("image.list.type", [own_id])
     names: dict[str, Any] = {}
     for name in ("file_name", "coco_url"):
         value = fields.get(name)
         names[name] = value if isinstance(value, str) else None
-    entry = ImageEntry(id=own_id, width=width, height=height, **names, **lists)
-    return Loose(entry, mended)
+    return ImageEntry(id=own_id, width=width, height=height, **names, **lists)
 
 
-def _loose_category(fields: dict[str, Any], which: str, report: StoreReport) -> Loose | Flaw:
+def _loose_category(
+    report: StoreReport, fields: dict[str, Any], which: str
+) -> CategoryEntry | Flaw:
     own_id = identifier(fields.get("id"))
     if own_id is None or not isinstance(fields.get("name"), str):
         return Flaw("category.record", which)
@@ -210,4 +205,4 @@ def _loose_category(fields: dict[str, Any], which: str, report: StoreReport) -> 
             kept[field.name] = msgspec.convert(fields.get(field.name), field.type)
         except msgspec.ValidationError:
             report.count("category.field", [own_id])
-    return Loose(CategoryEntry(**kept), [])
+    return CategoryEntry(**kept)

@@ -23,7 +23,7 @@ import msgspec
 import numpy as np
 
 from proxydet.data.deviations import StoreReport
-from proxydet.data.formats.records import Flaw, Identifier, Loose
+from proxydet.data.formats.records import Flaw, Identifier
 from proxydet.errors import DataError
 
 _BLOCK_BYTES = 4 << 20
@@ -53,7 +53,7 @@ _ESCAPE = re.compile(
 """An escape in a string; the group is a surrogate that is not one of a pair."""
 
 Fields = TypeVar("Fields", bound=msgspec.Struct)
-Loosely = Callable[[dict[str, Any], str], Loose | Flaw]
+Loosely = Callable[[dict[str, Any], str], Any]
 
 
 class _Object(msgspec.Struct, gc=False):
@@ -138,7 +138,8 @@ class JsonText:
 
         Args:
             kind: What a record is decoded to.
-            loosely: Reads a record that cannot be, given as a dictionary and its name: its place in the list.
+            loosely: Reads a record that cannot be, given as a dictionary and its name (its place in the list), to a
+                ``kind`` or a `Flaw`.
             unusable: The deviation of what is not an object, or a longer one than any record is.
             text: The list; by default the whole text.
             field: The list's name.

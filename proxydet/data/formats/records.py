@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 
@@ -72,18 +72,6 @@ class Flaw(msgspec.Struct, frozen=True):
     which: str
 
 
-class Loose(msgspec.Struct, frozen=True):
-    """A record that is read after mending.
-
-    Attributes:
-        entry: The record.
-        mended: Deviations found in it.
-    """
-
-    entry: Any
-    mended: list[str]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Document:
     """An annotation file, opened.
@@ -97,5 +85,5 @@ class Document:
 
     format: str
     categories: list[CategoryEntry]
-    images: list[ImageEntry | Loose | Flaw]
-    annotations: Iterator[list[AnnotationEntry | Loose | Flaw]]
+    images: list[ImageEntry | Flaw]
+    annotations: Iterator[list[AnnotationEntry | Flaw]]

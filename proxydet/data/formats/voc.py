@@ -17,7 +17,6 @@ from proxydet.data.formats.records import (
     Document,
     Flaw,
     ImageEntry,
-    Loose,
 )
 from proxydet.data.masks import LARGEST_IMAGE
 from proxydet.errors import DataError
@@ -95,7 +94,7 @@ def read(source: Path) -> Document:
     Raises:
         DataError: a file is not such XML.
     """
-    images: list[ImageEntry | Loose | Flaw] = []
+    images: list[ImageEntry | Flaw] = []
     objects: list[tuple[str, str, tuple[float, ...] | None, bool]] = []
     for path in files(source):
         root = _parse(path)
@@ -123,8 +122,8 @@ def read(source: Path) -> Document:
     number = {name: index for index, name in enumerate(names, 1)}
     first = 0 if any(box and min(box[:2]) < 1 for _, _, box, _ in objects) else 1
 
-    def chunks() -> Iterator[list[AnnotationEntry | Loose | Flaw]]:
-        rows: list[AnnotationEntry | Loose | Flaw] = []
+    def chunks() -> Iterator[list[AnnotationEntry | Flaw]]:
+        rows: list[AnnotationEntry | Flaw] = []
         for index, (image, label, box, difficult) in enumerate(objects, 1):
             if not label:
                 rows.append(Flaw("annotation.category_id", f"object {index} of {image}"))

@@ -391,25 +391,34 @@ def _masks(
         values: list[Any] = _RUNS.decode(b"[" + b",".join(text for _, text in known) + b"]")
     except (msgspec.MsgspecError, RecursionError, UnicodeError):  # of another spelling, or damaged
         values = [_json(text) for _, text in known]
-    sizes = reading.truth.image_sizes_I2[[image for image, _ in known]].tolist()
-    read: list[dict[str, Any]] = []
-    read_numbers: list[int] = []
+    sizes = [tuple(size) for size in reading.truth.image_sizes_I2[[i for i, _ in known]].tolist()]
+    counts = [
+        value.counts.encode()
+        if type(value) is masks.RunLengths and value.size == size and type(value.counts) is str
+        else b""
+        for value, size in zip(values, sizes, strict=True)
+    ]
     deviating: dict[int, list[str]] = {}
-    for number, (value, size) in enumerate(zip(values, sizes, strict=True)):
-        mask = masks.read(value, (size[0], size[1]))
-        counts = mask.counts
+    area_K, sound_K = masks.measure(
+        [{"size": size, "counts": text} for size, text in zip(sizes, counts, strict=True)]
+    )
+    # What is written as it should be, and sound, needs no closer reading.
+    closer = np.flatnonzero(~sound_K)
+    for number in closer.tolist():
+        mask = masks.read(values[number], sizes[number])
         if mask.polygons:
-            counts = masks.rasterize(mask.polygons, (size[0], size[1]))
-        if counts:
-            read.append({"size": size, "counts": counts})
-            read_numbers.append(number)
+            counts[number] = masks.rasterize(mask.polygons, sizes[number])
+        else:
+            counts[number] = mask.counts or b""
         if mask.deviations:
             deviating[number] = list(mask.deviations)
-    area_R, sound_R = masks.measure(read)
-    place_K = np.full(len(known), -1, dtype=np.int64)
-    place_K[np.array(read_numbers, dtype=np.int64)[sound_R]] = np.arange(int(sound_R.sum()))
-    for index in np.flatnonzero(~sound_R).tolist():
-        deviating[read_numbers[index]] = ["annotation.rle.counts"]
+    area_K[closer], sound_K[closer] = masks.measure(
+        [{"size": sizes[number], "counts": counts[number]} for number in closer.tolist()]
+    )
+    for number in closer.tolist():
+        if counts[number] and not sound_K[number]:
+            deviating[number] = ["annotation.rle.counts"]
+    place_K = np.where(sound_K, np.cumsum(sound_K) - 1, -1)
     mask_D[wanted] = place_K[numbers]
     found: dict[str, list[int]] = {}
     if deviating:
@@ -421,8 +430,11 @@ def _masks(
     damaged = {row for key in DAMAGED_MASK for row in found.get(key, ())}
     reading.masks_read += int(np.count_nonzero(mask_D >= 0))
     reading.masks_given += int(np.count_nonzero(mask_D >= 0)) + len(damaged)
-    sound = [mask for mask, is_sound in zip(read, sound_R.tolist(), strict=True) if is_sound]
-    return mask_D, sound, area_R[sound_R]
+    sound = [
+        {"size": list(sizes[number]), "counts": counts[number]}
+        for number in np.flatnonzero(sound_K).tolist()
+    ]
+    return mask_D, sound, area_K[sound_K]
 
 
 def _json(text: bytes) -> Any:

@@ -29,9 +29,9 @@ from typing import Any
 
 import torch
 
-from proxydet.compat.roi_align import apply_mode
-from proxydet.compat.roi_operators import (
+from proxydet.compat.roi_align import (
     RoiGeometry,
+    apply_mode,
     kernel_backward,
     published_roi_align,
     separable_backward,
@@ -272,7 +272,7 @@ class _StrictOnAnyDevice:
 
     @staticmethod
     def run(features: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-        from proxydet.compat.roi_operators import _RoiAlign
+        from proxydet.compat.roi_align import _RoiAlign
 
         pooled: torch.Tensor = _RoiAlign.apply(features, boxes, P3, separable_backward)
         return pooled

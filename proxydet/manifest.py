@@ -28,7 +28,7 @@ from proxydet.compat.modes import Mode
 from proxydet.errors import InputError
 from proxydet.files import read_json, write_json
 from proxydet.inspection.environment import EnvironmentReport, environment
-from proxydet.inspection.facts import ask
+from proxydet.inspection.report import ask
 from proxydet.paths import run_in
 
 MANIFEST_NAME = "manifest.json"

@@ -26,9 +26,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
-from proxydet.compat.import_repairs import RepairFinder
-from proxydet.compat.location import SETUP_HINT, locate_detectron2
-from proxydet.compat.shims import COMPILED_MODULE, REPAIRS, MissingOperators
+from proxydet.compat.shims import (
+    COMPILED_MODULE,
+    REPAIRS,
+    SETUP_HINT,
+    MissingOperators,
+    RepairFinder,
+    locate_detectron2,
+)
 from proxydet.errors import MissingDependencyError
 
 _logger = logging.getLogger(__name__)

@@ -7,22 +7,223 @@ checked by hash. An installation that is already there is used as it is and neve
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from proxydet.compat import smoke, uv_installer
-from proxydet.compat.location import locate_detectron2
-from proxydet.errors import EnvironmentProblem, MissingDependencyError
+from proxydet.compat import smoke
+from proxydet.compat.shims import locate_detectron2
+from proxydet.errors import (
+    DigestError,
+    DiskFullError,
+    EnvironmentProblem,
+    MissingDependencyError,
+    ProxydetError,
+    TransferError,
+)
 from proxydet.reporting import SILENT, Progress
+
+_UV_VARIABLES = {
+    "index-url": ("UV_DEFAULT_INDEX", "UV_INDEX_URL"),
+    "proxy": ("ALL_PROXY", "HTTPS_PROXY", "https_proxy", "all_proxy"),
+    "cert": ("SSL_CERT_FILE",),
+    "trusted-host": ("UV_INSECURE_HOST",),
+}
+"""pip's setting -> the variable that says it to uv, and the ones that say it already if they are set."""
+
+
+def uv_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Make the environment in which uv reaches the index as pip does.
+
+    Args:
+        environment: The environment to start from; what it already tells uv stays.
+
+    Returns:
+        A copy with variables added for pip's index, proxy, certificate and trusted hosts; for an offline pip
+        (``no-index``), its folders of files.
+    """
+    settings = pip_settings(environment)
+    result = dict(environment)
+    for setting, variables in _UV_VARIABLES.items():
+        value = settings.get(setting)
+        if value and not any(environment.get(variable) for variable in variables):
+            result[variables[0]] = value
+    if settings.get("no-index", "").lower() in {"1", "true", "yes", "on"}:
+        result.setdefault("UV_NO_INDEX", "1")
+        result.setdefault("UV_FIND_LINKS", ",".join(settings.get("find-links", "").split()))
+    return result
+
+
+def pip_settings(environment: Mapping[str, str]) -> dict[str, str]:
+    """Read pip's settings: its configuration files, and over them its environment variables.
+
+    Args:
+        environment: Where the ``PIP_...`` variables are looked up.
+
+    Returns:
+        Setting (``"index-url"``) to value.
+    """
+    settings = _from_files()
+    for name, value in environment.items():
+        if name.startswith("PIP_") and value:
+            settings[name.removeprefix("PIP_").lower().replace("_", "-")] = value
+    return settings
+
+
+def _from_files() -> dict[str, str]:
+    if find_spec("pip") is None:
+        return {}
+    # Our own interpreter and constant arguments.
+    answer = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
+    )
+    found: dict[str, dict[str, str]] = {"global": {}, "install": {}}
+    for line in answer.stdout.splitlines():
+        key, separator, value = line.partition("=")
+        section, _, setting = key.partition(".")
+        if separator and section in found:
+            found[section][setting] = str(ast.literal_eval(value))
+    return {**found["global"], **found["install"]}
+
+
+_NO_NETWORK = (
+    "error sending request",
+    "failed to fetch",
+    "dns error",
+    "could not connect",
+    "network connectivity is disabled",
+    "network was disabled",
+    "operation timed out",
+)
+_NOT_WRITABLE = (
+    "permission denied",
+    "read-only file system",
+    "externally managed",
+    "failed to initialize cache",
+)
+
+
+def find_uv() -> Path:
+    """Find uv's executable: the one of the ``uv`` package, else one on the search path.
+
+    Raises:
+        MissingDependencyError: There is none.
+    """
+    if find_spec("uv") is not None:
+        from uv import find_uv_bin
+
+        try:
+            return Path(find_uv_bin())
+        except FileNotFoundError:
+            pass
+    on_path = shutil.which("uv")
+    if on_path is None:
+        raise MissingDependencyError(
+            "uv, which builds detectron2 without a compiler, is not installed.",
+            hint="run: pip install uv",
+        )
+    return Path(on_path)
+
+
+def pip_install(arguments: Sequence[str], *, folder: Path, destination: Path) -> None:
+    """Run ``uv pip install`` for this interpreter's environment.
+
+    Args:
+        arguments: What follows ``uv pip install --python ...``.
+        folder: An empty folder to run in, so that no project's settings are picked up.
+        destination: Where packages go, for error messages.
+
+    Raises:
+        MissingDependencyError: uv is absent, or the build failed.
+        TransferError: The package index cannot be reached, or lacks what is asked for.
+        DigestError: What came is not what was expected.
+        EnvironmentProblem: The environment cannot be written.
+        DiskFullError: The disk is full.
+    """
+    # Compiled at once: the first import is quick also where Python may not write byte code later.
+    options = ["--no-progress", "--compile-bytecode", "--python", sys.executable]
+    command = [str(find_uv()), "pip", "install", *options]
+    run = subprocess.run(  # noqa: S603 - uv's path and our own arguments, no shell
+        [*command, *arguments],
+        cwd=folder,
+        env=uv_environment(os.environ),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if run.returncode:
+        raise explain_failure(run.stderr, destination)
+
+
+def explain_failure(stderr: str, destination: Path) -> ProxydetError:
+    """Turn what uv says into one of our errors.
+
+    Args:
+        stderr: All that uv wrote.
+        destination: Where packages go.
+
+    Returns:
+        The error to raise, with uv's own words in its message.
+    """
+    said = stderr.lower()
+    words = _gist(stderr)
+    if "hash mismatch" in said:
+        return DigestError(
+            f"The package index sent other detectron2 sources than the expected ones: {words}",
+            hint="check the index or mirror that is configured; nothing was installed",
+        )
+    if "no space left" in said:
+        return DiskFullError(
+            f"There is no room left on the disk: {words}",
+            hint="free some space, or set UV_CACHE_DIR and TMPDIR to folders with room, and run it again",
+            path=destination,
+        )
+    if any(sign in said for sign in _NOT_WRITABLE):
+        return EnvironmentProblem(
+            f"The environment cannot be written: {words}",
+            hint="work in a virtual environment of your own; UV_CACHE_DIR moves uv's cache",
+            path=destination,
+        )
+    if any(sign in said for sign in _NO_NETWORK):
+        return TransferError(
+            f"The package index cannot be reached: {words}",
+            hint="connect to the network and run: proxydet setup. Behind a mirror or proxy, set "
+            "UV_DEFAULT_INDEX or HTTPS_PROXY",
+        )
+    if "no solution found" in said or "not found in the package registry" in said:
+        return TransferError(
+            f"The package index does not carry the detectron2 sources: {words}",
+            hint="use an index that carries pb1-detectron2 0.6, or install detectron2 from its repository",
+        )
+    return MissingDependencyError(
+        f"detectron2 could not be built: {words}",
+        hint="report it with this message and the output of: proxydet env",
+    )
+
+
+def _gist(stderr: str) -> str:
+    """The lines in which uv names the error and its causes; all it wrote where there are none."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    telling = [line for line in lines if line.startswith(("error:", "cause:"))]
+    raised = [line for line in lines if re.match(r"[A-Za-z.]*(Error|Exception): ", line)]
+    return "; ".join([*telling, *raised] or lines)
+
 
 DISTRIBUTION = "pb1-detectron2"
 RELEASE = "0.6"
@@ -76,7 +277,7 @@ def set_up(*, dry_run: bool = False, progress: Progress = SILENT) -> SetupReport
     present = _is_present()
     if not present:
         _require_writable()
-        uv_installer.find()
+        find_uv()
     with progress.task("checking torch and torchvision"):
         libraries = _check_torch()
     if not present:
@@ -138,7 +339,7 @@ def _install() -> None:
         if _recorded_version(DISTRIBUTION):
             # Its record is there and its files are not: without this, uv would call it installed.
             arguments += ["--reinstall-package", DISTRIBUTION]
-        uv_installer.pip_install(arguments, folder=Path(folder), destination=site_packages)
+        pip_install(arguments, folder=Path(folder), destination=site_packages)
 
 
 def _require_writable() -> Path:

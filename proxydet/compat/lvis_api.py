@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from proxydet.compat.import_repairs import NamespaceOverlay, temporary_module
+from proxydet.compat.shims import NamespaceOverlay, temporary_module
 from proxydet.errors import MissingDependencyError
 
 

@@ -9,7 +9,7 @@ import typer
 from proxydet_cli.options import Json, command_app, examples
 
 if TYPE_CHECKING:
-    from proxydet.determinism.report import DeterminismReport, ModeResult
+    from proxydet.determinism.verify import DeterminismReport, ModeResult
 
 app = command_app(help="Prove claims by running them.")
 

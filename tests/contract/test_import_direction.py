@@ -54,7 +54,6 @@ RANK = {
             "quickstart",
             "training_run",
             "run_comparison",
-            "run_suspects",
             "determinism",
             "training_run",
         ],

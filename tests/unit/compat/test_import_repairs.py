@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from proxydet.compat.import_repairs import (
+from proxydet.compat.shims import (
     NamespaceOverlay,
     RepairFinder,
     temporary_attribute,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from proxydet import errors
-from proxydet.compat import index_settings, install, smoke, uv_installer
+from proxydet.compat import install, smoke
 
 LIBRARIES = {"torch": "2.15.0", "torchvision": "0.30.0"}
 FOUND = {"version": "0.6", "folder": "/env/detectron2", "operators": "absent"}
@@ -48,7 +48,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
     monkeypatch.setattr(install, "_run_check", machine.run_check)
     monkeypatch.setattr(install, "locate_detectron2", machine.locate)
     monkeypatch.setattr(install, "_recorded_version", lambda _name: None)
-    monkeypatch.setattr(uv_installer, "pip_install", machine.pip_install)
+    monkeypatch.setattr(install, "pip_install", machine.pip_install)
     monkeypatch.setattr(install.sysconfig, "get_path", lambda _name, **_: str(tmp_path))
     return machine
 
@@ -132,17 +132,17 @@ def test_python_of_the_operating_system(
 
 
 def test_uv_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uv_installer, "find_spec", lambda _name: None)
-    monkeypatch.setattr(uv_installer.shutil, "which", lambda _name: None)
+    monkeypatch.setattr(install, "find_spec", lambda _name: None)
+    monkeypatch.setattr(install.shutil, "which", lambda _name: None)
     with pytest.raises(errors.MissingDependencyError) as caught:
-        uv_installer.find()
+        install.find_uv()
     assert caught.value.hint == "run: pip install uv"
 
 
 def test_uv_of_the_search_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uv_installer, "find_spec", lambda _name: None)
-    monkeypatch.setattr(uv_installer.shutil, "which", lambda _name: "/bin/uv")
-    assert uv_installer.find() == Path("/bin/uv")
+    monkeypatch.setattr(install, "find_spec", lambda _name: None)
+    monkeypatch.setattr(install.shutil, "which", lambda _name: "/bin/uv")
+    assert install.find_uv() == Path("/bin/uv")
 
 
 # What uv 0.13 wrote in each situation, shortened.
@@ -187,14 +187,14 @@ UV_SAYS = {
 @pytest.mark.parametrize("situation", UV_SAYS)
 def test_what_uv_says_becomes_our_error(situation: str) -> None:
     said, kind = UV_SAYS[situation]
-    error = uv_installer.explain_failure(said, Path("/env"))
+    error = install.explain_failure(said, Path("/env"))
     assert type(error) is kind
     assert error.hint
     assert said.splitlines()[0] in error.message
 
 
 def test_build_failure_names_the_python_error() -> None:
-    error = uv_installer.explain_failure(UV_SAYS["build"][0], Path("/env"))
+    error = install.explain_failure(UV_SAYS["build"][0], Path("/env"))
     assert "No module named 'setuptools'" in error.message
 
 
@@ -205,11 +205,11 @@ def test_uv_runs_for_this_interpreter(monkeypatch: pytest.MonkeyPatch, tmp_path:
         calls.append(command)
         return subprocess.CompletedProcess(command, 2, "", UV_SAYS["hash"][0])
 
-    monkeypatch.setattr(uv_installer, "find", lambda: Path("/bin/uv"))
-    monkeypatch.setattr(uv_installer, "uv_environment", dict)
-    monkeypatch.setattr(uv_installer.subprocess, "run", run)
+    monkeypatch.setattr(install, "find_uv", lambda: Path("/bin/uv"))
+    monkeypatch.setattr(install, "uv_environment", dict)
+    monkeypatch.setattr(install.subprocess, "run", run)
     with pytest.raises(errors.DigestError):
-        uv_installer.pip_install(["x"], folder=tmp_path, destination=tmp_path)
+        install.pip_install(["x"], folder=tmp_path, destination=tmp_path)
     assert calls == [
         [
             "/bin/uv",
@@ -259,10 +259,10 @@ class TestIndexSettings:
 
     @pytest.fixture(autouse=True)
     def _no_files(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(index_settings, "_from_files", dict)
+        monkeypatch.setattr(install, "_from_files", dict)
 
     def test_mirror_proxy_and_certificate(self) -> None:
-        told = index_settings.uv_environment(
+        told = install.uv_environment(
             {
                 "PIP_INDEX_URL": "https://mirror.example/simple",
                 "PIP_PROXY": "http://proxy.example:1",
@@ -274,26 +274,24 @@ class TestIndexSettings:
         assert told["SSL_CERT_FILE"] == "/ca.pem"
 
     def test_what_uv_knows_stays(self) -> None:
-        told = index_settings.uv_environment(
+        told = install.uv_environment(
             {"PIP_INDEX_URL": "https://a.example", "UV_INDEX_URL": "https://b.example"}
         )
         assert "UV_DEFAULT_INDEX" not in told
 
     def test_offline_pip_brings_its_folders(self) -> None:
-        told = index_settings.uv_environment(
-            {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "/wheels /more"}
-        )
+        told = install.uv_environment({"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "/wheels /more"})
         assert (told["UV_NO_INDEX"], told["UV_FIND_LINKS"]) == ("1", "/wheels,/more")
 
     def test_nothing_to_tell(self) -> None:
-        assert index_settings.uv_environment({"HOME": "/h"}) == {"HOME": "/h"}
+        assert install.uv_environment({"HOME": "/h"}) == {"HOME": "/h"}
 
 
 def test_pip_configuration_files_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     listing = (
         "global.index-url='https://a.example'\ninstall.cert='/ca'\n:env:.proxy='x'\nodd line\n"
     )
-    monkeypatch.setattr(index_settings.subprocess, "run", _answer(0, listing, ""))
-    monkeypatch.setattr(index_settings, "find_spec", lambda _name: object())
-    settings = index_settings.pip_settings({"PIP_INDEX_URL": "https://b.example"})
+    monkeypatch.setattr(install.subprocess, "run", _answer(0, listing, ""))
+    monkeypatch.setattr(install, "find_spec", lambda _name: object())
+    settings = install.pip_settings({"PIP_INDEX_URL": "https://b.example"})
     assert settings == {"index-url": "https://b.example", "cert": "/ca"}

@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from proxydet.compat import roi_align, roi_operators
-from proxydet.compat.roi_operators import RoiGeometry
+from proxydet.compat import roi_align
+from proxydet.compat.roi_align import RoiGeometry
 from proxydet.config import to_mapping
 from proxydet.data.batches import BoxBatch, ImageLabelBatch
 from proxydet.determinism import verify, worker
-from proxydet.determinism.batches import random_batches, random_vocabulary
-from proxydet.determinism.worker import Job
+from proxydet.determinism.worker import Job, random_batches, random_vocabulary
 from proxydet.errors import EnvironmentProblem
 from proxydet.modeling import heads, pooling
 from proxydet.recipes import tiny
@@ -87,7 +86,7 @@ def test_strict_of_a_gpu_gives_a_step_the_losses_and_gradients_of_the_kernel(mon
                     sampling_ratio=grid.sampling_ratio,
                     aligned=True,
                 )
-                own = roi_operators._RoiAlign.apply(maps, rois[rows], geometry, backward)
+                own = roi_align._RoiAlign.apply(maps, rois[rows], geometry, backward)
                 pooled.index_put_((rows,), own)
             return pooled
 
@@ -96,7 +95,7 @@ def test_strict_of_a_gpu_gives_a_step_the_losses_and_gradients_of_the_kernel(mon
     bench = worker.Bench(tiny(), job(steps=1))
     found = {}
     for name in ("kernel_backward", "separable_backward"):
-        monkeypatch.setattr(pooling, "align_regions", pool_with(getattr(roi_operators, name)))
+        monkeypatch.setattr(pooling, "align_regions", pool_with(getattr(roi_align, name)))
         found[name] = bench.repeat(None)
     assert bench.repeat(found["separable_backward"]).first is None
     ((kernel,), (strict,)) = (repetition.steps for repetition in found.values())
@@ -112,12 +111,12 @@ def test_strict_of_a_gpu_gives_a_step_the_losses_and_gradients_of_the_kernel(mon
 
 
 def test_a_gradient_that_varies_is_found_where_it_arises(monkeypatch):
-    real, calls = roi_operators.kernel_backward, count()
+    real, calls = roi_align.kernel_backward, count()
 
     def noisy(*arguments):
         return real(*arguments) * (1 + 1e-6 * next(calls))
 
-    monkeypatch.setattr(roi_operators, "kernel_backward", noisy)
+    monkeypatch.setattr(roi_align, "kernel_backward", noisy)
     found = worker.run(job(mode="published", steps=1))
     (other,) = found["differing"]
     step, name = other["first"]

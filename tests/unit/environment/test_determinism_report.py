@@ -10,7 +10,7 @@ import torch
 
 from proxydet.compat.modes import MODES
 from proxydet.determinism import verify
-from proxydet.determinism.report import Part
+from proxydet.determinism.verify import Part
 from proxydet.determinism.worker import Job
 from proxydet.recipes import r50, tiny
 from proxydet_cli.main import main

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from proxydet.inspection import judge
-from proxydet.inspection.accelerator import facts_from_answer
-from proxydet.inspection.facts import NOT_ASKED, Fact, ask, numbers
-from proxydet.inspection.published import judged_fields
+from proxydet.inspection.environment import facts_from_answer
+from proxydet.inspection.report import NOT_ASKED, Fact, ask, judged_fields, numbers
 
 ANSWER = {
     "torch": "2.15.0+cu132",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from proxydet.inspection import machine
-from proxydet.inspection.machine import machine_facts
+from proxydet.inspection.environment import machine_facts
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from proxydet.inspection.facts import Fact
-from proxydet.inspection.nvidia import driver_facts, judged_driver
+from proxydet.inspection.environment import driver_facts, judged_driver
+from proxydet.inspection.report import Fact
 
 _TOOL = """#!/bin/sh
 case "$*" in

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from proxydet.inspection import torch_probe
-from proxydet.inspection.accelerator import complete_answer
+from proxydet.inspection.environment import complete_answer
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxydet.compat import roi_operators, roi_reference
-from proxydet.compat.roi_operators import (
+from proxydet.compat.roi_align import (
     RoiGeometry,
     kernel_backward,
     published_roi_align,

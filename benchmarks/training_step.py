@@ -43,8 +43,7 @@ from proxydet.data.loader import TrainingLoader, open_training_sources
 from proxydet.losses import criterion as criterion_module
 from proxydet.losses import mixup as mixup_module
 from proxydet.losses.config import LossConfig, MixupLossConfig
-from proxydet.losses.criterion import Criterion
-from proxydet.losses.image_labels import image_label_loss
+from proxydet.losses.criterion import Criterion, image_label_loss
 from proxydet.modeling import geometry, matching, pooling, roi_training
 from proxydet.modeling.config import ModelConfig
 from proxydet.modeling.network import ProxyDetNetwork

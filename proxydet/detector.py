@@ -31,7 +31,7 @@ from proxydet.vocabulary.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from proxydet.video.frames import FrameResult
-    from proxydet.video.source import VideoSource
+    from proxydet.video.reading import VideoSource
 
 
 class Detector(ClassResolver):

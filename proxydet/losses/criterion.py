@@ -5,21 +5,277 @@ Dimensions: B images, R regions of an image, C classes, D embedding.
 
 from __future__ import annotations
 
+import proxydet.compat.d2  # noqa: F401
+
+import numpy as np
 import torch
+from detectron2.structures import BitMasks, PolygonMasks
 from torch import Tensor
+from torch.nn import functional
 
 from proxydet.losses.centernet import centernet_losses, silent_centernet_losses
-from proxydet.losses.classification import box_loss, choose_categories, federated_loss
-from proxydet.losses.config import LossConfig
-from proxydet.losses.image_labels import image_label_loss, image_label_targets
-from proxydet.losses.masks import mask_loss
-from proxydet.losses.mixup import class_wise_mixup_loss
+from proxydet.losses.config import LossConfig, MixupLossConfig
+from proxydet.modeling.geometry import Weights, deltas_between
+from proxydet.modeling.matching import GroundTruth
 from proxydet.modeling.outputs import (
     BoxTrainingOutput,
     ImageLabelTrainingOutput,
+    ImageStepOutput,
+    MaskOutput,
+    MixupOutput,
     StepOutput,
     TrainingOutput,
 )
+
+
+def class_prototypes(output: MixupOutput, config: MixupLossConfig) -> tuple[Tensor, Tensor]:
+    """Return the visual prototype of each class in the batch.
+
+    Args:
+        output: Regions that stand for an object.
+        config: How regions are weighed.
+
+    Returns:
+        Normalised prototypes (K, D) and their classes (K,), ascending. Waits for the device once, for K.
+    """
+    classes_K = torch.unique(output.labels_P)
+    of_class_KP = classes_K[:, None] == output.labels_P
+    scores_P = output.objectness_P / config.temperature
+    if config.prototype == "center":
+        scores_P = torch.zeros_like(scores_P)
+    # One softmax a row over the regions of that class; as a product of matrices it adds in a fixed order.
+    weights_KP = (
+        scores_P.expand_as(of_class_KP).masked_fill(~of_class_KP, -torch.inf).softmax(dim=1)
+    )
+    return functional.normalize(weights_KP @ output.embeddings_PD, dim=1), classes_K
+
+
+def draw_mixing_ratio(beta: float, generator: torch.Generator | None) -> float:
+    """Draw from Beta(beta, beta); 0 stands for its limit, 0 or 1 with equal chance."""
+    # torch has no Beta draw with a generator of one's own; its generator seeds numpy's.
+    device = "cpu" if generator is None else generator.device
+    seed = torch.randint(2**62, (1,), generator=generator, device=device).item()
+    source = np.random.default_rng(int(seed))
+    return float(source.integers(2)) if beta == 0 else float(source.beta(beta, beta))
+
+
+def mixup_loss(
+    prototypes_KD: Tensor,
+    texts_KD: Tensor,
+    permutation_K: Tensor,
+    ratio: float,
+    distance: str,
+) -> Tensor:
+    """Return the distance of mixed prototypes and equally mixed text embeddings.
+
+    Args:
+        prototypes_KD: Normalised visual prototypes.
+        texts_KD: Normalised text embeddings of the same classes.
+        permutation_K: Which class each one is mixed with.
+        ratio: Share of the class itself, in [0, 1].
+        distance: ``"l1"``, the mean absolute difference, or ``"l2"``, the mean squared one.
+    """
+    mixed_KD, mixed_text_KD = (
+        functional.normalize(ratio * rows_KD + (1 - ratio) * rows_KD[permutation_K], dim=1)
+        for rows_KD in (prototypes_KD, texts_KD)
+    )
+    if distance == "l1":
+        return functional.l1_loss(mixed_KD, mixed_text_KD)
+    return functional.mse_loss(mixed_KD, mixed_text_KD)
+
+
+def class_wise_mixup_loss(
+    output: MixupOutput,
+    text_DC1: Tensor,
+    config: MixupLossConfig,
+    *,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Return the weighted loss of a batch; a zero connected to the branch where no region stands for an object.
+
+    Args:
+        output: Regions that stand for an object.
+        text_DC1: Normalised text embeddings, a column each.
+        config: Weight and variant.
+        generator: Source of the mixing ratio and the pairing; None is torch's global one.
+    """
+    ratio = draw_mixing_ratio(config.beta, generator)
+    if len(output.labels_P) == 0:
+        return output.embeddings_PD.sum() * 0
+    prototypes_KD, classes_K = class_prototypes(output, config)
+    device = "cpu" if generator is None else generator.device
+    permutation_K = torch.randperm(len(classes_K), generator=generator, device=device)
+    loss = mixup_loss(
+        prototypes_KD,
+        text_DC1.T[classes_K],
+        permutation_K.to(classes_K.device, non_blocking=True),
+        ratio,
+        config.distance,
+    )
+    return config.weight * loss
+
+
+def mask_targets(output: MaskOutput, truth: GroundTruth) -> Tensor:
+    """Return each region's object cut out by its box and resized to the mask's size: float32 (P, S, S), 0 or 1.
+
+    Polygons are drawn on the CPU; their boxes go there in one piece for the whole batch, the one wait for the device.
+    """
+    rows_P6 = torch.cat(
+        [output.boxes_P4, output.image_P[:, None], output.object_P[:, None]], dim=1
+    ).cpu()
+    return _draw(rows_P6, truth, output.logits_PSS)
+
+
+def _draw(rows_P6: Tensor, truth: GroundTruth, logits_PSS: Tensor) -> Tensor:
+    """Draw the targets of regions, given on the CPU as box, image and object, for logits that lie elsewhere."""
+    side, device = logits_PSS.shape[-1], logits_PSS.device
+    parts = []
+    for image, masks in enumerate(truth.masks):
+        chosen = rows_P6[rows_P6[:, 4] == image]
+        if len(chosen) and masks is not None:
+            drawn = _crop(masks, chosen[:, :4], chosen[:, 5].long(), side)
+            parts.append(drawn.to(device, torch.float32, non_blocking=True))
+    # The regions are ordered by image, so that the parts follow the same order.
+    return torch.cat(parts) if parts else logits_PSS.new_zeros(0, side, side)
+
+
+def mask_loss(output: MaskOutput, truth: GroundTruth) -> Tensor:
+    """Return the mean binary cross-entropy over all cells; a zero connected to the head where there is no region."""
+    if len(output.logits_PSS) == 0:
+        return output.logits_PSS.sum() * 0
+    return functional.binary_cross_entropy_with_logits(
+        output.logits_PSS, mask_targets(output, truth)
+    )
+
+
+def _crop(masks: PolygonMasks | BitMasks, boxes: Tensor, objects: Tensor, side: int) -> Tensor:
+    objects = objects.to(masks.device, non_blocking=True)
+    boxes = boxes.to(masks.device, non_blocking=True)
+    cropped: Tensor = masks[objects].crop_and_resize(boxes, side)
+    return cropped
+
+
+def image_label_targets(labels: tuple[Tensor, ...], columns: int) -> Tensor:
+    """Return 1 at the classes of each image and 0 elsewhere: (B, columns).
+
+    Args:
+        labels: Classes of each image, int64 (L,).
+        columns: C, or C + 1 with a background column.
+    """
+    targets = torch.zeros(len(labels), columns, device=labels[0].device)
+    images = [torch.full_like(classes_L, image) for image, classes_L in enumerate(labels)]
+    targets[torch.cat(images), torch.cat(labels)] = 1.0
+    return targets
+
+
+def image_label_loss(
+    step: ImageStepOutput, targets_BC: Tensor, text_DC: Tensor, temperature: float
+) -> Tensor:
+    """Return sigmoid cross-entropy summed over the classes, averaged over the images.
+
+    Args:
+        step: Embedding of the region that stands for each image.
+        targets_BC: From `image_label_targets`.
+        text_DC: Normalised text embeddings, a column each; with a zero column for the background where it counts.
+        temperature: Factor from cosine to logit.
+    """
+    logits_BC = (temperature * step.embeddings_BD) @ text_DC
+    if step.bias is not None:
+        logits_BC = logits_BC + step.bias
+    losses_BC = functional.binary_cross_entropy_with_logits(logits_BC, targets_BC, reduction="none")
+    return (losses_BC * step.valid_B[:, None]).sum() / len(targets_BC)
+
+
+def choose_categories(
+    labels_N: Tensor,
+    frequency_C: Tensor,
+    *,
+    sampled: int,
+    objects: int,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor]:
+    """Choose the classes that a step's loss looks at: those that appear, and others drawn by frequency.
+
+    The background counts as one of the sampled classes where it appears, but is never looked at. The draw without
+    replacement is a race of exponential clocks (Efraimidis and Spirakis 2006), so that it needs no answer from the
+    device: the columns always number ``max(sampled, objects + 1)``, and those that are one too many weigh 0.
+
+    Args:
+        labels_N: Labels of the step's regions.
+        frequency_C: Weights of the draw, not negative.
+        sampled: Classes to look at, the background included; 0 looks at all.
+        objects: Objects of the batch: an upper bound of the classes that appear, background aside.
+        generator: Source of randomness; None is torch's global one.
+
+    Returns:
+        Columns int64 (K,) in [0, C), and their weight (K,), 0 or 1.
+    """
+    classes = len(frequency_C)
+    columns = torch.arange(classes, device=labels_N.device)
+    if sampled == 0:
+        return columns, torch.ones_like(frequency_C)
+    appears = torch.zeros(classes + 2, dtype=torch.bool, device=labels_N.device)
+    appears[labels_N] = True  # -1 is the last entry, the background the one before it
+    device = labels_N.device if generator is None else generator.device
+    clocks_C = torch.empty(classes, device=device).exponential_(generator=generator)
+    speed_C = frequency_C / clocks_C.to(labels_N.device, non_blocking=True)
+    priority_C = torch.where(appears[:classes], torch.inf, speed_C)
+    wanted = min(max(sampled, objects + 1), classes)
+    top_K, columns_K = priority_C.topk(wanted)
+    room = sampled - appears[classes].long()
+    place_K = torch.arange(wanted, device=labels_N.device)
+    weights_K = appears[columns_K] | ((place_K < room) & (top_K > 0))
+    return columns_K, weights_K.to(frequency_C.dtype)
+
+
+def federated_loss(
+    logits_NK: Tensor, labels_N: Tensor, columns_K: Tensor, weights_K: Tensor
+) -> Tensor:
+    """Return sigmoid cross-entropy summed over the looked-at classes, divided by the number of regions.
+
+    Args:
+        logits_NK: Logits of the looked-at classes only.
+        labels_N: Labels.
+        columns_K: The class of each column.
+        weights_K: Weight of each column.
+    """
+    valid_N = labels_N >= 0
+    targets_NK = (labels_N[:, None] == columns_K).to(logits_NK.dtype)
+    losses_NK = functional.binary_cross_entropy_with_logits(logits_NK, targets_NK, reduction="none")
+    weighted_NK = losses_NK * weights_K * valid_N[:, None]
+    return weighted_NK.sum() / valid_N.sum().clamp(min=1)
+
+
+def box_loss(
+    deltas_N4: Tensor,
+    boxes_N4: Tensor,
+    targets_N4: Tensor,
+    labels_N: Tensor,
+    *,
+    classes: int,
+    delta_weights: Weights,
+) -> Tensor:
+    """Return the L1 loss of the box changes of regions that stand for an object, divided by the number of regions.
+
+    Args:
+        deltas_N4: Predicted changes.
+        boxes_N4: The regions.
+        targets_N4: The box of each region's object.
+        labels_N: Labels.
+        classes: C.
+        delta_weights: Scale of the changes.
+    """
+    valid_N = labels_N >= 0
+    positive_N1 = (valid_N & (labels_N < classes))[:, None]
+    # Other rows may have empty boxes, whose changes are not finite: they are replaced before, not masked after.
+    unit_4 = boxes_N4.new_tensor([0.0, 0.0, 1.0, 1.0])
+    wanted_N4 = deltas_between(
+        torch.where(positive_N1, boxes_N4, unit_4),
+        torch.where(positive_N1, targets_N4, unit_4),
+        delta_weights,
+    )
+    differences_N4 = (deltas_N4 - wanted_N4).abs() * positive_N1
+    return differences_N4.sum() / valid_N.sum().clamp(min=1)
 
 
 class Criterion:

@@ -15,9 +15,8 @@ from proxydet.errors import DataError, Interrupted
 from proxydet.inference.image_files import clear_of, unique_name
 from proxydet.reporting import SILENT, Progress, Task
 from proxydet.video.frames import FrameDetector, FrameResult, look_at_frames
-from proxydet.video.reading import VideoReader
+from proxydet.video.reading import VideoReader, VideoSource, open_source
 from proxydet.video.saving import FrameSaver, make_frame_savers
-from proxydet.video.source import VideoSource, open_source
 
 if TYPE_CHECKING:
     from proxydet.modeling.config import InferenceConfig

@@ -16,8 +16,7 @@ from proxydet.errors import ConfigError
 from proxydet.files import staged, write_errors
 from proxydet.inference.writers import TABLE_COLUMNS, table_cells
 from proxydet.video.frames import FrameResult
-from proxydet.video.reading import VideoInfo
-from proxydet.video.source import VideoSource
+from proxydet.video.reading import VideoInfo, VideoSource
 from proxydet.video.writing import VideoWriter
 from proxydet.visualization.drawing import DrawingStyle, letters_for
 from proxydet.wording import json_text

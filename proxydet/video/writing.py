@@ -16,8 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from proxydet.files import staged, unwritable
-from proxydet.video.reading import VideoInfo
-from proxydet.video.source import pyav
+from proxydet.video.reading import VideoInfo, pyav
 
 Pixels = npt.NDArray[np.uint8]
 

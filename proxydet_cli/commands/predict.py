@@ -149,10 +149,10 @@ def predict(
         output_files,
         reserved_names,
     )
+    from proxydet.video.reading import pyav, split_sources
     from proxydet.video.run import VideoPlan, name_videos, predict_video_file
     from proxydet.video.saving import KINDS as VIDEO_KINDS
     from proxydet.video.saving import check_kinds
-    from proxydet.video.source import pyav, split_sources
     from proxydet_cli.progress import show_progress
 
     check_choice(classes, vocabulary, names)

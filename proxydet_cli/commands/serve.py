@@ -29,7 +29,7 @@ from proxydet_cli.options import Json, command_app, examples
 if TYPE_CHECKING:
     import socket
 
-    from proxydet.serving.settings import ServingSettings
+    from proxydet.serving.app import ServingSettings
     from proxydet_cli.output import Output
 
 app = command_app()
@@ -104,8 +104,8 @@ def serve(
     out = Output(json=json)
     check_choice(classes, vocabulary, names)
     _check_packages()
+    from proxydet.serving.app import ServingSettings
     from proxydet.serving.server import bind, is_loopback
-    from proxydet.serving.settings import ServingSettings
 
     with bind(host, port) as listening:
         settings = ServingSettings(

@@ -92,25 +92,25 @@ def test_folder_of_the_same_name_is_no_installation(
 ) -> None:
     from importlib.machinery import PathFinder
 
-    from proxydet.compat import location
+    from proxydet.compat import shims
     from proxydet.errors import MissingDependencyError
 
     (tmp_path / "detectron2").mkdir()
     monkeypatch.setattr(
-        location, "find_spec", lambda name: PathFinder.find_spec(name, [str(tmp_path)])
+        shims, "find_spec", lambda name: PathFinder.find_spec(name, [str(tmp_path)])
     )
     with pytest.raises(MissingDependencyError, match="no package") as caught:
-        location.locate_detectron2()
+        shims.locate_detectron2()
     assert str(tmp_path) in caught.value.message
 
 
 def test_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    from proxydet.compat import location
+    from proxydet.compat import shims
     from proxydet.errors import MissingDependencyError
 
-    monkeypatch.setattr(location, "find_spec", lambda _name: None)
+    monkeypatch.setattr(shims, "find_spec", lambda _name: None)
     with pytest.raises(MissingDependencyError) as caught:
-        location.locate_detectron2()
+        shims.locate_detectron2()
     assert caught.value.hint == "run: proxydet setup"
 
 

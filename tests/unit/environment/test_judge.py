@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from proxydet.inspection import judge
+from proxydet.inspection import report
 from proxydet.inspection.environment import facts_from_answer
 from proxydet.inspection.report import NOT_ASKED, Fact, ask, judged_fields, numbers
 
@@ -154,7 +154,7 @@ def test_verdicts_of_single_fields(key, fact, verdict):
 
 
 def test_rules_that_need_other_facts_are_not_asked_without_them():
-    assert judge.note(None, {}) == judge.NOT_JUDGED
+    assert report.note(None, {}) == report.NOT_JUDGED
 
 
 def test_versions_are_compared_by_numbers():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from proxydet.inspection import machine
+from proxydet.inspection import environment
 from proxydet.inspection.environment import machine_facts
 
 
@@ -62,14 +62,14 @@ def test_containers(tmp_path, variables, files, expected):
     for name in files:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert machine._container(tmp_path, variables) == expected
+    assert environment._container(tmp_path, variables) == expected
 
 
 def test_schedulers():
-    assert machine._scheduler({}) == "none found"
-    found = machine._scheduler({"SLURM_JOB_ID": "17", "SLURM_NTASKS": "8"})
+    assert environment._scheduler({}) == "none found"
+    found = environment._scheduler({"SLURM_JOB_ID": "17", "SLURM_NTASKS": "8"})
     assert found == "SLURM 17, SLURM_NTASKS=8"
 
 
 def test_variables_that_change_results_are_listed():
-    assert machine._variables({"OMP_NUM_THREADS": "1", "HOME": "/x"}) == "OMP_NUM_THREADS=1"
+    assert environment._variables({"OMP_NUM_THREADS": "1", "HOME": "/x"}) == "OMP_NUM_THREADS=1"

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from proxydet.errors import ConfigError
 from proxydet.losses.centernet import (
+    Cells,
     centernet_losses,
+    centernet_targets,
     giou_of_distances,
     losses_from_targets,
     silent_centernet_losses,
 )
-from proxydet.losses.centernet_targets import Cells, centernet_targets
 from proxydet.losses.config import CenterNetLossConfig
 from proxydet.modeling.centernet import CenterNetOutput
 

@@ -11,7 +11,7 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxydet.losses.classification import box_loss, choose_categories, federated_loss
+from proxydet.losses.criterion import box_loss, choose_categories, federated_loss
 
 CLASSES = 30
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from proxydet.losses.centernet import average_over_processes
 from proxydet.losses.config import ClassificationLossConfig, ImageLabelLossConfig, LossConfig
 from proxydet.losses.criterion import Criterion
-from proxydet.losses.processes import average_over_processes
 
 NAMES = {
     *(

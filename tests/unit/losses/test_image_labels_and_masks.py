@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from proxydet.losses.image_labels import image_label_loss, image_label_targets
-from proxydet.losses.masks import mask_loss, mask_targets
+from proxydet.losses.criterion import image_label_loss, image_label_targets, mask_loss, mask_targets
 from proxydet.modeling.matching import GroundTruth
 from proxydet.modeling.outputs import ImageStepOutput, MaskOutput
 

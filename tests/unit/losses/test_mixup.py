@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 from proxydet.losses.config import MixupLossConfig
-from proxydet.losses.mixup import (
+from proxydet.losses.criterion import (
     class_prototypes,
     class_wise_mixup_loss,
     draw_mixing_ratio,

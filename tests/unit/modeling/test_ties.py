@@ -12,7 +12,7 @@ import torch
 
 from proxydet.compat.modes import MODES
 from proxydet.compat.roi_align import reproducibility_mode
-from proxydet.losses.classification import choose_categories
+from proxydet.losses.criterion import choose_categories
 from proxydet.modeling import suppression
 from proxydet.modeling.config import InferenceConfig
 from proxydet.modeling.region_align import RegionGrid, align_regions

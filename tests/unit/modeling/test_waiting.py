@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from proxydet.data.batches import BoxBatch, ImageLabelBatch
-from proxydet.losses import masks
+from proxydet.losses import criterion
 from proxydet.losses.criterion import Criterion
 from proxydet.modeling import pooling, suppression
 from proxydet.modeling.config import InferenceConfig
@@ -100,7 +100,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suppression, "_waits", lambda _device: True)
     monkeypatch.setattr(pooling, "current_mode", lambda: "published")
     # Polygons are drawn on the CPU, also in a training on a GPU.
-    monkeypatch.setattr(masks, "_draw", on_the_host(masks._draw))
+    monkeypatch.setattr(criterion, "_draw", on_the_host(criterion._draw))
 
 
 def counted(work: Callable[[], Any]) -> Counter[str]:

@@ -20,9 +20,8 @@ from proxydet.detector import Detector
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.modeling.prediction import Prediction
 from proxydet.recipes import get_recipe
-from proxydet.serving.app import ServingApp, build_app
+from proxydet.serving.app import ServingApp, ServingSettings, build_app
 from proxydet.serving.server import Server, bind
-from proxydet.serving.settings import ServingSettings
 from proxydet.vocabulary.compositional import CompositionalEncoder
 from proxydet.vocabulary.vocabulary import Vocabulary
 

@@ -22,7 +22,7 @@ from proxydet.config import dump_yaml
 from proxydet.detector import Detector
 from proxydet.recipes import get_recipe
 from proxydet.serving import server
-from proxydet.serving.question import Question
+from proxydet.serving.app import Question
 from proxydet.vocabulary.compositional import CompositionalEncoder
 from proxydet_cli.main import main
 

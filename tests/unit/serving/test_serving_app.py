@@ -22,9 +22,7 @@ from proxydet.data.masks import decode
 from proxydet.detector import Detector
 from proxydet.errors import VocabularyError
 from proxydet.modeling.network import ProxyDetNetwork
-from proxydet.serving.app import build_app
-from proxydet.serving.gate import Gate, is_own_host
-from proxydet.serving.settings import ServingSettings
+from proxydet.serving.app import Gate, ServingSettings, build_app, is_own_host
 
 RAW = {"content-type": "image/png"}
 
@@ -329,7 +327,7 @@ def test_a_bug_is_answered_as_one(
     def broken(*_: object) -> None:
         raise KeyError("lost")
 
-    monkeypatch.setattr("proxydet.serving.answer.decode", broken)
+    monkeypatch.setattr("proxydet.serving.app.decode", broken)
     app = build_app(detector)
     with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:
         response = client.post("/api/predict", content=png, headers=RAW)
@@ -345,7 +343,7 @@ def test_lack_of_memory_is_no_bug(
         raise MemoryError
 
     with TestClient(build_app(detector), base_url="http://localhost") as client:
-        monkeypatch.setattr("proxydet.serving.answer.decode", greedy)
+        monkeypatch.setattr("proxydet.serving.app.decode", greedy)
         response = client.post("/api/predict", content=png, headers=RAW)
     assert "memory" in problem(response, 500, "environment")["message"]
 

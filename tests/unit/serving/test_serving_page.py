@@ -19,8 +19,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
 from proxydet.detector import Detector
-from proxydet.serving.app import build_app
-from proxydet.serving.settings import ServingSettings
+from proxydet.serving.app import ServingSettings, build_app
 from proxydet.visualization.colours import colour_of
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)

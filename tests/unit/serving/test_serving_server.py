@@ -21,9 +21,8 @@ import pytest
 
 from proxydet.detector import Detector
 from proxydet.errors import ConfigError, EnvironmentProblem, Interrupted
-from proxydet.serving.app import build_app
+from proxydet.serving.app import ServingSettings, build_app
 from proxydet.serving.server import address_of, bind, is_loopback, serve
-from proxydet.serving.settings import ServingSettings
 
 RAW = {"content-type": "image/png"}
 ASK = "/api/predict?score_threshold=0.02"

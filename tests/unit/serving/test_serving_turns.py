@@ -9,8 +9,7 @@ from functools import partial
 
 import pytest
 
-from proxydet.serving.refusals import Refusal
-from proxydet.serving.turns import WorkQueue
+from proxydet.serving.app import Refusal, WorkQueue
 
 SECONDS = 10
 """No test takes that long unless it is broken; then it ends."""

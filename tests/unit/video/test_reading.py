@@ -11,8 +11,14 @@ import numpy as np
 import pytest
 
 from proxydet.errors import ConfigError, DataError, MissingDependencyError
-from proxydet.video.reading import Frame, VideoReader
-from proxydet.video.source import VideoSource, is_video, open_source, split_sources
+from proxydet.video.reading import (
+    Frame,
+    VideoReader,
+    VideoSource,
+    is_video,
+    open_source,
+    split_sources,
+)
 
 
 def read(path: object, **options: int) -> list[Frame]:

@@ -16,12 +16,10 @@ import pytest
 from proxydet.detector import Detector
 from proxydet.errors import ConfigError, DataError, DiskFullError, Interrupted
 from proxydet.modeling.config import InferenceConfig
-from proxydet.video.ahead import read_ahead
-from proxydet.video.frames import look_at_frames
-from proxydet.video.reading import VideoReader
+from proxydet.video.frames import look_at_frames, read_ahead
+from proxydet.video.reading import VideoReader, VideoSource
 from proxydet.video.run import VideoPlan, VideoSummary, name_videos, predict_video_file
 from proxydet.video.saving import KINDS
-from proxydet.video.source import VideoSource
 from proxydet.visualization.colours import colour_of
 
 

@@ -349,7 +349,7 @@ class AnnotationStore:
         sizes_I2: int32 (I, 2), height and width in pixels.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, source_name: str | None = None) -> None:
         self.path = path
         self._columns = ColumnFile(path, kind=STORE_KIND, version=STORE_VERSION)
         meta = self._columns.meta(_Meta)
@@ -358,7 +358,8 @@ class AnnotationStore:
         self.root_category = meta.root_category
         self.label_lists = meta.label_lists
         self.report = meta.report
-        self.source_name = meta.source
+        # Files of equal content share a store: it cannot say which of them was opened.
+        self.source_name = source_name or meta.source
         self.sizes_I2: npt.NDArray[np.int32] = self._columns["size"]
         self._offsets = self._columns["annotation_offsets"]
         self._point_offsets = self._columns["point_offsets"]
@@ -403,7 +404,7 @@ class AnnotationStore:
                 )
 
         build_once(path, build)
-        store = cls(path)
+        store = cls(path, source.name)
         if made_here and warn:
             for line in store.report.lines():
                 _logger.warning("%s: %s", source.name, line)
@@ -442,7 +443,7 @@ class AnnotationStore:
         return len(self.sizes_I2)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return AnnotationStore, (self.path,)
+        return AnnotationStore, (self.path, self.source_name)
 
     def require_objects(self, *, groups: bool = False) -> None:
         """Check that there is something to train on or to score.

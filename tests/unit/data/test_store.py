@@ -514,7 +514,10 @@ def test_the_store_is_made_once_and_again_when_the_source_changes(
     # The same content elsewhere has the same store.
     copy = source.with_name("copy.json")
     copy.write_bytes(source.read_bytes())
-    assert AnnotationStore.open(copy, cache=tmp_path / "cache").path == store.path
+    other = AnnotationStore.open(copy, cache=tmp_path / "cache")
+    assert other.path == store.path
+    names = [pickle.loads(pickle.dumps(each)).source_name for each in (store, other)]
+    assert names == ["annotations.json", "copy.json"]
     monkeypatch.undo()
     source.write_text(json.dumps(document([IMAGE], [])))
     assert AnnotationStore.open(source, cache=tmp_path / "cache").report.annotations_in == 0

@@ -267,7 +267,7 @@ def test_compare_two_files_and_two_folders(typed: Typed, files: Path) -> None:
         (["--compare", "a.json", "b.json"], ConfigError, "need|needs the data set"),
         (["--results", "a.json", "--data", "absent.toml"], DataError, "no dataset config"),
         (["--results", "a.json", "--data", "absent"], DataError, "no dataset config"),
-        (["--results", "absent.json", "--data", "val.json"], DataError, "Cannot read"),
+        (["--results", "absent.json", "--data", "val.json"], DataError, "cannot read"),
         (["--results", "a.json", "--data", "val.json", "--engine", "x"], ConfigError, "engine"),
         (["--compare", "images", "a.json", "--data", "val.json"], InputError, "no finished"),
         (

@@ -19,7 +19,8 @@ and statistics read what it leaves.
 
 Annotations are read once into a store in the cache folder (`PROXYDET_CACHE`), named by the digest of their content. Masks
 are optional: objects without one train boxes, and neither help nor harm when masks are scored. Pascal VOC's corners are
-pixel numbers from 1, both inclusive, unless a corner of the data set is 0; `difficult` objects are marked to be ignored.
+pixel numbers from 1, both inclusive, unless a corner of the data set is 0; `difficult` objects are marked to be ignored. An
+image's name may lack its ending, in any format: it is found when the image is opened, and refused where several files fit.
 
 How a data set is scored is printed with every result, and chosen with `--protocol`; by default a file whose images all have
 `neg_category_ids` and whose categories all have a `frequency` is scored by LVIS's protocol, one whose images all have

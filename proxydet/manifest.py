@@ -200,10 +200,10 @@ def installed_packages() -> dict[str, str]:
     """Return the version of every installed package, by its normalised name."""
     found: dict[str, str] = {}
     for distribution in metadata.distributions():
-        name = distribution.metadata["Name"]
-        if name:
+        described = distribution.metadata  # read and parsed at each access
+        if name := described["Name"]:
             # The first on Python's path is the one that is imported.
-            found.setdefault(name.lower().replace("_", "-"), distribution.version)
+            found.setdefault(name.lower().replace("_", "-"), described["Version"])
     return dict(sorted(found.items()))
 
 

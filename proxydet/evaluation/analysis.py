@@ -12,15 +12,16 @@ from numpy.typing import NDArray
 
 from proxydet.evaluation.evaluate import Evaluation, Scored
 from proxydet.evaluation.ground_truth import GroundTruth
-from proxydet.evaluation.matching import FOUND, IGNORED, Matches
-from proxydet.evaluation.results import Results
-from proxydet.evaluation.scoring import (
-    IOU_THRESHOLDS_T,
-    guarded,
-    hotcoco_data,
-    hotcoco_evaluator,
-    select,
+from proxydet.evaluation.matching import (
+    FOUND,
+    IGNORED,
+    Matches,
+    greedy,
+    image_pairs,
+    place_in_group,
 )
+from proxydet.evaluation.results import Results
+from proxydet.evaluation.scoring import guarded, hotcoco_evaluator, select
 from proxydet.reporting import SILENT, Progress
 
 ERROR_NAMES = {
@@ -169,63 +170,36 @@ def box_recall(
 ) -> tuple[BoxRecall, ...]:
     """Measure the recall of boxes without regard to class: of proposals, or of detections taken as such.
 
-    Each annotation, crowds aside, is matched to at most one box. hotcoco does it, with all classes as one. For a
+    Each annotation, crowds aside, is matched to at most one box, as evaluators match detections of one class. For a
     class-agnostic proposal file give all boxes one category.
 
     Args:
         truth: The annotations.
         results: Boxes with scores.
         limits: How many boxes of an image count, in ascending order.
-
-    Raises:
-        EnvironmentProblem: The engine failed.
     """
-    unmatched_A = truth.ann_ignore_A | truth.ann_crowd_A
-    one_class = replace(
-        truth,
-        protocol="lvis",
-        category_ids=(0,),
-        category_names=("object",),
-        frequencies=None,
-        ann_category_A=np.zeros_like(truth.ann_category_A),
-        ann_ignore_A=unmatched_A,
-        negatives_N2=np.zeros((0, 2), dtype=np.int64),
-        unexhaustive_N2=np.zeros((0, 2), dtype=np.int64),
-        positives_N2=np.zeros((0, 2), dtype=np.int64),
-    )
+    # COCO's protocol selects boxes that cover no pixel too, and LVIS's counts no annotations of area 0.
+    one_class = replace(truth, protocol="coco", category_ids=(0,))
     boxes = replace(results, category_D=np.zeros_like(results.category_D))
-    every_box = replace(
-        one_class, protocol="coco"
-    )  # also those that cover no pixel, which take a place
-    selection = select(boxes, every_box, iou_type="bbox", per_image=max(limits))
-
-    def job() -> NDArray[np.float64]:
-        import hotcoco
-
-        evaluator = hotcoco.COCOeval(
-            *hotcoco_data(one_class, boxes, selection, "bbox"), "bbox", lvis_style=False
+    selection = select(boxes, one_class, iou_type="bbox", per_image=max(limits))
+    annotations = np.flatnonzero((truth.ann_area_A > 0) & (truth.ann_area_A < np.inf))
+    annotations = annotations[np.argsort(truth.ann_image_A[annotations], kind="stable")]
+    counts_G = ~(truth.ann_ignore_A | truth.ann_crowd_A)[annotations]
+    pairs = image_pairs(truth, boxes, selection, annotations)
+    near_N, state_NAT, _, _ = greedy(pairs, counts_G[:, None], np.zeros_like(counts_G))
+    place_N = place_in_group(selection.image_S)[near_N]
+    to_find = int(np.count_nonzero(counts_G))
+    recalls = []
+    for limit in limits:
+        found_T = np.count_nonzero(state_NAT[place_N < limit, 0] == FOUND, axis=0)
+        recalls.append(
+            BoxRecall(
+                limit=limit,
+                average=float(found_T.mean() / to_find) if to_find else None,
+                at_50=float(found_T[0] / to_find) if to_find else None,
+            )
         )
-        evaluator.params.max_dets = list(limits)
-        evaluator.params.area_rng, evaluator.params.area_rng_lbl = [[0.0, 1e10]], ["all"]
-        evaluator.params.iou_thrs = IOU_THRESHOLDS_T.tolist()
-        evaluator.evaluate()
-        evaluator.accumulate()
-        accumulated: Any = evaluator.eval
-        recall_TM: NDArray[np.float64] = np.asarray(accumulated["recall"])[:, 0, 0]
-        return recall_TM
-
-    to_find = int(np.count_nonzero(one_class.counted_A & ~unmatched_A))
-    recall_TM = np.zeros((len(IOU_THRESHOLDS_T), len(limits)))
-    if to_find and len(selection):
-        recall_TM = guarded(job)
-    return tuple(
-        BoxRecall(
-            limit=limit,
-            average=float(recall_T.mean()) if to_find else None,
-            at_50=float(recall_T[0]) if to_find else None,
-        )
-        for limit, recall_T in zip(limits, recall_TM.T, strict=True)
-    )
+    return tuple(recalls)
 
 
 @dataclass(frozen=True, kw_only=True)

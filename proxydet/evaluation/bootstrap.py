@@ -29,7 +29,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -339,8 +338,8 @@ class WeightedPrecision:
         self._slot_H = (area_K * categories + category_K)[self._head_H]
         # Running from the end, nothing passes from one segment to the one before: earlier ones lie higher.
         self._level_K = np.repeat(2.0 * np.arange(len(self._head_H))[::-1], self._length_H)
-        # Detections that count against precision at every threshold, and at some; how many are ahead of each event, and
-        # how many of these are of the categories before.
+        # Detections that count against precision at every threshold, and at some; how many of its category's are ahead of
+        # each event.
         always_area, at = np.nonzero(always_SA[order_S].T)
         some_area, some_threshold, some_at = np.nonzero(
             (counts_NAT & ~always_NA[:, :, None]).transpose(1, 2, 0)
@@ -354,16 +353,17 @@ class WeightedPrecision:
                 area_K * thresholds + threshold_K,
             ),
         ):
+            if not len(listed):
+                continue
             size = len(order_S) + 1
             end_K = np.searchsorted(
                 group * size + place_S[listed], group_K * size + place_S[event_K], side="right"
             )
-            start_H = np.searchsorted(
-                group * categories + selection.category_S[listed],
-                (group_K * categories + category_K)[self._head_H],
-            )
-            if len(listed):
-                self._ahead.append((selection.image_S[listed], end_K, start_H))
+            list_L = group * categories + selection.category_S[listed]
+            none_K = list_L[end_K - 1] != group_K * categories + category_K
+            end_K[none_K | (end_K == 0)] = 0
+            head_L = np.flatnonzero(np.diff(list_L, prepend=-1))
+            self._ahead.append((selection.image_S[listed], head_L, end_K))
 
     def images_AC(self) -> Integers:
         """Return in how many images each category has annotations that count, by area: int64 (A, C)."""
@@ -390,17 +390,16 @@ class WeightedPrecision:
         if not len(self._head_H):
             return precision_ATC
         # Sums of whole numbers: faster than those of floats, and exact.
-        weight_K = weight_I[self._image_K]
+        weight_K = weight_I.take(self._image_K)
         found_K = np.cumsum(weight_K)
-        found_K -= self._spread(found_K[self._head_H] - weight_K[self._head_H])
+        found_K -= np.repeat(found_K[self._head_H] - weight_K[self._head_H], self._length_H)
         counted_K = np.zeros_like(found_K)
-        before_H = np.zeros_like(self._head_H)
-        for image_L, end_K, start_H in self._ahead:
+        for image_L, head_L, end_K in self._ahead:
             sums = np.zeros(len(image_L) + 1, dtype=np.int64)
-            np.cumsum(weight_I[image_L], out=sums[1:])
-            counted_K += sums[end_K]
-            before_H += sums[start_H]
-        counted_K -= self._spread(before_H)
+            weight_L = weight_I.take(image_L, out=sums[1:], mode="clip")
+            weight_L[head_L[1:]] -= np.add.reduceat(weight_L, head_L)[:-1]
+            np.cumsum(weight_L, out=weight_L)
+            counted_K += sums.take(end_K)
         # The same expression as the official evaluators', to the last bit.
         best_K = found_K / (counted_K + np.spacing(1))
         # The largest precision at an event or after it in its segment; the bits of floats from 0 up order as they do.
@@ -409,19 +408,17 @@ class WeightedPrecision:
         np.maximum.accumulate(backwards, out=backwards)
         best_K -= self._level_K
         # A segment whose annotations all have weight 0 has no event that counts; it must only not divide by 0.
-        recall_K = found_K / self._spread(np.maximum(present[self._slot_H], 1e-300))
-        nearest_K = np.rint(recall_K * (len(RECALL_THRESHOLDS_R) - 1)).astype(np.int64)
-        reached_K = nearest_K + (recall_K >= RECALL_THRESHOLDS_R[nearest_K])
+        present_H = np.maximum(present[self._slot_H], 1e-300)
+        recall_K = found_K / np.repeat(present_H, self._length_H)
+        # Recall thresholds are multiples of a hundredth, as rounded as these: how many each event has reached.
+        reached_K = np.rint(recall_K * (len(RECALL_THRESHOLDS_R) - 1))
+        reached_K += recall_K >= reached_K * RECALL_THRESHOLDS_R[1]
         passed_K = np.diff(reached_K, prepend=0)
         passed_K[self._head_H] = reached_K[self._head_H]
         best_K *= passed_K
         sums_H = np.add.reduceat(best_K, self._head_H) / len(RECALL_THRESHOLDS_R)
         precision_ATC.reshape(-1)[self._segment_H] += sums_H
         return precision_ATC
-
-    def _spread(self, values_H: NDArray[Any]) -> NDArray[Any]:
-        """Give each event its segment's value."""
-        return np.repeat(values_H, self._length_H)
 
 
 class FewImages:

@@ -176,21 +176,31 @@ class GroundTruth:
         """Category id to its number in [0, C)."""
         return {value: index for index, value in enumerate(self.category_ids)}
 
-    @cached_property
-    def judged_IC(self) -> NDArray[np.bool_]:
-        """Bool (I, C): whether a detection of this category in this image can be told right from wrong.
+    def judges(
+        self, image_D: NDArray[np.int64], category_D: NDArray[np.int64]
+    ) -> NDArray[np.bool_]:
+        """Return, bool (D,), whether detections of these categories in these images can be judged right or wrong.
 
         Federated protocols only know about the categories annotated in an image or verified to be absent from it.
         """
-        shape = (len(self.image_ids), len(self.category_ids))
         if self.protocol == "coco":
-            return np.ones(shape, dtype=bool)
-        judged = np.zeros(shape, dtype=bool)
-        judged[self.positives_N2[:, 0], self.positives_N2[:, 1]] = True
+            return np.ones(len(image_D), dtype=bool)
+        pair_D = image_D * len(self.category_ids) + category_D
+        judged_D: NDArray[np.bool_] = (
+            self._judged_P[np.searchsorted(self._judged_P, pair_D)] == pair_D
+        )
+        return judged_D
+
+    @cached_property
+    def _judged_P(self) -> NDArray[np.int64]:
+        """Judged pairs of an image and a category, each as one number, ascending; behind them one above all."""
         counted_A = self.counted_A
-        judged[self.ann_image_A[counted_A], self.ann_category_A[counted_A]] = True
-        judged[self.negatives_N2[:, 0], self.negatives_N2[:, 1]] = True
-        return judged
+        annotated_N2 = np.stack(
+            [self.ann_image_A[counted_A], self.ann_category_A[counted_A]], axis=1
+        )
+        pairs_P2 = np.concatenate([self.positives_N2, annotated_N2, self.negatives_N2])
+        numbers = np.unique(pairs_P2[:, 0] * len(self.category_ids) + pairs_P2[:, 1])
+        return np.append(numbers, np.iinfo(np.int64).max)
 
     @cached_property
     def counted_A(self) -> NDArray[np.bool_]:

@@ -78,7 +78,7 @@ def match(truth: GroundTruth, results: Results, selection: Selection, iou_type: 
     for start in range(0, len(truth.image_ids), _IMAGES_AT_ONCE):
         images = (start, start + _IMAGES_AT_ONCE)
         pairs = overlapping_pairs(truth, results, selection, annotations, iou_type, images)
-        parts.append(_greedy(pairs, counts_GA, crowd_G))
+        parts.append(greedy(pairs, counts_GA, crowd_G))
     near, state, taken, iou = (np.concatenate(column) for column in zip(*parts, strict=True))
     return Matches(
         selection=selection,
@@ -109,10 +109,20 @@ def _unexhaustive(truth: GroundTruth, selection: Selection) -> NDArray[np.bool_]
     return np.isin(selection.image_S * categories + selection.category_S, listed)
 
 
-def _greedy(
+def greedy(
     pairs: Pairs, counts_GA: NDArray[np.bool_], crowd_G: NDArray[np.bool_]
 ) -> tuple[NDArray[np.int64], NDArray[np.int8], NDArray[np.int64], NDArray[np.float64]]:
-    """Return the near detections, their states, the annotations they took at IoU 0.5, and their largest overlap."""
+    """Match detections to annotations that overlap enough.
+
+    Args:
+        pairs: These detections and annotations.
+        counts_GA: Whether an annotation of each area counts; it is ignored otherwise.
+        crowd_G: Annotations that any number of detections may find.
+
+    Returns:
+        The detections that have a pair, int64 (N,); their states, int8 (N, A, T); the annotations they took at IoU 0.5
+        in the first area, int64 (N,), -1 without; their largest overlap, float64 (N,).
+    """
     areas, thresholds = counts_GA.shape[1], len(IOU_THRESHOLDS_T)
     near, first, owner_P = np.unique(pairs.detection_P, return_index=True, return_inverse=True)
     state = np.full((len(near), areas, thresholds), UNMATCHED, dtype=np.int8)
@@ -122,7 +132,7 @@ def _greedy(
     iou = np.maximum.reduceat(pairs.iou_P, first)
     offset = int(pairs.annotation_P.min())
     free_GAT = np.ones((int(pairs.annotation_P.max()) - offset + 1, areas, thresholds), dtype=bool)
-    step_N = _place_in_group(pairs.group_P[first])
+    step_N = place_in_group(pairs.group_P[first])
     # Within a detection's pairs the last is the one to prefer: the largest overlap, of equals the later annotation.
     order = np.lexsort((pairs.annotation_P, pairs.iou_P, owner_P, step_N[owner_P]))
     bounds = np.searchsorted(step_N[owner_P][order], np.arange(step_N.max() + 2))
@@ -152,7 +162,7 @@ def _greedy(
     return near, state, taken, iou
 
 
-def _place_in_group(group: NDArray[np.int64]) -> NDArray[np.int64]:
+def place_in_group(group: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return each element's place within its run of equal numbers, from 0."""
     starts = np.flatnonzero(np.append(True, group[1:] != group[:-1]))
     return np.arange(len(group)) - np.repeat(starts, np.diff(np.append(starts, len(group))))
@@ -218,6 +228,48 @@ def overlapping_pairs(
         annotation_P=annotation_P[enough],
         group_P=key_G[annotation_P[enough]],
         iou_P=iou_P[enough],
+    )
+
+
+def image_pairs(
+    truth: GroundTruth,
+    results: Results,
+    selection: Selection,
+    annotations: NDArray[np.int64],
+) -> Pairs:
+    """Return the pairs of boxes of an image that overlap by at least IoU 0.5, whatever their categories.
+
+    Args:
+        truth: All annotations.
+        results: All detections.
+        selection: The S detections.
+        annotations: The G annotations, ordered by image.
+    """
+    from hotcoco.primitives import bbox_iou
+
+    images = np.unique(selection.image_S)
+    bounds_S = np.append(np.searchsorted(selection.image_S, images), len(selection)).tolist()
+    image_G = truth.ann_image_A[annotations]
+    first_G, last_G = (
+        np.searchsorted(image_G, images, side=side).tolist() for side in ("left", "right")
+    )
+    box_S4, box_G4 = results.box_D4[selection.detection_S], truth.ann_box_A4[annotations]
+    parts = [(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0))]
+    for (start, end), first, last in zip(
+        itertools.pairwise(bounds_S), first_G, last_G, strict=True
+    ):
+        if first < last:
+            iou_DG = bbox_iou(box_S4[start:end], box_G4[first:last], [False] * (last - first))
+            detection, annotation = np.nonzero(iou_DG >= IOU_THRESHOLDS_T[0])
+            parts.append((detection + start, annotation + first, iou_DG[detection, annotation]))
+    detection_P, annotation_P, iou_P = (
+        np.concatenate(column) for column in zip(*parts, strict=True)
+    )
+    return Pairs(
+        detection_P=detection_P,
+        annotation_P=annotation_P,
+        group_P=image_G[annotation_P],
+        iou_P=iou_P,
     )
 
 

@@ -344,7 +344,7 @@ def _columns(
     drawn_D = absent_D | ~sound_D
     wanted_D = known_D & masked_D
     if not keep_every_mask and wanted_D.any():
-        wanted_D[wanted_D] = truth.judged_IC[image_D[wanted_D], category_D[wanted_D]]
+        wanted_D[wanted_D] = truth.judges(image_D[wanted_D], category_D[wanted_D])
         wanted_D |= known_D & masked_D & drawn_D  # to draw their boxes
     mask_D, kept_masks, area_M = _masks(texts, np.flatnonzero(wanted_D), image_D, reading)
     masked_D &= ~wanted_D | (mask_D >= 0)

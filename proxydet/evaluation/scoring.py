@@ -162,7 +162,7 @@ def select(
     if per_category is not None:
         kept = _best(kept, results.category_D, results.score_D, per_category)
     capped = len(results) - len(kept)
-    judged = truth.judged_IC[results.image_D[kept], results.category_D[kept]]
+    judged = truth.judges(results.image_D[kept], results.category_D[kept])
     unjudged = int(np.count_nonzero(~judged))
     kept = kept[judged]
     area = _areas(results, kept, iou_type)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import pytest
 
 from proxydet.errors import DataError
 from proxydet.evaluation.ground_truth import GroundTruth
+from proxydet.evaluation.results import read_results
+from proxydet.evaluation.scoring import select
 
 
 def test_columns_are_in_the_order_of_ids(make_set: Callable[..., Any]) -> None:
@@ -29,7 +32,7 @@ def test_columns_are_in_the_order_of_ids(make_set: Callable[..., Any]) -> None:
 def test_protocol_is_recognised(make_set: Callable[..., Any]) -> None:
     federated, _ = make_set(1)
     assert GroundTruth.load(federated).protocol == "lvis"
-    assert GroundTruth.load(federated, protocol="coco").judged_IC.all()
+    assert GroundTruth.load(federated, protocol="coco").judges(np.zeros(4, int), np.arange(4)).all()
     exhaustive, _ = make_set(1, federated=False)
     assert GroundTruth.load(exhaustive).protocol == "coco"
     for row in federated["images"]:
@@ -75,11 +78,40 @@ def test_judged_pairs_are_the_annotated_and_the_verified_absent(
     expected |= {
         (row["image_id"], row["category_id"]) for row in content["annotations"] if row["area"] > 0
     }
+    every_P2 = np.argwhere(np.ones((len(truth.image_ids), len(truth.category_ids))))
     judged = {
         (truth.image_ids[image], truth.category_ids[category])
-        for image, category in np.argwhere(truth.judged_IC)
+        for image, category in every_P2[truth.judges(*every_P2.T)]
     }
     assert judged == expected
+
+
+def test_what_is_judged_takes_memory_for_what_is_listed_only() -> None:
+    """30,000 images of 30,000 categories: a table of all pairs would take 900 MB."""
+    images = [
+        {"id": n, "height": 9, "width": 9, "file_name": f"{n}", "neg_category_ids": [n]}
+        for n in range(30_000)
+    ]
+    categories = [{"id": n, "name": f"{n}", "frequency": "r"} for n in range(30_000)]
+    box = {"bbox": [1, 1, 5, 5], "area": 25}
+    truth = GroundTruth.load(
+        {
+            "images": images,
+            "categories": categories,
+            "annotations": [{"id": 1, "image_id": 0, "category_id": 2, **box}],
+        }
+    )
+    detections = [
+        {"image_id": 7, "category_id": c, "score": 0.5, "bbox": [1, 1, 5, 5]} for c in (7, 8)
+    ]
+    tracemalloc.start()
+    try:
+        selection = select(read_results(detections, truth), truth, iou_type="bbox")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (len(selection), selection.unjudged) == (1, 1)
+    assert peak < 100e6
 
 
 def test_zipped_files_are_read(make_set: Callable[..., Any], tmp_path: Path) -> None:

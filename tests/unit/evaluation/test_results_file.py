@@ -69,7 +69,7 @@ def test_blocks_of_any_size_give_the_same(
 def test_only_masks_that_can_be_judged_are_kept(files: Any) -> None:
     truth, detections, path = files
     results = read_results(path, truth)
-    judged_D = truth.judged_IC[results.image_D, results.category_D]
+    judged_D = truth.judges(results.image_D, results.category_D)
     assert 0 < judged_D.sum() < len(detections)
     np.testing.assert_array_equal(results.mask_D >= 0, judged_D)
     assert len(read_results(path, truth, keep_every_mask=True).masks) == len(detections)

@@ -299,16 +299,18 @@ def on_terminal(folder: Path, keys: bytes) -> tuple[int, str]:
         start_new_session=True,
     )
     os.close(terminal)
-    shown, end = b"", time.monotonic() + 60
+    shown, again, end = b"", 0.0, time.monotonic() + 60
     while time.monotonic() < end:
         if select.select([controller], [], [], 0.5)[0]:
             try:
                 shown += os.read(controller, 4096)
             except OSError:  # the process is gone
                 break
-        elif b"Continue?" in shown:
-            # What is typed before the prompt has set up its terminal is thrown away with what was typed ahead: again.
+        elif b"Continue?" in shown and time.monotonic() > again:
+            # What is typed before the prompt has set up its terminal is thrown away with what was typed ahead: again,
+            # but not to a process that is just ending.
             os.write(controller, keys)
+            again = time.monotonic() + 10
     os.close(controller)  # hangs up on a process that still waits
     return process.wait(timeout=60), shown.decode()
 

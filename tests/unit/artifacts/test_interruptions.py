@@ -295,8 +295,7 @@ class TestLeftovers:
         assert self.fetched_from(fetch, server, body) == "bytes=400000-"
 
     @pytest.mark.parametrize(
-        "record", ["", "{", "[]", '{"total": "x"}', '{"unknown": 1}', "null", '{"total": 3}', '{"address": 3}',
-                   "[" * 100_000]
+        "record", ["", "{", '{"total": "x"}', '{"unknown": 1}', "null", "[" * 100_000]
     )  # fmt: skip
     def test_damaged_records_are_not_believed(self, fetch, server, body, left, record) -> None:
         part = left(100_000)

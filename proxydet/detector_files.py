@@ -242,9 +242,9 @@ def _read_settings(path: Path) -> _Settings:
 
 
 def _newest_weights(folder: Path) -> Path:
-    final = folder / "model_final.pth"
-    if final.is_file():
-        return final
+    for name in ("model_final.safetensors", "model_final.pth"):  # version 0.1 wrote the second only
+        if (folder / name).is_file():
+            return folder / name
     steps = {
         int(match[1]): path
         for path in folder.glob("checkpoints/step_*.pth")

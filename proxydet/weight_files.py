@@ -24,6 +24,7 @@ import logging
 import math
 import pickletools
 import re
+import shlex
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -53,6 +54,8 @@ SAFETENSORS_FORMAT = 1
 _HINT = (
     "give a checkpoint of proxydet train or a published one; copy or download a damaged one again"
 )
+_NOT_WRITTEN = "what it holds is not what was written (SHA-256)"
+_HEX = 64  # characters of a SHA-256
 # Room for what else a run writes between two checkpoints.
 _DISK_MARGIN = 64 << 20
 _CHUNK = 4 << 20
@@ -202,7 +205,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if "proxydet" not in text:
             return tensors, {}
         if text.get("sha256") != content_digest([text["proxydet"], tensors]):
-            raise ValueError("what it holds is not what was written (SHA-256)")
+            raise ValueError(_NOT_WRITTEN)
         metadata = json.loads(text["proxydet"])
         return tensors, metadata if isinstance(metadata, dict) else {}
 
@@ -266,8 +269,17 @@ def _errors(path: Path, hint: str, kind: str = "a weight file") -> Iterator[None
         ):
             reason = "its content makes no sense"
         raise CheckpointError(
-            f"{path} is damaged, or not {kind}: {reason}", hint=hint, path=path
+            f"{path} is damaged, or not {kind}: {reason}", hint=_remedy(path, hint), path=path
         ) from error
+
+
+def _remedy(path: Path, hint: str) -> str:
+    """Name the weights to use instead, where the file lies in a run folder that has others."""
+    checkpoints = sorted(path.parent.glob("checkpoints/step_*.pth"), reverse=True)
+    others = [o for o in (*path.parent.glob("model_final.*"), *checkpoints) if o != path]
+    if hint != _HINT or not path.name.startswith("model_final.") or not others:
+        return hint
+    return f"copy it again from where it is whole, or use other weights of the run: --weights {shlex.quote(str(others[0]))}"
 
 
 class _Bounded(io.BufferedReader):
@@ -344,7 +356,7 @@ class _Source(ABC):
         """Return ``described`` with its tensors, compared with the SHA-256 where proxydet wrote it."""
         content = _map(self.described, self.tensor)
         if _is_ours(content) and content.pop("sha256", None) != content_digest(content):
-            raise ValueError("what it holds is not what was written (SHA-256)")
+            raise ValueError(_NOT_WRITTEN)
         return content
 
     def tensor(self, value: _Described | npt.NDArray[Any]) -> Tensor:
@@ -798,6 +810,52 @@ def write_safetensors(
     text = json.dumps({"format": SAFETENSORS_FORMAT, **metadata})
     notes = {"format": "pt", "proxydet": text, "sha256": content_digest([text, own])}
     write_bytes(path, save(own, metadata=notes))
+
+
+def seal(path: Path, mark: bytes) -> None:
+    """Append a mark, and the SHA-256 (hexadecimal) of everything before the digest, to a file that has been written.
+
+    Args:
+        path: The file; its format must allow what is appended.
+        mark: What `check_seal` recognises.
+    """
+    with path.open("r+b") as file:
+        file.seek(0, 2)
+        file.write(mark)
+        size = file.tell()
+        file.seek(0)
+        digest = _digest_of(file, size)
+        file.seek(size)
+        file.write(digest.encode())
+
+
+def check_seal(path: Path, mark: bytes, *, hint: str) -> bool:
+    """Compare a file with the digest that `seal` appended.
+
+    Returns:
+        Whether there is one.
+
+    Raises:
+        CheckpointError: The file is absent, or not what was written.
+    """
+    with _errors(path, hint, "an exported detector"), path.open("rb") as file:
+        size = file.seek(0, 2) - _HEX
+        file.seek(max(size - len(mark), 0))
+        if file.read(len(mark)) != mark:
+            return False
+        digest = file.read()
+        file.seek(0)
+        if _digest_of(file, size) != digest.decode("ascii", "replace"):
+            raise ValueError(_NOT_WRITTEN)
+        return True
+
+
+def _digest_of(file: Any, size: int) -> str:
+    digest = hashlib.sha256()
+    while size > 0 and (block := file.read(min(size, _CHUNK))):
+        digest.update(block)
+        size -= len(block)
+    return digest.hexdigest()
 
 
 def content_digest(value: Any) -> str:

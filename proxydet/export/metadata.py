@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import msgspec
 
 from proxydet.errors import InputError
 
@@ -20,7 +22,7 @@ class ExportMetadata:
     backbone: str
     """``resnet`` or ``swin``."""
     weights_sha256: str
-    """Digest of the weights: of names, shapes and values in the order of the names."""
+    """Digest of the weights that were exported: of names, shapes and values in the order of the names."""
     vocabulary_sha256: str | None
     """Digest of the vocabulary that was saved beside the file; None where none was."""
     embedding_dimension: int
@@ -64,8 +66,8 @@ class ExportMetadata:
             raise InputError(f"{path} was not made by proxydet", hint=hint, path=path)
         try:
             content = {"masks": True, **json.loads(text)}  # version 0.1 always exported masks
-            return cls(**{field.name: content[field.name] for field in fields(cls)})
-        except (ValueError, KeyError, TypeError) as error:
+            return msgspec.convert(content, cls)
+        except (ValueError, TypeError, RecursionError, msgspec.MsgspecError) as error:
             raise InputError(
                 f"{path} was made by another version of proxydet, or is damaged",
                 hint=hint,

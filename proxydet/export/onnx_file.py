@@ -15,7 +15,8 @@ from proxydet.errors import ConfigError, MissingDependencyError
 from proxydet.export.metadata import ExportMetadata
 from proxydet.export.onnx_operators import translations
 from proxydet.export.program import quiet
-from proxydet.export.runtime import BOX_OUTPUTS, OUTPUTS
+from proxydet.export.runtime import BOX_OUTPUTS, OUTPUTS, SEAL
+from proxydet.weight_files import seal
 
 # The oldest has RoIAlign with half pixels and everything else that the translation writes; onnxruntime (1.32) has no
 # RoIAlign of sets 22 and later.
@@ -53,7 +54,7 @@ def save_onnx(
     *,
     output_names: Sequence[str] | None = None,
 ) -> None:
-    """Translate a program to ONNX and write it, weights included, into one file."""
+    """Translate a program to ONNX and write it, weights and digest included, into one file."""
     with warnings.catch_warnings(), _less_talk():
         quiet()
         translated = torch.onnx.export(
@@ -70,6 +71,7 @@ def save_onnx(
         raise RuntimeError("torch.onnx.export returned nothing")
     translated.model.metadata_props["proxydet"] = metadata.to_text()
     translated.save(path, external_data=False)
+    seal(path, SEAL)
 
 
 @contextmanager

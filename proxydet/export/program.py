@@ -15,17 +15,26 @@ from proxydet.errors import InputError
 from proxydet.export.metadata import ExportMetadata
 from proxydet.export.runtime import check_finite
 from proxydet.vocabulary.vocabulary import Vocabulary
+from proxydet.weight_files import check_seal, seal
 
 METADATA_FILE = "proxydet.json"
+SEAL = b"proxydet sha256 "
+"""In front of the file's SHA-256; see `proxydet.weight_files.seal`."""
 
 
 def save_program(
     program: torch.export.ExportedProgram, path: Path, metadata: ExportMetadata
 ) -> None:
-    """Write a ``.pt2`` with its metadata."""
+    """Write a ``.pt2`` with its metadata and digest."""
     with path.open("wb") as file, warnings.catch_warnings():
         quiet()
         torch.export.save(program, file, extra_files={METADATA_FILE: metadata.to_text()})
+    with path.open(
+        "r+b"
+    ) as file:  # announce the digest as the comment at the end of the zip archive
+        file.seek(-2, 2)
+        file.write((len(SEAL) + 64).to_bytes(2, "little"))
+    seal(path, SEAL)
 
 
 class TorchProgram:
@@ -49,13 +58,14 @@ class TorchProgram:
             raise InputError(
                 f"there is no file {path}", hint="make one with: proxydet export", path=path
             )
+        check_seal(path, SEAL, hint="copy it again, or make it again with: proxydet export")
         extra = {METADATA_FILE: ""}
         try:
             with path.open("rb") as file:
                 program = torch.export.load(file, extra_files=extra)
         except Exception as error:  # torch raises many kinds for a damaged archive
             raise InputError(
-                f"torch cannot open {path}: {str(error).splitlines()[0]}",
+                f"torch cannot open {path}: {str(error).partition(chr(10))[0]}",
                 hint="make it again with: proxydet export, with the same version of torch",
                 path=path,
             ) from error

@@ -27,6 +27,7 @@ from proxydet.errors import InputError, MissingDependencyError, NumericsError, V
 from proxydet.export.found import Found, to_picture
 from proxydet.export.metadata import ExportMetadata
 from proxydet.vocabulary.vocabulary import Vocabulary
+from proxydet.weight_files import check_seal
 
 Pixels = npt.NDArray[np.uint8]
 Picture = str | Path | Image.Image | Pixels
@@ -34,6 +35,13 @@ Outputs = dict[str, npt.NDArray[Any]]
 
 INPUTS = ("image", "text", "base", "score_threshold")
 """Names of the file's inputs."""
+
+# An entry of the model's metadata (field 14: key, value) at the end of the file: protobuf joins repeated fields.
+_KEY = b"proxydet_sha256"
+_ENTRY = b"\x0a" + bytes([len(_KEY)]) + _KEY + b"\x12" + bytes([64])
+SEAL = b"\x72" + bytes([len(_ENTRY) + 64]) + _ENTRY
+"""In front of the file's SHA-256; see `proxydet.weight_files.seal`."""
+_AGAIN = "copy it again, or make it again with: proxydet export (changed on purpose? remove its metadata proxydet_sha256)"
 
 _NONE_BESIDE = "there is no vocabulary beside the model"
 
@@ -98,6 +106,7 @@ class OnnxDetector:
             raise InputError(
                 f"there is no file {path}", hint="make one with: proxydet export", path=path
             )
+        check_seal(path, SEAL, hint=_AGAIN)  # version 0.1 wrote none
         options = runtime.SessionOptions()
         if threads is not None:
             options.intra_op_num_threads = threads
@@ -105,8 +114,8 @@ class OnnxDetector:
             session = runtime.InferenceSession(str(path), options, providers=list(providers))
         except Exception as error:  # onnxruntime's errors have no base of their own
             raise InputError(
-                f"onnxruntime cannot open {path}: {str(error).splitlines()[0]}",
-                hint="make it again with: proxydet export",
+                f"onnxruntime cannot open {path}: {str(error).partition(chr(10))[0]}",
+                hint=_AGAIN,
                 path=path,
             ) from error
         properties = session.get_modelmeta().custom_metadata_map

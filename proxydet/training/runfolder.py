@@ -18,7 +18,8 @@
     ├── logs/                what each process wrote
     ├── aside/               what came after a checkpoint that the run went back to
     ├── train.lock           while it trains
-    └── model_final.pth      the weights after the last step
+    ├── model_final.safetensors  the weights after the last step, with recipe and classes
+    └── model_final.pth      the same as a file of torch.save; written last
 """
 
 from __future__ import annotations
@@ -93,6 +94,7 @@ class RunFolder:
         self.failures = root / "failures"
         self.logs = root / "logs"
         self.lock = root / "train.lock"
+        self.final_safetensors = root / "model_final.safetensors"
         self.final_weights = root / "model_final.pth"
         """A run that has them is finished."""
 
@@ -162,8 +164,8 @@ class RunFolder:
         for path in (self.root / "evaluations").glob("step_*"):
             if path.name > f"step_{iteration:07d}":
                 later.append(path)
-        if later and self.final_weights.exists():
-            later.append(self.final_weights)
+        if later:
+            later += [p for p in (self.final_weights, self.final_safetensors) if p.exists()]
         if not later:
             return
         aside = self.root / "aside" / f"after_step_{iteration:07d}"
@@ -197,7 +199,7 @@ class RunFolder:
         for name in ("evaluations", "aside"):
             shutil.rmtree(self.root / name, ignore_errors=True)
         for path in (self.config, self.vocabulary, self.text_encoder, self.environment, self.manifest,
-                     self.metrics, self.evaluations, self.final_weights):  # fmt: skip
+                     self.metrics, self.evaluations, self.final_safetensors, self.final_weights):  # fmt: skip
             path.unlink(missing_ok=True)
 
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 import torch
 
+from proxydet._version import __version__
 from proxydet.compat.modes import Mode
 from proxydet.compat.roi_align import reproducibility_mode
 from proxydet.config import differences, dump_yaml, to_mapping
@@ -55,6 +56,10 @@ _MANY_PARAMETERS = 20_000_000
 
 class RunSettings(Protocol):
     """What training reads of a run's configuration (`proxydet.recipes.RunConfig`)."""
+
+    @property
+    def recipe(self) -> str:
+        """Name of the recipe."""
 
     @property
     def seed(self) -> int:
@@ -178,6 +183,13 @@ def train(
             loader_timeout=timeout + 30.0 if timeout else None,
             resume=resume,
             run=json.dumps({"configuration": to_mapping(config), "digests": digests}),
+            about={
+                "proxydet": __version__,
+                "recipe": config.recipe,
+                "classes": data.vocabulary.names,
+                "vocabulary_sha256": data.vocabulary.digest,
+                "model": to_mapping(config.model),
+            },
             still_ours=still_ours,
             evaluate=evaluate,
             progress=progress,

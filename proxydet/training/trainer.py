@@ -7,7 +7,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +42,7 @@ from proxydet.training.step import (
     build_scaler,
     train_step,
 )
-from proxydet.weight_files import write_state
+from proxydet.weight_files import write_safetensors, write_state
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +124,9 @@ class FitJob:
 
     run: str = ""
     """JSON of what the run is made from, for its checkpoints."""
+
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """Plain values for the metadata of the final weights."""
 
     still_ours: Callable[[], None] = lambda: None
     """Raises when another training has taken over the run folder; called before anything is written."""
@@ -210,8 +213,10 @@ def fit(
             ) from error
         if job.ranks.is_main:
             job.still_ours()
-            weights = {"model": network.state_dict(), "iteration": state.iteration}
-            write_state(weights, job.folder.final_weights)
+            weights = network.state_dict()
+            about = {**job.about, "iteration": state.iteration}
+            write_safetensors(job.folder.final_safetensors, weights, about)
+            write_state({"model": weights, "iteration": state.iteration}, job.folder.final_weights)
         return TrainResult(
             folder=job.folder.root,
             weights=job.folder.final_weights,

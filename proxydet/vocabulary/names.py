@@ -14,7 +14,6 @@ from typing import Any
 
 import msgspec
 
-from proxydet.config import parse_yaml
 from proxydet.errors import ConfigError, VocabularyError
 from proxydet.files import read_text
 from proxydet.wording import counted, size_text
@@ -241,6 +240,8 @@ def _parsed_yaml(text: str, path: Path) -> Any:
     try:
         if len(text) > _LARGEST_YAML:
             raise ConfigError(f"{path} is larger than {size_text(_LARGEST_YAML)}.")
+        from proxydet.config import parse_yaml  # exported detectors run without YAML
+
         return parse_yaml(text, str(path), path, only_text=True)
     except ConfigError as error:
         raise VocabularyError(

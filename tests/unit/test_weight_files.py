@@ -16,7 +16,17 @@ import pytest
 import torch
 
 from proxydet.errors import CheckpointError
-from proxydet.weight_files import read_arrays, read_content, read_shapes, read_state_dict
+from proxydet.weight_files import (
+    check_seal,
+    read_arrays,
+    read_content,
+    read_safetensors,
+    read_shapes,
+    read_state_dict,
+    seal,
+    write_safetensors,
+    write_state,
+)
 
 NAMES = {"backbone.weight": torch.arange(6.0).reshape(2, 3), "backbone.bias": torch.ones(2)}
 
@@ -94,6 +104,80 @@ def test_numbers_of_every_type_and_shared_storages(tmp_path: Path) -> None:
         assert all(found[name].dtype == value.dtype for name, value in content.items())
         found["base"][4] = 77
         assert found["view"][0, 0] == 77
+
+
+# ---- files that proxydet writes ----------------------------------------------------------------------------------------
+
+
+def test_final_weights_with_metadata(tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    path = tmp_path / "model_final.safetensors"
+    shared = torch.arange(8.0)
+    tensors = {"b": shared[::2], "a": shared, "flag": torch.tensor(True)}
+    write_safetensors(path, tensors, {"recipe": "tiny", "classes": ["red", "blå"]})
+    found, metadata = read_safetensors(path)
+    assert metadata["recipe"] == "tiny"
+    assert metadata["classes"] == ["red", "blå"]
+    assert all(torch.equal(found[name], value) for name, value in tensors.items())
+    assert read_state_dict(path).keys() == tensors.keys()
+    with safe_open(path, "pt") as file:  # as others read it
+        assert torch.equal(file.get_tensor("b"), tensors["b"])
+
+
+@pytest.mark.parametrize("kind", ["final", "final.pth", "state", "weights"])
+def test_a_flipped_bit_never_loads_other_values(tmp_path: Path, kind: str) -> None:
+    """Two hundred bits, of all parts of the file; most of a small file is structure."""
+    path = tmp_path / ("model_final.safetensors" if kind == "final" else "model_final.pth")
+    tensors = {f"layer.{i}": torch.rand(6, 5) for i in range(5)}
+    if kind == "final":
+        write_safetensors(path, tensors, {"recipe": "tiny"})
+    elif kind == "weights":  # of version 0.1, or of others
+        torch.save({"model": tensors}, path)
+    else:
+        write_state({"model": tensors, "iteration": 3, "window": {"a": 1.5}}, path)
+    whole, random = path.read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for place in random.integers(0, len(whole), 200):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << int(random.integers(8))
+        path.write_bytes(bytes(damaged))
+        try:
+            found = read_content(path)["model"] if kind == "state" else read_state_dict(path)
+        except CheckpointError as error:
+            refused += error.path == path and bool(error.hint)
+            continue
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[name], value) for name, value in tensors.items())
+    assert refused > (190 if kind == "final" else 60)
+
+
+def test_damaged_final_weights_name_others_of_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "model_final.safetensors"
+    path.write_bytes(b"\x10\0\0\0\0\0\0\0{damaged")
+    with pytest.raises(CheckpointError) as alone:
+        read_state_dict(path)
+    assert "--weights" not in str(alone.value.hint)
+    (tmp_path / "checkpoints").mkdir()
+    write_state({"iteration": 3}, tmp_path / "checkpoints" / "step_0000003.pth")
+    with pytest.raises(CheckpointError) as caught:
+        read_state_dict(path)
+    assert "step_0000003.pth" in str(caught.value.hint)
+
+
+def test_a_seal(tmp_path: Path) -> None:
+    path = tmp_path / "model.bin"
+    path.write_bytes(b"what was written")
+    assert not check_seal(path, b"mark", hint="")
+    seal(path, b"mark")
+    assert check_seal(path, b"mark", hint="")
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        if 16 <= place < 20:  # the mark itself: as if there were none
+            continue
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 2]) + whole[place + 1 :])
+        with pytest.raises(CheckpointError, match=r"model\.bin"):
+            check_seal(path, b"mark", hint="export it again")
 
 
 # ---- files made to harm ----------------------------------------------------------------------------------------------

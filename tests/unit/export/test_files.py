@@ -139,6 +139,12 @@ def test_vocabularies_that_do_not_fit(onnx_export: ExportReport, tiny: ModuleTyp
         model.predict(drawn_picture(60, 60))
 
 
+def without_digest(model: onnx.ModelProto) -> None:
+    """As one does to change a file on purpose."""
+    [digest] = [entry for entry in model.metadata_props if entry.key == "proxydet_sha256"]
+    model.metadata_props.remove(digest)
+
+
 def test_the_vocabulary_beside_the_file_is_used_if_it_is_the_files(
     onnx_export: ExportReport, tiny: ModuleType, tmp_path: Path
 ) -> None:
@@ -146,6 +152,7 @@ def test_the_vocabulary_beside_the_file_is_used_if_it_is_the_files(
     model = onnx.load(onnx_export.path)
     [told] = [entry for entry in model.metadata_props if entry.key == "proxydet"]
     told.value = json.dumps(json.loads(told.value) | {"vocabulary_sha256": words.digest})
+    without_digest(model)
     onnx.save(model, copy)
     saved = words.save(tmp_path / "model.npz")
     found = OnnxDetector.from_file(copy).predict(drawn_picture(60, 90), score_threshold=0.02)
@@ -173,6 +180,7 @@ def test_damaged_weights_in_the_file_are_told(
     model = onnx.load(onnx_export.path)
     [stem] = [t for t in model.graph.initializer if list(t.dims) == [8, 3, 7, 7]]
     stem.raw_data = np.full(stem.dims, np.nan, dtype=np.float32).tobytes()
+    without_digest(model)
     onnx.save(model, tmp_path / "damaged.onnx")
     with pytest.raises(NumericsError, match="not finite"):
         OnnxDetector.from_file(tmp_path / "damaged.onnx").predict(
@@ -223,3 +231,19 @@ def test_newer_operator_sets(
     report = export_detector(detector, tmp_path / "new.onnx", opset=opset)
     assert onnx.load(report.path).opset_import[0].version == opset
     assert_agrees(detector, OnnxDetector.from_file(report.path), tiny)
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch"])
+def test_a_flipped_bit_is_refused(
+    format: str, onnx_export: ExportReport, torch_export: ExportReport, tmp_path: Path
+) -> None:
+    source = (onnx_export if format == "onnx" else torch_export).path
+    whole, random = source.read_bytes(), np.random.default_rng(0)
+    path = tmp_path / source.name
+    for place in (*random.integers(0, len(whole) - 200, 20), len(whole) - 3):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << int(random.integers(8))
+        path.write_bytes(bytes(damaged))
+        with pytest.raises(InputError, match="SHA-256") as caught:
+            OnnxDetector.from_file(path) if format == "onnx" else TorchProgram(path)
+        assert "proxydet export" in str(caught.value.hint)

@@ -18,6 +18,7 @@ from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.recipes import get_recipe
 from proxydet.vocabulary.compositional import CompositionalEncoder
 from proxydet.vocabulary.vocabulary import Vocabulary
+from proxydet.weight_files import write_safetensors
 
 
 def save(network: ProxyDetNetwork, path: Path) -> Path:
@@ -83,6 +84,30 @@ def test_an_unfinished_run_gives_its_newest_checkpoint(run: Path, network: Proxy
     torch.testing.assert_close(opened[name], newest[name])
     older = Detector.from_run(run, checkpoint=run / "checkpoints" / "step_0000009.pth")
     torch.testing.assert_close(older.network.state_dict()[name], network.state_dict()[name])
+
+
+def test_final_weights_are_safetensors_or_of_torch(run: Path, network: ProxyDetNetwork) -> None:
+    state = network.state_dict()
+    name = next(iter(state))
+    newer = {**state, name: state[name] + 1}
+    write_safetensors(run / "model_final.safetensors", newer, {"recipe": "tiny"})
+    for opened in (
+        Detector.from_run(run),
+        detector_files.open_named(
+            Detector,
+            run=None,
+            weights=str(run / "model_final.safetensors"),
+            config=None,
+            device="cpu",
+        ),
+    ):
+        torch.testing.assert_close(opened.network.state_dict()[name], newer[name])
+    content = bytearray((run / "model_final.safetensors").read_bytes())
+    content[-5] ^= 4
+    (run / "model_final.safetensors").write_bytes(bytes(content))
+    with pytest.raises(CheckpointError, match=r"model_final\.safetensors") as caught:
+        Detector.from_run(run)
+    assert "model_final.pth" in str(caught.value.hint)
 
 
 def test_the_encoder_of_the_data_description_serves_where_the_run_has_none(run: Path) -> None:

@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_FLAGS ?=
+# Processes that share the tests' files, 3 GB of memory each; WORKERS=0 runs all in one.
+WORKERS ?= 2
 UPGRADE ?=
 
 PY := $(VENV)/bin/python
@@ -24,7 +26,7 @@ quickstart: $(INSTALLED) ## Run the whole job on a small data set drawn here, an
 	$(VENV)/bin/proxydet quickstart
 
 test: $(INSTALLED) ## Run the tests, but for the slow ones.
-	$(PY) -m pytest -m "not slow" $(PYTEST_FLAGS)
+	$(PY) -m pytest -m "not slow" -n $(WORKERS) --dist loadfile $(PYTEST_FLAGS)
 
 test-slow: $(INSTALLED) ## Run the slow tests.
 	$(PY) -m pytest -m slow $(PYTEST_FLAGS)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
@@ -620,6 +620,9 @@ def test_nothing_is_lost_silently(
 
 @settings(max_examples=100)
 @given(st.binary(max_size=60))
+@example(b"I\xe0\x15")  # the beginning of Infinity, then nothing: a reader never ended on it
+@example(b"-I")
+@example(b"NaN\xff")
 def test_any_bytes_are_refused_or_read(tmp_path_factory, text: bytes) -> None:
     folder = tmp_path_factory.mktemp("bytes")
     (folder / "a.json").write_bytes(b'{"images": [], "categories": [], "annotations": [' + text)

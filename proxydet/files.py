@@ -142,7 +142,12 @@ def staged(target: Path, *, durable: bool = True, follow_links: bool = True) -> 
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         special = target.exists() and not target.is_file()
     if special:
-        yield target
+        with write_errors(target):  # at once, where nobody reads a named pipe
+            descriptor = os.open(target, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            yield target
+        finally:
+            os.close(descriptor)
         return
     with write_errors(target):
         target = Path(os.path.realpath(target)) if follow_links else target
@@ -308,14 +313,7 @@ def read_json(
         ProxydetError: Of the class ``error``: it is absent, unreadable, too large, not JSON or not an object.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb") as file:  # noqa: PTH123 - a descriptor; a named pipe must not be waited for
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise ValueError("it is not a regular file")
-            data = file.read(limit + 1)
-        if len(data) > limit:
-            raise ValueError(f"it is larger than {size_text(limit)}")
-        value = json.loads(data)
+        value = json.loads(_read_regular(path, limit))
         if not isinstance(value, dict):
             raise ValueError("it does not hold a JSON object")
     except FileNotFoundError as problem:
@@ -327,6 +325,18 @@ def read_json(
             f"the {what} {path} cannot be read: {problem}", hint=hint, path=path
         ) from problem
     return value
+
+
+def _read_regular(path: Path, limit: int) -> bytes:
+    """Return what a file holds; raises ValueError where it is a pipe, or has more than ``limit`` bytes."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:  # noqa: PTH123 - a descriptor; a named pipe must not be waited for
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError("it is not a regular file")
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"it is larger than {size_text(limit)}")
+    return data
 
 
 def sha256(path: Path, progress: Callable[[int], object] | None = None) -> str:
@@ -380,8 +390,8 @@ def remembered_sha256(
         now = resolved.stat()
         key = hashlib.sha256(str(resolved).encode("utf-8", "surrogateescape")).hexdigest()[:32]
         note = memory / f"{key}.digest"
-        with contextlib.suppress(OSError, msgspec.MsgspecError):
-            known = msgspec.json.decode(note.read_bytes(), type=_Remembered)
+        with contextlib.suppress(OSError, ValueError):
+            known = msgspec.json.decode(_read_regular(note, _BLOCK), type=_Remembered)
             if known == _Remembered(
                 now.st_size, now.st_mtime_ns, now.st_ino, known.sha256, now.st_ctime_ns
             ):
@@ -648,15 +658,16 @@ class Lock:
         lease, self._lease = self._lease, None
         if lease is not None:
             if not self.lost:
-                self._record.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    self._record.unlink()
             lease.release()
         self.held = False
 
     def owner(self) -> LockOwner | None:
         """Return who holds the lock now; None where nobody does, or its files cannot be read."""
         marker = SoftFileLease(self.path, lease_duration=self._stale_after_s).owner
-        with contextlib.suppress(OSError, msgspec.MsgspecError):
-            record = msgspec.json.decode(self._record.read_bytes(), type=LockOwner)
+        with contextlib.suppress(OSError, ValueError):
+            record = msgspec.json.decode(_read_regular(self._record, _BLOCK), type=LockOwner)
             if marker is None or marker.pid == record.pid:
                 return record
         return None if marker is None else LockOwner(marker.hostname.partition("?")[0], marker.pid)
@@ -750,9 +761,14 @@ def build_once(
     Raises:
         EnvironmentProblem: The folder cannot be written to.
     """
-    if path.exists():
-        return
     lock = Lock(path.with_name(f"{path.name}.lock"), stale_after_s=stale_after_s)
+    if path.exists():
+        owner = lock.owner()
+        if owner is not None and owner.has_ended:  # killed between the two
+            with contextlib.suppress(ProxydetError):
+                lock.acquire(wait=False)
+            lock.release()
+        return
     lock.acquire(until=path.exists)
     try:
         if not path.exists():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -330,9 +329,10 @@ def _losses(path: Path) -> dict[int, dict[str, float]]:
     }
 
 
-def _equal(first: Mapping[str, float], second: Mapping[str, float]) -> bool:
+def _equal(first: Mapping[str, object], second: Mapping[str, object]) -> bool:
+    # NaN, which differs from itself, is the same in both.
     return first.keys() == second.keys() and all(
-        value == second[name] or (math.isnan(value) and math.isnan(second[name]))
+        value == second[name] or (value != value and second[name] != second[name])
         for name, value in first.items()
     )
 

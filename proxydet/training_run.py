@@ -12,11 +12,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from proxydet.data.dataset import DatasetConfig
 from proxydet.detector import Detector
+from proxydet.errors import EnvironmentProblem, LockedError
 from proxydet.evaluation.detector_evaluation import evaluate
 from proxydet.evaluation.report import Report
 from proxydet.evaluation.split import DescribedSplit
@@ -24,10 +27,9 @@ from proxydet.files import JsonLines, write_json
 from proxydet.recipes import RunConfig
 from proxydet.reporting import SILENT, Progress
 from proxydet.training.distributed import launched_rank
-from proxydet.training.logs import iteration_of, read_evaluations
+from proxydet.training.logs import read_evaluations, read_steps
 from proxydet.training.runfolder import Resume, RunFolder
-from proxydet.training.train import train
-from proxydet.training.trainer import Evaluate, TrainResult, best_of
+from proxydet.training.train import Evaluate, TrainResult, best_of, train
 from proxydet.visualization.plots import loss_plot, save_figure
 
 if TYPE_CHECKING:
@@ -72,18 +74,21 @@ def run_training(
 
 
 def finished_run(folder: RunFolder, config: RunConfig) -> TrainResult:
-    """Return what a run that is finished gave, from its records."""
-    records = [record for record in JsonLines(folder.metrics).read() if "losses" in record]
+    """Return what a run that is finished gave, from its records; draw the plots that a kill kept from it."""
+    # Unless another one is at it, or nothing can be written there.
+    with suppress(LockedError, EnvironmentProblem), folder.held():
+        plot_run(folder, again=False)
+    records = read_steps(JsonLines(folder.metrics))
     last = records[-1] if records else {}
     evaluations = read_evaluations(JsonLines(folder.evaluations))
     return TrainResult(
         folder=folder.root,
         weights=folder.final_weights,
-        iterations=iteration_of(last) if last else config.training.iterations,
+        iterations=last.get("iteration", config.training.iterations),
         losses=last.get("losses", {}),
         evaluations=evaluations,
         best=best_of(evaluations, config.training.evaluation.metric),
-        skipped=last.get("skipped", 0),
+        skipped=skipped if type(skipped := last.get("skipped")) is int else 0,
         seconds=0.0,
     )
 
@@ -141,32 +146,35 @@ def flat_metrics(report: Report) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def plot_run(folder: RunFolder) -> list[Path]:
+def plot_run(folder: RunFolder, *, again: bool = True) -> list[Path]:
     """Plot the losses and the evaluation metrics of a run into its ``plots`` folder.
+
+    Args:
+        folder: The run folder.
+        again: Whether those that are there are drawn again.
 
     Returns:
         The files that were written.
     """
+    steps, evaluations = read_steps(JsonLines(folder.metrics)), JsonLines(folder.evaluations)
     groups = {
-        "losses": _curves(folder.metrics, "losses"),
-        "evaluations": _curves(folder.evaluations, "metrics"),
+        "losses": _curves((record["iteration"], record["losses"]) for record in steps),
+        "evaluations": _curves(read_evaluations(evaluations).items()),
     }
     written = []
     for name, curves in groups.items():
-        if curves:
-            folder.plots.mkdir(parents=True, exist_ok=True)
-            path = folder.plots / f"{name}.png"
+        path = folder.plots / f"{name}.png"
+        if curves and (again or not path.exists()):
             save_figure(loss_plot(curves), path)
             written.append(path)
     return written
 
 
-def _curves(path: Path, key: str) -> Curves:
-    """Read one curve for each name from a file of JSON lines."""
+def _curves(points: Iterable[tuple[int, dict[str, float]]]) -> Curves:
+    """Return one curve for each name from values by iteration."""
     curves: Curves = {}
-    for record in JsonLines(path).read():
-        values = record.get(key)
-        for name, value in values.items() if isinstance(values, dict) else ():
-            if isinstance(value, (int, float)) and math.isfinite(value):
-                curves.setdefault(name, []).append((iteration_of(record), value))
+    for iteration, values in points:
+        for name, value in values.items():
+            if math.isfinite(value):
+                curves.setdefault(name, []).append((iteration, value))
     return curves

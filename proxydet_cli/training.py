@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from proxydet.recipes import RunConfig
     from proxydet.training.launch import LaunchPlan
     from proxydet.training.runfolder import Resume
-    from proxydet.training.trainer import TrainResult
+    from proxydet.training.train import TrainResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +69,11 @@ class TrainOptions:
     def folder(self, config: RunConfig) -> tuple[Path, str]:
         """Return the run folder, and why it is that one; empty where it is the one that was asked for."""
         from proxydet.training.runfolder import default_folder
-        from proxydet.training.train import scale_to
 
         base = (self.output or runs_folder() / config.recipe).absolute()
         if self.output is not None or self.overwrite:
             return base, ""
-        return default_folder(base, config, scale=scale_to, resume=self.resumes())
+        return default_folder(base, config, self.resumes())
 
     def resumes(self) -> Resume:
         """Return what to do with checkpoints that are there."""
@@ -151,8 +150,7 @@ def run(options: TrainOptions, machines: Machines, *, json: bool) -> None:
     from proxydet.training.checkpoint import read_iteration
     from proxydet.training.distributed import broadcast_value, connect, launched_rank
     from proxydet.training.launch import LAUNCHER, launch, requeue, worker
-    from proxydet.training.runfolder import RunFolder
-    from proxydet.training.train import same_finished_run
+    from proxydet.training.runfolder import RunFolder, same_finished_run
     from proxydet.training_run import finished_run, run_training
     from proxydet_cli.training_display import training_progress
 

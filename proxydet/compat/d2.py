@@ -34,7 +34,7 @@ from proxydet.compat.shims import (
     RepairFinder,
     locate_detectron2,
 )
-from proxydet.errors import MissingDependencyError
+from proxydet.errors import EnvironmentProblem, MissingDependencyError
 
 _logger = logging.getLogger(__name__)
 
@@ -63,8 +63,14 @@ def activate() -> Detectron2:
 
     Raises:
         MissingDependencyError: It is missing, older than 0.6, or needs a package that is missing.
+        EnvironmentProblem: Python runs without docstrings.
     """
     folder = locate_detectron2()
+    if sys.flags.optimize > 1:
+        raise EnvironmentProblem(
+            "Python runs with -OO (PYTHONOPTIMIZE=2), which removes docstrings; detectron2 reads its own.",
+            hint="run it without -OO, or with -O",
+        )
     if not any(isinstance(finder, RepairFinder) for finder in sys.meta_path):
         RepairFinder(REPAIRS).install()
     try:

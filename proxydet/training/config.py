@@ -8,9 +8,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
+from proxydet.compat.modes import Mode
+from proxydet.data.config import DataConfig
 from proxydet.errors import ConfigError
+from proxydet.losses.config import LossConfig
+from proxydet.modeling.config import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,3 +280,38 @@ def scale_training(config: TrainingConfig, replicas: int) -> TrainingConfig:
 def _require(holds: bool, message: str, value: Any) -> None:
     if not holds:
         raise ConfigError(f"{message}; it is {value!r}.")
+
+
+class RunSettings(Protocol):
+    """What training reads of a run's configuration (`proxydet.recipes.RunConfig`)."""
+
+    @property
+    def recipe(self) -> str:
+        """Name of the recipe."""
+
+    @property
+    def seed(self) -> int:
+        """Seed of every random draw."""
+
+    @property
+    def reproducibility(self) -> Mode:
+        """Reproducibility mode."""
+
+    @property
+    def data(self) -> DataConfig:
+        """Data."""
+
+    @property
+    def model(self) -> ModelConfig:
+        """Sizes of the detector."""
+
+    @property
+    def losses(self) -> LossConfig:
+        """Losses."""
+
+    @property
+    def training(self) -> TrainingConfig:
+        """Training."""
+
+
+S = TypeVar("S", bound=RunSettings)

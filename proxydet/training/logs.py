@@ -165,14 +165,37 @@ def read_evaluations(lines: JsonLines) -> dict[int, dict[str, float]]:
     return {
         iteration_of(record): record["metrics"]
         for record in lines.read()
-        if iteration_of(record) < sys.maxsize and isinstance(record.get("metrics"), dict)
+        if iteration_of(record) < sys.maxsize and _are_numbers(record.get("metrics"))
     }
+
+
+def read_steps(lines: JsonLines) -> list[dict[str, Any]]:
+    """Return the records of a run's steps, oldest first; records that are not such are passed over."""
+    return [
+        record
+        for record in lines.read()
+        if iteration_of(record) < sys.maxsize
+        and _are_numbers(record.get("losses"))
+        and "total" in record["losses"]
+    ]
+
+
+def _are_numbers(values: object) -> bool:
+    """Whether these are named numbers that a plot or a table can show."""
+    return (
+        isinstance(values, dict)
+        and bool(values)
+        and all(
+            type(v) is float or (type(v) is int and abs(v) < sys.maxsize) for v in values.values()
+        )
+    )
 
 
 def iteration_of(record: dict[str, Any]) -> int:
     """Return the iteration that a record belongs to; beyond all of them for one that names none."""
     iteration = record.get("iteration")
-    return iteration if type(iteration) is int else sys.maxsize
+    known = type(iteration) is int and 0 <= iteration < sys.maxsize
+    return int(iteration) if known else sys.maxsize  # type: ignore[arg-type]
 
 
 def memory_mib(device: torch.device) -> float:

@@ -1,39 +1,58 @@
-"""What a training would do, without doing it: data it needs and what is missing, size, time, launch command."""
+"""What a training would do, without doing it: data it needs and what is missing, rough memory and time, launch command.
+
+For the estimate the network is run on torch's meta device, which computes shapes only: that gives the multiply-adds of a step and
+the bytes that its backward pass keeps, for any configuration. Pooling, proposals, losses and the optimiser are left out.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from proxydet.config import dump_yaml, to_mapping
+from proxydet.data.config import SourceConfig
 from proxydet.data.dataset import DatasetConfig, embedding_dimension, load_vocabulary, open_split
 from proxydet.data.store import AnnotationStore
-from proxydet.errors import CheckpointError, DataError, InputError, ProxydetError
+from proxydet.errors import CheckpointError, DataError, ProxydetError
 from proxydet.files import Lock
+from proxydet.modeling.centernet import CenterNet
+from proxydet.modeling.config import ModelConfig
+from proxydet.modeling.pyramid import build_backbone
+from proxydet.modeling.roi_heads import RoiHeads
 from proxydet.training.checkpoint import CheckpointFolder, read_iteration
-from proxydet.training.config import TrainingConfig
+from proxydet.training.config import RunSettings, S, TrainingConfig
 from proxydet.training.distributed import DistInfo, choose_device
-from proxydet.training.estimate import Estimate, estimate_run
 from proxydet.training.launch import LaunchPlan
-from proxydet.training.runfolder import EarlierRun, Resume, RunFolder, check_same
-from proxydet.training.step import check_precision
-from proxydet.training.train import (
-    RunSettings,
-    S,
+from proxydet.training.runfolder import (
+    EarlierRun,
+    Resume,
+    RunFolder,
+    check_same,
     continue_run,
     find_earlier,
-    fit_to_embeddings,
-    fit_to_masks,
 )
+from proxydet.training.step import check_precision
+from proxydet.training.train import fit_to_embeddings, fit_to_masks
 
 # Annotation files up to this are looked into; it takes well under a second.
 _LARGEST_READ = 64 * 1024 * 1024
+# AdamW: weight, gradient and two moments in float32.
+_BYTES_PER_PARAMETER = 16
+# The operations of a step over its time, as a share of what the probe's convolution reaches. Measured for R50 on a 2-core CPU
+# (benchmarks/training_step_cpu2_202611.md, 220 GFLOP/s): 1.17 for box batches, with fewer masks than are counted here,
+# 0.65 for image-label batches. No GPU was measured.
+_EFFICIENCY = 0.85
+_PROBE_SECONDS = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +70,45 @@ class Need:
 
     problem: str = ""
     """What is wrong with it, where that is more than being absent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a training takes, roughly: within a factor of two on an idle machine."""
+
+    device: str
+    """Where it would compute."""
+
+    parameters: int
+    """Parameters of the network."""
+
+    memory_gib: float
+    """Memory of the device, a process."""
+
+    seconds_per_step: float
+    """Time of a step."""
+
+    operations_per_second: float
+    """Floating-point operations a second that a large convolution reached in a short probe of the device."""
+
+    hours: float
+    """Time of all steps."""
+
+    images: int
+    """Images that all processes see in all steps."""
+
+    def lines(self) -> list[str]:
+        """Return the estimate for people to read."""
+        lines = [
+            f"device       {self.device}, at least {self.memory_gib:.1f} GiB a process, "
+            f"{self.parameters / 1e6:.1f} M parameters",
+            f"time         about {_duration(self.hours)}: {self.seconds_per_step:.2g} s a step, "
+            f"{self.images:,} images; a rough guess: a convolution reaches {self.operations_per_second / 1e9:.3g} GFLOP/s "
+            "here just now (less where other programs run)",
+        ]
+        if self.device == "cpu" and self.hours > 24:
+            lines.append("slow         this recipe is made for GPUs; on a CPU it takes very long")
+        return lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,31 +204,105 @@ def plan_training(
         overwrite: Whether ``never`` removes the run that is there.
     """
     folder = RunFolder(output)
-    earlier, start_needs, resumes_after = _start(folder, config, resume, overwrite=overwrite)
+    needs: list[Need] = []
+    earlier: list[EarlierRun[S]] = []
+    resumes_after = None
+
+    def need(what: str, path: Path) -> None:
+        needs.append(Need(what=what, path=str(path), present=path.exists()))
+
+    def unusable(what: str, path: Path | str, problem: ProxydetError | str) -> None:
+        if isinstance(problem, ProxydetError):
+            text = " ".join(filter(None, [problem.message, problem.hint]))
+            problem = text.removeprefix(f"{path} ")
+        needs.append(Need(what=what, path=str(path), present=False, problem=problem))
+
+    owner = Lock(folder.lock).owner()
+    if owner is not None and not owner.has_ended:
+        unusable("run folder", folder.root, f"it is in use by {owner}")
+    try:
+        earlier = find_earlier(folder, config, resume, overwrite=overwrite)
+        if isinstance(resume, Path):
+            resumes_after = read_iteration(resume)
+            need("checkpoint", resume)
+        elif resume == "auto":
+            found = CheckpointFolder(folder.checkpoints, config.training.checkpoints).list()
+            resumes_after = found[-1][0] if found else None
+    except CheckpointError as error:
+        unusable("checkpoint", error.path or folder.checkpoints, error)
+    except ProxydetError as error:
+        unusable("run folder", folder.root, error)
     ranks = DistInfo(world_size=launch.world_size, device=torch.device("cpu"))
     scaled, _ = continue_run(config, earlier, ranks)
-    description, needs = _description(scaled.data.description)
+    compared = len(needs)
+
+    training = scaled.training
+    try:
+        check_precision(training.precision, choose_device(training.device))
+    except ProxydetError as error:
+        unusable("precision", "", error)
+    if training.weights is not None:
+        need("starting weights", training.weights)
+    path = scaled.data.description
     notes: list[str] = []
     decided = False
+    description = None
+    if path is None:
+        unusable("dataset config", "", "give one with --data")
+    else:
+        need("dataset config", path)
+        try:
+            description = DatasetConfig.from_toml(path) if path.is_file() else None
+        except ProxydetError as error:
+            needs[-1] = dataclasses.replace(needs[-1], present=False, problem=error.message)
     if description is not None:
-        scaled, embeddings = _embeddings(description, scaled)
-        needs += [embeddings, *_data_needs(description, scaled)]
-        readable = all(need.present for need in needs if need.what == "training annotations")
-        if embeddings.present and readable:
-            scaled, notes, problems = _masks(description, scaled)
-            needs += problems
-            decided = not problems and scaled.data.masks != "auto"
+        embeddings = description.classes.embeddings
+        need("text embeddings", embeddings)
+        try:
+            if embeddings.is_file():
+                scaled = fit_to_embeddings(scaled, embedding_dimension(embeddings))
+        except ProxydetError as error:
+            text = " ".join(filter(None, [error.message, error.hint]))
+            needs[-1] = dataclasses.replace(needs[-1], present=False, problem=text)
+        if description.train is None:
+            unusable("training annotations", "", "the dataset config has no [train] table")
+        usable = needs[-1].present
+        for name, split in (("training", description.train), ("validation", description.val)):
+            if split is not None:
+                needs.append(_annotations(name, split.annotations))
+                usable = usable and (name != "training" or needs[-1].present)
+                for root in split.roots:
+                    need(f"{name} images", root)
+        labels = description.image_labels
+        if scaled.data.image_labels is not None and labels is not None:
+            for place in (labels.tars, labels.annotations, *labels.roots):
+                if place:
+                    need("image labels", place)
+        if usable and description.train is not None:
+            annotations, cache = description.train.annotations, scaled.data.cache
+            large = annotations.stat().st_size > _LARGEST_READ
+            if large and not AnnotationStore.path_for(annotations, cache=cache).is_file():
+                notes = ["decided when training reads the annotations (data.masks)"]
+            else:
+                try:
+                    store = open_split(description, "train", cache=cache, warn=False)
+                    classes = load_vocabulary(description, cache=cache)
+                    scaled, note = fit_to_masks(scaled, store, classes)
+                    notes, decided = [note] if note else [], True
+                except ProxydetError as error:
+                    unusable("classes and masks", annotations, error)
     for run in earlier:
         try:
             check_same(folder, run, scaled, before_data=not decided)
         except ProxydetError as error:
-            start_needs.append(_unusable("run folder", folder.root, error))
+            unusable("run folder", folder.root, error)
+            needs.insert(compared, needs.pop())
     return TrainingPlan(
         folder=folder.root,
         resumes_after=resumes_after,
         launch=launch,
         config=scaled,
-        needs=(*start_needs, *_machine_needs(scaled.training), *needs),
+        needs=tuple(needs),
         notes=tuple(notes),
         estimate=estimate_run(
             scaled.model,
@@ -183,118 +315,11 @@ def plan_training(
     )
 
 
-def _start(
-    folder: RunFolder, config: S, resume: Resume, *, overwrite: bool
-) -> tuple[list[EarlierRun[S]], list[Need], int | None]:
-    """Return the runs that would be continued, what keeps the training from it, and the iteration to resume after."""
-    needs, earlier, after = [], [], None
-    owner = Lock(folder.lock).owner()
-    if owner is not None and not owner.has_ended:
-        problem = f"it is in use by {owner}"
-        needs.append(Need(what="run folder", path=str(folder.root), present=False, problem=problem))
-    try:
-        earlier = find_earlier(folder, config, resume, overwrite=overwrite)
-        if isinstance(resume, Path):
-            after = read_iteration(resume)
-            needs.append(_need("checkpoint", resume))
-        elif resume == "auto":
-            found = CheckpointFolder(folder.checkpoints, config.training.checkpoints).list()
-            after = found[-1][0] if found else None
-    except CheckpointError as error:
-        needs.append(_unusable("checkpoint", error.path or folder.checkpoints, error))
-    except ProxydetError as error:
-        needs.append(_unusable("run folder", folder.root, error))
-    return earlier, needs, after
-
-
-def _description(path: Path | None) -> tuple[DatasetConfig | None, list[Need]]:
-    """Read the dataset config, if it can be read."""
-    if path is None:
-        text = "give one with --data"
-        return None, [Need(what="dataset config", path="", present=False, problem=text)]
-    need = _need("dataset config", path)
-    if not path.is_file():
-        return None, [dataclasses.replace(need, present=False)]
-    try:
-        return DatasetConfig.from_toml(path), [need]
-    except InputError as error:
-        return None, [dataclasses.replace(need, present=False, problem=error.message)]
-
-
-def _machine_needs(training: TrainingConfig) -> list[Need]:
-    needs = []
-    try:
-        check_precision(training.precision, choose_device(training.device))
-    except ProxydetError as error:
-        needs.append(Need(what="precision", path="", present=False, problem=_in_full(error)))
-    if training.weights is not None:
-        needs.append(_need("starting weights", training.weights))
-    return needs
-
-
-def _data_needs(description: DatasetConfig, config: RunSettings) -> list[Need]:
-    needs = []
-    if description.train is None:
-        text = "the dataset config has no [train] table"
-        needs.append(Need(what="training annotations", path="", present=False, problem=text))
-    for name, split in (("training", description.train), ("validation", description.val)):
-        if split is not None:
-            needs.append(_annotations(name, split.annotations))
-            needs += [_need(f"{name} images", root) for root in split.roots]
-    labels = description.image_labels
-    if config.data.image_labels is not None and labels is not None:
-        paths = [path for path in (labels.tars, labels.annotations, *labels.roots) if path]
-        needs += [_need("image labels", path) for path in paths]
-    return needs
-
-
-def _embeddings(description: DatasetConfig, config: S) -> tuple[S, Need]:
-    """Return the configuration with a classifier that fits the text embeddings, and whether they are usable."""
-    path = description.classes.embeddings
-    need = _need("text embeddings", path)
-    if not path.is_file():
-        return config, need
-    try:
-        return fit_to_embeddings(config, embedding_dimension(path)), need
-    except ProxydetError as error:
-        return config, dataclasses.replace(need, present=False, problem=_in_full(error))
-
-
-def _masks(description: DatasetConfig, config: S) -> tuple[S, list[str], list[Need]]:
-    """Decide whether masks are trained, as training does, unless that means to read a large annotation file."""
-    split, cache = description.train, config.data.cache
-    if split is None or not split.annotations.is_file():
-        return config, [], []
-    path = split.annotations
-    try:
-        large = path.stat().st_size > _LARGEST_READ
-        if large and not AnnotationStore.path_for(path, cache=cache).is_file():
-            return config, ["decided when training reads the annotations (data.masks)"], []
-        store = open_split(description, "train", cache=cache, warn=False)
-        fitted, note = fit_to_masks(config, store, load_vocabulary(description, cache=cache))
-    except ProxydetError as error:
-        return config, [], [_unusable("classes and masks", path, error)]
-    return fitted, [note] if note else [], []
-
-
-def _in_full(error: ProxydetError) -> str:
-    return " ".join(filter(None, [error.message, error.hint]))
-
-
-def _unusable(what: str, path: Path, error: ProxydetError) -> Need:
-    problem = _in_full(error).removeprefix(f"{path} ")
-    return Need(what=what, path=str(path), present=False, problem=problem)
-
-
-def _need(what: str, path: Path) -> Need:
-    return Need(what=what, path=str(path), present=path.exists())
-
-
 def _annotations(split: str, path: Path) -> Need:
     """Open the annotations of a split as training and evaluation do, unless they are large."""
     what = f"{split} annotations"
     if not path.exists() or path.stat().st_size > _LARGEST_READ:
-        return _need(what, path)
+        return Need(what=what, path=str(path), present=path.exists())
     try:
         AnnotationStore.open(path, warn=False).require_objects(groups=split != "training")
     except DataError as error:
@@ -312,3 +337,170 @@ def _mark(need: Need) -> str:
 
 def _place(need: Need) -> str:
     return ": ".join(part for part in (need.path, need.problem) if part)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchCost:
+    """What one batch of a source takes."""
+
+    images: int
+    """Images."""
+
+    operations: float
+    """Floating-point operations, forward and backward; a multiply-add is two."""
+
+    kept_bytes: float
+    """What the forward pass keeps for the backward pass."""
+
+    share: float
+    """Share of the steps that take such a batch, in [0, 1]."""
+
+
+def estimate_run(
+    model: ModelConfig,
+    boxes: SourceConfig,
+    labels: SourceConfig | None,
+    training: TrainingConfig,
+    processes: int,
+) -> Estimate:
+    """Estimate a training.
+
+    Args:
+        model: Sizes of the network.
+        boxes: Batches of annotated images.
+        labels: Batches of images with labels; None where there are none.
+        training: Settings, scaled to the number of processes.
+        processes: How many processes train.
+    """
+    device = choose_device(training.device)
+    parts = MetaNetwork(model)
+    costs = batch_costs(parts, boxes, labels, training)
+    operations = sum(cost.operations * cost.share for cost in costs) * training.accumulation
+    images = sum(cost.images * cost.share for cost in costs) * training.accumulation * processes
+    speed = device_speed(device, training.precision.dtype)
+    seconds = operations / (_EFFICIENCY * speed)
+    parameters = sum(p.numel() for p in parts.parameters())
+    return Estimate(
+        device=str(device),
+        parameters=parameters,
+        memory_gib=(_BYTES_PER_PARAMETER * parameters + max(cost.kept_bytes for cost in costs))
+        / 2**30,
+        seconds_per_step=seconds,
+        operations_per_second=speed,
+        hours=seconds * training.iterations / 3600,
+        images=round(images * training.iterations),
+    )
+
+
+def batch_costs(
+    network: MetaNetwork,
+    boxes: SourceConfig,
+    labels: SourceConfig | None,
+    training: TrainingConfig,
+) -> list[BatchCost]:
+    """Return what the batches of each source take.
+
+    Sources are drawn by image: one with twice the batch size at the same ratio makes half as many batches.
+    """
+    sources = [source for source in (boxes, labels) if source is not None]
+    weights = [source.ratio / source.batch_size for source in sources]
+    small = 0.5 if training.precision.dtype != "fp32" else 1.0
+    costs = []
+    for source, weight in zip(sources, weights, strict=True):
+        features, pyramid = count(network.pyramid, source.batch_size, source.size)
+        regions = network.config.cascade.samples_per_image if source is boxes else 1
+        heads = count(network.heads, source.batch_size, regions, source is boxes)[1]
+        proposals = count(network.proposals, features)[1]
+        operations = pyramid[0] + proposals[0] + heads[0]
+        kept = small * pyramid[1] + proposals[1] + heads[1]
+        costs.append(
+            BatchCost(
+                images=source.batch_size,
+                operations=3 * operations,
+                kept_bytes=kept,
+                share=weight / sum(weights),
+            )
+        )
+    return costs
+
+
+def count(function: Callable[..., Any], *arguments: Any) -> tuple[Any, tuple[float, float]]:
+    """Run a function on meta tensors; return its result, and its operations and the bytes that it keeps for backward."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    counter = FlopCounterMode(display=False)
+    with counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = function(*arguments)
+    return result, (float(counter.get_total_flops()), float(sum(kept.values())))
+
+
+def device_speed(device: torch.device, dtype: str) -> float:
+    """Return the floating-point operations a second that a large convolution reaches on a device just now."""
+    formats = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    used = formats[dtype] if device.type == "cuda" else torch.float32
+    values = torch.randn(2, 256, 64, 64, device=device, dtype=used)
+    weight = torch.randn(256, 256, 3, 3, device=device, dtype=used)
+    operations = 2 * values.numel() * 256 * 9
+    rounds, start = 0, 0.0
+    while rounds < 3 or time.perf_counter() - start < _PROBE_SECONDS:
+        if rounds == 2:
+            start = time.perf_counter()
+        functional.conv2d(values, weight, padding=1).mean().item()
+        rounds += 1
+    return operations * (rounds - 2) / (time.perf_counter() - start)
+
+
+class MetaNetwork:
+    """The network's parts on the meta device."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        dimension = config.classifier.embedding_dim
+        self._backbone = build_backbone(config.backbone, config.pyramid).to("meta")
+        channels, strides = config.pyramid.channels, config.pyramid.strides
+        self._centernet = CenterNet(config.proposals, channels, strides).to("meta")
+        self._roi_heads = RoiHeads(config, torch.zeros(dimension, 2), torch.ones(1)).to("meta")
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return all parameters."""
+        modules = (self._backbone, self._centernet, self._roi_heads)
+        return [parameter for module in modules for parameter in module.parameters()]
+
+    def pyramid(self, images: int, size: int) -> list[Tensor]:
+        """Run backbone and pyramid on images of a size, padded as the network pads them."""
+        side = -(-size // self._backbone.size_divisibility) * self._backbone.size_divisibility
+        pixels = torch.empty(images, 3, side, side, device="meta")
+        return list(self._backbone(pixels).values())
+
+    def proposals(self, features: list[Tensor]) -> object:
+        """Run the proposal network's convolutions."""
+        return self._centernet(features)
+
+    def heads(self, images: int, regions: int, boxes: bool) -> None:
+        """Run the heads with gradient on a number of regions an image, masks and mixup on as many as may be objects."""
+        config, heads = self.config, self._roi_heads
+        side, channels = config.cascade.pool_size, config.pyramid.channels
+        pooled = torch.empty(images * regions, channels, side, side, device="meta")
+        for step in range(config.cascade.steps):
+            features = heads.detection.features(step, pooled)
+            heads.detection.deltas(step, features)
+        if not boxes:
+            return
+        objects = max(round(images * regions * config.cascade.positive_fraction), 1)
+        if heads.mixup is not None:
+            heads.mixup.features(config.cascade.steps - 1, pooled[:objects])
+        if config.masks is not None and heads.mask_head is not None:
+            mask_side = config.masks.pool_size
+            pooled = torch.empty(objects, channels, mask_side, mask_side, device="meta")
+            heads.mask_head.layers(pooled)
+
+
+def _duration(hours: float) -> str:
+    if hours < 1:
+        return f"{max(hours * 60, 0.1):.2g} minutes"
+    return f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.0f} days"

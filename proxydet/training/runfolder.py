@@ -25,21 +25,23 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar, cast
 
 from proxydet.config import differences, from_mapping, load_mapping
 from proxydet.errors import ConfigError, InputError, LockedError
 from proxydet.files import JsonLines, Lock, read_json, sweep, write_text
-from proxydet.training.checkpoint import CheckpointFolder, read_run
-from proxydet.training.config import CheckpointConfig
+from proxydet.training.checkpoint import CheckpointFolder, read_iteration, read_run
+from proxydet.training.config import CheckpointConfig, S, scale_training
+from proxydet.training.distributed import DistInfo
 from proxydet.training.launch import LAUNCHER
 
 logger = logging.getLogger(__name__)
@@ -257,7 +259,9 @@ def earlier_run(
     found = [path for _, path in folder.list_checkpoints()]
     newest = [checkpoint] if checkpoint is not None else found[::-1]
     manifest = read(folder.manifest, _read_manifest, folder.manifest) or {}
-    config = read(folder.config, load_mapping, folder.config) if folder.config.exists() else None
+    config = read(folder.config, load_mapping, folder.config) if folder.config.is_file() else None
+    if config is None and folder.config.exists() and not problems:
+        problems.append(f"{folder.config} is not a regular file")
     records = itertools.chain(
         [(folder.config, {**manifest, "configuration": config}), (folder.manifest, manifest)],
         ((path, read(path, read_run, path) or {}) for path in newest),
@@ -346,15 +350,12 @@ def after_restart(resume: Resume) -> Resume:
     return "auto" if resume == "never" and restarted else resume
 
 
-def default_folder(
-    base: Path, config: Any, *, scale: Callable[[Any, int], Any], resume: Resume
-) -> tuple[Path, str]:
+def default_folder(base: Path, config: S, resume: Resume) -> tuple[Path, str]:
     """Choose the run folder where none is given: the run's own, or a new one next to those of other settings.
 
     Args:
         base: The first choice, ``runs/NAME``; then ``runs/NAME-2`` and so on.
         config: The configuration, before scaling.
-        scale: Scales it to a number of batches an iteration.
         resume: With ``never`` a folder without a run is chosen; with a checkpoint, its own run's folder.
 
     Returns:
@@ -371,12 +372,109 @@ def default_folder(
                 break
             if resume == "never":
                 raise ConfigError(f"{folder.root} holds a run")
-            check_same(
-                folder, earlier, scale(config, earlier.config.training.replicas), before_data=True
-            )
+            scaled = scale_to(config, earlier.config.training.replicas)
+            check_same(folder, earlier, scaled, before_data=True)
         except ConfigError as error:
             reasons.append(error.message.rstrip("."))
             continue
         state = "which is finished" if earlier.finished else "which is not finished"
         return folder.root, f"it holds the same run, {state}"
     return folder.root, reasons[0] if reasons else ""
+
+
+def find_earlier(
+    folder: RunFolder, config: S, resume: Resume, *, overwrite: bool = False
+) -> list[EarlierRun[S]]:
+    """Return the runs that a training continues: that in its folder, and that of the checkpoint that is given.
+
+    Raises:
+        ConfigError: The folder holds a run, and a new one is to be started.
+        CheckpointError: The checkpoint is absent or damaged.
+    """
+    if resume == "never" and overwrite:
+        return []
+    here = earlier_run(folder, type(config))
+    if resume == "never" and here is not None:
+        raise ConfigError(
+            f"{folder.root} already holds a run.",
+            hint="train in another folder (--output), resume the run (--resume auto), or remove it: "
+            "--resume never --overwrite",
+            path=folder.root,
+        )
+    found = [] if here is None else [here]
+    if isinstance(resume, Path):
+        read_iteration(resume)
+        own = resume.parent.parent if resume.parent.name == "checkpoints" else resume
+        if here is None or own.resolve() != folder.root.resolve():
+            other = earlier_run(RunFolder(own), type(config), resume)
+            if other is None:
+                logger.warning(
+                    "Nothing tells with which settings %s was written; they are not compared",
+                    resume,
+                )
+            else:
+                found.append(other)
+    return found
+
+
+def continue_run(config: S, earlier: Sequence[EarlierRun[S]], ranks: DistInfo) -> tuple[S, int]:
+    """Return a run's configuration, and how many batches this many processes accumulate.
+
+    A new run is scaled to its number of processes; see `scale_training`. A run that is resumed keeps what an iteration was in
+    it, so that its schedule continues. On another number of processes, a step keeps its number of batches where they share
+    it evenly; otherwise, or where another accumulation is asked for, the learning rate is scaled and progress is counted in
+    batches.
+    """
+    training = config.training
+    if not earlier:
+        return scale_run(config, ranks.world_size), training.accumulation
+    before = earlier[-1].config.training
+    scaled = scale_training(training, before.replicas)
+    accumulation = training.accumulation
+    if accumulation == before.accumulation and before.replicas % ranks.world_size == 0:
+        accumulation = before.replicas // ranks.world_size
+    batches = accumulation * ranks.world_size
+    processes = before.replicas // before.accumulation
+    if ranks.is_main and (processes, before.accumulation) != (ranks.world_size, accumulation):
+        k = batches / before.replicas
+        rate = f"; learning rates are multiplied by {k:g}" if training.scaling == "linear" else ""
+        logger.warning(
+            "Resuming on %d processes with accumulation %d instead of %d with %d: %s",
+            ranks.world_size,
+            accumulation,
+            processes,
+            before.accumulation,
+            "as many batches a step as before"
+            if k == 1
+            else f"{batches} batches a step instead of {before.replicas}{rate}; an iteration takes {1 / k:g} steps",
+        )
+    scaled = dataclasses.replace(scaled, accumulation=before.accumulation)
+    return cast("S", dataclasses.replace(cast("Any", config), training=scaled)), accumulation
+
+
+def same_finished_run(folder: RunFolder, config: S) -> bool:
+    """Whether a folder holds a run of these settings that is finished.
+
+    Raises:
+        ConfigError: It holds a run, and nothing tells with which settings.
+    """
+    earlier = earlier_run(folder, type(config))
+    if earlier is None or not earlier.finished:
+        return False
+    try:
+        scaled = scale_to(config, earlier.config.training.replicas)
+        check_same(folder, earlier, scaled, before_data=True)
+    except ConfigError:
+        return False
+    return True
+
+
+def scale_to(config: S, replicas: int) -> S:
+    """Return a configuration whose training is scaled to a number of batches an iteration; see `scale_training`."""
+    training = scale_training(config.training, replicas)
+    return cast("S", dataclasses.replace(cast("Any", config), training=training))
+
+
+def scale_run(config: S, processes: int) -> S:
+    """Return a run's configuration with its training scaled to a number of processes; see `scale_training`."""
+    return scale_to(config, processes * config.training.accumulation)

@@ -1,101 +1,129 @@
-"""Training from a configuration: data, vocabulary, network and losses are put together and handed to `fit`."""
+"""Training: from a configuration (`train`), or from a network, losses and batches (`fit`)."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from types import FrameType
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from proxydet._version import __version__
-from proxydet.compat.modes import Mode
 from proxydet.compat.roi_align import reproducibility_mode
 from proxydet.config import differences, dump_yaml, to_mapping
 from proxydet.data.batches import Targets
-from proxydet.data.config import DataConfig
 from proxydet.data.dataset import DatasetConfig, image_counts, load_vocabulary, open_split
-from proxydet.data.loader import TrainingLoader, TrainingSources, open_training_sources
+from proxydet.data.loader import TrainingLoader, open_training_sources
 from proxydet.data.store import AnnotationStore
-from proxydet.errors import ConfigError
+from proxydet.errors import ConfigError, DataError, EnvironmentProblem, Interrupted, TrainingError
 from proxydet.files import sha256, write_bytes, write_text
-from proxydet.losses.config import LossConfig
 from proxydet.losses.criterion import Criterion
 from proxydet.manifest import build_manifest, write_run_records
-from proxydet.modeling.config import ModelConfig
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.modeling.weights import MASK_HEAD, MIXUP_BRANCH, load_weights
 from proxydet.reporting import SILENT, Progress
-from proxydet.training.checkpoint import read_iteration
-from proxydet.training.config import TrainingConfig, scale_training
-from proxydet.training.distributed import DistInfo, check_agreement, connect, wait_for_all
+from proxydet.training.checkpoint import (
+    CheckpointFolder,
+    TrainingState,
+    load_checkpoint,
+)
+from proxydet.training.config import S, TrainingConfig
+from proxydet.training.distributed import (
+    DistInfo,
+    broadcast_value,
+    check_agreement,
+    connect,
+    wait_for_all,
+    wrap_for_ranks,
+)
+from proxydet.training.logs import MetricLogger
 from proxydet.training.runfolder import (
     EVALUATION_KEYS,
-    EarlierRun,
     Resume,
     RunFolder,
     after_restart,
     check_same,
     check_same_data,
-    earlier_run,
+    continue_run,
+    find_earlier,
 )
-from proxydet.training.step import check_precision, seed_everything
-from proxydet.training.trainer import Evaluate, FitJob, TrainResult, fit
+from proxydet.training.step import (
+    Losses,
+    TrainingModel,
+    apply_precision,
+    build_optimizer,
+    build_scaler,
+    check_precision,
+    seed_everything,
+    train_step,
+)
 from proxydet.vocabulary.vocabulary import Vocabulary
+from proxydet.weight_files import write_safetensors, write_state
 
 logger = logging.getLogger(__name__)
 
 # The recipes for CPUs have less than half of these, the published ones six times as many.
 _MANY_PARAMETERS = 20_000_000
 
+Evaluate = Callable[[nn.Module, int, Path], dict[str, float]]
+"""Evaluates a network in eval mode at an iteration, keeping its files in a folder. Runs on every process, which may
+work together; the main process returns the metrics by name, larger being better, the others may return nothing."""
 
-class RunSettings(Protocol):
-    """What training reads of a run's configuration (`proxydet.recipes.RunConfig`)."""
-
-    @property
-    def recipe(self) -> str:
-        """Name of the recipe."""
-
-    @property
-    def seed(self) -> int:
-        """Seed of every random draw."""
-
-    @property
-    def reproducibility(self) -> Mode:
-        """Reproducibility mode."""
-
-    @property
-    def data(self) -> DataConfig:
-        """Data."""
-
-    @property
-    def model(self) -> ModelConfig:
-        """Sizes of the detector."""
-
-    @property
-    def losses(self) -> LossConfig:
-        """Losses."""
-
-    @property
-    def training(self) -> TrainingConfig:
-        """Training."""
-
-
-S = TypeVar("S", bound=RunSettings)
+_RESUME = "Start the same command again: it resumes from the newest checkpoint."
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Data:
-    description: DatasetConfig
-    vocabulary: Vocabulary
-    sources: TrainingSources
-    counts: Any
-    digests: dict[str, str]
+class Best:
+    """The best evaluation of a run."""
+
+    iteration: int
+    """Iterations so far when it was made."""
+
+    metric: str
+    """Name of the metric."""
+
+    value: float
+    """Its value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a finished training gives."""
+
+    folder: Path
+    """The run folder."""
+
+    weights: Path
+    """The weights after the last step."""
+
+    iterations: int
+    """Iterations of the run."""
+
+    losses: dict[str, float]
+    """Means of the last record: ``total``, and each loss over the batches that have it."""
+
+    evaluations: dict[int, dict[str, float]]
+    """Metrics by iteration."""
+
+    best: Best | None
+    """The best evaluation."""
+
+    skipped: int
+    """Steps that left the weights alone because a loss was not finite."""
+
+    seconds: float
+    """Wall-clock time of this call."""
 
 
 def train(
@@ -123,7 +151,7 @@ def train(
         DataError: The data cannot be used.
         CheckpointError: The starting weights, or the checkpoints to resume from, do not fit.
         EnvironmentProblem: The machine cannot compute as configured.
-        ProxydetError: As `proxydet.training.trainer.fit`.
+        ProxydetError: As `fit`.
     """
     resume = after_restart(resume)
     with ExitStack() as stack:
@@ -139,19 +167,47 @@ def train(
             torch.set_num_threads(settings.threads)
         for run in earlier:
             check_same(folder, run, config, before_data=True)
-        config, data = _open_data(config, ranks, progress)
+
+        if config.data.description is None:
+            raise ConfigError(
+                "There is no data to train on: data.description is not set.",
+                hint="Give a dataset config: --data DATA.toml. docs/reference/dataset-config.md says what it holds.",
+            )
+        description = DatasetConfig.from_toml(config.data.description)
+        vocabulary = load_vocabulary(description, cache=config.data.cache, progress=progress)
+        store = open_split(description, "train", cache=config.data.cache, progress=progress)
+        config, note = fit_to_masks(config, store, vocabulary)
+        if note and ranks.is_main:
+            logger.warning("%s", note)
+        config = fit_to_embeddings(config, vocabulary.dimension)
+        sources = open_training_sources(config.data, description, progress=progress)
+        digests = {
+            "vocabulary": vocabulary.digest,
+            # Of the annotations, whatever the version of their store.
+            "annotations": store.path.stem.partition("-v")[0],
+            **sources.digests(),
+        }
         for run in earlier:
             check_same(folder, run, config)
-            check_same_data(folder, run, data.digests)
-        digests = dict(data.digests)
+            check_same_data(folder, run, digests)
+        facts = {"configuration": dump_yaml(config, comments=False), **digests}
+        check_agreement(
+            ranks, {**facts, "accumulation": str(accumulation), "run folder": str(folder.root)}
+        )
         if settings.weights is not None and settings.weights.is_file():
             digests["weights"] = sha256(settings.weights)
-        facts = {"configuration": dump_yaml(config, comments=False), **data.digests}
-        check_agreement(ranks, {**facts, "accumulation": str(accumulation)})
-        resumes = isinstance(resume, Path) or (
-            resume == "auto" and any(folder.checkpoints.glob("step_*.pth"))
-        )
-        network = _build_network(config, data, from_weights=not resumes)
+
+        seed_everything(config.seed)  # the same weights everywhere
+        counts = image_counts(store, vocabulary, with_novel=config.data.count_novel_classes)
+        network = ProxyDetNetwork(config.model, vocabulary, counts)
+        begins = resume == "never" or not any(folder.checkpoints.glob("step_*.pth"))
+        if settings.weights is not None and begins and not isinstance(resume, Path):
+            expect = (*settings.ignore_in_weights, *MIXUP_BRANCH)
+            report = load_weights(network, settings.weights, expect=expect, vocabulary="keep")
+            logger.info("Starting from %s: %s", settings.weights, report)
+            if any(name.startswith(MASK_HEAD) for name in report.ignored):
+                logger.warning("%s: the weights of its mask head are not used", settings.weights)
+
         if ranks.is_main:
             warn_of_slow_device(network, ranks.device)
             if overwrite and resume == "never":
@@ -159,12 +215,25 @@ def train(
             changed = [key for run in earlier for key in differences(run.config, config)]
             if any(key.startswith(EVALUATION_KEYS) for key in changed):
                 folder.remove_unfinished_evaluations()
-            _write_folder(folder, config, data, digests, ranks)
+            write_text(folder.config, dump_yaml(config))
+            vocabulary.save(folder.vocabulary)
+            encoder = Path(description.classes.encoder or "")
+            if encoder.suffix == ".json" and encoder.is_file():
+                write_bytes(folder.text_encoder, encoder.read_bytes())
+            manifest = build_manifest(
+                "training",
+                configuration=to_mapping(config),
+                digests=digests,
+                mode=config.reproducibility,
+                seeds={"seed": config.seed},
+                world_size=ranks.world_size,
+            )
+            write_run_records(folder.root, manifest)
         wait_for_all(ranks)
 
         def make_loader(batches: int, draws: int) -> TrainingLoader:
             return TrainingLoader(
-                data.sources,
+                sources,
                 config.data,
                 rank=ranks.rank,
                 world_size=ranks.world_size,
@@ -173,7 +242,10 @@ def train(
             )
 
         timeout = config.data.worker_timeout_s
-        job = FitJob(
+        return fit(
+            network,
+            Criterion(config.losses),
+            make_loader,
             config=settings,
             folder=folder,
             ranks=ranks,
@@ -186,114 +258,14 @@ def train(
             about={
                 "proxydet": __version__,
                 "recipe": config.recipe,
-                "classes": data.vocabulary.names,
-                "vocabulary_sha256": data.vocabulary.digest,
+                "classes": vocabulary.names,
+                "vocabulary_sha256": vocabulary.digest,
                 "model": to_mapping(config.model),
             },
             still_ours=still_ours,
             evaluate=evaluate,
             progress=progress,
         )
-        return fit(network, Criterion(config.losses), make_loader, job)
-
-
-def find_earlier(
-    folder: RunFolder, config: S, resume: Resume, *, overwrite: bool = False
-) -> list[EarlierRun[S]]:
-    """Return the runs that a training continues: that in its folder, and that of the checkpoint that is given.
-
-    Raises:
-        ConfigError: The folder holds a run, and a new one is to be started.
-        CheckpointError: The checkpoint is absent or damaged.
-    """
-    if resume == "never" and overwrite:
-        return []
-    here = earlier_run(folder, type(config))
-    if resume == "never" and here is not None:
-        raise ConfigError(
-            f"{folder.root} already holds a run.",
-            hint="train in another folder (--output), resume the run (--resume auto), or remove it: "
-            "--resume never --overwrite",
-            path=folder.root,
-        )
-    found = [] if here is None else [here]
-    if isinstance(resume, Path):
-        read_iteration(resume)
-        own = resume.parent.parent if resume.parent.name == "checkpoints" else resume
-        if here is None or own.resolve() != folder.root.resolve():
-            other = earlier_run(RunFolder(own), type(config), resume)
-            if other is None:
-                logger.warning(
-                    "Nothing tells with which settings %s was written; they are not compared",
-                    resume,
-                )
-            else:
-                found.append(other)
-    return found
-
-
-def continue_run(config: S, earlier: Sequence[EarlierRun[S]], ranks: DistInfo) -> tuple[S, int]:
-    """Return a run's configuration, and how many batches this many processes accumulate.
-
-    A new run is scaled to its number of processes; see `scale_training`. A run that is resumed keeps what an iteration was in
-    it, so that its schedule continues. On another number of processes, a step keeps its number of batches where they share
-    it evenly; otherwise, or where another accumulation is asked for, the learning rate is scaled and progress is counted in
-    batches.
-    """
-    training = config.training
-    if not earlier:
-        return scale_run(config, ranks.world_size), training.accumulation
-    before = earlier[-1].config.training
-    scaled = scale_training(training, before.replicas)
-    accumulation = training.accumulation
-    if accumulation == before.accumulation and before.replicas % ranks.world_size == 0:
-        accumulation = before.replicas // ranks.world_size
-    batches = accumulation * ranks.world_size
-    processes = before.replicas // before.accumulation
-    if ranks.is_main and (processes, before.accumulation) != (ranks.world_size, accumulation):
-        k = batches / before.replicas
-        rate = f"; learning rates are multiplied by {k:g}" if training.scaling == "linear" else ""
-        logger.warning(
-            "Resuming on %d processes with accumulation %d instead of %d with %d: %s",
-            ranks.world_size,
-            accumulation,
-            processes,
-            before.accumulation,
-            "as many batches a step as before"
-            if k == 1
-            else f"{batches} batches a step instead of {before.replicas}{rate}; an iteration takes {1 / k:g} steps",
-        )
-    scaled = dataclasses.replace(scaled, accumulation=before.accumulation)
-    return cast("S", dataclasses.replace(cast("Any", config), training=scaled)), accumulation
-
-
-def same_finished_run(folder: RunFolder, config: S) -> bool:
-    """Whether a folder holds a run of these settings that is finished.
-
-    Raises:
-        ConfigError: It holds a run, and nothing tells with which settings.
-    """
-    earlier = earlier_run(folder, type(config))
-    if earlier is None or not earlier.finished:
-        return False
-    try:
-        check_same(
-            folder, earlier, scale_to(config, earlier.config.training.replicas), before_data=True
-        )
-    except ConfigError:
-        return False
-    return True
-
-
-def scale_to(config: S, replicas: int) -> S:
-    """Return a configuration whose training is scaled to a number of batches an iteration; see `scale_training`."""
-    training = scale_training(config.training, replicas)
-    return cast("S", dataclasses.replace(cast("Any", config), training=training))
-
-
-def scale_run(config: S, processes: int) -> S:
-    """Return a run's configuration with its training scaled to a number of processes; see `scale_training`."""
-    return scale_to(config, processes * config.training.accumulation)
 
 
 def fit_to_embeddings(config: S, dimension: int) -> S:
@@ -368,50 +340,6 @@ def fit_to_masks(config: S, store: AnnotationStore, vocabulary: Vocabulary) -> t
     return cast("S", fitted), note
 
 
-def _open_data(config: S, ranks: DistInfo, progress: Progress) -> tuple[S, _Data]:
-    """Open the data, and return the configuration that fits it."""
-    settings = config.data
-    if settings.description is None:
-        raise ConfigError(
-            "There is no data to train on: data.description is not set.",
-            hint="Give a dataset config: --data DATA.toml. docs/reference/dataset-config.md says what it holds.",
-        )
-    description = DatasetConfig.from_toml(settings.description)
-    vocabulary = load_vocabulary(description, cache=settings.cache, progress=progress)
-    store = open_split(description, "train", cache=settings.cache, progress=progress)
-    config, note = fit_to_masks(config, store, vocabulary)
-    if note and ranks.is_main:
-        logger.warning("%s", note)
-    config = fit_to_embeddings(config, vocabulary.dimension)
-    sources = open_training_sources(config.data, description, progress=progress)
-    return config, _Data(
-        description=description,
-        vocabulary=vocabulary,
-        sources=sources,
-        counts=image_counts(store, vocabulary, with_novel=settings.count_novel_classes),
-        digests={
-            "vocabulary": vocabulary.digest,
-            # Of the annotations, whatever the version of their store.
-            "annotations": store.path.stem.partition("-v")[0],
-            **sources.digests(),
-        },
-    )
-
-
-def _build_network(config: RunSettings, data: _Data, *, from_weights: bool) -> ProxyDetNetwork:
-    """Build the network with fresh weights, the same everywhere, and load the starting weights where it begins."""
-    seed_everything(config.seed)
-    network = ProxyDetNetwork(config.model, data.vocabulary, data.counts)
-    settings = config.training
-    if settings.weights is not None and from_weights:
-        expect = (*settings.ignore_in_weights, *MIXUP_BRANCH)
-        report = load_weights(network, settings.weights, expect=expect, vocabulary="keep")
-        logger.info("Starting from %s: %s", settings.weights, report)
-        if any(name.startswith(MASK_HEAD) for name in report.ignored):
-            logger.warning("%s: the weights of its mask head are not used", settings.weights)
-    return network
-
-
 def warn_of_slow_device(network: torch.nn.Module, device: torch.device) -> None:
     """Say that a network of the published sizes takes very long on a CPU."""
     parameters = sum(parameter.numel() for parameter in network.parameters())
@@ -422,25 +350,366 @@ def warn_of_slow_device(network: torch.nn.Module, device: torch.device) -> None:
         )
 
 
-def _write_folder(
+def fit(
+    network: nn.Module,
+    criterion: Callable[..., Losses],
+    make_loader: Callable[[int, int], Iterable[Any]],
+    *,
+    config: TrainingConfig,
     folder: RunFolder,
-    config: RunSettings,
-    data: _Data,
-    digests: Mapping[str, str],
     ranks: DistInfo,
-) -> None:
-    """Write down what the run is made from."""
-    write_text(folder.config, dump_yaml(config))
-    data.vocabulary.save(folder.vocabulary)
-    encoder = data.description.classes.encoder
-    if encoder is not None and Path(encoder).suffix == ".json" and Path(encoder).is_file():
-        write_bytes(folder.text_encoder, Path(encoder).read_bytes())
-    manifest = build_manifest(
-        "training",
-        configuration=to_mapping(config),
-        digests=digests,
-        mode=config.reproducibility,
-        seeds={"seed": config.seed},
-        world_size=ranks.world_size,
+    seed: int,
+    accumulation: int | None = None,
+    loader_timeout: float | None = None,
+    resume: Resume = "auto",
+    run: str = "",
+    about: Mapping[str, Any] | None = None,
+    still_ours: Callable[[], None] = lambda: None,
+    evaluate: Evaluate | None = None,
+    progress: Progress = SILENT,
+) -> TrainResult:
+    """Train a network to the last iteration.
+
+    Args:
+        network: Has ``forward_train(batch, generator=...)`` and a ``backbone`` module; holds its starting weights.
+        criterion: Gives losses of that method's result; see `TrainingModel`.
+        make_loader: Called with the number of batches that all processes, and that each one, have used; returns the endless
+            batches of this process after them.
+        config: Settings; ``replicas`` is the number of batches of an iteration.
+        folder: Where the run lives.
+        ranks: This process.
+        seed: Seed of every random draw.
+        accumulation: Batches that this process adds up in a step; None takes the settings'. With another number of batches a
+            step than ``replicas``, progress is counted in batches, and the learning rate follows ``scaling``.
+        loader_timeout: Seconds without a batch after which the run stops; None waits for ever.
+        resume: What to do with checkpoints that are there.
+        run: JSON of what the run is made from, for its checkpoints.
+        about: Plain values for the metadata of the final weights.
+        still_ours: Raises when another training has taken over the run folder; called before anything is written.
+        evaluate: Evaluates the network by the schedule of the settings.
+        progress: Where progress is shown.
+
+    Raises:
+        Interrupted: A stop signal came; a checkpoint is written.
+        NumericsError: A loss is not finite.
+        DiskFullError: There is no room for a checkpoint or a log.
+        LockedError: Another training has taken over the run folder.
+        TrainingError: The loader is stuck, or a device failed.
+        CheckpointError: There are checkpoints to resume from, and none fits or can be read.
+    """
+    start = time.perf_counter()
+    accumulation = accumulation or config.accumulation
+    network.to(ranks.device)
+    apply_precision(network, config.precision)
+    touch = config.optimizer.unused_gradients == "zero"
+    model: nn.Module = TrainingModel(network, criterion, device=ranks.device, touch_all=touch)
+    if ranks.world_size > 1:
+        model = wrap_for_ranks(model, ranks, find_unused=not touch)
+    state = TrainingState(
+        network=network,
+        model=model,
+        optimizer=build_optimizer(network.parameters(), config.optimizer),
+        scaler=build_scaler(config.precision, ranks.device),
+        seed=seed,
+        replicas=config.replicas,
+        run=run,
     )
-    write_run_records(folder.root, manifest)
+    checkpoints = CheckpointFolder(folder.checkpoints, config.checkpoints)
+    if resume != "never":  # the main process chooses the checkpoint for all
+        saved: dict[str, Any] | None = None
+        path: object = resume if isinstance(resume, Path) else None
+        if ranks.is_main and path is None:
+            saved, path = checkpoints.load_newest() or (None, None)
+        path = broadcast_value(path, ranks)
+        if isinstance(path, Path):
+            state.load_state_dict(saved or load_checkpoint(path), config.accumulation)
+            logger.info("Resuming after iteration %d from %s", state.iteration, path)
+            wait_for_all(ranks)  # every process has read its state
+            if ranks.is_main:
+                folder.set_aside_after(state.iteration)
+
+    with ExitStack() as stack:
+        task = stack.enter_context(
+            progress.task(
+                "training", total=config.iterations, unit="it", done=float(state.iteration)
+            )
+        )
+        metrics = stack.enter_context(
+            MetricLogger(folder, config.log, ranks=ranks, state=state, task=task)
+        )
+        prefetcher = stack.enter_context(
+            Prefetcher(make_loader(state.batches, state.draws), loader_timeout)
+        )
+        signals = stack.enter_context(StopSignals())
+        stack.enter_context(_device_errors(state))
+
+        def passes(period: int) -> bool:
+            """Whether the last step reached or passed a multiple of a number of iterations."""
+            before = max(state.batches - accumulation * ranks.world_size, 0)
+            unit = period * state.replicas
+            return state.batches // unit > before // unit
+
+        def evaluation_due() -> bool:
+            schedule = config.evaluation
+            if evaluate is None or state.iteration == 0:
+                return False
+            if state.iteration == config.iterations:
+                return schedule.at_end
+            period = schedule.period
+            return period is not None and state.iteration >= schedule.start and passes(period)
+
+        def best_iteration() -> int | None:
+            best = best_of(metrics.evaluations(), config.evaluation.metric)
+            return None if best is None else best.iteration
+
+        def save() -> None:
+            if ranks.is_main:
+                still_ours()
+                path = checkpoints.save(state.state_dict(), state.iteration, best_iteration())
+                logger.info("Wrote %s", path)
+
+        def stopped() -> Interrupted:
+            return Interrupted(
+                f"Training was stopped after {state.iteration} of {config.iterations} iterations; "
+                f"{checkpoints.path(state.iteration)} holds its state.",
+                signal_number=signals.received or int(signal.SIGTERM),
+                hint="Start the same command again: it resumes from there.",
+            )
+
+        def evaluate_if_due() -> None:
+            if evaluate is None or not evaluation_due():
+                return
+            # An interrupted run may have done so at this very iteration.
+            if broadcast_value(state.iteration in metrics.evaluations(), ranks):
+                return
+            network.eval()
+            try:
+                with signals.immediate():
+                    found = evaluate(network, state.iteration, folder.evaluation(state.iteration))
+            except StopNow:
+                raise stopped() from None
+            finally:
+                network.train()
+            if ranks.is_main:
+                still_ours()
+            metrics.evaluation(found)
+            if ranks.is_main:
+                checkpoints.rotate(best_iteration())
+
+        network.train()
+        end = config.iterations * config.replicas
+        evaluate_if_due()
+        if ranks.is_main:  # a process that was killed may have left that to do
+            checkpoints.rotate(best_iteration())
+        while state.batches < end:
+            batches = [prefetcher.next() for _ in range(accumulation)]
+            stop = signals.received > 0
+            result = train_step(
+                state, batches, config=config, ranks=ranks, failures=folder.failures, stop=stop
+            )
+            # Where an iteration is no whole number of steps, the last one would count beyond the end.
+            state.batches = min(state.batches, end)
+            last = state.batches == end
+            record = last or passes(config.log.period)
+            if record and ranks.is_main:
+                still_ours()
+            metrics.step(result, prefetcher.waited, record=record)
+            if result.stop and not last:
+                save()
+                wait_for_all(ranks)
+                raise stopped()
+            if last or passes(config.checkpoints.period) or evaluation_due():
+                save()
+            evaluate_if_due()
+        if ranks.is_main:
+            still_ours()
+            weights = network.state_dict()
+            facts = {**(about or {}), "iteration": state.iteration}
+            write_safetensors(folder.final_safetensors, weights, facts)
+            write_state({"model": weights, "iteration": state.iteration}, folder.final_weights)
+        return TrainResult(
+            folder=folder.root,
+            weights=folder.final_weights,
+            iterations=state.iteration,
+            losses=metrics.last,
+            evaluations=metrics.evaluations(),
+            best=best_of(metrics.evaluations(), config.evaluation.metric),
+            skipped=state.skipped,
+            seconds=time.perf_counter() - start,
+        )
+
+
+@contextmanager
+def _device_errors(state: TrainingState) -> Iterator[None]:
+    """Turn what a GPU, or the exchange between GPUs, raises into our errors."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise EnvironmentProblem(
+            f"The GPU has no memory left at iteration {state.iteration}: {error}",
+            hint="Use smaller batches with more training.accumulation, a smaller input size, or "
+            "model.backbone.swin.checkpoint_activations=true for Swin.",
+        ) from error
+    except RuntimeError as error:
+        modules = ((torch, "AcceleratorError"), (torch.distributed, "DistBackendError"))
+        kinds = tuple(getattr(module, name) for module, name in modules if hasattr(module, name))
+        if not isinstance(error, kinds) and "CUDA error" not in str(error):
+            raise
+        raise TrainingError(
+            f"The GPU failed at iteration {state.iteration}: {error}",
+            hint="Start the same command again: it resumes from the newest checkpoint.",
+        ) from error
+
+
+def best_of(evaluations: dict[int, dict[str, float]], metric: str | None) -> Best | None:
+    """Return the best of a run's evaluations, the first of equal ones; None where there are none.
+
+    Args:
+        evaluations: Metrics by iteration.
+        metric: Which one decides; None takes the first.
+
+    Raises:
+        ConfigError: The evaluations have no such metric.
+    """
+    best: Best | None = None
+    for iteration, metrics in evaluations.items():
+        name = metric or next(iter(metrics), "")
+        if name not in metrics:
+            raise ConfigError(
+                f"training.evaluation.metric is {metric!r}, which the evaluation does not report.",
+                hint=f"It reports {', '.join(metrics) or 'nothing'}.",
+            )
+        if best is None or metrics[name] > best.value:
+            best = Best(iteration=iteration, metric=name, value=metrics[name])
+    return best
+
+
+# SIGUSR1 is what `#SBATCH --signal=USR1@120` sends before SLURM takes the machine away.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopNow(BaseException):
+    """A stop signal came while nothing had to be finished first."""
+
+
+class StopSignals:
+    """Context in which SIGINT, SIGTERM and SIGUSR1 are noted instead of ending the process.
+
+    A second SIGINT raises KeyboardInterrupt at once, for a user who does not want to wait. Outside the main thread,
+    where Python cannot take signals, nothing is changed.
+    """
+
+    received = 0
+    """Number of the first signal that came, 0 when none did."""
+
+    def __init__(self) -> None:
+        self._previous: dict[int, Any] = {}
+        self._immediate = False
+
+    @contextmanager
+    def immediate(self) -> Iterator[None]:
+        """Within this context a signal raises `StopNow` as it comes: for long work that may be cut short."""
+        self._immediate = True
+        try:
+            if self.received:
+                raise StopNow
+            yield
+        finally:
+            self._immediate = False
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = self.received or number
+        if self._immediate:
+            raise StopNow
+
+
+class Prefetcher:
+    """An endless source of batches, fetched ahead in a thread, which notices a loader that is stuck.
+
+    Args:
+        batches: The loader. It is iterated in a thread, beginning when the first batch is asked for.
+        timeout: Seconds to wait for a batch; None waits for ever.
+
+    Attributes:
+        waited: Seconds spent waiting for batches so far.
+    """
+
+    _AHEAD = 2
+
+    def __init__(self, batches: Iterable[Any], timeout: float | None) -> None:
+        self._batches = batches
+        self._timeout = timeout
+        self._queue: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(self._AHEAD)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._fill, name="prefetcher", daemon=True)
+        self.waited = 0.0
+
+    def __enter__(self) -> Prefetcher:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._closed.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=5.0)
+
+    def next(self) -> Any:
+        """Return the next batch.
+
+        Raises:
+            TrainingError: None came within the timeout, or a loader process died.
+            DataError: The loader came to an end, or what it met in the data.
+        """
+        if not self._thread.is_alive() and self._queue.empty():
+            self._thread.start()
+        start = time.perf_counter()
+        try:
+            batch, error = self._queue.get(timeout=self._timeout)
+        except queue.Empty as empty:
+            raise TrainingError(
+                f"The data loader gave no batch for {self._timeout:.0f} seconds.",
+                hint="Check the file system that holds the images; data.worker_timeout_s sets how long to wait.",
+            ) from empty
+        finally:
+            self.waited += time.perf_counter() - start
+        if error is None:
+            return batch
+        if isinstance(error, StopIteration):
+            raise DataError(
+                "The data loader came to its end in the middle of training.",
+                hint="a loader that is given to training must yield batches without end",
+            ) from error
+        if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+            raise TrainingError(
+                f"A process of the data loader died: {error}",
+                hint="Most often the machine ran out of memory: use fewer loader workers (data.workers).",
+            ) from error
+        raise error
+
+    def _fill(self) -> None:
+        iterator = iter(self._batches)
+        error: BaseException | None = None
+        while error is None and not self._closed.is_set():
+            batch = None
+            try:
+                batch = next(iterator)
+            except BaseException as raised:  # noqa: BLE001 - handed to the thread that asks for the batch
+                error = raised
+            while not self._closed.is_set():
+                try:
+                    self._queue.put((batch, error), timeout=0.2)
+                except queue.Full:
+                    continue
+                break

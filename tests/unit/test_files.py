@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,19 @@ class TestReading:
         with pytest.raises(InputError, match="absent"):
             read_json(tmp_path / "absent")
 
+    def test_a_pipe_that_nobody_reads_is_not_waited_for(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(EnvironmentProblem, match="pipe"):
+            write_text(tmp_path / "pipe", "text")
+        reader = subprocess.Popen(["cat", str(tmp_path / "pipe")], stdout=subprocess.PIPE)
+        for _ in range(500):
+            try:
+                write_text(tmp_path / "pipe", "text")
+                break
+            except EnvironmentProblem:
+                time.sleep(0.01)
+        assert reader.communicate(timeout=10)[0] == b"text"
+
     def test_the_digest_is_remembered_while_the_file_looks_unchanged(self, tmp_path: Path) -> None:
         source, memory = tmp_path / "s", tmp_path / "m"
         source.write_bytes(b"one")
@@ -324,6 +338,15 @@ class TestLocks:
             assert (owner := Lock(path).owner()) is not None
             assert owner.pid == holder.process.pid
             assert Lock(path).held is False
+
+    @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
+    def test_what_is_in_its_place_is_an_error_that_names_it(
+        self, tmp_path: Path, make: Callable[[Path], None]
+    ) -> None:
+        make(tmp_path / "run.lock.owner")
+        with pytest.raises(EnvironmentProblem, match=r"run\.lock\.owner"):
+            Lock(tmp_path / "run.lock").acquire(wait=False)
+        assert not (tmp_path / "run.lock").exists()
 
     def test_an_owner_here_that_was_killed_is_recognised_at_once(self, tmp_path: Path) -> None:
         path = tmp_path / "run.lock"
@@ -458,6 +481,18 @@ class TestBuildOnce:
     def test_an_existing_file_is_not_built(self, tmp_path: Path) -> None:
         (tmp_path / "t").write_text("there")
         build_once(tmp_path / "t", lambda _: pytest.fail("built"))
+
+    def test_the_lock_of_one_that_was_killed_when_it_was_done_is_removed(
+        self, tmp_path: Path
+    ) -> None:
+        with Holder(tmp_path / "t.lock") as holder:
+            (tmp_path / "t").write_text("there")
+            build_once(tmp_path / "t", lambda _: pytest.fail("built"))
+            assert (tmp_path / "t.lock").exists(), "its owner lives"
+            holder.process.kill()
+            holder.process.wait()
+        build_once(tmp_path / "t", lambda _: pytest.fail("built"))
+        assert [path.name for path in tmp_path.iterdir()] == ["t"]
 
     def test_a_failed_build_frees_the_lock(self, tmp_path: Path) -> None:
         def fail(_: Path) -> None:

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from proxydet.errors import ConfigError, DataError
+from proxydet.errors import ConfigError, DataError, ProxydetError
 from proxydet.manifest import read_run_records
 from proxydet.recipes import RunConfig, resolve_config
-from proxydet.training.train import train
-from proxydet.training.trainer import TrainResult
+from proxydet.training.train import TrainResult, train
 from proxydet.training_run import run_training
 from proxydet.vocabulary.vocabulary import Vocabulary
 
@@ -120,6 +119,26 @@ def test_boxsup_weights_leave_the_mixup_branch_fresh(
     assert not torch.equal(started[mixup], started[box])
     manifest, _ = read_run_records(tmp_path / "run")
     assert "weights" in manifest.digests
+
+
+def test_starting_weights_are_read_only_where_a_run_begins(
+    first: TrainResult, base: list[str], tmp_path: Path
+) -> None:
+    """A run that is resumed has its own; the file that it began with may be gone."""
+    start = tmp_path / "w.pth"
+    torch.save({"model": weights(first.folder)}, start)
+    options = config(base, f"training.weights={start}", "training.iterations=4")
+
+    def stop(*_: object) -> dict[str, float]:
+        raise RuntimeError("crash")
+
+    schedule = config(base, f"training.weights={start}", "training.evaluation.period=2")
+    with pytest.raises(RuntimeError, match="crash"):
+        train(schedule, output=tmp_path / "other", evaluate=stop)
+    start.unlink()
+    train(schedule, output=tmp_path / "other")
+    with pytest.raises(ProxydetError, match=start.name):
+        train(options, output=tmp_path / "new")
 
 
 def test_parameters_that_never_learn_are_as_they_were(first: TrainResult, base: list[str]) -> None:

@@ -38,11 +38,11 @@ class Site:
         if compiled is not None:
             (package / "_C.py").write_text(compiled)
 
-    def probe(self) -> dict[str, object]:
+    def probe(self, *options: str) -> dict[str, object]:
         run = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", PROBE],
+            [sys.executable, *options, "-W", "ignore", "-c", PROBE],
             cwd=self.folder,
-            env={**os.environ, "PYTHONPATH": str(self.folder)},
+            env={**os.environ, "PYTHONPATH": f"{self.folder}:{os.environ.get('PYTHONPATH', '')}"},
             capture_output=True,
             text=True,
             check=True,
@@ -71,6 +71,14 @@ def test_pure_python_installation(site: Site) -> None:
     site.detectron2(version="0.6+main")
     answer = site.probe()
     assert (answer["version"], answer["operators"]) == ("0.6+main", "absent")
+
+
+def test_python_without_docstrings(site: Site) -> None:
+    site.detectron2()
+    answer = site.probe("-OO")
+    assert answer["error"] == "EnvironmentProblem"
+    assert "-OO" in str(answer["hint"])
+    assert site.probe("-O")["version"] == "0.6"
 
 
 def test_too_old(site: Site) -> None:

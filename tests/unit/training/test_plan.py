@@ -11,9 +11,16 @@ import pytest
 
 from proxydet.config import dump_yaml
 from proxydet.recipes import RunConfig, get_recipe, resolve_config
-from proxydet.training.estimate import Estimate, MetaNetwork, batch_costs, count, estimate_run
 from proxydet.training.launch import plan_launch
-from proxydet.training.plan import _annotations, plan_training
+from proxydet.training.plan import (
+    Estimate,
+    MetaNetwork,
+    _annotations,
+    batch_costs,
+    count,
+    estimate_run,
+    plan_training,
+)
 from proxydet.training.runfolder import Resume, RunFolder
 from proxydet.weight_files import write_state
 
@@ -202,7 +209,7 @@ def test_a_named_checkpoint_is_looked_into(tmp_path: Path) -> None:
     cut = plan(tmp_path, resume=path)
     assert cut.resumes_after is None
     assert cut.missing[0].what == "checkpoint"
-    assert "cannot be read" in cut.missing[0].problem
+    assert "damaged" in cut.missing[0].problem
     absent = plan(tmp_path, resume=tmp_path / "absent.pth").missing[0]
     assert absent.what == "checkpoint"
     assert "absent.pth" in absent.problem
@@ -235,7 +242,7 @@ def test_an_estimate_is_plausible() -> None:
 
 
 def test_every_process_and_accumulated_batch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("proxydet.training.estimate.device_speed", lambda *_: 1e9)
+    monkeypatch.setattr("proxydet.training.plan.device_speed", lambda *_: 1e9)
     config = resolve_config("tiny", None, ["training.device=cpu"])
 
     def images(accumulation: int, processes: int) -> int:

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from torch import nn
 
 from proxydet.errors import NumericsError
 from proxydet.recipes import resolve_config
-from proxydet.training import step, train, trainer
+from proxydet.training import step, train
 from proxydet.training.checkpoint import TrainingState, load_checkpoint
 from proxydet.training.config import OptimizerConfig
 from proxydet.training.distributed import DistInfo
@@ -85,7 +85,7 @@ def test_ddp_searches_the_graph_only_where_gradients_may_be_missing(
         told.append(find_unused)
         raise Stop
 
-    monkeypatch.setattr(trainer, "wrap_for_ranks", wrap)
+    monkeypatch.setattr(train, "wrap_for_ranks", wrap)
     ranks = DistInfo(world_size=2, device=CPU)
     with pytest.raises(Stop):
         toy.run(tmp_path, {"optimizer": {"unused_gradients": unused}}, ranks=ranks)
@@ -122,25 +122,6 @@ def test_every_process_names_the_one_whose_loss_is_not_finite(
         assert caught.value.rank == 1
 
 
-@pytest.mark.parametrize("anew", [True, False])
-def test_starting_weights_are_read_only_where_a_run_begins(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anew: bool
-) -> None:
-    """A run that goes on has its own; the file that it began with may be gone."""
-    loaded: list[Path] = []
-    monkeypatch.setattr(train, "ProxyDetNetwork", lambda *_: nn.Linear(1, 1))
-
-    def load(_: object, path: Path, **__: object) -> SimpleNamespace:
-        loaded.append(path)
-        return SimpleNamespace(ignored=())
-
-    monkeypatch.setattr(train, "load_weights", load)
-    config = resolve_config("tiny", None, [f"training.weights={tmp_path / 'w.pth'}"])
-    data: Any = SimpleNamespace(vocabulary=None, counts=None)
-    train._build_network(config, data, from_weights=anew)
-    assert loaded == [tmp_path / "w.pth"] * anew
-
-
 class Stop(RuntimeError):
     """Ends a training before it opens its data."""
 
@@ -155,10 +136,10 @@ def test_training_computes_with_as_many_threads_as_asked_for(
         seen.append(torch.get_num_threads())
         raise Stop
 
-    monkeypatch.setattr(train, "_open_data", open_data)
+    monkeypatch.setattr(train.DatasetConfig, "from_toml", open_data)
     try:
         for asked in (before + 1, before + 2):
-            words = ["training.device=cpu", f"training.threads={asked}"]
+            words = ["training.device=cpu", f"training.threads={asked}", "data.description=d.toml"]
             with pytest.raises(Stop):
                 train.train(resolve_config("tiny", None, words), output=tmp_path)
             assert seen[-1] == asked

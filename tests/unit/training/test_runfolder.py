@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from proxydet.training.runfolder import (
     RunFolder,
     check_same,
     check_same_data,
+    continue_run,
     default_folder,
+    find_earlier,
+    scale_run,
 )
-from proxydet.training.train import continue_run, find_earlier, scale_run
 from proxydet.weight_files import write_state
 
 DIGESTS = {"vocabulary": "aa", "annotations": "bb"}
@@ -172,6 +175,19 @@ class TestDamage:
             check(folder, resolve_config("tiny", None, ["seed=8"]))
         assert (content is not None) == (str(folder.config) in caplog.text)
 
+    @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
+    def test_what_is_not_a_file_is_passed_over(
+        self,
+        folder: RunFolder,
+        config: RunConfig,
+        make: Callable[[Path], None],
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        folder.config.unlink()
+        make(folder.config)
+        assert check(folder, config) == 1
+        assert str(folder.config) in caplog.text
+
     @pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b'{"configuration": 3}'])
     def test_without_both_the_newest_whole_checkpoint_tells(
         self, folder: RunFolder, config: RunConfig, content: bytes | None
@@ -265,11 +281,8 @@ class TestDefaultFolder:
     def test_the_same_run_has_its_folder_and_others_have_one_of_their_own(
         self, tmp_path: Path, config: RunConfig
     ) -> None:
-        def scale(asked: RunConfig, replicas: int) -> RunConfig:
-            return dataclasses.replace(asked, training=scale_training(asked.training, replicas))
-
         def choose(asked: RunConfig, resume: Any = "auto") -> tuple[str, str]:
-            found, why = default_folder(tmp_path / "r50", asked, scale=scale, resume=resume)
+            found, why = default_folder(tmp_path / "r50", asked, resume)
             return found.name, why
 
         other = resolve_config("tiny", None, ["seed=8"])

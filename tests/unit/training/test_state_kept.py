@@ -15,9 +15,8 @@ import torch
 from proxydet.errors import DiskFullError, Interrupted, NumericsError, TrainingError
 from proxydet.training.checkpoint import TrainingState, load_checkpoint
 from proxydet.training.config import OptimizerConfig, ScheduleConfig
-from proxydet.training.signals import StopNow, StopSignals
 from proxydet.training.step import build_optimizer, learning_rate_factor
-from proxydet.training.trainer import Prefetcher
+from proxydet.training.train import Prefetcher, StopNow, StopSignals
 from proxydet.weight_files import write_state
 
 NEVER_SKIPPED = {"guards": {"non_finite": "skip", "max_skipped": 2}}

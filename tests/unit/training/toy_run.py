@@ -20,7 +20,7 @@ from proxydet.training.config import TrainingConfig, scale_training
 from proxydet.training.distributed import connect
 from proxydet.training.launch import launch, plan_launch, worker
 from proxydet.training.runfolder import RunFolder
-from proxydet.training.trainer import FitJob, TrainResult, fit
+from proxydet.training.train import TrainResult, fit
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ def run(
             ToyNetwork(dropout=0.0 if plain else 0.3),
             plain_losses if plain else toy_losses,
             lambda _, draws: toy_loader(draws, ranks.rank, workers, pause),
-            FitJob(**{**settings, **job}),
+            **{**settings, **job},
         )
 
 

@@ -370,6 +370,17 @@ class TestVerify:
         by_hand(root, 30)
         assert downloads.verify(packed(photos()))["set"].verdict == "unproven"
 
+    def test_one_placed_by_hand_that_is_right_is_not_read_again(
+        self, downloads, root, packed
+    ) -> None:
+        digest = hashlib.sha256(b"x").hexdigest()
+        inside = Provided(path="a.json", size=1, sha256=digest)
+        thing = packed(photos(), unpack=Unpack(folder="datasets/set", provides=(inside,)))
+        put(root / "datasets/set/a.json", b"x")
+        assert downloads.states(thing) == ["unchecked"]
+        assert downloads.verify(thing)["set"].verdict == "sound"
+        assert downloads.states(thing) == ["ready"]
+
     def test_damage_that_it_found_is_mended_by_force(
         self, downloads, server, body, root, packed
     ) -> None:

@@ -193,7 +193,7 @@ def show(report: Report, analysis: Mapping[str, Any], output: Output) -> None:
 def open_subject(options: EvalOptions, progress: Progress) -> Subject:
     """Open the data set that results are scored on."""
     from proxydet.evaluation.ground_truth import GroundTruth
-    from proxydet.evaluation.groups import imagenet_groups
+    from proxydet.evaluation.split import imagenet_groups
 
     if options.annotations_only():
         truth = GroundTruth.load(Path(options.data or ""), protocol=options.config.protocol)

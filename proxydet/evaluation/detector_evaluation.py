@@ -1,18 +1,40 @@
-"""From a detector to a report: predict what is not on disk yet, join, score."""
+"""From a detector to a report: predict what is not on disk yet, join, score.
+
+Predictions are written as they are made, one file a process. A folder of them holds, while images are being predicted,
+``identity.json`` (what makes the predictions) and ``part-RANK.jsonl``, one line an image: ``{"image_id": ...,
+"detections": [rows of a results file]}``. When all images are there, the parts are joined to ``predictions.json``, a
+results file in LVIS's and COCO's format with the images in ascending order of their ids, whatever order and number of
+processes they were made in. Nothing is gathered in memory.
+
+Dimensions: N detections of an image, C classes of the vocabulary.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import json
+import logging
+import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Protocol
 
+import msgspec
+import numpy as np
+import torch
 import torch.distributed
+from torch import nn
 
-from proxydet.data.dataset import DatasetConfig
-from proxydet.errors import ConfigError
+from proxydet.data.dataset import DatasetConfig, class_rows
+from proxydet.data.formats.records import Identifier
+from proxydet.data.images import Pixels
+from proxydet.errors import ConfigError, DataError
 from proxydet.evaluation.config import EvaluationConfig
 from proxydet.evaluation.evaluate import (
     Evaluation,
@@ -20,19 +42,400 @@ from proxydet.evaluation.evaluate import (
     run_evaluation,
     scores_masks,
 )
-from proxydet.evaluation.prediction import (
-    EvaluationTask,
-    ImageDetector,
-    Share,
-    predict_split,
-    weights_digest,
-)
-from proxydet.evaluation.prediction_files import PredictionFolder
 from proxydet.evaluation.records import write_records
 from proxydet.evaluation.report import Report
-from proxydet.evaluation.split import DescribedSplit
+from proxydet.evaluation.split import AnnotatedImages, DescribedSplit
+from proxydet.files import read_json, remove_cut_line, staged, write_errors, write_json
+from proxydet.modeling.config import InferenceConfig
+from proxydet.modeling.prediction import Prediction, rles
 from proxydet.reporting import SILENT, Progress
 from proxydet.vocabulary.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
+
+_RESUME = "free some space and run the same command again; it continues where it stopped"
+
+
+class _Line(msgspec.Struct, gc=False):
+    image_id: Identifier
+    detections: msgspec.Raw
+
+
+class PredictionFolder:
+    """The predictions of one detector on one data set.
+
+    Args:
+        path: The folder; made when it is not there.
+        identity: What makes the predictions: digests of weights, vocabulary and annotations, and settings. A folder
+            that holds predictions of another identity is refused, so that no two detectors' are ever mixed.
+        masks: Whether the predictions are needed with masks. Those with masks serve where none are needed; those
+            without are removed where masks are needed (while no other process predicts into the folder).
+
+    Attributes:
+        masks: Whether the predictions in the folder have masks, those to come too.
+
+    Raises:
+        DataError: The folder holds predictions that were made with something else.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any], *, masks: bool = False) -> None:
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        self.masks = self._check_identity(json.loads(json.dumps(dict(identity))), masks)
+
+    @property
+    def joined(self) -> Path:
+        """The results file that `join` writes."""
+        return self.path / "predictions.json"
+
+    @property
+    def complete(self) -> bool:
+        """Whether all images were predicted and joined."""
+        return self.joined.is_file()
+
+    def _check_identity(self, identity: dict[str, Any], masks: bool) -> bool:
+        """Compare or write the identity; return whether the predictions have masks."""
+        file = self.path / "identity.json"
+        # Looked for before the identity, which every process writes before its first prediction.
+        strays = [*self.path.glob("part-*.jsonl"), *self.path.glob("predictions.json")]
+        if not file.is_file():
+            if strays:
+                raise DataError(
+                    f"{strays[0]} holds predictions, and no identity.json says of what.",
+                    hint="choose another --output folder, or remove this one",
+                    path=self.path,
+                )
+            write_json(file, {**identity, "masks": masks})
+            return masks
+        theirs = read_json(
+            file, hint="choose another --output folder, or remove this one", error=DataError
+        )
+        inside = theirs.get("inference settings")
+        if isinstance(inside, dict) and "masks" in inside:  # as version 0.1 wrote it
+            theirs["masks"] = inside.pop("masks")
+        with_masks = bool(theirs.pop("masks", masks))
+        if theirs == identity:
+            if masks and not with_masks:
+                if strays:
+                    logger.warning("%s: predicting again, with masks this time", self.path)
+                for stray in strays:
+                    stray.unlink()
+                write_json(file, {**identity, "masks": True})
+            return masks or with_masks
+        differing = sorted(
+            key for key in {*theirs, *identity} if theirs.get(key) != identity.get(key)
+        )
+        raise DataError(
+            f"{self.path} holds predictions made with other {', '.join(differing)}.",
+            hint="choose another --output folder, or remove this one to predict anew",
+            path=self.path,
+        )
+
+    def images_done(self) -> set[Identifier]:
+        """Return the images whose predictions are on disk, by any process of this or an earlier try."""
+        return {image_id for _, places in self._scan() for image_id in places}
+
+    @contextmanager
+    def writer(self, rank: int) -> Iterator[PredictionWriter]:
+        """Open this process's file for appending; a line cut off by an earlier stop is removed first.
+
+        Args:
+            rank: Number of the process. Two processes must not use the same one at a time.
+        """
+        path = self.path / f"part-{rank:05}.jsonl"
+        remove_cut_line(path)
+        with write_errors(path, hint=_RESUME), path.open("ab") as file:
+            yield PredictionWriter(file, path)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def join(self, image_ids: Sequence[Identifier]) -> Path:
+        """Join the parts to one results file, and remove them.
+
+        Args:
+            image_ids: All images of the data set.
+
+        Returns:
+            The results file.
+
+        Raises:
+            DataError: Some images were not predicted.
+        """
+        if self.complete:
+            return self.joined
+        files: list[Path] = []
+        places: dict[Identifier, tuple[int, int, int]] = {}
+        for file, found in self._scan():
+            for image_id, (start, length) in found.items():
+                places.setdefault(image_id, (len(files), start, length))
+            files.append(file)
+        missing = [image_id for image_id in image_ids if image_id not in places]
+        if missing:
+            raise DataError(
+                f"{self.path}: {len(missing)} of {len(image_ids)} images are not predicted yet.",
+                hint="run the same command again; it continues where it stopped",
+                path=self.path,
+            )
+        with (
+            staged(self.joined) as temporary,
+            write_errors(self.joined, hint=_RESUME),
+            temporary.open("wb") as target,
+            contextlib.ExitStack() as opened,
+        ):
+            streams = [opened.enter_context(file.open("rb")) for file in files]
+            target.write(b"[")
+            separator = b"\n"
+            for part, start, length in map(places.__getitem__, sorted(image_ids)):
+                streams[part].seek(start)
+                if rows := streams[part].read(length)[1:-1]:
+                    target.write(separator + rows)
+                    separator = b",\n"
+            target.write(b"\n]\n")
+        for file in files:
+            file.unlink()
+        return self.joined
+
+    def _scan(self) -> Iterator[tuple[Path, dict[Identifier, tuple[int, int]]]]:
+        """Yield each part with where each image's detections start and how long they are."""
+        decoder = msgspec.json.Decoder(_Line)
+        for file in sorted(self.path.glob("part-*.jsonl")):
+            found: dict[Identifier, tuple[int, int]] = {}
+            start = 0
+            with file.open("rb") as stream:
+                for line in stream:
+                    if line.endswith(b"\n"):
+                        try:
+                            row = decoder.decode(line)
+                        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+                            raise DataError(
+                                f"{file} is damaged: {error}.",
+                                hint="remove the folder's parts to predict again",
+                                path=file,
+                            ) from error
+                        length = len(row.detections)
+                        # The detections are the last thing of a line but its closing brace and end.
+                        found[row.image_id] = (start + len(line) - length - 2, length)
+                    start += len(line)
+            yield file, found
+
+
+class PredictionWriter:
+    """Appends the detections of images to a file, each image in one write."""
+
+    def __init__(self, file: IO[bytes], path: Path) -> None:
+        self._file = file
+        self._path = path
+
+    def write(self, image_id: Identifier, detections: list[dict[str, Any]]) -> None:
+        """Append an image; it counts as done when its line is whole.
+
+        Args:
+            image_id: Its id in the annotation file.
+            detections: Rows of a results file.
+
+        Raises:
+            DiskFullError: There is no room; what was written before stays good.
+        """
+        text = msgspec.json.encode({"image_id": image_id, "detections": detections})
+        with write_errors(self._path, hint=_RESUME):
+            self._file.write(text + b"\n")
+            self._file.flush()
+
+
+_READ_AHEAD = 4
+
+
+class ImageDetector(Protocol):
+    """What evaluation asks of a detector; :class:`proxydet.detector.Detector` is one."""
+
+    @property
+    def network(self) -> nn.Module:
+        """Its network, whose weights identify it."""
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The classes that it was trained on."""
+
+    @property
+    def inference(self) -> InferenceConfig:
+        """Its thresholds and limits."""
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """The shortest and the longest side, in pixels, that images are scaled to."""
+
+    def predict_images(
+        self, images: Sequence[Pixels], vocabulary: Vocabulary, settings: InferenceConfig
+    ) -> Sequence[Prediction]:
+        """Find objects in uint8 (H, W, 3) RGB images; boxes and masks in their pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationTask:
+    """The images of a split, what to look for in them, and what detections are called.
+
+    Attributes:
+        images: The images.
+        vocabulary: What to look for.
+        category_id_C: The category id of each class of the vocabulary; None for classes that the data set has not.
+        settings: Thresholds and limits of the detector.
+        batch_size: Images that go through the detector at once.
+    """
+
+    images: AnnotatedImages
+    vocabulary: Vocabulary
+    category_id_C: tuple[Identifier | None, ...]
+    settings: InferenceConfig
+    batch_size: int = 1
+
+    @classmethod
+    def of(
+        cls,
+        images: AnnotatedImages,
+        vocabulary: Vocabulary,
+        settings: InferenceConfig,
+        batch_size: int = 1,
+    ) -> EvaluationTask:
+        """Bring the categories of a split and the classes of a vocabulary together, by name.
+
+        Raises:
+            DataError: A category of the split is not in the vocabulary.
+        """
+        ids: list[Identifier | None] = [None] * len(vocabulary)
+        for row, category in zip(
+            class_rows(images.store, vocabulary), images.store.categories, strict=True
+        ):
+            ids[row] = category.id
+        return cls(
+            images=images,
+            vocabulary=vocabulary,
+            category_id_C=tuple(ids),
+            settings=settings,
+            batch_size=batch_size,
+        )
+
+    @property
+    def ids(self) -> tuple[Identifier, ...]:
+        """Ids of all images."""
+        return self.images.store.image_ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """Which part of the work a process does.
+
+    Attributes:
+        rank: Number of the process, from 0.
+        processes: How many there are.
+    """
+
+    rank: int = 0
+    processes: int = 1
+
+
+def predict_split(
+    detector: ImageDetector,
+    task: EvaluationTask,
+    folder: PredictionFolder,
+    *,
+    share: Share | None = None,
+    progress: Progress = SILENT,
+) -> None:
+    """Predict this process's share of the images that are not on disk yet.
+
+    Args:
+        detector: Finds objects.
+        task: The images, and what to look for.
+        folder: Where predictions are kept.
+        share: Which images are this process's; None takes all.
+        progress: Where progress is shown.
+
+    Raises:
+        DataError: An image cannot be read.
+        DiskFullError: There is no room for the predictions; those made so far stay.
+    """
+    share = share or Share()
+    if folder.complete:
+        return
+    done = folder.images_done()
+    ids = task.ids
+    mine = range(share.rank, len(ids), share.processes)
+    todo = [index for index in mine if ids[index] not in done]
+    with (
+        folder.writer(share.rank) as writer,
+        progress.task(
+            "predicting", total=len(mine), unit="images", done=len(mine) - len(todo)
+        ) as shown,
+    ):
+        for batch in _read_ahead(task, todo):
+            pixels = [pixels_HW3 for _, pixels_HW3 in batch]
+            found = detector.predict_images(pixels, task.vocabulary, task.settings)
+            for (index, _), prediction in zip(batch, found, strict=True):
+                writer.write(ids[index], result_rows(prediction, ids[index], task.category_id_C))
+            shown.advance(len(batch))
+
+
+def result_rows(
+    prediction: Prediction, image_id: Identifier, category_id_C: Sequence[Identifier | None]
+) -> list[dict[str, Any]]:
+    """Return the rows of a results file for what was found in an image.
+
+    Boxes are turned to x, y, width, height in single precision, as detectron2 does before it scores them.
+
+    Args:
+        prediction: What was found.
+        image_id: The image's id in the annotation file.
+        category_id_C: The category id of each class of the vocabulary; detections of classes without one are left out.
+    """
+    boxes_N4 = prediction.boxes_N4.cpu().numpy().astype(np.float32, copy=True)
+    boxes_N4[:, 2:] -= boxes_N4[:, :2]
+    masks = rles(prediction) if prediction.has_masks else None
+    rows: list[dict[str, Any]] = []
+    columns = zip(
+        boxes_N4.tolist(),
+        prediction.scores_N.tolist(),
+        prediction.classes_N.tolist(),
+        strict=True,
+    )
+    for index, (box, score, class_row) in enumerate(columns):
+        category_id = category_id_C[class_row]
+        if category_id is None:
+            continue
+        row = {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
+        if masks is not None:
+            row["segmentation"] = masks[index]
+        rows.append(row)
+    return rows
+
+
+def weights_digest(network: nn.Module) -> str:
+    """Return a SHA-256 over the names and values of a network's state, hexadecimal."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _read_ahead(task: EvaluationTask, todo: Sequence[int]) -> Iterator[list[tuple[int, Pixels]]]:
+    """Yield batches of images, reading the next ones while the caller works on these."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-images") as pool:
+        waiting: list[tuple[int, Future[Pixels]]] = []
+        upcoming = iter(todo)
+        try:
+            while True:
+                while len(waiting) < task.batch_size + _READ_AHEAD:
+                    index = next(upcoming, None)
+                    if index is None:
+                        break
+                    waiting.append((index, pool.submit(task.images.read, index)))
+                if not waiting:
+                    return
+                batch, waiting = waiting[: task.batch_size], waiting[task.batch_size :]
+                yield [(index, future.result()) for index, future in batch]
+        finally:
+            for _, future in waiting:
+                future.cancel()
 
 
 def evaluate(
@@ -115,7 +518,18 @@ def evaluate_split(
         config.batch_size,
     )
     with _folder(output) as path:
-        identity = _identity(detector, task)
+        # What makes the predictions; masks are on top: those that have them serve where none are needed.
+        chosen: dict[str, Any] = {
+            "image sides": list(detector.sides),
+            "inference settings": dataclasses.asdict(task.settings),
+        }
+        del chosen["inference settings"]["masks"]
+        inputs = {
+            "weights": weights_digest(detector.network),
+            "vocabulary": task.vocabulary.digest,
+            "annotations": task.images.store.digest(),
+        }
+        identity = {**inputs, **chosen}
         if share.rank == 0:
             # Before the others look: predictions that lack the masks wanted now are removed here.
             PredictionFolder(path, identity, masks=masks)
@@ -123,7 +537,9 @@ def evaluate_split(
         folder = PredictionFolder(path, identity, masks=masks)
         task = dataclasses.replace(task, settings=dataclasses.replace(settings, masks=folder.masks))
         if records is not None and share.rank == 0:
-            _record(records, {**identity, "masks": folder.masks}, split, config, share)
+            chosen |= {"masks": folder.masks}
+            chosen |= {"dataset": split.description.name, "split": split.name}
+            write_records(records, config, inputs, chosen, processes=share.processes)
         predict_split(detector, task, folder, share=share, progress=progress)
         wait_for_all(share)
         if share.rank > 0:
@@ -145,38 +561,6 @@ def _folder(output: Path | None) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _identity(detector: ImageDetector, task: EvaluationTask) -> dict[str, Any]:
-    """Return what makes the predictions; masks are on top: those that have them serve where none are needed."""
-    settings = dataclasses.asdict(task.settings)
-    del settings["masks"]
-    return {
-        "weights": weights_digest(detector.network),
-        "image sides": list(detector.sides),
-        "inference settings": settings,
-        "vocabulary": task.vocabulary.digest,
-        "annotations": task.images.store.digest(),
-    }
-
-
-def _record(
-    folder: Path,
-    identity: dict[str, Any],
-    split: DescribedSplit,
-    config: EvaluationConfig,
-    share: Share,
-) -> None:
-    """Write down what the evaluation is made from."""
-    inputs = ("weights", "vocabulary", "annotations")
-    chosen = {key: value for key, value in identity.items() if key not in inputs}
-    write_records(
-        folder,
-        config,
-        {name: identity[name] for name in inputs},
-        {"dataset": split.description.name, "split": split.name, **chosen},
-        processes=share.processes,
-    )
-
-
 def fusion_vocabulary(vocabulary: Vocabulary, trained: Vocabulary) -> Vocabulary:
     """Return the classes to look for, marked base where the detector's fusion of scores shall treat them so.
 
@@ -194,7 +578,7 @@ def fusion_vocabulary(vocabulary: Vocabulary, trained: Vocabulary) -> Vocabulary
 
 def current_share() -> Share:
     """Return this process's share of the work: all of it outside of a distributed run."""
-    if not _distributed():
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return Share()
     return Share(rank=torch.distributed.get_rank(), processes=torch.distributed.get_world_size())
 
@@ -203,7 +587,3 @@ def wait_for_all(share: Share) -> None:
     """Wait until every process has come here."""
     if share.processes > 1:
         torch.distributed.barrier()
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

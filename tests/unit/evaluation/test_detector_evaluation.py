@@ -20,9 +20,8 @@ from proxydet.data.dataset import DatasetConfig
 from proxydet.errors import ConfigError, DataError
 from proxydet.evaluation import detector_evaluation
 from proxydet.evaluation.config import EvaluationConfig
-from proxydet.evaluation.detector_evaluation import fusion_vocabulary
+from proxydet.evaluation.detector_evaluation import Share, fusion_vocabulary, result_rows
 from proxydet.evaluation.evaluate import evaluate_results
-from proxydet.evaluation.prediction import Share, result_rows
 from proxydet.manifest import read_run_records
 from proxydet.modeling.config import InferenceConfig
 from proxydet.modeling.prediction import Prediction, masks

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from proxydet.errors import DataError, DiskFullError
-from proxydet.evaluation.prediction_files import PredictionFolder
+from proxydet.evaluation.detector_evaluation import PredictionFolder
 
 IDENTITY = {"weights": "abc", "settings": {"score_threshold": 0.02, "sides": (800, 1333)}}
 

@@ -15,8 +15,7 @@ from PIL import Image
 from proxydet.data.prepare import DatasetName, prepare
 from proxydet.evaluation.detector_evaluation import fusion_vocabulary
 from proxydet.evaluation.ground_truth import GroundTruth
-from proxydet.evaluation.groups import imagenet_groups
-from proxydet.evaluation.split import DescribedSplit
+from proxydet.evaluation.split import DescribedSplit, imagenet_groups
 from proxydet_cli.app import run
 
 pytestmark = pytest.mark.shared

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from proxydet.errors import ConfigError, DataError, InputError
 from proxydet_cli.options import Json, command_app, examples
+from proxydet_cli.output import Output
+
+if TYPE_CHECKING:
+    from proxydet.data.dataset import DatasetConfig
+    from proxydet.evaluation.config import EvaluationConfig
+    from proxydet.evaluation.evaluate import Evaluation
+    from proxydet.evaluation.ground_truth import GroundTruth
+    from proxydet.evaluation.report import Report
+    from proxydet.evaluation.split import DescribedSplit
+    from proxydet.reporting import Progress
 
 app = command_app()
 
@@ -169,14 +186,11 @@ def evaluate(
     tta: Augment = False,
     json: Json = False,
 ) -> None:
-    """Measure average precision, and say how sure it is.
+    """Compute average precision with confidence intervals.
 
-    Predictions are kept in the output folder: a stopped evaluation goes on where it stopped.
+    Predictions are kept in the output folder: a stopped evaluation resumes where it stopped.
     """
     from proxydet.evaluation.config import EvaluationConfig
-    from proxydet_cli import evaluation
-    from proxydet_cli.evaluation_options import EvalOptions
-    from proxydet_cli.output import Output
 
     options = EvalOptions(
         run=run,
@@ -203,6 +217,417 @@ def evaluate(
         tta=tta,
     )
     if compare is not None:
-        evaluation.compare(*compare, options, Output(json=json))
+        compare_results(*compare, options, Output(json=json))
     else:
-        evaluation.run(options, Output(json=json))
+        evaluate_options(options, Output(json=json))
+
+
+PREDICTIONS = "predictions"
+"""Folder below an evaluation's output that holds what the detector found."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """What to evaluate, on what, and how."""
+
+    run: Path | None
+    weights: str | None
+    model: str | None
+    results: Path | None
+    data: str | None
+    split: str
+    vocabulary: Path | None
+    output: Path | None
+    device: str
+    gpus: int | None
+    config: EvaluationConfig
+    tta: bool = False
+
+    def check(self) -> None:
+        """Raise ConfigError where options contradict each other or something is missing."""
+        if self.split not in ("val", "train"):
+            raise ConfigError(
+                f"--split is {self.split!r}; it can be val or train.",
+                hint="to evaluate on other images, name their annotations as [val] in a dataset config",
+            )
+        if self.results is not None:
+            given = self._detecting()
+            if given:
+                raise ConfigError(
+                    f"--results cannot be combined with {', '.join(given)}: they are scored as they are.",
+                    hint="leave it out, or leave out --results to detect again",
+                )
+        if self.config.hierarchy is not None and not self.config.hierarchy.is_file():
+            raise InputError(
+                f"there is no class hierarchy {self.config.hierarchy}",
+                hint="--hierarchy takes OpenImages' own file, challenge-2019-label500-hierarchy.json",
+                path=self.config.hierarchy,
+            )
+        if self.results is not None and self.data is None:
+            raise ConfigError(
+                "--results need the data set that they are of.",
+                hint="--data with an annotation file (JSON) or a dataset config (TOML)",
+            )
+        if self.results is None and self.vocabulary is not None and self.data is None:
+            raise ConfigError("--vocabulary belongs to a data set.", hint="give --data too")
+
+    def _detecting(self) -> list[str]:
+        """Names of the given options that say how to detect, which has no part where results are there already."""
+        options = {
+            "--run": self.run is not None,
+            "--weights": self.weights is not None,
+            "--config": self.model is not None,
+            "--device": self.device != "auto",
+            "--gpus": self.gpus is not None,
+            "--batch-size": self.config.batch_size != 1,
+            "--tta": self.tta,
+        }
+        return [name for name, given in options.items() if given]
+
+    def check_comparison(self) -> None:
+        """Raise ConfigError where the options are not those of a comparison."""
+        others = {"--results": self.results, "--output": self.output}
+        given = [name for name, value in others.items() if value is not None] + self._detecting()
+        if given:
+            raise ConfigError(
+                f"--compare cannot be combined with {', '.join(given)}: it reads results that are there and writes no files.",
+                hint="make each result with a proxydet eval of its own, then compare the two folders",
+            )
+        if self.data is None:
+            raise ConfigError(
+                "--compare needs the data set that both results are of.",
+                hint="--data with an annotation file (JSON) or a dataset config (TOML)",
+            )
+
+    def words(self) -> list[str]:
+        """Return the options as words of a command line, for the processes that do the work together."""
+        config = self.config
+        given = {
+            "--run": self.run,
+            "--weights": self.weights,
+            "--config": self.model,
+            "--data": self.data,
+            "--split": self.split,
+            "--vocabulary": self.vocabulary,
+            "--output": self.output,
+            "--device": self.device,
+            "--protocol": config.protocol,
+            "--iou-type": ",".join(config.iou_types),
+            "--engine": config.engine,
+            "--bootstrap": config.bootstrap,
+            "--hierarchy": config.hierarchy,
+            "--batch-size": config.batch_size,
+        }
+        words = [
+            word
+            for key, value in given.items()
+            if value not in (None, "")
+            for word in (key, str(value))
+        ]
+        switches = {
+            "--fixed": config.fixed,
+            "--allow-outside": config.allow_outside,
+            "--allow-duplicates": config.allow_duplicates,
+            "--tta": self.tta,
+        }
+        return words + [key for key, on in switches.items() if on]
+
+    def annotations_only(self) -> bool:
+        """Whether ``--data`` names annotations (a JSON file, Pascal VOC) rather than a dataset config."""
+        if self.data is None:
+            return False
+        place = Path(self.data)
+        names = (".json", ".json.gz")
+        return (
+            self.data.endswith(names) or place.is_dir() or place.suffix.lower() in (".xml", ".txt")
+        )
+
+    def folder(self, dataset: str) -> Path:
+        """Return where the files of the evaluation go."""
+        if self.output is not None:
+            return self.output
+        place = f"{dataset}-{self.split}"
+        if self.annotations_only():
+            place = Path(self.data or "").name.split(".")[0]
+        if self.run is not None:
+            return self.run / "evaluation" / place
+        if self.results is not None:
+            return Path("evaluation") / f"{self.results.name.split('.')[0]}-{place}"
+        return Path("evaluation") / f"{Path(self.weights or 'proxydet-r50-inl').stem}-{place}"
+
+
+def results_of(place: Path) -> Path:
+    """Return the results file that a path means: itself, or the one that an evaluation's folder holds or scored.
+
+    Raises:
+        InputError: There is none.
+    """
+    from proxydet.evaluation.records import recorded_results
+    from proxydet.paths import run_in
+
+    if not place.exists():
+        raise InputError(
+            f"there is no {place}",
+            hint="give a results file, or the output folder of a finished proxydet eval",
+            path=place,
+        )
+    if not place.is_dir():
+        return place
+    for file in (place / "predictions.json", place / PREDICTIONS / "predictions.json"):
+        if file.is_file():
+            return file
+    recorded = recorded_results(place)
+    if recorded is not None:
+        return recorded
+    below = sorted((run_in(place) / "evaluation").glob("*/results.json"))
+    raise InputError(
+        f"{place} holds no finished predictions.",
+        hint=f"its evaluations are in {', '.join(str(file.parent) for file in below)}"
+        if below
+        else "give a results file, or the output folder of a finished proxydet eval",
+        path=place,
+    )
+
+
+def read_description(options: EvalOptions) -> DatasetConfig:
+    """Read the dataset config that was named, or that the run was trained with."""
+    from proxydet.data.dataset import DatasetConfig
+
+    path = _description_path(options)
+    if not path.is_file():
+        raise DataError(
+            f"{path} is a folder, not a dataset config"
+            if path.is_dir()
+            else f"there is no dataset config {path}",
+            hint="--data takes a TOML file, or the name of a prepared data set: proxydet data prepare --help",
+            path=path,
+        )
+    return DatasetConfig.from_toml(path)
+
+
+def _description_path(options: EvalOptions) -> Path:
+    from proxydet.paths import datasets_folder, require_run
+
+    if options.data is not None:
+        path = Path(options.data)
+        if path.suffix or path.exists():
+            return path
+        return datasets_folder() / f"{options.data}.toml"
+    if options.run is not None:
+        from proxydet.recipes import resolve_config
+
+        config = require_run(options.run) / "config.yaml"
+        found = resolve_config(None, config, []).data.description
+        if found is not None:
+            return found
+    return datasets_folder() / "lvis.toml"
+
+
+def evaluate_options(options: EvalOptions, output: Output) -> None:
+    """Evaluate, write the files and show the numbers."""
+    from proxydet.evaluation.evaluate import run_evaluation
+    from proxydet.evaluation.records import record_results
+    from proxydet.inference.writers import check_folder
+
+    options.check()
+    if options.output is not None:
+        check_folder(options.output)
+    progress = _progress()
+    if options.results is not None:
+        truth, groups, split = open_subject(options, progress)
+        evaluation = run_evaluation(
+            options.results, truth, config=options.config, groups=groups, progress=progress
+        )
+        record_results(options.folder(truth.name), options.results, truth, options.config)
+        _conclude(evaluation, split, options, output, progress)
+        return
+    description = read_description(options)
+    with _processes(options, options.folder(description.name), json=output.json) as device:
+        if device is None:
+            return
+        from proxydet.detector import Detector
+        from proxydet.detector_files import open_named
+        from proxydet.evaluation.detector_evaluation import evaluate_split
+
+        split = _open_split(description, options, progress)
+        detector = open_named(
+            Detector,
+            run=options.run,
+            weights=options.weights,
+            config=options.model,
+            device=device,
+        )
+        if options.tta:
+            detector = detector.with_augmentation()
+        folder = options.folder(description.name)
+        try:
+            detected = evaluate_split(
+                detector, split, folder / PREDICTIONS,
+                records=folder, config=options.config, progress=progress,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            output.message("stopped: the same command resumes from here")
+            raise
+        if detected is not None:  # the first process of several shows the result
+            _conclude(detected, split, options, output, progress)
+
+
+@contextlib.contextmanager
+def _processes(options: EvalOptions, folder: Path, *, json: bool) -> Iterator[str | None]:
+    """Give the device to work on here, or None when several processes have been started, and have done it."""
+    import torch
+
+    from proxydet.training.distributed import connect
+    from proxydet.training.launch import launch, plan_launch, worker
+
+    logs = folder / "logs"
+    on_gpus = options.device in ("auto", "cuda") and torch.cuda.is_available()
+    plan = plan_launch(
+        gpus=options.gpus, whole_job=False, available=torch.cuda.device_count() if on_gpus else 1
+    )
+    if plan.started:
+        with worker(logs), connect(options.device) as info:
+            yield str(info.device)
+    elif plan.torchrun:
+        words = ["-m", "proxydet_cli", "eval", *options.words(), *(["--json"] if json else [])]
+        launch(plan, words, logs)
+        yield None
+    else:
+        yield options.device
+
+
+def _conclude(
+    evaluation: Evaluation,
+    split: DescribedSplit | None,
+    options: EvalOptions,
+    output: Output,
+    progress: Progress,
+) -> None:
+    """Write the files and show the numbers."""
+    from proxydet.evaluation.analysis import analyse
+    from proxydet.evaluation.page import write_files
+
+    folder = options.folder(evaluation.report.dataset)
+    analysis = analyse(evaluation, progress)
+    with progress.task("writing report", total=None):
+        written = write_files(
+            evaluation,
+            analysis,
+            folder,
+            read=None if split is None else split.images.read_id,
+            commands=_next_commands(options, folder),
+        )
+    show(evaluation.report, analysis.to_dict(), output)
+    output.message(f"written: {', '.join(str(path) for path in written.values())}")
+
+
+def compare_results(first: Path, second: Path, options: EvalOptions, output: Output) -> None:
+    """Say whether the second of two results is better than the first."""
+    from proxydet.evaluation import evaluate as core
+    from proxydet.evaluation.report import difference_rows
+
+    options.check_comparison()
+    files = results_of(first), results_of(second)
+    progress = _progress()
+    truth, groups, _ = open_subject(options, progress)
+    compared = core.compare_results(
+        *files, truth,
+        config=options.config, groups=groups, progress=progress,
+    )  # fmt: skip
+    if output.json:
+        output.data({kind: list(rows) for kind, rows in compared.items()})
+        return
+    output.message(f"A: {first}\nB: {second}\nin percent, on the same resamples of the images")
+    for kind, rows in compared.items():
+        output.message("")
+        output.data(None, {"bbox": "boxes", "segm": "masks"}[kind])
+        output.table(difference_rows(rows))
+
+
+def show(report: Report, analysis: Mapping[str, Any], output: Output) -> None:
+    """Write the numbers to stdout."""
+    from proxydet.data.protocol import PROTOCOL_NAMES
+    from proxydet.evaluation.report import group_rows, metric_rows
+
+    if output.json:
+        output.data({**report.to_dict(), "analysis": analysis})
+        return
+    counts = report.counts
+    output.message(
+        f"{report.dataset}: {counts.detections} detections in {counts.images_with_detections} of {counts.images} images, "
+        f"{counts.annotations} annotations, engine {report.engine}, in percent"
+    )
+    output.message(f"protocol: {PROTOCOL_NAMES[report.protocol]}")
+    if report.masks_left_out and 0 < counts.without_mask < counts.detections:
+        output.warning(f"masks are not scored: {report.masks_left_out}")
+    elif report.masks_left_out:
+        output.message(f"masks are not scored: {report.masks_left_out}")
+    if "segm" in report.types and counts.annotations_without_mask:
+        output.message(
+            f"{counts.annotations_without_mask} of {counts.annotations} annotations have no mask: for masks they neither "
+            "help nor harm"
+        )
+    if report.fixed:
+        output.warning("this is fixed AP; it cannot be compared with AP")
+    output.table(metric_rows(report))
+    if report.main.groups:
+        output.data(None, "")
+        output.table(group_rows(report))
+    resampling = report.main.resampling
+    if resampling is not None:
+        output.message(
+            f"±: {100 * resampling.confidence:g} % confidence, from {resampling.number} resamples of the images"
+        )
+        if resampling.rare is not None:
+            scored, present = resampling.rare
+            output.message(
+                f"rare: {scored} categories are annotated, {present:.1f} of them in a resample on average"
+            )
+
+
+def open_subject(
+    options: EvalOptions, progress: Progress
+) -> tuple[GroundTruth, Mapping[str, Any], DescribedSplit | None]:
+    """Open the data set that results are scored on; return annotations, sets of categories, and the split of a config."""
+    from proxydet.evaluation.ground_truth import GroundTruth
+    from proxydet.evaluation.split import imagenet_groups
+
+    if options.annotations_only():
+        truth = GroundTruth.load(Path(options.data or ""), protocol=options.config.protocol)
+        return truth, imagenet_groups(truth), None
+    split = _open_split(read_description(options), options, progress)
+    return split.truth, split.groups, split
+
+
+def _open_split(
+    description: DatasetConfig, options: EvalOptions, progress: Progress
+) -> DescribedSplit:
+    from proxydet.evaluation.split import DescribedSplit
+
+    if options.vocabulary is not None:
+        spec = dataclasses.replace(description.classes, embeddings=options.vocabulary.absolute())
+        description = dataclasses.replace(description, vocabulary=spec)
+    return DescribedSplit.open(
+        description, options.split, protocol=options.config.protocol, progress=progress
+    )
+
+
+def _next_commands(options: EvalOptions, folder: Path) -> dict[str, str]:
+    results = options.results or folder / PREDICTIONS / "predictions.json"
+    data = "" if options.data is None else f" --data {shlex.quote(options.data)}"
+    quoted = shlex.quote(str(results))
+    commands = {
+        f"proxydet eval --results {quoted}{data} --engine lvis": "Check the numbers with the official evaluators.",
+        f"proxydet eval --compare {quoted} OTHER.json{data}": "Say whether another detector is better.",
+    }
+    return commands if options.data is not None else {}
+
+
+def _progress() -> Progress:
+    from proxydet_cli.progress import show_progress
+
+    if "torch" not in sys.modules:
+        return show_progress()
+    from proxydet.training.distributed import launched_rank
+
+    return show_progress(quiet=launched_rank() != 0)

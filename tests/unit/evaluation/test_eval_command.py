@@ -261,7 +261,7 @@ def test_compare_two_files_and_two_folders(typed: Typed, files: Path) -> None:
         (
             ["--results", "a.json", "--run", "x", "--data", "val.json"],
             ConfigError,
-            "--results are scored as they are: --run has no part",
+            "--results cannot be combined with --run",
         ),
         (["--vocabulary", "text.npy"], ConfigError, "belongs to a data set"),
         (["--compare", "a.json", "b.json"], ConfigError, "need|needs the data set"),
@@ -421,13 +421,11 @@ def test_options_survive_the_way_to_other_processes(tmp_path: Path) -> None:
     """What is typed, as words for the processes that share the work, means the same when it is read there."""
     from typer.testing import CliRunner
 
-    from proxydet_cli import evaluation
-    from proxydet_cli.commands.eval import app
-    from proxydet_cli.evaluation_options import EvalOptions
+    from proxydet_cli.commands import eval as command
 
-    seen: list[EvalOptions] = []
+    app, seen = command.app, []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "run", lambda options, _: seen.append(options))
+        patch.setattr(command, "evaluate_options", lambda options, _: seen.append(options))
         words = ["--weights", "a b.pth", "--config", "swinb", "--data", "coco", "--split", "train"]
         words += ["--vocabulary", "v.npz", "--output", str(tmp_path), "--device", "cpu", "--fixed"]
         words += ["--iou-type", "segm,bbox", "--engine", "lvis", "--bootstrap", "7"]

@@ -27,6 +27,7 @@ import time
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -216,7 +217,7 @@ def run_tars(folder: Path, scale: float) -> dict[str, Any]:
     """Index 997 tars of photographs' size."""
     from PIL import Image
 
-    from proxydet.data.tars import TarIndex
+    from proxydet.data.image_labels import TarClasses, TarImages
 
     per_tar = max(1, round(40 * scale))
     rng = np.random.default_rng(0)
@@ -237,21 +238,23 @@ def run_tars(folder: Path, scale: float) -> dict[str, Any]:
         "images": len(names) * per_tar,
         "bytes_each": len(content),
     }
+    matched = TarClasses(class_of_tar=dict.fromkeys(names, 0))
     for processes in (1, os.cpu_count() or 1):
         start = time.perf_counter()
-        index = TarIndex.open(folder, names, cache=folder / str(processes), processes=processes)
+        with mock.patch("os.cpu_count", return_value=processes):
+            images = TarImages.open(folder, matched, cache=folder / str(processes))
         seconds = time.perf_counter() - start
         result[f"{processes} processes"] = {
             "seconds": round(seconds, 2),
-            "files_per_second": round(len(index) / seconds),
+            "files_per_second": round(len(images) / seconds),
         }
         start = time.perf_counter()
-        TarIndex.open(folder, names, cache=folder / str(processes))
+        TarImages.open(folder, matched, cache=folder / str(processes))
         result[f"{processes} processes"]["reopen_seconds"] = round(time.perf_counter() - start, 4)
     start = time.perf_counter()
-    rows = rng.integers(len(index), size=2000).tolist()
+    rows = rng.integers(len(images), size=2000).tolist()
     for row in rows:
-        index.read(row)
+        images.encoded(row)
     result["random_reads_per_second"] = round(len(rows) / (time.perf_counter() - start))
     return result
 

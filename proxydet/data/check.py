@@ -370,26 +370,10 @@ class _Checker:
             self._failed(part, error)
             return
         if isinstance(images, TarImages):
-            index, matched = images.index, images.matched
-            held = f"{counted(len(index), 'image')} in {counted(len(index.tars), 'tar')}"
-            self._add(part, "ok" if len(index) else "error", held)
-            for line in index.report.lines():
-                self._add(part, "warning", line, "fetch what is named again")
-            for names, what, advice in (
-                (
-                    matched.missing,
-                    "expected and not there",
-                    "get them, or train without these classes",
-                ),
-                (
-                    matched.without_class,
-                    "of no class, not used",
-                    "name their classes by 'map' if they have one",
-                ),
-            ):
-                if names:
-                    text = f"{counted(len(names), 'tar')} {what}, e.g. {', '.join(names[:3])}"
-                    self._add(part, "warning", text, advice)
+            held = f"{counted(len(images), 'image')} in {counted(len(images.tars), 'tar')}"
+            self._add(part, "ok" if len(images) else "error", held)
+            for _, text, advice in images.notes():
+                self._add(part, "warning", text, advice)
         else:
             self._add(part, "ok", f"{counted(len(images), 'image')} with labels")
             self._deviations(images.store, part)

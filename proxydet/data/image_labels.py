@@ -1,52 +1,84 @@
-"""Images of which only the classes are known: in tars, one a class, or in folders with a list. No torch here."""
+"""Images of which only the classes are known: in tars, one a class, or in folders with a list. No torch here.
+
+No tar is unpacked: indexing reads headers and notes where each image starts, how long it is and how large its picture
+is. The index is a column file in the cache, named by the names, sizes and times of the tars, so that a change of one makes
+it again. Members that are not images, and tars that are cut short, are reported by name.
+"""
 
 from __future__ import annotations
 
+import gzip
+import hashlib
+import io
 import logging
+import os
+import tarfile
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache as cached
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from proxydet.data.dataset import ImageLabelSpec, class_rows, how_to_get, nearest
 from proxydet.data.formats.records import CategoryEntry
-from proxydet.data.images import find_image, open_image, require_distinct_files
-from proxydet.data.store import AnnotationStore
-from proxydet.data.tars import TarIndex
+from proxydet.data.images import (
+    find_image,
+    image_size,
+    open_image,
+    quiet_worker,
+    require_distinct_files,
+)
+from proxydet.data.store import AnnotationStore, ColumnFile, ColumnWriter
 from proxydet.errors import DataError
+from proxydet.files import build_once
+from proxydet.paths import cache_folder
 from proxydet.reporting import SILENT, Progress
 from proxydet.vocabulary.vocabulary import Vocabulary
-from proxydet.wording import counted
+from proxydet.wording import counted, first_of
 
 _logger = logging.getLogger(__name__)
 
+LARGEST_MEMBER = 1 << 28
+"""Bytes; a compressed member that grows beyond this is refused (a decompression bomb, not a photograph)."""
+
 _READERS = 8
-_AT_ONCE = 64
+_AT_ONCE = 4096
+_KIND, _VERSION = "tar-index", 1
+_OPEN_TARS = 64
+_MOST_PROCESSES = 16
+_GZIP_MAGIC = b"\x1f\x8b"
+_HEAD_BYTES = 1 << 15
+_FETCH_AGAIN = "fetch the tar again, or remove it"
 
 
 class LabelledImages(ABC):
-    """Image files of which the classes are known. They can be pickled."""
+    """Image files of which the classes are known. They can be pickled.
 
-    @property
-    @abstractmethod
-    def shapes_I2(self) -> npt.NDArray[np.int32]:
-        """Height and width of each image in pixels."""
+    Attributes:
+        shapes_I2: int32 (I, 2), height and width of each image in pixels.
+    """
+
+    shapes_I2: npt.NDArray[np.int32]
 
     @abstractmethod
     def name(self, row: int) -> str:
-        """Return the name of an image, for messages."""
+        """Return the name of an image, for messages: the file's, or ``tar/member``."""
 
     @abstractmethod
     def encoded(self, row: int) -> Path | bytes:
-        """Return the file of an image, or its bytes; DataError where it is not there."""
+        """Return the file of an image, or its bytes; DataError where it is not there. Any thread may call it."""
 
     @abstractmethod
     def labels(self, row: int) -> npt.NDArray[np.int64]:
@@ -81,42 +113,162 @@ class TarClasses:
     """
 
     class_of_tar: dict[str, int]
-    without_class: tuple[str, ...]
-    missing: tuple[str, ...]
+    without_class: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class TarImages(LabelledImages):
-    """Images in tars, one tar a class.
+class TarReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What indexing found that a user should know.
 
     Attributes:
-        index: The images.
-        matched: The classes of the tars.
+        images: Images in the index.
+        gzipped: How many of them are gzip-compressed inside the tar.
+        unreadable: ``tar/member: reason`` of members that are not readable images; they are left out.
+        damaged: ``tar: reason`` of tars that end too early; the images before the end are in the index.
+        empty: Tars without a readable image.
     """
 
-    index: TarIndex
-    matched: TarClasses
+    images: int
+    gzipped: int
+    unreadable: list[str]
+    damaged: list[str]
+    empty: list[str]
 
-    @property
-    def shapes_I2(self) -> npt.NDArray[np.int32]:
-        """Height and width of each image in pixels."""
-        return self.index.shapes_I2
+
+class _Meta(msgspec.Struct, frozen=True):
+    folder: str
+    tars: list[str]
+    report: TarReport
+
+
+class TarImages(LabelledImages):
+    """Images in tars, one tar a class, numbered through. Make one with `open`; it can be pickled.
+
+    Attributes:
+        path: The index's file.
+        matched: The classes of the tars.
+        folder: Where the tars are.
+        tars: Their file names.
+        report: What indexing found.
+        tar_I: int32 (I,), which tar each image is in.
+        shapes_I2: int32 (I, 2), height and width of each image in pixels.
+        indexed: Whether the index was made by this `open`.
+    """
+
+    def __init__(self, path: Path, matched: TarClasses, *, indexed: bool = False) -> None:
+        self.path = path
+        self.matched = matched
+        self.indexed = indexed
+        self._columns = ColumnFile(path, kind=_KIND, version=_VERSION)
+        meta = self._columns.meta(_Meta)
+        folder, tars = Path(meta.folder), tuple(meta.tars)
+        self.folder, self.tars, self.report = folder, tars, meta.report
+        self.tar_I: npt.NDArray[np.int32] = self._columns["tar"]
+        self.shapes_I2 = self._columns["shape"]
+        self._file = lru_cache(_OPEN_TARS)(lambda tar: _TarFile(folder / tars[tar]))
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        matched: TarClasses,
+        *,
+        cache: Path | None = None,
+        progress: Progress = SILENT,
+    ) -> TarImages:
+        """Open the index of the tars of a folder that belong to a class, after making it if it does not exist.
+
+        Args:
+            folder: Where the tars are.
+            matched: Which of them belong to which class.
+            cache: Folder of indexes; None means the user's cache folder.
+            progress: Where to show the indexing.
+
+        Raises:
+            DataError: a tar is not there.
+        """
+        folder, tars = folder.resolve(), sorted(matched.class_of_tar)
+        digest = hashlib.sha256(str(folder).encode("utf-8", "surrogateescape"))
+        for name in tars:
+            try:
+                stat = (folder / name).stat()
+            except OSError as error:
+                message = f"cannot read {folder / name}: {error}"
+                raise DataError(message, hint=_FETCH_AGAIN, path=folder / name) from error
+            key = f"\0{name}\0{stat.st_size}\0{stat.st_mtime_ns}"
+            digest.update(key.encode("utf-8", "surrogateescape"))
+        stores = cache_folder("stores") if cache is None else cache
+        target = stores / f"{digest.hexdigest()[:32]}-tars-v{_VERSION}.columns"
+        indexed = False
+
+        def build(path: Path) -> None:
+            nonlocal indexed
+            indexed = True
+            _build(path, folder, tars, progress)
+
+        build_once(target, build)
+        return cls(target, matched, indexed=indexed)
+
+    def notes(self) -> list[tuple[int, str, str]]:
+        """Return what a user should know of tars and members: the level of logging, the text, and what to do.
+
+        What indexing found is a warning when it is found, later information; so is that tars are not used.
+        """
+        found = logging.WARNING if self.indexed else logging.INFO
+        again, absent = "fetch what is named again", "get them, or train without these classes"
+        unused = (
+            "tar belongs to no class and is not used",
+            "tars belong to no class and are not used",
+        )
+        groups = (
+            (found, self.report.unreadable, ("unreadable member",), again),
+            (found, self.report.damaged, ("damaged tar",), again),
+            (found, self.report.empty, ("tar without images", "tars without images"), again),
+            (logging.WARNING, self.matched.missing, ("tar is missing", "tars are missing"), absent),
+            (
+                logging.INFO,
+                self.matched.without_class,
+                unused,
+                "name their classes by 'map' if they have one",
+            ),
+        )
+        return [
+            (level, f"{counted(len(items), *what)}: {first_of(items, 3)}", advice)
+            for level, items, what, advice in groups
+            if items
+        ]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TarImages, (self.path, self.matched)
 
     def name(self, row: int) -> str:
-        """Return ``tar/member``."""
-        return self.index.name(row)
+        """Return ``tar/member`` of an image."""
+        start, end = self._columns["name_offsets"][row : row + 2]
+        member = bytes(self._columns["names"][start:end]).decode("utf-8", "surrogateescape")
+        return f"{self.tars[self.tar_I[row]]}/{member}"
 
     def encoded(self, row: int) -> bytes:
-        """Return the bytes of an image file."""
-        return self.index.read(row)
+        """Return the bytes of an image file.
+
+        Raises:
+            DataError: the tar is gone, changed or damaged.
+        """
+        try:
+            file = self._file(int(self.tar_I[row]))
+            return _member(file, int(self._columns["offset"][row]), int(self._columns["size"][row]))
+        except (OSError, DataError) as error:
+            raise DataError(
+                f"cannot read {self.name(row)}: {error}",
+                hint=error.hint if isinstance(error, DataError) else _FETCH_AGAIN,
+                path=self.folder,
+            ) from error
 
     def labels(self, row: int) -> npt.NDArray[np.int64]:
-        """Return the class of the image's tar."""
-        tar = self.index.tars[self.index.tar_I[row]]
+        """Return the class of the image's tar: int64 (1,)."""
+        tar = self.tars[self.tar_I[row]]
         return np.array([self.matched.class_of_tar[tar]], dtype=np.int64)
 
 
-@dataclass(frozen=True)
 class FolderImages(LabelledImages):
     """Images in folders, with their classes in the ``pos_category_ids`` of an annotation file.
 
@@ -126,14 +278,13 @@ class FolderImages(LabelledImages):
         rows_K: int64 (K,), the vocabulary's row of each category of the store.
     """
 
-    store: AnnotationStore
-    roots: tuple[Path, ...]
-    rows_K: npt.NDArray[np.int64]
-
-    @property
-    def shapes_I2(self) -> npt.NDArray[np.int32]:
-        """Height and width of each image in pixels."""
-        return self.store.sizes_I2
+    def __init__(
+        self, store: AnnotationStore, roots: tuple[Path, ...], rows_K: npt.NDArray[np.int64]
+    ) -> None:
+        self.store = store
+        self.roots = roots
+        self.rows_K = rows_K
+        self.shapes_I2 = store.sizes_I2
 
     def name(self, row: int) -> str:
         """Return the file name."""
@@ -175,17 +326,10 @@ def open_label_images(
         require_distinct_files(store, spec.roots)
         return FolderImages(store, spec.roots, class_rows(store, vocabulary))
     matched = match_tars(spec, vocabulary, categories)
-    folder = spec.tars or Path()
-    if warn and matched.without_class:
-        unused = counted(len(matched.without_class), "tar belongs", "tars belong")
-        _logger.info("%s: %s to no class", folder, unused)
-    if warn and matched.missing:
-        absent = counted(len(matched.missing), "tar is", "tars are")
-        _logger.warning("%s: %s missing, e.g. %s.tar", folder, absent, matched.missing[0])
-    names = list(matched.class_of_tar)
-    return TarImages(
-        TarIndex.open(folder, names, cache=cache, progress=progress, warn=warn), matched
-    )
+    images = TarImages.open(spec.tars or Path(), matched, cache=cache, progress=progress)
+    for level, text, _ in images.notes() if warn else ():
+        _logger.log(level, "%s: %s", images.folder, text)
+    return images
 
 
 def match_tars(
@@ -282,19 +426,12 @@ def unusable_label_images(
     if isinstance(images, TarImages) and not decode:
         return []
 
-    def encoded(row: int) -> Path | bytes | DataError:
+    def problem(row: int) -> str:
         try:
-            return images.encoded(row)
-        except DataError as error:
-            return error
-
-    def problem(source: Path | bytes | DataError, row: int) -> str:
-        try:
-            if isinstance(source, DataError):
-                raise source
             if decode:
-                name = images.name(row) if isinstance(source, bytes) else str(source)
-                open_image(source, name=name)
+                images.image(row, exif_orientation=True)
+            else:
+                images.encoded(row)
         except DataError as error:
             return error.message
         return ""
@@ -304,12 +441,143 @@ def unusable_label_images(
         progress.task("checking images of image_labels", total=len(images), unit="images") as task,
         ThreadPoolExecutor(_READERS) as pool,
     ):
-        # In portions: a pool would otherwise take the bytes of all images into memory at once. Tars are read in this thread
-        # only: their open files are shared.
+        # In portions: a pool takes note of all images at once.
         for start in range(0, len(images), _AT_ONCE):
-            rows = range(start, min(start + _AT_ONCE, len(images)))
-            for text in pool.map(problem, [encoded(row) for row in rows], rows):
+            for text in pool.map(problem, range(start, min(start + _AT_ONCE, len(images)))):
                 task.advance()
                 if text:
                     found.append(text)
     return found
+
+
+class _TarFile(io.FileIO):
+    """A tar that is closed with its last reference. It is read at offsets: processes may share it by fork, and threads."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class _Image(NamedTuple):
+    name: str
+    offset: int
+    size: int
+    shape: tuple[int, int]
+    gzipped: bool
+
+
+class _Scan(NamedTuple):
+    images: list[_Image]
+    unreadable: list[str]
+    damage: str
+
+
+def _build(target: Path, folder: Path, tars: Sequence[str], progress: Progress) -> None:
+    paths = [folder / name for name in tars]
+    processes = min(os.cpu_count() or 1, _MOST_PROCESSES, len(paths))
+    scans: list[_Scan] = []
+    images: list[_Image] = []
+    with ExitStack() as stack:
+        task = stack.enter_context(progress.task("indexing tars", total=len(paths), unit="tars"))
+        scanned: Iterator[_Scan] = map(_scan, paths)
+        if processes > 1:
+            pool = stack.enter_context(ProcessPoolExecutor(processes, initializer=quiet_worker))
+            scanned = pool.map(_scan, paths)
+        for scan in scanned:
+            scans.append(scan)
+            images += scan.images
+            task.advance(images=len(images))
+    by_tar = list(zip(tars, scans, strict=True))
+    report = TarReport(
+        images=len(images),
+        gzipped=sum(image.gzipped for image in images),
+        unreadable=[f"{tar}/{line}" for tar, scan in by_tar for line in scan.unreadable],
+        damaged=[f"{tar}: {scan.damage}" for tar, scan in by_tar if scan.damage],
+        empty=[tar for tar, scan in by_tar if not scan.images],
+    )
+    names = [image.name.encode("utf-8", "surrogateescape") for image in images]
+    tar_I = np.repeat(np.arange(len(scans), dtype=np.int32), [len(s.images) for s in scans])
+    with ColumnWriter(target) as writer:
+        writer.add("tar", tar_I)
+        writer.add("offset", np.array([image.offset for image in images], dtype=np.int64))
+        writer.add("size", np.array([image.size for image in images], dtype=np.int64))
+        shapes = np.array([image.shape for image in images], dtype=np.int32)
+        writer.add("shape", shapes.reshape(-1, 2))
+        writer.add("names", np.frombuffer(b"".join(names), dtype=np.uint8))
+        writer.add("name_offsets", np.cumsum([0, *map(len, names)], dtype=np.int64))
+        writer.finish(kind=_KIND, version=_VERSION, meta=_Meta(str(folder), list(tars), report))
+
+
+def _scan(path: Path) -> _Scan:
+    """List the images of a tar; one that is cut short gives those before the cut, and why in ``damage``."""
+    images: list[_Image] = []
+    unreadable: list[str] = []
+    damage = ""
+    try:
+        with _TarFile(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            length = os.fstat(file.fileno()).st_size
+            for member in tar:
+                if member.isdir():
+                    continue
+                if member.size < 0:  # the next header would lie before this one, without end
+                    damage = f"the size of {member.name} is negative"
+                    break
+                if not member.isreg() or member.sparse is not None:
+                    unreadable.append(f"{member.name}: it is a link or a special file")
+                    continue
+                if member.offset_data + member.size > length:
+                    damage = f"it ends in the middle of {member.name}"
+                    break
+                try:
+                    images.append(_image(file, member))
+                except DataError as error:
+                    unreadable.append(f"{member.name}: {error.message}")
+            if not damage:
+                # tarfile takes any rubbish after the last member for the end.
+                tail = os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset)
+                if len(tail) < tarfile.BLOCKSIZE:
+                    damage = "it has no end mark, so it may be cut short"
+                elif any(tail):
+                    damage = "a header in its middle is damaged"
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        damage = str(error)
+    return _Scan(images, unreadable, damage)
+
+
+def _image(file: _TarFile, member: tarfile.TarInfo) -> _Image:
+    offset, size, name = member.offset_data, member.size, member.name
+    head = os.pread(file.fileno(), min(size, _HEAD_BYTES), offset)
+    gzipped = head.startswith(_GZIP_MAGIC)
+    if gzipped:
+        head = _member(file, offset, size)
+    try:
+        shape = image_size(head, name=name)
+    except DataError:
+        if gzipped or size <= _HEAD_BYTES:
+            raise
+        # Some cameras put more than the head's length before the size of the image.
+        shape = image_size(_member(file, offset, size), name=name)
+    return _Image(name, offset, size, shape, gzipped)
+
+
+def _member(file: _TarFile, offset: int, size: int) -> bytes:
+    """Read an image out of an open tar, unpacked where it is gzip-compressed."""
+    data = os.pread(file.fileno(), size, offset)
+    if len(data) != size:
+        raise DataError(
+            "the tar ends in the middle of the image; it changed since it was indexed",
+            hint="run the same command again: the tar is indexed again",
+        )
+    if not data.startswith(_GZIP_MAGIC):
+        return data
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as stream:
+            unpacked = stream.read(LARGEST_MEMBER + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        message = f"gzip-compressed and damaged: {error}"
+        raise DataError(message, hint=_FETCH_AGAIN) from error
+    if len(unpacked) > LARGEST_MEMBER:
+        raise DataError(
+            f"gzip-compressed and larger than {LARGEST_MEMBER} bytes",
+            hint="unpack it before it is put into the tar",
+        )
+    return unpacked

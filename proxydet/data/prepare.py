@@ -20,10 +20,9 @@ import msgspec
 
 from proxydet.data.dataset import DatasetConfig, how_to_get, inner_root, load_vocabulary, open_split
 from proxydet.data.formats.coco import Outline, read_outline
-from proxydet.data.image_labels import match_tars
+from proxydet.data.image_labels import TarImages, match_tars
 from proxydet.data.images import image_size
 from proxydet.data.store import AnnotationStore
-from proxydet.data.tars import TarIndex
 from proxydet.errors import DataError
 from proxydet.files import staged, write_bytes, write_errors, write_text
 from proxydet.reporting import SILENT, Progress
@@ -286,26 +285,21 @@ def _imagenet_lvis(work: _Work) -> None:
         )
     path = _lvis_config(work, image_labels=True)
     description = DatasetConfig.from_toml(path)
-    if description.image_labels is None:
+    spec = description.image_labels
+    if spec is None or spec.tars is None:
         raise DataError(
-            f"{path} has no [image_labels] table", hint=f'add one with tars = "{tars}"', path=path
+            f"{path} has no [image_labels] table with tars",
+            hint=f'add one with tars = "{tars}"',
+            path=path,
         )
     vocabulary = load_vocabulary(description, cache=work.cache, progress=work.progress)
     store = open_split(description, "train", cache=work.cache, progress=work.progress)
-    matched = match_tars(description.image_labels, vocabulary, store.categories)
-    names = list(matched.class_of_tar)
-    there = TarIndex.path_for(tars, names, cache=work.cache).exists()
-    index = TarIndex.open(tars, names, cache=work.cache, progress=work.progress, warn=False)
-    inside = f"{counted(len(index), 'image')} in {counted(len(index.tars), 'tar')}"
-    inside += f", {index.report.gzipped} gzip-compressed"
-    work.step("tar index", index.path, "up to date" if there else "made", inside)
-    work.problems.extend(index.report.lines())
-    if matched.missing:
-        absent = counted(len(matched.missing), "tar is", "tars are")
-        work.problems.append(f"{absent} missing, e.g. {', '.join(matched.missing[:5])}")
-    if matched.without_class:
-        unused = counted(len(matched.without_class), "tar belongs", "tars belong")
-        work.problems.append(f"{unused} to no class and not used")
+    matched = match_tars(spec, vocabulary, store.categories)
+    images = TarImages.open(spec.tars, matched, cache=work.cache, progress=work.progress)
+    held = f"{counted(len(images), 'image')} in {counted(len(images.tars), 'tar')}"
+    held += f", {images.report.gzipped} gzip-compressed"
+    work.step("tar index", images.path, "made" if images.indexed else "up to date", held)
+    work.problems.extend(text for _, text, _ in images.notes())
 
 
 def _objects365(work: _Work) -> None:

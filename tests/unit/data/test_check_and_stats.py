@@ -132,8 +132,8 @@ def test_tar_problems_are_warnings(small_set_with_labels: Path, make_tar) -> Non
     small_set_with_labels.write_text(small_set_with_labels.read_text() + 'map = { cow = "cat" }\n')
     text = found(check(small_set_with_labels), "warning")
     assert "1 damaged tar: bird.tar" in text
-    assert "1 tar expected and not there, e.g. cow" in text
-    assert "1 tar of no class, not used, e.g. unknown.tar" in text
+    assert "1 tar is missing: cow" in text
+    assert "1 tar belongs to no class and is not used: unknown.tar" in text
 
 
 def test_a_changed_store_is_found(small_set: Path, tmp_path: Path) -> None:

@@ -3,14 +3,16 @@ import io
 import os
 import pickle
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
+from proxydet.data.image_labels import TarClasses, TarImages
 from proxydet.data.images import read_image
-from proxydet.data.tars import TarIndex
 from proxydet.errors import DataError
 
 Make = Callable[..., Path]
@@ -29,6 +31,11 @@ def folder_of(name: str) -> tarfile.TarInfo:
     return info
 
 
+def open_tars(folder: Path, names: Sequence[str], **options: Any) -> TarImages:
+    """Tars that are all of one class."""
+    return TarImages.open(folder, TarClasses(class_of_tar=dict.fromkeys(names, 0)), **options)
+
+
 def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
@@ -41,39 +48,41 @@ def tars(tmp_path: Path, make_tar: Make, jpeg: Jpeg) -> Path:
 
 
 def test_images_are_read_in_place(tars: Path) -> None:
-    index = TarIndex.open(tars, ["b.tar", "a.tar"], processes=1)
+    index = open_tars(tars, ["b.tar", "a.tar"])
     assert index.tars == ("a.tar", "b.tar")
     assert index.tar_I.tolist() == [0, 1, 1]
     assert index.shapes_I2.tolist() == [[5, 6], [10, 20], [30, 8]]
     assert [index.name(row) for row in range(2)] == ["a.tar/z.JPEG", "b.tar/1.JPEG"]
-    assert [round(read_image(index.read(row)).mean()) for row in range(3)] == [200, 0, 50]
+    assert [round(read_image(index.encoded(row)).mean()) for row in range(3)] == [200, 0, 50]
     assert index.report.gzipped == 1
-    assert index.report.lines() == []
+    assert index.notes() == []
 
 
-def test_processes_give_the_same_index(tars: Path, tmp_path: Path) -> None:
-    one = TarIndex.open(tars, ["b.tar", "a.tar"], cache=tmp_path / "1", processes=1)
-    two = TarIndex.open(tars, ["a.tar", "b.tar"], cache=tmp_path / "2", processes=2)
+def test_processes_give_the_same_index(
+    tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    one = open_tars(tars, ["b.tar", "a.tar"], cache=tmp_path / "1")
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    two = open_tars(tars, ["a.tar", "b.tar"], cache=tmp_path / "2")
     assert one.path.read_bytes() == two.path.read_bytes()
 
 
 def test_the_index_is_made_once_and_again_when_a_tar_changes(
     tars: Path, make_tar: Make, jpeg: Jpeg
 ) -> None:
-    first = TarIndex.open(tars, ["a.tar"], processes=1)
+    first = open_tars(tars, ["a.tar"])
     made = first.path.stat()
-    assert TarIndex.open(tars, ["a.tar"]).path == first.path
+    assert open_tars(tars, ["a.tar"]).path == first.path
     assert (first.path.stat().st_ino, first.path.stat().st_mtime_ns) == (
         made.st_ino,
         made.st_mtime_ns,
     )
     make_tar(tars / "a.tar", {"1": jpeg(1, 1), "2": jpeg(2, 2)})
-    assert len(TarIndex.open(tars, ["a.tar"], processes=1)) == 2
+    assert len(open_tars(tars, ["a.tar"])) == 2
 
 
-def test_what_is_no_image_is_reported_by_name(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, make_tar: Make, jpeg: Jpeg
-) -> None:
+def test_what_is_no_image_is_reported_by_name(tmp_path: Path, make_tar: Make, jpeg: Jpeg) -> None:
     make_tar(
         tmp_path / "t.tar",
         {
@@ -87,7 +96,7 @@ def test_what_is_no_image_is_reported_by_name(
         },
     )
     make_tar(tmp_path / "none.tar", {"notes.txt": b"hello"})
-    index = TarIndex.open(tmp_path, ["t.tar", "none.tar"], processes=1)
+    index = open_tars(tmp_path, ["t.tar", "none.tar"])
     assert [index.name(row) for row in range(len(index))] == ["t.tar/d/ok.jpg"]
     reported = {line.split(":")[0] for line in index.report.unreadable}
     assert reported == {"none.tar/notes.txt"} | {
@@ -96,7 +105,9 @@ def test_what_is_no_image_is_reported_by_name(
     assert any("link or a special file" in line for line in index.report.unreadable)
     assert index.report.gzipped == 0
     assert index.report.empty == ["none.tar"]
-    assert "6 unreadable members" in caplog.text
+    (_, members, _), (_, empty, _) = index.notes()
+    assert members.startswith("6 unreadable members: ")
+    assert empty == "1 tar without images: none.tar"
 
 
 def test_large_headers_before_the_size_are_read(tmp_path: Path, make_tar: Make) -> None:
@@ -105,7 +116,7 @@ def test_large_headers_before_the_size_are_read(tmp_path: Path, make_tar: Make) 
     buffer = io.BytesIO()
     Image.new("RGB", (7, 3)).save(buffer, "JPEG", exif=exif, icc_profile=b"y" * 60000)
     make_tar(tmp_path / "t.tar", {"a.jpg": buffer.getvalue()})
-    assert TarIndex.open(tmp_path, ["t.tar"]).shapes_I2.tolist() == [[3, 7]]
+    assert open_tars(tmp_path, ["t.tar"]).shapes_I2.tolist() == [[3, 7]]
 
 
 def test_damaged_tars_give_what_is_before_the_damage(
@@ -125,37 +136,39 @@ def test_damaged_tars_give_what_is_before_the_damage(
     }
     for name, (content, count, damage) in cases.items():
         (tmp_path / "t.tar").write_bytes(content)
-        index = TarIndex.open(tmp_path, ["t.tar"], warn=False)
+        index = open_tars(tmp_path, ["t.tar"])
         assert len(index) == count, name
         assert damage in index.report.damaged[0], (name, index.report.damaged)
         assert index.report.empty == ([] if count else ["t.tar"])
     make_tar(tmp_path / "t.tar", members)
-    assert TarIndex.open(tmp_path, ["t.tar"]).report.damaged == []
+    assert open_tars(tmp_path, ["t.tar"]).report.damaged == []
 
 
 def test_an_absent_tar_is_an_error_and_so_is_one_that_goes_away(tars: Path) -> None:
     with pytest.raises(DataError, match=r"c\.tar"):
-        TarIndex.open(tars, ["c.tar"])
-    index = TarIndex.open(tars, ["a.tar", "b.tar"], processes=1)
+        open_tars(tars, ["c.tar"])
+    index = open_tars(tars, ["a.tar", "b.tar"])
     (tars / "a.tar").unlink()
     with pytest.raises(DataError, match=r"a\.tar/z\.JPEG"):
-        index.read(0)
+        index.encoded(0)
     (tars / "b.tar").write_bytes((tars / "b.tar").read_bytes()[:600])
     with pytest.raises(DataError, match=r"b\.tar/1\.JPEG.*changed since"):
-        index.read(1)
+        index.encoded(1)
 
 
 def test_many_tars_keep_few_files_open(tmp_path: Path, make_tar: Make, jpeg: Jpeg) -> None:
     names = [f"{number:03}.tar" for number in range(80)]
     for name in names:
         make_tar(tmp_path / name, {"a": jpeg(2, 2)})
-    index = TarIndex.open(tmp_path, names, processes=1)
+    index = open_tars(tmp_path, names)
     before = open_files()
     for row in [*range(80), *range(80)]:
-        index.read(row)
+        index.encoded(row)
     assert open_files() - before <= 65
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(index.encoded, [*range(80), *range(80)]))) == 1
     again = pickle.loads(pickle.dumps(index))
-    assert again.read(79) == index.read(79)
+    assert again.encoded(79) == index.encoded(79)
     del index, again
     assert open_files() <= before + 1
 
@@ -164,22 +177,22 @@ def test_members_of_one_name_are_each_reported(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "t.tar", "w") as tar:
         for _ in range(2):
             tar.addfile(tarfile.TarInfo("notes.txt"))
-    report = TarIndex.open(tmp_path, ["t.tar"], warn=False).report
+    report = open_tars(tmp_path, ["t.tar"]).report
     assert [line.split(":")[0] for line in report.unreadable] == ["t.tar/notes.txt"] * 2
 
 
 def test_a_tar_of_the_same_size_and_another_time_is_looked_through_again(tars: Path) -> None:
-    first = TarIndex.path_for(tars, ["a.tar"])
+    first = open_tars(tars, ["a.tar"]).path
     os.utime(tars / "a.tar", ns=(1, 1))
-    assert TarIndex.path_for(tars, ["a.tar"]) != first
+    assert open_tars(tars, ["a.tar"]).path != first
 
 
 def test_a_compressed_bomb_is_refused(
     tmp_path: Path, make_tar: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("proxydet.data.tars.LARGEST_MEMBER", 1000)
+    monkeypatch.setattr("proxydet.data.image_labels.LARGEST_MEMBER", 1000)
     make_tar(tmp_path / "t.tar", {"a.jpg": gzip.compress(bytes(1001))})
-    assert "larger than 1000 bytes" in TarIndex.open(tmp_path, ["t.tar"]).report.unreadable[0]
+    assert "larger than 1000 bytes" in open_tars(tmp_path, ["t.tar"]).report.unreadable[0]
 
 
 def test_a_member_of_negative_size_ends_a_tar(tmp_path: Path, make_tar: Make, jpeg: Jpeg) -> None:
@@ -192,6 +205,6 @@ def test_a_member_of_negative_size_ends_a_tar(tmp_path: Path, make_tar: Make, jp
     header[148:156] = b"%06o\0 " % sum(header)
     end = 512 + -(-len(jpeg(3, 3)) // 512) * 512
     (tmp_path / "t.tar").write_bytes(whole[:end] + header + bytes(1024))
-    index = TarIndex.open(tmp_path, ["t.tar"], warn=False)
+    index = open_tars(tmp_path, ["t.tar"])
     assert [index.name(row) for row in range(len(index))] == ["t.tar/0"]
     assert "negative" in index.report.damaged[0]

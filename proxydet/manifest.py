@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -30,6 +31,7 @@ from proxydet.files import read_json, write_json
 from proxydet.inspection.environment import EnvironmentReport, environment
 from proxydet.inspection.report import ask
 from proxydet.paths import run_in
+from proxydet.wording import json_text
 
 MANIFEST_NAME = "manifest.json"
 ENVIRONMENT_NAME = "environment.json"
@@ -79,9 +81,8 @@ class RunManifest:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the manifest as JSON values."""
-        plain = asdict(self)
-        plain["command"] = list(self.command)
-        return {"format": FORMAT, **plain}
+        plain = {"format": FORMAT, **asdict(self), "command": list(self.command)}
+        return {**plain, "sha256": _digest(plain)}
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any]) -> RunManifest:
@@ -90,7 +91,8 @@ class RunManifest:
         Raises:
             InputError: It is of another format, or not a whole one.
         """
-        values = {key: value for key, value in mapping.items() if key != "format"}
+        values = {key: value for key, value in mapping.items() if key not in ("format", "sha256")}
+        require_whole(mapping)
         try:
             if mapping.get("format") != FORMAT:
                 raise ValueError(f"it has format {mapping.get('format')!r}, not {FORMAT}")
@@ -102,6 +104,22 @@ class RunManifest:
             raise InputError(
                 f"the manifest is not one that this version of proxydet writes: {error}", hint=_HINT
             ) from error
+
+
+def require_whole(mapping: Mapping[str, Any]) -> None:
+    """Compare a manifest's values with the SHA-256 in it; version 0.1 wrote none.
+
+    Raises:
+        InputError: They are not what was written.
+    """
+    content = {key: value for key, value in mapping.items() if key != "sha256"}
+    if "sha256" in mapping and mapping["sha256"] != _digest(content):
+        raise InputError("the manifest is not what was written (SHA-256)", hint=_HINT)
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    plain = json.loads(json_text(content))  # as a reader will see it
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def build_manifest(

@@ -39,6 +39,7 @@ from typing import Any, Generic, Literal, TypeVar, cast
 from proxydet.config import differences, from_mapping, load_mapping
 from proxydet.errors import ConfigError, InputError, LockedError
 from proxydet.files import JsonLines, Lock, read_json, sweep, write_text
+from proxydet.manifest import require_whole
 from proxydet.training.checkpoint import CheckpointFolder, read_iteration, read_run
 from proxydet.training.config import CheckpointConfig, S, scale_training
 from proxydet.training.distributed import DistInfo
@@ -206,7 +207,9 @@ class RunFolder:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    return read_json(path, what="manifest", default={})
+    content: dict[str, Any] = read_json(path, what="manifest", default={})
+    require_whole(content)
+    return content
 
 
 def _later(value: object, iteration: int) -> bool:

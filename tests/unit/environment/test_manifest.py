@@ -63,10 +63,26 @@ def test_records_come_back_as_they_were_written(run):
     ]
 
 
+def test_a_changed_manifest_is_refused_and_one_of_0_1_is_read(run):
+    folder = run("a")
+    path = folder / "manifest.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "world_size": 7}))
+    with pytest.raises(InputError, match="SHA-256") as caught:
+        read_run_records(folder)
+    assert str(path) in caught.value.message
+    del content["sha256"]
+    path.write_text(json.dumps(content))
+    assert read_run_records(folder)[0] == MANIFEST
+
+
 def test_a_manifest_knows_packages_and_source(run):
     assert MANIFEST.packages["torch"] == installed_packages()["torch"]
     assert "pb1-detectron2" in MANIFEST.packages or "detectron2" in MANIFEST.packages
     assert set(MANIFEST.git) >= {"proxydet.commit", "proxydet.uncommitted"}
+
+
+UNSEALED = {key: value for key, value in MANIFEST.to_dict().items() if key != "sha256"}
 
 
 @pytest.mark.parametrize(
@@ -77,9 +93,9 @@ def test_a_manifest_knows_packages_and_source(run):
         "[]",
         '{"format": 0}',
         '{"format": 1}',
-        json.dumps({**MANIFEST.to_dict(), "more": 1}),
-        json.dumps({**MANIFEST.to_dict(), "digests": 3}),
-        json.dumps({k: v for k, v in MANIFEST.to_dict().items() if k != "mode"}),
+        json.dumps({**UNSEALED, "more": 1}),
+        json.dumps({**UNSEALED, "digests": 3}),
+        json.dumps({k: v for k, v in UNSEALED.items() if k != "mode"}),
     ],
 )
 def test_folders_that_are_no_runs_are_told(tmp_path, content):

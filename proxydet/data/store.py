@@ -16,13 +16,13 @@ import struct
 import tempfile
 import zlib
 from array import array
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from types import TracebackType
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -72,52 +72,41 @@ class _Footer(msgspec.Struct, frozen=True):
     meta: msgspec.Raw
 
 
-class ColumnWriter:
+class ColumnWriter(ExitStack):
     """Writes a column file under a temporary name and moves it into place when it is whole.
 
-    Use as a context manager; leaving it without `finish`, or by an exception, leaves no file. One column at a time may
-    be written in parts (`append`); whole columns are added by `add`. What a killed process left unfinished is removed.
+    Use as a context manager; leaving it without `finish`, or by an exception, leaves no file. What a killed process left
+    unfinished is removed.
     """
 
     def __init__(self, path: Path) -> None:
-        self._stack = ExitStack()
-        self._temporary = self._stack.enter_context(staged(path))
-        self._file = self._stack.enter_context(self._temporary.open("wb", buffering=1 << 20))
-        self._finished = False
-        self._file.write(_MAGIC)
+        super().__init__()
         self._entries: dict[str, _Entry] = {}
-        self._open_column = ""
+        self._finished = False
+        temporary = self.enter_context(staged(path))
+        self.push(lambda *_: None if self._finished else temporary.unlink(missing_ok=True))
+        self._file = self.enter_context(temporary.open("wb", buffering=1 << 20))
+        self._file.write(_MAGIC)
 
-    def append(self, name: str, part: Column) -> None:
-        """Append a one-dimensional part to the column ``name``, which must be the one written last."""
-        data = _contiguous(part)
-        if name != self._open_column:
-            if name in self._entries:
-                raise ValueError(f"column {name} is already closed")
-            self._entries[name] = _Entry(data.dtype.str, [0], self._align(), 0)
-            self._open_column = name
-        entry = self._entries[name]
-        if data.dtype.str != entry.dtype or data.ndim != 1:
-            raise ValueError(f"column {name} is one-dimensional of {entry.dtype}")
-        self._entries[name] = _Entry(
-            entry.dtype,
-            [entry.shape[0] + len(data)],
-            entry.offset,
-            zlib.crc32(data.data, entry.crc32),
-        )
-        self._file.write(data.data)
+    def add(self, name: str, part: Column) -> None:
+        """Add a column of any number of dimensions, or a part to the column added last, along its first axis.
 
-    def add(self, name: str, column: Column) -> None:
-        """Add a whole column of any number of dimensions."""
-        if name in self._entries:
-            raise ValueError(f"column {name} is there already")
-        data = _contiguous(column)
-        raw = data.reshape(-1).view(np.uint8)
-        self._entries[name] = _Entry(
-            data.dtype.str, list(data.shape), self._align(), zlib.crc32(raw.data)
-        )
-        self._open_column = ""
-        self._file.write(raw.data)
+        Raises:
+            ValueError: another column was added after this one, or the part has another type or shape.
+        """
+        data = np.ascontiguousarray(part, dtype=part.dtype.newbyteorder("<"))
+        entry = self._entries.get(name)
+        if entry is None:
+            self._file.write(b"\0" * (-self._file.tell() % _ALIGNMENT))
+            entry = _Entry(data.dtype.str, [0, *data.shape[1:]], self._file.tell(), 0)
+        elif name != [*self._entries][-1]:
+            raise ValueError(f"column {name} is already closed")
+        if (data.dtype.str, [*data.shape[1:]]) != (entry.dtype, entry.shape[1:]):
+            raise ValueError(f"column {name} is of {entry.dtype}, rows of shape {entry.shape[1:]}")
+        raw = data.reshape(-1).view(np.uint8).data
+        shape = [entry.shape[0] + len(data), *entry.shape[1:]]
+        self._entries[name] = _Entry(entry.dtype, shape, entry.offset, zlib.crc32(raw, entry.crc32))
+        self._file.write(raw)
 
     def finish(self, *, kind: str, version: int, meta: Any) -> None:
         """Write the footer; the file gets its name when the ``with`` statement ends.
@@ -127,31 +116,11 @@ class ColumnWriter:
             version: Version of the layout of this kind; checked on opening.
             meta: Anything that msgspec can write as JSON.
         """
-        footer = msgspec.json.encode(
-            _Footer(kind, version, self._entries, msgspec.Raw(msgspec.json.encode(meta)))
-        )
+        encoded = msgspec.Raw(msgspec.json.encode(meta))
+        footer = msgspec.json.encode(_Footer(kind, version, self._entries, encoded))
         self._file.write(footer)
         self._file.write(_TAIL.pack(len(footer), zlib.crc32(footer), _MAGIC))
         self._finished = True
-
-    def _align(self) -> int:
-        position = self._file.tell()
-        padding = -position % _ALIGNMENT
-        self._file.write(b"\0" * padding)
-        return position + padding
-
-    def __enter__(self) -> ColumnWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if not self._finished:
-            self._temporary.unlink(missing_ok=True)
-        self._stack.__exit__(kind, error, trace)
 
 
 class ColumnFile:
@@ -168,18 +137,41 @@ class ColumnFile:
 
     def __init__(self, path: Path, *, kind: str, version: int) -> None:
         self.path = path
+        self._arrays: dict[str, Column] = {}
         try:
             with path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
-            raise _damaged(path, str(error)) from error
-        self._footer = self._read_footer()
-        self._arrays: dict[str, Column] = {}
+            raise self._unusable(str(error)) from error
+        end = len(self._map) - _TAIL.size
+        if end < len(_MAGIC) or self._map[: len(_MAGIC)] != _MAGIC:
+            raise self._unusable("it is not a column file")
+        length, checksum, magic = _TAIL.unpack(self._map[end:])
+        start = end - length
+        if magic != _MAGIC or start < len(_MAGIC):
+            raise self._unusable("its end is missing")
+        raw = self._map[start:end]
+        if checksum not in (0, zlib.crc32(raw)):
+            raise self._unusable("its footer is damaged (its check sum is wrong)")
+        try:
+            self._footer = msgspec.json.decode(raw, type=_Footer)
+            for entry in self._footer.columns.values():
+                count = int(np.prod(entry.shape, dtype=np.int64))
+                if entry.offset + count * np.dtype(entry.dtype).itemsize > start:
+                    raise self._unusable("a column reaches beyond its end")
+        except (msgspec.MsgspecError, TypeError) as error:
+            raise self._unusable(f"its footer is damaged ({error})") from error
         if (self._footer.kind, self._footer.version) != (kind, version):
-            raise _damaged(
-                path,
-                f"it holds {self._footer.kind} version {self._footer.version}, not {kind} version {version}",
+            raise self._unusable(
+                f"it holds {self._footer.kind} version {self._footer.version}, not {kind} version {version}"
             )
+
+    def _unusable(self, why: str) -> DataError:
+        return DataError(
+            f"cannot use {self.path}: {why}",
+            hint="delete the file; it is made again from its source",
+            path=self.path,
+        )
 
     def meta(self, kind: type[Meta]) -> Meta:
         """Return what was given to `ColumnWriter.finish` as ``meta``.
@@ -193,18 +185,16 @@ class ColumnFile:
         try:
             return msgspec.json.decode(self._footer.meta, type=kind)
         except msgspec.MsgspecError as error:
-            raise _damaged(self.path, f"its footer is damaged ({error})") from error
+            raise self._unusable(f"its footer is damaged ({error})") from error
 
     def __getitem__(self, name: str) -> Column:
         # Kept: training asks several times for each object of an image.
         if name not in self._arrays:
             entry = self._footer.columns.get(name)
             if entry is None:
-                raise _damaged(self.path, f"it has no column {name}")
+                raise self._unusable(f"it has no column {name}")
             count = int(np.prod(entry.shape, dtype=np.int64))
-            flat: Column = np.frombuffer(
-                self._map, dtype=entry.dtype, count=count, offset=entry.offset
-            )
+            flat: Column = np.frombuffer(self._map, entry.dtype, count, entry.offset)
             self._arrays[name] = flat.reshape(entry.shape)
         return self._arrays[name]
 
@@ -223,49 +213,13 @@ class ColumnFile:
                 damaged.append(name)
         return damaged
 
-    def _read_footer(self) -> _Footer:
-        size = len(self._map)
-        if size < len(_MAGIC) + _TAIL.size or self._map[: len(_MAGIC)] != _MAGIC:
-            raise _damaged(self.path, "it is not a column file")
-        length, checksum, magic = _TAIL.unpack(self._map[size - _TAIL.size :])
-        start = size - _TAIL.size - length
-        if magic != _MAGIC or start < len(_MAGIC):
-            raise _damaged(self.path, "its end is missing")
-        raw = self._map[start : start + length]
-        if checksum not in (0, zlib.crc32(raw)):
-            raise _damaged(self.path, "its footer is damaged (its check sum is wrong)")
-        try:
-            footer = msgspec.json.decode(raw, type=_Footer)
-            ends = [
-                entry.offset
-                + int(np.prod(entry.shape, dtype=np.int64)) * np.dtype(entry.dtype).itemsize
-                for entry in footer.columns.values()
-            ]
-        except (msgspec.MsgspecError, TypeError) as error:
-            raise _damaged(self.path, f"its footer is damaged ({error})") from error
-        if any(end > start for end in ends):
-            raise _damaged(self.path, "a column reaches beyond its end")
-        return footer
-
-
-def _contiguous(column: Column) -> Column:
-    return np.ascontiguousarray(column, dtype=column.dtype.newbyteorder("<"))
-
-
-def _damaged(path: Path, why: str) -> DataError:
-    return DataError(
-        f"cannot use {path}: {why}",
-        hint="delete the file; it is made again from its source",
-        path=path,
-    )
-
 
 _logger = logging.getLogger(__name__)
 
 STORE_KIND = "annotations"
 STORE_VERSION = 3
-_FREQUENCY_LIMITS = (("r", 10), ("c", 100))
-"""LVIS: rare categories are in at most 10 training images, common ones in at most 100."""
+_FREQUENCY_LIMITS = (10, 100)
+"""LVIS: rare categories (r) are in at most 10 training images, common ones (c) in at most 100, other ones are f."""
 _CLIP_COUNTED_FROM = 1.0
 _MOST_CROWDS = 0.1
 _COMPARED = 2000
@@ -274,20 +228,24 @@ _FITS = 2.0
 _NO_ID = -(2**63)
 # LVIS v0.5 names its images by the COCO 2014 release; the 2017 release that users have is in the address.
 _COCO_2014_NAME = re.compile(r"COCO_(train|val|test)2014_")
-_DTYPES: dict[str, npt.DTypeLike] = {
-    "annotation_id": np.int64,
-    "image": np.int32,
-    "category": np.int32,
-    "xywh": np.float64,
-    "area": np.float64,
-    "crowd": np.bool_,
-    "ignore": np.bool_,
-    "polygon_start": np.int64,
-    "polygon_count": np.int32,
-    "rle_start": np.int64,
-    "rle_length": np.int32,
-}
-"""Columns over annotations, as they are collected; ``box`` is derived from them."""
+_ROW = np.dtype(
+    [
+        ("annotation_id", np.int64),
+        ("image", np.int32),
+        ("category", np.int32),
+        ("xywh", np.float64, 4),
+        ("area", np.float64),
+        ("crowd", np.bool_),
+        ("ignore", np.bool_),
+        ("polygon_start", np.int64),
+        ("polygon_count", np.int32),
+        ("rle_start", np.int64),
+        ("rle_length", np.int32),
+        ("box", np.float32, 4),
+        ("label", np.object_),
+    ]
+)
+"""The columns over annotations, and what to call each annotation in messages."""
 
 
 class _Meta(msgspec.Struct, frozen=True):
@@ -361,10 +319,6 @@ class AnnotationStore:
         # Files of equal content share a store: it cannot say which of them was opened.
         self.source_name = source_name or meta.source
         self.sizes_I2: npt.NDArray[np.int32] = self._columns["size"]
-        self._offsets = self._columns["annotation_offsets"]
-        self._point_offsets = self._columns["point_offsets"]
-        self._coordinates = self._columns["coordinates"]
-        self._rle = self._columns["rle"]
 
     @classmethod
     def open(
@@ -436,7 +390,8 @@ class AnnotationStore:
             hint = "check the path; paths in a dataset config are relative to its folder"
             digest = remembered_sha256(files[0], folder, hint=hint, error=DataError)
         else:
-            digest = _sha256("\n".join(f"{file.name} {sha256(file)}" for file in files))
+            listed = "\n".join(f"{file.name} {sha256(file)}" for file in files)
+            digest = hashlib.sha256(listed.encode()).hexdigest()
         return folder / f"{digest[:32]}-v{STORE_VERSION}.columns"
 
     def __len__(self) -> int:
@@ -517,7 +472,9 @@ class AnnotationStore:
 
     def record(self, index: int) -> ImageRecord:
         """Return image ``index`` with its annotations."""
-        start, end = (int(offset) for offset in self._offsets[index : index + 2])
+        start, end = (
+            int(offset) for offset in self._columns["annotation_offsets"][index : index + 2]
+        )
         height, width = (int(side) for side in self.sizes_I2[index])
         return ImageRecord(
             index=index,
@@ -558,13 +515,15 @@ class AnnotationStore:
         """Return the polygons of annotation row ``annotation``, each float64 (2n,) as x, y, x, y, ... in pixels."""
         first = int(self._columns["polygon_start"][annotation])
         count = int(self._columns["polygon_count"][annotation])
-        ends = self._point_offsets[first : first + count + 1].tolist()
-        return [self._coordinates[start:end] for start, end in itertools.pairwise(ends)]
+        ends = self._columns["point_offsets"][first : first + count + 1].tolist()
+        return [self._columns["coordinates"][start:end] for start, end in itertools.pairwise(ends)]
 
     def rle(self, annotation: int) -> bytes:
         """Return the RLE counts of annotation row ``annotation`` (of its image's size); empty where it has none."""
         start = int(self._columns["rle_start"][annotation])
-        return bytes(self._rle[start : start + int(self._columns["rle_length"][annotation])])
+        return bytes(
+            self._columns["rle"][start : start + int(self._columns["rle_length"][annotation])]
+        )
 
     def counts(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Return how many images and how many annotations each category has, crowds included: int64 (C,) each."""
@@ -576,7 +535,7 @@ class AnnotationStore:
 
     def digest(self) -> str:
         """Return a digest of the annotation file's content, as in the store's name."""
-        return _sha256(self.path.stem)
+        return hashlib.sha256(self.path.stem.encode()).hexdigest()
 
     def damaged_columns(self) -> list[str]:
         """Read the whole file and return the names of columns that changed since they were written."""
@@ -643,14 +602,13 @@ class _Builder:
         self._row_of_image = {entry.id: row for row, entry in enumerate(self._images)}
         self._sizes = [(entry.height, entry.width) for entry in self._images]
         self._sizes_I2: npt.NDArray[np.int32] = np.array(self._sizes, np.int32).reshape(-1, 2)
-        self._chunks: list[dict[str, Column]] = []
-        self._labels: list[Column] = []
+        self._chunks: list[Column] = [np.empty(0, dtype=_ROW)]
         self._point_offsets = array("q", [0])
-        self._rles: list[bytes] = []
-        self._rle_total = 0
+        self._rles = bytearray()
         self._masks_given = 0
-        self._compared = self._fit_xywh = self._fit_corners = 0
-        writer.append("coordinates", np.empty(0, dtype=np.float64))
+        self._fitting = np.zeros(3, dtype=np.int64)
+        """Boxes that were compared with their own polygons; those that fit as xywh, and as two corners."""
+        writer.add("coordinates", np.empty(0, dtype=np.float64))
 
     def _refuse(self, key: str, examples: Sequence[object]) -> DataError:
         return refused(key, self._path, self._name, examples)
@@ -674,8 +632,8 @@ class _Builder:
         if any(entry.frequency is not None for entry in ordered):
             for row, entry in enumerate(ordered):
                 if entry.frequency is None and entry.image_count is not None:
-                    limits = (f for f, most in _FREQUENCY_LIMITS if entry.image_count <= most)
-                    ordered[row] = msgspec.structs.replace(entry, frequency=next(limits, "f"))
+                    group = "rcf"[bisect_left(_FREQUENCY_LIMITS, entry.image_count)]
+                    ordered[row] = msgspec.structs.replace(entry, frequency=group)
                     self._report.count("category.frequency", [entry.name])
         return ordered
 
@@ -687,10 +645,8 @@ class _Builder:
                 report.count(entry.key, [entry.which])
                 self._dropped_images.update([entry.which, other_spelling(entry.which)])
                 continue
-            if (
-                entry.width <= 0
-                or entry.height <= 0
-                or (entry.width * entry.height > masks.LARGEST_IMAGE)
+            if min(entry.width, entry.height) <= 0 or (
+                entry.width * entry.height > masks.LARGEST_IMAGE
             ):
                 report.count("image.size", [entry.id])
                 self._dropped_images.add(entry.id)
@@ -704,8 +660,7 @@ class _Builder:
                 report.count("image.id.again", [entry.id])
             else:
                 raise self._refuse("image.id.repeated", [entry.id])
-        if len({type(value) for value in kept}) > 1:
-            by_kind = {type(value): value for value in kept}
+        if len(by_kind := {type(value): value for value in kept}) > 1:
             raise self._refuse("image.id.mixed", [repr(value) for value in by_kind.values()])
         named: dict[str, ImageEntry] = {}
         for entry in kept.values():
@@ -755,7 +710,7 @@ class _Builder:
     # Annotations.
 
     def add(self, records: Sequence[AnnotationEntry | Flaw], start: int) -> None:
-        """Check and collect a chunk of annotations.
+        """Check and collect a chunk of annotations; mend boxes and areas, and clip the boxes.
 
         Args:
             records: As a reader gave them.
@@ -763,10 +718,9 @@ class _Builder:
         """
         report = self._report
         coordinates = array("d")
-        base = self._point_offsets[-1]
-        labels: list[object] = []
+        base, first_polygon = self._point_offsets[-1], len(self._point_offsets) - 1
         rows: list[tuple[Any, ...]] = []
-        runs: list[tuple[int, bytes]] = []
+        runs: list[tuple[int, dict[str, Any]]] = []
         for position, entry in enumerate(records, start):
             if isinstance(entry, Flaw):
                 report.count(entry.key, [entry.which])
@@ -774,10 +728,21 @@ class _Builder:
             label = entry.id if entry.id is not None else f"position {position}"
             image = self._row_of_image.get(entry.image_id)
             category = self._row_of_category.get(entry.category_id)
-            if image is None or category is None:
-                report.count(self._unknown(entry, image, label), [label])
+            if image is None and entry.image_id in self._dropped_images:
+                report.count("annotation.image_id.dropped", [label])
                 continue
-            first_polygon = len(self._point_offsets) - 1
+            if image is None or category is None:
+                field, known = "category_id", self._row_of_category
+                if image is None:
+                    field, known = "image_id", self._row_of_image
+                value = getattr(entry, field)
+                if other_spelling(value) in known:
+                    raise self._refuse(
+                        f"annotation.{field}.type", [f"{field} {value!r} of {label}"]
+                    )
+                report.count(f"annotation.{field}.unknown", [label])
+                continue
+            polygon = len(self._point_offsets) - 1
             if entry.segmentation:
                 mask = masks.read(entry.segmentation, self._sizes[image])
                 for key in mask.deviations:
@@ -785,14 +750,13 @@ class _Builder:
                 damaged = any(key in DAMAGED_MASK for key in mask.deviations)
                 self._masks_given += bool(mask.polygons or mask.counts or damaged)
                 if mask.counts:
-                    runs.append((len(rows), mask.counts))
-                for polygon in mask.polygons:
-                    coordinates.extend(polygon)
+                    runs.append((len(rows), {"size": self._sizes[image], "counts": mask.counts}))
+                for outline in mask.polygons:
+                    coordinates.extend(outline)
                     self._point_offsets.append(base + len(coordinates))
             if entry.iscrowd not in (0, 1):
                 report.count("annotation.iscrowd", [label])
             own_id = entry.id
-            labels.append(label)
             rows.append(
                 (
                     own_id if isinstance(own_id, int) and -(2**63) < own_id < 2**63 else _NO_ID,
@@ -802,70 +766,52 @@ class _Builder:
                     np.nan if entry.area is None else entry.area,
                     entry.iscrowd != 0,
                     entry.ignore != 0,
-                    first_polygon,
-                    len(self._point_offsets) - 1 - first_polygon,
+                    polygon,
+                    len(self._point_offsets) - 1 - polygon,
                     0,
                     0,
+                    (0, 0, 0, 0),
+                    label,
                 )
             )
-        self._writer.append("coordinates", np.frombuffer(coordinates, dtype=np.float64))
+        self._writer.add("coordinates", np.frombuffer(coordinates, dtype=np.float64))
         if not rows:
             return
-        columns = zip(*rows, strict=True)
-        chunk = {
-            column: np.array(values, dtype=dtype)
-            for (column, dtype), values in zip(_DTYPES.items(), columns, strict=True)
-        }
-        runs_of = [{"size": self._sizes[rows[row][1]], "counts": counts} for row, counts in runs]
-        rles = {}
-        for (row, counts), sound in zip(runs, masks.measure(runs_of)[1].tolist(), strict=True):
+        chunk = np.array(rows, dtype=_ROW)
+        labels = chunk["label"]
+        xywh = np.where(np.abs(chunk["xywh"]) < masks.LARGEST_NUMBER, chunk["xywh"], np.nan)
+        finite = np.all(np.isfinite(xywh), axis=1) & np.all(xywh[:, 2:] >= 0, axis=1)
+        extended = finite & np.all(xywh[:, 2:] > 0, axis=1)
+        extent = np.full_like(xywh, np.nan)  # of the masks, where it is needed
+        for (row, rle), sound in zip(runs, masks.measure([r for _, r in runs])[1], strict=True):
             if not sound:
                 report.count("annotation.rle.counts", [labels[row]])
                 continue
-            chunk["rle_start"][row], chunk["rle_length"][row] = self._rle_total, len(counts)
-            self._rles.append(counts)
-            self._rle_total += len(counts)
-            rles[row] = counts
-        kept = self._place_boxes(chunk, np.array(labels, dtype=object), np.array(coordinates), rles)
-        self._chunks.append({column: values[kept] for column, values in chunk.items()})
-        self._labels.append(np.array(labels, dtype=object)[kept])
+            chunk["rle_start"][row], chunk["rle_length"][row] = len(self._rles), len(rle["counts"])
+            self._rles += rle["counts"]
+            if not extended[row]:
+                extent[row] = coco_mask.toBbox(rle)
+        outlined = np.flatnonzero(chunk["polygon_count"])
+        if len(outlined) and (self._fitting[0] < _COMPARED or not extended.all()):
+            offsets = np.array(self._point_offsets[first_polygon:]) - base
+            starts = offsets[chunk["polygon_start"][outlined] - first_polygon] // 2
+            points_P2 = np.frombuffer(coordinates, dtype=np.float64).reshape(-1, 2)
+            low = np.minimum.reduceat(points_P2, starts, axis=0)
+            high = np.maximum.reduceat(points_P2, starts, axis=0)
+            extent[outlined] = np.concatenate([low, high - low], axis=1)
+        has_extent = np.all(extent[:, 2:] > 0, axis=1)
+        # In how many of the first annotations the box fits its polygons, as xywh and as two corners.
+        compared = outlined[: _COMPARED - self._fitting[0]]
+        compared = compared[has_extent[compared] & np.isfinite(xywh[compared]).all(axis=1)]
+        boxes = xywh[compared]
+        corners = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
+        fits = [(abs(b - extent[compared]) < _FITS).all(axis=1).sum() for b in (boxes, corners)]
+        self._fitting += np.array([len(compared), *fits])
 
-    def _unknown(self, entry: AnnotationEntry, image: int | None, label: object) -> str:
-        """Return why an annotation's image or category is not known; refuse where its id is spelt as the other type."""
-        field, value, known = "category_id", entry.category_id, self._row_of_category
-        if image is None:
-            field, value, known = "image_id", entry.image_id, self._row_of_image
-            if value in self._dropped_images:
-                return "annotation.image_id.dropped"
-        if other_spelling(value) in known:
-            raise self._refuse(f"annotation.{field}.type", [f"{field} {value!r} of {label}"])
-        return f"annotation.{field}.unknown"
-
-    def _place_boxes(
-        self,
-        chunk: dict[str, Column],
-        labels: Column,
-        coordinates: npt.NDArray[np.float64],
-        rles: dict[int, bytes],
-    ) -> npt.NDArray[np.bool_]:
-        """Add the clipped boxes to a chunk, mend boxes and areas, and return which annotations are kept."""
-        report = self._report
-        xywh = np.where(np.abs(chunk["xywh"]) < masks.LARGEST_NUMBER, chunk["xywh"], np.nan)
-        chunk["xywh"] = xywh
-        if self._compared < _COMPARED:
-            self._compare_with_masks(chunk, coordinates)
-        finite = np.isfinite(xywh).all(axis=1) & (xywh[:, 2:] >= 0).all(axis=1)
-        extended = finite & (xywh[:, 2:] > 0).all(axis=1)
-        shown = xywh.copy()
-        mended: npt.NDArray[np.bool_] = np.zeros(len(xywh), dtype=np.bool_)
-        for row in np.flatnonzero(np.logical_not(extended)).tolist():
-            extent = self._extent(chunk, row, coordinates, rles.get(row))
-            if extent is not None:
-                shown[row] = extent
-                mended[row] = True
-                if not bool(np.take(finite, row)):
-                    xywh[row] = extent
-        kept = np.asarray(finite | mended)
+        mended = has_extent & ~extended
+        shown = np.where(mended[:, None], extent, xywh)
+        xywh = np.where((mended & ~finite)[:, None], extent, xywh)
+        kept = finite | mended
         shown[~kept] = 0
         corners = np.concatenate([shown[:, :2], shown[:, :2] + shown[:, 2:]], axis=1)
         size_wh = self._sizes_I2[chunk["image"]][:, ::-1]
@@ -873,59 +819,28 @@ class _Builder:
         inside: npt.NDArray[np.bool_] = (clipped[:, 2:] > clipped[:, :2]).all(axis=1)
         clipped[~inside] = 0
         moved = (np.abs(clipped - corners) >= _CLIP_COUNTED_FROM).any(axis=1)
-        has_extent = (shown[:, 2:] > 0).all(axis=1)
-        report.count("annotation.bbox", labels[~kept])
-        report.count("annotation.bbox.mask", labels[mended])
-        report.count("annotation.bbox.extent", labels[kept & ~has_extent])
-        report.count("annotation.bbox.outside", labels[kept & has_extent & ~inside])
-        report.count("annotation.bbox.clipped", labels[inside & moved])
-        area, box_area = chunk["area"], xywh[:, 2:].prod(axis=1)
+        has_extent = np.all(shown[:, 2:] > 0, axis=1)
+        area = chunk["area"]
         no_area = ~((area >= 0) & (area < masks.LARGEST_NUMBER**2))
-        report.count("annotation.area", labels[kept & no_area])
-        chunk["area"] = np.where(no_area, box_area, area)
-        large = chunk["area"] > 1.02 * shown[:, 2:].prod(axis=1) + 4
-        report.count("annotation.area.large", labels[inside & large])
-        chunk["box"] = clipped
-        return kept
-
-    def _extent(
-        self,
-        chunk: dict[str, Column],
-        row: int,
-        coordinates: npt.NDArray[np.float64],
-        rle: bytes | None,
-    ) -> tuple[float, ...] | None:
-        """Return the box of an annotation's mask, xywh; None without a mask that has an extent."""
-        count = int(chunk["polygon_count"][row])
-        if count:
-            first = int(chunk["polygon_start"][row])
-            base = self._point_offsets[-1] - len(coordinates)
-            start, end = (self._point_offsets[first + n] - base for n in (0, count))
-            points = coordinates[start:end].reshape(-1, 2)
-            low, high = points.min(axis=0), points.max(axis=0)
-            extent = (*low.tolist(), *(high - low).tolist())
-        elif rle is not None:
-            size = self._sizes_I2[chunk["image"][row]].tolist()
-            extent = tuple(coco_mask.toBbox({"size": size, "counts": rle}).tolist())
-        else:
-            return None
-        return extent if extent[2] > 0 and extent[3] > 0 else None
+        area = np.where(no_area, xywh[:, 2:].prod(axis=1), area)
+        for key, found in {
+            "annotation.bbox": ~kept,
+            "annotation.bbox.mask": mended,
+            "annotation.bbox.extent": kept & ~has_extent,
+            "annotation.bbox.outside": kept & has_extent & ~inside,
+            "annotation.bbox.clipped": inside & moved,
+            "annotation.area": kept & no_area,
+            "annotation.area.large": inside & (area > 1.02 * shown[:, 2:].prod(axis=1) + 4),
+        }.items():
+            report.count(key, labels[found])
+        chunk["xywh"], chunk["area"], chunk["box"] = xywh, area, clipped
+        self._chunks.append(chunk[kept])
 
     def write(self, source_name: str) -> _Meta:
         """Write all columns but ``coordinates``, annotations sorted by image (in the file's order within one)."""
-        dtypes = {**_DTYPES, "box": np.float32}
-        wide = ("xywh", "box")
-        columns = {
-            name: np.concatenate(
-                [
-                    np.empty((0, 4) if name in wide else 0, dtype=dtype),
-                    *(chunk[name] for chunk in self._chunks),
-                ]
-            )
-            for name, dtype in dtypes.items()
-        }
-        labels = np.concatenate([np.empty(0, dtype=object), *self._labels])
-        self._check_conventions(columns, labels)
+        columns = np.concatenate(self._chunks)
+        labels = columns["label"]
+        self._check_conventions(columns)
         root = self._take_root(columns)
         ids = columns["annotation_id"]
         again = np.ones(len(ids), dtype=np.bool_)
@@ -936,12 +851,12 @@ class _Builder:
             free = np.setdiff1d(np.arange(1, 2 * len(ids) + 1), ids[~again])
             ids[again] = free[: np.count_nonzero(again)]
         order = np.argsort(columns["image"], kind="stable")
-        for name, column in columns.items():
-            self._writer.add(name, column[order])
+        for name in _ROW.names[:-1]:  # type: ignore[index]
+            self._writer.add(name, columns[name][order])
         counts = np.bincount(columns["image"], minlength=len(self._images))
         self._writer.add("annotation_offsets", _offsets(counts))
         self._writer.add("point_offsets", np.frombuffer(self._point_offsets, dtype=np.int64))
-        self._writer.add("rle", np.frombuffer(b"".join(self._rles), dtype=np.uint8))
+        self._writer.add("rle", np.frombuffer(self._rles, dtype=np.uint8))
         report = self._report
         masked = (columns["polygon_count"] > 0) | (columns["rle_length"] > 0)
         report.annotations_kept = len(order)
@@ -956,40 +871,26 @@ class _Builder:
         given = self._write_images()
         return _Meta(self._format, self._categories, root, given, report, source_name)
 
-    def _compare_with_masks(
-        self, chunk: dict[str, Column], coordinates: npt.NDArray[np.float64]
-    ) -> None:
-        """Count in how many of the first annotations the box fits its polygons, as xywh and as two corners."""
-        for row in np.flatnonzero(chunk["polygon_count"] > 0)[: _COMPARED - self._compared]:
-            extent = self._extent(chunk, int(row), coordinates, None)
-            box = chunk["xywh"][row]
-            if extent is not None and np.isfinite(box).all():
-                self._compared += 1
-                self._fit_xywh += bool((np.abs(box - extent) < _FITS).all())
-                corners = np.concatenate([box[:2], box[2:] - box[:2]])
-                self._fit_corners += bool((np.abs(corners - extent) < _FITS).all())
-
-    def _check_conventions(self, columns: dict[str, Column], labels: Column) -> None:
+    def _check_conventions(self, columns: Column) -> None:
         """Refuse files whose boxes are of another convention: fractions of the image, or two corners."""
         xywh = columns["xywh"]
         if not len(xywh):
             return
         size_wh = self._sizes_I2[columns["image"]][:, ::-1].astype(np.float64)
         if (xywh <= 1).all() and (xywh >= 0).all() and (size_wh > 2).all() and xywh.any():
-            raise self._refuse("file.convention.fractions", labels[:3].tolist())
+            raise self._refuse("file.convention.fractions", columns["label"][:3].tolist())
         possible = (xywh[:, 2:] > xywh[:, :2]).all() and (xywh[:, 2:] <= size_wh + 1).all()
-        if self._compared:
+        compared, as_xywh, as_corners = self._fitting.tolist()
+        if compared:
             # The boxes contradict their own masks, and agree with them as corners.
-            wrong = (
-                self._fit_corners >= 0.9 * self._compared and self._fit_xywh < 0.5 * self._compared
-            )
+            wrong = as_corners >= 0.9 * compared and as_xywh < 0.5 * compared
         else:
             beyond = (xywh[:, :2] + xywh[:, 2:] > size_wh + 1).any(axis=1)
             wrong = bool(possible and len(xywh) >= 3 and beyond.mean() > 0.5)
         if wrong:
-            raise self._refuse("file.convention.xyxy", labels[:3].tolist())
+            raise self._refuse("file.convention.xyxy", columns["label"][:3].tolist())
 
-    def _take_root(self, columns: dict[str, Column]) -> CategoryEntry | None:
+    def _take_root(self, columns: Column) -> CategoryEntry | None:
         """Take out a category without objects that is the supercategory of all others, which Roboflow writes."""
         used = np.bincount(columns["category"], minlength=len(self._categories))
         above = Counter((entry.supercategory or "").strip() for entry in self._categories)
@@ -1025,7 +926,3 @@ def _offsets(lengths: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.i
     offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return offsets
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -9,8 +9,8 @@ from proxydet.errors import DataError
 
 def write(path: Path) -> Path:
     with ColumnWriter(path) as writer:
-        writer.append("long", np.arange(5, dtype=np.int64))
-        writer.append("long", np.arange(5, 7, dtype=np.int64))
+        writer.add("long", np.arange(5, dtype=np.int64))
+        writer.add("long", np.arange(5, 7, dtype=np.int64))
         writer.add("table", np.arange(6, dtype=">f4").reshape(3, 2))
         writer.add("none", np.empty((0, 4), dtype=np.float32))
         writer.add("flags", np.array([True, False]))
@@ -34,24 +34,27 @@ def test_columns_come_back_with_shape_and_type(tmp_path: Path) -> None:
 
 def test_nothing_is_left_of_an_unfinished_file(tmp_path: Path) -> None:
     writer = ColumnWriter(tmp_path / "c")
-    with pytest.raises(ValueError, match="there already"), writer:
-        writer.add("a", writer.add("a", np.zeros(3)) or np.zeros(3))
+    with pytest.raises(ValueError, match="column a"), writer:
+        writer.add("a", writer.add("a", np.zeros(3)) or np.zeros(3, dtype=np.int8))
     with ColumnWriter(tmp_path / "c") as writer:
         writer.add("a", np.zeros(3))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_column_is_written_once_and_streams_do_not_interleave(tmp_path: Path) -> None:
+def test_parts_continue_the_column_added_last_and_only_that(tmp_path: Path) -> None:
     with ColumnWriter(tmp_path / "c") as writer:
-        writer.append("a", np.zeros(3))
-        writer.add("b", np.zeros(3))
-        with pytest.raises(ValueError, match="already closed"):
-            writer.append("a", np.zeros(3))
-        with pytest.raises(ValueError, match="there already"):
-            writer.add("b", np.zeros(3))
-        writer.append("c", np.zeros(3))
-        with pytest.raises(ValueError, match="one-dimensional"):
-            writer.append("c", np.zeros(3, dtype=np.int8))
+        writer.add("a", np.zeros(3))
+        writer.add("b", np.zeros((1, 4)))
+        writer.add("b", np.ones((2, 4)))
+        with pytest.raises(ValueError, match="column a"):
+            writer.add("a", np.zeros(3))
+        for other in (np.zeros((2, 4), dtype=np.int8), np.zeros(4), np.zeros((2, 3))):
+            with pytest.raises(ValueError, match="column b"):
+                writer.add("b", other)
+        writer.finish(kind="test", version=2, meta={})
+    opened = ColumnFile(tmp_path / "c", kind="test", version=2)
+    assert opened["b"].sum(axis=1).tolist() == [0, 4, 4]
+    assert opened.damaged_columns() == []
 
 
 def test_other_kinds_and_versions_are_refused(tmp_path: Path) -> None:

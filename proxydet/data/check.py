@@ -7,7 +7,6 @@ here, and nothing else is.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,6 @@ from proxydet.data.dataset import (
     inner_root,
     load_vocabulary,
 )
-from proxydet.data.deviations import line_of
 from proxydet.data.formats.voc import image_folder, is_voc
 from proxydet.data.image_labels import TarImages, open_label_images, unusable_label_images
 from proxydet.data.images import (
@@ -131,41 +129,14 @@ def check_path(
     if not path.is_dir() or (path / "Annotations").is_dir() or any(path.glob("*.xml")):
         return [checker.annotations(path)]
     configs = sorted(path.glob("*.toml"))
-    reports = [CheckReport(name=str(path), findings=tuple(_unprepared(path, configs)))]
+    reports = [checker.data_root(path, configs)]
     for config in configs:
         try:
             reports.append(checker.dataset(DatasetConfig.from_toml(config)))
         except InputError as error:
-            broken = Finding(
-                part="config", level="error", text=error.message, advice=error.hint or ""
-            )
-            reports.append(CheckReport(name=config.stem, findings=(broken,)))
+            checker.add("config", "error", error.message, error.hint or "")
+            reports.append(checker.report(config.stem))
     return reports
-
-
-def _unprepared(root: Path, configs: list[Path]) -> Iterator[Finding]:
-    found = 0
-    for name, (config, source) in _SOURCES.items():
-        if (root / source).exists() and not (root / config).exists():
-            found += 1
-            text = f"{source} is there, but {name} is not prepared"
-            advice = f"run: proxydet data prepare {name}"
-            yield Finding(part="root", level="warning", text=text, advice=advice)
-    tars, lvis = root / "imagenet/ImageNet-21K", root / "lvis.toml"
-    if tars.is_dir() and lvis.exists() and "[image_labels]" not in lvis.read_text("utf-8"):
-        found += 1
-        text = f"{tars.relative_to(root)} is there, but lvis.toml does not use it"
-        advice = "run: proxydet data prepare imagenet-lvis"
-        yield Finding(part="root", level="warning", text=text, advice=advice)
-    if configs:
-        yield Finding(part="root", level="ok", text=counted(len(configs), "dataset config"))
-    elif not found:
-        advice = inner_root(root) or (
-            "name an annotation file, or a Pascal VOC folder (with Annotations/*.xml); for the published data sets run: "
-            "proxydet download lvis coco metadata; then: proxydet data prepare lvis"
-        )
-        text = f"{root} holds neither a dataset config (*.toml) nor annotations (*.xml)"
-        yield Finding(part="root", level="error", text=text, advice=advice)
 
 
 @dataclass(kw_only=True)
@@ -176,28 +147,76 @@ class _Checker:
     protocol: Protocol | None = None
     findings: list[Finding] = field(default_factory=list)
 
+    def add(
+        self,
+        part: str,
+        level: Level,
+        text: str,
+        advice: str = "",
+        deviation: str = "",
+        count: int = 0,
+    ) -> None:
+        """Add a finding to those of the next report."""
+        found = Finding(
+            part=part, level=level, text=text, advice=advice, deviation=deviation, count=count
+        )
+        self.findings.append(found)
+
+    def failed(self, part: str, error: InputError, text: str = "") -> None:
+        """Add an error as a finding, with the command that fetches its file where that is absent."""
+        # False, where Path.exists raises: a name too long for the disk.
+        absent = error.path is not None and not os.path.exists(error.path)  # noqa: PTH110
+        advice = how_to_get(error.path) if absent else None
+        self.add(part, "error", text or error.message, advice or error.hint or "")
+
+    def report(self, name: str) -> CheckReport:
+        """Return what was found since the last report."""
+        found, self.findings = self.findings, []
+        return CheckReport(name=name, findings=tuple(found))
+
+    def data_root(self, root: Path, configs: list[Path]) -> CheckReport:
+        """Check which data sets of a data root are prepared."""
+        unprepared = [
+            (source, f"{name} is not prepared", name)
+            for name, (config, source) in _SOURCES.items()
+            if (root / source).exists() and not (root / config).exists()
+        ]
+        tars, lvis = root / "imagenet/ImageNet-21K", root / "lvis.toml"
+        if tars.is_dir() and lvis.exists() and "[image_labels]" not in lvis.read_text("utf-8"):
+            source = str(tars.relative_to(root))
+            unprepared.append((source, "lvis.toml does not use it", "imagenet-lvis"))
+        for source, lack, name in unprepared:
+            advice = f"run: proxydet data prepare {name}"
+            self.add("root", "warning", f"{source} is there, but {lack}", advice)
+        if configs:
+            self.add("root", "ok", counted(len(configs), "dataset config"))
+        elif not unprepared:
+            text = f"{root} holds neither a dataset config (*.toml) nor annotations (*.xml)"
+            advice = inner_root(root) or (
+                "name an annotation file, or a Pascal VOC folder (with Annotations/*.xml); for the published data sets "
+                "run: proxydet download lvis coco metadata; then: proxydet data prepare lvis"
+            )
+            self.add("root", "error", text, advice)
+        return self.report(str(root))
+
     def annotations(self, path: Path) -> CheckReport:
         """Check an annotation file on its own, and for Pascal VOC the images that belong to it."""
-        self.findings = []
         store = self._store(path, "annotations")
         folder = image_folder(path) if is_voc(path) else None
         if store is not None:
             self._trainable(store, np.ones(len(store.categories), dtype=np.bool_), "annotations")
-            if "image.name" in store.report.counts:
-                self._add(
-                    "annotations",
-                    "error",
-                    f"{store.report.counts['image.name']} of {len(store)} images have neither file_name nor coco_url: they "
-                    "can be scored with eval --results, not trained on or predicted",
-                    "write each image's file_name",
+            if unnamed := store.report.counts.get("image.name"):
+                text = (
+                    f"{unnamed} of {len(store)} images have neither file_name nor coco_url: they can be scored with "
+                    "eval --results, not trained on or predicted"
                 )
+                self.add("annotations", "error", text, "write each image's file_name")
             elif folder is not None:
                 self._images(store, (folder,), "images", exact=True)
-        return CheckReport(name=str(path), findings=tuple(self.findings))
+        return self.report(str(path))
 
     def dataset(self, description: DatasetConfig) -> CheckReport:
         """Check a data set."""
-        self.findings = []
         stores: dict[str, AnnotationStore] = {}
         for split in ("train", "val"):
             if getattr(description, split) is None:
@@ -208,105 +227,73 @@ class _Checker:
                 stores[split] = store
                 self._images(store, spec.roots, split, exact=split == "train")
         if description.train is None and description.val is None:
-            self._add("train", "error", "neither [train] nor [val] is there", "add one")
-        vocabulary = None
-        if stores:
-            try:
-                vocabulary = load_vocabulary(description, cache=self.cache)
-                rows_K = {split: class_rows(store, vocabulary) for split, store in stores.items()}
-            except InputError as error:
-                vocabulary = None
-                self._failed("vocabulary", error)
-        if vocabulary is not None:
-            novel = int((~vocabulary.base).sum())
-            self._add(
-                "vocabulary",
-                "ok",
-                f"{len(vocabulary)} classes of {vocabulary.dimension} dimensions, {novel} of them novel",
-            )
-        if vocabulary is not None and "train" in stores:
+            self.add("train", "error", "neither [train] nor [val] is there", "add one")
+        if not stores:
+            return self.report(description.name)
+        try:
+            vocabulary = load_vocabulary(description, cache=self.cache)
+            rows_K = {split: class_rows(store, vocabulary) for split, store in stores.items()}
+        except InputError as error:
+            self.failed("vocabulary", error)
+            return self.report(description.name)
+        classes = f"{len(vocabulary)} classes of {vocabulary.dimension} dimensions"
+        self.add("vocabulary", "ok", f"{classes}, {int((~vocabulary.base).sum())} of them novel")
+        if "train" in stores:
             self._trainable(stores["train"], vocabulary.base[rows_K["train"]], "train")
             if description.image_labels is not None:
                 self._labels(description.image_labels, vocabulary, stores["train"])
-        return CheckReport(name=description.name, findings=tuple(self.findings))
-
-    def _add(self, part: str, level: Level, text: str, advice: str = "") -> None:
-        self.findings.append(Finding(part=part, level=level, text=text, advice=advice))
-
-    def _failed(self, part: str, error: InputError, text: str = "") -> None:
-        # False, where Path.exists raises: a name too long for the disk.
-        absent = error.path is not None and not os.path.exists(error.path)  # noqa: PTH110
-        advice = how_to_get(error.path) if absent else None
-        self._add(part, "error", text or error.message, advice or error.hint or "")
+        return self.report(description.name)
 
     def _store(self, path: Path, part: str) -> AnnotationStore | None:
         """Read annotations, and say what is used, mended and dropped; None where they are refused."""
         try:
             store = AnnotationStore.open(path, cache=self.cache, progress=self.progress, warn=False)
-        except InputError as error:
-            self._failed(part, error)
-            return None
-        report = store.report
-        boxes_only = report.without_mask == report.annotations_kept
-        self._add(
-            part,
-            "ok",
-            f"{path.name} ({store.format}): {counted(report.images_kept, 'image')}, "
-            f"{counted(report.annotations_kept, 'annotation')}, "
-            f"{counted(len(store.categories), 'category', 'categories')}; annotations: {report.without_mask} of them "
-            f"without a mask, {report.crowds} of them crowds",
-        )
-        self._deviations(store, part)
-        counts = (report.images_in, report.annotations_in)
-        if counts != _EXPECTED.get(path.name, counts):
-            images, annotations = _EXPECTED[path.name]
-            self._add(
-                part,
-                "warning",
-                f"{path.name} has {counts[0]} images and {counts[1]} annotations, the published file {images} and "
-                f"{annotations}",
-                f"fine for a part of it; else {how_to_get(path) or 'get it again'}",
+            report = store.report
+            text = (
+                f"{path.name} ({store.format}): {counted(report.images_kept, 'image')}, "
+                f"{counted(report.annotations_kept, 'annotation')}, "
+                f"{counted(len(store.categories), 'category', 'categories')}; annotations: {report.without_mask} of "
+                f"them without a mask, {report.crowds} of them crowds"
             )
-        if report.without_mask and not boxes_only:
-            self._add(
-                part,
-                "warning",
-                f"{counted(report.without_mask, 'annotation has', 'annotations have')} a box and no mask: they train "
-                "boxes, and count neither way when masks are scored",
-            )
-        try:
-            protocol = self.protocol or protocol_of(store)
-            self._add(part, "ok", f"scored by the protocol of {PROTOCOL_NAMES[protocol]}")
-        except InputError as error:
-            if part != "train":
-                self._failed(part, error)
-                return None
-            # Training does not ask for a protocol; evaluating on these annotations would.
-            protocol = "coco"
-            self._add(part, "warning", error.message, error.hint or "")
-        try:
+            self.add(part, "ok", text)
+            self._deviations(store, part)
+            counts = (report.images_in, report.annotations_in)
+            images, annotations = _EXPECTED.get(path.name, counts)
+            if counts != (images, annotations):
+                text = (
+                    f"{path.name} has {counts[0]} images and {counts[1]} annotations, the published file {images} and "
+                    f"{annotations}"
+                )
+                advice = f"fine for a part of it; else {how_to_get(path) or 'get it again'}"
+                self.add(part, "warning", text, advice)
+            if 0 < report.without_mask < report.annotations_kept:
+                text = (
+                    f"{counted(report.without_mask, 'annotation has', 'annotations have')} a box and no mask: they train "
+                    "boxes, and count neither way when masks are scored"
+                )
+                self.add(part, "warning", text)
+            try:
+                protocol = self.protocol or protocol_of(store)
+                self.add(part, "ok", f"scored by the protocol of {PROTOCOL_NAMES[protocol]}")
+            except InputError as error:
+                if part != "train":
+                    raise
+                # Training does not ask for a protocol; evaluating on these annotations would.
+                protocol = "coco"
+                self.add(part, "warning", error.message, error.hint or "")
             store.require_objects(groups=protocol == "openimages" and part != "train")
         except InputError as error:
-            self._failed(part, error)
+            self.failed(part, error)
             return None
         if self.decode and (damaged := store.damaged_columns()):
-            self._add(
-                part, "error", f"the store {store.path} changed: {damaged}", "delete it and repeat"
-            )
+            text = f"the store {store.path} changed: {damaged}"
+            self.add(part, "error", text, "delete it and repeat")
         return store
 
     def _deviations(self, store: AnnotationStore, part: str) -> None:
         report = store.report
-        for key in report.by_fate():
-            self.findings.append(
-                Finding(
-                    part=part,
-                    level="warning",
-                    text=line_of(key, report.counts[key], report.examples[key]),
-                    deviation=key,
-                    count=report.counts[key],
-                )
-            )
+        for key, line in zip(report.by_fate(), report.lines(), strict=True):
+            self.add(part, "warning", line, deviation=key, count=report.counts[key])
 
     def _images(
         self, store: AnnotationStore, roots: tuple[Path, ...], part: str, *, exact: bool
@@ -315,24 +302,22 @@ class _Checker:
         try:
             require_distinct_files(store, roots)
         except InputError as error:
-            self._failed(part, error)
-        orientation = True if exact else None
+            self.failed(part, error)
         check = open_annotated_image if self.decode else check_annotated_image
 
         def problem(row: int) -> DataError | None:
             try:
-                check(store.record(row), roots, orientation)
+                check(store.record(row), roots, True if exact else None)
             except DataError as error:
                 return error
             return None
 
+        title = f"checking images of {part}"
+        problems = []
         with (
-            self.progress.task(
-                f"checking images of {part}", total=len(store), unit="images"
-            ) as task,
+            self.progress.task(title, total=len(store), unit="images") as task,
             ThreadPoolExecutor(_READERS) as pool,
         ):
-            problems = []
             for found in pool.map(problem, range(len(store))):
                 task.advance()
                 if found is not None:
@@ -340,20 +325,19 @@ class _Checker:
         if problems:
             first = problems[0]
             text = f"{len(problems)} of {len(store)} images cannot be used, e.g.: {first.message}"
-            self._failed(part, first, text)
+            self.failed(part, first, text)
         elif len(store):
             seen = "were decoded and" if self.decode else "are there and"
-            self._add(part, "ok", f"all {len(store)} images {seen} have the annotated size")
+            self.add(part, "ok", f"all {len(store)} images {seen} have the annotated size")
 
     def _trainable(self, store: AnnotationStore, base_K: npt.NDArray[np.bool_], part: str) -> None:
         if not store.trainable(base_K).any():
-            self._add(
-                part,
-                "error",
+            text = (
                 f"none of the {store.report.annotations_kept} annotations can be trained on: crowds, novel classes, and "
-                "boxes without extent or outside their image are left out",
-                "correct the boxes, or name fewer novel classes: proxydet data stats",
+                "boxes without extent or outside their image are left out"
             )
+            advice = "correct the boxes, or name fewer novel classes: proxydet data stats"
+            self.add(part, "error", text, advice)
 
     def _labels(self, spec: ImageLabelSpec, vocabulary: Vocabulary, store: AnnotationStore) -> None:
         part = "image_labels"
@@ -367,23 +351,20 @@ class _Checker:
                 warn=False,
             )
         except InputError as error:
-            self._failed(part, error)
+            self.failed(part, error)
             return
         if isinstance(images, TarImages):
             held = f"{counted(len(images), 'image')} in {counted(len(images.tars), 'tar')}"
-            self._add(part, "ok" if len(images) else "error", held)
+            self.add(part, "ok" if len(images) else "error", held)
             for _, text, advice in images.notes():
-                self._add(part, "warning", text, advice)
+                self.add(part, "warning", text, advice)
         else:
-            self._add(part, "ok", f"{counted(len(images), 'image')} with labels")
+            self.add(part, "ok", f"{counted(len(images), 'image')} with labels")
             self._deviations(images.store, part)
         problems = unusable_label_images(images, decode=self.decode, progress=self.progress)
         if problems:
-            self._add(
-                part,
-                "error",
-                f"{len(problems)} of {counted(len(images), 'image')} cannot be used, e.g.: {problems[0]}",
-                "fetch them again, or train with data.unreadable_images=skip",
-            )
+            unusable = f"{len(problems)} of {counted(len(images), 'image')} cannot be used"
+            advice = "fetch them again, or train with data.unreadable_images=skip"
+            self.add(part, "error", f"{unusable}, e.g.: {problems[0]}", advice)
         elif len(images) and self.decode:
-            self._add(part, "ok", f"all {len(images)} images were decoded")
+            self.add(part, "ok", f"all {len(images)} images were decoded")

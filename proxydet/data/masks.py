@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 import msgspec
@@ -52,7 +52,7 @@ def are_numbers(value: object, length: int | None = None) -> TypeGuard[list[floa
     )
 
 
-def rasterize(polygons: Sequence[Sequence[float]], size: tuple[int, int]) -> bytes:
+def rasterize(polygons: Iterable[Iterable[float]], size: tuple[int, int]) -> bytes:
     """Return the union of polygons as RLE counts, drawn as the COCO tools draw it.
 
     Args:
@@ -192,93 +192,58 @@ def measure(masks: Sequence[dict[str, Any]]) -> tuple[NDArray[np.float64], NDArr
         float64 (M,), pixels; and bool (M,), whether a mask's characters are of the format and its runs, none
         negative, add up to height x width.
     """
-    parts = [_measure(masks[start : start + _BATCH]) for start in range(0, len(masks), _BATCH)]
-    if not parts:
-        return np.zeros(0), np.zeros(0, dtype=bool)
-    areas, sound = zip(*parts, strict=True)
-    return np.concatenate(areas), np.concatenate(sound)
+    area_M, sound_M = np.zeros(len(masks)), np.zeros(len(masks), dtype=bool)
+    for start in range(0, len(masks), _BATCH):
+        batch = slice(start, start + _BATCH)
+        area_M[batch], sound_M[batch] = _measure(masks[batch])
+    return area_M, sound_M
 
 
 def _measure(
     masks: Sequence[dict[str, Any]],
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Measure at least one mask: B characters, each a group of a number's bits, in all; N numbers, one for each run."""
     counts = [mask["counts"] for mask in masks]
-    lengths_M = np.fromiter(map(len, counts), dtype=np.int64, count=len(counts))
     pixels_M = np.array([mask["size"][0] * mask["size"][1] for mask in masks], dtype=np.int64)
+    length_M = np.fromiter(map(len, counts), dtype=np.int64, count=len(counts))
     # Characters below the first wrap around to above the last.
     groups_B = np.frombuffer(b"".join(counts), dtype=np.uint8) - np.uint8(_FIRST)
-    ends_M = np.cumsum(lengths_M)
-    last_B = groups_B < 0x20
-    ends = ends_M[lengths_M > 0] - 1
-    strange = np.concatenate(
-        [
-            np.flatnonzero(groups_B > _LAST - _FIRST),
-            ends[~last_B[ends]],
-        ]  # the latter: more was to follow
-    )
-    last_B[ends] = True
-    closes_N = np.flatnonzero(last_B)
-    run_ends_M = np.searchsorted(closes_N, ends_M)
-    values_N, odd = _differences(groups_B, closes_N)
-    wrong_M = lengths_M == 0
-    wrong_M[np.searchsorted(ends_M, strange, side="right")] = True
-    wrong_M[np.searchsorted(run_ends_M, odd, side="right")] = True
-    lengths_P2, starts_M = _run_lengths(values_N, run_ends_M)
-    negative = np.flatnonzero((lengths_P2 < 0).any(axis=1))
-    wrong_M[np.searchsorted(starts_M, negative, side="right") - 1] = True
-    total_M2 = _sums(lengths_P2, starts_M)
-    wrong_M |= total_M2.sum(axis=1) != pixels_M
-    return total_M2[:, 1].astype(np.float64), ~wrong_M
-
-
-def _differences(
-    groups_B: NDArray[np.uint8], closes_N: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Join five-bit groups to numbers; return them, and the places of those with more groups than any image needs.
-
-    Args:
-        groups_B: All characters, as numbers from 0.
-        closes_N: Where each number's last group is.
-    """
+    end_M = np.cumsum(length_M)
+    ends = end_M[length_M > 0] - 1
+    closes_B = groups_B < 0x20
+    cut = ends[~closes_B[ends]]  # more was to follow
+    closes_B[ends] = True
+    close_N = np.flatnonzero(closes_B)
+    groups_N = np.diff(close_N, prepend=-1)
     # The last group is the highest; its fifth bit is the sign.
-    values_N = ((groups_B[closes_N] & 0x1F) ^ 0x10).astype(np.int64) - 0x10
-    lengths_N = np.diff(closes_N, prepend=-1)
+    values_N = ((groups_B[close_N] & 0x1F) ^ 0x10).astype(np.int64) - 0x10
     for place in range(1, _LONGEST):
-        longer = np.flatnonzero(lengths_N > place)
-        if not len(longer):
-            break
-        group = groups_B[closes_N[longer] - place] & 0x1F
-        values_N[longer] = (values_N[longer] << 5) | group
-    return values_N, np.flatnonzero(lengths_N > _LONGEST)
-
-
-def _run_lengths(
-    values_N: NDArray[np.int64], run_ends_M: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return run lengths in pairs, of 0 and of 1, a mask's number of runs being made even; and each mask's first pair."""
-    runs_M = np.diff(run_ends_M, prepend=0)
+        longer = np.flatnonzero(groups_N > place)
+        values_N[longer] = (values_N[longer] << 5) | (groups_B[close_N[longer] - place] & 0x1F)
+    wrong_M = length_M == 0
+    strange = np.append(cut, np.flatnonzero(groups_B > _LAST - _FIRST))
+    wrong_M[np.searchsorted(end_M, strange, side="right")] = True
+    run_end_M = np.searchsorted(close_N, end_M)
+    wrong_M[np.searchsorted(run_end_M, np.flatnonzero(groups_N > _LONGEST), side="right")] = True
+    # Runs in pairs, of 0 and of 1, those of each mask from a pair of its own on.
+    runs_M = np.diff(run_end_M, prepend=0)
     pairs_M = (runs_M + 1) // 2
-    starts_M = np.cumsum(pairs_M) - pairs_M
-    pairs_P2 = np.zeros((int(pairs_M.sum()), 2), dtype=np.int64)
-    shift_M = 2 * starts_M - (run_ends_M - runs_M)
-    pairs_P2.reshape(-1)[np.arange(len(values_N)) + np.repeat(shift_M, runs_M)] = values_N
+    bounds = np.concatenate([[0], np.cumsum(pairs_M)])
+    start_M = bounds[:-1]
+    runs_P2 = np.zeros((bounds[-1], 2), dtype=np.int64)
+    shift_N = np.repeat(2 * start_M - (run_end_M - runs_M), runs_M)
+    runs_P2.reshape(-1)[np.arange(len(values_N)) + shift_N] = values_N
     # From the fourth on, a number is the difference to the run before the last; the first is in no such chain.
-    some_M = starts_M[pairs_M > 0]
-    first = pairs_P2[some_M, 0]
-    pairs_P2[some_M, 0] = 0
-    before_P2 = np.zeros((len(pairs_P2) + 1, 2), dtype=np.int64)
-    np.cumsum(pairs_P2, axis=0, out=before_P2[1:])
-    lengths_P2 = before_P2[1:] - np.repeat(before_P2[starts_M], pairs_M, axis=0)
-    lengths_P2[some_M, 0] = first
-    filled_M = starts_M[runs_M % 2 == 1] + pairs_M[runs_M % 2 == 1] - 1
-    lengths_P2[filled_M, 1] = 0
-    return lengths_P2, starts_M
-
-
-def _sums(values_P2: NDArray[np.int64], starts_M: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return sums over segments that start at ``starts_M``; 0 for empty ones."""
-    sums = np.zeros((len(values_P2) + 1, 2), dtype=np.int64)
-    np.cumsum(values_P2, axis=0, out=sums[1:])
-    bounds = np.append(starts_M, len(values_P2))
-    between: NDArray[np.int64] = np.diff(sums[bounds], axis=0)
-    return between
+    some_M = start_M[pairs_M > 0]
+    first = runs_P2[some_M, 0]
+    runs_P2[some_M, 0] = 0
+    before_P2 = np.zeros((len(runs_P2) + 1, 2), dtype=np.int64)
+    np.cumsum(runs_P2, axis=0, out=before_P2[1:])
+    runs_P2 = before_P2[1:] - np.repeat(before_P2[start_M], pairs_M, axis=0)
+    runs_P2[some_M, 0] = first
+    runs_P2[bounds[1:][runs_M % 2 == 1] - 1, 1] = 0
+    negative = np.flatnonzero((runs_P2 < 0).any(axis=1))
+    wrong_M[np.searchsorted(start_M, negative, side="right") - 1] = True
+    np.cumsum(runs_P2, axis=0, out=before_P2[1:])
+    total_M2 = np.diff(before_P2[bounds], axis=0)
+    return total_M2[:, 1], ~wrong_M & (total_M2.sum(axis=1) == pixels_M)

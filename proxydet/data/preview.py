@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import itertools
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from proxydet.data.config import DataConfig
 from proxydet.data.dataset import (
@@ -28,7 +26,7 @@ from proxydet.data.dataset import (
     open_split,
 )
 from proxydet.data.images import read_annotated_image
-from proxydet.data.masks import decode
+from proxydet.data.masks import decode, rasterize
 from proxydet.data.stats import DatasetStats, dataset_stats
 from proxydet.data.store import AnnotationStore, ImageRecord
 from proxydet.errors import ConfigError, DataError, VocabularyError
@@ -38,11 +36,6 @@ from proxydet.visualization.plots import long_tail_plot, svg_of
 from proxydet.visualization.report import Command, Picture, Report, Section, Table, write_report
 from proxydet.visualization.sheets import contact_sheet
 from proxydet.wording import counted
-
-if TYPE_CHECKING:
-    pass
-
-Bools = npt.NDArray[np.bool_]
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -122,7 +115,7 @@ def preview_pictures(
         for row in rows:
             record = store.record(int(row))
             pixels = read_annotated_image(record, description.split(request.split).roots, True)
-            objects = _drawn_objects(store, record, vocabulary)
+            objects = annotated_objects(store, record, vocabulary)
             drawn = draw_objects(Image.fromarray(pixels), objects)
             caption = f"{record.file_name}: {counted(len(objects), 'annotation')}"
             pictures.append(Picture(image=drawn, caption=caption))
@@ -166,46 +159,35 @@ def write_preview(
     return write_report(_page(stats, pictures, request, named or Path("DATASET.toml")), path)
 
 
-def _drawn_objects(
+def annotated_objects(
     store: AnnotationStore, record: ImageRecord, vocabulary: ClassTable
 ) -> list[DrawnObject]:
-    size = (record.height, record.width)
-
-    def mask_of(annotation: int) -> Bools:
-        rle = store.rle(annotation)
-        return decode(rle, size) if rle else _filled(store.polygons(annotation), size)
-
+    """Return the annotations of an image as objects to draw; labels say what is novel and what is a crowd."""
     rows_K = class_rows(store, vocabulary)
+    size = (record.height, record.width)
     objects = []
-    for place in range(len(record)):
+    for place, annotation in enumerate(
+        range(record.first_annotation, record.first_annotation + len(record))
+    ):
         row = int(rows_K[record.categories_A[place]])
         marks = [] if vocabulary.base[row] else ["novel"]
         marks += ["crowd"] if record.crowd_A[place] else []
+        mask = None
+        if store.masked_A[annotation]:
+            counts = store.rle(annotation) or rasterize(store.polygons(annotation), size)
+            mask = partial(decode, counts, size)  # drawn one after the other
         objects.append(
             DrawnObject(
                 label=vocabulary.names[row] + (f" ({', '.join(marks)})" if marks else ""),
                 box_xyxy=tuple(record.boxes_A4[place].tolist()),
-                mask_HW=partial(mask_of, record.first_annotation + place)
-                if store.masked_A[record.first_annotation + place]
-                else None,
+                mask_HW=mask,
             )
         )
     return objects
 
 
-def _filled(polygons: Sequence[npt.NDArray[np.floating]], size: tuple[int, int]) -> Bools:
-    canvas = Image.new("1", (size[1], size[0]))
-    draw = ImageDraw.Draw(canvas)
-    for polygon in polygons:
-        draw.polygon([float(value) for value in polygon], fill=1)
-    return np.asarray(canvas, dtype=np.bool_)
-
-
 def _augmented(
-    description: DatasetConfig,
-    request: PreviewRequest,
-    cache: Path | None,
-    progress: Progress,
+    description: DatasetConfig, request: PreviewRequest, cache: Path | None, progress: Progress
 ) -> list[Picture]:
     from proxydet.data.loader import TrainingLoader, open_training_sources
 
@@ -219,8 +201,20 @@ def _augmented(
         # Two of a batch, so that a sheet shows several batches of either kind.
         for place in range(min(2, len(batch))):
             image = Image.fromarray(batch.images[place].permute(1, 2, 0).numpy())
+            objects = []
             if hasattr(batch, "instances"):
-                objects = _instance_objects(batch.instances[place], names)
+                instances = batch.instances[place]
+                for row, label in enumerate(instances.gt_classes.tolist()):
+                    mask = None
+                    if instances.has("gt_masks") and instances.gt_masked[row]:
+                        if hasattr(instances.gt_masks, "polygons"):
+                            polygons = instances.gt_masks.polygons[row]
+                            counts = rasterize(polygons, instances.image_size)
+                            mask = decode(counts, instances.image_size)
+                        else:
+                            mask = instances.gt_masks.tensor[row].numpy()
+                    box = tuple(instances.gt_boxes.tensor[row].tolist())
+                    objects.append(DrawnObject(label=names[label], box_xyxy=box, mask_HW=mask))
                 caption = f"image {batch.image_ids[place]}: {counted(len(objects), 'object')}"
             else:
                 labels = [names[row] for row in batch.labels[place].tolist()]
@@ -231,22 +225,6 @@ def _augmented(
         if len(pictures) >= request.count:
             break
     return pictures[: request.count]
-
-
-def _instance_objects(instances: Any, names: Sequence[str]) -> list[DrawnObject]:
-    objects = []
-    for place in range(len(instances)):
-        mask = None
-        if instances.has("gt_masks") and instances.gt_masked[place]:
-            polygons = getattr(instances.gt_masks, "polygons", None)
-            if polygons is None:
-                mask = instances.gt_masks.tensor[place].numpy()
-            else:
-                mask = _filled(polygons[place], instances.image_size)
-        box = tuple(instances.gt_boxes.tensor[place].tolist())
-        label = names[int(instances.gt_classes[place])]
-        objects.append(DrawnObject(label=label, box_xyxy=box, mask_HW=mask))
-    return objects
 
 
 def _page(
@@ -267,30 +245,29 @@ def _page(
         }
         tails.append(svg_of(long_tail_plot(counts, title=part.part)))
     file = shlex.quote(str(named))
-    next_of = {
-        "train": (f"proxydet train --recipe small --data {file}", "train on this data set"),
-        "val": (f"proxydet eval --run runs/RUN --data {file}", "evaluate a run on it"),
+    commands = {
+        "check it": f"proxydet data check {file}",
+        "train on this data set": f"proxydet train --recipe small --data {file}",
+        "evaluate a run on it": f"proxydet eval --run runs/RUN --data {file}",
     }
-    chosen = [next_of[part.part] for part in stats.parts if part.part in next_of]
+    present = {part.part for part in stats.parts}
+    if "train" not in present:
+        del commands["train on this data set"]
+    if "val" not in present:
+        del commands["evaluate a run on it"]
     head = ("part", "images", "annotations", "base classes", "novel classes", "without annotations")
+    tail = "Images of each class, most frequent first; a class without any has no mark."
+    sections = [
+        Section(title="Counts", tables=[Table(columns=head, rows=rows)]),
+        Section(title="Long tail", text=tail, plots=tails),
+        Section(title=f"Images of {request.split}, {kind}", pictures=pictures),
+        Section(
+            title="Next steps", commands=[Command(command=c, does=d) for d, c in commands.items()]
+        ),
+    ]
     return Report(
         title=f"Data set {stats.name}",
         summary="What is in the data set, how long its tail is, and some of its images.",
         facts=[(part.part, counted(part.images, "image")) for part in stats.parts],
-        sections=[
-            Section(title="Counts", tables=[Table(columns=head, rows=rows)]),
-            Section(
-                title="Long tail",
-                text="Images of each class, most frequent first; a class without any has no mark.",
-                plots=tails,
-            ),
-            Section(title=f"Images of {request.split}, {kind}", pictures=pictures),
-            Section(
-                title="Next steps",
-                commands=[
-                    Command(command=command, does=does)
-                    for command, does in ((f"proxydet data check {file}", "check it"), *chosen)
-                ],
-            ),
-        ],
+        sections=sections,
     )

@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from proxydet.data.dataset import (
-    ClassTable,
     DatasetConfig,
     class_rows,
     load_classes,
@@ -52,15 +51,15 @@ class PartStats:
     """Annotations, crowds included."""
     images_without_annotations: int
     """Images on which nothing is annotated."""
-    crowds: int
+    crowds: int = 0
     """Annotations that stand for a group."""
     without_mask: int
     """Annotations that have a box only."""
-    small: int
+    small: int = 0
     """Objects below 32 x 32 pixels."""
-    medium: int
+    medium: int = 0
     """Objects from there to 96 x 96 pixels."""
-    large: int
+    large: int = 0
     """Larger objects."""
     classes: tuple[ClassCount, ...]
     """One entry for each class of the vocabulary, in its order."""
@@ -100,14 +99,35 @@ def dataset_stats(
         VocabularyError: embeddings and categories do not fit.
     """
     vocabulary = load_classes(description, cache=cache, progress=progress)
+
+    def class_counts(
+        store: AnnotationStore,
+        images_C: npt.NDArray[np.int64],
+        annotations_C: npt.NDArray[np.int64],
+    ) -> tuple[ClassCount, ...]:
+        rows_K = class_rows(store, vocabulary).tolist()
+        groups = {row: c.frequency for row, c in zip(rows_K, store.categories, strict=True)}
+        return tuple(
+            ClassCount(
+                name=name,
+                base=bool(vocabulary.base[row]),
+                frequency=groups.get(row) or "",
+                images=int(images_C[row]),
+                annotations=int(annotations_C[row]),
+            )
+            for row, name in enumerate(vocabulary.names)
+        )
+
     parts = []
     stores = {}
     for split in ("train", "val"):
         if getattr(description, split) is None:
             continue
         store = stores[split] = open_split(description, split, cache=cache, progress=progress)
-        images_K, annotations_K = store.counts()
+        counts_2C = np.zeros((2, len(vocabulary.names)), dtype=np.int64)
+        counts_2C[:, class_rows(store, vocabulary)] = store.counts()
         objects = store.column("area")[~store.column("crowd")]
+        small, medium = (int((objects < area).sum()) for area in (SMALL_AREA, LARGE_AREA))
         parts.append(
             PartStats(
                 part=split,
@@ -116,62 +136,34 @@ def dataset_stats(
                 images_without_annotations=len(store) - len(np.unique(store.column("image"))),
                 crowds=store.report.crowds,
                 without_mask=store.report.without_mask,
-                small=int((objects < SMALL_AREA).sum()),
-                medium=int(((objects >= SMALL_AREA) & (objects < LARGE_AREA)).sum()),
-                large=int((objects >= LARGE_AREA).sum()),
-                classes=_class_counts(store, vocabulary, images_K, annotations_K),
+                small=small,
+                medium=medium - small,
+                large=len(objects) - medium,
+                classes=class_counts(store, *counts_2C),
             )
         )
     if description.image_labels is not None and "train" in stores:
-        store = stores["train"]
         images = open_label_images(
             description.image_labels,
             load_vocabulary(description, cache=cache, progress=progress),
-            store.categories,
+            stores["train"].categories,
             cache=cache,
             progress=progress,
         )
-        counts = np.zeros(len(vocabulary.names), dtype=np.int64)
+        counts_C = np.zeros(len(vocabulary.names), dtype=np.int64)
         unlabelled = 0
         for row in range(len(images)):
             labels = images.labels(row)
-            counts[labels] += 1
+            counts_C[labels] += 1
             unlabelled += not len(labels)
-        counts_K = counts[class_rows(store, vocabulary)]
         parts.append(
             PartStats(
                 part="image_labels",
                 images=len(images),
-                annotations=int(counts.sum()),
+                annotations=int(counts_C.sum()),
                 images_without_annotations=unlabelled,
-                crowds=0,
-                without_mask=int(counts.sum()),
-                small=0,
-                medium=0,
-                large=0,
-                classes=_class_counts(store, vocabulary, counts_K, counts_K),
+                without_mask=int(counts_C.sum()),
+                classes=class_counts(stores["train"], counts_C, counts_C),
             )
         )
     return DatasetStats(name=description.name, parts=tuple(parts))
-
-
-def _class_counts(
-    store: AnnotationStore,
-    vocabulary: ClassTable,
-    images_K: npt.NDArray[np.int64],
-    annotations_K: npt.NDArray[np.int64],
-) -> tuple[ClassCount, ...]:
-    category_of = {int(row): k for k, row in enumerate(class_rows(store, vocabulary))}
-    counts = []
-    for row, name in enumerate(vocabulary.names):
-        k = category_of.get(row)
-        counts.append(
-            ClassCount(
-                name=name,
-                base=bool(vocabulary.base[row]),
-                frequency="" if k is None else store.categories[k].frequency or "",
-                images=0 if k is None else int(images_K[k]),
-                annotations=0 if k is None else int(annotations_K[k]),
-            )
-        )
-    return tuple(counts)

@@ -49,7 +49,7 @@ def test_images_of_one_class(small_set: Path) -> None:
 
 def test_masks_are_filled_polygons_and_run_lengths(small_set: Path) -> None:
     from proxydet.data.dataset import load_vocabulary, open_split
-    from proxydet.data.preview import _drawn_objects
+    from proxydet.data.preview import annotated_objects
 
     annotations = small_set.parent / "train.json"
     content = json.loads(annotations.read_text())
@@ -58,10 +58,10 @@ def test_masks_are_filled_polygons_and_run_lengths(small_set: Path) -> None:
     annotations.write_text(json.dumps(content))
     description = described(small_set)
     store, vocabulary = open_split(description, "train"), load_vocabulary(description)
-    (first,) = _drawn_objects(store, store.record(1), vocabulary)
+    (first,) = annotated_objects(store, store.record(1), vocabulary)
     assert callable(first.mask_HW)
     assert first.mask_HW().sum() == 40
-    crowd, novel = _drawn_objects(store, store.record(2), vocabulary)
+    crowd, novel = annotated_objects(store, store.record(2), vocabulary)
     assert (crowd.label, novel.label) == ("cat (crowd)", "dog (novel)")
     assert callable(novel.mask_HW)
     area = store.record(2).areas_A[1]

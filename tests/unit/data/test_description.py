@@ -3,7 +3,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from proxydet.data.dataset import (
     DatasetConfig,
@@ -190,19 +189,25 @@ def test_declared_counts_stand_in_for_classes_that_were_removed(small_set: Path)
     assert counts.tolist() == [4, 77, 1]
 
 
+class Built(Exception):
+    """Raised in place of building the network, with the counts that it was given."""
+
+
 @pytest.mark.parametrize(("counted", "expected"), [(True, [4, 2, 1]), (False, [4, 0, 1])])
 def test_training_counts_novel_classes_only_where_it_is_asked_to(
-    small_set: Path, counted: bool, expected: list[int]
+    small_set: Path, counted: bool, expected: list[int], tmp_path: Path, monkeypatch
 ) -> None:
     from proxydet.recipes import RECIPES
-    from proxydet.reporting import SILENT
-    from proxydet.training.distributed import DistInfo
-    from proxydet.training.train import _open_data
+    from proxydet.training import train as module
 
+    def build(config, vocabulary, counts):
+        raise Built(counts.tolist())
+
+    monkeypatch.setattr(module, "ProxyDetNetwork", build)
     tiny = RECIPES["tiny"]()
     data = dataclasses.replace(
         tiny.data, description=small_set, count_novel_classes=counted, image_labels=None
     )
-    ranks = DistInfo(device=torch.device("cpu"))
-    _, opened = _open_data(dataclasses.replace(tiny, data=data), ranks, SILENT)
-    assert opened.counts.tolist() == expected
+    with pytest.raises(Built) as caught:
+        module.train(dataclasses.replace(tiny, data=data), output=tmp_path / "run")
+    assert caught.value.args[0] == expected

@@ -26,11 +26,11 @@ import torch
 from PIL import Image, ImageOps
 from torch.nn import functional
 
-from proxydet.data.batches import Targets, make_instances
+from proxydet.data.batches import make_instances
 from proxydet.data.config import DataConfig
-from proxydet.data.dataset import DatasetConfig, load_vocabulary
+from proxydet.data.dataset import DatasetConfig
 from proxydet.data.images import find_image, read_image
-from proxydet.data.loader import BoxSource, TrainingLoader, open_training_sources
+from proxydet.data.loader import TrainingLoader, TrainingSources, open_training_sources
 from proxydet.data.transforms import View, training_view
 
 Pixels = Any
@@ -60,21 +60,15 @@ def whole_resize(pixels: Pixels, view: View) -> Pixels:
     return np.array(part[:, ::-1] if view.mirrored else part)
 
 
-def plain_sample(boxes: BoxSource, targets: Targets, root: Path, row: int) -> torch.Tensor:
+def plain_sample(sources: TrainingSources, root: Path, row: int) -> torch.Tensor:
     """Make a box sample through numpy arrays, a copy at every station."""
-    record = boxes.store.record(row)
+    record = sources.store.record(row)
     with Image.open(root / record.file_name) as opened:
         pixels = np.array(ImageOps.exif_transpose(opened).convert("RGB"))
-    box = DataConfig().boxes
-    view = training_view(
-        *pixels.shape[:2],
-        size=box.size,
-        scale=box.scale,
-        flip_probability=0.5,
-        rng=np.random.default_rng(row),
-    )
-    usable = boxes.usable[record.first_annotation :][: len(record)]
-    make_instances(boxes.store, record, usable, view, targets)
+    rng = np.random.default_rng(row)
+    view = training_view(*pixels.shape[:2], DataConfig().boxes, flip_probability=0.5, rng=rng)
+    usable = sources.usable_A[record.first_annotation :][: len(record)]
+    make_instances(sources.store, record, usable, view, sources.targets)
     return torch.from_numpy(whole_resize(pixels, view)).permute(2, 0, 1).contiguous()
 
 
@@ -92,11 +86,8 @@ def measure_resizes(
 ) -> dict[str, Any]:
     """Images a second of each way to resize, and how its pixels differ from resizing the whole image."""
     rng = np.random.default_rng(0)
-    box = config.boxes
     views = [
-        training_view(
-            *image.shape[:2], size=box.size, scale=box.scale, flip_probability=0.5, rng=rng
-        )
+        training_view(*image.shape[:2], config.boxes, flip_probability=0.5, rng=rng)
         for image in images
         for _ in range(8)
     ]
@@ -128,44 +119,38 @@ def measure(path: Path, seconds: float, clock: Clock) -> dict[str, Any]:
     description = DatasetConfig.from_toml(path)
     config = DataConfig(workers=0)
     sources = open_training_sources(config, description)
-    boxes, store = sources.boxes, sources.boxes.store
-    roots = description.split("train").roots
+    store, roots = sources.store, description.split("train").roots
     files = [find_image(store.file_name(row), roots) for row in range(min(len(store), 64))]
-    vocabulary = load_vocabulary(description, cache=config.cache)
-    targets = Targets.of(store, vocabulary, config.masks)
+
+    def sample(number: int) -> torch.Tensor:
+        row = number % len(files)
+        return sources.sample("boxes", row, np.random.default_rng(row)).image
 
     def plain(number: int) -> torch.Tensor:
         row = number % len(files)
-        return plain_sample(boxes, targets, files[row].parent, row)
+        return plain_sample(sources, files[row].parent, row)
 
     for row in range(len(files)):
-        assert torch.equal(plain(row), boxes.sample(row, np.random.default_rng(row)).image)
+        assert torch.equal(plain(row), sample(row))
     result: dict[str, Any] = {
         "images": len(files),
         "decode": round(rate(lambda n: read_image(files[n % len(files)]), seconds, clock), 1),
-        "box_sample": round(
-            rate(
-                lambda n: boxes.sample(n % len(files), np.random.default_rng(n % len(files))),
-                seconds,
-                clock,
-            ),
-            1,
-        ),
+        "box_sample": round(rate(sample, seconds, clock), 1),
     }
     result["plain_sample"] = round(rate(plain, seconds, clock), 1)
-    if sources.labels is not None:
-        labels, count = sources.labels, len(sources.labels.images)
-        result["label_sample"] = round(
-            rate(lambda n: labels.sample(n % count, np.random.default_rng(n)), seconds, clock), 1
-        )
+    if "image_labels" in sources.images:
+        count = len(sources.images["image_labels"])
+
+        def label_sample(number: int) -> torch.Tensor:
+            rng = np.random.default_rng(number)
+            return sources.sample("image_labels", number % count, rng).image
+
+        result["label_sample"] = round(rate(label_sample, seconds, clock), 1)
     result["resize"] = measure_resizes([read_image(file) for file in files], config, seconds, clock)
     for workers in (0, 1, 2):
+        boxes_only = DataConfig(workers=workers, image_labels=None)
         loader = TrainingLoader(
-            sources,
-            DataConfig(workers=workers, image_labels=None),
-            rank=0,
-            world_size=1,
-            seed=0,
+            open_training_sources(boxes_only, description), rank=0, world_size=1, seed=0
         )
         batches = iter(loader)
         # The first batches are ready when workers have started.

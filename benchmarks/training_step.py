@@ -307,7 +307,7 @@ def data_seconds(what: str, path: Path, rounds: int, clock: Callable[[], float])
     config = DataConfig(boxes=boxes, image_labels=labels if what == "labels" else None, workers=0)
     description = DatasetConfig.from_toml(path)
     sources = open_training_sources(config, description)
-    batches = iter(TrainingLoader(sources, config, rank=0, world_size=1, seed=0))
+    batches = iter(TrainingLoader(sources, rank=0, world_size=1, seed=0))
     next(batches)
     seconds = []
     for _ in range(4 * rounds):

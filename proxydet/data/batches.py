@@ -6,10 +6,9 @@ C classes.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+import itertools
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import proxydet.compat.d2  # noqa: F401
 
@@ -25,10 +24,6 @@ from proxydet.data.store import AnnotationStore, ImageRecord
 from proxydet.data.transforms import View
 from proxydet.errors import DataError
 from proxydet.vocabulary.vocabulary import Vocabulary
-
-if TYPE_CHECKING:
-    from detectron2.structures import Instances
-
 
 B = TypeVar("B", bound="_Batch")
 
@@ -52,20 +47,18 @@ class _Batch:
 
     def to(self: B, device: torch.device | str) -> B:
         """Return the batch with its images on ``device``; the network moves the annotations there, in one piece."""
-        return self._with_images(lambda image: image.to(device, non_blocking=True))
+        images = tuple(image.to(device, non_blocking=True) for image in self.images)
+        return replace(self, images=images)
 
     def pin_memory(self: B) -> B:
         """Return the batch with its images in page-locked memory (called by torch's loader)."""
-        return self._with_images(torch.Tensor.pin_memory)
+        return replace(self, images=tuple(image.pin_memory() for image in self.images))
 
-    def _with_images(self: B, change: Callable[[torch.Tensor], torch.Tensor]) -> B:
-        return replace(self, images=tuple(map(change, self.images)))
-
-    def _check(self, annotations: int) -> None:
-        lengths = (len(self.images), annotations, len(self.image_ids))
-        if len(set(lengths)) != 1 or not self.images:
+    def __post_init__(self) -> None:
+        counts = {f.name: len(getattr(self, f.name)) for f in fields(self) if f.name != "skipped"}
+        if len(set(counts.values())) != 1 or not self.images:
             raise ValueError(
-                f"a batch needs as many annotations and ids as images, at least 1: {lengths}"
+                f"a batch needs as many annotations and ids as images, at least 1: {counts}"
             )
 
 
@@ -81,9 +74,6 @@ class BoxBatch(_Batch):
 
     instances: tuple[Instances, ...]
 
-    def __post_init__(self) -> None:
-        self._check(len(self.instances))
-
 
 @dataclass(frozen=True, kw_only=True)
 class ImageLabelBatch(_Batch):
@@ -94,9 +84,6 @@ class ImageLabelBatch(_Batch):
     """
 
     labels: tuple[torch.Tensor, ...]
-
-    def __post_init__(self) -> None:
-        self._check(len(self.labels))
 
 
 Batch: TypeAlias = BoxBatch | ImageLabelBatch
@@ -146,7 +133,7 @@ class Targets:
                     f"{store.source_name} has boxes but no masks",
                     hint="to train a detector of boxes, leave data.masks at auto",
                 )
-            return dataclasses.replace(targets, masks=False)
+            return replace(targets, masks=False)
         return targets
 
     def usable(self, store: AnnotationStore) -> BoolArray:
@@ -176,44 +163,36 @@ def make_instances(
     kept = np.flatnonzero(usable_A & (sides > SMALLEST_SIDE).all(axis=1))
     instances = Instances(view.size)
     if targets.masks:
-        kept, instances.gt_masks, instances.gt_masked = _masks(store, record, kept, view)
+        annotations = record.first_annotation + kept
+        has_mask = store.masked_A[annotations]
+        as_bitmaps = bool(store.column("rle_length")[annotations].any())
+        masks: list[Any] = []
+        seen: list[bool] = []
+        for annotation in annotations.tolist():
+            # The store keeps more digits than polygons are trained with.
+            polygons = view.polygons([p.astype(np.float32) for p in store.polygons(annotation)])
+            if not as_bitmaps:
+                masks.append(polygons)
+                seen.append(any(_touches(polygon, view.size) for polygon in polygons))
+                continue
+            if rle := store.rle(annotation):
+                masks.append(view.mask(decode(rle, (record.height, record.width))))
+            else:
+                drawn = BitMasks.from_polygon_masks(PolygonMasks([polygons]), *view.size)
+                masks.append(drawn.tensor[0].numpy())
+            seen.append(bool(masks[-1].any()))
+        # An object whose mask is outside the view is left out; one that has none keeps its box.
+        chosen = np.array(seen, dtype=np.bool_) | ~has_mask
+        kept, masks = kept[chosen], list(itertools.compress(masks, chosen))
+        if as_bitmaps:
+            stacked = np.stack(masks) if masks else np.zeros((0, *view.size), dtype=np.bool_)
+            instances.gt_masks = BitMasks(torch.from_numpy(stacked))
+        else:
+            instances.gt_masks = PolygonMasks(masks)
+        instances.gt_masked = torch.from_numpy(has_mask[chosen])
     instances.gt_boxes = Boxes(torch.from_numpy(boxes_A4[kept].astype(np.float32)))
     instances.gt_classes = torch.from_numpy(targets.rows_K[record.categories_A[kept]])
     return instances
-
-
-def _masks(
-    store: AnnotationStore, record: ImageRecord, rows: npt.NDArray[np.int64], view: View
-) -> tuple[npt.NDArray[np.int64], PolygonMasks | BitMasks, torch.Tensor]:
-    """Return the rows without a mask or with theirs in the view, their masks, and which of them have one."""
-    annotations = record.first_annotation + rows
-    with_mask = store.masked_A[annotations]
-    as_bitmaps = bool(store.column("rle_length")[annotations].any())
-    parts: list[Any] = []
-    seen: list[bool] = []
-    for annotation, has_mask in zip(annotations.tolist(), with_mask.tolist(), strict=True):
-        # The store keeps more digits than polygons are trained with.
-        polygons = view.polygons([p.astype(np.float32) for p in store.polygons(annotation)])
-        if not as_bitmaps:
-            parts.append(polygons)
-            visible = any(_touches(polygon, view.size) for polygon in polygons)
-        elif rle := store.rle(annotation):
-            parts.append(view.mask(decode(rle, (record.height, record.width))))
-            visible = bool(parts[-1].any())
-        else:
-            drawn = BitMasks.from_polygon_masks(PolygonMasks([polygons]), *view.size)
-            parts.append(drawn.tensor[0].numpy())
-            visible = bool(parts[-1].any())
-        seen.append(visible or not has_mask)
-    kept = [part for part, is_seen in zip(parts, seen, strict=True) if is_seen]
-    masks: PolygonMasks | BitMasks
-    if as_bitmaps:
-        stacked = np.stack(kept) if kept else np.zeros((0, *view.size), dtype=np.bool_)
-        masks = BitMasks(torch.from_numpy(stacked))
-    else:
-        masks = PolygonMasks(kept)
-    chosen = np.array(seen, dtype=np.bool_)
-    return rows[chosen], masks, torch.from_numpy(with_mask[chosen])
 
 
 def _touches(polygon: npt.NDArray[np.float64], size: tuple[int, int]) -> bool:

@@ -28,22 +28,20 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from proxydet.data.batches import Batch, BoxBatch, ImageLabelBatch, Targets, make_instances
 from proxydet.data.config import DataConfig, SourceConfig
 from proxydet.data.dataset import DatasetConfig, load_vocabulary, open_split
 from proxydet.data.formats.records import Identifier
-from proxydet.data.image_labels import LabelledImages, open_label_images
+from proxydet.data.image_labels import FolderImages, LabelledImages, open_label_images
 from proxydet.data.images import (
-    find_image,
     open_annotated_image,
     quiet_worker,
     require_distinct_files,
 )
 from proxydet.data.store import AnnotationStore
-from proxydet.data.transforms import View, training_view
+from proxydet.data.transforms import training_view
 from proxydet.errors import DataError, EnvironmentProblem, ProxydetError
 from proxydet.reporting import SILENT, Progress
 
@@ -235,179 +233,162 @@ class Sample:
     image_id: Identifier
 
 
-class BoxSource:
-    """Images with annotated objects. It can be pickled and does not change.
+class TrainingSources(Dataset[Any]):
+    """All that batches are made of, and what workers run. It can be pickled and does not change.
+
+    Attributes:
+        config: Augmentation, sampling, and which images are trained on.
+        store: The annotations of the images with objects.
+        targets: Which annotations are trained on.
+        images: The images of each source.
+        usable_A: bool (A,), which annotations may be used, whatever the view.
+        rows_I: int64 (I,), the rows of the store that are trained on.
 
     Args:
-        store: The annotations.
-        roots: Folders of the images.
-        targets: Which annotations are trained on.
-        config: Augmentation, and which images are trained on.
+        config: As above.
+        store: As above.
+        roots: Folders of the images with objects.
+        targets: As above.
+        labels: Images of which only the classes are known, if any.
     """
 
     def __init__(
-        self, store: AnnotationStore, roots: tuple[Path, ...], targets: Targets, config: DataConfig
+        self,
+        config: DataConfig,
+        store: AnnotationStore,
+        roots: tuple[Path, ...],
+        targets: Targets,
+        labels: LabelledImages | None,
     ) -> None:
+        self.config = config
         self.store = store
         self.targets = targets
+        self.images: dict[SourceName, LabelledImages] = {
+            "boxes": FolderImages(store, roots, targets.rows_K)
+        }
+        if labels is not None:
+            self.images["image_labels"] = labels
         self._roots = roots
-        self._config = config
-        self.usable = targets.usable(store)
-        used_images = np.unique(store.column("image")[self.usable])
+        self.usable_A = targets.usable(store)
+        used_images = np.unique(store.column("image")[self.usable_A])
         self.rows_I: npt.NDArray[np.int64] = (
             np.arange(len(store)) if config.keep_empty_images else used_images.astype(np.int64)
         )
-        """Rows of the store that are trained on."""
 
-    def name(self, row: int) -> str:
-        """Return the file name of an image."""
-        return self.store.file_name(row)
+    def sample(self, source: SourceName, row: int, rng: np.random.Generator) -> Sample:
+        """Read and augment an image.
 
-    def encoded(self, row: int) -> Path:
-        """Return the file of an image; DataError where it is not there."""
-        return find_image(self.store.file_name(row), self._roots)
-
-    def sample(self, row: int, rng: np.random.Generator) -> Sample:
-        """Read and augment the image of a row of the store.
+        Args:
+            source: Where it comes from.
+            row: Its row among the images of the source.
+            rng: Decides the augmentation.
 
         Raises:
             DataError: it cannot be read, or has another size than annotated.
         """
-        record = self.store.record(row)
-        image = open_annotated_image(record, self._roots, self._config.exif_orientation)
-        view = _draw_view(image, self._config.boxes, self._config, rng)
-        first = record.first_annotation
-        usable = self.usable[first : first + len(record)]
-        return Sample(
-            image=to_tensor(view.apply(image)),
-            target=make_instances(self.store, record, usable, view, self.targets),
-            image_id=record.image_id,
+        config, images = self.config, self.images[source]
+        if source == "boxes":
+            record = self.store.record(row)
+            image = open_annotated_image(record, self._roots, config.exif_orientation)
+        else:
+            image = images.image(row, exif_orientation=config.exif_orientation)
+        view = training_view(
+            image.height,
+            image.width,
+            getattr(config, source),
+            flip_probability=config.flip_probability,
+            rng=rng,
         )
+        # Pillow takes its pixels apart in less than half the time that torch needs to turn them over.
+        seen = view.apply(image)
+        planes = [np.frombuffer(seen.tobytes("raw", channel), np.uint8) for channel in "RGB"]
+        pixels = torch.from_numpy(np.stack(planes)).view(3, *view.size)
+        if source == "boxes":
+            first = record.first_annotation
+            usable = self.usable_A[first : first + len(record)]
+            instances = make_instances(self.store, record, usable, view, self.targets)
+            return Sample(image=pixels, target=instances, image_id=record.image_id)
+        labels = torch.from_numpy(images.labels(row))
+        return Sample(image=pixels, target=labels, image_id=images.name(row))
 
-    def factors(self, threshold: float) -> FloatArray:
-        """Return how often each image is repeated: float64 (I,), 0 for those that are not trained on."""
-        factors_I: FloatArray = np.zeros(len(self.store))
-        factors_I[self.rows_I] = repeat_factors(
-            np.searchsorted(self.rows_I, self.store.column("image")[self.usable]),
-            self.store.column("category")[self.usable],
-            image_count=len(self.rows_I),
-            threshold=threshold,
-        )
-        return factors_I
+    def __getitem__(self, planned: PlannedBatch) -> Batch | ProxydetError:
+        """Make the batch that a plan asks for.
 
-
-class LabelSource:
-    """Images of which only the classes are known. It can be pickled and does not change."""
-
-    def __init__(self, images: LabelledImages, source: SourceConfig, config: DataConfig) -> None:
-        self.images = images
-        self._source = source
-        self._config = config
-
-    def name(self, row: int) -> str:
-        """Return the name of an image, for messages."""
-        return self.images.name(row)
-
-    def sample(self, row: int, rng: np.random.Generator) -> Sample:
-        """Read and augment an image.
-
-        Raises:
-            DataError: it cannot be read.
+        An error that a user can cause is returned, not raised: torch would bury it in text.
         """
-        image = self.images.image(row, exif_orientation=self._config.exif_orientation)
-        view = _draw_view(image, self._source, self._config, rng)
-        return Sample(
-            image=to_tensor(view.apply(image)),
-            target=torch.from_numpy(self.images.labels(row)),
-            image_id=self.images.name(row),
-        )
-
-
-def to_tensor(image: Image.Image) -> torch.Tensor:
-    """Return an image of mode RGB as uint8 (3, H, W), contiguous."""
-    # Pillow takes its pixels apart in less than half the time that torch needs to turn them over.
-    planes = [np.frombuffer(image.tobytes("raw", channel), np.uint8) for channel in "RGB"]
-    return torch.from_numpy(np.stack(planes)).view(3, image.height, image.width)
-
-
-def _draw_view(
-    image: Image.Image, source: SourceConfig, config: DataConfig, rng: np.random.Generator
-) -> View:
-    return training_view(
-        image.height,
-        image.width,
-        size=source.size,
-        scale=source.scale,
-        flip_probability=config.flip_probability,
-        rng=rng,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingSources:
-    """All that batches are made of. It can be pickled and does not change."""
-
-    boxes: BoxSource
-    """Images with annotated objects."""
-
-    labels: LabelSource | None
-    """Images of which only the class is known."""
+        samples: list[Sample] = []
+        skipped: list[str] = []
+        for row, seed in zip(planned.rows, planned.seeds, strict=True):
+            try:
+                samples.append(self.sample(planned.source, row, np.random.default_rng(seed)))
+            except DataError as error:
+                skip = self.config.unreadable_images == "skip"
+                if not skip or len(skipped) + 1 == len(planned.rows):
+                    return error
+                skipped.append(self.images[planned.source].name(row))
+            except ProxydetError as error:
+                return error
+        made: dict[str, Any] = {
+            "images": tuple(sample.image for sample in samples),
+            "image_ids": tuple(sample.image_id for sample in samples),
+            "skipped": tuple(skipped),
+        }
+        targets: tuple[Any, ...] = tuple(sample.target for sample in samples)
+        if planned.source == "boxes":
+            return BoxBatch(instances=targets, **made)
+        return ImageLabelBatch(labels=targets, **made)
 
     def digests(self) -> dict[str, str]:
         """Return digests by which changed images are noticed, in much less time than reading all of them takes.
 
         Of each source, ``images`` and ``image labels``: 16 files spread over it, and the sizes of all images.
         """
-        found = {"images": _digest(self.boxes, self.boxes.rows_I).hexdigest()}
-        if self.labels is not None:
-            images = self.labels.images
-            files = _digest(images, np.arange(len(images)))
-            sizes = np.ascontiguousarray(images.shapes_I2).tobytes()
+        found = {"images": _digest(self.images["boxes"], self.rows_I).hexdigest()}
+        if (labels := self.images.get("image_labels")) is not None:
+            files = _digest(labels, np.arange(len(labels)))
+            sizes = np.ascontiguousarray(labels.shapes_I2).tobytes()
             found["image labels"] = hashlib.sha256(sizes + files.hexdigest().encode()).hexdigest()
         return found
 
-    def plan(self, config: DataConfig, *, seed: int) -> BatchPlan:
+    def plan(self, *, seed: int) -> BatchPlan:
         """Return the sequence of batches of a run.
 
         Raises:
             DataError: there is no image, or no annotated object, to train on.
         """
-        parts: list[tuple[SourceName, FloatArray, npt.NDArray[np.int32], SourceConfig]] = [
-            (
-                "boxes",
-                self.boxes.factors(config.repeat_threshold),
-                self.boxes.store.sizes_I2,
-                config.boxes,
-            )
-        ]
-        if self.labels is not None and config.image_labels is not None:
-            images = self.labels.images
-            parts.append(
-                ("image_labels", np.ones(len(images)), images.shapes_I2, config.image_labels)
-            )
-        for name, factors, _, _ in parts:
-            if not factors.any():
+        config, store = self.config, self.store
+        factors = {name: np.ones(len(images)) for name, images in self.images.items()}
+        factors["boxes"][:] = 0  # of images that are not trained on
+        factors["boxes"][self.rows_I] = repeat_factors(
+            np.searchsorted(self.rows_I, store.column("image")[self.usable_A]),
+            store.column("category")[self.usable_A],
+            image_count=len(self.rows_I),
+            threshold=config.repeat_threshold,
+        )
+        for name, factors_I in factors.items():
+            if not factors_I.any():
                 raise DataError(
                     f"the data set has no images to train on in its part {name!r}",
                     hint="see what is in it with: proxydet data check",
                 )
-        if not self.boxes.usable.any():
+        if not self.usable_A.any():
             # Training would end well and have learnt that nothing is ever there.
-            store = self.boxes.store
             raise DataError(
                 f"{store.source_name} has no object to train on among its {store.report.annotations_kept} annotations: "
                 "crowds, novel classes, and boxes without extent or outside their image are left out",
                 hint="see what is in it with: proxydet data stats",
             )
-        weights = image_weights([part[1] for part in parts], [part[3].ratio for part in parts])
+        settings: dict[str, SourceConfig] = {name: getattr(config, name) for name in self.images}
+        ratios = [source.ratio for source in settings.values()]
+        weights = image_weights(list(factors.values()), ratios)
         sources = [
             SourceImages(
                 name=name,
                 weights_I=weights_I,
-                landscape_I=sizes_I2[:, 1] > sizes_I2[:, 0],
-                batch_size=source.batch_size,
+                landscape_I=images.shapes_I2[:, 1] > images.shapes_I2[:, 0],
+                batch_size=settings[name].batch_size,
             )
-            for weights_I, (name, _, sizes_I2, source) in zip(weights, parts, strict=True)
+            for weights_I, (name, images) in zip(weights, self.images.items(), strict=True)
         ]
         return BatchPlan(
             sources,
@@ -417,7 +398,7 @@ class TrainingSources:
         )
 
 
-def _digest(images: BoxSource | LabelledImages, rows: npt.NDArray[np.int64]) -> hashlib._Hash:
+def _digest(images: LabelledImages, rows: npt.NDArray[np.int64]) -> hashlib._Hash:
     """Digest the files of some rows; one that cannot be read counts as absent."""
     digest = hashlib.sha256()
     spread = np.unique(np.linspace(0, len(rows) - 1, _DIGESTED_FILES).astype(np.int64))
@@ -445,17 +426,16 @@ def open_training_sources(
     targets = Targets.of(store, vocabulary, config.masks)
     roots = description.split("train").roots
     require_distinct_files(store, roots)
-    boxes = BoxSource(store, roots, targets, config)
-    if config.image_labels is None or description.image_labels is None:
-        return TrainingSources(boxes=boxes, labels=None)
-    images = open_label_images(
-        description.image_labels,
-        vocabulary,
-        store.categories,
-        cache=config.cache,
-        progress=progress,
-    )
-    return TrainingSources(boxes=boxes, labels=LabelSource(images, config.image_labels, config))
+    labels = None
+    if config.image_labels is not None and description.image_labels is not None:
+        labels = open_label_images(
+            description.image_labels,
+            vocabulary,
+            store.categories,
+            cache=config.cache,
+            progress=progress,
+        )
+    return TrainingSources(config, store, roots, targets, labels)
 
 
 class TrainingLoader:
@@ -469,8 +449,7 @@ class TrainingLoader:
         skipped: Number of images left out so far because they cannot be read (only where the configuration asks for it).
 
     Args:
-        sources: What batches are made of.
-        config: Workers and batching.
+        sources: What batches are made of, and the workers and batching of its configuration.
         rank: Number of this process.
         world_size: How many processes train together.
         seed: Of the run, at least 0.
@@ -483,7 +462,6 @@ class TrainingLoader:
     def __init__(
         self,
         sources: TrainingSources,
-        config: DataConfig,
         *,
         rank: int,
         world_size: int,
@@ -496,9 +474,8 @@ class TrainingLoader:
             raise ValueError("seed and start must not be negative")
         self.sources = sources
         self.skipped = 0
-        self._config = config
         self._shard = {"rank": rank, "world_size": world_size, "start": start}
-        self._plan = sources.plan(config, seed=seed)
+        self._plan = sources.plan(seed=seed)
 
     def planned(self, iteration: int) -> PlannedBatch:
         """Return which images the batch of an iteration, counted from the start, holds."""
@@ -510,19 +487,18 @@ class TrainingLoader:
         Raises:
             DataError: an image cannot be read.
         """
-        made = _BatchMaker(self.sources, self._config)[self.planned(iteration)]
+        made = self.sources[self.planned(iteration)]
         if isinstance(made, ProxydetError):
             raise made
         return made
 
     def __iter__(self) -> Iterator[Batch]:
-        config, workers = self._config, self._config.workers
+        config, workers = self.sources.config, self.sources.config.workers
         loader: DataLoader[Any] = DataLoader(
-            _BatchMaker(self.sources, config),
+            self.sources,
             batch_size=None,
             sampler=map(self.planned, itertools.count()),
             num_workers=workers,
-            collate_fn=_unchanged,
             worker_init_fn=quiet_worker,
             prefetch_factor=config.prefetch if workers else None,
             timeout=config.worker_timeout_s if workers else 0,
@@ -554,43 +530,3 @@ class TrainingLoader:
                 self.skipped += 1
                 _logger.warning("image %s cannot be read; left out (%d so far)", name, self.skipped)
             yield made
-
-
-class _BatchMaker(Dataset[Any]):
-    """Makes the batch that a plan asks for; what workers run.
-
-    An error that a user can cause is returned, not raised: torch would bury it in text.
-    """
-
-    def __init__(self, sources: TrainingSources, config: DataConfig) -> None:
-        self._sources = {"boxes": sources.boxes, "image_labels": sources.labels}
-        self._skip = config.unreadable_images == "skip"
-
-    def __getitem__(self, planned: PlannedBatch) -> Batch | ProxydetError:
-        source = self._sources[planned.source]
-        if source is None:
-            raise ValueError("an image-label batch was planned without image labels")
-        samples: list[Sample] = []
-        skipped: list[str] = []
-        for row, seed in zip(planned.rows, planned.seeds, strict=True):
-            try:
-                samples.append(source.sample(row, np.random.default_rng(seed)))
-            except DataError as error:
-                if not self._skip or len(skipped) + 1 == len(planned.rows):
-                    return error
-                skipped.append(source.name(row))
-            except ProxydetError as error:
-                return error
-        made: dict[str, Any] = {
-            "images": tuple(sample.image for sample in samples),
-            "image_ids": tuple(sample.image_id for sample in samples),
-            "skipped": tuple(skipped),
-        }
-        targets: tuple[Any, ...] = tuple(sample.target for sample in samples)
-        if planned.source == "boxes":
-            return BoxBatch(instances=targets, **made)
-        return ImageLabelBatch(labels=targets, **made)
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch

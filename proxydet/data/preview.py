@@ -194,7 +194,7 @@ def _augmented(
     names = load_vocabulary(description, cache=cache, progress=progress).names
     config = DataConfig(workers=0, cache=cache)
     sources = open_training_sources(config, description, progress=progress)
-    loader = TrainingLoader(sources, config, rank=0, world_size=1, seed=request.seed)
+    loader = TrainingLoader(sources, rank=0, world_size=1, seed=request.seed)
     pictures: list[Picture] = []
     for iteration in itertools.count():
         batch = loader.batch(iteration)

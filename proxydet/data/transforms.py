@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from proxydet.data.config import SourceConfig
 from proxydet.data.images import Pixels
 
 
@@ -166,9 +167,8 @@ def shortest_side(height: int, width: int, *, shortest: int, longest: int) -> Vi
 def training_view(
     height: int,
     width: int,
+    source: SourceConfig,
     *,
-    size: int,
-    scale: tuple[float, float],
     flip_probability: float,
     rng: np.random.Generator,
 ) -> View:
@@ -177,17 +177,17 @@ def training_view(
     Args:
         height: Of the image, in pixels.
         width: Of the image, in pixels.
-        size: Largest side of the result, in pixels.
-        scale: Range of the scale jitter.
+        source: Size of the result, and range of the scale jitter.
         flip_probability: Of mirroring.
         rng: Source of the four numbers that are drawn: scale, crop y, crop x, mirror.
     """
+    low, high = source.scale
     jitter, crop_y, crop_x, mirror = rng.random(4)
     view = scaled_crop(
         height,
         width,
-        size=size,
-        scale_factor=scale[0] + (scale[1] - scale[0]) * jitter,
+        size=source.size,
+        scale_factor=low + (high - low) * jitter,
         crop_y=crop_y,
         crop_x=crop_x,
     )

@@ -234,7 +234,6 @@ def train(
         def make_loader(batches: int, draws: int) -> TrainingLoader:
             return TrainingLoader(
                 sources,
-                config.data,
                 rank=ranks.rank,
                 world_size=ranks.world_size,
                 seed=config.seed,

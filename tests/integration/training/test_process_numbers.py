@@ -83,9 +83,7 @@ class Alone:
         """Yield the batches of both processes, step by step."""
         data, seed = self.config.data, self.config.seed
         sources = open_training_sources(data, self.description)
-        loaders = [
-            TrainingLoader(sources, data, rank=rank, world_size=2, seed=seed) for rank in (0, 1)
-        ]
+        loaders = [TrainingLoader(sources, rank=rank, world_size=2, seed=seed) for rank in (0, 1)]
         for step in range(STEPS):
             yield [loader.batch(step) for loader in loaders]
 

@@ -49,7 +49,7 @@ def train_batches(path: Path, **config: Any) -> list[Any]:
     settings = DataConfig(workers=0, boxes=boxes, image_labels=None, **config)
     description = DatasetConfig.from_toml(path)
     sources = open_training_sources(settings, description)
-    loader = TrainingLoader(sources, settings, rank=0, world_size=1, seed=0)
+    loader = TrainingLoader(sources, rank=0, world_size=1, seed=0)
     return list(itertools.islice(loader, 4))
 
 

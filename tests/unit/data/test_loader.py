@@ -31,7 +31,7 @@ def loader(
 ) -> TrainingLoader:
     settings = DataConfig(**{"boxes": BOXES, "image_labels": LABELS, "workers": 0} | config)
     sources = open_training_sources(settings, DatasetConfig.from_toml(path))
-    return TrainingLoader(sources, settings, rank=rank, world_size=world, seed=seed, start=start)
+    return TrainingLoader(sources, rank=rank, world_size=world, seed=seed, start=start)
 
 
 def fingerprint(batch: Batch) -> bytes:
@@ -93,9 +93,7 @@ def test_batches_do_not_depend_on_workers_or_on_where_iteration_began(
 def slow_pixels(pixels: np.ndarray, source: SourceConfig, rng: np.random.Generator) -> torch.Tensor:
     """Resize the whole image, its width first, cut, mirror, turn over."""
     height, width = pixels.shape[:2]
-    view = training_view(
-        height, width, size=source.size, scale=source.scale, flip_probability=0.5, rng=rng
-    )
+    view = training_view(height, width, source, flip_probability=0.5, rng=rng)
     wide = Image.fromarray(pixels).resize((view.scaled[1], height), Image.Resampling.BILINEAR)
     resized = wide.resize(view.scaled[::-1], Image.Resampling.BILINEAR)
     top, left = view.offset
@@ -106,17 +104,16 @@ def slow_pixels(pixels: np.ndarray, source: SourceConfig, rng: np.random.Generat
 
 def test_the_pixels_of_samples_equal_a_plain_way_to_make_them(small_set_with_labels: Path) -> None:
     sources = loader(small_set_with_labels).sources
-    boxes, labels = sources.boxes, sources.labels
-    assert labels is not None
+    labels = sources.images["image_labels"]
     for seed in range(24):
-        record = boxes.store.record(seed % len(boxes.store))
+        record = sources.store.record(seed % len(sources.store))
         pixels = read_image(small_set_with_labels.parent / "train" / record.file_name)
-        sample = boxes.sample(record.index, np.random.default_rng(seed))
+        sample = sources.sample("boxes", record.index, np.random.default_rng(seed))
         assert torch.equal(sample.image, slow_pixels(pixels, BOXES, np.random.default_rng(seed)))
         assert sample.image.is_contiguous()
-        row = seed % len(labels.images)
-        pixels = np.asarray(labels.images.image(row, exif_orientation=True))
-        image = labels.sample(row, np.random.default_rng(seed)).image
+        row = seed % len(labels)
+        pixels = np.asarray(labels.image(row, exif_orientation=True))
+        image = sources.sample("image_labels", row, np.random.default_rng(seed)).image
         assert torch.equal(image, slow_pixels(pixels, LABELS, np.random.default_rng(seed)))
 
 
@@ -342,7 +339,8 @@ def test_digests_tell_changed_images_and_labels(small_set_with_labels: Path) -> 
     assert before == digests()
     assert before.keys() == {"images", "image labels"}
     sources = loader(small_set_with_labels).sources
-    image = sources.boxes.encoded(int(sources.boxes.rows_I[0]))
+    image = sources.images["boxes"].encoded(int(sources.rows_I[0]))
+    assert isinstance(image, Path)
     whole = image.read_bytes()
     image.write_bytes(whole + b"\0")
     assert digests()["images"] != before["images"]

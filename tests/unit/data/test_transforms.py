@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from proxydet.data.config import SourceConfig
 from proxydet.data.transforms import View, scaled_crop, shortest_side, training_view
 
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "data_parity.npz"
@@ -97,7 +98,8 @@ def test_rows_and_columns_that_are_dropped_early_change_no_pixel(
 ) -> None:
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 256, (height, width, 3)).astype(np.uint8)
-    view = training_view(height, width, size=size, scale=scale, flip_probability=0.5, rng=rng)
+    source = SourceConfig(batch_size=1, size=size, scale=scale, ratio=1.0)
+    view = training_view(height, width, source, flip_probability=0.5, rng=rng)
     np.testing.assert_array_equal(view.image(pixels), slow_view(pixels, view))
 
 
@@ -140,9 +142,11 @@ def test_boxes_are_clipped_and_outside_ones_lose_their_area() -> None:
 
 
 def test_the_drawn_view_depends_on_the_generator_only_and_mirrors_as_asked() -> None:
+    source = SourceConfig(batch_size=1, size=320, scale=(0.1, 2.0), ratio=1.0)
+
     def draw(seed: int, flip: float = 0.5) -> View:
         rng = np.random.default_rng(seed)
-        return training_view(480, 640, size=320, scale=(0.1, 2.0), flip_probability=flip, rng=rng)
+        return training_view(480, 640, source, flip_probability=flip, rng=rng)
 
     assert draw(3) == draw(3)
     views = [draw(seed) for seed in range(2000)]

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -310,12 +311,16 @@ def worker(logs: Path) -> Iterator[None]:
             )
     logs.mkdir(parents=True, exist_ok=True)
     log = logs / f"rank_{rank}.log"
-    handler = logging.FileHandler(log, encoding="utf-8", delay=True)
+    handler = logging.FileHandler(log, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     package = logging.getLogger("proxydet")
     before = package.level
     package.setLevel(min(logging.INFO, package.getEffectiveLevel()))
     package.addHandler(handler)
+    # So that the log that an error names is there, even where the process was killed before it had anything to say.
+    logger.info(
+        "Process %d of %d begins: %d on %s", rank, world_size, os.getpid(), socket.gethostname()
+    )
     try:
         yield
     except BaseException as error:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from proxydet.data.images import convert_image, read_image
+from proxydet.data.images import read_image
 from proxydet.data.transforms import shortest_side
 from proxydet.errors import ConfigError, EnvironmentProblem, InputError
 from proxydet.modeling.augmentation import View
@@ -48,7 +48,7 @@ def as_pixels(image: Picture, channel_order: ChannelOrder = "rgb") -> Pixels:
     if isinstance(image, str | Path):
         return read_image(Path(image))
     if isinstance(image, Image.Image):
-        return convert_image(image)
+        return read_image(image)
     if not isinstance(image, np.ndarray):
         raise InputError(
             f"a picture must be a path, a Pillow image or a numpy array, not {type(image).__name__}",

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from proxydet.data.store import AnnotationStore, ImageRecord
 
 Pixels = npt.NDArray[np.uint8]
+Source = Path | str | bytes
 
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 _DAMAGE = (
@@ -62,7 +63,7 @@ def _register_heif() -> bool:
 
 
 def read_image(
-    source: Path | str | bytes, *, name: str | None = None, exif_orientation: bool = True
+    source: Source | Image.Image, *, name: str | None = None, exif_orientation: bool = True
 ) -> Pixels:
     """Decode an image.
 
@@ -70,8 +71,8 @@ def read_image(
     animation the first frame is taken.
 
     Args:
-        source: A file, or its bytes.
-        name: What to call the image in errors where ``source`` is bytes.
+        source: A file, its bytes, or an image that Pillow opened.
+        name: What to call the image in errors where ``source`` does not name a file.
         exif_orientation: Turn the image as its EXIF orientation says.
 
     Returns:
@@ -84,7 +85,7 @@ def read_image(
 
 
 def open_image(
-    source: Path | str | bytes, *, name: str | None = None, exif_orientation: bool = True
+    source: Source | Image.Image, *, name: str | None = None, exif_orientation: bool = True
 ) -> Image.Image:
     """Decode an image as `read_image` does, without copying it out of Pillow.
 
@@ -94,42 +95,30 @@ def open_image(
     Raises:
         DataError: as `read_image`.
     """
-    label = name or (str(source) if not isinstance(source, bytes) else "an image")
+    label = name or (str(source) if isinstance(source, Path | str) else "an image")
     try:
+        if isinstance(source, Image.Image):
+            return _to_rgb(source, label, exif_orientation)
         with _opened(source) as image:
             return _to_rgb(image, label, exif_orientation)
     except _DAMAGE as error:
         raise _unreadable(label, error, source) from error
 
 
-def convert_image(
-    image: Image.Image, *, name: str = "an image", exif_orientation: bool = True
-) -> Pixels:
-    """Convert an opened image as `read_image` does.
-
-    Raises:
-        DataError: the image is cut short, or of a kind without a stated range of values.
-    """
-    try:
-        return np.array(_to_rgb(image, name, exif_orientation))
-    except _DAMAGE as error:
-        raise _unreadable(name, error) from error
-
-
 def image_size(
-    source: Path | str | bytes, *, name: str | None = None, exif_orientation: bool = True
+    source: Source, *, name: str | None = None, exif_orientation: bool = True
 ) -> tuple[int, int]:
     """Read height and width of an image from its header, as `read_image` would return them.
 
     Raises:
         DataError: the file is absent or not an image.
     """
-    label = name or (str(source) if not isinstance(source, bytes) else "an image")
     try:
         with _opened(source) as image:
             width, height = image.size
             swapped = exif_orientation and image.getexif().get(_ORIENTATION) in _SWAPPED
     except _DAMAGE as error:
+        label = name or (str(source) if isinstance(source, Path | str) else "an image")
         raise _unreadable(label, error, source) from error
     return (width, height) if swapped else (height, width)
 
@@ -188,13 +177,6 @@ def _require_size(path: Path, size: tuple[int, int], record: ImageRecord, turn: 
         message += ": width and height are swapped"
         hint = "correct width and height in the annotation file, and its boxes where they are swapped too"
     raise DataError(message, hint=hint, path=path)
-
-
-def read_annotated_image(
-    record: ImageRecord, roots: Sequence[Path], exif_orientation: bool | None
-) -> Pixels:
-    """Decode the image of an annotation record as `open_annotated_image` does: uint8 (H, W, 3), RGB."""
-    return np.array(open_annotated_image(record, roots, exif_orientation))
 
 
 def find_image(file_name: str, roots: Sequence[Path]) -> Path:
@@ -292,7 +274,7 @@ def quiet_worker(_number: int = 0) -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 
 
-def _opened(source: Path | str | bytes) -> Image.Image:
+def _opened(source: Source) -> Image.Image:
     try:
         return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     except UnidentifiedImageError:
@@ -325,57 +307,52 @@ def _to_rgb(image: Image.Image, label: str, exif_orientation: bool) -> Image.Ima
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _unreadable(
-    label: str, error: Exception, source: Path | str | bytes | None = None
-) -> DataError:
+_LFS = b"version https://git-lfs"
+_HEIC = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
+_STARTS = {
+    _LFS: "a pointer of Git LFS, not the file",
+    b"<!doctype html": "an HTML page",
+    b"<html": "an HTML page",
+    b"<svg": "SVG, which is not made of pixels",
+    b"<?xml": "XML",
+    b"%pdf": "a PDF",
+    b"pk\x03\x04": "a ZIP archive",
+    b"\x1f\x8b": "a gzip archive",
+}
+"""What a file is that is not an image, by its first bytes in lower case."""
+
+
+def _unreadable(label: str, error: Exception, source: Source | Image.Image) -> DataError:
     why, hint = str(error), "replace the file, or leave it out (of annotations: its entry)"
     if isinstance(error, FileNotFoundError):
         why = "there is no such file"
     elif isinstance(error, UnidentifiedImageError):
-        kind = _kind_of(source) if source is not None else None
-        why = f"it is {kind}" if kind else "it is not an image of a known format"
-        if kind == _HEIC:
-            hint = "run: pip install pillow-heif (or convert it to JPEG)"
-        elif kind == _LFS:
-            hint = "fetch the files themselves: git lfs pull"
-    return DataError(f"cannot read the image {label}: {why}", hint=hint)
-
-
-_HEIC = "HEIC, which Pillow does not read by itself"
-_LFS = "a pointer of Git LFS, not the file"
-
-
-def _kind_of(source: Path | str | bytes) -> str | None:
-    """Say what a file is that is not an image, where its first bytes show it."""
-    if isinstance(source, bytes):
-        start = source[:512]
-    else:
         try:
-            with Path(source).open("rb") as file:
-                start = file.read(512)
+            start = b""
+            if isinstance(source, bytes):
+                start = source[:512]
+            elif not isinstance(source, Image.Image):
+                with Path(source).open("rb") as file:
+                    start = file.read(512)
+            found = "" if start else "empty"
         except OSError:
-            return None
-    if not start:
-        return "empty"
-    text = start.lstrip().lower()
-    if start[4:8] == b"ftyp":
-        if start[8:12] in (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"):
-            return _HEIC
-        return "AVIF, which this Pillow does not read" if start[8:11] == b"avi" else "a video"
-    for mark, kind in (
-        (b"version https://git-lfs", _LFS),
-        (b"<!doctype html", "an HTML page"),
-        (b"<html", "an HTML page"),
-        (b"<svg", "SVG, which is not made of pixels"),
-        (b"<?xml", "XML"),
-        (b"%pdf", "a PDF"),
-        (b"pk\x03\x04", "a ZIP archive"),
-        (b"\x1f\x8b", "a gzip archive"),
-    ):
-        if text.startswith(mark):
-            return kind
-    controls = sum(byte < 32 and byte not in b"\t\n\r\f" for byte in start)
-    return "a text file" if controls == 0 and 0x7F not in start else None
+            start, found = b"\0", ""
+        text = start.lstrip().lower()
+        if start[4:8] == b"ftyp" and start[8:12] in _HEIC:
+            found = "HEIC, which Pillow does not read by itself"
+            hint = "run: pip install pillow-heif (or convert it to JPEG)"
+        elif start[4:8] == b"ftyp":
+            avif = start[8:11] == b"avi"
+            found = "AVIF, which this Pillow does not read" if avif else "a video"
+        elif known := [kind for mark, kind in _STARTS.items() if text.startswith(mark)]:
+            found = known[0]
+            hint = "fetch the files themselves: git lfs pull" if text.startswith(_LFS) else hint
+        elif text and not any(
+            (byte < 32 and byte not in b"\t\n\r\f") or byte == 0x7F for byte in start
+        ):
+            found = "a text file"
+        why = f"it is {found}" if found else "it is not an image of a known format"
+    return DataError(f"cannot read the image {label}: {why}", hint=hint)
 
 
 def _why_not_a_file(path: Path) -> str:

@@ -25,7 +25,7 @@ from proxydet.data.dataset import (
     nearest,
     open_split,
 )
-from proxydet.data.images import read_annotated_image
+from proxydet.data.images import open_annotated_image
 from proxydet.data.masks import decode, rasterize
 from proxydet.data.stats import DatasetStats, dataset_stats
 from proxydet.data.store import AnnotationStore, ImageRecord
@@ -114,9 +114,9 @@ def preview_pictures(
     with progress.task("drawing", total=len(rows), unit="images") as task:
         for row in rows:
             record = store.record(int(row))
-            pixels = read_annotated_image(record, description.split(request.split).roots, True)
+            image = open_annotated_image(record, description.split(request.split).roots, True)
             objects = annotated_objects(store, record, vocabulary)
-            drawn = draw_objects(Image.fromarray(pixels), objects)
+            drawn = draw_objects(image, objects)
             caption = f"{record.file_name}: {counted(len(objects), 'annotation')}"
             pictures.append(Picture(image=drawn, caption=caption))
             task.advance()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, NoReturn, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 from proxydet.data.store import AnnotationStore
 from proxydet.errors import DataError
@@ -32,16 +31,23 @@ def protocol_of(store: AnnotationStore) -> Protocol:
     images = len(store)
     negative, positive = (store.label_lists[f"{kind}_category_ids"] for kind in ("neg", "pos"))
     lacking = [c.name for c in store.categories if c.frequency not in FREQUENCIES]
+    short = ""
     if positive and len(lacking) < len(store.categories) and negative < images:
-        _almost(store, "neg_category_ids", "lvis", store.without_list("neg_category_ids"))
-    if images and positive == images and lacking:
+        short = "neg"
+    elif images and positive == images and lacking:
         return "openimages"
-    if negative == 0 and positive == 0:
+    elif negative == 0 and positive == 0:
         return "coco"
-    if positive and positive < images and negative < images:
-        _almost(store, "pos_category_ids", "openimages", store.without_list("pos_category_ids"))
-    if negative < images:
-        _almost(store, "neg_category_ids", "lvis", store.without_list("neg_category_ids"))
+    elif negative < images:
+        short = "pos" if 0 < positive < images else "neg"
+    if short:
+        ids = store.without_list(f"{short}_category_ids")
+        raise DataError(
+            f"{store.source_name}: {len(ids)} of {images} images lack {short}_category_ids while others have it "
+            f"(image ids {first_of(ids)})",
+            hint="give every image the list (empty where nothing is verified), or choose how to score with --protocol "
+            f"{'lvis' if short == 'neg' else 'openimages'} or --protocol coco",
+        )
     if lacking:
         raise DataError(
             f"{store.source_name}: every image has neg_category_ids (LVIS's federated annotations), but "
@@ -50,14 +56,3 @@ def protocol_of(store: AnnotationStore) -> Protocol:
             "--protocol lvis (evaluation.protocol in a configuration)",
         )
     return "lvis"
-
-
-def _almost(
-    store: AnnotationStore, field: str, protocol: Protocol, ids: Sequence[object]
-) -> NoReturn:
-    raise DataError(
-        f"{store.source_name}: {len(ids)} of {len(store)} images lack {field} while others have it "
-        f"(image ids {first_of(ids)})",
-        hint=f"give every image the list (empty where nothing is verified), or choose how to score with --protocol "
-        f"{protocol} or --protocol coco",
-    )

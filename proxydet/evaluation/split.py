@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from proxydet.data.dataset import DatasetConfig, class_rows, load_vocabulary, open_split
 from proxydet.data.formats.records import Identifier
 from proxydet.data.image_labels import match_tars, synset_of_wnid
-from proxydet.data.images import Pixels, read_annotated_image, require_distinct_files
+from proxydet.data.images import Pixels, open_annotated_image, require_distinct_files
 from proxydet.data.protocol import Protocol
 from proxydet.data.store import AnnotationStore
 from proxydet.evaluation.ground_truth import GroundTruth
@@ -49,7 +49,7 @@ class AnnotatedImages:
         Raises:
             DataError: It cannot be read, or has another size.
         """
-        return read_annotated_image(self.store.record(index), self.roots, None)
+        return np.array(open_annotated_image(self.store.record(index), self.roots, None))
 
     def read_id(self, image_id: Identifier) -> Pixels:
         """Read the image of an id; KeyError where the store has none of it."""

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from proxydet.data.images import convert_image, read_image
+from proxydet.data.images import read_image
 from proxydet.data.transforms import shortest_side
 from proxydet.errors import InputError, MissingDependencyError, NumericsError, VocabularyError
 from proxydet.export.found import Found, to_picture
@@ -216,7 +216,7 @@ def _as_pixels(image: Picture) -> Pixels:
     if isinstance(image, str | Path):
         return read_image(Path(image))
     if isinstance(image, Image.Image):
-        return convert_image(image)
+        return read_image(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise InputError(
             f"a picture as an array must be uint8 of shape (height, width, 3), not {image.dtype} {image.shape}",

@@ -42,7 +42,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from proxydet._version import __version__
-from proxydet.data.images import convert_image
+from proxydet.data.images import read_image
 from proxydet.detections import Detections
 from proxydet.detector import Detector
 from proxydet.errors import (
@@ -315,7 +315,7 @@ def decode(data: bytes, name: str, max_pixels: int) -> Pixels:
         DataError: The picture is cut short or damaged.
     """
     with _opened(data, max_pixels) as image:
-        return convert_image(image, name=name)
+        return read_image(image, name=name)
 
 
 @contextmanager

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +60,13 @@ def read(source: Path | bytes, name: str, report: StoreReport) -> Document:
         DataError: the file is absent, empty, not JSON (with line and column), not in COCO's layout, or its categories
             cannot be used.
     """
-    text = _text(source, name, report)
-    lists = _lists(text)
-    annotations = text.records(
-        AnnotationEntry,
-        partial(_loose_annotation, report),
-        "annotation.record",
-        text=lists.annotations,
-        field="annotations",
-    )
+    text, lists = _opened(source, name, report)
+
+    def records(kind: type[Any], loosely: Any, of: str, field: str) -> Iterator[list[Any]]:
+        lenient = partial(loosely, report)
+        raw = getattr(lists, field)
+        return text.records(kind, lenient, f"{of}.record", text=raw, field=field)
+
     first = bytes(memoryview(lists.annotations)[: 1 << 20]).split(b"}", 1)[0]
     if b'"segments_info"' in first:
         raise DataError(
@@ -76,34 +75,21 @@ def read(source: Path | bytes, name: str, report: StoreReport) -> Document:
             path=text.path,
         )
 
-    categories: list[CategoryEntry] = []
-    for record in itertools.chain.from_iterable(
-        text.records(
-            CategoryEntry,
-            partial(_loose_category, report),
-            "category.record",
-            text=lists.categories,
-            field="categories",
-        )
-    ):
+    categories = [*chain(*records(CategoryEntry, _loose_category, "category", "categories"))]
+    for record in categories:
         if isinstance(record, Flaw):
             raise refused(record.key, text.path, name, [record.which])
-        categories.append(record)
-    images = text.records(
-        ImageEntry, partial(_loose_image, report), "image.record", text=lists.images, field="images"
-    )
     return Document(
         format="COCO JSON",
         categories=categories,
-        images=list(itertools.chain.from_iterable(images)),
-        annotations=annotations,
+        images=[*chain(*records(ImageEntry, _loose_image, "image", "images"))],
+        annotations=records(AnnotationEntry, _loose_annotation, "annotation", "annotations"),
     )
 
 
 def read_outline(path: Path) -> Outline:
     """Read an annotation file and leave its records as they are, for writing a file of some of them; errors as of `read`."""
-    text = _text(path, str(path), StoreReport())
-    lists = _lists(text)
+    text, lists = _opened(path, str(path), StoreReport())
     return Outline(
         images=text.raws(lists.images, "images"),
         categories=text.raws(lists.categories, "categories"),
@@ -111,19 +97,17 @@ def read_outline(path: Path) -> Outline:
     )
 
 
-def _text(source: Path | bytes, name: str, report: StoreReport) -> JsonText:
-    return JsonText(
+def _opened(source: Path | bytes, name: str, report: StoreReport) -> tuple[JsonText, _Lists]:
+    """Return the text of an annotation file, and its lists; the errors say what other file it may be."""
+    text = JsonText(
         source,
         name,
         kind="an annotation file",
         hint="it must be an object with lists 'images', 'annotations' and 'categories' (COCO or LVIS format)",
         report=report,
     )
-
-
-def _lists(text: JsonText) -> _Lists:
     try:
-        return text.fields(_Lists)
+        return text, text.fields(_Lists)
     except DataError as error:
         start = text.start
         if " is not an annotation file" not in error.message:
@@ -135,9 +119,8 @@ def _lists(text: JsonText) -> _Lists:
         what = next((other for mark, other in _OTHER_FORMATS if mark in start), "")
         if not what:
             raise
-        raise DataError(
-            f"{error.message} (it looks like {what})", hint=error.hint, path=text.path
-        ) from error
+        message = f"{error.message} (it looks like {what})"
+        raise DataError(message, hint=error.hint, path=text.path) from error
 
 
 def _loose_annotation(

@@ -178,18 +178,47 @@ class JsonText:
             if bytes(view).strip():
                 raise self.error(no_list)
             raise self._malformed(msgspec.DecodeError(), None)
-        start, done = blanks + 1, 0
+
+        def checked(records: list[Any]) -> list[Any]:
+            if len(records) > 1000 and len(piece) < _SHORTEST_RECORD * len(records):
+                raise self.error(f"{no_list} (records of {len(piece) / len(records):.0f} bytes)")
+            return records
+
+        start, done, piece = blanks + 1, 0, b""
         while start:
             size, tries = _BLOCK_BYTES, 0
             while True:
-                boundary = _BOUNDARY.search(view, start + size)
-                end, close = (len(view), b"") if boundary is None else (boundary.start() + 1, b"]")
-                piece = b"".join((b"[", view[start:end], close))
-                found: list[tuple[str, list[str]]] = []
+                if not piece:
+                    found: list[tuple[str, list[str]]] = []  # what was mended in it
+                    boundary = _BOUNDARY.search(view, start + size)
+                    end, close = (
+                        (len(view), b"") if boundary is None else (boundary.start() + 1, b"]")
+                    )
+                    piece = b"".join((b"[", view[start:end], close))
                 try:
-                    records = self._decoded(piece, decode, one, done, found, no_list)
+                    # All at once where the records are as they should be, and few for the bytes that they take.
+                    if len(piece) <= _LARGE_BLOCKS * _BLOCK_BYTES:
+                        try:
+                            records = checked(decode(piece))
+                            break
+                        except msgspec.ValidationError:
+                            pass
+                    else:
+                        try:
+                            checked(msgspec.json.decode(piece, type=list[_Object]))
+                        except msgspec.ValidationError as error:
+                            raise self.error(f"{no_list} ({error})") from error
+                    raws = checked(msgspec.json.decode(piece, type=list[msgspec.Raw]))
+                    records = [one(raw, position) for position, raw in enumerate(raws, done)]
                     break
+                except UnicodeDecodeError:
+                    piece = piece.decode("utf-8", "replace").encode()
+                    found.append(("file.text", ["bytes that are not UTF-8"]))
                 except msgspec.DecodeError as error:
+                    if mended := _mended(piece, error):
+                        piece = mended[0]
+                        found.append(mended[1:])
+                        continue
                     place = _PLACE.search(str(error))
                     cut = place is None or int(place[1]) >= len(piece) - 1
                     if boundary is None or not cut:
@@ -197,8 +226,10 @@ class JsonText:
                     # It was inside of a record. A long one is not decoded again for each of its parts.
                     tries += 1
                     size = boundary.end() - start if tries < _BOUNDARIES_TRIED else 2 * size
+                    piece = b""
                 except RecursionError as error:
                     raise self.error("it is nested too deeply") from error
+            piece = b""
             for key, examples in found:
                 self._report.count(key, examples)
             yield records
@@ -206,46 +237,6 @@ class JsonText:
                 self._map.madvise(mmap.MADV_DONTNEED)  # pages that were read are not kept in memory
             done += len(records)
             start = 0 if boundary is None else boundary.end()
-
-    def _decoded(
-        self,
-        piece: bytes,
-        decode: Callable[[bytes], list[Any]],
-        one: Callable[[msgspec.Raw, int], Any],
-        done: int,
-        found: list[tuple[str, list[str]]],
-        no_list: str,
-    ) -> list[Any]:
-        """Decode a list of records, all at once where they are as they should be; DecodeError where it is not JSON."""
-
-        def checked(records: list[Any]) -> list[Any]:
-            if len(records) > 1000 and len(piece) < _SHORTEST_RECORD * len(records):
-                raise self.error(f"{no_list} (records of {len(piece) / len(records):.0f} bytes)")
-            return records
-
-        while True:
-            try:
-                if len(piece) <= _LARGE_BLOCKS * _BLOCK_BYTES:
-                    try:
-                        return checked(decode(piece))
-                    except msgspec.ValidationError:
-                        pass  # some of them are to be read one by one
-                else:
-                    try:
-                        checked(msgspec.json.decode(piece, type=list[_Object]))
-                    except msgspec.ValidationError as error:
-                        raise self.error(f"{no_list} ({error})") from error
-                raws = checked(msgspec.json.decode(piece, type=list[msgspec.Raw]))
-                return [one(raw, position) for position, raw in enumerate(raws, done)]
-            except UnicodeDecodeError:
-                piece = piece.decode("utf-8", "replace").encode()
-                found.append(("file.text", ["bytes that are not UTF-8"]))
-            except msgspec.DecodeError as error:
-                mended = _mended(piece, error)
-                if mended is None:
-                    raise
-                piece = mended[0]
-                found.append(mended[1:])
 
     def _malformed(self, error: msgspec.DecodeError, offset: int | None) -> DataError:
         """Return the error of a text that is not JSON; ``offset`` is where the decoded part of it starts, if known."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
 from pathlib import Path
 
 from proxydet.data.formats.records import (
@@ -23,6 +22,7 @@ from proxydet.errors import DataError
 
 _LARGEST_FILE = 32 << 20
 _CHUNK = 16384
+_CORNERS = ("xmin", "ymin", "xmax", "ymax")
 _HINT = "Pascal VOC has one XML file an image in Annotations/, with size and object/bndbox"
 
 
@@ -73,14 +73,12 @@ def files(source: Path) -> list[Path]:
     listed = [folder / f"{name}.xml" for name in dict.fromkeys(names)]
     absent = [path.name for path in listed if not os.path.isfile(path)]  # noqa: PTH113 - false for a name too long
     if absent or not listed:
-        what = (
-            f"{len(absent)} of its {len(listed)} images have no XML in {folder}, e.g. {absent[:3]}"
-        )
-        raise DataError(
-            f"{source}: {what if absent else 'it lists no image'}",
-            hint="correct the list, or get the missing files",
-            path=source,
-        )
+        what = "it lists no image"
+        if absent:
+            count = f"{len(absent)} of its {len(listed)} images"
+            what = f"{count} have no XML in {folder}, e.g. {absent[:3]}"
+        hint = "correct the list, or get the missing files"
+        raise DataError(f"{source}: {what}", hint=hint, path=source)
     return listed
 
 
@@ -109,47 +107,37 @@ def read(source: Path) -> Document:
                 ImageEntry(id=path.stem, width=int(width), height=int(height), file_name=name)
             )
         for item in root.iter("object"):
-            corners = [
-                _number(item.findtext(f"bndbox/{side}"))
-                for side in ("xmin", "ymin", "xmax", "ymax")
-            ]
+            corners = [_number(item.findtext(f"bndbox/{side}")) for side in _CORNERS]
             box = None if None in corners else tuple(float(side or 0) for side in corners)
-            label = (item.findtext("name") or "").strip()
-            objects.append(
-                (path.stem, label, box, (item.findtext("difficult") or "").strip() == "1")
-            )
+            label, difficult = ((item.findtext(f) or "").strip() for f in ("name", "difficult"))
+            objects.append((path.stem, label, box, difficult == "1"))
     names = sorted({label for _, label, _, _ in objects if label})
     number = {name: index for index, name in enumerate(names, 1)}
     first = 0 if any(box and min(box[:2]) < 1 for _, _, box, _ in objects) else 1
-
-    def chunks() -> Iterator[list[AnnotationEntry | Flaw]]:
-        rows: list[AnnotationEntry | Flaw] = []
-        for index, (image, label, box, difficult) in enumerate(objects, 1):
-            if not label:
-                rows.append(Flaw("annotation.category_id", f"object {index} of {image}"))
-                continue
-            xywh = None
-            if box is not None:
-                x, y = box[0] - first, box[1] - first
-                xywh = (x, y, box[2] - x, box[3] - y)
-            rows.append(
-                AnnotationEntry(
-                    id=index,
-                    image_id=image,
-                    category_id=number[label],
-                    bbox=xywh,
-                    area=None if xywh is None else max(xywh[2], 0) * max(xywh[3], 0),
-                    ignore=int(difficult),
-                )
+    rows: list[AnnotationEntry | Flaw] = []
+    for index, (image, label, box, hard) in enumerate(objects, 1):
+        if not label:
+            rows.append(Flaw("annotation.category_id", f"object {index} of {image}"))
+            continue
+        xywh = None
+        if box is not None:
+            x, y = box[0] - first, box[1] - first
+            xywh = (x, y, box[2] - x, box[3] - y)
+        rows.append(
+            AnnotationEntry(
+                id=index,
+                image_id=image,
+                category_id=number[label],
+                bbox=xywh,
+                area=None if xywh is None else max(xywh[2], 0) * max(xywh[3], 0),
+                ignore=int(hard),
             )
-        for start in range(0, len(rows), _CHUNK):
-            yield rows[start : start + _CHUNK]
-
+        )
     return Document(
         format="Pascal VOC",
         categories=[CategoryEntry(id=index, name=name) for name, index in number.items()],
         images=images,
-        annotations=chunks(),
+        annotations=(rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK)),
     )
 
 

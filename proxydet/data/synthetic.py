@@ -92,11 +92,6 @@ class ShapeClass:
         """A WordNet-like key, also the name of the class's tar."""
         return f"{self.colour}_{self.texture}_{self.shape}.n.01"
 
-    @property
-    def novel(self) -> bool:
-        """Whether the class is held out of training."""
-        return self.frequency == "r"
-
 
 def build_classes(config: SyntheticConfig) -> tuple[ShapeClass, ...]:
     """Make all combinations of the attributes and split them into base and novel.
@@ -174,69 +169,6 @@ _TOLERANCE = 0.2
 """Pixels by which a polygon may miss the outline that it simplifies."""
 
 
-@dataclass(frozen=True)
-class SceneObject:
-    """One object of a scene."""
-
-    class_index: int
-    polygons: list[list[float]]
-    """Outline of the visible part, COCO polygons in pixels."""
-    area: float
-    """Visible area in pixels."""
-    box_xywh: tuple[float, float, float, float]
-    """Box around the visible part, pixels."""
-
-
-def draw_scene(
-    classes: Sequence[ShapeClass],
-    rates_C: npt.NDArray[np.float64],
-    config: SyntheticConfig,
-    rng: np.random.Generator,
-) -> tuple[npt.NDArray[np.uint8], list[SceneObject]]:
-    """Draw a scene of several objects, which overlap a little.
-
-    Args:
-        classes: All classes.
-        rates_C: float64 (C,), the probability of each.
-        config: Sizes.
-        rng: Source of everything random in the scene.
-
-    Returns:
-        The image, uint8 (H, W, 3), and what is visible on it.
-    """
-    canvas = _Canvas(config.size, rng)
-    count = int(rng.integers(config.objects_least, config.objects_most + 1))
-    chosen: list[int] = []
-    for _ in range(count):
-        repeat = chosen and rng.random() < _SAME_CLASS
-        chosen.append(chosen[-1] if repeat else int(rng.choice(len(rates_C), p=rates_C)))
-    drawn = []
-    for index in chosen:
-        share = rng.uniform(config.object_size_least, config.object_size_most)
-        if canvas.place(classes[index], share * config.size, rng):
-            drawn.append(index)
-    objects = []
-    for index, coverage_HW in zip(drawn, canvas.coverages, strict=True):
-        polygons = _polygons(coverage_HW)
-        if polygons:
-            corners = np.concatenate([np.reshape(p, (-1, 2)) for p in polygons])
-            (x0, y0), (x1, y1) = corners.min(axis=0), corners.max(axis=0)
-            box = (float(x0), float(y0), round(float(x1 - x0), 2), round(float(y1 - y0), 2))
-            objects.append(SceneObject(index, polygons, round(float(coverage_HW.sum()), 2), box))
-    return canvas.image_HW3.astype(np.uint8), objects
-
-
-def draw_single(
-    shape_class: ShapeClass, size: int, rng: np.random.Generator
-) -> npt.NDArray[np.uint8]:
-    """Draw one object that fills much of the image, for image labels: uint8 (H, W, 3)."""
-    canvas = _Canvas(size, rng)
-    shorter = min(canvas.image_HW3.shape[:2])
-    while not canvas.place(shape_class, rng.uniform(0.45, 0.85) * shorter, rng):
-        pass
-    return canvas.image_HW3.astype(np.uint8)
-
-
 class _Canvas:
     """An image in the making: square, landscape or portrait, with a muted background.
 
@@ -265,6 +197,13 @@ class _Canvas:
         self.coverages: list[Floats] = []
         self._full_areas: list[float] = []
 
+    def jpeg(self) -> bytes:
+        """Return the image's file."""
+        buffer = io.BytesIO()
+        image = Image.fromarray(self.image_HW3.astype(np.uint8))
+        image.save(buffer, "JPEG", quality=92, subsampling=0)
+        return buffer.getvalue()
+
     def place(self, shape_class: ShapeClass, diameter: float, rng: np.random.Generator) -> bool:
         """Paint an object where it hides little of those below; False where no place was found."""
         colours_SS3, coverage_SS = _object(shape_class, diameter, rng)
@@ -276,21 +215,23 @@ class _Canvas:
         for _ in range(_TRIES):
             left = int(rng.integers(-slack, width - side + slack + 1))
             top = int(rng.integers(-slack, height - side + slack + 1))
-            x0, x1, y0, y1 = (
-                max(left, 0),
-                min(left + side, width),
-                max(top, 0),
-                min(top + side, height),
-            )
+            x0, x1 = max(left, 0), min(left + side, width)
+            y0, y1 = max(top, 0), min(top + side, height)
             target = slice(y0, y1), slice(x0, x1)
             source = slice(y0 - top, y1 - top), slice(x0 - left, x1 - left)
             coverage_HW = np.zeros((height, width), np.float32)
             coverage_HW[target] = coverage_SS[source]
-            if self._allows(coverage_HW):
+            area = float(coverage_HW.sum())
+            for below_HW, full in zip(self.coverages, self._full_areas, strict=True):
+                hidden = float((below_HW * coverage_HW).sum())
+                # The second limit keeps an object from lying wholly inside another: no holes.
+                if float(below_HW.sum()) - hidden < _VISIBLE_LEAST * full or hidden > 0.5 * area:
+                    break
+            else:
                 for below_HW in self.coverages:
                     below_HW *= 1 - coverage_HW
                 self.coverages.append(coverage_HW)
-                self._full_areas.append(float(coverage_HW.sum()))
+                self._full_areas.append(area)
                 weight = coverage_HW[target][..., None]
                 self.image_HW3[target] = (
                     self.image_HW3[target] * (1 - weight) + colours_SS3[source] * weight
@@ -298,24 +239,11 @@ class _Canvas:
                 return True
         return False
 
-    def _allows(self, coverage_HW: Floats) -> bool:
-        area = float(coverage_HW.sum())
-        for below_HW, full in zip(self.coverages, self._full_areas, strict=True):
-            hidden = float((below_HW * coverage_HW).sum())
-            # The second limit keeps an object from lying wholly inside another: no holes.
-            if float(below_HW.sum()) - hidden < _VISIBLE_LEAST * full or hidden > 0.5 * area:
-                return False
-        return True
-
 
 def _enlarged(small: npt.NDArray[np.float64], width: int, height: int) -> Floats:
-    channels = [
-        Image.fromarray(small[..., c].astype(np.float32)).resize(
-            (width, height), Image.Resampling.BICUBIC
-        )
-        for c in range(small.shape[2])
-    ]
-    return np.stack([np.asarray(channel) for channel in channels], axis=2)
+    channels = (Image.fromarray(channel) for channel in np.moveaxis(small.astype(np.float32), 2, 0))
+    bicubic = Image.Resampling.BICUBIC
+    return np.stack([np.asarray(c.resize((width, height), bicubic)) for c in channels], axis=2)
 
 
 def _object(
@@ -464,7 +392,10 @@ logger = logging.getLogger(__name__)
 DRAWING_VERSION = 1
 """Raised whenever the same configuration draws other files."""
 
-_SPLIT_KEYS = {"train": 2, "val": 3, "labels": 4}
+
+_LABELS_KEY = 4
+_SPLIT_KEYS = {"train": 2, "val": 3}
+"""Of their streams of random numbers; 1 is that of the classes."""
 _DESCRIPTION = """\
 name = "shapes"
 
@@ -583,19 +514,21 @@ def make_dataset(
         DiskFullError: There is no room for the files.
     """
     config = config or SyntheticConfig()
+    settings = {"drawing_version": DRAWING_VERSION, **asdict(config)}
     description = folder / "description.toml"
-    if _holds(folder, config):
+    if _holds(folder, settings):
         logger.info("using the data set that is in %s", folder)
         return description
     with Lock(folder.with_name(f".{folder.name}.lock"), subject=str(folder)):
-        if _holds(folder, config):  # another process drew it meanwhile
+        if _holds(folder, settings):  # another process drew it meanwhile
             return description
         unfinished = folder.with_name(f"{folder.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         try:
             with write_errors(folder):
                 unfinished.mkdir(parents=True)
-                _Writer(unfinished, config, progress).write()
+                _write(unfinished, config, progress)
+                (unfinished / "synthetic.json").write_text(json.dumps(settings), encoding="utf-8")
                 if folder.exists():
                     folder.rmdir()
                 unfinished.rename(folder)
@@ -604,24 +537,18 @@ def make_dataset(
     return description
 
 
-def _fingerprint(config: SyntheticConfig) -> dict[str, Any]:
-    return {"drawing_version": DRAWING_VERSION, **asdict(config)}
-
-
-def _holds(folder: Path, config: SyntheticConfig) -> bool:
-    """Whether the folder already holds this data set; raises where it holds anything else."""
+def _holds(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether the folder already holds the data set of these settings; raises where it holds anything else."""
     manifest = folder / "synthetic.json"
     if manifest.is_file():
-        found = read_json(
-            manifest, hint="choose another folder, or delete this one", error=DataError
-        )
-        wanted = _fingerprint(config)
-        changed = sorted(key for key, value in wanted.items() if found.get(key) != value)
-        if found == wanted:
+        hint = "choose another folder, or delete this one"
+        found = read_json(manifest, hint=hint, error=DataError)
+        if found == settings:
             return True
+        changed = sorted(key for key, value in settings.items() if found.get(key) != value)
         raise DataError(
             f"{folder} holds a synthetic data set of other settings ({', '.join(changed)})",
-            hint="choose another folder, or delete this one",
+            hint=hint,
             path=folder,
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -633,100 +560,35 @@ def _holds(folder: Path, config: SyntheticConfig) -> bool:
     return False
 
 
-class _Writer:
-    """Writes all files of one data set."""
-
-    def __init__(self, folder: Path, config: SyntheticConfig, progress: Progress) -> None:
-        self.folder = folder
-        self.config = config
-        self.progress = progress
-        self.classes = build_classes(config)
-
-    def write(self) -> None:
-        config, each = self.config, self.config.image_label_images_per_class
-        labelled = [c for c in self.classes if c.covered] if each else []
-        total = config.images_train + config.images_val + len(labelled) * each
-        with self.progress.task("drawing the data set", total=total, unit="images") as task:
-            self._write_embeddings()
-            train = self._draw_split("train", config.images_train, task)
-            val = self._draw_split("val", config.images_val, task)
-            categories = self._categories(train["annotations"])
-            for split, content in (("train", train), ("val", val)):
-                self._write_json(f"lvis_{split}.json", content | {"categories": categories})
-            for shape_class in labelled:
-                self._write_tar(shape_class, task)
-        labels = '\n[image_labels]\ntars = "tars"\n' if labelled else ""
-        (self.folder / "description.toml").write_text(_DESCRIPTION + labels, encoding="utf-8")
-        self._write_json("synthetic.json", _fingerprint(config))
-
-    def _write_json(self, name: str, content: dict[str, Any]) -> None:
-        (self.folder / name).write_text(json.dumps(content), encoding="utf-8")
-
-    def _rng(self, *key: int) -> np.random.Generator:
-        return np.random.default_rng([self.config.seed, *key])
-
-    def _draw_split(self, split: str, count: int, task: Task) -> dict[str, Any]:
-        (self.folder / split).mkdir()
-        rates_C = np.array([{"f": 1.0, "c": 0.5, "r": 0.0}[c.frequency] for c in self.classes])
-        rates_C /= rates_C.sum()
-        novel_C = np.array([float(c.novel) for c in self.classes])
-        if split == "val" and novel_C.any():
-            share = self.config.novel_rate
-            rates_C = (1 - share) * rates_C + share * novel_C / novel_C.sum()
-        images: list[dict[str, Any]] = []
-        annotations: list[dict[str, Any]] = []
-        for index in range(count):
-            rng = self._rng(_SPLIT_KEYS[split], index)
-            image_HW3, objects = draw_scene(self.classes, rates_C, self.config, rng)
-            # Ids of the splits must not meet: predictions on both may end up in one file.
-            image_id = _SPLIT_KEYS[split] * 100_000 + index + 1
-            file_name = f"{image_id:06d}.jpg"
-            (self.folder / split / file_name).write_bytes(_jpeg(image_HW3))
-            kept, not_exhaustive = self._annotated(objects, rng)
-            for entry in kept:
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": image_id,
-                        "category_id": entry.class_index + 1,
-                        "bbox": list(entry.box_xywh),
-                        "area": entry.area,
-                        "segmentation": entry.polygons,
-                    }
-                )
-            absent = sorted(
-                set(range(len(self.classes))) - {entry.class_index for entry in objects}
-            )
-            negatives = rng.permutation(len(absent))[: self.config.negatives_per_image]
-            images.append(
-                {
-                    "id": image_id,
-                    "file_name": file_name,
-                    "width": image_HW3.shape[1],
-                    "height": image_HW3.shape[0],
-                    "neg_category_ids": sorted(absent[i] + 1 for i in negatives),
-                    "not_exhaustive_category_ids": not_exhaustive,
-                }
-            )
-            task.advance()
-        return {"images": images, "annotations": annotations}
-
-    def _annotated(
-        self, objects: Sequence[SceneObject], rng: np.random.Generator
-    ) -> tuple[list[SceneObject], list[int]]:
-        """Which objects get an annotation, and the ids of classes that are not annotated exhaustively."""
-        counts = Counter(entry.class_index for entry in objects)
-        twice = sorted(index for index, count in counts.items() if count > 1)
-        if not twice or rng.random() >= self.config.not_exhaustive_rate:
-            return list(objects), []
-        left_out = next(e for e in reversed(objects) if e.class_index == twice[0])
-        return [e for e in objects if e is not left_out], [twice[0] + 1]
-
-    def _categories(self, annotations: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return the classes as LVIS's categories, with their counts in training."""
-        instances = Counter(a["category_id"] for a in annotations)
-        images = Counter(c for c, _ in {(a["category_id"], a["image_id"]) for a in annotations})
-        return [
+def _write(folder: Path, config: SyntheticConfig, progress: Progress) -> None:
+    """Write the files of a data set."""
+    classes = build_classes(config)
+    each = config.image_label_images_per_class
+    labelled = {index: c for index, c in enumerate(classes) if c.covered and each}
+    total = config.images_train + config.images_val + len(labelled) * each
+    words = [
+        *list(COLOURS)[: config.colours],
+        *TEXTURES[: config.textures],
+        *SHAPES[: config.shapes],
+    ]
+    encoder = CompositionalEncoder.create(
+        words,
+        dim=config.embedding_dim,
+        noise=config.embedding_noise,
+        seed=config.seed,
+        aliases=ALIASES,
+    )
+    encoder.save(folder / "text_encoder.json")
+    embeddings_CD = encoder.encode([c.name for c in classes])
+    np.save(folder / "embeddings.npy", embeddings_CD.astype(np.float16))
+    with progress.task("drawing the data set", total=total, unit="images") as task:
+        splits = {
+            split: _draw_split(folder, split, classes, config, task) for split in ("train", "val")
+        }
+        seen = splits["train"]["annotations"]
+        instances = Counter(a["category_id"] for a in seen)
+        images = Counter(c for c, _ in {(a["category_id"], a["image_id"]) for a in seen})
+        categories = [
             {
                 "id": identity,
                 "name": c.name,
@@ -737,41 +599,106 @@ class _Writer:
                 "image_count": images[identity],
                 "instance_count": instances[identity],
             }
-            for identity, c in enumerate(self.classes, 1)
+            for identity, c in enumerate(classes, 1)
         ]
+        for split, content in splits.items():
+            text = json.dumps(content | {"categories": categories})
+            (folder / f"lvis_{split}.json").write_text(text, encoding="utf-8")
+        if labelled:
+            (folder / "tars").mkdir()
+        for class_index, shape_class in labelled.items():
+            with tarfile.open(folder / "tars" / f"{shape_class.synset}.tar", "w") as tar:
+                for index in range(each):
+                    rng = np.random.default_rng([config.seed, _LABELS_KEY, class_index, index])
+                    canvas = _Canvas(config.image_label_size, rng)
+                    shorter = min(canvas.image_HW3.shape[:2])
+                    # One object that fills much of the image.
+                    while not canvas.place(shape_class, rng.uniform(0.45, 0.85) * shorter, rng):
+                        pass
+                    image = canvas.jpeg()
+                    # A fresh TarInfo has time 0 and no owner: equal data sets have equal tars.
+                    member = tarfile.TarInfo(f"{shape_class.synset}_{index}.jpg")
+                    member.size = len(image)
+                    tar.addfile(member, io.BytesIO(image))
+                    task.advance()
+    labels = '\n[image_labels]\ntars = "tars"\n' if labelled else ""
+    (folder / "description.toml").write_text(_DESCRIPTION + labels, encoding="utf-8")
 
-    def _write_tar(self, shape_class: ShapeClass, task: Task) -> None:
-        (self.folder / "tars").mkdir(exist_ok=True)
-        class_index = self.classes.index(shape_class)
-        with tarfile.open(self.folder / "tars" / f"{shape_class.synset}.tar", "w") as tar:
-            for index in range(self.config.image_label_images_per_class):
-                rng = self._rng(_SPLIT_KEYS["labels"], class_index, index)
-                content = _jpeg(draw_single(shape_class, self.config.image_label_size, rng))
-                # A fresh TarInfo has time 0 and no owner: equal data sets have equal tars.
-                member = tarfile.TarInfo(f"{shape_class.synset}_{index}.jpg")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-                task.advance()
 
-    def _write_embeddings(self) -> None:
-        config = self.config
-        encoder = CompositionalEncoder.create(
-            [
-                *list(COLOURS)[: config.colours],
-                *TEXTURES[: config.textures],
-                *SHAPES[: config.shapes],
-            ],
-            dim=config.embedding_dim,
-            noise=config.embedding_noise,
-            seed=config.seed,
-            aliases=ALIASES,
+def _draw_split(
+    folder: Path, split: str, classes: Sequence[ShapeClass], config: SyntheticConfig, task: Task
+) -> dict[str, list[dict[str, Any]]]:
+    """Draw the scenes of a split: several objects, which overlap a little.
+
+    Returns:
+        ``images`` and ``annotations``, as LVIS has them.
+    """
+    (folder / split).mkdir()
+    rates_C = np.array([{"f": 1.0, "c": 0.5, "r": 0.0}[c.frequency] for c in classes])
+    rates_C /= rates_C.sum()
+    novel_C = np.array([float(c.frequency == "r") for c in classes])
+    if split == "val" and novel_C.any():
+        share = config.novel_rate
+        rates_C = (1 - share) * rates_C + share * novel_C / novel_C.sum()
+    key, count = _SPLIT_KEYS[split], getattr(config, f"images_{split}")
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for index in range(count):
+        rng = np.random.default_rng([config.seed, key, index])
+        canvas = _Canvas(config.size, rng)
+        chosen: list[int] = []
+        for _ in range(int(rng.integers(config.objects_least, config.objects_most + 1))):
+            repeat = chosen and rng.random() < _SAME_CLASS
+            chosen.append(chosen[-1] if repeat else int(rng.choice(len(rates_C), p=rates_C)))
+        drawn = []
+        for class_index in chosen:
+            share = rng.uniform(config.object_size_least, config.object_size_most)
+            if canvas.place(classes[class_index], share * config.size, rng):
+                drawn.append(class_index)
+        objects: list[dict[str, Any]] = []
+        for class_index, coverage_HW in zip(drawn, canvas.coverages, strict=True):
+            if polygons := _polygons(coverage_HW):
+                corners = np.concatenate([np.reshape(p, (-1, 2)) for p in polygons])
+                (x0, y0), (x1, y1) = corners.min(axis=0), corners.max(axis=0)
+                objects.append(
+                    {
+                        "category_id": class_index + 1,
+                        "bbox": [
+                            float(x0),
+                            float(y0),
+                            round(float(x1 - x0), 2),
+                            round(float(y1 - y0), 2),
+                        ],
+                        "area": round(float(coverage_HW.sum()), 2),
+                        "segmentation": polygons,
+                    }
+                )
+        counts = Counter(entry["category_id"] for entry in objects)
+        absent = sorted(set(range(1, len(classes) + 1)) - counts.keys())
+        # Of a class that is there twice the last one may be left out, and then the class is not annotated exhaustively.
+        not_exhaustive = sorted(category for category, number in counts.items() if number > 1)[:1]
+        if not_exhaustive and rng.random() < config.not_exhaustive_rate:
+            last = [entry for entry in objects if entry["category_id"] == not_exhaustive[0]][-1]
+            objects = [entry for entry in objects if entry is not last]
+        else:
+            not_exhaustive = []
+        negatives = rng.permutation(len(absent))[: config.negatives_per_image]
+        # Ids of the splits must not meet: predictions on both may end up in one file.
+        image_id = key * 100_000 + index + 1
+        file_name = f"{image_id:06d}.jpg"
+        (folder / split / file_name).write_bytes(canvas.jpeg())
+        height, width = canvas.image_HW3.shape[:2]
+        for entry in objects:
+            annotations.append({"id": len(annotations) + 1, "image_id": image_id, **entry})
+        images.append(
+            {
+                "id": image_id,
+                "file_name": file_name,
+                "width": width,
+                "height": height,
+                "neg_category_ids": sorted(absent[i] for i in negatives),
+                "not_exhaustive_category_ids": not_exhaustive,
+            }
         )
-        encoder.save(self.folder / "text_encoder.json")
-        embeddings_CD = encoder.encode([c.name for c in self.classes])
-        np.save(self.folder / "embeddings.npy", embeddings_CD.astype(np.float16))
-
-
-def _jpeg(image_HW3: npt.NDArray[np.uint8]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image_HW3).save(buffer, "JPEG", quality=92, subsampling=0)
-    return buffer.getvalue()
+        task.advance()
+    return {"images": images, "annotations": annotations}

@@ -22,7 +22,6 @@ import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -40,7 +39,6 @@ from proxydet.data.images import (
     quiet_worker,
     require_distinct_files,
 )
-from proxydet.data.store import AnnotationStore
 from proxydet.data.transforms import training_view
 from proxydet.errors import DataError, EnvironmentProblem, ProxydetError
 from proxydet.reporting import SILENT, Progress
@@ -236,6 +234,8 @@ class Sample:
 class TrainingSources(Dataset[Any]):
     """All that batches are made of, and what workers run. It can be pickled and does not change.
 
+    Stores and indexes are made where there are none.
+
     Attributes:
         config: Augmentation, sampling, and which images are trained on.
         store: The annotations of the images with objects.
@@ -246,30 +246,34 @@ class TrainingSources(Dataset[Any]):
 
     Args:
         config: As above.
-        store: As above.
-        roots: Folders of the images with objects.
-        targets: As above.
-        labels: Images of which only the classes are known, if any.
+        description: The data set.
+        progress: Where to show the conversion of annotations and the indexing of tars.
+
+    Raises:
+        DataError: something is not there or cannot be used.
+        VocabularyError: embeddings and categories do not fit.
     """
 
     def __init__(
-        self,
-        config: DataConfig,
-        store: AnnotationStore,
-        roots: tuple[Path, ...],
-        targets: Targets,
-        labels: LabelledImages | None,
+        self, config: DataConfig, description: DatasetConfig, *, progress: Progress = SILENT
     ) -> None:
+        cache = config.cache
+        vocabulary = load_vocabulary(description, cache=cache, progress=progress)
+        store = open_split(description, "train", cache=cache, progress=progress)
         self.config = config
         self.store = store
-        self.targets = targets
+        self.targets = Targets.of(store, vocabulary, config.masks)
+        self._roots = description.split("train").roots
+        require_distinct_files(store, self._roots)
         self.images: dict[SourceName, LabelledImages] = {
-            "boxes": FolderImages(store, roots, targets.rows_K)
+            "boxes": FolderImages(store, self._roots, self.targets.rows_K)
         }
-        if labels is not None:
-            self.images["image_labels"] = labels
-        self._roots = roots
-        self.usable_A = targets.usable(store)
+        spec = description.image_labels
+        if config.image_labels is not None and spec is not None:
+            self.images["image_labels"] = open_label_images(
+                spec, vocabulary, store.categories, cache=cache, progress=progress
+            )
+        self.usable_A = self.targets.usable(store)
         used_images = np.unique(store.column("image")[self.usable_A])
         self.rows_I: npt.NDArray[np.int64] = (
             np.arange(len(store)) if config.keep_empty_images else used_images.astype(np.int64)
@@ -410,32 +414,6 @@ def _digest(images: LabelledImages, rows: npt.NDArray[np.int64]) -> hashlib._Has
             content = b"absent"
         digest.update(hashlib.sha256(content).digest())
     return digest
-
-
-def open_training_sources(
-    config: DataConfig, description: DatasetConfig, *, progress: Progress = SILENT
-) -> TrainingSources:
-    """Open annotations and image labels, making stores and indexes where there are none.
-
-    Raises:
-        DataError: something is not there or cannot be used.
-        VocabularyError: embeddings and categories do not fit.
-    """
-    vocabulary = load_vocabulary(description, cache=config.cache, progress=progress)
-    store = open_split(description, "train", cache=config.cache, progress=progress)
-    targets = Targets.of(store, vocabulary, config.masks)
-    roots = description.split("train").roots
-    require_distinct_files(store, roots)
-    labels = None
-    if config.image_labels is not None and description.image_labels is not None:
-        labels = open_label_images(
-            description.image_labels,
-            vocabulary,
-            store.categories,
-            cache=config.cache,
-            progress=progress,
-        )
-    return TrainingSources(config, store, roots, targets, labels)
 
 
 class TrainingLoader:

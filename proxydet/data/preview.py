@@ -189,11 +189,11 @@ def annotated_objects(
 def _augmented(
     description: DatasetConfig, request: PreviewRequest, cache: Path | None, progress: Progress
 ) -> list[Picture]:
-    from proxydet.data.loader import TrainingLoader, open_training_sources
+    from proxydet.data.loader import TrainingLoader, TrainingSources
 
     names = load_vocabulary(description, cache=cache, progress=progress).names
     config = DataConfig(workers=0, cache=cache)
-    sources = open_training_sources(config, description, progress=progress)
+    sources = TrainingSources(config, description, progress=progress)
     loader = TrainingLoader(sources, rank=0, world_size=1, seed=request.seed)
     pictures: list[Picture] = []
     for iteration in itertools.count():

@@ -24,7 +24,7 @@ from proxydet.compat.roi_align import reproducibility_mode
 from proxydet.config import differences, dump_yaml, to_mapping
 from proxydet.data.batches import Targets
 from proxydet.data.dataset import DatasetConfig, image_counts, load_vocabulary, open_split
-from proxydet.data.loader import TrainingLoader, open_training_sources
+from proxydet.data.loader import TrainingLoader, TrainingSources
 from proxydet.data.store import AnnotationStore
 from proxydet.errors import ConfigError, DataError, EnvironmentProblem, Interrupted, TrainingError
 from proxydet.files import sha256, write_bytes, write_text
@@ -180,7 +180,7 @@ def train(
         if note and ranks.is_main:
             logger.warning("%s", note)
         config = fit_to_embeddings(config, vocabulary.dimension)
-        sources = open_training_sources(config.data, description, progress=progress)
+        sources = TrainingSources(config.data, description, progress=progress)
         digests = {
             "vocabulary": vocabulary.digest,
             # Of the annotations, whatever the version of their store.

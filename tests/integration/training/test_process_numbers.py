@@ -21,7 +21,7 @@ import torch
 
 from proxydet.data.batches import BoxBatch, ImageLabelBatch
 from proxydet.data.dataset import DatasetConfig, image_counts, load_vocabulary, open_split
-from proxydet.data.loader import TrainingLoader, open_training_sources
+from proxydet.data.loader import TrainingLoader, TrainingSources
 from proxydet.data.synthetic import SyntheticConfig, make_dataset
 from proxydet.losses.criterion import Criterion
 from proxydet.modeling.network import ProxyDetNetwork
@@ -82,7 +82,7 @@ class Alone:
     def halves(self) -> Iterator[list[Any]]:
         """Yield the batches of both processes, step by step."""
         data, seed = self.config.data, self.config.seed
-        sources = open_training_sources(data, self.description)
+        sources = TrainingSources(data, self.description)
         loaders = [TrainingLoader(sources, rank=rank, world_size=2, seed=seed) for rank in (0, 1)]
         for step in range(STEPS):
             yield [loader.batch(step) for loader in loaders]

@@ -13,7 +13,7 @@ from PIL import Image
 from proxydet.data.check import CheckReport, check_path
 from proxydet.data.config import DataConfig, SourceConfig
 from proxydet.data.dataset import DatasetConfig
-from proxydet.data.loader import TrainingLoader, open_training_sources
+from proxydet.data.loader import TrainingLoader, TrainingSources
 from proxydet.errors import DataError
 from proxydet.evaluation.split import DescribedSplit
 from proxydet.recipes import resolve_config
@@ -48,7 +48,7 @@ def train_batches(path: Path, **config: Any) -> list[Any]:
     boxes = SourceConfig(batch_size=6, size=48, scale=(1.0, 1.0), ratio=1.0)
     settings = DataConfig(workers=0, boxes=boxes, image_labels=None, **config)
     description = DatasetConfig.from_toml(path)
-    sources = open_training_sources(settings, description)
+    sources = TrainingSources(settings, description)
     loader = TrainingLoader(sources, rank=0, world_size=1, seed=0)
     return list(itertools.islice(loader, 4))
 
@@ -114,7 +114,7 @@ def test_image_labels_of_one_file_are_refused(small_set: Path) -> None:
     description = DatasetConfig.from_toml(small_set)
     assert "'3/1.png'" in errors(check_path(small_set)[0])["image_labels"]
     with pytest.raises(DataError, match=r"3/1\.png.*7/1\.png"):
-        open_training_sources(DataConfig(), description)
+        TrainingSources(DataConfig(), description)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from proxydet.data.batches import Batch, BoxBatch, ImageLabelBatch
 from proxydet.data.config import DataConfig, SourceConfig
 from proxydet.data.dataset import DatasetConfig
 from proxydet.data.images import read_image
-from proxydet.data.loader import TrainingLoader, open_training_sources
+from proxydet.data.loader import TrainingLoader, TrainingSources
 from proxydet.data.transforms import training_view
 from proxydet.errors import ConfigError, DataError, EnvironmentProblem
 
@@ -30,7 +30,7 @@ def loader(
     path: Path, *, rank: int = 0, world: int = 1, start: int = 0, seed: int = 7, **config: Any
 ) -> TrainingLoader:
     settings = DataConfig(**{"boxes": BOXES, "image_labels": LABELS, "workers": 0} | config)
-    sources = open_training_sources(settings, DatasetConfig.from_toml(path))
+    sources = TrainingSources(settings, DatasetConfig.from_toml(path))
     return TrainingLoader(sources, rank=rank, world_size=world, seed=seed, start=start)
 
 

@@ -158,32 +158,23 @@ class DatasetConfig:
         path = Path(path)
         try:
             content = parse_toml(read_text(path, limit=_LARGEST_FILE), str(path), path)
-        except FileNotFoundError as error:
-            raise DataError(
-                f"there is no dataset config {path}",
-                hint="check the path, or write one as docs/how-to/own-data.md shows",
-                path=path,
-            ) from error
-        except IsADirectoryError as error:
-            names = [config.as_posix() for config in sorted(path.glob("*.toml"))]
-            raise DataError(
-                f"{path} is a folder, not a dataset config",
-                hint=f"name one in it: {first_of(names)}"
-                if names
-                else "name a file such as my.toml",
-                path=path,
-            ) from error
         except (OSError, ValueError, ConfigError) as error:
-            reason = (
+            why = (
                 error.message if isinstance(error, ConfigError) else f"cannot read {path}: {error}"
             )
-            raise DataError(
-                reason,
-                hint="name the dataset config, not the annotation file that it describes"
-                if path.suffix.lower() == ".json"
-                else "correct that line; docs/reference/dataset-config.md shows every key",
-                path=path,
-            ) from error
+            hint = "correct that line; docs/reference/dataset-config.md shows every key"
+            if isinstance(error, FileNotFoundError):
+                why = f"there is no dataset config {path}"
+                hint = "check the path, or write one as docs/how-to/own-data.md shows"
+            elif isinstance(error, IsADirectoryError):
+                why = f"{path} is a folder, not a dataset config"
+                names = [config.as_posix() for config in sorted(path.glob("*.toml"))]
+                hint = (
+                    f"name one in it: {first_of(names)}" if names else "name a file such as my.toml"
+                )
+            elif path.suffix.lower() == ".json":
+                hint = "name the dataset config, not the annotation file that it describes"
+            raise DataError(why, hint=hint, path=path) from error
         table = content.get("vocabulary")
         if isinstance(table, dict) and isinstance(table.get("names"), str):
             file = path.resolve().parent / Path(table["names"]).expanduser()
@@ -211,17 +202,13 @@ class DatasetConfig:
         Raises:
             DataError: it is neither ``train`` nor ``val``, or the config has no such table.
         """
-        splits = {"train": self.train, "val": self.val}
-        found = splits.get(name)
-        if name not in splits:
-            raise DataError(
-                f"there is no split {name!r}", hint="a dataset config has train and val"
-            )
+        found = {"train": self.train, "val": self.val}.get(name)
         if found is None:
-            raise DataError(
-                f"the data set {self.name!r} has no [{name}] table",
-                hint=f"add [{name}] with annotations and images to its dataset config",
-            )
+            why = f"the data set {self.name!r} has no [{name}] table"
+            hint = f"add [{name}] with annotations and images to its dataset config"
+            if name not in ("train", "val"):
+                why, hint = f"there is no split {name!r}", "a dataset config has train and val"
+            raise DataError(why, hint=hint)
         return found
 
 

@@ -142,15 +142,11 @@ class StoreReport(msgspec.Struct, kw_only=True):
             key: The deviation.
             which: Their ids, or ``position N`` where they have none.
         """
-        number = 0
-        shown = self.examples.get(key, [])
-        for item in which:
-            number += 1
-            if len(shown) < _MOST_EXAMPLES:
-                shown.append(str(item)[:80])
-        if number:
-            self.counts[key] = self.counts.get(key, 0) + number
-            self.examples[key] = shown
+        items = list(which)
+        if items:
+            self.counts[key] = self.counts.get(key, 0) + len(items)
+            shown = self.examples.setdefault(key, [])
+            shown += [str(item)[:80] for item in items[: _MOST_EXAMPLES - len(shown)]]
 
     def by_fate(self) -> list[str]:
         """Return the deviations that were found, what is dropped first."""

@@ -267,10 +267,8 @@ class ImageRecord:
         file_name: Path below an image root, as the file has it; empty where it names none.
         height: Pixels.
         width: Pixels.
-        annotation_ids_A: int64 (A,).
         boxes_A4: float32 (A, 4), xyxy in pixels, clipped to the image; without extent where nothing of it is inside.
         categories_A: int32 (A,), rows of the store's categories.
-        areas_A: float64 (A,), square pixels of the mask, as the file says.
         crowd_A: bool (A,), whether the annotation stands for a group.
         first_annotation: Row of the first of the annotations in the store.
     """
@@ -280,10 +278,8 @@ class ImageRecord:
     file_name: str
     height: int
     width: int
-    annotation_ids_A: npt.NDArray[np.int64]
     boxes_A4: npt.NDArray[np.float32]
     categories_A: npt.NDArray[np.int32]
-    areas_A: npt.NDArray[np.float64]
     crowd_A: npt.NDArray[np.bool_]
     first_annotation: int
 
@@ -482,10 +478,8 @@ class AnnotationStore:
             file_name=self.file_name(index),
             height=height,
             width=width,
-            annotation_ids_A=self._columns["annotation_id"][start:end],
             boxes_A4=self._columns["box"][start:end],
             categories_A=self._columns["category"][start:end],
-            areas_A=self._columns["area"][start:end],
             crowd_A=self._columns["crowd"][start:end],
             first_annotation=start,
         )
@@ -617,17 +611,17 @@ class _Builder:
 
     def _read_categories(self, entries: Sequence[CategoryEntry]) -> list[CategoryEntry]:
         """Check categories and return them in ascending order of their id, with LVIS's frequencies where some have them."""
-        if len({type(entry.id) for entry in entries}) > 1:
-            raise self._refuse("category.id.mixed", [entry.id for entry in entries])
-        repeated = [value for value, n in Counter(entry.id for entry in entries).items() if n > 1]
-        if repeated:
-            raise self._refuse("category.id.repeated", repeated)
+        ids = Counter(entry.id for entry in entries)
         names = Counter(entry.name.strip() for entry in entries)
-        if "" in names:
-            raise self._refuse("category.name.empty", [e.id for e in entries if not e.name.strip()])
-        repeated = [name for name, n in names.items() if n > 1]
-        if repeated:
-            raise self._refuse("category.name.repeated", repeated)
+        faults: dict[str, list[Any]] = {
+            "category.id.mixed": list(ids) if len({type(value) for value in ids}) > 1 else [],
+            "category.id.repeated": [value for value, n in ids.items() if n > 1],
+            "category.name.empty": [e.id for e in entries if not e.name.strip()],
+            "category.name.repeated": [name for name, n in names.items() if n > 1],
+        }
+        for key, wrong in faults.items():
+            if wrong:
+                raise self._refuse(key, wrong)
         ordered = sorted(entries, key=lambda entry: entry.id)
         if any(entry.frequency is not None for entry in ordered):
             for row, entry in enumerate(ordered):

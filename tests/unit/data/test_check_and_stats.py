@@ -205,6 +205,22 @@ def test_classes_that_the_annotations_lack_count_nothing(small_set: Path) -> Non
     assert [c.images for c in stats.parts[0].classes] == [1, 0, 4, 2]
 
 
+def test_labels_of_a_class_without_boxes_are_counted(small_set: Path) -> None:
+    folder = small_set.parent
+    np.save(folder / "embeddings.npy", np.eye(4, 8))
+    labels = json.loads((folder / "train.json").read_text()) | {"annotations": []}
+    labels["categories"].append({"id": 99, "name": "cow"})
+    for image in labels["images"]:
+        image["pos_category_ids"] = [99]
+    (folder / "labels.json").write_text(json.dumps(labels))
+    table = '[image_labels]\nannotations = "labels.json"\nimages = "train"\n'
+    named = '["dog"]\nnames = ["bird", "cow", "cat", "dog"]'
+    small_set.write_text(small_set.read_text().replace('["dog"]', named) + table)
+    part = dataset_stats(DatasetConfig.from_toml(small_set)).parts[-1]
+    assert [c.images for c in part.classes] == [0, 6, 0, 0]
+    assert part.annotations == 6
+
+
 def test_decoding_reads_images_in_tars_too(small_set_with_labels: Path, make_tar, jpeg) -> None:
     whole = jpeg(40, 60)
     tars = small_set_with_labels.parent / "tars"

@@ -64,7 +64,7 @@ def test_masks_are_filled_polygons_and_run_lengths(small_set: Path) -> None:
     crowd, novel = annotated_objects(store, store.record(2), vocabulary)
     assert (crowd.label, novel.label) == ("cat (crowd)", "dog (novel)")
     assert callable(novel.mask_HW)
-    area = store.record(2).areas_A[1]
+    area = store.column("area")[store.record(2).first_annotation + 1]
     assert abs(novel.mask_HW().sum() - area) < 0.25 * area
 
 

@@ -7,8 +7,10 @@ here, and nothing else is.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +26,7 @@ from proxydet.data.dataset import (
     load_vocabulary,
 )
 from proxydet.data.formats.voc import image_folder, is_voc
-from proxydet.data.image_labels import TarImages, open_label_images, unusable_label_images
+from proxydet.data.image_labels import TarImages, open_label_images
 from proxydet.data.images import (
     check_annotated_image,
     open_annotated_image,
@@ -38,6 +40,7 @@ from proxydet.vocabulary.vocabulary import Vocabulary
 from proxydet.wording import counted
 
 _READERS = 8
+_AT_ONCE = 4096
 _EXPECTED = {
     "lvis_v1_train.json": (100_170, 1_270_141),
     "lvis_v1_val.json": (19_809, 244_707),
@@ -304,24 +307,9 @@ class _Checker:
         except InputError as error:
             self.failed(part, error)
         check = open_annotated_image if self.decode else check_annotated_image
-
-        def problem(row: int) -> DataError | None:
-            try:
-                check(store.record(row), roots, True if exact else None)
-            except DataError as error:
-                return error
-            return None
-
-        title = f"checking images of {part}"
-        problems = []
-        with (
-            self.progress.task(title, total=len(store), unit="images") as task,
-            ThreadPoolExecutor(_READERS) as pool,
-        ):
-            for found in pool.map(problem, range(len(store))):
-                task.advance()
-                if found is not None:
-                    problems.append(found)
+        problems = self._problems(
+            part, len(store), lambda row: check(store.record(row), roots, True if exact else None)
+        )
         if problems:
             first = problems[0]
             text = f"{len(problems)} of {len(store)} images cannot be used, e.g.: {first.message}"
@@ -329,6 +317,29 @@ class _Checker:
         elif len(store):
             seen = "were decoded and" if self.decode else "are there and"
             self.add(part, "ok", f"all {len(store)} images {seen} have the annotated size")
+
+    def _problems(self, part: str, count: int, check: Callable[[int], object]) -> list[DataError]:
+        """Check images by several threads; return the errors of those that cannot be used."""
+
+        def problem(row: int) -> DataError | None:
+            try:
+                check(row)
+            except DataError as error:
+                return error
+            return None
+
+        problems: list[DataError] = []
+        with (
+            self.progress.task(f"checking images of {part}", total=count, unit="images") as task,
+            ThreadPoolExecutor(_READERS) as pool,
+        ):
+            # In portions: a pool takes note of all images at once.
+            for start in range(0, count, _AT_ONCE):
+                for found in pool.map(problem, range(start, min(start + _AT_ONCE, count))):
+                    task.advance()
+                    if found is not None:
+                        problems.append(found)
+        return problems
 
     def _trainable(self, store: AnnotationStore, base_K: npt.NDArray[np.bool_], part: str) -> None:
         if not store.trainable(base_K).any():
@@ -361,10 +372,15 @@ class _Checker:
         else:
             self.add(part, "ok", f"{counted(len(images), 'image')} with labels")
             self._deviations(images.store, part)
-        problems = unusable_label_images(images, decode=self.decode, progress=self.progress)
+        problems = []
+        if self.decode:
+            decode = partial(images.image, exif_orientation=True)
+            problems = self._problems(part, len(images), decode)
+        elif not isinstance(images, TarImages):  # that members of a tar are images, its index knows
+            problems = self._problems(part, len(images), images.encoded)
         if problems:
             unusable = f"{len(problems)} of {counted(len(images), 'image')} cannot be used"
             advice = "fetch them again, or train with data.unreadable_images=skip"
-            self.add(part, "error", f"{unusable}, e.g.: {problems[0]}", advice)
+            self.add(part, "error", f"{unusable}, e.g.: {problems[0].message}", advice)
         elif len(images) and self.decode:
             self.add(part, "ok", f"all {len(images)} images were decoded")

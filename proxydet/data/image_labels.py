@@ -16,7 +16,7 @@ import tarfile
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache as cached
@@ -53,8 +53,6 @@ _logger = logging.getLogger(__name__)
 LARGEST_MEMBER = 1 << 28
 """Bytes; a compressed member that grows beyond this is refused (a decompression bomb, not a photograph)."""
 
-_READERS = 8
-_AT_ONCE = 4096
 _KIND, _VERSION = "tar-index", 1
 _OPEN_TARS = 64
 _MOST_PROCESSES = 16
@@ -408,46 +406,6 @@ def synset_of_wnid() -> Mapping[str, str]:
     text = (files("proxydet.data") / "imagenet_lvis.txt").read_text(encoding="utf-8")
     lines = [line.split() for line in text.splitlines() if line and not line.startswith("#")]
     return MappingProxyType(dict(lines))
-
-
-def unusable_label_images(
-    images: LabelledImages, *, decode: bool, progress: Progress = SILENT
-) -> list[str]:
-    """Look for images that training would stop at.
-
-    Args:
-        images: The images. That the members of a tar are images at all, its index knows.
-        decode: Decode every image; else only check that the files are there.
-        progress: Where to show how far it is.
-
-    Returns:
-        What is wrong with each image that cannot be used.
-    """
-    if isinstance(images, TarImages) and not decode:
-        return []
-
-    def problem(row: int) -> str:
-        try:
-            if decode:
-                images.image(row, exif_orientation=True)
-            else:
-                images.encoded(row)
-        except DataError as error:
-            return error.message
-        return ""
-
-    found: list[str] = []
-    with (
-        progress.task("checking images of image_labels", total=len(images), unit="images") as task,
-        ThreadPoolExecutor(_READERS) as pool,
-    ):
-        # In portions: a pool takes note of all images at once.
-        for start in range(0, len(images), _AT_ONCE):
-            for text in pool.map(problem, range(start, min(start + _AT_ONCE, len(images)))):
-                task.advance()
-                if text:
-                    found.append(text)
-    return found
 
 
 class _TarFile(io.FileIO):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -565,27 +565,27 @@ def _rows(path: Path, names: tuple[str, ...], read: Callable[[list[str]], T]) ->
         raise DataError(f"cannot read the table {path}: {error}", hint=hint, path=path) from error
 
 
+class _Node(msgspec.Struct, frozen=True):
+    label: str = msgspec.field(name="LabelName")
+    children: list[_Node] = msgspec.field(name="Subcategory", default_factory=list)
+
+
 def _hierarchy(path: Path) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
     """Read the challenge's tree: all labels above each label, and all below; a label may stand in several places."""
-    above: dict[str, set[str]] = {}
     try:
-        tree = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-        stack: list[tuple[dict[str, Any], frozenset[str]]] = [(tree, frozenset())]
-        while stack:
-            node, ancestors = stack.pop()
-            label = node["LabelName"]
-            above.setdefault(label, set()).update(ancestors)
-            children = node.get("Subcategory", [])
-            stack.extend((child, ancestors | {label}) for child in children)
-    except (
-        msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OSError,
-        KeyError, TypeError, AttributeError,
-    ) as error:  # fmt: skip
+        tree = msgspec.json.decode(path.read_bytes(), type=_Node)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OSError) as error:
+        hint = how_to_get(path) or "fetch the file again"
         raise DataError(
-            f"{path} is not a class hierarchy: {error!r}", hint="fetch the file again", path=path
+            f"{path} is not a class hierarchy: {error}", hint=hint, path=path
         ) from error
-    below: dict[str, set[str]] = {label: set() for label in above}
-    for label, ancestors_of_label in above.items():
-        for ancestor in ancestors_of_label:
-            below[ancestor].add(label)
+    above: dict[str, set[str]] = defaultdict(set)
+    below: dict[str, set[str]] = defaultdict(set)
+    stack: list[tuple[_Node, frozenset[str]]] = [(tree, frozenset())]
+    while stack:
+        node, ancestors = stack.pop()
+        above[node.label] |= ancestors
+        for ancestor in ancestors:
+            below[ancestor].add(node.label)
+        stack.extend((child, ancestors | {node.label}) for child in node.children)
     return above, below

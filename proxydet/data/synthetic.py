@@ -352,7 +352,7 @@ def _polygons(coverage_HW: Floats) -> list[list[float]]:
         area = abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2
         if len(points_P2) >= 3 and area >= 1:
             inside_P2 = np.clip(points_P2, 0, (width, height)).round(2)
-            polygons.append([float(value) for value in inside_P2.ravel()])
+            polygons.append(inside_P2.ravel().tolist())
     return polygons
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cache as cached
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import msgspec
 
@@ -517,12 +517,10 @@ def _decoded(
             ) from error
 
 
-def _write(
-    target: Path,
-    images: Iterable[msgspec.Raw | dict[str, Any]],
-    annotations: Iterable[msgspec.Raw | dict[str, Any]],
-    categories: Iterable[msgspec.Raw | dict[str, Any]],
-) -> None:
+Records: TypeAlias = Iterable[msgspec.Raw | dict[str, Any]]
+
+
+def _write(target: Path, images: Records, annotations: Records, categories: Records) -> None:
     """Write an annotation file record by record: its whole text is never in memory."""
     lists = {"images": images, "annotations": annotations, "categories": categories}
     encode = msgspec.json.Encoder().encode

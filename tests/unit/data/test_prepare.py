@@ -241,6 +241,13 @@ def test_objects365_names_are_corrected(objects365: Path) -> None:
     assert details(prepare("objects365", objects365))[fixed.name] == "0 names changed"
 
 
+def test_a_relative_root_is_the_same(objects365: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(objects365.parent)
+    steps = prepare("objects365", Path(objects365.name)).steps
+    assert steps[0].action == "made"
+    assert steps[0].path.resolve().is_relative_to(objects365)
+
+
 @pytest.mark.parametrize(
     ("rows", "why"),
     [

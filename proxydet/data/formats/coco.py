@@ -91,9 +91,7 @@ def read_outline(path: Path) -> Outline:
     """Read an annotation file and leave its records as they are, for writing a file of some of them; errors as of `read`."""
     text, lists = _opened(path, str(path), StoreReport())
     return Outline(
-        images=text.raws(lists.images, "images"),
-        categories=text.raws(lists.categories, "categories"),
-        annotations=text.raws(lists.annotations, "annotations"),
+        **{field: text.raws(getattr(lists, field), field) for field in _Lists.__struct_fields__}
     )
 
 
@@ -135,14 +133,12 @@ def _loose_annotation(
     flags: dict[str, Any] = {}
     for name in ("iscrowd", "ignore"):
         value = fields.get(name, 0)
-        if isinstance(value, (bool, int, float)):
-            flags[name] = int(bool(value))
+        if isinstance(value, str):
+            flags[name] = int(value.strip().lower() in ("1", "true", "yes"))
         else:
-            flags[name] = int(
-                isinstance(value, str) and value.strip().lower() in ("1", "true", "yes")
-            )
-            if name == "iscrowd":
-                report.count("annotation.iscrowd", [which])
+            flags[name] = int(isinstance(value, (bool, int, float)) and bool(value))
+        if name == "iscrowd" and not isinstance(value, (bool, int, float)):
+            report.count("annotation.iscrowd", [which])
     box, area = fields.get("bbox"), fields.get("area")
     return AnnotationEntry(
         **ids,
@@ -162,18 +158,16 @@ def _loose_image(report: StoreReport, fields: dict[str, Any], which: str) -> Ima
     if not are_numbers(sides) or any(side != int(side) for side in sides):
         return Flaw("image.size", str(own_id))
     width, height = (int(side) for side in sides)
-    lists: dict[str, Any] = {}
+    read: dict[str, Any] = {}
     for name in LABEL_LISTS:
         value = fields.get(name)
         ids = [identifier(item) for item in value] if isinstance(value, list) else [None]
-        lists[name] = [item for item in ids if item is not None] if None not in ids else None
-        if value is not None and lists[name] is None:
+        read[name] = None if None in ids else ids
+        if value is not None and read[name] is None:
             report.count("image.list.type", [own_id])
-    names: dict[str, Any] = {}
     for name in ("file_name", "coco_url"):
-        value = fields.get(name)
-        names[name] = value if isinstance(value, str) else None
-    return ImageEntry(id=own_id, width=width, height=height, **names, **lists)
+        read[name] = fields[name] if isinstance(fields.get(name), str) else None
+    return ImageEntry(id=own_id, width=width, height=height, **read)
 
 
 def _loose_category(

@@ -8,6 +8,7 @@ counted, and a record that strict decoding refuses is read again, field by field
 from __future__ import annotations
 
 import gc
+import gzip
 import itertools
 import json
 import mmap
@@ -334,28 +335,24 @@ def _opened(path: Path) -> mmap.mmap:
             # Annotations shrink by a factor of 3 to 30, a bomb by a thousand.
             most = max(_UNPACKED_FREELY, _MOST_RATIO * file.seek(0, 2))
             file.seek(0)
-            unpacker, rest = zlib.decompressobj(wbits=31), b""
-            with tempfile.TemporaryFile(prefix="proxydet-") as unpacked:
-                while rest or (rest := file.read(_BLOCK_BYTES)):
-                    if unpacker.eof:  # several files in one, or zeros that fill a block
-                        rest = rest.lstrip(b"\0")
-                        unpacker = zlib.decompressobj(wbits=31) if rest else unpacker
-                        continue
-                    unpacked.write(unpacker.decompress(rest, _BLOCK_BYTES))
-                    rest = unpacker.unconsumed_tail or unpacker.unused_data
+            with (
+                gzip.open(file) as packed,
+                tempfile.TemporaryFile(prefix="proxydet-") as unpacked,
+            ):
+                while block := packed.read(_BLOCK_BYTES):
+                    unpacked.write(block)
                     if unpacked.tell() > most:
                         raise DataError(
                             f"{path} unpacks to more than {_MOST_RATIO} times its size",
                             hint="unpack it, if it is what you expect, and name the plain file",
                             path=path,
                         )
-                if not unpacker.eof:
-                    raise zlib.error("it is cut short")
                 unpacked.flush()
                 return mmap.mmap(unpacked.fileno(), 0, access=mmap.ACCESS_READ)
-    except zlib.error as error:
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        why = "it is cut short" if isinstance(error, EOFError) else error
         raise DataError(
-            f"{path} is a damaged gzip file: {error}", hint="copy or fetch it again", path=path
+            f"{path} is a damaged gzip file: {why}", hint="copy or fetch it again", path=path
         ) from error
     except (OSError, ValueError) as error:
         # An empty file cannot be mapped, which Python says in its own words.

@@ -157,9 +157,10 @@ def _annotated_file(
     """Return the file of a record, and whether to turn it as its EXIF orientation says."""
     path = find_image(record.file_name, roots)
     annotated = (record.height, record.width)
-    turn = True if exif_orientation is None else exif_orientation
-    if exif_orientation is None and image_size(path) != annotated:
-        turn = image_size(path, exif_orientation=False) != annotated
+    turn = exif_orientation
+    if turn is None:
+        turn = image_size(path) == annotated
+        turn = turn or image_size(path, exif_orientation=False) != annotated
     return path, turn
 
 

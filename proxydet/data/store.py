@@ -559,15 +559,13 @@ def build_store(
         else:
             document = coco.read(source, name, report)
         builder = _Builder(document, report, writer, path, name)
-        with progress.task(
-            f"reading {PurePosixPath(name).name}", total=None, unit="annotations"
-        ) as task:
+        title = f"reading {PurePosixPath(name).name}"
+        with progress.task(title, unit="annotations") as task:
             for chunk in document.annotations:
                 builder.add(chunk, report.annotations_in)
                 report.annotations_in += len(chunk)
                 task.advance(len(chunk))
-        meta = builder.write(path.name if path is not None else name)
-        writer.finish(kind=STORE_KIND, version=STORE_VERSION, meta=meta)
+        builder.finish()
 
 
 class _Builder:
@@ -830,8 +828,8 @@ class _Builder:
         chunk["xywh"], chunk["area"], chunk["box"] = xywh, area, clipped
         self._chunks.append(chunk[kept])
 
-    def write(self, source_name: str) -> _Meta:
-        """Write all columns but ``coordinates``, annotations sorted by image (in the file's order within one)."""
+    def finish(self) -> None:
+        """Write all columns but ``coordinates``, and the footer; annotations sorted by image (in the file's order within one)."""
         columns = np.concatenate(self._chunks)
         labels = columns["label"]
         self._check_conventions(columns)
@@ -862,8 +860,10 @@ class _Builder:
             raise self._refuse("file.masks", examples)
         if _MOST_CROWDS * len(order) < report.crowds < len(order):
             report.count("annotation.crowds", labels[columns["crowd"]])
-        given = self._write_images()
-        return _Meta(self._format, self._categories, root, given, report, source_name)
+        lists = self._write_images()
+        source = self._name if self._path is None else self._path.name
+        meta = _Meta(self._format, self._categories, root, lists, report, source)
+        self._writer.finish(kind=STORE_KIND, version=STORE_VERSION, meta=meta)
 
     def _check_conventions(self, columns: Column) -> None:
         """Refuse files whose boxes are of another convention: fractions of the image, or two corners."""
@@ -886,19 +886,15 @@ class _Builder:
 
     def _take_root(self, columns: Column) -> CategoryEntry | None:
         """Take out a category without objects that is the supercategory of all others, which Roboflow writes."""
-        used = np.bincount(columns["category"], minlength=len(self._categories))
+        others = len(self._categories) - 1
+        used = np.bincount(columns["category"], minlength=others + 1)
         above = Counter((entry.supercategory or "").strip() for entry in self._categories)
         for row, entry in enumerate(self._categories):
-            if (
-                used[row] == 0
-                and len(self._categories) > 1
-                and entry.supercategory in (None, "", "none", "None")
-                and above[entry.name.strip()] == len(self._categories) - 1
-            ):
-                others = [other for other in self._categories if other is not entry]
+            no_class = entry.supercategory in (None, "", "none", "None") and not used[row]
+            if no_class and others and above[entry.name.strip()] == others:
                 columns["category"] -= (columns["category"] > row).astype(np.int32)
-                self._categories = others
-                self._row_of_category = {other.id: row for row, other in enumerate(others)}
+                del self._categories[row]
+                self._row_of_category = {c.id: r for r, c in enumerate(self._categories)}
                 self._report.count("category.root", [entry.name])
                 return entry
         return None

@@ -248,8 +248,9 @@ def analyse(evaluation: Evaluation, progress: Progress = SILENT) -> Analysis:
     """
     scored = evaluation.main
     with progress.task("analysing errors", total=None):
+        # In this order: the engine's breakdown takes the memory that the recall has given back.
         return Analysis(
+            recall=box_recall(evaluation.truth, evaluation.results),
             errors=break_down_errors(scored) if scored else None,
             calibration=calibrate(scored.matches) if scored else None,
-            recall=box_recall(evaluation.truth, evaluation.results),
         )

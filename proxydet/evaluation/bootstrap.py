@@ -45,6 +45,8 @@ Integers = NDArray[np.int64]
 _GROUP_METRICS = ("AP", "AP50")
 _ROUNDING = 1e-9
 """Resamples that differ by less agree: they only add in another order."""
+_BLOCK = 1 << 16
+"""Events that are computed at once: their dozen arrays stay in the processor's cache."""
 _MOST_TIMES = 60
 _ENOUGH_IMAGES = 5
 """From this many images on, the varying number of them in a resample outweighs the missing spread."""
@@ -327,43 +329,31 @@ class WeightedPrecision:
         always_NA = counts_NAT.all(axis=2)
         always_SA = ~silent_SA
         always_SA[near_N] = always_NA
-        area_K, threshold_K, at_K = np.nonzero(found_NAT.transpose(1, 2, 0))
-        event_K = near_N[at_K]
-        self._image_K = selection.image_S[event_K]
-        category_K = selection.category_S[event_K]
-        segment_K = (area_K * thresholds + threshold_K) * categories + category_K
-        self._head_H = np.flatnonzero(np.diff(segment_K, prepend=-1))
-        self._length_H = np.diff(self._head_H, append=len(segment_K))
-        self._segment_H = segment_K[self._head_H]
-        self._slot_H = (area_K * categories + category_K)[self._head_H]
-        # Running from the end, nothing passes from one segment to the one before: earlier ones lie higher.
-        self._level_K = np.repeat(2.0 * np.arange(len(self._head_H))[::-1], self._length_H)
-        # Detections that count against precision at every threshold, and at some; how many of its category's are ahead of
-        # each event.
-        always_area, at = np.nonzero(always_SA[order_S].T)
-        some_area, some_threshold, some_at = np.nonzero(
-            (counts_NAT & ~always_NA[:, :, None]).transpose(1, 2, 0)
-        )
-        self._ahead = []
-        for listed, group, group_K in (
-            (order_S[at], always_area, area_K),
-            (
-                near_N[some_at],
-                some_area * thresholds + some_threshold,
-                area_K * thresholds + threshold_K,
-            ),
-        ):
-            if not len(listed):
+        # Both orders go from category to category, so that a block of categories is a slice of each.
+        category_N = selection.category_S[near_N]
+        cuts_N = np.flatnonzero(np.diff(category_N, prepend=-1))
+        events_N = np.cumsum(found_NAT.sum(axis=(1, 2)))
+        starts = [0, *(cuts_N[np.flatnonzero(np.diff(events_N[cuts_N] // _BLOCK, prepend=0))])]
+        self._blocks = []
+        for low, high in zip(starts, [*starts[1:], len(near_N)], strict=True):
+            if low == high:
                 continue
-            size = len(order_S) + 1
-            end_K = np.searchsorted(
-                group * size + place_S[listed], group_K * size + place_S[event_K], side="right"
+            within = np.searchsorted(
+                selection.category_S[order_S], [category_N[low], category_N[high - 1] + 1]
             )
-            list_L = group * categories + selection.category_S[listed]
-            none_K = list_L[end_K - 1] != group_K * categories + category_K
-            end_K[none_K | (end_K == 0)] = 0
-            head_L = np.flatnonzero(np.diff(list_L, prepend=-1))
-            self._ahead.append((selection.image_S[listed], head_L, end_K))
+            block = _Block(
+                selection.image_S,
+                selection.category_S,
+                categories,
+                place_S,
+                order_S[slice(*within)],
+                near_N[low:high],
+                found_NAT[low:high],
+                always_SA,
+                (counts_NAT & ~always_NA[:, :, None])[low:high],
+            )
+            if len(block.head_H):
+                self._blocks.append(block)
 
     def images_AC(self) -> Integers:
         """Return in how many images each category has annotations that count, by area: int64 (A, C)."""
@@ -384,18 +374,93 @@ class WeightedPrecision:
         weight_I = np.asarray(weight_I, dtype=np.int64)
         present = np.bincount(
             self._ann_slot, weights=weight_I[self._ann_image], minlength=areas * categories
-        )
+        ).astype(np.float64)
         average_A1C = np.where(present > 0, 0.0, np.nan).reshape(areas, 1, categories)
         precision_ATC = np.repeat(average_A1C, thresholds, axis=1)
-        if not len(self._head_H):
-            return precision_ATC
+        short_I = weight_I.astype(np.int32)
+        for block in self._blocks:
+            precision_ATC.reshape(-1)[block.segment_H] += block.precision_H(short_I, present)
+        return precision_ATC
+
+
+class _Block:
+    """The events of some categories, few enough to stay in a processor's cache.
+
+    Args:
+        image_S: Images of the selected detections.
+        category_S: Their categories.
+        categories: How many categories there are.
+        place_S: Where each detection stands when they are sorted by category, then score.
+        order_L: The detections of these categories, sorted so.
+        near_N: Those of them near an annotation.
+        found_NAT: Where these find one.
+        always_SA: Which detections count against precision at every threshold.
+        some_NAT: Where those near an annotation count that do not count at every threshold.
+    """
+
+    def __init__(
+        self,
+        image_S: Integers,
+        category_S: Integers,
+        categories: int,
+        place_S: Integers,
+        order_L: Integers,
+        near_N: Integers,
+        found_NAT: NDArray[np.bool_],
+        always_SA: NDArray[np.bool_],
+        some_NAT: NDArray[np.bool_],
+    ) -> None:
+        thresholds = found_NAT.shape[2]
+        area_K, threshold_K, at_K = np.nonzero(found_NAT.transpose(1, 2, 0))
+        event_K = near_N[at_K]
+        self._image_K = image_S[event_K]
+        category_K = category_S[event_K]
+        segment_K = (area_K * thresholds + threshold_K) * categories + category_K
+        self.head_H = np.flatnonzero(np.diff(segment_K, prepend=-1))
+        self._length_H = np.diff(self.head_H, append=len(segment_K))
+        self.segment_H = segment_K[self.head_H]
+        self._slot_H = (area_K * categories + category_K)[self.head_H]
+        # Running from the end, nothing passes from one segment to the one before: earlier ones lie higher.
+        self._level_K = np.repeat(2.0 * np.arange(len(self.head_H))[::-1], self._length_H)
+        # Detections that count against precision at every threshold, and at some; how many of its category's are ahead of
+        # each event.
+        always_area, at = np.nonzero(always_SA[order_L].T)
+        some_area, some_threshold, some_at = np.nonzero(some_NAT.transpose(1, 2, 0))
+        self._ahead = []
+        for listed, group, group_K in (
+            (order_L[at], always_area, area_K),
+            (
+                near_N[some_at],
+                some_area * thresholds + some_threshold,
+                area_K * thresholds + threshold_K,
+            ),
+        ):
+            if not len(listed):
+                continue
+            size = len(place_S) + 1
+            end_K = np.searchsorted(
+                group * size + place_S[listed], group_K * size + place_S[event_K], side="right"
+            )
+            list_L = group * categories + category_S[listed]
+            none_K = list_L[end_K - 1] != group_K * categories + category_K
+            end_K[none_K | (end_K == 0)] = 0
+            head_L = np.flatnonzero(np.diff(list_L, prepend=-1))
+            self._ahead.append((image_S[listed], head_L, end_K))
+
+    def precision_H(self, weight_I: NDArray[np.int32], present: Floats) -> Floats:
+        """Return the average precision of each segment.
+
+        Args:
+            weight_I: How often each image counts.
+            present: Weight of the annotations of each area and category.
+        """
         # Sums of whole numbers: faster than those of floats, and exact.
         weight_K = weight_I.take(self._image_K)
-        found_K = np.cumsum(weight_K)
-        found_K -= np.repeat(found_K[self._head_H] - weight_K[self._head_H], self._length_H)
+        weight_K[self.head_H[1:]] -= np.add.reduceat(weight_K, self.head_H)[:-1]
+        found_K = np.cumsum(weight_K, dtype=np.int32)
         counted_K = np.zeros_like(found_K)
         for image_L, head_L, end_K in self._ahead:
-            sums = np.zeros(len(image_L) + 1, dtype=np.int64)
+            sums = np.zeros(len(image_L) + 1, dtype=np.int32)
             weight_L = weight_I.take(image_L, out=sums[1:], mode="clip")
             weight_L[head_L[1:]] -= np.add.reduceat(weight_L, head_L)[:-1]
             np.cumsum(weight_L, out=weight_L)
@@ -414,11 +479,10 @@ class WeightedPrecision:
         reached_K = np.rint(recall_K * (len(RECALL_THRESHOLDS_R) - 1))
         reached_K += recall_K >= reached_K * RECALL_THRESHOLDS_R[1]
         passed_K = np.diff(reached_K, prepend=0)
-        passed_K[self._head_H] = reached_K[self._head_H]
+        passed_K[self.head_H] = reached_K[self.head_H]
         best_K *= passed_K
-        sums_H = np.add.reduceat(best_K, self._head_H) / len(RECALL_THRESHOLDS_R)
-        precision_ATC.reshape(-1)[self._segment_H] += sums_H
-        return precision_ATC
+        sums_H: Floats = np.add.reduceat(best_K, self.head_H) / len(RECALL_THRESHOLDS_R)
+        return sums_H
 
 
 class FewImages:

@@ -125,8 +125,8 @@ def staged(target: Path, *, durable: bool = True, follow_links: bool = True) -> 
     """Give a hidden file next to ``target`` to write to, which takes its place when all went well.
 
     It is there, empty, from the beginning, so that a place that cannot be written to is found before the work. It is
-    removed after an error; removing it inside the ``with`` statement leaves ``target`` as it was. What is there but not a
-    regular file (``/dev/stdout``) is given itself.
+    removed after an error; `discard` inside the ``with`` statement leaves ``target`` as it was without one. What is there
+    but not a regular file (``/dev/stdout``) is given itself.
 
     Args:
         target: The file; its folder is made, an existing file is replaced at the end.
@@ -135,7 +135,7 @@ def staged(target: Path, *, durable: bool = True, follow_links: bool = True) -> 
 
     Raises:
         DiskFullError: There is no room for it; an existing file stays.
-        EnvironmentProblem: The file cannot be made, or not take its place.
+        EnvironmentProblem: The file cannot be made, or not take its place, or another program removed it.
     """
     with write_errors(target):
         if target.is_dir():
@@ -154,18 +154,35 @@ def staged(target: Path, *, durable: bool = True, follow_links: bool = True) -> 
         target.parent.mkdir(parents=True, exist_ok=True)
         sweep(target.parent)
         temporary, descriptor = _begin(target)
+    _being_written.add(temporary)
     try:
         yield temporary
-        if temporary.exists():
+        if temporary in _being_written:
             with write_errors(target):
+                if not temporary.exists():
+                    raise FileNotFoundError(errno.ENOENT, f"another program removed {temporary}")
                 if durable:
                     _flush(temporary)
                 temporary.replace(target)
                 if durable:
                     _flush(target.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        discard(temporary)
         os.close(descriptor)
+
+
+_being_written: set[Path] = set()
+
+
+def discard(temporary: Path) -> None:
+    """Remove a file that `staged` gave, inside its ``with`` statement, so that the target stays as it was.
+
+    Args:
+        temporary: The file. Any other one is left alone: what is finished or discarded already, or not a regular file.
+    """
+    if temporary in _being_written:
+        _being_written.remove(temporary)
+        temporary.unlink(missing_ok=True)
 
 
 def write_bytes(target: Path, data: bytes, *, durable: bool = True) -> Path:
@@ -187,7 +204,6 @@ def write_json(target: Path, value: Any, *, durable: bool = True, sort_keys: boo
 
 
 _HIDDEN = re.compile(r"\..+\.(?P<kernel>[0-9a-f]{8})[0-9a-f]{24}\.tmp")
-_HIDDEN_BEFORE = re.compile(r"\.[0-9a-f]{32}\..+|\..+\.[0-9a-f]{32}|\..+\.\d+\.tmp")
 _ABANDONED_S = 86_400.0
 _swept: set[tuple[int, str]] = set()
 
@@ -195,13 +211,13 @@ _swept: set[tuple[int, str]] = set()
 def sweep(folder: Path, *, sole_writer: bool = False) -> None:
     """Remove the hidden files of processes that were killed while they wrote in a folder.
 
-    A file that is being written is locked by its writer; the lock goes when the process does. Not every network file system
-    keeps such locks between machines, so that what another one wrote counts as abandoned a day after it was last written to.
-    Without ``sole_writer`` a process looks into each folder once.
+    A file that is being written is locked by its writer; the lock goes when the process does. Such a file stays. Not every
+    network file system keeps such locks, or keeps them between machines: where a lock says nothing, a file counts as abandoned
+    a day after it was last written to. Without ``sole_writer`` a process looks into each folder once.
 
     Args:
         folder: The folder; may be absent.
-        sole_writer: Whether nobody else writes there now, so that every hidden file of ours is abandoned.
+        sole_writer: Whether this process holds the folder, so that what is not locked is not waited for, whatever its age.
     """
     key = (os.getpid(), str(folder))
     if key in _swept and not sole_writer:
@@ -210,26 +226,27 @@ def sweep(folder: Path, *, sole_writer: bool = False) -> None:
     with contextlib.suppress(OSError):
         for entry in os.scandir(folder):
             hidden = _HIDDEN.fullmatch(entry.name)
-            if hidden is None and not _HIDDEN_BEFORE.fullmatch(entry.name):
+            if hidden is None:
                 continue
             with contextlib.suppress(OSError):
-                ours = hidden is not None and hidden["kernel"] == _kernel_tag()
-                old = time.time() - entry.stat(follow_symlinks=False).st_mtime > _ABANDONED_S
-                if entry.is_file(follow_symlinks=False) and (
-                    sole_writer or ((ours or old) and not _is_written(Path(entry.path)))
-                ):
-                    Path(entry.path).unlink()
-
-
-def _is_written(path: Path) -> bool:
-    # Opened for writing: locks over NFS ask for it.
-    descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        return not lock_descriptor(descriptor, blocking=False)
-    except OSError as error:
-        return error.errno not in _NO_LOCKS
-    finally:
-        os.close(descriptor)
+                age = time.time() - entry.stat(follow_symlinks=False).st_mtime
+                any_age = sole_writer or age > _ABANDONED_S
+                here = hidden["kernel"] == _kernel_tag()
+                if not (any_age or here) or not entry.is_file(follow_symlinks=False):
+                    continue
+                # Opened for writing: locks over NFS ask for it.
+                descriptor = os.open(entry.path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+                try:
+                    abandoned = lock_descriptor(descriptor, blocking=False)
+                except OSError as error:
+                    abandoned = any_age and error.errno in _NO_LOCKS
+                try:
+                    if (
+                        abandoned
+                    ):  # removed while it is locked, so that one who makes it just now notices
+                        Path(entry.path).unlink()
+                finally:
+                    os.close(descriptor)
 
 
 def _begin(target: Path) -> tuple[Path, int]:
@@ -239,10 +256,12 @@ def _begin(target: Path) -> tuple[Path, int]:
             f".{target.name[:40]}.{_kernel_tag()}{uuid.uuid4().hex[:24]}.tmp"
         )
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        ours = True
         with contextlib.suppress(OSError):  # no locks here
-            lock_descriptor(descriptor, blocking=False)
-        if temporary.exists():  # else a sweeping process took it for abandoned before it was locked
+            ours = lock_descriptor(descriptor, blocking=False)
+        if ours and temporary.exists():
             return temporary, descriptor
+        # A sweeping process took it for abandoned before it was locked, and removes it.
         os.close(descriptor)
 
 

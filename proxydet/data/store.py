@@ -45,7 +45,7 @@ from proxydet.data.formats.records import (
     ImageEntry,
 )
 from proxydet.errors import DataError
-from proxydet.files import build_once, remembered_sha256, sha256, staged
+from proxydet.files import build_once, discard, remembered_sha256, sha256, staged
 from proxydet.paths import cache_folder
 from proxydet.reporting import SILENT, Progress
 
@@ -84,7 +84,7 @@ class ColumnWriter(ExitStack):
         self._entries: dict[str, _Entry] = {}
         self._finished = False
         temporary = self.enter_context(staged(path))
-        self.push(lambda *_: None if self._finished else temporary.unlink(missing_ok=True))
+        self.push(lambda *_: None if self._finished else discard(temporary))
         self._file = self.enter_context(temporary.open("wb", buffering=1 << 20))
         self._file.write(_MAGIC)
 

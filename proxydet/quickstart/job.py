@@ -103,7 +103,8 @@ class QuickstartFolder:
         )
         lock.acquire(wait=False)
         try:
-            sweep(self.root, sole_writer=True)
+            if lock.held:
+                sweep(self.root, sole_writer=True)
             yield
         finally:
             lock.release()

@@ -136,8 +136,9 @@ class RunFolder:
         if mine:
             lock.acquire(wait=False)
             owner = lock.owner()
-            for folder in (self.root, self.checkpoints, self.failures, self.plots):
-                sweep(folder, sole_writer=True)
+            if lock.held:
+                for folder in (self.root, self.checkpoints, self.failures, self.plots):
+                    sweep(folder, sole_writer=True)
 
         def check() -> None:
             now = lock.owner()
@@ -167,16 +168,16 @@ class RunFolder:
         for path in (self.root / "evaluations").glob("step_*"):
             if path.name > f"step_{iteration:07d}":
                 later.append(path)
-        if later:
-            later += [p for p in (self.final_weights, self.final_safetensors) if p.exists()]
         if not later:
             return
+        # First what makes it a finished run: a kill in between leaves one that is not.
+        finals = [p for p in (self.final_weights, self.final_safetensors) if p.exists()]
         aside = self.root / "aside" / f"after_step_{iteration:07d}"
         number = 1
         while aside.exists():
             number += 1
             aside = aside.with_name(f"after_step_{iteration:07d}-{number}")
-        for path in later:
+        for path in (*finals, *later):
             target = aside / path.relative_to(self.root)
             target.parent.mkdir(parents=True, exist_ok=True)
             path.replace(target)

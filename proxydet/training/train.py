@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import queue
 import signal
 import threading
@@ -200,7 +201,7 @@ def train(
         seed_everything(config.seed)  # the same weights everywhere
         counts = image_counts(store, vocabulary, with_novel=config.data.count_novel_classes)
         network = ProxyDetNetwork(config.model, vocabulary, counts)
-        begins = resume == "never" or not any(folder.checkpoints.glob("step_*.pth"))
+        begins = resume == "never" or not folder.list_checkpoints()
         if settings.weights is not None and begins and not isinstance(resume, Path):
             expect = (*settings.ignore_in_weights, *MIXUP_BRANCH)
             report = load_weights(network, settings.weights, expect=expect, vocabulary="keep")
@@ -493,6 +494,13 @@ def fit(
                 still_ours()
             metrics.evaluation(found)
             if ranks.is_main:
+                metric = config.evaluation.metric
+                if metric is not None and metric not in found:
+                    raise ConfigError(
+                        f"training.evaluation.metric is {metric!r}, which the evaluation does not report.",
+                        hint=f"It reports {', '.join(found) or 'nothing'}. Resume with one of them, or with null: "
+                        "--set training.evaluation.metric=null",
+                    )
                 checkpoints.rotate(best_iteration())
 
         network.train()
@@ -561,25 +569,22 @@ def _device_errors(state: TrainingState) -> Iterator[None]:
 
 
 def best_of(evaluations: dict[int, dict[str, float]], metric: str | None) -> Best | None:
-    """Return the best of a run's evaluations, the first of equal ones; None where there are none.
+    """Return the best of a run's evaluations, the first of equal ones; None where none is known.
+
+    An evaluation that does not report the metric, as it was made with other settings, or reports NaN or infinity, is passed
+    over.
 
     Args:
         evaluations: Metrics by iteration.
-        metric: Which one decides; None takes the first.
-
-    Raises:
-        ConfigError: The evaluations have no such metric.
+        metric: Which one decides; None takes the first of the newest evaluation.
     """
+    if metric is None and evaluations:
+        metric = next(iter(evaluations[max(evaluations)]), None)
     best: Best | None = None
     for iteration, metrics in evaluations.items():
-        name = metric or next(iter(metrics), "")
-        if name not in metrics:
-            raise ConfigError(
-                f"training.evaluation.metric is {metric!r}, which the evaluation does not report.",
-                hint=f"It reports {', '.join(metrics) or 'nothing'}.",
-            )
-        if best is None or metrics[name] > best.value:
-            best = Best(iteration=iteration, metric=name, value=metrics[name])
+        value = metrics.get(metric, math.nan) if metric is not None else math.nan
+        if math.isfinite(value) and (best is None or value > best.value):
+            best = Best(iteration=iteration, metric=str(metric), value=value)
     return best
 
 
@@ -698,11 +703,12 @@ class Prefetcher:
         raise error
 
     def _fill(self) -> None:
-        iterator = iter(self._batches)
+        iterator: Iterator[Any] | None = None
         error: BaseException | None = None
         while error is None and not self._closed.is_set():
             batch = None
             try:
+                iterator = iter(self._batches) if iterator is None else iterator
                 batch = next(iterator)
             except BaseException as raised:  # noqa: BLE001 - handed to the thread that asks for the batch
                 error = raised

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from proxydet.errors import ConfigError
-from proxydet.files import staged, write_errors
+from proxydet.files import discard, staged, write_errors
 from proxydet.inference.writers import TABLE_COLUMNS, table_cells
 from proxydet.video.frames import FrameResult
 from proxydet.video.reading import VideoInfo, VideoSource
@@ -201,8 +201,7 @@ class _TextFile:
         # On a full disk closing fails as writing did: the error is told already, and the file is removed.
         with contextlib.suppress(OSError):
             self._stream.close()
-        if self._temporary is not self._target:
-            self._temporary.unlink(missing_ok=True)
+        discard(self._temporary)
         self._stack.close()
 
 

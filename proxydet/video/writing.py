@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from proxydet.files import staged, unwritable
+from proxydet.files import discard, staged, unwritable
 from proxydet.video.reading import VideoInfo, pyav
 
 Pixels = npt.NDArray[np.uint8]
@@ -112,8 +112,7 @@ class VideoWriter:
         if self._container is not None:
             with contextlib.suppress(self._av.FFmpegError):
                 self._container.close()
-        if self._temporary is not self._target:
-            self._temporary.unlink(missing_ok=True)
+        discard(self._temporary)
         self._stack.close()
 
     def _open(self, height: int, width: int) -> None:

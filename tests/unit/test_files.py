@@ -23,6 +23,7 @@ from proxydet.files import (
     JsonLines,
     Lock,
     build_once,
+    discard,
     read_json,
     remembered_sha256,
     require_room,
@@ -79,9 +80,49 @@ class TestWriting:
         with pytest.raises(RuntimeError), staged(target) as temporary:
             raise RuntimeError
         with staged(target) as temporary:
-            temporary.unlink()  # given up
+            discard(temporary)
+        discard(target)  # not one of its files
         assert target.read_bytes() == b"whole"
         assert list(target.parent.iterdir()) == [target]
+
+    @pytest.mark.parametrize("durable", [True, False])
+    def test_a_file_that_another_program_removed_before_it_was_in_place_is_an_error(
+        self, tmp_path: Path, durable: bool
+    ) -> None:
+        with (
+            pytest.raises(EnvironmentProblem, match=r"a\.txt"),
+            staged(tmp_path / "a.txt", durable=durable) as temporary,
+        ):
+            temporary.unlink()
+        assert not list(tmp_path.iterdir())
+
+    SWEEPS = """
+import sys
+from pathlib import Path
+from proxydet.files import sweep
+sweep(Path(sys.argv[1]), sole_writer=True)
+"""
+
+    def test_who_holds_a_folder_leaves_what_another_process_writes_in_it(
+        self, tmp_path: Path
+    ) -> None:
+        with staged(tmp_path / "model.onnx") as temporary:
+            temporary.write_bytes(b"whole")
+            subprocess.run([sys.executable, "-c", self.SWEEPS, str(tmp_path)], check=True)
+        assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+    def test_without_locks_what_a_process_here_writes_is_abandoned_after_a_day_only(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def none(*_: object, **__: object) -> bool:
+            raise OSError(errno.ENOSYS, "not implemented")
+
+        monkeypatch.setattr(files, "lock_descriptor", none)
+        with staged(tmp_path / "a") as temporary:
+            temporary.write_bytes(b"whole")
+            (tmp_path / "link").symlink_to(tmp_path)  # by which this process has not looked yet
+            sweep(tmp_path / "link")
+        assert (tmp_path / "a").read_bytes() == b"whole"
 
     def test_a_link_is_followed_a_folder_refused_and_a_pipe_written_to(
         self, tmp_path: Path
@@ -134,10 +175,12 @@ with staged(Path(sys.argv[1])) as temporary:
             assert target.read_bytes() == b"second"
         assert list(tmp_path.iterdir()) == [target]
 
-    def test_what_another_machine_or_version_left_is_removed_after_a_day(
+    def test_what_another_machine_left_is_removed_after_a_day_and_what_others_hide_is_not(
         self, tmp_path: Path
     ) -> None:
-        names = [f".a.{'0' * 32}.tmp", f".{'0' * 32}.a", f".a.{'0' * 32}", ".a.12.tmp", ".users"]
+        ours = f".a.{'0' * 32}.tmp"
+        theirs = {".notes.2024.tmp", f".backup.{'0' * 32}", f".{'0' * 32}.tar"}
+        names = [ours, *theirs]
         for age in (80_000, 90_000):
             for name in names:
                 path = tmp_path / str(age) / name
@@ -146,24 +189,32 @@ with staged(Path(sys.argv[1])) as temporary:
                 os.utime(path, (time.time() - age,) * 2)
             write_text(tmp_path / str(age) / "b", "")
         assert {p.name for p in (tmp_path / "80000").iterdir()} == {*names, "b"}
-        assert {p.name for p in (tmp_path / "90000").iterdir()} == {".users", "b"}
+        assert {p.name for p in (tmp_path / "90000").iterdir()} == {*theirs, "b"}
         sweep(tmp_path / "80000", sole_writer=True)
-        assert {p.name for p in (tmp_path / "80000").iterdir()} == {".users", "b"}
+        assert {p.name for p in (tmp_path / "80000").iterdir()} == {*theirs, "b"}
 
-    def test_a_file_that_was_swept_before_it_was_locked_is_begun_again(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize("removed", ["before", "after"])
+    def test_a_file_that_is_swept_before_it_was_locked_is_begun_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removed: str
     ) -> None:
-        lock, taken = files.lock_descriptor, []
+        lock, swept = files.lock_descriptor, []
 
         def late(descriptor: int, **options: bool) -> bool:
-            if not taken:
-                taken.append(next(path for path in tmp_path.iterdir()))
-                taken[0].unlink()
-            return lock(descriptor, **options)
+            if swept:
+                return lock(descriptor, **options)
+            (temporary,) = tmp_path.iterdir()
+            swept.append(temporary)
+            with temporary.open("rb") as sweeping:
+                lock(sweeping.fileno())
+                if removed == "before":
+                    temporary.unlink()
+                return lock(descriptor, **options)
 
         monkeypatch.setattr(files, "lock_descriptor", late)
-        write_text(tmp_path / "a", "text")
-        assert [path.name for path in tmp_path.iterdir()] == ["a"]
+        with staged(tmp_path / "a") as temporary:
+            temporary.write_bytes(b"whole")
+            swept[0].unlink(missing_ok=True)  # the sweeping process is slow
+        assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"whole"]
 
     def test_room_is_asked_for_before(self, tmp_path: Path) -> None:
         require_room(tmp_path / "not" / "there", 1)

@@ -106,6 +106,9 @@ def test_boxsup_weights_leave_the_mixup_branch_fresh(
         "training.optimizer.learning_rate=1e-12",
         "training.schedule.warmup_iterations=0",
     ]
+    copy = tmp_path / "run/checkpoints/step_0000004-copy.pth"  # not a checkpoint of the run
+    copy.parent.mkdir(parents=True)
+    copy.touch()
     train(config(base, *frozen), output=tmp_path / "run")
     started = weights(tmp_path / "run")
     fresh_options = [item for item in frozen if "weights" not in item]

@@ -13,8 +13,16 @@ from types import ModuleType
 import pytest
 import torch
 
-from proxydet.errors import CheckpointError, DataError, Interrupted, NumericsError, TrainingError
+from proxydet.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    Interrupted,
+    NumericsError,
+    TrainingError,
+)
 from proxydet.training.checkpoint import load_checkpoint
+from proxydet.training.train import Prefetcher
 
 
 def final(folder: Path) -> dict[str, torch.Tensor]:
@@ -341,3 +349,46 @@ def test_a_loader_that_is_stuck_or_ends_stops_the_run(
     monkeypatch.setattr(toy, "toy_loader", lambda *_: iter([toy.toy_batch(0)]))
     with pytest.raises(DataError, match="came to its end"):
         toy.run(tmp_path, {})
+
+
+def test_the_metric_that_decides_may_change_and_nan_is_never_the_best(
+    toy: ModuleType, tmp_path: Path
+) -> None:
+    def evaluate(reported: dict[int, dict[str, float]], stop: int = -1):
+        def function(network: torch.nn.Module, at: int, folder: Path) -> dict[str, float]:
+            if at == stop:
+                raise Stop
+            return reported[at]
+
+        return function
+
+    changes = {"evaluation": {"period": 4}, "checkpoints": {"keep_last": 1}}
+    with pytest.raises(Stop):
+        toy.run(tmp_path, changes, evaluate=evaluate({4: {"segm": 0.9}}, stop=8))
+    # With other settings of the evaluation: those of before are not compared with.
+    newer = {8: {"bbox": math.nan, "segm": 0.1}, 12: {"bbox": 0.2, "segm": 0.1}}
+    metric = {**changes, "evaluation": {"period": 4, "metric": "bbox"}}
+    result = toy.run(tmp_path, metric, evaluate=evaluate(newer))
+    assert (result.best.iteration, result.best.metric, result.best.value) == (12, "bbox", 0.2)
+    result = toy.run(tmp_path, changes)
+    assert (result.best.iteration, result.best.metric, result.best.value) == (12, "bbox", 0.2)
+
+
+def test_a_metric_that_is_not_reported_is_an_error_when_that_is_known(
+    toy: ModuleType, tmp_path: Path
+) -> None:
+    changes = {"evaluation": {"metric": "AQ"}}
+    with pytest.raises(ConfigError, match=r"evaluation\.metric .*'AQ'") as caught:
+        toy.run(tmp_path, changes, evaluate=lambda *_: {"AP": 1.0})
+    assert "AP" in str(caught.value.hint)
+    result = toy.run(tmp_path, {"evaluation": {"metric": None}}, evaluate=crash_at(-1))
+    assert result.best.value == 1.0, "the evaluation is not lost"
+
+
+def test_a_loader_that_cannot_begin_stops_the_run() -> None:
+    class Broken:
+        def __iter__(self) -> None:
+            raise OSError(12, "Cannot allocate memory")
+
+    with pytest.raises(OSError, match="memory"), Prefetcher(Broken(), timeout=20.0) as batches:
+        batches.next()

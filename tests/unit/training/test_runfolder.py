@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import subprocess
@@ -344,6 +345,18 @@ class TestLock:
             assert folder.lock.exists()
         assert not folder.lock.exists()
 
+    def test_without_locks_nothing_is_removed_that_another_training_may_be_writing(
+        self, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def none(*_: object) -> None:
+            raise OSError(errno.ENOSYS, "not implemented")
+
+        monkeypatch.setattr("filelock.SoftFileLease._acquire", none)
+        written = folder.checkpoints / f".step_0000004.pth.{'0' * 32}.tmp"
+        written.touch()
+        with folder.held():
+            assert written.exists()
+
     def test_it_is_given_back_on_every_way_out_and_leaves_no_new_folder(
         self, tmp_path: Path
     ) -> None:
@@ -430,6 +443,39 @@ class TestGoingBack:
         folder.set_aside_after(4)
         folder.set_aside_after(2)
         assert len(list((tmp_path / "aside").iterdir())) == 2
+
+    def test_a_kill_in_between_leaves_no_finished_run(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = RunFolder(tmp_path)
+        folder.checkpoints.mkdir()
+        for step in (2, 4, 6):
+            (folder.checkpoints / f"step_{step:07d}.pth").touch()
+        folder.final_weights.touch()
+        folder.final_safetensors.touch()
+        replace, moved = Path.replace, []
+
+        def once(path: Path, target: Path) -> Path:
+            if moved:
+                raise KeyboardInterrupt
+            moved.append(path)
+            return replace(path, target)
+
+        monkeypatch.setattr(Path, "replace", once)
+        with pytest.raises(KeyboardInterrupt):
+            folder.set_aside_after(2)
+        monkeypatch.undo()
+        assert not folder.final_weights.exists()
+        folder.set_aside_after(2)
+        assert [step for step, _ in folder.list_checkpoints()] == [2]
+        assert not folder.final_safetensors.exists()
+        aside = sorted(path.name for path in (tmp_path / "aside").rglob("*.*"))
+        assert aside == [
+            "model_final.pth",
+            "model_final.safetensors",
+            "step_0000004.pth",
+            "step_0000006.pth",
+        ]
 
     def test_where_only_log_lines_came_after_nothing_is(self, tmp_path: Path) -> None:
         folder = RunFolder(tmp_path)

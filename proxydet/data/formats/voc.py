@@ -59,11 +59,8 @@ def files(source: Path) -> list[Path]:
     above = [f / "Annotations" for f in source.resolve().parents[:4]]
     folder = next((f for f in above if f.is_dir()), source)
     if folder == source:
-        raise DataError(
-            f"{source} is not an annotation file: a list of images needs a folder Annotations above it",
-            hint=_HINT,
-            path=source,
-        )
+        why = "is not an annotation file: a list of images needs a folder Annotations above it"
+        raise DataError(f"{source} {why}", hint=_HINT, path=source)
     try:
         lines = source.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -143,32 +140,28 @@ def read(source: Path) -> Document:
 
 def _parse(path: Path) -> ElementTree.Element:
     try:
-        if path.stat().st_size > _LARGEST_FILE:
-            raise DataError(
-                f"{path} is larger than any annotation of one image", hint=_HINT, path=path
-            )
-        text = path.read_bytes()
-        # Python's parser bounds the growth of entities; the format needs none, so none are read.
-        if b"<!ENTITY" in text or b"\0" in text:  # other encodings than ASCII's relatives hide it
-            raise DataError(
-                f"{path} declares entities, or is not text of one byte a character",
-                hint=_HINT,
-                path=path,
-            )
-        root = ElementTree.fromstring(text)  # noqa: S314 - no entities, bounded size
+        large = path.stat().st_size > _LARGEST_FILE
+        text = b"" if large else path.read_bytes()
     except OSError as error:
         raise DataError(
             f"cannot read {path}: {error.strerror or error}",
             hint="check that it is a file that you may read",
             path=path,
         ) from error
-    except (ElementTree.ParseError, ValueError, LookupError) as error:
-        raise DataError(f"{path} is not XML: {error}", hint=_HINT, path=path) from error
-    if root.tag != "annotation":
-        raise DataError(
-            f"{path} is not Pascal VOC: its root is <{root.tag[:40]}>", hint=_HINT, path=path
-        )
-    return root
+    if large:
+        why = "is larger than any annotation of one image"
+    # Python's parser bounds the growth of entities; the format needs none, so none are read.
+    elif b"<!ENTITY" in text or b"\0" in text:  # other encodings than ASCII's relatives hide it
+        why = "declares entities, or is not text of one byte a character"
+    else:
+        try:
+            root = ElementTree.fromstring(text)  # noqa: S314 - no entities, bounded size
+            if root.tag == "annotation":
+                return root
+            why = f"is not Pascal VOC: its root is <{root.tag[:40]}>"
+        except (ElementTree.ParseError, ValueError, LookupError) as error:
+            why = f"is not XML: {error}"
+    raise DataError(f"{path} {why}", hint=_HINT, path=path)
 
 
 def _number(text: str | None) -> float | None:

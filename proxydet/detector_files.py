@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +16,7 @@ from proxydet.config import from_mapping, load_mapping
 from proxydet.data.config import DataConfig
 from proxydet.data.dataset import DatasetConfig
 from proxydet.errors import ArtifactError, CheckpointError, ConfigError, InputError
+from proxydet.manifest import read_manifest
 from proxydet.modeling.config import BackboneConfig, InferenceConfig, ModelConfig
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.modeling.weights import load_weights
@@ -23,6 +26,8 @@ from proxydet.vocabulary.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from proxydet.detector import Detector
+
+logger = logging.getLogger(__name__)
 
 _DEFAULT = "proxydet-r50-inl"
 _CHECKPOINT = re.compile(r"step_(\d+)\.pth")
@@ -70,7 +75,7 @@ def open_run(
 ) -> Detector:
     """Open a run folder; see `Detector.from_run`."""
     folder = require_run(folder)
-    settings = _read_settings(folder / "config.yaml")
+    settings = _chosen_settings(configuration_of(folder))
     weights = checkpoint or _newest_weights(folder)
     vocabulary = Vocabulary.load(folder / "vocabulary.npz")
     encoder = _encoder_of(folder, settings.data)
@@ -232,7 +237,35 @@ def _read_settings(path: Path) -> _Settings:
             hint="give the config.yaml of a run that proxydet train or quickstart wrote",
             path=path,
         )
-    content: dict[str, Any] = load_mapping(path)
+    return _chosen_settings(load_mapping(path))
+
+
+def configuration_of(run: Path) -> Mapping[str, Any]:
+    """Return a run's configuration: of ``config.yaml``, or, where that is damaged, of the manifest as `train` does.
+
+    Raises:
+        InputError: Neither can be read.
+    """
+    path = run / "config.yaml"
+    try:
+        if not path.is_file():
+            what = "is not a file" if path.exists() else "is not there"
+            raise InputError(
+                f"the configuration {path} {what}",
+                hint="put it back, or give the folder of another run that proxydet train or quickstart wrote",
+                path=path,
+            )
+        return load_mapping(path)
+    except InputError as error:
+        try:
+            found = read_manifest(run).configuration
+        except InputError:
+            raise error from None
+        logger.warning("%s; using %s", error.message.rstrip("."), run / "manifest.json")
+        return found
+
+
+def _chosen_settings(content: Mapping[str, Any]) -> _Settings:
     parts = {key: content.get(key, {}) for key in ("data", "model", "inference")}
     settings = from_mapping(_Settings, parts)
     if settings.data.masks is False:
@@ -243,7 +276,7 @@ def _read_settings(path: Path) -> _Settings:
 
 def _newest_weights(folder: Path) -> Path:
     for name in ("model_final.safetensors", "model_final.pth"):  # version 0.1 wrote the second only
-        if (folder / name).is_file():
+        if (folder / name).exists():  # what is not a regular file is refused by its reader
             return folder / name
     steps = {
         int(match[1]): path
@@ -262,7 +295,7 @@ def _newest_weights(folder: Path) -> Path:
 def _encoder_of(folder: Path, data: DataConfig) -> Path | None:
     """The text encoder that the run's data came with; None where that is CLIP."""
     own = folder / "text_encoder.json"
-    if own.is_file():
+    if own.exists():
         return own
     if data.description is None or not data.description.is_file():
         return None

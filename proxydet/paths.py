@@ -95,7 +95,7 @@ def require_run(folder: Path) -> Path:
             path=folder,
         )
     found = run_in(folder)
-    if not (found / "config.yaml").is_file():
+    if not any((found / name).exists() for name in ("config.yaml", "manifest.json")):
         raise InputError(
             f"{folder} is no run folder: it has no config.yaml",
             hint="give the folder that proxydet train or quickstart wrote",

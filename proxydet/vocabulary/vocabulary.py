@@ -110,9 +110,11 @@ class Vocabulary:
             VocabularyError: the file is absent, damaged, or not a vocabulary.
         """
         path = Path(path)
-        hint = "make one with: proxydet vocab build"
+        hint = "copy it again from where it is whole, or make one with: proxydet vocab build NAMES -o FILE"
         if not path.exists():
             raise VocabularyError(f"there is no vocabulary file {path}", hint=hint, path=path)
+        if not path.is_file():
+            raise VocabularyError(f"the vocabulary {path} is not a file", hint=hint, path=path)
         try:
             arrays = read_arrays(path, ("names", "embeddings", "base"))
             if arrays["names"].dtype.kind != "U" or arrays["names"].ndim != 1:

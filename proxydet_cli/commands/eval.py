@@ -414,10 +414,12 @@ def _description_path(options: EvalOptions) -> Path:
             return path
         return datasets_folder() / f"{options.data}.toml"
     if options.run is not None:
-        from proxydet.recipes import resolve_config
+        from proxydet.config import from_mapping
+        from proxydet.data.config import DataConfig
+        from proxydet.detector_files import configuration_of
 
-        config = require_run(options.run) / "config.yaml"
-        found = resolve_config(None, config, []).data.description
+        run = configuration_of(require_run(options.run))
+        found = from_mapping(DataConfig, run.get("data", {})).description
         if found is not None:
             return found
     return datasets_folder() / "lvis.toml"

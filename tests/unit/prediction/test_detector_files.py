@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,18 @@ import pytest
 import torch
 
 from proxydet import artifacts, detector_files
-from proxydet.config import dump_yaml
+from proxydet.config import dump_yaml, load_mapping
 from proxydet.detector import Detector
-from proxydet.errors import ArtifactError, CheckpointError, ConfigError, InputError, VocabularyError
+from proxydet.errors import (
+    ArtifactError,
+    CheckpointError,
+    ConfigError,
+    InputError,
+    ProxydetError,
+    VocabularyError,
+)
+from proxydet.files import write_json
+from proxydet.manifest import build_manifest
 from proxydet.modeling.config import ModelConfig
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.recipes import get_recipe
@@ -191,6 +201,35 @@ def test_folders_that_are_no_runs_are_named(run: Path, tmp_path: Path) -> None:
     (run / "vocabulary.npz").write_bytes(b"damaged")
     with pytest.raises(VocabularyError, match=r"vocabulary\.npz"):
         Detector.from_run(run)
+
+
+@pytest.mark.parametrize("damage", ["cut", "folder"])
+def test_damaged_settings_of_a_run_are_read_from_its_manifest(
+    run: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    whole = load_mapping(run / "config.yaml")
+    manifest = build_manifest(
+        "training", configuration=whole, digests={}, mode="off", seeds={"seed": 0}
+    )
+    write_json(run / "manifest.json", manifest.to_dict())
+    (run / "config.yaml").unlink()
+    if damage == "cut":
+        (run / "config.yaml").write_text("model: {backbone")
+    else:
+        (run / "config.yaml").mkdir()
+    assert Detector.from_run(run).inference.alpha == 0.2
+    assert str(run / "manifest.json") in caplog.text
+    (run / "manifest.json").unlink()
+    with pytest.raises(InputError, match=r"config\.yaml"):
+        Detector.from_run(run)
+
+
+@pytest.mark.parametrize("name", ["model_final.pth", "vocabulary.npz", "text_encoder.json"])
+def test_a_folder_in_the_place_of_a_runs_file_is_named(run: Path, name: str) -> None:
+    (run / name).unlink()
+    (run / name).mkdir()
+    with pytest.raises(ProxydetError, match=re.escape(name)):
+        _ = Detector.from_run(run).encoder
 
 
 def test_a_checkpoint_of_another_model_is_refused(run: Path, network: ProxyDetNetwork) -> None:

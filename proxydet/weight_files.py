@@ -25,19 +25,20 @@ import math
 import pickletools
 import re
 import shlex
+import sys
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from proxydet.errors import CheckpointError
 from proxydet.files import require_room, staged, unwritable, write_bytes, write_errors
-from proxydet.wording import size_text
+from proxydet.zips import open_zip
 
 if (
     TYPE_CHECKING
@@ -54,6 +55,9 @@ SAFETENSORS_FORMAT = 1
 _HINT = (
     "give a checkpoint of proxydet train or a published one; copy or download a damaged one again"
 )
+_TOO_LARGE = "its parts are larger than the file, or than those of any weight file"
+_TOO_MANY = "its values are more, or larger, than those of any weight file"
+_NOT_DESCRIBED = "its tensors are not described as in a weight file"
 _NOT_WRITTEN = "what it holds is not what was written (SHA-256)"
 _HEX = 64  # characters of a SHA-256
 # Room for what else a run writes between two checkpoints.
@@ -64,6 +68,9 @@ _LARGEST_PICKLE = 64 << 20
 # What may be held in memory beyond a multiple of the file's size.
 _SPARE = 64 << 20
 _MOST_VALUES = 1_000_000
+_VALUE = 64  # bytes that a copied reference and its key take at least
+_MOST_DIMENSIONS = 32
+_LONGEST_NAME = 1000
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 # What a file may name without being refused; only the few names in `_call` mean anything.
 _PACKAGES = frozenset(
@@ -192,7 +199,7 @@ def read_state_dict(path: Path, *, parts: tuple[str, ...] = ("",)) -> dict[str, 
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors of a safetensors file, and what `write_safetensors` was told of them (else empty).
+    """Return the tensors of a safetensors file, and the metadata that `write_safetensors` stored with them (else empty).
 
     Raises:
         CheckpointError: It is absent, damaged, or not what proxydet wrote.
@@ -202,9 +209,10 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     with _errors(path, _HINT), safe_open(path, framework="pt", device="cpu") as file:
         tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
         text = file.metadata() or {}
-        if "proxydet" not in text:
+        if not text.keys() & {"proxydet", "sha256"}:
             return tensors, {}
-        if text.get("sha256") != content_digest([text["proxydet"], tensors]):
+        # Damage to either name must not pass for a file that was never sealed.
+        if text.get("sha256") != content_digest([text.get("proxydet"), tensors]):
             raise ValueError(_NOT_WRITTEN)
         metadata = json.loads(text["proxydet"])
         return tensors, metadata if isinstance(metadata, dict) else {}
@@ -236,6 +244,10 @@ def _read_array(file: Any) -> npt.NDArray[Any]:
     if math.prod(shape) * dtype.itemsize != len(data) - stream.tell():
         raise ValueError("its size is not that of its content")
     array: npt.NDArray[Any] = np.frombuffer(data, dtype, offset=stream.tell())
+    if dtype.kind == "U":  # numpy makes a SystemError of what is not a character
+        points = array.view(np.dtype("u4").newbyteorder(dtype.byteorder))
+        if (points > sys.maxunicode).any():
+            raise ValueError("its text holds what is not a character")
     return np.asarray(array.reshape(shape, order="F" if fortran else "C"))
 
 
@@ -282,29 +294,31 @@ def _remedy(path: Path, hint: str) -> str:
     return f"copy it again from where it is whole, or use other weights of the run: --weights {shlex.quote(str(others[0]))}"
 
 
-class _Bounded(io.BufferedReader):
-    """A file of which no more is read at once than a pickle or a zip's directory may take: their sizes are hearsay."""
+class _PickleFile(io.BufferedReader):
+    """A file of which no more is read at once than ``largest``: what a pickle announces of its parts may be wrong."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path))
+        self.size = self.largest = path.stat().st_size
 
     def read(self, size: int | None = -1, /) -> bytes:
-        if size is not None and size > _LARGEST_PICKLE:
-            raise ValueError("a part of it is larger than in any weight file")
+        if size is not None and size > self.largest:
+            raise ValueError(_TOO_LARGE)
         return super().read(size)
 
+    def readline(self, size: int | None = -1, /) -> bytes:
+        return super().readline(self.largest if size is None or size < 0 else size)
 
-@contextlib.contextmanager
-def _open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
-    with _Bounded(io.FileIO(path)) as file, zipfile.ZipFile(file) as archive:
-        stored, unpacked = path.stat().st_size, sum(entry.file_size for entry in archive.infolist())
-        if unpacked > 4 * stored + _SPARE:
-            raise ValueError(f"its {size_text(stored)} would unpack to {size_text(unpacked)}")
-        yield archive
+
+def _open_zip(path: Path) -> contextlib.AbstractContextManager[zipfile.ZipFile]:
+    return open_zip(path, largest=_LARGEST_PICKLE, times=4)
 
 
 def _entry(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
-    found = [entry for entry in archive.infolist() if entry.filename == name]
-    if len(found) != 1:
-        raise ValueError(f"it holds {name} {len(found)} times")
-    return found[0]
+    found = archive.NameToInfo.get(name)
+    if found is None or len(archive.NameToInfo) != len(archive.filelist):
+        raise ValueError(f"it does not hold {name}" if found is None else "it holds a file twice")
+    return found
 
 
 @contextlib.contextmanager
@@ -315,8 +329,8 @@ def _opened(path: Path) -> Iterator[_Source]:
         with _open_zip(path) as archive:
             yield _ZipSource(archive)
     else:
-        with path.open("rb") as file:
-            yield _StreamSource(file, path.stat().st_size)
+        with _PickleFile(path) as stream:
+            yield _StreamSource(stream)
 
 
 class _Source(ABC):
@@ -342,12 +356,14 @@ class _Source(ABC):
 
     def persistent(self, reference: Any) -> _Storage:
         """Return the storage that a pickle refers to."""
-        kind, dtype, key, _, count, *view = reference
+        kind, dtype, key, _, count, view = (*reference, None) if len(reference) == 5 else reference
         if kind != "storage" or not isinstance(dtype, _Global) or dtype.name not in _STORAGES:
             raise ValueError("its tensors have numbers of an unknown type")
-        if type(count) is not int or count < 0 or any(part is not None for part in view):
-            raise ValueError("its tensors are not described as in a weight file")
-        storage = _Storage(str(key), *_STORAGES[dtype.name], count)
+        key = str(key) if isinstance(key, int) else key
+        named = type(key) is str and len(key) <= _LONGEST_NAME
+        if not named or not _is_count(count) or view is not None:
+            raise ValueError(_NOT_DESCRIBED)
+        storage = _Storage(key, *_STORAGES[dtype.name], count)
         if self.storages.setdefault(storage.key, storage) != storage:
             raise ValueError("its tensors contradict each other")
         return storage
@@ -396,7 +412,9 @@ class _ZipSource(_Source):
         entry = _entry(archive, indexes[0])
         if entry.file_size > _LARGEST_PICKLE:
             raise ValueError("its index is larger than that of any checkpoint")
-        self.described = _unpickle(io.BytesIO(archive.read(entry)), self.persistent)
+        self.described = _unpickle(
+            io.BytesIO(archive.read(entry)), entry.file_size, self.persistent
+        )
 
     def fill(self, storage: _Storage, view: memoryview | None) -> None:
         entry = _entry(self._archive, f"{self._folder}/data/{storage.key}")
@@ -422,28 +440,29 @@ class _ZipSource(_Source):
 class _StreamSource(_Source):
     """A pickle, or several and then the numbers: torch's format before 1.6."""
 
-    def __init__(self, file: io.BufferedReader, size: int) -> None:
-        super().__init__(size)
+    def __init__(self, file: _PickleFile) -> None:
+        super().__init__(file.size)
         self._file = file
         self._places: dict[str, int] = {}
-        head = file.read(_LARGEST_PICKLE)
+        head = file.read(min(32, file.size))
+        file.seek(0)
         if head[8:9] == b"{":
             raise ValueError("it is a safetensors file, which holds weights alone")
-        if _LEGACY_MAGIC.to_bytes(10, "little") not in head[:32]:
-            self.described = _unpickle(io.BytesIO(head + file.read()), self.persistent)
+        if _LEGACY_MAGIC.to_bytes(10, "little") not in head:
+            self.described = _unpickle(file, file.size, self.persistent)
             return
-        stream = io.BytesIO(head)
+        file.largest = room = min(file.size, _LARGEST_PICKLE)
         for _ in range(3):  # the magic number, the version, the sizes of numbers
-            _unpickle(stream, self.persistent)
-        self.described = _unpickle(stream, self.persistent)
-        keys = _unpickle(stream, self.persistent)
-        place = stream.tell()
+            _unpickle(file, room, self.persistent)
+        self.described = _unpickle(file, room, self.persistent)
+        keys = _unpickle(file, room, self.persistent)
+        place = file.tell()
         if not isinstance(keys, list) or {str(key) for key in keys} != self.storages.keys():
             raise ValueError("its list of tensor data is not that of its tensors")
         for key in keys:
             self._places[str(key)] = place
             place += 8 + self.storages[str(key)].count * self.storages[str(key)].item
-        if place != size:
+        if place != file.size:
             raise ValueError("it is cut off, or has something appended")
 
     def fill(self, storage: _Storage, view: memoryview | None) -> None:
@@ -454,7 +473,7 @@ class _StreamSource(_Source):
 
 
 def _fill(file: Any, size: int, view: memoryview | None) -> None:
-    """Read exactly ``size`` bytes into a buffer, or through to nowhere."""
+    """Read exactly ``size`` bytes, into a buffer if there is one."""
     done = 0
     while done < size:
         data = file.read(min(_CHUNK, size - done))
@@ -479,11 +498,11 @@ _NEW: dict[str, Any] = {
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
-def _unpickle(file: io.BytesIO, persistent: Callable[[Any], _Storage]) -> Any:
-    """Build what a pickle describes, without calling or importing anything that it names."""
+def _unpickle(file: IO[bytes], size: int, persistent: Callable[[Any], _Storage]) -> Any:
+    """Build what a pickle of at most ``size`` bytes describes, without calling or importing anything that it names."""
     try:
-        most = min(_MOST_VALUES, 10_000 + 4 * len(file.getbuffer()))
-        return _map(_build(file, persistent), lambda leaf: leaf, most)
+        most = min(_MOST_VALUES, 10_000 + 4 * size)
+        return _map(_build(file, size, persistent), lambda leaf: leaf, most)
     except _NotAllowedError:
         raise
     except Exception as error:  # pickletools raises of every kind
@@ -505,7 +524,7 @@ def _map(value: Any, leaf: Callable[[Any], Any], left: int = _MOST_VALUES) -> An
         left -= 1
         room -= len(item) if isinstance(item, str | bytes) else 0
         if left < 0 or room < 0:
-            raise ValueError("its values are more than those of any weight file")
+            raise ValueError(_TOO_MANY)
         if isinstance(item, dict):
             return {key: walk(inner) for key, inner in item.items()}
         if isinstance(item, list | tuple):
@@ -519,15 +538,20 @@ def _map(value: Any, leaf: Callable[[Any], Any], left: int = _MOST_VALUES) -> An
     return walk(value)
 
 
-def _build(file: io.BytesIO, persistent: Callable[[Any], _Storage]) -> Any:
+def _build(file: IO[bytes], size: int, persistent: Callable[[Any], _Storage]) -> Any:
+    """Follow the instructions of a pickle.
+
+    Each may name the same large value again in a few bytes: none may cost more than the bytes that it takes in the file,
+    or than what `_Calls` has room for.
+    """
     stack: list[Any] = []
     below: list[list[Any]] = []  # what lies under each mark
     memo: dict[Any, Any] = {}
-    calls = _Calls(4 * len(file.getbuffer()) + _SPARE)
+    calls = _Calls(4 * size + _SPARE)
     for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         name = opcode.name
         if count > _MOST_VALUES or (isinstance(argument, int) and abs(argument) >> 128):
-            raise ValueError("its values are more, or larger, than those of any weight file")
+            raise ValueError(_TOO_MANY)
         if name in _PUSH:
             stack.append(argument)
         elif name in _NEW:
@@ -566,7 +590,9 @@ def _build(file: io.BytesIO, persistent: Callable[[Any], _Storage]) -> Any:
             if name == "NEWOBJ_EX":
                 stack.pop()
             arguments = stack.pop()
-            stack.append(calls.call(stack.pop(), *arguments))
+            if type(arguments) is not tuple:
+                raise ValueError("it is not a pickle of weights")
+            stack.append(calls.call(stack.pop(), arguments))
         elif name == "BUILD":
             state = stack.pop()
             calls.set_state(stack[-1], state)
@@ -594,10 +620,12 @@ def _set_items(target: Any, items: list[Any]) -> None:
 
 
 def _allowed(module: Any, name: Any) -> _Global:
-    package = str(module).partition(".")[0]
+    if not all(isinstance(word, str) and len(word) <= _LONGEST_NAME for word in (module, name)):
+        raise ValueError(_TOO_LARGE)
+    package = module.partition(".")[0]
     if package not in _PACKAGES or ("builtin" in package and name not in _BUILTINS):
         raise _NotAllowedError(ascii(f"{module}.{name}"[:100])[1:-1])
-    return _Global(str(module), str(name))
+    return _Global(module, name)
 
 
 class _Calls:
@@ -610,7 +638,7 @@ class _Calls:
     def __init__(self, room: int) -> None:
         self._room = room
 
-    def call(self, function: Any, *arguments: Any) -> Any:
+    def call(self, function: Any, arguments: tuple[Any, ...]) -> Any:
         """Return what stands for the result of a function, or an object of a class, that the pickle names."""
         where, name = (
             (function.module, function.name) if isinstance(function, _Global) else ("", "")
@@ -618,9 +646,9 @@ class _Calls:
         package = where.partition(".")[0]
         if (where, name) == ("collections", "OrderedDict"):
             made: dict[Any, Any] = {}
-            for pair in arguments[0] if arguments else ():
-                self._spend(1)
-                _set_items(made, list(pair))
+            for key, value in arguments[0] if arguments else ():
+                self._spend(_VALUE)
+                _set_items(made, [key, value])
             return made
         if name in ("_rebuild_tensor_v2", "_rebuild_tensor"):
             return _describe(*arguments[:4])
@@ -651,16 +679,15 @@ class _Calls:
     def set_state(self, target: Any, state: Any) -> None:
         """Give the state that the pickle states to what `call` returned."""
         if isinstance(target, _Module) and isinstance(state, dict):
-            self._spend(len(state))
+            self._spend(_VALUE * len(state))
             target.update(state)
         elif isinstance(target, _Array):
             _, shape, dtype, fortran, data = state
             target.values = self._array(dtype, shape, bool(fortran), data)
         elif isinstance(target, _Dtype):
-            _, order, *fields = state
-            if order not in ("<", ">", "=", "|") or any(part is not None for part in fields[:3]):
+            if state[1] not in ("<", ">", "=", "|") or any(p is not None for p in state[2:5]):
                 raise ValueError("its arrays are of a type with a structure of its own")
-            target.text = order + target.text.lstrip("<>=|")
+            target.text = state[1] + target.text.lstrip("<>=|")
 
     def _array(self, dtype: Any, shape: Any, fortran: bool, data: Any) -> npt.NDArray[Any] | None:
         if not isinstance(dtype, _Dtype):
@@ -669,7 +696,7 @@ class _Calls:
             data = data.encode("latin1")
         self._spend(2 * len(data))
         kind = np.dtype(dtype.text)
-        if not all(type(length) is int and length >= 0 for length in shape):
+        if len(shape) > _MOST_DIMENSIONS or not all(map(_is_count, shape)):
             raise ValueError("its arrays are not described as in a weight file")
         if math.prod(shape) * kind.itemsize != len(data):
             raise ValueError("its arrays have another size than their numbers")
@@ -679,15 +706,17 @@ class _Calls:
     def _spend(self, size: int) -> None:
         self._room -= size
         if self._room < 0:
-            raise ValueError("its values are more than those of any weight file")
+            raise ValueError(_TOO_MANY)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
 
 
 def _describe(storage: Any, offset: Any, shape: Any, stride: Any) -> _Described:
-    numbers = (offset, *shape, *stride)
-    if not isinstance(storage, _Storage) or len(shape) != len(stride) or len(shape) > 32:
-        raise ValueError("its tensors are not described as in a weight file")
-    if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
-        raise ValueError("its tensors are not described as in a weight file")
+    fits = isinstance(storage, _Storage) and len(shape) == len(stride) <= _MOST_DIMENSIONS
+    if not fits or not all(map(_is_count, (offset, *shape, *stride))):
+        raise ValueError(_NOT_DESCRIBED)
     last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
     if 0 not in shape and last >= storage.count:
         raise ValueError("its tensors reach beyond their numbers")
@@ -720,7 +749,9 @@ def _parameters(content: Any, path: Path, parts: tuple[str, ...] = ("",)) -> lis
     Raises:
         CheckpointError: There are none.
     """
-    while isinstance(content, dict):
+    for _ in range(10):
+        if not isinstance(content, dict):
+            break
         inner = [key for key in _CONTAINERS if _has_tensors(content.get(key))]
         if not inner:
             break
@@ -733,9 +764,15 @@ def _parameters(content: Any, path: Path, parts: tuple[str, ...] = ("",)) -> lis
             )
         content = content[inner[0]]
     found: dict[str, Any] = {}
+    left = _SPARE
 
     def flatten(value: Any, prefix: str) -> None:
+        nonlocal left
         for key, item in value.items() if isinstance(value, dict) else ():
+            length = len(prefix) + (len(key) if isinstance(key, str | bytes) else 0)
+            left -= length
+            if length > _LONGEST_NAME or left < 0:
+                raise ValueError("its names are longer than those of any weight file")
             if isinstance(item, dict):
                 flatten(item, f"{prefix}{key}.")
             elif isinstance(key, str) and hasattr(item, "shape"):

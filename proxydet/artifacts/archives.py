@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import glob
 import gzip
-import io
 import json
 import logging
 import re
@@ -25,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
+from proxydet import zips
 from proxydet.artifacts.catalogue import Artifact, Unpack
 from proxydet.artifacts.http import StoppedError
 from proxydet.errors import ArchiveError, ArtifactError
@@ -34,19 +34,13 @@ from proxydet.wording import counted
 
 _logger = logging.getLogger(__name__)
 
-MOST_TIMES = 200
-"""An archive may unpack to so many times its size, and `SPARE_BYTES` more."""
-SPARE_BYTES = 64 << 20
-"""See `MOST_TIMES`."""
-MOST_MEMBERS = 2_000_000
-"""More members than any data set has."""
+_MOST_TIMES = 200  # an archive may unpack to so many times its size, and SPARE_BYTES more
 _CHUNK = 1 << 20
 _DEEPEST = 32
 _LARGEST_DIRECTORY = 256 << 20
 _LARGEST_HEADERS = 1 << 20
 _LOCAL_HEADER = 30  # bytes in front of the name and data of a zip's member
 _LONGEST_PART = 240
-_HOSTILE = "The archive is damaged or hostile: do not use it."
 _DAMAGE = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, struct.error, EOFError, ValueError,
            OverflowError, IndexError, KeyError, RecursionError, NotImplementedError, RuntimeError, OSError)  # fmt: skip
 
@@ -85,7 +79,7 @@ def checked_name(name: str, tops: Collection[str], archive: str) -> str:
     if len(parts) > _DEEPEST or re.match(r"[A-Za-z]:", plain) or not all(map(_is_plain, parts)):
         raise ArchiveError(
             f"{archive} holds a file called {name[:200]!r}, which could be written outside its folder.",
-            hint=_HOSTILE,
+            hint=zips.HOSTILE,
         )
     if parts[0] not in tops:
         raise ArchiveError(
@@ -115,7 +109,7 @@ class Tar:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._most = path.stat().st_size * MOST_TIMES + SPARE_BYTES
+        self._most = path.stat().st_size * _MOST_TIMES + zips.SPARE_BYTES
         self._raw = path.open("rb")
         compressed = self._raw.read(2) == b"\x1f\x8b"
         self._raw.seek(0)
@@ -143,7 +137,7 @@ class Tar:
         """
         with archive_errors(self.path):
             archive = tarfile.TarFile(fileobj=self, encoding="utf-8")  # type: ignore[arg-type]
-            for count in range(MOST_MEMBERS + 1):
+            for count in range(zips.MOST_MEMBERS + 1):
                 self._headers = 0
                 member = archive.next()
                 archive.members.clear()  # type: ignore[attr-defined]
@@ -152,10 +146,12 @@ class Tar:
                 if not (member.isdir() or member.isreg()) or member.issparse():
                     raise ArchiveError(
                         f"{self.path.name} holds a link, a device or a sparse file, {member.name[:200]!r}; that is refused.",
-                        hint=_HOSTILE,
+                        hint=zips.HOSTILE,
                     )
-                if count == MOST_MEMBERS or not 0 <= member.size <= self._most - self._at:
-                    raise _bomb(self.path)
+                if count == zips.MOST_MEMBERS:
+                    raise zips.too_large(self.path)
+                if not 0 <= member.size <= self._most - self._at:
+                    raise zips.too_large(self.path, times=_MOST_TIMES)
                 self._left = member.size if member.isreg() else 0
                 yield member
             if (
@@ -184,7 +180,7 @@ class Tar:
         if size < 0 or self._headers > _LARGEST_HEADERS:
             raise ArchiveError(
                 f"{self.path.name} has headers of more than {_LARGEST_HEADERS} bytes for one member.",
-                hint=_HOSTILE,
+                hint=zips.HOSTILE,
                 path=self.path,
             )
         self._last = self._take(size)
@@ -205,42 +201,13 @@ class Tar:
         data = self._file.read(size)
         self._at += len(data)
         if self._at > self._most:
-            raise _bomb(self.path)
+            raise zips.too_large(self.path, times=_MOST_TIMES)
         return data
-
-
-def _bomb(path: Path) -> ArchiveError:
-    return ArchiveError(
-        f"{path.name} holds more than {MOST_MEMBERS} files, or unpacks to more than {MOST_TIMES} times its size; that is "
-        "refused.",
-        hint=_HOSTILE,
-        path=path,
-    )
-
-
-class _BoundedFile(io.BufferedReader):
-    """A file of which no more is read at once than a zip's directory can be long: zipfile trusts its announced size."""
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        """Read ``size`` bytes."""
-        if size is not None and size > _LARGEST_DIRECTORY:
-            raise ValueError("its table of contents is too long")
-        return super().read(size)
-
-
-@contextlib.contextmanager
-def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
-    """Open a zip archive; whatever zipfile raises about a damaged one is for `archive_errors`."""
-    with _BoundedFile(io.FileIO(path)) as file, zipfile.ZipFile(file) as archive:
-        yield archive
 
 
 def _zip_members(archive: zipfile.ZipFile, path: Path, tops: Collection[str]) -> dict[str, zipfile.ZipInfo]:  # fmt: skip
     """Return the files in a zip archive by their checked path, in the order in which they lie there."""
     entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
-    unpacked = sum(entry.file_size for entry in entries)
-    if len(entries) > MOST_MEMBERS or unpacked > path.stat().st_size * MOST_TIMES + SPARE_BYTES:
-        raise _bomb(path)
     found: dict[str, zipfile.ZipInfo] = {}
     end = 0
     for entry in entries:
@@ -248,13 +215,13 @@ def _zip_members(archive: zipfile.ZipFile, path: Path, tops: Collection[str]) ->
         if stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
             raise ArchiveError(
                 f"{path.name} holds a link or a device, {entry.orig_filename[:200]!r}; that is refused.",
-                hint=_HOSTILE,
+                hint=zips.HOSTILE,
             )
         if entry.flag_bits & 0x1:
             raise ArchiveError(f"{path.name} is encrypted.")
         if entry.header_offset < end:
             raise ArchiveError(
-                f"{path.name} holds files that overlap; that is refused.", hint=_HOSTILE
+                f"{path.name} holds files that overlap; that is refused.", hint=zips.HOSTILE
             )
         end = entry.header_offset + _LOCAL_HEADER + entry.compress_size
         if name and not entry.orig_filename.endswith("/"):
@@ -308,8 +275,12 @@ class Unpacker:
             DiskFullError: There is no room.
             StoppedError: The stop sign was given.
         """
-        staging, complete = self._staging, self._staging / ".listing"
+        staging, complete = self._staging, listing.with_name(f"{listing.name}.{self._digest[:16]}")
         with write_errors(staging):
+            listing.parent.mkdir(parents=True, exist_ok=True)
+            for left in listing.parent.glob(f"{glob.escape(listing.name)}.{'[0-9a-f]' * 16}"):
+                if left != complete:  # of another version
+                    left.unlink()
             plain = f".{glob.escape(self._path.name)}"
             for pattern in (f"{plain}.unpacking", f"{plain}.{'[0-9a-f]' * 16}.unpacking"):
                 for left in self._folder.glob(pattern):
@@ -317,7 +288,9 @@ class Unpacker:
                         shutil.rmtree(left)
             staging.mkdir(parents=True, exist_ok=True)
         files = read_listing(complete)
-        if files is None:
+        if files is None or not all(
+            (staging / name).exists() or (self._folder / name).exists() for name in files
+        ):
             try:
                 with archive_errors(self._path):
                     files = self._from_zip() if self._path.suffix == ".zip" else self._from_tar()
@@ -336,9 +309,10 @@ class Unpacker:
                 if (staging / name).exists():
                     (self._folder / name).parent.mkdir(parents=True, exist_ok=True)
                     (staging / name).replace(self._folder / name)
-            listing.parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(complete, listing)
             shutil.rmtree(staging)
+            complete.replace(
+                listing
+            )  # at last: then it counts as unpacked, and nobody comes here again
         _logger.info("%s: %d files in %s", self._artifact.name, len(files), self._folder)
         return len(files)
 
@@ -361,7 +335,7 @@ class Unpacker:
         """Write the members that are not there yet, several at a time."""
         path, failed = self._path, threading.Event()
         title = f"unpacking {path.name}"
-        with open_zip(path) as archive:
+        with zips.open_zip(path, largest=_LARGEST_DIRECTORY, times=_MOST_TIMES) as archive:
             members = _zip_members(archive, path, self._rule.tops)
             total = sum(entry.file_size for entry in members.values())
             there = sum(e.file_size for name, e in members.items() if self._has(name, e.file_size))
@@ -452,7 +426,7 @@ def _one_kind(name: str) -> Iterator[None]:
         yield
     except (FileExistsError, IsADirectoryError, NotADirectoryError) as error:
         raise ArchiveError(
-            f"It holds {name!r} as a file and as a folder.", hint=_HOSTILE
+            f"It holds {name!r} as a file and as a folder.", hint=zips.HOSTILE
         ) from error
 
 

@@ -23,7 +23,6 @@ from proxydet.artifacts.http import (
     NotFoundError,
     StoppedError,
     TransferSettings,
-    run_in_threads,
 )
 from proxydet.artifacts.plan import (
     Item,
@@ -219,7 +218,7 @@ class Downloader:
                         artifact.addresses[0], pinned=artifact.pinned
                     )
 
-        run_in_threads([ask] * min(8, len(waiting)), self._client.stop)
+        self._client.run_in_threads([ask] * min(8, len(waiting)))
         return self._plan([replace(i, announced=sizes.get(i.artifact.name)) for i in plan.items])
 
     def _plan(self, items: list[Item]) -> Plan:
@@ -306,7 +305,7 @@ class Downloader:
                 if len(plan.items) > 1:
                     shown = self._progress.task("all files", total=known, unit="B")
                     total = stack.enter_context(shown)
-                run_in_threads([lambda: work(total)] * jobs, self._client.stop)
+                self._client.run_in_threads([lambda: work(total)] * jobs)
         except BaseException:
             self._client.stop.set()
             raise

@@ -235,7 +235,8 @@ class Client:
         self._local = threading.local()
         self._sessions: list[_Session] = []
         self._closed = threading.Event()
-        self._rate_lock = threading.Lock()
+        self._watcher: threading.Thread | None = None
+        self._lock = threading.Lock()
         self._free_at = 0.0  # when the speed limit lets the next bytes be read
 
     def __enter__(self) -> Client:
@@ -243,7 +244,7 @@ class Client:
 
     def __exit__(self, *error: object) -> None:
         self._closed.set()
-        for session in self._sessions:
+        for session in self._sessions.copy():
             session.close()
 
     def open(
@@ -317,7 +318,7 @@ class Client:
         """
         if self.settings.limit_rate is None:
             return
-        with self._rate_lock:
+        with self._lock:
             now = time.monotonic()
             self._free_at = max(self._free_at, now) + count / self.settings.limit_rate
             wait = self._free_at - now
@@ -377,15 +378,67 @@ class Client:
         if time.monotonic() > end:
             raise RetryableError(message, slow=True)
 
+    def run_in_threads(self, jobs: Sequence[Callable[[], None]]) -> None:
+        """Run each job in a thread of its own, which closes its connections at its end, and wait for all.
+
+        When the wait is interrupted (Ctrl-C), `stop` is set, the jobs get a moment to notice, and the interruption is
+        passed on. A thread that is stuck in name resolution by then is left behind: it only ever writes to a hidden file.
+        (The threads of concurrent.futures would keep the interpreter from ending.)
+
+        Args:
+            jobs: What to run.
+
+        Raises:
+            BaseException: The first one that a job raised, after all have ended.
+        """
+        raised: list[BaseException] = []
+        # Joining a thread is not safe to interrupt (CPython issue 90882).
+        ended = threading.Semaphore(0)
+
+        def guarded(job: Callable[[], None]) -> None:
+            try:
+                try:
+                    job()
+                finally:
+                    self._close_session()
+            except BaseException as error:  # noqa: BLE001 - handed to the caller below
+                raised.append(error)
+            ended.release()
+
+        for job in jobs:
+            threading.Thread(target=guarded, args=(job,), daemon=True).start()
+        left = len(jobs)
+        try:
+            while left:
+                left -= ended.acquire(timeout=0.2)
+        except BaseException:
+            self.stop.set()
+            end = time.monotonic() + 2.0
+            while left and time.monotonic() < end:
+                left -= ended.acquire(timeout=0.2)
+            raise
+        if raised:
+            raise raised[0]
+
     def _session(self) -> _Session:
         session: _Session | None = getattr(self._local, "session", None)
         if session is None:
             session = self._local.session = _Session()
             session.cookies.update(self._cookies)
-            if not self._sessions:
-                threading.Thread(target=self._watch, name="watch", daemon=True).start()
-            self._sessions.append(session)
+            with self._lock:
+                self._sessions.append(session)
+                if self._watcher is None:
+                    self._watcher = threading.Thread(target=self._watch, name="watch", daemon=True)
+                    self._watcher.start()
         return session
+
+    def _close_session(self) -> None:
+        """Close the connections of this thread."""
+        session: _Session | None = self._local.__dict__.pop("session", None)
+        if session is not None:
+            with self._lock:
+                self._sessions.remove(session)
+            session.close()
 
     def _watch(self) -> None:
         """Cut the connections of every session whose time is over."""
@@ -583,48 +636,6 @@ class _Adapter(HTTPAdapter):
         if not proxy.lower().startswith("socks"):
             manager.pool_classes_by_scheme = self._pools
         return manager
-
-
-def run_in_threads(jobs: Sequence[Callable[[], None]], stop: threading.Event) -> None:
-    """Run each job in a thread of its own and wait for all.
-
-    When the wait is interrupted (Ctrl-C), ``stop`` is set, the jobs get a moment to notice, and the interruption is
-    passed on. A thread that is stuck in name resolution by then is left behind: it only ever writes to a hidden file.
-    (The threads of concurrent.futures would keep the interpreter from ending.)
-
-    Args:
-        jobs: What to run.
-        stop: The sign that jobs watch for.
-
-    Raises:
-        BaseException: The first one that a job raised, after all have ended.
-    """
-    raised: list[BaseException] = []
-    ended = threading.Semaphore(
-        0
-    )  # joining a thread is not safe to interrupt (CPython issue 90882)
-
-    def guarded(job: Callable[[], None]) -> None:
-        try:
-            job()
-        except BaseException as error:  # noqa: BLE001 - handed to the caller below
-            raised.append(error)
-        ended.release()
-
-    for job in jobs:
-        threading.Thread(target=guarded, args=(job,), daemon=True).start()
-    left = len(jobs)
-    try:
-        while left:
-            left -= ended.acquire(timeout=0.2)
-    except BaseException:
-        stop.set()
-        end = time.monotonic() + 2.0
-        while left and time.monotonic() < end:
-            left -= ended.acquire(timeout=0.2)
-        raise
-    if raised:
-        raise raised[0]
 
 
 def _check_status(response: requests.Response, where: str) -> None:

@@ -33,7 +33,6 @@ from proxydet.wording import size_text
 
 LOCK_FILE = "artifacts.lock.json"
 _HIDDEN_FOLDER = ".proxydet"
-_MOST_ASKED = 60
 
 
 class Records:

@@ -34,7 +34,6 @@ from proxydet.artifacts.http import (
     Response,
     RetryableError,
     StoppedError,
-    run_in_threads,
 )
 from proxydet.errors import ArtifactError, DigestError, ProxydetError, TransferError
 from proxydet.files import read_text, require_room, write_bytes, write_errors
@@ -493,7 +492,7 @@ class Transfer:
                             errors.append(failure)
                         return
 
-        run_in_threads([work] * running, self._client.stop)
+        self._client.run_in_threads([work] * running)
         if errors:
             raise errors[0]
 
@@ -573,6 +572,12 @@ class Transfer:
         offset, where, settings = response.first, shown(response.address), self._settings
         end = self._size if response.length is None else offset + response.length
         bound = settings.largest_unannounced if end is None else end
+        announced = end is not None
+        if (
+            self._size is None and response.total is None
+        ):  # pieces with a length, but no end of them
+            announced = announced and bound <= settings.largest_unannounced
+            bound = min(bound, settings.largest_unannounced)
         # Pauses for the speed limit are short.
         chunk = int(max(min(settings.chunk_bytes, settings.limit_rate or _ENDLESS), 1))
         while data := response.read(chunk):
@@ -583,7 +588,7 @@ class Transfer:
             if offset + len(data) > bound:
                 raise TransferError(
                     f"{where} sent more bytes than it announced."
-                    if end is not None
+                    if announced
                     else f"{where} sent more than {size_text(bound)} without saying how much will come. If that is "
                     "right, add the file's size to its catalogue entry."
                 )

@@ -215,6 +215,7 @@ def _metadata(detector: Detector, vocabulary: Vocabulary | None = None) -> Expor
         one_class_per_proposal=settings.one_class_per_proposal,
         shortest=detector.sides[0],
         longest=detector.sides[1],
+        sealed=True,
     )
 
 

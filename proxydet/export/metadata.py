@@ -10,6 +10,12 @@ import msgspec
 
 from proxydet.errors import InputError
 
+REMEDY = (
+    "copy it again, or make it again with: proxydet export (an ONNX file changed on purpose? remove proxydet_sha256 from "
+    'its metadata_props, and "sealed" from the JSON under proxydet)'
+)
+"""What to do about a file that is not what was exported."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportMetadata:
@@ -45,31 +51,42 @@ class ExportMetadata:
     """Pictures are scaled so that their shortest side has this many pixels,"""
     longest: int
     """but the longest at most this many."""
+    sealed: bool
+    """Whether the file's SHA-256 is at its end: absence means damage. Version 0.1 wrote none."""
 
     def to_text(self) -> str:
         """Return JSON."""
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
-    def from_text(cls, text: str | None, path: Path) -> ExportMetadata:
+    def from_text(cls, text: str | None, path: Path, *, sealed: bool) -> ExportMetadata:
         """Read what `to_text` wrote.
 
         Args:
             text: JSON; None where the file has none.
             path: The file that it comes from.
+            sealed: Whether `proxydet.weight_files.check_seal` found a digest in it.
 
         Raises:
-            InputError: There is none, or it is not complete.
+            InputError: There is none, or it is not complete; or the digest is absent that it announces.
         """
         hint = "make a file with: proxydet export"
         if text is None:
             raise InputError(f"{path} was not made by proxydet", hint=hint, path=path)
         try:
-            content = {"masks": True, **json.loads(text)}  # version 0.1 always exported masks
-            return msgspec.convert(content, cls)
+            # Version 0.1 always exported masks, and no digest.
+            content = {"masks": True, "sealed": False, **json.loads(text)}
+            metadata = msgspec.convert(content, cls)
         except (ValueError, TypeError, RecursionError, msgspec.MsgspecError) as error:
             raise InputError(
                 f"{path} was made by another version of proxydet, or is damaged",
                 hint=hint,
                 path=path,
             ) from error
+        if metadata.sealed and not sealed:
+            raise InputError(
+                f"{path} is damaged: its SHA-256 is not where proxydet export wrote it",
+                hint=REMEDY,
+                path=path,
+            )
+        return metadata

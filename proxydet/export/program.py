@@ -12,7 +12,7 @@ import torch
 import torchvision  # noqa: F401 registers the operators that a program uses
 
 from proxydet.errors import InputError
-from proxydet.export.metadata import ExportMetadata
+from proxydet.export.metadata import REMEDY, ExportMetadata
 from proxydet.export.runtime import check_finite
 from proxydet.vocabulary.vocabulary import Vocabulary
 from proxydet.weight_files import check_seal, seal
@@ -58,7 +58,7 @@ class TorchProgram:
             raise InputError(
                 f"there is no file {path}", hint="make one with: proxydet export", path=path
             )
-        check_seal(path, SEAL, hint="copy it again, or make it again with: proxydet export")
+        sealed = check_seal(path, SEAL, hint=REMEDY)
         extra = {METADATA_FILE: ""}
         try:
             with path.open("rb") as file:
@@ -69,7 +69,7 @@ class TorchProgram:
                 hint="make it again with: proxydet export, with the same version of torch",
                 path=path,
             ) from error
-        self.metadata = ExportMetadata.from_text(extra[METADATA_FILE] or None, path)
+        self.metadata = ExportMetadata.from_text(extra[METADATA_FILE] or None, path, sealed=sealed)
         self._module = program.module()
 
     @torch.inference_mode()

@@ -25,7 +25,7 @@ from proxydet.data.images import read_image
 from proxydet.data.transforms import shortest_side
 from proxydet.errors import InputError, MissingDependencyError, NumericsError, VocabularyError
 from proxydet.export.found import Found, to_picture
-from proxydet.export.metadata import ExportMetadata
+from proxydet.export.metadata import REMEDY, ExportMetadata
 from proxydet.vocabulary.vocabulary import Vocabulary
 from proxydet.weight_files import check_seal
 
@@ -41,7 +41,6 @@ _KEY = b"proxydet_sha256"
 _ENTRY = b"\x0a" + bytes([len(_KEY)]) + _KEY + b"\x12" + bytes([64])
 SEAL = b"\x72" + bytes([len(_ENTRY) + 64]) + _ENTRY
 """In front of the file's SHA-256; see `proxydet.weight_files.seal`."""
-_AGAIN = "copy it again, or make it again with: proxydet export (changed on purpose? remove its metadata proxydet_sha256)"
 
 _NONE_BESIDE = "there is no vocabulary beside the model"
 
@@ -106,7 +105,7 @@ class OnnxDetector:
             raise InputError(
                 f"there is no file {path}", hint="make one with: proxydet export", path=path
             )
-        check_seal(path, SEAL, hint=_AGAIN)  # version 0.1 wrote none
+        sealed = check_seal(path, SEAL, hint=REMEDY)
         options = runtime.SessionOptions()
         if threads is not None:
             options.intra_op_num_threads = threads
@@ -115,11 +114,11 @@ class OnnxDetector:
         except Exception as error:  # onnxruntime's errors have no base of their own
             raise InputError(
                 f"onnxruntime cannot open {path}: {str(error).partition(chr(10))[0]}",
-                hint=_AGAIN,
+                hint=REMEDY,
                 path=path,
             ) from error
         properties = session.get_modelmeta().custom_metadata_map
-        metadata = ExportMetadata.from_text(properties.get("proxydet"), path)
+        metadata = ExportMetadata.from_text(properties.get("proxydet"), path, sealed=sealed)
         companion = path.with_suffix(".npz")
         if not companion.is_file():
             return cls(session, metadata, None)

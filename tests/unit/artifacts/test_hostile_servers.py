@@ -127,6 +127,25 @@ def test_a_stream_without_end_stops_at_a_bound(fetch, server, body, pinned) -> N
     assert sum(path.stat().st_size for path in fetch.leftovers()) < 1_100_000
 
 
+def test_pieces_without_end_stop_at_the_same_bound(fetch, server) -> None:
+    """Each has a length of its own, and none says how long the file is."""
+    fetch.set(largest_unannounced=300_000)
+    at = 0
+
+    def piece(write, closing) -> None:
+        nonlocal at
+        head = f'HTTP/1.1 206 Partial\r\nETag: "v"\r\nContent-Range: bytes {at}-{at + 99_999}/*\r\n'
+        write(f"{head}Content-Length: 100000\r\n\r\n".encode() + b"x" * 100_000)
+        at += 100_000
+        if at > 2_000_000:
+            raise BrokenPipeError
+
+    served = server.add("/f", raw=piece)
+    with pytest.raises(TransferError, match="300"):
+        fetch("/f")
+    assert len(served.requests) <= 5
+
+
 @pytest.mark.parametrize(
     "headers",
     [

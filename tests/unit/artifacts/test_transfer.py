@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import io
 import random
+import socket
 import time
 from email.utils import formatdate
 
@@ -474,6 +476,24 @@ class TestSeveralConnections:
         fetch("/f")
         done(fetch, body)
         assert len(served.requests) == 2
+
+    def test_connections_end_with_the_file(self, fetch, downloads, server, body) -> None:
+        """Not with the job: a job may have thousands of files."""
+        paths = [f"/f{n}" for n in range(5)]
+        things = [downloads.artifact(path[1:], server.add(path, body).body) for path in paths]
+
+        def opened() -> int:
+            sockets = [item for item in gc.get_objects() if type(item) is socket.socket]
+            return sum(item.fileno() != -1 for item in sockets)
+
+        with downloads.open(*things, settings=fetch.settings) as downloader:
+            report = downloader.fetch(downloader.plan([thing.name for thing in things]))
+            report.raise_for_failures()
+            end = time.monotonic() + 5  # the server's side closes a moment later
+            while opened() > 8 and time.monotonic() < end:
+                time.sleep(0.01)
+            assert opened() <= 8
+        assert max(server.files[path].most_active for path in paths) > 1
 
     @pytest.mark.parametrize("connections", [4, 1])
     def test_what_a_server_that_died_left_is_used(self, fetch, server, body, connections) -> None:

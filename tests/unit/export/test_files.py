@@ -143,6 +143,8 @@ def without_digest(model: onnx.ModelProto) -> None:
     """As one does to change a file on purpose."""
     [digest] = [entry for entry in model.metadata_props if entry.key == "proxydet_sha256"]
     model.metadata_props.remove(digest)
+    [told] = [entry for entry in model.metadata_props if entry.key == "proxydet"]
+    told.value = json.dumps({k: v for k, v in json.loads(told.value).items() if k != "sealed"})
 
 
 def test_the_vocabulary_beside_the_file_is_used_if_it_is_the_files(
@@ -245,5 +247,19 @@ def test_a_flipped_bit_is_refused(
         damaged[place] ^= 1 << int(random.integers(8))
         path.write_bytes(bytes(damaged))
         with pytest.raises(InputError, match="SHA-256") as caught:
+            OnnxDetector.from_file(path) if format == "onnx" else TorchProgram(path)
+        assert "proxydet export" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch"])
+def test_damage_to_the_digests_own_mark_is_refused(
+    format: str, onnx_export: ExportReport, torch_export: ExportReport, tmp_path: Path
+) -> None:
+    source = (onnx_export if format == "onnx" else torch_export).path
+    whole, path = source.read_bytes(), tmp_path / source.name
+    place = whole.rindex(b"sha256")
+    for damaged in (whole[:place] + b"S" + whole[place + 1 :], whole[:-5]):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError) as caught:
             OnnxDetector.from_file(path) if format == "onnx" else TorchProgram(path)
         assert "proxydet export" in str(caught.value.hint)

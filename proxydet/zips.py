@@ -1,0 +1,63 @@
+"""Zip archives of others: opened with bounds on their table of contents, and on what they unpack to."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from proxydet.errors import ArchiveError
+
+MOST_MEMBERS = 2_000_000
+"""More members than any archive of a data set or of weights has."""
+SPARE_BYTES = 64 << 20
+"""Bytes that an archive may unpack to beyond a multiple of its size."""
+HOSTILE = "The archive is damaged or hostile: do not use it."
+"""Hint about an archive that no tool makes."""
+_MEMBER = b"PK\x01\x02"  # in front of each member in the table of contents
+
+
+class _Bounded(io.BufferedReader):
+    """A file of which no more is read at once than a table of contents may take: zipfile trusts the size announced."""
+
+    def __init__(self, path: Path, largest: int) -> None:
+        super().__init__(io.FileIO(path))
+        self._path, self._largest = path, largest
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > self._largest:
+            raise ValueError("its table of contents is too long")
+        data = super().read(size)
+        if data.count(_MEMBER) > MOST_MEMBERS:  # before zipfile makes an object of each
+            raise too_large(self._path)
+        return data
+
+
+@contextlib.contextmanager
+def open_zip(path: Path, *, largest: int, times: int) -> Iterator[zipfile.ZipFile]:
+    """Open a zip archive for reading.
+
+    Args:
+        path: The archive.
+        largest: Bytes that its table of contents may take.
+        times: How many times its size it may unpack to, `SPARE_BYTES` apart.
+
+    Raises:
+        ArchiveError: It holds more than `MOST_MEMBERS` members, or unpacks to more than it may.
+        Exception: Whatever zipfile raises about a damaged one.
+    """
+    with _Bounded(path, largest) as file, zipfile.ZipFile(file) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > path.stat().st_size * times + SPARE_BYTES:
+            raise too_large(path, times=times)
+        yield archive
+
+
+def too_large(path: Path, *, times: int | None = None) -> ArchiveError:
+    """Return the error about an archive that unpacks to more than so many times its size; None: with too many members."""
+    what = f"holds more than {MOST_MEMBERS} files"
+    if times is not None:
+        what = f"unpacks to more than {times} times its size"
+    return ArchiveError(f"{path.name} {what}; that is refused.", hint=HOSTILE, path=path)

@@ -273,7 +273,7 @@ class Unpacker:
         Raises:
             ArchiveError: It is damaged, hostile, or does not hold what the catalogue says.
             DiskFullError: There is no room.
-            StoppedError: The stop sign was given.
+            StoppedError: The job was stopped.
         """
         staging, complete = self._staging, listing.with_name(f"{listing.name}.{self._digest[:16]}")
         with write_errors(staging):

@@ -490,7 +490,7 @@ class Downloader:
         return replace(outcome, status="unpacked", note=counted(count, "file"))
 
     def _sha256(self, path: Path) -> str:
-        """Return the digest of a file; errors of reading it are `ArtifactError`, the stop sign is `StoppedError`."""
+        """Return the digest of a file; errors of reading it are `ArtifactError`, a stopped job raises `StoppedError`."""
         try:
             title, size = f"checking {path.name}", path.stat().st_size
             with self._progress.task(title, total=size, unit="B") as task:
@@ -633,7 +633,7 @@ def download(
 
     Raises:
         ConfigError: There is no such name.
-        ArtifactError: It could not be had; the leaf says why.
+        ArtifactError: It failed to download; the leaf says why.
         DiskFullError: There is no room.
     """
     options = options or DownloadOptions(root=None if root is None else Path(root))

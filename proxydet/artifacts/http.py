@@ -269,7 +269,7 @@ class Client:
             RangeError: The file has no such bytes.
             NotFoundError: The server has no such file.
             TransferError: Any other failure; the message shows no query and no credentials.
-            StoppedError: The stop sign was given.
+            StoppedError: The job was stopped.
         """
         pace.check(shown(address))
         headers = {}
@@ -295,7 +295,7 @@ class Client:
             pinned: Whether the digest of the file is known.
 
         Raises:
-            StoppedError: The stop sign was given.
+            StoppedError: The job was stopped.
         """
         session, end = self._session(), time.monotonic() + _HEAD_SECONDS_FOR_SIZE
         try:
@@ -314,7 +314,7 @@ class Client:
         """Account for bytes that were just read; under a speed limit, wait until the next may be read.
 
         Raises:
-            StoppedError: The stop sign was given meanwhile.
+            StoppedError: The job was stopped meanwhile.
         """
         if self.settings.limit_rate is None:
             return
@@ -372,7 +372,7 @@ class Client:
         raise TransferError(f"{where} redirects without end.")
 
     def check(self, end: float, message: str) -> None:
-        """Raise `StoppedError` where the stop sign was given, and `RetryableError` after ``end``."""
+        """Raise `StoppedError` where the job was stopped, and `RetryableError` after ``end``."""
         if self.stop.is_set() or self._closed.is_set():
             raise StoppedError
         if time.monotonic() > end:
@@ -496,7 +496,7 @@ class Response:
         Raises:
             RetryableError: The connection broke, went silent, was too slow, or ended before the announced length.
             TransferError: The file takes more time than it may.
-            StoppedError: The stop sign was given.
+            StoppedError: The job was stopped.
         """
         try:
             data = self._response.raw.read1(count, decode_content=False) or b""
@@ -582,7 +582,7 @@ class _Session(requests.Session):
 
 
 class _Adapter(HTTPAdapter):
-    """Tells of each connection that it opens.
+    """Reports each connection that it opens.
 
     Args:
         opened: Called with the socket.
@@ -653,7 +653,7 @@ def _check_status(response: requests.Response, where: str) -> None:
             hint="The source may want an account: name a cookies.txt file in PROXYDET_COOKIES, or add the host to ~/.netrc.",
         )
     if status not in (200, 206):
-        raise TransferError(f"{where} answered {status}, which is of no use.")
+        raise TransferError(f"{where} answered {status}, not with the file.")
 
 
 def _length(headers: Mapping[str, str]) -> int | None:

@@ -330,7 +330,7 @@ class Transfer:
             DigestError: Bytes came, but not the right ones.
             TransferError: No address served it; the message says why for each.
             DiskFullError: There is no room.
-            StoppedError: The stop sign was given.
+            StoppedError: The job was stopped.
         """
         self._part = PartFile(self._target, take_over=take_over)
         failures: list[ArtifactError] = []
@@ -497,7 +497,7 @@ class Transfer:
             raise errors[0]
 
     def _open(self, first: int, end: int) -> Response:
-        """Send a request; where Google Drive asks back, press its button."""
+        """Send a request; submit the form of a Google Drive confirmation page."""
         record, pinned = self._part.record, self._sha256 is not None
         last = None if end >= (record.total or _ENDLESS) else end - 1
         validator = record.validator if record.address == self._address else None

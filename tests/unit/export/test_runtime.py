@@ -13,8 +13,9 @@ import pytest
 from proxydet.detector import Detector
 from proxydet.errors import InputError, NumericsError, VocabularyError
 from proxydet.export.exporter import _metadata
-from proxydet.export.runtime import INPUTS, OnnxDetector
+from proxydet.export.runtime import INPUTS, SEAL, OnnxDetector
 from proxydet.vocabulary.vocabulary import Vocabulary
+from proxydet.weight_files import seal
 
 
 class Session:
@@ -98,6 +99,7 @@ def test_only_the_vocabulary_that_was_exported_with_the_file_is_taken(
 ) -> None:
     own, other = tiny.vocabulary(3, seed=1), tiny.vocabulary(3, seed=2)
     (tmp_path / "model.onnx").touch()
+    seal(tmp_path / "model.onnx", SEAL)
 
     def open_file(exported_with: Vocabulary | None) -> OnnxDetector:
         text = _metadata(detector, exported_with).to_text()

@@ -19,6 +19,7 @@ RANK = {
             "errors",
             "files",
             "weight_files",
+            "zips",
             "reporting",
             "wording",
             "paths",

@@ -179,7 +179,7 @@ def test_an_archive_that_unpacks_to_much_more_is_refused(tmp_path: Path) -> None
     zeros = np.zeros((40_000, 512), np.float32)
     np.savez_compressed(path, names=np.array(["a"]), embeddings=zeros, base=np.ones(1, bool))
     assert path.stat().st_size < 1e6
-    with pytest.raises(VocabularyError, match="would unpack to 81"):
+    with pytest.raises(VocabularyError, match=r"bomb\.npz unpacks to more"):
         Vocabulary.load(path)
 
 

@@ -39,7 +39,7 @@ from proxydet.export.pooling import ExportPooler
 from proxydet.export.program import TorchProgram
 from proxydet.export.runtime import OnnxDetector
 from proxydet.modeling.config import CascadeConfig
-from proxydet.modeling.pooling import RegionPooler
+from proxydet.modeling.roi_align import RegionPooler
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 _SIZE = (640, 480)

@@ -5,7 +5,7 @@
     python benchmarks/many_classes.py [--classes 20000] [--chunks 2048 20000] [--threads 2]
 
 4 pictures of 256 regions, random embeddings of 512 dimensions, threshold 0.02. Memory is what the process's largest resident
-size grows by during `proxydet.modeling.scoring.detect_classes`. Checks that all give the same detections.
+size grows by during `proxydet.modeling.postprocess.detect_classes`. Checks that all give the same detections.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ import torch
 from torch.nn import functional
 
 from proxydet.modeling.config import ClassifierConfig, InferenceConfig
-from proxydet.modeling.heads import ZeroShotClassifier
-from proxydet.modeling.roi_heads import RegionEmbeddings
-from proxydet.modeling.scoring import ClassText, detect_classes
+from proxydet.modeling.postprocess import ClassText, detect_classes
+from proxydet.modeling.roi_heads import RegionEmbeddings, ZeroShotClassifier
 
 PICTURES, REGIONS, DIMENSIONS = 4, 256, 512
 TEMPERATURES = (50.0, 50.0, 50.0, 1.0)

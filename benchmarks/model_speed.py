@@ -32,10 +32,10 @@ from proxydet.data.batches import Batch, BoxBatch, ImageLabelBatch
 from proxydet.losses.config import LossConfig
 from proxydet.losses.criterion import Criterion
 from proxydet.modeling import network as network_module
-from proxydet.modeling import roi_training
-from proxydet.modeling.assemble import assemble_predictions
+from proxydet.modeling import roi_heads
 from proxydet.modeling.config import InferenceConfig
 from proxydet.modeling.network import ProxyDetNetwork
+from proxydet.modeling.postprocess import assemble_predictions
 from proxydet.modeling.prediction import Prediction, rles
 
 Times = dict[str, float]
@@ -179,10 +179,10 @@ def training(network: ProxyDetNetwork, batch: Batch, stopwatch: Stopwatch) -> Ca
     stopwatch.watch(network, "_features", "backbone")
     stopwatch.watch(network.proposal_generator, "forward", "proposals")
     stopwatch.watch(network.proposal_generator, "propose", "proposals")
-    stopwatch.watch(roi_training, "box_steps", "cascade with mixup branch")
-    stopwatch.watch(roi_training, "_mixup_step", "of it, mixup branch")
-    stopwatch.watch(roi_training, "mask_step", "masks")
-    stopwatch.watch(roi_training, "image_label_steps", "cascade")
+    stopwatch.watch(roi_heads, "box_steps", "cascade with mixup branch")
+    stopwatch.watch(roi_heads, "_mixup_step", "of it, mixup branch")
+    stopwatch.watch(roi_heads, "mask_step", "masks")
+    stopwatch.watch(roi_heads, "image_label_steps", "cascade")
 
     def run() -> None:
         output = network(batch, generator=source)

@@ -44,11 +44,12 @@ from proxydet.losses import criterion as criterion_module
 from proxydet.losses import mixup as mixup_module
 from proxydet.losses.config import LossConfig, MixupLossConfig
 from proxydet.losses.criterion import Criterion, image_label_loss
-from proxydet.modeling import geometry, matching, pooling, roi_training
+from proxydet.modeling import geometry, matching, roi_heads
+from proxydet.modeling import roi_align as pooling
 from proxydet.modeling.config import ModelConfig
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.modeling.outputs import ImageStepOutput, MixupOutput
-from proxydet.modeling.region_align import RegionGrid
+from proxydet.modeling.roi_align import RegionGrid
 from proxydet.training.config import OptimizerConfig
 from proxydet.training.step import build_optimizer, clip_gradients
 from proxydet.vocabulary.vocabulary import Vocabulary
@@ -80,7 +81,7 @@ def whole_mixup_step(
     branch, config = heads.mixup, heads.config
     for step in range(len(branch)):
         pooled = heads.pool(scene, regions)
-        features_NF = branch.features(step, roi_training._damp(pooled, config))
+        features_NF = branch.features(step, roi_heads.scale_gradient(pooled, 1.0 / config.steps))
         classifier = branch.classifier(step)
         embeddings_ND = classifier(features_NF)
         classifier.logits(embeddings_ND, classifier.zs_weight)
@@ -88,7 +89,7 @@ def whole_mixup_step(
         seen = regions
         regions = heads.refine(scene, deltas_BR4, regions, step)
     labels_BR = matching.match(seen, truth, config.iou_thresholds[-1], classes).labels_BR
-    chosen = roi_training._stand_for_objects(labels_BR, classes)
+    chosen = roi_heads._foreground_indices(labels_BR, classes)
     return MixupOutput(
         embeddings_PD=embeddings_ND[chosen],
         labels_P=labels_BR.flatten()[chosen],
@@ -125,11 +126,13 @@ def whole_label_steps(heads: Any, scene: Any, regions: Any) -> tuple[Any, ...]:
     images = torch.arange(len(boxes_BR4))
     for step in range(len(branch)):
         pooled = heads.pool(scene, regions)
-        features_NF = branch.features(step, roi_training._damp(pooled, heads.config))
+        features_NF = branch.features(
+            step, roi_heads.scale_gradient(pooled, 1.0 / heads.config.steps)
+        )
         classifier = branch.classifier(step)
         embeddings_BRD = classifier(features_NF).unflatten(0, regions.valid_BR.shape)
         logits_BRC = classifier.logits(embeddings_BRD, classifier.zs_weight)
-        largest_B4, valid_B = roi_training.largest_but_last(regions)
+        largest_B4, valid_B = roi_heads.largest_but_last(regions)
         which_B = (regions.boxes_BR4 == largest_B4[:, None]).all(dim=2).long().argmax(dim=1)
         outputs.append((logits_BRC[images, which_B], embeddings_BRD[images, which_B], valid_B))
         deltas_N4 = branch.deltas(step, features_NF)
@@ -161,7 +164,7 @@ VARIANTS: dict[str, dict[str, Patches]] = {
     "boxes": {
         "ours": [],
         "torchvision's RoIAlign": [(pooling, "align_regions", pool_by_torchvision)],
-        "whole mixup branch": [(roi_training, "_mixup_step", whole_mixup_step)],
+        "whole mixup branch": [(roi_heads, "_mixup_step", whole_mixup_step)],
         "all classes in the federated loss": [(criterion_module, "choose_categories", all_columns)],
         "prototypes in a loop": [(mixup_module, "class_prototypes", prototypes_by_loop)],
     },
@@ -169,7 +172,7 @@ VARIANTS: dict[str, dict[str, Patches]] = {
         "ours": [],
         "torchvision's RoIAlign": [(pooling, "align_regions", pool_by_torchvision)],
         "every region with gradient": [
-            (roi_training, "image_label_steps", whole_label_steps),
+            (roi_heads, "image_label_steps", whole_label_steps),
             (criterion_module, "image_label_loss", label_loss_of_logits),
         ],
     },
@@ -259,7 +262,7 @@ def _watched(stopwatch: Stopwatch, patches: Patches) -> Patches:
     }
 
     def timed(name: str, part: str) -> Callable[..., Any]:
-        inner = chosen.get((roi_training.__name__, name), getattr(roi_training, name))
+        inner = chosen.get((roi_heads.__name__, name), getattr(roi_heads, name))
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with stopwatch.part(part):
@@ -267,7 +270,7 @@ def _watched(stopwatch: Stopwatch, patches: Patches) -> Patches:
 
         return run
 
-    return [(roi_training, name, timed(name, part)) for name, part in named.items()]
+    return [(roi_heads, name, timed(name, part)) for name, part in named.items()]
 
 
 def measure(what: str, settings: str, rounds: int, clock: Callable[[], float]) -> dict[str, Any]:

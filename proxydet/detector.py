@@ -22,8 +22,7 @@ from proxydet.detector_inputs import (
     views_of,
 )
 from proxydet.errors import ConfigError
-from proxydet.modeling.config import InferenceConfig, ModelConfig
-from proxydet.modeling.inference_config import TTA_SCALES
+from proxydet.modeling.config import TTA_SCALES, InferenceConfig, ModelConfig
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.modeling.prediction import Prediction, to_host
 from proxydet.vocabulary.encoder import TextEncoder

@@ -23,8 +23,8 @@ from proxydet.modeling.config import InferenceConfig
 from proxydet.modeling.geometry import cell_centres
 from proxydet.modeling.matching import Regions
 from proxydet.modeling.network import ProxyDetNetwork
-from proxydet.modeling.roi_heads import RegionEmbeddings, Scene
-from proxydet.modeling.scoring import ClassText, class_scores
+from proxydet.modeling.postprocess import ClassText, class_scores
+from proxydet.modeling.roi_heads import FeatureBatch, RegionEmbeddings
 
 
 class DetectorGraph(nn.Module):
@@ -80,7 +80,7 @@ class DetectorGraph(nn.Module):
         regions = self._propose(centernet)
         levels = network.config.pyramid.all_levels
         pooled = [features[levels.index(level)] for level in network.config.cascade.pool_levels]
-        scene = Scene(features=pooled, sizes_B2=_size(height, width))
+        scene = FeatureBatch(features=pooled, sizes_B2=_size(height, width))
         known = network.roi_heads.embed(scene, regions)
         classes = ClassText(text_DC=functional.normalize(text, dim=1).T, base_C=base)
         scores_RC = class_scores(known, classes, network.classifiers(), self.settings)
@@ -149,7 +149,9 @@ class DetectorGraph(nn.Module):
         order_L = order_L[real]
         return best_L[real], class_K[order_L], region_K[order_L]
 
-    def _masks(self, scene: Scene, boxes_R4: Tensor, regions_L: Tensor) -> tuple[Tensor, Tensor]:
+    def _masks(
+        self, scene: FeatureBatch, boxes_R4: Tensor, regions_L: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Return a mask for each box in use, and which of them each detection has."""
         used_R = torch.zeros_like(boxes_R4[:, 0]).index_fill(0, regions_L, 1.0)
         boxes_M4 = boxes_R4[used_R.nonzero()[:, 0]]

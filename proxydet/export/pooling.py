@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from proxydet.modeling.pooling import RegionPooler
+from proxydet.modeling.roi_align import RegionPooler
 
 
 class ExportPooler(RegionPooler):
-    """Same values as `proxydet.modeling.pooling.RegionPooler`, by torchvision's operator.
+    """Same values as `proxydet.modeling.roi_align.RegionPooler`, by torchvision's operator.
 
     Args:
         pooler: The pooler to stand in for.

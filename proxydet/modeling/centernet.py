@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from proxydet.errors import NumericsError
 from proxydet.modeling.config import ProposalConfig
 from proxydet.modeling.geometry import cell_centres
-from proxydet.modeling.suppression import Crowd, suppress
+from proxydet.modeling.nms import NmsInput, suppress
 
 # Boxes are widened to this many pixels, so that none is empty.
 _SMALLEST_SIDE = 0.01
@@ -135,7 +135,7 @@ class CenterNet(nn.Module):
         Args:
             output: What `forward` returned.
             keep: Proposals to keep an image at most; None takes the configured number for training or inference.
-            check: Whether to look for values that are not finite (waits for the device).
+            check: Whether to check for values that are not finite (waits for the device).
 
         Raises:
             NumericsError: A value is not finite, and ``check`` is set.
@@ -152,8 +152,8 @@ class CenterNet(nn.Module):
         counts = (scores_BN > 0).sum(dim=1).tolist()
         boxes = torch.cat([own[:count] for own, count in zip(boxes_BN4, counts, strict=True)])
         scores = torch.cat([own[:count] for own, count in zip(scores_BN, counts, strict=True)])
-        crowd = Crowd(boxes_N4=boxes, scores_N=scores, counts=counts)
-        kept = suppress(crowd, iou=self.config.nms_iou, limit=keep)
+        nms_input = NmsInput(boxes_N4=boxes, scores_N=scores, counts=counts)
+        kept = suppress(nms_input, iou=self.config.nms_iou, limit=keep)
         scores_BP = pad_sequence([scores[places] for places in kept], batch_first=True)
         return Proposals(
             boxes_BP4=pad_sequence([boxes[places] for places in kept], batch_first=True),

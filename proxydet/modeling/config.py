@@ -6,10 +6,191 @@ Nothing here imports torch: the command line reads these classes to print and ch
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
-from proxydet.modeling.backbone_config import BackboneConfig, ResNetConfig, SwinConfig
-from proxydet.modeling.checks import require, require_positive, require_share
-from proxydet.modeling.inference_config import InferenceConfig
+from proxydet.errors import ConfigError
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise a `ConfigError` with the message unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def require_positive(where: str, **values: float) -> None:
+    """Raise a `ConfigError` unless all values are above 0; ``where`` is the section that they are in."""
+    for name, value in values.items():
+        require(value > 0, f"{where}.{name} must be above 0, not {value}")
+
+
+def require_share(where: str, **values: float) -> None:
+    """Raise a `ConfigError` unless all values are in [0, 1]; ``where`` is the section that they are in."""
+    for name, value in values.items():
+        require(0.0 <= value <= 1.0, f"{where}.{name} must be in [0, 1], not {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResNetConfig:
+    """A residual network; the defaults are ResNet-50."""
+
+    depths: tuple[int, ...] = (3, 4, 6, 3)
+    """Blocks a stage; stage 0 has stride 4, every next one twice the stride before it."""
+
+    width: int = 64
+    """Channels of the stem; stage i works with ``width * 2**i``."""
+
+    block: Literal["bottleneck", "basic"] = "bottleneck"
+    """Residual block: 1x1-3x3-1x1 convolutions with fourfold output channels, or two 3x3 convolutions."""
+
+    norm: Literal["frozen_bn", "bn", "gn"] = "frozen_bn"
+    """Normalisation: BatchNorm with frozen statistics and affine (for pretrained weights), BatchNorm, or GroupNorm."""
+
+    norm_groups: int = 32
+    """Groups of GroupNorm, reduced to a divisor of the channels; read with ``norm = "gn"``."""
+
+    def __post_init__(self) -> None:
+        require_positive("resnet", width=self.width, norm_groups=self.norm_groups)
+        require(
+            len(self.depths) >= 1 and min(self.depths) >= 1,
+            f"resnet.depths must hold at least one stage of at least one block, not {self.depths}",
+        )
+
+    @property
+    def stages(self) -> int:
+        """Number of stages; the last one has stride ``2 ** (stages + 1)``."""
+        return len(self.depths)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwinConfig:
+    """A Swin Transformer; the defaults are Swin-B with windows of 7."""
+
+    embed_dim: int = 128
+    """Channels of stage 0; every next stage has twice as many."""
+
+    depths: tuple[int, ...] = (2, 2, 18, 2)
+    """Blocks a stage; stage 0 has stride 4, every next one twice the stride before it."""
+
+    heads: tuple[int, ...] = (4, 8, 16, 32)
+    """Attention heads a stage."""
+
+    window: int = 7
+    """Side of an attention window, in tokens."""
+
+    mlp_ratio: float = 4.0
+    """Hidden width of a block's MLP, in multiples of its channels."""
+
+    drop_path: float = 0.3
+    """Stochastic depth: the last block's probability to be skipped, growing linearly from 0 at the first."""
+
+    checkpoint_activations: bool = False
+    """Recompute each block's activations in the backward pass: less memory, about a third more time."""
+
+    def __post_init__(self) -> None:
+        require_positive(
+            "swin", embed_dim=self.embed_dim, window=self.window, mlp_ratio=self.mlp_ratio
+        )
+        require(0.0 <= self.drop_path < 1.0, f"swin.drop_path must be in [0, 1): {self.drop_path}")
+        require(
+            len(self.depths) == len(self.heads) >= 1 and min(self.depths) >= 1,
+            f"swin.depths {self.depths} and swin.heads {self.heads} must have one entry a stage",
+        )
+        for stage, heads in enumerate(self.heads):
+            channels = self.embed_dim * 2**stage
+            require(
+                heads >= 1 and channels % heads == 0,
+                f"swin.heads[{stage}] = {heads} does not divide the {channels} channels of that stage",
+            )
+
+    @property
+    def stages(self) -> int:
+        """Number of stages; the last one has stride ``2 ** (stages + 1)``."""
+        return len(self.depths)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """Which network makes the feature maps, and how large it is."""
+
+    kind: Literal["resnet", "swin"] = "resnet"
+    """Which of the two sections below is used."""
+
+    resnet: ResNetConfig = field(default_factory=ResNetConfig)
+    """Sizes of the residual network, read with ``kind = "resnet"``."""
+
+    swin: SwinConfig = field(default_factory=SwinConfig)
+    """Sizes of the Swin Transformer, read with ``kind = "swin"``."""
+
+    @property
+    def stages(self) -> int:
+        """Number of stages of the network in use."""
+        return self.resnet.stages if self.kind == "resnet" else self.swin.stages
+
+
+TTA_SCALES = (0.75, 1.0, 1.25)
+"""Sizes of ``--tta``, times the usual one."""
+
+_SMALLEST, _LARGEST = 0.1, 4.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceConfig:
+    """What is kept of the scored regions."""
+
+    score_threshold: float = 0.02
+    """Detections must score above this, in [0, 1]."""
+
+    nms_iou: float = 0.5
+    """Overlap above which the lower-scored of two detections of one class is dropped."""
+
+    max_detections: int = 300
+    """Best detections kept an image."""
+
+    one_class_per_proposal: bool = False
+    """Keep only the best class of each proposal, as the published demos do."""
+
+    alpha: float = 0.15
+    """Weight of the mixup branch for base classes, in [0, 1] (published without image labels: 0.35)."""
+
+    beta: float = 0.35
+    """Weight of the mixup branch for novel classes, in [0, 1] (published without image labels: 0.55)."""
+
+    masks: bool = True
+    """Whether masks are predicted for the detections, by a detector that has a mask head."""
+
+    class_chunk: int = 2048
+    """Classes that are scored at once: bounds the memory for large vocabularies."""
+
+    flip: bool = False
+    """Test-time augmentation: run the mirrored image too, and take the mean."""
+
+    scales: tuple[float, ...] = (1.0,)
+    """Test-time augmentation: scales of the image, relative to its usual size; the mean is taken."""
+
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Number format of the backbone and the pyramid; fp16 and bf16 need a GPU."""
+
+    def __post_init__(self) -> None:
+        require_share(
+            "inference",
+            score_threshold=self.score_threshold,
+            nms_iou=self.nms_iou,
+            alpha=self.alpha,
+            beta=self.beta,
+        )
+        require_positive(
+            "inference", max_detections=self.max_detections, class_chunk=self.class_chunk
+        )
+        if not self.scales or not all(_SMALLEST <= scale <= _LARGEST for scale in self.scales):
+            raise ConfigError(
+                f"inference.scales is {list(self.scales)}: there must be at least one, each from {_SMALLEST} to {_LARGEST}"
+            )
+
+    @property
+    def augmented(self) -> bool:
+        """Whether each image is run in more than its one usual view."""
+        return self.flip or self.scales != (1.0,)
+
 
 __all__ = [
     "BackboneConfig",
@@ -156,7 +337,7 @@ class CascadeConfig:
     """Largest share of them that may be objects."""
 
     image_label_proposals: int = 128
-    """Proposals an image that are looked at in an image-label batch."""
+    """Proposals an image used in an image-label batch."""
 
     def __post_init__(self) -> None:
         require_positive(

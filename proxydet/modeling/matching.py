@@ -75,7 +75,7 @@ class GroundTruth:
 
 @dataclass(frozen=True, kw_only=True)
 class Regions:
-    """Boxes that the heads look at.
+    """Boxes that the heads pool from.
 
     Attributes:
         boxes_BR4: xyxy pixels; zero where padded.

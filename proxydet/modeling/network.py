@@ -7,21 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from proxydet.data.batches import Batch, BoxBatch, ImageLabelBatch
-from proxydet.errors import ConfigError, VocabularyError
-from proxydet.modeling import roi_training
-from proxydet.modeling.assemble import assemble_predictions
-from proxydet.modeling.augmentation import Look, Stage, View, detect_in_views
-from proxydet.modeling.buffers import draw_weights, text_with_background
+from proxydet.errors import ConfigError, DataError, VocabularyError
+from proxydet.modeling.augmentation import View, ViewFeatures, detect_in_views
+from proxydet.modeling.backbone import build_backbone
 from proxydet.modeling.centernet import CenterNet, Proposals
 from proxydet.modeling.config import InferenceConfig, ModelConfig
-from proxydet.modeling.heads import ZeroShotClassifier
-from proxydet.modeling.images import ImageBatch, check_images, padded_size, stack_images
 from proxydet.modeling.matching import GroundTruth, Regions
 from proxydet.modeling.outputs import (
     BoxTrainingOutput,
@@ -29,11 +26,113 @@ from proxydet.modeling.outputs import (
     ImageLabelTrainingOutput,
     TrainingOutput,
 )
+from proxydet.modeling.postprocess import ClassText, assemble_predictions, detect_classes
 from proxydet.modeling.prediction import Prediction
-from proxydet.modeling.pyramid import build_backbone
-from proxydet.modeling.roi_heads import RoiHeads, Scene
-from proxydet.modeling.scoring import ClassText, detect_classes
+from proxydet.modeling.roi_heads import (
+    FeatureBatch,
+    RoiHeads,
+    ZeroShotClassifier,
+    box_steps,
+    image_label_steps,
+    mask_step,
+    sample_regions,
+)
 from proxydet.vocabulary.vocabulary import Vocabulary
+
+
+def text_with_background(vocabulary: Vocabulary) -> Tensor:
+    """Return normalised text embeddings, a column each, and a zero column for the background last: (D, C + 1)."""
+    text_DC = torch.tensor(vocabulary.normalised()).T
+    return torch.cat([text_DC, text_DC.new_zeros(len(text_DC), 1)], dim=1).contiguous()
+
+
+def draw_weights(
+    config: ModelConfig,
+    vocabulary: Vocabulary,
+    image_counts: np.ndarray[tuple[int], np.dtype[np.generic]] | None,
+) -> Tensor:
+    """Return each class's weight in the federated draw: (C,), the image counts to the configured power.
+
+    Args:
+        config: Holds the power.
+        vocabulary: The classes.
+        image_counts: (C,) training images of each class; None weighs all alike.
+
+    Raises:
+        ConfigError: The counts do not fit the vocabulary, or one is negative.
+    """
+    if image_counts is None:
+        return torch.ones(len(vocabulary))
+    counts_C = torch.as_tensor(np.asarray(image_counts), dtype=torch.float32)
+    if counts_C.shape != (len(vocabulary),) or not bool((counts_C >= 0).all()):
+        raise ConfigError(
+            f"image counts of shape {tuple(counts_C.shape)} do not fit {len(vocabulary)} classes",
+            hint="give one count, 0 or more, for each class of the training vocabulary",
+        )
+    return counts_C**config.classifier.frequency_power
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageBatch:
+    """Normalised images, padded to one size with zeros at the right and the bottom.
+
+    Attributes:
+        pixels_B3HW: The images.
+        sizes: Height and width of each, without padding.
+        sizes_B2: The same as a tensor, on the device of the images.
+    """
+
+    pixels_B3HW: Tensor
+    sizes: tuple[tuple[int, int], ...]
+    sizes_B2: Tensor
+
+    def channels_last(self) -> ImageBatch:
+        """Return the same images with their channels innermost in memory."""
+        return replace(
+            self, pixels_B3HW=self.pixels_B3HW.contiguous(memory_format=torch.channels_last)
+        )
+
+
+def padded_size(height: int, width: int, divisor: int) -> tuple[int, int]:
+    """Return the size rounded up to multiples of ``divisor``."""
+    return -(-height // divisor) * divisor, -(-width // divisor) * divisor
+
+
+def check_images(images: Sequence[Tensor]) -> None:
+    """Check that every image is (3, H, W) with pixels.
+
+    Raises:
+        DataError: One is not; the message says which.
+    """
+    for position, image in enumerate(images):
+        if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
+            raise DataError(
+                f"image {position} has the shape {tuple(image.shape)}, not (3, height, width)",
+                hint="give RGB images, channels first",
+            )
+
+
+def stack_images(
+    images: Sequence[Tensor], mean_311: Tensor, std_311: Tensor, divisor: int
+) -> ImageBatch:
+    """Normalise images and put them into one tensor.
+
+    Args:
+        images: (3, H, W) RGB, uint8 or float in [0, 255].
+        mean_311: Subtracted from the values.
+        std_311: Then they are divided by this.
+        divisor: The padded size is a multiple of this.
+    """
+    sizes = tuple((int(image.shape[1]), int(image.shape[2])) for image in images)
+    height, width = padded_size(max(h for h, _ in sizes), max(w for _, w in sizes), divisor)
+    device = mean_311.device
+    pixels_B3HW = torch.zeros(len(images), 3, height, width, device=device)
+    for position, image in enumerate(images):
+        moved = image.to(device, non_blocking=True)
+        pixels_B3HW[position, :, : image.shape[1], : image.shape[2]] = (moved - mean_311) / std_311
+    sizes_B2 = torch.tensor(sizes, dtype=torch.float32).to(device, non_blocking=True)
+    return ImageBatch(pixels_B3HW=pixels_B3HW, sizes=sizes, sizes_B2=sizes_B2)
+
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -124,19 +223,17 @@ class ProxyDetNetwork(nn.Module):
         truth = GroundTruth.from_instances(batch.instances, self.device)
         centernet = self.proposal_generator(list(features.values()))
         regions = _as_regions(self.proposal_generator.propose(centernet))
-        scene = self._scene(features, images)
+        pooled_maps = self._feature_batch(features, images)
         classes = len(self.vocabulary)
-        regions, assignment = roi_training.sample_regions(
+        regions, assignment = sample_regions(
             self.config.cascade, regions, truth, classes, generator
         )
-        steps, mixup = roi_training.box_steps(
-            self.roi_heads, scene, regions, assignment, truth, classes=classes
+        steps, mixup = box_steps(
+            self.roi_heads, pooled_maps, regions, assignment, truth, classes=classes
         )
         masks = None
         if self.has_mask_head and any(image_masks is not None for image_masks in truth.masks):
-            masks = roi_training.mask_step(
-                self.roi_heads, scene, regions, assignment, truth, classes
-            )
+            masks = mask_step(self.roi_heads, pooled_maps, regions, assignment, truth, classes)
         return BoxTrainingOutput(
             centernet=centernet,
             truth=truth,
@@ -156,9 +253,7 @@ class ProxyDetNetwork(nn.Module):
         return ImageLabelTrainingOutput(
             centernet=centernet,
             labels=_moved_together(batch.labels, self.device),
-            steps=roi_training.image_label_steps(
-                self.roi_heads, self._scene(features, images), regions
-            ),
+            steps=image_label_steps(self.roi_heads, self._feature_batch(features, images), regions),
             table=self.class_table(),
         )
 
@@ -181,7 +276,7 @@ class ProxyDetNetwork(nn.Module):
         if device.type == "cpu":
             for module in self.modules():
                 if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-                    # As the maps that `detect` gives them; each convolution would reorder its weights anew.
+                    # As the maps that `detect` gives them; each convolution would reorder its weights again.
                     module.to(memory_format=torch.channels_last)
         return self
 
@@ -194,14 +289,14 @@ class ProxyDetNetwork(nn.Module):
         original_sizes: Sequence[tuple[int, int]] | None = None,
         settings: InferenceConfig | None = None,
     ) -> list[Prediction]:
-        """Find objects.
+        """Detect objects.
 
         Images of the same padded size go through the network together. Padding an image further would change the
         statistics of GroupNorm, so what is found in an image does not depend on the others in the batch.
 
         Args:
             images: (3, H, W) RGB, uint8 or float in [0, 255], already resized for the network.
-            vocabulary: What to look for; None looks for the training classes.
+            vocabulary: The classes to detect; None takes the training classes.
             original_sizes: Height and width of each image before resizing, for boxes and masks in its pixels; None
                 takes the images' own.
             settings: Thresholds and limits; None takes the published ones.
@@ -241,7 +336,7 @@ class ProxyDetNetwork(nn.Module):
         original_size: tuple[int, int],
         settings: InferenceConfig | None = None,
     ) -> Prediction:
-        """Find objects in one image by looking at it in several views; see `proxydet.modeling.augmentation`.
+        """Detect objects in one image from several views of it; see `proxydet.modeling.augmentation`.
 
         Args:
             views: The image, resized and mirrored; at least one view.
@@ -254,18 +349,19 @@ class ProxyDetNetwork(nn.Module):
         """
         settings = settings or InferenceConfig()
         self._check_ready([view.image for view in views], settings)
-        looks = []
+        features = []
         for view in views:
-            scene, proposals = self._look([view.image], settings)
-            looks.append(Look(scene=scene, proposals=proposals, mirrored=view.mirrored))
-        stage = Stage(
-            heads=self.roi_heads,
-            classifiers=self.classifiers(),
-            classes=self._class_text(vocabulary),
+            batch, proposals = self._propose([view.image], settings)
+            features.append(ViewFeatures(batch=batch, proposals=proposals, mirrored=view.mirrored))
+        return detect_in_views(
+            features,
+            self.roi_heads,
+            self.classifiers(),
+            self._class_text(vocabulary),
             proposals=self.config.proposals,
-            settings=dataclasses.replace(settings, masks=self._with_masks(settings)),
+            settings=dataclasses.replace(settings, masks=settings.masks and self.has_mask_head),
+            original_size=original_size,
         )
-        return detect_in_views(looks, stage, original_size)
 
     def _detect_group(
         self,
@@ -274,24 +370,23 @@ class ProxyDetNetwork(nn.Module):
         classes: ClassText,
         settings: InferenceConfig,
     ) -> list[Prediction]:
-        scene, proposals = self._look(images, settings)
-        regions = self.roi_heads.embed(scene, _as_regions(proposals))
+        pooled_maps, proposals = self._propose(images, settings)
+        regions = self.roi_heads.embed(pooled_maps, _as_regions(proposals))
         found = detect_classes([regions], classes, self.classifiers(), settings)
-        masks = self.roi_heads.mask_probabilities if self._with_masks(settings) else None
-        return assemble_predictions(found, scene, original_sizes, masks)
+        masks = self.roi_heads.mask_probabilities if settings.masks and self.has_mask_head else None
+        return assemble_predictions(found, pooled_maps, original_sizes, masks)
 
-    def _look(self, images: list[Tensor], settings: InferenceConfig) -> tuple[Scene, Proposals]:
+    def _propose(
+        self, images: list[Tensor], settings: InferenceConfig
+    ) -> tuple[FeatureBatch, Proposals]:
         stacked = self._stack(images)
         if self.device.type == "cpu":
-            # Convolutions hand this order on and need not put their maps back into the other after each.
+            # Convolutions keep this layout and need not convert their maps back after each.
             stacked = stacked.channels_last()
         features = self._features(stacked, _DTYPES[settings.precision])
         centernet = self.proposal_generator(list(features.values()))
         proposals = self.proposal_generator.propose(centernet, check=True)
-        return self._scene(features, stacked), proposals
-
-    def _with_masks(self, settings: InferenceConfig) -> bool:
-        return settings.masks and self.has_mask_head
+        return self._feature_batch(features, stacked), proposals
 
     def _check_ready(self, images: Sequence[Tensor], settings: InferenceConfig) -> None:
         if self.training:
@@ -300,7 +395,7 @@ class ProxyDetNetwork(nn.Module):
         check_images(images)
 
     def check_precision(self, precision: str) -> None:
-        """Refuse a number format that the device is not for.
+        """Refuse a precision that the device does not support.
 
         Raises:
             ConfigError: It needs a GPU.
@@ -349,8 +444,8 @@ class ProxyDetNetwork(nn.Module):
             features = self.backbone(images.pixels_B3HW)
         return {name: maps.float() for name, maps in features.items()}
 
-    def _scene(self, features: dict[str, Tensor], images: ImageBatch) -> Scene:
-        return Scene(
+    def _feature_batch(self, features: dict[str, Tensor], images: ImageBatch) -> FeatureBatch:
+        return FeatureBatch(
             features=[features[f"p{level}"] for level in self.config.cascade.pool_levels],
             sizes_B2=images.sizes_B2,
         )

@@ -4,35 +4,165 @@ The mixup branch starts from the regions that the detection branch's last step s
 that step. (The published code does so in training and in inference, and the recorded numbers hold only that way.) It is
 trained only through its last step; the steps before it refine boxes without gradient and classify nothing.
 
-Dimensions: B images, R regions of an image (padded), N = B * R, D embedding, C channels, S side of a pooled region,
-M masks.
+Dimensions: B images, R regions of an image (padded), N = B * R, C classes, D embedding, F features of a box head,
+P chosen regions of the whole batch, M masks, S side of a pooled region.
 """
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any, cast
 
 import proxydet.compat.d2  # noqa: F401
 
 import torch
 from detectron2.layers import ShapeSpec
+from detectron2.modeling.roi_heads.box_head import FastRCNNConvFCHead
 from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 from torch import Tensor, nn
+from torch.nn import functional
 
-from proxydet.modeling import geometry
-from proxydet.modeling.config import ModelConfig
-from proxydet.modeling.heads import BoxPredictor, Branch, build_heads
-from proxydet.modeling.matching import Regions
-from proxydet.modeling.pooling import RegionPooler
+from proxydet.modeling import geometry, matching
+from proxydet.modeling.config import CascadeConfig, ClassifierConfig, ModelConfig
+from proxydet.modeling.matching import Assignment, GroundTruth, Regions
+from proxydet.modeling.outputs import ImageStepOutput, MaskOutput, MixupOutput, StepOutput
+from proxydet.modeling.roi_align import RegionPooler
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, factor: float) -> Tensor:
+        """Pass the values on as they are."""
+        ctx.factor = factor
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """Scale the gradient."""
+        return gradients[0] * ctx.factor, None
+
+
+def scale_gradient(values: Tensor, factor: float) -> Tensor:
+    """Return the same values; their gradient is multiplied by ``factor``."""
+    scaled: Tensor = _ScaleGradient.apply(values, factor)
+    return scaled
+
+
+class ZeroShotClassifier(nn.Module):
+    """Maps region features into the space of the text embeddings.
+
+    Args:
+        config: Dimensions and bias.
+        features: F.
+        temperature: Factor from cosine to logit.
+        text_DC1: Normalised text embeddings of the training classes, a column each, and a zero column for background.
+            The heads of a network are given the same tensor.
+    """
+
+    zs_weight: Tensor
+
+    def __init__(
+        self, config: ClassifierConfig, features: int, text_DC1: Tensor, temperature: float
+    ) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.linear = nn.Linear(features, config.embedding_dim)
+        self.register_buffer("zs_weight", text_DC1)
+        self.cls_bias = None if config.bias is None else nn.Parameter(torch.tensor([config.bias]))
+
+    def forward(self, features_NF: Tensor) -> Tensor:
+        """Return region embeddings of length 1: (N, D)."""
+        return functional.normalize(self.linear(features_NF), dim=1)
+
+    def logits(self, embeddings_ND: Tensor, text_DK: Tensor) -> Tensor:
+        """Return the logits (N, K) of region embeddings for K classes given by columns of normalised text."""
+        logits_NK = (self.temperature * embeddings_ND) @ text_DK
+        return logits_NK if self.cls_bias is None else logits_NK + self.cls_bias
+
+
+class BoxPredictor(nn.Module):
+    """Predicts an embedding and box deltas for the regions of one step.
+
+    Args:
+        config: Of the classifier.
+        features: F.
+        text_DC1: As `ZeroShotClassifier`.
+        frequency_C: Weight of each training class in the draw of the federated loss.
+    """
+
+    freq_weight: Tensor
+
+    def __init__(
+        self, config: ClassifierConfig, features: int, text_DC1: Tensor, frequency_C: Tensor
+    ) -> None:
+        super().__init__()
+        self.cls_score = ZeroShotClassifier(config, features, text_DC1, config.temperature)
+        last = nn.Linear(features, 4)
+        nn.init.normal_(last.weight, std=0.001)
+        nn.init.zeros_(last.bias)
+        self.bbox_pred = nn.Sequential(nn.Linear(features, features), nn.ReLU(inplace=True), last)
+        self.register_buffer("freq_weight", frequency_C)
+
+
+class Branch:
+    """One cascade: a view of its heads and predictors, step by step.
+
+    Args:
+        heads: A box head a step.
+        predictors: A `BoxPredictor` a step.
+    """
+
+    def __init__(self, heads: nn.ModuleList, predictors: nn.ModuleList) -> None:
+        self._heads = heads
+        self._predictors = predictors
+
+    def __len__(self) -> int:
+        return len(self._predictors)
+
+    def features(self, step: int, pooled_NCSS: Tensor) -> Tensor:
+        """Return a step's box-head features of pooled regions: (N, F)."""
+        return cast(Tensor, self._heads[step](pooled_NCSS))
+
+    def classifier(self, step: int) -> ZeroShotClassifier:
+        """Return the classifier of a step."""
+        return self._predictor(step).cls_score
+
+    def deltas(self, step: int, features_NF: Tensor) -> Tensor:
+        """Return the box deltas of a step: (N, 4)."""
+        return cast(Tensor, self._predictor(step).bbox_pred(features_NF))
+
+    def _predictor(self, step: int) -> BoxPredictor:
+        return cast(BoxPredictor, self._predictors[step])
+
+
+def build_heads(
+    cascade: CascadeConfig,
+    classifier: ClassifierConfig,
+    channels: int,
+    text_DC1: Tensor,
+    frequency_C: Tensor,
+) -> tuple[nn.ModuleList, nn.ModuleList]:
+    """Build the box heads and predictors of one cascade, one of each a step."""
+    pooled = ShapeSpec(channels=channels, height=cascade.pool_size, width=cascade.pool_size)
+    heads = nn.ModuleList(
+        FastRCNNConvFCHead(pooled, conv_dims=[], fc_dims=list(cascade.hidden))
+        for _ in range(cascade.steps)
+    )
+    predictors = nn.ModuleList(
+        BoxPredictor(classifier, cascade.hidden[-1], text_DC1, frequency_C)
+        for _ in range(cascade.steps)
+    )
+    return heads, predictors
+
 
 # Bounds the memory of the mask head in inference; an image seldom has more distinct boxes.
 _MASKS_AT_ONCE = 512
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scene:
-    """What the heads look at.
+class FeatureBatch:
+    """Features of a batch of images, which the heads pool from.
 
     Attributes:
         features: Maps of the pooled levels, finest first.
@@ -45,12 +175,12 @@ class Scene:
 
 @dataclass(frozen=True, kw_only=True)
 class RegionEmbeddings:
-    """What inference knows of every region before any vocabulary is looked at.
+    """Embeddings, boxes and scores of every region, before classification by a vocabulary.
 
     Attributes:
         detection: Region embeddings (B, R, D) of each step of the detection branch.
         mixup_BRD: Region embeddings of the last step of the mixup branch; None where there is no such branch.
-        mixup_boxes_BR4: The boxes that this step saw; None likewise.
+        mixup_boxes_BR4: The boxes that this step pooled; None likewise.
         boxes_BR4: The detection branch's final boxes, clipped to the image.
         proposal_scores_BR: The proposal network's scores.
         valid_BR: bool, False where padded.
@@ -134,19 +264,19 @@ class RoiHeads(nn.Module):
         assert isinstance(first, BoxPredictor)
         return first.freq_weight
 
-    def embed(self, scene: Scene, regions: Regions) -> RegionEmbeddings:
+    def embed(self, batch: FeatureBatch, regions: Regions) -> RegionEmbeddings:
         """Run both cascades on the proposals of a batch, in inference."""
         branch = self.detection
         shape = regions.valid_BR.shape
         embeddings = []
         for step in range(len(branch)):
             seen = regions
-            pooled_NCSS = self.pool(scene, seen)
+            pooled_NCSS = self.pool(batch, seen)
             features_NF = branch.features(step, pooled_NCSS)
             embeddings.append(branch.classifier(step)(features_NF).unflatten(0, shape))
             deltas_BR4 = branch.deltas(step, features_NF).unflatten(0, shape)
-            regions = self.refine(scene, deltas_BR4, seen, step)
-        mixup_BRD, mixup_boxes_BR4 = self._embed_mixup(scene, seen, pooled_NCSS)
+            regions = self.refine(batch, deltas_BR4, seen, step)
+        mixup_BRD, mixup_boxes_BR4 = self._embed_mixup(batch, seen, pooled_NCSS)
         return RegionEmbeddings(
             detection=tuple(embeddings),
             mixup_BRD=mixup_BRD,
@@ -157,60 +287,234 @@ class RoiHeads(nn.Module):
         )
 
     def _embed_mixup(
-        self, scene: Scene, regions: Regions, pooled_NCSS: Tensor
+        self, batch: FeatureBatch, regions: Regions, pooled_NCSS: Tensor
     ) -> tuple[Tensor, Tensor] | tuple[None, None]:
         branch = self.mixup
         if branch is None:
             return None, None
         last = len(branch) - 1
         if last > 0:
-            regions = self.mixup_regions(scene, regions, pooled_NCSS)
-            pooled_NCSS = self.pool(scene, regions)
+            regions = self.mixup_regions(batch, regions, pooled_NCSS)
+            pooled_NCSS = self.pool(batch, regions)
         embeddings_ND = branch.classifier(last)(branch.features(last, pooled_NCSS))
         return embeddings_ND.unflatten(0, regions.valid_BR.shape), regions.boxes_BR4
 
-    def pool(self, scene: Scene, regions: Regions) -> Tensor:
+    def pool(self, batch: FeatureBatch, regions: Regions) -> Tensor:
         """Pool all regions: (N, C, S, S)."""
         boxes_N4 = regions.boxes_BR4.flatten(0, 1)
-        pooled: Tensor = self.box_pooler(scene.features, boxes_N4, regions.image_N)
+        pooled: Tensor = self.box_pooler(batch.features, boxes_N4, regions.image_N)
         return pooled
 
-    def refine(self, scene: Scene, deltas_BR4: Tensor, regions: Regions, step: int) -> Regions:
-        """Apply a step's box changes; in training, boxes that became empty are dropped."""
+    def refine(
+        self, batch: FeatureBatch, deltas_BR4: Tensor, regions: Regions, step: int
+    ) -> Regions:
+        """Apply a step's box deltas; in training, boxes that became empty are dropped."""
         weights = self.config.delta_weights[step]
         boxes_BR4 = geometry.apply_deltas(deltas_BR4.detach(), regions.boxes_BR4, weights)
-        boxes_BR4 = geometry.clip(boxes_BR4, scene.sizes_B2[:, None])
+        boxes_BR4 = geometry.clip(boxes_BR4, batch.sizes_B2[:, None])
         valid_BR = regions.valid_BR
         if self.training:
             valid_BR = valid_BR & geometry.nonempty(boxes_BR4)
         return regions.with_boxes(boxes_BR4, valid_BR)
 
-    def mixup_regions(self, scene: Scene, regions: Regions, pooled_NCSS: Tensor) -> Regions:
+    def mixup_regions(self, batch: FeatureBatch, regions: Regions, pooled_NCSS: Tensor) -> Regions:
         """Refine the regions through all but the last step of the mixup branch.
 
         Args:
-            scene: Features and image sizes.
-            regions: What the detection branch's last step saw.
+            batch: Features and image sizes.
+            regions: The regions that the detection branch's last step pooled.
             pooled_NCSS: The features pooled for them.
         """
         branch = self.mixup
         assert branch is not None
         for step in range(len(branch) - 1):
             if step > 0:
-                pooled_NCSS = self.pool(scene, regions)
+                pooled_NCSS = self.pool(batch, regions)
             deltas_N4 = branch.deltas(step, branch.features(step, pooled_NCSS))
             deltas_BR4 = deltas_N4.unflatten(0, regions.valid_BR.shape)
-            regions = self.refine(scene, deltas_BR4, regions, step)
+            regions = self.refine(batch, deltas_BR4, regions, step)
         return regions
 
-    def mask_logits(self, scene: Scene, boxes_M4: Tensor, image_M: Tensor) -> Tensor:
+    def mask_logits(self, batch: FeatureBatch, boxes_M4: Tensor, image_M: Tensor) -> Tensor:
         """Return mask logits (M, side, side) inside the given boxes."""
         assert self.mask_head is not None
         assert self.mask_pooler is not None
         at_once = max(len(boxes_M4), 1) if self.training else _MASKS_AT_ONCE
-        parts = self.mask_pooler.parts(scene.features, boxes_M4, image_M, at_once)
+        parts = self.mask_pooler.parts(batch.features, boxes_M4, image_M, at_once)
         return torch.cat([self.mask_head.layers(pooled)[:, 0] for pooled in parts])
 
-    def mask_probabilities(self, scene: Scene, boxes_M4: Tensor, image_M: Tensor) -> Tensor:
+    def mask_probabilities(self, batch: FeatureBatch, boxes_M4: Tensor, image_M: Tensor) -> Tensor:
         """Return masks (M, side, side), in [0, 1], inside the given boxes."""
-        return self.mask_logits(scene, boxes_M4, image_M).sigmoid_()
+        return self.mask_logits(batch, boxes_M4, image_M).sigmoid_()
+
+
+def sample_regions(
+    config: CascadeConfig,
+    regions: Regions,
+    truth: GroundTruth,
+    classes: int,
+    generator: torch.Generator | None,
+) -> tuple[Regions, Assignment]:
+    """Add the objects' own boxes to the proposals and draw the regions to train on."""
+    regions = matching.append_ground_truth(regions, truth)
+    assignment = matching.match(regions, truth, config.iou_thresholds[0], classes)
+    return matching.sample(
+        regions,
+        assignment,
+        size=config.samples_per_image,
+        positive_fraction=config.positive_fraction,
+        classes=classes,
+        generator=generator,
+    )
+
+
+def box_steps(
+    heads: RoiHeads,
+    batch: FeatureBatch,
+    regions: Regions,
+    assignment: Assignment,
+    truth: GroundTruth,
+    *,
+    classes: int,
+) -> tuple[tuple[StepOutput, ...], MixupOutput | None]:
+    """Run both cascades on a box batch.
+
+    Args:
+        heads: The second stage.
+        batch: Features and image sizes.
+        regions: The drawn regions.
+        assignment: Their labels and objects.
+        truth: The objects.
+        classes: C, the background's label.
+    """
+    branch, config = heads.detection, heads.config
+    outputs: list[StepOutput] = []
+    pooled_NCSS = heads.pool(batch, regions)
+    shape = regions.valid_BR.shape
+    for step in range(len(branch)):
+        if step > 0:
+            regions = heads.refine(batch, outputs[-1].deltas_BR4, regions, step - 1)
+            assignment = matching.match(regions, truth, config.iou_thresholds[step], classes)
+            pooled_NCSS = heads.pool(batch, regions)
+        # Each step moves the shared features by its share only.
+        features_NF = branch.features(step, scale_gradient(pooled_NCSS, 1.0 / config.steps))
+        classifier = branch.classifier(step)
+        outputs.append(
+            StepOutput(
+                embeddings_BRD=classifier(features_NF).unflatten(0, shape),
+                deltas_BR4=branch.deltas(step, features_NF).unflatten(0, shape),
+                regions=regions,
+                assignment=assignment,
+                targets_BR4=assignment.boxes_from(truth),
+                delta_weights=config.delta_weights[step],
+                bias=classifier.cls_bias,
+            )
+        )
+    return tuple(outputs), _mixup_step(heads, batch, regions, truth, classes, pooled_NCSS.detach())
+
+
+def _mixup_step(
+    heads: RoiHeads,
+    batch: FeatureBatch,
+    regions: Regions,
+    truth: GroundTruth,
+    classes: int,
+    pooled_NCSS: Tensor,
+) -> MixupOutput | None:
+    branch, config = heads.mixup, heads.config
+    if branch is None:
+        return None
+    with torch.no_grad():
+        regions = heads.mixup_regions(batch, regions, pooled_NCSS)
+    threshold = config.iou_thresholds[-1]
+    labels_BR = matching.match(regions, truth, threshold, classes).labels_BR
+    chosen = _foreground_indices(labels_BR, classes)
+    pooled = heads.box_pooler(
+        batch.features, regions.boxes_BR4.flatten(0, 1)[chosen], regions.image_N[chosen]
+    )
+    last = len(branch) - 1
+    features_PF = branch.features(last, scale_gradient(pooled, 1.0 / config.steps))
+    return MixupOutput(
+        embeddings_PD=branch.classifier(last)(features_PF),
+        labels_P=labels_BR.flatten()[chosen],
+        objectness_P=regions.objectness_BR.flatten()[chosen],
+    )
+
+
+def mask_step(
+    heads: RoiHeads,
+    batch: FeatureBatch,
+    regions: Regions,
+    assignment: Assignment,
+    truth: GroundTruth,
+    classes: int,
+) -> MaskOutput:
+    """Predict masks for the regions that stand for an object which has a mask."""
+    masked_BR = assignment.masked_from(truth)
+    chosen = _foreground_indices(torch.where(masked_BR, assignment.labels_BR, classes), classes)
+    boxes_P4 = regions.boxes_BR4.flatten(0, 1)[chosen]
+    image_P = regions.image_N[chosen]
+    return MaskOutput(
+        logits_PSS=heads.mask_logits(batch, boxes_P4, image_P),
+        boxes_P4=boxes_P4,
+        image_P=image_P,
+        object_P=assignment.objects_BR.flatten()[chosen],
+    )
+
+
+def image_label_steps(
+    heads: RoiHeads, batch: FeatureBatch, regions: Regions
+) -> tuple[ImageStepOutput, ...]:
+    """Run the detection branch on an image-label batch.
+
+    Each step's loss takes one region an image, the largest of all but the last. So only that one has a gradient; the
+    others are only refined, to find the next step's largest.
+    """
+    boxes_BR4 = geometry.clip(regions.boxes_BR4, batch.sizes_B2[:, None])
+    regions = regions.with_boxes(boxes_BR4, regions.valid_BR)
+    image_B = torch.arange(len(boxes_BR4), device=boxes_BR4.device)
+    branch = heads.detection
+    outputs = []
+    for step in range(len(branch)):
+        if step > 0:
+            with torch.no_grad():
+                features_NF = branch.features(step - 1, heads.pool(batch, regions))
+                deltas_N4 = branch.deltas(step - 1, features_NF)
+                deltas_BR4 = deltas_N4.unflatten(0, regions.valid_BR.shape)
+                regions = heads.refine(batch, deltas_BR4, regions, step - 1)
+        largest_B4, valid_B = largest_but_last(regions)
+        pooled = heads.box_pooler(batch.features, largest_B4, image_B)
+        classifier = branch.classifier(step)
+        features_BF = branch.features(step, scale_gradient(pooled, 1.0 / heads.config.steps))
+        outputs.append(
+            ImageStepOutput(
+                embeddings_BD=classifier(features_BF), valid_B=valid_B, bias=classifier.cls_bias
+            )
+        )
+    return tuple(outputs)
+
+
+def largest_but_last(regions: Regions) -> tuple[Tensor, Tensor]:
+    """Choose each image's largest region, the last one left out (the published choice; a lone region is taken).
+
+    Returns:
+        Boxes (B, 4), zero where an image has no region; and which images have one: bool (B,).
+    """
+    images, count = regions.valid_BR.shape
+    if count == 0:
+        empty_B4 = regions.boxes_BR4.new_zeros(images, 4)
+        return empty_B4, torch.zeros(images, dtype=torch.bool, device=empty_B4.device)
+    positions_R = torch.arange(count, device=regions.valid_BR.device)
+    last_B = torch.where(regions.valid_BR, positions_R, -1).amax(dim=1)
+    # The last one ranks below every other valid one and above padding, so it wins only when it is alone.
+    areas_BR = geometry.areas(regions.boxes_BR4)
+    areas_BR = torch.where(positions_R == last_B[:, None], -1.0, areas_BR)
+    areas_BR = torch.where(regions.valid_BR, areas_BR, -2.0)
+    chosen_B = areas_BR.argmax(dim=1)
+    index_B14 = chosen_B[:, None, None].expand(-1, 1, 4)
+    return regions.boxes_BR4.gather(1, index_B14)[:, 0], last_B >= 0
+
+
+def _foreground_indices(labels_BR: Tensor, classes: int) -> Tensor:
+    """Return the indices of the foreground regions among those of all images (P,); waits for the device."""
+    return ((labels_BR >= 0) & (labels_BR < classes)).flatten().nonzero()[:, 0]

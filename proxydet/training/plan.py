@@ -25,9 +25,9 @@ from proxydet.data.dataset import DatasetConfig, embedding_dimension, load_vocab
 from proxydet.data.store import AnnotationStore
 from proxydet.errors import CheckpointError, DataError, ProxydetError
 from proxydet.files import Lock
+from proxydet.modeling.backbone import build_backbone
 from proxydet.modeling.centernet import CenterNet
 from proxydet.modeling.config import ModelConfig
-from proxydet.modeling.pyramid import build_backbone
 from proxydet.modeling.roi_heads import RoiHeads
 from proxydet.training.checkpoint import CheckpointFolder, read_iteration
 from proxydet.training.config import RunSettings, S, TrainingConfig

@@ -18,7 +18,8 @@ from proxydet.data.batches import BoxBatch, ImageLabelBatch
 from proxydet.determinism import verify, worker
 from proxydet.determinism.worker import Job, random_batches, random_vocabulary
 from proxydet.errors import EnvironmentProblem
-from proxydet.modeling import heads, pooling
+from proxydet.modeling import roi_align as pooling
+from proxydet.modeling import roi_heads
 from proxydet.recipes import tiny
 
 
@@ -172,12 +173,12 @@ def test_a_process_that_fails_is_an_error_with_its_reason(monkeypatch):
 
 
 def test_an_operation_that_draws_without_a_seed_is_found_in_the_loss_that_it_enters(monkeypatch):
-    real, source = heads.functional.normalize, random.Random()
+    real, source = roi_heads.functional.normalize, random.Random()
 
     def noisy(embedding, dim):
         return real(embedding, dim=dim) * (1 + 1e-6 * source.random())
 
-    monkeypatch.setattr(heads, "functional", SimpleNamespace(normalize=noisy))
+    monkeypatch.setattr(roi_heads, "functional", SimpleNamespace(normalize=noisy))
     found = worker.run(job(mode="strict", steps=1))
     (other,) = found["differing"]
     step, where = other["first"]

@@ -16,8 +16,8 @@ from proxydet.export.pooling import ExportPooler
 from proxydet.export.suppression import TorchvisionSuppression
 from proxydet.modeling.config import CascadeConfig, InferenceConfig
 from proxydet.modeling.network import ProxyDetNetwork
-from proxydet.modeling.pooling import RegionPooler
 from proxydet.modeling.prediction import Prediction
+from proxydet.modeling.roi_align import RegionPooler
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 

@@ -10,11 +10,11 @@ import torch
 
 from proxydet.detector import Detector
 from proxydet.errors import ConfigError
-from proxydet.modeling.augmentation import Look, View, _merged
+from proxydet.modeling.augmentation import View, ViewFeatures, _merged
 from proxydet.modeling.centernet import Proposals
 from proxydet.modeling.config import InferenceConfig, ProposalConfig
 from proxydet.modeling.prediction import Prediction
-from proxydet.modeling.roi_heads import Scene
+from proxydet.modeling.roi_heads import FeatureBatch
 
 LOW = InferenceConfig(score_threshold=0.05, max_detections=30)
 
@@ -106,16 +106,16 @@ def test_scores_are_means_over_the_views(lively_network, tiny) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lively_network.proposal_generator, "config", config)
         alone = {}
-        from proxydet.modeling import scoring
+        from proxydet.modeling import postprocess
 
-        original = scoring._Scorer.scores
+        original = postprocess._Scorer.scores
 
         def watch(self, columns):
             values = original(self, columns)
             alone.setdefault(len(alone), values.clone())
             return values
 
-        patch.setattr(scoring._Scorer, "scores", watch)
+        patch.setattr(postprocess._Scorer, "scores", watch)
         patch.setattr(
             lively_network, "config", dataclasses.replace(lively_network.config, proposals=config)
         )
@@ -175,9 +175,10 @@ def test_half_precision_needs_a_gpu(lively_network, tiny) -> None:
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_boxes_go_into_a_view_and_back(mirrored: bool) -> None:
     reference, own = (
-        Scene(features=[], sizes_B2=torch.tensor([size])) for size in ([100.0, 200.0], [50.0, 80.0])
+        FeatureBatch(features=[], sizes_B2=torch.tensor([size]))
+        for size in ([100.0, 200.0], [50.0, 80.0])
     )
-    look = Look(scene=own, proposals=None, mirrored=mirrored)
+    look = ViewFeatures(batch=own, proposals=None, mirrored=mirrored)
     boxes = torch.tensor([[20.0, 10.0, 60.0, 90.0]])
     inside = look.from_reference(boxes, reference)
     across = [56.0, 72.0] if mirrored else [8.0, 24.0]
@@ -187,12 +188,12 @@ def test_boxes_go_into_a_view_and_back(mirrored: bool) -> None:
 
 def test_the_best_proposals_of_all_views_are_kept() -> None:
     """Of two views without a common box, the better scores are in the second."""
-    scene = Scene(features=[], sizes_B2=torch.tensor([[100.0, 400.0]]))
+    scene = FeatureBatch(features=[], sizes_B2=torch.tensor([[100.0, 400.0]]))
     left_P = torch.arange(20) * 20.0
     boxes_P4 = torch.stack([left_P, left_P * 0, left_P + 10, left_P * 0 + 10], dim=1)
     looks = [
-        Look(
-            scene=scene,
+        ViewFeatures(
+            batch=scene,
             proposals=Proposals(
                 boxes_BP4=boxes_P4[own][None],
                 scores_BP=torch.linspace(best, best - 0.2, 10)[None],

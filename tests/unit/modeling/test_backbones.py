@@ -6,20 +6,21 @@ import pytest
 import torch
 from torchvision.models import resnet50
 
+from proxydet.modeling.backbone import (
+    FrozenBatchNorm,
+    ResNet,
+    SwinBackbone,
+    build_backbone,
+    from_windows,
+    relative_positions,
+    shift_mask,
+    to_windows,
+)
 from proxydet.modeling.config import (
     BackboneConfig,
     PyramidConfig,
     ResNetConfig,
     SwinConfig,
-)
-from proxydet.modeling.pyramid import build_backbone
-from proxydet.modeling.resnet import FrozenBatchNorm, ResNet
-from proxydet.modeling.swin import (
-    SwinBackbone,
-    from_windows,
-    relative_positions,
-    shift_mask,
-    to_windows,
 )
 
 SMALL_SWIN = SwinConfig(embed_dim=8, depths=(2, 2, 2), heads=(1, 2, 4), window=4, drop_path=0.0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from proxydet.errors import ConfigError, DataError, NumericsError, VocabularyError
-from proxydet.modeling import scoring
+from proxydet.modeling import postprocess
 from proxydet.modeling.augmentation import View
 from proxydet.modeling.config import (
     BackboneConfig,
@@ -221,7 +221,7 @@ def test_fusion_weights_follow_the_base_mask(network, tiny) -> None:
 
 def test_fusion_is_the_published_formula(network, tiny) -> None:
     captured = {}
-    original = scoring.detect_classes
+    original = postprocess.detect_classes
 
     def capture(views, classes, classifiers, settings):
         (regions,) = views
@@ -252,7 +252,7 @@ def test_one_class(network, tiny) -> None:
 def test_ten_thousand_classes_stay_within_the_chunks_memory(network, tiny) -> None:
     vocabulary = tiny.vocabulary(10_000)
     widths = []
-    original = scoring._Scorer.scores
+    original = postprocess._Scorer.scores
 
     def watch(self, columns):
         scores = original(self, columns)
@@ -261,7 +261,7 @@ def test_ten_thousand_classes_stay_within_the_chunks_memory(network, tiny) -> No
 
     settings = InferenceConfig(score_threshold=0.05, class_chunk=1500)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoring._Scorer, "scores", watch)
+        patch.setattr(postprocess._Scorer, "scores", watch)
         (found,) = network.detect([tiny.image(64, 64)], vocabulary, settings=settings)
     assert max(widths) == 1536  # 1500, in steps of 64
     assert sum(widths) == 10_000
@@ -292,7 +292,7 @@ def test_chunks_change_no_bit(network, tiny, threshold: float, one_class: bool) 
 
 def test_pruned_chunks_keep_little(network, tiny) -> None:
     kept = []
-    original = scoring._Search._prune
+    original = postprocess._Search._prune
 
     def watch(self, part):
         pruned = original(self, part)
@@ -301,7 +301,7 @@ def test_pruned_chunks_keep_little(network, tiny) -> None:
 
     settings = InferenceConfig(score_threshold=0.0, class_chunk=512, max_detections=20)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoring._Search, "_prune", watch)
+        patch.setattr(postprocess._Search, "_prune", watch)
         network.detect([tiny.image(64, 64)], tiny.vocabulary(1500), settings=settings)
     assert len(kept) == 3
     assert all(before > 10_000 for before, _ in kept)
@@ -311,7 +311,7 @@ def test_pruned_chunks_keep_little(network, tiny) -> None:
 def test_chunks_of_few_candidates_are_not_pruned(network, tiny) -> None:
     """Suppression of few boxes looks at their places in float32, which depend on all of them: once, at the end."""
     kept = []
-    original = scoring._Search._prune
+    original = postprocess._Search._prune
 
     def watch(self, part):
         pruned = original(self, part)
@@ -321,7 +321,7 @@ def test_chunks_of_few_candidates_are_not_pruned(network, tiny) -> None:
     limit = 5000
     settings = InferenceConfig(score_threshold=0.0, class_chunk=64, max_detections=limit)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoring._Search, "_prune", watch)
+        patch.setattr(postprocess._Search, "_prune", watch)
         network.detect([tiny.image(64, 64)], tiny.vocabulary(150), settings=settings)
     assert len(kept) == 3
     assert all(0 < count <= 4 * limit and untouched for count, untouched in kept)

@@ -13,12 +13,12 @@ import torch
 from proxydet.compat.modes import MODES
 from proxydet.compat.roi_align import reproducibility_mode
 from proxydet.losses.criterion import choose_categories
-from proxydet.modeling import suppression
+from proxydet.modeling import nms
 from proxydet.modeling.config import InferenceConfig
-from proxydet.modeling.region_align import RegionGrid, align_regions
+from proxydet.modeling.roi_align import RegionGrid, align_regions
 from proxydet.vocabulary.vocabulary import Vocabulary
 
-SIZES = [40, suppression.SHIFTED_UP_TO, suppression.SHIFTED_UP_TO + 1, 6000]
+SIZES = [40, nms.SHIFTED_UP_TO, nms.SHIFTED_UP_TO + 1, 6000]
 
 
 def places(count: int, step: float) -> torch.Tensor:
@@ -32,17 +32,17 @@ def places(count: int, step: float) -> torch.Tensor:
 @pytest.mark.parametrize("waits", [False, True])
 @pytest.mark.parametrize("classes", [None, 3])
 def test_of_boxes_of_one_score_the_first_are_kept(monkeypatch, count, waits, classes) -> None:
-    monkeypatch.setattr(suppression, "_waits", lambda _device: waits)
+    monkeypatch.setattr(nms, "_waits", lambda _device: waits)
     own_N = (
         torch.zeros(count, dtype=torch.int64) if classes is None else torch.arange(count) % classes
     )
-    crowd = suppression.Crowd(
+    crowd = nms.NmsInput(
         boxes_N4=places(count, step=20.0),
         scores_N=torch.full((count,), 0.5),
         classes_N=None if classes is None else own_N,
         counts=[count],
     )
-    (kept,) = suppression.suppress(crowd, iou=0.5, limit=30)
+    (kept,) = nms.suppress(crowd, iou=0.5, limit=30)
     assert kept.tolist() == list(range(30))
 
 
@@ -51,14 +51,14 @@ def test_of_boxes_of_one_score_the_first_are_kept(monkeypatch, count, waits, cla
 def test_of_boxes_of_one_score_and_place_the_first_drops_the_others(
     monkeypatch, count, waits
 ) -> None:
-    monkeypatch.setattr(suppression, "_waits", lambda _device: waits)
-    crowd = suppression.Crowd(
+    monkeypatch.setattr(nms, "_waits", lambda _device: waits)
+    crowd = nms.NmsInput(
         boxes_N4=places(1, step=0.0).repeat(count, 1),
         scores_N=torch.full((count,), 0.5),
         classes_N=torch.arange(count) % 2,
         counts=[count],
     )
-    (kept,) = suppression.suppress(crowd, iou=0.5, limit=30)
+    (kept,) = nms.suppress(crowd, iou=0.5, limit=30)
     assert kept.tolist() == [0, 1]
 
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from proxydet.data.batches import BoxBatch, ImageLabelBatch
 from proxydet.losses import criterion
 from proxydet.losses.criterion import Criterion
-from proxydet.modeling import pooling, suppression
+from proxydet.modeling import nms, roi_align
 from proxydet.modeling.config import InferenceConfig
 from proxydet.modeling.prediction import to_host
 
@@ -97,8 +97,8 @@ def on_the_host(work: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suppression, "_waits", lambda _device: True)
-    monkeypatch.setattr(pooling, "current_mode", lambda: "published")
+    monkeypatch.setattr(nms, "_waits", lambda _device: True)
+    monkeypatch.setattr(roi_align, "current_mode", lambda: "published")
     # Polygons are drawn on the CPU, also in a training on a GPU.
     monkeypatch.setattr(criterion, "_draw", on_the_host(criterion._draw))
 

@@ -1,22 +1,26 @@
-"""From region embeddings to detections: classification, fusion of the two branches, suppression.
+"""From region embeddings to predictions in the original image: classification, fusion, NMS, one mask a distinct box.
 
-Dimensions: B images, R regions of an image (padded), N = B * R, C classes, D embedding, K candidates (pairs of region and
-class) of all images, L detections of one image.
+How often the host waits for the device does not depend on the number of images.
+
+Dimensions: B images, R regions of an image (padded), N = B * R (in `assemble_predictions`: detections of the whole
+batch), C classes, D embedding, K candidates (pairs of region and class) of all images, L detections of one image, M
+distinct boxes of the whole batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from proxydet.errors import NumericsError
+from proxydet.modeling import geometry
 from proxydet.modeling.config import InferenceConfig
-from proxydet.modeling.heads import ZeroShotClassifier
-from proxydet.modeling.roi_heads import RegionEmbeddings
-from proxydet.modeling.suppression import SHIFTED_UP_TO, Crowd, suppress
+from proxydet.modeling.nms import SHIFTED_UP_TO, NmsInput, suppress
+from proxydet.modeling.prediction import Prediction
+from proxydet.modeling.roi_heads import FeatureBatch, RegionEmbeddings, ZeroShotClassifier
 
 # Chunks are whole multiples of this. A processor computes a row's ragged end with other instructions, which round
 # otherwise; at multiples of this no chunk has one but the last, where it is the same as without chunks.
@@ -25,7 +29,7 @@ _STEP = 64
 
 @dataclass(frozen=True, kw_only=True)
 class ClassText:
-    """The classes to look for, on the network's device.
+    """The classes to detect, on the network's device.
 
     Attributes:
         text_DC: Normalised text embeddings, a column each.
@@ -52,6 +56,15 @@ class Detections:
     classes_L: Tensor
     regions_L: Tensor
 
+    def choose(self, index: Tensor) -> Detections:
+        """Return some of the detections, given by position (int64) or a bool mask."""
+        return Detections(
+            boxes_L4=self.boxes_L4[index],
+            scores_L=self.scores_L[index],
+            classes_L=self.classes_L[index],
+            regions_L=self.regions_L[index],
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Candidates:
@@ -69,6 +82,14 @@ class _Candidates:
     score_K: Tensor
     counts_B: Tensor
 
+    def choose(self, index: Tensor) -> _Candidates:
+        return _Candidates(
+            region_K=self.region_K[index],
+            class_K=self.class_K[index],
+            score_K=self.score_K[index],
+            counts_B=self.counts_B,
+        )
+
 
 def detect_classes(
     views: Sequence[RegionEmbeddings],
@@ -79,13 +100,12 @@ def detect_classes(
     """Score every class for every region and keep the best.
 
     Classes are scored in chunks, and of each chunk only what can be in the result is kept, so memory does not grow with
-    the vocabulary. Suppression looks at each class alone and no class is in two chunks: the result is the same as in
-    one piece.
+    the vocabulary. NMS treats each class alone and no class is in two chunks: the result is the same as in one piece.
 
     Args:
-        views: What the heads know of the regions; with several views of the same regions, scores are their mean, and the
-            boxes are those of the first.
-        classes: What to look for.
+        views: Embeddings of the regions; with several views of the same regions, scores are their mean, and the boxes
+            are those of the first.
+        classes: The classes to detect.
         classifiers: Those of the detection branch's steps, then that of the mixup branch's last step if there is one.
         settings: Thresholds and weights.
 
@@ -114,8 +134,8 @@ def class_scores(
     """Return the fused score of every class for every region: (N, C), padded regions included.
 
     Args:
-        regions: What the heads know of the regions.
-        classes: What to look for.
+        regions: Embeddings of the regions.
+        classes: The classes to score.
         classifiers: As `detect_classes` takes them.
         settings: Fusion weights.
     """
@@ -129,7 +149,7 @@ def _embeddings(regions: RegionEmbeddings) -> list[Tensor]:
 
 
 def _require_finite(results: list[Tensor | None]) -> None:
-    # One look for the whole batch: a comparison with NaN is false, so damage would pass as "nothing found".
+    # One check for the whole batch: a comparison with NaN is false, so damage would pass as "nothing found".
     finite = [values.isfinite().all() for values in results if values is not None]
     if not bool(torch.stack(finite).all()):
         raise NumericsError(
@@ -173,7 +193,7 @@ class _Scorer:
 
 
 class _Search:
-    """Looks through the scores, a chunk of classes at a time."""
+    """Searches the scores for detections, a chunk of classes at a time."""
 
     def __init__(
         self, scorers: list[_Scorer], regions: RegionEmbeddings, settings: InferenceConfig
@@ -192,10 +212,15 @@ class _Search:
             region_K, class_K = above_NC.nonzero(as_tuple=True)
             part = self._gather(region_K, class_K + columns.start, scores_NC[region_K, class_K])
             found.append(part if scores_NC.shape[1] == classes else self._prune(part))
-        everything = _join(found)
-        if len(found) > 1:
-            everything = _choose(everything, everything.region_K.argsort(stable=True))
-        return everything
+        if len(found) == 1:
+            return found[0]
+        everything = _Candidates(
+            region_K=torch.cat([part.region_K for part in found]),
+            class_K=torch.cat([part.class_K for part in found]),
+            score_K=torch.cat([part.score_K for part in found]),
+            counts_B=torch.stack([part.counts_B for part in found]).sum(dim=0),
+        )
+        return everything.choose(everything.region_K.argsort(stable=True))
 
     def best_classes(self, classes: int) -> _Candidates:
         """Return each region's best class, where it scores above the threshold."""
@@ -211,11 +236,11 @@ class _Search:
         return self._gather(region_K, class_N[region_K], best_N[region_K])
 
     def select(self, found: _Candidates) -> list[Detections]:
-        """Suppress and keep the best of each image."""
-        # One look for both counts of every image.
+        """Apply NMS and keep the best of each image."""
+        # One wait for both counts of every image.
         counts, candidates = torch.stack([self._count(found.region_K), found.counts_B]).tolist()
         boxes_K4 = self._boxes_N4[found.region_K]
-        crowd = Crowd(
+        boxes = NmsInput(
             boxes_N4=boxes_K4,
             scores_N=found.score_K,
             classes_N=found.class_K,
@@ -223,7 +248,7 @@ class _Search:
             candidates=candidates,
         )
         settings = self._settings
-        kept = suppress(crowd, iou=settings.nms_iou, limit=settings.max_detections)
+        kept = suppress(boxes, iou=settings.nms_iou, limit=settings.max_detections)
         return [
             Detections(
                 boxes_L4=boxes_K4[places_L],
@@ -254,7 +279,7 @@ class _Search:
         return (image_K[:, None] == torch.arange(self._images, device=image_K.device)).sum(dim=0)
 
     def _prune(self, part: _Candidates) -> _Candidates:
-        """Leave out of an image's many candidates of a chunk those that suppression drops, or that are too many."""
+        """Leave out of an image's many candidates of a chunk those that NMS drops, or that are too many."""
         limit = self._settings.max_detections
         enough = max(4 * limit, SHIFTED_UP_TO)
         counts = part.counts_B.tolist()
@@ -263,35 +288,93 @@ class _Search:
         if not crowded:
             return part
         many = torch.cat([places[image] for image in crowded])
-        crowd = Crowd(
+        boxes = NmsInput(
             boxes_N4=self._boxes_N4[part.region_K[many]],
             scores_N=part.score_K[many],
             classes_N=part.class_K[many],
             counts=[counts[image] for image in crowded],
         )
         kept = dict(enumerate(places))
-        survivors = suppress(crowd, iou=self._settings.nms_iou, limit=limit)
+        survivors = suppress(boxes, iou=self._settings.nms_iou, limit=limit)
         kept |= {
             image: many[own.sort().values] for image, own in zip(crowded, survivors, strict=True)
         }
-        return _choose(part, torch.cat(list(kept.values())))
+        return part.choose(torch.cat(list(kept.values())))
 
 
-def _join(parts: list[_Candidates]) -> _Candidates:
-    if len(parts) == 1:
-        return parts[0]
-    return _Candidates(
-        region_K=torch.cat([part.region_K for part in parts]),
-        class_K=torch.cat([part.class_K for part in parts]),
-        score_K=torch.cat([part.score_K for part in parts]),
-        counts_B=torch.stack([part.counts_B for part in parts]).sum(dim=0),
+MaskPredictor = Callable[[FeatureBatch, Tensor, Tensor], Tensor]
+
+
+def assemble_predictions(
+    found: list[Detections],
+    batch: FeatureBatch,
+    original_sizes: list[tuple[int, int]],
+    mask_probabilities: MaskPredictor | None,
+) -> list[Prediction]:
+    """Scale boxes to the original images, drop those that end up empty, and predict masks for the rest.
+
+    Args:
+        found: Detections of each image.
+        batch: Features that the masks are predicted from.
+        original_sizes: Height and width of each original image.
+        mask_probabilities: Masks of boxes, in [0, 1], given the image of each; None makes boxes without masks.
+    """
+    device = batch.sizes_B2.device
+    sizes_B2 = torch.tensor(original_sizes, dtype=torch.float32).to(device, non_blocking=True)
+    scales_B4 = (sizes_B2 / batch.sizes_B2).flip(1).repeat(1, 2)
+    image_N = geometry.image_of_each([len(detections.scores_L) for detections in found], device)
+    everything = Detections(
+        boxes_L4=torch.cat([detections.boxes_L4 for detections in found]),
+        scores_L=torch.cat([detections.scores_L for detections in found]),
+        classes_L=torch.cat([detections.classes_L for detections in found]),
+        regions_L=torch.cat([detections.regions_L for detections in found]),
     )
+    scaled_N4 = geometry.clip(everything.boxes_L4 * scales_B4[image_N], sizes_B2[image_N])
+    solid = geometry.nonempty(scaled_N4).nonzero()[:, 0]
+    kept, image_N = everything.choose(solid), image_N[solid]
+    counts = _counts(image_N, len(found))
+    masks: Sequence[Tensor | None] = [None] * len(found)
+    mask_index_N = torch.full_like(kept.classes_L, -1)
+    if mask_probabilities is not None:
+        masks, mask_index_N = _distinct_masks(kept, image_N, len(found), batch, mask_probabilities)
+    return [
+        Prediction(
+            boxes_N4=boxes,
+            scores_N=scores,
+            classes_N=classes,
+            mask_probs_MSS=own_masks,
+            mask_index_N=mask_index,
+            image_size=size,
+        )
+        for boxes, scores, classes, own_masks, mask_index, size in zip(
+            scaled_N4[solid].split(counts),
+            kept.scores_L.split(counts),
+            kept.classes_L.split(counts),
+            masks,
+            mask_index_N.split(counts),
+            original_sizes,
+            strict=True,
+        )
+    ]
 
 
-def _choose(found: _Candidates, index: Tensor) -> _Candidates:
-    return _Candidates(
-        region_K=found.region_K[index],
-        class_K=found.class_K[index],
-        score_K=found.score_K[index],
-        counts_B=found.counts_B,
-    )
+def _distinct_masks(
+    kept: Detections, image_N: Tensor, images: int, batch: FeatureBatch, predict: MaskPredictor
+) -> tuple[list[Tensor], Tensor]:
+    """Predict one mask a distinct box: return each image's masks, and the place of each detection's among them."""
+    # A region's place in the whole batch; all its classes have the same box.
+    stride = kept.regions_L.max() + 1 if len(image_N) else 1
+    place_M, mask_N = (image_N * stride + kept.regions_L).unique(return_inverse=True)
+    image_M = place_M // stride
+    boxes_M4 = kept.boxes_L4.new_empty(len(place_M), 4)
+    boxes_M4[mask_N] = kept.boxes_L4
+    probabilities_MSS = predict(batch, boxes_M4, image_M)
+    first_B = torch.searchsorted(image_M, torch.arange(images, device=image_M.device))
+    return list(probabilities_MSS.split(_counts(image_M, images))), mask_N - first_B[image_N]
+
+
+def _counts(image_N: Tensor, images: int) -> list[int]:
+    """Return how many rows belong to each image; waits for the device once."""
+    numbers_B = torch.arange(images, device=image_N.device)
+    counts: list[int] = (image_N[:, None] == numbers_B).sum(dim=0).tolist()
+    return counts

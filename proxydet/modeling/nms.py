@@ -1,11 +1,11 @@
 """Non-maximum suppression of a batch that stops when enough boxes are kept.
 
 Greedy suppression decides from the best box down, so the best ``limit`` survivors depend only on the boxes that score
-at least as high: looking at a short prefix first and going on only if it does not yield enough gives the same boxes.
+at least as high: taking a short prefix first, and a longer one only if it does not yield enough, gives the same boxes.
 
 How many boxes survive depends on the data, so each call of torchvision's kernel waits for a GPU. There, one call
 suppresses all images of a batch, moved away from each other in float64, and the number of waits is that of the prefixes
-looked at, whatever the number of images and classes. A call costs the square of its number of boxes: a GPU has room for
+taken, whatever the number of images and classes. A call costs the square of its number of boxes: a GPU has room for
 that, but a CPU has not, and nothing to wait for. There, each image has a call of its own.
 
 Dimensions: B images, N boxes.
@@ -33,7 +33,7 @@ _TOGETHER_UP_TO = 65_536
 
 
 @dataclass(frozen=True, kw_only=True)
-class Crowd:
+class NmsInput:
     """Boxes of several images, image after image.
 
     Attributes:
@@ -51,27 +51,27 @@ class Crowd:
     candidates: Sequence[int] | None = None
 
 
-def suppress(crowd: Crowd, *, iou: float, limit: int) -> list[Tensor]:
+def suppress(inputs: NmsInput, *, iou: float, limit: int) -> list[Tensor]:
     """Suppress overlapping boxes of the same image, and class where classes are given.
 
     Args:
-        crowd: The boxes.
+        inputs: The boxes.
         iou: Overlap above which the lower-scored box is dropped.
         limit: Boxes to keep at most of each image.
 
     Returns:
         For each image int64, places of the kept boxes among all N, best first.
     """
-    if _waits(crowd.boxes_N4.device):
-        return _suppress_together(crowd, iou, limit)
+    if _waits(inputs.boxes_N4.device):
+        return _suppress_together(inputs, iou, limit)
     kept, start = [], 0
-    for count, candidates in zip(crowd.counts, crowd.candidates or crowd.counts, strict=True):
+    for count, candidates in zip(inputs.counts, inputs.candidates or inputs.counts, strict=True):
         own = slice(start, start + count)
-        boxes, scores = crowd.boxes_N4[own], crowd.scores_N[own]
-        if crowd.classes_N is None:
+        boxes, scores = inputs.boxes_N4[own], inputs.scores_N[own]
+        if inputs.classes_N is None:
             places = keep_best(boxes, scores, iou, limit)
         else:
-            classes = crowd.classes_N[own]
+            classes = inputs.classes_N[own]
             places = keep_best_by_class(boxes, scores, classes, iou, limit, candidates=candidates)
         kept.append(start + places)
         start += count
@@ -90,12 +90,12 @@ def keep_best(boxes_N4: Tensor, scores_N: Tensor, iou: float, limit: int) -> Ten
     Returns:
         int64, positions of the kept boxes, best first.
     """
-    looked_at = 2 * limit
+    prefix_length = 2 * limit
     while True:
-        kept: Tensor = nms(boxes_N4[:looked_at], scores_N[:looked_at], iou)
-        if len(kept) >= limit or looked_at >= len(boxes_N4):
+        kept: Tensor = nms(boxes_N4[:prefix_length], scores_N[:prefix_length], iou)
+        if len(kept) >= limit or prefix_length >= len(boxes_N4):
             return kept[:limit]
-        looked_at *= 4
+        prefix_length *= 4
 
 
 def keep_best_by_class(
@@ -110,7 +110,7 @@ def keep_best_by_class(
     """Suppress overlapping boxes of the same class in one image, as detectron2's ``batched_nms`` does.
 
     Few boxes go to ``batched_nms`` itself. For many, where it would loop over the classes, the classes are moved apart
-    in float64, which is exact, and only as many boxes are looked at as are needed.
+    in float64, which is exact, and only as many boxes are compared as are needed.
 
     Args:
         boxes_N4: Boxes in any order.
@@ -129,14 +129,14 @@ def keep_best_by_class(
         kept: Tensor = batched_nms(boxes_N4, scores_N, classes_N, iou)
         return kept[:limit]
     spacing = _spacing(boxes_N4)
-    looked_at = 4 * limit
+    prefix_length = 4 * limit
     while True:
-        prefix = _best_places(scores_N, looked_at)
+        prefix = _best_places(scores_N, prefix_length)
         apart = _apart(boxes_N4[prefix], classes_N[prefix], spacing)
         kept = nms(apart, scores_N[prefix].double(), iou)
-        if len(kept) >= limit or looked_at >= len(scores_N):
+        if len(kept) >= limit or prefix_length >= len(scores_N):
             return prefix[kept[:limit]]
-        looked_at *= 4
+        prefix_length *= 4
 
 
 def _best_places(scores_N: Tensor, count: int) -> Tensor:
@@ -164,29 +164,31 @@ def _apart(boxes_N4: Tensor, group_N: Tensor, spacing: Tensor) -> Tensor:
     return boxes_N4.double() + (group_N.double() * spacing)[:, None]
 
 
-def _suppress_together(crowd: Crowd, iou: float, limit: int) -> list[Tensor]:
+def _suppress_together(inputs: NmsInput, iou: float, limit: int) -> list[Tensor]:
     """Do what `suppress` does, with one call of the kernel for each prefix of all images."""
-    device = crowd.boxes_N4.device
-    if len(crowd.boxes_N4) == 0:
-        return [torch.arange(0, device=device) for _ in crowd.counts]
-    image_N = geometry.image_of_each(crowd.counts, device)
+    device = inputs.boxes_N4.device
+    if len(inputs.boxes_N4) == 0:
+        return [torch.arange(0, device=device) for _ in inputs.counts]
+    image_N = geometry.image_of_each(inputs.counts, device)
     group_N = image_N
-    if crowd.classes_N is not None:
-        group_N = image_N * (crowd.classes_N.max() + 1) + crowd.classes_N
-    apart_N4 = _apart(crowd.boxes_N4, group_N, _spacing(crowd.boxes_N4))
-    by_score_N = crowd.scores_N.argsort(descending=True, stable=True)
+    if inputs.classes_N is not None:
+        group_N = image_N * (inputs.classes_N.max() + 1) + inputs.classes_N
+    apart_N4 = _apart(inputs.boxes_N4, group_N, _spacing(inputs.boxes_N4))
+    by_score_N = inputs.scores_N.argsort(descending=True, stable=True)
     order_N = by_score_N[image_N[by_score_N].argsort(stable=True)]
-    orders = dict(enumerate(order_N.split(list(crowd.counts))))
+    orders = dict(enumerate(order_N.split(list(inputs.counts))))
     kept: dict[int, Tensor] = {}
-    looked_at = (2 if crowd.classes_N is None else 4) * limit
+    prefix_length = (2 if inputs.classes_N is None else 4) * limit
     while orders:
-        places = _survivors(apart_N4, crowd.scores_N, [o[:looked_at] for o in orders.values()], iou)
+        places = _survivors(
+            apart_N4, inputs.scores_N, [o[:prefix_length] for o in orders.values()], iou
+        )
         for image, own in zip(list(orders), places, strict=True):
-            if len(own) >= limit or looked_at >= len(orders[image]):
+            if len(own) >= limit or prefix_length >= len(orders[image]):
                 kept[image] = own[:limit]
                 del orders[image]
-        looked_at *= 4
-    return [kept[image] for image in range(len(crowd.counts))]
+        prefix_length *= 4
+    return [kept[image] for image in range(len(inputs.counts))]
 
 
 def _survivors(

@@ -280,6 +280,42 @@ def _flush(path: Path) -> None:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
+class PlaceholderError(ValueError):
+    """A file holds a note in place of what was meant to be in it.
+
+    Attributes:
+        what: What it is: "it is ...".
+        remedy: What the user can do.
+    """
+
+    def __init__(self, what: str, remedy: str) -> None:
+        super().__init__(f"{what}; {remedy}")
+        self.what = what
+        self.remedy = remedy
+
+
+PLACEHOLDER_BYTES = 512
+"""How many bytes at the start of a file `refuse_placeholder` needs."""
+
+
+def refuse_placeholder(head: bytes) -> None:
+    """Check that the first bytes of a file are not those of a Git LFS pointer, or of a web page saved under its name.
+
+    Raises:
+        PlaceholderError: They are.
+    """
+    text = head[:PLACEHOLDER_BYTES].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith(b"version https://git-lfs"):
+        raise PlaceholderError(
+            "it is a Git LFS pointer, not the file itself", "fetch the file with: git lfs pull"
+        )
+    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<script")):
+        raise PlaceholderError(
+            "it is a web page (HTML), not the file itself",
+            "download it again; the page, opened in a browser, may say why (an account, a moved file)",
+        )
+
+
 def read_text(path: Path, *, limit: int) -> str:
     """Read a text file that somebody else wrote: UTF-8, or UTF-16 with a byte order mark as PowerShell writes.
 
@@ -292,12 +328,14 @@ def read_text(path: Path, *, limit: int) -> str:
 
     Raises:
         OSError: It cannot be read.
-        ValueError: It is larger than ``limit``, or not text; the message says which, without the file's name.
+        ValueError: It is larger than ``limit``, not text, or a placeholder (`refuse_placeholder`); the message says which,
+            without the file's name.
     """
     with path.open("rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:
         raise ValueError(f"it is larger than {size_text(limit)}")
+    refuse_placeholder(data)
     encoding = next((name for mark, name in _ENCODINGS if data.startswith(mark)), "utf-8")
     try:
         text = data.decode(encoding)
@@ -332,7 +370,9 @@ def read_json(
         ProxydetError: Of the class ``error``: it is absent, unreadable, too large, not JSON or not an object.
     """
     try:
-        value = json.loads(_read_regular(path, limit))
+        data = _read_regular(path, limit)
+        refuse_placeholder(data)
+        value = json.loads(data)
         if not isinstance(value, dict):
             raise ValueError("it does not hold a JSON object")
     except FileNotFoundError as problem:

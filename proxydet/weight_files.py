@@ -37,7 +37,16 @@ import numpy as np
 import numpy.typing as npt
 
 from proxydet.errors import CheckpointError
-from proxydet.files import require_room, staged, unwritable, write_bytes, write_errors
+from proxydet.files import (
+    PLACEHOLDER_BYTES,
+    PlaceholderError,
+    refuse_placeholder,
+    require_room,
+    staged,
+    unwritable,
+    write_bytes,
+    write_errors,
+)
 from proxydet.zips import open_zip
 
 if (
@@ -174,7 +183,9 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(found.shape) for name, found in _parameters(source.described, path)}
 
 
-def read_state_dict(path: Path, *, parts: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
+def read_state_dict(
+    path: Path, *, parts: tuple[str, ...] = ("",), hint: str = _HINT
+) -> dict[str, Tensor]:
     """Return the parameters in a weight file of any kind, by name.
 
     Args:
@@ -182,15 +193,16 @@ def read_state_dict(path: Path, *, parts: tuple[str, ...] = ("",)) -> dict[str, 
             ``state_dict``, ``ema``, ...) and what wrappers put in front of the names (``module.``, ``model.``,
             ``_orig_mod.``) are taken off, however they are nested.
         parts: Starts of the names to read.
+        hint: As of `read_content`.
 
     Raises:
         CheckpointError: As `read_content`; or there are no parameters.
     """
-    with _errors(path, _HINT):
+    with _errors(path, hint):
         with path.open("rb") as file:
             is_safetensors = file.read(9)[8:] == b"{"
         if is_safetensors:
-            return dict(_parameters(read_safetensors(path)[0], path, parts))
+            return dict(_parameters(read_safetensors(path, hint=hint)[0], path, parts))
         with _opened(path) as source:
             if _is_ours(source.described):
                 return dict(_parameters(source.content(), path, parts))
@@ -198,15 +210,19 @@ def read_state_dict(path: Path, *, parts: tuple[str, ...] = ("",)) -> dict[str, 
             return {name: source.tensor(described) for name, described in found}
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_safetensors(path: Path, *, hint: str = _HINT) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors of a safetensors file, and the metadata that `write_safetensors` stored with them (else empty).
+
+    Args:
+        path: The file.
+        hint: As of `read_content`.
 
     Raises:
         CheckpointError: It is absent, damaged, or not what proxydet wrote.
     """
     from safetensors import safe_open
 
-    with _errors(path, _HINT), safe_open(path, framework="pt", device="cpu") as file:
+    with _errors(path, hint), safe_open(path, framework="pt", device="cpu") as file:
         tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
         text = file.metadata() or {}
         if not text.keys() & {"proxydet", "sha256"}:
@@ -262,9 +278,15 @@ def _errors(path: Path, hint: str, kind: str = "a weight file") -> Iterator[None
             path=path,
         )
     try:
+        with path.open("rb") as file:
+            refuse_placeholder(file.read(PLACEHOLDER_BYTES))
         yield
     except CheckpointError:
         raise
+    except PlaceholderError as error:
+        raise CheckpointError(
+            f"{path} is not {kind}: {error.what}", hint=error.remedy, path=path
+        ) from error
     except _NotAllowedError as error:
         raise CheckpointError(
             f"{path} holds more than weights, and loading it could run code ({error})",
@@ -286,12 +308,16 @@ def _errors(path: Path, hint: str, kind: str = "a weight file") -> Iterator[None
 
 
 def _remedy(path: Path, hint: str) -> str:
-    """Name the weights to use instead, where the file lies in a run folder that has others."""
-    checkpoints = sorted(path.parent.glob("checkpoints/step_*.pth"), reverse=True)
-    others = [o for o in (*path.parent.glob("model_final.*"), *checkpoints) if o != path]
-    if hint != _HINT or not path.name.startswith("model_final.") or not others:
+    """Name the weights to use instead, where the file lies in a run folder that has others which can be read."""
+    if hint != _HINT or not path.name.startswith("model_final."):
         return hint
-    return f"copy it again from where it is whole, or use other weights of the run: --weights {shlex.quote(str(others[0]))}"
+    checkpoints = sorted(path.parent.glob("checkpoints/step_*.pth"), reverse=True)
+    for other in (*path.parent.glob("model_final.*"), *checkpoints):
+        if other != path:
+            with contextlib.suppress(CheckpointError):
+                read_state_dict(other, hint="")
+                return f"copy it again from where it is whole, or use other weights of the run: --weights {shlex.quote(str(other))}"
+    return hint
 
 
 class _PickleFile(io.BufferedReader):
@@ -446,6 +472,8 @@ class _StreamSource(_Source):
         self._places: dict[str, int] = {}
         head = file.read(min(32, file.size))
         file.seek(0)
+        if not head:
+            raise ValueError("it is empty")
         if head[8:9] == b"{":
             raise ValueError("it is a safetensors file, which holds weights alone")
         if _LEGACY_MAGIC.to_bytes(10, "little") not in head:
@@ -725,16 +753,10 @@ def _describe(storage: Any, offset: Any, shape: Any, stride: Any) -> _Described:
 
 # ---- names -----------------------------------------------------------------------------------------------------------
 
-_CONTAINERS = (
-    "model",
-    "state_dict",
-    "model_state_dict",
-    "ema",
-    "model_ema",
-    "state_dict_ema",
-    "module",
-)
-_WRAPPERS = ("module.", "model.", "ema.", "network.")
+CONTAINERS = ("model", "state_dict", "model_state_dict", "ema", "model_ema", "state_dict_ema", "module")  # fmt: skip
+"""Keys under which a file may hold its parameters."""
+WRAPPERS = ("module.", "model.", "ema.", "network.")
+"""What may stand in front of the names of the parameters; `_orig_mod.` may stand anywhere in them."""
 
 
 def _has_tensors(value: Any) -> bool:
@@ -752,7 +774,7 @@ def _parameters(content: Any, path: Path, parts: tuple[str, ...] = ("",)) -> lis
     for _ in range(10):
         if not isinstance(content, dict):
             break
-        inner = [key for key in _CONTAINERS if _has_tensors(content.get(key))]
+        inner = [key for key in CONTAINERS if _has_tensors(content.get(key))]
         if not inner:
             break
         if len(inner) > 1:
@@ -782,11 +804,16 @@ def _parameters(content: Any, path: Path, parts: tuple[str, ...] = ("",)) -> lis
     found = {name.replace("_orig_mod.", ""): item for name, item in found.items()}
     found.pop("n_averaged", None)  # torch's AveragedModel counts in it
     while wrapper := next(
-        (w for w in _WRAPPERS if 2 * sum(n.startswith(w) for n in found) > len(found)), None
+        (w for w in WRAPPERS if 2 * sum(n.startswith(w) for n in found) > len(found)), None
     ):
         found = {name.removeprefix(wrapper): item for name, item in found.items()}
     if not found:
-        raise CheckpointError(f"{path} holds no parameters", hint=_HINT, path=path)
+        keys = [repr(key)[:40] for key in content][:5] if isinstance(content, dict) else []
+        raise CheckpointError(
+            f"{path} holds no parameters" + (f"; it holds {', '.join(keys)}" if keys else ""),
+            hint=f"give a file of parameters by name, or one that holds them under {', '.join(CONTAINERS)}",
+            path=path,
+        )
     return [(name, item) for name, item in found.items() if name.startswith(parts)]
 
 

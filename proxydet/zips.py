@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from proxydet.errors import ArchiveError
+from proxydet.files import PLACEHOLDER_BYTES, refuse_placeholder
 
 MOST_MEMBERS = 2_000_000
 """More members than any archive of a data set or of weights has."""
@@ -48,7 +49,10 @@ def open_zip(path: Path, *, largest: int, times: int) -> Iterator[zipfile.ZipFil
         ArchiveError: It holds more than `MOST_MEMBERS` members, or unpacks to more than it may.
         Exception: Whatever zipfile raises about a damaged one.
     """
-    with _Bounded(path, largest) as file, zipfile.ZipFile(file) as archive:
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(_Bounded(path, largest))
+        refuse_placeholder(file.peek(PLACEHOLDER_BYTES))
+        archive = stack.enter_context(zipfile.ZipFile(file))
         unpacked = sum(entry.file_size for entry in archive.infolist())
         if unpacked > path.stat().st_size * times + SPARE_BYTES:
             raise too_large(path, times=times)

@@ -28,7 +28,15 @@ from proxydet import zips
 from proxydet.artifacts.catalogue import Artifact, Unpack
 from proxydet.artifacts.http import StoppedError
 from proxydet.errors import ArchiveError, ArtifactError
-from proxydet.files import read_text, require_room, write_errors, write_text
+from proxydet.files import (
+    PLACEHOLDER_BYTES,
+    PlaceholderError,
+    read_text,
+    refuse_placeholder,
+    require_room,
+    write_errors,
+    write_text,
+)
 from proxydet.reporting import Progress, Task
 from proxydet.wording import counted
 
@@ -50,6 +58,10 @@ def archive_errors(path: Path) -> Iterator[None]:
     """Turn whatever the libraries raise about a damaged archive into `ArchiveError`."""
     try:
         yield
+    except PlaceholderError as error:
+        raise ArchiveError(
+            f"{path.name} is not an archive: {error.what}.", hint=error.remedy, path=path
+        ) from error
     except _DAMAGE as error:
         raise ArchiveError(
             f"{path.name} is damaged or not an archive of its kind: {str(error).rstrip('.')}.",
@@ -111,7 +123,8 @@ class Tar:
         self.path = path
         self._most = path.stat().st_size * _MOST_TIMES + zips.SPARE_BYTES
         self._raw = path.open("rb")
-        compressed = self._raw.read(2) == b"\x1f\x8b"
+        self._head = self._raw.read(PLACEHOLDER_BYTES)
+        compressed = self._head.startswith(b"\x1f\x8b")
         self._raw.seek(0)
         self._file: IO[bytes] = gzip.GzipFile(fileobj=self._raw) if compressed else self._raw  # type: ignore[assignment]
         self._at = self._headers = self._left = 0
@@ -136,6 +149,7 @@ class Tar:
             ArchiveError: It is damaged or cut; holds anything else, too many members, or far more than its own size.
         """
         with archive_errors(self.path):
+            refuse_placeholder(self._head)
             archive = tarfile.TarFile(fileobj=self, encoding="utf-8")  # type: ignore[arg-type]
             for count in range(zips.MOST_MEMBERS + 1):
                 self._headers = 0

@@ -36,7 +36,14 @@ from proxydet.artifacts.http import (
     StoppedError,
 )
 from proxydet.errors import ArtifactError, DigestError, ProxydetError, TransferError
-from proxydet.files import read_text, require_room, write_bytes, write_errors
+from proxydet.files import (
+    PlaceholderError,
+    read_text,
+    refuse_placeholder,
+    require_room,
+    write_bytes,
+    write_errors,
+)
 from proxydet.wording import size_text
 
 _logger = logging.getLogger(__name__)
@@ -583,8 +590,13 @@ class Transfer:
         while data := response.read(chunk):
             if errors:
                 raise StoppedError
-            if offset == 0 and not self._html and _looks_like_page(data):
-                raise TransferError(f"{where} sent a web page in place of the file.")
+            if offset == 0 and not self._html:
+                try:
+                    refuse_placeholder(data)
+                except PlaceholderError as error:
+                    raise TransferError(
+                        f"What {where} sent is not {self._name}: {error.what}."
+                    ) from error
             if offset + len(data) > bound:
                 raise TransferError(
                     f"{where} sent more bytes than it announced."
@@ -653,8 +665,3 @@ def _read_page(response: Response) -> str:
         while len(data) < _LARGEST_PAGE and (more := response.read(_LARGEST_PAGE - len(data))):
             data += more
     return data.decode("utf-8", errors="replace")
-
-
-def _looks_like_page(data: bytes) -> bool:
-    start = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    return start.startswith((b"<!doctype html", b"<html", b"<head", b"<script"))

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from proxydet.errors import DataError
+from proxydet.files import PlaceholderError, refuse_placeholder
 
 if TYPE_CHECKING:
     from proxydet.data.store import AnnotationStore, ImageRecord
@@ -308,12 +309,8 @@ def _to_rgb(image: Image.Image, label: str, exif_orientation: bool) -> Image.Ima
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-_LFS = b"version https://git-lfs"
 _HEIC = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 _STARTS = {
-    _LFS: "a pointer of Git LFS, not the file",
-    b"<!doctype html": "an HTML page",
-    b"<html": "an HTML page",
     b"<svg": "SVG, which is not made of pixels",
     b"<?xml": "XML",
     b"%pdf": "a PDF",
@@ -347,12 +344,15 @@ def _unreadable(label: str, error: Exception, source: Source | Image.Image) -> D
             found = "AVIF, which this Pillow does not read" if avif else "a video"
         elif known := [kind for mark, kind in _STARTS.items() if text.startswith(mark)]:
             found = known[0]
-            hint = "fetch the files themselves: git lfs pull" if text.startswith(_LFS) else hint
         elif text and not any(
             (byte < 32 and byte not in b"\t\n\r\f") or byte == 0x7F for byte in start
         ):
             found = "a text file"
         why = f"it is {found}" if found else "it is not an image of a known format"
+        try:
+            refuse_placeholder(start)
+        except PlaceholderError as placeholder:
+            why, hint = placeholder.what, placeholder.remedy
     return DataError(f"cannot read the image {label}: {why}", hint=hint)
 
 

@@ -6,6 +6,8 @@ ResNet, the Swin authors' names for Swin): its parameters are then loaded as the
 
 from __future__ import annotations
 
+import shlex
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,7 +20,7 @@ from torch.nn import functional
 
 from proxydet.errors import CheckpointError
 from proxydet.modeling.network import ProxyDetNetwork
-from proxydet.weight_files import read_state_dict
+from proxydet.weight_files import CONTAINERS, WRAPPERS, read_state_dict
 
 MIXUP_BRANCH = ("roi_heads.box_head_cmm.", "roi_heads.box_predictor_cmm.")
 """For ``expect``: the mixup branch, which a BoxSup checkpoint does not hold."""
@@ -31,6 +33,8 @@ _VOCABULARY = ("*.cls_score.zs_weight", "*.freq_weight")
 # A class counts as the same when the cosine of both text embeddings is above this; float16 storage stays above it.
 _SAME_TEXT = 0.999
 _SHOWN = 5
+_BACKBONE = ("backbone.bottom_up.base.", "backbone.bottom_up.")
+_DEEPEST_PREFIX = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +120,7 @@ def _as_detector(
     """Rename a classification backbone's parameters; a detector's stay as they are."""
     if any(name.startswith(("backbone.", "roi_heads.")) for name in given):
         return given, expect
-    for prefix in ("backbone.bottom_up.base.", "backbone.bottom_up."):
+    for prefix in _BACKBONE:
         renamed = {prefix + name: value for name, value in given.items()}
         if 2 * len(renamed.keys() & own.keys()) < len(renamed):
             continue
@@ -172,12 +176,49 @@ def _demand_explained(
     )
     if shapes:
         problems.append(f"{len(shapes)} of another shape ({_shorten(shapes)})")
-    if problems:
+    if not problems:
+        return
+    prefixes = _prefixes(given, own)
+    if prefixes:
         raise CheckpointError(
-            f"{path} does not fit the model: {'; '.join(problems)}",
-            hint=_advice(report, expect),
+            f"{path} does not fit the model: its names begin with {' or '.join(map(repr, prefixes))}, which is neither a "
+            "part of the model nor a container or wrapper that is known",
+            hint=f"known are {', '.join((*CONTAINERS, *WRAPPERS, '_orig_mod.'))}; {_without_prefix(path, prefixes[0])}",
             path=path,
         )
+    raise CheckpointError(
+        f"{path} does not fit the model: {'; '.join(problems)}",
+        hint=_advice(report, expect),
+        path=path,
+    )
+
+
+def _prefixes(given: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
+    """Return what stands in front of the model's names in a file, where that is so of at least half of its names."""
+    known = {*own, *(name.removeprefix(start) for name in own for start in _BACKBONE)}
+    found = Counter[str]()
+    for name in given:
+        parts = name.split(".")
+        for count in range(1, min(len(parts), _DEEPEST_PREFIX + 1)):
+            if ".".join(parts[count:]) in known and name not in known:
+                found[".".join(parts[:count]) + "."] += 1
+                break
+    if 2 * found.total() < len(given):
+        return []
+    return [prefix for prefix, count in found.items() if 2 * count > max(found.values())]
+
+
+def _without_prefix(path: Path, prefix: str) -> str:
+    """Return the advice, with a command, to write a weight file without a prefix of its names."""
+    code = (
+        "import sys, pathlib, torch; from proxydet.weight_files import read_state_dict; old, new, prefix = sys.argv[1:]; "
+        "weights = read_state_dict(pathlib.Path(old)); "
+        "torch.save({n[len(prefix):]: w for n, w in weights.items() if n.startswith(prefix)}, new)"
+    )
+    plain = path.with_name(f"{path.stem}_plain.pth")
+    return (
+        f"to strip it: python -c {shlex.quote(code)} {shlex.join([str(path), str(plain), prefix])}"
+    )
 
 
 def _advice(report: LoadReport, expect: tuple[str, ...]) -> str:

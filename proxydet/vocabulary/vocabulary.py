@@ -20,7 +20,7 @@ import numpy.typing as npt
 from numpy.lib.format import MAGIC_PREFIX
 
 from proxydet.errors import CheckpointError, VocabularyError
-from proxydet.files import write_bytes
+from proxydet.files import PLACEHOLDER_BYTES, PlaceholderError, refuse_placeholder, write_bytes
 from proxydet.vocabulary.names import check_classes, check_names, quote_names
 from proxydet.weight_files import read_arrays
 
@@ -123,6 +123,8 @@ class Vocabulary:
                 raise ValueError("it has more names than embeddings, or fewer")
             names = arrays["names"].tolist()
         except (CheckpointError, ValueError, TypeError) as error:
+            if isinstance(error.__cause__, PlaceholderError):
+                hint = error.__cause__.remedy
             raise VocabularyError(
                 f"{path} does not hold a vocabulary: {str(error).replace(str(path), 'it')}",
                 hint=hint,
@@ -224,7 +226,9 @@ def load_embeddings(path: Path) -> npt.NDArray[Any]:
     hint = "give a .npy file with one row a class, such as numpy.save writes"
     try:
         with path.open("rb") as file:
-            if file.read(len(MAGIC_PREFIX)) != MAGIC_PREFIX:
+            head = file.read(PLACEHOLDER_BYTES)
+            refuse_placeholder(head)
+            if not head.startswith(MAGIC_PREFIX):
                 raise VocabularyError(
                     f"{path} is no table of embeddings: it does not begin as a .npy file does",
                     hint=hint,
@@ -238,6 +242,9 @@ def load_embeddings(path: Path) -> npt.NDArray[Any]:
         raise VocabularyError(
             f"there is no file {path}", hint="check the spelling of its path", path=path
         ) from error
+    except PlaceholderError as error:
+        message = f"cannot read embeddings from {path}: {error.what}"
+        raise VocabularyError(message, hint=error.remedy, path=path) from error
     except Exception as error:  # numpy raises errors of any kind for damaged files
         reason = "it holds Python objects, not numbers" if "bject" in str(error) else error
         raise VocabularyError(

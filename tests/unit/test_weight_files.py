@@ -170,7 +170,11 @@ def test_damaged_final_weights_name_others_of_the_run(tmp_path: Path) -> None:
         read_state_dict(path)
     assert "--weights" not in str(alone.value.hint)
     (tmp_path / "checkpoints").mkdir()
-    write_state({"iteration": 3}, tmp_path / "checkpoints" / "step_0000003.pth")
+    for number in (3, 4):
+        state = {"model": NAMES, "iteration": number}
+        write_state(state, tmp_path / "checkpoints" / f"step_000000{number}.pth")
+    (tmp_path / "checkpoints" / "step_0000004.pth").write_bytes(b"damaged too")
+    (tmp_path / "model_final.pth").write_bytes(b"damaged too")
     with pytest.raises(CheckpointError) as caught:
         read_state_dict(path)
     assert "step_0000003.pth" in str(caught.value.hint)

@@ -26,6 +26,7 @@ import numpy as np
 from proxydet.data.deviations import StoreReport
 from proxydet.data.formats.records import Flaw, Identifier
 from proxydet.errors import DataError
+from proxydet.files import PLACEHOLDER_BYTES, PlaceholderError, refuse_placeholder
 
 _BLOCK_BYTES = 4 << 20
 _LARGE_BLOCKS = 3
@@ -330,7 +331,9 @@ def no_garbage_collection() -> Iterator[None]:
 def _opened(path: Path) -> mmap.mmap:
     try:
         with path.open("rb") as file:
-            if file.read(2) != _GZIP:
+            head = file.read(PLACEHOLDER_BYTES)
+            refuse_placeholder(head)
+            if not head.startswith(_GZIP):
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             # Annotations shrink by a factor of 3 to 30, a bomb by a thousand.
             most = max(_UNPACKED_FREELY, _MOST_RATIO * file.seek(0, 2))
@@ -353,6 +356,10 @@ def _opened(path: Path) -> mmap.mmap:
         why = "it is cut short" if isinstance(error, EOFError) else error
         raise DataError(
             f"{path} is a damaged gzip file: {why}", hint="copy or fetch it again", path=path
+        ) from error
+    except PlaceholderError as error:
+        raise DataError(
+            f"cannot read {path}: {error.what}", hint=error.remedy, path=path
         ) from error
     except (OSError, ValueError) as error:
         # An empty file cannot be mapped, which Python says in its own words.

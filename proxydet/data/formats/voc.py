@@ -19,6 +19,7 @@ from proxydet.data.formats.records import (
 )
 from proxydet.data.masks import LARGEST_IMAGE
 from proxydet.errors import DataError
+from proxydet.files import PlaceholderError, refuse_placeholder
 
 _LARGEST_FILE = 32 << 20
 _CHUNK = 16384
@@ -142,6 +143,11 @@ def _parse(path: Path) -> ElementTree.Element:
     try:
         large = path.stat().st_size > _LARGEST_FILE
         text = b"" if large else path.read_bytes()
+        refuse_placeholder(text)
+    except PlaceholderError as error:
+        raise DataError(
+            f"cannot read {path}: {error.what}", hint=error.remedy, path=path
+        ) from error
     except OSError as error:
         raise DataError(
             f"cannot read {path}: {error.strerror or error}",

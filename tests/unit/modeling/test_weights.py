@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import pickle
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -180,6 +183,31 @@ def test_a_classification_backbone_with_a_hole(tiny, tmp_path: Path) -> None:
     del backbone["conv1.weight"]
     with pytest.raises(CheckpointError, match=f"{RESNET}conv1.weight"):
         load_weights(tiny.network(), saved(tmp_path / "w.pth", backbone))
+
+
+@pytest.mark.parametrize("prefix", ["detector.", "student.net."])
+@pytest.mark.parametrize("nested", [False, True], ids=["names", "container"])
+def test_an_unknown_prefix_is_named_with_a_command_that_strips_it(
+    network, source, tmp_path: Path, prefix: str, nested: bool
+) -> None:
+    content = {prefix + name: value for name, value in source.items()}
+    if nested:
+        content = {prefix.removesuffix("."): source, "epoch": 3}
+    path = saved(tmp_path / "with a blank.pth", content)
+    with pytest.raises(CheckpointError, match=repr(prefix)) as caught:
+        load_weights(network, path)
+    hint = caught.value.hint or ""
+    assert "state_dict" in hint
+    command = shlex.split(hint.partition("to strip it: ")[2])
+    subprocess.run([sys.executable, *command[1:]], check=True)
+    load_weights(network, tmp_path / "with a blank_plain.pth")
+    assert equal(network, source)
+
+
+def test_two_unknown_containers_are_both_named(network, source, tmp_path: Path) -> None:
+    path = saved(tmp_path / "w.pth", {"student": source, "teacher": source})
+    with pytest.raises(CheckpointError, match="(?s)student.*teacher"):
+        load_weights(network, path)
 
 
 def test_weights_of_something_else(network, tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ def test_an_unknown_prefix_is_named_with_a_command_that_strips_it(
 
 def test_two_unknown_containers_are_both_named(network, source, tmp_path: Path) -> None:
     path = saved(tmp_path / "w.pth", {"student": source, "teacher": source})
-    with pytest.raises(CheckpointError, match="(?s)student.*teacher"):
+    with pytest.raises(CheckpointError, match=r"(?s)student.*teacher"):
         load_weights(network, path)
 
 

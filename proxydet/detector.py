@@ -1,40 +1,73 @@
-"""The detector as a Python user sees it: pictures in, detections out, any words as classes."""
+"""The detector as a Python user sees it: images in, detections out, any class names as classes.
+
+`Detector` comes first; below it, what it does with its inputs, and how run folders, checkpoints and published models are
+opened.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+import difflib
+import logging
+import re
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
-from proxydet.config import merge
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from proxydet.config import from_mapping, load_mapping, merge
+from proxydet.data.config import DataConfig
+from proxydet.data.dataset import DatasetConfig
+from proxydet.data.images import read_image
+from proxydet.data.transforms import shortest_side
 from proxydet.detections import Detections
-from proxydet.detector_classes import ClassResolver
-from proxydet.detector_inputs import (
-    ChannelOrder,
-    Classes,
-    Picture,
-    Pixels,
-    as_pixels,
-    choose_device,
-    in_batches,
-    to_network,
-    views_of,
+from proxydet.errors import (
+    ArtifactError,
+    CheckpointError,
+    ConfigError,
+    EnvironmentProblem,
+    InputError,
 )
-from proxydet.errors import ConfigError
-from proxydet.modeling.config import TTA_SCALES, InferenceConfig, ModelConfig
+from proxydet.manifest import read_manifest
+from proxydet.modeling.augmentation import View
+from proxydet.modeling.config import TTA_SCALES, BackboneConfig, InferenceConfig, ModelConfig
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.modeling.prediction import Prediction, to_host
-from proxydet.vocabulary.encoder import TextEncoder
+from proxydet.modeling.weights import load_weights
+from proxydet.paths import QUICKSTARTS_RUN, require_run, run_in
+from proxydet.vocabulary.encoder import TextEncoder, open_encoder
+from proxydet.vocabulary.names import PUBLISHED
+from proxydet.vocabulary.sources import complete_vocabulary, open_vocabulary, published_vocabulary
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from proxydet.video.frames import FrameResult
     from proxydet.video.reading import VideoSource
 
+logger = logging.getLogger(__name__)
 
-class Detector(ClassResolver):
-    """A trained network with what it needs to look at pictures.
+Pixels = npt.NDArray[np.uint8]
+ImageInput = str | Path | Image.Image | Pixels
+"""A file, an opened Pillow image, or uint8 (H, W, 3)."""
+
+Classes = Vocabulary | Sequence[str] | str | Path | None
+"""What to detect: a vocabulary, class names, a published vocabulary's name or a file (see
+`proxydet.vocabulary.sources.open_vocabulary`), or None for the classes of the training."""
+
+ChannelOrder = Literal["rgb", "bgr"]
+
+_CACHED_VOCABULARIES = 16
+
+
+class Detector:
+    """A trained network with what it needs to run on images.
 
     Predicting changes nothing in it: threads may share one, each with a vocabulary of its own.
 
@@ -42,7 +75,7 @@ class Detector(ClassResolver):
         network: The network, in evaluation mode.
         vocabulary: The classes of the training.
         inference: Settings of evaluation; `predict` changes thresholds only. Without a mask head, ``masks`` is False.
-        sides: The shortest and the longest side, in pixels, that pictures are scaled to.
+        sides: The shortest and the longest side, in pixels, that images are scaled to.
     """
 
     def __init__(
@@ -57,20 +90,25 @@ class Detector(ClassResolver):
         """Wrap a network.
 
         Args:
-            network: Network with its weights, where it shall compute.
+            network: Network with its weights, on the device that shall compute.
             inference: Settings; the published ones where None.
-            shortest: Pictures are scaled so that their shortest side has this many pixels,
+            shortest: Images are scaled so that their shortest side has this many pixels,
             longest: but the longest at most this many.
             encoder: Embeds class names: an encoder, its file, or None for CLIP ViT-B/32's weights where ``proxydet
                 download`` puts them. It is opened when names are first given.
         """
-        super().__init__(network.vocabulary, encoder)
         self.network = network.eval()
+        self.vocabulary = network.vocabulary
         settings = inference or InferenceConfig()
         self.inference = (
             settings if network.has_mask_head else dataclasses.replace(settings, masks=False)
         )
         self.sides = (shortest, longest)
+        self._encoder = encoder
+        self._lock = threading.Lock()
+        self._named = lru_cache(maxsize=_CACHED_VOCABULARIES)(self._embed)
+
+    # --- Opening -----------------------------------------------------------------------------------------------------
 
     @classmethod
     def from_run(
@@ -85,11 +123,15 @@ class Detector(ClassResolver):
             device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; ``"auto"``: a GPU where there is one.
 
         Raises:
-            InputError: The folder is no run, or a file in it is damaged.
+            InputError: The folder is not a run folder, or a file in it is damaged.
+            EnvironmentProblem: The device is not there.
         """
-        from proxydet.detector_files import open_run
-
-        return open_run(cls, Path(folder), checkpoint, choose_device(device))
+        chosen = choose_device(device)
+        run = require_run(Path(folder))
+        settings = _DetectorConfig.of(configuration_of(run))
+        weights = checkpoint or _newest_weights(run)
+        vocabulary = Vocabulary.load(run / "vocabulary.npz")
+        return cls._open(settings, vocabulary, weights, chosen, _encoder_of(run, settings.data))
 
     @classmethod
     def from_checkpoint(
@@ -112,10 +154,32 @@ class Detector(ClassResolver):
 
         Raises:
             InputError: The checkpoint cannot be read or is of another model, or the vocabulary is missing.
+            EnvironmentProblem: The device is not there.
         """
-        from proxydet.detector_files import open_checkpoint
-
-        return open_checkpoint(cls, Path(path), config, vocabulary, choose_device(device))
+        chosen = choose_device(device)
+        encoder = None
+        if isinstance(config, Path):
+            if not config.is_file():
+                raise InputError(
+                    f"there is no configuration {config}",
+                    hint="give the config.yaml of a run that proxydet train or quickstart wrote",
+                    path=config,
+                )
+            settings = _DetectorConfig.of(load_mapping(config))
+            if vocabulary is None and _is_run(config.parent):
+                vocabulary = Vocabulary.load(config.parent / "vocabulary.npz")
+                encoder = _encoder_of(config.parent, settings.data)
+        elif isinstance(config, ModelConfig):
+            settings = _DetectorConfig(data=DataConfig(), model=config, inference=InferenceConfig())
+        elif config in _SIZES:
+            settings = _SIZES[config]
+        else:
+            raise InputError(
+                f"there is no model {config!r}",
+                hint=f"there are {', '.join(_SIZES)}; or give the config.yaml of a run",
+            )
+        classes = vocabulary or published_vocabulary("lvis")
+        return cls._open(settings, classes, Path(path), chosen, encoder)
 
     @classmethod
     def from_pretrained(cls, name: str, *, device: str = "auto") -> Detector:
@@ -129,32 +193,62 @@ class Detector(ClassResolver):
         Raises:
             InputError: There is no such model.
             ArtifactError: It cannot be downloaded, or its digest is wrong.
+            EnvironmentProblem: The device is not there.
         """
-        from proxydet.detector_files import open_pretrained
+        from proxydet.artifacts import download
 
-        return open_pretrained(cls, name, choose_device(device))
+        chosen = choose_device(device)
+        if name not in PUBLISHED_MODELS:
+            raise InputError(
+                f"there is no published model {name!r}",
+                hint=f"there are {', '.join(PUBLISHED_MODELS)}",
+            )
+        weights = download(name)
+        download("lvis-metadata")
+        return cls._open(PUBLISHED_MODELS[name], published_vocabulary("lvis"), weights, chosen)
+
+    @classmethod
+    def _open(
+        cls,
+        settings: _DetectorConfig,
+        vocabulary: Vocabulary,
+        weights: Path,
+        device: torch.device,
+        encoder: Path | None = None,
+    ) -> Detector:
+        network = ProxyDetNetwork(settings.model, vocabulary)
+        load_weights(network, weights)
+        return cls(
+            network.for_inference(device),
+            inference=settings.inference,
+            shortest=settings.data.test_shortest_side,
+            longest=settings.data.test_longest_side,
+            encoder=encoder,
+        )
+
+    # --- Prediction --------------------------------------------------------------------------------------------------
 
     def predict(
         self,
-        image: Picture,
+        image: ImageInput,
         vocabulary: Classes = None,
         *,
         score_threshold: float = 0.3,
         max_detections: int = 300,
         channel_order: ChannelOrder = "rgb",
     ) -> Detections:
-        """Find objects in a picture.
+        """Detect objects in an image.
 
         Args:
             image: A file, a Pillow image, or uint8 (H, W, 3); files and Pillow images may be of any mode and are
                 turned as their EXIF orientation says.
-            vocabulary: What to look for, see `Classes`; names are embedded by `vocabulary_of`.
+            vocabulary: What to detect, see `Classes`; names are embedded by `vocabulary_of`.
             score_threshold: Only detections that score above this, 0 to 1.
             max_detections: At most this many, the best.
             channel_order: ``"bgr"`` for arrays from OpenCV.
 
         Raises:
-            InputError: The picture or the vocabulary cannot be used.
+            InputError: The image or the vocabulary cannot be used.
         """
         (found,) = self.predict_batch(
             [image],
@@ -167,7 +261,7 @@ class Detector(ClassResolver):
 
     def predict_batch(
         self,
-        images: Iterable[Picture],
+        images: Iterable[ImageInput],
         vocabulary: Classes = None,
         *,
         score_threshold: float = 0.3,
@@ -175,7 +269,7 @@ class Detector(ClassResolver):
         channel_order: ChannelOrder = "rgb",
         batch_size: int = 8,
     ) -> list[Detections]:
-        """Find objects in several pictures, which may differ in size; results are in their order.
+        """Detect objects in several images, which may differ in size; results are in their order.
 
         Args:
             images: As for `predict`.
@@ -183,13 +277,23 @@ class Detector(ClassResolver):
             score_threshold: As for `predict`.
             max_detections: As for `predict`.
             channel_order: As for `predict`.
-            batch_size: Pictures that are in memory and in the network at once.
+            batch_size: Images that are in memory and in the network at once.
 
+        Raises:
+            InputError: An image or the vocabulary cannot be used, or ``images`` is a single image.
+            ConfigError: A number is out of range.
         """
+        if batch_size < 1:
+            raise ConfigError(f"batch_size is {batch_size}; it must be at least 1")
+        if isinstance(images, str | Path | Image.Image):
+            raise InputError(
+                "predict_batch takes several images", hint="use predict for a single one"
+            )
         classes = self.resolve(vocabulary)
         settings = self.settings(score_threshold=score_threshold, max_detections=max_detections)
         found: list[Detections] = []
-        for batch in in_batches(images, batch_size):
+        remaining = iter(images)
+        while batch := list(islice(remaining, batch_size)):
             pixels = [as_pixels(image, channel_order) for image in batch]
             predictions = to_host(self.predict_images(pixels, classes, settings))
             found += [Detections(prediction, classes.names) for prediction in predictions]
@@ -205,15 +309,15 @@ class Detector(ClassResolver):
         every: int = 1,
         batch_size: int = 4,
     ) -> Iterator[FrameResult]:
-        """Find objects in the frames of a video or a camera, which a thread decodes ahead.
+        """Detect objects in the frames of a video or a camera, which a thread decodes ahead.
 
         Args:
-            source: A file; ``"webcam"`` or ``"webcam:1"``, of which only the newest frames are looked at.
+            source: A file; ``"webcam"`` or ``"webcam:1"``, of which only the newest frames are used.
             vocabulary: As for `predict`.
             score_threshold: As for `predict`.
             max_detections: As for `predict`.
-            every: Look at each frame (1), each second one (2), ...
-            batch_size: Frames in the network at once; a camera's go one by one.
+            every: Run on each frame (1), each second one (2), ...
+            batch_size: Frames in the network at once; a camera's are run one by one.
 
         Returns:
             For each frame its number ``index``, its time ``seconds``, its ``frame.pixels``, and what was ``found``. The
@@ -237,37 +341,43 @@ class Detector(ClassResolver):
         vocabulary: Vocabulary | None = None,
         settings: InferenceConfig | None = None,
     ) -> list[Prediction]:
-        """Find objects in decoded pictures: the one way that evaluation and prediction share.
+        """Detect objects in decoded images: the one way that evaluation and prediction share.
 
         Args:
             images: uint8 (H, W, 3) RGB at their original sizes.
-            vocabulary: What to look for, taken as it is; None: the classes of the training.
+            vocabulary: What to detect, taken as it is; None: the classes of the training.
             settings: Thresholds and limits; None: those of the run.
 
         Returns:
             Boxes, and masks where the settings ask for them and the network has a mask head, in the pixels of the given
-            pictures, on the network's device.
+            images, on the network's device.
         """
         training = vocabulary is None or vocabulary == self.vocabulary
         classes = None if training else vocabulary
         settings = settings or self.inference
         sizes = [(pixels.shape[0], pixels.shape[1]) for pixels in images]
-        if settings.augmented:
-            return [
-                self.network.detect_views(
-                    views_of(pixels_HW3, self.sides, settings),
-                    classes,
-                    original_size=size,
-                    settings=settings,
-                )
-                for pixels_HW3, size in zip(images, sizes, strict=True)
-            ]
-        return self.network.detect(
-            [to_network(pixels_HW3, self.sides) for pixels_HW3 in images],
-            classes,
-            original_sizes=sizes,
-            settings=settings,
-        )
+        if not settings.augmented:
+            return self.network.detect(
+                [to_network(pixels_HW3, self.sides) for pixels_HW3 in images],
+                classes,
+                original_sizes=sizes,
+                settings=settings,
+            )
+        predictions = []
+        for pixels_HW3, size in zip(images, sizes, strict=True):
+            views = []
+            for scale in settings.scales:
+                shortest, longest = (max(round(side * scale), 1) for side in self.sides)
+                scaled = to_network(pixels_HW3, (shortest, longest))
+                views.append(View(image=scaled))
+                if settings.flip:
+                    views.append(View(image=scaled.flip(2), mirrored=True))
+            predictions.append(
+                self.network.detect_views(views, classes, original_size=size, settings=settings)
+            )
+        return predictions
+
+    # --- Settings ----------------------------------------------------------------------------------------------------
 
     def settings(self, **changes: bool | float | str | Sequence[float] | None) -> InferenceConfig:
         """Return the run's settings with some of them changed.
@@ -281,7 +391,7 @@ class Detector(ClassResolver):
         """
         if changes.get("masks") and not self.network.has_mask_head:
             raise ConfigError(
-                "this detector has no mask head: it was trained on boxes, and finds boxes only",
+                "this detector has no mask head: it was trained on boxes, and predicts boxes only",
                 hint="leave masks out; for masks, train on objects that have them",
             )
         given = {name: value for name, value in changes.items() if value is not None}
@@ -308,5 +418,321 @@ class Detector(ClassResolver):
         )
 
     def with_augmentation(self) -> Detector:
-        """Return a detector that looks at each picture mirrored too, and in three sizes (``--tta``)."""
+        """Return a detector that runs on each image mirrored too, and in three sizes (``--tta``)."""
         return self.with_settings(flip=True, scales=TTA_SCALES)
+
+    # --- Classes -----------------------------------------------------------------------------------------------------
+
+    def resolve(self, vocabulary: Classes) -> Vocabulary:
+        """Turn what a user gives as classes into a vocabulary that fits the training.
+
+        Names, files and published vocabularies are split into base and novel by `with_base`; a `Vocabulary` object
+        is taken as it is.
+
+        Raises:
+            InputError: It cannot be used.
+        """
+        if vocabulary is None:
+            return self.vocabulary
+        if isinstance(vocabulary, Vocabulary):
+            return vocabulary
+        if isinstance(vocabulary, str | Path):
+            opened = open_vocabulary(
+                vocabulary, encoder=lambda: self.encoder, known=self.vocabulary
+            )
+            return self.with_base(opened)
+        return self.vocabulary_of(vocabulary)
+
+    def vocabulary_of(
+        self, names: Sequence[str], *, prompts: str | Sequence[str] = PUBLISHED
+    ) -> Vocabulary:
+        """Embed class names by the text encoder of the training, and decide which count as base.
+
+        Names of classes that the training knew have their embedding already, unless other prompts are asked for.
+
+        Args:
+            names: Class names.
+            prompts: Sentences with ``{}`` in the name's place, or the name of a prompt set.
+
+        Raises:
+            VocabularyError: A name is empty or duplicate, or the encoder cannot read it or is not there.
+        """
+        return self._named(tuple(names), prompts if isinstance(prompts, str) else tuple(prompts))
+
+    def _embed(self, names: tuple[str, ...], prompts: str | tuple[str, ...]) -> Vocabulary:
+        made = complete_vocabulary(names, self.vocabulary, lambda: self.encoder, prompts=prompts)
+        return self.with_base(made)
+
+    def with_base(self, vocabulary: Vocabulary, threshold: float = 0.9) -> Vocabulary:
+        """Decide which classes of a vocabulary count as base, by the published rule.
+
+        Args:
+            vocabulary: Any classes.
+            threshold: A class is base where its largest cosine with a base class of the training is above this.
+        """
+        base_CD = self.vocabulary.embeddings[self.vocabulary.base]
+        return vocabulary.base_by_similarity(base_CD, threshold)
+
+    @property
+    def encoder(self) -> TextEncoder:
+        """The text encoder, opened when first used.
+
+        Raises:
+            VocabularyError: Its weights are not there.
+        """
+        with self._lock:
+            if self._encoder is None or isinstance(self._encoder, Path):
+                self._encoder = open_encoder(self._encoder)
+            return self._encoder
+
+
+# --- Inputs ----------------------------------------------------------------------------------------------------------
+
+
+def as_pixels(image: ImageInput, channel_order: ChannelOrder = "rgb") -> Pixels:
+    """Decode or check an image.
+
+    Args:
+        image: A file, a Pillow image, or uint8 (H, W, 3).
+        channel_order: Of an array.
+
+    Returns:
+        uint8 (H, W, 3), RGB.
+
+    Raises:
+        InputError: The file cannot be read, or the array is of another shape or type.
+    """
+    if channel_order not in ("rgb", "bgr"):
+        raise ConfigError(f'channel_order is {channel_order!r}; it can be "rgb" or "bgr"')
+    if isinstance(image, str | Path):
+        return read_image(Path(image))
+    if isinstance(image, Image.Image):
+        return read_image(image)
+    if not isinstance(image, np.ndarray):
+        raise InputError(
+            f"an image must be a path, a Pillow image or a numpy array, not {type(image).__name__}",
+            hint="give the file's path, or numpy.asarray(image)",
+        )
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise InputError(
+            f"an image array must be uint8 of shape (height, width, 3), not {image.dtype} {image.shape}",
+            hint="convert it: RGB, 0 to 255, channels last",
+        )
+    return image if channel_order == "rgb" else np.ascontiguousarray(image[:, :, ::-1])
+
+
+def to_network(pixels_HW3: Pixels, sides: tuple[int, int]) -> torch.Tensor:
+    """Scale an image for the network.
+
+    Args:
+        pixels_HW3: uint8, RGB.
+        sides: Desired shortest side, and largest longest side, in pixels.
+
+    Returns:
+        uint8 (3, h, w).
+    """
+    height, width = pixels_HW3.shape[:2]
+    view = shortest_side(height, width, shortest=sides[0], longest=sides[1])
+    return torch.from_numpy(view.image(pixels_HW3)).permute(2, 0, 1)
+
+
+def choose_device(device: str) -> torch.device:
+    """Return the device of that name; ``"auto"`` is a GPU where there is one.
+
+    Raises:
+        ConfigError: There is no such kind of device.
+        EnvironmentProblem: It is not there, or cannot be used.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"there is no kind of device {device!r}", hint="choose auto, cpu, cuda, or cuda:1, ..."
+        ) from error
+    try:
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise EnvironmentProblem(
+            f"the device {device!r} cannot be used: {reason}",
+            hint="try cpu, or auto; proxydet env reports the state of the GPU",
+        ) from error
+    return chosen
+
+
+# --- Run folders, checkpoints, published models ------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _DetectorConfig:
+    """What a detector needs of a run's configuration."""
+
+    data: DataConfig
+    model: ModelConfig
+    inference: InferenceConfig
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> _DetectorConfig:
+        """Take it from a run's whole configuration."""
+        parts = {key: content.get(key, {}) for key in ("data", "model", "inference")}
+        settings = from_mapping(cls, parts)
+        if settings.data.masks is False:
+            # Version 0.1 gave such a run a mask head too, and never trained it.
+            return dataclasses.replace(
+                settings, model=dataclasses.replace(settings.model, masks=None)
+            )
+        return settings
+
+
+def _published(
+    kind: Literal["resnet", "swin"], inference: InferenceConfig | None = None
+) -> _DetectorConfig:
+    """A ProxyDet with a mixup branch where fusion weights are given, else a BoxSup or Detic model."""
+    return _DetectorConfig(
+        data=DataConfig(),
+        model=ModelConfig(backbone=BackboneConfig(kind=kind), mixup_branch=inference is not None),
+        inference=inference or InferenceConfig(),
+    )
+
+
+# Fusion weights are those of the paper for training with and without image labels.
+PUBLISHED_MODELS: dict[str, _DetectorConfig] = {
+    "proxydet-r50": _published("resnet", InferenceConfig(alpha=0.35, beta=0.55)),
+    "proxydet-r50-inl": _published("resnet", InferenceConfig()),
+    "proxydet-swinb-inl": _published("swin", InferenceConfig()),
+    "detic-r50": _published("resnet"),
+    "detic-swinb": _published("swin"),
+    "boxsup-r50": _published("resnet"),
+    "boxsup-swinb": _published("swin"),
+}
+"""Models that `Detector.from_pretrained` opens, with the settings that they were published with."""
+
+_DEFAULT_MODEL = "proxydet-r50-inl"
+_SIZES = {
+    "r50": PUBLISHED_MODELS["proxydet-r50-inl"],
+    "swinb": PUBLISHED_MODELS["proxydet-swinb-inl"],
+    **PUBLISHED_MODELS,
+}
+_CHECKPOINT = re.compile(r"step_(\d+)\.pth")
+
+
+def open_named(
+    *, run: Path | None, weights: str | None, config: str | None, device: str
+) -> Detector:
+    """Open the detector that a command line names; nothing is downloaded.
+
+    Args:
+        run: A run folder.
+        weights: A checkpoint (of the run where there is one), or a published model's name; None with no run: the
+            published R50.
+        config: ``r50``, ``swinb`` or a ``config.yaml``: the sizes of a checkpoint without a run. Without it, a
+            checkpoint that lies in a run folder is opened as that run's.
+        device: As `choose_device` takes it.
+
+    Raises:
+        InputError: It cannot be opened, or the options contradict each other.
+        ArtifactError: The published model is not there.
+    """
+    if run is not None:
+        if config is not None:
+            raise ConfigError("a run has its own configuration", hint="leave --config out")
+        checkpoint = None if weights is None else Path(weights)
+        return Detector.from_run(run, checkpoint=checkpoint, device=device)
+    name = weights or _DEFAULT_MODEL
+    if name in PUBLISHED_MODELS:
+        from proxydet.artifacts import locate
+
+        chosen = choose_device(device)
+        try:
+            path = locate(name)
+        except ArtifactError as error:
+            raise ArtifactError(
+                error.message,
+                hint=f"run: proxydet download {name} (or name a run of your own with --run)",
+                path=error.path,
+            ) from error
+        return Detector._open(PUBLISHED_MODELS[name], published_vocabulary("lvis"), path, chosen)
+    path = Path(name)
+    if not path.is_file():
+        near = difflib.get_close_matches(name, PUBLISHED_MODELS, n=1)
+        raise InputError(
+            f"{name} is neither a weight file nor a published model",
+            hint=(f"did you mean {near[0]}? " if near else "")
+            + f"Models: {', '.join(PUBLISHED_MODELS)}",
+            path=path,
+        )
+    folder = path.absolute().parent
+    folder = folder.parent if folder.name == "checkpoints" else folder
+    if config is None and _is_run(folder):
+        return Detector.from_run(folder, checkpoint=path, device=device)
+    sizes = config or "r50"
+    given = Path(sizes) if Path(sizes).suffix in (".yaml", ".yml") else sizes
+    return Detector.from_checkpoint(path, config=given, device=device)
+
+
+def shown_name(*, run: Path | None, weights: str | None) -> str:
+    """What to call the detector that `open_named` opens: the run folder's name, the file's or the model's."""
+    if run is not None:
+        found = run_in(run.resolve())
+        return found.parent.name if found.name == QUICKSTARTS_RUN else found.name
+    return Path(weights).name if weights is not None else _DEFAULT_MODEL
+
+
+def configuration_of(run: Path) -> Mapping[str, Any]:
+    """Return a run's configuration: of ``config.yaml``, or, where that is damaged, of the manifest as `train` does.
+
+    Raises:
+        InputError: Neither can be read.
+    """
+    path = run / "config.yaml"
+    try:
+        if not path.is_file():
+            what = "is not a file" if path.exists() else "is not there"
+            raise InputError(
+                f"the configuration {path} {what}",
+                hint="put it back, or give the folder of another run that proxydet train or quickstart wrote",
+                path=path,
+            )
+        return load_mapping(path)
+    except InputError as error:
+        try:
+            found = read_manifest(run).configuration
+        except InputError:
+            raise error from None
+        logger.warning("%s; using %s", error.message.rstrip("."), run / "manifest.json")
+        return found
+
+
+def _is_run(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in ("config.yaml", "vocabulary.npz"))
+
+
+def _newest_weights(folder: Path) -> Path:
+    for name in ("model_final.safetensors", "model_final.pth"):  # version 0.1 wrote the second only
+        if (folder / name).exists():  # what is not a regular file is refused by its reader
+            return folder / name
+    steps = {
+        int(match[1]): path
+        for path in folder.glob("checkpoints/step_*.pth")
+        if (match := _CHECKPOINT.fullmatch(path.name))
+    }
+    if not steps:
+        raise CheckpointError(
+            f"the run {folder} has no weights yet",
+            hint=f"continue it: proxydet train --config {folder / 'config.yaml'} --output {folder}",
+            path=folder,
+        )
+    return steps[max(steps)]
+
+
+def _encoder_of(folder: Path, data: DataConfig) -> Path | None:
+    """The text encoder that the run's data came with; None where that is CLIP."""
+    own = folder / "text_encoder.json"
+    if own.exists():
+        return own
+    if data.description is None or not data.description.is_file():
+        return None
+    encoder = DatasetConfig.from_toml(data.description).classes.encoder
+    return Path(encoder) if encoder is not None and Path(encoder).is_file() else None

@@ -12,8 +12,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from proxydet.detector import Detector
-from proxydet.detector_inputs import to_network
+from proxydet.detector import Detector, to_network
 from proxydet.export.found import Found, to_picture
 from proxydet.modeling.prediction import Prediction
 from proxydet.vocabulary.vocabulary import Vocabulary

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from proxydet._version import __version__
-from proxydet.detector import Detector
-from proxydet.detector_inputs import Picture, as_pixels
+from proxydet.detector import Detector, as_pixels
+from proxydet.detector import ImageInput as Picture
 from proxydet.errors import ConfigError, DataError, EnvironmentProblem, NumericsError
 from proxydet.export.agreement import Agreement, Pixels, Runner, compare
 from proxydet.export.drawn import drawn_picture

@@ -416,7 +416,7 @@ def _description_path(options: EvalOptions) -> Path:
     if options.run is not None:
         from proxydet.config import from_mapping
         from proxydet.data.config import DataConfig
-        from proxydet.detector_files import configuration_of
+        from proxydet.detector import configuration_of
 
         run = configuration_of(require_run(options.run))
         found = from_mapping(DataConfig, run.get("data", {})).description
@@ -447,13 +447,11 @@ def evaluate_options(options: EvalOptions, output: Output) -> None:
     with _processes(options, options.folder(description.name), json=output.json) as device:
         if device is None:
             return
-        from proxydet.detector import Detector
-        from proxydet.detector_files import open_named
+        from proxydet.detector import open_named
         from proxydet.evaluation.detector_evaluation import evaluate_split
 
         split = _open_split(description, options, progress)
         detector = open_named(
-            Detector,
             run=options.run,
             weights=options.weights,
             config=options.model,

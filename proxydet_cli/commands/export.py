@@ -68,14 +68,13 @@ def export(
     The file takes any vocabulary and pictures of any size. It is compared with the detector before it is kept. With -v
     or --vocabulary, these classes are saved beside it as .npz, for use where there is no text encoder.
     """
-    from proxydet.detector import Detector
-    from proxydet.detector_files import open_named
+    from proxydet.detector import open_named
     from proxydet.export.exporter import export_detector
     from proxydet_cli.output import Output
 
     out = Output(json=json)
     check_choice(classes, vocabulary, names)
-    detector = open_named(Detector, run=run, weights=weights, config=config, device="cpu")
+    detector = open_named(run=run, weights=weights, config=config, device="cpu")
     given = classes is not None or vocabulary is not None
     report = export_detector(
         detector,

@@ -139,8 +139,7 @@ def predict(
     """
     from PIL.Image import DecompressionBombWarning
 
-    from proxydet.detector import Detector
-    from proxydet.detector_files import open_named
+    from proxydet.detector import open_named
     from proxydet.inference.image_files import FoundImages, describe_left_out, find_images
     from proxydet.inference.predict_files import predict_files
     from proxydet.inference.writers import (
@@ -177,7 +176,7 @@ def predict(
     if images.left_out:
         out.message(f"left out: {describe_left_out(images.left_out)}")
 
-    opened = open_named(Detector, run=run, weights=weights, config=config, device=device)
+    opened = open_named(run=run, weights=weights, config=config, device=device)
     detector = tuned(opened, tta=tta, precision=precision)
     detector = detector.with_settings(one_class_per_proposal=one_label, masks=masks)
     looked_for = chosen_vocabulary(detector, classes, vocabulary, names, base_above)

@@ -117,12 +117,11 @@ def serve(
             loopback_only=is_loopback(listening),
         )
         _warn_of_strangers(out, settings)
-        from proxydet.detector import Detector
-        from proxydet.detector_files import open_named, shown_name
+        from proxydet.detector import open_named, shown_name
         from proxydet.serving.app import build_app
         from proxydet.serving.server import serve as serve_app
 
-        opened = open_named(Detector, run=run, weights=weights, config=config, device=device)
+        opened = open_named(run=run, weights=weights, config=config, device=device)
         detector = tuned(opened, tta=tta, precision=precision)
         application = build_app(
             detector,

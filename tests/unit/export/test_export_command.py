@@ -48,7 +48,7 @@ def seen(detector: Detector, monkeypatch: pytest.MonkeyPatch) -> dict[str, objec
         )
 
     monkeypatch.setattr("proxydet.export.exporter.export_detector", exported)
-    monkeypatch.setattr("proxydet.detector_files.open_named", lambda *_, **__: detector)
+    monkeypatch.setattr("proxydet.detector.open_named", lambda *_, **__: detector)
     return given
 
 

@@ -12,9 +12,7 @@ import pytest
 from PIL import Image
 
 from proxydet.detections import Detections
-from proxydet.detector import Detector
-from proxydet.detector_classes import ClassResolver
-from proxydet.detector_inputs import as_pixels, choose_device
+from proxydet.detector import Detector, choose_device
 from proxydet.errors import ConfigError, DataError, EnvironmentProblem, InputError, VocabularyError
 from proxydet.modeling.config import InferenceConfig
 from proxydet.modeling.network import ProxyDetNetwork
@@ -199,9 +197,9 @@ def test_settings_are_changed_on_a_copy(detector: Detector, pictures: list[np.nd
         None,
     ],
 )
-def test_arrays_of_another_kind_are_refused(array: object) -> None:
-    with pytest.raises(InputError, match="a picture"):
-        as_pixels(array)  # type: ignore[arg-type]
+def test_arrays_of_another_kind_are_refused(detector: Detector, array: object) -> None:
+    with pytest.raises(InputError, match="array"):
+        detector.predict(array)  # type: ignore[arg-type]
 
 
 def test_bad_input_is_named(detector: Detector, tmp_path: Path, pictures: list[np.ndarray]) -> None:
@@ -257,9 +255,9 @@ def test_threads_open_the_text_encoder_once(
             both.wait(0.3)
         return encoder
 
-    monkeypatch.setattr("proxydet.detector_classes.open_encoder", slow)
-    resolver = ClassResolver(network.vocabulary, None)
+    monkeypatch.setattr("proxydet.detector.open_encoder", slow)
+    opening = Detector(network)
     with ThreadPoolExecutor(2) as pool:
-        got = [pool.submit(lambda: resolver.encoder) for _ in range(2)]
+        got = [pool.submit(lambda: opening.encoder) for _ in range(2)]
         assert all(future.result() is encoder for future in got)
     assert len(opened) == 1

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from proxydet import artifacts, detector_files
+from proxydet import artifacts
 from proxydet.config import dump_yaml, load_mapping
-from proxydet.detector import Detector
+from proxydet.detector import PUBLISHED_MODELS, Detector, open_named, shown_name
 from proxydet.errors import (
     ArtifactError,
     CheckpointError,
@@ -75,8 +75,8 @@ def test_a_quickstarts_folder_stands_for_the_run_in_it(run: Path) -> None:
     opened = Detector.from_run(run.parent, device="cpu")
     assert opened.vocabulary == Detector.from_run(run, device="cpu").vocabulary
     assert isinstance(opened.encoder, CompositionalEncoder)
-    assert detector_files.shown_name(run=run.parent, weights=None) == run.parent.name
-    assert detector_files.shown_name(run=run, weights=None) == run.parent.name
+    assert shown_name(run=run.parent, weights=None) == run.parent.name
+    assert shown_name(run=run, weights=None) == run.parent.name
 
 
 def test_an_unfinished_run_gives_its_newest_checkpoint(run: Path, network: ProxyDetNetwork) -> None:
@@ -103,8 +103,7 @@ def test_final_weights_are_safetensors_or_of_torch(run: Path, network: ProxyDetN
     write_safetensors(run / "model_final.safetensors", newer, {"recipe": "tiny"})
     for opened in (
         Detector.from_run(run),
-        detector_files.open_named(
-            Detector,
+        open_named(
             run=None,
             weights=str(run / "model_final.safetensors"),
             config=None,
@@ -269,10 +268,10 @@ def test_published_models_are_downloaded_by_name_and_fused_as_published(
     monkeypatch.setattr(
         artifacts, "download", lambda name: (asked.append(name), run / "model_final.pth")[1]
     )
-    monkeypatch.setattr(detector_files, "published_vocabulary", lambda _: network.vocabulary)
-    settings = detector_files._PRETRAINED["proxydet-r50"]
+    monkeypatch.setattr("proxydet.detector.published_vocabulary", lambda _: network.vocabulary)
+    settings = PUBLISHED_MODELS["proxydet-r50"]
     small = dataclasses.replace(settings, model=get_recipe("tiny").model)
-    monkeypatch.setitem(detector_files._PRETRAINED, "proxydet-r50", small)
+    monkeypatch.setitem(PUBLISHED_MODELS, "proxydet-r50", small)
     opened = Detector.from_pretrained("proxydet-r50", device="cpu")
     assert asked == ["proxydet-r50", "lvis-metadata"]
     assert (opened.inference.alpha, opened.inference.beta) == (0.35, 0.55)
@@ -283,11 +282,11 @@ def test_published_models_are_downloaded_by_name_and_fused_as_published(
 def test_published_names_are_in_the_catalogue() -> None:
     from proxydet.artifacts import Catalogue
 
-    assert Catalogue.load().resolve(list(detector_files._PRETRAINED))
+    assert Catalogue.load().resolve(list(PUBLISHED_MODELS))
 
 
 def test_models_without_a_mixup_branch_are_opened_as_such() -> None:
-    for name, settings in detector_files._PRETRAINED.items():
+    for name, settings in PUBLISHED_MODELS.items():
         assert settings.model.mixup_branch == name.startswith("proxydet")
 
 
@@ -297,22 +296,20 @@ def test_the_command_line_never_downloads(
     monkeypatch.setenv("PROXYDET_MODELS", str(tmp_path / "none"))
     nothing: dict = {"run": None, "weights": None, "config": None, "device": "cpu"}
     with pytest.raises(ArtifactError) as caught:
-        detector_files.open_named(Detector, **nothing)
+        open_named(**nothing)
     assert "proxydet download proxydet-r50-inl" in str(caught.value.hint)
     assert "--run" in str(caught.value.hint)
-    opened = detector_files.open_named(Detector, **{**nothing, "run": run})
+    opened = open_named(**{**nothing, "run": run})
     assert opened.inference.beta == 0.6
     with pytest.raises(ConfigError, match="own configuration"):
-        detector_files.open_named(Detector, **{**nothing, "run": run, "config": "r50"})
+        open_named(**{**nothing, "run": run, "config": "r50"})
 
 
 def test_a_runs_checkpoint_is_opened_as_that_runs(run: Path, network: ProxyDetNetwork) -> None:
     step = save(network, run / "checkpoints" / "step_0000009.pth")
     for weights in (run / "model_final.pth", step):
         for config in (None, str(run / "config.yaml")):
-            opened = detector_files.open_named(
-                Detector, run=None, weights=str(weights), config=config, device="cpu"
-            )
+            opened = open_named(run=None, weights=str(weights), config=config, device="cpu")
             assert opened.vocabulary == network.vocabulary
             assert opened.inference.alpha == 0.2
             assert isinstance(opened.encoder, CompositionalEncoder)
@@ -321,5 +318,5 @@ def test_a_runs_checkpoint_is_opened_as_that_runs(run: Path, network: ProxyDetNe
 def test_weights_that_are_neither_file_nor_model(tmp_path: Path) -> None:
     for name, said in (("proxydet-r50-in", "did you mean proxydet-r50"), ("a.pth", "Models: ")):
         with pytest.raises(InputError, match="neither a weight file nor a published") as caught:
-            detector_files.open_named(Detector, run=None, weights=name, config=None, device="cpu")
+            open_named(run=None, weights=name, config=None, device="cpu")
         assert said in str(caught.value.hint)

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from proxydet import detector_files
 from proxydet.detector import Detector
 from proxydet.reporting import SilentProgress
 from proxydet_cli import progress
@@ -27,7 +26,7 @@ def run(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> Run:
-    monkeypatch.setattr(detector_files, "open_named", lambda *_, **__: detector)
+    monkeypatch.setattr("proxydet.detector.open_named", lambda *_, **__: detector)
     # How long a busy machine takes is no part of what is expected on stderr.
     monkeypatch.setattr(progress, "show_progress", SilentProgress)
     monkeypatch.chdir(tmp_path)
@@ -411,7 +410,7 @@ def test_without_pyav_the_command_is_named_before_any_work(
     run: Run, clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "av", None)
-    monkeypatch.setattr(detector_files, "open_named", lambda *_, **__: pytest.fail("opened"))
+    monkeypatch.setattr("proxydet.detector.open_named", lambda *_, **__: pytest.fail("opened"))
     code, out, err = run(clip)
     assert (code, out) == (5, "")
     assert "pip install 'proxydet[video]'" in err

@@ -17,7 +17,6 @@ import httpx
 import pytest
 import torch
 
-from proxydet import detector_files
 from proxydet.config import dump_yaml
 from proxydet.detector import Detector
 from proxydet.recipes import get_recipe
@@ -41,7 +40,7 @@ def call(
         served.append(app)
         on_started()
 
-    monkeypatch.setattr(detector_files, "open_named", lambda *_, **__: detector)
+    monkeypatch.setattr("proxydet.detector.open_named", lambda *_, **__: detector)
     monkeypatch.setattr(server, "serve", serve)
 
     def run(*words: str) -> tuple[int, str, str, Any]:
@@ -145,7 +144,7 @@ def test_mistakes_are_named_without_a_traceback(
 def test_a_taken_port_is_told_before_the_model_is_opened(
     call: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(detector_files, "open_named", lambda *_, **__: pytest.fail("opened"))
+    monkeypatch.setattr("proxydet.detector.open_named", lambda *_, **__: pytest.fail("opened"))
     with server.bind("127.0.0.1", 0) as taken:
         taken.listen()
         port = taken.getsockname()[1]

@@ -41,7 +41,6 @@ from proxydet.data.config import DataConfig, SourceConfig
 from proxydet.data.dataset import DatasetConfig
 from proxydet.data.loader import TrainingLoader, TrainingSources
 from proxydet.losses import criterion as criterion_module
-from proxydet.losses import mixup as mixup_module
 from proxydet.losses.config import LossConfig, MixupLossConfig
 from proxydet.losses.criterion import Criterion, image_label_loss
 from proxydet.modeling import geometry, matching, roi_heads
@@ -166,7 +165,7 @@ VARIANTS: dict[str, dict[str, Patches]] = {
         "torchvision's RoIAlign": [(pooling, "align_regions", pool_by_torchvision)],
         "whole mixup branch": [(roi_heads, "_mixup_step", whole_mixup_step)],
         "all classes in the federated loss": [(criterion_module, "choose_categories", all_columns)],
-        "prototypes in a loop": [(mixup_module, "class_prototypes", prototypes_by_loop)],
+        "prototypes in a loop": [(criterion_module, "class_prototypes", prototypes_by_loop)],
     },
     "labels": {
         "ours": [],

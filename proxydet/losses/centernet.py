@@ -219,7 +219,7 @@ def centernet_losses(
     return losses_from_targets(logits_BM, distances_BM4, targets, config)
 
 
-def silent_centernet_losses(output: CenterNetOutput) -> dict[str, Tensor]:
+def zero_centernet_losses(output: CenterNetOutput) -> dict[str, Tensor]:
     """Return three zeros for an image-label batch, whose objects are not known.
 
     They are connected to the head, so that its parameters get a zero gradient as in the published code, and take part in
@@ -266,19 +266,19 @@ def losses_from_targets(
     }
 
 
-def giou_of_distances(predicted: Tensor, wanted: Tensor) -> Tensor:
-    """Return 1 - GIoU (Rezatofighi et al. 2019) of boxes given as distances from a point inside the wanted one.
+def giou_of_distances(predicted: Tensor, target: Tensor) -> Tensor:
+    """Return 1 - GIoU (Rezatofighi et al. 2019) of boxes given as distances from a point inside the target one.
 
     Args:
         predicted: (..., 4), left, top, right, bottom, not negative.
-        wanted: (..., 4).
+        target: (..., 4).
 
     Returns:
         (...), in [0, 2]. Areas in the overlap ratio are smoothed by 1, so empty boxes are no special case.
     """
-    shared = _area(torch.minimum(predicted, wanted))
-    hull = _area(torch.maximum(predicted, wanted))
-    union = _area(predicted) + _area(wanted) - shared
+    shared = _area(torch.minimum(predicted, target))
+    hull = _area(torch.maximum(predicted, target))
+    union = _area(predicted) + _area(target) - shared
     # The hull is 0 only where both boxes are; the gap is 0 there too.
     gap = (hull - union) / torch.where(hull > 0, hull, 1.0)
     return 1 - (shared + 1) / (union + 1) + gap

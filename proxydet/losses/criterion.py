@@ -13,7 +13,7 @@ from detectron2.structures import BitMasks, PolygonMasks
 from torch import Tensor
 from torch.nn import functional
 
-from proxydet.losses.centernet import centernet_losses, silent_centernet_losses
+from proxydet.losses.centernet import centernet_losses, zero_centernet_losses
 from proxydet.losses.config import LossConfig, MixupLossConfig
 from proxydet.modeling.geometry import Weights, deltas_between
 from proxydet.modeling.matching import GroundTruth
@@ -220,10 +220,10 @@ def choose_categories(
     clocks_C = torch.empty(classes, device=device).exponential_(generator=generator)
     speed_C = frequency_C / clocks_C.to(labels_N.device, non_blocking=True)
     priority_C = torch.where(appears[:classes], torch.inf, speed_C)
-    wanted = min(max(sampled, objects + 1), classes)
-    top_K, columns_K = priority_C.topk(wanted)
+    target = min(max(sampled, objects + 1), classes)
+    top_K, columns_K = priority_C.topk(target)
     room = sampled - appears[classes].long()
-    place_K = torch.arange(wanted, device=labels_N.device)
+    place_K = torch.arange(target, device=labels_N.device)
     weights_K = appears[columns_K] | ((place_K < room) & (top_K > 0))
     return columns_K, weights_K.to(frequency_C.dtype)
 
@@ -377,5 +377,5 @@ class Criterion:
             )
         losses[f"cmm_loss_stage{len(output.steps) - 1}"] = zero
         losses["loss_mask"] = zero
-        losses.update(silent_centernet_losses(output.centernet))
+        losses.update(zero_centernet_losses(output.centernet))
         return losses

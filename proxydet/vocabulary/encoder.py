@@ -5,10 +5,13 @@ Dimensions: C classes, T texts, L tokens, D embedding.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import logging
+import sqlite3
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,18 +24,123 @@ from proxydet.files import remembered_sha256
 from proxydet.paths import cache_folder, models_folder
 from proxydet.reporting import SILENT
 from proxydet.vocabulary.compositional import CompositionalEncoder
-from proxydet.vocabulary.embedding_cache import EmbeddingCache
 from proxydet.vocabulary.names import PUBLISHED, ClassWords, check_classes, fill, find_prompts
 from proxydet.vocabulary.vocabulary import Vocabulary
+from proxydet.weight_files import read_state_dict
 
 if TYPE_CHECKING:
     import torch
 
     from proxydet.reporting import Progress
 
+
 Floats = npt.NDArray[np.float32]
 
 logger = logging.getLogger(__name__)
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS embeddings (key BLOB PRIMARY KEY, row BLOB NOT NULL) WITHOUT ROWID;
+"""
+_VARIABLES = 500
+
+
+class EmbeddingCache:
+    """A file of embeddings, each under the digest of the encoder's weights and the encoded text.
+
+    Several processes may use the file at once. A damaged file is renamed and started again: all that it held can be
+    computed again.
+
+    Args:
+        path: The file; its folder is made when first written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def get(self, encoder_digest: str, texts: Iterable[str]) -> dict[str, Floats]:
+        """Find embeddings (D,) by text; texts that are not there are left out."""
+        by_key = {_key(encoder_digest, text): text for text in texts}
+        found: dict[str, Floats] = {}
+        with self._opened() as database:
+            keys = list(by_key)
+            for start in range(0, len(keys), _VARIABLES):
+                chunk = keys[start : start + _VARIABLES]
+                marks = ",".join("?" * len(chunk))
+                query = f"SELECT key, row FROM embeddings WHERE key IN ({marks})"  # noqa: S608 only question marks
+                for key, row in database.execute(query, chunk):
+                    found[by_key[bytes(key)]] = np.frombuffer(row, "<f4").astype(np.float32)
+        return found
+
+    def put(self, encoder_digest: str, rows: Mapping[str, Floats]) -> None:
+        """Keep embeddings (D,) by text."""
+        entries = [
+            (_key(encoder_digest, t), row.astype("<f4").tobytes()) for t, row in rows.items()
+        ]
+        with self._opened() as database, database:
+            database.executemany("INSERT OR REPLACE INTO embeddings VALUES (?, ?)", entries)
+
+    @contextmanager
+    def _opened(self) -> Iterator[sqlite3.Connection]:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        database = sqlite3.connect(self.path, timeout=30)
+        try:
+            database.executescript(_TABLES)
+        except sqlite3.OperationalError:
+            database.close()
+            raise
+        except sqlite3.DatabaseError as error:
+            database.close()
+            aside = self.path.with_name(f"{self.path.name}.damaged")
+            self.path.replace(aside)
+            logger.warning("the cache of embeddings is damaged (%s); it is now %s", error, aside)
+            database = sqlite3.connect(self.path, timeout=30)
+            database.executescript(_TABLES)
+        with closing(database):
+            yield database
+
+
+def _key(encoder_digest: str, text: str) -> bytes:
+    return hashlib.sha256(f"{encoder_digest}\n{text}".encode()).digest()
+
+
+_TOP_LEVEL = (
+    "token_embedding.",
+    "positional_embedding",
+    "transformer.",
+    "ln_final.",
+    "text_projection",
+    "cls_emb",
+)
+
+
+def read_text_tower(path: Path) -> dict[str, torch.Tensor]:
+    """Read the text tower of a CLIP checkpoint; its other tensors are left in the file.
+
+    Args:
+        path: A TorchScript archive as OpenAI published them, a state dict of ``torch.save``, or a safetensors file.
+
+    Returns:
+        Tensors by the names that open_clip's ``TextTransformer`` gives them, float32 where they are numbers.
+
+    Raises:
+        CheckpointError: The file cannot be read, or holds no text tower.
+    """
+    tensors = read_state_dict(path, parts=(*_TOP_LEVEL, "text."))
+    # Below ``text.`` in newer checkpoints, at the top in CLIP's.
+    nested = {n.removeprefix("text."): t for n, t in tensors.items() if n.startswith("text.")}
+    # The causal mask is computed, not learnt.
+    tower = {n: t for n, t in (nested or tensors).items() if n.startswith(_TOP_LEVEL)}
+    if "token_embedding.weight" not in tower:
+        raise CheckpointError(
+            f"{path} holds no CLIP text tower",
+            hint="give a CLIP checkpoint of OpenAI or open_clip, or run: proxydet download clip-vit-b32",
+            path=path,
+        )
+    return {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in tower.items()
+    }
+
 
 DEFAULT_MODEL = "ViT-B-32-quickgelu"
 """The text tower of the published embeddings: OpenAI's CLIP ViT-B/32."""
@@ -303,8 +411,6 @@ def _load_tower(settings: dict[str, Any], weights: Path, model: str) -> torch.nn
     """
     import torch
     from open_clip.transformer import QuickGELU, TextTransformer
-
-    from proxydet.vocabulary.clip_weights import read_text_tower
 
     arguments = {k: v for k, v in settings.items() if k not in ("quick_gelu", "cut")}
     with torch.device("meta"):

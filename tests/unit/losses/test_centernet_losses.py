@@ -16,7 +16,7 @@ from proxydet.losses.centernet import (
     centernet_targets,
     giou_of_distances,
     losses_from_targets,
-    silent_centernet_losses,
+    zero_centernet_losses,
 )
 from proxydet.losses.config import CenterNetLossConfig
 from proxydet.modeling.centernet import CenterNetOutput
@@ -172,7 +172,7 @@ def test_the_silent_losses_are_zero_with_a_zero_gradient() -> None:
     heatmap = torch.randn(1, 1, 2, 2, requires_grad=True)
     distances = torch.rand(1, 4, 2, 2, requires_grad=True)
     output = CenterNetOutput(heatmaps=(heatmap,), distances=(distances,), strides=(8,))
-    losses = silent_centernet_losses(output)
+    losses = zero_centernet_losses(output)
     assert len(losses) == 3
     torch.stack(list(losses.values())).sum().backward()
     assert heatmap.grad is not None

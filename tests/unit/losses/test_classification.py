@@ -72,10 +72,10 @@ def test_the_draw_is_without_replacement_by_weight() -> None:
             torch.tensor([6]), weights, sampled=4, objects=0, generator=source
         )
         counts[looked_at(columns, kept)] += 1
-    wanted = torch.zeros(6)
+    target = torch.zeros(6)
     for row in torch.multinomial(weights.expand(rounds, -1), 3, generator=generator(1)):
-        wanted[row] += 1
-    assert (counts - wanted).abs().max() < 5 * (2 * rounds * 0.25) ** 0.5
+        target[row] += 1
+    assert (counts - target).abs().max() < 5 * (2 * rounds * 0.25) ** 0.5
 
 
 def test_the_loss_equals_the_slow_one_over_all_columns() -> None:
@@ -109,9 +109,9 @@ def test_the_box_loss_equals_detectron2s_deltas() -> None:
     weights = (10.0, 10.0, 5.0, 5.0)
     deltas = torch.randn(4, 4, generator=generator(), requires_grad=True)
     loss = box_loss(deltas, boxes, targets, labels, classes=CLASSES, delta_weights=weights)
-    wanted = Box2BoxTransform(weights=weights).get_deltas(boxes[[0, 2]], targets[[0, 2]])
+    target = Box2BoxTransform(weights=weights).get_deltas(boxes[[0, 2]], targets[[0, 2]])
     assert float(loss.detach()) == pytest.approx(
-        float((deltas.detach()[[0, 2]] - wanted).abs().sum()) / 3, rel=1e-5
+        float((deltas.detach()[[0, 2]] - target).abs().sum()) / 3, rel=1e-5
     )
     loss.backward()
     assert deltas.grad is not None

@@ -15,10 +15,14 @@ import torch
 from open_clip.model import CLIP
 
 from proxydet.errors import CheckpointError, VocabularyError
-from proxydet.vocabulary.clip_weights import read_text_tower
 from proxydet.vocabulary.compositional import CompositionalEncoder
-from proxydet.vocabulary.embedding_cache import EmbeddingCache
-from proxydet.vocabulary.encoder import ClipTextEncoder, build_vocabulary, open_encoder
+from proxydet.vocabulary.encoder import (
+    ClipTextEncoder,
+    EmbeddingCache,
+    build_vocabulary,
+    open_encoder,
+    read_text_tower,
+)
 from proxydet.vocabulary.names import ClassWords
 from proxydet.vocabulary.vocabulary import Vocabulary
 
@@ -113,7 +117,7 @@ def test_known_texts_are_not_encoded_again(
 ) -> None:
     first = ClipTextEncoder(weights, model="tiny-test", cache=cache).encode(NAMES)
     monkeypatch.setattr(
-        "proxydet.vocabulary.clip_weights.read_text_tower", lambda *_: pytest.fail("read weights")
+        "proxydet.vocabulary.encoder.read_text_tower", lambda *_: pytest.fail("read weights")
     )
     again = ClipTextEncoder(weights, model="tiny-test", cache=cache).encode(NAMES[::-1])
     np.testing.assert_array_equal(first[::-1], again)

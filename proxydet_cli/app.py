@@ -16,25 +16,35 @@ import typer
 import typer.core
 import typer.main
 
-from proxydet_cli.options import examples
+from proxydet_cli.options import Group, examples, heading, term
 from proxydet_cli.output import Output, show_logs
 
-COMMANDS: dict[str, str] = {
-    "quickstart": "Do the whole job on a small drawn data set.",
-    "setup": "Make a working detectron2 where none is; check the rest.",
-    "env": "Report the environment next to the published one.",
-    "patch": "Make, undo and prove the published change of RoIAlign.",
-    "verify": "Prove by running that training repeats itself.",
-    "download": "Fetch checkpoints, data sets and metadata; check them.",
-    "data": "Prepare data sets, check, count and look at them.",
-    "vocab": "Make and inspect vocabularies of class names.",
-    "train": "Train a detector, from one CPU to many machines; resume.",
-    "eval": "Measure average precision, with error bars; compare.",
-    "predict": "Find objects in pictures, by any words.",
-    "serve": "Do the same from a web page, or by HTTP.",
-    "export": "Write a file that runs without detectron2: ONNX or torch.",
+GROUPS: dict[str, dict[str, str]] = {
+    "Start": {
+        "quickstart": "Train, evaluate and predict on a small synthetic data set.",
+    },
+    "Environment": {
+        "setup": "Install detectron2 if missing and check the environment.",
+        "env": "Report the environment next to the published one.",
+        "patch": "Apply, revert and verify the published change of RoIAlign.",
+        "verify": "Verify by running it that training is reproducible.",
+    },
+    "Data and class names": {
+        "download": "Download checkpoints, data sets and metadata; verify them.",
+        "data": "Prepare, check, count and preview data sets.",
+        "vocab": "Build and inspect vocabularies of class names.",
+    },
+    "Detectors": {
+        "train": "Train a detector on one CPU, one GPU or many nodes; resume.",
+        "eval": "Compute average precision with confidence intervals.",
+        "predict": "Detect objects in images from any class names.",
+        "serve": "Detect objects from a web page or over HTTP.",
+        "export": "Export to ONNX or torch, to run without detectron2.",
+    },
 }
-"""Name and one-line help of each command, in the order of ``--help``."""
+"""Name and one-line help of each command by group, in the order of the work."""
+
+COMMANDS: dict[str, str] = {name: text for group in GROUPS.values() for name, text in group.items()}
 
 _COMPLETING = "_PROXYDET_COMPLETE"  # set by the shell that asks for completions
 
@@ -47,13 +57,21 @@ def load_command(name: str) -> Any:
     return command
 
 
-class LazyGroup(typer.core.TyperGroup):
+class LazyGroup(Group):
     """Lists commands from :data:`COMMANDS` and imports only the one that is called."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Find the command that was named; an unknown name is a usage error with suggestions."""
         name, _, rest = super().resolve_command(ctx, args)
         return name, load_command(name) if name else None, rest
+
+    def write_commands(self, _: Any, formatter: Any) -> None:
+        """Write the commands by group."""
+        for title, commands in GROUPS.items():
+            with formatter.section(heading(title)):
+                formatter.write_dl(
+                    [(term(name.ljust(10)), text) for name, text in commands.items()]
+                )
 
 
 def _show_version(asked: bool) -> None:

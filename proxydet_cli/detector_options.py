@@ -1,4 +1,4 @@
-"""Options that choose a detector and what it looks for, alike in every command that uses one."""
+"""Options that choose a detector and its classes, alike in every command that uses one."""
 
 from __future__ import annotations
 

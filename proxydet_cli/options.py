@@ -1,4 +1,4 @@
-"""What all commands share: how their Typer app is made, their examples, and the options that mean the same.
+"""What all commands share: how their Typer app is made, how help is laid out, and the options that mean the same.
 
 ::
 
@@ -8,29 +8,119 @@
 
     @app.command(epilog=examples("proxydet setup", "proxydet setup --dry-run"))
     def setup(json: Json = False) -> None:
-        \"\"\"Make a working detectron2.\"\"\"
+        \"\"\"Install detectron2 if missing.\"\"\"
+
+Options are listed in groups: an option's ``rich_help_panel`` names its group, which stands where its first option does.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
-Json = Annotated[bool, typer.Option("--json", help="Write the result to stdout as JSON.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before acting.")]
+GENERAL = "General options"
+"""Group of the options that most commands have, at the end of the list."""
+
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Write the result to stdout as JSON.", rich_help_panel=GENERAL),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Print what would be done, and do nothing.", rich_help_panel=GENERAL
+    ),
+]
+Yes = Annotated[
+    bool,
+    typer.Option("--yes", "-y", help="Do not ask before acting.", rich_help_panel=GENERAL),
+]
+
+
+def styled(text: str, **style: Any) -> str:
+    """Return text with ANSI colours where stdout is a terminal that shows them; otherwise as it is."""
+    plain = (
+        not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    )
+    return text if plain else typer.style(text, **style)
+
+
+def heading(text: str) -> str:
+    """Return the title of a section of a help text."""
+    return styled(text, fg="green", bold=True)
+
+
+def term(text: str) -> str:
+    """Return a command or an option as help texts show it."""
+    return styled(text, fg="cyan")
+
+
+class _Help:
+    """Lays out help: options by group, coloured on a terminal and plain elsewhere."""
+
+    def format_usage(self: Any, ctx: Any, formatter: Any) -> None:
+        """Write the line of usage."""
+        pieces = " ".join(self.collect_usage_pieces(ctx))
+        formatter.write_usage(ctx.command_path, pieces, prefix=f"{heading('Usage')}: ")
+
+    def format_options(self: Any, ctx: Any, formatter: Any) -> None:
+        """Write the subcommands if there are any, then arguments and options, each group under its title."""
+        self.write_commands(ctx, formatter)
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                title = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                title = getattr(parameter, "rich_help_panel", None) or title
+                if "--help" in parameter.opts and set(groups) - {"Arguments", "Options"}:
+                    title = GENERAL
+                groups.setdefault(title, []).append((term(record[0]), record[1]))
+        for title, records in sorted(groups.items(), key=lambda group: group[0] == GENERAL):
+            with formatter.section(heading(title)):
+                formatter.write_dl(records)
+
+    def write_commands(self: Any, ctx: Any, formatter: Any) -> None:
+        """Write the subcommands and their one-line help."""
+        names = self.list_commands(ctx) if hasattr(self, "list_commands") else []
+        if names:
+            commands = [(name, self.get_command(ctx, name)) for name in names]
+            with formatter.section(heading("Commands")):
+                formatter.write_dl(
+                    [(term(name), command.get_short_help_str(200)) for name, command in commands]
+                )
+
+
+class Command(_Help, typer.core.TyperCommand):
+    """A command with our layout of help."""
+
+
+class Group(_Help, typer.core.TyperGroup):
+    """A command of subcommands with our layout of help."""
+
+
+class _App(typer.Typer):
+    def command(self, name: str | None = None, **settings: Any) -> Callable[[Any], Any]:
+        return super().command(name, cls=Command, **settings)
 
 
 def command_app(help: str | None = None) -> typer.Typer:
-    """Make the Typer app of a command, plain text all through.
+    """Make the Typer app of a command.
 
     Args:
         help: For a command with subcommands, what they have in common; None for a single command, whose
             docstring is its help.
     """
-    return typer.Typer(
-        help=help, add_completion=False, rich_markup_mode=None, no_args_is_help=help is not None
+    return _App(
+        cls=Group,
+        help=help,
+        add_completion=False,
+        rich_markup_mode=None,
+        no_args_is_help=help is not None,
     )
 
 

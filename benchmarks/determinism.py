@@ -29,7 +29,10 @@ from typing import Any
 
 import torch
 
-from proxydet.compat.roi_align import (
+from proxydet.config import merge, parse_overrides, to_mapping
+from proxydet.recipes import RunConfig, r50, tiny
+from proxydet.runtime.determinism_worker import Bench, Job, _resident_mib
+from proxydet.runtime.roi_align import (
     RoiGeometry,
     apply_mode,
     kernel_backward,
@@ -37,9 +40,6 @@ from proxydet.compat.roi_align import (
     separable_backward,
     strict_roi_align,
 )
-from proxydet.config import merge, parse_overrides, to_mapping
-from proxydet.determinism.worker import Bench, Job, _resident_mib
-from proxydet.recipes import RunConfig, r50, tiny
 
 P3 = RoiGeometry(output_size=(7, 7), spatial_scale=1 / 8, sampling_ratio=0, aligned=True)
 SIDE = 640
@@ -149,7 +149,7 @@ def measure_gradients(scales: tuple[float, ...] = (1.0, 1e-2, 1e-4, 1e-6)) -> di
 
 def measure_network() -> dict[str, Any]:
     """Share of the gradient through RoIAlign that is below half precision's reach, in a step of R50 on one image."""
-    from proxydet.compat import roi_operators
+    from proxydet.runtime import roi_operators
 
     overrides = [
         "data.boxes.batch_size=1",
@@ -272,7 +272,7 @@ class _StrictOnAnyDevice:
 
     @staticmethod
     def run(features: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-        from proxydet.compat.roi_align import _RoiAlign
+        from proxydet.runtime.roi_align import _RoiAlign
 
         pooled: torch.Tensor = _RoiAlign.apply(features, boxes, P3, separable_backward)
         return pooled
@@ -285,7 +285,7 @@ def _wait(device: str) -> None:
 
 def measure_steps(device: str, repetitions: int) -> dict[str, Any]:
     """Run whole training steps in the three modes."""
-    from proxydet.determinism.verify import verify_determinism
+    from proxydet.runtime.determinism import verify_determinism
 
     config = r50() if device == "cuda" else tiny()
     return verify_determinism(config, device=device, repetitions=repetitions).to_dict()

@@ -14,12 +14,12 @@ from proxydet._version import __version__
 if TYPE_CHECKING:
     from proxydet import errors
     from proxydet.artifacts.downloader import download
-    from proxydet.compat.roi_verify import verify_roi_align
     from proxydet.detections import Detections
     from proxydet.detector import Detector
     from proxydet.evaluation.detector_evaluation import evaluate
     from proxydet.export.exporter import export_detector
-    from proxydet.inspection.environment import environment
+    from proxydet.runtime.environment import environment
+    from proxydet.runtime.roi_verify import verify_roi_align
     from proxydet.training.train import train
     from proxydet.vocabulary.vocabulary import Vocabulary
 
@@ -43,11 +43,11 @@ _HOME = {
     "Detector": "proxydet.detector",
     "Vocabulary": "proxydet.vocabulary.vocabulary",
     "download": "proxydet.artifacts.downloader",
-    "environment": "proxydet.inspection.environment",
+    "environment": "proxydet.runtime.environment",
     "evaluate": "proxydet.evaluation.detector_evaluation",
     "export_detector": "proxydet.export.exporter",
     "train": "proxydet.training.train",
-    "verify_roi_align": "proxydet.compat.roi_verify",
+    "verify_roi_align": "proxydet.runtime.roi_verify",
 }
 
 

@@ -25,12 +25,12 @@ import msgspec
 
 import proxydet
 from proxydet._version import __version__
-from proxydet.compat.modes import Mode
 from proxydet.errors import InputError
 from proxydet.files import read_json, write_json
-from proxydet.inspection.environment import EnvironmentReport, environment
-from proxydet.inspection.report import ask
 from proxydet.paths import run_in
+from proxydet.runtime.environment import EnvironmentReport, environment
+from proxydet.runtime.modes import Mode
+from proxydet.runtime.report import ask
 from proxydet.wording import json_text
 
 MANIFEST_NAME = "manifest.json"

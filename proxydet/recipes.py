@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from proxydet.compat.modes import Mode
 from proxydet.config import load_mapping, merge, overlay, parse_overrides
 from proxydet.data.config import DataConfig, SourceConfig
 from proxydet.errors import ConfigError
@@ -31,6 +30,7 @@ from proxydet.modeling.config import (
     ResNetConfig,
 )
 from proxydet.paths import datasets_folder, models_folder
+from proxydet.runtime.modes import Mode
 from proxydet.training.config import (
     CheckpointConfig,
     EvaluationSchedule,

@@ -6,8 +6,8 @@ import textwrap
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from proxydet.inspection.report import EnvironmentReport, Field
-    from proxydet.run_comparison import RunComparison
+    from proxydet.runtime.report import EnvironmentReport, Field
+    from proxydet.runtime.run_comparison import RunComparison
 
 _WIDTH = 100
 _INDENT = 26

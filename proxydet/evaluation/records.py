@@ -10,19 +10,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from proxydet.compat.modes import Mode
 from proxydet.config import to_mapping
 from proxydet.errors import InputError
 from proxydet.evaluation.config import EvaluationConfig
 from proxydet.evaluation.ground_truth import GroundTruth
 from proxydet.files import sha256
-from proxydet.inspection.environment import environment
 from proxydet.manifest import (
     MANIFEST_NAME,
     build_manifest,
     read_manifest,
     write_run_records,
 )
+from proxydet.runtime.environment import environment
+from proxydet.runtime.modes import Mode
 
 RESULTS = "results"
 """What the results file that was scored is called in the configuration and among the digests."""
@@ -108,6 +108,6 @@ def _torch_at_work() -> bool:
 def _mode() -> Mode:
     if not _torch_at_work():
         return "off"
-    from proxydet.compat.roi_align import current_mode
+    from proxydet.runtime.roi_align import current_mode
 
     return current_mode()

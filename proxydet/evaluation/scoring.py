@@ -457,7 +457,7 @@ def _lvis_curves(
     limits: Limits,
     per_image: int | None,
 ) -> Curves:
-    from proxydet.compat.lvis_api import LVIS, LVISEval, LVISResults
+    from proxydet.runtime.lvis_api import LVIS, LVISEval, LVISResults
 
     annotations = LVIS.__new__(LVIS)
     annotations.logger = logging.getLogger("lvis.lvis")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import proxydet.compat.d2  # noqa: F401
+import proxydet.runtime.d2  # noqa: F401
 
 from detectron2.layers import Conv2d
 from torch import nn

@@ -5,7 +5,7 @@ Dimensions: B images, R regions of an image, C classes, D embedding.
 
 from __future__ import annotations
 
-import proxydet.compat.d2  # noqa: F401
+import proxydet.runtime.d2  # noqa: F401
 
 import numpy as np
 import torch

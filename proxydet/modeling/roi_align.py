@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import proxydet.compat.d2  # noqa: F401
+import proxydet.runtime.d2  # noqa: F401
 
 import torch
 from detectron2.layers import ROIAlign
@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
-from proxydet.compat.roi_align import current_mode
 from proxydet.modeling.config import CascadeConfig
 from proxydet.modeling.geometry import areas
+from proxydet.runtime.roi_align import current_mode
 
 
 @dataclass(frozen=True, kw_only=True)

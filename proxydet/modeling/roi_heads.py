@@ -14,7 +14,7 @@ import copy
 from dataclasses import dataclass
 from typing import Any, cast
 
-import proxydet.compat.d2  # noqa: F401
+import proxydet.runtime.d2  # noqa: F401
 
 import torch
 from detectron2.layers import ShapeSpec

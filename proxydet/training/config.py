@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
-from proxydet.compat.modes import Mode
 from proxydet.data.config import DataConfig
 from proxydet.errors import ConfigError
 from proxydet.losses.config import LossConfig
 from proxydet.modeling.config import ModelConfig
+from proxydet.runtime.modes import Mode
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,6 @@ import torch
 from torch import nn
 
 from proxydet._version import __version__
-from proxydet.compat.roi_align import reproducibility_mode
 from proxydet.config import differences, dump_yaml, to_mapping
 from proxydet.data.batches import Targets
 from proxydet.data.dataset import DatasetConfig, image_counts, load_vocabulary, open_split
@@ -34,6 +33,7 @@ from proxydet.manifest import build_manifest, write_run_records
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.modeling.weights import MASK_HEAD, MIXUP_BRANCH, load_weights
 from proxydet.reporting import SILENT, Progress
+from proxydet.runtime.roi_align import reproducibility_mode
 from proxydet.training.checkpoint import (
     CheckpointFolder,
     TrainingState,

@@ -52,7 +52,7 @@ def env(
         return
     if check and markdown:
         raise typer.BadParameter("give it or --check, not both", param_hint="--markdown")
-    from proxydet.inspection.environment import environment
+    from proxydet.runtime.environment import environment
     from proxydet_cli import environment_text
     from proxydet_cli.output import Output
 
@@ -67,7 +67,7 @@ def env(
 
 
 def _show_diff(first: Path, second: Path, *, json: bool) -> None:
-    from proxydet.run_comparison import compare_runs
+    from proxydet.runtime.run_comparison import compare_runs
     from proxydet_cli.environment_text import comparison_text
     from proxydet_cli.output import Output
 

@@ -10,8 +10,8 @@ import typer
 from proxydet_cli.options import DryRun, Json, command_app, examples
 
 if TYPE_CHECKING:
-    from proxydet.compat.patch import PatchChange, PatchStatus
-    from proxydet.compat.roi_verify import RoiAlignReport
+    from proxydet.runtime.patch import PatchChange, PatchStatus
+    from proxydet.runtime.roi_verify import RoiAlignReport
 
 app = command_app(
     help="Make, undo and prove the published RoIAlign change in the installed detectron2. Training needs no edit: "
@@ -29,7 +29,7 @@ Detectron2 = Annotated[
 @app.command(epilog=examples("proxydet patch status", "proxydet patch status --json"))
 def status(json: Json = False, detectron2: Detectron2 = None) -> None:
     """Say whether the change is there, by reading the file; changes nothing."""
-    from proxydet.compat.patch import patch_status
+    from proxydet.runtime.patch import patch_status
     from proxydet_cli.output import Output
 
     found = patch_status(_file(detectron2))
@@ -39,7 +39,7 @@ def status(json: Json = False, detectron2: Detectron2 = None) -> None:
 @app.command(epilog=examples("proxydet patch apply --dry-run", "proxydet patch apply"))
 def apply(json: Json = False, dry_run: DryRun = False, detectron2: Detectron2 = None) -> None:
     """Write the change into detectron2's layers/roi_align.py, keeping the original beside it."""
-    from proxydet.compat.patch import apply_patch
+    from proxydet.runtime.patch import apply_patch
     from proxydet_cli.output import Output
 
     change = apply_patch(_file(detectron2), dry_run=dry_run)
@@ -49,7 +49,7 @@ def apply(json: Json = False, dry_run: DryRun = False, detectron2: Detectron2 = 
 @app.command(epilog=examples("proxydet patch revert --dry-run", "proxydet patch revert"))
 def revert(json: Json = False, dry_run: DryRun = False, detectron2: Detectron2 = None) -> None:
     """Put the original file back, byte for byte."""
-    from proxydet.compat.patch import revert_patch
+    from proxydet.runtime.patch import revert_patch
     from proxydet_cli.output import Output
 
     change = revert_patch(_file(detectron2), dry_run=dry_run)
@@ -70,7 +70,7 @@ def verify(
     """
     import sys
 
-    from proxydet.compat.roi_verify import verify_roi_align
+    from proxydet.runtime.roi_verify import verify_roi_align
     from proxydet_cli.output import Output
 
     if device not in {None, "cpu", "cuda"}:
@@ -83,7 +83,7 @@ def verify(
 
 
 def _file(detectron2: Path | None) -> Path:
-    from proxydet.compat.patch import file_in_use
+    from proxydet.runtime.patch import file_in_use
 
     return file_in_use() if detectron2 is None else detectron2 / "layers" / "roi_align.py"
 

@@ -10,8 +10,8 @@ import typer
 from proxydet_cli.options import DryRun, Json, command_app, examples
 
 if TYPE_CHECKING:
-    from proxydet.compat.install import SetupReport
-    from proxydet.inspection.report import Field
+    from proxydet.runtime.report import Field
+    from proxydet.runtime.setup import SetupReport
 
 app = command_app()
 
@@ -31,8 +31,8 @@ def setup(json: Json = False, dry_run: DryRun = False) -> None:
     the environment changes. A detectron2 that is installed already is used as it is and never replaced. Running
     it again does no harm. The exit code is 5 where something in the environment will fail; proxydet env says more.
     """
-    from proxydet.compat.install import set_up
-    from proxydet.inspection.environment import environment
+    from proxydet.runtime.environment import environment
+    from proxydet.runtime.setup import set_up
     from proxydet_cli.output import Output
     from proxydet_cli.progress import show_progress
 

@@ -9,7 +9,7 @@ import typer
 from proxydet_cli.options import Json, command_app, examples
 
 if TYPE_CHECKING:
-    from proxydet.determinism.verify import DeterminismReport, ModeResult
+    from proxydet.runtime.determinism import DeterminismReport, ModeResult
 
 app = command_app(help="Prove claims by running them.")
 
@@ -48,9 +48,9 @@ def determinism(
     repetitions are identical, where the first difference is, and what each mode costs. Exit code 5 where mode
     `strict` does not repeat itself.
     """
-    from proxydet.compat.modes import MODES
-    from proxydet.determinism.verify import verify_determinism
     from proxydet.recipes import resolve_config
+    from proxydet.runtime.determinism import verify_determinism
+    from proxydet.runtime.modes import MODES
     from proxydet_cli.output import Output
     from proxydet_cli.progress import show_progress
 

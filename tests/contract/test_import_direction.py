@@ -25,12 +25,12 @@ RANK = {
             "paths",
             "_version",
             "config",
-            "compat",
+            "runtime",
             "artifacts",
         ],
         SHARED,
     ),
-    **dict.fromkeys(["inspection", "manifest"], SHARED),
+    "manifest": SHARED,
     "mask_window": SHARED,
     "visualization": SHARED,  # draws what it is given
     "vocabulary": 1,
@@ -51,9 +51,9 @@ RANK = {
             "recipes",
             "quickstart",
             "training_run",
-            "run_comparison",
-            "determinism",
-            "training_run",
+            "runtime.run_comparison",
+            "runtime.determinism",
+            "runtime.determinism_worker",
         ],
         10,
     ),
@@ -94,7 +94,10 @@ def imported(path: Path) -> Iterator[tuple[str, int]]:
 
 
 def part(name: str) -> str:
-    return name.split(".")[1] if "." in name else ""
+    """The module or package below `proxydet` that a name belongs to; a module with a rank of its own is its own part."""
+    parts = name.split(".")[1:]
+    own = ".".join(parts[:2])
+    return own if own in RANK else ".".join(parts[:1])
 
 
 @pytest.mark.parametrize("path", modules(), ids=module_name)

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-import proxydet.compat.install as install
-import proxydet.inspection.environment as environment_module
-from proxydet.compat.install import SetupReport
-from proxydet.inspection.report import Field
+import proxydet.runtime.environment as environment_module
+import proxydet.runtime.setup as install
+from proxydet.runtime.report import Field
+from proxydet.runtime.setup import SetupReport
 from proxydet_cli import main
 
 REPORT = SetupReport(

@@ -6,15 +6,15 @@ import importlib
 import warnings
 from types import SimpleNamespace
 
-import proxydet.compat.d2 as d2
+import proxydet.runtime.d2 as d2
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 
-from proxydet.compat.shims import MissingOperators
 from proxydet.errors import MissingDependencyError
+from proxydet.runtime.detectron2 import MissingOperators
 
 PARTS = [
     "structures",

@@ -14,7 +14,7 @@ PROBE = """
 import json
 from proxydet.errors import ProxydetError
 try:
-    import proxydet.compat.d2 as d2
+    import proxydet.runtime.d2 as d2
     from detectron2 import _C
     answer = {"version": d2.INSTALLED.version, "operators": d2.INSTALLED.operators, "real": _C.__dict__.get("REAL", False)}
 except ProxydetError as error:
@@ -100,8 +100,8 @@ def test_folder_of_the_same_name_is_no_installation(
 ) -> None:
     from importlib.machinery import PathFinder
 
-    from proxydet.compat import shims
     from proxydet.errors import MissingDependencyError
+    from proxydet.runtime import detectron2 as shims
 
     (tmp_path / "detectron2").mkdir()
     monkeypatch.setattr(
@@ -113,8 +113,8 @@ def test_folder_of_the_same_name_is_no_installation(
 
 
 def test_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    from proxydet.compat import shims
     from proxydet.errors import MissingDependencyError
+    from proxydet.runtime import detectron2 as shims
 
     monkeypatch.setattr(shims, "find_spec", lambda _name: None)
     with pytest.raises(MissingDependencyError) as caught:

@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from proxydet.compat.shims import (
+from proxydet.runtime.detectron2 import (
     NamespaceOverlay,
     RepairFinder,
     temporary_attribute,

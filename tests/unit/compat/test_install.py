@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from proxydet import errors
-from proxydet.compat import install, smoke
+from proxydet.runtime import setup as install
+from proxydet.runtime import smoke
 
 LIBRARIES = {"torch": "2.15.0", "torchvision": "0.30.0"}
 FOUND = {"version": "0.6", "folder": "/env/detectron2", "operators": "absent"}

@@ -10,7 +10,7 @@ import pytest
 
 PROBE = """
 import json, logging, sys
-from proxydet.compat.lvis_api import LVIS
+from proxydet.runtime.lvis_api import LVIS
 import numpy
 print(json.dumps({
     "handlers": len(logging.getLogger().handlers),
@@ -27,7 +27,7 @@ def test_import_loads_no_drawing_and_leaves_logging_and_numpy_alone() -> None:
 
 @pytest.mark.parametrize(("shift", "ap"), [(0.0, 1.0), (100.0, 0.0)])
 def test_evaluates(tmp_path: Path, shift: float, ap: float) -> None:
-    from proxydet.compat.lvis_api import LVIS, LVISEval, LVISResults
+    from proxydet.runtime.lvis_api import LVIS, LVISEval, LVISResults
 
     image = {
         "id": 1,

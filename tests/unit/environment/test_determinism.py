@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from proxydet.compat import roi_align
-from proxydet.compat.roi_align import RoiGeometry
 from proxydet.config import to_mapping
 from proxydet.data.batches import BoxBatch, ImageLabelBatch
-from proxydet.determinism import verify, worker
-from proxydet.determinism.worker import Job, random_batches, random_vocabulary
 from proxydet.errors import EnvironmentProblem
 from proxydet.modeling import roi_align as pooling
 from proxydet.modeling import roi_heads
 from proxydet.recipes import tiny
+from proxydet.runtime import determinism as verify
+from proxydet.runtime import determinism_worker as worker
+from proxydet.runtime import roi_align
+from proxydet.runtime.determinism_worker import Job, random_batches, random_vocabulary
+from proxydet.runtime.roi_align import RoiGeometry
 
 
 @pytest.fixture(autouse=True)

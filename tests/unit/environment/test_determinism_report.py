@@ -8,11 +8,11 @@ import os
 import pytest
 import torch
 
-from proxydet.compat.modes import MODES
-from proxydet.determinism import verify
-from proxydet.determinism.verify import Part
-from proxydet.determinism.worker import Job
 from proxydet.recipes import r50, tiny
+from proxydet.runtime import determinism as verify
+from proxydet.runtime.determinism import Part
+from proxydet.runtime.determinism_worker import Job
+from proxydet.runtime.modes import MODES
 from proxydet_cli.main import main
 
 ANSWER = {
@@ -83,7 +83,7 @@ real = functional.normalize
 def noisy(*arguments, **settings):
     return real(*arguments, **settings) * (1 + 1e-6 * os.urandom(1)[0])
 functional.normalize = noisy
-runpy.run_module("proxydet.determinism.worker", run_name="__main__", alter_sys=True)
+runpy.run_module("proxydet.runtime.determinism_worker", run_name="__main__", alter_sys=True)
 """
 
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from proxydet.inspection import environment as environment_module
-from proxydet.inspection.environment import environment
 from proxydet.manifest import build_manifest, write_run_records
+from proxydet.runtime import environment as environment_module
+from proxydet.runtime.environment import environment
 from proxydet_cli.main import main
 
 REPORT = environment(quick=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from proxydet.inspection import report
-from proxydet.inspection.environment import facts_from_answer
-from proxydet.inspection.report import NOT_ASKED, Fact, ask, judged_fields, numbers
+from proxydet.runtime import report
+from proxydet.runtime.environment import facts_from_answer
+from proxydet.runtime.report import NOT_ASKED, Fact, ask, judged_fields, numbers
 
 ANSWER = {
     "torch": "2.15.0+cu132",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from proxydet.inspection import environment
-from proxydet.inspection.environment import machine_facts
+from proxydet.runtime import environment
+from proxydet.runtime.environment import machine_facts
 
 
 @pytest.fixture

@@ -8,8 +8,6 @@ from dataclasses import replace
 import pytest
 
 from proxydet.errors import InputError
-from proxydet.inspection.environment import environment
-from proxydet.inspection.report import Field
 from proxydet.manifest import (
     RunManifest,
     build_manifest,
@@ -18,7 +16,9 @@ from proxydet.manifest import (
     source_digest,
     write_run_records,
 )
-from proxydet.run_comparison import RANKS, compare_runs
+from proxydet.runtime.environment import environment
+from proxydet.runtime.report import Field
+from proxydet.runtime.run_comparison import RANKS, compare_runs
 
 REPORT = environment(quick=True)
 MANIFEST = build_manifest(

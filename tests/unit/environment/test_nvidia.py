@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from proxydet.inspection.environment import driver_facts, judged_driver
-from proxydet.inspection.report import Fact
+from proxydet.runtime.environment import driver_facts, judged_driver
+from proxydet.runtime.report import Fact
 
 _TOOL = """#!/bin/sh
 case "$*" in

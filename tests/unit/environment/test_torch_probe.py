@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from proxydet.inspection import torch_probe
-from proxydet.inspection.environment import complete_answer
+from proxydet.runtime import torch_probe
+from proxydet.runtime.environment import complete_answer
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from proxydet.evaluation.evaluate import evaluate_results
 from proxydet.manifest import read_run_records
 from proxydet.modeling.config import InferenceConfig
 from proxydet.modeling.prediction import Prediction, masks
-from proxydet.run_comparison import compare_runs
+from proxydet.runtime.run_comparison import compare_runs
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from proxydet.compat.lvis_api import LVIS, LVISEval, LVISResults
 from proxydet.errors import EnvironmentProblem
 from proxydet.evaluation import evaluate as evaluate_module
 from proxydet.evaluation.config import EvaluationConfig
 from proxydet.evaluation.evaluate import evaluate_results
 from proxydet.evaluation.report import Report
+from proxydet.runtime.lvis_api import LVIS, LVISEval, LVISResults
 
 TOLERANCE = 1e-9
 FAST = EvaluationConfig(bootstrap=0)

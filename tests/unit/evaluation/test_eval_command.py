@@ -31,7 +31,7 @@ from proxydet.evaluation.page import (
 from proxydet.evaluation.report import category_csv
 from proxydet.files import sha256
 from proxydet.manifest import read_run_records
-from proxydet.run_comparison import compare_runs
+from proxydet.runtime.run_comparison import compare_runs
 from proxydet_cli.app import run
 
 Typed = Callable[..., tuple[str, str]]

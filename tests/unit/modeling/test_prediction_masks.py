@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import proxydet.compat.d2  # noqa: F401
+import proxydet.runtime.d2  # noqa: F401
 
 import pycocotools.mask as coco_mask
 import pytest

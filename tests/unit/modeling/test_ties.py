@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 
-import proxydet.compat.d2  # noqa: F401
+import proxydet.runtime.d2  # noqa: F401
 
 import numpy as np
 import pytest
 import torch
 
-from proxydet.compat.modes import MODES
-from proxydet.compat.roi_align import reproducibility_mode
 from proxydet.losses.criterion import choose_categories
 from proxydet.modeling import nms
 from proxydet.modeling.config import InferenceConfig
 from proxydet.modeling.roi_align import RegionGrid, align_regions
+from proxydet.runtime.modes import MODES
+from proxydet.runtime.roi_align import reproducibility_mode
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 SIZES = [40, nms.SHIFTED_UP_TO, nms.SHIFTED_UP_TO + 1, 6000]

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from proxydet.compat.patch import apply_patch, patch_status, revert_patch, roi_align_files
 from proxydet.errors import EnvironmentProblem
+from proxydet.runtime.patch import apply_patch, patch_status, revert_patch, roi_align_files
 
 
 def folder_content(file: Path) -> dict[str, bytes]:
@@ -343,7 +343,7 @@ def test_status_is_json(roi_align_file):
 
 def test_status_needs_neither_torch_nor_detectron2s_import():
     code = (
-        "import sys; from proxydet.compat.patch import patch_status, file_in_use; "
+        "import sys; from proxydet.runtime.patch import patch_status, file_in_use; "
         "patch_status(file_in_use()); assert not {'torch', 'detectron2', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from proxydet.compat.patch import apply_patch, patch_status
 from proxydet.errors import EnvironmentProblem
+from proxydet.runtime.patch import apply_patch, patch_status
 
 needs_root = pytest.mark.skipif(
     os.name != "posix" or os.geteuid() != 0, reason="needs root, to be another user"
@@ -48,7 +48,7 @@ def open_folder() -> Iterator[Path]:
 def as_another_user(file: Path, group: int) -> str:
     """What another user is told who tries to apply the patch: its refusal; as root only."""
     code = (
-        "import os, sys; from pathlib import Path; from proxydet.compat.patch import apply_patch; "
+        "import os, sys; from pathlib import Path; from proxydet.runtime.patch import apply_patch; "
         "from proxydet.errors import EnvironmentProblem\n"
         f"os.setgroups([]); os.setgid({group}); os.setuid(65534)\n"
         "try: apply_patch(Path(sys.argv[1]))\n"

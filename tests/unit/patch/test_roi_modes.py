@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-import proxydet.compat.d2  # noqa: F401
+import proxydet.runtime.d2  # noqa: F401
 
 import pytest
 import torch
@@ -12,9 +12,9 @@ from detectron2.layers import ROIAlign
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 
-from proxydet.compat.modes import CUBLAS_VARIABLE, CUBLAS_WORKSPACE, MODES
-from proxydet.compat.roi_align import apply_mode, current_mode, reproducibility_mode
 from proxydet.errors import ConfigError
+from proxydet.runtime.modes import CUBLAS_VARIABLE, CUBLAS_WORKSPACE, MODES
+from proxydet.runtime.roi_align import apply_mode, current_mode, reproducibility_mode
 
 
 @pytest.fixture(autouse=True)

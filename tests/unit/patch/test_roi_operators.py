@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxydet.compat import roi_align, roi_probe
-from proxydet.compat.roi_align import (
+from proxydet.runtime import roi_align, roi_probe
+from proxydet.runtime.roi_align import (
     RoiGeometry,
     kernel_backward,
     published_roi_align,
@@ -174,7 +174,7 @@ def test_the_kernel_is_allowed_only_for_its_own_backward():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_strict_gradient_repeats_on_a_gpu_where_the_kernels_does_not():
-    from proxydet.compat.roi_align import reproducibility_mode
+    from proxydet.runtime.roi_align import reproducibility_mode
 
     shape, how = (4, 256, 80, 80), geometry((7, 7), ratio=0)
     boxes_K5 = boxes(2000, seed=0, reach=640).cuda()

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import sys
 
-import proxydet.compat.d2  # noqa: F401
+import proxydet.runtime.d2  # noqa: F401
 
 import pytest
 import torch
 from detectron2.layers import ROIAlign
 
-from proxydet.compat import roi_probe, roi_verify
-from proxydet.compat.patch import apply_patch, revert_patch
-from proxydet.compat.roi_align import reproducibility_mode
-from proxydet.compat.roi_verify import verify_roi_align
 from proxydet.errors import EnvironmentProblem
+from proxydet.runtime import roi_probe, roi_verify
+from proxydet.runtime.patch import apply_patch, revert_patch
+from proxydet.runtime.roi_align import reproducibility_mode
+from proxydet.runtime.roi_verify import verify_roi_align
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Writes the published RoIAlign change into an installed detectron2, and takes it out again byte for byte.
 
 ``proxydet patch`` is for other code that uses detectron2: proxydet's own training makes the change at run time
-(:mod:`proxydet.compat.roi_align`). The change (detectron2 issue 4723) has three parts: features and boxes are cast to
+(:mod:`proxydet.runtime.roi_align`). The change (detectron2 issue 4723) has three parts: features and boxes are cast to
 half and then to double, and the result is cast back to the dtype of the features.
 
 A file is recognised by the digest of its code, without comments, docstrings and layout; the change is three

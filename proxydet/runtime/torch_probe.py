@@ -1,6 +1,6 @@
 """Asks torch about itself and its GPUs; run in an interpreter of its own, where a crash harms nobody.
 
-``python -m proxydet.inspection.torch_probe`` writes a JSON object to stdout after each part, the last one whole: where a
+``python -m proxydet.runtime.torch_probe`` writes a JSON object to stdout after each part, the last one whole: where a
 part ends the process, the ones before are known. Only the standard library, torch and
 torchvision's compiled file are loaded: importing torchvision itself costs seconds more.
 """

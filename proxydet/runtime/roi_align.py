@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
-import proxydet.compat.d2  # noqa: F401
+import proxydet.runtime.d2  # noqa: F401
 
 import torch
 import torchvision  # noqa: F401  # its import registers torch.ops.torchvision
@@ -37,8 +37,8 @@ from detectron2.layers import ROIAlign
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from proxydet.compat.modes import CUBLAS_VARIABLE, CUBLAS_WORKSPACE, MODES, Mode
 from proxydet.errors import ConfigError
+from proxydet.runtime.modes import CUBLAS_VARIABLE, CUBLAS_WORKSPACE, MODES, Mode
 
 _CHUNK_BYTES = 128 * 2**20
 

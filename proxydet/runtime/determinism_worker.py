@@ -1,6 +1,6 @@
 """One process of the check: repeats the same training steps, and writes down what they gave, bit by bit.
 
-Run as a module by :mod:`proxydet.determinism.verify` with the paths of its job and of its answer.
+Run as a module by :mod:`proxydet.runtime.determinism` with the paths of its job and of its answer.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import proxydet.compat.d2  # noqa: F401
+import proxydet.runtime.d2  # noqa: F401
 
 import numpy as np
 import torch
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from torch import Tensor
 
-from proxydet.compat.modes import Mode
-from proxydet.compat.roi_align import apply_mode
 from proxydet.config import from_mapping
 from proxydet.data.batches import Batch, BoxBatch, ImageLabelBatch
 from proxydet.data.config import DataConfig, SourceConfig
 from proxydet.losses.criterion import Criterion
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.recipes import RunConfig
+from proxydet.runtime.modes import Mode
+from proxydet.runtime.roi_align import apply_mode
 from proxydet.training.checkpoint import TrainingState
 from proxydet.training.distributed import DistInfo, choose_device
 from proxydet.training.step import (

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from proxydet.compat.modes import CUBLAS_VARIABLE
 from proxydet.files import JsonLines
-from proxydet.inspection.report import EnvironmentReport, Field
 from proxydet.manifest import RunManifest, folder_of, read_run_records
+from proxydet.runtime.modes import CUBLAS_VARIABLE
+from proxydet.runtime.report import EnvironmentReport, Field
 
 Suspicion = Literal["decides results", "changes last bits", "unlikely", "harmless"]
 RANKS: tuple[Suspicion, ...] = ("decides results", "changes last bits", "unlikely", "harmless")

@@ -26,9 +26,10 @@ from typing import Any
 
 import proxydet
 from proxydet._version import __version__
-from proxydet.compat.patch import package_folder, patch_status, roi_align_files
 from proxydet.errors import EnvironmentProblem
-from proxydet.inspection.report import (
+from proxydet.paths import datasets_folder
+from proxydet.runtime.patch import package_folder, patch_status, roi_align_files
+from proxydet.runtime.report import (
     NOT_ASKED,
     EnvironmentReport,
     Fact,
@@ -39,7 +40,6 @@ from proxydet.inspection.report import (
     judged_fields,
     numbers,
 )
-from proxydet.paths import datasets_folder
 
 _QUERIES = ("driver_version,name,memory.total,compute_cap", "driver_version,name,memory.total")
 """Asked in turn: drivers before 470 do not know the compute capability."""
@@ -131,7 +131,7 @@ def judged_driver(facts: Facts) -> Fact:
 _TORCH_SECONDS = 120
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from proxydet.inspection.torch_probe import main; main()"
+    "from proxydet.runtime.torch_probe import main; main()"
 )
 
 
@@ -158,7 +158,7 @@ class TorchProbe:
 
     def _answer(self) -> dict[str, Any]:
         if self._process is None:
-            from proxydet.inspection.torch_probe import probe
+            from proxydet.runtime.torch_probe import probe
 
             return probe(compute=False)
         end = ""
@@ -219,7 +219,7 @@ def facts_from_answer(answer: dict[str, Any]) -> Facts:
     """Turn the probe's answers into facts.
 
     Args:
-        answer: What :func:`proxydet.inspection.torch_probe.probe` returned.
+        answer: What :func:`proxydet.runtime.torch_probe.probe` returned.
 
     Returns:
         Facts by key; where torch does not load, the problem and what therefore is not known.

@@ -23,8 +23,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from proxydet.compat import smoke
-from proxydet.compat.shims import locate_detectron2
 from proxydet.errors import (
     DigestError,
     DiskFullError,
@@ -34,6 +32,8 @@ from proxydet.errors import (
     TransferError,
 )
 from proxydet.reporting import SILENT, Progress
+from proxydet.runtime import smoke
+from proxydet.runtime.detectron2 import locate_detectron2
 
 _UV_VARIABLES = {
     "index-url": ("UV_DEFAULT_INDEX", "UV_INDEX_URL"),

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from proxydet.compat.patch import patch_status
 from proxydet.errors import EnvironmentProblem
+from proxydet.runtime.patch import patch_status
 
 Verdict = Literal["active", "not active", "altered"]
 
@@ -27,7 +27,7 @@ _TIME_LIMIT = 600
 # The child searches the same folders in the same order as its parent, whatever started the parent.
 _START = (
     "import json, runpy, sys; sys.path[:] = json.loads(sys.argv.pop(1)); "
-    "runpy.run_module('proxydet.compat.roi_probe', run_name='__main__', alter_sys=True)"
+    "runpy.run_module('proxydet.runtime.roi_probe', run_name='__main__', alter_sys=True)"
 )
 
 

@@ -1,6 +1,6 @@
 """Runs the RoIAlign that detectron2 really uses, and measures how far it is from each independent computation.
 
-Run in a fresh interpreter by :mod:`proxydet.compat.roi_verify`, which hands it the path to write its answer to.
+Run in a fresh interpreter by :mod:`proxydet.runtime.roi_verify`, which hands it the path to write its answer to.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import proxydet.compat.d2
+import proxydet.runtime.d2
 
 import numpy as np
 import torch
@@ -167,7 +167,7 @@ def measure(device: str) -> dict[str, Any]:
         "dtype": str(values.dtype),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
-        "detectron2": proxydet.compat.d2.INSTALLED.version,
+        "detectron2": proxydet.runtime.d2.INSTALLED.version,
         "figures": figures,
         "between_the_two": float(np.abs(expected["published"][0] - expected["plain"][0]).max()),
         "repeats": _count_differing() if device == "cuda" else None,

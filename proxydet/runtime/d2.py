@@ -2,12 +2,12 @@
 
 ::
 
-    import proxydet.compat.d2  # noqa: F401
+    import proxydet.runtime.d2  # noqa: F401
     from detectron2.structures import Instances
 
 Importing it checks that detectron2 is there (:class:`~proxydet.errors.MissingDependencyError` with the hint
-``run: proxydet setup`` otherwise) and puts the repairs of :mod:`proxydet.compat.shims` in place, once. Ruff's
-import order keeps the line above third-party imports (section ``compat`` in ``pyproject.toml``).
+``run: proxydet setup`` otherwise) and puts the repairs of :mod:`proxydet.runtime.detectron2` in place, once. Ruff's
+import order keeps the line above third-party imports (section ``detectron2`` in ``pyproject.toml``).
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
-from proxydet.compat.shims import (
+from proxydet.errors import EnvironmentProblem, MissingDependencyError
+from proxydet.runtime.detectron2 import (
     COMPILED_MODULE,
     REPAIRS,
     SETUP_HINT,
@@ -34,7 +35,6 @@ from proxydet.compat.shims import (
     RepairFinder,
     locate_detectron2,
 )
-from proxydet.errors import EnvironmentProblem, MissingDependencyError
 
 _logger = logging.getLogger(__name__)
 

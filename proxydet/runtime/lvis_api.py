@@ -20,8 +20,8 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from proxydet.compat.shims import NamespaceOverlay, temporary_module
 from proxydet.errors import MissingDependencyError
+from proxydet.runtime.detectron2 import NamespaceOverlay, temporary_module
 
 
 def _load(name: str) -> ModuleType:

@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from proxydet.compat.modes import MODES, Mode
 from proxydet.config import to_mapping
-from proxydet.determinism.worker import Job, first_other, write_job
 from proxydet.errors import EnvironmentProblem
 from proxydet.recipes import RunConfig
 from proxydet.reporting import SILENT, Progress
+from proxydet.runtime.determinism_worker import Job, first_other, write_job
+from proxydet.runtime.modes import MODES, Mode
 from proxydet.training.distributed import choose_device
 from proxydet.training.step import check_precision
 
@@ -113,7 +113,7 @@ LVIS_CLASSES = 1203
 PROCESSES = 2
 """Fresh processes in each mode: what differs between processes does not show within one."""
 
-_WORKER = "proxydet.determinism.worker"
+_WORKER = "proxydet.runtime.determinism_worker"
 
 
 def verify_determinism(

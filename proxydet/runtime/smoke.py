@@ -1,7 +1,7 @@
-"""Proves in a fresh interpreter that the libraries work: ``python -m proxydet.compat.smoke torch | detectron2``.
+"""Proves in a fresh interpreter that the libraries work: ``python -m proxydet.runtime.smoke torch | detectron2``.
 
 Writes one JSON object to stdout. A library that is broken shows as an ordinary Python error and exit code 1,
-which :mod:`proxydet.compat.install` reads from outside: a broken binary may take the whole process down.
+which :mod:`proxydet.runtime.setup` reads from outside: a broken binary may take the whole process down.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def check_detectron2() -> dict[str, Any]:
     Raises:
         RuntimeError: A result is wrong.
     """
-    import proxydet.compat.d2 as compat
+    import proxydet.runtime.d2 as d2
 
     import torch
     from detectron2.layers import ROIAlign
@@ -79,7 +79,7 @@ def check_detectron2() -> dict[str, Any]:
     sum(level.sum() for level in levels.values()).backward()
     gradients = [p.grad for p in bottom.parameters() if p.requires_grad]
     _expect("gradients", all(g is not None and bool(g.isfinite().all()) for g in gradients), True)
-    found = compat.INSTALLED
+    found = d2.INSTALLED
     return {"version": found.version, "folder": str(found.folder), "operators": found.operators}
 
 

@@ -7,7 +7,7 @@
     python benchmarks/export.py speed model.onnx --embeddings CLIP.npy PHOTOGRAPH [--rounds 4]
     python benchmarks/export.py pooling [--rounds 4]
 
-Weights are random, made from the parameters' names (`parity_model.py`). ``write`` exports (``.onnx`` or ``.pt2``). ``agree``
+Weights are random, made from the parameters' names (`tests/parity/parity_model.py`). ``write`` exports (``.onnx`` or ``.pt2``). ``agree``
 looks into the photographs for all, 80, 7 and 1 of the embeddings' classes in turn, the first half at 800 and the others at
 480 pixels; a detection is the same if class, box (IoU above 0.99) and score (1e-4) are. ``speed`` runs a photograph at
 480x640 in turns. ``pooling``: the pooler that is exported against the detector's, both in torch, on random features of a 480x640
@@ -26,6 +26,7 @@ from pathlib import Path
 import proxydet.runtime.d2  # noqa: F401
 
 import numpy as np
+import parity_path  # noqa: F401
 import torch
 from parity_model import TRIMMED, network_of
 from parity_trim import base_classes

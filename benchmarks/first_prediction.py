@@ -61,6 +61,7 @@ def measure(place: Path, picture: str, words: list[str] | None) -> Parts:
 
 def make_r50(place: Path) -> None:
     """Write a full-size checkpoint with the parity fixtures' weights, and its vocabulary."""
+    import parity_path  # noqa: F401
     import torch
     from parity_model import TRIMMED, network_of
     from parity_trim import base_classes

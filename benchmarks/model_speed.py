@@ -23,6 +23,7 @@ from typing import Any
 import proxydet.runtime.d2  # noqa: F401
 
 import numpy as np
+import parity_path  # noqa: F401
 import torch
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from parity_model import TRIMMED, network_of

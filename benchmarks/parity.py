@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import parity_path  # noqa: F401
 from parity_functions import compare_functions, compare_training_functions
 from parity_groups import (
     Row,

@@ -28,6 +28,7 @@ from typing import Any
 import proxydet.runtime.d2  # noqa: F401
 
 import numpy as np
+import parity_path  # noqa: F401
 import torch
 from model_speed import CLOCKS, Stopwatch, Times, box_batch, label_batch
 from parity_model import CLASSES, DIMENSIONS, TRIMMED, network_of, weights_from_names

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -155,18 +156,32 @@ def test_links_between_pages_lead_somewhere() -> None:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of a copy of the tracked files, built without network."""
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of wheel and sdist of a copy of the tracked files, built without network."""
     source = tmp_path_factory.mktemp("source")
     for path in tracked_files():
         if path.is_file():
             target = source / path.relative_to(REPOSITORY)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(path.read_bytes())
-    build = "from setuptools import build_meta; build_meta.build_wheel('dist')"
-    subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, check=True)
-    [built] = (source / "dist").glob("*.whl")
+    for kind in ("sdist", "wheel"):
+        build = f"from setuptools import build_meta; build_meta.build_{kind}('dist')"
+        subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, check=True)
+    return source / "dist"
+
+
+@pytest.fixture(scope="module")
+def wheel(distributions: Path) -> Path:
+    [built] = distributions.glob("*.whl")
     return built
+
+
+def test_sdist_holds_every_tracked_file(distributions: Path) -> None:
+    [built] = distributions.glob("*.tar.gz")
+    with tarfile.open(built) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    expected = {path.relative_to(REPOSITORY).as_posix() for path in tracked_files()}
+    assert {name for name in expected - held if not name.startswith(".")} == set()
 
 
 def test_wheel_holds_every_file_of_the_packages(wheel: Path) -> None:

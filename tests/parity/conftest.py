@@ -1,4 +1,4 @@
-"""The parity checks of ``benchmarks/``, run against the small committed fixtures."""
+"""The parity checks, run against the small committed fixtures (``benchmarks/parity.py`` runs them against the full ones)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "parity"
 
 
 @pytest.fixture(scope="session")
-def parity(repository: Path) -> Iterator[Callable[[str], ModuleType]]:
-    """Import a module of ``benchmarks/`` by name."""
+def parity() -> Iterator[Callable[[str], ModuleType]]:
+    """Import a module of this folder by name."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(repository / "benchmarks")
+        patch.syspath_prepend(Path(__file__).parent)
         yield importlib.import_module
 
 

@@ -35,7 +35,7 @@ Fixture = Mapping[str, np.ndarray]
 SEED = 11
 CLASSES = 1203
 DIMENSIONS = 512
-TRIMMED = Path(__file__).resolve().parents[1] / "tests" / "fixtures" / "parity"
+TRIMMED = Path(__file__).resolve().parents[1] / "fixtures" / "parity"
 # Buffers that follow from the sizes alone.
 _DERIVED = ("num_batches_tracked", "relative_position_index")
 

@@ -44,9 +44,7 @@ bench: $(INSTALLED) ## Measure start-up time; other measurements are scripts in 
 	$(PY) benchmarks/startup.py
 
 docs: $(INSTALLED) ## Write the command and configuration references from the program itself.
-	$(PY) -m proxydet_cli.reference docs/reference/commands.md
-	$(PY) -m proxydet_cli.config_reference docs/reference/configuration.md
-	$(PY) -m proxydet_cli.annotation_reference docs/reference/annotation-files.md
+	$(PY) -m proxydet_cli.reference docs/reference
 
 lock: $(INSTALLED) ## Resolve the dependencies into the lock files; UPGRADE=--upgrade takes newer versions.
 	$(PY) -m uv pip compile $(LOCK_FLAGS) --output-file requirements.lock pyproject.toml

@@ -1,20 +1,32 @@
-"""Writes the command reference from the commands themselves: ``python -m proxydet_cli.reference FILE``."""
+"""Writes the reference pages from the program itself: ``python -m proxydet_cli.reference docs/reference``."""
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import typer
 
+from proxydet.config import (
+    config_class,
+    field_docs,
+    field_types,
+    parse_yaml,
+    scalar_text,
+    to_mapping,
+    type_name,
+)
+from proxydet.data.deviations import DEVIATIONS
+from proxydet.recipes import RECIPES, RunConfig
 from proxydet_cli.app import COMMANDS, build, load_command
 
 _WIDTH = 100
 
 
-def reference() -> str:
+def commands_page() -> str:
     """The help of every command and subcommand, as one Markdown page."""
     parts = ["# Commands", "Written by `make docs` from the commands' own help."]
     for name, text in _help_texts("proxydet", build()):
@@ -35,5 +47,126 @@ def _help_texts(name: str, command: Any) -> Iterator[tuple[str, str]]:
             yield from _help_texts(f"{name} {subname}", subcommand)
 
 
+_CONFIGURATION = """# Configuration
+
+Written by `make docs` from the dataclasses that the program reads.
+
+A configuration is put together from a recipe, a YAML file (`--config`, whole or partial) and single keys (`--set`), the later
+ones winning; values are checked against each other when all are in place. Lists and mappings are written as in YAML, in
+quotes for the shell: `--set 'evaluation.iou_types=[bbox]'`. `proxydet train --show-config` writes the result; a run keeps it as `config.yaml`. An unknown key or a wrong
+type is an error that names the nearest key. In YAML, `off` and `no` are text, `2e-4` is a number.
+
+Defaults below are those of the dataclasses, which are the published R50's; a recipe changes some."""
+
+
+def configuration_page() -> str:
+    """Describe every recipe and every key, as one Markdown page."""
+    parts = [
+        _CONFIGURATION,
+        "## Recipes",
+        _recipes(),
+        "## Keys",
+        *_sections(RunConfig, to_mapping(RunConfig()), ""),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _recipes() -> str:
+    rows = ["| recipe | what it is |", "|---|---|"]
+    for name, function in RECIPES.items():
+        rows.append(f"| `{name}` | {_cell(' '.join((inspect.getdoc(function) or '').split()))} |")
+    return "\n".join(rows)
+
+
+def _sections(cls: type, values: Mapping[str, Any], where: str) -> list[str]:
+    """Describe a class's own keys in a table, then each nested class under a heading of its own.
+
+    Args:
+        cls: A configuration class.
+        values: Its defaults in the whole configuration.
+        where: Dotted path of the class in it.
+    """
+    docs = field_docs(cls)
+    rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    nested: list[str] = []
+    for name, annotation in field_types(cls).items():
+        path = f"{where}.{name}" if where else name
+        inner = config_class(annotation)
+        if inner is not None and values[name] is not None:
+            summary = (inspect.getdoc(inner) or "").split("\n\n")[0]
+            null = " May be null." if type(None) in get_args(annotation) else ""
+            text = f"{docs[name]} {' '.join(summary.split())}{null}"
+            nested += [f"### {path}", text, *_sections(inner, values[name], path)]
+        else:
+            cells = (type_name(annotation), f"`{_default(values[name])}`", docs[name])
+            rows.append(f"| `{path}` | {' | '.join(map(_cell, cells))} |")
+    table = ["\n".join(rows)] if len(rows) > 2 else []
+    return [*table, *nested]
+
+
+def _default(value: Any) -> str:
+    text = scalar_text(value)
+    assert parse_yaml(text) == value, text
+    return text
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+_ANNOTATION_FILES = """# Annotation files
+
+Written by `make docs` from the table that the readers follow. `proxydet data check PATH` counts by it; training, evaluation
+and statistics read what it leaves.
+
+| format | named by |
+|---|---|
+| COCO, LVIS, OpenImages (as `data prepare openimages` writes it) | the JSON file, plain or gzipped |
+| Pascal VOC | the data set's folder, a folder of XML files, one XML file, or a list in `ImageSets/Main` |
+
+Annotations are read once into a store in the cache folder (`PROXYDET_CACHE`), named by the digest of their content. Masks
+are optional: objects without one train boxes, and neither help nor harm when masks are scored. Pascal VOC's corners are
+pixel numbers from 1, both inclusive, unless a corner of the data set is 0; `difficult` objects are marked to be ignored. An
+image's name may lack its ending, in any format: it is found when the image is opened, and refused where several files fit.
+
+How a data set is scored is printed with every result, and chosen with `--protocol`; by default a file whose images all have
+`neg_category_ids` and whose categories all have a `frequency` is scored by LVIS's protocol, one whose images all have
+`pos_category_ids` by OpenImages', one with none of these lists by COCO's. Anything between is refused.
+
+Every deviation has one fate. **Mended**: used, with the value in the last column. **Dropped**: left out. **Refused**: nothing
+is read, exit code 3. **Noted**: used as written, and reported.
+
+Results files (`proxydet eval --results`) are read by the same rules: what is written here of a file, of ids, boxes and masks of
+annotations holds for detections, and a warning counts what was mended and dropped. Beyond that, unknown images and categories and
+boxes that reach out of their image are refused: [how to evaluate](../how-to/evaluate.md#when-results-are-refused)."""
+
+
+def annotation_page() -> str:
+    """Describe every deviation, as one Markdown page."""
+    parts = [_ANNOTATION_FILES]
+    for of in ("file", "category", "image", "annotation", "polygon", "detection"):
+        rows = [
+            f"## {of.capitalize()}",
+            "",
+            "| field | deviation | fate | then |",
+            "|---|---|---|---|",
+        ]
+        rows += [
+            f"| {row.field} | {row.what} | {row.fate} | {row.then} |"
+            for row in DEVIATIONS.values()
+            if row.of == of
+        ]
+        parts.append("\n".join(rows))
+    return "\n\n".join(parts) + "\n"
+
+
+PAGES = {
+    "commands.md": commands_page,
+    "configuration.md": configuration_page,
+    "annotation-files.md": annotation_page,
+}
+"""What writes each page of the folder."""
+
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(reference(), encoding="utf-8")
+    for name, page in PAGES.items():
+        Path(sys.argv[1], name).write_text(page(), encoding="utf-8")

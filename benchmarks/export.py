@@ -34,10 +34,9 @@ from PIL import Image
 
 from proxydet.data.images import read_image
 from proxydet.detector import Detector
-from proxydet.export.agreement import compare
-from proxydet.export.exporter import export_detector
-from proxydet.export.pooling import ExportPooler
-from proxydet.export.program import TorchProgram
+from proxydet.export.exporter import compare, export_detector
+from proxydet.export.formats import TorchProgram
+from proxydet.export.graph import ExportPooler
 from proxydet.export.runtime import OnnxDetector
 from proxydet.modeling.config import CascadeConfig
 from proxydet.modeling.roi_align import RegionPooler

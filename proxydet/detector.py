@@ -17,15 +17,13 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 
 from proxydet.config import from_mapping, load_mapping, merge
 from proxydet.data.config import DataConfig
 from proxydet.data.dataset import DatasetConfig
-from proxydet.data.images import read_image
+from proxydet.data.images import ChannelOrder, ImageInput, Pixels, as_pixels
 from proxydet.data.transforms import shortest_side
 from proxydet.detections import Detections
 from proxydet.errors import (
@@ -53,15 +51,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Pixels = npt.NDArray[np.uint8]
-ImageInput = str | Path | Image.Image | Pixels
-"""A file, an opened Pillow image, or uint8 (H, W, 3)."""
-
 Classes = Vocabulary | Sequence[str] | str | Path | None
 """What to detect: a vocabulary, class names, a published vocabulary's name or a file (see
 `proxydet.vocabulary.sources.open_vocabulary`), or None for the classes of the training."""
-
-ChannelOrder = Literal["rgb", "bgr"]
 
 _CACHED_VOCABULARIES = 16
 
@@ -487,38 +479,6 @@ class Detector:
 
 
 # --- Inputs ----------------------------------------------------------------------------------------------------------
-
-
-def as_pixels(image: ImageInput, channel_order: ChannelOrder = "rgb") -> Pixels:
-    """Decode or check an image.
-
-    Args:
-        image: A file, a Pillow image, or uint8 (H, W, 3).
-        channel_order: Of an array.
-
-    Returns:
-        uint8 (H, W, 3), RGB.
-
-    Raises:
-        InputError: The file cannot be read, or the array is of another shape or type.
-    """
-    if channel_order not in ("rgb", "bgr"):
-        raise ConfigError(f'channel_order is {channel_order!r}; it can be "rgb" or "bgr"')
-    if isinstance(image, str | Path):
-        return read_image(Path(image))
-    if isinstance(image, Image.Image):
-        return read_image(image)
-    if not isinstance(image, np.ndarray):
-        raise InputError(
-            f"an image must be a path, a Pillow image or a numpy array, not {type(image).__name__}",
-            hint="give the file's path, or numpy.asarray(image)",
-        )
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise InputError(
-            f"an image array must be uint8 of shape (height, width, 3), not {image.dtype} {image.shape}",
-            hint="convert it: RGB, 0 to 255, channels last",
-        )
-    return image if channel_order == "rgb" else np.ascontiguousarray(image[:, :, ::-1])
 
 
 def to_network(pixels_HW3: Pixels, sides: tuple[int, int]) -> torch.Tensor:

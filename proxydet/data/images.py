@@ -15,13 +15,13 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from proxydet.errors import DataError
+from proxydet.errors import ConfigError, DataError, InputError
 from proxydet.files import PlaceholderError, refuse_placeholder
 
 if TYPE_CHECKING:
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 Pixels = npt.NDArray[np.uint8]
 Source = Path | str | bytes
+ImageInput = str | Path | Image.Image | Pixels
+"""What users give as an image: a file, an opened Pillow image, or uint8 (H, W, 3)."""
+ChannelOrder = Literal["rgb", "bgr"]
 
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 _DAMAGE = (
@@ -83,6 +86,38 @@ def read_image(
         DataError: the file is absent, not an image, cut short, or of a kind without a stated range of values.
     """
     return np.array(open_image(source, name=name, exif_orientation=exif_orientation))
+
+
+def as_pixels(image: ImageInput, channel_order: ChannelOrder = "rgb") -> Pixels:
+    """Decode or check an image.
+
+    Args:
+        image: A file, a Pillow image, or uint8 (H, W, 3).
+        channel_order: Of an array.
+
+    Returns:
+        uint8 (H, W, 3), RGB.
+
+    Raises:
+        InputError: The file cannot be read, or the array is of another shape or type.
+    """
+    if channel_order not in ("rgb", "bgr"):
+        raise ConfigError(f'channel_order is {channel_order!r}; it can be "rgb" or "bgr"')
+    if isinstance(image, str | Path):
+        return read_image(Path(image))
+    if isinstance(image, Image.Image):
+        return read_image(image)
+    if not isinstance(image, np.ndarray):
+        raise InputError(
+            f"an image must be a path, a Pillow image or a numpy array, not {type(image).__name__}",
+            hint="give the file's path, or numpy.asarray(image)",
+        )
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise InputError(
+            f"an image array must be uint8 of shape (height, width, 3), not {image.dtype} {image.shape}",
+            hint="convert it: RGB, 0 to 255, channels last",
+        )
+    return image if channel_order == "rgb" else np.ascontiguousarray(image[:, :, ::-1])
 
 
 def open_image(

@@ -1,46 +1,84 @@
-"""Writes a detector into a file that runs without detectron2, and proves that it finds the same."""
+"""Writes a detector into a file that runs without detectron2, and proves that it finds the same.
+
+Dimensions: N detections of the detector, M of the file.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw
 
 from proxydet._version import __version__
-from proxydet.detector import Detector, as_pixels
-from proxydet.detector import ImageInput as Picture
+from proxydet.data.images import ImageInput, Pixels, as_pixels
+from proxydet.detector import Detector, to_network
 from proxydet.errors import ConfigError, DataError, EnvironmentProblem, NumericsError
-from proxydet.export.agreement import Agreement, Pixels, Runner, compare
-from proxydet.export.drawn import drawn_picture
-from proxydet.export.graph import DetectorGraph
-from proxydet.export.metadata import ExportMetadata
-from proxydet.export.onnx_file import DEFAULT_OPSET, check_onnx, save_onnx
-from proxydet.export.onnx_operators import OnnxSuppression
-from proxydet.export.program import TorchProgram, quiet, save_program
-from proxydet.export.runtime import OnnxDetector
-from proxydet.export.suppression import TorchvisionSuppression
+from proxydet.export.formats import (
+    DEFAULT_OPSET,
+    TorchProgram,
+    check_onnx,
+    save_onnx,
+    save_program,
+)
+from proxydet.export.graph import Format, trace
+from proxydet.export.runtime import ExportMetadata, OnnxDetector, to_image
 from proxydet.files import staged, write_errors
-from proxydet.modeling.config import InferenceConfig
 from proxydet.vocabulary.vocabulary import Vocabulary
 
-Format = Literal["onnx", "torch"]
-SUFFIXES = {".onnx": "onnx", ".pt2": "torch"}
+SUFFIXES: dict[str, Format] = {".onnx": "onnx", ".pt2": "torch"}
 VOCABULARY_SUFFIX = ".npz"
+
+IOU_ABOVE = 0.99
+SCORE_WITHIN = 1e-4
+MATCHED_AT_LEAST = 0.99
+MASKS_WITHIN = 0.01
 
 # Network inputs of the proof, height and width: neither is the one that is traced, nor a multiple of a stride.
 _PROOF_SIZES = ((250, 330), (417, 190))
-_TRACED_SIZE = (200, 264)
-_TRACED_CLASSES = 5
+_SHAPES = 12
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """How well an exported file agrees with the detector on one image."""
+
+    image: str
+    """Name of the image."""
+    classes: int
+    """Classes to detect."""
+    detections: int
+    """Detections of the detector in torch."""
+    exported: int
+    """Detections of the exported file."""
+    matched: int
+    """Pairs of the same class with an IoU above 0.99 and scores within 1e-4."""
+    largest_score_difference: float
+    """Among the matched."""
+    largest_mask_difference: float | None
+    """Among the matched, of mask probabilities; None for a detector of boxes."""
+
+    @property
+    def share(self) -> float:
+        """Matched detections as a share of the larger number; 1 where neither found anything."""
+        larger = max(self.detections, self.exported)
+        return self.matched / larger if larger else 1.0
+
+    @property
+    def good(self) -> bool:
+        """Whether at least 99 % are matched, and their masks differ nowhere by more than 0.01."""
+        return (
+            self.share >= MATCHED_AT_LEAST and (self.largest_mask_difference or 0) <= MASKS_WITHIN
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +96,9 @@ class ExportReport:
     seconds: float
     """Time to trace, translate and write it; the proof is not counted."""
     vocabulary: Path | None
-    """The vocabulary beside it."""
+    """The vocabulary next to it."""
     agreement: tuple[Agreement, ...]
-    """How it agrees with the detector: on drawn pictures, then on those that were given."""
+    """How it agrees with the detector: on synthetic images, then on those that were given."""
     metadata: ExportMetadata
     """What the file says of itself."""
 
@@ -71,41 +109,63 @@ def export_detector(
     *,
     format: Format | None = None,
     opset: int = DEFAULT_OPSET,
-    check: Sequence[Picture] = (),
+    check: Sequence[ImageInput] = (),
     vocabulary: Vocabulary | None = None,
     progress: Callable[[str], None] = _log.info,
 ) -> ExportReport:
     """Write a detector into a file that runs without detectron2.
 
-    The file takes any vocabulary and pictures of any size. Before it appears at ``path`` it is run, and must find what
+    The file takes any vocabulary and images of any size. Before it appears at ``path`` it is run, and must find what
     the detector finds.
 
     Args:
         detector: What to export; its settings (fusion weights, overlaps, limits) go into the file.
         path: The file, ``.onnx`` or ``.pt2``; an existing one is replaced.
-        format: ``"onnx"``, or ``"torch"`` for a program of torch.export; None: what the path's ending says.
+        format: ``"onnx"``, or ``"torch"`` for a program of torch.export; None: by the path's suffix.
         opset: ONNX operator set.
-        check: Pictures to compare on as well.
-        vocabulary: Saved as ``.npz`` beside the file, so that it can be used where there is no text encoder; the
-            comparison on pictures looks for it. None: nothing is saved, and the classes of the training are looked for.
-        progress: Told what is being done.
+        check: Images to compare on as well.
+        vocabulary: Saved as ``.npz`` next to the file, so that it can be used where there is no text encoder; the
+            comparison on images is for its classes. None: nothing is saved, and the classes of the training are compared.
+        progress: Called with a line about each step.
 
     Raises:
         ConfigError: The format, the operator set or the detector's settings cannot be exported.
         MissingDependencyError: A package of the extra ``export`` is absent.
-        InputError: A picture cannot be read.
+        InputError: An image cannot be read.
         EnvironmentProblem: The file cannot be written.
         NumericsError: The file finds something else than the detector; nothing is left at ``path``.
     """
     path = Path(path)
-    chosen = _format(path, format)
-    _check_place(path, with_vocabulary=vocabulary is not None)
-    _check_settings(detector.inference)
+    if format is None and path.suffix not in SUFFIXES:
+        raise ConfigError(
+            f"the suffix of {path.name} does not name a format",
+            hint="end it in .onnx or .pt2, or give --format onnx or --format torch",
+        )
+    chosen = format or SUFFIXES[path.suffix]
+    if chosen not in SUFFIXES.values():
+        raise ConfigError(f"there is no format {format!r}", hint="there are onnx and torch")
+    if path.is_dir():
+        raise EnvironmentProblem(
+            f"{path} is a folder", hint="name the file that is to be written", path=path
+        )
+    companion = path.with_suffix(VOCABULARY_SUFFIX)
+    if vocabulary is not None and path == companion:
+        raise ConfigError(
+            f"the vocabulary would replace the model: it is saved as {path.name} too",
+            hint="end the model's name in .onnx or .pt2",
+        )
+    if detector.inference.augmented:
+        raise ConfigError(
+            "test-time augmentation cannot be exported: the file runs on an image once",
+            hint="export without inference.flip and with inference.scales [1.0]",
+        )
     if chosen == "onnx":
         check_onnx(opset)
-    pictures = [(_name(picture, index), as_pixels(picture)) for index, picture in enumerate(check)]
-    metadata = _metadata(detector, vocabulary)
-    beside = path.with_suffix(VOCABULARY_SUFFIX)
+    images = [
+        (str(image) if isinstance(image, str | Path) else f"image {index}", as_pixels(image))
+        for index, image in enumerate(check)
+    ]
+    metadata = describe(detector, vocabulary)
     with staged(path) as temporary:
         started = time.perf_counter()
         progress("tracing the detector")
@@ -119,85 +179,33 @@ def export_detector(
         seconds = time.perf_counter() - started
         del program
         progress("comparing with the detector")
-        agreement = _prove(detector, _open(temporary, chosen), pictures, vocabulary)
+        exported = (
+            OnnxDetector.from_file(temporary) if chosen == "onnx" else TorchProgram(temporary)
+        )
+        agreement = _prove(detector, exported, images, vocabulary or detector.vocabulary)
         if vocabulary is not None:
-            vocabulary.save(beside)
-        elif beside.is_file():
-            progress(f"{beside} was there before: it is not this model's, and is not used with it")
+            vocabulary.save(companion)
+        elif companion.is_file():
+            progress(f"{companion} existed before: it is not this model's, and is not used with it")
     return ExportReport(
         path=path,
         format=chosen,
         opset=opset if chosen == "onnx" else None,
         bytes=path.stat().st_size,
         seconds=seconds,
-        vocabulary=None if vocabulary is None else beside,
+        vocabulary=None if vocabulary is None else companion,
         agreement=agreement,
         metadata=metadata,
     )
 
 
-def trace(detector: Detector, format: Format) -> torch.export.ExportedProgram:
-    """Trace a detector with free picture size and number of classes.
+def describe(detector: Detector, vocabulary: Vocabulary | None = None) -> ExportMetadata:
+    """Return what an exported file says of itself.
 
     Args:
-        detector: What to trace; not changed.
-        format: What the program is meant for.
+        detector: What is exported.
+        vocabulary: What is saved next to it.
     """
-    suppression = OnnxSuppression() if format == "onnx" else TorchvisionSuppression()
-    graph = DetectorGraph(detector.network, detector.inference, suppression)
-    dimension = detector.network.config.classifier.embedding_dim
-    example = (
-        torch.zeros(*_TRACED_SIZE, 3, dtype=torch.uint8),
-        torch.ones(_TRACED_CLASSES, dimension),
-        torch.ones(_TRACED_CLASSES, dtype=torch.bool),
-        torch.tensor(0.5),
-    )
-    free = torch.export.Dim.DYNAMIC
-    classes = torch.export.Dim("classes", min=1)
-    shapes: tuple[dict[int, object], ...] = ({0: free, 1: free}, {0: classes}, {0: classes}, {})
-    with warnings.catch_warnings(), torch.no_grad():
-        quiet()
-        return torch.export.export(graph, example, dynamic_shapes=shapes, strict=False)
-
-
-def _format(path: Path, format: Format | None) -> Format:
-    if format is not None:
-        if format not in SUFFIXES.values():
-            raise ConfigError(f"there is no format {format!r}", hint="there are onnx and torch")
-        return format
-    if path.suffix not in SUFFIXES:
-        raise ConfigError(
-            f"the name {path.name} does not say which format is wanted",
-            hint="end it in .onnx or .pt2, or give --format onnx or --format torch",
-        )
-    return cast(Format, SUFFIXES[path.suffix])
-
-
-def _check_place(path: Path, *, with_vocabulary: bool) -> None:
-    if path.is_dir():
-        raise EnvironmentProblem(
-            f"{path} is a folder", hint="name the file that is to be written", path=path
-        )
-    if with_vocabulary and path.suffix == VOCABULARY_SUFFIX:
-        raise ConfigError(
-            f"the vocabulary would take the model's place: it is saved as {path.name} too",
-            hint="end the model's name in .onnx or .pt2",
-        )
-
-
-def _check_settings(settings: InferenceConfig) -> None:
-    if settings.flip or settings.scales != (1.0,):
-        raise ConfigError(
-            "test-time augmentation cannot be exported: the file looks at a picture once",
-            hint="export without inference.flip and with inference.scales [1.0]",
-        )
-
-
-def _name(picture: Picture, index: int) -> str:
-    return str(picture) if isinstance(picture, str | Path) else f"picture {index}"
-
-
-def _metadata(detector: Detector, vocabulary: Vocabulary | None = None) -> ExportMetadata:
     settings, config = detector.inference, detector.network.config
     return ExportMetadata(
         proxydet_version=__version__,
@@ -228,19 +236,19 @@ def weights_digest(network: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _open(path: Path, format: Format) -> Runner:
-    return OnnxDetector.from_file(path) if format == "onnx" else TorchProgram(path)
+# --- The proof ---------------------------------------------------------------------------------------------------------
 
 
 def _prove(
     detector: Detector,
-    runner: Runner,
-    pictures: list[tuple[str, Pixels]],
-    vocabulary: Vocabulary | None,
+    exported: OnnxDetector | TorchProgram,
+    images: Sequence[tuple[str, Pixels]],
+    vocabulary: Vocabulary,
 ) -> tuple[Agreement, ...]:
-    """Compare on two drawn pictures, with every pair of region and class a candidate, then on those given.
+    """Compare on two synthetic images, with every pair of region and class a candidate, then on those given.
 
     Raises:
+        DataError: Nothing was found in any of them.
         NumericsError: They disagree.
     """
     training = detector.vocabulary
@@ -254,30 +262,113 @@ def _prove(
             shortest=min(height, width),
             longest=max(height, width),
         )
-        name = f"drawn {width} x {height}"
-        picture = drawn_picture(height, width)
-        results.append(compare(own_size, runner, picture, classes, name=name, score_threshold=0.0))
-    for name, pixels_HW3 in pictures:
+        name, pixels_HW3 = f"synthetic {width} x {height}", synthetic_image(height, width)
+        results.append(
+            compare(own_size, exported, pixels_HW3, classes, name=name, score_threshold=0.0)
+        )
+    threshold = detector.inference.score_threshold
+    for name, pixels_HW3 in images:
         results.append(
             compare(
-                detector,
-                runner,
-                pixels_HW3,
-                vocabulary or training,
-                name=name,
-                score_threshold=detector.inference.score_threshold,
+                detector, exported, pixels_HW3, vocabulary, name=name, score_threshold=threshold
             )
         )
     if not any(result.detections for result in results):
         raise DataError(
-            "nothing was found in any picture, so nothing shows that the file is right",
-            hint="give a picture in which the detector finds something with --check",
+            "nothing was found in any image, so nothing shows that the file is right",
+            hint="give an image in which the detector finds something with --check",
         )
     for result in results:
         if not result.good:
             raise NumericsError(
-                f"the exported file finds something else than the detector on {result.picture}: {result.matched} of "
+                f"the exported file finds something else than the detector on {result.image}: {result.matched} of "
                 f"{result.detections} detections are the same; it was not kept",
                 hint="please report it together with the output of: proxydet env",
             )
     return tuple(results)
+
+
+def synthetic_image(height: int, width: int, seed: int = 0) -> Pixels:
+    """Draw coloured boxes and discs on noise: uint8 (height, width, 3)."""
+    rng = np.random.default_rng(seed)
+    image = Image.fromarray(rng.integers(96, 160, (height, width, 3), dtype=np.uint8))
+    pen = ImageDraw.Draw(image)
+    for index in range(_SHAPES):
+        side = int(rng.integers(8, max(min(height, width) // 2, 9)))
+        left, top = int(rng.integers(width)), int(rng.integers(height))
+        colour = tuple(rng.integers(0, 256, 3).tolist())
+        draw = pen.rectangle if index % 2 else pen.ellipse
+        draw((left, top, left + side, top + side), fill=colour)
+    return np.array(image)
+
+
+def compare(
+    detector: Detector,
+    exported: OnnxDetector | TorchProgram,
+    pixels_HW3: Pixels,
+    vocabulary: Vocabulary,
+    *,
+    name: str,
+    score_threshold: float,
+) -> Agreement:
+    """Run both on an image.
+
+    Args:
+        detector: The detector.
+        exported: The opened file.
+        pixels_HW3: The image: uint8 RGB.
+        vocabulary: What to detect.
+        name: Of the image.
+        score_threshold: Detections that score at most this are left out.
+    """
+    scaled = to_network(pixels_HW3, detector.sides)
+    size = (pixels_HW3.shape[0], pixels_HW3.shape[1])
+    settings = dataclasses.replace(
+        detector.inference, score_threshold=score_threshold, precision="fp32"
+    )
+    predictions = detector.network.detect(
+        [scaled], vocabulary, original_sizes=[size], settings=settings
+    )
+    expected = predictions[0].to("cpu")
+    image = np.ascontiguousarray(scaled.permute(1, 2, 0).numpy())
+    outputs = exported.run(image, vocabulary, score_threshold)
+    found = to_image(outputs, image.shape[:2], size, vocabulary.names)
+
+    boxes_N4, boxes_M4 = (
+        boxes.astype(np.float64) for boxes in (expected.boxes_N4.numpy(), found.boxes_xyxy)
+    )
+    top_left_NM2 = np.maximum(boxes_N4[:, None, :2], boxes_M4[None, :, :2])
+    bottom_right_NM2 = np.minimum(boxes_N4[:, None, 2:], boxes_M4[None, :, 2:])
+    shared_NM = np.clip(bottom_right_NM2 - top_left_NM2, 0, None).prod(axis=2)
+    area_N, area_M = ((b[:, 2:] - b[:, :2]).prod(axis=1) for b in (boxes_N4, boxes_M4))
+    close_NM = shared_NM > IOU_ABOVE * (area_N[:, None] + area_M[None, :] - shared_NM)
+    close_NM &= expected.classes_N.numpy()[:, None] == found.class_ids[None, :]
+    gaps_NM = np.abs(expected.scores_N.numpy()[:, None] - found.scores[None, :])
+    close_NM &= gaps_NM <= SCORE_WITHIN
+    # One to one, best first.
+    pairs = []
+    for place in range(len(boxes_N4)):
+        (candidates,) = close_NM[place].nonzero()
+        if len(candidates):
+            chosen = candidates[gaps_NM[place, candidates].argmin()]
+            close_NM[:, chosen] = False
+            pairs.append((place, chosen))
+    first, second = np.array(pairs, dtype=np.intp).reshape(-1, 2).T
+    mask_difference = None
+    if expected.mask_probs_MSS is not None:
+        assert found.mask_probs is not None
+        assert found.mask_index is not None
+        differences_PSS = (
+            expected.mask_probs_MSS.numpy()[expected.mask_index_N.numpy()[first]]
+            - found.mask_probs[found.mask_index[second]]
+        )
+        mask_difference = float(np.abs(differences_PSS).max(initial=0.0))
+    return Agreement(
+        image=name,
+        classes=len(vocabulary),
+        detections=len(expected),
+        exported=len(found),
+        matched=len(pairs),
+        largest_score_difference=float(gaps_NM[first, second].max(initial=0.0)),
+        largest_mask_difference=mask_difference,
+    )

@@ -1,30 +1,276 @@
-"""The detector's inference as one graph of tensors, for one picture of any size and any number of classes.
+"""The detector's inference as one graph of tensors, for one image of any size and any number of classes.
 
-It runs the detector's own modules; only what depends on data in its shapes has another form here: pooling (see
-`proxydet.export.pooling`), the choice of candidates, suppression, and the masks of distinct boxes.
+It runs the detector's own modules; only what depends on data in its shapes has another form here: convolutions, pooling,
+the choice of candidates, suppression, and the masks of distinct boxes.
 
-Dimensions: H and W the picture, C classes, D embedding, K candidates, R regions (a fixed number, padded), L detections,
-M distinct boxes, S side of a mask.
+Dimensions: H and W the image, C classes, D embedding, K candidates, R regions (a fixed number, padded), P pairs of region
+and class, L detections, M distinct boxes, N boxes to pool, S side of a mask or of a pooled region.
 """
 
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any, Literal
+
+import proxydet.runtime.d2  # noqa: F401
 
 import torch
+from detectron2.layers import Conv2d
 from torch import Tensor, nn
 from torch.nn import functional
+from torchvision.ops import nms, roi_align
 
-from proxydet.export.plain import make_convolutions_plain
-from proxydet.export.pooling import ExportPooler
-from proxydet.export.suppression import Suppression
+from proxydet.detector import Detector
 from proxydet.modeling.centernet import CenterNetOutput, boxes_around
 from proxydet.modeling.config import InferenceConfig
 from proxydet.modeling.geometry import cell_centres
 from proxydet.modeling.matching import Regions
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.modeling.postprocess import ClassText, class_scores
+from proxydet.modeling.roi_align import RegionPooler
 from proxydet.modeling.roi_heads import FeatureBatch, RegionEmbeddings
+
+Format = Literal["onnx", "torch"]
+
+# torchvision's operator cannot stop early, and its time grows with the square of the pairs.
+_MOST_PAIRS = 10_000
+_TRACED_SIZE = (200, 264)
+_TRACED_CLASSES = 5
+
+
+def trace(detector: Detector, format: Format) -> torch.export.ExportedProgram:
+    """Trace a detector with free image size and number of classes.
+
+    Args:
+        detector: What to trace; not changed.
+        format: What the program is meant for.
+    """
+    suppression = OnnxSuppression() if format == "onnx" else TorchvisionSuppression()
+    graph = DetectorGraph(detector.network, detector.inference, suppression)
+    dimension = detector.network.config.classifier.embedding_dim
+    example = (
+        torch.zeros(*_TRACED_SIZE, 3, dtype=torch.uint8),
+        torch.ones(_TRACED_CLASSES, dimension),
+        torch.ones(_TRACED_CLASSES, dtype=torch.bool),
+        torch.tensor(0.5),
+    )
+    free = torch.export.Dim.DYNAMIC
+    classes = torch.export.Dim("classes", min=1)
+    shapes: tuple[dict[int, object], ...] = ({0: free, 1: free}, {0: classes}, {0: classes}, {})
+    with warnings.catch_warnings(), torch.no_grad():
+        silence_tracers()
+        return torch.export.export(graph, example, dynamic_shapes=shapes, strict=False)
+
+
+def silence_tracers() -> None:
+    """Silence, inside ``warnings.catch_warnings``, what torch's and torchvision's tracers warn of in their own code."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+
+
+# --- Suppression -------------------------------------------------------------------------------------------------------
+
+
+class TorchvisionSuppression:
+    """How overlapping boxes are dropped, by torchvision's operator.
+
+    Of more than 10,000 pairs above the threshold only the best are considered.
+    """
+
+    def keep_best(self, boxes_K4: Tensor, scores_K: Tensor, iou: float, limit: int) -> Tensor:
+        """Return the positions (``limit``,) of the boxes to keep, best first; K where there are no more."""
+        return _filled(self._nms(boxes_K4, scores_K, iou), limit, scores_K)
+
+    def keep_best_by_class(
+        self,
+        boxes_R4: Tensor,
+        scores_RC: Tensor,
+        score_threshold: Tensor,
+        settings: InferenceConfig,
+    ) -> tuple[Tensor, Tensor]:
+        """Return region and class of the pairs to keep, in any order."""
+        classes = scores_RC.shape[1]
+        flat_P = torch.cat([scores_RC.flatten(), scores_RC.new_full((_MOST_PAIRS,), -1.0)])
+        score_P, pair_P = flat_P.topk(_MOST_PAIRS)
+        above = (score_P > score_threshold).nonzero()[:, 0]
+        score_P, pair_P = score_P[above], pair_P[above]
+        region_P, class_P = pair_P // classes, pair_P % classes
+        # Classes are moved apart in float64, which is exact.
+        far = boxes_R4.amax().double() + 1
+        apart = boxes_R4[region_P].double() + (class_P.double() * far)[:, None]
+        kept = self._nms(apart, score_P.double(), settings.nms_iou)
+        return region_P[kept], class_P[kept]
+
+    @staticmethod
+    def _nms(boxes_K4: Tensor, scores_K: Tensor, iou: float) -> Tensor:
+        # A traced operator may take it for granted that at least two boxes are kept: two more, apart from all others
+        # and with the lowest scores, make that true.
+        marks_24 = boxes_K4.new_tensor([[-3e9, -3e9, -2e9, -2e9], [-6e9, -6e9, -5e9, -5e9]])
+        kept: Tensor = nms(
+            torch.cat([boxes_K4, marks_24]),
+            torch.cat([scores_K, scores_K.new_tensor([-2.0, -2.0])]),
+            iou,
+        )
+        return kept[:-2]
+
+
+class OnnxSuppression:
+    """The same by ONNX's own operator, which stops early and takes all classes at once; it can be traced, not run.
+
+    While a detector is traced, an operator of ours stands for it, which `onnx_translations` turns into
+    ``NonMaxSuppression``. It exists in the exporting process only: the ONNX file does not hold it.
+    """
+
+    def keep_best(self, boxes_K4: Tensor, scores_K: Tensor, iou: float, limit: int) -> Tensor:
+        """See `TorchvisionSuppression.keep_best`; boxes that score 0 are left out."""
+        floor = scores_K.new_zeros(())
+        kept_L3 = _suppress()(boxes_K4, scores_K[None], floor, iou, limit)
+        return _filled(kept_L3[:, 2], limit, scores_K)
+
+    def keep_best_by_class(
+        self,
+        boxes_R4: Tensor,
+        scores_RC: Tensor,
+        score_threshold: Tensor,
+        settings: InferenceConfig,
+    ) -> tuple[Tensor, Tensor]:
+        """See `TorchvisionSuppression.keep_best_by_class`."""
+        limit = settings.max_detections
+        kept_L3 = _suppress()(boxes_R4, scores_RC.T, score_threshold, settings.nms_iou, limit)
+        return kept_L3[:, 2], kept_L3[:, 1]
+
+
+def _filled(kept_L: Tensor, limit: int, scores_K: Tensor) -> Tensor:
+    """Cut positions to ``limit``, or fill them up with K."""
+    return torch.cat([kept_L, kept_L.new_full((limit,), scores_K.shape[0])])[:limit]
+
+
+@lru_cache(maxsize=1)
+def _suppress() -> Any:
+    """Register the operator that stands for ``NonMaxSuppression`` once in the process, and return it.
+
+    It takes boxes (K, 4), scores (C, K), a score threshold, an IoU and a limit for each class, and returns
+    ``NonMaxSuppression``'s rows (L, 3): 0, class, box; of each class best first.
+    """
+    # It has no kernel: nothing ever runs it.
+    torch.library.define(
+        "proxydet::suppress",
+        "(Tensor boxes, Tensor scores, Tensor score_threshold, float iou, int limit) -> Tensor",
+    )
+
+    def shapes(boxes: Tensor, *_others: object) -> Tensor:
+        rows = torch.library.get_ctx().new_dynamic_size()
+        return boxes.new_empty((rows, 3), dtype=torch.int64)
+
+    torch.library.register_fake("proxydet::suppress", shapes)
+    return torch.ops.proxydet.suppress.default
+
+
+def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Return what `torch.onnx.export` makes of the operator."""
+    from onnxscript import opset18
+
+    op: Any = opset18  # typed for scripts, not for tracing
+
+    def suppress(
+        boxes_K4: Any, scores_CK: Any, score_threshold: Any, iou: float, limit: int
+    ) -> Any:
+        return op.NonMaxSuppression(
+            op.Unsqueeze(boxes_K4, [0]),
+            op.Unsqueeze(scores_CK, [0]),
+            op.Constant(value_ints=[limit]),
+            op.Constant(value_floats=[iou]),
+            op.Reshape(score_threshold, [1]),
+        )
+
+    return {_suppress(): suppress}
+
+
+# --- Layers ------------------------------------------------------------------------------------------------------------
+
+
+class ExportPooler(RegionPooler):
+    """RoIAlign over the pyramid with shapes that do not depend on the boxes; same values as `RegionPooler`.
+
+    The detector pools each box from its own level, level by level. Here every box is pooled from every level by
+    torchvision's operator, and what is not from its own is set to zero before the results are added up. On levels that
+    are not its own a box is shrunk to a point: where the samples follow from the size (ratio 0), that costs nothing.
+
+    Args:
+        pooler: The pooler to stand in for.
+    """
+
+    def __init__(self, pooler: RegionPooler) -> None:
+        super().__init__(pooler.config, pooler.side)
+
+    def forward(self, features: list[Tensor], boxes_N4: Tensor, image_N: Tensor) -> Tensor:
+        """Pool every box: (N, C, S, S)."""
+        level_N1 = self.level(boxes_N4)[:, None]
+        index_N1 = image_N[:, None].to(boxes_N4.dtype)
+        pooled = []
+        for level, maps in zip(self.levels, features, strict=True):
+            own_N1 = level_N1 == level
+            rois_N5 = torch.cat([index_N1, torch.where(own_N1, boxes_N4, 0.0)], dim=1)
+            cells = roi_align(
+                maps,
+                rois_N5,
+                (self.side, self.side),
+                spatial_scale=1.0 / 2**level,
+                sampling_ratio=self.config.sampling_ratio,
+                aligned=True,
+            )
+            pooled.append(torch.where(own_N1[:, :, None, None], cells, 0.0))
+        return torch.stack(pooled).sum(dim=0)
+
+    def parts(
+        self,
+        features: list[Tensor],
+        boxes_N4: Tensor,
+        image_N: Tensor,
+        size: int,  # noqa: ARG002 the detector bounds memory by it
+    ) -> Iterator[Tensor]:
+        """Pool every box: in one part, since an image's regions are few and the number of parts must be known."""
+        yield self(features, boxes_N4, image_N)
+
+
+def _make_convolutions_plain(module: nn.Module) -> None:
+    """Replace every detectron2 ``Conv2d`` below a module by torch's, with its norm and its activation behind it.
+
+    detectron2's asks, in Python, whether its input is empty. The parameters are kept.
+    """
+    for name, child in module.named_children():
+        if not isinstance(child, Conv2d):
+            _make_convolutions_plain(child)
+            continue
+        plain = nn.Conv2d(
+            child.in_channels,
+            child.out_channels,
+            child.kernel_size,
+            stride=child.stride,
+            padding=child.padding,
+            dilation=child.dilation,
+            groups=child.groups,
+            bias=child.bias is not None,
+            padding_mode=child.padding_mode,
+            device="meta",
+        )
+        plain.weight, plain.bias = child.weight, child.bias
+        layers: list[nn.Module] = [plain]
+        for layer in (child.norm, child.activation):
+            if isinstance(layer, nn.Module):
+                layers.append(layer)
+            elif layer is nn.functional.relu:
+                layers.append(nn.ReLU())
+            elif layer is not None:
+                raise TypeError(f"no plain form of the activation {layer!r} is known")
+        setattr(module, name, plain if len(layers) == 1 else nn.Sequential(*layers))
+
+
+# --- The detector ------------------------------------------------------------------------------------------------------
 
 
 class DetectorGraph(nn.Module):
@@ -37,12 +283,15 @@ class DetectorGraph(nn.Module):
     """
 
     def __init__(
-        self, network: ProxyDetNetwork, settings: InferenceConfig, suppression: Suppression
+        self,
+        network: ProxyDetNetwork,
+        settings: InferenceConfig,
+        suppression: TorchvisionSuppression | OnnxSuppression,
     ) -> None:
         super().__init__()
         own = copy.deepcopy(network)
         own.cpu().float().eval().requires_grad_(False)
-        make_convolutions_plain(own)
+        _make_convolutions_plain(own)
         own.roi_heads.box_pooler = ExportPooler(own.roi_heads.box_pooler)
         mask_pooler = own.roi_heads.mask_pooler
         self.masks = settings.masks and mask_pooler is not None
@@ -57,7 +306,7 @@ class DetectorGraph(nn.Module):
     def forward(
         self, image: Tensor, text: Tensor, base: Tensor, score_threshold: Tensor
     ) -> dict[str, Tensor]:
-        """Find objects.
+        """Detect objects.
 
         Args:
             image: uint8 (H, W, 3), RGB, already scaled.
@@ -75,34 +324,49 @@ class DetectorGraph(nn.Module):
         """
         network = self.network
         height, width = image.shape[0], image.shape[1]
-        features = list(network.backbone(self._pixels(image)).values())
-        centernet = network.proposal_generator(features)
-        regions = self._propose(centernet)
-        levels = network.config.pyramid.all_levels
-        pooled = [features[levels.index(level)] for level in network.config.cascade.pool_levels]
-        scene = FeatureBatch(features=pooled, sizes_B2=_size(height, width))
-        known = network.roi_heads.embed(scene, regions)
-        classes = ClassText(text_DC=functional.normalize(text, dim=1).T, base_C=base)
-        scores_RC = class_scores(known, classes, network.classifiers(), self.settings)
-        scores_L, classes_L, regions_L = self._select(scores_RC, known, score_threshold)
-        outputs = {
-            "boxes": known.boxes_BR4[0][regions_L],
-            "scores": scores_L,
-            "classes": classes_L,
-        }
-        if self.masks:
-            masks, mask_index_L = self._masks(scene, known.boxes_BR4[0], regions_L)
-            outputs |= {"masks": masks, "mask_index": mask_index_L}
-        return {**outputs, "finite": _finite(centernet, known)}
-
-    def _pixels(self, image: Tensor) -> Tensor:
-        network = self.network
         pixels = (image.permute(2, 0, 1).float() - network.pixel_mean) / network.pixel_std
         down, right = (
             _round_up(length, network.backbone.size_divisibility) - length
-            for length in image.shape[:2]
+            for length in (height, width)
         )
-        return functional.pad(pixels, (0, right, 0, down))[None]
+        pixels = functional.pad(pixels, (0, right, 0, down))[None]
+        features = list(network.backbone(pixels).values())
+
+        centernet = network.proposal_generator(features)
+        regions = self._propose(centernet)
+
+        levels = network.config.pyramid.all_levels
+        batch = FeatureBatch(
+            features=[
+                features[levels.index(level)] for level in network.config.cascade.pool_levels
+            ],
+            sizes_B2=torch.stack([torch.full((), height), torch.full((), width)])[None].float(),
+        )
+        embedded = network.roi_heads.embed(batch, regions)
+        boxes_R4 = embedded.boxes_BR4[0]
+        classes = ClassText(text_DC=functional.normalize(text, dim=1).T, base_C=base)
+        scores_RC = class_scores(embedded, classes, network.classifiers(), self.settings)
+        scores_L, classes_L, regions_L = self._select(scores_RC, embedded, score_threshold)
+
+        outputs = {"boxes": boxes_R4[regions_L], "scores": scores_L, "classes": classes_L}
+        if self.masks:
+            # One mask for each box in use.
+            used_R = torch.zeros_like(boxes_R4[:, 0]).index_fill(0, regions_L, 1.0)
+            boxes_M4 = boxes_R4[used_R.nonzero()[:, 0]]
+            image_M = torch.zeros_like(boxes_M4[:, 0]).long()
+            outputs["masks"] = network.roi_heads.mask_probabilities(batch, boxes_M4, image_M)
+            outputs["mask_index"] = (used_R.long().cumsum(0) - 1)[regions_L]
+
+        values = [
+            *centernet.heatmaps,
+            *centernet.distances,
+            *embedded.detection,
+            embedded.boxes_BR4,
+        ]
+        if embedded.mixup_BRD is not None:
+            values.append(embedded.mixup_BRD)
+        finite = torch.stack([tensor.isfinite().all() for tensor in values]).all()
+        return {**outputs, "finite": finite}
 
     def _propose(self, output: CenterNetOutput) -> Regions:
         """As `proxydet.modeling.centernet.CenterNet.propose`, padded to a fixed number of candidates and of regions."""
@@ -129,17 +393,17 @@ class DetectorGraph(nn.Module):
         )
 
     def _select(
-        self, scores_RC: Tensor, known: RegionEmbeddings, score_threshold: Tensor
+        self, scores_RC: Tensor, embedded: RegionEmbeddings, score_threshold: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return scores, classes and regions of the detections, best first."""
         settings = self.settings
-        scores_RC = torch.where(known.valid_BR[0][:, None], scores_RC, 0.0)
+        scores_RC = torch.where(embedded.valid_BR[0][:, None], scores_RC, 0.0)
         if settings.one_class_per_proposal:
             scores_RC = torch.where(
                 scores_RC == scores_RC.amax(dim=1, keepdim=True), scores_RC, 0.0
             )
         region_K, class_K = self.suppression.keep_best_by_class(
-            known.boxes_BR4[0], scores_RC, score_threshold, settings
+            embedded.boxes_BR4[0], scores_RC, score_threshold, settings
         )
         score_K = scores_RC.flatten()[region_K * scores_RC.shape[1] + class_K]
         # Filled up, so that the best can be taken whatever their number.
@@ -148,21 +412,6 @@ class DetectorGraph(nn.Module):
         real = (best_L >= 0).nonzero()[:, 0]
         order_L = order_L[real]
         return best_L[real], class_K[order_L], region_K[order_L]
-
-    def _masks(
-        self, scene: FeatureBatch, boxes_R4: Tensor, regions_L: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return a mask for each box in use, and which of them each detection has."""
-        used_R = torch.zeros_like(boxes_R4[:, 0]).index_fill(0, regions_L, 1.0)
-        boxes_M4 = boxes_R4[used_R.nonzero()[:, 0]]
-        place_R = used_R.long().cumsum(0) - 1
-        image_M = torch.zeros_like(boxes_M4[:, 0]).long()
-        masks_MSS = self.network.roi_heads.mask_probabilities(scene, boxes_M4, image_M)
-        return masks_MSS, place_R[regions_L]
-
-
-def _size(height: int, width: int) -> Tensor:
-    return torch.stack([torch.full((), height), torch.full((), width)])[None].float()
 
 
 def _round_up(length: int, divisor: int) -> int:
@@ -173,10 +422,3 @@ def _round_up(length: int, divisor: int) -> int:
     multiples: int = torch.full((), (length + divisor - 1) // divisor).item()  # type: ignore[assignment]
     torch._check(multiples >= 1)
     return multiples * divisor
-
-
-def _finite(output: CenterNetOutput, known: RegionEmbeddings) -> Tensor:
-    values = [*output.heatmaps, *output.distances, *known.detection, known.boxes_BR4]
-    if known.mixup_BRD is not None:
-        values.append(known.mixup_BRD)
-    return torch.stack([tensor.isfinite().all() for tensor in values]).all()

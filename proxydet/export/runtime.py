@@ -7,47 +7,148 @@
     detector = OnnxDetector.from_file("detector.onnx")
     found = detector.predict("desk.jpg", "kitchen.npz", score_threshold=0.3)
 
-Dimensions: N detections, M distinct boxes, S side of a mask, C classes, D embedding, H and W the picture, h and w as it
+Dimensions: N detections, M distinct boxes, S side of a mask, C classes, D embedding, H and W the image, h and w as it
 goes into the network.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from proxydet.data.images import read_image
+from proxydet.data.images import ImageInput, Pixels, as_pixels
 from proxydet.data.transforms import shortest_side
 from proxydet.errors import InputError, MissingDependencyError, NumericsError, VocabularyError
-from proxydet.export.found import Found, to_picture
-from proxydet.export.metadata import REMEDY, ExportMetadata
 from proxydet.vocabulary.vocabulary import Vocabulary
 from proxydet.weight_files import check_seal
 
-Pixels = npt.NDArray[np.uint8]
-Picture = str | Path | Image.Image | Pixels
+Floats = npt.NDArray[np.float32]
+Integers = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 Outputs = dict[str, npt.NDArray[Any]]
 
 INPUTS = ("image", "text", "base", "score_threshold")
 """Names of the file's inputs."""
+OUTPUTS = ("boxes", "scores", "classes", "masks", "mask_index", "finite")
+"""Names of its outputs."""
+BOX_OUTPUTS = ("boxes", "scores", "classes", "finite")
+"""Names of the outputs of a detector without masks."""
 
 # An entry of the model's metadata (field 14: key, value) at the end of the file: protobuf joins repeated fields.
 _KEY = b"proxydet_sha256"
 _ENTRY = b"\x0a" + bytes([len(_KEY)]) + _KEY + b"\x12" + bytes([64])
-SEAL = b"\x72" + bytes([len(_ENTRY) + 64]) + _ENTRY
-"""In front of the file's SHA-256; see `proxydet.weight_files.seal`."""
+ONNX_SEAL = b"\x72" + bytes([len(_ENTRY) + 64]) + _ENTRY
+"""In front of an ONNX file's SHA-256; see `proxydet.weight_files.seal`."""
 
-_NONE_BESIDE = "there is no vocabulary beside the model"
+REMEDY = (
+    "copy it again, or export it again with: proxydet export (an ONNX file changed on purpose? remove proxydet_sha256 from "
+    'its metadata_props, and "sealed" from the JSON under proxydet)'
+)
+"""What to do about a file that is not what was exported."""
 
-OUTPUTS = ("boxes", "scores", "classes", "masks", "mask_index", "finite")
-"""Names of its outputs."""
-BOX_OUTPUTS = ("boxes", "scores", "classes", "finite")
-"""Names of the outputs of a detector that finds boxes only."""
+_MASK_THRESHOLD = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportMetadata:
+    """Stored as JSON: in an ONNX file under the property ``proxydet``, in a torch program as the file ``proxydet.json``."""
+
+    proxydet_version: str
+    """Version that exported it."""
+    torch_version: str
+    """Version of torch that exported it."""
+    backbone: str
+    """``resnet`` or ``swin``."""
+    weights_sha256: str
+    """Digest of the weights that were exported: of names, shapes and values in the order of the names."""
+    vocabulary_sha256: str | None
+    """Digest of the vocabulary that was saved next to the file; None where none was."""
+    embedding_dimension: int
+    """Dimensions that text embeddings must have."""
+    masks: bool
+    """Whether it predicts masks; a detector without a mask head predicts boxes only."""
+    mixup_branch: bool
+    """Whether the scores of two branches are fused."""
+    alpha: float
+    """Weight of the mixup branch for base classes."""
+    beta: float
+    """Weight of the mixup branch for novel classes."""
+    nms_iou: float
+    """IoU above which the lower-scored of two detections of one class is dropped."""
+    max_detections: int
+    """Detections at most."""
+    one_class_per_proposal: bool
+    """Whether only the best class of each box is kept."""
+    shortest: int
+    """Images are scaled so that their shortest side has this many pixels,"""
+    longest: int
+    """but the longest at most this many."""
+    sealed: bool
+    """Whether the file's SHA-256 is at its end: absence means damage. Version 0.1 wrote none."""
+
+    def to_text(self) -> str:
+        """Return JSON."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_text(cls, text: str | None, path: Path, *, sealed: bool) -> ExportMetadata:
+        """Read what `to_text` wrote.
+
+        Args:
+            text: JSON; None where the file has none.
+            path: The file that it comes from.
+            sealed: Whether `proxydet.weight_files.check_seal` found a digest in it.
+
+        Raises:
+            InputError: There is none, or it is not complete; or the digest that it announces is absent.
+        """
+        hint = "make a file with: proxydet export"
+        if text is None:
+            raise InputError(f"{path} was not made by proxydet", hint=hint, path=path)
+        try:
+            # Version 0.1 always exported masks, and no digest.
+            content = {"masks": True, "sealed": False, **json.loads(text)}
+            metadata = msgspec.convert(content, cls)
+        except (ValueError, TypeError, RecursionError, msgspec.MsgspecError) as error:
+            raise InputError(
+                f"{path} was made by another version of proxydet, or is damaged",
+                hint=hint,
+                path=path,
+            ) from error
+        if metadata.sealed and not sealed:
+            raise InputError(
+                f"{path} is damaged: its SHA-256 is not where proxydet export wrote it",
+                hint=REMEDY,
+                path=path,
+            )
+        return metadata
+
+
+def check_exported(path: Path, mark: bytes) -> bool:
+    """Check that a file is there, and whole where it carries its digest.
+
+    Args:
+        path: An exported file.
+        mark: What stands in front of the digest.
+
+    Returns:
+        Whether it carries its digest.
+
+    Raises:
+        InputError: It is absent, or is not what was written.
+    """
+    if not path.is_file():
+        raise InputError(
+            f"there is no file {path}", hint="make one with: proxydet export", path=path
+        )
+    return check_seal(path, mark, hint=REMEDY)
 
 
 class OnnxDetector:
@@ -55,7 +156,7 @@ class OnnxDetector:
 
     Attributes:
         metadata: What the file says of itself.
-        vocabulary: The classes that were exported with the file, in the ``.npz`` of the same name beside it; None
+        vocabulary: The classes that were exported with the file, in the ``.npz`` of the same name next to it; None
             where there are none, or where that file is another.
     """
 
@@ -65,14 +166,14 @@ class OnnxDetector:
         metadata: ExportMetadata,
         vocabulary: Vocabulary | None,
         *,
-        absence: str = _NONE_BESIDE,
+        absence: str = "there is no vocabulary next to the model",
     ) -> None:
         """Wrap a session; `from_file` makes one.
 
         Args:
             session: An ``onnxruntime.InferenceSession``.
             metadata: Of the file.
-            vocabulary: What `predict` looks for where it is given nothing.
+            vocabulary: What `predict` detects where it is given nothing.
             absence: Why there is none.
         """
         self._session = session
@@ -100,17 +201,19 @@ class OnnxDetector:
             MissingDependencyError: onnxruntime is not installed.
         """
         path = Path(path)
-        runtime = _onnxruntime()
-        if not path.is_file():
-            raise InputError(
-                f"there is no file {path}", hint="make one with: proxydet export", path=path
-            )
-        sealed = check_seal(path, SEAL, hint=REMEDY)
-        options = runtime.SessionOptions()
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise MissingDependencyError(
+                "running an ONNX file needs the package onnxruntime, which is not installed",
+                hint="run: pip install onnxruntime",
+            ) from error
+        sealed = check_exported(path, ONNX_SEAL)
+        options = onnxruntime.SessionOptions()
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
-            session = runtime.InferenceSession(str(path), options, providers=list(providers))
+            session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
         except Exception as error:  # onnxruntime's errors have no base of their own
             raise InputError(
                 f"onnxruntime cannot open {path}: {str(error).partition(chr(10))[0]}",
@@ -129,21 +232,22 @@ class OnnxDetector:
 
     def predict(
         self,
-        image: Picture,
+        image: ImageInput,
         vocabulary: Vocabulary | Path | str | None = None,
         *,
         score_threshold: float = 0.3,
     ) -> Found:
-        """Find objects in a picture.
+        """Detect objects in an image.
 
         Args:
             image: A file, a Pillow image, or uint8 (H, W, 3) RGB.
-            vocabulary: What to look for: a vocabulary, a file of ``proxydet vocab build`` or that was saved beside the
-                model; None takes the one beside the model, if it was exported with it. Which classes count as base is taken from it as it is.
+            vocabulary: What to detect: a vocabulary, a file of ``proxydet vocab build`` or one that was saved next to the
+                model; None takes the one next to the model, if it was exported with it. Which classes count as base is
+                taken from it as it is.
             score_threshold: Only detections that score above this, 0 to 1.
 
         Raises:
-            InputError: The picture or the vocabulary cannot be used, or the threshold is out of range.
+            InputError: The image or the vocabulary cannot be used, or the threshold is out of range.
             NumericsError: The network gave values that are not finite.
         """
         if not 0 <= score_threshold <= 1:  # false for NaN, too
@@ -151,16 +255,29 @@ class OnnxDetector:
                 f"the score threshold must be 0 to 1, not {score_threshold}",
                 hint="0.3 shows what is likely, 0.02 nearly everything",
             )
-        pixels = _as_pixels(image)
-        classes = self._classes(vocabulary)
+        pixels = as_pixels(image)
+        classes = self.vocabulary if vocabulary is None else vocabulary
+        if classes is None:
+            raise VocabularyError(
+                f"no classes were given: {self._absence}",
+                hint="give a vocabulary (of proxydet vocab build, or the file that you mean), or export with --vocabulary",
+            )
+        if not isinstance(classes, Vocabulary):
+            classes = Vocabulary.load(classes)
+        expected = self.metadata.embedding_dimension
+        if classes.dimension != expected:
+            raise VocabularyError(
+                f"the vocabulary's embeddings have {classes.dimension} dimensions, the model's have {expected}",
+                hint="embed the class names with the text encoder that the model was trained with",
+            )
         scaled = shortest_side(
             *pixels.shape[:2], shortest=self.metadata.shortest, longest=self.metadata.longest
         ).image(pixels)
         outputs = self.run(scaled, classes, score_threshold)
-        return to_picture(outputs, scaled.shape[:2], pixels.shape[:2], classes.names)
+        return to_image(outputs, scaled.shape[:2], pixels.shape[:2], classes.names)
 
     def run(self, scaled_hw3: Pixels, vocabulary: Vocabulary, score_threshold: float) -> Outputs:
-        """Run the file's graph on a picture that is scaled already.
+        """Run the file's graph on an image that is scaled already.
 
         Returns:
             The outputs by name, boxes in the pixels of ``scaled_hw3``.
@@ -180,24 +297,6 @@ class OnnxDetector:
         check_finite(outputs)
         return outputs
 
-    def _classes(self, vocabulary: Vocabulary | Path | str | None) -> Vocabulary:
-        if vocabulary is None:
-            vocabulary = self.vocabulary
-        if vocabulary is None:
-            raise VocabularyError(
-                f"nothing says what to look for: {self._absence}",
-                hint="give a vocabulary (of proxydet vocab build, or the file that you mean), or export with --vocabulary",
-            )
-        if not isinstance(vocabulary, Vocabulary):
-            vocabulary = Vocabulary.load(vocabulary)
-        expected = self.metadata.embedding_dimension
-        if vocabulary.dimension != expected:
-            raise VocabularyError(
-                f"the vocabulary's embeddings have {vocabulary.dimension} dimensions, the model's have {expected}",
-                hint="embed the class names with the text encoder that the model was trained with",
-            )
-        return vocabulary
-
 
 def check_finite(outputs: Outputs) -> None:
     """Refuse what a network with damaged weights gave.
@@ -211,25 +310,122 @@ def check_finite(outputs: Outputs) -> None:
         )
 
 
-def _as_pixels(image: Picture) -> Pixels:
-    if isinstance(image, str | Path):
-        return read_image(Path(image))
-    if isinstance(image, Image.Image):
-        return read_image(image)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise InputError(
-            f"a picture as an array must be uint8 of shape (height, width, 3), not {image.dtype} {image.shape}",
-            hint="give RGB pixels from 0 to 255, or a file",
-        )
-    return image
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Found:
+    """Everything that was found in one image, best first; the fields are named as `proxydet.Detections`' are.
+
+    Attributes:
+        boxes_xyxy: float32 (N, 4), left, top, right, bottom in pixels of the image.
+        scores: float32 (N,), descending.
+        class_ids: int64 (N,), places in the vocabulary, from 0.
+        labels: Class name of each detection.
+        image_size: Height and width of the image in pixels.
+        mask_probs: float32 (M, S, S), probabilities inside the boxes; None where the file gives boxes only.
+        mask_index: int64 (N,), the mask of each detection; None likewise.
+    """
+
+    boxes_xyxy: Floats
+    scores: Floats
+    class_ids: Integers
+    labels: tuple[str, ...]
+    image_size: tuple[int, int]
+    mask_probs: Floats | None
+    mask_index: Integers | None
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether the exported detector predicts masks."""
+        return self.mask_probs is not None
+
+    def mask(self, index: int) -> Bools:
+        """Return a detection's mask in the image: bool (H, W).
+
+        Raises:
+            InputError: The exported detector predicts boxes only.
+        """
+        probs, places = self._require_masks()
+        return paste(probs[places[index]], self.boxes_xyxy[index], self.image_size)
+
+    @property
+    def masks(self) -> Bools:
+        """All masks in the image: bool (N, H, W), N * H * W bytes.
+
+        Raises:
+            InputError: The exported detector predicts boxes only.
+        """
+        self._require_masks()
+        pasted = np.zeros((len(self), *self.image_size), dtype=np.bool_)
+        for index in range(len(self)):
+            pasted[index] = self.mask(index)
+        return pasted
+
+    def _require_masks(self) -> tuple[Floats, Integers]:
+        if self.mask_probs is None or self.mask_index is None:
+            raise InputError(
+                "the exported detector predicts boxes only, without masks",
+                hint="export a detector that has a mask head",
+            )
+        return self.mask_probs, self.mask_index
 
 
-def _onnxruntime() -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingDependencyError(
-            "running an ONNX file needs the package onnxruntime, which is not installed",
-            hint="run: pip install onnxruntime",
-        ) from error
-    return onnxruntime
+def to_image(
+    outputs: Outputs,
+    network_size: tuple[int, ...],
+    image_size: tuple[int, ...],
+    names: Sequence[str],
+) -> Found:
+    """Scale boxes to the image, and drop those that end up empty.
+
+    Args:
+        outputs: What the graph returned.
+        network_size: h and w.
+        image_size: H and W.
+        names: The vocabulary's class names.
+    """
+    sizes = np.array(image_size, dtype=np.float32)
+    bounds = np.tile(sizes[::-1], 2)
+    factors = np.tile((sizes / np.array(network_size, dtype=np.float32))[::-1], 2)
+    boxes_N4: Floats = np.clip(outputs["boxes"] * factors, 0, bounds)
+    solid = (boxes_N4[:, 2] > boxes_N4[:, 0]) & (boxes_N4[:, 3] > boxes_N4[:, 1])
+    classes_N = outputs["classes"][solid]
+    return Found(
+        boxes_xyxy=boxes_N4[solid],
+        scores=outputs["scores"][solid],
+        class_ids=classes_N,
+        labels=tuple(names[index] for index in classes_N.tolist()),
+        image_size=(int(image_size[0]), int(image_size[1])),
+        mask_probs=outputs.get("masks"),
+        mask_index=outputs["mask_index"][solid] if "masks" in outputs else None,
+    )
+
+
+def paste(mask_SS: Floats, box_4: Floats, image_size: tuple[int, int]) -> Bools:
+    """Paste a mask into an image: the probability at each pixel's centre, interpolated, at least one half.
+
+    Outside the mask the probability is 0; between the outermost cells' centres and the box it falls off towards that.
+
+    Args:
+        mask_SS: Probabilities in the cells of a grid over the box.
+        box_4: xyxy pixels, not empty.
+        image_size: H and W.
+
+    Returns:
+        bool (H, W).
+    """
+    spans, weights = [], []
+    for axis, length in ((1, image_size[0]), (0, image_size[1])):
+        start, end = box_4[axis], box_4[axis + 2]
+        first, last = max(int(np.floor(start)) - 1, 0), int(np.ceil(end)) + 1
+        spans.append(slice(first, last))
+        # How much each pixel of the axis takes from each cell.
+        centres = np.arange(first, min(last, length), dtype=np.float32) + np.float32(0.5)
+        position = (centres - start) / (end - start) * len(mask_SS) - np.float32(0.5)
+        distance = np.abs(position[:, None] - np.arange(len(mask_SS), dtype=np.float32))
+        weights.append(np.maximum(0, 1 - distance).astype(np.float32))
+    down, across = weights
+    pasted = np.zeros(image_size, dtype=np.bool_)
+    pasted[spans[0], spans[1]] = down @ mask_SS @ across.T >= _MASK_THRESHOLD
+    return pasted

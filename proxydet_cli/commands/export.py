@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -19,9 +19,6 @@ from proxydet_cli.detector_options import (
 )
 from proxydet_cli.options import Json, command_app, examples
 
-if TYPE_CHECKING:
-    from proxydet.export.exporter import ExportReport
-
 app = command_app()
 
 OutputFile = Annotated[
@@ -31,13 +28,15 @@ FileFormat = Annotated[
     Literal["onnx", "torch"] | None,
     typer.Option(
         "--format",
-        help="onnx, for onnxruntime; torch, a program of torch.export. [default: by the file's ending]",
+        help="onnx, for onnxruntime; torch, a program of torch.export. [default: by the file's suffix]",
     ),
 ]
 Check = Annotated[
     list[Path] | None,
     typer.Option(
-        "--check", metavar="PICTURE", help="Compare with the detector on this picture too; repeat."
+        "--check",
+        metavar="IMAGE",
+        help="Compare with the detector on this image too; may be repeated.",
     ),
 ]
 Opset = Annotated[int, typer.Option("--opset", metavar="N", help="ONNX operator set, 18 to 21.")]
@@ -65,8 +64,8 @@ def export(
 ) -> None:
     """Write a detector into a file that runs without detectron2.
 
-    The file takes any vocabulary and pictures of any size. It is compared with the detector before it is kept. With -v
-    or --vocabulary, these classes are saved beside it as .npz, for use where there is no text encoder.
+    The file takes any vocabulary and images of any size. It is compared with the detector before it is kept. With -v
+    or --vocabulary, these classes are saved next to it as .npz, for use where there is no text encoder.
     """
     from proxydet.detector import open_named
     from proxydet.export.exporter import export_detector
@@ -85,15 +84,11 @@ def export(
         vocabulary=chosen_vocabulary(detector, classes, vocabulary, names) if given else None,
         progress=out.message,
     )
-    out.data(report, _text(report))
-
-
-def _text(report: ExportReport) -> str:
     lines = [f"{report.path}: {report.bytes / 1e6:.1f} MB, exported in {report.seconds:.0f} s"]
     if report.vocabulary is not None:
         lines.append(f"{report.vocabulary}: the vocabulary")
     lines += [
-        f"{result.picture}, {result.classes} classes: {result.matched} of {result.detections} detections the same, "
+        f"{result.image}, {result.classes} classes: {result.matched} of {result.detections} detections the same, "
         f"scores within {result.largest_score_difference:.1e}"
         + (
             ", boxes only"
@@ -102,4 +97,4 @@ def _text(report: ExportReport) -> str:
         )
         for result in report.agreement
     ]
-    return "\n".join(lines)
+    out.data(report, "\n".join(lines))

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from proxydet.detector import Detector
-from proxydet.export.agreement import Agreement
-from proxydet.export.exporter import ExportReport, _metadata
+from proxydet.export.exporter import Agreement, ExportReport, describe
 from proxydet_cli.main import main
 
 
@@ -28,7 +27,7 @@ def seen(detector: Detector, monkeypatch: pytest.MonkeyPatch) -> dict[str, objec
     def exported(chosen: Detector, path: Path, **options: object) -> ExportReport:
         given.update(options, path=path, detector=chosen)
         agreement = Agreement(
-            picture="drawn",
+            image="drawn",
             classes=6,
             detections=40,
             exported=40,
@@ -44,7 +43,7 @@ def seen(detector: Detector, monkeypatch: pytest.MonkeyPatch) -> dict[str, objec
             seconds=3.0,
             vocabulary=None,
             agreement=(agreement,),
-            metadata=_metadata(chosen),
+            metadata=describe(chosen),
         )
 
     monkeypatch.setattr("proxydet.export.exporter.export_detector", exported)
@@ -57,10 +56,10 @@ def test_options_reach_the_exporter(
 ) -> None:
     target = tmp_path / "a.onnx"
     assert run("-o", target, "--opset", 19, "--format", "onnx", "--check", "x.jpg", "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["path"] == str(target)
-    assert told["agreement"][0]["matched"] == 40
-    assert told["metadata"]["weights_sha256"]
+    report = json.loads(capsys.readouterr().out)
+    assert report["path"] == str(target)
+    assert report["agreement"][0]["matched"] == 40
+    assert report["metadata"]["weights_sha256"]
     assert seen["detector"] is detector
     assert (seen["opset"], seen["format"]) == (19, "onnx")
     assert seen["check"] == [Path("x.jpg")]
@@ -78,9 +77,9 @@ def test_a_vocabulary_is_given_on(
 @pytest.mark.usefixtures("seen")
 def test_the_report_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("-o", tmp_path / "a.onnx") == 0
-    told = capsys.readouterr().out
-    assert "2.0 MB, exported in 3 s" in told
-    assert "drawn, 6 classes: 40 of 40 detections the same" in told
+    report = capsys.readouterr().out
+    assert "2.0 MB, exported in 3 s" in report
+    assert "drawn, 6 classes: 40 of 40 detections the same" in report
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,11 +1,12 @@
-"""What the exporter refuses, and that it leaves nothing half done."""
+"""What the exporter refuses, that it leaves nothing half done, and when two sets of detections count as the same."""
 
 from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,19 @@ from proxydet.errors import (
     ProxydetError,
 )
 from proxydet.export import exporter
-from proxydet.export.drawn import drawn_picture
-from proxydet.export.exporter import export_detector, weights_digest
-from proxydet.export.program import TorchProgram
+from proxydet.export.exporter import (
+    Agreement,
+    compare,
+    export_detector,
+    synthetic_image,
+    weights_digest,
+)
+from proxydet.export.formats import TorchProgram
 from proxydet.export.runtime import OnnxDetector
+from proxydet.modeling.prediction import Prediction
 from proxydet.vocabulary.vocabulary import Vocabulary
+
+Outputs = dict[str, np.ndarray]
 
 
 class Untouched(AssertionError):
@@ -47,7 +56,7 @@ def no_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("model.bin", {}, "does not say which format"),
+        ("model.bin", {}, "does not name a format"),
         ("model.onnx", {"format": "tensorrt"}, "no format 'tensorrt'"),
         ("model.onnx", {"opset": 99}, "operator set 99"),
         ("model.onnx", {"opset": 11}, "operator set 11"),
@@ -89,40 +98,52 @@ def test_a_folder_is_refused_before_the_work(detector: Detector, tmp_path: Path)
 def test_the_vocabulary_does_not_replace_the_model(
     detector: Detector, tiny: ModuleType, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="would take the model's place"):
+    with pytest.raises(ConfigError, match="would replace the model"):
         export_detector(
             detector, tmp_path / "model.npz", format="onnx", vocabulary=tiny.vocabulary(2)
         )
 
 
-class Right:
-    """The detector itself as an exported file."""
+class Altered:
+    """The detector itself as an exported file, its outputs changed where a change is given."""
 
-    def __init__(self, detector: Detector) -> None:
-        self.detector = detector
+    def __init__(
+        self, detector: Detector, change: Callable[[Outputs], None] = lambda _outputs: None
+    ) -> None:
+        self.detector, self.change = detector, change
 
-    def run(self, scaled_hw3: np.ndarray, vocabulary: Vocabulary, score_threshold: float) -> Any:
+    def run(
+        self, scaled_hw3: np.ndarray, vocabulary: Vocabulary, score_threshold: float
+    ) -> Outputs:
         settings = self.detector.settings(score_threshold=score_threshold, max_detections=300)
         image = torch.from_numpy(scaled_hw3).permute(2, 0, 1)
         (found,) = self.detector.network.detect([image], vocabulary, settings=settings)
-        return {
-            "boxes": found.boxes_N4.numpy(),
-            "scores": found.scores_N.numpy(),
-            "classes": found.classes_N.numpy(),
-            "masks": found.mask_probs_MSS.numpy(),
-            "mask_index": found.mask_index_N.numpy(),
+        outputs = {
+            "boxes": found.boxes_N4.numpy().copy(),
+            "scores": found.scores_N.numpy().copy(),
+            "classes": found.classes_N.numpy().copy(),
+            "masks": found.mask_probs_MSS.numpy().copy(),
+            "mask_index": found.mask_index_N.numpy().copy(),
         }
+        self.change(outputs)
+        return outputs
 
 
-def test_the_vocabulary_is_written_beside_the_file_as_it_was_given(
-    detector: Detector, tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def stand_in(monkeypatch: pytest.MonkeyPatch, exported: object) -> None:
+    """Put a made-up file in the place of the one that is written, which takes too long for a quick test."""
     monkeypatch.setattr(exporter, "trace", lambda *_: None)
     monkeypatch.setattr(exporter, "save_onnx", lambda *_: None)
-    monkeypatch.setattr(exporter, "_open", lambda *_: Right(detector))
+    opener = SimpleNamespace(from_file=lambda _: exported)
+    monkeypatch.setattr(exporter, "OnnxDetector", opener)
+
+
+def test_the_vocabulary_is_written_next_to_the_file_as_it_was_given(
+    detector: Detector, tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch, Altered(detector))
     words = tiny.vocabulary(4, seed=4)
     report = export_detector(
-        detector, tmp_path / "shapes.onnx", vocabulary=words, check=[drawn_picture(80, 120)]
+        detector, tmp_path / "shapes.onnx", vocabulary=words, check=[synthetic_image(80, 120)]
     )
     assert report.vocabulary == tmp_path / "shapes.npz"
     read = Vocabulary.load(report.vocabulary)
@@ -134,7 +155,7 @@ def test_the_vocabulary_is_written_beside_the_file_as_it_was_given(
     trained = len(detector.vocabulary)
     assert trained != len(words)
     assert [result.classes for result in report.agreement] == [trained, 1, 4]
-    assert report.agreement[2].picture == "picture 0"
+    assert report.agreement[2].image == "image 0"
 
 
 @pytest.mark.usefixtures("no_tracing")
@@ -173,9 +194,7 @@ class Wrong:
 def test_a_file_that_disagrees_is_not_kept(
     detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporter, "trace", lambda *_: None)
-    monkeypatch.setattr(exporter, "save_onnx", lambda *_: None)
-    monkeypatch.setattr(exporter, "_open", lambda *_: Wrong())
+    stand_in(monkeypatch, Wrong())
     kept = tmp_path / "model.onnx"
     kept.write_text("the file of before")
     with pytest.raises(NumericsError, match="not kept"):
@@ -184,17 +203,15 @@ def test_a_file_that_disagrees_is_not_kept(
     assert list(tmp_path.iterdir()) == [kept]
 
 
-def test_a_vocabulary_of_an_earlier_export_is_told(
+def test_a_vocabulary_of_an_earlier_export_is_reported(
     detector: Detector, tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporter, "trace", lambda *_: None)
-    monkeypatch.setattr(exporter, "save_onnx", lambda *_: None)
-    monkeypatch.setattr(exporter, "_open", lambda *_: Right(detector))
+    stand_in(monkeypatch, Altered(detector))
     tiny.vocabulary(4, seed=4).save(tmp_path / "shapes.npz")
-    told: list[str] = []
-    report = export_detector(detector, tmp_path / "shapes.onnx", progress=told.append)
+    lines: list[str] = []
+    report = export_detector(detector, tmp_path / "shapes.onnx", progress=lines.append)
     assert report.metadata.vocabulary_sha256 is None
-    assert "shapes.npz was there before" in told[-1]
+    assert "shapes.npz existed before" in lines[-1]
 
 
 def test_a_comparison_of_nothing_with_nothing_proves_nothing(
@@ -203,9 +220,7 @@ def test_a_comparison_of_nothing_with_nothing_proves_nothing(
     network = tiny.network()
     with torch.no_grad():
         network.proposal_generator.centernet_head.agn_hm.bias.fill_(-50.0)
-    monkeypatch.setattr(exporter, "trace", lambda *_: None)
-    monkeypatch.setattr(exporter, "save_onnx", lambda *_: None)
-    monkeypatch.setattr(exporter, "_open", lambda *_: Wrong())
+    stand_in(monkeypatch, Wrong())
     with pytest.raises(ProxydetError, match="nothing shows that the file is right"):
         export_detector(Detector(network), tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
@@ -224,3 +239,99 @@ def test_files_that_cannot_be_opened(opener: Any, tmp_path: Path) -> None:
     damaged.write_bytes(b"PK\x03\x04 no model")
     with pytest.raises(InputError, match="cannot open"):
         opener(damaged)
+
+
+def agreement(
+    detector: Detector, tiny: ModuleType, change: Callable[[Outputs], None], threshold: float = 0.02
+) -> Agreement:
+    return compare(
+        detector,
+        Altered(detector, change),
+        synthetic_image(100, 140),
+        tiny.vocabulary(4),
+        name="synthetic",
+        score_threshold=threshold,
+    )
+
+
+def test_the_same_agrees_in_full(detector: Detector, tiny: ModuleType) -> None:
+    result = agreement(detector, tiny, lambda _outputs: None)
+    assert result.detections > 10
+    assert result.matched == result.detections == result.exported
+    assert result.share == 1.0
+    assert result.good
+    assert result.largest_score_difference == 0.0
+
+
+def shift_boxes(outputs: Outputs) -> None:
+    outputs["boxes"] += [5, 0, 5, 0]
+
+
+def lower_scores(outputs: Outputs) -> None:
+    outputs["scores"] -= 1e-3
+
+
+def change_classes(outputs: Outputs) -> None:
+    outputs["classes"] = (outputs["classes"] + 1) % 4
+
+
+@pytest.mark.parametrize("change", [shift_boxes, lower_scores, change_classes])
+def test_each_difference_counts(
+    detector: Detector, tiny: ModuleType, change: Callable[[Outputs], None]
+) -> None:
+    result = agreement(detector, tiny, change)
+    assert result.share < 0.5
+    assert not result.good
+
+
+def test_detections_that_are_missing_or_doubled_count(detector: Detector, tiny: ModuleType) -> None:
+    def double(outputs: Outputs) -> None:
+        for name in ("boxes", "scores", "classes", "mask_index"):
+            outputs[name] = np.concatenate([outputs[name], outputs[name]])
+
+    def halve(outputs: Outputs) -> None:
+        for name in ("boxes", "scores", "classes", "mask_index"):
+            outputs[name] = outputs[name][::2]
+
+    assert agreement(detector, tiny, double).share == 0.5
+    assert agreement(detector, tiny, halve).share <= 0.51
+
+
+def test_masks_that_differ_are_reported(detector: Detector, tiny: ModuleType) -> None:
+    def change(outputs: Outputs) -> None:
+        outputs["masks"] = outputs["masks"] * 0.5
+
+    result = agreement(detector, tiny, change)
+    assert result.largest_mask_difference > 0.1
+    assert result.share == 1.0
+    assert not result.good
+
+
+def test_nothing_in_both_agrees(detector: Detector, tiny: ModuleType) -> None:
+    result = agreement(detector, tiny, lambda _outputs: None, threshold=0.9999)
+    assert result.detections == 0
+    assert result.good
+
+
+def test_a_detection_is_matched_once_only(detector: Detector, tiny: ModuleType) -> None:
+    class Doubled:
+        """The detector, which finds everything twice."""
+
+        sides, inference, network = detector.sides, detector.inference, None
+
+        def detect(self, *arguments: Any, **options: Any) -> list[Prediction]:
+            (found,) = detector.network.detect(*arguments, **options)
+            return [found.choose(torch.arange(len(found)).repeat_interleave(2))]
+
+    doubled = Doubled()
+    doubled.network = doubled  # type: ignore[assignment]
+    result = compare(
+        doubled,  # type: ignore[arg-type]
+        Altered(detector),  # type: ignore[arg-type]
+        synthetic_image(100, 140),
+        tiny.vocabulary(4),
+        name="synthetic",
+        score_threshold=0.02,
+    )
+    assert result.detections == 2 * result.exported == 2 * result.matched > 10
+    assert not result.good

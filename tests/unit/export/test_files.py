@@ -15,10 +15,8 @@ from PIL import Image
 
 from proxydet.detector import Detector
 from proxydet.errors import InputError, NumericsError, VocabularyError
-from proxydet.export.agreement import Runner, compare
-from proxydet.export.drawn import drawn_picture
-from proxydet.export.exporter import ExportReport, export_detector
-from proxydet.export.program import TorchProgram
+from proxydet.export.exporter import ExportReport, compare, export_detector, synthetic_image
+from proxydet.export.formats import TorchProgram
 from proxydet.export.runtime import INPUTS, OUTPUTS, OnnxDetector
 
 # One export takes longer than a quick test may; what is exported is tested without in test_graph.py.
@@ -62,15 +60,17 @@ def run_without(blocked: set[str], code: str, *words: object) -> str:
     return done.stdout
 
 
-def assert_agrees(detector: Detector, runner: Runner, tiny: ModuleType) -> None:
+def assert_agrees(
+    detector: Detector, exported: OnnxDetector | TorchProgram, tiny: ModuleType
+) -> None:
     """Sizes and vocabularies other than the traced ones, and a threshold that leaves nothing."""
     for size, classes, threshold in zip(
         SIZES, (1, 7, 80, 1203), (0.02, 0.02, 0.3, 0.9999), strict=True
     ):
         result = compare(
             detector,
-            runner,
-            drawn_picture(*size, seed=classes),
+            exported,
+            synthetic_image(*size, seed=classes),
             tiny.vocabulary(classes, seed=classes),
             name=f"{size}",
             score_threshold=threshold,
@@ -102,14 +102,14 @@ def test_onnx_runs_without_torch_and_detectron2(
     detector: Detector, onnx_export: ExportReport, tiny: ModuleType, tmp_path: Path
 ) -> None:
     words = tiny.vocabulary(5, seed=5)
-    Image.fromarray(drawn_picture(70, 90)).save(tmp_path / "picture.png")
+    Image.fromarray(synthetic_image(70, 90)).save(tmp_path / "image.png")
     words.save(tmp_path / "words.npz")
     blocked = {"torch", "torchvision", "detectron2", "pycocotools", "fvcore", "open_clip", "yaml"}
     text = run_without(
-        blocked, WITHOUT_TORCH, onnx_export.path, tmp_path / "picture.png", tmp_path / "words.npz"
+        blocked, WITHOUT_TORCH, onnx_export.path, tmp_path / "image.png", tmp_path / "words.npz"
     )
     boxes, scores, labels, area = json.loads(text)
-    wanted = detector.predict(tmp_path / "picture.png", words, score_threshold=0.02)
+    wanted = detector.predict(tmp_path / "image.png", words, score_threshold=0.02)
     assert len(wanted) > 5
     assert tuple(labels) == wanted.labels
     np.testing.assert_allclose(boxes, wanted.boxes_xyxy, atol=0.01)
@@ -117,11 +117,9 @@ def test_onnx_runs_without_torch_and_detectron2(
     assert abs(area - int(wanted.masks.sum())) <= 0.01 * max(area, 1)
 
 
-def test_pictures_of_every_kind(
-    onnx_export: ExportReport, tiny: ModuleType, tmp_path: Path
-) -> None:
+def test_images_of_every_kind(onnx_export: ExportReport, tiny: ModuleType, tmp_path: Path) -> None:
     model, words = OnnxDetector.from_file(onnx_export.path), tiny.vocabulary(3)
-    pixels = drawn_picture(70, 90)
+    pixels = synthetic_image(70, 90)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     first = model.predict(pixels, words, score_threshold=0.02)
     for same in (tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(pixels)):
@@ -134,38 +132,42 @@ def test_pictures_of_every_kind(
 def test_vocabularies_that_do_not_fit(onnx_export: ExportReport, tiny: ModuleType) -> None:
     model = OnnxDetector.from_file(onnx_export.path)
     with pytest.raises(VocabularyError, match="have 8 dimensions, the model's have 16"):
-        model.predict(drawn_picture(60, 60), tiny.vocabulary(3, dimensions=8))
-    with pytest.raises(VocabularyError, match="nothing says what to look for"):
-        model.predict(drawn_picture(60, 60))
+        model.predict(synthetic_image(60, 60), tiny.vocabulary(3, dimensions=8))
+    with pytest.raises(VocabularyError, match="no classes were given"):
+        model.predict(synthetic_image(60, 60))
 
 
 def without_digest(model: onnx.ModelProto) -> None:
     """As one does to change a file on purpose."""
     [digest] = [entry for entry in model.metadata_props if entry.key == "proxydet_sha256"]
     model.metadata_props.remove(digest)
-    [told] = [entry for entry in model.metadata_props if entry.key == "proxydet"]
-    told.value = json.dumps({k: v for k, v in json.loads(told.value).items() if k != "sealed"})
+    [description] = [entry for entry in model.metadata_props if entry.key == "proxydet"]
+    description.value = json.dumps(
+        {k: v for k, v in json.loads(description.value).items() if k != "sealed"}
+    )
 
 
-def test_the_vocabulary_beside_the_file_is_used_if_it_is_the_files(
+def test_the_vocabulary_next_to_the_file_is_used_if_it_is_the_files(
     onnx_export: ExportReport, tiny: ModuleType, tmp_path: Path
 ) -> None:
     copy, words = tmp_path / "model.onnx", tiny.vocabulary(3, seed=9)
     model = onnx.load(onnx_export.path)
-    [told] = [entry for entry in model.metadata_props if entry.key == "proxydet"]
-    told.value = json.dumps(json.loads(told.value) | {"vocabulary_sha256": words.digest})
+    [description] = [entry for entry in model.metadata_props if entry.key == "proxydet"]
+    description.value = json.dumps(
+        json.loads(description.value) | {"vocabulary_sha256": words.digest}
+    )
     without_digest(model)
     onnx.save(model, copy)
     saved = words.save(tmp_path / "model.npz")
-    found = OnnxDetector.from_file(copy).predict(drawn_picture(60, 90), score_threshold=0.02)
+    found = OnnxDetector.from_file(copy).predict(synthetic_image(60, 90), score_threshold=0.02)
     assert len(found) > 0
     assert set(found.labels) <= {"class 0", "class 1", "class 2"}
     tiny.vocabulary(3, seed=8).save(saved)
     opened = OnnxDetector.from_file(copy)
     assert opened.vocabulary is None
     with pytest.raises(VocabularyError, match=r"model\.npz was not exported with this model"):
-        opened.predict(drawn_picture(60, 90))
-    assert len(opened.predict(drawn_picture(60, 90), saved, score_threshold=0.02)) > 0
+        opened.predict(synthetic_image(60, 90))
+    assert len(opened.predict(synthetic_image(60, 90), saved, score_threshold=0.02)) > 0
 
 
 def test_an_onnx_file_of_others_is_refused(onnx_export: ExportReport, tmp_path: Path) -> None:
@@ -176,7 +178,7 @@ def test_an_onnx_file_of_others_is_refused(onnx_export: ExportReport, tmp_path: 
         OnnxDetector.from_file(tmp_path / "other.onnx")
 
 
-def test_damaged_weights_in_the_file_are_told(
+def test_damaged_weights_in_the_file_are_reported(
     onnx_export: ExportReport, tiny: ModuleType, tmp_path: Path
 ) -> None:
     model = onnx.load(onnx_export.path)
@@ -186,7 +188,7 @@ def test_damaged_weights_in_the_file_are_told(
     onnx.save(model, tmp_path / "damaged.onnx")
     with pytest.raises(NumericsError, match="not finite"):
         OnnxDetector.from_file(tmp_path / "damaged.onnx").predict(
-            drawn_picture(60, 60), tiny.vocabulary(3)
+            synthetic_image(60, 60), tiny.vocabulary(3)
         )
 
 
@@ -196,7 +198,7 @@ def test_torch_finds_what_the_detector_finds_without_detectron2(
     assert_agrees(detector, TorchProgram(torch_export.path), tiny)
     words = tiny.vocabulary(5, seed=5)
     inputs = {
-        "image": drawn_picture(70, 90),
+        "image": synthetic_image(70, 90),
         "text": words.embeddings,
         "base": words.base,
         "score_threshold": np.float32(0.02),

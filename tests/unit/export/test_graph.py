@@ -10,10 +10,8 @@ import pytest
 import torch
 
 from proxydet.errors import InputError
-from proxydet.export.found import Found, to_picture
-from proxydet.export.graph import DetectorGraph
-from proxydet.export.pooling import ExportPooler
-from proxydet.export.suppression import TorchvisionSuppression
+from proxydet.export.graph import DetectorGraph, ExportPooler, TorchvisionSuppression
+from proxydet.export.runtime import Found, to_image
 from proxydet.modeling.config import CascadeConfig, InferenceConfig
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.modeling.prediction import Prediction
@@ -25,7 +23,7 @@ def graph_of(network: ProxyDetNetwork, settings: InferenceConfig) -> DetectorGra
     return DetectorGraph(network, settings, TorchvisionSuppression())
 
 
-def look(
+def run(
     graph: DetectorGraph, image_3HW: torch.Tensor, words: Vocabulary, threshold: float
 ) -> Found:
     outputs = graph(
@@ -37,7 +35,7 @@ def look(
     assert bool(outputs["finite"])
     arrays = {name: tensor.numpy() for name, tensor in outputs.items()}
     size = tuple(image_3HW.shape[1:])
-    return to_picture(arrays, size, size, words.names)
+    return to_image(arrays, size, size, words.names)
 
 
 def paired(found: Found, wanted: Prediction) -> list[int]:
@@ -89,7 +87,7 @@ def test_the_graph_finds_what_the_network_finds(
     image = tiny.image(*size, seed=3)
     (wanted,) = network.detect([image], words, settings=settings)
     assert len(wanted) > 5
-    assert_same(look(graph_of(network, settings), image, words, threshold), wanted)
+    assert_same(run(graph_of(network, settings), image, words, threshold), wanted)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +109,7 @@ def test_the_detectors_settings_go_into_the_graph(
     (wanted,) = network.detect([image], words, settings=settings)
     (usual,) = network.detect([image], words)
     assert len(wanted) != len(usual) or not torch.equal(wanted.scores_N, usual.scores_N)
-    assert_same(look(graph_of(network, settings), image, words, settings.score_threshold), wanted)
+    assert_same(run(graph_of(network, settings), image, words, settings.score_threshold), wanted)
 
 
 def test_a_model_without_mixup_branch(tiny: ModuleType) -> None:
@@ -119,7 +117,7 @@ def test_a_model_without_mixup_branch(tiny: ModuleType) -> None:
     image, words = tiny.image(96, 128), tiny.vocabulary(7)
     (wanted,) = network.detect([image], words)
     assert len(wanted) > 5
-    assert_same(look(graph_of(network, InferenceConfig()), image, words, 0.02), wanted)
+    assert_same(run(graph_of(network, InferenceConfig()), image, words, 0.02), wanted)
 
 
 @pytest.mark.parametrize("head", [True, False])
@@ -134,34 +132,34 @@ def test_boxes_only_where_there_is_no_mask_head_or_no_masks_are_wanted(
     assert len(wanted) > 5
     graph = graph_of(network, settings)
     assert not [name for name, _ in graph.named_parameters() if "mask" in name]
-    found = look(graph, image, words, 0.02)
+    found = run(graph, image, words, 0.02)
     assert_same(found, wanted)
     assert not found.has_masks
     with pytest.raises(InputError, match="boxes only"):
         _ = found.masks
 
 
-def test_nothing_found_and_a_picture_of_one_pixel(tiny: ModuleType) -> None:
+def test_nothing_found_and_an_image_of_one_pixel(tiny: ModuleType) -> None:
     network = tiny.lively(tiny.network())
     graph = graph_of(network, InferenceConfig())
-    found = look(graph, tiny.image(64, 64), tiny.vocabulary(3), 0.9999)
+    found = run(graph, tiny.image(64, 64), tiny.vocabulary(3), 0.9999)
     assert len(found) == 0
     assert found.boxes_xyxy.shape == (0, 4)
     assert found.masks.shape == (0, 64, 64)
     (wanted,) = network.detect([tiny.image(1, 1)], tiny.vocabulary(3))
-    assert_same(look(graph, tiny.image(1, 1), tiny.vocabulary(3), 0.02), wanted)
+    assert_same(run(graph, tiny.image(1, 1), tiny.vocabulary(3), 0.02), wanted)
 
 
 def test_embeddings_of_any_length_are_the_same_classes(tiny: ModuleType) -> None:
     words = tiny.vocabulary(4)
     longer = Vocabulary.from_arrays(words.names, words.embeddings * 7.0, words.base)
     graph = graph_of(tiny.lively(tiny.network()), InferenceConfig())
-    first, second = (look(graph, tiny.image(64, 96), text, 0.02) for text in (words, longer))
+    first, second = (run(graph, tiny.image(64, 96), text, 0.02) for text in (words, longer))
     np.testing.assert_allclose(first.scores, second.scores, atol=1e-6)
 
 
 @pytest.mark.parametrize("place", ["backbone", "roi_heads.box_head"])
-def test_damaged_weights_are_told(tiny: ModuleType, place: str) -> None:
+def test_damaged_weights_are_reported(tiny: ModuleType, place: str) -> None:
     network = tiny.lively(tiny.network())
     parameter = next(network.get_submodule(place).parameters())
     with torch.no_grad():

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import nms
 
-from proxydet.export.exporter import _metadata
-from proxydet.export.onnx_file import save_onnx
-from proxydet.export.onnx_operators import OnnxSuppression
-from proxydet.export.suppression import TorchvisionSuppression
+from proxydet.export.exporter import describe
+from proxydet.export.formats import save_onnx
+from proxydet.export.graph import OnnxSuppression, TorchvisionSuppression
 from proxydet.modeling.config import InferenceConfig
 
 IOU = 0.5
@@ -49,7 +48,7 @@ def session(detector, tmp_path_factory: pytest.TempPathFactory) -> onnxruntime.I
         dynamic_shapes=({0: free}, {0: free, 1: free}, {}),
         strict=False,
     )
-    save_onnx(program, path, _metadata(detector), 18, output_names=("kept", "regions", "classes"))
+    save_onnx(program, path, describe(detector), 18, output_names=("kept", "regions", "classes"))
     assert {node.domain for node in onnx.load(path).graph.node} == {""}
     return onnxruntime.InferenceSession(str(path))
 
@@ -73,7 +72,7 @@ def test_suppression_keeps_what_torchvisions_does(
     wanted = set(zip(*(part.tolist() for part in of_class), strict=True))
     assert 0 < len(wanted) < count * classes
     pairs = set(zip(regions, found, strict=True))
-    # Of a class ONNX's operator keeps no more than a picture may have: the best of all are the same.
+    # Of a class ONNX's operator keeps no more than an image may have: the best of all are the same.
     assert pairs <= wanted
     by_score = sorted(wanted, key=lambda pair: -scores[pair])[: SETTINGS.max_detections]
     assert pairs >= set(by_score)

@@ -49,7 +49,7 @@ _ROWS: dict[str, tuple[str, str, str, Fate, str]] = {
     "file.empty": ("file", "annotations", "no annotation is left to use", "refused", "the file has none, or all were dropped: proxydet data check FILE says why"),
     "file.images": ("file", "images, categories", "no image or no category is left to use", "refused", "every image needs an id, a width and a height, every category an id and a name"),
     # Categories.
-    "category.record": ("category", "record", "not an object with an 'id' (number or text) and a 'name' (text)", "refused", "give each category an id and a name"),
+    "category.record": ("category", "record", "not an object with an 'id' (whole number of 64 bits, or text) and a 'name' (text)", "refused", "give each category an id and a name"),
     "category.id.repeated": ("category", "id", "used by two categories", "refused", "give each category an id of its own"),
     "category.id.mixed": ("category", "id", "a number in some categories, a text in others", "refused", "write all category ids as numbers"),
     "category.name.repeated": ("category", "name", "used by two categories", "refused", "give each category a name of its own, or merge the two"),
@@ -59,7 +59,7 @@ _ROWS: dict[str, tuple[str, str, str, Fate, str]] = {
     "category.field": ("category", "frequency, synset, image_count, ...", "of another type", "mended", "read as missing"),
     # Images.
     "image.record": ("image", "images", "not an object, or longer than 32 MB", "dropped", ""),
-    "image.id": ("image", "id", "missing, or neither a whole number nor a text", "dropped", ""),
+    "image.id": ("image", "id", "missing, or neither a whole number of 64 bits nor a text", "dropped", ""),
     "image.id.mixed": ("image", "id", "a number in some images, a text in others", "refused", "write all image ids as numbers"),
     "image.id.again": ("image", "id", "two entries for one image, equal in name and size", "dropped", "the first is used"),
     "image.id.repeated": ("image", "id", "used by two images", "refused", "give each image an id of its own"),

@@ -29,7 +29,7 @@ _OTHER_FORMATS = (
     (b'"_via_', "a project of VGG VIA: export it as COCO"),
     (b'"shapes"', "a file of labelme: convert it to COCO or Pascal VOC"),
     (b'"completed_by"', "an export of Label Studio: export it as COCO"),
-    (b'"annotations"', "not in COCO's layout"),
+    (b'"annotations"', "a file of another format"),
 )
 
 

@@ -158,7 +158,8 @@ class JsonText:
                 fields = None
             except (msgspec.MsgspecError, UnicodeDecodeError):
                 try:
-                    fields = json.loads(bytes(raw))
+                    # Python refuses to read a number of thousands of digits as an int; as a float it is infinite.
+                    fields = json.loads(bytes(raw), parse_int=_whole_number)
                 except (ValueError, RecursionError):
                     fields = None
             which = f"position {position}"
@@ -268,6 +269,10 @@ class JsonText:
             )
             hint = "correct it there, or fetch or write the file again"
         return DataError(f"{self.name} {what}", hint=hint, path=self.path)
+
+
+def _whole_number(digits: str) -> float:
+    return int(digits) if len(digits) < 300 else float(digits)
 
 
 def identifier(value: object) -> Identifier | None:

@@ -11,6 +11,11 @@ import msgspec
 from proxydet.data.masks import RunLengths
 
 Identifier = int | str
+_OwnId = (
+    Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+    | Annotated[str, msgspec.Meta(min_length=1)]
+)
+"""An id that others refer to, as columns hold it: a whole number of 64 bits, or a text that is not empty."""
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 LABEL_LISTS = ("neg_category_ids", "not_exhaustive_category_ids", "pos_category_ids")
 """Fields of images that list categories: LVIS's verified absent, LVIS's not exhaustively annotated, verified present."""
@@ -19,7 +24,7 @@ LABEL_LISTS = ("neg_category_ids", "not_exhaustive_category_ids", "pos_category_
 class ImageEntry(msgspec.Struct, frozen=True, gc=False):
     """What is read of an image; other fields are skipped. Sizes in pixels."""
 
-    id: Identifier
+    id: _OwnId
     width: int
     height: int
     file_name: str | None = None
@@ -48,7 +53,7 @@ class AnnotationEntry(msgspec.Struct, frozen=True, gc=False):
 class CategoryEntry(msgspec.Struct, frozen=True):
     """What is read of a category; other fields are skipped."""
 
-    id: Identifier
+    id: _OwnId
     name: str
     frequency: str | None = None
     synset: str | None = None

@@ -454,6 +454,8 @@ def test_numbers_of_the_wrong_json_type_are_understood(write_json: Write, tmp_pa
         ({"id": 2, "file_name": "b.png", "height": 2, "width": -2}, "image.size"),
         ({"id": 2, "file_name": "b.png", "height": 2**20, "width": 2**20}, "image.size"),
         ({"id": None, "file_name": "b.png", "height": 2, "width": 2}, "image.id"),
+        ({"id": 2**70, "file_name": "b.png", "height": 2, "width": 2}, "image.id"),
+        ({"id": "", "file_name": "b.png", "height": 2, "width": 2}, "image.id"),
         ({"id": 2, "file_name": "b.png", "height": 2}, "image.size"),
         (["b.png"], "image.record"),
     ],
@@ -474,6 +476,15 @@ def test_unusable_images_are_dropped_and_counted(
     }
 
 
+def test_a_number_of_thousands_of_digits_costs_its_field_alone(tmp_path: Path) -> None:
+    content = document([IMAGE], [annotation(1, 1, 3, [1, 1, 5, 5]) | {"area": 123456}])
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(content).replace("123456", "9" * 5000))
+    store = AnnotationStore.open(path, cache=tmp_path / "c")
+    assert store.report.counts == {"annotation.area": 1}
+    assert store.column("area").tolist() == [25]
+
+
 def test_unknown_negative_categories_are_removed(write_json: Write, tmp_path: Path) -> None:
     store = open_one(write_json, tmp_path, neg_category_ids=[3, 1000])
     assert store.labels(0, "neg_category_ids").tolist() == [0]
@@ -489,6 +500,7 @@ def test_unknown_negative_categories_are_removed(write_json: Write, tmp_path: Pa
         ([{"id": 1, "name": " "}], "category.name.empty"),
         ([{"id": 1}], "category.record"),
         ([{"id": 1, "name": 4}], "category.record"),
+        ([{"id": 2**70, "name": "a"}], "category.record"),
         (["a"], "category.record"),
     ],
 )  # fmt: skip

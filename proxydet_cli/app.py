@@ -130,4 +130,12 @@ def run(words: Sequence[str]) -> None:
     """
     # Absent options of some kinds make Typer import pydantic, a quarter of a second, before a command is reached.
     own_help = not (words and words[0] in COMMANDS) or _COMPLETING in os.environ
-    build(own_help=own_help).main(args=list(words), prog_name="proxydet")
+    build(own_help=own_help).main(args=[_at_home(word) for word in words], prog_name="proxydet")
+
+
+def _at_home(word: str) -> str:
+    """Expand the ``~/`` that a shell leaves as it is: in quotes, and after ``--output=``."""
+    option, path = word.split("=", 1) if word.startswith("--") and "=" in word else ("", word)
+    if not path.startswith("~/"):
+        return word
+    return (f"{option}=" if option else "") + os.path.expanduser(path)  # noqa: PTH111 - as it is without a home

@@ -157,7 +157,9 @@ def stats(
 )
 def preview(
     path: Source,
-    output: Annotated[Path, typer.Option(help="An image (.png, .jpg), or a page (.html).")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="An image (.png, .jpg), or a page (.html).")
+    ],
     images: Images = None,
     split: Annotated[Literal["train", "val"], typer.Option(help="Which part.")] = "train",
     count: Annotated[int, typer.Option(min=1, max=500, help="How many images.")] = 12,

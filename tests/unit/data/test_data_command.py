@@ -48,6 +48,17 @@ def test_preview_writes_a_picture(small_set: Path, tmp_path: Path, capsys) -> No
     assert target.exists()
 
 
+def test_a_tilde_that_the_shell_left_is_the_home_folder(
+    small_set: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setenv("HOME", str(small_set.parent))
+    monkeypatch.chdir(tmp_path)
+    assert run("preview", f"~/{small_set.name}", "--output=~/home.png", "--count", 1) == 0
+    assert run("preview", f"~/{small_set.name}", "-o", "~/short.png", "--count", 1) == 0
+    assert {path.name for path in small_set.parent.glob("*.png")} == {"home.png", "short.png"}
+    assert not (tmp_path / "~").exists()
+
+
 def test_prepare_reports_and_fails_clearly(tmp_path: Path, capsys) -> None:
     assert run("prepare", "lvis", "--root", tmp_path) == 3
     captured = capsys.readouterr()

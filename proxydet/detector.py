@@ -40,10 +40,10 @@ from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.modeling.prediction import Prediction, to_host
 from proxydet.modeling.weights import load_weights
 from proxydet.paths import QUICKSTARTS_RUN, require_run, run_in
-from proxydet.vocabulary.encoder import TextEncoder, open_encoder
+from proxydet.vocabulary.encoder import open_encoder
 from proxydet.vocabulary.names import PUBLISHED
 from proxydet.vocabulary.sources import complete_vocabulary, open_vocabulary, published_vocabulary
-from proxydet.vocabulary.vocabulary import Vocabulary
+from proxydet.vocabulary.vocabulary import TextEncoder, Vocabulary
 
 if TYPE_CHECKING:
     from proxydet.video.frames import FrameResult

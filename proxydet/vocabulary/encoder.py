@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,14 +24,13 @@ from proxydet.files import remembered_sha256
 from proxydet.paths import cache_folder, models_folder
 from proxydet.reporting import SILENT
 from proxydet.vocabulary.compositional import CompositionalEncoder
-from proxydet.vocabulary.names import PUBLISHED, ClassWords, check_classes, fill, find_prompts
-from proxydet.vocabulary.vocabulary import Vocabulary
 from proxydet.weight_files import read_state_dict
 
 if TYPE_CHECKING:
     import torch
 
     from proxydet.reporting import Progress
+    from proxydet.vocabulary.vocabulary import TextEncoder
 
 
 Floats = npt.NDArray[np.float32]
@@ -149,17 +148,6 @@ _CHUNK = 256
 _LENGTH_STEP = 8
 
 
-class TextEncoder(Protocol):
-    """Anything that embeds texts."""
-
-    @property
-    def dim(self) -> int:
-        """Width D of the embeddings."""
-
-    def encode(self, names: Sequence[str]) -> Floats:
-        """Embed texts: (T, D) float32, not normalised."""
-
-
 def default_clip_weights() -> Path:
     """Where ``proxydet download clip-vit-b32`` puts CLIP's weights."""
     return models_folder() / "clip" / "ViT-B-32.pt"
@@ -189,44 +177,6 @@ def open_encoder(
             path=weights,
         )
     return ClipTextEncoder(weights, model=model, progress=progress)
-
-
-def build_vocabulary(
-    classes: Sequence[str | ClassWords],
-    encoder: TextEncoder,
-    *,
-    prompts: str | Sequence[str] = PUBLISHED,
-) -> Vocabulary:
-    """Embed class names.
-
-    A class with one word and one prompt has the text's embedding as it is. With synonyms or several
-    prompts it has the mean of the texts' embeddings, each normalised first, as CLIP's authors do.
-
-    Args:
-        classes: Names, or names with synonyms.
-        encoder: Turns texts into embeddings.
-        prompts: Sentences or the name of a prompt set; a `CompositionalEncoder` reads names without prompts.
-
-    Raises:
-        VocabularyError: A name is empty or there twice, or cannot be encoded.
-    """
-    entries = check_classes(classes)
-    filled = find_prompts(prompts)
-    if isinstance(encoder, CompositionalEncoder):
-        filled = ("{}",)
-    texts = [[fill(prompt, word) for word in entry.words for prompt in filled] for entry in entries]
-    rows_TD = encoder.encode([text for group in texts for text in group])
-    ends = np.cumsum([len(group) for group in texts])
-    rows_CD = [_merged(part) for part in np.split(rows_TD, ends[:-1])]
-    return Vocabulary.from_arrays([entry.name for entry in entries], np.stack(rows_CD))
-
-
-def _merged(rows_TD: Floats) -> Floats:
-    if len(rows_TD) == 1:
-        single: Floats = rows_TD[0]
-        return single
-    mean_D: Floats = (rows_TD / np.linalg.norm(rows_TD, axis=1, keepdims=True)).mean(axis=0)
-    return mean_D
 
 
 class ClipTextEncoder:

@@ -14,7 +14,6 @@ import numpy as np
 
 from proxydet.errors import VocabularyError
 from proxydet.paths import datasets_folder
-from proxydet.vocabulary.encoder import TextEncoder, build_vocabulary
 from proxydet.vocabulary.names import (
     LIST_SUFFIXES,
     PUBLISHED,
@@ -24,7 +23,12 @@ from proxydet.vocabulary.names import (
     quote_names,
     read_names,
 )
-from proxydet.vocabulary.vocabulary import Vocabulary, load_embeddings
+from proxydet.vocabulary.vocabulary import (
+    TextEncoder,
+    Vocabulary,
+    build_vocabulary,
+    load_embeddings,
+)
 
 SAVED_SUFFIXES = (".npz", ".vocab")
 """Endings of files that hold a vocabulary as `Vocabulary.save` writes it."""

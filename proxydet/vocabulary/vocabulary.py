@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +21,31 @@ from numpy.lib.format import MAGIC_PREFIX
 
 from proxydet.errors import CheckpointError, VocabularyError
 from proxydet.files import PLACEHOLDER_BYTES, PlaceholderError, refuse_placeholder, write_bytes
-from proxydet.vocabulary.names import check_classes, check_names, quote_names
+from proxydet.vocabulary.compositional import CompositionalEncoder
+from proxydet.vocabulary.names import (
+    PUBLISHED,
+    ClassWords,
+    check_classes,
+    check_names,
+    fill,
+    find_prompts,
+    quote_names,
+)
 from proxydet.weight_files import read_arrays
 
 FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
+
+
+class TextEncoder(Protocol):
+    """Anything that embeds texts."""
+
+    @property
+    def dim(self) -> int:
+        """Width D of the embeddings."""
+
+    def encode(self, names: Sequence[str]) -> FloatArray:
+        """Embed texts: (T, D) float32, not normalised."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +104,7 @@ class Vocabulary:
         prompt: str | Sequence[str] = "a {}",
         encoder: Path | str | None = None,
     ) -> Vocabulary:
-        """Embed class names; see `proxydet.vocabulary.encoder.build_vocabulary`.
+        """Embed class names; see `build_vocabulary`.
 
         All classes count as base until `base_by_similarity` says otherwise.
 
@@ -96,7 +116,7 @@ class Vocabulary:
         Raises:
             VocabularyError: a name is empty or there twice, or there is no encoder.
         """
-        from proxydet.vocabulary.encoder import build_vocabulary, open_encoder
+        from proxydet.vocabulary.encoder import open_encoder
 
         classes = check_classes(names)
         opened = open_encoder(None if encoder is None else Path(encoder))
@@ -322,3 +342,41 @@ def _positions(mask: BoolArray, limit: int = 5) -> str:
     rows = np.flatnonzero(mask)
     shown = ", ".join(str(row) for row in rows[:limit])
     return shown if len(rows) <= limit else f"{shown} and {len(rows) - limit} more"
+
+
+def build_vocabulary(
+    classes: Sequence[str | ClassWords],
+    encoder: TextEncoder,
+    *,
+    prompts: str | Sequence[str] = PUBLISHED,
+) -> Vocabulary:
+    """Embed class names.
+
+    A class with one word and one prompt has the text's embedding as it is. With synonyms or several
+    prompts it has the mean of the texts' embeddings, each normalised first, as CLIP's authors do.
+
+    Args:
+        classes: Names, or names with synonyms.
+        encoder: Turns texts into embeddings.
+        prompts: Sentences or the name of a prompt set; a `CompositionalEncoder` reads names without prompts.
+
+    Raises:
+        VocabularyError: A name is empty or there twice, or cannot be encoded.
+    """
+    entries = check_classes(classes)
+    filled = find_prompts(prompts)
+    if isinstance(encoder, CompositionalEncoder):
+        filled = ("{}",)
+    texts = [[fill(prompt, word) for word in entry.words for prompt in filled] for entry in entries]
+    rows_TD = encoder.encode([text for group in texts for text in group])
+    ends = np.cumsum([len(group) for group in texts])
+    rows_CD = [_merged(part) for part in np.split(rows_TD, ends[:-1])]
+    return Vocabulary.from_arrays([entry.name for entry in entries], np.stack(rows_CD))
+
+
+def _merged(rows_TD: FloatArray) -> FloatArray:
+    if len(rows_TD) == 1:
+        single: FloatArray = rows_TD[0]
+        return single
+    mean_D: FloatArray = (rows_TD / np.linalg.norm(rows_TD, axis=1, keepdims=True)).mean(axis=0)
+    return mean_D

@@ -13,8 +13,7 @@ from proxydet_cli.options import Json, command_app, examples
 
 if TYPE_CHECKING:
     from proxydet.vocabulary.comparison import VocabularyReport
-    from proxydet.vocabulary.encoder import TextEncoder
-    from proxydet.vocabulary.vocabulary import Vocabulary
+    from proxydet.vocabulary.vocabulary import TextEncoder, Vocabulary
     from proxydet_cli.output import Output
 
 app = command_app("Make and inspect vocabularies: class names with their text embeddings.")
@@ -70,9 +69,10 @@ def build(
     Embeddings are kept in a cache by content: what was embedded once is not computed again.
     """
     from proxydet.errors import VocabularyError
-    from proxydet.vocabulary.encoder import build_vocabulary, open_encoder
+    from proxydet.vocabulary.encoder import open_encoder
     from proxydet.vocabulary.names import read_names
     from proxydet.vocabulary.sources import SAVED_SUFFIXES
+    from proxydet.vocabulary.vocabulary import build_vocabulary
     from proxydet_cli.output import Output
     from proxydet_cli.progress import show_progress
 

@@ -19,12 +19,11 @@ from proxydet.vocabulary.compositional import CompositionalEncoder
 from proxydet.vocabulary.encoder import (
     ClipTextEncoder,
     EmbeddingCache,
-    build_vocabulary,
     open_encoder,
     read_text_tower,
 )
 from proxydet.vocabulary.names import ClassWords
-from proxydet.vocabulary.vocabulary import Vocabulary
+from proxydet.vocabulary.vocabulary import Vocabulary, build_vocabulary
 
 CONFIG = {
     "embed_dim": 16,

@@ -18,17 +18,17 @@ strata of few units are common:
 
 Dimensions: I images, C categories, A areas, T IoU thresholds, R resamples, M metrics, S selected detections, N detections
 near an annotation, K events (an annotation found by a detection, in an area and at a threshold), H segments (events of one
-area, threshold and category), L counted detections of one kind.
+area, threshold and category), L counted detections of one kind, B categories computed at once.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-import os
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,8 +45,9 @@ Integers = NDArray[np.int64]
 _GROUP_METRICS = ("AP", "AP50")
 _ROUNDING = 1e-9
 """Resamples that differ by less agree: they only add in another order."""
-_BLOCK = 1 << 16
-"""Events that are computed at once: their dozen arrays stay in the processor's cache."""
+_SEGMENTS_AT_ONCE = 256
+"""Segments of a block, about; with as many weightings as these, what a step touches stays in the processor's cache."""
+_WEIGHTINGS_AT_ONCE, _VALUES_AT_ONCE = 256, 1 << 23
 _MOST_TIMES = 60
 _ENOUGH_IMAGES = 5
 """From this many images on, the varying number of them in a resample outweighs the missing spread."""
@@ -62,12 +63,14 @@ class Resamples:
         resampled_RM: On each resample, deviations widened for categories of few images; may leave [0, 1].
         rare: How many rare categories have annotations, in the data set and on average in a resample; None without
             frequencies.
+        whole_A3C: The `summary` of the data set itself; None for OpenImages.
     """
 
     names: tuple[str, ...]
     values_M: Floats
     resampled_RM: Floats
     rare: tuple[int, float] | None
+    whole_A3C: Floats | None = None
 
     def intervals(self, confidence: float) -> dict[str, Interval]:
         """Return an interval for each metric whose resamples differ.
@@ -153,30 +156,34 @@ def resample(
         seed: Of the draws.
         progress: Where progress is shown.
     """
-    images = len(truth.image_ids)
-    whole_A3C = summary(precision.precision(np.ones(images, dtype=np.int64)))
-    kinds = sets.frequencies or ("",) * whole_A3C.shape[2]
-    few = FewImages(whole_A3C, precision.images_AC(), kinds)
+    images, categories = len(truth.image_ids), precision.categories
     rare_C = np.array([value == "r" for value in truth.frequencies or ()], dtype=bool)
-
-    def one(index: int) -> tuple[list[float], int]:
-        drawn_A3C = summary(precision.precision(drawn_weights(images, seed, index)))
-        widened_A3C = few.widen(drawn_A3C, pooling(seed, index))
-        return sets.measure(widened_A3C), _present(drawn_A3C, rare_C)
-
-    results = []
-    with (
-        progress.task("resampling", total=number, unit="resamples") as task,
-        ThreadPoolExecutor(max_workers=os.cpu_count()) as pool,
-    ):
-        for result in pool.map(one, range(number)):
-            results.append(result)
-            task.advance()
-    present = [count for _, count in results]
+    values, present = [], []
+    at_once = max(16, min(_WEIGHTINGS_AT_ONCE, _VALUES_AT_ONCE // max(images, 12 * categories)))
+    with progress.task("resampling", total=number, unit="resamples") as task:
+        # The data set itself, which has every image once, is resample -1.
+        for start in range(-1, number, at_once):
+            indices = range(start, min(start + at_once, number))
+            weight_RI = [
+                drawn_weights(images, seed, r) if r >= 0 else np.ones(images) for r in indices
+            ]
+            drawn_RA3C = np.empty((len(indices), len(AREAS), 3, categories))
+            for category_B, precision_ATBR in precision.blocks(np.transpose(weight_RI)):
+                drawn_RA3C[..., category_B] = np.moveaxis(summary(precision_ATBR), -1, 0)
+            if start < 0:
+                whole_A3C = drawn_RA3C[0].copy()
+                kinds = sets.frequencies or ("",) * categories
+                few = FewImages(whole_A3C, precision.images_AC(), kinds)
+            for index, drawn_A3C in zip(indices, drawn_RA3C, strict=True):
+                if index >= 0:
+                    values.append(sets.measure(few.widen(drawn_A3C, pooling(seed, index))))
+                    present.append(_present(drawn_A3C, rare_C))
+            task.advance(len(indices))
     return Resamples(
         names=sets.names,
+        whole_A3C=whole_A3C,
         values_M=np.array(sets.measure(whole_A3C)),
-        resampled_RM=np.array([values for values, _ in results]),
+        resampled_RM=np.array(values),
         rare=(_present(whole_A3C, rare_C), float(np.mean(present))) if rare_C.any() else None,
     )
 
@@ -303,8 +310,8 @@ class WeightedPrecision:
     """Average precision as a function of how often each image counts.
 
     With weights of 1 this is the engines' average precision; with the counts of a resample, that resample's. Precision
-    only matters where an annotation is found, so all that depends on the weights is computed at those events, for all
-    areas and thresholds at once; where they stand among the other detections is worked out once.
+    only matters where an annotation is found, so all that depends on the weights is computed at those events. Weightings
+    are columns: one step handles an event of each of several segments for all weightings at once.
 
     Args:
         matches: What each detection was matched to.
@@ -313,47 +320,70 @@ class WeightedPrecision:
 
     def __init__(self, matches: Matches, categories: int) -> None:
         areas, thresholds = matches.state_NAT.shape[1:]
-        self._shape = (areas, thresholds, categories)
-        selection, silent_SA = matches.selection, matches.silent_SA
+        self._shape, self.categories = (areas, thresholds, categories), categories
+        selection = matches.selection
         counted, area = np.nonzero(matches.counts_GA)
         self._ann_image = matches.ann_image_G[counted]
         self._ann_slot = area * categories + matches.ann_category_G[counted]
+        # Categories of like numbers of events are neighbours, so that their segments end in like steps.
+        found_NAT = matches.state_NAT == FOUND
+        near_category_N = selection.category_S[matches.near_N]
+        events_C = np.bincount(near_category_N, found_NAT.sum(axis=(1, 2)), minlength=categories)
+        self._category_C = np.argsort(-events_C, kind="stable")
+        rank_C = np.argsort(self._category_C)
         # Within a category: descending score, of equals the lower image, then the order within the image.
-        order_S = np.lexsort((-selection.score_S, selection.category_S))
-        place_S = np.empty_like(order_S)
-        place_S[order_S] = np.arange(len(order_S))
-        near_order = np.argsort(place_S[matches.near_N])
-        near_N, state_NAT = matches.near_N[near_order], matches.state_NAT[near_order]
-        found_NAT = state_NAT == FOUND
-        counts_NAT = found_NAT | ((state_NAT != IGNORED) & ~silent_SA[near_N][:, :, None])
-        always_NA = counts_NAT.all(axis=2)
+        order_S = np.lexsort((-selection.score_S, rank_C[selection.category_S]))
+        image_S, rank_S = selection.image_S[order_S], rank_C[selection.category_S[order_S]]
+        place_N = np.argsort(order_S)[matches.near_N]
+        silent_SA = matches.silent_SA[order_S]
+        counts_NAT = (matches.state_NAT != IGNORED) & ~silent_SA[place_N][:, :, None] | found_NAT
+        # Detections that count against precision at every threshold; those near an annotation may at some only.
         always_SA = ~silent_SA
-        always_SA[near_N] = always_NA
-        # Both orders go from category to category, so that a block of categories is a slice of each.
-        category_N = selection.category_S[near_N]
-        cuts_N = np.flatnonzero(np.diff(category_N, prepend=-1))
-        events_N = np.cumsum(found_NAT.sum(axis=(1, 2)))
-        starts = [0, *(cuts_N[np.flatnonzero(np.diff(events_N[cuts_N] // _BLOCK, prepend=0))])]
+        always_SA[place_N] = counts_NAT.all(axis=2)
+
+        def listed(
+            chosen: NDArray[np.bool_], place: Integers | None = None
+        ) -> tuple[Integers, Integers]:
+            """Return the group (category, area, threshold) and the place of what is chosen, in ascending order."""
+            at_L, *parts = np.nonzero(chosen)
+            place_L = at_L if place is None else place[at_L]
+            group_L = rank_S[place_L]
+            for part, size in zip(parts, chosen.shape[1:], strict=True):
+                group_L = group_L * size + part
+            order_L = np.lexsort((place_L, group_L))
+            return group_L[order_L], place_L[order_L]
+
+        segment_K, place_K = listed(found_NAT, place_N)
+        ahead = []
+        for group_K, (group_L, place_L) in (
+            (segment_K // thresholds, listed(always_SA)),
+            (segment_K, listed(counts_NAT & ~always_SA[place_N][:, :, None], place_N)),
+        ):
+            key_L, key_K = (
+                group * len(order_S) + place
+                for group, place in ((group_L, place_L), (group_K, place_K))
+            )
+            end_K = np.searchsorted(key_L, key_K, side="right")
+            ahead.append((image_S[place_L], np.searchsorted(group_L, group_K), end_K))
+        slot_G, image_G = rank_C[self._ann_slot % categories] * areas + area, self._ann_image
+        order_G = np.argsort(slot_G, kind="stable")
+        slot_G, image_G = slot_G[order_G], image_G[order_G]
+        segments_C = np.bincount(np.unique(segment_K) // (areas * thresholds), minlength=categories)
+        block_C = np.cumsum(segments_C + 1) // _SEGMENTS_AT_ONCE
+        cuts = [*np.flatnonzero(np.diff(block_C, prepend=-1)).tolist(), categories]
         self._blocks = []
-        for low, high in zip(starts, [*starts[1:], len(near_N)], strict=True):
-            if low == high:
-                continue
-            within = np.searchsorted(
-                selection.category_S[order_S], [category_N[low], category_N[high - 1] + 1]
-            )
+        for first, end in itertools.pairwise(cuts):
+            in_K = slice(*np.searchsorted(segment_K, np.array([first, end]) * areas * thresholds))
+            in_G = slice(*np.searchsorted(slot_G, np.array([first, end]) * areas))
             block = _Block(
-                selection.image_S,
-                selection.category_S,
-                categories,
-                place_S,
-                order_S[slice(*within)],
-                near_N[low:high],
-                found_NAT[low:high],
-                always_SA,
-                (counts_NAT & ~always_NA[:, :, None])[low:high],
+                (end - first, areas, thresholds),
+                segment_K[in_K] - first * areas * thresholds,
+                image_S[place_K[in_K]],
+                [(image_L, start_K[in_K], end_K[in_K]) for image_L, start_K, end_K in ahead],
+                slot_G[in_G] - first * areas,
+                image_G[in_G],
             )
-            if len(block.head_H):
-                self._blocks.append(block)
+            self._blocks.append((self._category_C[first:end], block))
 
     def images_AC(self) -> Integers:
         """Return in how many images each category has annotations that count, by area: int64 (A, C)."""
@@ -370,119 +400,192 @@ class WeightedPrecision:
         Returns:
             float64 (A, T, C); NaN for categories without an annotation of that area in the images that count.
         """
-        areas, thresholds, categories = self._shape
-        weight_I = np.asarray(weight_I, dtype=np.int64)
-        present = np.bincount(
-            self._ann_slot, weights=weight_I[self._ann_image], minlength=areas * categories
-        ).astype(np.float64)
-        average_A1C = np.where(present > 0, 0.0, np.nan).reshape(areas, 1, categories)
-        precision_ATC = np.repeat(average_A1C, thresholds, axis=1)
-        short_I = weight_I.astype(np.int32)
-        for block in self._blocks:
-            precision_ATC.reshape(-1)[block.segment_H] += block.precision_H(short_I, present)
+        precision_ATC = np.empty(self._shape)
+        for category_B, precision_ATBR in self.blocks(np.asarray(weight_I)[:, None]):
+            precision_ATC[:, :, category_B] = precision_ATBR[..., 0]
         return precision_ATC
+
+    def blocks(self, weight_IR: NDArray[Any]) -> Iterator[tuple[Integers, Floats]]:
+        """Yield categories, some at a time, with their average precision.
+
+        Args:
+            weight_IR: How often each image counts, 0 or more, in R weightings.
+
+        Yields:
+            int64 (B,), numbers of categories, and float64 (A, T, B, R), NaN as of `precision`.
+        """
+        weight_IR = np.ascontiguousarray(weight_IR, dtype=np.float64)
+        for category_B, block in self._blocks:
+            yield category_B, np.moveaxis(block.precision(weight_IR), 0, 2)
+
+
+def _in_turns(
+    first_G: Integers, length_G: Integers, step: int = 1
+) -> tuple[Integers, Integers, list[int]]:
+    """Return elements of groups in turns: the first one of every group, then the second one of every group that has one.
+
+    Args:
+        first_G: Position of each group's first element.
+        length_G: How many it has.
+        step: From an element's position to that of the next.
+
+    Returns:
+        The groups by descending length, so that those that have a turn are always the first ones; the positions; and
+        where each turn starts in them, and where the last one ends.
+    """
+    order_G = np.argsort(-length_G, kind="stable")
+    sizes = len(length_G) - np.cumsum(np.bincount(length_G))[:-1]
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    turn_L = np.repeat(np.arange(len(sizes)), sizes)
+    group_L = order_G[np.arange(starts[-1]) - starts[turn_L]]
+    return order_G, first_G[group_L] + step * turn_L, starts.tolist()
+
+
+class _Sums:
+    """Sums over groups of rows of a table, with some of the groups empty.
+
+    Args:
+        row_L: The rows, group by group.
+        first_G: Where each group starts in them.
+        length_G: How many rows it has.
+    """
+
+    def __init__(self, row_L: Integers, first_G: Integers, length_G: Integers) -> None:
+        self.order_G, at_L, self._starts = _in_turns(first_G, length_G)
+        self._row_L = row_L[at_L]
+
+    def of(self, table_IR: Floats) -> Floats:
+        """Return the sums, in the groups' order ``order_G``."""
+        sums_GR = np.zeros((len(self.order_G), table_IR.shape[1]))
+        buffer_GR = np.empty_like(sums_GR)
+        for start, end in itertools.pairwise(self._starts):
+            size = end - start
+            table_IR.take(self._row_L[start:end], 0, buffer_GR[:size], "clip")
+            sums_GR[:size] += buffer_GR[:size]
+        return sums_GR
+
+
+class _Ahead:
+    """How many detections of a list are ahead of each event, itself included.
+
+    Args:
+        image_L: The detections' images; those of a segment, or of all segments of an area and category, in succession.
+        start_K: Where the detections of each event's segment start in them.
+        end_K: Behind which of them the event is.
+    """
+
+    def __init__(self, image_L: Integers, start_K: Integers, end_K: Integers) -> None:
+        # Each distinct number of detections is a row: the sum of the row before, and what lies between the two.
+        size = len(image_L) + 1
+        key_U, row_K = np.unique(start_K * size + end_K, return_inverse=True)
+        start_U, end_U = np.divmod(key_U, size)
+        head_V = np.flatnonzero(np.diff(start_U, prepend=-1))
+        from_U = np.append(start_U[:1], end_U[:-1])
+        from_U[head_V] = start_U[head_V]
+        self._sums = _Sums(image_L, from_U, end_U - from_U)
+        _, at_U, self._starts = _in_turns(head_V, np.diff(head_V, append=len(key_U)))
+        self._position_U = np.argsort(self._sums.order_G)[at_U]
+        self.row_K = np.argsort(at_U)[row_K]
+
+    def of(self, weight_IR: Floats) -> Floats:
+        """Return the weights' sums, one row a distinct number of detections; ``row_K`` is the row of each event."""
+        sums_UR = self._sums.of(weight_IR).take(self._position_U, axis=0)
+        for before, start, end in zip(
+            self._starts, self._starts[1:], self._starts[2:], strict=False
+        ):
+            sums_UR[start:end] += sums_UR[before : before + end - start]
+        return sums_UR
 
 
 class _Block:
     """The events of some categories, few enough to stay in a processor's cache.
 
     Args:
-        image_S: Images of the selected detections.
-        category_S: Their categories.
-        categories: How many categories there are.
-        place_S: Where each detection stands when they are sorted by category, then score.
-        order_L: The detections of these categories, sorted so.
-        near_N: Those of them near an annotation.
-        found_NAT: Where these find one.
-        always_SA: Which detections count against precision at every threshold.
-        some_NAT: Where those near an annotation count that do not count at every threshold.
+        shape: B categories, A areas, T thresholds.
+        segment_K: The segment of each event, ascending, in [0, B x A x T).
+        image_K: The image of each event; within a segment in descending order of score.
+        ahead: Lists of detections that count against precision, as `_Ahead` takes them.
+        slot_G: Category and area of each annotation that counts, ascending, in [0, B x A).
+        image_G: The image of each.
     """
 
     def __init__(
         self,
-        image_S: Integers,
-        category_S: Integers,
-        categories: int,
-        place_S: Integers,
-        order_L: Integers,
-        near_N: Integers,
-        found_NAT: NDArray[np.bool_],
-        always_SA: NDArray[np.bool_],
-        some_NAT: NDArray[np.bool_],
+        shape: tuple[int, int, int],
+        segment_K: Integers,
+        image_K: Integers,
+        ahead: Sequence[tuple[Integers, Integers, Integers]],
+        slot_G: Integers,
+        image_G: Integers,
     ) -> None:
-        thresholds = found_NAT.shape[2]
-        area_K, threshold_K, at_K = np.nonzero(found_NAT.transpose(1, 2, 0))
-        event_K = near_N[at_K]
-        self._image_K = image_S[event_K]
-        category_K = category_S[event_K]
-        segment_K = (area_K * thresholds + threshold_K) * categories + category_K
-        self.head_H = np.flatnonzero(np.diff(segment_K, prepend=-1))
-        self._length_H = np.diff(self.head_H, append=len(segment_K))
-        self.segment_H = segment_K[self.head_H]
-        self._slot_H = (area_K * categories + category_K)[self.head_H]
-        # Running from the end, nothing passes from one segment to the one before: earlier ones lie higher.
-        self._level_K = np.repeat(2.0 * np.arange(len(self.head_H))[::-1], self._length_H)
-        # Detections that count against precision at every threshold, and at some; how many of its category's are ahead of
-        # each event.
-        always_area, at = np.nonzero(always_SA[order_L].T)
-        some_area, some_threshold, some_at = np.nonzero(some_NAT.transpose(1, 2, 0))
+        self._shape = shape
+        slots = np.arange(shape[0] * shape[1])
+        first = np.searchsorted(slot_G, slots)
+        self._annotations = _Sums(
+            image_G, first, np.searchsorted(slot_G, slots, side="right") - first
+        )
+        self._slot_of_row = np.argsort(self._annotations.order_G)
+        head_H = np.flatnonzero(np.diff(segment_K, prepend=-1))
+        length_H = np.diff(head_H, append=len(segment_K))
+        # From the last event of each segment to its first.
+        order_H, at_K, self._starts = _in_turns(head_H + length_H - 1, length_H, -1)
+        self._segment_H = segment_K[head_H[order_H]]
+        self._image_K = image_K[at_K]
+        self._events = _Sums(image_K, head_H, length_H)
         self._ahead = []
-        for listed, group, group_K in (
-            (order_L[at], always_area, area_K),
-            (
-                near_N[some_at],
-                some_area * thresholds + some_threshold,
-                area_K * thresholds + threshold_K,
-            ),
-        ):
-            if not len(listed):
-                continue
-            size = len(place_S) + 1
-            end_K = np.searchsorted(
-                group * size + place_S[listed], group_K * size + place_S[event_K], side="right"
+        for image_L, start_K, end_K in ahead:
+            if (end_K > start_K).any():
+                table = _Ahead(image_L, start_K, end_K)
+                self._ahead.append((table, table.row_K[at_K]))
+
+    def precision(self, weight_IR: Floats) -> Floats:
+        """Return average precision, float64 (B, A, T, R), for weightings of images."""
+        categories, areas, thresholds = self._shape
+        weightings = weight_IR.shape[1]
+        present_SR = self._annotations.of(weight_IR)[self._slot_of_row]
+        average_SR = np.where(present_SR > 0, 0.0, np.nan)
+        average_STR = np.repeat(average_SR[:, None], thresholds, axis=1)
+        if len(self._segment_H):
+            average_STR.reshape(-1, weightings)[self._segment_H] += self._average_HR(
+                weight_IR, present_SR
             )
-            list_L = group * categories + category_S[listed]
-            none_K = list_L[end_K - 1] != group_K * categories + category_K
-            end_K[none_K | (end_K == 0)] = 0
-            head_L = np.flatnonzero(np.diff(list_L, prepend=-1))
-            self._ahead.append((image_S[listed], head_L, end_K))
+        return average_STR.reshape(categories, areas, thresholds, weightings)
 
-    def precision_H(self, weight_I: NDArray[np.int32], present: Floats) -> Floats:
-        """Return the average precision of each segment.
-
-        Args:
-            weight_I: How often each image counts.
-            present: Weight of the annotations of each area and category.
-        """
-        # Sums of whole numbers: faster than those of floats, and exact.
-        weight_K = weight_I.take(self._image_K)
-        weight_K[self.head_H[1:]] -= np.add.reduceat(weight_K, self.head_H)[:-1]
-        found_K = np.cumsum(weight_K, dtype=np.int32)
-        counted_K = np.zeros_like(found_K)
-        for image_L, head_L, end_K in self._ahead:
-            sums = np.zeros(len(image_L) + 1, dtype=np.int32)
-            weight_L = weight_I.take(image_L, out=sums[1:], mode="clip")
-            weight_L[head_L[1:]] -= np.add.reduceat(weight_L, head_L)[:-1]
-            np.cumsum(weight_L, out=weight_L)
-            counted_K += sums.take(end_K)
-        # The same expression as the official evaluators', to the last bit.
-        best_K = found_K / (counted_K + np.spacing(1))
-        # The largest precision at an event or after it in its segment; the bits of floats from 0 up order as they do.
-        best_K += self._level_K
-        backwards = best_K.view(np.int64)[::-1]
-        np.maximum.accumulate(backwards, out=backwards)
-        best_K -= self._level_K
+    def _average_HR(self, weight_IR: Floats, present_SR: Floats) -> Floats:
+        """Return the average precision of each segment that has events."""
         # A segment whose annotations all have weight 0 has no event that counts; it must only not divide by 0.
-        present_H = np.maximum(present[self._slot_H], 1e-300)
-        recall_K = found_K / np.repeat(present_H, self._length_H)
-        # Recall thresholds are multiples of a hundredth, as rounded as these: how many each event has reached.
-        reached_K = np.rint(recall_K * (len(RECALL_THRESHOLDS_R) - 1))
-        reached_K += recall_K >= reached_K * RECALL_THRESHOLDS_R[1]
-        passed_K = np.diff(reached_K, prepend=0)
-        passed_K[self.head_H] = reached_K[self.head_H]
-        best_K *= passed_K
-        sums_H: Floats = np.add.reduceat(best_K, self.head_H) / len(RECALL_THRESHOLDS_R)
-        return sums_H
+        present_HR = np.maximum(present_SR[self._segment_H // self._shape[2]], 1e-300)
+        found_HR = self._events.of(weight_IR)
+        tables = [(table.of(weight_IR), row_K) for table, row_K in self._ahead]
+        average_HR, best_HR = np.zeros_like(found_HR), np.zeros_like(found_HR)
+        buffers = np.empty((4, *found_HR.shape))
+        over_HR = np.empty(found_HR.shape, dtype=bool)
+        for start, end in itertools.pairwise(self._starts):
+            size = end - start
+            found, best, over = found_HR[:size], best_HR[:size], over_HR[:size]
+            gain, reached, other, third = buffers[:, :size]
+            first, *rest = tables
+            first[0].take(first[1][start:end], 0, gain, "clip")
+            for sums_UR, row_K in rest:
+                gain += sums_UR.take(row_K[start:end], 0, other, "clip")
+            # The same expression as the official evaluators', to the last bit.
+            gain += np.spacing(1)
+            np.divide(found, gain, out=gain)
+            # By how much the largest precision here or later exceeds the largest one later.
+            gain -= best
+            np.maximum(gain, 0, out=gain)
+            best += gain
+            # Recall thresholds are multiples of a hundredth, as rounded as these: how many are reached here.
+            np.divide(found, present_HR[:size], out=other)
+            np.multiply(other, len(RECALL_THRESHOLDS_R) - 1, out=reached)
+            np.rint(reached, out=reached)
+            np.multiply(reached, RECALL_THRESHOLDS_R[1], out=third)
+            np.greater_equal(other, third, out=over)
+            reached += over
+            gain *= reached
+            average_HR[:size] += gain
+            found -= weight_IR.take(self._image_K[start:end], 0, other, "clip")
+        return average_HR / len(RECALL_THRESHOLDS_R)
 
 
 class FewImages:

@@ -20,6 +20,7 @@ from proxydet.evaluation.bootstrap import (
     WeightedPrecision,
     differences,
     resample,
+    summary,
 )
 from proxydet.evaluation.config import EvaluationConfig
 from proxydet.evaluation.ground_truth import GroundTruth
@@ -305,16 +306,16 @@ def _score(
     matches = resamples = None
     if config.bootstrap:
         matches = match(truth, results, selection, iou_type)
-        precision = WeightedPrecision(matches, len(truth.category_ids))
-        _check_against_engine(precision, curves, truth, config.engine)
         resamples = resample(
-            precision,
+            WeightedPrecision(matches, len(truth.category_ids)),
             truth,
             Sets(frequencies=truth.frequencies, groups=groups),
             number=config.bootstrap,
             seed=config.seed,
             progress=progress,
         )
+        assert resamples.whole_A3C is not None
+        _check_against_engine(resamples.whole_A3C, curves, truth, config.engine)
     return Scored(
         iou_type=iou_type,
         truth=truth,
@@ -328,20 +329,19 @@ def _score(
 
 
 def _check_against_engine(
-    precision: WeightedPrecision, curves: Curves, truth: GroundTruth, engine: str
+    ours_A3C: NDArray[np.float64], curves: Curves, truth: GroundTruth, engine: str
 ) -> None:
     """Intervals come from our own matches: without resampling these must give the engine's average precision.
 
     Raises:
         EnvironmentProblem: They do not.
     """
-    ours_ATC = precision.precision(np.ones(len(truth.image_ids), dtype=np.int64))
-    theirs_ATC = curves.average_TCA.transpose(2, 0, 1)
-    apart_ATC = np.abs(ours_ATC - theirs_ATC) > _ROUNDING
-    apart_ATC |= np.isnan(ours_ATC) != np.isnan(theirs_ATC)
-    if not apart_ATC.any():
+    engine_A3C = summary(curves.average_TCA.transpose(2, 0, 1))
+    apart_A3C = np.abs(ours_A3C - engine_A3C) > _ROUNDING
+    apart_A3C |= np.isnan(ours_A3C) != np.isnan(engine_A3C)
+    if not apart_A3C.any():
         return
-    names = [truth.category_names[index] for index in np.flatnonzero(apart_ATC.any(axis=(0, 1)))]
+    names = [truth.category_names[index] for index in np.flatnonzero(apart_A3C.any(axis=(0, 1)))]
     raise EnvironmentProblem(
         f"The engine {engine!r} gives another average precision than the matches that intervals are made from, in "
         f"{len(names)} categories ({first_offenders(names)}).",

@@ -41,7 +41,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     path_served = ""
 
     def do_GET(self) -> None:
-        """Send the file or a stretch of it."""
+        """Send the file or a byte range of it."""
         with Path(self.path_served).open("rb") as file:
             total = os.fstat(file.fileno()).st_size
             asked = self.headers.get("Range", "")

@@ -6,6 +6,7 @@ holds at every redirect. Nothing that may hold a secret (user names, query strin
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import re
 from urllib.parse import urlsplit
@@ -55,6 +56,7 @@ def check_address(address: str, *, pinned: bool, came_from: str | None = None) -
         )
 
 
+@functools.lru_cache(maxsize=1000)  # the members of a family come from one host
 def _is_this_machine(host: str) -> bool:
     name = host.rstrip(".").lower()
     if name == "localhost" or name.endswith(".localhost"):

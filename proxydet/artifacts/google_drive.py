@@ -1,9 +1,8 @@
-"""Google Drive's page in place of a file: the question whether to continue without a virus scan, or a refusal."""
+"""Google Drive's page in place of a file: the form that asks to continue without a virus scan, or an error."""
 
 from __future__ import annotations
 
 import re
-from html.parser import HTMLParser
 from urllib.parse import urlencode, urljoin, urlsplit
 
 from proxydet.artifacts.addresses import host_of
@@ -20,29 +19,40 @@ def is_drive(address: str) -> bool:
 
 
 def address_behind_page(page: str, address: str) -> str:
-    """Return the address that the page's own button leads to.
+    """Return the address that the form on a confirmation page leads to.
 
     Args:
         page: The page, HTML.
         address: Where it came from.
 
     Raises:
-        TransferError: The page offers no download; see `refusal`.
+        TransferError: The page offers no download; see `page_error`.
     """
-    reader = _Forms()
-    reader.feed(page)
-    for action, fields in reader.forms:
+    from html.parser import HTMLParser  # few downloads need it
+
+    forms: list[tuple[str, dict[str, str]]] = []
+
+    class Forms(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            given = {name: value or "" for name, value in attrs}
+            if tag == "form":
+                forms.append((given.get("action", ""), {}))
+            elif tag == "input" and forms and given.get("name"):
+                forms[-1][1][given["name"]] = given.get("value", "")
+
+    Forms().feed(page)
+    for action, fields in forms:
         try:
-            goal = urljoin(address, action)
+            target = urljoin(address, action)
         except ValueError:
             continue
-        if "confirm" in fields and "id" in fields and is_drive(goal):
-            return f"{goal}{'&' if urlsplit(goal).query else '?'}{urlencode(fields)}"
-    raise refusal(page)
+        if "confirm" in fields and "id" in fields and is_drive(target):
+            return f"{target}{'&' if urlsplit(target).query else '?'}{urlencode(fields)}"
+    raise page_error(page)
 
 
-def refusal(page: str) -> TransferError:
-    """Return what a page without a button means: the daily quota is used up, or the file is not public."""
+def page_error(page: str) -> TransferError:
+    """Return the error that a page without such a form means: the daily quota is used up, or the file is not public."""
     if _QUOTA.search(page):
         return TransferError(
             "Google Drive does not serve this file right now: its daily quota is used up.",
@@ -57,19 +67,3 @@ def refusal(page: str) -> TransferError:
         "Google Drive sent a page in place of the file.",
         hint="Fetch the file in a browser and put it in its place by hand.",
     )
-
-
-class _Forms(HTMLParser):
-    """Collects every form of a page: where it leads, and its hidden fields."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.forms: list[tuple[str, dict[str, str]]] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Note a form or one of its fields."""
-        given = {name: value or "" for name, value in attrs}
-        if tag == "form":
-            self.forms.append((given.get("action", ""), {}))
-        elif tag == "input" and self.forms and given.get("name"):
-            self.forms[-1][1][given["name"]] = given.get("value", "")

@@ -1,4 +1,4 @@
-"""HTTP requests for stretches of files, each checked and bounded in time: the stretch asked for, or an error.
+"""HTTP requests for files and byte ranges of them, each checked and bounded in time: the bytes asked for, or an error.
 
 The transport is `requests`: proxies, ``REQUESTS_CA_BUNDLE`` and ``~/.netrc`` work as its users know them, and
 certificates are always verified. What it lacks is added here. A watching thread cuts the connections of a request that
@@ -28,7 +28,6 @@ from urllib.parse import urljoin
 
 import requests
 import urllib3
-import urllib3.connection
 from requests.adapters import HTTPAdapter
 
 from proxydet._version import __version__
@@ -129,10 +128,10 @@ def bytes_per_second(text: str) -> float:
 
 
 class StoppedError(TransferError):
-    """The download was asked to stop; what it had is kept."""
+    """The download was asked to stop; what it fetched is kept."""
 
     def __init__(self) -> None:
-        super().__init__("The download was stopped; what it had is kept and is used next time.")
+        super().__init__("The download was stopped; what it fetched is kept and is used next time.")
 
 
 class NotFoundError(TransferError):
@@ -140,7 +139,7 @@ class NotFoundError(TransferError):
 
 
 class RangeError(TransferError):
-    """The server does not serve the stretch asked for: it says so (416), or its response contradicts itself.
+    """The server does not serve the byte range asked for: it says so (416), or its response contradicts itself.
 
     Args:
         message: What happened.
@@ -251,7 +250,7 @@ class Client:
         self, address: str, *, pinned: bool, pace: Pace, first: int = 0, last: int | None = None,
         validator: str | None = None,
     ) -> Response:  # fmt: skip
-        """Ask for a file or a stretch of it.
+        """Ask for a file or a byte range of it.
 
         Args:
             address: Where.
@@ -400,7 +399,11 @@ class Client:
                 try:
                     job()
                 finally:
-                    self._close_session()
+                    session: _Session | None = self._local.__dict__.pop("session", None)
+                    if session is not None:
+                        with self._lock:
+                            self._sessions.remove(session)
+                        session.close()
             except BaseException as error:  # noqa: BLE001 - handed to the caller below
                 raised.append(error)
             ended.release()
@@ -432,14 +435,6 @@ class Client:
                     self._watcher.start()
         return session
 
-    def _close_session(self) -> None:
-        """Close the connections of this thread."""
-        session: _Session | None = self._local.__dict__.pop("session", None)
-        if session is not None:
-            with self._lock:
-                self._sessions.remove(session)
-            session.close()
-
     def _watch(self) -> None:
         """Cut the connections of every session whose time is over."""
         while not self._closed.wait(0.1):
@@ -454,7 +449,7 @@ class Response:
 
     Attributes:
         address: Where it came from in the end, after redirects.
-        partial: Whether it brings a stretch (206) and not the whole file (200).
+        partial: Whether it brings a byte range (206) and not the whole file (200).
         first: Offset of its first byte.
         length: Bytes that follow; None where the server does not say.
         total: Size of the whole file; None where the server does not say.
@@ -475,7 +470,7 @@ class Response:
         self.first, self.length = 0, None if self.chunked else _length(headers)
         self.total = self.length
         if self.partial:
-            self.first, self.length, self.total = _stretch(headers, self.length, where)
+            self.first, self.length, self.total = _byte_range(headers, self.length, where)
         if (self.total or 0) > _LARGEST_FILE:
             raise TransferError(f"{where} announces {self.total} bytes, which cannot be true.")
         etag, modified = headers.get("ETag", ""), headers.get("Last-Modified", "")
@@ -582,60 +577,48 @@ class _Session(requests.Session):
 
 
 class _Adapter(HTTPAdapter):
-    """Reports each connection that it opens.
+    """Reports each connection that it opens, over a proxy or not, before anything goes over it.
 
     Args:
         opened: Called with the socket.
     """
 
     def __init__(self, opened: Callable[[socket.socket], None]) -> None:
-        class Connection(urllib3.connection.HTTPConnection):
-            def _new_conn(self) -> socket.socket:
-                made = super()._new_conn()
-                opened(made)
-                return made
-
-            def getresponse(self) -> Any:
-                """Close a response whose head the library refuses; it keeps the socket open, and the library lets it go."""
-                made = []
-
-                def make(*args: Any, **options: Any) -> http.client.HTTPResponse:
-                    made.append(http.client.HTTPResponse(*args, **options))
-                    return made[-1]
-
-                self.response_class = make  # type: ignore[assignment]
-                try:
-                    return super().getresponse()
-                except BaseException:
-                    for response in made:
-                        response.close()
-                    raise
-                finally:
-                    del self.response_class
-
-        class SecureConnection(Connection, urllib3.connection.HTTPSConnection):
-            pass
-
-        class Pool(urllib3.HTTPConnectionPool):
-            ConnectionCls = Connection
-
-        class SecurePool(urllib3.HTTPSConnectionPool):
-            ConnectionCls = SecureConnection
-
-        self._pools = {"http": Pool, "https": SecurePool}
         super().__init__()
+        self._opened = opened
 
-    def init_poolmanager(self, *args: Any, **options: Any) -> None:
-        """Make the pools of direct connections."""
-        super().init_poolmanager(*args, **options)
-        self.poolmanager.pool_classes_by_scheme = self._pools
+    def get_connection_with_tls_context(self, *args: Any, **options: Any) -> Any:
+        """Return the pool of connections for a request."""
+        pool: Any = super().get_connection_with_tls_context(*args, **options)
+        if "ConnectionCls" not in vars(pool):  # new
+            opened = self._opened
 
-    def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
-        """Make the pools of connections over a proxy."""
-        manager = super().proxy_manager_for(proxy, **options)
-        if not proxy.lower().startswith("socks"):
-            manager.pool_classes_by_scheme = self._pools
-        return manager
+            class Connection(pool.ConnectionCls):  # type: ignore[misc]
+                def _new_conn(self) -> socket.socket:
+                    made: socket.socket = super()._new_conn()
+                    opened(made)
+                    return made
+
+                def getresponse(self) -> Any:
+                    """Close a response whose head urllib3 refuses: it would keep the socket open."""
+                    made = []
+
+                    def make(*args: Any, **options: Any) -> http.client.HTTPResponse:
+                        made.append(http.client.HTTPResponse(*args, **options))
+                        return made[-1]
+
+                    self.response_class = make
+                    try:
+                        return super().getresponse()
+                    except BaseException:
+                        for response in made:
+                            response.close()
+                        raise
+                    finally:
+                        del self.response_class
+
+            pool.ConnectionCls = Connection
+        return pool
 
 
 def _check_status(response: requests.Response, where: str) -> None:
@@ -661,7 +644,7 @@ def _length(headers: Mapping[str, str]) -> int | None:
     return int(text) if re.fullmatch(r"[0-9]{1,40}", text) else None
 
 
-def _stretch(
+def _byte_range(
     headers: Mapping[str, str], length: int | None, where: str
 ) -> tuple[int, int, int | None]:
     """Return first byte, length and the size of the whole file from a 206 response."""

@@ -58,7 +58,7 @@ _REPLACED = (
 )
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
-Stretch = tuple[Count, Count]
+ByteRange = tuple[Count, Count]
 """Offsets of the first byte and of that behind the last."""
 
 
@@ -93,29 +93,29 @@ class PartRecord(msgspec.Struct, frozen=True, kw_only=True):
         total: Size of the whole file, where known.
         validator: The server's name for the version.
         etag: The ETag as sent.
-        stretches: What is there, in order and not touching.
+        ranges: What is there, in order and not touching.
     """
 
     address: str = ""
     total: Count | None = None
     validator: str | None = None
     etag: str | None = None
-    stretches: tuple[Stretch, ...] = ()
+    ranges: tuple[ByteRange, ...] = msgspec.field(default=(), name="stretches")
 
     @property
     def frontier(self) -> int:
         """Offset before which every byte is there."""
-        return self.stretches[0][1] if self.stretches and self.stretches[0][0] == 0 else 0
+        return self.ranges[0][1] if self.ranges and self.ranges[0][0] == 0 else 0
 
     @property
     def stored(self) -> int:
         """How many bytes are there."""
-        return sum(end - start for start, end in self.stretches)
+        return sum(end - start for start, end in self.ranges)
 
-    def gaps(self, claimed: Iterable[Stretch] = ()) -> Iterator[Stretch]:
+    def gaps(self, claimed: Iterable[ByteRange] = ()) -> Iterator[ByteRange]:
         """Yield what is neither there nor claimed; the last one ends at the end of the file, where that is known."""
         at = 0
-        for start, end in _joined([*self.stretches, *claimed]):
+        for start, end in _joined([*self.ranges, *claimed]):
             if at < start:
                 yield at, start
             at = end
@@ -123,9 +123,9 @@ class PartRecord(msgspec.Struct, frozen=True, kw_only=True):
             yield at, _ENDLESS if self.total is None else self.total
 
 
-def _joined(stretches: Iterable[Stretch]) -> tuple[Stretch, ...]:
-    found: list[Stretch] = []
-    for start, end in sorted(stretches):
+def _joined(ranges: Iterable[ByteRange]) -> tuple[ByteRange, ...]:
+    found: list[ByteRange] = []
+    for start, end in sorted(ranges):
         if found and start <= found[-1][1]:
             found[-1] = (found[-1][0], max(end, found[-1][1]))
         else:
@@ -202,8 +202,8 @@ class PartFile:
                     view, end = view[count:], end + count
         finally:
             with self._lock:
-                stretches = _joined([*self.record.stretches, (offset, end)])
-                self.record = msgspec.structs.replace(self.record, stretches=stretches)
+                ranges = _joined([*self.record.ranges, (offset, end)])
+                self.record = msgspec.structs.replace(self.record, ranges=ranges)
 
     def digest(self) -> str:
         """Return the SHA-256 of everything before the frontier."""
@@ -281,8 +281,8 @@ def _leftovers(target: Path) -> dict[Path, PartRecord]:
             with contextlib.suppress(OSError, ValueError, RecursionError):
                 text = read_text(path.with_name(f"{path.name}.json"), limit=1 << 20)
                 record = msgspec.json.decode(text, type=PartRecord)
-                there = _joined((a, min(b, size)) for a, b in record.stretches if a < min(b, size))
-                found[path] = msgspec.structs.replace(record, stretches=there)
+                there = _joined((a, min(b, size)) for a, b in record.ranges if a < min(b, size))
+                found[path] = msgspec.structs.replace(record, ranges=there)
     return found
 
 
@@ -373,8 +373,8 @@ class Transfer:
     def _from(self, address: str) -> Seen:
         """Fetch from one address until the file is complete and right."""
         self._address, self._pace = address, Pace(self._settings)
-        self._whole_only = False  # the server serves stretches wrongly
-        self._ranges_seen = False  # the server has served a stretch rightly
+        self._whole_only = False  # the server serves ranges wrongly
+        self._ranges_seen = False  # the server has served a range rightly
         self._blindly_joined = False  # bytes of two responses without a name of the version
         record = self._part.record
         # What an earlier run or address left is kept only if it can be continued from this address.
@@ -469,7 +469,7 @@ class Transfer:
         One that fails leaves the rest to the others, since some servers refuse more than a few at a time; the failure of
         the last one counts.
         """
-        piece, claimed, errors = self._settings.piece_bytes, set[Stretch](), list[ProxydetError]()
+        piece, claimed, errors = self._settings.piece_bytes, set[ByteRange](), list[ProxydetError]()
         missing = sum(-(-(end - start) // piece) for start, end in self._part.record.gaps())
         running = min(self._settings.connections, missing)
         _logger.debug("%d pieces over %d connections", missing, running)
@@ -525,7 +525,7 @@ class Transfer:
             )
         response = ask(google_drive.address_behind_page(page, where))
         if response.web_page:
-            raise google_drive.refusal(_read_page(response))
+            raise google_drive.page_error(_read_page(response))
         return response
 
     def _accept(self, response: Response, first: int) -> None:
@@ -614,7 +614,7 @@ class Transfer:
 
     def _ask_without_ranges(self, error: RangeError) -> None:
         """React to a server that has no such bytes: all are there, the file changed, or it serves ranges wrongly."""
-        if error.total is not None and self._part.record.stretches == ((0, error.total),):
+        if error.total is not None and self._part.record.ranges == ((0, error.total),):
             self._part.describe(total=error.total)
             return
         if self._whole_only:

@@ -7,6 +7,7 @@ that names its place. Everything in a catalogue is treated as hostile: its paths
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -223,8 +224,9 @@ class Family(Entry):
                 f"{{{self.variable}}} must appear in the target and in every address."
             )
 
+    @functools.cached_property
     def members(self) -> tuple[Artifact, ...]:
-        """Return one artifact per value.
+        """One artifact per value.
 
         Raises:
             ConfigError: A member would not be a valid artifact.
@@ -315,10 +317,7 @@ class Catalogue:
         Raises:
             ConfigError: A file cannot be read or is not a catalogue.
         """
-        built_in = (
-            resources.files("proxydet.artifacts").joinpath("catalogue.toml").read_text("utf-8")
-        )
-        files = [("the built-in catalogue", _parse(built_in, "the built-in catalogue"))]
+        files = [("the built-in catalogue", _built_in())]
         named = os.environ.get(CATALOGUE_VARIABLE, "")
         paths = [Path(part) for part in named.split(os.pathsep) if part]
         files.extend((str(path), _read(path)) for path in (*paths, *extra))
@@ -393,7 +392,7 @@ class Catalogue:
         for family in content.families:
             self._claim(where, family.name, family.title)
             try:
-                self.families[family.name] = family.members()
+                self.families[family.name] = family.members
             except ConfigError as error:
                 raise ConfigError(
                     f"{where}: {family.name}: {error.message}", hint=error.hint
@@ -433,6 +432,12 @@ class Catalogue:
             while parent := parent.rpartition("/")[0]:
                 if parent in owners:
                     raise ConfigError(f"{name} would be written below the file {parent}.")
+
+
+@functools.cache
+def _built_in() -> CatalogueFile:
+    text = resources.files("proxydet.artifacts").joinpath("catalogue.toml").read_text("utf-8")
+    return _parse(text, "the built-in catalogue")
 
 
 def _read(path: Path) -> CatalogueFile:

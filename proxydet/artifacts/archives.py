@@ -274,6 +274,7 @@ class Unpacker:
         self._artifact, self._rule, self._path, self._folder = artifact, rule, path, folder
         self._digest, self._progress, self._stop = digest, progress, stop
         self._staging = folder / f".{path.name}.{digest[:16]}.unpacking"
+        self._folders: set[str] = set()  # that were made
 
     def run(self, listing: Path) -> int:
         """Unpack.
@@ -430,8 +431,10 @@ class Unpacker:
         return crc
 
     def _make_folder(self, name: str) -> None:
-        with write_errors(self._staging / name), _one_kind(name):
-            (self._staging / name).mkdir(parents=True, exist_ok=True)
+        if name not in self._folders:
+            with write_errors(self._staging / name), _one_kind(name):
+                (self._staging / name).mkdir(parents=True, exist_ok=True)
+            self._folders.add(name)
 
 
 @contextlib.contextmanager

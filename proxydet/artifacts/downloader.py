@@ -94,24 +94,14 @@ class Outcome:
     """Anything special."""
 
 
-@dataclass(frozen=True)
-class Failure:
-    """An artifact that failed to download."""
-
-    name: str
-    """The artifact."""
-    error: ProxydetError
-    """Why."""
-
-
 @dataclass
 class Report:
     """The results for all artifacts of a job."""
 
     outcomes: list[Outcome] = field(default_factory=list)
     """Those that ended without an error, in the order in which they ended."""
-    failures: list[Failure] = field(default_factory=list)
-    """Those that did not."""
+    failures: dict[str, ProxydetError] = field(default_factory=dict)
+    """Why the others failed, by their names."""
 
     def raise_for_failures(self) -> None:
         """Raise what went wrong, if anything did: the one error, or one that sums them up.
@@ -122,11 +112,11 @@ class Report:
         """
         if not self.failures:
             return
-        errors = [failure.error for failure in self.failures]
+        errors = list(self.failures.values())
         full = next((error for error in errors if isinstance(error, DiskFullError)), None)
         if full is not None or len(errors) == 1:
             raise full or errors[0]
-        lines = [f"  {failure.name}: {failure.error.message}" for failure in self.failures[:10]]
+        lines = [f"  {name}: {error.message}" for name, error in self.failures.items()][:10]
         if len(errors) > 10:
             lines.append(f"  and {len(errors) - 10} more")
         head = f"{len(errors)} of {len(self.outcomes) + len(errors)} files failed to download:"
@@ -275,8 +265,9 @@ class Downloader:
                     item = waiting.popleft()
                     name, host = item.artifact.name, host_of(item.artifact.addresses[0])
                     if failed[host] >= _FAILURES_OF_A_HOST:
-                        error = ArtifactError(f"not tried: {host} failed several times in a row.")
-                        report.failures.append(Failure(name, error))
+                        report.failures[name] = ArtifactError(
+                            f"not tried: {host} failed several times in a row."
+                        )
                         continue
                 try:
                     outcome = self._ensure(item, total)
@@ -285,7 +276,7 @@ class Downloader:
                 except ProxydetError as error:
                     _logger.info("%s: %s", name, error.message)
                     with lock:
-                        report.failures.append(Failure(name, error))
+                        report.failures[name] = error
                         if isinstance(error, DiskFullError):
                             waiting.clear()
                         if isinstance(error, TransferError):
@@ -377,42 +368,31 @@ class Downloader:
         return records.file(self._root.path(artifact.target)).get("passing") is True
 
     def _check_there(self, item: Item) -> Outcome:
-        """Check what is there already: digests, or what a file holds where none is known."""
-        artifact, target = item.artifact, self._root.path(item.artifact.target)
-        if artifact.unpack is not None and item.state is State.UNCHECKED:
-            folder = self._root.path(artifact.unpack.folder)
-            verdict, path, detail = self._verify_placed(folder, artifact.unpack, item.path)
-            if verdict == "damaged":
-                raise DigestError(
-                    f"{path} is there, but is not the published file: {detail}.",
-                    hint=_REPLACE,
-                    path=path,
-                )
-            return Outcome(name=artifact.name, status="checked", path=item.path, note=item.why)
-        expected = self._root.expected_digest(artifact)
+        """Check what is there already, and unpack it where that is still to be done."""
+        artifact, target, digest = item.artifact, self._root.path(item.artifact.target), None
         known = self._root.records(artifact.target).file(target)
-        digest, holds = known.get("sha256") or self._sha256(target), None
-        try:
-            if expected is not None and digest != expected:
-                raise DigestError(f"expected sha256 {expected}, got {digest}.")
-            if expected is None and (check := content_check(artifact)) is not None:
-                holds = check.run(target)
-        except ProxydetError as error:
+        placed = artifact.unpack is not None and item.state is State.UNCHECKED
+        if artifact.unpack is not None and placed:
+            verdict, path, detail = self._verify_placed(artifact.unpack, item.path)
+        else:
+            path, digest = target, known.get("sha256") or self._sha256(target)
+            verdict, detail = self._verify_file(artifact, digest)
+        if verdict == "damaged":
             raise DigestError(
-                f"{target} is there, but is not {artifact.name}: {error.message}",
+                f"{path} is there, but is not {artifact.name}: {detail.rstrip('.')}.",
                 hint=_REPLACE,
-                path=target,
-            ) from error
-        fetched = known.get("fetched") is True
-        self._record(
-            artifact, Seen(sha256=digest, size=target.stat().st_size, holds=holds), fetched=fetched
-        )
+                path=path,
+            )
+        note = item.why if placed else detail if verdict == "unproven" else ""
         outcome = Outcome(
-            name=artifact.name, status="checked", path=item.path, sha256=digest, note=holds or ""
+            name=artifact.name, status="checked", path=item.path, sha256=digest, note=note
         )
-        return self._unpack(
-            outcome, artifact, digest, keep=self.options.keep_archives or not fetched
-        )
+        if digest is None:
+            return outcome
+        fetched = known.get("fetched") is True
+        seen = Seen(sha256=digest, size=target.stat().st_size, holds=note or None)
+        self._record(artifact, seen, fetched=fetched)
+        return self._unpack(outcome, artifact, keep=self.options.keep_archives or not fetched)
 
     def _fetch(self, item: Item, total: Task | None, lock: Lock) -> Outcome:
         artifact, target = item.artifact, self._root.path(item.artifact.target)
@@ -449,7 +429,7 @@ class Downloader:
             note=seen.holds or "",
         )
         try:
-            return self._unpack(outcome, artifact, seen.sha256, keep=self.options.keep_archives)
+            return self._unpack(outcome, artifact, keep=self.options.keep_archives)
         except ArchiveError as error:
             if artifact.pinned or first is not None:
                 raise
@@ -470,9 +450,9 @@ class Downloader:
         records.record_file(target, seen.sha256, fetched=fetched, passing=passing)
         records.record_damage(artifact.name, damaged=False)
 
-    def _unpack(self, outcome: Outcome, artifact: Artifact, digest: str, *, keep: bool) -> Outcome:
-        rule, target = artifact.unpack, self._root.path(artifact.target)
-        if rule is None:
+    def _unpack(self, outcome: Outcome, artifact: Artifact, *, keep: bool) -> Outcome:
+        rule, target, digest = artifact.unpack, self._root.path(artifact.target), outcome.sha256
+        if rule is None or digest is None:
             return outcome
         try:
             with self._unpacking:
@@ -540,18 +520,29 @@ class Downloader:
         if rule is not None and (listed := read_listing(self._root.listing(artifact))) is not None:
             return self._verify_listed(artifact, self._root.path(rule.folder), listed, path)
         if rule is not None and not target.is_file():
-            return self._verify_placed(self._root.path(rule.folder), rule, path)
+            return self._verify_placed(rule, path)
         if not target.is_file():
             return "absent", path, ""
-        expected, digest = self._root.expected_digest(artifact), self._sha256(target)
-        if expected is None:
+        digest = self._sha256(target)
+        verdict, detail = self._verify_file(artifact, digest)
+        if verdict == "sound":
+            self._root.records(artifact.target).record_file(target, digest)
+        if verdict == "unproven":
+            detail = "; ".join(filter(None, [detail, "no digest is published or recorded"]))
+        return verdict, target, detail
+
+    def _verify_file(self, artifact: Artifact, digest: str) -> tuple[Verdict, str]:
+        """Compare the digest of the file that is there; where none is known, check what it holds, and return that."""
+        expected = self._root.expected_digest(artifact)
+        if expected is not None and digest != expected:
+            return "damaged", f"expected sha256 {expected}, got {digest}"
+        if expected is not None:
+            return "sound", "published digest" if artifact.pinned else "digest of first use"
+        try:
             check = content_check(artifact)
-            holds = f"{check.run(target)}; " if check is not None else ""
-            return "unproven", target, f"{holds}no digest is published or recorded"
-        if digest != expected:
-            return "damaged", target, f"expected sha256 {expected}, got {digest}"
-        self._root.records(artifact.target).record_file(target, digest)
-        return "sound", target, "published digest" if artifact.pinned else "digest of first use"
+            return "unproven", check.run(self._root.path(artifact.target)) if check else ""
+        except ProxydetError as error:
+            return "damaged", error.message
 
     def _verify_listed(
         self, artifact: Artifact, folder: Path, listed: Listing, path: Path
@@ -579,9 +570,9 @@ class Downloader:
             return "damaged", path, f"{what}, such as {wrong[0]}"
         return "sound", path, f"check sums of {len(listed)} files"
 
-    def _verify_placed(self, folder: Path, rule: Unpack, path: Path) -> tuple[Verdict, Path, str]:
+    def _verify_placed(self, rule: Unpack, path: Path) -> tuple[Verdict, Path, str]:
         """Check unpacked files that somebody placed by hand."""
-        proven = True
+        proven, folder = True, self._root.path(rule.folder)
         for provided in rule.provides:
             place = folder / provided.path
             if not place.exists():

@@ -427,13 +427,13 @@ class Transfer:
                 raise TransferError(f"{error.message.rstrip('.')}{times}.") from error
             delay = min(settings.first_delay * 2.0 ** (failures - 1), settings.longest_delay)
             delay *= random.uniform(0.5, 1.0)  # noqa: S311 - spreads attempts, guards nothing
-            if error.retry_after is not None:
-                delay = error.retry_after
-                if delay > settings.longest_retry_after:
-                    raise TransferError(
-                        f"{error.message} The server asks to come back in {delay / 60:.0f} minutes.",
-                        hint="Run the same command again then: what was fetched is kept.",
-                    )
+            asked = error.retry_after or 0.0
+            if asked > settings.longest_retry_after:
+                raise TransferError(
+                    f"{error.message} The server asks to come back in {asked / 60:.0f} minutes.",
+                    hint="Run the same command again then: what was fetched is kept.",
+                )
+            delay = max(delay, asked)
             if not progress and not announced:
                 announced = True
                 _logger.warning("%s Trying again.", error.message)

@@ -198,7 +198,9 @@ def _fetch(downloader: Downloader, plan: Plan, names: list[str], output: Output,
     report = downloader.fetch(plan)
     value = {
         "files": [vars(outcome) for outcome in report.outcomes],
-        "failed": [{"name": f.name, "error": f.error.message} for f in report.failures],
+        "failed": [
+            {"name": name, "error": error.message} for name, error in report.failures.items()
+        ],
     }
     output.data(value, _report_text(report))
     report.raise_for_failures()

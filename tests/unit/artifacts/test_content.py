@@ -238,8 +238,10 @@ class TestTars:
 
 def test_what_was_fetched_is_checked_before_it_gets_its_name(downloads, server, body) -> None:
     server.add("/thing", body)
-    (failure,) = downloads.fetch(downloads.artifact(content=Content(kind="tensors"))).failures
-    assert isinstance(failure.error, DigestError)
+    (error,) = downloads.fetch(
+        downloads.artifact(content=Content(kind="tensors"))
+    ).failures.values()
+    assert isinstance(error, DigestError)
     assert not (downloads.root / "models/thing.bin").exists()
     assert not (downloads.root / "models/artifacts.lock.json").exists()
 

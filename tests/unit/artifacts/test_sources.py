@@ -75,7 +75,7 @@ class TestCertificates:
     def secure(self, server, tmp_path: Path) -> Path:
         """Make the server speak TLS with a certificate that nobody knows; return that certificate's file."""
         certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-        command = f"openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1 -out {certificate} -keyout {key}"
+        command = f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1 -out {certificate} -keyout {key}"
         try:
             subprocess.run(command.split(), check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError):

@@ -371,9 +371,12 @@ class TestTime:
     def test_a_retry_after_that_says_nothing_means_the_usual_pause(
         self, fetch, server, body, text
     ) -> None:
-        server.add("/f", body, answers=[(503, {"Retry-After": text})])
+        """A longer one would be an error, as it is more than the settings allow."""
+        fetch.set(first_delay=0.2, longest_delay=0.2, longest_retry_after=0.2)
+        served = server.add("/f", body, answers=[(503, {"Retry-After": text})])
         fetch("/f")
         done(fetch, body)
+        assert served.times[1] - served.times[0] >= 0.1
 
 
 class TestSeveralConnections:

@@ -92,7 +92,7 @@ class RunManifest:
             InputError: It is of another format, or not a whole one.
         """
         values = {key: value for key, value in mapping.items() if key not in ("format", "sha256")}
-        require_whole(mapping)
+        _require_whole(mapping)
         try:
             if mapping.get("format") != FORMAT:
                 raise ValueError(f"it has format {mapping.get('format')!r}, not {FORMAT}")
@@ -106,7 +106,7 @@ class RunManifest:
             ) from error
 
 
-def require_whole(mapping: Mapping[str, Any]) -> None:
+def _require_whole(mapping: Mapping[str, Any]) -> None:
     """Compare a manifest's values with the SHA-256 in it; version 0.1 wrote none.
 
     Raises:
@@ -207,6 +207,17 @@ def folder_of(run: Path) -> Path:
             path=run,
         )
     return run.parent if run.is_file() else run_in(run)
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """Return what a ``manifest.json`` holds, of whatever version.
+
+    Raises:
+        InputError: It is absent or damaged.
+    """
+    content = read_json(path, what="manifest", hint=_HINT)
+    _require_whole(content)
+    return content
 
 
 def read_manifest(folder: Path) -> RunManifest:

@@ -11,24 +11,26 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from proxydet.config import dump_yaml
 from proxydet.data.dataset import DatasetConfig
 from proxydet.detector import Detector
-from proxydet.errors import EnvironmentProblem, LockedError
+from proxydet.errors import ConfigError, EnvironmentProblem, LockedError
 from proxydet.evaluation.detector_evaluation import evaluate
 from proxydet.evaluation.report import Report
 from proxydet.evaluation.split import DescribedSplit
-from proxydet.files import JsonLines, write_json
+from proxydet.files import JsonLines, write_json, write_text
 from proxydet.recipes import RunConfig
 from proxydet.reporting import SILENT, Progress
 from proxydet.training.distributed import launched_rank
 from proxydet.training.logs import read_evaluations, read_steps
-from proxydet.training.runfolder import Resume, RunFolder
+from proxydet.training.runfolder import Resume, RunFolder, is_whole, same_run
 from proxydet.training.train import Evaluate, TrainResult, best_of, train
 from proxydet.visualization.plots import loss_plot, save_figure
 
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from proxydet.modeling.network import ProxyDetNetwork
+
+logger = logging.getLogger(__name__)
 
 Curves = dict[str, list[tuple[float, float]]]
 
@@ -73,10 +77,29 @@ def run_training(
     return result
 
 
-def finished_run(folder: RunFolder, config: RunConfig) -> TrainResult:
-    """Return what a run that is finished gave, from its records; draw the plots that a kill kept from it."""
+def finished_run(folder: RunFolder, config: RunConfig) -> TrainResult | None:
+    """Return what a finished run gave, from its records; None where training has something to do in the folder.
+
+    What a run can be completed by without training is: plots that a kill prevented, a lost or damaged ``config.yaml``.
+
+    Args:
+        folder: The run folder; may be absent.
+        config: The configuration, before scaling. A run with other settings is for `run_training` to refuse.
+
+    Raises:
+        CheckpointError: The run is finished, and a file of it is damaged that cannot be written again.
+    """
+    try:
+        earlier = same_run(folder, config)
+    except ConfigError:
+        return None
+    if earlier is None or not earlier.finished or not is_whole(folder, earlier):
+        return None
     # Unless another one is at it, or nothing can be written there.
     with suppress(LockedError, EnvironmentProblem), folder.held():
+        if earlier.source != folder.config:
+            write_text(folder.config, dump_yaml(earlier.config))
+            logger.warning("wrote %s again, from %s", folder.config, earlier.source)
         plot_run(folder, again=False)
     records = read_steps(JsonLines(folder.metrics))
     last = records[-1] if records else {}

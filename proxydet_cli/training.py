@@ -43,7 +43,7 @@ class TrainOptions:
             "--data": self.data,
             "--config": self.config,
             "--output": self.output,
-            "--resume": None if self.resume == "auto" or self.overwrite else self.resume,
+            "--resume": None if self.resume.lower() == "auto" or self.overwrite else self.resume,
             "--weights": self.weights,
             "--device": self.device,
         }
@@ -79,8 +79,8 @@ class TrainOptions:
         """Return what to do with checkpoints that are there."""
         from proxydet.training.runfolder import after_restart
 
-        if self.resume in ("auto", "never"):
-            return after_restart(cast("Resume", self.resume))
+        if self.resume.lower() in ("auto", "never"):
+            return after_restart(cast("Resume", self.resume.lower()))
         return Path(self.resume).absolute()
 
 
@@ -150,7 +150,7 @@ def run(options: TrainOptions, machines: Machines, *, json: bool) -> None:
     from proxydet.training.checkpoint import read_iteration
     from proxydet.training.distributed import broadcast_value, connect, launched_rank
     from proxydet.training.launch import LAUNCHER, launch, requeue, worker
-    from proxydet.training.runfolder import RunFolder, same_finished_run
+    from proxydet.training.runfolder import RunFolder
     from proxydet.training_run import finished_run, run_training
     from proxydet_cli.training_display import training_progress
 
@@ -175,11 +175,14 @@ def run(options: TrainOptions, machines: Machines, *, json: bool) -> None:
         folder = RunFolder(root)
         if LAUNCHER not in os.environ:
             output.message(f"run folder: {root}" + (f" ({why})" if why else ""))
-        if resume == "auto" and same_finished_run(folder, config):
-            if not output.quiet:
-                result = finished_run(folder, config)
-                output.data(result, f"This run is finished: nothing to do.\n{_summary(result)}")
-            return
+            # Once for all processes, before one of them writes to it.
+            finished = finished_run(folder, config) if resume == "auto" else None
+            if finished is not None:
+                if not output.quiet:
+                    output.data(
+                        finished, f"This run is finished: nothing to do.\n{_summary(finished)}"
+                    )
+                return
 
         def train_here() -> None:
             result = run_training(

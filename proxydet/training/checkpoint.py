@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step_(\d{7,})\.pth")
 _NO_ROOM = "make room and start the same command again: it resumes from the newest checkpoint"
+_OTHER_WEIGHTS = "start a new run from its weights with --weights; --resume takes a checkpoint, RUN/checkpoints/step_....pth"
 _OLDER = "resume from an older one: --resume RUN/checkpoints/step_....pth"
 
 
@@ -119,7 +120,7 @@ class TrainingState:
             self.optimizer.load_state_dict(state["optimizer"])
             if state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])
-            # Version 0.1 went on with as many processes and as much accumulation only.
+            # Version 0.1 resumed on as many processes with as much accumulation only.
             self.batches = state.get("batches", state["iteration"] * self.replicas)
             self.draws = state.get("draws", state["iteration"] * draws)
             self.images, self.skipped = state["images"], state["skipped"]
@@ -252,12 +253,18 @@ def read_run(path: Path) -> dict[str, Any] | None:
 
 def _read(path: Path, *, whole: bool) -> dict[str, Any]:
     """Read a checkpoint: all of it, compared with its digest; or without its tensors."""
+    if path.suffix == ".safetensors":
+        raise CheckpointError(
+            f"{path} holds weights, and not the state of a training", hint=_OTHER_WEIGHTS, path=path
+        )
     state = read_content(path, tensors=whole, hint=_OLDER)
     ours = isinstance(state, dict) and state.get("format") in (1, FORMAT)
-    if not ours or not isinstance(state.get("iteration"), int):
+    final = ours and "model" in state and "optimizer" not in state
+    if not ours or final or not isinstance(state.get("iteration"), int):
+        weights = ": it holds final weights, and not the state of a training" * final
         raise CheckpointError(
-            f"{path} is not a training checkpoint of this program",
-            hint="to start from its weights give it with --weights; --resume continues a run",
+            f"{path} is not a training checkpoint of this program{weights}",
+            hint=_OTHER_WEIGHTS,
             path=path,
         )
     return dict(state)

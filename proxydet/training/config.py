@@ -1,4 +1,4 @@
-"""What training can be told: length, optimiser, schedule, precision, checkpoints, logs, evaluation, guards.
+"""Settings of a training: length, optimiser, schedule, precision, checkpoints, logs, evaluation, guards.
 
 Defaults are the published R50 recipe on 8 GPUs.
 """
@@ -8,13 +8,9 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal
 
-from proxydet.data.config import DataConfig
 from proxydet.errors import ConfigError
-from proxydet.losses.config import LossConfig
-from proxydet.modeling.config import ModelConfig
-from proxydet.runtime.modes import Mode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,38 +276,3 @@ def scale_training(config: TrainingConfig, replicas: int) -> TrainingConfig:
 def _require(holds: bool, message: str, value: Any) -> None:
     if not holds:
         raise ConfigError(f"{message}; it is {value!r}.")
-
-
-class RunSettings(Protocol):
-    """What training reads of a run's configuration (`proxydet.recipes.RunConfig`)."""
-
-    @property
-    def recipe(self) -> str:
-        """Name of the recipe."""
-
-    @property
-    def seed(self) -> int:
-        """Seed of every random draw."""
-
-    @property
-    def reproducibility(self) -> Mode:
-        """Reproducibility mode."""
-
-    @property
-    def data(self) -> DataConfig:
-        """Data."""
-
-    @property
-    def model(self) -> ModelConfig:
-        """Sizes of the detector."""
-
-    @property
-    def losses(self) -> LossConfig:
-        """Losses."""
-
-    @property
-    def training(self) -> TrainingConfig:
-        """Training."""
-
-
-S = TypeVar("S", bound=RunSettings)

@@ -21,6 +21,8 @@ from proxydet.errors import ConfigError, EnvironmentProblem, TrainingError
 _TIMEOUT = timedelta(minutes=30)
 # SLURM numbers its own steps (batch script, salloc's shell) down from here.
 _SPECIAL_STEPS = 0xFFFF_FFF0
+START_AGAIN = "Start the same command again: it resumes from the newest checkpoint."
+KEPT_HINT = "Leave out srun's option --preserve-env (-E)."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,25 +87,25 @@ class StartedProcess:
         """
         get = environment.get
 
-        def number(name: str, default: int = 0) -> int:
-            text = get(name, str(default))
-            if not text.isdecimal():
-                raise ConfigError(
-                    f"The environment variable {name} must be a number; it is {text!r}.",
-                    hint=f"Unset {name}, if nothing starts several processes here.",
-                )
-            return int(text)
+        def number(name: str, default: int = 0, least: int = 0) -> int:
+            return number_in(environment, name, default, least=least)
 
         # Kubeflow sets these for a pod that has yet to call torchrun.
         pod = "PET_NNODES" in environment and "LOCAL_RANK" not in environment
         if "RANK" in environment and "WORLD_SIZE" in environment and not pod:
-            nodes = number("GROUP_WORLD_SIZE", 1)
+            nodes = number("GROUP_WORLD_SIZE", 1, least=1)
+            rank, world_size = number("RANK"), number("WORLD_SIZE", least=1)
+            if rank >= world_size:
+                raise ConfigError(
+                    f"The environment variable RANK is {rank}; with WORLD_SIZE={world_size} it must be below {world_size}.",
+                    hint="Correct both; or unset them, if nothing starts several processes here.",
+                )
             return cls(
                 by="torchrun",
-                rank=number("RANK"),
-                world_size=number("WORLD_SIZE"),
+                rank=rank,
+                world_size=world_size,
                 local_rank=number("LOCAL_RANK"),
-                local_world_size=number("LOCAL_WORLD_SIZE", number("WORLD_SIZE") // nodes),
+                local_world_size=number("LOCAL_WORLD_SIZE", world_size // nodes),
                 nodes=nodes,
                 address=get("MASTER_ADDR", ""),
                 port=get("MASTER_PORT", ""),
@@ -112,8 +114,14 @@ class StartedProcess:
             return None
         shared = ("NTASKS", "STEP_NUM_TASKS"), ("TASKS_PER_NODE", "STEP_TASKS_PER_NODE")
         if any(get(f"SLURM_{own}") != get(f"SLURM_{step}") for own, step in shared):
+            if number("SLURM_PROCID") > 0:  # never in a batch script
+                raise ConfigError(
+                    f"SLURM_NTASKS is {get('SLURM_NTASKS')} and SLURM_STEP_NUM_TASKS is {get('SLURM_STEP_NUM_TASKS')}: srun "
+                    "has passed on the job's variables in place of those of its step.",
+                    hint=KEPT_HINT,
+                )
             return None
-        tasks, nodes = number("SLURM_STEP_NUM_TASKS", 1), number("SLURM_STEP_NUM_NODES", 1)
+        tasks, nodes = number("SLURM_STEP_NUM_TASKS", 1, 1), number("SLURM_STEP_NUM_NODES", 1, 1)
         # `srun --pty bash` runs the shell in one task; those next to it have ended.
         itself = get("SLURM_TASK_PID") == str(os.getpid())
         if tasks > 1 and "SLURM_PTY_PORT" in environment and not itself and os.isatty(0):
@@ -130,6 +138,28 @@ class StartedProcess:
             address=get("MASTER_ADDR") or first,
             port=get("MASTER_PORT") or str(20_000 + (31 * job + step) % 12_000),
         )
+
+
+def number_in(
+    environment: Mapping[str, str], name: str, default: int = 0, *, least: int = 0
+) -> int:
+    """Return the whole number that an environment variable holds; ``default`` where it is not set.
+
+    Raises:
+        ConfigError: It is not a whole number, or below ``least``.
+    """
+    text = environment.get(name, str(default))
+    if not (text.isascii() and text.isdecimal()) or len(text) > 18 or int(text) < least:
+        raise ConfigError(
+            f"The environment variable {name} must be a whole number of at least {least}; it is {text!r}.",
+            hint=f"Unset {name}, if nothing starts several processes here.",
+        )
+    return int(text)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or the name of its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def launched_rank() -> int:
@@ -162,7 +192,7 @@ def connect(device: str) -> Iterator[DistInfo]:
         yield _existing_group(device, local_rank)
         return
     if (
-        local_rank < int(os.environ.get("SLURM_GPUS_ON_NODE", "0"))
+        local_rank < number_in(os.environ, "SLURM_GPUS_ON_NODE")
         and torch.cuda.is_available()
         and torch.cuda.device_count() == 1
     ):
@@ -187,7 +217,7 @@ def connect(device: str) -> Iterator[DistInfo]:
     except (RuntimeError, ValueError) as error:
         raise TrainingError(
             f"The {process.world_size} processes did not find each other at {process.address}:{process.port}: "
-            f"{str(error).splitlines()[0]}",
+            f"{first_line(error)}",
             hint="Each must be able to reach that address. Set MASTER_ADDR and MASTER_PORT, the same for all, to take another.",
         ) from error
     yield DistInfo(

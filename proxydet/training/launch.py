@@ -26,7 +26,13 @@ import torch.distributed as dist
 from proxydet import errors
 from proxydet.errors import ConfigError, Interrupted, NumericsError, ProxydetError, TrainingError
 from proxydet.files import write_json
-from proxydet.training.distributed import StartedProcess
+from proxydet.training.distributed import (
+    KEPT_HINT,
+    START_AGAIN,
+    StartedProcess,
+    first_line,
+    number_in,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +62,7 @@ class LaunchPlan:
     """Whether this process is one of them: torchrun, srun or another program has started them all."""
 
     torchrun: tuple[str, ...] = ()
-    """Options of torchrun that start them; empty where this process is all, or one of those that are started."""
+    """Options of torchrun that start them on each node, or would; empty where this process is all."""
 
     def command(self, words: Sequence[str]) -> tuple[str, ...]:
         """Return the command line that does the work of ``proxydet WORDS`` in all these processes."""
@@ -117,40 +123,62 @@ def plan_launch(
                 process.local_world_size,
                 available,
             )
+        options = ["--standalone"]
+        if process.nodes > 1:
+            meeting = f"{process.address}:{process.port or _DEFAULT_PORT}"
+            options = [f"--nnodes={process.nodes}", *_rendezvous(meeting, "MASTER_PORT")]
+        options.append(f"--nproc-per-node={process.local_world_size}")
         return LaunchPlan(
             processes=process.local_world_size,
             nodes=process.nodes,
             world_size=process.world_size,
             started=True,
+            torchrun=tuple(options)
+            if process.nodes == 1 < process.world_size or process.address
+            else (),
         )
 
     source, found = "", 1
-    options: list[str] = []
+    options = []
+    lacking: list[str] = []
     if "PET_NNODES" in environment:
         source, found = "PET_NNODES", _count(environment, "PET_NNODES")
         if environment.get("PET_NPROC_PER_NODE", "").isdigit():
             gpus = gpus or int(environment["PET_NPROC_PER_NODE"])
         if "PET_RDZV_ENDPOINT" in environment:
+            if ":" in environment["PET_RDZV_ENDPOINT"]:
+                _port(environment["PET_RDZV_ENDPOINT"].rpartition(":")[2], "PET_RDZV_ENDPOINT")
             for name in ("backend", "endpoint", "id"):
                 value = environment.get(f"PET_RDZV_{name.upper()}")
                 options += [f"--rdzv-{name}={value}"] if value else []
         else:
             stated = ("PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT")
-            options = _static_rendezvous(*(environment.get(name, "") for name in stated))
+            lacking = [name for name in stated[:2] if not environment.get(name)]
+            if found > 1 and not lacking:
+                options = _static_rendezvous(environment, *stated, nodes=found)
     elif "SKYPILOT_NUM_NODES" in environment:
         source, found = "SKYPILOT_NUM_NODES", _count(environment, "SKYPILOT_NUM_NODES")
-        first = environment.get("SKYPILOT_NODE_IPS", "").strip().split("\n")[0]
-        options = _static_rendezvous(environment.get("SKYPILOT_NODE_RANK", ""), first)
+        rank, addresses = "SKYPILOT_NODE_RANK", "SKYPILOT_NODE_IPS"
+        lacking = [name for name in (rank, addresses) if not environment.get(name, "").strip()]
+        if found > 1 and not lacking:
+            options = _static_rendezvous(environment, rank, addresses, nodes=found)
     elif process is not None:
         source, found = "the SLURM step", process.nodes
-        options = _rendezvous(f"{process.address}:{process.port}")
+        options = _rendezvous(f"{process.address}:{process.port}", "MASTER_PORT")
         if "MASTER_ADDR" not in environment:
             options.append(f"--rdzv-conf=is_host={int(process.rank == 0)}")
     elif whole_job and nodes is None and environment.get("SLURM_JOB_NUM_NODES", "1") != "1":
         count = environment["SLURM_JOB_NUM_NODES"]
+        advice = f"srun --ntasks={count} --ntasks-per-node=1 proxydet train ... trains on all; --nodes 1 trains on this one."
+        if environment.get("SLURM_STEP_ID", "").isdecimal():
+            raise ConfigError(
+                f"This SLURM job has {count} nodes, and its variables are not those of a step on each of them: the command runs "
+                "on one node only, or srun has passed on the job's variables in place of those of its step.",
+                hint=f"{KEPT_HINT} {advice}",
+            )
         raise ConfigError(
             f"This SLURM job has {count} nodes, and the command runs on one of them: srun has not started it on each.",
-            hint=f"srun --ntasks={count} --ntasks-per-node=1 proxydet train ... trains on all; --nodes 1 trains on this one.",
+            hint=advice,
         )
     if source and nodes not in (None, found):
         raise ConfigError(
@@ -160,15 +188,17 @@ def plan_launch(
     nodes = nodes or found
     if rendezvous is not None:
         address = rendezvous if re.search(r":\d+$", rendezvous) else f"{rendezvous}:{_DEFAULT_PORT}"
-        options = _rendezvous(address)
+        options = _rendezvous(address, "--rendezvous")
     if nodes == 1:
         options = ["--standalone"]
     elif options:
         options = [f"--nnodes={nodes}", *options]
     else:
         raise ConfigError(
-            f"{nodes} nodes need an address to meet at, and none is given.",
-            hint="Give the same --rendezvous HOST:PORT on every node: the name of one of them and a free port.",
+            f"{nodes} nodes need an address to meet at, and "
+            + (f"{' and '.join(lacking)} must be set." if lacking else "none is given."),
+            hint=("Set it as your cluster does; or give" if lacking else "Give")
+            + " the same --rendezvous HOST:PORT on every node: the name of one of them and a free port.",
         )
     if max_restarts is None and "PET_MAX_RESTARTS" not in environment:
         max_restarts = 0 if nodes == 1 else 3
@@ -185,26 +215,42 @@ def plan_launch(
 
 
 def _count(environment: Mapping[str, str], name: str) -> int:
-    if not environment[name].isdigit() or int(environment[name]) < 1:
+    if ":" in environment[name]:
         raise ConfigError(
-            f"{name} must be a whole number of at least 1; it is {environment[name]!r}.",
+            f"{name} must be one number; it is {environment[name]!r}.",
             hint="A training has a fixed number of nodes: set the least and the greatest number to the same.",
         )
-    return int(environment[name])
+    return number_in(environment, name, least=1)
 
 
-def _rendezvous(address: str) -> list[str]:
+def _port(text: str, source: str) -> str:
+    if not text.isdecimal() or not 0 < int(text) < 1 << 16:
+        raise ConfigError(
+            f"The port of {source} must be a number from 1 to 65535; it is {text!r}.",
+            hint=f"Give a free port of the first node, such as {_DEFAULT_PORT}.",
+        )
+    return text
+
+
+def _rendezvous(address: str, source: str) -> list[str]:
+    _port(address.rpartition(":")[2], source)
     return ["--rdzv-backend=c10d", f"--rdzv-endpoint={address}", "--rdzv-id=proxydet"]
 
 
-def _static_rendezvous(rank: str, address: str, port: str = "") -> list[str]:
-    """Return options for nodes that know their numbers; none where number or address is unknown."""
-    if not rank or not address:
-        return []
+def _static_rendezvous(
+    environment: Mapping[str, str], rank: str, addresses: str, port: str = "", *, nodes: int
+) -> list[str]:
+    """Return options for nodes that know their numbers, from the names of environment variables."""
+    number = number_in(environment, rank)
+    if number >= nodes:
+        raise ConfigError(
+            f"{rank} is {number}; the {nodes} nodes have the numbers 0 to {nodes - 1}.",
+            hint=f"Set {rank} to the number of this node, another one on each.",
+        )
     return [
-        f"--node-rank={rank}",
-        f"--master-addr={address}",
-        f"--master-port={port or _DEFAULT_PORT}",
+        f"--node-rank={number}",
+        f"--master-addr={environment[addresses].split()[0]}",
+        f"--master-port={_port(environment.get(port) or _DEFAULT_PORT, port)}",
     ]
 
 
@@ -260,8 +306,8 @@ def launch(plan: LaunchPlan, words: Sequence[str], logs: Path) -> None:
             except (RendezvousError, dist.DistError) as error:
                 if plan.nodes == 1 or not left:
                     raise
-                # When a node dies, the others may meet its ghost before its heartbeat is missed, and wait in vain.
-                logger.warning("Rendezvous lost (%s), retrying.", _first_line(error))
+                # When a node dies, the others may join its last rendezvous before its heartbeat is missed, and time out.
+                logger.warning("Rendezvous lost (%s), retrying.", first_line(error))
                 time.sleep(_PAUSE_SECONDS)
     except SignalException as error:
         number = received[0] if received else int(error.sigval)
@@ -271,15 +317,15 @@ def launch(plan: LaunchPlan, words: Sequence[str], logs: Path) -> None:
         raise Interrupted(
             f"Training was stopped by {signal.Signals(number).name} before its processes could write a checkpoint.",
             signal_number=number,
-            hint="Start the same command again: it continues from the newest checkpoint.",
+            hint=START_AGAIN,
         ) from error
     except ChildFailedError as error:
         raise _failure(error, plan.world_size, logs, since) from error
     except (RendezvousError, dist.DistError) as error:
         raise TrainingError(
-            f"The {plan.nodes} nodes did not find, or lost, each other ({' '.join(plan.torchrun)}): {_first_line(error)}",
+            f"The {plan.nodes} nodes did not find, or lost, each other ({' '.join(plan.torchrun)}): {first_line(error)}",
             hint="Start the same command on every node. Each must reach that address, and the run ends with the node that owns "
-            "it; starting again continues from the newest checkpoint.",
+            "it; started again, it resumes from the newest checkpoint.",
         ) from error
     finally:
         signal.signal(signal.SIGUSR1, before)
@@ -307,7 +353,7 @@ def worker(logs: Path) -> Iterator[None]:
         if launcher and os.getppid() != int(launcher):
             raise TrainingError(
                 "The process that started this one is gone.",
-                hint="Start the same command again: it continues from the newest checkpoint.",
+                hint=START_AGAIN,
             )
     logs.mkdir(parents=True, exist_ok=True)
     log = logs / f"rank_{rank}.log"
@@ -331,7 +377,7 @@ def worker(logs: Path) -> Iterator[None]:
             raise SystemExit(error.exit_code if isinstance(error, ProxydetError) else 1) from error
         if _is_echo(error):
             raise TrainingError(
-                f"Process {rank} of {world_size} lost the others: {_first_line(error)}",
+                f"Process {rank} of {world_size} lost the others: {first_line(error)}",
                 hint=f"One of them failed or was killed; its message, or its log next to {log}, says why.",
             ) from error
         raise
@@ -349,10 +395,6 @@ def _is_echo(error: BaseException) -> bool:
     )
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def _record_error(error: BaseException, rank: int, logs: Path) -> None:
     """Write an error to the file from which torchrun, and `launch`, take the reason of a failure."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
@@ -364,7 +406,7 @@ def _record_error(error: BaseException, rank: int, logs: Path) -> None:
     text = (
         error.message
         if isinstance(error, ProxydetError)
-        else f"{type(error).__name__}: {_first_line(error)}"
+        else f"{type(error).__name__}: {first_line(error)}"
     )
     record = {
         "kind": type(error).__name__ if known else "TrainingError",
@@ -438,5 +480,7 @@ def requeue(environment: Mapping[str, str] = os.environ) -> bool:
     job, scontrol = environment.get("SLURM_JOB_ID"), shutil.which("scontrol")
     if not job or environment.get("SLURM_PROCID", "0") != "0" or scontrol is None:
         return False
-    subprocess.run([scontrol, "requeue", job], check=True)  # noqa: S603
-    return True
+    done = subprocess.run([scontrol, "requeue", job], capture_output=True, text=True, check=False)  # noqa: S603
+    if done.returncode:
+        logger.warning("scontrol did not requeue job %s: %s", job, done.stderr.strip())
+    return done.returncode == 0

@@ -1,4 +1,4 @@
-"""The course of a training: what is recorded of its steps, TensorBoard, and what is shown while it runs."""
+"""Logs of a training: records of its steps and evaluations, TensorBoard, and the live display."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from proxydet.reporting import Task
 from proxydet.training.checkpoint import TrainingState
 from proxydet.training.config import LogConfig
 from proxydet.training.distributed import DistInfo
-from proxydet.training.runfolder import RunFolder
+from proxydet.training.runfolder import RunFolder, iteration_of
 from proxydet.training.step import StepResult
 
 
@@ -189,13 +189,6 @@ def _are_numbers(values: object) -> bool:
             type(v) is float or (type(v) is int and abs(v) < sys.maxsize) for v in values.values()
         )
     )
-
-
-def iteration_of(record: dict[str, Any]) -> int:
-    """Return the iteration that a record belongs to; beyond all of them for one that names none."""
-    iteration = record.get("iteration")
-    known = type(iteration) is int and 0 <= iteration < sys.maxsize
-    return int(iteration) if known else sys.maxsize  # type: ignore[arg-type]
 
 
 def memory_mib(device: torch.device) -> float:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from proxydet.modeling.centernet import CenterNet
 from proxydet.modeling.config import ModelConfig
 from proxydet.modeling.roi_heads import RoiHeads
 from proxydet.training.checkpoint import CheckpointFolder, read_iteration
-from proxydet.training.config import RunSettings, S, TrainingConfig
+from proxydet.training.config import TrainingConfig
 from proxydet.training.distributed import DistInfo, choose_device
 from proxydet.training.launch import LaunchPlan
 from proxydet.training.runfolder import (
@@ -40,9 +40,13 @@ from proxydet.training.runfolder import (
     check_same,
     continue_run,
     find_earlier,
+    is_whole,
 )
 from proxydet.training.step import check_precision
 from proxydet.training.train import fit_to_embeddings, fit_to_masks
+
+if TYPE_CHECKING:
+    from proxydet.recipes import RunConfig
 
 # Annotation files up to this are looked into; it takes well under a second.
 _LARGEST_READ = 64 * 1024 * 1024
@@ -99,10 +103,14 @@ class Estimate:
 
     def lines(self) -> list[str]:
         """Return the estimate for people to read."""
+        hours = self.hours
+        duration = f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.0f} days"
+        if hours < 1:
+            duration = f"{max(hours * 60, 0.1):.2g} minutes"
         lines = [
             f"device       {self.device}, at least {self.memory_gib:.1f} GiB a process, "
             f"{self.parameters / 1e6:.1f} M parameters",
-            f"time         about {_duration(self.hours)}: {self.seconds_per_step:.2g} s a step, "
+            f"time         about {duration}: {self.seconds_per_step:.2g} s a step, "
             f"{self.images:,} images; a rough guess: a convolution reaches {self.operations_per_second / 1e9:.3g} GFLOP/s "
             "here just now (less where other programs run)",
         ]
@@ -119,12 +127,15 @@ class TrainingPlan:
     """The run folder."""
 
     resumes_after: int | None
-    """Iteration of the checkpoint that it would go on with; None starts anew."""
+    """Iteration of the checkpoint that it would resume from; None starts a new run."""
+
+    finished: bool
+    """Whether the run is finished, so that nothing would be done."""
 
     launch: LaunchPlan
     """Processes."""
 
-    config: RunSettings
+    config: RunConfig
     """The configuration of the run: resolved, scaled to the number of processes, fitted to the text embeddings."""
 
     needs: tuple[Need, ...]
@@ -141,14 +152,15 @@ class TrainingPlan:
 
     @property
     def missing(self) -> tuple[Need, ...]:
-        """What is not there, or not usable."""
-        return tuple(need for need in self.needs if not need.present)
+        """What is not there, or not usable; a finished run needs nothing."""
+        return () if self.finished else tuple(need for need in self.needs if not need.present)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON can hold it."""
         return {
             "folder": str(self.folder),
             "resumes_after": self.resumes_after,
+            "finished": self.finished,
             "processes": self.launch.world_size,
             "needs": [dataclasses.asdict(need) for need in self.needs],
             "notes": list(self.notes),
@@ -160,9 +172,11 @@ class TrainingPlan:
     def to_text(self) -> str:
         """Return the plan for people to read: the configuration first, what to do about it last."""
         start = (
-            "starts anew"
+            "finished: nothing to do"
+            if self.finished
+            else "starts a new run"
             if self.resumes_after is None
-            else f"goes on after iteration {self.resumes_after}"
+            else f"resumes after iteration {self.resumes_after}"
         )
         lines = [
             dump_yaml(self.config, comments=False).rstrip(),
@@ -173,9 +187,13 @@ class TrainingPlan:
             *self.estimate.lines(),
             "",
             "what it needs",
-            *(f"  {_mark(need):8} {need.what:22} {_place(need)}" for need in self.needs),
+            *(
+                f"  {'there' if need.present else 'UNUSABLE' if need.problem and need.path else 'MISSING':8} "
+                f"{need.what:22} {': '.join(filter(None, [need.path, need.problem]))}"
+                for need in self.needs
+            ),
             "",
-            "command",
+            "command" + (" (the same by torchrun, on each node)" * self.launch.started),
             f"  {shlex.join(self.command)}",
         ]
         if self.missing:
@@ -184,7 +202,7 @@ class TrainingPlan:
 
 
 def plan_training(
-    config: S,
+    config: RunConfig,
     launch: LaunchPlan,
     output: Path,
     words: Sequence[str],
@@ -192,7 +210,7 @@ def plan_training(
     resume: Resume = "auto",
     overwrite: bool = False,
 ) -> TrainingPlan:
-    """Find out what a training would do. Looks at files, reads none of the large ones.
+    """Find out what a training would do. Reads no large file, but the weights of a run that is finished.
 
     Args:
         config: The configuration, before scaling to the number of processes.
@@ -205,8 +223,9 @@ def plan_training(
     """
     folder = RunFolder(output)
     needs: list[Need] = []
-    earlier: list[EarlierRun[S]] = []
+    earlier: list[EarlierRun] = []
     resumes_after = None
+    finished = False
 
     def need(what: str, path: Path) -> None:
         needs.append(Need(what=what, path=str(path), present=path.exists()))
@@ -291,15 +310,22 @@ def plan_training(
                     notes, decided = [note] if note else [], True
                 except ProxydetError as error:
                     unusable("classes and masks", annotations, error)
+    before = len(needs)
     for run in earlier:
         try:
-            check_same(folder, run, scaled, before_data=not decided)
+            check_same(run, scaled, before_data=not decided)
         except ProxydetError as error:
             unusable("run folder", folder.root, error)
             needs.insert(compared, needs.pop())
+    if resume == "auto" and earlier and earlier[0].finished and len(needs) == before:
+        try:
+            finished = is_whole(folder, earlier[0])
+        except ProxydetError as error:
+            unusable("finished run", error.path or folder.root, error)
     return TrainingPlan(
         folder=folder.root,
         resumes_after=resumes_after,
+        finished=finished,
         launch=launch,
         config=scaled,
         needs=tuple(needs),
@@ -327,16 +353,6 @@ def _annotations(split: str, path: Path) -> Need:
     else:
         problem = ""
     return Need(what=what, path=str(path), present=not problem, problem=problem)
-
-
-def _mark(need: Need) -> str:
-    if need.present:
-        return "there"
-    return "UNUSABLE" if need.problem and need.path else "MISSING"
-
-
-def _place(need: Need) -> str:
-    return ": ".join(part for part in (need.path, need.problem) if part)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -498,9 +514,3 @@ class MetaNetwork:
             mask_side = config.masks.pool_size
             pooled = torch.empty(objects, channels, mask_side, mask_side, device="meta")
             heads.mask_head.layers(pooled)
-
-
-def _duration(hours: float) -> str:
-    if hours < 1:
-        return f"{max(hours * 60, 0.1):.2g} minutes"
-    return f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.0f} days"

@@ -31,23 +31,33 @@ import json
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from proxydet.config import differences, from_mapping, load_mapping
-from proxydet.errors import ConfigError, InputError, LockedError
-from proxydet.files import JsonLines, Lock, read_json, sweep, write_text
-from proxydet.manifest import require_whole
-from proxydet.training.checkpoint import CheckpointFolder, read_iteration, read_run
-from proxydet.training.config import CheckpointConfig, S, scale_training
+from proxydet.errors import CheckpointError, ConfigError, InputError, LockedError
+from proxydet.files import JsonLines, Lock, sha256, sweep, write_text
+from proxydet.manifest import read_run_records, read_values
+from proxydet.training.checkpoint import (
+    CheckpointFolder,
+    load_checkpoint,
+    read_iteration,
+    read_run,
+)
+from proxydet.training.config import CheckpointConfig, scale_training
 from proxydet.training.distributed import DistInfo
 from proxydet.training.launch import LAUNCHER
+from proxydet.vocabulary.compositional import CompositionalEncoder
+from proxydet.vocabulary.vocabulary import Vocabulary
+from proxydet.weight_files import read_content, read_safetensors
+
+if TYPE_CHECKING:
+    from proxydet.recipes import RunConfig
 
 logger = logging.getLogger(__name__)
-
-C = TypeVar("C")
 
 Resume = Literal["auto", "never"] | Path
 """``auto`` resumes from the newest checkpoint of the run folder if there is one, ``never`` starts a new run, a path resumes
@@ -182,7 +192,7 @@ class RunFolder:
             target.parent.mkdir(parents=True, exist_ok=True)
             path.replace(target)
         for path in (self.metrics, self.evaluations):
-            removed = JsonLines(path).keep(lambda r: not _later(r.get("iteration"), iteration))
+            removed = JsonLines(path).keep(lambda r: iteration_of(r) <= iteration)
             if removed:
                 write_text(aside / path.name, "".join(json.dumps(r) + "\n" for r in removed))
         logger.warning(
@@ -207,24 +217,17 @@ class RunFolder:
             path.unlink(missing_ok=True)
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = read_json(path, what="manifest", default={})
-    require_whole(content)
-    return content
-
-
-def _later(value: object, iteration: int) -> bool:
-    return type(value) is int and value > iteration
-
-
 @dataclass(frozen=True, kw_only=True)
-class EarlierRun(Generic[C]):
+class EarlierRun:
     """What the run in a folder, or of a checkpoint, was made from."""
+
+    root: Path
+    """Its folder; the checkpoint itself where that lies in none."""
 
     source: Path
     """The file that says so."""
 
-    config: C
+    config: RunConfig
     """Its configuration; ``training.replicas`` is what an iteration means in it."""
 
     digests: Mapping[str, str]
@@ -235,8 +238,8 @@ class EarlierRun(Generic[C]):
 
 
 def earlier_run(
-    folder: RunFolder, kind: type[C], checkpoint: Path | None = None
-) -> EarlierRun[C] | None:
+    folder: RunFolder, kind: type[RunConfig], checkpoint: Path | None = None
+) -> EarlierRun | None:
     """Find out what run a folder holds: from ``config.yaml``, ``manifest.json``, or else its newest checkpoint.
 
     Args:
@@ -248,7 +251,7 @@ def earlier_run(
         The run; None where there is none.
 
     Raises:
-        ConfigError: It has checkpoints, and nothing tells what of.
+        ConfigError: It has checkpoints, and nothing says of which settings.
     """
     problems: list[str] = []
 
@@ -262,7 +265,9 @@ def earlier_run(
 
     found = [path for _, path in folder.list_checkpoints()]
     newest = [checkpoint] if checkpoint is not None else found[::-1]
-    manifest = read(folder.manifest, _read_manifest, folder.manifest) or {}
+    manifest: dict[str, Any] = {}
+    if folder.manifest.exists():
+        manifest = read(folder.manifest, read_values, folder.manifest) or {}
     config = read(folder.config, load_mapping, folder.config) if folder.config.is_file() else None
     if config is None and folder.config.exists() and not problems:
         problems.append(f"{folder.config} is not a regular file")
@@ -282,6 +287,7 @@ def earlier_run(
         if problems:
             logger.warning("%s; using %s", "; ".join(problems), source)
         return EarlierRun(
+            root=folder.root,
             source=source,
             config=known,
             digests=digests if isinstance(digests, Mapping) else {},
@@ -290,19 +296,16 @@ def earlier_run(
     if not found and not (problems and folder.final_weights.exists()):
         return None
     raise ConfigError(
-        f"{folder.root} holds a run, and nothing tells with which settings: {'; '.join(problems) or 'there are no records'}",
-        hint=f"put {folder.config.name} back, train in another folder (--output), or remove the run: --resume never --overwrite",
+        f"{folder.root} holds a run, and its settings are not known: {'; '.join(problems) or 'there are no records'}",
+        hint=f"put {folder.config.name} back, train in another folder (--output), or remove the run: --overwrite",
         path=folder.config,
     )
 
 
-def check_same(
-    folder: RunFolder, earlier: EarlierRun[Any], config: Any, *, before_data: bool = False
-) -> None:
+def check_same(earlier: EarlierRun, config: RunConfig, *, before_data: bool = False) -> None:
     """Make sure that a configuration is that of an earlier run, apart from what may differ on resume.
 
     Args:
-        folder: The run folder, for messages.
         earlier: The run.
         config: The configuration, scaled to the earlier one's ``training.replicas``.
         before_data: Leaves out what training decides when it has read the data.
@@ -317,17 +320,16 @@ def check_same(
         if not key.startswith(free)
     ]
     if changed:
+        same = f" (--config {earlier.source})" if earlier.source.name == "config.yaml" else ""
         raise ConfigError(
-            f"{folder.root} holds a run with other settings ({'; '.join(changed[:5])}).",
-            hint="train in another folder (--output); resume with the same settings "
-            f"(--config {earlier.source}); start from its weights (--weights); or remove it: --resume never --overwrite",
+            f"{earlier.root} holds a run with other settings ({'; '.join(changed[:5])}).",
+            hint=f"train in another folder (--output); resume with the same settings{same}; start from its weights "
+            "(--weights); or remove it: --overwrite",
             path=earlier.source,
         )
 
 
-def check_same_data(
-    folder: RunFolder, earlier: EarlierRun[Any], digests: Mapping[str, str]
-) -> None:
+def check_same_data(earlier: EarlierRun, digests: Mapping[str, str]) -> None:
     """Make sure that the data of an earlier run are as they were.
 
     Raises:
@@ -341,11 +343,85 @@ def check_same_data(
             changed.append(name)
     if changed:
         raise ConfigError(
-            f"{folder.root} holds a run on other data: the {' and the '.join(changed)} changed since.",
+            f"{earlier.root} holds a run on other data: the {' and the '.join(changed)} changed since.",
             hint="put the files back as they were; or train in another folder (--output), from this run's weights if "
             "you like (--weights)",
-            path=folder.manifest,
+            path=earlier.source,
         )
+
+
+def same_run(folder: RunFolder, config: RunConfig) -> EarlierRun | None:
+    """Return the run in a folder, which is one of this configuration (before scaling); None where there is none.
+
+    Raises:
+        ConfigError: The folder holds a run with other settings, or with settings that are not known.
+    """
+    earlier = earlier_run(folder, type(config))
+    if earlier is not None:
+        training = scale_training(config.training, earlier.config.training.replicas)
+        check_same(earlier, dataclasses.replace(config, training=training), before_data=True)
+    return earlier
+
+
+def is_whole(folder: RunFolder, earlier: EarlierRun) -> bool:
+    """Return whether a finished run's files are as they were written; where they are not, `train` writes them again.
+
+    Weights, vocabulary, text encoder and records are compared with their digests.
+
+    Raises:
+        CheckpointError: One that the detector needs is damaged, and the last checkpoint is not there, or damaged too.
+    """
+    problems: dict[Path, str] = {}
+
+    def check(path: Path, read: Callable[[Path], object], name: str | None = None) -> None:
+        expected = earlier.digests.get(name) if name else None
+        try:
+            found = read(path) if name or path.exists() else None
+        except OSError as error:
+            problems[path] = f"{path} cannot be read: {error.strerror or error}"
+        except InputError as error:
+            problems[error.path or path] = error.message.rstrip(".")
+        else:
+            if expected is not None and found != expected:
+                problems[path] = f"{path} is not what the run wrote (SHA-256)"
+
+    check(folder.final_safetensors, read_safetensors)
+    check(folder.final_weights, read_content)
+    check(folder.vocabulary, lambda path: Vocabulary.load(path).digest, "vocabulary")
+    if "text encoder" in earlier.digests:
+        check(folder.text_encoder, sha256, "text encoder")
+    else:  # of version 0.1
+        check(folder.text_encoder, CompositionalEncoder.load)
+    needed = list(problems)
+    check(folder.root, read_run_records)
+    if not problems:
+        return True
+    said = "; ".join(problems.values())
+    iterations = earlier.config.training.iterations
+    last = folder.checkpoints / f"step_{iterations:07d}.pth"
+    try:
+        load_checkpoint(last)
+    except CheckpointError as error:
+        if not needed:
+            logger.warning("%s; the weights are whole", said)
+            return True
+        finals = (folder.final_safetensors, folder.final_weights)
+        whole = [path for path in finals if path.exists() and path not in problems]
+        use = f"use the whole weights with --weights {whole[0]}, " if 0 < len(whole) < 2 else ""
+        raise CheckpointError(
+            f"the run in {folder.root} is finished, but {said}; it cannot be written again: {error.message.rstrip('.')}",
+            hint=f"copy {needed[0].name} back from where it is whole, {use}or train again: --overwrite",
+            path=needed[0],
+        ) from error
+    logger.warning("%s; writing the files of the finished run again from %s", said, last)
+    return False
+
+
+def iteration_of(record: Mapping[str, Any]) -> int:
+    """Return the iteration that a record of a log belongs to; beyond all of them for one that names none."""
+    iteration = record.get("iteration")
+    known = type(iteration) is int and 0 <= iteration < sys.maxsize
+    return int(iteration) if known else sys.maxsize  # type: ignore[arg-type]
 
 
 def after_restart(resume: Resume) -> Resume:
@@ -354,7 +430,7 @@ def after_restart(resume: Resume) -> Resume:
     return "auto" if resume == "never" and restarted else resume
 
 
-def default_folder(base: Path, config: S, resume: Resume) -> tuple[Path, str]:
+def default_folder(base: Path, config: RunConfig, resume: Resume) -> tuple[Path, str]:
     """Choose the run folder where none is given: the run's own, or a new one next to those of other settings.
 
     Args:
@@ -371,24 +447,23 @@ def default_folder(base: Path, config: S, resume: Resume) -> tuple[Path, str]:
     for number in range(1, 10_000):
         folder = RunFolder(base if number == 1 else base.with_name(f"{base.name}-{number}"))
         try:
-            earlier = earlier_run(folder, type(config))
-            if earlier is None:
-                break
-            if resume == "never":
-                raise ConfigError(f"{folder.root} holds a run")
-            scaled = scale_to(config, earlier.config.training.replicas)
-            check_same(folder, earlier, scaled, before_data=True)
+            if resume == "never" and earlier_run(folder, type(config)) is not None:
+                reasons.append(f"{folder.root} holds a run")
+                continue
+            earlier = same_run(folder, config)
         except ConfigError as error:
             reasons.append(error.message.rstrip("."))
             continue
+        if earlier is None:
+            break
         state = "which is finished" if earlier.finished else "which is not finished"
         return folder.root, f"it holds the same run, {state}"
     return folder.root, reasons[0] if reasons else ""
 
 
 def find_earlier(
-    folder: RunFolder, config: S, resume: Resume, *, overwrite: bool = False
-) -> list[EarlierRun[S]]:
+    folder: RunFolder, config: RunConfig, resume: Resume, *, overwrite: bool = False
+) -> list[EarlierRun]:
     """Return the runs that a training continues: that in its folder, and that of the checkpoint that is given.
 
     Raises:
@@ -401,8 +476,7 @@ def find_earlier(
     if resume == "never" and here is not None:
         raise ConfigError(
             f"{folder.root} already holds a run.",
-            hint="train in another folder (--output), resume the run (--resume auto), or remove it: "
-            "--resume never --overwrite",
+            hint="train in another folder (--output), resume the run (--resume auto), or remove it: --overwrite",
             path=folder.root,
         )
     found = [] if here is None else [here]
@@ -413,7 +487,7 @@ def find_earlier(
             other = earlier_run(RunFolder(own), type(config), resume)
             if other is None:
                 logger.warning(
-                    "Nothing tells with which settings %s was written; they are not compared",
+                    "The settings with which %s was written are not known; they are not compared",
                     resume,
                 )
             else:
@@ -421,7 +495,9 @@ def find_earlier(
     return found
 
 
-def continue_run(config: S, earlier: Sequence[EarlierRun[S]], ranks: DistInfo) -> tuple[S, int]:
+def continue_run(
+    config: RunConfig, earlier: Sequence[EarlierRun], ranks: DistInfo
+) -> tuple[RunConfig, int]:
     """Return a run's configuration, and how many batches this many processes accumulate.
 
     A new run is scaled to its number of processes; see `scale_training`. A run that is resumed keeps what an iteration was in
@@ -431,7 +507,8 @@ def continue_run(config: S, earlier: Sequence[EarlierRun[S]], ranks: DistInfo) -
     """
     training = config.training
     if not earlier:
-        return scale_run(config, ranks.world_size), training.accumulation
+        training = scale_training(training, ranks.world_size * training.accumulation)
+        return dataclasses.replace(config, training=training), training.accumulation
     before = earlier[-1].config.training
     scaled = scale_training(training, before.replicas)
     accumulation = training.accumulation
@@ -453,32 +530,4 @@ def continue_run(config: S, earlier: Sequence[EarlierRun[S]], ranks: DistInfo) -
             else f"{batches} batches a step instead of {before.replicas}{rate}; an iteration takes {1 / k:g} steps",
         )
     scaled = dataclasses.replace(scaled, accumulation=before.accumulation)
-    return cast("S", dataclasses.replace(cast("Any", config), training=scaled)), accumulation
-
-
-def same_finished_run(folder: RunFolder, config: S) -> bool:
-    """Whether a folder holds a run of these settings that is finished.
-
-    Raises:
-        ConfigError: It holds a run, and nothing tells with which settings.
-    """
-    earlier = earlier_run(folder, type(config))
-    if earlier is None or not earlier.finished:
-        return False
-    try:
-        scaled = scale_to(config, earlier.config.training.replicas)
-        check_same(folder, earlier, scaled, before_data=True)
-    except ConfigError:
-        return False
-    return True
-
-
-def scale_to(config: S, replicas: int) -> S:
-    """Return a configuration whose training is scaled to a number of batches an iteration; see `scale_training`."""
-    training = scale_training(config.training, replicas)
-    return cast("S", dataclasses.replace(cast("Any", config), training=training))
-
-
-def scale_run(config: S, processes: int) -> S:
-    """Return a run's configuration with its training scaled to a number of processes; see `scale_training`."""
-    return scale_to(config, processes * config.training.accumulation)
+    return dataclasses.replace(config, training=scaled), accumulation

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -39,8 +39,9 @@ from proxydet.training.checkpoint import (
     TrainingState,
     load_checkpoint,
 )
-from proxydet.training.config import S, TrainingConfig
+from proxydet.training.config import TrainingConfig
 from proxydet.training.distributed import (
+    START_AGAIN,
     DistInfo,
     broadcast_value,
     check_agreement,
@@ -72,6 +73,9 @@ from proxydet.training.step import (
 from proxydet.vocabulary.vocabulary import Vocabulary
 from proxydet.weight_files import write_safetensors, write_state
 
+if TYPE_CHECKING:
+    from proxydet.recipes import RunConfig
+
 logger = logging.getLogger(__name__)
 
 # The recipes for CPUs have less than half of these, the published ones six times as many.
@@ -80,8 +84,6 @@ _MANY_PARAMETERS = 20_000_000
 Evaluate = Callable[[nn.Module, int, Path], dict[str, float]]
 """Evaluates a network in eval mode at an iteration, keeping its files in a folder. Runs on every process, which may
 work together; the main process returns the metrics by name, larger being better, the others may return nothing."""
-
-_RESUME = "Start the same command again: it resumes from the newest checkpoint."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +130,7 @@ class TrainResult:
 
 
 def train(
-    config: S,
+    config: RunConfig,
     *,
     output: Path,
     resume: Resume = "auto",
@@ -167,7 +169,7 @@ def train(
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         for run in earlier:
-            check_same(folder, run, config, before_data=True)
+            check_same(run, config, before_data=True)
 
         if config.data.description is None:
             raise ConfigError(
@@ -189,12 +191,16 @@ def train(
             **sources.digests(),
         }
         for run in earlier:
-            check_same(folder, run, config)
-            check_same_data(folder, run, digests)
+            check_same(run, config)
+            check_same_data(run, digests)
         facts = {"configuration": dump_yaml(config, comments=False), **digests}
         check_agreement(
             ranks, {**facts, "accumulation": str(accumulation), "run folder": str(folder.root)}
         )
+        encoder = Path(description.classes.encoder or "")
+        own_encoder = encoder.suffix == ".json" and encoder.is_file()
+        if own_encoder:
+            digests["text encoder"] = sha256(encoder)
         if settings.weights is not None and settings.weights.is_file():
             digests["weights"] = sha256(settings.weights)
 
@@ -218,8 +224,7 @@ def train(
                 folder.remove_unfinished_evaluations()
             write_text(folder.config, dump_yaml(config))
             vocabulary.save(folder.vocabulary)
-            encoder = Path(description.classes.encoder or "")
-            if encoder.suffix == ".json" and encoder.is_file():
+            if own_encoder:
                 write_bytes(folder.text_encoder, encoder.read_bytes())
             manifest = build_manifest(
                 "training",
@@ -268,7 +273,7 @@ def train(
         )
 
 
-def fit_to_embeddings(config: S, dimension: int) -> S:
+def fit_to_embeddings(config: RunConfig, dimension: int) -> RunConfig:
     """Return a run's configuration with a classifier of as many dimensions as the data's text embeddings.
 
     Raises:
@@ -290,11 +295,12 @@ def fit_to_embeddings(config: S, dimension: int) -> S:
         asked,
     )
     classifier = dataclasses.replace(model.classifier, embedding_dim=dimension)
-    fitted = dataclasses.replace(model, classifier=classifier)
-    return cast("S", dataclasses.replace(cast("Any", config), model=fitted))
+    return dataclasses.replace(config, model=dataclasses.replace(model, classifier=classifier))
 
 
-def fit_to_masks(config: S, store: AnnotationStore, vocabulary: Vocabulary) -> tuple[S, str]:
+def fit_to_masks(
+    config: RunConfig, store: AnnotationStore, vocabulary: Vocabulary
+) -> tuple[RunConfig, str]:
     """Decide whether masks are trained.
 
     Args:
@@ -318,7 +324,7 @@ def fit_to_masks(config: S, store: AnnotationStore, vocabulary: Vocabulary) -> t
         )
     targets = Targets.of(store, vocabulary, False if head is None else asked)
     fitted = dataclasses.replace(
-        cast("Any", config),
+        config,
         data=dataclasses.replace(config.data, masks=targets.masks),
         model=dataclasses.replace(config.model, masks=head if targets.masks else None),
     )
@@ -337,7 +343,7 @@ def fit_to_masks(config: S, store: AnnotationStore, vocabulary: Vocabulary) -> t
             f"{without} of {int(usable.sum())} objects in {store.source_name} have no mask: "
             "they train boxes and classes only"
         )
-    return cast("S", fitted), note
+    return fitted, note
 
 
 def warn_of_slow_device(network: torch.nn.Module, device: torch.device) -> None:
@@ -564,7 +570,7 @@ def _device_errors(state: TrainingState) -> Iterator[None]:
             raise
         raise TrainingError(
             f"The GPU failed at iteration {state.iteration}: {error}",
-            hint="Start the same command again: it resumes from the newest checkpoint.",
+            hint=START_AGAIN,
         ) from error
 
 

@@ -154,7 +154,7 @@ def train(
 
     if backbone is not None and recipe is not None:
         raise typer.BadParameter("give either --backbone or --recipe, not both")
-    if overwrite and resume not in ("auto", "never"):
+    if overwrite and resume.lower() not in ("auto", "never"):
         raise typer.BadParameter(
             "--overwrite starts a new run: it cannot be combined with --resume FILE"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ import torch
 from proxydet.errors import ConfigError, DataError, ProxydetError
 from proxydet.manifest import read_run_records
 from proxydet.recipes import RunConfig, resolve_config
+from proxydet.training.runfolder import RunFolder
 from proxydet.training.train import TrainResult, train
-from proxydet.training_run import run_training
+from proxydet.training_run import finished_run, run_training
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 pytestmark = pytest.mark.slow
@@ -58,6 +60,22 @@ def test_a_run_folder_holds_what_repeats_it(first: TrainResult, tmp_path: Path) 
     assert same(folder, tmp_path / "again")
     assert repeated.losses == first.losses
     assert repeated.evaluations == first.evaluations
+
+
+def test_damaged_files_of_a_finished_run_are_written_again(
+    first: TrainResult, drawn: list[str], tmp_path: Path
+) -> None:
+    folder = RunFolder(shutil.copytree(first.folder, tmp_path / "run"))
+    settings = resolve_config(None, folder.config)
+    paths = (folder.final_safetensors, folder.final_weights, folder.vocabulary, folder.text_encoder)
+    before = [path.read_bytes() for path in paths]
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:-50])
+    assert finished_run(folder, settings) is None
+    assert run_training(settings, output=folder.root).iterations == 6
+    assert [path.read_bytes() for path in paths] == before
+    assert not (folder.root / "aside").exists()
+    assert finished_run(folder, settings) is not None
 
 
 def test_every_part_of_the_method_has_a_loss(first: TrainResult) -> None:

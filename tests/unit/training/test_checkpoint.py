@@ -28,7 +28,8 @@ def folder(tmp_path: Path, **config: object) -> CheckpointFolder:
 
 
 def state(value: float) -> dict:
-    return {"model": {"w": torch.full((1000,), value)}, "iteration": int(value), "window": {}}
+    weights = {"w": torch.full((1000,), value)}
+    return {"model": weights, "optimizer": {}, "iteration": int(value), "window": {}}
 
 
 def iterations(found: CheckpointFolder) -> list[int]:

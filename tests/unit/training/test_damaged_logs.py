@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from proxydet.config import dump_yaml
 from proxydet.recipes import get_recipe
 from proxydet.training.runfolder import RunFolder
 from proxydet.training_run import finished_run, plot_run
+from proxydet.vocabulary.vocabulary import Vocabulary
+from proxydet.weight_files import write_state
 from proxydet_cli.training import _summary
 
 STEP = {"iteration": 2, "losses": {"total": 1.5, "loss_mask": 0.5}, "skipped": 0}
@@ -40,7 +43,12 @@ def test_damaged_lines_are_passed_over(tmp_path: Path, number: int) -> None:
         (folder.evaluations, EVALUATION, DAMAGED_EVALUATIONS[number]),
     ):
         path.write_bytes(json.dumps(whole).encode() + b"\n" + damaged + b"\n")
-    result = finished_run(folder, get_recipe("tiny"))
+    config = get_recipe("tiny")
+    folder.config.write_text(dump_yaml(config))
+    write_state({"model": {}, "iteration": 2}, folder.final_weights)
+    Vocabulary.from_arrays(["cup"], [[1.0]]).save(folder.vocabulary)
+    result = finished_run(folder, config)
+    assert result is not None
     assert (result.iterations, result.losses, result.skipped) == (2, STEP["losses"], 0)
     assert result.evaluations == {2: EVALUATION["metrics"]}
     assert result.best is not None

@@ -168,7 +168,10 @@ def test_one_task_a_gpu_takes_part_as_it_is(
 ) -> None:
     found = plan(slurm(name), available=1)
     assert (found.started, found.world_size, found.nodes) == (True, world, nodes)
-    assert found.command(["train"]) == ("proxydet", "train")
+    line = found.command(["train"])
+    assert line[0] == "torchrun"
+    assert understood(found)["processes"] * understood(found)["nodes"][0] >= world
+    assert line[-3:] == ("-m", "proxydet_cli", "train")
     os.environ.update(slurm(name))
     assert launched_rank() == rank
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
@@ -245,12 +248,15 @@ def test_a_task_that_sees_one_gpu_takes_it(monkeypatch: pytest.MonkeyPatch) -> N
     os.environ["SLURM_GPUS_ON_NODE"] = "8"
     with connect("auto") as info:
         assert (info.device, info.rank, info.world_size) == (torch.device("cuda", 0), 5, 8)
+    os.environ["SLURM_GPUS_ON_NODE"] = "gpu:8"
+    with pytest.raises(ConfigError, match="SLURM_GPUS_ON_NODE"), connect("auto"):
+        pass
     os.environ["SLURM_GPUS_ON_NODE"] = "1"
     with pytest.raises(ProxydetError, match="number 5"), connect("auto"):
         pass
 
 
-def test_requeue_once_a_job(tmp_path: Path) -> None:
+def test_requeue_once_a_job(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/ran\n')
     scontrol.chmod(0o755)
@@ -260,6 +266,9 @@ def test_requeue_once_a_job(tmp_path: Path) -> None:
     assert not requeue(slurm("sbatch -N1 --ntasks-per-node=8, srun: task 5"))
     assert not requeue({})
     assert (tmp_path / "ran").read_text() == "requeue 4\n"
+    scontrol.write_text("#!/bin/sh\necho Access/permission denied >&2; exit 1\n")
+    assert not requeue(slurm("sbatch -N2 --ntasks-per-node=1, srun: task 0"))
+    assert "permission denied" in caplog.text
 
 
 # ---- other clusters --------------------------------------------------------------------------------------------------
@@ -312,7 +321,7 @@ def test_kubeflow_states_a_rendezvous() -> None:
 @pytest.mark.parametrize("lacking", ["PET_NODE_RANK", "PET_MASTER_ADDR"])
 def test_nodes_without_an_address_or_a_number_do_not_wait(lacking: str) -> None:
     environment = {name: value for name, value in KUBEFLOW.items() if name != lacking}
-    with pytest.raises(ConfigError, match="2 nodes") as caught:
+    with pytest.raises(ConfigError, match=lacking) as caught:
         plan(environment)
     assert "--rendezvous" in str(caught.value.hint)
     assert understood(plan(environment, rendezvous="a:1"))["endpoint"] == "a:1"
@@ -347,23 +356,68 @@ def test_a_process_of_torchrun_takes_part_as_it_is() -> None:
     for around in ({}, slurm("sbatch -N2 --ntasks-per-node=1, srun: task 1")):
         found = plan({**around, **environment})
         assert found == LaunchPlan(processes=8, nodes=2, world_size=16, started=True)
+        assert understood(plan({**around, **environment, "MASTER_ADDR": "a", "MASTER_PORT": "7"})) == {
+            "nodes": (2, 2), "processes": 8, "backend": "c10d", "endpoint": "a:7",
+            "id": "proxydet", "restarts": 0, "rank": None,
+        }  # fmt: skip
     with pytest.raises(ConfigError, match="--rendezvous"):
         plan(environment, rendezvous="a:1")
 
 
-def test_variables_that_are_no_numbers_are_named() -> None:
-    with pytest.raises(ConfigError, match="RANK") as caught:
-        plan({"RANK": "gold", "WORLD_SIZE": "2"})
-    assert "Unset RANK" in str(caught.value.hint)
+@pytest.mark.parametrize(
+    ("name", "environment"),
+    [
+        ("RANK", {"RANK": "gold", "WORLD_SIZE": "2"}),
+        ("RANK", {"RANK": "2", "WORLD_SIZE": "2"}),
+        ("WORLD_SIZE", {"RANK": "0", "WORLD_SIZE": "0"}),
+        ("GROUP_WORLD_SIZE", {"RANK": "0", "WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "0"}),
+        ("PET_NODE_RANK", {**KUBEFLOW, "PET_NODE_RANK": "2"}),
+        ("PET_NODE_RANK", {**KUBEFLOW, "PET_NODE_RANK": "-1"}),
+        ("PET_MASTER_PORT", {**KUBEFLOW, "PET_MASTER_PORT": "65536"}),
+        ("PET_RDZV_ENDPOINT", {"PET_NNODES": "2", "PET_RDZV_ENDPOINT": "a:0"}),
+        ("SKYPILOT_NUM_NODES", {"SKYPILOT_NUM_NODES": "0"}),
+        (
+            "SKYPILOT_NODE_RANK",
+            {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "3", "SKYPILOT_NODE_IPS": "a\nb"},
+        ),
+        ("SKYPILOT_NODE_IPS", {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"}),
+    ],
+)
+def test_variables_that_cannot_be_right_are_named(name: str, environment: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=rf"\b{name}\b") as caught:
+        plan(environment)
+    assert caught.value.hint
 
 
-def test_processes_that_do_not_find_each_other_say_where(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ports_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--rendezvous"):
+        plan({}, nodes=2, rendezvous="a:70000")
+    environment = slurm("sbatch -N2 --ntasks-per-node=1, srun: task 0", MASTER_PORT="0")
+    with pytest.raises(ConfigError, match="MASTER_PORT"):
+        plan(environment)
+
+
+def test_variables_that_srun_did_not_renew_are_named() -> None:
+    """``srun --preserve-env`` passes the job's number of tasks on, in place of the step's."""
+    kept = {"SLURM_NTASKS": "1", "SLURM_TASKS_PER_NODE": "1(x2)", "SLURM_NPROCS": "1"}
+    for task in (0, 1):
+        with pytest.raises(ConfigError) as caught:
+            plan(slurm(f"sbatch -N2 --ntasks-per-node=1, srun: task {task}", **kept))
+        assert "--preserve-env" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("timed out\nframe #0", "timed out"), ("", "DistNetworkError")]
+)
+def test_processes_that_do_not_find_each_other_say_where(
+    monkeypatch: pytest.MonkeyPatch, text: str, said: str
+) -> None:
     def refuse(*_: object, **__: object) -> None:
-        raise torch.distributed.DistNetworkError("timed out\nframe #0")
+        raise torch.distributed.DistNetworkError(text)
 
     monkeypatch.setattr(torch.distributed, "init_process_group", refuse)
     os.environ.update(slurm("sbatch -N2 -n5, srun: task 4"))
-    with pytest.raises(TrainingError, match=r"node-1:20496: timed out$") as caught, connect("cpu"):
+    with pytest.raises(TrainingError, match=rf"node-1:20496: {said}$") as caught, connect("cpu"):
         pass
     assert "MASTER_PORT" in str(caught.value.hint)
 

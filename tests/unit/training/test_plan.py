@@ -158,7 +158,7 @@ def test_the_command_and_the_scaled_configuration(tmp_path: Path) -> None:
 def occupy(tmp_path: Path, config: RunConfig) -> RunFolder:
     """Write what a run leaves that was stopped after 12 iterations."""
     folder = RunFolder(tmp_path / "run")
-    write_state({"iteration": 12}, folder.checkpoints / "step_0000012.pth")
+    write_state({"iteration": 12, "optimizer": {}}, folder.checkpoints / "step_0000012.pth")
     folder.config.write_text(dump_yaml(config))
     return folder
 
@@ -166,7 +166,7 @@ def occupy(tmp_path: Path, config: RunConfig) -> RunFolder:
 def test_what_it_would_resume(tmp_path: Path) -> None:
     occupy(tmp_path, plan(tmp_path).config)
     assert plan(tmp_path).resumes_after == 12
-    assert "goes on after iteration 12" in plan(tmp_path).to_text()
+    assert "resumes after iteration 12" in plan(tmp_path).to_text()
 
 
 @pytest.mark.usefixtures("unmeasured")
@@ -201,7 +201,7 @@ def test_a_run_folder_that_training_would_refuse(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("unmeasured")
 def test_a_named_checkpoint_is_looked_into(tmp_path: Path) -> None:
     path = tmp_path / "old.pth"
-    write_state({"iteration": 34}, path)
+    write_state({"iteration": 34, "optimizer": {}}, path)
     found = plan(tmp_path, resume=path)
     assert found.resumes_after == 34
     assert "checkpoint" not in {need.what for need in found.missing}

@@ -28,7 +28,6 @@ from proxydet.training.runfolder import (
     continue_run,
     default_folder,
     find_earlier,
-    scale_run,
 )
 from proxydet.weight_files import write_state
 
@@ -45,9 +44,9 @@ def write_run(
 ) -> RunFolder:
     """Write what a run leaves, as far as it says what it is."""
     folder = RunFolder(root)
-    scaled = scale_run(config, processes)
+    scaled, _ = continue_run(config, [], ranks(processes))
     run = {"configuration": to_mapping(scaled), "digests": DIGESTS}
-    content = {"iteration": 3, "run": json.dumps(run)}
+    content = {"iteration": 3, "optimizer": {}, "run": json.dumps(run)}
     write_state(content, folder.checkpoints / "step_0000003.pth")
     folder.config.write_text(dump_yaml(scaled))
     folder.manifest.write_text(json.dumps(run))
@@ -71,7 +70,7 @@ def check(folder: RunFolder, config: RunConfig, processes: int = 2, **options: A
     earlier = find_earlier(folder, config, "auto", **options)
     now, accumulation = continue_run(config, earlier, ranks(processes))
     for run in earlier:
-        check_same(folder, run, now)
+        check_same(run, now)
     return accumulation
 
 
@@ -109,19 +108,19 @@ class TestSettings:
             config.model, classifier=dataclasses.replace(config.model.classifier, embedding_dim=7)
         )
         other, _ = continue_run(dataclasses.replace(config, model=model), [earlier], ranks(2))
-        check_same(folder, earlier, other, before_data=True)
+        check_same(earlier, other, before_data=True)
         with pytest.raises(ConfigError, match="embedding_dim"):
-            check_same(folder, earlier, other)
+            check_same(earlier, other)
 
     @pytest.mark.parametrize("name", list(DIGESTS))
     def test_changed_data_is_refused(self, folder: RunFolder, config: RunConfig, name: str) -> None:
         (earlier,) = find_earlier(folder, config, "auto")
-        check_same_data(folder, earlier, {**DIGESTS, "images": "new in this version"})
+        check_same_data(earlier, {**DIGESTS, "images": "new in this version"})
         folder.manifest.write_text(folder.manifest.read_text().replace('"bb"', '"bb-v3"'))
         (of_before,) = find_earlier(folder, config, "auto")
-        check_same_data(folder, of_before, DIGESTS)
+        check_same_data(of_before, DIGESTS)
         with pytest.raises(ConfigError, match=name) as caught:
-            check_same_data(folder, earlier, {**DIGESTS, name: "zz"})
+            check_same_data(earlier, {**DIGESTS, name: "zz"})
         assert "--output" in (caught.value.hint or "")
 
     def test_never_refuses_a_run_whatever_its_settings_unless_it_is_to_be_overwritten(
@@ -147,9 +146,9 @@ class TestSettings:
         for target, checkpoint in ((folder, path), (new, path), (new, moved)):
             (earlier,) = find_earlier(target, config, checkpoint)
             assert earlier.digests == DIGESTS
-            check_same(target, earlier, continue_run(config, [earlier], ranks(2))[0])
+            check_same(earlier, continue_run(config, [earlier], ranks(2))[0])
             with pytest.raises(ConfigError, match="seed: 7 there, 8 now"):
-                check_same(target, earlier, continue_run(other, [earlier], ranks(2))[0])
+                check_same(earlier, continue_run(other, [earlier], ranks(2))[0])
 
     def test_one_that_says_nothing_of_itself_is_taken_with_a_warning(
         self, config: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture

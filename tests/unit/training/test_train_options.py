@@ -10,13 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from proxydet.config import dump_yaml
 from proxydet.errors import CheckpointError, ConfigError
 from proxydet.recipes import RunConfig, resolve_config
+from proxydet.training.distributed import DistInfo
 from proxydet.training.launch import LaunchPlan
-from proxydet.training.runfolder import RunFolder, scale_run
+from proxydet.training.runfolder import RunFolder, continue_run
 from proxydet.training.train import TrainResult
+from proxydet.vocabulary.vocabulary import Vocabulary
 from proxydet.weight_files import write_state
 from proxydet_cli import training
 from proxydet_cli.main import main
@@ -116,8 +119,8 @@ def test_the_first_of_all_processes_writes_the_result(
 ) -> None:
     """So it is written once, whatever the number of machines, and the same as by one process."""
     monkeypatch.setattr("proxydet.training_run.run_training", lambda *_, **__: RESULT)
-    monkeypatch.setattr("proxydet.training_run.finished_run", lambda *_: RESULT)
-    monkeypatch.setattr("proxydet.training.runfolder.same_finished_run", lambda *_: finished)
+    found = RESULT if finished else None
+    monkeypatch.setattr("proxydet.training_run.finished_run", lambda *_: found)
     monkeypatch.chdir(tmp_path)
     for name, value in (("RANK", rank), ("WORLD_SIZE", 2), ("LOCAL_RANK", 0)):
         monkeypatch.setenv(name, str(value))
@@ -156,7 +159,7 @@ def test_a_wrong_checkpoint_is_found_before_processes_start(
     with pytest.raises(CheckpointError, match=r"absent\.pth"):
         training.run(options, MACHINES, json=False)
     assert not launched
-    write_state({"iteration": 3}, Path(options.resume))
+    write_state({"iteration": 3, "optimizer": {}}, Path(options.resume))
     training.run(options, MACHINES, json=False)
     assert launched
 
@@ -189,7 +192,9 @@ def test_without_a_folder_a_run_has_its_own(
         folder = RunFolder(job["output"])
         trained.append((folder.root.name, job["resume"], job["overwrite"]))
         folder.root.mkdir(parents=True, exist_ok=True)
-        folder.config.write_text(dump_yaml(scale_run(config, 1)))
+        folder.config.write_text(
+            dump_yaml(continue_run(config, [], DistInfo(device=torch.device("cpu")))[0])
+        )
         return RESULT
 
     monkeypatch.setattr("proxydet.training_run.run_training", run_training)
@@ -206,7 +211,8 @@ def test_without_a_folder_a_run_has_its_own(
     assert "seed: 7 there, 8 now" in command("--set", "seed=8")
     assert trained == [("tiny", "auto", False), ("tiny", "auto", False), ("tiny-2", "auto", False)]
     folder = RunFolder(tmp_path / "tiny-2")
-    folder.final_weights.touch()
+    write_state({"model": {}, "iteration": 20}, folder.final_weights)
+    Vocabulary.from_arrays(["cup"], [[1.0]]).save(folder.vocabulary)
     folder.metrics.write_text('{"iteration": 20, "losses": {"total": 0.5}}\n')
     for words in ((), ("--output", str(folder.root))):
         said = command("--set", "seed=8", *words)

@@ -58,7 +58,7 @@ def cache_folder(kind: str) -> Path:
     except RuntimeError as error:
         if not os.environ.get("PROXYDET_CACHE"):
             raise EnvironmentProblem(
-                "There is no home folder to keep the cache in.",
+                "There is no home folder for the cache.",
                 hint="set PROXYDET_CACHE to a folder that can be written",
             ) from error
         user_cache = Path()
@@ -91,13 +91,13 @@ def require_run(folder: Path) -> Path:
     if not folder.is_dir():
         raise InputError(
             f"there is no run folder {folder}",
-            hint="make one with: proxydet quickstart, or proxydet train",
+            hint="create one with proxydet quickstart or proxydet train",
             path=folder,
         )
     found = run_in(folder)
     if not any((found / name).exists() for name in ("config.yaml", "manifest.json")):
         raise InputError(
-            f"{folder} is no run folder: it has no config.yaml",
+            f"{folder} is not a run folder: it has no config.yaml",
             hint="give the folder that proxydet train or quickstart wrote",
             path=folder,
         )

@@ -27,7 +27,7 @@ class Neighbour:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassReport:
-    """One class beside the reference vocabulary."""
+    """One class next to the reference vocabulary."""
 
     name: str
     base: bool
@@ -40,7 +40,7 @@ class ClassReport:
 
 @dataclass(frozen=True, kw_only=True)
 class AlikePair:
-    """Two classes of one vocabulary that the text encoder hardly tells apart."""
+    """Two classes of one vocabulary that the text encoder hardly distinguishes."""
 
     first: str
     second: str
@@ -49,7 +49,7 @@ class AlikePair:
 
 @dataclass(frozen=True, kw_only=True)
 class VocabularyReport:
-    """A vocabulary beside a reference."""
+    """A vocabulary next to a reference."""
 
     classes: tuple[ClassReport, ...]
     alike: tuple[AlikePair, ...]

@@ -91,7 +91,7 @@ class EmbeddingCache:
             database.close()
             aside = self.path.with_name(f"{self.path.name}.damaged")
             self.path.replace(aside)
-            logger.warning("the cache of embeddings is damaged (%s); it is now %s", error, aside)
+            logger.warning("the embedding cache is damaged (%s); renamed to %s", error, aside)
             database = sqlite3.connect(self.path, timeout=30)
             database.executescript(_TABLES)
         with closing(database):
@@ -131,7 +131,7 @@ def read_text_tower(path: Path) -> dict[str, torch.Tensor]:
     tower = {n: t for n, t in (nested or tensors).items() if n.startswith(_TOP_LEVEL)}
     if "token_embedding.weight" not in tower:
         raise CheckpointError(
-            f"{path} holds no CLIP text tower",
+            f"{path} does not contain a CLIP text tower",
             hint="give a CLIP checkpoint of OpenAI or open_clip, or run: proxydet download clip-vit-b32",
             path=path,
         )
@@ -172,7 +172,7 @@ def open_encoder(
     weights = path or default_clip_weights()
     if not weights.is_file():
         raise VocabularyError(
-            f"embedding new class names needs the weights of CLIP's text encoder, and {weights} is not there",
+            f"embedding new class names needs the weights of CLIP's text encoder: {weights} does not exist",
             hint="run: proxydet download clip-vit-b32 (or give embeddings of your own as a .npy file)",
             path=weights,
         )
@@ -308,7 +308,7 @@ class ClipTextEncoder:
 
 
 def _tower_settings(model: str) -> dict[str, Any]:
-    """Look up what a model's text tower is built of.
+    """Look up the configuration of a model's text tower.
 
     Args:
         model: open_clip's name of the model.
@@ -334,7 +334,7 @@ def _tower_settings(model: str) -> dict[str, Any]:
     foreign = sorted(set(text) - accepted)
     if foreign:
         raise VocabularyError(
-            f"the text tower of {model!r} is not one that can be used here (it needs {', '.join(foreign)})",
+            f"the text tower of {model!r} is not supported (it needs {', '.join(foreign)})",
             hint="encode the names with open_clip yourself and give the embeddings as a .npy file",
         )
     causal = text.get("pool_type", "argmax") == "argmax" and not text.get("no_causal_mask")

@@ -166,7 +166,7 @@ def _checked(classes: Sequence[tuple[str, ClassWords]], path: Path) -> tuple[Cla
     for place, entry in classes:
         if entry.name in places:
             raise VocabularyError(
-                f"the class name {entry.name!r} is in {path} twice: {places[entry.name]} and {place}",
+                f"duplicate class name {entry.name!r} in {path}: {places[entry.name]} and {place}",
                 hint="remove one of the two",
                 path=path,
             )
@@ -222,7 +222,7 @@ def _parsed_json(text: str, path: Path) -> Any:
         if len(content) < len(pairs):
             seen: set[str] = set()
             twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise ValueError(f"{twice[:80]!r} is there twice")
+            raise ValueError(f"duplicate key {twice[:80]!r}")
         return content
 
     try:
@@ -231,7 +231,7 @@ def _parsed_json(text: str, path: Path) -> Any:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise VocabularyError(
             f"{path} is not valid JSON: {reason}",
-            hint="correct it there, or write one name on each line of a .txt file",
+            hint="correct the file, or write one name on each line of a .txt file",
             path=path,
         ) from error
 
@@ -246,7 +246,7 @@ def _parsed_yaml(text: str, path: Path) -> Any:
     except ConfigError as error:
         raise VocabularyError(
             error.message,
-            hint="correct it there, or write one name on each line of a .txt file",
+            hint="correct the file, or write one name on each line of a .txt file",
             path=path,
         ) from error
 
@@ -331,7 +331,7 @@ def _categories(
         if set(below) == {root["name"]} and _whole(root["id"]) not in used:
             found = [pair for pair in found if pair[1] is not root]
             logger.warning(
-                "%s: the category %r has no objects and is above all others; it is left out",
+                "%s: the root category %r has no objects; it is left out",
                 path,
                 root["name"],
             )
@@ -370,7 +370,7 @@ def _categories_of_large_file(path: Path) -> list[tuple[str, ClassWords]]:
 def _named(name: str, what: str) -> str:
     clean = name.strip()
     if not clean:
-        raise VocabularyError(f"{what} is empty", hint="remove it, or the comma too many")
+        raise VocabularyError(f"{what} is empty", hint="remove it, or the extra comma")
     if len(clean) > _LONGEST_NAME:
         raise VocabularyError(
             f"{what} has {len(clean)} characters: {clean[:40]!r}...",
@@ -399,17 +399,18 @@ def check_names(names: Iterable[str]) -> tuple[str, ...]:
         if not clean:
             raise VocabularyError(
                 f"class name {position} (counted from 0) is empty",
-                hint="remove it, or the comma too many",
+                hint="remove it, or the extra comma",
             )
         if clean in first_at:
             raise VocabularyError(
-                f"class name {clean!r} is there twice, at {first_at[clean]} and {position} (counted from 0)",
+                f"duplicate class name {clean!r}, at positions {first_at[clean]} and {position} (counted from 0)",
                 hint="remove one of the two",
             )
         first_at[clean] = position
     if not first_at:
         raise VocabularyError(
-            "a vocabulary needs at least one class name", hint="name what to look for: cup, plate"
+            "a vocabulary needs at least one class name",
+            hint="name the classes to detect: cup, plate",
         )
     return tuple(first_at)
 

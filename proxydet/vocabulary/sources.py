@@ -161,15 +161,15 @@ def published_vocabulary(name: str, *, datasets: Path | None = None) -> Vocabula
 
     Returns:
         Names and embeddings; of LVIS also which classes are base (frequent and common ones), of the others
-        all count as base, for nothing says otherwise.
+        all count as base, for lack of a split.
 
     Raises:
         VocabularyError: There is no such vocabulary, or its files are not there or not what they should be.
     """
     if name not in _PUBLISHED:
         raise VocabularyError(
-            f"there is no published vocabulary {name!r}",
-            hint=f"there are {', '.join(_PUBLISHED)}",
+            f"unknown published vocabulary {name!r}",
+            hint=f"known: {', '.join(_PUBLISHED)}",
         )
     published = _PUBLISHED[name]
     folder = datasets or datasets_folder()
@@ -178,7 +178,7 @@ def published_vocabulary(name: str, *, datasets: Path | None = None) -> Vocabula
     for path in sources:
         if not path.is_file():
             raise VocabularyError(
-                f"the published {name} vocabulary needs {path}, which is not there",
+                f"the published vocabulary {name} needs {path}, which does not exist",
                 hint=f"run: proxydet download {published.artifacts}",
                 path=path,
             )
@@ -186,7 +186,7 @@ def published_vocabulary(name: str, *, datasets: Path | None = None) -> Vocabula
         names, base = published.read(sources[-1])
     except (OSError, ValueError, LookupError, TypeError, RecursionError, csv.Error) as error:
         raise VocabularyError(
-            f"{sources[-1]} does not hold the class names: {error!r}",
+            f"{sources[-1]}: the class names cannot be read: {error!r}",
             hint=f"download it again: proxydet download {published.artifacts}",
             path=sources[-1],
         ) from error

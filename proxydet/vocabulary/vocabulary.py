@@ -1,4 +1,4 @@
-"""Class names with their text embeddings: what a detector is asked to look for.
+"""Class names with their text embeddings: the classes to detect.
 
 A vocabulary is a value: immutable, comparable, hashable. It goes into the model as an argument and never changes it.
 
@@ -250,7 +250,7 @@ def load_embeddings(path: Path) -> npt.NDArray[Any]:
             refuse_placeholder(head)
             if not head.startswith(MAGIC_PREFIX):
                 raise VocabularyError(
-                    f"{path} is no table of embeddings: it does not begin as a .npy file does",
+                    f"{path} is not a .npy file: wrong magic bytes",
                     hint=hint,
                     path=path,
                 )

@@ -13,7 +13,7 @@ from proxydet_cli.main import main
     ("words", "message", "hint"),
     [
         (["--run", "RUN", "--split", "test"], "--split is 'test'", "[val] in a dataset config"),
-        (["--run", "RUN"], "is no run folder", "proxydet train or quickstart wrote"),
+        (["--run", "RUN"], "is not a run folder", "proxydet train or quickstart wrote"),
         (["--run", "RUN/absent"], "there is no run folder", "proxydet quickstart"),
         (["--run", "RUN/file"], "is a file, not a run folder", "give the folder"),
         (

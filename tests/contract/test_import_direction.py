@@ -119,12 +119,6 @@ def test_every_module_has_a_place() -> None:
     assert tops <= set(RANK), "say in RANK where the new module stands"
 
 
-def test_relative_imports_are_not_used() -> None:
-    for path in modules():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            assert not (isinstance(node, ast.ImportFrom) and node.level), path
-
-
 @pytest.mark.parametrize("folder", ["proxydet", "proxydet_cli"])
 def test_package_files_import_nothing_of_ours(folder: str) -> None:
     """They hold a docstring, or offer names that are imported when they are first used."""
@@ -133,17 +127,3 @@ def test_package_files_import_nothing_of_ours(folder: str) -> None:
         assert isinstance(body[0], ast.Expr), path
         names = {name for name, _ in imported(path)} - {"proxydet._version.__version__"}
         assert not names, path
-
-
-def test_click_is_never_imported() -> None:
-    for folder in ("proxydet", "proxydet_cli", "tests", "benchmarks"):
-        for path in (REPOSITORY / folder).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                names = (
-                    [alias.name for alias in node.names]
-                    if isinstance(node, ast.Import)
-                    else [node.module or ""]
-                    if isinstance(node, ast.ImportFrom)
-                    else []
-                )
-                assert not any(name.split(".")[0] == "click" for name in names), path

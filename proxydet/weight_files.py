@@ -47,7 +47,7 @@ from proxydet.files import (
     write_bytes,
     write_errors,
 )
-from proxydet.zips import open_zip
+from proxydet.zips import BoundedReader, open_zip
 
 if (
     TYPE_CHECKING
@@ -64,7 +64,6 @@ SAFETENSORS_FORMAT = 1
 _HINT = (
     "give a checkpoint of proxydet train or a published one; copy or download a damaged one again"
 )
-_TOO_LARGE = "its parts are larger than the file, or than those of any weight file"
 _TOO_MANY = "its values are more, or larger, than those of any weight file"
 _NOT_DESCRIBED = "its tensors are not described as in a weight file"
 _NOT_WRITTEN = "what it holds is not what was written (SHA-256)"
@@ -320,22 +319,6 @@ def _remedy(path: Path, hint: str) -> str:
     return hint
 
 
-class _PickleFile(io.BufferedReader):
-    """A file of which no more is read at once than ``largest``: what a pickle announces of its parts may be wrong."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(io.FileIO(path))
-        self.size = self.largest = path.stat().st_size
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if size is not None and size > self.largest:
-            raise ValueError(_TOO_LARGE)
-        return super().read(size)
-
-    def readline(self, size: int | None = -1, /) -> bytes:
-        return super().readline(self.largest if size is None or size < 0 else size)
-
-
 def _open_zip(path: Path) -> contextlib.AbstractContextManager[zipfile.ZipFile]:
     return open_zip(path, largest=_LARGEST_PICKLE, times=4)
 
@@ -355,7 +338,7 @@ def _opened(path: Path) -> Iterator[_Source]:
         with _open_zip(path) as archive:
             yield _ZipSource(archive)
     else:
-        with _PickleFile(path) as stream:
+        with BoundedReader(path) as stream:
             yield _StreamSource(stream)
 
 
@@ -466,7 +449,7 @@ class _ZipSource(_Source):
 class _StreamSource(_Source):
     """A pickle, or several and then the numbers: torch's format before 1.6."""
 
-    def __init__(self, file: _PickleFile) -> None:
+    def __init__(self, file: BoundedReader) -> None:
         super().__init__(file.size)
         self._file = file
         self._places: dict[str, int] = {}
@@ -649,7 +632,7 @@ def _set_items(target: Any, items: list[Any]) -> None:
 
 def _allowed(module: Any, name: Any) -> _Global:
     if not all(isinstance(word, str) and len(word) <= _LONGEST_NAME for word in (module, name)):
-        raise ValueError(_TOO_LARGE)
+        raise ValueError("it names what is longer than any name")
     package = module.partition(".")[0]
     if package not in _PACKAGES or ("builtin" in package and name not in _BUILTINS):
         raise _NotAllowedError(ascii(f"{module}.{name}"[:100])[1:-1])

@@ -20,19 +20,36 @@ HOSTILE = "The archive is damaged or hostile: do not use it."
 _MEMBER = b"PK\x01\x02"  # in front of each member in the table of contents
 
 
-class _Bounded(io.BufferedReader):
-    """A file of which no more is read at once than a table of contents may take: zipfile trusts the size announced."""
+class BoundedReader(io.BufferedReader):
+    """A file of which no more is read at once than ``largest`` bytes: what it announces of its parts may be wrong.
 
-    def __init__(self, path: Path, largest: int) -> None:
+    Args:
+        path: The file.
+        largest: Bytes; None for its size.
+    """
+
+    def __init__(self, path: Path, largest: int | None = None) -> None:
         super().__init__(io.FileIO(path))
-        self._path, self._largest = path, largest
+        self.size = path.stat().st_size
+        self.largest = self.size if largest is None else largest
 
     def read(self, size: int | None = -1, /) -> bytes:
-        if size is not None and size > self._largest:
-            raise ValueError("its table of contents is too long")
+        """Read as any file does; raises ValueError beyond the bound."""
+        if size is not None and size > self.largest:
+            raise ValueError("its parts are larger than the file, or than they may be")
+        return super().read(size)
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        """Read a line, or as much of it as the bound allows."""
+        return super().readline(self.largest if size is None or size < 0 else size)
+
+
+class _Zip(BoundedReader):
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Count the members in a table of contents before zipfile makes an object of each."""
         data = super().read(size)
-        if data.count(_MEMBER) > MOST_MEMBERS:  # before zipfile makes an object of each
-            raise too_large(self._path)
+        if data.count(_MEMBER) > MOST_MEMBERS:
+            raise too_large(Path(self.name))
         return data
 
 
@@ -50,7 +67,7 @@ def open_zip(path: Path, *, largest: int, times: int) -> Iterator[zipfile.ZipFil
         Exception: Whatever zipfile raises about a damaged one.
     """
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(_Bounded(path, largest))
+        file = stack.enter_context(_Zip(path, largest))
         refuse_placeholder(file.peek(PLACEHOLDER_BYTES))
         archive = stack.enter_context(zipfile.ZipFile(file))
         unpacked = sum(entry.file_size for entry in archive.infolist())

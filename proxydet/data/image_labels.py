@@ -42,7 +42,7 @@ from proxydet.data.images import (
 )
 from proxydet.data.store import AnnotationStore, ColumnFile, ColumnWriter
 from proxydet.errors import DataError
-from proxydet.files import build_once
+from proxydet.files import PLACEHOLDER_BYTES, build_once, refuse_placeholder
 from proxydet.paths import cache_folder
 from proxydet.reporting import SILENT, Progress
 from proxydet.vocabulary.vocabulary import Vocabulary
@@ -471,6 +471,8 @@ def _scan(path: Path) -> _Scan:
     unreadable: list[str] = []
     damage = ""
     try:
+        with path.open("rb") as start:
+            refuse_placeholder(start.read(PLACEHOLDER_BYTES))
         with _TarFile(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             length = os.fstat(file.fileno()).st_size
             for member in tar:

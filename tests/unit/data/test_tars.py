@@ -131,7 +131,9 @@ def test_damaged_tars_give_what_is_before_the_damage(
         "between members": (whole[: 2 * size], 2, "no end mark"),
         "a flipped header": (whole[:size] + b"x" + whole[size + 1 :], 1, "header in its middle"),
         "empty": (b"", 0, "empty"),
-        "no tar": (b"<html>" * 300, 0, "t.tar"),
+        "no tar": (b"any text" * 300, 0, "t.tar"),
+        "a web page": (b"<html>" * 300, 0, "download it again"),
+        "a pointer": (b"version https://git-lfs.github.com/spec/v1\n" * 20, 0, "git lfs pull"),
         "compressed": (gzip.compress(whole), 0, "t.tar"),
     }
     for name, (content, count, damage) in cases.items():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,16 +14,9 @@ from numpy.typing import NDArray
 
 from proxydet.evaluation.evaluate import Evaluation, Scored
 from proxydet.evaluation.ground_truth import GroundTruth
-from proxydet.evaluation.matching import (
-    FOUND,
-    IGNORED,
-    Matches,
-    greedy,
-    image_pairs,
-    place_in_group,
-)
+from proxydet.evaluation.matching import FOUND, IGNORED, Matches
 from proxydet.evaluation.results import Results
-from proxydet.evaluation.scoring import guarded, hotcoco_evaluator, select
+from proxydet.evaluation.scoring import IOU_THRESHOLDS_T, guarded, hotcoco_evaluator
 from proxydet.reporting import SILENT, Progress
 
 ERROR_NAMES = {
@@ -32,6 +27,7 @@ ERROR_NAMES = {
     "Bkg": "background",
     "Miss": "missed",
 }
+_RECALL_IMAGES = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,36 +166,81 @@ def box_recall(
 ) -> tuple[BoxRecall, ...]:
     """Measure the recall of boxes without regard to class: of proposals, or of detections taken as such.
 
-    Each annotation, crowds aside, is matched to at most one box, as evaluators match detections of one class. For a
-    class-agnostic proposal file give all boxes one category.
+    Each annotation, crowds and ignored ones aside, is matched to at most one box, as evaluators match detections of one
+    class. For a class-agnostic proposal file give all boxes one category.
 
     Args:
         truth: The annotations.
         results: Boxes with scores.
         limits: How many boxes of an image count, in ascending order.
+
+    Raises:
+        EnvironmentProblem: The engine failed.
     """
-    # COCO's protocol selects boxes that cover no pixel too, and LVIS's counts no annotations of area 0.
-    one_class = replace(truth, protocol="coco", category_ids=(0,))
-    boxes = replace(results, category_D=np.zeros_like(results.category_D))
-    selection = select(boxes, one_class, iou_type="bbox", per_image=max(limits))
-    annotations = np.flatnonzero((truth.ann_area_A > 0) & (truth.ann_area_A < np.inf))
+    counted_A = (truth.ann_area_A > 0) & (truth.ann_area_A < np.inf)
+    annotations = np.flatnonzero(counted_A & ~truth.ann_ignore_A & ~truth.ann_crowd_A)
     annotations = annotations[np.argsort(truth.ann_image_A[annotations], kind="stable")]
-    counts_G = ~(truth.ann_ignore_A | truth.ann_crowd_A)[annotations]
-    pairs = image_pairs(truth, boxes, selection, annotations)
-    near_N, state_NAT, _, _ = greedy(pairs, counts_G[:, None], np.zeros_like(counts_G))
-    place_N = place_in_group(selection.image_S)[near_N]
-    to_find = int(np.count_nonzero(counts_G))
-    recalls = []
-    for limit in limits:
-        found_T = np.count_nonzero(state_NAT[place_N < limit, 0] == FOUND, axis=0)
-        recalls.append(
-            BoxRecall(
-                limit=limit,
-                average=float(found_T.mean() / to_find) if to_find else None,
-                at_50=float(found_T[0] / to_find) if to_find else None,
+    detections = np.argsort(results.image_D, kind="stable")
+    # The engine's objects of so many images at once take little memory.
+    edges = np.arange(0, len(truth.image_ids) + _RECALL_IMAGES, _RECALL_IMAGES)
+    image_G, image_D = truth.ann_image_A[annotations], results.image_D[detections]
+    found_TL = np.zeros((len(IOU_THRESHOLDS_T), len(limits)))
+    for (first_G, end_G), (first_D, end_D) in zip(
+        pairwise(np.searchsorted(image_G, edges)),
+        pairwise(np.searchsorted(image_D, edges)),
+        strict=True,
+    ):
+        if end_G > first_G and end_D > first_D:
+            recall_TL = guarded(
+                partial(
+                    _recall,
+                    image_G[first_G:end_G],
+                    truth.ann_box_A4[annotations[first_G:end_G]],
+                    image_D[first_D:end_D],
+                    results.box_D4[detections[first_D:end_D]],
+                    results.score_D[detections[first_D:end_D]],
+                    limits,
+                )
             )
+            found_TL += np.rint(recall_TL * (end_G - first_G))
+    to_find = len(annotations)
+    return tuple(
+        BoxRecall(
+            limit=limit,
+            average=float(found_T.mean() / to_find) if to_find else None,
+            at_50=float(found_T[0] / to_find) if to_find else None,
         )
-    return tuple(recalls)
+        for limit, found_T in zip(limits, found_TL.T, strict=True)
+    )
+
+
+def _recall(
+    image_G: NDArray[np.int64],
+    box_G4: NDArray[np.float64],
+    image_D: NDArray[np.int64],
+    box_D4: NDArray[np.float64],
+    score_D: NDArray[np.float64],
+    limits: Sequence[int],
+) -> NDArray[np.float64]:
+    """Return which share of boxes the best detections of their image find: float64 (T, limits)."""
+    import hotcoco
+
+    images = [{"id": int(i) + 1, "height": 1, "width": 1} for i in np.union1d(image_G, image_D)]
+    one_G, one_D = np.ones(len(image_G), dtype=np.int64), np.ones(len(image_D))
+    annotations = hotcoco.COCO.from_arrays(
+        images, [{"id": 1, "name": "object"}], image_G + 1, one_G, box_G4, area=one_G.astype(float)
+    )
+    detections = annotations.load_res(np.column_stack([image_D + 1, box_D4, score_D, one_D]))
+    evaluator = hotcoco.COCOeval(annotations, detections, "bbox")
+    evaluator.params.use_cats = False
+    evaluator.params.max_dets = list(limits)
+    evaluator.params.iou_thrs = IOU_THRESHOLDS_T.tolist()
+    evaluator.params.area_rng, evaluator.params.area_rng_lbl = [[0.0, 1e10]], ["all"]
+    evaluator.evaluate()
+    evaluator.accumulate()
+    accumulated: Any = evaluator.eval
+    recall_TL: NDArray[np.float64] = np.asarray(accumulated["recall"])[:, 0, 0]
+    return recall_TL
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -231,48 +231,6 @@ def overlapping_pairs(
     )
 
 
-def image_pairs(
-    truth: GroundTruth,
-    results: Results,
-    selection: Selection,
-    annotations: NDArray[np.int64],
-) -> Pairs:
-    """Return the pairs of boxes of an image that overlap by at least IoU 0.5, whatever their categories.
-
-    Args:
-        truth: All annotations.
-        results: All detections.
-        selection: The S detections.
-        annotations: The G annotations, ordered by image.
-    """
-    from hotcoco.primitives import bbox_iou
-
-    images = np.unique(selection.image_S)
-    bounds_S = np.append(np.searchsorted(selection.image_S, images), len(selection)).tolist()
-    image_G = truth.ann_image_A[annotations]
-    first_G, last_G = (
-        np.searchsorted(image_G, images, side=side).tolist() for side in ("left", "right")
-    )
-    box_S4, box_G4 = results.box_D4[selection.detection_S], truth.ann_box_A4[annotations]
-    parts = [(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0))]
-    for (start, end), first, last in zip(
-        itertools.pairwise(bounds_S), first_G, last_G, strict=True
-    ):
-        if first < last:
-            iou_DG = bbox_iou(box_S4[start:end], box_G4[first:last], [False] * (last - first))
-            detection, annotation = np.nonzero(iou_DG >= IOU_THRESHOLDS_T[0])
-            parts.append((detection + start, annotation + first, iou_DG[detection, annotation]))
-    detection_P, annotation_P, iou_P = (
-        np.concatenate(column) for column in zip(*parts, strict=True)
-    )
-    return Pairs(
-        detection_P=detection_P,
-        annotation_P=annotation_P,
-        group_P=image_G[annotation_P],
-        iou_P=iou_P,
-    )
-
-
 def box_iou(
     first_P4: NDArray[np.float64], second_P4: NDArray[np.float64], crowd_P: NDArray[np.bool_]
 ) -> NDArray[np.float64]:

@@ -49,7 +49,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 @pytest.fixture(autouse=True)
 def _own_logging() -> Iterator[None]:
     """Undo what a command line that ran in this process did to the core's loggers."""
-    loggers = [logging.getLogger(name) for name in ("proxydet", "proxydet.serving.access")]
+    loggers = [logging.getLogger(name) for name in ("proxydet", "proxydet.serve.access")]
     before = [(logger.level, list(logger.handlers), logger.propagate) for logger in loggers]
     yield
     for logger, (level, handlers, propagate) in zip(loggers, before, strict=True):

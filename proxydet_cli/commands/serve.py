@@ -29,7 +29,6 @@ from proxydet_cli.options import Json, command_app, examples
 if TYPE_CHECKING:
     import socket
 
-    from proxydet.serving.app import ServingSettings
     from proxydet_cli.output import Output
 
 app = command_app()
@@ -37,7 +36,7 @@ app = command_app()
 Host = Annotated[
     str,
     typer.Option(
-        "--host", help="Address to listen on; 0.0.0.0: all of this machine's. No password is asked."
+        "--host", help="Address to listen on; 0.0.0.0: all interfaces. There is no authentication."
     ),
 ]
 Port = Annotated[
@@ -48,21 +47,21 @@ AllowHost = Annotated[
     typer.Option(
         "--allow-host",
         metavar="NAME",
-        help="A name under which the server may be addressed, besides localhost; may be repeated.",
+        help="Host name that requests may be addressed to, besides localhost; may be repeated.",
     ),
 ]
 OpenPage = Annotated[bool, typer.Option("--open", help="Open the page in the browser.")]
 MaxUpload = Annotated[
-    float, typer.Option("--max-upload", min=0.01, metavar="MIB", help="Largest picture file.")
+    float, typer.Option("--max-upload", min=0.01, metavar="MIB", help="Largest image file.")
 ]
 MaxMegapixels = Annotated[
-    float, typer.Option("--max-megapixels", min=0.01, help="Largest picture, in million pixels.")
+    float, typer.Option("--max-megapixels", min=0.01, help="Largest image, in million pixels.")
 ]
 Queue = Annotated[
     int, typer.Option("--queue", min=1, help="Requests that may wait; more are refused.")
 ]
 Timeout = Annotated[
-    float, typer.Option("--timeout", min=0.1, help="Longest time for an answer, in seconds.")
+    float, typer.Option("--timeout", min=0.1, help="Longest time for a response, in seconds.")
 ]
 
 
@@ -94,18 +93,18 @@ def serve(
     base_above: BaseAbove = 0.9,
     json: Json = False,
 ) -> None:
-    """Find objects from a web page, or by HTTP.
+    """Serve a detector on a web page and an HTTP endpoint.
 
-    Listens on this machine only, unless told otherwise, until Ctrl-C or SIGTERM; then it finishes the picture that it
-    is looking at and ends with exit code 0. Words of -v or --vocabulary are looked for where a request names none.
+    Listens on this machine only, unless --host says otherwise, until Ctrl-C or SIGTERM; then it finishes the request in
+    progress and ends with exit code 0. Classes of -v or --vocabulary are detected where a request names none.
     """
     from proxydet_cli.output import Output
 
     out = Output(json=json)
     check_choice(classes, vocabulary, names)
     _check_packages()
-    from proxydet.serving.app import ServingSettings
-    from proxydet.serving.server import bind, is_loopback
+    from proxydet.serve.app import ServingSettings
+    from proxydet.serve.server import bind, is_loopback
 
     with bind(host, port) as listening:
         settings = ServingSettings(
@@ -113,13 +112,17 @@ def serve(
             max_pixels=round(max_megapixels * 1e6),
             queue_places=queue,
             wait_seconds=timeout,
-            allowed_hosts=_host_names(allow_host, host),
+            allowed_hosts=tuple(name.strip().lower() for name in (*(allow_host or ()), host)),
             loopback_only=is_loopback(listening),
         )
-        _warn_of_strangers(out, settings)
+        if not settings.loopback_only:
+            out.warning(
+                "everyone who reaches this machine over the network can use this server: it has neither authentication "
+                "nor encryption"
+            )
         from proxydet.detector import open_named, shown_name
-        from proxydet.serving.app import build_app
-        from proxydet.serving.server import serve as serve_app
+        from proxydet.serve.app import build_app
+        from proxydet.serve.server import serve as serve_app
 
         opened = open_named(run=run, weights=weights, config=config, device=device)
         detector = tuned(opened, tta=tta, precision=precision)
@@ -133,14 +136,6 @@ def serve(
         _show_server_logs()
         serve_app(application, listening, on_started=lambda: _announce(out, listening, open_page))
     out.message("stopped")
-
-
-def _warn_of_strangers(out: Output, settings: ServingSettings) -> None:
-    if not settings.loopback_only:
-        out.warning(
-            "everyone who reaches this machine over the network can use this server: it asks for no password "
-            "and does not encrypt"
-        )
 
 
 def _check_packages() -> None:
@@ -171,16 +166,12 @@ def _check_packages() -> None:
             ) from error
 
 
-def _host_names(allowed: list[str] | None, host: str) -> tuple[str, ...]:
-    return tuple(name.strip().lower() for name in (*(allowed or ()), host))
-
-
 def _show_server_logs() -> None:
     """Show one line a request, and what uvicorn has to say, on stderr."""
     from proxydet_cli.output import LogHandler
 
     # Handlers of their own: that of the core shows warnings only.
-    for name, level in (("proxydet.serving.access", logging.INFO), ("uvicorn", logging.WARNING)):
+    for name, level in (("proxydet.serve.access", logging.INFO), ("uvicorn", logging.WARNING)):
         logger = logging.getLogger(name)
         logger.setLevel(level)
         if not logger.handlers:
@@ -199,7 +190,7 @@ def _without_traceback(record: logging.LogRecord) -> bool:
 
 def _announce(out: Output, listening: socket.socket, open_page: bool) -> None:
     """Say where the page is: on stderr, or as one line of JSON on stdout."""
-    from proxydet.serving.server import address_of
+    from proxydet.serve.server import address_of
 
     address = address_of(listening)
     host, port = listening.getsockname()[:2]

@@ -40,7 +40,7 @@ RANK = {
     "detections": 5,
     "detector": 5,
     **dict.fromkeys(["inference", "video"], 5),
-    "serving": 6,
+    "serve": 6,
     "export": 6,
     "training": 7,
     "evaluation": 8,

@@ -21,8 +21,8 @@ import pytest
 
 from proxydet.detector import Detector
 from proxydet.errors import ConfigError, EnvironmentProblem, Interrupted
-from proxydet.serving.app import ServingSettings, build_app
-from proxydet.serving.server import address_of, bind, is_loopback, serve
+from proxydet.serve.app import ServingSettings, build_app
+from proxydet.serve.server import address_of, bind, is_loopback, serve
 
 RAW = {"content-type": "image/png"}
 ASK = "/api/predict?score_threshold=0.02"
@@ -122,7 +122,7 @@ def test_waiting_has_an_end(held: Any, start_server: Any, png: bytes) -> None:
         assert int(second.headers["retry-after"]) >= 1
         held.release.set()
         eventually(lambda: not running.app.queue.busy)
-        assert (held.looks, running.app.budget.held) == (1, 0)
+        assert (held.runs, running.app.budget.held) == (1, 0)
 
 
 def test_who_goes_away_leaves_the_queue(held: Any, start_server: Any, png: bytes) -> None:
@@ -135,7 +135,7 @@ def test_who_goes_away_leaves_the_queue(held: Any, start_server: Any, png: bytes
         eventually(lambda: running.app.queue.waiting == 0)
         held.release.set()
         assert first.result().status_code == 200
-        assert held.looks == 1
+        assert held.runs == 1
         eventually(lambda: running.app.budget.held == 0)
 
 
@@ -314,7 +314,7 @@ def test_a_job_that_is_given_up_and_fails_is_logged(
             held.failure = RuntimeError("lost")
             held.release.set()
             eventually(lambda: not running.app.queue.busy)
-            assert "given up failed: lost" in caplog.text
+            assert "failed: lost" in caplog.text
         held.failure = None
         assert client.post(ASK, content=png, headers=RAW).status_code == 200
 
@@ -322,7 +322,7 @@ def test_a_job_that_is_given_up_and_fails_is_logged(
 def test_the_log_tells_who_and_what_and_no_words(
     detector: Detector, start_server: Any, png: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logger = logging.getLogger("proxydet.serving.access")
+    logger = logging.getLogger("proxydet.serve.access")
     with (
         start_server(build_app(detector)) as running,
         running.client() as client,
@@ -362,7 +362,7 @@ def test_addresses() -> None:
         assert not is_loopback(everywhere)
     with pytest.raises(ConfigError, match="cannot be found"):
         bind("no-such-host.invalid", 0)
-    with pytest.raises(EnvironmentProblem, match="cannot be listened on"):
+    with pytest.raises(EnvironmentProblem, match="cannot listen on"):
         bind("203.0.113.1", 0)
 
 

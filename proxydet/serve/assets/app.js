@@ -1,12 +1,12 @@
-// The page: a picture and words go to the server once; the slider filters what came back.
+// The page: an image and class names go to the server once; the slider filters the response.
 
 import { colourOf, css } from "./colours.js";
 import { Drawing } from "./drawing.js";
 
-const ASKED_THRESHOLD = 0.1;
+const REQUEST_THRESHOLD = 0.1;
 
 const at = Object.fromEntries([...document.querySelectorAll("[id]")].map((element) => [element.id, element]));
-const state = { info: null, file: null, bitmap: null, drawing: null, result: null, seconds: 0, alone: null, pinned: null, asking: null };
+const state = { info: null, file: null, bitmap: null, drawing: null, result: null, seconds: 0, alone: null, pinned: null, request: null };
 
 start();
 
@@ -15,11 +15,11 @@ async function start() {
   at.curl.textContent = `curl -F picture=@photo.jpg -F words='cup, plate' ${new URL("api/predict", location.href)}`;
   try {
     const response = await fetch("api/info");
-    if (!response.ok) throw await problemOf(response);
+    if (!response.ok) throw await errorOf(response);
     state.info = await response.json();
     describe(state.info);
   } catch (error) {
-    showProblem(error);
+    showError(error);
   }
 }
 
@@ -28,12 +28,12 @@ function describe({ model, version, words }) {
   at["masks-toggle"].hidden = !model.masks;
   const count = words.default.length;
   const listed = words.default.join(", ");
-  at.words.placeholder = listed.length > 64 ? `empty: the ${count} words that the server was started with` : listed;
+  at.words.placeholder = listed.length > 64 ? `empty: the ${count} classes that the server was started with` : listed;
   if (words.known) {
     at.known.hidden = false;
     at["known-words"].textContent = words.known.join(", ");
   }
-  if (!words.free) at["words-help"].textContent = `Only the default words: ${words.why_not}`;
+  if (!words.free) at["words-help"].textContent = `Only the default classes: ${words.why_not}`;
 }
 
 function connect() {
@@ -59,20 +59,20 @@ function connect() {
   });
   at.form.addEventListener("submit", (event) => {
     event.preventDefault();
-    ask();
+    detect();
   });
   at.words.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
       event.preventDefault();
-      ask();
+      detect();
     }
   });
-  at["one-label"].addEventListener("change", () => state.file && ask());
+  at["one-label"].addEventListener("change", () => state.file && detect());
   at.threshold.addEventListener("input", show);
   at["show-masks"].addEventListener("change", draw);
   at["show-labels"].addEventListener("change", draw);
   at["save-json"].addEventListener("click", saveJson);
-  at["save-picture"].addEventListener("click", savePicture);
+  at["save-image"].addEventListener("click", saveImage);
   at.canvas.addEventListener("click", pick);
   new ResizeObserver(() => draw()).observe(at.stage);
 }
@@ -81,10 +81,10 @@ async function take(files) {
   const [file] = files;
   at.file.value = "";
   if (!file) return;
-  state.asking?.abort();
+  state.request?.abort();
   const limit = state.info?.limits.max_upload_bytes;
   if (limit && file.size > limit) {
-    showProblem({ message: `${file.name} is larger than the ${(limit / 2 ** 20).toFixed(0)} MiB that are accepted`, hint: "Take a smaller copy." });
+    showError({ message: `${file.name} is larger than the limit of ${(limit / 2 ** 20).toFixed(0)} MiB`, hint: "Use a smaller copy." });
     return;
   }
   state.file = file;
@@ -94,52 +94,52 @@ async function take(files) {
   state.bitmap = await createImageBitmap(file).catch(() => null);
   if (state.file !== file) return;
   if (state.bitmap) useDrawing(state.bitmap, state.bitmap);
-  await ask();
+  await detect();
 }
 
-function useDrawing(picture, { width, height }) {
-  state.drawing = new Drawing(picture, { width, height });
+function useDrawing(image, { width, height }) {
+  state.drawing = new Drawing(image, { width, height });
   at.invitation.hidden = true;
   at.canvas.hidden = false;
   at.stage.classList.add("filled");
   draw();
 }
 
-async function ask() {
-  hideProblem();
+async function detect() {
+  hideError();
   if (!state.file) {
-    showProblem({ message: "There is no picture yet.", hint: "Drop one on the page, paste one, or choose a file." });
+    showError({ message: "No image yet.", hint: "Drop one on the page, paste one, or choose a file." });
     at.choose.focus();
     return;
   }
-  state.asking?.abort();
-  const asking = new AbortController();
-  state.asking = asking;
+  state.request?.abort();
+  const request = new AbortController();
+  state.request = request;
   const body = new FormData();
   body.append("picture", state.file);
   body.append("words", at.words.value.replace(/\s*\n\s*/g, ", "));
-  body.append("score_threshold", ASKED_THRESHOLD);
+  body.append("score_threshold", REQUEST_THRESHOLD);
   body.append("one_label", at["one-label"].checked);
   const began = performance.now();
   at.working.hidden = false;
   try {
-    const response = await fetch("api/predict", { method: "POST", body, signal: asking.signal });
-    if (!response.ok) throw await problemOf(response);
+    const response = await fetch("api/predict", { method: "POST", body, signal: request.signal });
+    if (!response.ok) throw await errorOf(response);
     const result = await response.json();
-    if (state.asking !== asking) return;
+    if (state.request !== request) return;
     state.seconds = (performance.now() - began) / 1000;
     receive(result);
   } catch (error) {
-    if (error.name !== "AbortError" && state.asking === asking) showProblem(error);
+    if (error.name !== "AbortError" && state.request === request) showError(error);
   } finally {
-    if (state.asking === asking) at.working.hidden = true;
+    if (state.request === request) at.working.hidden = true;
   }
 }
 
 function receive(result) {
   state.result = result;
   state.alone = state.pinned = null;
-  // Kinds of files that the browser cannot show (TIFF) are drawn on grey.
+  // Detections of formats that the browser cannot show (TIFF) are drawn on grey.
   const { size } = state.drawing ?? {};
   if (!state.bitmap || size.width !== result.width || size.height !== result.height) useDrawing(state.bitmap, result);
   at.results.hidden = false;
@@ -160,7 +160,7 @@ function show() {
   state.alone = state.pinned;
   at.list.replaceChildren(...items.map(entry));
   at.summary.textContent = summary(items);
-  at.canvas.setAttribute("aria-label", `${state.file.name} with what was found drawn on it`);
+  at.canvas.setAttribute("aria-label", `${state.file.name} with its detections`);
   draw();
 }
 
@@ -168,10 +168,10 @@ function summary(items) {
   const counts = new Map();
   for (const { label } of items) counts.set(label, (counts.get(label) ?? 0) + 1);
   const parts = [...counts].slice(0, 6).map(([label, count]) => (count > 1 ? `${count}\u00a0×\u00a0${label}` : label));
-  const more = counts.size > 6 ? ` and ${counts.size - 6} more kinds` : "";
+  const more = counts.size > 6 ? ` and ${counts.size - 6} more classes` : "";
   const below = state.result.detections.length - items.length;
   const hidden = below ? ` ${below} more below this score.` : "";
-  return `${items.length ? `${items.length} found: ${parts.join(", ")}${more}.` : "Nothing found."}${hidden} ${state.seconds.toFixed(1)} s.`;
+  return `${items.length ? `${items.length} detections: ${parts.join(", ")}${more}.` : "No detections."}${hidden} ${state.seconds.toFixed(1)} s.`;
 }
 
 function entry(item) {
@@ -232,7 +232,7 @@ function draw() {
   state.drawing.draw(at.canvas, shown(), options(at.canvas.clientWidth));
 }
 
-/** Small pictures fill the stage; large ones are bounded by the style sheet. */
+/** Small images fill the stage; large ones are bounded by the style sheet. */
 function fit() {
   const { width, height } = state.drawing.size;
   const room = Math.min(innerHeight * (innerWidth > 900 ? 0.82 : 0.6), (at.stage.clientWidth * height) / width);
@@ -245,14 +245,14 @@ function saveJson() {
   save(new Blob([JSON.stringify(content, null, 2)], { type: "application/json" }), `${stem()}.json`);
 }
 
-function savePicture() {
+function saveImage() {
   const canvas = document.createElement("canvas");
   state.drawing.draw(canvas, shown(), options(Math.min(state.drawing.size.width * state.drawing.scale, 1000)));
   canvas.toBlob((blob) => save(blob, `${stem()}_found.png`), "image/png");
 }
 
 function stem() {
-  return state.file.name.replace(/\.[^.]*$/, "") || "picture";
+  return state.file.name.replace(/\.[^.]*$/, "") || "image";
 }
 
 function save(blob, name) {
@@ -263,21 +263,21 @@ function save(blob, name) {
   setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
 }
 
-async function problemOf(response) {
+async function errorOf(response) {
   try {
     return (await response.json()).error;
   } catch {
-    return { message: `The server answered ${response.status}.`, hint: "Try again in a moment." };
+    return { message: `The server responded with ${response.status}.`, hint: "Try again in a moment." };
   }
 }
 
-function showProblem(error) {
+function showError(error) {
   const unreachable = error instanceof TypeError;
-  at["problem-message"].textContent = unreachable ? "The server does not answer." : error.message;
+  at["problem-message"].textContent = unreachable ? "The server does not respond." : error.message;
   at["problem-hint"].textContent = unreachable ? "Is proxydet serve still running?" : error.hint ?? "";
   at.problem.hidden = false;
 }
 
-function hideProblem() {
+function hideError() {
   at.problem.hidden = true;
 }

@@ -1,4 +1,4 @@
-"""Runs the application under uvicorn: address, patience with slow clients, stopping."""
+"""Runs the application under uvicorn: address, timeouts of slow clients, stopping."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from proxydet.data.images import quiet_worker
 from proxydet.errors import ConfigError, EnvironmentProblem, Interrupted
-from proxydet.serving.app import ServingApp
+from proxydet.serve.app import ServingApp
 
 _LONGEST_HEAD = 64 * 1024
 _KEEP_ALIVE_SECONDS = 5
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Take an address; nothing is accepted on it yet.
+    """Bind a socket to an address; nothing is accepted on it yet.
 
     Args:
         host: Name or address of this machine.
@@ -32,7 +32,7 @@ def bind(host: str, port: int) -> socket.socket:
 
     Raises:
         ConfigError: There is no such host.
-        EnvironmentProblem: The port is taken or may not be used.
+        EnvironmentProblem: The port is in use or may not be used.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -42,14 +42,22 @@ def bind(host: str, port: int) -> socket.socket:
         raise ConfigError(
             f"the host {host!r} cannot be found: {error}", hint="leave --host out for this machine"
         ) from error
-    taken = socket.socket(family, kind, protocol)
+    listening = socket.socket(family, kind, protocol)
     try:
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        taken.bind(address)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
     except OSError as error:
-        taken.close()
-        raise _cannot_bind(host, port, error) from error
-    return taken
+        listening.close()
+        message = f"cannot listen on {host} port {port}: {error.strerror or error}"
+        hint = "give an address of this machine with --host"
+        if error.errno == errno.EADDRINUSE:
+            message = f"port {port} of {host} is in use by another program"
+            hint = "give another with --port; --port 0 takes any free one"
+        elif error.errno == errno.EACCES:
+            message = f"port {port} of {host} may not be used by this user"
+            hint = "give a port above 1023 with --port"
+        raise EnvironmentProblem(message, hint=hint) from error
+    return listening
 
 
 def is_loopback(listening: socket.socket) -> bool:
@@ -68,7 +76,7 @@ def address_of(listening: socket.socket) -> str:
 def serve(
     app: ServingApp, listening: socket.socket, *, on_started: Callable[[], None] = lambda: None
 ) -> None:
-    """Answer requests until SIGINT or SIGTERM; what is being looked at then is finished.
+    """Serve requests until SIGINT or SIGTERM; the request that is being processed then is finished.
 
     Args:
         app: The application.
@@ -78,7 +86,7 @@ def serve(
     Raises:
         Interrupted: A second SIGINT came: nothing more was waited for.
     """
-    # Pictures from strangers: damaged EXIF blocks do not touch the pixels, and sizes are checked here.
+    # Images from strangers: damaged EXIF blocks do not touch the pixels, and sizes are checked by the application.
     quiet_worker()
     warnings.simplefilter("ignore", DecompressionBombWarning)
     server = Server(app, on_started)
@@ -88,12 +96,12 @@ def serve(
 
 
 class Server(uvicorn.Server):
-    """Tells the queue when it stops, and ends without raising the signal again: stopping is how a server ends."""
+    """Stops the queue when it stops, and ends without raising the signal again: stopping is how a server ends."""
 
     def __init__(self, app: ServingApp, on_started: Callable[[], None]) -> None:
         settings = app.settings
 
-        class Protocol(PatientProtocol):
+        class Protocol(TimedProtocol):
             header_seconds = settings.header_seconds
 
         config = uvicorn.Config(
@@ -132,7 +140,7 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-class PatientProtocol(H11Protocol):
+class TimedProtocol(H11Protocol):
     """HTTP/1.1 that closes connections on which the head of a request does not arrive in time."""
 
     header_seconds: float = 10.0
@@ -141,50 +149,33 @@ class PatientProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Expect a request."""
         super().connection_made(transport)
-        self._expect_head()
+        self._set_deadline()
 
     def data_received(self, data: bytes) -> None:
         """Take bytes; those of an unfinished head set the deadline, unless it is set."""
         super().data_received(data)
         if self._in_request():
-            self._forget_deadline()
+            self._clear_deadline()
         elif self._deadline is None:
-            self._expect_head()
+            self._set_deadline()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Expect nothing more."""
-        self._forget_deadline()
+        self._clear_deadline()
         super().connection_lost(exc)
 
     def _in_request(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
-    def _expect_head(self) -> None:
-        self._deadline = self.loop.call_later(self.header_seconds, self._give_up)
+    def _set_deadline(self) -> None:
+        self._deadline = self.loop.call_later(self.header_seconds, self._time_out)
 
-    def _forget_deadline(self) -> None:
+    def _clear_deadline(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
 
-    def _give_up(self) -> None:
+    def _time_out(self) -> None:
         self._deadline = None
         if not self._in_request():
             self.transport.close()
-
-
-def _cannot_bind(host: str, port: int, error: OSError) -> EnvironmentProblem:
-    if error.errno == errno.EADDRINUSE:
-        return EnvironmentProblem(
-            f"port {port} of {host} is in use by another program",
-            hint="give another with --port; --port 0 takes any free one",
-        )
-    if error.errno == errno.EACCES:
-        return EnvironmentProblem(
-            f"port {port} of {host} may not be used by this user",
-            hint="give a port above 1023 with --port",
-        )
-    return EnvironmentProblem(
-        f"{host} port {port} cannot be listened on: {error.strerror or error}",
-        hint="give an address of this machine with --host",
-    )

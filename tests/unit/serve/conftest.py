@@ -20,8 +20,8 @@ from proxydet.detector import Detector
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.modeling.prediction import Prediction
 from proxydet.recipes import get_recipe
-from proxydet.serving.app import ServingApp, ServingSettings, build_app
-from proxydet.serving.server import Server, bind
+from proxydet.serve.app import ServingApp, ServingSettings, build_app
+from proxydet.serve.server import Server, bind
 from proxydet.vocabulary.compositional import CompositionalEncoder
 from proxydet.vocabulary.vocabulary import Vocabulary
 
@@ -50,11 +50,11 @@ class HeldDetector(Detector):
         super().__init__(like.network, shortest=64, longest=100, encoder=like.encoder)
         self.entered = threading.Event()
         self.release = threading.Event()
-        self.looks = 0
+        self.runs = 0
         self.failure: Exception | None = None
 
     def predict_images(self, *arguments: Any, **named: Any) -> list[Prediction]:
-        self.looks += 1
+        self.runs += 1
         self.entered.set()
         assert self.release.wait(60)
         if self.failure is not None:

@@ -20,8 +20,8 @@ import torch
 from proxydet.config import dump_yaml
 from proxydet.detector import Detector
 from proxydet.recipes import get_recipe
-from proxydet.serving import server
-from proxydet.serving.app import Question
+from proxydet.serve import server
+from proxydet.serve.app import PredictParams
 from proxydet.vocabulary.compositional import CompositionalEncoder
 from proxydet_cli.main import main
 
@@ -64,11 +64,11 @@ def test_the_address_is_one_line_of_json(call: Any) -> None:
     code, out, err, _ = call("--json")
     assert code == 0
     assert out.count("\n") == 1
-    told = json.loads(out)
-    assert told == {
-        "address": f"http://127.0.0.1:{told['port']}/",
+    printed = json.loads(out)
+    assert printed == {
+        "address": f"http://127.0.0.1:{printed['port']}/",
         "host": "127.0.0.1",
-        "port": told["port"],
+        "port": printed["port"],
     }
     assert "http" not in err
 
@@ -82,24 +82,23 @@ def test_options_reach_the_application(call: Any) -> None:
     assert (settings.queue_places, settings.wait_seconds) == (4, 5.0)
     assert "box.local" in settings.allowed_hosts
     assert settings.loopback_only
-    assert app._answerer.vocabulary.names == ("red star", "blue star")
+    assert app.vocabulary.names == ("red star", "blue star")
     assert "warning" not in err
 
 
 def test_settings_of_the_detector_are_those_of_predict(call: Any, png: bytes) -> None:
     _, _, _, app = call("--tta", "--base-above", "-1", "-v", "red star")
-    answerer = app._answerer
-    assert answerer.detector.inference.flip
-    assert answerer.detector.inference.scales == (0.75, 1.0, 1.25)
-    assert answerer.vocabulary.base.all()
-    asked = Question(words=("red star", "green square"))
-    assert answerer._vocabulary_of(asked).base.all()
+    assert app.detector.inference.flip
+    assert app.detector.inference.scales == (0.75, 1.0, 1.25)
+    assert app.vocabulary.base.all()
+    params = PredictParams(words=("red star", "green square"))
+    assert app.vocabulary_of(params).base.all()
     _, _, _, plain = call("-v", "red star")
-    assert not plain._answerer.detector.inference.augmented
-    assert not plain._answerer._vocabulary_of(asked).base.any()
+    assert not plain.detector.inference.augmented
+    assert not plain.vocabulary_of(params).base.any()
 
 
-def test_listening_for_the_network_warns(call: Any) -> None:
+def test_listening_on_the_network_warns(call: Any) -> None:
     code, _, err, app = call("--host", "0.0.0.0")
     assert code == 0
     assert "warning: everyone who reaches this machine" in err
@@ -141,7 +140,7 @@ def test_mistakes_are_named_without_a_traceback(
     assert out == ""
 
 
-def test_a_taken_port_is_told_before_the_model_is_opened(
+def test_a_taken_port_is_reported_before_the_model_is_opened(
     call: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("proxydet.detector.open_named", lambda *_, **__: pytest.fail("opened"))

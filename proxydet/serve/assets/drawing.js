@@ -1,4 +1,4 @@
-// Draws a picture with what was found in it: masks, boxes, labels.
+// Draws an image with its detections: masks, boxes, labels.
 
 import { colourOf, css, textColourOn } from "./colours.js";
 
@@ -65,22 +65,22 @@ function foreground(runs, height) {
   return strips;
 }
 
-/** Draws one picture again and again, remembering its masks. */
+/** Draws one image again and again, remembering its masks. */
 export class Drawing {
   /**
-   * @param picture An image bitmap, or null where the browser cannot show the file.
+   * @param image An image bitmap, or null where the browser cannot show the file.
    * @param size Width and height that the boxes are counted in.
    */
-  constructor(picture, size) {
-    this.picture = picture;
+  constructor(image, size) {
+    this.image = image;
     this.size = size;
-    // Small pictures are enlarged, so that lines and labels have room.
+    // Small images are enlarged, so that lines and labels have room.
     this.scale = Math.max(1, Math.min(8, Math.round(720 / Math.min(size.width, size.height)), Math.floor(4096 / Math.max(size.width, size.height))));
     this.stamps = new Map();
   }
 
   /**
-   * @param canvas Where to draw; it is given the picture's size.
+   * @param canvas Where to draw; it is given the image's size.
    * @param items Detections, best first.
    * @param options masks, labels: what to show; alone: the detection to show among dimmed ones, or null; shownWidth:
    *   how wide the canvas is on the screen, in CSS pixels.
@@ -95,7 +95,7 @@ export class Drawing {
     const context = canvas.getContext("2d");
     context.fillStyle = "#8a918f";
     context.fillRect(0, 0, canvas.width, canvas.height);
-    if (this.picture) context.drawImage(this.picture, 0, 0, canvas.width, canvas.height);
+    if (this.image) context.drawImage(this.image, 0, 0, canvas.width, canvas.height);
     const unit = canvas.width / Math.max(options.shownWidth || 800, 200);
     const strength = (item) => (options.alone && options.alone !== item ? DIMMED : 1);
     if (options.masks) this.#masks(context, items, strength, unit);

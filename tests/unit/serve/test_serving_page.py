@@ -19,7 +19,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
 from proxydet.detector import Detector
-from proxydet.serving.app import ServingSettings, build_app
+from proxydet.serve.app import ServingSettings, build_app
 from proxydet.visualization.colours import colour_of
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
@@ -70,8 +70,8 @@ class Page:
     def until(self, condition: Any) -> None:
         WebDriverWait(self.driver, 60, 0.05).until(lambda _: condition())
 
-    def asks(self) -> int:
-        """How often the server was asked to look."""
+    def requests(self) -> int:
+        """How many prediction requests were sent."""
         script = 'return performance.getEntriesByName(new URL("api/predict", location.href)).length'
         return int(self.driver.execute_script(script))
 
@@ -79,7 +79,7 @@ class Page:
         script = 'return [...document.querySelectorAll("#list button")].map((b) => [b.children[1], b.children[2]].map((e) => e.textContent).join(" "))'
         return list(self.driver.execute_script(script))
 
-    def picture(self) -> np.ndarray:
+    def drawn(self) -> np.ndarray:
         """What is drawn: uint8 (h, w, 3)."""
         script = 'return document.getElementById("canvas").toDataURL("image/png").split(",")[1]'
         data = base64.b64decode(self.driver.execute_script(script))
@@ -113,7 +113,7 @@ def page(detector: Detector, start_server: Any, driver: Any, tmp_path: Path) -> 
         driver.get("about:blank")
 
 
-def test_from_a_dropped_picture_to_downloads(
+def test_from_a_dropped_image_to_downloads(
     page: Page, detector: Detector, png: bytes, pixels: np.ndarray, tmp_path: Path
 ) -> None:
     assert page["model"].text == "tiny on cpu, version " + page["model"].text.split()[-1]
@@ -126,24 +126,24 @@ def test_from_a_dropped_picture_to_downloads(
         f"{label} {score:.2f}" for label, score in zip(wanted.labels, wanted.scores, strict=True)
     ]
     assert page.rows() == lines
-    assert page["summary"].text.startswith(f"{len(wanted)} found: ")
+    assert page["summary"].text.startswith(f"{len(wanted)} detections: ")
 
-    # The slider filters without asking again.
-    full = page.picture()
+    # The slider filters without another request.
+    full = page.drawn()
     assert full.shape[0] // 48 == full.shape[1] // 64 >= 8
     cut = float(np.sort(wanted.scores)[-1]) - 0.001
     page.driver.execute_script(SLIDE, str(round(cut, 2)))
     kept = wanted.above(float(page["threshold"].get_attribute("value")))
     assert page.rows() == lines[: len(kept)]
     assert len(kept) < len(wanted)
-    assert np.any(page.picture() != full)
-    assert page.asks() == 1
+    assert np.any(page.drawn() != full)
+    assert page.requests() == 1
 
     page["save-json"].click()
     page.until(lambda: (tmp_path / "noise.json").exists())
     saved = json.loads((tmp_path / "noise.json").read_text())
     assert saved == json.loads(json.dumps({"file": "noise.png", **kept.to_dict()}))
-    page["save-picture"].click()
+    page["save-image"].click()
     page.until(lambda: (tmp_path / "noise_found.png").exists())
     with Image.open(tmp_path / "noise_found.png") as image:
         assert image.size == full.shape[1::-1]
@@ -170,11 +170,11 @@ def test_boxes_and_masks_are_drawn_where_they_are(
     page.driver.execute_script(DROP, base64.b64encode(png).decode(), "noise.png")
     page.until(lambda: page["results"].is_displayed())
     page.driver.execute_script(SLIDE, "0.99")
-    plain = page.picture().astype(int)
+    plain = page.drawn().astype(int)
     page["show-labels"].click()
     best = detector.predict(pixels, score_threshold=0.1).top(1)
     page.driver.execute_script(SLIDE, str(round(float(best.scores[0]) - 0.006, 2)))
-    changed_HW = (page.picture().astype(int) - plain).any(axis=2)
+    changed_HW = (page.drawn().astype(int) - plain).any(axis=2)
     scale = plain.shape[0] // 48
     left, top, right, bottom = best.boxes_xyxy[0] * scale
     rows, columns = np.flatnonzero(changed_HW.any(1)), np.flatnonzero(changed_HW.any(0))
@@ -183,7 +183,7 @@ def test_boxes_and_masks_are_drawn_where_they_are(
     inner = np.repeat(np.repeat(best.masks[0], scale, 0), scale, 1)[20:-20, 20:-20]
     assert changed_HW[20:-20, 20:-20][inner].mean() > 0.99
     page["show-masks"].click()
-    assert (page.picture().astype(int) - plain).any(axis=2)[20:-20, 20:-20][inner].mean() < 0.5
+    assert (page.drawn().astype(int) - plain).any(axis=2)[20:-20, 20:-20][inner].mean() < 0.5
 
 
 def test_by_keyboard_alone(page: Page, png: bytes, tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_by_keyboard_alone(page: Page, png: bytes, tmp_path: Path) -> None:
     assert unnamed == []
 
 
-def test_one_label_for_each_box_asks_again(
+def test_one_label_for_each_box_sends_another_request(
     page: Page, detector: Detector, png: bytes, pixels: np.ndarray
 ) -> None:
     page.driver.execute_script(DROP, base64.b64encode(png).decode(), "noise.png")
@@ -216,16 +216,16 @@ def test_one_label_for_each_box_asks_again(
     page.driver.execute_script(SLIDE, "0.1")
     many = len(page.rows())
     page["one-label"].click()
-    page.until(lambda: page.asks() == 2 and len(page.rows()) < many)
+    page.until(lambda: page.requests() == 2 and len(page.rows()) < many)
     best = detector.with_settings(one_class_per_proposal=True).predict(pixels, score_threshold=0.1)
     assert page.rows() == [
         f"{label} {score:.2f}" for label, score in zip(best.labels, best.scores, strict=True)
     ]
 
 
-def test_problems_are_told(page: Page, png: bytes) -> None:
-    page["ask"].click()
-    assert page["problem-message"].text == "There is no picture yet."
+def test_errors_are_shown(page: Page, png: bytes) -> None:
+    page["detect"].click()
+    assert page["problem-message"].text == "No image yet."
     page.driver.execute_script(PASTE, base64.b64encode(png).decode())
     page.until(lambda: page["results"].is_displayed())
     assert not page["problem"].is_displayed()
@@ -234,12 +234,12 @@ def test_problems_are_told(page: Page, png: bytes) -> None:
     assert "'giraffe'" in page["problem-message"].text
     assert "red, blue, green" in page["problem-hint"].text
     page["words"].clear()
-    page.driver.execute_script(DROP, base64.b64encode(b"no picture").decode(), "a.png")
-    page.until(lambda: "no picture of a known kind" in page["problem-message"].text)
-    asked = page.asks()
+    page.driver.execute_script(DROP, base64.b64encode(b"no image").decode(), "a.png")
+    page.until(lambda: "unsupported image format" in page["problem-message"].text)
+    sent = page.requests()
     page.driver.execute_script(DROP, base64.b64encode(bytes(100_001)).decode(), "large.png")
     page.until(lambda: "large.png is larger" in page["problem-message"].text)
-    assert page.asks() == asked
+    assert page.requests() == sent
 
 
 def test_a_narrow_window_needs_no_sideways_scrolling(page: Page, png: bytes) -> None:

@@ -1,0 +1,1 @@
+"""A detector behind HTTP: a web page and a JSON endpoint."""

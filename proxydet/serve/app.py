@@ -1,0 +1,973 @@
+"""The Starlette application: a few fixed routes around a detector.
+
+From top to bottom: limits, errors, parameters, images, uploads, the queue of jobs, the middleware, the routes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import io
+import ipaddress
+import logging
+import time
+from collections import deque
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+)
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, fields
+from functools import cache, partial
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote, urlsplit
+
+import torch
+from PIL import Image
+from python_multipart.exceptions import FormParserError
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders, UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from proxydet._version import __version__
+from proxydet.data.images import read_image
+from proxydet.detections import Detections
+from proxydet.detector import Detector
+from proxydet.errors import (
+    ConfigError,
+    DataError,
+    EnvironmentProblem,
+    ProxydetError,
+    VocabularyError,
+)
+from proxydet.inference.predict_files import ImageResult
+from proxydet.modeling.config import InferenceConfig
+from proxydet.vocabulary.compositional import CompositionalEncoder
+from proxydet.vocabulary.names import split_names
+from proxydet.vocabulary.vocabulary import Vocabulary
+from proxydet.wording import json_text
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+access = logging.getLogger("proxydet.serve.access")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServingSettings:
+    """Limits of a server. All are above 0."""
+
+    max_upload_bytes: int = 20 * 1024 * 1024
+    """Largest image file, in bytes."""
+    max_pixels: int = 50_000_000
+    """Largest image, in pixels (width x height), read from its header before anything is decoded."""
+    max_words: int = 300
+    """Most class names in one request."""
+    max_word_length: int = 200
+    """Longest class name, in characters."""
+    max_detections: int = 1000
+    """Most detections that a request may ask for."""
+    queue_places: int = 32
+    """Requests that may wait behind the one that is being processed; more are refused."""
+    wait_seconds: float = 60.0
+    """Longest time from a complete upload to its response, in seconds."""
+    upload_seconds: float = 30.0
+    """Longest time for an upload to arrive, and for a client to take a part of a response, in seconds."""
+    header_seconds: float = 10.0
+    """Longest time for the head of a request to arrive, in seconds."""
+    stop_seconds: float = 30.0
+    """Longest time that open requests are given when the server is stopped, in seconds."""
+    held_bytes: int = 512 * 1024 * 1024
+    """Most bytes of uploads held in memory at once, over all requests."""
+    connections: int = 256
+    """Most connections open at once."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Host names, besides localhost, that requests may be addressed to."""
+    loopback_only: bool = True
+    """The server listens on a loopback address: requests addressed to other addresses are refused."""
+
+    def __post_init__(self) -> None:
+        """Check ranges; raises ConfigError."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
+                raise ConfigError(f"{field.name} is {value}; it must be above 0")
+
+
+# --- Errors ------------------------------------------------------------------------------------------------------------
+
+
+class RequestError(ProxydetError):
+    """A request that cannot be served.
+
+    Args:
+        status: The HTTP status.
+        kind: One word for programs, see ``docs/reference/server.md``.
+        message: What happened and why.
+        hint: What the client can do next.
+        retry_after: Seconds after which a retry is worthwhile; None where it would not help.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        kind: str,
+        message: str,
+        *,
+        hint: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.status = status
+        self.kind = kind
+        self.retry_after = retry_after
+
+
+_STATUSES: tuple[tuple[type[ProxydetError], int, str], ...] = (
+    (VocabularyError, 400, "words"),
+    (DataError, 400, "picture"),
+    (ConfigError, 400, "parameter"),
+    (EnvironmentProblem, 500, "environment"),
+    (ProxydetError, 500, "model"),
+)
+
+
+def error_response(error: ProxydetError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """Render an error as ``{"error": {"kind", "message", "hint"}}``; errors of the core get a status and a kind."""
+    extra = dict(headers or {})
+    if isinstance(error, RequestError):
+        status, kind = error.status, error.kind
+        if error.retry_after is not None:
+            extra["Retry-After"] = str(error.retry_after)
+    else:
+        status, kind = next((s, kind) for family, s, kind in _STATUSES if isinstance(error, family))
+    content = {"error": {"kind": kind, "message": error.message, "hint": error.hint}}
+    return JSONResponse(content, status, extra)
+
+
+# --- Parameters --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictParams:
+    """What to detect, and what to keep; the defaults are those of ``proxydet predict``."""
+
+    words: tuple[str, ...] | None = None
+    """Class names; None: the server's default classes."""
+    score_threshold: float = 0.3
+    """Only what scores above this, 0 to 1."""
+    top: int = 300
+    """At most this many detections, the best."""
+    masks: bool | None = None
+    """Masks too, or boxes only; None: masks where the detector has a mask head."""
+    one_label: bool = False
+    """Only the best class of each box."""
+
+
+def read_params(pairs: Iterable[tuple[str, str]], settings: ServingSettings) -> PredictParams:
+    """Read the parameters of a request.
+
+    Args:
+        pairs: Names and values, of the query and of the form; ``words`` may be repeated.
+        settings: Limits.
+
+    Raises:
+        RequestError: 400, a parameter is unknown, repeated, or out of range.
+        VocabularyError: The words cannot be split.
+    """
+    words: list[str] = []
+    given: dict[str, Any] = {}
+    for key, value in pairs:
+        if key == "words":
+            words += split_names(value) if value.strip() else []
+        elif key in given:
+            raise _bad_parameter(f"duplicate parameter {key!r}", "give it once")
+        elif key in _PARSERS:
+            given[key] = _PARSERS[key](key, value)
+        else:
+            known = ("words", *_PARSERS)
+            near = difflib.get_close_matches(key[:80], known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+            raise _bad_parameter(f"there is no parameter {key[:80]!r}", hint)
+    if len(words) > settings.max_words:
+        raise RequestError(
+            400,
+            "words",
+            f"{len(words)} class names; the limit is {settings.max_words}",
+            hint="ask for fewer at a time, or use proxydet predict --vocabulary",
+        )
+    for word in words:
+        if len(word) > settings.max_word_length:
+            raise RequestError(
+                400,
+                "words",
+                f"the class name {word[:40] + '...'!r} has {len(word)} characters; the limit is "
+                f"{settings.max_word_length}",
+                hint="separate class names by commas",
+            )
+    params = PredictParams(words=tuple(words) or None, **given)
+    if params.top > settings.max_detections:
+        raise _bad_parameter(
+            f"top is {params.top}; the limit is {settings.max_detections}", "ask for fewer"
+        )
+    return params
+
+
+def _fraction(key: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise _bad_parameter(f"{key} is {text[:40]!r}; it must be a number from 0 to 1", "e.g. 0.3")
+    return value
+
+
+def _count(key: str, text: str) -> int:
+    # At most nine digits: longer ones are refused here and not by Python's own limit.
+    value = int(text) if text.isdecimal() and len(text) < 10 else 0
+    if value < 1:
+        raise _bad_parameter(f"{key} is {text[:40]!r}; it must be a positive integer", "e.g. 100")
+    return value
+
+
+def _boolean(key: str, text: str) -> bool:
+    values = {"true": True, "1": True, "yes": True, "on": True}
+    values |= {"false": False, "0": False, "no": False, "off": False}
+    if text.lower() not in values:
+        raise _bad_parameter(
+            f"{key} is {text[:40]!r}; it must be true or false", "leave it out for the default"
+        )
+    return values[text.lower()]
+
+
+_PARSERS: dict[str, Callable[[str, str], Any]] = {
+    "score_threshold": _fraction,
+    "top": _count,
+    "masks": _boolean,
+    "one_label": _boolean,
+}
+
+
+def _bad_parameter(message: str, hint: str) -> RequestError:
+    return RequestError(400, "parameter", message, hint=hint)
+
+
+# --- Images ------------------------------------------------------------------------------------------------------------
+
+_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+
+
+@cache
+def accepted_formats() -> tuple[str, ...]:
+    """The image formats that are accepted, by Pillow's names, as far as this Pillow has them.
+
+    Its other readers are kept away from what strangers send: that of PostScript starts another program.
+    """
+    Image.init()
+    return tuple(kind for kind in _FORMATS if kind in Image.OPEN)
+
+
+@contextmanager
+def opened_image(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
+    """Open an image by its header, without decoding it.
+
+    Args:
+        data: The file.
+        max_pixels: Most pixels.
+
+    Raises:
+        RequestError: 415 for another format, 413 for too many pixels.
+    """
+    smaller = "send a smaller copy: the detector scales images down anyway"
+    try:
+        image = Image.open(io.BytesIO(data), formats=accepted_formats())
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise RequestError(
+            413,
+            "picture-size",
+            f"the image has far more pixels than the limit of {max_pixels / 1e6:g} million",
+            hint=smaller,
+        ) from error
+    # What Pillow raises for a header that is damaged, as `proxydet.data.images` catches it too.
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise RequestError(
+            415,
+            "picture-type",
+            "unsupported image format",
+            hint=f"send one of {', '.join(accepted_formats())}",
+        ) from error
+    with image:
+        if image.width * image.height > max_pixels:
+            raise RequestError(
+                413,
+                "picture-size",
+                f"the image has {image.width} x {image.height} pixels; the limit is {max_pixels / 1e6:g} million",
+                hint=smaller,
+            )
+        yield image
+
+
+# --- Uploads -----------------------------------------------------------------------------------------------------------
+
+FIELD = "picture"
+"""The form field that holds the image."""
+UNNAMED = "picture"
+"""What an image without a file name is called."""
+
+_ROOM_FOR_FIELDS = 256 * 1024
+_LONGEST_FIELD = 128 * 1024
+_MOST_FIELDS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upload:
+    """An image file and the form fields that came with it."""
+
+    data: bytes
+    name: str
+    """The client's file name: shown, never used as a path."""
+    fields: tuple[tuple[str, str], ...]
+
+
+class UploadBudget:
+    """Bounds the bytes that all requests hold together.
+
+    Args:
+        limit: Most bytes.
+
+    Attributes:
+        held: Bytes held now.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.held = 0
+
+    @contextmanager
+    def share(self) -> Iterator[Callable[[int], None]]:
+        """Give a function that counts the bytes of one request, which are released at the end.
+
+        It raises RequestError (503) where there is no room for more.
+        """
+        taken = 0
+
+        def take(count: int) -> None:
+            nonlocal taken
+            if self.held + count > self._limit:
+                raise RequestError(
+                    503,
+                    "busy",
+                    "too many uploads in progress",
+                    hint="try again later",
+                    retry_after=1,
+                )
+            self.held += count
+            taken += count
+
+        try:
+            yield take
+        finally:
+            self.held -= taken
+
+
+async def read_upload(
+    request: Request, settings: ServingSettings, take: Callable[[int], None]
+) -> Upload:
+    """Read an image: the body itself, or the field ``picture`` of a form.
+
+    Args:
+        request: The request; its body has not been read.
+        settings: Limits.
+        take: Counts the bytes; see `UploadBudget.share`.
+
+    Raises:
+        RequestError: 400 malformed, 408 too slow, 413 too large, 415 of another type, 503 no memory left.
+        ClientDisconnect: The client went away.
+    """
+    media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    is_form = media_type == "multipart/form-data"
+    is_image = media_type.startswith("image/") or media_type == "application/octet-stream"
+    if not is_form and not is_image:
+        raise RequestError(
+            415,
+            "picture-type",
+            f"unsupported content type {media_type[:80] or '(none)'!r}: expected an image or a form with an image",
+            hint="curl: -F picture=@photo.jpg, or --data-binary @photo.jpg -H 'Content-Type: image/jpeg'",
+        )
+    limit = settings.max_upload_bytes + (_ROOM_FOR_FIELDS if is_form else 0)
+    too_large = RequestError(
+        413,
+        "upload-size",
+        f"the image file is larger than the limit of {settings.max_upload_bytes / 2**20:g} MiB",
+        hint="send a smaller copy: the detector scales images down anyway",
+    )
+
+    async def pieces() -> AsyncIterator[bytes]:
+        # Counted as they come, since a stated length may be missing or a lie.
+        stated = request.headers.get("content-length", "")
+        if stated.isdecimal() and int(stated[:20]) > limit:
+            raise too_large
+        total = 0
+        async for piece in request.stream():
+            total += len(piece)
+            if total > limit:
+                raise too_large
+            take(len(piece))
+            yield piece
+
+    async def read() -> Upload:
+        if not is_form:
+            data = b"".join([piece async for piece in pieces()])
+            return Upload(data=data, name=UNNAMED, fields=())
+        parser = MultiPartParser(
+            request.headers,
+            pieces(),  # type: ignore[arg-type]
+            max_files=1,
+            max_fields=_MOST_FIELDS,
+            max_part_size=_LONGEST_FIELD,
+        )
+        # The parser moves files beyond this size to the disk; none can be larger than the body.
+        parser.spool_max_size = limit + 1
+        try:
+            form = await parser.parse()
+        except (MultiPartException, FormParserError) as error:
+            raise RequestError(
+                400,
+                "malformed",
+                f"the form cannot be read: {error}",
+                hint=f"send one file as the field {FIELD!r}",
+            ) from error
+        try:
+            file = form.get(FIELD)
+            if not isinstance(file, UploadFile):
+                return Upload(data=b"", name=UNNAMED, fields=())
+            texts = [(key, value) for key, value in form.multi_items() if isinstance(value, str)]
+            return Upload(
+                data=await file.read(), name=file.filename or UNNAMED, fields=tuple(texts)
+            )
+        finally:
+            await form.close()
+
+    try:
+        upload = await asyncio.wait_for(read(), settings.upload_seconds)
+    except asyncio.TimeoutError:
+        raise RequestError(
+            408,
+            "slow-upload",
+            f"the upload took longer than {settings.upload_seconds:g} seconds",
+            hint="send a smaller copy of the image",
+        ) from None
+    if not upload.data:
+        raise RequestError(
+            400,
+            "malformed",
+            "the request contains no image",
+            hint=f"send it as the request's body, or as the form's field {FIELD!r}",
+        )
+    if len(upload.data) > settings.max_upload_bytes:
+        raise too_large
+    return upload
+
+
+# --- The queue of jobs -------------------------------------------------------------------------------------------------
+
+_LONGEST_RETRY = 60
+# How fast the average time of a job follows the last ones.
+_FOLLOW = 0.2
+
+
+class WorkQueue:
+    """Runs jobs in the order in which they come, in one thread. Used from one event loop.
+
+    A job that nobody waits for any more (timeout, client gone) leaves the queue with all that it holds; one that is
+    already running is finished and its result dropped.
+
+    Args:
+        size: Jobs that may wait, besides the one that runs.
+
+    Attributes:
+        busy: Whether a job runs.
+        stopped: Whether nothing more is accepted.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.busy = False
+        self.stopped = False
+        self._size = size
+        self._waiting: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
+        self._seconds = 1.0
+        self._thread = ThreadPoolExecutor(1, "detect")
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that wait."""
+        return len(self._waiting)
+
+    async def run(self, work: Callable[[], T], *, timeout: float) -> T:
+        """Run a job after those before it.
+
+        Args:
+            work: Called in the thread.
+            timeout: Longest time until the result, in seconds.
+
+        Raises:
+            RequestError: 503 where the queue is full, the job did not start in time or the server stops; 504 where the
+                job itself took too long.
+        """
+        self.admit()
+        result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        job = (work, result)
+        self._waiting.append(job)
+        if not self.busy:
+            self._start_next()
+        try:
+            await asyncio.wait([result], timeout=timeout)
+            if result.done():
+                return result.result()
+            if job in self._waiting:
+                raise RequestError(
+                    503,
+                    "busy",
+                    f"the request waited in the queue for more than {timeout:g} seconds",
+                    hint="try again later",
+                    retry_after=self._retry_after(),
+                )
+            raise RequestError(
+                504,
+                "timeout",
+                f"the request took longer than {timeout:g} seconds",
+                hint="send a smaller image or fewer class names, or start the server with a longer --timeout",
+            )
+        finally:
+            result.cancel()
+            if job in self._waiting:
+                self._waiting.remove(job)
+
+    def admit(self) -> None:
+        """Refuse at once what could not wait.
+
+        Raises:
+            RequestError: 503.
+        """
+        if self.stopped:
+            raise _stopping()
+        if len(self._waiting) >= self._size:
+            raise RequestError(
+                503,
+                "busy",
+                f"the queue is full: {self._size} requests are waiting",
+                hint="try again later",
+                retry_after=self._retry_after(),
+            )
+
+    def stop(self) -> None:
+        """Accept nothing more and refuse what waits; what runs is finished."""
+        self.stopped = True
+        for _, result in self._waiting:
+            result.set_exception(_stopping())
+        self._waiting.clear()
+
+    async def close(self) -> None:
+        """Stop, and wait for the job that runs."""
+        self.stop()
+        await asyncio.to_thread(self._thread.shutdown)
+
+    def _start_next(self) -> None:
+        self.busy = bool(self._waiting)
+        if not self._waiting:
+            return
+        work, result = self._waiting.popleft()
+        began = time.perf_counter()
+
+        def finish(done: asyncio.Future[Any]) -> None:
+            self._seconds += _FOLLOW * (time.perf_counter() - began - self._seconds)
+            error = done.exception()
+            if result.done():
+                if error is not None:
+                    logger.warning("a request whose client went away failed: %s", error)
+            elif error is not None:
+                result.set_exception(error)
+            else:
+                result.set_result(done.result())
+            self._start_next()
+
+        asyncio.get_running_loop().run_in_executor(self._thread, work).add_done_callback(finish)
+
+    def _retry_after(self) -> int:
+        return min(max(round(self._seconds * (len(self._waiting) + 1)), 1), _LONGEST_RETRY)
+
+
+def _stopping() -> RequestError:
+    return RequestError(503, "stopping", "the server is shutting down", hint="start it again")
+
+
+# --- The middleware ----------------------------------------------------------------------------------------------------
+
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+# The status of a client that went away before its response.
+_CLIENT_GONE = 499
+
+
+class SecurityMiddleware:
+    """Checks the host and the origin of requests, adds headers to responses, logs both.
+
+    A page from elsewhere that is open in the same browser can send requests to this machine: under a name that it made
+    point here (DNS rebinding), or straight across. The first is seen by ``Host``, the second by ``Origin``.
+
+    Args:
+        app: The application.
+        settings: Allowed hosts, and the time for a client to take a response.
+    """
+
+    def __init__(self, app: ASGIApp, settings: ServingSettings) -> None:
+        self._app = app
+        self._settings = settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began, status = time.perf_counter(), _CLIENT_GONE
+
+        async def respond(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    headers[name] = value
+            await asyncio.wait_for(send(message), self._settings.upload_seconds)
+
+        try:
+            error = self._check(Headers(scope=scope))
+            app = self._app if error is None else error_response(error)
+            await app(scope, receive, respond)
+        finally:
+            client = (scope.get("client") or ("-",))[0]
+            # The path is a client's text, quoted so that it stays on its line; the class names are left out.
+            shown = f"{scope['method']} {quote(scope['path'])[:80]}"
+            seconds = time.perf_counter() - began
+            access.info("%s %s %s %.3f s", client, shown, status, seconds)
+
+    def _check(self, headers: Headers) -> RequestError | None:
+        host, settings = headers.get("host", ""), self._settings
+        if not is_own_host(host, settings.allowed_hosts, loopback=settings.loopback_only):
+            return RequestError(
+                403,
+                "host",
+                f"unknown host {host[:80]!r}",
+                hint="start the server with --allow-host NAME to serve another host name",
+            )
+        origin = headers.get("origin")
+        if origin is None:
+            return None
+        try:
+            authority = urlsplit(origin).netloc.lower()
+        except ValueError:
+            authority = ""
+        if authority == host.lower():
+            return None
+        return RequestError(
+            403,
+            "origin",
+            f"cross-origin request from {origin[:80]!r}",
+            hint="only the server's own page may send requests from a browser",
+        )
+
+
+def is_own_host(header: str, names: Collection[str], *, loopback: bool) -> bool:
+    """Whether a ``Host`` header is one of this server's.
+
+    An address of numbers cannot be made to point here by a stranger, a name can.
+
+    Args:
+        header: Name or address, and perhaps a port.
+        names: Names besides localhost, in small letters.
+        loopback: Only loopback addresses count.
+    """
+    try:
+        host = urlsplit(f"//{header}").hostname or ""
+    except ValueError:
+        return False
+    if host == "localhost" or host in names:
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return address.is_loopback or not loopback
+
+
+# --- The application ---------------------------------------------------------------------------------------------------
+
+_ASSETS = {
+    "/": ("index.html", "text/html"),
+    "/style.css": ("style.css", "text/css"),
+    "/app.js": ("app.js", "text/javascript"),
+    "/drawing.js": ("drawing.js", "text/javascript"),
+    "/colours.js": ("colours.js", "text/javascript"),
+}
+
+
+class ServingApp:
+    """An ASGI application; `build_app` makes it.
+
+    Attributes:
+        detector: The detector.
+        vocabulary: What it detects where a request names no classes.
+        settings: Limits.
+        queue: The requests that wait.
+        budget: The bytes that they hold.
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        settings: ServingSettings,
+        vocabulary: Vocabulary,
+        base_above: float,
+        name: str,
+    ) -> None:
+        self.detector = detector
+        self.vocabulary = vocabulary
+        self.settings = settings
+        self.queue = WorkQueue(settings.queue_places)
+        self.budget = UploadBudget(settings.held_bytes)
+        self._base_above = base_above
+        self._info = self._describe(name)
+        routes = [
+            Route("/api/health", self._health),
+            Route("/api/info", self._get_info),
+            Route("/api/predict", self._predict, methods=["POST"]),
+            *(Route(path, _asset(*entry)) for path, entry in _ASSETS.items()),
+        ]
+        handlers: dict[Any, Any] = {
+            ProxydetError: _on_error,
+            HTTPException: _on_http,
+            ClientDisconnect: _on_disconnect,
+            Exception: _on_bug,
+        }
+        inner = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
+        inner.router.redirect_slashes = False
+        self._app = SecurityMiddleware(inner, settings)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request."""
+        await self._app(scope, receive, send)
+
+    def vocabulary_of(self, params: PredictParams) -> Vocabulary:
+        """Return the classes that a request asks for.
+
+        Raises:
+            VocabularyError: They cannot be embedded.
+        """
+        if params.words is None:
+            return self.vocabulary
+        return self.detector.with_base(self.detector.resolve(params.words), self._base_above)
+
+    def settings_of(self, params: PredictParams) -> InferenceConfig:
+        """Return the settings that a request asks for.
+
+        Raises:
+            ConfigError: It asks for masks, and the detector has no mask head.
+        """
+        return self.detector.settings(
+            score_threshold=params.score_threshold,
+            max_detections=params.top,
+            masks=params.masks,
+            one_class_per_proposal=params.one_label,
+        )
+
+    @asynccontextmanager
+    async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
+        yield
+        await self.queue.close()
+
+    async def _health(self, _request: Request) -> Response:
+        return JSONResponse(
+            {"status": "ok", "waiting": self.queue.waiting, "busy": self.queue.busy}
+        )
+
+    async def _get_info(self, _request: Request) -> Response:
+        return JSONResponse(self._info)
+
+    async def _predict(self, request: Request) -> Response:
+        self.queue.admit()
+        # Mistakes in the query are reported before the image is sent.
+        query = request.query_params.multi_items()
+        self.settings_of(read_params(query, self.settings))
+        with self.budget.share() as take:
+            upload = await read_upload(request, self.settings, take)
+            params = read_params([*query, *upload.fields], self.settings)
+            await asyncio.to_thread(_check_header, upload.data, self.settings.max_pixels)
+            detect = partial(self._detect, upload, params)
+            content = asyncio.ensure_future(
+                self.queue.run(detect, timeout=self.settings.wait_seconds)
+            )
+            gone = asyncio.ensure_future(request.receive())
+            either: list[asyncio.Future[Any]] = [content, gone]
+            try:
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+                if not content.done():
+                    raise ClientDisconnect
+                return Response(content.result(), media_type="application/json")
+            finally:
+                gone.cancel()
+                content.cancel()
+
+    def _detect(self, upload: Upload, params: PredictParams) -> bytes:
+        """Detect objects in an image; called in the one thread that computes.
+
+        Images are run one by one: several at once are padded to one size, and would differ in the last bits from what
+        `Detector.predict` finds.
+
+        Returns:
+            JSON: ``file``, ``width``, ``height`` and ``detections``, as ``proxydet predict --json`` gives them.
+
+        Raises:
+            ProxydetError: The image or the class names cannot be used, or there is not enough memory.
+        """
+        vocabulary = self.vocabulary_of(params)
+        settings = self.settings_of(params)
+        try:
+            with opened_image(upload.data, self.settings.max_pixels) as image:
+                pixels_HW3 = read_image(image, name=upload.name)
+            (prediction,) = self.detector.predict_images([pixels_HW3], vocabulary, settings)
+            found = Detections(prediction, vocabulary.names)
+            result = ImageResult(file=Path(upload.name), found=found).to_dict()
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise EnvironmentProblem(
+                "not enough memory for this image and these class names",
+                hint="send a smaller image or fewer class names",
+            ) from error
+        return json_text(result, allow_nan=False).encode()
+
+    def _describe(self, name: str) -> dict[str, Any]:
+        """What ``GET /api/info`` gives: model, classes and limits."""
+        free, why_not, known = True, None, None
+        try:
+            encoder = self.detector.encoder
+        except VocabularyError as error:
+            free = False
+            why_not = f"{error.message}; {error.hint}" if error.hint else error.message
+        else:
+            known = list(encoder.words) if isinstance(encoder, CompositionalEncoder) else None
+        limits = (
+            *("max_upload_bytes", "max_pixels", "max_words", "max_word_length", "max_detections"),
+            *("queue_places", "wait_seconds", "upload_seconds"),
+        )
+        return {
+            "version": __version__,
+            "model": {
+                "name": name,
+                "device": str(self.detector.network.device),
+                "training_classes": len(self.detector.vocabulary),
+                "masks": self.detector.inference.masks,
+            },
+            "words": {
+                "default": list(self.vocabulary.names),
+                "free": free,
+                "why_not": why_not,
+                "known": known,
+            },
+            "limits": {name: getattr(self.settings, name) for name in limits},
+            "formats": list(accepted_formats()),
+        }
+
+
+def build_app(
+    detector: Detector,
+    settings: ServingSettings | None = None,
+    *,
+    vocabulary: Vocabulary | None = None,
+    base_above: float = 0.9,
+    name: str = "detector",
+) -> ServingApp:
+    """Put a detector behind HTTP.
+
+    Args:
+        detector: The detector.
+        settings: Limits; the default ones where None.
+        vocabulary: What is detected when a request names no classes; None: the classes of the training.
+        base_above: Class names of requests count as base above this cosine with a base class of the training.
+        name: What the model is called on the page.
+
+    Returns:
+        An ASGI application, for `proxydet.serve.server.serve` or any ASGI server (one process of it).
+    """
+    classes = vocabulary or detector.vocabulary
+    return ServingApp(detector, settings or ServingSettings(), classes, base_above, name)
+
+
+def _check_header(data: bytes, max_pixels: int) -> None:
+    with opened_image(data, max_pixels):
+        pass
+
+
+def _asset(file: str, media_type: str) -> Any:
+    content = files("proxydet.serve.assets").joinpath(file).read_bytes()
+
+    async def send(_request: Request) -> Response:
+        return Response(content, media_type=media_type)
+
+    return send
+
+
+async def _on_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, ProxydetError)
+    return error_response(error)
+
+
+async def _on_disconnect(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=_CLIENT_GONE)
+
+
+async def _on_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "")
+        message = f"method {request.method[:20]} is not allowed here"
+        found = RequestError(405, "method", message, hint=f"use {allowed}")
+    else:
+        missing = error.status_code == 404
+        found = RequestError(
+            error.status_code,
+            "not-found" if missing else "malformed",
+            "no such route" if missing else error.detail,
+            hint="there are /, /api/health, /api/info and /api/predict",
+        )
+    return error_response(found, error.headers)
+
+
+async def _on_bug(_request: Request, error: Exception) -> Response:
+    return error_response(
+        RequestError(
+            500,
+            "bug",
+            f"internal error, a bug in proxydet: {type(error).__name__}: {error}",
+            hint="report it with the server's log",
+        )
+    )

@@ -469,6 +469,10 @@ def remembered_sha256(
 # ---- JSON lines ------------------------------------------------------------------------------------------------------
 
 
+# Damaged lines that were reported, by file: several readers of one process report them once.
+_damaged_lines: dict[Path, int] = {}
+
+
 class JsonLines:
     """A file of one JSON object a line that grows while a job runs; a crash may have cut or damaged it."""
 
@@ -477,7 +481,6 @@ class JsonLines:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._whole = False
-        self._reported = 0
 
     def read(self) -> Iterator[dict[str, Any]]:
         """Yield the records.
@@ -517,9 +520,10 @@ class JsonLines:
                 hint="move it away; it is written again",
                 path=self.path,
             ) from error
-        if damaged > self._reported:
-            logger.warning("%s: passed over %d damaged lines", self.path, damaged)
-            self._reported = damaged
+        if damaged > _damaged_lines.get(self.path, 0):
+            plural = "s" if damaged > 1 else ""
+            logger.warning("%s: passed over %d damaged line%s", self.path, damaged, plural)
+            _damaged_lines[self.path] = damaged
 
     def append(self, record: dict[str, Any]) -> None:
         """Write a record and wait until the disk has it.
@@ -540,6 +544,8 @@ class JsonLines:
                     if file.write(line) != len(line):
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                     os.fsync(file.fileno())
+                    if start == 0:
+                        _flush(self.path.parent)  # the name of a new file, too
                 except OSError:
                     with contextlib.suppress(OSError):
                         file.truncate(start)
@@ -554,7 +560,7 @@ class JsonLines:
         for record in self.read():
             (lines if kept(record) else removed).append(record)
         write_text(self.path, "".join(json.dumps(record) + "\n" for record in lines))
-        self._reported = 0
+        _damaged_lines.pop(self.path, None)
         return removed
 
 
@@ -579,6 +585,8 @@ def remove_cut_line(path: Path) -> None:
 HEARTBEAT_S = 5.0
 STALE_AFTER_S = 60.0
 _POLL_S = 0.1
+# Folders whose file system was reported to have no locks: once, however many locks are taken in them.
+_without_locks: set[Path] = set()
 
 
 class LockOwner(msgspec.Struct, frozen=True):
@@ -751,11 +759,13 @@ class Lock:
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise
-                logger.warning(
-                    "%s: this file system has no locks (%s); nothing keeps a second process away",
-                    self.path.parent,
-                    error.strerror,
-                )
+                if self.path.parent not in _without_locks:
+                    _without_locks.add(self.path.parent)
+                    logger.warning(
+                        "%s: this file system has no locks (%s); nothing keeps a second process away",
+                        self.path.parent,
+                        error.strerror,
+                    )
                 return True
         self._lease, self.held, self.lost = lease, True, False
         record = LockOwner(

@@ -1,4 +1,4 @@
-"""Make a data set, train on it, evaluate base and novel classes, predict with other words, write a report.
+"""Make a data set, train on it, evaluate base and novel classes, predict other classes, write a report.
 
 Every step goes through the function that the command for real data uses, so what works here works there.
 """
@@ -28,11 +28,11 @@ from proxydet.training.train import train
 
 logger = logging.getLogger(__name__)
 
-PICTURES = 6
-"""Validation pictures that are shown."""
+SHOWN_IMAGES = 6
+"""Number of validation images that are shown."""
 
 SHOWN_ABOVE = 0.4
-"""Score from which a detection is shown in a picture."""
+"""Score from which a detection is shown in a image."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class QuickstartFolder:
         ├── data/            the drawn data set; data/description.toml describes it
         ├── run/             the run folder: configuration, losses, checkpoints, weights
         ├── evaluation/      predictions on the validation images, and results.json
-        ├── predictions/     detections of other words on validation images, and their pictures
+        ├── predictions/     detections of other classes on validation images, and their images
         ├── seconds.json     how long each step took
         ├── quickstart.lock  while it runs
         └── report.html
@@ -75,7 +75,7 @@ class QuickstartFolder:
 
     @property
     def predictions(self) -> Path:
-        """Detections of other words."""
+        """Detections of other classes."""
         return self.root / "predictions"
 
     @property
@@ -112,16 +112,16 @@ class QuickstartFolder:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A validation picture and what was found in it.
+    """A validation image and what was found in it.
 
     Attributes:
-        picture: The file.
+        image: The file.
         detections: What was found, of all classes.
-        asked: Class names that the second search looked for, not all of them in the picture.
+        asked: Class names that the second search looked for, not all of them in the image.
         found: What that search found.
     """
 
-    picture: Path
+    image: Path
     detections: Detections
     asked: tuple[str, ...]
     found: Detections
@@ -134,8 +134,8 @@ class QuickstartResult:
     Attributes:
         folder: Where everything is.
         evaluation: Scores on the validation images; the groups ``base`` and ``novel`` are the point.
-        examples: Pictures with detections.
-        seconds: Wall-clock time of each step, in order; a training that was stopped and went on counts in all.
+        examples: Images with detections.
+        seconds: Wall-clock time of each step, in order; a training that was stopped and resumed counts in all.
     """
 
     folder: QuickstartFolder
@@ -222,7 +222,7 @@ def run_quickstart(
 def score(
     detector: Detector, description: Path, output: Path, config: RunConfig, progress: Progress
 ) -> Report:
-    """Evaluate a detector on a drawn data set's validation images and keep the scores beside the predictions."""
+    """Evaluate a detector on a drawn data set's validation images and keep the scores next to the predictions."""
     report = evaluate(
         detector, description, output=output, config=config.evaluation, progress=progress
     )
@@ -235,35 +235,35 @@ def score(
 def predict_examples(
     detector: Detector, folder: QuickstartFolder, progress: Progress
 ) -> Iterator[Example]:
-    """Look at pictures that training never saw: for all classes, and for a few words of one's own choice.
+    """Run inference on images that training never saw: for all classes, and for a few names of one's own choice.
 
     The words are novel classes and one base class. They are embedded by the data set's text encoder, as those of
     ``proxydet predict --vocabulary`` are.
     """
-    # One name an object reads better in a picture; scores need every class of a region.
+    # One name an object reads better in an image; scores need every class of a region.
     detector = detector.with_settings(one_class_per_proposal=True)
     names, base = detector.vocabulary.names, detector.vocabulary.base
     novel = tuple(name for name, known in zip(names, base, strict=True) if not known)
     known = tuple(name for name, seen in zip(names, base, strict=True) if seen)
     asked = (*novel[:7], *known[:1])
     folder.predictions.mkdir(parents=True, exist_ok=True)
-    pictures = _pictures_with(folder, set(novel))[:PICTURES]
-    with progress.task("predicting", total=len(pictures), unit="images") as task:
-        for picture in pictures:
+    images = _images_with(folder, set(novel))[:SHOWN_IMAGES]
+    with progress.task("predicting", total=len(images), unit="images") as task:
+        for image in images:
             example = Example(
-                picture=picture,
-                detections=detector.predict(picture, score_threshold=SHOWN_ABOVE),
+                image=image,
+                detections=detector.predict(image, score_threshold=SHOWN_ABOVE),
                 asked=asked,
-                found=detector.predict(picture, list(asked), score_threshold=SHOWN_ABOVE),
+                found=detector.predict(image, list(asked), score_threshold=SHOWN_ABOVE),
             )
             found = {"vocabulary": asked, **example.found.to_dict()}
-            write_json(folder.predictions / f"{picture.stem}.json", found)
+            write_json(folder.predictions / f"{image.stem}.json", found)
             task.advance()
             yield example
 
 
-def _pictures_with(folder: QuickstartFolder, wanted: set[str]) -> list[Path]:
-    """Return validation pictures, those with the most different wanted classes first."""
+def _images_with(folder: QuickstartFolder, wanted: set[str]) -> list[Path]:
+    """Return validation images, those with the most different wanted classes first."""
     annotations = json.loads((folder.data / "lvis_val.json").read_text(encoding="utf-8"))
     names = {entry["id"]: entry["name"] for entry in annotations["categories"]}
     classes: dict[int, set[str]] = {image["id"]: set() for image in annotations["images"]}

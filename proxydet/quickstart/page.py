@@ -31,13 +31,13 @@ LOSS_NAMES = {
 
 
 def write_page(result: QuickstartResult) -> Path:
-    """Write ``report.html``, and the drawn predictions as picture files beside their JSON."""
+    """Write ``report.html``, and the drawn predictions as image files next to their JSON."""
     base, novel = result.base, result.novel
     total = sum(result.seconds.values())
     page = Page(
         title="ProxyDet quickstart",
         summary=(
-            "A small ProxyDet was trained on drawn pictures: boxes and masks of base classes, and pictures of single "
+            "A small ProxyDet was trained on synthetic images: boxes and masks of base classes, and images of single "
             "objects of which only the class is known. Novel classes are combinations of colour, texture and shape "
             "that no training box shows. It finds them by comparing regions with the text embeddings of their names."
         ),
@@ -58,9 +58,9 @@ def write_page(result: QuickstartResult) -> Path:
     return write_report(page, result.folder.report)
 
 
-def draw(picture: Path, detections: Detections) -> Image.Image:
-    """Draw detections into a picture."""
-    with Image.open(picture) as opened:
+def draw(path: Path, detections: Detections) -> Image.Image:
+    """Draw detections into an image."""
+    with Image.open(path) as opened:
         image = opened.convert("RGB")
     objects = [
         DrawnObject(label=item.label, box_xyxy=item.box_xyxy, score=item.score, mask_HW=item.mask)
@@ -72,11 +72,11 @@ def draw(picture: Path, detections: Detections) -> Image.Image:
 def _found_section(result: QuickstartResult) -> Section:
     return Section(
         title="What it finds",
-        text="Validation pictures, not seen in training, searched for every class of the data set.",
+        text="Validation images, not seen in training, searched for every class of the data set.",
         pictures=[
             Picture(
-                image=draw(example.picture, example.detections),
-                caption=f"{example.picture.name}: {len(example.detections)} found",
+                image=draw(example.image, example.detections),
+                caption=f"{example.image.name}: {len(example.detections)} found",
             )
             for example in result.examples
         ],
@@ -86,13 +86,13 @@ def _found_section(result: QuickstartResult) -> Section:
 def _words_section(result: QuickstartResult) -> Section:
     pictures = []
     for example in result.examples:
-        drawn = draw(example.picture, example.found)
-        drawn.save(result.folder.predictions / f"{example.picture.stem}.jpg", quality=92)
-        pictures.append(Picture(image=drawn, caption=f"{example.picture.name}"))
+        drawn = draw(example.image, example.found)
+        drawn.save(result.folder.predictions / f"{example.image.stem}.jpg", quality=92)
+        pictures.append(Picture(image=drawn, caption=f"{example.image.name}"))
     asked = ", ".join(result.examples[0].asked) if result.examples else ""
     return Section(
         title="What it finds when asked for other words",
-        text=f"The same pictures, searched for these names only: {asked}.",
+        text=f"The same images, searched for these names only: {asked}.",
         pictures=pictures,
     )
 
@@ -112,7 +112,7 @@ def _scores_section(evaluation: Report) -> Section:
         title="Scores",
         text=(
             "Average precision by LVIS's federated protocol, in percent. Novel classes are the rare ones here; some of "
-            "them have pictures of single objects in training (covered), the others have none."
+            "them have images of single objects in training (covered), the others have none."
         ),
         tables=[Table(columns=("", "classes", "scored", "AP", "AP50", "AP75"), rows=rows)],
         plots=[svg_of(bar_plot(bars, label="AP50"))],
@@ -149,7 +149,7 @@ def _commands_section(folder: QuickstartFolder) -> Section:
         commands=[
             Command(
                 command=f'proxydet predict {picture} --run {run} -v "red striped circle, blue star"',
-                does="Search a picture for any combination of the words it knows.",
+                does="Search an image for any combination of the words it knows.",
             ),
             Command(
                 command=f"proxydet eval --run {run} --data {data} --split val",

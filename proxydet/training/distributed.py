@@ -306,15 +306,6 @@ def sum_over_ranks(values: torch.Tensor, info: DistInfo) -> torch.Tensor:
     return values
 
 
-def gather_over_ranks(values: torch.Tensor, info: DistInfo) -> list[torch.Tensor]:
-    """Return every process's tensor of the same shape, in the order of ranks."""
-    if info.world_size == 1:
-        return [values]
-    gathered = [torch.empty_like(values) for _ in range(info.world_size)]
-    dist.all_gather(gathered, values)
-    return gathered
-
-
 def wrap_for_ranks(
     model: nn.Module, info: DistInfo, *, find_unused: bool
 ) -> DistributedDataParallel:

@@ -36,7 +36,7 @@ from proxydet.training.config import (
     ScheduleConfig,
     TrainingConfig,
 )
-from proxydet.training.distributed import DistInfo, gather_over_ranks, sum_over_ranks
+from proxydet.training.distributed import DistInfo, sum_over_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -102,17 +102,12 @@ def learning_rate_factor(iteration: float, iterations: int, config: ScheduleConf
 # ---- number formats --------------------------------------------------------------------------------------------------
 
 
-def check_precision(
-    config: PrecisionConfig,
-    device: torch.device,
-    which: Callable[[str], str | None] = shutil.which,
-) -> None:
+def check_precision(config: PrecisionConfig, device: torch.device) -> None:
     """Make sure that a device can compute as configured, before a run begins.
 
     Args:
         config: What is asked for.
         device: Where it will be computed.
-        which: Finds a program.
 
     Raises:
         ConfigError: fp16 is asked for on a CPU, which has no fast way to do it: a step would take minutes.
@@ -125,17 +120,15 @@ def check_precision(
         )
     if not config.compile:
         return
+    compilers = [os.environ["CXX"]] if "CXX" in os.environ else list(_CPP_COMPILERS)
+    needs, there, advice = "the package triton", bool(importlib.util.find_spec("triton")), "triton"
     if device.type == "cpu":
-        compilers = [os.environ["CXX"]] if "CXX" in os.environ else list(_CPP_COMPILERS)
-        if not any(which(name) for name in compilers):
-            raise EnvironmentProblem(
-                f"training.precision.compile needs a C++ compiler, and there is no {' or '.join(compilers)}.",
-                hint="Install one (for example: apt install g++), or leave training.precision.compile off.",
-            )
-    elif importlib.util.find_spec("triton") is None:
+        needs = f"a C++ compiler ({' or '.join(compilers)})"
+        there, advice = any(map(shutil.which, compilers)), "one (for example: apt install g++)"
+    if not there:
         raise EnvironmentProblem(
-            "training.precision.compile needs the package triton on a GPU, and it is not installed.",
-            hint="Install triton, or leave training.precision.compile off.",
+            f"training.precision.compile needs {needs} on this device, which is not installed.",
+            hint=f"Install {advice}, or leave training.precision.compile off.",
         )
 
 
@@ -173,7 +166,7 @@ class TrainingModel(nn.Module):
         network: A module with ``forward_train(batch, generator=...)``.
         criterion: Called with that method's result and the same generator; returns `Losses`.
         device: Where both compute, and where their random numbers are drawn.
-        touch_all: Whether every trained parameter shall be in the graph of the losses, be it with gradient 0.
+        touch_all: Whether every trained parameter shall be in the graph of the losses, if only with a gradient of 0.
     """
 
     def __init__(
@@ -381,14 +374,13 @@ def _skip_or_stop(
     folder: Path,
 ) -> None:
     """Write down all processes' batches of a step whose losses are not finite, and count the skipped step or raise."""
-    image_ids = [list(batch.image_ids) for batch in batches]
-    by_rank = [values.tolist() for values in gather_over_ranks(local, ranks)]
-    ids_by_rank: list[Any] = [image_ids] * ranks.world_size
+    own = (local.tolist(), [list(batch.image_ids) for batch in batches])
+    by_rank: list[Any] = [own] * ranks.world_size
     several = ranks.world_size > 1
     if several:
-        dist.all_gather_object(ids_by_rank, image_ids)
+        dist.all_gather_object(by_rank, own)
     found, parts = [], []
-    for rank, (values, ids) in enumerate(zip(by_rank, ids_by_rank, strict=True)):
+    for rank, (values, ids) in enumerate(by_rank):
         by_value: dict[str, list[str]] = {}
         for name, value in zip(names, values, strict=True):
             if not math.isfinite(value):
@@ -407,7 +399,11 @@ def _skip_or_stop(
     iteration = state.iteration
     record = folder / f"step_{iteration:07d}.json"
     if ranks.is_main:
-        content = {"iteration": iteration, "not_finite": found, "batches_by_rank": ids_by_rank}
+        content = {
+            "iteration": iteration,
+            "not_finite": found,
+            "batches_by_rank": [ids for _, ids in by_rank],
+        }
         write_json(record, content)
     message = f"At iteration {iteration}, {'; '.join(parts)}."
     if config.non_finite == "skip" and state.skipped < config.max_skipped:

@@ -679,8 +679,9 @@ class Prefetcher:
         """Return the next batch.
 
         Raises:
-            TrainingError: None came within the timeout, or a loader process died.
-            DataError: The loader came to an end, or what it met in the data.
+            TrainingError: None came within the timeout.
+            DataError: The loader came to an end.
+            Exception: What the loader raised.
         """
         if not self._thread.is_alive() and self._queue.empty():
             self._thread.start()
@@ -700,11 +701,6 @@ class Prefetcher:
             raise DataError(
                 "The data loader came to its end in the middle of training.",
                 hint="a loader that is given to training must yield batches without end",
-            ) from error
-        if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
-            raise TrainingError(
-                f"A process of the data loader died: {error}",
-                hint="Most often the machine ran out of memory: use fewer loader workers (data.workers).",
             ) from error
         raise error
 

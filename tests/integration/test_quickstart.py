@@ -60,7 +60,7 @@ def test_searches_for_other_words_than_the_data_sets_list(done):
     example = done.examples[0]
     assert 0 < len(example.asked) < done.base.categories + done.novel.categories
     assert set(example.found.labels) <= set(example.asked)
-    written = json.loads((done.folder.predictions / f"{example.picture.stem}.json").read_text())
+    written = json.loads((done.folder.predictions / f"{example.image.stem}.json").read_text())
     assert tuple(written["vocabulary"]) == example.asked
     assert len(written["detections"]) == len(example.found)
 

@@ -314,6 +314,18 @@ class TestJsonLines:
         assert tuple(lines.read()) == (*self.RECORDS, {"iteration": 3})
         assert b"\n".join(lines.path.read_bytes().splitlines()) + b"\n" == lines.path.read_bytes()
 
+    def test_the_name_of_a_new_file_survives_a_power_cut_too(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        flushed: list[str] = []
+        monkeypatch.setattr(
+            os, "fsync", lambda fd: flushed.append(str(Path(f"/proc/self/fd/{fd}").readlink()))
+        )
+        lines = JsonLines(tmp_path / "new" / "log.jsonl")
+        lines.append({"iteration": 1})
+        lines.append({"iteration": 2})
+        assert flushed == [str(lines.path), str(lines.path.parent), str(lines.path)]
+
     def test_damaged_lines_are_passed_over_counted_and_reported_once(
         self, lines: JsonLines, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -322,6 +334,7 @@ class TestJsonLines:
         lines.append({"iteration": 3})
         for _ in range(2):
             assert tuple(lines.read()) == (*self.RECORDS, {"iteration": 3})
+        assert list(JsonLines(lines.path).read())  # another reader of the same process
         assert [r.getMessage().partition(":")[0] for r in caplog.records] == [str(lines.path)]
         assert "4 damaged lines" in caplog.text
         assert lines.keep(lambda record: record["iteration"] != 2) == [self.RECORDS[1]]
@@ -496,9 +509,10 @@ class TestLocks:
             raise OSError(errno.ENOSYS, "not implemented")
 
         monkeypatch.setattr("filelock.SoftFileLease._acquire", none)
-        with Lock(tmp_path / "a.lock") as lock:
-            assert not lock.held
-        assert "no locks" in caplog.text
+        for name in ("a.lock", "a.lock", "b.lock"):
+            with Lock(tmp_path / name) as lock:
+                assert not lock.held
+        assert caplog.text.count("no locks") == 1
 
     def test_a_place_that_cannot_be_written_to_is_named(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()

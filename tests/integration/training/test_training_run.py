@@ -16,6 +16,7 @@ from proxydet.training.runfolder import RunFolder
 from proxydet.training.train import TrainResult, train
 from proxydet.training_run import finished_run, run_training
 from proxydet.vocabulary.vocabulary import Vocabulary
+from proxydet.weight_files import read_safetensors
 
 pytestmark = pytest.mark.slow
 
@@ -68,12 +69,18 @@ def test_damaged_files_of_a_finished_run_are_written_again(
     folder = RunFolder(shutil.copytree(first.folder, tmp_path / "run"))
     settings = resolve_config(None, folder.config)
     paths = (folder.final_safetensors, folder.final_weights, folder.vocabulary, folder.text_encoder)
-    before = [path.read_bytes() for path in paths]
     for path in paths:
         path.write_bytes(path.read_bytes()[:-50])
     assert finished_run(folder, settings) is None
     assert run_training(settings, output=folder.root).iterations == 6
-    assert [path.read_bytes() for path in paths] == before
+    assert same(folder.root, first.folder)
+    written, whole = (read_safetensors(f / paths[0].name) for f in (folder.root, first.folder))
+    assert written[1] == whole[1]
+    assert written[0].keys() == whole[0].keys()
+    assert all(torch.equal(tensor, whole[0][name]) for name, tensor in written[0].items())
+    assert [path.read_bytes() for path in paths[2:]] == [
+        (first.folder / path.name).read_bytes() for path in paths[2:]
+    ]
     assert not (folder.root / "aside").exists()
     assert finished_run(folder, settings) is not None
 

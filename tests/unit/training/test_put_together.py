@@ -98,13 +98,11 @@ def test_every_process_names_the_one_whose_loss_is_not_finite(
     batch = toy.toy_batch(5, rank=1)
 
     def gather(into: list[Any], _: object) -> None:
-        into[:] = [[[7, 8]], [list(batch.image_ids)]]
+        into[:] = [([1.0], [[7, 8]]), ([math.nan], [list(batch.image_ids)])]
 
-    bad = [torch.ones(1), torch.tensor([math.nan])]
     monkeypatch.setattr(
         step, "sum_over_ranks", lambda values, _: values.new_tensor([math.nan, 1, 8, 0])
     )
-    monkeypatch.setattr(step, "gather_over_ranks", lambda *_: bad)
     monkeypatch.setattr(step.dist, "all_gather_object", gather)
     for rank in (0, 1):
         model = SeedsSeen()

@@ -12,11 +12,11 @@ from types import ModuleType
 import pytest
 import torch
 
-from proxydet.errors import DiskFullError, Interrupted, NumericsError, TrainingError
+from proxydet.errors import DiskFullError, Interrupted, NumericsError
 from proxydet.training.checkpoint import TrainingState, load_checkpoint
 from proxydet.training.config import OptimizerConfig, ScheduleConfig
 from proxydet.training.step import build_optimizer, learning_rate_factor
-from proxydet.training.train import Prefetcher, StopNow, StopSignals
+from proxydet.training.train import StopNow, StopSignals
 from proxydet.weight_files import write_state
 
 NEVER_SKIPPED = {"guards": {"non_finite": "skip", "max_skipped": 2}}
@@ -159,18 +159,6 @@ def test_a_disk_without_room_to_spare_is_full(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4001))
     with pytest.raises(DiskFullError):
         write_state(state, tmp_path / "a.pth")
-
-
-def test_a_dead_loader_process_is_told_in_words() -> None:
-    def batches() -> object:
-        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
-        yield
-
-    with (
-        Prefetcher(batches(), 60.0) as feed,
-        pytest.raises(TrainingError, match="A process of the data loader died"),
-    ):
-        feed.next()
 
 
 def test_warm_up_ends_on_the_published_tolerance_and_may_outlast_the_training() -> None:

@@ -16,6 +16,7 @@ Options are listed in groups: an option's ``rich_help_panel`` names its group, w
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -60,6 +61,10 @@ def term(text: str) -> str:
     return styled(text, fg="cyan")
 
 
+_METAVARS = {"int": "N", "float": "X", "path": "PATH", "str": "TEXT"}
+_TYPE = re.compile(r"<(?:list\[)?(int|float|path|str)(?: range)?\]?>", re.IGNORECASE)
+
+
 class _Help:
     """Lays out help: options by group, coloured on a terminal and plain elsewhere."""
 
@@ -79,7 +84,10 @@ class _Help:
                 title = getattr(parameter, "rich_help_panel", None) or title
                 if "--help" in parameter.opts and set(groups) - {"Arguments", "Options"}:
                     title = GENERAL
-                groups.setdefault(title, []).append((term(record[0]), record[1]))
+                # Typer shows the types of Python; a metavar says more than one that stands behind it.
+                usage = re.sub(r"(?<=[A-Z]) <[^>]*>", "", record[0])
+                usage = _TYPE.sub(lambda match: _METAVARS[match[1].lower()], usage)
+                groups.setdefault(title, []).append((term(usage), record[1]))
         for title, records in sorted(groups.items(), key=lambda group: group[0] == GENERAL):
             with formatter.section(heading(title)):
                 formatter.write_dl(records)

@@ -38,49 +38,89 @@ Row = Mapping[str, object]
 def download(
     names: Annotated[
         list[str] | None,
-        typer.Argument(help="What to fetch; without a name, what train --backbone r50 needs."),
+        typer.Argument(
+            metavar="NAME",
+            help="What to download; without a name, what train --backbone r50 needs.",
+        ),
     ] = None,
     list_: Annotated[
-        bool, typer.Option("--list", help="Show everything that can be fetched, or what is named.")
+        bool,
+        typer.Option(
+            "--list",
+            help="Show everything that can be fetched, or what is named.",
+            rich_help_panel="What to do",
+        ),
     ] = False,
     dry_run: DryRun = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Read what is there through again; fetch nothing.")
+        bool,
+        typer.Option(
+            "--verify",
+            help="Read what is there through again; fetch nothing.",
+            rich_help_panel="What to do",
+        ),
     ] = False,
     root: Annotated[
         Path | None,
-        typer.Option(help="Folder for models and datasets, instead of the working folder."),
+        typer.Option(
+            help="Folder for models and datasets, instead of the working folder.",
+            rich_help_panel="Files",
+        ),
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, max=64, help="Files fetched at a time.")] = 2,
+    jobs: Annotated[
+        int,
+        typer.Option(min=1, max=64, help="Files fetched at a time.", rich_help_panel="Transfer"),
+    ] = 2,
     connections: Annotated[
-        int, typer.Option(min=1, max=64, help="Connections for one large file.")
+        int,
+        typer.Option(
+            min=1, max=64, help="Connections for one large file.", rich_help_panel="Transfer"
+        ),
     ] = 4,
     limit_rate: Annotated[
-        str | None, typer.Option(help="Bytes a second in all, such as 800k or 20M.")
+        str | None,
+        typer.Option(
+            help="Bytes a second in all, such as 800k or 20M.", rich_help_panel="Transfer"
+        ),
     ] = None,
     mirror: Annotated[
         str | None,
         typer.Option(
-            envvar="PROXYDET_MIRROR", help="Address to try first, laid out like the folder."
+            envvar="PROXYDET_MIRROR",
+            help="Address to try first, laid out like the folder.",
+            rich_help_panel="Transfer",
         ),
     ] = None,
     catalogue: Annotated[
         list[Path] | None,
-        typer.Option(help="A file with further entries; may be given several times."),
+        typer.Option(
+            help="A file with further entries; may be given several times.", rich_help_panel="Files"
+        ),
     ] = None,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Refuse files without a published or recorded digest.")
+        bool,
+        typer.Option(
+            "--strict",
+            help="Refuse files without a published or recorded digest.",
+            rich_help_panel="Files",
+        ),
     ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace files that are there and wrong.")
+        bool,
+        typer.Option(
+            "--force", help="Replace files that are there and wrong.", rich_help_panel="Files"
+        ),
     ] = False,
     keep_archives: Annotated[
-        bool, typer.Option("--keep-archives", help="Keep archives after unpacking them.")
+        bool,
+        typer.Option(
+            "--keep-archives", help="Keep archives after unpacking them.", rich_help_panel="Files"
+        ),
     ] = False,
     yes: Yes = False,
     json: Json = False,
 ) -> None:
-    """Fetch checkpoints, data sets and metadata: resumable, checked, put where the other commands expect them.
+    """Download checkpoints, data sets and metadata: resumable, verified, put where the other commands expect them.
 
     Shows first what is needed, what is there, sizes, free room, licences and what needs an account, and asks once.
     Run the same command again after any interruption: what was fetched is kept.

@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from proxydet.data.batches import make_instances
 from proxydet.data.config import DataConfig
-from proxydet.data.dataset import DatasetConfig
+from proxydet.data.dataset import Dataset, DatasetConfig
 from proxydet.data.images import find_image, read_image
 from proxydet.data.loader import TrainingLoader, TrainingSources
 from proxydet.data.transforms import View, training_view
@@ -118,7 +118,7 @@ def measure(path: Path, seconds: float, clock: Clock) -> dict[str, Any]:
     torch.set_num_threads(1)
     description = DatasetConfig.from_toml(path)
     config = DataConfig(workers=0)
-    sources = TrainingSources(config, description)
+    sources = TrainingSources(config, Dataset(config=description, cache=config.cache))
     store, roots = sources.store, description.split("train").roots
     files = [find_image(store.file_name(row), roots) for row in range(min(len(store), 64))]
 
@@ -150,7 +150,10 @@ def measure(path: Path, seconds: float, clock: Clock) -> dict[str, Any]:
     for workers in (0, 1, 2):
         boxes_only = DataConfig(workers=workers, image_labels=None)
         loader = TrainingLoader(
-            TrainingSources(boxes_only, description), rank=0, world_size=1, seed=0
+            TrainingSources(boxes_only, Dataset(config=description, cache=boxes_only.cache)),
+            rank=0,
+            world_size=1,
+            seed=0,
         )
         batches = iter(loader)
         # The first batches are ready when workers have started.

@@ -39,7 +39,7 @@ from torchvision.ops import roi_align
 
 from proxydet.data.batches import Batch
 from proxydet.data.config import DataConfig, SourceConfig
-from proxydet.data.dataset import DatasetConfig
+from proxydet.data.dataset import Dataset, DatasetConfig
 from proxydet.data.loader import TrainingLoader, TrainingSources
 from proxydet.losses import criterion as criterion_module
 from proxydet.losses.config import LossConfig, MixupLossConfig
@@ -309,7 +309,7 @@ def data_seconds(what: str, path: Path, rounds: int, clock: Callable[[], float])
     labels = SourceConfig(batch_size=8, size=208, scale=(0.5, 1.5), ratio=1e6)
     config = DataConfig(boxes=boxes, image_labels=labels if what == "labels" else None, workers=0)
     description = DatasetConfig.from_toml(path)
-    sources = TrainingSources(config, description)
+    sources = TrainingSources(config, Dataset(config=description, cache=config.cache))
     batches = iter(TrainingLoader(sources, rank=0, world_size=1, seed=0))
     next(batches)
     seconds = []

@@ -66,7 +66,7 @@ def image_to_drawn_box(run: Path, image: Path) -> set[str]:
 
 def annotation_to_loss(data: Path, cache: Path) -> set[str]:
     """Read annotation files, make a batch, and compute its losses."""
-    from proxydet.data.dataset import DatasetConfig, load_vocabulary
+    from proxydet.data.dataset import Dataset, DatasetConfig
     from proxydet.data.loader import TrainingLoader, TrainingSources
     from proxydet.losses.criterion import Criterion
     from proxydet.modeling.network import ProxyDetNetwork
@@ -77,9 +77,10 @@ def annotation_to_loss(data: Path, cache: Path) -> set[str]:
         "tiny", overrides=[f"data.description={data}", f"data.cache={cache}", "data.workers=0"]
     )
     with entered() as files:
-        sources = TrainingSources(config.data, DatasetConfig.from_toml(data))
+        opened = Dataset(config=DatasetConfig.from_toml(data), cache=cache)
+        sources = TrainingSources(config.data, opened)
         batch = TrainingLoader(sources, rank=0, world_size=1, seed=0).batch(0)
-    vocabulary = load_vocabulary(DatasetConfig.from_toml(data), cache=cache)
+    vocabulary = opened.vocabulary
     network = ProxyDetNetwork(fit_to_embeddings(config, vocabulary.dimension).model, vocabulary)
     criterion = Criterion(config.losses)
     with entered() as more:

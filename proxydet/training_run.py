@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from proxydet.config import dump_yaml
-from proxydet.data.dataset import DatasetConfig
+from proxydet.data.dataset import Dataset, DatasetConfig
 from proxydet.detector import Detector
 from proxydet.errors import ConfigError, EnvironmentProblem, LockedError
 from proxydet.evaluation.detector_evaluation import evaluate
+from proxydet.evaluation.evaluate import check_protocol
 from proxydet.evaluation.report import Report
 from proxydet.evaluation.split import DescribedSplit
 from proxydet.files import JsonLines, write_json, write_text
@@ -128,8 +129,11 @@ def scheduled_evaluation(config: RunConfig, progress: Progress = SILENT) -> Eval
     description = DatasetConfig.from_toml(config.data.description)
     if description.val is None:
         return None
+    data = Dataset(config=description, cache=config.data.cache, progress=progress)
     # What evaluation would refuse is refused here, before hours of training.
-    _ = DescribedSplit.open(description, progress=progress).images
+    split = DescribedSplit.open(data, protocol=config.evaluation.protocol)
+    _ = split.images
+    check_protocol(config.evaluation, split.truth)
 
     def evaluate_network(network: nn.Module, iteration: int, folder: Path) -> dict[str, float]:  # noqa: ARG001
         detector = Detector(
@@ -140,7 +144,7 @@ def scheduled_evaluation(config: RunConfig, progress: Progress = SILENT) -> Eval
         )
         report = evaluate(
             detector,
-            description,
+            data,
             output=folder / "predictions",
             config=config.evaluation,
             progress=progress,

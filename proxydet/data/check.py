@@ -18,12 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from proxydet.data.dataset import (
+    Dataset,
     DatasetConfig,
     ImageLabelSpec,
     class_rows,
     how_to_get,
     inner_root,
-    load_vocabulary,
 )
 from proxydet.data.formats.voc import image_folder, is_voc
 from proxydet.data.image_labels import TarImages, open_label_images
@@ -234,7 +234,7 @@ class _Checker:
         if not stores:
             return self.report(description.name)
         try:
-            vocabulary = load_vocabulary(description, cache=self.cache)
+            vocabulary = Dataset(config=description, cache=self.cache).vocabulary
             rows_K = {split: class_rows(store, vocabulary) for split, store in stores.items()}
         except InputError as error:
             self.failed("vocabulary", error)

@@ -12,6 +12,7 @@ import difflib
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,15 +61,8 @@ class VocabularySpec:
             raise ConfigError(f"novel_frequency holds {wrong[0]!r}; it can hold 'r', 'c' and 'f'")
 
 
-@dataclass(frozen=True, kw_only=True)
-class SplitSpec:
-    """The table ``[train]`` or ``[val]``: annotated images."""
-
-    annotations: Path
-    """Annotation file in COCO or LVIS format."""
-
+class _Images:
     images: Path | tuple[Path, ...]
-    """Folder of the images, or a list of folders that are searched in turn."""
 
     @property
     def roots(self) -> tuple[Path, ...]:
@@ -77,7 +71,18 @@ class SplitSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageLabelSpec:
+class SplitSpec(_Images):
+    """The table ``[train]`` or ``[val]``: annotated images."""
+
+    annotations: Path
+    """What `AnnotationStore.open` takes: a COCO, LVIS or OpenImages file, or Pascal VOC."""
+
+    images: Path | tuple[Path, ...]
+    """Folder of the images, or a list of folders that are searched in this order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageLabelSpec(_Images):
     """The table ``[image_labels]``: images of which only the class is known."""
 
     tars: Path | None = None
@@ -98,11 +103,6 @@ class ImageLabelSpec:
             raise ConfigError("give either tars or annotations")
         if (self.annotations is None) != (not self.images):
             raise ConfigError("annotations and images go together")
-
-    @property
-    def roots(self) -> tuple[Path, ...]:
-        """The image folders of ``annotations``."""
-        return self.images if isinstance(self.images, tuple) else (self.images,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,103 +251,6 @@ def inner_root(folder: Path) -> str | None:
     return f"the data root is the folder inside it: name {inner}" if inner.is_dir() else None
 
 
-def open_split(
-    description: DatasetConfig,
-    split: str,
-    *,
-    cache: Path | None = None,
-    progress: Progress = SILENT,
-    warn: bool = True,
-) -> AnnotationStore:
-    """Open the annotation store of ``train`` or ``val``.
-
-    Args:
-        description: The data set.
-        split: Which of the two.
-        cache: Folder of annotation stores; None means the user's cache folder.
-        progress: Where to show the conversion of annotations.
-        warn: As for `AnnotationStore.open`.
-
-    Raises:
-        DataError: the config has no such split, or its annotation file cannot be read or has nothing to use.
-    """
-    store = AnnotationStore.open(
-        description.split(split).annotations, cache=cache, progress=progress, warn=warn
-    )
-    store.require_objects(groups=split != "train")
-    return store
-
-
-def load_vocabulary(
-    description: DatasetConfig,
-    *,
-    cache: Path | None = None,
-    progress: Progress = SILENT,
-) -> Vocabulary:
-    """Return the classes of a data set with their text embeddings and the base / novel split.
-
-    The names come from ``names``, or from the ``.npz``, or from the categories of the training annotations (of the
-    validation annotations where there is no training).
-
-    Args:
-        description: The data set.
-        cache: Folder of annotation stores; None means the user's cache folder.
-        progress: Where to show the conversion of annotations.
-
-    Raises:
-        VocabularyError: embeddings and names do not fit, or a novel class is unknown.
-        DataError: a file cannot be read.
-    """
-    spec = description.classes
-    split = "train" if description.train is not None or description.val is None else "val"
-    store = open_split(description, split, cache=cache, progress=progress)
-    # By content: a saved vocabulary may have any name.
-    if spec.embeddings.is_file() and zipfile.is_zipfile(spec.embeddings):
-        vocabulary = Vocabulary.load(spec.embeddings)
-        if spec.names and spec.names != vocabulary.names:
-            raise VocabularyError(
-                f"{spec.embeddings} holds its own class names, which differ from 'names'",
-                hint="leave 'names' out of the dataset config",
-                path=spec.embeddings,
-            )
-    else:
-        table = _load_table(spec.embeddings)
-        names = spec.names or tuple(category.name.strip() for category in store.categories)
-        root = store.root_category
-        if root is not None and not spec.names and table.ndim == 2 and len(table) == len(names) + 1:
-            # Made for all categories of the file, one of which is no class.
-            ids = sorted([root.id, *(category.id for category in store.categories)])
-            table = np.delete(table, ids.index(root.id), axis=0)
-        if table.ndim == 2 and len(table) != len(names):
-            source = (
-                "'names' has" if spec.names else f"the annotations of {description.name!r} have"
-            )
-            raise VocabularyError(
-                f"{source} {len(names)} classes, but {spec.embeddings.name} has {len(table)} rows",
-                hint="rows must be the categories in ascending order of their ids; "
-                "where they are not, list the class of each row as 'names' in the dataset config",
-                path=spec.embeddings,
-            )
-        vocabulary = Vocabulary.from_arrays(names, table)
-    if not spec.novel and not spec.novel_frequency:
-        return vocabulary
-    unknown = [name for name in spec.novel if name.strip() not in vocabulary.names]
-    if unknown:
-        raise VocabularyError(
-            f"the novel class {unknown[0]!r} is not in the vocabulary.{nearest(unknown[0], vocabulary.names)}",
-            hint="spell 'novel' in the dataset config as the annotation file spells its categories",
-        )
-    novel = {name.strip() for name in spec.novel}
-    if spec.novel_frequency:
-        if all(category.frequency is None for category in store.categories):
-            raise VocabularyError(
-                "novel_frequency needs categories with a 'frequency' (LVIS format)",
-                hint="list the novel classes by name: novel = [...]",
-            )
-        novel |= {c.name.strip() for c in store.categories if c.frequency in spec.novel_frequency}
-    return vocabulary.with_base(np.array([name not in novel for name in vocabulary.names]))
-
-
 class ClassTable(NamedTuple):
     """The classes of a data set.
 
@@ -358,25 +261,6 @@ class ClassTable(NamedTuple):
 
     names: tuple[str, ...]
     base: npt.NDArray[np.bool_]
-
-
-def load_classes(
-    description: DatasetConfig,
-    *,
-    cache: Path | None = None,
-    progress: Progress = SILENT,
-) -> ClassTable:
-    """Return the classes of a data set: its vocabulary's, or where it has none the categories of its annotations.
-
-    Args and errors as of `load_vocabulary`.
-    """
-    if description.vocabulary is not None:
-        vocabulary = load_vocabulary(description, cache=cache, progress=progress)
-        return ClassTable(vocabulary.names, vocabulary.base)
-    split = "train" if description.train is not None else "val"
-    store = open_split(description, split, cache=cache, progress=progress)
-    names = tuple(category.name.strip() for category in store.categories)
-    return ClassTable(names, np.ones(len(names), dtype=np.bool_))
 
 
 def class_rows(
@@ -397,25 +281,135 @@ def class_rows(
     return np.array([row_of[c.name.strip()] for c in store.categories], dtype=np.int64)
 
 
-def image_counts(
-    store: AnnotationStore, vocabulary: Vocabulary, *, with_novel: bool = True
-) -> npt.NDArray[np.int64]:
-    """Return in how many training images each class of the vocabulary is annotated: int64 (C,).
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """A data set, opened: what its config names is read when it is first asked for, and once.
 
-    They weight the sampling of the federated loss. Classes that are not annotated at all in the file (as the rare ones in
-    a file without them) take the ``image_count`` of their category.
-
-    Args:
-        store: The training annotations.
-        vocabulary: The classes.
-        with_novel: False puts 0 for novel classes. The published counts include them, and so tell training how many
-            images of novel classes there are.
+    Attributes:
+        config: What belongs to it.
+        cache: Folder of annotation stores and tar indexes; None means the user's cache folder.
+        progress: Where the conversion of annotations is shown.
+        warn: As for `AnnotationStore.open`.
     """
-    counted, _ = store.counts()
-    declared = np.array([c.image_count or 0 for c in store.categories], dtype=np.int64)
-    counts = np.zeros(len(vocabulary), dtype=np.int64)
-    counts[class_rows(store, vocabulary)] = np.where(counted > 0, counted, declared)
-    return counts if with_novel else np.where(vocabulary.base, counts, 0)
+
+    config: DatasetConfig
+    cache: Path | None = None
+    progress: Progress = SILENT
+    warn: bool = True
+
+    @cached_property
+    def _stores(self) -> dict[str, AnnotationStore]:
+        return {}
+
+    def store(self, split: str) -> AnnotationStore:
+        """Return the annotations of ``train`` or ``val``.
+
+        Raises:
+            DataError: the config has no such split, or its annotation file cannot be read or has nothing to use.
+        """
+        if split not in self._stores:
+            annotations = self.config.split(split).annotations
+            store = AnnotationStore.open(
+                annotations, cache=self.cache, progress=self.progress, warn=self.warn
+            )
+            store.require_objects(groups=split != "train")
+            self._stores[split] = store
+        return self._stores[split]
+
+    @property
+    def named_store(self) -> AnnotationStore:
+        """The annotations whose categories are the classes: of training, else of validation; errors as of `store`."""
+        return self.store("val" if self.config.train is None and self.config.val else "train")
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The classes with their text embeddings and the base / novel split.
+
+        The names come from ``names``, or from the ``.npz``, or from the categories of `named_store`.
+
+        Raises:
+            VocabularyError: embeddings and names do not fit, or a novel class is unknown.
+            DataError: a file cannot be read.
+        """
+        spec = self.config.classes
+        store = self.named_store
+        # By content: a saved vocabulary may have any name.
+        if spec.embeddings.is_file() and zipfile.is_zipfile(spec.embeddings):
+            vocabulary = Vocabulary.load(spec.embeddings)
+            if spec.names and spec.names != vocabulary.names:
+                raise VocabularyError(
+                    f"{spec.embeddings} holds its own class names, which differ from 'names'",
+                    hint="leave 'names' out of the dataset config",
+                    path=spec.embeddings,
+                )
+        else:
+            table = _load_table(spec.embeddings)
+            names = spec.names or tuple(category.name.strip() for category in store.categories)
+            root = store.root_category
+            if (
+                root is not None
+                and not spec.names
+                and table.ndim == 2
+                and len(table) == len(names) + 1
+            ):
+                # Made for all categories of the file, one of which is no class.
+                ids = sorted([root.id, *(category.id for category in store.categories)])
+                table = np.delete(table, ids.index(root.id), axis=0)
+            if table.ndim == 2 and len(table) != len(names):
+                source = (
+                    "'names' has" if spec.names else f"the annotations of {self.config.name!r} have"
+                )
+                raise VocabularyError(
+                    f"{source} {len(names)} classes, but {spec.embeddings.name} has {len(table)} rows",
+                    hint="rows must be the categories in ascending order of their ids; "
+                    "where they are not, list the class of each row as 'names' in the dataset config",
+                    path=spec.embeddings,
+                )
+            vocabulary = Vocabulary.from_arrays(names, table)
+        if not spec.novel and not spec.novel_frequency:
+            return vocabulary
+        unknown = [name for name in spec.novel if name.strip() not in vocabulary.names]
+        if unknown:
+            raise VocabularyError(
+                f"the novel class {unknown[0]!r} is not in the vocabulary.{nearest(unknown[0], vocabulary.names)}",
+                hint="spell 'novel' in the dataset config as the annotation file spells its categories",
+            )
+        novel = {name.strip() for name in spec.novel}
+        if spec.novel_frequency:
+            if all(category.frequency is None for category in store.categories):
+                raise VocabularyError(
+                    "novel_frequency needs categories with a 'frequency' (LVIS format)",
+                    hint="list the novel classes by name: novel = [...]",
+                )
+            novel |= {
+                c.name.strip() for c in store.categories if c.frequency in spec.novel_frequency
+            }
+        return vocabulary.with_base(np.array([name not in novel for name in vocabulary.names]))
+
+    @property
+    def classes(self) -> ClassTable:
+        """The vocabulary's classes, or where there is none the categories of `named_store`; errors as of `vocabulary`."""
+        if self.config.vocabulary is not None:
+            return ClassTable(self.vocabulary.names, self.vocabulary.base)
+        names = tuple(category.name.strip() for category in self.named_store.categories)
+        return ClassTable(names, np.ones(len(names), dtype=np.bool_))
+
+    def image_counts(self, *, with_novel: bool = True) -> npt.NDArray[np.int64]:
+        """Return in how many training images each class of the vocabulary is annotated: int64 (C,).
+
+        They weight the sampling of the federated loss. Classes that are not annotated at all in the file (as the rare
+        ones in a file without them) take the ``image_count`` of their category.
+
+        Args:
+            with_novel: False puts 0 for novel classes. The published counts include them, and so tell training how many
+                images of novel classes there are.
+        """
+        store = self.store("train")
+        counted, _ = store.counts()
+        declared = np.array([c.image_count or 0 for c in store.categories], dtype=np.int64)
+        counts = np.zeros(len(self.vocabulary), dtype=np.int64)
+        counts[class_rows(store, self.vocabulary)] = np.where(counted > 0, counted, declared)
+        return counts if with_novel else np.where(self.vocabulary.base, counts, 0)
 
 
 def embedding_dimension(path: Path) -> int:

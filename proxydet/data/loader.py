@@ -29,9 +29,9 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from proxydet.data import dataset
 from proxydet.data.batches import Batch, BoxBatch, ImageLabelBatch, Targets, make_instances
 from proxydet.data.config import DataConfig, SourceConfig
-from proxydet.data.dataset import DatasetConfig, load_vocabulary, open_split
 from proxydet.data.formats.records import Identifier
 from proxydet.data.image_labels import FolderImages, LabelledImages, open_label_images
 from proxydet.data.images import (
@@ -41,7 +41,6 @@ from proxydet.data.images import (
 )
 from proxydet.data.transforms import training_view
 from proxydet.errors import DataError, EnvironmentProblem, ProxydetError
-from proxydet.reporting import SILENT, Progress
 
 if TYPE_CHECKING:
     from detectron2.structures import Instances
@@ -246,32 +245,26 @@ class TrainingSources(Dataset[Any]):
 
     Args:
         config: As above.
-        description: The data set.
-        progress: Where to show the conversion of annotations and the indexing of tars.
+        data: The data set.
 
     Raises:
         DataError: something is not there or cannot be used.
         VocabularyError: embeddings and categories do not fit.
     """
 
-    def __init__(
-        self, config: DataConfig, description: DatasetConfig, *, progress: Progress = SILENT
-    ) -> None:
-        cache = config.cache
-        vocabulary = load_vocabulary(description, cache=cache, progress=progress)
-        store = open_split(description, "train", cache=cache, progress=progress)
+    def __init__(self, config: DataConfig, data: dataset.Dataset) -> None:
+        store, spec = data.store("train"), data.config.image_labels
         self.config = config
         self.store = store
-        self.targets = Targets.of(store, vocabulary, config.masks)
-        self._roots = description.split("train").roots
+        self.targets = Targets.of(store, data.vocabulary, config.masks)
+        self._roots = data.config.split("train").roots
         require_distinct_files(store, self._roots)
         self.images: dict[SourceName, LabelledImages] = {
             "boxes": FolderImages(store, self._roots, self.targets.rows_K)
         }
-        spec = description.image_labels
         if config.image_labels is not None and spec is not None:
             self.images["image_labels"] = open_label_images(
-                spec, vocabulary, store.categories, cache=cache, progress=progress
+                spec, data.vocabulary, store.categories, cache=data.cache, progress=data.progress
             )
         self.usable_A = self.targets.usable(store)
         used_images = np.unique(store.column("image")[self.usable_A])

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 import msgspec
 
-from proxydet.data.dataset import DatasetConfig, how_to_get, inner_root, load_vocabulary, open_split
+from proxydet.data.dataset import Dataset, DatasetConfig, how_to_get, inner_root
 from proxydet.data.formats.coco import Outline, read_outline
 from proxydet.data.image_labels import TarImages, match_tars
 from proxydet.data.images import image_size
@@ -292,9 +292,8 @@ def _imagenet_lvis(work: _Work) -> None:
             hint=f'add one with tars = "{tars}"',
             path=path,
         )
-    vocabulary = load_vocabulary(description, cache=work.cache, progress=work.progress)
-    store = open_split(description, "train", cache=work.cache, progress=work.progress)
-    matched = match_tars(spec, vocabulary, store.categories)
+    data = Dataset(config=description, cache=work.cache, progress=work.progress)
+    matched = match_tars(spec, data.vocabulary, data.store("train").categories)
     images = TarImages.open(spec.tars, matched, cache=work.cache, progress=work.progress)
     held = f"{counted(len(images), 'image')} in {counted(len(images.tars), 'tar')}"
     held += f", {images.report.gzipped} gzip-compressed"

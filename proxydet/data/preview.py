@@ -18,19 +18,15 @@ from PIL import Image
 from proxydet.data.config import DataConfig
 from proxydet.data.dataset import (
     ClassTable,
-    DatasetConfig,
+    Dataset,
     class_rows,
-    load_classes,
-    load_vocabulary,
     nearest,
-    open_split,
 )
 from proxydet.data.images import open_annotated_image
 from proxydet.data.masks import decode, rasterize
 from proxydet.data.stats import DatasetStats, dataset_stats
 from proxydet.data.store import AnnotationStore, ImageRecord
 from proxydet.errors import ConfigError, DataError, VocabularyError
-from proxydet.reporting import SILENT, Progress
 from proxydet.visualization.drawing import DrawnObject, draw_objects
 from proxydet.visualization.plots import long_tail_plot, svg_of
 from proxydet.visualization.report import Command, Picture, Report, Section, Table, write_report
@@ -64,34 +60,26 @@ class PreviewRequest:
             )
 
 
-def preview_pictures(
-    description: DatasetConfig,
-    request: PreviewRequest,
-    *,
-    cache: Path | None = None,
-    progress: Progress = SILENT,
-) -> list[Picture]:
+def preview_pictures(data: Dataset, request: PreviewRequest) -> list[Picture]:
     """Draw images of a data set with their annotations.
 
     Args:
-        description: The data set.
+        data: The data set.
         request: Which images.
-        cache: Folder of annotation stores; None means the user's cache folder.
-        progress: Where to show the drawing.
 
     Raises:
         DataError: an image or annotation file cannot be used, or no image has the class.
     """
     if request.augmented:
-        return _augmented(description, request, cache, progress)
+        return _augmented(data, request)
+    description = data.config
     other: Literal["train", "val"] = "val" if request.split == "train" else "train"
     if getattr(description, request.split) is None and getattr(description, other) is not None:
         raise DataError(
             f"the data set {description.name!r} has no [{request.split}] table",
             hint=f"see its other part with --split {other}",
         )
-    vocabulary = load_classes(description, cache=cache, progress=progress)
-    store = open_split(description, request.split, cache=cache, progress=progress)
+    vocabulary, store = data.classes, data.store(request.split)
     candidates = np.arange(len(store))
     name = None if request.class_name is None else request.class_name.strip()
     if name is not None:
@@ -111,10 +99,12 @@ def preview_pictures(
         )
     rows = np.random.default_rng(request.seed).permutation(candidates)[: request.count]
     pictures = []
-    with progress.task("drawing", total=len(rows), unit="images") as task:
+    # As training and evaluation do: the latter takes the orientation that fits.
+    roots, exact = description.split(request.split).roots, request.split == "train" or None
+    with data.progress.task("drawing", total=len(rows), unit="images") as task:
         for row in rows:
             record = store.record(int(row))
-            image = open_annotated_image(record, description.split(request.split).roots, True)
+            image = open_annotated_image(record, roots, exact)
             objects = annotated_objects(store, record, vocabulary)
             drawn = draw_objects(image, objects)
             caption = f"{record.file_name}: {counted(len(objects), 'annotation')}"
@@ -124,23 +114,15 @@ def preview_pictures(
 
 
 def write_preview(
-    description: DatasetConfig,
-    path: Path,
-    request: PreviewRequest,
-    *,
-    named: Path | None = None,
-    cache: Path | None = None,
-    progress: Progress = SILENT,
+    data: Dataset, path: Path, request: PreviewRequest, *, named: Path | None = None
 ) -> Path:
     """Write a preview: one sheet of pictures, or an HTML page with counts, plots and pictures.
 
     Args:
-        description: The data set.
+        data: The data set.
         path: ``.html``, ``.png``, ``.jpg`` or ``.webp``.
         request: Which images.
         named: The dataset config's file, for the commands that the page shows.
-        cache: Folder of annotation stores; None means the user's cache folder.
-        progress: Where to show the drawing.
 
     Raises:
         DataError: a file cannot be used, or the picture format is unknown.
@@ -150,12 +132,12 @@ def write_preview(
         raise DataError(
             f"cannot write a picture of the kind {path.suffix!r}", hint="use .html, .png or .jpg"
         )
-    pictures = preview_pictures(description, request, cache=cache, progress=progress)
+    pictures = preview_pictures(data, request)
     if not html:
         path.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet([picture.image for picture in pictures]).save(path)
         return path
-    stats = dataset_stats(description, cache=cache, progress=progress)
+    stats = dataset_stats(data)
     return write_report(_page(stats, pictures, request, named or Path("DATASET.toml")), path)
 
 
@@ -186,14 +168,11 @@ def annotated_objects(
     return objects
 
 
-def _augmented(
-    description: DatasetConfig, request: PreviewRequest, cache: Path | None, progress: Progress
-) -> list[Picture]:
+def _augmented(data: Dataset, request: PreviewRequest) -> list[Picture]:
     from proxydet.data.loader import TrainingLoader, TrainingSources
 
-    names = load_vocabulary(description, cache=cache, progress=progress).names
-    config = DataConfig(workers=0, cache=cache)
-    sources = TrainingSources(config, description, progress=progress)
+    names = data.vocabulary.names
+    sources = TrainingSources(DataConfig(workers=0), data)
     loader = TrainingLoader(sources, rank=0, world_size=1, seed=request.seed)
     pictures: list[Picture] = []
     for iteration in itertools.count():

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from proxydet.data.dataset import (
-    DatasetConfig,
-    class_rows,
-    load_classes,
-    load_vocabulary,
-    open_split,
-)
+from proxydet.data.dataset import Dataset, class_rows
 from proxydet.data.image_labels import open_label_images
 from proxydet.data.store import AnnotationStore
-from proxydet.reporting import SILENT, Progress
 
 SMALL_AREA, LARGE_AREA = 32**2, 96**2
 """Square pixels of the mask that divide small, medium and large objects (COCO)."""
@@ -84,21 +76,17 @@ class DatasetStats:
     """The parts that it has."""
 
 
-def dataset_stats(
-    description: DatasetConfig, *, cache: Path | None = None, progress: Progress = SILENT
-) -> DatasetStats:
+def dataset_stats(data: Dataset) -> DatasetStats:
     """Count what is in a data set.
 
     Args:
-        description: The data set.
-        cache: Folder of annotation stores and tar indexes; None means the user's cache folder.
-        progress: Where to show conversions.
+        data: The data set.
 
     Raises:
         DataError: a file cannot be used.
         VocabularyError: embeddings and categories do not fit.
     """
-    vocabulary = load_classes(description, cache=cache, progress=progress)
+    description, vocabulary = data.config, data.classes
 
     def class_counts(
         store: AnnotationStore,
@@ -119,11 +107,10 @@ def dataset_stats(
         )
 
     parts = []
-    stores = {}
     for split in ("train", "val"):
         if getattr(description, split) is None:
             continue
-        store = stores[split] = open_split(description, split, cache=cache, progress=progress)
+        store = data.store(split)
         counts_2C = np.zeros((2, len(vocabulary.names)), dtype=np.int64)
         counts_2C[:, class_rows(store, vocabulary)] = store.counts()
         objects = store.column("area")[~store.column("crowd")]
@@ -142,13 +129,14 @@ def dataset_stats(
                 classes=class_counts(store, *counts_2C),
             )
         )
-    if description.image_labels is not None and "train" in stores:
+    if description.image_labels is not None and description.train is not None:
+        categories = data.store("train").categories
         images = open_label_images(
             description.image_labels,
-            load_vocabulary(description, cache=cache, progress=progress),
-            stores["train"].categories,
-            cache=cache,
-            progress=progress,
+            data.vocabulary,
+            categories,
+            cache=data.cache,
+            progress=data.progress,
         )
         counts_C = np.zeros(len(vocabulary.names), dtype=np.int64)
         unlabelled = 0
@@ -163,7 +151,7 @@ def dataset_stats(
                 annotations=int(counts_C.sum()),
                 images_without_annotations=unlabelled,
                 without_mask=int(counts_C.sum()),
-                classes=class_counts(stores["train"], counts_C, counts_C),
+                classes=class_counts(data.store("train"), counts_C, counts_C),
             )
         )
     return DatasetStats(name=description.name, parts=tuple(parts))

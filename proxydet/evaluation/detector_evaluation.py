@@ -31,7 +31,7 @@ import torch
 import torch.distributed
 from torch import nn
 
-from proxydet.data.dataset import DatasetConfig, class_rows
+from proxydet.data.dataset import Dataset, DatasetConfig, class_rows
 from proxydet.data.formats.records import Identifier
 from proxydet.data.images import Pixels
 from proxydet.errors import ConfigError, DataError
@@ -440,7 +440,7 @@ def _read_ahead(task: EvaluationTask, todo: Sequence[int]) -> Iterator[list[tupl
 
 def evaluate(
     detector: ImageDetector,
-    description: DatasetConfig | Path | str,
+    data: Dataset | DatasetConfig | Path | str,
     *,
     split: str = "val",
     output: Path | None = None,
@@ -455,7 +455,7 @@ def evaluate(
 
     Args:
         detector: Finds objects.
-        description: The data set, or its TOML file.
+        data: The data set, its config, or its TOML file.
         split: ``"train"`` or ``"val"``.
         output: Where predictions are kept, with the records of what they were made from; None keeps predictions in a
             folder that is removed at the end (one process only).
@@ -471,7 +471,7 @@ def evaluate(
         DiskFullError: There is no room for the predictions.
     """
     config = config or EvaluationConfig()
-    opened = DescribedSplit.open(description, split, protocol=config.protocol, progress=progress)
+    opened = DescribedSplit.open(data, split, protocol=config.protocol, progress=progress)
     evaluation = evaluate_split(
         detector, opened, output, records=output, config=config, progress=progress
     )
@@ -513,7 +513,7 @@ def evaluate_split(
         settings = dataclasses.replace(settings, max_detections=config.fixed_per_image)
     task = EvaluationTask.of(
         split.images,
-        fusion_vocabulary(split.vocabulary, detector.vocabulary),
+        fusion_vocabulary(split.data.vocabulary, detector.vocabulary),
         settings,
         config.batch_size,
     )
@@ -538,7 +538,7 @@ def evaluate_split(
         task = dataclasses.replace(task, settings=dataclasses.replace(settings, masks=folder.masks))
         if records is not None and share.rank == 0:
             chosen |= {"masks": folder.masks}
-            chosen |= {"dataset": split.description.name, "split": split.name}
+            chosen |= {"dataset": split.data.config.name, "split": split.name}
             write_records(records, config, inputs, chosen, processes=share.processes)
         predict_split(detector, task, folder, share=share, progress=progress)
         wait_for_all(share)

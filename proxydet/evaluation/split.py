@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from proxydet.data.dataset import DatasetConfig, class_rows, load_vocabulary, open_split
+from proxydet.data.dataset import Dataset, DatasetConfig, class_rows
 from proxydet.data.formats.records import Identifier
 from proxydet.data.image_labels import match_tars, synset_of_wnid
 from proxydet.data.images import Pixels, open_annotated_image, require_distinct_files
@@ -117,23 +117,21 @@ class DescribedSplit:
     """One of the splits of a data set. Make one with `open`.
 
     Attributes:
-        description: The data set.
+        data: The data set.
         name: ``"train"`` or ``"val"``.
         store: The split's annotations.
-        vocabulary: The data set's classes.
         protocol: How to score; None leaves it to the annotations.
     """
 
-    description: DatasetConfig
+    data: Dataset
     name: str
     store: AnnotationStore
-    vocabulary: Vocabulary
     protocol: Protocol | None = None
 
     @classmethod
     def open(
         cls,
-        description: DatasetConfig | Path | str,
+        data: Dataset | DatasetConfig | Path | str,
         name: str = "val",
         *,
         protocol: Protocol | None = None,
@@ -142,7 +140,7 @@ class DescribedSplit:
         """Open a split.
 
         Args:
-            description: The data set, or its TOML file.
+            data: The data set, its config, or its TOML file; the latter two take stores from the user's cache folder.
             name: ``"train"`` or ``"val"``.
             protocol: How to score; None leaves it to the annotations.
             progress: Where the conversion of annotations is shown.
@@ -151,30 +149,30 @@ class DescribedSplit:
             DataError: The description or the annotations cannot be used.
             VocabularyError: The class names and embeddings do not fit each other.
         """
-        if not isinstance(description, DatasetConfig):
-            description = DatasetConfig.from_toml(description)
-        store = open_split(description, name, progress=progress)
-        return cls(
-            description, name, store, load_vocabulary(description, progress=progress), protocol
-        )
+        if not isinstance(data, Dataset):
+            config = data if isinstance(data, DatasetConfig) else DatasetConfig.from_toml(data)
+            data = Dataset(config=config, progress=progress)
+        store = data.store(name)
+        _ = data.vocabulary
+        return cls(data, name, store, protocol)
 
     @property
     def images(self) -> AnnotatedImages:
         """The split's images."""
-        return AnnotatedImages(self.store, self.description.split(self.name).roots)
+        return AnnotatedImages(self.store, self.data.config.split(self.name).roots)
 
     @cached_property
     def truth(self) -> GroundTruth:
         """What to score against; DataError where the annotations cannot be."""
         return GroundTruth.from_store(
             self.store,
-            name=self.description.name,
-            path=self.description.split(self.name).annotations,
+            name=self.data.config.name,
+            path=self.data.config.split(self.name).annotations,
             protocol=self.protocol,
         )
 
     @cached_property
     def groups(self) -> Masks:
         """Sets of categories to average over: what is novel, and what image labels cover."""
-        described = described_groups(self.description, self.store, self.vocabulary)
+        described = described_groups(self.data.config, self.store, self.data.vocabulary)
         return {**imagenet_groups(self.truth), **described}

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from proxydet.config import dump_yaml, to_mapping
 from proxydet.data.config import SourceConfig
-from proxydet.data.dataset import DatasetConfig, embedding_dimension, load_vocabulary, open_split
+from proxydet.data.dataset import Dataset, DatasetConfig, embedding_dimension
 from proxydet.data.store import AnnotationStore
 from proxydet.errors import CheckpointError, DataError, ProxydetError
 from proxydet.files import Lock
@@ -304,9 +304,8 @@ def plan_training(
                 notes = ["decided when training reads the annotations (data.masks)"]
             else:
                 try:
-                    store = open_split(description, "train", cache=cache, warn=False)
-                    classes = load_vocabulary(description, cache=cache)
-                    scaled, note = fit_to_masks(scaled, store, classes)
+                    data = Dataset(config=description, cache=cache, warn=False)
+                    scaled, note = fit_to_masks(scaled, data.store("train"), data.vocabulary)
                     notes, decided = [note] if note else [], True
                 except ProxydetError as error:
                     unusable("classes and masks", annotations, error)

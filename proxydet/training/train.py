@@ -23,7 +23,7 @@ from torch import nn
 from proxydet._version import __version__
 from proxydet.config import differences, dump_yaml, to_mapping
 from proxydet.data.batches import Targets
-from proxydet.data.dataset import DatasetConfig, image_counts, load_vocabulary, open_split
+from proxydet.data.dataset import Dataset, DatasetConfig
 from proxydet.data.loader import TrainingLoader, TrainingSources
 from proxydet.data.store import AnnotationStore
 from proxydet.errors import ConfigError, DataError, EnvironmentProblem, Interrupted, TrainingError
@@ -177,13 +177,13 @@ def train(
                 hint="Give a dataset config: --data DATA.toml. docs/reference/dataset-config.md says what it holds.",
             )
         description = DatasetConfig.from_toml(config.data.description)
-        vocabulary = load_vocabulary(description, cache=config.data.cache, progress=progress)
-        store = open_split(description, "train", cache=config.data.cache, progress=progress)
+        data = Dataset(config=description, cache=config.data.cache, progress=progress)
+        vocabulary, store = data.vocabulary, data.store("train")
         config, note = fit_to_masks(config, store, vocabulary)
         if note and ranks.is_main:
             logger.warning("%s", note)
         config = fit_to_embeddings(config, vocabulary.dimension)
-        sources = TrainingSources(config.data, description, progress=progress)
+        sources = TrainingSources(config.data, data)
         digests = {
             "vocabulary": vocabulary.digest,
             # Of the annotations, whatever the version of their store.
@@ -205,7 +205,7 @@ def train(
             digests["weights"] = sha256(settings.weights)
 
         seed_everything(config.seed)  # the same weights everywhere
-        counts = image_counts(store, vocabulary, with_novel=config.data.count_novel_classes)
+        counts = data.image_counts(with_novel=config.data.count_novel_classes)
         network = ProxyDetNetwork(config.model, vocabulary, counts)
         begins = resume == "never" or not folder.list_checkpoints()
         if settings.weights is not None and begins and not isinstance(resume, Path):

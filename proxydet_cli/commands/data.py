@@ -127,12 +127,13 @@ def stats(
     json: Json = False,
 ) -> None:
     """Count images, objects and classes of a data set, base and novel, with the ends of its long tail."""
-    from proxydet.data.dataset import DatasetConfig
+    from proxydet.data.dataset import Dataset, DatasetConfig
     from proxydet.data.stats import dataset_stats
     from proxydet_cli.output import Output
     from proxydet_cli.progress import show_progress
 
-    counted = dataset_stats(DatasetConfig.open(path), cache=cache, progress=show_progress())
+    data = Dataset(config=DatasetConfig.open(path), cache=cache, progress=show_progress())
+    counted = dataset_stats(data)
     output = Output(json=json)
     if json:
         output.data(counted)
@@ -172,7 +173,7 @@ def preview(
     json: Json = False,
 ) -> None:
     """Draw images of a data set with their boxes, masks and classes."""
-    from proxydet.data.dataset import DatasetConfig
+    from proxydet.data.dataset import Dataset, DatasetConfig
     from proxydet.data.preview import PreviewRequest, write_preview
     from proxydet_cli.output import Output
     from proxydet_cli.progress import show_progress
@@ -180,10 +181,9 @@ def preview(
     request = PreviewRequest(
         split=split, count=count, seed=seed, class_name=class_name, augmented=augmented
     )
-    found = DatasetConfig.open(path, images or ())
-    written = write_preview(
-        found, output, request, named=path, cache=cache, progress=show_progress()
-    )
+    config = DatasetConfig.open(path, images or ())
+    data = Dataset(config=config, cache=cache, progress=show_progress())
+    written = write_preview(data, output, request, named=path)
     Output(json=json).data({"path": written}, str(written))
 
 

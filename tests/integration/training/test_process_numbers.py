@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from proxydet.data.batches import BoxBatch, ImageLabelBatch
-from proxydet.data.dataset import DatasetConfig, image_counts, load_vocabulary, open_split
+from proxydet.data.dataset import Dataset, DatasetConfig
 from proxydet.data.loader import TrainingLoader, TrainingSources
 from proxydet.data.synthetic import SyntheticConfig, make_dataset
 from proxydet.losses.criterion import Criterion
@@ -69,12 +69,11 @@ class Alone:
     def __init__(self, config: RunConfig) -> None:
         assert config.data.description is not None
         self.config = config
-        self.description = DatasetConfig.from_toml(config.data.description)
-        vocabulary = load_vocabulary(self.description, cache=config.data.cache)
-        store = open_split(self.description, "train", cache=config.data.cache)
-        counts = image_counts(store, vocabulary, with_novel=config.data.count_novel_classes)
+        description = DatasetConfig.from_toml(config.data.description)
+        self.data = Dataset(config=description, cache=config.data.cache)
+        counts = self.data.image_counts(with_novel=config.data.count_novel_classes)
         seed_everything(config.seed)
-        self.network = ProxyDetNetwork(config.model, vocabulary, counts).train()
+        self.network = ProxyDetNetwork(config.model, self.data.vocabulary, counts).train()
         self._seen: list[Any] = []
         self._criterion = Criterion(config.losses)
         self._model = TrainingModel(self.network, self._watch, device=torch.device("cpu"))
@@ -82,7 +81,7 @@ class Alone:
     def halves(self) -> Iterator[list[Any]]:
         """Yield the batches of both processes, step by step."""
         data, seed = self.config.data, self.config.seed
-        sources = TrainingSources(data, self.description)
+        sources = TrainingSources(data, self.data)
         loaders = [TrainingLoader(sources, rank=rank, world_size=2, seed=seed) for rank in (0, 1)]
         for step in range(STEPS):
             yield [loader.batch(step) for loader in loaders]

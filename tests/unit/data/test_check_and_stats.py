@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from proxydet.data.check import CheckReport, check_path
-from proxydet.data.dataset import DatasetConfig
+from proxydet.data.dataset import Dataset, DatasetConfig
 from proxydet.data.stats import dataset_stats
 from proxydet.errors import DataError
 
@@ -174,7 +174,7 @@ def test_counts_are_what_is_in_the_files(small_set_with_labels: Path) -> None:
         content["annotations"][2] |= {"area": 96 * 96, "segmentation": []}
 
     change(small_set_with_labels.parent / "train.json", edit)
-    stats = dataset_stats(DatasetConfig.from_toml(small_set_with_labels))
+    stats = dataset_stats(Dataset(config=DatasetConfig.from_toml(small_set_with_labels)))
     train, val, labels = stats.parts
     assert (train.part, train.images, train.annotations, train.images_without_annotations) == (
         "train",
@@ -201,7 +201,7 @@ def test_classes_that_the_annotations_lack_count_nothing(small_set: Path) -> Non
     small_set.write_text(
         small_set.read_text().replace('["dog"]', '["dog"]\nnames = ["bird", "cow", "cat", "dog"]')
     )
-    stats = dataset_stats(DatasetConfig.from_toml(small_set))
+    stats = dataset_stats(Dataset(config=DatasetConfig.from_toml(small_set)))
     assert [c.images for c in stats.parts[0].classes] == [1, 0, 4, 2]
 
 
@@ -216,7 +216,7 @@ def test_labels_of_a_class_without_boxes_are_counted(small_set: Path) -> None:
     table = '[image_labels]\nannotations = "labels.json"\nimages = "train"\n'
     named = '["dog"]\nnames = ["bird", "cow", "cat", "dog"]'
     small_set.write_text(small_set.read_text().replace('["dog"]', named) + table)
-    part = dataset_stats(DatasetConfig.from_toml(small_set)).parts[-1]
+    part = dataset_stats(Dataset(config=DatasetConfig.from_toml(small_set))).parts[-1]
     assert [c.images for c in part.classes] == [0, 6, 0, 0]
     assert part.annotations == 6
 

@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from proxydet.data.dataset import DatasetConfig
+from proxydet.data.dataset import Dataset, DatasetConfig
 from proxydet.data.images import read_image
 from proxydet.data.preview import PreviewRequest, preview_pictures, write_preview
 from proxydet.errors import ConfigError, DataError, VocabularyError
 
 
-def described(path: Path) -> DatasetConfig:
-    return DatasetConfig.from_toml(path)
+def described(path: Path) -> Dataset:
+    return Dataset(config=DatasetConfig.from_toml(path))
 
 
 def test_annotated_images_are_drawn(small_set: Path) -> None:
@@ -48,7 +48,6 @@ def test_images_of_one_class(small_set: Path) -> None:
 
 
 def test_masks_are_filled_polygons_and_run_lengths(small_set: Path) -> None:
-    from proxydet.data.dataset import load_vocabulary, open_split
     from proxydet.data.preview import annotated_objects
 
     annotations = small_set.parent / "train.json"
@@ -56,8 +55,8 @@ def test_masks_are_filled_polygons_and_run_lengths(small_set: Path) -> None:
     content["annotations"][0]["segmentation"] = {"counts": [0, 40, 2360], "size": [40, 60]}
     content["annotations"][1] |= {"iscrowd": 1}
     annotations.write_text(json.dumps(content))
-    description = described(small_set)
-    store, vocabulary = open_split(description, "train"), load_vocabulary(description)
+    data = described(small_set)
+    store, vocabulary = data.store("train"), data.vocabulary
     (first,) = annotated_objects(store, store.record(1), vocabulary)
     assert callable(first.mask_HW)
     assert first.mask_HW().sum() == 40

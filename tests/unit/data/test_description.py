@@ -5,11 +5,9 @@ import numpy as np
 import pytest
 
 from proxydet.data.dataset import (
+    Dataset,
     DatasetConfig,
     class_rows,
-    image_counts,
-    load_vocabulary,
-    open_split,
 )
 from proxydet.errors import DataError, VocabularyError
 from proxydet.vocabulary.vocabulary import Vocabulary
@@ -100,22 +98,22 @@ def test_absent_files_and_splits(small_set: Path, tmp_path: Path) -> None:
 
 def test_rows_of_embeddings_are_categories_in_order_of_their_ids(small_set: Path) -> None:
     description = DatasetConfig.from_toml(small_set)
-    vocabulary = load_vocabulary(description)
+    vocabulary = Dataset(config=description).vocabulary
     assert vocabulary.names == ("cat", "dog", "bird")
     assert vocabulary.base.tolist() == [True, False, True]
     np.testing.assert_array_equal(
         vocabulary.embeddings, np.load(small_set.parent / "embeddings.npy")
     )
-    store = open_split(description, "train")
+    store = Dataset(config=description).store("train")
     assert class_rows(store, vocabulary).tolist() == [0, 1, 2]
     # Of 6 images, number % 4 classes each, cat first.
-    assert image_counts(store, vocabulary).tolist() == [4, 2, 1]
-    assert image_counts(store, vocabulary, with_novel=False).tolist() == [4, 0, 1]
+    assert Dataset(config=description).image_counts().tolist() == [4, 2, 1]
+    assert Dataset(config=description).image_counts(with_novel=False).tolist() == [4, 0, 1]
 
 
 def test_novel_by_frequency_and_by_name_add_up(small_set: Path) -> None:
     description = edited(small_set, ('novel = ["dog"]', 'novel = ["cat"]\nnovel_frequency = ["r"]'))
-    assert load_vocabulary(description).base.tolist() == [False, False, True]
+    assert Dataset(config=description).vocabulary.base.tolist() == [False, False, True]
 
 
 def test_names_map_rows_to_categories(small_set: Path) -> None:
@@ -123,11 +121,11 @@ def test_names_map_rows_to_categories(small_set: Path) -> None:
     description = edited(
         small_set, ('novel = ["dog"]', 'names = ["bird", "cow", "cat", "dog"]\nnovel = ["cow"]')
     )
-    vocabulary = load_vocabulary(description)
+    vocabulary = Dataset(config=description).vocabulary
     assert vocabulary.names == ("bird", "cow", "cat", "dog")
-    store = open_split(description, "train")
+    store = Dataset(config=description).store("train")
     assert class_rows(store, vocabulary).tolist() == [2, 3, 0]
-    assert image_counts(store, vocabulary).tolist() == [1, 0, 4, 2]
+    assert Dataset(config=description).image_counts().tolist() == [1, 0, 4, 2]
 
 
 def test_a_saved_vocabulary_brings_names_and_base(small_set: Path) -> None:
@@ -135,11 +133,11 @@ def test_a_saved_vocabulary_brings_names_and_base(small_set: Path) -> None:
         small_set.parent / "pets.vocab"
     )
     description = edited(small_set, ("embeddings.npy", "pets.vocab"), ('novel = ["dog"]', ""))
-    assert load_vocabulary(description).names == ("bird", "dog", "cat")
-    assert load_vocabulary(description).base.tolist() == [True, True, False]
+    assert Dataset(config=description).vocabulary.names == ("bird", "dog", "cat")
+    assert Dataset(config=description).vocabulary.base.tolist() == [True, True, False]
     clash = edited(small_set, ("[train]", 'names = ["a"]\n[train]'))
     with pytest.raises(VocabularyError, match="differ from 'names'"):
-        load_vocabulary(clash)
+        _ = Dataset(config=clash).vocabulary
 
 
 @pytest.mark.parametrize(
@@ -163,7 +161,9 @@ def test_what_does_not_fit_is_an_error(small_set: Path, change, error, message: 
         np.savez(file, a=np.eye(4))
     description = edited(small_set, change)
     with pytest.raises(error, match=message) as caught:
-        class_rows(open_split(description, "train"), load_vocabulary(description))
+        class_rows(
+            Dataset(config=description).store("train"), Dataset(config=description).vocabulary
+        )
     assert caught.value.hint
     assert "pickle" not in str(caught.value)
 
@@ -173,7 +173,7 @@ def test_frequency_groups_need_frequencies(small_set: Path) -> None:
     annotations.write_text(annotations.read_text().replace('"frequency"', '"often"'))
     description = edited(small_set, ('novel = ["dog"]', 'novel_frequency = ["r"]'))
     with pytest.raises(VocabularyError, match="needs categories with a 'frequency'"):
-        load_vocabulary(description)
+        _ = Dataset(config=description).vocabulary
 
 
 def test_declared_counts_stand_in_for_classes_that_were_removed(small_set: Path) -> None:
@@ -185,7 +185,7 @@ def test_declared_counts_stand_in_for_classes_that_were_removed(small_set: Path)
         .replace('"name": "cat"', '"name": "cat", "image_count": 5000')
     )
     description = DatasetConfig.from_toml(small_set)
-    counts = image_counts(open_split(description, "train"), load_vocabulary(description))
+    counts = Dataset(config=description).image_counts()
     assert counts.tolist() == [4, 77, 1]
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from proxydet.data.check import CheckReport, check_path
 from proxydet.data.config import DataConfig, SourceConfig
-from proxydet.data.dataset import DatasetConfig
+from proxydet.data.dataset import Dataset, DatasetConfig
 from proxydet.data.loader import TrainingLoader, TrainingSources
 from proxydet.errors import DataError
 from proxydet.evaluation.split import DescribedSplit
@@ -48,7 +48,7 @@ def train_batches(path: Path, **config: Any) -> list[Any]:
     boxes = SourceConfig(batch_size=6, size=48, scale=(1.0, 1.0), ratio=1.0)
     settings = DataConfig(workers=0, boxes=boxes, image_labels=None, **config)
     description = DatasetConfig.from_toml(path)
-    sources = TrainingSources(settings, description)
+    sources = TrainingSources(settings, Dataset(config=description, cache=settings.cache))
     loader = TrainingLoader(sources, rank=0, world_size=1, seed=0)
     return list(itertools.islice(loader, 4))
 
@@ -114,7 +114,7 @@ def test_image_labels_of_one_file_are_refused(small_set: Path) -> None:
     description = DatasetConfig.from_toml(small_set)
     assert "'3/1.png'" in errors(check_path(small_set)[0])["image_labels"]
     with pytest.raises(DataError, match=r"3/1\.png.*7/1\.png"):
-        TrainingSources(DataConfig(), description)
+        TrainingSources(DataConfig(), Dataset(config=description))
 
 
 @pytest.fixture
@@ -155,3 +155,25 @@ def test_sizes_that_are_swapped_without_exif_are_said_to_be_swapped(small_set: P
     assert "exif" not in str(caught.value.hint)
     found = errors(check_path(small_set, decode=True)[0])
     assert str(caught.value.hint) in found["train"]
+
+
+def test_the_evaluation_of_a_run_is_checked_before_it_and_keeps_stores_where_the_run_does(
+    small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation that would be refused must not be found out after hours of training."""
+    monkeypatch.setenv("PROXYDET_CACHE", str(tmp_path / "of the user"))
+    stores = tmp_path / "of the run"
+    overrides = [f"data.description={small_set}", f"data.cache={stores}"]
+    assert scheduled_evaluation(resolve_config("tiny", overrides=overrides)) is not None
+    assert list(stores.glob("*.columns"))
+    assert not (tmp_path / "of the user").exists()
+
+    def almost_federated(images: list[dict[str, Any]]) -> None:
+        images[0].pop("neg_category_ids", None)
+        images[1]["neg_category_ids"] = []
+
+    edit_images(small_set.parent / "val.json", almost_federated)
+    with pytest.raises(DataError, match="neg_category_ids"):
+        scheduled_evaluation(resolve_config("tiny", overrides=overrides))
+    chosen = resolve_config("tiny", overrides=[*overrides, "evaluation.protocol=coco"])
+    assert scheduled_evaluation(chosen) is not None

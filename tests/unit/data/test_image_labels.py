@@ -6,15 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from proxydet.data.dataset import DatasetConfig, ImageLabelSpec, load_vocabulary, open_split
+from proxydet.data.dataset import Dataset, DatasetConfig, ImageLabelSpec
 from proxydet.data.image_labels import TarClasses, match_tars, open_label_images, synset_of_wnid
 from proxydet.errors import DataError
 
 
 def match(description: DatasetConfig) -> TarClasses:
     assert description.image_labels is not None
-    categories = open_split(description, "train").categories
-    return match_tars(description.image_labels, load_vocabulary(description), categories)
+    categories = Dataset(config=description).store("train").categories
+    return match_tars(description.image_labels, Dataset(config=description).vocabulary, categories)
 
 
 def test_the_table_of_imagenet_lvis_is_whole() -> None:
@@ -65,8 +65,8 @@ def test_missing_wordnet_ids_are_reported(
     with caplog.at_level(logging.INFO):
         open_label_images(
             description.image_labels,
-            load_vocabulary(description),
-            open_split(description, "train").categories,
+            Dataset(config=description).vocabulary,
+            Dataset(config=description).store("train").categories,
         )
     assert "1 tar is missing: n07750586" in caplog.text
 
@@ -75,8 +75,8 @@ def test_images_carry_the_class_of_their_tar(small_set_with_labels: Path) -> Non
     description = DatasetConfig.from_toml(small_set_with_labels)
     images = open_label_images(
         description.image_labels,
-        load_vocabulary(description),
-        open_split(description, "train").categories,
+        Dataset(config=description).vocabulary,
+        Dataset(config=description).store("train").categories,
     )
     assert len(images) == 7
     assert [images.labels(row).tolist() for row in (0, 2, 3, 6)] == [[2], [2], [1], [1]]
@@ -96,7 +96,9 @@ def test_image_labels_from_json(small_set: Path) -> None:
     table = '\n[image_labels]\nannotations = "labels.json"\nimages = "train"\n'
     small_set.write_text(small_set.read_text() + table)
     description = DatasetConfig.from_toml(small_set)
-    labelled = open_label_images(description.image_labels, load_vocabulary(description), ())
+    labelled = open_label_images(
+        description.image_labels, Dataset(config=description).vocabulary, ()
+    )
     assert [labelled.labels(row).tolist() for row in range(2)] == [[2, 0], [1]]
     assert labelled.image(1, exif_orientation=True).size == (60, 40)
     assert labelled.name(1) == "2.png"
@@ -107,8 +109,8 @@ def test_sources_without_any_class_are_an_error(
     small_set_with_labels: Path, tmp_path: Path
 ) -> None:
     description = DatasetConfig.from_toml(small_set_with_labels)
-    vocabulary = load_vocabulary(description)
-    categories = open_split(description, "train").categories
+    vocabulary = Dataset(config=description).vocabulary
+    categories = Dataset(config=description).store("train").categories
     with pytest.raises(DataError, match="no folder of tars"):
         match_tars(ImageLabelSpec(tars=tmp_path / "absent"), vocabulary, categories)
     (tmp_path / "others").mkdir()

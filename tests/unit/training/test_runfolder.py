@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from proxydet.config import dump_yaml, to_mapping
-from proxydet.errors import ConfigError, LockedError, TrainingError
+from proxydet.errors import CheckpointError, ConfigError, LockedError, TrainingError
 from proxydet.recipes import RunConfig, get_recipe, resolve_config
 from proxydet.training import distributed
 from proxydet.training.config import scale_training
@@ -29,7 +29,7 @@ from proxydet.training.runfolder import (
     default_folder,
     find_earlier,
 )
-from proxydet.weight_files import write_state
+from proxydet.weight_files import write_safetensors, write_state
 
 DIGESTS = {"vocabulary": "aa", "annotations": "bb"}
 CPU = torch.device("cpu")
@@ -80,6 +80,34 @@ class TestSettings:
     ) -> None:
         assert check(folder, config) == 1
         assert find_earlier(RunFolder(tmp_path / "absent"), config, "auto") == []
+
+    def test_the_run_of_a_checkpoint_is_named_not_the_folder(
+        self, folder: RunFolder, tmp_path: Path
+    ) -> None:
+        """``--resume other/checkpoints/step_3.pth --output new``: it is the other one that differs."""
+        ((_, checkpoint),) = folder.list_checkpoints()
+        changed = resolve_config("tiny", None, ["seed=8"])
+        new = RunFolder(tmp_path / "new")
+        (found,) = find_earlier(new, changed, checkpoint)
+        with pytest.raises(ConfigError, match=str(folder.root)) as caught:
+            check_same(found, changed)
+        assert str(new.root) not in f"{caught.value.message} {caught.value.hint}"
+        with pytest.raises(ConfigError, match=str(folder.root)):
+            check_same_data(found, {"images": "cc", "vocabulary": "zz"})
+
+    @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+    def test_final_weights_are_not_resumed(
+        self, config: RunConfig, tmp_path: Path, suffix: str
+    ) -> None:
+        path = tmp_path / f"model_final{suffix}"
+        weights = {"layer.weight": torch.ones(2)}
+        if suffix == ".pth":
+            write_state({"model": weights, "iteration": 3}, path)
+        else:
+            write_safetensors(path, weights, {"iteration": 3})
+        with pytest.raises(CheckpointError, match="weights") as caught:
+            find_earlier(RunFolder(tmp_path / "run"), config, path)
+        assert "--weights" in str(caught.value.hint)
 
     def test_other_settings_are_refused_and_free_ones_are_not(
         self, folder: RunFolder, config: RunConfig

@@ -219,7 +219,7 @@ def test_without_a_folder_a_run_has_its_own(
         assert "finished: nothing to do" in said
         assert "trained 20 iterations" in said
     assert len(trained) == 3
-    command("--set", "seed=8", "--resume", "never")
+    command("--set", "seed=8", "--resume", "Never")
     command("--set", "seed=8", "--overwrite", "--output", str(folder.root))
     assert trained[3:] == [("tiny-3", "never", False), ("tiny-2", "never", True)]
     assert main_code("--overwrite", "--resume", "a.pth") == 2

@@ -5,7 +5,7 @@
     python benchmarks/predict_throughput.py --run RUN --pictures FOLDER [--frames 60] [--size 720] [--rounds 3]
 
 The parts are measured one after the other: reading (or decoding) everything, the network on everything, drawing, saving (or
-encoding). The whole is `proxydet.inference.predict_files.predict_files` and `proxydet.video.run.predict_video_file`, where they
+encoding). The whole is `proxydet.inference.jobs.predict_files` and `proxydet.inference.jobs.predict_video`, where they
 overlap. The video is made of the folder's pictures, each moved a little from frame to frame. Medians of the rounds, seconds.
 """
 
@@ -26,13 +26,10 @@ from PIL import Image
 from proxydet.data.images import read_image
 from proxydet.detections import Detections
 from proxydet.detector import Detector
-from proxydet.inference.image_files import find_images
-from proxydet.inference.predict_files import predict_files
-from proxydet.inference.writers import make_writers
-from proxydet.video.reading import VideoReader
-from proxydet.video.run import VideoPlan, name_videos, predict_video_file
-from proxydet.video.saving import frame_style
-from proxydet.video.writing import VideoWriter
+from proxydet.inference.jobs import ImageResult, predict_files, predict_video
+from proxydet.inference.sources import find_images, name_videos
+from proxydet.inference.video import VideoReader, VideoWriter
+from proxydet.inference.writers import frame_style, make_writers
 
 Times = dict[str, list[float]]
 RATE = 25
@@ -71,7 +68,7 @@ class Subject:
         self.batch = batch
         self.settings = detector.settings(score_threshold=0.3, max_detections=100)
 
-    def look(self, pixels: list[np.ndarray]) -> list[Detections]:
+    def predict(self, pixels: list[np.ndarray]) -> list[Detections]:
         """Run the network on everything, in batches."""
         found = []
         for start in range(0, len(pixels), self.batch):
@@ -85,12 +82,16 @@ class Subject:
         """Measure a folder: its parts, then the whole."""
         images = find_images([source]).files
         pixels = timed(times, "folder: read", lambda: [read_image(p.path) for p in images])
-        found = timed(times, "folder: network", lambda: self.look(pixels))
+        found = timed(times, "folder: network", lambda: self.predict(pixels))
+        results = [
+            ImageResult(image=image, pixels=array, found=one)
+            for image, array, one in zip(images, pixels, found, strict=True)
+        ]
         writers = make_writers(["images"], place / "parts", self.detector.vocabulary.names)
         timed(
             times,
             "folder: draw and save",
-            lambda: [writers[0].add(*each) for each in zip(images, pixels, found, strict=True)],
+            lambda: [writers[0].add(each, writers[0].prepare(each)) for each in results],
         )
         timed(
             times,
@@ -110,7 +111,7 @@ class Subject:
         reader = VideoReader(source)
         with reader:
             frames = timed(times, "video: decode", lambda: list(reader))
-        found = timed(times, "video: network", lambda: self.look([f.pixels for f in frames]))
+        found = timed(times, "video: network", lambda: self.predict([f.pixels for f in frames]))
         style = frame_style(*frames[0].pixels.shape[:2])
         drawn = timed(
             times,
@@ -123,20 +124,25 @@ class Subject:
 
         def encode() -> None:
             writer = VideoWriter(place / "parts.mp4", reader.info)
-            for frame, picture in zip(frames, drawn, strict=True):
-                writer.write(frame.pts, picture)
+            for frame, image in zip(frames, drawn, strict=True):
+                writer.write(frame.pts, image)
             writer.finish()
 
         timed(times, "video: encode", encode)
-        plan = VideoPlan(
-            vocabulary=self.detector.vocabulary,
-            settings=self.settings,
-            output=place / "whole",
-            kinds=["images"],
-            batch_size=self.batch,
-        )
         (video,) = name_videos([source])
-        timed(times, "video: whole", lambda: predict_video_file(self.detector, video, plan))
+        timed(
+            times,
+            "video: whole",
+            lambda: predict_video(
+                self.detector,
+                video,
+                vocabulary=self.detector.vocabulary,
+                settings=self.settings,
+                output=place / "whole",
+                kinds=["images"],
+                batch_size=self.batch,
+            ),
+        )
 
 
 def main() -> None:

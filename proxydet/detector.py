@@ -46,8 +46,8 @@ from proxydet.vocabulary.sources import complete_vocabulary, open_vocabulary, pu
 from proxydet.vocabulary.vocabulary import TextEncoder, Vocabulary
 
 if TYPE_CHECKING:
-    from proxydet.video.frames import FrameResult
-    from proxydet.video.reading import VideoSource
+    from proxydet.inference.sources import VideoSource
+    from proxydet.inference.video import FrameResult
 
 logger = logging.getLogger(__name__)
 
@@ -319,13 +319,12 @@ class Detector:
             MissingDependencyError: PyAV is not installed.
             DataError: The video cannot be opened; from the iterator, after the frames before: it is damaged there.
         """
-        from proxydet.video.frames import look_at_frames
-        from proxydet.video.reading import VideoReader
+        from proxydet.inference.video import VideoReader, predict_frames
 
         classes = self.resolve(vocabulary)
         settings = self.settings(score_threshold=score_threshold, max_detections=max_detections)
         reader = VideoReader(source, every=every)
-        return look_at_frames(self, reader, classes, settings, batch_size=batch_size)
+        return predict_frames(self, reader, classes, settings, batch_size=batch_size)
 
     def predict_images(
         self,

@@ -18,7 +18,7 @@ Classes = Annotated[
         "--classes",
         "-v",
         metavar="NAMES",
-        help="What to look for: 'cup, plate, \"knife, fork\"', or a file as for --vocabulary.",
+        help="Classes to detect: 'cup, plate, \"knife, fork\"', or a file as for --vocabulary.",
     ),
 ]
 VocabularySource = Annotated[
@@ -71,7 +71,7 @@ Augment = Annotated[
     bool,
     typer.Option(
         "--tta",
-        help="Look at each picture mirrored too, and in three sizes: better, 6 times slower.",
+        help="Run on each image mirrored too, and in three sizes: more accurate, 6 times slower.",
     ),
 ]
 PrecisionOption = Annotated[

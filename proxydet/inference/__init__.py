@@ -1,1 +1,1 @@
-"""Jobs over images: which files, what is run on them, and what is written."""
+"""Jobs over images, videos and cameras: which are meant, what is run on them, and what is written."""

@@ -1,44 +1,45 @@
-"""Writes detections to files: drawn images, JSON, COCO, crops, CSV."""
+"""Writes detections to files: drawn images and videos, JSON, COCO, crops, CSV; and decides where the files go."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import os
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from PIL import Image
 
 from proxydet.errors import ConfigError, EnvironmentProblem
-from proxydet.files import write_bytes, write_text
-from proxydet.inference.image_files import ImageFile, unique_name
+from proxydet.files import discard, staged, write_bytes, write_errors, write_text
+from proxydet.inference.sources import ImageFile, VideoSource, unique_name
 from proxydet.wording import json_text, table_cell
 
 if TYPE_CHECKING:
-    from proxydet.data.images import Pixels
-    from proxydet.detections import Detection, Detections
+    from proxydet.inference.jobs import ImageResult
+    from proxydet.inference.video import FrameResult, VideoInfo
     from proxydet.visualization.drawing import DrawingStyle
 
 KINDS = ("images", "json", "coco", "crops", "csv")
-"""What can be saved."""
+"""What can be saved of images."""
+VIDEO_KINDS = {"images": ".mp4", "json": ".jsonl", "csv": ".csv"}
+"""What can be saved of a video, and the file's suffix; ``images`` are an annotated video."""
 
 TABLE_COLUMNS = ("label", "score", "x0", "y0", "x1", "y1", "mask_area")
-"""Columns of a detection in tables; `table_cells` gives the values."""
+"""Columns of a detection in tables."""
 
 _COCO, _CROPS, _CSV = "coco.json", "crops", "detections.csv"
+_PREPARERS = 2
 
 
-class Writer(Protocol):
-    """Writes the detections of one image after the other, in their order."""
-
-    def add(self, image: ImageFile, pixels: Pixels, found: Detections) -> None:
-        """Write, or keep, the detections of an image."""
-
-    def finish(self) -> list[Path]:
-        """Write what is written at the end, and return the files and folders that were made."""
+# --- Where files go ----------------------------------------------------------------------------------------------------
 
 
 def reserved_names(kinds: Sequence[str]) -> frozenset[str]:
@@ -57,6 +58,13 @@ def output_files(kinds: Iterable[str], images: Iterable[ImageFile]) -> Iterator[
     yield from (Path(common[kind]) for kind in kinds if kind in common)
     for image in images:
         yield from (_file(image, kind) for kind in kinds if kind not in common)
+
+
+def _file(image: ImageFile, kind: str) -> Path:
+    png = image.path.suffix.lower() == ".png"
+    suffix = ".json" if kind == "json" else ".png" if png else ".jpg"
+    # Not with_suffix: a name may hold dots.
+    return image.name.with_name(image.name.name + suffix)
 
 
 def choose_folder(folder: Path | None, files: Sequence[Path], *, overwrite: bool = False) -> Path:
@@ -86,13 +94,6 @@ def choose_folder(folder: Path | None, files: Sequence[Path], *, overwrite: bool
     return chosen
 
 
-def _file(image: ImageFile, kind: str) -> Path:
-    png = image.path.suffix.lower() == ".png"
-    suffix = ".json" if kind == "json" else ".png" if png else ".jpg"
-    # Not with_suffix: a name may hold dots.
-    return image.name.with_name(image.name.name + suffix)
-
-
 def check_folder(folder: Path) -> None:
     """Make sure, before any work is done for them, that files can be saved in a folder.
 
@@ -118,10 +119,101 @@ def check_folder(folder: Path) -> None:
         )
 
 
+# --- Writers -----------------------------------------------------------------------------------------------------------
+
+
+class Writer:
+    """Writes results, one after the other."""
+
+    def prepare(self, result: Any) -> Any:
+        """Do the work that needs no order (drawing, encoding); threads call this at once."""
+        return result
+
+    def add(self, result: Any, prepared: Any) -> None:
+        """Write, or keep, a result; called in the results' order."""
+        raise NotImplementedError
+
+    def finish(self) -> list[Path]:
+        """Write what is written at the end, and return the files and folders that were made."""
+        raise NotImplementedError
+
+    def abandon(self) -> None:
+        """Remove what is not complete; nothing where it is."""
+
+
+class WriteBehind:
+    """Hands results to writers in threads of its own, so that writing runs behind the network.
+
+    Use it in a ``with`` statement: at its end threads are stopped, and what is not finished is removed.
+
+    Args:
+        writers: What is saved.
+        most: Results that may wait to be written; they stay in memory.
+    """
+
+    def __init__(self, writers: Sequence[Writer], most: int) -> None:
+        self._writers = writers
+        self._most = most + _PREPARERS
+        self._preparers = ThreadPoolExecutor(_PREPARERS, "prepare")
+        self._thread = ThreadPoolExecutor(1, "write")
+        self._waiting: deque[Future[None]] = deque()
+
+    def __enter__(self) -> WriteBehind:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._preparers.shutdown(cancel_futures=True)
+        self._thread.shutdown(cancel_futures=True)
+        for writer in self._writers:
+            writer.abandon()
+
+    def add(self, result: Any) -> None:
+        """Take a result; waits where writing is far behind, and raises what failed there."""
+        prepared = [self._preparers.submit(writer.prepare, result) for writer in self._writers]
+
+        def write() -> None:
+            for writer, future in zip(self._writers, prepared, strict=True):
+                writer.add(result, future.result())
+
+        self._waiting.append(self._thread.submit(write))
+        while len(self._waiting) > self._most:
+            self._waiting.popleft().result()
+
+    def finish(self) -> tuple[Path, ...]:
+        """Wait for what is not written yet, complete the files, and return what was made."""
+        while self._waiting:
+            self._waiting.popleft().result()
+        return tuple(path for writer in self._writers for path in writer.finish())
+
+
+def check_kinds(kinds: Sequence[str], *, video: bool = False) -> None:
+    """Check that all kinds can be saved.
+
+    Args:
+        kinds: What is to be saved.
+        video: Of a video, not of images.
+
+    Raises:
+        ConfigError: One cannot.
+    """
+    known: Iterable[str] = VIDEO_KINDS if video else KINDS
+    for kind in kinds:
+        if kind not in known:
+            raise ConfigError(
+                f"cannot save {kind!r} of a video" if video else f"cannot save {kind!r}",
+                hint=f"choose from {', '.join(known)}; or none, alone",
+            )
+
+
 def make_writers(
     kinds: Sequence[str], folder: Path, names: Sequence[str], style: DrawingStyle | None = None
 ) -> list[Writer]:
-    """Make the writers of the kinds that are to be saved.
+    """Make the writers for images.
 
     Args:
         kinds: Some of `KINDS`.
@@ -132,22 +224,63 @@ def make_writers(
     Raises:
         ConfigError: There is no such kind.
     """
+    check_kinds(kinds)
     makers: dict[str, Callable[[], Writer]] = {
         "images": lambda: _DrawnImages(folder, style),
         "json": lambda: _JsonFiles(folder),
         "coco": lambda: _CocoFile(folder / _COCO, names),
         "crops": lambda: _Crops(folder / _CROPS),
-        "csv": lambda: _Table(folder / _CSV),
+        "csv": lambda: CsvTable(
+            folder / _CSV, ["file"], lambda result: [table_cell(str(result.file))]
+        ),
     }
-    unknown = [kind for kind in kinds if kind not in makers]
-    if unknown:
-        raise ConfigError(
-            f"cannot save {unknown[0]!r}", hint=f"choose from {', '.join(KINDS)}; none stands alone"
-        )
     return [makers[kind]() for kind in dict.fromkeys(kinds)]
 
 
-class _DrawnImages:
+def make_frame_writers(
+    kinds: Sequence[str],
+    target: Path,
+    *,
+    source: VideoSource,
+    info: VideoInfo,
+    sound: bool = True,
+) -> list[Writer]:
+    """Make the writers for the frames of a video.
+
+    Args:
+        kinds: Some of `VIDEO_KINDS`.
+        target: The files' path without suffix; its folder is made when needed.
+        source: The video.
+        info: What is known of it.
+        sound: Copy its sound.
+
+    Raises:
+        ConfigError: There is no such kind, or the annotated video would replace the one that is read.
+    """
+    check_kinds(kinds, video=True)
+    targets = {kind: target.with_name(target.name + suffix) for kind, suffix in VIDEO_KINDS.items()}
+    drawn = targets["images"]
+    if "images" in kinds and source.path is not None and drawn.exists():
+        _refuse_replacing(source.path, drawn, "the annotated video")
+    sound_from = source.path if sound else None
+    makers: dict[str, Callable[[], Writer]] = {
+        "images": lambda: DrawnVideo(drawn, info, sound_from),
+        "json": lambda: _JsonLines(targets["json"], source.name),
+        "csv": lambda: CsvTable(
+            targets["csv"],
+            ["frame", "seconds"],
+            lambda result: [result.index, round(result.seconds, 4)],
+        ),
+    }
+    return [makers[kind]() for kind in dict.fromkeys(kinds)]
+
+
+def _refuse_replacing(source: Path, target: Path, what: str) -> None:
+    if target.exists() and target.samefile(source):
+        raise ConfigError(f"{what} would replace {source}", hint="choose another --output folder")
+
+
+class _DrawnImages(Writer):
     """Each image with its detections drawn: PNG for PNG files, JPEG for all others."""
 
     def __init__(self, folder: Path, style: DrawingStyle | None) -> None:
@@ -155,37 +288,38 @@ class _DrawnImages:
         self._style = style
         self._written: list[Path] = []
 
-    def add(self, image: ImageFile, pixels: Pixels, found: Detections) -> None:
-        target = self._folder / _file(image, "images")
-        if target.exists() and target.samefile(image.path):
-            raise ConfigError(
-                f"the drawn image would replace {image.path}",
-                hint="choose another --output folder",
-            )
-        _save_image(found.draw(pixels, self._style), target)
-        self._written.append(target)
+    def prepare(self, result: ImageResult) -> tuple[Path, bytes]:
+        target = self._folder / _file(result.image, "images")
+        _refuse_replacing(result.file, target, "the drawn image")
+        return target, _encoded(result.found.draw(result.pixels, self._style), target.suffix)
+
+    def add(self, result: ImageResult, prepared: tuple[Path, bytes]) -> None:  # noqa: ARG002
+        target, data = prepared
+        self._written.append(write_bytes(target, data, durable=False))
 
     def finish(self) -> list[Path]:
         return self._written
 
 
-class _JsonFiles:
+class _JsonFiles(Writer):
     """A JSON file for each image: `Detections.to_dict` with the file's name."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._written: list[Path] = []
 
-    def add(self, image: ImageFile, pixels: Pixels, found: Detections) -> None:  # noqa: ARG002
-        content = {"file": str(image.path), **found.to_dict()}
-        target = self._folder / _file(image, "json")
-        self._written.append(write_text(target, json_text(content), durable=False))
+    def prepare(self, result: ImageResult) -> str:
+        return json_text(result.to_dict())
+
+    def add(self, result: ImageResult, prepared: str) -> None:
+        target = self._folder / _file(result.image, "json")
+        self._written.append(write_text(target, prepared, durable=False))
 
     def finish(self) -> list[Path]:
         return self._written
 
 
-class _CocoFile:
+class _CocoFile(Writer):
     """One file in COCO's annotation format, each annotation with its ``score``."""
 
     def __init__(self, target: Path, names: Sequence[str]) -> None:
@@ -194,19 +328,24 @@ class _CocoFile:
         self._images: list[dict[str, Any]] = []
         self._annotations: list[dict[str, Any]] = []
 
-    def add(self, image: ImageFile, pixels: Pixels, found: Detections) -> None:
+    def prepare(self, result: ImageResult) -> list[dict[str, Any]]:
+        return result.found.to_coco(0)
+
+    def add(self, result: ImageResult, prepared: list[dict[str, Any]]) -> None:
         import pycocotools.mask as coco_mask
 
         image_id = len(self._images) + 1
-        height, width = pixels.shape[:2]
+        height, width = result.found.image_size
         self._images.append(
-            {"id": image_id, "file_name": str(image.path), "width": width, "height": height}
+            {"id": image_id, "file_name": str(result.file), "width": width, "height": height}
         )
-        for row in found.to_coco(image_id):
+        for row in prepared:
             mask, (_, _, w, h) = row.get("segmentation"), row["bbox"]
             area = w * h if mask is None else float(coco_mask.area(mask))
             number = len(self._annotations) + 1
-            self._annotations.append({"id": number, **row, "iscrowd": 0, "area": area})
+            self._annotations.append(
+                {"id": number, **row, "image_id": image_id, "iscrowd": 0, "area": area}
+            )
 
     def finish(self) -> list[Path]:
         content = {
@@ -217,18 +356,18 @@ class _CocoFile:
         return [write_text(self._target, json_text(content), durable=False)]
 
 
-class _Crops:
+class _Crops(Writer):
     """Each detection as an image of its own, in a folder for its class; boxes are widened to whole pixels."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._taken: set[Path] = set()
 
-    def add(self, image: ImageFile, pixels: Pixels, found: Detections) -> None:
-        whole = Image.fromarray(pixels)
+    def add(self, result: ImageResult, prepared: Any) -> None:  # noqa: ARG002
+        whole = Image.fromarray(result.pixels)
         # "a/b" and "a_b" are two images.
-        flat = unique_name(Path("_".join(image.name.parts)), self._taken)
-        for index, item in enumerate(found):
+        flat = unique_name(Path("_".join(result.image.name.parts)), self._taken)
+        for index, item in enumerate(result.found):
             left, top, right, bottom = item.box_xyxy
             box = (
                 int(left),
@@ -237,34 +376,134 @@ class _Crops:
                 max(-int(-bottom), int(top) + 1),
             )
             target = self._folder / safe_name(item.label) / f"{flat}_{index:03d}.jpg"
-            _save_image(whole.crop(box), target)
+            write_bytes(target, _encoded(whole.crop(box), ".jpg"), durable=False)
 
     def finish(self) -> list[Path]:
         return [self._folder] if self._folder.exists() else []
 
 
-class _Table:
-    """One table of all detections."""
+class DrawnVideo(Writer):
+    """The frames with their detections drawn, as a video; none where there were no frames."""
 
-    def __init__(self, target: Path) -> None:
-        self._target = target
-        self._text = io.StringIO(newline="")
-        self._writer = csv.writer(self._text)
-        self._writer.writerow(("file", *TABLE_COLUMNS))
+    def __init__(self, target: Path, info: VideoInfo, sound_from: Path | None) -> None:
+        from proxydet.inference.video import VideoWriter
 
-    def add(self, image: ImageFile, pixels: Pixels, found: Detections) -> None:  # noqa: ARG002
-        file = table_cell(str(image.path))
-        self._writer.writerows([file, *table_cells(item)] for item in found)
+        self._writer = VideoWriter(target, info, sound_from=sound_from)
+
+    def prepare(self, result: FrameResult) -> Any:
+        """Draw."""
+        pixels = result.frame.pixels
+        style = frame_style(*pixels.shape[:2])
+        return np.asarray(result.found.draw(Image.fromarray(pixels), style))
+
+    def add(self, result: FrameResult, prepared: Any) -> None:
+        """Encode."""
+        self._writer.write(result.frame.pts, prepared)
 
     def finish(self) -> list[Path]:
-        return [write_text(self._target, self._text.getvalue(), durable=False)]
+        """Complete the video."""
+        made = self._writer.finish()
+        return [] if made is None else [made]
+
+    def abandon(self) -> None:
+        """Remove what is not complete."""
+        self._writer.abandon()
 
 
-def table_cells(item: Detection) -> list[object]:
-    """Values of a detection, in the order of `TABLE_COLUMNS`; without a mask its area is empty."""
-    area = "" if item.mask_area is None else item.mask_area
-    box = [round(value, 2) for value in item.box_xyxy]
-    return [table_cell(item.label), round(item.score, 6), *box, area]
+def frame_style(height: int, width: int) -> DrawingStyle:
+    """How frames are drawn: at their own size, with letters that do not change from frame to frame.
+
+    Args:
+        height: Of the frames, in pixels.
+        width: Likewise.
+    """
+    from proxydet.visualization.drawing import DrawingStyle, letters_for
+
+    return DrawingStyle(font_size=letters_for((width, height)), shortest_edge=0)
+
+
+class _TextFile(Writer):
+    """A file that is written bit by bit and appears under its name when it is complete; ``head`` is its first text."""
+
+    def __init__(self, target: Path, head: str = "") -> None:
+        self._target = target
+        self._head = head
+        self._stack = contextlib.ExitStack()
+        self._temporary = target
+        self._stream: Any = None
+
+    def add(self, result: Any, prepared: str) -> None:  # noqa: ARG002
+        """Write a piece of text."""
+        self._write(prepared)
+
+    def _write(self, text: str) -> None:
+        with write_errors(self._target):
+            if self._stream is None:
+                self._temporary = self._stack.enter_context(staged(self._target))
+                self._stream = self._temporary.open("w", encoding="utf-8", newline="")
+                self._stream.write(self._head)
+            self._stream.write(text)
+
+    def finish(self) -> list[Path]:
+        """Complete the file."""
+        self._write("")
+        with write_errors(self._target):
+            self._stream.close()
+        self._stack.close()
+        return [self._target]
+
+    def abandon(self) -> None:
+        """Remove what is not complete."""
+        if self._stream is None or self._stream.closed:
+            return
+        # On a full disk closing fails as writing did: the error is reported already, and the file is removed.
+        with contextlib.suppress(OSError):
+            self._stream.close()
+        discard(self._temporary)
+        self._stack.close()
+
+
+class _JsonLines(_TextFile):
+    """One JSON object a frame, each on a line."""
+
+    def __init__(self, target: Path, video: str) -> None:
+        super().__init__(target)
+        self._video = video
+
+    def prepare(self, result: FrameResult) -> str:
+        return json_text(result.to_dict(self._video)) + "\n"
+
+
+class CsvTable(_TextFile):
+    """One table of all detections.
+
+    Args:
+        target: The file.
+        columns: Names of the first columns.
+        cells: Gives their values for a result.
+    """
+
+    def __init__(
+        self, target: Path, columns: Sequence[str], cells: Callable[[Any], list[object]]
+    ) -> None:
+        super().__init__(target, _rows([[*columns, *TABLE_COLUMNS]]))
+        self._cells = cells
+
+    def prepare(self, result: ImageResult | FrameResult) -> str:
+        """Make the rows of a result; without a mask its area is empty."""
+        rows = []
+        for item in result.found:
+            box = [round(value, 2) for value in item.box_xyxy]
+            area = "" if item.mask_area is None else item.mask_area
+            detection = [table_cell(item.label), round(item.score, 6), *box, area]
+            rows.append([*self._cells(result), *detection])
+        return _rows(rows)
+
+
+def _rows(rows: Sequence[Sequence[object]]) -> str:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    return text.getvalue()
 
 
 def safe_name(label: str) -> str:
@@ -273,10 +512,10 @@ def safe_name(label: str) -> str:
     return clean or "class"
 
 
-def _save_image(image: Image.Image, target: Path) -> None:
+def _encoded(image: Image.Image, suffix: str) -> bytes:
     buffer = io.BytesIO()
-    if target.suffix == ".png":
+    if suffix == ".png":
         image.save(buffer, "PNG")
     else:
         image.save(buffer, "JPEG", quality=92, subsampling=0)
-    write_bytes(target, buffer.getvalue(), durable=False)
+    return buffer.getvalue()

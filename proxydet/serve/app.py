@@ -25,7 +25,6 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, fields
 from functools import cache, partial
 from importlib.resources import files
-from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
@@ -52,7 +51,6 @@ from proxydet.errors import (
     ProxydetError,
     VocabularyError,
 )
-from proxydet.inference.predict_files import ImageResult
 from proxydet.modeling.config import InferenceConfig
 from proxydet.vocabulary.compositional import CompositionalEncoder
 from proxydet.vocabulary.names import split_names
@@ -857,7 +855,7 @@ class ServingApp:
                 pixels_HW3 = read_image(image, name=upload.name)
             (prediction,) = self.detector.predict_images([pixels_HW3], vocabulary, settings)
             found = Detections(prediction, vocabulary.names)
-            result = ImageResult(file=Path(upload.name), found=found).to_dict()
+            result = {"file": upload.name, **found.to_dict()}
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise EnvironmentProblem(
                 "not enough memory for this image and these class names",

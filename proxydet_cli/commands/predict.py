@@ -34,9 +34,8 @@ from proxydet_cli.output import Output
 
 if TYPE_CHECKING:
     from proxydet.detections import Detections
-    from proxydet.inference.predict_files import ImageResult, PredictionSummary
-    from proxydet.video.frames import FrameResult
-    from proxydet.video.run import VideoSummary
+    from proxydet.inference.jobs import ImageResult, PredictionSummary, VideoSummary
+    from proxydet.inference.video import FrameResult
 
 app = command_app()
 
@@ -93,7 +92,7 @@ BatchSize = Annotated[
 Every = Annotated[
     int,
     typer.Option(
-        "--every", min=1, help="Of a video, look at each frame (1), each second one (2), ..."
+        "--every", min=1, help="Of a video, run on each frame (1), each second one (2), ..."
     ),
 ]
 
@@ -133,36 +132,41 @@ def predict(
 ) -> None:
     """Detect objects in images and videos from any class names.
 
-    Without -v and --vocabulary it looks for the classes that the model was trained on. An image or video that cannot be
+    Without -v and --vocabulary it detects the classes that the model was trained on. An image or video that cannot be
     read is reported and left out, and of a video that breaks off what came before is kept; the exit code is then 3.
     Ctrl-C keeps what was found before.
     """
     from PIL.Image import DecompressionBombWarning
 
     from proxydet.detector import open_named
-    from proxydet.inference.image_files import FoundImages, describe_left_out, find_images
-    from proxydet.inference.predict_files import predict_files
+    from proxydet.inference.jobs import predict_files, predict_video
+    from proxydet.inference.sources import (
+        FoundImages,
+        describe_left_out,
+        find_images,
+        name_videos,
+        pyav,
+        split_sources,
+    )
     from proxydet.inference.writers import (
+        VIDEO_KINDS,
+        check_kinds,
         choose_folder,
         make_writers,
         output_files,
         reserved_names,
     )
-    from proxydet.video.reading import pyav, split_sources
-    from proxydet.video.run import VideoPlan, name_videos, predict_video_file
-    from proxydet.video.saving import KINDS as VIDEO_KINDS
-    from proxydet.video.saving import check_kinds
     from proxydet_cli.progress import show_progress
 
     check_choice(classes, vocabulary, names)
     # A user's own image may be as large as it likes; beyond twice Pillow's limit it is an error all the same.
     warnings.simplefilter("ignore", DecompressionBombWarning)
     kinds = _kinds(save, json=json)
-    make_writers(kinds, Path(), ())
+    check_kinds(kinds)
     named_images, named_videos = split_sources(_with_stdin(sources))
     if named_videos:
         pyav()
-        check_kinds(kinds)
+        check_kinds(kinds, video=True)
     images = FoundImages()
     if named_images or not named_videos:
         images = find_images(named_images, reserved=reserved_names(kinds))
@@ -179,7 +183,7 @@ def predict(
     opened = open_named(run=run, weights=weights, config=config, device=device)
     detector = tuned(opened, tta=tta, precision=precision)
     detector = detector.with_settings(one_class_per_proposal=one_label, masks=masks)
-    looked_for = chosen_vocabulary(detector, classes, vocabulary, names, base_above)
+    vocabulary_used = chosen_vocabulary(detector, classes, vocabulary, names, base_above)
     settings = detector.settings(score_threshold=score_threshold, max_detections=top)
 
     shown = _Shown(out, images.left_out, lines=bool(videos))
@@ -187,29 +191,32 @@ def predict(
     progress = show_progress()
     if images.files:
         with shown.continuing(str(images.files[0].path), alone=alone):
-            summary = predict_files(
+            done = predict_files(
                 detector,
                 images.files,
-                vocabulary=looked_for,
+                vocabulary=vocabulary_used,
                 settings=settings,
                 batch_size=batch_size,
-                writers=make_writers(kinds, folder, looked_for.names),
+                writers=make_writers(kinds, folder, vocabulary_used.names),
                 on_result=shown.image,
                 progress=progress,
             )
-            shown.images_done(summary)
-    plan = VideoPlan(
-        vocabulary=looked_for,
-        settings=settings,
-        output=folder,
-        kinds=kinds,
-        batch_size=batch_size,
-        every=every,
-        on_result=shown.frame,
-    )
+            shown.images_done(done)
     for video in videos:
         with shown.continuing(video.source.name, alone=alone):
-            shown.video_done(predict_video_file(detector, video, plan, progress=progress))
+            summary = predict_video(
+                detector,
+                video,
+                vocabulary=vocabulary_used,
+                settings=settings,
+                output=folder,
+                kinds=kinds,
+                batch_size=batch_size,
+                every=every,
+                on_result=shown.frame,
+                progress=progress,
+            )
+            shown.video_done(summary)
     shown.conclude()
 
 
@@ -231,7 +238,7 @@ def _kinds(save: str | None, *, json: bool) -> list[str]:
         return [] if json else ["images"]
     kinds = [kind.strip() for kind in save.split(",") if kind.strip()]
     if not kinds:
-        raise typer.BadParameter("--save names nothing; for nothing: --save none")
+        raise typer.BadParameter("--save is empty; to save nothing: --save none")
     # Their name in version 0.1.
     renamed = ["images" if kind == "pictures" else kind for kind in kinds]
     return [] if kinds == ["none"] else list(dict.fromkeys(renamed))
@@ -338,4 +345,4 @@ def _summary(found: Detections) -> str:
     shown = [f"{label} {score:.2f}" for label, score in best]
     if len(found) > _SHOWN:
         shown.append(f"... and {len(found) - _SHOWN} more")
-    return ", ".join(shown) or "nothing found"
+    return ", ".join(shown) or "no detections"

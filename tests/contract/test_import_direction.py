@@ -39,7 +39,7 @@ RANK = {
     "losses": 4,
     "detections": 5,
     "detector": 5,
-    **dict.fromkeys(["inference", "video"], 5),
+    **dict.fromkeys(["inference"], 5),
     "serve": 6,
     "export": 6,
     "training": 7,

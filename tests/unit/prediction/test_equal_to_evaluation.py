@@ -17,8 +17,8 @@ from proxydet.data.synthetic import SyntheticConfig, make_dataset
 from proxydet.detector import Detector
 from proxydet.evaluation.config import EvaluationConfig
 from proxydet.evaluation.split import DescribedSplit
-from proxydet.inference.image_files import find_images
-from proxydet.inference.predict_files import predict_files
+from proxydet.inference.jobs import predict_files
+from proxydet.inference.sources import find_images
 from proxydet.inference.writers import make_writers
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.recipes import get_recipe

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from proxydet.errors import DataError
-from proxydet.inference.image_files import FoundImages, describe_left_out, find_images
+from proxydet.inference.sources import FoundImages, describe_left_out, find_images
 
 
 def names(found: FoundImages) -> list[str]:
@@ -22,13 +22,13 @@ def test_a_folder_is_searched_at_any_depth_and_keeps_its_shape(folder: Path) -> 
     assert found.files[4].path == folder / "sub" / "b3.png"
 
 
-def test_patterns_are_expanded_and_files_taken_whatever_their_ending(folder: Path) -> None:
+def test_patterns_are_expanded_and_files_taken_whatever_their_suffix(folder: Path) -> None:
     assert names(find_images([f"{folder}/a*.png"])) == ["a0", "a1", "a2"]
     assert names(find_images([f"{folder}/**/b*.png"])) == ["b3", "b4"]
     assert names(find_images([folder / "notes.txt"])) == ["notes"]
 
 
-def test_a_file_named_twice_is_looked_at_once(folder: Path) -> None:
+def test_a_file_named_twice_is_run_once(folder: Path) -> None:
     found = find_images([folder / "a1.png", folder, f"{folder}/a*.png"])
     assert names(found) == ["a1", "a0", "a2", "broken", "sub/b3", "sub/b4"]
 
@@ -74,7 +74,7 @@ def test_what_pillow_reads_is_found_and_the_rest_is_counted_by_kind(tmp_path: Pa
         ".dng": 1,
         ".mp4": 1,
         ".h5": 1,
-        "without ending": 1,
+        "without suffix": 1,
         "broken link": 1,
         "not a regular file": 1,
     }
@@ -143,7 +143,7 @@ def test_a_quoted_tilde_is_expanded_unless_such_a_file_is_there(
         ("gone.png", "broken link", "spelling"),
     ],
 )
-def test_names_that_are_no_files(
+def test_names_that_are_not_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, message: str, hint: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Where files are to be saved is looked at before the work, not after it."""
+"""Where files are to be saved is checked before the work, not after it."""
 
 import os
 from pathlib import Path

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -320,7 +321,12 @@ def test_a_full_disk_ends_the_run_and_names_the_file(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
+    def opened(self: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        return full() if "w" in mode else original(self, mode, *arguments, **options)
+
+    original = Path.open
     monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(Path, "open", opened)
     for kind, name in (("images", "a0.png"), ("json", "a0.json"), ("csv", "detections.csv")):
         code, _, err = run(folder / "a0.png", clip, "--save", kind)
         assert code == 5

@@ -1,4 +1,4 @@
-"""Many pictures at once: order, failures, and the files that are saved."""
+"""Many images at once: order, failures, and the files that are saved."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from pycocotools.coco import COCO
 
 from proxydet.detector import Detector
 from proxydet.errors import ConfigError, DataError, Interrupted
-from proxydet.inference.image_files import find_images
-from proxydet.inference.predict_files import ImageResult, PredictionSummary, predict_files
-from proxydet.inference.writers import KINDS, make_writers, safe_name
+from proxydet.inference.jobs import ImageResult, PredictionSummary, predict_files
+from proxydet.inference.sources import find_images
+from proxydet.inference.writers import KINDS, Writer, make_writers, safe_name
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 
-def look(
+def run(
     detector: Detector,
     sources: list[Path],
     output: Path | None = None,
@@ -48,7 +48,7 @@ def look(
 def test_results_come_in_order_and_equal_single_predictions(
     detector: Detector, folder: Path, batch_size: int
 ) -> None:
-    summary, results = look(detector, [folder], batch_size=batch_size)
+    summary, results = run(detector, [folder], batch_size=batch_size)
     assert [r.file.name for r in results] == ["a0.png", "a1.png", "a2.png", "b3.png", "b4.png"]
     assert summary.images == 5
     assert summary.detections == sum(len(r.found) for r in results) > 0
@@ -58,27 +58,27 @@ def test_results_come_in_order_and_equal_single_predictions(
         np.testing.assert_allclose(alone.scores, result.found.scores, atol=1e-5)
 
 
-def test_unreadable_pictures_are_counted_and_named(
+def test_unreadable_images_are_counted_and_named(
     detector: Detector, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        summary, _ = look(detector, [folder])
+        summary, _ = run(detector, [folder])
     (entry,) = summary.unreadable
     assert entry.file == folder / "broken.jpg"
     assert "broken.jpg" in caplog.text
 
 
-def test_a_single_unreadable_picture_is_an_error(detector: Detector, folder: Path) -> None:
+def test_a_single_unreadable_image_is_an_error(detector: Detector, folder: Path) -> None:
     with pytest.raises(DataError, match=r"broken\.jpg"):
-        look(detector, [folder / "broken.jpg"])
+        run(detector, [folder / "broken.jpg"])
 
 
-def test_a_batch_of_only_unreadable_pictures_is_passed_over(
+def test_a_batch_of_only_unreadable_images_is_passed_over(
     detector: Detector, tmp_path: Path
 ) -> None:
     for name in ("a.jpg", "b.jpg", "c.jpg"):
         (tmp_path / name).write_bytes(b"")
-    summary, results = look(detector, [tmp_path])
+    summary, results = run(detector, [tmp_path])
     assert (summary.images, len(summary.unreadable), results) == (0, 3, [])
 
 
@@ -87,7 +87,7 @@ def test_every_kind_is_saved_and_says_the_same(
     detector: Detector, folder: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    summary, results = look(detector, [folder], output)
+    summary, results = run(detector, [folder], output)
     assert all(path.exists() for path in summary.saved)
     for result in results:
         name = result.file.relative_to(folder).with_suffix("")
@@ -112,7 +112,7 @@ def test_every_kind_is_saved_and_says_the_same(
     assert not list(output.rglob(".*"))
 
 
-def test_crops_of_pictures_whose_names_join_alike_are_kept_apart(
+def test_crops_of_images_whose_names_join_alike_are_kept_apart(
     detector: Detector, folder: Path, tmp_path: Path
 ) -> None:
     place = tmp_path / "alike"
@@ -120,11 +120,11 @@ def test_crops_of_pictures_whose_names_join_alike_are_kept_apart(
     data = (folder / "a0.png").read_bytes()
     (place / "a" / "b.png").write_bytes(data)
     (place / "a_b.png").write_bytes(data)
-    summary, _ = look(detector, [place], tmp_path / "out", kinds=("crops",))
+    summary, _ = run(detector, [place], tmp_path / "out", kinds=("crops",))
     assert len(list((tmp_path / "out" / "crops").rglob("*.jpg"))) == summary.detections > 1
 
 
-def test_nothing_found_still_saves_a_picture(
+def test_nothing_found_still_saves_an_image(
     detector: Detector, folder: Path, tmp_path: Path
 ) -> None:
     summary = predict_files(
@@ -139,12 +139,12 @@ def test_nothing_found_still_saves_a_picture(
     assert json.loads((tmp_path / "out" / "coco.json").read_text())["annotations"] == []
 
 
-def test_a_drawn_picture_never_replaces_the_one_that_was_read(
+def test_a_drawn_image_never_replaces_the_one_that_was_read(
     detector: Detector, folder: Path
 ) -> None:
     before = (folder / "a0.png").read_bytes()
     with pytest.raises(ConfigError, match="replace"):
-        look(detector, [folder / "a0.png"], folder, kinds=("images",))
+        run(detector, [folder / "a0.png"], folder, kinds=("images",))
     assert (folder / "a0.png").read_bytes() == before
 
 
@@ -169,9 +169,10 @@ def test_class_names_make_safe_folder_names(label: str, name: str) -> None:
 
 def test_the_network_waits_where_saving_is_far_behind(detector: Detector, folder: Path) -> None:
     seen, at_first_save, more = [], [], threading.Event()
-    bound = 3  # two batches of one picture, and one in hand
+    # Two batches of one image, one image for each of two preparing threads, and one in hand.
+    bound = 5
 
-    class Slow:
+    class Slow(Writer):
         def add(self, *_: object) -> None:
             if not at_first_save:
                 more.wait(0.5)

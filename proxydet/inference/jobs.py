@@ -1,11 +1,13 @@
-"""Runs a detector on image files: reads ahead of the network, writes behind it, and continues where one cannot be read."""
+"""Runs a detector on image files and videos: reads ahead of the network, writes behind it, and continues where one cannot be read."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 from proxydet.data.images import Pixels, read_image
 from proxydet.detections import Detections
 from proxydet.errors import ConfigError, DataError, Interrupted
+from proxydet.inference.sources import ImageFile, VideoFile
+from proxydet.inference.writers import WriteBehind, Writer, make_frame_writers
 from proxydet.reporting import SILENT
 from proxydet.wording import printable
 
 if TYPE_CHECKING:
     from proxydet.detector import Detector
-    from proxydet.inference.image_files import ImageFile
-    from proxydet.inference.writers import Writer
+    from proxydet.inference.video import FrameResult
     from proxydet.modeling.config import InferenceConfig
     from proxydet.reporting import Progress
     from proxydet.vocabulary.vocabulary import Vocabulary
@@ -30,12 +33,22 @@ logger = logging.getLogger(__name__)
 _READERS = 4
 
 
-@dataclass(frozen=True, kw_only=True)
+# --- Images ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ImageResult:
     """The detections of one image."""
 
-    file: Path
+    image: ImageFile
+    pixels: Pixels
+    """uint8 (H, W, 3) RGB."""
     found: Detections
+
+    @property
+    def file(self) -> Path:
+        """The image's file."""
+        return self.image.path
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain Python values, ready for JSON."""
@@ -52,7 +65,7 @@ class Unreadable:
 
 @dataclass(frozen=True, kw_only=True)
 class PredictionSummary:
-    """What was done."""
+    """What was done with images."""
 
     images: int
     """Images that the detector was run on."""
@@ -80,7 +93,7 @@ def predict_files(
     Args:
         detector: The detector.
         images: Files to run on.
-        vocabulary: Classes to look for.
+        vocabulary: What to detect.
         settings: Which detections are kept.
         batch_size: Images in the network at once.
         writers: What is saved.
@@ -100,9 +113,8 @@ def predict_files(
     with (
         progress.task("predicting", total=len(images), unit="images") as task,
         ThreadPoolExecutor(_READERS, "read") as readers,
-        ThreadPoolExecutor(1, "write") as behind,
+        WriteBehind(writers, 2 * batch_size) as behind,
     ):
-        pending: deque[Future[None]] = deque()
         decoded = _read_ahead(images, readers, 2 * batch_size + _READERS)
         try:
             while batch := list(islice(decoded, batch_size)):
@@ -120,36 +132,24 @@ def predict_files(
                 )
                 for (image, pixels), prediction in zip(readable, predictions, strict=True):
                     found = Detections(prediction, vocabulary.names)
+                    result = ImageResult(image=image, pixels=pixels, found=found)
                     if on_result is not None:
-                        on_result(ImageResult(file=image.path, found=found))
-                    pending.append(behind.submit(_write, writers, image, pixels, found))
+                        on_result(result)
+                    behind.add(result)
                     done, detections = done + 1, detections + len(found)
-                # What is not written yet stays in memory, so the network waits for a slow disk.
-                while len(pending) > 2 * batch_size:
-                    pending.popleft().result()
                 task.advance(len(batch))
         except KeyboardInterrupt as error:
             stopped = error
-        for future in pending:
-            future.result()
-    saved = tuple(path for writer in writers for path in writer.finish())
+        saved = behind.finish()
     if stopped is not None:
-        where = f"; what was found in them is saved in {_common_folder(saved)}" if saved else ""
+        where = ""
+        if saved:
+            shared = (p for p in saved[0].parents if all(path.is_relative_to(p) for path in saved))
+            where = f"; what was found in them is saved in {next(shared)}"
         raise Interrupted(f"stopped after {done} of {len(images)} images{where}") from stopped
     return PredictionSummary(
         images=done, detections=detections, unreadable=tuple(unreadable), saved=saved
     )
-
-
-def _common_folder(saved: Sequence[Path]) -> Path:
-    """The deepest folder that all files are in."""
-    first = saved[0]
-    return next(p for p in first.parents if all(path.is_relative_to(p) for path in saved))
-
-
-def _write(writers: Sequence[Writer], image: ImageFile, pixels: Pixels, found: Detections) -> None:
-    for writer in writers:
-        writer.add(image, pixels, found)
 
 
 def _read_ahead(
@@ -171,3 +171,98 @@ def _read_ahead(
             yield first, future.result()
     for first, future in waiting:
         yield first, future.result()
+
+
+# --- Videos ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoSummary:
+    """What was done with a video."""
+
+    video: str
+    frames: int
+    """Frames that the detector was run on."""
+    detections: int
+    """Detections in all of them."""
+    saved: tuple[Path, ...]
+    broken: str | None = None
+    """Where and why the video ended early; None where it did not."""
+
+
+def predict_video(
+    detector: Detector,
+    video: VideoFile,
+    *,
+    vocabulary: Vocabulary,
+    settings: InferenceConfig,
+    output: Path,
+    kinds: Sequence[str] = (),
+    batch_size: int = 4,
+    every: int = 1,
+    on_result: Callable[[str, FrameResult], None] | None = None,
+    progress: Progress = SILENT,
+) -> VideoSummary:
+    """Run a detector on a video or a camera, and save what was found: decoding, network, drawing and encoding at once.
+
+    What was found before a video breaks, or before Ctrl-C, is saved in complete files. Ctrl-C is how running on a camera
+    ends.
+
+    Args:
+        detector: The detector.
+        video: What to run on.
+        vocabulary: What to detect.
+        settings: Which detections are kept.
+        output: Folder of what is saved.
+        kinds: What is saved: some of `proxydet.inference.writers.VIDEO_KINDS`.
+        batch_size: Frames in the network at once.
+        every: Run on each frame (1), each second one (2), ...
+        on_result: Called with the video's name and each result, in order.
+        progress: Where progress is shown.
+
+    Raises:
+        DataError: The video cannot be opened, has no frames, or breaks before its first one.
+        Interrupted: Ctrl-C stopped a file; its results up to there are saved.
+    """
+    from proxydet.inference.video import VideoReader, predict_frames
+
+    frames, detections = 0, 0
+    broken: str | None = None
+    stopped: KeyboardInterrupt | None = None
+    name = video.source.name
+    with VideoReader(video.source, every=every) as reader, contextlib.ExitStack() as stack:
+        info = reader.info
+        writers = make_frame_writers(
+            kinds, output / video.name, source=video.source, info=info, sound=every == 1
+        )
+        behind = stack.enter_context(WriteBehind(writers, 2 * batch_size))
+        total = None if info.frames is None else -(-info.frames // every)
+        task = stack.enter_context(progress.task(f"predicting {name}", total=total, unit="frames"))
+        results = stack.enter_context(
+            closing(predict_frames(detector, reader, vocabulary, settings, batch_size=batch_size))
+        )
+        try:
+            while True:
+                try:
+                    result = next(results, None)
+                except DataError as error:
+                    if frames == 0:
+                        raise
+                    broken = error.message
+                    break
+                if result is None:
+                    break
+                frames, detections = frames + 1, detections + len(result.found)
+                if on_result is not None:
+                    on_result(name, result)
+                behind.add(result)
+                task.advance()
+        except KeyboardInterrupt as error:
+            stopped = error
+        saved = behind.finish() if frames else ()
+    if stopped is not None and not video.source.live:
+        kept = "; what was found in them is saved" if saved else ""
+        raise Interrupted(f"stopped after {frames} frames of {name}{kept}") from stopped
+    return VideoSummary(
+        video=name, frames=frames, detections=detections, saved=saved, broken=broken
+    )

@@ -1,7 +1,8 @@
-"""Looking at videos: what is saved, in which order things happen, and what is kept when something breaks."""
+"""Jobs over videos: what is saved, in which order things happen, and what is kept when something breaks."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import itertools
 import json
@@ -15,26 +16,25 @@ import pytest
 
 from proxydet.detector import Detector
 from proxydet.errors import ConfigError, DataError, DiskFullError, Interrupted
+from proxydet.inference.jobs import VideoSummary, predict_video
+from proxydet.inference.sources import VideoSource, name_videos
+from proxydet.inference.video import VideoReader, VideoWriter, predict_frames, read_ahead
+from proxydet.inference.writers import VIDEO_KINDS, CsvTable, DrawnVideo
 from proxydet.modeling.config import InferenceConfig
-from proxydet.video.frames import look_at_frames, read_ahead
-from proxydet.video.reading import VideoReader, VideoSource
-from proxydet.video.run import VideoPlan, VideoSummary, name_videos, predict_video_file
-from proxydet.video.saving import KINDS
 from proxydet.visualization.colours import colour_of
 
 
-def look(bars, source, output: Path, **changes) -> VideoSummary:
-    plan = VideoPlan(
-        **{
-            "vocabulary": bars.vocabulary,
-            "settings": InferenceConfig(),
-            "output": output,
-            "kinds": KINDS,
-            **changes,
-        }
+def run(bars, source, output: Path, **changes) -> VideoSummary:
+    (video,) = name_videos([source])
+    options = {"kinds": tuple(VIDEO_KINDS), **changes}
+    return predict_video(
+        bars,
+        video,
+        vocabulary=bars.vocabulary,
+        settings=InferenceConfig(),
+        output=output,
+        **options,
     )
-    video = name_videos([source])[0]
-    return predict_video_file(bars, video, plan)
 
 
 def decoded(path: Path) -> list:
@@ -49,7 +49,7 @@ def output(tmp_path: Path) -> Path:
 
 def test_everything_is_saved_and_says_the_same(bars, make, output: Path) -> None:
     results = []
-    summary = look(bars, make(), output, on_result=lambda name, result: results.append(result))
+    summary = run(bars, make(), output, on_result=lambda name, result: results.append(result))
     assert (summary.frames, summary.detections, summary.broken) == (24, 24, None)
     assert summary.saved == tuple(output / f"clip.{kind}" for kind in ("mp4", "jsonl", "csv"))
     lines = [json.loads(line) for line in (output / "clip.jsonl").read_text().splitlines()]
@@ -72,7 +72,7 @@ def test_everything_is_saved_and_says_the_same(bars, make, output: Path) -> None
 def test_the_annotated_video_keeps_times_and_shows_what_was_found(bars, make, output: Path) -> None:
     times = [0, 40, 90, 400, 1000, 1020, 1500, 2100]
     path = make(frames=8, times=times)
-    look(bars, path, output, kinds=["images"])
+    run(bars, path, output, kinds=["images"])
     drawn = decoded(output / "clip.mp4")
     assert [frame.seconds for frame in drawn] == pytest.approx([t / 1000 for t in times], abs=2e-3)
     with av.open(str(output / "clip.mp4")) as container:
@@ -95,8 +95,6 @@ def test_odd_sizes_are_encoded(make, output: Path, size: tuple[int, int]) -> Non
     path = make("clip.avi", 3, size=(size[0] + size[0] % 2, size[1] + size[1] % 2))
     with VideoReader(path) as reader:
         frames = list(reader)
-        from proxydet.video.writing import VideoWriter
-
         output.mkdir()
         writer = VideoWriter(output / "odd.mp4", reader.info)
         for frame in frames:
@@ -109,7 +107,7 @@ def test_odd_sizes_are_encoded(make, output: Path, size: tuple[int, int]) -> Non
 
 def test_sound_is_copied_as_it_is(bars, make, output: Path) -> None:
     path = make(sound=True)
-    look(bars, path, output, kinds=["images"])
+    run(bars, path, output, kinds=["images"])
 
     def packets(file: Path) -> list[bytes]:
         with av.open(str(file)) as container:
@@ -120,7 +118,7 @@ def test_sound_is_copied_as_it_is(bars, make, output: Path) -> None:
 
 
 def test_without_every_frame_there_is_no_sound(bars, make, output: Path) -> None:
-    summary = look(bars, make(sound=True), output, kinds=["images", "csv"], every=5)
+    summary = run(bars, make(sound=True), output, kinds=["images", "csv"], every=5)
     assert summary.frames == 5
     with av.open(str(output / "clip.mp4")) as container:
         assert not container.streams.audio
@@ -133,7 +131,7 @@ def test_what_came_before_a_break_is_kept(bars, make, output: Path) -> None:
     path = make("clip.mkv", frames=60, sound=True)
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
-    summary = look(bars, path, output)
+    summary = run(bars, path, output)
     assert summary.broken is not None
     assert "cut off" in summary.broken
     assert 5 < summary.frames < 60
@@ -145,7 +143,7 @@ def test_a_video_that_breaks_before_its_first_frame_is_an_error(bars, make, outp
     path = make("clip.mkv", frames=60)
     path.write_bytes(path.read_bytes()[:900])
     with pytest.raises(DataError, match=r"clip\.mkv"):
-        look(bars, path, output)
+        run(bars, path, output)
     assert not [p for p in output.rglob("*") if p.is_file()]
 
 
@@ -157,7 +155,7 @@ def test_ctrl_c_completes_the_files(bars, make, output: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(Interrupted, match="stopped after 9 frames") as caught:
-        look(bars, make(frames=60), output, on_result=stop)
+        run(bars, make(frames=60), output, on_result=stop)
     assert caught.value.exit_code == 130
     lines = (output / "clip.jsonl").read_text().splitlines()
     assert 8 <= len(lines) <= 9
@@ -166,51 +164,43 @@ def test_ctrl_c_completes_the_files(bars, make, output: Path) -> None:
 
 
 def test_an_error_in_saving_leaves_no_half_files(bars, make, output: Path, monkeypatch) -> None:
-    from proxydet.video.saving import CsvTable
-
     def full(*_: object) -> None:
         raise OSError(28, "no space left")
 
     monkeypatch.setattr(CsvTable, "add", full)
     with pytest.raises(OSError, match="no space"):
-        look(bars, make(), output)
-    assert list(output.iterdir()) == []
+        run(bars, make(), output)
+    assert not list(output.glob("*"))
 
 
 def test_a_video_that_cannot_be_written_is_an_error_and_no_broken_video(
-    bars, make, output: Path, monkeypatch
+    bars, make, output: Path, tamper
 ) -> None:
-    from proxydet.video.writing import VideoWriter
+    short, long = make("short.mp4", 3), make("long.mp4", 24)  # reported at the end, and on the way
 
     def full(*_: object) -> None:
         raise av.error.OSError(28, "No space left on device", "clip.mp4")
 
-    monkeypatch.setattr(VideoWriter, "_mux", full)
-    for frames in (3, 24):  # told at the end, and on the way
-        with pytest.raises(DiskFullError, match=r"no room .*/clip\.mp4 \(No space") as caught:
-            look(bars, make(frames=frames), output)
+    tamper("w", mux=full)
+    for path in (short, long):
+        with pytest.raises(
+            DiskFullError, match=rf"no room .*/{path.stem}\.mp4 \(No space"
+        ) as caught:
+            run(bars, path, output)
         assert "free some space" in str(caught.value.hint)
-        assert list(output.iterdir()) == []
+        assert not list(output.glob("*"))
 
 
 def test_sound_that_is_damaged_is_left_out_with_a_warning(
-    bars, make, output: Path, monkeypatch, caplog
+    bars, make, output: Path, tamper, caplog
 ) -> None:
-    from proxydet.video.writing import _Sound
-
-    def damaged():
+    def damaged(_stream):
         raise av.error.InvalidDataError(1, "Invalid data")
         yield
 
-    original = _Sound.of
-
-    def of(*arguments):
-        sound = original(*arguments)
-        sound._packets = damaged()
-        return sound
-
-    monkeypatch.setattr(_Sound, "of", of)
-    summary = look(bars, make(sound=True), output, kinds=["images"])
+    path = make(sound=True)
+    tamper("r", demux=damaged)
+    summary = run(bars, path, output, kinds=["images"])
     assert summary.broken is None
     assert "sound of" in caplog.text
 
@@ -225,10 +215,10 @@ def test_threads_end_and_files_close_where_the_detector_fails(bars, make, output
 
     bars.predict_images = fail
     with pytest.raises(RuntimeError, match="lost"):
-        look(bars, path, output)
+        run(bars, path, output)
     assert threading.active_count() == before
     assert len(list(Path("/proc/self/fd").iterdir())) == opened
-    assert list(output.iterdir()) == []
+    assert not list(output.glob("*"))
 
 
 def test_a_consumer_that_stops_early_leaves_no_thread_and_no_open_video(
@@ -244,51 +234,52 @@ def test_a_consumer_that_stops_early_leaves_no_thread_and_no_open_video(
     assert len(list(Path("/proc/self/fd").iterdir())) == opened
 
 
-def test_a_wrong_batch_size_is_told_at_once(detector_of_shapes: Detector, make) -> None:
+def test_a_wrong_batch_size_is_reported_at_once(detector_of_shapes: Detector, make) -> None:
     with pytest.raises(ConfigError, match="batch_size is 0"):
         detector_of_shapes.predict_video(make(frames=1), batch_size=0)
 
 
-def test_a_camera_that_hangs_is_not_closed_under_its_thread(make, monkeypatch, caplog) -> None:
-    monkeypatch.setattr("proxydet.video.reading._PATIENCE_S", 0.05)
-    reader = VideoReader(make(frames=1))
-    container = reader._container
-    hanging, closed = threading.Event(), []
+def test_a_camera_that_hangs_is_not_closed_under_its_thread(
+    make, tamper, monkeypatch, caplog
+) -> None:
+    monkeypatch.setattr("proxydet.inference.video.CAMERA_TIMEOUT_S", 0.05)
+    path = make(frames=1)
+    hanging, release, closed = threading.Event(), threading.Event(), []
 
-    class Hung:
-        def decode(self, _stream):
-            hanging.set()
-            yield release.wait(20)
+    def decode(_stream):
+        hanging.set()
+        release.wait(20)
+        yield from ()
 
-        def close(self):
-            closed.append(True)
+    def take() -> None:
+        with contextlib.suppress(DataError):
+            list(reader)
 
-    release = threading.Event()
-    reader._container = Hung()
-    thread = threading.Thread(target=lambda: next(reader._decoded()), daemon=True)
+    tamper("r", decode=decode, close=lambda: closed.append(True))
+    reader = VideoReader(path)
+    thread = threading.Thread(target=take, daemon=True)
     thread.start()
     assert hanging.wait(5)
     reader.close()
     assert closed == []
-    assert "does not answer" in caplog.text
+    assert "does not respond" in caplog.text
     release.set()
     thread.join(5)
     reader.close()
     assert closed == [True]
-    container.close()
 
 
 def test_the_video_that_is_read_is_never_replaced(bars, make, tmp_path: Path) -> None:
     path = make()
     before = path.read_bytes()
     with pytest.raises(ConfigError, match="replace"):
-        look(bars, path, tmp_path)
+        run(bars, path, tmp_path)
     assert path.read_bytes() == before
 
 
 def test_kinds_that_a_video_has_not_are_named(bars, make, output: Path) -> None:
     with pytest.raises(ConfigError, match="'crops'"):
-        look(bars, make(), output, kinds=["crops"])
+        run(bars, make(), output, kinds=["crops"])
 
 
 def test_a_camera_ends_with_ctrl_c_and_drops_what_comes_too_fast(
@@ -315,12 +306,12 @@ def test_a_camera_ends_with_ctrl_c_and_drops_what_comes_too_fast(
 
     monkeypatch.setattr(VideoReader, "__iter__", frames)
 
-    summary = look(bars, camera, output, on_result=slow)
+    summary = run(bars, camera, output, on_result=slow)
     assert summary.frames == 12
     assert set(bars.batches) == {1}
     lines = [json.loads(line) for line in (output / "webcam_0.jsonl").read_text().splitlines()]
-    looked_at = [line["frame"] for line in lines]
-    assert all(later - earlier > 2 for earlier, later in itertools.pairwise(looked_at))
+    indices = [line["frame"] for line in lines]
+    assert all(later - earlier > 2 for earlier, later in itertools.pairwise(indices))
     assert len(decoded(output / "webcam_0.mp4")) == len(lines)
 
 
@@ -332,15 +323,15 @@ def test_videos_of_one_name_get_files_of_their_own(make, tmp_path: Path) -> None
     assert [str(v.name) for v in name_videos([first, second, first])] == ["clip", "clip_2"]
 
 
-def test_batches_are_filled_and_the_rest_is_looked_at(bars, make) -> None:
-    results = look_at_frames(
+def test_batches_are_filled_and_the_rest_is_run_too(bars, make) -> None:
+    results = predict_frames(
         bars, VideoReader(make()), bars.vocabulary, InferenceConfig(), batch_size=5
     )
     assert [result.index for result in results] == list(range(24))
     assert bars.batches == [5, 5, 5, 5, 4]
 
 
-def test_decoding_goes_on_while_the_network_works() -> None:
+def test_decoding_continues_while_the_network_works() -> None:
     produced = []
     given = threading.Event()
 
@@ -395,9 +386,9 @@ def test_the_newest_items_win_where_asked() -> None:
     assert list(ahead) == [50]
 
 
-def test_drawing_and_encoding_run_beside_the_network(bars, make, output: Path, monkeypatch) -> None:
-    from proxydet.video.saving import DrawnVideo
-
+def test_drawing_and_encoding_run_next_to_the_network(
+    bars, make, output: Path, monkeypatch
+) -> None:
     threads = set()
     original = DrawnVideo.add
 
@@ -406,20 +397,20 @@ def test_drawing_and_encoding_run_beside_the_network(bars, make, output: Path, m
         original(self, result, prepared)
 
     monkeypatch.setattr(DrawnVideo, "add", watch)
-    look(bars, make(), output, kinds=["images"])
-    assert threads == {"encode_0"}
+    run(bars, make(), output, kinds=["images"])
+    assert threads == {"write_0"}
 
 
-def test_frames_are_found_as_pictures_are(detector_of_shapes: Detector, make) -> None:
+def test_frames_are_predicted_as_images_are(detector_of_shapes: Detector, make) -> None:
     path = make(frames=6)
     with VideoReader(path) as reader:
-        pictures = [frame.pixels for frame in reader]
+        images = [frame.pixels for frame in reader]
     results = list(
         detector_of_shapes.predict_video(path, score_threshold=0.02, max_detections=5, batch_size=4)
     )
     assert [result.index for result in results] == list(range(6))
-    for result, picture in zip(results, pictures, strict=True):
-        alone = detector_of_shapes.predict(picture, score_threshold=0.02, max_detections=5)
+    for result, image in zip(results, images, strict=True):
+        alone = detector_of_shapes.predict(image, score_threshold=0.02, max_detections=5)
         assert alone.labels == result.found.labels
         np.testing.assert_allclose(alone.scores, result.found.scores, atol=1e-5)
     with pytest.raises(DataError, match="no video file"):
@@ -429,8 +420,6 @@ def test_frames_are_found_as_pictures_are(detector_of_shapes: Detector, make) ->
 def test_the_network_waits_where_saving_is_far_behind(
     bars, make, output: Path, monkeypatch
 ) -> None:
-    from proxydet.video.saving import CsvTable
-
     seen, at_first_save, more = [], [], threading.Event()
     original = CsvTable.add
     # Two batches of one frame, one frame for each of two drawing threads, and one in hand.
@@ -448,6 +437,6 @@ def test_the_network_waits_where_saving_is_far_behind(
             more.set()
 
     monkeypatch.setattr(CsvTable, "add", slow)
-    look(bars, make(), output, kinds=["csv"], batch_size=1, on_result=count)
+    run(bars, make(), output, kinds=["csv"], batch_size=1, on_result=count)
     assert len(seen) == 24
     assert at_first_save[0] <= bound

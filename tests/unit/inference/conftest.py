@@ -24,7 +24,7 @@ RATE = 10
 SIZE = (64, 96)
 
 
-def picture(index: int, size: tuple[int, int] = SIZE) -> np.ndarray:
+def frame_pixels(index: int, size: tuple[int, int] = SIZE) -> np.ndarray:
     """A red bar on grey that moves 3 pixels a frame; its upper half is blue."""
     pixels = np.full((*size, 3), 90, np.uint8)
     left = 3 * index % (size[1] - 16)
@@ -34,9 +34,9 @@ def picture(index: int, size: tuple[int, int] = SIZE) -> np.ndarray:
 
 
 @pytest.fixture
-def bar_picture() -> Callable[[int], np.ndarray]:
+def bar_pixels() -> Callable[[int], np.ndarray]:
     """The frame of a number as it was before encoding."""
-    return picture
+    return frame_pixels
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def make(tmp_path: Path) -> Make:
             stream.codec_context.time_base = stream.time_base = Fraction(1, 1000)
             track = container.add_stream("aac", rate=44100) if sound else None
             for index in range(frames):
-                frame = av.VideoFrame.from_ndarray(picture(index, size), format="rgb24")
+                frame = av.VideoFrame.from_ndarray(frame_pixels(index, size), format="rgb24")
                 frame.pts = times[index] if times else 100 * index
                 frame.time_base = Fraction(1, 1000)
                 container.mux(stream.encode(frame))
@@ -76,6 +76,32 @@ def make(tmp_path: Path) -> Make:
         return path
 
     return made
+
+
+class Tampered:
+    """A container of PyAV's, some of its methods replaced."""
+
+    def __init__(self, container: object, methods: dict[str, object]) -> None:
+        self._container = container
+        self.__dict__ |= methods
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._container, name)
+
+
+@pytest.fixture
+def tamper(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Replace methods of the containers that are opened from now on: those for reading ("r") or for writing ("w")."""
+    original = av.open
+
+    def replace(which: str, **methods: object) -> None:
+        def opened(file: str, mode: str = "r", **options: object) -> object:
+            container = original(file, mode, **options)
+            return Tampered(container, methods) if mode == which else container
+
+        monkeypatch.setattr(av, "open", opened)
+
+    return replace
 
 
 class BarDetector:
@@ -93,9 +119,9 @@ class BarDetector:
         settings: InferenceConfig | None = None,
     ) -> list[Prediction]:
         self.batches.append(len(images))
-        return [self._look(pixels) for pixels in images]
+        return [self._detect(pixels) for pixels in images]
 
-    def _look(self, pixels: np.ndarray) -> Prediction:
+    def _detect(self, pixels: np.ndarray) -> Prediction:
         height, width = pixels.shape[:2]
         rows, columns = np.nonzero((pixels[:, :, 0] > 150) & (pixels[:, :, 1] < 90))
         box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1] if len(rows) else []

@@ -7,6 +7,7 @@ import csv
 import io
 import os
 import re
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -122,22 +123,22 @@ def check_folder(folder: Path) -> None:
 # --- Writers -----------------------------------------------------------------------------------------------------------
 
 
-class Writer:
+class Writer(ABC):
     """Writes results, one after the other."""
 
     def prepare(self, result: Any) -> Any:
         """Do the work that needs no order (drawing, encoding); threads call this at once."""
         return result
 
+    @abstractmethod
     def add(self, result: Any, prepared: Any) -> None:
         """Write, or keep, a result; called in the results' order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self) -> list[Path]:
         """Write what is written at the end, and return the files and folders that were made."""
-        raise NotImplementedError
 
-    def abandon(self) -> None:
+    def abandon(self) -> None:  # noqa: B027 most writers leave nothing incomplete
         """Remove what is not complete; nothing where it is."""
 
 

@@ -29,14 +29,15 @@ from typing import Any
 
 import torch
 
-from proxydet.config import merge, parse_overrides, to_mapping
+from proxydet.config import merge, parse_overrides
 from proxydet.recipes import RunConfig, r50, tiny
-from proxydet.runtime.determinism_worker import Bench, Job, _resident_mib
+from proxydet.runtime.determinism import LVIS_CLASSES, Bench, resident_mib
+from proxydet.runtime.modes import apply_mode
 from proxydet.runtime.roi_align import (
     RoiGeometry,
-    apply_mode,
     kernel_backward,
     published_roi_align,
+    roi_align,
     separable_backward,
     strict_roi_align,
 )
@@ -149,7 +150,7 @@ def measure_gradients(scales: tuple[float, ...] = (1.0, 1e-2, 1e-4, 1e-6)) -> di
 
 def measure_network() -> dict[str, Any]:
     """Share of the gradient through RoIAlign that is below half precision's reach, in a step of R50 on one image."""
-    from proxydet.runtime import roi_operators
+    from proxydet.runtime import roi_align
 
     overrides = [
         "data.boxes.batch_size=1",
@@ -164,17 +165,9 @@ def measure_network() -> dict[str, Any]:
         pieces.append(gradient[gradient != 0].abs())
         return gradient
 
-    roi_operators.kernel_backward = listen
-    job = Job(
-        configuration=to_mapping(config),
-        mode="published",
-        device="cpu",
-        steps=1,
-        repetitions=1,
-        classes=1203,
-    )
+    roi_align.kernel_backward = listen
     apply_mode("published")
-    Bench(config, job).step()
+    Bench(config, device="cpu", classes=LVIS_CLASSES).step()
     sizes = torch.cat(pieces)
     least = torch.finfo(torch.float16).smallest_normal * torch.finfo(torch.float16).eps / 2
     return {
@@ -213,7 +206,7 @@ def one_memory(case: str, name: str) -> dict[str, float]:
     grad = torch.randn((count, CHANNELS, bins, bins))
     backward = {"off": kernel_backward, "strict": separable_backward}[name]
     few = backward(grad[:1], boxes[:1], (8, CHANNELS, 2, 2), geometry)
-    before = _resident_mib()
+    before = resident_mib()
     start = time.process_time()
     result = backward(grad, boxes, shape, geometry)
     seconds = time.process_time() - start
@@ -272,10 +265,7 @@ class _StrictOnAnyDevice:
 
     @staticmethod
     def run(features: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-        from proxydet.runtime.roi_align import _RoiAlign
-
-        pooled: torch.Tensor = _RoiAlign.apply(features, boxes, P3, separable_backward)
-        return pooled
+        return roi_align(features, boxes, P3, separable_backward)
 
 
 def _wait(device: str) -> None:

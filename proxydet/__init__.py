@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from proxydet.detector import Detector
     from proxydet.evaluation.detector_evaluation import evaluate
     from proxydet.export.exporter import export_detector
-    from proxydet.runtime.environment import environment
+    from proxydet.runtime.report import environment
     from proxydet.runtime.roi_verify import verify_roi_align
     from proxydet.training.train import train
     from proxydet.vocabulary.vocabulary import Vocabulary
@@ -43,7 +43,7 @@ _HOME = {
     "Detector": "proxydet.detector",
     "Vocabulary": "proxydet.vocabulary.vocabulary",
     "download": "proxydet.artifacts.downloader",
-    "environment": "proxydet.runtime.environment",
+    "environment": "proxydet.runtime.report",
     "evaluate": "proxydet.evaluation.detector_evaluation",
     "export_detector": "proxydet.export.exporter",
     "train": "proxydet.training.train",

@@ -28,9 +28,9 @@ from proxydet._version import __version__
 from proxydet.errors import InputError
 from proxydet.files import read_json, write_json
 from proxydet.paths import run_in
-from proxydet.runtime.environment import EnvironmentReport, environment
 from proxydet.runtime.modes import Mode
-from proxydet.runtime.report import ask
+from proxydet.runtime.processes import run_program
+from proxydet.runtime.report import EnvironmentReport, environment
 from proxydet.wording import json_text
 
 MANIFEST_NAME = "manifest.json"
@@ -249,8 +249,8 @@ def _source_trees() -> dict[str, str | None]:
     trees = {"proxydet": Path(proxydet.__file__).parent, "working_folder": Path.cwd()}
     state: dict[str, str | None] = {"proxydet.source": source_digest(trees["proxydet"])}
     for name, folder in trees.items():
-        state[f"{name}.commit"] = ask(["git", "-C", str(folder), "rev-parse", "HEAD"]).value
-        changes = ask(["git", "-C", str(folder), "diff", "HEAD", "--", "."]).value
+        state[f"{name}.commit"] = run_program(["git", "-C", str(folder), "rev-parse", "HEAD"]).value
+        changes = run_program(["git", "-C", str(folder), "diff", "HEAD", "--", "."]).value
         digest = hashlib.sha256(changes.encode()).hexdigest() if changes else None
         state[f"{name}.uncommitted"] = digest
     return state

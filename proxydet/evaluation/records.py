@@ -21,8 +21,8 @@ from proxydet.manifest import (
     read_manifest,
     write_run_records,
 )
-from proxydet.runtime.environment import environment
 from proxydet.runtime.modes import Mode
+from proxydet.runtime.report import environment
 
 RESULTS = "results"
 """What the results file that was scored is called in the configuration and among the digests."""
@@ -108,6 +108,6 @@ def _torch_at_work() -> bool:
 def _mode() -> Mode:
     if not _torch_at_work():
         return "off"
-    from proxydet.runtime.roi_align import current_mode
+    from proxydet.runtime.modes import current_mode
 
     return current_mode()

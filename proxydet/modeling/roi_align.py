@@ -27,7 +27,7 @@ from torch.nn.functional import embedding_bag
 
 from proxydet.modeling.config import CascadeConfig
 from proxydet.modeling.geometry import areas
-from proxydet.runtime.roi_align import current_mode
+from proxydet.runtime.modes import current_mode
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Writes the published RoIAlign change into an installed detectron2, and takes it out again byte for byte.
 
 ``proxydet patch`` is for other code that uses detectron2: proxydet's own training makes the change at run time
-(:mod:`proxydet.runtime.roi_align`). The change (detectron2 issue 4723) has three parts: features and boxes are cast to
+(:mod:`proxydet.runtime.modes`). The change (detectron2 issue 4723) has three parts: features and boxes are cast to
 half and then to double, and the result is cast back to the dtype of the features.
 
 A file is recognised by the digest of its code, without comments, docstrings and layout; the change is three
@@ -28,8 +28,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from proxydet._version import __version__
-from proxydet.errors import EnvironmentProblem, MissingDependencyError
+from proxydet.errors import EnvironmentProblem
 from proxydet.files import staged
+from proxydet.runtime.detectron2 import locate_detectron2, package_folder
 
 PatchState = Literal["original", "applied", "half", "altered", "missing"]
 """As detectron2 0.6 ships it; with the published change; with a part of it; anything else; no such file."""
@@ -65,6 +66,9 @@ _PARTS = {
     ),
 }
 """Part of the change -> pattern and replacement in a file's text; the changed and the original form in its code."""
+
+_ORIGINAL = ".proxydet-original"
+_RECORD = ".proxydet-patch.json"
 
 _UNCHECKED_HASH = 0b01
 """Flags of a compiled file that names a hash of its source and asks Python not to compare it (PEP 552)."""
@@ -102,7 +106,7 @@ class PatchStatus:
     """``original``, ``applied``, ``half`` or ``altered`` code, or ``missing``."""
 
     reason: str
-    """Why it counts as that, one sentence."""
+    """Why, one sentence."""
 
     digest: str | None = None
     """SHA-256 of the file; None where it is missing."""
@@ -194,19 +198,9 @@ def roi_align_files(search_path: Sequence[str] | None = None) -> tuple[Path, ...
             if (package / "__init__.py").is_file():
                 packages.append(package)
         except PermissionError:
-            continue  # Python, too, passes over folders of its path that this user may not read.
+            continue  # Python, too, skips folders of its path that this user may not read.
     files = [(package / "layers" / "roi_align.py").resolve() for package in packages]
     return tuple(dict.fromkeys(files))
-
-
-def package_folder(name: str) -> Path | None:
-    """Return the folder of the package that Python would import, without importing it; None where there is none."""
-    try:
-        spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError):
-        # Something refuses its import, or put a module without a spec in its place.
-        return None
-    return Path(spec.origin).parent if spec is not None and spec.origin is not None else None
 
 
 def file_in_use() -> Path:
@@ -215,10 +209,7 @@ def file_in_use() -> Path:
     Raises:
         MissingDependencyError: There is no detectron2.
     """
-    files = roi_align_files()
-    if not files:
-        raise MissingDependencyError("detectron2 is not installed.", hint="run: proxydet setup")
-    return files[0]
+    return (locate_detectron2() / "layers" / "roi_align.py").resolve()
 
 
 # ---- what a file holds -----------------------------------------------------------------------------------------------
@@ -243,7 +234,8 @@ def patch_status(file: Path) -> PatchStatus:
     source = file.read_bytes()
     state, reason, diff = _recognise(source)
     record = None
-    kept, path = _kept_original(file), _record_path(file)
+    kept_file, path = (file.with_name(f"{file.name}{suffix}") for suffix in (_ORIGINAL, _RECORD))
+    kept = kept_file.read_bytes() if kept_file.is_file() else None
     if path.is_file() and kept is not None:
         try:
             record = PatchRecord(**json.loads(path.read_text(encoding="utf-8")))
@@ -353,19 +345,6 @@ def _digest(source: bytes) -> str:
     return hashlib.sha256(source).hexdigest()
 
 
-def _original_path(file: Path) -> Path:
-    return file.with_name(f"{file.name}.proxydet-original")
-
-
-def _record_path(file: Path) -> Path:
-    return file.with_name(f"{file.name}.proxydet-patch.json")
-
-
-def _kept_original(file: Path) -> bytes | None:
-    path = _original_path(file)
-    return path.read_bytes() if path.is_file() else None
-
-
 def _obstacle(file: Path) -> str:
     """Return why this user may not replace a file and delete its compiled forms; empty where they may."""
 
@@ -378,7 +357,7 @@ def _obstacle(file: Path) -> str:
         owner = file.stat()
         mine = owner.st_uid == os.geteuid() and owner.st_gid in {os.getegid(), *os.getgroups()}
         if not mine:
-            return "it belongs to another user or group, which the new file could not be given to"
+            return "it belongs to another user or group, which the new file cannot belong to"
     fixed = [path for path in _bytecode_files(file) if not may_change(path.parent)]
     return f"its compiled file may not be deleted: {fixed[0]}" if fixed else ""
 
@@ -396,7 +375,7 @@ def _bytecode_files(file: Path) -> tuple[Path, ...]:
 
 
 def apply_patch(file: Path, *, dry_run: bool = False) -> PatchChange:
-    """Write the published change into a ``roi_align.py``; does nothing where it is there already.
+    """Write the published change into a ``roi_align.py``; does nothing where it is present already.
 
     Args:
         file: The file.
@@ -421,14 +400,14 @@ def apply_patch(file: Path, *, dry_run: bool = False) -> PatchChange:
             proxydet=__version__,
         )
         # The original and the record come first: whatever stops us later, they describe the file truly.
-        _replace(_original_path(status.file), source, like=status.file)
         text = json.dumps(asdict(record), indent=2) + os.linesep
-        _replace(_record_path(status.file), text.encode(), like=status.file)
+        for suffix, content in ((_ORIGINAL, source), (_RECORD, text.encode())):
+            _replace(status.file.with_name(status.file.name + suffix), content, like=status.file)
     return _changed(status, "apply", source, changed, dry_run=dry_run)
 
 
 def revert_patch(file: Path, *, dry_run: bool = False) -> PatchChange:
-    """Put the original ``roi_align.py`` back, byte for byte; does nothing where it is there already.
+    """Restore the original ``roi_align.py``, byte for byte; does nothing where it is present already.
 
     Args:
         file: The file.
@@ -443,27 +422,26 @@ def revert_patch(file: Path, *, dry_run: bool = False) -> PatchChange:
     status, source = _expected(file)
     original = source
     if status.state == "applied":
-        kept = _kept_original(status.file)
-        if status.record is None or kept is None:
+        if status.record is None:
             raise EnvironmentProblem(
                 f"{status.file} carries the published change, but proxydet did not write it (or its kept "
                 "original is gone), so there is nothing to restore.",
                 hint="reinstall detectron2 to have its original file",
                 path=status.file,
             )
+        original = status.file.with_name(status.file.name + _ORIGINAL).read_bytes()
         if status.record.after != _digest(source):
             labels = ("as applied", "found")
-            changes = _diff(_with_change(kept), source, status.file.name, labels)
+            changes = _diff(_with_change(original), source, status.file.name, labels)
             raise EnvironmentProblem(
                 f"{status.file} was changed after the patch was applied; it is left alone.\n\n{changes}",
                 hint="undo that change, or reinstall detectron2",
                 path=status.file,
             )
-        original = kept
     change = _changed(status, "revert", source, original, dry_run=dry_run)
     if not dry_run and status.writable:
-        _record_path(status.file).unlink(missing_ok=True)
-        _original_path(status.file).unlink(missing_ok=True)
+        for suffix in (_RECORD, _ORIGINAL):
+            status.file.with_name(status.file.name + suffix).unlink(missing_ok=True)
     return change
 
 
@@ -496,7 +474,7 @@ def _changed(
     *,
     dry_run: bool,
 ) -> PatchChange:
-    """Put the new text in place, delete compiled files that Python would run instead of it, and report both."""
+    """Write the new text, delete compiled files that Python would run instead of it, and report both."""
     removed: tuple[Path, ...] = ()
     if not dry_run and (before != after or status.stale_bytecode):
         _require_writable(status)
@@ -518,7 +496,7 @@ def _changed(
 
 
 def _replace(file: Path, content: bytes, *, like: Path) -> None:
-    """Put new content in a file's place with the owner and permissions of ``like``; hard links keep the old content."""
+    """Replace a file, with the owner and permissions of ``like``; hard links keep the old content."""
     info = like.stat()
     # A link may lead to a copy that other environments share.
     with staged(file, follow_links=False) as temporary:

@@ -1,46 +1,27 @@
-"""The reproducibility modes and their RoIAlign, applied to the running process with no edit of any installed file.
-
-``off``
-    Nothing is changed.
-``published``
-    The flags of the published training (cuDNN deterministic, no benchmark, deterministic algorithms,
-    ``CUBLAS_WORKSPACE_CONFIG=:4096:8``) and its RoIAlign (features and boxes rounded to half precision).
-``strict``
-    The same flags, and a RoIAlign with unrounded values whose backward pass adds in a fixed order.
-
-The modes replace ``detectron2.layers.ROIAlign.forward``, the one method through which detectron2's poolers reach
-the operator, so they act alike whether or not the installed file carries the published change.
+"""RoIAlign as the reproducibility modes need it: the published one, and one whose backward pass repeats itself.
 
 torchvision's CUDA kernel adds the gradient of every sample to its four feature cells with atomic additions, whose
 order changes from run to run. RoIAlign is linear in the features and separable: a bin's value is the mean over a
 grid of bilinear samples, so it is ``sum_hw along_y[p, h] along_x[q, w] features[h, w]``. Its gradient is then two
 matrix products a box, summed over the boxes of an image by one more, and matrix products add in a fixed order
-(on CUDA: with ``CUBLAS_WORKSPACE_CONFIG=:4096:8``).
+(on CUDA: with ``CUBLAS_WORKSPACE_CONFIG=:4096:8``). :mod:`proxydet.runtime.modes` puts both in detectron2's place.
 
 Letters in names: N images, C channels, H x W feature cells, K boxes, P x Q bins of a pooled box.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
-
-import proxydet.runtime.d2  # noqa: F401
+from typing import Any
 
 import torch
 import torchvision  # noqa: F401  # its import registers torch.ops.torchvision
-from detectron2.layers import ROIAlign
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from proxydet.errors import ConfigError
-from proxydet.runtime.modes import CUBLAS_VARIABLE, CUBLAS_WORKSPACE, MODES, Mode
-
-_CHUNK_BYTES = 128 * 2**20
+CHUNK_BYTES = 128 * 2**20
+"""Most memory of one piece of the separable backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +38,7 @@ class RoiGeometry:
     """Samples a bin along each axis; 0 takes as many as the bin covers cells."""
 
     aligned: bool
-    """Whether pixel centres lie at half-integer coordinates (detectron2's ``ROIAlignV2``)."""
+    """Whether pixel centers lie at half-integer coordinates (detectron2's ``ROIAlignV2``)."""
 
 
 Backward = Callable[[Tensor, Tensor, "tuple[int, int, int, int]", RoiGeometry], Tensor]
@@ -81,8 +62,8 @@ def published_roi_align(features_NCHW: Tensor, boxes_K5: Tensor, geometry: RoiGe
         below 3e-8 and are infinite beyond 65,504.
     """
     rounded = features_NCHW.half().double()
-    pooled: Tensor = _RoiAlign.apply(rounded, boxes_K5.half().double(), geometry, kernel_backward)
-    return pooled.to(dtype=features_NCHW.dtype)
+    pooled_KCPQ = roi_align(rounded, boxes_K5.half().double(), geometry, kernel_backward)
+    return pooled_KCPQ.to(dtype=features_NCHW.dtype)
 
 
 def strict_roi_align(features_NCHW: Tensor, boxes_K5: Tensor, geometry: RoiGeometry) -> Tensor:
@@ -98,9 +79,25 @@ def strict_roi_align(features_NCHW: Tensor, boxes_K5: Tensor, geometry: RoiGeome
     """
     # On a CPU torchvision's backward kernel is one serial loop: its order is fixed as it is.
     backward = kernel_backward if features_NCHW.device.type == "cpu" else separable_backward
-    boxes_K5 = boxes_K5.to(dtype=features_NCHW.dtype)
-    pooled: Tensor = _RoiAlign.apply(features_NCHW, boxes_K5, geometry, backward)
-    return pooled
+    return roi_align(features_NCHW, boxes_K5.to(dtype=features_NCHW.dtype), geometry, backward)
+
+
+def roi_align(
+    features_NCHW: Tensor, boxes_K5: Tensor, geometry: RoiGeometry, backward: Backward
+) -> Tensor:
+    """RoIAlign by torchvision's kernel, with a backward pass of choice.
+
+    Args:
+        features_NCHW: Float32 or float64 on the CPU, also half on a GPU.
+        boxes_K5: Image index, then x1, y1, x2, y2 in pixels; of the same dtype.
+        geometry: Bins, scale and sampling.
+        backward: `kernel_backward` or `separable_backward`.
+
+    Returns:
+        Pooled features (K, C, P, Q).
+    """
+    pooled_KCPQ: Tensor = _RoiAlign.apply(features_NCHW, boxes_K5, geometry, backward)
+    return pooled_KCPQ
 
 
 class _RoiAlign(torch.autograd.Function):
@@ -144,7 +141,11 @@ def kernel_backward(
         Gradient of the features (N, C, H, W).
     """
     rows, columns = geometry.output_size
-    with _nondeterminism_allowed():
+    # torchvision 0.16 and later refuse this kernel under deterministic algorithms; 0.12, the published one, did not.
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
         grad_NCHW: Tensor = torch.ops.torchvision._roi_align_backward(
             grad_KCPQ,
             boxes_K5,
@@ -155,19 +156,9 @@ def kernel_backward(
             geometry.sampling_ratio,
             geometry.aligned,
         )
-    return grad_NCHW
-
-
-@contextmanager
-def _nondeterminism_allowed() -> Iterator[None]:
-    # torchvision 0.16 and later refuse this kernel under deterministic algorithms; 0.12, the published one, did not.
-    enabled = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(False)
-    try:
-        yield
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+    return grad_NCHW
 
 
 def separable_backward(
@@ -176,7 +167,7 @@ def separable_backward(
     """Gradient of RoIAlign as matrix products, added in a fixed order.
 
     Equal to the kernel's gradient up to the rounding of sums. Each image's boxes are multiplied in pieces, one after
-    the other: beside its result, the interpolation matrices and two copies of a piece's gradient it takes at most
+    the other: besides its result, the interpolation matrices and two copies of a piece's gradient it takes at most
     128 MiB.
 
     Args:
@@ -193,30 +184,22 @@ def separable_backward(
     grad_NCHW = torch.zeros(shape, dtype=dtype, device=grad_KCPQ.device)
     boxes_K4 = boxes_K5[:, 1:].to(dtype)
     along_y_KPH, along_x_KQW = interpolation_matrices(boxes_K4, (height, width), geometry)
-    piece = max(1, _CHUNK_BYTES // (geometry.output_size[0] * channels * width * dtype.itemsize))
-    for image, members in _boxes_by_image(boxes_K5, images):
-        for some in torch.split(members, piece):
-            grad_kPCQ = grad_KCPQ[some].to(dtype).transpose(1, 2)
-            grad_NCHW[image] += _gradient_of_image(grad_kPCQ, along_y_KPH[some], along_x_KQW[some])
-    return grad_NCHW.to(grad_KCPQ.dtype)
-
-
-def _boxes_by_image(boxes_K5: Tensor, images: int) -> Iterator[tuple[int, Tensor]]:
-    """Yield each image that has boxes, with their positions in ascending order; waits for the device once."""
+    piece = max(1, CHUNK_BYTES // (geometry.output_size[0] * channels * width * dtype.itemsize))
     owner_K = boxes_K5[:, 0].long()
-    counts = torch.bincount(owner_K, minlength=images).tolist()
+    counts = torch.bincount(owner_K, minlength=images).tolist()  # waits for the device once
     by_image = torch.split(owner_K.argsort(stable=True), counts)
-    yield from ((image, members) for image, members in enumerate(by_image) if counts[image])
-
-
-def _gradient_of_image(grad_kPCQ: Tensor, along_y_kPH: Tensor, along_x_kQW: Tensor) -> Tensor:
-    boxes, rows, channels, columns = grad_kPCQ.shape
-    height, width = along_y_kPH.shape[2], along_x_kQW.shape[2]
-    widened = torch.bmm(grad_kPCQ.reshape(boxes, rows * channels, columns), along_x_kQW)
-    by_row = along_y_kPH.reshape(boxes * rows, height).T @ widened.reshape(
-        boxes * rows, channels * width
-    )
-    return by_row.reshape(height, channels, width).transpose(0, 1)
+    for image, members in enumerate(by_image):
+        for some in torch.split(members, piece) if counts[image] else ():
+            grad_kPCQ = grad_KCPQ[some].to(dtype).transpose(1, 2)
+            boxes, rows, _, columns = grad_kPCQ.shape
+            widened = torch.bmm(
+                grad_kPCQ.reshape(boxes, rows * channels, columns), along_x_KQW[some]
+            )
+            by_row = along_y_KPH[some].reshape(boxes * rows, height).T @ widened.reshape(
+                boxes * rows, channels * width
+            )
+            grad_NCHW[image] += by_row.reshape(height, channels, width).transpose(0, 1)
+    return grad_NCHW.to(grad_KCPQ.dtype)
 
 
 def interpolation_matrices(
@@ -261,134 +244,3 @@ def _weights_of_axis(
         hat_KPH = (1 - distance_KPH).clamp(min=0)
         weights_KPH += torch.where(counted_KP[:, :, None], hat_KPH, 0)
     return weights_KPH / samples_K.clamp(min=1)[:, None, None]
-
-
-_logger = logging.getLogger(__name__)
-
-_OPERATORS: dict[Mode, Callable[[Tensor, Tensor, RoiGeometry], Tensor]] = {
-    "published": published_roi_align,
-    "strict": strict_roi_align,
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class _State:
-    forward: Callable[..., Tensor]
-    deterministic: bool
-    warn_only: bool
-    cudnn_deterministic: bool
-    cudnn_benchmark: bool
-    cublas_workspace: str | None
-
-
-_active: Mode = "off"
-_before: _State | None = None
-
-
-def current_mode() -> Mode:
-    """Return the mode that this process runs in."""
-    return _active
-
-
-def apply_mode(mode: Mode) -> Mode:
-    """Put the process into a reproducibility mode; going back to ``off`` restores what was there before.
-
-    Call it before the process first uses CUDA: cuBLAS reads its setting only once. Idempotent.
-
-    Args:
-        mode: ``"off"``, ``"published"`` or ``"strict"``.
-
-    Returns:
-        The mode before the call.
-
-    Raises:
-        ConfigError: There is no such mode.
-    """
-    global _active, _before
-    if mode not in MODES:
-        raise ConfigError(
-            f"There is no reproducibility mode {mode!r}.", hint=f"choose one of {', '.join(MODES)}"
-        )
-    previous = _active
-    if mode == previous:
-        return previous
-    if _before is None:
-        _before = _read_state()
-    if mode == "off":
-        _restore_state(_before)
-        _before = None
-    else:
-        _set_flags()
-        ROIAlign.forward = _forward_with(_OPERATORS[mode])
-    _active = mode
-    _logger.info("reproducibility mode: %s", mode)
-    return previous
-
-
-@contextmanager
-def reproducibility_mode(mode: Mode) -> Iterator[None]:
-    """Run a block in a mode and go back to the mode before it.
-
-    Args:
-        mode: ``"off"``, ``"published"`` or ``"strict"``.
-
-    Raises:
-        ConfigError: There is no such mode.
-    """
-    previous = apply_mode(mode)
-    try:
-        yield
-    finally:
-        apply_mode(previous)
-
-
-def _forward_with(
-    operator: Callable[[Tensor, Tensor, RoiGeometry], Tensor],
-) -> Callable[[Any, Tensor, Tensor], Tensor]:
-    def forward(self: Any, input: Tensor, rois: Tensor) -> Tensor:
-        size = self.output_size
-        geometry = RoiGeometry(
-            output_size=(size, size) if isinstance(size, int) else (int(size[0]), int(size[1])),
-            spatial_scale=self.spatial_scale,
-            sampling_ratio=self.sampling_ratio,
-            aligned=self.aligned,
-        )
-        return operator(input.dequantize() if input.is_quantized else input, rois, geometry)
-
-    return forward
-
-
-def _read_state() -> _State:
-    return _State(
-        forward=cast("Callable[..., Tensor]", ROIAlign.forward),
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-        warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
-        cudnn_deterministic=torch.backends.cudnn.deterministic,
-        cudnn_benchmark=torch.backends.cudnn.benchmark,
-        cublas_workspace=os.environ.get(CUBLAS_VARIABLE),
-    )
-
-
-def _restore_state(state: _State) -> None:
-    ROIAlign.forward = state.forward
-    torch.use_deterministic_algorithms(state.deterministic, warn_only=state.warn_only)
-    torch.backends.cudnn.deterministic = state.cudnn_deterministic
-    torch.backends.cudnn.benchmark = state.cudnn_benchmark
-    if state.cublas_workspace is None:
-        os.environ.pop(CUBLAS_VARIABLE, None)
-    else:
-        os.environ[CUBLAS_VARIABLE] = state.cublas_workspace
-
-
-def _set_flags() -> None:
-    if os.environ.get(CUBLAS_VARIABLE) != CUBLAS_WORKSPACE:
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            _logger.warning(
-                "%s=%s comes too late for this process, which has used CUDA before: set it before the start",
-                CUBLAS_VARIABLE,
-                CUBLAS_WORKSPACE,
-            )
-        os.environ[CUBLAS_VARIABLE] = CUBLAS_WORKSPACE
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,35 +19,35 @@ RANKS: tuple[Suspicion, ...] = ("decides results", "changes last bits", "unlikel
 Suspect = tuple[Suspicion, str]
 """A rank and its reason."""
 
-_PLACE: Suspect = ("harmless", "it is a file's place; what counts is its digest")
-_SPREAD: Suspect = ("decides results", "the batch is spread and drawn otherwise")
-_INTERVALS: Suspect = ("harmless", "it only makes the intervals")
+_PATH: Suspect = ("harmless", "it is a file's path; its digest counts")
+_SPREAD: Suspect = ("decides results", "the batch is spread and drawn differently")
+_INTERVALS: Suspect = ("harmless", "only the confidence intervals use it")
 
-# What a configuration key decides, by its first words; anything else decides results.
+# By the first words of a configuration key; any other key decides results.
 _TRAINING: dict[str, Suspect] = {
-    "data.cache": ("harmless", "it is a folder's place; the digests say what was read"),
-    "data.description": ("unlikely", "the digests say which annotations were read"),
+    "data.cache": ("harmless", "it is a folder's path; the digests show what was read"),
+    "data.description": ("unlikely", "the digests show which annotations were read"),
     "data.prefetch": ("harmless", "batches are the same with any"),
-    "data.test_longest_side": ("unlikely", "it does not take part in training"),
-    "data.test_shortest_side": ("unlikely", "it does not take part in training"),
-    "data.worker_timeout_s": ("harmless", "it only says how long is waited"),
+    "data.test_longest_side": ("unlikely", "training does not use it"),
+    "data.test_shortest_side": ("unlikely", "training does not use it"),
+    "data.worker_timeout_s": ("harmless", "it only sets how long is waited"),
     "data.workers": ("harmless", "batches are the same with any number"),
-    "evaluation": ("unlikely", "it does not take part in training"),
-    "inference": ("unlikely", "it does not take part in training"),
-    "training.checkpoints": ("harmless", "it only says what is kept"),
+    "evaluation": ("unlikely", "training does not use it"),
+    "inference": ("unlikely", "training does not use it"),
+    "training.checkpoints": ("harmless", "it only sets what is kept"),
     "training.device": ("changes last bits", "other kernels add in another order"),
-    "training.evaluation": ("unlikely", "it decides when is evaluated, not how is trained"),
-    "training.log": ("harmless", "it only says what is written down"),
+    "training.evaluation": ("unlikely", "it sets when to evaluate, not how to train"),
+    "training.log": ("harmless", "it only sets what is logged"),
     "training.precision": ("changes last bits", "other number formats round differently"),
     "training.threads": ("changes last bits", "on a CPU, sums are split over threads"),
-    "training.weights": _PLACE,
+    "training.weights": _PATH,
 }
 _EVALUATION: dict[str, Suspect] = {
-    "results": _PLACE,
+    "results": _PATH,
     "scoring.batch_size": ("changes last bits", "images of other sizes are padded together"),
     "scoring.bootstrap": _INTERVALS,
     "scoring.confidence": _INTERVALS,
-    "scoring.engine": ("changes last bits", "the engines agree but for rounding"),
+    "scoring.engine": ("changes last bits", "the engines differ by rounding only"),
     "scoring.seed": _INTERVALS,
 }
 
@@ -72,7 +72,7 @@ _ENVIRONMENT: dict[str, Suspect] = {
     "nccl": ("changes last bits", "it adds gradients across GPUs"),
     "torch.built_with": ("changes last bits", "on a CPU its libraries compute"),
     "roi_align": ("changes last bits", "the installed operator differs; the modes replace it"),
-    "detectron2": ("changes last bits", "layers and box arithmetic are its"),
+    "detectron2": ("changes last bits", "layers and box arithmetic are its own"),
     "variables": ("changes last bits", "they choose code paths"),
     "cpu": ("changes last bits", "on a CPU, other vector instructions add in another order"),
     "cpu.cores": ("changes last bits", "on a CPU, sums are split over its cores"),
@@ -82,74 +82,11 @@ _ENVIRONMENT: dict[str, Suspect] = {
 }
 _ELSEWHERE: Suspect = ("harmless", "it changes no number")
 
-
-class Suspects:
-    """The ranks of differences between two runs.
-
-    Args:
-        first: What one run was made from.
-        second: What the other was.
-    """
-
-    def __init__(self, first: RunManifest, second: RunManifest) -> None:
-        self._evaluations = first.kind == second.kind == "evaluation"
-        self._configuration = _EVALUATION if self._evaluations else _TRAINING
-        sources = {manifest.git.get("proxydet.source") for manifest in (first, second)}
-        self._same_source = len(sources) == 1 and None not in sources
-
-    def of_digest(self, _key: str) -> Suspect:
-        """Rank another input."""
-        return "decides results", "it is another input"
-
-    def of_seed(self, _key: str) -> Suspect:
-        """Rank another seed."""
-        if self._evaluations:
-            return _INTERVALS
-        return "decides results", "every random number derives from it"
-
-    def of_run(self, key: str) -> Suspect:
-        """Rank another kind, mode, number of processes or version of proxydet."""
-        if key == "world_size" and self._evaluations:
-            return "harmless", "results are the same for any number of processes"
-        return self._of_code() if key == "proxydet" else _RUN[key]
-
-    def of_configuration(self, key: str) -> Suspect:
-        """Rank another value of the configuration, by its dotted key."""
-        for prefix, suspect in self._configuration.items():
-            if key == prefix or key.startswith(f"{prefix}."):
-                return suspect
-        return "decides results", "the runs were told different things"
-
-    def of_source(self, key: str) -> Suspect:
-        """Rank another state of a source tree."""
-        if key.startswith("proxydet."):
-            return self._of_code()
-        return "unlikely", "the working folder's own code, where it takes part"
-
-    def of_package(self, key: str) -> Suspect:
-        """Rank another version of a package; those that compute are fields of the environment, too."""
-        return self.of_environment("Pillow" if key == "pillow" else key)
-
-    def of_environment(self, key: str) -> Suspect:
-        """Rank another value of a field of the environment report."""
-        return _ENVIRONMENT.get(key, _ELSEWHERE)
-
-    def _of_code(self) -> Suspect:
-        if self._same_source:
-            return "harmless", "the files of the package are the same"
-        return _RUN["proxydet"]
-
-
-_ABSENT = "(absent)"
-
-_SAID_ELSEWHERE = frozenset({"seed", "reproducibility"})
+_IN_MANIFEST = frozenset({"seed", "reproducibility"})
 """Keys of a training's configuration that are its seeds and its mode, too."""
 
-_NO_LOSSES = "The runs recorded no losses of the same iterations. "
-_NO_SUSPECT = "Nothing recorded that acts on results differs."
-
 _NEVER_ALIKE = frozenset({"disk", "proxydet"})
-"""Fields of the environment that differ between any two runs (free space), or stand in the manifest too."""
+"""Fields of the environment that differ between any two runs (free space), or are in the manifest too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,31 +134,54 @@ def compare_runs(first: Path, second: Path) -> RunComparison:
         second: Another.
 
     Returns:
-        The differences, ranked, and where the losses part.
+        The differences, ranked, and where the losses diverge.
 
     Raises:
         InputError: A folder does not hold the records of a run.
     """
-    one, other = read_run_records(first), read_run_records(second)
-    suspects = Suspects(one[0], other[0])
+    (manifest, report), (other_manifest, other_report) = map(read_run_records, (first, second))
     found = [
-        *_manifest_differences(one[0], other[0], suspects),
+        *_manifest_differences(manifest, other_manifest),
         *_environment_differences(
-            one[1], other[1], suspects, one_mode=one[0].mode == other[0].mode
+            report, other_report, same_mode=manifest.mode == other_manifest.mode
         ),
     ]
     ranked = tuple(sorted(found, key=lambda d: RANKS.index(d.suspicion)))
-    losses = [_losses(folder_of(run) / "metrics.jsonl") for run in (first, second)]
-    common = sorted(losses[0].keys() & losses[1].keys())
-    divergence = next((i for i in common if not _equal(losses[0][i], losses[1][i])), None)
+    losses, other_losses = (_losses(folder_of(run)) for run in (first, second))
+    common = sorted(losses.keys() & other_losses.keys())
+    divergence = next((i for i in common if not _equal(losses[i], other_losses[i])), None)
+
+    suspects = ""
+    for suspicion, text in (
+        ("decides results", "The first suspects decide results"),
+        ("changes last bits", "What differs changes last bits, which grow with the steps"),
+    ):
+        keys = [d.key for d in ranked if d.suspicion == suspicion]
+        if keys:
+            suspects = f"{text}: {', '.join(keys[:3])}."
+            break
     if divergence is not None:
-        cause = _suspicion(ranked) or _unexplained({one[0].mode, other[0].mode})
-        conclusion = f"The losses part at the record of iteration {divergence}. {cause}"
+        conclusion = f"The losses diverge at the record of iteration {divergence}. "
+        if suspects:
+            conclusion += suspects
+        elif {manifest.mode, other_manifest.mode} == {"strict"}:
+            conclusion += (
+                "Nothing recorded explains a difference: in mode strict that is a bug to report."
+            )
+        else:
+            conclusion += (
+                "Nothing recorded explains a difference; outside mode strict, sums in changing order do: "
+                "run: proxydet verify determinism"
+            )
     elif common:
-        conclusion = _all_equal(losses, len(common))
+        conclusion = f"The losses of all {len(common)} common records are equal."
+        end, other_end = sorted((max(losses), max(other_losses)))
+        if end != other_end:
+            conclusion += f" The records of one run end at iteration {end}, those of the other at {other_end}."
     else:
-        trained = {one[0].kind, other[0].kind} == {"training"}
-        conclusion = f"{_NO_LOSSES if trained else ''}{_suspicion(ranked) or _NO_SUSPECT}"
+        conclusion = suspects or "Nothing recorded that acts on results differs."
+        if manifest.kind == other_manifest.kind == "training":
+            conclusion = f"The runs recorded no losses of the same iterations. {conclusion}"
     return RunComparison(
         differences=ranked,
         first_divergence=divergence,
@@ -230,57 +190,73 @@ def compare_runs(first: Path, second: Path) -> RunComparison:
     )
 
 
-def _all_equal(losses: Sequence[Mapping[int, object]], records: int) -> str:
-    equal = f"The losses of all {records} common records are equal."
-    first, last = sorted(max(side) for side in losses)
-    if first == last:
-        return equal
-    return f"{equal} The records of one run end at iteration {first}, those of the other at {last}."
+def _manifest_differences(first: RunManifest, second: RunManifest) -> Iterator[Difference]:
+    evaluations = first.kind == second.kind == "evaluation"
+    source = first.git.get("proxydet.source")
+    same_code = source is not None and source == second.git.get("proxydet.source")
+    code: Suspect = (
+        ("harmless", "the files of the package are the same") if same_code else _RUN["proxydet"]
+    )
+    seed: Suspect = (
+        _INTERVALS if evaluations else ("decides results", "every random number derives from it")
+    )
+    run = {**_RUN, "proxydet": code}
+    if evaluations:
+        run["world_size"] = "harmless", "results are the same for any number of processes"
 
+    def of_setting(key: str) -> Suspect:
+        for prefix, suspect in (_EVALUATION if evaluations else _TRAINING).items():
+            if key == prefix or key.startswith(f"{prefix}."):
+                return suspect
+        return "decides results", "the runs had different settings"
 
-def _manifest_differences(
-    first: RunManifest, second: RunManifest, suspects: Suspects
-) -> Iterator[Difference]:
-    yield from _compare("digests", first.digests, second.digests, suspects.of_digest)
-    yield from _compare("seeds", first.seeds, second.seeds, suspects.of_seed)
-    yield from _compare("", _one(first), _one(second), suspects.of_run)
-    told = [_configuration(manifest) for manifest in (first, second)]
-    yield from _compare("configuration", told[0], told[1], suspects.of_configuration)
-    yield from _compare("git", first.git, second.git, suspects.of_source)
-    yield from _compare("packages", first.packages, second.packages, suspects.of_package)
+    def of_source(key: str) -> Suspect:
+        if key.startswith("proxydet."):
+            return code
+        return "unlikely", "the working folder's own code, where a run uses it"
 
+    def settings(manifest: RunManifest) -> dict[str, object]:
+        hidden = _IN_MANIFEST if manifest.kind == "training" else frozenset()
+        flat = _flat(manifest.configuration)
+        return {key: value for key, value in flat.items() if key not in hidden}
 
-def _configuration(manifest: RunManifest) -> dict[str, object]:
-    said = _SAID_ELSEWHERE if manifest.kind == "training" else frozenset()
-    flat = _flat(manifest.configuration)
-    return {key: value for key, value in flat.items() if key not in said}
+    def of_digest(_key: str) -> Suspect:
+        return "decides results", "it is another input"
+
+    def of_package(key: str) -> Suspect:
+        # Those that compute are fields of the environment, too.
+        return _ENVIRONMENT.get("Pillow" if key == "pillow" else key, _ELSEWHERE)
+
+    yield from _compare("digests", first.digests, second.digests, of_digest)
+    yield from _compare("seeds", first.seeds, second.seeds, lambda _: seed)
+    own = [{key: getattr(manifest, key) for key in run} for manifest in (first, second)]
+    yield from _compare("", own[0], own[1], lambda key: run[key])
+    yield from _compare("configuration", settings(first), settings(second), of_setting)
+    yield from _compare("git", first.git, second.git, of_source)
+    yield from _compare("packages", first.packages, second.packages, of_package)
 
 
 def _environment_differences(
-    first: EnvironmentReport, second: EnvironmentReport, suspects: Suspects, *, one_mode: bool
+    first: EnvironmentReport, second: EnvironmentReport, *, same_mode: bool
 ) -> Iterator[Difference]:
-    values = [
-        {field.key: _telling(field, one_mode=one_mode) for field in report.fields}
-        for report in (first, second)
-    ]
-    common = values[0].keys() & values[1].keys()
-    # A quick report did not ask torch: what it lacks is no difference.
-    keys = common if first.quick or second.quick else values[0].keys() | values[1].keys()
-    one, other = ({key: side[key] for key in keys - _NEVER_ALIKE if key in side} for side in values)
-    yield from _compare("environment", one, other, suspects.of_environment)
+    def comparable(field: Field) -> str | None:
+        """The part of a value that matters: not where a package lies, nor how much memory was free."""
+        if field.value is None:
+            return None
+        if field.key == "memory":
+            return field.value.split(",")[0]
+        if field.key == "variables" and not same_mode:
+            # The modes set this one themselves.
+            parts = field.value.split(", ")
+            kept = [part for part in parts if not part.startswith(f"{CUBLAS_VARIABLE}=")]
+            return ", ".join(kept) or "none set"
+        return field.value.split(" @")[0]
 
-
-def _telling(field: Field, *, one_mode: bool) -> str | None:
-    """Return the part of a value that says something: not where a package lies, nor how much memory was free."""
-    if field.value is None:
-        return None
-    if field.key == "memory":
-        return field.value.split(",")[0]
-    if field.key == "variables" and not one_mode:
-        # The modes set this one themselves.
-        parts = field.value.split(", ")
-        return ", ".join(p for p in parts if not p.startswith(f"{CUBLAS_VARIABLE}=")) or "none set"
-    return field.value.split(" @")[0]
+    one, other = ({f.key: comparable(f) for f in report.fields} for report in (first, second))
+    # A quick report did not ask torch: what it lacks is not a difference.
+    keys = one.keys() & other.keys() if first.quick or second.quick else one.keys() | other.keys()
+    one, other = ({k: side[k] for k in keys - _NEVER_ALIKE if k in side} for side in (one, other))
+    yield from _compare("environment", one, other, lambda key: _ENVIRONMENT.get(key, _ELSEWHERE))
 
 
 def _compare(
@@ -290,7 +266,7 @@ def _compare(
     judge: Callable[[str], Suspect],
 ) -> Iterator[Difference]:
     for key in sorted({*first, *second}):
-        values = [str(side.get(key, _ABSENT)) for side in (first, second)]
+        values = [str(side.get(key, "(absent)")) for side in (first, second)]
         if values[0] != values[1]:
             suspicion, reason = judge(key)
             yield Difference(
@@ -300,15 +276,6 @@ def _compare(
                 suspicion=suspicion,
                 reason=reason,
             )
-
-
-def _one(manifest: RunManifest) -> dict[str, object]:
-    return {
-        "kind": manifest.kind,
-        "mode": manifest.mode,
-        "world_size": manifest.world_size,
-        "proxydet": manifest.proxydet,
-    }
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
@@ -321,10 +288,10 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def _losses(path: Path) -> dict[int, dict[str, float]]:
+def _losses(folder: Path) -> dict[int, dict[str, float]]:
     return {
         record["iteration"]: record["losses"]
-        for record in JsonLines(path).read()
+        for record in JsonLines(folder / "metrics.jsonl").read()
         if isinstance(record.get("iteration"), int) and isinstance(record.get("losses"), dict)
     }
 
@@ -334,25 +301,4 @@ def _equal(first: Mapping[str, object], second: Mapping[str, object]) -> bool:
     return first.keys() == second.keys() and all(
         value == second[name] or (value != value and second[name] != second[name])
         for name, value in first.items()
-    )
-
-
-def _suspicion(ranked: tuple[Difference, ...]) -> str:
-    """What to suspect first; empty where no difference acts on results."""
-    suspects = [d.key for d in ranked if d.suspicion == "decides results"]
-    if suspects:
-        return f"The first suspects decide results: {', '.join(suspects[:3])}."
-    suspects = [d.key for d in ranked if d.suspicion == "changes last bits"]
-    if suspects:
-        first = ", ".join(suspects[:3])
-        return f"What differs changes last bits, which grow with the steps: {first}."
-    return ""
-
-
-def _unexplained(modes: set[str]) -> str:
-    if modes == {"strict"}:
-        return "Nothing recorded explains a difference: in mode strict that is a bug to report."
-    return (
-        "Nothing recorded explains a difference; outside mode strict, sums in changing order do: "
-        "run: proxydet verify determinism"
     )

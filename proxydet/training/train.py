@@ -33,7 +33,7 @@ from proxydet.manifest import build_manifest, write_run_records
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.modeling.weights import MASK_HEAD, MIXUP_BRANCH, load_weights
 from proxydet.reporting import SILENT, Progress
-from proxydet.runtime.roi_align import reproducibility_mode
+from proxydet.runtime.modes import reproducibility_mode
 from proxydet.training.checkpoint import (
     CheckpointFolder,
     TrainingState,

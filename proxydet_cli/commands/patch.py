@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from proxydet.runtime.roi_verify import RoiAlignReport
 
 app = command_app(
-    help="Make, undo and prove the published RoIAlign change in the installed detectron2. Training needs no edit: "
+    help="Apply, revert and verify the published RoIAlign change in the installed detectron2. Training needs no edit: "
     "its reproducibility mode `published` makes the change at run time."
 )
 
@@ -28,7 +28,7 @@ Detectron2 = Annotated[
 
 @app.command(epilog=examples("proxydet patch status", "proxydet patch status --json"))
 def status(json: Json = False, detectron2: Detectron2 = None) -> None:
-    """Say whether the change is there, by reading the file; changes nothing."""
+    """Report whether the change is present, by reading the file; changes nothing."""
     from proxydet.runtime.patch import patch_status
     from proxydet_cli.output import Output
 
@@ -38,7 +38,7 @@ def status(json: Json = False, detectron2: Detectron2 = None) -> None:
 
 @app.command(epilog=examples("proxydet patch apply --dry-run", "proxydet patch apply"))
 def apply(json: Json = False, dry_run: DryRun = False, detectron2: Detectron2 = None) -> None:
-    """Write the change into detectron2's layers/roi_align.py, keeping the original beside it."""
+    """Write the change into detectron2's layers/roi_align.py, keeping the original next to it."""
     from proxydet.runtime.patch import apply_patch
     from proxydet_cli.output import Output
 
@@ -48,7 +48,7 @@ def apply(json: Json = False, dry_run: DryRun = False, detectron2: Detectron2 = 
 
 @app.command(epilog=examples("proxydet patch revert --dry-run", "proxydet patch revert"))
 def revert(json: Json = False, dry_run: DryRun = False, detectron2: Detectron2 = None) -> None:
-    """Put the original file back, byte for byte."""
+    """Restore the original file, byte for byte."""
     from proxydet.runtime.patch import revert_patch
     from proxydet_cli.output import Output
 
@@ -64,7 +64,7 @@ def verify(
     ] = None,
     detectron2: Detectron2 = None,
 ) -> None:
-    """Prove which RoIAlign detectron2 runs: in a fresh interpreter, against an independent computation.
+    """Find out which RoIAlign detectron2 runs: in a fresh interpreter, against an independent computation.
 
     Exit code 0 where the published change is active, 5 where it is not or where the operator is altered.
     """

@@ -1,4 +1,4 @@
-"""``proxydet setup``: a working detectron2, and proof that it works."""
+"""``proxydet setup``: installs detectron2 if it is missing, and checks that it works."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 app = command_app()
 
-_DONE = {"found": "found and left as it is", "installed": "installed"}
+_DONE = {"found": "found and left unchanged", "installed": "installed"}
 _OPERATORS = {
     "compiled": "its compiled operators load",
     "absent": "without compiled operators, which ProxyDet does not need",
@@ -25,13 +25,13 @@ _OPERATORS = {
 
 @app.command(epilog=examples("proxydet setup", "proxydet setup --dry-run", "proxydet setup --json"))
 def setup(json: Json = False, dry_run: DryRun = False) -> None:
-    """Make a working detectron2 where none is, then check the environment.
+    """Install detectron2 if missing and check the environment.
 
     Installs detectron2 0.6 as pure Python from the package index: no compiler, checked by hash, nothing else in
     the environment changes. A detectron2 that is installed already is used as it is and never replaced. Running
-    it again does no harm. The exit code is 5 where something in the environment will fail; proxydet env says more.
+    it again does no harm. Exit code 5 where something in the environment will fail; proxydet env prints details.
     """
-    from proxydet.runtime.environment import environment
+    from proxydet.runtime.report import environment
     from proxydet.runtime.setup import set_up
     from proxydet_cli.output import Output
     from proxydet_cli.progress import show_progress

@@ -44,7 +44,7 @@ def determinism(
 ) -> None:
     """Repeat training steps and compare losses, gradients and weights bit by bit, in each mode.
 
-    Runs the steps of a recipe on batches of noise of its sizes, in two fresh processes a mode. Says whether all
+    Runs the steps of a recipe on batches of noise of its sizes, in two fresh processes a mode. Reports whether all
     repetitions are identical, where the first difference is, and what each mode costs. Exit code 5 where mode
     `strict` does not repeat itself.
     """
@@ -56,7 +56,9 @@ def determinism(
 
     unknown = sorted(set(mode or ()) - set(MODES))
     if unknown:
-        raise typer.BadParameter(f"{unknown[0]} is none of {', '.join(MODES)}", param_hint="--mode")
+        raise typer.BadParameter(
+            f"{unknown[0]} is not one of {', '.join(MODES)}", param_hint="--mode"
+        )
     if device not in {"cpu", "cuda"}:
         raise typer.BadParameter("give cpu or cuda", param_hint="--device")
     report = verify_determinism(

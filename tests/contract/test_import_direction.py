@@ -53,7 +53,6 @@ RANK = {
             "training_run",
             "runtime.run_comparison",
             "runtime.determinism",
-            "runtime.determinism_worker",
         ],
         10,
     ),

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-import proxydet.runtime.environment as environment_module
+import proxydet.runtime.report as report_module
 import proxydet.runtime.setup as install
 from proxydet.runtime.report import Field
 from proxydet.runtime.setup import SetupReport
@@ -36,7 +36,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         return state.report
 
     monkeypatch.setattr(install, "set_up", set_up)
-    monkeypatch.setattr(environment_module, "environment", lambda: state)
+    monkeypatch.setattr(report_module, "environment", lambda: state)
     return state
 
 

@@ -19,8 +19,7 @@ from proxydet.data.images import read_image
 from proxydet.data.loader import TrainingLoader, TrainingSources
 from proxydet.data.transforms import training_view
 from proxydet.errors import ConfigError, DataError, EnvironmentProblem
-from proxydet.runtime.modes import MODES, Mode
-from proxydet.runtime.roi_align import reproducibility_mode
+from proxydet.runtime.modes import MODES, Mode, reproducibility_mode
 
 BOXES = SourceConfig(batch_size=3, size=48, scale=(0.5, 2.0), ratio=1.0)
 LABELS = SourceConfig(batch_size=4, size=24, scale=(0.5, 1.5), ratio=1.5)

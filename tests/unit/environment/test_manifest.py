@@ -16,8 +16,7 @@ from proxydet.manifest import (
     source_digest,
     write_run_records,
 )
-from proxydet.runtime.environment import environment
-from proxydet.runtime.report import Field
+from proxydet.runtime.report import Field, environment
 from proxydet.runtime.run_comparison import RANKS, compare_runs
 
 REPORT = environment(quick=True)

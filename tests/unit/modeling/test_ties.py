@@ -14,8 +14,7 @@ from proxydet.losses.criterion import choose_categories
 from proxydet.modeling import nms
 from proxydet.modeling.config import InferenceConfig
 from proxydet.modeling.roi_align import RegionGrid, align_regions
-from proxydet.runtime.modes import MODES
-from proxydet.runtime.roi_align import reproducibility_mode
+from proxydet.runtime.modes import MODES, reproducibility_mode
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 SIZES = [40, nms.SHIFTED_UP_TO, nms.SHIFTED_UP_TO + 1, 6000]

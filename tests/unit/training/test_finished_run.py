@@ -14,7 +14,7 @@ from proxydet.errors import CheckpointError, InputError
 from proxydet.files import sha256
 from proxydet.manifest import build_manifest, write_run_records
 from proxydet.recipes import RunConfig, get_recipe
-from proxydet.runtime.environment import environment
+from proxydet.runtime.report import environment
 from proxydet.training.distributed import DistInfo
 from proxydet.training.runfolder import RunFolder, continue_run
 from proxydet.training_run import finished_run

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from proxydet.manifest import build_manifest, write_run_records
-from proxydet.runtime import environment as environment_module
-from proxydet.runtime.environment import environment
+from proxydet.runtime import report as report_module
+from proxydet.runtime.report import environment
 from proxydet_cli.main import main
 
 REPORT = environment(quick=True)
@@ -37,7 +37,7 @@ def broken(monkeypatch):
         for field in REPORT.fields
     ]
     report = replace(REPORT, fields=tuple(fields))
-    monkeypatch.setattr(environment_module, "environment", lambda **_: report)
+    monkeypatch.setattr(report_module, "environment", lambda **_: report)
 
 
 def test_text_json_and_markdown(run):

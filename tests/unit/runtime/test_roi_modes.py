@@ -13,8 +13,14 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 
 from proxydet.errors import ConfigError
-from proxydet.runtime.modes import CUBLAS_VARIABLE, CUBLAS_WORKSPACE, MODES
-from proxydet.runtime.roi_align import apply_mode, current_mode, reproducibility_mode
+from proxydet.runtime.modes import (
+    CUBLAS_VARIABLE,
+    CUBLAS_WORKSPACE,
+    MODES,
+    apply_mode,
+    current_mode,
+    reproducibility_mode,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +72,7 @@ def test_settings_of_the_user_come_back():
         torch.backends.cudnn.benchmark = False
 
 
-def test_modes_nest_and_say_what_was_before():
+def test_modes_nest_and_return_the_one_before():
     assert apply_mode("published") == "off"
     with reproducibility_mode("strict"):
         assert current_mode() == "strict"

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxydet.runtime import roi_align, roi_probe
+from proxydet.runtime import roi_align
 from proxydet.runtime.roi_align import (
     RoiGeometry,
     kernel_backward,
@@ -16,6 +16,7 @@ from proxydet.runtime.roi_align import (
     separable_backward,
     strict_roi_align,
 )
+from proxydet.runtime.roi_verify import pool, pool_gradient
 
 SHAPE = (2, 3, 11, 13)
 
@@ -33,8 +34,7 @@ def boxes(count: int, seed: int, dtype=torch.float32, reach: float = 130.0) -> t
 
 
 def reference_gradient(grad, boxes_K5, shape, how: RoiGeometry) -> np.ndarray:
-    pooling = roi_probe.Pooling(**vars(how))
-    return roi_probe.pool_gradient(grad.double().numpy(), boxes_K5.double().numpy(), shape, pooling)
+    return pool_gradient(grad.double().numpy(), boxes_K5.double().numpy(), shape, how)
 
 
 @pytest.mark.parametrize("aligned", [True, False])
@@ -70,7 +70,7 @@ def test_separable_gradient_equals_the_kernels(count, seed, ratio, aligned, scal
 def test_separable_gradient_in_pieces_is_the_sum_of_the_pieces(monkeypatch):
     how, boxes_K5, grad = geometry(), boxes(9, seed=1), torch.randn((9, 3, 4, 5))
     whole = separable_backward(grad, boxes_K5, SHAPE, how)
-    monkeypatch.setattr(roi_align, "_CHUNK_BYTES", 4 * 3 * 13 * 4 * 2)
+    monkeypatch.setattr(roi_align, "CHUNK_BYTES", 4 * 3 * 13 * 4 * 2)
     torch.testing.assert_close(separable_backward(grad, boxes_K5, SHAPE, how), whole)
 
 
@@ -125,9 +125,8 @@ def test_strict_passes_the_gradient_back():
 def test_published_equals_double_roi_align_of_rounded_inputs():
     features, boxes_K5 = torch.randn(SHAPE, requires_grad=True), boxes(5, seed=4)
     pooled = published_roi_align(features, boxes_K5, geometry())
-    pooling = roi_probe.Pooling(**vars(geometry()))
     rounded = features.detach().half().double().numpy(), boxes_K5.half().double().numpy()
-    expected = roi_probe.pool(*rounded, pooling)
+    expected = pool(*rounded, geometry())
     assert pooled.dtype == torch.float32
     np.testing.assert_allclose(pooled.detach(), expected, rtol=1e-6, atol=1e-6)
     plain = torch.ops.torchvision.roi_align(features, boxes_K5, 0.125, 4, 5, 0, True)
@@ -174,7 +173,7 @@ def test_the_kernel_is_allowed_only_for_its_own_backward():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_strict_gradient_repeats_on_a_gpu_where_the_kernels_does_not():
-    from proxydet.runtime.roi_align import reproducibility_mode
+    from proxydet.runtime.modes import reproducibility_mode
 
     shape, how = (4, 256, 80, 80), geometry((7, 7), ratio=0)
     boxes_K5 = boxes(2000, seed=0, reach=640).cuda()

@@ -30,7 +30,7 @@ sys.meta_path.insert(0, _Hidden())
 
 def report_in(folder: Path, *, quick: bool = False) -> dict[str, dict]:
     code = (
-        "import json, sys; from proxydet.runtime.environment import environment; "
+        "import json, sys; from proxydet.runtime.report import environment; "
         f"json.dump(environment(quick={quick}).to_dict(), sys.stdout)"
     )
     path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from proxydet.errors import MissingDependencyError
-from proxydet.runtime.detectron2 import MissingOperators
+from proxydet.runtime.detectron2 import MissingOperators, activate
 
 PARTS = [
     "structures",
@@ -53,7 +53,7 @@ def test_activating_again_changes_nothing() -> None:
     import sys
 
     finders = list(sys.meta_path)
-    assert d2.activate() == d2.INSTALLED
+    assert activate() == d2.INSTALLED
     assert sys.meta_path == finders
 
 
@@ -83,7 +83,7 @@ def test_model_zoo_finds_files_without_pkg_resources() -> None:
 
 
 @pytest.mark.parametrize("clip_type", ["value", "norm"])
-def test_clipping_passes_over_parameters_without_gradient(clip_type: str) -> None:
+def test_clipping_skips_parameters_without_gradient(clip_type: str) -> None:
     solver = importlib.import_module("detectron2.solver.build")
     config = SimpleNamespace(CLIP_TYPE=clip_type, CLIP_VALUE=1.0, NORM_TYPE=2.0)
     clip = solver._create_gradient_clipper(config)
@@ -113,7 +113,7 @@ def test_fast_coco_evaluation_falls_back_on_pycocotools() -> None:
     assert evaluation.COCOeval_opt is COCOeval
 
 
-def test_stand_in_is_no_package_attribute_box() -> None:
+def test_stand_in_has_no_attributes_of_a_package() -> None:
     stand_in = MissingOperators("the compiled file does not load (why)")
     with pytest.raises(AttributeError):
         _ = stand_in.__path__

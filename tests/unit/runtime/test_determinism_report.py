@@ -1,4 +1,4 @@
-"""Processes' answers are compared and told, mode by mode."""
+"""Processes' answers are compared and reported, mode by mode."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from proxydet.recipes import r50, tiny
-from proxydet.runtime import determinism as verify
-from proxydet.runtime.determinism import Part
-from proxydet.runtime.determinism_worker import Job
+from proxydet.runtime import determinism
+from proxydet.runtime.determinism import Part, summarize, verify_determinism
 from proxydet.runtime.modes import MODES
 from proxydet_cli.main import main
 
@@ -34,14 +33,14 @@ NOISY = {
 
 
 def test_processes_are_compared_with_each_other():
-    same = verify._summarise("off", [ANSWER, ANSWER], 2)
+    same = summarize("off", [ANSWER, ANSWER])
     assert same.identical
     assert same.repetitions == 4
     other = {**ANSWER, "digests": [{"loss a": "1", "weight w": "3"}]}
-    result = verify._summarise("off", [ANSWER, other], 2)
+    result = summarize("off", [ANSWER, other])
     assert not result.identical
     assert result.first_difference == Part(process=1, repetition=0, step=0, where="weight w")
-    result = verify._summarise("off", [NOISY, ANSWER], 2)
+    result = summarize("off", [NOISY, ANSWER])
     assert (result.differing_repetitions, result.differing_elements) == (1, 7)
 
 
@@ -49,49 +48,55 @@ def test_processes_are_compared_with_each_other():
 def test_a_gradient_that_only_one_process_has_is_a_difference(turned):
     both, one = {"loss a": "1", "gradient of m": "2"}, {"loss a": "1"}
     answers = [{**ANSWER, "digests": [digests]} for digests in (both, one)][::turned]
-    result = verify._summarise("off", answers, 2)
+    result = summarize("off", answers)
     assert result.first_difference == Part(process=1, repetition=0, step=0, where="gradient of m")
 
 
-def test_the_modes_take_turns_and_keep_their_own_answers(monkeypatch):
+@pytest.fixture
+def answer_with(monkeypatch):
+    """Answer in place of the processes, by mode."""
+
+    def call(answer) -> None:
+        monkeypatch.setattr(determinism, "call_in_new_process", lambda *_, mode, **__: answer(mode))
+
+    return call
+
+
+def test_the_modes_alternate_and_keep_their_own_answers(answer_with):
     turns: list[str] = []
 
-    def answer(asked: Job) -> dict:
-        turns.append(asked.mode)
+    def answer(mode: str) -> dict:
+        turns.append(mode)
         return {**ANSWER, "step_seconds": float(len(turns))}
 
-    monkeypatch.setattr(verify, "_run_process", answer)
-    report = verify.verify_determinism(tiny(), modes=("off", "strict"))
+    answer_with(answer)
+    report = verify_determinism(tiny(), modes=("off", "strict"))
     assert turns == ["off", "strict", "off", "strict"]
     assert [(r.mode, r.step_seconds) for r in report.modes] == [("off", 1.0), ("strict", 2.0)]
 
 
-def test_on_a_gpu_the_time_is_that_of_the_clock(monkeypatch, capsys):
+def test_on_a_gpu_the_time_is_that_of_the_clock(answer_with, capsys):
     answers = {"off": NOISY, "strict": ANSWER}
-    monkeypatch.setattr(
-        verify, "_run_process", lambda asked: {**answers[asked.mode], "device": "NVIDIA X"}
-    )
+    answer_with(lambda mode: {**answers[mode], "device": "NVIDIA X"})
     with pytest.raises(SystemExit):
         main(["verify", "determinism", "--mode", "off", "--mode", "strict"])
     assert "0.50 x the time and 1.00 x the memory of off" in capsys.readouterr().out
 
 
-_NOISY_WORKER = """
-import os, runpy
+_NOISY_START = """
+import os
 from torch.nn import functional
 real = functional.normalize
 def noisy(*arguments, **settings):
     return real(*arguments, **settings) * (1 + 1e-6 * os.urandom(1)[0])
 functional.normalize = noisy
-runpy.run_module("proxydet.runtime.determinism_worker", run_name="__main__", alter_sys=True)
 """
 
 
 @pytest.mark.slow
 def test_the_command_finds_a_draw_without_a_seed_in_fresh_processes(tmp_path, monkeypatch, capsys):
-    (tmp_path / "noisy_worker.py").write_text(_NOISY_WORKER)
+    (tmp_path / "sitecustomize.py").write_text(_NOISY_START)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr(verify, "_WORKER", "noisy_worker")
     with pytest.raises(SystemExit) as end:
         main(["verify", "determinism", "--mode", "strict", "--steps", "1"])
     assert end.value.code == 5
@@ -101,12 +106,12 @@ def test_the_command_finds_a_draw_without_a_seed_in_fresh_processes(tmp_path, mo
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command with canned answers of its processes: mode off varies, the others as told."""
+def run(answer_with, capsys):
+    """Run the command with canned answers of its processes: mode off varies, the others as given."""
 
     def call(*words: str, noisy: tuple[str, ...] = ("off",)) -> tuple[int, str]:
         answers = {mode: NOISY if mode in noisy else ANSWER for mode in MODES}
-        monkeypatch.setattr(verify, "_run_process", lambda asked: answers[asked.mode])
+        answer_with(answers.__getitem__)
         try:
             code = main(["verify", "determinism", *words])
         except SystemExit as end:
@@ -146,7 +151,7 @@ def test_an_unknown_mode_or_device_is_a_usage_error(run, words):
 
 @pytest.mark.slow
 def test_fresh_processes_agree():
-    report = verify.verify_determinism(tiny(), modes=("strict",), steps=1, repetitions=1)
+    report = verify_determinism(tiny(), modes=("strict",), steps=1, repetitions=1)
     assert report.modes[0].identical
     assert report.modes[0].repetitions == 2
 
@@ -157,7 +162,7 @@ def test_fresh_processes_agree():
     ("recipe", "repetitions"), [(tiny, 25), pytest.param(r50, 25, marks=pytest.mark.slow)]
 )
 def test_strict_repeats_itself_on_a_gpu_within_half_as_much_memory_again(recipe, repetitions):
-    report = verify.verify_determinism(
+    report = verify_determinism(
         recipe(), modes=("off", "strict"), device="cuda", steps=2, repetitions=repetitions
     )
     off, strict = report.modes

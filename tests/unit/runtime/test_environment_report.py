@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from proxydet.errors import InputError
-from proxydet.runtime.environment import environment
-from proxydet.runtime.report import ORDER, EnvironmentReport, Field, without_home
+from proxydet.runtime.report import ORDER, EnvironmentReport, Field, environment, without_home
 
 PUBLISHED_FIELDS = {
     "sys.platform",
@@ -87,7 +86,7 @@ def test_markdown_is_a_foldable_block_of_tables(report):
 
 def test_quick_leaves_torch_alone():
     code = (
-        "import sys; from proxydet.runtime.environment import environment; r = environment(quick=True); "
+        "import sys; from proxydet.runtime.report import environment; r = environment(quick=True); "
         "assert r.value('torch').startswith('2'); assert r.value('torch.import') is None; "
         "assert not {'torch', 'numpy', 'detectron2', 'PIL', 'cv2'} & set(sys.modules)"
     )
@@ -96,13 +95,13 @@ def test_quick_leaves_torch_alone():
 
 def test_torch_is_asked_in_a_process_of_its_own():
     code = (
-        "import sys; from proxydet.runtime.environment import environment; r = environment(); "
+        "import sys; from proxydet.runtime.report import environment; r = environment(); "
         "assert r.value('torch.import') == 'works'; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_home_folder_is_not_told(monkeypatch):
+def test_the_home_folder_is_not_shown(monkeypatch):
     monkeypatch.setattr(Path, "home", lambda: Path("/home/ada"))
     assert without_home("at /home/ada/x, /home/adam and /mnt/home/ada") == (
         "at ~/x, /home/adam and /mnt/home/ada"

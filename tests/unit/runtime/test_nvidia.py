@@ -1,11 +1,11 @@
-"""What nvidia-smi tells, from a stand-in that answers as drivers of several ages do."""
+"""What nvidia-smi prints, from a stand-in that answers as drivers of several ages do."""
 
 from __future__ import annotations
 
 import pytest
 
-from proxydet.runtime.environment import driver_facts, judged_driver
-from proxydet.runtime.report import Fact
+from proxydet.runtime.processes import Fact
+from proxydet.runtime.report import driver_facts, judged_driver
 
 _TOOL = """#!/bin/sh
 case "$*" in

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from proxydet.runtime import environment
-from proxydet.runtime.environment import machine_facts
+from proxydet.runtime.report import VARIABLES, machine_facts
+
+_JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID", "TORCHELASTIC_RUN_ID")
+_CONTAINERS = ("APPTAINER_NAME", "SINGULARITY_NAME", "KUBERNETES_SERVICE_HOST", "container")
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch):
+    for name in (*_JOBS, *_CONTAINERS, *VARIABLES):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
@@ -58,18 +66,24 @@ def test_the_disk_of_a_folder_that_is_not_there_yet(tmp_path):
         ({"container": "lxc"}, (), "lxc"),
     ],
 )
-def test_containers(tmp_path, variables, files, expected):
+def test_containers(tmp_path, monkeypatch, variables, files, expected):
     for name in files:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert environment._container(tmp_path, variables) == expected
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert machine_facts(tmp_path, tmp_path)["container"].value == expected
 
 
-def test_schedulers():
-    assert environment._scheduler({}) == "none found"
-    found = environment._scheduler({"SLURM_JOB_ID": "17", "SLURM_NTASKS": "8"})
-    assert found == "SLURM 17, SLURM_NTASKS=8"
+def test_schedulers(tmp_path, monkeypatch):
+    assert machine_facts(tmp_path)["scheduler"].value == "none found"
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    assert machine_facts(tmp_path)["scheduler"].value == "SLURM 17, SLURM_NTASKS=8"
 
 
-def test_variables_that_change_results_are_listed():
-    assert environment._variables({"OMP_NUM_THREADS": "1", "HOME": "/x"}) == "OMP_NUM_THREADS=1"
+def test_variables_that_change_results_are_listed(tmp_path, monkeypatch):
+    assert machine_facts(tmp_path)["variables"].value == "none set"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("EDITOR", "ed")
+    assert machine_facts(tmp_path)["variables"].value == "OMP_NUM_THREADS=1"

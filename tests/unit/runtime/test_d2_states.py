@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from proxydet.errors import MissingDependencyError
+from proxydet.runtime.detectron2 import locate_detectron2
+
 PROBE = """
 import json
 from proxydet.errors import ProxydetError
@@ -95,30 +98,21 @@ def test_a_package_that_it_needs_is_missing(site: Site) -> None:
     assert "fvcore_of_another_name" in str(answer["message"])
 
 
-def test_folder_of_the_same_name_is_no_installation(
+def test_folder_of_the_same_name_is_not_an_installation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from importlib.machinery import PathFinder
-
-    from proxydet.errors import MissingDependencyError
-    from proxydet.runtime import detectron2 as shims
-
     (tmp_path / "detectron2").mkdir()
-    monkeypatch.setattr(
-        shims, "find_spec", lambda name: PathFinder.find_spec(name, [str(tmp_path)])
-    )
-    with pytest.raises(MissingDependencyError, match="no package") as caught:
-        shims.locate_detectron2()
-    assert str(tmp_path) in caught.value.message
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "detectron2", raising=False)
+    with pytest.raises(MissingDependencyError, match=str(tmp_path / "detectron2")):
+        locate_detectron2()
 
 
-def test_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    from proxydet.errors import MissingDependencyError
-    from proxydet.runtime import detectron2 as shims
-
-    monkeypatch.setattr(shims, "find_spec", lambda _name: None)
+def test_absent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "detectron2", raising=False)
     with pytest.raises(MissingDependencyError) as caught:
-        shims.locate_detectron2()
+        locate_detectron2()
     assert caught.value.hint == "run: proxydet setup"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import py_compile
 import sys
 
 import proxydet.runtime.d2  # noqa: F401
@@ -11,20 +12,20 @@ import torch
 from detectron2.layers import ROIAlign
 
 from proxydet.errors import EnvironmentProblem
-from proxydet.runtime import roi_probe, roi_verify
+from proxydet.runtime import roi_verify
+from proxydet.runtime.modes import reproducibility_mode
 from proxydet.runtime.patch import apply_patch, revert_patch
-from proxydet.runtime.roi_align import reproducibility_mode
-from proxydet.runtime.roi_verify import verify_roi_align
+from proxydet.runtime.roi_verify import TOLERANCE, measure, verdict_of, verify_roi_align
 
 
 @pytest.mark.parametrize(
     ("mode", "verdict"), [("off", "not active"), ("published", "active"), ("strict", "not active")]
 )
-def test_the_probe_tells_the_modes_apart(mode, verdict):
+def test_the_modes_are_told_apart(mode, verdict):
     with reproducibility_mode(mode):
-        found = roi_probe.measure("cpu")
-    assert roi_verify._verdict(found) == verdict
-    assert found["between_the_two"] > 100 * roi_verify._TOLERANCE
+        found = measure("cpu")
+    assert verdict_of(found) == verdict
+    assert found["between_the_two"] > 100 * TOLERANCE
 
 
 def rounded(forward, self, x, boxes):
@@ -52,7 +53,7 @@ def test_anything_else_is_altered(monkeypatch, operator):
     monkeypatch.setattr(
         ROIAlign, "forward", lambda self, x, boxes: operator(forward, self, x, boxes)
     )
-    assert roi_verify._verdict(roi_probe.measure("cpu")) == "altered"
+    assert verdict_of(measure("cpu")) == "altered"
 
 
 @pytest.mark.slow
@@ -75,11 +76,21 @@ def test_an_operator_that_does_not_run_is_an_error_with_its_reason(tmp_path):
         verify_roi_align(device="cpu", search_path=[str(tmp_path), *sys.path])
 
 
-def test_a_verdict_that_the_file_does_not_explain_is_commented():
-    assert roi_verify._notes("active", "applied", stale=False) == ()
-    assert "patch apply` deletes" in roi_verify._notes("not active", "applied", stale=True)[0]
-    assert "patch revert` deletes" in roi_verify._notes("active", "original", stale=True)[0]
-    assert "replaces it" in roi_verify._notes("active", "original", stale=False)[0]
+def test_a_verdict_that_the_file_does_not_explain_is_commented(roi_align_file, monkeypatch):
+    plain = dict.fromkeys(("values_from_plain", "gradient_from_plain"), 0.0)
+    figures = {"values_from_published": 1.0, "gradient_from_published": 1.0, **plain}
+    versions = dict.fromkeys(("device", "torch", "torchvision", "detectron2"), "")
+    answer = {"operator": str(roi_align_file), "dtype": "float32", "figures": figures, **versions}
+    answer |= {"between_the_two": 1.0, "repeats": None}
+    monkeypatch.setattr(roi_verify, "call_in_new_process", lambda *_, **__: answer)
+
+    assert verify_roi_align().notes == ()
+    apply_patch(roi_align_file)
+    assert "replaces it" in verify_roi_align().notes[0]
+    kind = py_compile.PycInvalidationMode.UNCHECKED_HASH
+    py_compile.compile(str(roi_align_file), invalidation_mode=kind)
+    roi_align_file.write_bytes(roi_align_file.read_bytes() + b"\n")
+    assert "patch apply` deletes" in verify_roi_align().notes[0]
 
 
 @pytest.mark.gpu

@@ -17,34 +17,41 @@ from proxydet.errors import EnvironmentProblem
 from proxydet.modeling import roi_align as pooling
 from proxydet.modeling import roi_heads
 from proxydet.recipes import tiny
-from proxydet.runtime import determinism as verify
-from proxydet.runtime import determinism_worker as worker
 from proxydet.runtime import roi_align
-from proxydet.runtime.determinism_worker import Job, random_batches, random_vocabulary
+from proxydet.runtime.determinism import (
+    Bench,
+    StepRecord,
+    bits_digest,
+    compare,
+    random_batches,
+    random_vocabulary,
+    repeat_steps,
+    verify_determinism,
+)
+from proxydet.runtime.modes import apply_mode
 from proxydet.runtime.roi_align import RoiGeometry
 
 
 @pytest.fixture(autouse=True)
 def leave_the_mode():
     yield
-    roi_align.apply_mode("off")
+    apply_mode("off")
 
 
-def job(**changes) -> Job:
-    values = {
-        "configuration": to_mapping(tiny()),
-        "mode": "strict",
-        "device": "cpu",
-        "steps": 2,
-        "repetitions": 2,
-        "classes": 40,
-    }
-    return Job(**{**values, **changes})
+def run(mode: str, *, steps: int = 2) -> dict:
+    return repeat_steps(
+        to_mapping(tiny()), mode, device="cpu", steps=steps, repetitions=2, classes=40
+    )
+
+
+def bench(mode: str) -> Bench:
+    apply_mode(mode)
+    return Bench(tiny(), device="cpu", classes=40)
 
 
 @pytest.mark.parametrize("mode", ["off", "published", "strict"])
 def test_every_mode_repeats_itself_on_a_cpu(mode):
-    found = worker.run(job(mode=mode))
+    found = run(mode)
     assert found["differing"] == [{"first": None, "elements": 0}]
     assert found["elements"] > 100_000
     assert len(found["digests"]) == 2
@@ -53,27 +60,21 @@ def test_every_mode_repeats_itself_on_a_cpu(mode):
     assert any(name.startswith("weight roi_heads") for name in names)
 
 
-def test_steps_take_the_batches_of_all_sources_in_turn(monkeypatch):
-    bench, taken = worker.Bench(tiny(), job(mode="off")), []
-    real = bench._batch
-
-    def batch(step):
-        taken.append(type(real(step)))
-        return real(step)
-
-    monkeypatch.setattr(bench, "_batch", batch)
-    bench.repeat(None)
-    assert taken == [BoxBatch, ImageLabelBatch]
+def test_steps_alternate_between_the_batches_of_all_sources():
+    repeated = bench("off")
+    assert [type(batch) for batch in repeated.batches] == [BoxBatch, ImageLabelBatch]
+    both = repeated.repeat(2)
+    del repeated.batches[1]
+    assert compare(both, repeated.repeat(2))["first"][0] == 1
 
 
 def test_what_others_draw_from_the_global_generators_does_not_matter():
-    bench = worker.Bench(tiny(), job(mode="off"))
-    first = bench.repeat(None)
+    repeated = bench("off")
+    first = repeated.repeat(2)
     torch.rand(3)
     np.random.rand(5)  # noqa: NPY002 - the global generator is what is meant
     random.random()
-    other = bench.repeat(first)
-    assert (other.first, other.elements) == (None, 0)
+    assert compare(first, repeated.repeat(2)) == {"first": None, "elements": 0}
 
 
 def test_strict_of_a_gpu_gives_a_step_the_losses_and_gradients_of_the_kernel(monkeypatch):
@@ -88,19 +89,19 @@ def test_strict_of_a_gpu_gives_a_step_the_losses_and_gradients_of_the_kernel(mon
                     sampling_ratio=grid.sampling_ratio,
                     aligned=True,
                 )
-                own = roi_align._RoiAlign.apply(maps, rois[rows], geometry, backward)
+                own = roi_align.roi_align(maps, rois[rows], geometry, backward)
                 pooled.index_put_((rows,), own)
             return pooled
 
         return pool
 
-    bench = worker.Bench(tiny(), job(steps=1))
+    repeated = bench("off")
     found = {}
     for name in ("kernel_backward", "separable_backward"):
         monkeypatch.setattr(pooling, "align_regions", pool_with(getattr(roi_align, name)))
-        found[name] = bench.repeat(None)
-    assert bench.repeat(found["separable_backward"]).first is None
-    ((kernel,), (strict,)) = (repetition.steps for repetition in found.values())
+        found[name] = repeated.repeat(1)
+    assert compare(found["separable_backward"], repeated.repeat(1))["first"] is None
+    ((kernel,), (strict,)) = found.values()
     losses = [key for key in kernel.digests if key.startswith("loss ")]
     assert losses
     assert all(kernel.digests[key] == strict.digests[key] for key in losses)
@@ -119,7 +120,7 @@ def test_a_gradient_that_varies_is_found_where_it_arises(monkeypatch):
         return real(*arguments) * (1 + 1e-6 * next(calls))
 
     monkeypatch.setattr(roi_align, "kernel_backward", noisy)
-    found = worker.run(job(mode="published", steps=1))
+    found = run("published", steps=1)
     (other,) = found["differing"]
     step, name = other["first"]
     assert step == 0
@@ -128,27 +129,20 @@ def test_a_gradient_that_varies_is_found_where_it_arises(monkeypatch):
     assert 0 < other["elements"] < found["elements"]
 
 
-def test_zeros_of_both_signs_and_nan_are_told_by_their_bits():
+def test_zeros_of_both_signs_and_nan_are_compared_by_their_bits():
     first = torch.tensor([0.0, 0.0, float("nan")])
     other = torch.tensor([-0.0, -0.0, float("nan")])
-    repetition = worker._Repetition()
-    records = [
-        worker.StepRecord(digests={"gradient of w": worker._digest(g)}, gradients={"w": g})
-        for g in (first, other)
-    ]
-    worker._compare(repetition, *records, 3)
-    assert (repetition.elements, repetition.first) == (2, [3, "gradient of w"])
+    records = [[StepRecord({"gradient of w": bits_digest(g)}, {"w": g})] for g in (first, other)]
+    assert compare(*records) == {"first": [0, "gradient of w"], "elements": 2}
 
 
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_gradient_that_only_one_repetition_has_differs_whole(turned):
-    with_mask = worker.StepRecord(
-        digests={"loss a": "1", "gradient of m": "2"}, gradients={"m": torch.zeros(3)}
-    )
-    records = [worker.StepRecord(digests={"loss a": "1"}), with_mask]
-    repetition = worker._Repetition()
-    worker._compare(repetition, *(reversed(records) if turned else records), 1)
-    assert (repetition.elements, repetition.first) == (3, [1, "gradient of m"])
+    equal = StepRecord({"loss a": "0"})
+    with_mask = StepRecord({"loss a": "1", "gradient of m": "2"}, {"m": torch.zeros(3)})
+    records = [[equal, StepRecord({"loss a": "1"})], [equal, with_mask]]
+    found = compare(*(reversed(records) if turned else records))
+    assert found == {"first": [1, "gradient of m"], "elements": 3}
 
 
 def test_batches_have_the_recipes_sizes():
@@ -167,10 +161,9 @@ def test_batches_have_the_recipes_sizes():
     assert len(random_vocabulary(12, 8)) == 12
 
 
-def test_a_process_that_fails_is_an_error_with_its_reason(monkeypatch):
-    monkeypatch.setattr(verify, "_WORKER", "a_module_that_is_not_there")
-    with pytest.raises(EnvironmentProblem, match="No module named a_module_that_is_not_there"):
-        verify._run_process(job())
+def test_a_process_that_fails_is_an_error_with_its_reason():
+    with pytest.raises(EnvironmentProblem, match="mode strict: ValueError"):
+        verify_determinism(tiny(), modes=("strict",), steps=0)
 
 
 def test_an_operation_that_draws_without_a_seed_is_found_in_the_loss_that_it_enters(monkeypatch):
@@ -180,7 +173,7 @@ def test_an_operation_that_draws_without_a_seed_is_found_in_the_loss_that_it_ent
         return real(embedding, dim=dim) * (1 + 1e-6 * source.random())
 
     monkeypatch.setattr(roi_heads, "functional", SimpleNamespace(normalize=noisy))
-    found = worker.run(job(mode="strict", steps=1))
+    found = run("strict", steps=1)
     (other,) = found["differing"]
     step, where = other["first"]
     assert step == 0

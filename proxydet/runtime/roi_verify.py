@@ -6,10 +6,9 @@ the operator when Python starts.
 
 from __future__ import annotations
 
-import math
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,12 +18,7 @@ from proxydet.runtime.patch import patch_status
 from proxydet.runtime.processes import call_in_new_process
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from proxydet.runtime.roi_align import RoiGeometry
-
-    Array = NDArray[np.float64]
+    from torch import Tensor
 
 Verdict = Literal["active", "not active", "altered"]
 
@@ -174,47 +168,44 @@ def measure(device: str | None) -> dict[str, Any]:
     from detectron2.modeling.poolers import ROIPooler
     from detectron2.structures import Boxes
 
-    from proxydet.runtime.roi_align import RoiGeometry
+    from proxydet.runtime.roi_align import RoiGeometry, interpolation_matrices
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     generator = np.random.default_rng(4723)
-    features_NCHW = generator.normal(size=(1, 3, 48, 52)).astype(np.float32)
-    weight_KCPQ = generator.normal(size=(len(_BOXES_N4), 3, 2, 2)).astype(np.float32)
+    features_1CHW = torch.from_numpy(generator.normal(size=(1, 3, 48, 52))).float()
+    weight_KCPQ = torch.from_numpy(generator.normal(size=(len(_BOXES_N4), 3, 2, 2))).float()
+    boxes_K4 = torch.tensor(_BOXES_N4)
 
-    features = torch.tensor(features_NCHW, device=device, requires_grad=True)
+    features = features_1CHW.to(device).requires_grad_()
     pooler = ROIPooler(2, [1 / _STRIDE], sampling_ratio=0, pooler_type="ROIAlignV2")
-    pooled = pooler([features], [Boxes(torch.tensor(_BOXES_N4, device=device))])
-    (pooled * torch.tensor(weight_KCPQ, device=device)).sum().backward()
+    pooled = pooler([features], [Boxes(boxes_K4.to(device))])
+    (pooled * weight_KCPQ.to(device)).sum().backward()
     if features.grad is None:
         raise RuntimeError("the operator passed no gradient back")
-    values, gradient = pooled.detach().cpu().numpy(), features.grad.cpu().numpy()
 
-    def rounded(array: Any) -> Any:
-        return array.astype(np.float16).astype(array.dtype)
-
-    boxes_K4 = np.asarray(_BOXES_N4, dtype=np.float32)
     geometry = RoiGeometry(
         output_size=(2, 2), spatial_scale=1 / _STRIDE, sampling_ratio=0, aligned=True
     )
     figures: dict[str, float] = {}
     computed = {}
-    for name, rounding in (("published", rounded), ("plain", lambda array: array)):
-        boxes_K5 = np.insert(rounding(boxes_K4).astype(np.float64), 0, 0, axis=1)
-        computed[name] = pool(rounding(features_NCHW).astype(np.float64), boxes_K5, geometry)
-        expected = rounding(
-            pool_gradient(weight_KCPQ.astype(np.float64), boxes_K5, features_NCHW.shape, geometry)
-        )
-        figures[f"values_from_{name}"] = float(np.abs(values - computed[name]).max())
-        figures[f"gradient_from_{name}"] = float(np.abs(gradient - expected).max())
+    for name in ("published", "plain"):
+        # The published change rounds features, boxes and gradient.
+        rounded = torch.Tensor.half if name == "published" else torch.Tensor.double
+        cells_CHW, boxes = rounded(features_1CHW[0]).double(), rounded(boxes_K4).double()
+        weights = interpolation_matrices(boxes, (48, 52), geometry)
+        computed[name] = torch.einsum("kph,chw,kqw->kcpq", weights[0], cells_CHW, weights[1])
+        gradient = torch.einsum("kph,kcpq,kqw->chw", weights[0], weight_KCPQ.double(), weights[1])
+        figures[f"values_from_{name}"] = _distance(pooled, computed[name])
+        figures[f"gradient_from_{name}"] = _distance(features.grad[0], rounded(gradient))
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "operator": str(Path(sys.modules[layers.ROIAlign.__module__].__file__ or "")),
-        "dtype": str(values.dtype),
+        "dtype": str(pooled.dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "detectron2": d2.INSTALLED.version,
         "figures": figures,
-        "between_the_two": float(np.abs(computed["published"] - computed["plain"]).max()),
+        "between_the_two": _distance(computed["published"], computed["plain"]),
         "repeats": _count_differing() if device == "cuda" else None,
     }
 
@@ -243,85 +234,5 @@ def _count_differing() -> dict[str, int]:
     }
 
 
-def pool(features_NCHW: Array, boxes_K5: Array, geometry: RoiGeometry) -> Array:
-    """Pool boxes out of feature maps.
-
-    Args:
-        features_NCHW: Feature maps.
-        boxes_K5: Image index, x1, y1, x2, y2 in pixels.
-        geometry: Bins, scale and sampling.
-
-    Returns:
-        Pooled features (K, C, P, Q).
-    """
-    import numpy as np
-
-    pooled_KCPQ = np.zeros((len(boxes_K5), features_NCHW.shape[1], *geometry.output_size))
-    for box, bin_y, bin_x, image, y, x, weight in _cells(boxes_K5, features_NCHW.shape, geometry):
-        pooled_KCPQ[box, :, bin_y, bin_x] += weight * features_NCHW[image, :, y, x]
-    return pooled_KCPQ
-
-
-def pool_gradient(
-    grad_KCPQ: Array, boxes_K5: Array, shape: tuple[int, ...], geometry: RoiGeometry
-) -> Array:
-    """Gradient of :func:`pool` with regard to the features.
-
-    Args:
-        grad_KCPQ: Gradient of the pooled features.
-        boxes_K5: Image index, x1, y1, x2, y2 in pixels.
-        shape: (N, C, H, W) of the features.
-        geometry: Bins, scale and sampling.
-
-    Returns:
-        Gradient of the features (N, C, H, W).
-    """
-    import numpy as np
-
-    grad_NCHW = np.zeros(shape)
-    for box, bin_y, bin_x, image, y, x, weight in _cells(boxes_K5, shape, geometry):
-        grad_NCHW[image, :, y, x] += weight * grad_KCPQ[box, :, bin_y, bin_x]
-    return grad_NCHW
-
-
-def _cells(
-    boxes_K5: Array, shape: tuple[int, ...], geometry: RoiGeometry
-) -> Iterator[tuple[int, int, int, int, int, int, float]]:
-    """Every (box, bin row, bin column, image, cell row, cell column, weight) that contributes."""
-    rows, columns = geometry.output_size
-    for box, (image, x1, y1, x2, y2) in enumerate(boxes_K5):
-        along_y = _samples(y1, y2, rows, geometry)
-        along_x = _samples(x1, x2, columns, geometry)
-        for bin_y, y_points in enumerate(along_y):
-            for bin_x, x_points in enumerate(along_x):
-                share = 1 / max(len(y_points) * len(x_points), 1)
-                for y in y_points:
-                    for x in x_points:
-                        for row, weight_y in _neighbours(y, shape[2]):
-                            for column, weight_x in _neighbours(x, shape[3]):
-                                weight = share * weight_y * weight_x
-                                yield box, bin_y, bin_x, int(image), row, column, weight
-
-
-def _samples(start: float, end: float, bins: int, geometry: RoiGeometry) -> list[list[float]]:
-    """Sample coordinates of each bin along one axis, in feature cells."""
-    shift = 0.5 if geometry.aligned else 0.0
-    low, high = start * geometry.spatial_scale - shift, end * geometry.spatial_scale - shift
-    extent = high - low if geometry.aligned else max(high - low, 1.0)
-    count = geometry.sampling_ratio if geometry.sampling_ratio > 0 else math.ceil(extent / bins)
-    step = extent / bins
-    return [
-        [low + index * step + (sample + 0.5) * step / count for sample in range(count)]
-        for index in range(bins)
-    ]
-
-
-def _neighbours(coordinate: float, cells: int) -> list[tuple[int, float]]:
-    """The one or two cells around a coordinate and their linear weights; none where it lies outside."""
-    if not -1.0 <= coordinate <= cells:
-        return []
-    inside = max(coordinate, 0.0)
-    low = int(inside)
-    if low >= cells - 1:
-        return [(cells - 1, 1.0)]
-    return [(low, 1.0 - (inside - low)), (low + 1, inside - low)]
+def _distance(first: Tensor, second: Tensor) -> float:
+    return float((first.detach().cpu().double() - second.double()).abs().max())

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -278,7 +279,7 @@ def measure_steps(device: str, repetitions: int) -> dict[str, Any]:
     from proxydet.runtime.determinism import verify_determinism
 
     config = r50() if device == "cuda" else tiny()
-    return verify_determinism(config, device=device, repetitions=repetitions).to_dict()
+    return asdict(verify_determinism(config, device=device, repetitions=repetitions))
 
 
 def main() -> None:

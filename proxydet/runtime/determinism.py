@@ -9,7 +9,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +99,8 @@ class ModeResult:
     losses: dict[str, float]
     """Losses of the first step."""
 
-    @property
-    def identical(self) -> bool:
-        """Whether every repetition gave the same bits."""
-        return self.differing_repetitions == 0
+    identical: bool
+    """Whether every repetition gave the same bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,12 +124,6 @@ class DeterminismReport:
 
     modes: tuple[ModeResult, ...]
     """One result a mode."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON values."""
-        plain = asdict(self)
-        plain["modes"] = [{**asdict(mode), "identical": mode.identical} for mode in self.modes]
-        return plain
 
 
 LVIS_CLASSES = 1203
@@ -238,6 +230,7 @@ def summarize(mode: Mode, found: Sequence[Mapping[str, Any]]) -> ModeResult:
         step_cpu_seconds=min(answer["step_cpu_seconds"] for answer in found),
         memory_mib=max(answer["memory_mib"] for answer in found),
         losses=found[0]["losses"],
+        identical=not parts,
     )
 
 

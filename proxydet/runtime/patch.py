@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from proxydet._version import __version__
 from proxydet.errors import EnvironmentProblem
@@ -36,7 +36,7 @@ PatchState = Literal["original", "applied", "half", "altered", "missing"]
 """As detectron2 0.6 ships it; with the published change; with a part of it; anything else; no such file."""
 
 _CODE = "899ff35f83fbc019cef9e08ed344f59df9e5973234bf77db40e5b47c38c312f2"
-"""SHA-256 of the code of detectron2 0.6's ``layers/roi_align.py`` as `_code_of` gives it."""
+"""SHA-256 of the code of detectron2 0.6's ``layers/roi_align.py`` without comments, docstrings and layout."""
 
 _FORWARD = """\
 def forward(self, input, rois):
@@ -126,18 +126,8 @@ class PatchStatus:
     notes: tuple[str, ...] = ()
     """What else the user should know."""
 
-    @property
-    def writable(self) -> bool:
-        """Whether this user may replace the file."""
-        return not self.obstacle
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the status as JSON values."""
-        paths = {
-            "file": str(self.file),
-            "stale_bytecode": [str(path) for path in self.stale_bytecode],
-        }
-        return {**asdict(self), "writable": self.writable, **paths, "notes": list(self.notes)}
+    writable: bool = False
+    """Whether this user may replace the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,11 +157,6 @@ class PatchChange:
 
     removed_bytecode: tuple[Path, ...] = ()
     """Compiled files that were deleted, so that Python compiles the new source."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the change as JSON values."""
-        removed = [str(path) for path in self.removed_bytecode]
-        return {**asdict(self), "file": str(self.file), "removed_bytecode": removed}
 
 
 # ---- which files -----------------------------------------------------------------------------------------------------
@@ -261,6 +246,7 @@ def patch_status(file: Path) -> PatchStatus:
         notes.append("proxydet did not write this change: it can be verified, but not reverted")
     if diff and kept is not None:
         diff = _diff(kept, source, file.name, ("expected", "found"))
+    obstacle = _obstacle(file)
     source_hash = importlib.util.source_hash(source)
     stale = []
     for compiled in _bytecode_files(file):
@@ -274,53 +260,46 @@ def patch_status(file: Path) -> PatchStatus:
         reason=reason,
         digest=_digest(source),
         record=record,
-        obstacle=_obstacle(file),
+        obstacle=obstacle,
         stale_bytecode=tuple(stale),
         diff=diff,
         notes=tuple(notes),
+        writable=not obstacle,
     )
 
 
 def _recognise(source: bytes) -> tuple[PatchState, str, str]:
     """Return the state of a source text, the reason, and for unexpected code a diff of the method."""
+    # The code without comments, docstrings and layout, and that of its method `forward`.
+    method = ""
     try:
-        code, method = _code_of(source)
+        module = ast.parse(source)
+        for node in ast.walk(module):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                if ast.get_docstring(node, clean=False) is not None:
+                    node.body = node.body[1:] or [ast.Pass()]
+                if isinstance(node, ast.FunctionDef) and node.name == "forward":
+                    method = ast.unparse(node)
+        original = ast.unparse(module)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         return "altered", f"it is not valid Python: {error}", ""
     done = []
-    original = code
     for part, (_, _, (changed, unchanged)) in _PARTS.items():
         if changed in original:
             done.append(part)
             original = original.replace(changed, unchanged)
     original = original.replace("rois.to(input.dtype)", "rois.to(dtype=input.dtype)")
-    if hashlib.sha256(original.encode()).hexdigest() != _CODE:
-        found = _diff(_FORWARD.encode(), method.encode(), "forward", ("expected", "found"))
-        where = "in ROIAlign.forward" if found else "outside ROIAlign.forward"
-        return "altered", f"its code differs from detectron2 0.6's {where}", found
+    diff = _diff(_FORWARD.encode(), method.encode(), "forward", ("expected", "found"))
+    if _digest(original.encode()) != _CODE:
+        where = "in ROIAlign.forward" if diff else "outside ROIAlign.forward"
+        return "altered", f"its code differs from detectron2 0.6's {where}", diff
     if not done:
         return "original", "the call is detectron2's own", ""
     if len(done) == len(_PARTS):
         return "applied", "the call carries the published change", ""
     missing = ", ".join(part for part in _PARTS if part not in done)
-    return (
-        "half",
-        f"only a part of the published change is there: {', '.join(done)}, but not {missing}",
-        _diff(_FORWARD.encode(), method.encode(), "forward", ("expected", "found")),
-    )
-
-
-def _code_of(source: bytes) -> tuple[str, str]:
-    """Return a module's code without comments, docstrings and layout, and that of its method ``ROIAlign.forward``."""
-    module = ast.parse(source)
-    method = ""
-    for node in ast.walk(module):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-            if ast.get_docstring(node, clean=False) is not None:
-                node.body = node.body[1:] or [ast.Pass()]
-            if isinstance(node, ast.FunctionDef) and node.name == "forward":
-                method = ast.unparse(node)
-    return ast.unparse(module), method
+    reason = f"only a part of the published change is present: {', '.join(done)}, but not {missing}"
+    return "half", reason, diff
 
 
 def _with_change(source: bytes) -> bytes:

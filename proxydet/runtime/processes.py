@@ -58,6 +58,7 @@ def run_program(command: Sequence[str], *, seconds: float = 10) -> Fact:
     return Fact(done.stdout.strip())
 
 
+_HINT = "run: proxydet env --check"
 _START = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
@@ -116,8 +117,9 @@ def call_in_new_process(
                 check=False,
             )
         except subprocess.TimeoutExpired as error:
-            raise EnvironmentProblem(f"it did not end within {seconds:g} s") from error
+            raise EnvironmentProblem(f"it did not end within {seconds:g} s", hint=_HINT) from error
         if done.returncode == 0 and result.is_file():
             return json.loads(result.read_text(encoding="utf-8"))
         lines = done.stderr.strip().splitlines()
-        raise EnvironmentProblem(lines[-1].strip() if lines else f"exit code {done.returncode}")
+        last = lines[-1].strip() if lines else f"exit code {done.returncode}"
+        raise EnvironmentProblem(last, hint=_HINT)

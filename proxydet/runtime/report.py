@@ -30,6 +30,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
+
 import proxydet
 from proxydet._version import __version__
 from proxydet.errors import EnvironmentProblem, InputError
@@ -82,6 +84,12 @@ class Field:
 
     reason: str = ""
     """Why it means that."""
+
+    @property
+    def shown(self) -> str:
+        """The value for people, with its problem in parentheses."""
+        value = self.value or "missing"
+        return f"{value} ({self.problem})" if self.problem else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,14 +149,10 @@ class EnvironmentReport:
                 hint="it was written by another version of proxydet",
             )
         try:
-            return cls(
-                fields=tuple(Field(**field) for field in mapping["fields"]),
-                created=mapping["created"],
-                quick=mapping["quick"],
-            )
-        except (KeyError, TypeError) as error:
+            return msgspec.convert(mapping, cls)
+        except msgspec.ValidationError as error:
             raise InputError(
-                f"The environment report has other keys than proxydet writes: {error}.",
+                f"The environment report is not one that proxydet writes: {error}.",
                 hint="give an environment.json that proxydet wrote",
             ) from error
 
@@ -157,7 +161,13 @@ class EnvironmentReport:
         lines = ["<details><summary>proxydet env</summary>", ""]
         blocks = [field for field in self.fields if field.value is not None and "\n" in field.value]
         for section, fields in self.sections().items():
-            rows = [_row(field) for field in fields if field not in blocks]
+            rows = []
+            for field in fields:
+                verdict = f"{field.verdict}: {field.reason}" if field.reason else field.verdict
+                cells = (field.label, field.shown, field.published or "", verdict)
+                if field not in blocks:
+                    escaped = (cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells)
+                    rows.append(f"| {' | '.join(escaped)} |")
             if rows:
                 heading = [f"**{section}**", "", "| field | here | published | verdict |"]
                 lines += [*heading, "|---|---|---|---|", *rows, ""]
@@ -170,16 +180,6 @@ def without_home(text: str) -> str:
     """Write ``~`` for the user's home folder, where a path of the text begins with it."""
     home = re.escape(str(Path.home()))
     return re.sub(rf"(?<![\w./~-]){home}(?![\w-])", "~", text)
-
-
-def _row(field: Field) -> str:
-    here = field.value or "missing"
-    if field.problem:
-        here += f" ({field.problem})"
-    verdict = f"{field.verdict}: {field.reason}" if field.reason else field.verdict
-    cells = (field.label, here, field.published or "", verdict)
-    escaped = (cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells)
-    return f"| {' | '.join(escaped)} |"
 
 
 def environment(*, quick: bool = False, data_root: Path | None = None) -> EnvironmentReport:

@@ -11,7 +11,7 @@ import typer
 from proxydet_cli.options import Json, command_app, examples
 
 if TYPE_CHECKING:
-    from proxydet.runtime.report import EnvironmentReport, Field
+    from proxydet.runtime.report import EnvironmentReport
     from proxydet.runtime.run_comparison import RunComparison
 
 app = command_app()
@@ -67,7 +67,7 @@ def env(
 
     report = environment(quick=quick, data_root=data_root)
     if check:
-        failures = (f"{field.label}: {_here(field)}: {field.reason}" for field in report.failures)
+        failures = (f"{field.label}: {field.shown}: {field.reason}" for field in report.failures)
         text = "\n".join(failures) or "nothing will fail"
     else:
         text = report.to_markdown() if markdown else _report_text(report)
@@ -82,7 +82,7 @@ def _report_text(report: EnvironmentReport) -> str:
     for section, fields in report.sections().items():
         lines += ["", section, "-" * len(section)]
         for field in fields:
-            value = _here(field)
+            value = field.shown
             if "\n" in value:
                 lines += [field.label, textwrap.indent(value, "    ")]
                 continue
@@ -98,11 +98,6 @@ def _report_text(report: EnvironmentReport) -> str:
     ]
     lines += ["", f"Compared with the published training: {', '.join(counts)}."]
     return "\n".join(lines[1:])
-
-
-def _here(field: Field) -> str:
-    value = field.value or "missing"
-    return f"{value} ({field.problem})" if field.problem else value
 
 
 def _wrapped(start: str, text: str) -> list[str]:

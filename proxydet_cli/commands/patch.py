@@ -33,7 +33,7 @@ def status(json: Json = False, detectron2: Detectron2 = None) -> None:
     from proxydet_cli.output import Output
 
     found = patch_status(_file(detectron2))
-    Output(json=json).data(found.to_dict(), _status_text(found))
+    Output(json=json).data(found, _status_text(found))
 
 
 @app.command(epilog=examples("proxydet patch apply --dry-run", "proxydet patch apply"))
@@ -43,7 +43,7 @@ def apply(json: Json = False, dry_run: DryRun = False, detectron2: Detectron2 = 
     from proxydet_cli.output import Output
 
     change = apply_patch(_file(detectron2), dry_run=dry_run)
-    Output(json=json).data(change.to_dict(), _change_text(change))
+    Output(json=json).data(change, _change_text(change))
 
 
 @app.command(epilog=examples("proxydet patch revert --dry-run", "proxydet patch revert"))
@@ -53,7 +53,7 @@ def revert(json: Json = False, dry_run: DryRun = False, detectron2: Detectron2 =
     from proxydet_cli.output import Output
 
     change = revert_patch(_file(detectron2), dry_run=dry_run)
-    Output(json=json).data(change.to_dict(), _change_text(change))
+    Output(json=json).data(change, _change_text(change))
 
 
 @app.command(epilog=examples("proxydet patch verify", "proxydet patch verify --device cpu"))

@@ -69,7 +69,7 @@ def determinism(
         repetitions=repetitions,
         progress=show_progress(),
     )
-    Output(json=json).data(report.to_dict(), _text(report))
+    Output(json=json).data(report, _text(report))
     if any(result.mode == "strict" and not result.identical for result in report.modes):
         raise typer.Exit(5)
 

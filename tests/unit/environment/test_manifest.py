@@ -192,8 +192,10 @@ def test_a_folder_without_the_environment_is_told(run):
     with pytest.raises(InputError, match=r"environment\.json") as caught:
         compare_runs(first, second)
     assert "killed" in (caught.value.hint or "")
-    (second / "environment.json").write_text('{"format": 1, "fields": []}')
-    with pytest.raises(InputError, match="other keys"):
+    field = '{"key": "a", "section": "s", "label": "A", "value": null, "verdict": "odd"}'
+    damaged = f'{{"format": 1, "created": "", "quick": true, "fields": [{field}]}}'
+    (second / "environment.json").write_text(damaged)
+    with pytest.raises(InputError, match=r"environment\.json: .*fields"):
         compare_runs(first, second)
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from proxydet.errors import EnvironmentProblem
 from proxydet.runtime.patch import apply_patch, patch_status, revert_patch, roi_align_files
+from proxydet_cli.main import main
 
 
 def folder_content(file: Path) -> dict[str, bytes]:
@@ -334,10 +335,13 @@ def test_status_warns_of_a_source_tree(roi_align_file, tmp_path):
     assert any("version control" in note for note in patch_status(copy).notes)
 
 
-def test_status_is_json(roi_align_file):
+def test_status_is_json(roi_align_file, capsys):
     apply_patch(roi_align_file)
-    plain = json.loads(json.dumps(patch_status(roi_align_file).to_dict()))
-    assert plain["state"] == "applied"
+    with pytest.raises(SystemExit):
+        main(["patch", "status", "--json", "--detectron2", str(roi_align_file.parents[1])])
+    plain = json.loads(capsys.readouterr().out)
+    assert (plain["state"], plain["file"]) == ("applied", str(roi_align_file))
+    assert plain["writable"] is True
     assert plain["record"]["before"] != plain["record"]["after"]
 
 

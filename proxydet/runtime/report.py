@@ -43,7 +43,7 @@ from proxydet.runtime.torch_probe import NOT_ASKED, Facts, facts_before_crash, g
 
 Verdict = Literal["same", "harmless", "may change results", "will fail", "not judged"]
 """What a difference from the published environment means, from the mildest to the worst; ``not judged`` where there
-is nothing to compare or nothing to say."""
+is nothing to compare."""
 
 ORDER: tuple[Verdict, ...] = (
     "not judged",

@@ -54,7 +54,7 @@ class RoiAlignReport:
     """Largest absolute differences of values and gradient from the published and from the plain computation."""
 
     between_the_two: float
-    """Largest absolute difference between the two computations: what there is to tell apart."""
+    """Largest absolute difference between the two computations: how far apart they are."""
 
     repeats: dict[str, int] | None = None
     """On a GPU: backward passes, gradient elements, and elements that were not always the same."""

@@ -20,7 +20,7 @@ from proxydet.runtime.processes import Fact
 
 Facts = dict[str, Fact]
 
-NOT_ASKED = "torch does not load, so it cannot be asked"
+NOT_ASKED = "torch does not load, so this is not known"
 """Why a fact that only torch knows is missing."""
 
 PARTS = {
@@ -217,5 +217,5 @@ def facts_before_crash(output: str, end: str) -> Facts:
     missing = [key for key in PARTS if key not in facts]
     loads = "torch.import" not in facts or facts["torch.import"].value is not None
     if missing and loads:
-        facts[missing[0]] = Fact(None, f"{PARTS[missing[0]]} {end or 'gives no answer'}")
+        facts[missing[0]] = Fact(None, f"{PARTS[missing[0]]} {end or 'gives no result'}")
     return facts

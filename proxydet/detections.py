@@ -1,6 +1,6 @@
-"""What was found in a picture, as plain numpy, and how to turn it into other libraries' forms.
+"""The detections of an image, as plain numpy, and how to turn them into other libraries' forms.
 
-Dimensions: N detections, H and W the picture.
+Dimensions: N detections, H and W the image.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
-    from proxydet.mask_window import MaskWindow
-    from proxydet.modeling.prediction import Prediction
+    from proxydet.modeling.prediction import MaskWindow, Prediction
     from proxydet.visualization.drawing import DrawingStyle
 
 Floats = npt.NDArray[np.float32]
@@ -32,7 +31,7 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Detection:
-    """One thing that was found."""
+    """One detection."""
 
     label: str
     """Class name."""
@@ -41,12 +40,12 @@ class Detection:
     score: float
     """From 0 to 1."""
     box_xyxy: tuple[float, float, float, float]
-    """Left, top, right, bottom in pixels of the picture."""
+    """Left, top, right, bottom in pixels of the image."""
     _paste: Callable[[], MaskWindow] | None
 
     @property
     def mask(self) -> Bools | None:
-        """(H, W), True where the object is, pasted into the picture when asked for; None: without masks."""
+        """(H, W), True where the object is, pasted into the image when asked for; None: without masks."""
         return None if self._paste is None else self._paste().whole()
 
     @property
@@ -56,16 +55,16 @@ class Detection:
 
 
 class Detections:
-    """Everything that was found in one picture, best first.
+    """The detections of one image, best first.
 
-    Masks are kept as small grids and pasted into the picture when they are first asked for.
+    Masks are kept as small grids and pasted into the image when they are first asked for.
 
     Attributes:
-        boxes_xyxy: float32 (N, 4), left, top, right, bottom in pixels of the picture.
+        boxes_xyxy: float32 (N, 4), left, top, right, bottom in pixels of the image.
         scores: float32 (N,), descending.
         class_ids: int64 (N,), places in the vocabulary, from 0.
         labels: Class name of each detection.
-        image_size: Height and width of the picture in pixels.
+        image_size: Height and width of the image in pixels.
     """
 
     def __init__(self, prediction: Prediction, names: Sequence[str]) -> None:
@@ -110,7 +109,7 @@ class Detections:
 
     @cached_property
     def masks(self) -> Bools:
-        """Masks in the picture, bool (N, H, W), read-only.
+        """Masks in the image, bool (N, H, W), read-only.
 
         Raises:
             InputError: No masks were predicted.
@@ -177,7 +176,7 @@ class Detections:
         """Return rows of a COCO results file.
 
         Args:
-            image_id: Id of the picture in the annotation file.
+            image_id: Id of the image in the annotation file.
             category_ids: Id of each class of the vocabulary; None: its place, counted from 1.
 
         Returns:
@@ -240,25 +239,25 @@ class Detections:
     def draw(
         self, image: Image.Image | npt.NDArray[np.uint8], style: DrawingStyle | None = None
     ) -> Image.Image:
-        """Draw boxes, masks, labels and scores on a copy of the picture.
+        """Draw boxes, masks, labels and scores on a copy of the image.
 
         Args:
-            image: The picture that these were found in: PIL, or uint8 (H, W, 3) RGB.
+            image: The image that these were found in: PIL, or uint8 (H, W, 3) RGB.
             style: How to draw; the default style where None.
 
         Raises:
-            InputError: The picture has another size.
+            InputError: The image has another size.
         """
         from PIL import Image
 
         from proxydet.visualization.drawing import DrawnObject, draw_objects
 
-        picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+        canvas = image if isinstance(image, Image.Image) else Image.fromarray(image)
         height, width = self.image_size
-        if picture.size != (width, height):
+        if canvas.size != (width, height):
             raise InputError(
-                f"the picture is {picture.width} x {picture.height} pixels, the detections are of one of {width} x {height}",
-                hint="draw on the picture that was given to predict(); PIL.ImageOps.exif_transpose turns photographs upright",
+                f"the image is {canvas.width} x {canvas.height} pixels, the detections are of one of {width} x {height}",
+                hint="draw on the image that was given to predict(); PIL.ImageOps.exif_transpose turns photographs upright",
             )
         objects = [
             DrawnObject(
@@ -266,10 +265,10 @@ class Detections:
             )
             for item in self
         ]
-        return draw_objects(picture, objects, style)
+        return draw_objects(canvas, objects, style)
 
     def _window(self, index: int) -> MaskWindow:
-        """One mask alone, where it lies: all masks of a large picture at once can take gigabytes."""
+        """One mask alone, where it lies: all masks of a large image at once can take gigabytes."""
         (window,) = self._chosen(np.array([index]))._prediction.windows()
         return window
 

@@ -27,10 +27,9 @@ from proxydet.data.masks import decode, rasterize
 from proxydet.data.stats import DatasetStats, dataset_stats
 from proxydet.data.store import AnnotationStore, ImageRecord
 from proxydet.errors import ConfigError, DataError, VocabularyError
-from proxydet.visualization.drawing import DrawnObject, draw_objects
+from proxydet.visualization.drawing import DrawnObject, contact_sheet, draw_objects
 from proxydet.visualization.plots import long_tail_plot, svg_of
 from proxydet.visualization.report import Command, Picture, Report, Section, Table, write_report
-from proxydet.visualization.sheets import contact_sheet
 from proxydet.wording import counted
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")

@@ -1,6 +1,7 @@
 """What the detector found in one image.
 
-Dimensions: N detections, M distinct masks (detections that share a box share a mask), S side of a mask, H and W the image.
+Dimensions: N detections, M distinct masks (detections that share a box share a mask), S side of a mask, H and W the image, h and w
+a window of it.
 """
 
 from __future__ import annotations
@@ -11,17 +12,66 @@ from typing import Any
 
 import proxydet.runtime.d2  # noqa: F401
 
+import numpy as np
+import numpy.typing as npt
 import pycocotools.mask as coco_mask
 import torch
 from detectron2.layers import paste_masks_in_image
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from proxydet.mask_window import MaskWindow
-
 _MASK_THRESHOLD = 0.5
 # Pixels that are sampled at once: bounds the memory of a mask that fills a poster.
 _SAMPLES_AT_ONCE = 2**22
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MaskWindow:
+    """A mask that is False outside a window of its image, so that small objects of large images stay small.
+
+    Attributes:
+        top: First row of the window.
+        left: First column of the window.
+        inside_hw: bool, the mask in the window.
+        size: H and W.
+    """
+
+    top: int
+    left: int
+    inside_hw: npt.NDArray[np.bool_]
+    size: tuple[int, int]
+
+    def whole(self) -> npt.NDArray[np.bool_]:
+        """Return the mask in the whole image: bool (H, W)."""
+        mask_HW = np.zeros(self.size, dtype=np.bool_)
+        height, width = self.inside_hw.shape
+        mask_HW[self.top : self.top + height, self.left : self.left + width] = self.inside_hw
+        return mask_HW
+
+    @property
+    def area(self) -> int:
+        """Pixels of the mask."""
+        return int(np.count_nonzero(self.inside_hw))
+
+    def runs(self) -> npt.NDArray[np.int64]:
+        """Return the lengths of runs of equal pixels, column after column, the first of pixels outside the mask.
+
+        These are the counts of COCO's uncompressed run-length encoding: they add up to H * W, and only the first may
+        be 0.
+        """
+        height, width = self.size
+        columns_wh = np.zeros(
+            (self.inside_hw.shape[1], self.inside_hw.shape[0] + 2), dtype=np.bool_
+        )
+        columns_wh[:, 1:-1] = self.inside_hw.T
+        column, row = np.nonzero(columns_wh[:, 1:] != columns_wh[:, :-1])
+        changes = (self.left + column) * height + self.top + row
+        # Where one column ends inside the mask and the next begins inside it, nothing changes.
+        changes, times = np.unique(changes, return_counts=True)
+        changes = changes[times == 1]
+        end = [] if len(changes) and changes[-1] == height * width else [height * width]
+        counts: npt.NDArray[np.int64] = np.diff(changes, prepend=0, append=end)
+        return counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +202,11 @@ def rles(prediction: Prediction) -> list[dict[str, Any]]:
     Raises:
         ValueError: The prediction was made without masks.
     """
-    encoded = [_encode(window) for window in prediction.windows()]
+    encoded = []
+    for window in prediction.windows():
+        counts = {"size": list(window.size), "counts": window.runs().tolist()}
+        rle: dict[str, Any] = coco_mask.frPyObjects(counts, *window.size)
+        encoded.append({"size": rle["size"], "counts": rle["counts"].decode("ascii")})
     return [encoded[index] for index in prediction.mask_index_N.tolist()]
 
 
@@ -207,9 +261,3 @@ def _pasted(
         sampled = grid_sample(probs_SS[None, None], grid_hw2[None], align_corners=False)
         torch.ge(sampled[0, 0], _MASK_THRESHOLD, out=part_hw)
     return inside_hw
-
-
-def _encode(window: MaskWindow) -> dict[str, Any]:
-    counts = {"size": list(window.size), "counts": window.runs().tolist()}
-    rle: dict[str, Any] = coco_mask.frPyObjects(counts, *window.size)
-    return {"size": rle["size"], "counts": rle["counts"].decode("ascii")}

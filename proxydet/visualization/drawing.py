@@ -1,43 +1,113 @@
-"""Draws boxes, masks and labels on pictures, by Pillow."""
+"""Draws boxes, masks and labels on images, by Pillow: colours, masks and boxes, places for labels, contact sheets.
+
+Dimensions: H and W the image, h and w a window of it, L labels, P places for one label, B boxes that may be covered.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import math
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from proxydet.errors import ConfigError
-from proxydet.mask_window import MaskWindow
-from proxydet.visualization.colours import RGB, colour_of, text_colour_on
-from proxydet.visualization.labels import Box, LabelRequest, place_labels
 
+if TYPE_CHECKING:
+    from proxydet.modeling.prediction import MaskWindow
+
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom in pixels."""
+RGB = tuple[int, int, int]
 Bools = npt.NDArray[np.bool_]
-Mask = Bools | MaskWindow
+Floats = npt.NDArray[np.float64]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-_SMALLEST_FONT = 11
-# Where labels would cover more of the picture than this, they are written smaller.
+# Where labels would cover more of the image than this, they are written smaller.
 _LABELS_SHARE = 0.1
+_SMALLEST_FONT = 11
+# Around a mask, in pixels: its rim is drawn where it ends.
+_MARGIN = 3
+
+
+# --- Colours -----------------------------------------------------------------------------------------------------------
+
+_LIGHTNESSES = (0.66, 0.76, 0.86)
+_CHROMA = 0.17
+
+
+def colour_of(name: str) -> RGB:
+    """The colour of a class, decided by its name alone: the same in every image and every run.
+
+    Names are spread over hues of equal perceived strength (the OKLCH space) at three lightnesses, all
+    light enough to stand out from photographs.
+
+    Args:
+        name: The class name.
+
+    Returns:
+        Red, green, blue, each 0 to 255.
+    """
+    digest = hashlib.sha256(name.encode()).digest()
+    hue = int.from_bytes(digest[:4], "little") / 2**32 * 2 * math.pi
+    lightness = _LIGHTNESSES[digest[4] % len(_LIGHTNESSES)]
+    # The matrices are those of the OKLab definition (B. Ottosson, 2020).
+    a, b = _CHROMA * math.cos(hue), _CHROMA * math.sin(hue)
+    long = (lightness + 0.3963377774 * a + 0.2158037573 * b) ** 3
+    medium = (lightness - 0.1055613458 * a - 0.0638541728 * b) ** 3
+    short = (lightness - 0.0894841775 * a - 1.2914855480 * b) ** 3
+    return (
+        _to_byte(4.0767416621 * long - 3.3077115913 * medium + 0.2309699292 * short),
+        _to_byte(-1.2684380046 * long + 2.6097574011 * medium - 0.3413193965 * short),
+        _to_byte(-0.0041960863 * long - 0.7034186147 * medium + 1.7076147010 * short),
+    )
+
+
+def _to_byte(linear: float) -> int:
+    linear = min(max(linear, 0.0), 1.0)
+    encoded = 12.92 * linear if linear <= 0.0031308 else 1.055 * linear ** (1 / 2.4) - 0.055
+    return round(encoded * 255)
+
+
+def relative_luminance(colour: RGB) -> float:
+    """Luminance of an sRGB colour from 0 (black) to 1 (white), as WCAG 2 defines it."""
+    linear = [
+        value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4
+        for value in (channel / 255 for channel in colour)
+    ]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def text_colour_on(background: RGB) -> RGB:
+    """Black or white, whichever contrasts more with a background (WCAG 2 contrast ratio)."""
+    luminance = relative_luminance(background)
+    return (0, 0, 0) if (luminance + 0.05) ** 2 > 0.05 * 1.05 else (255, 255, 255)
+
+
+# --- Drawing -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class DrawnObject:
-    """One thing to draw."""
+    """One object to draw."""
 
     label: str
     """Class name; decides the colour."""
     box_xyxy: Box
-    """Left, top, right, bottom in pixels of the picture."""
+    """Left, top, right, bottom in pixels of the image."""
     score: float | None = None
     """Shown behind the label where given."""
-    mask_HW: Mask | Callable[[], Mask] | None = field(default=None, compare=False)
-    """Mask of the picture's size, the window of the picture that it lies in, or a function that gives one of them when
+    mask_HW: Bools | MaskWindow | Callable[[], Bools | MaskWindow] | None = field(
+        default=None, compare=False
+    )
+    """Mask of the image's size, the window of the image that it lies in, or a function that gives one of them when
     it is drawn."""
 
 
@@ -54,13 +124,13 @@ class DrawingStyle:
     scores: bool = True
     """Write the scores behind the names."""
     mask_opacity: float = 0.32
-    """How strongly a mask tints the picture, 0 to 1."""
+    """How strongly a mask tints the image, 0 to 1."""
     font_size: int | None = None
-    """Height of the letters in pixels; None: fitted to the picture."""
+    """Height of the letters in pixels; None: fitted to the image."""
     font_file: Path | None = None
     """TrueType file for scripts that the bundled fonts lack; None: a bundled font."""
     shortest_edge: int = 480
-    """Smaller pictures are enlarged so that labels have room; 0 keeps every picture's size."""
+    """Smaller images are enlarged so that labels have room; 0 keeps every image's size."""
 
     def __post_init__(self) -> None:
         """Check ranges; raises ConfigError."""
@@ -73,160 +143,200 @@ class DrawingStyle:
 
 
 def draw_objects(
-    picture: Image.Image, objects: Sequence[DrawnObject], style: DrawingStyle | None = None
+    image: Image.Image, objects: Sequence[DrawnObject], style: DrawingStyle | None = None
 ) -> Image.Image:
-    """Draw objects on a copy of a picture.
+    """Draw objects on a copy of an image.
 
     Large masks are painted before small ones; labels are written last, the first object's with the first
     choice of place.
 
     Args:
-        picture: The picture; any mode.
+        image: The image; any mode.
         objects: What to draw, the most important first.
         style: How; the default style where None.
 
     Returns:
-        A new RGB picture; larger than the given one where that was small (see ``shortest_edge``).
+        A new RGB image; larger than the given one where that was small (see ``shortest_edge``).
     """
     style = style or DrawingStyle()
-    scale = _scale(picture.size, style.shortest_edge)
-    size = (picture.width * scale, picture.height * scale)
-    canvas = picture.convert("RGB")
+    # A whole factor that brings the shortest edge to about the desired one.
+    desired = min(round(style.shortest_edge / min(image.size)), 4096 // max(image.size), 8)
+    scale = max(desired, 1)
+    size = (image.width * scale, image.height * scale)
+    canvas = image.convert("RGB")
     if scale > 1:
         canvas = canvas.resize(size, Image.Resampling.BICUBIC)
-    line = max(2, round(min(size) / 320))
+    boxes: list[Box] = []
+    for item in objects:
+        left, top, right, bottom = (value * scale for value in item.box_xyxy)
+        boxes.append((left, top, right, bottom))
     if style.masks:
-        for item in sorted(objects, key=_area, reverse=True):
-            if item.mask_HW is not None:
-                canvas = _with_mask(canvas, item, scale, style.mask_opacity)
+        areas = [(right - left) * (bottom - top) for left, top, right, bottom in boxes]
+        for index in sorted(range(len(objects)), key=lambda index: areas[index], reverse=True):
+            if objects[index].mask_HW is not None:
+                _draw_mask(canvas, objects[index], scale, style.mask_opacity)
     if style.boxes:
         draw = ImageDraw.Draw(canvas, "RGBA")
-        for item in reversed(objects):
-            _draw_box(draw, _scaled(item.box_xyxy, scale), colour_of(item.label), line)
+        line = max(2, round(min(size) / 320))
+        for item, box in reversed(list(zip(objects, boxes, strict=True))):
+            left, top, right, bottom = (round(value) for value in box)
+            right, bottom = max(right, left + 1), max(bottom, top + 1)
+            # A dark hair line around the coloured one keeps it visible on images of the same colour.
+            around = (left - 1, top - 1, right + 1, bottom + 1)
+            draw.rectangle(around, outline=(0, 0, 0, 110), width=line + 2)
+            colour = (*colour_of(item.label), 255)
+            draw.rectangle((left, top, right, bottom), outline=colour, width=line)
     if style.labels:
-        _draw_labels(canvas, objects, scale, style)
+        texts = []
+        for item in objects:
+            # Control characters in a class name would break the line or vanish.
+            name = "".join(c for c in item.label if unicodedata.category(c)[0] != "C")
+            with_score = style.scores and item.score is not None
+            texts.append(f"{name} {item.score:.0%}" if with_score else name)
+        letters = style.font_size or _fitting_letters(texts, size, style.font_file)
+        signs = [
+            _sign(text, colour_of(item.label), letters, size[0], style.font_file)
+            for text, item in zip(texts, objects, strict=True)
+        ]
+        requests = [
+            LabelRequest(box, sign.width, sign.height)
+            for box, sign in zip(boxes, signs, strict=True)
+        ]
+        places = place_labels(requests, size)
+        for sign, place in reversed(list(zip(signs, places, strict=True))):
+            canvas.paste(sign, (round(place[0]), round(place[1])), sign)
     return canvas
 
 
-def _scale(size: tuple[int, int], shortest_edge: int) -> int:
-    """Whole factor that brings the shortest edge to about ``shortest_edge``, at most 8."""
-    shortest, longest = min(size), max(size)
-    wanted = min(round(shortest_edge / shortest), 4096 // longest, 8)
-    return max(wanted, 1)
+def _draw_mask(canvas: Image.Image, item: DrawnObject, scale: int, opacity: float) -> None:
+    """Tint an object's mask and draw its rim.
 
-
-def _area(item: DrawnObject) -> float:
-    left, top, right, bottom = item.box_xyxy
-    return (right - left) * (bottom - top)
-
-
-def _scaled(box: Box, scale: int) -> Box:
-    left, top, right, bottom = (value * scale for value in box)
-    return left, top, right, bottom
-
-
-def _with_mask(canvas: Image.Image, item: DrawnObject, scale: int, opacity: float) -> Image.Image:
-    found = _cut_out(item, (canvas.height // scale, canvas.width // scale))
-    if found is None:
-        return canvas
-    mask = Image.fromarray(found.inside_hw.astype(np.uint8) * 255)
-    if scale > 1:
-        mask = mask.resize((mask.width * scale, mask.height * scale), Image.Resampling.BILINEAR)
-    origin = (found.left * scale, found.top * scale)
-    colour = colour_of(item.label)
-    canvas.paste(colour, origin, mask.point([round(value * opacity) for value in range(256)]))
-    canvas.paste(colour, origin, _rim(mask))
-    return canvas
-
-
-def _cut_out(item: DrawnObject, size: tuple[int, int]) -> MaskWindow | None:
-    """Return the mask with a little space around it; None where it is empty.
-
-    Only this window is touched in drawing: hundreds of masks on a large photograph stay cheap.
+    Only the window that the mask lies in is touched: hundreds of masks on a large photograph stay cheap.
     """
     mask = item.mask_HW() if callable(item.mask_HW) else item.mask_HW
     assert mask is not None
-    if not isinstance(mask, MaskWindow):
-        mask = MaskWindow(top=0, left=0, inside_hw=mask, size=(mask.shape[0], mask.shape[1]))
-    if mask.size != size:
+    if isinstance(mask, np.ndarray):
+        offset, inside_hw, (height, width) = (0, 0), mask, mask.shape
+    else:
+        offset, inside_hw, (height, width) = (mask.top, mask.left), mask.inside_hw, mask.size
+    if (width * scale, height * scale) != canvas.size:
         raise ConfigError(
-            f"the mask of {item.label!r} is {mask.size[1]} x {mask.size[0]} pixels, "
-            f"the picture {size[1]} x {size[0]}"
+            f"the mask of {item.label!r} is {width} x {height} pixels, "
+            f"the image {canvas.width // scale} x {canvas.height // scale}"
         )
-    rows = np.flatnonzero(mask.inside_hw.any(axis=1))
-    columns = np.flatnonzero(mask.inside_hw.any(axis=0))
+    # The window in the image's rows and columns, cut to the mask and a margin, as far as the image goes.
+    rows, columns = inside_hw.any(axis=1).nonzero()[0], inside_hw.any(axis=0).nonzero()[0]
     if not len(rows):
-        return None
-    # In the picture's rows and columns; the rim needs to see where the mask ends.
-    margin = 3
-    y0, x0 = (max(start - margin, 0) for start in (mask.top + rows[0], mask.left + columns[0]))
-    y1, x1 = (
-        min(end + 1 + margin, most)
-        for end, most in zip((mask.top + rows[-1], mask.left + columns[-1]), size, strict=True)
+        return
+    tight_hw = inside_hw[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    top, left = offset[0] + int(rows[0]), offset[1] + int(columns[0])
+    before = (min(top, _MARGIN), min(left, _MARGIN))
+    after = (
+        min(height - top - tight_hw.shape[0], _MARGIN),
+        min(width - left - tight_hw.shape[1], _MARGIN),
     )
-    cut_hw = np.zeros((y1 - y0, x1 - x0), dtype=np.bool_)
-    tight_hw = mask.inside_hw[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    top, left = mask.top + rows[0] - y0, mask.left + columns[0] - x0
-    cut_hw[top : top + tight_hw.shape[0], left : left + tight_hw.shape[1]] = tight_hw
-    return MaskWindow(top=int(y0), left=int(x0), inside_hw=cut_hw, size=size)
-
-
-def _rim(mask: Image.Image) -> Image.Image:
-    """The mask's edge, about two pixels wide, as an alpha channel."""
-    mask_HW = np.asarray(mask)
-    framed = np.pad(mask_HW, 2)
+    padded_hw = np.pad(tight_hw, list(zip(before, after, strict=True)))
+    alpha = Image.fromarray(padded_hw.astype(np.uint8) * 255)
+    if scale > 1:
+        alpha = alpha.resize((alpha.width * scale, alpha.height * scale), Image.Resampling.BILINEAR)
+    origin = ((left - before[1]) * scale, (top - before[0]) * scale)
+    colour = colour_of(item.label)
+    canvas.paste(colour, origin, alpha.point([round(value * opacity) for value in range(256)]))
+    # The rim is about two pixels wide.
+    alpha_hw = np.asarray(alpha)
+    framed = np.pad(alpha_hw, 2)
     sides = (framed[:-4, 2:-2], framed[4:, 2:-2], framed[2:-2, :-4], framed[2:-2, 4:])
-    inner_HW = np.minimum.reduce(sides)
-    return Image.fromarray(np.where(mask_HW > inner_HW, mask_HW - inner_HW, 0).astype(np.uint8))
+    inner_hw = np.minimum.reduce(sides)
+    rim_hw = np.where(alpha_hw > inner_hw, alpha_hw - inner_hw, 0).astype(np.uint8)
+    canvas.paste(colour, origin, Image.fromarray(rim_hw))
 
 
-def _draw_box(draw: ImageDraw.ImageDraw, box: Box, colour: RGB, line: int) -> None:
-    left, top, right, bottom = (round(value) for value in box)
-    right, bottom = max(right, left + 1), max(bottom, top + 1)
-    # A dark hair line around the coloured one keeps it visible on pictures of the same colour.
-    draw.rectangle(
-        (left - 1, top - 1, right + 1, bottom + 1), outline=(0, 0, 0, 110), width=line + 2
-    )
-    draw.rectangle((left, top, right, bottom), outline=(*colour, 255), width=line)
+# --- Labels ------------------------------------------------------------------------------------------------------------
+
+# Rows that a label may go up or down from its box, so that a dozen of one place stay apart.
+_ROWS = 12
+# What a place costs: for the share of it that covers other labels, for the share that covers other
+# boxes (at most thrice), for coming late in the list (up to a point: being far is better than covering), and for each
+# label's height that the image's edge moved it.
+_COVERED, _CROWDED, _LATE, _MOVED = 10.0, 0.15, 0.05, 0.3
+_CROWD_MOST, _LATE_MOST = 3.0, 1.4
 
 
-def _draw_labels(
-    canvas: Image.Image, objects: Sequence[DrawnObject], scale: int, style: DrawingStyle
-) -> None:
-    signs = _signs(objects, canvas.size, style)
-    requests = [
-        LabelRequest(_scaled(item.box_xyxy, scale), sign.width, sign.height)
-        for item, sign in zip(objects, signs, strict=True)
-    ]
-    places = place_labels(requests, canvas.size)
-    for sign, place in reversed(list(zip(signs, places, strict=True))):
-        canvas.paste(sign, (round(place[0]), round(place[1])), sign)
+@dataclass(frozen=True)
+class LabelRequest:
+    """A label that needs a place."""
+
+    box: Box
+    """The box that the label belongs to."""
+    width: float
+    height: float
 
 
-def _signs(
-    objects: Sequence[DrawnObject], canvas: tuple[int, int], style: DrawingStyle
-) -> list[Image.Image]:
-    texts = [_text(item, style) for item in objects]
-    size = style.font_size or _fitting_size(texts, canvas, style.font_file)
-    return [
-        _sign(text, colour_of(item.label), size, canvas[0], style)
-        for text, item in zip(texts, objects, strict=True)
-    ]
+def place_labels(requests: Sequence[LabelRequest], canvas: tuple[int, int]) -> list[Box]:
+    """Choose a place for each label, the first ones first.
+
+    Each label has a list of places around and inside its box, the best first: above, inside at the
+    top, below, then at the right edge, then further rows. The place wins that covers the least of
+    the labels placed before; among equal ones, the earlier in the list, where covering other boxes counts a little.
+
+    Args:
+        requests: What to place, the most important first.
+        canvas: Width and height of the image in pixels; places never leave it.
+
+    Returns:
+        One place for each request.
+    """
+    boxes_L4 = np.array([request.box for request in requests], np.float64).reshape(-1, 4)
+    placed_L4 = np.zeros_like(boxes_L4)
+    for index, request in enumerate(requests):
+        left, top, right, bottom = request.box
+        width, height = request.width, request.height
+        corners = [
+            (column, row)
+            for column in (left, right - width, (left + right - width) / 2)
+            for row in (top - height, top, bottom, bottom - height)
+        ]
+        for number in range(1, _ROWS + 1):
+            row = top + number * height
+            above = top - (number + 1) * height
+            corners += [(left, row), (left, above), (right, row), (left - width, row)]
+        desired_P2 = np.array(corners, np.float64)
+        size_2 = np.array([width, height])
+        inside_P2 = np.maximum(np.minimum(desired_P2, np.array(canvas) - size_2), 0)
+        places_P4 = np.concatenate([inside_P2, inside_P2 + size_2], axis=1)
+
+        area = width * height
+        others_B4 = np.delete(boxes_L4, index, axis=0)
+        cost_P = _COVERED * overlaps(places_P4, placed_L4[:index]).sum(axis=1) / area
+        crowd_P = overlaps(places_P4, others_B4).sum(axis=1) / area
+        late_P = np.minimum(_LATE * np.arange(len(places_P4)), _LATE_MOST)
+        cost_P += _CROWDED * np.minimum(crowd_P, _CROWD_MOST) + late_P
+        cost_P += _MOVED * np.abs(inside_P2 - desired_P2).sum(axis=1) / height
+        placed_L4[index] = places_P4[np.argmin(cost_P)]
+    return [(left, top, right, bottom) for left, top, right, bottom in placed_L4.tolist()]
+
+
+def overlaps(first_P4: Floats, second_B4: Floats) -> Floats:
+    """Area in which each box of one set overlaps each of another: (P, B), in squared pixels."""
+    low_PB2 = np.maximum(first_P4[:, None, :2], second_B4[None, :, :2])
+    high_PB2 = np.minimum(first_P4[:, None, 2:], second_B4[None, :, 2:])
+    areas: Floats = np.clip(high_PB2 - low_PB2, 0, None).prod(axis=2)
+    return areas
 
 
 def letters_for(size: tuple[int, int]) -> int:
-    """Height of letters, in pixels, that can be read where the whole picture is shown on a screen.
+    """Height of letters, in pixels, that can be read where the whole image is shown on a screen.
 
     Args:
-        size: Width and height of the picture.
+        size: Width and height of the image.
     """
     shortest = min(size)
-    # Up to a screen's size letters need not grow with the picture; beyond, it is shown smaller than it is.
+    # Up to a screen's size letters need not grow with the image; beyond, it is shown smaller than it is.
     return round(max(_SMALLEST_FONT, min(shortest / 30, 48), shortest / 45))
 
 
-def _fitting_size(texts: Sequence[str], canvas: tuple[int, int], font_file: Path | None) -> int:
-    """Height of the letters: fitted to the picture, and smaller where labels would cover much of it."""
+def _fitting_letters(texts: Sequence[str], canvas: tuple[int, int], font_file: Path | None) -> int:
+    """Height of the letters: fitted to the image, and smaller where labels would cover much of it."""
     size = letters_for(canvas)
     while size > _SMALLEST_FONT:
         # Labels are about one and a half times as high as their letters.
@@ -237,19 +347,14 @@ def _fitting_size(texts: Sequence[str], canvas: tuple[int, int], font_file: Path
     return size
 
 
-def _text(item: DrawnObject, style: DrawingStyle) -> str:
-    # Control characters in a class name would break the line or vanish.
-    name = "".join(c for c in item.label if unicodedata.category(c)[0] != "C")
-    return f"{name} {item.score:.0%}" if style.scores and item.score is not None else name
-
-
-def _sign(text: str, colour: RGB, size: int, widest: int, style: DrawingStyle) -> Image.Image:
+def _sign(text: str, colour: RGB, size: int, widest: int, font_file: Path | None) -> Image.Image:
     """A label: text on a rounded ground of the class's colour."""
-    font = _font(text, size, style.font_file)
+    font = _font(text, size, font_file)
     pad = max(2, round(size * 0.25))
     while len(text) > 2 and font.getlength(text) + 2 * pad > widest:
         text = text[:-2] + "…"
-    top, bottom = _height(font)
+    # Letters with ascenders and descenders: all labels are equally high.
+    _, top, _, bottom = (round(value) for value in font.getbbox("Ágjy|"))
     width, height = round(font.getlength(text)) + 2 * pad, bottom - top + 2 * pad
     ground = Image.new("L", (width * 3, height * 3), 0)
     ImageDraw.Draw(ground).rounded_rectangle(
@@ -263,38 +368,60 @@ def _sign(text: str, colour: RGB, size: int, widest: int, style: DrawingStyle) -
     return sign
 
 
-def _height(font: Font) -> tuple[int, int]:
-    """Top and bottom of letters with ascenders and descenders, so that all labels are equally high."""
-    box = font.getbbox("Ágjy|")
-    return round(box[1]), round(box[3])
-
-
 def _font(text: str, size: int, font_file: Path | None) -> Font:
     if font_file is not None:
-        return _font_from(str(font_file), size)
+        return _font_from(font_file, size)
     # Pillow's own font has Latin letters only; matplotlib brings one that knows many more scripts.
-    return (
-        _default_font(size) if all(ord(c) < 0x250 or c == "…" for c in text) else _wide_font(size)
-    )
-
-
-@lru_cache(maxsize=64)
-def _font_from(path: str, size: int) -> Font:
-    try:
-        return ImageFont.truetype(path, size)
-    except OSError as error:
-        raise ConfigError(f"cannot read the font file {path}: {error}", path=Path(path)) from error
-
-
-@lru_cache(maxsize=64)
-def _default_font(size: int) -> Font:
-    return ImageFont.load_default(size)
-
-
-@lru_cache(maxsize=64)
-def _wide_font(size: int) -> Font:
+    if all(ord(c) < 0x250 or c == "…" for c in text):
+        return _font_from(None, size)
     import matplotlib as mpl
 
-    return ImageFont.truetype(
-        str(Path(mpl.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size
-    )
+    return _font_from(Path(mpl.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
+
+
+@lru_cache(maxsize=128)
+def _font_from(path: Path | None, size: int) -> Font:
+    """Load a font; Pillow's own where there is no path."""
+    if path is None:
+        return ImageFont.load_default(size)
+    try:
+        return ImageFont.truetype(str(path), size)
+    except OSError as error:
+        raise ConfigError(f"cannot read the font file {path}: {error}", path=path) from error
+
+
+# --- Contact sheets ----------------------------------------------------------------------------------------------------
+
+_GROUND = (24, 26, 30)
+_GAP = 8
+
+
+def contact_sheet(
+    images: Sequence[Image.Image], *, columns: int = 4, cell: int = 480
+) -> Image.Image:
+    """Arrange images in a grid, each scaled to fit a square cell; a row is as high as its highest image.
+
+    Args:
+        images: At least one image.
+        columns: Cells a row; fewer where there are fewer images.
+        cell: Edge of a cell in pixels.
+
+    Returns:
+        An RGB image.
+    """
+    columns = min(columns, len(images))
+    fitted = [
+        ImageOps.contain(image.convert("RGB"), (cell, cell), Image.Resampling.LANCZOS)
+        for image in images
+    ]
+    rows = [fitted[start : start + columns] for start in range(0, len(fitted), columns)]
+    heights = [max(image.height for image in row) for row in rows]
+    size = (columns * (cell + _GAP) + _GAP, sum(heights) + (len(rows) + 1) * _GAP)
+    sheet = Image.new("RGB", size, _GROUND)
+    top = _GAP
+    for row, height in zip(rows, heights, strict=True):
+        for column, image in enumerate(row):
+            left = _GAP + column * (cell + _GAP) + (cell - image.width) // 2
+            sheet.paste(image, (left, top + (height - image.height) // 2))
+        top += height + _GAP
+    return sheet

@@ -31,7 +31,6 @@ RANK = {
         SHARED,
     ),
     "manifest": SHARED,
-    "mask_window": SHARED,
     "visualization": SHARED,  # draws what it is given
     "vocabulary": 1,
     "data": 2,

@@ -21,7 +21,7 @@ from proxydet.inference.sources import VideoSource, name_videos
 from proxydet.inference.video import VideoReader, VideoWriter, predict_frames, read_ahead
 from proxydet.inference.writers import VIDEO_KINDS, CsvTable, DrawnVideo
 from proxydet.modeling.config import InferenceConfig
-from proxydet.visualization.colours import colour_of
+from proxydet.visualization.drawing import colour_of
 
 
 def run(bars, source, output: Path, **changes) -> VideoSummary:

@@ -20,7 +20,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 from proxydet.detector import Detector
 from proxydet.serve.app import ServingSettings, build_app
-from proxydet.visualization.colours import colour_of
+from proxydet.visualization.drawing import colour_of
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 DRIVER = shutil.which("chromedriver")

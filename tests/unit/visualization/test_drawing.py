@@ -11,10 +11,19 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from proxydet.errors import ConfigError
-from proxydet.visualization.colours import colour_of, relative_luminance, text_colour_on
-from proxydet.visualization.drawing import DrawingStyle, DrawnObject, draw_objects, letters_for
-from proxydet.visualization.labels import LabelRequest, overlaps, place_labels
-from proxydet.visualization.sheets import contact_sheet
+from proxydet.visualization.drawing import (
+    DrawingStyle,
+    DrawnObject,
+    LabelRequest,
+    colour_of,
+    contact_sheet,
+    draw_objects,
+    letters_for,
+    overlaps,
+    place_labels,
+    relative_luminance,
+    text_colour_on,
+)
 
 GREY = Image.new("RGB", (600, 500), (128, 128, 128))
 BARE = DrawingStyle(labels=False, masks=False)

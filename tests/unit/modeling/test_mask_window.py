@@ -1,4 +1,4 @@
-"""Masks as windows of their pictures."""
+"""Masks as windows of their images."""
 
 import numpy as np
 import pycocotools.mask as coco_mask
@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from proxydet.mask_window import MaskWindow
+from proxydet.modeling.prediction import MaskWindow
 
 
 @st.composite
@@ -33,7 +33,7 @@ def test_runs_are_those_of_the_whole_mask(window):
 
 
 @pytest.mark.parametrize("value", [False, True])
-def test_a_window_of_the_whole_picture(value):
+def test_a_window_of_the_whole_image(value):
     window = MaskWindow(top=0, left=0, inside_hw=np.full((4, 3), value), size=(4, 3))
     assert window.runs().tolist() == ([0, 12] if value else [12])
     assert (window.whole() == value).all()

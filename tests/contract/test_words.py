@@ -26,7 +26,7 @@ WORDS = {
 
 GENERATED = {"commands.md", "configuration.md"}
 """Reference pages whose text stands in the code."""
-OF_OLD_NAMES = {"CHANGELOG.md", "moving-from-0.1.md"}
+OF_OLD_NAMES = {"moving-from-0.1.md"}
 """Pages that quote names which are gone."""
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -10,8 +10,7 @@ import typer
 from proxydet_cli.options import Json, command_app, examples
 
 if TYPE_CHECKING:
-    from proxydet.quickstart.comparison import Comparison
-    from proxydet.quickstart.job import QuickstartResult
+    from proxydet.quickstart import Comparison, QuickstartResult
 
 app = command_app()
 
@@ -49,13 +48,13 @@ def quickstart(
 
     out, progress = Output(json=json), training_progress()
     if compare:
-        from proxydet.quickstart.comparison import compare_mixup
+        from proxydet.quickstart import compare_mixup
 
         chosen = range(seed, seed + seeds)
         comparison = compare_mixup(output, seeds=list(chosen), progress=progress)
         out.data(comparison, _describe_comparison(comparison))
         return
-    from proxydet.quickstart.job import run_quickstart
+    from proxydet.quickstart import run_quickstart
 
     result = run_quickstart(output, seed=seed, progress=progress)
     out.data(_as_data(result), _describe(result))

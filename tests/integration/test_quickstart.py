@@ -8,8 +8,7 @@ import pytest
 
 from proxydet.data.synthetic import SyntheticConfig
 from proxydet.errors import ConfigError, LockedError
-from proxydet.quickstart.comparison import compare_mixup
-from proxydet.quickstart.job import QuickstartFolder, quickstart_config, run_quickstart
+from proxydet.quickstart import QuickstartFolder, compare_mixup, quickstart_config, run_quickstart
 from proxydet.recipes import get_recipe
 
 DRAWN = SyntheticConfig(

@@ -1,0 +1,618 @@
+"""Make a data set, train on it, evaluate base and novel classes, predict other classes, write a report.
+
+Every step goes through the function that the command for real data uses, so what works here works there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shlex
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from proxydet.data.synthetic import SyntheticConfig, make_dataset
+from proxydet.detections import Detections
+from proxydet.detector import Detector
+from proxydet.errors import ConfigError, InputError
+from proxydet.evaluation.detector_evaluation import evaluate
+from proxydet.evaluation.report import IOU_TYPE_NAMES, GroupScore, Report
+from proxydet.files import Lock, read_json, sweep, write_json
+from proxydet.recipes import RunConfig, get_recipe
+from proxydet.reporting import SILENT, Progress
+from proxydet.training.runfolder import RunFolder
+from proxydet.training.train import train
+from proxydet.visualization.drawing import DrawnObject, draw_objects
+from proxydet.visualization.plots import bar_plot, loss_plot, paired_plot, svg_of
+from proxydet.visualization.report import Command, Picture, Section, Table, write_report
+from proxydet.visualization.report import Report as Page
+
+logger = logging.getLogger(__name__)
+
+SHOWN_IMAGES = 6
+"""Number of validation images that are shown."""
+
+SHOWN_ABOVE = 0.4
+"""Score from which a detection is shown in a image."""
+
+
+@dataclass(frozen=True)
+class QuickstartFolder:
+    """Names of the files of a quickstart.
+
+    ::
+
+        FOLDER/
+        ├── data/            the drawn data set; data/description.toml describes it
+        ├── run/             the run folder: configuration, losses, checkpoints, weights
+        ├── evaluation/      predictions on the validation images, and results.json
+        ├── predictions/     detections of other classes on validation images, and their images
+        ├── seconds.json     how long each step took
+        ├── quickstart.lock  while it runs
+        └── report.html
+    """
+
+    root: Path
+
+    @property
+    def data(self) -> Path:
+        """The drawn data set."""
+        return self.root / "data"
+
+    @property
+    def description(self) -> Path:
+        """Its description."""
+        return self.data / "description.toml"
+
+    @property
+    def run(self) -> RunFolder:
+        """The training run."""
+        return RunFolder(self.root / "run")
+
+    @property
+    def evaluation(self) -> Path:
+        """Predictions and scores."""
+        return self.root / "evaluation"
+
+    @property
+    def predictions(self) -> Path:
+        """Detections of other classes."""
+        return self.root / "predictions"
+
+    @property
+    def seconds(self) -> Path:
+        """How long each step took."""
+        return self.root / "seconds.json"
+
+    @property
+    def report(self) -> Path:
+        """The report."""
+        return self.root / "report.html"
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other quickstarts and comparisons out of the folder.
+
+        Raises:
+            LockedError: Another one is using it; nothing in it was changed.
+            EnvironmentProblem: The folder cannot be written to.
+        """
+        lock = Lock(
+            self.root / "quickstart.lock",
+            subject=f"the folder {self.root}",
+            hint="wait for it to end, or stop it; or use another folder: --output",
+        )
+        lock.acquire(wait=False)
+        try:
+            if lock.held:
+                sweep(self.root, sole_writer=True)
+            yield
+        finally:
+            lock.release()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A validation image and what was found in it.
+
+    Attributes:
+        image: The file.
+        detections: What was found, of all classes.
+        asked: Class names that the second search looked for, not all of them in the image.
+        found: What that search found.
+    """
+
+    image: Path
+    detections: Detections
+    asked: tuple[str, ...]
+    found: Detections
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartResult:
+    """What a quickstart made.
+
+    Attributes:
+        folder: Where everything is.
+        evaluation: Scores on the validation images; the groups ``base`` and ``novel`` are the point.
+        examples: Images with detections.
+        seconds: Wall-clock time of each step, in order; a training that was stopped and resumed counts in all.
+    """
+
+    folder: QuickstartFolder
+    evaluation: Report
+    examples: tuple[Example, ...] = field(repr=False)
+    seconds: dict[str, float]
+
+    @property
+    def base(self) -> GroupScore:
+        """Mask AP of the base classes, as fractions."""
+        return self.evaluation.main.group("base")
+
+    @property
+    def novel(self) -> GroupScore:
+        """Mask AP of the novel classes, as fractions."""
+        return self.evaluation.main.group("novel")
+
+
+def quickstart_config(
+    description: Path, *, seed: int, mixup: bool = True, recipe: RunConfig | None = None
+) -> RunConfig:
+    """Return a configuration for a drawn data set.
+
+    Args:
+        description: The data set.
+        seed: Seed of weights, batches and augmentation.
+        mixup: Whether the mixup branch is there; without it the detector is trained on boxes and image labels alone.
+        recipe: What to start from; None takes the recipe ``quickstart``.
+    """
+    recipe = recipe or get_recipe("quickstart")
+    return dataclasses.replace(
+        recipe,
+        seed=seed,
+        data=dataclasses.replace(recipe.data, description=description),
+        model=dataclasses.replace(recipe.model, mixup_branch=mixup),
+    )
+
+
+def run_quickstart(
+    output: Path,
+    *,
+    seed: int = 7,
+    drawn: SyntheticConfig | None = None,
+    recipe: RunConfig | None = None,
+    progress: Progress = SILENT,
+) -> QuickstartResult:
+    """Do the whole job; steps that are done already in the folder are not done again.
+
+    Args:
+        output: Folder for everything; made where absent.
+        seed: Seed of the training. The data set has its own, in ``drawn``.
+        drawn: What to draw; None takes the defaults.
+        recipe: What the run's configuration starts from; None takes the recipe ``quickstart``.
+        progress: Where progress is shown.
+
+    Raises:
+        ConfigError: The folder holds a run of another configuration.
+        LockedError: Another quickstart, or a training, is using the folder.
+        ProxydetError: As `make_dataset`, `train` and `evaluate`.
+    """
+    folder = QuickstartFolder(output.resolve())
+    with folder.held():
+        seconds = _read_seconds(folder)
+        with _timed(seconds, "draw the data set", add=True):
+            description = make_dataset(folder.data, drawn, progress=progress)
+        config = quickstart_config(description, seed=seed, recipe=recipe)
+        with _timed(seconds, "train", add=True):
+            train(config, output=folder.run.root, progress=progress)
+        write_json(folder.seconds, seconds)
+        detector = Detector.from_run(folder.run.root, device=config.training.device)
+        with _timed(seconds, "evaluate"):
+            evaluation = score(detector, description, folder.evaluation, config, progress)
+        with _timed(seconds, "predict"):
+            examples = tuple(predict_examples(detector, folder, progress))
+        result = QuickstartResult(
+            folder=folder, evaluation=evaluation, examples=examples, seconds=seconds
+        )
+        write_page(result)
+        return result
+
+
+def score(
+    detector: Detector, description: Path, output: Path, config: RunConfig, progress: Progress
+) -> Report:
+    """Evaluate a detector on a drawn data set's validation images and keep the scores next to the predictions."""
+    report = evaluate(
+        detector, description, output=output, config=config.evaluation, progress=progress
+    )
+    if report is None:
+        raise RuntimeError("a quickstart runs in one process, which scores")
+    write_json(output / "results.json", report.to_dict())
+    return report
+
+
+def predict_examples(
+    detector: Detector, folder: QuickstartFolder, progress: Progress
+) -> Iterator[Example]:
+    """Run inference on images that training never saw: for all classes, and for a few names of one's own choice.
+
+    The words are novel classes and one base class. They are embedded by the data set's text encoder, as those of
+    ``proxydet predict --vocabulary`` are.
+    """
+    # One name an object reads better in an image; scores need every class of a region.
+    detector = detector.with_settings(one_class_per_proposal=True)
+    names, base = detector.vocabulary.names, detector.vocabulary.base
+    novel = tuple(name for name, known in zip(names, base, strict=True) if not known)
+    known = tuple(name for name, seen in zip(names, base, strict=True) if seen)
+    asked = (*novel[:7], *known[:1])
+    folder.predictions.mkdir(parents=True, exist_ok=True)
+    images = _images_with(folder, set(novel))[:SHOWN_IMAGES]
+    with progress.task("predicting", total=len(images), unit="images") as task:
+        for image in images:
+            example = Example(
+                image=image,
+                detections=detector.predict(image, score_threshold=SHOWN_ABOVE),
+                asked=asked,
+                found=detector.predict(image, list(asked), score_threshold=SHOWN_ABOVE),
+            )
+            found = {"vocabulary": asked, **example.found.to_dict()}
+            write_json(folder.predictions / f"{image.stem}.json", found)
+            task.advance()
+            yield example
+
+
+def _images_with(folder: QuickstartFolder, wanted: set[str]) -> list[Path]:
+    """Return validation images, those with the most different wanted classes first."""
+    annotations = json.loads((folder.data / "lvis_val.json").read_text(encoding="utf-8"))
+    names = {entry["id"]: entry["name"] for entry in annotations["categories"]}
+    classes: dict[int, set[str]] = {image["id"]: set() for image in annotations["images"]}
+    for annotation in annotations["annotations"]:
+        classes[annotation["image_id"]].add(names[annotation["category_id"]])
+    order = sorted(classes, key=lambda image: (-len(classes[image] & wanted), image))
+    files = {path.stem.lstrip("0"): path for path in (folder.data / "val").iterdir()}
+    return [files[str(image)] for image in order]
+
+
+def _read_seconds(folder: QuickstartFolder) -> dict[str, float]:
+    """Return what earlier calls for the folder took; nothing for a new one."""
+    try:
+        content = read_json(folder.seconds, default={})
+    except InputError as error:
+        logger.warning("%s", error.message)
+        return {}
+    return {name: float(value) for name, value in content.items() if type(value) in (int, float)}
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], step: str, *, add: bool = False) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[step] = time.perf_counter() - start + (seconds.get(step, 0.0) if add else 0.0)
+
+
+# --- The comparison: what class-wise mixup brings, with and without the mixup branch on the same seeds -----------------
+
+LEAST_SEEDS = 3
+MEASURES = {
+    "novel AP50": ("novel", "ap50"),
+    "novel AP": ("novel", "ap"),
+    "base AP50": ("base", "ap50"),
+    "base AP": ("base", "ap"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """One measure over all seeds, in percent; masks.
+
+    Attributes:
+        name: What is measured.
+        with_mixup: One value a seed.
+        without_mixup: One value a seed.
+        difference: Mean over the seeds of with minus without.
+        spread: Standard deviation of that difference over the seeds.
+    """
+
+    name: str
+    with_mixup: tuple[float, ...]
+    without_mixup: tuple[float, ...]
+    difference: float
+    spread: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The result of training with and without mixup.
+
+    Attributes:
+        seeds: Seeds of the trainings; both variants used each.
+        measures: What was measured.
+        report: The page that shows it.
+    """
+
+    seeds: tuple[int, ...]
+    measures: tuple[Measure, ...]
+    report: Path
+
+
+def compare_mixup(
+    output: Path,
+    *,
+    seeds: Sequence[int],
+    drawn: SyntheticConfig | None = None,
+    recipe: RunConfig | None = None,
+    progress: Progress = SILENT,
+) -> Comparison:
+    """Train with and without the mixup branch on each seed, and compare the scores.
+
+    Both variants of a seed start from the same weights and see the same batches. Runs that are finished already in
+    the folder are not trained again.
+
+    Args:
+        output: Folder for everything.
+        seeds: At least 3 different seeds.
+        drawn: What to draw; None takes the defaults.
+        recipe: What both configurations start from; None takes the recipe ``quickstart``.
+        progress: Where progress is shown.
+
+    Raises:
+        ConfigError: There are fewer than 3 seeds, or some are the same.
+        LockedError: Another comparison or quickstart is using the folder.
+    """
+    if len(set(seeds)) < max(LEAST_SEEDS, len(seeds)):
+        raise ConfigError(
+            f"A comparison needs at least {LEAST_SEEDS} different seeds, not {list(seeds)}.",
+            hint="one pair of runs says little: the difference of two runs that differ by seed alone may be as large",
+        )
+    folder = QuickstartFolder(output.resolve())
+    with folder.held():
+        make_dataset(folder.data, drawn, progress=progress)
+        values: dict[bool, list[dict[str, float]]] = {True: [], False: []}
+        with progress.task("comparing", total=2 * len(seeds), unit="runs") as task:
+            for seed in seeds:
+                for mixup in (True, False):
+                    config = quickstart_config(
+                        folder.description, seed=seed, mixup=mixup, recipe=recipe
+                    )
+                    values[mixup].append(_run(folder, config, progress))
+                    task.advance()
+        measures = tuple(_measure(name, values) for name in MEASURES)
+        report = _comparison_page(folder, tuple(seeds), measures)
+        comparison = Comparison(seeds=tuple(seeds), measures=measures, report=report)
+        write_json(folder.root / "comparison.json", {**asdict(comparison), "report": str(report)})
+        return comparison
+
+
+def _run(folder: QuickstartFolder, config: RunConfig, progress: Progress) -> dict[str, float]:
+    variant = "with" if config.model.mixup_branch else "without"
+    own = QuickstartFolder(folder.root / f"seed_{config.seed}_{variant}_mixup")
+    train(config, output=own.run.root, progress=progress)
+    detector = Detector.from_run(own.run.root, device=config.training.device)
+    report = score(detector, folder.description, own.evaluation, config, progress)
+    found = {}
+    for measure, (group, score_name) in MEASURES.items():
+        value: float | None = getattr(report.main.group(group), score_name)
+        found[measure] = float("nan") if value is None else 100 * value
+    return found
+
+
+def _measure(name: str, values: dict[bool, list[dict[str, float]]]) -> Measure:
+    with_mixup = tuple(run[name] for run in values[True])
+    without_mixup = tuple(run[name] for run in values[False])
+    differences = [a - b for a, b in zip(with_mixup, without_mixup, strict=True)]
+    return Measure(
+        name=name,
+        with_mixup=with_mixup,
+        without_mixup=without_mixup,
+        difference=statistics.fmean(differences),
+        spread=statistics.stdev(differences),
+    )
+
+
+def _comparison_page(
+    folder: QuickstartFolder, seeds: tuple[int, ...], measures: tuple[Measure, ...]
+) -> Path:
+    rows = [
+        (
+            measure.name,
+            statistics.fmean(measure.with_mixup),
+            statistics.fmean(measure.without_mixup),
+            measure.difference,
+            measure.spread,
+        )
+        for measure in measures
+    ]
+    columns = ("masks, percent", "with mixup", "without", "difference", "its spread over seeds")
+    pairs = {
+        measure.name: list(zip(measure.without_mixup, measure.with_mixup, strict=True))
+        for measure in measures
+    }
+    page = Page(
+        title="Class-wise mixup: with and without",
+        summary=(
+            f"The quickstart's detector trained with and without the mixup branch on {len(seeds)} seeds "
+            f"({', '.join(map(str, seeds))}); both variants of a seed share starting weights and batches. The spread "
+            "is the standard deviation of the difference over the seeds: a mean difference well below it says nothing."
+        ),
+        facts=[
+            (measure.name, f"{measure.difference:+.1f} ± {measure.spread:.1f}")
+            for measure in measures
+        ],
+        sections=[
+            Section(
+                title="Difference",
+                tables=[Table(columns=columns, rows=rows)],
+                plots=[svg_of(paired_plot(pairs, ("without", "with"), label="percent"))],
+            )
+        ],
+    )
+    return write_report(page, folder.root / "comparison.html")
+
+
+logger = logging.getLogger(__name__)
+
+
+# --- The report ---------------------------------------------------------------------------------------------------------
+
+LOSS_NAMES = {
+    "total": "sum of all losses",
+    "loss_centernet_agn_pos": "proposals: heatmap, objects",
+    "loss_centernet_agn_neg": "proposals: heatmap, elsewhere",
+    "loss_centernet_loc": "proposals: boxes",
+    "loss_cls_stage2": "classes (federated, last step)",
+    "loss_box_reg_stage2": "boxes (last step)",
+    "loss_mask": "masks",
+    "image_loss_stage2": "image labels (last step)",
+    "cmm_loss_stage2": "class-wise mixup",
+}
+"""Losses that are plotted, and what the page calls them."""
+
+
+def write_page(result: QuickstartResult) -> Path:
+    """Write ``report.html``, and the drawn predictions as image files next to their JSON."""
+    base, novel = result.base, result.novel
+    total = sum(result.seconds.values())
+    page = Page(
+        title="ProxyDet quickstart",
+        summary=(
+            "A small ProxyDet was trained on synthetic images: boxes and masks of base classes, and images of single "
+            "objects of which only the class is known. Novel classes are combinations of colour, texture and shape "
+            "that no training box shows. It finds them by comparing regions with the text embeddings of their names."
+        ),
+        facts=[
+            ("mask AP50, base classes", _percent(base.ap50)),
+            ("mask AP50, novel classes", _percent(novel.ap50)),
+            ("time in all", f"{total / 60:.1f} min"),
+        ],
+        sections=[
+            _found_section(result),
+            _words_section(result),
+            _scores_section(result.evaluation),
+            _training_section(result.folder),
+            _time_section(result),
+            _commands_section(result.folder),
+        ],
+    )
+    return write_report(page, result.folder.report)
+
+
+def draw(path: Path, detections: Detections) -> Image.Image:
+    """Draw detections into an image."""
+    with Image.open(path) as opened:
+        image = opened.convert("RGB")
+    objects = [
+        DrawnObject(label=item.label, box_xyxy=item.box_xyxy, score=item.score, mask_HW=item.mask)
+        for item in detections
+    ]
+    return draw_objects(image, objects)
+
+
+def _found_section(result: QuickstartResult) -> Section:
+    return Section(
+        title="What it finds",
+        text="Validation images, not seen in training, searched for every class of the data set.",
+        pictures=[
+            Picture(
+                image=draw(example.image, example.detections),
+                caption=f"{example.image.name}: {len(example.detections)} found",
+            )
+            for example in result.examples
+        ],
+    )
+
+
+def _words_section(result: QuickstartResult) -> Section:
+    pictures = []
+    for example in result.examples:
+        drawn = draw(example.image, example.found)
+        drawn.save(result.folder.predictions / f"{example.image.stem}.jpg", quality=92)
+        pictures.append(Picture(image=drawn, caption=f"{example.image.name}"))
+    asked = ", ".join(result.examples[0].asked) if result.examples else ""
+    return Section(
+        title="What it finds when asked for other words",
+        text=f"The same images, searched for these names only: {asked}.",
+        pictures=pictures,
+    )
+
+
+def _scores_section(evaluation: Report) -> Section:
+    rows = []
+    bars: dict[str, dict[str, float]] = {}
+    for kind, part in evaluation.types.items():
+        name = IOU_TYPE_NAMES[kind]
+        metrics = part.metrics
+        rows.append((name, "all", None, *(_number(metrics.get(k)) for k in ("AP", "AP50", "AP75"))))
+        for group in part.groups:
+            values = (_number(group.ap), _number(group.ap50), _number(group.ap75))
+            rows.append((name, group.name, group.scored, *values))
+            bars.setdefault(group.name, {})[f"{name} AP50"] = values[1]
+    return Section(
+        title="Scores",
+        text=(
+            "Average precision by LVIS's federated protocol, in percent. Novel classes are the rare ones here; some of "
+            "them have images of single objects in training (covered), the others have none."
+        ),
+        tables=[Table(columns=("", "classes", "scored", "AP", "AP50", "AP75"), rows=rows)],
+        plots=[svg_of(bar_plot(bars, label="AP50"))],
+    )
+
+
+def _training_section(folder: QuickstartFolder) -> Section:
+    lines = folder.run.metrics.read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    curves = {
+        title: [
+            (record["iteration"], record["losses"][name])
+            for record in records
+            if name in record["losses"]
+        ]
+        for name, title in LOSS_NAMES.items()
+    }
+    shown = {title: points for title, points in curves.items() if points}
+    return Section(title="Training", plots=[svg_of(loss_plot(shown, columns=3))])
+
+
+def _time_section(result: QuickstartResult) -> Section:
+    rows = [(step, seconds) for step, seconds in result.seconds.items()]
+    return Section(title="Time", tables=[Table(columns=("step", "seconds"), rows=rows)])
+
+
+def _commands_section(folder: QuickstartFolder) -> Section:
+    first = min((folder.data / "val").iterdir())
+    run, data, picture = (
+        shlex.quote(str(path)) for path in (folder.run.root, folder.description, first)
+    )
+    return Section(
+        title="Go on",
+        commands=[
+            Command(
+                command=f'proxydet predict {picture} --run {run} -v "red striped circle, blue star"',
+                does="Search an image for any combination of the words it knows.",
+            ),
+            Command(
+                command=f"proxydet eval --run {run} --data {data} --split val",
+                does="Evaluate again; the same command works for your own dataset config.",
+            ),
+            Command(
+                command="proxydet train --recipe small --data my-data.toml --output runs/mine",
+                does="Train on your own photographs; docs/how-to/own-data.md says what the file holds.",
+            ),
+        ],
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else 100 * value

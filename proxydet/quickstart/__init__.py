@@ -1,1 +1,0 @@
-"""The whole job on a small data set drawn here: make data, train, evaluate, predict, report."""

@@ -40,7 +40,7 @@ SHOWN_IMAGES = 6
 """Number of validation images that are shown."""
 
 SHOWN_ABOVE = 0.4
-"""Score from which a detection is shown in a image."""
+"""Score from which a detection is shown in an image."""
 
 
 @dataclass(frozen=True)

@@ -143,13 +143,40 @@ def test_reference_pages_are_fresh(name: str) -> None:
     assert (REPOSITORY / "docs/reference" / name).read_text() == PAGES[name](), "run: make docs"
 
 
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_between_pages_lead_somewhere() -> None:
     for path, text in texts():
         if path.suffix != ".md":
             continue
-        for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
-            if not re.match(r"[a-z]+:", target):
-                assert (path.parent / target).exists(), f"{path.relative_to(REPOSITORY)}: {target}"
+        for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", text):
+            if re.match(r"[a-z]+:", target):
+                continue
+            page = path.parent / target if target else path
+            assert page.exists(), f"{path.relative_to(REPOSITORY)}: {target}"
+            if anchor and page.suffix == ".md":
+                assert anchor in anchors(page), f"{path.relative_to(REPOSITORY)}: {target}#{anchor}"
+
+
+def test_files_named_in_pages_exist() -> None:
+    """Of all pages those in our folders; of the architecture page also those of ``proxydet/`` named without it."""
+    pages = [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md")]
+    folders = r"(?:proxydet|proxydet_cli|tests|benchmarks|docs)/"
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        named = {
+            REPOSITORY / name for name in re.findall(rf"(?<![\w/.-]){folders}[\w/.-]+\w", text)
+        }
+        if page.name == "architecture.md":
+            named |= {
+                REPOSITORY / "proxydet" / name for name in re.findall(r'(?:"|, )([\w/]+\.py)', text)
+            }
+        missing = sorted(str(path.relative_to(REPOSITORY)) for path in named if not path.exists())
+        assert missing == [], page.relative_to(REPOSITORY)
 
 
 @pytest.fixture(scope="module")

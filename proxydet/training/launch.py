@@ -471,7 +471,7 @@ def _failure(error: Any, world_size: int, logs: Path, since: float) -> ProxydetE
     )
 
 
-def requeue(environment: Mapping[str, str] = os.environ) -> bool:
+def requeue_job(environment: Mapping[str, str] = os.environ) -> bool:
     """Put the SLURM job that this process belongs to back into the queue; once a job, from its first task.
 
     Returns:

@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from proxydet_cli.detector_options import (
+from proxydet_cli.options import (
     Classes,
+    Json,
     NamesFile,
     Run,
     Sizes,
@@ -16,8 +17,9 @@ from proxydet_cli.detector_options import (
     Weights,
     check_choice,
     chosen_vocabulary,
+    command_app,
+    examples,
 )
-from proxydet_cli.options import Json, command_app, examples
 
 app = command_app()
 

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proxydet_cli.detector_options import (
+from proxydet_cli.options import (
     Augment,
     BaseAbove,
     Classes,
     Device,
+    Json,
     NamesFile,
     Precision,
     PrecisionOption,
@@ -27,9 +28,10 @@ from proxydet_cli.detector_options import (
     Weights,
     check_choice,
     chosen_vocabulary,
+    command_app,
+    examples,
     tuned,
 )
-from proxydet_cli.options import Json, command_app, examples
 from proxydet_cli.output import Output
 
 if TYPE_CHECKING:

@@ -44,7 +44,7 @@ def quickstart(
     and writes report.html. Run it again after a stop: it goes on where it was.
     """
     from proxydet_cli.output import Output
-    from proxydet_cli.training_display import training_progress
+    from proxydet_cli.progress import training_progress
 
     out, progress = Output(json=json), training_progress()
     if compare:

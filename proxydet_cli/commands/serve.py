@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from proxydet_cli.detector_options import (
+from proxydet_cli.options import (
     Augment,
     BaseAbove,
     Classes,
     Device,
+    Json,
     NamesFile,
     Precision,
     PrecisionOption,
@@ -22,9 +23,10 @@ from proxydet_cli.detector_options import (
     Weights,
     check_choice,
     chosen_vocabulary,
+    command_app,
+    examples,
     tuned,
 )
-from proxydet_cli.options import Json, command_app, examples
 
 if TYPE_CHECKING:
     import socket

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from proxydet_cli import progress
-from proxydet_cli.training_display import parts_table, training_progress
+from proxydet_cli.progress import parts_table, training_progress
 
 FIELDS = {
     "total": 3.25,

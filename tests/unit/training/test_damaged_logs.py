@@ -13,7 +13,7 @@ from proxydet.training.runfolder import RunFolder
 from proxydet.training_run import finished_run, plot_run
 from proxydet.vocabulary.vocabulary import Vocabulary
 from proxydet.weight_files import write_state
-from proxydet_cli.training import _summary
+from proxydet_cli.commands.train import _summary
 
 STEP = {"iteration": 2, "losses": {"total": 1.5, "loss_mask": 0.5}, "skipped": 0}
 EVALUATION = {"iteration": 2, "metrics": {"segm/AP": 0.25}}

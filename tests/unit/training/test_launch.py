@@ -25,7 +25,7 @@ from proxydet.errors import (
     TrainingError,
 )
 from proxydet.training.distributed import StartedProcess, connect, launched_rank
-from proxydet.training.launch import LaunchPlan, launch, plan_launch, requeue, worker
+from proxydet.training.launch import LaunchPlan, launch, plan_launch, requeue_job, worker
 
 RECORDED = json.loads(
     (Path(__file__).parents[2] / "fixtures/slurm_environments.json").read_text(encoding="utf-8")
@@ -261,13 +261,13 @@ def test_requeue_once_a_job(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/ran\n')
     scontrol.chmod(0o755)
     os.environ["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
-    assert requeue(slurm("sbatch -N2 --ntasks-per-node=1, srun: task 0"))
-    assert not requeue(slurm("sbatch -N2 --ntasks-per-node=1, srun: task 1"))
-    assert not requeue(slurm("sbatch -N1 --ntasks-per-node=8, srun: task 5"))
-    assert not requeue({})
+    assert requeue_job(slurm("sbatch -N2 --ntasks-per-node=1, srun: task 0"))
+    assert not requeue_job(slurm("sbatch -N2 --ntasks-per-node=1, srun: task 1"))
+    assert not requeue_job(slurm("sbatch -N1 --ntasks-per-node=8, srun: task 5"))
+    assert not requeue_job({})
     assert (tmp_path / "ran").read_text() == "requeue 4\n"
     scontrol.write_text("#!/bin/sh\necho Access/permission denied >&2; exit 1\n")
-    assert not requeue(slurm("sbatch -N2 --ntasks-per-node=1, srun: task 0"))
+    assert not requeue_job(slurm("sbatch -N2 --ntasks-per-node=1, srun: task 0"))
     assert "permission denied" in caplog.text
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import pytest
 import torch
 
 from proxydet.config import dump_yaml
-from proxydet.errors import CheckpointError, ConfigError
 from proxydet.recipes import RunConfig, resolve_config
 from proxydet.training.distributed import DistInfo
 from proxydet.training.launch import LaunchPlan
@@ -21,7 +19,6 @@ from proxydet.training.runfolder import RunFolder, continue_run
 from proxydet.training.train import TrainResult
 from proxydet.vocabulary.vocabulary import Vocabulary
 from proxydet.weight_files import write_state
-from proxydet_cli import training
 from proxydet_cli.main import main
 
 
@@ -92,18 +89,14 @@ RESULT = TrainResult(
     skipped=0,
     seconds=1.0,
 )
-OPTIONS = training.TrainOptions(
-    recipe="tiny",
-    data=None,
-    config=None,
-    overrides=(),
-    output=Path("run"),
-    resume="auto",
-    overwrite=False,
-    weights=None,
-    device=None,
-)
-MACHINES = training.Machines(gpus=2, nodes=None, rendezvous=None, max_restarts=None, requeue=False)
+
+
+def train(*words: str) -> int:
+    """Run the command on two processes with the folder ``run``, and return its exit code."""
+    try:
+        return main(["train", "--recipe", "tiny", "--output", "run", "--gpus", "2", *words])
+    except SystemExit as stop:
+        return int(stop.code or 0)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -124,7 +117,7 @@ def test_the_first_of_all_processes_writes_the_result(
     monkeypatch.chdir(tmp_path)
     for name, value in (("RANK", rank), ("WORLD_SIZE", 2), ("LOCAL_RANK", 0)):
         monkeypatch.setenv(name, str(value))
-    training.run(OPTIONS, MACHINES, json=as_json)
+    assert train(*(["--json"] if as_json else [])) == 0
     written = capsys.readouterr().out
     if rank:
         assert written == ""
@@ -148,19 +141,21 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 
 def test_a_wrong_checkpoint_is_found_before_processes_start(
-    launched: list[tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    launched: list[tuple[Any, ...]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    options = dataclasses.replace(OPTIONS, resume=str(tmp_path / "absent.pth"))
-    with pytest.raises(ConfigError, match=r"there is no file .*absent\.pth"):
-        training.run(options, MACHINES, json=False)
+    absent = tmp_path / "absent.pth"
+    assert train("--resume", str(absent)) == 3
+    assert f"there is no file {absent}" in capsys.readouterr().err
+    absent.touch()
+    assert train("--resume", str(absent)) == 3
+    assert str(absent) in capsys.readouterr().err
     assert not launched
-    Path(options.resume).touch()
-    with pytest.raises(CheckpointError, match=r"absent\.pth"):
-        training.run(options, MACHINES, json=False)
-    assert not launched
-    write_state({"iteration": 3, "optimizer": {}}, Path(options.resume))
-    training.run(options, MACHINES, json=False)
+    write_state({"iteration": 3, "optimizer": {}}, absent)
+    assert train("--resume", str(absent)) == 0
     assert launched
 
 
@@ -171,15 +166,16 @@ def test_the_launcher_leaves_the_result_to_its_processes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    training.run(OPTIONS, MACHINES, json=True)
+    assert train("--json", "--set", "seed=8") == 0
     assert capsys.readouterr().out == ""
     plan, words, logs = launched[0]
     assert plan.world_size == 2
     folder = Path("run").absolute()
-    options = dataclasses.replace(OPTIONS, output=folder)
-    assert list(words) == ["-m", "proxydet_cli", "train", *options.words(), "--json"]
+    assert list(words[:3]) == ["-m", "proxydet_cli", "train"]
+    options = "--recipe tiny --set seed=8 --json --output"
+    assert {*words[3:]} == {*options.split(), str(folder)}
     assert logs == folder / "logs"
-    training.run(OPTIONS, MACHINES, json=False)
+    assert train() == 0
     assert "--json" not in launched[1][1]
 
 
@@ -234,12 +230,12 @@ def main_code(*words: str) -> int:
 def test_the_launcher_holds_the_folder_of_its_processes(
     launched: list[tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = dataclasses.replace(OPTIONS, output=tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
     held: list[bool] = []
     monkeypatch.setattr(
         "proxydet.training.launch.launch",
         lambda *_: held.append(RunFolder(tmp_path / "run").lock.exists()),
     )
-    training.run(options, MACHINES, json=False)
+    assert train() == 0
     assert held == [True]
     assert not (tmp_path / "run").exists()

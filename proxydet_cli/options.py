@@ -153,6 +153,7 @@ Classes = Annotated[
         "-v",
         metavar="NAMES",
         help="Classes to detect: 'cup, plate, \"knife, fork\"', or a file as for --vocabulary.",
+        rich_help_panel="Classes",
     ),
 ]
 VocabularySource = Annotated[
@@ -162,14 +163,26 @@ VocabularySource = Annotated[
         metavar="NAME|FILE",
         help="Instead of -v: lvis, coco, objects365, openimages, a file of names (.txt, .json, .yaml, a COCO annotation "
         "file), of proxydet vocab build (.npz, .vocab), or of embeddings (.npy, with --names).",
+        rich_help_panel="Classes",
     ),
 ]
 NamesFile = Annotated[
-    Path | None, typer.Option("--names", metavar="FILE", help="Class names of a .npy --vocabulary.")
+    Path | None,
+    typer.Option(
+        "--names",
+        metavar="FILE",
+        help="Class names of a .npy --vocabulary.",
+        rich_help_panel="Classes",
+    ),
 ]
 Run = Annotated[
     Path | None,
-    typer.Option("--run", metavar="FOLDER", help="Run folder of proxydet train or quickstart."),
+    typer.Option(
+        "--run",
+        metavar="FOLDER",
+        help="Run folder of proxydet train or quickstart.",
+        rich_help_panel="Detector",
+    ),
 ]
 Weights = Annotated[
     str | None,
@@ -178,6 +191,7 @@ Weights = Annotated[
         metavar="NAME|FILE",
         help="A published model (proxydet-r50, proxydet-r50-inl, proxydet-swinb-inl) or a checkpoint; with --run, "
         "one of the run's. [default: the run's last, else proxydet-r50-inl]",
+        rich_help_panel="Detector",
     ),
 ]
 Sizes = Annotated[
@@ -186,10 +200,16 @@ Sizes = Annotated[
         "--config",
         metavar="r50|swinb|FILE",
         help="Model of a --weights file, or a run's config.yaml. [default: r50]",
+        rich_help_panel="Detector",
     ),
 ]
 Device = Annotated[
-    str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto: a GPU where there is one.")
+    str,
+    typer.Option(
+        "--device",
+        help="cpu, cuda, cuda:1, ...; auto: a GPU where there is one.",
+        rich_help_panel="Detector",
+    ),
 ]
 
 
@@ -206,11 +226,16 @@ Augment = Annotated[
     typer.Option(
         "--tta",
         help="Run on each image mirrored too, and in three sizes: more accurate, 6 times slower.",
+        rich_help_panel="Detector",
     ),
 ]
 PrecisionOption = Annotated[
     Precision,
-    typer.Option("--precision", help="Number format of the backbone; fp16 and bf16 need a GPU."),
+    typer.Option(
+        "--precision",
+        help="Number format of the backbone; fp16 and bf16 need a GPU.",
+        rich_help_panel="Detector",
+    ),
 ]
 BaseAbove = Annotated[
     float,
@@ -219,6 +244,7 @@ BaseAbove = Annotated[
         min=-1.0,
         max=1.0,
         help="Cosine with a base class of training above which a class counts as base.",
+        rich_help_panel="Classes",
     ),
 ]
 

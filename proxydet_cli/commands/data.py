@@ -79,8 +79,9 @@ def check(
     path: Annotated[
         Path | None,
         typer.Argument(
+            metavar="PATH",
             help="Annotation file (COCO, LVIS, OpenImages JSON), Pascal VOC folder or list, dataset config (TOML), or "
-            "data root; else $PROXYDET_DATASETS, else ./datasets."
+            "data root; else $PROXYDET_DATASETS, else ./datasets.",
         ),
     ] = None,
     decode: Annotated[

@@ -30,7 +30,12 @@ app = command_app()
 
 Run = Annotated[
     Path | None,
-    typer.Option("--run", metavar="FOLDER", help="Run folder of proxydet train or quickstart."),
+    typer.Option(
+        "--run",
+        metavar="FOLDER",
+        help="Run folder of proxydet train or quickstart.",
+        rich_help_panel="Detections",
+    ),
 ]
 Weights = Annotated[
     str | None,
@@ -39,12 +44,16 @@ Weights = Annotated[
         metavar="NAME|FILE",
         help="A published model (proxydet-r50, proxydet-r50-inl, proxydet-swinb-inl) or a checkpoint; with --run, "
         "one of the run's. [default: the run's last, else proxydet-r50-inl]",
+        rich_help_panel="Detections",
     ),
 ]
 Model = Annotated[
     str | None,
     typer.Option(
-        "--config", metavar="r50|swinb|FILE", help="Model of a --weights file. [default: r50]"
+        "--config",
+        metavar="r50|swinb|FILE",
+        help="Model of a --weights file. [default: r50]",
+        rich_help_panel="Detections",
     ),
 ]
 Results = Annotated[
@@ -53,6 +62,7 @@ Results = Annotated[
         "--results",
         metavar="FILE",
         help="Score this LVIS or COCO results file (JSON, plain or gzipped), or what predict --save coco wrote, instead of detecting.",
+        rich_help_panel="Detections",
     ),
 ]
 Data = Annotated[
@@ -63,15 +73,19 @@ Data = Annotated[
         metavar="NAME|FILE",
         help="Dataset config (TOML), or a prepared data set (lvis, coco, objects365, openimages); for --results an "
         "annotation file (JSON) will do. [default: the run's, else lvis]",
+        rich_help_panel="Data",
     ),
 ]
-Split = Annotated[str, typer.Option("--split", metavar="val|train", help="Which split.")]
+Split = Annotated[
+    str, typer.Option("--split", metavar="val|train", help="Which split.", rich_help_panel="Data")
+]
 Vocabulary = Annotated[
     Path | None,
     typer.Option(
         "--vocabulary",
         metavar="FILE",
         help="Text embeddings (.npz, .npy) to use instead of the dataset config's.",
+        rich_help_panel="Detections",
     ),
 ]
 Protocol = Annotated[
@@ -81,6 +95,7 @@ Protocol = Annotated[
         metavar="lvis|coco|openimages",
         help="Whose protocol to score by: lvis (federated annotations), coco (exhaustive) or openimages. "
         "[default: by what the annotations say]",
+        rich_help_panel="Scoring",
     ),
 ]
 IouTypes = Annotated[
@@ -89,6 +104,7 @@ IouTypes = Annotated[
         "--iou-type",
         metavar="bbox,segm",
         help="What is scored. [default: boxes, and masks where objects and detections have them]",
+        rich_help_panel="Scoring",
     ),
 ]
 Engine = Annotated[
@@ -97,6 +113,7 @@ Engine = Annotated[
         "--engine",
         metavar="hotcoco|lvis",
         help="hotcoco: fast; lvis: the official evaluators (lvis, pycocotools), the yardstick.",
+        rich_help_panel="Scoring",
     ),
 ]
 Fixed = Annotated[
@@ -104,21 +121,42 @@ Fixed = Annotated[
     typer.Option(
         "--fixed",
         help="Fixed AP: no limit of detections an image, 10,000 a category. Not comparable with AP.",
+        rich_help_panel="Scoring",
     ),
 ]
 Bootstrap = Annotated[
-    int, typer.Option("--bootstrap", min=0, help="Resamples for confidence intervals; 0: none.")
+    int,
+    typer.Option(
+        "--bootstrap",
+        min=0,
+        help="Resamples for confidence intervals; 0: none.",
+        rich_help_panel="Scoring",
+    ),
 ]
 Hierarchy = Annotated[
     Path | None,
-    typer.Option("--hierarchy", metavar="FILE", help="OpenImages' hierarchy, for expanded AP50."),
+    typer.Option(
+        "--hierarchy",
+        metavar="FILE",
+        help="OpenImages' hierarchy, for expanded AP50.",
+        rich_help_panel="Scoring",
+    ),
 ]
 AllowOutside = Annotated[
-    bool, typer.Option("--allow-outside", help="Accept boxes that reach out of their image.")
+    bool,
+    typer.Option(
+        "--allow-outside",
+        help="Accept boxes that reach out of their image.",
+        rich_help_panel="Scoring",
+    ),
 ]
 AllowDuplicates = Annotated[
     bool,
-    typer.Option("--allow-duplicates", help="Accept results that hold every detection twice."),
+    typer.Option(
+        "--allow-duplicates",
+        help="Accept results that hold every detection twice.",
+        rich_help_panel="Scoring",
+    ),
 ]
 OutputFolder = Annotated[
     Path | None,
@@ -127,6 +165,7 @@ OutputFolder = Annotated[
         "-o",
         metavar="FOLDER",
         help="Where files are written. [default: in the run folder, else below evaluation]",
+        rich_help_panel="Output",
     ),
 ]
 Compare = Annotated[
@@ -135,20 +174,36 @@ Compare = Annotated[
         "--compare",
         metavar="A B",
         help="Say whether B is better than A: two results files, or two folders of evaluations.",
+        rich_help_panel="Detections",
     ),
 ]
 Device = Annotated[
-    str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto: a GPU where there is one.")
+    str,
+    typer.Option(
+        "--device",
+        help="cpu, cuda, cuda:1, ...; auto: a GPU where there is one.",
+        rich_help_panel="Running",
+    ),
 ]
-Gpus = Annotated[int | None, typer.Option("--gpus", min=1, help="Processes. [default: one a GPU]")]
+Gpus = Annotated[
+    int | None,
+    typer.Option(
+        "--gpus", min=1, help="Processes. [default: one a GPU]", rich_help_panel="Running"
+    ),
+]
 BatchSize = Annotated[
-    int, typer.Option("--batch-size", min=1, help="Images in the network at once.")
+    int,
+    typer.Option(
+        "--batch-size", min=1, help="Images in the network at once.", rich_help_panel="Running"
+    ),
 ]
 
 Augment = Annotated[
     bool,
     typer.Option(
-        "--tta", help="Run on each image mirrored too, and in three sizes: 6 times slower."
+        "--tta",
+        help="Run on each image mirrored too, and in three sizes: 6 times slower.",
+        rich_help_panel="Running",
     ),
 ]
 

@@ -24,13 +24,17 @@ from proxydet_cli.options import (
 app = command_app()
 
 OutputFile = Annotated[
-    Path, typer.Option("--output", "-o", metavar="FILE", help="The file: .onnx or .pt2.")
+    Path,
+    typer.Option(
+        "--output", "-o", metavar="FILE", help="The file: .onnx or .pt2.", rich_help_panel="File"
+    ),
 ]
 FileFormat = Annotated[
     Literal["onnx", "torch"] | None,
     typer.Option(
         "--format",
         help="onnx, for onnxruntime; torch, a program of torch.export. [default: by the file's suffix]",
+        rich_help_panel="File",
     ),
 ]
 Check = Annotated[
@@ -39,9 +43,15 @@ Check = Annotated[
         "--check",
         metavar="IMAGE",
         help="Compare with the detector on this image too; may be repeated.",
+        rich_help_panel="File",
     ),
 ]
-Opset = Annotated[int, typer.Option("--opset", metavar="N", help="ONNX operator set, 18 to 21.")]
+Opset = Annotated[
+    int,
+    typer.Option(
+        "--opset", metavar="N", help="ONNX operator set, 18 to 21.", rich_help_panel="File"
+    ),
+]
 
 
 @app.command(

@@ -53,11 +53,26 @@ Sources = Annotated[
     ),
 ]
 Threshold = Annotated[
-    float, typer.Option("--score-threshold", min=0.0, max=1.0, help="Keep what scores above this.")
+    float,
+    typer.Option(
+        "--score-threshold",
+        min=0.0,
+        max=1.0,
+        help="Keep what scores above this.",
+        rich_help_panel="Detections",
+    ),
 ]
-Top = Annotated[int, typer.Option("--top", min=1, help="Keep at most this many an image.")]
+Top = Annotated[
+    int,
+    typer.Option(
+        "--top", min=1, help="Keep at most this many an image.", rich_help_panel="Detections"
+    ),
+]
 OneLabel = Annotated[
-    bool, typer.Option("--one-label", help="Keep only the best class of each box.")
+    bool,
+    typer.Option(
+        "--one-label", help="Keep only the best class of each box.", rich_help_panel="Detections"
+    ),
 ]
 Masks = Annotated[
     bool | None,
@@ -65,6 +80,7 @@ Masks = Annotated[
         "--masks/--no-masks",
         help="Predict masks, or boxes only. [default: masks, by a detector that has a mask head]",
         show_default=False,
+        rich_help_panel="Detections",
     ),
 ]
 OutputFolder = Annotated[
@@ -74,10 +90,16 @@ OutputFolder = Annotated[
         "-o",
         metavar="FOLDER",
         help="Where files are saved. [default: predictions; predictions-2, ... where that holds results]",
+        rich_help_panel="Output",
     ),
 ]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace results that are in the output folder.")
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Replace results that are in the output folder.",
+        rich_help_panel="Output",
+    ),
 ]
 Save = Annotated[
     str | None,
@@ -86,15 +108,22 @@ Save = Annotated[
         metavar="KINDS",
         help="What to save: images, json, coco, crops, csv; several with commas; none for nothing. Of a video: "
         "images (an annotated video), json, csv. [default: images, or none with --json]",
+        rich_help_panel="Output",
     ),
 ]
 BatchSize = Annotated[
-    int, typer.Option("--batch-size", min=1, help="Images in the network at once.")
+    int,
+    typer.Option(
+        "--batch-size", min=1, help="Images in the network at once.", rich_help_panel="Detections"
+    ),
 ]
 Every = Annotated[
     int,
     typer.Option(
-        "--every", min=1, help="Of a video, run on each frame (1), each second one (2), ..."
+        "--every",
+        min=1,
+        help="Of a video, run on each frame (1), each second one (2), ...",
+        rich_help_panel="Detections",
     ),
 ]
 

@@ -38,11 +38,20 @@ app = command_app()
 Host = Annotated[
     str,
     typer.Option(
-        "--host", help="Address to listen on; 0.0.0.0: all interfaces. There is no authentication."
+        "--host",
+        help="Address to listen on; 0.0.0.0: all interfaces. There is no authentication.",
+        rich_help_panel="Server",
     ),
 ]
 Port = Annotated[
-    int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0: any free one.")
+    int,
+    typer.Option(
+        "--port",
+        min=0,
+        max=65535,
+        help="Port to listen on; 0: any free one.",
+        rich_help_panel="Server",
+    ),
 ]
 AllowHost = Annotated[
     list[str] | None,
@@ -50,20 +59,45 @@ AllowHost = Annotated[
         "--allow-host",
         metavar="NAME",
         help="Host name that requests may be addressed to, besides localhost; may be repeated.",
+        rich_help_panel="Server",
     ),
 ]
-OpenPage = Annotated[bool, typer.Option("--open", help="Open the page in the browser.")]
+OpenPage = Annotated[
+    bool, typer.Option("--open", help="Open the page in the browser.", rich_help_panel="Server")
+]
 MaxUpload = Annotated[
-    float, typer.Option("--max-upload", min=0.01, metavar="MIB", help="Largest image file.")
+    float,
+    typer.Option(
+        "--max-upload",
+        min=0.01,
+        metavar="MIB",
+        help="Largest image file.",
+        rich_help_panel="Limits",
+    ),
 ]
 MaxMegapixels = Annotated[
-    float, typer.Option("--max-megapixels", min=0.01, help="Largest image, in million pixels.")
+    float,
+    typer.Option(
+        "--max-megapixels",
+        min=0.01,
+        help="Largest image, in million pixels.",
+        rich_help_panel="Limits",
+    ),
 ]
 Queue = Annotated[
-    int, typer.Option("--queue", min=1, help="Requests that may wait; more are refused.")
+    int,
+    typer.Option(
+        "--queue", min=1, help="Requests that may wait; more are refused.", rich_help_panel="Limits"
+    ),
 ]
 Timeout = Annotated[
-    float, typer.Option("--timeout", min=0.1, help="Longest time for a response, in seconds.")
+    float,
+    typer.Option(
+        "--timeout",
+        min=0.1,
+        help="Longest time for a response, in seconds.",
+        rich_help_panel="Limits",
+    ),
 ]
 
 

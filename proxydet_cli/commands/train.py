@@ -32,6 +32,7 @@ Backbone = Annotated[
         "--backbone",
         metavar="r50|swinb",
         help="The published recipe with this backbone (in place of --recipe).",
+        rich_help_panel="What to train",
     ),
 ]
 Recipe = Annotated[
@@ -41,18 +42,33 @@ Recipe = Annotated[
         metavar="NAME",
         help="Any recipe: r50, swinb (each also with _without_image_labels), boxsup_r50, boxsup_swinb, quickstart, "
         "small, tiny.",
+        rich_help_panel="What to train",
     ),
 ]
-Data = Annotated[Path | None, typer.Option("--data", metavar="FILE", help="Dataset config (TOML).")]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        "--data", metavar="FILE", help="Dataset config (TOML).", rich_help_panel="What to train"
+    ),
+]
 ConfigFile = Annotated[
     Path | None,
     typer.Option(
-        "--config", "-c", metavar="FILE", help="YAML with all keys, or some; a run's repeats it."
+        "--config",
+        "-c",
+        metavar="FILE",
+        help="YAML with all keys, or some; a run's repeats it.",
+        rich_help_panel="What to train",
     ),
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Set one key; can be given many times."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Set one key; can be given many times.",
+        rich_help_panel="What to train",
+    ),
 ]
 RunFolderOption = Annotated[
     Path | None,
@@ -61,6 +77,7 @@ RunFolderOption = Annotated[
         "-o",
         metavar="FOLDER",
         help="The run folder. [default: runs/RECIPE; where that holds a run with other settings, runs/RECIPE-2 and so on]",
+        rich_help_panel="Run folder",
     ),
 ]
 ResumeOption = Annotated[
@@ -69,6 +86,7 @@ ResumeOption = Annotated[
         "--resume",
         metavar="auto|never|FILE",
         help="Resume from the newest checkpoint of the run folder, if any; start a new run; or resume from this checkpoint.",
+        rich_help_panel="Run folder",
     ),
 ]
 OverwriteOption = Annotated[
@@ -76,6 +94,7 @@ OverwriteOption = Annotated[
     typer.Option(
         "--overwrite",
         help="Start a new run (--resume never) and remove the one that the folder holds.",
+        rich_help_panel="Run folder",
     ),
 ]
 Weights = Annotated[
@@ -84,11 +103,17 @@ Weights = Annotated[
         "--weights",
         metavar="FILE",
         help="Checkpoint whose weights a new run starts from (to continue a run: --resume).",
+        rich_help_panel="What to train",
     ),
 ]
 Gpus = Annotated[
     int | None,
-    typer.Option("--gpus", min=1, help="Processes on each node. [default: one a GPU]"),
+    typer.Option(
+        "--gpus",
+        min=1,
+        help="Processes on each node. [default: one a GPU]",
+        rich_help_panel="Processes",
+    ),
 ]
 Nodes = Annotated[
     int | None,
@@ -96,6 +121,7 @@ Nodes = Annotated[
         "--nodes",
         min=1,
         help="Nodes. [default: those that SLURM, Kubeflow or SkyPilot state, or 1]",
+        rich_help_panel="Processes",
     ),
 ]
 Rendezvous = Annotated[
@@ -104,6 +130,7 @@ Rendezvous = Annotated[
         "--rendezvous",
         metavar="HOST:PORT",
         help="Where several nodes meet. [default: as the cluster states]",
+        rich_help_panel="Processes",
     ),
 ]
 Restarts = Annotated[
@@ -112,19 +139,30 @@ Restarts = Annotated[
         "--max-restarts",
         min=0,
         help="How often processes are started again after a failure. [default: 3 on several nodes]",
+        rich_help_panel="Processes",
     ),
 ]
 Requeue = Annotated[
     bool,
     typer.Option(
-        "--requeue", help="Put the SLURM job back into the queue when SIGUSR1 or SIGTERM stops it."
+        "--requeue",
+        help="Put the SLURM job back into the queue when SIGUSR1 or SIGTERM stops it.",
+        rich_help_panel="Processes",
     ),
 ]
 Device = Annotated[
-    str | None, typer.Option("--device", metavar="auto|cuda|cpu", help="Where to compute.")
+    str | None,
+    typer.Option(
+        "--device", metavar="auto|cuda|cpu", help="Where to compute.", rich_help_panel="Processes"
+    ),
 ]
 ShowConfig = Annotated[
-    bool, typer.Option("--show-config", help="Write the resolved configuration and do nothing.")
+    bool,
+    typer.Option(
+        "--show-config",
+        help="Write the resolved configuration and do nothing.",
+        rich_help_panel="General options",
+    ),
 ]
 
 

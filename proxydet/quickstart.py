@@ -31,7 +31,7 @@ from proxydet.training.runfolder import RunFolder
 from proxydet.training.train import train
 from proxydet.visualization.drawing import DrawnObject, draw_objects
 from proxydet.visualization.plots import bar_plot, loss_plot, paired_plot, svg_of
-from proxydet.visualization.report import Command, Picture, Section, Table, write_report
+from proxydet.visualization.report import CaptionedImage, Command, Section, Table, write_report
 from proxydet.visualization.report import Report as Page
 
 logger = logging.getLogger(__name__)
@@ -520,8 +520,8 @@ def _found_section(result: QuickstartResult) -> Section:
     return Section(
         title="What it finds",
         text="Validation images, not seen in training, searched for every class of the data set.",
-        pictures=[
-            Picture(
+        images=[
+            CaptionedImage(
                 image=draw(example.image, example.detections),
                 caption=f"{example.image.name}: {len(example.detections)} found",
             )
@@ -535,12 +535,12 @@ def _words_section(result: QuickstartResult) -> Section:
     for example in result.examples:
         drawn = draw(example.image, example.found)
         drawn.save(result.folder.predictions / f"{example.image.stem}.jpg", quality=92)
-        pictures.append(Picture(image=drawn, caption=f"{example.image.name}"))
+        pictures.append(CaptionedImage(image=drawn, caption=f"{example.image.name}"))
     asked = ", ".join(result.examples[0].asked) if result.examples else ""
     return Section(
         title="What it finds when asked for other words",
         text=f"The same images, searched for these names only: {asked}.",
-        pictures=pictures,
+        images=pictures,
     )
 
 

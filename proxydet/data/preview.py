@@ -29,7 +29,14 @@ from proxydet.data.store import AnnotationStore, ImageRecord
 from proxydet.errors import ConfigError, DataError, VocabularyError
 from proxydet.visualization.drawing import DrawnObject, contact_sheet, draw_objects
 from proxydet.visualization.plots import long_tail_plot, svg_of
-from proxydet.visualization.report import Command, Picture, Report, Section, Table, write_report
+from proxydet.visualization.report import (
+    CaptionedImage,
+    Command,
+    Report,
+    Section,
+    Table,
+    write_report,
+)
 from proxydet.wording import counted
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -59,7 +66,7 @@ class PreviewRequest:
             )
 
 
-def preview_pictures(data: Dataset, request: PreviewRequest) -> list[Picture]:
+def preview_pictures(data: Dataset, request: PreviewRequest) -> list[CaptionedImage]:
     """Draw images of a data set with their annotations.
 
     Args:
@@ -107,7 +114,7 @@ def preview_pictures(data: Dataset, request: PreviewRequest) -> list[Picture]:
             objects = annotated_objects(store, record, vocabulary)
             drawn = draw_objects(image, objects)
             caption = f"{record.file_name}: {counted(len(objects), 'annotation')}"
-            pictures.append(Picture(image=drawn, caption=caption))
+            pictures.append(CaptionedImage(image=drawn, caption=caption))
             task.advance()
     return pictures
 
@@ -167,13 +174,13 @@ def annotated_objects(
     return objects
 
 
-def _augmented(data: Dataset, request: PreviewRequest) -> list[Picture]:
+def _augmented(data: Dataset, request: PreviewRequest) -> list[CaptionedImage]:
     from proxydet.data.loader import TrainingLoader, TrainingSources
 
     names = data.vocabulary.names
     sources = TrainingSources(DataConfig(workers=0), data)
     loader = TrainingLoader(sources, rank=0, world_size=1, seed=request.seed)
-    pictures: list[Picture] = []
+    pictures: list[CaptionedImage] = []
     for iteration in itertools.count():
         batch = loader.batch(iteration)
         # Two of a batch, so that a sheet shows several batches of either kind.
@@ -199,14 +206,14 @@ def _augmented(data: Dataset, request: PreviewRequest) -> list[Picture]:
                 whole = (0.0, 0.0, float(image.width), float(image.height))
                 objects = [DrawnObject(label=label, box_xyxy=whole) for label in labels]
                 caption = f"{batch.image_ids[place]}: {', '.join(labels)}"
-            pictures.append(Picture(image=draw_objects(image, objects), caption=caption))
+            pictures.append(CaptionedImage(image=draw_objects(image, objects), caption=caption))
         if len(pictures) >= request.count:
             break
     return pictures[: request.count]
 
 
 def _page(
-    stats: DatasetStats, pictures: list[Picture], request: PreviewRequest, named: Path
+    stats: DatasetStats, pictures: list[CaptionedImage], request: PreviewRequest, named: Path
 ) -> Report:
     kind = "as training sees them" if request.augmented else "as annotated"
     rows: list[list[str | int]] = []
@@ -238,7 +245,7 @@ def _page(
     sections = [
         Section(title="Counts", tables=[Table(columns=head, rows=rows)]),
         Section(title="Long tail", text=tail, plots=tails),
-        Section(title=f"Images of {request.split}, {kind}", pictures=pictures),
+        Section(title=f"Images of {request.split}, {kind}", images=pictures),
         Section(
             title="Next steps", commands=[Command(command=c, does=d) for d, c in commands.items()]
         ),

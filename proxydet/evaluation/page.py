@@ -33,7 +33,14 @@ from proxydet.evaluation.scoring import FREQUENCY_NAMES, RECALL_THRESHOLDS_R
 from proxydet.files import write_bytes, write_text
 from proxydet.visualization.drawing import DrawnObject, draw_objects
 from proxydet.visualization.plots import PALETTE, bar_plot, precision_recall_plot, svg_of
-from proxydet.visualization.report import Command, Picture, Section, Table, escape, write_report
+from proxydet.visualization.report import (
+    CaptionedImage,
+    Command,
+    Section,
+    Table,
+    escape,
+    write_report,
+)
 from proxydet.visualization.report import Report as Page
 
 _SHOWN_CATEGORIES = 4
@@ -313,7 +320,7 @@ def _examples(evaluation: Evaluation, scored: Scored, read: ImageReader) -> list
         Section(
             title=title,
             text=text,
-            pictures=[
+            images=[
                 draw_example(evaluation, example, category, read)
                 for category in categories
                 for example in choose(scored, category, _SHOWN_EXAMPLES)
@@ -417,7 +424,7 @@ def worst_examples(scored: Scored, category: int, number: int) -> list[Example]:
 
 def draw_example(
     evaluation: Evaluation, example: Example, category: int, read: ImageReader
-) -> Picture:
+) -> CaptionedImage:
     """Draw an example: the detection with its score, and the category's annotations.
 
     Args:
@@ -450,7 +457,9 @@ def draw_example(
         if example.annotation < 0 or index == example.annotation
     ]
     picture = draw_objects(*_close_up(Image.fromarray(read(image_id)), objects))
-    return Picture(image=picture, caption=f"{name}: {_KINDS[example.kind]}, image {image_id}")
+    return CaptionedImage(
+        image=picture, caption=f"{name}: {_KINDS[example.kind]}, image {image_id}"
+    )
 
 
 def _close_up(

@@ -12,8 +12,8 @@ from pathlib import Path
 from PIL import Image
 
 from proxydet.visualization.report import (
+    CaptionedImage,
     Command,
-    Picture,
     Report,
     Section,
     Table,
@@ -57,7 +57,9 @@ def hostile_report() -> Report:
                         caption=HOSTILE,
                     )
                 ],
-                pictures=[Picture(image=Image.new("RGB", (30, 20), (9, 200, 9)), caption=HOSTILE)],
+                images=[
+                    CaptionedImage(image=Image.new("RGB", (30, 20), (9, 200, 9)), caption=HOSTILE)
+                ],
                 commands=[Command(command=HOSTILE, does=HOSTILE)],
             )
         ],

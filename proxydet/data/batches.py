@@ -18,7 +18,7 @@ import torch
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 
 from proxydet.data.dataset import class_rows
-from proxydet.data.formats.records import Identifier
+from proxydet.data.formats.reader import Identifier
 from proxydet.data.masks import decode
 from proxydet.data.store import AnnotationStore, ImageRecord
 from proxydet.data.transforms import View

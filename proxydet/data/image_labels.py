@@ -32,7 +32,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from proxydet.data.dataset import ImageLabelSpec, class_rows, how_to_get, nearest
-from proxydet.data.formats.records import CategoryEntry
+from proxydet.data.formats.reader import CategoryEntry
 from proxydet.data.images import (
     find_image,
     image_size,

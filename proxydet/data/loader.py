@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 from proxydet.data import dataset
 from proxydet.data.batches import Batch, BoxBatch, ImageLabelBatch, Targets, make_instances
 from proxydet.data.config import DataConfig, SourceConfig
-from proxydet.data.formats.records import Identifier
+from proxydet.data.formats.reader import Identifier
 from proxydet.data.image_labels import FolderImages, LabelledImages, open_label_images
 from proxydet.data.images import (
     open_annotated_image,

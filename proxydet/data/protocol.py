@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
-from proxydet.data.store import AnnotationStore
 from proxydet.errors import DataError
 from proxydet.wording import first_of
+
+if TYPE_CHECKING:
+    from proxydet.data.store import AnnotationStore
 
 Protocol: TypeAlias = Literal["lvis", "coco", "openimages"]
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)

@@ -34,8 +34,7 @@ from pycocotools import mask as coco_mask
 from proxydet.data import masks
 from proxydet.data.deviations import DAMAGED_MASK, StoreReport, line_of, refused
 from proxydet.data.formats import coco, voc
-from proxydet.data.formats.reader import no_garbage_collection, other_spelling
-from proxydet.data.formats.records import (
+from proxydet.data.formats.reader import (
     LABEL_LISTS,
     AnnotationEntry,
     CategoryEntry,
@@ -43,6 +42,8 @@ from proxydet.data.formats.records import (
     Flaw,
     Identifier,
     ImageEntry,
+    no_garbage_collection,
+    other_spelling,
 )
 from proxydet.errors import DataError
 from proxydet.files import build_once, discard, remembered_sha256, sha256, staged

@@ -32,7 +32,7 @@ import torch.distributed
 from torch import nn
 
 from proxydet.data.dataset import Dataset, DatasetConfig, class_rows
-from proxydet.data.formats.records import Identifier
+from proxydet.data.formats.reader import Identifier
 from proxydet.data.images import Pixels
 from proxydet.errors import ConfigError, DataError
 from proxydet.evaluation.config import EvaluationConfig

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from proxydet.data.formats.reader import encoded
-from proxydet.data.formats.records import Identifier
+from proxydet.data.formats.reader import Identifier, encoded
 from proxydet.data.masks import rasterize
 from proxydet.data.protocol import FREQUENCIES, Protocol, protocol_of
 from proxydet.data.store import AnnotationStore

@@ -14,7 +14,7 @@ from hotcoco import mask as coco_mask
 from numpy.typing import NDArray
 from PIL import Image
 
-from proxydet.data.formats.records import Identifier
+from proxydet.data.formats.reader import Identifier
 from proxydet.data.images import Pixels
 from proxydet.data.protocol import PROTOCOL_NAMES
 from proxydet.evaluation.analysis import Analysis, Calibration, ErrorBreakdown, right_and_wrong

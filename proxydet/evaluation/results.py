@@ -31,6 +31,8 @@ from pycocotools import mask as coco_mask
 from proxydet.data import masks
 from proxydet.data.deviations import DAMAGED_MASK, DEVIATIONS, StoreReport, line_of, refused
 from proxydet.data.formats.reader import (
+    Flaw,
+    Identifier,
     JsonText,
     encoded,
     identifier,
@@ -38,7 +40,6 @@ from proxydet.data.formats.reader import (
     other_spelling,
     owners,
 )
-from proxydet.data.formats.records import Flaw, Identifier
 from proxydet.errors import DataError
 from proxydet.evaluation.ground_truth import GroundTruth
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proxydet.data.dataset import Dataset, DatasetConfig, class_rows
-from proxydet.data.formats.records import Identifier
+from proxydet.data.formats.reader import Identifier
 from proxydet.data.image_labels import match_tars, synset_of_wnid
 from proxydet.data.images import Pixels, open_annotated_image, require_distinct_files
 from proxydet.data.protocol import Protocol

@@ -12,14 +12,16 @@ from typing import Any
 import msgspec
 
 from proxydet.data.deviations import StoreReport, refused
-from proxydet.data.formats.reader import JsonText, identifier, owners
-from proxydet.data.formats.records import (
+from proxydet.data.formats.reader import (
     LABEL_LISTS,
     AnnotationEntry,
     CategoryEntry,
     Document,
     Flaw,
     ImageEntry,
+    JsonText,
+    identifier,
+    owners,
 )
 from proxydet.data.masks import are_numbers
 from proxydet.errors import DataError

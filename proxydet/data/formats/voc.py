@@ -10,7 +10,7 @@ import os
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from proxydet.data.formats.records import (
+from proxydet.data.formats.reader import (
     AnnotationEntry,
     CategoryEntry,
     Document,

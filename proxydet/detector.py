@@ -30,8 +30,8 @@ from proxydet.errors import (
     ArtifactError,
     CheckpointError,
     ConfigError,
-    EnvironmentProblem,
     InputError,
+    RuntimeEnvironmentError,
 )
 from proxydet.manifest import read_manifest
 from proxydet.modeling.augmentation import View
@@ -116,7 +116,7 @@ class Detector:
 
         Raises:
             InputError: The folder is not a run folder, or a file in it is damaged.
-            EnvironmentProblem: The device is not there.
+            RuntimeEnvironmentError: The device is not there.
         """
         chosen = choose_device(device)
         run = require_run(Path(folder))
@@ -146,7 +146,7 @@ class Detector:
 
         Raises:
             InputError: The checkpoint cannot be read or is of another model, or the vocabulary is missing.
-            EnvironmentProblem: The device is not there.
+            RuntimeEnvironmentError: The device is not there.
         """
         chosen = choose_device(device)
         encoder = None
@@ -185,7 +185,7 @@ class Detector:
         Raises:
             InputError: There is no such model.
             ArtifactError: It cannot be downloaded, or its digest is wrong.
-            EnvironmentProblem: The device is not there.
+            RuntimeEnvironmentError: The device is not there.
         """
         from proxydet.artifacts import download
 
@@ -500,7 +500,7 @@ def choose_device(device: str) -> torch.device:
 
     Raises:
         ConfigError: There is no such kind of device.
-        EnvironmentProblem: It is not there, or cannot be used.
+        RuntimeEnvironmentError: It is not there, or cannot be used.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -514,7 +514,7 @@ def choose_device(device: str) -> torch.device:
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise EnvironmentProblem(
+        raise RuntimeEnvironmentError(
             f"the device {device!r} cannot be used: {reason}",
             hint="try cpu, or auto; proxydet env reports the state of the GPU",
         ) from error

@@ -12,13 +12,13 @@
     │   ├── TransferError
     │   ├── DigestError
     │   └── ArchiveError
-    ├── EnvironmentProblem       5   the machine or its packages
+    ├── RuntimeEnvironmentError  5   the machine or its packages
     │   ├── MissingDependencyError
     │   ├── DiskFullError
     │   └── LockedError
     ├── NumericsError            5   a value that is not finite
     ├── TrainingError            6   training stopped by a failure in a process
-    └── Interrupted              130 stopped by SIGINT (or 128 + the signal's number)
+    └── JobInterruptedError      130 stopped by SIGINT (or 128 + the signal's number)
 
 The command line turns each into ``error: message``, ``hint: ...`` and the exit code, in one place.
 Messages say what happened and why; the hint says what to do next.
@@ -87,21 +87,21 @@ class ArchiveError(ArtifactError):
     """An archive is damaged, or tries to write outside its folder."""
 
 
-class EnvironmentProblem(ProxydetError):
+class RuntimeEnvironmentError(ProxydetError):
     """The machine, or what is installed on it, does not allow the job."""
 
     exit_code = 5
 
 
-class MissingDependencyError(EnvironmentProblem):
+class MissingDependencyError(RuntimeEnvironmentError):
     """A package that this job needs is absent or broken."""
 
 
-class DiskFullError(EnvironmentProblem):
+class DiskFullError(RuntimeEnvironmentError):
     """There is no room left for a file that must be written."""
 
 
-class LockedError(EnvironmentProblem):
+class LockedError(RuntimeEnvironmentError):
     """Another process uses what only one may use at a time; the message names it."""
 
 
@@ -136,7 +136,7 @@ class TrainingError(ProxydetError):
     exit_code = 6
 
 
-class Interrupted(ProxydetError):
+class JobInterruptedError(ProxydetError):
     """The job was stopped by a signal after saving what it had.
 
     Args:

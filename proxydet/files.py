@@ -35,10 +35,10 @@ from filelock import LeaseCompromise, LeaseSettingsMismatch, SoftFileLease, Time
 
 from proxydet.errors import (
     DiskFullError,
-    EnvironmentProblem,
     InputError,
     LockedError,
     ProxydetError,
+    RuntimeEnvironmentError,
 )
 from proxydet.wording import json_text, size_text
 
@@ -67,7 +67,7 @@ def write_errors(target: Path, *, hint: str | None = None) -> Iterator[None]:
 
     Raises:
         DiskFullError: There is no room: the disk, the quota or the largest file size is exhausted.
-        EnvironmentProblem: It cannot be written for another reason.
+        RuntimeEnvironmentError: It cannot be written for another reason.
     """
     try:
         yield
@@ -77,7 +77,7 @@ def write_errors(target: Path, *, hint: str | None = None) -> Iterator[None]:
 
 def unwritable(
     target: Path, number: int | None, reason: str, *, hint: str | None = None
-) -> EnvironmentProblem:
+) -> RuntimeEnvironmentError:
     """Return the error of a file that cannot be written.
 
     Args:
@@ -93,7 +93,7 @@ def unwritable(
             or "free some space, or choose another folder, and run the same command again",
             path=target,
         )
-    return EnvironmentProblem(
+    return RuntimeEnvironmentError(
         f"{target} cannot be written: {reason}",
         hint=hint or "check that you may write to its folder, or choose another one",
         path=target,
@@ -135,7 +135,7 @@ def staged(target: Path, *, durable: bool = True, follow_links: bool = True) -> 
 
     Raises:
         DiskFullError: There is no room for it; an existing file stays.
-        EnvironmentProblem: The file cannot be made, or not take its place, or another program removed it.
+        RuntimeEnvironmentError: The file cannot be made, or not take its place, or another program removed it.
     """
     with write_errors(target):
         if target.is_dir():
@@ -442,7 +442,7 @@ def remembered_sha256(
 
     Raises:
         ProxydetError: Of the class ``error``: the file cannot be read.
-        EnvironmentProblem: The memory cannot be written.
+        RuntimeEnvironmentError: The memory cannot be written.
     """
     try:
         resolved = path.resolve(strict=True)
@@ -530,7 +530,7 @@ class JsonLines:
 
         Raises:
             DiskFullError: There is no room; what was written of it is removed.
-            EnvironmentProblem: The file cannot be written.
+            RuntimeEnvironmentError: The file cannot be written.
         """
         line = json.dumps(record).encode() + b"\n"
         with write_errors(self.path):
@@ -669,7 +669,7 @@ class Lock:
 
         Raises:
             LockedError: Another process holds it, and ``wait`` is false.
-            EnvironmentProblem: The folder cannot be written to.
+            RuntimeEnvironmentError: The folder cannot be written to.
         """
         with write_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -828,7 +828,7 @@ def build_once(
         stale_after_s: See `Lock`.
 
     Raises:
-        EnvironmentProblem: The folder cannot be written to.
+        RuntimeEnvironmentError: The folder cannot be written to.
     """
     lock = Lock(path.with_name(f"{path.name}.lock"), stale_after_s=stale_after_s)
     if path.exists():

@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from proxydet.errors import EnvironmentProblem, InputError
+from proxydet.errors import InputError, RuntimeEnvironmentError
 
 
 def _from_environment(variable: str, default: Path) -> Path:
@@ -51,13 +51,13 @@ def cache_folder(kind: str) -> Path:
         ``$PROXYDET_CACHE/kind``, or ``proxydet/kind`` in the user's cache folder.
 
     Raises:
-        EnvironmentProblem: There is no home folder and no variable that says where to go.
+        RuntimeEnvironmentError: There is no home folder and no variable that says where to go.
     """
     try:
         user_cache = _from_environment("XDG_CACHE_HOME", Path("~/.cache").expanduser())
     except RuntimeError as error:
         if not os.environ.get("PROXYDET_CACHE"):
-            raise EnvironmentProblem(
+            raise RuntimeEnvironmentError(
                 "There is no home folder for the cache.",
                 hint="set PROXYDET_CACHE to a folder that can be written",
             ) from error

@@ -102,7 +102,7 @@ class QuickstartFolder:
 
         Raises:
             LockedError: Another one is using it; nothing in it was changed.
-            EnvironmentProblem: The folder cannot be written to.
+            RuntimeEnvironmentError: The folder cannot be written to.
         """
         lock = Lock(
             self.root / "quickstart.lock",

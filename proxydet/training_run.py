@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, cast
 from proxydet.config import dump_yaml
 from proxydet.data.dataset import Dataset, DatasetConfig
 from proxydet.detector import Detector
-from proxydet.errors import ConfigError, EnvironmentProblem, LockedError
+from proxydet.errors import ConfigError, LockedError, RuntimeEnvironmentError
 from proxydet.evaluation.detector_evaluation import evaluate
 from proxydet.evaluation.evaluate import check_protocol
 from proxydet.evaluation.report import Report
@@ -97,7 +97,7 @@ def finished_run(folder: RunFolder, config: RunConfig) -> TrainResult | None:
     if earlier is None or not earlier.finished or not is_whole(folder, earlier):
         return None
     # Unless another one is at it, or nothing can be written there.
-    with suppress(LockedError, EnvironmentProblem), folder.held():
+    with suppress(LockedError, RuntimeEnvironmentError), folder.held():
         if earlier.source != folder.config:
             write_text(folder.config, dump_yaml(earlier.config))
             logger.warning("wrote %s again, from %s", folder.config, earlier.source)

@@ -813,7 +813,7 @@ def write_state(state: Mapping[str, Any], path: Path, *, hint: str | None = None
 
     Raises:
         DiskFullError: There is no room.
-        EnvironmentProblem: It cannot be written.
+        RuntimeEnvironmentError: It cannot be written.
     """
     import torch
 
@@ -849,7 +849,7 @@ def write_safetensors(
 
     Raises:
         DiskFullError: There is no room.
-        EnvironmentProblem: It cannot be written.
+        RuntimeEnvironmentError: It cannot be written.
     """
     from safetensors.torch import save
 

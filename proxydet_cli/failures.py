@@ -24,7 +24,7 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
-from proxydet.errors import DiskFullError, EnvironmentProblem, ProxydetError
+from proxydet.errors import DiskFullError, ProxydetError, RuntimeEnvironmentError
 from proxydet_cli.output import Output, ReaderGone
 
 EXPECTED = (ProxydetError, OSError, MemoryError, KeyboardInterrupt, ReaderGone)
@@ -73,7 +73,7 @@ def translate(error: BaseException) -> ProxydetError:
     if isinstance(error, OSError):
         return _translate_os_error(error)
     detail = str(error).splitlines()[0] if str(error) else "the request was refused"
-    return EnvironmentProblem(
+    return RuntimeEnvironmentError(
         f"There is not enough memory: {detail}",
         hint="use a smaller batch or smaller images, or a machine or device with more memory",
     )
@@ -95,12 +95,12 @@ def _translate_os_error(error: OSError) -> ProxydetError:
             path=path,
         )
     if path is not None and error.errno in _FILE_IN_THE_WAY:
-        return EnvironmentProblem(
+        return RuntimeEnvironmentError(
             f"A folder is needed where there is a file: {path}.",
             hint="name another folder, or move the file away",
             path=path,
         )
-    return EnvironmentProblem(
+    return RuntimeEnvironmentError(
         f"{error.strerror or error}{where}.",
         hint="check that the path exists and that you may read and write it",
         path=path,

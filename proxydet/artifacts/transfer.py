@@ -147,7 +147,7 @@ class PartFile:
 
     Raises:
         DiskFullError: There is no room.
-        EnvironmentProblem: The folder cannot be written to.
+        RuntimeEnvironmentError: The folder cannot be written to.
     """
 
     def __init__(self, target: Path, *, take_over: bool) -> None:
@@ -192,7 +192,7 @@ class PartFile:
 
         Raises:
             DiskFullError: There is no room.
-            EnvironmentProblem: Writing failed otherwise.
+            RuntimeEnvironmentError: Writing failed otherwise.
         """
         end, view = offset, memoryview(data)
         try:
@@ -216,7 +216,7 @@ class PartFile:
 
         Raises:
             DiskFullError: There is no room.
-            EnvironmentProblem: It cannot be moved.
+            RuntimeEnvironmentError: It cannot be moved.
         """
         with write_errors(self.target):
             os.fsync(self._descriptor)

@@ -40,7 +40,7 @@ from proxydet.data.images import (
     require_distinct_files,
 )
 from proxydet.data.transforms import training_view
-from proxydet.errors import DataError, EnvironmentProblem, ProxydetError
+from proxydet.errors import DataError, ProxydetError, RuntimeEnvironmentError
 
 if TYPE_CHECKING:
     from detectron2.structures import Instances
@@ -485,12 +485,12 @@ class TrainingLoader:
                 # How torch says that a worker was killed or that none delivered in time.
                 text = str(error)
                 if "timed out" in text:
-                    raise EnvironmentProblem(
+                    raise RuntimeEnvironmentError(
                         f"the data workers delivered nothing for {config.worker_timeout_s:g} s",
                         hint="look for a file system that hangs; wait longer with data.worker_timeout_s",
                     ) from error
                 if "exited unexpectedly" in text or "is killed" in text:
-                    raise EnvironmentProblem(
+                    raise RuntimeEnvironmentError(
                         f"a data worker died: {text.splitlines()[0]}",
                         hint="it may have run out of memory: use fewer workers (data.workers), or see the system's log",
                     ) from error

@@ -76,7 +76,7 @@ def break_down_errors(scored: Scored) -> ErrorBreakdown:
         scored: The result of scoring boxes or masks.
 
     Raises:
-        EnvironmentProblem: The engine failed.
+        RuntimeEnvironmentError: The engine failed.
     """
     if not len(scored.selection):
         counted = int(scored.truth.counted_A.sum())
@@ -175,7 +175,7 @@ def box_recall(
         limits: How many boxes of an image count, in ascending order.
 
     Raises:
-        EnvironmentProblem: The engine failed.
+        RuntimeEnvironmentError: The engine failed.
     """
     counted_A = (truth.ann_area_A > 0) & (truth.ann_area_A < np.inf)
     annotations = np.flatnonzero(counted_A & ~truth.ann_ignore_A & ~truth.ann_crowd_A)
@@ -285,7 +285,7 @@ def analyse(evaluation: Evaluation, progress: Progress = SILENT) -> Analysis:
     """Look behind the numbers of the masks, or of the boxes where no masks were scored.
 
     Raises:
-        EnvironmentProblem: The engine failed.
+        RuntimeEnvironmentError: The engine failed.
     """
     scored = evaluation.main
     with progress.task("analysing errors", total=None):

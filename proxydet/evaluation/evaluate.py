@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from proxydet.errors import ConfigError, DataError, EnvironmentProblem
+from proxydet.errors import ConfigError, DataError, RuntimeEnvironmentError
 from proxydet.evaluation.bootstrap import (
     Difference,
     Resamples,
@@ -140,7 +140,7 @@ def evaluate_results(
     Raises:
         DataError: The annotations or the detections cannot be used; the message has the first offenders.
         ConfigError: A group is not a mask over the categories.
-        EnvironmentProblem: The fast engine failed.
+        RuntimeEnvironmentError: The fast engine failed.
     """
     return run_evaluation(
         results, ground_truth, config=config, groups=groups, progress=progress
@@ -283,7 +283,7 @@ def _score(
     """Score boxes or masks: select, run the engine, match, resample.
 
     Raises:
-        EnvironmentProblem: The engine failed, or is found to be wrong.
+        RuntimeEnvironmentError: The engine failed, or is found to be wrong.
     """
     if iou_type == "segm":
         truth = truth.for_masks()
@@ -334,7 +334,7 @@ def _check_against_engine(
     """Intervals come from our own matches: without resampling these must give the engine's average precision.
 
     Raises:
-        EnvironmentProblem: They do not.
+        RuntimeEnvironmentError: They do not.
     """
     engine_A3C = summary(curves.average_TCA.transpose(2, 0, 1))
     apart_A3C = np.abs(ours_A3C - engine_A3C) > _ROUNDING
@@ -342,7 +342,7 @@ def _check_against_engine(
     if not apart_A3C.any():
         return
     names = [truth.category_names[index] for index in np.flatnonzero(apart_A3C.any(axis=(0, 1)))]
-    raise EnvironmentProblem(
+    raise RuntimeEnvironmentError(
         f"The engine {engine!r} gives another average precision than the matches that intervals are made from, in "
         f"{len(names)} categories ({first_offenders(names)}).",
         hint="evaluate with the official one, the yardstick: --engine lvis"

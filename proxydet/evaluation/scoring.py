@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proxydet.data.protocol import FREQUENCIES, Protocol
-from proxydet.errors import EnvironmentProblem, ProxydetError
+from proxydet.errors import ProxydetError, RuntimeEnvironmentError
 from proxydet.evaluation.ground_truth import GroundTruth
 from proxydet.evaluation.results import Results
 
@@ -235,7 +235,7 @@ def run_hotcoco(
         Precision and recall, and the evaluator for `tide_errors`; None without detections.
 
     Raises:
-        EnvironmentProblem: The engine failed. There is no silent fall-back to the other one.
+        RuntimeEnvironmentError: The engine failed. There is no silent fall-back to the other one.
     """
     if not len(selection):
         return nothing_detected(truth, limits), None
@@ -255,7 +255,7 @@ def run_hotcoco(
 
 
 def guarded(job: Callable[[], _Value]) -> _Value:
-    """Call hotcoco; EnvironmentProblem where it fails. Errors of the input stay what they are."""
+    """Call hotcoco; RuntimeEnvironmentError where it fails. Errors of the input stay what they are."""
     try:
         return job()
     except (MemoryError, ProxydetError):
@@ -266,7 +266,7 @@ def guarded(job: Callable[[], _Value]) -> _Value:
         panic = (kind.__module__, kind.__qualname__) == ("pyo3_runtime", "PanicException")
         if not isinstance(error, Exception) and not panic:  # Ctrl-C, an exit
             raise
-        raise EnvironmentProblem(
+        raise RuntimeEnvironmentError(
             f"The fast evaluation engine failed: {type(error).__name__}: {error}.",
             hint="evaluate with the official one, slower but the yardstick: --engine lvis",
         ) from error

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 from proxydet._version import __version__
 from proxydet.data.images import ImageInput, Pixels, as_pixels
 from proxydet.detector import Detector, to_network
-from proxydet.errors import ConfigError, DataError, EnvironmentProblem, NumericsError
+from proxydet.errors import ConfigError, DataError, NumericsError, RuntimeEnvironmentError
 from proxydet.export.formats import (
     DEFAULT_OPSET,
     TorchProgram,
@@ -132,7 +132,7 @@ def export_detector(
         ConfigError: The format, the operator set or the detector's settings cannot be exported.
         MissingDependencyError: A package of the extra ``export`` is absent.
         InputError: An image cannot be read.
-        EnvironmentProblem: The file cannot be written.
+        RuntimeEnvironmentError: The file cannot be written.
         NumericsError: The file finds something else than the detector; nothing is left at ``path``.
     """
     path = Path(path)
@@ -145,7 +145,7 @@ def export_detector(
     if chosen not in SUFFIXES.values():
         raise ConfigError(f"there is no format {format!r}", hint="there are onnx and torch")
     if path.is_dir():
-        raise EnvironmentProblem(
+        raise RuntimeEnvironmentError(
             f"{path} is a folder", hint="name the file that is to be written", path=path
         )
     companion = path.with_suffix(VOCABULARY_SUFFIX)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from proxydet.data.images import Pixels, read_image
 from proxydet.detections import Detections
-from proxydet.errors import ConfigError, DataError, Interrupted
+from proxydet.errors import ConfigError, DataError, JobInterruptedError
 from proxydet.inference.sources import ImageFile, VideoFile
 from proxydet.inference.writers import WriteBehind, Writer, make_frame_writers
 from proxydet.reporting import SILENT
@@ -103,7 +103,7 @@ def predict_files(
     Raises:
         DataError: The only image cannot be read.
         ConfigError: The batch size is below 1, or a drawn image would replace one that is read.
-        Interrupted: Ctrl-C; what was found before is saved.
+        JobInterruptedError: Ctrl-C; what was found before is saved.
     """
     if batch_size < 1:
         raise ConfigError(f"the batch size is {batch_size}; it must be at least 1")
@@ -146,7 +146,9 @@ def predict_files(
         if saved:
             shared = (p for p in saved[0].parents if all(path.is_relative_to(p) for path in saved))
             where = f"; what was found in them is saved in {next(shared)}"
-        raise Interrupted(f"stopped after {done} of {len(images)} images{where}") from stopped
+        raise JobInterruptedError(
+            f"stopped after {done} of {len(images)} images{where}"
+        ) from stopped
     return PredictionSummary(
         images=done, detections=detections, unreadable=tuple(unreadable), saved=saved
     )
@@ -222,7 +224,7 @@ def predict_video(
 
     Raises:
         DataError: The video cannot be opened, has no frames, or breaks before its first one.
-        Interrupted: Ctrl-C stopped a file; its results up to there are saved.
+        JobInterruptedError: Ctrl-C stopped a file; its results up to there are saved.
     """
     from proxydet.inference.video import VideoReader, predict_frames
 
@@ -262,7 +264,7 @@ def predict_video(
         saved = behind.finish() if frames else ()
     if stopped is not None and not video.source.live:
         kept = "; what was found in them is saved" if saved else ""
-        raise Interrupted(f"stopped after {frames} frames of {name}{kept}") from stopped
+        raise JobInterruptedError(f"stopped after {frames} frames of {name}{kept}") from stopped
     return VideoSummary(
         video=name, frames=frames, detections=detections, saved=saved, broken=broken
     )

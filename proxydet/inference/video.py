@@ -435,7 +435,7 @@ class VideoWriter:
             pixels_HW3: uint8 RGB; frames of another size than the first are scaled to it.
 
         Raises:
-            EnvironmentProblem: It cannot be written.
+            RuntimeEnvironmentError: It cannot be written.
         """
         with self._translated():
             if self._container is None:
@@ -459,7 +459,7 @@ class VideoWriter:
         """Write what is still in the encoder, and give the file its name; None where there were no frames.
 
         Raises:
-            EnvironmentProblem: It cannot be written; nothing is left.
+            RuntimeEnvironmentError: It cannot be written; nothing is left.
         """
         if self._container is None:
             return None

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from proxydet.errors import ConfigError, EnvironmentProblem
+from proxydet.errors import ConfigError, RuntimeEnvironmentError
 from proxydet.files import discard, staged, write_bytes, write_errors, write_text
 from proxydet.inference.sources import ImageFile, VideoSource, unique_name
 from proxydet.wording import json_text, table_cell
@@ -78,7 +78,7 @@ def choose_folder(folder: Path | None, files: Sequence[Path], *, overwrite: bool
 
     Raises:
         ConfigError: The folder that was asked for holds one of the files.
-        EnvironmentProblem: Files cannot be saved there; see `check_folder`.
+        RuntimeEnvironmentError: Files cannot be saved there; see `check_folder`.
     """
     chosen = folder or Path("predictions")
     number = 1
@@ -102,7 +102,7 @@ def check_folder(folder: Path) -> None:
         folder: Where files will go; it may not be there yet.
 
     Raises:
-        EnvironmentProblem: The folder, or the nearest one above it that is there, is not a folder or not writable.
+        RuntimeEnvironmentError: The folder, or the nearest one above it that is there, is not a folder or not writable.
     """
     nearest = folder.absolute()
     while not nearest.exists():
@@ -113,7 +113,7 @@ def check_folder(folder: Path) -> None:
     elif not os.access(nearest, os.W_OK | os.X_OK):
         reason = f"{nearest} cannot be written to"
     if reason is not None:
-        raise EnvironmentProblem(
+        raise RuntimeEnvironmentError(
             f"files cannot be saved in {folder}: {reason}",
             hint="give another folder with --output",
             path=nearest,

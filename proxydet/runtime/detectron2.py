@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NoReturn
 
-from proxydet.errors import EnvironmentProblem, MissingDependencyError
+from proxydet.errors import MissingDependencyError, RuntimeEnvironmentError
 
 _logger = logging.getLogger(__name__)
 
@@ -83,11 +83,11 @@ def activate() -> Detectron2:
 
     Raises:
         MissingDependencyError: It is missing, older than 0.6, or needs a package that is missing.
-        EnvironmentProblem: Python runs without docstrings.
+        RuntimeEnvironmentError: Python runs without docstrings.
     """
     folder = locate_detectron2()
     if sys.flags.optimize > 1:
-        raise EnvironmentProblem(
+        raise RuntimeEnvironmentError(
             "Python runs with -OO (PYTHONOPTIMIZE=2), which removes docstrings; detectron2 reads its own.",
             hint="run it without -OO, or with -O",
         )

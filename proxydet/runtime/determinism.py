@@ -24,7 +24,7 @@ from torch import Tensor
 from proxydet.config import from_mapping, to_mapping
 from proxydet.data.batches import Batch, BoxBatch, ImageLabelBatch
 from proxydet.data.config import DataConfig
-from proxydet.errors import EnvironmentProblem
+from proxydet.errors import RuntimeEnvironmentError
 from proxydet.losses.criterion import Criterion
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.recipes import RunConfig
@@ -158,7 +158,7 @@ def verify_determinism(
 
     Raises:
         ConfigError: The device does not support the configuration's number format.
-        EnvironmentProblem: There is no such device, or a process failed.
+        RuntimeEnvironmentError: There is no such device, or a process failed.
     """
     check_precision(config.training.precision, choose_device(device))
     settings: dict[str, Any] = {
@@ -176,8 +176,8 @@ def verify_determinism(
                 answer = call_in_new_process(
                     __name__, "repeat_steps", config=to_mapping(config), mode=mode, **settings
                 )
-            except EnvironmentProblem as error:
-                raise EnvironmentProblem(
+            except RuntimeEnvironmentError as error:
+                raise RuntimeEnvironmentError(
                     f"The steps do not run in mode {mode}: {error.message}",
                     hint="try --recipe tiny; run: proxydet env --check",
                 ) from error

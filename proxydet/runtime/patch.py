@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Literal
 
 from proxydet._version import __version__
-from proxydet.errors import EnvironmentProblem
+from proxydet.errors import RuntimeEnvironmentError
 from proxydet.files import staged
 from proxydet.runtime.detectron2 import locate_detectron2, package_folder
 
@@ -210,7 +210,7 @@ def patch_status(file: Path) -> PatchStatus:
         Its state, with the reason, and for unexpected code a diff.
 
     Raises:
-        EnvironmentProblem: The record of the change is damaged.
+        RuntimeEnvironmentError: The record of the change is damaged.
     """
     file = file.resolve()
     if not file.is_file():
@@ -225,7 +225,7 @@ def patch_status(file: Path) -> PatchStatus:
         try:
             record = PatchRecord(**json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
-            raise EnvironmentProblem(
+            raise RuntimeEnvironmentError(
                 f"{path} is damaged: {error}.",
                 hint="reinstall detectron2, and delete that file and the kept original next to it",
                 path=path,
@@ -307,7 +307,7 @@ def _with_change(source: bytes) -> bytes:
     for pattern, replacement, _ in _PARTS.values():
         source = re.sub(pattern, replacement, source, count=1)
     if _recognise(source)[0] != "applied":
-        raise EnvironmentProblem(
+        raise RuntimeEnvironmentError(
             "the places of the published change were not found in the text of roi_align.py",
             hint=f"reinstall detectron2 to have its original file; {_RUN_TIME}",
         )
@@ -364,7 +364,7 @@ def apply_patch(file: Path, *, dry_run: bool = False) -> PatchChange:
         What was done, with the diff.
 
     Raises:
-        EnvironmentProblem: The file is not the expected code, or may not be replaced.
+        RuntimeEnvironmentError: The file is not the expected code, or may not be replaced.
     """
     status, source = _expected(file)
     if status.state == "applied":
@@ -396,13 +396,13 @@ def revert_patch(file: Path, *, dry_run: bool = False) -> PatchChange:
         What was done, with the diff.
 
     Raises:
-        EnvironmentProblem: The file was changed since, the change is not proxydet's own, or it may not be replaced.
+        RuntimeEnvironmentError: The file was changed since, the change is not proxydet's own, or it may not be replaced.
     """
     status, source = _expected(file)
     original = source
     if status.state == "applied":
         if status.record is None:
-            raise EnvironmentProblem(
+            raise RuntimeEnvironmentError(
                 f"{status.file} carries the published change, but proxydet did not write it (or its kept "
                 "original is gone), so there is nothing to restore.",
                 hint="reinstall detectron2 to have its original file",
@@ -412,7 +412,7 @@ def revert_patch(file: Path, *, dry_run: bool = False) -> PatchChange:
         if status.record.after != _digest(source):
             labels = ("as applied", "found")
             changes = _diff(_with_change(original), source, status.file.name, labels)
-            raise EnvironmentProblem(
+            raise RuntimeEnvironmentError(
                 f"{status.file} was changed after the patch was applied; it is left alone.\n\n{changes}",
                 hint="undo that change, or reinstall detectron2",
                 path=status.file,
@@ -429,7 +429,7 @@ def _expected(file: Path) -> tuple[PatchStatus, bytes]:
     if status.state in {"original", "applied"}:
         return status, status.file.read_bytes()
     shown = f"\n\n{status.diff}" if status.diff else ""
-    raise EnvironmentProblem(
+    raise RuntimeEnvironmentError(
         f"{status.file} is not the code that was expected, so it is left alone: {status.reason}.{shown}",
         hint=f"reinstall detectron2 to have its original file; {_RUN_TIME}",
         path=status.file,
@@ -438,7 +438,7 @@ def _expected(file: Path) -> tuple[PatchStatus, bytes]:
 
 def _require_writable(status: PatchStatus) -> None:
     if not status.writable:
-        raise EnvironmentProblem(
+        raise RuntimeEnvironmentError(
             f"{status.file} may not be changed by this user: {status.obstacle}.",
             hint=f"use an environment of your own; {_RUN_TIME}",
             path=status.file,

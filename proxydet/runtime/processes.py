@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from proxydet.errors import EnvironmentProblem
+from proxydet.errors import RuntimeEnvironmentError
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def call_in_new_process(
         What it returned, a JSON value. What it prints is dropped.
 
     Raises:
-        EnvironmentProblem: It raised an error, crashed or took too long; the message is the last line that it wrote.
+        RuntimeEnvironmentError: It raised an error, crashed or took too long; the message is the last line that it wrote.
     """
     path = [entry for entry in sys.path if entry] if search_path is None else search_path
     absolute = json.dumps([str(Path(entry).absolute()) for entry in path])
@@ -117,9 +117,11 @@ def call_in_new_process(
                 check=False,
             )
         except subprocess.TimeoutExpired as error:
-            raise EnvironmentProblem(f"it did not end within {seconds:g} s", hint=_HINT) from error
+            raise RuntimeEnvironmentError(
+                f"it did not end within {seconds:g} s", hint=_HINT
+            ) from error
         if done.returncode == 0 and result.is_file():
             return json.loads(result.read_text(encoding="utf-8"))
         lines = done.stderr.strip().splitlines()
         last = lines[-1].strip() if lines else f"exit code {done.returncode}"
-        raise EnvironmentProblem(last, hint=_HINT)
+        raise RuntimeEnvironmentError(last, hint=_HINT)

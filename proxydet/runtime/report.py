@@ -34,7 +34,7 @@ import msgspec
 
 import proxydet
 from proxydet._version import __version__
-from proxydet.errors import EnvironmentProblem, InputError
+from proxydet.errors import InputError, RuntimeEnvironmentError
 from proxydet.paths import datasets_folder
 from proxydet.runtime.detectron2 import package_folder
 from proxydet.runtime.patch import patch_status, roi_align_files
@@ -758,7 +758,7 @@ def _roi_align_fact() -> Fact:
     files = roi_align_files()
     try:
         status = patch_status(files[0])
-    except (EnvironmentProblem, OSError) as error:
+    except (RuntimeEnvironmentError, OSError) as error:
         return Fact(None, str(error))
     problems = [] if status.state in {"original", "applied"} else [status.reason]
     if status.stale_bytecode:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from proxydet.errors import EnvironmentProblem
+from proxydet.errors import RuntimeEnvironmentError
 from proxydet.runtime.patch import patch_status
 from proxydet.runtime.processes import call_in_new_process
 
@@ -86,15 +86,15 @@ def verify_roi_align(
         The verdict with its figures.
 
     Raises:
-        EnvironmentProblem: The operator does not run at all.
+        RuntimeEnvironmentError: The operator does not run at all.
     """
     path = sys.path if search_path is None else search_path
     try:
         found = call_in_new_process(
             __name__, "measure", search_path=path, seconds=_SECONDS, device=device
         )
-    except EnvironmentProblem as error:
-        raise EnvironmentProblem(
+    except RuntimeEnvironmentError as error:
+        raise RuntimeEnvironmentError(
             f"detectron2's RoIAlign does not run: {error.message}",
             hint="run: proxydet patch status, and: proxydet env --check",
         ) from error

@@ -25,9 +25,9 @@ from typing import Any, Literal
 from proxydet.errors import (
     DigestError,
     DiskFullError,
-    EnvironmentProblem,
     MissingDependencyError,
     ProxydetError,
+    RuntimeEnvironmentError,
     TransferError,
 )
 from proxydet.reporting import SILENT, Progress
@@ -79,7 +79,7 @@ def set_up(*, dry_run: bool = False, progress: Progress = SILENT) -> SetupReport
 
     Raises:
         MissingDependencyError: torch, torchvision or uv is absent, or detectron2 does not work.
-        EnvironmentProblem: torch and torchvision do not fit each other, or the environment cannot be changed.
+        RuntimeEnvironmentError: torch and torchvision do not fit each other, or the environment cannot be changed.
         TransferError: The package index cannot be reached, or lacks the sources.
         DigestError: The sources are not the expected ones.
         DiskFullError: The disk is full.
@@ -121,11 +121,11 @@ def _checked_torch() -> dict[str, str]:
             )
     try:
         found: dict[str, str] = _call_check("check_torch")
-    except EnvironmentProblem as error:
+    except RuntimeEnvironmentError as error:
         pair = " and ".join(f"{p} {_installed_version(p)}" for p in ("torch", "torchvision"))
         required = [r for r in requires("torchvision") or [] if r.split(";")[0].startswith("torch")]
         needs = f"; this torchvision requires {required[0]}" if required else ""
-        raise EnvironmentProblem(
+        raise RuntimeEnvironmentError(
             f"{pair} do not work together: {error.message}{needs}",
             hint="install a pair of one release and one build (CPU or CUDA): "
             "pip install --force-reinstall torch torchvision",
@@ -136,7 +136,7 @@ def _checked_torch() -> dict[str, str]:
 def _checked_detectron2(action: str) -> dict[str, Any]:
     try:
         found: dict[str, Any] = _call_check("check_detectron2")
-    except EnvironmentProblem as error:
+    except RuntimeEnvironmentError as error:
         which = "installed" if action == "found" else "new"
         owner = DISTRIBUTION if _installed_version(DISTRIBUTION) else "detectron2"
         raise MissingDependencyError(
@@ -237,14 +237,14 @@ def _writable_site_packages() -> Path:
         "and run: env/bin/proxydet setup"
     )
     if not os.access(site_packages, os.W_OK):
-        raise EnvironmentProblem(
+        raise RuntimeEnvironmentError(
             f"This Python's package folder cannot be written: {site_packages}",
             hint=hint,
             path=site_packages,
         )
     marker = Path(sysconfig.get_path("stdlib")) / "EXTERNALLY-MANAGED"
     if sys.prefix == sys.base_prefix and marker.is_file():
-        raise EnvironmentProblem(
+        raise RuntimeEnvironmentError(
             "This Python belongs to the operating system, which manages its packages itself.",
             hint=hint,
             path=site_packages,
@@ -369,7 +369,7 @@ _FAILURES: tuple[tuple[tuple[str, ...], type[ProxydetError], str, str], ...] = (
             "externally managed",
             "failed to initialize cache",
         ),
-        EnvironmentProblem,
+        RuntimeEnvironmentError,
         "The environment cannot be written",
         "work in a virtual environment of your own; UV_CACHE_DIR moves uv's cache",
     ),

@@ -47,8 +47,8 @@ from proxydet.detector import Detector
 from proxydet.errors import (
     ConfigError,
     DataError,
-    EnvironmentProblem,
     ProxydetError,
+    RuntimeEnvironmentError,
     VocabularyError,
 )
 from proxydet.modeling.config import InferenceConfig
@@ -137,7 +137,7 @@ _STATUSES: tuple[tuple[type[ProxydetError], int, str], ...] = (
     (VocabularyError, 400, "words"),
     (DataError, 400, "picture"),
     (ConfigError, 400, "parameter"),
-    (EnvironmentProblem, 500, "environment"),
+    (RuntimeEnvironmentError, 500, "environment"),
     (ProxydetError, 500, "model"),
 )
 
@@ -857,7 +857,7 @@ class ServingApp:
             found = Detections(prediction, vocabulary.names)
             result = {"file": upload.name, **found.to_dict()}
         except (MemoryError, torch.OutOfMemoryError) as error:
-            raise EnvironmentProblem(
+            raise RuntimeEnvironmentError(
                 "not enough memory for this image and these class names",
                 hint="send a smaller image or fewer class names",
             ) from error

@@ -16,7 +16,7 @@ from PIL.Image import DecompressionBombWarning
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from proxydet.data.images import quiet_worker
-from proxydet.errors import ConfigError, EnvironmentProblem, Interrupted
+from proxydet.errors import ConfigError, JobInterruptedError, RuntimeEnvironmentError
 from proxydet.serve.app import ServingApp
 
 _LONGEST_HEAD = 64 * 1024
@@ -32,7 +32,7 @@ def bind(host: str, port: int) -> socket.socket:
 
     Raises:
         ConfigError: There is no such host.
-        EnvironmentProblem: The port is in use or may not be used.
+        RuntimeEnvironmentError: The port is in use or may not be used.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -56,7 +56,7 @@ def bind(host: str, port: int) -> socket.socket:
         elif error.errno == errno.EACCES:
             message = f"port {port} of {host} may not be used by this user"
             hint = "give a port above 1023 with --port"
-        raise EnvironmentProblem(message, hint=hint) from error
+        raise RuntimeEnvironmentError(message, hint=hint) from error
     return listening
 
 
@@ -84,7 +84,7 @@ def serve(
         on_started: Called when requests are accepted.
 
     Raises:
-        Interrupted: A second SIGINT came: nothing more was waited for.
+        JobInterruptedError: A second SIGINT came: nothing more was waited for.
     """
     # Images from strangers: damaged EXIF blocks do not touch the pixels, and sizes are checked by the application.
     quiet_worker()
@@ -92,7 +92,7 @@ def serve(
     server = Server(app, on_started)
     server.run(sockets=[listening])
     if server.force_exit:
-        raise Interrupted("the server was stopped before it had finished", signal_number=2)
+        raise JobInterruptedError("the server was stopped before it had finished", signal_number=2)
 
 
 class Server(uvicorn.Server):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from proxydet.errors import ConfigError, EnvironmentProblem, TrainingError
+from proxydet.errors import ConfigError, RuntimeEnvironmentError, TrainingError
 
 _TIMEOUT = timedelta(minutes=30)
 # SLURM numbers its own steps (batch script, salloc's shell) down from here.
@@ -182,7 +182,7 @@ def connect(device: str) -> Iterator[DistInfo]:
         device: ``auto``, ``cuda`` or ``cpu``.
 
     Raises:
-        EnvironmentProblem: A GPU is asked for and there is none for this process.
+        RuntimeEnvironmentError: A GPU is asked for and there is none for this process.
         ConfigError: The process group that exists cannot exchange tensors of the device.
         TrainingError: The processes did not find each other.
     """
@@ -258,7 +258,7 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
 
     Raises:
         ConfigError: The word is none of these.
-        EnvironmentProblem: ``cuda`` is asked for and there is no usable GPU with this number.
+        RuntimeEnvironmentError: ``cuda`` is asked for and there is no usable GPU with this number.
     """
     if device not in ("auto", "cuda", "cpu"):
         raise ConfigError(f"device must be auto, cuda or cpu; it is {device!r}.")
@@ -266,7 +266,7 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
     if device == "cpu" or (device == "auto" and count == 0):
         return torch.device("cpu")
     if local_rank >= count:
-        raise EnvironmentProblem(
+        raise RuntimeEnvironmentError(
             f"There is no GPU for this process, which takes number {local_rank}: torch sees {count}.",
             hint="Start one process a GPU (--gpus, or tasks of srun), or use --device cpu; proxydet env reports what torch sees.",
         )

@@ -24,7 +24,13 @@ import torch
 import torch.distributed as dist
 
 from proxydet import errors
-from proxydet.errors import ConfigError, Interrupted, NumericsError, ProxydetError, TrainingError
+from proxydet.errors import (
+    ConfigError,
+    JobInterruptedError,
+    NumericsError,
+    ProxydetError,
+    TrainingError,
+)
 from proxydet.files import write_json
 from proxydet.training.distributed import (
     KEPT_HINT,
@@ -265,7 +271,7 @@ def launch(plan: LaunchPlan, words: Sequence[str], logs: Path) -> None:
         logs: Folder of logs, the same on all nodes.
 
     Raises:
-        Interrupted: A stop signal came; the processes wrote a checkpoint.
+        JobInterruptedError: A stop signal came; the processes wrote a checkpoint.
         TrainingError: A process failed, or the nodes did not find each other.
         ProxydetError: A process failed with this error.
     """
@@ -312,9 +318,11 @@ def launch(plan: LaunchPlan, words: Sequence[str], logs: Path) -> None:
     except SignalException as error:
         number = received[0] if received else int(error.sigval)
         recorded = _recorded_error(logs, since, plan.world_size)
-        if isinstance(recorded, Interrupted):
-            raise Interrupted(recorded.message, signal_number=number, hint=recorded.hint) from error
-        raise Interrupted(
+        if isinstance(recorded, JobInterruptedError):
+            raise JobInterruptedError(
+                recorded.message, signal_number=number, hint=recorded.hint
+            ) from error
+        raise JobInterruptedError(
             f"Training was stopped by {signal.Signals(number).name} before its processes could write a checkpoint.",
             signal_number=number,
             hint=START_AGAIN,
@@ -373,7 +381,7 @@ def worker(logs: Path) -> Iterator[None]:
         expected = isinstance(error, ProxydetError)
         logger.critical("Process %d failed: %s", rank, error, exc_info=None if expected else error)
         _record_error(error, rank, logs)
-        if launcher or (isinstance(error, Interrupted) and rank > 0):
+        if launcher or (isinstance(error, JobInterruptedError) and rank > 0):
             raise SystemExit(error.exit_code if isinstance(error, ProxydetError) else 1) from error
         if _is_echo(error):
             raise TrainingError(
@@ -413,7 +421,7 @@ def _record_error(error: BaseException, rank: int, logs: Path) -> None:
         "weight": 0 if known else 2 if _is_echo(error) else 1,
         "message": text,
         "hint": error.hint if isinstance(error, ProxydetError) else None,
-        "signal": error.signal_number if isinstance(error, Interrupted) else 0,
+        "signal": error.signal_number if isinstance(error, JobInterruptedError) else 0,
         "process": None if arose is not None else rank,
         "log": str(logs / f"rank_{rank if arose is None else arose}.log"),
         "time": time.time(),
@@ -444,8 +452,10 @@ def _recorded_error(
     if not records:
         return None
     first = min(records, key=lambda record: (record["weight"], record["time"]))
-    if first["kind"] == Interrupted.__name__:
-        return Interrupted(first["message"], signal_number=first["signal"], hint=first["hint"])
+    if first["kind"] == JobInterruptedError.__name__:
+        return JobInterruptedError(
+            first["message"], signal_number=first["signal"], hint=first["hint"]
+        )
     where = "" if first["process"] is None else f"Process {first['process']} of {world_size}: "
     hint = " ".join(filter(None, [first["hint"], f"Its log: {first['log']}"]))
     error: ProxydetError = getattr(errors, first["kind"])(where + first["message"], hint=hint)

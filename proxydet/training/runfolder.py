@@ -132,7 +132,7 @@ class RunFolder:
 
         Raises:
             LockedError: Another training holds the folder; nothing in it was changed.
-            EnvironmentProblem: The folder cannot be written to.
+            RuntimeEnvironmentError: The folder cannot be written to.
         """
         lock = Lock(
             self.lock,

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from proxydet.errors import ConfigError, EnvironmentProblem, NumericsError
+from proxydet.errors import ConfigError, NumericsError, RuntimeEnvironmentError
 from proxydet.files import write_json
 from proxydet.training.checkpoint import TrainingState
 from proxydet.training.config import (
@@ -111,7 +111,7 @@ def check_precision(config: PrecisionConfig, device: torch.device) -> None:
 
     Raises:
         ConfigError: fp16 is asked for on a CPU, which has no fast way to do it: a step would take minutes.
-        EnvironmentProblem: torch.compile is asked for and what it needs is not there.
+        RuntimeEnvironmentError: torch.compile is asked for and what it needs is not there.
     """
     if config.dtype == "fp16" and device.type == "cpu":
         raise ConfigError(
@@ -126,7 +126,7 @@ def check_precision(config: PrecisionConfig, device: torch.device) -> None:
         needs = f"a C++ compiler ({' or '.join(compilers)})"
         there, advice = any(map(shutil.which, compilers)), "one (for example: apt install g++)"
     if not there:
-        raise EnvironmentProblem(
+        raise RuntimeEnvironmentError(
             f"training.precision.compile needs {needs} on this device, which is not installed.",
             hint=f"Install {advice}, or leave training.precision.compile off.",
         )

@@ -26,7 +26,13 @@ from proxydet.data.batches import Targets
 from proxydet.data.dataset import Dataset, DatasetConfig
 from proxydet.data.loader import TrainingLoader, TrainingSources
 from proxydet.data.store import AnnotationStore
-from proxydet.errors import ConfigError, DataError, EnvironmentProblem, Interrupted, TrainingError
+from proxydet.errors import (
+    ConfigError,
+    DataError,
+    JobInterruptedError,
+    RuntimeEnvironmentError,
+    TrainingError,
+)
 from proxydet.files import sha256, write_bytes, write_text
 from proxydet.losses.criterion import Criterion
 from proxydet.manifest import build_manifest, write_run_records
@@ -153,7 +159,7 @@ def train(
         LockedError: Another training holds the folder.
         DataError: The data cannot be used.
         CheckpointError: The starting weights, or the checkpoints to resume from, do not fit.
-        EnvironmentProblem: The machine cannot compute as configured.
+        RuntimeEnvironmentError: The machine cannot compute as configured.
         ProxydetError: As `fit`.
     """
     resume = after_restart(resume)
@@ -396,7 +402,7 @@ def fit(
         progress: Where progress is shown.
 
     Raises:
-        Interrupted: A stop signal came; a checkpoint is written.
+        JobInterruptedError: A stop signal came; a checkpoint is written.
         NumericsError: A loss is not finite.
         DiskFullError: There is no room for a checkpoint or a log.
         LockedError: Another training has taken over the run folder.
@@ -474,8 +480,8 @@ def fit(
                 path = checkpoints.save(state.state_dict(), state.iteration, best_iteration())
                 logger.info("Wrote %s", path)
 
-        def stopped() -> Interrupted:
-            return Interrupted(
+        def stopped() -> JobInterruptedError:
+            return JobInterruptedError(
                 f"Training was stopped after {state.iteration} of {config.iterations} iterations; "
                 f"{checkpoints.path(state.iteration)} holds its state.",
                 signal_number=signals.received or int(signal.SIGTERM),
@@ -558,7 +564,7 @@ def _device_errors(state: TrainingState) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise EnvironmentProblem(
+        raise RuntimeEnvironmentError(
             f"The GPU has no memory left at iteration {state.iteration}: {error}",
             hint="Use smaller batches with more training.accumulation, a smaller input size, or "
             "model.backbone.swin.checkpoint_activations=true for Swin.",

@@ -156,7 +156,7 @@ class Vocabulary:
         """Write a ``.npz`` that `load` reads; an existing file is replaced in one step.
 
         Raises:
-            EnvironmentProblem: The file cannot be written.
+            RuntimeEnvironmentError: The file cannot be written.
         """
         file = io.BytesIO()
         np.savez(file, names=np.array(self.names), embeddings=self.embeddings, base=self.base)

@@ -217,7 +217,7 @@ def _list(catalogue: Catalogue, names: list[str], output: Output) -> None:
 
 
 def _fetch(downloader: Downloader, plan: Plan, names: list[str], output: Output, *, asked: bool) -> None:  # fmt: skip
-    from proxydet.errors import ArtifactError, ConfigError, Interrupted
+    from proxydet.errors import ArtifactError, ConfigError, JobInterruptedError
 
     if plan.todo:
         output.message(_plan_text(plan))
@@ -231,7 +231,7 @@ def _fetch(downloader: Downloader, plan: Plan, names: list[str], output: Output,
             try:
                 agreed = typer.confirm("Continue?", default=True, err=True)
             except typer.Abort:  # Ctrl-C or Ctrl-D in place of an answer
-                raise Interrupted("Stopped. Nothing was fetched.") from None
+                raise JobInterruptedError("Stopped. Nothing was fetched.") from None
             if not agreed:
                 output.message("Nothing was fetched.")
                 return
@@ -294,12 +294,12 @@ def _verify(downloader: Downloader, names: list[str], output: Output) -> None:
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    from proxydet.errors import Interrupted
+    from proxydet.errors import JobInterruptedError
 
     try:
         yield
     except KeyboardInterrupt:
-        raise Interrupted(
+        raise JobInterruptedError(
             "Stopped. What was fetched is kept.", hint="Run the same command again to continue."
         ) from None
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from proxydet.errors import ConfigError, InputError, Interrupted
+from proxydet.errors import ConfigError, InputError, JobInterruptedError
 from proxydet.paths import runs_folder
 from proxydet_cli.options import DryRun, Json, command_app, examples
 from proxydet_cli.output import Output
@@ -393,7 +393,7 @@ def _run(
                     launch(plan, ["-m", "proxydet_cli", *words], folder.logs)
             else:
                 train_here()
-        except Interrupted as error:
+        except JobInterruptedError as error:
             if requeue and error.signal_number != 2 and requeue_job():
                 output.message("The SLURM job is back in the queue.")
             raise

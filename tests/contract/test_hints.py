@@ -13,7 +13,7 @@ WITH_HINTS = {
     "CheckpointError",
     "DataError",
     "DiskFullError",
-    "EnvironmentProblem",
+    "RuntimeEnvironmentError",
     "InputError",
     "MissingDependencyError",
     "NumericsError",

@@ -18,7 +18,13 @@ from pathlib import Path
 import pytest
 
 from proxydet import files
-from proxydet.errors import DataError, DiskFullError, EnvironmentProblem, InputError, LockedError
+from proxydet.errors import (
+    DataError,
+    DiskFullError,
+    InputError,
+    LockedError,
+    RuntimeEnvironmentError,
+)
 from proxydet.files import (
     JsonLines,
     Lock,
@@ -50,7 +56,7 @@ class TestWriting:
 
     def test_other_errors_are_reported_with_the_file(self, tmp_path: Path) -> None:
         with (
-            pytest.raises(EnvironmentProblem, match=r"a\.txt") as caught,
+            pytest.raises(RuntimeEnvironmentError, match=r"a\.txt") as caught,
             write_errors(tmp_path / "a.txt", hint="do this"),
         ):
             raise PermissionError(errno.EACCES, "not allowed")
@@ -90,7 +96,7 @@ class TestWriting:
         self, tmp_path: Path, durable: bool
     ) -> None:
         with (
-            pytest.raises(EnvironmentProblem, match=r"a\.txt"),
+            pytest.raises(RuntimeEnvironmentError, match=r"a\.txt"),
             staged(tmp_path / "a.txt", durable=durable) as temporary,
         ):
             temporary.unlink()
@@ -132,7 +138,7 @@ sweep(Path(sys.argv[1]), sole_writer=True)
         write_text(tmp_path / "link", "text")
         assert (tmp_path / "real" / "file").read_text() == "text"
         assert (tmp_path / "link").is_symlink()
-        with pytest.raises(EnvironmentProblem, match="real"):
+        with pytest.raises(RuntimeEnvironmentError, match="real"):
             write_bytes(tmp_path / "real", b"")
         ended = subprocess.run(
             [
@@ -247,14 +253,14 @@ class TestReading:
 
     def test_a_pipe_that_nobody_reads_is_not_waited_for(self, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "pipe")
-        with pytest.raises(EnvironmentProblem, match="pipe"):
+        with pytest.raises(RuntimeEnvironmentError, match="pipe"):
             write_text(tmp_path / "pipe", "text")
         reader = subprocess.Popen(["cat", str(tmp_path / "pipe")], stdout=subprocess.PIPE)
         for _ in range(500):
             try:
                 write_text(tmp_path / "pipe", "text")
                 break
-            except EnvironmentProblem:
+            except RuntimeEnvironmentError:
                 time.sleep(0.01)
         assert reader.communicate(timeout=10)[0] == b"text"
 
@@ -408,7 +414,7 @@ class TestLocks:
         self, tmp_path: Path, make: Callable[[Path], None]
     ) -> None:
         make(tmp_path / "run.lock.owner")
-        with pytest.raises(EnvironmentProblem, match=r"run\.lock\.owner"):
+        with pytest.raises(RuntimeEnvironmentError, match=r"run\.lock\.owner"):
             Lock(tmp_path / "run.lock").acquire(wait=False)
         assert not (tmp_path / "run.lock").exists()
 
@@ -516,7 +522,7 @@ class TestLocks:
 
     def test_a_place_that_cannot_be_written_to_is_named(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
-        with pytest.raises(EnvironmentProblem, match="file"):
+        with pytest.raises(RuntimeEnvironmentError, match="file"):
             Lock(tmp_path / "file" / "a.lock").acquire()
 
 

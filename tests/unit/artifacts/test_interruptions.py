@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from proxydet.errors import DigestError, DiskFullError, EnvironmentProblem, TransferError
+from proxydet.errors import DigestError, DiskFullError, RuntimeEnvironmentError, TransferError
 
 CATALOGUE = """
 [[artifacts]]
@@ -232,7 +232,7 @@ class TestDisk:
         (tmp_path / "file").write_bytes(b"")
         fetch.downloads.root = tmp_path / "file" / "below"
         server.add("/f", body)
-        with pytest.raises(EnvironmentProblem) as caught:
+        with pytest.raises(RuntimeEnvironmentError) as caught:
             fetch("/f")
         assert str(tmp_path / "file") in str(caught.value.path)
 

@@ -25,13 +25,13 @@ EXIT_CODES: dict[type[errors.ProxydetError], int] = {
     errors.TransferError: 4,
     errors.DigestError: 4,
     errors.ArchiveError: 4,
-    errors.EnvironmentProblem: 5,
+    errors.RuntimeEnvironmentError: 5,
     errors.MissingDependencyError: 5,
     errors.DiskFullError: 5,
     errors.LockedError: 5,
     errors.NumericsError: 5,
     errors.TrainingError: 6,
-    errors.Interrupted: 130,
+    errors.JobInterruptedError: 130,
 }
 
 
@@ -50,7 +50,7 @@ def test_every_error_class_has_its_exit_code() -> None:
 
 
 def test_a_signal_has_the_shells_exit_code() -> None:
-    assert errors.Interrupted("stopped", signal_number=15).exit_code == 143
+    assert errors.JobInterruptedError("stopped", signal_number=15).exit_code == 143
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from proxydet.data.dataset import Dataset, DatasetConfig
 from proxydet.data.images import read_image
 from proxydet.data.loader import TrainingLoader, TrainingSources
 from proxydet.data.transforms import training_view
-from proxydet.errors import ConfigError, DataError, EnvironmentProblem
+from proxydet.errors import ConfigError, DataError, RuntimeEnvironmentError
 from proxydet.runtime.modes import MODES, Mode, reproducibility_mode
 
 BOXES = SourceConfig(batch_size=3, size=48, scale=(0.5, 2.0), ratio=1.0)
@@ -283,7 +283,7 @@ def test_a_worker_that_is_killed_is_named(small_set: Path, monkeypatch: pytest.M
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(Image, "open", die)
-    with pytest.raises(EnvironmentProblem, match="a data worker died") as caught:
+    with pytest.raises(RuntimeEnvironmentError, match="a data worker died") as caught:
         next(iter(loader(small_set, workers=1)))
     assert "data.workers" in str(caught.value.hint)
 
@@ -292,7 +292,7 @@ def test_workers_that_hang_are_given_up(small_set: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(Image, "open", lambda *_: signal.pause())
     # How long torch waits for a worker to end before it ends it.
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
-    with pytest.raises(EnvironmentProblem, match=r"nothing for 0\.5 s"):
+    with pytest.raises(RuntimeEnvironmentError, match=r"nothing for 0\.5 s"):
         next(iter(loader(small_set, workers=1, worker_timeout_s=0.5)))
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from proxydet.errors import EnvironmentProblem
+from proxydet.errors import RuntimeEnvironmentError
 from proxydet.evaluation import evaluate as evaluate_module
 from proxydet.evaluation.config import EvaluationConfig
 from proxydet.evaluation.evaluate import evaluate_results
@@ -291,7 +291,7 @@ def test_a_failure_of_the_fast_engine_advises_the_official_one(
 
     monkeypatch.setattr("hotcoco.COCOeval", fail)
     truth, detections = make_set(0)
-    with pytest.raises(EnvironmentProblem, match="fast evaluation engine failed") as caught:
+    with pytest.raises(RuntimeEnvironmentError, match="fast evaluation engine failed") as caught:
         evaluate_results(detections, truth, config=FAST)
     assert "--engine lvis" in (caught.value.hint or "")
 
@@ -318,7 +318,7 @@ def test_an_engine_that_is_wrong_is_told(
         return given
 
     monkeypatch.setattr(evaluate_module, name, slightly_off)
-    with pytest.raises(EnvironmentProblem, match=r"in 1 categories \(thing \d\)") as caught:
+    with pytest.raises(RuntimeEnvironmentError, match=r"in 1 categories \(thing \d\)") as caught:
         evaluate_results(detections, truth, config=EvaluationConfig(bootstrap=2, engine=engine))
     assert advice in (caught.value.hint or "")
 

@@ -16,11 +16,11 @@ import torch
 from proxydet.detector import Detector
 from proxydet.errors import (
     ConfigError,
-    EnvironmentProblem,
     InputError,
     MissingDependencyError,
     NumericsError,
     ProxydetError,
+    RuntimeEnvironmentError,
 )
 from proxydet.export import exporter
 from proxydet.export.exporter import (
@@ -81,7 +81,7 @@ def test_test_time_augmentation_is_refused(detector: Detector, tmp_path: Path) -
 @pytest.mark.usefixtures("no_tracing")
 def test_a_place_that_cannot_be_written_to(detector: Detector, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(EnvironmentProblem, match=r"model\.onnx cannot be written") as caught:
+    with pytest.raises(RuntimeEnvironmentError, match=r"model\.onnx cannot be written") as caught:
         export_detector(detector, tmp_path / "file" / "model.onnx")
     assert caught.value.exit_code == 5
     assert "--root" not in str(caught.value.hint)
@@ -90,7 +90,7 @@ def test_a_place_that_cannot_be_written_to(detector: Detector, tmp_path: Path) -
 @pytest.mark.usefixtures("no_tracing")
 def test_a_folder_is_refused_before_the_work(detector: Detector, tmp_path: Path) -> None:
     (tmp_path / "model.onnx").mkdir()
-    with pytest.raises(EnvironmentProblem, match="is a folder"):
+    with pytest.raises(RuntimeEnvironmentError, match="is a folder"):
         export_detector(detector, tmp_path / "model.onnx")
 
 

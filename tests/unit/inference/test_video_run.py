@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from proxydet.detector import Detector
-from proxydet.errors import ConfigError, DataError, DiskFullError, Interrupted
+from proxydet.errors import ConfigError, DataError, DiskFullError, JobInterruptedError
 from proxydet.inference.jobs import VideoSummary, predict_video
 from proxydet.inference.sources import VideoSource, name_videos
 from proxydet.inference.video import VideoReader, VideoWriter, predict_frames, read_ahead
@@ -154,7 +154,7 @@ def test_ctrl_c_completes_the_files(bars, make, output: Path) -> None:
         if next(seen) == 9:
             raise KeyboardInterrupt
 
-    with pytest.raises(Interrupted, match="stopped after 9 frames") as caught:
+    with pytest.raises(JobInterruptedError, match="stopped after 9 frames") as caught:
         run(bars, make(frames=60), output, on_result=stop)
     assert caught.value.exit_code == 130
     lines = (output / "clip.jsonl").read_text().splitlines()

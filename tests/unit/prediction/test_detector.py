@@ -13,7 +13,13 @@ from PIL import Image
 
 from proxydet.detections import Detections
 from proxydet.detector import Detector, choose_device
-from proxydet.errors import ConfigError, DataError, EnvironmentProblem, InputError, VocabularyError
+from proxydet.errors import (
+    ConfigError,
+    DataError,
+    InputError,
+    RuntimeEnvironmentError,
+    VocabularyError,
+)
 from proxydet.modeling.config import InferenceConfig
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.vocabulary.compositional import CompositionalEncoder
@@ -235,7 +241,7 @@ def test_embeddings_of_another_width_are_refused(
 
 def test_devices_that_are_not_there_are_refused() -> None:
     assert choose_device("auto").type in ("cpu", "cuda")
-    with pytest.raises(EnvironmentProblem, match="cuda:99") as caught:
+    with pytest.raises(RuntimeEnvironmentError, match="cuda:99") as caught:
         choose_device("cuda:99")
     assert caught.value.exit_code == 5
     # Not torch's list of twenty kinds.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from proxydet.errors import ConfigError, EnvironmentProblem
+from proxydet.errors import ConfigError, RuntimeEnvironmentError
 from proxydet.inference.writers import check_folder, choose_folder
 
 
@@ -17,13 +17,13 @@ def test_a_folder_that_can_be_made_is_accepted_and_not_made(tmp_path):
 def test_a_file_in_the_way_is_named(tmp_path):
     (tmp_path / "taken").write_text("x")
     for folder in (tmp_path / "taken", tmp_path / "taken" / "below"):
-        with pytest.raises(EnvironmentProblem, match="taken is a file, not a folder"):
+        with pytest.raises(RuntimeEnvironmentError, match="taken is a file, not a folder"):
             check_folder(folder)
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(EnvironmentProblem, match="cannot be written to"):
+    with pytest.raises(RuntimeEnvironmentError, match="cannot be written to"):
         check_folder(tmp_path / "new")
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from proxydet.detector import Detector
-from proxydet.errors import ConfigError, DataError, Interrupted
+from proxydet.errors import ConfigError, DataError, JobInterruptedError
 from proxydet.inference.jobs import ImageResult, PredictionSummary, predict_files
 from proxydet.inference.sources import find_images
 from proxydet.inference.writers import KINDS, Writer, make_writers, safe_name
@@ -207,7 +207,7 @@ def test_ctrl_c_keeps_what_was_done_and_reports_it(
             raise KeyboardInterrupt
 
     output = tmp_path / "out"
-    with pytest.raises(Interrupted, match=r"3 of 6 images.*out") as caught:
+    with pytest.raises(JobInterruptedError, match=r"3 of 6 images.*out") as caught:
         predict_files(
             detector,
             find_images([folder]).files,

@@ -79,7 +79,7 @@ def test_pure_python_installation(site: Site) -> None:
 def test_python_without_docstrings(site: Site) -> None:
     site.detectron2()
     answer = site.probe("-OO")
-    assert answer["error"] == "EnvironmentProblem"
+    assert answer["error"] == "RuntimeEnvironmentError"
     assert "-OO" in str(answer["hint"])
     assert site.probe("-O")["version"] == "0.6"
 

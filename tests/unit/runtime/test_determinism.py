@@ -13,7 +13,7 @@ import torch
 
 from proxydet.config import to_mapping
 from proxydet.data.batches import BoxBatch, ImageLabelBatch
-from proxydet.errors import EnvironmentProblem
+from proxydet.errors import RuntimeEnvironmentError
 from proxydet.modeling import roi_align as pooling
 from proxydet.modeling import roi_heads
 from proxydet.recipes import tiny
@@ -162,7 +162,7 @@ def test_batches_have_the_recipes_sizes():
 
 
 def test_a_process_that_fails_is_an_error_with_its_reason():
-    with pytest.raises(EnvironmentProblem, match="mode strict: ValueError"):
+    with pytest.raises(RuntimeEnvironmentError, match="mode strict: ValueError"):
         verify_determinism(tiny(), modes=("strict",), steps=0)
 
 

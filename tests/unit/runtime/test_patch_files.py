@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from proxydet.errors import EnvironmentProblem
+from proxydet.errors import RuntimeEnvironmentError
 from proxydet.runtime.patch import apply_patch, patch_status, revert_patch, roi_align_files
 from proxydet_cli.main import main
 
@@ -122,7 +122,7 @@ def test_other_code_is_altered_and_is_left_alone(roi_align_file, old, new):
     status = patch_status(roi_align_file)
     assert status.state == "altered"
     assert len(status.reason) > 10
-    with pytest.raises(EnvironmentProblem, match="left alone"):
+    with pytest.raises(RuntimeEnvironmentError, match="left alone"):
         apply_patch(roi_align_file)
     assert roi_align_file.read_bytes() == changed
 
@@ -160,7 +160,7 @@ def test_unexpected_code_is_left_alone_with_a_diff(roi_align_file, old, new):
     roi_align_file.write_bytes(roi_align_file.read_bytes().replace(old, new))
     before = folder_content(roi_align_file)
     for action in (apply_patch, revert_patch):
-        with pytest.raises(EnvironmentProblem) as caught:
+        with pytest.raises(RuntimeEnvironmentError) as caught:
             action(roi_align_file)
         added = [line for line in caught.value.message.splitlines() if line.startswith("+")]
         assert any(new.decode().split("\n")[0] in line for line in added)
@@ -172,7 +172,7 @@ def test_a_file_changed_after_apply_is_not_reverted(roi_align_file):
     apply_patch(roi_align_file)
     changed = roi_align_file.read_bytes() + b"\n# mine\n"
     roi_align_file.write_bytes(changed)
-    with pytest.raises(EnvironmentProblem, match="# mine"):
+    with pytest.raises(RuntimeEnvironmentError, match="# mine"):
         revert_patch(roi_align_file)
     assert roi_align_file.read_bytes() == changed
     assert not apply_patch(roi_align_file).changed
@@ -191,7 +191,7 @@ def test_a_change_made_by_hand_is_recognised_but_not_reverted(roi_align_file):
     assert status.record is None
     assert any("not reverted" in note for note in status.notes)
     assert not apply_patch(roi_align_file).changed
-    with pytest.raises(EnvironmentProblem, match="did not write it"):
+    with pytest.raises(RuntimeEnvironmentError, match="did not write it"):
         revert_patch(roi_align_file)
 
 
@@ -217,7 +217,7 @@ def test_a_crash_between_the_steps_leaves_a_usable_file(roi_align_file, monkeypa
         return real(self, target)
 
     monkeypatch.setattr(Path, "replace", fail_later)
-    with pytest.raises(EnvironmentProblem, match="No space"):
+    with pytest.raises(RuntimeEnvironmentError, match="No space"):
         apply_patch(roi_align_file)
     monkeypatch.undo()
     assert roi_align_file.read_bytes() == before["roi_align.py"]
@@ -234,7 +234,7 @@ def test_an_original_that_is_not_the_recorded_one_is_not_restored(roi_align_file
     kept.write_bytes(kept.read_bytes() + b"# mine\n")
     before = folder_content(roi_align_file)
     assert patch_status(roi_align_file).record is None
-    with pytest.raises(EnvironmentProblem, match="nothing to restore"):
+    with pytest.raises(RuntimeEnvironmentError, match="nothing to restore"):
         revert_patch(roi_align_file)
     assert folder_content(roi_align_file) == before
 
@@ -250,7 +250,7 @@ def test_a_damaged_record_is_named(roi_align_file):
     apply_patch(roi_align_file)
     record = roi_align_file.with_name("roi_align.py.proxydet-patch.json")
     record.write_text("{}")
-    with pytest.raises(EnvironmentProblem, match=r"proxydet-patch\.json is damaged"):
+    with pytest.raises(RuntimeEnvironmentError, match=r"proxydet-patch\.json is damaged"):
         patch_status(roi_align_file)
 
 
@@ -300,7 +300,7 @@ def test_bytecode_that_python_checks_itself_is_not_stale(roi_align_file, mode):
 
 def test_a_missing_file_is_said_to_be_missing(tmp_path):
     assert patch_status(tmp_path / "roi_align.py").state == "missing"
-    with pytest.raises(EnvironmentProblem, match="no such file"):
+    with pytest.raises(RuntimeEnvironmentError, match="no such file"):
         apply_patch(tmp_path / "roi_align.py")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from proxydet.errors import EnvironmentProblem
+from proxydet.errors import RuntimeEnvironmentError
 from proxydet.runtime.patch import apply_patch, patch_status
 
 needs_root = pytest.mark.skipif(
@@ -29,7 +29,7 @@ def test_read_only_installations_are_refused_as_such(roi_align_file, monkeypatch
     before = folder_content(roi_align_file)
     monkeypatch.setattr(os, "access", lambda *_: False)
     assert patch_status(roi_align_file).writable is False
-    with pytest.raises(EnvironmentProblem, match="read-only") as caught:
+    with pytest.raises(RuntimeEnvironmentError, match="read-only") as caught:
         apply_patch(roi_align_file)
     assert "published" in (caught.value.hint or "")
     assert apply_patch(roi_align_file, dry_run=True).changed
@@ -49,10 +49,10 @@ def as_another_user(file: Path, group: int) -> str:
     """What another user is told who tries to apply the patch: its refusal; as root only."""
     code = (
         "import os, sys; from pathlib import Path; from proxydet.runtime.patch import apply_patch; "
-        "from proxydet.errors import EnvironmentProblem\n"
+        "from proxydet.errors import RuntimeEnvironmentError\n"
         f"os.setgroups([]); os.setgid({group}); os.setuid(65534)\n"
         "try: apply_patch(Path(sys.argv[1]))\n"
-        "except EnvironmentProblem as error: print(error.message)"
+        "except RuntimeEnvironmentError as error: print(error.message)"
     )
     command = [sys.executable, "-c", code, str(file)]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -11,7 +11,7 @@ import pytest
 import torch
 from detectron2.layers import ROIAlign
 
-from proxydet.errors import EnvironmentProblem
+from proxydet.errors import RuntimeEnvironmentError
 from proxydet.runtime import roi_verify
 from proxydet.runtime.modes import reproducibility_mode
 from proxydet.runtime.patch import apply_patch, revert_patch
@@ -72,7 +72,7 @@ def test_an_operator_that_does_not_run_is_an_error_with_its_reason(tmp_path):
     broken = tmp_path / "detectron2"
     broken.mkdir()
     (broken / "__init__.py").write_text("raise ImportError('torn apart')")
-    with pytest.raises(EnvironmentProblem, match="torn apart"):
+    with pytest.raises(RuntimeEnvironmentError, match="torn apart"):
         verify_roi_align(device="cpu", search_path=[str(tmp_path), *sys.path])
 
 

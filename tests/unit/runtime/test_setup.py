@@ -32,7 +32,7 @@ class Machine:
 
     def check(self, _module: str, name: str, **_: Any) -> Any:
         if name in self.failures:
-            raise errors.EnvironmentProblem(self.failures[name])
+            raise errors.RuntimeEnvironmentError(self.failures[name])
         return ANSWERS[name]
 
     def version(self, name: str) -> str:
@@ -99,7 +99,7 @@ def test_half_removed_installation_is_installed_again(machine: Machine) -> None:
 
 def test_torch_and_torchvision_of_different_releases(machine: Machine) -> None:
     machine.failures["check_torch"] = "RuntimeError: operator torchvision::nms does not exist"
-    with pytest.raises(errors.EnvironmentProblem, match="do not work together") as caught:
+    with pytest.raises(errors.RuntimeEnvironmentError, match="do not work together") as caught:
         setup.set_up()
     assert "torchvision::nms" in caught.value.message
     assert "pip install" in (caught.value.hint or "")
@@ -122,7 +122,7 @@ def test_build_tools_absent(machine: Machine, monkeypatch: pytest.MonkeyPatch, a
 
 def test_read_only_environment(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(setup.os, "access", lambda _path, _mode: False)
-    with pytest.raises(errors.EnvironmentProblem, match="cannot be written") as caught:
+    with pytest.raises(errors.RuntimeEnvironmentError, match="cannot be written") as caught:
         setup.set_up()
     assert "python -m venv" in (caught.value.hint or "")
 
@@ -132,7 +132,7 @@ def test_python_of_the_operating_system(
 ) -> None:
     (tmp_path / "EXTERNALLY-MANAGED").touch()
     monkeypatch.setattr(setup.sys, "prefix", sys.base_prefix)
-    with pytest.raises(errors.EnvironmentProblem, match="operating system"):
+    with pytest.raises(errors.RuntimeEnvironmentError, match="operating system"):
         setup.set_up()
 
 
@@ -175,11 +175,11 @@ UV_SAYS = {
     "no room": ("error: failed to write\n  cause: No space left on device", errors.DiskFullError),
     "denied": (
         "error: failed to create directory\n  cause: Permission denied (os error 13)",
-        errors.EnvironmentProblem,
+        errors.RuntimeEnvironmentError,
     ),
     "cache": (
         "error: Failed to initialize cache at `/x`\n  cause: failed to create directory",
-        errors.EnvironmentProblem,
+        errors.RuntimeEnvironmentError,
     ),
     "build": (
         "error: Failed to build `pb1-detectron2==0.6`\n  cause: The build backend returned an error\n"
@@ -276,7 +276,7 @@ def test_a_function_that_fails_in_a_new_process_is_an_error(
     tmp_path: Path, module: str, why: str
 ) -> None:
     (tmp_path / "asked_in_the_test.py").write_text(f"def ask(x):\n    {module}\n")
-    with pytest.raises(errors.EnvironmentProblem, match=why):
+    with pytest.raises(errors.RuntimeEnvironmentError, match=why):
         call_in_new_process(
             "asked_in_the_test", "ask", search_path=[str(tmp_path), *sys.path], seconds=2, x=1
         )
@@ -291,5 +291,5 @@ def test_what_a_function_prints_in_a_new_process_is_not_its_result(
     # Nothing of the working folder is imported by mistake.
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", ["", *sys.path])
-    with pytest.raises(errors.EnvironmentProblem, match="asked_in_the_test"):
+    with pytest.raises(errors.RuntimeEnvironmentError, match="asked_in_the_test"):
         call_in_new_process("asked_in_the_test", "ask", x=1)

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from proxydet.detector import Detector
-from proxydet.errors import ConfigError, EnvironmentProblem, Interrupted
+from proxydet.errors import ConfigError, JobInterruptedError, RuntimeEnvironmentError
 from proxydet.serve.app import ServingSettings, build_app
 from proxydet.serve.server import address_of, bind, is_loopback, serve
 
@@ -293,7 +293,7 @@ def test_a_signal_ends_it_and_a_second_one_ends_it_at_once(detector: Detector) -
         with bind("127.0.0.1", 0) as listening, ThreadPoolExecutor(1) as pool:
             start = partial(pool.submit, interrupt, listening.getsockname()[1], open_request)
             if open_request:
-                with pytest.raises(Interrupted) as stopped:
+                with pytest.raises(JobInterruptedError) as stopped:
                     serve(app, listening, on_started=start)
                 assert stopped.value.exit_code == 130
             else:
@@ -354,7 +354,7 @@ def test_addresses() -> None:
         assert address_of(one) == f"http://127.0.0.1:{port}/"
         assert is_loopback(one)
         one.listen()
-        with pytest.raises(EnvironmentProblem, match=f"port {port} .* is in use") as raised:
+        with pytest.raises(RuntimeEnvironmentError, match=f"port {port} .* is in use") as raised:
             bind("127.0.0.1", port)
         assert "--port" in str(raised.value.hint)
     with bind("0.0.0.0", 0) as everywhere:
@@ -362,7 +362,7 @@ def test_addresses() -> None:
         assert not is_loopback(everywhere)
     with pytest.raises(ConfigError, match="cannot be found"):
         bind("no-such-host.invalid", 0)
-    with pytest.raises(EnvironmentProblem, match="cannot listen on"):
+    with pytest.raises(RuntimeEnvironmentError, match="cannot listen on"):
         bind("203.0.113.1", 0)
 
 

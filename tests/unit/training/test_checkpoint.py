@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from proxydet.errors import CheckpointError, DiskFullError, EnvironmentProblem
+from proxydet.errors import CheckpointError, DiskFullError, RuntimeEnvironmentError
 from proxydet.training.checkpoint import (
     CheckpointFolder,
     load_checkpoint,
@@ -182,6 +182,6 @@ def test_other_failures_of_writing_are_not_called_a_full_disk(
         raise PermissionError(errno.EACCES, "no")
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(EnvironmentProblem, match=r"model\.pth") as caught:
+    with pytest.raises(RuntimeEnvironmentError, match=r"model\.pth") as caught:
         write_state(state(1.0), tmp_path / "model.pth")
     assert not isinstance(caught.value, DiskFullError)

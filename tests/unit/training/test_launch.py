@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from proxydet.errors import (
     ConfigError,
     DataError,
-    Interrupted,
+    JobInterruptedError,
     NumericsError,
     ProxydetError,
     TrainingError,
@@ -553,12 +553,12 @@ def test_a_killed_process_is_named_before_what_that_caused(failing: Callable) ->
 
 
 def test_a_stop_keeps_its_signal_and_what_the_processes_wrote(failing: Callable) -> None:
-    stopped = Interrupted("stopped after 5", signal_number=15, hint="again")
+    stopped = JobInterruptedError("stopped after 5", signal_number=15, hint="again")
     error = failing((0, stopped), (1, stopped), by=SignalException("", signal.SIGTERM))
-    assert isinstance(error, Interrupted)
+    assert isinstance(error, JobInterruptedError)
     assert (error.message, error.hint, error.exit_code) == ("stopped after 5", "again", 143)
     at_once = failing(by=SignalException("", signal.SIGINT))
-    assert isinstance(at_once, Interrupted)
+    assert isinstance(at_once, JobInterruptedError)
     assert at_once.exit_code == 130
 
 
@@ -581,11 +581,11 @@ def test_without_our_launcher_a_process_reports_for_itself(tmp_path: Path) -> No
     assert str(tmp_path / "rank_1.log") in str(lost.value.hint)
     # The first process reports the stop for all.
     with pytest.raises(SystemExit) as stopped, worker(tmp_path):
-        raise Interrupted("stopped", signal_number=15)
+        raise JobInterruptedError("stopped", signal_number=15)
     assert stopped.value.code == 143
     os.environ["RANK"] = "0"
-    with pytest.raises(Interrupted), worker(tmp_path):
-        raise Interrupted("stopped", signal_number=15)
+    with pytest.raises(JobInterruptedError), worker(tmp_path):
+        raise JobInterruptedError("stopped", signal_number=15)
 
 
 def test_the_log_of_a_process_is_its_own_and_its_level_is_put_back(tmp_path: Path) -> None:

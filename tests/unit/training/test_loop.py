@@ -17,7 +17,7 @@ from proxydet.errors import (
     CheckpointError,
     ConfigError,
     DataError,
-    Interrupted,
+    JobInterruptedError,
     NumericsError,
     TrainingError,
 )
@@ -140,7 +140,7 @@ def test_a_signal_writes_a_checkpoint_and_the_run_goes_on(
         return {"AP": float(at)}
 
     handler = signal.getsignal(number)
-    with pytest.raises(Interrupted, match="after 5 of 12 iterations") as caught:
+    with pytest.raises(JobInterruptedError, match="after 5 of 12 iterations") as caught:
         toy.run(tmp_path / "cut", changes, evaluate=interrupting)
     assert caught.value.exit_code == code
     assert signal.getsignal(number) is handler
@@ -162,7 +162,7 @@ def test_a_signal_during_a_step_lets_it_finish(
         return losses(found, generator=generator)
 
     monkeypatch.setattr(toy, "toy_losses", interrupting)
-    with pytest.raises(Interrupted) as caught:
+    with pytest.raises(JobInterruptedError) as caught:
         toy.run(tmp_path / "cut", {})
     assert caught.value.exit_code == 128 + signal.SIGUSR1
     saved = load_checkpoint(tmp_path / "cut/checkpoints/step_0000007.pth")

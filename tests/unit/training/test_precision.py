@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from proxydet.errors import ConfigError, EnvironmentProblem
+from proxydet.errors import ConfigError, RuntimeEnvironmentError
 from proxydet.training.config import PrecisionConfig
 from proxydet.training.step import apply_precision, build_scaler, check_precision
 
@@ -85,11 +85,11 @@ def test_what_the_machine_cannot_do_is_said_before_the_run(monkeypatch: pytest.M
     monkeypatch.delenv("CXX", raising=False)
     there: set[str] = set()
     monkeypatch.setattr("shutil.which", lambda name: name if name in there else None)
-    with pytest.raises(EnvironmentProblem, match=r"g\+\+"):
+    with pytest.raises(RuntimeEnvironmentError, match=r"g\+\+"):
         check_precision(compiled, CPU)
     there.add("clang++")
     check_precision(compiled, CPU)
     there.add("g++")
     monkeypatch.setenv("CXX", "icpx")
-    with pytest.raises(EnvironmentProblem, match="icpx"):
+    with pytest.raises(RuntimeEnvironmentError, match="icpx"):
         check_precision(compiled, CPU)

@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from proxydet.errors import DiskFullError, Interrupted, NumericsError
+from proxydet.errors import DiskFullError, JobInterruptedError, NumericsError
 from proxydet.training.checkpoint import TrainingState, load_checkpoint
 from proxydet.training.config import OptimizerConfig, ScheduleConfig
 from proxydet.training.step import build_optimizer, learning_rate_factor
@@ -119,7 +119,7 @@ def test_a_signal_in_the_last_step_lets_the_run_end(
         return losses(found, generator=generator)
 
     monkeypatch.setattr(toy, "toy_losses", interrupting)
-    with pytest.raises(Interrupted):
+    with pytest.raises(JobInterruptedError):
         toy.run(tmp_path / "first", {"iterations": 4})
     count = iter(range(100))
     assert toy.run(tmp_path / "last", {"iterations": 3}).weights.exists()

@@ -109,6 +109,34 @@ def test_commands_in_the_documentation_exist() -> None:
         assert used <= options, f"{page}: proxydet {line}"
 
 
+def test_options_named_in_the_documentation_exist() -> None:
+    """Also those in prose, of whatever command."""
+    known = {
+        o
+        for _, command in all_leaves()
+        for p in command.params
+        for o in (*p.opts, *p.secondary_opts)
+    }
+    known |= {"--help", "--version", "--verbose"}
+    of_others = {
+        *("--no-deps", "--require-hashes"),  # pip
+        *(
+            "--cpus-per-task",
+            "--gpus",
+            "--gpus-per-node",
+            "--nodes",
+            "--ntasks-per-node",
+            "--requeue",
+        ),  # SLURM
+        *("--kill-on-bad-exit", "--signal"),
+        "--data-binary",  # curl
+    }
+    for page in [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md")]:
+        if page.name != "commands.md":
+            named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*\w", page.read_text("utf-8")))
+            assert named - of_others <= known, page.relative_to(REPOSITORY)
+
+
 def test_programs_and_yaml_in_the_documentation_can_be_read() -> None:
     read = {"python": ast.parse, "yaml": yaml.safe_load}
     for page in (REPOSITORY / "docs").rglob("*.md"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import re
 import typing
 from pathlib import Path
 
@@ -74,3 +75,20 @@ def work(config):
 """
     wanted = {f"c.{name}": ("Config", name) for name in ("checked_only", "written", "read")}
     assert unread(wanted, [source]) == ["c.checked_only", "c.written"]
+
+
+def test_keys_named_in_pages_exist(repository: Path) -> None:
+    known = keys(RunConfig)
+    groups = {key.rsplit(".", count)[0] for key in known for count in range(1, 5)}
+    tops = "|".join(sorted({key.split(".")[0] for key in known if "." in key}))
+    pages = [*repository.glob("*.md"), *(repository / "docs").rglob("*.md")]
+    named = {
+        (page.name, match[1])
+        for page in pages
+        for match in re.finditer(
+            rf"[`\s]((?:{tops})\.[a-z_0-9]+(?:\.[a-z_0-9]+)*)[`=]", page.read_text("utf-8")
+        )
+        if match[1].rpartition(".")[2] not in {"md", "toml", "yaml"}
+    }
+    assert len(named) > 100
+    assert sorted((page, key) for page, key in named if key not in known.keys() | groups) == []

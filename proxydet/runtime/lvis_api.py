@@ -40,27 +40,14 @@ def _load(name: str) -> ModuleType:
         return importlib.import_module(f"lvis.{name}")
 
 
-def _load_evaluator() -> ModuleType:
-    module = _load("eval")
-    if not isinstance(module.__dict__["np"], NamespaceOverlay):
-        module.__dict__["np"] = NamespaceOverlay(module.__dict__["np"], {"float": float})
-    _modernise_logger(module, logging.WARNING)
-    return module
-
-
-def _load_results() -> ModuleType:
-    module = _load("results")
-    # All it ever warns of is that results given as a list are taken as they are.
-    _modernise_logger(module, logging.INFO)
-    return module
-
-
-def _modernise_logger(module: ModuleType, level: int) -> None:
-    # Logger.warn is deprecated; Python's own word for it is on its way out.
-    logger = logging.getLogger(module.__name__)
-    logger.warn = partial(logger.log, level)  # type: ignore[method-assign]
-
+_evaluator, _results = _load("eval"), _load("results")
+if not isinstance(_evaluator.__dict__["np"], NamespaceOverlay):
+    _evaluator.__dict__["np"] = NamespaceOverlay(_evaluator.__dict__["np"], {"float": float})
+# Logger.warn is deprecated. All that the results warn of is that those given as a list are taken as they are.
+for _module, _level in ((_evaluator, logging.WARNING), (_results, logging.INFO)):
+    _logger = logging.getLogger(_module.__name__)
+    _logger.warn = partial(_logger.log, _level)  # type: ignore[method-assign]
 
 LVIS: Any = _load("lvis").LVIS
-LVISResults: Any = _load_results().LVISResults
-LVISEval: Any = _load_evaluator().LVISEval
+LVISResults: Any = _results.LVISResults
+LVISEval: Any = _evaluator.LVISEval

@@ -308,7 +308,7 @@ def _with_change(source: bytes) -> bytes:
         source = re.sub(pattern, replacement, source, count=1)
     if _recognise(source)[0] != "applied":
         raise RuntimeEnvironmentError(
-            "the places of the published change were not found in the text of roi_align.py",
+            "The lines to change were not found in the text of roi_align.py.",
             hint=f"reinstall detectron2 to have its original file; {_RUN_TIME}",
         )
     return source
@@ -378,7 +378,7 @@ def apply_patch(file: Path, *, dry_run: bool = False) -> PatchChange:
             applied_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             proxydet=__version__,
         )
-        # The original and the record come first: whatever stops us later, they describe the file truly.
+        # The original and the record come first: an interruption after them leaves a file that they describe.
         text = json.dumps(asdict(record), indent=2) + os.linesep
         for suffix, content in ((_ORIGINAL, source), (_RECORD, text.encode())):
             _replace(status.file.with_name(status.file.name + suffix), content, like=status.file)
@@ -403,8 +403,8 @@ def revert_patch(file: Path, *, dry_run: bool = False) -> PatchChange:
     if status.state == "applied":
         if status.record is None:
             raise RuntimeEnvironmentError(
-                f"{status.file} carries the published change, but proxydet did not write it (or its kept "
-                "original is gone), so there is nothing to restore.",
+                f"{status.file} cannot be reverted: proxydet did not write the change, or its kept original "
+                "is missing or altered.",
                 hint="reinstall detectron2 to have its original file",
                 path=status.file,
             )
@@ -413,7 +413,7 @@ def revert_patch(file: Path, *, dry_run: bool = False) -> PatchChange:
             labels = ("as applied", "found")
             changes = _diff(_with_change(original), source, status.file.name, labels)
             raise RuntimeEnvironmentError(
-                f"{status.file} was changed after the patch was applied; it is left alone.\n\n{changes}",
+                f"{status.file} was changed after the patch was applied, so it was not reverted.\n\n{changes}",
                 hint="undo that change, or reinstall detectron2",
                 path=status.file,
             )
@@ -430,7 +430,7 @@ def _expected(file: Path) -> tuple[PatchStatus, bytes]:
         return status, status.file.read_bytes()
     shown = f"\n\n{status.diff}" if status.diff else ""
     raise RuntimeEnvironmentError(
-        f"{status.file} is not the code that was expected, so it is left alone: {status.reason}.{shown}",
+        f"{status.file} was not changed: {status.reason}.{shown}",
         hint=f"reinstall detectron2 to have its original file; {_RUN_TIME}",
         path=status.file,
     )
@@ -439,7 +439,7 @@ def _expected(file: Path) -> tuple[PatchStatus, bytes]:
 def _require_writable(status: PatchStatus) -> None:
     if not status.writable:
         raise RuntimeEnvironmentError(
-            f"{status.file} may not be changed by this user: {status.obstacle}.",
+            f"{status.file} cannot be changed by this user: {status.obstacle}.",
             hint=f"use an environment of your own; {_RUN_TIME}",
             path=status.file,
         )

@@ -38,7 +38,8 @@ DISTRIBUTION = "pb1-detectron2"
 RELEASE = "0.6"
 SHA256 = "5d2e9e51e523ec72f6a31cca04b0a515492e9514b773a3d134cedc0677170b29"
 
-_CHECK_SECONDS = 900  # the first import of torch from a network file system takes minutes
+_CHECK_SECONDS = 900
+"""A broken binary may end the process, so checks run in one of their own; torch's first import may take minutes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +121,7 @@ def _checked_torch() -> dict[str, str]:
                 hint="install torch and torchvision together: pip install torch torchvision",
             )
     try:
-        found: dict[str, str] = _call_check("check_torch")
+        found: dict[str, str] = call_in_new_process(__name__, "check_torch", seconds=_CHECK_SECONDS)
     except RuntimeEnvironmentError as error:
         pair = " and ".join(f"{p} {_installed_version(p)}" for p in ("torch", "torchvision"))
         required = [r for r in requires("torchvision") or [] if r.split(";")[0].startswith("torch")]
@@ -135,7 +136,9 @@ def _checked_torch() -> dict[str, str]:
 
 def _checked_detectron2(action: str) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = _call_check("check_detectron2")
+        found: dict[str, Any] = call_in_new_process(
+            __name__, "check_detectron2", seconds=_CHECK_SECONDS
+        )
     except RuntimeEnvironmentError as error:
         which = "installed" if action == "found" else "new"
         owner = DISTRIBUTION if _installed_version(DISTRIBUTION) else "detectron2"
@@ -144,11 +147,6 @@ def _checked_detectron2(action: str) -> dict[str, Any]:
             hint=f"remove it (pip uninstall {owner}), then {SETUP_HINT}",
         ) from error
     return found
-
-
-def _call_check(name: str) -> Any:
-    # A broken binary may take the whole process down.
-    return call_in_new_process(__name__, name, seconds=_CHECK_SECONDS)
 
 
 def check_torch() -> dict[str, str]:

@@ -98,7 +98,7 @@ def _status_text(found: PatchStatus) -> str:
             f"original sha256: {found.record.before}"
         )
     if not found.writable and found.state != "missing":
-        lines.append(f"may not be changed by this user: {found.obstacle}")
+        lines.append(f"cannot be changed by this user: {found.obstacle}")
     lines += [f"stale compiled file: {path}" for path in found.stale_bytecode]
     lines += [f"note: {text}" for text in found.notes]
     return "\n".join([*lines, *(["", found.diff] if found.diff else [])])

@@ -48,6 +48,7 @@ def test_eight_modern_gpus():
         ("9.0", ["sm_90a"], False),
         ("12.0", ["sm_100", "sm_120"], False),
         ("7.0", [], False),
+        ("unknown", ["sm_80"], False),
     ],
 )
 def test_a_gpu_that_torch_has_no_code_for_fails(arch, built, fails):

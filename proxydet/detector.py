@@ -153,7 +153,7 @@ class Detector:
         if isinstance(config, Path):
             if not config.is_file():
                 raise InputError(
-                    f"there is no configuration {config}",
+                    f"there is no configuration file {config}",
                     hint="give the config.yaml of a run that proxydet train or quickstart wrote",
                     path=config,
                 )
@@ -167,8 +167,8 @@ class Detector:
             settings = _SIZES[config]
         else:
             raise InputError(
-                f"there is no model {config!r}",
-                hint=f"there are {', '.join(_SIZES)}; or give the config.yaml of a run",
+                f"unknown model {config!r}",
+                hint=f"known: {', '.join(_SIZES)}; or give the config.yaml of a run",
             )
         classes = vocabulary or published_vocabulary("lvis")
         return cls._open(settings, classes, Path(path), chosen, encoder)
@@ -192,8 +192,8 @@ class Detector:
         chosen = choose_device(device)
         if name not in PUBLISHED_MODELS:
             raise InputError(
-                f"there is no published model {name!r}",
-                hint=f"there are {', '.join(PUBLISHED_MODELS)}",
+                f"unknown published model {name!r}",
+                hint=f"known: {', '.join(PUBLISHED_MODELS)}",
             )
         weights = download(name)
         download("lvis-metadata")
@@ -508,7 +508,7 @@ def choose_device(device: str) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise ConfigError(
-            f"there is no kind of device {device!r}", hint="choose auto, cpu, cuda, or cuda:1, ..."
+            f"unknown device {device!r}", hint="choose auto, cpu, cuda, or cuda:1, ..."
         ) from error
     try:
         torch.empty(1, device=chosen)

@@ -143,7 +143,7 @@ def export_detector(
         )
     chosen = format or SUFFIXES[path.suffix]
     if chosen not in SUFFIXES.values():
-        raise ConfigError(f"there is no format {format!r}", hint="there are onnx and torch")
+        raise ConfigError(f"unknown format {format!r}", hint="choose onnx or torch")
     if path.is_dir():
         raise RuntimeEnvironmentError(
             f"{path} is a folder", hint="name the file that is to be written", path=path

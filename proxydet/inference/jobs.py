@@ -135,8 +135,8 @@ def predict_files(
                     result = ImageResult(image=image, pixels=pixels, found=found)
                     if on_result is not None:
                         on_result(result)
-                    behind.add(result)
                     done, detections = done + 1, detections + len(found)
+                    behind.add(result)
                 task.advance(len(batch))
         except KeyboardInterrupt as error:
             stopped = error

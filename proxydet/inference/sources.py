@@ -101,7 +101,7 @@ def _expand(source: str | Path, left_out: Counter[str]) -> Iterator[tuple[Path, 
             path = path.expanduser()  # the shell has not expanded it, for it was in quotes
         except RuntimeError as error:
             raise DataError(
-                f"there is no home folder for {path.parts[0]}",
+                f"no home folder for {path.parts[0]}",
                 hint="write the whole path",
                 path=path,
             ) from error
@@ -360,7 +360,7 @@ def _camera(number: int) -> VideoSource:
     ]
     if number >= len(devices):
         raise DataError(
-            f"there is no camera number {number}",
-            hint=f"there are {len(devices)} cameras, counted from 0",
+            f"camera {number} not found",
+            hint=f"{len(devices)} cameras are connected, counted from 0",
         )
     return VideoSource(name=name, url=f"video={devices[number]}", format="dshow")

@@ -197,8 +197,8 @@ def read_params(pairs: Iterable[tuple[str, str]], settings: ServingSettings) -> 
         else:
             known = ("words", *_PARSERS)
             near = difflib.get_close_matches(key[:80], known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
-            raise _bad_parameter(f"there is no parameter {key[:80]!r}", hint)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            raise _bad_parameter(f"unknown parameter {key[:80]!r}", hint)
     if len(words) > settings.max_words:
         raise RequestError(
             400,
@@ -955,7 +955,7 @@ async def _on_http(request: Request, error: Exception) -> Response:
             error.status_code,
             "not-found" if missing else "malformed",
             "no such route" if missing else error.detail,
-            hint="there are /, /api/health, /api/info and /api/predict",
+            hint="routes: /, /api/health, /api/info, /api/predict",
         )
     return error_response(found, error.headers)
 

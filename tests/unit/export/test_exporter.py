@@ -57,7 +57,7 @@ def no_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "options", "message"),
     [
         ("model.bin", {}, "does not name a format"),
-        ("model.onnx", {"format": "tensorrt"}, "no format 'tensorrt'"),
+        ("model.onnx", {"format": "tensorrt"}, "'tensorrt'"),
         ("model.onnx", {"opset": 99}, "operator set 99"),
         ("model.onnx", {"opset": 11}, "operator set 11"),
         ("model.onnx", {"opset": 22}, "operator set 22"),

@@ -245,7 +245,7 @@ def test_devices_that_are_not_there_are_refused() -> None:
         choose_device("cuda:99")
     assert caught.value.exit_code == 5
     # Not torch's list of twenty kinds.
-    with pytest.raises(ConfigError, match=r"^there is no kind of device 'toaster'$"):
+    with pytest.raises(ConfigError, match=r"^unknown device 'toaster'$"):
         choose_device("toaster")
 
 

@@ -170,7 +170,7 @@ def test_the_command_lines_wording_is_kept(
         ("top=1e3", "parameter", "positive"),
         ("top=" + "9" * 5000, "parameter", "positive"),
         ("masks=perhaps", "parameter", "true or false"),
-        ("treshold=0.1", "parameter", "no parameter 'treshold'"),
+        ("treshold=0.1", "parameter", "'treshold'"),
         ("top=3&top=4", "parameter", "'top'"),
         ("words=red+star,,", "words", "empty"),
         ("words=red+star,red+star", "words", "red star"),

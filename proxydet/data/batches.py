@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import proxydet.runtime.d2  # noqa: F401
 
@@ -18,12 +18,14 @@ import torch
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 
 from proxydet.data.dataset import class_rows
-from proxydet.data.formats.reader import Identifier
 from proxydet.data.masks import decode
-from proxydet.data.store import AnnotationStore, ImageRecord
-from proxydet.data.transforms import View
 from proxydet.errors import DataError
-from proxydet.vocabulary.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from proxydet.data.formats.reader import Identifier
+    from proxydet.data.store import AnnotationStore, ImageRecord
+    from proxydet.data.transforms import View
+    from proxydet.vocabulary.vocabulary import Vocabulary
 
 B = TypeVar("B", bound="_Batch")
 

@@ -24,7 +24,7 @@ from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -32,7 +32,6 @@ import numpy.typing as npt
 from PIL import Image
 
 from proxydet.data.dataset import ImageLabelSpec, class_rows, how_to_get, nearest
-from proxydet.data.formats.reader import CategoryEntry
 from proxydet.data.images import (
     find_image,
     image_size,
@@ -45,8 +44,11 @@ from proxydet.errors import DataError
 from proxydet.files import PLACEHOLDER_BYTES, build_once, refuse_placeholder
 from proxydet.paths import cache_folder
 from proxydet.reporting import SILENT, Progress
-from proxydet.vocabulary.vocabulary import Vocabulary
 from proxydet.wording import counted, first_of
+
+if TYPE_CHECKING:
+    from proxydet.data.formats.reader import CategoryEntry
+    from proxydet.vocabulary.vocabulary import Vocabulary
 
 _logger = logging.getLogger(__name__)
 

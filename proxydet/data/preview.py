@@ -10,7 +10,7 @@ import shlex
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from PIL import Image
@@ -25,7 +25,6 @@ from proxydet.data.dataset import (
 from proxydet.data.images import open_annotated_image
 from proxydet.data.masks import decode, rasterize
 from proxydet.data.stats import DatasetStats, dataset_stats
-from proxydet.data.store import AnnotationStore, ImageRecord
 from proxydet.errors import ConfigError, DataError, VocabularyError
 from proxydet.visualization.drawing import DrawnObject, contact_sheet, draw_objects
 from proxydet.visualization.plots import long_tail_plot, svg_of
@@ -38,6 +37,9 @@ from proxydet.visualization.report import (
     write_report,
 )
 from proxydet.wording import counted
+
+if TYPE_CHECKING:
+    from proxydet.data.store import AnnotationStore, ImageRecord
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from proxydet.data.dataset import Dataset, class_rows
 from proxydet.data.image_labels import open_label_images
-from proxydet.data.store import AnnotationStore
+
+if TYPE_CHECKING:
+    from proxydet.data.store import AnnotationStore
 
 SMALL_AREA, LARGE_AREA = 32**2, 96**2
 """Square pixels of the mask that divide small, medium and large objects (COCO)."""

@@ -7,17 +7,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from proxydet.evaluation.evaluate import Evaluation, Scored
-from proxydet.evaluation.ground_truth import GroundTruth
 from proxydet.evaluation.matching import FOUND, IGNORED, Matches
-from proxydet.evaluation.results import Results
 from proxydet.evaluation.scoring import IOU_THRESHOLDS_T, guarded, hotcoco_evaluator
 from proxydet.reporting import SILENT, Progress
+
+if TYPE_CHECKING:
+    from proxydet.evaluation.evaluate import Evaluation, Scored
+    from proxydet.evaluation.ground_truth import GroundTruth
+    from proxydet.evaluation.results import Results
 
 ERROR_NAMES = {
     "Cls": "classification",

@@ -28,17 +28,19 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from proxydet.data.protocol import FREQUENCIES
-from proxydet.evaluation.ground_truth import GroundTruth
 from proxydet.evaluation.matching import FOUND, IGNORED, Matches
 from proxydet.evaluation.report import Interval
 from proxydet.evaluation.scoring import AREAS, IOU_THRESHOLDS_T, RECALL_THRESHOLDS_R
 from proxydet.reporting import SILENT, Progress
+
+if TYPE_CHECKING:
+    from proxydet.evaluation.ground_truth import GroundTruth
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]

@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from proxydet.evaluation.ground_truth import GroundTruth
-from proxydet.evaluation.results import Results
 from proxydet.evaluation.scoring import AREA_RANGES_A2, IOU_THRESHOLDS_T, Selection
+
+if TYPE_CHECKING:
+    from proxydet.evaluation.ground_truth import GroundTruth
+    from proxydet.evaluation.results import Results
 
 UNMATCHED, FOUND, IGNORED = 0, 1, 2
 _IMAGES_AT_ONCE = 2000

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -26,10 +27,12 @@ from proxydet.evaluation.bootstrap import (
     images_of,
     pooling,
 )
-from proxydet.evaluation.ground_truth import GroundTruth
 from proxydet.evaluation.matching import box_iou
 from proxydet.evaluation.results import Results, first_offenders
 from proxydet.evaluation.scoring import Selection, select
+
+if TYPE_CHECKING:
+    from proxydet.evaluation.ground_truth import GroundTruth
 
 _IOU = 0.5
 

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from proxydet.data.formats.reader import Identifier
-from proxydet.evaluation.scoring import Curves, Metrics
 from proxydet.wording import table_cell
 
 if TYPE_CHECKING:
+    from proxydet.data.formats.reader import Identifier
     from proxydet.evaluation.bootstrap import Difference
+    from proxydet.evaluation.scoring import Curves, Metrics
 
 FORMAT = 1
 """Of results.json; another number where keys are renamed or go."""

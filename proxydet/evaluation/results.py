@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, repeat
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import msgspec
 import numpy as np
@@ -41,7 +41,9 @@ from proxydet.data.formats.reader import (
     owners,
 )
 from proxydet.errors import DataError
-from proxydet.evaluation.ground_truth import GroundTruth
+
+if TYPE_CHECKING:
+    from proxydet.evaluation.ground_truth import GroundTruth
 
 _LOG = logging.getLogger(__name__)
 

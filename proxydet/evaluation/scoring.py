@@ -26,15 +26,17 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from proxydet.data.protocol import FREQUENCIES, Protocol
 from proxydet.errors import ProxydetError, RuntimeEnvironmentError
-from proxydet.evaluation.ground_truth import GroundTruth
-from proxydet.evaluation.results import Results
+
+if TYPE_CHECKING:
+    from proxydet.evaluation.ground_truth import GroundTruth
+    from proxydet.evaluation.results import Results
 
 _Value = TypeVar("_Value")
 Limits: TypeAlias = tuple[int | None, ...]

@@ -15,17 +15,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from proxydet.modeling.centernet import Proposals
-from proxydet.modeling.config import InferenceConfig, ProposalConfig
 from proxydet.modeling.matching import Regions
 from proxydet.modeling.nms import keep_best
 from proxydet.modeling.postprocess import ClassText, assemble_predictions, detect_classes
-from proxydet.modeling.prediction import Prediction
-from proxydet.modeling.roi_heads import FeatureBatch, RoiHeads, ZeroShotClassifier
+
+if TYPE_CHECKING:
+    from proxydet.modeling.centernet import Proposals
+    from proxydet.modeling.config import InferenceConfig, ProposalConfig
+    from proxydet.modeling.prediction import Prediction
+    from proxydet.modeling.roi_heads import FeatureBatch, RoiHeads, ZeroShotClassifier
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,14 +7,15 @@ S side of a mask.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
-from proxydet.modeling.centernet import CenterNetOutput
-from proxydet.modeling.geometry import Weights
-from proxydet.modeling.matching import Assignment, GroundTruth, Regions
+if TYPE_CHECKING:
+    from proxydet.modeling.centernet import CenterNetOutput
+    from proxydet.modeling.geometry import Weights
+    from proxydet.modeling.matching import Assignment, GroundTruth, Regions
 
 
 @dataclass(frozen=True, kw_only=True)

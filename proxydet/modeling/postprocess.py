@@ -11,16 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from proxydet.errors import NumericsError
 from proxydet.modeling import geometry
-from proxydet.modeling.config import InferenceConfig
 from proxydet.modeling.nms import SHIFTED_UP_TO, NmsInput, suppress
 from proxydet.modeling.prediction import Prediction
 from proxydet.modeling.roi_heads import FeatureBatch, RegionEmbeddings, ZeroShotClassifier
+
+if TYPE_CHECKING:
+    from proxydet.modeling.config import InferenceConfig
 
 # Chunks are whole multiples of this. A processor computes a row's ragged end with other instructions, which round
 # otherwise; at multiples of this no chunk has one but the last, where it is the same as without chunks.

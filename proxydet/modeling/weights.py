@@ -12,15 +12,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from proxydet.errors import CheckpointError
-from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.weight_files import CONTAINERS, WRAPPERS, read_state_dict
+
+if TYPE_CHECKING:
+    from proxydet.modeling.network import ProxyDetNetwork
 
 MIXUP_BRANCH = ("roi_heads.box_head_cmm.", "roi_heads.box_predictor_cmm.")
 """For ``expect``: the mixup branch, which a BoxSup checkpoint does not hold."""

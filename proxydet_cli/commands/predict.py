@@ -323,7 +323,7 @@ class _Shown:
         if summary.unreadable:
             total = summary.images + len(summary.unreadable)
             self._broken.append(f"{len(summary.unreadable)} of {total} images could not be read")
-            self._hints["the warnings above say why"] = None
+            self._hints["see the warnings above"] = None
 
     def video_done(self, summary: VideoSummary) -> None:
         """Note what was done with a video."""
@@ -349,7 +349,7 @@ class _Shown:
                 raise
             self._out.warning(error.message)
             self._broken.append(f"{name} could not be read")
-            self._hints["the warnings above say why"] = None
+            self._hints["see the warnings above"] = None
 
     def conclude(self) -> None:
         """Print what was saved.
@@ -365,7 +365,7 @@ class _Shown:
             self._out.message(f"saved {len(self._saved)} files, the first: {self._saved[0]}")
         if self._broken:
             raise DataError(
-                f"{'; '.join(self._broken)}; all else is done",
+                f"{'; '.join(self._broken)}; the rest is done",
                 hint="; ".join(self._hints),
             )
 

@@ -303,7 +303,7 @@ def test_what_cannot_be_read_does_not_keep_the_rest_from_being_looked_at(
             sum("warning: cannot read" in line and name in line for line in err.splitlines()) == 1
         )
         assert f"{name} could not be read" in err
-    assert "all else is done" in err
+    assert "the rest is done" in err
     assert [path.name for path in Path("predictions").iterdir()] == ["clip.csv"]
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from proxydet.detector import Detector
-from proxydet.errors import ConfigError, DataError, JobInterruptedError
+from proxydet.errors import ConfigError, DataError, DiskFullError, JobInterruptedError
 from proxydet.inference.jobs import ImageResult, PredictionSummary, predict_files
 from proxydet.inference.sources import find_images
 from proxydet.inference.writers import KINDS, Writer, make_writers, safe_name
@@ -249,3 +249,26 @@ def test_names_from_outside_are_harmless_in_files(
     content = json.loads((output / "coco.json").read_bytes().decode())
     assert content["images"][0]["file_name"] == str(hostile)
     assert [entry["name"] for entry in content["categories"]] == names
+
+
+def test_an_error_in_saving_is_raised_and_leaves_no_half_table(
+    detector: Detector, folder: Path, tmp_path: Path
+) -> None:
+    class Full(Writer):
+        def add(self, *_: object) -> None:
+            raise DiskFullError("no room left")
+
+        def finish(self) -> list[Path]:
+            return []
+
+    output = tmp_path / "out"
+    table = make_writers(["csv"], output, detector.vocabulary.names)
+    with pytest.raises(DiskFullError):
+        predict_files(
+            detector,
+            find_images([folder]).files,
+            vocabulary=detector.vocabulary,
+            settings=detector.settings(score_threshold=0.02, max_detections=5),
+            writers=[*table, Full()],
+        )
+    assert not list(output.glob("*"))

@@ -70,7 +70,7 @@ class CheckpointError(InputError):
 
 
 class ArtifactError(ProxydetError):
-    """A downloadable file could not be had, verified or unpacked."""
+    """A downloadable file failed to download, failed verification, or could not be unpacked."""
 
     exit_code = 4
 
@@ -111,7 +111,7 @@ class NumericsError(ProxydetError):
     Args:
         message: What is not finite, and where.
         hint: What the user can do next.
-        path: The file that tells more.
+        path: The file with the details.
         rank: Number of the process where it arose, where every process of a training raises the error; None where the
             one that raises it is meant.
     """
@@ -142,7 +142,7 @@ class JobInterruptedError(ProxydetError):
     Args:
         message: What was stopped and where its state was saved.
         signal_number: The signal; the exit code is 128 plus this number.
-        hint: How to go on.
+        hint: What to do next.
     """
 
     def __init__(self, message: str, *, signal_number: int = 2, hint: str | None = None) -> None:

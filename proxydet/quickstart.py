@@ -50,7 +50,7 @@ class QuickstartFolder:
     ::
 
         FOLDER/
-        ├── data/            the drawn data set; data/description.toml describes it
+        ├── data/            the synthetic dataset; data/description.toml describes it
         ├── run/             the run folder: configuration, losses, checkpoints, weights
         ├── evaluation/      predictions on the validation images, and results.json
         ├── predictions/     detections of other classes on validation images, and their images
@@ -63,7 +63,7 @@ class QuickstartFolder:
 
     @property
     def data(self) -> Path:
-        """The drawn data set."""
+        """The synthetic dataset."""
         return self.root / "data"
 
     @property
@@ -165,7 +165,7 @@ class QuickstartResult:
 def quickstart_config(
     description: Path, *, seed: int, mixup: bool = True, recipe: RunConfig | None = None
 ) -> RunConfig:
-    """Return a configuration for a drawn data set.
+    """Return a configuration for a synthetic dataset.
 
     Args:
         description: The data set.
@@ -228,7 +228,7 @@ def run_quickstart(
 def score(
     detector: Detector, description: Path, output: Path, config: RunConfig, progress: Progress
 ) -> Report:
-    """Evaluate a detector on a drawn data set's validation images and keep the scores next to the predictions."""
+    """Evaluate a detector on a synthetic dataset's validation images and keep the scores next to the predictions."""
     report = evaluate(
         detector, description, output=output, config=config.evaluation, progress=progress
     )
@@ -592,7 +592,7 @@ def _commands_section(folder: QuickstartFolder) -> Section:
         shlex.quote(str(path)) for path in (folder.run.root, folder.description, first)
     )
     return Section(
-        title="Go on",
+        title="Next steps",
         commands=[
             Command(
                 command=f'proxydet predict {picture} --run {run} -v "red striped circle, blue star"',

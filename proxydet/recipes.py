@@ -44,7 +44,7 @@ from proxydet.training.config import (
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that a run needs to be told."""
+    """The whole configuration of a run."""
 
     recipe: str = "r50"
     """Name of the recipe that absent keys are taken from when this file is read."""
@@ -137,7 +137,7 @@ def boxsup_swinb() -> RunConfig:
 
 
 def quickstart() -> RunConfig:
-    """A small detector for the drawn data set of ``proxydet quickstart``: every part of the method, in minutes on a CPU."""
+    """A small detector for the synthetic dataset of ``proxydet quickstart``: every part of the method, in minutes on a CPU."""
     model = _small_model(width=24, channels=48, hidden=128, embedding_dim=64)
     return RunConfig(
         recipe="quickstart",

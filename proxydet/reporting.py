@@ -15,7 +15,7 @@ class Task(Protocol):
     """One running piece of work."""
 
     def advance(self, amount: float = 1, **fields: str | float) -> None:
-        """Count ``amount`` more units as done; ``fields`` are shown beside the bar (loss, speed)."""
+        """Count ``amount`` more units as done; ``fields`` are shown next to the bar (loss, speed)."""
 
     def describe(self, description: str) -> None:
         """Change the text in front of the bar."""

@@ -80,7 +80,7 @@ def translate(error: BaseException) -> ProxydetError:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is a GPU's lack of memory, told without importing torch."""
+    """Whether an error is a GPU's lack of memory, found without importing torch."""
     kind = type(error)
     return kind.__name__ == "OutOfMemoryError" and kind.__module__.split(".")[0] == "torch"
 

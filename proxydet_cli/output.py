@@ -49,7 +49,7 @@ class Output:
             _write(_as_text(value) if text is None else text)
 
     def line(self, value: object) -> None:
-        """Write a value to stdout as one line of JSON, for programs that read while a command goes on."""
+        """Write a value to stdout as one line of JSON, for programs that read while a command runs."""
         _write(json_text(_plain(value)))
 
     def row(self, text: str) -> None:
@@ -78,7 +78,7 @@ class Output:
             _write_error(_harmless(text))
 
     def warning(self, text: str) -> None:
-        """Tell what the user should know although the job goes on: stderr."""
+        """Warn the user on stderr; the job continues."""
         _write_error(f"{_coloured('warning:', _YELLOW)} {_harmless(text)}")
 
     def error(self, text: str, hint: str | None = None) -> None:
@@ -127,7 +127,7 @@ def prepare_streams() -> None:
 
 
 def flush() -> None:
-    """Write what is buffered, while a closed pipe can still be told."""
+    """Write what is buffered, while a closed pipe can still be reported."""
     with _told_when_closed():
         sys.stdout.flush()
 

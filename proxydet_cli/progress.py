@@ -217,7 +217,7 @@ def _make_bars() -> RichProgress:
             return Text("" if uncounted else amount(task.completed, task.total, unit))
 
     class LeftColumn(ProgressColumn):
-        """The time left, where it can be told."""
+        """The time left, where it is known."""
 
         max_refresh = 0.5
 
@@ -285,7 +285,7 @@ class _TqdmTask:
 
 Fields = dict[str, str | float]
 
-# Shown beside the amount and the time left, under these names; the table above a bar shows the rest.
+# Shown next to the amount and the time left, under these names; the table above a bar shows the rest.
 _HEADLINE = {"total": "loss", "it/s": "it/s", "lr": "lr"}
 # Not parts of the loss: shown below them in the table.
 _MACHINE = {"data s": "waiting for data, s/it", "MiB": "memory, MiB"}
@@ -303,7 +303,7 @@ def training_progress(*, quiet: bool = False) -> Progress:
 
 
 class TrainingProgress:
-    """Shows the headline numbers of a training beside its bar; where that is a bar, a table of the losses above it.
+    """Shows the headline numbers of a training next to its bar; where that is a bar, a table of the losses above it.
 
     Args:
         inner: Shows bars or lines.

@@ -58,8 +58,8 @@ class DataConfig:
     none. Image-label sources are never repeated."""
 
     count_novel_classes: bool = True
-    """Whether the weights of the federated loss count the training images of novel classes too. On is published: it tells
-    training how frequent the classes are that it is not supposed to know. Off counts 0 for them."""
+    """Whether the weights of the federated loss count the training images of novel classes too. On is published: training
+    then learns how frequent the classes are that it is not supposed to know. Off counts 0 for them."""
 
     flip_probability: float = 0.5
     """Probability of mirroring a training image left to right."""

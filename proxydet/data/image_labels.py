@@ -1,6 +1,6 @@
 """Images of which only the classes are known: in tars, one a class, or in folders with a list. No torch here.
 
-No tar is unpacked: indexing reads headers and notes where each image starts, how long it is and how large its picture
+No tar is unpacked: indexing reads headers and notes where each image starts, how long it is and how large its image
 is. The index is a column file in the cache, named by the names, sizes and times of the tars, so that a change of one makes
 it again. Members that are not images, and tars that are cut short, are reported by name.
 """

@@ -123,7 +123,7 @@ def read(value: object, size: tuple[int, int]) -> Mask:
     if not isinstance(value, list):
         return Mask(deviations=["annotation.segmentation"])
     found, polygons = [], []
-    # By type: of numbers that strict decoding made, none is looked at one by one in Python.
+    # By type: of numbers that strict decoding made, none is checked one by one in Python.
     kinds = set(map(type, value))
     flat = list not in kinds
     if flat or (len(value) >= 3 and kinds == {list} and set(map(len, value)) == {2}):

@@ -205,7 +205,7 @@ class _Work:
 def _lvis(work: _Work) -> None:
     """Leave the annotations of rare classes out, and write the classes with their counts.
 
-    The published ``lvis_v1_train_cat_info.json`` counts rare classes, which tells the federated loss how frequent the classes
+    The published ``lvis_v1_train_cat_info.json`` counts rare classes, so that the federated loss knows how frequent the classes
     are that training is not supposed to know; the file without them counts 0.
     """
     train = "lvis/lvis_v1_train.json"

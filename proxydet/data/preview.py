@@ -1,4 +1,4 @@
-"""Pictures of a data set with what is annotated on them: as annotated, or as training sees them.
+"""Previews of a dataset with what is annotated on them: as annotated, or as training sees them.
 
 Dimensions: A annotations of an image.
 """
@@ -124,7 +124,7 @@ def preview_pictures(data: Dataset, request: PreviewRequest) -> list[CaptionedIm
 def write_preview(
     data: Dataset, path: Path, request: PreviewRequest, *, named: Path | None = None
 ) -> Path:
-    """Write a preview: one sheet of pictures, or an HTML page with counts, plots and pictures.
+    """Write a preview: one sheet of images, or an HTML page with counts, plots and images.
 
     Args:
         data: The data set.
@@ -133,12 +133,12 @@ def write_preview(
         named: The dataset config's file, for the commands that the page shows.
 
     Raises:
-        DataError: a file cannot be used, or the picture format is unknown.
+        DataError: a file cannot be used, or the image format is unknown.
     """
     html = path.suffix.lower() in (".html", ".htm")
     if not html and path.suffix.lower() not in _PICTURES:
         raise DataError(
-            f"cannot write a picture of the kind {path.suffix!r}", hint="use .html, .png or .jpg"
+            f"cannot write an image of the format {path.suffix!r}", hint="use .html, .png or .jpg"
         )
     pictures = preview_pictures(data, request)
     if not html:

@@ -97,7 +97,7 @@ def build_classes(config: SyntheticConfig) -> tuple[ShapeClass, ...]:
     """Make all combinations of the attributes and split them into base and novel.
 
     Novel combinations are spread evenly over the attribute values, and every pair of values of different attributes stays in
-    some base class wherever the counts allow it, so that what a novel class looks like can be told from what base classes
+    some base class wherever the counts allow it, so that what a novel class looks like can be learnt from what base classes
     look like.
 
     Raises:
@@ -416,7 +416,7 @@ images = "val"
 
 @dataclass(frozen=True, kw_only=True)
 class SyntheticConfig:
-    """Sizes of the drawn data set; equal configurations draw equal files."""
+    """Sizes of the synthetic dataset; equal configurations draw equal files."""
 
     seed: int = 7
     """Decides every random choice: splits, scenes, image labels and embeddings."""

@@ -72,7 +72,7 @@ class ClassificationLossConfig:
     """The federated classification loss and the box loss of the detection branch."""
 
     sampled_categories: int = 50
-    """Categories that a step's loss looks at: those that appear, and drawn ones; 0 looks at all."""
+    """Categories that a step's loss counts: those that appear, and sampled ones; 0 counts all."""
 
     weight: float = 1.0
     """Weight of the classification loss."""

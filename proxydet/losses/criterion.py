@@ -194,16 +194,16 @@ def choose_categories(
     objects: int,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
-    """Choose the classes that a step's loss looks at: those that appear, and others drawn by frequency.
+    """Choose the classes that a step's loss counts: those that appear, and others drawn by frequency.
 
-    The background counts as one of the sampled classes where it appears, but is never looked at. The draw without
+    The background counts as one of the sampled classes where it appears, but is never counted. The draw without
     replacement is a race of exponential clocks (Efraimidis and Spirakis 2006), so that it needs no answer from the
     device: the columns always number ``max(sampled, objects + 1)``, and those that are one too many weigh 0.
 
     Args:
         labels_N: Labels of the step's regions.
         frequency_C: Weights of the draw, not negative.
-        sampled: Classes to look at, the background included; 0 looks at all.
+        sampled: Classes to count, the background included; 0 counts all.
         objects: Objects of the batch: an upper bound of the classes that appear, background aside.
         generator: Source of randomness; None is torch's global one.
 

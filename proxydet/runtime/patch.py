@@ -118,7 +118,7 @@ class PatchStatus:
     """Why this user may not replace the file; empty where they may."""
 
     stale_bytecode: tuple[Path, ...] = ()
-    """Compiled files that Python would run without looking at the source, and that are of another source."""
+    """Compiled files that Python would run without reading the source, and that are of another source."""
 
     diff: str = ""
     """For ``half`` and ``altered``: from what was expected to what is there."""
@@ -166,7 +166,7 @@ def roi_align_files(search_path: Sequence[str] | None = None) -> tuple[Path, ...
     """Find the ``layers/roi_align.py`` of every detectron2 that Python could import.
 
     Args:
-        search_path: Folders to look into, in order; None for ``sys.path``.
+        search_path: Folders to search, in order; None for ``sys.path``.
 
     Returns:
         The files, the one in use first; empty without detectron2. A file may not exist (a broken installation).

@@ -1,7 +1,7 @@
 """A small text encoder for names that are made of a few known words.
 
-It stands in for CLIP's text tower where no CLIP weights are at hand, as in the quickstart's drawn data
-set: the embedding of "red striped circle" is the sum of a direction common to all names, a
+It stands in for CLIP's text tower where no CLIP weights are at hand, as in the quickstart's synthetic
+dataset: the embedding of "red striped circle" is the sum of a direction common to all names, a
 direction for each word, and a short direction of the name's own. Names that share words are therefore
 close, as CLIP's embeddings of related names are, and any new combination of the words can be embedded.
 """
@@ -58,7 +58,7 @@ class CompositionalEncoder:
         Args:
             words: The words, all different.
             dim: Width D of the embeddings; more than the number of words.
-            noise: Length of each name's own direction, beside the words' length of 1.
+            noise: Length of each name's own direction, next to the words' length of 1.
             seed: Decides the directions.
             aliases: Other spellings, each with the word it stands for.
         """
@@ -120,7 +120,7 @@ class CompositionalEncoder:
         """Read an encoder that ``save`` wrote.
 
         Raises:
-            VocabularyError: The file is no such encoder.
+            VocabularyError: The file is not such an encoder.
         """
         hint = "give the text_encoder.json of a run or of proxydet quickstart's data"
         content = read_json(path, what="text encoder", hint=hint, error=VocabularyError)

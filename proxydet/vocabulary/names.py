@@ -457,7 +457,7 @@ def find_prompts(prompts: str | Sequence[str]) -> tuple[str, ...]:
     """Give the prompts of a named set, or check prompts that were written out.
 
     Args:
-        prompts: A key of `PROMPT_SETS`, one prompt such as ``"a picture of a {}"``, or several.
+        prompts: A key of `PROMPT_SETS`, one prompt such as ``"a photo of a {}"``, or several.
 
     Returns:
         At least one prompt, each with ``{}`` in the name's place.

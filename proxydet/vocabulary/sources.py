@@ -76,7 +76,7 @@ def open_vocabulary(
 
 
 def is_vocabulary_file(source: str | Path) -> bool:
-    """Whether a text names a file that may hold a vocabulary, told by its ending."""
+    """Whether a text names a file that may hold a vocabulary, by its suffix."""
     return Path(source).suffix.lower() in (*SAVED_SUFFIXES, *LIST_SUFFIXES, ".npy")
 
 

@@ -1,4 +1,4 @@
-"""``proxydet data``: prepare data sets, check them, count and look at what is in them."""
+"""``proxydet data``: prepare data sets, check them, count and preview what is in them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from proxydet.data.prepare import PrepareReport
     from proxydet.data.stats import ClassCount, PartStats
 
-app = command_app("Prepare data sets, check them, count and look at what is in them.")
+app = command_app("Prepare data sets, check them, count and preview what is in them.")
 
 Source = Annotated[
     Path,

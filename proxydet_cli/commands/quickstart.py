@@ -41,7 +41,7 @@ def quickstart(
 
     Draws a small data set in LVIS format (colours, shapes and textures; some combinations are novel), trains
     ProxyDet on it with every part of the method on, evaluates base and novel classes, predicts with other words,
-    and writes report.html. Run it again after a stop: it goes on where it was.
+    and writes report.html. Run it again after a stop: it resumes.
     """
     from proxydet_cli.output import Output
     from proxydet_cli.progress import training_progress

@@ -23,7 +23,7 @@ EncoderFile = Annotated[
     typer.Option(
         "--encoder",
         metavar="FILE",
-        help="CLIP weights (.pt, .safetensors) or a drawn data set's text_encoder.json. [default: CLIP ViT-B/32 where "
+        help="CLIP weights (.pt, .safetensors) or a synthetic dataset's text_encoder.json. [default: CLIP ViT-B/32 where "
         "proxydet download puts it]",
     ),
 ]

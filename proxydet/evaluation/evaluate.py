@@ -468,6 +468,7 @@ def _counts(truth: GroundTruth, results: Results, scored: Mapping[str, Scored]) 
         capped=first.capped if first else 0,
         unjudged=first.unjudged if first else 0,
         without_mask=results.without_mask,
+        damaged_masks=results.damaged_masks,
         without_area={kind: part.selection.without_area for kind, part in scored.items()},
         deviations=tuple(results.report.lines("detection")),
     )

@@ -143,6 +143,7 @@ class Counts:
         capped: Left out by the limit an image, or for fixed AP a category.
         unjudged: Left out because nobody knows whether their category is in their image.
         without_mask: Detections that have no mask; masks are scored where there are none of these.
+        damaged_masks: Detections whose mask cannot be read; where masks are scored, it counts as an empty one.
         without_area: Left out because they cover no pixel, by iou type.
         deviations: What was mended and dropped of the results file, one line of text for each kind.
     """
@@ -155,6 +156,7 @@ class Counts:
     capped: int
     unjudged: int
     without_mask: int
+    damaged_masks: int
     without_area: Mapping[str, int]
     deviations: tuple[str, ...] = ()
 

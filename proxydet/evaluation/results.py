@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from proxydet.data import masks
+from proxydet.data.conventions import BoxConvention
 from proxydet.data.deviations import DAMAGED_MASK, DEVIATIONS, StoreReport, line_of, refused
 from proxydet.data.formats.reader import (
     Flaw,
@@ -74,7 +75,8 @@ class Results:
             category is not judged in its image.
         masks: M compressed RLE masks (``size`` and ``counts``).
         mask_area_M: float64, pixels.
-        without_mask: How many detections the file has no mask for, or none that can be read.
+        without_mask: How many detections the file has no mask for.
+        damaged_masks: How many have a mask that cannot be read; for masks they count as empty.
         report: What was mended and dropped.
     """
 
@@ -88,6 +90,7 @@ class Results:
     masks: list[dict[str, Any]] = field(repr=False)
     mask_area_M: NDArray[np.float64]
     without_mask: int
+    damaged_masks: int = 0
     report: StoreReport = field(default_factory=StoreReport, repr=False)
 
     def __len__(self) -> int:
@@ -350,14 +353,29 @@ def _columns(
         wanted_D[wanted_D] = truth.judges(image_D[wanted_D], category_D[wanted_D])
         wanted_D |= known_D & masked_D & drawn_D  # to draw their boxes
     mask_D, kept_masks, area_M = _masks(texts, np.flatnonzero(wanted_D), image_D, reading)
-    masked_D &= ~wanted_D | (mask_D >= 0)
+    damaged_D = wanted_D & (mask_D < 0)
     drawn = np.flatnonzero(drawn_D & (mask_D >= 0))
     if len(drawn):
         box_D4[drawn] = coco_mask.toBbox([kept_masks[index] for index in mask_D[drawn]])
-    kept_D = known_D & ~(drawn_D & ~masked_D)
+    kept_D = known_D & ~(drawn_D & (damaged_D | ~masked_D))
+    damaged_D &= kept_D
+    # A mask that cannot be read finds nothing, in every engine: it is an empty one.
+    for image in np.unique(image_D[damaged_D]).tolist():
+        mask_D[damaged_D & (image_D == image)] = len(kept_masks)
+        height, width = truth.image_sizes_I2[image].tolist()
+        runs = {"size": [height, width], "counts": [height * width]}
+        kept_masks.append(coco_mask.frPyObjects(runs, height, width))
+    area_M = np.append(area_M, np.zeros(len(kept_masks) - len(area_M)))
     reading.count("annotation.bbox", np.flatnonzero(known_D & ~kept_D))
     reading.count("annotation.bbox.mask", np.flatnonzero(kept_D & ~sound_D))
     reading.check_boxes(image_D, box_D4, kept_D)
+    given = np.flatnonzero(kept_D & ~drawn_D)
+    reading.convention.add(box_D4[given], truth.image_sizes_I2[image_D[given]])
+    masked = given[mask_D[given] >= 0]
+    masked = masked[area_M[mask_D[masked]] > 0][: reading.convention.compares]
+    if len(masked):
+        extents = coco_mask.toBbox([kept_masks[index] for index in mask_D[masked]])
+        reading.convention.compare(box_D4[masked], extents)
     part = Results(
         path=reading.path,
         image_D=image_D,
@@ -369,6 +387,7 @@ def _columns(
         masks=kept_masks,
         mask_area_M=area_M,
         without_mask=int(np.count_nonzero(kept_D & ~masked_D)),
+        damaged_masks=int(np.count_nonzero(damaged_D)),
     )
     return part if kept_D.all() else part.take(np.flatnonzero(kept_D))
 
@@ -469,6 +488,7 @@ def _joined(path: Path | None, parts: list[Results], report: StoreReport) -> Res
         masks=[mask for part in parts for mask in part.masks],
         mask_area_M=column("mask_area_M", np.zeros(0)),
         without_mask=sum(part.without_mask for part in parts),
+        damaged_masks=sum(part.damaged_masks for part in parts),
         report=report,
     )
 
@@ -491,6 +511,7 @@ class _Reading:
         place_D: Place in the file of each detection of the block that is being read.
         masks_given: Masks that were read, or are damaged.
         masks_read: Masks that were read.
+        convention: What the boxes are: pixels, fractions or corners.
         misspelled: Deviations of ids that are known when they are written as the other type.
     """
 
@@ -502,6 +523,7 @@ class _Reading:
     place_D: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     masks_given: int = 0
     masks_read: int = 0
+    convention: BoxConvention = field(default_factory=BoxConvention)
     misspelled: set[str] = field(default_factory=set)
 
     def count(
@@ -541,13 +563,16 @@ class _Reading:
         def describe(row: int) -> str:
             sides = ", ".join(f"{side:g}" for side in box_D4[row])
             height, width = sizes_I2[image_D[row]]
-            return f": [{sides}] in image {ids[image_D[row]]!r} of {height} x {width}"
+            return f": [{sides}] in image {ids[image_D[row]]!r} of width {width}, height {height}"
 
         self.count("detection.bbox.outside", np.flatnonzero(kept_D & out_D2.any(axis=1)), describe)
 
     def refuse_if_needed(self) -> None:
         """Raise DataError where detections cannot be of this data set."""
         counts, total = self.report.counts, self.report.annotations_in
+        deviation = self.convention.deviation()
+        if deviation is not None:
+            raise refused(deviation, self.path, self.name)
         found = [key for key in _REFUSED if key in counts]
         if not found:
             return

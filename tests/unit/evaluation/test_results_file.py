@@ -113,7 +113,7 @@ REFUSED = {
         {"category_id": 4},
         r"2 detections refused: category_id .*position 2: category_id 4",
     ),
-    "outside": ({"bbox": [50, 1, 20, 5]}, r"2 detections refused: bbox .*of 48 x 64"),
+    "outside": ({"bbox": [50, 1, 20, 5]}, r"2 detections refused: bbox .*of width 64, height 48"),
     "left of": ({"bbox": [-2, 1, 20, 5]}, r"2 detections refused: bbox"),
     "huge id": ({"image_id": 10**30}, r"refused: image_id .*image_id 10{30}"),
 }
@@ -223,8 +223,8 @@ def test_annotations_and_results_have_one_fate(
     counts = {k: n for k, n in results.report.counts.items() if k != "file.nan"}
     assert counts[key] == 2
     if area is None:
-        assert results.mask_D[[2, 4]].tolist() == [-1, -1]
-        assert results.without_mask == 2
+        assert results.mask_area_M[results.mask_D[[2, 4]]].tolist() == [0, 0]
+        assert (results.without_mask, results.damaged_masks) == (0, 2)
     else:
         assert results.mask_area_M[results.mask_D[[2, 4]]].tolist() == [area, area]
     assert (results.box_D4[:, 2:] >= 0).all()
@@ -237,6 +237,79 @@ def test_annotations_and_results_have_one_fate(
     assert {k: store.report.counts[k] for k in counts} == counts
     row = store.column("annotation_id").tolist().index(2)
     assert bool(store.masked_A[row]) == (area is not None)
+
+
+def as_corners(row: dict[str, Any]) -> list[float]:
+    x, y, width, height = row["bbox"]
+    return [x, y, x + width, y + height]
+
+
+def as_fractions(row: dict[str, Any]) -> list[float]:
+    x, y, width, height = row["bbox"]
+    return [x / 64, y / 48, width / 64, height / 48]
+
+
+def with_outlier(rows: list[Any]) -> list[Any]:
+    return [{**rows[0], "bbox": [1, 1, 9, 9]}, *rows[1:]]
+
+
+@pytest.mark.parametrize("outlier", [False, True])
+@pytest.mark.parametrize(("spell", "masks", "what"), [
+    (as_fractions, True, "fractions"),
+    (as_fractions, False, "fractions"),
+    (as_corners, True, r"\[x1, y1, x2, y2\]"),
+])  # fmt: skip
+def test_boxes_of_another_convention_are_refused(
+    files: Any, spell: Callable[[Any], list[float]], masks: bool, what: str, outlier: bool
+) -> None:
+    truth, detections, path = files
+    rows = [{**row, "bbox": spell(row)} for row in detections if min(row["bbox"][2:]) > 3]
+    if not masks:
+        for row in rows:
+            del row["segmentation"]
+    path.write_text(json.dumps(with_outlier(rows) if outlier else rows))
+    with pytest.raises(DataError, match=f"results.json: bbox: .*{what}"):
+        read_results(path, truth, allow_outside=True)
+
+
+def test_corners_that_reach_out_of_the_image_as_widths_are_refused(files: Any) -> None:
+    truth, detections, _ = files
+    rows = [
+        {key: row[key] for key in ("image_id", "category_id", "score")}
+        | {"bbox": [20 + at % 20, 20 + at % 9, 44 + at % 20, 40 + at % 8]}
+        for at, row in enumerate(detections)
+    ]
+    with pytest.raises(DataError, match=r"bbox: .*\[x1, y1, x2, y2\]"):
+        read_results(with_outlier(rows), truth, allow_outside=True)
+    # A few that reach out are what they are: single wrong boxes.
+    inside = [{**row, "bbox": [1, 1, 9, 9]} for row in rows[4:]]
+    assert len(read_results(rows[:4] + inside, truth, allow_outside=True)) == len(rows)
+
+
+@pytest.mark.parametrize("federated", [True, False])
+def test_a_damaged_mask_is_an_empty_one_in_both_engines(
+    make_set: Callable[..., Any], federated: bool
+) -> None:
+    drawn, detections = make_set(1, images=6, per_image=25, federated=federated)
+    truth = GroundTruth.load(drawn)
+    damaged = {"size": [48, 64], "counts": "54"}
+    rows = [
+        row | ({"segmentation": damaged} if at % 7 == 0 else {})
+        for at, row in enumerate(detections)
+    ]
+    empty = [
+        row | ({"segmentation": {"size": [48, 64], "counts": [48 * 64]}} if at % 7 == 0 else {})
+        for at, row in enumerate(detections)
+    ]
+    expected = evaluate_results(empty, truth, config=FAST)
+    for engine in ("hotcoco", "lvis"):
+        config = EvaluationConfig(bootstrap=0, engine=engine)  # type: ignore[arg-type]
+        report = evaluate_results(rows, truth, config=config)
+        assert list(report.types) == ["bbox", "segm"]
+        assert report.counts.without_mask == 0
+        assert report.counts.damaged_masks > 0
+        for kind, part in report.types.items():
+            assert part.metrics == pytest.approx(expected.types[kind].metrics, nan_ok=True)
 
 
 def test_masks_none_of_which_can_be_read_are_refused(files: Any) -> None:

@@ -44,6 +44,7 @@ _ROWS: dict[str, tuple[str, str, str, Fate, str]] = {
     "file.text": ("file", "a text", "not UTF-8, or with half of a surrogate pair", "mended", "read with U+FFFD in its place: write the file as UTF-8"),
     "file.convention.xyxy": ("file", "bbox", "boxes are [x1, y1, x2, y2]", "refused", "write [x, y, width, height]: subtract x1 from x2 and y1 from y2"),
     "file.convention.fractions": ("file", "bbox", "boxes are fractions of the image", "refused", "write pixels: multiply by the image's width and height"),
+    "file.convention.masks": ("file", "bbox", "most boxes are not where their own masks are (IoU below 0.5): percent, [cx, cy, w, h], [y, x, h, w] or of another image size", "refused", "write [x, y, width, height] in pixels, or remove 'bbox' to take the boxes from the masks"),
     "file.masks": ("file", "segmentation", "masks are given and none of them can be read", "refused", "correct the masks, or remove 'segmentation' to use boxes only"),
     "file.crowds": ("file", "iscrowd", "every annotation is a crowd: nothing to train on or to score", "refused", "set iscrowd to 0 where an annotation is one object (CVAT writes 1 for every mask)"),
     "file.empty": ("file", "annotations", "no annotation is left to use", "refused", "the file has none, or all were dropped: proxydet data check FILE says why"),

@@ -36,7 +36,7 @@ def protocol_of(store: AnnotationStore) -> Protocol:
     short = ""
     if positive and len(lacking) < len(store.categories) and negative < images:
         short = "neg"
-    elif images and positive == images and lacking:
+    elif images and positive == images and lacking and len(lacking) == len(store.categories):
         return "openimages"
     elif negative == 0 and positive == 0:
         return "coco"
@@ -54,7 +54,8 @@ def protocol_of(store: AnnotationStore) -> Protocol:
         raise DataError(
             f"{store.source_name}: every image has neg_category_ids (LVIS's federated annotations), but "
             f"{len(lacking)} of {len(store.categories)} categories have no frequency r, c or f ({first_of(lacking)})",
-            hint="add 'frequency' (or 'image_count') to them, or choose how to score with --protocol coco or "
-            "--protocol lvis (evaluation.protocol in a configuration)",
+            hint="add 'frequency' (or 'image_count') to them, or choose how to score with --protocol coco, "
+            f"{'--protocol openimages ' if positive == images else ''}or --protocol lvis (evaluation.protocol in a "
+            "configuration)",
         )
     return "lvis"

@@ -218,7 +218,7 @@ class ColumnFile:
 _logger = logging.getLogger(__name__)
 
 STORE_KIND = "annotations"
-STORE_VERSION = 3
+STORE_VERSION = 4
 _FREQUENCY_LIMITS = (10, 100)
 """LVIS: rare categories (r) are in at most 10 training images, common ones (c) in at most 100, other ones are f."""
 _CLIP_COUNTED_FROM = 1.0
@@ -226,6 +226,12 @@ _MOST_CROWDS = 0.1
 _COMPARED = 2000
 """Annotations whose box is compared with its own mask, to recognise boxes of another convention."""
 _FITS = 2.0
+"""Pixels between the sides of a box and of its mask."""
+_LEAST_IOU = 0.5
+"""Of a box and its mask's box: where most are below, the boxes are of another convention."""
+_FEWEST_COMPARED = 3
+_MOST_FRACTIONS, _MOST_CORNERS = 0.99, 0.95
+"""Shares of boxes with extent from which a file's boxes are fractions of the image, or two corners."""
 _NO_ID = -(2**63)
 # LVIS v0.5 names its images by the COCO 2014 release; the 2017 release that users have is in the address.
 _COCO_2014_NAME = re.compile(r"COCO_(train|val|test)2014_")
@@ -599,8 +605,8 @@ class _Builder:
         self._point_offsets = array("q", [0])
         self._rles = bytearray()
         self._masks_given = 0
-        self._fitting = np.zeros(3, dtype=np.int64)
-        """Boxes that were compared with their own polygons; those that fit as xywh, and as two corners."""
+        self._fitting = np.zeros(4, dtype=np.int64)
+        """Boxes that were compared with their own masks; those that fit as xywh, as two corners, and not at all."""
         writer.add("coordinates", np.empty(0, dtype=np.float64))
 
     def _refuse(self, key: str, examples: Sequence[object]) -> DataError:
@@ -782,7 +788,7 @@ class _Builder:
                 continue
             chunk["rle_start"][row], chunk["rle_length"][row] = len(self._rles), len(rle["counts"])
             self._rles += rle["counts"]
-            if not extended[row]:
+            if not extended[row] or row < _COMPARED - self._fitting[0]:
                 extent[row] = coco_mask.toBbox(rle)
         outlined = np.flatnonzero(chunk["polygon_count"])
         if len(outlined) and (self._fitting[0] < _COMPARED or not extended.all()):
@@ -793,13 +799,16 @@ class _Builder:
             high = np.maximum.reduceat(points_P2, starts, axis=0)
             extent[outlined] = np.concatenate([low, high - low], axis=1)
         has_extent = np.all(extent[:, 2:] > 0, axis=1)
-        # In how many of the first annotations the box fits its polygons, as xywh and as two corners.
-        compared = outlined[: _COMPARED - self._fitting[0]]
-        compared = compared[has_extent[compared] & np.isfinite(xywh[compared]).all(axis=1)]
-        boxes = xywh[compared]
+        # Of the first annotations: how many boxes fit their masks as xywh, as two corners, and not at all.
+        compared = np.flatnonzero(has_extent & extended)[: _COMPARED - self._fitting[0]]
+        boxes, drawn = xywh[compared], extent[compared]
         corners = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
-        fits = [(abs(b - extent[compared]) < _FITS).all(axis=1).sum() for b in (boxes, corners)]
-        self._fitting += np.array([len(compared), *fits])
+        fits = [(abs(b - drawn) < _FITS).all(axis=1).sum() for b in (boxes, corners)]
+        low = np.maximum(boxes[:, :2], drawn[:, :2])
+        high = np.minimum(boxes[:, :2] + boxes[:, 2:], drawn[:, :2] + drawn[:, 2:])
+        shared = (high - low).clip(min=0).prod(axis=1)
+        union = boxes[:, 2:].prod(axis=1) + drawn[:, 2:].prod(axis=1) - shared
+        self._fitting += np.array([len(compared), *fits, (shared < _LEAST_IOU * union).sum()])
 
         mended = has_extent & ~extended
         shown = np.where(mended[:, None], extent, xywh)
@@ -867,23 +876,32 @@ class _Builder:
         self._writer.finish(kind=STORE_KIND, version=STORE_VERSION, meta=meta)
 
     def _check_conventions(self, columns: Column) -> None:
-        """Refuse files whose boxes are of another convention: fractions of the image, or two corners."""
-        xywh = columns["xywh"]
-        if not len(xywh):
+        """Refuse files whose boxes are of another convention: fractions of the image, two corners, or what no mask fits.
+
+        A few boxes may be anything, and those that are not finite or without extent say nothing.
+        """
+        xywh, labels = columns["xywh"], columns["label"]
+        told = np.isfinite(xywh).all(axis=1) & (xywh[:, 2:] > 0).all(axis=1)
+        if not told.any():
             return
-        size_wh = self._sizes_I2[columns["image"]][:, ::-1].astype(np.float64)
-        if (xywh <= 1).all() and (xywh >= 0).all() and (size_wh > 2).all() and xywh.any():
-            raise self._refuse("file.convention.fractions", columns["label"][:3].tolist())
-        possible = (xywh[:, 2:] > xywh[:, :2]).all() and (xywh[:, 2:] <= size_wh + 1).all()
-        compared, as_xywh, as_corners = self._fitting.tolist()
+        xywh, labels = xywh[told], labels[told]
+        size_wh = self._sizes_I2[columns["image"][told]][:, ::-1].astype(np.float64)
+        fractions = (xywh >= 0).all(axis=1) & (xywh < 1.001).all(axis=1) & (size_wh > 2).all(axis=1)
+        if fractions.mean() >= _MOST_FRACTIONS:
+            raise self._refuse("file.convention.fractions", labels[fractions][:3].tolist())
+        compared, as_xywh, as_corners, apart = self._fitting.tolist()
+        beyond = (xywh[:, :2] + xywh[:, 2:] > size_wh + 1).any(axis=1)
         if compared:
             # The boxes contradict their own masks, and agree with them as corners.
             wrong = as_corners >= 0.9 * compared and as_xywh < 0.5 * compared
         else:
-            beyond = (xywh[:, :2] + xywh[:, 2:] > size_wh + 1).any(axis=1)
-            wrong = bool(possible and len(xywh) >= 3 and beyond.mean() > 0.5)
+            possible = (xywh[:, 2:] > xywh[:, :2]).all(axis=1)
+            possible &= (xywh[:, 2:] <= size_wh + 1).all(axis=1)
+            wrong = len(xywh) >= 3 and possible.mean() >= _MOST_CORNERS and beyond.mean() > 0.5
         if wrong:
-            raise self._refuse("file.convention.xyxy", columns["label"][:3].tolist())
+            raise self._refuse("file.convention.xyxy", labels[:3].tolist())
+        if compared >= _FEWEST_COMPARED and apart > 0.5 * compared:
+            raise self._refuse("file.convention.masks", [f"{apart} of {compared} boxes"])
 
     def _take_root(self, columns: Column) -> CategoryEntry | None:
         """Take out a category without objects that is the supercategory of all others, which Roboflow writes."""

@@ -343,6 +343,56 @@ def test_boxes_of_another_convention_are_refused(
         assert len(open_one(write_json, tmp_path, *rows).record(0)) == len(boxes)
 
 
+ODD = {
+    "corners and one without extent": [[100 + n, 100, 180 + n, 190] for n in range(119)] + [[9, 9, 9, 9]],
+    "corners and two others": [[100 + n, 100, 180 + n, 190] for n in range(118)] + [[90, 90, 9, 9]] * 2,
+    "fractions and one above 1": [[0.1, 0.2, 0.3, 0.4]] * 119 + [[0.0, 0.2, 1.0000001, 0.4]],
+    "fractions and one of negative extent": [[0.1, 0.2, 0.3, 0.4]] * 3 + [[0.3, 0.3, -5, 0.2]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("boxes", ODD.values(), ids=ODD)
+def test_a_few_odd_boxes_do_not_hide_the_convention(
+    write_json: Write, tmp_path: Path, boxes: list[list[float]]
+) -> None:
+    rows = [annotation(n, 1, 3, box, segmentation=None) for n, box in enumerate(boxes, 1)]
+    with pytest.raises(DataError, match="bbox"):
+        open_one(write_json, tmp_path, *rows, height=200, width=300)
+
+
+@pytest.mark.parametrize("runs", [False, True], ids=["polygons", "run lengths"])
+@pytest.mark.parametrize(
+    ("written", "stopped"),
+    [
+        (lambda x, y, w, h: [x + w / 2, y + h / 2, w, h], True),
+        (lambda x, y, w, h: [y, x, h, w], True),
+        (lambda x, y, w, h: [x / 3, y / 2, w / 3, h / 2], True),
+        (lambda x, y, w, h: [x - 2, y - 1, w + 3, h + 3], False),
+    ],
+    ids=["centre", "row first", "percent", "loose"],
+)
+def test_boxes_that_are_not_where_their_masks_are_are_refused(
+    write_json: Write,
+    tmp_path: Path,
+    written: Callable[..., list[float]],
+    stopped: bool,
+    runs: bool,
+) -> None:
+    rows = []
+    for n in range(4):
+        box = [150.0 + n, 20.0 + n, 60.0, 30.0]
+        row = annotation(n, 1, 3, box)
+        if runs:
+            mask = coco_mask.frPyObjects(row["segmentation"], 200, 300)[0]
+            row["segmentation"] = mask | {"counts": mask["counts"].decode()}
+        rows.append(row | {"bbox": written(*box)})
+    if stopped:
+        with pytest.raises(DataError, match=r"bbox: .*masks"):
+            open_one(write_json, tmp_path, *rows, height=200, width=300)
+    else:
+        assert len(open_one(write_json, tmp_path, *rows, height=200, width=300).record(0)) == 4
+
+
 def corners_polygon(box: list[float]) -> list[float]:
     x1, y1, x2, y2 = box
     return [x1, y1, x2, y1, x2, y2, x1, y2]

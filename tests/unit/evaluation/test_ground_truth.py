@@ -44,13 +44,20 @@ def test_protocol_is_recognised(make_set: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "where"),
-    [("neg_category_ids", "images"), ("pos_category_ids", "images"), ("frequency", "categories")],
+    ("field", "where", "verified"),
+    [
+        ("neg_category_ids", "images", False),
+        ("pos_category_ids", "images", False),
+        ("frequency", "categories", False),
+        ("frequency", "categories", True),
+    ],
 )
 def test_almost_federated_annotations_are_refused_by_field(
-    make_set: Callable[..., Any], field: str, where: str
+    make_set: Callable[..., Any], field: str, where: str, verified: bool
 ) -> None:
     content, _ = make_set(1)
+    for row in content["images"]:
+        row.update({"pos_category_ids": []} if verified else {})
     if field == "pos_category_ids":
         for row in content["images"]:
             row[field] = []

@@ -29,7 +29,6 @@ from proxydet.recipes import RunConfig, get_recipe
 from proxydet.reporting import SILENT, Progress
 from proxydet.training.runfolder import RunFolder
 from proxydet.training.train import train
-from proxydet.visualization.drawing import DrawnObject, draw_objects
 from proxydet.visualization.plots import bar_plot, loss_plot, paired_plot, svg_of
 from proxydet.visualization.report import CaptionedImage, Command, Section, Table, write_report
 from proxydet.visualization.report import Report as Page
@@ -505,15 +504,9 @@ def write_page(result: QuickstartResult) -> Path:
     return write_report(page, result.folder.report)
 
 
-def draw(path: Path, detections: Detections) -> Image.Image:
-    """Draw detections into an image."""
-    with Image.open(path) as opened:
-        image = opened.convert("RGB")
-    objects = [
-        DrawnObject(label=item.label, box_xyxy=item.box_xyxy, score=item.score, mask_HW=item.mask)
-        for item in detections
-    ]
-    return draw_objects(image, objects)
+def _drawn(image: Path, detections: Detections) -> Image.Image:
+    with Image.open(image) as opened:
+        return detections.draw(opened.convert("RGB"))
 
 
 def _found_section(result: QuickstartResult) -> Section:
@@ -522,7 +515,7 @@ def _found_section(result: QuickstartResult) -> Section:
         text="Validation images, not seen in training, searched for every class of the data set.",
         images=[
             CaptionedImage(
-                image=draw(example.image, example.detections),
+                image=_drawn(example.image, example.detections),
                 caption=f"{example.image.name}: {len(example.detections)} found",
             )
             for example in result.examples
@@ -533,7 +526,7 @@ def _found_section(result: QuickstartResult) -> Section:
 def _words_section(result: QuickstartResult) -> Section:
     pictures = []
     for example in result.examples:
-        drawn = draw(example.image, example.found)
+        drawn = _drawn(example.image, example.found)
         drawn.save(result.folder.predictions / f"{example.image.stem}.jpg", quality=92)
         pictures.append(CaptionedImage(image=drawn, caption=f"{example.image.name}"))
     asked = ", ".join(result.examples[0].asked) if result.examples else ""

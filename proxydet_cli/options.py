@@ -194,7 +194,7 @@ Weights = Annotated[
         rich_help_panel="Detector",
     ),
 ]
-Sizes = Annotated[
+ModelConfig = Annotated[
     str | None,
     typer.Option(
         "--config",
@@ -221,7 +221,7 @@ class Precision(str, Enum):
     bf16 = "bf16"
 
 
-Augment = Annotated[
+Tta = Annotated[
     bool,
     typer.Option(
         "--tta",

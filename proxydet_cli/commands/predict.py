@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from proxydet_cli.options import (
-    Augment,
     BaseAbove,
     Classes,
     Device,
     Json,
+    ModelConfig,
     NamesFile,
     Precision,
     PrecisionOption,
     Run,
-    Sizes,
+    Tta,
     VocabularySource,
     Weights,
     check_choice,
@@ -145,7 +145,7 @@ def predict(
     names: NamesFile = None,
     run: Run = None,
     weights: Weights = None,
-    config: Sizes = None,
+    config: ModelConfig = None,
     score_threshold: Threshold = 0.3,
     top: Top = 300,
     one_label: OneLabel = False,
@@ -156,7 +156,7 @@ def predict(
     device: Device = "auto",
     batch_size: BatchSize = 4,
     every: Every = 1,
-    tta: Augment = False,
+    tta: Tta = False,
     precision: PrecisionOption = Precision.fp32,
     base_above: BaseAbove = 0.9,
     json: Json = False,
@@ -310,7 +310,7 @@ class _Shown:
             self._out.row(f"{video} {result.seconds:.2f} s: {_summary(result.found)}")
 
     def images_done(self, summary: PredictionSummary) -> None:
-        """Note what was done with the images."""
+        """Print the summary of the images, or the whole JSON result."""
         self._saved += summary.saved
         if self._out.json and not self._lines:
             self._out.data(
@@ -326,7 +326,7 @@ class _Shown:
             self._hints["see the warnings above"] = None
 
     def video_done(self, summary: VideoSummary) -> None:
-        """Note what was done with a video."""
+        """Print the summary of a video, or its JSON result."""
         self._saved += summary.saved
         if summary.broken is not None:
             self._broken.append(summary.broken)

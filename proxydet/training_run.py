@@ -31,7 +31,7 @@ from proxydet.recipes import RunConfig
 from proxydet.reporting import SILENT, Progress
 from proxydet.training.distributed import launched_rank
 from proxydet.training.logs import read_evaluations, read_steps
-from proxydet.training.runfolder import Resume, RunFolder, is_whole, same_run
+from proxydet.training.runfolder import Resume, RunFolder, is_whole, keep_weights, same_run
 from proxydet.training.train import Evaluate, TrainResult, best_of, train
 from proxydet.visualization.plots import loss_plot, save_figure
 
@@ -96,6 +96,7 @@ def finished_run(folder: RunFolder, config: RunConfig) -> TrainResult | None:
         return None
     if earlier is None or not earlier.finished or not is_whole(folder, earlier):
         return None
+    keep_weights(config, [earlier])
     # Unless another one is at it, or nothing can be written there.
     with suppress(LockedError, RuntimeEnvironmentError), folder.held():
         if earlier.source != folder.config:

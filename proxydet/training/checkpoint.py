@@ -23,10 +23,21 @@ from proxydet.weight_files import FORMAT, read_content, write_state
 
 logger = logging.getLogger(__name__)
 
-_NAME = re.compile(r"step_(\d{7,})\.pth")
+_NAME = re.compile(r"step_(\d{7,})")
 _NO_ROOM = "make room and start the same command again: it resumes from the newest checkpoint"
 _OTHER_WEIGHTS = "start a new run from its weights with --weights; --resume takes a checkpoint, RUN/checkpoints/step_....pth"
 _OLDER = "resume from an older one: --resume RUN/checkpoints/step_....pth"
+
+
+def step_name(iteration: int) -> str:
+    """Return what the files and folders of an iteration are called, without an ending."""
+    return f"step_{iteration:07d}"
+
+
+def step_of(name: str) -> int | None:
+    """Return the iteration of a `step_name`; None where it is not one."""
+    match = _NAME.fullmatch(name)
+    return int(match[1]) if match else None
 
 
 @dataclass(kw_only=True)
@@ -161,14 +172,14 @@ class CheckpointFolder:
 
     def path(self, iteration: int) -> Path:
         """Return the name of the checkpoint after a number of iterations."""
-        return self.folder / f"step_{iteration:07d}.pth"
+        return self.folder / f"{step_name(iteration)}.pth"
 
     def list(self) -> list[tuple[int, Path]]:
         """Return (iteration, path) of the complete checkpoints, oldest first."""
         if not self.folder.is_dir():
             return []
-        named = ((_NAME.fullmatch(path.name), path) for path in self.folder.iterdir())
-        return sorted((int(match[1]), path) for match, path in named if match)
+        named = ((step_of(p.stem), p) for p in self.folder.iterdir() if p.suffix == ".pth")
+        return sorted((step, path) for step, path in named if step is not None)
 
     def save(self, state: dict[str, Any], iteration: int, best: int | None = None) -> Path:
         """Write the checkpoint of an iteration, then remove those that need not be kept.
@@ -196,16 +207,16 @@ class CheckpointFolder:
             CheckpointError: There are checkpoints, and all of them are damaged.
         """
         found = self.list()
-        for _, path in reversed(found):
+        for number, (_, path) in reversed(list(enumerate(found))):
             try:
                 return load_checkpoint(path), path
             except CheckpointError as error:
-                reason = error.message.rstrip(".")
-                logger.warning("%s. Falling back to the checkpoint before it.", reason)
+                then = "Falling back to the checkpoint before it." if number else ""
+                logger.warning("%s. %s", error.message.rstrip("."), then)
         if found:
             raise CheckpointError(
                 f"None of the {len(found)} checkpoints in {self.folder} can be read.",
-                hint="Start again in another folder (--output), or give a checkpoint with --resume PATH.",
+                hint="Train in another folder (--output), give a checkpoint with --resume PATH, or remove the run: --overwrite",
                 path=self.folder,
             )
         return None

@@ -287,7 +287,7 @@ def launch(plan: LaunchPlan, words: Sequence[str], logs: Path) -> None:
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN_SECONDS)
     # torchrun would give each process one thread.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // plan.processes)))
-    # What it logs, we report in words; its modules' loggers have levels of their own.
+    # What it logs, our errors report; its modules' loggers have levels of their own.
     for name in [
         name for name in logging.Logger.manager.loggerDict if name.startswith("torch.distributed.")
     ]:
@@ -475,7 +475,7 @@ def _failure(error: Any, world_size: int, logs: Path, since: float) -> ProxydetE
         return recorded
     how = f"was killed by {killed}" if killed else "ended"
     return TrainingError(
-        f"Process {rank} of {world_size} {how} without saying why.",
+        f"Process {rank} of {world_size} {how}, and left no message.",
         hint=f"Its log: {logs / f'rank_{rank}.log'}."
         + (" SIGKILL is most often the system's answer to memory running out." if killed else ""),
     )

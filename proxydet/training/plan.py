@@ -41,6 +41,7 @@ from proxydet.training.runfolder import (
     continue_run,
     find_earlier,
     is_whole,
+    keep_weights,
 )
 from proxydet.training.step import check_precision
 from proxydet.training.train import fit_to_embeddings, fit_to_masks
@@ -96,10 +97,10 @@ class Estimate:
     """Floating-point operations a second that a large convolution reached in a short probe of the device."""
 
     hours: float
-    """Time of all steps."""
+    """Time of all steps that are left."""
 
     images: int
-    """Images that all processes see in all steps."""
+    """Images that all processes see in them."""
 
     def lines(self) -> list[str]:
         """Return the estimate for people to read."""
@@ -252,7 +253,9 @@ def plan_training(
     except ProxydetError as error:
         unusable("run folder", folder.root, error)
     ranks = DistInfo(world_size=launch.world_size, device=torch.device("cpu"))
-    scaled, _ = continue_run(config, earlier, ranks)
+    begins = resumes_after is None
+    config = config if begins else keep_weights(config, earlier)
+    scaled, accumulation = continue_run(config, earlier, ranks)
     compared = len(needs)
 
     training = scaled.training
@@ -260,7 +263,7 @@ def plan_training(
         check_precision(training.precision, choose_device(training.device))
     except ProxydetError as error:
         unusable("precision", "", error)
-    if training.weights is not None:
+    if training.weights is not None and begins:
         need("starting weights", training.weights)
     path = scaled.data.description
     notes: list[str] = []
@@ -321,6 +324,8 @@ def plan_training(
             finished = is_whole(folder, earlier[0])
         except ProxydetError as error:
             unusable("finished run", error.path or folder.root, error)
+    left = max(scaled.training.iterations - (resumes_after or 0), 0)
+    batches = scaled.training.replicas
     return TrainingPlan(
         folder=folder.root,
         resumes_after=resumes_after,
@@ -333,8 +338,9 @@ def plan_training(
             scaled.model,
             scaled.data.boxes,
             scaled.data.image_labels,
-            scaled.training,
+            dataclasses.replace(scaled.training, accumulation=accumulation),
             launch.world_size,
+            steps=left * batches / (accumulation * launch.world_size),
         ),
         command=launch.command(words),
     )
@@ -377,6 +383,8 @@ def estimate_run(
     labels: SourceConfig | None,
     training: TrainingConfig,
     processes: int,
+    *,
+    steps: float | None = None,
 ) -> Estimate:
     """Estimate a training.
 
@@ -386,7 +394,9 @@ def estimate_run(
         labels: Batches of images with labels; None where there are none.
         training: Settings, scaled to the number of processes.
         processes: How many processes train.
+        steps: How many steps are left; None takes the settings' iterations.
     """
+    steps = training.iterations if steps is None else steps
     device = choose_device(training.device)
     parts = MetaNetwork(model)
     costs = batch_costs(parts, boxes, labels, training)
@@ -402,8 +412,8 @@ def estimate_run(
         / 2**30,
         seconds_per_step=seconds,
         operations_per_second=speed,
-        hours=seconds * training.iterations / 3600,
-        images=round(images * training.iterations),
+        hours=seconds * steps / 3600,
+        images=round(images * steps),
     )
 
 

@@ -38,7 +38,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from proxydet.config import differences, from_mapping, load_mapping
-from proxydet.errors import CheckpointError, ConfigError, InputError, LockedError
+from proxydet.data.dataset import DatasetConfig
+from proxydet.data.store import AnnotationStore
+from proxydet.errors import CheckpointError, ConfigError, InputError, LockedError, ProxydetError
 from proxydet.files import JsonLines, Lock, sha256, sweep, write_text
 from proxydet.manifest import read_run_records, read_values
 from proxydet.training.checkpoint import (
@@ -46,9 +48,11 @@ from proxydet.training.checkpoint import (
     load_checkpoint,
     read_iteration,
     read_run,
+    step_name,
+    step_of,
 )
 from proxydet.training.config import CheckpointConfig, scale_training
-from proxydet.training.distributed import DistInfo
+from proxydet.training.distributed import DistInfo, launched_rank
 from proxydet.training.launch import LAUNCHER
 from proxydet.vocabulary.compositional import CompositionalEncoder
 from proxydet.vocabulary.vocabulary import Vocabulary
@@ -117,7 +121,7 @@ class RunFolder:
 
     def evaluation(self, iteration: int) -> Path:
         """Return the folder for the predictions and the report of one evaluation during training."""
-        return self.root / "evaluations" / f"step_{iteration:07d}"
+        return self.root / "evaluations" / step_name(iteration)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[Callable[[], None]]:
@@ -169,25 +173,30 @@ class RunFolder:
                     with contextlib.suppress(OSError):
                         self.root.rmdir()  # a training that was refused leaves no empty folder
 
-    def set_aside_after(self, iteration: int) -> None:
-        """Move away all that came after an iteration that the run goes back to; it is not part of the run any more.
+    def set_aside_after(self, iteration: int, end: int = sys.maxsize) -> None:
+        """Move away all that came after the iteration from which the run is resumed; it is not part of the run any more.
 
         Log lines alone, which a killed process wrote after its last checkpoint, are removed: the same ones come again.
+
+        Args:
+            iteration: Iterations so far.
+            end: Iterations of the whole run: after fewer, final weights are not this run's.
         """
         later = [path for at, path in self.list_checkpoints() if at > iteration]
         for path in (self.root / "evaluations").glob("step_*"):
-            if path.name > f"step_{iteration:07d}":
+            if (step_of(path.name) or 0) > iteration:
                 later.append(path)
-        if not later:
-            return
         # First what makes it a finished run: a kill in between leaves one that is not.
         finals = [p for p in (self.final_weights, self.final_safetensors) if p.exists()]
-        aside = self.root / "aside" / f"after_step_{iteration:07d}"
+        later = [*finals, *later] if iteration < end else later
+        if not later:
+            return
+        aside = self.root / "aside" / f"after_{step_name(iteration)}"
         number = 1
         while aside.exists():
             number += 1
-            aside = aside.with_name(f"after_step_{iteration:07d}-{number}")
-        for path in (*finals, *later):
+            aside = aside.with_name(f"after_{step_name(iteration)}-{number}")
+        for path in later:
             target = aside / path.relative_to(self.root)
             target.parent.mkdir(parents=True, exist_ok=True)
             path.replace(target)
@@ -196,14 +205,15 @@ class RunFolder:
             if removed:
                 write_text(aside / path.name, "".join(json.dumps(r) + "\n" for r in removed))
         logger.warning(
-            "The run goes back to iteration %d; what came after it is now in %s", iteration, aside
+            "Resuming from iteration %d; what came after it is now in %s", iteration, aside
         )
 
     def remove_unfinished_evaluations(self) -> None:
         """Remove the predictions of an evaluation that was interrupted: with other settings it starts again."""
         done = {record.get("iteration") for record in JsonLines(self.evaluations).read()}
         for path in (self.root / "evaluations").glob("step_*"):
-            if path.name.removeprefix("step_").isdigit() and int(path.name[5:]) not in done:
+            step = step_of(path.name)
+            if step is not None and step not in done:
                 shutil.rmtree(path, ignore_errors=True)
 
     def clear(self) -> None:
@@ -242,6 +252,8 @@ def earlier_run(
 ) -> EarlierRun | None:
     """Find out what run a folder holds: from ``config.yaml``, ``manifest.json``, or else its newest checkpoint.
 
+    The manifest has a SHA-256; version 0.1 wrote none, whose ``config.yaml`` is believed.
+
     Args:
         folder: The run folder; may be absent.
         kind: Class of the configuration; keys that an earlier version did not have get their defaults.
@@ -251,7 +263,7 @@ def earlier_run(
         The run; None where there is none.
 
     Raises:
-        ConfigError: It has checkpoints, and nothing says of which settings.
+        ConfigError: It has checkpoints, and nothing says of which settings; or its ``config.yaml`` was edited.
     """
     problems: list[str] = []
 
@@ -284,6 +296,16 @@ def earlier_run(
         known = read(source, from_mapping, kind, settings)
         if known is None:
             continue
+        if source == folder.config and "sha256" in manifest:
+            written = read(folder.manifest, from_mapping, kind, manifest.get("configuration"))
+            changed = {} if written is None else _told(written, known, _FREE_KEYS)
+            if changed:
+                raise ConfigError(
+                    f"{source} is not what the run was trained with, by {folder.manifest}: {_listed(changed)}.",
+                    hint=f"remove {source.name}, which is then written again, and train with other settings in another "
+                    "folder (--output)",
+                    path=source,
+                )
         if problems:
             logger.warning("%s; using %s", "; ".join(problems), source)
         return EarlierRun(
@@ -302,6 +324,37 @@ def earlier_run(
     )
 
 
+def _told(before: RunConfig, now: RunConfig, free: tuple[str, ...]) -> dict[str, str]:
+    """Return how two configurations differ, by key, for people to read; keys that begin with one of ``free`` are left out."""
+
+    def shown(value: object) -> str:
+        return json.dumps(value, default=str, ensure_ascii=False)
+
+    return {
+        key: f"{shown(left)} there, {shown(right)} now"
+        for key, (left, right) in differences(before, now).items()
+        if not key.startswith(free)
+    }
+
+
+def _listed(changed: Mapping[str, str]) -> str:
+    more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
+    return "; ".join(f"{key}: {text}" for key, text in list(changed.items())[:5]) + more
+
+
+def _same_annotations(earlier: EarlierRun, config: RunConfig) -> bool:
+    """Whether a dataset config, at another place than the earlier run's, names the same training annotations."""
+    path, known = config.data.description, earlier.digests.get("annotations")
+    if path is None or known is None:
+        return False
+    with contextlib.suppress(ProxydetError):
+        train = DatasetConfig.from_toml(path).train
+        if train is not None:
+            store = AnnotationStore.path_for(train.annotations, cache=config.data.cache)
+            return store.stem.partition("-v")[0] == known.partition("-v")[0]
+    return False
+
+
 def check_same(earlier: EarlierRun, config: RunConfig, *, before_data: bool = False) -> None:
     """Make sure that a configuration is that of an earlier run, apart from what may differ on resume.
 
@@ -313,16 +366,13 @@ def check_same(earlier: EarlierRun, config: RunConfig, *, before_data: bool = Fa
     Raises:
         ConfigError: They differ; the message says in what.
     """
-    free = _FREE_KEYS + (_DATA_DECIDES if before_data else ())
-    changed = [
-        f"{key}: {before!r} there, {now!r} now"
-        for key, (before, now) in differences(earlier.config, config).items()
-        if not key.startswith(free)
-    ]
+    changed = _told(earlier.config, config, _FREE_KEYS + (_DATA_DECIDES if before_data else ()))
+    if "data.description" in changed and _same_annotations(earlier, config):
+        del changed["data.description"]  # moved; `check_same_data` compares the rest
     if changed:
         same = f" (--config {earlier.source})" if earlier.source.name == "config.yaml" else ""
         raise ConfigError(
-            f"{earlier.root} holds a run with other settings ({'; '.join(changed[:5])}).",
+            f"{earlier.root} holds a run with other settings ({_listed(changed)}).",
             hint=f"train in another folder (--output); resume with the same settings{same}; start from its weights "
             "(--weights); or remove it: --overwrite",
             path=earlier.source,
@@ -398,7 +448,7 @@ def is_whole(folder: RunFolder, earlier: EarlierRun) -> bool:
         return True
     said = "; ".join(problems.values())
     iterations = earlier.config.training.iterations
-    last = folder.checkpoints / f"step_{iterations:07d}.pth"
+    last = folder.checkpoints / f"{step_name(iterations)}.pth"
     try:
         load_checkpoint(last)
     except CheckpointError as error:
@@ -493,6 +543,27 @@ def find_earlier(
             else:
                 found.append(other)
     return found
+
+
+def keep_weights(config: RunConfig, earlier: Sequence[EarlierRun]) -> RunConfig:
+    """Return the configuration of a run that is resumed from a checkpoint, or finished, with the weights it began from.
+
+    Others that are asked for are not used, which is said.
+    """
+    asked = config.training.weights
+    before = earlier[-1].config.training.weights if earlier else None
+    if asked == before:
+        return config
+    if asked is not None and launched_rank() == 0:
+        began = f" ({before})" if before is not None else ""
+        logger.warning(
+            "The starting weights %s are not used: the run began from others%s. A new run starts from them: --output FOLDER",
+            asked,
+            began,
+        )
+    return dataclasses.replace(
+        config, training=dataclasses.replace(config.training, weights=before)
+    )
 
 
 def continue_run(

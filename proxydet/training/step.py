@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from proxydet.errors import ConfigError, NumericsError, RuntimeEnvironmentError
 from proxydet.files import write_json
-from proxydet.training.checkpoint import TrainingState
+from proxydet.training.checkpoint import TrainingState, step_name
 from proxydet.training.config import (
     GuardConfig,
     OptimizerConfig,
@@ -397,7 +397,7 @@ def _skip_or_stop(
                 + f" on images {', '.join(str(item) for group in ids for item in group)}"
             )
     iteration = state.iteration
-    record = folder / f"step_{iteration:07d}.json"
+    record = folder / f"{step_name(iteration)}.json"
     if ranks.is_main:
         content = {
             "iteration": iteration,

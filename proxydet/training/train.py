@@ -65,6 +65,7 @@ from proxydet.training.runfolder import (
     check_same_data,
     continue_run,
     find_earlier,
+    keep_weights,
 )
 from proxydet.training.step import (
     Losses,
@@ -168,6 +169,8 @@ def train(
         folder = RunFolder(output.resolve())
         still_ours = stack.enter_context(folder.held()) if ranks.is_main else lambda: None
         earlier = find_earlier(folder, config, resume, overwrite=overwrite)
+        begins = resume == "never" or not (isinstance(resume, Path) or folder.list_checkpoints())
+        config = config if begins else keep_weights(config, earlier)
         config, accumulation = continue_run(config, earlier, ranks)
         settings = config.training
         check_precision(settings.precision, ranks.device)
@@ -207,16 +210,17 @@ def train(
         own_encoder = encoder.suffix == ".json" and encoder.is_file()
         if own_encoder:
             digests["text encoder"] = sha256(encoder)
-        if settings.weights is not None and settings.weights.is_file():
-            digests["weights"] = sha256(settings.weights)
+        if not begins and earlier and "weights" in earlier[-1].digests:
+            digests["weights"] = earlier[-1].digests["weights"]
 
         seed_everything(config.seed)  # the same weights everywhere
         counts = data.image_counts(with_novel=config.data.count_novel_classes)
         network = ProxyDetNetwork(config.model, vocabulary, counts)
-        begins = resume == "never" or not folder.list_checkpoints()
-        if settings.weights is not None and begins and not isinstance(resume, Path):
+        if settings.weights is not None and begins:
             expect = (*settings.ignore_in_weights, *MIXUP_BRANCH)
             report = load_weights(network, settings.weights, expect=expect, vocabulary="keep")
+            if ranks.is_main:  # which writes the records
+                digests["weights"] = sha256(settings.weights)
             logger.info("Starting from %s: %s", settings.weights, report)
             if any(name.startswith(MASK_HEAD) for name in report.ignored):
                 logger.warning("%s: the weights of its mask head are not used", settings.weights)
@@ -388,7 +392,7 @@ def fit(
         make_loader: Called with the number of batches that all processes, and that each one, have used; returns the endless
             batches of this process after them.
         config: Settings; ``replicas`` is the number of batches of an iteration.
-        folder: Where the run lives.
+        folder: The run folder.
         ranks: This process.
         seed: Seed of every random draw.
         accumulation: Batches that this process adds up in a step; None takes the settings'. With another number of batches a
@@ -438,7 +442,7 @@ def fit(
             logger.info("Resuming after iteration %d from %s", state.iteration, path)
             wait_for_all(ranks)  # every process has read its state
             if ranks.is_main:
-                folder.set_aside_after(state.iteration)
+                folder.set_aside_after(state.iteration, config.iterations)
 
     with ExitStack() as stack:
         task = stack.enter_context(

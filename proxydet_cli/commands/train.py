@@ -223,7 +223,7 @@ def train(
         resolved = options.resolve()
         Output(json=json).data(to_mapping(resolved), dump_yaml(resolved).rstrip())
         return
-    # Read when torch is loaded: its C++ code reports lost connections with stack traces, which we report in words.
+    # Read when torch is loaded: its C++ code reports lost connections with stack traces; our errors report them.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch
 

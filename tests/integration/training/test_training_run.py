@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from proxydet.errors import ConfigError, DataError, ProxydetError
-from proxydet.manifest import read_run_records
+from proxydet.manifest import read_manifest, read_run_records
 from proxydet.recipes import RunConfig, resolve_config
 from proxydet.training.runfolder import RunFolder
 from proxydet.training.train import TrainResult, train
@@ -150,7 +150,7 @@ def test_boxsup_weights_leave_the_mixup_branch_fresh(
 
 
 def test_starting_weights_are_read_only_where_a_run_begins(
-    first: TrainResult, base: list[str], tmp_path: Path
+    first: TrainResult, base: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A run that is resumed has its own; the file that it began with may be gone."""
     start = tmp_path / "w.pth"
@@ -163,8 +163,14 @@ def test_starting_weights_are_read_only_where_a_run_begins(
     schedule = config(base, f"training.weights={start}", "training.evaluation.period=2")
     with pytest.raises(RuntimeError, match="crash"):
         train(schedule, output=tmp_path / "other", evaluate=stop)
+    began = read_manifest(tmp_path / "other")
     start.unlink()
-    train(schedule, output=tmp_path / "other")
+    others = config(base, "training.weights=others.pth", "training.evaluation.period=2")
+    train(others, output=tmp_path / "other")
+    assert "others.pth are not used" in caplog.text
+    manifest = read_manifest(tmp_path / "other")
+    assert manifest.digests["weights"] == began.digests["weights"]
+    assert manifest.configuration["training"]["weights"] == str(start)
     with pytest.raises(ProxydetError, match=start.name):
         train(options, output=tmp_path / "new")
 

@@ -45,7 +45,7 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
         hours=1.0,
         images=1,
     )
-    monkeypatch.setattr("proxydet.training.plan.estimate_run", lambda *_: estimate)
+    monkeypatch.setattr("proxydet.training.plan.estimate_run", lambda *_, **__: estimate)
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
@@ -167,6 +167,20 @@ def test_what_it_would_resume(tmp_path: Path) -> None:
     occupy(tmp_path, plan(tmp_path).config)
     assert plan(tmp_path).resumes_after == 12
     assert "resumes after iteration 12" in plan(tmp_path).to_text()
+
+
+def test_it_counts_the_steps_that_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run of four processes, which one process resumes: four batches a step, as before."""
+    monkeypatch.setattr("proxydet.training.plan.device_speed", lambda *_: 1e9)
+    four = plan(tmp_path, "training.scaling=none", processes=4)
+    occupy(tmp_path, four.config)
+    left = (four.config.training.iterations - 12) / four.config.training.iterations
+    weights = ("training.weights=absent.pth",)
+    alone = plan(tmp_path, "training.scaling=none", *weights)
+    assert alone.estimate.images == pytest.approx(four.estimate.images * left, abs=2)
+    assert alone.estimate.seconds_per_step == pytest.approx(4 * four.estimate.seconds_per_step)
+    assert "starting weights" not in [need.what for need in alone.needs], "it has its own"
+    assert alone.config.training.weights is None
 
 
 @pytest.mark.usefixtures("unmeasured")

@@ -17,6 +17,8 @@ import torch
 
 from proxydet.config import dump_yaml, to_mapping
 from proxydet.errors import CheckpointError, ConfigError, LockedError, TrainingError
+from proxydet.files import sha256
+from proxydet.manifest import build_manifest
 from proxydet.recipes import RunConfig, get_recipe, resolve_config
 from proxydet.training import distributed
 from proxydet.training.config import scale_training
@@ -151,6 +153,26 @@ class TestSettings:
             check_same_data(earlier, {**DIGESTS, name: "zz"})
         assert "--output" in (caught.value.hint or "")
 
+    def test_a_dataset_config_may_move_with_its_annotations(self, tmp_path: Path) -> None:
+        def described(name: str, category: str) -> RunConfig:
+            place = tmp_path / name
+            place.mkdir()
+            (place / "a.json").write_text(json.dumps({"categories": [{"id": 1, "name": category}]}))
+            text = '[vocabulary]\nembeddings = "e.npy"\n[train]\nannotations = "a.json"\nimages = "."\n'
+            (place / "d.toml").write_text(f'name = "d"\n{text}')
+            sets = [f"data.description={place / 'd.toml'}", f"data.cache={tmp_path}"]
+            return resolve_config("tiny", None, sets)
+
+        began = described("old", "cup")
+        digest = sha256(tmp_path / "old/a.json")[:32]
+        folder = write_run(tmp_path / "run", began)
+        content = json.loads(folder.manifest.read_text())
+        folder.manifest.write_text(json.dumps({**content, "digests": {"annotations": digest}}))
+        assert check(folder, described("moved", "cup")) == 1
+        with pytest.raises(ConfigError, match=r"data\.description") as caught:
+            check(folder, described("other", "mug"))
+        assert "PosixPath" not in caught.value.message
+
     def test_never_refuses_a_run_whatever_its_settings_unless_it_is_to_be_overwritten(
         self, folder: RunFolder, config: RunConfig
     ) -> None:
@@ -202,6 +224,24 @@ class TestDamage:
         with pytest.raises(ConfigError, match="seed: 7 there, 8 now"):
             check(folder, resolve_config("tiny", None, ["seed=8"]))
         assert (content is not None) == (str(folder.config) in caplog.text)
+
+    def test_an_edited_configuration_is_not_believed(
+        self, folder: RunFolder, config: RunConfig
+    ) -> None:
+        """The manifest has a SHA-256; keys that may differ may be edited."""
+        scaled, _ = continue_run(config, [], ranks(2))
+        content = {"configuration": to_mapping(scaled), "digests": DIGESTS}
+        manifest = build_manifest("training", **content, mode="off", seeds={})
+        folder.manifest.write_text(json.dumps(manifest.to_dict()))
+        other = resolve_config("tiny", None, ["seed=8", "data.workers=3"])
+        folder.config.write_text(dump_yaml(continue_run(other, [], ranks(2))[0]))
+        with pytest.raises(ConfigError, match="seed: 7 there, 8 now") as caught:
+            check(folder, other)
+        assert caught.value.path == folder.config
+        assert "data.workers" not in caught.value.message
+        free = dataclasses.replace(scaled, data=dataclasses.replace(scaled.data, workers=3))
+        folder.config.write_text(dump_yaml(free))
+        assert check(folder, config) == 1
 
     @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
     def test_what_is_not_a_file_is_passed_over(
@@ -503,6 +543,17 @@ class TestGoingBack:
             "step_0000004.pth",
             "step_0000006.pth",
         ]
+
+    def test_final_weights_are_set_aside_where_no_later_checkpoint_is(self, tmp_path: Path) -> None:
+        folder = RunFolder(tmp_path)
+        folder.final_weights.touch()
+        folder.metrics.write_text('{"iteration": 2}\n{"iteration": 6}\n')
+        folder.set_aside_after(6, 6)
+        assert folder.final_weights.exists()
+        folder.set_aside_after(2, 6)
+        assert not folder.final_weights.exists()
+        assert folder.metrics.read_text() == '{"iteration": 2}\n'
+        assert (tmp_path / "aside/after_step_0000002/metrics.jsonl").exists()
 
     def test_where_only_log_lines_came_after_nothing_is(self, tmp_path: Path) -> None:
         folder = RunFolder(tmp_path)

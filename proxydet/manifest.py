@@ -35,7 +35,8 @@ from proxydet.wording import json_text
 
 MANIFEST_NAME = "manifest.json"
 ENVIRONMENT_NAME = "environment.json"
-FORMAT = 1
+FORMAT = 2
+"""Version 0.1 wrote 1, without a digest."""
 
 _HINT = "give the folder of a run that proxydet trained or evaluated; one that was killed before its first step has no records"
 T = TypeVar("T")
@@ -94,7 +95,7 @@ class RunManifest:
         values = {key: value for key, value in mapping.items() if key not in ("format", "sha256")}
         _require_whole(mapping)
         try:
-            if mapping.get("format") != FORMAT:
+            if mapping.get("format") not in (1, FORMAT):
                 raise ValueError(f"it has format {mapping.get('format')!r}, not {FORMAT}")
             unknown = values.keys() - {field.name for field in fields(cls)}
             if unknown:
@@ -113,7 +114,8 @@ def _require_whole(mapping: Mapping[str, Any]) -> None:
         InputError: They are not what was written.
     """
     content = {key: value for key, value in mapping.items() if key != "sha256"}
-    if "sha256" in mapping and mapping["sha256"] != _digest(content):
+    sealed = "sha256" in mapping or mapping.get("format") == FORMAT  # damage to either key is seen
+    if sealed and mapping.get("sha256") != _digest(content):
         raise InputError("the manifest is not what was written (SHA-256)", hint=_HINT)
 
 

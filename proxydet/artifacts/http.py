@@ -171,6 +171,8 @@ class RetryableError(TransferError):
 class Pace:
     """The time that a file may take from one address: a grace, and its bytes at the least speed.
 
+    The connections that bring one file share it: it may be used from several threads.
+
     Args:
         settings: Grace and least speed; a limit of our own lowers the latter.
     """
@@ -182,14 +184,17 @@ class Pace:
         self._started = time.monotonic()
         self._grace = settings.grace_seconds
         self._bytes = 0
+        self._lock = threading.Lock()
 
     def add(self, count: int) -> None:
         """Account for bytes that came."""
-        self._bytes += count
+        with self._lock:
+            self._bytes += count
 
     def pause(self, seconds: float) -> None:
         """Account for a pause that is not the server's fault, or that it asked for."""
-        self._grace += seconds
+        with self._lock:
+            self._grace += seconds
 
     @property
     def end(self) -> float:

@@ -143,6 +143,7 @@ class PartFile:
 
     Args:
         target: The final path.
+        stop: Ends the computing of the digest, which takes minutes for a large file.
         take_over: Whether the lock of the target is held, so that what lies there belongs to nobody.
 
     Raises:
@@ -150,8 +151,8 @@ class PartFile:
         RuntimeEnvironmentError: The folder cannot be written to.
     """
 
-    def __init__(self, target: Path, *, take_over: bool) -> None:
-        self.target = target
+    def __init__(self, target: Path, stop: threading.Event, *, take_over: bool) -> None:
+        self.target, self._stop = target, stop
         self.record = self._saved = PartRecord()
         self.path = target.with_name(f".{target.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
         with write_errors(target):
@@ -206,7 +207,12 @@ class PartFile:
                 self.record = msgspec.structs.replace(self.record, ranges=ranges)
 
     def digest(self) -> str:
-        """Return the SHA-256 of everything before the frontier."""
+        """Return the SHA-256 of everything before the frontier.
+
+        Raises:
+            StoppedError: The job was stopped meanwhile.
+            RuntimeEnvironmentError: The file cannot be read.
+        """
         with write_errors(self.target):
             self._catch_up()
         return self._digest.hexdigest()
@@ -251,6 +257,8 @@ class PartFile:
                 self.record.frontier
             )  # what comes meanwhile is for the next time: the record is due
             while count := min(goal - self._digested, _BLOCK):
+                if self._stop.is_set() or self._closed.is_set():
+                    raise StoppedError
                 block = os.pread(self._descriptor, count, self._digested)
                 if not block:
                     raise OSError("what was just written cannot be read back")
@@ -339,7 +347,7 @@ class Transfer:
             DiskFullError: There is no room.
             StoppedError: The job was stopped.
         """
-        self._part = PartFile(self._target, take_over=take_over)
+        self._part = PartFile(self._target, self._client.stop, take_over=take_over)
         failures: list[ArtifactError] = []
         try:
             for address in self._addresses:
@@ -580,9 +588,9 @@ class Transfer:
         end = self._size if response.length is None else offset + response.length
         bound = settings.largest_unannounced if end is None else end
         announced = end is not None
-        if (
-            self._size is None and response.total is None
-        ):  # pieces with a length, but no end of them
+        if self._size is not None:  # what is compressed on the way announces another size
+            bound = min(bound, self._size)
+        elif response.total is None:  # pieces with a length, but no end of them
             announced = announced and bound <= settings.largest_unannounced
             bound = min(bound, settings.largest_unannounced)
         # Pauses for the speed limit are short.
@@ -599,7 +607,9 @@ class Transfer:
                     ) from error
             if offset + len(data) > bound:
                 raise TransferError(
-                    f"{where} sent more bytes than it announced."
+                    f"{where} sent more than the {self._size} bytes of {self._name}."
+                    if bound == self._size
+                    else f"{where} sent more bytes than it announced."
                     if announced
                     else f"{where} sent more than {size_text(bound)} without saying how much will come. If that is "
                     "right, add the file's size to its catalogue entry."

@@ -180,6 +180,22 @@ def test_damaged_final_weights_name_others_of_the_run(tmp_path: Path) -> None:
     assert "step_0000003.pth" in str(caught.value.hint)
 
 
+def test_a_number_under_format_does_not_make_it_ours(tmp_path: Path) -> None:
+    torch.save({"format": 2, "model": NAMES}, tmp_path / "other.pth")
+    assert read_state_dict(tmp_path / "other.pth").keys() == NAMES.keys()
+
+
+@pytest.mark.parametrize("key", ["format", "sha256"])
+def test_damage_to_the_key_of_the_digest_is_seen(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "w.pth"
+    write_state({"model": NAMES, "iteration": 3}, path)
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "new.pth", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name).replace(key.encode(), key.upper().encode()))
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        read_state_dict(tmp_path / "new.pth")
+
+
 def test_a_seal(tmp_path: Path) -> None:
     path = tmp_path / "model.bin"
     path.write_bytes(b"what was written")

@@ -127,6 +127,14 @@ def test_a_stream_without_end_stops_at_a_bound(fetch, server, body, pinned) -> N
     assert sum(path.stat().st_size for path in fetch.leftovers()) < 1_100_000
 
 
+def test_a_length_announced_for_compressed_bytes_is_no_bound(fetch, server, body) -> None:
+    head = HEAD + b"Content-Encoding: gzip\r\nContent-Length: 50000000\r\n\r\n"
+    server.add("/f", raw=after(head, flood(b"x" * 65536)))
+    with pytest.raises(TransferError, match=f"{len(body)} bytes"):
+        fetch("/f", pinned=body)
+    assert sum(path.stat().st_size for path in fetch.leftovers()) < len(body) + 100_000
+
+
 def test_pieces_without_end_stop_at_the_same_bound(fetch, server) -> None:
     """Each has a length of its own, and none says how long the file is."""
     fetch.set(largest_unannounced=300_000)

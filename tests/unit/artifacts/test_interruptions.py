@@ -54,12 +54,19 @@ def body() -> bytes:
 @pytest.fixture
 def start(server, tmp_path: Path, body: bytes) -> Callable[..., subprocess.Popen[str]]:
     def begin(
-        connections: int = 1, *, pinned: bool = True, before: str = "", **behaviour: object
+        connections: int = 1,
+        *,
+        pinned: bool = True,
+        before: str = "",
+        expected: bytes = body,
+        **behaviour: object,
     ) -> subprocess.Popen[str]:
         if "/thing" not in server.files:
             server.add("/thing", body, **behaviour)
         digest = (
-            f'sha256 = "{hashlib.sha256(body).hexdigest()}"\nsize = {len(body)}' if pinned else ""
+            f'sha256 = "{hashlib.sha256(expected).hexdigest()}"\nsize = {len(expected)}'
+            if pinned
+            else ""
         )
         text = CATALOGUE.format(address=server.address("/thing"), digest=digest)
         (tmp_path / "c.toml").write_text(text)
@@ -252,6 +259,35 @@ class TestDisk:
         server.add("/f", body)
         fetch("/f")
         assert seen[0] is False
+
+
+def test_ctrl_c_while_the_digest_is_computed_gives_the_lock_back(
+    start, server, tmp_path, body
+) -> None:
+    """Of a large file, most of which an earlier run fetched, it takes minutes."""
+    slow = """
+import time, types
+import proxydet.artifacts.transfer
+class Slow:
+    def update(self, block):
+        print("hashing", flush=True)
+        time.sleep(1.5)
+    def hexdigest(self):
+        return "0" * 64
+proxydet.artifacts.transfer.hashlib = types.SimpleNamespace(sha256=Slow)
+"""
+    part = tmp_path / f"models/.thing.bin.{os.getpid()}-00000000.part"
+    part.parent.mkdir()
+    with part.open("wb") as file:
+        file.truncate(20 << 20)
+    record = {"total": 20 << 20, "stretches": [[0, 20 << 20]]}
+    part.with_name(f"{part.name}.json").write_text(json.dumps(record))
+    process = start(before=slow, expected=b"\0" * (20 << 20))
+    assert process.stdout.readline().strip() == "hashing"
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert process.returncode != 0
+    assert not list((tmp_path / "models").glob("*.lock"))
 
 
 class TestLeftovers:

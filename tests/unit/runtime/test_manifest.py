@@ -70,8 +70,12 @@ def test_a_changed_manifest_is_refused_and_one_of_0_1_is_read(run):
     with pytest.raises(InputError, match="SHA-256") as caught:
         read_run_records(folder)
     assert str(path) in caught.value.message
-    del content["sha256"]
+    content["sha255"] = content.pop("sha256")  # damage to the key itself
     path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="SHA-256"):
+        read_run_records(folder)
+    del content["sha255"]
+    path.write_text(json.dumps({**content, "format": 1}))
     assert read_run_records(folder)[0] == MANIFEST
 
 

@@ -40,12 +40,12 @@ from proxydet.evaluation.evaluate import (
     Evaluation,
     check_protocol,
     run_evaluation,
-    scores_masks,
+    scored_types,
 )
 from proxydet.evaluation.records import write_records
 from proxydet.evaluation.report import Report
 from proxydet.evaluation.split import AnnotatedImages, DescribedSplit
-from proxydet.files import read_json, remove_cut_line, staged, write_errors, write_json
+from proxydet.files import Lock, read_json, remove_cut_line, staged, write_errors, write_json
 from proxydet.modeling.config import InferenceConfig
 from proxydet.modeling.prediction import Prediction, rles
 from proxydet.reporting import SILENT, Progress
@@ -119,7 +119,7 @@ class PredictionFolder:
                 if strays:
                     logger.warning("%s: predicting again, with masks this time", self.path)
                 for stray in strays:
-                    stray.unlink()
+                    stray.unlink(missing_ok=True)
                 write_json(file, {**identity, "masks": True})
             return masks or with_masks
         differing = sorted(
@@ -127,7 +127,7 @@ class PredictionFolder:
         )
         raise DataError(
             f"{self.path} holds predictions made with other {', '.join(differing)}.",
-            hint="choose another --output folder, or remove this one to predict anew",
+            hint="choose another --output folder, or remove this one to predict again",
             path=self.path,
         )
 
@@ -192,7 +192,7 @@ class PredictionFolder:
                     separator = b",\n"
             target.write(b"\n]\n")
         for file in files:
-            file.unlink()
+            file.unlink(missing_ok=True)
         return self.joined
 
     def _scan(self) -> Iterator[tuple[Path, dict[Identifier, tuple[int, int]]]]:
@@ -449,8 +449,8 @@ def evaluate(
 ) -> Report | None:
     """Evaluate a detector on a data set.
 
-    Predictions go to ``output`` as they are made; a stopped evaluation, started again with the same folder, goes on
-    where it stopped. In a distributed run (torch.distributed is initialised) each process predicts its share, and the
+    Predictions go to ``output`` as they are made; a stopped evaluation, started again with the same folder,
+    continues where it stopped. In a distributed run (torch.distributed is initialised) each process predicts its share, and the
     main one scores. The report is the same for any number of processes and any order of images.
 
     Args:
@@ -467,6 +467,7 @@ def evaluate(
 
     Raises:
         DataError: Annotations or images cannot be used, or the folder holds another detector's predictions.
+        LockedError: Another evaluation is using the folder.
         VocabularyError: The classes' embeddings do not fit the detector.
         DiskFullError: There is no room for the predictions.
     """
@@ -500,14 +501,13 @@ def evaluate_split(
     config = config or EvaluationConfig()
     check_protocol(config, split.truth)
     share = current_share()
-    if "segm" in config.iou_types and not detector.inference.masks:
-        raise ConfigError(
-            "Masks are to be scored, and the detector predicts none.",
-            hint="score boxes only: --iou-type bbox",
+    predicted = detector.inference.masks
+    kinds, masks_left_out = scored_types(config, split.truth, predicted=predicted)
+    masks = "segm" in kinds
+    if predicted and masks_left_out is not None:
+        logger.warning(
+            "%s: masks are neither predicted nor scored: %s", split.truth.name, masks_left_out
         )
-    masks = scores_masks(config, split.truth, predicted=detector.inference.masks)
-    if not masks:
-        config = dataclasses.replace(config, iou_types=("bbox",))
     settings = dataclasses.replace(detector.inference, masks=masks)
     if config.fixed:
         settings = dataclasses.replace(settings, max_detections=config.fixed_per_image)
@@ -517,7 +517,7 @@ def evaluate_split(
         settings,
         config.batch_size,
     )
-    with _folder(output) as path:
+    with _folder(output) as path, held(path):
         # What makes the predictions; masks are on top: those that have them serve where none are needed.
         chosen: dict[str, Any] = {
             "image sides": list(detector.sides),
@@ -546,8 +546,35 @@ def evaluate_split(
             return None
         results = folder.join(task.ids)
         return run_evaluation(
-            results, split.truth, config=config, groups=split.groups, progress=progress
-        )
+            results, split.truth,
+            config=config, groups=split.groups, progress=progress, predicted=predicted,
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Keep other evaluations out of a folder of predictions; nothing is done where this process holds it already.
+
+    In a distributed run the main process holds it for all.
+
+    Raises:
+        LockedError: Another evaluation holds the folder; the message says which, and since when.
+    """
+    lock = Lock(
+        path / "evaluation.lock",
+        subject=f"the folder of predictions {path}",
+        hint="wait for it to end, or stop it; or choose another folder: --output",
+    )
+    owner = lock.owner()
+    here = owner is not None and owner.is_here and not owner.has_ended and owner.pid == os.getpid()
+    if here or current_share().rank > 0:
+        yield
+        return
+    lock.acquire(wait=False)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager

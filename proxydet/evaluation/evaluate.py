@@ -154,8 +154,9 @@ def run_evaluation(
     config: EvaluationConfig | None = None,
     groups: Groups | None = None,
     progress: Progress = SILENT,
+    predicted: bool | None = None,
 ) -> Evaluation:
-    """Do as `evaluate_results`, and keep what the report was made from."""
+    """Do as `evaluate_results`, and keep what the report was made from; ``predicted`` as for `scored_types`."""
     config = config or EvaluationConfig()
     if not isinstance(ground_truth, GroundTruth):
         truth = GroundTruth.load(ground_truth, protocol=config.protocol)
@@ -188,7 +189,7 @@ def run_evaluation(
                 f"The group {name!r} is of type {all_groups[name].dtype} and shape {all_groups[name].shape}; it must be "
                 f"one bool for each of the {categories} categories of {truth.name}."
             )
-    kinds, masks_left_out = scored_types(config, truth, results)
+    kinds, masks_left_out = scored_types(config, truth, predicted=predicted, results=results)
     scored: dict[str, Scored] = {}
     for kind in kinds:
         # Only the last one, masks where they are scored, is analysed: others need not be kept.
@@ -206,51 +207,42 @@ def run_evaluation(
     return Evaluation(report=report, truth=truth, results=results, scored=scored, groups=all_groups)
 
 
-def scores_masks(config: EvaluationConfig, truth: GroundTruth, *, predicted: bool) -> bool:
-    """Return whether masks are to be scored; warn where predicted ones are not because the ground truth has none.
-
-    Args:
-        config: Asks for masks, for boxes only, or for what is there.
-        truth: The annotations.
-        predicted: Whether the detector predicts masks.
-
-    Raises:
-        DataError: Masks are asked for, and the ground truth has none.
-    """
-    if "segm" in config.iou_types and not truth.has_masks:
-        raise DataError(
-            f"Masks are to be scored, and {truth.name} has none.",
-            hint="score boxes only: --iou-type bbox",
-            path=truth.path,
-        )
-    if config.iou_types or truth.protocol == "openimages":
-        return "segm" in config.iou_types
-    if predicted and not truth.has_masks:
-        _LOG.warning("masks are not scored: %s has none", truth.name)
-    return predicted and truth.has_masks
-
-
 def scored_types(
-    config: EvaluationConfig, truth: GroundTruth, results: Results
+    config: EvaluationConfig,
+    truth: GroundTruth,
+    *,
+    predicted: bool | None = None,
+    results: Results | None = None,
 ) -> tuple[tuple[str, ...], str | None]:
     """Return what is scored, and why masks are not where nobody said so.
 
-    What was asked for; by default boxes, and masks where objects have masks and every detection has one.
+    What was asked for; by default boxes, and masks where the annotations, the detector and every detection have them.
+    OpenImages' protocol scores boxes only.
+
+    Args:
+        config: How to score.
+        truth: The annotations.
+        predicted: Whether the detector predicts masks; None where it is not known.
+        results: The detections; None before there are any.
 
     Raises:
-        DataError: Masks are asked for, and no object or some detection has none.
+        DataError: Masks are asked for, and one of the three has none.
     """
-    reason = None
+    if truth.protocol == "openimages":
+        return ("bbox",), None
+    reason, source = None, truth.path
     if not truth.has_masks:
         reason = "the annotations have none"
-    elif not results.has_masks:
+    elif predicted is False:
+        reason = "the detector predicts none"
+    elif results is not None and not results.has_masks:
         reason = f"{results.without_mask} of {len(results)} detections have none"
+        source = results.path
     if not config.iou_types:
         return ("bbox", "segm") if reason is None else ("bbox",), reason
     if "segm" in config.iou_types and reason is not None:
-        source = results.path if truth.has_masks else truth.path
         raise DataError(
-            f"{source or 'The values given'}: masks are to be scored, and {reason}.",
+            f"{source or truth.name}: masks are to be scored, and {reason}.",
             hint="score boxes only: --iou-type bbox",
             path=source,
         )
@@ -269,6 +261,12 @@ def check_protocol(config: EvaluationConfig, truth: GroundTruth) -> None:
         raise ConfigError(
             f"{truth.name} is scored by OpenImages' protocol, which scores boxes only.",
             hint="leave --iou-type out, or choose another protocol with --protocol",
+        )
+    if truth.protocol == "openimages" and (config.fixed or config.engine != "hotcoco"):
+        what = "--fixed" if config.fixed else f"--engine {config.engine}"
+        raise ConfigError(
+            f"{truth.name} is scored by OpenImages' protocol, which has no fixed AP and one engine: {what} cannot be used.",
+            hint=f"leave {what} out, or choose another protocol with --protocol",
         )
 
 

@@ -145,10 +145,22 @@ def read_results(
             rows = cast(msgspec.Raw, getattr(lists, key))
             if bytes(memoryview(rows)[:1]) != b"[":
                 raise text.error("it has no list of annotations or predictions")
+            listed = _named(text, lists, "images", name)
             indexes = (
-                _images_of(_named(text, lists, "images", name), truth, name, path),
+                _images_of(listed, truth, name, path),
                 _categories_of(_named(text, lists, "categories", name), truth, name, path),
             )
+            absent = len(truth.image_ids) - len(
+                {indexes[0].get(row.id, -1) for row in listed} - {-1}
+            )
+            if listed and absent:
+                _LOG.warning(
+                    "%s: %d of the %d images of %s are not in its list of images: their objects count as missed",
+                    name,
+                    absent,
+                    len(truth.image_ids),
+                    truth.name,
+                )
         for block in text.records(_Row, _loose_row, "detection.record", text=rows, field=key):
             parts.append(_columns(block, indexes, reading, keep_every_mask))
             report.annotations_in += len(block)
@@ -156,7 +168,9 @@ def read_results(
     results = _joined(path, parts, report)
     report.annotations_kept = len(results)
     lines = report.lines("detection")
-    if report.annotations_in and not len(results):
+    if not report.annotations_in:
+        _LOG.warning("%s: it holds no detection, so that every object counts as missed", name)
+    elif not len(results):
         raise refused("detection.none", path, name, lines)
     if reading.masks_given and not reading.masks_read:
         raise refused("file.masks", path, name, lines)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from proxydet.errors import DataError
+from proxydet.errors import ConfigError, DataError
 from proxydet.evaluation.analysis import box_recall, break_down_errors, calibrate, right_and_wrong
 from proxydet.evaluation.config import EvaluationConfig
 from proxydet.evaluation.evaluate import Evaluation, run_evaluation
@@ -401,6 +401,13 @@ def test_openimages_has_intervals() -> None:
     assert part.resampling.number == 200
     again = run_evaluation(detections, truth, config=EvaluationConfig(bootstrap=0)).report
     assert again.types["bbox"].resampling is None
+
+
+@pytest.mark.parametrize("option", [{"fixed": True}, {"engine": "lvis"}])
+def test_openimages_has_no_fixed_ap_and_one_engine(option: dict[str, Any]) -> None:
+    truth = openimages([{"category_id": 2, "bbox": HERE}])
+    with pytest.raises(ConfigError, match=f"--{next(iter(option))}"):
+        run_evaluation([found(1, 2, HERE, 0.5)], truth, config=EvaluationConfig(**option))
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from PIL import Image
 from torch import nn
 
 from proxydet.data.dataset import DatasetConfig
-from proxydet.errors import ConfigError, DataError
+from proxydet.errors import DataError, LockedError
 from proxydet.evaluation import detector_evaluation
 from proxydet.evaluation.config import EvaluationConfig
 from proxydet.evaluation.detector_evaluation import Share, fusion_vocabulary, result_rows
@@ -254,6 +256,40 @@ def test_boxes_only_asks_for_no_masks_and_fixed_ap_for_more_detections(
     )
 
 
+def test_a_second_evaluation_into_one_folder_is_refused(
+    dataset: Path, vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    """While one process evaluates, another one is told which, and leaves the folder as it is."""
+    lines = [
+        "import sys",
+        "from pathlib import Path",
+        "from proxydet.files import Lock",
+        "with Lock(Path(sys.argv[1])):",
+        "    print('held', flush=True)",
+        "    sys.stdin.read()",
+    ]
+    output = tmp_path / "out"
+
+    class Watched(Guesser):
+        def predict_images(self, *args: Any) -> list[Prediction]:
+            locks = list(output.glob("*.lock"))
+            assert len(locks) == 1
+            return super().predict_images(*args)
+
+    evaluate(Watched(vocabulary), dataset, output=output)
+    assert not list(output.glob("*.lock*"))
+    command = [sys.executable, "-c", "\n".join(lines), str(output / "evaluation.lock")]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(LockedError, match=f"in use by process {other.pid} on .* since"):
+            evaluate(Guesser(vocabulary), dataset, output=output)
+        other.communicate("")
+    assert evaluate(Guesser(vocabulary), dataset, output=output) is not None
+
+
 def test_boxes_need_no_second_prediction_and_masks_do_where_there_are_none(
     dataset: Path, vocabulary: Vocabulary, tmp_path: Path
 ) -> None:
@@ -304,13 +340,14 @@ def test_masks_that_the_ground_truth_lacks_are_neither_predicted_nor_scored(
     with caplog.at_level(logging.WARNING):
         report = evaluate(detector, dataset)
     assert list(report.types) == ["bbox"]
+    assert report.masks_left_out == "the annotations have none"
     assert detector.settings is not None
     assert not detector.settings.masks
     (said,) = [record.getMessage() for record in caplog.records if "masks" in record.getMessage()]
     assert "drawn" in said
     masks = EvaluationConfig(bootstrap=0, iou_types=("bbox", "segm"))
     asked = Guesser(vocabulary)
-    with pytest.raises(DataError, match="Masks are to be scored"):
+    with pytest.raises(DataError, match="masks are to be scored, and the annotations"):
         evaluate(asked, dataset, config=masks)
     assert asked.seen == 0
 
@@ -326,9 +363,11 @@ def test_a_detector_of_boxes_is_scored_by_boxes_where_there_are_masks_too(
             Guesser(vocabulary)._guess(pixels, 4).choose(torch.tensor([], dtype=torch.int64))
             for pixels in images
         ]
-    assert list(evaluate(detector, dataset).types) == ["bbox"]
+    report = evaluate(detector, dataset)
+    assert list(report.types) == ["bbox"]
+    assert report.masks_left_out == "the detector predicts none"
     masks = EvaluationConfig(bootstrap=0, iou_types=("segm",))
-    with pytest.raises(ConfigError, match="predicts none"):
+    with pytest.raises(DataError, match="predicts none"):
         evaluate(detector, dataset, config=masks)
 
 

@@ -477,8 +477,11 @@ def test_a_file_of_another_kind(files: Any, content: str, message: str) -> None:
     assert str(path) in caught.value.message
 
 
-def test_an_empty_list_is_a_detector_that_finds_nothing(files: Any) -> None:
+def test_an_empty_list_is_a_detector_that_finds_nothing(
+    files: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     assert len(read_results([], files[0])) == 0
+    assert "no detection" in caplog.text
 
 
 def test_a_record_is_told_with_its_place_in_the_whole_file(
@@ -544,6 +547,26 @@ def test_what_predict_saves_is_mapped_by_names(
     for row in drawn["images"]:
         row["file_name"] = f"val/{row['file_name']}"
     assert_equal(read_results(path, GroundTruth.load(drawn)), read_results(detections, truth))
+
+
+def test_images_that_were_not_predicted_are_counted(
+    make_set: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    drawn, detections = make_set(1, images=6, per_image=25)
+    content = saved_by_predict(drawn, detections, "")
+    read_results(content, GroundTruth.load(drawn))
+    assert not caplog.text
+    left_out = {row["id"] for row in content["images"][:2]}
+    content["images"] = content["images"][2:]
+    content["annotations"] = [
+        row for row in content["annotations"] if row["image_id"] not in left_out
+    ]
+    read_results(content, GroundTruth.load(drawn))
+    assert "2 of the 6 images" in caplog.text
+    # A plain list does not say which images it is of.
+    caplog.clear()
+    read_results(detections[:1], GroundTruth.load(drawn))
+    assert not caplog.text
 
 
 def test_an_object_without_names_goes_by_ids(files: Any) -> None:

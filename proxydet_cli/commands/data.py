@@ -89,7 +89,10 @@ def check(
     ] = False,
     protocol: Annotated[
         Literal["lvis", "coco", "openimages"] | None,
-        typer.Option(help="How they will be scored, as eval --protocol; else found out by rule."),
+        typer.Option(
+            case_sensitive=False,
+            help="How they will be scored, as eval --protocol; else found out by rule.",
+        ),
     ] = None,
     cache: Cache = None,
     json: Json = False,

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -89,30 +89,42 @@ Vocabulary = Annotated[
     ),
 ]
 Protocol = Annotated[
-    str | None,
+    Literal["lvis", "coco", "openimages"] | None,
     typer.Option(
         "--protocol",
         metavar="lvis|coco|openimages",
+        case_sensitive=False,
         help="Whose protocol to score by: lvis (federated annotations), coco (exhaustive) or openimages. "
         "[default: by what the annotations say]",
         rich_help_panel="Scoring",
     ),
 ]
+
+
+def _iou_types(text: str) -> tuple[str, ...]:
+    types = tuple(text.lower().split(","))
+    if not set(types) <= {"bbox", "segm"} or len(set(types)) < len(types):
+        raise typer.BadParameter(f"{text!r} is not bbox (boxes), segm (masks), or bbox,segm.")
+    return types
+
+
 IouTypes = Annotated[
-    str | None,
+    Any,
     typer.Option(
         "--iou-type",
         metavar="bbox,segm",
+        parser=_iou_types,
         help="What is scored. [default: boxes, and masks where objects and detections have them]",
         rich_help_panel="Scoring",
     ),
 ]
 Engine = Annotated[
-    str,
+    Literal["hotcoco", "lvis"],
     typer.Option(
         "--engine",
         metavar="hotcoco|lvis",
-        help="hotcoco: fast; lvis: the official evaluators (lvis, pycocotools), the yardstick.",
+        case_sensitive=False,
+        help="hotcoco: fast; lvis: the official evaluators (lvis, pycocotools), the reference.",
         rich_help_panel="Scoring",
     ),
 ]
@@ -259,9 +271,9 @@ def evaluate(
         device=device,
         gpus=gpus,
         config=EvaluationConfig(
-            engine=engine,  # type: ignore[arg-type]
-            protocol=protocol,  # type: ignore[arg-type]
-            iou_types=tuple(iou_type.split(",")) if iou_type else (),
+            engine=engine,
+            protocol=protocol,
+            iou_types=iou_type or (),
             fixed=fixed,
             bootstrap=bootstrap,
             hierarchy=hierarchy,
@@ -353,39 +365,6 @@ class EvalOptions:
                 "--compare needs the data set that both results are of.",
                 hint="--data with an annotation file (JSON) or a dataset config (TOML)",
             )
-
-    def words(self) -> list[str]:
-        """Return the options as words of a command line, for the processes that do the work together."""
-        config = self.config
-        given = {
-            "--run": self.run,
-            "--weights": self.weights,
-            "--config": self.model,
-            "--data": self.data,
-            "--split": self.split,
-            "--vocabulary": self.vocabulary,
-            "--output": self.output,
-            "--device": self.device,
-            "--protocol": config.protocol,
-            "--iou-type": ",".join(config.iou_types),
-            "--engine": config.engine,
-            "--bootstrap": config.bootstrap,
-            "--hierarchy": config.hierarchy,
-            "--batch-size": config.batch_size,
-        }
-        words = [
-            word
-            for key, value in given.items()
-            if value not in (None, "")
-            for word in (key, str(value))
-        ]
-        switches = {
-            "--fixed": config.fixed,
-            "--allow-outside": config.allow_outside,
-            "--allow-duplicates": config.allow_duplicates,
-            "--tta": self.tta,
-        }
-        return words + [key for key, on in switches.items() if on]
 
     def annotations_only(self) -> bool:
         """Whether ``--data`` names annotations (a JSON file, Pascal VOC) rather than a dataset config."""
@@ -499,11 +478,11 @@ def evaluate_options(options: EvalOptions, output: Output) -> None:
         _conclude(evaluation, split, options, output, progress)
         return
     description = read_description(options)
-    with _processes(options, options.folder(description.name), json=output.json) as device:
+    with _processes(options, options.folder(description.name)) as device:
         if device is None:
             return
         from proxydet.detector import open_named
-        from proxydet.evaluation.detector_evaluation import evaluate_split
+        from proxydet.evaluation.detector_evaluation import evaluate_split, held
 
         split = _open_split(description, options, progress)
         detector = open_named(
@@ -515,20 +494,21 @@ def evaluate_options(options: EvalOptions, output: Output) -> None:
         if options.tta:
             detector = detector.with_augmentation()
         folder = options.folder(description.name)
-        try:
-            detected = evaluate_split(
-                detector, split, folder / PREDICTIONS,
-                records=folder, config=options.config, progress=progress,
-            )  # fmt: skip
-        except KeyboardInterrupt:
-            output.message("stopped: the same command resumes from here")
-            raise
-        if detected is not None:  # the first process of several shows the result
-            _conclude(detected, split, options, output, progress)
+        with held(folder / PREDICTIONS):
+            try:
+                detected = evaluate_split(
+                    detector, split, folder / PREDICTIONS,
+                    records=folder, config=options.config, progress=progress,
+                )  # fmt: skip
+            except KeyboardInterrupt:
+                output.message("stopped: the same command resumes from here")
+                raise
+            if detected is not None:  # the first process of several shows the result
+                _conclude(detected, split, options, output, progress)
 
 
 @contextlib.contextmanager
-def _processes(options: EvalOptions, folder: Path, *, json: bool) -> Iterator[str | None]:
+def _processes(options: EvalOptions, folder: Path) -> Iterator[str | None]:
     """Give the device to work on here, or None when several processes have been started, and have done it."""
     import torch
 
@@ -544,8 +524,7 @@ def _processes(options: EvalOptions, folder: Path, *, json: bool) -> Iterator[st
         with worker(logs), connect(options.device) as info:
             yield str(info.device)
     elif plan.torchrun:
-        words = ["-m", "proxydet_cli", "eval", *options.words(), *(["--json"] if json else [])]
-        launch(plan, words, logs)
+        launch(plan, ["-m", "proxydet_cli", *sys.argv[1:]], logs)
         yield None
     else:
         yield options.device

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
@@ -33,6 +32,7 @@ from proxydet.files import sha256
 from proxydet.manifest import read_run_records
 from proxydet.runtime.run_comparison import compare_runs
 from proxydet_cli.app import run
+from proxydet_cli.main import main
 
 Typed = Callable[..., tuple[str, str]]
 
@@ -268,7 +268,6 @@ def test_compare_two_files_and_two_folders(typed: Typed, files: Path) -> None:
         (["--results", "a.json", "--data", "absent.toml"], DataError, "no dataset config"),
         (["--results", "a.json", "--data", "absent"], DataError, "no dataset config"),
         (["--results", "absent.json", "--data", "val.json"], DataError, "cannot read"),
-        (["--results", "a.json", "--data", "val.json", "--engine", "x"], ConfigError, "engine"),
         (["--compare", "images", "a.json", "--data", "val.json"], InputError, "no finished"),
         (
             ["--compare", "a.json", "b.json", "--data", "val.json", "--bootstrap", "0"],
@@ -417,23 +416,42 @@ def test_the_scatter_plot_is_valid_and_escaped() -> None:
     assert all(0 <= x <= 560 and 0 <= y <= 300 for x, y in circles)
 
 
-def test_options_survive_the_way_to_other_processes(tmp_path: Path) -> None:
-    """What is typed, as words for the processes that share the work, means the same when it is read there."""
-    from typer.testing import CliRunner
+def test_processes_get_the_options_as_given(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes that share the work read the command line itself: each option means the same there."""
+    from proxydet.training import launch
 
-    from proxydet_cli.commands import eval as command
+    started: list[Any] = []
+    monkeypatch.chdir(files)
+    monkeypatch.setattr(launch, "launch", lambda plan, words, logs: started.append(words))
+    words = ["eval", "--weights", "a b.pth", "--data", "set.toml", "--gpus", "2", "--device", "cpu"]
+    words += ["--protocol", "LVIS", "--iou-type", "segm,bbox", "--allow-outside", "--json"]
+    monkeypatch.setattr("sys.argv", ["proxydet", *words])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main()
+    assert started == [["-m", "proxydet_cli", *words]]
 
-    app, seen = command.app, []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "evaluate_options", lambda options, _: seen.append(options))
-        words = ["--weights", "a b.pth", "--config", "swinb", "--data", "coco", "--split", "train"]
-        words += ["--vocabulary", "v.npz", "--output", str(tmp_path), "--device", "cpu", "--fixed"]
-        words += ["--iou-type", "segm,bbox", "--engine", "lvis", "--bootstrap", "7"]
-        words += ["--hierarchy", "h.json", "--batch-size", "3", "--allow-outside"]
-        words += ["--allow-duplicates", "--protocol", "coco", "--gpus", "2"]
-        assert CliRunner().invoke(app, words).exit_code == 0
-        assert CliRunner().invoke(app, seen[0].words()).exit_code == 0
-    first, second = seen
-    assert first.config.fixed
-    assert first.config.iou_types == ("segm", "bbox")
-    assert second == dataclasses.replace(first, gpus=None)
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["eval", "--protocol", "voc"], "Invalid value for '--protocol'"),
+        (["eval", "--iou-type", "box"], "Invalid value for '--iou-type'"),
+        (["eval", "--iou-type", "bbox,bbox"], "Invalid value for '--iou-type'"),
+        (["eval", "--engine", "x"], "Invalid value for '--engine'"),
+        (["data", "check", "val.json", "--protocol", "voc"], "Invalid value for '--protocol'"),
+    ],
+)
+def test_a_wrong_choice_is_an_error_of_usage(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(words)
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_choices_are_read_in_any_case(typed: Typed, files: Path) -> None:
+    words = ["--results", files / "a.json", "--data", files / "val.json", "--bootstrap", "0"]
+    out = typed(*words, "--protocol", "COCO", "--iou-type", "BBOX", "--json")[0]
+    assert (json.loads(out)["protocol"], list(json.loads(out)["results"])) == ("coco", ["bbox"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["data", "check", str(files / "val.json"), "--protocol", "COCO"])

@@ -639,7 +639,7 @@ class Lock:
 
     Attributes:
         held: Whether this process holds it; stays False where the file system has no locks.
-        lost: Whether another process has taken it over since, for example while this one was suspended.
+        lost: Whether it expired, as while this process was suspended, so that another one may have taken it over.
     """
 
     def __init__(
@@ -658,6 +658,7 @@ class Lock:
         self._record = path.with_name(f"{path.name}.owner")
         self._stale_after_s = stale_after_s
         self._lease: SoftFileLease | None = None
+        self._owner: LockOwner | None = None
 
     def acquire(self, *, wait: bool = True, until: Callable[[], bool] | None = None) -> None:
         """Take the lock.
@@ -724,19 +725,81 @@ class Lock:
         """Give the lock back."""
         lease, self._lease = self._lease, None
         if lease is not None:
-            if not self.lost:
+            if not self.lost or self._recorded() == self._owner:
                 with contextlib.suppress(OSError):
                     self._record.unlink()
             lease.release()
-        self.held = False
+        self.held, self._owner = False, None
+
+    def check(self, owner: LockOwner | None = None) -> None:
+        """Make sure that the lock is still held, before something is written.
+
+        Args:
+            owner: The process that holds it for this one, as `owner` returned it; None is this process. Where neither held it,
+                as on a file system without locks, nothing is checked.
+
+        Raises:
+            LockedError: It expired, and perhaps another process has taken it over, and released it, since.
+        """
+        mine = owner is None
+        owner = self._owner if mine else owner
+        for pause in (0.5, 0.0):
+            now = self.owner()
+            # A record that cannot be read just now leaves the number of the process.
+            same = owner is None or now == owner or (now and not now.since and now.pid == owner.pid)
+            if same and not (mine and self.lost):
+                return
+            time.sleep(pause)
+        by = (
+            f" was taken over by {now}"
+            if now is not None and now != owner
+            else " is not held any more"
+        )
+        raise LockedError(
+            f"{self._subject}{by}: its lock expired, as this process was suspended for long, or the lock was removed",
+            hint="leave it to the other process, or start the same command again when that has ended",
+            path=self.path,
+        )
+
+    def require_free(self) -> None:
+        """Make sure that no living process holds the lock, without taking it.
+
+        One on another machine is watched for as long as it needs to touch the lock twice.
+
+        Raises:
+            LockedError: One does.
+        """
+        owner = self.owner()
+        if owner is None or owner.has_ended:
+            return
+        deadline, alive, first = time.monotonic() + 2 * HEARTBEAT_S, owner.is_here, self._touched()
+        while not alive and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+            now = self._touched()
+            if now is None:
+                return
+            alive = now != first
+        if alive:
+            raise LockedError(
+                f"{self._subject} is in use by {owner}", hint=self._hint, path=self.path
+            )
+
+    def _touched(self) -> int | None:
+        with contextlib.suppress(OSError):
+            return self.path.lstat().st_mtime_ns
+        return None
+
+    def _recorded(self) -> LockOwner | None:
+        with contextlib.suppress(OSError, ValueError):
+            return msgspec.json.decode(_read_regular(self._record, _BLOCK), type=LockOwner)
+        return None
 
     def owner(self) -> LockOwner | None:
         """Return who holds the lock now; None where nobody does, or its files cannot be read."""
         marker = SoftFileLease(self.path, lease_duration=self._stale_after_s).owner
-        with contextlib.suppress(OSError, ValueError):
-            record = msgspec.json.decode(_read_regular(self._record, _BLOCK), type=LockOwner)
-            if marker is None or marker.pid == record.pid:
-                return record
+        record = self._recorded()
+        if record is not None and (marker is None or marker.pid == record.pid):
+            return record
         return None if marker is None else LockOwner(marker.hostname.partition("?")[0], marker.pid)
 
     def __enter__(self) -> Lock:
@@ -778,15 +841,15 @@ class Lock:
         )
         try:
             write_bytes(self._record, msgspec.json.encode(record), durable=False)
+            self._owner = record
         except BaseException:
             self.release()
             raise
         return True
 
     def _compromised(self, loss: LeaseCompromise) -> None:
-        if loss.reason == "owner-changed":
-            self.lost = True
-        logger.warning("%s: the lock is no longer kept up (%s)", self.path, loss.reason)
+        self.lost = self.lost or loss.reason != "refresh-failed"  # which may succeed the next time
+        logger.warning("%s: the lock was not renewed (%s)", self.path, loss.reason)
 
 
 @functools.cache

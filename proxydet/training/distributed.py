@@ -5,19 +5,20 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from proxydet.errors import ConfigError, RuntimeEnvironmentError, TrainingError
+from proxydet.errors import ConfigError, ProxydetError, RuntimeEnvironmentError, TrainingError
 
+T = TypeVar("T")
 _TIMEOUT = timedelta(minutes=30)
 # SLURM numbers its own steps (batch script, salloc's shell) down from here.
 _SPECIAL_STEPS = 0xFFFF_FFF0
@@ -111,6 +112,19 @@ class StartedProcess:
                 port=get("MASTER_PORT", ""),
             )
         if pod or "SLURM_STEP_ID" not in environment or number("SLURM_STEP_ID") >= _SPECIAL_STEPS:
+            lone = ("RANK" in environment) != ("WORLD_SIZE" in environment)
+            if lone and not pod and get("WORLD_SIZE") != "1":
+                there, lacks = sorted(("RANK", "WORLD_SIZE"), key=lambda n: n not in environment)
+                raise ConfigError(
+                    f"The environment variable {there} is set, and {lacks} is not.",
+                    hint=f"Set {lacks} too, as the program that starts the processes should; or unset {there}.",
+                )
+            if "RANK" not in environment and number("OMPI_COMM_WORLD_SIZE", 1) > 1:
+                raise ConfigError(
+                    f"mpirun has started {get('OMPI_COMM_WORLD_SIZE')} processes (OMPI_COMM_WORLD_SIZE), which do not know each "
+                    "other: RANK and WORLD_SIZE are not set.",
+                    hint="Start one process a node, and let proxydet start the others (--gpus, --nodes); or use torchrun or srun.",
+                )
             return None
         shared = ("NTASKS", "STEP_NUM_TASKS"), ("TASKS_PER_NODE", "STEP_TASKS_PER_NODE")
         if any(get(f"SLURM_{own}") != get(f"SLURM_{step}") for own, step in shared):
@@ -333,6 +347,29 @@ def wait_for_all(info: DistInfo) -> None:
     """Return when every process has arrived here."""
     if info.world_size > 1:
         dist.barrier()
+
+
+def decided_by_main(info: DistInfo, decide: Callable[[], T]) -> T:
+    """Return on every process what the main one computes; raises on every one what that raises.
+
+    Args:
+        info: This process.
+        decide: Called on the main process; its result must be picklable.
+    """
+    if info.world_size == 1:
+        return decide()
+    value: T | None = None
+    problem: tuple[type[ProxydetError], str, str | None] | None = None
+    if info.is_main:
+        try:
+            value = decide()
+        except ProxydetError as error:
+            problem = type(error), error.message, error.hint
+    value, problem = cast("Any", broadcast_value((value, problem), info))
+    if problem is not None:
+        kind, message, hint = problem
+        raise kind(message, hint=hint)
+    return cast("T", value)
 
 
 def broadcast_value(value: object, info: DistInfo) -> object:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import json
+import ipaddress
 import logging
 import os
 import re
@@ -26,12 +27,13 @@ import torch.distributed as dist
 from proxydet import errors
 from proxydet.errors import (
     ConfigError,
+    InputError,
     JobInterruptedError,
     NumericsError,
     ProxydetError,
     TrainingError,
 )
-from proxydet.files import write_json
+from proxydet.files import read_json, write_json
 from proxydet.training.distributed import (
     KEPT_HINT,
     START_AGAIN,
@@ -123,6 +125,15 @@ def plan_launch(
                 "of which this is one.",
                 hint=f"Leave out {names}. To let proxydet start the processes of a node: srun --ntasks-per-node=1.",
             )
+        if process.by == "torchrun" and process.world_size > 1 and not dist.is_initialized():
+            for name in ("MASTER_ADDR", "MASTER_PORT"):
+                if not environment.get(name, "").strip():
+                    raise ConfigError(
+                        f"{process.world_size} processes need an address to meet at, and {name} is not set.",
+                        hint="Set MASTER_ADDR and MASTER_PORT, the same for all: the host of the first process and a free port.",
+                    )
+        if process.port:
+            _port(process.port, "MASTER_PORT")
         if process.local_world_size < available and process.rank == 0:
             logger.warning(
                 "%d of %d GPUs of a node are used: so many processes were started on it",
@@ -139,8 +150,9 @@ def plan_launch(
             nodes=process.nodes,
             world_size=process.world_size,
             started=True,
+            # torchrun starts as many on each node.
             torchrun=tuple(options)
-            if process.nodes == 1 < process.world_size or process.address
+            if process.world_size == process.nodes * process.local_world_size > 1
             else (),
         )
 
@@ -166,6 +178,11 @@ def plan_launch(
         source, found = "SKYPILOT_NUM_NODES", _count(environment, "SKYPILOT_NUM_NODES")
         rank, addresses = "SKYPILOT_NODE_RANK", "SKYPILOT_NODE_IPS"
         lacking = [name for name in (rank, addresses) if not environment.get(name, "").strip()]
+        if found > 1 and not lacking and len(environment[addresses].split()) != found:
+            raise ConfigError(
+                f"SKYPILOT_NUM_NODES is {found}, and SKYPILOT_NODE_IPS names {len(environment[addresses].split())}.",
+                hint="Set both as SkyPilot does: SKYPILOT_NODE_IPS has the address of each node on a line of its own.",
+            )
         if found > 1 and not lacking:
             options = _static_rendezvous(environment, rank, addresses, nodes=found)
     elif process is not None:
@@ -193,8 +210,18 @@ def plan_launch(
         )
     nodes = nodes or found
     if rendezvous is not None:
-        address = rendezvous if re.search(r":\d+$", rendezvous) else f"{rendezvous}:{_DEFAULT_PORT}"
-        options = _rendezvous(address, "--rendezvous")
+        with contextlib.suppress(ValueError):
+            if ipaddress.ip_address(rendezvous).version == 6:
+                rendezvous = f"[{rendezvous}]"
+        host, _, port = rendezvous.rpartition(":")
+        if not host or rendezvous.endswith("]"):
+            host, port = rendezvous, _DEFAULT_PORT
+        if not re.fullmatch(r"\[[\w:.%]+\]|[^\s:\[\]]+", host):
+            raise ConfigError(
+                f"--rendezvous must be HOST:PORT; it is {rendezvous!r}.",
+                hint=f"Give the name of one node and a free port of it: --rendezvous node1:{_DEFAULT_PORT}",
+            )
+        options = _rendezvous(f"{host}:{port}", "--rendezvous")
     if nodes == 1:
         options = ["--standalone"]
     elif options:
@@ -221,7 +248,10 @@ def plan_launch(
 
 
 def _count(environment: Mapping[str, str], name: str) -> int:
-    if ":" in environment[name]:
+    least, colon, greatest = environment[name].partition(":")
+    if colon and least == greatest:
+        return number_in({name: least}, name, least=1)
+    if colon:
         raise ConfigError(
             f"{name} must be one number; it is {environment[name]!r}.",
             hint="A training has a fixed number of nodes: set the least and the greatest number to the same.",
@@ -340,7 +370,9 @@ def launch(plan: LaunchPlan, words: Sequence[str], logs: Path) -> None:
 
 
 @contextmanager
-def worker(logs: Path) -> Iterator[None]:
+def worker(
+    logs: Path, entered: contextlib.AbstractContextManager[object] | None = None
+) -> Iterator[None]:
     """Be one of several processes: log to ``rank_N.log``, end with the launcher, and say why this process fails.
 
     A process whose torchrun is killed is killed too (Linux). torchrun gives its processes sessions of their own, so that
@@ -348,6 +380,8 @@ def worker(logs: Path) -> Iterator[None]:
 
     Args:
         logs: The run's folder of logs.
+        entered: Entered before the log is opened, left before a failure is recorded: whoever may not write in the run folder
+            fails in it.
 
     Raises:
         TrainingError: The launcher is gone already; or this process lost the others.
@@ -358,25 +392,33 @@ def worker(logs: Path) -> Iterator[None]:
     launcher = os.environ.get(LAUNCHER)
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None, use_errno=True).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-        if launcher and os.getppid() != int(launcher):
+        if launcher and os.getppid() != number_in(os.environ, LAUNCHER):
             raise TrainingError(
                 "The process that started this one is gone.",
                 hint=START_AGAIN,
             )
-    logs.mkdir(parents=True, exist_ok=True)
     log = logs / f"rank_{rank}.log"
-    handler = logging.FileHandler(log, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler: logging.Handler = logging.NullHandler()
     package = logging.getLogger("proxydet")
     before = package.level
-    package.setLevel(min(logging.INFO, package.getEffectiveLevel()))
-    package.addHandler(handler)
-    # So that the log that an error names is there, even where the process was killed before it had anything to say.
-    logger.info(
-        "Process %d of %d begins: %d on %s", rank, world_size, os.getpid(), socket.gethostname()
-    )
     try:
-        yield
+        with entered or contextlib.nullcontext():
+            logs.mkdir(parents=True, exist_ok=True)
+            handler = logging.FileHandler(log, encoding="utf-8")
+            handler.setFormatter(
+                logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+            )
+            package.setLevel(min(logging.INFO, package.getEffectiveLevel()))
+            package.addHandler(handler)
+            # So that the log that an error names is there, even where the process was killed before it had anything to say.
+            logger.info(
+                "Process %d of %d begins: %d on %s",
+                rank,
+                world_size,
+                os.getpid(),
+                socket.gethostname(),
+            )
+            yield
     except BaseException as error:
         expected = isinstance(error, ProxydetError)
         logger.critical("Process %d failed: %s", rank, error, exc_info=None if expected else error)
@@ -443,12 +485,17 @@ def _recorded_error(
     """
     records: list[dict[str, Any]] = []
     for folder in logs.iterdir() if logs.is_dir() else ():
-        attempts = sorted(folder.glob("attempt_*"), key=lambda path: int(path.name[8:]))
+        attempts = [path for path in folder.glob("attempt_*") if path.name[8:].isdecimal()]
+        attempts.sort(key=lambda path: int(path.name[8:]))
         for path in attempts[-1].glob("*/error.json") if attempts else ():
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content.get("proxydet", {}).get("time", 0) >= since:
-                records.append(content["proxydet"])
-    records = [record for record in records if record["weight"] <= least]
+            # A process that was killed, or a power cut, may have left anything.
+            with contextlib.suppress(InputError, LookupError, TypeError, ValueError):
+                record = read_json(path)["proxydet"]
+                keys = ("kind", "message", "hint", "signal", "process", "log")
+                known = {key: record[key] for key in keys}
+                weight, at = int(record["weight"]), float(record["time"])
+                if at >= since and weight <= least:
+                    records.append({**known, "weight": weight, "time": at})
     if not records:
         return None
     first = min(records, key=lambda record: (record["weight"], record["time"]))
@@ -458,8 +505,9 @@ def _recorded_error(
         )
     where = "" if first["process"] is None else f"Process {first['process']} of {world_size}: "
     hint = " ".join(filter(None, [first["hint"], f"Its log: {first['log']}"]))
-    error: ProxydetError = getattr(errors, first["kind"])(where + first["message"], hint=hint)
-    return error
+    # Another version may have written it.
+    kind: type[ProxydetError] = getattr(errors, str(first["kind"]), TrainingError)
+    return kind(where + first["message"], hint=hint)
 
 
 def _failure(error: Any, world_size: int, logs: Path, since: float) -> ProxydetError:

@@ -194,7 +194,11 @@ class TrainingPlan:
                 for need in self.needs
             ),
             "",
-            "command" + (" (the same by torchrun, on each node)" * self.launch.started),
+            "command"
+            + (
+                " (the same by torchrun, on each node)"
+                * bool(self.launch.started and self.launch.torchrun)
+            ),
             f"  {shlex.join(self.command)}",
         ]
         if self.missing:

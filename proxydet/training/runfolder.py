@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from proxydet.config import differences, from_mapping, load_mapping
 from proxydet.data.dataset import DatasetConfig
 from proxydet.data.store import AnnotationStore
-from proxydet.errors import CheckpointError, ConfigError, InputError, LockedError, ProxydetError
+from proxydet.errors import CheckpointError, ConfigError, InputError, ProxydetError
 from proxydet.files import JsonLines, Lock, sha256, sweep, write_text
 from proxydet.manifest import read_run_records, read_values
 from proxydet.training.checkpoint import (
@@ -52,7 +52,7 @@ from proxydet.training.checkpoint import (
     step_of,
 )
 from proxydet.training.config import CheckpointConfig, scale_training
-from proxydet.training.distributed import DistInfo, launched_rank
+from proxydet.training.distributed import DistInfo, launched_rank, number_in
 from proxydet.training.launch import LAUNCHER
 from proxydet.vocabulary.compositional import CompositionalEncoder
 from proxydet.vocabulary.vocabulary import Vocabulary
@@ -123,6 +123,14 @@ class RunFolder:
         """Return the folder for the predictions and the report of one evaluation during training."""
         return self.root / "evaluations" / step_name(iteration)
 
+    def new_lock(self) -> Lock:
+        """Return the lock of the folder, which `held` takes."""
+        return Lock(
+            self.lock,
+            subject=f"the run folder {self.root}",
+            hint="wait for it to end, or stop it; or train in another folder: --output",
+        )
+
     @contextlib.contextmanager
     def held(self) -> Iterator[Callable[[], None]]:
         """Keep other trainings out of the folder, and remove what killed ones were writing.
@@ -131,41 +139,29 @@ class RunFolder:
         launcher holds the folder already, nothing is done.
 
         Yields:
-            A function that makes sure that the folder is still held. It raises LockedError where another training has taken
-            over, because this one was suspended and taken for dead.
+            A function that makes sure that the folder is still held; see `proxydet.files.Lock.check`.
 
         Raises:
             LockedError: Another training holds the folder; nothing in it was changed.
             RuntimeEnvironmentError: The folder cannot be written to.
         """
-        lock = Lock(
-            self.lock,
-            subject=f"the run folder {self.root}",
-            hint="wait for it to end, or stop it; or train in another folder: --output",
-        )
+        lock = self.new_lock()
         owner = lock.owner()
-        ours = (os.getpid(), int(os.environ.get(LAUNCHER, "0")))
+        ours = (os.getpid(), number_in(os.environ, LAUNCHER))
         mine = owner is None or owner.has_ended or not (owner.is_here and owner.pid in ours)
         made = not self.root.exists()
         if mine:
             lock.acquire(wait=False)
-            owner = lock.owner()
             if lock.held:
-                for folder in (self.root, self.checkpoints, self.failures, self.plots):
+                for folder in (
+                    self.root,
+                    self.plots,
+                ):  # evaluations on other machines write here, too
+                    sweep(folder)
+                for folder in (self.checkpoints, self.failures):
                     sweep(folder, sole_writer=True)
-
-        def check() -> None:
-            now = lock.owner()
-            if owner is not None and now is not None and now.since and now != owner:
-                raise LockedError(
-                    f"another training has taken over the run folder {self.root} ({now}), as this one did not show life "
-                    "for long",
-                    hint="leave the folder to it",
-                    path=self.root,
-                )
-
         try:
-            yield check
+            yield lambda: lock.check(None if mine else owner)
         finally:
             if mine:
                 lock.release()

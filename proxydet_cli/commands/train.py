@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -332,8 +333,10 @@ def _run(
     options: TrainOptions, config: RunConfig, plan: LaunchPlan, *, requeue: bool, json: bool
 ) -> None:
     """Train here, or start the processes that do and wait for them."""
+    import torch
+
     from proxydet.training.checkpoint import read_iteration
-    from proxydet.training.distributed import broadcast_value, connect, launched_rank
+    from proxydet.training.distributed import DistInfo, connect, decided_by_main, launched_rank
     from proxydet.training.launch import LAUNCHER, launch, requeue_job, worker
     from proxydet.training.runfolder import RunFolder
     from proxydet.training_run import finished_run, run_training
@@ -348,18 +351,18 @@ def _run(
             path=resume,
         )
     with contextlib.ExitStack() as stack:
-        if plan.started and options.output is None:
+        device = config.training.device
+        ranks = DistInfo(device=torch.device("cpu"))
+        if plan.started and LAUNCHER not in os.environ:
             # One process chooses for all: what it writes there must not make another one choose otherwise.
-            ranks = stack.enter_context(connect(config.training.device))
-            choice = broadcast_value(options.folder(config) if ranks.is_main else None, ranks)
-            root, why = cast("tuple[Path, str]", choice)
-        else:
-            root, why = options.folder(config)
+            ranks = stack.enter_context(connect(device))
+        root, why = decided_by_main(ranks, lambda: options.folder(config))
         folder = RunFolder(root)
         if LAUNCHER not in os.environ:
             output.message(f"run folder: {root}" + (f" ({why})" if why else ""))
-            # Once for all processes, before one of them writes to it.
-            finished = finished_run(folder, config) if resume == "auto" else None
+            finished = None
+            if resume == "auto":
+                finished = decided_by_main(ranks, lambda: finished_run(folder, config))
             if finished is not None:
                 if not output.quiet:
                     output.data(
@@ -378,9 +381,20 @@ def _run(
             if not output.quiet:
                 output.data(result, _summary(result))
 
+        @contextlib.contextmanager
+        def held() -> Iterator[None]:
+            """Join the others; the main process holds the run folder, before one of them writes in it."""
+            with connect(device) as ranks, contextlib.ExitStack() as holding:
+
+                def take() -> None:
+                    holding.enter_context(folder.held())
+
+                decided_by_main(ranks, take)
+                yield
+
         try:
             if plan.started:
-                with worker(folder.logs):
+                with worker(folder.logs, held()):
                     train_here()
             elif plan.torchrun:
                 # In each of the processes it would take seconds to come out, and be reported as one process's failure.
@@ -388,7 +402,10 @@ def _run(
                     read_iteration(resume)
                 chosen = dataclasses.replace(options, output=root)
                 words = ["train", *chosen.words(), *(["--json"] if json else [])]
-                # On several nodes the main process holds the folder: no launcher knows which one it will be.
+                # On several nodes the main process holds the folder: no launcher knows which one it will be. One in a folder
+                # that is in use would wait for other nodes.
+                if plan.nodes > 1:
+                    folder.new_lock().require_free()
                 with folder.held() if plan.nodes == 1 else contextlib.nullcontext():
                     launch(plan, ["-m", "proxydet_cli", *words], folder.logs)
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ from proxydet.errors import (
     ConfigError,
     DataError,
     JobInterruptedError,
+    LockedError,
     NumericsError,
     ProxydetError,
     TrainingError,
@@ -169,9 +171,12 @@ def test_one_task_a_gpu_takes_part_as_it_is(
     found = plan(slurm(name), available=1)
     assert (found.started, found.world_size, found.nodes) == (True, world, nodes)
     line = found.command(["train"])
-    assert line[0] == "torchrun"
-    assert understood(found)["processes"] * understood(found)["nodes"][0] >= world
-    assert line[-3:] == ("-m", "proxydet_cli", "train")
+    if world % nodes:  # torchrun starts as many on each node
+        assert line == ("proxydet", "train")
+    else:
+        assert line[0] == "torchrun"
+        assert understood(found)["processes"] * understood(found)["nodes"][0] == world
+        assert line[-3:] == ("-m", "proxydet_cli", "train")
     os.environ.update(slurm(name))
     assert launched_rank() == rank
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
@@ -354,14 +359,12 @@ def test_a_process_of_torchrun_takes_part_as_it_is() -> None:
     }
     # Within a SLURM step of one task a node, too.
     for around in ({}, slurm("sbatch -N2 --ntasks-per-node=1, srun: task 1")):
-        found = plan({**around, **environment})
-        assert found == LaunchPlan(processes=8, nodes=2, world_size=16, started=True)
         assert understood(plan({**around, **environment, "MASTER_ADDR": "a", "MASTER_PORT": "7"})) == {
             "nodes": (2, 2), "processes": 8, "backend": "c10d", "endpoint": "a:7",
             "id": "proxydet", "restarts": 0, "rank": None,
         }  # fmt: skip
     with pytest.raises(ConfigError, match="--rendezvous"):
-        plan(environment, rendezvous="a:1")
+        plan({**environment, "MASTER_ADDR": "a", "MASTER_PORT": "7"}, rendezvous="a:1")
 
 
 @pytest.mark.parametrize(
@@ -370,6 +373,19 @@ def test_a_process_of_torchrun_takes_part_as_it_is() -> None:
         ("RANK", {"RANK": "gold", "WORLD_SIZE": "2"}),
         ("RANK", {"RANK": "2", "WORLD_SIZE": "2"}),
         ("WORLD_SIZE", {"RANK": "0", "WORLD_SIZE": "0"}),
+        ("MASTER_PORT", {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}),
+        ("MASTER_ADDR", {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "", "MASTER_PORT": "7"}),
+        (
+            "MASTER_PORT",
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "99999999"},
+        ),
+        ("WORLD_SIZE", {"RANK": "0"}),
+        ("RANK", {"WORLD_SIZE": "2"}),
+        ("OMPI_COMM_WORLD_SIZE", {"OMPI_COMM_WORLD_SIZE": "2"}),
+        (
+            "SKYPILOT_NODE_IPS",
+            {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "0", "SKYPILOT_NODE_IPS": "a"},
+        ),
         ("GROUP_WORLD_SIZE", {"RANK": "0", "WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "0"}),
         ("PET_NODE_RANK", {**KUBEFLOW, "PET_NODE_RANK": "2"}),
         ("PET_NODE_RANK", {**KUBEFLOW, "PET_NODE_RANK": "-1"}),
@@ -389,9 +405,17 @@ def test_variables_that_cannot_be_right_are_named(name: str, environment: dict[s
     assert caught.value.hint
 
 
+def test_equal_least_and_greatest_numbers_of_nodes_are_one_number() -> None:
+    assert plan({**KUBEFLOW, "PET_NNODES": "2:2"}).nodes == 2
+    with pytest.raises(ConfigError, match="PET_NNODES"):
+        plan({**KUBEFLOW, "PET_NNODES": "1:2"})
+
+
 def test_ports_that_do_not_exist_are_refused() -> None:
-    with pytest.raises(ConfigError, match="--rendezvous"):
-        plan({}, nodes=2, rendezvous="a:70000")
+    for address in ("a:70000", "127.0.0.1::", "127.0.0.1:", ":7", "a b:7"):
+        with pytest.raises(ConfigError, match="--rendezvous"):
+            plan({}, nodes=2, rendezvous=address)
+    assert understood(plan({}, nodes=2, rendezvous="::1"))["endpoint"] == "[::1]:29400"
     environment = slurm("sbatch -N2 --ntasks-per-node=1, srun: task 0", MASTER_PORT="0")
     with pytest.raises(ConfigError, match="MASTER_PORT"):
         plan(environment)
@@ -546,6 +570,21 @@ def test_an_error_of_all_processes_names_the_one_where_it_arose(
     assert error.hint == f"look Its log: {tmp_path / 'rank_2.log'}"
 
 
+def test_a_damaged_report_of_a_process_is_passed_over(failing: Callable, tmp_path: Path) -> None:
+    other = {"kind": "NewerError", "weight": 0, "message": "newer", "hint": None, "signal": 0}
+    record = {**other, "process": 8, "log": "rank_8.log", "time": 1e10}
+    reports = (b"\0" * 64, b'{"proxydet": 1}', json.dumps({"proxydet": record}).encode())
+    for rank, content in enumerate(reports, start=6):
+        path = tmp_path / f"none_x/attempt_0/{rank}/error.json"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
+    assert "there" in failing((1, DataError("there"))).message
+    (tmp_path / "none_x/attempt_0/1/error.json").write_bytes(b"")
+    error = failing((2, LOST))
+    assert type(error) is TrainingError
+    assert "newer" in error.message
+
+
 def test_a_killed_process_is_named_before_what_that_caused(failing: Callable) -> None:
     error = failing((0, LOST), (1, KILLED), (2, KeyError("boxes")))
     assert type(error) is TrainingError
@@ -586,6 +625,17 @@ def test_without_our_launcher_a_process_reports_for_itself(tmp_path: Path) -> No
     os.environ["RANK"] = "0"
     with pytest.raises(JobInterruptedError), worker(tmp_path):
         raise JobInterruptedError("stopped", signal_number=15)
+
+
+def test_who_may_not_write_in_the_folder_opens_no_log_there(tmp_path: Path) -> None:
+    @contextlib.contextmanager
+    def refused() -> Iterator[None]:
+        raise LockedError("in use")
+        yield
+
+    with pytest.raises(LockedError), worker(tmp_path / "run/logs", refused()):
+        pytest.fail("it began")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_log_of_a_process_is_its_own_and_its_level_is_put_back(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from proxydet.training.runfolder import (
     find_earlier,
 )
 from proxydet.weight_files import write_safetensors, write_state
+from proxydet_cli.main import main
 
 DIGESTS = {"vocabulary": "aa", "annotations": "bb"}
 CPU = torch.device("cpu")
@@ -469,6 +470,39 @@ except LockedError:
             record.write_text(json.dumps({**owner, "pid": 1, "since": "2026-01-01"}))
             with pytest.raises(LockedError, match="taken over"):
                 still_ours()
+        with folder.held() as still_ours:  # and the other one has finished since
+            folder.lock.unlink()
+            record.unlink()
+            with pytest.raises(LockedError, match=str(folder.root)):
+                still_ours()
+
+    @pytest.mark.parametrize(
+        ("words", "environment"),
+        [
+            ((), {"RANK": "0", "WORLD_SIZE": "1"}),
+            (("--nodes", "2", "--rendezvous", "127.0.0.1:9"), {}),
+        ],
+        ids=["a process of torchrun", "a launcher of one of two nodes"],
+    )
+    def test_a_refused_process_writes_no_log(
+        self,
+        folder: RunFolder,
+        words: tuple[str, ...],
+        environment: dict[str, str],
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        output = ("--output", str(folder.root), *words)
+        holder = [sys.executable, "-c", HOLDS, str(folder.root)]
+        with subprocess.Popen(holder, stdout=subprocess.PIPE) as first:
+            assert first.stdout is not None
+            assert first.stdout.readline() == b"held\n"
+            assert main(["train", "--recipe", "tiny", "--device", "cpu", *output]) == 5
+            first.kill()
+        assert f"in use by process {first.pid}" in " ".join(capsys.readouterr().err.split())
+        assert not folder.logs.exists()
 
 
 def test_an_interrupted_evaluation_starts_again_with_other_settings(tmp_path: Path) -> None:

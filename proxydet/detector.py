@@ -614,6 +614,12 @@ def open_named(
             ) from error
         return Detector._open(PUBLISHED_MODELS[name], published_vocabulary("lvis"), path, chosen)
     path = Path(name)
+    if path.exists() and not path.is_file():
+        raise InputError(
+            f"{name} is not a file",
+            hint="give a weight file, or a run's folder with --run",
+            path=path,
+        )
     if not path.is_file():
         near = difflib.get_close_matches(name, PUBLISHED_MODELS, n=1)
         raise InputError(

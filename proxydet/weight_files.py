@@ -64,8 +64,10 @@ SAFETENSORS_FORMAT = 1
 _HINT = (
     "give a checkpoint of proxydet train or a published one; copy or download a damaged one again"
 )
+_NOT_READ = "it is not what torch.save, pickle or safetensors write"
 _TOO_MANY = "its values are more, or larger, than those of any weight file"
 _NOT_DESCRIBED = "its tensors are not described as in a weight file"
+_STRUCTURED = "its arrays are of a type with a structure of its own, which is refused"
 _NOT_WRITTEN = "what it holds is not what was written (SHA-256)"
 _HEX = 64  # characters of a SHA-256
 # Room for what else a run writes between two checkpoints.
@@ -450,6 +452,10 @@ class _ZipSource(_Source):
             self.fill(storage, None)
 
 
+_OPENS_LINE = (b"c", b"i", b"g", b"p", b"I", b"L", b"F", b"S", b"V", b"P")
+"""Instructions of pickles whose argument is a line of text."""
+
+
 class _StreamSource(_Source):
     """A pickle, or several and then the numbers: torch's format before 1.6."""
 
@@ -457,13 +463,15 @@ class _StreamSource(_Source):
         super().__init__(file.size)
         self._file = file
         self._places: dict[str, int] = {}
-        head = file.read(min(32, file.size))
+        head = file.read(min(2 * _LONGEST_NAME, file.size))
         file.seek(0)
         if not head:
             raise ValueError("it is empty")
         if head[8:9] == b"{":
             raise ValueError("it is a safetensors file, which holds weights alone")
-        if _LEGACY_MAGIC.to_bytes(10, "little") not in head:
+        if head[:1] in _OPENS_LINE and b"\n" not in head:  # all of it would be read for one line
+            raise ValueError(_NOT_READ)
+        if _LEGACY_MAGIC.to_bytes(10, "little") not in head[:32]:
             self.described = _unpickle(file, file.size, self.persistent)
             return
         file.largest = room = min(file.size, _LARGEST_PICKLE)
@@ -522,9 +530,7 @@ def _unpickle(file: IO[bytes], size: int, persistent: Callable[[Any], _Storage])
         raise
     except Exception as error:  # pickletools raises of every kind
         text = str(error) if type(error) is ValueError and str(error).startswith("its ") else ""
-        raise ValueError(
-            text or "it is not what torch.save, pickle or safetensors write"
-        ) from error
+        raise ValueError(text or _NOT_READ) from error
 
 
 def _map(value: Any, leaf: Callable[[Any], Any], left: int = _MOST_VALUES) -> Any:
@@ -674,8 +680,11 @@ class _Calls:
         if package == "__torch__":
             return _Module()
         if (where, name) == ("numpy", "dtype"):
-            known = isinstance(arguments[0], str) and _NUMPY_DTYPE.fullmatch(arguments[0])
-            return _Dtype(arguments[0]) if known else _Ignored()
+            text = arguments[0]
+            if isinstance(text, str) and text.lstrip("<>=|").startswith("V"):
+                raise ValueError(f"{_STRUCTURED} (numpy's dtype {text[:20]!a})")
+            known = isinstance(text, str) and _NUMPY_DTYPE.fullmatch(text)
+            return _Dtype(text) if known else _Ignored()
         if package == "numpy" and name == "_reconstruct":
             return _Array()
         if package == "numpy" and name == "_frombuffer":
@@ -701,7 +710,7 @@ class _Calls:
             target.values = self._array(dtype, shape, bool(fortran), data)
         elif isinstance(target, _Dtype):
             if state[1] not in ("<", ">", "=", "|") or any(p is not None for p in state[2:5]):
-                raise ValueError("its arrays are of a type with a structure of its own")
+                raise ValueError(_STRUCTURED)
             target.text = state[1] + target.text.lstrip("<>=|")
 
     def _array(self, dtype: Any, shape: Any, fortran: bool, data: Any) -> npt.NDArray[Any] | None:

@@ -17,6 +17,7 @@ SPARE_BYTES = 64 << 20
 """Bytes that an archive may unpack to beyond a multiple of its size."""
 HOSTILE = "The archive is damaged or hostile: do not use it."
 """Hint about an archive that no tool makes."""
+_LONGEST_LINE = 256 << 20
 _MEMBER = b"PK\x01\x02"  # in front of each member in the table of contents
 
 
@@ -40,8 +41,10 @@ class BoundedReader(io.BufferedReader):
         return super().read(size)
 
     def readline(self, size: int | None = -1, /) -> bytes:
-        """Read a line, or as much of it as the bound allows."""
-        return super().readline(self.largest if size is None or size < 0 else size)
+        """Read a line, or as much of it as the bound, and that of a line, allow."""
+        return super().readline(
+            min(self.largest, _LONGEST_LINE) if size is None or size < 0 else size
+        )
 
 
 class _Zip(BoundedReader):

@@ -261,11 +261,38 @@ def tuned(detector: Detector, *, tta: bool, precision: Precision) -> Detector:
 
 
 def check_choice(classes: str | None, vocabulary: str | None, names: Path | None) -> None:
-    """Refuse options that contradict each other, before anything is opened."""
+    """Refuse options that contradict each other or name files that are not there, before a detector is opened.
+
+    Raises:
+        VocabularyError: A file is not there, or a class name is empty or there twice.
+    """
+    from proxydet.errors import VocabularyError
+    from proxydet.vocabulary.names import check_names, split_names
+    from proxydet.vocabulary.sources import is_vocabulary_file
+
     if classes is not None and vocabulary is not None:
         raise typer.BadParameter("give either -v or --vocabulary")
     if names is not None and vocabulary is None:
         raise typer.BadParameter("--names belongs to a .npy --vocabulary")
+    named = vocabulary if vocabulary and is_vocabulary_file(vocabulary) else None
+    if names is None and named is not None and named.endswith(".npy"):
+        named = None  # `open_vocabulary` says what else is needed
+    for file in (named, names, classes if classes and _means_file(classes) else None):
+        if file is not None and not Path(file).exists():
+            raise VocabularyError(
+                f"there is no file {file}", hint="check the spelling of its path", path=Path(file)
+            )
+    if classes is not None and not _means_file(classes) and ("," in classes or not classes.strip()):
+        check_names(split_names(classes))
+
+
+def _means_file(classes: str) -> bool:
+    """Whether ``-v`` names a file, there or not; a class may hold a slash: Monitor/TV."""
+    from proxydet.vocabulary.sources import is_vocabulary_file
+
+    path, place = Path(classes), classes.startswith(("/", "./", "../", "~/"))
+    inside = len(path.parts) > 1 and path.parent.is_dir() and "," not in classes
+    return is_vocabulary_file(classes) or place or inside
 
 
 def chosen_vocabulary(
@@ -288,9 +315,9 @@ def chosen_vocabulary(
         VocabularyError: It cannot be used.
     """
     from proxydet.vocabulary.names import split_names
-    from proxydet.vocabulary.sources import is_vocabulary_file, open_vocabulary
+    from proxydet.vocabulary.sources import open_vocabulary
 
-    if classes is not None and is_vocabulary_file(classes) and Path(classes).is_file():
+    if classes is not None and _means_file(classes):
         classes, source = None, classes
     if classes is not None:
         return detector.with_base(detector.resolve(split_names(classes)), base_above)

@@ -7,7 +7,7 @@ import os
 import platform
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -61,7 +61,9 @@ class FoundImages:
     """Files of folders and patterns that are not read, by kind: ``".heic"``, ``"broken link"``, ..."""
 
 
-def find_images(sources: Iterable[str | Path], *, reserved: Iterable[str] = ()) -> FoundImages:
+def find_images(
+    sources: Iterable[str | Path], *, reserved: Iterable[str] = (), listed: Collection[str] = ()
+) -> FoundImages:
     """Find images.
 
     A name that exists is taken as it is, whatever is in it; else ``~`` is expanded, and patterns are. Folders are searched
@@ -71,6 +73,8 @@ def find_images(sources: Iterable[str | Path], *, reserved: Iterable[str] = ()) 
     Args:
         sources: Files, folders, and patterns such as ``photos/*.jpg`` or ``**/*.png``.
         reserved: Names in the output folder that other results have; an image or folder of that name gets a number.
+        listed: Those of the sources that come from a long list: one that is not there is found out when it is read, like
+            an image that cannot be read.
 
     Raises:
         DataError: A source is not there or holds no images, or nothing was given.
@@ -78,6 +82,9 @@ def find_images(sources: Iterable[str | Path], *, reserved: Iterable[str] = ()) 
     found: dict[Path, Path] = {}
     left_out: Counter[str] = Counter()
     for source in sources:
+        if source in listed and not os.path.lexists(source) and not glob.has_magic(str(source)):
+            found.setdefault(Path(source), Path(Path(source).stem))
+            continue
         for path, name in _expand(source, left_out):
             found.setdefault(path, name)
     if not found:

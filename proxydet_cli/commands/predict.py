@@ -194,13 +194,14 @@ def predict(
     warnings.simplefilter("ignore", DecompressionBombWarning)
     kinds = _kinds(save, json=json)
     check_kinds(kinds)
-    named_images, named_videos = split_sources(_with_stdin(sources))
+    sources, listed = _with_stdin(sources)
+    named_images, named_videos = split_sources(sources)
     if named_videos:
         pyav()
         check_kinds(kinds, video=True)
     images = FoundImages()
     if named_images or not named_videos:
-        images = find_images(named_images, reserved=reserved_names(kinds))
+        images = find_images(named_images, reserved=reserved_names(kinds), listed=listed)
     # The table of all images is called detections.csv.
     videos = name_videos(named_videos, reserved=["detections"] if images.files else [])
     targets = list(output_files(kinds, images.files)) if images.files else []
@@ -251,17 +252,22 @@ def predict(
     shown.conclude()
 
 
-def _with_stdin(sources: list[str]) -> list[str]:
-    """Replace ``-`` by the names on stdin: one a line, or separated by NUL as ``find -print0`` writes them."""
+def _with_stdin(sources: list[str]) -> tuple[list[str], frozenset[str]]:
+    """Replace ``-`` by the names on stdin: one a line, or separated by NUL as ``find -print0`` writes them.
+
+    Returns:
+        All sources, and those from stdin.
+    """
     if "-" not in sources:
-        return sources
+        return sources, frozenset()
     data = sys.stdin.buffer.read()
     if b"\0" in data:
         listed = [os.fsdecode(name) for name in data.split(b"\0") if name]
     else:
         lines = [os.fsdecode(line.rstrip(b"\r")) for line in data.split(b"\n") if line.strip()]
         listed = [line if os.path.lexists(line) else line.strip() for line in lines]
-    return [name for source in sources for name in (listed if source == "-" else [source])]
+    replaced = [name for source in sources for name in (listed if source == "-" else [source])]
+    return replaced, frozenset(listed)
 
 
 def _kinds(save: str | None, *, json: bool) -> list[str]:

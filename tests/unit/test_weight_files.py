@@ -307,7 +307,16 @@ def test_hostile_pickles_are_refused(tmp_path: Path, kind: str, suffix: str) -> 
     assert time.process_time() - started < 5
 
 
-@pytest.mark.parametrize("start", [b"\0\0\0\x20ftypmp42", b"\x80\x04\x8e" + bytes(6) + b"\1\0"])
+@pytest.mark.parametrize("kind", ["array of a forged type", "scalar of a forged type"])
+def test_a_forged_type_is_named(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "w.pkl").write_bytes(HOSTILE[kind])
+    with pytest.raises(CheckpointError, match="V8"):
+        read_state_dict(tmp_path / "w.pkl")
+
+
+@pytest.mark.parametrize(
+    "start", [b"\0\0\0\x20ftypmp42", b"\x80\x04\x8e" + bytes(6) + b"\1\0", b"clang", b"In a text"]
+)
 def test_a_large_file_of_another_kind_is_not_read(tmp_path: Path, start: bytes) -> None:
     path = tmp_path / "video.mp4"
     with path.open("wb") as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 
@@ -320,3 +321,10 @@ def test_weights_that_are_neither_file_nor_model(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="neither a weight file nor a published") as caught:
             open_named(run=None, weights=name, config=None, device="cpu")
         assert said in str(caught.value.hint)
+
+
+def test_weights_that_are_a_folder_or_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.pth")
+    for path in (tmp_path, tmp_path / "pipe.pth"):
+        with pytest.raises(InputError, match="is not a file"):
+            open_named(run=None, weights=str(path), config=None, device="cpu")

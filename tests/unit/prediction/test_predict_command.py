@@ -108,6 +108,44 @@ def test_files_are_listed_on_stdin(run: Run, folder: Path, monkeypatch: pytest.M
     ]
 
 
+def test_a_missing_file_of_a_list_is_left_out_and_counted(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = io.BytesIO(f"{folder}/a1.png\n{folder}/absent.png\n".encode())
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(listed))
+    code, out, err = run("-", "--save", "none")
+    assert code == 3
+    assert [Path(line.split(": ")[0]).name for line in out.splitlines()] == ["a1.png"]
+    assert "absent.png" in err
+    assert "1 of 2 images could not be read" in err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-v", ""],
+        ["-v", "cup, cup"],
+        ["-v", "absent.txt"],
+        ["-v", "./absent"],
+        ["-v", "{folder}/absent"],
+        ["--vocabulary", "absent.yaml"],
+        ["--vocabulary", "{folder}/absent.npy", "--names", "{folder}/notes.txt"],
+    ],
+)
+def test_mistakes_in_class_names_are_named_before_the_detector_is_opened(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.setattr("proxydet.detector.open_named", None)
+    code, _, err = run(folder / "a0.png", *[word.format(folder=folder) for word in words])
+    assert code == 3
+    assert "absent" in err or "class name" in err
+
+
+def test_class_names_may_hold_a_slash(run: Run, folder: Path) -> None:
+    code, _, err = run(folder / "a0.png", "-v", "red/star, blue star", "--save", "none")
+    assert (code, err) == (0, "")
+
+
 def test_lists_of_find_print0_hold_any_name(
     run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

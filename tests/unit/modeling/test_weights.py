@@ -185,8 +185,7 @@ def test_a_classification_backbone_with_a_hole(tiny, tmp_path: Path) -> None:
         load_weights(tiny.network(), saved(tmp_path / "w.pth", backbone))
 
 
-@pytest.mark.parametrize("prefix", ["detector.", "student.net."])
-@pytest.mark.parametrize("nested", [False, True], ids=["names", "container"])
+@pytest.mark.parametrize(("prefix", "nested"), [("detector.", False), ("student.net.", True)])
 def test_an_unknown_prefix_is_named_with_a_command_that_strips_it(
     network, source, tmp_path: Path, prefix: str, nested: bool
 ) -> None:

@@ -40,8 +40,12 @@ def eyes(split: DescribedSplit) -> Detector:
     """A random detector of the drawn set's classes, which finds a lot."""
     torch.manual_seed(5)
     model = get_recipe("tiny").model
-    classifier = dataclasses.replace(model.classifier, embedding_dim=split.vocabulary.dimension)
-    network = ProxyDetNetwork(dataclasses.replace(model, classifier=classifier), split.vocabulary)
+    classifier = dataclasses.replace(
+        model.classifier, embedding_dim=split.data.vocabulary.dimension
+    )
+    network = ProxyDetNetwork(
+        dataclasses.replace(model, classifier=classifier), split.data.vocabulary
+    )
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             if name.startswith("roi_heads.") and parameter.ndim > 1:

@@ -125,7 +125,7 @@ def calibrate(matches: Matches, bins: int = 10) -> Calibration:
     """Compare scores with how often detections are right.
 
     Args:
-        matches: What became of each detection.
+        matches: The result of each detection.
         bins: How many bins of equal width; scores outside of [0, 1] count in the first or last.
     """
     right_S, wrong_S = right_and_wrong(matches)
@@ -284,7 +284,7 @@ class Analysis:
 
 
 def analyse(evaluation: Evaluation, progress: Progress = SILENT) -> Analysis:
-    """Look behind the numbers of the masks, or of the boxes where no masks were scored.
+    """Break down the errors of the masks, or of the boxes where no masks were scored.
 
     Raises:
         RuntimeEnvironmentError: The engine failed.

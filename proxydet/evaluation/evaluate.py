@@ -34,20 +34,22 @@ from proxydet.evaluation.report import (
     Resampling,
     TypeReport,
 )
-from proxydet.evaluation.results import Results, first_offenders, read_results
+from proxydet.evaluation.results import Results, read_results
 from proxydet.evaluation.scoring import (
+    COCO_LIMITS,
     Curves,
     Limits,
     Selection,
     average_precision,
-    category_groups,
     category_precision,
+    frequency_groups,
     official_metrics,
     run_hotcoco,
     run_official,
     select,
 )
 from proxydet.reporting import SILENT, Progress
+from proxydet.wording import first_of
 
 _LOG = logging.getLogger(__name__)
 
@@ -55,7 +57,6 @@ Groups = Mapping[str, NDArray[np.bool_] | Sequence[bool]]
 ResultsSource = Path | str | list[dict[str, Any]] | dict[str, Any] | Results
 TruthSource = Path | str | dict[str, Any] | GroundTruth
 
-COCO_LIMITS = (1, 10, 100)
 _ROUNDING = 1e-9
 
 
@@ -181,7 +182,7 @@ def run_evaluation(
     if truth.protocol == "openimages":
         return _openimages(truth, results, config)
     categories = len(truth.category_ids)
-    all_groups = category_groups(truth.frequencies, {})
+    all_groups = frequency_groups(truth.frequencies)
     for name, mask in (groups or {}).items():
         all_groups[name] = np.asarray(mask)
         if all_groups[name].dtype != bool or all_groups[name].shape != (categories,):
@@ -342,8 +343,8 @@ def _check_against_engine(
     names = [truth.category_names[index] for index in np.flatnonzero(apart_A3C.any(axis=(0, 1)))]
     raise RuntimeEnvironmentError(
         f"The engine {engine!r} gives another average precision than the matches that intervals are made from, in "
-        f"{len(names)} categories ({first_offenders(names)}).",
-        hint="evaluate with the official one, the yardstick: --engine lvis"
+        f"{len(names)} categories ({first_of(names)}).",
+        hint="evaluate with the official one: --engine lvis"
         if engine == "hotcoco"
         else "report this with the files; --bootstrap 0 gives the metrics without intervals",
     )

@@ -1,6 +1,6 @@
 """What detections are scored against, in columns.
 
-Dimensions: I images, C categories, A annotations. Images and categories are numbered from 0 in the ascending order of
+Dimensions: I images, C categories, A annotations, which are the rows of the store in its order. Images and categories are numbered from 0 in the ascending order of
 their ids, which is the order in which the official evaluators visit them: it decides between equal scores.
 """
 
@@ -37,7 +37,6 @@ class GroundTruth:
         category_names: C names, as the file has them.
         frequencies: C times ``"r"``, ``"c"`` or ``"f"``; None where the file does not say.
         training_images_C: int64, in how many training images each category is; None where the file does not say.
-        ann_row_A: int64, the annotation's row in the store.
         ann_image_A: int64 in [0, I).
         ann_category_A: int64 in [0, C).
         ann_box_A4: float64, x, y, width, height in pixels.
@@ -62,7 +61,6 @@ class GroundTruth:
     category_names: tuple[str, ...]
     frequencies: tuple[str, ...] | None
     training_images_C: NDArray[np.int64] | None
-    ann_row_A: NDArray[np.int64]
     ann_image_A: NDArray[np.int64]
     ann_category_A: NDArray[np.int64]
     ann_box_A4: NDArray[np.float64]
@@ -151,7 +149,6 @@ class GroundTruth:
             category_names=tuple(category.name for category in categories),
             frequencies=frequencies if all(value in FREQUENCIES for value in frequencies) else None,
             training_images_C=None if None in counts else np.array(counts, dtype=np.int64),
-            ann_row_A=np.arange(store.report.annotations_kept),
             ann_image_A=rank_I[store.column("image")],
             ann_category_A=store.column("category").astype(np.int64),
             ann_box_A4=store.column("xywh"),
@@ -233,23 +230,22 @@ class GroundTruth:
         sizes = self.image_sizes_I2[self.ann_image_A].tolist()
         store = self.store
         found = []
-        for index, (row, size) in enumerate(zip(self.ann_row_A.tolist(), sizes, strict=True)):
+        for row, size in enumerate(sizes):
             counts = store.rle(row)
             if not counts:
                 polygons = [polygon.tolist() for polygon in store.polygons(row)]
-                counts = rasterize(polygons or self.box_outline(index), (size[0], size[1]))
+                counts = rasterize(polygons or self.box_outline(row), (size[0], size[1]))
             found.append({"size": size, "counts": counts})
         return found
 
     def box_outline(self, index: int) -> list[list[float]]:
         """Return the box of annotation ``index``, clipped to its image, as a polygon."""
-        x1, y1, x2, y2 = self.store.column("box")[self.ann_row_A[index]].tolist()
+        x1, y1, x2, y2 = self.store.column("box")[index].tolist()
         return [[x1, y1, x2, y1, x2, y2, x1, y2]]
 
     def segmentation(self, index: int) -> list[list[float]] | dict[str, Any]:
         """Return the mask of annotation ``index`` as the official evaluators take it: polygons, RLE, or an empty list."""
-        row = int(self.ann_row_A[index])
-        if counts := self.store.rle(row):
+        if counts := self.store.rle(index):
             size = self.image_sizes_I2[self.ann_image_A[index]].tolist()
             return {"size": size, "counts": counts}
-        return [polygon.tolist() for polygon in self.store.polygons(row)]
+        return [polygon.tolist() for polygon in self.store.polygons(index)]

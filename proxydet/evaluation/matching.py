@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from proxydet.evaluation.scoring import AREA_RANGES_A2, IOU_THRESHOLDS_T, Selection
+from proxydet.evaluation.scoring import AREA_RANGES_A2, IOU_THRESHOLDS_T, Selection, place_in_group
 
 if TYPE_CHECKING:
     from proxydet.evaluation.ground_truth import GroundTruth
@@ -31,7 +31,7 @@ _IMAGES_AT_ONCE = 2000
 
 @dataclass(frozen=True, kw_only=True)
 class Matches:
-    """What became of each detection.
+    """The result of each detection.
 
     Attributes:
         selection: The detections; for COCO's protocol only the best 100 of a category in an image.
@@ -70,7 +70,7 @@ def match(truth: GroundTruth, results: Results, selection: Selection, iou_type: 
         iou_type: ``"bbox"`` or ``"segm"``.
     """
     if truth.protocol == "coco":
-        selection = selection.best_of_each_category(100)
+        selection = selection.best_of_each_category()
     counted = np.flatnonzero(truth.counted_A)
     order = np.lexsort((truth.ann_category_A[counted], truth.ann_image_A[counted]))
     annotations = counted[order]
@@ -163,12 +163,6 @@ def greedy(
         lost = winner_DAT[matched_DAT]
         free_GAT[lost - offset, area, threshold] = crowd_G[lost]
     return near, state, taken, iou
-
-
-def place_in_group(group: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return each element's place within its run of equal numbers, from 0."""
-    starts = np.flatnonzero(np.append(True, group[1:] != group[:-1]))
-    return np.arange(len(group)) - np.repeat(starts, np.diff(np.append(starts, len(group))))
 
 
 @dataclass(frozen=True, kw_only=True)

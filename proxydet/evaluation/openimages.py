@@ -28,8 +28,9 @@ from proxydet.evaluation.bootstrap import (
     pooling,
 )
 from proxydet.evaluation.matching import box_iou
-from proxydet.evaluation.results import Results, first_offenders
-from proxydet.evaluation.scoring import Selection, select
+from proxydet.evaluation.results import Results
+from proxydet.evaluation.scoring import Selection, mean_of_known, select
+from proxydet.wording import first_of
 
 if TYPE_CHECKING:
     from proxydet.evaluation.ground_truth import GroundTruth
@@ -82,12 +83,6 @@ def score_openimages(
     return OpenImagesScore(
         ap50=mean_of_known(ap50_C), ap50_C=ap50_C, expanded=bool(ancestors), hits=hits
     )
-
-
-def mean_of_known(ap50_C: NDArray[np.float64]) -> float | None:
-    """Return the mean over categories that have annotations; None if none has."""
-    known = ap50_C[~np.isnan(ap50_C)]
-    return float(known.mean()) if known.size else None
 
 
 def resample_openimages(
@@ -171,7 +166,7 @@ def read_hierarchy(path: Path, truth: GroundTruth) -> dict[int, tuple[int, ...]]
         waiting.extend((child, above) for child in node.children)
     if not found:
         raise DataError(
-            f"{path}: none of its labels is a category of {truth.name} ({first_offenders(unknown)}).",
+            f"{path}: none of its labels is a category of {truth.name} ({first_of(unknown)}).",
             hint="the categories need the freebase_id that the hierarchy names them by",
             path=path,
         )
@@ -275,7 +270,7 @@ def _best_overlap(
 
 @dataclass(frozen=True, kw_only=True)
 class Hits:
-    """What became of detections, ordered by category, then descending score.
+    """The results of detections, ordered by category, then descending score.
 
     Attributes:
         category_H: int64 in [0, C).

@@ -17,7 +17,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain, repeat
 from pathlib import Path, PurePosixPath
@@ -42,6 +42,7 @@ from proxydet.data.formats.reader import (
     owners,
 )
 from proxydet.errors import DataError
+from proxydet.wording import first_of
 
 if TYPE_CHECKING:
     from proxydet.evaluation.ground_truth import GroundTruth
@@ -288,7 +289,7 @@ def _images_of(images: list[_Named], truth: GroundTruth, called: str, path: Path
     if not found:
         raise DataError(
             f"{called}: none of its {len(images)} images is in {truth.name} "
-            f"({first_offenders([row.file_name for row in images])}).",
+            f"({first_of([row.file_name for row in images])}).",
             hint="give the annotation file of these images with --data",
             path=path,
         )
@@ -318,7 +319,7 @@ def _categories_of(
     if not found:
         raise DataError(
             f"{called}: none of its {len(categories)} categories is in {truth.name} "
-            f"({first_offenders([row.name for row in categories])}).",
+            f"({first_of([row.name for row in categories])}).",
             hint="predict with the class names of the annotation file",
             path=path,
         )
@@ -619,7 +620,7 @@ def _check_duplicates(results: Results, truth: GroundTruth) -> None:
     twice = np.flatnonzero((total_I > 0) & (total_I == repeated_I))
     if not len(twice):
         return
-    shown = first_offenders([repr(truth.image_ids[index]) for index in twice], most=_SHOWN)
+    shown = first_of([repr(truth.image_ids[index]) for index in twice])
     where = results.path or "The detections given"
     if len(twice) < np.count_nonzero(total_I):
         _LOG.warning(
@@ -647,9 +648,3 @@ def _fingerprint(results: Results) -> NDArray[np.uint64]:
         key_D = (key_D ^ bits_D) * np.uint64(0xC2B2AE3D27D4EB4F)
         key_D ^= key_D >> np.uint64(29)
     return key_D
-
-
-def first_offenders(items: Sequence[object], *, most: int = _SHOWN) -> str:
-    """Return the first few of ``items`` as text for an error message, with dots where there are more."""
-    shown = ", ".join(str(item) for item in items[:most])
-    return shown if len(items) <= most else f"{shown}, ..."

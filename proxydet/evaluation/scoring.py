@@ -11,7 +11,7 @@ choice, with version 1.3:
 - unknown image ids give a warning (LVIS's evaluator stops), and runs that fall short of a mask's size are accepted.
 
 The official evaluators themselves, ``lvis`` for LVIS's protocol and ``pycocotools`` for COCO's, get all detections and make
-every choice themselves: they are the yardstick that the fast engine, and the choice before it, are held against.
+every choice themselves: the fast engine, and the choice before it, are tested against them.
 
 Dimensions: T IoU thresholds, R recall thresholds, C categories, A areas (all, small, medium, large), M limits of detections
 an image and category, D detections in all, S selected ones.
@@ -23,7 +23,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 _Value = TypeVar("_Value")
 Limits: TypeAlias = tuple[int | None, ...]
 NO_LIMIT = 2**31 - 1
+COCO_LIMITS = (1, 10, 100)
+"""Detections of a category in an image that COCO's protocol counts."""
 
 IOU_THRESHOLDS_T: NDArray[np.float64] = np.linspace(0.5, 0.95, 10)
 RECALL_THRESHOLDS_R: NDArray[np.float64] = np.linspace(0.0, 1.0, 101)
@@ -118,14 +120,10 @@ class Selection:
     def __len__(self) -> int:
         return len(self.detection_S)
 
-    def best_of_each_category(self, most: int) -> Selection:
-        """Return the selection with at most ``most`` detections of a category in an image, COCO's own limit."""
-        new_S = np.append(True, (np.diff(self.image_S) != 0) | (np.diff(self.category_S) != 0))[
-            : len(self)
-        ]
-        starts = np.flatnonzero(new_S)
-        place_S = np.arange(len(self)) - np.repeat(starts, np.diff(np.append(starts, len(self))))
-        kept = place_S < most
+    def best_of_each_category(self) -> Selection:
+        """Return the selection with the best 100 detections of a category in an image, COCO's own limit."""
+        pair_S = self.image_S * (self.category_S.max(initial=0) + 1) + self.category_S
+        kept = place_in_group(pair_S) < COCO_LIMITS[-1]
         return replace(
             self,
             detection_S=self.detection_S[kept],
@@ -192,10 +190,13 @@ def _best(
     if not len(kept) or np.bincount(group_D[kept]).max() <= most:
         return kept
     order = np.lexsort((-score_D[kept], group_D[kept]))
-    ordered = group_D[kept][order]
-    starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
-    rank = np.arange(len(ordered)) - np.repeat(starts, np.diff(np.append(starts, len(ordered))))
-    return np.sort(kept[order[rank < most]])
+    return np.sort(kept[order[place_in_group(group_D[kept][order]) < most]])
+
+
+def place_in_group(group: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return each element's place within its run of equal numbers, from 0."""
+    starts = np.flatnonzero(np.append(True, group[1:] != group[:-1])[: len(group)])
+    return np.arange(len(group)) - np.repeat(starts, np.diff(np.append(starts, len(group))))
 
 
 def _areas(results: Results, kept: NDArray[np.int64], iou_type: str) -> NDArray[np.float64]:
@@ -270,7 +271,7 @@ def guarded(job: Callable[[], _Value]) -> _Value:
             raise
         raise RuntimeEnvironmentError(
             f"The fast evaluation engine failed: {type(error).__name__}: {error}.",
-            hint="evaluate with the official one, slower but the yardstick: --engine lvis",
+            hint="evaluate with the official one, which is slower: --engine lvis",
         ) from error
 
 
@@ -415,7 +416,7 @@ def _annotations(truth: GroundTruth) -> dict[str, Any]:
             "ignore": int(truth.ann_ignore_A[index]),
             "segmentation": truth.segmentation(index) or truth.box_outline(index),
         }
-        for index in range(len(truth.ann_row_A))
+        for index in range(len(truth.ann_image_A))
     ]
     categories = [
         {"id": index + 1, "name": str(index), "frequency": frequency}
@@ -552,7 +553,7 @@ def average_precision(
     average_TC = curves.average_TCA[_at(iou), :, AREAS.index(area)]
     if categories is not None:
         average_TC = average_TC[:, categories]
-    return _mean(average_TC[~np.isnan(average_TC)])
+    return mean_of_known(average_TC)
 
 
 def average_recall(curves: Curves, *, area: str = "all", limit: int = -1) -> float | None:
@@ -564,7 +565,7 @@ def average_recall(curves: Curves, *, area: str = "all", limit: int = -1) -> flo
         limit: Which of the engine's limits of detections.
     """
     recall_TC = curves.recall_TCAM[:, :, AREAS.index(area), limit]
-    return _mean(recall_TC[recall_TC > -1])
+    return mean_of_known(np.where(recall_TC > -1, recall_TC, np.nan))
 
 
 def category_precision(curves: Curves, *, iou: float | None = None) -> NDArray[np.float64]:
@@ -573,22 +574,14 @@ def category_precision(curves: Curves, *, iou: float | None = None) -> NDArray[n
     return precision_C
 
 
-def category_groups(
-    frequencies: tuple[str, ...] | None,
-    partition: Mapping[str, NDArray[np.bool_]],
-) -> dict[str, NDArray[np.bool_]]:
-    """Return the named sets of categories that a report averages over.
-
-    Args:
-        frequencies: C times ``"r"``, ``"c"`` or ``"f"``; None where not known.
-        partition: Further sets, bool (C,) each.
-    """
-    groups = {}
-    if frequencies is not None:
-        for frequency, name in FREQUENCY_NAMES.items():
-            groups[name] = np.array([value == frequency for value in frequencies])
-    groups.update(partition)
-    return groups
+def frequency_groups(frequencies: tuple[str, ...] | None) -> dict[str, NDArray[np.bool_]]:
+    """Return the rare, common and frequent categories, bool (C,) each; nothing where frequencies are not known."""
+    if frequencies is None:
+        return {}
+    return {
+        name: np.array([value == frequency for value in frequencies])
+        for frequency, name in FREQUENCY_NAMES.items()
+    }
 
 
 def _at(iou: float | None) -> slice | NDArray[np.intp]:
@@ -596,5 +589,7 @@ def _at(iou: float | None) -> slice | NDArray[np.intp]:
     return slice(None) if iou is None else np.flatnonzero(np.isclose(IOU_THRESHOLDS_T, iou))
 
 
-def _mean(present: NDArray[Any]) -> float | None:
-    return float(np.mean(present)) if present.size else None
+def mean_of_known(values: NDArray[np.float64]) -> float | None:
+    """Return the mean of the values that are not NaN; None if there is none."""
+    known = values[~np.isnan(values)]
+    return float(np.mean(known)) if known.size else None

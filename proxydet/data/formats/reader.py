@@ -180,6 +180,8 @@ class JsonText:
 
     def error(self, why: str, hint: str = "") -> DataError:
         """Return the error of a text that is not what it should be."""
+        if bytes(self._text[:2]) in (b"\xff\xfe", b"\xfe\xff"):
+            why, hint = "it is UTF-16 text", "write it as UTF-8"
         return DataError(
             f"{self.name} is not {self._kind}: {why}", hint=hint or self._hint, path=self.path
         )

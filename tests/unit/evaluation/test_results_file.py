@@ -217,7 +217,7 @@ def test_annotations_and_results_have_one_fate(
     drawn, detections = make_set(1, images=6, per_image=25)
     truth = GroundTruth.load(drawn)
     for row in detections:
-        row["segmentation"] = SQUARE
+        row["segmentation"], row["bbox"] = SQUARE, [1, 1, 8, 8]
     rows = broken(broken(detections, 2, **changes), 4, **changes)
     results = read_results(rows, truth, keep_every_mask=True)
     counts = {k: n for k, n in results.report.counts.items() if k != "file.nan"}
@@ -496,6 +496,13 @@ def test_a_record_is_told_with_its_place_in_the_whole_file(
     assert report.counts == {"detection.score": 2, "file.nan": 1}
     path.write_text(json.dumps(detections)[:-1] + ",\n {]")
     with pytest.raises(DataError, match="line 2, column 3"):
+        read_results(path, truth)
+
+
+def test_utf_16_is_named(files: Any) -> None:
+    truth, detections, path = files
+    path.write_text(json.dumps(detections), encoding="utf-16")
+    with pytest.raises(DataError, match="UTF-16"):
         read_results(path, truth)
 
 

@@ -24,8 +24,9 @@ from proxydet.data.dataset import (
     class_rows,
     how_to_get,
     inner_root,
+    names_annotations,
 )
-from proxydet.data.formats.voc import image_folder, is_voc
+from proxydet.data.formats.voc import coco_files, image_folder
 from proxydet.data.image_labels import TarImages, open_label_images
 from proxydet.data.images import (
     check_annotated_image,
@@ -37,7 +38,7 @@ from proxydet.data.store import AnnotationStore
 from proxydet.errors import DataError, InputError
 from proxydet.reporting import SILENT, Progress
 from proxydet.vocabulary.vocabulary import Vocabulary
-from proxydet.wording import counted
+from proxydet.wording import counted, first_of
 
 _READERS = 8
 _AT_ONCE = 4096
@@ -127,7 +128,7 @@ def check_path(
             path=path,
         )
     checker = _Checker(cache=cache, progress=progress, decode=decode, protocol=protocol)
-    if path.suffix.lower() == ".toml" and path.is_file():
+    if not names_annotations(path):
         return [checker.dataset(DatasetConfig.from_toml(path))]
     if not path.is_dir() or (path / "Annotations").is_dir() or any(path.glob("*.xml")):
         return [checker.annotations(path)]
@@ -195,9 +196,15 @@ class _Checker:
             self.add("root", "ok", counted(len(configs), "dataset config"))
         elif not unprepared:
             text = f"{root} holds neither a dataset config (*.toml) nor annotations (*.xml)"
-            advice = inner_root(root) or (
-                "name an annotation file, or a Pascal VOC folder (with Annotations/*.xml); for the published data sets "
-                "run: proxydet download lvis coco metadata; then: proxydet data prepare lvis"
+            named = coco_files(root)
+            advice = f"name the annotation file: {first_of(named)}" if named else ""
+            advice = (
+                advice
+                or inner_root(root)
+                or (
+                    "name an annotation file, or a Pascal VOC folder (with Annotations/*.xml); for the published data sets "
+                    "run: proxydet download lvis coco metadata; then: proxydet data prepare lvis"
+                )
             )
             self.add("root", "error", text, advice)
         return self.report(str(root))
@@ -205,7 +212,7 @@ class _Checker:
     def annotations(self, path: Path) -> CheckReport:
         """Check an annotation file on its own, and for Pascal VOC the images that belong to it."""
         store = self._store(path, "annotations")
-        folder = image_folder(path) if is_voc(path) else None
+        folder = image_folder(path)
         if store is not None:
             self._trainable(store, np.ones(len(store.categories), dtype=np.bool_), "annotations")
             if unnamed := store.report.counts.get("image.name"):
@@ -234,7 +241,7 @@ class _Checker:
         if not stores:
             return self.report(description.name)
         try:
-            vocabulary = Dataset(config=description, cache=self.cache).vocabulary
+            vocabulary = Dataset(config=description, cache=self.cache, warn=False).vocabulary
             rows_K = {split: class_rows(store, vocabulary) for split, store in stores.items()}
         except InputError as error:
             self.failed("vocabulary", error)
@@ -258,7 +265,7 @@ class _Checker:
                 f"{counted(len(store.categories), 'category', 'categories')}; annotations: {report.without_mask} of "
                 f"them without a mask, {report.crowds} of them crowds"
             )
-            self.add(part, "ok", text)
+            self.add(part, "ok" if report.annotations_kept else "warning", text)
             self._deviations(store, part)
             counts = (report.images_in, report.annotations_in)
             images, annotations = _EXPECTED.get(path.name, counts)

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from proxydet.artifacts import Catalogue
 from proxydet.config import from_mapping, parse_toml
-from proxydet.data.formats.voc import image_folder, is_voc
+from proxydet.data.formats.voc import image_folder
 from proxydet.data.store import AnnotationStore
 from proxydet.errors import ConfigError, DataError, VocabularyError
 from proxydet.files import read_text
@@ -59,6 +59,11 @@ class VocabularySpec:
         wrong = sorted(set(self.novel_frequency) - {"r", "c", "f"})
         if wrong:
             raise ConfigError(f"novel_frequency holds {wrong[0]!r}; it can hold 'r', 'c' and 'f'")
+
+
+def names_annotations(path: Path) -> bool:
+    """Whether a path names annotations, of whatever format: it does, unless it ends as a dataset config (``.toml``)."""
+    return path.suffix.lower() != ".toml"
 
 
 class _Images:
@@ -140,10 +145,9 @@ class DatasetConfig:
             DataError: as of `from_toml`.
         """
         path = Path(path)
-        if path.suffix.lower() == ".toml":
+        if not names_annotations(path):
             return cls.from_toml(path)
-        folder = image_folder(path) if is_voc(path) else None
-        roots = tuple(images) or (folder or path.parent,)
+        roots = tuple(images) or (image_folder(path) or path.parent,)
         return cls(name=path.stem, train=SplitSpec(annotations=path, images=roots))
 
     @classmethod

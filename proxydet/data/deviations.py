@@ -8,6 +8,7 @@ this table, and ``proxydet data check`` counts by it.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -47,8 +48,9 @@ _ROWS: dict[str, tuple[str, str, str, Fate, str]] = {
     "file.convention.masks": ("file", "bbox", "most boxes are not where their own masks are (IoU below 0.5): percent, [cx, cy, w, h], [y, x, h, w] or of another image size", "refused", "write [x, y, width, height] in pixels, or remove 'bbox' to take the boxes from the masks"),
     "file.masks": ("file", "segmentation", "masks are given and none of them can be read", "refused", "correct the masks, or remove 'segmentation' to use boxes only"),
     "file.crowds": ("file", "iscrowd", "every annotation is a crowd: nothing to train on or to score", "refused", "set iscrowd to 0 where an annotation is one object (CVAT writes 1 for every mask)"),
-    "file.empty": ("file", "annotations", "no annotation is left to use", "refused", "the file has none, or all were dropped: proxydet data check FILE says why"),
+    "file.empty": ("file", "annotations", "no annotation is left to use", "refused", "add annotations, or correct those that were dropped"),
     "file.images": ("file", "images, categories", "no image or no category is left to use", "refused", "every image needs an id, a width and a height, every category an id and a name"),
+    "file.categories": ("file", "categories", "more than 200,000", "refused", "leave out categories without objects"),
     # Categories.
     "category.record": ("category", "record", "not an object with an 'id' (whole number of 64 bits, or text) and a 'name' (text)", "refused", "give each category an id and a name"),
     "category.id.repeated": ("category", "id", "used by two categories", "refused", "give each category an id of its own"),
@@ -98,6 +100,7 @@ _ROWS: dict[str, tuple[str, str, str, Fate, str]] = {
     "polygon.far": ("polygon", "segmentation", "a coordinate beyond 100,000 pixels, or an outline longer than 1,000,000", "mended", "the polygon is left out"),
     # Detections of results files; ids, boxes and masks are read as those of annotations.
     "detection.record": ("detection", "the list", "not an object, or longer than 32 MB", "dropped", ""),
+    "detection.image_id.dropped": ("detection", "image_id", "names an image that was dropped from the annotations", "dropped", ""),
     "detection.score": ("detection", "score", "missing, or not a finite number", "dropped", ""),
     "detection.image_id.unknown": ("detection", "image_id", "names an image that the data set does not have", "refused", "give the results' own annotation file with --data"),
     "detection.category_id.unknown": ("detection", "category_id", "names a category that the data set does not have", "refused", "category_id is the id of the annotation file, not a row number"),
@@ -153,6 +156,21 @@ class StoreReport(msgspec.Struct, kw_only=True):
         """Return the deviations that were found, what is dropped first."""
         order = ("dropped", "mended", "noted", "refused")
         return sorted(self.counts, key=lambda key: (order.index(DEVIATIONS[key].fate), key))
+
+    def summary(self, source: object) -> list[str]:
+        """Return one line of text that counts what `lines` names one by one; none where nothing deviates.
+
+        Args:
+            source: The file, as a command line names it.
+        """
+        fates: dict[str, int] = {}
+        for key in self.by_fate():
+            fate = DEVIATIONS[key].fate
+            fates[fate] = fates.get(fate, 0) + self.counts[key]
+        if not fates:
+            return []
+        counts = ", ".join(f"{count} {fate}" for fate, count in fates.items())
+        return [f"{counts} (proxydet data check {shlex.quote(str(source))} says what and why)"]
 
     def lines(self, record: str = "annotation") -> list[str]:
         """Return one line of text for each deviation, what is dropped first; ``record`` as for `line_of`."""

@@ -232,6 +232,10 @@ def find_image(file_name: str, roots: Sequence[Path]) -> Path:
         DataError: it is in none of them, or has no ending and several images have its name.
     """
     relative = PurePosixPath(posixpath.normpath(file_name.replace("\\", "/")))
+    if not relative.name:
+        raise DataError(
+            f"the image {file_name!r} has no file name", hint="write each image's file_name"
+        )
     tried: dict[Path, str] = {}
     for root in roots:
         candidates: list[Path] = [root / relative, root / relative.name]
@@ -256,7 +260,8 @@ def find_image(file_name: str, roots: Sequence[Path]) -> Path:
     looked = " and ".join(f"{path}{why}" for path, why in list(tried.items())[:4])
     raise DataError(
         f"the image {file_name!r} is not there; looked for {looked}",
-        hint="check 'images' in the dataset config",
+        hint="check the folder of the images: 'images' in the dataset config; of annotations alone JPEGImages (Pascal VOC), "
+        "the folder of the file, or --images of proxydet data preview",
         path=next(iter(tried), None),
     )
 

@@ -36,6 +36,7 @@ from proxydet.data.deviations import DAMAGED_MASK, StoreReport, line_of, refused
 from proxydet.data.formats import coco, voc
 from proxydet.data.formats.reader import (
     LABEL_LISTS,
+    MOST_CATEGORIES,
     AnnotationEntry,
     CategoryEntry,
     Document,
@@ -262,6 +263,7 @@ class _Meta(msgspec.Struct, frozen=True):
     label_lists: dict[str, int]
     report: StoreReport
     source: str
+    dropped_images: list[Identifier] = []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,6 +308,7 @@ class AnnotationStore:
         root_category: A category that was left out because it is no class (Roboflow's root); None without.
         label_lists: How many images have each of the lists ``neg_category_ids``, ...
         report: What was dropped, mended and noted when the store was made.
+        dropped_images: Ids of images that were left out, in both spellings where the id is a number.
         source_name: Name of the annotation file.
         sizes_I2: int32 (I, 2), height and width in pixels.
     """
@@ -319,6 +322,7 @@ class AnnotationStore:
         self.root_category = meta.root_category
         self.label_lists = meta.label_lists
         self.report = meta.report
+        self.dropped_images = frozenset(meta.dropped_images)
         # Files of equal content share a store: it cannot say which of them was opened.
         self.source_name = source_name or meta.source
         self.sizes_I2: npt.NDArray[np.int32] = self._columns["size"]
@@ -339,7 +343,8 @@ class AnnotationStore:
                 data set's folder above it, one XML file, or a list of ``ImageSets``.
             cache: Folder of the stores; None means the user's cache folder.
             progress: Where to show the conversion.
-            warn: Log what the conversion drops, mends and notes; False where the caller shows the report itself.
+            warn: Log what was dropped, mended and noted, in one line where the store was there; False where the caller
+                shows the report itself.
 
         Raises:
             DataError: the file cannot be read, or is refused: see `proxydet.data.deviations`.
@@ -362,8 +367,9 @@ class AnnotationStore:
 
         build_once(path, build)
         store = cls(path, source.name)
-        if made_here and warn:
-            for line in store.report.lines():
+        if warn:
+            # Whoever made the store: what a command leaves out, it says.
+            for line in store.report.lines() if made_here else store.report.summary(source):
                 _logger.warning("%s: %s", source.name, line)
         return store
 
@@ -616,6 +622,8 @@ class _Builder:
 
     def _read_categories(self, entries: Sequence[CategoryEntry]) -> list[CategoryEntry]:
         """Check categories and return them in ascending order of their id, with LVIS's frequencies where some have them."""
+        if len(entries) > MOST_CATEGORIES:
+            raise self._refuse("file.categories", [])
         ids = Counter(entry.id for entry in entries)
         names = Counter(entry.name.strip() for entry in entries)
         faults: dict[str, list[Any]] = {
@@ -872,7 +880,8 @@ class _Builder:
             report.count("annotation.crowds", labels[columns["crowd"]])
         lists = self._write_images()
         source = self._name if self._path is None else self._path.name
-        meta = _Meta(self._format, self._categories, root, lists, report, source)
+        gone = [i for i in self._dropped_images - self._row_of_image.keys() if i is not None]
+        meta = _Meta(self._format, self._categories, root, lists, report, source, gone)
         self._writer.finish(kind=STORE_KIND, version=STORE_VERSION, meta=meta)
 
     def _check_conventions(self, columns: Column) -> None:

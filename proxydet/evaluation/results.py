@@ -558,7 +558,14 @@ class _Reading:
         except KeyError:
             number_D = np.array([known.get(value, -1) for value in ids], dtype=np.int64)
         key = f"detection.{field}.unknown"
-        wrong = np.flatnonzero(number_D < 0)
+        wrong_D = number_D < 0
+        if known is self.truth.image_index and (dropped := self.truth.store.dropped_images):
+            gone_D = wrong_D & np.array([value in dropped for value in ids])
+            self.count("detection.image_id.dropped", np.flatnonzero(gone_D))
+            wrong_D &= ~gone_D
+        wrong = np.flatnonzero(wrong_D)
+        if not len(wrong):
+            return number_D
         self.count(key, wrong, lambda row: f": {field} {ids[row]!r}")
         if other_spelling(ids[wrong[0]]) in known:
             self.misspelled.add(key)

@@ -368,13 +368,21 @@ class EvalOptions:
 
     def annotations_only(self) -> bool:
         """Whether ``--data`` names annotations (a JSON file, Pascal VOC) rather than a dataset config."""
+        from proxydet.data.dataset import names_annotations
+
+        path = self.data_path()
+        return path is not None and names_annotations(path)
+
+    def data_path(self) -> Path | None:
+        """Return what ``--data`` names: of a bare name the prepared data set before a file or folder called so."""
+        from proxydet.paths import datasets_folder
+
         if self.data is None:
-            return False
-        place = Path(self.data)
-        names = (".json", ".json.gz")
-        return (
-            self.data.endswith(names) or place.is_dir() or place.suffix.lower() in (".xml", ".txt")
-        )
+            return None
+        path = Path(self.data)
+        prepared = datasets_folder() / f"{self.data}.toml"
+        bare = not path.suffix and self.data == path.name
+        return prepared if bare and (prepared.exists() or not path.exists()) else path
 
     def folder(self, dataset: str) -> Path:
         """Return where the files of the evaluation go."""
@@ -382,7 +390,7 @@ class EvalOptions:
             return self.output
         place = f"{dataset}-{self.split}"
         if self.annotations_only():
-            place = Path(self.data or "").name.split(".")[0]
+            place = Path(self.data or "").resolve().name.split(".")[0]
         if self.run is not None:
             return self.run / "evaluation" / place
         if self.results is not None:
@@ -442,11 +450,9 @@ def read_description(options: EvalOptions) -> DatasetConfig:
 def _description_path(options: EvalOptions) -> Path:
     from proxydet.paths import datasets_folder, require_run
 
-    if options.data is not None:
-        path = Path(options.data)
-        if path.suffix or path.exists():
-            return path
-        return datasets_folder() / f"{options.data}.toml"
+    path = options.data_path()
+    if path is not None:
+        return path
     if options.run is not None:
         from proxydet.config import from_mapping
         from proxydet.data.config import DataConfig
@@ -627,7 +633,8 @@ def open_subject(
     from proxydet.evaluation.split import imagenet_groups
 
     if options.annotations_only():
-        truth = GroundTruth.load(Path(options.data or ""), protocol=options.config.protocol)
+        path = options.data_path() or Path()
+        truth = GroundTruth.load(path, protocol=options.config.protocol)
         return truth, imagenet_groups(truth), None
     split = _open_split(read_description(options), options, progress)
     return split.truth, split.groups, split

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import msgspec
 from proxydet.data.deviations import StoreReport, refused
 from proxydet.data.formats.reader import (
     LABEL_LISTS,
+    MOST_CATEGORIES,
     AnnotationEntry,
     CategoryEntry,
     Document,
@@ -77,7 +78,9 @@ def read(source: Path | bytes, name: str, report: StoreReport) -> Document:
             path=text.path,
         )
 
-    categories = [*chain(*records(CategoryEntry, _loose_category, "category", "categories"))]
+    # One more than is taken, so that the store can refuse them without reading them all.
+    found = chain.from_iterable(records(CategoryEntry, _loose_category, "category", "categories"))
+    categories = [*islice(found, MOST_CATEGORIES + 1)]
     for record in categories:
         if isinstance(record, Flaw):
             raise refused(record.key, text.path, name, [record.which])
@@ -139,7 +142,7 @@ def _loose_annotation(
             flags[name] = int(value.strip().lower() in ("1", "true", "yes"))
         else:
             flags[name] = int(isinstance(value, (bool, int, float)) and bool(value))
-        if name == "iscrowd" and not isinstance(value, (bool, int, float)):
+        if name == "iscrowd" and value not in (0, 1):
             report.count("annotation.iscrowd", [which])
     box, area = fields.get("bbox"), fields.get("area")
     return AnnotationEntry(

@@ -36,6 +36,8 @@ _OwnId = (
 )
 """An id that others refer to, as columns hold it: a whole number of 64 bits, or a text that is not empty."""
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+MOST_CATEGORIES = 200_000
+"""Categories of a file: ten times as many as any published vocabulary has."""
 LABEL_LISTS = ("neg_category_ids", "not_exhaustive_category_ids", "pos_category_ids")
 """Fields of images that list categories: LVIS's verified absent, LVIS's not exhaustively annotated, verified present."""
 
@@ -125,6 +127,12 @@ _BOUNDARIES_TRIED = 16
 _SNIPPET = 40
 _BOM = b"\xef\xbb\xbf"
 _GZIP = b"\x1f\x8b"
+_OTHER_KINDS = (
+    (b"\x89PNG\r\n", "a PNG image"),
+    (b"\xff\xd8\xff", "a JPEG image"),
+    (b"PK\x03\x04", "a ZIP archive"),
+    (b"%PDF-", "a PDF"),
+)
 _UNPACKED_FREELY = 1 << 28
 _MOST_RATIO = 200
 _PLACE = re.compile(r"\(byte (\d+)\)")
@@ -425,6 +433,12 @@ def _opened(path: Path) -> mmap.mmap:
         with path.open("rb") as file:
             head = file.read(PLACEHOLDER_BYTES)
             refuse_placeholder(head)
+            if kind := next((kind for mark, kind in _OTHER_KINDS if head.startswith(mark)), ""):
+                raise DataError(
+                    f"{path} is {kind}, not JSON",
+                    hint="name the annotation file (of detections: the results file); unpack an archive first",
+                    path=path,
+                )
             if not head.startswith(_GZIP):
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             # Annotations shrink by a factor of 3 to 30, a bomb by a thousand.

@@ -6,6 +6,7 @@ by its folder, by a folder of XML files, or by one of the lists.
 
 from __future__ import annotations
 
+import io
 import os
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -19,9 +20,13 @@ from proxydet.data.formats.reader import (
 )
 from proxydet.data.masks import LARGEST_IMAGE
 from proxydet.errors import DataError
-from proxydet.files import PlaceholderError, refuse_placeholder
+from proxydet.files import PlaceholderError, read_text, refuse_placeholder
+from proxydet.wording import first_of
 
-_LARGEST_FILE = 32 << 20
+_LARGEST_FILE = 2 << 20
+"""Bytes of an XML file: room for some ten thousand objects. The tree of a file takes up to 40 times as much."""
+_LARGEST_LIST = 32 << 20
+_MOST_LISTED = 1_000_000
 _CHUNK = 16384
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 _HINT = "Pascal VOC has one XML file an image in Annotations/, with size and object/bndbox"
@@ -33,11 +38,19 @@ def is_voc(source: Path) -> bool:
 
 
 def image_folder(source: Path) -> Path | None:
-    """Return the ``JPEGImages`` folder that belongs to VOC annotations; None where there is none."""
+    """Return the ``JPEGImages`` folder that belongs to VOC annotations; None where there is none, and for other formats."""
+    if not is_voc(source):
+        return None
     for folder in (source, *source.resolve().parents[:4]):
         if (folder / "JPEGImages").is_dir():
             return folder / "JPEGImages"
     return None
+
+
+def coco_files(folder: Path) -> list[str]:
+    """Return the JSON files in a folder and in ``annotations`` inside it, for hints."""
+    found = (*folder.glob("*.json"), *folder.glob("*.json.gz"), *folder.glob("annotations/*.json"))
+    return [path.as_posix() for path in sorted(found)]
 
 
 def files(source: Path) -> list[Path]:
@@ -53,31 +66,34 @@ def files(source: Path) -> list[Path]:
         folder = inner if inner.is_dir() else source
         found = sorted(path for path in folder.glob("*.xml") if not path.name.startswith("._"))
         if not found:
-            raise DataError(
-                f"there are no annotations (*.xml) in {folder}", hint=_HINT, path=source
-            )
+            named = coco_files(source)
+            hint = f"name the annotation file: {first_of(named)}" if named else _HINT
+            raise DataError(f"there are no annotations (*.xml) in {folder}", hint=hint, path=source)
         return found
     above = [f / "Annotations" for f in source.resolve().parents[:4]]
     folder = next((f for f in above if f.is_dir()), source)
     if folder == source:
         why = "is not an annotation file: a list of images needs a folder Annotations above it"
         raise DataError(f"{source} {why}", hint=_HINT, path=source)
+    names: dict[str, None] = {}
     try:
-        lines = source.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        for line in io.StringIO(read_text(source, limit=_LARGEST_LIST)):
+            # In the lists of single classes, a second column says whether the class is there.
+            names.update(dict.fromkeys(line.split(maxsplit=1)[:1]))
+            if len(names) > _MOST_LISTED:
+                raise ValueError(f"it lists more than {_MOST_LISTED:,} images")
+    except (OSError, ValueError) as error:
         raise DataError(f"cannot read {source}: {error}", hint=_HINT, path=source) from error
-    # In the lists of single classes, a second column says whether the class is there.
-    names = [line.split()[0] for line in lines if line.split()]
-    listed = [folder / f"{name}.xml" for name in dict.fromkeys(names)]
-    absent = [path.name for path in listed if not os.path.isfile(path)]  # noqa: PTH113 - false for a name too long
-    if absent or not listed:
+    absent = [name for name in names if not os.path.isfile(f"{folder}/{name}.xml")]  # noqa: PTH113 - false for a name too long
+    if absent or not names:
         what = "it lists no image"
         if absent:
-            count = f"{len(absent)} of its {len(listed)} images"
-            what = f"{count} have no XML in {folder}, e.g. {absent[:3]}"
+            count = f"{len(absent)} of its {len(names)} images"
+            shown = [f"{name[:80]}.xml" for name in absent[:3]]
+            what = f"{count} have no XML in {folder}, e.g. {shown}"
         hint = "correct the list, or get the missing files"
         raise DataError(f"{source}: {what}", hint=hint, path=source)
-    return listed
+    return [folder / f"{name}.xml" for name in names]
 
 
 def read(source: Path) -> Document:
@@ -155,7 +171,7 @@ def _parse(path: Path) -> ElementTree.Element:
             path=path,
         ) from error
     if large:
-        why = "is larger than any annotation of one image"
+        why = f"is larger than {_LARGEST_FILE >> 20} MB, more than the annotations of one image"
     # Python's parser bounds the growth of entities; the format needs none, so none are read.
     elif b"<!ENTITY" in text or b"\0" in text:  # other encodings than ASCII's relatives hide it
         why = "declares entities, or is not text of one byte a character"

@@ -193,6 +193,10 @@ def test_nothing_outside_the_roots_is_found(tmp_path: Path) -> None:
     (root / "in/a.jpg").touch()
     for name in [*names, "C:\\data\\secret.jpg", "./secret.jpg", "x/../secret.jpg"]:
         assert find_image(name, (root,)) == root / "secret.jpg"
+    root.with_name(f"{root.name}.jpg").write_bytes(b"outside")
+    for name in ("", ".", "in/.."):
+        with pytest.raises(DataError, match="no file name"):
+            find_image(name, (root,))
     assert find_image("./in//x/../a.jpg", (root,)) == root / "in/a.jpg"
 
 

@@ -599,7 +599,7 @@ def test_a_store_can_be_pickled(write_json: Write, tmp_path: Path) -> None:
     assert store.damaged_columns() == []
 
 
-def test_losses_are_logged_once(
+def test_losses_are_told_whoever_made_the_store(
     write_json: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     bad = annotation(1, 1, 55, [1, 1, 5, 5])
@@ -607,7 +607,41 @@ def test_losses_are_logged_once(
     assert "1 annotation dropped: category_id" in caplog.text
     caplog.clear()
     open_one(write_json, tmp_path, bad)
+    (record,) = caplog.records
+    assert "1 dropped" in record.getMessage()
+    assert f"data check {tmp_path / 'annotations.json'}" in record.getMessage()
+    caplog.clear()
+    open_one(write_json, tmp_path, annotation(1, 1, 3, [1, 1, 5, 5]))
+    open_one(write_json, tmp_path, annotation(1, 1, 3, [1, 1, 5, 5]))
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize("value", [2, 2.0, 0.5, "1", None])
+def test_an_iscrowd_that_is_neither_0_nor_1_is_counted(
+    write_json: Write, tmp_path: Path, value: object
+) -> None:
+    store = open_one(write_json, tmp_path, annotation(1, 1, 3, [1, 1, 5, 5], iscrowd=value))
+    assert store.report.counts["annotation.iscrowd"] == 1
+
+
+def test_a_file_of_too_many_categories_is_refused(write_json: Write, tmp_path: Path) -> None:
+    categories = [{"id": n, "name": f"{n}"} for n in range(200_001)]
+    content = document([IMAGE], [annotation(1, 1, 3, [1, 1, 5, 5])]) | {"categories": categories}
+    with pytest.raises(DataError, match="categories: more than"):
+        AnnotationStore.open(write_json(content), cache=tmp_path / "c")
+    content["categories"] = categories[1:]
+    store = AnnotationStore.open(write_json(content), cache=tmp_path / "c")
+    assert len(store.categories) == 200_000
+
+
+@pytest.mark.parametrize(
+    ("start", "kind"), [(b"\x89PNG\r\n\x1a\n", "PNG"), (b"PK\x03\x04..", "ZIP")]
+)
+def test_a_file_of_another_kind_is_named_as_such(tmp_path: Path, start: bytes, kind: str) -> None:
+    path = tmp_path / "annotations.json"
+    path.write_bytes(start + bytes(100))
+    with pytest.raises(DataError, match=f"annotations.json is a {kind}"):
+        AnnotationStore.open(path, cache=tmp_path / "c")
 
 
 number = st.one_of(

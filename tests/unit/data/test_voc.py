@@ -122,6 +122,30 @@ def test_what_is_not_voc_is_refused_by_its_file(voc: Path, text: str, match: str
     assert "a.xml" in caught.value.message
 
 
+def test_files_and_lists_are_bounded(voc: Path, tmp_path: Path) -> None:
+    path, source = voc / "Annotations" / "a.xml", voc / "ImageSets" / "Main" / "train.txt"
+    path.write_text(path.read_text() + " " * (2 << 20))
+    with pytest.raises(DataError, match=r"a\.xml is larger than 2 MB"):
+        AnnotationStore.open(voc, cache=tmp_path / "c")
+    source.write_text("".join(f"{n}\n" for n in range(1_000_001)))
+    with pytest.raises(DataError, match=r"train\.txt: it lists more than"):
+        AnnotationStore.open(source, cache=tmp_path / "c")
+    source.write_bytes(b"b" + b" " * (32 << 20))
+    with pytest.raises(DataError, match=r"train\.txt: it is larger than"):
+        AnnotationStore.open(source, cache=tmp_path / "c")
+
+
+def test_a_folder_of_json_names_the_json(voc: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "coco"
+    (folder / "annotations").mkdir(parents=True)
+    (folder / "annotations" / "instances.json").write_text("{}")
+    with pytest.raises(DataError, match="no annotations") as caught:
+        AnnotationStore.open(folder, cache=tmp_path / "c")
+    (report,) = check_path(folder)
+    for hint in (caught.value.hint or "", report.findings[0].advice):
+        assert "coco/annotations/instances.json" in hint
+
+
 def test_lists_and_folders_without_annotations_are_refused(voc: Path, tmp_path: Path) -> None:
     source = voc / "ImageSets" / "Main" / "train.txt"
     source.write_text("b\nabsent\n")

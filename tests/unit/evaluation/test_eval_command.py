@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
@@ -92,6 +93,41 @@ def test_results_on_an_annotation_file(typed: Typed, files: Path) -> None:
         "manifest.json",
         "environment.json",
     }
+
+
+@pytest.mark.parametrize("name", ["val.JSON", "val.gz", "val", "./lvis"])
+def test_any_file_that_is_no_dataset_config_is_annotations(
+    typed: Typed, files: Path, name: str
+) -> None:
+    """As for ``data check``; a bare name is a prepared data set first, whatever is called so here."""
+    content = (files / "val.json").read_bytes()
+    (files / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    words = ["--results", files / "a.json", "--bootstrap", "0", "--data"]
+    _, messages = typed(*words, name)
+    assert f"{Path(name).name}: " in messages
+    (files / "lvis").unlink(missing_ok=True)
+    (files / "lvis").mkdir()
+    (files / "datasets").mkdir()
+    config = (files / "set.toml").read_text().replace('= "', '= "../').replace("../drawn", "drawn")
+    (files / "datasets" / "lvis.toml").write_text(config)
+    _, messages = typed(*words, "lvis")
+    assert "drawn: " in messages
+
+
+def test_detections_of_dropped_images_are_dropped(typed: Typed, files: Path) -> None:
+    content = json.loads((files / "val.json").read_text())
+    rows = json.loads((files / "a.json").read_text())
+    gone = rows[0]["image_id"]
+    next(row for row in content["images"] if row["id"] == gone)["width"] = 0
+    (files / "val.json").write_text(json.dumps(content))
+    count = sum(row["image_id"] == gone for row in rows)
+    words = ["--results", files / "a.json", "--data", files / "val.json", "--bootstrap", "0"]
+    _, messages = typed(*words)
+    assert f"{count} detections dropped: image_id" in messages
+    rows[0]["image_id"] = 12345
+    (files / "a.json").write_text(json.dumps(rows))
+    with pytest.raises(DataError, match="1 detection refused: image_id"):
+        run_evaluation(files / "a.json", files / "val.json")
 
 
 def test_what_an_evaluation_was_made_from_is_recorded(typed: Typed, files: Path) -> None:

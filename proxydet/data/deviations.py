@@ -110,6 +110,14 @@ _ROWS: dict[str, tuple[str, str, str, Fate, str]] = {
 DEVIATIONS = {key: Deviation(*row) for key, row in _ROWS.items()}
 """Every deviation, by its key."""
 
+VOC_FIELDS = {
+    "bbox": "bndbox",
+    "category_id": "name",
+    "file_name": "filename",
+    "width, height": "size/width, size/height",
+}
+"""What Pascal VOC calls the fields of `DEVIATIONS`."""
+
 DAMAGED_MASK = ("annotation.segmentation", "annotation.rle.size", "annotation.rle.counts")
 """Deviations that cost an annotation its mask."""
 
@@ -126,6 +134,7 @@ class StoreReport(msgspec.Struct, kw_only=True):
         annotations_kept: Annotations in the store.
         crowds: Annotations kept that stand for a group.
         without_mask: Annotations kept that have a box and no mask.
+        record: What the format calls an annotation: ``annotation``, or Pascal VOC's ``object``.
         counts: Number of records by deviation.
         examples: The first few ids (or positions in the file) for each of them.
     """
@@ -136,6 +145,7 @@ class StoreReport(msgspec.Struct, kw_only=True):
     annotations_kept: int = 0
     crowds: int = 0
     without_mask: int = 0
+    record: str = "annotation"
     counts: dict[str, int] = {}
     examples: dict[str, list[str]] = {}
 
@@ -172,10 +182,11 @@ class StoreReport(msgspec.Struct, kw_only=True):
         counts = ", ".join(f"{count} {fate}" for fate, count in fates.items())
         return [f"{counts} (proxydet data check {shlex.quote(str(source))} says what and why)"]
 
-    def lines(self, record: str = "annotation") -> list[str]:
-        """Return one line of text for each deviation, what is dropped first; ``record`` as for `line_of`."""
+    def lines(self, record: str = "") -> list[str]:
+        """Return one line of text for each deviation, what is dropped first; ``record`` as for `line_of`, else the format's."""
+        called = record or self.record
         return [
-            line_of(key, self.counts[key], self.examples[key], record) for key in self.by_fate()
+            line_of(key, self.counts[key], self.examples[key], called) for key in self.by_fate()
         ]
 
 
@@ -186,7 +197,7 @@ def line_of(key: str, count: int, examples: Iterable[str], record: str = "annota
         key: The deviation.
         count: How many records.
         examples: What to call the first few of them.
-        record: ``annotation``, or ``detection`` for those of a results file.
+        record: ``annotation``, ``object`` for those of Pascal VOC, or ``detection`` for those of a results file.
     """
     what = DEVIATIONS[key]
     nouns = {"category": "categories"}
@@ -197,10 +208,17 @@ def line_of(key: str, count: int, examples: Iterable[str], record: str = "annota
     then = f" ({what.then})" if what.then and what.fate != "refused" else ""
     shown = list(examples)
     ids = f"; e.g. {', '.join(shown)}" if shown else ""
-    return f"{count} {noun} {what.fate}: {what.field} {what.what}{then}{ids}"
+    field = VOC_FIELDS.get(what.field, what.field) if record == "object" else what.field
+    return f"{count} {noun} {what.fate}: {field} {what.what}{then}{ids}"
 
 
-def refused(key: str, path: Path | None, name: str, examples: Iterable[object] = ()) -> DataError:
+def refused(
+    key: str,
+    path: Path | None,
+    name: str,
+    examples: Iterable[object] = (),
+    record: str = "annotation",
+) -> DataError:
     """Return the error of a file that is refused.
 
     Args:
@@ -208,10 +226,12 @@ def refused(key: str, path: Path | None, name: str, examples: Iterable[object] =
         path: The file; None for values.
         name: What to call the file.
         examples: The first few offenders, as text.
+        record: As for `line_of`.
     """
     what = DEVIATIONS[key]
     shown = [str(item)[:200] for item in examples]
     ids = f" ({', '.join(shown[:_MOST_EXAMPLES])}{', ...' if len(shown) > _MOST_EXAMPLES else ''})"
     of = "" if what.of == "file" else f"{what.of} "
-    message = f"{name}: {of}{what.field}: {what.what}{ids if shown else ''}"
+    field = VOC_FIELDS.get(what.field, what.field) if record == "object" else what.field
+    message = f"{name}: {of}{field}: {what.what}{ids if shown else ''}"
     return DataError(message, hint=what.then, path=path)

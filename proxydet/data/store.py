@@ -426,7 +426,7 @@ class AnnotationStore:
         elif not groups and self.report.crowds == self.report.annotations_kept:
             key = "file.crowds"
         if key:
-            error = refused(key, None, self.source_name)
+            error = refused(key, None, self.source_name, record=self.report.record)
             lost = [line for line in self.report.lines() if " dropped: " in line][:3]
             raise DataError("; ".join([error.message, *lost]), hint=error.hint)
 
@@ -597,6 +597,8 @@ class _Builder:
     ) -> None:
         self._format = document.format
         self._report = report
+        report.record = document.record
+        self._called = document.called
         self._writer = writer
         self._path = path
         self._name = name
@@ -616,7 +618,7 @@ class _Builder:
         writer.add("coordinates", np.empty(0, dtype=np.float64))
 
     def _refuse(self, key: str, examples: Sequence[object]) -> DataError:
-        return refused(key, self._path, self._name, examples)
+        return refused(key, self._path, self._name, examples, self._report.record)
 
     # Categories and images.
 
@@ -733,6 +735,8 @@ class _Builder:
                 report.count(entry.key, [entry.which])
                 continue
             label = entry.id if entry.id is not None else f"position {position}"
+            if self._called is not None and entry.id is not None:
+                label = self._called(entry.id)
             image = self._row_of_image.get(entry.image_id)
             category = self._row_of_category.get(entry.category_id)
             if image is None and entry.image_id in self._dropped_images:

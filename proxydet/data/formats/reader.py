@@ -107,12 +107,16 @@ class Document:
         categories: The categories, in the file's order.
         images: The images, in the file's order.
         annotations: Chunks of annotations, in the file's order.
+        record: As of `proxydet.data.deviations.StoreReport`.
+        called: What to call the annotation of an id in messages; None calls it by the id.
     """
 
     format: str
     categories: list[CategoryEntry]
     images: list[ImageEntry | Flaw]
     annotations: Iterator[list[AnnotationEntry | Flaw]]
+    record: str = "annotation"
+    called: Callable[[Identifier], str] | None = None
 
 
 _BLOCK_BYTES = 4 << 20

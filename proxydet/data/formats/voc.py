@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 import xml.etree.ElementTree as ElementTree
+from bisect import bisect_left
 from pathlib import Path
 
 from proxydet.data.formats.reader import (
@@ -16,6 +18,7 @@ from proxydet.data.formats.reader import (
     CategoryEntry,
     Document,
     Flaw,
+    Identifier,
     ImageEntry,
 )
 from proxydet.data.masks import LARGEST_IMAGE
@@ -108,7 +111,10 @@ def read(source: Path) -> Document:
     """
     images: list[ImageEntry | Flaw] = []
     objects: list[tuple[str, str, tuple[float, ...] | None, bool]] = []
-    for path in files(source):
+    starts: list[int] = []  # how many objects there are before each file
+    paths = files(source)
+    for path in paths:
+        starts.append(len(objects))
         root = _parse(path)
         name = (root.findtext("filename") or "").strip()
         # Some writers put the whole path there, or the name without its ending, or nothing.
@@ -124,34 +130,40 @@ def read(source: Path) -> Document:
             corners = [_number(item.findtext(f"bndbox/{side}")) for side in _CORNERS]
             box = None if None in corners else tuple(float(side or 0) for side in corners)
             label, difficult = ((item.findtext(f) or "").strip() for f in ("name", "difficult"))
-            objects.append((path.stem, label, box, difficult == "1"))
+            objects.append((path.stem, sys.intern(label), box, difficult == "1"))
     names = sorted({label for _, label, _, _ in objects if label})
     number = {name: index for index, name in enumerate(names, 1)}
     first = 0 if any(box and min(box[:2]) < 1 for _, _, box, _ in objects) else 1
-    rows: list[AnnotationEntry | Flaw] = []
-    for index, (image, label, box, hard) in enumerate(objects, 1):
+
+    def called(index: Identifier) -> str:
+        place = bisect_left(starts, int(index)) - 1
+        return f"object {int(index) - starts[place]} of {paths[place].name}"
+
+    def entry(index: int) -> AnnotationEntry | Flaw:
+        image, label, box, hard = objects[index - 1]
         if not label:
-            rows.append(Flaw("annotation.category_id", f"object {index} of {image}"))
-            continue
+            return Flaw("annotation.category_id", called(index))
         xywh = None
         if box is not None:
             x, y = box[0] - first, box[1] - first
             xywh = (x, y, box[2] - x, box[3] - y)
-        rows.append(
-            AnnotationEntry(
-                id=index,
-                image_id=image,
-                category_id=number[label],
-                bbox=xywh,
-                area=None if xywh is None else max(xywh[2], 0) * max(xywh[3], 0),
-                ignore=int(hard),
-            )
+        return AnnotationEntry(
+            id=index,
+            image_id=image,
+            category_id=number[label],
+            bbox=xywh,
+            area=None if xywh is None else max(xywh[2], 0) * max(xywh[3], 0),
+            ignore=int(hard),
         )
+
+    ids = range(1, len(objects) + 1)
     return Document(
         format="Pascal VOC",
         categories=[CategoryEntry(id=index, name=name) for name, index in number.items()],
         images=images,
-        annotations=(rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK)),
+        annotations=([*map(entry, ids[s : s + _CHUNK])] for s in range(0, len(ids), _CHUNK)),
+        record="object",
+        called=called,
     )
 
 

@@ -100,8 +100,16 @@ def test_check_stats_and_preview_need_no_other_file(voc: Path, tmp_path: Path) -
 def test_what_is_missing_in_an_object_costs_that_object(voc: Path, tmp_path: Path) -> None:
     path = voc / "Annotations" / "a.xml"
     path.write_text(path.read_text().replace("<xmax>9</xmax>", "<xmax>x</xmax>"))
+    path = voc / "Annotations" / "b.xml"
+    nameless = "<object><name></name></object>"
+    path.write_text(path.read_text().replace("</annotation>", f"{nameless}</annotation>"))
     report = AnnotationStore.open(voc, cache=tmp_path / "c").report
-    assert report.counts == {"annotation.bbox": 1}
+    assert report.counts == {"annotation.bbox": 1, "annotation.category_id": 1}
+    of_box, of_name = report.lines()
+    assert of_box.startswith("1 object dropped: bndbox")
+    assert of_box.endswith("e.g. object 2 of a.xml")
+    assert of_name.startswith("1 object dropped: name")
+    assert of_name.endswith("e.g. object 2 of b.xml")
 
 
 @pytest.mark.parametrize(

@@ -333,7 +333,9 @@ def launch(plan: LaunchPlan, words: Sequence[str], logs: Path) -> None:
 
     # Older versions of torchrun do not know this signal.
     before = signal.signal(signal.SIGUSR1, forward)
-    arguments = torchrun.get_args_parser().parse_args([*options, *words])
+    parser = torchrun.get_args_parser()
+    parser.allow_abbrev = False  # or it takes the program's --run for one of its own
+    arguments = parser.parse_args([*options, *words])
     try:
         for left in reversed(range(arguments.max_restarts + 1)):
             try:

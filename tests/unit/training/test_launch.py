@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import logging
@@ -583,6 +584,17 @@ def test_a_damaged_report_of_a_process_is_passed_over(failing: Callable, tmp_pat
     error = failing((2, LOST))
     assert type(error) is TrainingError
     assert "newer" in error.message
+
+
+def test_options_of_the_program_are_not_taken_for_torchruns(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    started: list[argparse.Namespace] = []
+    monkeypatch.setattr(torchrun, "run", started.append)
+    words = ["eval", "--run", "runs/a", "--data", "pets.toml"]
+    launch(plan({}, gpus=2), ["-m", "proxydet_cli", *words], tmp_path)
+    (arguments,) = started
+    assert (arguments.training_script, arguments.training_script_args) == ("proxydet_cli", words)
 
 
 def test_a_killed_process_is_named_before_what_that_caused(failing: Callable) -> None:

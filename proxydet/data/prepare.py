@@ -292,7 +292,7 @@ def _imagenet_lvis(work: _Work) -> None:
             hint=f'add one with tars = "{tars}"',
             path=path,
         )
-    data = Dataset(config=description, cache=work.cache, progress=work.progress)
+    data = Dataset(config=description, cache=work.cache, progress=work.progress, warn=False)
     matched = match_tars(spec, data.vocabulary, data.store("train").categories)
     images = TarImages.open(spec.tars, matched, cache=work.cache, progress=work.progress)
     held = f"{counted(len(images), 'image')} in {counted(len(images.tars), 'tar')}"

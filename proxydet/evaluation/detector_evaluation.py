@@ -570,11 +570,15 @@ def held(path: Path) -> Iterator[None]:
     if here or current_share().rank > 0:
         yield
         return
+    made = not path.exists()
     lock.acquire(wait=False)
     try:
         yield
     finally:
         lock.release()
+        if made:
+            with contextlib.suppress(OSError):
+                path.rmdir()  # an evaluation that was refused leaves no empty folder
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
-"""The docs use the field's words: a few that are not its own must not come back."""
+"""Docs, help, messages and docstrings use the field's words: a few that are not its own must not come back."""
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -24,8 +25,6 @@ WORDS = {
 }
 """What to write instead of each, by pattern."""
 
-GENERATED = {"commands.md", "configuration.md"}
-"""Reference pages whose text stands in the code."""
 OF_OLD_NAMES = {"moving-from-0.1.md"}
 """Pages that quote names which are gone."""
 
@@ -33,7 +32,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = [
     page
     for page in [*REPOSITORY.glob("*.md"), *sorted((REPOSITORY / "docs").rglob("*.md"))]
-    if page.name not in GENERATED | OF_OLD_NAMES
+    if page.name not in OF_OLD_NAMES
 ]
 
 
@@ -42,7 +41,7 @@ def prose(text: str) -> str:
     text = re.sub(
         r"^```.*?^```$", lambda m: "\n" * m[0].count("\n"), text, flags=re.DOTALL | re.MULTILINE
     )
-    return re.sub(r"`[^`]*`|\]\([^)]*\)|<[^>\n]*>", "", text)
+    return re.sub(r"``[^`]*``|`[^`]*`|\]\([^)]*\)|<[^>\n]*>", "", text)
 
 
 def found_words(text: str) -> list[str]:
@@ -58,6 +57,19 @@ def found_words(text: str) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
 def test_pages_use_the_words_of_the_field(page: Path) -> None:
     assert found_words(prose(page.read_text(encoding="utf-8"))) == []
+
+
+@pytest.mark.parametrize("package", ["proxydet", "proxydet_cli"])
+def test_code_uses_the_words_of_the_field(package: str) -> None:
+    """In every text of more than one word: docstrings, help and messages."""
+    found = [
+        f"{path.relative_to(REPOSITORY)}:{node.lineno}: {word}"
+        for path in sorted((REPOSITORY / package).rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value
+        for word in found_words(prose(node.value))
+    ]
+    assert found == []
 
 
 @pytest.mark.parametrize(

@@ -443,7 +443,7 @@ def _one_kind(name: str) -> Iterator[None]:
         yield
     except (FileExistsError, IsADirectoryError, NotADirectoryError) as error:
         raise ArchiveError(
-            f"It holds {name!r} as a file and as a folder.", hint=zips.HOSTILE
+            f"The archive holds {name!r} both as a file and as a folder.", hint=zips.HOSTILE
         ) from error
 
 

@@ -189,7 +189,7 @@ class Root:
 
 
 class State(Enum):
-    """How an artifact stands."""
+    """What is there of an artifact."""
 
     READY = "ready"
     """It is there and was checked, or as much of it as can be checked at a glance is right."""
@@ -214,7 +214,7 @@ class Item:
     artifact: Artifact
     """The artifact."""
     state: State
-    """How it stands."""
+    """What is there of it."""
     path: Path
     """The file, or the folder that its archive is unpacked to."""
     kept: int = 0
@@ -243,7 +243,7 @@ class Item:
 
 
 def inspect(artifact: Artifact, root: Root, client: Client) -> Item:
-    """Find out how an artifact stands; nothing is changed.
+    """Find out what is there of an artifact; nothing is changed.
 
     Args:
         artifact: The artifact.

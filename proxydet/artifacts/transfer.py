@@ -53,9 +53,7 @@ _ENDLESS = 1 << 60
 _LARGEST_PAGE = 1 << 20
 _FOLLOW_SECONDS = 0.05
 _SAVE_SECONDS = 1.0
-_REPLACED = (
-    "Its file was replaced, or something stands in between. Try another source with --mirror."
-)
+_REPLACED = "The source replaced its file, or a proxy changed it. Try another source with --mirror."
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 ByteRange = tuple[Count, Count]
@@ -383,7 +381,7 @@ class Transfer:
         self._address, self._pace = address, Pace(self._settings)
         self._whole_only = False  # the server serves ranges wrongly
         self._ranges_seen = False  # the server has served a range rightly
-        self._blindly_joined = False  # bytes of two responses without a name of the version
+        self._joined_unnamed = False  # bytes of two responses without a name of the version
         record = self._part.record
         # What an earlier run or address left is kept only if it can be continued from this address.
         fits = self._size is None or record.total in (None, self._size)
@@ -392,7 +390,7 @@ class Transfer:
             self._restart()
         self._count(0)
         self._fetch()
-        doubtful = self._blindly_joined or self._part.inherited > 0
+        doubtful = self._joined_unnamed or self._part.inherited > 0
         try:
             return self._checked()
         except DigestError as error:
@@ -555,7 +553,7 @@ class Transfer:
         other = len(sizes - {None}) > 1 or (known and len(names - {None}) > 1)
         if response.first != first or other:
             raise RangeError(f"{shown(response.address)} sent another part than was asked for.")
-        self._blindly_joined = self._blindly_joined or response.validator is None
+        self._joined_unnamed = self._joined_unnamed or response.validator is None
         if record.total is None or not known:
             part.describe(**described)
 
@@ -579,7 +577,7 @@ class Transfer:
             raise TransferError(f"{where} compressed the file on the way, unasked.")
         if self._sha256 is None and response.length is None and not response.chunked:
             raise TransferError(
-                f"{where} does not say how long the file is: a broken transfer would go unseen."
+                f"{where} does not say how long the file is: a transfer that breaks off could not be recognised."
             )
 
     def _take_in(self, response: Response, errors: Collection[object] = ()) -> None:
@@ -633,7 +631,7 @@ class Transfer:
         self._restart()
 
     def _restart(self, **described: Any) -> None:
-        self._blindly_joined = False
+        self._joined_unnamed = False
         self._part.restart(PartRecord(**{"address": self._address, **described}))
         self._count(0)
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gzip
+import itertools
 import json
 import logging
 import re
+import tempfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +24,7 @@ from proxydet.wording import counted, size_text
 
 logger = logging.getLogger(__name__)
 
-LIST_SUFFIXES = (".txt", ".names", ".list", ".json", ".yaml", ".yml")
+LIST_SUFFIXES = (".txt", ".names", ".list", ".json", ".json.gz", ".yaml", ".yml")
 """Endings of files that hold class names; a file without an ending is read as ``.txt``."""
 
 _LARGEST_FILE = 32 << 20
@@ -116,28 +120,28 @@ def read_names(path: Path) -> tuple[ClassWords, ...]:
     start with ``#`` are skipped; a single line of names that commas, semicolons or dots separate is split, and that is
     logged. JSON and YAML files hold a list of names, names by their index, indices by their name, or names with lists
     of synonyms; the same under ``names``, as in data sets of Ultralytics; or ``categories``, as COCO's and LVIS's
-    annotation files, whose names are taken in ascending order of the ids.
+    annotation files, whose names are taken in ascending order of the ids; such a file may be gzipped (``.json.gz``).
 
     Raises:
         VocabularyError: The file cannot be read, is of another kind, or holds no names, or one that is empty, too long
             or there twice.
     """
     suffix = path.suffix.lower()
-    if suffix and suffix not in LIST_SUFFIXES:
+    if suffix and not path.name.lower().endswith(LIST_SUFFIXES):
         raise VocabularyError(
             f"{path} is not a list of class names ({', '.join(LIST_SUFFIXES)})",
             hint="give a text file with one name on each line, the data.yaml of a YOLO data set, or a COCO annotation file",
             path=path,
         )
     try:
-        if suffix == ".json" and path.stat().st_size > _LARGEST_FILE:
+        if suffix == ".gz" or (suffix == ".json" and path.stat().st_size > _LARGEST_FILE):
             return _checked(_categories_of_large_file(path), path)
         text = read_text(path, limit=_LARGEST_FILE)
     except FileNotFoundError as error:
         raise VocabularyError(
             f"there is no file {path}", hint="check the spelling of its path", path=path
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zlib.error) as error:
         raise VocabularyError(
             f"cannot read class names from {path}: {error}",
             hint="a list of names is a UTF-8 text file with one class a line",
@@ -199,10 +203,11 @@ def _from_text(text: str, path: Path) -> list[tuple[str, ClassWords]]:
         if len(names) > 1 and "," in lines[0][1]:
             _tell_split(names, "commas", str(path))
         return [(f"name {i}", ClassWords(name)) for i, name in enumerate(names, start=1)]
-    with_commas = sum("," in line for _, line in lines)
-    if 2 * with_commas > len(lines):
+    with_commas = sum("," in line and not (line[0] == line[-1] == '"') for _, line in lines)
+    if with_commas:
         logger.warning(
-            "%s: %d of %d lines hold commas; each line is one class (synonyms are separated by |)",
+            "%s: %d of %d lines hold commas; each line is one class (synonyms are separated by |; double quotes around the "
+            "line say that it is one name)",
             path,
             with_commas,
             len(lines),
@@ -270,6 +275,13 @@ def _from_value(content: Any, path: Path) -> list[tuple[str, ClassWords]]:
         keys, values = [_whole(k) for k in content], [_whole(v) for v in content.values()]
         if None not in keys and all(isinstance(name, str) for name in content.values()):
             order = sorted(zip(keys, content.values(), strict=True))
+            indices = sorted(key for key in keys if key is not None)
+            for index, after in itertools.pairwise(indices):
+                if after > index + 1:
+                    logger.warning(
+                        "%s: no name has the index %d; the names behind it move up", path, index + 1
+                    )
+                    break
             entries = [(name, ()) for _, name in order]
         elif None not in values:
             entries = [(name, ()) for _, name in sorted(zip(values, content, strict=True))]
@@ -353,17 +365,30 @@ class _Annotations(msgspec.Struct):
 
 
 def _categories_of_large_file(path: Path) -> list[tuple[str, ClassWords]]:
-    if path.stat().st_size > _LARGEST_ANNOTATIONS:
-        raise ValueError(f"it is larger than {size_text(_LARGEST_ANNOTATIONS)}")
+    """Return the categories of a COCO annotation file that is large or gzipped."""
     import mmap
 
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+    with contextlib.ExitStack() as stack:
+        file: Any = stack.enter_context(path.open("rb"))
+        size = path.stat().st_size
+        if path.suffix.lower() == ".gz":
+            packed = stack.enter_context(gzip.open(file))
+            file, size = stack.enter_context(tempfile.TemporaryFile(prefix="proxydet-")), 0
+            while size <= _LARGEST_ANNOTATIONS and (block := packed.read(1 << 20)):
+                size += file.write(block)
+            file.flush()
+        if size > _LARGEST_ANNOTATIONS:
+            raise ValueError(f"it is larger than {size_text(_LARGEST_ANNOTATIONS)}")
+        content = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         try:
             found = msgspec.json.decode(content, type=_Annotations)
         except (msgspec.DecodeError, RecursionError) as error:
-            raise ValueError(
-                f"it is larger than {size_text(_LARGEST_FILE)} and not a COCO annotation file ({error})"
-            ) from error
+            kind = (
+                "gzipped"
+                if path.suffix.lower() == ".gz"
+                else f"larger than {size_text(_LARGEST_FILE)}"
+            )
+            raise ValueError(f"it is {kind} and not a COCO annotation file ({error})") from error
     return _categories([msgspec.to_builtins(entry) for entry in found.categories], path, None)
 
 

@@ -77,7 +77,7 @@ def open_vocabulary(
 
 def is_vocabulary_file(source: str | Path) -> bool:
     """Whether a text names a file that may hold a vocabulary, by its suffix."""
-    return Path(source).suffix.lower() in (*SAVED_SUFFIXES, *LIST_SUFFIXES, ".npy")
+    return Path(source).name.lower().endswith((*SAVED_SUFFIXES, *LIST_SUFFIXES, ".npy"))
 
 
 def check_source(source: str | Path) -> None:

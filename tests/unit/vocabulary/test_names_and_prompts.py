@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import tracemalloc
 from pathlib import Path
@@ -19,6 +20,7 @@ from proxydet.vocabulary.names import (
     read_names,
     split_names,
 )
+from proxydet.vocabulary.sources import is_vocabulary_file
 
 
 def test_names_are_split_at_commas_outside_quotes() -> None:
@@ -195,6 +197,31 @@ def test_lines_that_hold_commas_are_reported(
         "goldfish, Carassius",
     ]
     assert "2 of 2 lines hold commas" in caplog.text
+    caplog.clear()
+    names_of(tmp_path / "n.txt", 'cup\nbowl, plate\n"knife, fork"\npan\n')
+    assert "1 of 4 lines hold commas" in caplog.text
+
+
+def test_an_index_without_a_name_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert names_of(tmp_path / "n.yaml", "names: {1: cup, 2: pan}\n") == ["cup", "pan"]
+    assert caplog.text == ""
+    assert names_of(tmp_path / "n.yaml", "names: {0: cup, 2: pan}\n") == ["cup", "pan"]
+    assert "no name has the index 1" in caplog.text
+
+
+def test_gzipped_annotations_give_their_categories(tmp_path: Path) -> None:
+    path = tmp_path / "a.json.gz"
+    categories = [{"id": 2, "name": "pan"}, {"id": 1, "name": "cup"}]
+    text = json.dumps({"images": [], "annotations": [], "categories": categories}).encode()
+    path.write_bytes(gzip.compress(text))
+    assert is_vocabulary_file(path)
+    assert [entry.name for entry in read_names(path)] == ["cup", "pan"]
+    for damaged in (gzip.compress(text)[:-9], text, b"", gzip.compress(b"[]")):
+        path.write_bytes(damaged)
+        with pytest.raises(VocabularyError, match=r"json\.gz"):
+            read_names(path)
 
 
 @pytest.mark.parametrize(

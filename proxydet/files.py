@@ -213,7 +213,7 @@ def sweep(folder: Path, *, sole_writer: bool = False) -> None:
 
     A file that is being written is locked by its writer; the lock goes when the process does. Such a file stays. Not every
     network file system keeps such locks, or keeps them between machines: where a lock says nothing, a file counts as abandoned
-    a day after it was last written to. Without ``sole_writer`` a process looks into each folder once.
+    a day after it was last written to. Without ``sole_writer`` a process sweeps each folder once.
 
     Args:
         folder: The folder; may be absent.
@@ -597,7 +597,7 @@ class LockOwner(msgspec.Struct, frozen=True):
         pid: Number of its process there.
         since: UTC time, ISO 8601; empty where it is not known.
         command: Its command line; empty where it is not known.
-        machine: What tells apart machines of one name, and containers.
+        machine: Identifies machines of one name, and containers.
         start: When the process began, in the kernel's terms; empty where it is not known.
     """
 
@@ -854,7 +854,7 @@ class Lock:
 
 @functools.cache
 def _kernel() -> str:
-    """Return what tells apart the kernels that run machines and containers, since each was started."""
+    """Return what distinguishes the kernels that run machines and containers, since each was started."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
     return f"{socket.gethostname()} {uuid.getnode()}"
@@ -866,7 +866,7 @@ def _kernel_tag() -> str:
 
 
 def _machine() -> str:
-    """Return what tells apart the machines, and the containers on one, whose process numbers can be compared."""
+    """Return what distinguishes the machines, and the containers on one, whose process numbers can be compared."""
     with contextlib.suppress(OSError):
         return f"{_kernel()} {Path('/proc/self/ns/pid').stat().st_ino}"
     return _kernel()

@@ -138,7 +138,7 @@ class DatasetConfig:
 
         Args:
             path: A TOML file, or what `AnnotationStore.open` takes.
-            images: Folders of the images, where ``path`` is no dataset config; by default ``JPEGImages`` of Pascal VOC,
+            images: Folders of the images, where ``path`` is not a dataset config; by default ``JPEGImages`` of Pascal VOC,
                 else the annotation file's own folder.
 
         Raises:
@@ -168,7 +168,7 @@ class DatasetConfig:
             )
             hint = "correct that line; docs/reference/dataset-config.md shows every key"
             if isinstance(error, FileNotFoundError):
-                why = f"there is no dataset config {path}"
+                why = f"there is not a dataset config {path}"
                 hint = "check the path, or write one as docs/how-to/own-data.md shows"
             elif isinstance(error, IsADirectoryError):
                 why = f"{path} is a folder, not a dataset config"
@@ -356,7 +356,7 @@ class Dataset:
                 and table.ndim == 2
                 and len(table) == len(names) + 1
             ):
-                # Made for all categories of the file, one of which is no class.
+                # Made for all categories of the file, one of which is not a class.
                 ids = sorted([root.id, *(category.id for category in store.categories)])
                 table = np.delete(table, ids.index(root.id), axis=0)
             if table.ndim == 2 and len(table) != len(names):

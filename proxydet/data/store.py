@@ -305,7 +305,7 @@ class AnnotationStore:
         path: The store's file.
         format: Name of the annotations' format.
         categories: The categories, in ascending order of their id; annotations refer to their position.
-        root_category: A category that was left out because it is no class (Roboflow's root); None without.
+        root_category: A category that was left out because it is not a class (Roboflow's root); None without.
         label_lists: How many images have each of the lists ``neg_category_ids``, ...
         report: What was dropped, mended and noted when the store was made.
         dropped_images: Ids of images that were left out, in both spellings where the id is a number.

@@ -32,7 +32,7 @@ class GroundTruth:
             ``"openimages"``: image-level labels verified, group boxes.
         image_ids: I ids, ascending.
         image_sizes_I2: int64, height and width in pixels.
-        image_names: I file names (or addresses), for pictures and messages.
+        image_names: I file names (or addresses), for images and messages.
         category_ids: C ids, ascending.
         category_names: C names, as the file has them.
         frequencies: C times ``"r"``, ``"c"`` or ``"f"``; None where the file does not say.
@@ -207,7 +207,7 @@ class GroundTruth:
 
     @property
     def has_masks(self) -> bool:
-        """Whether masks can be scored: an object that is no crowd has one."""
+        """Whether masks can be scored: an object that is not a crowd has one."""
         return bool((self.masked_A & ~self.ann_crowd_A).any())
 
     def for_masks(self) -> GroundTruth:

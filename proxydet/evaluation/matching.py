@@ -1,4 +1,4 @@
-"""Which detection finds which annotation, in columns: what the bootstrap and the error pictures need.
+"""Which detection finds which annotation, in columns: what the bootstrap and the error images need.
 
 The engines give precision and recall of the whole data set; here each match is kept. The rules are the official
 evaluators': within an image and category, detections choose in descending order of score; each takes the annotation
@@ -40,7 +40,7 @@ class Matches:
         state_NAT: int8: `UNMATCHED`, `FOUND` or `IGNORED` (matched to an annotation that does not count).
         annotation_N: int64, the annotation matched at IoU 0.5 over all areas; -1 without.
         iou_N: float64, the largest overlap with an annotation of the category.
-        silent_SA: Whether an unmatched detection is no error: it is out of the area's range, or nobody knows all
+        silent_SA: Whether an unmatched detection does not count as an error: it is out of the area's range, or nobody knows all
             objects of its category in its image.
         ann_image_G: int64 in [0, I).
         ann_category_G: int64 in [0, C).

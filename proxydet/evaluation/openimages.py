@@ -191,7 +191,7 @@ def _expanded(results: Results, ancestors: Mapping[int, tuple[int, ...]]) -> Res
 
 
 def _hits(truth: GroundTruth, results: Results, selection: Selection) -> Hits:
-    """Match all detections; images are looked at in ascending order, which decides between equal scores."""
+    """Match all detections; images are matched in ascending order, which decides between equal scores."""
     categories = len(truth.category_ids)
     key_A = truth.ann_image_A * categories + truth.ann_category_A
     order = np.argsort(key_A, kind="stable")
@@ -245,7 +245,7 @@ def _image_hits(
     right = right_D[~inside_D].tolist()
     for group in np.unique(best[inside_D]):
         score = float(score_D[inside_D & (best == group)].max())
-        # As published, a group whose best detection scores 0 is no hit.
+        # As published, a group whose best detection scores 0 is not a hit.
         if score > 0:
             scores.append(score)
             right.append(True)

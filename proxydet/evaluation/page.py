@@ -340,7 +340,7 @@ def _examples(evaluation: Evaluation, scored: Scored, read: ImageReader) -> list
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """Something worth looking at.
+    """A detection or annotation that the page shows.
 
     Attributes:
         kind: ``found``: a right detection; ``false``: a wrong one; ``missed``: an annotation that nothing found.

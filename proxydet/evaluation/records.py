@@ -1,6 +1,6 @@
 """What an evaluation was made from, written next to its numbers: ``manifest.json`` and ``environment.json``.
 
-The same records as a training's, so that ``proxydet env --diff`` tells why two evaluations differ.
+The same records as a training's, so that ``proxydet env --diff`` explains why two evaluations differ.
 """
 
 from __future__ import annotations

@@ -196,7 +196,7 @@ class _Row(msgspec.Struct, gc=False):
 
 
 _RUNS = msgspec.json.Decoder(list[masks.RunLengths])
-# JSON of at most this length is no mask: it is absent, null, or an empty list or object.
+# JSON of at most this length is not a mask: it is absent, null, or an empty list or object.
 _SHORTEST_MASK = 4
 
 
@@ -478,7 +478,7 @@ def _json(text: bytes) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        return text  # which is no mask
+        return text  # not a mask
 
 
 def _joined(path: Path | None, parts: list[Results], report: StoreReport) -> Results:

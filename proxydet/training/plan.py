@@ -49,7 +49,7 @@ from proxydet.training.train import fit_to_embeddings, fit_to_masks
 if TYPE_CHECKING:
     from proxydet.recipes import RunConfig
 
-# Annotation files up to this are looked into; it takes well under a second.
+# Annotation files up to this are read; it takes well under a second.
 _LARGEST_READ = 64 * 1024 * 1024
 # AdamW: weight, gradient and two moments in float32.
 _BYTES_PER_PARAMETER = 16

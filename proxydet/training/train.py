@@ -530,7 +530,7 @@ def fit(
             result = train_step(
                 state, batches, config=config, ranks=ranks, failures=folder.failures, stop=stop
             )
-            # Where an iteration is no whole number of steps, the last one would count beyond the end.
+            # Where an iteration is not a whole number of steps, the last one would count beyond the end.
             state.batches = min(state.batches, end)
             last = state.batches == end
             record = last or passes(config.log.period)

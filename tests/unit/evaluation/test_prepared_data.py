@@ -162,13 +162,15 @@ def test_a_name_is_enough(here: Path, name: str, capsys: pytest.CaptureFixture[s
 def test_classes_have_their_own_published_embeddings(here: Path, name: str) -> None:
     split = DescribedSplit.open(here / f"{name}.toml")
     table = np.load(here / "metadata" / EMBEDDINGS[name])
-    assert split.vocabulary.names == tuple(entry.strip() for entry in split.truth.category_names)
-    np.testing.assert_array_equal(split.vocabulary.embeddings, table.astype(np.float32))
+    assert split.data.vocabulary.names == tuple(
+        entry.strip() for entry in split.truth.category_names
+    )
+    np.testing.assert_array_equal(split.data.vocabulary.embeddings, table.astype(np.float32))
 
 
 def test_names_are_spelt_as_published(here: Path) -> None:
     def names(name: str) -> tuple[str, ...]:
-        return DescribedSplit.open(here / f"{name}.toml").vocabulary.names
+        return DescribedSplit.open(here / f"{name}.toml").data.vocabulary.names
 
     assert {"bow_(decorative_ribbons)", "aerosol_can", "stop_sign"} <= set(names("lvis"))
     assert {"stop sign", "hair drier"} <= set(names("coco"))
@@ -184,11 +186,13 @@ def test_base_classes_for_the_fusion_are_those_near_a_base_class_of_lvis(
     here: Path, name: str
 ) -> None:
     """Counted here from the tables alone: largest cosine above 0.9 with a class of LVIS that is not rare."""
-    trained = DescribedSplit.open(here / "lvis.toml").vocabulary
+    trained = DescribedSplit.open(here / "lvis.toml").data.vocabulary
     info = json.loads((here / "metadata" / "lvis_v1_train_cat_info.json").read_text())
     base = np.array([row["frequency"] != "r" for row in sorted(info, key=lambda row: row["id"])])
     np.testing.assert_array_equal(trained.base, base)
-    found = fusion_vocabulary(DescribedSplit.open(here / f"{name}.toml").vocabulary, trained).base
+    found = fusion_vocabulary(
+        DescribedSplit.open(here / f"{name}.toml").data.vocabulary, trained
+    ).base
     if (
         name == "lvis"
     ):  # the classes of training keep their marks, however near a rare class is to a base class

@@ -168,7 +168,7 @@ class DatasetConfig:
             )
             hint = "correct that line; docs/reference/dataset-config.md shows every key"
             if isinstance(error, FileNotFoundError):
-                why = f"there is not a dataset config {path}"
+                why = f"there is no dataset config {path}"
                 hint = "check the path, or write one as docs/how-to/own-data.md shows"
             elif isinstance(error, IsADirectoryError):
                 why = f"{path} is a folder, not a dataset config"

@@ -115,8 +115,14 @@ def test_the_first_of_all_processes_writes_the_result(
     found = RESULT if finished else None
     monkeypatch.setattr("proxydet.training_run.finished_run", lambda *_: found)
     monkeypatch.chdir(tmp_path)
-    for name, value in (("RANK", rank), ("WORLD_SIZE", 2), ("LOCAL_RANK", 0)):
+    for name, value in (
+        ("RANK", rank), ("WORLD_SIZE", 2), ("LOCAL_RANK", 0), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", 29400),
+    ):  # fmt: skip
         monkeypatch.setenv(name, str(value))
+    alone = DistInfo(rank=rank, device=torch.device("cpu"))
+    monkeypatch.setattr(
+        "proxydet.training.distributed.connect", lambda _: contextlib.nullcontext(alone)
+    )
     assert train(*(["--json"] if as_json else [])) == 0
     written = capsys.readouterr().out
     if rank:

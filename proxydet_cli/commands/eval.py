@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from proxydet.errors import ConfigError, DataError, InputError
-from proxydet_cli.options import Json, command_app, examples
+from proxydet_cli.options import Device, Json, Run, Tta, Weights, command_app, examples
 from proxydet_cli.output import Output
 
 if TYPE_CHECKING:
@@ -28,32 +28,13 @@ if TYPE_CHECKING:
 
 app = command_app()
 
-Run = Annotated[
-    Path | None,
-    typer.Option(
-        "--run",
-        metavar="FOLDER",
-        help="Run folder of proxydet train or quickstart.",
-        rich_help_panel="Detections",
-    ),
-]
-Weights = Annotated[
-    str | None,
-    typer.Option(
-        "--weights",
-        metavar="NAME|FILE",
-        help="A published model (proxydet-r50, proxydet-r50-inl, proxydet-swinb-inl) or a checkpoint; with --run, "
-        "one of the run's. [default: the run's last, else proxydet-r50-inl]",
-        rich_help_panel="Detections",
-    ),
-]
 Model = Annotated[
     str | None,
     typer.Option(
         "--config",
         metavar="r50|swinb|FILE",
         help="Model of a --weights file. [default: r50]",
-        rich_help_panel="Detections",
+        rich_help_panel="Detector",
     ),
 ]
 Results = Annotated[
@@ -189,14 +170,6 @@ Compare = Annotated[
         rich_help_panel="Detections",
     ),
 ]
-Device = Annotated[
-    str,
-    typer.Option(
-        "--device",
-        help="cpu, cuda, cuda:1, ...; auto: a GPU where there is one.",
-        rich_help_panel="Running",
-    ),
-]
 Gpus = Annotated[
     int | None,
     typer.Option(
@@ -207,15 +180,6 @@ BatchSize = Annotated[
     int,
     typer.Option(
         "--batch-size", min=1, help="Images in the network at once.", rich_help_panel="Running"
-    ),
-]
-
-Augment = Annotated[
-    bool,
-    typer.Option(
-        "--tta",
-        help="Run on each image mirrored too, and in three sizes: 6 times slower.",
-        rich_help_panel="Running",
     ),
 ]
 
@@ -250,7 +214,7 @@ def evaluate(
     device: Device = "auto",
     gpus: Gpus = None,
     batch_size: BatchSize = 1,
-    tta: Augment = False,
+    tta: Tta = False,
     json: Json = False,
 ) -> None:
     """Compute average precision with confidence intervals.

@@ -43,23 +43,23 @@ def help_of(name: str, command: Any) -> str:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_listed_command_has_its_module(name: str) -> None:
+def test_every_listed_command_has_its_module(name):
     assert module_file(name).is_file()
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_one_line_help_fits_an_80_column_terminal(name: str) -> None:
+def test_one_line_help_fits_an_80_column_terminal(name):
     assert len(COMMANDS[name]) <= 78 - 6 - len("quickstart"), "the listing would cut it off"
     assert COMMANDS[name].endswith(".")
 
 
-def test_every_module_of_a_command_is_listed() -> None:
+def test_every_module_of_a_command_is_listed():
     files = {p.stem.replace("_", "-") for p in (REPOSITORY / "proxydet_cli/commands").glob("*.py")}
     assert files - {"--init--"} <= set(COMMANDS)
 
 
 @pytest.mark.parametrize(("name", "command"), all_leaves(), ids=lambda value: str(value)[:40])
-def test_help_explains_with_an_example(name: str, command: Any) -> None:
+def test_help_explains_with_an_example(name, command):
     text = help_of(name, command)
     assert "Examples:" in text
     assert f"proxydet {name}" in text.split("Examples:")[1]
@@ -69,12 +69,12 @@ def test_help_explains_with_an_example(name: str, command: Any) -> None:
 
 
 @pytest.mark.parametrize(("name", "command"), all_leaves(), ids=lambda value: str(value)[:40])
-def test_every_command_can_answer_in_json(name: str, command: Any) -> None:
+def test_every_command_can_answer_in_json(name, command):
     assert "--json" in {option for parameter in command.params for option in parameter.opts}
 
 
 @pytest.mark.parametrize(("name", "command"), all_leaves(), ids=lambda value: str(value)[:40])
-def test_examples_use_options_that_exist(name: str, command: Any) -> None:
+def test_examples_use_options_that_exist(name, command):
     known = {o for p in command.params for o in (*p.opts, *p.secondary_opts)} | {"--help"}
     for line in help_of(name, command).split("Examples:")[1].splitlines():
         if f"proxydet {name}" in line:
@@ -98,7 +98,7 @@ def documented() -> list[tuple[str, str]]:
     ]
 
 
-def test_commands_in_the_documentation_exist() -> None:
+def test_commands_in_the_documentation_exist():
     known = dict(all_leaves())
     for page, line in documented():
         words = line.split()
@@ -109,7 +109,7 @@ def test_commands_in_the_documentation_exist() -> None:
         assert used <= options, f"{page}: proxydet {line}"
 
 
-def test_options_named_in_the_documentation_exist() -> None:
+def test_options_named_in_the_documentation_exist():
     """Also those in prose, of whatever command."""
     known = {
         o
@@ -137,7 +137,7 @@ def test_options_named_in_the_documentation_exist() -> None:
             assert named - of_others <= known, page.relative_to(REPOSITORY)
 
 
-def test_programs_and_yaml_in_the_documentation_can_be_read() -> None:
+def test_programs_and_yaml_in_the_documentation_can_be_read():
     read = {"python": ast.parse, "yaml": yaml.safe_load}
     for page in (REPOSITORY / "docs").rglob("*.md"):
         text = page.read_text("utf-8")
@@ -146,7 +146,7 @@ def test_programs_and_yaml_in_the_documentation_can_be_read() -> None:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_only_output_writes(path: Path) -> None:
+def test_only_output_writes(path):
     if path.name in {"output.py", "reference.py"}:
         return
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -6,7 +6,6 @@ import ast
 import dataclasses
 import re
 import typing
-from pathlib import Path
 
 from proxydet.recipes import RunConfig
 
@@ -55,7 +54,7 @@ def unread(wanted: dict[str, tuple[str, str]], sources: list[str]) -> list[str]:
     )
 
 
-def test_every_key_is_read(repository: Path) -> None:
+def test_every_key_is_read(repository):
     wanted = keys(RunConfig)
     assert len(wanted) > 100
     sources = [
@@ -64,7 +63,7 @@ def test_every_key_is_read(repository: Path) -> None:
     assert unread(wanted, sources) == []
 
 
-def test_the_check_sees_an_unread_key() -> None:
+def test_the_check_sees_an_unread_key():
     source = """
 class Config:
     def __post_init__(self):
@@ -77,7 +76,7 @@ def work(config):
     assert unread(wanted, [source]) == ["c.checked_only", "c.written"]
 
 
-def test_keys_named_in_pages_exist(repository: Path) -> None:
+def test_keys_named_in_pages_exist(repository):
     known = keys(RunConfig)
     groups = {key.rsplit(".", count)[0] for key in known for count in range(1, 5)}
     tops = "|".join(sorted({key.split(".")[0] for key in known if "." in key}))

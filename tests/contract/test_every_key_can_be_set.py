@@ -46,7 +46,7 @@ def assignments(recipe: str) -> list[str]:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_key_of_every_recipe(recipe: str) -> None:
+def test_every_key_of_every_recipe(recipe):
     config = get_recipe(recipe)
     each = assignments(recipe)
     assert len(each) > 150
@@ -56,7 +56,7 @@ def test_every_key_of_every_recipe(recipe: str) -> None:
     assert resolve_config(None, None, reversed(each)) == config
 
 
-def test_every_key_takes_another_value_from_any_recipe() -> None:
+def test_every_key_takes_another_value_from_any_recipe():
     """The leaf keys' values of one recipe, set one by one on another, give the first."""
     leaves = {path for path, _ in key_paths(RunConfig)}
     wanted = [text for text in assignments("swinb") if text.partition("=")[0] in leaves]
@@ -64,7 +64,7 @@ def test_every_key_takes_another_value_from_any_recipe() -> None:
     assert resolve_config(None, None, sorted(wanted)) == get_recipe("swinb")
 
 
-def test_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_on_the_command_line(capsys):
     from proxydet_cli.main import main
 
     wanted = [text for text in assignments("tiny") if not text.startswith("recipe=")]

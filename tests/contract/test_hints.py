@@ -7,7 +7,6 @@ collected and get their hint where the download as a whole is reported.
 from __future__ import annotations
 
 import ast
-from pathlib import Path
 
 WITH_HINTS = {
     "CheckpointError",
@@ -34,7 +33,7 @@ def raised_without_hint(source: str) -> list[int]:
     ]
 
 
-def test_errors_have_hints(repository: Path) -> None:
+def test_errors_have_hints(repository):
     files = [
         file
         for package in ("proxydet", "proxydet_cli")
@@ -50,6 +49,6 @@ def test_errors_have_hints(repository: Path) -> None:
     assert found == []
 
 
-def test_the_check_sees_what_it_looks_for() -> None:
+def test_the_check_sees_what_it_looks_for():
     source = 'raise DataError("no")\nraise DataError("no", hint="yes")\nraise ValueError("no")\n'
     assert raised_without_hint(source) == [1]

@@ -99,7 +99,7 @@ def part(name: str) -> str:
 
 
 @pytest.mark.parametrize("path", modules(), ids=module_name)
-def test_imports_go_one_way(path: Path) -> None:
+def test_imports_go_one_way(path):
     own = part(module_name(path))
     for name, line in imported(path):
         where = f"{path.relative_to(REPOSITORY)}:{line} imports {name}"
@@ -112,13 +112,13 @@ def test_imports_go_one_way(path: Path) -> None:
         assert not equals or RANK[own] in (SHARED, RANK["detector"], RANK[""]), where
 
 
-def test_every_module_has_a_place() -> None:
+def test_every_module_has_a_place():
     tops = {part(module_name(path)) for path in modules()}
     assert tops <= set(RANK), "say in RANK where the new module stands"
 
 
 @pytest.mark.parametrize("folder", ["proxydet", "proxydet_cli"])
-def test_package_files_import_nothing_of_ours(folder: str) -> None:
+def test_package_files_import_nothing_of_ours(folder):
     """They hold a docstring, or offer names that are imported when they are first used."""
     for path in (REPOSITORY / folder).rglob("__init__.py"):
         body = ast.parse(path.read_text(encoding="utf-8")).body

@@ -54,18 +54,18 @@ def tops(modules: set[str]) -> set[str]:
     return {name.split(".")[0] for name in modules}
 
 
-def test_the_package_loads_nothing_heavy(tmp_path: Path) -> None:
+def test_the_package_loads_nothing_heavy(tmp_path):
     assert not tops(loaded_by("import proxydet", tmp_path)) & HEAVY
 
 
-def test_version_is_answered_before_typer_loads(tmp_path: Path) -> None:
+def test_version_is_answered_before_typer_loads(tmp_path):
     for words in (["--version"], ["-V"]):
         modules = loaded_by(command_line(*words), tmp_path)
         assert not tops(modules) & (HEAVY | {"typer", "rich"})
         assert "proxydet_cli.app" not in modules
 
 
-def test_help_loads_no_command_and_nothing_heavy(tmp_path: Path) -> None:
+def test_help_loads_no_command_and_nothing_heavy(tmp_path):
     modules = loaded_by(command_line("--help"), tmp_path)
     assert not tops(modules) & (HEAVY | {"rich", "pydantic"})
     assert not {name for name in modules if name.startswith("proxydet_cli.commands.")}
@@ -73,14 +73,14 @@ def test_help_loads_no_command_and_nothing_heavy(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_commands_help_loads_only_that_command(command: str, tmp_path: Path) -> None:
+def test_a_commands_help_loads_only_that_command(command, tmp_path):
     modules = loaded_by(command_line(command, "--help"), tmp_path)
     assert not tops(modules) & (HEAVY | {"rich", "pydantic"})
     commands = {name for name in modules if name.startswith("proxydet_cli.commands.")}
     assert commands == {f"proxydet_cli.commands.{command.replace('-', '_')}"}
 
 
-def test_configurations_load_no_torch(tmp_path: Path) -> None:
+def test_configurations_load_no_torch(tmp_path):
     names = [
         ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
         for path in (REPOSITORY / "proxydet").rglob("config.py")

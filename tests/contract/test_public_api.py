@@ -1,7 +1,5 @@
 """The public names: what `__all__` promises is there, and nothing else."""
 
-from __future__ import annotations
-
 import ast
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +13,7 @@ LAZY = sorted(proxydet._HOME)
 
 
 @pytest.mark.parametrize("name", LAZY)
-def test_each_name_is_defined_in_its_module(name: str) -> None:
+def test_each_name_is_defined_in_its_module(name):
     """Read from the source, so that no torch is loaded for it."""
     spec = find_spec(proxydet._HOME[name])
     assert spec is not None
@@ -29,12 +27,12 @@ def test_each_name_is_defined_in_its_module(name: str) -> None:
     assert name in defined
 
 
-def test_all_is_the_lazy_names_and_what_is_always_there() -> None:
+def test_all_is_the_lazy_names_and_what_is_always_there():
     assert set(proxydet.__all__) == {*LAZY, "__version__", "errors"}
     assert dir(proxydet) == sorted(proxydet.__all__)
 
 
-def test_type_checkers_see_the_same_names_from_the_same_modules() -> None:
+def test_type_checkers_see_the_same_names_from_the_same_modules():
     [block] = [node for node in ROOT.body if isinstance(node, ast.If)]
     seen = {
         alias.asname or alias.name: node.module
@@ -45,18 +43,18 @@ def test_type_checkers_see_the_same_names_from_the_same_modules() -> None:
     assert seen == {**proxydet._HOME, "errors": "proxydet"}
 
 
-def test_no_submodule_hides_a_public_name() -> None:
+def test_no_submodule_hides_a_public_name():
     folder = Path(str(proxydet.__file__)).parent
     assert not {path.stem for path in folder.iterdir()} & set(LAZY)
 
 
-def test_names_load_on_use() -> None:
+def test_names_load_on_use():
     from proxydet.vocabulary.vocabulary import Vocabulary
 
     assert proxydet.Vocabulary is Vocabulary
     assert proxydet.errors.ProxydetError.exit_code == 1
 
 
-def test_unknown_name() -> None:
+def test_unknown_name():
     with pytest.raises(AttributeError, match="no attribute 'Detektor'"):
         _ = proxydet.Detektor

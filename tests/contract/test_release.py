@@ -55,7 +55,7 @@ def texts() -> Iterator[tuple[Path, str]]:
                 continue
 
 
-def test_no_index_host_and_no_path_of_a_machine() -> None:
+def test_no_index_host_and_no_path_of_a_machine():
     found = [
         f"{path.relative_to(REPOSITORY)}: {word}"
         for path, text in texts()
@@ -65,7 +65,7 @@ def test_no_index_host_and_no_path_of_a_machine() -> None:
     assert found == []
 
 
-def test_no_loose_ends() -> None:
+def test_no_loose_ends():
     loose = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|X" + r"XX)\b|raise NotImplemented" + "Error")
     found = [
         f"{path.relative_to(REPOSITORY)}: {loose.search(text)}"
@@ -75,7 +75,7 @@ def test_no_loose_ends() -> None:
     assert found == []
 
 
-def test_changelog_begins_with_unreleased_and_this_version() -> None:
+def test_changelog_begins_with_unreleased_and_this_version():
     text = (REPOSITORY / "CHANGELOG.md").read_text()
     assert re.findall(r"^## \[(.+?)\]", text, re.MULTILINE)[:2] == ["Unreleased", __version__]
 
@@ -94,7 +94,7 @@ def named(requirements: list[str]) -> set[str]:
 
 
 @pytest.mark.parametrize("lock", LOCKS)
-def test_lock_covers_every_dependency(lock: str) -> None:
+def test_lock_covers_every_dependency(lock):
     assert named(PROJECT["dependencies"]) <= locked(lock), "run: make lock"
     if "dev" in lock:
         extras = PROJECT["optional-dependencies"]
@@ -103,21 +103,21 @@ def test_lock_covers_every_dependency(lock: str) -> None:
 
 
 @pytest.mark.parametrize("lock", LOCKS)
-def test_every_locked_version_has_hashes_and_no_address(lock: str) -> None:
+def test_every_locked_version_has_hashes_and_no_address(lock):
     text = (REPOSITORY / lock).read_text()
     assert "://" not in text
     entries = re.split(r"\n(?=\S)", text)
     assert all("--hash=sha256:" in entry for entry in entries if re.match(r"[A-Za-z0-9]", entry))
 
 
-def test_locks_agree() -> None:
+def test_locks_agree():
     def versions(lock: str) -> set[str]:
         return set(re.findall(r"^\S+==\S+", (REPOSITORY / lock).read_text(), re.MULTILINE))
 
     assert versions(LOCKS[0]) <= versions(LOCKS[1])
 
 
-def test_exit_codes_are_documented() -> None:
+def test_exit_codes_are_documented():
     page = (REPOSITORY / "docs/reference/exit-codes.md").read_text()
     documented = {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}
     raised = {
@@ -131,7 +131,7 @@ def test_exit_codes_are_documented() -> None:
 
 
 @pytest.mark.parametrize("name", ["commands.md", "configuration.md", "annotation-files.md"])
-def test_reference_pages_are_fresh(name: str) -> None:
+def test_reference_pages_are_fresh(name):
     typer = version("typer")
     if (
         name == "commands.md"
@@ -149,7 +149,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_links_between_pages_lead_somewhere() -> None:
+def test_links_between_pages_lead_somewhere():
     for path, text in texts():
         if path.suffix != ".md":
             continue
@@ -162,7 +162,7 @@ def test_links_between_pages_lead_somewhere() -> None:
                 assert anchor in anchors(page), f"{path.relative_to(REPOSITORY)}: {target}#{anchor}"
 
 
-def test_files_named_in_pages_exist() -> None:
+def test_files_named_in_pages_exist():
     """Of all pages those in our folders; of the architecture page also those of ``proxydet/`` named without it."""
     pages = [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md")]
     folders = r"(?:proxydet|proxydet_cli|tests|benchmarks|docs)/"
@@ -180,7 +180,7 @@ def test_files_named_in_pages_exist() -> None:
 
 
 @pytest.fixture(scope="module")
-def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def distributions(tmp_path_factory) -> Path:
     """The folder of wheel and sdist of a copy of the tracked files, built without network."""
     source = tmp_path_factory.mktemp("source")
     for path in tracked_files():
@@ -195,12 +195,12 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wheel(distributions: Path) -> Path:
+def wheel(distributions) -> Path:
     [built] = distributions.glob("*.whl")
     return built
 
 
-def test_sdist_holds_every_tracked_file(distributions: Path) -> None:
+def test_sdist_holds_every_tracked_file(distributions):
     [built] = distributions.glob("*.tar.gz")
     with tarfile.open(built) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
@@ -208,7 +208,7 @@ def test_sdist_holds_every_tracked_file(distributions: Path) -> None:
     assert {name for name in expected - held if not name.startswith(".")} == set()
 
 
-def test_wheel_holds_every_file_of_the_packages(wheel: Path) -> None:
+def test_wheel_holds_every_file_of_the_packages(wheel):
     expected = {
         path.relative_to(REPOSITORY).as_posix()
         for path in tracked_files()
@@ -219,7 +219,7 @@ def test_wheel_holds_every_file_of_the_packages(wheel: Path) -> None:
     assert held == expected
 
 
-def test_installed_wheel_works_without_the_repository(wheel: Path, tmp_path: Path) -> None:
+def test_installed_wheel_works_without_the_repository(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
     program = (

@@ -45,7 +45,7 @@ def documented(section: str) -> set[str]:
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> Path:
+def files(tmp_path) -> Path:
     """Two results files of a data set with a rare class."""
     box = [10.0, 10.0, 20.0, 20.0]
     mask = [[10, 10, 30, 10, 30, 30, 10, 30]]
@@ -78,17 +78,13 @@ def output_of(capsys: pytest.CaptureFixture[str], *words: str | Path) -> Any:
     return json.loads(capsys.readouterr().out)
 
 
-def test_results_have_the_documented_keys(
-    files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_results_have_the_documented_keys(files, capsys, monkeypatch):
     monkeypatch.chdir(files)
     shown = output_of(capsys, "--results", "a.json", "--data", "val.json")
     assert set(key_paths(shown)) == documented("results.json")
 
 
-def test_comparisons_have_the_documented_keys(
-    files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_comparisons_have_the_documented_keys(files, capsys, monkeypatch):
     monkeypatch.chdir(files)
     shown = output_of(capsys, "--compare", "a.json", "b.json", "--data", "val.json")
     found = {
@@ -99,9 +95,7 @@ def test_comparisons_have_the_documented_keys(
     assert found == documented("proxydet eval --compare --json")
 
 
-def test_columns_of_the_table_are_documented(
-    files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_columns_of_the_table_are_documented(files, capsys, monkeypatch):
     monkeypatch.chdir(files)
     output_of(capsys, "--results", "a.json", "--data", "val.json", "--output", "out")
     header = (files / "out" / "per_category.csv").read_text().splitlines()[0]

@@ -55,12 +55,12 @@ def found_words(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
-def test_pages_use_the_words_of_the_field(page: Path) -> None:
+def test_pages_use_the_words_of_the_field(page):
     assert found_words(prose(page.read_text(encoding="utf-8"))) == []
 
 
 @pytest.mark.parametrize("package", ["proxydet", "proxydet_cli"])
-def test_code_uses_the_words_of_the_field(package: str) -> None:
+def test_code_uses_the_words_of_the_field(package):
     """In every text of more than one word: docstrings, help and messages."""
     found = [
         f"{path.relative_to(REPOSITORY)}:{node.lineno}: {word}"
@@ -82,12 +82,12 @@ def test_code_uses_the_words_of_the_field(package: str) -> None:
         "one in turn", "Find objects by any words.",
     ],
 )  # fmt: skip
-def test_each_word_is_found(text: str) -> None:
+def test_each_word_is_found(text):
     assert len(found_words(text)) == 1
 
 
 @pytest.mark.parametrize(
     "text", ["There is no mask.", "the image is no longer read", "`predict --save pictures`", "besides"]
 )  # fmt: skip
-def test_other_uses_are_left_alone(text: str) -> None:
+def test_other_uses_are_left_alone(text):
     assert found_words(prose(text)) == []

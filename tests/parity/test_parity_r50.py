@@ -1,7 +1,5 @@
 """The full-size detector gives the recorded numbers: every stage of inference, losses, gradients."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -20,7 +18,7 @@ def network(parity):
     return parity("parity_model").network_of(KIND, base)
 
 
-def test_state_dict_has_the_published_names_shapes_and_types(network) -> None:
+def test_state_dict_has_the_published_names_shapes_and_types(network):
     published = json.loads((FIXTURES / f"state_dict_{KIND}.json").read_text())
     ours = {
         name: [list(value.shape), str(value.dtype).removeprefix("torch.")]
@@ -31,7 +29,7 @@ def test_state_dict_has_the_published_names_shapes_and_types(network) -> None:
 
 
 @pytest.mark.parametrize(("index", "as_on_a_gpu"), [(0, False), (1, True)])
-def test_inference(network, parity, numbers, index: int, as_on_a_gpu: bool, monkeypatch) -> None:
+def test_inference(network, parity, numbers, index, as_on_a_gpu, monkeypatch):
     # A GPU suppresses a batch in one call; the second image goes that way.
     monkeypatch.setattr(nms, "_waits", lambda _device: as_on_a_gpu)
     groups, trim = parity("parity_groups"), parity("parity_trim").trim
@@ -41,7 +39,7 @@ def test_inference(network, parity, numbers, index: int, as_on_a_gpu: bool, monk
     assert [row for row in rows if not row.passed] == []
 
 
-def test_an_own_vocabulary_is_looked_for_and_leaves_no_trace(network, parity, numbers) -> None:
+def test_an_own_vocabulary_is_looked_for_and_leaves_no_trace(network, parity, numbers):
     before = {name: value.clone() for name, value in network.state_dict().items()}
     rows = list(parity("parity_groups").compare_vocabulary(network, numbers(f"parity_{KIND}")))
     assert len(rows) == 2
@@ -50,14 +48,14 @@ def test_an_own_vocabulary_is_looked_for_and_leaves_no_trace(network, parity, nu
     assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
-def test_losses_and_gradients(network, parity, numbers) -> None:
+def test_losses_and_gradients(network, parity, numbers):
     rows = list(parity("parity_groups").compare_training(network, numbers(f"parity_{KIND}")))
     assert len(rows) == 6
     assert [row for row in rows if not row.passed] == []
 
 
 @pytest.mark.slow
-def test_trajectory_of_four_steps(network, parity, numbers) -> None:
+def test_trajectory_of_four_steps(network, parity, numbers):
     # The last test of this file: it changes the weights.
     groups, trim = parity("parity_groups"), parity("parity_trim").trim
     images, trajectory = numbers("parity_r50"), numbers("parity_trajectory")

@@ -1,7 +1,5 @@
 """The full-size detector gives the recorded numbers: every stage of inference, losses, gradients."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -19,7 +17,7 @@ def network(parity):
     return parity("parity_model").network_of(KIND, base)
 
 
-def test_state_dict_has_the_published_names_shapes_and_types(network) -> None:
+def test_state_dict_has_the_published_names_shapes_and_types(network):
     published = json.loads((FIXTURES / f"state_dict_{KIND}.json").read_text())
     ours = {
         name: [list(value.shape), str(value.dtype).removeprefix("torch.")]
@@ -30,7 +28,7 @@ def test_state_dict_has_the_published_names_shapes_and_types(network) -> None:
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_inference(network, parity, numbers, index: int) -> None:
+def test_inference(network, parity, numbers, index):
     groups, trim = parity("parity_groups"), parity("parity_trim").trim
     rows = list(groups.compare_inference(network, numbers(f"parity_{KIND}"), index, trim))
     # The second image's fixture holds its detections only.
@@ -38,13 +36,13 @@ def test_inference(network, parity, numbers, index: int) -> None:
     assert [row for row in rows if not row.passed] == []
 
 
-def test_inference_with_an_own_vocabulary(network, parity, numbers) -> None:
+def test_inference_with_an_own_vocabulary(network, parity, numbers):
     rows = list(parity("parity_groups").compare_vocabulary(network, numbers(f"parity_{KIND}")))
     assert len(rows) == 2
     assert [row for row in rows if not row.passed] == []
 
 
-def test_losses_and_gradients(network, parity, numbers) -> None:
+def test_losses_and_gradients(network, parity, numbers):
     rows = list(parity("parity_groups").compare_training(network, numbers(f"parity_{KIND}")))
     assert len(rows) == 6
     assert [row for row in rows if not row.passed] == []

@@ -75,7 +75,7 @@ def message(mapping: dict, cls: type = Run) -> str:
     return f"{caught.value.message} / {caught.value.hint}"
 
 
-def test_defaults_and_nested_values() -> None:
+def test_defaults_and_nested_values():
     run = from_mapping(Run, {"name": "a", "optimiser": {"learning_rate": 1}, "sizes": [1, 2, 3]})
     assert run == Run(name="a", optimiser=Optimiser(learning_rate=1.0), sizes=(1, 2, 3))
     assert isinstance(run.optimiser.learning_rate, float)
@@ -106,11 +106,11 @@ def test_defaults_and_nested_values() -> None:
         ({}, "name is missing"),
     ],
 )
-def test_bad_mappings_name_the_key(mapping: dict, expected: str) -> None:
+def test_bad_mappings_name_the_key(mapping, expected):
     assert expected in message(mapping)
 
 
-def test_merge_keeps_what_is_not_named() -> None:
+def test_merge_keeps_what_is_not_named():
     run = Run(name="a", optimiser=Optimiser(learning_rate=1.0, momentum=0.5))
     merged = merge(run, {"optimiser": {"momentum": None}, "second": {"learning_rate": 3.0}})
     assert merged.optimiser == Optimiser(learning_rate=1.0)
@@ -152,11 +152,11 @@ def overridden(*assignments: str) -> Run:
         ("second=null", "second", None),
     ],
 )
-def test_an_override_of_every_type(assignment: str, field: str, value: object) -> None:
+def test_an_override_of_every_type(assignment, field, value):
     assert overridden(assignment) == dataclasses.replace(Run(name="a"), **{field: value})
 
 
-def test_overrides_are_checked_together() -> None:
+def test_overrides_are_checked_together():
     both = ["low=8", "high=9"]
     assert overridden(*both) == overridden(*reversed(both)) == Run(name="a", low=8, high=9)
     with pytest.raises(ConfigError, match="low must not be above high"):
@@ -185,13 +185,13 @@ def test_overrides_are_checked_together() -> None:
         ("iterations=[&a [1], *a]", "aliases"),
     ],
 )
-def test_bad_overrides(override: str, expected: str) -> None:
+def test_bad_overrides(override, expected):
     with pytest.raises(ConfigError) as caught:
         overridden(override)
     assert expected in caught.value.message
 
 
-def test_yaml_is_the_core_schema() -> None:
+def test_yaml_is_the_core_schema():
     text = "a: off\nb: 2e-4\nc: 1:30\nd: 010\ne: 2020-01-01\nf: ~\ng: .inf\nh: yes\ni: '1'\nj: 1."
     assert parse_yaml(text) == {
         "a": "off",
@@ -227,9 +227,7 @@ def test_yaml_is_the_core_schema() -> None:
         ("a: &x [*x]", 1),
     ],
 )
-def test_malformed_yaml_is_refused_with_its_line(
-    text: str, line: int | None, tmp_path: Path
-) -> None:
+def test_malformed_yaml_is_refused_with_its_line(text, line, tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError, match="not valid YAML") as caught:
@@ -251,13 +249,13 @@ def test_malformed_yaml_is_refused_with_its_line(
         "a." * 100_000 + "b = 1",
     ],
 )
-def test_malformed_toml_is_refused(text: str) -> None:
+def test_malformed_toml_is_refused(text):
     with pytest.raises(ConfigError, match=r"my\.toml.*not valid TOML"):
         parse_toml(text, "my.toml")
 
 
 @given(st.text(alphabet="ab:-[]{}&*!|>'\"%@`#,?~01.e\n \t\x00", max_size=40))
-def test_any_text_is_a_value_or_refused(text: str) -> None:
+def test_any_text_is_a_value_or_refused(text):
     for parse in (parse_yaml, parse_toml):
         try:
             value = parse(text)
@@ -267,7 +265,7 @@ def test_any_text_is_a_value_or_refused(text: str) -> None:
             from_mapping(Run, value)
 
 
-def test_file_errors(tmp_path: Path) -> None:
+def test_file_errors(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         load_mapping(tmp_path / "absent.yaml")
     (tmp_path / "list.yaml").write_text("- 1\n")
@@ -299,9 +297,7 @@ wide = st.integers(-(2**63), 2**63 - 1)
     rate=st.floats(min_value=1e-300, allow_infinity=True, exclude_min=True),
 )
 @example(name="a\x85b\u2028", iterations=0, momentum=None, sizes=[], extra={"\x85": 0.0}, rate=1.0)
-def test_text_round_trip_is_exact(
-    name: str, iterations: int, momentum: float | None, sizes: list, extra: dict, rate: float
-) -> None:
+def test_text_round_trip_is_exact(name, iterations, momentum, sizes, extra, rate):
     run = Run(
         name=name,
         iterations=iterations,
@@ -314,7 +310,7 @@ def test_text_round_trip_is_exact(
         assert from_mapping(Run, parse_yaml(dump_yaml(run, comments=comments))) == run
 
 
-def test_documentation_stands_above_each_key() -> None:
+def test_documentation_stands_above_each_key():
     assert field_docs(Optimiser) == {
         "learning_rate": "Step size after warm-up.",
         "betas": "Decay of the moments: first, then second.",
@@ -324,7 +320,7 @@ def test_documentation_stands_above_each_key() -> None:
     assert "#" not in dump_yaml(Run(name="a"), comments=False)
 
 
-def test_paths_types_and_differences() -> None:
+def test_paths_types_and_differences():
     assert dict(key_paths(Run))["optimiser.betas"] == tuple[float, float]
     assert type_name(dict(key_paths(Run))["folder"]) == "path or null"
     first = Run(name="a")

@@ -23,14 +23,14 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_knows_its_name_and_survives_its_text(name: str) -> None:
+def test_every_recipe_knows_its_name_and_survives_its_text(name):
     config = get_recipe(name)
     assert config.recipe == name
     assert RECIPES[name].__doc__
     assert from_mapping(RunConfig, parse_yaml(dump_yaml(config))) == config
 
 
-def test_published_r50() -> None:
+def test_published_r50():
     config = get_recipe("r50")
     training, data = config.training, config.data
     assert (training.iterations, training.replicas) == (90_000, 8)
@@ -50,7 +50,7 @@ def test_published_r50() -> None:
     assert training.weights.name == "BoxSup-C2_Lbase_CLIP_R5021k_640b64_4x.pth"
 
 
-def test_published_swinb() -> None:
+def test_published_swinb():
     config = get_recipe("swinb")
     training, data = config.training, config.data
     assert (training.iterations, training.optimizer.learning_rate) == (180_000, 1e-4)
@@ -64,7 +64,7 @@ def test_published_swinb() -> None:
 
 
 @pytest.mark.parametrize("backbone", ["r50", "swinb"])
-def test_variants(backbone: str) -> None:
+def test_variants(backbone):
     without = get_recipe(f"{backbone}_without_image_labels")
     assert without.data.image_labels is None
     assert (without.inference.alpha, without.inference.beta) == (0.35, 0.55)
@@ -74,7 +74,7 @@ def test_variants(backbone: str) -> None:
     assert boxsup.data.image_labels is None
 
 
-def test_file_and_overrides_win_in_this_order(tmp_path: Path) -> None:
+def test_file_and_overrides_win_in_this_order(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("recipe: small\nseed: 3\ntraining:\n  iterations: 50\n")
     config = resolve_config(None, file, ["training.iterations=60"])
@@ -88,7 +88,7 @@ def test_file_and_overrides_win_in_this_order(tmp_path: Path) -> None:
     assert resolve_config("tiny", None, ["recipe=tiny"]) == get_recipe("tiny")
 
 
-def test_a_file_and_overrides_are_checked_together(tmp_path: Path) -> None:
+def test_a_file_and_overrides_are_checked_together(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("recipe: tiny\ndata: {test_shortest_side: 192}\n")
     sides = ["data.test_shortest_side=192", "data.test_longest_side=192"]
@@ -100,7 +100,7 @@ def test_a_file_and_overrides_are_checked_together(tmp_path: Path) -> None:
         resolve_config(None, file)
 
 
-def test_a_saved_configuration_is_read_back_whole(tmp_path: Path) -> None:
+def test_a_saved_configuration_is_read_back_whole(tmp_path):
     config = resolve_config("swinb", None, ["data.image_labels=null", "seed=5"])
     (tmp_path / "config.yaml").write_text(dump_yaml(config))
     assert resolve_config(None, tmp_path / "config.yaml") == config
@@ -117,12 +117,12 @@ def test_a_saved_configuration_is_read_back_whole(tmp_path: Path) -> None:
         (("tiny", None, ("recipe=small",)), "leave one|recipe is tiny"),
     ],
 )
-def test_mistakes(words: tuple, expected: str) -> None:
+def test_mistakes(words, expected):
     with pytest.raises(ConfigError, match=expected):
         resolve_config(*words)
 
 
-def test_paths_become_absolute() -> None:
+def test_paths_become_absolute():
     config = absolute_paths(resolve_config("r50"))
     assert config.training.weights is not None
     assert config.training.weights.is_absolute()
@@ -142,17 +142,17 @@ def classes(cls: type) -> set[type]:
     return found
 
 
-def test_every_key_is_documented_and_immutable() -> None:
+def test_every_key_is_documented_and_immutable():
     for cls in classes(RunConfig):
         assert set(field_docs(cls)) == set(field_types(cls)), cls
         assert cls.__dataclass_params__.frozen, cls
 
 
-def test_configurations_load_without_torch() -> None:
+def test_configurations_load_without_torch():
     code = "import sys, proxydet.recipes; assert not {'torch', 'detectron2'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_to_mapping_is_plain() -> None:
+def test_to_mapping_is_plain():
     text = str(to_mapping(get_recipe("r50")))
     assert "Config(" not in text

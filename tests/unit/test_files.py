@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -45,7 +44,7 @@ from proxydet.files import (
 
 class TestWriting:
     @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
-    def test_a_full_disk_is_reported_with_the_file(self, tmp_path: Path, number: int) -> None:
+    def test_a_full_disk_is_reported_with_the_file(self, tmp_path, number):
         with (
             pytest.raises(DiskFullError, match=r"a\.txt") as caught,
             write_errors(tmp_path / "a.txt"),
@@ -54,7 +53,7 @@ class TestWriting:
         assert caught.value.path == tmp_path / "a.txt"
         assert caught.value.hint
 
-    def test_other_errors_are_reported_with_the_file(self, tmp_path: Path) -> None:
+    def test_other_errors_are_reported_with_the_file(self, tmp_path):
         with (
             pytest.raises(RuntimeEnvironmentError, match=r"a\.txt") as caught,
             write_errors(tmp_path / "a.txt", hint="do this"),
@@ -63,9 +62,7 @@ class TestWriting:
         assert not isinstance(caught.value, DiskFullError)
         assert caught.value.hint == "do this"
 
-    def test_a_file_that_cannot_be_written_leaves_the_old_one(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_file_that_cannot_be_written_leaves_the_old_one(self, tmp_path, monkeypatch):
         target = write_bytes(tmp_path / "new" / "a.bin", b"old")
 
         def broken(*_: object) -> None:
@@ -77,7 +74,7 @@ class TestWriting:
         assert target.read_bytes() == b"old"
         assert list(target.parent.iterdir()) == [target]
 
-    def test_a_staged_file_takes_its_place_at_the_end(self, tmp_path: Path) -> None:
+    def test_a_staged_file_takes_its_place_at_the_end(self, tmp_path):
         target = tmp_path / "new" / "model.onnx"
         with staged(target) as temporary:
             temporary.write_bytes(b"whole")
@@ -93,8 +90,8 @@ class TestWriting:
 
     @pytest.mark.parametrize("durable", [True, False])
     def test_a_file_that_another_program_removed_before_it_was_in_place_is_an_error(
-        self, tmp_path: Path, durable: bool
-    ) -> None:
+        self, tmp_path, durable
+    ):
         with (
             pytest.raises(RuntimeEnvironmentError, match=r"a\.txt"),
             staged(tmp_path / "a.txt", durable=durable) as temporary,
@@ -109,17 +106,15 @@ from proxydet.files import sweep
 sweep(Path(sys.argv[1]), sole_writer=True)
 """
 
-    def test_who_holds_a_folder_leaves_what_another_process_writes_in_it(
-        self, tmp_path: Path
-    ) -> None:
+    def test_who_holds_a_folder_leaves_what_another_process_writes_in_it(self, tmp_path):
         with staged(tmp_path / "model.onnx") as temporary:
             temporary.write_bytes(b"whole")
             subprocess.run([sys.executable, "-c", self.SWEEPS, str(tmp_path)], check=True)
         assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
     def test_without_locks_what_a_process_here_writes_is_abandoned_after_a_day_only(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+        self, tmp_path, monkeypatch
+    ):
         def none(*_: object, **__: object) -> bool:
             raise OSError(errno.ENOSYS, "not implemented")
 
@@ -130,9 +125,7 @@ sweep(Path(sys.argv[1]), sole_writer=True)
             sweep(tmp_path / "link")
         assert (tmp_path / "a").read_bytes() == b"whole"
 
-    def test_a_link_is_followed_a_folder_refused_and_a_pipe_written_to(
-        self, tmp_path: Path
-    ) -> None:
+    def test_a_link_is_followed_a_folder_refused_and_a_pipe_written_to(self, tmp_path):
         (tmp_path / "real").mkdir()
         (tmp_path / "link").symlink_to(tmp_path / "real" / "file")
         write_text(tmp_path / "link", "text")
@@ -151,7 +144,7 @@ sweep(Path(sys.argv[1]), sole_writer=True)
         )
         assert ended.stdout == b"a"
 
-    def test_a_long_name_can_be_written(self, tmp_path: Path) -> None:
+    def test_a_long_name_can_be_written(self, tmp_path):
         assert write_text(tmp_path / ("n" * 250), "text").read_text() == "text"
 
     KILLED = """
@@ -164,8 +157,8 @@ with staged(Path(sys.argv[1])) as temporary:
 """
 
     def test_what_a_killed_process_left_is_removed_by_the_next_writer_and_what_is_written_is_not(
-        self, tmp_path: Path
-    ) -> None:
+        self, tmp_path
+    ):
         ended = subprocess.run(
             [sys.executable, "-c", self.KILLED, str(tmp_path / "other.onnx")], check=False
         )
@@ -182,8 +175,8 @@ with staged(Path(sys.argv[1])) as temporary:
         assert list(tmp_path.iterdir()) == [target]
 
     def test_what_another_machine_left_is_removed_after_a_day_and_what_others_hide_is_not(
-        self, tmp_path: Path
-    ) -> None:
+        self, tmp_path
+    ):
         ours = f".a.{'0' * 32}.tmp"
         theirs = {".notes.2024.tmp", f".backup.{'0' * 32}", f".{'0' * 32}.tar"}
         names = [ours, *theirs]
@@ -201,8 +194,8 @@ with staged(Path(sys.argv[1])) as temporary:
 
     @pytest.mark.parametrize("removed", ["before", "after"])
     def test_a_file_that_is_swept_before_it_was_locked_is_begun_again(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removed: str
-    ) -> None:
+        self, tmp_path, monkeypatch, removed
+    ):
         lock, swept = files.lock_descriptor, []
 
         def late(descriptor: int, **options: bool) -> bool:
@@ -222,7 +215,7 @@ with staged(Path(sys.argv[1])) as temporary:
             swept[0].unlink(missing_ok=True)  # the sweeping process is slow
         assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"whole"]
 
-    def test_room_is_asked_for_before(self, tmp_path: Path) -> None:
+    def test_room_is_asked_for_before(self, tmp_path):
         require_room(tmp_path / "not" / "there", 1)
         with pytest.raises(DiskFullError, match="there"):
             require_room(tmp_path / "not" / "there", 1 << 60)
@@ -232,13 +225,13 @@ class TestReading:
     @pytest.mark.parametrize(
         "content", [b"", b"{", b"[1]", b"\xff{}", b"[" * 100_000, b'{"a": ' + b"1" * 5000 + b"}"]
     )
-    def test_damage_names_file_and_remedy(self, tmp_path: Path, content: bytes) -> None:
+    def test_damage_names_file_and_remedy(self, tmp_path, content):
         (tmp_path / "m.json").write_bytes(content)
         with pytest.raises(DataError, match=r"manifest .*m\.json") as caught:
             read_json(tmp_path / "m.json", what="manifest", hint="do this", error=DataError)
         assert (caught.value.path, caught.value.hint) == (tmp_path / "m.json", "do this")
 
-    def test_what_is_not_a_file_and_what_is_too_large_is_refused(self, tmp_path: Path) -> None:
+    def test_what_is_not_a_file_and_what_is_too_large_is_refused(self, tmp_path):
         os.mkfifo(tmp_path / "pipe")
         for path in (tmp_path, tmp_path / "pipe"):
             with pytest.raises(InputError):
@@ -251,7 +244,7 @@ class TestReading:
         with pytest.raises(InputError, match="absent"):
             read_json(tmp_path / "absent")
 
-    def test_a_pipe_that_nobody_reads_is_not_waited_for(self, tmp_path: Path) -> None:
+    def test_a_pipe_that_nobody_reads_is_not_waited_for(self, tmp_path):
         os.mkfifo(tmp_path / "pipe")
         with pytest.raises(RuntimeEnvironmentError, match="pipe"):
             write_text(tmp_path / "pipe", "text")
@@ -264,7 +257,7 @@ class TestReading:
                 time.sleep(0.01)
         assert reader.communicate(timeout=10)[0] == b"text"
 
-    def test_the_digest_is_remembered_while_the_file_looks_unchanged(self, tmp_path: Path) -> None:
+    def test_the_digest_is_remembered_while_the_file_looks_unchanged(self, tmp_path):
         source, memory = tmp_path / "s", tmp_path / "m"
         source.write_bytes(b"one")
         (tmp_path / "link").symlink_to(source)
@@ -279,7 +272,7 @@ class TestReading:
         assert remembered_sha256(source, memory) == true
 
     @pytest.mark.parametrize("change", ["size", "time", "inode", "status"])
-    def test_size_times_and_inode_each_betray_a_change(self, tmp_path: Path, change: str) -> None:
+    def test_size_times_and_inode_each_betray_a_change(self, tmp_path, change):
         source, memory = tmp_path / "s", tmp_path / "m"
         source.write_bytes(b"one")
         os.utime(source, ns=(10**18, 10**18))
@@ -291,7 +284,7 @@ class TestReading:
         target.replace(source)
         assert remembered_sha256(source, memory) == hashlib.sha256(source.read_bytes()).hexdigest()
 
-    def test_a_digest_of_what_cannot_be_read_is_an_error(self, tmp_path: Path) -> None:
+    def test_a_digest_of_what_cannot_be_read_is_an_error(self, tmp_path):
         for path in (tmp_path / "absent", tmp_path):
             with pytest.raises(DataError) as caught:
                 remembered_sha256(path, tmp_path / "m", error=DataError)
@@ -302,16 +295,14 @@ class TestJsonLines:
     RECORDS = ({"iteration": 1, "a": 0.5}, {"iteration": 2, "a": 0.25})
 
     @pytest.fixture
-    def lines(self, tmp_path: Path) -> JsonLines:
+    def lines(self, tmp_path) -> JsonLines:
         lines = JsonLines(tmp_path / "metrics.jsonl")
         for record in self.RECORDS:
             lines.append(record)
         return lines
 
     @pytest.mark.parametrize("cut", ["", "{", '{"iteration": 3, "losses": {"a": 1}'])
-    def test_a_cut_line_is_passed_over_and_removed_before_the_next(
-        self, lines: JsonLines, cut: str
-    ) -> None:
+    def test_a_cut_line_is_passed_over_and_removed_before_the_next(self, lines, cut):
         with lines.path.open("a") as file:
             file.write(cut)
         assert tuple(lines.read()) == self.RECORDS
@@ -320,9 +311,7 @@ class TestJsonLines:
         assert tuple(lines.read()) == (*self.RECORDS, {"iteration": 3})
         assert b"\n".join(lines.path.read_bytes().splitlines()) + b"\n" == lines.path.read_bytes()
 
-    def test_the_name_of_a_new_file_survives_a_power_cut_too(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_the_name_of_a_new_file_survives_a_power_cut_too(self, tmp_path, monkeypatch):
         flushed: list[str] = []
         monkeypatch.setattr(
             os, "fsync", lambda fd: flushed.append(str(Path(f"/proc/self/fd/{fd}").readlink()))
@@ -332,9 +321,7 @@ class TestJsonLines:
         lines.append({"iteration": 2})
         assert flushed == [str(lines.path), str(lines.path.parent), str(lines.path)]
 
-    def test_damaged_lines_are_passed_over_counted_and_reported_once(
-        self, lines: JsonLines, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_damaged_lines_are_passed_over_counted_and_reported_once(self, lines, caplog):
         with lines.path.open("ab") as file:
             file.write(b"\0" * 5000 + b"\n" + b"[1]\n\xff\n" + b"x" * JsonLines._LONGEST + b"yz\n")
         lines.append({"iteration": 3})
@@ -346,12 +333,12 @@ class TestJsonLines:
         assert lines.keep(lambda record: record["iteration"] != 2) == [self.RECORDS[1]]
         assert [r["iteration"] for r in JsonLines(lines.path).read()] == [1, 3]
 
-    def test_a_file_that_is_not_there_has_no_records(self, tmp_path: Path) -> None:
+    def test_a_file_that_is_not_there_has_no_records(self, tmp_path):
         lines = JsonLines(tmp_path / "metrics.jsonl")
         assert list(lines.read()) == lines.keep(bool) == []
         assert not lines.path.exists()
 
-    def test_one_that_cannot_be_read_is_an_error(self, tmp_path: Path) -> None:
+    def test_one_that_cannot_be_read_is_an_error(self, tmp_path):
         with pytest.raises(InputError, match=str(tmp_path)):
             list(JsonLines(tmp_path).read())
 
@@ -394,7 +381,7 @@ def elsewhere(path: Path) -> None:
 
 
 class TestLocks:
-    def test_a_second_process_learns_at_once_who_holds_it(self, tmp_path: Path) -> None:
+    def test_a_second_process_learns_at_once_who_holds_it(self, tmp_path):
         path = tmp_path / "run.lock"
         with Holder(path) as holder:
             start = time.monotonic()
@@ -410,15 +397,13 @@ class TestLocks:
             assert Lock(path).held is False
 
     @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
-    def test_what_is_in_its_place_is_an_error_that_names_it(
-        self, tmp_path: Path, make: Callable[[Path], None]
-    ) -> None:
+    def test_what_is_in_its_place_is_an_error_that_names_it(self, tmp_path, make):
         make(tmp_path / "run.lock.owner")
         with pytest.raises(RuntimeEnvironmentError, match=r"run\.lock\.owner"):
             Lock(tmp_path / "run.lock").acquire(wait=False)
         assert not (tmp_path / "run.lock").exists()
 
-    def test_an_owner_here_that_was_killed_is_recognised_at_once(self, tmp_path: Path) -> None:
+    def test_an_owner_here_that_was_killed_is_recognised_at_once(self, tmp_path):
         path = tmp_path / "run.lock"
         with Holder(path) as holder:
             holder.process.kill()
@@ -432,9 +417,7 @@ class TestLocks:
         lock.release()
         assert not list(tmp_path.iterdir())
 
-    def test_where_names_cannot_be_exchanged_too(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_where_names_cannot_be_exchanged_too(self, tmp_path, monkeypatch):
         monkeypatch.setattr("filelock._soft.exchange_names", lambda *_: False)  # as on NFS
         path = tmp_path / "run.lock"
         with Holder(path) as holder:
@@ -455,9 +438,7 @@ class TestLocks:
             assert lock.held
             lock.release()
 
-    def test_an_owner_elsewhere_is_waited_for_until_it_shows_life(
-        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_an_owner_elsewhere_is_waited_for_until_it_shows_life(self, tmp_path, caplog):
         path = tmp_path / "run.lock"
         with Holder(path, 2.0):
             elsewhere(path)
@@ -466,8 +447,8 @@ class TestLocks:
         assert "at most 2 s" in caplog.text
 
     def test_an_owner_elsewhere_that_died_is_taken_over_after_the_stated_time(
-        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
+        self, tmp_path, caplog
+    ):
         path = tmp_path / "run.lock"
         with Holder(path, 1.0) as holder:
             holder.process.kill()
@@ -481,7 +462,7 @@ class TestLocks:
             lock.release()
         assert "at most 1 s" in caplog.text
 
-    def test_one_who_was_suspended_learns_that_it_lost_the_lock(self, tmp_path: Path) -> None:
+    def test_one_who_was_suspended_learns_that_it_lost_the_lock(self, tmp_path):
         lock = Lock(tmp_path / "run.lock", stale_after_s=0.4)
         lock.acquire()
         write_bytes(lock.path, b"another's")
@@ -492,7 +473,7 @@ class TestLocks:
         lock.release()
         assert lock.path.read_bytes() == b"another's"
 
-    def test_a_child_that_ends_leaves_the_lock(self, tmp_path: Path) -> None:
+    def test_a_child_that_ends_leaves_the_lock(self, tmp_path):
         with Lock(tmp_path / "run.lock") as lock:
             process = multiprocessing.get_context("fork").Process(target=str)
             process.start()
@@ -501,7 +482,7 @@ class TestLocks:
             assert lock.owner() is not None
         assert not list(tmp_path.iterdir())
 
-    def test_waiting_ends_when_told_so(self, tmp_path: Path) -> None:
+    def test_waiting_ends_when_told_so(self, tmp_path):
         with Lock(tmp_path / "a.lock"):
             other = Lock(tmp_path / "a.lock")
             other.acquire(until=lambda: True)
@@ -509,8 +490,8 @@ class TestLocks:
             other.release()
 
     def test_a_file_system_without_locks_is_reported_and_gone_on_with(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-    ) -> None:
+        self, tmp_path, monkeypatch, caplog
+    ):
         def none(*_: object, **__: object) -> None:
             raise OSError(errno.ENOSYS, "not implemented")
 
@@ -520,7 +501,7 @@ class TestLocks:
                 assert not lock.held
         assert caplog.text.count("no locks") == 1
 
-    def test_a_place_that_cannot_be_written_to_is_named(self, tmp_path: Path) -> None:
+    def test_a_place_that_cannot_be_written_to_is_named(self, tmp_path):
         (tmp_path / "file").touch()
         with pytest.raises(RuntimeEnvironmentError, match="file"):
             Lock(tmp_path / "file" / "a.lock").acquire()
@@ -538,7 +519,7 @@ def _build(folder: Path) -> None:
 
 
 class TestBuildOnce:
-    def test_one_of_many_processes_builds_and_all_see_the_whole(self, tmp_path: Path) -> None:
+    def test_one_of_many_processes_builds_and_all_see_the_whole(self, tmp_path):
         context = multiprocessing.get_context("spawn")
         processes = [context.Process(target=_build, args=(tmp_path,)) for _ in range(3)]
         for process in processes:
@@ -549,13 +530,11 @@ class TestBuildOnce:
         assert (tmp_path / "log").read_text() == "x"
         assert sorted(p.name for p in tmp_path.iterdir()) == ["log", "target"]
 
-    def test_an_existing_file_is_not_built(self, tmp_path: Path) -> None:
+    def test_an_existing_file_is_not_built(self, tmp_path):
         (tmp_path / "t").write_text("there")
         build_once(tmp_path / "t", lambda _: pytest.fail("built"))
 
-    def test_the_lock_of_one_that_was_killed_when_it_was_done_is_removed(
-        self, tmp_path: Path
-    ) -> None:
+    def test_the_lock_of_one_that_was_killed_when_it_was_done_is_removed(self, tmp_path):
         with Holder(tmp_path / "t.lock") as holder:
             (tmp_path / "t").write_text("there")
             build_once(tmp_path / "t", lambda _: pytest.fail("built"))
@@ -565,7 +544,7 @@ class TestBuildOnce:
         build_once(tmp_path / "t", lambda _: pytest.fail("built"))
         assert [path.name for path in tmp_path.iterdir()] == ["t"]
 
-    def test_a_failed_build_frees_the_lock(self, tmp_path: Path) -> None:
+    def test_a_failed_build_frees_the_lock(self, tmp_path):
         def fail(_: Path) -> None:
             raise OSError("disk")
 
@@ -574,9 +553,7 @@ class TestBuildOnce:
         build_once(tmp_path / "t", lambda path: path.write_text("x") and None)
         assert [p.name for p in tmp_path.iterdir()] == ["t"]
 
-    def test_nobody_waits_for_the_dead(
-        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_nobody_waits_for_the_dead(self, tmp_path, caplog):
         with Holder(tmp_path / "t.lock") as holder:
             holder.process.kill()
             holder.process.wait()
@@ -588,9 +565,7 @@ class TestBuildOnce:
         build_once(tmp_path / "u", lambda path: path.write_text("x") and None)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["t", "u"]
 
-    def test_a_file_that_came_while_waiting_is_not_built_again(
-        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_a_file_that_came_while_waiting_is_not_built_again(self, tmp_path, caplog):
         with Lock(tmp_path / "t.lock"):
             looks = iter([False, False, True])
             path = tmp_path / "t"

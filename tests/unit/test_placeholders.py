@@ -70,7 +70,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     ("content", "words"), [(POINTER, "Git LFS"), (PAGE, "web page")], ids=["LFS", "HTML"]
 )
 @pytest.mark.parametrize("name", READERS)
-def test_named_with_what_to_do(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+def test_named_with_what_to_do(tmp_path, name, content, words):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(ProxydetError, match=words) as caught:

@@ -13,7 +13,6 @@ import tracemalloc
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -56,7 +55,7 @@ def prefixed(prefix: str) -> dict[str, torch.Tensor]:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("legacy", [False, True])
-def test_containers_and_wrappers_are_taken_off(tmp_path: Path, content: Any, legacy: bool) -> None:
+def test_containers_and_wrappers_are_taken_off(tmp_path, content, legacy):
     path = tmp_path / "w.pth"
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
     found = read_state_dict(path)
@@ -65,9 +64,7 @@ def test_containers_and_wrappers_are_taken_off(tmp_path: Path, content: Any, leg
     assert read_shapes(path) == {"backbone.weight": (2, 3), "backbone.bias": (2,)}
 
 
-def test_two_kinds_of_weights_are_reported(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_two_kinds_of_weights_are_reported(tmp_path, caplog):
     path = tmp_path / "w.pth"
     torch.save({"ema": {"x": torch.ones(1)}, "model": NAMES}, path)
     assert read_state_dict(path).keys() == NAMES.keys()
@@ -75,7 +72,7 @@ def test_two_kinds_of_weights_are_reported(
 
 
 @pytest.mark.parametrize("protocol", range(6))
-def test_pickled_arrays(tmp_path: Path, protocol: int) -> None:
+def test_pickled_arrays(tmp_path, protocol):
     arrays = {
         "float": np.arange(6, dtype=np.float32).reshape(2, 3),
         "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
@@ -93,7 +90,7 @@ def test_pickled_arrays(tmp_path: Path, protocol: int) -> None:
         np.testing.assert_array_equal(found[name].numpy(), value)
 
 
-def test_numbers_of_every_type_and_shared_storages(tmp_path: Path) -> None:
+def test_numbers_of_every_type_and_shared_storages(tmp_path):
     base = torch.arange(12.0)
     kinds = (
         "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool complex64 complex128"
@@ -113,7 +110,7 @@ def test_numbers_of_every_type_and_shared_storages(tmp_path: Path) -> None:
 # ---- files that proxydet writes ----------------------------------------------------------------------------------------
 
 
-def test_final_weights_with_metadata(tmp_path: Path) -> None:
+def test_final_weights_with_metadata(tmp_path):
     from safetensors import safe_open
 
     path = tmp_path / "model_final.safetensors"
@@ -130,7 +127,7 @@ def test_final_weights_with_metadata(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["final", "final.pth", "state", "weights"])
-def test_a_flipped_bit_never_loads_other_values(tmp_path: Path, kind: str) -> None:
+def test_a_flipped_bit_never_loads_other_values(tmp_path, kind):
     """Two hundred bits, of all parts of the file; most of a small file is structure."""
     path = tmp_path / ("model_final.safetensors" if kind == "final" else "model_final.pth")
     tensors = {f"layer.{i}": torch.rand(6, 5) for i in range(5)}
@@ -163,7 +160,7 @@ def test_a_flipped_bit_never_loads_other_values(tmp_path: Path, kind: str) -> No
                 read_state_dict(path)
 
 
-def test_damaged_final_weights_name_others_of_the_run(tmp_path: Path) -> None:
+def test_damaged_final_weights_name_others_of_the_run(tmp_path):
     path = tmp_path / "model_final.safetensors"
     path.write_bytes(b"\x10\0\0\0\0\0\0\0{damaged")
     with pytest.raises(CheckpointError) as alone:
@@ -180,13 +177,13 @@ def test_damaged_final_weights_name_others_of_the_run(tmp_path: Path) -> None:
     assert "step_0000003.pth" in str(caught.value.hint)
 
 
-def test_a_number_under_format_does_not_make_it_ours(tmp_path: Path) -> None:
+def test_a_number_under_format_does_not_make_it_ours(tmp_path):
     torch.save({"format": 2, "model": NAMES}, tmp_path / "other.pth")
     assert read_state_dict(tmp_path / "other.pth").keys() == NAMES.keys()
 
 
 @pytest.mark.parametrize("key", ["format", "sha256"])
-def test_damage_to_the_key_of_the_digest_is_seen(tmp_path: Path, key: str) -> None:
+def test_damage_to_the_key_of_the_digest_is_seen(tmp_path, key):
     path = tmp_path / "w.pth"
     write_state({"model": NAMES, "iteration": 3}, path)
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "new.pth", "w") as new:
@@ -196,7 +193,7 @@ def test_damage_to_the_key_of_the_digest_is_seen(tmp_path: Path, key: str) -> No
         read_state_dict(tmp_path / "new.pth")
 
 
-def test_a_seal(tmp_path: Path) -> None:
+def test_a_seal(tmp_path):
     path = tmp_path / "model.bin"
     path.write_bytes(b"what was written")
     assert not check_seal(path, b"mark", hint="")
@@ -294,7 +291,7 @@ IN_PICKLES = [kind for kind in HOSTILE if kind != "many" and not kind.startswith
     ("suffix", "kind"),
     [*((".pth", kind) for kind in HOSTILE), *((".pkl", kind) for kind in IN_PICKLES)],
 )
-def test_hostile_pickles_are_refused(tmp_path: Path, kind: str, suffix: str) -> None:
+def test_hostile_pickles_are_refused(tmp_path, kind, suffix):
     path = tmp_path / f"w{suffix}"
     if suffix == ".pth":
         with zipfile.ZipFile(path, "w") as archive:
@@ -308,7 +305,7 @@ def test_hostile_pickles_are_refused(tmp_path: Path, kind: str, suffix: str) -> 
 
 
 @pytest.mark.parametrize("kind", ["array of a forged type", "scalar of a forged type"])
-def test_a_forged_type_is_named(tmp_path: Path, kind: str) -> None:
+def test_a_forged_type_is_named(tmp_path, kind):
     (tmp_path / "w.pkl").write_bytes(HOSTILE[kind])
     with pytest.raises(CheckpointError, match="V8"):
         read_state_dict(tmp_path / "w.pkl")
@@ -317,7 +314,7 @@ def test_a_forged_type_is_named(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     "start", [b"\0\0\0\x20ftypmp42", b"\x80\x04\x8e" + bytes(6) + b"\1\0", b"clang", b"In a text"]
 )
-def test_a_large_file_of_another_kind_is_not_read(tmp_path: Path, start: bytes) -> None:
+def test_a_large_file_of_another_kind_is_not_read(tmp_path, start):
     path = tmp_path / "video.mp4"
     with path.open("wb") as file:
         file.write(start)
@@ -331,9 +328,7 @@ def test_a_large_file_of_another_kind_is_not_read(tmp_path: Path, start: bytes) 
         tracemalloc.stop()
 
 
-def test_the_table_of_contents_is_not_searched_for_every_tensor(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_table_of_contents_is_not_searched_for_every_tensor(tmp_path, monkeypatch):
     torch.save({f"w{i}": torch.zeros(1) for i in range(50)}, tmp_path / "w.pth")
     listed, infolist = [], zipfile.ZipFile.infolist
     monkeypatch.setattr(zipfile.ZipFile, "infolist", lambda s: listed.append(s) or infolist(s))
@@ -344,7 +339,7 @@ def test_the_table_of_contents_is_not_searched_for_every_tensor(
 @pytest.mark.parametrize(
     "change", ["huge", "negative", "beyond", "stride", "type", "contradiction", "big-endian"]
 )
-def test_tensors_that_do_not_fit_their_bytes(tmp_path: Path, change: str) -> None:
+def test_tensors_that_do_not_fit_their_bytes(tmp_path, change):
     storage = torch.arange(4.0).untyped_storage()
 
     class Forged:
@@ -376,7 +371,7 @@ def test_tensors_that_do_not_fit_their_bytes(tmp_path: Path, change: str) -> Non
         read_state_dict(tmp_path / "w.pth")
 
 
-def test_a_zip_directory_without_end(tmp_path: Path) -> None:
+def test_a_zip_directory_without_end(tmp_path):
     path = tmp_path / "w.pth"
     torch.save(NAMES, path)
     content = bytearray(path.read_bytes())
@@ -390,7 +385,7 @@ def test_a_zip_directory_without_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "header", ["larger", "smaller", "objects", "fields", "text", "deep", "character"]
 )
-def test_tables_whose_header_lies(tmp_path: Path, header: str) -> None:
+def test_tables_whose_header_lies(tmp_path, header):
     def npy(text: str) -> bytes:
         raw = text.encode() + b"\n"
         values = bytes(60) + b"\0\x11\0\0"  # as text, one more than the last character
@@ -417,7 +412,7 @@ def test_tables_whose_header_lies(tmp_path: Path, header: str) -> None:
                 read_arrays(tmp_path / "t.npz", ["x"])
 
 
-def test_damaged_files_of_every_kind_are_refused_or_read_the_same() -> None:
+def test_damaged_files_of_every_kind_are_refused_or_read_the_same():
     """The short form of the script; it ends with 1 after a crash, a bug, or other values than were written."""
     script = Path(__file__).resolve().parents[2] / "benchmarks" / "fuzz_files.py"
     words = [sys.executable, str(script), "--cases", "160", "--seed", "7"]

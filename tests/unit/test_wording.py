@@ -10,11 +10,11 @@ from proxydet.wording import counted, json_text, printable, table_cell
 
 
 @pytest.mark.parametrize(("number", "text"), [(0, "0 boxes"), (1, "1 box"), (2, "2 boxes")])
-def test_nouns_follow_their_number(number: int, text: str) -> None:
+def test_nouns_follow_their_number(number, text):
     assert counted(number, "box", "boxes") == text
 
 
-def test_an_s_is_the_usual_plural() -> None:
+def test_an_s_is_the_usual_plural():
     assert [counted(number, "tar") for number in (1, 3)] == ["1 tar", "3 tars"]
 
 
@@ -29,7 +29,7 @@ def test_an_s_is_the_usual_plural() -> None:
         ("\udcff.png", "\\udcff.png"),
     ],
 )
-def test_control_characters_are_escaped(text: str, shown: str) -> None:
+def test_control_characters_are_escaped(text, shown):
     assert printable(text) == shown
 
 
@@ -40,7 +40,7 @@ def test_control_characters_are_escaped(text: str, shown: str) -> None:
         | st.characters(min_codepoint=0xDC80, max_codepoint=0xDCFF)  # of names that are not UTF-8
     )
 )
-def test_escaped_text_can_be_written_and_json_is_read_back(text: str) -> None:
+def test_escaped_text_can_be_written_and_json_is_read_back(text):
     assert all(ord(c) >= 32 and not 127 <= ord(c) < 160 for c in printable(text))
     printable(text).encode()
     for options in ({}, {"indent": 2}):
@@ -51,7 +51,7 @@ def test_escaped_text_can_be_written_and_json_is_read_back(text: str) -> None:
 
 
 @given(st.text(max_size=10))
-def test_no_cell_of_a_table_is_a_formula(text: str) -> None:
+def test_no_cell_of_a_table_is_a_formula(text):
     file = io.StringIO(newline="")
     csv.writer(file).writerow([table_cell(text)])
     (row,) = csv.reader(io.StringIO(file.getvalue(), newline=""))

@@ -45,16 +45,16 @@ def all_errors() -> set[type[errors.ProxydetError]]:
     return found
 
 
-def test_every_error_class_has_its_exit_code() -> None:
+def test_every_error_class_has_its_exit_code():
     assert {kind: kind("m").exit_code for kind in all_errors()} == EXIT_CODES
 
 
-def test_a_signal_has_the_shells_exit_code() -> None:
+def test_a_signal_has_the_shells_exit_code():
     assert errors.JobInterruptedError("stopped", signal_number=15).exit_code == 143
 
 
 @pytest.fixture
-def failing(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
+def failing(monkeypatch) -> types.SimpleNamespace:
     """A command line whose one command raises what the test puts in `failing.error`."""
     from proxydet_cli.options import command_app
 
@@ -84,28 +84,20 @@ def run(capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("kind", EXIT_CODES, ids=lambda kind: kind.__name__)
-def test_message_hint_and_code(
-    kind: type[errors.ProxydetError],
-    failing: types.SimpleNamespace,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_message_hint_and_code(kind, failing, capsys):
     failing.error = kind("it broke because of this", hint="do that")
     code, text = run(capsys)
     assert code == EXIT_CODES[kind]
     assert text == "error: it broke because of this\n\nhint: do that\n"
 
 
-def test_no_hint_no_hint_line(
-    failing: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_hint_no_hint_line(failing, capsys):
     failing.error = errors.DataError("it broke")
     assert run(capsys) == (3, "error: it broke\n")
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_full_disk(
-    number: int, failing: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_full_disk(number, failing, capsys):
     failing.error = OSError(number, os.strerror(number), "/data/model.pth")
     code, text = run(capsys)
     assert code == errors.DiskFullError.exit_code
@@ -113,9 +105,7 @@ def test_full_disk(
     assert "/data/model.pth" in text
 
 
-def test_other_trouble_of_the_operating_system(
-    failing: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_trouble_of_the_operating_system(failing, capsys):
     failing.error = PermissionError(errno.EACCES, "Permission denied", "/data/run")
     code, text = run(capsys)
     assert code == 5
@@ -123,21 +113,19 @@ def test_other_trouble_of_the_operating_system(
     assert "Traceback" not in text
 
 
-def test_ctrl_c(failing: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c(failing, capsys):
     failing.error = KeyboardInterrupt()
     assert run(capsys) == (130, "")
 
 
-def test_lack_of_memory(failing: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lack_of_memory(failing, capsys):
     failing.error = MemoryError()
     code, text = run(capsys)
     assert code == 5
     assert "not enough memory" in text
 
 
-def test_lack_of_gpu_memory_is_told_without_importing_torch(
-    failing: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_lack_of_gpu_memory_is_told_without_importing_torch(failing, capsys):
     kind = type("OutOfMemoryError", (RuntimeError,), {"__module__": "torch"})
     failing.error = kind("CUDA out of memory. Tried to allocate 2 GiB\nmore")
     code, text = run(capsys)
@@ -145,24 +133,20 @@ def test_lack_of_gpu_memory_is_told_without_importing_torch(
     assert "Tried to allocate 2 GiB" in text
 
 
-def test_reader_that_went_away(
-    failing: types.SimpleNamespace,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_reader_that_went_away(failing, capsys, monkeypatch):
     monkeypatch.setattr(failures, "_detach_stdout", lambda: None)
     failing.error = output.ReaderGone()
     assert run(capsys) == (141, "")
 
 
-def test_unexpected_error_is_left_to_the_hook(failing: types.SimpleNamespace) -> None:
+def test_unexpected_error_is_left_to_the_hook(failing):
     failing.error = ValueError("a bug")
     with pytest.raises(ValueError, match="a bug"):
         main.main(["failing"])
     assert sys.excepthook is failures.report_unexpected
 
 
-def test_other_runtime_errors_are_bugs(failing: types.SimpleNamespace) -> None:
+def test_other_runtime_errors_are_bugs(failing):
     failing.error = RuntimeError("a bug")
     with pytest.raises(RuntimeError, match="a bug"):
         main.main(["failing"])
@@ -192,7 +176,7 @@ def run_process(error: str, **environment: str) -> subprocess.CompletedProcess[s
     )
 
 
-def test_a_bug_is_reported_in_three_lines_with_code_1() -> None:
+def test_a_bug_is_reported_in_three_lines_with_code_1():
     done = run_process("ValueError('oops')")
     assert done.returncode == 1
     assert done.stderr.startswith(
@@ -203,13 +187,13 @@ def test_a_bug_is_reported_in_three_lines_with_code_1() -> None:
 
 
 @pytest.mark.parametrize("error", ["ValueError('oops')", "FileNotFoundError(2, 'gone', 'x')"])
-def test_debug_shows_the_traceback(error: str) -> None:
+def test_debug_shows_the_traceback(error):
     done = run_process(error, PROXYDET_DEBUG="1")
     assert "Traceback (most recent call last)" in done.stderr
     assert "error: " in done.stderr
 
 
-def test_closed_pipe_ends_quietly() -> None:
+def test_closed_pipe_ends_quietly():
     program = (
         "import sys\nfrom proxydet_cli.main import main\n"
         "from proxydet_cli import app\n"
@@ -229,15 +213,13 @@ def test_closed_pipe_ends_quietly() -> None:
     assert process.wait(timeout=60) == 141
 
 
-def test_translate_keeps_our_errors() -> None:
+def test_translate_keeps_our_errors():
     error = errors.DataError("x", path=Path("y"))
     assert failures.translate(error) is error
 
 
 @pytest.mark.parametrize("number", [errno.EEXIST, errno.ENOTDIR])
-def test_a_file_where_a_folder_goes(
-    number: int, failing: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_where_a_folder_goes(number, failing, capsys):
     failing.error = OSError(number, os.strerror(number), "/data/run")
     code, text = run(capsys)
     assert code == 5

@@ -24,7 +24,7 @@ class Result:
 RESULT = Result(path=Path("runs/a"), ap=math.nan, counts=(1, 2))
 
 
-def test_json_is_plain(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_is_plain(capsys):
     Output(json=True).data(
         {"result": RESULT, "array": np.array([1.5, math.inf]), "name": "é"}, "text"
     )
@@ -37,7 +37,7 @@ def test_json_is_plain(capsys: pytest.CaptureFixture[str]) -> None:
     assert captured.err == ""
 
 
-def test_text_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_is_for_people(capsys):
     output = Output()
     output.data(RESULT)
     output.data(RESULT, "as told")
@@ -47,7 +47,7 @@ def test_text_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
 ROWS = [{"name": "cat", "ap": 61.25, "n": 3}, {"name": "traffic light", "ap": math.nan, "n": 12}]
 
 
-def test_table_is_aligned_with_numbers_to_the_right(capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_is_aligned_with_numbers_to_the_right(capsys):
     Output().table(ROWS)
     assert capsys.readouterr().out.splitlines() == [
         "name              ap   n",
@@ -56,7 +56,7 @@ def test_table_is_aligned_with_numbers_to_the_right(capsys: pytest.CaptureFixtur
     ]
 
 
-def test_table_takes_chosen_columns_and_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_takes_chosen_columns_and_json(capsys):
     Output().table(ROWS, ["n"])
     assert capsys.readouterr().out.splitlines() == [" n", " 3", "12"]
     Output(json=True).table(ROWS)
@@ -65,7 +65,7 @@ def test_table_takes_chosen_columns_and_json(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out == ""
 
 
-def test_all_but_data_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_but_data_goes_to_stderr(capsys):
     for output in (Output(), Output(json=True)):
         output.message("working")
         output.warning("careful")
@@ -75,7 +75,7 @@ def test_all_but_data_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None
     assert captured.err == 2 * "working\nwarning: careful\nerror: broken\n\nhint: mend it\n"
 
 
-def test_quiet_leaves_out_messages_only(capsys: pytest.CaptureFixture[str]) -> None:
+def test_quiet_leaves_out_messages_only(capsys):
     output = Output(quiet=True)
     output.message("working")
     output.warning("careful")
@@ -91,9 +91,7 @@ class Terminal(io.StringIO):
     ("no_color", "term", "coloured"),
     [("", "xterm", True), ("1", "xterm", False), ("", "dumb", False)],
 )
-def test_colour_only_where_it_is_wanted(
-    monkeypatch: pytest.MonkeyPatch, no_color: str, term: str, coloured: bool
-) -> None:
+def test_colour_only_where_it_is_wanted(monkeypatch, no_color, term, coloured):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("NO_COLOR", no_color)
@@ -103,7 +101,7 @@ def test_colour_only_where_it_is_wanted(
     assert is_terminal(terminal) == (term != "dumb")
 
 
-def test_characters_that_the_encoding_lacks_do_not_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_characters_that_the_encoding_lacks_do_not_crash(monkeypatch):
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
     prepare_streams()
@@ -112,7 +110,7 @@ def test_characters_that_the_encoding_lacks_do_not_crash(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(("verbose", "expected"), [(False, ""), (True, "seen\n")])
-def test_logs(capsys: pytest.CaptureFixture[str], verbose: bool, expected: str) -> None:
+def test_logs(capsys, verbose, expected):
     show_logs(verbose=verbose)
     show_logs(verbose=verbose)
     logging.getLogger("proxydet.data").info("seen")
@@ -120,9 +118,7 @@ def test_logs(capsys: pytest.CaptureFixture[str], verbose: bool, expected: str) 
     assert capsys.readouterr().err == f"{expected}warning: odd thing\n"
 
 
-def test_a_log_file_that_wants_more_does_not_fill_the_terminal(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_log_file_that_wants_more_does_not_fill_the_terminal(capsys):
     show_logs()
     logger = logging.getLogger("proxydet")
     logger.setLevel(logging.INFO)
@@ -139,7 +135,7 @@ def test_a_log_file_that_wants_more_does_not_fill_the_terminal(
 HOSTILE = "\x1b]0;owned\x07\x9b2J"
 
 
-def test_nothing_that_a_terminal_obeys_is_written(capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_that_a_terminal_obeys_is_written(capsys):
     show_logs()
     for output in (Output(), Output(json=True)):
         output.data({"name": HOSTILE}, f"two\nlines {HOSTILE}")

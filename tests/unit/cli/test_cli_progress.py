@@ -27,15 +27,13 @@ class Clock:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+def clock(monkeypatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(progress.time, "monotonic", clock)
     return clock
 
 
-def test_lines_are_rate_limited_and_say_the_time_left(
-    clock: Clock, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_lines_are_rate_limited_and_say_the_time_left(clock, capsys):
     with LineProgress().task("training", total=100, unit="it") as task:
         for _ in range(50):
             clock.now += 1
@@ -46,9 +44,7 @@ def test_lines_are_rate_limited_and_say_the_time_left(
     assert lines[-1] == "training: 50 it in 50 s  loss 0.5  lr 1e-4"
 
 
-def test_resumed_task_counts_its_speed_from_where_it_began(
-    clock: Clock, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_resumed_task_counts_its_speed_from_where_it_began(clock, capsys):
     with LineProgress().task("downloading", total=4e9, unit="B", done=3e9) as task:
         clock.now += 10
         task.advance(5e8)
@@ -57,9 +53,7 @@ def test_resumed_task_counts_its_speed_from_where_it_began(
     assert last == "downloading: 3.5 GB in 10 s, 50.0 MB/s"
 
 
-def test_short_task_is_silent_and_uncounted_one_tells_its_time(
-    clock: Clock, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_short_task_is_silent_and_uncounted_one_tells_its_time(clock, capsys):
     with LineProgress().task("reading"):
         pass
     with LineProgress().task("building") as task:
@@ -68,7 +62,7 @@ def test_short_task_is_silent_and_uncounted_one_tells_its_time(
     assert capsys.readouterr().err == "building the store: 1 min 15 s\n"
 
 
-def test_failed_task_has_no_closing_line(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failed_task_has_no_closing_line(clock, capsys):
     def divide() -> None:
         with LineProgress().task("dividing"):
             clock.now += 5
@@ -82,7 +76,7 @@ def test_failed_task_has_no_closing_line(clock: Clock, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("seconds", "words"), [(0.4, "0 s"), (59.4, "59 s"), (65, "1 min 05 s"), (11520, "3 h 12 min")]
 )
-def test_duration(seconds: float, words: str) -> None:
+def test_duration(seconds, words):
     assert progress.duration(seconds) == words
 
 
@@ -96,7 +90,7 @@ def test_duration(seconds: float, words: str) -> None:
         (1500, None, "B", "1.5 kB"),
     ],
 )
-def test_amount(done: float, total: float | None, unit: str, words: str) -> None:
+def test_amount(done, total, unit, words):
     assert progress.amount(done, total, unit) == words
 
 
@@ -105,7 +99,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bars_on_a_terminal(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
@@ -125,13 +119,13 @@ def test_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown._bars is None
 
 
-def test_lines_elsewhere_and_nothing_when_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_elsewhere_and_nothing_when_quiet(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     assert isinstance(show_progress(), LineProgress)
     assert isinstance(show_progress(quiet=True), SilentProgress)
 
 
-def test_notebook(capsys: pytest.CaptureFixture[str]) -> None:
+def test_notebook(capsys):
     with NotebookProgress().task("training", total=2, unit="it") as task:
         task.advance(2, loss=0.5)
         task.describe("trained")
@@ -139,7 +133,7 @@ def test_notebook(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(("total", "left"), [(None, False), (100, True)])
-def test_bars_say_left_only_beside_a_time(monkeypatch, total, left) -> None:
+def test_bars_say_left_only_beside_a_time(monkeypatch, total, left):
     """A bar of unknown length used to show the time gone by as the time left."""
     stream = io.StringIO()
     monkeypatch.setattr(progress.sys, "stderr", stream)

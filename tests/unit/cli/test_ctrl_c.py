@@ -37,12 +37,12 @@ def run(folder: Path, module: str, text: str) -> subprocess.CompletedProcess[str
     )
 
 
-def test_while_torch_is_imported(tmp_path: Path) -> None:
+def test_while_torch_is_imported(tmp_path):
     ended = run(tmp_path, "torch/__init__.py", SENDS_ITSELF_CTRL_C)
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
 
 
-def test_before_the_commands_are_there(tmp_path: Path) -> None:
+def test_before_the_commands_are_there(tmp_path):
     interrupted = (
         "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nfor _ in range(1000): pass\n"
     )

@@ -1,9 +1,5 @@
 """Mistakes in the options of ``proxydet eval`` are told before anything is opened."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 
 from proxydet_cli.main import main
@@ -51,9 +47,7 @@ from proxydet_cli.main import main
         ),
     ],
 )
-def test_what_is_no_run_or_split_is_told(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str, hint: str
-) -> None:
+def test_what_is_no_run_or_split_is_told(tmp_path, capsys, words, message, hint):
     (tmp_path / "file").touch()
     evaluated = tmp_path / "qs" / "run" / "evaluation" / "shapes-val"
     evaluated.mkdir(parents=True)
@@ -68,9 +62,7 @@ def test_what_is_no_run_or_split_is_told(
     assert hint in told
 
 
-def test_a_place_that_cannot_be_written_to_is_the_environments_fault(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_place_that_cannot_be_written_to_is_the_environments_fault(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert main(["eval", "--run", str(tmp_path), "-o", str(tmp_path / "file")]) == 5
     told = capsys.readouterr().err

@@ -16,7 +16,7 @@ def help_of(name: str) -> str:
     return str(command.get_help(typer.Context(command, info_name=name)))
 
 
-def test_commands_stand_in_groups_in_the_order_of_the_work() -> None:
+def test_commands_stand_in_groups_in_the_order_of_the_work():
     text = help_of("proxydet")
     listed = re.findall(r"^  ([a-z]+)  ", text, re.MULTILINE)
     assert [name for name in listed if name in COMMANDS] == list(COMMANDS)
@@ -25,7 +25,7 @@ def test_commands_stand_in_groups_in_the_order_of_the_work() -> None:
 
 
 @pytest.mark.parametrize("name", ["proxydet", *COMMANDS])
-def test_help_is_coloured_on_a_terminal_only(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_is_coloured_on_a_terminal_only(name, monkeypatch):
     plain = help_of(name)
     assert "\x1b" not in plain
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)

@@ -27,7 +27,7 @@ NO_DRIVER = Field(
 
 
 @pytest.fixture
-def answers(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+def answers(monkeypatch) -> SimpleNamespace:
     """What the core answers; tests change it."""
     state = SimpleNamespace(report=REPORT, failures=(), asked=[])
 
@@ -46,7 +46,7 @@ def run(*words: str) -> int:
     return int(stop.value.code or 0)
 
 
-def test_says_what_it_did(answers: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_says_what_it_did(answers, capsys):
     assert run() == 0
     text = capsys.readouterr().out
     assert "detectron2 0.6 installed: /env/detectron2" in text
@@ -54,9 +54,7 @@ def test_says_what_it_did(answers: SimpleNamespace, capsys: pytest.CaptureFixtur
     assert answers.asked == [False]
 
 
-def test_dry_run_says_what_it_would_do(
-    answers: SimpleNamespace, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_dry_run_says_what_it_would_do(answers, capsys):
     answers.report = replace(REPORT, action="would install", folder=None, operators=None)
     answers.failures = (NO_DRIVER,)  # not asked for: an absent detectron2 is no failure yet
     assert run("--dry-run") == 0
@@ -64,15 +62,13 @@ def test_dry_run_says_what_it_would_do(
     assert answers.asked == [True]
 
 
-def test_what_will_fail_is_told_with_code_5(
-    answers: SimpleNamespace, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_will_fail_is_told_with_code_5(answers, capsys):
     answers.failures = (NO_DRIVER,)
     assert run() == 5
     assert "will fail: Driver: too old" in capsys.readouterr().out
 
 
-def test_json(answers: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json(answers, capsys):
     assert run("--json") == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["action"], told["failures"]) == ("installed", {})

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import sys
 
-import pytest
-
 from proxydet_cli import progress
 from proxydet_cli.progress import parts_table, training_progress
 
@@ -26,9 +24,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_line_names_loss_speed_time_left_and_rate_only(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_line_names_loss_speed_time_left_and_rate_only(monkeypatch, capsys):
     monkeypatch.setattr(progress, "LINE_INTERVAL", 0.0)
     with training_progress().task("training", total=4, unit="it") as task:
         task.advance(2, **FIELDS)
@@ -36,7 +32,7 @@ def test_a_line_names_loss_speed_time_left_and_rate_only(
     assert line == "training: 2/4 it (50%), 0 s left  loss 3.25  it/s 2.5  lr 0.002"
 
 
-def test_the_table_holds_the_parts_and_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_holds_the_parts_and_the_machine(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
@@ -56,6 +52,6 @@ def test_the_table_holds_the_parts_and_the_machine(monkeypatch: pytest.MonkeyPat
     assert "total" not in text
 
 
-def test_a_table_without_machine_numbers_has_none() -> None:
+def test_a_table_without_machine_numbers_has_none():
     assert parts_table({"loss_mask": 1.0}).row_count == 1
     assert parts_table({"loss_mask": 1.0, "MiB": 2.0}).row_count == 2

@@ -46,15 +46,15 @@ def _make_detector(tiny: ModuleType, kind: str) -> Detector:
 
 
 @pytest.fixture(scope="session")
-def detector(tiny: ModuleType) -> Detector:
+def detector(tiny) -> Detector:
     return _make_detector(tiny, "resnet")
 
 
 @pytest.fixture(scope="session")
-def onnx_export(detector: Detector, tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
+def onnx_export(detector, tmp_path_factory) -> ExportReport:
     return export_detector(detector, tmp_path_factory.mktemp("export") / "tiny.onnx")
 
 
 @pytest.fixture(scope="session")
-def torch_export(detector: Detector, tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
+def torch_export(detector, tmp_path_factory) -> ExportReport:
     return export_detector(detector, tmp_path_factory.mktemp("export") / "tiny.pt2")

@@ -20,7 +20,7 @@ def run(*words: object) -> int:
 
 
 @pytest.fixture
-def seen(detector: Detector, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+def seen(detector, monkeypatch) -> dict[str, object]:
     """What the command gave to the exporter, which is not run."""
     given: dict[str, object] = {}
 
@@ -51,9 +51,7 @@ def seen(detector: Detector, monkeypatch: pytest.MonkeyPatch) -> dict[str, objec
     return given
 
 
-def test_options_reach_the_exporter(
-    seen: dict[str, object], detector: Detector, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_options_reach_the_exporter(seen, detector, tmp_path, capsys):
     target = tmp_path / "a.onnx"
     assert run("-o", target, "--opset", 19, "--format", "onnx", "--check", "x.jpg", "--json") == 0
     report = json.loads(capsys.readouterr().out)
@@ -66,23 +64,21 @@ def test_options_reach_the_exporter(
     assert seen["vocabulary"] is None
 
 
-def test_a_vocabulary_is_given_on(
-    seen: dict[str, object], detector: Detector, tmp_path: Path
-) -> None:
+def test_a_vocabulary_is_given_on(seen, detector, tmp_path):
     saved = detector.vocabulary.subset(["class 1", "class 4"]).save(tmp_path / "two.npz")
     assert run("-o", tmp_path / "a.onnx", "--vocabulary", saved) == 0
     assert seen["vocabulary"].names == ("class 1", "class 4")  # type: ignore[attr-defined]
 
 
 @pytest.mark.usefixtures("seen")
-def test_the_report_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_for_people(tmp_path, capsys):
     assert run("-o", tmp_path / "a.onnx") == 0
     report = capsys.readouterr().out
     assert "2.0 MB, exported in 3 s" in report
     assert "drawn, 6 classes: 40 of 40 detections the same" in report
 
 
-def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_no_run(tmp_path, capsys):
     target = tmp_path / "a.onnx"
     assert run("--run", tmp_path, "--output", target) == 3
     assert "is not a run folder" in capsys.readouterr().err

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -43,7 +42,7 @@ class Untouched(AssertionError):
 
 
 @pytest.fixture
-def no_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_tracing(monkeypatch) -> None:
     """Fail where work begins: what is refused must be refused before."""
 
     def trace(*_: object) -> None:
@@ -64,22 +63,20 @@ def no_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
         ("model.onnx", {"check": ["absent.jpg"]}, "absent.jpg"),
     ],
 )
-def test_wrong_options_are_refused_before_the_work(
-    detector: Detector, tmp_path: Path, name: str, options: dict[str, Any], message: str
-) -> None:
+def test_wrong_options_are_refused_before_the_work(detector, tmp_path, name, options, message):
     with pytest.raises(InputError, match=re.escape(message)):
         export_detector(detector, tmp_path / name, **options)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("no_tracing")
-def test_test_time_augmentation_is_refused(detector: Detector, tmp_path: Path) -> None:
+def test_test_time_augmentation_is_refused(detector, tmp_path):
     with pytest.raises(ConfigError, match="augmentation"):
         export_detector(detector.with_settings(flip=True), tmp_path / "model.onnx")
 
 
 @pytest.mark.usefixtures("no_tracing")
-def test_a_place_that_cannot_be_written_to(detector: Detector, tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_to(detector, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RuntimeEnvironmentError, match=r"model\.onnx cannot be written") as caught:
         export_detector(detector, tmp_path / "file" / "model.onnx")
@@ -88,16 +85,14 @@ def test_a_place_that_cannot_be_written_to(detector: Detector, tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("no_tracing")
-def test_a_folder_is_refused_before_the_work(detector: Detector, tmp_path: Path) -> None:
+def test_a_folder_is_refused_before_the_work(detector, tmp_path):
     (tmp_path / "model.onnx").mkdir()
     with pytest.raises(RuntimeEnvironmentError, match="is a folder"):
         export_detector(detector, tmp_path / "model.onnx")
 
 
 @pytest.mark.usefixtures("no_tracing")
-def test_the_vocabulary_does_not_replace_the_model(
-    detector: Detector, tiny: ModuleType, tmp_path: Path
-) -> None:
+def test_the_vocabulary_does_not_replace_the_model(detector, tiny, tmp_path):
     with pytest.raises(ConfigError, match="would replace the model"):
         export_detector(
             detector, tmp_path / "model.npz", format="onnx", vocabulary=tiny.vocabulary(2)
@@ -138,8 +133,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, exported: object) -> None:
 
 
 def test_the_vocabulary_is_written_next_to_the_file_as_it_was_given(
-    detector: Detector, tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    detector, tiny, tmp_path, monkeypatch
+):
     stand_in(monkeypatch, Altered(detector))
     words = tiny.vocabulary(4, seed=4)
     report = export_detector(
@@ -160,18 +155,14 @@ def test_the_vocabulary_is_written_next_to_the_file_as_it_was_given(
 
 @pytest.mark.usefixtures("no_tracing")
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
-def test_absent_packages_are_named_with_the_command(
-    detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
-) -> None:
+def test_absent_packages_are_named_with_the_command(detector, tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingDependencyError, match=f"package {package},") as caught:
         export_detector(detector, tmp_path / "model.onnx")
     assert "proxydet[export]" in str(caught.value.hint)
 
 
-def test_running_without_onnxruntime_names_the_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_running_without_onnxruntime_names_the_command(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingDependencyError) as caught:
         OnnxDetector.from_file(tmp_path / "model.onnx")
@@ -191,9 +182,7 @@ class Wrong:
         }
 
 
-def test_a_file_that_disagrees_is_not_kept(
-    detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_disagrees_is_not_kept(detector, tmp_path, monkeypatch):
     stand_in(monkeypatch, Wrong())
     kept = tmp_path / "model.onnx"
     kept.write_text("the file of before")
@@ -203,9 +192,7 @@ def test_a_file_that_disagrees_is_not_kept(
     assert list(tmp_path.iterdir()) == [kept]
 
 
-def test_a_vocabulary_of_an_earlier_export_is_reported(
-    detector: Detector, tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_vocabulary_of_an_earlier_export_is_reported(detector, tiny, tmp_path, monkeypatch):
     stand_in(monkeypatch, Altered(detector))
     tiny.vocabulary(4, seed=4).save(tmp_path / "shapes.npz")
     lines: list[str] = []
@@ -214,9 +201,7 @@ def test_a_vocabulary_of_an_earlier_export_is_reported(
     assert "shapes.npz existed before" in lines[-1]
 
 
-def test_a_comparison_of_nothing_with_nothing_proves_nothing(
-    tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_comparison_of_nothing_with_nothing_proves_nothing(tiny, tmp_path, monkeypatch):
     network = tiny.network()
     with torch.no_grad():
         network.proposal_generator.centernet_head.agn_hm.bias.fill_(-50.0)
@@ -226,13 +211,13 @@ def test_a_comparison_of_nothing_with_nothing_proves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_digest_is_of_the_weights(tiny: ModuleType) -> None:
+def test_the_digest_is_of_the_weights(tiny):
     first, same, other = (tiny.network(seed=seed) for seed in (0, 0, 1))
     assert weights_digest(first) == weights_digest(same) != weights_digest(other)
 
 
 @pytest.mark.parametrize("opener", [OnnxDetector.from_file, TorchProgram])
-def test_files_that_cannot_be_opened(opener: Any, tmp_path: Path) -> None:
+def test_files_that_cannot_be_opened(opener, tmp_path):
     with pytest.raises(InputError, match="there is no file"):
         opener(tmp_path / "absent")
     damaged = tmp_path / "damaged"
@@ -254,7 +239,7 @@ def agreement(
     )
 
 
-def test_the_same_agrees_in_full(detector: Detector, tiny: ModuleType) -> None:
+def test_the_same_agrees_in_full(detector, tiny):
     result = agreement(detector, tiny, lambda _outputs: None)
     assert result.detections > 10
     assert result.matched == result.detections == result.exported
@@ -276,15 +261,13 @@ def change_classes(outputs: Outputs) -> None:
 
 
 @pytest.mark.parametrize("change", [shift_boxes, lower_scores, change_classes])
-def test_each_difference_counts(
-    detector: Detector, tiny: ModuleType, change: Callable[[Outputs], None]
-) -> None:
+def test_each_difference_counts(detector, tiny, change):
     result = agreement(detector, tiny, change)
     assert result.share < 0.5
     assert not result.good
 
 
-def test_detections_that_are_missing_or_doubled_count(detector: Detector, tiny: ModuleType) -> None:
+def test_detections_that_are_missing_or_doubled_count(detector, tiny):
     def double(outputs: Outputs) -> None:
         for name in ("boxes", "scores", "classes", "mask_index"):
             outputs[name] = np.concatenate([outputs[name], outputs[name]])
@@ -297,7 +280,7 @@ def test_detections_that_are_missing_or_doubled_count(detector: Detector, tiny: 
     assert agreement(detector, tiny, halve).share <= 0.51
 
 
-def test_masks_that_differ_are_reported(detector: Detector, tiny: ModuleType) -> None:
+def test_masks_that_differ_are_reported(detector, tiny):
     def change(outputs: Outputs) -> None:
         outputs["masks"] = outputs["masks"] * 0.5
 
@@ -307,13 +290,13 @@ def test_masks_that_differ_are_reported(detector: Detector, tiny: ModuleType) ->
     assert not result.good
 
 
-def test_nothing_in_both_agrees(detector: Detector, tiny: ModuleType) -> None:
+def test_nothing_in_both_agrees(detector, tiny):
     result = agreement(detector, tiny, lambda _outputs: None, threshold=0.9999)
     assert result.detections == 0
     assert result.good
 
 
-def test_a_detection_is_matched_once_only(detector: Detector, tiny: ModuleType) -> None:
+def test_a_detection_is_matched_once_only(detector, tiny):
     class Doubled:
         """The detector, which finds everything twice."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -15,7 +14,7 @@ from PIL import Image
 
 from proxydet.detector import Detector
 from proxydet.errors import InputError, NumericsError, VocabularyError
-from proxydet.export.exporter import ExportReport, compare, export_detector, synthetic_image
+from proxydet.export.exporter import compare, export_detector, synthetic_image
 from proxydet.export.formats import TorchProgram
 from proxydet.export.runtime import INPUTS, OUTPUTS, OnnxDetector
 
@@ -79,13 +78,11 @@ def assert_agrees(
         assert (result.detections > 0) == (threshold < 0.9)
 
 
-def test_onnx_finds_what_the_detector_finds(
-    detector: Detector, onnx_export: ExportReport, tiny: ModuleType
-) -> None:
+def test_onnx_finds_what_the_detector_finds(detector, onnx_export, tiny):
     assert_agrees(detector, OnnxDetector.from_file(onnx_export.path, threads=1), tiny)
 
 
-def test_onnx_says_what_it_is(detector: Detector, onnx_export: ExportReport) -> None:
+def test_onnx_says_what_it_is(detector, onnx_export):
     model = onnx.load(onnx_export.path)
     assert [value.name for value in model.graph.input] == list(INPUTS)
     assert [value.name for value in model.graph.output] == list(OUTPUTS)
@@ -98,9 +95,7 @@ def test_onnx_says_what_it_is(detector: Detector, onnx_export: ExportReport) -> 
     assert list(onnx_export.path.parent.iterdir()) == [onnx_export.path]
 
 
-def test_onnx_runs_without_torch_and_detectron2(
-    detector: Detector, onnx_export: ExportReport, tiny: ModuleType, tmp_path: Path
-) -> None:
+def test_onnx_runs_without_torch_and_detectron2(detector, onnx_export, tiny, tmp_path):
     words = tiny.vocabulary(5, seed=5)
     Image.fromarray(synthetic_image(70, 90)).save(tmp_path / "image.png")
     words.save(tmp_path / "words.npz")
@@ -117,7 +112,7 @@ def test_onnx_runs_without_torch_and_detectron2(
     assert abs(area - int(wanted.masks.sum())) <= 0.01 * max(area, 1)
 
 
-def test_images_of_every_kind(onnx_export: ExportReport, tiny: ModuleType, tmp_path: Path) -> None:
+def test_images_of_every_kind(onnx_export, tiny, tmp_path):
     model, words = OnnxDetector.from_file(onnx_export.path), tiny.vocabulary(3)
     pixels = synthetic_image(70, 90)
     Image.fromarray(pixels).save(tmp_path / "a.png")
@@ -129,7 +124,7 @@ def test_images_of_every_kind(onnx_export: ExportReport, tiny: ModuleType, tmp_p
         model.predict(pixels.astype(np.float32), words)  # type: ignore[arg-type]
 
 
-def test_vocabularies_that_do_not_fit(onnx_export: ExportReport, tiny: ModuleType) -> None:
+def test_vocabularies_that_do_not_fit(onnx_export, tiny):
     model = OnnxDetector.from_file(onnx_export.path)
     with pytest.raises(VocabularyError, match="have 8 dimensions, the model's have 16"):
         model.predict(synthetic_image(60, 60), tiny.vocabulary(3, dimensions=8))
@@ -147,9 +142,7 @@ def without_digest(model: onnx.ModelProto) -> None:
     )
 
 
-def test_the_vocabulary_next_to_the_file_is_used_if_it_is_the_files(
-    onnx_export: ExportReport, tiny: ModuleType, tmp_path: Path
-) -> None:
+def test_the_vocabulary_next_to_the_file_is_used_if_it_is_the_files(onnx_export, tiny, tmp_path):
     copy, words = tmp_path / "model.onnx", tiny.vocabulary(3, seed=9)
     model = onnx.load(onnx_export.path)
     [description] = [entry for entry in model.metadata_props if entry.key == "proxydet"]
@@ -170,7 +163,7 @@ def test_the_vocabulary_next_to_the_file_is_used_if_it_is_the_files(
     assert len(opened.predict(synthetic_image(60, 90), saved, score_threshold=0.02)) > 0
 
 
-def test_an_onnx_file_of_others_is_refused(onnx_export: ExportReport, tmp_path: Path) -> None:
+def test_an_onnx_file_of_others_is_refused(onnx_export, tmp_path):
     model = onnx.load(onnx_export.path)
     del model.metadata_props[:]
     onnx.save(model, tmp_path / "other.onnx")
@@ -178,9 +171,7 @@ def test_an_onnx_file_of_others_is_refused(onnx_export: ExportReport, tmp_path: 
         OnnxDetector.from_file(tmp_path / "other.onnx")
 
 
-def test_damaged_weights_in_the_file_are_reported(
-    onnx_export: ExportReport, tiny: ModuleType, tmp_path: Path
-) -> None:
+def test_damaged_weights_in_the_file_are_reported(onnx_export, tiny, tmp_path):
     model = onnx.load(onnx_export.path)
     [stem] = [t for t in model.graph.initializer if list(t.dims) == [8, 3, 7, 7]]
     stem.raw_data = np.full(stem.dims, np.nan, dtype=np.float32).tobytes()
@@ -193,8 +184,8 @@ def test_damaged_weights_in_the_file_are_reported(
 
 
 def test_torch_finds_what_the_detector_finds_without_detectron2(
-    detector: Detector, torch_export: ExportReport, tiny: ModuleType, tmp_path: Path
-) -> None:
+    detector, torch_export, tiny, tmp_path
+):
     assert_agrees(detector, TorchProgram(torch_export.path), tiny)
     words = tiny.vocabulary(5, seed=5)
     inputs = {
@@ -219,7 +210,7 @@ def test_torch_finds_what_the_detector_finds_without_detectron2(
 
 
 @pytest.mark.parametrize("ending", [".onnx", ".pt2"])
-def test_swin(make_detector, tiny: ModuleType, tmp_path: Path, ending: str) -> None:
+def test_swin(make_detector, tiny, tmp_path, ending):
     detector = make_detector(tiny, "swin")
     report = export_detector(detector, tmp_path / f"swin{ending}", vocabulary=tiny.vocabulary(2))
     opened = OnnxDetector.from_file if ending == ".onnx" else TorchProgram
@@ -229,18 +220,14 @@ def test_swin(make_detector, tiny: ModuleType, tmp_path: Path, ending: str) -> N
 
 
 @pytest.mark.parametrize("opset", [19, 20, 21])
-def test_newer_operator_sets(
-    detector: Detector, tiny: ModuleType, tmp_path: Path, opset: int
-) -> None:
+def test_newer_operator_sets(detector, tiny, tmp_path, opset):
     report = export_detector(detector, tmp_path / "new.onnx", opset=opset)
     assert onnx.load(report.path).opset_import[0].version == opset
     assert_agrees(detector, OnnxDetector.from_file(report.path), tiny)
 
 
 @pytest.mark.parametrize("format", ["onnx", "torch"])
-def test_a_flipped_bit_is_refused(
-    format: str, onnx_export: ExportReport, torch_export: ExportReport, tmp_path: Path
-) -> None:
+def test_a_flipped_bit_is_refused(format, onnx_export, torch_export, tmp_path):
     source = (onnx_export if format == "onnx" else torch_export).path
     whole, random = source.read_bytes(), np.random.default_rng(0)
     path = tmp_path / source.name
@@ -254,9 +241,7 @@ def test_a_flipped_bit_is_refused(
 
 
 @pytest.mark.parametrize("format", ["onnx", "torch"])
-def test_damage_to_the_digests_own_mark_is_refused(
-    format: str, onnx_export: ExportReport, torch_export: ExportReport, tmp_path: Path
-) -> None:
+def test_damage_to_the_digests_own_mark_is_refused(format, onnx_export, torch_export, tmp_path):
     source = (onnx_export if format == "onnx" else torch_export).path
     whole, path = source.read_bytes(), tmp_path / source.name
     place = whole.rindex(b"sha256")

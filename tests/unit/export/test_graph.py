@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -77,9 +76,7 @@ def assert_same(found: Found, wanted: Prediction) -> None:
     ("size", "classes", "threshold"),
     [((96, 128), 7, 0.02), ((61, 200), 1, 0.02), ((200, 61), 80, 0.3), ((33, 32), 1203, 0.02)],
 )
-def test_the_graph_finds_what_the_network_finds(
-    tiny: ModuleType, kind: str, size: tuple[int, int], classes: int, threshold: float
-) -> None:
+def test_the_graph_finds_what_the_network_finds(tiny, kind, size, classes, threshold):
     network = tiny.lively(tiny.network(tiny.model_config(kind)))
     words = tiny.vocabulary(classes, seed=classes)
     # Twice as many as are compared: boxes that end up empty are dropped after the best were chosen.
@@ -100,9 +97,7 @@ def test_the_graph_finds_what_the_network_finds(
     ],
     ids=str,
 )
-def test_the_detectors_settings_go_into_the_graph(
-    tiny: ModuleType, changes: dict[str, float]
-) -> None:
+def test_the_detectors_settings_go_into_the_graph(tiny, changes):
     network = tiny.lively(tiny.network())
     settings = dataclasses.replace(InferenceConfig(), **changes)
     image, words = tiny.image(96, 128), tiny.vocabulary(7)
@@ -112,7 +107,7 @@ def test_the_detectors_settings_go_into_the_graph(
     assert_same(run(graph_of(network, settings), image, words, settings.score_threshold), wanted)
 
 
-def test_a_model_without_mixup_branch(tiny: ModuleType) -> None:
+def test_a_model_without_mixup_branch(tiny):
     network = tiny.lively(tiny.network(tiny.model_config(mixup_branch=False)))
     image, words = tiny.image(96, 128), tiny.vocabulary(7)
     (wanted,) = network.detect([image], words)
@@ -121,9 +116,7 @@ def test_a_model_without_mixup_branch(tiny: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("head", [True, False])
-def test_boxes_only_where_there_is_no_mask_head_or_no_masks_are_wanted(
-    tiny: ModuleType, head: bool
-) -> None:
+def test_boxes_only_where_there_is_no_mask_head_or_no_masks_are_wanted(tiny, head):
     changes = {} if head else {"masks": None}
     network = tiny.lively(tiny.network(tiny.model_config(**changes)))
     settings = InferenceConfig(masks=not head)
@@ -139,7 +132,7 @@ def test_boxes_only_where_there_is_no_mask_head_or_no_masks_are_wanted(
         _ = found.masks
 
 
-def test_nothing_found_and_an_image_of_one_pixel(tiny: ModuleType) -> None:
+def test_nothing_found_and_an_image_of_one_pixel(tiny):
     network = tiny.lively(tiny.network())
     graph = graph_of(network, InferenceConfig())
     found = run(graph, tiny.image(64, 64), tiny.vocabulary(3), 0.9999)
@@ -150,7 +143,7 @@ def test_nothing_found_and_an_image_of_one_pixel(tiny: ModuleType) -> None:
     assert_same(run(graph, tiny.image(1, 1), tiny.vocabulary(3), 0.02), wanted)
 
 
-def test_embeddings_of_any_length_are_the_same_classes(tiny: ModuleType) -> None:
+def test_embeddings_of_any_length_are_the_same_classes(tiny):
     words = tiny.vocabulary(4)
     longer = Vocabulary.from_arrays(words.names, words.embeddings * 7.0, words.base)
     graph = graph_of(tiny.lively(tiny.network()), InferenceConfig())
@@ -159,7 +152,7 @@ def test_embeddings_of_any_length_are_the_same_classes(tiny: ModuleType) -> None
 
 
 @pytest.mark.parametrize("place", ["backbone", "roi_heads.box_head"])
-def test_damaged_weights_are_reported(tiny: ModuleType, place: str) -> None:
+def test_damaged_weights_are_reported(tiny, place):
     network = tiny.lively(tiny.network())
     parameter = next(network.get_submodule(place).parameters())
     with torch.no_grad():
@@ -174,7 +167,7 @@ def test_damaged_weights_are_reported(tiny: ModuleType, place: str) -> None:
     assert not bool(outputs["finite"])
 
 
-def test_the_network_is_left_as_it_was(tiny: ModuleType) -> None:
+def test_the_network_is_left_as_it_was(tiny):
     network = tiny.network()
     before = {name: values.clone() for name, values in network.state_dict().items()}
     graph = graph_of(network, InferenceConfig())
@@ -185,7 +178,7 @@ def test_the_network_is_left_as_it_was(tiny: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("sampling_ratio", [0, 2])
-def test_pooling_equals_the_detectors_on_odd_boxes(sampling_ratio: int) -> None:
+def test_pooling_equals_the_detectors_on_odd_boxes(sampling_ratio):
     pooler = RegionPooler(CascadeConfig(canonical_size=64.0, sampling_ratio=sampling_ratio), side=7)
     generator = torch.Generator().manual_seed(0)
     features = [torch.randn(1, 4, 96 // s, 128 // s, generator=generator) for s in (8, 16, 32)]

@@ -39,7 +39,7 @@ def drawn(count: int, classes: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def session(detector, tmp_path_factory: pytest.TempPathFactory) -> onnxruntime.InferenceSession:
+def session(detector, tmp_path_factory) -> onnxruntime.InferenceSession:
     path = tmp_path_factory.mktemp("operators") / "suppressed.onnx"
     free = torch.export.Dim.DYNAMIC
     program = torch.export.export(
@@ -60,9 +60,7 @@ def run(session: onnxruntime.InferenceSession, *values: Tensor) -> list[list[int
 
 
 @pytest.mark.parametrize(("count", "classes"), [(40, 5), (3, 1), (200, 2)])
-def test_suppression_keeps_what_torchvisions_does(
-    session: onnxruntime.InferenceSession, count: int, classes: int
-) -> None:
+def test_suppression_keeps_what_torchvisions_does(session, count, classes):
     boxes, scores = drawn(count, classes)
     threshold = torch.tensor(0.3)
     kept, regions, found = run(session, boxes, scores, threshold)
@@ -78,9 +76,7 @@ def test_suppression_keeps_what_torchvisions_does(
     assert pairs >= set(by_score)
 
 
-def test_a_threshold_that_nothing_passes_and_scores_of_nothing(
-    session: onnxruntime.InferenceSession,
-) -> None:
+def test_a_threshold_that_nothing_passes_and_scores_of_nothing(session):
     boxes, scores = drawn(12, 3)
     assert run(session, boxes, scores, torch.tensor(2.0))[1:] == [[], []]
     assert run(session, boxes, scores * 0, torch.tensor(0.0)) == [[12] * LIMIT, [], []]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import proxydet.runtime.d2  # noqa: F401
@@ -46,9 +45,7 @@ def opened(detector: Detector, session: Session) -> OnnxDetector:
     return OnnxDetector(session, describe(detector), None)
 
 
-def test_the_image_is_scaled_and_the_boxes_are_scaled_back(
-    detector: Detector, tiny: ModuleType
-) -> None:
+def test_the_image_is_scaled_and_the_boxes_are_scaled_back(detector, tiny):
     session, words = Session(), tiny.vocabulary(3)
     image = np.zeros((200, 240, 3), np.uint8)
     found = opened(detector, session).predict(image, words, score_threshold=0.25)
@@ -66,9 +63,7 @@ def test_the_image_is_scaled_and_the_boxes_are_scaled_back(
 
 
 @pytest.mark.parametrize("threshold", [-0.1, 1.1, float("nan")])
-def test_thresholds_out_of_range_are_refused(
-    detector: Detector, tiny: ModuleType, threshold: float
-) -> None:
+def test_thresholds_out_of_range_are_refused(detector, tiny, threshold):
     image = np.zeros((20, 30, 3), np.uint8)
     with pytest.raises(InputError, match="threshold must be 0 to 1"):
         opened(detector, Session()).predict(image, tiny.vocabulary(3), score_threshold=threshold)
@@ -83,14 +78,12 @@ def test_thresholds_out_of_range_are_refused(
         np.zeros((0, 30, 3), np.uint8),
     ],
 )
-def test_arrays_of_another_shape_or_type(
-    detector: Detector, tiny: ModuleType, image: np.ndarray
-) -> None:
+def test_arrays_of_another_shape_or_type(detector, tiny, image):
     with pytest.raises(InputError, match="uint8 of shape"):
         opened(detector, Session()).predict(image, tiny.vocabulary(3))
 
 
-def test_classes_that_cannot_be_detected(detector: Detector, tiny: ModuleType) -> None:
+def test_classes_that_cannot_be_detected(detector, tiny):
     image = np.zeros((20, 30, 3), np.uint8)
     with pytest.raises(VocabularyError, match="no classes were given"):
         opened(detector, Session()).predict(image)
@@ -99,8 +92,8 @@ def test_classes_that_cannot_be_detected(detector: Detector, tiny: ModuleType) -
 
 
 def test_only_the_vocabulary_that_was_exported_with_the_file_is_taken(
-    detector: Detector, tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    detector, tiny, tmp_path, monkeypatch
+):
     own, other = tiny.vocabulary(3, seed=1), tiny.vocabulary(3, seed=2)
     (tmp_path / "model.onnx").touch()
     seal(tmp_path / "model.onnx", ONNX_SEAL)
@@ -128,7 +121,7 @@ def test_only_the_vocabulary_that_was_exported_with_the_file_is_taken(
             opened.predict(image)
 
 
-def test_values_that_are_not_finite_are_an_error(detector: Detector, tiny: ModuleType) -> None:
+def test_values_that_are_not_finite_are_an_error(detector, tiny):
     with pytest.raises(NumericsError, match="not finite"):
         opened(detector, Session(finite=False)).predict(
             np.zeros((20, 30, 3), np.uint8), tiny.vocabulary(3)
@@ -147,7 +140,7 @@ def outputs(boxes: list[list[float]]) -> dict[str, np.ndarray]:
     }
 
 
-def test_masks_are_pasted_as_detectron2_does() -> None:
+def test_masks_are_pasted_as_detectron2_does():
     rng = np.random.default_rng(3)
     corners = rng.uniform(-5, 75, (40, 2, 2)).astype(np.float32)
     boxes = np.concatenate([corners.min(axis=1), corners.max(axis=1) + 0.5], axis=1)
@@ -165,7 +158,7 @@ def test_masks_are_pasted_as_detectron2_does() -> None:
     assert (wanted != pasted).mean() < 1e-4
 
 
-def test_boxes_are_scaled_clipped_and_dropped_where_empty() -> None:
+def test_boxes_are_scaled_clipped_and_dropped_where_empty():
     found = to_image(
         outputs([[10, 20, 30, 40], [5, 5, 5, 9], [90, 0, 120, 50]]), (50, 100), (100, 300), "ab"
     )
@@ -175,14 +168,14 @@ def test_boxes_are_scaled_clipped_and_dropped_where_empty() -> None:
     assert found.image_size == (100, 300)
 
 
-def test_a_mask_alone_and_all_masks_are_the_same() -> None:
+def test_a_mask_alone_and_all_masks_are_the_same():
     found = to_image(outputs([[3, 4, 40, 30], [20, 10, 60, 45]]), (50, 70), (50, 70), "ab")
     assert found.masks.shape == (2, 50, 70)
     assert found.masks.any()
     np.testing.assert_array_equal(found.masks[1], found.mask(1))
 
 
-def test_nothing_found() -> None:
+def test_nothing_found():
     found = to_image(outputs([]), (50, 70), (100, 140), "ab")
     assert len(found) == 0
     assert found.masks.shape == (0, 100, 140)

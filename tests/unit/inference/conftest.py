@@ -40,7 +40,7 @@ def bar_pixels() -> Callable[[int], np.ndarray]:
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Make:
+def make(tmp_path) -> Make:
     """Make a video: name, number of frames, and what is special about it."""
 
     def made(
@@ -90,7 +90,7 @@ class Tampered:
 
 
 @pytest.fixture
-def tamper(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def tamper(monkeypatch) -> Callable[..., None]:
     """Replace methods of the containers that are opened from now on: those for reading ("r") or for writing ("w")."""
     original = av.open
 

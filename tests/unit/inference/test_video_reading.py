@@ -31,7 +31,7 @@ def until_error(path: Path) -> tuple[list[Frame], DataError]:
     pytest.fail("the video did not break")
 
 
-def test_frames_come_with_their_number_time_and_pixels(make, bar_pixels) -> None:
+def test_frames_come_with_their_number_time_and_pixels(make, bar_pixels):
     frames = read(make())
     assert [frame.index for frame in frames] == list(range(24))
     assert [frame.seconds for frame in frames] == pytest.approx([i / 10 for i in range(24)])
@@ -40,13 +40,13 @@ def test_frames_come_with_their_number_time_and_pixels(make, bar_pixels) -> None
         assert difference.mean() < 6
 
 
-def test_variable_frame_rates_keep_their_times(make) -> None:
+def test_variable_frame_rates_keep_their_times(make):
     times = [0, 40, 50, 400, 1000, 1001, 1500]
     frames = read(make(frames=7, times=times))
     assert [frame.seconds for frame in frames] == pytest.approx([t / 1000 for t in times], abs=2e-3)
 
 
-def test_each_nth_frame(make) -> None:
+def test_each_nth_frame(make):
     path = make()
     assert [frame.index for frame in read(path, every=7)] == [0, 7, 14, 21]
     with pytest.raises(ConfigError, match="every"):
@@ -61,7 +61,7 @@ def test_each_nth_frame(make) -> None:
         (270, (0, -1, 1, 0)),
     ],
 )
-def test_turned_videos_are_shown_upright(make, turn: int, matrix: tuple[int, ...]) -> None:
+def test_turned_videos_are_shown_upright(make, turn, matrix):
     path = make(frames=3)
     plain = read(path)[0].pixels
     data = bytearray(path.read_bytes())
@@ -74,7 +74,7 @@ def test_turned_videos_are_shown_upright(make, turn: int, matrix: tuple[int, ...
     np.testing.assert_array_equal(turned, np.rot90(plain, -turn // 90))
 
 
-def test_a_cut_off_file_gives_what_is_there_and_says_where(make) -> None:
+def test_a_cut_off_file_gives_what_is_there_and_says_where(make):
     path = make("clip.mkv", frames=60)
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
@@ -84,7 +84,7 @@ def test_a_cut_off_file_gives_what_is_there_and_says_where(make) -> None:
     assert f"after {len(frames)} frames" in error.message
 
 
-def test_an_mp4_cut_off_behind_its_index(make) -> None:
+def test_an_mp4_cut_off_behind_its_index(make):
     path = make(frames=60, container_options={"movflags": "+faststart"})
     data = path.read_bytes()
     path.write_bytes(data[: 2 * len(data) // 3])
@@ -94,7 +94,7 @@ def test_an_mp4_cut_off_behind_its_index(make) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"no video at all\n" * 100, bytes(range(256)) * 64])
-def test_files_that_are_not_videos_are_named(tmp_path: Path, content: bytes) -> None:
+def test_files_that_are_not_videos_are_named(tmp_path, content):
     path = tmp_path / "clip.mp4"
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"clip\.mp4") as caught:
@@ -103,14 +103,14 @@ def test_files_that_are_not_videos_are_named(tmp_path: Path, content: bytes) -> 
     assert caught.value.path == path
 
 
-def test_text_is_not_a_video(tmp_path: Path) -> None:
+def test_text_is_not_a_video(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("hello\n" * 50)
     with pytest.raises(DataError, match=r"notes\.txt"):
         read(path)
 
 
-def test_sound_alone_is_not_a_video(tmp_path: Path) -> None:
+def test_sound_alone_is_not_a_video(tmp_path):
     import av
 
     path = tmp_path / "tone.mp4"
@@ -126,14 +126,14 @@ def test_sound_alone_is_not_a_video(tmp_path: Path) -> None:
         read(path)
 
 
-def test_a_video_of_no_frames(make, tamper) -> None:
+def test_a_video_of_no_frames(make, tamper):
     path = make("empty.avi", frames=1)
     tamper("r", decode=lambda _stream: iter([]))
     with pytest.raises(DataError, match="has no frames"):
         read(path)
 
 
-def test_without_pyav_the_command_is_named(make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pyav_the_command_is_named(make, monkeypatch):
     path = make(frames=2)
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(MissingDependencyError) as caught:
@@ -141,7 +141,7 @@ def test_without_pyav_the_command_is_named(make, monkeypatch: pytest.MonkeyPatch
     assert "pip install 'proxydet[video]'" in str(caught.value.hint)
 
 
-def test_a_playlist_does_not_reach_for_addresses(tmp_path: Path) -> None:
+def test_a_playlist_does_not_reach_for_addresses(tmp_path):
     path = tmp_path / "list.mp4"
     path.write_text(
         "#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\nhttp://127.0.0.1:9/a.ts\n#EXT-X-ENDLIST\n"
@@ -162,11 +162,11 @@ def test_a_playlist_does_not_reach_for_addresses(tmp_path: Path) -> None:
         ("webcamera", False),
     ],
 )
-def test_what_counts_as_a_video(name: str, video: bool) -> None:
+def test_what_counts_as_a_video(name, video):
     assert is_video(name) == video
 
 
-def test_sources_are_split_and_patterns_expanded(make, tmp_path: Path) -> None:
+def test_sources_are_split_and_patterns_expanded(make, tmp_path):
     make("b.mp4", 1)
     make("a.mp4", 1)
     (tmp_path / "a.png").write_bytes(b"")
@@ -175,7 +175,7 @@ def test_sources_are_split_and_patterns_expanded(make, tmp_path: Path) -> None:
     assert images == [f"{tmp_path}/a.png", str(tmp_path), "none/*.jpg"]
 
 
-def test_a_file_called_webcam_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_called_webcam_is_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("webcam").write_bytes(b"")
     assert not is_video("webcam")
@@ -186,20 +186,18 @@ def test_a_file_called_webcam_is_a_file(tmp_path: Path, monkeypatch: pytest.Monk
     ("system", "url", "device"),
     [("Linux", "/dev/video1", "v4l2"), ("Darwin", "1:none", "avfoundation")],
 )
-def test_cameras_are_opened_as_the_system_names_them(
-    monkeypatch, system: str, url: str, device: str
-) -> None:
+def test_cameras_are_opened_as_the_system_names_them(monkeypatch, system, url, device):
     monkeypatch.setattr("platform.system", lambda: system)
     source = open_source("webcam:1")
     assert (source.url, source.format, source.live) == (url, device, True)
 
 
-def test_a_camera_that_is_not_there_is_named() -> None:
+def test_a_camera_that_is_not_there_is_named():
     source = VideoSource(name="webcam:9", url="/dev/no-video9", format="v4l2")
     with pytest.raises(DataError, match="camera webcam:9"):
         VideoReader(source)
 
 
-def test_an_absent_file_is_named(tmp_path: Path) -> None:
+def test_an_absent_file_is_named(tmp_path):
     with pytest.raises(DataError, match=r"no video file .*absent\.mp4"):
         read(tmp_path / "absent.mp4")

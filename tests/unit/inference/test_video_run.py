@@ -14,7 +14,6 @@ import av
 import numpy as np
 import pytest
 
-from proxydet.detector import Detector
 from proxydet.errors import ConfigError, DataError, DiskFullError, JobInterruptedError
 from proxydet.inference.jobs import VideoSummary, predict_video
 from proxydet.inference.sources import VideoSource, name_videos
@@ -43,11 +42,11 @@ def decoded(path: Path) -> list:
 
 
 @pytest.fixture
-def output(tmp_path: Path) -> Path:
+def output(tmp_path) -> Path:
     return tmp_path / "out"
 
 
-def test_everything_is_saved_and_says_the_same(bars, make, output: Path) -> None:
+def test_everything_is_saved_and_says_the_same(bars, make, output):
     results = []
     summary = run(bars, make(), output, on_result=lambda name, result: results.append(result))
     assert (summary.frames, summary.detections, summary.broken) == (24, 24, None)
@@ -69,7 +68,7 @@ def test_everything_is_saved_and_says_the_same(bars, make, output: Path) -> None
     assert not list(output.glob(".*"))
 
 
-def test_the_annotated_video_keeps_times_and_shows_what_was_found(bars, make, output: Path) -> None:
+def test_the_annotated_video_keeps_times_and_shows_what_was_found(bars, make, output):
     times = [0, 40, 90, 400, 1000, 1020, 1500, 2100]
     path = make(frames=8, times=times)
     run(bars, path, output, kinds=["images"])
@@ -90,7 +89,7 @@ def test_the_annotated_video_keeps_times_and_shows_what_was_found(bars, make, ou
 
 
 @pytest.mark.parametrize("size", [(63, 95), (33, 64)])
-def test_odd_sizes_are_encoded(make, output: Path, size: tuple[int, int]) -> None:
+def test_odd_sizes_are_encoded(make, output, size):
     # Only 4:2:0 asks for even sides; a source without it may be odd.
     path = make("clip.avi", 3, size=(size[0] + size[0] % 2, size[1] + size[1] % 2))
     with VideoReader(path) as reader:
@@ -105,7 +104,7 @@ def test_odd_sizes_are_encoded(make, output: Path, size: tuple[int, int]) -> Non
     assert first.shape[:2] == (size[0] + size[0] % 2, size[1] + size[1] % 2)
 
 
-def test_sound_is_copied_as_it_is(bars, make, output: Path) -> None:
+def test_sound_is_copied_as_it_is(bars, make, output):
     path = make(sound=True)
     run(bars, path, output, kinds=["images"])
 
@@ -117,7 +116,7 @@ def test_sound_is_copied_as_it_is(bars, make, output: Path) -> None:
     assert packets(output / "clip.mp4") == packets(path)
 
 
-def test_without_every_frame_there_is_no_sound(bars, make, output: Path) -> None:
+def test_without_every_frame_there_is_no_sound(bars, make, output):
     summary = run(bars, make(sound=True), output, kinds=["images", "csv"], every=5)
     assert summary.frames == 5
     with av.open(str(output / "clip.mp4")) as container:
@@ -127,7 +126,7 @@ def test_without_every_frame_there_is_no_sound(bars, make, output: Path) -> None
     )
 
 
-def test_what_came_before_a_break_is_kept(bars, make, output: Path) -> None:
+def test_what_came_before_a_break_is_kept(bars, make, output):
     path = make("clip.mkv", frames=60, sound=True)
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
@@ -139,7 +138,7 @@ def test_what_came_before_a_break_is_kept(bars, make, output: Path) -> None:
     assert len(decoded(output / "clip.mp4")) == summary.frames
 
 
-def test_a_video_that_breaks_before_its_first_frame_is_an_error(bars, make, output: Path) -> None:
+def test_a_video_that_breaks_before_its_first_frame_is_an_error(bars, make, output):
     path = make("clip.mkv", frames=60)
     path.write_bytes(path.read_bytes()[:900])
     with pytest.raises(DataError, match=r"clip\.mkv"):
@@ -147,7 +146,7 @@ def test_a_video_that_breaks_before_its_first_frame_is_an_error(bars, make, outp
     assert not [p for p in output.rglob("*") if p.is_file()]
 
 
-def test_ctrl_c_completes_the_files(bars, make, output: Path) -> None:
+def test_ctrl_c_completes_the_files(bars, make, output):
     seen = itertools.count(1)
 
     def stop(*_: object) -> None:
@@ -163,7 +162,7 @@ def test_ctrl_c_completes_the_files(bars, make, output: Path) -> None:
     assert not list(output.glob(".*"))
 
 
-def test_an_error_in_saving_leaves_no_half_files(bars, make, output: Path, monkeypatch) -> None:
+def test_an_error_in_saving_leaves_no_half_files(bars, make, output, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "no space left")
 
@@ -173,9 +172,7 @@ def test_an_error_in_saving_leaves_no_half_files(bars, make, output: Path, monke
     assert not list(output.glob("*"))
 
 
-def test_a_video_that_cannot_be_written_is_an_error_and_no_broken_video(
-    bars, make, output: Path, tamper
-) -> None:
+def test_a_video_that_cannot_be_written_is_an_error_and_no_broken_video(bars, make, output, tamper):
     short, long = make("short.mp4", 3), make("long.mp4", 24)  # reported at the end, and on the way
 
     def full(*_: object) -> None:
@@ -191,9 +188,7 @@ def test_a_video_that_cannot_be_written_is_an_error_and_no_broken_video(
         assert not list(output.glob("*"))
 
 
-def test_sound_that_is_damaged_is_left_out_with_a_warning(
-    bars, make, output: Path, tamper, caplog
-) -> None:
+def test_sound_that_is_damaged_is_left_out_with_a_warning(bars, make, output, tamper, caplog):
     def damaged(_stream):
         raise av.error.InvalidDataError(1, "Invalid data")
         yield
@@ -205,7 +200,7 @@ def test_sound_that_is_damaged_is_left_out_with_a_warning(
     assert "sound of" in caplog.text
 
 
-def test_threads_end_and_files_close_where_the_detector_fails(bars, make, output: Path) -> None:
+def test_threads_end_and_files_close_where_the_detector_fails(bars, make, output):
     before = threading.active_count()
     path = make(frames=60)
     opened = len(list(Path("/proc/self/fd").iterdir()))
@@ -221,9 +216,7 @@ def test_threads_end_and_files_close_where_the_detector_fails(bars, make, output
     assert not list(output.glob("*"))
 
 
-def test_a_consumer_that_stops_early_leaves_no_thread_and_no_open_video(
-    detector_of_shapes: Detector, make
-) -> None:
+def test_a_consumer_that_stops_early_leaves_no_thread_and_no_open_video(detector_of_shapes, make):
     before = threading.active_count()
     path = make(frames=60)
     opened = len(list(Path("/proc/self/fd").iterdir()))
@@ -234,14 +227,12 @@ def test_a_consumer_that_stops_early_leaves_no_thread_and_no_open_video(
     assert len(list(Path("/proc/self/fd").iterdir())) == opened
 
 
-def test_a_wrong_batch_size_is_reported_at_once(detector_of_shapes: Detector, make) -> None:
+def test_a_wrong_batch_size_is_reported_at_once(detector_of_shapes, make):
     with pytest.raises(ConfigError, match="batch_size is 0"):
         detector_of_shapes.predict_video(make(frames=1), batch_size=0)
 
 
-def test_a_camera_that_hangs_is_not_closed_under_its_thread(
-    make, tamper, monkeypatch, caplog
-) -> None:
+def test_a_camera_that_hangs_is_not_closed_under_its_thread(make, tamper, monkeypatch, caplog):
     monkeypatch.setattr("proxydet.inference.video.CAMERA_TIMEOUT_S", 0.05)
     path = make(frames=1)
     hanging, release, closed = threading.Event(), threading.Event(), []
@@ -269,7 +260,7 @@ def test_a_camera_that_hangs_is_not_closed_under_its_thread(
     assert closed == [True]
 
 
-def test_the_video_that_is_read_is_never_replaced(bars, make, tmp_path: Path) -> None:
+def test_the_video_that_is_read_is_never_replaced(bars, make, tmp_path):
     path = make()
     before = path.read_bytes()
     with pytest.raises(ConfigError, match="replace"):
@@ -277,14 +268,12 @@ def test_the_video_that_is_read_is_never_replaced(bars, make, tmp_path: Path) ->
     assert path.read_bytes() == before
 
 
-def test_kinds_that_a_video_has_not_are_named(bars, make, output: Path) -> None:
+def test_kinds_that_a_video_has_not_are_named(bars, make, output):
     with pytest.raises(ConfigError, match="'crops'"):
         run(bars, make(), output, kinds=["crops"])
 
 
-def test_a_camera_ends_with_ctrl_c_and_drops_what_comes_too_fast(
-    bars, output: Path, monkeypatch
-) -> None:
+def test_a_camera_ends_with_ctrl_c_and_drops_what_comes_too_fast(bars, output, monkeypatch):
     camera = VideoSource(name="webcam:0", url="testsrc=size=64x48:rate=500", format="lavfi")
     assert camera.live
     seen, given, changed = itertools.count(1), [0], threading.Condition()
@@ -315,7 +304,7 @@ def test_a_camera_ends_with_ctrl_c_and_drops_what_comes_too_fast(
     assert len(decoded(output / "webcam_0.mp4")) == len(lines)
 
 
-def test_videos_of_one_name_get_files_of_their_own(make, tmp_path: Path) -> None:
+def test_videos_of_one_name_get_files_of_their_own(make, tmp_path):
     first = make(frames=1)
     (tmp_path / "other").mkdir()
     second = Path(tmp_path / "other" / "clip.mp4")
@@ -323,7 +312,7 @@ def test_videos_of_one_name_get_files_of_their_own(make, tmp_path: Path) -> None
     assert [str(v.name) for v in name_videos([first, second, first])] == ["clip", "clip_2"]
 
 
-def test_batches_are_filled_and_the_rest_is_run_too(bars, make) -> None:
+def test_batches_are_filled_and_the_rest_is_run_too(bars, make):
     results = predict_frames(
         bars, VideoReader(make()), bars.vocabulary, InferenceConfig(), batch_size=5
     )
@@ -331,7 +320,7 @@ def test_batches_are_filled_and_the_rest_is_run_too(bars, make) -> None:
     assert bars.batches == [5, 5, 5, 5, 4]
 
 
-def test_decoding_continues_while_the_network_works() -> None:
+def test_decoding_continues_while_the_network_works():
     produced = []
     given = threading.Event()
 
@@ -350,7 +339,7 @@ def test_decoding_continues_while_the_network_works() -> None:
     assert list(ahead) == list(range(1, 10))
 
 
-def test_an_error_comes_after_the_items_before_it() -> None:
+def test_an_error_comes_after_the_items_before_it():
     def broken():
         yield from range(3)
         raise DataError("broken")
@@ -361,14 +350,14 @@ def test_an_error_comes_after_the_items_before_it() -> None:
         next(ahead)
 
 
-def test_closing_ends_the_thread() -> None:
+def test_closing_ends_the_thread():
     ahead = read_ahead(itertools.count(), 2)
     next(ahead)
     ahead.close()
     assert not [t for t in threading.enumerate() if t.name == "read-ahead" and t.is_alive()]
 
 
-def test_the_newest_items_win_where_asked() -> None:
+def test_the_newest_items_win_where_asked():
     taken, enough = threading.Event(), threading.Event()
 
     def fast():
@@ -386,9 +375,7 @@ def test_the_newest_items_win_where_asked() -> None:
     assert list(ahead) == [50]
 
 
-def test_drawing_and_encoding_run_next_to_the_network(
-    bars, make, output: Path, monkeypatch
-) -> None:
+def test_drawing_and_encoding_run_next_to_the_network(bars, make, output, monkeypatch):
     threads = set()
     original = DrawnVideo.add
 
@@ -401,7 +388,7 @@ def test_drawing_and_encoding_run_next_to_the_network(
     assert threads == {"write_0"}
 
 
-def test_frames_are_predicted_as_images_are(detector_of_shapes: Detector, make) -> None:
+def test_frames_are_predicted_as_images_are(detector_of_shapes, make):
     path = make(frames=6)
     with VideoReader(path) as reader:
         images = [frame.pixels for frame in reader]
@@ -417,9 +404,7 @@ def test_frames_are_predicted_as_images_are(detector_of_shapes: Detector, make) 
         detector_of_shapes.predict_video("absent.mp4")
 
 
-def test_the_network_waits_where_saving_is_far_behind(
-    bars, make, output: Path, monkeypatch
-) -> None:
+def test_the_network_waits_where_saving_is_far_behind(bars, make, output, monkeypatch):
     seen, at_first_save, more = [], [], threading.Event()
     original = CsvTable.add
     # Two batches of one frame, one frame for each of two drawing threads, and one in hand.

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 
 @pytest.fixture(scope="session")
-def tiny(repository: Path) -> ModuleType:
+def tiny(repository) -> ModuleType:
     """The module ``tiny_detector``."""
     path = repository / "tests" / "fixtures" / "tiny_detector.py"
     spec = importlib.util.spec_from_file_location("tiny_detector", path)

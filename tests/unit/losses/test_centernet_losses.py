@@ -52,7 +52,7 @@ def slow_heat(x: float, y: float, stride: int, box: list[float]) -> float:
 
 @settings(max_examples=40)
 @given(st.lists(some_box, max_size=4))
-def test_targets_equal_the_slow_ones(boxes) -> None:
+def test_targets_equal_the_slow_ones(boxes):
     targets = centernet_targets(torch.tensor(boxes).reshape(-1, 4), CELLS, CONFIG)
     for index, (level, stride, x, y) in enumerate(all_cells()):
         nearness = [slow_heat(x, y, stride, box) for box in boxes]
@@ -82,7 +82,7 @@ def test_targets_equal_the_slow_ones(boxes) -> None:
             assert any(distances == pytest.approx(sides, abs=1e-3) for sides in winners)
 
 
-def test_a_known_object() -> None:
+def test_a_known_object():
     # 16 x 12 around (20, 18): half diagonal 10, so it is learnt on the first level only.
     targets = centernet_targets(torch.tensor([[12.0, 12.0, 28.0, 24.0]]), CELLS, CONFIG)
     assert targets.positive_GL.tolist() == [[True, False]]
@@ -95,19 +95,19 @@ def test_a_known_object() -> None:
     assert targets.distances_M4[18].tolist() == [1.0, 1.0, 1.0, 0.5]
 
 
-def test_an_object_whose_centre_is_on_the_border_stays_inside() -> None:
+def test_an_object_whose_centre_is_on_the_border_stays_inside():
     targets = centernet_targets(torch.tensor([[60.0, 44.0, 68.0, 52.0]]), CELLS, CONFIG)
     assert targets.centres_GL.tolist() == [[47, 59]]
 
 
-def test_no_objects() -> None:
+def test_no_objects():
     targets = centernet_targets(torch.zeros(0, 4), CELLS, CONFIG)
     assert targets.heatmap_M.sum() == 0
     assert not targets.learnt_M.any()
     assert targets.positive_GL.shape == (0, 2)
 
 
-def test_losses_equal_the_slow_ones() -> None:
+def test_losses_equal_the_slow_ones():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 60, generator=generator) * 3
     distances = torch.rand(2, 60, 4, generator=generator) * 3
@@ -150,7 +150,7 @@ def slow_giou(first: torch.Tensor, second: torch.Tensor) -> float:
     return 1 - ((shared + 1) / (union + 1) - (hull - union) / hull)
 
 
-def test_giou_of_equal_and_of_empty_boxes() -> None:
+def test_giou_of_equal_and_of_empty_boxes():
     some = torch.tensor([1.0, 2.0, 3.0, 4.0])
     assert float(giou_of_distances(some, some)) == 0
     empty = torch.zeros(4, requires_grad=True)
@@ -161,14 +161,14 @@ def test_giou_of_equal_and_of_empty_boxes() -> None:
     assert empty.grad.isfinite().all()
 
 
-def test_as_many_ranges_as_levels(tiny) -> None:
+def test_as_many_ranges_as_levels(tiny):
     network = tiny.network().train()
     output = network(tiny.box_batch())
     with pytest.raises(ConfigError, match="5 size ranges for 4 pyramid levels"):
         centernet_losses(output.centernet, output.truth, CenterNetLossConfig())
 
 
-def test_the_silent_losses_are_zero_with_a_zero_gradient() -> None:
+def test_the_silent_losses_are_zero_with_a_zero_gradient():
     heatmap = torch.randn(1, 1, 2, 2, requires_grad=True)
     distances = torch.rand(1, 4, 2, 2, requires_grad=True)
     output = CenterNetOutput(heatmaps=(heatmap,), distances=(distances,), strides=(8,))

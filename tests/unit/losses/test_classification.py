@@ -29,7 +29,7 @@ def looked_at(columns: torch.Tensor, weights: torch.Tensor) -> list[int]:
     st.integers(1, 40),
     st.integers(0, 9),
 )
-def test_all_that_appear_and_others_up_to_the_number(labels, sampled, seed) -> None:
+def test_all_that_appear_and_others_up_to_the_number(labels, sampled, seed):
     present = {label for label in labels if 0 <= label < CLASSES}
     columns, weights = choose_categories(
         torch.tensor(labels),
@@ -46,7 +46,7 @@ def test_all_that_appear_and_others_up_to_the_number(labels, sampled, seed) -> N
     assert len(chosen) == min(max(places, len(present)), CLASSES)
 
 
-def test_classes_without_weight_are_never_drawn() -> None:
+def test_classes_without_weight_are_never_drawn():
     weights = torch.ones(CLASSES)
     weights[5:] = 0
     columns, kept = choose_categories(
@@ -55,14 +55,14 @@ def test_classes_without_weight_are_never_drawn() -> None:
     assert sorted(looked_at(columns, kept)) == [0, 1, 2, 3, 4, 20]
 
 
-def test_zero_looks_at_all() -> None:
+def test_zero_looks_at_all():
     columns, weights = choose_categories(
         torch.tensor([3]), torch.zeros(CLASSES), sampled=0, objects=1, generator=None
     )
     assert looked_at(columns, weights) == list(range(CLASSES))
 
 
-def test_the_draw_is_without_replacement_by_weight() -> None:
+def test_the_draw_is_without_replacement_by_weight():
     # torch.multinomial without replacement is the reference; both draw 3 of 6.
     weights = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 0.5])
     source, counts = generator(), torch.zeros(6)
@@ -78,7 +78,7 @@ def test_the_draw_is_without_replacement_by_weight() -> None:
     assert (counts - target).abs().max() < 5 * (2 * rounds * 0.25) ** 0.5
 
 
-def test_the_loss_equals_the_slow_one_over_all_columns() -> None:
+def test_the_loss_equals_the_slow_one_over_all_columns():
     labels = torch.tensor([2, CLASSES, 2, 7, -1, CLASSES])
     logits = torch.randn(6, CLASSES, generator=generator())
     chosen = [2, 7, 11, 0]
@@ -93,7 +93,7 @@ def test_the_loss_equals_the_slow_one_over_all_columns() -> None:
     assert float(loss) == pytest.approx(total / 5, rel=1e-5)
 
 
-def test_without_regions_the_loss_is_zero_and_connected() -> None:
+def test_without_regions_the_loss_is_zero_and_connected():
     logits = torch.zeros(0, 4, requires_grad=True)
     labels = torch.zeros(0, dtype=torch.int64)
     loss = federated_loss(logits, labels, torch.arange(4), torch.ones(4))
@@ -102,7 +102,7 @@ def test_without_regions_the_loss_is_zero_and_connected() -> None:
     assert logits.grad is not None
 
 
-def test_the_box_loss_equals_detectron2s_deltas() -> None:
+def test_the_box_loss_equals_detectron2s_deltas():
     boxes = torch.tensor([[0.0, 0, 10, 10], [5, 5, 30, 25], [1, 1, 4, 9], [0, 0, 0, 0]])
     targets = torch.tensor([[1.0, 2, 9, 12], [4, 4, 33, 22], [0, 0, 5, 5], [0, 0, 0, 0]])
     labels = torch.tensor([3, CLASSES, 0, -1])

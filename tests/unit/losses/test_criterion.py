@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
-from pathlib import Path
 
 import pytest
 import torch
@@ -47,7 +46,7 @@ def network(tiny):
 
 
 @pytest.mark.parametrize("kind", ["box_batch", "empty_batch", "label_batch"])
-def test_every_batch_has_the_published_names(network, tiny, kind: str) -> None:
+def test_every_batch_has_the_published_names(network, tiny, kind):
     losses = losses_of(network, getattr(tiny, kind)(), tiny.LOSSES)
     assert set(losses) == NAMES
     assert all(loss.shape == () and loss.isfinite() for loss in losses.values())
@@ -56,7 +55,7 @@ def test_every_batch_has_the_published_names(network, tiny, kind: str) -> None:
         assert parameter.grad is None or parameter.grad.isfinite().all(), name
 
 
-def test_which_losses_a_batch_has_a_say_in(network, tiny) -> None:
+def test_which_losses_a_batch_has_a_say_in(network, tiny):
     boxes = losses_of(network, tiny.box_batch(), tiny.LOSSES)
     assert {name for name, loss in boxes.items() if loss == 0} == {
         f"image_loss_stage{step}" for step in range(3)
@@ -67,7 +66,7 @@ def test_which_losses_a_batch_has_a_say_in(network, tiny) -> None:
     }
 
 
-def test_without_mixup_branch_and_masks_the_names_stay(tiny) -> None:
+def test_without_mixup_branch_and_masks_the_names_stay(tiny):
     network = tiny.lively(tiny.network(tiny.model_config(mixup_branch=False))).train()
     losses = losses_of(network, tiny.box_batch(None), tiny.LOSSES)
     assert set(losses) == NAMES
@@ -75,14 +74,14 @@ def test_without_mixup_branch_and_masks_the_names_stay(tiny) -> None:
 
 
 @pytest.mark.parametrize("kind", ["box_batch", "empty_batch", "label_batch"])
-def test_without_a_mask_head_the_names_stay(tiny, kind: str) -> None:
+def test_without_a_mask_head_the_names_stay(tiny, kind):
     network = tiny.lively(tiny.network(tiny.model_config(masks=None))).train()
     losses = losses_of(network, getattr(tiny, kind)(), tiny.LOSSES)
     assert set(losses) == NAMES
     assert losses["loss_mask"] == 0
 
 
-def test_the_mask_loss_skips_objects_without_a_mask(network, tiny) -> None:
+def test_the_mask_loss_skips_objects_without_a_mask(network, tiny):
     """The mean over the others, whatever their place in ``gt_masks`` holds."""
     batch = tiny.box_batch()
     reference = losses_of(network, batch, tiny.LOSSES)
@@ -99,7 +98,7 @@ def test_the_mask_loss_skips_objects_without_a_mask(network, tiny) -> None:
     assert all(torch.equal(some[name], reference[name]) for name in others)
 
 
-def test_which_parameters_learn_from_which_batch(network, tiny) -> None:
+def test_which_parameters_learn_from_which_batch(network, tiny):
     parts = {
         "heatmap": "proposal_generator.centernet_head.agn_hm.weight",
         "boxes": "roi_heads.box_predictor.2.bbox_pred.2.weight",
@@ -119,7 +118,7 @@ def test_which_parameters_learn_from_which_batch(network, tiny) -> None:
     assert learning(tiny.label_batch()) == {"classes", "backbone"}
 
 
-def test_weights_are_factors(network, tiny) -> None:
+def test_weights_are_factors(network, tiny):
     base = losses_of(network, tiny.box_batch(), tiny.LOSSES)
     config = dataclasses.replace(
         tiny.LOSSES,
@@ -137,7 +136,7 @@ def test_weights_are_factors(network, tiny) -> None:
         assert changed[name].item() == pytest.approx(factor * base[name].item(), rel=1e-5)
 
 
-def test_the_background_column_adds_a_constant(network, tiny) -> None:
+def test_the_background_column_adds_a_constant(network, tiny):
     with_column = losses_of(network, tiny.label_batch(), tiny.LOSSES)
     config = dataclasses.replace(
         tiny.LOSSES, image_labels=ImageLabelLossConfig(background_column=False)
@@ -147,7 +146,7 @@ def test_the_background_column_adds_a_constant(network, tiny) -> None:
     assert gap.item() == pytest.approx(0.1 * 0.6931, rel=1e-3)
 
 
-def test_only_the_looked_at_classes_are_multiplied_out(tiny) -> None:
+def test_only_the_looked_at_classes_are_multiplied_out(tiny):
     classes = 400
     network = tiny.lively(tiny.network(classes=classes)).train()
     config = dataclasses.replace(
@@ -168,7 +167,7 @@ def test_only_the_looked_at_classes_are_multiplied_out(tiny) -> None:
     assert max(widest) == 20
 
 
-def test_a_small_detector_learns_two_images(tiny) -> None:
+def test_a_small_detector_learns_two_images(tiny):
     torch.manual_seed(0)
     network, source = tiny.network().train(), generator()
     criterion = Criterion(tiny.LOSSES)
@@ -186,12 +185,12 @@ def test_a_small_detector_learns_two_images(tiny) -> None:
     assert sum(history[-9::2]) < 0.65 * sum(history[1:10:2])
 
 
-def test_counts_are_at_least_one() -> None:
+def test_counts_are_at_least_one():
     assert average_over_processes(torch.tensor([0, 3])).tolist() == [1.0, 3.0]
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_two_processes_agree_whatever_their_batches(network, tiny, tmp_path: Path) -> None:
+def test_two_processes_agree_whatever_their_batches(network, tiny, tmp_path):
     """One process has a box batch and the other an image-label batch: no hang, one count for both."""
     alone = losses_of(network, tiny.box_batch(), tiny.LOSSES)
 

@@ -1,7 +1,5 @@
 """The image-label loss and the mask loss against slow versions."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -12,13 +10,13 @@ from proxydet.modeling.matching import GroundTruth
 from proxydet.modeling.outputs import ImageStepOutput, MaskOutput
 
 
-def test_targets_hold_every_label_once() -> None:
+def test_targets_hold_every_label_once():
     targets = image_label_targets((torch.tensor([1]), torch.tensor([0, 3, 3])), 5)
     assert targets.tolist() == [[0, 1, 0, 0, 0], [1, 0, 0, 1, 0]]
 
 
 @pytest.mark.parametrize("bias", [None, -1.5])
-def test_the_image_label_loss_equals_the_slow_one(bias: float | None) -> None:
+def test_the_image_label_loss_equals_the_slow_one(bias):
     generator = torch.Generator().manual_seed(0)
     text = normalize(torch.randn(4, 3, generator=generator), dim=0)
     text = torch.cat([text, torch.zeros(4, 1)], dim=1)
@@ -40,7 +38,7 @@ def test_the_image_label_loss_equals_the_slow_one(bias: float | None) -> None:
 
 
 @pytest.mark.parametrize("kind", ["polygons", "bitmaps"])
-def test_mask_targets_are_cut_from_the_right_object(tiny, kind: str) -> None:
+def test_mask_targets_are_cut_from_the_right_object(tiny, kind):
     truth = GroundTruth.from_instances(tiny.box_batch(kind).instances, torch.device("cpu"))
     # The second object of the first image from its own box, the first one from a box twice as wide, and the object of the
     # second image.
@@ -59,7 +57,7 @@ def test_mask_targets_are_cut_from_the_right_object(tiny, kind: str) -> None:
     assert float(mask_loss(output, truth)) == pytest.approx(float(expected))
 
 
-def test_no_object_is_zero_and_connected(tiny) -> None:
+def test_no_object_is_zero_and_connected(tiny):
     truth = GroundTruth.from_instances(tiny.empty_batch().instances, torch.device("cpu"))
     logits = torch.zeros(0, 8, 8, requires_grad=True)
     nothing = torch.zeros(0, dtype=torch.int64)

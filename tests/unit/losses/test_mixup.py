@@ -46,7 +46,7 @@ def slow_prototype(output: MixupOutput, label: int, temperature: float, center: 
     st.sampled_from([0.1, 1.0, 5.0]),
     st.booleans(),
 )
-def test_prototypes_equal_the_slow_ones(labels, temperature, center) -> None:
+def test_prototypes_equal_the_slow_ones(labels, temperature, center):
     output = regions(labels)
     config = MixupLossConfig(
         temperature=temperature, prototype="center" if center else "objectness"
@@ -58,7 +58,7 @@ def test_prototypes_equal_the_slow_ones(labels, temperature, center) -> None:
         np.testing.assert_allclose(prototype.numpy(), slow, atol=1e-5)
 
 
-def test_a_ground_truth_box_makes_up_nearly_all_of_its_class() -> None:
+def test_a_ground_truth_box_makes_up_nearly_all_of_its_class():
     output = regions([2, 2, 2])
     output.objectness_P[1] = 23.0
     prototypes, _ = class_prototypes(output, MixupLossConfig())
@@ -66,7 +66,7 @@ def test_a_ground_truth_box_makes_up_nearly_all_of_its_class() -> None:
 
 
 @pytest.mark.parametrize("distance", ["l1", "l2"])
-def test_the_loss_equals_the_slow_one(distance: str) -> None:
+def test_the_loss_equals_the_slow_one(distance):
     generator = torch.Generator().manual_seed(1)
     visual, text = (normalize(torch.randn(4, 5, generator=generator), dim=1) for _ in range(2))
     permutation = torch.tensor([2, 0, 3, 1])
@@ -82,7 +82,7 @@ def test_the_loss_equals_the_slow_one(distance: str) -> None:
     assert float(loss) == pytest.approx(total / 20, rel=1e-5)
 
 
-def test_equal_tables_have_no_loss_and_other_pairs_would_have() -> None:
+def test_equal_tables_have_no_loss_and_other_pairs_would_have():
     table = normalize(torch.randn(4, 5, generator=torch.Generator().manual_seed(0)), dim=1)
     permutation = torch.tensor([1, 2, 3, 0])
     assert float(mixup_loss(table, table, permutation, 0.4, "l1")) == 0
@@ -90,7 +90,7 @@ def test_equal_tables_have_no_loss_and_other_pairs_would_have() -> None:
     assert float(other) > 0.05
 
 
-def test_no_class_in_the_batch_is_zero_and_connected() -> None:
+def test_no_class_in_the_batch_is_zero_and_connected():
     embeddings = torch.zeros(0, DIMENSIONS, requires_grad=True)
     output = MixupOutput(
         embeddings_PD=embeddings,
@@ -105,7 +105,7 @@ def test_no_class_in_the_batch_is_zero_and_connected() -> None:
     assert embeddings.grad is not None
 
 
-def test_a_single_class_mixes_with_itself() -> None:
+def test_a_single_class_mixes_with_itself():
     text = normalize(torch.randn(DIMENSIONS, 9), dim=0)
     output = regions([3, 3])
     loss = class_wise_mixup_loss(output, text, MixupLossConfig(weight=1.0), generator=None)
@@ -113,7 +113,7 @@ def test_a_single_class_mixes_with_itself() -> None:
     assert float(loss) == pytest.approx(float((prototypes[0] - text[:, 3]).abs().mean()), rel=1e-5)
 
 
-def test_the_loss_is_weighted_and_follows_the_generator() -> None:
+def test_the_loss_is_weighted_and_follows_the_generator():
     text = normalize(torch.randn(DIMENSIONS, 9, generator=torch.Generator().manual_seed(3)), dim=0)
     output = regions([0, 1, 2, 3, 4, 5])
 
@@ -128,13 +128,13 @@ def test_the_loss_is_weighted_and_follows_the_generator() -> None:
 
 
 @pytest.mark.parametrize(("beta", "spread"), [(1.0, 1 / 12), (0.5, 1 / 8), (8.0, 1 / 68)])
-def test_the_mixing_ratio_is_beta_distributed(beta: float, spread: float) -> None:
+def test_the_mixing_ratio_is_beta_distributed(beta, spread):
     generator = torch.Generator().manual_seed(0)
     drawn = np.array([draw_mixing_ratio(beta, generator) for _ in range(3000)])
     assert drawn.mean() == pytest.approx(0.5, abs=0.03)
     assert drawn.var() == pytest.approx(spread, rel=0.12)
 
 
-def test_beta_zero_is_all_or_nothing() -> None:
+def test_beta_zero_is_all_or_nothing():
     generator = torch.Generator().manual_seed(0)
     assert {draw_mixing_ratio(0.0, generator) for _ in range(50)} == {0.0, 1.0}

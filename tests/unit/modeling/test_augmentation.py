@@ -37,7 +37,7 @@ def assert_equal(one: Prediction, other: Prediction) -> None:
 
 
 @pytest.mark.parametrize("times", [1, 2, 4])
-def test_the_same_view_again_changes_no_bit(lively_network, tiny, times: int) -> None:
+def test_the_same_view_again_changes_no_bit(lively_network, tiny, times):
     image = tiny.image(96, 128)
     (plain,) = lively_network.detect([image], original_sizes=[(150, 200)], settings=LOW)
     again = lively_network.detect_views(
@@ -46,7 +46,7 @@ def test_the_same_view_again_changes_no_bit(lively_network, tiny, times: int) ->
     assert_equal(again, plain)
 
 
-def test_a_mirrored_view_alone_is_the_mirrored_picture(lively_network, tiny) -> None:
+def test_a_mirrored_view_alone_is_the_mirrored_picture(lively_network, tiny):
     image = tiny.image(96, 128)
     (plain,) = lively_network.detect([image], settings=LOW)
     turned = lively_network.detect_views(
@@ -65,7 +65,7 @@ def test_a_mirrored_view_alone_is_the_mirrored_picture(lively_network, tiny) -> 
     )
 
 
-def test_a_mirrored_picture_gives_mirrored_results(lively_network, tiny) -> None:
+def test_a_mirrored_picture_gives_mirrored_results(lively_network, tiny):
     image = tiny.image(96, 128)
     flipped = image.flip(2)
     views = [
@@ -82,7 +82,7 @@ def test_a_mirrored_picture_gives_mirrored_results(lively_network, tiny) -> None
     torch.testing.assert_close(one.boxes_N4, mirrored, atol=1e-2, rtol=0)
 
 
-def test_views_of_other_sizes_are_brought_to_one_frame(lively_network, tiny) -> None:
+def test_views_of_other_sizes_are_brought_to_one_frame(lively_network, tiny):
     # Twice as large, the same content: boxes of both views must meet in the pixels of the picture.
     image = tiny.image(96, 128)
     larger = torch.nn.functional.interpolate(
@@ -98,7 +98,7 @@ def test_views_of_other_sizes_are_brought_to_one_frame(lively_network, tiny) -> 
         assert float(found.boxes_N4[:, 2].max()) > 100
 
 
-def test_scores_are_means_over_the_views(lively_network, tiny) -> None:
+def test_scores_are_means_over_the_views(lively_network, tiny):
     """With one proposal a detection's score is the mean of its scores in either view."""
     config = dataclasses.replace(lively_network.config.proposals, keep_test=1)
     one, two = tiny.image(64, 64, 1), tiny.image(64, 64, 2)
@@ -127,7 +127,7 @@ def test_scores_are_means_over_the_views(lively_network, tiny) -> None:
     torch.testing.assert_close(found.scores_N, expected[: len(found)])
 
 
-def test_the_detector_uses_it_only_when_asked(lively_network, monkeypatch) -> None:
+def test_the_detector_uses_it_only_when_asked(lively_network, monkeypatch):
     detector = Detector(lively_network, shortest=64, longest=96)
     picture = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
     seen = []
@@ -153,7 +153,7 @@ def test_the_detector_uses_it_only_when_asked(lively_network, monkeypatch) -> No
     assert torch.equal(views[1].image, views[0].image.flip(2))
 
 
-def test_without_masks_there_are_none(lively_network, tiny) -> None:
+def test_without_masks_there_are_none(lively_network, tiny):
     settings = dataclasses.replace(LOW, masks=False)
     view = View(image=tiny.image(64, 64))
     found = lively_network.detect_views([view, view], original_size=(64, 64), settings=settings)
@@ -161,19 +161,19 @@ def test_without_masks_there_are_none(lively_network, tiny) -> None:
 
 
 @pytest.mark.parametrize("scales", [(), (0.0,), (1.0, 9.0)])
-def test_scales_out_of_range_are_refused(scales: tuple[float, ...]) -> None:
+def test_scales_out_of_range_are_refused(scales):
     with pytest.raises(ConfigError, match="scales"):
         InferenceConfig(scales=scales)
 
 
-def test_half_precision_needs_a_gpu(lively_network, tiny) -> None:
+def test_half_precision_needs_a_gpu(lively_network, tiny):
     settings = dataclasses.replace(LOW, precision="fp16")
     with pytest.raises(ConfigError, match="needs a GPU"):
         lively_network.detect([tiny.image(64, 64)], settings=settings)
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
-def test_boxes_go_into_a_view_and_back(mirrored: bool) -> None:
+def test_boxes_go_into_a_view_and_back(mirrored):
     reference, own = (
         FeatureBatch(features=[], sizes_B2=torch.tensor([size]))
         for size in ([100.0, 200.0], [50.0, 80.0])
@@ -186,7 +186,7 @@ def test_boxes_go_into_a_view_and_back(mirrored: bool) -> None:
     torch.testing.assert_close(look.to_reference(inside, reference), boxes)
 
 
-def test_the_best_proposals_of_all_views_are_kept() -> None:
+def test_the_best_proposals_of_all_views_are_kept():
     """Of two views without a common box, the better scores are in the second."""
     scene = FeatureBatch(features=[], sizes_B2=torch.tensor([[100.0, 400.0]]))
     left_P = torch.arange(20) * 20.0

@@ -1,7 +1,5 @@
 """ResNet and Swin: names, frozen norms, shapes, windows, shifts, checkpointing, stochastic depth."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torchvision.models import resnet50
@@ -26,7 +24,7 @@ from proxydet.modeling.config import (
 SMALL_SWIN = SwinConfig(embed_dim=8, depths=(2, 2, 2), heads=(1, 2, 4), window=4, drop_path=0.0)
 
 
-def test_resnet50_computes_what_torchvisions_does() -> None:
+def test_resnet50_computes_what_torchvisions_does():
     torch.manual_seed(0)
     theirs = resnet50(norm_layer=None).eval()
     ours = ResNet(ResNetConfig()).eval()
@@ -40,7 +38,7 @@ def test_resnet50_computes_what_torchvisions_does() -> None:
         torch.testing.assert_close(ours(images)["layer5"], trunk(images))
 
 
-def test_frozen_norms_never_change() -> None:
+def test_frozen_norms_never_change():
     network = ResNet(ResNetConfig(depths=(1, 1), width=8)).train()
     before = {name: value.clone() for name, value in network.state_dict().items() if "bn" in name}
     images = torch.randn(2, 3, 32, 32)
@@ -60,7 +58,7 @@ def test_frozen_norms_never_change() -> None:
 
 @pytest.mark.parametrize("norm", ["gn", "bn"])
 @pytest.mark.parametrize("block", ["basic", "bottleneck"])
-def test_a_fresh_resnet_keeps_the_size_of_its_signal(norm: str, block: str) -> None:
+def test_a_fresh_resnet_keeps_the_size_of_its_signal(norm, block):
     torch.manual_seed(0)
     config = ResNetConfig(depths=(2, 2, 2), width=16, norm=norm, block=block, norm_groups=8)
     outputs = ResNet(config)(torch.randn(4, 3, 64, 64))
@@ -72,7 +70,7 @@ def test_a_fresh_resnet_keeps_the_size_of_its_signal(norm: str, block: str) -> N
 
 @pytest.mark.parametrize("extra", [0, 1, 2])
 @pytest.mark.parametrize("levels", [(2, 3, 4), (3, 4, 5), (4,)])
-def test_pyramid_levels(levels: tuple[int, ...], extra: int) -> None:
+def test_pyramid_levels(levels, extra):
     backbone = BackboneConfig(
         resnet=ResNetConfig(depths=(1, 1, 1, 1), width=8, norm="gn", norm_groups=4)
     )
@@ -83,7 +81,7 @@ def test_pyramid_levels(levels: tuple[int, ...], extra: int) -> None:
         assert outputs[name].shape == (1, 8, max(128 // stride, 1), max(64 // stride, 1))
 
 
-def test_windows_come_back_as_they_were() -> None:
+def test_windows_come_back_as_they_were():
     maps = torch.arange(2 * 6 * 9 * 5.0).view(2, 6, 9, 5)
     windows = to_windows(maps, 3)
     assert windows.shape == (2 * 2 * 3, 9, 5)
@@ -91,7 +89,7 @@ def test_windows_come_back_as_they_were() -> None:
     assert torch.equal(from_windows(windows, 3, 6, 9), maps)
 
 
-def test_relative_positions_depend_on_the_offset_only() -> None:
+def test_relative_positions_depend_on_the_offset_only():
     index = relative_positions(3)
     assert index.shape == (9, 9)
     assert index.min() == 0
@@ -106,7 +104,7 @@ def test_relative_positions_depend_on_the_offset_only() -> None:
     assert len(set(offsets.values())) == len(offsets) == 25
 
 
-def test_shift_mask_parts_only_what_the_shift_wrapped() -> None:
+def test_shift_mask_parts_only_what_the_shift_wrapped():
     side, shift, height, width = 4, 2, 8, 12
     rows = torch.arange(height).roll(-shift)
     columns = torch.arange(width).roll(-shift)
@@ -119,7 +117,7 @@ def test_shift_mask_parts_only_what_the_shift_wrapped() -> None:
 
 
 @pytest.mark.parametrize("size", [(64, 64), (40, 72), (4, 4), (33, 17)])
-def test_swin_takes_any_size(size: tuple[int, int]) -> None:
+def test_swin_takes_any_size(size):
     torch.manual_seed(0)
     outputs = SwinBackbone(SMALL_SWIN, out_levels=(2, 3, 4)).eval()(torch.randn(2, 3, *size))
     height, width = size
@@ -129,7 +127,7 @@ def test_swin_takes_any_size(size: tuple[int, int]) -> None:
         assert maps.isfinite().all()
 
 
-def test_checkpointed_activations_change_nothing() -> None:
+def test_checkpointed_activations_change_nothing():
     images = torch.randn(1, 3, 32, 48)
     gradients = []
     for checkpointed in (False, True):
@@ -149,7 +147,7 @@ def test_checkpointed_activations_change_nothing() -> None:
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
-def test_stochastic_depth_grows_over_the_blocks_and_acts_in_training_only() -> None:
+def test_stochastic_depth_grows_over_the_blocks_and_acts_in_training_only():
     config = SwinConfig(embed_dim=8, depths=(2, 3), heads=(1, 2), window=4, drop_path=0.4)
     network = SwinBackbone(config, out_levels=(3,))
     chances = [block.drop_path.p for stage in network.layers for block in stage.blocks]
@@ -163,7 +161,7 @@ def test_stochastic_depth_grows_over_the_blocks_and_acts_in_training_only() -> N
     assert any(not torch.equal(outputs[0], output) for output in outputs)
 
 
-def test_the_frozen_norm_of_inference_is_that_of_training() -> None:
+def test_the_frozen_norm_of_inference_is_that_of_training():
     generator = torch.Generator().manual_seed(0)
     norm = FrozenBatchNorm(5)
     norm.running_mean.copy_(torch.randn(5, generator=generator))

@@ -41,7 +41,7 @@ def assert_same(first: Prediction, second: Prediction, *, exact: bool = True) ->
         torch.testing.assert_close(getattr(first, name), getattr(second, name), **tolerance)
 
 
-def test_a_prediction_is_well_formed(network, tiny) -> None:
+def test_a_prediction_is_well_formed(network, tiny):
     (found,) = network.detect([tiny.image(90, 120)], settings=LOW)
     assert 10 < len(found) <= 300
     assert found.image_size == (90, 120)
@@ -55,7 +55,7 @@ def test_a_prediction_is_well_formed(network, tiny) -> None:
     assert len(found.mask_index_N.unique()) == len(found.mask_probs_MSS)
 
 
-def test_detections_that_share_a_box_share_a_mask(network, tiny) -> None:
+def test_detections_that_share_a_box_share_a_mask(network, tiny):
     (found,) = network.detect([tiny.image(96, 96)], settings=LOW)
     boxes = {}
     for box, mask in zip(found.boxes_N4.tolist(), found.mask_index_N.tolist(), strict=True):
@@ -63,7 +63,7 @@ def test_detections_that_share_a_box_share_a_mask(network, tiny) -> None:
     assert len(found.mask_probs_MSS) < len(found)
 
 
-def test_a_batch_finds_what_its_images_alone_do(network, tiny) -> None:
+def test_a_batch_finds_what_its_images_alone_do(network, tiny):
     sizes = [(96, 128), (64, 64), (90, 120), (33, 65), (96, 128)]
     images = [tiny.image(*size, seed) for seed, size in enumerate(sizes)]
     together = network.detect(images, settings=LOW)
@@ -73,14 +73,14 @@ def test_a_batch_finds_what_its_images_alone_do(network, tiny) -> None:
         assert_same(found, alone, exact=False)
 
 
-def test_images_of_another_size_change_nothing_at_all(network, tiny) -> None:
+def test_images_of_another_size_change_nothing_at_all(network, tiny):
     images = [tiny.image(96, 128, 0), tiny.image(64, 64, 1)]
     assert_same(
         network.detect(images, settings=LOW)[0], network.detect(images[:1], settings=LOW)[0]
     )
 
 
-def test_predictions_on_the_host_are_the_same(network, tiny) -> None:
+def test_predictions_on_the_host_are_the_same(network, tiny):
     images = [tiny.image(96, 128, 0), torch.zeros(3, 64, 64), tiny.image(64, 64, 1)]
     found = network.detect(images, settings=LOW)
     for moved, original in zip(to_host(found), found, strict=True):
@@ -88,18 +88,18 @@ def test_predictions_on_the_host_are_the_same(network, tiny) -> None:
     assert to_host([]) == []
 
 
-def test_detect_of_no_images_is_an_empty_list(network) -> None:
+def test_detect_of_no_images_is_an_empty_list(network):
     assert network.detect([]) == []
 
 
-def test_float_and_uint8_images_are_the_same(network, tiny) -> None:
+def test_float_and_uint8_images_are_the_same(network, tiny):
     image = tiny.image(64, 96)
     assert_same(
         network.detect([image], settings=LOW)[0], network.detect([image.float()], settings=LOW)[0]
     )
 
 
-def test_boxes_are_in_pixels_of_the_original(network, tiny) -> None:
+def test_boxes_are_in_pixels_of_the_original(network, tiny):
     image = tiny.image(64, 96)
     (small,) = network.detect([image], settings=LOW)
     (large,) = network.detect([image], original_sizes=[(128, 288)], settings=LOW)
@@ -110,13 +110,13 @@ def test_boxes_are_in_pixels_of_the_original(network, tiny) -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 200), (7, 3)])
-def test_images_of_a_few_pixels(network, tiny, size) -> None:
+def test_images_of_a_few_pixels(network, tiny, size):
     (found,) = network.detect([tiny.image(*size)], settings=LOW)
     assert found.image_size == size
     assert masks(found).shape == (len(found), *size)
 
 
-def test_a_threshold_that_nothing_reaches(network, tiny) -> None:
+def test_a_threshold_that_nothing_reaches(network, tiny):
     settings = InferenceConfig(score_threshold=1.0)
     (found,) = network.detect([tiny.image(64, 64)], settings=settings)
     assert len(found) == 0
@@ -125,7 +125,7 @@ def test_a_threshold_that_nothing_reaches(network, tiny) -> None:
     assert masks(found).shape == (0, 64, 64)
 
 
-def test_no_proposal_at_all(tiny) -> None:
+def test_no_proposal_at_all(tiny):
     network = tiny.network()
     with torch.no_grad():
         network.proposal_generator.centernet_head.agn_hm.bias.fill_(-40.0)
@@ -133,14 +133,14 @@ def test_no_proposal_at_all(tiny) -> None:
     assert len(empty) == 0
 
 
-def test_one_image_of_a_batch_without_proposals(network, tiny) -> None:
+def test_one_image_of_a_batch_without_proposals(network, tiny):
     (blank,) = network.detect([torch.zeros(3, 64, 64)], settings=LOW)
     pair = network.detect([torch.zeros(3, 64, 64), tiny.image(64, 64)], settings=LOW)
     assert len(pair[0]) == len(blank)
     assert len(pair[1]) > 0
 
 
-def test_a_network_without_a_mask_head_gives_boxes_whatever_is_asked(tiny) -> None:
+def test_a_network_without_a_mask_head_gives_boxes_whatever_is_asked(tiny):
     network = tiny.lively(tiny.network(tiny.model_config(masks=None)))
     for threshold in (LOW.score_threshold, 1.0):
         settings = dataclasses.replace(LOW, masks=True, score_threshold=threshold)
@@ -155,7 +155,7 @@ def test_a_network_without_a_mask_head_gives_boxes_whatever_is_asked(tiny) -> No
     assert torch.equal(with_masks.boxes_N4, boxes.boxes_N4)
 
 
-def test_masks_only_when_asked_for(network, tiny) -> None:
+def test_masks_only_when_asked_for(network, tiny):
     settings = dataclasses.replace(LOW, masks=False)
     (found,) = network.detect([tiny.image(64, 64)], settings=settings)
     assert len(found) > 0
@@ -164,7 +164,7 @@ def test_masks_only_when_asked_for(network, tiny) -> None:
         masks(found)
 
 
-def test_limits(network, tiny) -> None:
+def test_limits(network, tiny):
     image = tiny.image(96, 96)
     (everything,) = network.detect([image], settings=LOW)
     (five,) = network.detect([image], settings=dataclasses.replace(LOW, max_detections=5))
@@ -176,7 +176,7 @@ def test_limits(network, tiny) -> None:
     assert len(above) == int((everything.scores_N > middle).sum())
 
 
-def test_one_class_per_proposal(network, tiny) -> None:
+def test_one_class_per_proposal(network, tiny):
     settings = dataclasses.replace(LOW, one_class_per_proposal=True, nms_iou=1.0)
     (found,) = network.detect([tiny.image(96, 96)], settings=settings)
     (every,) = network.detect([tiny.image(96, 96)], settings=dataclasses.replace(LOW, nms_iou=1.0))
@@ -190,7 +190,7 @@ def test_one_class_per_proposal(network, tiny) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 6, 100])
 @pytest.mark.parametrize("one", [False, True])
-def test_scoring_in_chunks_changes_nothing(network, tiny, chunk: int, one: bool) -> None:
+def test_scoring_in_chunks_changes_nothing(network, tiny, chunk, one):
     images = [tiny.image(96, 96), tiny.image(96, 96, 1)]
     settings = dataclasses.replace(LOW, one_class_per_proposal=one)
     chunked = dataclasses.replace(settings, class_chunk=chunk)
@@ -202,14 +202,14 @@ def test_scoring_in_chunks_changes_nothing(network, tiny, chunk: int, one: bool)
         assert_same(whole, part, exact=False)
 
 
-def test_own_vocabulary_and_none_agree_on_the_training_classes(network, tiny) -> None:
+def test_own_vocabulary_and_none_agree_on_the_training_classes(network, tiny):
     image = tiny.image(64, 96)
     (own,) = network.detect([image], tiny.vocabulary(), settings=LOW)
     (training,) = network.detect([image], settings=LOW)
     assert_same(own, training, exact=False)
 
 
-def test_fusion_weights_follow_the_base_mask(network, tiny) -> None:
+def test_fusion_weights_follow_the_base_mask(network, tiny):
     image = tiny.image(64, 96)
     vocabulary = tiny.vocabulary()
     both = InferenceConfig(score_threshold=0.0, alpha=0.2, beta=0.6)
@@ -219,7 +219,7 @@ def test_fusion_weights_follow_the_base_mask(network, tiny) -> None:
     assert_same(first, second)
 
 
-def test_fusion_is_the_published_formula(network, tiny) -> None:
+def test_fusion_is_the_published_formula(network, tiny):
     captured = {}
     original = postprocess.detect_classes
 
@@ -244,12 +244,12 @@ def test_fusion_is_the_published_formula(network, tiny) -> None:
         assert float(scores[region, label]) == pytest.approx(float(score), abs=1e-5)
 
 
-def test_one_class(network, tiny) -> None:
+def test_one_class(network, tiny):
     (found,) = network.detect([tiny.image(64, 64)], tiny.vocabulary(1), settings=LOW)
     assert set(found.classes_N.tolist()) == {0}
 
 
-def test_ten_thousand_classes_stay_within_the_chunks_memory(network, tiny) -> None:
+def test_ten_thousand_classes_stay_within_the_chunks_memory(network, tiny):
     vocabulary = tiny.vocabulary(10_000)
     widths = []
     original = postprocess._Scorer.scores
@@ -274,7 +274,7 @@ def test_ten_thousand_classes_stay_within_the_chunks_memory(network, tiny) -> No
 
 @pytest.mark.parametrize("one_class", [False, True])
 @pytest.mark.parametrize("threshold", [0.0, 0.3])
-def test_chunks_change_no_bit(network, tiny, threshold: float, one_class: bool) -> None:
+def test_chunks_change_no_bit(network, tiny, threshold, one_class):
     # More candidates in each chunk than suppression takes at once, so that chunks are pruned.
     settings = InferenceConfig(
         score_threshold=threshold, max_detections=20, one_class_per_proposal=one_class
@@ -290,7 +290,7 @@ def test_chunks_change_no_bit(network, tiny, threshold: float, one_class: bool) 
             assert_same(one, other)
 
 
-def test_pruned_chunks_keep_little(network, tiny) -> None:
+def test_pruned_chunks_keep_little(network, tiny):
     kept = []
     original = postprocess._Search._prune
 
@@ -308,7 +308,7 @@ def test_pruned_chunks_keep_little(network, tiny) -> None:
     assert all(after == 20 for _, after in kept)
 
 
-def test_chunks_of_few_candidates_are_not_pruned(network, tiny) -> None:
+def test_chunks_of_few_candidates_are_not_pruned(network, tiny):
     """Suppression of few boxes looks at their places in float32, which depend on all of them: once, at the end."""
     kept = []
     original = postprocess._Search._prune
@@ -327,7 +327,7 @@ def test_chunks_of_few_candidates_are_not_pruned(network, tiny) -> None:
     assert all(0 < count <= 4 * limit and untouched for count, untouched in kept)
 
 
-def test_of_equal_classes_the_first_is_taken_in_any_chunks(network, tiny) -> None:
+def test_of_equal_classes_the_first_is_taken_in_any_chunks(network, tiny):
     half = np.random.default_rng(0).normal(size=(64, tiny.DIMENSIONS))
     twice = Vocabulary.from_arrays(
         [f"class {n}" for n in range(128)], np.tile(half, (2, 1)), np.ones(128, bool)
@@ -340,7 +340,7 @@ def test_of_equal_classes_the_first_is_taken_in_any_chunks(network, tiny) -> Non
         assert int(found.classes_N.max()) < 64
 
 
-def test_two_vocabularies_in_two_threads(network, tiny) -> None:
+def test_two_vocabularies_in_two_threads(network, tiny):
     image = tiny.image(96, 96)
     vocabularies = [tiny.vocabulary(4, seed=5), tiny.vocabulary(9, seed=6)]
     alone = [network.detect([image], vocabulary, settings=LOW)[0] for vocabulary in vocabularies]
@@ -361,7 +361,7 @@ def test_two_vocabularies_in_two_threads(network, tiny) -> None:
             assert_same(found, alone[index])
 
 
-def test_a_vocabulary_leaves_no_trace(network, tiny) -> None:
+def test_a_vocabulary_leaves_no_trace(network, tiny):
     before = {name: value.clone() for name, value in network.state_dict().items()}
     (first,) = network.detect([tiny.image(64, 64)], settings=LOW)
     network.detect([tiny.image(64, 64)], tiny.vocabulary(50, seed=3), settings=LOW)
@@ -372,7 +372,7 @@ def test_a_vocabulary_leaves_no_trace(network, tiny) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_without_a_mixup_branch(tiny) -> None:
+def test_without_a_mixup_branch(tiny):
     network = tiny.lively(tiny.network(tiny.model_config(mixup_branch=False)))
     assert not any("cmm" in name for name in network.state_dict())
     image = tiny.image(64, 64)
@@ -382,7 +382,7 @@ def test_without_a_mixup_branch(tiny) -> None:
     assert_same(found, same)
 
 
-def test_swin_and_one_step_and_a_bias(tiny) -> None:
+def test_swin_and_one_step_and_a_bias(tiny):
     config = tiny.model_config(
         "swin",
         cascade=CascadeConfig(
@@ -394,31 +394,31 @@ def test_swin_and_one_step_and_a_bias(tiny) -> None:
     assert len(found) > 0
 
 
-def test_wrong_images_are_named(network) -> None:
+def test_wrong_images_are_named(network):
     with pytest.raises(DataError, match="image 1 has the shape"):
         network.detect([torch.zeros(3, 8, 8), torch.zeros(8, 8, 3)])
     with pytest.raises(DataError, match="image 0"):
         network.detect([torch.zeros(3, 0, 8)])
 
 
-def test_sizes_must_be_as_many_as_images(network, tiny) -> None:
+def test_sizes_must_be_as_many_as_images(network, tiny):
     with pytest.raises(ValueError, match="1 images but 2"):
         network.detect([tiny.image(32, 32)], original_sizes=[(1, 1), (2, 2)])
 
 
-def test_a_vocabulary_of_another_encoder(network, tiny) -> None:
+def test_a_vocabulary_of_another_encoder(network, tiny):
     with pytest.raises(VocabularyError, match="have 8 dimensions"):
         network.detect([tiny.image(32, 32)], tiny.vocabulary(dimensions=8))
     with pytest.raises(VocabularyError, match="dimensions"):
         ProxyDetNetwork(tiny.model_config(), tiny.vocabulary(dimensions=8))
 
 
-def test_image_counts_must_fit(tiny) -> None:
+def test_image_counts_must_fit(tiny):
     with pytest.raises(ConfigError, match="image counts"):
         ProxyDetNetwork(tiny.model_config(), tiny.vocabulary(), np.ones(5))
 
 
-def test_detect_needs_eval_mode(tiny) -> None:
+def test_detect_needs_eval_mode(tiny):
     with pytest.raises(RuntimeError, match="eval"):
         tiny.network().train().detect([tiny.image(32, 32)])
 
@@ -433,7 +433,7 @@ def test_detect_needs_eval_mode(tiny) -> None:
         "roi_heads.box_head_cmm.0.fc1.weight",
     ],
 )
-def test_values_that_are_not_finite_are_an_error_not_an_empty_result(tiny, damaged: str) -> None:
+def test_values_that_are_not_finite_are_an_error_not_an_empty_result(tiny, damaged):
     network = tiny.lively(tiny.network())
     with torch.no_grad():
         network.get_parameter(damaged).fill_(float("nan"))
@@ -441,7 +441,7 @@ def test_values_that_are_not_finite_are_an_error_not_an_empty_result(tiny, damag
         network.detect([tiny.image(64, 64)])
 
 
-def test_half_precision_backbone_is_close(tiny) -> None:
+def test_half_precision_backbone_is_close(tiny):
     network = tiny.lively(tiny.network())
     image = tiny.image(64, 64)
     (full,) = network.detect([image], settings=LOW)
@@ -452,7 +452,7 @@ def test_half_precision_backbone_is_close(tiny) -> None:
     torch.testing.assert_close(half.scores_N[:5], full.scores_N[:5], atol=0.1, rtol=0)
 
 
-def test_more_proposals_than_cells(tiny) -> None:
+def test_more_proposals_than_cells(tiny):
     config = tiny.model_config(
         proposals=ProposalConfig(convs=0, candidates_test=10_000, keep_test=10_000)
     )
@@ -460,17 +460,17 @@ def test_more_proposals_than_cells(tiny) -> None:
     assert len(found) > 0
 
 
-def test_swin_default_is_swin_b() -> None:
+def test_swin_default_is_swin_b():
     swin = BackboneConfig(kind="swin").swin
     assert swin == SwinConfig(embed_dim=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32))
 
 
-def test_a_base_mask_is_the_vocabularys(network) -> None:
+def test_a_base_mask_is_the_vocabularys(network):
     vocabulary = Vocabulary.from_arrays(["a", "b"], np.eye(2, 16), [True, False])
     assert network._class_text(vocabulary).base_C.tolist() == [True, False]
 
 
-def test_a_network_laid_out_for_inference_has_the_same_weights_and_finds_the_same(tiny) -> None:
+def test_a_network_laid_out_for_inference_has_the_same_weights_and_finds_the_same(tiny):
     plain, laid_out = tiny.lively(tiny.network()), tiny.lively(tiny.network())
     laid_out.load_state_dict(plain.state_dict())
     laid_out.train()

@@ -32,7 +32,7 @@ def some_boxes(images: int, count: int, seed: int) -> torch.Tensor:
     )
 
 
-def test_ground_truth_is_padded(tiny) -> None:
+def test_ground_truth_is_padded(tiny):
     truth = GroundTruth.from_instances(tiny.box_batch().instances, torch.device("cpu"))
     assert truth.counts == (3, 1)
     assert truth.valid_BG.tolist() == [[True, True, True], [True, False, False]]
@@ -40,7 +40,7 @@ def test_ground_truth_is_padded(tiny) -> None:
     assert all(masks is not None for masks in truth.masks)
 
 
-def test_matching_equals_detectron2s(tiny) -> None:
+def test_matching_equals_detectron2s(tiny):
     truth = GroundTruth.from_instances(tiny.box_batch().instances, torch.device("cpu"))
     regions = regions_of(torch.cat([some_boxes(2, 200, 0), truth.boxes_BG4[:, :1]], dim=1))
     assignment = matching.match(regions, truth, 0.4, CLASSES)
@@ -54,7 +54,7 @@ def test_matching_equals_detectron2s(tiny) -> None:
         assert (wanted < CLASSES).any()
 
 
-def test_without_objects_all_is_background(tiny) -> None:
+def test_without_objects_all_is_background(tiny):
     truth = GroundTruth.from_instances(tiny.empty_batch().instances, torch.device("cpu"))
     regions = regions_of(some_boxes(1, 5, 0), torch.tensor([[True] * 4 + [False]]))
     assignment = matching.match(regions, truth, 0.5, CLASSES)
@@ -62,7 +62,7 @@ def test_without_objects_all_is_background(tiny) -> None:
     assert assignment.boxes_from(truth).tolist() == [[[0.0] * 4] * 5]
 
 
-def test_a_padded_object_matches_nothing() -> None:
+def test_a_padded_object_matches_nothing():
     # The second image has no object; its padding must not become one, even where any overlap is enough.
     truth = GroundTruth(
         boxes_BG4=torch.tensor([[[0.0, 0.0, 10.0, 10.0]], [[0.0, 0.0, 0.0, 0.0]]]),
@@ -77,7 +77,7 @@ def test_a_padded_object_matches_nothing() -> None:
     assert assignment.labels_BR.tolist() == [[5], [CLASSES]]
 
 
-def test_ground_truth_joins_with_the_published_objectness(tiny) -> None:
+def test_ground_truth_joins_with_the_published_objectness(tiny):
     truth = GroundTruth.from_instances(tiny.box_batch().instances, torch.device("cpu"))
     joined = matching.append_ground_truth(regions_of(some_boxes(2, 4, 0)), truth)
     assert joined.valid_BR.tolist() == [[True] * 7, [True] * 5 + [False] * 2]
@@ -91,7 +91,7 @@ def test_ground_truth_joins_with_the_published_objectness(tiny) -> None:
     st.sampled_from([0.0, 0.25, 1.0]),
     st.integers(0, 5),
 )
-def test_sampling_takes_as_many_as_it_may(labels, size, fraction, seed) -> None:
+def test_sampling_takes_as_many_as_it_may(labels, size, fraction, seed):
     labels_BR = torch.tensor([labels])
     regions = regions_of(some_boxes(1, len(labels), 0), labels_BR >= 0)
     generator = torch.Generator().manual_seed(seed)
@@ -119,7 +119,7 @@ def test_sampling_takes_as_many_as_it_may(labels, size, fraction, seed) -> None:
     assert torch.equal(got[drawn.valid_BR[0]], labels_BR[0][rows])
 
 
-def test_background_fills_up_only_what_objects_leave() -> None:
+def test_background_fills_up_only_what_objects_leave():
     # The background comes first: if too much of it were drawn, the cut to size would drop the objects.
     labels_BR = torch.tensor([[CLASSES] * 10 + [1] * 4])
     _, drawn = matching.sample(
@@ -133,7 +133,7 @@ def test_background_fills_up_only_what_objects_leave() -> None:
     assert sorted(drawn.labels_BR[0].tolist()) == [1] * 4 + [CLASSES] * 4
 
 
-def test_sampling_is_uniform_and_follows_the_generator() -> None:
+def test_sampling_is_uniform_and_follows_the_generator():
     labels_BR = torch.full((1, 20), CLASSES)
     regions = regions_of(some_boxes(1, 20, 0))
     assignment = Assignment(labels_BR=labels_BR, objects_BR=torch.arange(20)[None])

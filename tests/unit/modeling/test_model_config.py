@@ -1,7 +1,5 @@
 """Configurations reject what cannot work, and need no torch."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 
@@ -59,19 +57,19 @@ from proxydet.modeling.config import (
         (lambda: MixupLossConfig(temperature=0.0), "temperature"),
     ],
 )
-def test_values_that_cannot_work_are_named(make, named: str) -> None:
+def test_values_that_cannot_work_are_named(make, named):
     with pytest.raises(ConfigError, match=named):
         make()
 
 
-def test_levels_and_strides() -> None:
+def test_levels_and_strides():
     pyramid = PyramidConfig(levels=(2, 3), extra_levels=2)
     assert pyramid.all_levels == (2, 3, 4, 5)
     assert pyramid.strides == (4, 8, 16, 32)
     assert BackboneConfig(kind="swin", swin=SwinConfig(depths=(1,), heads=(1,))).stages == 1
 
 
-def test_configurations_need_no_torch() -> None:
+def test_configurations_need_no_torch():
     code = (
         "import sys, proxydet.modeling.config, proxydet.losses.config; "
         "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"

@@ -24,7 +24,7 @@ def crowd(count: int, seed: int, spread: float = 100.0) -> tuple[torch.Tensor, t
 
 @pytest.mark.parametrize("limit", [1, 10, 100, 5000])
 @pytest.mark.parametrize("spread", [5.0, 300.0])
-def test_keep_best_equals_the_whole_suppression(limit: int, spread: float) -> None:
+def test_keep_best_equals_the_whole_suppression(limit, spread):
     boxes, scores = crowd(2000, 0, spread)
     scores, order = scores.sort(descending=True)
     boxes = boxes[order]
@@ -32,20 +32,20 @@ def test_keep_best_equals_the_whole_suppression(limit: int, spread: float) -> No
     assert kept.tolist() == nms(boxes, scores, 0.7)[:limit].tolist()
 
 
-def test_keep_best_of_nothing() -> None:
+def test_keep_best_of_nothing():
     assert nms_module.keep_best(torch.zeros(0, 4), torch.zeros(0), 0.5, 10).tolist() == []
 
 
 @pytest.mark.parametrize("count", [0, 1, 900, 1000, 1001, 6000])
 @pytest.mark.parametrize("limit", [20, 300])
-def test_keep_best_by_class_equals_detectron2s(count: int, limit: int) -> None:
+def test_keep_best_by_class_equals_detectron2s(count, limit):
     boxes, scores = crowd(count, 1)
     classes = torch.randint(1200, (count,), generator=torch.Generator().manual_seed(2))
     kept = nms_module.keep_best_by_class(boxes, scores, classes, 0.5, limit)
     assert kept.tolist() == batched_nms(boxes, scores, classes, 0.5)[:limit].tolist()
 
 
-def test_keep_best_by_class_goes_on_when_the_first_look_yields_too_few() -> None:
+def test_keep_best_by_class_goes_on_when_the_first_look_yields_too_few():
     # 3000 nearly equal boxes of one class above, the boxes that are wanted below.
     boxes, scores = crowd(3000, 3, spread=0.01)
     boxes[:] = torch.tensor([0.0, 0.0, 50.0, 50.0]) + boxes * 1e-4
@@ -61,13 +61,13 @@ def test_keep_best_by_class_goes_on_when_the_first_look_yields_too_few() -> None
 @given(
     scores=st.lists(st.sampled_from([0.1, 0.2, 0.5, 0.9]), max_size=60), count=st.integers(1, 80)
 )
-def test_the_best_places_are_those_of_a_whole_stable_sort(scores: list[float], count: int) -> None:
+def test_the_best_places_are_those_of_a_whole_stable_sort(scores, count):
     scores_N = torch.tensor(scores)
     whole = scores_N.argsort(descending=True, stable=True)
     assert nms_module._best_places(scores_N, count).tolist() == whole[:count].tolist()
 
 
-def test_classes_do_not_suppress_each_other() -> None:
+def test_classes_do_not_suppress_each_other():
     boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0]]).repeat(2000, 1)
     classes = torch.arange(2000)
     kept = nms_module.keep_best_by_class(boxes, torch.linspace(1, 0.1, 2000), classes, 0.5, 300)
@@ -90,12 +90,8 @@ def batch(counts: list[int], spread: float) -> tuple[torch.Tensor, torch.Tensor]
 @pytest.mark.parametrize("spread", [5.0, 300.0])
 @pytest.mark.parametrize("with_classes", [False, True])
 def test_all_images_at_once_keep_what_each_keeps_alone(
-    monkeypatch: pytest.MonkeyPatch,
-    counts: list[int],
-    limit: int,
-    spread: float,
-    with_classes: bool,
-) -> None:
+    monkeypatch, counts, limit, spread, with_classes
+):
     boxes, scores = batch(counts, spread)
     classes = None
     if with_classes:
@@ -117,7 +113,7 @@ def test_all_images_at_once_keep_what_each_keeps_alone(
         start += count
 
 
-def test_a_batch_that_would_take_too_much_memory_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_would_take_too_much_memory_is_split(monkeypatch):
     counts = [300, 10, 900, 200, 0, 400]
     boxes, scores = batch(counts, 300.0)
     sizes = []

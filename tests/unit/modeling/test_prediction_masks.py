@@ -26,14 +26,14 @@ def found() -> Prediction:
     )
 
 
-def test_masks_are_pasted_as_detectron2_does(found) -> None:
+def test_masks_are_pasted_as_detectron2_does(found):
     wanted = paste_masks_in_image(
         found.mask_probs_MSS[found.mask_index_N], found.boxes_N4, (48, 50)
     )
     assert torch.equal(masks(found), wanted)
 
 
-def test_each_distinct_mask_is_encoded_once(found) -> None:
+def test_each_distinct_mask_is_encoded_once(found):
     encoded = rles(found)
     assert encoded[0] is encoded[2]
     assert len({id(rle) for rle in encoded}) == 2
@@ -43,7 +43,7 @@ def test_each_distinct_mask_is_encoded_once(found) -> None:
 
 
 @pytest.mark.parametrize("at_once", [1, 60, 2**22])
-def test_masks_in_their_windows_are_the_pasted_ones(found, monkeypatch, at_once) -> None:
+def test_masks_in_their_windows_are_the_pasted_ones(found, monkeypatch, at_once):
     monkeypatch.setattr(module, "_SAMPLES_AT_ONCE", at_once)
     windows = list(found.windows())
     for window, mask in zip(windows, found.distinct_masks(), strict=True):
@@ -51,7 +51,7 @@ def test_masks_in_their_windows_are_the_pasted_ones(found, monkeypatch, at_once)
     assert windows[1].inside_hw.shape < (48, 50)
 
 
-def test_a_mask_pastes_to_the_same_pixels_wherever_it_lies() -> None:
+def test_a_mask_pastes_to_the_same_pixels_wherever_it_lies():
     generator = torch.Generator().manual_seed(1)
     corners = torch.rand(40, 2, generator=generator) * 2000
     boxes = torch.cat([corners, corners + torch.rand(40, 2, generator=generator) * 900 + 0.1], 1)
@@ -74,7 +74,7 @@ def test_a_mask_pastes_to_the_same_pixels_wherever_it_lies() -> None:
         assert torch.equal(torch.from_numpy(window.whole()), mask)
 
 
-def test_choosing_keeps_only_the_masks_in_use(found) -> None:
+def test_choosing_keeps_only_the_masks_in_use(found):
     chosen = found.choose(torch.tensor([2, 0]))
     assert chosen.classes_N.tolist() == [0, 4]
     assert len(chosen.mask_probs_MSS) == 1
@@ -84,14 +84,14 @@ def test_choosing_keeps_only_the_masks_in_use(found) -> None:
     assert torch.equal(masks(by_mask), masks(found)[:2])
 
 
-def test_choosing_nothing(found) -> None:
+def test_choosing_nothing(found):
     nothing = found.choose(torch.tensor([], dtype=torch.int64))
     assert len(nothing) == 0
     assert masks(nothing).shape == (0, 48, 50)
     assert rles(nothing) == []
 
 
-def test_choosing_without_masks(found) -> None:
+def test_choosing_without_masks(found):
     bare = Prediction(
         boxes_N4=found.boxes_N4,
         scores_N=found.scores_N,
@@ -107,7 +107,7 @@ def test_choosing_without_masks(found) -> None:
         rles(chosen)
 
 
-def test_to_moves_every_tensor(found) -> None:
+def test_to_moves_every_tensor(found):
     moved = found.to("meta")
     assert all(
         getattr(moved, name).device.type == "meta"

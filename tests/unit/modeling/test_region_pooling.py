@@ -1,7 +1,5 @@
 """Pooling equals detectron2's pooler, whatever the regions."""
 
-from __future__ import annotations
-
 import proxydet.runtime.d2  # noqa: F401
 
 import pytest
@@ -15,7 +13,7 @@ from proxydet.modeling.roi_align import RegionPooler
 
 @pytest.mark.parametrize("levels", [(3, 4, 5), (2, 3), (4,)])
 @pytest.mark.parametrize("sampling_ratio", [0, 2])
-def test_pooling_equals_detectron2s(levels: tuple[int, ...], sampling_ratio: int) -> None:
+def test_pooling_equals_detectron2s(levels, sampling_ratio):
     config = CascadeConfig(pool_levels=levels, sampling_ratio=sampling_ratio)
     ours = RegionPooler(config, 7)
     theirs = ROIPooler(7, [2.0**-level for level in levels], sampling_ratio, "ROIAlignV2")
@@ -40,7 +38,7 @@ def test_pooling_equals_detectron2s(levels: tuple[int, ...], sampling_ratio: int
         torch.testing.assert_close(own_gradient, gradient, atol=1e-4, rtol=1e-4)
 
 
-def test_a_box_is_pooled_alike_whatever_is_pooled_with_it() -> None:
+def test_a_box_is_pooled_alike_whatever_is_pooled_with_it():
     pooler = RegionPooler(CascadeConfig(canonical_size=64.0), 7)
     generator = torch.Generator().manual_seed(3)
     features = [torch.randn(1, 16, size, size, generator=generator) for size in (32, 16, 8)]
@@ -55,7 +53,7 @@ def test_a_box_is_pooled_alike_whatever_is_pooled_with_it() -> None:
     assert torch.equal(by_parts, together)
 
 
-def test_no_regions_and_empty_regions() -> None:
+def test_no_regions_and_empty_regions():
     pooler = RegionPooler(CascadeConfig(), 7)
     features = [torch.ones(1, 4, size, size) for size in (32, 16, 8)]
     assert pooler(features, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)).shape == (

@@ -30,7 +30,7 @@ def places(count: int, step: float) -> torch.Tensor:
 @pytest.mark.parametrize("count", SIZES)
 @pytest.mark.parametrize("waits", [False, True])
 @pytest.mark.parametrize("classes", [None, 3])
-def test_of_boxes_of_one_score_the_first_are_kept(monkeypatch, count, waits, classes) -> None:
+def test_of_boxes_of_one_score_the_first_are_kept(monkeypatch, count, waits, classes):
     monkeypatch.setattr(nms, "_waits", lambda _device: waits)
     own_N = (
         torch.zeros(count, dtype=torch.int64) if classes is None else torch.arange(count) % classes
@@ -47,9 +47,7 @@ def test_of_boxes_of_one_score_the_first_are_kept(monkeypatch, count, waits, cla
 
 @pytest.mark.parametrize("count", SIZES)
 @pytest.mark.parametrize("waits", [False, True])
-def test_of_boxes_of_one_score_and_place_the_first_drops_the_others(
-    monkeypatch, count, waits
-) -> None:
+def test_of_boxes_of_one_score_and_place_the_first_drops_the_others(monkeypatch, count, waits):
     monkeypatch.setattr(nms, "_waits", lambda _device: waits)
     crowd = nms.NmsInput(
         boxes_N4=places(1, step=0.0).repeat(count, 1),
@@ -61,7 +59,7 @@ def test_of_boxes_of_one_score_and_place_the_first_drops_the_others(
     assert kept.tolist() == [0, 1]
 
 
-def test_a_prediction_full_of_ties_repeats_itself_in_every_mode(tiny) -> None:
+def test_a_prediction_full_of_ties_repeats_itself_in_every_mode(tiny):
     network = tiny.lively(tiny.network())
     settings = dataclasses.replace(InferenceConfig(), score_threshold=0.0)
     same = np.tile(np.random.default_rng(0).normal(size=tiny.DIMENSIONS), (1500, 1))
@@ -80,7 +78,7 @@ def test_a_prediction_full_of_ties_repeats_itself_in_every_mode(tiny) -> None:
     assert torch.equal(found["off"].classes_N, found["strict"].classes_N)
 
 
-def test_tied_classes_of_the_federated_loss_are_drawn_alike_in_every_mode() -> None:
+def test_tied_classes_of_the_federated_loss_are_drawn_alike_in_every_mode():
     labels_N, frequency_C = torch.arange(300) % 60, torch.ones(1203)
     drawn = []
     for mode in MODES:
@@ -96,7 +94,7 @@ def test_tied_classes_of_the_federated_loss_are_drawn_alike_in_every_mode() -> N
         assert torch.equal(weights_K, drawn[0][1])
 
 
-def test_sums_of_samples_that_share_a_cell_repeat_in_every_mode() -> None:
+def test_sums_of_samples_that_share_a_cell_repeat_in_every_mode():
     generator = torch.Generator().manual_seed(0)
     maps = torch.randn((1, 8, 20, 20), generator=generator, requires_grad=True)
     # Small regions: all samples of a pooled cell fall on the same few feature cells.

@@ -25,7 +25,7 @@ def network(tiny):
     return tiny.lively(tiny.network()).train()
 
 
-def test_a_box_batch(network, tiny) -> None:
+def test_a_box_batch(network, tiny):
     output = network(tiny.box_batch(), generator=generator())
     assert isinstance(output, BoxTrainingOutput)
     assert len(output.steps) == 3
@@ -46,7 +46,7 @@ def test_a_box_batch(network, tiny) -> None:
     assert len(output.masks.logits_PSS) == int(((first >= 0) & (first < 6)).sum())
 
 
-def test_the_generator_decides_and_the_global_one_does_not(network, tiny) -> None:
+def test_the_generator_decides_and_the_global_one_does_not(network, tiny):
     torch.manual_seed(0)
     first = network(tiny.box_batch(), generator=generator(1))
     torch.manual_seed(5)
@@ -57,7 +57,7 @@ def test_the_generator_decides_and_the_global_one_does_not(network, tiny) -> Non
     assert not torch.equal(boxes[0], boxes[2])
 
 
-def test_boxes_that_became_empty_leave_the_cascade(network, tiny) -> None:
+def test_boxes_that_became_empty_leave_the_cascade(network, tiny):
     with torch.no_grad():
         # Far to the left of the image: all boxes are empty once clipped.
         network.roi_heads.box_predictor[0].bbox_pred[2].bias[0] = -1e5
@@ -70,14 +70,14 @@ def test_boxes_that_became_empty_leave_the_cascade(network, tiny) -> None:
     assert len(output.mixup.labels_P) == 0
 
 
-def test_no_objects_in_any_image(network, tiny) -> None:
+def test_no_objects_in_any_image(network, tiny):
     output = network(tiny.empty_batch(), generator=generator())
     assert (output.steps[0].assignment.labels_BR == 6).any()
     assert len(output.masks.logits_PSS) == 0
     assert len(output.mixup.labels_P) == 0
 
 
-def test_one_image_without_objects_beside_one_with(network, tiny) -> None:
+def test_one_image_without_objects_beside_one_with(network, tiny):
     full, empty = tiny.box_batch(), tiny.empty_batch()
     batch = BoxBatch(
         images=full.images + empty.images,
@@ -90,7 +90,7 @@ def test_one_image_without_objects_beside_one_with(network, tiny) -> None:
     assert (output.masks.image_P < 2).all()
 
 
-def test_neither_proposals_nor_objects(network, tiny) -> None:
+def test_neither_proposals_nor_objects(network, tiny):
     with torch.no_grad():
         network.proposal_generator.centernet_head.agn_hm.weight.zero_()
         network.proposal_generator.centernet_head.agn_hm.bias.fill_(-40.0)
@@ -100,12 +100,12 @@ def test_neither_proposals_nor_objects(network, tiny) -> None:
     assert labels.steps[0].valid_B.tolist() == [False, False]
 
 
-def test_masks_as_bitmaps_and_absent(network, tiny) -> None:
+def test_masks_as_bitmaps_and_absent(network, tiny):
     assert network(tiny.box_batch("bitmaps"), generator=generator()).masks is not None
     assert network(tiny.box_batch(None), generator=generator()).masks is None
 
 
-def test_masks_are_trained_on_the_objects_that_have_one(network, tiny) -> None:
+def test_masks_are_trained_on_the_objects_that_have_one(network, tiny):
     batch = tiny.box_batch()
     every = network(batch, generator=generator()).masks
     first, second = batch.instances
@@ -118,7 +118,7 @@ def test_masks_are_trained_on_the_objects_that_have_one(network, tiny) -> None:
     assert len(network(batch, generator=generator()).masks.logits_PSS) == 0
 
 
-def test_a_model_without_a_mask_head_takes_any_batch(tiny) -> None:
+def test_a_model_without_a_mask_head_takes_any_batch(tiny):
     network = tiny.lively(tiny.network(tiny.model_config(masks=None))).train()
     assert not [name for name, _ in network.named_parameters() if "mask" in name]
     for masks in ("polygons", None):
@@ -129,12 +129,12 @@ def test_a_model_without_a_mask_head_takes_any_batch(tiny) -> None:
     ), "leaving the mask head out must not change the other fresh weights"
 
 
-def test_without_a_mixup_branch(tiny) -> None:
+def test_without_a_mixup_branch(tiny):
     network = tiny.network(tiny.model_config(mixup_branch=False)).train()
     assert network(tiny.box_batch(), generator=generator()).mixup is None
 
 
-def test_the_mixup_branch_starts_as_a_copy_and_only_its_last_step_learns(tiny) -> None:
+def test_the_mixup_branch_starts_as_a_copy_and_only_its_last_step_learns(tiny):
     network = tiny.network()
     state = network.state_dict()
     for name, value in state.items():
@@ -151,7 +151,7 @@ def test_the_mixup_branch_starts_as_a_copy_and_only_its_last_step_learns(tiny) -
     }
 
 
-def test_an_image_label_batch(network, tiny) -> None:
+def test_an_image_label_batch(network, tiny):
     output = network(tiny.label_batch(), generator=generator())
     assert isinstance(output, ImageLabelTrainingOutput)
     assert [labels.tolist() for labels in output.labels] == [[1], [2, 5]]
@@ -161,7 +161,7 @@ def test_an_image_label_batch(network, tiny) -> None:
         assert step.embeddings_BD.requires_grad
 
 
-def test_only_the_chosen_region_needs_a_gradient(network, tiny) -> None:
+def test_only_the_chosen_region_needs_a_gradient(network, tiny):
     # Seeing all regions with gradient and then choosing, as the published code does, gives the same.
     batch, heads = tiny.label_batch(), network.roi_heads
     output = network(batch, generator=generator())
@@ -195,7 +195,7 @@ def test_only_the_chosen_region_needs_a_gradient(network, tiny) -> None:
         ([3, 9, 9, 20], [1, 0, 1, 1], 9),
     ],
 )
-def test_the_largest_region_but_the_last(sides, valid, chosen) -> None:
+def test_the_largest_region_but_the_last(sides, valid, chosen):
     corners = torch.tensor(sides, dtype=torch.float32)
     boxes = torch.stack([torch.zeros(4), torch.zeros(4), corners, corners], dim=1)[None]
     valid_BR = torch.tensor([valid], dtype=torch.bool)
@@ -205,7 +205,7 @@ def test_the_largest_region_but_the_last(sides, valid, chosen) -> None:
     assert found.tolist() == [True]
 
 
-def test_the_largest_region_of_an_image_without_any() -> None:
+def test_the_largest_region_of_an_image_without_any():
     regions = Regions(
         boxes_BR4=torch.zeros(2, 3, 4),
         objectness_BR=torch.zeros(2, 3),
@@ -214,7 +214,7 @@ def test_the_largest_region_of_an_image_without_any() -> None:
     assert largest_but_last(regions)[1].tolist() == [True, False]
 
 
-def test_gradients_into_shared_features_are_a_third_a_step(tiny) -> None:
+def test_gradients_into_shared_features_are_a_third_a_step(tiny):
     # Three equal steps on equal regions would add up to one whole gradient.
     values = torch.ones(3, requires_grad=True)
     scaled = scale_gradient(values, 1 / 3)
@@ -223,7 +223,7 @@ def test_gradients_into_shared_features_are_a_third_a_step(tiny) -> None:
     torch.testing.assert_close(values.grad, torch.full((3,), 1 / 3))
 
 
-def test_wrong_images_are_named(network, tiny) -> None:
+def test_wrong_images_are_named(network, tiny):
     batch = dataclasses.replace(
         tiny.label_batch(), images=(torch.zeros(3, 8, 8), torch.zeros(1, 8, 8))
     )
@@ -231,7 +231,7 @@ def test_wrong_images_are_named(network, tiny) -> None:
         network(batch)
 
 
-def test_the_backbone_alone_runs_in_half_precision(network, tiny) -> None:
+def test_the_backbone_alone_runs_in_half_precision(network, tiny):
     seen = {}
     network.backbone.bottom_up.base.conv1.register_forward_hook(
         lambda _module, _inputs, output: seen.update(backbone=output.dtype)

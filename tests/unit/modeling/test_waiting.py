@@ -96,7 +96,7 @@ def on_the_host(work: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.fixture(autouse=True)
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def as_on_a_gpu(monkeypatch) -> None:
     monkeypatch.setattr(nms, "_waits", lambda _device: True)
     monkeypatch.setattr(roi_align, "current_mode", lambda: "published")
     # Polygons are drawn on the CPU, also in a training on a GPU.
@@ -113,7 +113,7 @@ SETTINGS = InferenceConfig(score_threshold=0.0)
 
 
 @pytest.mark.parametrize("with_masks", [True, False])
-def test_inference_waits_as_often_for_four_images_as_for_one(tiny, with_masks: bool) -> None:
+def test_inference_waits_as_often_for_four_images_as_for_one(tiny, with_masks):
     network = tiny.lively(tiny.network())
     settings = dataclasses.replace(SETTINGS, masks=with_masks)
     images = [tiny.image(90 + seed, 120, seed) for seed in range(4)]
@@ -123,7 +123,7 @@ def test_inference_waits_as_often_for_four_images_as_for_one(tiny, with_masks: b
     assert one == four
 
 
-def test_results_reach_the_host_in_as_many_pieces_for_four_images_as_for_one(tiny) -> None:
+def test_results_reach_the_host_in_as_many_pieces_for_four_images_as_for_one(tiny):
     network = tiny.lively(tiny.network())
     found = network.detect([tiny.image(64, 96, seed) for seed in range(4)], settings=SETTINGS)
     one = counted(lambda: to_host(found[:1]))
@@ -131,7 +131,7 @@ def test_results_reach_the_host_in_as_many_pieces_for_four_images_as_for_one(tin
     assert one == four == {"cpu": 5}
 
 
-def test_inference_waits_as_often_for_many_classes_as_for_few(tiny) -> None:
+def test_inference_waits_as_often_for_many_classes_as_for_few(tiny):
     network = tiny.lively(tiny.network())
     image = tiny.image(90, 120)
     few = counted(lambda: network.detect([image], tiny.vocabulary(5), settings=SETTINGS))
@@ -160,7 +160,7 @@ def label_batch(tiny, images: int) -> ImageLabelBatch:
 
 
 @pytest.mark.parametrize("make", [box_batch, label_batch])
-def test_a_training_step_waits_as_often_for_four_images_as_for_one(tiny, make) -> None:
+def test_a_training_step_waits_as_often_for_four_images_as_for_one(tiny, make):
     network = tiny.lively(tiny.network()).train()
     criterion, source = Criterion(tiny.LOSSES), torch.Generator().manual_seed(0)
 
@@ -174,7 +174,7 @@ def test_a_training_step_waits_as_often_for_four_images_as_for_one(tiny, make) -
     assert one == four
 
 
-def test_the_counter_sees_what_waits() -> None:
+def test_the_counter_sees_what_waits():
     values = torch.arange(6)
     work: dict[str, Callable[[], Any]] = {
         "aten::nonzero": lambda: (values > 2).nonzero(),

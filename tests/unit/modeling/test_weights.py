@@ -48,7 +48,7 @@ def equal(network: ProxyDetNetwork, source: dict[str, torch.Tensor], part: str =
 
 
 @pytest.mark.parametrize("key", [None, "model", "state_dict"])
-def test_a_whole_detector(network, source, tmp_path: Path, key: str | None) -> None:
+def test_a_whole_detector(network, source, tmp_path, key):
     content = source if key is None else {key: source, "iteration": np.float64(3), "epoch": 2}
     report = load_weights(network, saved(tmp_path / "w.pth", content))
     assert equal(network, source)
@@ -56,13 +56,13 @@ def test_a_whole_detector(network, source, tmp_path: Path, key: str | None) -> N
     assert report.missing == report.unexpected == report.mismatched == report.ignored == ()
 
 
-def test_parameters_saved_from_a_distributed_wrapper(network, source, tmp_path: Path) -> None:
+def test_parameters_saved_from_a_distributed_wrapper(network, source, tmp_path):
     wrapped = {f"module.{name}": value for name, value in source.items()}
     load_weights(network, saved(tmp_path / "w.pth", wrapped))
     assert equal(network, source)
 
 
-def test_an_old_pickle_of_arrays(network, source, tmp_path: Path) -> None:
+def test_an_old_pickle_of_arrays(network, source, tmp_path):
     arrays = {name: value.numpy() for name, value in source.items()}
     path = tmp_path / "w.pkl"
     path.write_bytes(pickle.dumps({"model": arrays, "matching_heuristics": True}, protocol=2))
@@ -70,7 +70,7 @@ def test_an_old_pickle_of_arrays(network, source, tmp_path: Path) -> None:
     assert equal(network, source)
 
 
-def test_a_mask_head_is_not_used_by_a_network_without_one(tiny, source, tmp_path: Path) -> None:
+def test_a_mask_head_is_not_used_by_a_network_without_one(tiny, source, tmp_path):
     path = saved(tmp_path / "w.pth", source)
     network = tiny.network(tiny.model_config(masks=None), seed=2)
     report = load_weights(network, path)
@@ -84,16 +84,14 @@ def test_a_mask_head_is_not_used_by_a_network_without_one(tiny, source, tmp_path
     load_weights(tiny.network(), path, expect=("roi_heads.mask_head.",))
 
 
-def test_published_names_without_a_use_are_ignored(network, source, tmp_path: Path) -> None:
+def test_published_names_without_a_use_are_ignored(network, source, tmp_path):
     extra = {f"{RESNET}fc.weight": torch.zeros(2, 2), "pixel_mean": torch.zeros(3, 1, 1)}
     report = load_weights(network, saved(tmp_path / "w.pth", {**source, **extra}))
     assert report.ignored == (f"{RESNET}fc.weight", "pixel_mean")
     assert "2 not used" in str(report)
 
 
-def test_a_boxsup_checkpoint_starts_a_training_and_nothing_else(
-    network, source, tmp_path: Path
-) -> None:
+def test_a_boxsup_checkpoint_starts_a_training_and_nothing_else(network, source, tmp_path):
     before = network.state_dict()["roi_heads.box_head_cmm.2.fc1.weight"].clone()
     boxsup = {name: value for name, value in source.items() if "_cmm" not in name}
     path = saved(tmp_path / "w.pth", boxsup)
@@ -107,7 +105,7 @@ def test_a_boxsup_checkpoint_starts_a_training_and_nothing_else(
 
 
 @pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])
-def test_an_unexplained_name_is_an_error(network, source, tmp_path: Path, change: str) -> None:
+def test_an_unexplained_name_is_an_error(network, source, tmp_path, change):
     name = "roi_heads.mask_head.predictor.weight"
     if change == "missing":
         del source[name]
@@ -126,7 +124,7 @@ def test_an_unexplained_name_is_an_error(network, source, tmp_path: Path, change
     assert getattr(report, label) == (name,)
 
 
-def test_weights_for_other_classes(network, tiny, tmp_path: Path) -> None:
+def test_weights_for_other_classes(network, tiny, tmp_path):
     other = tiny.vocabulary(seed=9)
     path = saved(tmp_path / "w.pth", ProxyDetNetwork(tiny.model_config(), other).state_dict())
     with pytest.raises(CheckpointError, match="other classes: 6 of 6"):
@@ -136,7 +134,7 @@ def test_weights_for_other_classes(network, tiny, tmp_path: Path) -> None:
     assert torch.equal(network.class_table().text_DC1, own)
 
 
-def test_weights_for_another_number_of_classes(network, tiny, tmp_path: Path) -> None:
+def test_weights_for_another_number_of_classes(network, tiny, tmp_path):
     source = tiny.network(classes=4).state_dict()
     path = saved(tmp_path / "w.pth", source)
     with pytest.raises(CheckpointError, match="trained for 4 classes"):
@@ -146,9 +144,7 @@ def test_weights_for_another_number_of_classes(network, tiny, tmp_path: Path) ->
     assert len(report.ignored) == 12
 
 
-def test_embeddings_stored_in_half_precision_are_the_same_classes(
-    network, source, tmp_path: Path
-) -> None:
+def test_embeddings_stored_in_half_precision_are_the_same_classes(network, source, tmp_path):
     for name in source:
         if name.endswith("zs_weight"):
             source[name] = source[name].half().float()
@@ -157,7 +153,7 @@ def test_embeddings_stored_in_half_precision_are_the_same_classes(
 
 
 @pytest.mark.parametrize("kind", ["resnet", "swin"])
-def test_a_classification_backbone(tiny, tmp_path: Path, kind: str) -> None:
+def test_a_classification_backbone(tiny, tmp_path, kind):
     config = tiny.model_config(kind)
     prefix = RESNET if kind == "resnet" else "backbone.bottom_up."
     source = tiny.network(config, seed=1).state_dict()
@@ -175,7 +171,7 @@ def test_a_classification_backbone(tiny, tmp_path: Path, kind: str) -> None:
     assert equal(network, {prefix + name: value for name, value in backbone.items()})
 
 
-def test_a_classification_backbone_with_a_hole(tiny, tmp_path: Path) -> None:
+def test_a_classification_backbone_with_a_hole(tiny, tmp_path):
     source = tiny.network(seed=1).state_dict()
     backbone = {
         name.removeprefix(RESNET): value for name, value in source.items() if RESNET in name
@@ -187,8 +183,8 @@ def test_a_classification_backbone_with_a_hole(tiny, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("prefix", "nested"), [("detector.", False), ("student.net.", True)])
 def test_an_unknown_prefix_is_named_with_a_command_that_strips_it(
-    network, source, tmp_path: Path, prefix: str, nested: bool
-) -> None:
+    network, source, tmp_path, prefix, nested
+):
     content = {prefix + name: value for name, value in source.items()}
     if nested:
         content = {prefix.removesuffix("."): source, "epoch": 3}
@@ -203,29 +199,27 @@ def test_an_unknown_prefix_is_named_with_a_command_that_strips_it(
     assert equal(network, source)
 
 
-def test_two_unknown_containers_are_both_named(network, source, tmp_path: Path) -> None:
+def test_two_unknown_containers_are_both_named(network, source, tmp_path):
     path = saved(tmp_path / "w.pth", {"student": source, "teacher": source})
     with pytest.raises(CheckpointError, match=r"(?s)student.*teacher"):
         load_weights(network, path)
 
 
-def test_weights_of_something_else(network, tmp_path: Path) -> None:
+def test_weights_of_something_else(network, tmp_path):
     path = saved(tmp_path / "w.pth", {"encoder.weight": torch.zeros(3)})
     with pytest.raises(CheckpointError, match=r"unexpected \(encoder.weight\)"):
         load_weights(network, path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_that_are_not_finite(network, source, tmp_path: Path, value: float) -> None:
+def test_values_that_are_not_finite(network, source, tmp_path, value):
     source["roi_heads.box_head.0.fc1.bias"][3] = value
     with pytest.raises(CheckpointError, match=r"not finite: roi_heads\.box_head\.0\.fc1\.bias"):
         load_weights(network, saved(tmp_path / "w.pth", source))
 
 
 @pytest.mark.parametrize("suffix", ["pth", "pkl"])
-def test_a_file_that_would_run_code_is_refused(
-    network, tmp_path: Path, monkeypatch, suffix: str
-) -> None:
+def test_a_file_that_would_run_code_is_refused(network, tmp_path, monkeypatch, suffix):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / f"w.{suffix}"
     if suffix == "pth":
@@ -241,7 +235,7 @@ def test_a_file_that_would_run_code_is_refused(
 @pytest.mark.parametrize(
     "content", [b"", b"hello world", b"PK\x03\x04 truncated", b"\x80\x02}q\x00"]
 )
-def test_a_damaged_file(network, tmp_path: Path, content: bytes, suffix: str) -> None:
+def test_a_damaged_file(network, tmp_path, content, suffix):
     path = tmp_path / f"w.{suffix}"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="damaged") as caught:
@@ -252,8 +246,8 @@ def test_a_damaged_file(network, tmp_path: Path, content: bytes, suffix: str) ->
 
 
 def test_a_pickle_that_runs_code_is_refused_without_advice_to_run_it(
-    network, tmp_path: Path, monkeypatch, recwarn: pytest.WarningsRecorder
-) -> None:
+    network, tmp_path, monkeypatch, recwarn
+):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "w.pth"
     path.write_bytes(pickle.dumps({"model": Harm()}, protocol=4))
@@ -264,14 +258,14 @@ def test_a_pickle_that_runs_code_is_refused_without_advice_to_run_it(
     assert not recwarn.list
 
 
-def test_a_truncated_file(network, source, tmp_path: Path) -> None:
+def test_a_truncated_file(network, source, tmp_path):
     path = saved(tmp_path / "w.pth", source)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(CheckpointError, match="damaged"):
         load_weights(network, path)
 
 
-def test_no_file_and_no_parameters(network, tmp_path: Path) -> None:
+def test_no_file_and_no_parameters(network, tmp_path):
     with pytest.raises(CheckpointError, match=r"absent\.pth"):
         load_weights(network, tmp_path / "absent.pth")
     with pytest.raises(CheckpointError, match="no parameters"):

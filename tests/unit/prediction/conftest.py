@@ -25,7 +25,7 @@ def encoder() -> CompositionalEncoder:
 
 
 @pytest.fixture(scope="session")
-def network(encoder: CompositionalEncoder) -> ProxyDetNetwork:
+def network(encoder) -> ProxyDetNetwork:
     torch.manual_seed(5)
     vocabulary = Vocabulary.from_arrays(CLASSES, encoder.encode(CLASSES), [1, 1, 1, 0])
     made = ProxyDetNetwork(get_recipe("tiny").model, vocabulary)
@@ -38,7 +38,7 @@ def network(encoder: CompositionalEncoder) -> ProxyDetNetwork:
 
 
 @pytest.fixture(scope="session")
-def detector(network: ProxyDetNetwork, encoder: CompositionalEncoder) -> Detector:
+def detector(network, encoder) -> Detector:
     return Detector(network, shortest=64, longest=100, encoder=encoder)
 
 
@@ -50,7 +50,7 @@ def pictures() -> list[np.ndarray]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, pictures: list[np.ndarray]) -> Path:
+def folder(tmp_path, pictures) -> Path:
     """Six pictures in two folders, one of them broken, and a file that is no picture."""
     place = tmp_path / "photos"
     (place / "sub").mkdir(parents=True)

@@ -44,7 +44,7 @@ def without_masks() -> Detections:
     return Detections(prediction, NAMES)
 
 
-def test_arrays_are_plain_and_cannot_be_changed(found: Detections) -> None:
+def test_arrays_are_plain_and_cannot_be_changed(found):
     assert found.boxes_xyxy.dtype == np.float32
     assert found.scores.dtype == np.float32
     assert found.class_ids.tolist() == [2, 0, 0]
@@ -57,7 +57,7 @@ def test_arrays_are_plain_and_cannot_be_changed(found: Detections) -> None:
             array[0] = 0
 
 
-def test_items_carry_their_own_mask(found: Detections) -> None:
+def test_items_carry_their_own_mask(found):
     items = list(found)
     assert [item.label for item in items] == ["fork", "cup", "cup"]
     assert items[2].box_xyxy == (20.5, 0.0, 39.5, 29.75)
@@ -65,7 +65,7 @@ def test_items_carry_their_own_mask(found: Detections) -> None:
         np.testing.assert_array_equal(item.mask, mask_HW)
 
 
-def test_choosing_keeps_masks_with_their_boxes(found: Detections) -> None:
+def test_choosing_keeps_masks_with_their_boxes(found):
     assert found.above(0.5).labels == ("fork", "cup")
     assert len(found.above(0.95)) == 0
     assert found.top(1).labels == ("fork",)
@@ -75,12 +75,12 @@ def test_choosing_keeps_masks_with_their_boxes(found: Detections) -> None:
     np.testing.assert_array_equal(cups.masks, found.masks[1:])
 
 
-def test_a_score_equal_to_the_threshold_is_not_above_it(found: Detections) -> None:
+def test_a_score_equal_to_the_threshold_is_not_above_it(found):
     assert len(found.above(0.25)) == 2
 
 
 @pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # inside pycocotools
-def test_coco_rows_decode_to_the_masks(found: Detections) -> None:
+def test_coco_rows_decode_to_the_masks(found):
     rows = json.loads(json.dumps(found.to_coco("a7", category_ids=[10, 20, 30])))
     assert [row["category_id"] for row in rows] == [30, 10, 10]
     assert rows[2]["bbox"] == [20.5, 0.0, 19.0, 29.75]
@@ -90,7 +90,7 @@ def test_coco_rows_decode_to_the_masks(found: Detections) -> None:
     assert [row["category_id"] for row in found.to_coco(1)] == [3, 1, 1]
 
 
-def test_dictionaries_are_ready_for_json(found: Detections) -> None:
+def test_dictionaries_are_ready_for_json(found):
     content = json.loads(json.dumps(found.to_dict()))
     assert (content["width"], content["height"]) == (40, 30)
     assert content["detections"][1]["label"] == "cup"
@@ -98,7 +98,7 @@ def test_dictionaries_are_ready_for_json(found: Detections) -> None:
     assert "mask" not in found.to_dict(masks=False)["detections"][0]
 
 
-def test_detectron2_gets_instances(found: Detections) -> None:
+def test_detectron2_gets_instances(found):
     instances = found.to_detectron2()
     assert type(instances).__name__ == "Instances"
     assert instances.image_size == (30, 40)
@@ -107,7 +107,7 @@ def test_detectron2_gets_instances(found: Detections) -> None:
 
 
 @pytest.mark.parametrize("kind", ["found", "without_masks", "nothing"])
-def test_pandas_gets_the_same_numbers(request: pytest.FixtureRequest, kind: str) -> None:
+def test_pandas_gets_the_same_numbers(request, kind):
     ours = form(request, kind)
     frame = ours.to_pandas()
     assert list(frame["label"]) == list(ours.labels)
@@ -123,7 +123,7 @@ def test_pandas_gets_the_same_numbers(request: pytest.FixtureRequest, kind: str)
 
 
 @pytest.mark.parametrize("kind", ["found", "without_masks", "nothing"])
-def test_supervision_gets_the_same_numbers(request: pytest.FixtureRequest, kind: str) -> None:
+def test_supervision_gets_the_same_numbers(request, kind):
     import supervision
 
     ours = form(request, kind)
@@ -152,14 +152,14 @@ def form(request: pytest.FixtureRequest, kind: str) -> Detections:
     return ours
 
 
-def test_missing_packages_are_named(found: Detections, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_named(found, monkeypatch):
     monkeypatch.setitem(sys.modules, "supervision", None)
     with pytest.raises(MissingDependencyError) as caught:
         found.to_supervision()
     assert "pip install supervision" in str(caught.value.hint)
 
 
-def test_without_masks_everything_else_works(without_masks: Detections) -> None:
+def test_without_masks_everything_else_works(without_masks):
     assert not without_masks.has_masks
     (item,) = without_masks
     assert item.mask is None
@@ -173,7 +173,7 @@ def test_without_masks_everything_else_works(without_masks: Detections) -> None:
         _ = without_masks.rles
 
 
-def test_nothing_found_is_an_ordinary_answer(found: Detections) -> None:
+def test_nothing_found_is_an_ordinary_answer(found):
     nothing = found.above(1.0)
     assert nothing.masks.shape == (0, 30, 40)
     assert nothing.boxes_xyxy.shape == (0, 4)
@@ -184,7 +184,7 @@ def test_nothing_found_is_an_ordinary_answer(found: Detections) -> None:
     assert nothing.draw(Image.new("RGB", (40, 30))).getbbox() is None
 
 
-def test_drawing_on_another_picture_is_refused(found: Detections) -> None:
+def test_drawing_on_another_picture_is_refused(found):
     with pytest.raises(InputError, match="41 x 30"):
         found.draw(Image.new("RGB", (41, 30)))
     assert found.draw(Image.new("RGB", (40, 30))).getbbox() is not None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +20,6 @@ from proxydet.errors import (
     VocabularyError,
 )
 from proxydet.modeling.config import InferenceConfig
-from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.vocabulary.compositional import CompositionalEncoder
 from proxydet.vocabulary.vocabulary import Vocabulary
 
@@ -39,9 +37,7 @@ def predict(detector: Detector, image: object, vocabulary: object = None) -> Det
     return found
 
 
-def test_a_file_a_picture_and_an_array_are_the_same(
-    detector: Detector, pictures: list[np.ndarray], tmp_path: Path
-) -> None:
+def test_a_file_a_picture_and_an_array_are_the_same(detector, pictures, tmp_path):
     path = tmp_path / "a.png"
     Image.fromarray(pictures[0]).save(path)
     wanted = predict(detector, pictures[0])
@@ -52,9 +48,7 @@ def test_a_file_a_picture_and_an_array_are_the_same(
     assert_same(bgr, wanted)
 
 
-def test_boxes_are_in_the_pixels_of_the_given_picture(
-    detector: Detector, pictures: list[np.ndarray]
-) -> None:
+def test_boxes_are_in_the_pixels_of_the_given_picture(detector, pictures):
     found = predict(detector, pictures[4])
     assert found.image_size == (30, 90)
     assert found.boxes_xyxy[:, 0::2].max() <= 90
@@ -62,9 +56,7 @@ def test_boxes_are_in_the_pixels_of_the_given_picture(
     assert found.masks.shape[1:] == (30, 90)
 
 
-def test_photographs_are_turned_upright(
-    detector: Detector, pictures: list[np.ndarray], tmp_path: Path
-) -> None:
+def test_photographs_are_turned_upright(detector, pictures, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     path = tmp_path / "turned.png"
@@ -74,22 +66,18 @@ def test_photographs_are_turned_upright(
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK", "I;16", "LA"])
-def test_pictures_of_any_mode_are_looked_at(detector: Detector, mode: str) -> None:
+def test_pictures_of_any_mode_are_looked_at(detector, mode):
     found = detector.predict(Image.new(mode, (50, 40), 1))
     assert found.image_size == (40, 50)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1)])
-def test_the_smallest_and_thinnest_pictures_are_looked_at(
-    detector: Detector, size: tuple[int, int]
-) -> None:
+def test_the_smallest_and_thinnest_pictures_are_looked_at(detector, size):
     found = detector.predict(np.full((*size, 3), 200, np.uint8), score_threshold=0.0)
     assert found.image_size == size
 
 
-def test_a_batch_of_mixed_sizes_gives_what_single_pictures_give(
-    detector: Detector, pictures: list[np.ndarray]
-) -> None:
+def test_a_batch_of_mixed_sizes_gives_what_single_pictures_give(detector, pictures):
     together = detector.predict_batch(pictures, score_threshold=0.02, batch_size=4)
     assert len(together) == len(pictures)
     for picture, found in zip(pictures, together, strict=True):
@@ -99,19 +87,17 @@ def test_a_batch_of_mixed_sizes_gives_what_single_pictures_give(
         np.testing.assert_allclose(alone.boxes_xyxy, found.boxes_xyxy, atol=1e-3)
 
 
-def test_an_empty_batch_is_an_empty_list(detector: Detector) -> None:
+def test_an_empty_batch_is_an_empty_list(detector):
     assert detector.predict_batch([]) == []
 
 
-def test_evaluation_and_prediction_are_bit_for_bit_equal(
-    detector: Detector, pictures: list[np.ndarray]
-) -> None:
+def test_evaluation_and_prediction_are_bit_for_bit_equal(detector, pictures):
     (prediction,) = detector.predict_images([pictures[0]], settings=InferenceConfig())
     wanted = Detections(prediction, detector.vocabulary.names)
     assert_same(detector.predict(pictures[0], score_threshold=0.02), wanted)
 
 
-def test_a_higher_threshold_only_leaves_out(detector: Detector, pictures: list[np.ndarray]) -> None:
+def test_a_higher_threshold_only_leaves_out(detector, pictures):
     low = predict(detector, pictures[0])
     middle = float(np.median(low.scores))
     high = detector.predict(pictures[0], score_threshold=middle)
@@ -120,7 +106,7 @@ def test_a_higher_threshold_only_leaves_out(detector: Detector, pictures: list[n
     assert_same(detector.predict(pictures[0], score_threshold=0.02, max_detections=3), low.top(3))
 
 
-def test_names_are_embedded_and_split_by_the_published_rule(detector: Detector) -> None:
+def test_names_are_embedded_and_split_by_the_published_rule(detector):
     vocabulary = detector.vocabulary_of(["red circle", "blue circle", "green square"])
     # "blue circle" is a class of the training, but a novel one.
     assert vocabulary.base.tolist() == [True, False, False]
@@ -128,12 +114,12 @@ def test_names_are_embedded_and_split_by_the_published_rule(detector: Detector) 
     assert detector.with_base(vocabulary, threshold=-1.0).base.all()
 
 
-def test_a_vocabulary_object_is_taken_as_it_is(detector: Detector) -> None:
+def test_a_vocabulary_object_is_taken_as_it_is(detector):
     novel = detector.vocabulary_of(["red circle"]).with_base([False])
     assert detector.resolve(novel) is novel
 
 
-def test_a_vocabulary_file_is_split_by_the_rule(detector: Detector, tmp_path: Path) -> None:
+def test_a_vocabulary_file_is_split_by_the_rule(detector, tmp_path):
     path = (
         detector.vocabulary_of(["red circle", "red star"])
         .with_base([False, True])
@@ -143,9 +129,7 @@ def test_a_vocabulary_file_is_split_by_the_rule(detector: Detector, tmp_path: Pa
         assert detector.resolve(given).base.tolist() == [True, False]
 
 
-def test_the_vocabulary_decides_the_labels_and_leaves_no_trace(
-    detector: Detector, pictures: list[np.ndarray]
-) -> None:
+def test_the_vocabulary_decides_the_labels_and_leaves_no_trace(detector, pictures):
     before = predict(detector, pictures[0])
     other = predict(detector, pictures[0], ["green square", "red star"])
     assert set(other.labels) <= {"green square", "red star"}
@@ -153,9 +137,7 @@ def test_the_vocabulary_decides_the_labels_and_leaves_no_trace(
     assert_same(predict(detector, pictures[0], detector.vocabulary), before)
 
 
-def test_threads_with_vocabularies_of_their_own_do_not_meet(
-    detector: Detector, pictures: list[np.ndarray]
-) -> None:
+def test_threads_with_vocabularies_of_their_own_do_not_meet(detector, pictures):
     vocabularies = [
         ["green square"],
         ["red star", "blue star"],
@@ -180,7 +162,7 @@ def test_threads_with_vocabularies_of_their_own_do_not_meet(
             assert_same(answer, wanted[i])
 
 
-def test_settings_are_changed_on_a_copy(detector: Detector, pictures: list[np.ndarray]) -> None:
+def test_settings_are_changed_on_a_copy(detector, pictures):
     bare = detector.with_settings(masks=False)
     assert not bare.predict(pictures[0], score_threshold=0.02).has_masks
     assert detector.predict(pictures[0], score_threshold=0.02).has_masks
@@ -203,12 +185,12 @@ def test_settings_are_changed_on_a_copy(detector: Detector, pictures: list[np.nd
         None,
     ],
 )
-def test_arrays_of_another_kind_are_refused(detector: Detector, array: object) -> None:
+def test_arrays_of_another_kind_are_refused(detector, array):
     with pytest.raises(InputError, match="array"):
         detector.predict(array)  # type: ignore[arg-type]
 
 
-def test_bad_input_is_named(detector: Detector, tmp_path: Path, pictures: list[np.ndarray]) -> None:
+def test_bad_input_is_named(detector, tmp_path, pictures):
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no image")
     with pytest.raises(DataError, match=r"broken\.jpg"):
@@ -231,15 +213,13 @@ def test_bad_input_is_named(detector: Detector, tmp_path: Path, pictures: list[n
         detector.predict(pictures[0], channel_order="gbr")  # type: ignore[arg-type]
 
 
-def test_embeddings_of_another_width_are_refused(
-    detector: Detector, pictures: list[np.ndarray]
-) -> None:
+def test_embeddings_of_another_width_are_refused(detector, pictures):
     wide = Vocabulary.from_arrays(["a"], np.ones((1, 8)))
     with pytest.raises(VocabularyError, match="dimensions"):
         detector.predict(pictures[0], wide)
 
 
-def test_devices_that_are_not_there_are_refused() -> None:
+def test_devices_that_are_not_there_are_refused():
     assert choose_device("auto").type in ("cpu", "cuda")
     with pytest.raises(RuntimeEnvironmentError, match="cuda:99") as caught:
         choose_device("cuda:99")
@@ -249,9 +229,7 @@ def test_devices_that_are_not_there_are_refused() -> None:
         choose_device("toaster")
 
 
-def test_threads_open_the_text_encoder_once(
-    network: ProxyDetNetwork, encoder: CompositionalEncoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_threads_open_the_text_encoder_once(network, encoder, monkeypatch):
     both, opened = threading.Barrier(2), []
 
     def slow(source: object) -> CompositionalEncoder:

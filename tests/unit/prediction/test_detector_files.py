@@ -39,7 +39,7 @@ def save(network: ProxyDetNetwork, path: Path) -> Path:
 
 
 @pytest.fixture
-def run(tmp_path: Path, network: ProxyDetNetwork, encoder: CompositionalEncoder) -> Path:
+def run(tmp_path, network, encoder) -> Path:
     folder = tmp_path / "run"
     folder.mkdir()
     recipe = get_recipe("tiny")
@@ -51,9 +51,7 @@ def run(tmp_path: Path, network: ProxyDetNetwork, encoder: CompositionalEncoder)
     return folder
 
 
-def test_a_run_predicts_as_its_network_does(
-    run: Path, detector: Detector, pictures: list[np.ndarray]
-) -> None:
+def test_a_run_predicts_as_its_network_does(run, detector, pictures):
     opened = Detector.from_run(run, device="cpu")
     assert not opened.network.training
     assert opened.inference.alpha == 0.2
@@ -72,7 +70,7 @@ def test_a_run_predicts_as_its_network_does(
         assert found.labels == expected.labels
 
 
-def test_a_quickstarts_folder_stands_for_the_run_in_it(run: Path) -> None:
+def test_a_quickstarts_folder_stands_for_the_run_in_it(run):
     opened = Detector.from_run(run.parent, device="cpu")
     assert opened.vocabulary == Detector.from_run(run, device="cpu").vocabulary
     assert isinstance(opened.encoder, CompositionalEncoder)
@@ -80,7 +78,7 @@ def test_a_quickstarts_folder_stands_for_the_run_in_it(run: Path) -> None:
     assert shown_name(run=run, weights=None) == run.parent.name
 
 
-def test_an_unfinished_run_gives_its_newest_checkpoint(run: Path, network: ProxyDetNetwork) -> None:
+def test_an_unfinished_run_gives_its_newest_checkpoint(run, network):
     (run / "model_final.pth").unlink()
     with pytest.raises(CheckpointError, match="no weights yet"):
         Detector.from_run(run)
@@ -97,7 +95,7 @@ def test_an_unfinished_run_gives_its_newest_checkpoint(run: Path, network: Proxy
     torch.testing.assert_close(older.network.state_dict()[name], network.state_dict()[name])
 
 
-def test_final_weights_are_safetensors_or_of_torch(run: Path, network: ProxyDetNetwork) -> None:
+def test_final_weights_are_safetensors_or_of_torch(run, network):
     state = network.state_dict()
     name = next(iter(state))
     newer = {**state, name: state[name] + 1}
@@ -120,7 +118,7 @@ def test_final_weights_are_safetensors_or_of_torch(run: Path, network: ProxyDetN
     assert "model_final.pth" in str(caught.value.hint)
 
 
-def test_the_encoder_of_the_data_description_serves_where_the_run_has_none(run: Path) -> None:
+def test_the_encoder_of_the_data_description_serves_where_the_run_has_none(run):
     (run / "text_encoder.json").rename(run.parent / "words.json")
     description = run.parent / "data.toml"
     description.write_text(
@@ -132,9 +130,7 @@ def test_the_encoder_of_the_data_description_serves_where_the_run_has_none(run: 
     assert isinstance(Detector.from_run(run).encoder, CompositionalEncoder)
 
 
-def test_without_an_encoder_names_ask_for_clip(
-    run: Path, pictures: list[np.ndarray], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_without_an_encoder_names_ask_for_clip(run, pictures, monkeypatch, tmp_path):
     monkeypatch.setenv("PROXYDET_MODELS", str(tmp_path / "none"))
     (run / "text_encoder.json").unlink()
     opened = Detector.from_run(run)
@@ -144,12 +140,7 @@ def test_without_an_encoder_names_ask_for_clip(
     assert "clip-vit-b32" in str(caught.value.hint)
 
 
-def test_without_an_encoder_the_runs_own_names_are_looked_for(
-    run: Path,
-    pictures: list[np.ndarray],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
+def test_without_an_encoder_the_runs_own_names_are_looked_for(run, pictures, monkeypatch, tmp_path):
     names = ["blue circle", "red circle"]
     file = tmp_path / "names.txt"
     file.write_text("\n".join(names))
@@ -176,12 +167,8 @@ def test_without_an_encoder_the_runs_own_names_are_looked_for(
     [(["red star", "red star"], "duplicate"), (["red star", " "], "is empty"), ([], "at least")],
 )
 def test_names_are_checked_before_an_encoder_is_asked_for(
-    run: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    names: list[str],
-    problem: str,
-) -> None:
+    run, monkeypatch, tmp_path, names, problem
+):
     monkeypatch.setenv("PROXYDET_MODELS", str(tmp_path / "none"))
     (run / "text_encoder.json").unlink()
     with pytest.raises(VocabularyError, match=problem) as caught:
@@ -189,7 +176,7 @@ def test_names_are_checked_before_an_encoder_is_asked_for(
     assert caught.value.hint
 
 
-def test_folders_that_are_no_runs_are_named(run: Path, tmp_path: Path) -> None:
+def test_folders_that_are_no_runs_are_named(run, tmp_path):
     with pytest.raises(InputError, match="run folder"):
         Detector.from_run(tmp_path / "absent")
     with pytest.raises(InputError, match="run folder"):
@@ -204,9 +191,7 @@ def test_folders_that_are_no_runs_are_named(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut", "folder"])
-def test_damaged_settings_of_a_run_are_read_from_its_manifest(
-    run: Path, caplog: pytest.LogCaptureFixture, damage: str
-) -> None:
+def test_damaged_settings_of_a_run_are_read_from_its_manifest(run, caplog, damage):
     whole = load_mapping(run / "config.yaml")
     manifest = build_manifest(
         "training", configuration=whole, digests={}, mode="off", seeds={"seed": 0}
@@ -225,14 +210,14 @@ def test_damaged_settings_of_a_run_are_read_from_its_manifest(
 
 
 @pytest.mark.parametrize("name", ["model_final.pth", "vocabulary.npz", "text_encoder.json"])
-def test_a_folder_in_the_place_of_a_runs_file_is_named(run: Path, name: str) -> None:
+def test_a_folder_in_the_place_of_a_runs_file_is_named(run, name):
     (run / name).unlink()
     (run / name).mkdir()
     with pytest.raises(ProxydetError, match=re.escape(name)):
         _ = Detector.from_run(run).encoder
 
 
-def test_a_checkpoint_of_another_model_is_refused(run: Path, network: ProxyDetNetwork) -> None:
+def test_a_checkpoint_of_another_model_is_refused(run, network):
     with pytest.raises(CheckpointError, match=r"does not fit|trained for"):
         Detector.from_checkpoint(
             run / "model_final.pth", config=ModelConfig(), vocabulary=_wide(network.vocabulary)
@@ -244,9 +229,7 @@ def _wide(vocabulary: Vocabulary) -> Vocabulary:
     return Vocabulary.from_arrays(vocabulary.names, rows)
 
 
-def test_a_checkpoint_opens_with_a_configuration_and_its_vocabulary(
-    run: Path, network: ProxyDetNetwork, pictures: list[np.ndarray]
-) -> None:
+def test_a_checkpoint_opens_with_a_configuration_and_its_vocabulary(run, network, pictures):
     weights = run / "model_final.pth"
     by_file = Detector.from_checkpoint(
         weights, config=run / "config.yaml", vocabulary=network.vocabulary
@@ -262,9 +245,7 @@ def test_a_checkpoint_opens_with_a_configuration_and_its_vocabulary(
         Detector.from_checkpoint(weights, config="r51", vocabulary=network.vocabulary)
 
 
-def test_published_models_are_downloaded_by_name_and_fused_as_published(
-    run: Path, network: ProxyDetNetwork, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_published_models_are_downloaded_by_name_and_fused_as_published(run, network, monkeypatch):
     asked: list[str] = []
     monkeypatch.setattr(
         artifacts, "download", lambda name: (asked.append(name), run / "model_final.pth")[1]
@@ -280,20 +261,18 @@ def test_published_models_are_downloaded_by_name_and_fused_as_published(
         Detector.from_pretrained("proxydet-r51")
 
 
-def test_published_names_are_in_the_catalogue() -> None:
+def test_published_names_are_in_the_catalogue():
     from proxydet.artifacts import Catalogue
 
     assert Catalogue.load().resolve(list(PUBLISHED_MODELS))
 
 
-def test_models_without_a_mixup_branch_are_opened_as_such() -> None:
+def test_models_without_a_mixup_branch_are_opened_as_such():
     for name, settings in PUBLISHED_MODELS.items():
         assert settings.model.mixup_branch == name.startswith("proxydet")
 
 
-def test_the_command_line_never_downloads(
-    run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_command_line_never_downloads(run, monkeypatch, tmp_path):
     monkeypatch.setenv("PROXYDET_MODELS", str(tmp_path / "none"))
     nothing: dict = {"run": None, "weights": None, "config": None, "device": "cpu"}
     with pytest.raises(ArtifactError) as caught:
@@ -306,7 +285,7 @@ def test_the_command_line_never_downloads(
         open_named(**{**nothing, "run": run, "config": "r50"})
 
 
-def test_a_runs_checkpoint_is_opened_as_that_runs(run: Path, network: ProxyDetNetwork) -> None:
+def test_a_runs_checkpoint_is_opened_as_that_runs(run, network):
     step = save(network, run / "checkpoints" / "step_0000009.pth")
     for weights in (run / "model_final.pth", step):
         for config in (None, str(run / "config.yaml")):
@@ -316,14 +295,14 @@ def test_a_runs_checkpoint_is_opened_as_that_runs(run: Path, network: ProxyDetNe
             assert isinstance(opened.encoder, CompositionalEncoder)
 
 
-def test_weights_that_are_neither_file_nor_model(tmp_path: Path) -> None:
+def test_weights_that_are_neither_file_nor_model(tmp_path):
     for name, said in (("proxydet-r50-in", "did you mean proxydet-r50"), ("a.pth", "Models: ")):
         with pytest.raises(InputError, match="neither a weight file nor a published") as caught:
             open_named(run=None, weights=name, config=None, device="cpu")
         assert said in str(caught.value.hint)
 
 
-def test_weights_that_are_a_folder_or_a_pipe(tmp_path: Path) -> None:
+def test_weights_that_are_a_folder_or_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "pipe.pth")
     for path in (tmp_path, tmp_path / "pipe.pth"):
         with pytest.raises(InputError, match="is not a file"):

@@ -25,18 +25,18 @@ from proxydet.recipes import get_recipe
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def drawn(tmp_path_factory) -> Path:
     config = SyntheticConfig(images_train=2, images_val=4, image_label_images_per_class=1)
     return make_dataset(tmp_path_factory.mktemp("drawn"), config)
 
 
 @pytest.fixture(scope="module")
-def split(drawn: Path) -> DescribedSplit:
+def split(drawn) -> DescribedSplit:
     return DescribedSplit.open(drawn)
 
 
 @pytest.fixture(scope="module")
-def eyes(split: DescribedSplit) -> Detector:
+def eyes(split) -> Detector:
     """A random detector of the drawn set's classes, which finds a lot."""
     torch.manual_seed(5)
     model = get_recipe("tiny").model
@@ -54,9 +54,7 @@ def eyes(split: DescribedSplit) -> Detector:
 
 
 @pytest.mark.parametrize("augmented", [False, True], ids=["plain", "augmented"])
-def test_evaluation_predicts_what_a_user_gets(
-    eyes: Detector, drawn: Path, split: DescribedSplit, tmp_path: Path, augmented: bool
-) -> None:
+def test_evaluation_predicts_what_a_user_gets(eyes, drawn, split, tmp_path, augmented):
     detector = eyes.with_settings(flip=True) if augmented else eyes
     evaluate(detector, drawn, output=tmp_path, config=EvaluationConfig(bootstrap=0))
     rows = json.loads((tmp_path / "predictions.json").read_text())
@@ -81,9 +79,7 @@ def test_evaluation_predicts_what_a_user_gets(
     assert by_image == {}
 
 
-def test_saved_pictures_and_json_say_what_python_says(
-    eyes: Detector, drawn: Path, tmp_path: Path
-) -> None:
+def test_saved_pictures_and_json_say_what_python_says(eyes, drawn, tmp_path):
     images = find_images([drawn.parent / "val"]).files
     predict_files(
         eyes,

@@ -15,38 +15,38 @@ def names(found: FoundImages) -> list[str]:
     return [image.name.as_posix() for image in found.files]
 
 
-def test_a_folder_is_searched_at_any_depth_and_keeps_its_shape(folder: Path) -> None:
+def test_a_folder_is_searched_at_any_depth_and_keeps_its_shape(folder):
     found = find_images([folder])
     assert names(found) == ["a0", "a1", "a2", "broken", "sub/b3", "sub/b4"]
     assert found.left_out == {".txt": 1}
     assert found.files[4].path == folder / "sub" / "b3.png"
 
 
-def test_patterns_are_expanded_and_files_taken_whatever_their_suffix(folder: Path) -> None:
+def test_patterns_are_expanded_and_files_taken_whatever_their_suffix(folder):
     assert names(find_images([f"{folder}/a*.png"])) == ["a0", "a1", "a2"]
     assert names(find_images([f"{folder}/**/b*.png"])) == ["b3", "b4"]
     assert names(find_images([folder / "notes.txt"])) == ["notes"]
 
 
-def test_a_file_named_twice_is_run_once(folder: Path) -> None:
+def test_a_file_named_twice_is_run_once(folder):
     found = find_images([folder / "a1.png", folder, f"{folder}/a*.png"])
     assert names(found) == ["a1", "a0", "a2", "broken", "sub/b3", "sub/b4"]
 
 
-def test_files_of_one_name_get_results_of_their_own(folder: Path) -> None:
+def test_files_of_one_name_get_results_of_their_own(folder):
     (folder / "sub" / "a0.jpg").write_bytes(b"")
     (folder / "a0.gif").write_bytes(b"")
     found = find_images([folder / "a0.png", folder / "sub" / "a0.jpg", folder / "a0.gif"])
     assert names(found) == ["a0", "a0_2", "a0_3"]
 
 
-def test_a_file_whose_name_looks_like_a_pattern_is_a_file(tmp_path: Path) -> None:
+def test_a_file_whose_name_looks_like_a_pattern_is_a_file(tmp_path):
     path = tmp_path / "photo[1].png"
     path.write_bytes(b"")
     assert [p.path for p in find_images([path]).files] == [path]
 
 
-def test_what_is_not_there_is_named(folder: Path, tmp_path: Path) -> None:
+def test_what_is_not_there_is_named(folder, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     for source, what in (
@@ -60,7 +60,7 @@ def test_what_is_not_there_is_named(folder: Path, tmp_path: Path) -> None:
         find_images([])
 
 
-def test_what_pillow_reads_is_found_and_the_rest_is_counted_by_kind(tmp_path: Path) -> None:
+def test_what_pillow_reads_is_found_and_the_rest_is_counted_by_kind(tmp_path):
     read = ["a.png", "b.JPG", "c.jpe", "d.jp2", "e.mpo", "f.tga", "g.ico", "h.webp", "i.dib"]
     for name in (*read, "j.HEIC", "k.heic", "l.dng", "m.mp4", "n.h5", "no_ending"):
         (tmp_path / name).write_bytes(b"")
@@ -84,9 +84,7 @@ def test_what_pillow_reads_is_found_and_the_rest_is_counted_by_kind(tmp_path: Pa
     assert "\n" not in text
 
 
-def test_hidden_files_are_passed_over_in_folders_and_patterns_and_taken_when_named(
-    tmp_path: Path,
-) -> None:
+def test_hidden_files_are_passed_over_in_folders_and_patterns_and_taken_when_named(tmp_path):
     for name in ("a.jpg", "._a.jpg", ".cache/b.jpg", "__MACOSX/._c.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
@@ -96,7 +94,7 @@ def test_hidden_files_are_passed_over_in_folders_and_patterns_and_taken_when_nam
     assert names(find_images([tmp_path / "._a.jpg"])) == ["._a"]
 
 
-def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+def test_links_to_folders_are_followed_once(tmp_path):
     (tmp_path / "disk" / "deep").mkdir(parents=True)
     (tmp_path / "disk" / "deep" / "a.png").write_bytes(b"")
     (tmp_path / "disk" / "deep" / "up").symlink_to(tmp_path / "disk")
@@ -105,7 +103,7 @@ def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
     assert names(find_images([tmp_path / "photos"])) == ["linked/deep/a"]
 
 
-def test_patterns_for_anything_take_images_and_patterns_for_a_kind_take_it(tmp_path: Path) -> None:
+def test_patterns_for_anything_take_images_and_patterns_for_a_kind_take_it(tmp_path):
     for name in ("a.png", "a.txt", "a.heic"):
         (tmp_path / name).write_bytes(b"")
     found = find_images([f"{tmp_path}/*"])
@@ -120,9 +118,7 @@ def test_patterns_for_anything_take_images_and_patterns_for_a_kind_take_it(tmp_p
             find_images([source])
 
 
-def test_a_quoted_tilde_is_expanded_unless_such_a_file_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_quoted_tilde_is_expanded_unless_such_a_file_is_there(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.png").write_bytes(b"")
@@ -143,9 +139,7 @@ def test_a_quoted_tilde_is_expanded_unless_such_a_file_is_there(
         ("gone.png", "broken link", "spelling"),
     ],
 )
-def test_names_that_are_not_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, message: str, hint: str
-) -> None:
+def test_names_that_are_not_files(tmp_path, monkeypatch, source, message, hint):
     monkeypatch.chdir(tmp_path)
     Path("gone.png").symlink_to("nowhere")
     with pytest.raises(DataError, match=message) as caught:

@@ -21,12 +21,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(
-    detector: Detector,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-) -> Run:
+def run(detector, monkeypatch, capsys, tmp_path) -> Run:
     monkeypatch.setattr("proxydet.detector.open_named", lambda *_, **__: detector)
     # How long a busy machine takes is no part of what is expected on stderr.
     monkeypatch.setattr(progress, "show_progress", SilentProgress)
@@ -43,7 +38,7 @@ def run(
     return call
 
 
-def test_json_equals_the_python_api(run: Run, detector: Detector, folder: Path) -> None:
+def test_json_equals_the_python_api(run, detector, folder):
     code, out, err = run(folder / "a0.png", "-v", "red circle, blue star", "--json")
     assert (code, err) == (0, "")
     wanted = detector.predict(folder / "a0.png", ["red circle", "blue star"], score_threshold=0.02)
@@ -53,7 +48,7 @@ def test_json_equals_the_python_api(run: Run, detector: Detector, folder: Path) 
     assert image == {"file": str(folder / "a0.png"), **json.loads(json.dumps(wanted.to_dict()))}
 
 
-def test_pictures_are_saved_and_results_listed(run: Run, folder: Path, tmp_path: Path) -> None:
+def test_pictures_are_saved_and_results_listed(run, folder, tmp_path):
     code, out, err = run(
         folder / "a0.png", folder / "sub", "--top", "2", "--output", tmp_path / "out"
     )
@@ -65,9 +60,7 @@ def test_pictures_are_saved_and_results_listed(run: Run, folder: Path, tmp_path:
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a0.png", "b3.png", "b4.png"]
 
 
-def test_a_line_tells_the_best_few_and_files_hold_all(
-    run: Run, folder: Path, tmp_path: Path
-) -> None:
+def test_a_line_tells_the_best_few_and_files_hold_all(run, folder, tmp_path):
     colours, forms = ("red", "blue", "green"), ("circle", "square", "star")
     shapes = [*colours, *forms, *(f"{colour} {form}" for colour in colours for form in forms)]
     words = (folder / "a2.png", "-v", ", ".join(shapes), "--output", tmp_path / "out")
@@ -82,9 +75,7 @@ def test_a_line_tells_the_best_few_and_files_hold_all(
     assert out == f"{folder / 'a2.png'}: {best}\n"
 
 
-def test_unreadable_pictures_make_the_exit_code_3_after_the_others_are_done(
-    run: Run, folder: Path, tmp_path: Path
-) -> None:
+def test_unreadable_pictures_make_the_exit_code_3_after_the_others_are_done(run, folder, tmp_path):
     code, out, err = run(folder, "--json", "--save", "csv", "--output", tmp_path / "out")
     assert code == 3
     content = json.loads(out)
@@ -94,7 +85,7 @@ def test_unreadable_pictures_make_the_exit_code_3_after_the_others_are_done(
     assert (tmp_path / "out" / "detections.csv").exists()
 
 
-def test_files_are_listed_on_stdin(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_listed_on_stdin(run, folder, monkeypatch):
     monkeypatch.setattr(
         "sys.stdin",
         io.TextIOWrapper(io.BytesIO(f"{folder}/a1.png\r\n\n {folder}/a2.png \n".encode())),
@@ -108,9 +99,7 @@ def test_files_are_listed_on_stdin(run: Run, folder: Path, monkeypatch: pytest.M
     ]
 
 
-def test_a_missing_file_of_a_list_is_left_out_and_counted(
-    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_file_of_a_list_is_left_out_and_counted(run, folder, monkeypatch):
     listed = io.BytesIO(f"{folder}/a1.png\n{folder}/absent.png\n".encode())
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(listed))
     code, out, err = run("-", "--save", "none")
@@ -133,22 +122,20 @@ def test_a_missing_file_of_a_list_is_left_out_and_counted(
     ],
 )
 def test_mistakes_in_class_names_are_named_before_the_detector_is_opened(
-    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
-) -> None:
+    run, folder, monkeypatch, words
+):
     monkeypatch.setattr("proxydet.detector.open_named", None)
     code, _, err = run(folder / "a0.png", *[word.format(folder=folder) for word in words])
     assert code == 3
     assert "absent" in err or "class name" in err
 
 
-def test_class_names_may_hold_a_slash(run: Run, folder: Path) -> None:
+def test_class_names_may_hold_a_slash(run, folder):
     code, _, err = run(folder / "a0.png", "-v", "red/star, blue star", "--save", "none")
     assert (code, err) == (0, "")
 
 
-def test_lists_of_find_print0_hold_any_name(
-    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lists_of_find_print0_hold_any_name(run, folder, monkeypatch):
     odd = [
         folder / os.fsdecode(name) for name in (b"a [1].png", b"b\n.png", b" c.png", b"\xff.png")
     ]
@@ -170,7 +157,7 @@ def test_lists_of_find_print0_hold_any_name(
     ]
 
 
-def test_what_is_left_out_of_a_folder_is_reported(run: Run, folder: Path) -> None:
+def test_what_is_left_out_of_a_folder_is_reported(run, folder):
     (folder / "broken.jpg").unlink()
     (folder / "a.HEIC").write_bytes(b"")
     code, out, err = run(folder, "--json")
@@ -180,7 +167,7 @@ def test_what_is_left_out_of_a_folder_is_reported(run: Run, folder: Path) -> Non
     assert err.count("\n") == 1
 
 
-def test_results_of_an_earlier_command_stay(run: Run, folder: Path) -> None:
+def test_results_of_an_earlier_command_stay(run, folder):
     image = folder / "a0.png"
     assert "saved predictions/a0.png" in run(image)[2]
     assert "saved predictions-2/a0.png" in run(image)[2]
@@ -191,7 +178,7 @@ def test_results_of_an_earlier_command_stay(run: Run, folder: Path) -> None:
     assert "detections.csv" in run(image, "-o", "predictions", "--save", "csv")[2]
 
 
-def test_files_that_are_no_images_are_named_as_what_they_are(run: Run, tmp_path: Path) -> None:
+def test_files_that_are_no_images_are_named_as_what_they_are(run, tmp_path):
     for content, what in (
         (b"<!DOCTYPE html><html>", "HTML"),
         (b"a photograph of a cat", "a text file"),
@@ -204,9 +191,7 @@ def test_files_that_are_no_images_are_named_as_what_they_are(run: Run, tmp_path:
         assert (code, what in err) == (3, True), err
 
 
-def test_vocabularies_come_from_files(
-    run: Run, detector: Detector, folder: Path, tmp_path: Path
-) -> None:
+def test_vocabularies_come_from_files(run, detector, folder, tmp_path):
     names = tmp_path / "names.txt"
     names.write_text("green star\nblue square\n")
     np.save(tmp_path / "table.npy", detector.encoder.encode(["green star", "blue square"]))
@@ -222,7 +207,7 @@ def test_vocabularies_come_from_files(
     assert all(answer == answers[0] and answer[0] == 0 for answer in answers)
 
 
-def test_options_change_what_is_kept(run: Run, folder: Path) -> None:
+def test_options_change_what_is_kept(run, folder):
     boxes = run(folder / "a0.png", "--json", "--no-masks", "--one-label")
     detections = json.loads(boxes[1])["images"][0]["detections"]
     assert all("mask" not in entry for entry in detections)
@@ -250,9 +235,7 @@ def test_options_change_what_is_kept(run: Run, folder: Path) -> None:
         ([], 2, "IMAGE"),
     ],
 )
-def test_mistakes_are_named_without_a_traceback(
-    run: Run, folder: Path, words: list[str], code: int, what: str
-) -> None:
+def test_mistakes_are_named_without_a_traceback(run, folder, words, code, what):
     found, out, err = run(*[word.format(folder=folder) for word in words])
     assert found == code
     assert what in err
@@ -260,9 +243,7 @@ def test_mistakes_are_named_without_a_traceback(
     assert out == ""
 
 
-def test_a_large_picture_is_looked_at_without_a_warning(
-    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_large_picture_is_looked_at_without_a_warning(run, folder, monkeypatch):
     monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 48 * 64 - 1)
     code, _, err = run(folder / "a0.png", "--save", "none")
     assert (code, err) == (0, "")
@@ -273,7 +254,7 @@ def test_a_large_picture_is_looked_at_without_a_warning(
 
 
 @pytest.fixture
-def clip(tmp_path: Path, pictures: list[np.ndarray]) -> Path:
+def clip(tmp_path, pictures) -> Path:
     """Five frames at ten a second."""
     import av
 
@@ -288,7 +269,7 @@ def clip(tmp_path: Path, pictures: list[np.ndarray]) -> Path:
     return path
 
 
-def test_videos_give_a_line_a_frame_and_files(run: Run, clip: Path, folder: Path) -> None:
+def test_videos_give_a_line_a_frame_and_files(run, clip, folder):
     code, out, err = run(
         clip,
         folder / "a0.png",
@@ -310,7 +291,7 @@ def test_videos_give_a_line_a_frame_and_files(run: Run, clip: Path, folder: Path
     assert [json.loads(line) for line in Path("out/clip.jsonl").read_text().splitlines()] == frames
 
 
-def test_videos_are_listed_for_people(run: Run, clip: Path) -> None:
+def test_videos_are_listed_for_people(run, clip):
     code, out, _ = run(clip, "--save", "none", "--top", "1")
     assert code == 0
     lines = out.splitlines()
@@ -318,7 +299,7 @@ def test_videos_are_listed_for_people(run: Run, clip: Path) -> None:
     assert lines[3].startswith(f"{clip} 0.30 s: ")
 
 
-def test_a_broken_video_keeps_what_came_before(run: Run, clip: Path) -> None:
+def test_a_broken_video_keeps_what_came_before(run, clip):
     data = clip.read_bytes()
     clip.write_bytes(data[: len(data) // 2])
     code, _, err = run(clip, "--save", "csv")
@@ -328,8 +309,8 @@ def test_a_broken_video_keeps_what_came_before(run: Run, clip: Path) -> None:
 
 
 def test_what_cannot_be_read_does_not_keep_the_rest_from_being_looked_at(
-    run: Run, clip: Path, folder: Path, tmp_path: Path
-) -> None:
+    run, clip, folder, tmp_path
+):
     bad, empty = tmp_path / "bad.mp4", tmp_path / "empty.mp4"
     bad.write_bytes(b"no video at all")
     empty.write_bytes(b"")
@@ -345,7 +326,7 @@ def test_what_cannot_be_read_does_not_keep_the_rest_from_being_looked_at(
     assert [path.name for path in Path("predictions").iterdir()] == ["clip.csv"]
 
 
-def test_a_single_video_that_cannot_be_read_is_one_error(run: Run, tmp_path: Path) -> None:
+def test_a_single_video_that_cannot_be_read_is_one_error(run, tmp_path):
     (tmp_path / "bad.mp4").write_bytes(b"no video at all")
     code, out, err = run(tmp_path / "bad.mp4")
     assert (code, out) == (3, "")
@@ -353,9 +334,7 @@ def test_a_single_video_that_cannot_be_read_is_one_error(run: Run, tmp_path: Pat
     assert "warning" not in err
 
 
-def test_a_full_disk_ends_the_run_and_names_the_file(
-    run: Run, clip: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_ends_the_run_and_names_the_file(run, clip, folder, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -380,9 +359,7 @@ def test_a_full_disk_ends_the_run_and_names_the_file(
         ("pictures,coco", "coco", {"coco.json", "coco.png", "a0.png"}),
     ],
 )
-def test_a_picture_called_like_a_file_of_all_pictures(
-    run: Run, folder: Path, kinds: str, name: str, wanted: set[str]
-) -> None:
+def test_a_picture_called_like_a_file_of_all_pictures(run, folder, kinds, name, wanted):
     picture = (folder / "a1.png").rename(folder / f"{name}.png")
     code, _, _ = run(folder / "a0.png", picture, "--save", kinds, "-o", "out")
     assert code == 0
@@ -391,7 +368,7 @@ def test_a_picture_called_like_a_file_of_all_pictures(
         assert len(json.loads(Path("out/coco.json").read_text())["images"]) == 2
 
 
-def test_a_folder_called_crops_does_not_mix_with_the_crops(run: Run, folder: Path) -> None:
+def test_a_folder_called_crops_does_not_mix_with_the_crops(run, folder):
     (folder / "sub").rename(folder / "crops")
     code, _, _ = run(folder / "a0.png", folder, "--save", "pictures,crops", "-o", "out")
     assert code == 3  # the broken one
@@ -399,9 +376,7 @@ def test_a_folder_called_crops_does_not_mix_with_the_crops(run: Run, folder: Pat
     assert all(path.suffix == ".jpg" for path in Path("out/crops").glob("*/*"))
 
 
-def test_a_video_called_detections_does_not_take_the_table(
-    run: Run, clip: Path, folder: Path
-) -> None:
+def test_a_video_called_detections_does_not_take_the_table(run, clip, folder):
     clip = clip.rename(clip.with_name("detections.mp4"))
     assert run(clip, folder / "a0.png", "--save", "csv", "-o", "out")[0] == 0
     tables = {path.name: path.read_text().split(",")[0] for path in Path("out").iterdir()}
@@ -410,9 +385,7 @@ def test_a_video_called_detections_does_not_take_the_table(
     assert [path.name for path in Path("alone").iterdir()] == ["detections.csv"]
 
 
-def test_augmentation_and_limits_reach_the_detector(
-    run: Run, detector: Detector, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_augmentation_and_limits_reach_the_detector(run, detector, folder, monkeypatch):
     seen = []
     original = Detector.predict_images
 
@@ -441,18 +414,14 @@ def test_augmentation_and_limits_reach_the_detector(
         (["{clip}", "--precision", "fp8"], 2, "--precision"),
     ],
 )
-def test_mistakes_with_videos_are_named(
-    run: Run, clip: Path, words: list[str], code: int, what: str
-) -> None:
+def test_mistakes_with_videos_are_named(run, clip, words, code, what):
     found, out, err = run(*[word.format(clip=clip) for word in words])
     assert (found, out) == (code, "")
     assert what in err
     assert "Traceback" not in err
 
 
-def test_without_pyav_the_command_is_named_before_any_work(
-    run: Run, clip: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_pyav_the_command_is_named_before_any_work(run, clip, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "av", None)
     monkeypatch.setattr("proxydet.detector.open_named", lambda *_, **__: pytest.fail("opened"))
     code, out, err = run(clip)

@@ -45,9 +45,7 @@ def run(
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
-def test_results_come_in_order_and_equal_single_predictions(
-    detector: Detector, folder: Path, batch_size: int
-) -> None:
+def test_results_come_in_order_and_equal_single_predictions(detector, folder, batch_size):
     summary, results = run(detector, [folder], batch_size=batch_size)
     assert [r.file.name for r in results] == ["a0.png", "a1.png", "a2.png", "b3.png", "b4.png"]
     assert summary.images == 5
@@ -58,9 +56,7 @@ def test_results_come_in_order_and_equal_single_predictions(
         np.testing.assert_allclose(alone.scores, result.found.scores, atol=1e-5)
 
 
-def test_unreadable_images_are_counted_and_named(
-    detector: Detector, folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unreadable_images_are_counted_and_named(detector, folder, caplog):
     with caplog.at_level(logging.WARNING):
         summary, _ = run(detector, [folder])
     (entry,) = summary.unreadable
@@ -68,14 +64,12 @@ def test_unreadable_images_are_counted_and_named(
     assert "broken.jpg" in caplog.text
 
 
-def test_a_single_unreadable_image_is_an_error(detector: Detector, folder: Path) -> None:
+def test_a_single_unreadable_image_is_an_error(detector, folder):
     with pytest.raises(DataError, match=r"broken\.jpg"):
         run(detector, [folder / "broken.jpg"])
 
 
-def test_a_batch_of_only_unreadable_images_is_passed_over(
-    detector: Detector, tmp_path: Path
-) -> None:
+def test_a_batch_of_only_unreadable_images_is_passed_over(detector, tmp_path):
     for name in ("a.jpg", "b.jpg", "c.jpg"):
         (tmp_path / name).write_bytes(b"")
     summary, results = run(detector, [tmp_path])
@@ -83,9 +77,7 @@ def test_a_batch_of_only_unreadable_images_is_passed_over(
 
 
 @pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # inside pycocotools
-def test_every_kind_is_saved_and_says_the_same(
-    detector: Detector, folder: Path, tmp_path: Path
-) -> None:
+def test_every_kind_is_saved_and_says_the_same(detector, folder, tmp_path):
     output = tmp_path / "out"
     summary, results = run(detector, [folder], output)
     assert all(path.exists() for path in summary.saved)
@@ -112,9 +104,7 @@ def test_every_kind_is_saved_and_says_the_same(
     assert not list(output.rglob(".*"))
 
 
-def test_crops_of_images_whose_names_join_alike_are_kept_apart(
-    detector: Detector, folder: Path, tmp_path: Path
-) -> None:
+def test_crops_of_images_whose_names_join_alike_are_kept_apart(detector, folder, tmp_path):
     place = tmp_path / "alike"
     (place / "a").mkdir(parents=True)
     data = (folder / "a0.png").read_bytes()
@@ -124,9 +114,7 @@ def test_crops_of_images_whose_names_join_alike_are_kept_apart(
     assert len(list((tmp_path / "out" / "crops").rglob("*.jpg"))) == summary.detections > 1
 
 
-def test_nothing_found_still_saves_an_image(
-    detector: Detector, folder: Path, tmp_path: Path
-) -> None:
+def test_nothing_found_still_saves_an_image(detector, folder, tmp_path):
     summary = predict_files(
         detector,
         find_images([folder / "a0.png"]).files,
@@ -139,16 +127,14 @@ def test_nothing_found_still_saves_an_image(
     assert json.loads((tmp_path / "out" / "coco.json").read_text())["annotations"] == []
 
 
-def test_a_drawn_image_never_replaces_the_one_that_was_read(
-    detector: Detector, folder: Path
-) -> None:
+def test_a_drawn_image_never_replaces_the_one_that_was_read(detector, folder):
     before = (folder / "a0.png").read_bytes()
     with pytest.raises(ConfigError, match="replace"):
         run(detector, [folder / "a0.png"], folder, kinds=("images",))
     assert (folder / "a0.png").read_bytes() == before
 
 
-def test_unknown_kinds_are_named(tmp_path: Path) -> None:
+def test_unknown_kinds_are_named(tmp_path):
     with pytest.raises(ConfigError, match="'picture'"):
         make_writers(["picture"], tmp_path, [])
 
@@ -163,11 +149,11 @@ def test_unknown_kinds_are_named(tmp_path: Path) -> None:
         ("a" * 300, "a" * 80),
     ],
 )
-def test_class_names_make_safe_folder_names(label: str, name: str) -> None:
+def test_class_names_make_safe_folder_names(label, name):
     assert safe_name(label) == name
 
 
-def test_the_network_waits_where_saving_is_far_behind(detector: Detector, folder: Path) -> None:
+def test_the_network_waits_where_saving_is_far_behind(detector, folder):
     seen, at_first_save, more = [], [], threading.Event()
     # Two batches of one image, one image for each of two preparing threads, and one in hand.
     bound = 5
@@ -199,9 +185,7 @@ def test_the_network_waits_where_saving_is_far_behind(detector: Detector, folder
     assert at_first_save[0] <= bound
 
 
-def test_ctrl_c_keeps_what_was_done_and_reports_it(
-    detector: Detector, folder: Path, tmp_path: Path
-) -> None:
+def test_ctrl_c_keeps_what_was_done_and_reports_it(detector, folder, tmp_path):
     def stop(result: ImageResult) -> None:
         if result.file.name == "b3.png":
             raise KeyboardInterrupt
@@ -222,9 +206,7 @@ def test_ctrl_c_keeps_what_was_done_and_reports_it(
     assert len(json.loads((output / "coco.json").read_text())["images"]) == 3
 
 
-def test_names_from_outside_are_harmless_in_files(
-    detector: Detector, folder: Path, tmp_path: Path
-) -> None:
+def test_names_from_outside_are_harmless_in_files(detector, folder, tmp_path):
     hostile = folder / os.fsdecode(b"=1+1\n\x1b[31m\xff.png")
     hostile.write_bytes((folder / "a0.png").read_bytes())
     names = ["=HYPERLINK(1)", "@SUM(1)", "\x1b]0;title\x07", "-1"]
@@ -251,9 +233,7 @@ def test_names_from_outside_are_harmless_in_files(
     assert [entry["name"] for entry in content["categories"]] == names
 
 
-def test_an_error_in_saving_is_raised_and_leaves_no_half_table(
-    detector: Detector, folder: Path, tmp_path: Path
-) -> None:
+def test_an_error_in_saving_is_raised_and_leaves_no_half_table(detector, folder, tmp_path):
     class Full(Writer):
         def add(self, *_: object) -> None:
             raise DiskFullError("no room left")

@@ -17,7 +17,7 @@ def installed() -> Path:
 
 
 @pytest.fixture
-def roi_align_file(tmp_path: Path) -> Path:
+def roi_align_file(tmp_path) -> Path:
     """A copy of the installed ``layers/roi_align.py``, alone in its package."""
     folder = tmp_path / "site-packages" / "detectron2" / "layers"
     folder.mkdir(parents=True)
@@ -26,7 +26,7 @@ def roi_align_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def detectron2_copy(tmp_path: Path) -> Path:
+def detectron2_copy(tmp_path) -> Path:
     """A copy of the whole installed package."""
     target = tmp_path / "copy" / "detectron2"
     shutil.copytree(installed(), target, ignore=shutil.ignore_patterns("__pycache__"))

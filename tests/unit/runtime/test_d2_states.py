@@ -55,28 +55,28 @@ class Site:
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Site:
+def site(tmp_path) -> Site:
     return Site(tmp_path)
 
 
-def test_compiled_operators_are_left_alone(site: Site) -> None:
+def test_compiled_operators_are_left_alone(site):
     site.detectron2(compiled="REAL = True")
     assert site.probe() == {"version": "0.6", "operators": "compiled", "real": True}
 
 
-def test_operators_that_do_not_load_are_replaced(site: Site) -> None:
+def test_operators_that_do_not_load_are_replaced(site):
     site.detectron2(compiled="raise ImportError('undefined symbol: _ZN3c10')")
     answer = site.probe()
     assert answer["operators"] == "broken"
 
 
-def test_pure_python_installation(site: Site) -> None:
+def test_pure_python_installation(site):
     site.detectron2(version="0.6+main")
     answer = site.probe()
     assert (answer["version"], answer["operators"]) == ("0.6+main", "absent")
 
 
-def test_python_without_docstrings(site: Site) -> None:
+def test_python_without_docstrings(site):
     site.detectron2()
     answer = site.probe("-OO")
     assert answer["error"] == "RuntimeEnvironmentError"
@@ -84,23 +84,21 @@ def test_python_without_docstrings(site: Site) -> None:
     assert site.probe("-O")["version"] == "0.6"
 
 
-def test_too_old(site: Site) -> None:
+def test_too_old(site):
     site.detectron2(version="0.5")
     answer = site.probe()
     assert answer["error"] == "MissingDependencyError"
     assert "0.5" in str(answer["message"])
 
 
-def test_a_package_that_it_needs_is_missing(site: Site) -> None:
+def test_a_package_that_it_needs_is_missing(site):
     site.detectron2(body="import fvcore_of_another_name")
     answer = site.probe()
     assert answer["error"] == "MissingDependencyError"
     assert "fvcore_of_another_name" in str(answer["message"])
 
 
-def test_folder_of_the_same_name_is_not_an_installation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folder_of_the_same_name_is_not_an_installation(tmp_path, monkeypatch):
     (tmp_path / "detectron2").mkdir()
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "detectron2", raising=False)
@@ -108,7 +106,7 @@ def test_folder_of_the_same_name_is_not_an_installation(
         locate_detectron2()
 
 
-def test_absent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_absent(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "detectron2", raising=False)
     with pytest.raises(MissingDependencyError) as caught:
@@ -116,7 +114,7 @@ def test_absent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert caught.value.hint == "run: proxydet setup"
 
 
-def test_opencv_that_cannot_load_does_not_take_detectron2_down(site: Site) -> None:
+def test_opencv_that_cannot_load_does_not_take_detectron2_down(site):
     (site.folder / "cv2.py").write_text("raise ImportError('libGL.so.1: cannot open')")
     site.detectron2(
         body="import os\nif not os.environ.get('DETECTRON2_DISABLE_CV2'):\n    import cv2"

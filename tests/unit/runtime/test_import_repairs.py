@@ -4,7 +4,6 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -18,7 +17,7 @@ from proxydet.runtime.detectron2 import (
 
 
 @pytest.fixture
-def old_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def old_library(tmp_path, monkeypatch) -> Iterator[str]:
     """A module that cannot be imported until `helper.GONE` exists."""
     name = "old_library_of_the_test"
     (tmp_path / f"{name}.py").write_text("import helper_of_the_test as h\nVALUE = h.GONE\n")
@@ -39,7 +38,7 @@ def give_gone(module: ModuleType) -> Iterator[None]:
     module.__dict__["REPAIRED"] = True
 
 
-def test_repair_runs_around_the_module(old_library: str) -> None:
+def test_repair_runs_around_the_module(old_library):
     RepairFinder({old_library: give_gone}).install()
     module = importlib.import_module(old_library)
     assert module.VALUE == 7
@@ -47,18 +46,18 @@ def test_repair_runs_around_the_module(old_library: str) -> None:
     assert not hasattr(importlib.import_module("helper_of_the_test"), "GONE")
 
 
-def test_without_the_repair_the_import_fails(old_library: str) -> None:
+def test_without_the_repair_the_import_fails(old_library):
     with pytest.raises(AttributeError, match="GONE"):
         importlib.import_module(old_library)
 
 
-def test_module_loaded_before_is_repaired_too(old_library: str) -> None:
+def test_module_loaded_before_is_repaired_too(old_library):
     loaded = sys.modules[old_library] = ModuleType(old_library)
     RepairFinder({old_library: give_gone}).install()
     assert loaded.__dict__["REPAIRED"]
 
 
-def test_repaired_module_keeps_its_ordinary_loader_and_source(old_library: str) -> None:
+def test_repaired_module_keeps_its_ordinary_loader_and_source(old_library):
     RepairFinder({old_library: give_gone}).install()
     module = importlib.import_module(old_library)
     assert module.__spec__ is not None
@@ -68,7 +67,7 @@ def test_repaired_module_keeps_its_ordinary_loader_and_source(old_library: str) 
     assert module.__file__.endswith(f"{old_library}.py")
 
 
-def test_a_loader_that_serves_several_modules_is_not_changed(old_library: str) -> None:
+def test_a_loader_that_serves_several_modules_is_not_changed(old_library):
     finder = RepairFinder({old_library: give_gone})
     spec = finder.find_spec(old_library, None)
     plain = importlib.util.find_spec(old_library)
@@ -77,27 +76,27 @@ def test_a_loader_that_serves_several_modules_is_not_changed(old_library: str) -
     assert "exec_module" not in vars(plain.loader)
 
 
-def test_finder_ignores_other_modules_and_ones_that_do_not_exist() -> None:
+def test_finder_ignores_other_modules_and_ones_that_do_not_exist():
     finder = RepairFinder({"no_such_module_of_the_test": give_gone})
     assert finder.find_spec("json", None) is None
     assert finder.find_spec("no_such_module_of_the_test", None) is None
 
 
-def test_temporary_attribute_leaves_an_existing_one() -> None:
+def test_temporary_attribute_leaves_an_existing_one():
     owner = SimpleNamespace(present=1)
     with temporary_attribute(owner, "present", 2):
         assert owner.present == 1
     assert owner.present == 1
 
 
-def test_temporary_attribute_goes_when_the_block_fails() -> None:
+def test_temporary_attribute_goes_when_the_block_fails():
     owner = SimpleNamespace()
     with pytest.raises(ZeroDivisionError), temporary_attribute(owner, "extra", 2):
         _ = owner.extra / 0
     assert not hasattr(owner, "extra")
 
 
-def test_temporary_module_gives_back_what_was_there() -> None:
+def test_temporary_module_gives_back_what_was_there():
     stand_in = ModuleType("json")
     real = sys.modules["json"]
     with temporary_module("json", stand_in):
@@ -105,7 +104,7 @@ def test_temporary_module_gives_back_what_was_there() -> None:
     assert sys.modules["json"] is real
 
 
-def test_overlay_adds_names_for_one_user_only() -> None:
+def test_overlay_adds_names_for_one_user_only():
     numpy_like = ModuleType("numpy_like")
     numpy_like.__dict__.update(array=list, float="its own")
     overlay = NamespaceOverlay(numpy_like, {"int": int, "float": float})

@@ -1,9 +1,6 @@
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,13 +17,13 @@ print(json.dumps({
 """
 
 
-def test_import_loads_no_drawing_and_leaves_logging_and_numpy_alone() -> None:
+def test_import_loads_no_drawing_and_leaves_logging_and_numpy_alone():
     run = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True)
     assert json.loads(run.stdout) == {"handlers": 0, "drawing": [], "leak": False}
 
 
 @pytest.mark.parametrize(("shift", "ap"), [(0.0, 1.0), (100.0, 0.0)])
-def test_evaluates(tmp_path: Path, shift: float, ap: float) -> None:
+def test_evaluates(tmp_path, shift, ap):
     from proxydet.runtime.lvis_api import LVIS, LVISEval, LVISResults
 
     image = {

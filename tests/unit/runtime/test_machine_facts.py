@@ -1,7 +1,5 @@
 """Facts about computers other than this one, from a file system laid out for the purpose."""
 
-from __future__ import annotations
-
 import pytest
 
 from proxydet.runtime.report import VARIABLES, machine_facts

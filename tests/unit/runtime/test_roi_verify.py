@@ -1,7 +1,5 @@
 """The proof tells the three operators apart, by running them."""
 
-from __future__ import annotations
-
 import py_compile
 import sys
 

@@ -48,7 +48,7 @@ class Machine:
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
+def machine(monkeypatch, tmp_path) -> Machine:
     machine = Machine()
     monkeypatch.setattr(setup, "call_in_new_process", machine.check)
     monkeypatch.setattr(setup, "package_folder", lambda _: machine.detectron2)
@@ -60,7 +60,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
     return machine
 
 
-def test_installs_where_there_is_none(machine: Machine) -> None:
+def test_installs_where_there_is_none(machine):
     report = setup.set_up()
     assert (report.action, report.detectron2, report.operators) == ("installed", "0.6", "absent")
     [arguments] = machine.installs
@@ -70,19 +70,19 @@ def test_installs_where_there_is_none(machine: Machine) -> None:
     assert not machine.requirements.exists()
 
 
-def test_leaves_an_installation_that_is_there(machine: Machine) -> None:
+def test_leaves_an_installation_that_is_there(machine):
     machine.detectron2 = Path("/env/detectron2")
     assert setup.set_up().action == "found"
     assert machine.installs == []
 
 
-def test_dry_run_installs_nothing(machine: Machine) -> None:
+def test_dry_run_installs_nothing(machine):
     report = setup.set_up(dry_run=True)
     assert (report.action, report.folder) == ("would install", None)
     assert machine.installs == []
 
 
-def test_never_replaces_an_installation_that_does_not_work(machine: Machine) -> None:
+def test_never_replaces_an_installation_that_does_not_work(machine):
     machine.detectron2 = Path("/env/detectron2")
     machine.failures["check_detectron2"] = "ImportError: no boxes"
     with pytest.raises(errors.MissingDependencyError, match="no boxes") as caught:
@@ -91,13 +91,13 @@ def test_never_replaces_an_installation_that_does_not_work(machine: Machine) -> 
     assert machine.installs == []
 
 
-def test_half_removed_installation_is_installed_again(machine: Machine) -> None:
+def test_half_removed_installation_is_installed_again(machine):
     machine.recorded = "0.6"
     setup.set_up()
     assert "--reinstall-package" in machine.installs[0]
 
 
-def test_torch_and_torchvision_of_different_releases(machine: Machine) -> None:
+def test_torch_and_torchvision_of_different_releases(machine):
     machine.failures["check_torch"] = "RuntimeError: operator torchvision::nms does not exist"
     with pytest.raises(errors.RuntimeEnvironmentError, match="do not work together") as caught:
         setup.set_up()
@@ -107,36 +107,34 @@ def test_torch_and_torchvision_of_different_releases(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("absent", ["torch", "torchvision"])
-def test_torch_absent(machine: Machine, monkeypatch: pytest.MonkeyPatch, absent: str) -> None:
+def test_torch_absent(machine, monkeypatch, absent):
     monkeypatch.setattr(setup, "find_spec", lambda name: None if name == absent else object())
     with pytest.raises(errors.MissingDependencyError, match=f"{absent} is not installed"):
         setup.set_up()
 
 
 @pytest.mark.parametrize("absent", ["setuptools", "wheel"])
-def test_build_tools_absent(machine: Machine, monkeypatch: pytest.MonkeyPatch, absent: str) -> None:
+def test_build_tools_absent(machine, monkeypatch, absent):
     monkeypatch.setattr(setup, "find_spec", lambda name: None if name == absent else object())
     with pytest.raises(errors.MissingDependencyError, match=absent):
         setup.set_up()
 
 
-def test_read_only_environment(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_only_environment(machine, monkeypatch):
     monkeypatch.setattr(setup.os, "access", lambda _path, _mode: False)
     with pytest.raises(errors.RuntimeEnvironmentError, match="cannot be written") as caught:
         setup.set_up()
     assert "python -m venv" in (caught.value.hint or "")
 
 
-def test_python_of_the_operating_system(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_python_of_the_operating_system(machine, monkeypatch, tmp_path):
     (tmp_path / "EXTERNALLY-MANAGED").touch()
     monkeypatch.setattr(setup.sys, "prefix", sys.base_prefix)
     with pytest.raises(errors.RuntimeEnvironmentError, match="operating system"):
         setup.set_up()
 
 
-def test_uv_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uv_absent(monkeypatch):
     monkeypatch.setattr(setup, "find_spec", lambda _name: None)
     monkeypatch.setattr(setup.shutil, "which", lambda _name: None)
     with pytest.raises(errors.MissingDependencyError) as caught:
@@ -144,7 +142,7 @@ def test_uv_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.hint == "run: pip install uv"
 
 
-def test_uv_of_the_search_path(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uv_of_the_search_path(monkeypatch):
     monkeypatch.setattr(setup, "find_spec", lambda _name: None)
     monkeypatch.setattr(setup.shutil, "which", lambda _name: "/bin/uv")
     assert setup.find_uv() == Path("/bin/uv")
@@ -190,7 +188,7 @@ UV_SAYS = {
 
 
 @pytest.mark.parametrize("situation", UV_SAYS)
-def test_what_uv_says_becomes_our_error(situation: str) -> None:
+def test_what_uv_says_becomes_our_error(situation):
     said, kind = UV_SAYS[situation]
     error = setup.explain_failure(said, Path("/env"))
     assert type(error) is kind
@@ -198,12 +196,12 @@ def test_what_uv_says_becomes_our_error(situation: str) -> None:
     assert said.splitlines()[0] in error.message
 
 
-def test_build_failure_names_the_python_error() -> None:
+def test_build_failure_names_the_python_error():
     error = setup.explain_failure(UV_SAYS["build"][0], Path("/env"))
     assert "No module named 'setuptools'" in error.message
 
 
-def test_uv_runs_for_this_interpreter(machine: Machine) -> None:
+def test_uv_runs_for_this_interpreter(machine):
     machine.uv_error = UV_SAYS["hash"][0]
     with pytest.raises(errors.DigestError):
         setup.set_up()
@@ -213,7 +211,7 @@ def test_uv_runs_for_this_interpreter(machine: Machine) -> None:
 
 
 @pytest.mark.slow
-def test_the_real_checks_pass_here() -> None:
+def test_the_real_checks_pass_here():
     """Both checks, in this environment, through the real interpreter."""
     report = setup.set_up()
     assert report.action == "found"
@@ -225,10 +223,10 @@ class TestIndexSettings:
     listing = ""
 
     @pytest.fixture(autouse=True)
-    def _pip(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def _pip(self, monkeypatch) -> None:
         monkeypatch.setattr(setup, "run_program", lambda _command, **_: Fact(self.listing or None))
 
-    def test_mirror_proxy_and_certificate(self) -> None:
+    def test_mirror_proxy_and_certificate(self):
         found = setup.uv_environment(
             {
                 "PIP_INDEX_URL": "https://mirror.example/simple",
@@ -240,20 +238,20 @@ class TestIndexSettings:
         assert found["ALL_PROXY"] == "http://proxy.example:1"
         assert found["SSL_CERT_FILE"] == "/ca.pem"
 
-    def test_settings_of_uv_stay(self) -> None:
+    def test_settings_of_uv_stay(self):
         found = setup.uv_environment(
             {"PIP_INDEX_URL": "https://a.example", "UV_INDEX_URL": "https://b.example"}
         )
         assert "UV_DEFAULT_INDEX" not in found
 
-    def test_offline_pip_brings_its_folders(self) -> None:
+    def test_offline_pip_brings_its_folders(self):
         found = setup.uv_environment({"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "/wheels /more"})
         assert (found["UV_NO_INDEX"], found["UV_FIND_LINKS"]) == ("1", "/wheels,/more")
 
-    def test_nothing_to_pass(self) -> None:
+    def test_nothing_to_pass(self):
         assert setup.uv_environment({"HOME": "/h"}) == {"HOME": "/h"}
 
-    def test_configuration_files_are_read_and_variables_win(self) -> None:
+    def test_configuration_files_are_read_and_variables_win(self):
         self.listing = (
             "install.cert='/ca'\nglobal.cert='/other'\nglobal.index-url='https://a.example'\n"
             "global.proxy='http://p'\n:env:.proxy='x'\nodd line\n"
@@ -272,9 +270,7 @@ class TestIndexSettings:
         ("import time; time.sleep(60)", "within 2 s"),
     ],
 )
-def test_a_function_that_fails_in_a_new_process_is_an_error(
-    tmp_path: Path, module: str, why: str
-) -> None:
+def test_a_function_that_fails_in_a_new_process_is_an_error(tmp_path, module, why):
     (tmp_path / "asked_in_the_test.py").write_text(f"def ask(x):\n    {module}\n")
     with pytest.raises(errors.RuntimeEnvironmentError, match=why):
         call_in_new_process(
@@ -282,9 +278,7 @@ def test_a_function_that_fails_in_a_new_process_is_an_error(
         )
 
 
-def test_what_a_function_prints_in_a_new_process_is_not_its_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_function_prints_in_a_new_process_is_not_its_result(tmp_path, monkeypatch):
     (tmp_path / "asked_in_the_test.py").write_text("def ask(x):\n    print('{}')\n    return [x]\n")
     path = [str(tmp_path), *sys.path]
     assert call_in_new_process("asked_in_the_test", "ask", search_path=path, x=1) == [1]

@@ -80,7 +80,7 @@ def detector() -> Detector:
 
 
 @pytest.fixture
-def held(detector: Detector) -> Iterator[HeldDetector]:
+def held(detector) -> Iterator[HeldDetector]:
     made = HeldDetector(detector)
     yield made
     made.release.set()
@@ -92,14 +92,14 @@ def pixels() -> np.ndarray:
 
 
 @pytest.fixture(scope="session")
-def png(pixels: np.ndarray) -> bytes:
+def png(pixels) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG")
     return stream.getvalue()
 
 
 @pytest.fixture(scope="session")
-def client(detector: Detector) -> Iterator[TestClient]:
+def client(detector) -> Iterator[TestClient]:
     app = build_app(detector, SETTINGS, name="tiny")
     with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as made:
         yield made

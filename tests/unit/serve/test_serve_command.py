@@ -18,7 +18,6 @@ import pytest
 import torch
 
 from proxydet.config import dump_yaml
-from proxydet.detector import Detector
 from proxydet.recipes import get_recipe
 from proxydet.serve import server
 from proxydet.serve.app import PredictParams
@@ -29,9 +28,7 @@ PROGRAM = "import sys; from proxydet_cli.main import main; sys.exit(main(sys.arg
 
 
 @pytest.fixture
-def call(
-    detector: Detector, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str, Any]]:
+def call(detector, monkeypatch, capsys) -> Callable[..., tuple[int, str, str, Any]]:
     """Run the command up to where it would accept requests."""
     served: list[Any] = []
 
@@ -54,13 +51,13 @@ def call(
     return run
 
 
-def test_the_address_goes_to_stderr(call: Any) -> None:
+def test_the_address_goes_to_stderr(call):
     code, out, err, _ = call()
     assert (code, out) == (0, "")
     assert err.startswith("http://127.0.0.1:")
 
 
-def test_the_address_is_one_line_of_json(call: Any) -> None:
+def test_the_address_is_one_line_of_json(call):
     code, out, err, _ = call("--json")
     assert code == 0
     assert out.count("\n") == 1
@@ -73,7 +70,7 @@ def test_the_address_is_one_line_of_json(call: Any) -> None:
     assert "http" not in err
 
 
-def test_options_reach_the_application(call: Any) -> None:
+def test_options_reach_the_application(call):
     limits = ("--max-upload", "2", "--max-megapixels", "3", "--queue", "4", "--timeout", "5")
     _, _, err, app = call("-v", "red star, blue star", *limits, "--allow-host", "Box.local")
     settings = app.settings
@@ -86,7 +83,7 @@ def test_options_reach_the_application(call: Any) -> None:
     assert "warning" not in err
 
 
-def test_settings_of_the_detector_are_those_of_predict(call: Any, png: bytes) -> None:
+def test_settings_of_the_detector_are_those_of_predict(call, png):
     _, _, _, app = call("--tta", "--base-above", "-1", "-v", "red star")
     assert app.detector.inference.flip
     assert app.detector.inference.scales == (0.75, 1.0, 1.25)
@@ -98,7 +95,7 @@ def test_settings_of_the_detector_are_those_of_predict(call: Any, png: bytes) ->
     assert not plain.vocabulary_of(params).base.any()
 
 
-def test_listening_on_the_network_warns(call: Any) -> None:
+def test_listening_on_the_network_warns(call):
     code, _, err, app = call("--host", "0.0.0.0")
     assert code == 0
     assert "warning: everyone who reaches this machine" in err
@@ -106,9 +103,7 @@ def test_listening_on_the_network_warns(call: Any) -> None:
 
 
 @pytest.mark.parametrize("opens", [True, False])
-def test_the_page_is_opened_when_asked(
-    call: Any, monkeypatch: pytest.MonkeyPatch, opens: bool
-) -> None:
+def test_the_page_is_opened_when_asked(call, monkeypatch, opens):
     opened: list[str] = []
     monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) or opens)
     _, _, err, _ = call("--open")
@@ -130,9 +125,7 @@ def test_the_page_is_opened_when_asked(
         (["--host", "203.0.113.1"], 5, "203.0.113.1"),
     ],
 )
-def test_mistakes_are_named_without_a_traceback(
-    call: Any, words: list[str], code: int, what: str
-) -> None:
+def test_mistakes_are_named_without_a_traceback(call, words, code, what):
     found, out, err, _ = call(*words)
     assert found == code
     assert what in err
@@ -140,9 +133,7 @@ def test_mistakes_are_named_without_a_traceback(
     assert out == ""
 
 
-def test_a_taken_port_is_reported_before_the_model_is_opened(
-    call: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_taken_port_is_reported_before_the_model_is_opened(call, monkeypatch):
     monkeypatch.setattr("proxydet.detector.open_named", lambda *_, **__: pytest.fail("opened"))
     with server.bind("127.0.0.1", 0) as taken:
         taken.listen()
@@ -152,9 +143,7 @@ def test_a_taken_port_is_reported_before_the_model_is_opened(
     assert f"port {port} of 127.0.0.1 is in use" in err
 
 
-def test_missing_packages_are_named_with_the_command(
-    call: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_packages_are_named_with_the_command(call, monkeypatch):
     from importlib import util
 
     find = util.find_spec
@@ -165,9 +154,7 @@ def test_missing_packages_are_named_with_the_command(
     assert "pip install 'proxydet[serve]'" in err
 
 
-def test_packages_that_are_broken_are_no_bug_of_this_program(
-    call: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_packages_that_are_broken_are_no_bug_of_this_program(call, monkeypatch):
     import importlib
 
     def broken(name: str) -> Any:
@@ -184,7 +171,7 @@ def test_packages_that_are_broken_are_no_bug_of_this_program(
 
 
 @pytest.fixture(scope="module")
-def run_folder(detector: Detector, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_folder(detector, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("served") / "run"
     folder.mkdir()
     recipe = get_recipe("tiny")
@@ -217,9 +204,7 @@ def process(folder: Path, *words: str) -> Iterator[tuple[subprocess.Popen[str], 
             started.kill()
 
 
-def test_the_program_answers_as_predict_does_and_stops_when_told(
-    run_folder: Path, png: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_program_answers_as_predict_does_and_stops_when_told(run_folder, png, tmp_path, capsys):
     picture = tmp_path / "a.png"
     picture.write_bytes(png)
     with process(run_folder) as (started, address):

@@ -8,7 +8,6 @@ import json
 import warnings
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,9 +43,7 @@ def problem(response: Any, status: int, kind: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("words", [None, "red star, blue circle"])
-def test_the_answer_is_that_of_the_detector_bit_for_bit(
-    client: TestClient, detector: Detector, png: bytes, pixels: np.ndarray, words: str | None
-) -> None:
+def test_the_answer_is_that_of_the_detector_bit_for_bit(client, detector, png, pixels, words):
     names = None if words is None else ["red star", "blue circle"]
     fields = {} if words is None else {"words": words}
     wanted = detector.predict(pixels, names, score_threshold=0.02)
@@ -55,7 +52,7 @@ def test_the_answer_is_that_of_the_detector_bit_for_bit(
     assert ask(client, png, score_threshold="0.02", **fields) == json.loads(json.dumps(expected))
 
 
-def test_the_body_itself_can_be_the_image(client: TestClient, png: bytes) -> None:
+def test_the_body_itself_can_be_the_image(client, png):
     asked = {"words": "red star, blue circle", "score_threshold": "0.02", "top": "1"}
     raw = client.post("/api/predict", params=asked, content=png, headers=RAW).json()
     assert {**raw, "file": "photo.png"} == ask(client, png, **asked)
@@ -63,7 +60,7 @@ def test_the_body_itself_can_be_the_image(client: TestClient, png: bytes) -> Non
     assert len(raw["detections"]) == 1
 
 
-def test_a_higher_threshold_keeps_what_the_slider_would(client: TestClient, png: bytes) -> None:
+def test_a_higher_threshold_keeps_what_the_slider_would(client, png):
     low = ask(client, png, score_threshold="0.02")["detections"]
     middle = low[len(low) // 2]["score"]
     high = ask(client, png, score_threshold=repr(middle))["detections"]
@@ -71,9 +68,7 @@ def test_a_higher_threshold_keeps_what_the_slider_would(client: TestClient, png:
     assert 0 < len(high) < len(low)
 
 
-def test_masks_are_coco_run_lengths(
-    client: TestClient, detector: Detector, png: bytes, pixels: np.ndarray
-) -> None:
+def test_masks_are_coco_run_lengths(client, detector, png, pixels):
     found = ask(client, png, score_threshold="0.02")["detections"]
     wanted = detector.predict(pixels, score_threshold=0.02).masks
     for item, mask_HW in zip(found, wanted, strict=True):
@@ -81,14 +76,14 @@ def test_masks_are_coco_run_lengths(
         np.testing.assert_array_equal(decode(item["mask"]["counts"].encode(), (48, 64)), mask_HW)
 
 
-def test_masks_and_second_labels_can_be_left_out(client: TestClient, png: bytes) -> None:
+def test_masks_and_second_labels_can_be_left_out(client, png):
     found = ask(client, png, score_threshold="0.02", masks="false", one_label="true")["detections"]
     assert all("mask" not in item for item in found)
     boxes = [tuple(item["box_xyxy"]) for item in found]
     assert len(set(boxes)) == len(boxes) > 1
 
 
-def test_a_detector_of_boxes_serves_boxes_and_refuses_masks(detector: Detector, png: bytes) -> None:
+def test_a_detector_of_boxes_serves_boxes_and_refuses_masks(detector, png):
     config = dataclasses.replace(detector.network.config, masks=None)
     network = ProxyDetNetwork(config, detector.vocabulary)
     network.load_state_dict(detector.network.state_dict(), strict=False)
@@ -105,7 +100,7 @@ def test_a_detector_of_boxes_serves_boxes_and_refuses_masks(detector: Detector, 
             assert "mask head" in problem(response, 400, "parameter")["message"]
 
 
-def test_photographs_are_turned_as_their_exif_says(client: TestClient, tmp_path: Path) -> None:
+def test_photographs_are_turned_as_their_exif_says(client, tmp_path):
     image = Image.new("RGB", (60, 40))
     exif = image.getexif()
     exif[0x0112] = 6
@@ -115,14 +110,12 @@ def test_photographs_are_turned_as_their_exif_says(client: TestClient, tmp_path:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"])
-def test_common_formats_are_read(
-    client: TestClient, pixels: np.ndarray, tmp_path: Path, kind: str
-) -> None:
+def test_common_formats_are_read(client, pixels, tmp_path, kind):
     Image.fromarray(pixels).save(tmp_path / "picture", kind)
     assert ask(client, (tmp_path / "picture").read_bytes())["width"] == 64
 
 
-def test_info_has_model_words_and_limits(client: TestClient, detector: Detector) -> None:
+def test_info_has_model_words_and_limits(client, detector):
     info = client.get("/api/info").json()
     assert info["version"] == __version__
     assert info["model"] == {"name": "tiny", "device": "cpu", "training_classes": 4, "masks": True}
@@ -133,9 +126,7 @@ def test_info_has_model_words_and_limits(client: TestClient, detector: Detector)
     assert client.get("/api/health").json() == {"status": "ok", "waiting": 0, "busy": False}
 
 
-def test_without_a_text_encoder_the_default_words_still_serve(
-    detector: Detector, png: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_without_a_text_encoder_the_default_words_still_serve(detector, png, monkeypatch, tmp_path):
     monkeypatch.setenv("PROXYDET_MODELS", str(tmp_path))
     without = Detector(detector.network, shortest=64, longest=100)
     words = detector.vocabulary_of(["red star"])
@@ -149,9 +140,7 @@ def test_without_a_text_encoder_the_default_words_still_serve(
         assert problem(response, 400, "words")["hint"].startswith("run: proxydet download")
 
 
-def test_the_command_lines_wording_is_kept(
-    client: TestClient, detector: Detector, png: bytes
-) -> None:
+def test_the_command_lines_wording_is_kept(client, detector, png):
     with pytest.raises(VocabularyError) as raised:
         detector.resolve(["a giraffe"])
     response = client.post("/api/predict?words=a+giraffe", content=png, headers=RAW)
@@ -180,21 +169,19 @@ def test_the_command_lines_wording_is_kept(
         ("words=" + "a" * 201, "words", "201 characters"),
     ],
 )
-def test_wrong_parameters_are_named(
-    client: TestClient, png: bytes, query: str, kind: str, what: str
-) -> None:
+def test_wrong_parameters_are_named(client, png, query, kind, what):
     response = client.post(f"/api/predict?{query}", content=png, headers=RAW)
     error = problem(response, 400, kind)
     assert what in error["message"]
     assert len(error["message"]) < 2000
 
 
-def test_a_near_miss_is_suggested(client: TestClient, png: bytes) -> None:
+def test_a_near_miss_is_suggested(client, png):
     response = client.post("/api/predict?score_treshold=1", content=png, headers=RAW)
     assert problem(response, 400, "parameter")["hint"] == "did you mean 'score_threshold'?"
 
 
-def test_what_is_not_an_image_is_refused(client: TestClient, png: bytes) -> None:
+def test_what_is_not_an_image_is_refused(client, png):
     post = client.post
     text = {"content-type": "text/plain"}
     problem(post("/api/predict", content=b"no picture", headers=RAW), 415, "picture-type")
@@ -211,7 +198,7 @@ def test_what_is_not_an_image_is_refused(client: TestClient, png: bytes) -> None
     problem(post("/api/predict", content=eps, headers=RAW), 415, "picture-type")
 
 
-def test_wrong_forms_are_refused(client: TestClient, png: bytes) -> None:
+def test_wrong_forms_are_refused(client, png):
     post = client.post
     problem(post("/api/predict", files={"file": ("a.png", png)}), 400, "malformed")
     problem(post("/api/predict", files={"picture": ("a.png", b"")}), 400, "malformed")
@@ -225,7 +212,7 @@ def test_wrong_forms_are_refused(client: TestClient, png: bytes) -> None:
     problem(post("/api/predict", content=b"--y\r\n", headers=form), 400, "malformed")
 
 
-def test_large_uploads_are_refused_with_any_stated_length(client: TestClient) -> None:
+def test_large_uploads_are_refused_with_any_stated_length(client):
     def pieces(count: int) -> Iterator[bytes]:
         for _ in range(count):
             yield bytes(50_000)
@@ -244,7 +231,7 @@ def test_large_uploads_are_refused_with_any_stated_length(client: TestClient) ->
         problem(response, 413, "upload-size")
 
 
-def test_bombs_are_refused_from_their_header(client: TestClient, png: bytes) -> None:
+def test_bombs_are_refused_from_their_header(client, png):
     """Files that say they are large and hold nothing: decoding would fail otherwise than by size."""
     for side in (400, 20_000, 60_000):
         header = bytearray(png)
@@ -256,7 +243,7 @@ def test_bombs_are_refused_from_their_header(client: TestClient, png: bytes) -> 
         assert "pixels" in problem(response, 413, "picture-size")["message"]
 
 
-def test_only_the_fixed_routes_exist(client: TestClient) -> None:
+def test_only_the_fixed_routes_exist(client):
     assert client.get("/").headers["content-type"] == "text/html; charset=utf-8"
     for path in ("/style.css", "/app.js", "/drawing.js", "/colours.js"):
         assert client.get(path).status_code == 200
@@ -267,7 +254,7 @@ def test_only_the_fixed_routes_exist(client: TestClient) -> None:
     problem(client.post("/"), 405, "method")
 
 
-def test_the_page_needs_nothing_from_elsewhere(client: TestClient) -> None:
+def test_the_page_needs_nothing_from_elsewhere(client):
     response = client.get("/")
     policy = response.headers["content-security-policy"]
     assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self';")
@@ -295,11 +282,11 @@ def test_the_page_needs_nothing_from_elsewhere(client: TestClient) -> None:
         "a@",
     ],
 )
-def test_other_hosts_are_refused(client: TestClient, host: str) -> None:
+def test_other_hosts_are_refused(client, host):
     problem(client.get("/api/info", headers={"host": host}), 403, "host")
 
 
-def test_hosts_of_this_machine_are_accepted() -> None:
+def test_hosts_of_this_machine_are_accepted():
     for host in ("localhost", "LOCALHOST:80", "127.0.0.1:8000", "127.1.2.3", "[::1]:80", "box:80"):
         assert is_own_host(host, ("box",), loopback=True), host
     assert is_own_host("10.1.2.3:80", (), loopback=False)
@@ -307,7 +294,7 @@ def test_hosts_of_this_machine_are_accepted() -> None:
     assert not is_own_host("[::1", (), loopback=False)
 
 
-def test_pages_from_elsewhere_cannot_ask(client: TestClient, png: bytes) -> None:
+def test_pages_from_elsewhere_cannot_ask(client, png):
     for origin in ("http://evil.example", "null", "http://localhost:81", "http://[", "localhost"):
         headers = {**RAW, "origin": origin}
         problem(client.post("/api/predict", content=png, headers=headers), 403, "origin")
@@ -315,13 +302,13 @@ def test_pages_from_elsewhere_cannot_ask(client: TestClient, png: bytes) -> None
     assert client.post("/api/predict", content=png, headers=own).status_code == 200
 
 
-def test_names_of_files_are_shown_and_never_used(client: TestClient, png: bytes) -> None:
+def test_names_of_files_are_shown_and_never_used(client, png):
     hostile = "../../etc/passwd"
     response = client.post("/api/predict", files={"picture": (hostile, png)})
     assert response.json()["file"] == hostile
 
 
-def test_a_bug_is_reported_as_one(held: Any, png: bytes) -> None:
+def test_a_bug_is_reported_as_one(held, png):
     held.failure = KeyError("lost")
     held.release.set()
     app = build_app(held)
@@ -332,7 +319,7 @@ def test_a_bug_is_reported_as_one(held: Any, png: bytes) -> None:
     assert app.budget.held == 0
 
 
-def test_lack_of_memory_is_no_bug(held: Any, png: bytes) -> None:
+def test_lack_of_memory_is_no_bug(held, png):
     held.failure = MemoryError()
     held.release.set()
     with TestClient(build_app(held), base_url="http://localhost") as client:
@@ -340,7 +327,7 @@ def test_lack_of_memory_is_no_bug(held: Any, png: bytes) -> None:
     assert "memory" in problem(response, 500, "environment")["message"]
 
 
-def test_all_uploads_together_have_a_bound(detector: Detector, png: bytes) -> None:
+def test_all_uploads_together_have_a_bound(detector, png):
     settings = dataclasses.replace(ServingSettings(), held_bytes=len(png) - 1)
     app = build_app(detector, settings)
     with TestClient(app, base_url="http://localhost") as client:
@@ -350,9 +337,7 @@ def test_all_uploads_together_have_a_bound(detector: Detector, png: bytes) -> No
     assert app.budget.held == 0
 
 
-def test_nothing_is_written_to_the_disk(
-    detector: Detector, png: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_written_to_the_disk(detector, png, monkeypatch):
     def spooled(*_: object) -> None:
         pytest.fail("the upload went to a file")
 
@@ -363,7 +348,7 @@ def test_nothing_is_written_to_the_disk(
         assert client.post("/api/predict", files=form).status_code == 200
 
 
-def test_settings_are_checked() -> None:
+def test_settings_are_checked():
     from proxydet.errors import ConfigError
 
     for name in ("max_pixels", "wait_seconds", "queue_places"):
@@ -373,9 +358,7 @@ def test_settings_are_checked() -> None:
         ServingSettings(wait_seconds=float("nan"))
 
 
-def test_what_cannot_be_read_is_not_queued(
-    detector: Detector, png: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_read_is_not_queued(detector, png, monkeypatch):
     def queued(*_: object, **__: object) -> None:
         pytest.fail("it would have waited in the queue")
 
@@ -387,7 +370,7 @@ def test_what_cannot_be_read_is_not_queued(
         problem(post("/api/predict", content=b"text", headers=RAW), 415, "picture-type")
 
 
-def test_who_takes_no_answer_is_given_up() -> None:
+def test_who_takes_no_answer_is_given_up():
     async def send_head(_scope: Scope, _receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
 

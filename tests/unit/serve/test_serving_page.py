@@ -7,7 +7,6 @@ import io
 import json
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
-from proxydet.detector import Detector
 from proxydet.serve.app import ServingSettings, build_app
 from proxydet.visualization.drawing import colour_of
 
@@ -87,7 +85,7 @@ class Page:
 
 
 @pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def driver(tmp_path_factory) -> Iterator[Any]:
     options = webdriver.ChromeOptions()
     options.binary_location = BROWSER
     for flag in (*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
@@ -99,7 +97,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 @pytest.fixture
-def page(detector: Detector, start_server: Any, driver: Any, tmp_path: Path) -> Iterator[Page]:
+def page(detector, start_server, driver, tmp_path) -> Iterator[Page]:
     settings = ServingSettings(max_upload_bytes=100_000)
     with start_server(build_app(detector, settings, name="tiny")) as running:
         where = {"behavior": "allow", "downloadPath": str(tmp_path)}
@@ -113,9 +111,7 @@ def page(detector: Detector, start_server: Any, driver: Any, tmp_path: Path) -> 
         driver.get("about:blank")
 
 
-def test_from_a_dropped_image_to_downloads(
-    page: Page, detector: Detector, png: bytes, pixels: np.ndarray, tmp_path: Path
-) -> None:
+def test_from_a_dropped_image_to_downloads(page, detector, png, pixels, tmp_path):
     assert page["model"].text == "tiny on cpu, version " + page["model"].text.split()[-1]
     page["words"].send_keys("red star, blue circle")
     page.driver.execute_script(DROP, base64.b64encode(png).decode(), "noise.png")
@@ -149,9 +145,7 @@ def test_from_a_dropped_image_to_downloads(
         assert image.size == full.shape[1::-1]
 
 
-def test_colours_and_masks_are_those_of_the_program(
-    page: Page, detector: Detector, pixels: np.ndarray
-) -> None:
+def test_colours_and_masks_are_those_of_the_program(page, detector, pixels):
     page.driver.set_script_timeout(30)
     for name in ("red star", "Straße, naïve 漢字", "x" * 200):
         told = page.driver.execute_async_script(MODULE, "./colours.js", "colourOf", name)
@@ -164,9 +158,7 @@ def test_colours_and_masks_are_those_of_the_program(
         np.testing.assert_array_equal(mask_WH.T, item.mask)
 
 
-def test_boxes_and_masks_are_drawn_where_they_are(
-    page: Page, detector: Detector, png: bytes, pixels: np.ndarray
-) -> None:
+def test_boxes_and_masks_are_drawn_where_they_are(page, detector, png, pixels):
     page.driver.execute_script(DROP, base64.b64encode(png).decode(), "noise.png")
     page.until(lambda: page["results"].is_displayed())
     page.driver.execute_script(SLIDE, "0.99")
@@ -186,7 +178,7 @@ def test_boxes_and_masks_are_drawn_where_they_are(
     assert (page.drawn().astype(int) - plain).any(axis=2)[20:-20, 20:-20][inner].mean() < 0.5
 
 
-def test_by_keyboard_alone(page: Page, png: bytes, tmp_path: Path) -> None:
+def test_by_keyboard_alone(page, png, tmp_path):
     (tmp_path / "noise.png").write_bytes(png)
     page["file"].send_keys(str(tmp_path / "noise.png"))
     page.until(lambda: page["results"].is_displayed())
@@ -208,9 +200,7 @@ def test_by_keyboard_alone(page: Page, png: bytes, tmp_path: Path) -> None:
     assert unnamed == []
 
 
-def test_one_label_for_each_box_sends_another_request(
-    page: Page, detector: Detector, png: bytes, pixels: np.ndarray
-) -> None:
+def test_one_label_for_each_box_sends_another_request(page, detector, png, pixels):
     page.driver.execute_script(DROP, base64.b64encode(png).decode(), "noise.png")
     page.until(lambda: page["results"].is_displayed())
     page.driver.execute_script(SLIDE, "0.1")
@@ -223,7 +213,7 @@ def test_one_label_for_each_box_sends_another_request(
     ]
 
 
-def test_errors_are_shown(page: Page, png: bytes) -> None:
+def test_errors_are_shown(page, png):
     page["detect"].click()
     assert page["problem-message"].text == "No image yet."
     page.driver.execute_script(PASTE, base64.b64encode(png).decode())
@@ -242,7 +232,7 @@ def test_errors_are_shown(page: Page, png: bytes) -> None:
     assert page.requests() == sent
 
 
-def test_a_narrow_window_needs_no_sideways_scrolling(page: Page, png: bytes) -> None:
+def test_a_narrow_window_needs_no_sideways_scrolling(page, png):
     page.driver.execute_script(DROP, base64.b64encode(png).decode(), "noise.png")
     page.until(lambda: page["results"].is_displayed())
     size = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}

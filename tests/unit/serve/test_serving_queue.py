@@ -42,7 +42,7 @@ def ask(queue: WorkQueue, work: Callable[[], object]) -> asyncio.Task[object]:
     return asyncio.create_task(queue.run(work, timeout=SECONDS))
 
 
-def test_as_many_wait_as_there_are_places(release: threading.Event) -> None:
+def test_as_many_wait_as_there_are_places(release):
     async def test() -> None:
         queue, order = WorkQueue(2), []
         hold = partial(release.wait, SECONDS)
@@ -58,7 +58,7 @@ def test_as_many_wait_as_there_are_places(release: threading.Event) -> None:
     within_seconds(test, release)
 
 
-def test_who_gives_up_leaves_its_place(release: threading.Event) -> None:
+def test_who_gives_up_leaves_its_place(release):
     async def test() -> None:
         queue, done = WorkQueue(1), []
         first = ask(queue, partial(release.wait, SECONDS))
@@ -76,7 +76,7 @@ def test_who_gives_up_leaves_its_place(release: threading.Event) -> None:
     within_seconds(test, release)
 
 
-def test_stopping_refuses_who_waits_and_who_comes(release: threading.Event) -> None:
+def test_stopping_refuses_who_waits_and_who_comes(release):
     async def test() -> None:
         queue = WorkQueue(1)
         first = ask(queue, partial(release.wait, SECONDS))

@@ -16,10 +16,8 @@ from functools import partial
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 
-from proxydet.detector import Detector
 from proxydet.errors import ConfigError, JobInterruptedError, RuntimeEnvironmentError
 from proxydet.serve.app import ServingSettings, build_app
 from proxydet.serve.server import address_of, bind, is_loopback, serve
@@ -69,9 +67,7 @@ def in_background(pool: ThreadPoolExecutor, running: Any, png: bytes) -> Any:
     return pool.submit(httpx.post, running.url + ASK, content=png, headers=RAW, timeout=60)
 
 
-def test_many_clients_get_what_the_detector_finds(
-    detector: Detector, start_server: Any, png: bytes, pixels: np.ndarray
-) -> None:
+def test_many_clients_get_what_the_detector_finds(detector, start_server, png, pixels):
     names = [None, ["red star"], ["blue circle", "green square"], ["red square", "red circle"]]
     wanted = [
         json.loads(json.dumps(detector.predict(pixels, words, score_threshold=0.02).to_dict()))
@@ -91,9 +87,7 @@ def test_many_clients_get_what_the_detector_finds(
         assert running.app.budget.held == 0
 
 
-def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(
-    held: Any, start_server: Any, png: bytes
-) -> None:
+def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(held, start_server, png):
     settings = ServingSettings(queue_places=2)
     with start_server(build_app(held, settings)) as running, ThreadPoolExecutor(3) as pool:
         answers = [in_background(pool, running, png)]
@@ -110,7 +104,7 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(
         assert [answer.result().status_code for answer in answers] == [200] * 3
 
 
-def test_waiting_has_an_end(held: Any, start_server: Any, png: bytes) -> None:
+def test_waiting_has_an_end(held, start_server, png):
     settings = ServingSettings(wait_seconds=0.3)
     with start_server(build_app(held, settings)) as running, ThreadPoolExecutor(2) as pool:
         first = in_background(pool, running, png)
@@ -125,7 +119,7 @@ def test_waiting_has_an_end(held: Any, start_server: Any, png: bytes) -> None:
         assert (held.runs, running.app.budget.held) == (1, 0)
 
 
-def test_who_goes_away_leaves_the_queue(held: Any, start_server: Any, png: bytes) -> None:
+def test_who_goes_away_leaves_the_queue(held, start_server, png):
     with start_server(build_app(held)) as running, ThreadPoolExecutor(1) as pool:
         first = in_background(pool, running, png)
         assert held.entered.wait(30)
@@ -139,9 +133,7 @@ def test_who_goes_away_leaves_the_queue(held: Any, start_server: Any, png: bytes
         eventually(lambda: running.app.budget.held == 0)
 
 
-def test_who_goes_away_in_mid_upload_leaves_nothing(
-    detector: Detector, start_server: Any, png: bytes
-) -> None:
+def test_who_goes_away_in_mid_upload_leaves_nothing(detector, start_server, png):
     with start_server(build_app(detector)) as running:
         for start in (head(len(png)), head(None) + b"7d0\r\n"):
             with connect(running) as connection:
@@ -152,7 +144,7 @@ def test_who_goes_away_in_mid_upload_leaves_nothing(
             assert client.post(ASK, content=png, headers=RAW).status_code == 200
 
 
-def test_slow_uploads_are_ended(detector: Detector, start_server: Any, png: bytes) -> None:
+def test_slow_uploads_are_ended(detector, start_server, png):
     settings = ServingSettings(upload_seconds=0.4)
     with start_server(build_app(detector, settings)) as running, connect(running) as connection:
         connection.sendall(head(len(png)) + png[:100])
@@ -162,7 +154,7 @@ def test_slow_uploads_are_ended(detector: Detector, start_server: Any, png: byte
         assert running.app.budget.held == 0
 
 
-def test_what_trickles_in_after_a_refusal_is_ended(detector: Detector, start_server: Any) -> None:
+def test_what_trickles_in_after_a_refusal_is_ended(detector, start_server):
     settings = ServingSettings(max_upload_bytes=1000, header_seconds=0.4)
     with start_server(build_app(detector, settings)) as running, connect(running) as connection:
         connection.sendall(head(100_000))
@@ -179,14 +171,14 @@ def test_what_trickles_in_after_a_refusal_is_ended(detector: Detector, start_ser
 
 
 @pytest.mark.parametrize("start", [b"", b"POST /api/pre", head(5)[:-2]])
-def test_slow_heads_are_ended(detector: Detector, start_server: Any, start: bytes) -> None:
+def test_slow_heads_are_ended(detector, start_server, start):
     settings = ServingSettings(header_seconds=0.4)
     with start_server(build_app(detector, settings)) as running, connect(running) as connection:
         connection.sendall(start)
         assert all_of(connection) == b""
 
 
-def test_a_slow_second_head_is_ended_too(detector: Detector, start_server: Any) -> None:
+def test_a_slow_second_head_is_ended_too(detector, start_server):
     settings = ServingSettings(header_seconds=0.4)
     with start_server(build_app(detector, settings)) as running, connect(running) as connection:
         connection.sendall(b"GET /api/health HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -198,7 +190,7 @@ def test_a_slow_second_head_is_ended_too(detector: Detector, start_server: Any) 
         assert time.monotonic() - began < 4, "that was the time of idle connections"
 
 
-def test_work_may_take_longer_than_a_head(held: Any, start_server: Any, png: bytes) -> None:
+def test_work_may_take_longer_than_a_head(held, start_server, png):
     settings = ServingSettings(header_seconds=0.3)
     with start_server(build_app(held, settings)) as running, ThreadPoolExecutor(1) as pool:
         answer = in_background(pool, running, png)
@@ -208,7 +200,7 @@ def test_work_may_take_longer_than_a_head(held: Any, start_server: Any, png: byt
         assert answer.result().status_code == 200
 
 
-def test_too_large_is_said_before_the_upload(detector: Detector, start_server: Any) -> None:
+def test_too_large_is_said_before_the_upload(detector, start_server):
     settings = ServingSettings(max_upload_bytes=1000)
     with start_server(build_app(detector, settings)) as running:
         with connect(running) as connection:
@@ -232,9 +224,7 @@ def test_too_large_is_said_before_the_upload(detector: Detector, start_server: A
         b"GET /\x00 HTTP/1.1\r\nHost: localhost\r\n\r\n",
     ],
 )
-def test_broken_requests_are_refused(
-    detector: Detector, start_server: Any, request_text: bytes
-) -> None:
+def test_broken_requests_are_refused(detector, start_server, request_text):
     settings = ServingSettings(header_seconds=1)
     with start_server(build_app(detector, settings)) as running:
         with connect(running) as connection:
@@ -245,7 +235,7 @@ def test_broken_requests_are_refused(
             assert client.get("/api/health").status_code == 200
 
 
-def test_many_connections_are_refused(detector: Detector, start_server: Any) -> None:
+def test_many_connections_are_refused(detector, start_server):
     settings = ServingSettings(connections=5)
     with start_server(build_app(detector, settings)) as running:
         idle = [connect(running) for _ in range(5)]
@@ -259,9 +249,7 @@ def test_many_connections_are_refused(detector: Detector, start_server: Any) -> 
             assert client.get("/api/health").status_code == 200
 
 
-def test_stopping_finishes_what_runs_and_refuses_what_waits(
-    held: Any, start_server: Any, png: bytes
-) -> None:
+def test_stopping_finishes_what_runs_and_refuses_what_waits(held, start_server, png):
     with start_server(build_app(held)) as running, ThreadPoolExecutor(2) as pool:
         first = in_background(pool, running, png)
         assert held.entered.wait(30)
@@ -277,7 +265,7 @@ def test_stopping_finishes_what_runs_and_refuses_what_waits(
             httpx.get(running.url, timeout=10)
 
 
-def test_a_signal_ends_it_and_a_second_one_ends_it_at_once(detector: Detector) -> None:
+def test_a_signal_ends_it_and_a_second_one_ends_it_at_once(detector):
     def interrupt(port: int, open_request: bool) -> None:
         with socket.create_connection(("127.0.0.1", port)) as connection:
             if open_request:
@@ -301,9 +289,7 @@ def test_a_signal_ends_it_and_a_second_one_ends_it_at_once(detector: Detector) -
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_a_job_that_is_given_up_and_fails_is_logged(
-    held: Any, start_server: Any, png: bytes, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_job_that_is_given_up_and_fails_is_logged(held, start_server, png, caplog):
     settings = ServingSettings(wait_seconds=5)
     with start_server(build_app(held, settings)) as running, running.client() as client:
         with caplog.at_level(logging.WARNING, "proxydet"):
@@ -319,9 +305,7 @@ def test_a_job_that_is_given_up_and_fails_is_logged(
         assert client.post(ASK, content=png, headers=RAW).status_code == 200
 
 
-def test_the_log_tells_who_and_what_and_no_words(
-    detector: Detector, start_server: Any, png: bytes, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_log_tells_who_and_what_and_no_words(detector, start_server, png, caplog):
     logger = logging.getLogger("proxydet.serve.access")
     with (
         start_server(build_app(detector)) as running,
@@ -336,7 +320,7 @@ def test_the_log_tells_who_and_what_and_no_words(
     assert "star" not in caplog.text
 
 
-def test_threads_share_the_budget(detector: Detector, start_server: Any, png: bytes) -> None:
+def test_threads_share_the_budget(detector, start_server, png):
     settings = dataclasses.replace(ServingSettings(), held_bytes=len(png) + 10)
     with start_server(build_app(detector, settings)) as running, connect(running) as connection:
         connection.sendall(head(len(png)) + png[:1000])
@@ -348,7 +332,7 @@ def test_threads_share_the_budget(detector: Detector, start_server: Any, png: by
             assert client.post(ASK, content=png, headers=RAW).status_code == 200
 
 
-def test_addresses() -> None:
+def test_addresses():
     with bind("127.0.0.1", 0) as one:
         port = one.getsockname()[1]
         assert address_of(one) == f"http://127.0.0.1:{port}/"
@@ -366,9 +350,7 @@ def test_addresses() -> None:
         bind("203.0.113.1", 0)
 
 
-def test_the_event_loop_stays_free_while_the_detector_works(
-    held: Any, start_server: Any, png: bytes
-) -> None:
+def test_the_event_loop_stays_free_while_the_detector_works(held, start_server, png):
     with start_server(build_app(held)) as running, ThreadPoolExecutor(1) as pool:
         answer = in_background(pool, running, png)
         assert held.entered.wait(30)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -33,14 +31,14 @@ def changed(before: Image.Image, after: Image.Image) -> np.ndarray:
     return np.any(np.asarray(before) != np.asarray(after), axis=2)
 
 
-def test_colours_depend_on_the_name_alone() -> None:
+def test_colours_depend_on_the_name_alone():
     # Recorded: a colour that changes between versions would break side-by-side comparisons.
     assert colour_of("dog") == (255, 163, 250)
     assert len({colour_of(f"class {i}") for i in range(200)}) > 190
 
 
 @given(st.text(min_size=1, max_size=20))
-def test_text_on_any_class_colour_contrasts(name: str) -> None:
+def test_text_on_any_class_colour_contrasts(name):
     background = colour_of(name)
     lights = sorted(
         (relative_luminance(background), relative_luminance(text_colour_on(background)))
@@ -48,7 +46,7 @@ def test_text_on_any_class_colour_contrasts(name: str) -> None:
     assert (lights[1] + 0.05) / (lights[0] + 0.05) >= 4.5
 
 
-def test_a_box_is_drawn_where_it_is() -> None:
+def test_a_box_is_drawn_where_it_is():
     item = DrawnObject(label="dog", box_xyxy=(100, 150, 300, 400), score=0.5)
     where = changed(GREY, draw_objects(GREY, [item], BARE))
     rows, columns = np.flatnonzero(where.any(axis=1)), np.flatnonzero(where.any(axis=0))
@@ -57,7 +55,7 @@ def test_a_box_is_drawn_where_it_is() -> None:
     assert not where[200:350, 150:250].any()
 
 
-def test_a_mask_tints_its_pixels_only() -> None:
+def test_a_mask_tints_its_pixels_only():
     mask = np.zeros((500, 600), bool)
     mask[100:300, 200:350] = True
     item = DrawnObject(label="dog", box_xyxy=(200, 100, 350, 300), mask_HW=mask)
@@ -68,13 +66,13 @@ def test_a_mask_tints_its_pixels_only() -> None:
     np.testing.assert_allclose(middle, (np.array(colour_of("dog")) + 128) / 2, atol=1.5)
 
 
-def test_a_mask_of_another_size_is_refused() -> None:
+def test_a_mask_of_another_size_is_refused():
     item = DrawnObject(label="dog", box_xyxy=(0, 0, 9, 9), mask_HW=np.ones((10, 10), bool))
     with pytest.raises(ConfigError, match="10 x 10"):
         draw_objects(GREY, [item])
 
 
-def test_the_given_picture_is_left_alone() -> None:
+def test_the_given_picture_is_left_alone():
     picture = Image.new("RGB", (600, 500), (10, 20, 30))
     before = picture.tobytes()
     draw_objects(picture, [DrawnObject(label="a", box_xyxy=(5, 5, 90, 90), score=1.0)])
@@ -90,29 +88,29 @@ def test_the_given_picture_is_left_alone() -> None:
         ((640, 480), (640, 480)),
     ],
 )
-def test_small_pictures_are_enlarged(size: tuple[int, int], expected: tuple[int, int]) -> None:
+def test_small_pictures_are_enlarged(size, expected):
     item = DrawnObject(label="a long class name", box_xyxy=(0, 0, size[0], size[1]), score=0.9)
     assert draw_objects(Image.new("RGB", size), [item]).size == expected
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK"])
-def test_pictures_of_any_mode_are_drawn_on(mode: str) -> None:
+def test_pictures_of_any_mode_are_drawn_on(mode):
     item = DrawnObject(label="a", box_xyxy=(5, 5, 90, 90))
     assert draw_objects(Image.new(mode, (600, 500)), [item]).mode == "RGB"
 
 
 @pytest.mark.parametrize("name", ["犬", "собака", "σκύλος", "a\nb\x00", "x" * 400, "…"])
-def test_names_of_any_kind_are_written(name: str) -> None:
+def test_names_of_any_kind_are_written(name):
     item = DrawnObject(label=name, box_xyxy=(50, 50, 90, 90), score=0.5)
     style = DrawingStyle(boxes=False)
     assert changed(GREY, draw_objects(GREY, [item], style)).any()
 
 
-def test_an_empty_list_draws_nothing() -> None:
+def test_an_empty_list_draws_nothing():
     assert not changed(GREY, draw_objects(GREY, [])).any()
 
 
-def test_a_bad_font_file_is_named(tmp_path: Path) -> None:
+def test_a_bad_font_file_is_named(tmp_path):
     bad = tmp_path / "no.ttf"
     bad.write_text("no font")
     item = DrawnObject(label="a", box_xyxy=(5, 5, 90, 90))
@@ -129,7 +127,7 @@ boxes = st.tuples(st.floats(0, 500), st.floats(0, 400), st.floats(1, 200), st.fl
 @given(st.lists(boxes, min_size=1, max_size=12))
 @example([(0.0, 0.0, 1.0, 1.0)] * 7)
 @example([(500.0, 400.0, 640.0, 480.0)] * 12)
-def test_labels_stay_in_the_picture_and_apart(where: list) -> None:
+def test_labels_stay_in_the_picture_and_apart(where):
     requests = [LabelRequest(box, 80, 18) for box in where]
     places = place_labels(requests, (640, 480))
     assert len(places) == len(where)
@@ -142,18 +140,18 @@ def test_labels_stay_in_the_picture_and_apart(where: list) -> None:
     assert covered <= 0.2 * len(where) * 80 * 18
 
 
-def test_labels_of_boxes_side_by_side_do_not_touch() -> None:
+def test_labels_of_boxes_side_by_side_do_not_touch():
     row = [LabelRequest((20.0 + 60 * i, 100, 70.0 + 60 * i, 200), 90, 18) for i in range(6)]
     places = place_labels(row, (640, 480))
     assert np.triu(overlaps(np.array(places), np.array(places)), k=1).sum() == 0
 
 
-def test_the_first_label_gets_the_first_choice() -> None:
+def test_the_first_label_gets_the_first_choice():
     (place,) = place_labels([LabelRequest((100, 100, 200, 200), 50, 10)], (640, 480))
     assert place == (100, 90, 150, 100)
 
 
-def test_a_sheet_holds_all_pictures() -> None:
+def test_a_sheet_holds_all_pictures():
     pictures = [Image.new("RGB", (40, 20), (250, 0, 0)) for _ in range(5)]
     sheet = contact_sheet(pictures, columns=3, cell=60)
     assert sheet.size == (3 * 68 + 8, 2 * 38 + 8), "a row is as high as its pictures"
@@ -163,11 +161,11 @@ def test_a_sheet_holds_all_pictures() -> None:
 @pytest.mark.parametrize(
     ("shortest", "letters"), [(64, 11), (480, 16), (1440, 48), (2160, 48), (9000, 200)]
 )
-def test_letters_fit_the_picture(shortest: int, letters: int) -> None:
+def test_letters_fit_the_picture(shortest, letters):
     assert letters_for((shortest * 4 // 3, shortest)) == letters
 
 
-def test_labels_of_a_large_picture_can_be_read_on_a_screen() -> None:
+def test_labels_of_a_large_picture_can_be_read_on_a_screen():
     """Shown a thousand pixels wide, the label is at least 14 pixels high."""
     picture = Image.new("RGB", (6000, 4000))
     drawn = draw_objects(
@@ -178,7 +176,7 @@ def test_labels_of_a_large_picture_can_be_read_on_a_screen() -> None:
     assert ground.sum() > 14 * 6
 
 
-def test_a_sheet_of_wide_and_high_pictures() -> None:
+def test_a_sheet_of_wide_and_high_pictures():
     wide, high = Image.new("RGB", (40, 20), (250, 0, 0)), Image.new("RGB", (20, 40), (0, 250, 0))
     sheet = np.asarray(contact_sheet([wide, high, wide], columns=2, cell=60))
     assert sheet.shape[:2] == (8 + 60 + 8 + 30 + 8, 2 * 68 + 8)
@@ -186,18 +184,18 @@ def test_a_sheet_of_wide_and_high_pictures() -> None:
     assert np.flatnonzero(red.any(axis=1)).tolist() == [*range(23, 53), *range(76, 106)]
 
 
-def test_a_label_that_the_edge_would_push_over_its_box_goes_inside() -> None:
+def test_a_label_that_the_edge_would_push_over_its_box_goes_inside():
     (place,) = place_labels([LabelRequest((100, 4, 200, 100), 50, 10)], (640, 480))
     assert place == (100, 4, 150, 14)
 
 
-def test_a_label_rather_covers_its_own_box_than_another() -> None:
+def test_a_label_rather_covers_its_own_box_than_another():
     above, own = (90.0, 50.0, 210.0, 99.0), (100.0, 100.0, 200.0, 200.0)
     place, _ = place_labels([LabelRequest(own, 50, 10), LabelRequest(above, 50, 10)], (640, 480))
     assert place == (100, 100, 150, 110)
 
 
-def test_a_label_is_rather_far_from_its_box_than_over_another_label() -> None:
+def test_a_label_is_rather_far_from_its_box_than_over_another_label():
     requests = [LabelRequest((100, 100, 160, 180), 80, 18)] * 25
     places = np.array(place_labels(requests, (640, 300)))
     assert np.triu(overlaps(places, places), k=1).sum() == 0

@@ -1,10 +1,7 @@
 """Plots: what the numbers become, and that they can stand on a page."""
 
-from __future__ import annotations
-
 import math
 import xml.etree.ElementTree as ET
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,13 +18,13 @@ from proxydet.visualization.plots import (
 )
 
 
-def test_running_mean_skips_what_is_not_finite() -> None:
+def test_running_mean_skips_what_is_not_finite():
     means = running_mean([2.0, math.nan, 4.0, 6.0], 2)
     np.testing.assert_allclose(means, [2, 2, 4, 5])
     assert math.isnan(running_mean([math.nan], 3)[0])
 
 
-def test_every_loss_gets_a_panel() -> None:
+def test_every_loss_gets_a_panel():
     curves = {f"loss_{k}": [(float(i), 1.0 / (i + 1)) for i in range(30)] for k in range(6)}
     figure = loss_plot(curves)
     assert [axes.get_title() for axes in figure.axes] == list(curves)
@@ -37,11 +34,11 @@ def test_every_loss_gets_a_panel() -> None:
 
 
 @pytest.mark.parametrize("curve", [[], [(0.0, math.nan)], [(0.0, 0.0)], [(5.0, 2.0)]])
-def test_short_curves_are_plotted(curve: list) -> None:
+def test_short_curves_are_plotted(curve):
     assert "<svg" in svg_of(loss_plot({"loss": curve}))
 
 
-def test_one_evaluation_is_seen_even_if_it_is_zero() -> None:
+def test_one_evaluation_is_seen_even_if_it_is_zero():
     """A run that was evaluated once, at its end, and found nothing."""
     (axes,) = loss_plot({"AP": [(20.0, 0.0)]}).axes
     assert axes.lines[1].get_marker() == "o"
@@ -52,17 +49,17 @@ def test_one_evaluation_is_seen_even_if_it_is_zero() -> None:
     assert steep.get_ylim()[1] > 1.0, "of few values none is cut off"
 
 
-def test_long_names_are_broken_and_iterations_are_whole() -> None:
+def test_long_names_are_broken_and_iterations_are_whole():
     (axes,) = loss_plot({"segm/AP50 novel, without image labels": [(2.0, 1.0), (4.0, 2.0)]}).axes
     assert axes.get_title() == "segm/AP50 novel, without\nimage labels"
     assert all(tick == int(tick) for tick in axes.get_xticks())
 
 
-def test_no_curves_make_an_empty_figure() -> None:
+def test_no_curves_make_an_empty_figure():
     assert "<svg" in svg_of(loss_plot({}))
 
 
-def test_bars_have_the_heights_of_the_values() -> None:
+def test_bars_have_the_heights_of_the_values():
     figure = bar_plot(
         {"base": {"boxes": 60.0, "masks": 50.0}, "novel": {"boxes": 30.0, "masks": math.nan}}
     )
@@ -74,36 +71,36 @@ def test_bars_have_the_heights_of_the_values() -> None:
     assert {"60.0", "30.0", "50.0"} <= set(texts)
 
 
-def test_precision_of_nothing_leaves_a_gap() -> None:
+def test_precision_of_nothing_leaves_a_gap():
     figure = precision_recall_plot({"novel": ([0.0, 0.5, 1.0], [1.0, 0.5, -1.0])})
     drawn = figure.axes[0].lines[0].get_ydata()
     assert math.isnan(drawn[2])
     assert drawn[1] == 0.5
 
 
-def test_pairs_are_joined_and_their_mean_shown() -> None:
+def test_pairs_are_joined_and_their_mean_shown():
     figure = paired_plot({"AP": [(1.0, 3.0), (3.0, 5.0)]}, ("without", "with"))
     lines = [tuple(line.get_ydata()) for line in figure.axes[0].lines]
     assert lines == [(1.0, 3.0), (3.0, 5.0), (2.0, 4.0)]
 
 
-def test_svg_takes_its_ink_from_the_page() -> None:
+def test_svg_takes_its_ink_from_the_page():
     first = svg_of(loss_plot({"a": [(0.0, 1.0), (1.0, 2.0)]}))
     assert "currentColor" in first
     assert "#2b2d31" not in first
 
 
-def test_svg_is_the_same_each_time() -> None:
+def test_svg_is_the_same_each_time():
     assert svg_of(bar_plot({"a": {"x": 1.0}})) == svg_of(bar_plot({"a": {"x": 1.0}}))
 
 
-def test_names_are_text_and_not_mathematics() -> None:
+def test_names_are_text_and_not_mathematics():
     text = svg_of(bar_plot({"$x^2$ <b>&": {"boxes": 1.0}}))
     assert "<b>" not in text
     assert "$x^2$" in "".join(ET.fromstring(text).itertext())
 
 
-def test_figures_are_written_as_pictures(tmp_path: Path) -> None:
+def test_figures_are_written_as_pictures(tmp_path):
     save_figure(bar_plot({"a": {"x": 1.0}}), tmp_path / "bars.png")
     with Image.open(tmp_path / "bars.png") as picture:
         assert picture.width > 200

@@ -7,7 +7,6 @@ import math
 import re
 from html.parser import HTMLParser
 from io import BytesIO
-from pathlib import Path
 
 from PIL import Image
 
@@ -72,7 +71,7 @@ def parsed(text: str) -> Collector:
     return collector
 
 
-def test_hostile_text_stays_text() -> None:
+def test_hostile_text_stays_text():
     page = parsed(render_report(hostile_report()))
     assert page.tags.count("script") == 1
     assert page.text.count("alert(") == 13
@@ -80,33 +79,33 @@ def test_hostile_text_stays_text() -> None:
     assert page.text.count("\\x1b") == 13
 
 
-def test_nothing_is_loaded_from_elsewhere() -> None:
+def test_nothing_is_loaded_from_elsewhere():
     text = render_report(hostile_report())
     assert all(address.startswith("data:") for address in parsed(text).addresses)
     assert not re.search(r"https?://|@import|url\(", text)
     assert "default-src 'none'" in text
 
 
-def test_pictures_are_inside() -> None:
+def test_pictures_are_inside():
     (address,) = parsed(render_report(hostile_report())).addresses
     with Image.open(BytesIO(base64.b64decode(address.split(",")[1]))) as picture:
         assert picture.size == (30, 20)
 
 
-def test_numbers_and_gaps_are_written_plainly() -> None:
+def test_numbers_and_gaps_are_written_plainly():
     text = render_report(hostile_report())
     assert "1.2</td>" in text
     assert text.count("&ndash;</td>") == 1
     assert "nan" not in parsed(text).text
 
 
-def test_paragraphs_are_split_at_blank_lines() -> None:
+def test_paragraphs_are_split_at_blank_lines():
     section = Section(title="t", text="one\n\n two\nthree")
     text = render_report(Report(title="r", summary="", facts=[], sections=[section]))
     assert "<p>one</p><p>two\nthree</p>" in text
 
 
-def test_the_file_is_written_whole(tmp_path: Path) -> None:
+def test_the_file_is_written_whole(tmp_path):
     path = write_report(hostile_report(), tmp_path / "new" / "report.html")
     assert path.read_text(encoding="utf-8").rstrip().endswith("</html>")
     assert [p.name for p in path.parent.iterdir()] == ["report.html"]

@@ -17,7 +17,7 @@ def reference() -> Vocabulary:
     return Vocabulary.from_arrays(["cat", "dog", "bird"], rows, [True, True, False])
 
 
-def test_base_is_decided_by_the_nearest_base_class(reference: Vocabulary) -> None:
+def test_base_is_decided_by_the_nearest_base_class(reference):
     rows = [[1, 0.1, 0], [0, 0.1, 1], [1, 1, 0]]
     report = compare(
         Vocabulary.from_arrays(["kitten", "robin", "mix"], rows), reference, neighbours=2
@@ -40,9 +40,7 @@ def test_base_is_decided_by_the_nearest_base_class(reference: Vocabulary) -> Non
     )
 
 
-def test_classes_too_alike_are_paired_once(
-    reference: Vocabulary, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_classes_too_alike_are_paired_once(reference, monkeypatch):
     monkeypatch.setattr(comparison, "_ROWS", 2)
     rows = [[1, 0, 0], [0, 1, 0], [1, 0.01, 0], [0, 1, 0.2], [1, 0, 0.02]]
     report = compare(Vocabulary.from_arrays(list("abcde"), rows), reference, alike_above=0.95)
@@ -53,7 +51,7 @@ def test_classes_too_alike_are_paired_once(
     assert cosines == sorted(cosines, reverse=True)
 
 
-def test_other_encoders_and_references_without_base_are_refused(reference: Vocabulary) -> None:
+def test_other_encoders_and_references_without_base_are_refused(reference):
     with pytest.raises(VocabularyError, match="dimensions"):
         compare(Vocabulary.from_arrays(["a"], [[1.0, 2]]), reference)
     with pytest.raises(VocabularyError, match="no base class"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -24,7 +22,7 @@ def cosines(encoder: CompositionalEncoder, names: list[str]) -> np.ndarray:
     return rows @ rows.T
 
 
-def test_names_are_close_by_the_words_they_share(encoder: CompositionalEncoder) -> None:
+def test_names_are_close_by_the_words_they_share(encoder):
     near = cosines(
         encoder,
         ["red striped circle", "red striped square", "red plain square", "blue plain square"],
@@ -32,7 +30,7 @@ def test_names_are_close_by_the_words_they_share(encoder: CompositionalEncoder) 
     assert np.all(np.diff(near) < -0.1)
 
 
-def test_a_name_has_a_short_direction_of_its_own() -> None:
+def test_a_name_has_a_short_direction_of_its_own():
     encoders = [
         CompositionalEncoder.create(WORDS, dim=64, noise=noise, seed=3) for noise in (0.0, 0.25)
     ]
@@ -42,12 +40,12 @@ def test_a_name_has_a_short_direction_of_its_own() -> None:
     assert abs((own - plain)[0] @ (own - plain)[1]) < 0.03
 
 
-def test_order_articles_case_and_aliases_do_not_matter(encoder: CompositionalEncoder) -> None:
+def test_order_articles_case_and_aliases_do_not_matter(encoder):
     rows = encoder.encode(["red striped circle", "A striped, RED disc"])
     np.testing.assert_array_equal(rows[0], rows[1])
 
 
-def test_saving_keeps_every_number(encoder: CompositionalEncoder, tmp_path: Path) -> None:
+def test_saving_keeps_every_number(encoder, tmp_path):
     encoder.save(tmp_path / "encoder.json")
     loaded = CompositionalEncoder.load(tmp_path / "encoder.json")
     names = ["red striped disc", "blue plain square", "circle"]
@@ -55,7 +53,7 @@ def test_saving_keeps_every_number(encoder: CompositionalEncoder, tmp_path: Path
 
 
 @pytest.mark.parametrize(("name", "what"), [("red giraffe", "'giraffe'"), ("the", "finds no word")])
-def test_unknown_words_are_named(encoder: CompositionalEncoder, name: str, what: str) -> None:
+def test_unknown_words_are_named(encoder, name, what):
     with pytest.raises(VocabularyError, match=what) as caught:
         encoder.encode([name])
     assert "striped" in str(caught.value.hint)
@@ -74,7 +72,7 @@ def test_unknown_words_are_named(encoder: CompositionalEncoder, name: str, what:
         % ("[" * 900 + "]" * 900),
     ],
 )
-def test_a_file_of_another_kind_is_refused(tmp_path: Path, content: str) -> None:
+def test_a_file_of_another_kind_is_refused(tmp_path, content):
     path = tmp_path / "encoder.json"
     path.write_text(content)
     with pytest.raises(VocabularyError):

@@ -40,7 +40,7 @@ NAMES = [
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> CLIP:
+def clip(tmp_path_factory) -> CLIP:
     folder = tmp_path_factory.mktemp("configs")
     (folder / "tiny-test.json").write_text(json.dumps(CONFIG))
     (folder / "foreign-test.json").write_text(
@@ -57,14 +57,14 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> CLIP:
 
 
 @pytest.fixture(scope="module")
-def weights(clip: CLIP, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def weights(clip, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "tiny.pt"
     torch.save({"state_dict": {f"module.{k}": v for k, v in clip.state_dict().items()}}, path)
     return path
 
 
 @pytest.fixture
-def cache(tmp_path: Path) -> EmbeddingCache:
+def cache(tmp_path) -> EmbeddingCache:
     return EmbeddingCache(tmp_path / "cache" / "texts.sqlite")
 
 
@@ -73,18 +73,14 @@ def expected(clip: CLIP, texts: list[str]) -> np.ndarray:
         return clip.encode_text(open_clip.SimpleTokenizer()(texts)).numpy()
 
 
-def test_equal_to_open_clip_at_full_context(
-    clip: CLIP, weights: Path, cache: EmbeddingCache
-) -> None:
+def test_equal_to_open_clip_at_full_context(clip, weights, cache):
     encoder = ClipTextEncoder(weights, model="tiny-test", cache=cache)
     rows = encoder.encode(NAMES)
     assert encoder.dim == 16
     np.testing.assert_allclose(rows, expected(clip, NAMES), rtol=1e-4, atol=1e-6)
 
 
-def test_the_context_is_cut(
-    weights: Path, cache: EmbeddingCache, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_context_is_cut(weights, cache, monkeypatch):
     encoder = ClipTextEncoder(weights, model="tiny-test", cache=cache)
     lengths = []
     run = encoder._run
@@ -95,9 +91,7 @@ def test_the_context_is_cut(
     assert lengths == [8]
 
 
-def test_a_tower_that_reads_padding_gets_its_full_context(
-    clip: CLIP, weights: Path, cache: EmbeddingCache
-) -> None:
+def test_a_tower_that_reads_padding_gets_its_full_context(clip, weights, cache):
     encoder = ClipTextEncoder(weights, model="whole-test", cache=cache)
     both_ways = CLIP(
         CONFIG["embed_dim"],
@@ -111,9 +105,7 @@ def test_a_tower_that_reads_padding_gets_its_full_context(
     )
 
 
-def test_known_texts_are_not_encoded_again(
-    weights: Path, cache: EmbeddingCache, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_known_texts_are_not_encoded_again(weights, cache, monkeypatch):
     first = ClipTextEncoder(weights, model="tiny-test", cache=cache).encode(NAMES)
     monkeypatch.setattr(
         "proxydet.vocabulary.encoder.read_text_tower", lambda *_: pytest.fail("read weights")
@@ -123,8 +115,8 @@ def test_known_texts_are_not_encoded_again(
 
 
 def test_other_weights_or_another_model_are_not_served_from_the_cache(
-    clip: CLIP, weights: Path, cache: EmbeddingCache, tmp_path: Path
-) -> None:
+    clip, weights, cache, tmp_path
+):
     first = ClipTextEncoder(weights, model="tiny-test", cache=cache).encode(["a cat"])
     changed = {k: v * 1.5 if k == "text_projection" else v for k, v in clip.state_dict().items()}
     torch.save(changed, tmp_path / "other.pt")
@@ -134,7 +126,7 @@ def test_other_weights_or_another_model_are_not_served_from_the_cache(
     assert not np.allclose(whole, first)
 
 
-def test_an_embedding_does_not_depend_on_its_company(weights: Path, tmp_path: Path) -> None:
+def test_an_embedding_does_not_depend_on_its_company(weights, tmp_path):
     alone = ClipTextEncoder(
         weights, model="tiny-test", cache=EmbeddingCache(tmp_path / "a")
     ).encode(["a cat"])
@@ -144,7 +136,7 @@ def test_an_embedding_does_not_depend_on_its_company(weights: Path, tmp_path: Pa
     np.testing.assert_allclose(alone[0], together[0], atol=1e-6)
 
 
-def test_threads_share_an_encoder(clip: CLIP, weights: Path, cache: EmbeddingCache) -> None:
+def test_threads_share_an_encoder(clip, weights, cache):
     encoder = ClipTextEncoder(weights, model="tiny-test", cache=cache)
     texts = [f"a thing {i}" for i in range(12)]
     rows: dict[int, np.ndarray] = {}
@@ -162,14 +154,12 @@ def test_threads_share_an_encoder(clip: CLIP, weights: Path, cache: EmbeddingCac
         np.testing.assert_allclose(found, wanted[[i, (i + 1) % 12]], rtol=1e-4, atol=1e-6)
 
 
-def test_a_text_beyond_the_context_is_named(weights: Path, cache: EmbeddingCache) -> None:
+def test_a_text_beyond_the_context_is_named(weights, cache):
     with pytest.raises(VocabularyError, match="longer than the 77 tokens"):
         ClipTextEncoder(weights, model="tiny-test", cache=cache).encode(["a cat", "word " * 76])
 
 
-def test_synonyms_and_prompts_are_averaged(
-    clip: CLIP, weights: Path, cache: EmbeddingCache
-) -> None:
+def test_synonyms_and_prompts_are_averaged(clip, weights, cache):
     encoder = ClipTextEncoder(weights, model="tiny-test", cache=cache)
     built = build_vocabulary(
         [ClassWords("couch", ("sofa",)), " lamp "], encoder, prompts=["a {}", "the {}"]
@@ -182,7 +172,7 @@ def test_synonyms_and_prompts_are_averaged(
     np.testing.assert_allclose(single.embeddings, expected(clip, ["a lamp"]), rtol=1e-4, atol=1e-6)
 
 
-def test_names_are_checked_before_they_are_encoded() -> None:
+def test_names_are_checked_before_they_are_encoded():
     class Untouched:
         dim = 4
 
@@ -193,22 +183,20 @@ def test_names_are_checked_before_they_are_encoded() -> None:
         build_vocabulary(["cup", "cup "], Untouched())
 
 
-def test_the_compositional_encoder_gets_no_prompt() -> None:
+def test_the_compositional_encoder_gets_no_prompt():
     encoder = CompositionalEncoder.create(["red", "circle"], dim=16, noise=0.1, seed=0)
     built = build_vocabulary(["red circle"], encoder)
     np.testing.assert_array_equal(built.embeddings, encoder.encode(["red circle"]))
 
 
-def test_vocabularies_are_made_from_names(tmp_path: Path) -> None:
+def test_vocabularies_are_made_from_names(tmp_path):
     encoder = CompositionalEncoder.create(["red", "circle"], dim=16, noise=0.1, seed=0)
     encoder.save(tmp_path / "words.json")
     made = Vocabulary.from_names([" red circle"], encoder=tmp_path / "words.json")
     assert made == build_vocabulary(["red circle"], encoder)
 
 
-def test_missing_weights_say_how_to_get_them(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_missing_weights_say_how_to_get_them(monkeypatch, tmp_path):
     monkeypatch.setenv("PROXYDET_MODELS", str(tmp_path))
     with pytest.raises(VocabularyError) as caught:
         open_encoder()
@@ -216,22 +204,20 @@ def test_missing_weights_say_how_to_get_them(
     assert ".npy" in str(caught.value.hint)
 
 
-def test_models_that_cannot_serve_are_refused(
-    clip: CLIP, weights: Path, cache: EmbeddingCache
-) -> None:
+def test_models_that_cannot_serve_are_refused(clip, weights, cache):
     with pytest.raises(VocabularyError, match="no model"):
         ClipTextEncoder(weights, model="absent-test", cache=cache).encode(["a"])
     with pytest.raises(VocabularyError, match="hf_model_name"):
         ClipTextEncoder(weights, model="foreign-test", cache=cache).encode(["a"])
 
 
-def test_weights_of_another_size_are_refused(weights: Path, cache: EmbeddingCache) -> None:
+def test_weights_of_another_size_are_refused(weights, cache):
     with pytest.raises(CheckpointError, match="does not fit"):
         ClipTextEncoder(weights, model="ViT-B-32", cache=cache).encode(["a"])
 
 
 @pytest.mark.filterwarnings("ignore")  # tracing warns of its own deprecation and of much else
-def test_torchscript_archives_are_read_without_running_them(clip: CLIP, tmp_path: Path) -> None:
+def test_torchscript_archives_are_read_without_running_them(clip, tmp_path):
     path = tmp_path / "jit.pt"
     image, text = torch.zeros(1, 3, 32, 32), open_clip.SimpleTokenizer()(["a"])
     torch.jit.trace(copy.deepcopy(clip), (image, text), check_trace=False).save(str(path))
@@ -242,7 +228,7 @@ def test_torchscript_archives_are_read_without_running_them(clip: CLIP, tmp_path
         torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=0)
 
 
-def test_safetensors_and_nested_towers_are_read(clip: CLIP, tmp_path: Path) -> None:
+def test_safetensors_and_nested_towers_are_read(clip, tmp_path):
     from safetensors.torch import save_file
 
     tower = {k: v for k, v in clip.state_dict().items() if not k.startswith(("visual.", "logit"))}
@@ -257,7 +243,7 @@ class Evil:
         return (print, ("this must not run",))
 
 
-def test_hostile_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_hostile_files_are_refused(tmp_path, capsys):
     torch.save({"state_dict": Evil()}, tmp_path / "pickle.pt")
     with zipfile.ZipFile(tmp_path / "archive.pt", "w") as archive:
         import pickle
@@ -272,7 +258,7 @@ def test_hostile_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "must not run" not in capsys.readouterr().out
 
 
-def test_a_damaged_cache_is_put_aside(weights: Path, cache: EmbeddingCache, clip: CLIP) -> None:
+def test_a_damaged_cache_is_put_aside(weights, cache, clip):
     cache.path.parent.mkdir(parents=True)
     cache.path.write_bytes(b"not a database" * 100)
     rows = ClipTextEncoder(weights, model="tiny-test", cache=cache).encode(["a cat"])
@@ -280,7 +266,7 @@ def test_a_damaged_cache_is_put_aside(weights: Path, cache: EmbeddingCache, clip
     assert cache.path.with_name("texts.sqlite.damaged").read_bytes().startswith(b"not a database")
 
 
-def test_the_cache_finds_thousands_of_texts(cache: EmbeddingCache) -> None:
+def test_the_cache_finds_thousands_of_texts(cache):
     rows = {f"text {i}": np.full(4, i, np.float32) for i in range(1300)}
     cache.put("digest", rows)
     found = cache.get("digest", [*rows, "absent"])

@@ -23,7 +23,7 @@ from proxydet.vocabulary.names import (
 from proxydet.vocabulary.sources import is_vocabulary_file
 
 
-def test_names_are_split_at_commas_outside_quotes() -> None:
+def test_names_are_split_at_commas_outside_quotes():
     assert split_names(' headphone,webcam , "cup, paper" ,coffee cup') == [
         "headphone",
         "webcam",
@@ -42,18 +42,18 @@ def test_names_are_split_at_commas_outside_quotes() -> None:
         ("a, " + "b" * 501, "501 characters"),
     ],
 )
-def test_unusable_lists_are_refused(text: str, what: str) -> None:
+def test_unusable_lists_are_refused(text, what):
     with pytest.raises(VocabularyError, match=what):
         split_names(text)
 
 
 @pytest.mark.parametrize("text", ["", "  "])
-def test_no_names_are_told_as_such(text: str) -> None:
+def test_no_names_are_told_as_such(text):
     with pytest.raises(VocabularyError, match="no class names are given"):
         split_names(text)
 
 
-def test_long_rows_of_blanks_and_quotes_are_refused_at_once() -> None:
+def test_long_rows_of_blanks_and_quotes_are_refused_at_once():
     # Time that grows with the square of the length would take minutes here.
     for text in ('"' * 200_001, " " * 200_000 + '"x', "a," + " " * 200_000 + '"b"c'):
         with pytest.raises(VocabularyError):
@@ -61,11 +61,11 @@ def test_long_rows_of_blanks_and_quotes_are_refused_at_once() -> None:
 
 
 @given(st.lists(st.text("abc ,'äß-", min_size=1).map(str.strip).filter(bool), min_size=1))
-def test_quoted_names_come_back_whole(names: list[str]) -> None:
+def test_quoted_names_come_back_whole(names):
     assert split_names(", ".join(f'"{name}"' for name in names)) == names
 
 
-def test_text_files_hold_a_class_a_line(tmp_path: Path) -> None:
+def test_text_files_hold_a_class_a_line(tmp_path):
     path = tmp_path / "names.txt"
     path.write_text("\ufeff# kitchen\ncouch | sofa|settee\n\n  ladle, large \n", encoding="utf-8")
     assert read_names(path) == (
@@ -120,13 +120,11 @@ ROOT = {"id": 0, "name": "kitchen", "supercategory": "none"}
         ("a.yaml", "cup:\npan: [pot]\n", ["cup", "pan"]),
     ],
 )  # fmt: skip
-def test_files_of_many_kinds_give_their_names(
-    tmp_path: Path, name: str, content: str | bytes, expected: list[str]
-) -> None:
+def test_files_of_many_kinds_give_their_names(tmp_path, name, content, expected):
     assert names_of(tmp_path / name, content) == expected
 
 
-def test_synonyms_come_from_lines_json_and_yaml(tmp_path: Path) -> None:
+def test_synonyms_come_from_lines_json_and_yaml(tmp_path):
     for name, content in (
         ("a.txt", "couch | sofa | couch"),
         ("a.json", '{"couch": ["sofa", "couch"]}'),
@@ -136,7 +134,7 @@ def test_synonyms_come_from_lines_json_and_yaml(tmp_path: Path) -> None:
         assert read_names(tmp_path / name)[0].words == ("couch", "sofa")
 
 
-def test_a_root_with_objects_is_a_class(tmp_path: Path) -> None:
+def test_a_root_with_objects_is_a_class(tmp_path):
     used = {
         "annotations": [{"category_id": 0}],
         "categories": [ROOT, *COCO["categories"]],
@@ -144,7 +142,7 @@ def test_a_root_with_objects_is_a_class(tmp_path: Path) -> None:
     assert names_of(tmp_path / "a.json", json.dumps(used)) == ["kitchen", "cup", "plate"]
 
 
-def test_categories_of_a_large_annotation_file_are_read_in_little_memory(tmp_path: Path) -> None:
+def test_categories_of_a_large_annotation_file_are_read_in_little_memory(tmp_path):
     path = tmp_path / "large.json"
     with path.open("w") as file:
         file.write('{"annotations": [')
@@ -172,12 +170,8 @@ def test_categories_of_a_large_annotation_file_are_read_in_little_memory(tmp_pat
     ],
 )
 def test_several_names_on_a_single_line_are_split_and_that_is_reported(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    line: str,
-    names: list[str],
-    separator: str | None,
-) -> None:
+    tmp_path, caplog, line, names, separator
+):
     assert names_of(tmp_path / "n.txt", line + "\n") == names
     reported = [record.getMessage() for record in caplog.records]
     assert len(reported) == (separator is not None)
@@ -189,9 +183,7 @@ def test_several_names_on_a_single_line_are_split_and_that_is_reported(
     assert len(caplog.records) == (separator in ("semicolons", "dots"))
 
 
-def test_lines_that_hold_commas_are_reported(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_lines_that_hold_commas_are_reported(tmp_path, caplog):
     assert names_of(tmp_path / "n.txt", "tench, Tinca tinca\ngoldfish, Carassius\n") == [
         "tench, Tinca tinca",
         "goldfish, Carassius",
@@ -202,16 +194,14 @@ def test_lines_that_hold_commas_are_reported(
     assert "1 of 4 lines hold commas" in caplog.text
 
 
-def test_an_index_without_a_name_is_reported(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_index_without_a_name_is_reported(tmp_path, caplog):
     assert names_of(tmp_path / "n.yaml", "names: {1: cup, 2: pan}\n") == ["cup", "pan"]
     assert caplog.text == ""
     assert names_of(tmp_path / "n.yaml", "names: {0: cup, 2: pan}\n") == ["cup", "pan"]
     assert "no name has the index 1" in caplog.text
 
 
-def test_gzipped_annotations_give_their_categories(tmp_path: Path) -> None:
+def test_gzipped_annotations_give_their_categories(tmp_path):
     path = tmp_path / "a.json.gz"
     categories = [{"id": 2, "name": "pan"}, {"id": 1, "name": "cup"}]
     text = json.dumps({"images": [], "annotations": [], "categories": categories}).encode()
@@ -257,7 +247,7 @@ def test_gzipped_annotations_give_their_categories(tmp_path: Path) -> None:
         ("a.yaml", b"#" * 3_000_000, "larger than"),
     ],
 )  # fmt: skip
-def test_unusable_files_are_named(tmp_path: Path, name: str, content: bytes, what: str) -> None:
+def test_unusable_files_are_named(tmp_path, name, content, what):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(VocabularyError, match=what) as caught:
         read_names(tmp_path / name)
@@ -265,12 +255,12 @@ def test_unusable_files_are_named(tmp_path: Path, name: str, content: bytes, wha
     assert len(caught.value.message) < 500
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(VocabularyError, match="no file"):
         read_names(tmp_path / "absent.txt")
 
 
-def test_prompts_are_found_by_name_or_taken_as_written() -> None:
+def test_prompts_are_found_by_name_or_taken_as_written():
     assert find_prompts("published") == ("a {}",)
     assert find_prompts("my {} here") == ("my {} here",)
     assert find_prompts(["a {}", "the {}"]) == ("a {}", "the {}")
@@ -278,10 +268,10 @@ def test_prompts_are_found_by_name_or_taken_as_written() -> None:
 
 
 @pytest.mark.parametrize("wanted", ["publshed", "{} {}", [], ["a {}", "a"]])
-def test_prompts_without_a_place_for_the_name_are_refused(wanted: object) -> None:
+def test_prompts_without_a_place_for_the_name_are_refused(wanted):
     with pytest.raises(VocabularyError, match="prompt"):
         find_prompts(wanted)  # type: ignore[arg-type]
 
 
-def test_braces_in_names_stay() -> None:
+def test_braces_in_names_stay():
     assert fill("a {}", "set {1}") == "a set {1}"

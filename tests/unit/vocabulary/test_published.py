@@ -13,7 +13,7 @@ from proxydet.vocabulary.sources import PUBLISHED_VOCABULARIES, published_vocabu
 
 
 @pytest.fixture
-def datasets(tmp_path: Path) -> Path:
+def datasets(tmp_path) -> Path:
     metadata = tmp_path / "metadata"
     metadata.mkdir()
     categories = [
@@ -35,7 +35,7 @@ def datasets(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_lvis_is_in_the_order_of_its_ids_with_rare_classes_novel(datasets: Path) -> None:
+def test_lvis_is_in_the_order_of_its_ids_with_rare_classes_novel(datasets):
     vocabulary = published_vocabulary("lvis", datasets=datasets)
     assert vocabulary.names == ("ant", "zebra", "bee")
     assert vocabulary.base.tolist() == [True, False, True]
@@ -51,18 +51,18 @@ def test_lvis_is_in_the_order_of_its_ids_with_rare_classes_novel(datasets: Path)
         ("openimages", ("Infant bed", "Rose")),
     ],
 )
-def test_the_others_have_their_names_in_order(datasets: Path, name: str, first: tuple) -> None:
+def test_the_others_have_their_names_in_order(datasets, name, first):
     assert published_vocabulary(name, datasets=datasets).names[:2] == first
 
 
 @pytest.mark.parametrize("name", PUBLISHED_VOCABULARIES)
-def test_missing_files_name_the_download(tmp_path: Path, name: str) -> None:
+def test_missing_files_name_the_download(tmp_path, name):
     with pytest.raises(VocabularyError) as caught:
         published_vocabulary(name, datasets=tmp_path)
     assert "proxydet download" in str(caught.value.hint)
 
 
-def test_names_of_downloads_are_in_the_catalogue(tmp_path: Path) -> None:
+def test_names_of_downloads_are_in_the_catalogue(tmp_path):
     from proxydet.artifacts.catalogue import Catalogue
 
     catalogue = Catalogue.load()
@@ -73,7 +73,7 @@ def test_names_of_downloads_are_in_the_catalogue(tmp_path: Path) -> None:
         assert catalogue.resolve(command.split())
 
 
-def test_damaged_files_are_named(datasets: Path) -> None:
+def test_damaged_files_are_named(datasets):
     (datasets / "metadata" / "lvis_v1_train_cat_info.json").write_text('[{"id": 1}]')
     with pytest.raises(VocabularyError, match="cat_info"):
         published_vocabulary("lvis", datasets=datasets)
@@ -82,14 +82,14 @@ def test_damaged_files_are_named(datasets: Path) -> None:
         published_vocabulary("coco", datasets=datasets)
 
 
-def test_unknown_names_list_the_known_ones() -> None:
+def test_unknown_names_list_the_known_ones():
     with pytest.raises(VocabularyError) as caught:
         published_vocabulary("lviss")
     assert "objects365" in str(caught.value.hint)
 
 
 @pytest.mark.shared
-def test_the_real_files_are_read(repository: Path, tmp_path: Path) -> None:
+def test_the_real_files_are_read(repository, tmp_path):
     real = repository.parent / "shared" / "real_data" / "clip_text_embeddings"
     (tmp_path / "metadata").symlink_to(real)
     lvis = published_vocabulary("lvis", datasets=tmp_path)

@@ -16,7 +16,7 @@ WORDS = ["red", "blue", "circle", "square", "striped"]
 
 
 @pytest.fixture
-def encoder(tmp_path: Path) -> Path:
+def encoder(tmp_path) -> Path:
     path = tmp_path / "text_encoder.json"
     CompositionalEncoder.create(WORDS, dim=32, noise=0.1, seed=2, aliases={"disc": "circle"}).save(
         path
@@ -25,7 +25,7 @@ def encoder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def names(tmp_path: Path) -> Path:
+def names(tmp_path) -> Path:
     path = tmp_path / "names.txt"
     path.write_text("red circle\nblue square\n# not this\nred striped circle | striped red disc\n")
     return path
@@ -40,9 +40,7 @@ def call(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, 
     return code, captured.out, captured.err
 
 
-def test_build_writes_what_the_encoder_gives(
-    encoder: Path, names: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_build_writes_what_the_encoder_gives(encoder, names, tmp_path, capsys):
     target = tmp_path / "shapes.vocab"
     code, out, _ = call(capsys, "build", names, "-o", target, "--encoder", encoder, "--json")
     assert code == 0
@@ -58,9 +56,7 @@ def test_build_writes_what_the_encoder_gives(
     np.testing.assert_array_equal(made.embeddings[:2], wanted)
 
 
-def test_names_are_checked_before_clip_is_looked_for(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_are_checked_before_clip_is_looked_for(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PROXYDET_MODELS", str(tmp_path / "none"))
     twice = tmp_path / "twice.txt"
     twice.write_text("cup\nplate\ncup\n")
@@ -79,9 +75,7 @@ def _saved(folder: Path) -> Path:
     return Vocabulary.from_arrays(["a", "b"], np.eye(2)).save(folder / "training.npz")
 
 
-def test_show_says_what_is_base_and_why(
-    encoder: Path, names: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_show_says_what_is_base_and_why(encoder, names, tmp_path, capsys):
     training = tmp_path / "training.txt"
     training.write_text("red circle\nblue circle\n")
     words = ("show", names, "--against", training, "--encoder", encoder)
@@ -97,9 +91,7 @@ def test_show_says_what_is_base_and_why(
     assert report["classes"][0]["nearest"][0]["name"] == "red circle"
 
 
-def test_show_takes_the_training_vocabulary_of_a_run(
-    encoder: Path, names: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_show_takes_the_training_vocabulary_of_a_run(encoder, names, tmp_path, capsys):
     run = tmp_path / "run"
     rows = CompositionalEncoder.load(encoder).encode(["blue square"])
     Vocabulary.from_arrays(["blue square"], rows).save(run / "vocabulary.npz")
@@ -110,9 +102,7 @@ def test_show_takes_the_training_vocabulary_of_a_run(
     assert [entry["base"] for entry in json.loads(out)["classes"]] == [False, True, False]
 
 
-def test_show_names_what_clip_would_cut(
-    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_show_names_what_clip_would_cut(encoder, tmp_path, capsys):
     """74 words and "a", start and end are the 77 tokens that are read."""
     fits, long = " ".join(["cat"] * 74), " ".join(["dog"] * 75)
     many_letters = (
@@ -131,13 +121,7 @@ def test_show_names_what_clip_would_cut(
     assert json.loads(out)["cut"] == [{"name": long, "tokens": 78, "read": 77}]
 
 
-def test_mistakes_are_named(
-    encoder: Path,
-    names: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_mistakes_are_named(encoder, names, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PROXYDET_MODELS", str(tmp_path / "none"))
     code, _, err = call(capsys, "build", names, "-o", tmp_path / "a.vocab")
     assert code == 3
@@ -157,12 +141,7 @@ def test_mistakes_are_named(
     assert "proxydet download lvis-metadata" in err
 
 
-def test_show_takes_a_table_of_embeddings_with_its_names(
-    encoder: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_show_takes_a_table_of_embeddings_with_its_names(encoder, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PROXYDET_MODELS", str(tmp_path / "none"))
     rows = CompositionalEncoder.load(encoder).encode(["red circle", "blue square"])
     saved = Vocabulary.from_arrays(["red circle"], rows[:1]).save(tmp_path / "training.npz")

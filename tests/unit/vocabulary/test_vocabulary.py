@@ -15,7 +15,7 @@ def table(rows: int, dims: int = 4, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(rows, dims)).astype(np.float32)
 
 
-def test_names_are_stripped_and_everything_is_read_only() -> None:
+def test_names_are_stripped_and_everything_is_read_only():
     vocabulary = Vocabulary.from_arrays([" cat ", "dog\n"], table(2).astype(np.float16))
     assert vocabulary.names == ("cat", "dog")
     assert vocabulary.embeddings.dtype == np.float32
@@ -26,7 +26,7 @@ def test_names_are_stripped_and_everything_is_read_only() -> None:
         vocabulary.base[0] = False
 
 
-def test_the_callers_arrays_stay_writable_and_do_not_leak_in() -> None:
+def test_the_callers_arrays_stay_writable_and_do_not_leak_in():
     embeddings, base = table(2), np.array([True, False])
     vocabulary = Vocabulary.from_arrays(["a", "b"], embeddings, base)
     embeddings[:] = 7
@@ -54,12 +54,12 @@ def test_the_callers_arrays_stay_writable_and_do_not_leak_in() -> None:
         (["a", "b"], table(2), [0.5, 1], "True and False"),
     ],
 )
-def test_what_makes_no_vocabulary_is_refused(names, embeddings, base, message) -> None:
+def test_what_makes_no_vocabulary_is_refused(names, embeddings, base, message):
     with pytest.raises(VocabularyError, match=message):
         Vocabulary.from_arrays(names, embeddings, base)
 
 
-def test_equality_and_hash_follow_the_content() -> None:
+def test_equality_and_hash_follow_the_content():
     first = Vocabulary.from_arrays(["a", "b"], table(2))
     again = Vocabulary.from_arrays(["a", "b"], table(2))
     assert first == again
@@ -70,25 +70,25 @@ def test_equality_and_hash_follow_the_content() -> None:
     assert first != "a"
 
 
-def test_names_are_delimited_in_the_digest() -> None:
+def test_names_are_delimited_in_the_digest():
     one = Vocabulary.from_arrays(["ab", "c"], table(2))
     other = Vocabulary.from_arrays(["a", "bc"], table(2))
     assert one.digest != other.digest
 
 
-def test_normalised_rows_have_length_one() -> None:
+def test_normalised_rows_have_length_one():
     vocabulary = Vocabulary.from_arrays(["a", "b"], table(2) * 1e-18)
     np.testing.assert_allclose(np.linalg.norm(vocabulary.normalised(), axis=1), 1, rtol=1e-6)
 
 
-def test_normalised_rows_are_computed_once_and_cannot_be_changed() -> None:
+def test_normalised_rows_are_computed_once_and_cannot_be_changed():
     vocabulary = Vocabulary.from_arrays(["a", "b"], table(2))
     assert vocabulary.normalised() is vocabulary.normalised()
     with pytest.raises(ValueError, match="read-only"):
         vocabulary.normalised()[0, 0] = 1
 
 
-def test_base_by_similarity_compares_with_the_training_classes() -> None:
+def test_base_by_similarity_compares_with_the_training_classes():
     vocabulary = Vocabulary.from_arrays(["near", "far", "opposite"], [[1.0, 0.1], [1, 1], [-1, 0]])
     split = vocabulary.base_by_similarity([[5.0, 0]], threshold=0.9)
     assert split.base.tolist() == [True, False, False]
@@ -101,7 +101,7 @@ def test_base_by_similarity_compares_with_the_training_classes() -> None:
         vocabulary.base_by_similarity([[1.0, 0]], 2)
 
 
-def test_subset_keeps_rows_and_base_together() -> None:
+def test_subset_keeps_rows_and_base_together():
     vocabulary = Vocabulary.from_arrays(["a", "b", "c"], table(3), [True, False, True])
     part = vocabulary.subset(["c", "b"])
     assert part.names == ("c", "b")
@@ -120,7 +120,7 @@ def test_subset_keeps_rows_and_base_together() -> None:
     ),
     st.data(),
 )
-def test_saving_and_loading_changes_nothing(tmp_path_factory, names, data) -> None:
+def test_saving_and_loading_changes_nothing(tmp_path_factory, names, data):
     embeddings = data.draw(
         hnp.arrays(np.float32, (len(names), 3), elements=st.floats(0.5, 2, width=32))
     )
@@ -130,7 +130,7 @@ def test_saving_and_loading_changes_nothing(tmp_path_factory, names, data) -> No
     assert Vocabulary.load(vocabulary.save(path)) == vocabulary
 
 
-def test_saving_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
+def test_saving_replaces_and_leaves_nothing_else(tmp_path):
     path = tmp_path / "sub" / "v"
     Vocabulary.from_arrays(["a"], table(1)).save(path)
     Vocabulary.from_arrays(["b"], table(1)).save(path)
@@ -138,7 +138,7 @@ def test_saving_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
     assert Vocabulary.load(path).names == ("b",)
 
 
-def test_a_file_that_is_no_vocabulary_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_no_vocabulary_is_refused(tmp_path):
     with pytest.raises(VocabularyError, match="no vocabulary file"):
         Vocabulary.load(tmp_path / "absent.npz")
     (tmp_path / "text.npz").write_text("hello")
@@ -156,11 +156,11 @@ def test_a_file_that_is_no_vocabulary_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def saved(tmp_path: Path) -> Path:
+def saved(tmp_path) -> Path:
     return Vocabulary.from_arrays(["cup", "pan"], np.eye(2, 8)).save(tmp_path / "v.vocab")
 
 
-def test_every_damaged_byte_is_an_error_or_harmless(saved: Path) -> None:
+def test_every_damaged_byte_is_an_error_or_harmless(saved):
     content = saved.read_bytes()
     for position in range(0, len(content), 3):
         for value in (0x00, 0x10, 0xFF):
@@ -174,7 +174,7 @@ def test_every_damaged_byte_is_an_error_or_harmless(saved: Path) -> None:
             Vocabulary.load(saved)
 
 
-def test_an_archive_that_unpacks_to_much_more_is_refused(tmp_path: Path) -> None:
+def test_an_archive_that_unpacks_to_much_more_is_refused(tmp_path):
     path = tmp_path / "bomb.npz"
     zeros = np.zeros((40_000, 512), np.float32)
     np.savez_compressed(path, names=np.array(["a"]), embeddings=zeros, base=np.ones(1, bool))
@@ -183,7 +183,7 @@ def test_an_archive_that_unpacks_to_much_more_is_refused(tmp_path: Path) -> None
         Vocabulary.load(path)
 
 
-def test_arrays_of_other_kinds_are_refused(tmp_path: Path) -> None:
+def test_arrays_of_other_kinds_are_refused(tmp_path):
     path = tmp_path / "v.npz"
     for names in (np.array([1, 2]), np.array([["a", "b"]])):
         np.savez(path, names=names, embeddings=np.eye(2), base=np.ones(2, bool))
@@ -191,7 +191,7 @@ def test_arrays_of_other_kinds_are_refused(tmp_path: Path) -> None:
             Vocabulary.load(path)
 
 
-def test_a_table_whose_header_asks_for_more_than_the_file_holds_is_refused(tmp_path: Path) -> None:
+def test_a_table_whose_header_asks_for_more_than_the_file_holds_is_refused(tmp_path):
     path = tmp_path / "t.npy"
     np.save(path, np.eye(4))
     path.write_bytes(path.read_bytes().replace(b"(4, 4), ", b"(99999999, 9999), "))

@@ -47,25 +47,22 @@ def by_us(archive: str, folder: str) -> None:
     """Unpack as `proxydet download` does."""
     import threading
 
-    from proxydet.artifacts import Artifact, Provided, Unpack
-    from proxydet.artifacts.archives import Unpacker
+    from proxydet.artifacts import Provided, Unpack
+    from proxydet.artifacts.archives import unpack
     from proxydet.reporting import SILENT
 
     data = Path(folder) / "datasets"
     data.mkdir(parents=True, exist_ok=True)
     (data / "a.zip").hardlink_to(archive)
-    rule = Unpack(folder="datasets", provides=(Provided(path="train2017"),))
-    artifact = Artifact(
-        name="a",
-        title="t",
-        licence="l",
-        addresses=("https://example.org/a",),
-        target="datasets/a.zip",
-        unpack=rule,
+    unpack(
+        data / "a.zip",
+        Unpack(folder="datasets", provides=(Provided(path="train2017"),)),
+        folder=data,
+        listing=data / "a.tsv",
+        digest="0" * 64,
+        progress=SILENT,
+        stop=threading.Event(),
     )
-    stop = threading.Event()
-    unpacker = Unpacker(artifact, rule, data / "a.zip", data, "0" * 64, SILENT, stop)
-    unpacker.run(data / "a.tsv")
 
 
 def by_zipfile(archive: str, folder: str) -> None:

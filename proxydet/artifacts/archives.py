@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import IO
 
 from proxydet import zips
-from proxydet.artifacts.catalogue import Artifact, Unpack
+from proxydet.artifacts.catalogue import Unpack
 from proxydet.artifacts.http import StoppedError
 from proxydet.errors import ArchiveError, ArtifactError
 from proxydet.files import (
@@ -88,7 +88,13 @@ def checked_name(name: str, tops: Collection[str], archive: str) -> str:
     if plain in ("", "."):
         return ""
     parts = plain.split("/")
-    if len(parts) > _DEEPEST or re.match(r"[A-Za-z]:", plain) or not all(map(_is_plain, parts)):
+    leaves = len(parts) > _DEEPEST or re.match(r"[A-Za-z]:", plain) or "\\" in plain
+    if leaves or not all(
+        part.isprintable()
+        and part not in ("", ".", "..")
+        and len(part.encode("utf-8", errors="replace")) <= _LONGEST_PART
+        for part in parts
+    ):
         raise ArchiveError(
             f"{archive} holds a file called {name[:200]!r}, which could be written outside its folder.",
             hint=zips.HOSTILE,
@@ -99,12 +105,6 @@ def checked_name(name: str, tops: Collection[str], archive: str) -> str:
             hint="It is not the archive that the catalogue describes.",
         )
     return plain
-
-
-def _is_plain(part: str) -> bool:
-    if part in ("", ".", "..") or not part.isprintable() or "\\" in part:
-        return False
-    return len(part.encode("utf-8", errors="replace")) <= _LONGEST_PART
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------------
@@ -251,172 +251,108 @@ Listing = dict[str, tuple[int, int]]
 """Size and CRC-32 of unpacked files, by path with forward slashes."""
 
 
-class Unpacker:
-    """Unpacks one archive whose digest has been checked; continues where an earlier run stopped.
+def unpack(
+    path: Path, rule: Unpack, *, folder: Path, listing: Path, digest: str, progress: Progress,
+    stop: threading.Event,
+) -> int:  # fmt: skip
+    """Unpack an archive whose digest has been checked; continue where an earlier run stopped.
 
     The members are written to a hidden folder, and moved when all are there and listed. So a folder such as
     ``train2017`` is either absent or whole.
 
     Args:
-        artifact: The artifact.
-        rule: What it unpacks to.
         path: The archive.
+        rule: What it unpacks to.
         folder: Where its members go.
+        listing: File to write size and CRC-32 of each member to, for later checks.
         digest: Digest of the archive.
         progress: Where to show how far it is.
         stop: Ends the work when set.
-    """
 
-    def __init__(
-        self, artifact: Artifact, rule: Unpack, path: Path, folder: Path, digest: str, progress: Progress,
-        stop: threading.Event,
-    ) -> None:  # fmt: skip
-        self._artifact, self._rule, self._path, self._folder = artifact, rule, path, folder
-        self._digest, self._progress, self._stop = digest, progress, stop
-        self._staging = folder / f".{path.name}.{digest[:16]}.unpacking"
+    Returns:
+        How many files the archive holds.
+
+    Raises:
+        ArchiveError: It is damaged, hostile, or does not hold what the catalogue says.
+        DiskFullError: There is no room.
+        StoppedError: The job was stopped.
+    """
+    version = "[0-9a-f]" * 16
+    staging = folder / f".{path.name}.{digest[:16]}.unpacking"
+    complete = listing.with_name(f"{listing.name}.{digest[:16]}")
+    with write_errors(staging):
+        listing.parent.mkdir(parents=True, exist_ok=True)
+        for left in listing.parent.glob(f"{glob.escape(listing.name)}.{version}"):
+            if left != complete:  # of another version
+                left.unlink()
+        for pattern in ("unpacking", f"{version}.unpacking"):
+            for left in folder.glob(f".{glob.escape(path.name)}.{pattern}"):
+                if left != staging:
+                    shutil.rmtree(left)
+        staging.mkdir(parents=True, exist_ok=True)
+    files = read_listing(complete)
+    if files is None or not all(
+        (staging / name).exists() or (folder / name).exists() for name in files
+    ):
+        try:
+            with archive_errors(path):
+                read = _from_zip if path.suffix == ".zip" else _from_tar
+                files = read(path, rule.tops, _Staging(staging, stop), progress)
+            for provided in rule.provides:
+                inside = sum(name.startswith(f"{provided.path}/") for name in files)
+                size = files[provided.path][0] if provided.path in files else None
+                what = None
+                if not inside and size is None:
+                    what = f"does not hold {provided.path}"
+                elif provided.files not in (None, inside):
+                    what = (
+                        f"holds {counted(inside, 'file')} in {provided.path}, not {provided.files}"
+                    )
+                elif provided.size not in (None, size):
+                    what = f"holds {provided.path} of another size than published"
+                if what is not None:
+                    raise ArchiveError(f"{path.name} {what}.")
+        except ArchiveError:
+            shutil.rmtree(staging, ignore_errors=True)  # this cannot be continued from
+            raise
+        head = json.dumps({"archive": digest, "columns": ["size", "crc32", "name"]})
+        lines = (f"{files[name][0]}\t{files[name][1]:08x}\t{name}\n" for name in sorted(files))
+        write_text(complete, f"{head}\n{''.join(lines)}")
+    with write_errors(folder):
+        for top in rule.tops:
+            if (staging / top).exists() and not (folder / top).exists():
+                (staging / top).rename(folder / top)
+        for name in files:
+            if (staging / name).exists():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (staging / name).replace(folder / name)
+        shutil.rmtree(staging)
+        # At last: then it counts as unpacked, and nobody comes here again.
+        complete.replace(listing)
+    _logger.info("%s: %d files in %s", path.name, len(files), folder)
+    return len(files)
+
+
+class _Staging:
+    """The hidden folder that members are written to; may be used from several threads."""
+
+    def __init__(self, folder: Path, stop: threading.Event) -> None:
+        self.folder = folder
+        self._stop = stop
         self._folders: set[str] = set()  # that were made
 
-    def run(self, listing: Path) -> int:
-        """Unpack.
-
-        Args:
-            listing: File to write size and CRC-32 of each member to, for later checks.
-
-        Returns:
-            How many files the archive holds.
-
-        Raises:
-            ArchiveError: It is damaged, hostile, or does not hold what the catalogue says.
-            DiskFullError: There is no room.
-            StoppedError: The job was stopped.
-        """
-        staging, complete = self._staging, listing.with_name(f"{listing.name}.{self._digest[:16]}")
-        with write_errors(staging):
-            listing.parent.mkdir(parents=True, exist_ok=True)
-            for left in listing.parent.glob(f"{glob.escape(listing.name)}.{'[0-9a-f]' * 16}"):
-                if left != complete:  # of another version
-                    left.unlink()
-            plain = f".{glob.escape(self._path.name)}"
-            for pattern in (f"{plain}.unpacking", f"{plain}.{'[0-9a-f]' * 16}.unpacking"):
-                for left in self._folder.glob(pattern):
-                    if left != staging:  # of another version
-                        shutil.rmtree(left)
-            staging.mkdir(parents=True, exist_ok=True)
-        files = read_listing(complete)
-        if files is None or not all(
-            (staging / name).exists() or (self._folder / name).exists() for name in files
-        ):
-            try:
-                with archive_errors(self._path):
-                    files = self._from_zip() if self._path.suffix == ".zip" else self._from_tar()
-                self._check_provided(files)
-            except ArchiveError:
-                shutil.rmtree(staging, ignore_errors=True)  # this cannot be continued from
-                raise
-            head = json.dumps({"archive": self._digest, "columns": ["size", "crc32", "name"]})
-            lines = (f"{files[name][0]}\t{files[name][1]:08x}\t{name}\n" for name in sorted(files))
-            write_text(complete, f"{head}\n{''.join(lines)}")
-        with write_errors(self._folder):
-            for top in self._rule.tops:
-                if (staging / top).exists() and not (self._folder / top).exists():
-                    (staging / top).rename(self._folder / top)
-            for name in files:
-                if (staging / name).exists():
-                    (self._folder / name).parent.mkdir(parents=True, exist_ok=True)
-                    (staging / name).replace(self._folder / name)
-            shutil.rmtree(staging)
-            complete.replace(
-                listing
-            )  # at last: then it counts as unpacked, and nobody comes here again
-        _logger.info("%s: %d files in %s", self._artifact.name, len(files), self._folder)
-        return len(files)
-
-    def _check_provided(self, files: Listing) -> None:
-        archive = self._artifact.file_name
-        for provided in self._rule.provides:
-            inside = sum(name.startswith(provided.path + "/") for name in files)
-            single = files.get(provided.path)
-            if not inside and single is None:
-                raise ArchiveError(f"{archive} does not hold {provided.path}.")
-            if provided.files not in (None, inside):
-                what = f"{counted(inside, 'file')} in {provided.path}"
-                raise ArchiveError(f"{archive} holds {what}, not {provided.files}.")
-            if provided.size is not None and (single is None or single[0] != provided.size):
-                raise ArchiveError(
-                    f"{provided.path} in {archive} does not have the published size."
-                )
-
-    def _from_zip(self) -> Listing:
-        """Write the members that are not there yet, several at a time."""
-        path, failed = self._path, threading.Event()
-        title = f"unpacking {path.name}"
-        with zips.open_zip(path, largest=_LARGEST_DIRECTORY, times=_MOST_TIMES) as archive:
-            members = _zip_members(archive, path, self._rule.tops)
-            total = sum(entry.file_size for entry in members.values())
-            there = sum(e.file_size for name, e in members.items() if self._has(name, e.file_size))
-            require_room(self._staging / "files", total - there)
-            waiting = iter(members.items())
-
-            def work(task: Task) -> None:
-                try:
-                    while not failed.is_set() and (found := next(waiting, None)) is not None:
-                        name, entry = found
-                        if not self._has(name, entry.file_size):
-                            data = self._zip_data(archive, entry)
-                            self._write(name, entry.file_size, data)
-                        task.advance(entry.file_size)
-                except BaseException:
-                    failed.set()
-                    raise
-
-            with (
-                self._progress.task(title, total=total, unit="B") as task,
-                ThreadPoolExecutor(4) as pool,
-            ):
-                for future in [pool.submit(work, task) for _ in range(4)]:
-                    future.result()
-        return {name: (entry.file_size, entry.CRC) for name, entry in members.items()}
-
-    def _zip_data(self, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Iterator[bytes]:
-        with archive_errors(self._path), archive.open(entry) as source:
-            while chunk := source.read(_CHUNK):
-                yield chunk
-
-    def _from_tar(self) -> Listing:
-        """Write the members that are not there yet, one after another."""
-        path, files, at = self._path, Listing(), 0
-        title, size = f"unpacking {path.name}", path.stat().st_size
-        with Tar(path) as archive, self._progress.task(title, total=size, unit="B") as task:
-            for member in archive:
-                name = checked_name(member.name, self._rule.tops, path.name)
-                if member.isdir() or not name:
-                    self._make_folder(name)
-                    continue
-                if name in files:
-                    raise ArchiveError(f"{path.name} holds {name!r} twice.", path=path)
-                files[name] = (member.size, self._write(name, member.size, archive.data()))
-                task.advance(archive.read_bytes - at)
-                at = archive.read_bytes
-            task.advance(size - at)
-        return files
-
-    def _has(self, name: str, size: int) -> bool:
+    def has(self, name: str, size: int) -> bool:
         """Return whether an earlier run wrote a member; it gets its full size with its last byte."""
         try:
-            return (self._staging / name).stat().st_size == size
+            return (self.folder / name).stat().st_size == size
         except OSError:
             return False
 
-    def _write(self, name: str, size: int, chunks: Iterable[bytes]) -> int:
-        """Write one member unless it is there, and return its CRC-32. May be called from several threads."""
-        path, there = self._staging / name, self._has(name, size)
-        self._make_folder(name.rpartition("/")[0])
-        crc = count = 0
-        with (
-            write_errors(path),
-            _one_kind(name),
-            path.open("ab" if there else "wb", buffering=0) as file,
-        ):
+    def write(self, name: str, size: int, chunks: Iterable[bytes]) -> int:
+        """Write a member unless it is there, and return its CRC-32."""
+        path, there, crc, count = self.folder / name, self.has(name, size), 0, 0
+        self.make_folder(name.rpartition("/")[0])
+        with self._errors(name), path.open("ab" if there else "wb", buffering=0) as file:
             for chunk in chunks:
                 if self._stop.is_set():
                     raise StoppedError
@@ -430,21 +366,75 @@ class Unpacker:
             )
         return crc
 
-    def _make_folder(self, name: str) -> None:
+    def make_folder(self, name: str) -> None:
+        """Make a folder, with those above it."""
         if name not in self._folders:
-            with write_errors(self._staging / name), _one_kind(name):
-                (self._staging / name).mkdir(parents=True, exist_ok=True)
+            with self._errors(name):
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
             self._folders.add(name)
 
+    @contextlib.contextmanager
+    def _errors(self, name: str) -> Iterator[None]:
+        with write_errors(self.folder / name):
+            try:
+                yield
+            except (FileExistsError, IsADirectoryError, NotADirectoryError) as error:
+                raise ArchiveError(
+                    f"The archive holds {name!r} both as a file and as a folder.", hint=zips.HOSTILE
+                ) from error
 
-@contextlib.contextmanager
-def _one_kind(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (FileExistsError, IsADirectoryError, NotADirectoryError) as error:
-        raise ArchiveError(
-            f"The archive holds {name!r} both as a file and as a folder.", hint=zips.HOSTILE
-        ) from error
+
+def _from_zip(path: Path, tops: Collection[str], staging: _Staging, progress: Progress) -> Listing:
+    """Write the members that are not there yet, several at a time."""
+    failed, title = threading.Event(), f"unpacking {path.name}"
+    with zips.open_zip(path, largest=_LARGEST_DIRECTORY, times=_MOST_TIMES) as archive:
+        members = _zip_members(archive, path, tops)
+        total = sum(entry.file_size for entry in members.values())
+        there = sum(e.file_size for name, e in members.items() if staging.has(name, e.file_size))
+        require_room(staging.folder / "files", total - there)
+        waiting = iter(members.items())
+
+        def data(entry: zipfile.ZipInfo) -> Iterator[bytes]:
+            with archive_errors(path), archive.open(entry) as source:
+                while chunk := source.read(_CHUNK):
+                    yield chunk
+
+        def work(task: Task) -> None:
+            try:
+                while not failed.is_set() and (found := next(waiting, None)) is not None:
+                    name, entry = found
+                    if not staging.has(name, entry.file_size):
+                        staging.write(name, entry.file_size, data(entry))
+                    task.advance(entry.file_size)
+            except BaseException:
+                failed.set()
+                raise
+
+        with progress.task(title, total=total, unit="B") as task, ThreadPoolExecutor(4) as pool:
+            for future in [pool.submit(work, task) for _ in range(4)]:
+                future.result()
+    return {name: (entry.file_size, entry.CRC) for name, entry in members.items()}
+
+
+def _from_tar(path: Path, tops: Collection[str], staging: _Staging, progress: Progress) -> Listing:
+    """Write the members that are not there yet, one after another."""
+    files, at, size = Listing(), 0, path.stat().st_size
+    with (
+        Tar(path) as archive,
+        progress.task(f"unpacking {path.name}", total=size, unit="B") as task,
+    ):
+        for member in archive:
+            name = checked_name(member.name, tops, path.name)
+            if member.isdir() or not name:
+                staging.make_folder(name)
+                continue
+            if name in files:
+                raise ArchiveError(f"{path.name} holds {name!r} twice.", path=path)
+            files[name] = (member.size, staging.write(name, member.size, archive.data()))
+            task.advance(archive.read_bytes - at)
+            at = archive.read_bytes
+        task.advance(size - at)
+    return files
 
 
 def read_listing(path: Path) -> Listing | None:

@@ -6,12 +6,14 @@ that names its place. Everything in a catalogue is treated as hostile: its paths
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
+from graphlib import CycleError, TopologicalSorter
 from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -24,7 +26,6 @@ from proxydet.files import read_text
 CATALOGUE_VARIABLE = "PROXYDET_CATALOGUE"
 """Environment variable with further catalogue files, separated as in PATH."""
 
-_DEEPEST_GROUP = 20
 _LARGEST_CATALOGUE = 8 << 20
 _LARGEST_FAMILY = 25_000
 _LARGEST_FILE = 1 << 50
@@ -231,7 +232,26 @@ class Family(Entry):
         Raises:
             ConfigError: A member would not be a valid artifact.
         """
-        return tuple(self._member(str(value)) for value in self._values())
+        common = {each.name: getattr(self, each.name) for each in fields(Entry)}
+        made = []
+        for value in map(str, self._values()):
+
+            def fill(text: str, value: str = value) -> str:
+                return text.replace("{" + self.variable + "}", value)
+
+            unpack = self.unpack
+            if unpack is not None:
+                provides = tuple(replace(p, path=fill(p.path)) for p in unpack.provides)
+                unpack = Unpack(folder=fill(unpack.folder), provides=provides)
+            filled = {
+                "name": f"{self.name}/{value}",
+                "title": f"{self.title}: {value}",
+                "addresses": tuple(map(fill, self.addresses)),
+                "target": fill(self.target),
+                "unpack": unpack,
+            }
+            made.append(Artifact(**{**common, **filled}))
+        return tuple(made)
 
     def _values(self) -> range | tuple[str, ...]:
         if self.first is not None and self.last is not None:
@@ -240,24 +260,6 @@ class Family(Entry):
             return self.values
         synsets = resources.files("proxydet.artifacts").joinpath("synsets.txt")
         return tuple(synsets.read_text(encoding="ascii").split())
-
-    def _member(self, value: str) -> Artifact:
-        def fill(text: str) -> str:
-            return text.replace("{" + self.variable + "}", value)
-
-        unpack = self.unpack
-        if unpack is not None:
-            provides = tuple(replace(p, path=fill(p.path)) for p in unpack.provides)
-            unpack = Unpack(folder=fill(unpack.folder), provides=provides)
-        common = {each.name: getattr(self, each.name) for each in fields(Entry)}
-        filled = {
-            "name": f"{self.name}/{value}",
-            "title": f"{self.title}: {value}",
-            "addresses": tuple(fill(address) for address in self.addresses),
-            "target": fill(self.target),
-            "unpack": unpack,
-        }
-        return Artifact(**{**common, **filled})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,12 +305,37 @@ class Catalogue:
         self.titles: dict[str, str] = {}
         self.groups: dict[str, tuple[str, ...]] = {}
         for where, content in files:
-            self._add(where, content)
-        self._by_file_name = {artifact.file_name: artifact for artifact in self.every()}
-        sound: set[str] = set()
-        for name in self.groups:
-            self._check_group(name, (name,), sound)
-        self._check_places()
+            named = [(each.name, each.title) for each in (*content.artifacts, *content.families)]
+            for name, title in (*named, *((name, g.title) for name, g in content.groups.items())):
+                if name in self.titles:
+                    raise ConfigError(
+                        f"{where}: the name {name!r} is taken already.", hint="Choose another name."
+                    )
+                self.titles[name] = title
+            self.artifacts.update((artifact.name, artifact) for artifact in content.artifacts)
+            for family in content.families:
+                with _located(f"{where}: {family.name}"):
+                    self.families[family.name] = family.members
+            self.groups.update((name, group.holds) for name, group in content.groups.items())
+        self._singles = {artifact.file_name: artifact for artifact in self.every()}
+        self._singles.update((artifact.name, artifact) for artifact in self.every())
+        try:
+            TopologicalSorter(self.groups).prepare()
+        except CycleError as error:
+            raise ConfigError(f"The group {error.args[1][0]!r} contains itself.") from error
+        inner = {name for holds in self.groups.values() for name in holds}
+        self.resolve(inner - self.titles.keys())
+        owners: dict[str, str] = {}
+        for artifact in self.every():
+            if artifact.target in owners:
+                both = f"{owners[artifact.target]} and {artifact.name}"
+                raise ConfigError(f"{both} would both be written to {artifact.target}.")
+            owners[artifact.target] = artifact.name
+        for target, name in owners.items():
+            parent = target
+            while parent := parent.rpartition("/")[0]:
+                if parent in owners:
+                    raise ConfigError(f"{name} would be written below the file {parent}.")
 
     @classmethod
     def load(cls, extra: Iterable[Path] = ()) -> Catalogue:
@@ -319,8 +346,16 @@ class Catalogue:
         """
         files = [("the built-in catalogue", _built_in())]
         named = os.environ.get(CATALOGUE_VARIABLE, "")
-        paths = [Path(part) for part in named.split(os.pathsep) if part]
-        files.extend((str(path), _read(path)) for path in (*paths, *extra))
+        for path in (*(Path(part) for part in named.split(os.pathsep) if part), *extra):
+            try:
+                text = read_text(path, limit=_LARGEST_CATALOGUE)
+            except (OSError, ValueError) as error:
+                raise ConfigError(
+                    f"The catalogue file {path} cannot be read: {getattr(error, 'strerror', None) or error}.",
+                    hint=f"Check the path given, and {CATALOGUE_VARIABLE}.",
+                    path=path,
+                ) from error
+            files.append((str(path), _parse(text, str(path))))
         return cls(files)
 
     def every(self) -> Iterator[Artifact]:
@@ -347,7 +382,15 @@ class Catalogue:
                     waiting.extend(self.groups[name][::-1])
                 seen.add(name)
                 continue
-            for artifact in self.families.get(name) or (self._single(name),):
+            if name not in self.families and name not in self._singles:
+                known = [*self.groups, *self.families, *self._singles]
+                close = difflib.get_close_matches(name, known, n=2)
+                nearest = f" Did you mean {' or '.join(close)}?" if close else ""
+                raise ConfigError(
+                    f"There is no artifact called {name!r}.{nearest}",
+                    hint="proxydet download --list shows all names.",
+                )
+            for artifact in self.families.get(name) or (self._singles[name],):
                 found.setdefault(artifact.name, artifact)
         return tuple(found.values())
 
@@ -368,70 +411,14 @@ class Catalogue:
                 return family if family in self.families else artifact.name
         return None
 
-    def _single(self, name: str) -> Artifact:
-        if name in self.artifacts:
-            return self.artifacts[name]
-        family = name.partition("/")[0]
-        for member in self.families.get(family, ()):
-            if member.name == name:
-                return member
-        if name in self._by_file_name:
-            return self._by_file_name[name]
-        known = [*self.groups, *self.families, *self.artifacts, *self._by_file_name]
-        close = difflib.get_close_matches(name, known, n=2)
-        nearest = f" Did you mean {' or '.join(close)}?" if close else ""
-        raise ConfigError(
-            f"There is no artifact called {name!r}.{nearest}",
-            hint="proxydet download --list shows all names.",
-        )
 
-    def _add(self, where: str, content: CatalogueFile) -> None:
-        for artifact in content.artifacts:
-            self._claim(where, artifact.name, artifact.title)
-            self.artifacts[artifact.name] = artifact
-        for family in content.families:
-            self._claim(where, family.name, family.title)
-            try:
-                self.families[family.name] = family.members
-            except ConfigError as error:
-                raise ConfigError(
-                    f"{where}: {family.name}: {error.message}", hint=error.hint
-                ) from error
-        for name, group in content.groups.items():
-            self._claim(where, name, group.title)
-            self.groups[name] = group.holds
-
-    def _claim(self, where: str, name: str, title: str) -> None:
-        if name in self.titles:
-            raise ConfigError(
-                f"{where}: the name {name!r} is taken already.", hint="Choose another name."
-            )
-        self.titles[name] = title
-
-    def _check_group(self, name: str, above: tuple[str, ...], sound: set[str]) -> None:
-        if len(above) > _DEEPEST_GROUP:
-            raise ConfigError(f"The group {above[0]!r} is nested too deeply.")
-        for inner in self.groups[name]:
-            if inner in above:
-                raise ConfigError(f"The group {inner!r} contains itself.")
-            if inner in self.groups and inner not in sound:
-                self._check_group(inner, (*above, inner), sound)
-            elif inner not in self.titles:
-                self._single(inner)
-        sound.add(name)
-
-    def _check_places(self) -> None:
-        owners: dict[str, str] = {}
-        for artifact in self.every():
-            if artifact.target in owners:
-                both = f"{owners[artifact.target]} and {artifact.name}"
-                raise ConfigError(f"{both} would both be written to {artifact.target}.")
-            owners[artifact.target] = artifact.name
-        for target, name in owners.items():
-            parent = target
-            while parent := parent.rpartition("/")[0]:
-                if parent in owners:
-                    raise ConfigError(f"{name} would be written below the file {parent}.")
+@contextlib.contextmanager
+def _located(where: str) -> Iterator[None]:
+    """Name the place in front of a `ConfigError`."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error.message}", hint=error.hint) from error
 
 
 @functools.cache
@@ -440,20 +427,7 @@ def _built_in() -> CatalogueFile:
     return _parse(text, "the built-in catalogue")
 
 
-def _read(path: Path) -> CatalogueFile:
-    try:
-        return _parse(read_text(path, limit=_LARGEST_CATALOGUE), str(path))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"The catalogue file {path} cannot be read: {getattr(error, 'strerror', None) or error}.",
-            hint=f"Check the path given, and {CATALOGUE_VARIABLE}.",
-            path=path,
-        ) from error
-
-
 def _parse(text: str, where: str) -> CatalogueFile:
     table = parse_toml(text, where)
-    try:
+    with _located(where):
         return from_mapping(CatalogueFile, table)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error.message}", hint=error.hint) from error

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from proxydet.artifacts.addresses import host_of
-from proxydet.artifacts.archives import Listing, Unpacker, read_listing
+from proxydet.artifacts.archives import Listing, read_listing, unpack
 from proxydet.artifacts.catalogue import Artifact, Catalogue, Unpack
 from proxydet.artifacts.content import content_check
 from proxydet.artifacts.http import (
@@ -456,11 +456,15 @@ class Downloader:
             return outcome
         try:
             with self._unpacking:
-                folder, listing = self._root.path(rule.folder), self._root.listing(artifact)
-                unpacker = Unpacker(
-                    artifact, rule, target, folder, digest, self._progress, self._client.stop
+                count = unpack(
+                    target,
+                    rule,
+                    folder=self._root.path(rule.folder),
+                    listing=self._root.listing(artifact),
+                    digest=digest,
+                    progress=self._progress,
+                    stop=self._client.stop,
                 )
-                count = unpacker.run(listing)
         except ArchiveError as error:
             advice = f"Remove {target}, or give --force to fetch it again."
             hint = f"{error.hint} {advice}" if error.hint else advice

@@ -469,8 +469,8 @@ def remembered_sha256(
 # ---- JSON lines ------------------------------------------------------------------------------------------------------
 
 
-# Damaged lines that were reported, by file: several readers of one process report them once.
-_damaged_lines: dict[Path, int] = {}
+# What was reported as damaged, by file: several readers of one process report it once.
+_reported_damage: dict[Path, tuple[int, int]] = {}
 
 
 class JsonLines:
@@ -482,16 +482,19 @@ class JsonLines:
         self.path = path
         self._whole = False
 
-    def read(self) -> Iterator[dict[str, Any]]:
+    def read(self, *, then: str = "") -> Iterator[dict[str, Any]]:
         """Yield the records.
 
-        A last line that a crash cut short is passed over; so are lines that are not JSON objects (zeros, after a power
-        cut), which are counted and reported once.
+        Passed over, and reported once, are a last line that a crash cut short, and lines that are not JSON objects (zeros,
+        after a power cut), which are counted.
+
+        Args:
+            then: What follows for the job, where something was passed over; ends the report.
 
         Raises:
             InputError: The file is there but cannot be read.
         """
-        damaged = 0
+        damaged = cut = 0
         try:
             if not self.path.exists():
                 return
@@ -501,13 +504,13 @@ class JsonLines:
                 inside = False
                 while piece := file.readline(self._LONGEST):
                     begins, inside = not inside, not piece.endswith(b"\n")
+                    cut = inside * (len(piece) if begins else cut + len(piece))
                     if inside:
-                        damaged += begins and len(piece) == self._LONGEST
                         continue
-                    if not begins:
-                        continue  # the end of a line that is too long
                     try:
-                        record = json.loads(piece)
+                        record = (
+                            json.loads(piece) if begins else None
+                        )  # None: a line that is too long
                     except (ValueError, RecursionError):
                         record = None
                     if isinstance(record, dict):
@@ -520,10 +523,15 @@ class JsonLines:
                 hint="move it away; it is written again",
                 path=self.path,
             ) from error
-        if damaged > _damaged_lines.get(self.path, 0):
-            plural = "s" if damaged > 1 else ""
-            logger.warning("%s: passed over %d damaged line%s", self.path, damaged, plural)
-            _damaged_lines[self.path] = damaged
+        known = _reported_damage.get(self.path, (0, 0))
+        found = []
+        if damaged > known[0]:
+            found.append(f"passed over {damaged} damaged line{'s' if damaged > 1 else ''}")
+        if cut not in (0, known[1]):
+            found.append(f"left out {cut} bytes of a last line that was cut short")
+        if found:
+            logger.warning("%s: %s", self.path, "; ".join(filter(None, [*found, then])))
+            _reported_damage[self.path] = max(damaged, known[0]), cut
 
     def append(self, record: dict[str, Any]) -> None:
         """Write a record and wait until the disk has it.
@@ -551,16 +559,18 @@ class JsonLines:
                         file.truncate(start)
                     raise
 
-    def keep(self, kept: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-        """Remove the records that are not kept, damaged lines too, and return the removed ones."""
+    def keep(
+        self, kept: Callable[[dict[str, Any]], bool], *, then: str = ""
+    ) -> list[dict[str, Any]]:
+        """Remove the records that are not kept, damaged lines too, and return the removed ones; ``then`` as of `read`."""
         if not self.path.exists():
             return []
         lines: list[dict[str, Any]] = []
         removed: list[dict[str, Any]] = []
-        for record in self.read():
+        for record in self.read(then=then):
             (lines if kept(record) else removed).append(record)
         write_text(self.path, "".join(json.dumps(record) + "\n" for record in lines))
-        _damaged_lines.pop(self.path, None)
+        _reported_damage.pop(self.path, None)
         return removed
 
 
@@ -576,7 +586,6 @@ def remove_cut_line(path: Path) -> None:
             if found >= 0:
                 break
         if end < size:
-            logger.info("%s: removed a line that was cut short", path)
             file.truncate(end)
 
 

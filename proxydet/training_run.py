@@ -106,10 +106,19 @@ def finished_run(folder: RunFolder, config: RunConfig) -> TrainResult | None:
     records = read_steps(JsonLines(folder.metrics))
     last = records[-1] if records else {}
     evaluations = read_evaluations(JsonLines(folder.evaluations))
+    if not records:
+        logger.warning(
+            "%s is missing or holds no record: the losses of this finished run are not known; its weights are whole",
+            folder.metrics,
+        )
+    if not evaluations and any(folder.root.glob("evaluations/step_*/report.json")):
+        logger.warning(
+            "%s is missing or holds no record: see evaluations/ for the metrics", folder.evaluations
+        )
     return TrainResult(
         folder=folder.root,
         weights=folder.final_weights,
-        iterations=last.get("iteration", config.training.iterations),
+        iterations=last.get("iteration", earlier.config.training.iterations),
         losses=last.get("losses", {}),
         evaluations=evaluations,
         best=best_of(evaluations, config.training.evaluation.metric),

@@ -31,6 +31,7 @@ from proxydet.errors import (
     JobInterruptedError,
     NumericsError,
     ProxydetError,
+    RuntimeEnvironmentError,
     TrainingError,
 )
 from proxydet.files import read_json, write_json
@@ -447,6 +448,13 @@ def _is_echo(error: BaseException) -> bool:
     )
 
 
+def holds_logs_only(run: Path) -> bool:
+    """Whether a run folder holds nothing but logs: the training was refused before it began, and its error is all they say."""
+    return run.is_dir() and all(
+        path.name == "logs" or path.name.startswith("train.lock") for path in run.iterdir()
+    )
+
+
 def _record_error(error: BaseException, rank: int, logs: Path) -> None:
     """Write an error to the file from which torchrun, and `launch`, take the reason of a failure."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
@@ -460,6 +468,8 @@ def _record_error(error: BaseException, rank: int, logs: Path) -> None:
         if isinstance(error, ProxydetError)
         else f"{type(error).__name__}: {first_line(error)}"
     )
+    refused = isinstance(error, (InputError, RuntimeEnvironmentError))
+    log = logs / f"rank_{rank if arose is None else arose}.log"
     record = {
         "kind": type(error).__name__ if known else "TrainingError",
         "weight": 0 if known else 2 if _is_echo(error) else 1,
@@ -467,7 +477,7 @@ def _record_error(error: BaseException, rank: int, logs: Path) -> None:
         "hint": error.hint if isinstance(error, ProxydetError) else None,
         "signal": error.signal_number if isinstance(error, JobInterruptedError) else 0,
         "process": None if arose is not None else rank,
-        "log": str(logs / f"rank_{rank if arose is None else arose}.log"),
+        "log": None if refused and holds_logs_only(logs.parent) else str(log),
         "time": time.time(),
     }
     content = {"message": text, "timestamp": int(time.time()), "proxydet": record}
@@ -506,7 +516,8 @@ def _recorded_error(
             first["message"], signal_number=first["signal"], hint=first["hint"]
         )
     where = "" if first["process"] is None else f"Process {first['process']} of {world_size}: "
-    hint = " ".join(filter(None, [first["hint"], f"Its log: {first['log']}"]))
+    log = f"Its log: {first['log']}" if first["log"] else None
+    hint = " ".join(filter(None, [first["hint"], log]))
     # Another version may have written it.
     kind: type[ProxydetError] = getattr(errors, str(first["kind"]), TrainingError)
     return kind(where + first["message"], hint=hint)

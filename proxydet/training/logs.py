@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import resource
 import sys
 import time
@@ -16,6 +17,8 @@ from proxydet.training.config import LogConfig
 from proxydet.training.distributed import DistInfo
 from proxydet.training.runfolder import RunFolder, iteration_of
 from proxydet.training.step import StepResult
+
+logger = logging.getLogger(__name__)
 
 
 class MetricLogger:
@@ -55,8 +58,11 @@ class MetricLogger:
         self._restart_clock(0.0)
         self.last: dict[str, float] = {}
         if ranks.is_main:
+            then = f"training continues after iteration {state.iteration}"
+            if state.iteration and not folder.metrics.exists():
+                logger.warning("%s is missing: its records are lost; %s", folder.metrics, then)
             for lines in (self._metrics, self._evaluations):
-                lines.keep(lambda record: iteration_of(record) <= state.iteration)
+                lines.keep(lambda record: iteration_of(record) <= state.iteration, then=then)
             if config.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 

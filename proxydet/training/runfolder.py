@@ -40,7 +40,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from proxydet.config import differences, from_mapping, load_mapping
 from proxydet.data.dataset import DatasetConfig
 from proxydet.data.store import AnnotationStore
-from proxydet.errors import CheckpointError, ConfigError, InputError, ProxydetError
+from proxydet.errors import (
+    CheckpointError,
+    ConfigError,
+    InputError,
+    ProxydetError,
+    RuntimeEnvironmentError,
+)
 from proxydet.files import JsonLines, Lock, sha256, sweep, write_text
 from proxydet.manifest import read_run_records, read_values
 from proxydet.training.checkpoint import (
@@ -53,7 +59,7 @@ from proxydet.training.checkpoint import (
 )
 from proxydet.training.config import CheckpointConfig, scale_training
 from proxydet.training.distributed import DistInfo, launched_rank, number_in
-from proxydet.training.launch import LAUNCHER
+from proxydet.training.launch import LAUNCHER, holds_logs_only
 from proxydet.vocabulary.compositional import CompositionalEncoder
 from proxydet.vocabulary.vocabulary import Vocabulary
 from proxydet.weight_files import read_content, read_safetensors
@@ -132,11 +138,14 @@ class RunFolder:
         )
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[Callable[[], None]]:
+    def held(self, *, fresh: bool = False) -> Iterator[Callable[[], None]]:
         """Keep other trainings out of the folder, and remove what killed ones were writing.
 
         For the first process of a training: the launcher that starts the others, or the main one. Where this process or its
-        launcher holds the folder already, nothing is done.
+        launcher holds the folder already, nothing is done. A training that is refused leaves nothing in a new folder.
+
+        Args:
+            fresh: Whether the run that is there will be removed (`clear`): its logs are removed before others are opened.
 
         Yields:
             A function that makes sure that the folder is still held; see `proxydet.files.Lock.check`.
@@ -149,25 +158,28 @@ class RunFolder:
         owner = lock.owner()
         ours = (os.getpid(), number_in(os.environ, LAUNCHER))
         mine = owner is None or owner.has_ended or not (owner.is_here and owner.pid in ours)
-        made = not self.root.exists()
+        made, logged = not self.root.exists(), self.logs.exists()
         if mine:
             lock.acquire(wait=False)
             if lock.held:
-                for folder in (
-                    self.root,
-                    self.plots,
-                ):  # evaluations on other machines write here, too
-                    sweep(folder)
+                sweep(self.root)  # evaluations on other machines write here, too
+                sweep(self.plots)
                 for folder in (self.checkpoints, self.failures):
                     sweep(folder, sole_writer=True)
+            if fresh and self.config.exists():
+                shutil.rmtree(self.logs, ignore_errors=True)
         try:
             yield lambda: lock.check(None if mine else owner)
+        except (InputError, RuntimeEnvironmentError):
+            if mine and not logged and holds_logs_only(self.root):
+                shutil.rmtree(self.logs, ignore_errors=True)
+            raise
         finally:
             if mine:
                 lock.release()
                 if made:
                     with contextlib.suppress(OSError):
-                        self.root.rmdir()  # a training that was refused leaves no empty folder
+                        self.root.rmdir()
 
     def set_aside_after(self, iteration: int, end: int = sys.maxsize) -> None:
         """Move away all that came after the iteration from which the run is resumed; it is not part of the run any more.
@@ -196,8 +208,9 @@ class RunFolder:
             target = aside / path.relative_to(self.root)
             target.parent.mkdir(parents=True, exist_ok=True)
             path.replace(target)
+        then = f"training continues after iteration {iteration}"
         for path in (self.metrics, self.evaluations):
-            removed = JsonLines(path).keep(lambda r: iteration_of(r) <= iteration)
+            removed = JsonLines(path).keep(lambda r: iteration_of(r) <= iteration, then=then)
             if removed:
                 write_text(aside / path.name, "".join(json.dumps(r) + "\n" for r in removed))
         logger.warning(
@@ -213,10 +226,13 @@ class RunFolder:
                 shutil.rmtree(path, ignore_errors=True)
 
     def clear(self) -> None:
-        """Remove the run that the folder holds; files that are not a run's stay."""
-        for path in (self.checkpoints, self.tensorboard, self.plots, self.failures):
-            shutil.rmtree(path, ignore_errors=True)
-        for name in ("evaluations", "aside"):
+        """Remove the run that the folder holds; files that are not a run's stay, and logs that this process writes."""
+        folders = ["checkpoints", "tensorboard", "plots", "failures", "evaluations", "aside"]
+        handlers = logging.getLogger("proxydet").handlers
+        files = [Path(h.baseFilename) for h in handlers if isinstance(h, logging.FileHandler)]
+        if self.config.exists() and self.logs.resolve() not in [f.parent.resolve() for f in files]:
+            folders.append("logs")  # else `held` has removed those of the run before
+        for name in folders:
             shutil.rmtree(self.root / name, ignore_errors=True)
         for path in (self.config, self.vocabulary, self.text_encoder, self.environment, self.manifest,
                      self.metrics, self.evaluations, self.final_safetensors, self.final_weights):  # fmt: skip

@@ -280,11 +280,6 @@ class StepResult:
     skipped: bool
     stop: bool
 
-    @property
-    def total(self) -> float:
-        """Sum of the losses."""
-        return sum(self.losses.values())
-
 
 def train_step(
     state: TrainingState,

@@ -387,7 +387,7 @@ def _run(
             with connect(device) as ranks, contextlib.ExitStack() as holding:
 
                 def take() -> None:
-                    holding.enter_context(folder.held())
+                    holding.enter_context(folder.held(fresh=options.overwrite))
 
                 decided_by_main(ranks, take)
                 yield
@@ -406,7 +406,11 @@ def _run(
                 # that is in use would wait for other nodes.
                 if plan.nodes > 1:
                     folder.new_lock().require_free()
-                with folder.held() if plan.nodes == 1 else contextlib.nullcontext():
+                with (
+                    folder.held(fresh=options.overwrite)
+                    if plan.nodes == 1
+                    else contextlib.nullcontext()
+                ):
                     launch(plan, ["-m", "proxydet_cli", *words], folder.logs)
             else:
                 train_here()

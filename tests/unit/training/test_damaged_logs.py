@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from proxydet.config import dump_yaml
-from proxydet.recipes import get_recipe
+from proxydet.recipes import RunConfig, get_recipe
 from proxydet.training.runfolder import RunFolder
 from proxydet.training_run import finished_run, plot_run
 from proxydet.vocabulary.vocabulary import Vocabulary
@@ -35,18 +36,23 @@ DAMAGED_EVALUATIONS = [
 ]
 
 
+def finish(root: Path) -> tuple[RunFolder, RunConfig]:
+    """Write a finished run without logs."""
+    folder, config = RunFolder(root), get_recipe("tiny")
+    folder.config.write_text(dump_yaml(config))
+    write_state({"model": {}, "iteration": 2}, folder.final_weights)
+    Vocabulary.from_arrays(["cup"], [[1.0]]).save(folder.vocabulary)
+    return folder, config
+
+
 @pytest.mark.parametrize("number", range(len(DAMAGED_STEPS)))
 def test_damaged_lines_are_passed_over(tmp_path: Path, number: int) -> None:
-    folder = RunFolder(tmp_path)
+    folder, config = finish(tmp_path)
     for path, whole, damaged in (
         (folder.metrics, STEP, DAMAGED_STEPS[number]),
         (folder.evaluations, EVALUATION, DAMAGED_EVALUATIONS[number]),
     ):
         path.write_bytes(json.dumps(whole).encode() + b"\n" + damaged + b"\n")
-    config = get_recipe("tiny")
-    folder.config.write_text(dump_yaml(config))
-    write_state({"model": {}, "iteration": 2}, folder.final_weights)
-    Vocabulary.from_arrays(["cup"], [[1.0]]).save(folder.vocabulary)
     result = finished_run(folder, config)
     assert result is not None
     assert (result.iterations, result.losses, result.skipped) == (2, STEP["losses"], 0)
@@ -55,3 +61,53 @@ def test_damaged_lines_are_passed_over(tmp_path: Path, number: int) -> None:
     assert "loss 1.5" in _summary(result)
     assert len(list(folder.plots.glob("*.png"))) == 2
     assert plot_run(folder, again=False) == []
+
+
+def test_a_finished_run_reports_logs_that_are_gone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, config = finish(tmp_path)
+    (folder.evaluation(2)).mkdir(parents=True)
+    (folder.evaluation(2) / "report.json").write_text("{}")
+    result = finished_run(folder, config)
+    assert result is not None
+    assert result.iterations == config.training.iterations
+    reported = [record.getMessage() for record in caplog.records if ".jsonl" in record.getMessage()]
+    assert [
+        str(path) in line
+        for path, line in zip((folder.metrics, folder.evaluations), reported, strict=True)
+    ] == [True, True]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_line_that_was_cut_is_reported_once(
+    toy: ModuleType, tmp_path: Path, finished: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And, where training continues, after which iteration: step 5 of the cut log is taken again."""
+    changes = {"log": {"period": 1}, "evaluation": {"period": 4}}
+    toy.run(tmp_path, changes, evaluate=lambda *_: {"AP": 1.0})
+    folder = RunFolder(tmp_path)
+    lines = folder.metrics.read_bytes().splitlines(keepends=True)
+    folder.metrics.write_bytes(b"".join(lines[:4]) + lines[4][:37])
+    if finished:
+        config = finish(tmp_path)[1]
+        assert finished_run(folder, config) is not None
+    else:
+        for path in (folder.final_weights, folder.checkpoints / "step_0000012.pth"):
+            path.unlink()
+        toy.run(tmp_path, changes, evaluate=lambda *_: {"AP": 1.0})
+        assert len(folder.metrics.read_text().splitlines()) == 8
+    (line,) = [r.getMessage() for r in caplog.records if str(folder.metrics) in r.getMessage()]
+    assert "37 bytes" in line
+    assert ("after iteration 8" in line) != finished
+
+
+def test_a_run_that_is_resumed_reports_a_log_that_is_gone(
+    toy: ModuleType, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    toy.run(tmp_path, {})
+    folder = RunFolder(tmp_path)
+    folder.metrics.unlink()
+    toy.run(tmp_path, {}, resume=folder.checkpoints / "step_0000008.pth")
+    (line,) = [r.getMessage() for r in caplog.records if str(folder.metrics) in r.getMessage()]
+    assert "after iteration 8" in line

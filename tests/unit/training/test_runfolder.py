@@ -23,6 +23,7 @@ from proxydet.recipes import RunConfig, get_recipe, resolve_config
 from proxydet.training import distributed
 from proxydet.training.config import scale_training
 from proxydet.training.distributed import DistInfo, check_agreement
+from proxydet.training.launch import worker
 from proxydet.training.runfolder import (
     RunFolder,
     check_same,
@@ -183,6 +184,8 @@ class TestSettings:
             assert "--overwrite" in str(caught.value.hint)
             assert find_earlier(folder, other, "never", overwrite=True) == []
         (folder.root / "notes.txt").touch()
+        folder.logs.mkdir()
+        (folder.logs / "rank_1.log").touch()
         folder.clear()
         assert [path.name for path in folder.root.iterdir()] == ["notes.txt"]
 
@@ -503,6 +506,31 @@ except LockedError:
             first.kill()
         assert f"in use by process {first.pid}" in " ".join(capsys.readouterr().err.split())
         assert not folder.logs.exists()
+
+    @pytest.mark.parametrize("there", [(), ("notes.txt",), ("logs/mine.txt",)])
+    def test_a_training_that_is_refused_leaves_no_logs_in_a_new_folder(
+        self, tmp_path: Path, there: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1"}.items():
+            monkeypatch.setenv(name, value)  # as torchrun starts it: with a log
+        root = tmp_path / "new"
+        for name in there:
+            (root / name).parent.mkdir(parents=True)
+            (root / name).touch()
+        words = ["--recipe", "tiny", "--device", "cpu", "--output", str(root)]
+        assert main(["train", *words]) == ConfigError.exit_code, "there are no data"
+        kept = [str(p.relative_to(root)) for p in root.rglob("*") if p.is_file()]
+        assert [name for name in kept if "rank_" not in name] == list(there)
+        assert root.exists() == bool(there)
+
+    def test_logs_of_a_run_that_is_overwritten_go_before_new_ones_are_opened(
+        self, folder: RunFolder
+    ) -> None:
+        folder.logs.mkdir()
+        (folder.logs / "rank_0.log").write_text("of before")
+        with folder.held(fresh=True), worker(folder.logs):
+            folder.clear()
+            assert "of before" not in (folder.logs / "rank_0.log").read_text()
 
 
 def test_an_interrupted_evaluation_starts_again_with_other_settings(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import hypothesis
 import pytest
@@ -41,8 +43,37 @@ def repository() -> Path:
     return REPOSITORY
 
 
+class Ended(NamedTuple):
+    """What a command left: its exit code, its output, and what it wrote to stderr."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def data(self) -> Any:
+        """The output of a command with ``--json``."""
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def cli(capsys) -> Callable[..., Ended]:
+    """Run a command line in this process: ``cli("vocab", "show", path)``."""
+    from proxydet_cli.main import main
+
+    def run(*words: object) -> Ended:
+        capsys.readouterr()
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return Ended(code, *capsys.readouterr())
+
+    return run
+
+
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_cache(tmp_path_factory, monkeypatch) -> None:
     monkeypatch.setenv("PROXYDET_CACHE", str(tmp_path_factory.getbasetemp() / "proxydet-cache"))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import operator
 from typing import Any
 
@@ -64,11 +63,8 @@ def test_every_key_takes_another_value_from_any_recipe():
     assert resolve_config(None, None, sorted(wanted)) == get_recipe("swinb")
 
 
-def test_on_the_command_line(capsys):
-    from proxydet_cli.main import main
-
+def test_on_the_command_line(cli):
     wanted = [text for text in assignments("tiny") if not text.startswith("recipe=")]
     words = [word for text in wanted for word in ("--set", text)]
-    with pytest.raises(SystemExit, match="0"):
-        main(["train", "--recipe", "tiny", *words, "--show-config", "--json"])
-    assert json.loads(capsys.readouterr().out)["data"] == to_mapping(get_recipe("tiny"))["data"]
+    shown = cli("train", "--recipe", "tiny", *words, "--show-config", "--json").data
+    assert shown["data"] == to_mapping(get_recipe("tiny"))["data"]

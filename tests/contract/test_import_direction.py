@@ -6,11 +6,6 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-CORE = REPOSITORY / "proxydet"
-
 SHARED = 0
 RANK = {
     # What everyone may use, and what uses nothing but that.
@@ -59,17 +54,12 @@ RANK = {
 
 
 def module_name(path: Path) -> str:
-    parts = path.relative_to(REPOSITORY).with_suffix("").parts
+    parts = path.with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def modules() -> list[Path]:
-    return sorted(CORE.rglob("*.py"))
-
-
-def imported(path: Path) -> Iterator[tuple[str, int]]:
+def imported(tree: ast.Module) -> Iterator[tuple[str, int]]:
     """Names of our modules that a file imports when it runs, at any depth, and the line."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
     typing_only = {
         id(node)
         for block in ast.walk(tree)
@@ -98,30 +88,27 @@ def part(name: str) -> str:
     return own if own in RANK else ".".join(parts[:1])
 
 
-@pytest.mark.parametrize("path", modules(), ids=module_name)
-def test_imports_go_one_way(path):
-    own = part(module_name(path))
-    for name, line in imported(path):
-        where = f"{path.relative_to(REPOSITORY)}:{line} imports {name}"
-        assert name.split(".")[0] == "proxydet", f"{where}: the core is complete without the CLI"
-        other = part(name)
-        if other == own or name == "proxydet":
-            continue
-        assert RANK[other] <= RANK[own], f"{where}: it comes later on the way"
-        equals = RANK[other] == RANK[own]
-        assert not equals or RANK[own] in (SHARED, RANK["detector"], RANK[""]), where
+def test_imports_go_one_way(trees):
+    core = {path: tree for path, tree in trees.items() if path.parts[0] == "proxydet"}
+    assert {part(module_name(path)) for path in core} <= set(RANK), "give the new module a rank"
+    for path, tree in core.items():
+        own = part(module_name(path))
+        for name, line in imported(tree):
+            where = f"{path}:{line} imports {name}"
+            assert name.split(".")[0] == "proxydet", (
+                f"{where}: the core is complete without the CLI"
+            )
+            other = part(name)
+            if other == own or name == "proxydet":
+                continue
+            assert RANK[other] <= RANK[own], f"{where}: it comes later on the way"
+            equals = RANK[other] == RANK[own]
+            assert not equals or RANK[own] in (SHARED, RANK["detector"], RANK[""]), where
 
 
-def test_every_module_has_a_place():
-    tops = {part(module_name(path)) for path in modules()}
-    assert tops <= set(RANK), "say in RANK where the new module stands"
-
-
-@pytest.mark.parametrize("folder", ["proxydet", "proxydet_cli"])
-def test_package_files_import_nothing_of_ours(folder):
+def test_package_files_import_nothing_of_ours(trees):
     """They hold a docstring, or offer names that are imported when they are first used."""
-    for path in (REPOSITORY / folder).rglob("__init__.py"):
-        body = ast.parse(path.read_text(encoding="utf-8")).body
-        assert isinstance(body[0], ast.Expr), path
-        names = {name for name, _ in imported(path)} - {"proxydet._version.__version__"}
-        assert not names, path
+    for path, tree in trees.items():
+        if path.name == "__init__.py":
+            assert isinstance(tree.body[0], ast.Expr), path
+            assert {name for name, _ in imported(tree)} <= {"proxydet._version.__version__"}, path

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 
-from proxydet_cli.app import run
-
 PAGE = Path(__file__).resolve().parents[2] / "docs/reference/results.md"
 # Keys that are names of something, by where they are.
 OPEN = {
@@ -71,34 +69,29 @@ def files(tmp_path) -> Path:
     return tmp_path
 
 
-def output_of(capsys: pytest.CaptureFixture[str], *words: str | Path) -> Any:
-    with pytest.raises(SystemExit) as done:
-        run(["eval", *map(str, words), "--bootstrap", "20", "--json"])
-    assert done.value.code == 0
-    return json.loads(capsys.readouterr().out)
-
-
-def test_results_have_the_documented_keys(files, capsys, monkeypatch):
+@pytest.fixture
+def evaluate(files, monkeypatch, cli):
     monkeypatch.chdir(files)
-    shown = output_of(capsys, "--results", "a.json", "--data", "val.json")
-    assert set(key_paths(shown)) == documented("results.json")
+    return lambda *words: (
+        cli("eval", *words, "--data", "val.json", "--bootstrap", 20, "--json").data
+    )
 
 
-def test_comparisons_have_the_documented_keys(files, capsys, monkeypatch):
-    monkeypatch.chdir(files)
-    shown = output_of(capsys, "--compare", "a.json", "b.json", "--data", "val.json")
+def test_results_and_the_table_have_the_documented_keys_and_columns(files, evaluate):
+    assert set(key_paths(evaluate("--results", "a.json", "-o", "out"))) == documented(
+        "results.json"
+    )
+    header = (files / "out" / "per_category.csv").read_text().splitlines()[0]
+    part = PAGE.read_text(encoding="utf-8").split("\n## per_category.csv\n")[1].split("\n## ")[0]
+    rows = [line.split("|")[1] for line in part.splitlines() if line.startswith("| `")]
+    assert header.split(",") == [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
+
+
+def test_comparisons_have_the_documented_keys(evaluate):
+    shown = evaluate("--compare", "a.json", "b.json")
     found = {
         f"TYPE{path.removeprefix(kind)}"
         for kind in shown
         for path in key_paths({kind: shown[kind]})
     }
     assert found == documented("proxydet eval --compare --json")
-
-
-def test_columns_of_the_table_are_documented(files, capsys, monkeypatch):
-    monkeypatch.chdir(files)
-    output_of(capsys, "--results", "a.json", "--data", "val.json", "--output", "out")
-    header = (files / "out" / "per_category.csv").read_text().splitlines()[0]
-    part = PAGE.read_text(encoding="utf-8").split("\n## per_category.csv\n")[1].split("\n## ")[0]
-    rows = [line.split("|")[1] for line in part.splitlines() if line.startswith("| `")]
-    assert header.split(",") == [name for row in rows for name in re.findall(r"`([^`]+)`", row)]

@@ -2,8 +2,6 @@
 
 import pytest
 
-from proxydet_cli.main import main
-
 
 @pytest.mark.parametrize(
     ("words", "message", "hint"),
@@ -47,24 +45,23 @@ from proxydet_cli.main import main
         ),
     ],
 )
-def test_what_is_no_run_or_split_is_told(tmp_path, capsys, words, message, hint):
+def test_what_is_no_run_or_split_is_told(tmp_path, cli, words, message, hint):
     (tmp_path / "file").touch()
     evaluated = tmp_path / "qs" / "run" / "evaluation" / "shapes-val"
     evaluated.mkdir(parents=True)
     (tmp_path / "qs" / "run" / "config.yaml").touch()
     (evaluated / "results.json").touch()
     words = [word.replace("RUN", str(tmp_path)) for word in words]
-    with pytest.raises(SystemExit) as stopped:
-        raise SystemExit(main(["eval", *words]))
-    assert stopped.value.code == 3
-    told = " ".join(capsys.readouterr().err.split())
+    code, _, err = cli("eval", *words)
+    told = " ".join(err.split())
+    assert code == 3
     assert message in told
     assert hint in told
 
 
-def test_a_place_that_cannot_be_written_to_is_the_environments_fault(tmp_path, capsys):
+def test_a_place_that_cannot_be_written_to_is_the_environments_fault(tmp_path, cli):
     (tmp_path / "file").touch()
-    assert main(["eval", "--run", str(tmp_path), "-o", str(tmp_path / "file")]) == 5
-    told = capsys.readouterr().err
-    assert "is a file, not a folder" in told
-    assert "--output" in told
+    code, _, err = cli("eval", "--run", tmp_path, "-o", tmp_path / "file")
+    assert code == 5
+    assert "is a file, not a folder" in err
+    assert "--output" in err

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,7 +9,6 @@ import proxydet.runtime.report as report_module
 import proxydet.runtime.setup as install
 from proxydet.runtime.report import Field
 from proxydet.runtime.setup import SetupReport
-from proxydet_cli import main
 
 REPORT = SetupReport(
     action="installed",
@@ -40,35 +38,25 @@ def answers(monkeypatch) -> SimpleNamespace:
     return state
 
 
-def run(*words: str) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main.main(["setup", *words])
-    return int(stop.value.code or 0)
-
-
-def test_says_what_it_did(answers, capsys):
-    assert run() == 0
-    text = capsys.readouterr().out
-    assert "detectron2 0.6 installed: /env/detectron2" in text
-    assert "without compiled operators" in text
+def test_what_is_done_is_reported(answers, cli):
+    code, out, _ = cli("setup")
+    assert code == 0
+    assert "detectron2 0.6 installed: /env/detectron2" in out
+    assert "without compiled operators" in out
     assert answers.asked == [False]
+    told = cli("setup", "--json").data
+    assert (told["action"], told["failures"]) == ("installed", {})
 
 
-def test_dry_run_says_what_it_would_do(answers, capsys):
+def test_a_dry_run_reports_what_it_would_do(answers, cli):
     answers.report = replace(REPORT, action="would install", folder=None, operators=None)
     answers.failures = (NO_DRIVER,)  # not asked for: an absent detectron2 is no failure yet
-    assert run("--dry-run") == 0
-    assert "would install detectron2 0.6" in capsys.readouterr().out
+    code, out, _ = cli("setup", "--dry-run")
+    assert (code, "would install detectron2 0.6" in out) == (0, True)
     assert answers.asked == [True]
 
 
-def test_what_will_fail_is_told_with_code_5(answers, capsys):
+def test_what_will_fail_is_reported_with_code_5(answers, cli):
     answers.failures = (NO_DRIVER,)
-    assert run() == 5
-    assert "will fail: Driver: too old" in capsys.readouterr().out
-
-
-def test_json(answers, capsys):
-    assert run("--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["action"], told["failures"]) == ("installed", {})
+    code, out, _ = cli("setup")
+    assert (code, "will fail: Driver: too old" in out) == (5, True)

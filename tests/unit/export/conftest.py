@@ -3,31 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from proxydet.detector import Detector
 from proxydet.export.exporter import ExportReport, export_detector
-
-FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
-
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, FIXTURES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
-def tiny() -> ModuleType:
-    return _load("tiny_detector")
 
 
 @pytest.fixture(scope="session")

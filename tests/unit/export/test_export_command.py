@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from proxydet.detector import Detector
 from proxydet.export.exporter import Agreement, ExportReport, describe
-from proxydet_cli.main import main
-
-
-def run(*words: object) -> int:
-    try:
-        return main(["export", *map(str, words)])
-    except SystemExit as stop:
-        return int(stop.code or 0)
 
 
 @pytest.fixture
@@ -51,10 +42,10 @@ def seen(detector, monkeypatch) -> dict[str, object]:
     return given
 
 
-def test_options_reach_the_exporter(seen, detector, tmp_path, capsys):
+def test_options_reach_the_exporter(seen, detector, tmp_path, cli):
     target = tmp_path / "a.onnx"
-    assert run("-o", target, "--opset", 19, "--format", "onnx", "--check", "x.jpg", "--json") == 0
-    report = json.loads(capsys.readouterr().out)
+    options = ("--opset", 19, "--format", "onnx", "--check", "x.jpg")
+    report = cli("export", "-o", target, *options, "--json").data
     assert report["path"] == str(target)
     assert report["agreement"][0]["matched"] == 40
     assert report["metadata"]["weights_sha256"]
@@ -64,22 +55,21 @@ def test_options_reach_the_exporter(seen, detector, tmp_path, capsys):
     assert seen["vocabulary"] is None
 
 
-def test_a_vocabulary_is_given_on(seen, detector, tmp_path):
+def test_a_vocabulary_is_given_on(seen, detector, tmp_path, cli):
     saved = detector.vocabulary.subset(["class 1", "class 4"]).save(tmp_path / "two.npz")
-    assert run("-o", tmp_path / "a.onnx", "--vocabulary", saved) == 0
+    assert cli("export", "-o", tmp_path / "a.onnx", "--vocabulary", saved).code == 0
     assert seen["vocabulary"].names == ("class 1", "class 4")  # type: ignore[attr-defined]
 
 
 @pytest.mark.usefixtures("seen")
-def test_the_report_for_people(tmp_path, capsys):
-    assert run("-o", tmp_path / "a.onnx") == 0
-    report = capsys.readouterr().out
+def test_the_report_for_people(tmp_path, cli):
+    report = cli("export", "-o", tmp_path / "a.onnx").out
     assert "2.0 MB, exported in 3 s" in report
     assert "drawn, 6 classes: 40 of 40 detections the same" in report
 
 
-def test_a_folder_that_is_no_run(tmp_path, capsys):
+def test_a_folder_that_is_no_run(tmp_path, cli):
     target = tmp_path / "a.onnx"
-    assert run("--run", tmp_path, "--output", target) == 3
-    assert "is not a run folder" in capsys.readouterr().err
+    code, _, err = cli("export", "--run", tmp_path, "--output", target)
+    assert (code, "is not a run folder" in err) == (3, True)
     assert not target.exists()

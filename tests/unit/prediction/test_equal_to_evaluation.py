@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from shape_detector import random_network
 
 from proxydet import evaluate
 from proxydet.data.images import read_image
@@ -20,8 +19,6 @@ from proxydet.evaluation.split import DescribedSplit
 from proxydet.inference.jobs import predict_files
 from proxydet.inference.sources import find_images
 from proxydet.inference.writers import make_writers
-from proxydet.modeling.network import ProxyDetNetwork
-from proxydet.recipes import get_recipe
 
 
 @pytest.fixture(scope="module")
@@ -38,19 +35,7 @@ def split(drawn) -> DescribedSplit:
 @pytest.fixture(scope="module")
 def eyes(split) -> Detector:
     """A random detector of the drawn set's classes, which finds a lot."""
-    torch.manual_seed(5)
-    model = get_recipe("tiny").model
-    classifier = dataclasses.replace(
-        model.classifier, embedding_dim=split.data.vocabulary.dimension
-    )
-    network = ProxyDetNetwork(
-        dataclasses.replace(model, classifier=classifier), split.data.vocabulary
-    )
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if name.startswith("roi_heads.") and parameter.ndim > 1:
-                parameter.mul_(6)
-    return Detector(network, shortest=96, longest=160)
+    return Detector(random_network(split.data.vocabulary), shortest=96, longest=160)
 
 
 @pytest.mark.parametrize("augmented", [False, True], ids=["plain", "augmented"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +14,16 @@ import pytest
 from proxydet.detector import Detector
 from proxydet.reporting import SilentProgress
 from proxydet_cli import progress
-from proxydet_cli.main import main
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(detector, monkeypatch, capsys, tmp_path) -> Run:
+def run(detector, monkeypatch, cli, tmp_path):
     monkeypatch.setattr("proxydet.detector.open_named", lambda *_, **__: detector)
     # How long a busy machine takes is no part of what is expected on stderr.
     monkeypatch.setattr(progress, "show_progress", SilentProgress)
     monkeypatch.chdir(tmp_path)
 
-    def call(*words: object) -> tuple[int, str, str]:
-        try:
-            code = main(["predict", "--score-threshold", "0.02", *map(str, words)])
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return lambda *words: cli("predict", "--score-threshold", "0.02", *words)
 
 
 def test_json_equals_the_python_api(run, detector, folder):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 
 import pytest
@@ -12,7 +11,6 @@ from proxydet.recipes import r50, tiny
 from proxydet.runtime import determinism
 from proxydet.runtime.determinism import Part, summarize, verify_determinism
 from proxydet.runtime.modes import MODES
-from proxydet_cli.main import main
 
 ANSWER = {
     "device": "cpu",
@@ -75,12 +73,11 @@ def test_the_modes_alternate_and_keep_their_own_answers(answer_with):
     assert [(r.mode, r.step_seconds) for r in report.modes] == [("off", 1.0), ("strict", 2.0)]
 
 
-def test_on_a_gpu_the_time_is_that_of_the_clock(answer_with, capsys):
+def test_on_a_gpu_the_time_is_that_of_the_clock(answer_with, cli):
     answers = {"off": NOISY, "strict": ANSWER}
     answer_with(lambda mode: {**answers[mode], "device": "NVIDIA X"})
-    with pytest.raises(SystemExit):
-        main(["verify", "determinism", "--mode", "off", "--mode", "strict"])
-    assert "0.50 x the time and 1.00 x the memory of off" in capsys.readouterr().out
+    out = cli("verify", "determinism", "--mode", "off", "--mode", "strict").out
+    assert "0.50 x the time and 1.00 x the memory of off" in out
 
 
 _NOISY_START = """
@@ -94,35 +91,29 @@ functional.normalize = noisy
 
 
 @pytest.mark.slow
-def test_the_command_finds_a_draw_without_a_seed_in_fresh_processes(tmp_path, monkeypatch, capsys):
+def test_the_command_finds_a_draw_without_a_seed_in_fresh_processes(tmp_path, monkeypatch, cli):
     (tmp_path / "sitecustomize.py").write_text(_NOISY_START)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    with pytest.raises(SystemExit) as end:
-        main(["verify", "determinism", "--mode", "strict", "--steps", "1"])
-    assert end.value.code == 5
-    out = capsys.readouterr().out
+    code, out, _ = cli("verify", "determinism", "--mode", "strict", "--steps", "1")
+    assert code == 5
     assert "strict     NO" in out
     assert "in step 0, loss " in out
 
 
 @pytest.fixture
-def run(answer_with, capsys):
+def run(answer_with, cli):
     """Run the command with canned answers of its processes: mode off varies, the others as given."""
 
-    def call(*words: str, noisy: tuple[str, ...] = ("off",)) -> tuple[int, str]:
+    def call(*words: str, noisy: tuple[str, ...] = ("off",)):
         answers = {mode: NOISY if mode in noisy else ANSWER for mode in MODES}
         answer_with(answers.__getitem__)
-        try:
-            code = main(["verify", "determinism", *words])
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return code, capsys.readouterr().out
+        return cli("verify", "determinism", *words)
 
     return call
 
 
 def test_the_command_compares_the_modes(run):
-    code, out = run()
+    code, out, _ = run()
     assert code == 0
     rows = [
         line.split()[:5] for line in out.splitlines() if line.startswith(("off ", "pub", "str"))
@@ -134,9 +125,9 @@ def test_the_command_compares_the_modes(run):
 
 
 def test_the_command_fails_where_strict_varies(run):
-    code, out = run("--mode", "strict", "--json", noisy=("strict",))
-    assert code == 5
-    assert json.loads(out)["modes"][0]["identical"] is False
+    ended = run("--mode", "strict", "--json", noisy=("strict",))
+    assert ended.code == 5
+    assert ended.data["modes"][0]["identical"] is False
 
 
 def test_half_precision_on_a_cpu_is_refused_before_anything_runs(run):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -10,22 +9,13 @@ import pytest
 from proxydet.manifest import build_manifest, write_run_records
 from proxydet.runtime import report as report_module
 from proxydet.runtime.report import environment
-from proxydet_cli.main import main
 
 REPORT = environment(quick=True)
 
 
 @pytest.fixture
-def run(capsys):
-    def call(*words: str) -> tuple[int, str, str]:
-        try:
-            code = main(("env", *words))
-        except SystemExit as end:
-            code = int(end.code or 0)
-        written = capsys.readouterr()
-        return code, written.out, written.err
-
-    return call
+def run(cli):
+    return lambda *words: cli("env", *words)
 
 
 @pytest.fixture
@@ -45,7 +35,7 @@ def test_text_json_and_markdown(run):
     assert (code, err) == (0, "")
     assert "published 1.11.0+cu113: may change results" in out
     assert max(map(len, out.splitlines())) <= 140
-    assert json.loads(run("--quick", "--json")[1])["worst"] == "may change results"
+    assert run("--quick", "--json").data["worst"] == "may change results"
     assert run("--quick", "--markdown")[1].startswith("<details>")
 
 
@@ -79,19 +69,19 @@ def test_diff_of_two_runs(run, tmp_path):
             "training", configuration={}, digests={}, mode="off", seeds={"seed": seed}
         )
         write_run_records(tmp_path / name, manifest, REPORT)
-    code, out, _ = run("--diff", str(tmp_path / "a"), str(tmp_path / "b"))
+    code, out, _ = run("--diff", tmp_path / "a", tmp_path / "b")
     assert code == 0
     assert out.splitlines()[:3] == [
         "decides results: seeds.seed (every random number derives from it)",
         "    7",
         "    8",
     ]
-    found = json.loads(run("--diff", str(tmp_path / "a"), str(tmp_path / "b"), "--json")[1])
+    found = run("--diff", tmp_path / "a", tmp_path / "b", "--json").data
     assert found["differences"][0]["key"] == "seeds.seed"
-    code, _, err = run("--diff", str(tmp_path / "a"), str(tmp_path))
+    code, _, err = run("--diff", tmp_path / "a", tmp_path)
     assert code == 3
     assert "manifest.json" in err
-    code, _, err = run("--diff", str(tmp_path / "a"), str(tmp_path / "absent"))
+    code, _, err = run("--diff", tmp_path / "a", tmp_path / "absent")
     assert code == 3
     assert "There is no run folder" in err
 
@@ -103,6 +93,6 @@ def test_diff_takes_a_quickstarts_folder(run, tmp_path):
     manifest = build_manifest("training", configuration={}, digests={}, mode="off", seeds={})
     write_run_records(inner, manifest, REPORT)
     (inner / "metrics.jsonl").write_text('{"iteration": 1, "losses": {"total": 2.0}}\n')
-    code, out, _ = run("--diff", str(inner), str(tmp_path / "quickstart"))
+    code, out, _ = run("--diff", inner, tmp_path / "quickstart")
     assert code == 0
     assert "The losses of all 1 common records are equal." in out

@@ -6,21 +6,10 @@ import json
 
 import pytest
 
-from proxydet_cli.main import main
-
 
 @pytest.fixture
-def run(roi_align_file, capsys):
-    def call(*words: str) -> tuple[int, str, str]:
-        words = ("patch", *words, "--detectron2", str(roi_align_file.parents[1]))
-        try:
-            code = main(words)
-        except SystemExit as end:
-            code = int(end.code or 0)
-        written = capsys.readouterr()
-        return code, written.out, written.err
-
-    return call
+def run(roi_align_file, cli):
+    return lambda *words: cli("patch", *words, "--detectron2", roi_align_file.parents[1])
 
 
 def test_the_life_of_the_patch(run, roi_align_file):

@@ -12,21 +12,14 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from starlette.testclient import TestClient
 
 from proxydet.detector import Detector
-from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.modeling.prediction import Prediction
-from proxydet.recipes import get_recipe
 from proxydet.serve.app import ServingApp, ServingSettings, build_app
 from proxydet.serve.server import Server, bind
-from proxydet.vocabulary.compositional import CompositionalEncoder
-from proxydet.vocabulary.vocabulary import Vocabulary
 
-WORDS = ["red", "blue", "green", "circle", "square", "star"]
-CLASSES = ["red circle", "blue square", "green star", "blue circle"]
 SETTINGS = ServingSettings(max_upload_bytes=200_000, max_pixels=100_000, max_words=20)
 
 
@@ -63,20 +56,6 @@ class HeldDetector(Detector):
 
 
 StartServer = Callable[[ServingApp], AbstractContextManager[Running]]
-
-
-@pytest.fixture(scope="session")
-def detector() -> Detector:
-    encoder = CompositionalEncoder.create(WORDS, dim=64, noise=0.1, seed=1)
-    torch.manual_seed(5)
-    vocabulary = Vocabulary.from_arrays(CLASSES, encoder.encode(CLASSES), [1, 1, 1, 0])
-    network = ProxyDetNetwork(get_recipe("tiny").model, vocabulary)
-    # Fresh heads score everything alike; larger weights make scores that differ.
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if name.startswith("roi_heads.") and parameter.ndim > 1:
-                parameter.mul_(6)
-    return Detector(network, shortest=64, longest=100, encoder=encoder)
 
 
 @pytest.fixture

@@ -22,13 +22,12 @@ from proxydet.recipes import get_recipe
 from proxydet.serve import server
 from proxydet.serve.app import PredictParams
 from proxydet.vocabulary.compositional import CompositionalEncoder
-from proxydet_cli.main import main
 
 PROGRAM = "import sys; from proxydet_cli.main import main; sys.exit(main(sys.argv[1:]))"
 
 
 @pytest.fixture
-def call(detector, monkeypatch, capsys) -> Callable[..., tuple[int, str, str, Any]]:
+def call(detector, monkeypatch, cli) -> Callable[..., tuple[int, str, str, Any]]:
     """Run the command up to where it would accept requests."""
     served: list[Any] = []
 
@@ -40,15 +39,7 @@ def call(detector, monkeypatch, capsys) -> Callable[..., tuple[int, str, str, An
     monkeypatch.setattr("proxydet.detector.open_named", lambda *_, **__: detector)
     monkeypatch.setattr(server, "serve", serve)
 
-    def run(*words: str) -> tuple[int, str, str, Any]:
-        try:
-            code = main(["serve", "--port", "0", *words])
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err, served[-1] if served else None
-
-    return run
+    return lambda *words: (*cli("serve", "--port", "0", *words), served[-1] if served else None)
 
 
 def test_the_address_goes_to_stderr(call):
@@ -204,7 +195,7 @@ def process(folder: Path, *words: str) -> Iterator[tuple[subprocess.Popen[str], 
             started.kill()
 
 
-def test_the_program_answers_as_predict_does_and_stops_when_told(run_folder, png, tmp_path, capsys):
+def test_the_program_answers_as_predict_does_and_stops_when_told(run_folder, png, tmp_path, cli):
     picture = tmp_path / "a.png"
     picture.write_bytes(png)
     with process(run_folder) as (started, address):
@@ -223,9 +214,7 @@ def test_the_program_answers_as_predict_does_and_stops_when_told(run_folder, png
     assert lines[0].startswith("127.0.0.1 POST /api/predict 200 ")
     assert lines[1].startswith("127.0.0.1 GET /api/predict 405 ")
     assert lines[2:] == ["stopped"]
-    words = ["-v", "red star, blue circle", "--score-threshold", "0.02", "--device", "cpu"]
-    with pytest.raises(SystemExit, match=r"^0$"):
-        main(["predict", str(picture), "--run", str(run_folder), "--json", *words])
-    (wanted,) = json.loads(capsys.readouterr().out)["images"]
+    words = ("-v", "red star, blue circle", "--score-threshold", "0.02", "--device", "cpu")
+    (wanted,) = cli("predict", picture, "--run", run_folder, "--json", *words).data["images"]
     assert wanted["detections"]
     assert {**answer.json(), "file": None} == {**wanted, "file": None}

@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 
+from proxydet.errors import RuntimeEnvironmentError
 from proxydet.recipes import r50, tiny
 from proxydet.runtime import determinism
 from proxydet.runtime.determinism import Part, summarize, verify_determinism
@@ -71,6 +72,15 @@ def test_the_modes_alternate_and_keep_their_own_answers(answer_with):
     report = verify_determinism(tiny(), modes=("off", "strict"))
     assert turns == ["off", "strict", "off", "strict"]
     assert [(r.mode, r.step_seconds) for r in report.modes] == [("off", 1.0), ("strict", 2.0)]
+
+
+def test_a_process_that_fails_is_an_error_with_its_mode(answer_with):
+    def fail(mode: str):
+        raise RuntimeEnvironmentError("the process ended with exit code 7")
+
+    answer_with(fail)
+    with pytest.raises(RuntimeEnvironmentError, match=r"mode strict: .* exit code 7"):
+        verify_determinism(tiny(), modes=("strict",))
 
 
 def test_on_a_gpu_the_time_is_that_of_the_clock(answer_with, cli):

@@ -22,3 +22,20 @@ def toy() -> ModuleType:
         sys.modules["toy_run"] = module
         spec.loader.exec_module(module)
     return sys.modules["toy_run"]
+
+
+@pytest.fixture
+def unmeasured(monkeypatch) -> None:
+    """Leave out a plan's estimate, which takes a second."""
+    from proxydet.training.plan import Estimate
+
+    estimate = Estimate(
+        device="cpu",
+        parameters=1,
+        memory_gib=1.0,
+        seconds_per_step=1.0,
+        operations_per_second=1.0,
+        hours=1.0,
+        images=1,
+    )
+    monkeypatch.setattr("proxydet.training.plan.estimate_run", lambda *_, **__: estimate)

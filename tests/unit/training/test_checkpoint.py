@@ -36,7 +36,7 @@ def iterations(found: CheckpointFolder) -> list[int]:
     return [iteration for iteration, _ in found.list()]
 
 
-def test_round_trip(tmp_path: Path) -> None:
+def test_round_trip(tmp_path):
     checkpoints = folder(tmp_path)
     path = checkpoints.save(state(5.0), 5)
     assert path.name == "step_0000005.pth"
@@ -47,7 +47,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert read_run(path) is None
 
 
-def test_rotation_keeps_newest_milestones_and_best(tmp_path: Path) -> None:
+def test_rotation_keeps_newest_milestones_and_best(tmp_path):
     checkpoints = folder(tmp_path, keep_last=2, keep_every=40)
     for step in range(10, 110, 10):
         checkpoints.save(state(step), step, best=30 if step >= 30 else None)
@@ -60,9 +60,7 @@ def test_rotation_keeps_newest_milestones_and_best(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "text"])
-def test_a_damaged_newest_checkpoint_falls_back(
-    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_damaged_newest_checkpoint_falls_back(tmp_path, damage, caplog):
     checkpoints = folder(tmp_path)
     checkpoints.save(state(1.0), 1)
     newest = checkpoints.save(state(2.0), 2)
@@ -80,7 +78,7 @@ def test_a_damaged_newest_checkpoint_falls_back(
     assert "Falling back" in caplog.text
 
 
-def test_other_values_than_were_written_are_never_loaded(tmp_path: Path) -> None:
+def test_other_values_than_were_written_are_never_loaded(tmp_path):
     """As far as zip checksums go, this is a good file."""
     path = tmp_path / "a.pth"
     write_state(state(1.0), path)
@@ -92,7 +90,7 @@ def test_other_values_than_were_written_are_never_loaded(tmp_path: Path) -> None
     assert caught.value.path == path
 
 
-def test_damage_anywhere_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+def test_damage_anywhere_is_an_error_that_names_the_file(tmp_path):
     path = tmp_path / "a.pth"
     write_state(state(1.0), path)
     whole, random = path.read_bytes(), np.random.default_rng(0)
@@ -113,13 +111,13 @@ def test_damage_anywhere_is_an_error_that_names_the_file(tmp_path: Path) -> None
             assert loaded["iteration"] == 1
 
 
-def test_checkpoints_of_the_first_version_are_read(tmp_path: Path) -> None:
+def test_checkpoints_of_the_first_version_are_read(tmp_path):
     torch.save({"format": 1, **state(3.0)}, tmp_path / "old.pth")
     assert load_checkpoint(tmp_path / "old.pth")["iteration"] == 3
     assert read_run(tmp_path / "old.pth") is None
 
 
-def test_nothing_to_load_and_nothing_readable(tmp_path: Path) -> None:
+def test_nothing_to_load_and_nothing_readable(tmp_path):
     checkpoints = folder(tmp_path)
     assert checkpoints.load_newest() is None
     checkpoints.folder.mkdir()
@@ -128,7 +126,7 @@ def test_nothing_to_load_and_nothing_readable(tmp_path: Path) -> None:
         checkpoints.load_newest()
 
 
-def test_other_files_are_refused(tmp_path: Path) -> None:
+def test_other_files_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.pth")
     for name in ("absent.pth", "pipe.pth"):
         with pytest.raises(CheckpointError, match=name):
@@ -142,9 +140,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "unsafe.pth")
 
 
-def test_a_disk_without_room_is_seen_before_writing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_without_room_is_seen_before_writing(tmp_path, monkeypatch):
     checkpoints = folder(tmp_path)
     checkpoints.save(state(1.0), 1)
     usage = shutil.disk_usage(tmp_path)
@@ -155,9 +151,7 @@ def test_a_disk_without_room_is_seen_before_writing(
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_a_disk_that_fills_up_while_writing_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrapped: bool
-) -> None:
+def test_a_disk_that_fills_up_while_writing_leaves_nothing(tmp_path, monkeypatch, wrapped):
     def fail(content: object, file: object) -> None:
         file.write(b"half")
         full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -175,9 +169,7 @@ def test_a_disk_that_fills_up_while_writing_leaves_nothing(
     assert [p.name for p in tmp_path.iterdir()] == ["model.pth"]
 
 
-def test_other_failures_of_writing_are_not_called_a_full_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_failures_of_writing_are_not_called_a_full_disk(tmp_path, monkeypatch):
     def fail(content: object, file: object) -> None:
         raise PermissionError(errno.EACCES, "no")
 

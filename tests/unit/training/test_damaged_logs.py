@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -45,14 +44,13 @@ def finish(root: Path) -> tuple[RunFolder, RunConfig]:
     return folder, config
 
 
-@pytest.mark.parametrize("number", range(len(DAMAGED_STEPS)))
-def test_damaged_lines_are_passed_over(tmp_path: Path, number: int) -> None:
+def test_damaged_lines_are_passed_over(tmp_path):
     folder, config = finish(tmp_path)
     for path, whole, damaged in (
-        (folder.metrics, STEP, DAMAGED_STEPS[number]),
-        (folder.evaluations, EVALUATION, DAMAGED_EVALUATIONS[number]),
+        (folder.metrics, STEP, DAMAGED_STEPS),
+        (folder.evaluations, EVALUATION, DAMAGED_EVALUATIONS),
     ):
-        path.write_bytes(json.dumps(whole).encode() + b"\n" + damaged + b"\n")
+        path.write_bytes(b"\n".join([json.dumps(whole).encode(), *damaged, b""]))
     result = finished_run(folder, config)
     assert result is not None
     assert (result.iterations, result.losses, result.skipped) == (2, STEP["losses"], 0)
@@ -63,9 +61,7 @@ def test_damaged_lines_are_passed_over(tmp_path: Path, number: int) -> None:
     assert plot_run(folder, again=False) == []
 
 
-def test_a_finished_run_reports_logs_that_are_gone(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_finished_run_reports_logs_that_are_gone(tmp_path, caplog):
     folder, config = finish(tmp_path)
     (folder.evaluation(2)).mkdir(parents=True)
     (folder.evaluation(2) / "report.json").write_text("{}")
@@ -80,9 +76,7 @@ def test_a_finished_run_reports_logs_that_are_gone(
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_a_line_that_was_cut_is_reported_once(
-    toy: ModuleType, tmp_path: Path, finished: bool, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_line_that_was_cut_is_reported_once(toy, tmp_path, finished, caplog):
     """And, where training continues, after which iteration: step 5 of the cut log is taken again."""
     changes = {"log": {"period": 1}, "evaluation": {"period": 4}}
     toy.run(tmp_path, changes, evaluate=lambda *_: {"AP": 1.0})
@@ -102,9 +96,7 @@ def test_a_line_that_was_cut_is_reported_once(
     assert ("after iteration 8" in line) != finished
 
 
-def test_a_run_that_is_resumed_reports_a_log_that_is_gone(
-    toy: ModuleType, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_run_that_is_resumed_reports_a_log_that_is_gone(toy, tmp_path, caplog):
     toy.run(tmp_path, {})
     folder = RunFolder(tmp_path)
     folder.metrics.unlink()

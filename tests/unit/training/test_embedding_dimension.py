@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from proxydet.errors import ConfigError
@@ -11,9 +9,7 @@ from proxydet.recipes import get_recipe, resolve_config
 from proxydet.training.train import fit_to_embeddings
 
 
-def test_fresh_weights_take_the_dimensions_of_the_data_and_say_so(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_fresh_weights_take_the_dimensions_of_the_data_and_say_so(caplog):
     tiny = get_recipe("tiny")
     fitted = fit_to_embeddings(tiny, 512)
     assert fitted.model.classifier.embedding_dim == 512
@@ -21,13 +17,13 @@ def test_fresh_weights_take_the_dimensions_of_the_data_and_say_so(
     assert "model.classifier.embedding_dim is 512" in caplog.text
 
 
-def test_nothing_changes_where_they_fit(caplog: pytest.LogCaptureFixture) -> None:
+def test_nothing_changes_where_they_fit(caplog):
     small = get_recipe("small")
     assert fit_to_embeddings(small, 512) is small
     assert caplog.text == ""
 
 
-def test_starting_weights_fix_the_dimensions(tmp_path: Path) -> None:
+def test_starting_weights_fix_the_dimensions(tmp_path):
     config = resolve_config("r50", None, [f"training.weights={tmp_path / 'boxsup.pth'}"])
     with pytest.raises(ConfigError, match=r"have 768 dimensions; .*embedding_dim is 512") as caught:
         fit_to_embeddings(config, 768)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,6 @@ from proxydet.training.runfolder import RunFolder, continue_run
 from proxydet.training_run import finished_run
 from proxydet.vocabulary.vocabulary import Vocabulary
 from proxydet.weight_files import write_safetensors, write_state
-from proxydet_cli.main import main
 
 REPORT = environment(quick=True)
 WEIGHTS = {"layer.weight": torch.arange(512.0).reshape(16, 32)}
@@ -32,7 +30,7 @@ def config() -> RunConfig:
 
 
 @pytest.fixture
-def run(tmp_path: Path, config: RunConfig) -> RunFolder:
+def run(tmp_path, config) -> RunFolder:
     """Write what a finished run of one process leaves."""
     folder = RunFolder(tmp_path / "run")
     settings, _ = continue_run(config, [], DistInfo(device=torch.device("cpu")))
@@ -55,14 +53,6 @@ def run(tmp_path: Path, config: RunConfig) -> RunFolder:
     return folder
 
 
-def train(folder: RunFolder, *words: str) -> int:
-    words = ("train", "--recipe", "tiny", "--device", "cpu", "--output", str(folder.root), *words)
-    try:
-        return main(list(words))
-    except SystemExit as stop:
-        return int(stop.code or 0)
-
-
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -77,17 +67,15 @@ NEEDED = ["model_final.safetensors", "model_final.pth", "vocabulary.npz", "text_
 RECORDS = ["manifest.json", "environment.json"]
 
 
-def test_a_whole_run_is_finished(
-    run: RunFolder, config: RunConfig, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_whole_run_is_finished(run, config, cli):
     assert finished_run(run, config) is not None
-    assert train(run) == 0
-    assert "finished: nothing to do" in capsys.readouterr().out
+    words = ("train", "--recipe", "tiny", "--device", "cpu", "--output", run.root)
+    code, out, _ = cli(*words)
+    assert (code, "finished: nothing to do" in out) == (0, True)
     # It needs no data, and resumes nothing.
-    assert train(run, "--dry-run") == 0
-    assert f"{run.root} (finished: nothing to do)" in capsys.readouterr().out
-    assert train(run, "--dry-run", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["finished"] is True
+    code, out, _ = cli(*words, "--dry-run")
+    assert (code, f"{run.root} (finished: nothing to do)" in out) == (0, True)
+    assert cli(*words, "--dry-run", "--json").data["finished"] is True
 
 
 @pytest.mark.parametrize(
@@ -95,44 +83,40 @@ def test_a_whole_run_is_finished(
     [*((flip, name) for name in NEEDED), *((cut, name) for name in [*NEEDED, *RECORDS])],
 )
 def test_what_is_damaged_is_written_again_from_the_last_checkpoint(
-    run: RunFolder,
-    config: RunConfig,
-    damage: Callable[[Path], None],
-    name: str,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+    run, config, damage, name, caplog
+):
     damage(run.root / name)
     assert finished_run(run, config) is None, "training has something to do"
     assert name in caplog.text
 
 
-@pytest.mark.parametrize("last", ["damaged", "absent"])
 @pytest.mark.parametrize("name", NEEDED)
-def test_without_that_checkpoint_it_is_refused_by_name(
-    run: RunFolder,
-    config: RunConfig,
-    name: str,
-    last: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_without_that_checkpoint_it_is_refused_by_name(run, config, name):
     ((_, checkpoint),) = run.list_checkpoints()
-    (flip if last == "damaged" else Path.unlink)(checkpoint)
-    assert finished_run(run, config) is not None
     flip(run.root / name)
-    with pytest.raises(CheckpointError, match=name) as caught:
-        finished_run(run, config)
-    assert name in str(caught.value.hint)
-    other = {NEEDED[0]: NEEDED[1], NEEDED[1]: NEEDED[0]}.get(name)
-    assert other is None or f"--weights {run.root / other}" in str(caught.value.hint)
-    assert train(run) == InputError.exit_code
-    assert name in capsys.readouterr().err
-    assert train(run, "--dry-run") == InputError.exit_code
-    assert "UNUSABLE finished run" in capsys.readouterr().out
+    for damage in (flip, Path.unlink):
+        damage(checkpoint)
+        with pytest.raises(CheckpointError, match=name) as caught:
+            finished_run(run, config)
+        assert name in str(caught.value.hint)
+        other = {NEEDED[0]: NEEDED[1], NEEDED[1]: NEEDED[0]}.get(name)
+        assert other is None or f"--weights {run.root / other}" in str(caught.value.hint)
 
 
-def test_records_that_cannot_be_written_again_are_reported(
-    run: RunFolder, config: RunConfig, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.usefixtures("unmeasured")
+def test_the_command_refuses_it_too(run, config, cli):
+    ((_, checkpoint),) = run.list_checkpoints()
+    checkpoint.unlink()
+    assert finished_run(run, config) is not None, "whole, and never resumed"
+    flip(run.root / NEEDED[0])
+    words = ("train", "--recipe", "tiny", "--device", "cpu", "--output", run.root)
+    code, _, err = cli(*words)
+    assert (code, NEEDED[0] in err) == (InputError.exit_code, True)
+    code, out, _ = cli(*words, "--dry-run")
+    assert (code, "UNUSABLE finished run" in out) == (InputError.exit_code, True)
+
+
+def test_records_that_cannot_be_written_again_are_reported(run, config, caplog):
     ((_, checkpoint),) = run.list_checkpoints()
     checkpoint.unlink()
     run.environment.unlink()
@@ -141,9 +125,7 @@ def test_records_that_cannot_be_written_again_are_reported(
 
 
 @pytest.mark.parametrize("content", [None, b"", b"model: [", b"seed: 7\0"])
-def test_the_settings_are_restored(
-    run: RunFolder, config: RunConfig, content: bytes | None, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_settings_are_restored(run, config, content, caplog):
     before = run.config.read_bytes()
     run.config.unlink() if content is None else run.config.write_bytes(content)
     assert finished_run(run, config) is not None

@@ -75,7 +75,7 @@ def understood(found: LaunchPlan) -> dict[str, object]:
     }
 
 
-def test_one_machine() -> None:
+def test_one_machine():
     assert plan({}).command(["train"]) == (
         "torchrun", "--standalone", "--nproc-per-node=8", "-m", "proxydet_cli", "train",
     )  # fmt: skip
@@ -85,7 +85,7 @@ def test_one_machine() -> None:
     assert alone.command(["train", "--device", "cpu"]) == ("proxydet", "train", "--device", "cpu")
 
 
-def test_several_machines_need_an_address() -> None:
+def test_several_machines_need_an_address():
     with pytest.raises(ConfigError, match="2 nodes") as caught:
         plan({}, nodes=2)
     assert "--rendezvous HOST:PORT" in str(caught.value.hint)
@@ -111,7 +111,7 @@ def test_several_machines_need_an_address() -> None:
         "sbatch -N1 -n1 --requeue",
     ],
 )
-def test_one_node_of_slurm_is_one_machine(name: str) -> None:
+def test_one_node_of_slurm_is_one_machine(name):
     found = plan(slurm(name))
     assert (found.nodes, found.world_size, found.started) == (1, 8, False)
     assert "--standalone" in found.torchrun
@@ -128,7 +128,7 @@ def test_one_node_of_slurm_is_one_machine(name: str) -> None:
         "salloc -N2 --ntasks-per-node=4, LaunchParameters=use_interactive_step",
     ],
 )
-def test_a_script_on_the_first_of_two_nodes_is_told_to_use_srun(name: str) -> None:
+def test_a_script_on_the_first_of_two_nodes_is_told_to_use_srun(name):
     with pytest.raises(ConfigError, match="2 nodes") as caught:
         plan(slurm(name))
     assert "srun --ntasks=2 --ntasks-per-node=1 proxydet train" in str(caught.value.hint)
@@ -138,7 +138,7 @@ def test_a_script_on_the_first_of_two_nodes_is_told_to_use_srun(name: str) -> No
     assert (by_hand["nodes"], by_hand["endpoint"]) == ((2, 2), "a:1")
 
 
-def test_one_task_a_node_starts_the_processes_of_its_node() -> None:
+def test_one_task_a_node_starts_the_processes_of_its_node():
     first, second = (plan(slurm(f"sbatch -N2 --ntasks-per-node=1, srun: task {n}")) for n in (0, 1))
     assert (first.nodes, first.processes, first.world_size) == (2, 8, 16)
     assert set(first.torchrun) - set(second.torchrun) == {"--rdzv-conf=is_host=1"}
@@ -161,14 +161,8 @@ def test_one_task_a_node_starts_the_processes_of_its_node() -> None:
     ],
 )
 def test_one_task_a_gpu_takes_part_as_it_is(
-    name: str,
-    world: int,
-    nodes: int,
-    rank: int,
-    local_rank: int,
-    port: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    name, world, nodes, rank, local_rank, port, monkeypatch
+):
     found = plan(slurm(name), available=1)
     assert (found.started, found.world_size, found.nodes) == (True, world, nodes)
     line = found.command(["train"])
@@ -189,7 +183,7 @@ def test_one_task_a_gpu_takes_part_as_it_is(
     assert [os.environ[name] for name in names] == expected
 
 
-def test_what_srun_has_decided_cannot_be_asked_for() -> None:
+def test_what_srun_has_decided_cannot_be_asked_for():
     environment = slurm("sbatch -N2 --ntasks-per-node=4, srun: task 6")
     assert plan(environment, gpus=4, nodes=2) == plan(environment, gpus=1) == plan(environment)
     with pytest.raises(ConfigError, match="--gpus and --nodes") as caught:
@@ -199,7 +193,7 @@ def test_what_srun_has_decided_cannot_be_asked_for() -> None:
         plan(environment, rendezvous="a:1")
 
 
-def test_gpus_that_stay_idle_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_gpus_that_stay_idle_are_told_once(caplog):
     environment = slurm("sbatch -N2 --ntasks-per-node=4, srun: task 6")
     for rank in ("0", "6"):
         plan({**environment, "SLURM_PROCID": rank}, available=8)
@@ -207,7 +201,7 @@ def test_gpus_that_stay_idle_are_told_once(caplog: pytest.LogCaptureFixture) -> 
     assert "4 of 8 GPUs" in caplog.text
 
 
-def test_the_address_can_be_chosen() -> None:
+def test_the_address_can_be_chosen():
     chosen = {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "1234"}
     agents = plan(slurm("sbatch -N2 --ntasks-per-node=1, srun: task 0", **chosen))
     assert understood(agents)["endpoint"] == "10.0.0.7:1234"
@@ -226,13 +220,13 @@ def test_the_address_can_be_chosen() -> None:
         ("a-b", "a-b"),
     ],
 )
-def test_the_first_of_a_node_list(names: str, first: str) -> None:
+def test_the_first_of_a_node_list(names, first):
     task = StartedProcess.of(slurm("sbatch -N2 -n5, srun: task 4", SLURM_STEP_NODELIST=names))
     assert task is not None
     assert task.address == first
 
 
-def test_a_shell_of_srun_is_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shell_of_srun_is_one_machine(monkeypatch):
     """``srun -n8 --pty bash``: seven of the eight shells have ended, and would be waited for."""
     environment = slurm("srun -N1 -n8 --pty")
     monkeypatch.setattr(os, "isatty", lambda number: True)
@@ -244,7 +238,7 @@ def test_a_shell_of_srun_is_one_machine(monkeypatch: pytest.MonkeyPatch) -> None
     assert plan(environment).started, "srun -n8 proxydet train, within such a shell"
 
 
-def test_a_task_that_sees_one_gpu_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_that_sees_one_gpu_takes_it(monkeypatch):
     os.environ.update(slurm("sbatch -N1 --ntasks-per-node=8, srun: task 5"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -262,7 +256,7 @@ def test_a_task_that_sees_one_gpu_takes_it(monkeypatch: pytest.MonkeyPatch) -> N
         pass
 
 
-def test_requeue_once_a_job(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_requeue_once_a_job(tmp_path, caplog):
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/ran\n')
     scontrol.chmod(0o755)
@@ -288,7 +282,7 @@ KUBEFLOW = {
 }
 
 
-def test_kubeflow_states_the_nodes() -> None:
+def test_kubeflow_states_the_nodes():
     expected = {
         "nodes": (2, 2), "processes": 4, "backend": "static", "id": "none",
         "endpoint": "job-node-0-0.job:29400", "restarts": 3, "rank": 1,
@@ -306,7 +300,7 @@ def test_kubeflow_states_the_nodes() -> None:
     assert understood(plan(KUBEFLOW, gpus=2))["processes"] == 2
 
 
-def test_kubeflow_states_a_rendezvous() -> None:
+def test_kubeflow_states_a_rendezvous():
     elastic = {
         "PET_NNODES": "2",
         "PET_RDZV_BACKEND": "c10d",
@@ -325,7 +319,7 @@ def test_kubeflow_states_a_rendezvous() -> None:
 
 
 @pytest.mark.parametrize("lacking", ["PET_NODE_RANK", "PET_MASTER_ADDR"])
-def test_nodes_without_an_address_or_a_number_do_not_wait(lacking: str) -> None:
+def test_nodes_without_an_address_or_a_number_do_not_wait(lacking):
     environment = {name: value for name, value in KUBEFLOW.items() if name != lacking}
     with pytest.raises(ConfigError, match=lacking) as caught:
         plan(environment)
@@ -333,7 +327,7 @@ def test_nodes_without_an_address_or_a_number_do_not_wait(lacking: str) -> None:
     assert understood(plan(environment, rendezvous="a:1"))["endpoint"] == "a:1"
 
 
-def test_skypilot_states_the_nodes() -> None:
+def test_skypilot_states_the_nodes():
     environment = {
         "SKYPILOT_NUM_NODES": "3",
         "SKYPILOT_NODE_RANK": "2",
@@ -350,7 +344,7 @@ def test_skypilot_states_the_nodes() -> None:
     assert plan(alone).torchrun == ("--standalone", "--nproc-per-node=8")
 
 
-def test_a_process_of_torchrun_takes_part_as_it_is() -> None:
+def test_a_process_of_torchrun_takes_part_as_it_is():
     environment = {
         "RANK": "9",
         "WORLD_SIZE": "16",
@@ -400,19 +394,19 @@ def test_a_process_of_torchrun_takes_part_as_it_is() -> None:
         ("SKYPILOT_NODE_IPS", {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"}),
     ],
 )
-def test_variables_that_cannot_be_right_are_named(name: str, environment: dict[str, str]) -> None:
+def test_variables_that_cannot_be_right_are_named(name, environment):
     with pytest.raises(ConfigError, match=rf"\b{name}\b") as caught:
         plan(environment)
     assert caught.value.hint
 
 
-def test_equal_least_and_greatest_numbers_of_nodes_are_one_number() -> None:
+def test_equal_least_and_greatest_numbers_of_nodes_are_one_number():
     assert plan({**KUBEFLOW, "PET_NNODES": "2:2"}).nodes == 2
     with pytest.raises(ConfigError, match="PET_NNODES"):
         plan({**KUBEFLOW, "PET_NNODES": "1:2"})
 
 
-def test_ports_that_do_not_exist_are_refused() -> None:
+def test_ports_that_do_not_exist_are_refused():
     for address in ("a:70000", "127.0.0.1::", "127.0.0.1:", ":7", "a b:7"):
         with pytest.raises(ConfigError, match="--rendezvous"):
             plan({}, nodes=2, rendezvous=address)
@@ -422,7 +416,7 @@ def test_ports_that_do_not_exist_are_refused() -> None:
         plan(environment)
 
 
-def test_variables_that_srun_did_not_renew_are_named() -> None:
+def test_variables_that_srun_did_not_renew_are_named():
     """``srun --preserve-env`` passes the job's number of tasks on, in place of the step's."""
     kept = {"SLURM_NTASKS": "1", "SLURM_TASKS_PER_NODE": "1(x2)", "SLURM_NPROCS": "1"}
     for task in (0, 1):
@@ -434,9 +428,7 @@ def test_variables_that_srun_did_not_renew_are_named() -> None:
 @pytest.mark.parametrize(
     ("text", "said"), [("timed out\nframe #0", "timed out"), ("", "DistNetworkError")]
 )
-def test_processes_that_do_not_find_each_other_say_where(
-    monkeypatch: pytest.MonkeyPatch, text: str, said: str
-) -> None:
+def test_processes_that_do_not_find_each_other_say_where(monkeypatch, text, said):
     def refuse(*_: object, **__: object) -> None:
         raise torch.distributed.DistNetworkError(text)
 
@@ -463,7 +455,7 @@ def group() -> Iterator[Callable[[str], None]]:
         torch.distributed.destroy_process_group()
 
 
-def test_a_group_that_exists_is_joined_and_left_as_it_is(group: Callable[[str], None]) -> None:
+def test_a_group_that_exists_is_joined_and_left_as_it_is(group):
     group("fake")
     os.environ.update(RANK="1", WORLD_SIZE="4", LOCAL_RANK="1")
     assert launched_rank() == 1
@@ -474,9 +466,7 @@ def test_a_group_that_exists_is_joined_and_left_as_it_is(group: Callable[[str], 
 
 
 @pytest.mark.parametrize(("current", "expected"), [(0, 1), (3, 3)])
-def test_the_device_is_the_one_that_was_chosen(
-    group: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, current: int, expected: int
-) -> None:
+def test_the_device_is_the_one_that_was_chosen(group, monkeypatch, current, expected):
     group("cpu:fake,cuda:fake")
     os.environ["LOCAL_RANK"] = os.environ["RANK"] = "1"
     os.environ["WORLD_SIZE"] = "4"
@@ -488,9 +478,7 @@ def test_the_device_is_the_one_that_was_chosen(
         assert info.device == torch.device("cuda", expected)
 
 
-def test_a_group_without_the_device_is_refused(
-    group: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_group_without_the_device_is_refused(group, monkeypatch):
     group("cpu:fake")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
@@ -507,7 +495,7 @@ LOST = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer 
 
 
 @pytest.fixture
-def failing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., ProxydetError]:
+def failing(monkeypatch, tmp_path) -> Callable[..., ProxydetError]:
     """Launch four processes, of which some fail, and return the error that is raised."""
 
     def run(*errors: tuple[int, BaseException], by: BaseException | None = None) -> ProxydetError:
@@ -544,7 +532,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Pr
 KILLED = BaseException("killed")
 
 
-def test_the_cause_comes_before_its_echoes(failing: Callable, tmp_path: Path) -> None:
+def test_the_cause_comes_before_its_echoes(failing, tmp_path):
     error = failing((0, LOST), (2, DataError("no image", hint="look")), (1, NumericsError("nan")))
     assert type(error) is DataError
     assert error.message == "Process 2 of 4: no image"
@@ -552,18 +540,14 @@ def test_the_cause_comes_before_its_echoes(failing: Callable, tmp_path: Path) ->
     assert "no image" in (tmp_path / "rank_2.log").read_text()
 
 
-def test_a_bug_comes_before_its_echoes_and_its_traceback_is_logged(
-    failing: Callable, tmp_path: Path
-) -> None:
+def test_a_bug_comes_before_its_echoes_and_its_traceback_is_logged(failing, tmp_path):
     error = failing((0, LOST), (3, KeyError("boxes")))
     assert type(error) is TrainingError
     assert "Process 3 of 4: KeyError: 'boxes'" in error.message
     assert "Traceback" in (tmp_path / "rank_3.log").read_text()
 
 
-def test_an_error_of_all_processes_names_the_one_where_it_arose(
-    failing: Callable, tmp_path: Path
-) -> None:
+def test_an_error_of_all_processes_names_the_one_where_it_arose(failing, tmp_path):
     message = "At iteration 5, loss_box is nan in process 2 on images 7."
     error = failing(*((rank, NumericsError(message, hint="look", rank=2)) for rank in (0, 2, 1)))
     assert type(error) is NumericsError
@@ -571,7 +555,7 @@ def test_an_error_of_all_processes_names_the_one_where_it_arose(
     assert error.hint == f"look Its log: {tmp_path / 'rank_2.log'}"
 
 
-def test_a_damaged_report_of_a_process_is_passed_over(failing: Callable, tmp_path: Path) -> None:
+def test_a_damaged_report_of_a_process_is_passed_over(failing, tmp_path):
     other = {"kind": "NewerError", "weight": 0, "message": "newer", "hint": None, "signal": 0}
     record = {**other, "process": 8, "log": "rank_8.log", "time": 1e10}
     reports = (b"\0" * 64, b'{"proxydet": 1}', json.dumps({"proxydet": record}).encode())
@@ -586,9 +570,7 @@ def test_a_damaged_report_of_a_process_is_passed_over(failing: Callable, tmp_pat
     assert "newer" in error.message
 
 
-def test_options_of_the_program_are_not_taken_for_torchruns(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_options_of_the_program_are_not_taken_for_torchruns(monkeypatch, tmp_path):
     started: list[argparse.Namespace] = []
     monkeypatch.setattr(torchrun, "run", started.append)
     words = ["eval", "--run", "runs/a", "--data", "pets.toml"]
@@ -597,13 +579,13 @@ def test_options_of_the_program_are_not_taken_for_torchruns(
     assert (arguments.training_script, arguments.training_script_args) == ("proxydet_cli", words)
 
 
-def test_a_killed_process_is_named_before_what_that_caused(failing: Callable) -> None:
+def test_a_killed_process_is_named_before_what_that_caused(failing):
     error = failing((0, LOST), (1, KILLED), (2, KeyError("boxes")))
     assert type(error) is TrainingError
     assert "Process 1 of 4 was killed by SIGKILL" in error.message
 
 
-def test_a_stop_keeps_its_signal_and_what_the_processes_wrote(failing: Callable) -> None:
+def test_a_stop_keeps_its_signal_and_what_the_processes_wrote(failing):
     stopped = JobInterruptedError("stopped after 5", signal_number=15, hint="again")
     error = failing((0, stopped), (1, stopped), by=SignalException("", signal.SIGTERM))
     assert isinstance(error, JobInterruptedError)
@@ -613,14 +595,14 @@ def test_a_stop_keeps_its_signal_and_what_the_processes_wrote(failing: Callable)
     assert at_once.exit_code == 130
 
 
-def test_nodes_that_do_not_meet_are_named(failing: Callable) -> None:
+def test_nodes_that_do_not_meet_are_named(failing):
     error = failing(by=torch.distributed.DistNetworkError("timed out\nframe #0"))
     assert type(error) is TrainingError
     assert "timed out" in error.message
     assert "frame" not in error.message
 
 
-def test_without_our_launcher_a_process_reports_for_itself(tmp_path: Path) -> None:
+def test_without_our_launcher_a_process_reports_for_itself(tmp_path):
     os.environ.update(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1")
     with pytest.raises(DataError), worker(tmp_path):
         raise DataError("no image")
@@ -639,7 +621,7 @@ def test_without_our_launcher_a_process_reports_for_itself(tmp_path: Path) -> No
         raise JobInterruptedError("stopped", signal_number=15)
 
 
-def test_who_may_not_write_in_the_folder_opens_no_log_there(tmp_path: Path) -> None:
+def test_who_may_not_write_in_the_folder_opens_no_log_there(tmp_path):
     @contextlib.contextmanager
     def refused() -> Iterator[None]:
         raise LockedError("in use")
@@ -650,7 +632,7 @@ def test_who_may_not_write_in_the_folder_opens_no_log_there(tmp_path: Path) -> N
     assert not (tmp_path / "run").exists()
 
 
-def test_the_log_of_a_process_is_its_own_and_its_level_is_put_back(tmp_path: Path) -> None:
+def test_the_log_of_a_process_is_its_own_and_its_level_is_put_back(tmp_path):
     package, logger = logging.getLogger("proxydet"), logging.getLogger("proxydet.training")
     package.setLevel(logging.ERROR)
     with worker(tmp_path / "logs"):
@@ -667,9 +649,7 @@ def test_the_log_of_a_process_is_its_own_and_its_level_is_put_back(tmp_path: Pat
 @pytest.mark.skipif(
     sys.platform != "linux", reason="a process can only be tied to its parent on Linux"
 )
-def test_a_process_whose_launcher_is_gone_does_not_begin(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_whose_launcher_is_gone_does_not_begin(tmp_path, monkeypatch):
     import ctypes
 
     tied: list[tuple[int, int]] = []

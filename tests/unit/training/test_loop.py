@@ -51,7 +51,7 @@ def crash_at(iteration: int):
     return evaluate
 
 
-def test_training_learns_and_reports(toy: ModuleType, tmp_path: Path) -> None:
+def test_training_learns_and_reports(toy, tmp_path):
     result = toy.run(tmp_path, {"iterations": 150, "optimizer": {"learning_rate": 0.05}})
     lines = records(tmp_path)
     assert lines[-1]["losses"]["total"] < 0.5 * lines[0]["losses"]["total"]
@@ -62,9 +62,7 @@ def test_training_learns_and_reports(toy: ModuleType, tmp_path: Path) -> None:
     assert result.best is None
 
 
-def test_losses_are_averaged_over_the_batches_that_have_them(
-    toy: ModuleType, tmp_path: Path
-) -> None:
+def test_losses_are_averaged_over_the_batches_that_have_them(toy, tmp_path):
     toy.run(tmp_path, {"iterations": 3, "log": {"period": 3}})
     losses = records(tmp_path)[0]["losses"]
     toy.run(tmp_path / "single", {"iterations": 3, "log": {"period": 1}})
@@ -76,7 +74,7 @@ def test_losses_are_averaged_over_the_batches_that_have_them(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_going_on_after_a_crash_is_exact(toy: ModuleType, tmp_path: Path, workers: int) -> None:
+def test_going_on_after_a_crash_is_exact(toy, tmp_path, workers):
     # Logs every 5 and checkpoints every 4: the crash falls into the middle of a record's window.
     changes = {"evaluation": {"period": 6}, "log": {"period": 5}}
     toy.run(tmp_path / "whole", changes, workers=workers, evaluate=crash_at(-1))
@@ -93,7 +91,7 @@ def test_going_on_after_a_crash_is_exact(toy: ModuleType, tmp_path: Path, worker
     assert records(tmp_path / "whole", "evaluations") == records(tmp_path / "cut", "evaluations")
 
 
-def test_an_interrupted_evaluation_is_made_up_for(toy: ModuleType, tmp_path: Path) -> None:
+def test_an_interrupted_evaluation_is_made_up_for(toy, tmp_path):
     changes = {"evaluation": {"period": 4}}
     with pytest.raises(Stop):
         toy.run(tmp_path, changes, evaluate=crash_at(8))
@@ -103,9 +101,7 @@ def test_an_interrupted_evaluation_is_made_up_for(toy: ModuleType, tmp_path: Pat
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-def test_what_follows_a_run_that_went_back_is_kept(
-    toy: ModuleType, tmp_path: Path, damaged: bool
-) -> None:
+def test_what_follows_a_run_that_went_back_is_kept(toy, tmp_path, damaged):
     """Checkpoints that were left behind do not count among the newest, and push out none that is written now."""
     changes = {"checkpoints": {"period": 2, "keep_last": 2}}
     toy.run(tmp_path, changes)
@@ -128,9 +124,7 @@ def test_what_follows_a_run_that_went_back_is_kept(
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_writes_a_checkpoint_and_the_run_goes_on(
-    toy: ModuleType, tmp_path: Path, number: int, code: int
-) -> None:
+def test_a_signal_writes_a_checkpoint_and_the_run_goes_on(toy, tmp_path, number, code):
     changes = {"checkpoints": {"period": 100}, "evaluation": {"period": 5}}
     toy.run(tmp_path / "whole", changes, evaluate=crash_at(-1))
 
@@ -149,9 +143,7 @@ def test_a_signal_writes_a_checkpoint_and_the_run_goes_on(
     assert same(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_a_signal_during_a_step_lets_it_finish(
-    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_signal_during_a_step_lets_it_finish(toy, tmp_path, monkeypatch):
     losses = toy.toy_losses
     calls = []
 
@@ -186,9 +178,7 @@ def poisoned(toy: ModuleType, monkeypatch: pytest.MonkeyPatch, *calls: int) -> N
     monkeypatch.setattr(toy, "toy_losses", poison)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(
-    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run(toy, tmp_path, monkeypatch):
     poisoned(toy, monkeypatch, 5)
     with pytest.raises(NumericsError) as caught:
         toy.run(tmp_path, {})
@@ -199,9 +189,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     assert not (tmp_path / "model_final.pth").exists()
 
 
-def test_a_step_can_be_skipped_instead_and_is_counted(
-    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_can_be_skipped_instead_and_is_counted(toy, tmp_path, monkeypatch):
     poisoned(toy, monkeypatch, 5, 7)
     skip = {"guards": {"non_finite": "skip", "max_skipped": 2}}
     result = toy.run(tmp_path / "a", skip)
@@ -216,9 +204,7 @@ def test_a_step_can_be_skipped_instead_and_is_counted(
     assert "non_finite=skip" not in caught.value.hint
 
 
-def test_weights_that_are_not_finite_are_not_saved(
-    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_that_are_not_finite_are_not_saved(toy, tmp_path, monkeypatch):
     losses = toy.toy_losses
 
     def poison(found: dict, *, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -232,9 +218,7 @@ def test_weights_that_are_not_finite_are_not_saved(
     assert not list((tmp_path / "checkpoints").glob("*"))
 
 
-def test_evaluation_keeps_to_its_schedule_and_marks_the_best(
-    toy: ModuleType, tmp_path: Path
-) -> None:
+def test_evaluation_keeps_to_its_schedule_and_marks_the_best(toy, tmp_path):
     seen = []
 
     def evaluate(network: torch.nn.Module, at: int, folder: Path) -> dict[str, float]:
@@ -253,17 +237,13 @@ def test_evaluation_keeps_to_its_schedule_and_marks_the_best(
     assert toy.run(tmp_path / "b", by_recall, evaluate=evaluate).best.iteration == 12
 
 
-def test_a_checkpoint_that_is_no_longer_the_best_goes_when_a_better_one_is_known(
-    toy: ModuleType, tmp_path: Path
-) -> None:
+def test_a_checkpoint_that_is_no_longer_the_best_goes_when_a_better_one_is_known(toy, tmp_path):
     changes = {"evaluation": {"period": 4}, "checkpoints": {"keep_last": 1}}
     toy.run(tmp_path, changes, evaluate=crash_at(-1))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_0000012.pth"]
 
 
-def test_evaluations_of_weights_that_a_run_goes_back_behind_are_made_again(
-    toy: ModuleType, tmp_path: Path
-) -> None:
+def test_evaluations_of_weights_that_a_run_goes_back_behind_are_made_again(toy, tmp_path):
     changes = {"evaluation": {"period": 4}, "checkpoints": {"keep_last": 3}}
     for value, resume in ((1.0, "auto"), (2.0, tmp_path / "checkpoints/step_0000004.pth")):
         toy.run(tmp_path, changes, resume=resume, evaluate=lambda *_, value=value: {"AP": value})
@@ -273,7 +253,7 @@ def test_evaluations_of_weights_that_a_run_goes_back_behind_are_made_again(
     assert found == [(4, 1.0), (8, 2.0), (12, 2.0)]
 
 
-def test_evaluation_does_not_change_what_is_learnt(toy: ModuleType, tmp_path: Path) -> None:
+def test_evaluation_does_not_change_what_is_learnt(toy, tmp_path):
     def evaluate(network: torch.nn.Module, at: int, folder: Path) -> dict[str, float]:
         return {"AP": float(torch.rand(3).sum())}
 
@@ -283,7 +263,7 @@ def test_evaluation_does_not_change_what_is_learnt(toy: ModuleType, tmp_path: Pa
 
 
 @pytest.mark.parametrize("unused", ["zero", "skip"])
-def test_accumulation_averages_batches(toy: ModuleType, tmp_path: Path, unused: str) -> None:
+def test_accumulation_averages_batches(toy, tmp_path, unused):
     rate = {"learning_rate": 0.01, "unused_gradients": unused, "clip_value": 0.02}
     changes = {"iterations": 3, "accumulation": 2, "optimizer": rate}
     changes["schedule"] = {"shape": "constant", "warmup_iterations": 0}
@@ -304,9 +284,7 @@ def test_accumulation_averages_batches(toy: ModuleType, tmp_path: Path, unused: 
         torch.testing.assert_close(weight, network.state_dict()[name], rtol=1e-5, atol=1e-7)
 
 
-def test_what_a_batch_does_to_parameters_that_it_does_not_reach(
-    toy: ModuleType, tmp_path: Path
-) -> None:
+def test_what_a_batch_does_to_parameters_that_it_does_not_reach(toy, tmp_path):
     weights = {}
     for unused in ("zero", "skip"):
         for iterations in (1, 2):
@@ -322,7 +300,7 @@ def test_what_a_batch_does_to_parameters_that_it_does_not_reach(
     assert torch.equal(weights["skip", 1], weights["zero", 1])
 
 
-def test_resuming_elsewhere_and_refusing_what_does_not_fit(toy: ModuleType, tmp_path: Path) -> None:
+def test_resuming_elsewhere_and_refusing_what_does_not_fit(toy, tmp_path):
     toy.run(tmp_path / "whole", {})
     path = tmp_path / "whole/checkpoints/step_0000008.pth"
     toy.run(tmp_path / "branch", {}, resume=path)
@@ -333,7 +311,7 @@ def test_resuming_elsewhere_and_refusing_what_does_not_fit(toy: ModuleType, tmp_
     assert load_checkpoint(tmp_path / "whole/checkpoints/step_0000012.pth")
 
 
-def test_a_finished_run_stays_finished(toy: ModuleType, tmp_path: Path) -> None:
+def test_a_finished_run_stays_finished(toy, tmp_path):
     toy.run(tmp_path, {})
     before = final(tmp_path)
     result = toy.run(tmp_path, {})
@@ -341,9 +319,7 @@ def test_a_finished_run_stays_finished(toy: ModuleType, tmp_path: Path) -> None:
     assert all(torch.equal(before[n], w) for n, w in final(tmp_path).items())
 
 
-def test_a_loader_that_is_stuck_or_ends_stops_the_run(
-    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loader_that_is_stuck_or_ends_stops_the_run(toy, tmp_path, monkeypatch):
     with pytest.raises(TrainingError, match="no batch for 0 seconds"):
         toy.run(tmp_path, {}, pause=2.0, loader_timeout=0.3)
     monkeypatch.setattr(toy, "toy_loader", lambda *_: iter([toy.toy_batch(0)]))
@@ -351,9 +327,7 @@ def test_a_loader_that_is_stuck_or_ends_stops_the_run(
         toy.run(tmp_path, {})
 
 
-def test_the_metric_that_decides_may_change_and_nan_is_never_the_best(
-    toy: ModuleType, tmp_path: Path
-) -> None:
+def test_the_metric_that_decides_may_change_and_nan_is_never_the_best(toy, tmp_path):
     def evaluate(reported: dict[int, dict[str, float]], stop: int = -1):
         def function(network: torch.nn.Module, at: int, folder: Path) -> dict[str, float]:
             if at == stop:
@@ -374,9 +348,7 @@ def test_the_metric_that_decides_may_change_and_nan_is_never_the_best(
     assert (result.best.iteration, result.best.metric, result.best.value) == (12, "bbox", 0.2)
 
 
-def test_a_metric_that_is_not_reported_is_an_error_when_that_is_known(
-    toy: ModuleType, tmp_path: Path
-) -> None:
+def test_a_metric_that_is_not_reported_is_an_error_when_that_is_known(toy, tmp_path):
     changes = {"evaluation": {"metric": "AQ"}}
     with pytest.raises(ConfigError, match=r"evaluation\.metric .*'AQ'") as caught:
         toy.run(tmp_path, changes, evaluate=lambda *_: {"AP": 1.0})
@@ -385,7 +357,7 @@ def test_a_metric_that_is_not_reported_is_an_error_when_that_is_known(
     assert result.best.value == 1.0, "the evaluation is not lost"
 
 
-def test_a_loader_that_cannot_begin_stops_the_run() -> None:
+def test_a_loader_that_cannot_begin_stops_the_run():
     class Broken:
         def __iter__(self) -> None:
             raise OSError(12, "Cannot allocate memory")

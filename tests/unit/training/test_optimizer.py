@@ -22,7 +22,7 @@ def parameters(*gradients: list[float] | None) -> list[nn.Parameter]:
     return made
 
 
-def test_clipping_is_by_element_and_passes_over_missing_gradients() -> None:
+def test_clipping_is_by_element_and_passes_over_missing_gradients():
     found = parameters([3.0, -0.5], None, [-7.0, 1.0])
     clip_gradients(found, 1.0)
     assert found[0].grad.tolist() == [1.0, -0.5]
@@ -31,14 +31,14 @@ def test_clipping_is_by_element_and_passes_over_missing_gradients() -> None:
     clip_gradients(parameters(None), 1.0)
 
 
-def test_clipping_does_not_hide_what_is_not_a_number() -> None:
+def test_clipping_does_not_hide_what_is_not_a_number():
     found = parameters([math.nan, 5.0])
     clip_gradients(found, 1.0)
     assert math.isnan(found[0].grad[0])
     assert found[0].grad[1] == 1.0
 
 
-def test_what_was_reached_before_goes_on_and_what_never_was_rests() -> None:
+def test_what_was_reached_before_goes_on_and_what_never_was_rests():
     """As torch 1.11 did: gradients of zero stay once there was one; before, there is none."""
     found = parameters([1.0, 2.0], [0.5, 0.5], None, [0.0, 0.0])
     optimizer = build_optimizer(found, OptimizerConfig())
@@ -63,7 +63,7 @@ def adamw_step(p: float, g: float, m: float, v: float, t: int) -> tuple[float, f
     return p, m, v
 
 
-def test_steps_are_those_of_the_paper() -> None:
+def test_steps_are_those_of_the_paper():
     parameter = nn.Parameter(torch.tensor([0.7], dtype=torch.float64))
     optimizer = build_optimizer([parameter], OptimizerConfig(learning_rate=0.1, weight_decay=1e-2))
     p, m, v = 0.7, 0.0, 0.0
@@ -74,7 +74,7 @@ def test_steps_are_those_of_the_paper() -> None:
         assert parameter.item() == pytest.approx(p, rel=1e-12)
 
 
-def test_frozen_parameters_are_left_out() -> None:
+def test_frozen_parameters_are_left_out():
     free, frozen = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1), requires_grad=False)
     optimizer = build_optimizer([frozen, free], OptimizerConfig())
     assert optimizer.param_groups[0]["params"] == [free]

@@ -13,7 +13,6 @@ from proxydet.config import dump_yaml
 from proxydet.recipes import RunConfig, get_recipe, resolve_config
 from proxydet.training.launch import plan_launch
 from proxydet.training.plan import (
-    Estimate,
     MetaNetwork,
     _annotations,
     batch_costs,
@@ -33,22 +32,8 @@ def plan(tmp_path: Path, *overrides: str, processes: int = 1, resume: Resume = "
     return plan_training(config, launch, tmp_path / "run", WORDS, resume=resume)
 
 
-@pytest.fixture
-def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the estimate, which takes a second."""
-    estimate = Estimate(
-        device="cpu",
-        parameters=1,
-        memory_gib=1.0,
-        seconds_per_step=1.0,
-        operations_per_second=1.0,
-        hours=1.0,
-        images=1,
-    )
-    monkeypatch.setattr("proxydet.training.plan.estimate_run", lambda *_, **__: estimate)
-
-
-def test_what_is_missing_is_named(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("unmeasured")
+def test_what_is_missing_is_named(tmp_path):
     nothing = plan(tmp_path)
     assert [(need.what, need.problem) for need in nothing.missing] == [
         ("dataset config", "give one with --data")
@@ -60,13 +45,15 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     assert "2 missing or unusable: training cannot start yet." in absent.to_text()
 
 
-def test_a_precision_that_the_machine_lacks_is_missing_too(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("unmeasured")
+def test_a_precision_that_the_machine_lacks_is_missing_too(tmp_path):
     found = plan(tmp_path, "training.precision.dtype=fp16").missing
     assert found[0].what == "precision"
     assert "--set training.precision.dtype=fp32" in found[0].problem
 
 
-def test_a_description_is_looked_through(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("unmeasured")
+def test_a_description_is_looked_through(tmp_path):
     (tmp_path / "images").mkdir()
     np.save(tmp_path / "e.npy", np.ones((2, 64), np.float32))
     path = tmp_path / "d.toml"
@@ -87,7 +74,7 @@ def test_a_description_is_looked_through(tmp_path: Path) -> None:
     assert "name must be text" in broken[0].problem
 
 
-def test_embeddings_of_another_dimension_or_none_at_all(tmp_path: Path) -> None:
+def test_embeddings_of_another_dimension_or_none_at_all(tmp_path, monkeypatch):
     path = tmp_path / "d.toml"
     path.write_text('name = "d"\n[vocabulary]\nembeddings = "e.npy"\n')
     np.save(tmp_path / "e.npy", np.ones((2, 32), np.float32))
@@ -95,8 +82,8 @@ def test_embeddings_of_another_dimension_or_none_at_all(tmp_path: Path) -> None:
     assert "text embeddings" not in {need.what for need in fresh.missing}
     assert fresh.config.model.classifier.embedding_dim == 32
     assert "embedding_dim: 32" in fresh.to_text()
-    usual = plan(tmp_path).estimate.parameters
-    assert fresh.estimate.parameters < usual
+    assert fresh.estimate.parameters < plan(tmp_path).estimate.parameters
+    monkeypatch.setattr("proxydet.training.plan.estimate_run", lambda *_, **__: fresh.estimate)
     missing = plan(tmp_path, f"data.description={path}", "training.weights=w.pth").missing
     found = {need.what: need.problem for need in missing}
     assert "add --set model.classifier.embedding_dim=32" in found["text embeddings"]
@@ -105,6 +92,7 @@ def test_embeddings_of_another_dimension_or_none_at_all(tmp_path: Path) -> None:
     assert "e.npy" in found["text embeddings"]
 
 
+@pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
@@ -114,9 +102,7 @@ def test_embeddings_of_another_dimension_or_none_at_all(tmp_path: Path) -> None:
         ("", "it is empty"),
     ],
 )  # fmt: skip
-def test_an_empty_or_broken_annotation_file_is_told(
-    tmp_path: Path, content: str, problem: str
-) -> None:
+def test_an_empty_or_broken_annotation_file_is_told(tmp_path, content, problem):
     (tmp_path / "a.json").write_text(content)
     np.save(tmp_path / "e.npy", np.ones((2, 64), np.float32))
     path = tmp_path / "d.toml"
@@ -133,9 +119,7 @@ def test_an_empty_or_broken_annotation_file_is_told(
     assert "1 missing or unusable: training cannot start yet." in text
 
 
-def test_a_large_annotation_file_is_not_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_large_annotation_file_is_not_read(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     path.write_text("{")
     assert "ends in the middle" in _annotations("annotations", path).problem
@@ -143,7 +127,8 @@ def test_a_large_annotation_file_is_not_read(
     assert _annotations("annotations", path).present
 
 
-def test_the_command_and_the_scaled_configuration(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("unmeasured")
+def test_the_command_and_the_scaled_configuration(tmp_path):
     alone, two = plan(tmp_path), plan(tmp_path, processes=2)
     assert alone.command == ("proxydet", *WORDS)
     torchrun = ("torchrun", "--standalone", "--nproc-per-node=2", "-m", "proxydet_cli")
@@ -163,13 +148,14 @@ def occupy(tmp_path: Path, config: RunConfig) -> RunFolder:
     return folder
 
 
-def test_what_it_would_resume(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("unmeasured")
+def test_what_it_would_resume(tmp_path):
     occupy(tmp_path, plan(tmp_path).config)
     assert plan(tmp_path).resumes_after == 12
     assert "resumes after iteration 12" in plan(tmp_path).to_text()
 
 
-def test_it_counts_the_steps_that_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_counts_the_steps_that_are_left(tmp_path, monkeypatch):
     """Of a run of four processes, which one process resumes: four batches a step, as before."""
     monkeypatch.setattr("proxydet.training.plan.device_speed", lambda *_: 1e9)
     four = plan(tmp_path, "training.scaling=none", processes=4)
@@ -184,7 +170,7 @@ def test_it_counts_the_steps_that_are_left(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.usefixtures("unmeasured")
-def test_a_run_folder_that_training_would_refuse(tmp_path: Path) -> None:
+def test_a_run_folder_that_training_would_refuse(tmp_path):
     np.save(tmp_path / "e.npy", np.ones((2, 32), np.float32))
     (tmp_path / "d.toml").write_text('name = "d"\n[vocabulary]\nembeddings = "e.npy"\n')
     data = f"data.description={tmp_path / 'd.toml'}"
@@ -213,7 +199,7 @@ def test_a_run_folder_that_training_would_refuse(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("unmeasured")
-def test_a_named_checkpoint_is_looked_into(tmp_path: Path) -> None:
+def test_a_named_checkpoint_is_looked_into(tmp_path):
     path = tmp_path / "old.pth"
     write_state({"iteration": 34, "optimizer": {}}, path)
     found = plan(tmp_path, resume=path)
@@ -229,7 +215,7 @@ def test_a_named_checkpoint_is_looked_into(tmp_path: Path) -> None:
     assert "absent.pth" in absent.problem
 
 
-def test_estimates_grow_with_what_they_count() -> None:
+def test_estimates_grow_with_what_they_count():
     config = get_recipe("tiny")
     network = MetaNetwork(config.model)
     sources = (config.data.boxes, config.data.image_labels)
@@ -242,7 +228,7 @@ def test_estimates_grow_with_what_they_count() -> None:
     assert twice.kept_bytes == pytest.approx(2 * costs[0].kept_bytes, rel=0.1)
 
 
-def test_an_estimate_is_plausible() -> None:
+def test_an_estimate_is_plausible():
     config = resolve_config("tiny", None, ["training.device=cpu"])
     found = estimate_run(
         config.model, config.data.boxes, config.data.image_labels, config.training, 1
@@ -255,7 +241,7 @@ def test_an_estimate_is_plausible() -> None:
     assert found.hours == pytest.approx(found.seconds_per_step * 20 / 3600)
 
 
-def test_every_process_and_accumulated_batch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_process_and_accumulated_batch_counts(monkeypatch):
     monkeypatch.setattr("proxydet.training.plan.device_speed", lambda *_: 1e9)
     config = resolve_config("tiny", None, ["training.device=cpu"])
 
@@ -269,7 +255,7 @@ def test_every_process_and_accumulated_batch_counts(monkeypatch: pytest.MonkeyPa
     assert images(1, 3) == pytest.approx(3 * alone, abs=2)
 
 
-def test_a_step_takes_three_times_its_forward_pass() -> None:
+def test_a_step_takes_three_times_its_forward_pass():
     """The backward pass computes two products where the forward pass computes one."""
     config = get_recipe("tiny")
     network, boxes = MetaNetwork(config.model), config.data.boxes

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from types import ModuleType
-
 import pytest
 import torch
 from torch import nn
@@ -17,9 +14,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("dtype", "inside"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
-def test_only_the_backbone_is_in_low_precision(
-    toy: ModuleType, dtype: str, inside: torch.dtype
-) -> None:
+def test_only_the_backbone_is_in_low_precision(toy, dtype, inside):
     network = toy.ToyNetwork()
     seen = []
     for module in (network.backbone, network.class_head):
@@ -29,7 +24,7 @@ def test_only_the_backbone_is_in_low_precision(
     assert seen == [inside, torch.float32]
 
 
-def test_the_loss_is_scaled_in_fp16_only() -> None:
+def test_the_loss_is_scaled_in_fp16_only():
     scaled = build_scaler(PrecisionConfig(dtype="fp16", initial_loss_scale=8.0), CPU)
     assert scaled.scale(torch.ones(())).item() == 8.0
     assert not build_scaler(PrecisionConfig(dtype="bf16"), CPU).is_enabled()
@@ -37,7 +32,7 @@ def test_the_loss_is_scaled_in_fp16_only() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_low_precision_trains_close_to_fp32(toy: ModuleType, tmp_path: Path, dtype: str) -> None:
+def test_low_precision_trains_close_to_fp32(toy, tmp_path, dtype):
     changes = {"iterations": 30, "optimizer": {"learning_rate": 0.02}}
     exact = toy.run(tmp_path / "fp32", changes).losses
     precision = {"dtype": dtype, "initial_loss_scale": 256.0}
@@ -46,9 +41,7 @@ def test_low_precision_trains_close_to_fp32(toy: ModuleType, tmp_path: Path, dty
     assert low["total"] == pytest.approx(exact["total"], rel=0.02)
 
 
-def test_an_overflow_in_fp16_is_skipped_and_the_scale_falls(
-    toy: ModuleType, tmp_path: Path
-) -> None:
+def test_an_overflow_in_fp16_is_skipped_and_the_scale_falls(toy, tmp_path):
     changes = {"iterations": 8, "precision": {"dtype": "fp16", "initial_loss_scale": 2.0**30}}
     result = toy.run(tmp_path, changes)
     assert result.skipped == 0
@@ -57,7 +50,7 @@ def test_an_overflow_in_fp16_is_skipped_and_the_scale_falls(
     assert all(torch.isfinite(w).all() for w in saved["model"].values())
 
 
-def test_channels_last_changes_the_layout_of_convolutions() -> None:
+def test_channels_last_changes_the_layout_of_convolutions():
     network = nn.Module()
     network.backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
     apply_precision(network, PrecisionConfig(dtype="fp32", channels_last=True))
@@ -66,7 +59,7 @@ def test_channels_last_changes_the_layout_of_convolutions() -> None:
 
 
 @pytest.mark.parametrize("tf32", [True, False])
-def test_tf32_is_as_told(toy: ModuleType, tf32: bool) -> None:
+def test_tf32_is_as_told(toy, tf32):
     switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [switch.allow_tf32 for switch in switches]
     try:
@@ -77,7 +70,7 @@ def test_tf32_is_as_told(toy: ModuleType, tf32: bool) -> None:
             switch.allow_tf32 = value
 
 
-def test_what_the_machine_cannot_do_is_said_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_machine_cannot_do_is_said_before_the_run(monkeypatch):
     with pytest.raises(ConfigError, match="fp16, which needs a GPU"):
         check_precision(PrecisionConfig(dtype="fp16"), CPU)
     check_precision(PrecisionConfig(dtype="fp16"), torch.device("cuda"))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -39,8 +37,8 @@ class SeedsSeen(nn.Module):
 
 
 def test_each_batch_of_a_run_has_a_seed_of_its_own_whichever_process_computes_it(
-    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    toy, tmp_path, monkeypatch
+):
     monkeypatch.setattr(step, "sum_over_ranks", lambda values, _: values)
 
     def seeds(seed: int, world_size: int, accumulation: int) -> dict[int, list[int]]:
@@ -77,8 +75,8 @@ def test_each_batch_of_a_run_has_a_seed_of_its_own_whichever_process_computes_it
 
 @pytest.mark.parametrize(("unused", "searched"), [("zero", False), ("skip", True)])
 def test_ddp_searches_the_graph_only_where_gradients_may_be_missing(
-    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unused: str, searched: bool
-) -> None:
+    toy, tmp_path, monkeypatch, unused, searched
+):
     told: list[bool] = []
 
     def wrap(model: nn.Module, ranks: DistInfo, *, find_unused: bool) -> nn.Module:
@@ -92,9 +90,7 @@ def test_ddp_searches_the_graph_only_where_gradients_may_be_missing(
     assert told == [searched]
 
 
-def test_every_process_names_the_one_whose_loss_is_not_finite(
-    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_process_names_the_one_whose_loss_is_not_finite(toy, tmp_path, monkeypatch):
     batch = toy.toy_batch(5, rank=1)
 
     def gather(into: list[Any], _: object) -> None:
@@ -124,9 +120,7 @@ class Stop(RuntimeError):
     """Ends a training before it opens its data."""
 
 
-def test_training_computes_with_as_many_threads_as_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_computes_with_as_many_threads_as_asked_for(tmp_path, monkeypatch):
     before = torch.get_num_threads()
     seen: list[int] = []
 
@@ -145,9 +139,7 @@ def test_training_computes_with_as_many_threads_as_asked_for(
         torch.set_num_threads(before)
 
 
-def test_a_skipped_step_is_left_out_of_the_means(
-    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_skipped_step_is_left_out_of_the_means(toy, tmp_path, monkeypatch):
     losses, calls = toy.toy_losses, iter(range(9))
 
     def poisoned(found: dict, *, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -162,9 +154,7 @@ def test_a_skipped_step_is_left_out_of_the_means(
     assert record["images"] == 12
 
 
-def test_tensorboard_hides_steps_that_are_taken_again(
-    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tensorboard_hides_steps_that_are_taken_again(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(logging.getLogger("tensorboard"), "disabled", True)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -184,9 +174,7 @@ def test_tensorboard_hides_steps_that_are_taken_again(
     assert [event.step for event in events] == [1, 2, 3, 4]
 
 
-def test_speed_after_a_resume_counts_its_own_steps(
-    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_speed_after_a_resume_counts_its_own_steps(toy, tmp_path, monkeypatch):
     """A record that began before an interruption holds the losses of all its steps, and the time of those after it."""
     changes = {"iterations": 8, "checkpoints": {"period": 7}, "log": {"period": 8}}
     toy.run(tmp_path, {**changes, "iterations": 7, "log": {"period": 100}})

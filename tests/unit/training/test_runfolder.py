@@ -6,9 +6,10 @@ import dataclasses
 import errno
 import json
 import os
-import subprocess
-import sys
-from collections.abc import Callable
+import signal
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def config() -> RunConfig:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, config: RunConfig) -> RunFolder:
+def folder(tmp_path, config) -> RunFolder:
     return write_run(tmp_path / "run", config)
 
 
@@ -79,15 +80,11 @@ def check(folder: RunFolder, config: RunConfig, processes: int = 2, **options: A
 
 
 class TestSettings:
-    def test_the_same_run_is_resumed_and_an_empty_folder_begun(
-        self, folder: RunFolder, config: RunConfig, tmp_path: Path
-    ) -> None:
+    def test_the_same_run_is_resumed_and_an_empty_folder_begun(self, folder, config, tmp_path):
         assert check(folder, config) == 1
         assert find_earlier(RunFolder(tmp_path / "absent"), config, "auto") == []
 
-    def test_the_run_of_a_checkpoint_is_named_not_the_folder(
-        self, folder: RunFolder, tmp_path: Path
-    ) -> None:
+    def test_the_run_of_a_checkpoint_is_named_not_the_folder(self, folder, tmp_path):
         """``--resume other/checkpoints/step_3.pth --output new``: it is the other one that differs."""
         ((_, checkpoint),) = folder.list_checkpoints()
         changed = resolve_config("tiny", None, ["seed=8"])
@@ -100,9 +97,7 @@ class TestSettings:
             check_same_data(found, {"images": "cc", "vocabulary": "zz"})
 
     @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-    def test_final_weights_are_not_resumed(
-        self, config: RunConfig, tmp_path: Path, suffix: str
-    ) -> None:
+    def test_final_weights_are_not_resumed(self, config, tmp_path, suffix):
         path = tmp_path / f"model_final{suffix}"
         weights = {"layer.weight": torch.ones(2)}
         if suffix == ".pth":
@@ -113,9 +108,7 @@ class TestSettings:
             find_earlier(RunFolder(tmp_path / "run"), config, path)
         assert "--weights" in str(caught.value.hint)
 
-    def test_other_settings_are_refused_and_free_ones_are_not(
-        self, folder: RunFolder, config: RunConfig
-    ) -> None:
+    def test_other_settings_are_refused_and_free_ones_are_not(self, folder, config):
         free = [
             "training.threads=2",
             "training.weights=w.pth",
@@ -132,9 +125,7 @@ class TestSettings:
         with pytest.raises(ConfigError, match=r"training\.iterations: "):
             check(folder, longer)
 
-    def test_what_the_data_decide_is_compared_when_they_are_read(
-        self, folder: RunFolder, config: RunConfig
-    ) -> None:
+    def test_what_the_data_decide_is_compared_when_they_are_read(self, folder, config):
         (earlier,) = find_earlier(folder, config, "auto")
         model = dataclasses.replace(
             config.model, classifier=dataclasses.replace(config.model.classifier, embedding_dim=7)
@@ -145,7 +136,7 @@ class TestSettings:
             check_same(earlier, other)
 
     @pytest.mark.parametrize("name", list(DIGESTS))
-    def test_changed_data_is_refused(self, folder: RunFolder, config: RunConfig, name: str) -> None:
+    def test_changed_data_is_refused(self, folder, config, name):
         (earlier,) = find_earlier(folder, config, "auto")
         check_same_data(earlier, {**DIGESTS, "images": "new in this version"})
         folder.manifest.write_text(folder.manifest.read_text().replace('"bb"', '"bb-v3"'))
@@ -155,7 +146,7 @@ class TestSettings:
             check_same_data(earlier, {**DIGESTS, name: "zz"})
         assert "--output" in (caught.value.hint or "")
 
-    def test_a_dataset_config_may_move_with_its_annotations(self, tmp_path: Path) -> None:
+    def test_a_dataset_config_may_move_with_its_annotations(self, tmp_path):
         def described(name: str, category: str) -> RunConfig:
             place = tmp_path / name
             place.mkdir()
@@ -176,8 +167,8 @@ class TestSettings:
         assert "PosixPath" not in caught.value.message
 
     def test_never_refuses_a_run_whatever_its_settings_unless_it_is_to_be_overwritten(
-        self, folder: RunFolder, config: RunConfig
-    ) -> None:
+        self, folder, config
+    ):
         for other in (config, resolve_config("tiny", None, ["seed=8"])):
             with pytest.raises(ConfigError, match="already holds a run") as caught:
                 find_earlier(folder, other, "never")
@@ -189,9 +180,7 @@ class TestSettings:
         folder.clear()
         assert [path.name for path in folder.root.iterdir()] == ["notes.txt"]
 
-    def test_a_checkpoint_is_checked_with_the_run_that_wrote_it(
-        self, folder: RunFolder, config: RunConfig, tmp_path: Path
-    ) -> None:
+    def test_a_checkpoint_is_checked_with_the_run_that_wrote_it(self, folder, config, tmp_path):
         path = folder.checkpoints / "step_0000003.pth"
         other = resolve_config("tiny", None, ["seed=8"])
         new = RunFolder(tmp_path / "new")
@@ -205,8 +194,8 @@ class TestSettings:
                 check_same(earlier, continue_run(other, [earlier], ranks(2))[0])
 
     def test_one_that_says_nothing_of_itself_is_taken_with_a_warning(
-        self, config: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
+        self, config, tmp_path, caplog
+    ):
         torch.save({"format": 1, "iteration": 3}, tmp_path / "old.pth")
         assert find_earlier(RunFolder(tmp_path / "new"), config, tmp_path / "old.pth") == []
         assert "old.pth" in caplog.text
@@ -214,13 +203,7 @@ class TestSettings:
 
 class TestDamage:
     @pytest.mark.parametrize("content", [None, b"", b"seed: [", b"\xff", b"seed: x", b"a: 1"])
-    def test_without_a_configuration_the_manifest_tells(
-        self,
-        folder: RunFolder,
-        config: RunConfig,
-        content: bytes | None,
-        caplog: pytest.LogCaptureFixture,
-    ) -> None:
+    def test_without_a_configuration_the_manifest_tells(self, folder, config, content, caplog):
         folder.config.unlink()
         if content is not None:
             folder.config.write_bytes(content)
@@ -229,9 +212,7 @@ class TestDamage:
             check(folder, resolve_config("tiny", None, ["seed=8"]))
         assert (content is not None) == (str(folder.config) in caplog.text)
 
-    def test_an_edited_configuration_is_not_believed(
-        self, folder: RunFolder, config: RunConfig
-    ) -> None:
+    def test_an_edited_configuration_is_not_believed(self, folder, config):
         """The manifest has a SHA-256; keys that may differ may be edited."""
         scaled, _ = continue_run(config, [], ranks(2))
         content = {"configuration": to_mapping(scaled), "digests": DIGESTS}
@@ -248,22 +229,14 @@ class TestDamage:
         assert check(folder, config) == 1
 
     @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
-    def test_what_is_not_a_file_is_passed_over(
-        self,
-        folder: RunFolder,
-        config: RunConfig,
-        make: Callable[[Path], None],
-        caplog: pytest.LogCaptureFixture,
-    ) -> None:
+    def test_what_is_not_a_file_is_passed_over(self, folder, config, make, caplog):
         folder.config.unlink()
         make(folder.config)
         assert check(folder, config) == 1
         assert str(folder.config) in caplog.text
 
     @pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b'{"configuration": 3}'])
-    def test_without_both_the_newest_whole_checkpoint_tells(
-        self, folder: RunFolder, config: RunConfig, content: bytes | None
-    ) -> None:
+    def test_without_both_the_newest_whole_checkpoint_tells(self, folder, config, content):
         folder.config.unlink()
         folder.manifest.unlink()
         if content is not None:
@@ -274,9 +247,7 @@ class TestDamage:
         with pytest.raises(ConfigError, match="seed: 7 there, 8 now"):
             check(folder, resolve_config("tiny", None, ["seed=8"]))
 
-    def test_where_nothing_tells_the_error_names_the_remedy(
-        self, folder: RunFolder, config: RunConfig
-    ) -> None:
+    def test_where_nothing_tells_the_error_names_the_remedy(self, folder, config):
         folder.config.write_bytes(b"{")
         folder.manifest.write_bytes(b"{")
         (folder.checkpoints / "step_0000003.pth").write_bytes(b"")
@@ -285,17 +256,13 @@ class TestDamage:
         assert caught.value.path == folder.config
         assert "--output" in str(caught.value.hint)
 
-    def test_a_damaged_manifest_alone_is_reported(
-        self, folder: RunFolder, config: RunConfig, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_a_damaged_manifest_alone_is_reported(self, folder, config, caplog):
         folder.manifest.write_bytes(folder.manifest.read_bytes()[:50])
         (earlier,) = find_earlier(folder, config, "auto")
         assert earlier.digests == {}
         assert str(folder.manifest) in caplog.text
 
-    def test_keys_that_an_earlier_version_did_not_have_get_their_defaults(
-        self, folder: RunFolder, config: RunConfig
-    ) -> None:
+    def test_keys_that_an_earlier_version_did_not_have_get_their_defaults(self, folder, config):
         lines = folder.config.read_text().splitlines()
         kept = [line for line in lines if not line.strip().startswith("ranks_share_group:")]
         assert len(kept) < len(lines)
@@ -317,16 +284,8 @@ class TestProcesses:
         ],
     )
     def test_a_run_goes_on_with_another_number_of_processes(
-        self,
-        tmp_path: Path,
-        config: RunConfig,
-        caplog: pytest.LogCaptureFixture,
-        began: int,
-        now: int,
-        asked: int,
-        accumulation: int,
-        told: str,
-    ) -> None:
+        self, tmp_path, config, caplog, began, now, asked, accumulation, told
+    ):
         folder = write_run(tmp_path / "run", config, processes=began)
         options = resolve_config("tiny", None, [f"training.accumulation={asked}"])
         assert check(folder, options, now) == accumulation
@@ -337,9 +296,7 @@ class TestProcesses:
         resumed, _ = continue_run(options, [earlier], ranks(now))
         assert resumed.training == scale_training(config.training, began)
 
-    def test_a_run_that_accumulated_goes_on_with_more_processes(
-        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_a_run_that_accumulated_goes_on_with_more_processes(self, tmp_path, caplog):
         config = resolve_config("tiny", None, ["training.accumulation=4"])
         folder = write_run(tmp_path / "run", config, processes=1)
         assert check(folder, config, 2) == 2
@@ -350,9 +307,7 @@ class TestProcesses:
 
 
 class TestDefaultFolder:
-    def test_the_same_run_has_its_folder_and_others_have_one_of_their_own(
-        self, tmp_path: Path, config: RunConfig
-    ) -> None:
+    def test_the_same_run_has_its_folder_and_others_have_one_of_their_own(self, tmp_path, config):
         def choose(asked: RunConfig, resume: Any = "auto") -> tuple[str, str]:
             found, why = default_folder(tmp_path / "r50", asked, resume)
             return found.name, why
@@ -375,29 +330,48 @@ class TestDefaultFolder:
         assert choose(config, path)[0] == "r50-2"
 
 
-HOLDS = """
-import sys, time
-from pathlib import Path
-from proxydet.training.runfolder import RunFolder
-with RunFolder(Path(sys.argv[1])).held():
-    print("held", flush=True)
-    time.sleep(60)
-"""
+@contextmanager
+def another_process(work: Callable[[Callable[[bytes], int]], None]) -> Iterator[tuple[int, bytes]]:
+    """Do something in a process that is killed at the end; its number, and what it wrote first."""
+    read, write = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks where there are threads
+        number = os.fork()
+    if not number:
+        try:
+            work(lambda text: os.write(write, text))
+        finally:
+            os._exit(1)
+    os.close(write)
+    try:
+        yield number, os.read(read, 99)
+    finally:
+        os.kill(number, signal.SIGKILL)
+        os.waitpid(number, 0)
+        os.close(read)
+
+
+@contextmanager
+def held_elsewhere(folder: RunFolder) -> Iterator[int]:
+    """Hold a folder in another process; its number."""
+
+    def hold(write: Callable[[bytes], int]) -> None:
+        with folder.held():
+            write(b"held")
+            signal.pause()
+
+    with another_process(hold) as (number, written):
+        assert written == b"held"
+        yield number
 
 
 class TestLock:
     def test_a_second_training_learns_who_holds_the_folder_and_changes_nothing(
-        self, folder: RunFolder, config: RunConfig
-    ) -> None:
-        words = [sys.executable, "-c", HOLDS, str(folder.root)]
-        with subprocess.Popen(words, stdout=subprocess.PIPE) as first:
-            assert first.stdout is not None
-            assert first.stdout.readline() == b"held\n"
+        self, folder, config
+    ):
+        with held_elsewhere(folder) as first:
             before = {path: path.stat().st_mtime_ns for path in folder.root.rglob("*")}
-            with (
-                pytest.raises(LockedError, match=f"process {first.pid} on") as caught,
-                folder.held(),
-            ):
+            with pytest.raises(LockedError, match=f"process {first} on") as caught, folder.held():
                 pytest.fail("held twice")
             assert str(folder.root) in caught.value.message
             assert "--output" in str(caught.value.hint)
@@ -405,7 +379,6 @@ class TestLock:
             assert {k: v for k, v in after.items() if "lock" not in k.name} == {
                 k: v for k, v in before.items() if "lock" not in k.name
             }
-            first.kill()
         left = folder.checkpoints / f".step.{'0' * 32}.tmp"
         left.touch()
         with folder.held() as still_ours:
@@ -417,8 +390,8 @@ class TestLock:
         assert not folder.lock.exists()
 
     def test_without_locks_nothing_is_removed_that_another_training_may_be_writing(
-        self, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+        self, folder, monkeypatch
+    ):
         def none(*_: object) -> None:
             raise OSError(errno.ENOSYS, "not implemented")
 
@@ -428,42 +401,30 @@ class TestLock:
         with folder.held():
             assert written.exists()
 
-    def test_it_is_given_back_on_every_way_out_and_leaves_no_new_folder(
-        self, tmp_path: Path
-    ) -> None:
+    def test_it_is_given_back_on_every_way_out_and_leaves_no_new_folder(self, tmp_path):
         folder = RunFolder(tmp_path / "new")
         for error in (ValueError, KeyboardInterrupt):
             with pytest.raises(error), folder.held():
                 raise error
             assert not folder.root.exists()
 
-    def test_a_process_of_our_launcher_need_not_hold_it(self, folder: RunFolder) -> None:
-        code = """
-import os, sys
-from pathlib import Path
-from proxydet.errors import LockedError
-from proxydet.training.runfolder import RunFolder
-folder = RunFolder(Path(sys.argv[1]))
-with folder.held() as still_ours:
-    still_ours()
-os.environ["PROXYDET_LAUNCHER"] = "1"
-try:
-    folder.held().__enter__()
-except LockedError:
-    print("refused")
-"""
+    def test_a_process_of_our_launcher_need_not_hold_it(self, folder):
+        def join(write):
+            os.environ["PROXYDET_LAUNCHER"] = str(os.getppid())
+            with folder.held() as still_ours:
+                still_ours()
+            os.environ["PROXYDET_LAUNCHER"] = "1"
+            try:
+                folder.held().__enter__()
+            except LockedError:
+                write(b"refused")
+
         with folder.held():
-            done = subprocess.run(
-                [sys.executable, "-c", code, str(folder.root)],
-                env={**os.environ, "PROXYDET_LAUNCHER": str(os.getpid())},
-                check=True,
-                capture_output=True,
-                text=True,
-            )
-            assert done.stdout == "refused\n"
+            with another_process(join) as (_, written):
+                assert written == b"refused"
             assert folder.lock.exists()
 
-    def test_one_that_was_taken_for_dead_stops_before_it_writes(self, folder: RunFolder) -> None:
+    def test_one_that_was_taken_for_dead_stops_before_it_writes(self, folder):
         with folder.held() as still_ours:
             record = Path(f"{folder.lock}.owner")
             owner = json.loads(record.read_text())
@@ -487,30 +448,20 @@ except LockedError:
         ],
         ids=["a process of torchrun", "a launcher of one of two nodes"],
     )
-    def test_a_refused_process_writes_no_log(
-        self,
-        folder: RunFolder,
-        words: tuple[str, ...],
-        environment: dict[str, str],
-        monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str],
-    ) -> None:
+    def test_a_refused_process_writes_no_log(self, folder, words, environment, monkeypatch, cli):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        output = ("--output", str(folder.root), *words)
-        holder = [sys.executable, "-c", HOLDS, str(folder.root)]
-        with subprocess.Popen(holder, stdout=subprocess.PIPE) as first:
-            assert first.stdout is not None
-            assert first.stdout.readline() == b"held\n"
-            assert main(["train", "--recipe", "tiny", "--device", "cpu", *output]) == 5
-            first.kill()
-        assert f"in use by process {first.pid}" in " ".join(capsys.readouterr().err.split())
+        with held_elsewhere(folder) as first:
+            words = ("--output", folder.root, *words)
+            code, _, err = cli("train", "--recipe", "tiny", "--device", "cpu", *words)
+        assert code == 5
+        assert f"in use by process {first}" in " ".join(err.split())
         assert not folder.logs.exists()
 
     @pytest.mark.parametrize("there", [(), ("notes.txt",), ("logs/mine.txt",)])
     def test_a_training_that_is_refused_leaves_no_logs_in_a_new_folder(
-        self, tmp_path: Path, there: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+        self, tmp_path, there, monkeypatch
+    ):
         for name, value in {"RANK": "0", "WORLD_SIZE": "1"}.items():
             monkeypatch.setenv(name, value)  # as torchrun starts it: with a log
         root = tmp_path / "new"
@@ -523,9 +474,7 @@ except LockedError:
         assert [name for name in kept if "rank_" not in name] == list(there)
         assert root.exists() == bool(there)
 
-    def test_logs_of_a_run_that_is_overwritten_go_before_new_ones_are_opened(
-        self, folder: RunFolder
-    ) -> None:
+    def test_logs_of_a_run_that_is_overwritten_go_before_new_ones_are_opened(self, folder):
         folder.logs.mkdir()
         (folder.logs / "rank_0.log").write_text("of before")
         with folder.held(fresh=True), worker(folder.logs):
@@ -533,7 +482,7 @@ except LockedError:
             assert "of before" not in (folder.logs / "rank_0.log").read_text()
 
 
-def test_an_interrupted_evaluation_starts_again_with_other_settings(tmp_path: Path) -> None:
+def test_an_interrupted_evaluation_starts_again_with_other_settings(tmp_path):
     folder = RunFolder(tmp_path)
     for step in (2, 4):
         folder.evaluation(step).mkdir(parents=True)
@@ -543,7 +492,7 @@ def test_an_interrupted_evaluation_starts_again_with_other_settings(tmp_path: Pa
 
 
 class TestGoingBack:
-    def test_what_came_after_is_set_aside(self, tmp_path: Path) -> None:
+    def test_what_came_after_is_set_aside(self, tmp_path):
         folder = RunFolder(tmp_path)
         folder.checkpoints.mkdir()
         for step in (2, 4, 6):
@@ -573,9 +522,7 @@ class TestGoingBack:
         folder.set_aside_after(2)
         assert len(list((tmp_path / "aside").iterdir())) == 2
 
-    def test_a_kill_in_between_leaves_no_finished_run(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_kill_in_between_leaves_no_finished_run(self, tmp_path, monkeypatch):
         folder = RunFolder(tmp_path)
         folder.checkpoints.mkdir()
         for step in (2, 4, 6):
@@ -606,7 +553,7 @@ class TestGoingBack:
             "step_0000006.pth",
         ]
 
-    def test_final_weights_are_set_aside_where_no_later_checkpoint_is(self, tmp_path: Path) -> None:
+    def test_final_weights_are_set_aside_where_no_later_checkpoint_is(self, tmp_path):
         folder = RunFolder(tmp_path)
         folder.final_weights.touch()
         folder.metrics.write_text('{"iteration": 2}\n{"iteration": 6}\n')
@@ -617,14 +564,14 @@ class TestGoingBack:
         assert folder.metrics.read_text() == '{"iteration": 2}\n'
         assert (tmp_path / "aside/after_step_0000002/metrics.jsonl").exists()
 
-    def test_where_only_log_lines_came_after_nothing_is(self, tmp_path: Path) -> None:
+    def test_where_only_log_lines_came_after_nothing_is(self, tmp_path):
         folder = RunFolder(tmp_path)
         folder.metrics.write_text('{"iteration": 3}\n')
         folder.set_aside_after(2)
         assert not (tmp_path / "aside").exists()
 
 
-def test_processes_that_differ_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_differ_are_told_apart(monkeypatch):
     theirs = {"configuration": "same", "annotations": "bb"}
     others = [theirs, {**theirs, "annotations": "zz"}]
 

@@ -24,7 +24,7 @@ PUBLISHED = TrainingConfig(
 )
 
 
-def test_half_the_processes_take_twice_the_steps_at_half_the_rate() -> None:
+def test_half_the_processes_take_twice_the_steps_at_half_the_rate():
     half = scale_training(PUBLISHED, 4)
     assert half.optimizer.learning_rate == pytest.approx(1e-4)
     assert half.iterations == 180_000
@@ -36,19 +36,19 @@ def test_half_the_processes_take_twice_the_steps_at_half_the_rate() -> None:
 
 
 @given(replicas=st.integers(1, 64), first=st.integers(1, 64))
-def test_scaling_is_told_once(replicas: int, first: int) -> None:
+def test_scaling_is_told_once(replicas, first):
     scaled = scale_training(PUBLISHED, replicas)
     assert scale_training(scaled, replicas) == scaled
     assert scaled.iterations * replicas == pytest.approx(720_000, rel=1e-3)
     assert scaled.optimizer.learning_rate / replicas == pytest.approx(2e-4 / 8)
 
 
-def test_none_leaves_every_number() -> None:
+def test_none_leaves_every_number():
     fixed = dataclasses.replace(PUBLISHED, scaling="none")
     assert scale_training(fixed, 2) == dataclasses.replace(fixed, replicas=2)
 
 
-def test_small_numbers_stay_valid() -> None:
+def test_small_numbers_stay_valid():
     tiny = TrainingConfig(
         iterations=3,
         replicas=1,

@@ -27,7 +27,7 @@ R50 = {
 
 
 @pytest.mark.parametrize(("iteration", "expected"), R50.items())
-def test_published_r50(iteration: int, expected: float) -> None:
+def test_published_r50(iteration, expected):
     factor = learning_rate_factor(iteration, 90_000, ScheduleConfig())
     assert 2e-4 * factor == pytest.approx(expected, rel=1e-8)
 
@@ -36,7 +36,7 @@ def test_published_r50(iteration: int, expected: float) -> None:
 @pytest.mark.parametrize(
     ("name", "iterations", "base"), [("r50", 90_000, 2e-4), ("swinb", 180_000, 1e-4)]
 )
-def test_published_schedules_in_full(name: str, iterations: int, base: float) -> None:
+def test_published_schedules_in_full(name, iterations, base):
     path = Path(__file__).parents[4] / "shared/parity/parity_functions.npz"
     if not path.exists():
         pytest.skip("the full parity fixtures are not here")
@@ -51,7 +51,7 @@ def test_published_schedules_in_full(name: str, iterations: int, base: float) ->
     warmup=st.integers(0, 3000),
     shape=st.sampled_from(["cosine", "constant"]),
 )
-def test_factor_rises_in_warmup_then_never(iterations: int, warmup: int, shape: str) -> None:
+def test_factor_rises_in_warmup_then_never(iterations, warmup, shape):
     config = ScheduleConfig(warmup_iterations=warmup, shape=shape)
     factors = [learning_rate_factor(i, iterations, config) for i in range(iterations)]
     assert all(0 < f <= 1 for f in factors) or warmup > iterations

@@ -13,9 +13,7 @@ from proxydet.training.train import warn_of_slow_device
 @pytest.mark.parametrize(
     ("millions", "device", "told"), [(21, "cpu", True), (19, "cpu", False), (21, "cuda", False)]
 )
-def test_large_networks_on_a_cpu_are_told_to_be_slow(
-    millions: int, device: str, told: bool, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_large_networks_on_a_cpu_are_told_to_be_slow(millions, device, told, caplog):
     network = torch.nn.Linear(1000, 1000 * millions, bias=False, device="meta")
     with caplog.at_level(logging.WARNING):
         warn_of_slow_device(network, torch.device(device))

@@ -34,7 +34,7 @@ def make_state() -> TrainingState:
     )
 
 
-def test_counts_and_the_loss_scale_are_restored() -> None:
+def test_counts_and_the_loss_scale_are_restored():
     before = make_state()
     before.batches, before.draws, before.skipped, before.images = 40, 5, 2, 160
     before.scaler.load_state_dict({**before.scaler.state_dict(), "scale": 2.0})
@@ -57,17 +57,13 @@ def poison(toy: ModuleType, monkeypatch: pytest.MonkeyPatch, value: float, *call
     monkeypatch.setattr(toy, "toy_losses", poisoned)
 
 
-def test_an_infinite_loss_is_refused_too(
-    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_infinite_loss_is_refused_too(toy, tmp_path, monkeypatch):
     poison(toy, monkeypatch, float("inf"), 1)
     with pytest.raises(NumericsError, match="loss_box is inf"):
         toy.run(tmp_path, {"iterations": 3})
 
 
-def test_skipped_steps_count_over_the_whole_run(
-    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_skipped_steps_count_over_the_whole_run(toy, tmp_path, monkeypatch):
     """A run that is started again may not skip as many steps once more."""
 
     def crash(network: torch.nn.Module, at: int, folder: Path) -> dict[str, float]:
@@ -84,7 +80,7 @@ def test_skipped_steps_count_over_the_whole_run(
         toy.run(tmp_path, NEVER_SKIPPED)
 
 
-def test_the_seed_of_the_run_decides_what_steps_draw(toy: ModuleType, tmp_path: Path) -> None:
+def test_the_seed_of_the_run_decides_what_steps_draw(toy, tmp_path):
     for seed in (7, 8):
         toy.run(tmp_path / str(seed), {"iterations": 2}, seed=seed)
     left, right = (
@@ -94,7 +90,7 @@ def test_the_seed_of_the_run_decides_what_steps_draw(toy: ModuleType, tmp_path: 
     assert not torch.equal(left["backbone.0.weight"], right["backbone.0.weight"])
 
 
-def test_an_evaluation_that_was_made_is_not_made_again(toy: ModuleType, tmp_path: Path) -> None:
+def test_an_evaluation_that_was_made_is_not_made_again(toy, tmp_path):
     seen: list[int] = []
 
     def evaluate(network: torch.nn.Module, at: int, folder: Path) -> dict[str, float]:
@@ -108,9 +104,7 @@ def test_an_evaluation_that_was_made_is_not_made_again(toy: ModuleType, tmp_path
     assert seen == [2, 4]
 
 
-def test_a_signal_in_the_last_step_lets_the_run_end(
-    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_signal_in_the_last_step_lets_the_run_end(toy, tmp_path, monkeypatch):
     losses, count = toy.toy_losses, iter(range(100))
 
     def interrupting(found: dict, *, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -125,7 +119,7 @@ def test_a_signal_in_the_last_step_lets_the_run_end(
     assert toy.run(tmp_path / "last", {"iterations": 3}).weights.exists()
 
 
-def test_a_second_ctrl_c_stops_at_once_and_the_first_signal_is_told() -> None:
+def test_a_second_ctrl_c_stops_at_once_and_the_first_signal_is_told():
     with StopSignals() as signals:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -136,9 +130,7 @@ def test_a_second_ctrl_c_stops_at_once_and_the_first_signal_is_told() -> None:
             pytest.fail("long work began after a signal")
 
 
-def test_a_checkpoint_is_replaced_not_written_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_is_replaced_not_written_over(tmp_path, monkeypatch):
     path = tmp_path / "a.pth"
     write_state({"iteration": 1, "x": 1}, path)
     flushed: list[int] = []
@@ -151,9 +143,7 @@ def test_a_checkpoint_is_replaced_not_written_over(
     assert len(flushed) == 2, "the file and its folder"
 
 
-def test_a_disk_without_room_to_spare_is_full(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_without_room_to_spare_is_full(tmp_path, monkeypatch):
     state = {"weights": torch.zeros(1000)}
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4001))
@@ -161,7 +151,7 @@ def test_a_disk_without_room_to_spare_is_full(
         write_state(state, tmp_path / "a.pth")
 
 
-def test_warm_up_ends_on_the_published_tolerance_and_may_outlast_the_training() -> None:
+def test_warm_up_ends_on_the_published_tolerance_and_may_outlast_the_training():
     constant = ScheduleConfig(shape="constant", warmup_iterations=10)
     assert learning_rate_factor(9, 20_000_000, constant) == 1.0
     long = ScheduleConfig(warmup_iterations=20)
@@ -169,9 +159,7 @@ def test_warm_up_ends_on_the_published_tolerance_and_may_outlast_the_training() 
     assert factors == pytest.approx([1e-3 * (1 - step / 20) for step in range(10)])
 
 
-def test_records_of_steps_that_are_taken_again_are_forgotten(
-    toy: ModuleType, tmp_path: Path
-) -> None:
+def test_records_of_steps_that_are_taken_again_are_forgotten(toy, tmp_path):
     toy.run(tmp_path, {"log": {"period": 1}})
     toy.run(tmp_path, {"log": {"period": 1}}, resume=tmp_path / "checkpoints/step_0000008.pth")
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()

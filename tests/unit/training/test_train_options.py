@@ -30,7 +30,7 @@ def dry_run(*words: object) -> int:
 
 
 @pytest.fixture
-def description(tmp_path: Path) -> Path:
+def description(tmp_path) -> Path:
     """Describe a data set of which all files are there."""
     document = {
         "images": [{"id": 1, "width": 2, "height": 2, "file_name": "a.png"}],
@@ -47,9 +47,8 @@ def description(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_dry_run_ends_with_3_while_training_cannot_start(
-    description: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.usefixtures("unmeasured")
+def test_a_dry_run_ends_with_3_while_training_cannot_start(description, capsys):
     assert dry_run("--data", description) == 0
     assert "cannot start" not in capsys.readouterr().out
     (description.parent / "a.json").unlink()
@@ -60,9 +59,8 @@ def test_a_dry_run_ends_with_3_while_training_cannot_start(
     assert [need["what"] for need in needs if not need["present"]] == ["training annotations"]
 
 
-def test_a_dry_run_tells_what_keeps_a_run_from_going_on(
-    description: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.usefixtures("unmeasured")
+def test_a_dry_run_tells_what_keeps_a_run_from_going_on(description, tmp_path, capsys):
     words = ("--data", description, "--output", tmp_path / "run")
     assert dry_run(*words, "--resume", "absent.pth") == 3
     assert "absent.pth does not exist" in capsys.readouterr().out
@@ -103,13 +101,8 @@ def train(*words: str) -> int:
 @pytest.mark.parametrize("as_json", [False, True])
 @pytest.mark.parametrize("finished", [False, True])
 def test_the_first_of_all_processes_writes_the_result(
-    rank: int,
-    as_json: bool,
-    finished: bool,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    rank, as_json, finished, tmp_path, monkeypatch, capsys
+):
     """So it is written once, whatever the number of machines, and the same as by one process."""
     monkeypatch.setattr("proxydet.training_run.run_training", lambda *_, **__: RESULT)
     found = RESULT if finished else None
@@ -135,7 +128,7 @@ def test_the_first_of_all_processes_writes_the_result(
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+def launched(monkeypatch) -> list[tuple[Any, ...]]:
     """Collect what would be launched."""
     calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr(
@@ -147,11 +140,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 
 def test_a_wrong_checkpoint_is_found_before_processes_start(
-    launched: list[tuple[Any, ...]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    launched, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     absent = tmp_path / "absent.pth"
     assert train("--resume", str(absent)) == 3
@@ -165,12 +155,7 @@ def test_a_wrong_checkpoint_is_found_before_processes_start(
     assert launched
 
 
-def test_the_launcher_leaves_the_result_to_its_processes(
-    launched: list[tuple[Any, ...]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_the_launcher_leaves_the_result_to_its_processes(launched, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert train("--json", "--set", "seed=8") == 0
     assert capsys.readouterr().out == ""
@@ -185,9 +170,7 @@ def test_the_launcher_leaves_the_result_to_its_processes(
     assert "--json" not in launched[1][1]
 
 
-def test_without_a_folder_a_run_has_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_folder_a_run_has_its_own(tmp_path, monkeypatch, capsys):
     trained: list[tuple[Path, Any, bool]] = []
 
     def run_training(config: RunConfig, **job: Any) -> TrainResult:
@@ -233,9 +216,7 @@ def main_code(*words: str) -> int:
     return int(stop.value.code)
 
 
-def test_the_launcher_holds_the_folder_of_its_processes(
-    launched: list[tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_launcher_holds_the_folder_of_its_processes(launched, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     held: list[bool] = []
     monkeypatch.setattr(

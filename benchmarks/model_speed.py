@@ -36,8 +36,7 @@ from proxydet.modeling import network as network_module
 from proxydet.modeling import roi_heads
 from proxydet.modeling.config import InferenceConfig
 from proxydet.modeling.network import ProxyDetNetwork
-from proxydet.modeling.postprocess import assemble_predictions
-from proxydet.modeling.prediction import Prediction, rles
+from proxydet.modeling.postprocess import Prediction, assemble_predictions, rles
 
 Times = dict[str, float]
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}

@@ -44,12 +44,13 @@ from proxydet.data.loader import TrainingLoader, TrainingSources
 from proxydet.losses import criterion as criterion_module
 from proxydet.losses.config import LossConfig, MixupLossConfig
 from proxydet.losses.criterion import Criterion, image_label_loss
-from proxydet.modeling import geometry, matching, roi_heads
 from proxydet.modeling import roi_align as pooling
+from proxydet.modeling import roi_heads
+from proxydet.modeling.boxes import clip
 from proxydet.modeling.config import ModelConfig
 from proxydet.modeling.network import ProxyDetNetwork
-from proxydet.modeling.outputs import ImageStepOutput, MixupOutput
 from proxydet.modeling.roi_align import RegionGrid
+from proxydet.modeling.roi_heads import ImageStepOutput, MixupOutput
 from proxydet.training.config import OptimizerConfig
 from proxydet.training.step import build_optimizer, clip_gradients
 from proxydet.vocabulary.vocabulary import Vocabulary
@@ -88,7 +89,7 @@ def whole_mixup_step(
         deltas_BR4 = branch.deltas(step, features_NF).unflatten(0, regions.valid_BR.shape)
         seen = regions
         regions = heads.refine(scene, deltas_BR4, regions, step)
-    labels_BR = matching.match(seen, truth, config.iou_thresholds[-1], classes).labels_BR
+    labels_BR = roi_heads.match(seen, truth, config.iou_thresholds[-1], classes).labels_BR
     chosen = roi_heads._foreground_indices(labels_BR, classes)
     return MixupOutput(
         embeddings_PD=embeddings_ND[chosen],
@@ -120,7 +121,7 @@ def prototypes_by_loop(output: MixupOutput, config: MixupLossConfig) -> tuple[Te
 
 def whole_label_steps(heads: Any, scene: Any, regions: Any) -> tuple[Any, ...]:
     """Run an image-label batch as a box batch runs: every region with gradient, with the logits of every class."""
-    boxes_BR4 = geometry.clip(regions.boxes_BR4, scene.sizes_B2[:, None])
+    boxes_BR4 = clip(regions.boxes_BR4, scene.sizes_B2[:, None])
     regions = regions.with_boxes(boxes_BR4, regions.valid_BR)
     branch, outputs = heads.detection, []
     images = torch.arange(len(boxes_BR4))

@@ -35,6 +35,9 @@ def entered(inside: Callable[..., Any] | None = None) -> Iterator[set[str]]:
         if code is not None and frame.f_code is code:
             depth[0] += {"call": 1, "return": -1}.get(event, 0)
         path = frame.f_code.co_filename
+        caller = frame.f_back
+        if caller is not None and caller.f_code.co_filename.startswith("<frozen importlib"):
+            return  # detectron2's repairs, asked about a module that is imported
         if event == "call" and depth[0] and frame.f_code.co_flags & _FUNCTION:
             for package in ("proxydet", "proxydet_cli"):
                 if path.startswith(str(REPOSITORY / package) + "/"):

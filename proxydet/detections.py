@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
-    from proxydet.modeling.prediction import MaskWindow, Prediction
+    from proxydet.modeling.postprocess import MaskWindow, Prediction
     from proxydet.visualization.drawing import DrawingStyle
 
 Floats = npt.NDArray[np.float32]
@@ -114,7 +114,7 @@ class Detections:
         Raises:
             InputError: No masks were predicted.
         """
-        from proxydet.modeling.prediction import masks
+        from proxydet.modeling.postprocess import masks
 
         self._require_masks()
         return _frozen(masks(self._prediction).numpy())
@@ -126,7 +126,7 @@ class Detections:
         Raises:
             InputError: No masks were predicted.
         """
-        from proxydet.modeling.prediction import rles
+        from proxydet.modeling.postprocess import rles
 
         self._require_masks()
         return tuple(rles(self._prediction))

@@ -34,10 +34,9 @@ from proxydet.errors import (
     RuntimeEnvironmentError,
 )
 from proxydet.manifest import read_manifest
-from proxydet.modeling.augmentation import View
 from proxydet.modeling.config import TTA_SCALES, BackboneConfig, InferenceConfig, ModelConfig
-from proxydet.modeling.network import ProxyDetNetwork
-from proxydet.modeling.prediction import Prediction, to_host
+from proxydet.modeling.network import ProxyDetNetwork, View
+from proxydet.modeling.postprocess import Prediction, to_host
 from proxydet.modeling.weights import load_weights
 from proxydet.paths import QUICKSTARTS_RUN, require_run, run_in
 from proxydet.vocabulary.encoder import open_encoder

@@ -17,10 +17,11 @@ from proxydet.config import load_mapping, merge, overlay, parse_overrides
 from proxydet.data.config import DataConfig, SourceConfig
 from proxydet.errors import ConfigError
 from proxydet.evaluation.config import EvaluationConfig
-from proxydet.losses.config import CenterNetLossConfig, LossConfig
+from proxydet.losses.config import LossConfig
 from proxydet.modeling.config import (
     BackboneConfig,
     CascadeConfig,
+    CenterNetLossConfig,
     ClassifierConfig,
     InferenceConfig,
     MaskConfig,

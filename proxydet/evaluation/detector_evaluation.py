@@ -47,7 +47,7 @@ from proxydet.evaluation.report import Report
 from proxydet.evaluation.split import AnnotatedImages, DescribedSplit
 from proxydet.files import Lock, read_json, remove_cut_line, staged, write_errors, write_json
 from proxydet.modeling.config import InferenceConfig
-from proxydet.modeling.prediction import Prediction, rles
+from proxydet.modeling.postprocess import Prediction, rles
 from proxydet.reporting import SILENT, Progress
 from proxydet.vocabulary.vocabulary import Vocabulary
 

@@ -24,10 +24,9 @@ from torch.nn import functional
 from torchvision.ops import nms, roi_align
 
 from proxydet.detector import Detector
+from proxydet.modeling.boxes import Regions, cell_centres
 from proxydet.modeling.centernet import CenterNetOutput, boxes_around
 from proxydet.modeling.config import InferenceConfig
-from proxydet.modeling.geometry import cell_centres
-from proxydet.modeling.matching import Regions
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.modeling.postprocess import ClassText, class_scores
 from proxydet.modeling.roi_align import RegionPooler

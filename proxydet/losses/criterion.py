@@ -13,12 +13,12 @@ from detectron2.structures import BitMasks, PolygonMasks
 from torch import Tensor
 from torch.nn import functional
 
-from proxydet.losses.centernet import centernet_losses, zero_centernet_losses
 from proxydet.losses.config import LossConfig, MixupLossConfig
-from proxydet.modeling.geometry import Weights, deltas_between
-from proxydet.modeling.matching import GroundTruth
-from proxydet.modeling.outputs import (
+from proxydet.modeling.boxes import Weights, deltas_between
+from proxydet.modeling.centernet import centernet_losses, zero_centernet_losses
+from proxydet.modeling.roi_heads import (
     BoxTrainingOutput,
+    GroundTruth,
     ImageLabelTrainingOutput,
     ImageStepOutput,
     MaskOutput,

@@ -195,6 +195,7 @@ class InferenceConfig:
 __all__ = [
     "BackboneConfig",
     "CascadeConfig",
+    "CenterNetLossConfig",
     "ClassifierConfig",
     "InferenceConfig",
     "MaskConfig",
@@ -295,6 +296,60 @@ class ProposalConfig:
         require(
             0.0 < self.initial_probability < 1.0,
             f"proposals.initial_probability must be in (0, 1), not {self.initial_probability}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CenterNetLossConfig:
+    """Targets and losses of the proposal network."""
+
+    size_ranges: tuple[tuple[float, float], ...] = (
+        (0.0, 80.0),
+        (64.0, 160.0),
+        (128.0, 320.0),
+        (256.0, 640.0),
+        (512.0, float("inf")),
+    )
+    """For each level, finest first: the half diagonals of boxes, in pixels, that it learns; one entry a pyramid level."""
+
+    min_overlap: float = 0.8
+    """Sets how far from an object's centre the heatmap stays high: a box moved that far still overlaps by this."""
+
+    min_radius: float = 4.0
+    """Smallest such distance, in pixels."""
+
+    regression_weight: float = 1.0
+    """Weight of the GIoU loss of the boxes."""
+
+    heatmap_weight: float = 0.5
+    """Weight of both heatmap losses."""
+
+    focal_alpha: float = 0.25
+    """Share of the positive part of the focal loss; the negative part has the rest."""
+
+    focal_gamma: float = 2.0
+    """Exponent by which easy cells count less."""
+
+    negative_beta: float = 4.0
+    """Exponent by which cells near a centre count less as negatives."""
+
+    ignored_above: float = 0.85
+    """Negative cells with at least this probability are left out: they are often objects nobody annotated."""
+
+    probability_clamp: float = 1e-4
+    """Probabilities are kept this far from 0 and 1."""
+
+    def __post_init__(self) -> None:
+        require(len(self.size_ranges) > 0, "centernet.size_ranges must not be empty")
+        for low, high in self.size_ranges:
+            require(0 <= low < high, f"centernet.size_ranges holds ({low}, {high})")
+        for name in ("min_overlap", "focal_alpha", "ignored_above"):
+            value = getattr(self, name)
+            require(0.0 <= value <= 1.0, f"centernet.{name} must be in [0, 1], not {value}")
+        require(self.min_radius > 0, f"centernet.min_radius must be above 0: {self.min_radius}")
+        require(
+            0.0 < self.probability_clamp < 0.5,
+            f"centernet.probability_clamp must be in (0, 0.5), not {self.probability_clamp}",
         )
 
 

@@ -1,11 +1,10 @@
 """The detector: backbone, proposals, second stage.
 
-Dimensions: B images, C classes, D embedding.
+Dimensions: B images, C classes, D embedding, P proposals, M masks, S side of a mask.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,22 +14,24 @@ from torch import Tensor, nn
 
 from proxydet.data.batches import Batch, BoxBatch, ImageLabelBatch
 from proxydet.errors import ConfigError, DataError, VocabularyError
-from proxydet.modeling.augmentation import View, ViewFeatures, detect_in_views
 from proxydet.modeling.backbone import build_backbone
-from proxydet.modeling.centernet import CenterNet, Proposals
-from proxydet.modeling.config import InferenceConfig, ModelConfig
-from proxydet.modeling.matching import GroundTruth, Regions
-from proxydet.modeling.outputs import (
+from proxydet.modeling.boxes import Regions, keep_best
+from proxydet.modeling.centernet import CenterNet
+from proxydet.modeling.config import InferenceConfig, ModelConfig, ProposalConfig
+from proxydet.modeling.postprocess import (
+    ClassText,
+    Prediction,
+    assemble_predictions,
+    detect_classes,
+)
+from proxydet.modeling.roi_heads import (
     BoxTrainingOutput,
     ClassTable,
-    ImageLabelTrainingOutput,
-    TrainingOutput,
-)
-from proxydet.modeling.postprocess import ClassText, assemble_predictions, detect_classes
-from proxydet.modeling.prediction import Prediction
-from proxydet.modeling.roi_heads import (
     FeatureBatch,
+    GroundTruth,
+    ImageLabelTrainingOutput,
     RoiHeads,
+    TrainingOutput,
     ZeroShotClassifier,
     box_steps,
     image_label_steps,
@@ -134,6 +135,19 @@ def stack_images(
     return ImageBatch(pixels_B3HW=pixels_B3HW, sizes=sizes, sizes_B2=sizes_B2)
 
 
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """An image as the network is given it.
+
+    Attributes:
+        image: (3, h, w) RGB, uint8 or float in [0, 255]: resized, and mirrored where ``mirrored`` says so.
+        mirrored: Whether left and right are exchanged.
+    """
+
+    image: Tensor
+    mirrored: bool = False
+
+
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -222,7 +236,7 @@ class ProxyDetNetwork(nn.Module):
     ) -> BoxTrainingOutput:
         truth = GroundTruth.from_instances(batch.instances, self.device)
         centernet = self.proposal_generator(list(features.values()))
-        regions = _as_regions(self.proposal_generator.propose(centernet))
+        regions = self.proposal_generator.propose(centernet)
         pooled_maps = self._feature_batch(features, images)
         classes = len(self.vocabulary)
         regions, assignment = sample_regions(
@@ -249,7 +263,7 @@ class ProxyDetNetwork(nn.Module):
         centernet = self.proposal_generator(list(features.values()))
         cascade = self.config.cascade
         keep = min(cascade.image_label_proposals, self.config.proposals.keep_train)
-        regions = _as_regions(self.proposal_generator.propose(centernet, keep=keep))
+        regions = self.proposal_generator.propose(centernet, keep=keep)
         return ImageLabelTrainingOutput(
             centernet=centernet,
             labels=_moved_together(batch.labels, self.device),
@@ -336,7 +350,12 @@ class ProxyDetNetwork(nn.Module):
         original_size: tuple[int, int],
         settings: InferenceConfig | None = None,
     ) -> Prediction:
-        """Detect objects in one image from several views of it; see `proxydet.modeling.augmentation`.
+        """Detect objects in one image from several views of it: test-time augmentation (TTA).
+
+        All views share one set of regions: the proposals of all views, with one NMS for all. The second stage embeds
+        each region in every view; its class scores, its box and its mask are the mean over the views. So a detection
+        needs no matching between views, and thresholds mean what they mean without augmentation. With a single view
+        (or the same one twice) the result is the plain one.
 
         Args:
             views: The image, resized and mirrored; at least one view.
@@ -359,7 +378,7 @@ class ProxyDetNetwork(nn.Module):
             self.classifiers(),
             self._class_text(vocabulary),
             proposals=self.config.proposals,
-            settings=dataclasses.replace(settings, masks=settings.masks and self.has_mask_head),
+            settings=replace(settings, masks=settings.masks and self.has_mask_head),
             original_size=original_size,
         )
 
@@ -371,14 +390,14 @@ class ProxyDetNetwork(nn.Module):
         settings: InferenceConfig,
     ) -> list[Prediction]:
         pooled_maps, proposals = self._propose(images, settings)
-        regions = self.roi_heads.embed(pooled_maps, _as_regions(proposals))
+        regions = self.roi_heads.embed(pooled_maps, proposals)
         found = detect_classes([regions], classes, self.classifiers(), settings)
         masks = self.roi_heads.mask_probabilities if settings.masks and self.has_mask_head else None
         return assemble_predictions(found, pooled_maps, original_sizes, masks)
 
     def _propose(
         self, images: list[Tensor], settings: InferenceConfig
-    ) -> tuple[FeatureBatch, Proposals]:
+    ) -> tuple[FeatureBatch, Regions]:
         stacked = self._stack(images)
         if self.device.type == "cpu":
             # Convolutions keep this layout and need not convert their maps back after each.
@@ -459,16 +478,119 @@ class ProxyDetNetwork(nn.Module):
             )
 
 
-def _as_regions(proposals: Proposals) -> Regions:
-    return Regions(
-        boxes_BR4=proposals.boxes_BP4,
-        objectness_BR=proposals.scores_BP,
-        valid_BR=proposals.valid_BP,
-    )
-
-
 def _moved_together(labels: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
     """Return the labels of all images on a device, moved in one piece."""
     counts = [len(labels_L) for labels_L in labels]
     moved: tuple[Tensor, ...] = torch.cat(list(labels)).to(device, non_blocking=True).split(counts)
     return moved
+
+
+# --- Several views of one image --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewFeatures:
+    """Features and proposals of one view.
+
+    Attributes:
+        batch: Features and size, of a batch of one.
+        proposals: Its proposals.
+        mirrored: As in `View`.
+    """
+
+    batch: FeatureBatch
+    proposals: Regions
+    mirrored: bool
+
+    def from_reference(self, boxes_N4: Tensor, reference: FeatureBatch) -> Tensor:
+        """Move boxes from the frame of reference into this view."""
+        scaled_N4 = boxes_N4 * self._scale_4(reference)
+        return self._mirror(scaled_N4)
+
+    def to_reference(self, boxes_N4: Tensor, reference: FeatureBatch) -> Tensor:
+        """Move boxes of this view into the frame of reference."""
+        return self._mirror(boxes_N4) / self._scale_4(reference)
+
+    def _scale_4(self, reference: FeatureBatch) -> Tensor:
+        return (self.batch.sizes_B2[0] / reference.sizes_B2[0]).flip(0).repeat(2)
+
+    def _mirror(self, boxes_N4: Tensor) -> Tensor:
+        if not self.mirrored:
+            return boxes_N4
+        x0, y0, x1, y1 = boxes_N4.unbind(dim=-1)
+        width = self.batch.sizes_B2[0, 1]
+        return torch.stack([width - x1, y0, width - x0, y1], dim=-1)
+
+
+def detect_in_views(
+    views: Sequence[ViewFeatures],
+    heads: RoiHeads,
+    classifiers: list[ZeroShotClassifier],
+    classes: ClassText,
+    *,
+    proposals: ProposalConfig,
+    settings: InferenceConfig,
+    original_size: tuple[int, int],
+) -> Prediction:
+    """Detect objects in an image from several views; the frame of reference is the first view's input.
+
+    Args:
+        views: Features and proposals of the views, at least one.
+        heads: Box and mask heads.
+        classifiers: As `detect_classes` takes them.
+        classes: The classes to detect.
+        proposals: NMS threshold and number of the proposals.
+        settings: Thresholds and limits; ``masks`` only where the heads predict them.
+        original_size: Height and width of the image, for boxes and masks in its pixels.
+    """
+    reference = views[0].batch
+    regions = _merged(views, proposals)
+    embedded, boxes = [], []
+    for view in views:
+        seen_BR4 = view.from_reference(regions.boxes_BR4, reference)
+        own = heads.embed(view.batch, regions.with_boxes(seen_BR4, regions.valid_BR))
+        embedded.append(own)
+        boxes.append(view.to_reference(own.boxes_BR4, reference))
+    embedded[0] = replace(embedded[0], boxes_BR4=_mean(boxes))
+    found = detect_classes(embedded, classes, classifiers, settings)
+
+    def masks(_: FeatureBatch, boxes_M4: Tensor, image_M: Tensor) -> Tensor:
+        parts = []
+        for view in views:
+            own_M4 = view.from_reference(boxes_M4, reference)
+            masks_MSS = heads.mask_probabilities(view.batch, own_M4, image_M)
+            parts.append(masks_MSS.flip(2) if view.mirrored else masks_MSS)
+        return _mean(parts)
+
+    wanted = masks if settings.masks else None
+    (prediction,) = assemble_predictions(found, reference, [original_size], wanted)
+    return prediction
+
+
+def _merged(views: Sequence[ViewFeatures], config: ProposalConfig) -> Regions:
+    """Join the proposals of all views in the frame of reference."""
+    reference = views[0].batch
+    boxes_P4 = torch.cat(
+        [
+            view.to_reference(view.proposals.boxes_BR4[0][view.proposals.valid_BR[0]], reference)
+            for view in views
+        ]
+    )
+    scores_P = torch.cat(
+        [view.proposals.objectness_BR[0][view.proposals.valid_BR[0]] for view in views]
+    )
+    order_P = scores_P.argsort(descending=True, stable=True)
+    boxes_P4, scores_P = boxes_P4[order_P], scores_P[order_P]
+    kept = keep_best(boxes_P4, scores_P, config.nms_iou, config.keep_test)
+    return Regions(
+        boxes_BR4=boxes_P4[kept][None],
+        objectness_BR=scores_P[kept][None],
+        valid_BR=torch.ones_like(scores_P[kept], dtype=torch.bool)[None],
+    )
+
+
+def _mean(parts: list[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total / len(parts)

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
+from proxydet.modeling.boxes import areas
 from proxydet.modeling.config import CascadeConfig
-from proxydet.modeling.geometry import areas
 from proxydet.runtime.modes import current_mode
 
 

@@ -1,18 +1,22 @@
-"""The second stage: two cascades over the proposals, and the mask head of a detector that has one.
+"""The second stage: two cascades over the proposals, the mask head of a detector that has one, and their training.
 
 The mixup branch starts from the regions that the detection branch's last step saw, so both share the features pooled for
 that step. (The published code does so in training and in inference, and the recorded numbers hold only that way.) It is
 trained only through its last step; the steps before it refine boxes without gradient and classify nothing.
 
-Dimensions: B images, R regions of an image (padded), N = B * R, C classes, D embedding, F features of a box head,
-P chosen regions of the whole batch, M masks, S side of a pooled region.
+In training, each region is matched to the object that it overlaps most. Labels: [0, C) a class, C background, -1 a
+padded row. Matching and sampling work on a whole batch and do not wait for the device.
+
+Dimensions: B images, R regions of an image (padded), N = B * R, G objects of an image (padded), C classes, D embedding,
+F features of a box head, P chosen regions of the whole batch, M masks, S side of a pooled region or of a mask.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import proxydet.runtime.d2  # noqa: F401
 
@@ -22,12 +26,30 @@ from detectron2.modeling.roi_heads.box_head import FastRCNNConvFCHead
 from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
-from proxydet.modeling import geometry, matching
+from proxydet.modeling.boxes import (
+    Regions,
+    Weights,
+    apply_deltas,
+    areas,
+    clip,
+    nonempty,
+    pairwise_iou,
+)
 from proxydet.modeling.config import CascadeConfig, ClassifierConfig, ModelConfig
-from proxydet.modeling.matching import Assignment, GroundTruth, Regions
-from proxydet.modeling.outputs import ImageStepOutput, MaskOutput, MixupOutput, StepOutput
 from proxydet.modeling.roi_align import RegionPooler
+
+if TYPE_CHECKING:
+    from detectron2.structures import BitMasks, Instances, PolygonMasks
+
+    from proxydet.modeling.centernet import CenterNetOutput
+
+PADDING = -1
+# What the published code gives ground-truth boxes that join the proposals: the logit of a probability of nearly 1.
+GROUND_TRUTH_OBJECTNESS = math.log((1.0 - 1e-10) / (1 - (1.0 - 1e-10)))
+
+# --- Heads -----------------------------------------------------------------------------------------------------------
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -310,11 +332,11 @@ class RoiHeads(nn.Module):
     ) -> Regions:
         """Apply a step's box deltas; in training, boxes that became empty are dropped."""
         weights = self.config.delta_weights[step]
-        boxes_BR4 = geometry.apply_deltas(deltas_BR4.detach(), regions.boxes_BR4, weights)
-        boxes_BR4 = geometry.clip(boxes_BR4, batch.sizes_B2[:, None])
+        boxes_BR4 = apply_deltas(deltas_BR4.detach(), regions.boxes_BR4, weights)
+        boxes_BR4 = clip(boxes_BR4, batch.sizes_B2[:, None])
         valid_BR = regions.valid_BR
         if self.training:
-            valid_BR = valid_BR & geometry.nonempty(boxes_BR4)
+            valid_BR = valid_BR & nonempty(boxes_BR4)
         return regions.with_boxes(boxes_BR4, valid_BR)
 
     def mixup_regions(self, batch: FeatureBatch, regions: Regions, pooled_NCSS: Tensor) -> Regions:
@@ -348,6 +370,318 @@ class RoiHeads(nn.Module):
         return self.mask_logits(batch, boxes_M4, image_M).sigmoid_()
 
 
+# --- Training: objects, matching, sampling ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroundTruth:
+    """The objects of a batch of images.
+
+    Attributes:
+        boxes_BG4: xyxy pixels; zero where padded.
+        classes_BG: int64 in [0, C); zero where padded.
+        valid_BG: bool, False where padded.
+        counts: Objects of each image, known without asking the device.
+        masks: Each image's masks, one an object; None where an image comes without.
+        masked_BG: bool, whether the object has a mask: of one without, the entry in ``masks`` is empty.
+    """
+
+    boxes_BG4: Tensor
+    classes_BG: Tensor
+    valid_BG: Tensor
+    counts: tuple[int, ...]
+    masks: tuple[PolygonMasks | BitMasks | None, ...]
+    masked_BG: Tensor
+
+    @classmethod
+    def from_instances(cls, instances: tuple[Instances, ...], device: torch.device) -> GroundTruth:
+        """Collect ``gt_boxes``, ``gt_classes`` and (where there) ``gt_masks`` of every image, on one device.
+
+        Every object of an image with ``gt_masks`` has a mask, unless ``gt_masked`` (bool) says otherwise.
+
+        Boxes and classes are put together where they are and moved in one piece, so that moving them does not wait for
+        the device once an image.
+        """
+        counts = tuple(len(image) for image in instances)
+        boxes_BG4 = pad_sequence([image.gt_boxes.tensor.float() for image in instances], True)
+        valid_BG = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
+        return cls(
+            boxes_BG4=boxes_BG4.to(device, non_blocking=True),
+            classes_BG=pad_sequence([image.gt_classes for image in instances], True).to(
+                device, non_blocking=True
+            ),
+            valid_BG=valid_BG.to(device, non_blocking=True),
+            counts=counts,
+            masks=tuple(
+                image.gt_masks.to(device, non_blocking=True) if image.has("gt_masks") else None
+                for image in instances
+            ),
+            masked_BG=pad_sequence([_masked(image) for image in instances], True).to(
+                device, non_blocking=True
+            ),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """What each region stands for.
+
+    Attributes:
+        labels_BR: int64 in [-1, C].
+        objects_BR: int64, the object of its image that overlaps most (also for background); 0 where there is none.
+    """
+
+    labels_BR: Tensor
+    objects_BR: Tensor
+
+    def boxes_from(self, truth: GroundTruth) -> Tensor:
+        """Return the box of each region's object: (B, R, 4), zeros where the image has none."""
+        if truth.boxes_BG4.shape[1] == 0:
+            return truth.boxes_BG4.new_zeros(*self.labels_BR.shape, 4)
+        index_BR4 = self.objects_BR[:, :, None].expand(-1, -1, 4)
+        return truth.boxes_BG4.gather(1, index_BR4)
+
+    def masked_from(self, truth: GroundTruth) -> Tensor:
+        """Return whether each region's object has a mask: bool (B, R), False where the image has no object."""
+        if truth.masked_BG.shape[1] == 0:
+            return torch.zeros_like(self.labels_BR, dtype=torch.bool)
+        return truth.masked_BG.gather(1, self.objects_BR)
+
+
+def _masked(image: Instances) -> Tensor:
+    """Return which objects of an image have a mask: bool (G,)."""
+    if image.has("gt_masked"):
+        masked_G: Tensor = image.gt_masked
+        return masked_G
+    return torch.full((len(image),), image.has("gt_masks"), dtype=torch.bool)
+
+
+def match(regions: Regions, truth: GroundTruth, threshold: float, classes: int) -> Assignment:
+    """Give each region the class of the object that it overlaps most.
+
+    Args:
+        regions: The boxes.
+        truth: The objects.
+        threshold: Overlap from which a region counts as the object; below, it is background.
+        classes: C, which is also the background's label.
+    """
+    if truth.boxes_BG4.shape[1] == 0:
+        objects_BR = torch.zeros_like(regions.valid_BR, dtype=torch.int64)
+        labels_BR = torch.full_like(objects_BR, classes)
+    else:
+        iou_BRG = pairwise_iou(regions.boxes_BR4, truth.boxes_BG4)
+        iou_BRG = iou_BRG.masked_fill(~truth.valid_BG[:, None, :], -1.0)
+        best_BR, objects_BR = iou_BRG.max(dim=2)
+        labels_BR = truth.classes_BG.gather(1, objects_BR)
+        labels_BR = torch.where(best_BR >= threshold, labels_BR, classes)
+    return Assignment(
+        labels_BR=torch.where(regions.valid_BR, labels_BR, PADDING), objects_BR=objects_BR
+    )
+
+
+def append_ground_truth(regions: Regions, truth: GroundTruth) -> Regions:
+    """Return the regions with every object's own box added at the end of its image."""
+    objectness_BG = torch.full_like(truth.boxes_BG4[:, :, 0], GROUND_TRUTH_OBJECTNESS)
+    return Regions(
+        boxes_BR4=torch.cat([regions.boxes_BR4, truth.boxes_BG4], dim=1),
+        objectness_BR=torch.cat([regions.objectness_BR, objectness_BG * truth.valid_BG], dim=1),
+        valid_BR=torch.cat([regions.valid_BR, truth.valid_BG], dim=1),
+    )
+
+
+def sample(
+    regions: Regions,
+    assignment: Assignment,
+    *,
+    size: int,
+    positive_fraction: float,
+    classes: int,
+    generator: torch.Generator | None,
+) -> tuple[Regions, Assignment]:
+    """Draw the regions to train on: objects up to a share, the rest background.
+
+    Args:
+        regions: All boxes.
+        assignment: What they stand for.
+        size: Regions to draw an image; fewer where there are not enough.
+        positive_fraction: Largest share of ``size`` that may be objects.
+        classes: C, the background's label.
+        generator: Source of randomness; None is torch's global one.
+    """
+    labels_BR = assignment.labels_BR
+    positive_BR = (labels_BR >= 0) & (labels_BR < classes)
+    background_BR = labels_BR == classes
+    positives_B = positive_BR.sum(dim=1, keepdim=True).clamp(max=int(size * positive_fraction))
+    chance_BR = random_like(regions.objectness_BR, generator)
+    chosen_BR = (_rank(positive_BR, chance_BR) < positives_B) & positive_BR
+    chosen_BR |= (_rank(background_BR, chance_BR) < size - positives_B) & background_BR
+    # A stable sort on "not chosen" moves the drawn rows to the front and keeps their order.
+    order_BS = (~chosen_BR).to(torch.uint8).argsort(dim=1, stable=True)[:, :size]
+    valid_BS = chosen_BR.gather(1, order_BS)
+    drawn = Regions(
+        boxes_BR4=regions.boxes_BR4.gather(1, order_BS[:, :, None].expand(-1, -1, 4)),
+        objectness_BR=regions.objectness_BR.gather(1, order_BS),
+        valid_BR=valid_BS,
+    )
+    return drawn, Assignment(
+        labels_BR=torch.where(valid_BS, labels_BR.gather(1, order_BS), PADDING),
+        objects_BR=assignment.objects_BR.gather(1, order_BS),
+    )
+
+
+def random_like(values: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Return uniform numbers in [0, 1) of the shape, type and device of ``values``, drawn where the generator lives."""
+    device = values.device if generator is None else generator.device
+    drawn = torch.rand(values.shape, generator=generator, device=device, dtype=values.dtype)
+    return drawn.to(values.device, non_blocking=True)
+
+
+def _rank(among_BR: Tensor, chance_BR: Tensor) -> Tensor:
+    """Return each row's place in a random order of the rows that are ``among``; the others come after them."""
+    order_BR = (chance_BR + (~among_BR)).argsort(dim=1, stable=True)
+    return order_BR.argsort(dim=1)
+
+
+# --- Training: what the losses need ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassTable:
+    """The training classes, as the losses need them.
+
+    Attributes:
+        text_DC1: Normalised text embeddings, a column each, the last one zero (background).
+        frequency_C: Weight of each class in the federated draw.
+        temperature: Factor from cosine to logit.
+    """
+
+    text_DC1: Tensor
+    frequency_C: Tensor
+    temperature: float
+
+    @property
+    def classes(self) -> int:
+        """C, which is also the background's label."""
+        return self.text_DC1.shape[1] - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOutput:
+    """One step of the detection branch on a box batch.
+
+    Attributes:
+        embeddings_BRD: Region embeddings of length 1.
+        deltas_BR4: Predicted box changes.
+        regions: The boxes that this step saw.
+        assignment: What they stand for.
+        targets_BR4: The box of each region's object.
+        delta_weights: Scale of the box changes.
+        bias: Learnt bias of the logits (1,), None where there is none.
+    """
+
+    embeddings_BRD: Tensor
+    deltas_BR4: Tensor
+    regions: Regions
+    assignment: Assignment
+    targets_BR4: Tensor
+    delta_weights: Weights
+    bias: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixupOutput:
+    """The last step of the mixup branch: its regions that stand for an object, from all images.
+
+    The classes are base classes because only those are annotated in training data, as published: novel classes that an
+    annotation file does hold take part.
+
+    Attributes:
+        embeddings_PD: Region embeddings of length 1.
+        labels_P: int64 in [0, C).
+        objectness_P: Score of the proposal (about 23 for a ground-truth box).
+    """
+
+    embeddings_PD: Tensor
+    labels_P: Tensor
+    objectness_P: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskOutput:
+    """Masks predicted for the regions of the first step that stand for an object which has a mask.
+
+    Attributes:
+        logits_PSS: Mask logits.
+        boxes_P4: The boxes that they fill.
+        image_P: int64, the image of each.
+        object_P: int64, the object of that image.
+    """
+
+    logits_PSS: Tensor
+    boxes_P4: Tensor
+    image_P: Tensor
+    object_P: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoxTrainingOutput:
+    """Everything that the losses of a box batch need.
+
+    Attributes:
+        centernet: The proposal network's output.
+        truth: The objects.
+        steps: The detection branch, a step each.
+        mixup: The mixup branch; None where the model has none.
+        masks: The mask head; None where the model has none, or no image comes with masks.
+        table: The classes.
+    """
+
+    centernet: CenterNetOutput
+    truth: GroundTruth
+    steps: tuple[StepOutput, ...]
+    mixup: MixupOutput | None
+    masks: MaskOutput | None
+    table: ClassTable
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageStepOutput:
+    """One step of the detection branch on an image-label batch: the region that stands for the image.
+
+    Attributes:
+        embeddings_BD: Its embedding, of length 1.
+        valid_B: bool, False where an image has no region.
+        bias: Learnt bias of the logits (1,), None where there is none.
+    """
+
+    embeddings_BD: Tensor
+    valid_B: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageLabelTrainingOutput:
+    """Everything that the losses of an image-label batch need.
+
+    Attributes:
+        centernet: The proposal network's output.
+        labels: Classes of each image: int64 (L,), in [0, C).
+        steps: The detection branch, a step each.
+        table: The classes.
+    """
+
+    centernet: CenterNetOutput
+    labels: tuple[Tensor, ...]
+    steps: tuple[ImageStepOutput, ...]
+    table: ClassTable
+
+
+TrainingOutput: TypeAlias = BoxTrainingOutput | ImageLabelTrainingOutput
+
+
+# --- Training: the steps ---------------------------------------------------------------------------------------------
+
+
 def sample_regions(
     config: CascadeConfig,
     regions: Regions,
@@ -356,9 +690,9 @@ def sample_regions(
     generator: torch.Generator | None,
 ) -> tuple[Regions, Assignment]:
     """Add the objects' own boxes to the proposals and draw the regions to train on."""
-    regions = matching.append_ground_truth(regions, truth)
-    assignment = matching.match(regions, truth, config.iou_thresholds[0], classes)
-    return matching.sample(
+    regions = append_ground_truth(regions, truth)
+    assignment = match(regions, truth, config.iou_thresholds[0], classes)
+    return sample(
         regions,
         assignment,
         size=config.samples_per_image,
@@ -394,7 +728,7 @@ def box_steps(
     for step in range(len(branch)):
         if step > 0:
             regions = heads.refine(batch, outputs[-1].deltas_BR4, regions, step - 1)
-            assignment = matching.match(regions, truth, config.iou_thresholds[step], classes)
+            assignment = match(regions, truth, config.iou_thresholds[step], classes)
             pooled_NCSS = heads.pool(batch, regions)
         # Each step moves the shared features by its share only.
         features_NF = branch.features(step, scale_gradient(pooled_NCSS, 1.0 / config.steps))
@@ -427,7 +761,7 @@ def _mixup_step(
     with torch.no_grad():
         regions = heads.mixup_regions(batch, regions, pooled_NCSS)
     threshold = config.iou_thresholds[-1]
-    labels_BR = matching.match(regions, truth, threshold, classes).labels_BR
+    labels_BR = match(regions, truth, threshold, classes).labels_BR
     chosen = _foreground_indices(labels_BR, classes)
     pooled = heads.box_pooler(
         batch.features, regions.boxes_BR4.flatten(0, 1)[chosen], regions.image_N[chosen]
@@ -470,7 +804,7 @@ def image_label_steps(
     Each step's loss takes one region an image, the largest of all but the last. So only that one has a gradient; the
     others are only refined, to find the next step's largest.
     """
-    boxes_BR4 = geometry.clip(regions.boxes_BR4, batch.sizes_B2[:, None])
+    boxes_BR4 = clip(regions.boxes_BR4, batch.sizes_B2[:, None])
     regions = regions.with_boxes(boxes_BR4, regions.valid_BR)
     image_B = torch.arange(len(boxes_BR4), device=boxes_BR4.device)
     branch = heads.detection
@@ -507,7 +841,7 @@ def largest_but_last(regions: Regions) -> tuple[Tensor, Tensor]:
     positions_R = torch.arange(count, device=regions.valid_BR.device)
     last_B = torch.where(regions.valid_BR, positions_R, -1).amax(dim=1)
     # The last one ranks below every other valid one and above padding, so it wins only when it is alone.
-    areas_BR = geometry.areas(regions.boxes_BR4)
+    areas_BR = areas(regions.boxes_BR4)
     areas_BR = torch.where(positions_R == last_B[:, None], -1.0, areas_BR)
     areas_BR = torch.where(regions.valid_BR, areas_BR, -2.0)
     chosen_B = areas_BR.argmax(dim=1)

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from proxydet.errors import ConfigError
 
 if TYPE_CHECKING:
-    from proxydet.modeling.prediction import MaskWindow
+    from proxydet.modeling.postprocess import MaskWindow
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels."""

@@ -16,15 +16,15 @@ from torch.nn.functional import normalize
 
 from proxydet.data.loader import image_weights, repeat_factors
 from proxydet.data.transforms import scaled_crop
-from proxydet.losses.centernet import (
+from proxydet.losses.config import CenterNetLossConfig, MixupLossConfig
+from proxydet.losses.criterion import class_prototypes, federated_loss, mixup_loss
+from proxydet.modeling.centernet import (
     Cells,
     CenterNetTargets,
     centernet_targets,
     losses_from_targets,
 )
-from proxydet.losses.config import CenterNetLossConfig, MixupLossConfig
-from proxydet.losses.criterion import class_prototypes, federated_loss, mixup_loss
-from proxydet.modeling.outputs import MixupOutput
+from proxydet.modeling.roi_heads import MixupOutput
 from proxydet.training.config import ScheduleConfig
 from proxydet.training.step import learning_rate_factor
 

@@ -18,7 +18,7 @@ from proxydet.detections import Detections
 from proxydet.detector import Detector
 from proxydet.losses.criterion import Criterion
 from proxydet.modeling.network import ProxyDetNetwork
-from proxydet.modeling.prediction import Prediction
+from proxydet.modeling.postprocess import Prediction
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 Trim = Callable[[str, np.ndarray], np.ndarray]
@@ -177,8 +177,8 @@ class _Recording:
         for level, (heatmap, distances) in enumerate(levels):
             yield "CenterNet head", f"agn_hm{level}", heatmap[0].numpy()
             yield "CenterNet head", f"reg{level}", distances[0].numpy()
-        yield "proposals", "proposal_boxes", self._proposals.boxes_BP4[0].numpy()
-        yield "proposals", "proposal_scores", self._proposals.scores_BP[0].numpy()
+        yield "proposals", "proposal_boxes", self._proposals.boxes_BR4[0].numpy()
+        yield "proposals", "proposal_scores", self._proposals.objectness_BR[0].numpy()
         for (name, step), features in self._hidden.items():
             yield from self._step(name, step, features)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from proxydet.modeling import nms
+from proxydet.modeling import boxes as box_functions
 
 KIND = "r50"
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "parity"
@@ -31,7 +31,7 @@ def test_state_dict_has_the_published_names_shapes_and_types(network):
 @pytest.mark.parametrize(("index", "as_on_a_gpu"), [(0, False), (1, True)])
 def test_inference(network, parity, numbers, index, as_on_a_gpu, monkeypatch):
     # A GPU suppresses a batch in one call; the second image goes that way.
-    monkeypatch.setattr(nms, "_waits", lambda _device: as_on_a_gpu)
+    monkeypatch.setattr(box_functions, "_waits", lambda _device: as_on_a_gpu)
     groups, trim = parity("parity_groups"), parity("parity_trim").trim
     rows = list(groups.compare_inference(network, numbers(f"parity_{KIND}"), index, trim))
     # The second image's fixture holds its detections only.

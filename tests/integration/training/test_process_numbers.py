@@ -25,7 +25,7 @@ from proxydet.data.loader import TrainingLoader, TrainingSources
 from proxydet.data.synthetic import SyntheticConfig, make_dataset
 from proxydet.losses.criterion import Criterion
 from proxydet.modeling.network import ProxyDetNetwork
-from proxydet.modeling.outputs import BoxTrainingOutput
+from proxydet.modeling.roi_heads import BoxTrainingOutput
 from proxydet.recipes import RunConfig, resolve_config
 from proxydet.training.step import TrainingModel, derive_seed, seed_everything
 

@@ -26,7 +26,7 @@ from proxydet.evaluation.detector_evaluation import Share, fusion_vocabulary, re
 from proxydet.evaluation.evaluate import evaluate_results
 from proxydet.manifest import read_run_records
 from proxydet.modeling.config import InferenceConfig
-from proxydet.modeling.prediction import Prediction, masks
+from proxydet.modeling.postprocess import Prediction, masks
 from proxydet.runtime.run_comparison import compare_runs
 from proxydet.vocabulary.vocabulary import Vocabulary
 

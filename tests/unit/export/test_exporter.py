@@ -31,7 +31,7 @@ from proxydet.export.exporter import (
 )
 from proxydet.export.formats import TorchProgram
 from proxydet.export.runtime import OnnxDetector
-from proxydet.modeling.prediction import Prediction
+from proxydet.modeling.postprocess import Prediction
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 Outputs = dict[str, np.ndarray]

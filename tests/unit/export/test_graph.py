@@ -13,7 +13,7 @@ from proxydet.export.graph import DetectorGraph, ExportPooler, TorchvisionSuppre
 from proxydet.export.runtime import Found, to_image
 from proxydet.modeling.config import CascadeConfig, InferenceConfig
 from proxydet.modeling.network import ProxyDetNetwork
-from proxydet.modeling.prediction import Prediction
+from proxydet.modeling.postprocess import Prediction
 from proxydet.modeling.roi_align import RegionPooler
 from proxydet.vocabulary.vocabulary import Vocabulary
 

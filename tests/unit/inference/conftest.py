@@ -14,7 +14,7 @@ from shape_detector import random_network
 
 from proxydet.detector import Detector
 from proxydet.modeling.config import InferenceConfig
-from proxydet.modeling.prediction import Prediction
+from proxydet.modeling.postprocess import Prediction
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 Make = Callable[..., Path]

@@ -10,16 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxydet.errors import ConfigError
-from proxydet.losses.centernet import (
+from proxydet.losses.config import CenterNetLossConfig
+from proxydet.modeling.centernet import (
     Cells,
+    CenterNetOutput,
     centernet_losses,
     centernet_targets,
     giou_of_distances,
     losses_from_targets,
     zero_centernet_losses,
 )
-from proxydet.losses.config import CenterNetLossConfig
-from proxydet.modeling.centernet import CenterNetOutput
 
 RANGES = ((0.0, 20.0), (16.0, 40.0))
 CONFIG = CenterNetLossConfig(size_ranges=RANGES)

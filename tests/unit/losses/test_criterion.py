@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import distributed
 
-from proxydet.losses.centernet import average_over_processes
 from proxydet.losses.config import ClassificationLossConfig, ImageLabelLossConfig, LossConfig
 from proxydet.losses.criterion import Criterion
+from proxydet.modeling.centernet import average_over_processes
 
 NAMES = {
     *(

@@ -6,8 +6,7 @@ import torch
 from torch.nn.functional import normalize
 
 from proxydet.losses.criterion import image_label_loss, image_label_targets, mask_loss, mask_targets
-from proxydet.modeling.matching import GroundTruth
-from proxydet.modeling.outputs import ImageStepOutput, MaskOutput
+from proxydet.modeling.roi_heads import GroundTruth, ImageStepOutput, MaskOutput
 
 
 def test_targets_hold_every_label_once():

@@ -16,7 +16,7 @@ from proxydet.losses.criterion import (
     draw_mixing_ratio,
     mixup_loss,
 )
-from proxydet.modeling.outputs import MixupOutput
+from proxydet.modeling.roi_heads import MixupOutput
 
 DIMENSIONS = 5
 

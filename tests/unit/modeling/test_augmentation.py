@@ -10,10 +10,10 @@ import torch
 
 from proxydet.detector import Detector
 from proxydet.errors import ConfigError
-from proxydet.modeling.augmentation import View, ViewFeatures, _merged
-from proxydet.modeling.centernet import Proposals
+from proxydet.modeling.boxes import Regions
 from proxydet.modeling.config import InferenceConfig, ProposalConfig
-from proxydet.modeling.prediction import Prediction
+from proxydet.modeling.network import View, ViewFeatures, _merged
+from proxydet.modeling.postprocess import Prediction
 from proxydet.modeling.roi_heads import FeatureBatch
 
 LOW = InferenceConfig(score_threshold=0.05, max_detections=30)
@@ -194,17 +194,17 @@ def test_the_best_proposals_of_all_views_are_kept():
     looks = [
         ViewFeatures(
             batch=scene,
-            proposals=Proposals(
-                boxes_BP4=boxes_P4[own][None],
-                scores_BP=torch.linspace(best, best - 0.2, 10)[None],
-                valid_BP=torch.ones(1, 10, dtype=torch.bool),
+            proposals=Regions(
+                boxes_BR4=boxes_P4[own][None],
+                objectness_BR=torch.linspace(best, best - 0.2, 10)[None],
+                valid_BR=torch.ones(1, 10, dtype=torch.bool),
             ),
             mirrored=False,
         )
         for own, best in ((slice(0, 10), 0.5), (slice(10, 20), 0.6))
     ]
     merged = _merged(looks, ProposalConfig(keep_test=3))
-    scores_P = torch.cat([look.proposals.scores_BP[0] for look in looks])
+    scores_P = torch.cat([look.proposals.objectness_BR[0] for look in looks])
     best = scores_P.argsort(descending=True, stable=True)[:3]
     assert (best >= 10).any()
     assert torch.equal(merged.boxes_BR4[0], boxes_P4[best])

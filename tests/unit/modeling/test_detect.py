@@ -11,7 +11,6 @@ import torch
 
 from proxydet.errors import ConfigError, DataError, NumericsError, VocabularyError
 from proxydet.modeling import postprocess
-from proxydet.modeling.augmentation import View
 from proxydet.modeling.config import (
     BackboneConfig,
     CascadeConfig,
@@ -20,8 +19,8 @@ from proxydet.modeling.config import (
     ProposalConfig,
     SwinConfig,
 )
-from proxydet.modeling.network import ProxyDetNetwork
-from proxydet.modeling.prediction import Prediction, masks, to_host
+from proxydet.modeling.network import ProxyDetNetwork, View
+from proxydet.modeling.postprocess import Prediction, masks, to_host
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 LOW = InferenceConfig(score_threshold=0.0)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from proxydet.modeling.prediction import MaskWindow
+from proxydet.modeling.postprocess import MaskWindow
 
 
 @st.composite

@@ -11,8 +11,9 @@ from detectron2.structures import Boxes, pairwise_iou
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxydet.modeling import matching
-from proxydet.modeling.matching import Assignment, GroundTruth, Regions
+from proxydet.modeling import roi_heads
+from proxydet.modeling.boxes import Regions
+from proxydet.modeling.roi_heads import Assignment, GroundTruth
 
 CLASSES = 7
 
@@ -43,7 +44,7 @@ def test_ground_truth_is_padded(tiny):
 def test_matching_equals_detectron2s(tiny):
     truth = GroundTruth.from_instances(tiny.box_batch().instances, torch.device("cpu"))
     regions = regions_of(torch.cat([some_boxes(2, 200, 0), truth.boxes_BG4[:, :1]], dim=1))
-    assignment = matching.match(regions, truth, 0.4, CLASSES)
+    assignment = roi_heads.match(regions, truth, 0.4, CLASSES)
     matcher = Matcher([0.4], [0, 1])
     for image, count in enumerate(truth.counts):
         objects = truth.boxes_BG4[image, :count]
@@ -57,8 +58,8 @@ def test_matching_equals_detectron2s(tiny):
 def test_without_objects_all_is_background(tiny):
     truth = GroundTruth.from_instances(tiny.empty_batch().instances, torch.device("cpu"))
     regions = regions_of(some_boxes(1, 5, 0), torch.tensor([[True] * 4 + [False]]))
-    assignment = matching.match(regions, truth, 0.5, CLASSES)
-    assert assignment.labels_BR.tolist() == [[CLASSES] * 4 + [matching.PADDING]]
+    assignment = roi_heads.match(regions, truth, 0.5, CLASSES)
+    assert assignment.labels_BR.tolist() == [[CLASSES] * 4 + [roi_heads.PADDING]]
     assert assignment.boxes_from(truth).tolist() == [[[0.0] * 4] * 5]
 
 
@@ -73,13 +74,13 @@ def test_a_padded_object_matches_nothing():
         masked_BG=torch.tensor([[False], [False]]),
     )
     boxes = torch.tensor([[[20.0, 20.0, 30.0, 30.0]]] * 2)
-    assignment = matching.match(regions_of(boxes), truth, 0.0, CLASSES)
+    assignment = roi_heads.match(regions_of(boxes), truth, 0.0, CLASSES)
     assert assignment.labels_BR.tolist() == [[5], [CLASSES]]
 
 
 def test_ground_truth_joins_with_the_published_objectness(tiny):
     truth = GroundTruth.from_instances(tiny.box_batch().instances, torch.device("cpu"))
-    joined = matching.append_ground_truth(regions_of(some_boxes(2, 4, 0)), truth)
+    joined = roi_heads.append_ground_truth(regions_of(some_boxes(2, 4, 0)), truth)
     assert joined.valid_BR.tolist() == [[True] * 7, [True] * 5 + [False] * 2]
     assert joined.objectness_BR[0, 4:].tolist() == pytest.approx([23.0258] * 3, abs=1e-3)
     assert joined.objectness_BR[1, 5:].tolist() == [0.0, 0.0]
@@ -95,7 +96,7 @@ def test_sampling_takes_as_many_as_it_may(labels, size, fraction, seed):
     labels_BR = torch.tensor([labels])
     regions = regions_of(some_boxes(1, len(labels), 0), labels_BR >= 0)
     generator = torch.Generator().manual_seed(seed)
-    drawn, assignment = matching.sample(
+    drawn, assignment = roi_heads.sample(
         regions,
         Assignment(labels_BR=labels_BR, objects_BR=torch.arange(len(labels))[None]),
         size=size,
@@ -122,7 +123,7 @@ def test_sampling_takes_as_many_as_it_may(labels, size, fraction, seed):
 def test_background_fills_up_only_what_objects_leave():
     # The background comes first: if too much of it were drawn, the cut to size would drop the objects.
     labels_BR = torch.tensor([[CLASSES] * 10 + [1] * 4])
-    _, drawn = matching.sample(
+    _, drawn = roi_heads.sample(
         regions_of(some_boxes(1, 14, 0)),
         Assignment(labels_BR=labels_BR, objects_BR=torch.arange(14)[None]),
         size=8,
@@ -140,7 +141,7 @@ def test_sampling_is_uniform_and_follows_the_generator():
 
     def draw(seed: int) -> list[int]:
         generator = torch.Generator().manual_seed(seed)
-        _, drawn = matching.sample(
+        _, drawn = roi_heads.sample(
             regions, assignment, size=5, positive_fraction=0.5, classes=CLASSES, generator=generator
         )
         return drawn.objects_BR[0].tolist()

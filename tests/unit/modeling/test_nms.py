@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.ops import nms
 
-from proxydet.modeling import nms as nms_module
+from proxydet.modeling import boxes as box_functions
 
 
 def crowd(count: int, seed: int, spread: float = 100.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,12 +28,12 @@ def test_keep_best_equals_the_whole_suppression(limit, spread):
     boxes, scores = crowd(2000, 0, spread)
     scores, order = scores.sort(descending=True)
     boxes = boxes[order]
-    kept = nms_module.keep_best(boxes, scores, 0.7, limit)
+    kept = box_functions.keep_best(boxes, scores, 0.7, limit)
     assert kept.tolist() == nms(boxes, scores, 0.7)[:limit].tolist()
 
 
 def test_keep_best_of_nothing():
-    assert nms_module.keep_best(torch.zeros(0, 4), torch.zeros(0), 0.5, 10).tolist() == []
+    assert box_functions.keep_best(torch.zeros(0, 4), torch.zeros(0), 0.5, 10).tolist() == []
 
 
 @pytest.mark.parametrize("count", [0, 1, 900, 1000, 1001, 6000])
@@ -41,7 +41,7 @@ def test_keep_best_of_nothing():
 def test_keep_best_by_class_equals_detectron2s(count, limit):
     boxes, scores = crowd(count, 1)
     classes = torch.randint(1200, (count,), generator=torch.Generator().manual_seed(2))
-    kept = nms_module.keep_best_by_class(boxes, scores, classes, 0.5, limit)
+    kept = box_functions.keep_best_by_class(boxes, scores, classes, 0.5, limit)
     assert kept.tolist() == batched_nms(boxes, scores, classes, 0.5)[:limit].tolist()
 
 
@@ -53,7 +53,7 @@ def test_keep_best_by_class_goes_on_when_the_first_look_yields_too_few():
     together = torch.cat([boxes, others])
     together_scores = torch.cat([scores + 1, torch.linspace(0.9, 0.1, 500)])
     classes = torch.zeros(3500, dtype=torch.int64)
-    kept = nms_module.keep_best_by_class(together, together_scores, classes, 0.5, 50)
+    kept = box_functions.keep_best_by_class(together, together_scores, classes, 0.5, 50)
     assert kept.tolist() == batched_nms(together, together_scores, classes, 0.5)[:50].tolist()
     assert len(kept) == 50
 
@@ -64,13 +64,13 @@ def test_keep_best_by_class_goes_on_when_the_first_look_yields_too_few():
 def test_the_best_places_are_those_of_a_whole_stable_sort(scores, count):
     scores_N = torch.tensor(scores)
     whole = scores_N.argsort(descending=True, stable=True)
-    assert nms_module._best_places(scores_N, count).tolist() == whole[:count].tolist()
+    assert box_functions._best_places(scores_N, count).tolist() == whole[:count].tolist()
 
 
 def test_classes_do_not_suppress_each_other():
     boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0]]).repeat(2000, 1)
     classes = torch.arange(2000)
-    kept = nms_module.keep_best_by_class(boxes, torch.linspace(1, 0.1, 2000), classes, 0.5, 300)
+    kept = box_functions.keep_best_by_class(boxes, torch.linspace(1, 0.1, 2000), classes, 0.5, 300)
     assert kept.tolist() == list(range(300))
 
 
@@ -122,17 +122,19 @@ def test_a_batch_that_would_take_too_much_memory_is_split(monkeypatch):
         sizes.append(len(boxes))
         return nms(boxes, scores, iou)
 
-    monkeypatch.setattr(nms_module, "nms", watched)
+    monkeypatch.setattr(box_functions, "nms", watched)
     whole = _suppress(monkeypatch, True, boxes, scores, None, counts, 500)
     assert sizes == [sum(counts)]
-    monkeypatch.setattr(nms_module, "_TOGETHER_UP_TO", 700)
+    monkeypatch.setattr(box_functions, "_TOGETHER_UP_TO", 700)
     sizes.clear()
     assert _suppress(monkeypatch, True, boxes, scores, None, counts, 500) == whole
     assert sizes == [310, 900, 600]
 
 
 def _suppress(monkeypatch, waits, boxes, scores, classes, counts, limit) -> list[list[int]]:
-    monkeypatch.setattr(nms_module, "_waits", lambda _device: waits)
-    crowd = nms_module.NmsInput(boxes_N4=boxes, scores_N=scores, classes_N=classes, counts=counts)
-    kept = nms_module.suppress(crowd, iou=0.6, limit=limit)
+    monkeypatch.setattr(box_functions, "_waits", lambda _device: waits)
+    crowd = box_functions.NmsInput(
+        boxes_N4=boxes, scores_N=scores, classes_N=classes, counts=counts
+    )
+    kept = box_functions.suppress(crowd, iou=0.6, limit=limit)
     return [places.tolist() for places in kept]

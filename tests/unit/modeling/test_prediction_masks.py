@@ -9,8 +9,8 @@ import pytest
 import torch
 from detectron2.layers import paste_masks_in_image
 
-from proxydet.modeling import prediction as module
-from proxydet.modeling.prediction import Prediction, masks, rles
+from proxydet.modeling import postprocess as module
+from proxydet.modeling.postprocess import Prediction, masks, rles
 
 
 @pytest.fixture

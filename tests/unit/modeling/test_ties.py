@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from proxydet.losses.criterion import choose_categories
-from proxydet.modeling import nms
+from proxydet.modeling import boxes as box_functions
 from proxydet.modeling.config import InferenceConfig
 from proxydet.modeling.roi_align import RegionGrid, align_regions
 from proxydet.runtime.modes import MODES, reproducibility_mode
 from proxydet.vocabulary.vocabulary import Vocabulary
 
-SIZES = [40, nms.SHIFTED_UP_TO, nms.SHIFTED_UP_TO + 1, 6000]
+SIZES = [40, box_functions.SHIFTED_UP_TO, box_functions.SHIFTED_UP_TO + 1, 6000]
 
 
 def places(count: int, step: float) -> torch.Tensor:
@@ -31,31 +31,31 @@ def places(count: int, step: float) -> torch.Tensor:
 @pytest.mark.parametrize("waits", [False, True])
 @pytest.mark.parametrize("classes", [None, 3])
 def test_of_boxes_of_one_score_the_first_are_kept(monkeypatch, count, waits, classes):
-    monkeypatch.setattr(nms, "_waits", lambda _device: waits)
+    monkeypatch.setattr(box_functions, "_waits", lambda _device: waits)
     own_N = (
         torch.zeros(count, dtype=torch.int64) if classes is None else torch.arange(count) % classes
     )
-    crowd = nms.NmsInput(
+    crowd = box_functions.NmsInput(
         boxes_N4=places(count, step=20.0),
         scores_N=torch.full((count,), 0.5),
         classes_N=None if classes is None else own_N,
         counts=[count],
     )
-    (kept,) = nms.suppress(crowd, iou=0.5, limit=30)
+    (kept,) = box_functions.suppress(crowd, iou=0.5, limit=30)
     assert kept.tolist() == list(range(30))
 
 
 @pytest.mark.parametrize("count", SIZES)
 @pytest.mark.parametrize("waits", [False, True])
 def test_of_boxes_of_one_score_and_place_the_first_drops_the_others(monkeypatch, count, waits):
-    monkeypatch.setattr(nms, "_waits", lambda _device: waits)
-    crowd = nms.NmsInput(
+    monkeypatch.setattr(box_functions, "_waits", lambda _device: waits)
+    crowd = box_functions.NmsInput(
         boxes_N4=places(1, step=0.0).repeat(count, 1),
         scores_N=torch.full((count,), 0.5),
         classes_N=torch.arange(count) % 2,
         counts=[count],
     )
-    (kept,) = nms.suppress(crowd, iou=0.5, limit=30)
+    (kept,) = box_functions.suppress(crowd, iou=0.5, limit=30)
     assert kept.tolist() == [0, 1]
 
 

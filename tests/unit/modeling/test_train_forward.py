@@ -9,11 +9,13 @@ import torch
 
 from proxydet.data.batches import BoxBatch
 from proxydet.errors import DataError
-from proxydet.modeling import geometry
-from proxydet.modeling.matching import Regions
-from proxydet.modeling.network import _as_regions
-from proxydet.modeling.outputs import BoxTrainingOutput, ImageLabelTrainingOutput
-from proxydet.modeling.roi_heads import largest_but_last, scale_gradient
+from proxydet.modeling.boxes import Regions, clip
+from proxydet.modeling.roi_heads import (
+    BoxTrainingOutput,
+    ImageLabelTrainingOutput,
+    largest_but_last,
+    scale_gradient,
+)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -171,9 +173,9 @@ def test_only_the_chosen_region_needs_a_gradient(network, tiny):
     images = network._stack(batch.images)
     features = network._features(images)
     centernet = network.proposal_generator(list(features.values()))
-    regions = _as_regions(network.proposal_generator.propose(centernet))
+    regions = network.proposal_generator.propose(centernet)
     scene = network._feature_batch(features, images)
-    boxes = geometry.clip(regions.boxes_BR4, images.sizes_B2[:, None])
+    boxes = clip(regions.boxes_BR4, images.sizes_B2[:, None])
     regions = regions.with_boxes(boxes, regions.valid_BR)
     hidden = heads.box_head[0](scale_gradient(heads.pool(scene, regions), 1 / 3))
     embeddings = heads.detection.classifier(0)(hidden).unflatten(0, regions.valid_BR.shape)

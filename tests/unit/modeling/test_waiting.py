@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from proxydet.data.batches import BoxBatch, ImageLabelBatch
 from proxydet.losses import criterion
 from proxydet.losses.criterion import Criterion
-from proxydet.modeling import nms, roi_align
+from proxydet.modeling import boxes, roi_align
 from proxydet.modeling.config import InferenceConfig
-from proxydet.modeling.prediction import to_host
+from proxydet.modeling.postprocess import to_host
 
 # Their output's size depends on the data (bincount and repeat_interleave look at the largest value, or the sum).
 _DATA_DEPENDENT = {
@@ -97,7 +97,7 @@ def on_the_host(work: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch) -> None:
-    monkeypatch.setattr(nms, "_waits", lambda _device: True)
+    monkeypatch.setattr(boxes, "_waits", lambda _device: True)
     monkeypatch.setattr(roi_align, "current_mode", lambda: "published")
     # Polygons are drawn on the CPU, also in a training on a GPU.
     monkeypatch.setattr(criterion, "_draw", on_the_host(criterion._draw))

@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 
 from proxydet.detections import Detections
 from proxydet.errors import InputError, MissingDependencyError
-from proxydet.modeling.prediction import Prediction
+from proxydet.modeling.postprocess import Prediction
 
 NAMES = ("cup", "plate", "fork")
 

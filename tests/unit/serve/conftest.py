@@ -16,7 +16,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from proxydet.detector import Detector
-from proxydet.modeling.prediction import Prediction
+from proxydet.modeling.postprocess import Prediction
 from proxydet.serve.app import ServingApp, ServingSettings, build_app
 from proxydet.serve.server import Server, bind
 

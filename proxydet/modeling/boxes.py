@@ -1,35 +1,137 @@
-"""Non-maximum suppression of a batch that stops when enough boxes are kept.
+"""Boxes as tensors: overlap, regression deltas, clipping, cell centres, and non-maximum suppression (NMS) of a batch.
 
-Greedy suppression decides from the best box down, so the best ``limit`` survivors depend only on the boxes that score
-at least as high: taking a short prefix first, and a longer one only if it does not yield enough, gives the same boxes.
+Boxes are (x1, y1, x2, y2) in pixels. Dimensions: B images, R regions of an image (padded), G objects of an image
+(padded), N boxes, M cells. Nothing but NMS waits for the device.
+
+NMS stops when enough boxes are kept. It decides from the best box down, so the best ``limit`` survivors depend only on
+the boxes that score at least as high: taking a short prefix first, and a longer one only if it does not yield enough,
+gives the same boxes.
 
 How many boxes survive depends on the data, so each call of torchvision's kernel waits for a GPU. There, one call
 suppresses all images of a batch, moved away from each other in float64, and the number of waits is that of the prefixes
 taken, whatever the number of images and classes. A call costs the square of its number of boxes: a GPU has room for
 that, but a CPU has not, and nothing to wait for. There, each image has a call of its own.
-
-Dimensions: B images, N boxes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import proxydet.runtime.d2  # noqa: F401
-
 import torch
-from detectron2.layers import batched_nms
 from torch import Tensor
-from torchvision.ops import nms
+from torchvision.ops import batched_nms, nms
 
-from proxydet.modeling import geometry
+Weights = tuple[float, float, float, float]
 
+# A refined box grows at most by this factor in each direction: from 16 to 1000 pixels.
+_LARGEST_LOG_SCALE = math.log(1000.0 / 16.0)
 SHIFTED_UP_TO = 1000
 """Most boxes of several classes that ``batched_nms`` handles in one piece: it moves the classes to places of their own, and
 handles class by class above. Its float32 coordinates get coarse in far places, which decides near ties."""
 # Bounds a call's memory on a GPU, a bit for each pair of boxes, to 512 MiB; a larger batch takes several calls.
 _TOGETHER_UP_TO = 65_536
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regions:
+    """Boxes of a batch of images that may hold an object: proposals, and what the heads make of them.
+
+    Attributes:
+        boxes_BR4: xyxy pixels; zero where padded. Proposals are not clipped to the image.
+        objectness_BR: What the proposal network gave them; carried through the cascade.
+        valid_BR: bool, False where padded.
+    """
+
+    boxes_BR4: Tensor
+    objectness_BR: Tensor
+    valid_BR: Tensor
+
+    @property
+    def image_N(self) -> Tensor:
+        """The image of each region when all are put in one row: int64 (B * R,)."""
+        images, regions = self.valid_BR.shape
+        return torch.arange(images, device=self.valid_BR.device).repeat_interleave(regions)
+
+    def with_boxes(self, boxes_BR4: Tensor, valid_BR: Tensor) -> Regions:
+        """Return the same regions with other boxes, zero where not valid."""
+        return Regions(
+            boxes_BR4=torch.where(valid_BR[:, :, None], boxes_BR4, 0.0),
+            objectness_BR=self.objectness_BR,
+            valid_BR=valid_BR,
+        )
+
+
+def areas(boxes: Tensor) -> Tensor:
+    """Return the areas (...) of boxes (..., 4)."""
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
+def pairwise_iou(boxes_BR4: Tensor, others_BG4: Tensor) -> Tensor:
+    """Return intersection over union of all pairs within an image: (B, R, G), 0 where two boxes are apart."""
+    top_left = torch.maximum(boxes_BR4[:, :, None, :2], others_BG4[:, None, :, :2])
+    bottom_right = torch.minimum(boxes_BR4[:, :, None, 2:], others_BG4[:, None, :, 2:])
+    shared_BRG = (bottom_right - top_left).clamp(min=0).prod(dim=-1)
+    union_BRG = areas(boxes_BR4)[:, :, None] + areas(others_BG4)[:, None, :] - shared_BRG
+    return torch.where(shared_BRG > 0, shared_BRG / union_BRG, torch.zeros_like(shared_BRG))
+
+
+def clip(boxes: Tensor, sizes: Tensor) -> Tensor:
+    """Move corners into the image.
+
+    Args:
+        boxes: (..., 4).
+        sizes: (..., 2), height and width of each box's image; broadcast against the boxes.
+    """
+    bounds = torch.stack([sizes[..., 1], sizes[..., 0]] * 2, dim=-1).to(boxes.dtype)
+    return torch.minimum(boxes.clamp(min=0), bounds)
+
+
+def nonempty(boxes: Tensor) -> Tensor:
+    """Return which boxes (..., 4) have a width and a height above 0: bool (...)."""
+    return (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
+
+
+def apply_deltas(deltas: Tensor, boxes: Tensor, weights: Weights) -> Tensor:
+    """Move and scale boxes (R-CNN's parametrisation, Girshick 2015).
+
+    Args:
+        deltas: (..., 4): shift of the centre in box widths and heights, logarithm of the growth, each times its weight.
+        boxes: (..., 4), the boxes to change.
+        weights: The four factors by which ``deltas`` are scaled up.
+
+    Returns:
+        (..., 4) float32.
+    """
+    scaled = deltas.float() / deltas.new_tensor(weights, dtype=torch.float32)
+    sizes = boxes[..., 2:] - boxes[..., :2]
+    centres = boxes[..., :2] + 0.5 * sizes + scaled[..., :2] * sizes
+    half = 0.5 * sizes * scaled[..., 2:].clamp(max=_LARGEST_LOG_SCALE).exp()
+    return torch.cat([centres - half, centres + half], dim=-1)
+
+
+def deltas_between(boxes: Tensor, targets: Tensor, weights: Weights) -> Tensor:
+    """Return the deltas (..., 4) by which `apply_deltas` turns ``boxes`` into ``targets``; both must be non-empty."""
+    sizes, target_sizes = boxes[..., 2:] - boxes[..., :2], targets[..., 2:] - targets[..., :2]
+    shift = (targets[..., :2] + 0.5 * target_sizes) - (boxes[..., :2] + 0.5 * sizes)
+    deltas = torch.cat([shift / sizes, (target_sizes / sizes).log()], dim=-1)
+    return deltas * deltas.new_tensor(weights)
+
+
+def cell_centres(height: int, width: int, stride: int, device: torch.device) -> Tensor:
+    """Return the points (x, y) in pixels that the cells of a map stand for: (height * width, 2), row by row."""
+    rows = torch.arange(height, device=device) * stride + stride // 2
+    columns = torch.arange(width, device=device) * stride + stride // 2
+    down, across = torch.meshgrid(rows, columns, indexing="ij")
+    return torch.stack([across.flatten(), down.flatten()], dim=1).float()
+
+
+def image_of_each(counts: Sequence[int], device: torch.device) -> Tensor:
+    """Return which image each of N rows belongs to, where the rows lie image after image: int64 (N,)."""
+    repeats_B = torch.tensor(counts, dtype=torch.int64)
+    image_N = torch.arange(len(counts)).repeat_interleave(repeats_B, output_size=sum(counts))
+    return image_N.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +209,7 @@ def keep_best_by_class(
     *,
     candidates: int | None = None,
 ) -> Tensor:
-    """Suppress overlapping boxes of the same class in one image, as detectron2's ``batched_nms`` does.
+    """Suppress overlapping boxes of the same class in one image, as torchvision's ``batched_nms`` does.
 
     Few boxes go to ``batched_nms`` itself. For many, where it would loop over the classes, the classes are moved apart
     in float64, which is exact, and only as many boxes are compared as are needed.
@@ -126,7 +228,7 @@ def keep_best_by_class(
     """
     many = len(boxes_N4) if candidates is None else candidates
     if many <= SHIFTED_UP_TO:
-        kept: Tensor = batched_nms(boxes_N4, scores_N, classes_N, iou)
+        kept: Tensor = batched_nms(boxes_N4.float(), scores_N, classes_N, iou)
         return kept[:limit]
     spacing = _spacing(boxes_N4)
     prefix_length = 4 * limit
@@ -169,7 +271,7 @@ def _suppress_together(inputs: NmsInput, iou: float, limit: int) -> list[Tensor]
     device = inputs.boxes_N4.device
     if len(inputs.boxes_N4) == 0:
         return [torch.arange(0, device=device) for _ in inputs.counts]
-    image_N = geometry.image_of_each(inputs.counts, device)
+    image_N = image_of_each(inputs.counts, device)
     group_N = image_N
     if inputs.classes_N is not None:
         group_N = image_N * (inputs.classes_N.max() + 1) + inputs.classes_N
@@ -199,7 +301,7 @@ def _survivors(
     while len(results) < len(prefixes):
         part = prefixes[len(results) :][: _fitting(prefixes[len(results) :])]
         places = torch.cat(part)
-        image = geometry.image_of_each([len(prefix) for prefix in part], places.device)
+        image = image_of_each([len(prefix) for prefix in part], places.device)
         survivors = nms(apart_N4[places], scores_N[places].double(), iou)
         image = image[survivors]
         by_image = survivors[image.argsort(stable=True)]

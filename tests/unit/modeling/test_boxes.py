@@ -10,7 +10,7 @@ from detectron2.structures import pairwise_iou as reference_iou
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxydet.modeling import geometry
+from proxydet.modeling import boxes as box_functions
 
 coordinate = st.floats(0, 500, width=32)
 side = st.floats(0.125, 300, width=32)
@@ -22,22 +22,22 @@ WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 
 @given(st.lists(box, min_size=1, max_size=5), st.lists(box, min_size=1, max_size=5))
 def test_overlap_equals_detectron2s(first, second):
-    ours = geometry.pairwise_iou(torch.tensor([first]), torch.tensor([second]))[0]
+    ours = box_functions.pairwise_iou(torch.tensor([first]), torch.tensor([second]))[0]
     theirs = reference_iou(Boxes(torch.tensor(first)), Boxes(torch.tensor(second)))
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
 
 
 def test_overlap_of_an_empty_box_is_zero_not_nan():
     empty = torch.zeros(1, 1, 4)
-    assert geometry.pairwise_iou(empty, empty).item() == 0
+    assert box_functions.pairwise_iou(empty, empty).item() == 0
 
 
 @given(box, box)
 def test_deltas_turn_one_box_into_the_other(first, second):
     boxes, targets = torch.tensor([first]), torch.tensor([second])
-    deltas = geometry.deltas_between(boxes, targets, WEIGHTS)
+    deltas = box_functions.deltas_between(boxes, targets, WEIGHTS)
     if deltas[0, 2:].max() < 4 * WEIGHTS[2]:  # below the clamp on growth
-        back = geometry.apply_deltas(deltas, boxes, WEIGHTS)
+        back = box_functions.apply_deltas(deltas, boxes, WEIGHTS)
         torch.testing.assert_close(back, targets, atol=2e-2, rtol=1e-3)
 
 
@@ -45,14 +45,14 @@ def test_deltas_turn_one_box_into_the_other(first, second):
 def test_deltas_are_applied_as_detectron2_does(first, changes):
     boxes, deltas = torch.tensor([first]), torch.tensor([changes])
     theirs = Box2BoxTransform(weights=WEIGHTS).apply_deltas(deltas, boxes)
-    ours = geometry.apply_deltas(deltas, boxes, WEIGHTS)
+    ours = box_functions.apply_deltas(deltas, boxes, WEIGHTS)
     torch.testing.assert_close(ours, theirs, atol=1e-2, rtol=1e-4)
 
 
 def test_clipping_uses_each_images_own_size():
     boxes = torch.tensor([[[-5.0, -5.0, 300.0, 300.0]], [[10.0, 20.0, 30.0, 300.0]]])
     sizes = torch.tensor([[100.0, 200.0], [50.0, 20.0]])
-    clipped = geometry.clip(boxes, sizes[:, None])
+    clipped = box_functions.clip(boxes, sizes[:, None])
     assert clipped.tolist() == [[[0, 0, 200, 100]], [[10, 20, 20, 50]]]
 
 
@@ -61,9 +61,9 @@ def test_clipping_uses_each_images_own_size():
     [([0, 0, 1, 1], True), ([0, 0, 0, 1], False), ([0, 1, 1, 1], False), ([2, 0, 1, 1], False)],
 )
 def test_nonempty(corners, solid):
-    assert bool(geometry.nonempty(torch.tensor(corners))) is solid
+    assert bool(box_functions.nonempty(torch.tensor(corners))) is solid
 
 
 def test_cell_centres_go_row_by_row():
-    centres = geometry.cell_centres(2, 3, 8, torch.device("cpu"))
+    centres = box_functions.cell_centres(2, 3, 8, torch.device("cpu"))
     assert centres.tolist() == [[4, 4], [12, 4], [20, 4], [4, 12], [12, 12], [20, 12]]

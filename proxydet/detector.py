@@ -7,38 +7,46 @@ opened.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 
-from proxydet.config import from_mapping, load_mapping, merge
+from proxydet.config import load_mapping, merge
 from proxydet.data.config import DataConfig
 from proxydet.data.dataset import DatasetConfig
 from proxydet.data.images import ChannelOrder, ImageInput, Pixels, as_pixels
 from proxydet.data.transforms import shortest_side
 from proxydet.detections import Detections
 from proxydet.errors import (
-    ArtifactError,
     CheckpointError,
     ConfigError,
     InputError,
     RuntimeEnvironmentError,
 )
-from proxydet.manifest import read_manifest
-from proxydet.modeling.config import TTA_SCALES, BackboneConfig, InferenceConfig, ModelConfig
+from proxydet.modeling.config import TTA_SCALES, InferenceConfig, ModelConfig
 from proxydet.modeling.network import ProxyDetNetwork, View
 from proxydet.modeling.postprocess import Prediction, to_host
 from proxydet.modeling.weights import load_weights
-from proxydet.paths import QUICKSTARTS_RUN, require_run, run_in
+from proxydet.models import (
+    DEFAULT_MODEL,
+    PUBLISHED_MODELS,
+    SIZES,
+    DetectorConfig,
+    NamedDetector,
+    check_sizes,
+    configuration_of,
+    is_run,
+    locate_published,
+)
+from proxydet.paths import require_run
 from proxydet.vocabulary.encoder import open_encoder
 from proxydet.vocabulary.names import PUBLISHED
 from proxydet.vocabulary.sources import complete_vocabulary, open_vocabulary, published_vocabulary
@@ -119,7 +127,7 @@ class Detector:
         """
         chosen = choose_device(device)
         run = require_run(Path(folder))
-        settings = _DetectorConfig.of(configuration_of(run))
+        settings = DetectorConfig.of(configuration_of(run))
         weights = checkpoint or _newest_weights(run)
         vocabulary = Vocabulary.load(run / "vocabulary.npz")
         return cls._open(settings, vocabulary, weights, chosen, _encoder_of(run, settings.data))
@@ -149,26 +157,15 @@ class Detector:
         """
         chosen = choose_device(device)
         encoder = None
-        if isinstance(config, Path):
-            if not config.is_file():
-                raise InputError(
-                    f"there is no configuration file {config}",
-                    hint="give the config.yaml of a run that proxydet train or quickstart wrote",
-                    path=config,
-                )
-            settings = _DetectorConfig.of(load_mapping(config))
-            if vocabulary is None and _is_run(config.parent):
-                vocabulary = Vocabulary.load(config.parent / "vocabulary.npz")
-                encoder = _encoder_of(config.parent, settings.data)
-        elif isinstance(config, ModelConfig):
-            settings = _DetectorConfig(data=DataConfig(), model=config, inference=InferenceConfig())
-        elif config in _SIZES:
-            settings = _SIZES[config]
+        if isinstance(config, ModelConfig):
+            settings = DetectorConfig(data=DataConfig(), model=config, inference=InferenceConfig())
+        elif isinstance(named := check_sizes(config), Path):
+            settings = DetectorConfig.of(load_mapping(named))
+            if vocabulary is None and is_run(named.parent):
+                vocabulary = Vocabulary.load(named.parent / "vocabulary.npz")
+                encoder = _encoder_of(named.parent, settings.data)
         else:
-            raise InputError(
-                f"unknown model {config!r}",
-                hint=f"known: {', '.join(_SIZES)}; or give the config.yaml of a run",
-            )
+            settings = SIZES[named]
         classes = vocabulary or published_vocabulary("lvis")
         return cls._open(settings, classes, Path(path), chosen, encoder)
 
@@ -201,7 +198,7 @@ class Detector:
     @classmethod
     def _open(
         cls,
-        settings: _DetectorConfig,
+        settings: DetectorConfig,
         vocabulary: Vocabulary,
         weights: Path,
         device: torch.device,
@@ -523,154 +520,27 @@ def choose_device(device: str) -> torch.device:
 # --- Run folders, checkpoints, published models ------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _DetectorConfig:
-    """What a detector needs of a run's configuration."""
-
-    data: DataConfig
-    model: ModelConfig
-    inference: InferenceConfig
-
-    @classmethod
-    def of(cls, content: Mapping[str, Any]) -> _DetectorConfig:
-        """Take it from a run's whole configuration."""
-        parts = {key: content.get(key, {}) for key in ("data", "model", "inference")}
-        settings = from_mapping(cls, parts)
-        if settings.data.masks is False:
-            # Version 0.1 gave such a run a mask head too, and never trained it.
-            return dataclasses.replace(
-                settings, model=dataclasses.replace(settings.model, masks=None)
-            )
-        return settings
-
-
-def _published(
-    kind: Literal["resnet", "swin"], inference: InferenceConfig | None = None
-) -> _DetectorConfig:
-    """A ProxyDet with a mixup branch where fusion weights are given, else a BoxSup or Detic model."""
-    return _DetectorConfig(
-        data=DataConfig(),
-        model=ModelConfig(backbone=BackboneConfig(kind=kind), mixup_branch=inference is not None),
-        inference=inference or InferenceConfig(),
-    )
-
-
-# Fusion weights are those of the paper for training with and without image labels.
-PUBLISHED_MODELS: dict[str, _DetectorConfig] = {
-    "proxydet-r50": _published("resnet", InferenceConfig(alpha=0.35, beta=0.55)),
-    "proxydet-r50-inl": _published("resnet", InferenceConfig()),
-    "proxydet-swinb-inl": _published("swin", InferenceConfig()),
-    "detic-r50": _published("resnet"),
-    "detic-swinb": _published("swin"),
-    "boxsup-r50": _published("resnet"),
-    "boxsup-swinb": _published("swin"),
-}
-"""Models that `Detector.from_pretrained` opens, with the settings that they were published with."""
-
-_DEFAULT_MODEL = "proxydet-r50-inl"
-_SIZES = {
-    "r50": PUBLISHED_MODELS["proxydet-r50-inl"],
-    "swinb": PUBLISHED_MODELS["proxydet-swinb-inl"],
-    **PUBLISHED_MODELS,
-}
 _CHECKPOINT = re.compile(r"step_(\d+)\.pth")
 
 
-def open_named(
-    *, run: Path | None, weights: str | None, config: str | None, device: str
-) -> Detector:
+def open_named(named: NamedDetector, *, device: str = "auto") -> Detector:
     """Open the detector that a command line names; nothing is downloaded.
 
     Args:
-        run: A run folder.
-        weights: A checkpoint (of the run where there is one), or a published model's name; None with no run: the
-            published R50.
-        config: ``r50``, ``swinb`` or a ``config.yaml``: the sizes of a checkpoint without a run. Without it, a
-            checkpoint that lies in a run folder is opened as that run's.
+        named: What `find_detector` found.
         device: As `choose_device` takes it.
 
     Raises:
-        InputError: It cannot be opened, or the options contradict each other.
-        ArtifactError: The published model is not there.
+        InputError: It cannot be opened.
+        ArtifactError: Files of the published model are not there.
     """
-    if run is not None:
-        if config is not None:
-            raise ConfigError("a run has its own configuration", hint="leave --config out")
-        checkpoint = None if weights is None else Path(weights)
-        return Detector.from_run(run, checkpoint=checkpoint, device=device)
-    name = weights or _DEFAULT_MODEL
-    if name in PUBLISHED_MODELS:
-        from proxydet.artifacts import locate
-
-        chosen = choose_device(device)
-        try:
-            path = locate(name)
-        except ArtifactError as error:
-            raise ArtifactError(
-                error.message,
-                hint=f"run: proxydet download {name} (or name a run of your own with --run)",
-                path=error.path,
-            ) from error
-        return Detector._open(PUBLISHED_MODELS[name], published_vocabulary("lvis"), path, chosen)
-    path = Path(name)
-    if path.exists() and not path.is_file():
-        raise InputError(
-            f"{name} is not a file",
-            hint="give a weight file, or a run's folder with --run",
-            path=path,
-        )
-    if not path.is_file():
-        near = difflib.get_close_matches(name, PUBLISHED_MODELS, n=1)
-        raise InputError(
-            f"{name} is neither a weight file nor a published model",
-            hint=(f"did you mean {near[0]}? " if near else "")
-            + f"Models: {', '.join(PUBLISHED_MODELS)}",
-            path=path,
-        )
-    folder = path.absolute().parent
-    folder = folder.parent if folder.name == "checkpoints" else folder
-    if config is None and _is_run(folder):
-        return Detector.from_run(folder, checkpoint=path, device=device)
-    sizes = config or "r50"
-    given = Path(sizes) if Path(sizes).suffix in (".yaml", ".yml") else sizes
-    return Detector.from_checkpoint(path, config=given, device=device)
-
-
-def shown_name(*, run: Path | None, weights: str | None) -> str:
-    """What to call the detector that `open_named` opens: the run folder's name, the file's or the model's."""
-    if run is not None:
-        found = run_in(run.resolve())
-        return found.parent.name if found.name == QUICKSTARTS_RUN else found.name
-    return Path(weights).name if weights is not None else _DEFAULT_MODEL
-
-
-def configuration_of(run: Path) -> Mapping[str, Any]:
-    """Return a run's configuration: of ``config.yaml``, or, where that is damaged, of the manifest as `train` does.
-
-    Raises:
-        InputError: Neither can be read.
-    """
-    path = run / "config.yaml"
-    try:
-        if not path.is_file():
-            what = "is not a file" if path.exists() else "is not there"
-            raise InputError(
-                f"the configuration {path} {what}",
-                hint="put it back, or give the folder of another run that proxydet train or quickstart wrote",
-                path=path,
-            )
-        return load_mapping(path)
-    except InputError as error:
-        try:
-            found = read_manifest(run).configuration
-        except InputError:
-            raise error from None
-        logger.warning("%s; using %s", error.message.rstrip("."), run / "manifest.json")
-        return found
-
-
-def _is_run(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in ("config.yaml", "vocabulary.npz"))
+    if named.run is not None:
+        return Detector.from_run(named.run, checkpoint=named.weights, device=device)
+    if named.weights is not None:
+        return Detector.from_checkpoint(named.weights, config=named.config, device=device)
+    name = named.published or DEFAULT_MODEL
+    weights, chosen = locate_published(name), choose_device(device)
+    return Detector._open(PUBLISHED_MODELS[name], published_vocabulary("lvis"), weights, chosen)
 
 
 def _newest_weights(folder: Path) -> Path:

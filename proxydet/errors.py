@@ -36,15 +36,25 @@ class ProxydetError(Exception):
         message: What happened and why, in one or two sentences.
         hint: What the user can do next; None where there is nothing to advise.
         path: The file or folder that the error is about.
+        needs: Names for ``proxydet download``, where the files of these are what is missing; the command line offers to
+            fetch them.
     """
 
     exit_code = 1
 
-    def __init__(self, message: str, *, hint: str | None = None, path: Path | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str | None = None,
+        path: Path | None = None,
+        needs: tuple[str, ...] = (),
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
         self.path = path
+        self.needs = needs
 
 
 class InputError(ProxydetError):

@@ -28,6 +28,7 @@ import typer.core
 
 if TYPE_CHECKING:
     from proxydet.detector import Detector
+    from proxydet.models import NamedDetector
     from proxydet.vocabulary.vocabulary import Vocabulary
 
 
@@ -249,6 +250,40 @@ BaseAbove = Annotated[
 ]
 
 
+def open_detector(
+    named: NamedDetector, classes: str | None, vocabulary: str | None, *, device: str, yes: bool
+) -> Detector:
+    """Open the detector that the options name; what is missing is downloaded after one question.
+
+    Args:
+        named: What the options name.
+        classes: What ``-v`` takes.
+        vocabulary: What ``--vocabulary`` takes.
+        device: What ``--device`` takes.
+        yes: Do not ask.
+
+    Raises:
+        ProxydetError: It cannot be opened, or what it needs was not downloaded.
+    """
+    from proxydet.models import locate_published
+    from proxydet.vocabulary.sources import PUBLISHED_VOCABULARIES
+    from proxydet_cli.commands.download import with_downloads
+
+    # Words without embeddings take CLIP: asked for in the same question.
+    words = classes is not None or (
+        vocabulary is not None
+        and vocabulary not in PUBLISHED_VOCABULARIES
+        and not vocabulary.endswith((".npz", ".vocab", ".npy"))
+    )
+    also = ("clip-vit-b32",) if words and named.run is None else ()
+    published = named.published
+    if published is not None:  # said before torch is loaded
+        with_downloads(lambda: locate_published(published), also=also, yes=yes)
+    from proxydet.detector import open_named
+
+    return with_downloads(lambda: open_named(named, device=device), also=also, yes=yes)
+
+
 def tuned(detector: Detector, *, tta: bool, precision: Precision) -> Detector:
     """Return the detector with the settings that the options ask for.
 
@@ -301,8 +336,12 @@ def chosen_vocabulary(
     source: str | None,
     names: Path | None,
     base_above: float = 0.9,
+    *,
+    yes: bool,
 ) -> Vocabulary:
     """Open the vocabulary that the options name; the training's where they name none.
+
+    What is missing, such as CLIP's weights for names without embeddings, is downloaded after a question.
 
     Args:
         detector: Whose text encoder embeds names.
@@ -310,20 +349,27 @@ def chosen_vocabulary(
         source: What ``--vocabulary`` takes.
         names: File of the names of a ``.npy`` table.
         base_above: Cosine with a base class of training above which a class counts as base.
+        yes: Do not ask.
 
     Raises:
         VocabularyError: It cannot be used.
     """
     from proxydet.vocabulary.names import split_names
     from proxydet.vocabulary.sources import open_vocabulary
+    from proxydet_cli.commands.download import with_downloads
 
     if classes is not None and _means_file(classes):
         classes, source = None, classes
-    if classes is not None:
-        return detector.with_base(detector.resolve(split_names(classes)), base_above)
-    if source is None:
+    if classes is None and source is None:
         return detector.vocabulary
-    opened = open_vocabulary(
-        source, encoder=lambda: detector.encoder, names=names, known=detector.vocabulary
-    )
-    return detector.with_base(opened, base_above)
+    chosen = split_names(classes) if classes is not None else None
+
+    def opened() -> Vocabulary:
+        if chosen is not None:
+            return detector.resolve(chosen)
+        assert source is not None
+        return open_vocabulary(
+            source, encoder=lambda: detector.encoder, names=names, known=detector.vocabulary
+        )
+
+    return detector.with_base(with_downloads(opened, yes=yes), base_above)

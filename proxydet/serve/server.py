@@ -10,6 +10,7 @@ import socket
 import warnings
 from collections.abc import Callable
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
 from PIL.Image import DecompressionBombWarning
@@ -17,7 +18,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from proxydet.data.images import quiet_worker
 from proxydet.errors import ConfigError, JobInterruptedError, RuntimeEnvironmentError
-from proxydet.serve.app import ServingApp
+
+if TYPE_CHECKING:
+    from proxydet.serve.app import ServingApp
 
 _LONGEST_HEAD = 64 * 1024
 _KEEP_ALIVE_SECONDS = 5

@@ -175,6 +175,7 @@ def open_encoder(
             f"embedding new class names needs the weights of CLIP's text encoder: {weights} does not exist",
             hint="run: proxydet download clip-vit-b32 (or give embeddings of your own as a .npy file)",
             path=weights,
+            needs=("clip-vit-b32",) if path is None else (),
         )
     return ClipTextEncoder(weights, model=model, progress=progress)
 

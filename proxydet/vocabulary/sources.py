@@ -140,6 +140,7 @@ def complete_vocabulary(
                 f"{unknown}: not among the {len(known)} classes of the training; {error.message}",
                 hint=error.hint,
                 path=error.path,
+                needs=error.needs,
             ) from error
         made = build_vocabulary(missing, opened, prompts=prompts)
         rows |= zip(made.names, made.embeddings, strict=True)
@@ -181,6 +182,7 @@ def published_vocabulary(name: str, *, datasets: Path | None = None) -> Vocabula
                 f"the published vocabulary {name} needs {path}, which does not exist",
                 hint=f"run: proxydet download {published.artifacts}",
                 path=path,
+                needs=tuple(published.artifacts.split()) if datasets is None else (),
             )
     try:
         names, base = published.read(sources[-1])

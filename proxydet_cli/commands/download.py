@@ -5,10 +5,10 @@ from __future__ import annotations
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 from urllib.parse import urlsplit
 
 import typer
@@ -216,25 +216,84 @@ def _list(catalogue: Catalogue, names: list[str], output: Output) -> None:
     output.data(rows, aligned(shown))
 
 
-def _fetch(downloader: Downloader, plan: Plan, names: list[str], output: Output, *, asked: bool) -> None:  # fmt: skip
-    from proxydet.errors import ArtifactError, ConfigError, JobInterruptedError
+T = TypeVar("T")
 
-    if plan.todo:
-        output.message(_plan_text(plan))
-        plan.require_room()
-        if asked:
-            if not sys.stdin.isatty():
-                raise ConfigError(
-                    "stdin is not a terminal, so the download cannot be confirmed",
-                    hint="pass --yes",
-                )
-            try:
-                agreed = typer.confirm("Continue?", default=True, err=True)
-            except typer.Abort:  # Ctrl-C or Ctrl-D in place of an answer
-                raise JobInterruptedError("Stopped. Nothing was fetched.") from None
-            if not agreed:
-                output.message("Nothing was fetched.")
-                return
+
+def with_downloads(action: Callable[[], T], *, also: Sequence[str] = (), yes: bool) -> T:
+    """Do something; where it fails for want of downloads, fetch them after one question and do it again.
+
+    Without ``yes``, and where nobody can be asked, the error names everything that is missing.
+
+    Args:
+        action: What to do; its errors name missing downloads in ``needs``.
+        also: Further downloads that will be needed, fetched in the same go.
+        yes: Do not ask.
+
+    Raises:
+        ProxydetError: It failed for another reason, or what it needs was not downloaded.
+    """
+    from proxydet.artifacts import Catalogue, Downloader, DownloadOptions
+    from proxydet.errors import ProxydetError
+    from proxydet_cli.output import Output
+    from proxydet_cli.progress import show_progress
+
+    fetched: set[str] = set()
+    while True:
+        try:
+            return action()
+        except ProxydetError as error:
+            if not error.needs or fetched.issuperset(error.needs):
+                raise
+            needs = list(dict.fromkeys((*error.needs, *also)))
+            fetched.update(needs)
+            with (
+                _stoppable(),
+                Downloader(Catalogue.load(), DownloadOptions(), show_progress()) as downloader,
+            ):
+                plan = downloader.plan(needs)
+                missing = [name for name in needs if downloader.plan([name]).todo]
+                if not yes and not sys.stdin.isatty():
+                    error.hint = f"run: proxydet download {' '.join(missing)}; --yes does so first"
+                    raise
+                output = Output()
+                output.message(error.message)
+                if not _agreed(downloader.ask_sizes(plan), output, asked=not yes):
+                    raise
+                downloader.fetch(plan).raise_for_failures()
+
+
+def _agreed(plan: Plan, output: Output, *, asked: bool) -> bool:
+    """Show a plan and, where asked for, whether the user wants it.
+
+    Raises:
+        ConfigError: Nobody can be asked.
+        JobInterruptedError: Ctrl-C, or Ctrl-D, in place of an answer.
+        DiskFullError: There is no room for it.
+    """
+    from proxydet.errors import ConfigError, JobInterruptedError
+
+    output.message(_plan_text(plan))
+    plan.require_room()
+    if not asked:
+        return True
+    if not sys.stdin.isatty():
+        raise ConfigError(
+            "stdin is not a terminal, so the download cannot be confirmed", hint="pass --yes"
+        )
+    try:
+        agreed = typer.confirm("Continue?", default=True, err=True)
+    except typer.Abort:
+        raise JobInterruptedError("Stopped. Nothing was fetched.") from None
+    if not agreed:
+        output.message("Nothing was fetched.")
+    return agreed
+
+
+def _fetch(downloader: Downloader, plan: Plan, names: list[str], output: Output, *, asked: bool) -> None:  # fmt: skip
+    from proxydet.errors import ArtifactError
+
+    if plan.todo and not _agreed(plan, output, asked=asked):
+        return
     report = downloader.fetch(plan)
     value = {
         "files": [vars(outcome) for outcome in report.outcomes],

@@ -420,7 +420,7 @@ def _description_path(options: EvalOptions) -> Path:
     if options.run is not None:
         from proxydet.config import from_mapping
         from proxydet.data.config import DataConfig
-        from proxydet.detector import configuration_of
+        from proxydet.models import configuration_of
 
         run = configuration_of(require_run(options.run))
         found = from_mapping(DataConfig, run.get("data", {})).description
@@ -447,6 +447,9 @@ def evaluate_options(options: EvalOptions, output: Output) -> None:
         record_results(options.folder(truth.name), options.results, truth, options.config)
         _conclude(evaluation, split, options, output, progress)
         return
+    from proxydet.models import find_detector
+
+    named = find_detector(run=options.run, weights=options.weights, config=options.model)
     description = read_description(options)
     with _processes(options, options.folder(description.name)) as device:
         if device is None:
@@ -455,12 +458,7 @@ def evaluate_options(options: EvalOptions, output: Output) -> None:
         from proxydet.evaluation.detector_evaluation import evaluate_split, held
 
         split = _open_split(description, options, progress)
-        detector = open_named(
-            run=options.run,
-            weights=options.weights,
-            config=options.model,
-            device=device,
-        )
+        detector = open_named(named, device=device)
         if options.tta:
             detector = detector.with_augmentation()
         folder = options.folder(description.name)

@@ -15,10 +15,12 @@ from proxydet_cli.options import (
     Run,
     VocabularySource,
     Weights,
+    Yes,
     check_choice,
     chosen_vocabulary,
     command_app,
     examples,
+    open_detector,
 )
 
 app = command_app()
@@ -72,6 +74,7 @@ def export(
     names: NamesFile = None,
     check: Check = None,
     opset: Opset = 18,
+    yes: Yes = False,
     json: Json = False,
 ) -> None:
     """Write a detector into a file that runs without detectron2.
@@ -79,13 +82,15 @@ def export(
     The file takes any vocabulary and images of any size. It is compared with the detector before it is kept. With -v
     or --vocabulary, these classes are saved next to it as .npz, for use where there is no text encoder.
     """
-    from proxydet.detector import open_named
-    from proxydet.export.exporter import export_detector
+    from proxydet.models import find_detector
     from proxydet_cli.output import Output
 
     out = Output(json=json)
     check_choice(classes, vocabulary, names)
-    detector = open_named(run=run, weights=weights, config=config, device="cpu")
+    named = find_detector(run=run, weights=weights, config=config)
+    from proxydet.export.exporter import export_detector
+
+    detector = open_detector(named, classes, vocabulary, device="cpu", yes=yes)
     given = classes is not None or vocabulary is not None
     report = export_detector(
         detector,
@@ -93,7 +98,9 @@ def export(
         format=format,
         opset=opset,
         check=check or (),
-        vocabulary=chosen_vocabulary(detector, classes, vocabulary, names) if given else None,
+        vocabulary=chosen_vocabulary(detector, classes, vocabulary, names, yes=yes)
+        if given
+        else None,
         progress=out.message,
     )
     lines = [f"{report.path}: {report.bytes / 1e6:.1f} MB, exported in {report.seconds:.0f} s"]

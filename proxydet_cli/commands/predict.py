@@ -26,10 +26,12 @@ from proxydet_cli.options import (
     Tta,
     VocabularySource,
     Weights,
+    Yes,
     check_choice,
     chosen_vocabulary,
     command_app,
     examples,
+    open_detector,
     tuned,
 )
 from proxydet_cli.output import Output
@@ -159,18 +161,17 @@ def predict(
     tta: Tta = False,
     precision: PrecisionOption = Precision.fp32,
     base_above: BaseAbove = 0.9,
+    yes: Yes = False,
     json: Json = False,
 ) -> None:
     """Detect objects in images and videos from any class names.
 
     Without -v and --vocabulary it detects the classes that the model was trained on. An image or video that cannot be
     read is reported and left out, and of a video that breaks off what came before is kept; the exit code is then 3.
-    Ctrl-C keeps what was found before.
+    Ctrl-C keeps what was found before. What is missing of model and text encoder is downloaded after one question.
     """
     from PIL.Image import DecompressionBombWarning
 
-    from proxydet.detector import open_named
-    from proxydet.inference.jobs import predict_files, predict_video
     from proxydet.inference.sources import (
         FoundImages,
         describe_left_out,
@@ -187,11 +188,13 @@ def predict(
         output_files,
         reserved_names,
     )
+    from proxydet.models import find_detector
     from proxydet_cli.progress import show_progress
 
     check_choice(classes, vocabulary, names)
     # A user's own image may be as large as it likes; beyond twice Pillow's limit it is an error all the same.
     warnings.simplefilter("ignore", DecompressionBombWarning)
+    named = find_detector(run=run, weights=weights, config=config)
     kinds = _kinds(save, json=json)
     check_kinds(kinds)
     sources, listed = _with_stdin(sources)
@@ -212,10 +215,13 @@ def predict(
     if images.left_out:
         out.message(f"left out: {describe_left_out(images.left_out)}")
 
-    opened = open_named(run=run, weights=weights, config=config, device=device)
+    # Loads torch, for seconds: what can be refused was refused.
+    from proxydet.inference.jobs import predict_files, predict_video
+
+    opened = open_detector(named, classes, vocabulary, device=device, yes=yes)
     detector = tuned(opened, tta=tta, precision=precision)
     detector = detector.with_settings(one_class_per_proposal=one_label, masks=masks)
-    vocabulary_used = chosen_vocabulary(detector, classes, vocabulary, names, base_above)
+    vocabulary_used = chosen_vocabulary(detector, classes, vocabulary, names, base_above, yes=yes)
     settings = detector.settings(score_threshold=score_threshold, max_detections=top)
 
     shown = _Shown(out, images.left_out, lines=bool(videos))

@@ -21,10 +21,12 @@ from proxydet_cli.options import (
     Tta,
     VocabularySource,
     Weights,
+    Yes,
     check_choice,
     chosen_vocabulary,
     command_app,
     examples,
+    open_detector,
     tuned,
 )
 
@@ -127,6 +129,7 @@ def serve(
     tta: Tta = False,
     precision: PrecisionOption = Precision.fp32,
     base_above: BaseAbove = 0.9,
+    yes: Yes = False,
     json: Json = False,
 ) -> None:
     """Serve a detector on a web page and an HTTP endpoint.
@@ -139,35 +142,35 @@ def serve(
     out = Output(json=json)
     check_choice(classes, vocabulary, names)
     _check_packages()
-    from proxydet.serve.app import ServingSettings
+    from proxydet.models import find_detector
     from proxydet.serve.server import bind, is_loopback
+    from proxydet.serve.server import serve as serve_app
 
+    named = find_detector(run=run, weights=weights, config=config)
     with bind(host, port) as listening:
-        settings = ServingSettings(
-            max_upload_bytes=round(max_upload * 2**20),
-            max_pixels=round(max_megapixels * 1e6),
-            queue_places=queue,
-            wait_seconds=timeout,
-            allowed_hosts=tuple(name.strip().lower() for name in (*(allow_host or ()), host)),
-            loopback_only=is_loopback(listening),
-        )
-        if not settings.loopback_only:
+        loopback_only = is_loopback(listening)
+        if not loopback_only:
             out.warning(
                 "everyone who reaches this machine over the network can use this server: it has neither authentication "
                 "nor encryption"
             )
-        from proxydet.detector import open_named, shown_name
-        from proxydet.serve.app import build_app
-        from proxydet.serve.server import serve as serve_app
+        opened = open_detector(named, classes, vocabulary, device=device, yes=yes)
+        from proxydet.serve.app import ServingSettings, build_app  # loads torch
 
-        opened = open_named(run=run, weights=weights, config=config, device=device)
         detector = tuned(opened, tta=tta, precision=precision)
         application = build_app(
             detector,
-            settings,
-            vocabulary=chosen_vocabulary(detector, classes, vocabulary, names, base_above),
+            ServingSettings(
+                max_upload_bytes=round(max_upload * 2**20),
+                max_pixels=round(max_megapixels * 1e6),
+                queue_places=queue,
+                wait_seconds=timeout,
+                allowed_hosts=tuple(name.strip().lower() for name in (*(allow_host or ()), host)),
+                loopback_only=loopback_only,
+            ),
+            vocabulary=chosen_vocabulary(detector, classes, vocabulary, names, base_above, yes=yes),
             base_above=base_above,
-            name=shown_name(run=run, weights=weights),
+            name=named.name,
         )
         _show_server_logs()
         serve_app(application, listening, on_started=lambda: _announce(out, listening, open_page))

@@ -31,6 +31,7 @@ RANK = {
     "data": 2,
     "modeling": 3,
     "losses": 4,
+    "models": 5,
     "detections": 5,
     "detector": 5,
     **dict.fromkeys(["inference"], 5),

@@ -88,3 +88,25 @@ def test_configurations_load_no_torch(tmp_path):
     assert names
     program = "".join(f"import {name}\n" for name in names)
     assert not tops(loaded_by(program, tmp_path)) & {"torch", "torchvision", "detectron2"}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["predict", "absent.jpg", "-v", "mug"],
+        ["predict", "photo.jpg", "--run", "absent"],
+        ["predict", "photo.jpg", "--weights", "proxydet-r5"],
+        ["predict", "photo.jpg", "-v", "absent.txt"],
+        ["predict", "photo.jpg"],
+        ["serve", "--run", "absent"],
+        ["export", "--weights", "absent.pth", "-o", "a.onnx"],
+        ["eval", "--run", "absent", "--data", "absent.toml"],
+    ],
+    ids=" ".join,
+)
+def test_misspelt_names_and_missing_weights_are_refused_before_torch_is_loaded(words, tmp_path):
+    (tmp_path / "photo.jpg").touch()
+    program = f"import os; os.chdir({str(tmp_path)!r})\n" + command_line(*words).replace(
+        "sys.exit(main", "assert 0 < (main"
+    )
+    assert "torch" not in loaded_by(program, tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import pty
@@ -18,8 +19,10 @@ from pathlib import Path
 import pytest
 
 from proxydet.artifacts import Downloader
+from proxydet.errors import VocabularyError
 from proxydet.reporting import SILENT
 from proxydet_cli import main
+from proxydet_cli.commands.download import with_downloads
 
 ENTRY = """
 [[artifacts]]
@@ -355,3 +358,42 @@ def test_a_place_that_cannot_be_written_is_the_environments_fault(
 def test_failures_say_what_to_do(run, entry, server, body) -> None:
     entry("absent", more=f'sha256 = "{"0" * 64}"\n')
     assert "or put the file there yourself" in run("absent", "--yes")[2]
+
+
+def test_missing_downloads_are_fetched_in_one_go(run, entry, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("PROXYDET_CATALOGUE", str(tmp_path / "catalogue.toml"))
+    monkeypatch.chdir(tmp_path)
+    for name in ("weights", "table", "encoder"):
+        entry(name, name.encode())
+    tried = []
+
+    def action() -> str:
+        tried.append(sorted(path.stem for path in tmp_path.glob("models/*.bin")))
+        if len(tried) == 1:
+            raise VocabularyError("no weights", needs=("weights", "table"))
+        return "done"
+
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    with pytest.raises(VocabularyError) as caught:
+        with_downloads(action, also=("encoder",), yes=False)
+    assert caught.value.hint is not None
+    assert "proxydet download weights table encoder" in caught.value.hint
+    assert not list(tmp_path.glob("models/*.bin"))
+    tried.clear()
+    assert with_downloads(action, also=("encoder",), yes=True) == "done"
+    assert tried == [[], ["encoder", "table", "weights"]]
+
+
+def test_a_download_that_does_not_help_is_not_repeated(entry, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("PROXYDET_CATALOGUE", str(tmp_path / "catalogue.toml"))
+    monkeypatch.chdir(tmp_path)
+    entry("table", b"table")
+    calls = []
+
+    def action() -> None:
+        calls.append(1)
+        raise VocabularyError("still missing", needs=("table",))
+
+    with pytest.raises(VocabularyError, match="still missing"):
+        with_downloads(action, yes=True)
+    assert len(calls) == 2

@@ -38,6 +38,7 @@ def seen(detector, monkeypatch) -> dict[str, object]:
         )
 
     monkeypatch.setattr("proxydet.export.exporter.export_detector", exported)
+    monkeypatch.setattr("proxydet.models.locate_published", Path)
     monkeypatch.setattr("proxydet.detector.open_named", lambda *_, **__: detector)
     return given
 

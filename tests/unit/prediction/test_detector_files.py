@@ -13,7 +13,7 @@ import torch
 
 from proxydet import artifacts
 from proxydet.config import dump_yaml, load_mapping
-from proxydet.detector import PUBLISHED_MODELS, Detector, open_named, shown_name
+from proxydet.detector import Detector, open_named
 from proxydet.errors import (
     ArtifactError,
     CheckpointError,
@@ -26,6 +26,7 @@ from proxydet.files import write_json
 from proxydet.manifest import build_manifest
 from proxydet.modeling.config import ModelConfig
 from proxydet.modeling.network import ProxyDetNetwork
+from proxydet.models import PUBLISHED_MODELS, find_detector
 from proxydet.recipes import get_recipe
 from proxydet.vocabulary.compositional import CompositionalEncoder
 from proxydet.vocabulary.vocabulary import Vocabulary
@@ -74,8 +75,9 @@ def test_a_quickstarts_folder_stands_for_the_run_in_it(run):
     opened = Detector.from_run(run.parent, device="cpu")
     assert opened.vocabulary == Detector.from_run(run, device="cpu").vocabulary
     assert isinstance(opened.encoder, CompositionalEncoder)
-    assert shown_name(run=run.parent, weights=None) == run.parent.name
-    assert shown_name(run=run, weights=None) == run.parent.name
+    for folder in (run.parent, run):
+        found = find_detector(run=folder, weights=None, config=None)
+        assert (found.run, found.name) == (run, run.parent.name)
 
 
 def test_an_unfinished_run_gives_its_newest_checkpoint(run, network):
@@ -103,9 +105,7 @@ def test_final_weights_are_safetensors_or_of_torch(run, network):
     for opened in (
         Detector.from_run(run),
         open_named(
-            run=None,
-            weights=str(run / "model_final.safetensors"),
-            config=None,
+            find_detector(run=None, weights=str(run / "model_final.safetensors"), config=None),
             device="cpu",
         ),
     ):
@@ -274,22 +274,24 @@ def test_models_without_a_mixup_branch_are_opened_as_such():
 
 def test_the_command_line_never_downloads(run, monkeypatch, tmp_path):
     monkeypatch.setenv("PROXYDET_MODELS", str(tmp_path / "none"))
-    nothing: dict = {"run": None, "weights": None, "config": None, "device": "cpu"}
+    nothing: dict = {"run": None, "weights": None, "config": None}
     with pytest.raises(ArtifactError) as caught:
-        open_named(**nothing)
+        open_named(find_detector(**nothing))
     assert "proxydet download proxydet-r50-inl" in str(caught.value.hint)
     assert "--run" in str(caught.value.hint)
-    opened = open_named(**{**nothing, "run": run})
+    opened = open_named(find_detector(**{**nothing, "run": run}))
     assert opened.inference.beta == 0.6
     with pytest.raises(ConfigError, match="own configuration"):
-        open_named(**{**nothing, "run": run, "config": "r50"})
+        find_detector(**{**nothing, "run": run, "config": "r50"})
 
 
 def test_a_runs_checkpoint_is_opened_as_that_runs(run, network):
     step = save(network, run / "checkpoints" / "step_0000009.pth")
     for weights in (run / "model_final.pth", step):
         for config in (None, str(run / "config.yaml")):
-            opened = open_named(run=None, weights=str(weights), config=config, device="cpu")
+            opened = open_named(
+                find_detector(run=None, weights=str(weights), config=config), device="cpu"
+            )
             assert opened.vocabulary == network.vocabulary
             assert opened.inference.alpha == 0.2
             assert isinstance(opened.encoder, CompositionalEncoder)
@@ -298,7 +300,7 @@ def test_a_runs_checkpoint_is_opened_as_that_runs(run, network):
 def test_weights_that_are_neither_file_nor_model(tmp_path):
     for name, said in (("proxydet-r50-in", "did you mean proxydet-r50"), ("a.pth", "Models: ")):
         with pytest.raises(InputError, match="neither a weight file nor a published") as caught:
-            open_named(run=None, weights=name, config=None, device="cpu")
+            find_detector(run=None, weights=name, config=None)
         assert said in str(caught.value.hint)
 
 
@@ -306,4 +308,4 @@ def test_weights_that_are_a_folder_or_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "pipe.pth")
     for path in (tmp_path, tmp_path / "pipe.pth"):
         with pytest.raises(InputError, match="is not a file"):
-            open_named(run=None, weights=str(path), config=None, device="cpu")
+            open_named(find_detector(run=None, weights=str(path), config=None), device="cpu")

@@ -36,6 +36,7 @@ def call(detector, monkeypatch, cli) -> Callable[..., tuple[int, str, str, Any]]
         served.append(app)
         on_started()
 
+    monkeypatch.setattr("proxydet.models.locate_published", Path)
     monkeypatch.setattr("proxydet.detector.open_named", lambda *_, **__: detector)
     monkeypatch.setattr(server, "serve", serve)
 

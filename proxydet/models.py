@@ -1,0 +1,236 @@
+"""Which detector a command line names: a run folder, a checkpoint or a published model; found without loading torch.
+
+A misspelt name is refused here, before anything heavy is loaded; `proxydet.detector.open_named` opens what was found.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from proxydet.config import from_mapping, load_mapping
+from proxydet.data.config import DataConfig
+from proxydet.errors import ArtifactError, ConfigError, InputError
+from proxydet.manifest import read_manifest
+from proxydet.modeling.config import BackboneConfig, InferenceConfig, ModelConfig
+from proxydet.paths import QUICKSTARTS_RUN, require_run
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorConfig:
+    """What a detector needs of a run's configuration."""
+
+    data: DataConfig
+    model: ModelConfig
+    inference: InferenceConfig
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> DetectorConfig:
+        """Take it from a run's whole configuration.
+
+        Raises:
+            ConfigError: A key or value is wrong.
+        """
+        parts = {key: content.get(key, {}) for key in ("data", "model", "inference")}
+        settings = from_mapping(cls, parts)
+        if settings.data.masks is False:
+            # Version 0.1 gave such a run a mask head too, and never trained it.
+            return dataclasses.replace(
+                settings, model=dataclasses.replace(settings.model, masks=None)
+            )
+        return settings
+
+
+def _published(
+    kind: Literal["resnet", "swin"], inference: InferenceConfig | None = None
+) -> DetectorConfig:
+    """A ProxyDet with a mixup branch where fusion weights are given, else a BoxSup or Detic model."""
+    return DetectorConfig(
+        data=DataConfig(),
+        model=ModelConfig(backbone=BackboneConfig(kind=kind), mixup_branch=inference is not None),
+        inference=inference or InferenceConfig(),
+    )
+
+
+# Fusion weights are those of the paper for training with and without image labels.
+PUBLISHED_MODELS: dict[str, DetectorConfig] = {
+    "proxydet-r50": _published("resnet", InferenceConfig(alpha=0.35, beta=0.55)),
+    "proxydet-r50-inl": _published("resnet", InferenceConfig()),
+    "proxydet-swinb-inl": _published("swin", InferenceConfig()),
+    "detic-r50": _published("resnet"),
+    "detic-swinb": _published("swin"),
+    "boxsup-r50": _published("resnet"),
+    "boxsup-swinb": _published("swin"),
+}
+"""Models that `proxydet.Detector.from_pretrained` opens, with the settings that they were published with."""
+
+DEFAULT_MODEL = "proxydet-r50-inl"
+"""The published model that is opened where none is named."""
+
+SIZES = {
+    "r50": PUBLISHED_MODELS["proxydet-r50-inl"],
+    "swinb": PUBLISHED_MODELS["proxydet-swinb-inl"],
+    **PUBLISHED_MODELS,
+}
+"""What ``--config`` takes besides a file: whose sizes a checkpoint has."""
+
+LVIS_METADATA = "lvis-metadata"
+"""What ``proxydet download`` calls the names and embeddings of LVIS."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedDetector:
+    """What a command line names; the files that it names are there.
+
+    Attributes:
+        run: The run folder.
+        weights: A checkpoint; with a run, None: its final weights, or its newest checkpoint.
+        published: A key of `PUBLISHED_MODELS`, instead of both.
+        config: Sizes of a checkpoint without a run: a ``config.yaml``, or a key of `SIZES`.
+    """
+
+    run: Path | None = None
+    weights: Path | None = None
+    published: str | None = None
+    config: Path | str = "r50"
+
+    @property
+    def name(self) -> str:
+        """What to call it: the run folder's name, the file's or the model's."""
+        if self.run is not None and self.weights is None:
+            run = self.run.resolve()
+            return run.parent.name if run.name == QUICKSTARTS_RUN else run.name
+        return self.published or (self.weights.name if self.weights is not None else "")
+
+
+def find_detector(*, run: Path | None, weights: str | None, config: str | None) -> NamedDetector:
+    """Find what a command line names; nothing is opened and nothing downloaded.
+
+    Args:
+        run: A run folder, or the folder of a quickstart.
+        weights: A checkpoint (of the run where there is one), or a published model's name; None with no run: the
+            published R50.
+        config: ``r50``, ``swinb`` or a ``config.yaml``: the sizes of a checkpoint without a run. Without it, a
+            checkpoint that lies in a run folder is that run's.
+
+    Raises:
+        InputError: There is no such folder, file or model.
+        ConfigError: The options contradict each other.
+    """
+    if run is not None:
+        if config is not None:
+            raise ConfigError("a run has its own configuration", hint="leave --config out")
+        checkpoint = None if weights is None else Path(weights)
+        if checkpoint is not None and not checkpoint.exists():
+            raise InputError(
+                f"there is no checkpoint {checkpoint}",
+                hint=f"those of the run are in {require_run(run) / 'checkpoints'}",
+                path=checkpoint,
+            )
+        return NamedDetector(run=require_run(run), weights=checkpoint)
+    name = weights or DEFAULT_MODEL
+    if name in PUBLISHED_MODELS:
+        return NamedDetector(published=name)
+    path = Path(name)
+    if path.exists() and not path.is_file():
+        raise InputError(
+            f"{name} is not a file",
+            hint="give a weight file, or a run's folder with --run",
+            path=path,
+        )
+    if not path.is_file():
+        near = difflib.get_close_matches(name, PUBLISHED_MODELS, n=1)
+        raise InputError(
+            f"{name} is neither a weight file nor a published model",
+            hint=(f"did you mean {near[0]}? " if near else "")
+            + f"Models: {', '.join(PUBLISHED_MODELS)}",
+            path=path,
+        )
+    folder = path.absolute().parent
+    folder = folder.parent if folder.name == "checkpoints" else folder
+    if config is None and is_run(folder):
+        return NamedDetector(run=folder, weights=path)
+    return NamedDetector(weights=path, config=check_sizes(config or "r50"))
+
+
+def check_sizes(config: Path | str) -> Path | str:
+    """Return what ``--config`` names: a ``config.yaml`` that is there, or a key of `SIZES`.
+
+    Raises:
+        InputError: It is neither.
+    """
+    if isinstance(config, Path) or Path(config).suffix in (".yaml", ".yml"):
+        if not Path(config).is_file():
+            raise InputError(
+                f"there is no configuration file {config}",
+                hint="give the config.yaml of a run that proxydet train or quickstart wrote",
+                path=Path(config),
+            )
+        return Path(config)
+    if config not in SIZES:
+        raise InputError(
+            f"unknown model {config!r}",
+            hint=f"known: {', '.join(SIZES)}; or give the config.yaml of a run",
+        )
+    return config
+
+
+def locate_published(name: str) -> Path:
+    """Return where the downloaded weights of a published model are.
+
+    Args:
+        name: A key of `PUBLISHED_MODELS`.
+
+    Raises:
+        ArtifactError: They, or the names and embeddings of LVIS, are not there.
+    """
+    from proxydet.artifacts import locate
+
+    try:
+        weights = locate(name)
+        locate(LVIS_METADATA)
+    except ArtifactError as error:
+        raise ArtifactError(
+            error.message,
+            hint=f"run: proxydet download {name} {LVIS_METADATA} (or name a run of your own with --run)",
+            path=error.path,
+            needs=(name, LVIS_METADATA),
+        ) from error
+    return weights
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds what a detector needs of a run besides weights."""
+    return all((folder / name).is_file() for name in ("config.yaml", "vocabulary.npz"))
+
+
+def configuration_of(run: Path) -> Mapping[str, Any]:
+    """Return a run's configuration: of ``config.yaml``, or, where that is damaged, of the manifest as `train` does.
+
+    Raises:
+        InputError: Neither can be read.
+    """
+    path = run / "config.yaml"
+    try:
+        if not path.is_file():
+            what = "is not a file" if path.exists() else "is not there"
+            raise InputError(
+                f"the configuration {path} {what}",
+                hint="put it back, or give the folder of another run that proxydet train or quickstart wrote",
+                path=path,
+            )
+        return load_mapping(path)
+    except InputError as error:
+        try:
+            found = read_manifest(run).configuration
+        except InputError:
+            raise error from None
+        logger.warning("%s; using %s", error.message.rstrip("."), run / "manifest.json")
+        return found

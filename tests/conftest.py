@@ -72,6 +72,18 @@ def cli(capsys) -> Callable[..., Ended]:
     return run
 
 
+@pytest.fixture(scope="module")
+def unplotted() -> Iterator[None]:
+    """Leave figures empty: drawing them takes most of the time of a short command."""
+
+    def savefig(_figure: object, target: Any, **_: object) -> None:
+        target.write("<svg/>") if hasattr(target, "write") else Path(target).touch()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", savefig)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory, monkeypatch) -> None:
     monkeypatch.setenv("PROXYDET_CACHE", str(tmp_path_factory.getbasetemp() / "proxydet-cache"))

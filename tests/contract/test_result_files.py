@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("unplotted")
+
 PAGE = Path(__file__).resolve().parents[2] / "docs/reference/results.md"
 # Keys that are names of something, by where they are.
 OPEN = {

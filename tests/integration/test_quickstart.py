@@ -11,6 +11,8 @@ from proxydet.errors import ConfigError, LockedError
 from proxydet.quickstart import QuickstartFolder, compare_mixup, quickstart_config, run_quickstart
 from proxydet.recipes import get_recipe
 
+pytestmark = pytest.mark.usefixtures("unplotted")
+
 DRAWN = SyntheticConfig(
     images_train=8,
     images_val=6,

@@ -18,6 +18,8 @@ from proxydet import Detector
 from proxydet.errors import CheckpointError, ConfigError
 from proxydet_cli.main import main
 
+pytestmark = pytest.mark.usefixtures("unplotted")
+
 Run = Callable[..., tuple[int, str, str]]
 TRAIN = ("train", "--recipe", "tiny", "--device", "cpu", "--gpus", "1")
 SET = ("--set", "training.iterations=2", "--set", "data.image_labels=null")

@@ -10,6 +10,8 @@ from proxydet.data.images import read_image
 from proxydet.data.preview import PreviewRequest, preview_pictures, write_preview
 from proxydet.errors import ConfigError, DataError, VocabularyError
 
+pytestmark = pytest.mark.usefixtures("unplotted")
+
 
 def described(path: Path) -> Dataset:
     return Dataset(config=DatasetConfig.from_toml(path))

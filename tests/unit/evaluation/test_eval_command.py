@@ -35,6 +35,8 @@ from proxydet.runtime.run_comparison import compare_runs
 from proxydet_cli.app import run
 from proxydet_cli.main import main
 
+pytestmark = pytest.mark.usefixtures("unplotted")
+
 Typed = Callable[..., tuple[str, str]]
 
 

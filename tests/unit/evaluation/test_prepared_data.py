@@ -18,7 +18,7 @@ from proxydet.evaluation.ground_truth import GroundTruth
 from proxydet.evaluation.split import DescribedSplit, imagenet_groups
 from proxydet_cli.app import run
 
-pytestmark = pytest.mark.shared
+pytestmark = [pytest.mark.shared, pytest.mark.usefixtures("unplotted")]
 
 NAMES = ("lvis", "coco", "objects365", "openimages")
 EMBEDDINGS = {

@@ -20,6 +20,8 @@ from proxydet.inference.jobs import predict_files
 from proxydet.inference.sources import find_images
 from proxydet.inference.writers import make_writers
 
+pytestmark = pytest.mark.usefixtures("unplotted")
+
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory) -> Path:

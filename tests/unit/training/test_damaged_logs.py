@@ -15,6 +15,8 @@ from proxydet.vocabulary.vocabulary import Vocabulary
 from proxydet.weight_files import write_state
 from proxydet_cli.commands.train import _summary
 
+pytestmark = pytest.mark.usefixtures("unplotted")
+
 STEP = {"iteration": 2, "losses": {"total": 1.5, "loss_mask": 0.5}, "skipped": 0}
 EVALUATION = {"iteration": 2, "metrics": {"segm/AP": 0.25}}
 DAMAGED_STEPS = [

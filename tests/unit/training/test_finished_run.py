@@ -20,6 +20,8 @@ from proxydet.training_run import finished_run
 from proxydet.vocabulary.vocabulary import Vocabulary
 from proxydet.weight_files import write_safetensors, write_state
 
+pytestmark = pytest.mark.usefixtures("unplotted")
+
 REPORT = environment(quick=True)
 WEIGHTS = {"layer.weight": torch.arange(512.0).reshape(16, 32)}
 

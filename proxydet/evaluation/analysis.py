@@ -12,8 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from proxydet.evaluation.matching import FOUND, IGNORED, Matches
-from proxydet.evaluation.scoring import IOU_THRESHOLDS_T, guarded, hotcoco_evaluator
+from proxydet.evaluation.matching import FOUND, IGNORED, LEAST_OVERLAP, UNMATCHED, Matches
+from proxydet.evaluation.scoring import (
+    IOU_THRESHOLDS_T,
+    RECALL_THRESHOLDS_R,
+    guarded,
+    place_in_group,
+)
 from proxydet.reporting import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -21,14 +26,16 @@ if TYPE_CHECKING:
     from proxydet.evaluation.ground_truth import GroundTruth
     from proxydet.evaluation.results import Results
 
-ERROR_NAMES = {
-    "Cls": "classification",
-    "Loc": "localisation",
-    "Both": "classification and localisation",
-    "Dupe": "duplicate",
-    "Bkg": "background",
-    "Miss": "missed",
-}
+ERROR_NAMES = (
+    "classification",
+    "localisation",
+    "classification and localisation",
+    "duplicate",
+    "background",
+    "missed",
+)
+_RIGHT = 0.5
+"""IoU from which a detection is right."""
 _RECALL_IMAGES = 200
 
 
@@ -72,38 +79,102 @@ class Calibration:
 
 
 def break_down_errors(scored: Scored) -> ErrorBreakdown:
-    """Count errors by kind, and what each kind costs, with hotcoco's implementation of TIDE.
+    """Count errors by kind, and what each kind costs.
 
     Args:
         scored: The result of scoring boxes or masks.
-
-    Raises:
-        RuntimeEnvironmentError: The engine failed.
     """
-    if not len(scored.selection):
-        counted = int(scored.truth.counted_A.sum())
-        return ErrorBreakdown(
-            ap50=0.0,
-            counts={name: counted if key == "Miss" else 0 for key, name in ERROR_NAMES.items()},
-            costs=dict.fromkeys(ERROR_NAMES.values(), 0.0),
-        )
+    matches, categories = scored.matches, len(scored.truth.category_ids)
+    pairs, selection = matches.pairs, matches.selection
+    category_S, score_S = selection.category_S, selection.score_S
+    right_S, wrong_S = right_and_wrong(matches)
+    counts_G = matches.counts_GA[:, 0]
+    crowd_G = scored.truth.ann_crowd_A[matches.ann_index_G] & (scored.truth.protocol == "coco")
+    taken = matches.annotation_N[matches.state_NAT[:, 0, 0] != UNMATCHED]
+    taken_G = np.isin(matches.ann_index_G, taken)
+    # Of equal overlaps those with annotations that count come first, then the earlier ones.
+    preference_G = np.arange(len(counts_G)) + len(counts_G) * ~counts_G
 
-    def job() -> dict[str, Any]:
-        evaluator = scored.evaluator or hotcoco_evaluator(
-            scored.truth,
-            scored.results,
-            scored.matches.selection,
-            scored.iou_type,
-            (None,),
-        )
-        errors: dict[str, Any] = evaluator.tide_errors(pos_thr=0.5, bg_thr=0.1)
-        return errors
+    def largest(chosen_P: NDArray[np.bool_]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Return each detection's largest overlap among the chosen pairs (0 without), and with which annotation."""
+        chosen = np.flatnonzero(chosen_P)
+        detection_P, annotation_P = pairs.detection_P[chosen], pairs.annotation_P[chosen]
+        keys = (-preference_G[annotation_P], pairs.iou_P[chosen], detection_P)
+        last = chosen[np.lexsort(keys)[np.diff(detection_P, append=-1) != 0]]
+        iou_S = np.zeros(len(category_S))
+        annotation_S = np.full(len(category_S), -1, dtype=np.int64)
+        iou_S[pairs.detection_P[last]] = pairs.iou_P[last]
+        annotation_S[pairs.detection_P[last]] = pairs.annotation_P[last]
+        return iou_S, annotation_S
 
-    errors = guarded(job)
+    own_S, own_annotation_S = largest(pairs.same_P)
+    other_S, other_annotation_S = largest(~pairs.same_P & ~crowd_G[pairs.annotation_P])
+    again_S = np.zeros(len(category_S), dtype=bool)
+    again_P = pairs.same_P & (pairs.iou_P >= _RIGHT) & taken_G[pairs.annotation_P]
+    again_S[pairs.detection_P[again_P]] = True
+    kinds_S = {
+        "localisation": (own_S >= LEAST_OVERLAP) & (own_S <= _RIGHT),
+        "classification": other_S >= _RIGHT,
+        "duplicate": again_S,
+        "background": other_S <= LEAST_OVERLAP,
+        "classification and localisation": wrong_S,
+    }
+    rest_S = wrong_S
+    for kind, fits_S in kinds_S.items():
+        kinds_S[kind], rest_S = rest_S & fits_S, rest_S & ~fits_S
+    # What a badly placed detection, or one of another class, should have found, where that is still to be found.
+    aim_S = np.where(kinds_S["localisation"], own_annotation_S, -1)
+    aim_S = np.where(kinds_S["classification"], other_annotation_S, aim_S)
+    missed_G = counts_G & ~taken_G
+    missed_G[aim_S[aim_S >= 0]] = False
+    aimed = np.flatnonzero((aim_S >= 0) & (counts_G & ~taken_G)[aim_S])
+    aimed = aimed[np.lexsort((-score_S[aimed], aim_S[aimed]))]
+    mended_S = np.zeros(len(score_S), dtype=bool)
+    mended_S[aimed[np.diff(aim_S[aimed], prepend=-1) != 0]] = True
+    objects_C = np.bincount(matches.ann_category_G[counts_G], minlength=categories)
+    present_C = objects_C > 0
+
+    def ap50(
+        category_S: NDArray[np.int64],
+        right_S: NDArray[np.bool_],
+        judged_S: NDArray[np.bool_],
+        objects_C: NDArray[np.int64],
+    ) -> float:
+        """Return average precision of these detections, where so many objects of each category are to be found."""
+        judged = np.flatnonzero(judged_S & (objects_C[category_S] > 0))
+        best_first = judged[np.lexsort((-score_S[judged], category_S[judged]))]
+        category_L, right_L = category_S[best_first], right_S[best_first]
+        category_K, place_K = category_L[right_L], place_in_group(category_L)[right_L]
+        found_K = place_in_group(category_K) + 1
+        # The largest precision here or later: earlier categories lie higher, so that nothing passes from one to the next.
+        level_K = 2.0 * (categories - category_K)
+        precision_K = found_K / (place_K + 1) + level_K
+        precision_K = np.maximum.accumulate(precision_K[::-1])[::-1] - level_K
+        reached_K, before_K = (
+            np.searchsorted(RECALL_THRESHOLDS_R, found / objects_C[category_K], side="right")
+            for found in (found_K, found_K - 1)
+        )
+        before_K[found_K == 1] = 0
+        gain_K = precision_K * (reached_K - before_K) / len(RECALL_THRESHOLDS_R)
+        ap_C = np.bincount(category_K, gain_K, minlength=categories)
+        return float(ap_C[present_C].mean()) if present_C.any() else 0.0
+
+    without = ap50(category_S, right_S, right_S | wrong_S, objects_C)
+    costs = {}
+    for kind, errors_S in kinds_S.items():
+        better_S = right_S | (mended_S & errors_S)
+        judged_S = better_S | (wrong_S & ~errors_S)
+        changed_S = mended_S & errors_S
+        moved_S = np.where(changed_S, matches.ann_category_G[aim_S], category_S)
+        costs[kind] = ap50(moved_S, better_S, judged_S, objects_C) - without
+    missed_C = np.bincount(matches.ann_category_G[missed_G], minlength=categories)
+    costs["missed"] = ap50(category_S, right_S, right_S | wrong_S, objects_C - missed_C) - without
+    counts = {kind: int(errors_S.sum()) for kind, errors_S in kinds_S.items()}
+    counts["missed"] = int(missed_G.sum())
     return ErrorBreakdown(
-        ap50=float(errors["ap_base"]),
-        counts={name: int(errors["counts"].get(key, 0)) for key, name in ERROR_NAMES.items()},
-        costs={name: float(errors["delta_ap"].get(key, 0.0)) for key, name in ERROR_NAMES.items()},
+        ap50=without,
+        counts={kind: counts[kind] for kind in ERROR_NAMES},
+        costs={kind: costs[kind] for kind in ERROR_NAMES},
     )
 
 
@@ -291,7 +362,6 @@ def analyse(evaluation: Evaluation, progress: Progress = SILENT) -> Analysis:
     """
     scored = evaluation.main
     with progress.task("analysing errors", total=None):
-        # In this order: the engine's breakdown takes the memory that the recall has given back.
         return Analysis(
             recall=box_recall(evaluation.truth, evaluation.results),
             errors=break_down_errors(scored) if scored else None,

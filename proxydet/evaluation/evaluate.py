@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,6 @@ class Scored:
         results: All detections.
         selection: The detections that were scored.
         curves: Precision and recall, from the engine.
-        evaluator: hotcoco's evaluator with its matches; None where it was not kept.
         known_matches: Our own matches, where they were needed already.
         resamples: Metrics of resampled images; None when none were asked for.
     """
@@ -80,7 +79,6 @@ class Scored:
     results: Results
     selection: Selection
     curves: Curves
-    evaluator: Any = field(default=None, repr=False)
     known_matches: Matches | None = field(default=None, repr=False)
     resamples: Resamples | None = None
 
@@ -193,8 +191,6 @@ def run_evaluation(
     kinds, masks_left_out = scored_types(config, truth, predicted=predicted, results=results)
     scored: dict[str, Scored] = {}
     for kind in kinds:
-        # Only the last one, masks where they are scored, is analysed: others need not be kept.
-        scored = {name: replace(part, evaluator=None) for name, part in scored.items()}
         scored[kind] = _score(truth, results, kind, config, all_groups, progress)
     report = Report(
         dataset=truth.name,
@@ -295,9 +291,8 @@ def _score(
     selection = select(
         results, truth, iou_type=iou_type, per_image=per_image, per_category=per_category
     )
-    evaluator = None
     if config.engine == "hotcoco":
-        curves, evaluator = run_hotcoco(truth, results, selection, iou_type=iou_type, limits=limits)
+        curves = run_hotcoco(truth, results, selection, iou_type=iou_type, limits=limits)
     else:
         # The official evaluator has no fixed AP: it gets the chosen detections, without a limit of its own.
         given = results.take(selection.detection_S) if config.fixed else results
@@ -321,7 +316,6 @@ def _score(
         results=results,
         selection=selection,
         curves=curves,
-        evaluator=evaluator,
         known_matches=matches,
         resamples=resamples,
     )

@@ -1,4 +1,4 @@
-"""Which detection finds which annotation, in columns: what the bootstrap and the error images need.
+"""Which detection finds which annotation, in columns: what the bootstrap, kinds of errors and their images need.
 
 The engines give precision and recall of the whole data set; here each match is kept. The rules are the official
 evaluators': within an image and category, detections choose in descending order of score; each takes the annotation
@@ -7,7 +7,7 @@ it overlaps most among those free, the later one of equals, one that counts befo
 All images and categories are matched at once: a step handles the k-th detection of every (image, category).
 
 Dimensions: S selected detections, A areas (all, small, medium, large), T IoU thresholds, G counted annotations,
-P pairs of a detection and an annotation of its image and category that overlap enough.
+P pairs of a detection and an annotation of its image that overlap.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
 
 from proxydet.evaluation.scoring import AREA_RANGES_A2, IOU_THRESHOLDS_T, Selection, place_in_group
 
@@ -26,7 +27,35 @@ if TYPE_CHECKING:
     from proxydet.evaluation.results import Results
 
 UNMATCHED, FOUND, IGNORED = 0, 1, 2
+LEAST_OVERLAP = 0.1
+"""IoU below which a detection and an annotation are no pair."""
 _IMAGES_AT_ONCE = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """Detections and annotations of the same image that overlap by at least `LEAST_OVERLAP`, whatever their categories.
+
+    Attributes:
+        detection_P: int64 in [0, S), ascending.
+        annotation_P: int64 in [0, G), ascending within a detection.
+        iou_P: float64: intersection over union; over the detection's area for crowds.
+        same_P: Whether the two are of one category.
+    """
+
+    detection_P: NDArray[np.int64]
+    annotation_P: NDArray[np.int64]
+    iou_P: NDArray[np.float64]
+    same_P: NDArray[np.bool_]
+
+    def take(self, chosen: NDArray[np.bool_]) -> Pairs:
+        """Return the chosen pairs."""
+        return Pairs(
+            detection_P=self.detection_P[chosen],
+            annotation_P=self.annotation_P[chosen],
+            iou_P=self.iou_P[chosen],
+            same_P=self.same_P[chosen],
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +71,7 @@ class Matches:
         iou_N: float64, the largest overlap with an annotation of the category.
         silent_SA: Whether an unmatched detection does not count as an error: it is out of the area's range, or nobody knows all
             objects of its category in its image.
+        pairs: What overlaps, other categories included.
         ann_image_G: int64 in [0, I).
         ann_category_G: int64 in [0, C).
         ann_index_G: int64 in [0, A), the number among all annotations.
@@ -54,6 +84,7 @@ class Matches:
     annotation_N: NDArray[np.int64]
     iou_N: NDArray[np.float64]
     silent_SA: NDArray[np.bool_]
+    pairs: Pairs
     ann_image_G: NDArray[np.int64]
     ann_category_G: NDArray[np.int64]
     ann_index_G: NDArray[np.int64]
@@ -77,11 +108,15 @@ def match(truth: GroundTruth, results: Results, selection: Selection, iou_type: 
     crowd_G = truth.ann_crowd_A[annotations] & (truth.protocol == "coco")
     ignored_G = crowd_G if truth.protocol == "coco" else truth.ann_ignore_A[annotations]
     counts_GA = _in_area(truth.ann_area_A[annotations]) & ~ignored_G[:, None]
-    parts = []
-    for start in range(0, len(truth.image_ids), _IMAGES_AT_ONCE):
-        images = (start, start + _IMAGES_AT_ONCE)
-        pairs = overlapping_pairs(truth, results, selection, annotations, iou_type, images)
-        parts.append(greedy(pairs, counts_GA, crowd_G))
+    pairs = overlapping_pairs(truth, results, selection, annotations, crowd_G, iou_type)
+    close = pairs.take(pairs.same_P & (pairs.iou_P >= IOU_THRESHOLDS_T[0]))
+    image_P = selection.image_S[close.detection_P]
+    edges = np.searchsorted(image_P, np.arange(0, len(truth.image_ids), _IMAGES_AT_ONCE))
+    at_once_P = np.repeat(np.arange(len(edges)), np.diff(edges, append=len(image_P)))
+    parts = [
+        greedy(close.take(at_once_P == part), selection, counts_GA, crowd_G)
+        for part in range(len(edges))
+    ]
     near, state, taken, iou = (np.concatenate(column) for column in zip(*parts, strict=True))
     return Matches(
         selection=selection,
@@ -90,6 +125,7 @@ def match(truth: GroundTruth, results: Results, selection: Selection, iou_type: 
         annotation_N=np.where(taken < 0, -1, annotations[taken]) if len(annotations) else taken,
         iou_N=iou,
         silent_SA=~_in_area(selection.area_S) | _unexhaustive(truth, selection)[:, None],
+        pairs=pairs,
         ann_image_G=truth.ann_image_A[annotations],
         ann_category_G=truth.ann_category_A[annotations],
         ann_index_G=annotations,
@@ -113,12 +149,16 @@ def _unexhaustive(truth: GroundTruth, selection: Selection) -> NDArray[np.bool_]
 
 
 def greedy(
-    pairs: Pairs, counts_GA: NDArray[np.bool_], crowd_G: NDArray[np.bool_]
+    pairs: Pairs,
+    selection: Selection,
+    counts_GA: NDArray[np.bool_],
+    crowd_G: NDArray[np.bool_],
 ) -> tuple[NDArray[np.int64], NDArray[np.int8], NDArray[np.int64], NDArray[np.float64]]:
     """Match detections to annotations that overlap enough.
 
     Args:
-        pairs: These detections and annotations.
+        pairs: These detections and annotations, of one category each.
+        selection: All detections.
         counts_GA: Whether an annotation of each area counts; it is ignored otherwise.
         crowd_G: Annotations that any number of detections may find.
 
@@ -135,7 +175,8 @@ def greedy(
     iou = np.maximum.reduceat(pairs.iou_P, first)
     offset = int(pairs.annotation_P.min())
     free_GAT = np.ones((int(pairs.annotation_P.max()) - offset + 1, areas, thresholds), dtype=bool)
-    step_N = place_in_group(pairs.group_P[first])
+    categories = int(selection.category_S.max()) + 1
+    step_N = place_in_group(selection.image_S[near] * categories + selection.category_S[near])
     # Within a detection's pairs the last is the one to prefer: the largest overlap, of equals the later annotation.
     order = np.lexsort((pairs.annotation_P, pairs.iou_P, owner_P, step_N[owner_P]))
     bounds = np.searchsorted(step_N[owner_P][order], np.arange(step_N.max() + 2))
@@ -165,110 +206,54 @@ def greedy(
     return near, state, taken, iou
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pairs:
-    """Detections and annotations of the same image and category that overlap enough to match.
-
-    Attributes:
-        detection_P: int64 in [0, S), ascending.
-        annotation_P: int64 in [0, G), ascending within a detection.
-        group_P: int64, one number for each (image, category).
-        iou_P: float64 in [0.5, 1]: intersection over union; over the detection's area for crowds.
-    """
-
-    detection_P: NDArray[np.int64]
-    annotation_P: NDArray[np.int64]
-    group_P: NDArray[np.int64]
-    iou_P: NDArray[np.float64]
-
-
 def overlapping_pairs(
     truth: GroundTruth,
     results: Results,
     selection: Selection,
     annotations: NDArray[np.int64],
+    crowd_G: NDArray[np.bool_],
     iou_type: str,
-    images: tuple[int, int],
 ) -> Pairs:
-    """Return the pairs that overlap by at least IoU 0.5.
+    """Return what overlaps, computed by the COCO tools image by image.
 
     Args:
         truth: All annotations.
         results: All detections.
         selection: The S detections.
         annotations: The G annotations, ordered by image and category.
+        crowd_G: Annotations for which the union is replaced by the detection's area.
         iou_type: ``"bbox"`` or ``"segm"``.
-        images: The first image to compare, and the one to stop before.
     """
-    categories = len(truth.category_ids)
-    key_G = truth.ann_image_A[annotations] * categories + truth.ann_category_A[annotations]
-    first, last = np.searchsorted(selection.image_S, images)
-    key_S = selection.image_S[first:last] * categories + selection.category_S[first:last]
-    begin_S = np.searchsorted(key_G, key_S, side="left")
-    number_S = np.searchsorted(key_G, key_S, side="right") - begin_S
-    detection_P = np.repeat(np.arange(len(key_S)), number_S)
-    starts_P = np.repeat(np.cumsum(number_S) - number_S, number_S)
-    annotation_P = np.arange(len(detection_P)) - starts_P + begin_S[detection_P]
-    crowd_P = truth.ann_crowd_A[annotations[annotation_P]] & (truth.protocol == "coco")
-    detection_P += first
-    chosen = selection.detection_S[detection_P]
-    if iou_type == "bbox":
-        iou_P = box_iou(
-            results.box_D4[chosen], truth.ann_box_A4[annotations[annotation_P]], crowd_P
-        )
-    else:
-        group_P = key_G[annotation_P]
-        iou_P = _mask_iou(truth, results, chosen, annotations[annotation_P], crowd_P, group_P)
-    enough = iou_P >= IOU_THRESHOLDS_T[0]
-    return Pairs(
-        detection_P=detection_P[enough],
-        annotation_P=annotation_P[enough],
-        group_P=key_G[annotation_P[enough]],
-        iou_P=iou_P[enough],
+    images = np.arange(len(truth.image_ids) + 1)
+    edges_S = np.searchsorted(selection.image_S, images).tolist()
+    edges_G = np.searchsorted(truth.ann_image_A[annotations], images).tolist()
+    none = np.zeros(0, dtype=np.int64)
+    parts = [(none, none, np.zeros(0))]
+    for first_S, end_S, first_G, end_G in zip(
+        edges_S[:-1], edges_S[1:], edges_G[:-1], edges_G[1:], strict=True
+    ):
+        if first_S == end_S or first_G == end_G:
+            continue
+        chosen_D, of_image_G = selection.detection_S[first_S:end_S], annotations[first_G:end_G]
+        crowd = crowd_G[first_G:end_G].tolist()
+        if iou_type == "bbox":
+            boxes_G4 = truth.ann_box_A4[of_image_G]
+            iou_DG = coco_mask.iou(results.box_D4[chosen_D], boxes_G4, crowd)
+        else:
+            # Detections share masks: one box of several classes has one.
+            masks, mask_D = np.unique(results.mask_D[chosen_D], return_inverse=True)
+            found = [results.masks[index] for index in masks.tolist()]
+            drawn = [truth.masks[index] for index in of_image_G.tolist()]
+            iou_DG = coco_mask.iou(found, drawn, crowd)[mask_D]
+        row_P, column_P = np.nonzero(iou_DG >= LEAST_OVERLAP)
+        parts.append((row_P + first_S, column_P + first_G, iou_DG[row_P, column_P]))
+    detection_P, annotation_P, iou_P = (
+        np.concatenate(column) for column in zip(*parts, strict=True)
     )
-
-
-def box_iou(
-    first_P4: NDArray[np.float64], second_P4: NDArray[np.float64], crowd_P: NDArray[np.bool_]
-) -> NDArray[np.float64]:
-    """Return intersection over union of pairs of boxes, computed in the COCO tools' order of operations.
-
-    Args:
-        first_P4: Detections: x, y, width, height.
-        second_P4: Annotations, likewise.
-        crowd_P: Pairs where the union is replaced by the detection's area.
-    """
-    far_P2 = np.minimum(first_P4[:, :2] + first_P4[:, 2:], second_P4[:, :2] + second_P4[:, 2:])
-    sides_P2 = far_P2 - np.maximum(first_P4[:, :2], second_P4[:, :2])
-    both_P = np.where((sides_P2 > 0).all(axis=1), sides_P2[:, 0] * sides_P2[:, 1], 0.0)
-    first_P = first_P4[:, 2] * first_P4[:, 3]
-    union_P = np.where(crowd_P, first_P, first_P + second_P4[:, 2] * second_P4[:, 3] - both_P)
-    return np.divide(both_P, union_P, out=np.zeros_like(both_P), where=both_P > 0)
-
-
-def _mask_iou(
-    truth: GroundTruth,
-    results: Results,
-    detection_P: NDArray[np.int64],
-    annotation_P: NDArray[np.int64],
-    crowd_P: NDArray[np.bool_],
-    group_P: NDArray[np.int64],
-) -> NDArray[np.float64]:
-    """Return intersection over union of pairs of masks; the pairs of a group are all of its detections with all of its annotations."""
-    from hotcoco.primitives import mask_iou
-
-    iou_P = np.zeros(len(group_P))
-    changes = np.flatnonzero(np.diff(group_P)) + 1
-    bounds = [0, *changes.tolist(), len(group_P)] if len(group_P) else []
-    for start, end in itertools.pairwise(bounds):
-        masks = results.mask_D[detection_P[start:end]]
-        # A group's pairs are a table: one row a detection, one column an annotation.
-        columns = int(np.count_nonzero(detection_P[start:end] == detection_P[start]))
-        wanted = annotation_P[start : start + columns]
-        found_DG = mask_iou(
-            [results.masks[index] for index in masks[::columns]],
-            [truth.masks[index] for index in wanted],
-            crowd_P[start : start + columns],
-        )
-        iou_P[start:end] = found_DG.ravel()
-    return iou_P
+    category_G = truth.ann_category_A[annotations]
+    return Pairs(
+        detection_P=detection_P,
+        annotation_P=annotation_P,
+        iou_P=iou_P,
+        same_P=selection.category_S[detection_P] == category_G[annotation_P],
+    )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
 
 from proxydet.errors import DataError
 from proxydet.evaluation.bootstrap import (
@@ -27,7 +28,6 @@ from proxydet.evaluation.bootstrap import (
     images_of,
     pooling,
 )
-from proxydet.evaluation.matching import box_iou
 from proxydet.evaluation.results import Results
 from proxydet.evaluation.scoring import Selection, mean_of_known, select
 from proxydet.wording import first_of
@@ -259,12 +259,7 @@ def _best_overlap(
     detections, annotations = len(box_D4), len(truth_G4)
     if not annotations:
         return np.full(detections, -1), np.zeros(detections)
-    iou_P = box_iou(
-        np.repeat(box_D4, annotations, axis=0),
-        np.tile(truth_G4, (detections, 1)),
-        np.full(detections * annotations, crowd),
-    )
-    iou_DG = iou_P.reshape(detections, annotations)
+    iou_DG = coco_mask.iou(box_D4, truth_G4, [crowd] * annotations)
     return iou_DG.argmax(axis=1), iou_DG.max(axis=1)
 
 

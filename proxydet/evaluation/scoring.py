@@ -223,7 +223,7 @@ def run_hotcoco(
     *,
     iou_type: str,
     limits: Limits,
-) -> tuple[Curves, Any]:
+) -> Curves:
     """Score selected detections with hotcoco, a compiled engine.
 
     Args:
@@ -234,25 +234,31 @@ def run_hotcoco(
         limits: For COCO's protocol, the most detections of a category in an image (1, 10, 100); for LVIS's the
             selection has applied its limit already, and this is only handed on.
 
-    Returns:
-        Precision and recall, and the evaluator for `tide_errors`; None without detections.
-
     Raises:
         RuntimeEnvironmentError: The engine failed. There is no silent fall-back to the other one.
     """
     if not len(selection):
-        return nothing_detected(truth, limits), None
+        return nothing_detected(truth, limits)
 
-    def job() -> tuple[Curves, Any]:
-        evaluator = hotcoco_evaluator(truth, results, selection, iou_type, limits)
+    def job() -> Curves:
+        import hotcoco
+
+        federated = truth.protocol == "lvis"
+        data = hotcoco_data(truth, results, selection, iou_type)
+        evaluator = hotcoco.COCOeval(*data, iou_type, lvis_style=federated)
+        # LVIS's limit is one over all categories of an image, and the selection has applied it.
+        evaluator.params.max_dets = [
+            NO_LIMIT if federated or limit is None else limit for limit in limits
+        ]
+        evaluator.params.iou_thrs = IOU_THRESHOLDS_T.tolist()
+        evaluator.evaluate()
         evaluator.accumulate()
         accumulated: Any = evaluator.eval
-        curves = Curves(
+        return Curves(
             precision_TRCA=np.ascontiguousarray(accumulated["precision"][..., -1]),
             recall_TCAM=np.asarray(accumulated["recall"]),
             limits=limits,
         )
-        return curves, evaluator
 
     return guarded(job)
 
@@ -273,25 +279,6 @@ def guarded(job: Callable[[], _Value]) -> _Value:
             f"The fast evaluation engine failed: {type(error).__name__}: {error}.",
             hint="evaluate with the official one, which is slower: --engine lvis",
         ) from error
-
-
-def hotcoco_evaluator(
-    truth: GroundTruth, results: Results, selection: Selection, iou_type: str, limits: Limits
-) -> Any:
-    """Return hotcoco's evaluator with all matches made."""
-    import hotcoco
-
-    federated = truth.protocol == "lvis"
-    evaluator = hotcoco.COCOeval(
-        *hotcoco_data(truth, results, selection, iou_type), iou_type, lvis_style=federated
-    )
-    # LVIS's limit is one over all categories of an image, and the selection has applied it.
-    evaluator.params.max_dets = [
-        NO_LIMIT if federated or limit is None else limit for limit in limits
-    ]
-    evaluator.params.iou_thrs = IOU_THRESHOLDS_T.tolist()
-    evaluator.evaluate()
-    return evaluator
 
 
 def hotcoco_data(

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import hotcoco
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -22,7 +23,7 @@ from proxydet.evaluation.ground_truth import GroundTruth
 from proxydet.evaluation.matching import FOUND, match
 from proxydet.evaluation.openimages import read_hierarchy, score_openimages
 from proxydet.evaluation.results import read_results
-from proxydet.evaluation.scoring import select
+from proxydet.evaluation.scoring import hotcoco_data, select
 
 BOXES = EvaluationConfig(bootstrap=0, iou_types=("bbox",))
 SIZE = {"height": 200, "width": 200}
@@ -148,6 +149,41 @@ def overlap(first: list[float], second: list[float]) -> float:
     both = width * height if min(width, height) > 0 else 0.0
     union = first[2] * first[3] + second[2] * second[3] - both
     return both / union if union else 0.0
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    seed=st.integers(0, 2**32 - 1), federated=st.booleans(), kind=st.sampled_from(["bbox", "segm"])
+)
+def test_kinds_of_errors_and_their_costs_are_those_of_hotcoco(
+    make_set: Callable[..., Any], seed: int, federated: bool, kind: str
+) -> None:
+    truth, detections = make_set(
+        seed, per_image=30, federated=federated, crowds=True, steps=1_000_000
+    )
+    config = EvaluationConfig(bootstrap=0, iou_types=(kind,))
+    scored = run_evaluation(detections, truth, config=config).scored[kind]
+    errors = break_down_errors(scored)
+    if not len(scored.selection):  # nothing that hotcoco would take
+        assert errors.counts["missed"] == sum(errors.counts.values())
+        return
+    data = hotcoco_data(scored.truth, scored.results, scored.matches.selection, kind)
+    evaluator = hotcoco.COCOeval(*data, kind, lvis_style=federated)
+    evaluator.params.max_dets = [1000]
+    evaluator.evaluate()
+    theirs = evaluator.tide_errors(pos_thr=0.5, bg_thr=0.1)
+    names = {
+        "Cls": "classification",
+        "Loc": "localisation",
+        "Both": "classification and localisation",
+        "Dupe": "duplicate",
+        "Bkg": "background",
+        "Miss": "missed",
+    }
+    assert errors.ap50 == pytest.approx(theirs["ap_base"], abs=1e-9)
+    assert errors.counts == {name: theirs["counts"].get(key, 0) for key, name in names.items()}
+    for key, name in names.items():
+        assert errors.costs[name] == pytest.approx(theirs["delta_ap"].get(key, 0), abs=1e-9), name
 
 
 def test_calibration_compares_scores_with_hits() -> None:

@@ -311,11 +311,10 @@ def test_an_engine_that_is_wrong_is_told(
     run = getattr(evaluate_module, name)
 
     def slightly_off(*args: Any, **options: Any) -> Any:
-        given = run(*args, **options)
-        curves = given[0] if engine == "hotcoco" else given
+        curves = run(*args, **options)
         present = np.flatnonzero(curves.precision_TRCA[0, 0, :, 0] >= 0)
         curves.precision_TRCA[0, :, present[0], 0] = wrong
-        return given
+        return curves
 
     monkeypatch.setattr(evaluate_module, name, slightly_off)
     with pytest.raises(RuntimeEnvironmentError, match=r"in 1 categories \(thing \d\)") as caught:

@@ -69,6 +69,7 @@ _TOO_MANY = "its values are more, or larger, than those of any weight file"
 _NOT_DESCRIBED = "its tensors are not described as in a weight file"
 _STRUCTURED = "its arrays are of a type with a structure of its own, which is refused"
 _NOT_WRITTEN = "what it holds is not what was written (SHA-256)"
+_UNREADABLE = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 _HEX = 64  # characters of a SHA-256
 # Room for what else a run writes between two checkpoints.
 _DISK_MARGIN = 64 << 20
@@ -298,10 +299,16 @@ def _errors(path: Path, hint: str, kind: str = "a weight file") -> Iterator[None
         Exception
     ) as error:  # damage makes zipfile, pickletools, torch and safetensors raise of every kind
         reason = str(error).partition("\n")[0].rstrip(".")[:300]
-        if (
-            isinstance(error, LookupError | TypeError | AttributeError | RecursionError)
-            or not reason
-        ):
+        senseless = (LookupError, TypeError, AttributeError, RecursionError)
+        if isinstance(error, OSError) and error.errno in _UNREADABLE:
+            raise CheckpointError(
+                f"{path} cannot be read: {error.strerror}",
+                hint="check that you may read it, and the disk that it lies on",
+                path=path,
+            ) from error
+        if isinstance(error, MemoryError):
+            reason = "there is not enough memory to read it"
+        elif isinstance(error, senseless) or not reason:
             reason = "its content makes no sense"
         raise CheckpointError(
             f"{path} is damaged, or not {kind}: {reason}", hint=_remedy(path, hint), path=path
@@ -357,13 +364,13 @@ class _Source(ABC):
         self._read: dict[str, Tensor] = {}
 
     @abstractmethod
-    def fill(self, storage: _Storage, view: memoryview | None) -> None:
-        """Read a storage's bytes into ``view``, which has their size; with None, only compare them."""
+    def opened(self, storage: _Storage) -> IO[bytes]:
+        """Return a file that stands at the bytes of a storage, once its size there is known to be right."""
 
     def verify(self) -> None:
-        """Read all bytes, and compare them with their check sums."""
+        """Compare all bytes with their check sums, where the format has any, and all sizes."""
         for storage in self.storages.values():
-            self.fill(storage, None)
+            self.opened(storage)
 
     def persistent(self, reference: Any) -> _Storage:
         """Return the storage that a pickle refers to."""
@@ -398,7 +405,15 @@ class _Source(ABC):
             raise ValueError("its tensors are larger than the file")
         if storage.key not in self._read:
             data = torch.empty(storage.count * storage.item, dtype=torch.uint8)
-            self.fill(storage, memoryview(data.numpy().data))
+            view, done, file = memoryview(data.numpy().data), 0, self.opened(storage)
+            while done < len(view):
+                count = file.readinto(view[done : done + _CHUNK])  # type: ignore[attr-defined]
+                if not count:
+                    raise ValueError("it is cut off")
+                done += count
+            if isinstance(file, zipfile.ZipExtFile):
+                file.read(1)  # CRC-32 is compared at the end
+                file.close()
             self._read[storage.key] = data.view(getattr(torch, storage.dtype))
         return torch.as_strided(self._read[storage.key], value.shape, value.stride, value.offset)
 
@@ -431,25 +446,20 @@ class _ZipSource(_Source):
             io.BytesIO(archive.read(entry)), entry.file_size, self.persistent
         )
 
-    def fill(self, storage: _Storage, view: memoryview | None) -> None:
+    def opened(self, storage: _Storage) -> IO[bytes]:
         entry = _entry(self._archive, f"{self._folder}/data/{storage.key}")
+        plain = not entry.compress_type and not entry.flag_bits & 1
         size = storage.count * storage.item
-        if (
-            entry.compress_type
-            or entry.flag_bits & 1
-            or not entry.file_size == entry.compress_size == size
-        ):
+        if not plain or not entry.file_size == entry.compress_size == size:
             raise ValueError(f"the tensor data {storage.key} have another size than in the index")
-        with self._archive.open(entry) as file:
-            _fill(file, size, view)
-            file.read(1)  # CRC-32 is compared at the end
+        return self._archive.open(entry)
 
     def verify(self) -> None:
+        for storage in self.storages.values():
+            self.opened(storage).close()
         damaged = self._archive.testzip()
         if damaged is not None:
             raise ValueError(f"the check sum of {damaged} is wrong")
-        for storage in self.storages.values():
-            self.fill(storage, None)
 
 
 _OPENS_LINE = (b"c", b"i", b"g", b"p", b"I", b"L", b"F", b"S", b"V", b"P")
@@ -488,23 +498,11 @@ class _StreamSource(_Source):
         if place != file.size:
             raise ValueError("it is cut off, or has something appended")
 
-    def fill(self, storage: _Storage, view: memoryview | None) -> None:
+    def opened(self, storage: _Storage) -> IO[bytes]:
         self._file.seek(self._places[storage.key])
         if int.from_bytes(self._file.read(8), "little") != storage.count:
             raise ValueError(f"the tensor data {storage.key} have another size than in the index")
-        _fill(self._file, storage.count * storage.item, view)
-
-
-def _fill(file: Any, size: int, view: memoryview | None) -> None:
-    """Read exactly ``size`` bytes, into a buffer if there is one."""
-    done = 0
-    while done < size:
-        data = file.read(min(_CHUNK, size - done))
-        if not data:
-            raise ValueError("it is cut off")
-        if view is not None:
-            view[done : done + len(data)] = data
-        done += len(data)
+        return self._file
 
 
 # ---- pickles ---------------------------------------------------------------------------------------------------------

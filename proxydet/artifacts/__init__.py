@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from proxydet.artifacts.downloader import (
         Downloader,
         DownloadOptions,
-        Finding,
         Outcome,
         Report,
         download,
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from proxydet.artifacts.plan import Item, Plan, State
 
 __all__ = [
-    "Artifact", "Catalogue", "CatalogueFile", "Content", "DownloadOptions", "Downloader", "Family", "Finding", "Item",
+    "Artifact", "Catalogue", "CatalogueFile", "Content", "DownloadOptions", "Downloader", "Family", "Item",
     "Login", "Outcome", "Plan", "Provided", "Report", "State", "TransferSettings", "Unpack", "bytes_per_second",
     "download", "locate",
 ]  # fmt: skip
@@ -41,9 +40,7 @@ __all__ = [
 _HOME = {
     **dict.fromkeys(["Item", "Plan", "State"], "plan"),
     **dict.fromkeys(["TransferSettings", "bytes_per_second"], "http"),
-    **dict.fromkeys(
-        ["DownloadOptions", "Downloader", "Finding", "Outcome", "Report"], "downloader"
-    ),
+    **dict.fromkeys(["DownloadOptions", "Downloader", "Outcome", "Report"], "downloader"),
     **dict.fromkeys(["download", "locate"], "downloader"),
 }
 

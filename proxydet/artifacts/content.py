@@ -5,14 +5,13 @@ A checkpoint is inspected without torch and without running it; see `proxydet.we
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 from proxydet.artifacts.archives import Tar
 from proxydet.artifacts.catalogue import Artifact, Content
 from proxydet.errors import ArchiveError, CheckpointError
+from proxydet.wording import counted
 
 _MAY_BE_MISSING = (
     ".freq_weight",
@@ -25,37 +24,32 @@ _MAY_BE_MISSING = (
 _IMAGES = (".jpeg", ".jpg", ".png")
 
 
-@dataclass(frozen=True)
-class ContentCheck:
-    """Inspects what a file holds."""
-
-    run: Callable[[Path], str]
-    """Raises `ProxydetError` if a file is not what it should be; returns what it holds, in a few words."""
-    sees_all: bool
-    """Whether any changed byte would be noticed, because the format carries check sums."""
+def sees_every_byte(artifact: Artifact) -> bool:
+    """Return whether `check_content` would notice any changed byte, because the format carries check sums."""
+    if artifact.content is not None:
+        return artifact.content.kind != "image-tar"
+    return artifact.unpack is not None and artifact.file_name.endswith(("gz", "tgz"))
 
 
-def content_check(artifact: Artifact) -> ContentCheck | None:
-    """Return the check for an artifact without a published digest; None where nothing is known to check."""
+def check_content(artifact: Artifact, path: Path) -> str:
+    """Return what a file holds, in a few words; empty where nothing is known to check.
+
+    Raises:
+        ProxydetError: It is not what the catalogue says.
+    """
     content = artifact.content
     if content is not None and content.kind != "image-tar":
-        return ContentCheck(lambda path: _check_checkpoint(path, content), sees_all=True)
-    if content is not None:
-        return ContentCheck(lambda path: _check_tar(path, images=True), sees_all=False)
-    if artifact.unpack is None or artifact.file_name.endswith(".zip"):
-        return None
-    compressed = artifact.file_name.endswith(("gz", "tgz"))
-    return ContentCheck(lambda path: _check_tar(path, images=False), sees_all=compressed)
-
-
-def _check_tar(path: Path, *, images: bool) -> str:
+        return _check_checkpoint(path, content)
+    if content is None and (artifact.unpack is None or artifact.file_name.endswith(".zip")):
+        return ""
     with Tar(path) as archive:
         names = [member.name for member in archive if not member.isdir()]
-    if images and not all(name.lower().endswith(_IMAGES) for name in names):
+    what = "files" if content is None else "images"
+    if content is not None and not all(name.lower().endswith(_IMAGES) for name in names):
         raise ArchiveError(f"{path.name} should hold images and nothing else.", path=path)
     if not names:
-        raise ArchiveError(f"{path.name} holds no {'images' if images else 'files'}.", path=path)
-    return f"{len(names)} {'images' if images else 'files'}"
+        raise ArchiveError(f"{path.name} holds no {what}.", path=path)
+    return f"{len(names)} {what}"
 
 
 def _check_checkpoint(path: Path, content: Content) -> str:
@@ -63,8 +57,13 @@ def _check_checkpoint(path: Path, content: Content) -> str:
 
     found = read_shapes(path)
     if content.layout is None:
-        return f"{len(found)} tensors" if len(found) > 1 else "1 tensor"
-    model = _published_tensors(content.layout, mixup_branch=content.mixup_branch)
+        return counted(len(found), "tensor")
+    layouts = resources.files("proxydet.artifacts.layouts")
+    model: dict[str, tuple[int, ...]] = {}
+    for line in layouts.joinpath(f"{content.layout}.txt").read_text("ascii").splitlines():
+        name, shape, *of_mixup_branch = line.split()
+        if content.mixup_branch or not of_mixup_branch:
+            model[name] = tuple(map(int, shape.split("x"))) if shape != "-" else ()
     hint = "It is a checkpoint of another model."
     missing = [name for name in model if name not in found and not name.endswith(_MAY_BE_MISSING)]
     if missing:
@@ -84,16 +83,3 @@ def _check_checkpoint(path: Path, content: Content) -> str:
         )
     extra = len(found) - sum(name in found for name in model)
     return f"{len(found)} tensors" + (f", {extra} of them beyond the model's" if extra else "")
-
-
-def _published_tensors(layout: str, *, mixup_branch: bool) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of the tensors of a published model, with or without the mixup branch."""
-    text = (
-        resources.files("proxydet.artifacts.layouts").joinpath(f"{layout}.txt").read_text("ascii")
-    )
-    found = {}
-    for line in text.splitlines():
-        name, shape, *marks = line.split()
-        if mixup_branch or not marks:
-            found[name] = tuple(int(length) for length in shape.split("x")) if shape != "-" else ()
-    return found

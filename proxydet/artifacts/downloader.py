@@ -12,12 +12,12 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from proxydet.artifacts.addresses import host_of
 from proxydet.artifacts.archives import Listing, read_listing, unpack
 from proxydet.artifacts.catalogue import Artifact, Catalogue, Unpack
-from proxydet.artifacts.content import content_check
+from proxydet.artifacts.content import check_content
 from proxydet.artifacts.http import (
     Client,
     NotFoundError,
@@ -27,12 +27,11 @@ from proxydet.artifacts.http import (
 from proxydet.artifacts.plan import (
     Item,
     Need,
+    Place,
     Plan,
-    Root,
     State,
-    inspect,
 )
-from proxydet.artifacts.transfer import Seen, Transfer
+from proxydet.artifacts.transfer import Seen, Transfer, kept_bytes
 from proxydet.errors import (
     ArchiveError,
     ArtifactError,
@@ -49,10 +48,17 @@ _logger = logging.getLogger(__name__)
 
 _FAILURES_OF_A_HOST = 3
 _MOST_ASKED = 60
-_REPLACE = "Move it away, or give --force to replace it."
 
-Status = Literal["ready", "checked", "fetched", "unpacked", "missing", "needs account"]
-Verdict = Literal["sound", "damaged", "absent", "unproven"]
+Status = Literal[
+    "ready", "checked", "fetched", "unpacked", "missing", "needs account",
+    "sound", "damaged", "absent", "unproven",
+]  # fmt: skip
+_VERDICTS: dict[State, Status] = {
+    State.READY: "sound",
+    State.DIFFERENT: "damaged",
+    State.ABSENT: "absent",
+    State.UNCHECKED: "unproven",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +84,9 @@ class Outcome:
     name: str
     """The artifact."""
     status: Status
-    """``ready``: nothing to do; ``checked``: was there, and its bytes are right; ``fetched``; ``unpacked``;
-    ``missing``: its source does not have it, which was to be expected of some; ``needs account``."""
+    """After fetching, ``ready``: nothing to do; ``checked``: was there, and its bytes are right; ``fetched``; ``unpacked``;
+    ``missing``: its source does not have it, which was to be expected of some; ``needs account``. After verification,
+    ``sound``: every byte is right; ``damaged``; ``absent``; ``unproven``: nothing is known to check its bytes against."""
     path: Path
     """The file, or the folder that its archive was unpacked to."""
     bytes_fetched: int = 0
@@ -91,7 +98,7 @@ class Outcome:
     seconds: float = 0.0
     """How long it took."""
     note: str = ""
-    """Anything special."""
+    """Anything special: what it holds, what was checked, or what is wrong."""
 
 
 @dataclass
@@ -126,19 +133,18 @@ class Report:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """What verification found for one artifact."""
+class _Check(NamedTuple):
+    """What lies where an artifact should be: at a glance, or read through."""
 
-    name: str
-    """The artifact."""
-    verdict: Verdict
-    """``sound``: every byte is right; ``damaged``; ``absent``; ``unproven``: it is there, but nothing is known to
-    check its bytes against."""
+    state: State
+    """``READY``: as far as was read, all is right; ``UNCHECKED``: nothing was read, or nothing is known to check the bytes
+    against; ``PACKED``, ``ABSENT``, ``DIFFERENT``."""
     path: Path
-    """The file or folder."""
-    detail: str = ""
-    """What was checked, or what is wrong."""
+    """The file or folder that this is about."""
+    why: str = ""
+    """What was checked, or is wrong or special."""
+    sha256: str | None = None
+    """Digest of the file; of an archive, where that is not unpacked."""
 
 
 class Downloader:
@@ -162,7 +168,6 @@ class Downloader:
         self.catalogue = catalogue
         self.options = options or DownloadOptions()
         self._progress = progress
-        self._root = Root(self.options.root)
         self._client = Client(self.options.settings)
         self._unpacking = threading.Lock()  # two archives at once would only fight over the disk
 
@@ -179,13 +184,11 @@ class Downloader:
             ConfigError: A name is not in the catalogue.
             ArtifactError: A record under the root is damaged, or a file is refused as `DownloadOptions.strict` says.
         """
-        root = self._root
-        items = [
-            inspect(artifact, root, self._client) for artifact in self.catalogue.resolve(names)
-        ]
+        items = [self._inspect(artifact) for artifact in self.catalogue.resolve(names)]
         plan = self._plan(items)
         if self.options.strict:
-            loose = [i.artifact for i in plan.todo if root.expected_digest(i.artifact) is None]
+            todo = [self._place(item.artifact) for item in plan.todo]
+            loose = [p.artifact for p in todo if not p.artifact.pinned and p.first_seen() is None]
             if loose:
                 listed = ", ".join(artifact.name for artifact in loose[:5])
                 listed += " ..." if len(loose) > 5 else ""
@@ -221,7 +224,7 @@ class Downloader:
         passing: dict[int, list[int]] = defaultdict(list)
         bases: dict[int, dict[Path, int]] = defaultdict(lambda: defaultdict(int))
         for item in items:
-            base, fetched = self._root.base(item.artifact.target), item.to_fetch or 0
+            base, fetched = self._place(item.artifact).base, item.to_fetch or 0
             place = base.absolute()
             while not place.exists() and place != place.parent:
                 place = place.parent
@@ -310,20 +313,18 @@ class Downloader:
             DiskFullError: There is no room.
         """
         started, artifact, stop = time.monotonic(), item.artifact, self._client.stop
-        target = self._root.path(artifact.target)
-        now = inspect(artifact, self._root, self._client)
+        place, now = self._place(artifact), self._inspect(artifact)
+        target = place.target
         if now.state in (State.READY, State.NEEDS_ACCOUNT) and not self._left_archive(now):
             return _done(now)
-        folders = [target.parent]
-        if artifact.unpack is not None:
-            folders.append(self._root.path(artifact.unpack.folder))
+        folders = (target.parent, place.folder)
         absent = {p for folder in folders for p in (folder, *folder.parents) if not p.exists()}
         lock = Lock(target.with_name(f".{target.name}.lock"), subject=artifact.name)
         lock.acquire(until=stop.is_set)
         try:
             if stop.is_set():
                 raise StoppedError
-            now = inspect(artifact, self._root, self._client)
+            now = self._inspect(artifact)
             outcome = self._act(replace(now, announced=item.announced), total, lock)
         finally:
             lock.release()
@@ -333,22 +334,37 @@ class Downloader:
         return replace(outcome, seconds=time.monotonic() - started)
 
     def _act(self, item: Item, total: Task | None, lock: Lock) -> Outcome:
-        artifact, force = item.artifact, self.options.force
+        artifact, force, place = item.artifact, self.options.force, self._place(item.artifact)
         if item.state in (State.READY, State.NEEDS_ACCOUNT):
             if self._left_archive(item):
-                self._root.path(artifact.target).unlink(missing_ok=True)
+                place.target.unlink(missing_ok=True)
                 _logger.info("%s: removed its archive, left by an interrupted run", artifact.name)
             return _done(item)
-        if item.state is State.DIFFERENT and not force:
-            raise DigestError(
-                f"{item.path} is there, but is not {artifact.name}: {item.why}.",
-                hint=_REPLACE,
-                path=item.path,
-            )
+        found = _Check(item.state, item.path, item.why)
         if item.state in (State.UNCHECKED, State.PACKED):
+            found = self._check(place, read="unknown")
+        if found.state is State.DIFFERENT:
+            error = DigestError(
+                f"{found.path} is there, but is not {artifact.name}: {found.why.rstrip('.')}.",
+                hint="Move it away, or give --force to replace it.",
+                path=found.path,
+            )
+            if not force:
+                raise error
+            _logger.warning("%s Replacing it.", error.message)
+        elif item.state in (State.UNCHECKED, State.PACKED):
+            note = found.why if found.state is State.UNCHECKED else ""
+            outcome = Outcome(
+                name=artifact.name, status="checked", path=item.path, sha256=found.sha256, note=note
+            )
+            if found.sha256 is None:  # placed unpacked
+                return replace(outcome, note=found.why)
+            fetched = place.checked().get("fetched") is True
+            size = place.target.stat().st_size
+            self._record(place, Seen(sha256=found.sha256, size=size, holds=note or None), fetched)
             try:
-                return self._check_there(item)
-            except (DigestError, ArchiveError) as error:
+                return self._unpack(outcome, place, keep=self.options.keep_archives or not fetched)
+            except ArchiveError as error:
                 if not force:
                     raise
                 _logger.warning("%s Replacing it.", error.message)
@@ -361,42 +377,17 @@ class Downloader:
 
     def _left_archive(self, item: Item) -> bool:
         """Return whether a run that unpacked an archive was killed before it could remove it, as it was to."""
-        artifact = item.artifact
-        if artifact.unpack is None or item.state is not State.READY or self.options.keep_archives:
+        if (
+            item.artifact.unpack is None
+            or self.options.keep_archives
+            or item.state is not State.READY
+        ):
             return False
-        records = self._root.records(artifact.target)
-        return records.file(self._root.path(artifact.target)).get("passing") is True
-
-    def _check_there(self, item: Item) -> Outcome:
-        """Check what is there already, and unpack it where that is still to be done."""
-        artifact, target, digest = item.artifact, self._root.path(item.artifact.target), None
-        known = self._root.records(artifact.target).file(target)
-        placed = artifact.unpack is not None and item.state is State.UNCHECKED
-        if artifact.unpack is not None and placed:
-            verdict, path, detail = self._verify_placed(artifact.unpack, item.path)
-        else:
-            path, digest = target, known.get("sha256") or self._sha256(target)
-            verdict, detail = self._verify_file(artifact, digest)
-        if verdict == "damaged":
-            raise DigestError(
-                f"{path} is there, but is not {artifact.name}: {detail.rstrip('.')}.",
-                hint=_REPLACE,
-                path=path,
-            )
-        note = item.why if placed else detail if verdict == "unproven" else ""
-        outcome = Outcome(
-            name=artifact.name, status="checked", path=item.path, sha256=digest, note=note
-        )
-        if digest is None:
-            return outcome
-        fetched = known.get("fetched") is True
-        seen = Seen(sha256=digest, size=target.stat().st_size, holds=note or None)
-        self._record(artifact, seen, fetched=fetched)
-        return self._unpack(outcome, artifact, keep=self.options.keep_archives or not fetched)
+        return self._place(item.artifact).checked().get("passing") is True
 
     def _fetch(self, item: Item, total: Task | None, lock: Lock) -> Outcome:
-        artifact, target = item.artifact, self._root.path(item.artifact.target)
-        first, records = self._root.first_seen(artifact), self._root.records(artifact.target)
+        artifact, place = item.artifact, self._place(item.artifact)
+        first = place.first_seen()
         size = item.size if first is None else first.size
         with self._progress.task(artifact.file_name, total=size, unit="B") as task:
 
@@ -410,15 +401,15 @@ class Downloader:
                 if total is not None:
                     total.advance(change)
 
-            transfer = Transfer(artifact, target, first, self._client, count)
+            transfer = Transfer(artifact, place.target, first, self._client, count)
             try:
                 seen = transfer.run(take_over=lock.held)
             except DigestError as error:
                 if first is None:
                     raise
-                hint = f"{records.lock_file} holds the digest of its first use. If its source replaced the file and you trust the new one, remove the entry of {artifact.name} there."
+                hint = f"{place.lock_file} holds the digest of its first use. If its source replaced the file and you trust the new one, remove the entry of {artifact.name} there."
                 raise DigestError(error.message, hint=hint, path=error.path) from error
-        self._record(artifact, seen, fetched=True)
+        self._record(place, seen, fetched=True)
         outcome = Outcome(
             name=artifact.name,
             status="fetched",
@@ -429,29 +420,29 @@ class Downloader:
             note=seen.holds or "",
         )
         try:
-            return self._unpack(outcome, artifact, keep=self.options.keep_archives)
+            return self._unpack(outcome, place, keep=self.options.keep_archives)
         except ArchiveError as error:
             if artifact.pinned or first is not None:
                 raise
             # Only what unpacks is a first use; else the wrong file would be held to ever after.
-            records.record_first(artifact.name, None)
-            target.unlink(missing_ok=True)
+            place.record_first(None)
+            place.target.unlink(missing_ok=True)
             raise DigestError(
                 f"What {seen.address} served is not {artifact.name}: {error.message} It was thrown away.",
                 hint="Try again later, or another source with --mirror.",
-                path=target,
+                path=place.target,
             ) from error
 
-    def _record(self, artifact: Artifact, seen: Seen, *, fetched: bool) -> None:
-        records, target = self._root.records(artifact.target), self._root.path(artifact.target)
+    def _record(self, place: Place, seen: Seen, fetched: bool) -> None:
+        artifact = place.artifact
         if not artifact.pinned:
-            records.record_first(artifact.name, seen)
+            place.record_first(seen)
         passing = fetched and artifact.unpack is not None and not self.options.keep_archives
-        records.record_file(target, seen.sha256, fetched=fetched, passing=passing)
-        records.record_damage(artifact.name, damaged=False)
+        place.record_checked(seen.sha256, fetched=fetched, passing=passing)
+        place.damaged = False
 
-    def _unpack(self, outcome: Outcome, artifact: Artifact, *, keep: bool) -> Outcome:
-        rule, target, digest = artifact.unpack, self._root.path(artifact.target), outcome.sha256
+    def _unpack(self, outcome: Outcome, place: Place, *, keep: bool) -> Outcome:
+        rule, target, digest = place.artifact.unpack, place.target, outcome.sha256
         if rule is None or digest is None:
             return outcome
         try:
@@ -459,8 +450,8 @@ class Downloader:
                 count = unpack(
                     target,
                     rule,
-                    folder=self._root.path(rule.folder),
-                    listing=self._root.listing(artifact),
+                    folder=place.folder,
+                    listing=place.listing,
                     digest=digest,
                     progress=self._progress,
                     stop=self._client.stop,
@@ -473,24 +464,9 @@ class Downloader:
             target.unlink(missing_ok=True)
         return replace(outcome, status="unpacked", note=counted(count, "file"))
 
-    def _sha256(self, path: Path) -> str:
-        """Return the digest of a file; errors of reading it are `ArtifactError`, a stopped job raises `StoppedError`."""
-        try:
-            title, size = f"checking {path.name}", path.stat().st_size
-            with self._progress.task(title, total=size, unit="B") as task:
+    # ---- is what lies here right? --------------------------------------------------------------------------------------
 
-                def count(read: int) -> None:
-                    if self._client.stop.is_set():
-                        raise StoppedError
-                    task.advance(read)
-
-                return sha256(path, count)
-        except OSError as error:
-            raise _unreadable(path, error) from error
-
-    # ---- verifying -----------------------------------------------------------------------------------------------------
-
-    def verify(self, names: Sequence[str]) -> list[Finding]:
+    def verify(self, names: Sequence[str]) -> list[Outcome]:
         """Read files through again: is every byte still what it was?
 
         Damage is remembered: a damaged artifact no longer counts as ready.
@@ -501,59 +477,117 @@ class Downloader:
         Raises:
             ConfigError: A name is not in the catalogue.
         """
-        findings = []
+        outcomes = []
         for artifact in self.catalogue.resolve(names) if names else self.catalogue.every():
-            path = self._root.useful_path(artifact)
+            place = self._place(artifact)
             try:
-                verdict, path, detail = self._verify(artifact, path)
+                found = self._check(place, read="all")
             except StoppedError:
                 raise
             except ProxydetError as error:
-                verdict, detail = "damaged", error.message
-            if verdict in ("sound", "damaged"):
-                records = self._root.records(artifact.target)
-                records.record_damage(artifact.name, damaged=verdict == "damaged")
-            if names or verdict != "absent":
-                findings.append(
-                    Finding(name=artifact.name, verdict=verdict, path=path, detail=detail)
-                )
-        return findings
+                found = _Check(State.DIFFERENT, place.path, error.message)
+            if found.state in (State.READY, State.DIFFERENT):
+                place.damaged = found.state is State.DIFFERENT
+            status, note = _VERDICTS[found.state], found.why
+            if status == "unproven" and found.sha256 is not None:
+                note = "; ".join(filter(None, [note, "no digest is published or recorded"]))
+            if names or status != "absent":
+                outcome = Outcome(name=artifact.name, status=status, path=found.path, note=note)
+                outcomes.append(outcome)
+        return outcomes
 
-    def _verify(self, artifact: Artifact, path: Path) -> tuple[Verdict, Path, str]:
-        rule, target = artifact.unpack, self._root.path(artifact.target)
-        if rule is not None and (listed := read_listing(self._root.listing(artifact))) is not None:
-            return self._verify_listed(artifact, self._root.path(rule.folder), listed, path)
-        if rule is not None and not target.is_file():
-            return self._verify_placed(rule, path)
+    def _inspect(self, artifact: Artifact) -> Item:
+        """Find out what is there of an artifact, at a glance; nothing is changed.
+
+        Raises:
+            ArtifactError: A record under the root is damaged.
+        """
+        place, kept = self._place(artifact), 0
+        if place.path.exists() and place.damaged:
+            found = _Check(State.DIFFERENT, place.path, "--verify found it damaged")
+        else:
+            found = self._check(place, read="nothing")
+        state, why = found.state, found.why
+        if state is State.ABSENT:
+            kept = kept_bytes(place.target)
+            state = State.PARTIAL if kept else State.ABSENT
+            locked = artifact.login is not None and not any(
+                map(self._client.has_credentials, artifact.addresses)
+            )
+            if artifact.login is not None and locked:
+                state, why = State.NEEDS_ACCOUNT, artifact.login.how
+        return Item(artifact=artifact, state=state, path=place.path, kept=kept, why=why)
+
+    def _place(self, artifact: Artifact) -> Place:
+        return Place(artifact, self.options.root)
+
+    def _check(self, place: Place, *, read: Literal["nothing", "unknown", "all"]) -> _Check:
+        """Check what lies there.
+
+        Args:
+            place: Where.
+            read: Which files to read through: none, so that their digests are those of earlier checks; those that were not
+                checked yet; or all.
+
+        Raises:
+            ArtifactError: A record is damaged, or a file cannot be read.
+            StoppedError: The job was stopped.
+        """
+        artifact, target, why = place.artifact, place.target, ""
+        if artifact.unpack is not None:
+            listed = read_listing(place.listing)
+            if listed is None:
+                found = self._check_placed(place, artifact.unpack, read)
+            else:
+                found = self._check_listed(place, listed, read)
+            if found.state is not State.ABSENT:
+                return found
+            why = found.why
+        if not target.exists():
+            return _Check(State.ABSENT, place.path, why)
         if not target.is_file():
-            return "absent", path, ""
-        digest = self._sha256(target)
-        verdict, detail = self._verify_file(artifact, digest)
-        if verdict == "sound":
-            self._root.records(artifact.target).record_file(target, digest)
-        if verdict == "unproven":
-            detail = "; ".join(filter(None, [detail, "no digest is published or recorded"]))
-        return verdict, target, detail
-
-    def _verify_file(self, artifact: Artifact, digest: str) -> tuple[Verdict, str]:
-        """Compare the digest of the file that is there; where none is known, check what it holds, and return that."""
-        expected = self._root.expected_digest(artifact)
-        if expected is not None and digest != expected:
-            return "damaged", f"expected sha256 {expected}, got {digest}"
-        if expected is not None:
-            return "sound", "published digest" if artifact.pinned else "digest of first use"
+            return _Check(State.DIFFERENT, target, "it is not a file")
+        seen, there = place.first_seen(), target.stat().st_size
+        size = artifact.size if seen is None else seen.size
+        if size not in (None, there):
+            return _Check(State.DIFFERENT, target, f"it has {there} bytes instead of {size}")
+        digest = None if read == "all" else place.checked().get("sha256")
+        if digest is None and read != "nothing":
+            digest = self._sha256(target)
+        expected = artifact.sha256 if seen is None else seen.sha256
+        if digest is not None and expected not in (None, digest):
+            why = f"expected sha256 {expected}, got {digest}"
+            return _Check(State.DIFFERENT, target, why)
+        if read == "nothing" and artifact.unpack is not None:
+            return _Check(State.PACKED, target, "not unpacked yet")
+        if digest is not None and expected is not None:
+            if read == "all":
+                place.record_checked(digest)
+            why = "published digest" if artifact.pinned else "digest of first use"
+            return _Check(State.READY, target, "" if read == "nothing" else why, digest)
         try:
-            check = content_check(artifact)
-            return "unproven", check.run(self._root.path(artifact.target)) if check else ""
+            holds = "" if read == "nothing" else check_content(artifact, target)
         except ProxydetError as error:
-            return "damaged", error.message
+            return _Check(State.DIFFERENT, target, error.message)
+        return _Check(State.UNCHECKED, target, holds, digest)
 
-    def _verify_listed(
-        self, artifact: Artifact, folder: Path, listed: Listing, path: Path
-    ) -> tuple[Verdict, Path, str]:
+    def _check_listed(self, place: Place, listed: Listing, read: str) -> _Check:
+        """Check files that were unpacked here."""
+        path, folder = place.path, place.folder
+        if read != "all":
+            names: dict[str, set[str]] = defaultdict(set)  # each folder is read once
+            for parent, _, last in (name.rpartition("/") for name in listed):
+                names[parent].add(last)
+            for parent, lasts in names.items():
+                inner = folder / parent
+                there = {entry.name for entry in os.scandir(inner)} if inner.is_dir() else set()
+                if missing := lasts - there:
+                    why = f"{parent}/{min(missing)} is missing".lstrip("/")
+                    return _Check(State.ABSENT, path, why)
+            return _Check(State.READY, path, f"{len(listed)} files")
         wrong: list[str] = []
         total = sum(size for size, _ in listed.values())
-        with self._progress.task(f"checking {artifact.name}", total=total, unit="B") as task:
+        with self._progress.task(f"checking {place.artifact.name}", total=total, unit="B") as task:
             for name, expected in listed.items():
                 if self._client.stop.is_set():
                     raise StoppedError
@@ -571,25 +605,58 @@ class Downloader:
                 task.advance(expected[0])
         if wrong:
             what = f"{len(wrong)} of {len(listed)} files are missing or changed"
-            return "damaged", path, f"{what}, such as {wrong[0]}"
-        return "sound", path, f"check sums of {len(listed)} files"
+            return _Check(State.DIFFERENT, path, f"{what}, such as {wrong[0]}")
+        return _Check(State.READY, path, f"check sums of {len(listed)} files")
 
-    def _verify_placed(self, rule: Unpack, path: Path) -> tuple[Verdict, Path, str]:
-        """Check unpacked files that somebody placed by hand."""
-        proven, folder = True, self._root.path(rule.folder)
+    def _check_placed(self, place: Place, rule: Unpack, read: str) -> _Check:
+        """Check unpacked files that somebody placed by hand, if anybody did."""
+        proven = True
         for provided in rule.provides:
-            place = folder / provided.path
-            if not place.exists():
-                return "absent", path, ""
-            if provided.sha256 is None or not place.is_file():
-                proven = False
-            elif (digest := self._sha256(place)) != provided.sha256:
-                return "damaged", place, f"expected sha256 {provided.sha256}, got {digest}"
+            path = place.folder / provided.path
+            if not path.exists():
+                return _Check(State.ABSENT, place.path)
+            if path.is_dir():
+                count, right = sum(len(names) for _, _, names in os.walk(path)), provided.files
+                fits = provided.size is None and (count == right if right else count > 0)
+                what = f"{path.name} holds {count} files"
             else:
-                self._root.records(rule.folder).record_file(place, digest)
-        if proven:
-            return "sound", path, "published digests"
-        return "unproven", path, "placed by hand; no check sums are known"
+                count, right = path.stat().st_size, provided.size
+                fits = provided.files is None and right in (None, count)
+                what = f"{path.name} has {count} bytes"
+            if not fits:
+                what += "" if right is None else f" instead of {right}"
+                return _Check(State.ABSENT, place.path, what)
+            digest = None if read == "all" else place.checked(path).get("sha256")
+            if provided.sha256 is None or not path.is_file():
+                proven = proven and read == "nothing"  # no more is known than a glance shows
+            elif digest == provided.sha256:
+                continue
+            elif read == "nothing":
+                proven = False
+            elif (digest := self._sha256(path)) != provided.sha256:
+                why = f"expected sha256 {provided.sha256}, got {digest}"
+                return _Check(State.DIFFERENT, path, why)
+            else:
+                place.record_checked(digest, path)
+        if proven and read != "nothing":
+            return _Check(State.READY, place.path, "published digests")
+        why = "placed by hand" + ("; no check sums are known" if read != "nothing" else "")
+        return _Check(State.READY if proven else State.UNCHECKED, place.path, why)
+
+    def _sha256(self, path: Path) -> str:
+        """Return the digest of a file; errors of reading it are `ArtifactError`, a stopped job raises `StoppedError`."""
+        try:
+            title, size = f"checking {path.name}", path.stat().st_size
+            with self._progress.task(title, total=size, unit="B") as task:
+
+                def count(read: int) -> None:
+                    if self._client.stop.is_set():
+                        raise StoppedError
+                    task.advance(read)
+
+                return sha256(path, count)
+        except OSError as error:
+            raise _unreadable(path, error) from error
 
 
 def _done(item: Item) -> Outcome:

@@ -25,7 +25,7 @@ import msgspec
 from proxydet.artifacts import google_drive
 from proxydet.artifacts.addresses import host_of, shown
 from proxydet.artifacts.catalogue import Artifact
-from proxydet.artifacts.content import content_check
+from proxydet.artifacts.content import check_content, sees_every_byte
 from proxydet.artifacts.http import (
     Client,
     NotFoundError,
@@ -321,7 +321,7 @@ class Transfer:
         self._name, self._page, self._target = artifact.name, artifact.page, target
         self._size = artifact.size if expected is None else expected.size
         self._sha256 = artifact.sha256 if expected is None else expected.sha256
-        self._check = None if self._sha256 else content_check(artifact)
+        self._artifact, self._sees_all = artifact, sees_every_byte(artifact)
         self._addresses = artifact.addresses
         if client.settings.mirror is not None:
             # Files lie under a mirror as under the data root.
@@ -399,10 +399,6 @@ class Transfer:
             _logger.info("%s: %s Fetching it again.", self._name, error.message)
             self._fetch()
             return self._checked()
-
-    @property
-    def _sees_all(self) -> bool:
-        return self._check is not None and self._check.sees_all
 
     def _fetch(self) -> None:
         """Repeat attempts, with longer pauses each time, until all bytes are there."""
@@ -654,7 +650,8 @@ class Transfer:
                     f"{source} served other bytes than {name} should be: expected sha256 {self._sha256}, got {digest} "
                     f"({record.stored} bytes). They were thrown away."
                 )
-            holds = self._check.run(part.path) if self._check is not None else None
+            if self._sha256 is None:
+                holds = check_content(self._artifact, part.path) or None
         except ProxydetError as error:
             self._restart()
             message = error.message

@@ -336,7 +336,7 @@ def _verify(downloader: Downloader, names: list[str], output: Output) -> None:
     from proxydet_cli.output import aligned
 
     rows: list[Row] = [
-        {"verdict": f.verdict, "name": f.name, "path": str(f.path), "detail": f.detail}
+        {"verdict": f.status, "name": f.name, "path": str(f.path), "detail": f.note}
         for f in downloader.verify(names)
     ]
     root = downloader.options.root

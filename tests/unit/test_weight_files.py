@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import pickle
 import struct
@@ -419,3 +420,17 @@ def test_damaged_files_of_every_kind_are_refused_or_read_the_same():
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(": refused\n") == 8
+
+
+def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    path = tmp_path / "w.pth"
+    torch.save(NAMES, path)
+
+    def refuse(self: Path, *args: object, **options: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(CheckpointError, match=r"w\.pth") as caught:
+        read_state_dict(path)
+    assert "damaged" not in caught.value.message
+    assert "read" in caught.value.hint

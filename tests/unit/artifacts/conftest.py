@@ -24,7 +24,6 @@ from proxydet.artifacts import (
     CatalogueFile,
     Downloader,
     DownloadOptions,
-    Finding,
     Outcome,
     Plan,
     Report,
@@ -368,7 +367,7 @@ class Downloads:
     def states(self, *artifacts: Artifact, **options: object) -> list[str]:
         return [item.state.value for item in self.plan(*artifacts, **options).items]
 
-    def verify(self, *artifacts: Artifact) -> dict[str, Finding]:
+    def verify(self, *artifacts: Artifact) -> dict[str, Outcome]:
         with self.open(*artifacts) as downloader:
             found = downloader.verify([artifact.name for artifact in artifacts])
         return {finding.name: finding for finding in found}

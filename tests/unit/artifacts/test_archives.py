@@ -136,7 +136,7 @@ def test_everything_comes_out(place, kind) -> None:
     assert place.files() == FILES
     assert not list(place.data.glob(".*"))
     (finding,) = place.downloads.verify(place.artifact(*KINDS[kind])).values()
-    assert finding.verdict == "sound"
+    assert finding.status == "sound"
 
 
 @pytest.mark.parametrize("kind", ["stored zip", "zip", "tar", "tar.gz"])

@@ -350,25 +350,25 @@ class TestVerify:
         downloads.fetch(*things[:2])
         put(root / "models/loose.bin", b"x")
         found = downloads.verify(*things)
-        assert [found[t.name].verdict for t in things] == ["sound", "sound", "absent", "unproven"]
+        assert [found[t.name].status for t in things] == ["sound", "sound", "absent", "unproven"]
         put(root / "models/thing.bin", body[::-1])
         put(root / "datasets/set/photos/3.jpg", b"\4" * 100)
         found = downloads.verify(*things)
-        assert found["thing"].verdict == found["set"].verdict == "damaged"
-        assert "photos/3.jpg" in found["set"].detail
+        assert found["thing"].status == found["set"].status == "damaged"
+        assert "photos/3.jpg" in found["set"].note
         (root / "datasets/set/photos/3.jpg").unlink()
-        assert downloads.verify(things[1])["set"].verdict == "damaged"
+        assert downloads.verify(things[1])["set"].status == "damaged"
 
     def test_the_digest_of_first_use(self, downloads, server, body, root) -> None:
         server.add("/thing", body)
         downloads.fetch(downloads.artifact())
-        assert downloads.verify(downloads.artifact())["thing"].verdict == "sound"
+        assert downloads.verify(downloads.artifact())["thing"].status == "sound"
         put(root / "models/thing.bin", body[::-1])
-        assert downloads.verify(downloads.artifact())["thing"].verdict == "damaged"
+        assert downloads.verify(downloads.artifact())["thing"].status == "damaged"
 
     def test_files_placed_by_hand(self, downloads, root, packed) -> None:
         by_hand(root, 30)
-        assert downloads.verify(packed(photos()))["set"].verdict == "unproven"
+        assert downloads.verify(packed(photos()))["set"].status == "unproven"
 
     def test_one_placed_by_hand_that_is_right_is_not_read_again(
         self, downloads, root, packed
@@ -378,7 +378,7 @@ class TestVerify:
         thing = packed(photos(), unpack=Unpack(folder="datasets/set", provides=(inside,)))
         put(root / "datasets/set/a.json", b"x")
         assert downloads.states(thing) == ["unchecked"]
-        assert downloads.verify(thing)["set"].verdict == "sound"
+        assert downloads.verify(thing)["set"].status == "sound"
         assert downloads.states(thing) == ["ready"]
 
     def test_damage_that_it_found_is_mended_by_force(
@@ -394,12 +394,12 @@ class TestVerify:
             path.write_bytes(path.read_bytes()[:-1] + b"!")
             os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
         assert downloads.states(*things) == ["ready", "ready"]
-        assert {f.verdict for f in downloads.verify(*things).values()} == {"damaged"}
+        assert {f.status for f in downloads.verify(*things).values()} == {"damaged"}
         assert downloads.states(*things) == ["different", "different"]
         assert len(downloads.fetch(*things).failures) == 2
         downloads.fetch(*things, force=True).raise_for_failures()
         assert downloads.states(*things) == ["ready", "ready"]
-        assert {f.verdict for f in downloads.verify(*things).values()} == {"sound"}
+        assert {f.status for f in downloads.verify(*things).values()} == {"sound"}
 
 
 class TestMany:

@@ -8,9 +8,10 @@ import os
 import threading
 import time
 import zlib
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -201,17 +202,14 @@ class Downloader:
 
     def ask_sizes(self, plan: Plan) -> Plan:
         """Complete a plan by asking servers for the sizes that are not published, 60 at most."""
-        waiting = deque([i.artifact for i in plan.items if i.to_fetch is None][:_MOST_ASKED])
         sizes: dict[str, int | None] = {}
 
-        def ask() -> None:
-            with contextlib.suppress(IndexError):  # none is left
-                while artifact := waiting.popleft():
-                    sizes[artifact.name] = self._client.announced_size(
-                        artifact.addresses[0], pinned=artifact.pinned
-                    )
+        def ask(artifact: Artifact) -> None:
+            address = artifact.addresses[0]
+            sizes[artifact.name] = self._client.announced_size(address, pinned=artifact.pinned)
 
-        self._client.run_in_threads([ask] * min(8, len(waiting)))
+        unknown = [item.artifact for item in plan.items if item.to_fetch is None][:_MOST_ASKED]
+        self._client.run_in_threads([partial(ask, artifact) for artifact in unknown], at_once=8)
         return self._plan([replace(i, announced=sizes.get(i.artifact.name)) for i in plan.items])
 
     def _plan(self, items: list[Item]) -> Plan:
@@ -256,50 +254,42 @@ class Downloader:
             KeyboardInterrupt: Ctrl-C; what was fetched is kept.
         """
         plan.require_room()
-        waiting, report = deque(plan.items), Report()
+        report, lock, full = Report(), threading.Lock(), threading.Event()
         failed: Counter[str] = Counter()  # in a row, by host
-        lock = threading.Lock()
 
-        def work(total: Task | None) -> None:
-            while waiting and not self._client.stop.is_set():
+        def work(item: Item, total: Task | None) -> None:
+            name, host = item.artifact.name, host_of(item.artifact.addresses[0])
+            if full.is_set():
+                return
+            try:
+                if failed[host] >= _FAILURES_OF_A_HOST:
+                    raise ArtifactError(f"not tried: {host} failed several times in a row.")
+                outcome = self._ensure(item, total)
+            except StoppedError:
+                return
+            except ProxydetError as error:
+                _logger.info("%s: %s", name, error.message)
                 with lock:
-                    if not waiting:
-                        return
-                    item = waiting.popleft()
-                    name, host = item.artifact.name, host_of(item.artifact.addresses[0])
-                    if failed[host] >= _FAILURES_OF_A_HOST:
-                        report.failures[name] = ArtifactError(
-                            f"not tried: {host} failed several times in a row."
-                        )
-                        continue
-                try:
-                    outcome = self._ensure(item, total)
-                except StoppedError:
-                    return
-                except ProxydetError as error:
-                    _logger.info("%s: %s", name, error.message)
-                    with lock:
-                        report.failures[name] = error
-                        if isinstance(error, DiskFullError):
-                            waiting.clear()
-                        if isinstance(error, TransferError):
-                            failed[host] += 1
-                else:
-                    with lock:
-                        report.outcomes.append(outcome)
-                        failed[host] = 0
+                    report.failures[name] = error
+                    failed[host] += isinstance(error, TransferError)
+                if isinstance(error, DiskFullError):
+                    full.set()
+            else:
+                with lock:
+                    report.outcomes.append(outcome)
+                    failed[host] = 0
 
         # What an earlier run fetched is counted as soon as it is taken up.
         sizes = [item.size if item.must_fetch else 0 for item in plan.items]
         known = None if None in sizes else sum(size or 0 for size in sizes)
-        jobs = min(self.options.settings.jobs, len(plan.items))
         try:
             with contextlib.ExitStack() as stack:
                 total = None
                 if len(plan.items) > 1:
                     shown = self._progress.task("all files", total=known, unit="B")
                     total = stack.enter_context(shown)
-                self._client.run_in_threads([lambda: work(total)] * jobs)
+                jobs = [partial(work, item, total) for item in plan.items]
+                self._client.run_in_threads(jobs, at_once=self.options.settings.jobs)
         except BaseException:
             self._client.stop.set()
             raise

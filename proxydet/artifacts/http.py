@@ -13,6 +13,7 @@ import http.client
 import http.cookiejar
 import logging
 import os
+import queue
 import re
 import socket
 import ssl
@@ -20,8 +21,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin
@@ -382,51 +381,53 @@ class Client:
         if time.monotonic() > end:
             raise RetryableError(message, slow=True)
 
-    def run_in_threads(self, jobs: Sequence[Callable[[], None]]) -> None:
-        """Run each job in a thread of its own, which closes its connections at its end, and wait for all.
+    def run_in_threads(self, jobs: Sequence[Callable[[], object]], at_once: int) -> None:
+        """Run jobs in threads, each of which closes its connections at its end, and wait for all.
 
-        When the wait is interrupted (Ctrl-C), `stop` is set, the jobs get a moment to notice, and the interruption is
+        When the wait is interrupted (Ctrl-C), `stop` is set, the threads get a moment to notice, and the interruption is
         passed on. A thread that is stuck in name resolution by then is left behind: it only ever writes to a hidden file.
         (The threads of concurrent.futures would keep the interpreter from ending.)
 
         Args:
-            jobs: What to run.
+            jobs: What to run, in order.
+            at_once: In how many threads.
 
         Raises:
-            BaseException: The first one that a job raised, after all have ended.
+            BaseException: The first one that a job raised, after all threads have ended.
         """
-        raised: list[BaseException] = []
-        # Joining a thread is not safe to interrupt (CPython issue 90882).
-        ended = threading.Semaphore(0)
+        waiting = iter(jobs)
+        ended = queue.SimpleQueue[BaseException | None]()
 
-        def guarded(job: Callable[[], None]) -> None:
+        def work() -> None:
+            raised: BaseException | None = None
             try:
-                try:
+                while not self.stop.is_set() and (job := next(waiting, None)) is not None:
                     job()
-                finally:
-                    session: _Session | None = self._local.__dict__.pop("session", None)
-                    if session is not None:
-                        with self._lock:
-                            self._sessions.remove(session)
-                        session.close()
             except BaseException as error:  # noqa: BLE001 - handed to the caller below
-                raised.append(error)
-            ended.release()
+                raised = error
+            session: _Session | None = self._local.__dict__.pop("session", None)
+            if session is not None:
+                with self._lock:
+                    self._sessions.remove(session)
+                session.close()
+            ended.put(raised)
 
-        for job in jobs:
-            threading.Thread(target=guarded, args=(job,), daemon=True).start()
-        left = len(jobs)
+        threads = min(at_once, len(jobs))
+        for _ in range(threads):
+            threading.Thread(target=work, daemon=True).start()
+        results: list[BaseException | None] = []
         try:
-            while left:
-                left -= ended.acquire(timeout=0.2)
+            while len(results) < threads:
+                results.append(ended.get())
         except BaseException:
             self.stop.set()
             end = time.monotonic() + 2.0
-            while left and time.monotonic() < end:
-                left -= ended.acquire(timeout=0.2)
+            with contextlib.suppress(queue.Empty):
+                for _ in range(threads - len(results)):
+                    ended.get(timeout=max(end - time.monotonic(), 0.0))
             raise
-        if raised:
-            raise raised[0]
+        for raised in filter(None, results):
+            raise raised
 
     def _session(self) -> _Session:
         session: _Session | None = getattr(self._local, "session", None)
@@ -467,15 +468,37 @@ class Response:
 
     def __init__(self, response: requests.Response, session: _Session, client: Client, pace: Pace) -> None:  # fmt: skip
         self._response, self._session, self._client, self._pace = response, session, client, pace
-        self.address, headers = response.url, response.headers
+        self.address, headers, status = response.url, response.headers, response.status_code
         self._where = where = shown(self.address)
-        _check_status(response, where)
-        self.partial = response.status_code == 206
+        range_text = headers.get("Content-Range", "").strip()
+        if status == 416:
+            match = re.fullmatch(r"bytes \*/(\d{1,18})", range_text)
+            raise RangeError(f"{where} has no such bytes.", int(match[1]) if match else None)
+        if status in _PASSING:
+            raise RetryableError(f"{where} answered {status}.", retry_after=_retry_after(headers))
+        if status in (404, 410):
+            raise NotFoundError(f"{where} does not exist (status {status}).")
+        if status in (401, 403, 407):
+            raise TransferError(
+                f"{where} refuses access (status {status}).",
+                hint="The source may want an account: name a cookies.txt file in PROXYDET_COOKIES, or add the host to ~/.netrc.",
+            )
+        if status not in (200, 206):
+            raise TransferError(f"{where} answered {status}, not with the file.")
+        self.partial = status == 206
         self.chunked = "chunked" in headers.get("Transfer-Encoding", "").lower()
         self.first, self.length = 0, None if self.chunked else _length(headers)
         self.total = self.length
         if self.partial:
-            self.first, self.length, self.total = _byte_range(headers, self.length, where)
+            match = re.fullmatch(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)", range_text)
+            if match is None:
+                raise RangeError(f"{where} sends a part of the file without saying which.")
+            self.first, last = int(match[1]), int(match[2])
+            self.total = None if match[3] == "*" else int(match[3])
+            announced, self.length = self.length, last - self.first + 1
+            beyond = self.total is not None and last >= self.total
+            if self.length < 1 or announced not in (None, self.length) or beyond:
+                raise RangeError(f"{where} sends a part of the file with contradictory lengths.")
         if (self.total or 0) > _LARGEST_FILE:
             raise TransferError(f"{where} announces {self.total} bytes, which cannot be true.")
         etag, modified = headers.get("ETag", ""), headers.get("Last-Modified", "")
@@ -606,7 +629,7 @@ class _Adapter(HTTPAdapter):
 
                 def getresponse(self) -> Any:
                     """Close a response whose head urllib3 refuses: it would keep the socket open."""
-                    made = []
+                    made: list[http.client.HTTPResponse] = []
 
                     def make(*args: Any, **options: Any) -> http.client.HTTPResponse:
                         made.append(http.client.HTTPResponse(*args, **options))
@@ -619,50 +642,14 @@ class _Adapter(HTTPAdapter):
                         for response in made:
                             response.close()
                         raise
-                    finally:
-                        del self.response_class
 
             pool.ConnectionCls = Connection
         return pool
 
 
-def _check_status(response: requests.Response, where: str) -> None:
-    status, headers = response.status_code, response.headers
-    if status == 416:
-        match = re.fullmatch(r"bytes \*/(\d{1,18})", headers.get("Content-Range", "").strip())
-        raise RangeError(f"{where} has no such bytes.", int(match[1]) if match else None)
-    if status in _PASSING:
-        raise RetryableError(f"{where} answered {status}.", retry_after=_retry_after(headers))
-    if status in (404, 410):
-        raise NotFoundError(f"{where} does not exist (status {status}).")
-    if status in (401, 403, 407):
-        raise TransferError(
-            f"{where} refuses access (status {status}).",
-            hint="The source may want an account: name a cookies.txt file in PROXYDET_COOKIES, or add the host to ~/.netrc.",
-        )
-    if status not in (200, 206):
-        raise TransferError(f"{where} answered {status}, not with the file.")
-
-
 def _length(headers: Mapping[str, str]) -> int | None:
     text = headers.get("Content-Length", "").strip()
     return int(text) if re.fullmatch(r"[0-9]{1,40}", text) else None
-
-
-def _byte_range(
-    headers: Mapping[str, str], length: int | None, where: str
-) -> tuple[int, int, int | None]:
-    """Return first byte, length and the size of the whole file from a 206 response."""
-    text = headers.get("Content-Range", "").strip()
-    match = re.fullmatch(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)", text)
-    if match is None:
-        raise RangeError(f"{where} sends a part of the file without saying which.")
-    first, last = int(match[1]), int(match[2])
-    total = None if match[3] == "*" else int(match[3])
-    wrong_length = length is not None and length != last - first + 1
-    if last < first or wrong_length or (total is not None and last >= total):
-        raise RangeError(f"{where} sends a part of the file with contradictory lengths.")
-    return first, last - first + 1, total
 
 
 def _is_page(headers: Mapping[str, str]) -> bool:
@@ -672,15 +659,11 @@ def _is_page(headers: Mapping[str, str]) -> bool:
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
     """Return the seconds that a response asks to wait: in seconds or as a date; None if it does not."""
-    text = headers.get("Retry-After", "").strip()
-    if text.isascii() and text.isdigit():
-        return float(text[:9])
     try:
-        when = parsedate_to_datetime(text)
-        when = when if when.tzinfo is not None else when.replace(tzinfo=timezone.utc)
-        return max((when - datetime.now(timezone.utc)).total_seconds(), 0.0)
-    except (TypeError, ValueError, IndexError, OverflowError):
+        seconds = urllib3.Retry().parse_retry_after(headers.get("Retry-After", ""))
+    except (urllib3.exceptions.HTTPError, ValueError, TypeError, OverflowError):
         return None
+    return min(seconds, 1e9)
 
 
 def _explained(error: BaseException, where: str) -> TransferError:
@@ -710,13 +693,8 @@ def _causes(error: BaseException) -> list[BaseException]:
     """Return an error and what it came from: some libraries chain errors, some hold them as values."""
     found = [error]
     for current in found:
-        behind = (
-            current.__cause__,
-            current.__context__,
-            getattr(current, "reason", None),
-            *current.args,
-        )
-        for cause in behind:
+        inner = (current.__cause__, current.__context__, getattr(current, "reason", None))
+        for cause in (*inner, *current.args):
             if isinstance(cause, BaseException) and cause not in found and len(found) < 20:
                 found.append(cause)
     return found

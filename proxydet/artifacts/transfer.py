@@ -18,11 +18,10 @@ import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode, urljoin, urlsplit
 
 import msgspec
 
-from proxydet.artifacts import google_drive
 from proxydet.artifacts.addresses import host_of, shown
 from proxydet.artifacts.catalogue import Artifact
 from proxydet.artifacts.content import check_content, sees_every_byte
@@ -49,6 +48,7 @@ from proxydet.wording import size_text
 _logger = logging.getLogger(__name__)
 
 _BLOCK = 1 << 20
+_DRIVE_HOSTS = frozenset({"drive.google.com", "drive.usercontent.google.com", "docs.google.com"})
 _ENDLESS = 1 << 60
 _LARGEST_PAGE = 1 << 20
 _FOLLOW_SECONDS = 0.05
@@ -361,17 +361,16 @@ class Transfer:
                     return seen
         finally:
             self._part.close()
-        hint = next((error.hint for error in failures if error.hint), None)
         not_found = all(isinstance(error, NotFoundError) for error in failures)
+        hint = (
+            f"Its source moved it. Name another with --mirror, or put the file there yourself: {self._target}"
+            if not_found
+            else "Check the network (HTTPS_PROXY behind a proxy) or wait, then run the same command again: what was "
+            "fetched is kept. --mirror names another source."
+        )
+        hint = next((error.hint for error in failures if error.hint), hint)
         if self._page is not None:
             hint = f"Open {self._page} in a browser and save the file as {self._target}."
-        elif hint is None and not_found:
-            hint = f"Its source moved it. Name another with --mirror, or put the file there yourself: {self._target}"
-        elif hint is None:
-            hint = (
-                "Check the network (HTTPS_PROXY behind a proxy) or wait, then run the same command again: what was "
-                "fetched is kept. --mirror names another source."
-            )
         wrong = any(isinstance(error, DigestError) for error in failures)
         kind = NotFoundError if not_found else DigestError if wrong else TransferError
         raise kind(" ".join(error.message for error in failures), hint=hint, path=self._target)
@@ -402,10 +401,10 @@ class Transfer:
 
     def _fetch(self) -> None:
         """Repeat attempts, with longer pauses each time, until all bytes are there."""
-        host, unreachable, settings = (
+        host, settings, unreachable = (
             host_of(self._address),
-            self._client.unreachable,
             self._settings,
+            self._client.unreachable,
         )
         most = 1 if host in unreachable else settings.retries
         best, failures, announced = self._part.record.stored, 0, False
@@ -415,7 +414,14 @@ class Transfer:
                 unreachable.discard(host)
                 continue
             except RangeError as problem:
-                self._ask_without_ranges(problem)
+                record = self._part.record
+                if problem.total is not None and record.ranges == ((0, problem.total),):
+                    self._part.describe(total=problem.total)  # all are there
+                elif self._whole_only:
+                    raise TransferError(problem.message, hint=problem.hint) from problem
+                else:  # the file changed, or the server serves ranges wrongly
+                    self._whole_only = True
+                    self._restart()
                 continue
             except RetryableError as problem:
                 error = problem
@@ -451,7 +457,7 @@ class Transfer:
             settings.connections > 1
             and (size is None or size >= settings.parallel_from)
             and not self._whole_only
-            and not google_drive.is_drive(self._address)
+            and host_of(self._address) not in _DRIVE_HOSTS
         )
         if several and self._ranges_seen and record.total is not None and record.validator:
             self._fetch_pieces()
@@ -489,7 +495,7 @@ class Transfer:
                 failure = None
                 try:
                     with self._open(*mine) as response:
-                        self._accept_piece(response, *mine)
+                        self._accept(response, *mine)
                         self._take_in(response, errors)
                 except ProxydetError as error:
                     failure = error
@@ -501,7 +507,7 @@ class Transfer:
                             errors.append(failure)
                         return
 
-        self._client.run_in_threads([work] * running)
+        self._client.run_in_threads([work] * running, at_once=running)
         if errors:
             raise errors[0]
 
@@ -520,20 +526,42 @@ class Transfer:
         if not response.web_page or self._html:
             return response
         page, where = _read_page(response), response.address
-        if not google_drive.is_drive(where):
+        if host_of(where) not in _DRIVE_HOSTS:
             raise TransferError(
                 f"{shown(where)} sent a web page in place of the file.",
                 hint="A proxy or a sign-in page may stand in between: open the address in a browser.",
             )
-        response = ask(google_drive.address_behind_page(page, where))
+        response = ask(_drive_address(page, where))
         if response.web_page:
-            raise google_drive.page_error(_read_page(response))
+            raise _drive_error(_read_page(response))
         return response
 
-    def _accept(self, response: Response, first: int) -> None:
-        """Check that a response continues what is there; begin again if it brings the whole file."""
-        self._refuse_unusable(response)
-        part, record = self._part, self._part.record
+    def _accept(self, response: Response, first: int, piece_end: int | None = None) -> None:
+        """Check that a response continues what is there; begin again if it brings the whole file.
+
+        With ``piece_end``, it must bring that piece, of the version that is there.
+        """
+        part, record, size = self._part, self._part.record, self._size
+        where = shown(response.address)
+        self._ranges_seen = self._ranges_seen or response.partial
+        if size is not None and response.total not in (None, size) and not response.encoded:
+            raise DigestError(
+                f"{where} serves {response.total} bytes, but {self._name} has {size}.",
+                hint=_REPLACED,
+            )
+        if self._sha256 is None and response.encoded:
+            raise TransferError(f"{where} compressed the file on the way, unasked.")
+        if self._sha256 is None and response.length is None and not response.chunked:
+            raise TransferError(
+                f"{where} does not say how long the file is: a transfer that breaks off could not be recognised."
+            )
+        elsewhere = RangeError(f"{where} sent another part than was asked for.")
+        if piece_end is not None:
+            same = response.validator == record.validator and response.total in (None, record.total)
+            fits = response.first == first and first + (response.length or 0) <= piece_end
+            if not response.partial or response.web_page or not same or not fits:
+                raise elsewhere
+            return
         require_room(part.target, (response.total or 0) - record.stored)
         described = {
             "address": self._address,
@@ -548,33 +576,10 @@ class Transfer:
         sizes, names = {response.total, record.total}, {response.validator, record.validator}
         other = len(sizes - {None}) > 1 or (known and len(names - {None}) > 1)
         if response.first != first or other:
-            raise RangeError(f"{shown(response.address)} sent another part than was asked for.")
+            raise elsewhere
         self._joined_unnamed = self._joined_unnamed or response.validator is None
         if record.total is None or not known:
             part.describe(**described)
-
-    def _accept_piece(self, response: Response, first: int, end: int) -> None:
-        self._refuse_unusable(response)
-        record = self._part.record
-        same = response.validator == record.validator and response.total in (None, record.total)
-        whole = response.partial and response.first == first and not response.web_page
-        if not whole or not same or first + (response.length or 0) > end:
-            raise RangeError(f"{shown(response.address)} did not serve the part asked for.")
-
-    def _refuse_unusable(self, response: Response) -> None:
-        where, size = shown(response.address), self._size
-        self._ranges_seen = self._ranges_seen or response.partial
-        if size is not None and response.total not in (None, size) and not response.encoded:
-            raise DigestError(
-                f"{where} serves {response.total} bytes, but {self._name} has {size}.",
-                hint=_REPLACED,
-            )
-        if self._sha256 is None and response.encoded:
-            raise TransferError(f"{where} compressed the file on the way, unasked.")
-        if self._sha256 is None and response.length is None and not response.chunked:
-            raise TransferError(
-                f"{where} does not say how long the file is: a transfer that breaks off could not be recognised."
-            )
 
     def _take_in(self, response: Response, errors: Collection[object] = ()) -> None:
         """Write the body of a response where it belongs; end with it where another connection had an error."""
@@ -615,16 +620,6 @@ class Transfer:
             raise RetryableError(f"{where} ended before the announced length.")
         if not response.partial:
             self._part.describe(total=offset)
-
-    def _ask_without_ranges(self, error: RangeError) -> None:
-        """React to a server that has no such bytes: all are there, the file changed, or it serves ranges wrongly."""
-        if error.total is not None and self._part.record.ranges == ((0, error.total),):
-            self._part.describe(total=error.total)
-            return
-        if self._whole_only:
-            raise TransferError(error.message, hint=error.hint) from error
-        self._whole_only = True
-        self._restart()
 
     def _restart(self, **described: Any) -> None:
         self._joined_unnamed = False
@@ -670,3 +665,53 @@ def _read_page(response: Response) -> str:
         while len(data) < _LARGEST_PAGE and (more := response.read(_LARGEST_PAGE - len(data))):
             data += more
     return data.decode("utf-8", errors="replace")
+
+
+# ---- Google Drive's page in place of a file: a form that asks to continue without a virus scan, or an error ----------
+
+
+def _drive_address(page: str, address: str) -> str:
+    """Return the address that the form on a confirmation page leads to.
+
+    Raises:
+        TransferError: The page offers no download; see `_drive_error`.
+    """
+    from html.parser import HTMLParser  # few downloads need it
+
+    forms: list[tuple[str, dict[str, str]]] = []
+
+    class Forms(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            given = {name: value or "" for name, value in attrs}
+            if tag == "form":
+                forms.append((given.get("action", ""), {}))
+            elif tag == "input" and forms and given.get("name"):
+                forms[-1][1][given["name"]] = given.get("value", "")
+
+    Forms().feed(page)
+    for action, fields in forms:
+        try:
+            target = urljoin(address, action)
+        except ValueError:
+            continue
+        if "confirm" in fields and "id" in fields and host_of(target) in _DRIVE_HOSTS:
+            return f"{target}{'&' if urlsplit(target).query else '?'}{urlencode(fields)}"
+    raise _drive_error(page)
+
+
+def _drive_error(page: str) -> TransferError:
+    """Return the error that a page without such a form means: the daily quota is used up, or the file is not public."""
+    if re.search(r"quota exceeded|too many users|download quota", page, re.IGNORECASE):
+        return TransferError(
+            "Google Drive does not serve this file right now: its daily quota is used up.",
+            hint="Try again in a day, or fetch it in a browser while signed in to a Google account.",
+        )
+    if re.search(r"sign in|you need access|request access", page, re.IGNORECASE):
+        return TransferError(
+            "Google Drive asks to sign in for this file.",
+            hint="Fetch it in a browser, or name a cookies.txt file of your browser in PROXYDET_COOKIES.",
+        )
+    return TransferError(
+        "Google Drive sent a page in place of the file.",
+        hint="Fetch the file in a browser and put it in its place by hand.",
+    )

@@ -16,7 +16,7 @@ import typer
 from proxydet_cli.options import DryRun, Json, Yes, command_app, examples
 
 if TYPE_CHECKING:
-    from proxydet.artifacts import Catalogue, Downloader, Item, Plan, Report
+    from proxydet.artifacts import Catalogue, Downloader, Item, Plan
     from proxydet_cli.output import Output
 
 app = command_app()
@@ -125,7 +125,14 @@ def download(
     Shows first what is needed, what is there, sizes, free room, licences and what needs an account, and asks once.
     Run the same command again after any interruption: what was fetched is kept.
     """
-    from proxydet.artifacts import Catalogue, Downloader, DownloadOptions, TransferSettings
+    from proxydet.artifacts import (
+        Catalogue,
+        Downloader,
+        DownloadOptions,
+        TransferSettings,
+        bytes_per_second,
+    )
+    from proxydet.errors import ConfigError
     from proxydet_cli.output import Output
     from proxydet_cli.progress import show_progress
 
@@ -133,13 +140,19 @@ def download(
     if list_:
         _list(known, names or [], output)
         return
+    try:
+        rate = None if limit_rate is None else bytes_per_second(limit_rate)
+    except ConfigError as error:  # one of the command line, as of --jobs
+        raise typer.BadParameter(
+            f"{error.message} {error.hint or ''}".rstrip(), param_hint="--limit-rate"
+        ) from None
     options = DownloadOptions(
         root=root,
         strict=strict,
         force=force,
         keep_archives=keep_archives,
         settings=TransferSettings(
-            connections=connections, jobs=jobs, limit_rate=_rate(limit_rate), mirror=mirror
+            connections=connections, jobs=jobs, limit_rate=rate, mirror=mirror
         ),
     )
     with _stoppable(), Downloader(known, options, show_progress()) as downloader:
@@ -161,58 +174,33 @@ def download(
             output.message(f"{name}: {what} {how}")
 
 
-def _rate(text: str | None) -> float | None:
-    """Read ``--limit-rate``; a value that is not a rate is an error of the command line, as one of ``--jobs`` is."""
-    from proxydet.artifacts import bytes_per_second
-    from proxydet.errors import ConfigError
-
-    try:
-        return None if text is None else bytes_per_second(text)
-    except ConfigError as error:
-        raise typer.BadParameter(
-            f"{error.message} {error.hint or ''}".rstrip(), param_hint="--limit-rate"
-        ) from None
-
-
 def _list(catalogue: Catalogue, names: list[str], output: Output) -> None:
     """Show one row a name: what it is, its size, licence, and what is known of its digest."""
     from proxydet_cli.output import aligned
 
     catalogue.resolve(names)
     rows: list[Row] = []
+    shown: list[Row] = []
     for name in (*catalogue.groups, *catalogue.families, *catalogue.artifacts):
         if name not in names and names:
             continue
         artifacts = catalogue.resolve([name])
         kind = "group" if name in catalogue.groups else "file" if len(artifacts) == 1 else "family"
         pinned = sum(artifact.pinned for artifact in artifacts)
-        rows.append(
-            {
-                "name": name,
-                "kind": kind,
-                "files": len(artifacts),
-                "bytes": _sum(artifact.size for artifact in artifacts),
-                "digest": "published"
-                if pinned == len(artifacts)
-                else "partly"
-                if pinned
-                else "none",
-                "account": any(artifact.login is not None for artifact in artifacts),
-                "licence": artifacts[0].licence if kind != "group" else "",
-                "title": catalogue.titles[name],
-            }
-        )
-    shown = [
-        {
-            "name": row["name"],
-            "files": row["files"],
-            "size": _size(row["bytes"]),
-            "digest": row["digest"] if row["kind"] != "group" else "",
-            "account": "needed" if row["account"] else "",
-            "what": f"{row['title']}" + (f" [{row['licence']}]" if row["licence"] else ""),
+        size = _sum(artifact.size for artifact in artifacts)
+        digest = "published" if pinned == len(artifacts) else "partly" if pinned else "none"
+        account = any(artifact.login is not None for artifact in artifacts)
+        licence, title = artifacts[0].licence if kind != "group" else "", catalogue.titles[name]
+        row: Row = {"name": name, "kind": kind, "files": len(artifacts), "bytes": size, "digest": digest,
+                    "account": account, "licence": licence, "title": title}  # fmt: skip
+        rows.append(row)
+        about = {
+            "size": _size(size),
+            "digest": digest if kind != "group" else "",
+            "account": "needed" if account else "",
+            "what": title + (f" [{licence}]" if licence else ""),
         }
-        for row in rows
-    ]
+        shown.append({"name": name, "files": len(artifacts), **about})
     output.data(rows, aligned(shown))
 
 
@@ -291,6 +279,8 @@ def _agreed(plan: Plan, output: Output, *, asked: bool) -> bool:
 
 def _fetch(downloader: Downloader, plan: Plan, names: list[str], output: Output, *, asked: bool) -> None:  # fmt: skip
     from proxydet.errors import ArtifactError
+    from proxydet.wording import size_text
+    from proxydet_cli.output import aligned
 
     if plan.todo and not _agreed(plan, output, asked=asked):
         return
@@ -301,19 +291,6 @@ def _fetch(downloader: Downloader, plan: Plan, names: list[str], output: Output,
             {"name": name, "error": error.message} for name, error in report.failures.items()
         ],
     }
-    output.data(value, _report_text(report))
-    report.raise_for_failures()
-    for name, (what, how) in _account_notes(plan).items():
-        if any(given.partition("/")[0] == name for given in names):  # asked for by its own name
-            raise ArtifactError(f"{name}: {what}", hint=how)
-        output.warning(f"{name}: {what} {how}")
-
-
-def _report_text(report: Report) -> str:
-    """Lay out a finished job: a line a file that was worked on, and how many were ready before."""
-    from proxydet.wording import size_text
-    from proxydet_cli.output import aligned
-
     ready = sum(outcome.status == "ready" for outcome in report.outcomes)
     rows = [
         {
@@ -326,8 +303,13 @@ def _report_text(report: Report) -> str:
         for outcome in report.outcomes
         if outcome.status not in ("ready", "needs account")
     ]
-    lines = [aligned(rows)] if rows else []
-    return "\n".join(lines + [f"{ready} ready before"] * (ready > 0)) or "nothing was done"
+    lines = ([aligned(rows)] if rows else []) + [f"{ready} ready before"] * (ready > 0)
+    output.data(value, "\n".join(lines) or "nothing was done")
+    report.raise_for_failures()
+    for name, (what, how) in _account_notes(plan).items():
+        if any(given.partition("/")[0] == name for given in names):  # asked for by its own name
+            raise ArtifactError(f"{name}: {what}", hint=how)
+        output.warning(f"{name}: {what} {how}")
 
 
 def _verify(downloader: Downloader, names: list[str], output: Output) -> None:

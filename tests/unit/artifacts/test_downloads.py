@@ -370,6 +370,13 @@ class TestVerify:
         by_hand(root, 30)
         assert downloads.verify(packed(photos()))["set"].status == "unproven"
 
+    def test_files_placed_by_hand_that_are_not_all_there(self, downloads, root, packed) -> None:
+        """Verification and a plan give the same answer."""
+        by_hand(root, 29)
+        found = downloads.verify(packed(photos()))["set"]
+        assert (found.status, downloads.states(packed(photos()))) == ("absent", ["absent"])
+        assert "29 files" in found.note
+
     def test_one_placed_by_hand_that_is_right_is_not_read_again(
         self, downloads, root, packed
     ) -> None:

@@ -217,6 +217,7 @@ class Client:
 
     Raises:
         ConfigError: The cookie file that the environment names cannot be read.
+        StoppedError: By each method, once `stop` is set.
     """
 
     def __init__(self, settings: TransferSettings) -> None:
@@ -272,7 +273,6 @@ class Client:
             RangeError: The file has no such bytes.
             NotFoundError: The server has no such file.
             TransferError: Any other failure; the message shows no query and no credentials.
-            StoppedError: The job was stopped.
         """
         pace.check(shown(address))
         headers = {}
@@ -291,22 +291,12 @@ class Client:
             raise
 
     def announced_size(self, address: str, *, pinned: bool) -> int | None:
-        """Ask a server how long a file is, without fetching it; None where it does not say.
-
-        Args:
-            address: The address.
-            pinned: Whether the digest of the file is known.
-
-        Raises:
-            StoppedError: The job was stopped.
-        """
+        """Ask a server how long a file is, without fetching it; None where it does not say."""
         session, end = self._session(), time.monotonic() + _HEAD_SECONDS_FOR_SIZE
         try:
             with self._send(session, "HEAD", address, {}, pinned=pinned, end=end) as response:
-                page = _is_page(response.headers)
-                return (
-                    _length(response.headers) if response.status_code == 200 and not page else None
-                )
+                usable = response.status_code == 200 and not _is_page(response.headers)
+                return _length(response.headers) if usable else None
         except StoppedError:
             raise
         except TransferError as error:
@@ -314,11 +304,7 @@ class Client:
             return None
 
     def took(self, count: int) -> None:
-        """Account for bytes that were just read; under a speed limit, wait until the next may be read.
-
-        Raises:
-            StoppedError: The job was stopped meanwhile.
-        """
+        """Account for bytes that were just read; under a speed limit, wait until the next may be read."""
         if self.settings.limit_rate is None:
             return
         with self._lock:
@@ -401,15 +387,17 @@ class Client:
         def work() -> None:
             raised: BaseException | None = None
             try:
-                while not self.stop.is_set() and (job := next(waiting, None)) is not None:
-                    job()
+                try:
+                    while not self.stop.is_set() and (job := next(waiting, None)) is not None:
+                        job()
+                finally:
+                    session: _Session | None = self._local.__dict__.pop("session", None)
+                    if session is not None:
+                        with self._lock:
+                            self._sessions.remove(session)
+                        session.close()
             except BaseException as error:  # noqa: BLE001 - handed to the caller below
                 raised = error
-            session: _Session | None = self._local.__dict__.pop("session", None)
-            if session is not None:
-                with self._lock:
-                    self._sessions.remove(session)
-                session.close()
             ended.put(raised)
 
         threads = min(at_once, len(jobs))
@@ -525,10 +513,8 @@ class Response:
             data = self._response.raw.read1(count, decode_content=False) or b""
         except _BROKEN as error:
             self._check_time()
-            reason = _reason(error)
-            raise RetryableError(
-                f"The connection to {self._where} broke off ({reason})."
-            ) from error
+            message = f"The connection to {self._where} broke off ({_reason(error)})."
+            raise RetryableError(message) from error
         self._check_time()  # what was cut looks like an end
         self._pace.add(len(data))
         self._came += len(data)

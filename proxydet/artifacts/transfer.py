@@ -145,8 +145,8 @@ class PartFile:
         take_over: Whether the lock of the target is held, so that what lies there belongs to nobody.
 
     Raises:
-        DiskFullError: There is no room.
-        RuntimeEnvironmentError: The folder cannot be written to.
+        DiskFullError: There is no room; here and in all methods.
+        RuntimeEnvironmentError: The file or its folder cannot be written to or read; likewise.
     """
 
     def __init__(self, target: Path, stop: threading.Event, *, take_over: bool) -> None:
@@ -187,12 +187,7 @@ class PartFile:
             self.record = msgspec.structs.replace(self.record, **changes)
 
     def write(self, offset: int, data: bytes) -> None:
-        """Write bytes at an offset. May be called from several threads.
-
-        Raises:
-            DiskFullError: There is no room.
-            RuntimeEnvironmentError: Writing failed otherwise.
-        """
+        """Write bytes at an offset. May be called from several threads."""
         end, view = offset, memoryview(data)
         try:
             with write_errors(self.target):
@@ -209,19 +204,13 @@ class PartFile:
 
         Raises:
             StoppedError: The job was stopped meanwhile.
-            RuntimeEnvironmentError: The file cannot be read.
         """
         with write_errors(self.target):
             self._catch_up()
         return self._digest.hexdigest()
 
     def move_to_target(self) -> None:
-        """Give the file its final name, with all its bytes on the disk first.
-
-        Raises:
-            DiskFullError: There is no room.
-            RuntimeEnvironmentError: It cannot be moved.
-        """
+        """Give the file its final name, with all its bytes on the disk first."""
         with write_errors(self.target):
             os.fsync(self._descriptor)
             self.path.replace(self.target)

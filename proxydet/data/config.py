@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +35,12 @@ class SourceConfig:
             self.ratio > 0,
             f"ratio must be positive, not {self.ratio}; to leave image labels out, set them to null",
         )
+
+
+def mean_batch(*sources: SourceConfig | None) -> Fraction:
+    """Return the images of a batch, on average over some sources: they are drawn by image, each as often as its ratio says."""
+    drawn = [(Fraction(s.ratio), s.batch_size) for s in sources if s is not None]
+    return sum(ratio for ratio, _ in drawn) / Fraction(sum(ratio / size for ratio, size in drawn))
 
 
 @dataclass(frozen=True, kw_only=True)

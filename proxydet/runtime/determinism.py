@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import resource
 import statistics
@@ -10,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -363,8 +363,8 @@ class Bench:
         return train_step(
             state,
             [self.batches[step % len(self.batches)]],
-            # One batch is an iteration.
-            config=dataclasses.replace(self._config.training, replicas=1),
+            config=self._config.training,
+            step=Fraction(1),
             ranks=DistInfo(device=self._device),
             failures=Path(tempfile.gettempdir()),
         )

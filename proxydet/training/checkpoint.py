@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ class TrainingState:
     """All that changes while a network is trained: what a checkpoint holds.
 
     There is no random state among it: each batch draws from the seed and its number alone; nor a position of the
-    sampler or of the learning-rate schedule: both are functions of the number of batches.
+    sampler or of the learning-rate schedule: they are functions of the number of batches and of the progress.
     """
 
     network: nn.Module
@@ -64,13 +65,19 @@ class TrainingState:
     """Seed of the run."""
 
     replicas: int
-    """Batches of an iteration; the same for the whole run, whatever the number of processes."""
+    """Batches of an iteration when the run began."""
 
     run: str = ""
     """JSON of what the run is made from: ``configuration`` and ``digests``."""
 
+    progress: Fraction = Fraction(0)
+    """Iterations so far: images used, over those of an iteration when the run began, for batches of average size."""
+
+    step: Fraction = Fraction(1)
+    """Iterations that the last step was: above or below 1 where a step has more or fewer images than when the run began."""
+
     batches: int = 0
-    """Batches that all processes have used: the measure of progress."""
+    """Batches that all processes have used: the number of the next one, from which it draws."""
 
     draws: int = 0
     """Batches that each process has used; differs from ``batches`` by the numbers of processes."""
@@ -87,7 +94,7 @@ class TrainingState:
     @property
     def iteration(self) -> int:
         """Whole iterations so far."""
-        return self.batches // self.replicas
+        return int(self.progress)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that `load_state_dict` needs, as tensors and plain values.
@@ -102,6 +109,8 @@ class TrainingState:
             "scaler": self.scaler.state_dict(),
             "seed": self.seed,
             "iteration": self.iteration,
+            "progress": str(self.progress),
+            "step": str(self.step),
             "batches": self.batches,
             "draws": self.draws,
             "images": self.images,
@@ -131,12 +140,14 @@ class TrainingState:
             self.optimizer.load_state_dict(state["optimizer"])
             if state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])
-            # Version 0.1 resumed on as many processes with as much accumulation only.
+            # Version 0.1 resumed on as many processes with as much accumulation only; later ones first counted in batches.
             self.batches = state.get("batches", state["iteration"] * self.replicas)
             self.draws = state.get("draws", state["iteration"] * draws)
+            self.progress = Fraction(state.get("progress", Fraction(self.batches, self.replicas)))
+            self.step = Fraction(state.get("step", 1))
             self.images, self.skipped = state["images"], state["skipped"]
             self.window = dict(state["window"])
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:  # fmt: skip
             raise CheckpointError(
                 f"the checkpoint belongs to another model: {error}", hint=other
             ) from error
@@ -158,6 +169,14 @@ def check_finite(network: nn.Module) -> None:
         )
 
 
+def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Return (iteration, path) of the complete checkpoints in a folder, which may be absent, oldest first."""
+    if not folder.is_dir():
+        return []
+    named = ((step_of(path.stem), path) for path in folder.iterdir() if path.suffix == ".pth")
+    return sorted((step, path) for step, path in named if step is not None)
+
+
 class CheckpointFolder:
     """The checkpoints of one run.
 
@@ -173,13 +192,6 @@ class CheckpointFolder:
     def path(self, iteration: int) -> Path:
         """Return the name of the checkpoint after a number of iterations."""
         return self.folder / f"{step_name(iteration)}.pth"
-
-    def list(self) -> list[tuple[int, Path]]:
-        """Return (iteration, path) of the complete checkpoints, oldest first."""
-        if not self.folder.is_dir():
-            return []
-        named = ((step_of(p.stem), p) for p in self.folder.iterdir() if p.suffix == ".pth")
-        return sorted((step, path) for step, path in named if step is not None)
 
     def save(self, state: dict[str, Any], iteration: int, best: int | None = None) -> Path:
         """Write the checkpoint of an iteration, then remove those that need not be kept.
@@ -206,7 +218,7 @@ class CheckpointFolder:
         Raises:
             CheckpointError: There are checkpoints, and all of them are damaged.
         """
-        found = self.list()
+        found = list_checkpoints(self.folder)
         for number, (_, path) in reversed(list(enumerate(found))):
             try:
                 return load_checkpoint(path), path
@@ -223,7 +235,7 @@ class CheckpointFolder:
 
     def rotate(self, best: int | None) -> None:
         """Remove the checkpoints that need not be kept; ``best`` is the best one's iteration, if any."""
-        found = self.list()
+        found = list_checkpoints(self.folder)
         every = self._config.keep_every
         for iteration, path in found[: -self._config.keep_last]:
             milestone = every is not None and iteration % every == 0

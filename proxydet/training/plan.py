@@ -29,20 +29,10 @@ from proxydet.modeling.backbone import build_backbone
 from proxydet.modeling.centernet import CenterNet
 from proxydet.modeling.config import ModelConfig
 from proxydet.modeling.roi_heads import RoiHeads
-from proxydet.training.checkpoint import CheckpointFolder, read_iteration
 from proxydet.training.config import TrainingConfig
 from proxydet.training.distributed import DistInfo, choose_device
 from proxydet.training.launch import LaunchPlan
-from proxydet.training.runfolder import (
-    EarlierRun,
-    Resume,
-    RunFolder,
-    check_same,
-    continue_run,
-    find_earlier,
-    is_whole,
-    keep_weights,
-)
+from proxydet.training.runfolder import Resume, RunFolder, check_same, is_whole, prepare
 from proxydet.training.step import check_precision
 from proxydet.training.train import fit_to_embeddings, fit_to_masks
 
@@ -228,8 +218,6 @@ def plan_training(
     """
     folder = RunFolder(output)
     needs: list[Need] = []
-    earlier: list[EarlierRun] = []
-    resumes_after = None
     finished = False
 
     def need(what: str, path: Path) -> None:
@@ -244,22 +232,19 @@ def plan_training(
     owner = Lock(folder.lock).owner()
     if owner is not None and not owner.has_ended:
         unusable("run folder", folder.root, f"it is in use by {owner}")
-    try:
-        earlier = find_earlier(folder, config, resume, overwrite=overwrite)
-        if isinstance(resume, Path):
-            resumes_after = read_iteration(resume)
-            need("checkpoint", resume)
-        elif resume == "auto":
-            found = CheckpointFolder(folder.checkpoints, config.training.checkpoints).list()
-            resumes_after = found[-1][0] if found else None
-    except CheckpointError as error:
-        unusable("checkpoint", error.path or folder.checkpoints, error)
-    except ProxydetError as error:
-        unusable("run folder", folder.root, error)
     ranks = DistInfo(world_size=launch.world_size, device=torch.device("cpu"))
+    try:
+        start = prepare(config, folder, ranks, resume, overwrite=overwrite)
+        if isinstance(resume, Path):
+            need("checkpoint", resume)
+    except ProxydetError as error:
+        if isinstance(error, CheckpointError):
+            unusable("checkpoint", error.path or folder.checkpoints, error)
+        else:
+            unusable("run folder", folder.root, error)
+        start = prepare(config, folder, ranks, "never", overwrite=True)
+    scaled, resumes_after = start.config, start.resumes_after
     begins = resumes_after is None
-    config = config if begins else keep_weights(config, earlier)
-    scaled, accumulation = continue_run(config, earlier, ranks)
     compared = len(needs)
 
     training = scaled.training
@@ -317,19 +302,20 @@ def plan_training(
                 except ProxydetError as error:
                     unusable("classes and masks", annotations, error)
     before = len(needs)
-    for run in earlier:
+    for run in start.earlier if decided else ():
         try:
-            check_same(run, scaled, before_data=not decided)
+            check_same(run, scaled)
         except ProxydetError as error:
             unusable("run folder", folder.root, error)
             needs.insert(compared, needs.pop())
-    if resume == "auto" and earlier and earlier[0].finished and len(needs) == before:
+    if resume == "auto" and start.earlier and start.earlier[0].finished and len(needs) == before:
         try:
-            finished = is_whole(folder, earlier[0])
+            finished = is_whole(folder, start.earlier[0])
         except ProxydetError as error:
             unusable("finished run", error.path or folder.root, error)
     left = max(scaled.training.iterations - (resumes_after or 0), 0)
-    batches = scaled.training.replicas
+    used = start.batches(scaled.data)
+    labelled = description is None or description.image_labels is not None
     return TrainingPlan(
         folder=folder.root,
         resumes_after=resumes_after,
@@ -340,11 +326,11 @@ def plan_training(
         notes=tuple(notes),
         estimate=estimate_run(
             scaled.model,
-            scaled.data.boxes,
-            scaled.data.image_labels,
-            dataclasses.replace(scaled.training, accumulation=accumulation),
+            used.boxes,
+            used.image_labels if labelled else None,
+            dataclasses.replace(scaled.training, accumulation=start.accumulation),
             launch.world_size,
-            steps=left * batches / (accumulation * launch.world_size),
+            steps=float(left / start.step(ranks, image_labels=labelled)),
         ),
         command=launch.command(words),
     )

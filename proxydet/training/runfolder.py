@@ -34,10 +34,12 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from proxydet.config import differences, from_mapping, load_mapping
+from proxydet.data.config import DataConfig, mean_batch
 from proxydet.data.dataset import DatasetConfig
 from proxydet.data.store import AnnotationStore
 from proxydet.errors import (
@@ -50,14 +52,14 @@ from proxydet.errors import (
 from proxydet.files import JsonLines, Lock, sha256, sweep, write_text
 from proxydet.manifest import read_run_records, read_values
 from proxydet.training.checkpoint import (
-    CheckpointFolder,
+    list_checkpoints,
     load_checkpoint,
     read_iteration,
     read_run,
     step_name,
     step_of,
 )
-from proxydet.training.config import CheckpointConfig, scale_training
+from proxydet.training.config import scale_training
 from proxydet.training.distributed import DistInfo, launched_rank, number_in
 from proxydet.training.launch import LAUNCHER, holds_logs_only
 from proxydet.vocabulary.compositional import CompositionalEncoder
@@ -120,10 +122,6 @@ class RunFolder:
         self.final_safetensors = root / "model_final.safetensors"
         self.final_weights = root / "model_final.pth"
         """A run that has them is finished."""
-
-    def list_checkpoints(self) -> list[tuple[int, Path]]:
-        """Return (iteration, path) of the checkpoints, oldest first."""
-        return CheckpointFolder(self.checkpoints, CheckpointConfig()).list()
 
     def evaluation(self, iteration: int) -> Path:
         """Return the folder for the predictions and the report of one evaluation during training."""
@@ -190,7 +188,7 @@ class RunFolder:
             iteration: Iterations so far.
             end: Iterations of the whole run: after fewer, final weights are not this run's.
         """
-        later = [path for at, path in self.list_checkpoints() if at > iteration]
+        later = [path for at, path in list_checkpoints(self.checkpoints) if at > iteration]
         for path in (self.root / "evaluations").glob("step_*"):
             if (step_of(path.name) or 0) > iteration:
                 later.append(path)
@@ -287,7 +285,7 @@ def earlier_run(
             problems.append(problem if str(path) in problem else f"{path}: {problem}")
             return None
 
-    found = [path for _, path in folder.list_checkpoints()]
+    found = [path for _, path in list_checkpoints(folder.checkpoints)]
     newest = [checkpoint] if checkpoint is not None else found[::-1]
     manifest: dict[str, Any] = {}
     if folder.manifest.exists():
@@ -523,38 +521,154 @@ def default_folder(base: Path, config: RunConfig, resume: Resume) -> tuple[Path,
     return folder.root, reasons[0] if reasons else ""
 
 
-def find_earlier(
-    folder: RunFolder, config: RunConfig, resume: Resume, *, overwrite: bool = False
-) -> list[EarlierRun]:
-    """Return the runs that a training continues: that in its folder, and that of the checkpoint that is given.
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """How a training starts: a new run, or one that is resumed."""
+
+    config: RunConfig
+    """Of the run: scaled to the number of processes with which it began, with the batch sizes that it had then."""
+
+    earlier: tuple[EarlierRun, ...]
+    """The runs that it continues: that in its folder, and that of the checkpoint that is given."""
+
+    resumes_after: int | None
+    """Iteration of the checkpoint that is resumed from, if that is whole; None starts a new run."""
+
+    accumulation: int
+    """Batches that each process adds up in a step."""
+
+    asked: DataConfig
+    """Has the batch sizes that are asked for."""
+
+    def batches(self, data: DataConfig) -> DataConfig:
+        """Return data settings with the batch sizes that are asked for."""
+        return _with_batches(data, self.asked)
+
+    def step(self, ranks: DistInfo, *, image_labels: bool) -> Fraction:
+        """Return how many iterations a step is, by its images; reports what differs from the run that is resumed.
+
+        Args:
+            ranks: The processes.
+            image_labels: Whether the data has image labels, which make batches of their own.
+        """
+
+        def images(data: DataConfig) -> Fraction:
+            return mean_batch(data.boxes, data.image_labels if image_labels else None)
+
+        training, before = self.config.training, self.config.data
+        batches = self.accumulation * ranks.world_size
+        step = Fraction(batches, training.replicas) * images(self.asked) / images(before)
+        compared = [
+            ("processes", training.replicas // training.accumulation, ranks.world_size),
+            ("batches a process adds up", training.accumulation, self.accumulation),
+            ("images in a batch", before.boxes.batch_size, self.asked.boxes.batch_size),
+        ]
+        if image_labels and before.image_labels and self.asked.image_labels:
+            sizes = before.image_labels.batch_size, self.asked.image_labels.batch_size
+            compared.append(("images in a batch with image labels", *sizes))
+        changed = [f"{now} {what} instead of {then}" for what, then, now in compared if then != now]
+        if ranks.is_main and changed:
+            rate = training.scaling == "linear"
+            logger.warning(
+                "Resuming with %s: %s",
+                ", ".join(changed),
+                "as many images a step as before"
+                if step == 1
+                else f"{float(step):g} times the images a step"
+                + f"; learning rates are multiplied by {float(step):g}" * rate
+                + f"; an iteration takes {float(1 / step):g} steps",
+            )
+        return step
+
+
+def prepare(
+    config: RunConfig,
+    folder: RunFolder,
+    ranks: DistInfo,
+    resume: Resume,
+    *,
+    overwrite: bool = False,
+) -> Start:
+    """Decide how a training starts, before it opens its data; writes nothing.
+
+    A new run is scaled to its number of processes; see `scale_training`. A run that is resumed keeps what an iteration was in
+    it, so that its schedule continues. Where the number of processes alone is another one, and shares the batches of a step
+    evenly, the step keeps them by accumulation. Otherwise, and with another batch size or accumulation, which is used as it is
+    given, progress is counted in images, and the learning rate follows ``training.scaling``.
+
+    Args:
+        config: The configuration that is asked for, before scaling.
+        folder: The run folder; may be absent.
+        ranks: The processes.
+        resume: What to do with checkpoints that are there.
+        overwrite: Whether ``never`` removes the run that is there.
 
     Raises:
-        ConfigError: The folder holds a run, and a new one is to be started.
-        CheckpointError: The checkpoint is absent or damaged.
+        ConfigError: The folder holds a run, and a new one is to be started; or the run that is resumed has other settings.
+        CheckpointError: The checkpoint that is given is absent or damaged.
     """
-    if resume == "never" and overwrite:
-        return []
-    here = earlier_run(folder, type(config))
-    if resume == "never" and here is not None:
-        raise ConfigError(
-            f"{folder.root} already holds a run.",
-            hint="train in another folder (--output), resume the run (--resume auto), or remove it: --overwrite",
-            path=folder.root,
+    earlier: list[EarlierRun] = []
+    resumes_after: int | None = None
+    if not (resume == "never" and overwrite):
+        here = earlier_run(folder, type(config))
+        if resume == "never" and here is not None:
+            raise ConfigError(
+                f"{folder.root} already holds a run.",
+                hint="train in another folder (--output), resume the run (--resume auto), or remove it: --overwrite",
+                path=folder.root,
+            )
+        earlier = [] if here is None else [here]
+        found = list_checkpoints(folder.checkpoints)
+        resumes_after = found[-1][0] if found else None
+        if isinstance(resume, Path):
+            resumes_after = read_iteration(resume)
+            own = resume.parent.parent if resume.parent.name == "checkpoints" else resume
+            if here is None or own.resolve() != folder.root.resolve():
+                other = earlier_run(RunFolder(own), type(config), resume)
+                if other is None:
+                    logger.warning(
+                        "The settings with which %s was written are not known; they are not compared",
+                        resume,
+                    )
+                else:
+                    earlier.append(other)
+    run = config if resumes_after is None else keep_weights(config, earlier)
+    training, accumulation = run.training, run.training.accumulation
+    if earlier:
+        before = earlier[-1].config
+        data = run.data
+        # A finished run has nothing left that could be trained with other batches.
+        if isinstance(resume, Path) or not earlier[-1].finished:
+            data = _with_batches(data, before.data)
+        began = before.training
+        alike = data == run.data and accumulation == began.accumulation
+        if alike and began.replicas % ranks.world_size == 0:
+            accumulation = began.replicas // ranks.world_size
+        training = dataclasses.replace(
+            scale_training(training, began.replicas), accumulation=began.accumulation
         )
-    found = [] if here is None else [here]
-    if isinstance(resume, Path):
-        read_iteration(resume)
-        own = resume.parent.parent if resume.parent.name == "checkpoints" else resume
-        if here is None or own.resolve() != folder.root.resolve():
-            other = earlier_run(RunFolder(own), type(config), resume)
-            if other is None:
-                logger.warning(
-                    "The settings with which %s was written are not known; they are not compared",
-                    resume,
-                )
-            else:
-                found.append(other)
-    return found
+        run = dataclasses.replace(run, data=data)
+    else:
+        training = scale_training(training, ranks.world_size * accumulation)
+    run = dataclasses.replace(run, training=training)
+    for one in earlier:
+        check_same(one, run, before_data=True)
+    return Start(
+        config=run,
+        earlier=tuple(earlier),
+        resumes_after=resumes_after,
+        accumulation=accumulation,
+        asked=config.data,
+    )
+
+
+def _with_batches(data: DataConfig, like: DataConfig) -> DataConfig:
+    """Return data settings with the batch sizes of others."""
+    labels = data.image_labels
+    if labels is not None and like.image_labels is not None:
+        labels = dataclasses.replace(labels, batch_size=like.image_labels.batch_size)
+    boxes = dataclasses.replace(data.boxes, batch_size=like.boxes.batch_size)
+    return dataclasses.replace(data, boxes=boxes, image_labels=labels)
 
 
 def keep_weights(config: RunConfig, earlier: Sequence[EarlierRun]) -> RunConfig:
@@ -576,41 +690,3 @@ def keep_weights(config: RunConfig, earlier: Sequence[EarlierRun]) -> RunConfig:
     return dataclasses.replace(
         config, training=dataclasses.replace(config.training, weights=before)
     )
-
-
-def continue_run(
-    config: RunConfig, earlier: Sequence[EarlierRun], ranks: DistInfo
-) -> tuple[RunConfig, int]:
-    """Return a run's configuration, and how many batches this many processes accumulate.
-
-    A new run is scaled to its number of processes; see `scale_training`. A run that is resumed keeps what an iteration was in
-    it, so that its schedule continues. On another number of processes, a step keeps its number of batches where they share
-    it evenly; otherwise, or where another accumulation is asked for, the learning rate is scaled and progress is counted in
-    batches.
-    """
-    training = config.training
-    if not earlier:
-        training = scale_training(training, ranks.world_size * training.accumulation)
-        return dataclasses.replace(config, training=training), training.accumulation
-    before = earlier[-1].config.training
-    scaled = scale_training(training, before.replicas)
-    accumulation = training.accumulation
-    if accumulation == before.accumulation and before.replicas % ranks.world_size == 0:
-        accumulation = before.replicas // ranks.world_size
-    batches = accumulation * ranks.world_size
-    processes = before.replicas // before.accumulation
-    if ranks.is_main and (processes, before.accumulation) != (ranks.world_size, accumulation):
-        k = batches / before.replicas
-        rate = f"; learning rates are multiplied by {k:g}" if training.scaling == "linear" else ""
-        logger.warning(
-            "Resuming on %d processes with accumulation %d instead of %d with %d: %s",
-            ranks.world_size,
-            accumulation,
-            processes,
-            before.accumulation,
-            "as many batches a step as before"
-            if k == 1
-            else f"{batches} batches a step instead of {before.replicas}{rate}; an iteration takes {1 / k:g} steps",
-        )
-    scaled = dataclasses.replace(scaled, accumulation=before.accumulation)
-    return dataclasses.replace(config, training=scaled), accumulation

@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def learning_rate_factor(iteration: float, iterations: int, config: ScheduleConf
     warm-up, so that the two parts meet; this is how detectron2 joins them.
 
     Args:
-        iteration: Iterations before the step, from 0; a fraction where a step has fewer batches than an iteration.
+        iteration: Iterations before the step, from 0; a fraction where a step has fewer images than an iteration.
         iterations: Iterations of the whole training.
         config: Shape and warm-up.
 
@@ -286,6 +287,7 @@ def train_step(
     batches: Sequence[Any],
     *,
     config: TrainingConfig,
+    step: Fraction,
     ranks: DistInfo,
     failures: Path,
     stop: bool = False,
@@ -295,8 +297,9 @@ def train_step(
     Args:
         state: What changes.
         batches: The batches of this process: as many as are accumulated, at least 1.
-        config: Training settings. Where a step has k times the batches of ``config.replicas``, and ``scaling`` is linear, the
-            learning rate is multiplied by k.
+        config: Training settings.
+        step: Iterations that the step is: its images, over those of an iteration. Where ``scaling`` is linear, the learning rate
+            is multiplied by it. The last step ends with the last iteration.
         ranks: This process.
         failures: Folder for the record of a batch whose loss is not finite.
         stop: Whether this process wants to stop; all processes learn of it.
@@ -304,12 +307,10 @@ def train_step(
     Raises:
         NumericsError: A loss is not finite, and the step is not to be skipped.
     """
-    count = len(batches) * ranks.world_size
-    factor = count / config.replicas if config.scaling == "linear" else 1.0
     learning_rate = config.optimizer.learning_rate * learning_rate_factor(
-        state.batches / config.replicas, config.iterations, config.schedule
+        float(state.progress), config.iterations, config.schedule
     )
-    learning_rate *= factor
+    learning_rate *= float(step) if config.scaling == "linear" else 1.0
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
 
@@ -353,7 +354,9 @@ def train_step(
         state.scaler.step(state.optimizer)
         state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
-    state.batches += count
+    state.progress = min(state.progress + step, Fraction(config.iterations))
+    state.step = step
+    state.batches += len(batches) * ranks.world_size
     state.draws += len(batches)
     state.images += result.images
     return result

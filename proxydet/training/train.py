@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -63,9 +64,7 @@ from proxydet.training.runfolder import (
     after_restart,
     check_same,
     check_same_data,
-    continue_run,
-    find_earlier,
-    keep_weights,
+    prepare,
 )
 from proxydet.training.step import (
     Losses,
@@ -168,17 +167,13 @@ def train(
         ranks = stack.enter_context(connect(config.training.device))
         folder = RunFolder(output.resolve())
         still_ours = stack.enter_context(folder.held()) if ranks.is_main else lambda: None
-        earlier = find_earlier(folder, config, resume, overwrite=overwrite)
-        begins = resume == "never" or not (isinstance(resume, Path) or folder.list_checkpoints())
-        config = config if begins else keep_weights(config, earlier)
-        config, accumulation = continue_run(config, earlier, ranks)
+        start = prepare(config, folder, ranks, resume, overwrite=overwrite)
+        config, earlier, begins = start.config, start.earlier, start.resumes_after is None
         settings = config.training
         check_precision(settings.precision, ranks.device)
         stack.enter_context(reproducibility_mode(config.reproducibility))
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
-        for run in earlier:
-            check_same(run, config, before_data=True)
 
         if config.data.description is None:
             raise ConfigError(
@@ -192,7 +187,9 @@ def train(
         if note and ranks.is_main:
             logger.warning("%s", note)
         config = fit_to_embeddings(config, vocabulary.dimension)
-        sources = TrainingSources(config.data, data)
+        used = start.batches(config.data)
+        step = start.step(ranks, image_labels=description.image_labels is not None)
+        sources = TrainingSources(used, data)
         digests = {
             "vocabulary": vocabulary.digest,
             # Of the annotations, whatever the version of their store.
@@ -203,9 +200,8 @@ def train(
             check_same(run, config)
             check_same_data(run, digests)
         facts = {"configuration": dump_yaml(config, comments=False), **digests}
-        check_agreement(
-            ranks, {**facts, "accumulation": str(accumulation), "run folder": str(folder.root)}
-        )
+        parts = {"accumulation": str(start.accumulation), "images of a step": str(step)}
+        check_agreement(ranks, {**facts, **parts, "run folder": str(folder.root)})
         encoder = Path(description.classes.encoder or "")
         own_encoder = encoder.suffix == ".json" and encoder.is_file()
         if own_encoder:
@@ -265,7 +261,8 @@ def train(
             folder=folder,
             ranks=ranks,
             seed=config.seed,
-            accumulation=accumulation,
+            accumulation=start.accumulation,
+            step=step,
             # A little longer than the loader itself waits for its workers.
             loader_timeout=timeout + 30.0 if timeout else None,
             resume=resume,
@@ -376,6 +373,7 @@ def fit(
     ranks: DistInfo,
     seed: int,
     accumulation: int | None = None,
+    step: Fraction | None = None,
     loader_timeout: float | None = None,
     resume: Resume = "auto",
     run: str = "",
@@ -395,8 +393,9 @@ def fit(
         folder: The run folder.
         ranks: This process.
         seed: Seed of every random draw.
-        accumulation: Batches that this process adds up in a step; None takes the settings'. With another number of batches a
-            step than ``replicas``, progress is counted in batches, and the learning rate follows ``scaling``.
+        accumulation: Batches that this process adds up in a step; None takes the settings'.
+        step: Iterations that a step is, by its images; None takes its batches over ``replicas``. Progress is counted in it, and
+            the learning rate follows ``scaling``.
         loader_timeout: Seconds without a batch after which the run stops; None waits for ever.
         resume: What to do with checkpoints that are there.
         run: JSON of what the run is made from, for its checkpoints.
@@ -415,6 +414,7 @@ def fit(
     """
     start = time.perf_counter()
     accumulation = accumulation or config.accumulation
+    step = step or Fraction(accumulation * ranks.world_size, config.replicas)
     network.to(ranks.device)
     apply_precision(network, config.precision)
     touch = config.optimizer.unused_gradients == "zero"
@@ -461,9 +461,9 @@ def fit(
 
         def passes(period: int) -> bool:
             """Whether the last step reached or passed a multiple of a number of iterations."""
-            before = max(state.batches - accumulation * ranks.world_size, 0)
-            unit = period * state.replicas
-            return state.batches // unit > before // unit
+            return (
+                state.progress // period > max(state.progress - state.step, Fraction(0)) // period
+            )
 
         def evaluation_due() -> bool:
             schedule = config.evaluation
@@ -520,19 +520,22 @@ def fit(
                 checkpoints.rotate(best_iteration())
 
         network.train()
-        end = config.iterations * config.replicas
         evaluate_if_due()
         if ranks.is_main:  # a process that was killed may have left that to do
             checkpoints.rotate(best_iteration())
-        while state.batches < end:
+        while state.progress < config.iterations:
             batches = [prefetcher.next() for _ in range(accumulation)]
             stop = signals.received > 0
             result = train_step(
-                state, batches, config=config, ranks=ranks, failures=folder.failures, stop=stop
+                state,
+                batches,
+                config=config,
+                step=step,
+                ranks=ranks,
+                failures=folder.failures,
+                stop=stop,
             )
-            # Where an iteration is not a whole number of steps, the last one would count beyond the end.
-            state.batches = min(state.batches, end)
-            last = state.batches == end
+            last = state.progress == config.iterations
             record = last or passes(config.log.period)
             if record and ranks.is_main:
                 still_ours()

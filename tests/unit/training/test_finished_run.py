@@ -14,8 +14,9 @@ from proxydet.files import sha256
 from proxydet.manifest import build_manifest, write_run_records
 from proxydet.recipes import RunConfig, get_recipe
 from proxydet.runtime.report import environment
+from proxydet.training.checkpoint import list_checkpoints
 from proxydet.training.distributed import DistInfo
-from proxydet.training.runfolder import RunFolder, continue_run
+from proxydet.training.runfolder import RunFolder, prepare
 from proxydet.training_run import finished_run
 from proxydet.vocabulary.vocabulary import Vocabulary
 from proxydet.weight_files import write_safetensors, write_state
@@ -35,7 +36,7 @@ def config() -> RunConfig:
 def run(tmp_path, config) -> RunFolder:
     """Write what a finished run of one process leaves."""
     folder = RunFolder(tmp_path / "run")
-    settings, _ = continue_run(config, [], DistInfo(device=torch.device("cpu")))
+    settings = prepare(config, folder, DistInfo(device=torch.device("cpu")), "auto").config
     vocabulary = Vocabulary.from_arrays(["cup", "mug"], [[1.0, 0.0], [0.0, 1.0]])
     vocabulary.save(folder.vocabulary)
     folder.text_encoder.write_text('{"format": "of the data"}')
@@ -94,7 +95,7 @@ def test_what_is_damaged_is_written_again_from_the_last_checkpoint(
 
 @pytest.mark.parametrize("name", NEEDED)
 def test_without_that_checkpoint_it_is_refused_by_name(run, config, name):
-    ((_, checkpoint),) = run.list_checkpoints()
+    ((_, checkpoint),) = list_checkpoints(run.checkpoints)
     flip(run.root / name)
     for damage in (flip, Path.unlink):
         damage(checkpoint)
@@ -107,7 +108,7 @@ def test_without_that_checkpoint_it_is_refused_by_name(run, config, name):
 
 @pytest.mark.usefixtures("unmeasured")
 def test_the_command_refuses_it_too(run, config, cli):
-    ((_, checkpoint),) = run.list_checkpoints()
+    ((_, checkpoint),) = list_checkpoints(run.checkpoints)
     checkpoint.unlink()
     assert finished_run(run, config) is not None, "whole, and never resumed"
     flip(run.root / NEEDED[0])
@@ -119,7 +120,7 @@ def test_the_command_refuses_it_too(run, config, cli):
 
 
 def test_records_that_cannot_be_written_again_are_reported(run, config, caplog):
-    ((_, checkpoint),) = run.list_checkpoints()
+    ((_, checkpoint),) = list_checkpoints(run.checkpoints)
     checkpoint.unlink()
     run.environment.unlink()
     assert finished_run(run, config) is not None

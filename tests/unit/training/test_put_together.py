@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -58,6 +59,7 @@ def test_each_batch_of_a_run_has_a_seed_of_its_own_whichever_process_computes_it
                     state,
                     [toy.toy_batch(part) for part in range(accumulation)],
                     config=toy.BASE,
+                    step=Fraction(accumulation * world_size, 4),
                     ranks=DistInfo(rank=rank, world_size=world_size, device=CPU),
                     failures=tmp_path,
                 )
@@ -112,7 +114,9 @@ def test_every_process_names_the_one_whose_loss_is_not_finite(toy, tmp_path, mon
         )
         ranks = DistInfo(rank=rank, world_size=2, device=CPU)
         with pytest.raises(NumericsError, match="in process 1 on images 510, 511") as caught:
-            train_step(state, [batch], config=toy.BASE, ranks=ranks, failures=tmp_path)
+            train_step(
+                state, [batch], config=toy.BASE, step=Fraction(2), ranks=ranks, failures=tmp_path
+            )
         assert caught.value.rank == 1
 
 

@@ -10,6 +10,7 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,18 @@ from proxydet.files import sha256
 from proxydet.manifest import build_manifest
 from proxydet.recipes import RunConfig, get_recipe, resolve_config
 from proxydet.training import distributed
+from proxydet.training.checkpoint import list_checkpoints
 from proxydet.training.config import scale_training
 from proxydet.training.distributed import DistInfo, check_agreement
 from proxydet.training.launch import worker
 from proxydet.training.runfolder import (
+    EarlierRun,
+    Resume,
     RunFolder,
     check_same,
     check_same_data,
-    continue_run,
     default_folder,
-    find_earlier,
+    prepare,
 )
 from proxydet.weight_files import write_safetensors, write_state
 from proxydet_cli.main import main
@@ -44,12 +47,17 @@ def ranks(count: int) -> DistInfo:
     return DistInfo(world_size=count, device=CPU)
 
 
+def new(config: RunConfig, processes: int = 2) -> RunConfig:
+    """Return the configuration of a new run."""
+    return prepare(config, RunFolder(Path("absent")), ranks(processes), "auto").config
+
+
 def write_run(
     root: Path, config: RunConfig, *, processes: int = 2, finished: bool = False
 ) -> RunFolder:
     """Write what a run leaves, as far as it says what it is."""
     folder = RunFolder(root)
-    scaled, _ = continue_run(config, [], ranks(processes))
+    scaled = new(config, processes)
     run = {"configuration": to_mapping(scaled), "digests": DIGESTS}
     content = {"iteration": 3, "optimizer": {}, "run": json.dumps(run)}
     write_state(content, folder.checkpoints / "step_0000003.pth")
@@ -70,31 +78,36 @@ def folder(tmp_path, config) -> RunFolder:
     return write_run(tmp_path / "run", config)
 
 
-def check(folder: RunFolder, config: RunConfig, processes: int = 2, **options: Any) -> int:
+def check(folder: RunFolder, config: RunConfig, processes: int = 2) -> int:
     """Return the accumulation with which a configuration resumes the run of a folder, all being well."""
-    earlier = find_earlier(folder, config, "auto", **options)
-    now, accumulation = continue_run(config, earlier, ranks(processes))
-    for run in earlier:
-        check_same(run, now)
-    return accumulation
+    start = prepare(config, folder, ranks(processes), "auto")
+    for run in start.earlier:
+        check_same(run, start.config)
+    return start.accumulation
+
+
+def found(
+    folder: RunFolder, config: RunConfig, resume: Resume = "auto", **options: Any
+) -> tuple[EarlierRun, ...]:
+    """Return the runs that a training of two processes continues."""
+    return prepare(config, folder, ranks(2), resume, **options).earlier
 
 
 class TestSettings:
     def test_the_same_run_is_resumed_and_an_empty_folder_begun(self, folder, config, tmp_path):
         assert check(folder, config) == 1
-        assert find_earlier(RunFolder(tmp_path / "absent"), config, "auto") == []
+        assert found(RunFolder(tmp_path / "absent"), config) == ()
 
     def test_the_run_of_a_checkpoint_is_named_not_the_folder(self, folder, tmp_path):
         """``--resume other/checkpoints/step_3.pth --output new``: it is the other one that differs."""
-        ((_, checkpoint),) = folder.list_checkpoints()
-        changed = resolve_config("tiny", None, ["seed=8"])
-        new = RunFolder(tmp_path / "new")
-        (found,) = find_earlier(new, changed, checkpoint)
+        ((_, checkpoint),) = list_checkpoints(folder.checkpoints)
+        elsewhere = RunFolder(tmp_path / "new")
         with pytest.raises(ConfigError, match=str(folder.root)) as caught:
-            check_same(found, changed)
-        assert str(new.root) not in f"{caught.value.message} {caught.value.hint}"
+            found(elsewhere, resolve_config("tiny", None, ["seed=8"]), checkpoint)
+        assert str(elsewhere.root) not in f"{caught.value.message} {caught.value.hint}"
+        (earlier,) = found(elsewhere, get_recipe("tiny"), checkpoint)
         with pytest.raises(ConfigError, match=str(folder.root)):
-            check_same_data(found, {"images": "cc", "vocabulary": "zz"})
+            check_same_data(earlier, {"images": "cc", "vocabulary": "zz"})
 
     @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
     def test_final_weights_are_not_resumed(self, config, tmp_path, suffix):
@@ -105,7 +118,7 @@ class TestSettings:
         else:
             write_safetensors(path, weights, {"iteration": 3})
         with pytest.raises(CheckpointError, match="weights") as caught:
-            find_earlier(RunFolder(tmp_path / "run"), config, path)
+            found(RunFolder(tmp_path / "run"), config, path)
         assert "--weights" in str(caught.value.hint)
 
     def test_other_settings_are_refused_and_free_ones_are_not(self, folder, config):
@@ -126,21 +139,20 @@ class TestSettings:
             check(folder, longer)
 
     def test_what_the_data_decide_is_compared_when_they_are_read(self, folder, config):
-        (earlier,) = find_earlier(folder, config, "auto")
+        (earlier,) = found(folder, config)
         model = dataclasses.replace(
             config.model, classifier=dataclasses.replace(config.model.classifier, embedding_dim=7)
         )
-        other, _ = continue_run(dataclasses.replace(config, model=model), [earlier], ranks(2))
-        check_same(earlier, other, before_data=True)
+        other = prepare(dataclasses.replace(config, model=model), folder, ranks(2), "auto").config
         with pytest.raises(ConfigError, match="embedding_dim"):
             check_same(earlier, other)
 
     @pytest.mark.parametrize("name", list(DIGESTS))
     def test_changed_data_is_refused(self, folder, config, name):
-        (earlier,) = find_earlier(folder, config, "auto")
+        (earlier,) = found(folder, config)
         check_same_data(earlier, {**DIGESTS, "images": "new in this version"})
         folder.manifest.write_text(folder.manifest.read_text().replace('"bb"', '"bb-v3"'))
-        (of_before,) = find_earlier(folder, config, "auto")
+        (of_before,) = found(folder, config)
         check_same_data(of_before, DIGESTS)
         with pytest.raises(ConfigError, match=name) as caught:
             check_same_data(earlier, {**DIGESTS, name: "zz"})
@@ -171,9 +183,9 @@ class TestSettings:
     ):
         for other in (config, resolve_config("tiny", None, ["seed=8"])):
             with pytest.raises(ConfigError, match="already holds a run") as caught:
-                find_earlier(folder, other, "never")
+                found(folder, other, "never")
             assert "--overwrite" in str(caught.value.hint)
-            assert find_earlier(folder, other, "never", overwrite=True) == []
+            assert found(folder, other, "never", overwrite=True) == ()
         (folder.root / "notes.txt").touch()
         folder.logs.mkdir()
         (folder.logs / "rank_1.log").touch()
@@ -183,21 +195,20 @@ class TestSettings:
     def test_a_checkpoint_is_checked_with_the_run_that_wrote_it(self, folder, config, tmp_path):
         path = folder.checkpoints / "step_0000003.pth"
         other = resolve_config("tiny", None, ["seed=8"])
-        new = RunFolder(tmp_path / "new")
+        elsewhere = RunFolder(tmp_path / "new")
         moved = tmp_path / "moved.pth"
         moved.write_bytes(path.read_bytes())
-        for target, checkpoint in ((folder, path), (new, path), (new, moved)):
-            (earlier,) = find_earlier(target, config, checkpoint)
+        for target, checkpoint in ((folder, path), (elsewhere, path), (elsewhere, moved)):
+            (earlier,) = found(target, config, checkpoint)
             assert earlier.digests == DIGESTS
-            check_same(earlier, continue_run(config, [earlier], ranks(2))[0])
             with pytest.raises(ConfigError, match="seed: 7 there, 8 now"):
-                check_same(earlier, continue_run(other, [earlier], ranks(2))[0])
+                found(target, other, checkpoint)
 
     def test_one_that_says_nothing_of_itself_is_taken_with_a_warning(
         self, config, tmp_path, caplog
     ):
         torch.save({"format": 1, "iteration": 3}, tmp_path / "old.pth")
-        assert find_earlier(RunFolder(tmp_path / "new"), config, tmp_path / "old.pth") == []
+        assert found(RunFolder(tmp_path / "new"), config, tmp_path / "old.pth") == ()
         assert "old.pth" in caplog.text
 
 
@@ -214,12 +225,12 @@ class TestDamage:
 
     def test_an_edited_configuration_is_not_believed(self, folder, config):
         """The manifest has a SHA-256; keys that may differ may be edited."""
-        scaled, _ = continue_run(config, [], ranks(2))
+        scaled = new(config)
         content = {"configuration": to_mapping(scaled), "digests": DIGESTS}
         manifest = build_manifest("training", **content, mode="off", seeds={})
         folder.manifest.write_text(json.dumps(manifest.to_dict()))
         other = resolve_config("tiny", None, ["seed=8", "data.workers=3"])
-        folder.config.write_text(dump_yaml(continue_run(other, [], ranks(2))[0]))
+        folder.config.write_text(dump_yaml(new(other)))
         with pytest.raises(ConfigError, match="seed: 7 there, 8 now") as caught:
             check(folder, other)
         assert caught.value.path == folder.config
@@ -242,7 +253,7 @@ class TestDamage:
         if content is not None:
             folder.manifest.write_bytes(content)
         (folder.checkpoints / "step_0000004.pth").write_bytes(b"cut")
-        (earlier,) = find_earlier(folder, config, "auto")
+        (earlier,) = found(folder, config)
         assert earlier.digests == DIGESTS
         with pytest.raises(ConfigError, match="seed: 7 there, 8 now"):
             check(folder, resolve_config("tiny", None, ["seed=8"]))
@@ -252,13 +263,13 @@ class TestDamage:
         folder.manifest.write_bytes(b"{")
         (folder.checkpoints / "step_0000003.pth").write_bytes(b"")
         with pytest.raises(ConfigError, match=str(folder.root)) as caught:
-            find_earlier(folder, config, "auto")
+            found(folder, config)
         assert caught.value.path == folder.config
         assert "--output" in str(caught.value.hint)
 
     def test_a_damaged_manifest_alone_is_reported(self, folder, config, caplog):
         folder.manifest.write_bytes(folder.manifest.read_bytes()[:50])
-        (earlier,) = find_earlier(folder, config, "auto")
+        (earlier,) = found(folder, config)
         assert earlier.digests == {}
         assert str(folder.manifest) in caplog.text
 
@@ -275,12 +286,12 @@ class TestProcesses:
         ("began", "now", "asked", "accumulation", "told"),
         [
             (2, 2, 1, 1, ""),
-            (2, 1, 1, 2, "as many batches a step as before"),
-            (8, 4, 1, 2, "as many batches a step as before"),
-            (2, 4, 1, 1, "4 batches a step instead of 2; learning rates are multiplied by 2"),
-            (8, 3, 1, 1, "3 batches a step instead of 8; learning rates are multiplied by 0.375"),
-            (2, 2, 2, 2, "4 batches a step instead of 2"),
-            (2, 1, 3, 3, "3 batches a step instead of 2"),
+            (2, 1, 1, 2, "as many images a step as before"),
+            (8, 4, 1, 2, "as many images a step as before"),
+            (2, 4, 1, 1, "2 times the images a step; learning rates are multiplied by 2"),
+            (8, 3, 1, 1, "0.375 times the images a step; learning rates are multiplied by 0.375"),
+            (2, 2, 2, 2, "2 times the images a step"),
+            (2, 1, 3, 3, "1.5 times the images a step"),
         ],
     )
     def test_a_run_goes_on_with_another_number_of_processes(
@@ -289,21 +300,53 @@ class TestProcesses:
         folder = write_run(tmp_path / "run", config, processes=began)
         options = resolve_config("tiny", None, [f"training.accumulation={asked}"])
         assert check(folder, options, now) == accumulation
+        start = prepare(options, folder, ranks(now), "auto")
+        assert start.step(ranks(now), image_labels=True) == Fraction(accumulation * now, began)
         assert told in caplog.text
         assert bool(told) == bool(caplog.text)
         # What an iteration is stays, and so do learning rate, periods and length.
-        (earlier,) = find_earlier(folder, config, "auto")
-        resumed, _ = continue_run(options, [earlier], ranks(now))
-        assert resumed.training == scale_training(config.training, began)
+        assert start.config.training == scale_training(config.training, began)
 
-    def test_a_run_that_accumulated_goes_on_with_more_processes(self, tmp_path, caplog):
+    def test_a_run_that_accumulated_goes_on_with_more_processes(self, tmp_path):
         config = resolve_config("tiny", None, ["training.accumulation=4"])
         folder = write_run(tmp_path / "run", config, processes=1)
         assert check(folder, config, 2) == 2
         assert check(folder, config, 4) == 1
-        assert "as many batches a step" in caplog.text
         again = resolve_config(None, folder.config)
         assert check(folder, again, 1) == 4, "as its own configuration repeats it"
+
+    @pytest.mark.parametrize(
+        ("sets", "labels", "step", "told"),
+        [
+            ((4, 8, 1), True, Fraction(2), "4 images in a batch instead of 2"),
+            ((4, 8, 1), False, Fraction(2), "learning rates are multiplied by 2"),
+            ((1, 2, 2), True, Fraction(1), "as many images a step as before"),
+            ((1, 4, 1), False, Fraction(1, 2), "an iteration takes 2 steps"),
+            # Images of both kinds are drawn as often as each other: batches of 2 and 4 have 8/3 of them, of 1 and 4 8/5.
+            ((1, 4, 1), True, Fraction(3, 5), "0.6 times the images a step"),
+            ((2, 1, 1), False, Fraction(1), ""),
+        ],
+    )
+    def test_a_run_goes_on_with_another_batch_by_the_rule(
+        self, folder, config, caplog, sets, labels, step, told
+    ):
+        keys = ("data.boxes.batch_size", "data.image_labels.batch_size", "training.accumulation")
+        asked = [f"{key}={value}" for key, value in zip(keys, sets, strict=True)]
+        options = resolve_config("tiny", None, asked)
+        start = prepare(options, folder, ranks(2), "auto")
+        assert start.step(ranks(2), image_labels=labels) == step
+        assert told in caplog.text
+        assert bool(told) == bool(caplog.text)
+        assert start.accumulation == sets[2]
+        assert start.config == new(config), "an iteration, and the schedule, are those of the run"
+        assert start.batches(start.config.data) == options.data
+        # A finished run is another one; without --output, so is one that is not.
+        assert default_folder(folder.root, options, "auto")[0] != folder.root
+        folder.final_weights.touch()
+        with pytest.raises(ConfigError, match=r"data\.\w+\.batch_size: "):
+            prepare(options, folder, ranks(2), "auto")
+        back = prepare(options, folder, ranks(2), folder.checkpoints / "step_0000003.pth")
+        assert back.step(ranks(2), image_labels=labels) == step
 
 
 class TestDefaultFolder:
@@ -543,7 +586,7 @@ class TestGoingBack:
         monkeypatch.undo()
         assert not folder.final_weights.exists()
         folder.set_aside_after(2)
-        assert [step for step, _ in folder.list_checkpoints()] == [2]
+        assert [step for step, _ in list_checkpoints(folder.checkpoints)] == [2]
         assert not folder.final_safetensors.exists()
         aside = sorted(path.name for path in (tmp_path / "aside").rglob("*.*"))
         assert aside == [

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
 
@@ -37,10 +38,12 @@ def make_state() -> TrainingState:
 def test_counts_and_the_loss_scale_are_restored():
     before = make_state()
     before.batches, before.draws, before.skipped, before.images = 40, 5, 2, 160
+    before.progress, before.step = Fraction(11, 2), Fraction(1, 2)
     before.scaler.load_state_dict({**before.scaler.state_dict(), "scale": 2.0})
     after = make_state()
     after.load_state_dict(before.state_dict())
     assert (after.iteration, after.batches, after.draws) == (5, 40, 5)
+    assert (after.progress, after.step) == (Fraction(11, 2), Fraction(1, 2))
     assert (after.skipped, after.images) == (2, 160)
     assert after.scaler.state_dict()["scale"] == 2.0
 

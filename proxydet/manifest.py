@@ -15,7 +15,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -79,6 +79,9 @@ class RunManifest:
 
     world_size: int
     """Number of processes."""
+
+    environment: str = ""
+    """SHA-256 of what ``environment.json`` next to it holds; empty where none is there, and in what version 0.1 wrote."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the manifest as JSON values."""
@@ -175,7 +178,8 @@ def write_run_records(
         The environment report that was written.
     """
     report = environment() if report is None else report
-    write_json(folder / MANIFEST_NAME, manifest.to_dict())
+    sealed = replace(manifest, environment=_digest(report.to_dict()))
+    write_json(folder / MANIFEST_NAME, sealed.to_dict())
     write_json(folder / ENVIRONMENT_NAME, report.to_dict())
     return report
 
@@ -190,10 +194,19 @@ def read_run_records(run: Path) -> tuple[RunManifest, EnvironmentReport]:
         The manifest and the environment report.
 
     Raises:
-        InputError: A file is missing or not one of ours.
+        InputError: A file is missing, not one of ours, or not what was written.
     """
     folder = folder_of(run)
-    return read_manifest(folder), _read(folder / ENVIRONMENT_NAME, EnvironmentReport.from_dict)
+    manifest = read_manifest(folder)
+
+    def report(content: Mapping[str, Any]) -> EnvironmentReport:
+        if manifest.environment not in ("", _digest(content)):
+            raise InputError(
+                f"it is not what was written next to {MANIFEST_NAME} (SHA-256)", hint=_HINT
+            )
+        return EnvironmentReport.from_dict(content)
+
+    return manifest, _read(folder / ENVIRONMENT_NAME, report)
 
 
 def folder_of(run: Path) -> Path:

@@ -317,7 +317,7 @@ def earlier_run(
                     path=source,
                 )
         if problems:
-            logger.warning("%s; using %s", "; ".join(problems), source)
+            _warn_once(f"{'; '.join(problems)}; using {source}")
         return EarlierRun(
             root=folder.root,
             source=source,
@@ -332,6 +332,17 @@ def earlier_run(
         hint=f"put {folder.config.name} back, train in another folder (--output), or remove the run: --overwrite",
         path=folder.config,
     )
+
+
+_reported: set[str] = set()
+
+
+def _warn_once(text: str) -> None:
+    """Warn on the main process, once, and not where the launcher of this process has done so; log it everywhere."""
+    started = number_in(os.environ, LAUNCHER) not in (0, os.getpid())
+    report = launched_rank() == 0 and not started and text not in _reported
+    _reported.add(text)
+    logger.log(logging.WARNING if report else logging.INFO, "%s", text)
 
 
 def _told(before: RunConfig, now: RunConfig, free: tuple[str, ...]) -> dict[str, str]:
@@ -626,9 +637,8 @@ def prepare(
             if here is None or own.resolve() != folder.root.resolve():
                 other = earlier_run(RunFolder(own), type(config), resume)
                 if other is None:
-                    logger.warning(
-                        "The settings with which %s was written are not known; they are not compared",
-                        resume,
+                    _warn_once(
+                        f"The settings with which {resume} was written are not known; they are not compared"
                     )
                 else:
                     earlier.append(other)
@@ -680,12 +690,11 @@ def keep_weights(config: RunConfig, earlier: Sequence[EarlierRun]) -> RunConfig:
     before = earlier[-1].config.training.weights if earlier else None
     if asked == before:
         return config
-    if asked is not None and launched_rank() == 0:
+    if asked is not None:
         began = f" ({before})" if before is not None else ""
-        logger.warning(
-            "The starting weights %s are not used: the run began from others%s. A new run starts from them: --output FOLDER",
-            asked,
-            began,
+        _warn_once(
+            f"The starting weights {asked} are not used: the run began from others{began}. A new run starts from them: "
+            "--output FOLDER"
         )
     return dataclasses.replace(
         config, training=dataclasses.replace(config.training, weights=before)

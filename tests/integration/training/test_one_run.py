@@ -16,6 +16,9 @@ from types import MappingProxyType
 import pytest
 import torch
 
+from proxydet.recipes import resolve_config
+from proxydet.training.step import learning_rate_factor
+
 pytestmark = pytest.mark.slow
 
 
@@ -64,6 +67,19 @@ class Trainings:
     def run(self, name: str, *words: str, processes: int = 1) -> str:
         code, errors = self.finish(self.start(name, *words, processes=processes))
         assert code == 0, errors
+        return errors
+
+    def until(self, name: str, step: int, *words: str, processes: int) -> str:
+        """Train until a step is recorded, and stop then."""
+        process = self.start(name, *words, processes=processes)
+        deadline = time.monotonic() + 600
+        while len(self.records(name)) < step:
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        code, errors = self.finish(process)
+        assert code == 143, errors
         return errors
 
     def records(self, name: str) -> list[dict]:
@@ -144,24 +160,12 @@ def free_port() -> int:
 
 
 def test_two_processes_then_one_then_two_are_the_same_run(trainings: Trainings) -> None:
-    def until(step: int, processes: int) -> str:
-        process = trainings.start("changing", processes=processes)
-        deadline = time.monotonic() + 600
-        while len(trainings.records("changing")) < step:
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-        code, errors = trainings.finish(process)
-        assert code == 143, errors
-        return errors
-
     two = ("training.scaling=none", "training.iterations=12")
     trainings = Trainings(trainings.folder, [*trainings.sets, *two])
     trainings.run("whole", processes=2)
-    until(2, 2)
-    said = until(5, 1)
-    assert "as many batches a step as before" in said.replace("\n", " ")
+    trainings.until("changing", 2, processes=2)
+    said = trainings.until("changing", 5, processes=1)
+    assert "as many images a step as before" in said.replace("\n", " ")
     trainings.run("changing", processes=2)
     whole, changing = trainings.records("whole"), trainings.records("changing")
     for one, other in zip(whole, changing, strict=True):
@@ -169,3 +173,31 @@ def test_two_processes_then_one_then_two_are_the_same_run(trainings: Trainings) 
         assert (one["iteration"], one["images"]) == (other["iteration"], other["images"])
         # The proposal losses are averaged over the cells of both processes, or of each batch.
         assert one["losses"]["total"] == pytest.approx(other["losses"]["total"], rel=0.05)
+
+
+def test_with_another_batch_the_schedule_follows_the_images(trainings: Trainings) -> None:
+    """Two processes with batches of 2, one with batches of 4, two with batches of 4: twice the images a step."""
+    sets = [*trainings.sets, "data.image_labels=null", "training.iterations=24"]
+    trainings = Trainings(trainings.folder, [*sets, "training.schedule.warmup_iterations=8"])
+    larger = ("--set", "data.boxes.batch_size=4")
+    trainings.until("run", 3, processes=2)
+    said = trainings.until("run", 6, *larger, processes=1).replace("\n", " ")
+    assert "4 images in a batch instead of 2" in " ".join(said.split())
+    said = trainings.run("run", *larger, processes=2)
+    assert "2 times the images a step" in " ".join(said.split())
+    training = resolve_config(None, trainings.folder / "run/config.yaml").training
+    assert (training.iterations, training.replicas, training.schedule.warmup_iterations) == (
+        12,
+        2,
+        4,
+    )
+    before, steps = 0.0, set()
+    for record in trainings.records("run"):
+        step = record["images"] / 4 - before
+        factor = learning_rate_factor(before, training.iterations, training.schedule)
+        assert record["learning_rate"] == training.optimizer.learning_rate * factor * step
+        assert record["iteration"] == min(before + step, 12)
+        before += step
+        steps.add(step)
+    assert steps == {1.0, 2.0}
+    assert record["iteration"] == 12

@@ -66,6 +66,12 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-40])
 
 
+def edit(path: Path) -> None:
+    content = json.loads(path.read_text())
+    content["fields"][0]["value"] = "another"
+    path.write_text(json.dumps(content))
+
+
 NEEDED = ["model_final.safetensors", "model_final.pth", "vocabulary.npz", "text_encoder.json"]
 RECORDS = ["manifest.json", "environment.json"]
 
@@ -83,7 +89,11 @@ def test_a_whole_run_is_finished(run, config, cli):
 
 @pytest.mark.parametrize(
     ("damage", "name"),
-    [*((flip, name) for name in NEEDED), *((cut, name) for name in [*NEEDED, *RECORDS])],
+    [
+        (edit, RECORDS[1]),
+        *((flip, name) for name in NEEDED),
+        *((cut, name) for name in [*NEEDED, *RECORDS]),
+    ],
 )
 def test_what_is_damaged_is_written_again_from_the_last_checkpoint(
     run, config, damage, name, caplog

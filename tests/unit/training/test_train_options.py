@@ -15,7 +15,7 @@ from proxydet.config import dump_yaml
 from proxydet.recipes import RunConfig, resolve_config
 from proxydet.training.distributed import DistInfo
 from proxydet.training.launch import LaunchPlan
-from proxydet.training.runfolder import RunFolder, continue_run
+from proxydet.training.runfolder import RunFolder, prepare
 from proxydet.training.train import TrainResult
 from proxydet.vocabulary.vocabulary import Vocabulary
 from proxydet.weight_files import write_state
@@ -178,7 +178,7 @@ def test_without_a_folder_a_run_has_its_own(tmp_path, monkeypatch, capsys):
         trained.append((folder.root.name, job["resume"], job["overwrite"]))
         folder.root.mkdir(parents=True, exist_ok=True)
         folder.config.write_text(
-            dump_yaml(continue_run(config, [], DistInfo(device=torch.device("cpu")))[0])
+            dump_yaml(prepare(config, folder, DistInfo(device=torch.device("cpu")), "auto").config)
         )
         return RESULT
 

@@ -223,6 +223,7 @@ class Detector:
         *,
         score_threshold: float = 0.3,
         max_detections: int = 300,
+        one_label: bool = True,
         channel_order: ChannelOrder = "rgb",
     ) -> Detections:
         """Detect objects in an image.
@@ -233,6 +234,7 @@ class Detector:
             vocabulary: What to detect, see `Classes`; names are embedded by `vocabulary_of`.
             score_threshold: Only detections that score above this, 0 to 1.
             max_detections: At most this many, the best.
+            one_label: One label a box: of overlapping detections of any classes only the best; else of each class.
             channel_order: ``"bgr"`` for arrays from OpenCV.
 
         Raises:
@@ -243,6 +245,7 @@ class Detector:
             vocabulary,
             score_threshold=score_threshold,
             max_detections=max_detections,
+            one_label=one_label,
             channel_order=channel_order,
         )
         return found
@@ -254,6 +257,7 @@ class Detector:
         *,
         score_threshold: float = 0.3,
         max_detections: int = 300,
+        one_label: bool = True,
         channel_order: ChannelOrder = "rgb",
         batch_size: int = 8,
     ) -> list[Detections]:
@@ -264,6 +268,7 @@ class Detector:
             vocabulary: As for `predict`.
             score_threshold: As for `predict`.
             max_detections: As for `predict`.
+            one_label: As for `predict`.
             channel_order: As for `predict`.
             batch_size: Images that are in memory and in the network at once.
 
@@ -278,7 +283,11 @@ class Detector:
                 "predict_batch takes several images", hint="use predict for a single one"
             )
         classes = self.resolve(vocabulary)
-        settings = self.settings(score_threshold=score_threshold, max_detections=max_detections)
+        settings = self.settings(
+            score_threshold=score_threshold,
+            max_detections=max_detections,
+            agnostic_nms=one_label,
+        )
         found: list[Detections] = []
         remaining = iter(images)
         while batch := list(islice(remaining, batch_size)):
@@ -294,6 +303,7 @@ class Detector:
         *,
         score_threshold: float = 0.3,
         max_detections: int = 300,
+        one_label: bool = True,
         every: int = 1,
         batch_size: int = 4,
     ) -> Iterator[FrameResult]:
@@ -304,6 +314,7 @@ class Detector:
             vocabulary: As for `predict`.
             score_threshold: As for `predict`.
             max_detections: As for `predict`.
+            one_label: As for `predict`.
             every: Run on each frame (1), each second one (2), ...
             batch_size: Frames in the network at once; a camera's are run one by one.
 
@@ -318,7 +329,11 @@ class Detector:
         from proxydet.inference.video import VideoReader, predict_frames
 
         classes = self.resolve(vocabulary)
-        settings = self.settings(score_threshold=score_threshold, max_detections=max_detections)
+        settings = self.settings(
+            score_threshold=score_threshold,
+            max_detections=max_detections,
+            agnostic_nms=one_label,
+        )
         reader = VideoReader(source, every=every)
         return predict_frames(self, reader, classes, settings, batch_size=batch_size)
 
@@ -389,7 +404,7 @@ class Detector:
 
         Args:
             **changes: Fields of `proxydet.modeling.config.InferenceConfig`, such as ``masks=False``,
-                ``one_class_per_proposal=True`` (only the best class of each box, as the published demos show it),
+                ``agnostic_nms=True`` (of overlapping detections of any classes only the best),
                 ``precision="fp16"`` on a GPU, or ``flip=True, scales=(0.75, 1.0, 1.25)`` (test-time augmentation). None
                 keeps the run's.
 

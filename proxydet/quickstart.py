@@ -245,8 +245,6 @@ def predict_examples(
     The words are novel classes and one base class. They are embedded by the data set's text encoder, as those of
     ``proxydet predict --vocabulary`` are.
     """
-    # One name an object reads better in an image; scores need every class of a region.
-    detector = detector.with_settings(one_class_per_proposal=True)
     names, base = detector.vocabulary.names, detector.vocabulary.base
     novel = tuple(name for name, known in zip(names, base, strict=True) if not known)
     known = tuple(name for name, seen in zip(names, base, strict=True) if seen)

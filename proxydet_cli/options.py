@@ -238,6 +238,14 @@ PrecisionOption = Annotated[
         rich_help_panel="Detector",
     ),
 ]
+OneLabel = Annotated[
+    bool,
+    typer.Option(
+        "--one-label/--all-labels",
+        help="One label a box, or of each class that scores above the threshold.",
+        rich_help_panel="Detections",
+    ),
+]
 BaseAbove = Annotated[
     float,
     typer.Option(

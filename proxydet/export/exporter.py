@@ -221,6 +221,7 @@ def describe(detector: Detector, vocabulary: Vocabulary | None = None) -> Export
         nms_iou=settings.nms_iou,
         max_detections=settings.max_detections,
         one_class_per_proposal=settings.one_class_per_proposal,
+        agnostic_nms=settings.agnostic_nms,
         shortest=detector.sides[0],
         longest=detector.sides[1],
         sealed=True,

@@ -401,9 +401,16 @@ class DetectorGraph(nn.Module):
             scores_RC = torch.where(
                 scores_RC == scores_RC.amax(dim=1, keepdim=True), scores_RC, 0.0
             )
+        class_R: Tensor | None = None
+        if settings.agnostic_nms:
+            best_R, class_R = scores_RC.max(dim=1)
         region_K, class_K = self.suppression.keep_best_by_class(
-            embedded.boxes_BR4[0], scores_RC, score_threshold, settings
+            embedded.boxes_BR4[0],
+            scores_RC if class_R is None else best_R[:, None],
+            score_threshold,
+            settings,
         )
+        class_K = class_K if class_R is None else class_R[region_K]
         score_K = scores_RC.flatten()[region_K * scores_RC.shape[1] + class_K]
         # Filled up, so that the best can be taken whatever their number.
         padded = torch.cat([score_K, score_K.new_full((settings.max_detections,), -1.0)])

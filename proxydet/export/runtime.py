@@ -85,7 +85,9 @@ class ExportMetadata:
     max_detections: int
     """Detections at most."""
     one_class_per_proposal: bool
-    """Whether only the best class of each box is kept."""
+    """Whether only the best class of each proposal is kept."""
+    agnostic_nms: bool
+    """Whether NMS takes all classes at once: one label a box."""
     shortest: int
     """Images are scaled so that their shortest side has this many pixels,"""
     longest: int
@@ -113,8 +115,9 @@ class ExportMetadata:
         if text is None:
             raise InputError(f"{path} was not made by proxydet", hint=hint, path=path)
         try:
-            # Version 0.1 always exported masks, and no digest.
-            content = {"masks": True, "sealed": False, **json.loads(text)}
+            # Version 0.1 always exported masks, no digest, and NMS of each class alone.
+            earlier = {"masks": True, "sealed": False, "agnostic_nms": False}
+            content = {**earlier, **json.loads(text)}
             metadata = msgspec.convert(content, cls)
         except (ValueError, TypeError, RecursionError, msgspec.MsgspecError) as error:
             raise InputError(

@@ -149,6 +149,9 @@ class InferenceConfig:
     one_class_per_proposal: bool = False
     """Keep only the best class of each proposal, as the published demos do."""
 
+    agnostic_nms: bool = False
+    """NMS over all classes at once: one label a box. The default of predict, serve, export and Python all the same."""
+
     alpha: float = 0.15
     """Weight of the mixup branch for base classes, in [0, 1] (published without image labels: 0.35)."""
 

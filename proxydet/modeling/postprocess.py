@@ -383,7 +383,8 @@ def detect_classes(
         _require_finite([*_embeddings(regions), regions.boxes_BR4, regions.mixup_boxes_BR4])
         scorers.append(_Scorer(regions, classes, classifiers, settings))
     search = _Search(scorers, views[0], settings)
-    if settings.one_class_per_proposal:
+    # Over all classes at once, no class of a region survives its best one: the boxes are the same.
+    if settings.one_class_per_proposal or settings.agnostic_nms:
         return search.select(search.best_classes(len(classes.base_C)))
     return search.select(search.candidates(len(classes.base_C)))
 
@@ -502,15 +503,14 @@ class _Search:
         """Apply NMS and keep the best of each image."""
         # One wait for both counts of every image.
         counts, candidates = torch.stack([self._count(found.region_K), found.counts_B]).tolist()
-        boxes_K4 = self._boxes_N4[found.region_K]
+        boxes_K4, settings = self._boxes_N4[found.region_K], self._settings
         boxes = NmsInput(
             boxes_N4=boxes_K4,
             scores_N=found.score_K,
-            classes_N=found.class_K,
+            classes_N=torch.zeros_like(found.class_K) if settings.agnostic_nms else found.class_K,
             counts=counts,
             candidates=candidates,
         )
-        settings = self._settings
         kept = suppress(boxes, iou=settings.nms_iou, limit=settings.max_detections)
         return [
             Detections(

@@ -170,8 +170,8 @@ class PredictParams:
     """At most this many detections, the best."""
     masks: bool | None = None
     """Masks too, or boxes only; None: masks where the detector has a mask head."""
-    one_label: bool = False
-    """Only the best class of each box."""
+    one_label: bool = True
+    """One label a box: of overlapping detections of any classes only the best."""
 
 
 def read_params(pairs: Iterable[tuple[str, str]], settings: ServingSettings) -> PredictParams:
@@ -796,7 +796,7 @@ class ServingApp:
             score_threshold=params.score_threshold,
             max_detections=params.top,
             masks=params.masks,
-            one_class_per_proposal=params.one_label,
+            agnostic_nms=params.one_label,
         )
 
     @asynccontextmanager

@@ -12,6 +12,7 @@ from proxydet_cli.options import (
     Json,
     ModelConfig,
     NamesFile,
+    OneLabel,
     Run,
     VocabularySource,
     Weights,
@@ -73,6 +74,7 @@ def export(
     vocabulary: VocabularySource = None,
     names: NamesFile = None,
     check: Check = None,
+    one_label: OneLabel = True,
     opset: Opset = 18,
     yes: Yes = False,
     json: Json = False,
@@ -91,6 +93,7 @@ def export(
     from proxydet.export.exporter import export_detector
 
     detector = open_detector(named, classes, vocabulary, device="cpu", yes=yes)
+    detector = detector.with_settings(agnostic_nms=one_label)
     given = classes is not None or vocabulary is not None
     report = export_detector(
         detector,

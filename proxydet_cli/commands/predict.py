@@ -20,6 +20,7 @@ from proxydet_cli.options import (
     Json,
     ModelConfig,
     NamesFile,
+    OneLabel,
     Precision,
     PrecisionOption,
     Run,
@@ -68,12 +69,6 @@ Top = Annotated[
     int,
     typer.Option(
         "--top", min=1, help="Keep at most this many an image.", rich_help_panel="Detections"
-    ),
-]
-OneLabel = Annotated[
-    bool,
-    typer.Option(
-        "--one-label", help="Keep only the best class of each box.", rich_help_panel="Detections"
     ),
 ]
 Masks = Annotated[
@@ -150,7 +145,7 @@ def predict(
     config: ModelConfig = None,
     score_threshold: Threshold = 0.3,
     top: Top = 300,
-    one_label: OneLabel = False,
+    one_label: OneLabel = True,
     masks: Masks = None,
     output: OutputFolder = None,
     overwrite: Overwrite = False,
@@ -220,7 +215,7 @@ def predict(
 
     opened = open_detector(named, classes, vocabulary, device=device, yes=yes)
     detector = tuned(opened, tta=tta, precision=precision)
-    detector = detector.with_settings(one_class_per_proposal=one_label, masks=masks)
+    detector = detector.with_settings(agnostic_nms=one_label, masks=masks)
     vocabulary_used = chosen_vocabulary(detector, classes, vocabulary, names, base_above, yes=yes)
     settings = detector.settings(score_threshold=score_threshold, max_detections=top)
 

@@ -50,7 +50,8 @@ def test_options_reach_the_exporter(seen, detector, tmp_path, cli):
     assert report["path"] == str(target)
     assert report["agreement"][0]["matched"] == 40
     assert report["metadata"]["weights_sha256"]
-    assert seen["detector"] is detector
+    assert seen["detector"].network is detector.network
+    assert seen["detector"].inference.agnostic_nms
     assert (seen["opset"], seen["format"]) == (19, "onnx")
     assert seen["check"] == [Path("x.jpg")]
     assert seen["vocabulary"] is None

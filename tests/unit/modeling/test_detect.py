@@ -8,6 +8,8 @@ import threading
 import numpy as np
 import pytest
 import torch
+from torch.testing import assert_close
+from torchvision.ops import box_iou
 
 from proxydet.errors import ConfigError, DataError, NumericsError, VocabularyError
 from proxydet.modeling import postprocess
@@ -185,6 +187,25 @@ def test_one_class_per_proposal(network, tiny):
         best[tuple(box)] = max(best.get(tuple(box), 0.0), score)
     for box, score in zip(found.boxes_N4.tolist(), found.scores_N.tolist(), strict=True):
         assert score == best[tuple(box)]
+
+
+@pytest.mark.parametrize("chunk", [1, 100])
+def test_agnostic_nms_keeps_the_best_of_overlapping_detections(network, tiny, chunk):
+    image, iou = tiny.image(96, 96), 0.3
+    free = dataclasses.replace(LOW, nms_iou=1.0, max_detections=100_000)
+    (every,) = network.detect([image], settings=free)
+    order = every.scores_N.argsort(descending=True, stable=True)
+    kept: list[int] = []
+    for place in order.tolist():
+        overlaps = box_iou(every.boxes_N4[place][None], every.boxes_N4[kept])
+        if not (overlaps > iou).any():
+            kept.append(place)
+    settings = dataclasses.replace(LOW, agnostic_nms=True, nms_iou=iou, class_chunk=chunk)
+    (found,) = network.detect([image], settings=settings)
+    assert 1 < len(kept) < len(every)
+    assert_close(found.boxes_N4, every.boxes_N4[kept])
+    assert found.classes_N.tolist() == every.classes_N[kept].tolist()
+    assert_close(found.scores_N, every.scores_N[kept])
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 6, 100])

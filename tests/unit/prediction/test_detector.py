@@ -94,16 +94,17 @@ def test_an_empty_batch_is_an_empty_list(detector):
 def test_evaluation_and_prediction_are_bit_for_bit_equal(detector, pictures):
     (prediction,) = detector.predict_images([pictures[0]], settings=InferenceConfig())
     wanted = Detections(prediction, detector.vocabulary.names)
-    assert_same(detector.predict(pictures[0], score_threshold=0.02), wanted)
+    assert_same(detector.predict(pictures[0], score_threshold=0.02, one_label=False), wanted)
 
 
 def test_a_higher_threshold_only_leaves_out(detector, pictures):
-    low = predict(detector, pictures[0])
+    low = detector.predict(pictures[0], score_threshold=0.02, one_label=False)
     middle = float(np.median(low.scores))
-    high = detector.predict(pictures[0], score_threshold=middle)
+    high = detector.predict(pictures[0], score_threshold=middle, one_label=False)
     assert 0 < len(high) < len(low)
     assert_same(high, low.above(middle))
-    assert_same(detector.predict(pictures[0], score_threshold=0.02, max_detections=3), low.top(3))
+    best = detector.predict(pictures[0], score_threshold=0.02, max_detections=3, one_label=False)
+    assert_same(best, low.top(3))
 
 
 def test_names_are_embedded_and_split_by_the_published_rule(detector):

@@ -55,6 +55,7 @@ def test_evaluation_predicts_what_a_user_gets(eyes, drawn, split, tmp_path, augm
             split.images.read(index),
             score_threshold=detector.inference.score_threshold,
             max_detections=detector.inference.max_detections,
+            one_label=False,
         )
         theirs = by_image.pop(image_id, [])
         ours = found.to_coco(image_id, ids)
@@ -77,7 +78,7 @@ def test_saved_pictures_and_json_say_what_python_says(eyes, drawn, tmp_path):
         writers=make_writers(["images", "json"], tmp_path, eyes.vocabulary.names),
     )
     for picture in images:
-        found = eyes.predict(picture.path, score_threshold=0.1, max_detections=5)
+        found = eyes.predict(picture.path, score_threshold=0.1, max_detections=5, one_label=False)
         assert len(found) == 5
         content = json.loads((tmp_path / f"{picture.name}.json").read_text())
         assert content == json.loads(json.dumps({"file": str(picture.path), **found.to_dict()}))

@@ -39,7 +39,13 @@ def test_json_equals_the_python_api(run, detector, folder):
 
 def test_pictures_are_saved_and_results_listed(run, folder, tmp_path):
     code, out, err = run(
-        folder / "a0.png", folder / "sub", "--top", "2", "--output", tmp_path / "out"
+        folder / "a0.png",
+        folder / "sub",
+        "--all-labels",
+        "--top",
+        "2",
+        "--output",
+        tmp_path / "out",
     )
     assert code == 0
     lines = out.splitlines()
@@ -52,7 +58,14 @@ def test_pictures_are_saved_and_results_listed(run, folder, tmp_path):
 def test_a_line_tells_the_best_few_and_files_hold_all(run, folder, tmp_path):
     colours, forms = ("red", "blue", "green"), ("circle", "square", "star")
     shapes = [*colours, *forms, *(f"{colour} {form}" for colour in colours for form in forms)]
-    words = (folder / "a2.png", "-v", ", ".join(shapes), "--output", tmp_path / "out")
+    words = (
+        folder / "a2.png",
+        "-v",
+        ", ".join(shapes),
+        "--output",
+        tmp_path / "out",
+        "--all-labels",
+    )
     _, out, _ = run(*words, "--json")
     found = json.loads(out)["images"][0]["detections"]
     assert len(found) > 10

@@ -51,7 +51,9 @@ def test_results_come_in_order_and_equal_single_predictions(detector, folder, ba
     assert summary.images == 5
     assert summary.detections == sum(len(r.found) for r in results) > 0
     for result in results:
-        alone = detector.predict(result.file, score_threshold=0.02, max_detections=5)
+        alone = detector.predict(
+            result.file, score_threshold=0.02, max_detections=5, one_label=False
+        )
         assert alone.labels == result.found.labels
         np.testing.assert_allclose(alone.scores, result.found.scores, atol=1e-5)
 

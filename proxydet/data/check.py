@@ -26,7 +26,7 @@ from proxydet.data.dataset import (
     inner_root,
     names_annotations,
 )
-from proxydet.data.formats.voc import coco_files, image_folder
+from proxydet.data.formats.voc import coco_files
 from proxydet.data.image_labels import TarImages, open_label_images
 from proxydet.data.images import (
     check_annotated_image,
@@ -34,6 +34,7 @@ from proxydet.data.images import (
     require_distinct_files,
 )
 from proxydet.data.protocol import PROTOCOL_NAMES, Protocol, protocol_of
+from proxydet.data.sources import AnnotationSource, format_of, image_folders
 from proxydet.data.store import AnnotationStore
 from proxydet.errors import DataError, InputError
 from proxydet.reporting import SILENT, Progress
@@ -130,7 +131,7 @@ def check_path(
     checker = _Checker(cache=cache, progress=progress, decode=decode, protocol=protocol)
     if not names_annotations(path):
         return [checker.dataset(DatasetConfig.from_toml(path))]
-    if not path.is_dir() or (path / "Annotations").is_dir() or any(path.glob("*.xml")):
+    if not path.is_dir() or format_of(path) is not None:
         return [checker.annotations(path)]
     configs = sorted(path.glob("*.toml"))
     reports = [checker.data_root(path, configs)]
@@ -211,8 +212,7 @@ class _Checker:
 
     def annotations(self, path: Path) -> CheckReport:
         """Check an annotation file on its own, and for Pascal VOC the images that belong to it."""
-        store = self._store(path, "annotations")
-        folder = image_folder(path)
+        store = self._store(AnnotationSource(path=path), "annotations")
         if store is not None:
             self._trainable(store, np.ones(len(store.categories), dtype=np.bool_), "annotations")
             if unnamed := store.report.counts.get("image.name"):
@@ -221,8 +221,8 @@ class _Checker:
                     "eval --results, not trained on or predicted"
                 )
                 self.add("annotations", "error", text, "write each image's file_name")
-            elif folder is not None:
-                self._images(store, (folder,), "images", exact=True)
+            elif folders := image_folders(path):
+                self._images(store, folders, "images", exact=True)
         return self.report(str(path))
 
     def dataset(self, description: DatasetConfig) -> CheckReport:
@@ -232,7 +232,7 @@ class _Checker:
             if getattr(description, split) is None:
                 continue
             spec = description.split(split)
-            store = self._store(spec.annotations, split)
+            store = self._store(spec.source, split)
             if store is not None:
                 stores[split] = store
                 self._images(store, spec.roots, split, exact=split == "train")
@@ -254,10 +254,13 @@ class _Checker:
                 self._labels(description.image_labels, vocabulary, stores["train"])
         return self.report(description.name)
 
-    def _store(self, path: Path, part: str) -> AnnotationStore | None:
+    def _store(self, source: AnnotationSource, part: str) -> AnnotationStore | None:
         """Read annotations, and say what is used, mended and dropped; None where they are refused."""
+        path = source.path
         try:
-            store = AnnotationStore.open(path, cache=self.cache, progress=self.progress, warn=False)
+            store = AnnotationStore.open(
+                source, cache=self.cache, progress=self.progress, warn=False
+            )
             report = store.report
             text = (
                 f"{path.name} ({store.format}): {counted(report.images_kept, 'image')}, "

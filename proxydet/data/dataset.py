@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from proxydet.artifacts import Catalogue
 from proxydet.config import from_mapping, parse_toml
-from proxydet.data.formats.voc import image_folder
+from proxydet.data.sources import AnnotationSource, image_folders
 from proxydet.data.store import AnnotationStore
 from proxydet.errors import ConfigError, DataError, VocabularyError
 from proxydet.files import read_text
@@ -80,10 +80,39 @@ class SplitSpec(_Images):
     """The table ``[train]`` or ``[val]``: annotated images."""
 
     annotations: Path
-    """What `AnnotationStore.open` takes: a COCO, LVIS or OpenImages file, or Pascal VOC."""
+    """A file or folder of any format of ``docs/reference/annotation-files.md``."""
 
     images: Path | tuple[Path, ...]
     """Folder of the images, or a list of folders that are searched in this order."""
+
+    part: str | None = None
+    """Of annotations that hold several parts: ``train``, ``val`` or ``test`` of a YOLO ``data.yaml``, or a subset of a
+    CVAT file. Without it all of them."""
+
+    share: tuple[float, float] | None = None
+    """From and to which fraction of the images, as ``[0.0, 0.8]`` and ``[0.8, 1.0]`` of annotations that are not split.
+    A hash of each image's name and of ``seed`` decides their order."""
+
+    seed: int = 0
+    """Decides which images are in the ``share``."""
+
+    def __post_init__(self) -> None:
+        if self.share is not None and not 0 <= self.share[0] < self.share[1] <= 1:
+            low, high = self.share
+            raise ConfigError(
+                f"share must be two fractions from 0 to 1, the lower first, not [{low}, {high}]"
+            )
+
+    @property
+    def source(self) -> AnnotationSource:
+        """What `AnnotationStore.open` takes."""
+        return AnnotationSource(
+            path=self.annotations,
+            images=self.roots,
+            part=self.part,
+            share=self.share,
+            seed=self.seed,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,8 +167,8 @@ class DatasetConfig:
 
         Args:
             path: A TOML file, or what `AnnotationStore.open` takes.
-            images: Folders of the images, where ``path`` is not a dataset config; by default ``JPEGImages`` of Pascal VOC,
-                else the annotation file's own folder.
+            images: Folders of the images, where ``path`` is not a dataset config; by default those that the format
+                has, else the annotation file's own folder.
 
         Raises:
             DataError: as of `from_toml`.
@@ -147,7 +176,7 @@ class DatasetConfig:
         path = Path(path)
         if not names_annotations(path):
             return cls.from_toml(path)
-        roots = tuple(images) or (image_folder(path) or path.parent,)
+        roots = tuple(images) or image_folders(path) or (path.parent,)
         return cls(name=path.stem, train=SplitSpec(annotations=path, images=roots))
 
     @classmethod
@@ -312,9 +341,9 @@ class Dataset:
             DataError: the config has no such split, or its annotation file cannot be read or has nothing to use.
         """
         if split not in self._stores:
-            annotations = self.config.split(split).annotations
+            source = self.config.split(split).source
             store = AnnotationStore.open(
-                annotations, cache=self.cache, progress=self.progress, warn=self.warn
+                source, cache=self.cache, progress=self.progress, warn=self.warn
             )
             store.require_objects(groups=split != "train")
             self._stores[split] = store

@@ -46,6 +46,8 @@ _ROWS: dict[str, tuple[str, str, str, Fate, str]] = {
     "file.convention.xyxy": ("file", "bbox", "boxes are [x1, y1, x2, y2]", "refused", "write [x, y, width, height]: subtract x1 from x2 and y1 from y2"),
     "file.convention.fractions": ("file", "bbox", "boxes are fractions of the image", "refused", "write pixels: multiply by the image's width and height"),
     "file.convention.masks": ("file", "bbox", "most boxes are not where their own masks are (IoU below 0.5): percent, [cx, cy, w, h], [y, x, h, w] or of another image size", "refused", "write [x, y, width, height] in pixels, or remove 'bbox' to take the boxes from the masks"),
+    "file.convention.pixels": ("file", "rows", "the numbers of most rows are above 1: pixels, not fractions of the image (YOLO)", "refused", "divide x and width by the image's width, y and height by its height"),
+    "file.predictions": ("file", "predictions", "no task is annotated, and tasks have predictions (Label Studio)", "noted", "the predictions are read, as of a file of predict --save labelstudio"),
     "file.masks": ("file", "segmentation", "masks are given and none of them can be read", "refused", "correct the masks, or remove 'segmentation' to use boxes only"),
     "file.crowds": ("file", "iscrowd", "every annotation is a crowd: nothing to train on or to score", "refused", "set iscrowd to 0 where an annotation is one object (CVAT writes 1 for every mask)"),
     "file.empty": ("file", "annotations", "no annotation is left to use", "refused", "add annotations, or correct those that were dropped"),
@@ -67,6 +69,10 @@ _ROWS: dict[str, tuple[str, str, str, Fate, str]] = {
     "image.id.again": ("image", "id", "two entries for one image, equal in name and size", "dropped", "the first is used"),
     "image.id.repeated": ("image", "id", "used by two images", "refused", "give each image an id of its own"),
     "image.size": ("image", "width, height", "missing, not a positive whole number, or above 2,147,483,647 pixels", "dropped", "write the image's size in pixels"),
+    "image.file": ("image", "the image", "not there or not readable, and the format does not hold its size (YOLO, VGG VIA)", "dropped", "put the image back, or name its folder with 'images'"),
+    "image.unlabelled": ("image", "rows", "no file of rows (YOLO)", "noted", "used as an image without objects"),
+    "image.unannotated": ("image", "annotations", "not annotated yet (Label Studio: none submitted)", "dropped", ""),
+    "image.annotations": ("image", "annotations", "annotated more than once (Label Studio)", "noted", "the ground truth is used, else the newest annotation"),
     "image.name.repeated": ("image", "file_name", "two images name one file", "refused", "which objects belong to the file is not known: name each image's own file, with its folder"),
     "image.name": ("image", "file_name", "missing, and no coco_url", "noted", "the image cannot be read: it is scored with --results, not trained on"),
     "image.list": ("image", "neg_category_ids, ...", "names a category that the file does not have", "mended", "that entry is left out"),
@@ -81,6 +87,10 @@ _ROWS: dict[str, tuple[str, str, str, Fate, str]] = {
     "annotation.category_id": ("annotation", "category_id", "missing, or neither a whole number nor a text (Pascal VOC: an empty name)", "dropped", ""),
     "annotation.category_id.type": ("annotation", "category_id", "a text where the category's id is a number, or the reverse", "refused", "write category_id as categories[].id is written"),
     "annotation.category_id.unknown": ("annotation", "category_id", "names a category that the file does not have", "dropped", ""),
+    "annotation.row": ("annotation", "row", "not a class number with 4 numbers of a box or 6 and more of an outline (YOLO)", "dropped", ""),
+    "annotation.row.class": ("annotation", "row", "a class number that data.yaml or classes.txt does not name (YOLO)", "dropped", "add the class's name"),
+    "annotation.shape": ("annotation", "shape", "a point, a line, or of an unknown kind: without an area", "dropped", ""),
+    "annotation.rotation": ("annotation", "rotation", "a box that is turned", "mended", "read as the upright box around it"),
     "annotation.bbox.mask": ("annotation", "bbox", "missing, not 4 numbers below 1e9, or without extent", "mended", "taken from the mask"),
     "annotation.bbox": ("annotation", "bbox", "missing, not 4 numbers below 1e9, or of negative extent, and no mask to take it from", "dropped", ""),
     "annotation.bbox.extent": ("annotation", "bbox", "without extent (width or height 0)", "noted", "counted in scoring as the official evaluators count it, not trained on"),
@@ -110,13 +120,18 @@ _ROWS: dict[str, tuple[str, str, str, Fate, str]] = {
 DEVIATIONS = {key: Deviation(*row) for key, row in _ROWS.items()}
 """Every deviation, by its key."""
 
-VOC_FIELDS = {
-    "bbox": "bndbox",
-    "category_id": "name",
-    "file_name": "filename",
-    "width, height": "size/width, size/height",
+FIELDS: dict[str, dict[str, str]] = {
+    "object": {
+        "bbox": "bndbox",
+        "category_id": "name",
+        "file_name": "filename",
+        "width, height": "size/width, size/height",
+    },
+    "row": {"bbox": "cx, cy, w, h", "category_id": "class", "segmentation": "outline"},
+    "shape": {"bbox": "shape", "category_id": "label", "segmentation": "points"},
+    "region": {"bbox": "region", "category_id": "label", "segmentation": "points"},
 }
-"""What Pascal VOC calls the fields of `DEVIATIONS`."""
+"""What formats call the fields of `DEVIATIONS`, by what they call an annotation."""
 
 DAMAGED_MASK = ("annotation.segmentation", "annotation.rle.size", "annotation.rle.counts")
 """Deviations that cost an annotation its mask."""
@@ -134,7 +149,7 @@ class StoreReport(msgspec.Struct, kw_only=True):
         annotations_kept: Annotations in the store.
         crowds: Annotations kept that stand for a group.
         without_mask: Annotations kept that have a box and no mask.
-        record: What the format calls an annotation: ``annotation``, or Pascal VOC's ``object``.
+        record: What the format calls an annotation: ``annotation``, or a key of `FIELDS`.
         counts: Number of records by deviation.
         examples: The first few ids (or positions in the file) for each of them.
     """
@@ -197,7 +212,7 @@ def line_of(key: str, count: int, examples: Iterable[str], record: str = "annota
         key: The deviation.
         count: How many records.
         examples: What to call the first few of them.
-        record: ``annotation``, ``object`` for those of Pascal VOC, or ``detection`` for those of a results file.
+        record: ``annotation``, a key of `FIELDS`, or ``detection`` for those of a results file.
     """
     what = DEVIATIONS[key]
     nouns = {"category": "categories"}
@@ -208,7 +223,7 @@ def line_of(key: str, count: int, examples: Iterable[str], record: str = "annota
     then = f" ({what.then})" if what.then and what.fate != "refused" else ""
     shown = list(examples)
     ids = f"; e.g. {', '.join(shown)}" if shown else ""
-    field = VOC_FIELDS.get(what.field, what.field) if record == "object" else what.field
+    field = FIELDS.get(record, {}).get(what.field, what.field)
     return f"{count} {noun} {what.fate}: {field} {what.what}{then}{ids}"
 
 
@@ -232,6 +247,6 @@ def refused(
     shown = [str(item)[:200] for item in examples]
     ids = f" ({', '.join(shown[:_MOST_EXAMPLES])}{', ...' if len(shown) > _MOST_EXAMPLES else ''})"
     of = "" if what.of == "file" else f"{what.of} "
-    field = VOC_FIELDS.get(what.field, what.field) if record == "object" else what.field
+    field = FIELDS.get(record, {}).get(what.field, what.field)
     message = f"{name}: {of}{field}: {what.what}{ids if shown else ''}"
     return DataError(message, hint=what.then, path=path)

@@ -33,7 +33,7 @@ from pycocotools import mask as coco_mask
 
 from proxydet.data import masks
 from proxydet.data.deviations import DAMAGED_MASK, StoreReport, line_of, refused
-from proxydet.data.formats import coco, voc
+from proxydet.data.formats import coco
 from proxydet.data.formats.reader import (
     LABEL_LISTS,
     MOST_CATEGORIES,
@@ -46,8 +46,9 @@ from proxydet.data.formats.reader import (
     no_garbage_collection,
     other_spelling,
 )
+from proxydet.data.sources import AnnotationSource, digest, read
 from proxydet.errors import DataError
-from proxydet.files import build_once, discard, remembered_sha256, sha256, staged
+from proxydet.files import build_once, discard, staged
 from proxydet.paths import cache_folder
 from proxydet.reporting import SILENT, Progress
 
@@ -330,17 +331,16 @@ class AnnotationStore:
     @classmethod
     def open(
         cls,
-        source: Path | str,
+        source: AnnotationSource | Path | str,
         *,
         cache: Path | None = None,
         progress: Progress = SILENT,
         warn: bool = True,
     ) -> AnnotationStore:
-        """Open the store of an annotation file, after making it where there is none.
+        """Open the store of annotations, after making it where there is none.
 
         Args:
-            source: A COCO, LVIS or OpenImages JSON file, plain or gzipped; or Pascal VOC: a folder of XML files, the
-                data set's folder above it, one XML file, or a list of ``ImageSets``.
+            source: A file or folder of a format of ``docs/reference/annotation-files.md``, or what of it is meant.
             cache: Folder of the stores; None means the user's cache folder.
             progress: Where to show the conversion.
             warn: Log what was dropped, mended and noted, in one line where the store was there; False where the caller
@@ -349,28 +349,28 @@ class AnnotationStore:
         Raises:
             DataError: the file cannot be read, or is refused: see `proxydet.data.deviations`.
         """
-        source = Path(source)
-        path = cls.path_for(source, cache=cache)
+        meant = _as_source(source)
+        path = cls.path_for(meant, cache=cache)
         made_here = False
 
         def build(target: Path) -> None:
             nonlocal made_here
             made_here = True
-            build_store(source, target, progress=progress)
-            if cls.path_for(source, cache=cache) != target:
+            build_store(meant, target, progress=progress)
+            if cls.path_for(meant, cache=cache) != target:
                 target.unlink()
                 raise DataError(
-                    f"{source} changed while it was read",
+                    f"{meant.path} changed while it was read",
                     hint="run the same command again when nothing writes to it",
-                    path=source,
+                    path=meant.path,
                 )
 
         build_once(path, build)
-        store = cls(path, source.name)
+        store = cls(path, meant.path.name)
         if warn:
             # Whoever made the store: what a command leaves out, it says.
-            for line in store.report.lines() if made_here else store.report.summary(source):
-                _logger.warning("%s: %s", source.name, line)
+            for line in store.report.lines() if made_here else store.report.summary(meant.path):
+                _logger.warning("%s: %s", meant.path.name, line)
         return store
 
     @classmethod
@@ -387,21 +387,14 @@ class AnnotationStore:
             return cls(path)  # stays mapped when its file is gone
 
     @staticmethod
-    def path_for(source: Path, *, cache: Path | None = None) -> Path:
-        """Return where the store of an annotation file is, or would be made.
+    def path_for(source: AnnotationSource | Path | str, *, cache: Path | None = None) -> Path:
+        """Return where the store of annotations is, or would be made.
 
         Raises:
-            DataError: the file cannot be read.
+            DataError: a file cannot be read.
         """
         folder = cache_folder("stores") if cache is None else cache
-        files = voc.files(source) if voc.is_voc(source) else [source]
-        if len(files) == 1:
-            hint = "check the path; paths in a dataset config are relative to its folder"
-            digest = remembered_sha256(files[0], folder, hint=hint, error=DataError)
-        else:
-            listed = "\n".join(f"{file.name} {sha256(file)}" for file in files)
-            digest = hashlib.sha256(listed.encode()).hexdigest()
-        return folder / f"{digest[:32]}-v{STORE_VERSION}.columns"
+        return folder / f"{digest(_as_source(source), folder)[:32]}-v{STORE_VERSION}.columns"
 
     def __len__(self) -> int:
         return len(self.sizes_I2)
@@ -549,8 +542,16 @@ class AnnotationStore:
         return self._columns.damaged_columns()
 
 
+def _as_source(source: AnnotationSource | Path | str) -> AnnotationSource:
+    return source if isinstance(source, AnnotationSource) else AnnotationSource(path=Path(source))
+
+
 def build_store(
-    source: Path | bytes, target: Path, *, name: str = "", progress: Progress = SILENT
+    source: AnnotationSource | Path | bytes,
+    target: Path,
+    *,
+    name: str = "",
+    progress: Progress = SILENT,
 ) -> None:
     """Convert annotations.
 
@@ -563,14 +564,14 @@ def build_store(
     Raises:
         DataError: the annotations cannot be read, or are refused.
     """
-    path = source if isinstance(source, Path) else None
+    path = None if isinstance(source, bytes) else _as_source(source).path
     name = name or (str(path) if path is not None else "annotations")
     with no_garbage_collection(), ColumnWriter(target) as writer:
         report = StoreReport()
-        if path is not None and voc.is_voc(path):
-            document = voc.read(path)
-        else:
+        if isinstance(source, bytes):
             document = coco.read(source, name, report)
+        else:
+            document = read(_as_source(source), name, report)
         builder = _Builder(document, report, writer, path, name)
         title = f"reading {PurePosixPath(name).name}"
         with progress.task(title, unit="annotations") as task:

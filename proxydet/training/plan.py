@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from proxydet.config import dump_yaml, to_mapping
 from proxydet.data.config import SourceConfig
 from proxydet.data.dataset import Dataset, DatasetConfig, embedding_dimension
+from proxydet.data.sources import AnnotationSource
 from proxydet.data.store import AnnotationStore
 from proxydet.errors import CheckpointError, DataError, ProxydetError
 from proxydet.files import Lock
@@ -280,7 +281,7 @@ def plan_training(
         usable = needs[-1].present
         for name, split in (("training", description.train), ("validation", description.val)):
             if split is not None:
-                needs.append(_annotations(name, split.annotations))
+                needs.append(_annotations(name, split.source))
                 usable = usable and (name != "training" or needs[-1].present)
                 for root in split.roots:
                     need(f"{name} images", root)
@@ -292,7 +293,10 @@ def plan_training(
         if usable and description.train is not None:
             annotations, cache = description.train.annotations, scaled.data.cache
             large = annotations.stat().st_size > _LARGEST_READ
-            if large and not AnnotationStore.path_for(annotations, cache=cache).is_file():
+            if (
+                large
+                and not AnnotationStore.path_for(description.train.source, cache=cache).is_file()
+            ):
                 notes = ["decided when training reads the annotations (data.masks)"]
             else:
                 try:
@@ -336,13 +340,13 @@ def plan_training(
     )
 
 
-def _annotations(split: str, path: Path) -> Need:
+def _annotations(split: str, source: AnnotationSource) -> Need:
     """Open the annotations of a split as training and evaluation do, unless they are large."""
-    what = f"{split} annotations"
+    what, path = f"{split} annotations", source.path
     if not path.exists() or path.stat().st_size > _LARGEST_READ:
         return Need(what=what, path=str(path), present=path.exists())
     try:
-        AnnotationStore.open(path, warn=False).require_objects(groups=split != "training")
+        AnnotationStore.open(source, warn=False).require_objects(groups=split != "training")
     except DataError as error:
         problem = error.message
     else:

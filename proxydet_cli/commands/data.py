@@ -19,7 +19,8 @@ app = command_app("Prepare data sets, check them, count and preview what is in t
 Source = Annotated[
     Path,
     typer.Argument(
-        help="Dataset config (TOML), annotation file, or Pascal VOC folder or list.", metavar="PATH"
+        help="Dataset config (TOML), annotation file, or the folder or list of Pascal VOC or YOLO.",
+        metavar="PATH",
     ),
 ]
 Images = Annotated[

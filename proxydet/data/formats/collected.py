@@ -1,0 +1,405 @@
+"""What readers of formats with one small record an object share: objects by class name, image sizes, outlines.
+
+COCO's reader streams gigabytes of JSON; these formats are files of at most some hundred megabytes, read one after the other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import sys
+import xml.etree.ElementTree as ElementTree
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from pycocotools import mask as coco_mask
+
+from proxydet.data.formats.reader import (
+    AnnotationEntry,
+    CategoryEntry,
+    Document,
+    Flaw,
+    Identifier,
+    ImageEntry,
+)
+from proxydet.data.images import find_image, image_size, readable_suffixes
+from proxydet.data.masks import LARGEST_IMAGE, RunLengths
+from proxydet.errors import DataError
+from proxydet.files import PlaceholderError, refuse_placeholder
+
+MOST_FILES = 1_000_000
+"""Files that a folder may hold."""
+_CHUNK = 16384
+_READERS = 8
+_LARGEST_MASK = 1 << 28
+"""Pixels of an image whose mask is decoded from another format's run lengths, at one byte each."""
+_CORNERS_OF_ELLIPSE = 48
+
+
+class Objects:
+    """Objects of named classes, as a reader finds them one after the other."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[Any, ...]] = []
+        self._files: list[str] = []
+        self._starts: list[int] = []
+        self.images: list[ImageEntry | Flaw] = []
+
+    def begin(self, name: str) -> None:
+        """Begin a file, or an entry of one; what is added next is counted within it.
+
+        Args:
+            name: What to call it in messages.
+        """
+        self._files.append(name)
+        self._starts.append(len(self._rows))
+
+    def image(self, name: str, size: tuple[int, int] | None, flaw: str = "image.size") -> str:
+        """Add an image, and return its id: its name.
+
+        Args:
+            name: Path below the folders of the images, or as the format has it.
+            size: Height and width in pixels; None: it cannot be used.
+            flaw: The deviation of one that cannot be used.
+        """
+        if size is None or min(size) <= 0 or size[0] * size[1] > LARGEST_IMAGE:
+            self.images.append(Flaw("image.size" if size else flaw, name))
+        else:
+            self.images.append(ImageEntry(id=name, width=size[1], height=size[0], file_name=name))
+        return name
+
+    def add(
+        self,
+        image: str,
+        label: str,
+        *,
+        box: Sequence[float | None] | None = None,
+        polygons: list[list[float]] | None = None,
+        counts: bytes | None = None,
+        size: tuple[int, int] = (0, 0),
+        ignore: bool = False,
+    ) -> None:
+        """Add an object; its box is the extent of its outlines or of its mask where it has one.
+
+        Args:
+            image: Id of its image.
+            label: Its class; without one it is dropped and counted.
+            box: Left, top, right, bottom in pixels; one that is not four numbers is dropped and counted.
+            polygons: Outlines, x, y, x, y, ... in pixels.
+            counts: Its mask as COCO's run lengths.
+            size: Height and width of the image, for the mask.
+            ignore: Whether scoring ignores it.
+        """
+        self._rows.append((image, sys.intern(label.strip()), box, polygons, counts, size, ignore))
+
+    def flaw(self, key: str) -> None:
+        """Add an object that is dropped, by its deviation."""
+        self._rows.append((key,))
+
+    def document(
+        self, format: str, record: str, names: Iterable[str] = (), first_id: int = 1
+    ) -> Document:
+        """Return what was collected.
+
+        Args:
+            format: Name of the format, for people.
+            record: What the format calls an object, as of `proxydet.data.deviations.FIELDS`.
+            names: Classes that the format declares, in its order; others follow by name.
+            first_id: Id of the first class.
+        """
+        declared = list(names)
+        known = set(declared)
+        others = sorted({row[1] for row in self._rows if len(row) > 1 and row[1]} - known)
+        number = {name: index for index, name in enumerate([*declared, *others], first_id)}
+        rows, starts, files = self._rows, self._starts, self._files
+
+        def called(index: Identifier) -> str:
+            place = bisect_left(starts, int(index)) - 1
+            return f"{record} {int(index) - starts[place]} of {files[place]}"
+
+        def entry(index: int) -> AnnotationEntry | Flaw:
+            row = rows[index - 1]
+            if len(row) == 1:
+                return Flaw(row[0], called(index))
+            image, label, corners, polygons, counts, size, ignore = row
+            if not label:
+                return Flaw("annotation.category_id", called(index))
+            xywh, mask = None, None
+            if corners is not None and None not in corners:
+                left, top, right, bottom = corners
+                xywh = (left, top, right - left, bottom - top)
+            if polygons:
+                mask = polygons
+                usable = [outline for outline in polygons if len(outline) >= 6]
+                if usable and xywh is None:
+                    xs = [x for outline in usable for x in outline[0::2]]
+                    ys = [y for outline in usable for y in outline[1::2]]
+                    xywh = (min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys))
+            elif counts is not None:
+                mask = RunLengths(counts=counts.decode(), size=size)
+                if xywh is None:
+                    run_lengths = {"size": list(size), "counts": counts}
+                    xywh = tuple(coco_mask.toBbox(run_lengths).tolist())
+            return AnnotationEntry(
+                id=index,
+                image_id=image,
+                category_id=number[label],
+                bbox=xywh,
+                segmentation=mask,
+                area=None if xywh is None else _area(xywh, polygons, counts, size),
+                ignore=int(ignore),
+            )
+
+        ids = range(1, len(rows) + 1)
+        return Document(
+            format=format,
+            categories=[
+                CategoryEntry(id=index, name=name)
+                for index, name in enumerate([*declared, *others], first_id)
+            ],
+            images=self.images,
+            annotations=([*map(entry, ids[s : s + _CHUNK])] for s in range(0, len(ids), _CHUNK)),
+            record=record,
+            called=called,
+        )
+
+
+def _area(
+    xywh: Sequence[float],
+    polygons: list[list[float]] | None,
+    counts: bytes | None,
+    size: tuple[int, int],
+) -> float:
+    """Return pixels of an object: of its mask, of its outlines, of its box."""
+    if counts is not None:
+        return float(coco_mask.area({"size": list(size), "counts": counts}))
+    if not polygons:
+        return max(xywh[2], 0) * max(xywh[3], 0)
+    total = 0.0
+    for outline in polygons:
+        points_P2 = np.array(outline[: len(outline) // 2 * 2], dtype=np.float64).reshape(-1, 2)
+        x, y = points_P2[:, 0] - xywh[0], points_P2[:, 1] - xywh[1]
+        total += abs(float(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1)))) / 2
+    return min(total, max(xywh[2] * xywh[3], 0)) if math.isfinite(total) else 0.0
+
+
+# --- Outlines and masks ------------------------------------------------------------------------------------------------
+
+
+def ellipse(
+    center: tuple[float, float], radii: tuple[float, float], degrees: float = 0.0
+) -> list[float]:
+    """Return the outline of an ellipse, turned clockwise on the screen, as x, y, x, y, ... in pixels."""
+    angle_P = np.linspace(0, 2 * np.pi, _CORNERS_OF_ELLIPSE, endpoint=False)
+    points_P2 = np.stack([radii[0] * np.cos(angle_P), radii[1] * np.sin(angle_P)], axis=1)
+    return _turned(points_P2, degrees, center)
+
+
+def turned_box(
+    corners: Sequence[float], degrees: float, pivot: tuple[float, float]
+) -> tuple[float, float, float, float]:
+    """Return the upright box around a box (left, top, right, bottom) that is turned clockwise around a point."""
+    left, top, right, bottom = corners
+    points_42 = np.array([[left, top], [right, top], [right, bottom], [left, bottom]])
+    outline = _turned(points_42 - np.array(pivot), degrees, pivot)
+    xs, ys = outline[0::2], outline[1::2]
+    return min(xs), min(ys), max(xs), max(ys)
+
+
+def _turned(
+    points_P2: npt.NDArray[np.float64], degrees: float, center: tuple[float, float]
+) -> list[float]:
+    angle = np.deg2rad(degrees)
+    turn_22 = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    outline: list[float] = (points_P2 @ turn_22 + np.array(center)).reshape(-1).tolist()
+    return outline
+
+
+def paste(
+    crop_hw: npt.NDArray[np.bool_], left: int, top: int, size: tuple[int, int]
+) -> bytes | None:
+    """Return the run lengths of a mask that covers a part of an image; None where the image is too large.
+
+    Args:
+        crop_hw: bool (h, w).
+        left: Pixels of the image left of it.
+        top: Pixels of the image above it.
+        size: Height and width of the image.
+    """
+    if size[0] * size[1] > _LARGEST_MASK:
+        return None
+    whole_HW = np.zeros(size, dtype=np.uint8, order="F")
+    bottom, right = min(size[0], top + crop_hw.shape[0]), min(size[1], left + crop_hw.shape[1])
+    first_y, first_x = max(top, 0), max(left, 0)
+    if bottom > first_y and right > first_x:
+        part_hw = crop_hw[first_y - top : bottom - top, first_x - left : right - left]
+        whole_HW[first_y:bottom, first_x:right] = part_hw
+    counts: bytes = coco_mask.encode(whole_HW)["counts"]
+    return counts
+
+
+def number(value: object) -> float | None:
+    """Return a number below 1e9 that is given as one or spelt; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        found = float(value)
+    except ValueError:
+        return None
+    return found if -1e9 < found < 1e9 else None
+
+
+def numbers(values: object) -> list[float] | None:
+    """Return a list of numbers below 1e9; None where a value is not one."""
+    if not isinstance(values, list | tuple):
+        return None
+    found = [number(value) for value in values]
+    return None if None in found else [value for value in found if value is not None]
+
+
+# --- Files -------------------------------------------------------------------------------------------------------------
+
+
+def read_bytes(path: Path, limit: int, hint: str) -> bytes:
+    """Return what a file holds.
+
+    Raises:
+        DataError: it cannot be read, is larger than ``limit`` bytes, or is a placeholder of Git LFS or a web page.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+        refuse_placeholder(data)
+    except PlaceholderError as error:
+        raise DataError(
+            f"cannot read {path}: {error.what}", hint=error.remedy, path=path
+        ) from error
+    except OSError as error:
+        raise DataError(
+            f"cannot read {path}: {error.strerror or error}",
+            hint="check that it is a file that you may read",
+            path=path,
+        ) from error
+    if len(data) > limit:
+        raise DataError(f"{path} is larger than {limit >> 20} MB", hint=hint, path=path)
+    return data
+
+
+def read_xml(path: Path, limit: int, root: str, format: str, hint: str) -> ElementTree.Element:
+    """Read an XML file that somebody else wrote.
+
+    Args:
+        path: The file.
+        limit: Largest size in bytes; the tree takes up to 40 times as much memory.
+        root: Name of its root.
+        format: What it should be, for messages.
+        hint: How such a file is laid out.
+
+    Raises:
+        DataError: it cannot be read, is not XML, declares entities, or has another root.
+    """
+    data = read_bytes(path, limit, hint)
+    # Python's parser bounds the growth of entities; the formats need none, so none are read.
+    if b"<!ENTITY" in data or b"\0" in data:  # other encodings than ASCII's relatives hide it
+        why = "declares entities, or is not text of one byte a character"
+    else:
+        try:
+            tree = ElementTree.fromstring(data)  # noqa: S314 - no entities, bounded size
+            if tree.tag == root:
+                return tree
+            why = f"is not {format}: its root is <{tree.tag[:40]}>"
+        except (ElementTree.ParseError, ValueError, LookupError) as error:
+            why = f"is not XML: {error}"
+    raise DataError(f"{path} {why}", hint=hint, path=path)
+
+
+def decode_json(data: bytes, kind: Any, path: Path, format: str, hint: str) -> Any:
+    """Decode JSON to a type.
+
+    Raises:
+        DataError: it is not JSON, or not of that type.
+    """
+    try:
+        return msgspec.json.decode(data.removeprefix(b"\xef\xbb\xbf"), type=kind)
+    except msgspec.ValidationError as error:
+        why = f"is not {format}: {error}"
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        why = f"is not JSON ({error})"
+        if "truncated" in str(error) or not data.strip():
+            why = f"is cut short: its JSON ends after {len(data)} bytes"
+            hint = "it was not copied or written completely: get it again"
+    except RecursionError:
+        why = "is nested too deeply"
+    raise DataError(f"{path} {why}", hint=hint, path=path)
+
+
+def files_below(folder: Path, suffixes: Iterable[str]) -> list[Path]:
+    """Return the files below a folder with one of some endings (lower case), sorted; hidden ones are left out.
+
+    Raises:
+        DataError: there are more than `MOST_FILES`.
+    """
+    ends = tuple(suffixes)
+    found = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [
+            Path(place, name)
+            for name in names
+            if name.lower().endswith(ends) and not name.startswith(".")
+        ]
+        if len(found) > MOST_FILES:
+            raise DataError(
+                f"{folder} holds more than {MOST_FILES:,} files",
+                hint="name the folder of one data set",
+                path=folder,
+            )
+    return sorted(found)
+
+
+def images_below(folder: Path) -> list[Path]:
+    """Return the image files below a folder, sorted."""
+    return files_below(folder, sorted(readable_suffixes()))
+
+
+def stamp(paths: Iterable[Path]) -> str:
+    """Return a digest of the names, sizes and times of files, for what is not worth reading whole."""
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            now = path.stat()
+        except OSError:
+            continue
+        digest.update(
+            f"{path} {now.st_size} {now.st_mtime_ns}\n".encode("utf-8", "surrogateescape")
+        )
+    return digest.hexdigest()
+
+
+def sizes_of(images: Sequence[Path | None]) -> Iterator[tuple[int, int] | None]:
+    """Yield the height and width of images, from their headers; None for one that is absent or cannot be read."""
+
+    def size(image: Path | None) -> tuple[int, int] | None:
+        try:
+            return None if image is None else image_size(image)
+        except DataError:
+            return None
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        for start in range(0, len(images), _CHUNK):
+            yield from pool.map(size, images[start : start + _CHUNK])
+
+
+def found_image(name: str, roots: Sequence[Path]) -> Path | None:
+    """Return the file of an image below one of some folders; None where it is absent."""
+    try:
+        return find_image(name, roots)
+    except DataError:
+        return None

@@ -124,13 +124,23 @@ and statistics read what it leaves.
 | COCO, LVIS, OpenImages (as `data prepare openimages` writes it) | the JSON file, plain or gzipped |
 | Pascal VOC | the data set's folder, a folder of XML files, one XML file, or a list in `ImageSets/Main` |
 | YOLO (Ultralytics, Roboflow, Darknet, the YOLO exports of CVAT and Label Studio) | `data.yaml` (one of its parts with `part`), a folder of rows or of images or the one above them, or a list of images |
+| labelme | a folder of its JSON files, also in folders below, or one of them |
+| VGG VIA (1 and 2) | the project, or its export as JSON or CSV |
+| CVAT | the XML of "CVAT for images 1.1" (one subset of a project with `part`); its COCO and YOLO exports are those formats |
+| Label Studio | the JSON or JSON-MIN export; its COCO, YOLO and VOC exports are those formats |
 
 Annotations are read once into a store in the cache folder (`PROXYDET_CACHE`), named by the digest of their content. Masks
 are optional: objects without one train boxes, and neither help nor harm when masks are scored. Pascal VOC's corners are
 pixel numbers from 1, both inclusive, unless a corner of the data set is 0; `difficult` objects are marked to be ignored. An
 image's name may lack its ending, in any format: it is found when the image is opened, and refused where several files fit.
-YOLO's rows hold fractions, so the images must be there when its annotations are read; class names come from the nearest
-`data.yaml`, `classes.txt` or `obj.names`, in the rows' folder or above it.
+YOLO's rows hold fractions and VIA writes no sizes, so the images must be there when their annotations are read; YOLO's class
+names come from the nearest `data.yaml`, `classes.txt` or `obj.names`, in the rows' folder or above it. VIA's class is the attribute
+of regions that most of them have. Circles and ellipses are outlines, brush strokes and painted masks are masks; points and lines
+have no area and are dropped. labelme's shapes of one label and `group_id` are one object. Of several annotations of a Label Studio
+task the ground truth is used, else the newest.
+
+`check`, `stats`, `preview` and [`init`](../how-to/own-data.md) also take the folder of a whole export, and find its format, its parts
+(train, val or valid, test, in names of folders, files or lists) and its images.
 
 How a data set is scored is printed with every result, and chosen with `--protocol`; by default a file whose images all have
 `neg_category_ids` and whose categories all have a `frequency` is scored by LVIS's protocol, one whose images all have

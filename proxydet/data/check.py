@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from proxydet.data.dataset import (
+    PARTS,
     Dataset,
     DatasetConfig,
     ImageLabelSpec,
@@ -34,7 +35,7 @@ from proxydet.data.images import (
     require_distinct_files,
 )
 from proxydet.data.protocol import PROTOCOL_NAMES, Protocol, protocol_of
-from proxydet.data.sources import AnnotationSource, format_of, image_folders
+from proxydet.data.sources import AnnotationSource, holds_annotations, look
 from proxydet.data.store import AnnotationStore
 from proxydet.errors import DataError, InputError
 from proxydet.reporting import SILENT, Progress
@@ -69,7 +70,7 @@ class Finding:
     """One thing that was checked."""
 
     part: str
-    """Which part of the data set: ``vocabulary``, ``train``, ``val``, ``image_labels``, ``annotations``."""
+    """Which part of the data set: ``vocabulary``, ``train``, ``val``, ``test``, ``image_labels``, ``annotations``."""
     level: Level
     """``error`` where training or evaluation will stop, ``warning`` where something is mended, dropped or doubtful."""
     text: str
@@ -131,9 +132,10 @@ def check_path(
     checker = _Checker(cache=cache, progress=progress, decode=decode, protocol=protocol)
     if not names_annotations(path):
         return [checker.dataset(DatasetConfig.from_toml(path))]
-    if not path.is_dir() or format_of(path) is not None:
-        return [checker.annotations(path)]
-    configs = sorted(path.glob("*.toml"))
+    configs = sorted(path.glob("*.toml")) if path.is_dir() else []
+    data_root = configs or any((path / source).exists() for _, source in _SOURCES.values())
+    if not data_root and (not path.is_dir() or holds_annotations(path)):
+        return checker.annotations(path)
     reports = [checker.data_root(path, configs)]
     for config in configs:
         try:
@@ -210,25 +212,42 @@ class _Checker:
             self.add("root", "error", text, advice)
         return self.report(str(root))
 
-    def annotations(self, path: Path) -> CheckReport:
-        """Check an annotation file on its own, and for Pascal VOC the images that belong to it."""
-        store = self._store(AnnotationSource(path=path), "annotations")
-        if store is not None:
-            self._trainable(store, np.ones(len(store.categories), dtype=np.bool_), "annotations")
-            if unnamed := store.report.counts.get("image.name"):
-                text = (
-                    f"{unnamed} of {len(store)} images have neither file_name nor coco_url: they can be scored with "
-                    "eval --results, not trained on or predicted"
-                )
-                self.add("annotations", "error", text, "write each image's file_name")
-            elif folders := image_folders(path):
-                self._images(store, folders, "images", exact=True)
-        return self.report(str(path))
+    def annotations(self, path: Path) -> list[CheckReport]:
+        """Check annotations on their own, each part, and their images where the format or the folder has some."""
+        try:
+            found = look(path)
+        except DataError as error:
+            self.failed("annotations", error)
+            return [self.report(str(path))]
+        for place in found.left_out:
+            self.add(
+                "annotations", "warning", f"{place} is of no part (train, val, test): not checked"
+            )
+        reports = []
+        for name, source in found.parts.items():
+            part = name or "annotations"
+            store = self._store(source, part)
+            if store is not None:
+                self._trainable(store, np.ones(len(store.categories), dtype=np.bool_), part)
+                unnamed = store.report.counts.get("image.name")
+                if unnamed:
+                    text = (
+                        f"{unnamed} of {len(store)} images have neither file_name nor coco_url: they can be scored with "
+                        "eval --results, not trained on or predicted"
+                    )
+                    self.add(part, "error", text, "write each image's file_name")
+                elif path.is_dir() or found.format != "COCO JSON":
+                    self._images(store, source.images, "images" if not name else part, exact=True)
+            if not path.is_dir() or len(found.parts) == 1:
+                reports.append(self.report(str(path)))
+            else:
+                reports.append(self.report(f"{path}, {part}"))
+        return reports
 
     def dataset(self, description: DatasetConfig) -> CheckReport:
         """Check a data set."""
         stores: dict[str, AnnotationStore] = {}
-        for split in ("train", "val"):
+        for split in PARTS:
             if getattr(description, split) is None:
                 continue
             spec = description.split(split)
@@ -236,8 +255,8 @@ class _Checker:
             if store is not None:
                 stores[split] = store
                 self._images(store, spec.roots, split, exact=split == "train")
-        if description.train is None and description.val is None:
-            self.add("train", "error", "neither [train] nor [val] is there", "add one")
+        if all(getattr(description, part) is None for part in PARTS):
+            self.add("train", "error", "there is no table [train], [val] or [test]", "add one")
         if not stores:
             return self.report(description.name)
         try:

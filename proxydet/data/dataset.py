@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from proxydet.artifacts import Catalogue
 from proxydet.config import from_mapping, parse_toml
-from proxydet.data.sources import AnnotationSource, image_folders
+from proxydet.data.sources import AnnotationSource, look
 from proxydet.data.store import AnnotationStore
 from proxydet.errors import ConfigError, DataError, VocabularyError
 from proxydet.files import read_text
@@ -30,6 +30,8 @@ from proxydet.vocabulary.names import read_names
 from proxydet.vocabulary.vocabulary import Vocabulary, load_embeddings
 from proxydet.wording import first_of
 
+PARTS = ("train", "val", "test")
+"""The tables of a dataset config that hold annotated images."""
 _LARGEST_FILE = 8 << 20
 
 
@@ -103,6 +105,17 @@ class SplitSpec(_Images):
                 f"share must be two fractions from 0 to 1, the lower first, not [{low}, {high}]"
             )
 
+    @classmethod
+    def of(cls, source: AnnotationSource) -> SplitSpec:
+        """Return the table that names annotations."""
+        return cls(
+            annotations=source.path,
+            images=source.images or source.path.parent,
+            part=source.part,
+            share=source.share,
+            seed=source.seed,
+        )
+
     @property
     def source(self) -> AnnotationSource:
         """What `AnnotationStore.open` takes."""
@@ -158,6 +171,9 @@ class DatasetConfig:
     val: SplitSpec | None = None
     """Annotated images to evaluate on."""
 
+    test: SplitSpec | None = None
+    """Annotated images for a last evaluation (``eval --split test``)."""
+
     image_labels: ImageLabelSpec | None = None
     """Images with class labels to train on."""
 
@@ -167,17 +183,25 @@ class DatasetConfig:
 
         Args:
             path: A TOML file, or what `AnnotationStore.open` takes.
-            images: Folders of the images, where ``path`` is not a dataset config; by default those that the format
-                has, else the annotation file's own folder.
+            images: Folders of the images, where ``path`` is not a dataset config; by default those that
+                `proxydet.data.sources.look` finds.
 
         Raises:
-            DataError: as of `from_toml`.
+            DataError: as of `from_toml`, and of `look`.
         """
         path = Path(path)
         if not names_annotations(path):
             return cls.from_toml(path)
-        roots = tuple(images) or image_folders(path) or (path.parent,)
-        return cls(name=path.stem, train=SplitSpec(annotations=path, images=roots))
+        found = look(path, images).parts if path.exists() else {}
+        splits = {name or "train": SplitSpec.of(source) for name, source in found.items()}
+        # What is absent is reported where it is opened.
+        absent = SplitSpec(annotations=path, images=tuple(images) or path.parent)
+        return cls(
+            name=path.stem,
+            train=splits.get("train") if splits else absent,
+            val=splits.get("val"),
+            test=splits.get("test"),
+        )
 
     @classmethod
     def from_toml(cls, path: Path | str) -> DatasetConfig:
@@ -233,14 +257,17 @@ class DatasetConfig:
         """Return the split ``name``.
 
         Raises:
-            DataError: it is neither ``train`` nor ``val``, or the config has no such table.
+            DataError: it is none of ``train``, ``val`` and ``test``, or the config has no such table.
         """
-        found = {"train": self.train, "val": self.val}.get(name)
+        found: SplitSpec | None = getattr(self, name) if name in PARTS else None
         if found is None:
             why = f"the data set {self.name!r} has no [{name}] table"
             hint = f"add [{name}] with annotations and images to its dataset config"
-            if name not in ("train", "val"):
-                why, hint = f"there is no split {name!r}", "a dataset config has train and val"
+            if name not in PARTS:
+                why, hint = (
+                    f"there is no split {name!r}",
+                    "a dataset config has train, val and test",
+                )
             raise DataError(why, hint=hint)
         return found
 
@@ -352,7 +379,8 @@ class Dataset:
     @property
     def named_store(self) -> AnnotationStore:
         """The annotations whose categories are the classes: of training, else of validation; errors as of `store`."""
-        return self.store("val" if self.config.train is None and self.config.val else "train")
+        parts = (part for part in PARTS if getattr(self.config, part) is not None)
+        return self.store(next(parts, "train"))
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -421,11 +449,13 @@ class Dataset:
 
     @property
     def classes(self) -> ClassTable:
-        """The vocabulary's classes, or where there is none the categories of `named_store`; errors as of `vocabulary`."""
+        """The vocabulary's classes, or where there is none the categories of all parts; errors as of `vocabulary`."""
         if self.config.vocabulary is not None:
             return ClassTable(self.vocabulary.names, self.vocabulary.base)
-        names = tuple(category.name.strip() for category in self.named_store.categories)
-        return ClassTable(names, np.ones(len(names), dtype=np.bool_))
+        parts = [part for part in PARTS if getattr(self.config, part) is not None] or ["train"]
+        stores = [self.store(part) for part in parts]
+        found = dict.fromkeys(c.name.strip() for store in stores for c in store.categories)
+        return ClassTable(tuple(found), np.ones(len(found), dtype=np.bool_))
 
     def image_counts(self, *, with_novel: bool = True) -> npt.NDArray[np.int64]:
         """Return in how many training images each class of the vocabulary is annotated: int64 (C,).

@@ -17,6 +17,7 @@ from PIL import Image
 
 from proxydet.data.config import DataConfig
 from proxydet.data.dataset import (
+    PARTS,
     ClassTable,
     Dataset,
     class_rows,
@@ -48,7 +49,7 @@ _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 class PreviewRequest:
     """Which images to draw."""
 
-    split: Literal["train", "val"] = "train"
+    split: Literal["train", "val", "test"] = "train"
     """Which part."""
     count: int = 12
     """How many images."""
@@ -81,11 +82,11 @@ def preview_pictures(data: Dataset, request: PreviewRequest) -> list[CaptionedIm
     if request.augmented:
         return _augmented(data, request)
     description = data.config
-    other: Literal["train", "val"] = "val" if request.split == "train" else "train"
-    if getattr(description, request.split) is None and getattr(description, other) is not None:
+    other = next((part for part in PARTS if getattr(description, part) is not None), None)
+    if getattr(description, request.split) is None and other is not None:
         raise DataError(
             f"the data set {description.name!r} has no [{request.split}] table",
-            hint=f"see its other part with --split {other}",
+            hint=f"preview another part: --split {other}",
         )
     vocabulary, store = data.classes, data.store(request.split)
     candidates = np.arange(len(store))

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
-from collections.abc import Iterator
+import os
+import re
+import shlex
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from proxydet.data.deviations import StoreReport
-from proxydet.data.formats import coco, voc, yolo
-from proxydet.data.formats.collected import stamp
-from proxydet.data.formats.reader import AnnotationEntry, Document, Flaw, Identifier, ImageEntry
+from proxydet.data.formats import coco, cvat, label_studio, labelme, via, voc, yolo
+from proxydet.data.formats.collected import images_below, stamp
+from proxydet.data.formats.reader import (
+    AnnotationEntry,
+    Document,
+    Flaw,
+    Identifier,
+    ImageEntry,
+    image_name,
+)
+from proxydet.data.images import readable_suffixes
 from proxydet.errors import DataError
 from proxydet.files import remembered_sha256, sha256
+from proxydet.wording import first_of
 
-Format = Literal["COCO JSON", "Pascal VOC", "YOLO"]
+Format = Literal[
+    "COCO JSON", "Pascal VOC", "YOLO", "labelme", "VGG VIA", "CVAT XML", "Label Studio JSON"
+]
+_HEAD = 1 << 16
+_MOST_ROOTS = 64
+"""Folders in which the images of a file are looked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +48,26 @@ class AnnotationSource:
     """Folders of the images, for formats that do not hold their sizes; without any, those that belong to the path."""
 
     part: str | None = None
-    """Of a ``data.yaml`` of YOLO: ``train``, ``val`` or ``test``. None means all of it."""
+    """Of a ``data.yaml`` of YOLO ``train``, ``val`` or ``test``; of a CVAT project a subset. None means all of it."""
 
     share: tuple[float, float] | None = None
     """From and to which fraction of the images, in an order that their names and ``seed`` decide."""
 
     seed: int = 0
     """Of ``share``."""
+
+
+def head_of(path: Path) -> bytes:
+    """Return the first 64 KB of a file, unpacked where it is gzipped; nothing where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD)
+        if head.startswith(b"\x1f\x8b"):
+            with gzip.open(path) as packed:
+                head = packed.read(_HEAD)
+    except (OSError, EOFError, zlib.error):
+        return b""
+    return head
 
 
 def format_of(path: Path) -> Format | None:
@@ -46,24 +78,36 @@ def format_of(path: Path) -> Format | None:
     if path.is_dir():
         if (path / "Annotations").is_dir() or any(path.glob("*.xml")):
             return "Pascal VOC"
-        return "YOLO" if yolo.is_folder(path) else None
+        if yolo.is_folder(path):
+            return "YOLO"
+        files = labelme.files(path)[:_SNIFFED] if any(path.rglob("*.json")) else []
+        return "labelme" if any(labelme.is_file(head_of(file)) for file in files) else None
     if suffix == ".txt":
         return "YOLO" if yolo.is_list(path) else "Pascal VOC"
-    return "Pascal VOC" if suffix == ".xml" else "COCO JSON"
+    head = head_of(path)
+    if suffix == ".xml":
+        return "CVAT XML" if cvat.is_file(head) else "Pascal VOC"
+    for found, reader in (
+        ("labelme", labelme),
+        ("VGG VIA", via),
+        ("Label Studio JSON", label_studio),
+    ):
+        if reader.is_file(head):
+            return found  # type: ignore[return-value]
+    return "COCO JSON"
 
 
 def image_folders(path: Path) -> tuple[Path, ...]:
-    """Return the folders in which the images of annotations alone are looked for; none where that is not known."""
+    """Return the folders in which the format has its images; none where it has no rule for it."""
     found = format_of(path)
     if found == "YOLO":
-        if path.is_dir():
-            return (yolo.folders(path)[1],)
         if path.suffix.lower() in yolo.YAML:
-            places = [place for part in yolo.parts(path).values() for place in part]
-            return tuple(p for p in dict.fromkeys(places) if p.is_dir()) or (path.parent,)
-        return yolo.list_roots(path)
-    folder = voc.image_folder(path) if found == "Pascal VOC" else None
-    return () if folder is None else (folder,)
+            return _folders_of([place for part in yolo.parts(path).values() for place in part])
+        return (yolo.folders(path)[1],) if path.is_dir() else yolo.list_roots(path)
+    if found == "Pascal VOC":
+        folder = voc.image_folder(path)
+        return () if folder is None else (folder,)
+    return (path,) if path.is_dir() else ()
 
 
 def digest(source: AnnotationSource, memory: Path) -> str:
@@ -81,6 +125,10 @@ def digest(source: AnnotationSource, memory: Path) -> str:
     files = [source.path]
     if found in ("Pascal VOC", None):
         files = voc.files(source.path)
+    elif found == "labelme":  # which holds the images too
+        files, images = [], [*labelme.files(source.path), *_below(source.images)]
+    elif found in ("VGG VIA", "Label Studio JSON"):
+        images = _below(source.images)
     elif found == "YOLO":
         files, images = yolo.files(source.path, source.images, source.part)
     if len(files) == 1 and not images:
@@ -104,6 +152,10 @@ def digest(source: AnnotationSource, memory: Path) -> str:
     ).hexdigest()
 
 
+def _below(roots: Sequence[Path]) -> list[Path]:
+    return [image for root in roots for image in images_below(root)]
+
+
 def read(source: AnnotationSource, name: str, report: StoreReport) -> Document:
     """Read annotations; the readers say what they raise.
 
@@ -113,17 +165,25 @@ def read(source: AnnotationSource, name: str, report: StoreReport) -> Document:
         report: Where deviations of the file are counted.
     """
     found = format_of(source.path)
-    if found == "Pascal VOC":
+    if found in ("Pascal VOC", None):
         document = voc.read(source.path)
     elif found == "YOLO":
         document = yolo.read(source.path, source.images, source.part, report)
+    elif found == "labelme":
+        document = labelme.read(source.path, source.images)
+    elif found == "VGG VIA":
+        document = via.read(source.path, source.images)
+    elif found == "CVAT XML":
+        document = cvat.read(source.path, source.part, report)
+    elif found == "Label Studio JSON":
+        document = label_studio.read(source.path, source.images, report)
     else:
         document = coco.read(source.path, name, report)
     return document if source.share is None else _share_of(document, source.share, source.seed)
 
 
 def share_positions(names: list[str], seed: int) -> dict[str, float]:
-    """Return where each name stands in the order that ``share`` cuts: fractions from 0, below 1.
+    """Return where each name stands in the order that ``share`` cuts: fractions between 0 and 1.
 
     The order is that of a hash of seed and name, so it is the same on every machine and for any order of the file.
     """
@@ -131,14 +191,14 @@ def share_positions(names: list[str], seed: int) -> dict[str, float]:
         dict.fromkeys(names),
         key=lambda name: hashlib.sha256(f"{seed} {name}".encode("utf-8", "surrogatepass")).digest(),
     )
-    return {name: place / len(ordered) for place, name in enumerate(ordered)}
+    return {name: (place + 0.5) / len(ordered) for place, name in enumerate(ordered)}
 
 
 def _share_of(document: Document, share: tuple[float, float], seed: int) -> Document:
     """Return a document of a share of the images, and of their annotations."""
 
     def key(image: ImageEntry) -> str:
-        return image.file_name or image.coco_url or str(image.id)
+        return image_name(image) or str(image.id)
 
     low, high = share
     images = [image for image in document.images if isinstance(image, ImageEntry)]
@@ -159,3 +219,226 @@ def _share_of(document: Document, share: tuple[float, float], seed: int) -> Docu
             yield [entry for entry in chunk if belongs(entry)]
 
     return replace(document, images=kept, annotations=annotations())
+
+
+# --- Data sets found in a folder -----------------------------------------------------------------------------------------
+
+_WORDS = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+"""Parts of a data set by the words for them in names of files and folders."""
+_OTHER_TASKS = ("captions", "person_keypoints", "image_info", "panoptic", "stuff")
+"""Beginnings of COCO's annotation files that hold no objects to detect."""
+_DEEPEST = 6
+_MOST_FOLDERS = 20_000
+_SNIFFED = 20
+"""Files of a folder that are opened to see their format."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundData:
+    """The annotations that a path holds.
+
+    Attributes:
+        format: Their format.
+        parts: What belongs to ``train``, ``val`` and ``test``, or to ``""`` where nothing is split.
+        left_out: Annotations that belong to no part while others do.
+    """
+
+    format: Format
+    parts: dict[str, AnnotationSource]
+    left_out: tuple[Path, ...] = ()
+
+
+def look(path: Path, images: Sequence[Path] = ()) -> FoundData:
+    """Find the annotations of a file or folder, their format, parts and image folders.
+
+    Args:
+        path: A folder that holds a data set somewhere below it, or a file of any format.
+        images: Folders of the images; without any, all that hold images are candidates, the nearest first.
+
+    Raises:
+        DataError: there are none, several formats, or several files for one part.
+    """
+    if not path.is_dir():
+        found = format_of(path)
+        if found is None or not path.exists():
+            raise DataError(f"there is no file or folder {path}", hint="check the path", path=path)
+        return FoundData(format=found, parts=_parts_of_file(path, found, path.parent, images))
+    candidates = _candidates(path)
+    if not candidates:
+        raise DataError(
+            f"{path} holds no annotations of a known format: {', '.join(get_args(Format))}",
+            hint="name the folder of the export, with its .json, .xml, .txt or .csv files; docs/reference/annotation-files.md "
+            "describes each format",
+            path=path,
+        )
+    formats = list(dict.fromkeys(found for found, _ in candidates))
+    if len(formats) > 1:
+        first = dict(reversed(candidates))
+        listed = ", ".join(f"{found} ({first[found]})" for found in formats)
+        raise DataError(
+            f"{path} holds annotations of several formats: {listed}",
+            hint=f"name the ones that are meant, such as: proxydet data init {shlex.quote(str(first[formats[0]]))}",
+            path=path,
+        )
+    by_part: dict[str, list[Path]] = {}
+    for _, place in candidates:
+        by_part.setdefault(_part_of(place, path), []).append(place)
+    named = {part: places for part, places in by_part.items() if part}
+    chosen = named or by_part
+    for part, places in chosen.items():
+        if len(places) > 1:
+            raise DataError(
+                f"{path} holds several annotations{f' of {part}' if part else ''}: {first_of(places)}",
+                hint=f"name one of them, such as: proxydet data init {shlex.quote(str(places[0]))}; or write a dataset "
+                "config that names one for [train] and one for [val]",
+                path=path,
+            )
+    left_out = tuple(by_part.get("", ())) if named else ()
+    parts: dict[str, AnnotationSource] = {}
+    for part, (place,) in chosen.items():
+        inner = _parts_of_file(place, formats[0], path, images)
+        parts |= {part or name: source for name, source in inner.items()}
+    ordered: dict[str, AnnotationSource] = {
+        part: parts[part] for part in ("train", "val", "test", "") if part in parts
+    }
+    return FoundData(format=formats[0], parts=ordered, left_out=left_out)
+
+
+def holds_annotations(folder: Path) -> bool:
+    """Whether a folder holds annotations of any format."""
+    return bool(_candidates(folder))
+
+
+def _parts_of_file(
+    path: Path, found: Format, root: Path, images: Sequence[Path]
+) -> dict[str, AnnotationSource]:
+    """Return the parts that one file or folder holds: one, or those that a data.yaml or a CVAT project names."""
+    names: list[str] = []
+    if path.suffix.lower() in yolo.YAML:
+        places = yolo.parts(path)
+        return {
+            name: AnnotationSource(
+                path=path, part=name, images=tuple(images) or _folders_of(listed)
+            )
+            for name, listed in places.items()
+        }
+    if found == "CVAT XML":
+        names = cvat.parts(path)
+    roots = tuple(images) or image_folders(path) or _image_candidates(path, root)
+    if len(names) < 2:
+        return {"": AnnotationSource(path=path, images=roots)}
+    by_word: dict[str, AnnotationSource] = {}
+    for name in names:
+        word = _WORDS.get(name.strip().lower())
+        if word:
+            by_word.setdefault(word, AnnotationSource(path=path, images=roots, part=name))
+    return by_word or {"": AnnotationSource(path=path, images=roots)}
+
+
+def _folders_of(places: Sequence[Path]) -> tuple[Path, ...]:
+    """Return the folders of images of a part of a data.yaml."""
+    found = [
+        folder
+        for place in places
+        for folder in (yolo.list_roots(place) if place.is_file() else [yolo.folders(place)[1]])
+    ]
+    return tuple(dict.fromkeys(found))
+
+
+def _candidates(root: Path) -> list[tuple[Format, Path]]:
+    """Return the files and folders below a folder that hold annotations, with their formats, sorted by their path."""
+    configs: list[Path] = []
+    rows: dict[Path, None] = {}
+    shapes: dict[Path, None] = {}
+    found: dict[tuple[Format, Path], None] = {}
+    for count, (place, folders, names) in enumerate(os.walk(root)):
+        folder = Path(place)
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
+        if len(folder.relative_to(root).parts) >= _DEEPEST or count > _MOST_FOLDERS:
+            folders[:] = []
+        visible = sorted(name for name in names if not name.startswith("."))
+        by_end: dict[str, list[Path]] = {}
+        for name in visible:
+            by_end.setdefault(Path(name).suffix.lower(), []).append(folder / name)
+        configs += [p for end in yolo.YAML for p in by_end.get(end, ()) if yolo.is_config(p)]
+        for file in by_end.get(".xml", ())[:_SNIFFED]:
+            kind = format_of(file)
+            if kind == "CVAT XML":
+                found[kind, file] = None
+            elif kind is not None and voc.is_file(file):
+                for part in _voc_places(folder):
+                    found["Pascal VOC", part] = None
+                break
+        for file in [*by_end.get(".json", ())[:_SNIFFED], *by_end.get(".gz", ())[:_SNIFFED]]:
+            kind = format_of(file)
+            if kind == "labelme":
+                shapes[_group(folder, root) or folder] = None
+            elif kind == "COCO JSON":
+                if coco.is_file(head_of(file)):
+                    found[kind, file] = None
+            elif kind is not None:
+                found[kind, file] = None
+        for file in by_end.get(".csv", ())[:_SNIFFED]:
+            if format_of(file) == "VGG VIA":
+                found["VGG VIA", file] = None
+        if any(map(yolo.are_rows, by_end.get(".txt", ())[:_SNIFFED])):
+            rows[_group(folder, root) or folder] = None
+    if shapes:  # without parts those of all folders belong together
+        split = [place for place in shapes if place.name.lower() in _WORDS and place != root]
+        whole = [Path(os.path.commonpath(shapes))]
+        found |= {("labelme", place): None for place in (split or whole)}
+    found |= {("YOLO", place): None for place in (configs[:1] or rows)}
+    instances = [place for _, place in found if place.name.startswith("instances")]
+    return sorted(
+        (kind, place)
+        for kind, place in found
+        if not (instances and kind == "COCO JSON" and place.name.startswith(_OTHER_TASKS))
+    )
+
+
+def _group(folder: Path, root: Path) -> Path | None:
+    """Return the folder at or above one that a word for a part names, so that those below it belong together."""
+    inner = [folder, *folder.parents]
+    inner = inner[: inner.index(root)]
+    return next((place for place in inner if place.name.lower() in _WORDS), None)
+
+
+def _voc_places(folder: Path) -> list[Path]:
+    """Return the lists of images of a Pascal VOC data set, or the folder of XML files where it has no two of them."""
+    lists = folder.parent / "ImageSets" / "Main"
+    names = [lists / f"{word}.txt" for word in ("train", "val", "test")]
+    there = [path for path in names if path.is_file() and path.stat().st_size]
+    return there if len(there) > 1 and folder.name == "Annotations" else [folder]
+
+
+def _part_of(place: Path, root: Path) -> str:
+    """Return which part of a data set the name of a file or folder says, the innermost word first; empty for none."""
+    for name in reversed(place.relative_to(root).parts):
+        for word in re.split(r"[^a-z]+", name.lower()):
+            if word in _WORDS:
+                return _WORDS[word]
+    return ""
+
+
+def _image_candidates(path: Path, root: Path) -> tuple[Path, ...]:
+    """Return the folders in which the images of an annotation file may be: its own first, then the nearest that hold images."""
+    own = path if path.is_dir() else path.parent
+    part = _part_of(path, root) if path.is_relative_to(root) else ""
+    holding: list[Path] = []
+    ends = tuple(readable_suffixes())
+    for count, (place, folders, names) in enumerate(os.walk(root)):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if count > _MOST_FOLDERS or len(holding) >= _MOST_ROOTS:
+            break
+        if any(name.lower().endswith(ends) for name in names):
+            holding.append(Path(place))
+
+    def order(folder: Path) -> tuple[bool, int, str]:
+        apart = len(Path(os.path.relpath(folder, own)).parts)
+        return _part_of(folder, root) not in ("", part), apart, str(folder)
+
+    near = [folder for folder in (own, own / "images") if folder.is_dir()]
+    return tuple(dict.fromkeys([*near, *sorted(holding, key=order)]))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from proxydet.data.dataset import Dataset, class_rows
+from proxydet.data.dataset import PARTS, Dataset, class_rows
 from proxydet.data.image_labels import open_label_images
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class PartStats:
     """Counts of one part of a data set."""
 
     part: str
-    """``train``, ``val`` or ``image_labels``."""
+    """``train``, ``val``, ``test`` or ``image_labels``."""
     images: int
     """Images."""
     annotations: int
@@ -110,7 +110,7 @@ def dataset_stats(data: Dataset) -> DatasetStats:
         )
 
     parts = []
-    for split in ("train", "val"):
+    for split in PARTS:
         if getattr(description, split) is None:
             continue
         store = data.store(split)

@@ -11,7 +11,6 @@ import itertools
 import logging
 import mmap
 import posixpath
-import re
 import struct
 import tempfile
 import zlib
@@ -24,7 +23,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import msgspec
 import numpy as np
@@ -43,6 +41,7 @@ from proxydet.data.formats.reader import (
     Flaw,
     Identifier,
     ImageEntry,
+    image_name,
     no_garbage_collection,
     other_spelling,
 )
@@ -235,8 +234,6 @@ _FEWEST_COMPARED = 3
 _MOST_FRACTIONS, _MOST_CORNERS = 0.99, 0.95
 """Shares of boxes with extent from which a file's boxes are fractions of the image, or two corners."""
 _NO_ID = -(2**63)
-# LVIS v0.5 names its images by the COCO 2014 release; the 2017 release that users have is in the address.
-_COCO_2014_NAME = re.compile(r"COCO_(train|val|test)2014_")
 _ROW = np.dtype(
     [
         ("annotation_id", np.int64),
@@ -664,8 +661,8 @@ class _Builder:
             before = kept.get(entry.id)
             if before is None:
                 kept[entry.id] = entry
-            elif (before.width, before.height, _image_name(before)) == (
-                entry.width, entry.height, _image_name(entry)
+            elif (before.width, before.height, image_name(before)) == (
+                entry.width, entry.height, image_name(entry)
             ):  # fmt: skip
                 report.count("image.id.again", [entry.id])
             else:
@@ -674,12 +671,12 @@ class _Builder:
             raise self._refuse("image.id.mixed", [repr(value) for value in by_kind.values()])
         named: dict[str, ImageEntry] = {}
         for entry in kept.values():
-            if not (file_name := _image_name(entry)):
+            if not (file_name := image_name(entry)):
                 report.count("image.name", [entry.id])
                 continue
             place = posixpath.normpath(file_name.replace("\\", "/"))
             if (other := named.setdefault(place, entry)) is not entry:
-                both = " and ".join(f"{e.id} ({_image_name(e)!r})" for e in (other, entry))
+                both = " and ".join(f"{e.id} ({image_name(e)!r})" for e in (other, entry))
                 raise self._refuse("image.name.repeated", [both])
         report.images_in = len(records)
         report.images_kept = len(kept)
@@ -689,7 +686,7 @@ class _Builder:
         """Write the columns of images; return how many images have each list of categories."""
         writer, entries = self._writer, self._images
         writer.add("size", self._sizes_I2)
-        self._write_texts("names", [_image_name(entry) for entry in entries])
+        self._write_texts("names", [image_name(entry) for entry in entries])
         if entries and isinstance(entries[0].id, str):
             self._write_texts("id_names", [str(entry.id) for entry in entries])
         else:
@@ -931,18 +928,6 @@ class _Builder:
                 self._report.count("category.root", [entry.name])
                 return entry
         return None
-
-
-def _image_name(image: ImageEntry) -> str:
-    """Return the path of an image below its root, empty where the record has none.
-
-    ``file_name`` where there is one; LVIS v1 gives only an address, whose last two parts are folder and name.
-    """
-    name = (image.file_name or "").strip()
-    if image.coco_url and (not name or _COCO_2014_NAME.search(name)):
-        parts = PurePosixPath(urlsplit(image.coco_url).path).parts
-        return "/".join(parts[-2:]).lstrip("/")
-    return name
 
 
 def _offsets(lengths: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

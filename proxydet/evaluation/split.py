@@ -118,7 +118,7 @@ class DescribedSplit:
 
     Attributes:
         data: The data set.
-        name: ``"train"`` or ``"val"``.
+        name: ``"train"``, ``"val"`` or ``"test"``.
         store: The split's annotations.
         protocol: How to score; None leaves it to the annotations.
     """
@@ -141,7 +141,7 @@ class DescribedSplit:
 
         Args:
             data: The data set, its config, or its TOML file; the latter two take stores from the user's cache folder.
-            name: ``"train"`` or ``"val"``.
+            name: ``"train"``, ``"val"`` or ``"test"``.
             protocol: How to score; None leaves it to the annotations.
             progress: Where the conversion of annotations is shown.
 

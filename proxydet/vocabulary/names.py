@@ -24,7 +24,7 @@ from proxydet.wording import counted, size_text
 
 logger = logging.getLogger(__name__)
 
-LIST_SUFFIXES = (".txt", ".names", ".list", ".json", ".json.gz", ".yaml", ".yml")
+LIST_SUFFIXES = (".txt", ".names", ".list", ".json", ".json.gz", ".yaml", ".yml", ".toml")
 """Endings of files that hold class names; a file without an ending is read as ``.txt``."""
 
 _LARGEST_FILE = 32 << 20
@@ -119,7 +119,8 @@ def read_names(path: Path) -> tuple[ClassWords, ...]:
     A text file holds one class a line, synonyms behind ``|`` (``couch | sofa | settee``); empty lines and lines that
     start with ``#`` are skipped; a single line of names that commas, semicolons or dots separate is split, and that is
     logged. JSON and YAML files hold a list of names, names by their index, indices by their name, or names with lists
-    of synonyms; the same under ``names``, as in data sets of Ultralytics; or ``categories``, as COCO's and LVIS's
+    of synonyms; the same under ``names``, as in data sets of Ultralytics (a dataset config, ``.toml``, has them in
+    ``vocabulary.names``); or ``categories``, as COCO's and LVIS's
     annotation files, whose names are taken in ascending order of the ids; such a file may be gzipped (``.json.gz``).
 
     Raises:
@@ -149,6 +150,8 @@ def read_names(path: Path) -> tuple[ClassWords, ...]:
         ) from error
     if suffix == ".json":
         return _checked(_from_value(_parsed_json(text, path), path), path)
+    if suffix == ".toml":
+        return _checked(_from_value(_names_of_config(text, path), path), path)
     if suffix in (".yaml", ".yml"):
         return _checked(_from_value(_parsed_yaml(text, path), path), path)
     return _checked(_from_text(text, path), path)
@@ -239,6 +242,24 @@ def _parsed_json(text: str, path: Path) -> Any:
             hint="correct the file, or write one name on each line of a .txt file",
             path=path,
         ) from error
+
+
+def _names_of_config(text: str, path: Path) -> Any:
+    """Return the names of a dataset config."""
+    from proxydet.config import parse_toml  # as of `_parsed_yaml`
+
+    try:
+        table = parse_toml(text, str(path), path).get("vocabulary")
+    except ConfigError as error:
+        raise VocabularyError(error.message, hint="correct that line", path=path) from error
+    names = table.get("names") if isinstance(table, dict) else None
+    if not isinstance(names, list):
+        raise VocabularyError(
+            f"{path} lists no class names in [vocabulary]",
+            hint="name the file with the class names, such as the annotation file",
+            path=path,
+        )
+    return names
 
 
 def _parsed_yaml(text: str, path: Path) -> Any:

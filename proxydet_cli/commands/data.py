@@ -11,6 +11,7 @@ from proxydet_cli.options import Json, command_app, examples
 
 if TYPE_CHECKING:
     from proxydet.data.check import CheckReport
+    from proxydet.data.init import InitReport
     from proxydet.data.prepare import PrepareReport
     from proxydet.data.stats import ClassCount, PartStats
 
@@ -67,6 +68,83 @@ def prepare(
         progress=show_progress(),
     )
     Output(json=json).data(report, _prepared(report))
+
+
+@app.command(
+    epilog=examples(
+        "proxydet data init export/ -o pets.toml",
+        "proxydet data init instances.json --images photos",
+        "proxydet data init project.json --images photos --val 0.1 --seed 3",
+    )
+)
+def init(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PATH",
+            help="Folder or file of an export: COCO, LVIS, YOLO, Pascal VOC, labelme, VGG VIA, CVAT, Label Studio.",
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="The dataset config (.toml). [default: named after PATH, here]",
+        ),
+    ] = None,
+    images: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder of the images; repeatable. [default: found below PATH]"),
+    ] = None,
+    val: Annotated[
+        float,
+        typer.Option(help="Share of the images kept for validation, where nothing is split."),
+    ] = 0.2,
+    seed: Annotated[int, typer.Option(min=0, help="Decides which images these are.")] = 0,
+    encoder: Annotated[
+        Path | None,
+        typer.Option(
+            "--encoder",
+            metavar="FILE",
+            help="CLIP weights (.pt, .safetensors), as of proxydet vocab build. [default: CLIP ViT-B/32 where proxydet "
+            "download puts it, else published embeddings]",
+        ),
+    ] = None,
+    closed: Annotated[
+        bool,
+        typer.Option(
+            "--closed",
+            help="Make embeddings without a text encoder: the detector then finds these classes and no others.",
+        ),
+    ] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace a config that is there.")] = False,
+    cache: Cache = None,
+    json: Json = False,
+) -> None:
+    """Write a dataset config for annotations of any format, with class names, parts and text embeddings.
+
+    Nothing is converted: the config names the files as they are, and all commands read them. Parts (train, val, test) are
+    taken as found in folders, lists and file names; without any, a share of the images is kept for validation.
+    """
+    from proxydet.data.init import init_dataset
+    from proxydet_cli.output import Output
+    from proxydet_cli.progress import show_progress
+
+    report = init_dataset(
+        path,
+        output,
+        images=images or (),
+        val_share=val,
+        seed=seed,
+        encoder=encoder,
+        closed=closed,
+        overwrite=overwrite,
+        cache=cache,
+        progress=show_progress(),
+    )
+    Output(json=json).data(report, _initialized(report))
 
 
 @app.command(
@@ -167,7 +245,7 @@ def preview(
         Path, typer.Option("--output", "-o", help="An image (.png, .jpg), or a page (.html).")
     ],
     images: Images = None,
-    split: Annotated[Literal["train", "val"], typer.Option(help="Which part.")] = "train",
+    split: Annotated[Literal["train", "val", "test"], typer.Option(help="Which part.")] = "train",
     count: Annotated[int, typer.Option(min=1, max=500, help="How many images.")] = 12,
     seed: Annotated[int, typer.Option(min=0, help="Which images.")] = 0,
     class_name: Annotated[
@@ -190,6 +268,34 @@ def preview(
     data = Dataset(config=config, cache=cache, progress=show_progress())
     written = write_preview(data, output, request, named=path)
     Output(json=json).data({"path": written}, str(written))
+
+
+def _initialized(report: InitReport) -> str:
+    from proxydet.wording import counted, first_of
+
+    lines = [
+        f"{report.format}: {counted(len(report.classes), 'class', 'classes')}: {first_of(report.classes, 8)}"
+    ]
+    for part, count in report.parts.items():
+        masks = f", {count.masks} with a mask" if count.masks else ", boxes only"
+        lines.append(
+            f"  {part}: {counted(count.images, 'image')}, {counted(count.objects, 'object')}{masks} ({count.annotations})"
+        )
+    lines.append(f"  parts {report.split}")
+    lines += [f"  note: {note}" for note in report.notes]
+    made = f"embeddings: {report.embeddings}, made by {report.embedded}"
+    if report.embedded == "without a text encoder":
+        made = (
+            f"embeddings: {report.embeddings}, without a text encoder (these classes and no others)"
+        )
+    elif not report.embedded:
+        made = (
+            "embeddings: still to be made, since the text encoder's weights are not there (or without them, for these "
+            "classes and no others: --closed --overwrite)"
+        )
+    return "\n".join(
+        [*lines, f"wrote {report.config}", made, "next:", *(f"  {c}" for c in report.commands)]
+    )
 
 
 def _prepared(report: PrepareReport) -> str:

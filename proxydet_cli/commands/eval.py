@@ -58,7 +58,8 @@ Data = Annotated[
     ),
 ]
 Split = Annotated[
-    str, typer.Option("--split", metavar="val|train", help="Which split.", rich_help_panel="Data")
+    str,
+    typer.Option("--split", metavar="val|test|train", help="Which split.", rich_help_panel="Data"),
 ]
 Vocabulary = Annotated[
     Path | None,
@@ -276,10 +277,10 @@ class EvalOptions:
 
     def check(self) -> None:
         """Raise ConfigError where options contradict each other or something is missing."""
-        if self.split not in ("val", "train"):
+        if self.split not in ("val", "test", "train"):
             raise ConfigError(
-                f"--split is {self.split!r}; it can be val or train.",
-                hint="to evaluate on other images, name their annotations as [val] in a dataset config",
+                f"--split is {self.split!r}; it can be val, test or train.",
+                hint="to evaluate on other images, name their annotations as [test] in a dataset config",
             )
         if self.results is not None:
             given = self._detecting()

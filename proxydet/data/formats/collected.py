@@ -103,6 +103,10 @@ class Objects:
         """Add an object that is dropped, by its deviation."""
         self._rows.append((key,))
 
+    def skip(self) -> None:
+        """Count a record that belongs to an object that was added before."""
+        self._rows.append(())
+
     def document(
         self, format: str, record: str, names: Iterable[str] = (), first_id: int = 1
     ) -> Document:
@@ -137,11 +141,10 @@ class Objects:
                 xywh = (left, top, right - left, bottom - top)
             if polygons:
                 mask = polygons
-                usable = [outline for outline in polygons if len(outline) >= 6]
-                if usable and xywh is None:
-                    xs = [x for outline in usable for x in outline[0::2]]
-                    ys = [y for outline in usable for y in outline[1::2]]
-                    xywh = (min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys))
+                usable = [v for outline in polygons if len(outline) >= 6 for v in outline]
+                if usable:
+                    left, top, right, bottom = extent(usable)
+                    xywh = (left, top, right - left, bottom - top)
             elif counts is not None:
                 mask = RunLengths(counts=counts.decode(), size=size)
                 if xywh is None:
@@ -165,7 +168,10 @@ class Objects:
                 for index, name in enumerate([*declared, *others], first_id)
             ],
             images=self.images,
-            annotations=([*map(entry, ids[s : s + _CHUNK])] for s in range(0, len(ids), _CHUNK)),
+            annotations=(
+                [entry(index) for index in ids[start : start + _CHUNK] if rows[index - 1]]
+                for start in range(0, len(ids), _CHUNK)
+            ),
             record=record,
             called=called,
         )
@@ -209,8 +215,7 @@ def turned_box(
     left, top, right, bottom = corners
     points_42 = np.array([[left, top], [right, top], [right, bottom], [left, bottom]])
     outline = _turned(points_42 - np.array(pivot), degrees, pivot)
-    xs, ys = outline[0::2], outline[1::2]
-    return min(xs), min(ys), max(xs), max(ys)
+    return extent(outline)
 
 
 def _turned(
@@ -220,6 +225,11 @@ def _turned(
     turn_22 = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     outline: list[float] = (points_P2 @ turn_22 + np.array(center)).reshape(-1).tolist()
     return outline
+
+
+def extent(flat: Sequence[float]) -> tuple[float, float, float, float]:
+    """Return left, top, right, bottom of points given as x, y, x, y, ..."""
+    return min(flat[0::2]), min(flat[1::2]), max(flat[0::2]), max(flat[1::2])
 
 
 def paste(
@@ -262,6 +272,16 @@ def numbers(values: object) -> list[float] | None:
         return None
     found = [number(value) for value in values]
     return None if None in found else [value for value in found if value is not None]
+
+
+def flat_points(points: object) -> list[float] | None:
+    """Return a list of points [x, y] as x, y, x, y, ...; None where it is not one."""
+    if not isinstance(points, list):
+        return None
+    pairs = [numbers(point) for point in points]
+    if any(pair is None or len(pair) != 2 for pair in pairs):
+        return None
+    return [value for pair in pairs for value in pair or ()]
 
 
 # --- Files -------------------------------------------------------------------------------------------------------------

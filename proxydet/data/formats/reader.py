@@ -18,8 +18,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, TypeVar
+from urllib.parse import urlsplit
 
 import msgspec
 import numpy as np
@@ -84,6 +85,22 @@ class CategoryEntry(msgspec.Struct, frozen=True):
     image_count: _Count | None = None
     instance_count: _Count | None = None
     synonyms: list[str] | None = None
+
+
+# LVIS v0.5 names its images by the COCO 2014 release; the 2017 release that users have is in the address.
+_COCO_2014_NAME = re.compile(r"COCO_(train|val|test)2014_")
+
+
+def image_name(image: ImageEntry) -> str:
+    """Return the path of an image below its root, empty where the record has none.
+
+    ``file_name`` where there is one; LVIS v1 gives only an address, whose last two parts are folder and name.
+    """
+    name = (image.file_name or "").strip()
+    if image.coco_url and (not name or _COCO_2014_NAME.search(name)):
+        parts = PurePosixPath(urlsplit(image.coco_url).path).parts
+        return "/".join(parts[-2:]).lstrip("/")
+    return name
 
 
 class Flaw(msgspec.Struct, frozen=True):

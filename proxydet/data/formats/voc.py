@@ -6,6 +6,7 @@ by its folder, by a folder of XML files, or by one of the lists.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
@@ -21,6 +22,7 @@ from proxydet.data.formats.reader import (
     Identifier,
     ImageEntry,
 )
+from proxydet.data.images import readable_suffixes
 from proxydet.data.masks import LARGEST_IMAGE
 from proxydet.errors import DataError
 from proxydet.files import PlaceholderError, read_text, refuse_placeholder
@@ -35,19 +37,22 @@ _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 _HINT = "Pascal VOC has one XML file an image in Annotations/, with size and object/bndbox"
 
 
-def is_voc(source: Path) -> bool:
-    """Whether a path names Pascal VOC annotations: a folder, an XML file, or a list in ``ImageSets``."""
-    return source.is_dir() or source.suffix.lower() in (".xml", ".txt")
+def is_file(path: Path) -> bool:
+    """Whether an XML file begins as Pascal VOC's do."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return b"<annotation>" in file.read(4096)
+    return False
 
 
 def image_folder(source: Path) -> Path | None:
-    """Return the ``JPEGImages`` folder that belongs to VOC annotations; None where there is none, and for other formats."""
-    if not is_voc(source):
-        return None
+    """Return the ``JPEGImages`` folder that belongs to annotations, else the folder of XML files where images lie in it."""
     for folder in (source, *source.resolve().parents[:4]):
         if (folder / "JPEGImages").is_dir():
             return folder / "JPEGImages"
-    return None
+    own = source if source.is_dir() else source.parent
+    ends = tuple(readable_suffixes())
+    there = own.iterdir() if own.is_dir() else ()
+    return own if any(path.name.lower().endswith(ends) for path in there) else None
 
 
 def coco_files(folder: Path) -> list[str]:

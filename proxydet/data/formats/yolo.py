@@ -71,6 +71,19 @@ def are_rows(path: Path) -> bool:
     )
 
 
+def is_config(path: Path) -> bool:
+    """Whether a YAML file is a ``data.yaml``: it names classes and parts."""
+    try:
+        content = parse_yaml(read_text(path, limit=_LARGEST_YAML), str(path), path)
+    except (OSError, ValueError, ConfigError):
+        return path.name == "data.yaml"
+    return (
+        isinstance(content, dict)
+        and "names" in content
+        and ("train" in content or "val" in content)
+    )
+
+
 def is_folder(folder: Path) -> bool:
     """Whether a folder holds rows: files that begin with one, or any text files in a folder called ``labels``."""
     rows = folders(folder)[0]

@@ -121,7 +121,7 @@ def test_empty_and_undescribed_sets_are_errors(small_set: Path) -> None:
     assert "val: val.json: images" in found(check(small_set), "error")
     head = small_set.read_text().split("[train]")[0]
     small_set.write_text(head)
-    assert "neither [train] nor [val]" in found(check(small_set), "error")
+    assert "no table [train]" in found(check(small_set), "error")
 
 
 def test_tar_problems_are_warnings(small_set_with_labels: Path, make_tar) -> None:

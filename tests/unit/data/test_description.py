@@ -92,8 +92,8 @@ def test_absent_files_and_splits(small_set: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="larger") as caught:
         DatasetConfig.from_toml(tmp_path / "instances.json")
     assert "annotation file" in str(caught.value.hint)
-    with pytest.raises(DataError, match="there is no split 'test'"):
-        DatasetConfig.from_toml(small_set).split("test")
+    with pytest.raises(DataError, match="there is no split 'dev'"):
+        DatasetConfig.from_toml(small_set).split("dev")
 
 
 def test_rows_of_embeddings_are_categories_in_order_of_their_ids(small_set: Path) -> None:

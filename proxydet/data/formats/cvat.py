@@ -1,0 +1,176 @@
+"""Reading CVAT's own XML ("CVAT for images 1.1"): one file for all images, shapes in pixels, labels by name."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from proxydet.data.deviations import StoreReport
+from proxydet.data.formats.collected import (
+    Objects,
+    ellipse,
+    number,
+    numbers,
+    paste,
+    turned_box,
+)
+from proxydet.data.formats.reader import Document
+from proxydet.errors import DataError
+from proxydet.files import PlaceholderError, refuse_placeholder
+
+_LARGEST_FILE = 2 << 30
+_HINT = "export the task from CVAT as 'CVAT for images 1.1', 'COCO 1.0' or 'Ultralytics YOLO Detection 1.0'"
+_WITHOUT_AREA = ("polyline", "points", "cuboid", "skeleton", "tag")
+_MOST_ELEMENTS = 2_000_000
+"""Elements of one image: a file with more is not CVAT's, and would fill the memory."""
+_HEAD = 1 << 16
+
+
+def is_file(head: bytes) -> bool:
+    """Whether XML that begins so is CVAT's."""
+    return b"<annotations" in head and b"<annotation>" not in head
+
+
+def parts(source: Path) -> list[str]:
+    """Return the subsets that the images of a project's export belong to, in the file's order; none in a task's."""
+    found = {image.get("subset"): None for image, _ in _images(source, {})}
+    return [name for name in found if name]
+
+
+def read(source: Path, part: str | None, report: StoreReport) -> Document:
+    """Read an XML file.
+
+    Args:
+        source: The file.
+        part: The subset that is meant; None means all images.
+        report: Where deviations are counted.
+
+    Raises:
+        DataError: the file cannot be read, or is not such XML.
+    """
+    found = Objects()
+    labels: dict[str, None] = {}
+    turned: list[str] = []
+    for image, _ in _images(source, labels):
+        if part is not None and image.get("subset") != part:
+            continue
+        name = (image.get("name") or "").replace("\\", "/")
+        sides = [number(image.get(side)) for side in ("height", "width")]
+        size = (int(sides[0] or 0), int(sides[1] or 0))
+        found.image(name, size)
+        found.begin(name)
+        for position, shape in enumerate(image, 1):
+            label, kind = shape.get("label") or "", shape.tag
+            degrees = number(shape.get("rotation")) or 0.0
+            if kind == "box":
+                corners = numbers([shape.get(key) for key in ("xtl", "ytl", "xbr", "ybr")])
+                if corners and degrees:
+                    left, top, right, bottom = corners
+                    corners = list(
+                        turned_box(corners, degrees, ((left + right) / 2, (top + bottom) / 2))
+                    )
+                    turned.append(f"shape {position} of {name}")
+                found.add(name, label, box=corners)
+            elif kind == "polygon":
+                pairs = [point.split(",") for point in (shape.get("points") or "").split(";")]
+                flat = numbers([value for pair in pairs for value in pair])
+                found.add(name, label, polygons=None if flat is None else [flat])
+            elif kind == "ellipse":
+                values = numbers([shape.get(key) for key in ("cx", "cy", "rx", "ry")])
+                outline = None
+                if values:
+                    outline = [ellipse((values[0], values[1]), (values[2], values[3]), degrees)]
+                found.add(name, label, polygons=outline)
+            elif kind == "mask":
+                counts, box = _mask(shape, size)
+                found.add(name, label, box=box, counts=counts, size=size)
+            else:
+                found.flaw("annotation.shape")
+    report.count("annotation.rotation", turned)
+    return found.document("CVAT XML", "shape", labels)
+
+
+def _images(source: Path, labels: dict[str, None]) -> Iterator[tuple[ElementTree.Element, int]]:
+    """Yield the elements of the images one after the other; names of labels are put into ``labels``."""
+    try:
+        with source.open("rb") as file:
+            head = file.read(_HEAD)
+            refuse_placeholder(head)
+            size = file.seek(0, 2)
+            file.seek(0)
+            before = head.partition(b"<annotations")
+            # Python's parser bounds the growth of entities; CVAT needs none, so none are read.
+            if size > _LARGEST_FILE or not before[1] or b"<!DOCTYPE" in before[0]:
+                large = f"is larger than {_LARGEST_FILE >> 20} MB"
+                why = large if size > _LARGEST_FILE else "is not CVAT's XML for images"
+                raise DataError(f"{source} {why}", hint=_HINT, path=source)
+            depth = count = number_of_image = 0
+            root: ElementTree.Element | None = None
+            for event, element in ElementTree.iterparse(file, ("start", "end")):  # noqa: S314 - no entities, bounded
+                if event == "start":
+                    root = element if root is None else root
+                    depth, count = depth + 1, count + 1
+                    if count > _MOST_ELEMENTS:
+                        raise DataError(
+                            f"{source}: an image has more than {_MOST_ELEMENTS:,} elements",
+                            hint=_HINT,
+                            path=source,
+                        )
+                    continue
+                depth -= 1
+                if depth != 1:
+                    continue
+                if element.tag == "track":
+                    raise DataError(
+                        f"{source} is CVAT's XML for videos: it has tracks, not images",
+                        hint=_HINT,
+                        path=source,
+                    )
+                if element.tag == "image":
+                    yield element, number_of_image
+                    number_of_image += 1
+                for label in element.iter("label") if element.tag == "meta" else ():
+                    name = (label.findtext("name") or "").strip()
+                    if name and not label.findtext("parent"):
+                        labels[name] = None
+                count = 0
+                if root is not None:
+                    root.clear()
+    except PlaceholderError as error:
+        raise DataError(
+            f"cannot read {source}: {error.what}", hint=error.remedy, path=source
+        ) from error
+    except OSError as error:
+        raise DataError(
+            f"cannot read {source}: {error.strerror or error}",
+            hint="check that it is a file that you may read",
+            path=source,
+        ) from error
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
+        raise DataError(f"{source} is not XML: {error}", hint=_HINT, path=source) from error
+
+
+def _mask(
+    shape: ElementTree.Element, size: tuple[int, int]
+) -> tuple[bytes | None, list[float] | None]:
+    """Return the run lengths of a mask element, and its box where they cannot be read.
+
+    CVAT writes the runs of what the box holds, row by row, background first.
+    """
+    values = numbers([shape.get(key) for key in ("left", "top", "width", "height")])
+    if values is None:
+        return None, None
+    left, top, width, height = (int(value) for value in values)
+    box = [float(left), float(top), float(left + width), float(top + height)]
+    runs = numbers((shape.get("rle") or "").split(","))
+    sound = runs is not None and min(runs) >= 0 and sum(runs) == width * height
+    inside = min(left, top, width, height) >= 0 and width * height <= size[0] * size[1]
+    if runs is None or not sound or not inside:
+        return None, box
+    lengths = np.array(runs, dtype=np.int64)
+    crop_hw = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(height, width)
+    counts = paste(crop_hw, left, top, size)
+    return counts, None if counts else box

@@ -1,0 +1,392 @@
+"""Reading and writing Label Studio: JSON (and JSON-MIN) exports of tasks, numbers in percent of the image."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+from xml.sax.saxutils import quoteattr
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from proxydet.data.deviations import StoreReport
+from proxydet.data.formats.collected import (
+    Objects,
+    decode_json,
+    ellipse,
+    flat_points,
+    found_image,
+    number,
+    numbers,
+    paste,
+    read_bytes,
+    sizes_of,
+    turned_box,
+)
+from proxydet.data.formats.reader import Document
+from proxydet.data.images import readable_suffixes
+
+_LARGEST_FILE = 1 << 30
+_LARGEST_MASK = 1 << 26
+"""Pixels of an image whose brush strokes are decoded, at four bytes each."""
+_HINT = "export the project from Label Studio as JSON, JSON-MIN, COCO or YOLO"
+_IMAGE_KEYS = ("image", "img", "photo", "ocr", "url")
+_UPLOAD = re.compile(r"^[0-9a-f]{8}-")
+_BOX, _OUTLINE, _BRUSH, _ELLIPSE = (
+    "rectanglelabels",
+    "polygonlabels",
+    "brushlabels",
+    "ellipselabels",
+)
+
+
+class _Annotation(msgspec.Struct):
+    result: list[dict[str, Any]] = []
+    was_cancelled: bool | None = None
+    ground_truth: bool | None = None
+    created_at: Any = None
+
+
+class _Task(msgspec.Struct):
+    data: dict[str, Any] = {}
+    annotations: list[_Annotation] | None = None
+    completions: list[_Annotation] | None = None
+    predictions: list[Any] | None = None
+
+
+def is_file(head: bytes) -> bool:
+    """Whether JSON that begins so is Label Studio's."""
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if start[:1] != b"[":
+        return False
+    min_export = (b'"annotator"', b'"annotation_id"', b'"original_width"', b'"lead_time"')
+    whole = (b'"annotations"', b'"completions"', b'"predictions"')
+    return (b'"data"' in head and any(mark in head for mark in whole)) or (
+        b'"image_id"' not in head and any(mark in head for mark in min_export)
+    )
+
+
+def read(source: Path, roots: Sequence[Path], report: StoreReport) -> Document:
+    """Read an export. Of several annotations of a task the ground truth is used, else the newest that was submitted.
+
+    Args:
+        source: The file.
+        roots: Folders of the images; without any, the file's own and ``images`` next to it.
+        report: Where deviations are counted.
+
+    Raises:
+        DataError: the file cannot be read, or is not such an export.
+    """
+    data = read_bytes(source, _LARGEST_FILE, _HINT)
+    records = decode_json(data, list[dict[str, Any]], source, "an export of Label Studio", _HINT)
+    folders = tuple(roots) or (source.parent, source.parent / "images")
+    tasks = [_opened(record) for record in records]
+    predicted = not any(submitted for _, submitted, _ in tasks) and any(p for _, _, p in tasks)
+    if predicted:
+        report.count("file.predictions", [f"{len(tasks)} tasks"])
+    chosen: list[tuple[str, list[dict[str, Any]]]] = []
+    found = Objects()
+    for position, (name, submitted, predictions) in enumerate(tasks):
+        listed = predictions if predicted else submitted
+        if not listed:
+            report.count("image.unannotated", [name or f"task {position}"])
+            continue
+        if len(listed) > 1:
+            report.count("image.annotations", [name])
+        true = [annotation for annotation in listed if annotation.ground_truth]
+        newest = max(true or listed, key=lambda entry: str(entry.created_at or ""))
+        chosen.append((_on_disk(name, folders), newest.result))
+    sizes = [_size(result) for _, result in chosen]
+    absent = [
+        None if size else found_image(name, folders)
+        for (name, _), size in zip(chosen, sizes, strict=True)
+    ]
+    turned: list[str] = []
+    for (name, result), size, header in zip(chosen, sizes, sizes_of(absent), strict=True):
+        size = size or header
+        found.image(name, size, "image.file")
+        found.begin(name)
+        height, width = size or (1, 1)
+        for region in _regions(result):
+            _add(found, name, region, (height, width), turned)
+    report.count("annotation.rotation", turned)
+    return found.document("Label Studio JSON", "region")
+
+
+def _opened(record: dict[str, Any]) -> tuple[str, list[_Annotation], list[_Annotation]]:
+    """Return the image of a task, its submitted annotations, and its predictions; of JSON-MIN its one annotation."""
+    if isinstance(record.get("data"), dict):
+        fields = record["data"]
+        lists = [
+            [
+                entry
+                for item in record.get(key) or ()
+                if isinstance(item, dict)
+                and (entry := _annotation(item)) is not None
+                and not entry.was_cancelled
+            ]
+            for key in (
+                ("annotations" if record.get("annotations") else "completions"),
+                "predictions",
+            )
+        ]
+    else:
+        fields = record
+        results = [
+            {"type": kind, "value": value, **value}
+            for values in record.values()
+            if isinstance(values, list)
+            for value in values
+            if isinstance(value, dict) and (kind := _kind(value))
+        ]
+        lists = [[_Annotation(result=results)], []]
+    return _image_name(fields), lists[0], lists[1]
+
+
+def _annotation(item: dict[str, Any]) -> _Annotation | None:
+    try:
+        return msgspec.convert(item, _Annotation)
+    except msgspec.ValidationError:
+        return None
+
+
+def _image_name(fields: dict[str, Any]) -> str:
+    """Return the image that a task's data name: the path of an upload, of local files or of an address."""
+    texts = {key: value for key, value in fields.items() if isinstance(value, str) and value}
+    for key in sorted(texts, key=lambda key: (key.lower() not in _IMAGE_KEYS, key)):
+        try:
+            parts = urlsplit(texts[key])
+        except ValueError:
+            continue
+        local = parse_qs(parts.query).get("d", [""])[0] if "local-files" in parts.path else ""
+        name = unquote(local or parts.path).replace("\\", "/").lstrip("/")
+        if PurePosixPath(name).suffix.lower() in readable_suffixes() or key.lower() in _IMAGE_KEYS:
+            return name
+    return ""
+
+
+def _on_disk(name: str, folders: Sequence[Path]) -> str:
+    """Return an upload's name without the eight digits that Label Studio puts in front, where only that is on the disk."""
+    head, _, last = name.rpartition("/")
+    plain = _UPLOAD.sub("", last)
+    if plain == last or found_image(name, folders) or not found_image(plain, folders):
+        return name
+    return f"{head}/{plain}" if head else plain
+
+
+def _size(result: list[dict[str, Any]]) -> tuple[int, int] | None:
+    for region in result:
+        sides = numbers([region.get("original_height"), region.get("original_width")])
+        if sides and min(sides) >= 1:
+            return int(sides[0]), int(sides[1])
+    return None
+
+
+def _regions(result: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the value of each region; shape and labels of one id belong together."""
+    merged: dict[object, dict[str, Any]] = {}
+    for position, part in enumerate(result):
+        value = part.get("value")
+        own = part.get("id")
+        if isinstance(value, dict):
+            merged.setdefault(own if isinstance(own, str) else position, {}).update(value)
+    yield from (value for value in merged.values() if _kind(value))
+
+
+def _kind(value: dict[str, Any]) -> str:
+    """Return what a value is the geometry of; empty where it is none."""
+    for key, kind in (
+        ("rle", _BRUSH),
+        ("points", _OUTLINE),
+        ("radiusX", _ELLIPSE),
+        ("height", _BOX),
+    ):
+        if key in value:
+            return kind
+    return "other" if "x" in value or "vertices" in value else ""
+
+
+def _add(
+    found: Objects, image: str, value: dict[str, Any], size: tuple[int, int], turned: list[str]
+) -> None:
+    listed = next((value[key] for key in value if key.endswith("labels") and value[key]), None)
+    label = str(listed[0]) if isinstance(listed, list) else ""
+    kind, (height, width) = _kind(value), size
+    degrees = number(value.get("rotation")) or 0.0
+    if kind == _BOX:
+        percent = numbers([value.get(key) for key in ("x", "y", "width", "height")])
+        box: Sequence[float] | None = None
+        if percent:
+            x, y, w, h = (v * (height if i % 2 else width) / 100 for i, v in enumerate(percent))
+            box = (x, y, x + w, y + h)
+            if degrees:
+                turned.append(f"a box of {image}")
+                box = turned_box(box, degrees, (x, y))
+        found.add(image, label, box=box)
+    elif kind == _OUTLINE:
+        flat = flat_points(value.get("points"))
+        outline = [v * (height if i % 2 else width) / 100 for i, v in enumerate(flat or ())]
+        found.add(image, label, polygons=[outline])
+    elif kind == _ELLIPSE:
+        percent = numbers([value.get(key) for key in ("x", "y", "radiusX", "radiusY")])
+        if percent is None:
+            found.add(image, label)
+        else:
+            x, y, rx, ry = (v * (height if i % 2 else width) / 100 for i, v in enumerate(percent))
+            found.add(image, label, polygons=[ellipse((x, y), (rx, ry), degrees)])
+    elif kind == _BRUSH:
+        mask_HW = decode_brush(value.get("rle"), size)
+        counts = None if mask_HW is None else paste(mask_HW, 0, 0, size)
+        found.add(image, label, counts=counts, size=size)
+    else:
+        found.flaw("annotation.shape")
+
+
+# --- Brush strokes: thi.ng's run-length code of RGBA pixels --------------------------------------------------------------
+
+_WORD = 8
+_LENGTHS = (3, 4, 8, 16)
+"""Bits of the four sizes in which the length of a run may be written, as Label Studio writes them."""
+
+
+def decode_brush(values: object, size: tuple[int, int]) -> npt.NDArray[np.bool_] | None:
+    """Return the mask of brush strokes, bool (H, W); None where the bytes are not such a code of an image of that size.
+
+    The code: the count of values (32 bits), bits of a value less 1 (5), bits of each of four kinds of lengths less 1 (4 each); then
+    blocks: whether it is a run (1), which kind of length (2), the length less 1, and one value, or as many as the length.
+
+    Args:
+        values: Bytes, as a list of numbers.
+        size: Height and width of the image.
+    """
+    pixels = size[0] * size[1]
+    if not isinstance(values, list) or pixels > _LARGEST_MASK or len(values) > 6 * pixels + 64:
+        return None
+    try:
+        bits = np.unpackbits(np.array(values, dtype=np.int64).astype(np.uint8, casting="unsafe"))
+    except (ValueError, TypeError, OverflowError):
+        return None
+    text = bits.tobytes().translate(bytes.maketrans(b"\0\1", b"01"))
+    place = 0
+
+    def take(count: int) -> int:
+        nonlocal place
+        place += count
+        return int(text[place - count : place], 2)
+
+    try:
+        if take(32) != 4 * pixels or take(5) + 1 != _WORD:
+            return None
+        lengths = [take(4) + 1 for _ in range(4)]
+        rgba = np.zeros(4 * pixels, dtype=np.uint8)
+        at = 0
+        while at < len(rgba):
+            run = take(1)
+            end = at + 1 + take(lengths[take(2)])
+            if end > len(rgba):
+                return None
+            if run:
+                rgba[at:end] = take(_WORD)
+            else:
+                literal = bits[place : place + _WORD * (end - at)]
+                rgba[at:end] = np.packbits(literal)
+                place += _WORD * (end - at)
+            at = end
+    except ValueError:  # the bits end before the image does
+        return None
+    return rgba[3::4].reshape(size) > 0
+
+
+def encode_brush(mask_HW: npt.NDArray[np.bool_]) -> list[int]:
+    """Return a mask, bool (H, W), as Label Studio writes brush strokes: bytes of the code that `decode_brush` reads."""
+    flat = mask_HW.reshape(-1)
+    cuts = np.flatnonzero(np.diff(flat)) + 1
+    bounds = [0, *cuts.tolist(), len(flat)]
+    most = 1 << _LENGTHS[-1]
+    bits = [f"{4 * len(flat):032b}{_WORD - 1:05b}", *(f"{length - 1:04b}" for length in _LENGTHS)]
+    for start, end in itertools.pairwise(bounds):
+        value = 255 if len(flat) and flat[start] else 0
+        left = 4 * (end - start)
+        while left > 0:
+            length = min(left, most)
+            kind = next(k for k, size in enumerate(_LENGTHS) if length <= 1 << size)
+            bits.append(f"1{kind:02b}{length - 1:0{_LENGTHS[kind]}b}{value:08b}")
+            left -= length
+    text = "".join(bits)
+    text += "0" * (-len(text) % 8)
+    return list(int(text, 2).to_bytes(len(text) // 8, "big"))
+
+
+# --- Writing -------------------------------------------------------------------------------------------------------------
+
+
+def region(
+    label: str,
+    score: float,
+    box: Sequence[float],
+    mask_HW: npt.NDArray[np.bool_] | None,
+    size: tuple[int, int],
+) -> dict[str, Any]:
+    """Return a prediction of an object as a region: brush strokes where it has a mask, else a box.
+
+    Args:
+        label: Its class.
+        score: From 0 to 1.
+        box: Left, top, right, bottom in pixels.
+        mask_HW: bool (H, W).
+        size: Height and width of the image.
+    """
+    height, width = size
+    left, top, right, bottom = box
+    if mask_HW is None:
+        kind, name = _BOX, "box"
+        value: dict[str, Any] = {
+            "x": 100 * left / width,
+            "y": 100 * top / height,
+            "width": 100 * (right - left) / width,
+            "height": 100 * (bottom - top) / height,
+            "rotation": 0,
+        }
+    else:
+        kind, name = _BRUSH, "brush"
+        value = {"format": "rle", "rle": encode_brush(mask_HW)}
+    return {
+        "from_name": name,
+        "to_name": "image",
+        "type": kind,
+        "original_width": width,
+        "original_height": height,
+        "image_rotation": 0,
+        "score": score,
+        "value": {**value, kind: [label]},
+    }
+
+
+def task(image: str, regions: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return a task whose predictions can be corrected.
+
+    Args:
+        image: Path of the image, absolute; it is served by Label Studio's local files below the root folder.
+        regions: As of `region`.
+    """
+    score = sum(entry["score"] for entry in regions) / max(len(regions), 1)
+    result = [{"id": f"object-{index}", **entry} for index, entry in enumerate(regions)]
+    return {
+        "data": {"image": f"/data/local-files/?d={quote(image.lstrip('/'))}"},
+        "predictions": [{"model_version": "proxydet", "score": score, "result": result}],
+    }
+
+
+def labeling_config(names: Sequence[str]) -> str:
+    """Return the labeling interface (XML) that tasks of `task` need."""
+    labels = "".join(f"    <Label value={quoteattr(name)}/>\n" for name in names)
+    tags = "".join(
+        f'  <{tag} name="{name}" toName="image">\n{labels}  </{tag}>\n'
+        for tag, name in (("RectangleLabels", "box"), ("BrushLabels", "brush"))
+    )
+    return f'<View>\n  <Image name="image" value="$image" zoom="true"/>\n{tags}</View>\n'

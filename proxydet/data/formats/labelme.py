@@ -1,0 +1,133 @@
+"""Reading labelme: one JSON file an image, next to it, with shapes in pixels."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from proxydet.data.formats.collected import (
+    Objects,
+    decode_json,
+    ellipse,
+    extent,
+    files_below,
+    flat_points,
+    found_image,
+    number,
+    paste,
+    read_bytes,
+    sizes_of,
+)
+from proxydet.data.formats.reader import Document
+from proxydet.data.images import open_image
+from proxydet.errors import DataError
+
+_LARGEST_FILE = 256 << 20
+"""Bytes of a file: labelme stores the image itself in it."""
+_HINT = "labelme has one .json file an image, with 'shapes' and 'imagePath'"
+
+
+class _File(msgspec.Struct):
+    shapes: list[dict[str, Any]]
+    imagePath: Any = None
+    imageHeight: Any = None
+    imageWidth: Any = None
+
+
+def is_file(head: bytes) -> bool:
+    """Whether JSON that begins so is labelme's."""
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n")[:80]
+    keys = (b'"imageData"', b'"imagePath"', b'"imageHeight"', b'"shapes"', b'"lineColor"')
+    first = start[1:].lstrip()
+    return start[:1] == b"{" and (
+        first.startswith(keys)
+        or (first.startswith((b'"version"', b'"flags"')) and b'"shapes"' in head)
+    )
+
+
+def files(source: Path) -> list[Path]:
+    """Return the files that a path names: itself, or those below a folder."""
+    return [source] if source.is_file() else files_below(source, (".json",))
+
+
+def read(source: Path, roots: Sequence[Path]) -> Document:
+    """Read labelme's files. Shapes of one label and ``group_id`` in an image are one object.
+
+    Args:
+        source: A file, or a folder that is searched with those below it.
+        roots: Folders of the images; without any, each file's own folder.
+
+    Raises:
+        DataError: a file cannot be read, or is not labelme's.
+    """
+    found = Objects()
+    paths = files(source)
+    above = source if source.is_dir() else source.parent
+    opened = []
+    for path in paths:
+        content: _File = decode_json(
+            read_bytes(path, _LARGEST_FILE, _HINT), _File, path, "labelme", _HINT
+        )
+        name = str(content.imagePath or path.with_suffix("").name).replace("\\", "/")
+        # The image is named from the file's own folder; the folders of the images may lie above it.
+        place = path.parent.relative_to(above)
+        name = (place / name).as_posix()
+        sides = [number(content.imageHeight), number(content.imageWidth)]
+        size = (int(sides[0] or 0), int(sides[1] or 0)) if all(sides) else None
+        image = None if size else found_image(name, tuple(roots) or (above, path.parent))
+        opened.append((path, name, size, image, content.shapes))
+    headers = sizes_of([image for _, _, _, image, _ in opened])
+    for (path, name, size, _, shapes), header in zip(opened, headers, strict=True):
+        size = size or header
+        found.image(name, size, "image.size" if size else "image.file")
+        found.begin(path.name)
+        _add_shapes(found, name, size or (1, 1), shapes)
+    return found.document("labelme", "shape")
+
+
+def _add_shapes(
+    found: Objects, image: str, size: tuple[int, int], shapes: list[dict[str, Any]]
+) -> None:
+    groups: dict[tuple[str, str], list[list[float]]] = {}
+    for shape in shapes:
+        label = "" if shape.get("label") is None else str(shape["label"])
+        flat = flat_points(shape.get("points")) or []
+        kind, group = shape.get("shape_type") or "polygon", shape.get("group_id")
+        if kind == "mask" and len(flat) == 4:
+            left, top, right, bottom = extent(flat)
+            box = (left, top, right + 1, bottom + 1)
+            counts = _mask(shape.get("mask"), box, size)
+            found.add(image, label, box=None if counts else box, counts=counts, size=size)
+        elif kind == "rectangle":
+            found.add(image, label, box=extent(flat) if len(flat) in (4, 8) else None)
+        elif kind in ("polygon", "circle", "oriented_rectangle"):
+            if kind == "circle" and len(flat) == 4:
+                radius = math.dist(flat[:2], flat[2:])
+                flat = ellipse((flat[0], flat[1]), (radius, radius))
+            outlines = [] if group is None else groups.setdefault((label, str(group)), [])
+            outlines.append(flat)
+            if len(outlines) == 1:
+                found.add(image, label, polygons=outlines)
+            else:
+                found.skip()
+        else:
+            found.flaw("annotation.shape")
+
+
+def _mask(text: object, box: Sequence[float], size: tuple[int, int]) -> bytes | None:
+    """Return the run lengths of a mask, a PNG in base64 of what the box holds; None where it cannot be read."""
+    try:
+        image = open_image(base64.b64decode(str(text), validate=True), name="a mask")
+    except (DataError, binascii.Error, ValueError):
+        return None
+    if image.width * image.height > size[0] * size[1] or min(box) < 0:
+        return None
+    crop_hw = np.asarray(image.convert("L")) > 0
+    return paste(crop_hw, round(box[0]), round(box[1]), size)

@@ -1,0 +1,367 @@
+"""Writing a dataset config for annotations as people have them: format, parts, image folders and class names are found out."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from proxydet.config import parse_toml
+from proxydet.data.dataset import SplitSpec
+from proxydet.data.formats.collected import found_image, images_below
+from proxydet.data.sources import AnnotationSource, FoundData, look, share_positions
+from proxydet.data.store import AnnotationStore
+from proxydet.errors import ConfigError, DataError, VocabularyError
+from proxydet.files import write_text
+from proxydet.reporting import SILENT, Progress
+from proxydet.vocabulary.encoder import open_encoder
+from proxydet.vocabulary.sources import PUBLISHED_VOCABULARIES, published_vocabulary
+from proxydet.vocabulary.vocabulary import Vocabulary, build_vocabulary
+from proxydet.wording import counted, first_of, json_text
+
+_SEEDS = 20
+"""Seeds that are tried for a split with every class in both parts."""
+_DIMENSION = 512
+"""Of embeddings without a text encoder: that of CLIP ViT-B/32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartCount:
+    """What a part holds."""
+
+    annotations: str
+    """Its annotations, as the config names them."""
+    images: int
+    objects: int
+    masks: int
+    """Objects that have a mask."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitReport:
+    """What was found and written."""
+
+    config: Path
+    """The dataset config."""
+    format: str
+    """Name of the annotations' format."""
+    classes: tuple[str, ...]
+    """Names of the classes."""
+    parts: dict[str, PartCount]
+    """By ``train``, ``val`` and ``test``."""
+    split: str
+    """How the parts came about."""
+    embeddings: Path
+    """The text embeddings."""
+    embedded: str
+    """What made them; empty: they are still to be made."""
+    notes: tuple[str, ...]
+    """What is missing or left out."""
+    commands: tuple[str, ...]
+    """What to do next."""
+
+
+def init_dataset(
+    path: Path,
+    output: Path | None = None,
+    *,
+    images: Sequence[Path] = (),
+    val_share: float = 0.2,
+    seed: int = 0,
+    encoder: Path | None = None,
+    closed: bool = False,
+    overwrite: bool = False,
+    cache: Path | None = None,
+    progress: Progress = SILENT,
+) -> InitReport:
+    """Write a dataset config, and the text embeddings of its classes where they can be made.
+
+    Args:
+        path: A folder or file that `proxydet.data.sources.look` finds annotations in.
+        output: The config (.toml); by default named after ``path``, in the working directory.
+        images: Folders of the images; found out by default.
+        val_share: Share of the images that is kept for validation where the annotations are not split.
+        seed: Decides which images these are; where classes would be missing, one of the next seeds is taken.
+        encoder: As for `proxydet.vocabulary.encoder.open_encoder`.
+        closed: Make embeddings without a text encoder, at right angles to each other: the detector then knows these
+            classes and no others.
+        overwrite: Replace a config that is there.
+        cache: Folder of annotation stores; None means the user's cache folder.
+        progress: Where to show long steps.
+
+    Raises:
+        ConfigError: the config is there already, or is not called ``.toml``.
+        DataError: there are no annotations, or they cannot be used.
+        VocabularyError: a class name cannot be embedded.
+        RuntimeEnvironmentError: the files cannot be written.
+    """
+    called = re.sub(r"[^\w.-]+", "-", path.resolve().name.split(".")[0]).strip("-.") or "dataset"
+    output = output or Path(f"{called}.toml")
+    if output.suffix.lower() != ".toml":
+        raise ConfigError(
+            f"a dataset config is called .toml, not {output.name}",
+            hint=f"write to {output.with_suffix('.toml')}",
+        )
+    if output.exists() and not overwrite:
+        raise ConfigError(
+            f"{output} is there already",
+            hint="give another file with --output, or replace it: --overwrite",
+            path=output,
+        )
+    if not 0 < val_share < 1:
+        raise ConfigError(
+            f"the share for validation is {val_share}",
+            hint="it is above 0 and below 1, such as 0.2",
+        )
+    if not path.exists():
+        raise DataError(
+            f"there is no file or folder {path}", hint="name the folder of your data set", path=path
+        )
+    found = look(path, images)
+    notes = [f"{place} is of no part (train, val, test): left out" for place in found.left_out]
+    stores = {
+        part: AnnotationStore.open(source, cache=cache, progress=progress, warn=False)
+        for part, source in found.parts.items()
+    }
+    for store in stores.values():
+        store.require_objects()
+    sources = {}
+    for part, source in found.parts.items():
+        sources[part], more = _with_used_folders(source, stores[part], path)
+        notes += more
+    folders = list(dict.fromkeys(folder for source in sources.values() for folder in source.images))
+    there = len({image for folder in folders for image in images_below(folder)})
+    if (over := there - sum(map(len, stores.values()))) > 0:
+        notes.append(f"{counted(over, 'image')} in {first_of(folders)} not annotated: not used")
+    sources, split = _split(sources, stores, val_share, seed, notes)
+    names = tuple(
+        dict.fromkeys(
+            category.name.strip() for store in stores.values() for category in store.categories
+        )
+    )
+    stores = {
+        part: AnnotationStore.open(source, cache=cache, progress=progress, warn=False)
+        for part, source in sources.items()
+    }
+    for part, store in stores.items():
+        lost = ("dropped", "mended")
+        lines = [
+            line for line in store.report.lines() if any(f" {fate}: " in line for fate in lost)
+        ]
+        notes += [f"{part}: {line}" for line in lines]
+    base = output.resolve().parent
+    embeddings = output.with_suffix(".vocab")
+    vocabulary, embedded = _embedded(names, encoder, closed=closed, progress=progress)
+    text = _config_text(output.stem, names, embeddings, encoder, sources, base, found, split)
+    try:
+        parse_toml(text, str(output), output)
+    except ConfigError as error:
+        raise DataError(
+            f"{path} has a name that a TOML file cannot hold: {error.message}",
+            hint="rename it to letters, digits and dashes",
+            path=path,
+        ) from error
+    if vocabulary is not None:
+        vocabulary.save(embeddings)
+    write_text(output, text)
+    shown, table = shlex.quote(str(output)), shlex.quote(str(embeddings))
+    commands = [
+        f"proxydet data check {shown}",
+        f"proxydet train --recipe small --data {shown} --output {shlex.quote(f'runs/{output.stem}')}",
+    ]
+    if vocabulary is None:
+        commands[:0] = [
+            "proxydet download clip-vit-b32",
+            f"proxydet vocab build {shown} -o {table}",
+        ]
+    return InitReport(
+        config=output,
+        format=found.format,
+        classes=names,
+        parts={
+            part: PartCount(
+                annotations=_relative(sources[part].path, base),
+                images=len(store),
+                objects=store.report.annotations_kept,
+                masks=store.report.annotations_kept - store.report.without_mask,
+            )
+            for part, store in stores.items()
+        },
+        split=split,
+        embeddings=embeddings,
+        embedded=embedded,
+        notes=tuple(notes),
+        commands=tuple(commands),
+    )
+
+
+def _with_used_folders(
+    source: AnnotationSource, store: AnnotationStore, path: Path
+) -> tuple[AnnotationSource, list[str]]:
+    """Return a source with the folders in which its images are, and what to say of images that are missing or left over."""
+    missing = [store.file_name(row) for row in range(len(store))]
+    used: list[Path] = []
+    for folder in source.images or (source.path.parent,):
+        absent = [name for name in missing if found_image(name, [folder]) is None]
+        if len(absent) < len(missing):
+            used.append(folder)
+        missing = absent
+        if not missing:
+            break
+    if missing and not used:
+        places = first_of([str(folder) for folder in source.images], 3)
+        raise DataError(
+            f"none of the {counted(len(store), 'image')} of {source.path} is there, e.g. {missing[0]!r}"
+            + (f"; looked in {places}" if places else ""),
+            hint=f"name their folder: proxydet data init {shlex.quote(str(path))} --images FOLDER",
+            path=source.path,
+        )
+    notes = []
+    if missing:
+        notes.append(
+            f"{len(missing)} of {len(store)} images of {source.path.name} are missing, e.g. {missing[0]!r}: training "
+            "needs data.unreadable_images=skip, or annotations without them"
+        )
+    return AnnotationSource(path=source.path, images=tuple(used), part=source.part), notes
+
+
+def _split(
+    sources: dict[str, AnnotationSource],
+    stores: dict[str, AnnotationStore],
+    val_share: float,
+    seed: int,
+    notes: list[str],
+) -> tuple[dict[str, AnnotationSource], str]:
+    """Return the parts to write, and how they came about."""
+    if len(sources) > 1 and "train" not in sources:
+        raise DataError(
+            f"there are annotations of {' and '.join(sources)}, and none to train on",
+            hint="name the folder that holds train too, or the one annotation file to split: proxydet data init FILE",
+        )
+    if len(sources) > 1:
+        if "val" not in sources:
+            sources = {"train": sources["train"], "val": sources["test"]}
+            notes.append("there is no part for validation: test is used for it")
+        return sources, "as found: " + ", ".join(sources)
+    ((part, source),) = sources.items()
+    store = stores[part]
+    count = len(store)
+    if count < 2:
+        notes.append("one image: nothing is left for validation")
+        return {"train": source}, "not split"
+    kept = min(max(1, round(val_share * count)), count - 1)
+    names = [store.file_name(row) or str(store.image_ids[row]) for row in range(count)]
+    edge = 1 - kept / count
+    image_A, class_A = store.column("image"), store.column("category")
+    present = len(np.unique(class_A))
+
+    def covered(number: int) -> int:
+        place = share_positions(names, number)
+        in_val_I = np.array([place[name] >= edge for name in names])
+        both = [len(np.unique(class_A[in_val_I[image_A] == side])) for side in (True, False)]
+        return sum(both)
+
+    best = max(range(seed, seed + _SEEDS), key=lambda number: (covered(number), -number))
+    if (reached := covered(best)) < 2 * present:
+        notes.append(
+            f"{2 * present - reached} of {present} classes are in one of the two parts only: they have too few images"
+        )
+    parts = {
+        name: AnnotationSource(
+            path=source.path, images=source.images, part=source.part, share=share, seed=best
+        )
+        for name, share in (("train", (0.0, edge)), ("val", (edge, 1.0)))
+    }
+    return (
+        parts,
+        f"not split: {count - kept} images to train on and {kept} for validation, by seed {best}",
+    )
+
+
+def _embedded(
+    names: tuple[str, ...], encoder: Path | None, *, closed: bool, progress: Progress
+) -> tuple[Vocabulary | None, str]:
+    """Return the classes with embeddings and what made these; None where nothing is there to make them."""
+    if closed:
+        return Vocabulary.from_arrays(names, _directions(len(names))), "without a text encoder"
+    try:
+        opened = open_encoder(encoder, progress=progress)
+    except VocabularyError:
+        if encoder is not None:
+            raise
+    else:
+        return build_vocabulary(names, opened), str(encoder or "CLIP ViT-B/32")
+    rows: dict[str, npt.NDArray[np.float32]] = {}
+    used = []
+    for published in PUBLISHED_VOCABULARIES:
+        try:
+            known = published_vocabulary(published)
+        except VocabularyError:
+            continue
+        more = {
+            name: row
+            for name, row in zip(known.names, known.embeddings, strict=True)
+            if name in names and name not in rows
+        }
+        used += [published] if more else []
+        rows |= more
+    if len(rows) < len(names):
+        return None, ""
+    table = np.stack([rows[name] for name in names])
+    return Vocabulary.from_arrays(names, table), f"the published embeddings of {', '.join(used)}"
+
+
+def _directions(count: int) -> npt.NDArray[np.float32]:
+    """Return fixed directions, (count, 512), at right angles where there are no more of them than dimensions."""
+    drawn = np.random.default_rng(0).standard_normal((max(count, _DIMENSION), _DIMENSION))
+    if count <= _DIMENSION:
+        drawn = np.linalg.qr(drawn[:_DIMENSION])[0]
+    rows = drawn[:count] / np.linalg.norm(drawn[:count], axis=1, keepdims=True)
+    directions: npt.NDArray[np.float32] = rows.astype(np.float32)
+    return directions
+
+
+def _relative(path: Path, base: Path) -> str:
+    """Return a path as a config in ``base`` names it."""
+    try:
+        return Path(os.path.relpath(path.resolve(), base)).as_posix()
+    except ValueError:  # on another drive
+        return path.resolve().as_posix()
+
+
+def _config_text(
+    name: str,
+    names: tuple[str, ...],
+    embeddings: Path,
+    encoder: Path | None,
+    sources: dict[str, AnnotationSource],
+    base: Path,
+    found: FoundData,
+    split: str,
+) -> str:
+    lines = [
+        f"# {found.format}; {split}",
+        f"name = {json_text(name)}",
+        "",
+        "[vocabulary]",
+        f"embeddings = {json_text(embeddings.name)}",
+        *([f"encoder = {json_text(_relative(encoder, base))}"] if encoder else []),
+        "names = [" + ", ".join(json_text(class_name) for class_name in names) + "]",
+    ]
+    for part, source in sources.items():
+        roots = [json_text(_relative(folder, base)) for folder in SplitSpec.of(source).roots]
+        lines += ["", f"[{part}]", f"annotations = {json_text(_relative(source.path, base))}"]
+        lines += [f"images = {roots[0] if len(roots) == 1 else '[' + ', '.join(roots) + ']'}"]
+        lines += [f"part = {json_text(source.part)}"] if source.part else []
+        if source.share is not None:
+            lines += [
+                f"share = [{source.share[0]!r}, {source.share[1]!r}]",
+                f"seed = {source.seed}",
+            ]
+    return "\n".join([*lines, ""])

@@ -1,0 +1,282 @@
+"""``proxydet data init``: from an export to a dataset config that check, stats and training take."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from proxydet.data.check import check_path
+from proxydet.data.dataset import Dataset, DatasetConfig
+from proxydet.data.init import init_dataset
+from proxydet.errors import ConfigError, DataError, InputError
+from tests.unit.data.test_formats import (
+    BOXES,
+    NAMES,
+    SIZE,
+    WRITERS,
+    expected,
+    found,
+    photo,
+    write_cvat,
+    write_labelme,
+    write_via,
+    write_yolo,
+)
+
+
+def write_coco(root: Path, stems: str, name: str = "instances.json", folder: str = "") -> Path:
+    images, annotations = [], []
+    for i, stem in enumerate(stems, 1):
+        width, height = SIZE[stem]
+        photo(root / folder / f"{stem}.jpg", SIZE[stem])
+        images.append({"id": i, "file_name": f"{stem}.jpg", "width": width, "height": height})
+        annotations += [
+            {"id": 10 * i + n, "image_id": i, "category_id": NAMES.index(label) + 1,
+             "bbox": [x1, y1, x2 - x1, y2 - y1], "area": 9, "iscrowd": 0}
+            for n, (label, (x1, y1, x2, y2)) in enumerate(BOXES[stem])
+        ]  # fmt: skip
+    categories = [{"id": i, "name": name} for i, name in enumerate(NAMES, 1)]
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": categories})
+    )
+    return path
+
+
+def write_voc(root: Path, stems: str) -> Path:
+    for stem in stems:
+        width, height = SIZE[stem]
+        photo(root / f"{stem}.jpg", SIZE[stem])
+        objects = "".join(
+            f"<object><name>{label.replace('&', '&amp;')}</name><bndbox><xmin>{x1 + 1}</xmin><ymin>{y1 + 1}</ymin>"
+            f"<xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"
+            for label, (x1, y1, x2, y2) in BOXES[stem]
+        )
+        (root / f"{stem}.xml").write_text(
+            f"<annotation><filename>{stem}.jpg</filename><size><width>{width}</width><height>{height}</height></size>"
+            f"{objects}</annotation>"
+        )
+    return root
+
+
+SPLIT: dict[str, Callable[[Path], object]] = {
+    "COCO JSON, Roboflow": lambda root: [
+        write_coco(root / part, stems, "_annotations.coco.json")
+        for part, stems in (("train", "ab"), ("valid", "c"))
+    ],
+    "COCO JSON, published layout": lambda root: [
+        write_coco(root, "ab", "annotations/instances_train2017.json", "train2017"),
+        write_coco(root, "c", "annotations/instances_val2017.json", "val2017"),
+        (root / "annotations" / "captions_val2017.json").write_text('{"images": []}'),
+    ],
+    "Pascal VOC, Roboflow": lambda root: [
+        write_voc(root / part, stems) for part, stems in (("train", "ab"), ("valid", "c"))
+    ],
+    "YOLO, Ultralytics": lambda root: write_yolo(root, "ultralytics", {"train": "ab", "val": "c"}),
+    "YOLO, Roboflow": lambda root: write_yolo(root, "roboflow", {"train": "ab", "valid": "c"}),
+    "labelme, folders": lambda root: [
+        write_labelme(root / "train", "ab"),
+        write_labelme(root / "val", "c"),
+    ],
+    "VGG VIA, folders": lambda root: [
+        write_via(root / "train", "ab"),
+        write_via(root / "val", "c"),
+    ],
+    "CVAT XML, two files": lambda root: [
+        write_cvat(root / "train", "ab"),
+        write_cvat(root / "val", "c"),
+    ],
+    "Label Studio JSON, two files": lambda root: [
+        WRITERS["Label Studio JSON"](root / "train", "ab"),
+        WRITERS["Label Studio JSON"](root / "val", "c"),
+    ],
+}
+
+
+@pytest.fixture(autouse=True)
+def work_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PROXYDET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PROXYDET_DATASETS", str(tmp_path / "datasets"))
+    monkeypatch.setenv("PROXYDET_MODELS", str(tmp_path / "models"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", SPLIT)
+def test_parts_are_taken_as_found(kind: str, tmp_path: Path) -> None:
+    SPLIT[kind](tmp_path / "my pets")
+    report = init_dataset(Path("my pets"), closed=True)
+    assert report.config == Path("my-pets.toml")
+    assert report.format == kind.split(",")[0]
+    assert sorted(report.classes) == sorted(NAMES)
+    assert {part: count.images for part, count in report.parts.items()} == {"train": 2, "val": 1}
+    data = Dataset(config=DatasetConfig.from_toml(report.config))
+    assert found(data.store("val")) == expected("c")
+    assert data.vocabulary.names == report.classes
+    (checked,) = check_path(report.config)
+    assert checked.sound, checked.findings
+    assert not any(finding.deviation for finding in checked.findings), checked.findings
+
+
+@pytest.mark.parametrize("kind", ["COCO JSON", *WRITERS])
+def test_what_is_not_split_is_split_by_a_seed(kind: str, tmp_path: Path) -> None:
+    write = write_coco if kind == "COCO JSON" else WRITERS[kind]
+    write(tmp_path / "export", "abc")
+    report = init_dataset(tmp_path / "export", Path("pets.toml"), closed=True)
+    assert {part: count.images for part, count in report.parts.items()} == {"train": 2, "val": 1}
+    assert "seed" in report.split
+    data = Dataset(config=DatasetConfig.from_toml(report.config))
+    parts = [set(found(data.store(part))) for part in ("train", "val")]
+    assert parts[0] | parts[1] == {"a", "b", "c"}
+    assert not parts[0] & parts[1]
+    again = init_dataset(tmp_path / "export", Path("again.toml"), closed=True)
+    assert again.config.read_text().splitlines()[2:] == [
+        line.replace("pets", "again") for line in report.config.read_text().splitlines()[2:]
+    ]
+    (checked,) = check_path(report.config)
+    assert checked.sound, checked.findings
+
+
+def test_a_split_leaves_every_class_in_both_parts_where_it_can(tmp_path: Path) -> None:
+    write_coco(tmp_path / "export", "aaaaaaaa"[:1] + "bc")
+    content = json.loads((tmp_path / "export" / "instances.json").read_text())
+    for number in range(20):
+        stem, label = f"n{number}", 1 + (number < 2)
+        photo(tmp_path / "export" / f"{stem}.jpg", (20, 20))
+        content["images"].append(
+            {"id": 50 + number, "file_name": f"{stem}.jpg", "width": 20, "height": 20}
+        )
+        content["annotations"].append(
+            {
+                "id": 500 + number,
+                "image_id": 50 + number,
+                "category_id": label,
+                "bbox": [1, 1, 9, 9],
+            }
+        )
+    (tmp_path / "export" / "instances.json").write_text(json.dumps(content))
+    report = init_dataset(tmp_path / "export", Path("pets.toml"), closed=True)
+    data = Dataset(config=DatasetConfig.from_toml(report.config))
+    assert [set(data.store(part).column("category").tolist()) for part in ("train", "val")] == [
+        {0, 1}
+    ] * 2
+
+
+def test_a_test_part_is_named_and_evaluated_by_name(tmp_path: Path) -> None:
+    write_yolo(tmp_path / "set", "ultralytics", {"train": "a", "val": "b", "test": "c"})
+    report = init_dataset(tmp_path / "set", closed=True)
+    assert list(report.parts) == ["train", "val", "test"]
+    assert found(Dataset(config=DatasetConfig.from_toml(report.config)).store("test")) == expected(
+        "c"
+    )
+
+
+def test_without_a_text_encoder_the_commands_say_how_to_get_one(tmp_path: Path) -> None:
+    write_coco(tmp_path / "export", "abc")
+    report = init_dataset(tmp_path / "export", Path("pets.toml"))
+    assert report.embedded == ""
+    assert not report.embeddings.exists()
+    assert report.commands[:2] == (
+        "proxydet download clip-vit-b32",
+        "proxydet vocab build pets.toml -o pets.vocab",
+    )
+    from proxydet.vocabulary.names import read_names
+
+    assert tuple(entry.name for entry in read_names(report.config)) == report.classes
+
+
+def test_published_embeddings_serve_where_they_have_all_names(tmp_path: Path) -> None:
+    from proxydet.vocabulary.sources import published_vocabulary
+
+    table = np.random.default_rng(0).normal(size=(80, 512)).astype(np.float16)
+    (tmp_path / "datasets" / "metadata").mkdir(parents=True)
+    np.save(tmp_path / "datasets" / "metadata" / "coco_clip_a+cname.npy", table)
+    path = write_coco(tmp_path / "export", "abc")
+    path.write_text(path.read_text().replace("cat & co", "cat"))
+    report = init_dataset(tmp_path / "export", Path("pets.toml"))
+    assert "coco" in report.embedded
+    vocabulary = Dataset(config=DatasetConfig.from_toml(report.config)).vocabulary
+    known = published_vocabulary("coco")
+    rows = [known.names.index(name) for name in vocabulary.names]
+    assert np.array_equal(vocabulary.embeddings, known.embeddings[rows])
+
+
+def test_images_elsewhere_are_named(tmp_path: Path) -> None:
+    path = write_coco(tmp_path / "export", "abc")
+    (tmp_path / "photos").mkdir()
+    for image in (tmp_path / "export").glob("*.jpg"):
+        image.rename(tmp_path / "photos" / image.name)
+    with pytest.raises(DataError, match=r"a\.jpg") as caught:
+        init_dataset(path, Path("pets.toml"), closed=True)
+    assert "--images" in (caught.value.hint or "")
+    assert not Path("pets.toml").exists()
+    assert not Path("pets.vocab").exists()
+    report = init_dataset(path, Path("pets.toml"), images=[Path("photos")], closed=True)
+    assert check_path(report.config)[0].sound
+
+
+def empty(root: Path) -> None:
+    root.mkdir()
+
+
+def mixed(root: Path) -> None:
+    write_coco(root, "a")
+    write_labelme(root / "more", "b")
+
+
+def unclear(root: Path) -> None:
+    write_coco(root, "a", "one.json")
+    write_coco(root, "b", "two.json")
+
+
+def without_objects(root: Path) -> None:
+    path = write_coco(root, "a")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "annotations": []}))
+
+
+def twice(root: Path) -> None:
+    write_yolo(root, "plain", {"": "a"})
+    (root / "classes.txt").write_text("dog\ndog\n")
+
+
+def without_images(root: Path) -> None:
+    write_yolo(root, "plain", {"": "a"})
+    (root / "images" / "a.jpg").unlink()
+
+
+@pytest.mark.parametrize(
+    ("write", "match"),
+    [
+        (empty, "export holds no annotations"),
+        (
+            mixed,
+            r"several formats: .*instances\.json.*more|several formats: .*more.*instances\.json",
+        ),
+        (unclear, r"one\.json.*two\.json"),
+        (without_objects, "no annotation"),
+        (twice, r"classes\.txt.*dog"),
+        (without_images, "image"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_and_nothing_is_written(
+    write: Callable[[Path], None], match: str, tmp_path: Path
+) -> None:
+    write(tmp_path / "export")
+    with pytest.raises(InputError, match=match) as caught:
+        init_dataset(tmp_path / "export", Path("pets.toml"), closed=True)
+    assert caught.value.hint
+    assert not list(tmp_path.glob("pets.*"))
+
+
+def test_a_config_is_not_replaced_unasked(tmp_path: Path) -> None:
+    write_coco(tmp_path / "export", "abc")
+    Path("pets.toml").write_text("mine")
+    with pytest.raises(ConfigError, match=r"pets\.toml"):
+        init_dataset(tmp_path / "export", Path("pets.toml"), closed=True)
+    assert Path("pets.toml").read_text() == "mine"
+    assert init_dataset(tmp_path / "export", Path("pets.toml"), closed=True, overwrite=True).classes

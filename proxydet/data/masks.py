@@ -30,6 +30,8 @@ LARGEST_IMAGE = 2**31 - 1
 """Pixels: largest height times width that run lengths can count."""
 
 _BYTES_LITERAL = re.compile(r"""b'(?:[^'\\\n]|\\[ -~])*'|b"(?:[^"\\\n]|\\[ -~])*\"""")
+_TOLERANCE = 0.2
+"""Pixels by which a polygon may miss the outline that it simplifies."""
 _FIRST = 48
 _LAST = 48 + 63
 _BATCH = 1000
@@ -180,6 +182,61 @@ def decode(counts: bytes, size: tuple[int, int]) -> NDArray[np.bool_]:
     """Return the mask of sound RLE counts: bool (height, width)."""
     mask_HW = coco_mask.decode({"size": list(size), "counts": counts})
     return np.ascontiguousarray(mask_HW, dtype=np.bool_)
+
+
+def outlines(coverage_HW: NDArray[Any]) -> list[list[float]]:
+    """Trace the outlines of a mask along coverage one half.
+
+    Args:
+        coverage_HW: How much of each pixel belongs to the object, 0 to 1; holes are outlined as parts are.
+
+    Returns:
+        Polygons in COCO's form, x1, y1, x2, y2, ... in pixels (the first pixel's middle is at 0.5, 0.5), each with at least
+        three corners; outlines below one pixel of area are left out.
+    """
+    import contourpy
+
+    height, width = coverage_HW.shape
+    polygons = []
+    for line in contourpy.contour_generator(z=np.pad(coverage_HW, 1), name="serial").lines(0.5):
+        points_P2 = _simplified(np.asarray(line)[:-1] - 0.5)
+        x, y = points_P2.T
+        area = abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2
+        if len(points_P2) >= 3 and area >= 1:
+            inside_P2 = np.clip(points_P2, 0, (width, height)).round(2)
+            polygons.append(inside_P2.ravel().tolist())
+    return polygons
+
+
+def _simplified(points_P2: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Leave out corners of a closed outline that lie within a tolerance of the line they are on.
+
+    Douglas-Peucker on the two halves between the first point and the one farthest from it.
+    """
+    if len(points_P2) < 4:
+        return points_P2
+    far = int(np.argmax(((points_P2 - points_P2[0]) ** 2).sum(axis=1)))
+    closed = np.concatenate([points_P2, points_P2[:1]])
+    kept = np.zeros(len(closed), bool)
+    kept[[0, far]] = True
+    spans = [(0, far), (far, len(closed) - 1)]
+    while spans:
+        first, last = spans.pop()
+        if last - first < 2:
+            continue
+        along = closed[last] - closed[first]
+        offset = closed[first + 1 : last] - closed[first]
+        length = np.hypot(*along)
+        if length == 0:
+            distances = np.hypot(offset[:, 0], offset[:, 1])
+        else:
+            distances = np.abs(offset[:, 0] * along[1] - offset[:, 1] * along[0]) / length
+        worst = int(np.argmax(distances))
+        if distances[worst] > _TOLERANCE:
+            middle = first + 1 + worst
+            kept[middle] = True
+            spans += [(first, middle), (middle, last)]
+    return points_P2[kept[:-1]]
 
 
 def measure(masks: Sequence[dict[str, Any]]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:

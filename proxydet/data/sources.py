@@ -84,6 +84,8 @@ def format_of(path: Path) -> Format | None:
         return "labelme" if any(labelme.is_file(head_of(file)) for file in files) else None
     if suffix == ".txt":
         return "YOLO" if yolo.is_list(path) else "Pascal VOC"
+    if suffix == ".gz":
+        return "COCO JSON"
     head = head_of(path)
     if suffix == ".xml":
         return "CVAT XML" if cvat.is_file(head) else "Pascal VOC"
@@ -267,6 +269,8 @@ def look(path: Path, images: Sequence[Path] = ()) -> FoundData:
             raise DataError(f"there is no file or folder {path}", hint="check the path", path=path)
         return FoundData(format=found, parts=_parts_of_file(path, found, path.parent, images))
     candidates = _candidates(path)
+    if not candidates and (kind := format_of(path)) is not None:
+        candidates = [(kind, path)]
     if not candidates:
         raise DataError(
             f"{path} holds no annotations of a known format: {', '.join(get_args(Format))}",
@@ -319,12 +323,14 @@ def _parts_of_file(
     names: list[str] = []
     if path.suffix.lower() in yolo.YAML:
         places = yolo.parts(path)
-        return {
-            name: AnnotationSource(
-                path=path, part=name, images=tuple(images) or _folders_of(listed)
-            )
-            for name, listed in places.items()
-        }
+        of_config: dict[str, AnnotationSource] = {}
+        for name, listed in places.items():
+            if listed not in [
+                places[other] for other in of_config
+            ]:  # one folder for both is no split
+                roots = tuple(images) or _folders_of(listed)
+                of_config[name] = AnnotationSource(path=path, part=name, images=roots)
+        return of_config
     if found == "CVAT XML":
         names = cvat.parts(path)
     roots = tuple(images) or image_folders(path) or _image_candidates(path, root)

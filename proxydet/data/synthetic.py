@@ -21,11 +21,11 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import contourpy
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
+from proxydet.data.masks import outlines
 from proxydet.errors import ConfigError, DataError
 from proxydet.files import Lock, read_json, write_errors
 from proxydet.reporting import SILENT
@@ -165,8 +165,6 @@ _TRIES = 24
 _EDGE_SLACK = 0.08
 _SAME_CLASS = 0.2
 """Chance that an object is of the same class as the one before it."""
-_TOLERANCE = 0.2
-"""Pixels by which a polygon may miss the outline that it simplifies."""
 
 
 class _Canvas:
@@ -332,59 +330,6 @@ def _outline(shape: str) -> Points:
     if shape == "star":
         radii[1::2] = 0.42
     return np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
-
-
-def _polygons(coverage_HW: Floats) -> list[list[float]]:
-    """Trace the outlines of a mask along coverage one half.
-
-    Args:
-        coverage_HW: How much of each pixel belongs to the object, 0 to 1; it must have no holes.
-
-    Returns:
-        Polygons in COCO's form, x1, y1, x2, y2, ... in pixels (the first pixel's middle is at 0.5, 0.5), each with at least
-        three corners; outlines below one pixel of area are left out.
-    """
-    height, width = coverage_HW.shape
-    polygons = []
-    for line in contourpy.contour_generator(z=np.pad(coverage_HW, 1), name="serial").lines(0.5):
-        points_P2 = _simplified(np.asarray(line)[:-1] - 0.5)
-        x, y = points_P2.T
-        area = abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2
-        if len(points_P2) >= 3 and area >= 1:
-            inside_P2 = np.clip(points_P2, 0, (width, height)).round(2)
-            polygons.append(inside_P2.ravel().tolist())
-    return polygons
-
-
-def _simplified(points_P2: Points) -> Points:
-    """Leave out corners of a closed outline that lie within a tolerance of the line they are on.
-
-    Douglas-Peucker on the two halves between the first point and the one farthest from it.
-    """
-    if len(points_P2) < 4:
-        return points_P2
-    far = int(np.argmax(((points_P2 - points_P2[0]) ** 2).sum(axis=1)))
-    closed = np.concatenate([points_P2, points_P2[:1]])
-    kept = np.zeros(len(closed), bool)
-    kept[[0, far]] = True
-    spans = [(0, far), (far, len(closed) - 1)]
-    while spans:
-        first, last = spans.pop()
-        if last - first < 2:
-            continue
-        along = closed[last] - closed[first]
-        offset = closed[first + 1 : last] - closed[first]
-        length = np.hypot(*along)
-        if length == 0:
-            distances = np.hypot(offset[:, 0], offset[:, 1])
-        else:
-            distances = np.abs(offset[:, 0] * along[1] - offset[:, 1] * along[0]) / length
-        worst = int(np.argmax(distances))
-        if distances[worst] > _TOLERANCE:
-            middle = first + 1 + worst
-            kept[middle] = True
-            spans += [(first, middle), (middle, last)]
-    return points_P2[kept[:-1]]
 
 
 logger = logging.getLogger(__name__)
@@ -657,7 +602,7 @@ def _draw_split(
                 drawn.append(class_index)
         objects: list[dict[str, Any]] = []
         for class_index, coverage_HW in zip(drawn, canvas.coverages, strict=True):
-            if polygons := _polygons(coverage_HW):
+            if polygons := outlines(coverage_HW):
                 corners = np.concatenate([np.reshape(p, (-1, 2)) for p in polygons])
                 (x0, y0), (x1, y1) = corners.min(axis=0), corners.max(axis=0)
                 objects.append(

@@ -1,4 +1,4 @@
-"""Writes detections to files: drawn images and videos, JSON, COCO, crops, CSV; and decides where the files go."""
+"""Writes detections to files: drawn images and videos, JSON, data sets to correct, crops, CSV; and decides where the files go."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import csv
 import io
 import os
 import re
+import shutil
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,17 +19,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from proxydet.data import masks
+from proxydet.data.formats import label_studio, voc, yolo
 from proxydet.errors import ConfigError, RuntimeEnvironmentError
 from proxydet.files import discard, staged, write_bytes, write_errors, write_text
 from proxydet.inference.sources import ImageFile, VideoSource, unique_name
-from proxydet.wording import json_text, table_cell
+from proxydet.wording import json_text, printable, table_cell
 
 if TYPE_CHECKING:
     from proxydet.inference.jobs import ImageResult
     from proxydet.inference.video import FrameResult, VideoInfo
     from proxydet.visualization.drawing import DrawingStyle
 
-KINDS = ("images", "json", "coco", "crops", "csv")
+KINDS = ("images", "json", "coco", "yolo", "voc", "labelstudio", "crops", "csv")
 """What can be saved of images."""
 VIDEO_KINDS = {"images": ".mp4", "json": ".jsonl", "csv": ".csv"}
 """What can be saved of a video, and the file's suffix; ``images`` are an annotated video."""
@@ -36,7 +39,15 @@ VIDEO_KINDS = {"images": ".mp4", "json": ".jsonl", "csv": ".csv"}
 TABLE_COLUMNS = ("label", "score", "x0", "y0", "x1", "y1", "mask_area")
 """Columns of a detection in tables."""
 
-_COCO, _CROPS, _CSV = "coco.json", "crops", "detections.csv"
+_COMMON = {
+    "coco": "coco.json",
+    "yolo": "yolo",
+    "voc": "voc",
+    "labelstudio": "labelstudio.json",
+    "crops": "crops",
+    "csv": "detections.csv",
+}
+"""Files and folders that results of all images go to."""
 _PREPARERS = 2
 
 
@@ -49,16 +60,21 @@ def reserved_names(kinds: Sequence[str]) -> frozenset[str]:
     Args:
         kinds: What is saved.
     """
-    together = {("json", "coco"): "coco", ("images", "crops"): "crops"}
-    return frozenset(name for pair, name in together.items() if set(pair) <= set(kinds))
+    beside = {
+        "coco": {"json"},
+        "labelstudio": {"json"},
+        "crops": {"images"},
+        "yolo": {"images", "json"},
+        "voc": {"images", "json"},
+    }
+    return frozenset(kind for kind in kinds if beside.get(kind, set()) & set(kinds))
 
 
 def output_files(kinds: Iterable[str], images: Iterable[ImageFile]) -> Iterator[Path]:
-    """Yield what results will be written to, relative to the output folder; of crops their folder."""
-    common = {"coco": _COCO, "crops": _CROPS, "csv": _CSV}
-    yield from (Path(common[kind]) for kind in kinds if kind in common)
+    """Yield what results will be written to, relative to the output folder; of crops and data sets their folder."""
+    yield from (Path(_COMMON[kind]) for kind in kinds if kind in _COMMON)
     for image in images:
-        yield from (_file(image, kind) for kind in kinds if kind not in common)
+        yield from (_file(image, kind) for kind in kinds if kind not in _COMMON)
 
 
 def _file(image: ImageFile, kind: str) -> Path:
@@ -229,10 +245,13 @@ def make_writers(
     makers: dict[str, Callable[[], Writer]] = {
         "images": lambda: _DrawnImages(folder, style),
         "json": lambda: _JsonFiles(folder),
-        "coco": lambda: _CocoFile(folder / _COCO, names),
-        "crops": lambda: _Crops(folder / _CROPS),
+        "coco": lambda: _CocoFile(folder / _COMMON["coco"], names),
+        "yolo": lambda: _YoloSet(folder / _COMMON["yolo"], names),
+        "voc": lambda: _VocSet(folder / _COMMON["voc"]),
+        "labelstudio": lambda: _LabelStudioTasks(folder / _COMMON["labelstudio"], names),
+        "crops": lambda: _Crops(folder / _COMMON["crops"]),
         "csv": lambda: CsvTable(
-            folder / _CSV, ["file"], lambda result: [table_cell(str(result.file))]
+            folder / _COMMON["csv"], ["file"], lambda result: [table_cell(str(result.file))]
         ),
     }
     return [makers[kind]() for kind in dict.fromkeys(kinds)]
@@ -355,6 +374,120 @@ class _CocoFile(Writer):
             "categories": self._categories,
         }
         return [write_text(self._target, json_text(content), durable=False)]
+
+
+class _DataSet(Writer):
+    """A folder with a file an image, next to the images themselves, that annotation tools and trainings read."""
+
+    images: str
+    """Folder of the images below it."""
+    texts: str
+    """Folder of the files."""
+    suffix: str
+    """Of the files."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._taken: set[Path] = set()
+
+    @abstractmethod
+    def text(self, result: ImageResult, image: str, prepared: Any) -> str:
+        """Return what is written of an image; ``image`` is the name of its file in the folder."""
+
+    def add(self, result: ImageResult, prepared: Any) -> None:
+        """Write the file, and put the image into the folder: as a hard link where the disk can, else as a copy."""
+        if not self._taken:
+            for inner in (self.images, self.texts):
+                shutil.rmtree(self._folder / inner, ignore_errors=True)  # what --overwrite replaces
+        # "a/b" and "a_b" are two images.
+        name = unique_name(Path("_".join(result.image.name.parts)), self._taken).name
+        image = self._folder / self.images / f"{name}{result.file.suffix}"
+        with write_errors(image):
+            image.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(result.file.resolve(), image)
+            except OSError:
+                shutil.copyfile(result.file, image)
+        text = self.text(result, image.name, prepared)
+        write_text(self._folder / self.texts / f"{name}{self.suffix}", text, durable=False)
+
+    def finish(self) -> list[Path]:
+        return [self._folder] if self._taken else []
+
+
+class _YoloSet(_DataSet):
+    """Ultralytics' layout: rows of boxes, or of outlines where there are masks, and ``data.yaml`` with the names."""
+
+    images, texts, suffix = "images", "labels", ".txt"
+
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        super().__init__(folder)
+        self._names = names
+
+    def prepare(self, result: ImageResult) -> str:
+        """Return the rows of an image; an object whose mask has no outline is written as the outline of its box."""
+        rows = []
+        for item in result.found:
+            parts: list[list[float]] = []
+            if (mask_HW := item.mask) is not None:
+                left, top, right, bottom = item.box_xyxy
+                parts = sorted(masks.outlines(mask_HW), key=_enclosed, reverse=True)
+                parts = parts or [[left, top, right, top, right, bottom, left, bottom]]
+            rows.append(yolo.row(item.class_id, item.box_xyxy, parts, result.found.image_size))
+        return "".join(f"{row}\n" for row in rows)
+
+    def text(self, result: ImageResult, image: str, prepared: str) -> str:  # noqa: ARG002
+        return prepared
+
+    def finish(self) -> list[Path]:
+        made = super().finish()
+        if made:
+            write_text(self._folder / "data.yaml", yolo.config(self._names), durable=False)
+        return made
+
+
+def _enclosed(outline: Sequence[float]) -> float:
+    """Return the area that an outline encloses, in pixels."""
+    x, y = np.array(outline).reshape(-1, 2).T
+    return abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))) / 2
+
+
+class _VocSet(_DataSet):
+    """Pascal VOC: an XML file an image, with boxes in whole pixels."""
+
+    images, texts, suffix = "JPEGImages", "Annotations", ".xml"
+
+    def text(self, result: ImageResult, image: str, prepared: Any) -> str:  # noqa: ARG002
+        found = result.found
+        boxes = ((item.label, item.box_xyxy) for item in found)
+        return voc.annotation(image, found.image_size, boxes)
+
+
+class _LabelStudioTasks(Writer):
+    """Tasks with predictions to correct, and the labeling interface that they need (``labelstudio.xml``)."""
+
+    def __init__(self, target: Path, names: Sequence[str]) -> None:
+        self._target = target
+        self._names = names
+        self._tasks: list[dict[str, Any]] = []
+
+    def prepare(self, result: ImageResult) -> dict[str, Any]:
+        size = result.found.image_size
+        regions = [
+            label_studio.region(item.label, item.score, item.box_xyxy, item.mask, size)
+            for item in result.found
+        ]
+        return label_studio.task(result.file.absolute().as_posix(), regions)
+
+    def add(self, result: ImageResult, prepared: dict[str, Any]) -> None:  # noqa: ARG002
+        self._tasks.append(prepared)
+
+    def finish(self) -> list[Path]:
+        interface = label_studio.labeling_config([printable(name) for name in self._names])
+        return [
+            write_text(self._target, json_text(self._tasks), durable=False),
+            write_text(self._target.with_suffix(".xml"), interface, durable=False),
+        ]
 
 
 class _Crops(Writer):

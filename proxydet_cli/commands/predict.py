@@ -1,4 +1,4 @@
-"""``proxydet predict``: images and videos in; drawn ones, JSON, COCO, crops or tables out."""
+"""``proxydet predict``: images and videos in; drawn ones, JSON, data sets, crops or tables out."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ Save = Annotated[
     typer.Option(
         "--save",
         metavar="KINDS",
-        help="What to save: images, json, coco, crops, csv; several with commas; none for nothing. Of a video: "
+        help="What to save: images, json, coco, yolo, voc, labelstudio, crops, csv; several with commas; none for nothing. Of a video: "
         "images (an annotated video), json, csv. [default: images, or none with --json]",
         rich_help_panel="Output",
     ),
@@ -130,6 +130,7 @@ Every = Annotated[
         "proxydet predict photo.jpg -v 'headphone, webcam, coffee cup'",
         "proxydet predict photos/ --vocabulary lvis --save images,csv --output found",
         "proxydet predict photo.jpg --run runs/quickstart -v 'red striped circle' --json",
+        "proxydet predict photos/ -v 'cup, plate' --save yolo --output to-correct",
         "proxydet predict clip.mp4 --vocabulary coco --save images,json",
         "proxydet predict webcam -v 'cup, phone'",
         "find photos -name '*.jpg' -print0 | proxydet predict - -v names.txt --save coco",

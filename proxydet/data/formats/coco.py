@@ -27,14 +27,6 @@ from proxydet.data.formats.reader import (
 from proxydet.data.masks import are_numbers
 from proxydet.errors import DataError
 
-_OTHER_FORMATS = (
-    (b'"_via_img_metadata"', "a project of VGG VIA: export it as COCO"),
-    (b'"_via_', "a project of VGG VIA: export it as COCO"),
-    (b'"shapes"', "a file of labelme: convert it to COCO or Pascal VOC"),
-    (b'"completed_by"', "an export of Label Studio: export it as COCO"),
-    (b'"annotations"', "a file of another format"),
-)
-
 
 def is_file(head: bytes) -> bool:
     """Whether JSON that begins so looks like COCO's."""
@@ -127,11 +119,7 @@ def _opened(source: Path | bytes, name: str, report: StoreReport) -> tuple[JsonT
             raise text.error(
                 "it looks like a list of detections", "a results file goes with --results"
             ) from error
-        what = next((other for mark, other in _OTHER_FORMATS if mark in start), "")
-        if not what:
-            raise
-        message = f"{error.message} (it looks like {what})"
-        raise DataError(message, hint=error.hint, path=text.path) from error
+        raise
 
 
 def _loose_annotation(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -163,20 +164,30 @@ def _image_name(fields: dict[str, Any]) -> str:
             parts = urlsplit(texts[key])
         except ValueError:
             continue
-        local = parse_qs(parts.query).get("d", [""])[0] if "local-files" in parts.path else ""
-        name = unquote(local or parts.path).replace("\\", "/").lstrip("/")
+        local = (
+            parse_qs(parts.query, errors="surrogateescape").get("d", [""])[0]
+            if "local-files" in parts.path
+            else ""
+        )
+        place = local or unquote(parts.path, errors="surrogateescape")
+        name = place.replace("\\", "/").lstrip("/")
         if PurePosixPath(name).suffix.lower() in readable_suffixes() or key.lower() in _IMAGE_KEYS:
             return name
     return ""
 
 
 def _on_disk(name: str, folders: Sequence[Path]) -> str:
-    """Return an upload's name without the eight digits that Label Studio puts in front, where only that is on the disk."""
-    head, _, last = name.rpartition("/")
-    plain = _UPLOAD.sub("", last)
-    if plain == last or found_image(name, folders) or not found_image(plain, folders):
-        return name
-    return f"{head}/{plain}" if head else plain
+    """Return as much of an image's path as leads to a file below one of the folders, the whole one where none does.
+
+    An upload's name has eight digits in front, which its file may be without.
+    """
+    parts = PurePosixPath(name).parts
+    tails = [PurePosixPath(*parts[start:]) for start in range(len(parts))]
+    plain = _UPLOAD.sub("", tails[-1].name) if tails else ""
+    if tails and plain != tails[-1].name:
+        tails.append(PurePosixPath(plain))
+    there = (t for t in tails if any(os.path.isfile(folder / t) for folder in folders))  # noqa: PTH113
+    return str(next(there, name))
 
 
 def _size(result: list[dict[str, Any]]) -> tuple[int, int] | None:
@@ -377,7 +388,7 @@ def task(image: str, regions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     score = sum(entry["score"] for entry in regions) / max(len(regions), 1)
     result = [{"id": f"object-{index}", **entry} for index, entry in enumerate(regions)]
     return {
-        "data": {"image": f"/data/local-files/?d={quote(image.lstrip('/'))}"},
+        "data": {"image": f"/data/local-files/?d={quote(os.fsencode(image.lstrip('/')))}"},
         "predictions": [{"model_version": "proxydet", "score": score, "result": result}],
     }
 

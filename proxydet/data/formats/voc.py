@@ -12,7 +12,9 @@ import os
 import sys
 import xml.etree.ElementTree as ElementTree
 from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from xml.sax.saxutils import escape
 
 from proxydet.data.formats.reader import (
     AnnotationEntry,
@@ -26,7 +28,7 @@ from proxydet.data.images import readable_suffixes
 from proxydet.data.masks import LARGEST_IMAGE
 from proxydet.errors import DataError
 from proxydet.files import PlaceholderError, read_text, refuse_placeholder
-from proxydet.wording import first_of
+from proxydet.wording import first_of, printable
 
 _LARGEST_FILE = 2 << 20
 """Bytes of an XML file: room for some ten thousand objects. The tree of a file takes up to 40 times as much."""
@@ -170,6 +172,31 @@ def read(source: Path) -> Document:
         record="object",
         called=called,
     )
+
+
+def annotation(
+    image: str, size: tuple[int, int], objects: Iterable[tuple[str, Sequence[float]]]
+) -> str:
+    """Return the XML of an image; boxes are rounded to whole pixels.
+
+    Args:
+        image: Name of its file.
+        size: Its height and width.
+        objects: Class and box (left, top, right, bottom in pixels) of each object.
+    """
+    height, width = size
+    lines = [
+        "<annotation>",
+        f"  <filename>{escape(printable(image))}</filename>",
+        f"  <size><width>{width}</width><height>{height}</height><depth>3</depth></size>",
+    ]
+    for label, (left, top, right, bottom) in objects:
+        corners = [min(round(left) + 1, width), min(round(top) + 1, height)]
+        corners += [max(round(right), corners[0]), max(round(bottom), corners[1])]
+        box = "".join(f"<{s}>{v}</{s}>" for s, v in zip(_CORNERS, corners, strict=True))
+        name = f"<name>{escape(printable(label))}</name>"
+        lines.append(f"  <object>{name}<difficult>0</difficult><bndbox>{box}</bndbox></object>")
+    return "\n".join([*lines, "</annotation>", ""])
 
 
 def _parse(path: Path) -> ElementTree.Element:

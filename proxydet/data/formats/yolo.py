@@ -8,7 +8,6 @@ lists of images). Names of the classes are in ``data.yaml``, ``classes.txt`` or 
 from __future__ import annotations
 
 import itertools
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -29,7 +28,7 @@ from proxydet.data.formats.reader import Document
 from proxydet.data.images import readable_suffixes
 from proxydet.errors import ConfigError, DataError
 from proxydet.files import read_text
-from proxydet.wording import first_of
+from proxydet.wording import first_of, json_text
 
 YAML = (".yaml", ".yml")
 NAMES_FILES = ("classes.txt", "obj.names", "_darknet.labels")
@@ -437,5 +436,5 @@ def row(
 
 def config(names: Sequence[str]) -> str:
     """Return the ``data.yaml`` of a data set whose images are all in one folder."""
-    lines = [f"  {index}: {json.dumps(name)}" for index, name in enumerate(names)]
+    lines = [f"  {index}: {json_text(name)}" for index, name in enumerate(names)]
     return "\n".join(["path: .", "train: images", "val: images", "names:", *lines, ""])

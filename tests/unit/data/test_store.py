@@ -464,7 +464,6 @@ def test_files_are_read_however_they_are_wrapped(
         ('{"images": [NaN], "categories": [', "cut short|not JSON"),
         ("[" * 100_000, "not an annotation file"),
         ('[{"image_id": 1, "category_id": 1, "score": 0.5, "bbox": [1, 1, 2, 2]}]', "detections"),
-        ('{"_via_settings": {}, "_via_img_metadata": {}}', "VGG VIA"),
         ('{"images": [], "categories": [], "annotations": [{"image_id": 1, "segments_info": []}]}', "panoptic"),
         ("", "empty"),
     ],

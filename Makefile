@@ -3,7 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_FLAGS ?=
-# Processes that share the tests' files, 3 GB of memory each; WORKERS=0 runs all in one.
+# Processes that share the tests' files, 3 GB of memory each; WORKERS=0 runs all in one. The files with few long tests
+# (integration, parity) come first, so that no process is left with one of them at the end.
 WORKERS ?= 2
 UPGRADE ?=
 
@@ -26,7 +27,7 @@ quickstart: $(INSTALLED) ## Run the whole job on a small data set drawn here, an
 	$(VENV)/bin/proxydet quickstart
 
 test: $(INSTALLED) ## Run the tests, but for the slow ones.
-	$(PY) -m pytest -m "not slow" -n $(WORKERS) --dist loadfile $(PYTEST_FLAGS)
+	$(PY) -m pytest -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
 test-slow: $(INSTALLED) ## Run the slow tests.
 	$(PY) -m pytest -m slow $(PYTEST_FLAGS)

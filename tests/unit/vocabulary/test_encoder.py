@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import threading
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import open_clip
 import pytest
 import torch
-from open_clip.model import CLIP
 
 from proxydet.errors import CheckpointError, VocabularyError
 from proxydet.vocabulary.compositional import CompositionalEncoder
@@ -24,6 +24,9 @@ from proxydet.vocabulary.encoder import (
 )
 from proxydet.vocabulary.names import ClassWords
 from proxydet.vocabulary.vocabulary import Vocabulary, build_vocabulary
+
+if TYPE_CHECKING:
+    from open_clip.model import CLIP
 
 CONFIG = {
     "embed_dim": 16,
@@ -41,6 +44,8 @@ NAMES = [
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory) -> CLIP:
+    import open_clip
+
     folder = tmp_path_factory.mktemp("configs")
     (folder / "tiny-test.json").write_text(json.dumps(CONFIG))
     (folder / "foreign-test.json").write_text(
@@ -51,9 +56,21 @@ def clip(tmp_path_factory) -> CLIP:
     )
     open_clip.add_model_config(folder)
     torch.manual_seed(3)
-    return CLIP(
-        CONFIG["embed_dim"], CONFIG["vision_cfg"], CONFIG["text_cfg"], quick_gelu=True
-    ).eval()
+    return tower(CONFIG["text_cfg"])
+
+
+def tower(text: dict[str, Any]) -> CLIP:
+    # Imported here: it takes seconds, in each process that collects tests.
+    from open_clip.model import CLIP
+
+    return CLIP(CONFIG["embed_dim"], CONFIG["vision_cfg"], text, quick_gelu=True).eval()
+
+
+@functools.cache
+def tokenizer() -> Any:
+    import open_clip
+
+    return open_clip.SimpleTokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +87,7 @@ def cache(tmp_path) -> EmbeddingCache:
 
 def expected(clip: CLIP, texts: list[str]) -> np.ndarray:
     with torch.inference_mode():
-        return clip.encode_text(open_clip.SimpleTokenizer()(texts)).numpy()
+        return clip.encode_text(tokenizer()(texts)).numpy()
 
 
 def test_equal_to_open_clip_at_full_context(clip, weights, cache):
@@ -93,12 +110,7 @@ def test_the_context_is_cut(weights, cache, monkeypatch):
 
 def test_a_tower_that_reads_padding_gets_its_full_context(clip, weights, cache):
     encoder = ClipTextEncoder(weights, model="whole-test", cache=cache)
-    both_ways = CLIP(
-        CONFIG["embed_dim"],
-        CONFIG["vision_cfg"],
-        {**CONFIG["text_cfg"], "no_causal_mask": True},
-        quick_gelu=True,
-    ).eval()
+    both_ways = tower({**CONFIG["text_cfg"], "no_causal_mask": True})
     both_ways.load_state_dict(clip.state_dict())
     np.testing.assert_allclose(
         encoder.encode(NAMES), expected(both_ways, NAMES), rtol=1e-4, atol=1e-6
@@ -219,12 +231,12 @@ def test_weights_of_another_size_are_refused(weights, cache):
 @pytest.mark.filterwarnings("ignore")  # tracing warns of its own deprecation and of much else
 def test_torchscript_archives_are_read_without_running_them(clip, tmp_path):
     path = tmp_path / "jit.pt"
-    image, text = torch.zeros(1, 3, 32, 32), open_clip.SimpleTokenizer()(["a"])
+    image, text = torch.zeros(1, 3, 32, 32), tokenizer()(["a"])
     torch.jit.trace(copy.deepcopy(clip), (image, text), check_trace=False).save(str(path))
-    tower = read_text_tower(path)
+    read = read_text_tower(path)
     wanted = {k: v for k, v in clip.state_dict().items() if not k.startswith(("visual.", "logit"))}
-    assert set(tower) == set(wanted)
-    for name, tensor in tower.items():
+    assert set(read) == set(wanted)
+    for name, tensor in read.items():
         torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=0)
 
 

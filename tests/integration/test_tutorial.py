@@ -1,11 +1,7 @@
 """The tutorial's Python runs as it stands, on less data and for fewer steps."""
 
-from __future__ import annotations
-
 import re
-from pathlib import Path
 
-import pytest
 from PIL import Image
 
 SMALLER = {
@@ -18,12 +14,7 @@ SMALLER = {
 }
 
 
-def test_the_tutorial_runs(
-    repository: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_the_tutorial_runs(repository, tmp_path, monkeypatch, capsys):
     text = (repository / "docs" / "tutorial" / "first-detector.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
     assert len(blocks) == 7

@@ -14,7 +14,7 @@ from proxydet.data.synthetic import SyntheticConfig, make_dataset
 
 
 @pytest.fixture(scope="session")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def drawn(tmp_path_factory) -> list[str]:
     """Overrides that name the data set."""
     folder = tmp_path_factory.mktemp("drawn")
     config = SyntheticConfig(
@@ -25,7 +25,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture
-def base(drawn: list[str]) -> list[str]:
+def base(drawn) -> list[str]:
     """Overrides of a training of a few steps."""
     return [
         *drawn,
@@ -78,7 +78,7 @@ class TwoNodes:
 
 
 @pytest.fixture(scope="module")
-def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
+def two_nodes(tmp_path_factory) -> Iterator[TwoNodes]:
     """Two namespaces joined by a cable; each knows both names."""
     missing = [name for name in ("ip", "nsenter", "unshare", "hostname") if not shutil.which(name)]
     if os.geteuid() != 0 or missing:

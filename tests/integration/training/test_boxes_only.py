@@ -62,7 +62,7 @@ def call(*words: object) -> int:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
+def run(capsys) -> Run:
     def captured(*words: object) -> tuple[int, str, str]:
         capsys.readouterr()
         code = call(*words)
@@ -81,24 +81,24 @@ def train(data: Path, output: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def boxes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def boxes(tmp_path_factory) -> Path:
     return write_data(tmp_path_factory.mktemp("boxes"), masks=(False,) * 4)
 
 
 @pytest.fixture(scope="module")
-def trained(boxes: Path) -> Path:
+def trained(boxes) -> Path:
     """A run on boxes, trained by the command line."""
     return train(boxes, boxes.parent / "run")
 
 
 @pytest.fixture(scope="module")
-def masked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def masked(tmp_path_factory) -> Path:
     """A run on data where every second object has a mask."""
     data = write_data(tmp_path_factory.mktemp("masked"), masks=(True, False) * 2)
     return train(data, data.parent / "run")
 
 
-def test_a_dry_run_says_what_will_be_trained(run: Run, boxes: Path) -> None:
+def test_a_dry_run_says_what_will_be_trained(run, boxes):
     words = (*TRAIN, "--data", boxes, "--output", boxes.parent / "dry", "--dry-run")
     code, out, _ = run(*words, "--set", "data.image_labels=null", "--json")
     assert code == 0
@@ -109,7 +109,7 @@ def test_a_dry_run_says_what_will_be_trained(run: Run, boxes: Path) -> None:
     assert "all.json" in plan["notes"][0]
 
 
-def test_boxes_alone_train_a_detector_of_boxes(run: Run, boxes: Path, trained: Path) -> None:
+def test_boxes_alone_train_a_detector_of_boxes(run, boxes, trained):
     config = yaml.safe_load((trained / "config.yaml").read_text())
     assert config["data"]["masks"] is False
     assert config["model"]["masks"] is None
@@ -128,7 +128,7 @@ def test_boxes_alone_train_a_detector_of_boxes(run: Run, boxes: Path, trained: P
     assert run(*elsewhere, "--set", "data.masks=true")[0] == 3
 
 
-def test_such_a_detector_gives_boxes_only(run: Run, boxes: Path, trained: Path) -> None:
+def test_such_a_detector_gives_boxes_only(run, boxes, trained):
     photo = boxes.parent / "images" / "0.png"
     detector = Detector.from_run(trained, device="cpu")
     found = detector.predict(photo, score_threshold=0.0)
@@ -148,9 +148,7 @@ def test_such_a_detector_gives_boxes_only(run: Run, boxes: Path, trained: Path) 
     assert "mask head" in err
 
 
-def test_its_boxes_are_evaluated_and_masks_are_refused(
-    run: Run, trained: Path, tmp_path: Path
-) -> None:
+def test_its_boxes_are_evaluated_and_masks_are_refused(run, trained, tmp_path):
     words = ("eval", "--run", trained, "--device", "cpu", "--bootstrap", "0", "--gpus", "1")
     assert run(*words, "--output", tmp_path / "out")[0] == 0
     scores = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -159,7 +157,7 @@ def test_its_boxes_are_evaluated_and_masks_are_refused(
     assert not (tmp_path / "masks" / "predictions").exists()
 
 
-def test_objects_without_a_mask_train_boxes_beside_those_with(run: Run, masked: Path) -> None:
+def test_objects_without_a_mask_train_boxes_beside_those_with(run, masked):
     config = yaml.safe_load((masked / "config.yaml").read_text())
     assert config["data"]["masks"] is True
     assert config["model"]["masks"]["pool_size"] == 14
@@ -174,8 +172,8 @@ def test_objects_without_a_mask_train_boxes_beside_those_with(run: Run, masked: 
 
 
 def test_weights_of_a_mask_model_start_boxes_and_the_other_way_names_the_head(
-    run: Run, boxes: Path, trained: Path, masked: Path, tmp_path: Path
-) -> None:
+    run, boxes, trained, masked, tmp_path
+):
     quick = (*TRAIN, *SET, "--set", "training.evaluation.at_end=false")
     quick = (*quick, "--set", "model.classifier.embedding_dim=16")
     weights = masked / "model_final.pth"
@@ -193,8 +191,8 @@ def test_weights_of_a_mask_model_start_boxes_and_the_other_way_names_the_head(
 
 
 def test_a_run_of_boxes_whose_weights_hold_an_untrained_mask_head_gives_boxes(
-    boxes: Path, masked: Path, tmp_path: Path
-) -> None:
+    boxes, masked, tmp_path
+):
     """As version 0.1 wrote them: ``data.masks`` false, and a mask head all the same."""
     for name in ("model_final.pth", "vocabulary.npz"):
         (tmp_path / name).write_bytes((masked / name).read_bytes())
@@ -210,9 +208,7 @@ def test_a_run_of_boxes_whose_weights_hold_an_untrained_mask_head_gives_boxes(
 
 
 @pytest.mark.slow
-def test_such_a_detector_is_exported_without_masks(
-    run: Run, boxes: Path, trained: Path, tmp_path: Path
-) -> None:
+def test_such_a_detector_is_exported_without_masks(run, boxes, trained, tmp_path):
     from proxydet.export.runtime import OnnxDetector
 
     for name in ("boxes.onnx", "boxes.pt2"):

@@ -22,7 +22,7 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture
-def start(drawn: list[str], tmp_path: Path) -> Start:
+def start(drawn, tmp_path) -> Start:
     """Start ``proxydet train`` with two loader workers."""
     small = [
         "data.boxes.batch_size=2",
@@ -86,8 +86,8 @@ def assert_same(whole: Path, cut: Path) -> None:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_or_stopped_at_a_random_step_it_ends_bit_for_bit_the_same(
-    start: Start, tmp_path: Path, processes: int
-) -> None:
+    start, tmp_path, processes
+):
     code, errors = finish(start("whole", processes))
     assert code == 0, errors
     for how in (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1):
@@ -104,7 +104,7 @@ def test_killed_or_stopped_at_a_random_step_it_ends_bit_for_bit_the_same(
         assert_same(tmp_path / "whole", tmp_path / how.name)
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over_and_said(start: Start, tmp_path: Path) -> None:
+def test_a_damaged_newest_checkpoint_is_passed_over_and_said(start, tmp_path):
     code, errors = finish(start("whole", 1))
     assert code == 0, errors
     process = start("cut", 1)

@@ -24,7 +24,7 @@ CHANGES = {
 MOMENTS = ("fsync", "replace", "open", "truncate", "unlink")
 
 
-def test_killed_at_every_moment_of_its_writing_it_is_the_same_run(tmp_path: Path) -> None:
+def test_killed_at_every_moment_of_its_writing_it_is_the_same_run(tmp_path):
     done = subprocess.run(
         [sys.executable, __file__, str(tmp_path)], capture_output=True, text=True, check=False
     )

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(folder / "model_final.pth", weights_only=True)["model"]
 
 
-def test_two_machines_train_as_two_processes_of_one_do(two_nodes: Any, tmp_path: Path) -> None:
+def test_two_machines_train_as_two_processes_of_one_do(two_nodes, tmp_path):
     words = [sys.executable, str(TOY), str(tmp_path / "apart")]
     words += ["--nodes", "2", "--endpoint", "node-1:29400"]
     for node in [two_nodes.start(name, words) for name in two_nodes.names]:

@@ -99,7 +99,7 @@ class Trainings:
 
 
 @pytest.fixture
-def trainings(drawn: list[str], tmp_path: Path) -> Trainings:
+def trainings(drawn, tmp_path) -> Trainings:
     return Trainings(
         tmp_path,
         [
@@ -117,9 +117,7 @@ def trainings(drawn: list[str], tmp_path: Path) -> Trainings:
 @pytest.mark.parametrize(
     "second", [(), ("--set", "seed=8"), ("--resume", "never"), ("--overwrite",)], ids=" ".join
 )
-def test_of_two_trainings_at_once_one_wins_and_the_other_exits_at_once(
-    trainings: Trainings, second: tuple[str, ...]
-) -> None:
+def test_of_two_trainings_at_once_one_wins_and_the_other_exits_at_once(trainings, second):
     both = [trainings.start("run"), trainings.start("run", *second)]
     ended = [trainings.finish(process) for process in both]
     codes = [code for code, _ in ended]
@@ -131,9 +129,7 @@ def test_of_two_trainings_at_once_one_wins_and_the_other_exits_at_once(
     assert not list((trainings.folder / "run").glob("train.lock*"))
 
 
-def test_tasks_of_srun_train_in_the_folder_that_the_first_one_chooses(
-    trainings: Trainings,
-) -> None:
+def test_tasks_of_srun_train_in_the_folder_that_the_first_one_chooses(trainings):
     """Even where a task looks for it later, when others have written there, or elsewhere."""
     port = free_port()
     tasks = []
@@ -159,7 +155,7 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def test_two_processes_then_one_then_two_are_the_same_run(trainings: Trainings) -> None:
+def test_two_processes_then_one_then_two_are_the_same_run(trainings):
     two = ("training.scaling=none", "training.iterations=12")
     trainings = Trainings(trainings.folder, [*trainings.sets, *two])
     trainings.run("whole", processes=2)
@@ -175,7 +171,7 @@ def test_two_processes_then_one_then_two_are_the_same_run(trainings: Trainings) 
         assert one["losses"]["total"] == pytest.approx(other["losses"]["total"], rel=0.05)
 
 
-def test_with_another_batch_the_schedule_follows_the_images(trainings: Trainings) -> None:
+def test_with_another_batch_the_schedule_follows_the_images(trainings):
     """Two processes with batches of 2, one with batches of 4, two with batches of 4: twice the images a step."""
     sets = [*trainings.sets, "data.image_labels=null", "training.iterations=24"]
     trainings = Trainings(trainings.folder, [*sets, "training.schedule.warmup_iterations=8"])

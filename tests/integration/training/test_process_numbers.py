@@ -128,7 +128,7 @@ def joined(halves: list[Any]) -> Any:
 
 
 @pytest.fixture(scope="module")
-def sets(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def sets(tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("data")
     config = SyntheticConfig(
         images_train=24, images_val=2, image_label_images_per_class=2, size=96, image_label_size=48
@@ -152,7 +152,7 @@ def train_two(folder: Path, sets: list[str]) -> list[Losses]:
     return [json.loads(line)["losses"] for line in lines]
 
 
-def test_a_loss_of_two_processes_is_the_mean_of_theirs(tmp_path: Path, sets: list[str]) -> None:
+def test_a_loss_of_two_processes_is_the_mean_of_theirs(tmp_path, sets):
     """With every random choice as published."""
     recorded = train_two(tmp_path / "two", sets)
     alone = Alone(resolve_config("quickstart", overrides=sets))
@@ -168,7 +168,7 @@ def test_a_loss_of_two_processes_is_the_mean_of_theirs(tmp_path: Path, sets: lis
     assert kinds == {BoxBatch, ImageLabelBatch}
 
 
-def test_losses_of_the_whole_batch_are_weighted_by_regions(sets: list[str]) -> None:
+def test_losses_of_the_whole_batch_are_weighted_by_regions(sets):
     """What two processes report differs from the whole batch's only by what each half is weighted with."""
     alone = Alone(resolve_config("quickstart", overrides=[*sets, *SETTLED]))
     uneven = 0

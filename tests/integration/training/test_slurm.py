@@ -94,7 +94,7 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def cluster(two_nodes: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(two_nodes, tmp_path_factory) -> Iterator[Cluster]:
     programs = ("slurmctld", "slurmd", "sbatch", "munged")
     missing = [name for name in programs if not shutil.which(name)]
     if missing:
@@ -138,7 +138,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+def two_processes(tmp_path_factory) -> dict[str, torch.Tensor]:
     """The weights that two processes on one machine come to."""
     folder = tmp_path_factory.mktemp("alone")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -157,13 +157,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.T
         ("srun --ntasks=2 --ntasks-per-node=1 {toy}", ["-N2", "-n8"]),
     ],
 )
-def test_one_training_of_two_processes(
-    cluster: Cluster,
-    two_processes: dict[str, torch.Tensor],
-    tmp_path: Path,
-    script: str,
-    options: list[str],
-) -> None:
+def test_one_training_of_two_processes(cluster, two_processes, tmp_path, script, options):
     job = cluster.submit(script.format(toy=toy(tmp_path)), *options)
     code, output = cluster.wait(job)
     assert code == 0, output
@@ -171,14 +165,14 @@ def test_one_training_of_two_processes(
     assert all(torch.equal(found[name], two_processes[name]) for name in two_processes)
 
 
-def test_a_script_on_two_nodes_without_srun_ends_at_once(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_script_on_two_nodes_without_srun_ends_at_once(cluster, tmp_path):
     code, output = cluster.wait(cluster.submit(toy(tmp_path), "-N2", "--ntasks-per-node=1"))
     assert code == 3, output
     assert "srun --ntasks=2 --ntasks-per-node=1" in output
     assert not list(tmp_path.iterdir())
 
 
-def test_every_task_reports_and_the_cause_is_among_them(cluster: Cluster, tmp_path: Path) -> None:
+def test_every_task_reports_and_the_cause_is_among_them(cluster, tmp_path):
     job = cluster.submit(f"srun {toy(tmp_path, '--fail', '1:5:data')}", "-N1", "-n2")
     code, output = cluster.wait(job)
     assert code == 6, output
@@ -191,14 +185,7 @@ def test_every_task_reports_and_the_cause_is_among_them(cluster: Cluster, tmp_pa
     ("script", "options", "signal"),
     [("srun {train}", ["-N1", "-n2"], []), ("exec {train} --gpus 2", ["-N1"], ["--batch"])],
 )
-def test_a_requeued_training_continues(
-    cluster: Cluster,
-    base: list[str],
-    tmp_path: Path,
-    script: str,
-    options: list[str],
-    signal: list[str],
-) -> None:
+def test_a_requeued_training_continues(cluster, base, tmp_path, script, options, signal):
     """SIGUSR1, as --signal=[B:]USR1@180 sends it, ends the training with a checkpoint and puts the job back."""
     more = ["training.iterations=40", "training.scaling=none", "training.evaluation.at_end=false"]
     sets = [word for item in [*base, *more] for word in ("--set", item)]

@@ -56,7 +56,7 @@ def wait_for(condition, process: subprocess.Popen[str], timeout: float = 600) ->
 
 
 @pytest.mark.parametrize("unused", ["skip", "zero"])
-def test_two_processes_compute_what_one_does(tmp_path: Path, unused: str) -> None:
+def test_two_processes_compute_what_one_does(tmp_path, unused):
     """In most steps one rank has a box batch and the other an image-label batch; nothing hangs."""
     optimizer = {"unused_gradients": unused, "learning_rate": 0.01}
     two = json.dumps({"optimizer": optimizer, "log": {"period": 1}})
@@ -72,7 +72,7 @@ def test_two_processes_compute_what_one_does(tmp_path: Path, unused: str) -> Non
 
 
 @pytest.mark.parametrize("words", [[], ["--group"]])
-def test_processes_of_plain_torchrun_train_as_ours_do(tmp_path: Path, words: list[str]) -> None:
+def test_processes_of_plain_torchrun_train_as_ours_do(tmp_path, words):
     """Alone, and in a process group that exists already, as in Ray Train and Accelerate."""
     code, errors = run(tmp_path / "ours", "--launch", "2")
     assert code == 0, errors
@@ -99,9 +99,7 @@ def test_processes_of_plain_torchrun_train_as_ours_do(tmp_path: Path, words: lis
         ("kill", 6, "Process 1 of 2 was killed by SIGKILL"),
     ],
 )
-def test_the_first_error_is_what_the_user_reads(
-    tmp_path: Path, how: str, code: int, expected: str
-) -> None:
+def test_the_first_error_is_what_the_user_reads(tmp_path, how, code, expected):
     found, errors = run(tmp_path, "--launch", "2", "--fail", f"1:5:{how}")
     assert found == code, errors
     assert expected in errors
@@ -113,9 +111,7 @@ def test_the_first_error_is_what_the_user_reads(
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_stopped_at_any_step_and_started_again_is_the_same_run(
-    tmp_path: Path, processes: int, number: int
-) -> None:
+def test_stopped_at_any_step_and_started_again_is_the_same_run(tmp_path, processes, number):
     words = ("--launch", str(processes), "--workers", "1")
     code, errors = run(tmp_path / "whole", *words)
     assert code == 0, errors
@@ -133,7 +129,7 @@ def test_stopped_at_any_step_and_started_again_is_the_same_run(
     ]
 
 
-def test_two_machines_train_together_and_outlive_one_of_them(tmp_path: Path) -> None:
+def test_two_machines_train_together_and_outlive_one_of_them(tmp_path):
     with_port = ("--nodes", "2", "--endpoint", "localhost:29571", "--pause", "0.2")
     words = (*with_port, "--set", json.dumps({"iterations": 30}))
     first = start(tmp_path, *words)

@@ -29,9 +29,7 @@ def sets(overrides: list[str]) -> list[str]:
     return [word for item in overrides for word in ("--set", item)]
 
 
-def test_two_processes_train_with_boxes_and_image_labels_at_once(
-    base: list[str], tmp_path: Path
-) -> None:
+def test_two_processes_train_with_boxes_and_image_labels_at_once(base, tmp_path):
     words = ["--recipe", "tiny", "--device", "cpu", "--gpus", "2", "--output", "run"]
     more = ["training.scaling=none", "training.evaluation.at_end=false", "data.workers=1"]
     done = command(*words, *sets([*base, *more]), cwd=tmp_path)
@@ -48,9 +46,7 @@ def test_two_processes_train_with_boxes_and_image_labels_at_once(
     assert manifest["world_size"] == 2
 
 
-def test_result_in_json_and_a_second_start_has_nothing_to_do(
-    base: list[str], tmp_path: Path
-) -> None:
+def test_result_in_json_and_a_second_start_has_nothing_to_do(base, tmp_path):
     words = ["--recipe", "tiny", "--output", "run", "--json", *sets(base)]
     done = command(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -62,7 +58,7 @@ def test_result_in_json_and_a_second_start_has_nothing_to_do(
     assert json.loads(again.stdout)["evaluations"] == result["evaluations"]
 
 
-def test_backbone_and_recipe_exclude_each_other(tmp_path: Path) -> None:
+def test_backbone_and_recipe_exclude_each_other(tmp_path):
     done = command("--backbone", "r50", "--recipe", "tiny", "--show-config", cwd=tmp_path)
     assert done.returncode == 2
     assert "either --backbone or --recipe" in done.stderr
@@ -78,7 +74,7 @@ def test_backbone_and_recipe_exclude_each_other(tmp_path: Path) -> None:
         (["--recipe", "tiny"], "data.description is not set"),
     ],
 )
-def test_mistakes_end_with_code_3(words: list[str], expected: str, tmp_path: Path) -> None:
+def test_mistakes_end_with_code_3(words, expected, tmp_path):
     done = command(*words, cwd=tmp_path)
     assert done.returncode == 3
     assert expected in done.stderr

@@ -40,13 +40,13 @@ def losses(folder: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def first(drawn: list[str], tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+def first(drawn, tmp_path_factory) -> TrainResult:
     folder = tmp_path_factory.mktemp("run") / "first"
     base = [*drawn, "training.iterations=6", "training.checkpoints.period=2"]
     return run_training(config([*base, "training.log.period=1"]), output=folder)
 
 
-def test_a_run_folder_holds_what_repeats_it(first: TrainResult, tmp_path: Path) -> None:
+def test_a_run_folder_holds_what_repeats_it(first, tmp_path):
     folder = first.folder
     manifest, report = read_run_records(folder)
     vocabulary = Vocabulary.load(folder / "vocabulary.npz")
@@ -63,9 +63,7 @@ def test_a_run_folder_holds_what_repeats_it(first: TrainResult, tmp_path: Path) 
     assert repeated.evaluations == first.evaluations
 
 
-def test_damaged_files_of_a_finished_run_are_written_again(
-    first: TrainResult, drawn: list[str], tmp_path: Path
-) -> None:
+def test_damaged_files_of_a_finished_run_are_written_again(first, drawn, tmp_path):
     folder = RunFolder(shutil.copytree(first.folder, tmp_path / "run"))
     settings = resolve_config(None, folder.config)
     paths = (folder.final_safetensors, folder.final_weights, folder.vocabulary, folder.text_encoder)
@@ -85,16 +83,14 @@ def test_damaged_files_of_a_finished_run_are_written_again(
     assert finished_run(folder, settings) is not None
 
 
-def test_every_part_of_the_method_has_a_loss(first: TrainResult) -> None:
+def test_every_part_of_the_method_has_a_loss(first):
     names = set(first.losses)
     assert {"cmm_loss_stage2", "image_loss_stage0", "loss_mask", "loss_centernet_loc"} <= names
     seen = {name for record in losses(first.folder) for name, value in record.items() if value}
     assert names == seen
 
 
-def test_going_on_is_exact_with_other_numbers_of_workers(
-    first: TrainResult, base: list[str], tmp_path: Path
-) -> None:
+def test_going_on_is_exact_with_other_numbers_of_workers(first, base, tmp_path):
     part = config(base, "data.workers=2")
 
     def stop(network: torch.nn.Module, iteration: int, folder: Path) -> dict[str, float]:
@@ -110,7 +106,7 @@ def test_going_on_is_exact_with_other_numbers_of_workers(
     assert losses(first.folder) == losses(tmp_path)
 
 
-def test_a_folder_of_another_run_is_left_alone(first: TrainResult, base: list[str]) -> None:
+def test_a_folder_of_another_run_is_left_alone(first, base):
     before = (first.folder / "config.yaml").read_text()
     with pytest.raises(ConfigError, match="seed: 7 there, 8 now"):
         train(config(base, "seed=8"), output=first.folder)
@@ -119,9 +115,7 @@ def test_a_folder_of_another_run_is_left_alone(first: TrainResult, base: list[st
     assert (first.folder / "config.yaml").read_text() == before
 
 
-def test_boxsup_weights_leave_the_mixup_branch_fresh(
-    first: TrainResult, base: list[str], tmp_path: Path
-) -> None:
+def test_boxsup_weights_leave_the_mixup_branch_fresh(first, base, tmp_path):
     """The branch starts as a copy of the detection branch's fresh initialisation, not of its loaded weights."""
     boxsup = {name: w for name, w in weights(first.folder).items() if "_cmm." not in name}
     torch.save({"model": boxsup}, tmp_path / "boxsup.pth")
@@ -149,9 +143,7 @@ def test_boxsup_weights_leave_the_mixup_branch_fresh(
     assert "weights" in manifest.digests
 
 
-def test_starting_weights_are_read_only_where_a_run_begins(
-    first: TrainResult, base: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_starting_weights_are_read_only_where_a_run_begins(first, base, tmp_path, caplog):
     """A run that is resumed has its own; the file that it began with may be gone."""
     start = tmp_path / "w.pth"
     torch.save({"model": weights(first.folder)}, start)
@@ -175,7 +167,7 @@ def test_starting_weights_are_read_only_where_a_run_begins(
         train(options, output=tmp_path / "new")
 
 
-def test_parameters_that_never_learn_are_as_they_were(first: TrainResult, base: list[str]) -> None:
+def test_parameters_that_never_learn_are_as_they_were(first, base):
     """The first steps of the mixup branch get no gradient, hence no weight decay either."""
     moved = weights(first.folder)
     name = "roi_heads.box_head_cmm.0.fc1.weight"
@@ -190,7 +182,7 @@ def test_parameters_that_never_learn_are_as_they_were(first: TrainResult, base: 
     assert not torch.equal(moved[last], fresh[last])
 
 
-def test_without_data_or_with_wrong_data(tmp_path: Path, base: list[str]) -> None:
+def test_without_data_or_with_wrong_data(tmp_path, base):
     with pytest.raises(ConfigError, match=r"data\.description is not set"):
         train(resolve_config("tiny"), output=tmp_path)
     with pytest.raises(DataError, match="there is no dataset config"):

@@ -374,7 +374,7 @@ class Downloads:
 
 
 @pytest.fixture
-def downloads(server: Server, tmp_path: Path) -> Downloads:
+def downloads(server, tmp_path) -> Downloads:
     return Downloads(server, tmp_path / "root")
 
 
@@ -415,5 +415,5 @@ class Fetch:
 
 
 @pytest.fixture
-def fetch(downloads: Downloads) -> Fetch:
+def fetch(downloads) -> Fetch:
     return Fetch(downloads)

@@ -32,7 +32,7 @@ def load(tmp_path: Path, text: str) -> Catalogue:
     return Catalogue.load([path])
 
 
-def test_the_promised_names_are_there(catalogue) -> None:
+def test_the_promised_names_are_there(catalogue):
     promised = (
         "r50 swinb eval transfer metadata boxsup-r50 boxsup-swinb proxydet-r50 proxydet-r50-inl proxydet-swinb-inl "
         "detic-r50 detic-swinb lvis coco imagenet-21k-lvis objects365-val openimages-val clip-vit-b32"
@@ -41,7 +41,7 @@ def test_the_promised_names_are_there(catalogue) -> None:
         assert catalogue.resolve([name])
 
 
-def test_what_training_needs(catalogue) -> None:
+def test_what_training_needs(catalogue):
     names = {artifact.name for artifact in catalogue.resolve(["r50"])}
     assert {
         "boxsup-r50",
@@ -55,7 +55,7 @@ def test_what_training_needs(catalogue) -> None:
     assert len(catalogue.resolve(["r50", "swinb", "lvis", "lvis-train"])) == len(names) + 1
 
 
-def test_the_published_layout(catalogue) -> None:
+def test_the_published_layout(catalogue):
     def target(name: str) -> str:
         return catalogue.resolve([name])[0].target
 
@@ -65,7 +65,7 @@ def test_the_published_layout(catalogue) -> None:
     assert catalogue.resolve(["BoxSup-C2_Lbase_CLIP_R5021k_640b64_4x.pth"])[0].name == "boxsup-r50"
 
 
-def test_every_entry_is_pinned_or_checked_by_what_it_holds(catalogue) -> None:
+def test_every_entry_is_pinned_or_checked_by_what_it_holds(catalogue):
     for artifact in catalogue.every():
         assert artifact.pinned or artifact.content is not None or artifact.unpack is not None, (
             artifact.name
@@ -76,24 +76,24 @@ def test_every_entry_is_pinned_or_checked_by_what_it_holds(catalogue) -> None:
         assert artifact.pinned == (artifact.size is not None), artifact.name
 
 
-def test_a_stranger_to_the_catalogue_gets_the_near_miss(catalogue) -> None:
+def test_a_stranger_to_the_catalogue_gets_the_near_miss(catalogue):
     with pytest.raises(ConfigError, match="Did you mean boxsup-r50"):
         catalogue.resolve(["boxsup_r50"])
 
 
-def test_the_synsets(catalogue) -> None:
+def test_the_synsets(catalogue):
     names = [artifact.name for artifact in catalogue.resolve(["imagenet-21k-lvis"])]
     assert len(set(names)) == 997
     assert all(re.fullmatch(r"imagenet-21k-lvis/n\d{8}", name) for name in names)
 
 
-def test_entries_of_ones_own(tmp_path, monkeypatch) -> None:
+def test_entries_of_ones_own(tmp_path, monkeypatch):
     assert load(tmp_path, GOOD).resolve(["mine"])[0].target == "models/f"
     monkeypatch.setenv("PROXYDET_CATALOGUE", str(tmp_path / "more.toml"))
     assert Catalogue.load().resolve(["mine"])
 
 
-def test_a_family_of_ones_own(tmp_path) -> None:
+def test_a_family_of_ones_own(tmp_path):
     text = (
         '[[families]]\nname = "f"\nvariable = "n"\nfirst = 2\nlast = 4\naddresses = ["https://example.org/{n}.tar.gz"]\n'
         'target = "datasets/f/{n}.tar.gz"\nunpack = { folder = "datasets/f", provides = [{ path = "p{n}" }] }\n'
@@ -106,7 +106,7 @@ def test_a_family_of_ones_own(tmp_path) -> None:
     assert members[0].unpack.provides[0].path == "p2"
 
 
-def test_the_example_of_the_reference_page(tmp_path, repository) -> None:
+def test_the_example_of_the_reference_page(tmp_path, repository):
     page = (repository / "docs/reference/catalogue.md").read_text(encoding="utf-8")
     example = re.search(r"```toml\n(.*?)```", page, re.DOTALL)
     assert example is not None
@@ -115,7 +115,7 @@ def test_the_example_of_the_reference_page(tmp_path, repository) -> None:
     assert names == ["kitchen-r50", "kitchen-photos", "kitchen-tars/ladle", "kitchen-tars/whisk"]
 
 
-def test_the_reference_page_names_every_key(repository) -> None:
+def test_the_reference_page_names_every_key(repository):
     page = (repository / "docs/reference/catalogue.md").read_text(encoding="utf-8")
     for kind in (Artifact, Family, Login, Unpack, Provided, Content):
         for key in field_types(kind):
@@ -134,13 +134,13 @@ def artifact(target: str) -> Artifact:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_targets_that_leave_the_root(target) -> None:
+def test_targets_that_leave_the_root(target):
     with pytest.raises(ConfigError):
         artifact(target)
 
 
 @given(st.text(max_size=60))
-def test_whatever_target_is_accepted_stays_inside(target) -> None:
+def test_whatever_target_is_accepted_stays_inside(target):
     try:
         artifact(target)
     except ConfigError:
@@ -158,14 +158,14 @@ ADDRESSES = [
 
 
 @pytest.mark.parametrize("address", ADDRESSES)
-def test_addresses_that_are_refused(tmp_path, address) -> None:
+def test_addresses_that_are_refused(tmp_path, address):
     text = GOOD.replace("https://example.org/f", address.replace("\n", "\\n"))
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, text)
     assert "secret" not in caught.value.message
 
 
-def test_plain_http_is_accepted_with_a_digest(tmp_path) -> None:
+def test_plain_http_is_accepted_with_a_digest(tmp_path):
     text = GOOD.replace("https:", "http:") + f'sha256 = "{"0" * 64}"\n'
     assert load(tmp_path, text).resolve(["mine"])[0].pinned
 
@@ -199,7 +199,7 @@ def test_plain_http_is_accepted_with_a_digest(tmp_path) -> None:
          "target='models/{n}'\n" + HEAD, "may hold only"),
     ],
 )  # fmt: skip
-def test_catalogues_that_are_refused(tmp_path, text, message) -> None:
+def test_catalogues_that_are_refused(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message) as caught:
         load(tmp_path, text)
     assert (
@@ -210,7 +210,7 @@ def test_catalogues_that_are_refused(tmp_path, text, message) -> None:
     )
 
 
-def test_a_catalogue_that_is_not_there_or_too_large(tmp_path) -> None:
+def test_a_catalogue_that_is_not_there_or_too_large(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         Catalogue.load([tmp_path / "absent.toml"])
     big = tmp_path / "big.toml"
@@ -221,7 +221,7 @@ def test_a_catalogue_that_is_not_there_or_too_large(tmp_path) -> None:
 
 @settings(max_examples=15)
 @given(st.text(max_size=300))
-def test_any_text_is_a_catalogue_or_a_clear_error(tmp_path_factory, text) -> None:
+def test_any_text_is_a_catalogue_or_a_clear_error(tmp_path_factory, text):
     path = tmp_path_factory.getbasetemp() / "fuzz.toml"
     path.write_text(text, encoding="utf-8")
     with contextlib.suppress(ConfigError):
@@ -241,12 +241,12 @@ def test_any_text_is_a_catalogue_or_a_clear_error(tmp_path_factory, text) -> Non
         ("mine/annotations.json", None),
     ],
 )
-def test_where_a_file_of_the_layout_comes_from(catalogue, path, name) -> None:
+def test_where_a_file_of_the_layout_comes_from(catalogue, path, name):
     assert catalogue.name_of_source(Path(path)) == name
     assert name is None or catalogue.resolve([name])
 
 
-def test_hints_name_what_can_be_downloaded(catalogue, repository) -> None:
+def test_hints_name_what_can_be_downloaded(catalogue, repository):
     named = {
         name
         for folder in ("proxydet", "proxydet_cli")

@@ -40,7 +40,7 @@ LOGIN = 'login = { site = "https://example.org/join", how = "Register there." }\
 
 
 @pytest.fixture
-def entry(server, tmp_path: Path) -> Callable[..., None]:
+def entry(server, tmp_path) -> Callable[..., None]:
     path = tmp_path / "catalogue.toml"
     path.write_text("")
 
@@ -55,7 +55,7 @@ def entry(server, tmp_path: Path) -> Callable[..., None]:
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+def run(tmp_path, monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PROXYDET_CATALOGUE", str(tmp_path / "catalogue.toml"))
 
@@ -69,7 +69,7 @@ def run(tmp_path: Path, monkeypatch, capsys) -> Callable[..., tuple[int, str, st
     return call
 
 
-def test_fetches_and_says_so(run, entry, body, tmp_path) -> None:
+def test_fetches_and_says_so(run, entry, body, tmp_path):
     entry("thing", body)
     code, out, err = run("thing", "--yes")
     assert code == 0
@@ -80,7 +80,7 @@ def test_fetches_and_says_so(run, entry, body, tmp_path) -> None:
     assert (code, out.strip()) == (0, "1 ready before")
 
 
-def test_a_dry_run_fetches_nothing(run, entry, server, body, tmp_path) -> None:
+def test_a_dry_run_fetches_nothing(run, entry, server, body, tmp_path):
     entry("thing", body)
     code, out, _ = run("thing", "--dry-run", "--root", "there")
     assert code == 0
@@ -91,7 +91,7 @@ def test_a_dry_run_fetches_nothing(run, entry, server, body, tmp_path) -> None:
     assert not (tmp_path / "there").exists()
 
 
-def test_without_a_name_it_is_what_training_needs(run, entry, monkeypatch) -> None:
+def test_without_a_name_it_is_what_training_needs(run, entry, monkeypatch):
     def ask_sizes(self, plan):
         return dataclasses.replace(
             plan, items=tuple(dataclasses.replace(i, announced=170_000_000) for i in plan.items)
@@ -106,7 +106,7 @@ def test_without_a_name_it_is_what_training_needs(run, entry, monkeypatch) -> No
     assert "997 of 997 files need an account at https://image-net.org" in err
 
 
-def test_json_is_json(run, entry, body) -> None:
+def test_json_is_json(run, entry, body):
     entry("thing", body)
     entry("absent", b"x" * 10)
     plan = json.loads(run("thing", "--dry-run", "--json")[1])
@@ -123,7 +123,7 @@ def test_json_is_json(run, entry, body) -> None:
 
 def test_all_files_of_a_resumed_job_are_counted_whole(
     run, entry, server, body, tmp_path, monkeypatch
-) -> None:
+):
     totals: dict[str, float | None] = {}
 
     class Recorder:
@@ -144,7 +144,7 @@ def test_all_files_of_a_resumed_job_are_counted_whole(
 
 
 @pytest.mark.parametrize("how", ["--dry-run", "--yes"])
-def test_strict_refuses_before_anything_is_asked_or_fetched(run, entry, server, body, how) -> None:
+def test_strict_refuses_before_anything_is_asked_or_fetched(run, entry, server, body, how):
     entry("pinned", body)
     entry("loose")
     code, out, err = run("pinned", "loose", "--strict", how)
@@ -154,7 +154,7 @@ def test_strict_refuses_before_anything_is_asked_or_fetched(run, entry, server, 
     assert not server.files["/pinned"].requests
 
 
-def test_licences_are_told_once_each(run, entry, body) -> None:
+def test_licences_are_told_once_each(run, entry, body):
     entry("one", body)
     entry("two", body)
     out = run("one", "two", "--dry-run")[1]
@@ -162,7 +162,7 @@ def test_licences_are_told_once_each(run, entry, body) -> None:
     assert "one, two: CC0" in out
 
 
-def test_nobody_there_to_agree(run, entry, server, body, monkeypatch) -> None:
+def test_nobody_there_to_agree(run, entry, server, body, monkeypatch):
     entry("thing", body)
     with Path(os.devnull).open() as nothing:
         monkeypatch.setattr(sys, "stdin", nothing)
@@ -172,7 +172,7 @@ def test_nobody_there_to_agree(run, entry, server, body, monkeypatch) -> None:
     assert not server.files["/thing"].requests
 
 
-def test_asks_once_on_a_terminal(entry, server, body, tmp_path) -> None:
+def test_asks_once_on_a_terminal(entry, server, body, tmp_path):
     entry("thing", body)
     controller, terminal = pty.openpty()
     process = subprocess.Popen(
@@ -192,7 +192,7 @@ def test_asks_once_on_a_terminal(entry, server, body, tmp_path) -> None:
     assert (tmp_path / "models/thing.bin").exists()
 
 
-def test_a_failure_has_its_exit_code_and_leaves_the_rest(run, entry, body, tmp_path) -> None:
+def test_a_failure_has_its_exit_code_and_leaves_the_rest(run, entry, body, tmp_path):
     entry("good", body)
     entry("absent", more=f'sha256 = "{"0" * 64}"\n')
     code, out, err = run("good", "absent", "--yes")
@@ -203,9 +203,7 @@ def test_a_failure_has_its_exit_code_and_leaves_the_rest(run, entry, body, tmp_p
     assert (tmp_path / "models/good.bin").exists()
 
 
-def test_an_account_by_its_own_name_is_an_error_in_a_group_a_warning(
-    run, entry, body, tmp_path
-) -> None:
+def test_an_account_by_its_own_name_is_an_error_in_a_group_a_warning(run, entry, body, tmp_path):
     entry("open", body)
     entry("closed", more=LOGIN)
     with (tmp_path / "catalogue.toml").open("a") as file:
@@ -220,7 +218,7 @@ def test_an_account_by_its_own_name_is_an_error_in_a_group_a_warning(
     assert "Register there." in err
 
 
-def test_verification(run, entry, body, tmp_path) -> None:
+def test_verification(run, entry, body, tmp_path):
     entry("thing", body)
     assert run("--verify")[1].strip() == f"nothing is there ({tmp_path})"
     code, _, err = run("thing", "--verify")
@@ -238,7 +236,7 @@ def test_verification(run, entry, body, tmp_path) -> None:
     assert "proxydet download --force thing" in err
 
 
-def test_strict(run, entry, server, body) -> None:
+def test_strict(run, entry, server, body):
     entry("loose")
     server.add("/loose", body)
     code, _, err = run("loose", "--yes", "--strict")
@@ -246,7 +244,7 @@ def test_strict(run, entry, server, body) -> None:
     assert "--strict refuses" in err
 
 
-def test_a_mirror_from_the_environment(run, entry, server, body, monkeypatch) -> None:
+def test_a_mirror_from_the_environment(run, entry, server, body, monkeypatch):
     entry("thing", body)
     served = server.add("/m/models/thing.bin", body)
     monkeypatch.setenv("PROXYDET_MIRROR", server.address("/m"))
@@ -264,7 +262,7 @@ def test_a_mirror_from_the_environment(run, entry, server, body, monkeypatch) ->
         (("--catalogue", "absent.toml", "--list"), 3, "cannot be read"),
     ],
 )
-def test_mistakes(run, entry, words, code, message) -> None:
+def test_mistakes(run, entry, words, code, message):
     got, _, err = run(*words)
     assert got == code
     assert message in err
@@ -273,7 +271,7 @@ def test_mistakes(run, entry, words, code, message) -> None:
 
 
 @pytest.mark.parametrize("key", [b"\x03", b"\x04"])
-def test_stopped_at_the_question(entry, server, body, tmp_path, key) -> None:
+def test_stopped_at_the_question(entry, server, body, tmp_path, key):
     entry("thing", body)
     code, shown = on_terminal(tmp_path, key)
     assert code == 130
@@ -281,7 +279,7 @@ def test_stopped_at_the_question(entry, server, body, tmp_path, key) -> None:
     assert not server.files["/thing"].requests
 
 
-def test_declining_is_answered(entry, server, body, tmp_path) -> None:
+def test_declining_is_answered(entry, server, body, tmp_path):
     entry("thing", body)
     code, shown = on_terminal(tmp_path, b"n\n")
     assert code == 0
@@ -318,7 +316,7 @@ def on_terminal(folder: Path, keys: bytes) -> tuple[int, str]:
     return process.wait(timeout=60), shown.decode()
 
 
-def test_the_list_of_what_is_named(run, entry, body) -> None:
+def test_the_list_of_what_is_named(run, entry, body):
     entry("thing", body)
     code, out, _ = run("--list", "thing", "metadata")
     assert code == 0
@@ -328,7 +326,7 @@ def test_the_list_of_what_is_named(run, entry, body) -> None:
     assert "Did you mean thing" in err
 
 
-def test_what_does_not_fit_is_marked_before(run, entry, body, monkeypatch) -> None:
+def test_what_does_not_fit_is_marked_before(run, entry, body, monkeypatch):
     entry("thing", body)
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
@@ -340,14 +338,12 @@ def test_what_does_not_fit_is_marked_before(run, entry, body, monkeypatch) -> No
     assert "This needs 300.0 kB in" in err
 
 
-def test_a_file_of_unknown_size_is_counted(run, entry, monkeypatch) -> None:
+def test_a_file_of_unknown_size_is_counted(run, entry, monkeypatch):
     entry("loose")
     assert "to fetch: 1 file of unknown size\n" in run("loose", "--dry-run")[1]
 
 
-def test_a_place_that_cannot_be_written_is_the_environments_fault(
-    run, entry, body, tmp_path
-) -> None:
+def test_a_place_that_cannot_be_written_is_the_environments_fault(run, entry, body, tmp_path):
     entry("thing", body)
     (tmp_path / "file").touch()
     code, _, err = run("thing", "--yes", "--root", "file")
@@ -355,12 +351,12 @@ def test_a_place_that_cannot_be_written_is_the_environments_fault(
     assert "cannot be written" in err
 
 
-def test_failures_say_what_to_do(run, entry, server, body) -> None:
+def test_failures_say_what_to_do(run, entry, server, body):
     entry("absent", more=f'sha256 = "{"0" * 64}"\n')
     assert "or put the file there yourself" in run("absent", "--yes")[2]
 
 
-def test_missing_downloads_are_fetched_in_one_go(run, entry, tmp_path, monkeypatch) -> None:
+def test_missing_downloads_are_fetched_in_one_go(run, entry, tmp_path, monkeypatch):
     monkeypatch.setenv("PROXYDET_CATALOGUE", str(tmp_path / "catalogue.toml"))
     monkeypatch.chdir(tmp_path)
     for name in ("weights", "table", "encoder"):
@@ -384,7 +380,7 @@ def test_missing_downloads_are_fetched_in_one_go(run, entry, tmp_path, monkeypat
     assert tried == [[], ["encoder", "table", "weights"]]
 
 
-def test_a_download_that_does_not_help_is_not_repeated(entry, tmp_path, monkeypatch) -> None:
+def test_a_download_that_does_not_help_is_not_repeated(entry, tmp_path, monkeypatch):
     monkeypatch.setenv("PROXYDET_CATALOGUE", str(tmp_path / "catalogue.toml"))
     monkeypatch.chdir(tmp_path)
     entry("table", b"table")

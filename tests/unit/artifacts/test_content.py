@@ -77,7 +77,7 @@ def as_checkpoint(pickled: bytes) -> bytes:
     ],
     ids=["plain", "detectron2", "optimizer"],
 )
-def test_the_tensors_of_the_model_are_counted(check, wrap, legacy) -> None:
+def test_the_tensors_of_the_model_are_counted(check, wrap, legacy):
     assert check(saved(wrap(STATE), legacy=legacy)) == "6 tensors"
 
 
@@ -96,7 +96,7 @@ class TestHostileCheckpoints:
         ["os.system", "builtins.eval", "builtins.exec", "subprocess.run", "builtins.getattr",
          "shutil.rmtree"],
     )  # fmt: skip
-    def test_are_refused_and_not_run(self, check, tmp_path, name, legacy) -> None:
+    def test_are_refused_and_not_run(self, check, tmp_path, name, legacy):
         module, _, function = name.rpartition(".")
         evil = Evil(getattr(importlib.import_module(module), function), f"touch {tmp_path}/ran")
         parts = (0x1950A86A20F9469CFC6C, 1001, {}, {"model": evil}, [])
@@ -105,37 +105,37 @@ class TestHostileCheckpoints:
             check(data)
         assert not (tmp_path / "ran").exists()
 
-    def test_even_functions_of_torch_are_not_run(self, check) -> None:
+    def test_even_functions_of_torch_are_not_run(self, check):
         evil = Evil(torch.hub.load_state_dict_from_url, "https://example.org/never")
         with pytest.raises(DigestError, match="no parameters"):
             check(as_checkpoint(pickle.dumps({"model": {"x": evil}})))
 
     @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
     @given(data=st.binary(max_size=400))
-    def test_any_pickle_ends_in_a_count_or_a_clear_error(self, check, data) -> None:
+    def test_any_pickle_ends_in_a_count_or_a_clear_error(self, check, data):
         with contextlib.suppress(DigestError):
             check(as_checkpoint(b"\x80\x02" + data))
 
 
 class TestDamagedCheckpoints:
     @pytest.mark.parametrize("legacy", [False, True])
-    def test_cut_ones(self, check, legacy) -> None:
+    def test_cut_ones(self, check, legacy):
         data = saved(STATE, legacy=legacy)
         for length in (1, 10, len(data) // 3, len(data) // 2, len(data) - 1):
             with pytest.raises(DigestError):
                 check(data[:length])
 
-    def test_something_appended(self, check) -> None:
+    def test_something_appended(self, check):
         with pytest.raises(DigestError, match="appended"):
             check(saved(STATE, legacy=True) + b"x" * 100)
 
-    def test_a_changed_byte_of_the_numbers(self, check) -> None:
+    def test_a_changed_byte_of_the_numbers(self, check):
         data = bytearray(saved({"w": torch.full((1000,), 3.0)}))
         data[data.index(np.full(10, 3.0, dtype=np.float32).tobytes()) + 20] ^= 1
         with pytest.raises(DigestError):
             check(bytes(data))
 
-    def test_fewer_numbers_than_the_index_says(self, check) -> None:
+    def test_fewer_numbers_than_the_index_says(self, check):
         stream = io.BytesIO()
         with (
             zipfile.ZipFile(io.BytesIO(saved({"w": torch.ones(8)}))) as whole,
@@ -152,7 +152,7 @@ class TestDamagedCheckpoints:
     @given(
         flips=st.lists(st.tuples(st.integers(0, 5000), st.integers(1, 255)), min_size=1, max_size=8)
     )
-    def test_fuzzed_ones_end_in_a_count_or_a_clear_error(self, check, legacy, flips) -> None:
+    def test_fuzzed_ones_end_in_a_count_or_a_clear_error(self, check, legacy, flips):
         data = bytearray(saved({"model": STATE}, legacy=legacy))
         for at, change in flips:
             data[at % len(data)] ^= change
@@ -172,7 +172,7 @@ class TestPublishedModels:
                 found[name] = torch.zeros(()).expand(sizes)
         return found
 
-    def test_a_boxsup_checkpoint(self, check) -> None:
+    def test_a_boxsup_checkpoint(self, check):
         data = saved({"model": self.state("r50", mixup_branch=False)})
         assert check(data, kind="checkpoint", layout="r50") == "409 tensors"
         with pytest.raises(DigestError, match="30 of the 445"):
@@ -180,13 +180,13 @@ class TestPublishedModels:
         with pytest.raises(DigestError):
             check(data, kind="checkpoint", layout="swinb")
 
-    def test_a_proxydet_checkpoint(self, check) -> None:
+    def test_a_proxydet_checkpoint(self, check):
         data = saved({"model": self.state("swinb", mixup_branch=True)})
         assert check(data, kind="checkpoint", layout="swinb", mixup_branch=True) == "480 tensors"
         note = check(data, kind="checkpoint", layout="swinb")
         assert note.startswith("480 tensors, 36")
 
-    def test_another_vocabulary_only_where_it_is_expected(self, check) -> None:
+    def test_another_vocabulary_only_where_it_is_expected(self, check):
         state = self.state("swinb", mixup_branch=False)
         for name in state:
             if name.endswith("zs_weight"):
@@ -196,7 +196,7 @@ class TestPublishedModels:
             check(data, kind="checkpoint", layout="swinb")
         assert check(data, kind="checkpoint", layout="swinb", any_shape=("zs_weight",))
 
-    def test_what_can_be_made_again_may_be_missing(self, check) -> None:
+    def test_what_can_be_made_again_may_be_missing(self, check):
         state = self.state("r50", mixup_branch=False)
         made = ("num_batches_tracked", "freq_weight")
         kept = {name: tensor for name, tensor in state.items() if not name.endswith(made)}
@@ -216,27 +216,27 @@ class TestTars:
                 archive.addfile(info, io.BytesIO(bytes(700)))
         return stream.getvalue()
 
-    def test_a_tar_of_images(self, check) -> None:
+    def test_a_tar_of_images(self, check):
         assert check(self.tar("n01_1.JPEG", "n01_2.JPEG"), kind="image-tar") == "2 images"
 
     @pytest.mark.parametrize("names", [[], ["n01_1.JPEG", "run.sh"]])
-    def test_anything_else(self, check, names) -> None:
+    def test_anything_else(self, check, names):
         with pytest.raises(DigestError, match="images"):
             check(self.tar(*names), kind="image-tar")
 
-    def test_a_cut_tar(self, check) -> None:
+    def test_a_cut_tar(self, check):
         for length in (2000, 1300, 1024 + 512):
             with pytest.raises(DigestError):
                 check(self.tar("a.jpg", "b.jpg")[:length], kind="image-tar")
 
     @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
     @given(data=st.binary(min_size=1, max_size=3000))
-    def test_any_bytes_are_a_tar_or_a_clear_error(self, check, data) -> None:
+    def test_any_bytes_are_a_tar_or_a_clear_error(self, check, data):
         with contextlib.suppress(DigestError):
             check(data, kind="image-tar")
 
 
-def test_what_was_fetched_is_checked_before_it_gets_its_name(downloads, server, body) -> None:
+def test_what_was_fetched_is_checked_before_it_gets_its_name(downloads, server, body):
     server.add("/thing", body)
     (error,) = downloads.fetch(
         downloads.artifact(content=Content(kind="tensors"))
@@ -246,7 +246,7 @@ def test_what_was_fetched_is_checked_before_it_gets_its_name(downloads, server, 
     assert not (downloads.root / "models/artifacts.lock.json").exists()
 
 
-def test_a_file_put_there_by_hand_stays_if_it_is_wrong(downloads, check) -> None:
+def test_a_file_put_there_by_hand_stays_if_it_is_wrong(downloads, check):
     with pytest.raises(DigestError, match="thing") as caught:
         check(b"not a checkpoint")
     assert caught.value.path == downloads.root / "models/thing.bin"

@@ -63,7 +63,7 @@ def by_hand(root: Path, count: int) -> None:
 
 
 class TestOneFile:
-    def test_fetched_once(self, downloads, server, body, root) -> None:
+    def test_fetched_once(self, downloads, server, body, root):
         served = server.add("/thing", body)
         thing = downloads.artifact(body=body)
         plan = downloads.plan(thing)
@@ -76,7 +76,7 @@ class TestOneFile:
         names = {path.name for path in (root / "models").iterdir()}
         assert names == {"thing.bin", ".proxydet"}
 
-    def test_what_was_put_there_by_hand_is_checked_and_used(self, downloads, body, root) -> None:
+    def test_what_was_put_there_by_hand_is_checked_and_used(self, downloads, body, root):
         put(root / "models/thing.bin", body)
         thing = downloads.artifact(body=body)
         assert downloads.states(thing) == ["unchecked"]
@@ -86,7 +86,7 @@ class TestOneFile:
     @pytest.mark.parametrize("other", [b"short", None], ids=["size", "bytes"])
     def test_something_else_in_its_place_is_only_replaced_by_force(
         self, downloads, server, body, root, other
-    ) -> None:
+    ):
         server.add("/thing", body)
         path = put(root / "models/thing.bin", other or body[::-1])
         thing = downloads.artifact(body=body)
@@ -98,18 +98,18 @@ class TestOneFile:
         downloads.fetch(thing, force=True).raise_for_failures()
         assert path.read_bytes() == body
 
-    def test_a_folder_in_its_place(self, downloads, body, root) -> None:
+    def test_a_folder_in_its_place(self, downloads, body, root):
         (root / "models/thing.bin").mkdir(parents=True)
         assert downloads.states(downloads.artifact(body=body)) == ["different"]
 
-    def test_a_file_changed_after_the_check_is_noticed(self, downloads, server, body, root) -> None:
+    def test_a_file_changed_after_the_check_is_noticed(self, downloads, server, body, root):
         server.add("/thing", body)
         downloads.fetch(downloads.artifact(body=body))
         put(root / "models/thing.bin", body[::-1])
         with pytest.raises(DigestError):
             downloads.fetch(downloads.artifact(body=body)).raise_for_failures()
 
-    def test_sizes_that_are_not_published_are_asked_for(self, downloads, server, body) -> None:
+    def test_sizes_that_are_not_published_are_asked_for(self, downloads, server, body):
         server.add("/a", body)
         server.add("/b", redirect="/a")
         server.add("/page", b"<html>", content_type="text/html")
@@ -123,15 +123,13 @@ class TestOneFile:
             downloader.fetch(plan)
         assert downloads.progress.totals["a.bin"] == len(body)
 
-    def test_too_little_room_is_reported_before_anything_is_fetched(
-        self, downloads, server
-    ) -> None:
+    def test_too_little_room_is_reported_before_anything_is_fetched(self, downloads, server):
         served = server.add("/thing", b"")
         with pytest.raises(DiskFullError):
             downloads.fetch(downloads.artifact(size=1 << 49, sha256="0" * 64))
         assert not served.requests
 
-    def test_another_attempt_is_announced_once(self, downloads, server, body, caplog) -> None:
+    def test_another_attempt_is_announced_once(self, downloads, server, body, caplog):
         server.add("/thing", body, answers=[(500, {}), (503, {})])
         downloads.fetch(downloads.artifact(body=body)).raise_for_failures()
         (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
@@ -139,7 +137,7 @@ class TestOneFile:
 
     def test_folders_that_a_failed_download_made_go_away(
         self, downloads, server, body, root, packed
-    ) -> None:
+    ):
         """Those that were there stay, and so does the folder of what can be continued."""
         for thing in (downloads.artifact(), packed(b"absent")):
             assert len(downloads.fetch(thing).failures) == 1
@@ -154,9 +152,7 @@ class TestOneFile:
 
 
 class TestUnpinned:
-    def test_its_digest_is_recorded_and_checked_ever_after(
-        self, downloads, server, body, root
-    ) -> None:
+    def test_its_digest_is_recorded_and_checked_ever_after(self, downloads, server, body, root):
         server.add("/thing", body)
         downloads.fetch(downloads.artifact()).raise_for_failures()
         record = root / "models/artifacts.lock.json"
@@ -174,12 +170,12 @@ class TestUnpinned:
             assert json.loads(record.read_text())["thing"] == entry
         assert len(served.requests) == 1
 
-    def test_one_put_there_by_hand_is_recorded(self, downloads, body, root) -> None:
+    def test_one_put_there_by_hand_is_recorded(self, downloads, body, root):
         put(root / "models/thing.bin", body)
         downloads.fetch(downloads.artifact()).raise_for_failures()
         assert "thing" in json.loads((root / "models/artifacts.lock.json").read_text())
 
-    def test_strict_refuses_it_until_it_is_recorded(self, downloads, server, body, root) -> None:
+    def test_strict_refuses_it_until_it_is_recorded(self, downloads, server, body, root):
         served = [server.add(f"/{name}", body) for name in ("pinned", "thing")]
         things = [downloads.artifact("pinned", body), downloads.artifact()]
         with pytest.raises(ArtifactError, match="thing"):
@@ -189,7 +185,7 @@ class TestUnpinned:
         (root / "models/thing.bin").unlink()
         downloads.fetch(*things, strict=True).raise_for_failures()
 
-    def test_strict_accepts_what_is_ready(self, downloads, root, packed) -> None:
+    def test_strict_accepts_what_is_ready(self, downloads, root, packed):
         """Photographs unpacked by hand: no digest of their archive was ever recorded."""
         by_hand(root, 30)
         assert downloads.states(packed(), strict=True) == ["ready"]
@@ -197,14 +193,14 @@ class TestUnpinned:
     @pytest.mark.parametrize(
         "text", ["{", "[]", '{"thing": {"sha256": "zz", "size": 3}}', '{"thing": 3}', "[" * 100_000]
     )
-    def test_a_damaged_record_is_named(self, downloads, server, body, root, text) -> None:
+    def test_a_damaged_record_is_named(self, downloads, server, body, root, text):
         server.add("/thing", body)
         put(root / "models/artifacts.lock.json", text.encode())
         with pytest.raises(ArtifactError) as caught:
             downloads.fetch(downloads.artifact()).raise_for_failures()
         assert caught.value.path == root / "models/artifacts.lock.json"
 
-    def test_a_wrong_archive_is_not_a_first_use(self, downloads, server, root, packed) -> None:
+    def test_a_wrong_archive_is_not_a_first_use(self, downloads, server, root, packed):
         """One that does not unpack is not recorded, so that the next run fetches it again."""
         server.add("/set", b"not an archive")
         (error,) = downloads.fetch(packed()).failures.values()
@@ -217,7 +213,7 @@ class TestUnpinned:
 
 
 class TestUnpacking:
-    def test_unpacked_once(self, downloads, server, root, packed) -> None:
+    def test_unpacked_once(self, downloads, server, root, packed):
         served = server.add("/set", photos())
         report = downloads.fetch(packed(photos()))
         report.raise_for_failures()
@@ -228,15 +224,13 @@ class TestUnpacking:
         assert downloads.states(packed(photos())) == ["ready"]
         assert len(served.requests) == 1
 
-    def test_archives_are_kept_if_asked(self, downloads, server, root, packed) -> None:
+    def test_archives_are_kept_if_asked(self, downloads, server, root, packed):
         server.add("/set", photos())
         downloads.fetch(packed(photos()), keep_archives=True).raise_for_failures()
         downloads.fetch(packed(photos())).raise_for_failures()
         assert (root / "datasets/set/photos.zip").exists()
 
-    def test_one_that_somebody_put_there_is_used_and_stays(
-        self, downloads, server, root, packed
-    ) -> None:
+    def test_one_that_somebody_put_there_is_used_and_stays(self, downloads, server, root, packed):
         served = server.add("/set", photos())
         path = put(root / "datasets/set/photos.zip", photos())
         assert downloads.states(packed(photos())) == ["packed"]
@@ -247,7 +241,7 @@ class TestUnpacking:
     @pytest.mark.parametrize("keep", [False, True])
     def test_one_that_a_killed_run_did_not_remove_goes_at_the_next(
         self, downloads, server, root, packed, monkeypatch, keep
-    ) -> None:
+    ):
         """Unpacked and noted as such, but still there; one that was to be kept stays, whatever is asked later."""
         served = server.add("/set", photos())
         path, unlink = root / "datasets/set/photos.zip", Path.unlink
@@ -273,7 +267,7 @@ class TestUnpacking:
 
     def test_photographs_unpacked_by_hand_are_recognised_by_their_number(
         self, downloads, root, packed
-    ) -> None:
+    ):
         by_hand(root, 29)
         plan = downloads.plan(packed(photos()))
         assert plan.items[0].state.value == "absent"
@@ -281,9 +275,7 @@ class TestUnpacking:
         by_hand(root, 30)
         assert downloads.states(packed(photos())) == ["ready"]
 
-    def test_a_file_that_goes_missing_is_fetched_again(
-        self, downloads, server, root, packed
-    ) -> None:
+    def test_a_file_that_goes_missing_is_fetched_again(self, downloads, server, root, packed):
         server.add("/set", photos())
         downloads.fetch(packed(photos()))
         (root / "datasets/set/photos/7.jpg").unlink()
@@ -292,7 +284,7 @@ class TestUnpacking:
         assert (root / "datasets/set/photos/7.jpg").exists()
 
     @pytest.mark.parametrize("folder", ["datasets/set", "models/w"])
-    def test_a_published_digest_inside_an_archive(self, downloads, root, packed, folder) -> None:
+    def test_a_published_digest_inside_an_archive(self, downloads, root, packed, folder):
         data = b"annotations"
         inside = Provided(path="a.json", size=len(data), sha256=hashlib.sha256(data).hexdigest())
         thing = packed(b"zip", unpack=Unpack(folder=folder, provides=(inside,)))
@@ -307,7 +299,7 @@ class TestUnpacking:
 
     def test_a_pinned_one_that_does_not_unpack_can_be_fetched_again(
         self, downloads, server, root, packed
-    ) -> None:
+    ):
         data = photos(29)  # the catalogue says 30
         served = server.add("/set", data)
         for _ in range(2):
@@ -322,7 +314,7 @@ class TestUnpacking:
     @pytest.mark.parametrize(("keep", "at_once"), [(True, 3), (False, 1)])
     def test_the_room_for_archives_counts_those_that_lie_there_together(
         self, downloads, server, packed, keep, at_once
-    ) -> None:
+    ):
         things = []
         for name in ("a", "b", "c"):
             server.add(f"/{name}", photos(folder=name))
@@ -338,7 +330,7 @@ class TestUnpacking:
 
 
 class TestVerify:
-    def test_every_kind_of_finding(self, downloads, server, body, root, packed) -> None:
+    def test_every_kind_of_finding(self, downloads, server, body, root, packed):
         server.add("/thing", body)
         server.add("/set", photos())
         things = [
@@ -359,14 +351,14 @@ class TestVerify:
         (root / "datasets/set/photos/3.jpg").unlink()
         assert downloads.verify(things[1])["set"].status == "damaged"
 
-    def test_the_digest_of_first_use(self, downloads, server, body, root) -> None:
+    def test_the_digest_of_first_use(self, downloads, server, body, root):
         server.add("/thing", body)
         downloads.fetch(downloads.artifact())
         assert downloads.verify(downloads.artifact())["thing"].status == "sound"
         put(root / "models/thing.bin", body[::-1])
         assert downloads.verify(downloads.artifact())["thing"].status == "damaged"
 
-    def test_files_placed_by_hand(self, downloads, root, packed) -> None:
+    def test_files_placed_by_hand(self, downloads, root, packed):
         by_hand(root, 30)
         assert downloads.verify(packed(photos()))["set"].status == "unproven"
 
@@ -377,9 +369,7 @@ class TestVerify:
         assert (found.status, downloads.states(packed(photos()))) == ("absent", ["absent"])
         assert "29 files" in found.note
 
-    def test_one_placed_by_hand_that_is_right_is_not_read_again(
-        self, downloads, root, packed
-    ) -> None:
+    def test_one_placed_by_hand_that_is_right_is_not_read_again(self, downloads, root, packed):
         digest = hashlib.sha256(b"x").hexdigest()
         inside = Provided(path="a.json", size=1, sha256=digest)
         thing = packed(photos(), unpack=Unpack(folder="datasets/set", provides=(inside,)))
@@ -388,9 +378,7 @@ class TestVerify:
         assert downloads.verify(thing)["set"].status == "sound"
         assert downloads.states(thing) == ["ready"]
 
-    def test_damage_that_it_found_is_mended_by_force(
-        self, downloads, server, body, root, packed
-    ) -> None:
+    def test_damage_that_it_found_is_mended_by_force(self, downloads, server, body, root, packed):
         """Even where size and time stamp do not show it: a bit that flipped on the disk."""
         server.add("/thing", body)
         server.add("/set", photos())
@@ -410,14 +398,14 @@ class TestVerify:
 
 
 class TestMany:
-    def test_a_failure_does_not_stop_the_others(self, downloads, server, body) -> None:
+    def test_a_failure_does_not_stop_the_others(self, downloads, server, body):
         server.add("/b", body)
         report = downloads.fetch(*(downloads.artifact(name, body) for name in "abc"))
         assert [outcome.name for outcome in report.outcomes] == ["b"]
         with pytest.raises(ArtifactError, match="2 of 3 files"):
             report.raise_for_failures()
 
-    def test_members_that_may_be_missing_are_reported(self, downloads, server, body) -> None:
+    def test_members_that_may_be_missing_are_reported(self, downloads, server, body):
         server.add("/b", body)
         things = [downloads.artifact("a", body, may_be_missing=True), downloads.artifact("b", body)]
         report = downloads.fetch(*things)
@@ -431,7 +419,7 @@ class TestMany:
     )
     def test_a_host_that_fails_three_times_is_left_alone(
         self, downloads, server, body, statuses, asked
-    ) -> None:
+    ):
         things = [downloads.artifact(f"t{n}") for n in range(len(statuses))]
         for thing, status in zip(things, statuses, strict=True):
             answers = [(status, {})] * 5 if status != 200 else []
@@ -441,7 +429,7 @@ class TestMany:
         assert len(report.failures) == statuses.count(403)
         assert sum(len(served.requests) for served in server.files.values()) == asked
 
-    def test_wrong_bytes_are_not_the_hosts_failure(self, downloads, server, body) -> None:
+    def test_wrong_bytes_are_not_the_hosts_failure(self, downloads, server, body):
         things = [downloads.artifact(f"t{n}", body) for n in range(5)]
         for thing in things:
             server.add(f"/{thing.name}", body[::-1])
@@ -449,7 +437,7 @@ class TestMany:
         assert len(downloads.fetch(*things, settings=one).failures) == 5
         assert sum(len(served.requests) for served in server.files.values()) == 5
 
-    def test_a_full_disk_stops_them_all(self, downloads, server, body) -> None:
+    def test_a_full_disk_stops_them_all(self, downloads, server, body):
         server.add("/a", body, announced=1 << 49)
         server.add("/b", body)
         one = dataclasses.replace(downloads.settings, jobs=1)
@@ -461,7 +449,7 @@ class TestMany:
 
 
 class TestPublicApi:
-    def test_a_name_in_and_a_path_out(self, downloads, server, body, root, packed) -> None:
+    def test_a_name_in_and_a_path_out(self, downloads, server, body, root, packed):
         server.add("/thing", body)
         server.add("/set", photos())
         things = (downloads.artifact(body=body), packed(photos()))
@@ -474,19 +462,17 @@ class TestPublicApi:
             assert download(name, root=root, catalogue=catalogue) == root / path
             assert locate(name, root=root, catalogue=catalogue) == root / path
 
-    def test_an_unknown_name(self) -> None:
+    def test_an_unknown_name(self):
         with pytest.raises(ConfigError, match="clip-vit-b32"):
             download("clip-vit-32")
 
-    def test_what_needs_an_account(self, downloads, root) -> None:
+    def test_what_needs_an_account(self, downloads, root):
         thing = downloads.artifact(login=Login(site="https://example.org", how="Register there."))
         catalogue = Catalogue([("t", CatalogueFile(artifacts=(thing,)))])
         with pytest.raises(ArtifactError, match="account"):
             download("thing", root=root, catalogue=catalogue)
 
-    def test_the_places_of_the_environment(
-        self, downloads, server, body, tmp_path, monkeypatch
-    ) -> None:
+    def test_the_places_of_the_environment(self, downloads, server, body, tmp_path, monkeypatch):
         monkeypatch.setenv("PROXYDET_MODELS", str(tmp_path / "elsewhere"))
         server.add("/thing", body)
         thing = downloads.artifact(body=body)

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -71,7 +70,7 @@ ENDLESS = {
 
 
 @pytest.mark.parametrize("kind", ENDLESS)
-def test_it_is_given_up_with_a_reason(fetch, server, kind) -> None:
+def test_it_is_given_up_with_a_reason(fetch, server, kind):
     fetch.set(
         head_seconds=0.2,
         slow_seconds=0.2,
@@ -91,7 +90,7 @@ def test_it_is_given_up_with_a_reason(fetch, server, kind) -> None:
     assert 1 <= len(served.requests) <= 2 * 21  # twice, each with as many redirects as are followed
 
 
-def test_bytes_now_and_then_do_not_keep_it_alive(fetch, server) -> None:
+def test_bytes_now_and_then_do_not_keep_it_alive(fetch, server):
     """Each attempt brings something new, so that it may be tried again, and all of them bring too little."""
     fetch.set(slow_seconds=0.3, grace_seconds=0.4, retries=1000, longest_delay=0.001)
     body = bytes(200_000)
@@ -103,7 +102,7 @@ def test_bytes_now_and_then_do_not_keep_it_alive(fetch, server) -> None:
     assert len(served.requests) > 5
 
 
-def test_a_slow_file_has_the_time_that_its_size_allows(fetch, server, body) -> None:
+def test_a_slow_file_has_the_time_that_its_size_allows(fetch, server, body):
     fetch.set(grace_seconds=0.4, least_speed=100_000)
     server.add("/f", body, pause=0.05)  # 300 kB/s
     fetch("/f")
@@ -115,7 +114,7 @@ def test_a_slow_file_has_the_time_that_its_size_allows(fetch, server, body) -> N
 
 
 @pytest.mark.parametrize("pinned", [False, True])
-def test_a_stream_without_end_stops_at_a_bound(fetch, server, body, pinned) -> None:
+def test_a_stream_without_end_stops_at_a_bound(fetch, server, body, pinned):
     """The published size, or what a file may have at most whose size nobody says."""
     fetch.set(largest_unannounced=1_000_000)
     head = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -127,7 +126,7 @@ def test_a_stream_without_end_stops_at_a_bound(fetch, server, body, pinned) -> N
     assert sum(path.stat().st_size for path in fetch.leftovers()) < 1_100_000
 
 
-def test_a_length_announced_for_compressed_bytes_is_no_bound(fetch, server, body) -> None:
+def test_a_length_announced_for_compressed_bytes_is_no_bound(fetch, server, body):
     head = HEAD + b"Content-Encoding: gzip\r\nContent-Length: 50000000\r\n\r\n"
     server.add("/f", raw=after(head, flood(b"x" * 65536)))
     with pytest.raises(TransferError, match=f"{len(body)} bytes"):
@@ -135,7 +134,7 @@ def test_a_length_announced_for_compressed_bytes_is_no_bound(fetch, server, body
     assert sum(path.stat().st_size for path in fetch.leftovers()) < len(body) + 100_000
 
 
-def test_pieces_without_end_stop_at_the_same_bound(fetch, server) -> None:
+def test_pieces_without_end_stop_at_the_same_bound(fetch, server):
     """Each has a length of its own, and none says how long the file is."""
     fetch.set(largest_unannounced=300_000)
     at = 0
@@ -164,7 +163,7 @@ def test_pieces_without_end_stop_at_the_same_bound(fetch, server) -> None:
     ],
     ids=str,
 )
-def test_retry_after_that_makes_no_sense(fetch, server, body, headers) -> None:
+def test_retry_after_that_makes_no_sense(fetch, server, body, headers):
     """A date that no calendar holds means the usual pause; one beyond what is ever waited is reported."""
     served = server.add("/f", body, answers=[(503, headers)])
     with contextlib.suppress(TransferError):
@@ -190,7 +189,7 @@ def test_retry_after_that_makes_no_sense(fetch, server, body, headers) -> None:
     ],
     ids=lambda headers: ascii(headers)[:60],
 )
-def test_headers_that_make_no_sense(fetch, server, body, headers) -> None:
+def test_headers_that_make_no_sense(fetch, server, body, headers):
     """They are passed over."""
     rest = {name: text for name, text in headers.items() if name not in ("ETag", "Last-Modified")}
     etag, modified = headers.get("ETag"), headers.get("Last-Modified")
@@ -204,7 +203,7 @@ def test_headers_that_make_no_sense(fetch, server, body, headers) -> None:
 @pytest.mark.parametrize(
     "length", [b"-1", b"1e3", b"5, 6", b"abc", b"", b"9" * 40, b"9" * 5000, b"0x10", "³".encode()]
 )
-def test_a_content_length_that_makes_no_sense(fetch, server, length) -> None:
+def test_a_content_length_that_makes_no_sense(fetch, server, length):
     head = HEAD + b"Content-Length: " + length + b"\r\nConnection: close\r\n\r\nhello"
     server.add("/f", raw=lambda write, closing: write(head))
     with pytest.raises((TransferError, DiskFullError)):
@@ -219,14 +218,14 @@ def test_a_content_length_that_makes_no_sense(fetch, server, length) -> None:
      HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", HEAD + b"Transfer-Encoding: chunked\r\n\r\n-5\r\nx"],
     ids=lambda head: ascii(head)[-40:],
 )  # fmt: skip
-def test_what_is_not_http(fetch, server, head) -> None:
+def test_what_is_not_http(fetch, server, head):
     server.add("/f", raw=lambda write, closing: write(head))
     with pytest.raises(TransferError, match=r"127\.0\.0\.1"):
         fetch("/f")
 
 
 @pytest.mark.parametrize("goal", ["http://[::1/x", "//[", "http://\u00e9\u00e9/x", "http://" + "a" * 300 + "/x", "?\r\n x"])  # fmt: skip
-def test_a_redirect_to_what_makes_no_sense(fetch, server, goal) -> None:
+def test_a_redirect_to_what_makes_no_sense(fetch, server, goal):
     raw = b"HTTP/1.1 302 Found\r\nLocation: " + goal.encode() + b"\r\nContent-Length: 0\r\n\r\n"
     server.add("/f", raw=lambda write, closing: write(raw))
     with pytest.raises(TransferError):
@@ -250,7 +249,7 @@ sys.exit(main(["download", "one", "two", "--yes", "--catalogue", sys.argv[1], "-
     ],
     ids=["one", "all"],
 )
-def test_ctrl_c_within_three_seconds_in_each_of_them(server, tmp_path: Path, kinds) -> None:
+def test_ctrl_c_within_three_seconds_in_each_of_them(server, tmp_path, kinds):
     """One after another, so that the seconds are those of a process that has the machine; --log-cli-level=info
     shows them."""
     seconds = {}
@@ -284,7 +283,7 @@ def test_ctrl_c_within_three_seconds_in_each_of_them(server, tmp_path: Path, kin
     assert max(seconds.values()) < 3, seconds
 
 
-def test_content_that_is_checked_is_not_read_without_end(fetch, server) -> None:
+def test_content_that_is_checked_is_not_read_without_end(fetch, server):
     fetch.set(largest_unannounced=200_000)
     chunk = b"10000\r\n" + b"x" * 65536 + b"\r\n"
     server.add("/f", raw=after(HEAD + b"Transfer-Encoding: chunked\r\n\r\n", flood(chunk)))

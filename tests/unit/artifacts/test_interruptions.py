@@ -52,7 +52,7 @@ def body() -> bytes:
 
 
 @pytest.fixture
-def start(server, tmp_path: Path, body: bytes) -> Callable[..., subprocess.Popen[str]]:
+def start(server, tmp_path, body) -> Callable[..., subprocess.Popen[str]]:
     def begin(
         connections: int = 1,
         *,
@@ -118,19 +118,19 @@ def kill_at_random(
 
 
 @pytest.mark.parametrize("connections", [1, 3])
-def test_killed_and_resumed(start, server, tmp_path, body, connections) -> None:
+def test_killed_and_resumed(start, server, tmp_path, body, connections):
     kill_at_random(start, server, tmp_path, body, 2, connections, pinned=connections == 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("connections", [1, 4])
 @pytest.mark.parametrize("pinned", [True, False])
-def test_killed_fifty_times_and_resumed(start, server, tmp_path, body, connections, pinned) -> None:
+def test_killed_fifty_times_and_resumed(start, server, tmp_path, body, connections, pinned):
     kill_at_random(start, server, tmp_path, body, 50, connections, pinned=pinned)
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(8, marks=pytest.mark.slow)])
-def test_several_processes_fetch_one_file_once(start, server, tmp_path, body, count) -> None:
+def test_several_processes_fetch_one_file_once(start, server, tmp_path, body, count):
     processes = [start(pause=0.002) for _ in range(count)]
     assert sorted(finish(process) for process in processes) == ["fetched", *["ready"] * (count - 1)]
     assert (tmp_path / "models/thing.bin").read_bytes() == body
@@ -138,7 +138,7 @@ def test_several_processes_fetch_one_file_once(start, server, tmp_path, body, co
     assert hidden(tmp_path) == []
 
 
-def test_a_second_thread_waits_and_fetches_nothing(downloads, server, body) -> None:
+def test_a_second_thread_waits_and_fetches_nothing(downloads, server, body):
     served = server.add("/thing", body[:500_000], pause=0.01)
     thing = downloads.artifact(body=body[:500_000])
     statuses: list[str] = []
@@ -154,7 +154,7 @@ def test_a_second_thread_waits_and_fetches_nothing(downloads, server, body) -> N
     assert len(served.requests) == 1
 
 
-def test_one_continues_where_the_other_was_killed(start, server, tmp_path, body) -> None:
+def test_one_continues_where_the_other_was_killed(start, server, tmp_path, body):
     """The second waits for the first; nobody waits for the dead."""
     first = start(pause=0.03)
     while server.files["/thing"].sent < 500_000:
@@ -170,7 +170,7 @@ def test_one_continues_where_the_other_was_killed(start, server, tmp_path, body)
     assert server.files["/thing"].sent < 2 * len(body)
 
 
-def test_without_locks_each_process_has_its_own_file(start, server, tmp_path, body) -> None:
+def test_without_locks_each_process_has_its_own_file(start, server, tmp_path, body):
     """On a file system that has no locks two processes both fetch, and both end well."""
     no_locks = (
         "import errno, filelock\n"
@@ -183,7 +183,7 @@ def test_without_locks_each_process_has_its_own_file(start, server, tmp_path, bo
     assert (tmp_path / "models/thing.bin").read_bytes() == body
 
 
-def test_ctrl_c_keeps_what_was_fetched(start, server, tmp_path, body) -> None:
+def test_ctrl_c_keeps_what_was_fetched(start, server, tmp_path, body):
     process = start(pause=0.01)
     while server.files["/thing"].sent < 1_000_000:
         time.sleep(0.005)
@@ -198,7 +198,7 @@ def test_ctrl_c_keeps_what_was_fetched(start, server, tmp_path, body) -> None:
 
 
 class TestDisk:
-    def test_a_full_disk(self, server, fetch, body) -> None:
+    def test_a_full_disk(self, server, fetch, body):
         """The largest allowed file size stands for the end of the disk: writing fails in the middle."""
         server.add("/f", body)
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -218,7 +218,7 @@ class TestDisk:
 
     @pytest.mark.slow
     @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
-    def test_a_file_system_that_fills_up(self, server, fetch, body, tmp_path) -> None:
+    def test_a_file_system_that_fills_up(self, server, fetch, body, tmp_path):
         small = tmp_path / "small"
         small.mkdir()
         mounted = subprocess.run(
@@ -235,7 +235,7 @@ class TestDisk:
         finally:
             subprocess.run(["umount", str(small)], check=True)
 
-    def test_a_folder_that_is_a_file(self, fetch, server, body, tmp_path) -> None:
+    def test_a_folder_that_is_a_file(self, fetch, server, body, tmp_path):
         (tmp_path / "file").write_bytes(b"")
         fetch.downloads.root = tmp_path / "file" / "below"
         server.add("/f", body)
@@ -243,7 +243,7 @@ class TestDisk:
             fetch("/f")
         assert str(tmp_path / "file") in str(caught.value.path)
 
-    def test_writes_that_the_system_takes_in_parts(self, fetch, server, body, monkeypatch) -> None:
+    def test_writes_that_the_system_takes_in_parts(self, fetch, server, body, monkeypatch):
         write = os.pwrite
         monkeypatch.setattr(os, "pwrite", lambda fd, data, at: write(fd, data[:5000], at))
         server.add("/f", body[:100_000])
@@ -252,7 +252,7 @@ class TestDisk:
 
     def test_every_byte_is_on_the_disk_before_the_file_has_its_name(
         self, fetch, server, body, monkeypatch
-    ) -> None:
+    ):
         seen: list[bool] = []
         sync = os.fsync
         monkeypatch.setattr(os, "fsync", lambda fd: (seen.append(fetch.target.exists()), sync(fd)))
@@ -261,9 +261,7 @@ class TestDisk:
         assert seen[0] is False
 
 
-def test_ctrl_c_while_the_digest_is_computed_gives_the_lock_back(
-    start, server, tmp_path, body
-) -> None:
+def test_ctrl_c_while_the_digest_is_computed_gives_the_lock_back(start, server, tmp_path, body):
     """Of a large file, most of which an earlier run fetched, it takes minutes."""
     slow = """
 import time, types
@@ -320,9 +318,7 @@ class TestLeftovers:
         (header,) = served.headers("Range")
         return header
 
-    def test_the_largest_is_taken_over_and_the_others_removed(
-        self, fetch, server, body, left
-    ) -> None:
+    def test_the_largest_is_taken_over_and_the_others_removed(self, fetch, server, body, left):
         for count in (100_000, 400_000, 200_000):
             left(count)
         assert len([p for p in fetch.leftovers() if p.suffix == ".part"]) == 3
@@ -333,18 +329,18 @@ class TestLeftovers:
     @pytest.mark.parametrize(
         "record", ["", "{", '{"total": "x"}', '{"unknown": 1}', "null", "[" * 100_000]
     )  # fmt: skip
-    def test_damaged_records_are_not_believed(self, fetch, server, body, left, record) -> None:
+    def test_damaged_records_are_not_believed(self, fetch, server, body, left, record):
         part = left(100_000)
         part.with_name(part.name + ".json").write_text(record)
         assert self.fetched_from(fetch, server, body) is None
 
-    def test_a_record_of_more_than_the_file_holds(self, fetch, server, body, left) -> None:
+    def test_a_record_of_more_than_the_file_holds(self, fetch, server, body, left):
         """It was cut, and its process was killed before that was noted."""
         part = left(100_000)
         os.truncate(part, 60_000)
         assert self.fetched_from(fetch, server, body) == "bytes=60000-"
 
-    def test_wrong_bytes_in_it_are_fetched_again(self, fetch, server, body, left) -> None:
+    def test_wrong_bytes_in_it_are_fetched_again(self, fetch, server, body, left):
         part = left(100_000)
         part.write_bytes(bytes(100_000))
         served = server.add("/f", body)
@@ -352,9 +348,7 @@ class TestLeftovers:
         assert fetch.target.read_bytes() == body
         assert served.headers("Range") == ["bytes=100000-", None]
 
-    def test_wrong_bytes_of_another_file_are_never_added_to_it(
-        self, fetch, server, body, left
-    ) -> None:
+    def test_wrong_bytes_of_another_file_are_never_added_to_it(self, fetch, server, body, left):
         left(100_000, body[::-1])
         served = server.add("/f", body[::-1], etag='"v2"')
         with pytest.raises(DigestError):
@@ -362,15 +356,13 @@ class TestLeftovers:
         assert fetch.leftovers() == []
         assert len(served.requests) == 1
 
-    def test_what_a_kill_between_two_steps_leaves_is_swept_up(
-        self, fetch, server, body, left
-    ) -> None:
+    def test_what_a_kill_between_two_steps_leaves_is_swept_up(self, fetch, server, body, left):
         part = left(100_000)
         folder = part.parent
         (folder / f".{fetch.target.name}.1-00000000.part.json").write_text("{}")
         assert self.fetched_from(fetch, server, body) == "bytes=100000-"
 
-    def test_those_of_a_file_whose_name_begins_alike_stay(self, fetch, server, body, left) -> None:
+    def test_those_of_a_file_whose_name_begins_alike_stay(self, fetch, server, body, left):
         part = left(100_000)
         names = [p.name.replace("file.bin", "file.bin.zip") for p in fetch.leftovers()]
         for path, name in zip(fetch.leftovers(), names, strict=True):
@@ -380,9 +372,7 @@ class TestLeftovers:
         assert served.headers("Range") == ["bytes=100000-"]
         assert sorted(p.name for p in part.parent.glob(".file.bin*")) == sorted(names)
 
-    def test_one_that_its_address_no_longer_confirms_is_not_used(
-        self, fetch, server, body, left
-    ) -> None:
+    def test_one_that_its_address_no_longer_confirms_is_not_used(self, fetch, server, body, left):
         """Without a digest only the same version at the same address can continue it."""
         part = left(100_000)
         record = part.with_name(part.name + ".json")

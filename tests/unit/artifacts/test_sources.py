@@ -31,7 +31,7 @@ def proxied(server, monkeypatch) -> None:
 @pytest.mark.usefixtures("proxied")
 class TestGoogleDrive:
     @pytest.mark.parametrize("action", [b"/download", b"http://drive.usercontent.google.com/d"])
-    def test_its_button_is_pressed_and_again_to_resume(self, fetch, server, body, action) -> None:
+    def test_its_button_is_pressed_and_again_to_resume(self, fetch, server, body, action):
         fetch.set(connections=4, parallel_from=1000)
         page = server.add(
             f"{DRIVE}/uc?id=1H8c", SCAN_PAGE % action, content_type="text/html", ranges=False
@@ -56,14 +56,14 @@ class TestGoogleDrive:
             (SCAN_PAGE % b"https://evil.example.org/download", "page"),
         ],
     )  # fmt: skip
-    def test_pages_without_a_way_on(self, fetch, server, body, page, message) -> None:
+    def test_pages_without_a_way_on(self, fetch, server, body, page, message):
         server.add(f"{DRIVE}/uc", page, content_type="text/html")
         with pytest.raises(TransferError, match=message) as caught:
             fetch(f"{DRIVE}/uc", pinned=body, page="https://drive.google.com/file/d/1H8c/view")
         assert "https://drive.google.com/file/d/1H8c/view" in (caught.value.hint or "")
         assert not fetch.target.exists()
 
-    def test_a_page_behind_the_page(self, fetch, server, body) -> None:
+    def test_a_page_behind_the_page(self, fetch, server, body):
         server.add(f"{DRIVE}/uc", SCAN_PAGE % b"/download", content_type="text/html")
         server.add(BUTTON, QUOTA_PAGE, content_type="text/html")
         with pytest.raises(TransferError, match="quota"):
@@ -72,7 +72,7 @@ class TestGoogleDrive:
 
 class TestCertificates:
     @pytest.fixture
-    def secure(self, server, tmp_path: Path) -> Path:
+    def secure(self, server, tmp_path) -> Path:
         """Make the server speak TLS with a certificate that nobody knows; return that certificate's file."""
         certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
         command = f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1 -out {certificate} -keyout {key}"
@@ -87,14 +87,14 @@ class TestCertificates:
         )
         return certificate
 
-    def test_an_unknown_one_is_refused_without_retries(self, fetch, server, body, secure) -> None:
+    def test_an_unknown_one_is_refused_without_retries(self, fetch, server, body, secure):
         server.add("/f", body)
         with pytest.raises(TransferError, match="certificate") as caught:
             fetch(server.address("/f").replace("http:", "https:"), pinned=body)
         assert "REQUESTS_CA_BUNDLE" in (caught.value.hint or "")
         assert not fetch.target.exists()
 
-    def test_requests_ca_bundle_is_honoured(self, fetch, server, body, secure, monkeypatch) -> None:
+    def test_requests_ca_bundle_is_honoured(self, fetch, server, body, secure, monkeypatch):
         monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(secure))
         server.add("/f", body, drop_after=100_000)
         fetch(server.address("/f").replace("http:", "https:"))
@@ -103,7 +103,7 @@ class TestCertificates:
     @pytest.mark.usefixtures("secure")
     def test_a_redirect_to_plain_http_needs_a_digest(
         self, fetch, server, body, proxied, secure, monkeypatch
-    ) -> None:
+    ):
         monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(secure))
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         server.add("/f", redirect="http://elsewhere.example/g")
@@ -112,14 +112,14 @@ class TestCertificates:
 
 
 class TestRedirects:
-    def test_they_keep_the_range(self, fetch, server, body) -> None:
+    def test_they_keep_the_range(self, fetch, server, body):
         server.add("/f", redirect="/elsewhere?token=secret")
         served = server.add("/elsewhere?token=secret", body, drop_after=200_000)
         fetch("/f")
         assert fetch.target.read_bytes() == body
         assert served.headers("Range") == [None, "bytes=200000-"]
 
-    def test_endless_ones(self, fetch, server) -> None:
+    def test_endless_ones(self, fetch, server):
         served = server.add("/f", redirect="/f")
         with pytest.raises(TransferError, match="redirects"):
             fetch("/f")
@@ -130,7 +130,7 @@ class TestRedirects:
         ["ftp://127.0.0.1/x", "file:///etc/passwd", "http://user:secret@127.0.0.1/x",
          "http://127.0.0.1:99999999/x", "http://" + "x" * 5000, "http://a b/"],
     )  # fmt: skip
-    def test_to_what_is_not_a_plain_web_address(self, fetch, server, goal) -> None:
+    def test_to_what_is_not_a_plain_web_address(self, fetch, server, goal):
         server.add("/f", redirect=goal)
         with pytest.raises(TransferError, match="redirect") as caught:
             fetch("/f")
@@ -143,14 +143,14 @@ class TestRedirects:
         ["http://127.0.0.1:8080/f", "http://localhost/f", "http://[::1]/f", "http://0.0.0.0/f",
          "http://LOCALHOST./f", "http://a.localhost/f", "http://127.8.9.1/f"],
     )  # fmt: skip
-    def test_from_outside_to_this_machine(self, fetch, server, body, goal) -> None:
+    def test_from_outside_to_this_machine(self, fetch, server, body, goal):
         served = server.add("http://elsewhere.example/f", redirect=goal)
         with pytest.raises(TransferError, match="this machine"):
             fetch("http://elsewhere.example/f", pinned=body)
         assert len(served.requests) == 1
 
     @pytest.mark.usefixtures("proxied")
-    def test_from_outside_to_outside(self, fetch, server, body) -> None:
+    def test_from_outside_to_outside(self, fetch, server, body):
         server.add("http://elsewhere.example/f", redirect="http://localhost.example.org/g")
         served = server.add("http://localhost.example.org/g", body)
         fetch("http://elsewhere.example/f", pinned=body)
@@ -161,7 +161,7 @@ class TestRedirects:
 class TestAccounts:
     def test_netrc_credentials_stay_with_their_host(
         self, fetch, server, body, tmp_path, monkeypatch
-    ) -> None:
+    ):
         netrc = tmp_path / "netrc"
         netrc.write_text("machine localhost login me password secret\n")
         netrc.chmod(0o600)
@@ -173,9 +173,7 @@ class TestAccounts:
         assert (first.headers("Authorization")[0] or "").startswith("Basic ")
         assert second.headers("Authorization") == [None]
 
-    def test_a_cookie_is_what_is_needed(
-        self, downloads, server, body, tmp_path, monkeypatch
-    ) -> None:
+    def test_a_cookie_is_what_is_needed(self, downloads, server, body, tmp_path, monkeypatch):
         thing = downloads.artifact(login=Login(site="https://example.org", how="Register there."))
         served = server.add("/thing", body, cookie="session=secret", page=b"<html>sign in</html>")
         assert downloads.states(thing) == ["needs account"]
@@ -188,14 +186,14 @@ class TestAccounts:
         downloads.fetch(thing).raise_for_failures()
         assert served.headers("Cookie") == ["session=secret"]
 
-    def test_a_cookie_file_that_is_not_one(self, downloads, tmp_path, monkeypatch) -> None:
+    def test_a_cookie_file_that_is_not_one(self, downloads, tmp_path, monkeypatch):
         (tmp_path / "c").write_text("nonsense")
         monkeypatch.setenv("PROXYDET_COOKIES", str(tmp_path / "c"))
         with pytest.raises(ConfigError) as caught:
             downloads.open(downloads.artifact())
         assert caught.value.path == tmp_path / "c"
 
-    def test_nothing_secret_is_shown(self, downloads, server, caplog) -> None:
+    def test_nothing_secret_is_shown(self, downloads, server, caplog):
         server.add("/thing?token=secret", answers=[(500, {})] * 99)
         thing = downloads.artifact(addresses=(server.address("/thing?token=secret"),))
         with caplog.at_level("DEBUG"), pytest.raises(ArtifactError) as caught:
@@ -205,7 +203,7 @@ class TestAccounts:
         assert "secret" not in str(caught.value) + str(caught.value.hint) + " ".join(ours)
 
 
-def test_a_mirror_comes_first_with_quoted_paths(downloads, fetch, server, body) -> None:
+def test_a_mirror_comes_first_with_quoted_paths(downloads, fetch, server, body):
     served = server.add("/mirror/models/a%2Bb%20c.bin", body)
     fetch.set(mirror=server.address("/mirror/"))
     server.add("/thing", body)
@@ -218,12 +216,12 @@ def test_a_mirror_comes_first_with_quoted_paths(downloads, fetch, server, body) 
 @pytest.mark.parametrize(
     ("text", "rate"), [("800k", 8e5), ("20M", 2e7), ("1.5G", 1.5e9), ("300", 300), ("2MB/s", 2e6)]
 )
-def test_rates(text, rate) -> None:
+def test_rates(text, rate):
     assert bytes_per_second(text) == rate
 
 
 @pytest.mark.parametrize("text", ["", "fast", "-3M", "0", "1e9", "3T", "nan", "٣M"])
-def test_what_is_not_a_rate(text) -> None:
+def test_what_is_not_a_rate(text):
     with pytest.raises(ConfigError):
         bytes_per_second(text)
 
@@ -231,6 +229,6 @@ def test_what_is_not_a_rate(text) -> None:
 @pytest.mark.parametrize(
     "field", ["connections", "jobs", "retries", "limit_rate", "read_timeout", "chunk_bytes"]
 )
-def test_settings_are_checked(field) -> None:
+def test_settings_are_checked(field):
     with pytest.raises(ConfigError, match=field):
         TransferSettings(**{field: 0})

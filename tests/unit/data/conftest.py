@@ -47,7 +47,7 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.fixture
-def write_json(tmp_path: Path) -> Callable[[Any], Path]:
+def write_json(tmp_path) -> Callable[[Any], Path]:
     def write(content: Any, name: str = "annotations.json") -> Path:
         path = tmp_path / name
         path.write_text(content if isinstance(content, str) else json.dumps(content))
@@ -57,7 +57,7 @@ def write_json(tmp_path: Path) -> Callable[[Any], Path]:
 
 
 @pytest.fixture
-def small_set(tmp_path: Path) -> Path:
+def small_set(tmp_path) -> Path:
     """A description of 6 training images (landscape and portrait), 2 validation images; "dog" is novel."""
     rng = np.random.default_rng(0)
     for split, count, first in (("train", 6, 1), ("val", 2, 101)):
@@ -127,9 +127,7 @@ def make_tar() -> Callable[..., Path]:
 
 
 @pytest.fixture
-def small_set_with_labels(
-    small_set: Path, make_tar: Callable[..., Path], jpeg: Callable[..., bytes]
-) -> Path:
+def small_set_with_labels(small_set, make_tar, jpeg) -> Path:
     """`small_set` with an image-label source of "dog" (4 images) and "bird" (3 images)."""
     folder = small_set.parent / "tars"
     folder.mkdir()

@@ -18,7 +18,7 @@ def write(path: Path) -> Path:
     return path
 
 
-def test_columns_come_back_with_shape_and_type(tmp_path: Path) -> None:
+def test_columns_come_back_with_shape_and_type(tmp_path):
     opened = ColumnFile(write(tmp_path / "c"), kind="test", version=2)
     np.testing.assert_array_equal(opened["long"], np.arange(7))
     assert opened["table"].tolist() == [[0, 1], [2, 3], [4, 5]]
@@ -32,7 +32,7 @@ def test_columns_come_back_with_shape_and_type(tmp_path: Path) -> None:
         opened["long"][0] = 3
 
 
-def test_nothing_is_left_of_an_unfinished_file(tmp_path: Path) -> None:
+def test_nothing_is_left_of_an_unfinished_file(tmp_path):
     writer = ColumnWriter(tmp_path / "c")
     with pytest.raises(ValueError, match="column a"), writer:
         writer.add("a", writer.add("a", np.zeros(3)) or np.zeros(3, dtype=np.int8))
@@ -41,7 +41,7 @@ def test_nothing_is_left_of_an_unfinished_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_parts_continue_the_column_added_last_and_only_that(tmp_path: Path) -> None:
+def test_parts_continue_the_column_added_last_and_only_that(tmp_path):
     with ColumnWriter(tmp_path / "c") as writer:
         writer.add("a", np.zeros(3))
         writer.add("b", np.zeros((1, 4)))
@@ -57,7 +57,7 @@ def test_parts_continue_the_column_added_last_and_only_that(tmp_path: Path) -> N
     assert opened.damaged_columns() == []
 
 
-def test_other_kinds_and_versions_are_refused(tmp_path: Path) -> None:
+def test_other_kinds_and_versions_are_refused(tmp_path):
     path = write(tmp_path / "c")
     for kind, version in (("other", 2), ("test", 1)):
         with pytest.raises(DataError, match="it holds test version 2"):
@@ -65,19 +65,19 @@ def test_other_kinds_and_versions_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 4, 20, 200, -1])
-def test_a_cut_file_is_refused(tmp_path: Path, keep: int) -> None:
+def test_a_cut_file_is_refused(tmp_path, keep):
     path = write(tmp_path / "c")
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(DataError, match="cannot use"):
         ColumnFile(path, kind="test", version=2)
 
 
-def test_an_absent_file_is_refused(tmp_path: Path) -> None:
+def test_an_absent_file_is_refused(tmp_path):
     with pytest.raises(DataError, match="cannot use"):
         ColumnFile(tmp_path / "c", kind="test", version=2)
 
 
-def test_flipped_bits_are_found_or_refused(tmp_path: Path) -> None:
+def test_flipped_bits_are_found_or_refused(tmp_path):
     path = write(tmp_path / "c")
     whole = path.read_bytes()
     found = refused = 0
@@ -102,7 +102,7 @@ def without_check_sum(path: Path, old: bytes, new: bytes) -> Path:
     return path
 
 
-def test_a_footer_without_a_check_sum_is_read(tmp_path: Path) -> None:
+def test_a_footer_without_a_check_sum_is_read(tmp_path):
     path = without_check_sum(write(tmp_path / "c"), b'"flags"', b'"flegs"')
     opened = ColumnFile(path, kind="test", version=2)
     assert opened["long"].tolist() == list(range(7))
@@ -113,7 +113,7 @@ def test_a_footer_without_a_check_sum_is_read(tmp_path: Path) -> None:
         opened.meta(list[int])
 
 
-def test_a_file_can_be_written_twice_at_once(tmp_path: Path) -> None:
+def test_a_file_can_be_written_twice_at_once(tmp_path):
     with ColumnWriter(tmp_path / "c.columns") as slow:
         slow.add("a", np.zeros(3))
         write(tmp_path / "c.columns")
@@ -122,7 +122,7 @@ def test_a_file_can_be_written_twice_at_once(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["c.columns"]
 
 
-def test_a_column_that_claims_to_reach_beyond_the_file_is_refused(tmp_path: Path) -> None:
+def test_a_column_that_claims_to_reach_beyond_the_file_is_refused(tmp_path):
     with ColumnWriter(tmp_path / "c") as writer:
         writer.add("a", np.arange(7))
         writer.finish(kind="test", version=2, meta=None)
@@ -131,7 +131,7 @@ def test_a_column_that_claims_to_reach_beyond_the_file_is_refused(tmp_path: Path
         ColumnFile(tmp_path / "c", kind="test", version=2)
 
 
-def test_the_file_gets_its_name_by_renaming(tmp_path: Path) -> None:
+def test_the_file_gets_its_name_by_renaming(tmp_path):
     with ColumnWriter(tmp_path / "c") as writer:
         (hidden,) = tmp_path.iterdir()
         number = hidden.stat().st_ino

@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 from proxydet_cli import main
 
@@ -11,7 +10,7 @@ def run(*words: object) -> int:
         return int(stop.code or 0)
 
 
-def test_check_says_what_is_wrong_and_exits_with_3(small_set: Path, capsys) -> None:
+def test_check_says_what_is_wrong_and_exits_with_3(small_set, capsys):
     assert run("check", small_set) == 0
     assert "small: sound" in capsys.readouterr().out
     (small_set.parent / "val" / "101.png").unlink()
@@ -21,7 +20,7 @@ def test_check_says_what_is_wrong_and_exits_with_3(small_set: Path, capsys) -> N
     assert [f["part"] for f in report["findings"] if f["level"] == "error"] == ["val"]
 
 
-def test_check_of_a_root(small_set: Path, tmp_path: Path, capsys) -> None:
+def test_check_of_a_root(small_set, tmp_path, capsys):
     assert run("check", small_set.parent) == 0
     assert "1 dataset config" in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
@@ -31,7 +30,7 @@ def test_check_of_a_root(small_set: Path, tmp_path: Path, capsys) -> None:
     assert "no file or folder" in capsys.readouterr().err
 
 
-def test_stats_as_tables_and_as_json(small_set_with_labels: Path, capsys) -> None:
+def test_stats_as_tables_and_as_json(small_set_with_labels, capsys):
     assert run("stats", small_set_with_labels) == 0
     text = capsys.readouterr().out
     assert "image_labels" in text
@@ -41,16 +40,14 @@ def test_stats_as_tables_and_as_json(small_set_with_labels: Path, capsys) -> Non
     assert [part["images"] for part in parts] == [6, 2, 7]
 
 
-def test_preview_writes_a_picture(small_set: Path, tmp_path: Path, capsys) -> None:
+def test_preview_writes_a_picture(small_set, tmp_path, capsys):
     target = tmp_path / "sheet.png"
     assert run("preview", small_set, "--output", target, "--count", 2) == 0
     assert capsys.readouterr().out.strip() == str(target)
     assert target.exists()
 
 
-def test_a_tilde_that_the_shell_left_is_the_home_folder(
-    small_set: Path, tmp_path: Path, monkeypatch, capsys
-) -> None:
+def test_a_tilde_that_the_shell_left_is_the_home_folder(small_set, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(small_set.parent))
     monkeypatch.chdir(tmp_path)
     assert run("preview", f"~/{small_set.name}", "--output=~/home.png", "--count", 1) == 0
@@ -59,7 +56,7 @@ def test_a_tilde_that_the_shell_left_is_the_home_folder(
     assert not (tmp_path / "~").exists()
 
 
-def test_prepare_reports_and_fails_clearly(tmp_path: Path, capsys) -> None:
+def test_prepare_reports_and_fails_clearly(tmp_path, capsys):
     assert run("prepare", "lvis", "--root", tmp_path) == 3
     captured = capsys.readouterr()
     assert "lvis_v1_train.json" in captured.err
@@ -67,7 +64,7 @@ def test_prepare_reports_and_fails_clearly(tmp_path: Path, capsys) -> None:
     assert run("prepare", "lvsi") == 2
 
 
-def test_prepare_objects365(tmp_path: Path, capsys) -> None:
+def test_prepare_objects365(tmp_path, capsys):
     folder = tmp_path / "objects365" / "annotations"
     folder.mkdir(parents=True)
     (tmp_path / "metadata").mkdir()

@@ -66,9 +66,7 @@ ONE_FILE = [
 
 @pytest.mark.parametrize("entries", ONE_FILE)
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_two_entries_of_one_file_are_refused_everywhere(
-    small_set: Path, entries: tuple[str, str], split: str
-) -> None:
+def test_two_entries_of_one_file_are_refused_everywhere(small_set, entries, split):
     text = small_set.read_text()
     small_set.write_text(text.replace('"train.json"', '"val.json"').replace('"train"', '"val"'))
     edit_images(small_set.parent / "val.json", names(*entries))
@@ -88,7 +86,7 @@ def test_two_entries_of_one_file_are_refused_everywhere(
             assert all(repr(entry) in message for entry in entries)
 
 
-def test_equal_last_parts_are_fine_where_each_has_a_file(small_set: Path) -> None:
+def test_equal_last_parts_are_fine_where_each_has_a_file(small_set):
     val = small_set.parent / "val"
     for number, folder in ((101, "cam1"), (102, "cam2")):
         (val / folder).mkdir()
@@ -101,7 +99,7 @@ def test_equal_last_parts_are_fine_where_each_has_a_file(small_set: Path) -> Non
     assert images.read_id(102).shape == (40, 60, 3)
 
 
-def test_image_labels_of_one_file_are_refused(small_set: Path) -> None:
+def test_image_labels_of_one_file_are_refused(small_set):
     labels = [
         {"id": n, "file_name": f"{n}/1.png", "height": 60, "width": 40, "pos_category_ids": [n]}
         for n in (3, 7)
@@ -118,7 +116,7 @@ def test_image_labels_of_one_file_are_refused(small_set: Path) -> None:
 
 
 @pytest.fixture
-def turned_set(small_set: Path) -> Path:
+def turned_set(small_set) -> Path:
     """`small_set` with photographs whose EXIF orientation is a quarter turn, annotated as if there were none."""
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -129,7 +127,7 @@ def turned_set(small_set: Path) -> Path:
     return small_set
 
 
-def test_exif_is_named_where_it_explains_the_size(turned_set: Path) -> None:
+def test_exif_is_named_where_it_explains_the_size(turned_set):
     found = errors(check_path(turned_set, decode=True)[0])
     # Evaluation takes the orientation that fits the annotations, so only training is in the way.
     assert found.keys() == {"train"}
@@ -144,7 +142,7 @@ def test_exif_is_named_where_it_explains_the_size(turned_set: Path) -> None:
         np.testing.assert_array_equal(images.read_id(101), np.asarray(image))
 
 
-def test_sizes_that_are_swapped_without_exif_are_said_to_be_swapped(small_set: Path) -> None:
+def test_sizes_that_are_swapped_without_exif_are_said_to_be_swapped(small_set):
     def swap(images: list[dict[str, Any]]) -> None:
         for image in images:
             image["width"], image["height"] = image["height"], image["width"]
@@ -158,8 +156,8 @@ def test_sizes_that_are_swapped_without_exif_are_said_to_be_swapped(small_set: P
 
 
 def test_the_evaluation_of_a_run_is_checked_before_it_and_keeps_stores_where_the_run_does(
-    small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    small_set, tmp_path, monkeypatch
+):
     """An evaluation that would be refused must not be found out after hours of training."""
     monkeypatch.setenv("PROXYDET_CACHE", str(tmp_path / "of the user"))
     stores = tmp_path / "of the run"

@@ -1,7 +1,5 @@
 import json
 import logging
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +15,7 @@ def match(description: DatasetConfig) -> TarClasses:
     return match_tars(description.image_labels, Dataset(config=description).vocabulary, categories)
 
 
-def test_the_table_of_imagenet_lvis_is_whole() -> None:
+def test_the_table_of_imagenet_lvis_is_whole():
     table = synset_of_wnid()
     assert len(table) == 997
     assert len(set(table.values())) == 997
@@ -26,9 +24,7 @@ def test_the_table_of_imagenet_lvis_is_whole() -> None:
     assert table["n02773838"] == "bag.n.06"
 
 
-def test_tars_are_matched_by_synset_name_wnid_and_map(
-    small_set_with_labels: Path, make_tar: Callable[..., Path]
-) -> None:
+def test_tars_are_matched_by_synset_name_wnid_and_map(small_set_with_labels, make_tar):
     folder = small_set_with_labels.parent / "tars"
     make_tar(folder / "n02691156.tar", {})
     make_tar(folder / "felines.tar", {})
@@ -48,9 +44,7 @@ def test_tars_are_matched_by_synset_name_wnid_and_map(
     assert found.missing == ("absent",)
 
 
-def test_missing_wordnet_ids_are_reported(
-    small_set_with_labels: Path, make_tar: Callable[..., Path], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_missing_wordnet_ids_are_reported(small_set_with_labels, make_tar, caplog):
     folder = small_set_with_labels.parent / "tars"
     make_tar(folder / "n02691156.tar", {})
     (folder / "bird.tar").unlink()
@@ -71,7 +65,7 @@ def test_missing_wordnet_ids_are_reported(
     assert "1 tar is missing: n07750586" in caplog.text
 
 
-def test_images_carry_the_class_of_their_tar(small_set_with_labels: Path) -> None:
+def test_images_carry_the_class_of_their_tar(small_set_with_labels):
     description = DatasetConfig.from_toml(small_set_with_labels)
     images = open_label_images(
         description.image_labels,
@@ -85,7 +79,7 @@ def test_images_carry_the_class_of_their_tar(small_set_with_labels: Path) -> Non
     assert images.image(5, exif_orientation=True).size == (20, 20)
 
 
-def test_image_labels_from_json(small_set: Path) -> None:
+def test_image_labels_from_json(small_set):
     images = [
         {"id": 1, "file_name": "1.png", "height": 60, "width": 40, "pos_category_ids": [9, 3]},
         {"id": 2, "file_name": "2.png", "height": 40, "width": 60, "pos_category_ids": [7]},
@@ -105,9 +99,7 @@ def test_image_labels_from_json(small_set: Path) -> None:
     np.testing.assert_array_equal(labelled.shapes_I2, [[60, 40], [40, 60]])
 
 
-def test_sources_without_any_class_are_an_error(
-    small_set_with_labels: Path, tmp_path: Path
-) -> None:
+def test_sources_without_any_class_are_an_error(small_set_with_labels, tmp_path):
     description = DatasetConfig.from_toml(small_set_with_labels)
     vocabulary = Dataset(config=description).vocabulary
     categories = Dataset(config=description).store("train").categories

@@ -1,7 +1,6 @@
 import io
 import os
 import struct
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ def grey_png(values: np.ndarray) -> bytes:
     return encoded(Image.fromarray(values), "PNG")
 
 
-def test_rgb_is_unchanged_from_file_and_bytes(tmp_path: Path) -> None:
+def test_rgb_is_unchanged_from_file_and_bytes(tmp_path):
     data = encoded(Image.fromarray(RGB), "PNG")
     (tmp_path / "a.png").write_bytes(data)
     for source in (data, tmp_path / "a.png", str(tmp_path / "a.png")):
@@ -34,7 +33,7 @@ def test_rgb_is_unchanged_from_file_and_bytes(tmp_path: Path) -> None:
         assert image_size(source) == RGB.shape[:2]
 
 
-def test_grey_and_bilevel_get_three_equal_channels() -> None:
+def test_grey_and_bilevel_get_three_equal_channels():
     grey = RGB[:, :, 0]
     np.testing.assert_array_equal(
         read_image(grey_png(grey)), np.repeat(grey[:, :, None], 3, axis=2)
@@ -43,7 +42,7 @@ def test_grey_and_bilevel_get_three_equal_channels() -> None:
     assert set(np.unique(read_image(bilevel))) == {0, 255}
 
 
-def test_sixteen_bits_are_scaled_not_clipped() -> None:
+def test_sixteen_bits_are_scaled_not_clipped():
     values = np.array([[0, 128, 257, 32768, 65535]], dtype=np.uint16)
     assert read_image(grey_png(values))[0, :, 1].tolist() == [0, 0, 1, 128, 255]
     wide = encoded(Image.fromarray(values.astype(np.int32)), "TIFF")
@@ -54,12 +53,12 @@ def test_sixteen_bits_are_scaled_not_clipped() -> None:
     "values",
     [np.array([[70000]], np.int32), np.array([[-1]], np.int32), np.array([[0.5]], np.float32)],
 )
-def test_values_without_a_stated_range_are_refused(values: np.ndarray) -> None:
+def test_values_without_a_stated_range_are_refused(values):
     with pytest.raises(DataError, match="values"):
         read_image(encoded(Image.fromarray(values), "TIFF"), name="odd.tif")
 
 
-def test_cmyk_jpeg_becomes_rgb() -> None:
+def test_cmyk_jpeg_becomes_rgb():
     # C, M, Y, K as in a print file: no ink is white, full cyan has no red.
     cmyk = np.zeros((16, 16, 4), dtype=np.uint8)
     cmyk[:, 8:, 0] = 255
@@ -71,7 +70,7 @@ def test_cmyk_jpeg_becomes_rgb() -> None:
     assert pixels[0, -1, 1] > 240
 
 
-def test_transparency_is_laid_over_white() -> None:
+def test_transparency_is_laid_over_white():
     rgba = np.zeros((1, 3, 4), dtype=np.uint8)
     rgba[0, 1] = (200, 0, 0, 255)
     rgba[0, 2] = (0, 0, 0, 128)
@@ -89,7 +88,7 @@ def test_transparency_is_laid_over_white() -> None:
 @pytest.mark.parametrize(
     "kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "MPO", "TGA"]
 )
-def test_an_image_outlives_its_file(kind: str, tmp_path: Path) -> None:
+def test_an_image_outlives_its_file(kind, tmp_path):
     path = tmp_path / "picture"
     Image.fromarray(RGB).save(path, kind)
     picture = open_image(path)
@@ -102,7 +101,7 @@ def test_an_image_outlives_its_file(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_turns_the_image(orientation: int) -> None:
+def test_exif_orientation_turns_the_image(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(Image.fromarray(RGB), "PNG", exif=exif)
@@ -122,7 +121,7 @@ def test_exif_orientation_turns_the_image(orientation: int) -> None:
     assert image_size(data, exif_orientation=False) == RGB.shape[:2]
 
 
-def test_one_pixel_and_the_first_frame_of_an_animation() -> None:
+def test_one_pixel_and_the_first_frame_of_an_animation():
     assert read_image(encoded(Image.new("RGB", (1, 1), "red"), "PNG")).tolist() == [[[255, 0, 0]]]
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("blue", "red")]
     animation = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
@@ -130,7 +129,7 @@ def test_one_pixel_and_the_first_frame_of_an_animation() -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 3, 30, 400, -2])
-def test_a_truncated_jpeg_is_an_error_that_names_the_file(tmp_path: Path, keep: int) -> None:
+def test_a_truncated_jpeg_is_an_error_that_names_the_file(tmp_path, keep):
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)
     path = tmp_path / "half.jpg"
     path.write_bytes(encoded(Image.fromarray(noise), "JPEG")[:keep])
@@ -140,7 +139,7 @@ def test_a_truncated_jpeg_is_an_error_that_names_the_file(tmp_path: Path, keep: 
         read_image(path)
 
 
-def test_what_is_no_image_is_an_error(tmp_path: Path) -> None:
+def test_what_is_no_image_is_an_error(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"\x01\x02")
     for path, message in (
         (tmp_path / "a.jpg", "not an image of a known format"),
@@ -154,13 +153,13 @@ def test_what_is_no_image_is_an_error(tmp_path: Path) -> None:
         read_image(b"junk", name="member 7")
 
 
-def test_a_decompression_bomb_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decompression_bomb_is_an_error(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5)
     with pytest.raises(DataError, match="decompression bomb"):
         read_image(encoded(Image.fromarray(RGB), "PNG"))
 
 
-def test_images_are_found_below_roots_in_turn(tmp_path: Path) -> None:
+def test_images_are_found_below_roots_in_turn(tmp_path):
     for name in ("train2017/1.jpg", "val2017/2.jpg", "val2017/1.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -175,7 +174,7 @@ def test_images_are_found_below_roots_in_turn(tmp_path: Path) -> None:
         find_image("3.jpg", roots)
 
 
-def test_nothing_outside_the_roots_is_found(tmp_path: Path) -> None:
+def test_nothing_outside_the_roots_is_found(tmp_path):
     root = tmp_path / "root"
     (root / "in").mkdir(parents=True)
     (tmp_path / "secret.jpg").touch()
@@ -200,7 +199,7 @@ def test_nothing_outside_the_roots_is_found(tmp_path: Path) -> None:
     assert find_image("./in//x/../a.jpg", (root,)) == root / "in/a.jpg"
 
 
-def test_what_is_there_and_not_a_file_is_named(tmp_path: Path) -> None:
+def test_what_is_there_and_not_a_file_is_named(tmp_path):
     (tmp_path / "link.jpg").symlink_to(tmp_path / "gone.jpg")
     (tmp_path / "folder.jpg").mkdir()
     os.mkfifo(tmp_path / "pipe.jpg")
@@ -226,9 +225,7 @@ def test_what_is_there_and_not_a_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "raised", [RuntimeError, struct.error, KeyError, TypeError, ZeroDivisionError]
 )
-def test_whatever_a_decoder_raises_is_an_error_that_names_the_image(
-    monkeypatch: pytest.MonkeyPatch, raised: type[Exception]
-) -> None:
+def test_whatever_a_decoder_raises_is_an_error_that_names_the_image(monkeypatch, raised):
     def fail(*_: object) -> None:
         raise raised("inside")
 

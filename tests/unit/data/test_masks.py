@@ -21,13 +21,13 @@ def encode(mask: np.ndarray) -> dict[str, object]:
 
 @given(st.lists(masks, max_size=6))
 @settings(deadline=None)
-def test_areas_and_soundness_of_real_masks(several: list[np.ndarray]) -> None:
+def test_areas_and_soundness_of_real_masks(several):
     areas, sound = measure([encode(mask) for mask in several])
     assert areas.tolist() == [mask.sum() for mask in several]
     assert sound.all()
 
 
-def test_large_masks_whose_runs_need_many_characters() -> None:
+def test_large_masks_whose_runs_need_many_characters():
     mask = np.zeros((3000, 4000), dtype=np.uint8)
     mask[100:2900, 5:3990] = 1
     mask[::7] = 0
@@ -38,7 +38,7 @@ def test_large_masks_whose_runs_need_many_characters() -> None:
 
 @given(masks, st.binary(min_size=0, max_size=30))
 @settings(deadline=None, max_examples=300)
-def test_sound_means_that_the_runs_fill_the_image(mask: np.ndarray, noise: bytes) -> None:
+def test_sound_means_that_the_runs_fill_the_image(mask, noise):
     """Any bytes: where they are called sound, decoding them gives the area that was measured."""
     height, width = mask.shape
     rle = {"size": [height, width], "counts": noise}
@@ -51,7 +51,7 @@ def test_sound_means_that_the_runs_fill_the_image(mask: np.ndarray, noise: bytes
 
 @given(masks, st.data())
 @settings(deadline=None)
-def test_changed_counts_are_told_or_harmless(mask: np.ndarray, data: st.DataObject) -> None:
+def test_changed_counts_are_told_or_harmless(mask, data):
     counts = bytearray(encode(mask)["counts"])  # type: ignore[call-overload]
     place = data.draw(st.integers(0, len(counts) - 1))
     counts[place] = data.draw(st.integers(0, 255))

@@ -40,7 +40,7 @@ def lvis_content(count: int = 4) -> dict[str, Any]:
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
+def root(tmp_path) -> Path:
     """A data root in the published layout, in small."""
     root = tmp_path / "datasets"
     for folder in ("lvis", "metadata", "coco/train2017"):
@@ -57,7 +57,7 @@ def details(report: PrepareReport) -> dict[str, str]:
     return {step.path.name: step.detail for step in report.steps}
 
 
-def test_rare_annotations_are_left_out_and_the_rest_is_untouched(root: Path) -> None:
+def test_rare_annotations_are_left_out_and_the_rest_is_untouched(root):
     report = prepare("lvis", root)
     assert details(report)["lvis_v1_train_norare.json"].startswith("2 annotations")
     content = json.loads((root / "lvis/lvis_v1_train_norare.json").read_text())
@@ -76,7 +76,7 @@ def test_rare_annotations_are_left_out_and_the_rest_is_untouched(root: Path) -> 
 
 
 @pytest.mark.parametrize("with_rare", [True, False])
-def test_category_info_counts_images_and_instances(root: Path, with_rare: bool) -> None:
+def test_category_info_counts_images_and_instances(root, with_rare):
     prepare("lvis", root)
     name = "lvis_v1_train_cat_info.json" if with_rare else "lvis_v1_train_norare_cat_info.json"
     rows = json.loads((root / "lvis" / name).read_text())
@@ -97,7 +97,7 @@ def test_category_info_counts_images_and_instances(root: Path, with_rare: bool) 
         ({"categories": [*CATEGORIES, CATEGORIES[1]]}, r"lvis_v1_train\.json"),
     ],
 )
-def test_files_that_are_not_lvis_are_refused(root: Path, change: dict[str, Any], why: str) -> None:
+def test_files_that_are_not_lvis_are_refused(root, change, why):
     source = root / "lvis/lvis_v1_train.json"
     source.write_text(json.dumps(lvis_content() | change))
     with pytest.raises(DataError, match=why) as caught:
@@ -110,7 +110,7 @@ def test_files_that_are_not_lvis_are_refused(root: Path, change: dict[str, Any],
     }
 
 
-def test_lvis_is_prepared_once_and_described(root: Path) -> None:
+def test_lvis_is_prepared_once_and_described(root):
     first = prepare("lvis", root)
     assert [step.action for step in first.steps] == ["made"] * 6 or first.steps[
         1
@@ -126,7 +126,7 @@ def test_lvis_is_prepared_once_and_described(root: Path) -> None:
     assert description.split("val").roots == (root / "coco",)
 
 
-def test_a_file_older_than_its_source_is_made_again(root: Path) -> None:
+def test_a_file_older_than_its_source_is_made_again(root):
     prepare("lvis", root)
     source = root / "lvis/lvis_v1_train.json"
     content = lvis_content()
@@ -138,7 +138,7 @@ def test_a_file_older_than_its_source_is_made_again(root: Path) -> None:
     assert steps["lvis_v1_train_norare.json"] == "made"
 
 
-def test_absent_sources_are_named(tmp_path: Path) -> None:
+def test_absent_sources_are_named(tmp_path):
     for dataset, missing in (
         ("lvis", "lvis_v1_train.json"),
         ("imagenet-lvis", "ImageNet-21K"),
@@ -151,7 +151,7 @@ def test_absent_sources_are_named(tmp_path: Path) -> None:
         assert caught.value.hint
 
 
-def test_imagenet_lvis_is_indexed_with_its_problems(root: Path, make_tar, jpeg) -> None:
+def test_imagenet_lvis_is_indexed_with_its_problems(root, make_tar, jpeg):
     tars = root / "imagenet" / "ImageNet-21K"
     tars.mkdir(parents=True)
     # n02682922 is aerosol.n.02; those of cat.n.01 and almond.n.02 are missing; n00000001 is no class of LVIS.
@@ -169,9 +169,7 @@ def test_imagenet_lvis_is_indexed_with_its_problems(root: Path, make_tar, jpeg) 
     assert DatasetConfig.from_toml(root / "lvis.toml") == description
 
 
-def test_what_preparing_reports_is_not_logged_as_well(
-    root: Path, make_tar, jpeg, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_preparing_reports_is_not_logged_as_well(root, make_tar, jpeg, caplog):
     content = lvis_content()
     content["annotations"][0]["category_id"] = 99
     (root / "lvis/lvis_v1_train.json").write_text(json.dumps(content))
@@ -182,20 +180,20 @@ def test_what_preparing_reports_is_not_logged_as_well(
     assert not caplog.records
 
 
-def test_a_file_without_images_is_named(root: Path) -> None:
+def test_a_file_without_images_is_named(root):
     content = lvis_content() | {"images": [], "annotations": []}
     (root / "lvis/lvis_v1_val.json").write_text(json.dumps(content))
     assert "lvis_v1_val.json has no image that can be used" in prepare("lvis", root).problems
 
 
 @pytest.mark.parametrize("dataset", ["lvis", "imagenet-lvis", "openimages"])
-def test_the_folder_around_the_data_root_is_recognised(root: Path, dataset: Any) -> None:
+def test_the_folder_around_the_data_root_is_recognised(root, dataset):
     with pytest.raises(DataError) as caught:
         prepare(dataset, root.parent)
     assert caught.value.hint == f"the data root is the folder inside it: name {root}"
 
 
-def test_descriptions_changed_by_hand_are_kept(root: Path) -> None:
+def test_descriptions_changed_by_hand_are_kept(root):
     path = root / "lvis.toml"
     assert prepare("lvis", root).steps[-1].action == "made"
     assert prepare("lvis", root).steps[-1].action == "up to date"
@@ -207,7 +205,7 @@ def test_descriptions_changed_by_hand_are_kept(root: Path) -> None:
 
 
 @pytest.fixture
-def objects365(tmp_path: Path) -> Path:
+def objects365(tmp_path) -> Path:
     """A data root whose first class is misspelt."""
     root = tmp_path / "o"
     (root / "objects365/annotations").mkdir(parents=True)
@@ -225,7 +223,7 @@ def write_fixes(root: Path, rows: list[list[str]]) -> None:
         csv.writer(file).writerows(rows)
 
 
-def test_objects365_names_are_corrected(objects365: Path) -> None:
+def test_objects365_names_are_corrected(objects365):
     folder = objects365 / "objects365/annotations"
     fixed = folder / "zhiyuan_objv2_val_fixname.json"
     assert details(prepare("objects365", objects365))[fixed.name] == "1 name changed"
@@ -241,7 +239,7 @@ def test_objects365_names_are_corrected(objects365: Path) -> None:
     assert details(prepare("objects365", objects365))[fixed.name] == "0 names changed"
 
 
-def test_a_relative_root_is_the_same(objects365: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_root_is_the_same(objects365, monkeypatch):
     monkeypatch.chdir(objects365.parent)
     steps = prepare("objects365", Path(objects365.name)).steps
     assert steps[0].action == "made"
@@ -258,9 +256,7 @@ def test_a_relative_root_is_the_same(objects365: Path, monkeypatch: pytest.Monke
         ([["one", "Bakset", "Basket"]], r"names_fix\.csv"),
     ],
 )
-def test_corrections_of_another_release_are_refused(
-    objects365: Path, rows: list[list[str]], why: str
-) -> None:
+def test_corrections_of_another_release_are_refused(objects365, rows, why):
     write_fixes(objects365, rows)
     with pytest.raises(DataError, match=why) as caught:
         prepare("objects365", objects365)
@@ -277,7 +273,7 @@ TABLES = {
 
 
 @pytest.fixture
-def challenge(tmp_path: Path) -> Path:
+def challenge(tmp_path) -> Path:
     """Entity > (Animal > (Cat, Dog), Toy > Dog); Entity is no class of the challenge."""
     folder, images = tmp_path / "oid/annotations", tmp_path / "oid/images/validation"
     folder.mkdir(parents=True)
@@ -304,7 +300,7 @@ def challenge(tmp_path: Path) -> Path:
 EXPANDED = "oid/annotations/oid_challenge_2019_val_expanded.json"
 
 
-def test_openimages_is_expanded_along_the_hierarchy(challenge: Path) -> None:
+def test_openimages_is_expanded_along_the_hierarchy(challenge):
     report = prepare("openimages", challenge)
     content = json.loads((challenge / EXPANDED).read_text())
     assert report.steps[0].detail == "2 images, 4 boxes after expansion"
@@ -350,7 +346,7 @@ def test_openimages_is_expanded_along_the_hierarchy(challenge: Path) -> None:
         ("classes", "/toy,Toy", "/dog,Toy", "row 4"),
     ],
 )  # fmt: skip
-def test_bad_tables_name_file_and_row(challenge: Path, table, old, new, message) -> None:
+def test_bad_tables_name_file_and_row(challenge, table, old, new, message):
     path = challenge / "oid/annotations" / TABLES[table]
     assert old in path.read_text()
     text = path.read_text().replace(old, new, 1)
@@ -361,14 +357,14 @@ def test_bad_tables_name_file_and_row(challenge: Path, table, old, new, message)
     assert not (challenge / EXPANDED).exists()
 
 
-def test_openimages_needs_its_images(challenge: Path) -> None:
+def test_openimages_needs_its_images(challenge):
     (challenge / "oid/images/validation/a.jpg").unlink()
     with pytest.raises(DataError, match=r"a\.jpg"):
         prepare("openimages", challenge)
 
 
 @pytest.fixture
-def coco(tmp_path: Path) -> Path:
+def coco(tmp_path) -> Path:
     """A data root with COCO's classes of both splits and one more."""
     names = [*SEEN, *UNSEEN, "stop sign"]
     categories = [{"id": 2 * i + 1, "name": name} for i, name in enumerate(names)]
@@ -388,7 +384,7 @@ def coco(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_zero_shot_split_keeps_categories_and_drops_empty_images(coco: Path) -> None:
+def test_the_zero_shot_split_keeps_categories_and_drops_empty_images(coco):
     assert (len(set(SEEN)), len(set(UNSEEN)), len({*SEEN, *UNSEEN})) == (48, 17, 65)
     found = details(prepare("coco", coco))
     train, val = (
@@ -406,16 +402,14 @@ def test_the_zero_shot_split_keeps_categories_and_drops_empty_images(coco: Path)
     assert novel == UNSEEN
 
 
-def test_a_file_that_is_not_coco_is_refused(coco: Path) -> None:
+def test_a_file_that_is_not_coco_is_refused(coco):
     path = coco / "coco/annotations/instances_train2017.json"
     path.write_text(path.read_text().replace('"zebra"', '"zebra crossing"'))
     with pytest.raises(DataError, match="'zebra'"):
         prepare("coco", coco)
 
 
-def test_every_description_can_be_read(
-    root: Path, objects365: Path, challenge: Path, coco: Path
-) -> None:
+def test_every_description_can_be_read(root, objects365, challenge, coco):
     prepare("lvis", root)
     prepare("objects365", objects365)
     prepare("openimages", challenge)
@@ -424,7 +418,7 @@ def test_every_description_can_be_read(
     assert sorted(names) == ["coco", "coco-zero-shot", "lvis", "objects365", "openimages"]
 
 
-def test_a_later_change_of_any_source_counts(objects365: Path) -> None:
+def test_a_later_change_of_any_source_counts(objects365):
     def actions() -> list[str]:
         return [step.action for step in prepare("objects365", objects365).steps[:1]]
 
@@ -437,9 +431,7 @@ def test_a_later_change_of_any_source_counts(objects365: Path) -> None:
     assert actions() == ["made"]
 
 
-def test_a_file_that_cannot_be_written_leaves_nothing(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_cannot_be_written_leaves_nothing(root, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

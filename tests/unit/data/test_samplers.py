@@ -19,7 +19,7 @@ def factors_of(categories: list[str]) -> np.ndarray:
     return repeat_factors(images, flat, image_count=len(labels), threshold=PARITY_THRESHOLD)
 
 
-def test_repeat_factors_and_weights_equal_the_published_ones() -> None:
+def test_repeat_factors_and_weights_equal_the_published_ones():
     parity = np.load(FIXTURE)
     categories = parity["sampler.categories"].tolist()
     box = factors_of(categories[:40])
@@ -30,7 +30,7 @@ def test_repeat_factors_and_weights_equal_the_published_ones() -> None:
     np.testing.assert_allclose(weights, parity["sampler.weights"], rtol=1e-6)
 
 
-def test_repeat_factors_at_the_edges() -> None:
+def test_repeat_factors_at_the_edges():
     none = np.array([], dtype=np.int64)
     assert repeat_factors(none, none, image_count=3, threshold=0.5).tolist() == [1, 1, 1]
     once = repeat_factors(np.array([1]), np.array([5]), image_count=4, threshold=1.0)
@@ -57,7 +57,7 @@ def sources() -> list[SourceImages]:
     ]
 
 
-def test_a_batch_has_one_source_and_one_orientation() -> None:
+def test_a_batch_has_one_source_and_one_orientation():
     plan = BatchPlan(sources(), seed=1)
     for step in range(300):
         batch = plan.batch(step, rank=0, world_size=1)
@@ -67,7 +67,7 @@ def test_a_batch_has_one_source_and_one_orientation() -> None:
 
 
 @pytest.mark.parametrize("grouped", [True, False])
-def test_in_the_long_run_images_come_up_in_proportion_to_their_weights(grouped: bool) -> None:
+def test_in_the_long_run_images_come_up_in_proportion_to_their_weights(grouped):
     plan = BatchPlan(sources(), seed=0, group_by_orientation=grouped)
     drawn = {"boxes": np.zeros(4), "image_labels": np.zeros(10)}
     for step in range(6000):
@@ -78,7 +78,7 @@ def test_in_the_long_run_images_come_up_in_proportion_to_their_weights(grouped: 
     np.testing.assert_allclose(drawn["image_labels"] / total, np.full(10, 1.6 / 20), atol=0.01)
 
 
-def test_batches_depend_on_the_number_and_not_on_what_was_asked_before() -> None:
+def test_batches_depend_on_the_number_and_not_on_what_was_asked_before():
     plan = BatchPlan(sources(), seed=5)
     forward = [plan.batch(step, rank=1, world_size=3) for step in range(20)]
     fresh = BatchPlan(sources(), seed=5)
@@ -89,7 +89,7 @@ def test_batches_depend_on_the_number_and_not_on_what_was_asked_before() -> None
     assert [other.batch(step, rank=1, world_size=3) for step in range(20)] != forward
 
 
-def test_ranks_draw_their_parts_of_one_sequence() -> None:
+def test_ranks_draw_their_parts_of_one_sequence():
     plan = BatchPlan(sources(), seed=5)
     alone = [plan.batch(number, rank=0, world_size=1) for number in range(12)]
     together = [plan.batch(step, rank=rank, world_size=4) for step in range(3) for rank in range(4)]
@@ -98,7 +98,7 @@ def test_ranks_draw_their_parts_of_one_sequence() -> None:
     assert len(set(seeds)) == len(seeds)
 
 
-def test_shared_groups_split_one_large_batch() -> None:
+def test_shared_groups_split_one_large_batch():
     plan = BatchPlan(sources(), seed=5, ranks_share_group=True)
     double = [
         SourceImages(
@@ -118,7 +118,7 @@ def test_shared_groups_split_one_large_batch() -> None:
         assert {half.source for half in halves} == {whole.source}
 
 
-def test_images_without_weight_are_never_drawn_and_none_at_all_is_an_error() -> None:
+def test_images_without_weight_are_never_drawn_and_none_at_all_is_an_error():
     def plan(*weights: float) -> BatchPlan:
         images = SourceImages(
             name="boxes",
@@ -137,7 +137,7 @@ def test_images_without_weight_are_never_drawn_and_none_at_all_is_an_error() -> 
 
 
 @given(total=st.floats(1e-6, 1e12))
-def test_the_smallest_and_the_largest_random_number_draw_an_image(total: float) -> None:
+def test_the_smallest_and_the_largest_random_number_draw_an_image(total):
     class Extremes:
         def random(self, count: int) -> np.ndarray:
             return np.resize([0.0, np.nextafter(1.0, 0.0)], count)

@@ -56,7 +56,7 @@ SINGLE = SyntheticConfig(
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory) -> Path:
     target = tmp_path_factory.mktemp("drawn") / "shapes"
     make_dataset(target, SMALL)
     return target
@@ -66,7 +66,7 @@ def read(folder: Path, split: str) -> dict:
     return json.loads((folder / f"lvis_{split}.json").read_text())
 
 
-def test_equal_settings_draw_equal_files(folder: Path, tmp_path: Path) -> None:
+def test_equal_settings_draw_equal_files(folder, tmp_path):
     make_dataset(tmp_path / "again", SMALL)
     names = [str(p.relative_to(folder)) for p in sorted(folder.rglob("*")) if p.is_file()]
     match, mismatch, errors = filecmp.cmpfiles(folder, tmp_path / "again", names, shallow=False)
@@ -74,13 +74,13 @@ def test_equal_settings_draw_equal_files(folder: Path, tmp_path: Path) -> None:
     assert len(match) > 40
 
 
-def test_other_seed_draws_other_pictures(folder: Path, tmp_path: Path) -> None:
+def test_other_seed_draws_other_pictures(folder, tmp_path):
     make_dataset(tmp_path / "other", replace(SMALL, seed=8))
     picture = "train/200001.jpg"
     assert (folder / picture).read_bytes() != (tmp_path / "other" / picture).read_bytes()
 
 
-def test_training_scenes_hold_base_classes_only(folder: Path) -> None:
+def test_training_scenes_hold_base_classes_only(folder):
     train, val = read(folder, "train"), read(folder, "val")
     novel = {c["id"] for c in train["categories"] if c["frequency"] == "r"}
     assert len(novel) == 4
@@ -89,7 +89,7 @@ def test_training_scenes_hold_base_classes_only(folder: Path) -> None:
     assert all(c["image_count"] == 0 for c in train["categories"] if c["id"] in novel)
 
 
-def test_annotations_fit_their_pictures(folder: Path) -> None:
+def test_annotations_fit_their_pictures(folder):
     for split in ("train", "val"):
         content = read(folder, split)
         sizes = {}
@@ -109,7 +109,7 @@ def test_annotations_fit_their_pictures(folder: Path) -> None:
             assert a["area"] == pytest.approx(area, rel=0.05, abs=4)
 
 
-def test_federated_fields_are_consistent(folder: Path) -> None:
+def test_federated_fields_are_consistent(folder):
     content = read(folder, "val")
     present: dict[int, set[int]] = {}
     for a in content["annotations"]:
@@ -123,7 +123,7 @@ def test_federated_fields_are_consistent(folder: Path) -> None:
     assert sum(counts.values()) == len(read(folder, "train")["annotations"])
 
 
-def test_image_labels_cover_base_and_some_novel_classes(folder: Path) -> None:
+def test_image_labels_cover_base_and_some_novel_classes(folder):
     by_synset = {c["synset"]: c for c in read(folder, "train")["categories"]}
     tars = sorted((folder / "tars").glob("*.tar"))
     frequencies = [by_synset[tar.name.removesuffix(".tar")]["frequency"] for tar in tars]
@@ -138,14 +138,14 @@ def test_image_labels_cover_base_and_some_novel_classes(folder: Path) -> None:
             assert max(Image.open(BytesIO(data.read())).size) == 48
 
 
-def test_embeddings_are_those_of_the_saved_encoder(folder: Path) -> None:
+def test_embeddings_are_those_of_the_saved_encoder(folder):
     names = [c["name"] for c in read(folder, "val")["categories"]]
     stored = np.load(folder / "embeddings.npy", allow_pickle=False)
     encoder = CompositionalEncoder.load(folder / "text_encoder.json")
     np.testing.assert_array_equal(stored.astype(np.float32), encoder.encode(names))
 
 
-def test_the_folder_is_reused_or_refused(folder: Path, tmp_path: Path) -> None:
+def test_the_folder_is_reused_or_refused(folder, tmp_path):
     stamp = (folder / "lvis_train.json").stat().st_mtime_ns
     assert make_dataset(folder, SMALL) == folder / "description.toml"
     assert (folder / "lvis_train.json").stat().st_mtime_ns == stamp
@@ -169,9 +169,7 @@ def test_the_folder_is_reused_or_refused(folder: Path, tmp_path: Path) -> None:
     textures=st.integers(2, 4),
     share=st.floats(0, 0.25),
 )
-def test_every_attribute_and_pair_stays_in_base_classes(
-    seed: int, colours: int, shapes: int, textures: int, share: float
-) -> None:
+def test_every_attribute_and_pair_stays_in_base_classes(seed, colours, shapes, textures, share):
     count = int(share * colours * shapes * textures)
     config = replace(
         SINGLE,
@@ -196,7 +194,7 @@ def test_every_attribute_and_pair_stays_in_base_classes(
     assert pairs("f", "c") == pairs("f", "c", "r")
 
 
-def test_too_many_novel_classes_are_refused(tmp_path: Path) -> None:
+def test_too_many_novel_classes_are_refused(tmp_path):
     crowded = replace(SINGLE, colours=2, shapes=2, textures=2, novel_classes=8)
     with pytest.raises(ConfigError, match="novel_classes"):
         make_dataset(tmp_path / "shapes", crowded)
@@ -213,7 +211,7 @@ def test_too_many_novel_classes_are_refused(tmp_path: Path) -> None:
         ("embedding_dim", 4),
     ],
 )
-def test_wrong_settings_are_named(field: str, value: float) -> None:
+def test_wrong_settings_are_named(field, value):
     with pytest.raises(ConfigError, match=field):
         SyntheticConfig(**{field: value})
 
@@ -237,7 +235,7 @@ class Drawn:
 
 
 @pytest.fixture(scope="module")
-def singles(tmp_path_factory: pytest.TempPathFactory) -> list[Drawn]:
+def singles(tmp_path_factory) -> list[Drawn]:
     folder = tmp_path_factory.mktemp("singles") / "shapes"
     make_dataset(folder, SINGLE)
     content = read(folder, "train")
@@ -280,9 +278,7 @@ def filled(polygons: list[Any], size: tuple[int, int]) -> Image.Image:
         ("heart", 0.9, 0.553, 42),
     ],
 )
-def test_masks_have_the_shape_of_their_class(
-    singles: list[Drawn], shape: str, reach: float, share: float, corners: int
-) -> None:
+def test_masks_have_the_shape_of_their_class(singles, shape, reach, share, corners):
     drawn = [entry for entry in singles if entry.shape == shape]
     assert len(drawn) > 5
     for entry in drawn:
@@ -295,7 +291,7 @@ def test_masks_have_the_shape_of_their_class(
             assert np.ptp(np.linalg.norm(entry.polygon_P2 - middle, axis=1)) < 0.8
 
 
-def test_textures_differ_by_how_much_of_them_is_dark(singles: list[Drawn]) -> None:
+def test_textures_differ_by_how_much_of_them_is_dark(singles):
     def dark(texture: str) -> list[float]:
         chosen = [
             entry for entry in singles if entry.texture == texture and entry.shape == "circle"
@@ -310,7 +306,7 @@ def test_textures_differ_by_how_much_of_them_is_dark(singles: list[Drawn]) -> No
     assert max(dotted) < min(striped)
 
 
-def test_a_mask_is_what_stays_visible_of_an_object(folder: Path) -> None:
+def test_a_mask_is_what_stays_visible_of_an_object(folder):
     content = read(folder, "val")
     overlapping = 0
     for image in content["images"]:

@@ -41,13 +41,13 @@ def open_files() -> int:
 
 
 @pytest.fixture
-def tars(tmp_path: Path, make_tar: Make, jpeg: Jpeg) -> Path:
+def tars(tmp_path, make_tar, jpeg) -> Path:
     make_tar(tmp_path / "b.tar", {"1.JPEG": jpeg(10, 20, 0), "long/" + "n" * 150: jpeg(30, 8, 50)})
     make_tar(tmp_path / "a.tar", {"z.JPEG": gzip.compress(jpeg(5, 6, 200))})
     return tmp_path
 
 
-def test_images_are_read_in_place(tars: Path) -> None:
+def test_images_are_read_in_place(tars):
     index = open_tars(tars, ["b.tar", "a.tar"])
     assert index.tars == ("a.tar", "b.tar")
     assert index.tar_I.tolist() == [0, 1, 1]
@@ -58,9 +58,7 @@ def test_images_are_read_in_place(tars: Path) -> None:
     assert index.notes() == []
 
 
-def test_processes_give_the_same_index(
-    tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_processes_give_the_same_index(tars, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     one = open_tars(tars, ["b.tar", "a.tar"], cache=tmp_path / "1")
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
@@ -68,9 +66,7 @@ def test_processes_give_the_same_index(
     assert one.path.read_bytes() == two.path.read_bytes()
 
 
-def test_the_index_is_made_once_and_again_when_a_tar_changes(
-    tars: Path, make_tar: Make, jpeg: Jpeg
-) -> None:
+def test_the_index_is_made_once_and_again_when_a_tar_changes(tars, make_tar, jpeg):
     first = open_tars(tars, ["a.tar"])
     made = first.path.stat()
     assert open_tars(tars, ["a.tar"]).path == first.path
@@ -82,7 +78,7 @@ def test_the_index_is_made_once_and_again_when_a_tar_changes(
     assert len(open_tars(tars, ["a.tar"])) == 2
 
 
-def test_what_is_no_image_is_reported_by_name(tmp_path: Path, make_tar: Make, jpeg: Jpeg) -> None:
+def test_what_is_no_image_is_reported_by_name(tmp_path, make_tar, jpeg):
     make_tar(
         tmp_path / "t.tar",
         {
@@ -110,7 +106,7 @@ def test_what_is_no_image_is_reported_by_name(tmp_path: Path, make_tar: Make, jp
     assert empty == "1 tar without images: none.tar"
 
 
-def test_large_headers_before_the_size_are_read(tmp_path: Path, make_tar: Make) -> None:
+def test_large_headers_before_the_size_are_read(tmp_path, make_tar):
     exif = Image.Exif()
     exif[0x010E] = "x" * 60000
     buffer = io.BytesIO()
@@ -119,9 +115,7 @@ def test_large_headers_before_the_size_are_read(tmp_path: Path, make_tar: Make) 
     assert open_tars(tmp_path, ["t.tar"]).shapes_I2.tolist() == [[3, 7]]
 
 
-def test_damaged_tars_give_what_is_before_the_damage(
-    tmp_path: Path, make_tar: Make, jpeg: Jpeg
-) -> None:
+def test_damaged_tars_give_what_is_before_the_damage(tmp_path, make_tar, jpeg):
     members = {str(number): jpeg(3, 3) for number in range(3)}
     whole = make_tar(tmp_path / "t.tar", members).read_bytes()
     size = 512 + -(-len(jpeg(3, 3)) // 512) * 512
@@ -146,7 +140,7 @@ def test_damaged_tars_give_what_is_before_the_damage(
     assert open_tars(tmp_path, ["t.tar"]).report.damaged == []
 
 
-def test_an_absent_tar_is_an_error_and_so_is_one_that_goes_away(tars: Path) -> None:
+def test_an_absent_tar_is_an_error_and_so_is_one_that_goes_away(tars):
     with pytest.raises(DataError, match=r"c\.tar"):
         open_tars(tars, ["c.tar"])
     index = open_tars(tars, ["a.tar", "b.tar"])
@@ -158,7 +152,7 @@ def test_an_absent_tar_is_an_error_and_so_is_one_that_goes_away(tars: Path) -> N
         index.encoded(1)
 
 
-def test_many_tars_keep_few_files_open(tmp_path: Path, make_tar: Make, jpeg: Jpeg) -> None:
+def test_many_tars_keep_few_files_open(tmp_path, make_tar, jpeg):
     names = [f"{number:03}.tar" for number in range(80)]
     for name in names:
         make_tar(tmp_path / name, {"a": jpeg(2, 2)})
@@ -175,7 +169,7 @@ def test_many_tars_keep_few_files_open(tmp_path: Path, make_tar: Make, jpeg: Jpe
     assert open_files() <= before + 1
 
 
-def test_members_of_one_name_are_each_reported(tmp_path: Path) -> None:
+def test_members_of_one_name_are_each_reported(tmp_path):
     with tarfile.open(tmp_path / "t.tar", "w") as tar:
         for _ in range(2):
             tar.addfile(tarfile.TarInfo("notes.txt"))
@@ -183,21 +177,19 @@ def test_members_of_one_name_are_each_reported(tmp_path: Path) -> None:
     assert [line.split(":")[0] for line in report.unreadable] == ["t.tar/notes.txt"] * 2
 
 
-def test_a_tar_of_the_same_size_and_another_time_is_looked_through_again(tars: Path) -> None:
+def test_a_tar_of_the_same_size_and_another_time_is_looked_through_again(tars):
     first = open_tars(tars, ["a.tar"]).path
     os.utime(tars / "a.tar", ns=(1, 1))
     assert open_tars(tars, ["a.tar"]).path != first
 
 
-def test_a_compressed_bomb_is_refused(
-    tmp_path: Path, make_tar: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_compressed_bomb_is_refused(tmp_path, make_tar, monkeypatch):
     monkeypatch.setattr("proxydet.data.image_labels.LARGEST_MEMBER", 1000)
     make_tar(tmp_path / "t.tar", {"a.jpg": gzip.compress(bytes(1001))})
     assert "larger than 1000 bytes" in open_tars(tmp_path, ["t.tar"]).report.unreadable[0]
 
 
-def test_a_member_of_negative_size_ends_a_tar(tmp_path: Path, make_tar: Make, jpeg: Jpeg) -> None:
+def test_a_member_of_negative_size_ends_a_tar(tmp_path, make_tar, jpeg):
     whole = bytearray(make_tar(tmp_path / "t.tar", {"0": jpeg(3, 3)}).read_bytes())
     header = whole[:512]
     # Base 256, as GNU tar writes what does not fit into octal digits; of an unknown kind. Reading on would go in circles.

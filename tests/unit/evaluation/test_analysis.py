@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,7 +62,7 @@ HERE, SHIFTED, NEAR, FAR = [10, 10, 40, 40], [12, 10, 40, 40], [35, 10, 40, 40],
         (found(1, 1, SHIFTED, 0.1), "duplicate"),
     ],
 )
-def test_each_kind_of_error_is_told(detection: dict[str, Any], kind: str) -> None:
+def test_each_kind_of_error_is_told(detection, kind):
     truth = coco({1: [(1, HERE)], 2: [(2, HERE)]})
     right = [found(1, 1, HERE, 0.5), found(2, 2, HERE, 0.5)]
     evaluation = evaluated(truth, [*right, detection])
@@ -75,14 +74,14 @@ def test_each_kind_of_error_is_told(detection: dict[str, Any], kind: str) -> Non
         assert errors.costs[kind] == pytest.approx(1 - errors.ap50)
 
 
-def test_missed_objects_are_told() -> None:
+def test_missed_objects_are_told():
     evaluation = evaluated(coco({1: [(1, HERE)], 2: [(1, HERE)]}), [found(1, 1, HERE, 0.5)])
     errors = break_down_errors(evaluation.scored["bbox"])
     assert errors.counts["missed"] == 1
     assert errors.costs["missed"] == pytest.approx(1 - errors.ap50)
 
 
-def test_no_detection_is_all_missed() -> None:
+def test_no_detection_is_all_missed():
     evaluation = evaluated(coco({1: [(1, HERE)], 2: [(1, HERE)]}), [])
     errors = break_down_errors(evaluation.scored["bbox"])
     assert errors.counts["missed"] == 2
@@ -90,7 +89,7 @@ def test_no_detection_is_all_missed() -> None:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_kinds_of_errors_are_those_of_a_plain_loop(make_set: Callable[..., Any], seed: int) -> None:
+def test_kinds_of_errors_are_those_of_a_plain_loop(make_set, seed):
     truth, detections = make_set(seed, images=6, per_image=25, federated=False)
     for index, row in enumerate(
         detections
@@ -155,9 +154,7 @@ def overlap(first: list[float], second: list[float]) -> float:
 @given(
     seed=st.integers(0, 2**32 - 1), federated=st.booleans(), kind=st.sampled_from(["bbox", "segm"])
 )
-def test_kinds_of_errors_and_their_costs_are_those_of_hotcoco(
-    make_set: Callable[..., Any], seed: int, federated: bool, kind: str
-) -> None:
+def test_kinds_of_errors_and_their_costs_are_those_of_hotcoco(make_set, seed, federated, kind):
     truth, detections = make_set(
         seed, per_image=30, federated=federated, crowds=True, steps=1_000_000
     )
@@ -186,7 +183,7 @@ def test_kinds_of_errors_and_their_costs_are_those_of_hotcoco(
         assert errors.costs[name] == pytest.approx(theirs["delta_ap"].get(key, 0), abs=1e-9), name
 
 
-def test_calibration_compares_scores_with_hits() -> None:
+def test_calibration_compares_scores_with_hits():
     truth = coco({image: [(1, HERE)] for image in range(1, 11)})
     detections = [found(image, 1, HERE if image <= 8 else FAR, 0.85) for image in range(1, 11)]
     detections += [found(1, 1, FAR, 0.15)]
@@ -198,7 +195,7 @@ def test_calibration_compares_scores_with_hits() -> None:
     assert np.isnan(calibration.score_B[0])
 
 
-def test_scores_outside_of_the_unit_interval_are_counted() -> None:
+def test_scores_outside_of_the_unit_interval_are_counted():
     truth = coco({1: [(1, HERE)]})
     matches = (
         evaluated(truth, [found(1, 1, HERE, 7.0), found(1, 1, FAR, -3)]).scored["bbox"].matches
@@ -206,7 +203,7 @@ def test_scores_outside_of_the_unit_interval_are_counted() -> None:
     assert calibrate(matches).count_B.tolist() == [1, *[0] * 8, 1]
 
 
-def test_ignored_detections_are_neither_right_nor_wrong(make_set: Callable[..., Any]) -> None:
+def test_ignored_detections_are_neither_right_nor_wrong(make_set):
     truth, detections = make_set(5, images=8, per_image=30)
     evaluation = run_evaluation(detections, truth, config=BOXES)
     matches = evaluation.scored["bbox"].matches
@@ -218,7 +215,7 @@ def test_ignored_detections_are_neither_right_nor_wrong(make_set: Callable[..., 
     assert right.sum() == pytest.approx((recall * annotations)[recall >= 0].sum())
 
 
-def test_recall_of_boxes_leaves_classes_aside() -> None:
+def test_recall_of_boxes_leaves_classes_aside():
     truth = coco({1: [(1, HERE), (2, FAR)], 2: [(3, HERE)]})
     detections = [found(1, 3, HERE, 0.5), found(1, 3, SHIFTED, 0.9), found(2, 1, NEAR, 0.4)]
     evaluation = evaluated(truth, detections)
@@ -230,7 +227,7 @@ def test_recall_of_boxes_leaves_classes_aside() -> None:
     assert all_of_them.average == pytest.approx(all_of_them.at_50, abs=1e-12)
 
 
-def test_recall_of_boxes_leaves_out_crowds_and_what_is_to_be_ignored() -> None:
+def test_recall_of_boxes_leaves_out_crowds_and_what_is_to_be_ignored():
     truth = coco({1: [(1, HERE), (2, FAR), (3, [100, 10, 40, 40])]})
     truth["annotations"][1]["iscrowd"] = 1
     truth["annotations"][2]["ignore"] = 1
@@ -239,9 +236,7 @@ def test_recall_of_boxes_leaves_out_crowds_and_what_is_to_be_ignored() -> None:
     assert (recall.at_50, recall.average) == (1, 1)
 
 
-def test_recall_of_boxes_on_federated_annotations_counts_every_detection(
-    make_set: Callable[..., Any],
-) -> None:
+def test_recall_of_boxes_on_federated_annotations_counts_every_detection(make_set):
     truth, _ = make_set(3, images=6)
     for image in truth["images"]:
         image["neg_category_ids"] = []
@@ -256,9 +251,7 @@ def test_recall_of_boxes_on_federated_annotations_counts_every_detection(
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 2**32 - 1), federated=st.booleans(), per_image=st.integers(1, 60))
-def test_recall_of_boxes_is_that_of_our_own_matches(
-    make_set: Callable[..., Any], seed: int, federated: bool, per_image: int
-) -> None:
+def test_recall_of_boxes_is_that_of_our_own_matches(make_set, seed, federated, per_image):
     """The slow way: all classes as one, matched here; boxes that cover nothing take their place among the best."""
     drawn, detections = make_set(
         seed, images=5, per_image=per_image, federated=federated, crowds=True, steps=1000
@@ -313,7 +306,7 @@ def scored(truth: dict[str, Any], detections: list[dict[str, Any]], **options: A
     return score_openimages(loaded, read_results(detections, loaded), **options).ap50_C
 
 
-def test_openimages_area_under_the_curve() -> None:
+def test_openimages_area_under_the_curve():
     truth = openimages([{"category_id": 2, "bbox": HERE}, {"category_id": 2, "bbox": FAR}])
     detections = [
         found(1, 2, HERE, 0.9),
@@ -326,13 +319,13 @@ def test_openimages_area_under_the_curve() -> None:
     assert np.isnan(ap50_C[[0, 2, 3]]).all()
 
 
-def test_openimages_categories_do_not_mix() -> None:
+def test_openimages_categories_do_not_mix():
     truth = openimages([{"category_id": 2, "bbox": HERE}, {"category_id": 3, "bbox": HERE}])
     detections = [found(1, 2, FAR, 0.9), found(1, 2, HERE, 0.8), found(1, 3, HERE, 0.1)]
     assert scored(truth, detections)[1:3].tolist() == [0.5, 1.0]
 
 
-def test_openimages_unverified_categories_do_no_harm() -> None:
+def test_openimages_unverified_categories_do_no_harm():
     truth = openimages([{"category_id": 2, "bbox": HERE}])
     assert scored(truth, [found(1, 2, HERE, 0.5), found(1, 3, HERE, 0.9)])[1] == 1
     report = run_evaluation([found(1, 2, HERE, 0.5), found(1, 4, FAR, 0.9)], truth).report
@@ -341,7 +334,7 @@ def test_openimages_unverified_categories_do_no_harm() -> None:
     assert report.protocol == "openimages"
 
 
-def test_openimages_group_boxes_are_one_hit_with_the_best_score() -> None:
+def test_openimages_group_boxes_are_one_hit_with_the_best_score():
     group = {"category_id": 2, "bbox": [100, 100, 80, 80], "iscrowd": 1}
     truth = openimages([{"category_id": 2, "bbox": HERE}, group])
     inside = [found(1, 2, [100 + 20 * k, 110, 15, 15], 0.5 + k / 10) for k in range(3)]
@@ -350,7 +343,7 @@ def test_openimages_group_boxes_are_one_hit_with_the_best_score() -> None:
     assert scored(truth, detections)[1] == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
 
 
-def test_openimages_only_the_annotation_overlapped_most_counts() -> None:
+def test_openimages_only_the_annotation_overlapped_most_counts():
     """Two boxes on one object: the second is false even though it overlaps another object by half."""
     truth = openimages(
         [{"category_id": 2, "bbox": HERE}, {"category_id": 2, "bbox": [22, 10, 40, 40]}]
@@ -359,20 +352,20 @@ def test_openimages_only_the_annotation_overlapped_most_counts() -> None:
     assert scored(truth, detections)[1] == pytest.approx(0.5)
 
 
-def test_openimages_half_an_overlap_is_enough() -> None:
+def test_openimages_half_an_overlap_is_enough():
     truth = openimages([{"category_id": 2, "bbox": [0, 0, 10, 10]}])
     assert scored(truth, [found(1, 2, [0, 0, 10, 5], 0.9)])[1] == 1
     assert scored(truth, [found(1, 2, [0, 0, 10, 4.99], 0.9)])[1] == 0
 
 
 @pytest.mark.parametrize(("score", "ap50"), [(0.0, 0), (1e-6, 1)])
-def test_openimages_a_group_is_not_found_by_a_score_of_zero(score: float, ap50: float) -> None:
+def test_openimages_a_group_is_not_found_by_a_score_of_zero(score, ap50):
     truth = openimages([{"category_id": 2, "bbox": [100, 100, 80, 80], "iscrowd": 1}])
     assert scored(truth, [found(1, 2, [110, 110, 15, 15], score)])[1] == ap50
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_openimages_weights_are_copies_of_images(seed: int) -> None:
+def test_openimages_weights_are_copies_of_images(seed):
     """An image of weight n counts like n images of the same content, one of weight 0 like none."""
     draw = np.random.default_rng(seed)
     weights = draw.integers(0, 4, 6)
@@ -419,7 +412,7 @@ def test_openimages_weights_are_copies_of_images(seed: int) -> None:
     assert np.nanmax(expected) > 0
 
 
-def test_openimages_has_intervals() -> None:
+def test_openimages_has_intervals():
     truth = openimages([])
     truth["images"] = [
         {**truth["images"][0], "id": index, "pos_category_ids": [2]} for index in range(1, 21)
@@ -440,14 +433,14 @@ def test_openimages_has_intervals() -> None:
 
 
 @pytest.mark.parametrize("option", [{"fixed": True}, {"engine": "lvis"}])
-def test_openimages_has_no_fixed_ap_and_one_engine(option: dict[str, Any]) -> None:
+def test_openimages_has_no_fixed_ap_and_one_engine(option):
     truth = openimages([{"category_id": 2, "bbox": HERE}])
     with pytest.raises(ConfigError, match=f"--{next(iter(option))}"):
         run_evaluation([found(1, 2, HERE, 0.5)], truth, config=EvaluationConfig(**option))
 
 
 @pytest.fixture
-def hierarchy(tmp_path: Path) -> Path:
+def hierarchy(tmp_path) -> Path:
     animals = [{"LabelName": "/m/dog"}, {"LabelName": "/m/cat"}]
     tree = {
         "LabelName": "/m/entity",
@@ -461,7 +454,7 @@ def hierarchy(tmp_path: Path) -> Path:
     return path
 
 
-def test_openimages_expansion_lets_a_dog_be_an_animal(hierarchy: Path) -> None:
+def test_openimages_expansion_lets_a_dog_be_an_animal(hierarchy):
     truth = openimages([{"category_id": 1, "bbox": HERE}, {"category_id": 2, "bbox": HERE}])
     detections = [found(1, 2, HERE, 0.9)]
     loaded = GroundTruth.load(truth)
@@ -474,7 +467,7 @@ def test_openimages_expansion_lets_a_dog_be_an_animal(hierarchy: Path) -> None:
     assert metrics == {"AP50": 0.5, "AP50 expanded": 1.0}
 
 
-def test_openimages_expansion_goes_all_the_way_up(tmp_path: Path) -> None:
+def test_openimages_expansion_goes_all_the_way_up(tmp_path):
     tree: dict[str, Any] = {"LabelName": "/m/cat"}
     for label in ("/m/dog", "/m/animal", "/m/entity"):
         tree = {"LabelName": label, "Subcategory": [tree]}
@@ -488,9 +481,7 @@ def test_openimages_expansion_goes_all_the_way_up(tmp_path: Path) -> None:
     assert best[:3].tolist() == [1, 1, 1]
 
 
-def test_openimages_a_hierarchy_of_other_labels_is_told(
-    hierarchy: Path, make_set: Callable[..., Any]
-) -> None:
+def test_openimages_a_hierarchy_of_other_labels_is_told(hierarchy, make_set):
     truth = GroundTruth.load(make_set(1)[0])
     with pytest.raises(DataError, match="none of its labels is a category"):
         read_hierarchy(hierarchy, truth)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -47,8 +46,8 @@ def weighted(evaluation: Evaluation, kind: str) -> WeightedPrecision:
     flags=st.booleans(),
 )
 def test_without_resampling_matches_give_the_engines_precision(
-    make_set: Callable[..., Any], seed: int, federated: bool, per_image: int, flags: bool
-) -> None:
+    make_set, seed, federated, per_image, flags
+):
     truth, detections = make_set(
         seed, images=5, categories=4, per_image=per_image, federated=federated, crowds=True
     )
@@ -62,7 +61,7 @@ def test_without_resampling_matches_give_the_engines_precision(
         np.testing.assert_allclose(ours, engine_precision(part.curves), atol=1e-12)
 
 
-def test_coco_counts_100_detections_of_a_category_in_an_image() -> None:
+def test_coco_counts_100_detections_of_a_category_in_an_image():
     """The 101st would find the object; neither the engine nor our own matches look at it."""
     size = {"height": 200, "width": 200}
     truth = {
@@ -85,9 +84,7 @@ def test_coco_counts_100_detections_of_a_category_in_an_image() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("federated", [True, False])
-def test_weights_are_copies_of_images(
-    make_set: Callable[..., Any], seed: int, federated: bool
-) -> None:
+def test_weights_are_copies_of_images(make_set, seed, federated):
     """An image of weight 3 counts as three copies of it would, and one of weight 0 as if it were not there."""
     truth, detections = make_set(seed, images=6, per_image=40, federated=federated)
     for index, row in enumerate(detections):
@@ -124,7 +121,7 @@ def copies(
     return new, copied_detections
 
 
-def test_annotations_found_are_named(make_set: Callable[..., Any]) -> None:
+def test_annotations_found_are_named(make_set):
     truth, detections = make_set(3, images=6, per_image=30)
     evaluation = run_evaluation(detections, truth, config=WITHOUT)
     matches = evaluation.scored["bbox"].matches
@@ -141,7 +138,7 @@ def test_annotations_found_are_named(make_set: Callable[..., Any]) -> None:
     assert len(set(matches.annotation_N[found])) == found.sum()
 
 
-def test_intervals_are_around_the_metrics_and_repeatable(make_set: Callable[..., Any]) -> None:
+def test_intervals_are_around_the_metrics_and_repeatable(make_set):
     truth, detections = make_set(12, images=30, categories=6, per_image=30)
     novel = np.array([True, False] * 3)
     options = {"groups": {"novel": novel}}
@@ -164,7 +161,7 @@ def test_intervals_are_around_the_metrics_and_repeatable(make_set: Callable[...,
     assert part.intervals["AP"].low < half.low < half.high < part.intervals["AP"].high
 
 
-def test_resamples_that_differ_by_rounding_give_no_interval() -> None:
+def test_resamples_that_differ_by_rounding_give_no_interval():
     drawn = Resamples(
         names=("APr", "AP"),
         values_M=np.array([0.7, 0.5]),
@@ -174,7 +171,7 @@ def test_resamples_that_differ_by_rounding_give_no_interval() -> None:
     assert set(drawn.intervals(0.95)) == {"AP"}
 
 
-def test_a_category_of_two_images_is_widened_in_every_resample() -> None:
+def test_a_category_of_two_images_is_widened_in_every_resample():
     size = {"height": 99, "width": 99}
     box = {"category_id": 1, "bbox": [9, 9, 40, 40]}
     truth = {
@@ -197,7 +194,7 @@ def test_a_category_of_two_images_is_widened_in_every_resample() -> None:
     assert np.nanstd(plain) > 0
 
 
-def test_how_rare_categories_come_and_go_is_told(make_set: Callable[..., Any]) -> None:
+def test_how_rare_categories_come_and_go_is_told(make_set):
     truth, detections = make_set(12, images=20, categories=9, per_image=10)
     report = evaluate_results(detections, truth, config=EvaluationConfig(bootstrap=30))
     scored, average = report.types["bbox"].resampling.rare
@@ -216,7 +213,7 @@ def compared(
     return {row.metric: row for row in differences(*both, confidence=0.95)}
 
 
-def test_a_detector_does_not_differ_from_itself(make_set: Callable[..., Any]) -> None:
+def test_a_detector_does_not_differ_from_itself(make_set):
     truth, detections = make_set(12, images=15, per_image=20)
     rows = compared(truth, detections, copy.deepcopy(detections))
     assert rows["AP"].difference == 0
@@ -224,7 +221,7 @@ def test_a_detector_does_not_differ_from_itself(make_set: Callable[..., Any]) ->
     assert not rows["AP"].clear
 
 
-def test_chance_counts_differences_either_way() -> None:
+def test_chance_counts_differences_either_way():
     """Resampled differences of standard deviation 0.1; a difference of 0.1 either way is one sigma: 31.7 %."""
     spread = np.array([[0.4], [0.6], [0.5]])
     nothing = Resamples(
@@ -238,7 +235,7 @@ def test_chance_counts_differences_either_way() -> None:
         assert not row.clear
 
 
-def test_a_much_better_detector_is_clearly_better(make_set: Callable[..., Any]) -> None:
+def test_a_much_better_detector_is_clearly_better(make_set):
     truth, detections = make_set(12, images=40, per_image=25)
     perfect = [
         {key: row[key] for key in ("image_id", "category_id", "bbox")} | {"score": 1.0}
@@ -255,9 +252,7 @@ def test_a_much_better_detector_is_clearly_better(make_set: Callable[..., Any]) 
     assert backwards["AP"].interval.high < 0
 
 
-def test_a_single_class_of_a_single_image_is_not_called_clear(
-    make_set: Callable[..., Any],
-) -> None:
+def test_a_single_class_of_a_single_image_is_not_called_clear(make_set):
     """It is in a resample as it is or not at all: no resample shows how far the difference varies."""
     truth, _ = make_set(12, images=15)
     only = truth["annotations"][0]
@@ -271,7 +266,7 @@ def test_a_single_class_of_a_single_image_is_not_called_clear(
     assert difference_rows([row])[0]["verdict"] == "too few images"
 
 
-def test_pairs_narrow_the_interval(make_set: Callable[..., Any]) -> None:
+def test_pairs_narrow_the_interval(make_set):
     """Two detectors that err on the same images differ more surely than their own intervals tell."""
     truth, detections = make_set(12, images=40, per_image=25)
     slightly = copy.deepcopy(detections)
@@ -283,7 +278,7 @@ def test_pairs_narrow_the_interval(make_set: Callable[..., Any]) -> None:
     assert rows["AP"].interval.high - rows["AP"].interval.low < own_width / 2
 
 
-def test_metrics_of_resamples_are_the_official_ones(make_set: Callable[..., Any]) -> None:
+def test_metrics_of_resamples_are_the_official_ones(make_set):
     truth, detections = make_set(7, images=25, categories=6, per_image=20)
     evaluation = run_evaluation(
         detections, truth, config=EvaluationConfig(bootstrap=2), groups={"odd": [True, False] * 3}
@@ -313,6 +308,6 @@ def test_metrics_of_resamples_are_the_official_ones(make_set: Callable[..., Any]
         {"batch_size": 0},
     ],
 )
-def test_settings_are_checked(wrong: dict[str, Any]) -> None:
+def test_settings_are_checked(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         EvaluationConfig(**wrong)

@@ -79,7 +79,7 @@ class Guesser:
 
 
 @pytest.fixture
-def dataset(tmp_path: Path, make_set: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Path:
+def dataset(tmp_path, make_set, monkeypatch) -> Path:
     monkeypatch.setenv("PROXYDET_CACHE", str(tmp_path / "cache"))
     truth, _ = make_set(5, images=9, categories=4)
     folder = tmp_path / "data"
@@ -113,7 +113,7 @@ def vocabulary() -> Vocabulary:
 
 
 @pytest.fixture
-def as_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+def as_rank(monkeypatch) -> Callable[[int, int], None]:
     """Make this process look like one of several."""
 
     def pretend(rank: int, processes: int) -> None:
@@ -126,12 +126,8 @@ def as_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_any_number_of_processes_gives_the_same_files(
-    dataset: Path,
-    vocabulary: Vocabulary,
-    tmp_path: Path,
-    as_rank: Callable[[int, int], None],
-    processes: int,
-) -> None:
+    dataset, vocabulary, tmp_path, as_rank, processes
+):
     alone = evaluate(Guesser(vocabulary), dataset, output=tmp_path / "alone")
     together = tmp_path / "together"
     for rank in reversed(range(processes)):
@@ -144,12 +140,7 @@ def test_any_number_of_processes_gives_the_same_files(
         assert (together / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
 
 
-def test_what_predictions_were_made_from_is_recorded(
-    dataset: Path,
-    vocabulary: Vocabulary,
-    tmp_path: Path,
-    as_rank: Callable[[int, int], None],
-) -> None:
+def test_what_predictions_were_made_from_is_recorded(dataset, vocabulary, tmp_path, as_rank):
     for rank in (1, 0):
         as_rank(rank, 2)
         evaluate(Guesser(vocabulary), dataset, output=tmp_path / "two")
@@ -177,9 +168,7 @@ def test_what_predictions_were_made_from_is_recorded(
     }
 
 
-def test_a_finished_evaluation_does_not_predict_again(
-    dataset: Path, vocabulary: Vocabulary, tmp_path: Path
-) -> None:
+def test_a_finished_evaluation_does_not_predict_again(dataset, vocabulary, tmp_path):
     first, second = Guesser(vocabulary), Guesser(vocabulary)
     report = evaluate(first, dataset, output=tmp_path / "out")
     again = evaluate(second, dataset, output=tmp_path / "out")
@@ -187,9 +176,7 @@ def test_a_finished_evaluation_does_not_predict_again(
     assert again.to_dict() == report.to_dict()
 
 
-def test_a_stopped_evaluation_goes_on_where_it_stopped(
-    dataset: Path, vocabulary: Vocabulary, tmp_path: Path
-) -> None:
+def test_a_stopped_evaluation_goes_on_where_it_stopped(dataset, vocabulary, tmp_path):
     class Stops(Guesser):
         def predict_images(self, *args: Any) -> list[Prediction]:
             if self.seen == 5:
@@ -204,9 +191,7 @@ def test_a_stopped_evaluation_goes_on_where_it_stopped(
     assert report.to_dict() == evaluate(Guesser(vocabulary), dataset).to_dict()
 
 
-def test_other_weights_are_refused_in_the_same_folder(
-    dataset: Path, vocabulary: Vocabulary, tmp_path: Path
-) -> None:
+def test_other_weights_are_refused_in_the_same_folder(dataset, vocabulary, tmp_path):
     evaluate(Guesser(vocabulary), dataset, output=tmp_path / "out")
     other = Guesser(vocabulary)
     nn.init.zeros_(other.network.weight)
@@ -215,18 +200,14 @@ def test_other_weights_are_refused_in_the_same_folder(
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 20])
-def test_batches_do_not_change_results(
-    dataset: Path, vocabulary: Vocabulary, batch_size: int
-) -> None:
+def test_batches_do_not_change_results(dataset, vocabulary, batch_size):
     report = evaluate(
         Guesser(vocabulary), dataset, config=EvaluationConfig(bootstrap=0, batch_size=batch_size)
     )
     assert report.to_dict() == evaluate(Guesser(vocabulary), dataset).to_dict()
 
 
-def test_the_joined_file_is_a_results_file(
-    dataset: Path, vocabulary: Vocabulary, tmp_path: Path
-) -> None:
+def test_the_joined_file_is_a_results_file(dataset, vocabulary, tmp_path):
     report = evaluate(Guesser(vocabulary), dataset, output=tmp_path / "out")
     elsewhere = evaluate_results(tmp_path / "out" / "predictions.json", dataset.parent / "val.json")
     assert elsewhere.types["segm"].metrics == report.types["segm"].metrics
@@ -238,15 +219,13 @@ def test_the_joined_file_is_a_results_file(
     assert official.types["segm"].metrics == pytest.approx(report.types["segm"].metrics, abs=1e-9)
 
 
-def test_base_and_novel_are_reported(dataset: Path, vocabulary: Vocabulary) -> None:
+def test_base_and_novel_are_reported(dataset, vocabulary):
     part = evaluate(Guesser(vocabulary), dataset).types["segm"]
     assert part.group("novel").categories == 1
     assert part.group("base").categories == 3
 
 
-def test_boxes_only_asks_for_no_masks_and_fixed_ap_for_more_detections(
-    dataset: Path, vocabulary: Vocabulary
-) -> None:
+def test_boxes_only_asks_for_no_masks_and_fixed_ap_for_more_detections(dataset, vocabulary):
     detector = Guesser(vocabulary)
     evaluate(
         detector, dataset, config=EvaluationConfig(bootstrap=0, iou_types=("bbox",), fixed=True)
@@ -256,9 +235,7 @@ def test_boxes_only_asks_for_no_masks_and_fixed_ap_for_more_detections(
     )
 
 
-def test_a_second_evaluation_into_one_folder_is_refused(
-    dataset: Path, vocabulary: Vocabulary, tmp_path: Path
-) -> None:
+def test_a_second_evaluation_into_one_folder_is_refused(dataset, vocabulary, tmp_path):
     """While one process evaluates, another one is told which, and leaves the folder as it is."""
     lines = [
         "import sys",
@@ -291,8 +268,8 @@ def test_a_second_evaluation_into_one_folder_is_refused(
 
 
 def test_boxes_need_no_second_prediction_and_masks_do_where_there_are_none(
-    dataset: Path, vocabulary: Vocabulary, tmp_path: Path
-) -> None:
+    dataset, vocabulary, tmp_path
+):
     boxes = EvaluationConfig(bootstrap=0, iou_types=("bbox",))
     seen = []
     for config in (boxes, boxes, None, boxes):
@@ -309,8 +286,8 @@ def test_boxes_need_no_second_prediction_and_masks_do_where_there_are_none(
 
 
 def test_a_stopped_prediction_with_masks_keeps_them_when_boxes_are_scored(
-    dataset: Path, vocabulary: Vocabulary, tmp_path: Path
-) -> None:
+    dataset, vocabulary, tmp_path
+):
     evaluate(Guesser(vocabulary), dataset, output=tmp_path / "out")
     joined = tmp_path / "out" / "predictions.json"
     rows = [row for row in json.loads(joined.read_text()) if row["image_id"] == 100]
@@ -329,8 +306,8 @@ def test_a_stopped_prediction_with_masks_keeps_them_when_boxes_are_scored(
 
 
 def test_masks_that_the_ground_truth_lacks_are_neither_predicted_nor_scored(
-    dataset: Path, vocabulary: Vocabulary, caplog: pytest.LogCaptureFixture
-) -> None:
+    dataset, vocabulary, caplog
+):
     annotations = dataset.parent / "val.json"
     content = json.loads(annotations.read_text())
     for annotation in content["annotations"]:
@@ -354,8 +331,8 @@ def test_masks_that_the_ground_truth_lacks_are_neither_predicted_nor_scored(
 
 @pytest.mark.parametrize("finds", [True, False])
 def test_a_detector_of_boxes_is_scored_by_boxes_where_there_are_masks_too(
-    dataset: Path, vocabulary: Vocabulary, finds: bool
-) -> None:
+    dataset, vocabulary, finds
+):
     detector = Guesser(vocabulary)
     detector.inference = dataclasses.replace(detector.inference, masks=False)
     if not finds:
@@ -371,9 +348,7 @@ def test_a_detector_of_boxes_is_scored_by_boxes_where_there_are_masks_too(
         evaluate(detector, dataset, config=masks)
 
 
-def test_rows_keep_every_digit_and_leave_out_classes_that_the_data_has_not(
-    vocabulary: Vocabulary,
-) -> None:
+def test_rows_keep_every_digit_and_leave_out_classes_that_the_data_has_not(vocabulary):
     pixels = np.full((48, 64, 3), 7, dtype=np.uint8)
     (prediction,) = Guesser(vocabulary).predict_images([pixels], vocabulary, InferenceConfig())
     kept = [row for row in prediction.classes_N.tolist() if row != 2]
@@ -391,9 +366,7 @@ def test_rows_keep_every_digit_and_leave_out_classes_that_the_data_has_not(
     np.testing.assert_array_equal(decoded.astype(bool), masks(prediction)[chosen].numpy())
 
 
-def test_classes_of_the_training_keep_their_marks_and_others_get_them_by_similarity(
-    vocabulary: Vocabulary,
-) -> None:
+def test_classes_of_the_training_keep_their_marks_and_others_get_them_by_similarity(vocabulary):
     described = vocabulary.with_base(np.ones(4, dtype=bool))
     assert fusion_vocabulary(described, vocabulary).base.tolist() == [True, False, True, True]
     others = Vocabulary.from_arrays(
@@ -403,16 +376,14 @@ def test_classes_of_the_training_keep_their_marks_and_others_get_them_by_similar
     assert fusion_vocabulary(others, vocabulary).base.tolist() == [True, False, False]
 
 
-def test_an_image_that_cannot_be_read_is_named(dataset: Path, vocabulary: Vocabulary) -> None:
+def test_an_image_that_cannot_be_read_is_named(dataset, vocabulary):
     broken = sorted((dataset.parent / "images").iterdir())[2]
     broken.write_bytes(broken.read_bytes()[:100])
     with pytest.raises(DataError, match=broken.name):
         evaluate(Guesser(vocabulary), dataset)
 
 
-def test_images_are_turned_as_their_annotations_were(
-    dataset: Path, vocabulary: Vocabulary, tmp_path: Path
-) -> None:
+def test_images_are_turned_as_their_annotations_were(dataset, vocabulary, tmp_path):
     """A photograph with an EXIF turn whose annotations are for the unturned pixels."""
     expected = evaluate(Guesser(vocabulary), dataset, output=tmp_path / "plain")
     turn = Image.Exif()
@@ -425,6 +396,6 @@ def test_images_are_turned_as_their_annotations_were(
     assert report.to_dict() == expected.to_dict()
 
 
-def test_description_may_be_read_already(dataset: Path, vocabulary: Vocabulary) -> None:
+def test_description_may_be_read_already(dataset, vocabulary):
     description = DatasetConfig.from_toml(dataset)
     assert evaluate(Guesser(vocabulary), description).dataset == "drawn"

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,7 +55,7 @@ def both(truth: dict[str, Any], detections: list[dict[str, Any]], **options: Any
 @pytest.mark.parametrize(
     "name", ["dt_synth.json", "dt_synth_ties.json", "dt_synth_420_per_image.json.gz"]
 )
-def test_official_numbers_on_real_annotations(sample: Path, name: str, engine: str) -> None:
+def test_official_numbers_on_real_annotations(sample, name, engine):
     expected = json.loads((sample / "expected.json").read_text())[name.split(".")[0]]
     report = evaluate_results(
         sample / name,
@@ -80,13 +78,8 @@ def test_official_numbers_on_real_annotations(sample: Path, name: str, engine: s
     max_detections=st.sampled_from([3, 10, 300]),
 )
 def test_equal_on_generated_federated_sets(
-    make_set: Callable[..., Any],
-    seed: int,
-    images: int,
-    categories: int,
-    per_image: int,
-    max_detections: int,
-) -> None:
+    make_set, seed, images, categories, per_image, max_detections
+):
     truth, detections = make_set(seed, images=images, categories=categories, per_image=per_image)
     assume(truth["annotations"])  # else there is nothing to score, which is refused
     fast, official = both(
@@ -97,9 +90,7 @@ def test_equal_on_generated_federated_sets(
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 2**32 - 1), crowds=st.booleans(), per_image=st.integers(1, 150))
-def test_equal_on_generated_coco_sets(
-    make_set: Callable[..., Any], seed: int, crowds: bool, per_image: int
-) -> None:
+def test_equal_on_generated_coco_sets(make_set, seed, crowds, per_image):
     truth, detections = make_set(
         seed, images=4, categories=3, per_image=per_image, federated=False, crowds=crowds
     )
@@ -110,9 +101,7 @@ def test_equal_on_generated_coco_sets(
 
 
 @pytest.mark.parametrize("federated", [True, False])
-def test_objects_without_a_mask_neither_help_nor_harm(
-    make_set: Callable[..., Any], federated: bool
-) -> None:
+def test_objects_without_a_mask_neither_help_nor_harm(make_set, federated):
     truth, detections = make_set(4, images=8, categories=3, per_image=40, federated=federated)
     for row in truth["annotations"][::3]:
         del row["segmentation"]
@@ -122,14 +111,14 @@ def test_objects_without_a_mask_neither_help_nor_harm(
     assert largest_difference(fast, official) < TOLERANCE
 
 
-def test_more_than_300_detections_an_image_with_ties(make_set: Callable[..., Any]) -> None:
+def test_more_than_300_detections_an_image_with_ties(make_set):
     truth, detections = make_set(5, images=2, categories=4, per_image=700, steps=3)
     fast, official = both(truth, detections)
     assert fast.counts.capped > 0
     assert largest_difference(fast, official) < TOLERANCE
 
 
-def test_the_limit_counts_detections_of_unjudged_categories(make_set: Callable[..., Any]) -> None:
+def test_the_limit_counts_detections_of_unjudged_categories(make_set):
     """An image's 300 best are chosen before those of unjudged categories are dropped."""
     truth, detections = make_set(1, images=3, categories=6, per_image=30)
     judged = evaluate_results(
@@ -142,9 +131,7 @@ def test_the_limit_counts_detections_of_unjudged_categories(make_set: Callable[.
 
 @pytest.mark.parametrize("engine", ["hotcoco", "lvis"])
 @pytest.mark.parametrize("federated", [True, False])
-def test_sizes_of_detections_without_a_box_are_those_of_their_masks(
-    make_set: Callable[..., Any], federated: bool, engine: str
-) -> None:
+def test_sizes_of_detections_without_a_box_are_those_of_their_masks(make_set, federated, engine):
     """As the official evaluators take them when they are given such rows; AP of small and medium boxes shows it."""
     truth, detections = make_set(8, images=8, categories=3, per_image=40, federated=federated)
     for row in truth["annotations"]:  # around the limit of small ones
@@ -176,7 +163,7 @@ def test_sizes_of_detections_without_a_box_are_those_of_their_masks(
         assert report.types["bbox"].metrics[name] == pytest.approx(expected[name], abs=TOLERANCE)
 
 
-def test_fixed_ap_limits_a_category_and_not_an_image(make_set: Callable[..., Any]) -> None:
+def test_fixed_ap_limits_a_category_and_not_an_image(make_set):
     truth, detections = make_set(3, images=4, categories=3, per_image=400)
     fast, official = both(truth, detections, fixed=True, fixed_detections=40)
     assert largest_difference(fast, official) < TOLERANCE
@@ -186,7 +173,7 @@ def test_fixed_ap_limits_a_category_and_not_an_image(make_set: Callable[..., Any
     assert usual.ap != fast.ap
 
 
-def test_fixed_ap_takes_the_best_of_each_category(make_set: Callable[..., Any]) -> None:
+def test_fixed_ap_takes_the_best_of_each_category(make_set):
     """Chosen here by sorting, over the whole data set and before unjudged detections are dropped."""
     truth, detections = make_set(3, images=4, categories=3, per_image=400)
     best = []
@@ -204,7 +191,7 @@ def test_fixed_ap_takes_the_best_of_each_category(make_set: Callable[..., Any]) 
         assert report.types[kind].metrics == pytest.approx(wanted, abs=TOLERANCE)
 
 
-def test_detections_of_unjudged_categories_only(make_set: Callable[..., Any]) -> None:
+def test_detections_of_unjudged_categories_only(make_set):
     truth, detections = make_set(2, images=3, categories=4)
     present = {(row["image_id"], row["category_id"]) for row in truth["annotations"]}
     for image in truth["images"]:
@@ -217,9 +204,7 @@ def test_detections_of_unjudged_categories_only(make_set: Callable[..., Any]) ->
 
 
 @pytest.mark.parametrize("federated", [True, False])
-def test_no_detection_at_all_is_zero_where_there_is_something_to_find(
-    make_set: Callable[..., Any], federated: bool
-) -> None:
+def test_no_detection_at_all_is_zero_where_there_is_something_to_find(make_set, federated):
     truth, _ = make_set(4, federated=federated)
     report = evaluate_results([], truth, config=FAST)
     assert report.ap == 0
@@ -230,7 +215,7 @@ def test_no_detection_at_all_is_zero_where_there_is_something_to_find(
     assert {score.id for score in report.per_class() if score.ap is None} == absent
 
 
-def test_a_category_without_annotations_counts_nowhere(make_set: Callable[..., Any]) -> None:
+def test_a_category_without_annotations_counts_nowhere(make_set):
     truth, detections = make_set(6, categories=4)
     truth["annotations"] = [row for row in truth["annotations"] if row["category_id"] != 2]
     fast, official = both(truth, detections)
@@ -239,7 +224,7 @@ def test_a_category_without_annotations_counts_nowhere(make_set: Callable[..., A
 
 
 @pytest.mark.parametrize("federated", [True, False])
-def test_ignored_annotations_and_crowds(make_set: Callable[..., Any], federated: bool) -> None:
+def test_ignored_annotations_and_crowds(make_set, federated):
     """LVIS's evaluator knows ``ignore`` and not ``iscrowd``; COCO's the other way round."""
     truth, detections = make_set(22, images=8, per_image=20, federated=federated)
     for index, row in enumerate(truth["annotations"]):
@@ -248,7 +233,7 @@ def test_ignored_annotations_and_crowds(make_set: Callable[..., Any], federated:
     assert largest_difference(fast, official) < TOLERANCE
 
 
-def test_annotation_ids_of_zero_are_no_trap(make_set: Callable[..., Any]) -> None:
+def test_annotation_ids_of_zero_are_no_trap(make_set):
     """The official evaluators take a match with annotation 0 for no match; ids are renumbered from 1 for them."""
     truth, detections = make_set(8)
     expected = evaluate_results(detections, truth, config=FAST)
@@ -257,7 +242,7 @@ def test_annotation_ids_of_zero_are_no_trap(make_set: Callable[..., Any]) -> Non
     assert largest_difference(evaluate_results(detections, truth, config=FAST), expected) == 0
 
 
-def test_order_of_images_does_not_matter(make_set: Callable[..., Any]) -> None:
+def test_order_of_images_does_not_matter(make_set):
     truth, detections = make_set(9, images=8, per_image=30)
     expected = evaluate_results(detections, truth, config=FAST)
     by_image = sorted(detections, key=lambda row: row["image_id"])
@@ -265,7 +250,7 @@ def test_order_of_images_does_not_matter(make_set: Callable[..., Any]) -> None:
     assert largest_difference(evaluate_results(by_image, truth, config=FAST), expected) == 0
 
 
-def test_text_ids_are_fine(make_set: Callable[..., Any]) -> None:
+def test_text_ids_are_fine(make_set):
     truth, detections = make_set(10)
     expected = evaluate_results(detections, truth, config=FAST)
     for row in [*truth["images"]]:
@@ -283,9 +268,7 @@ def panic() -> BaseException:
 
 
 @pytest.mark.parametrize("failure", [ValueError("odd"), panic()])
-def test_a_failure_of_the_fast_engine_advises_the_official_one(
-    make_set: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, failure: BaseException
-) -> None:
+def test_a_failure_of_the_fast_engine_advises_the_official_one(make_set, monkeypatch, failure):
     def fail(*_: Any, **__: Any) -> None:
         raise failure
 
@@ -298,13 +281,7 @@ def test_a_failure_of_the_fast_engine_advises_the_official_one(
 
 @pytest.mark.parametrize(("engine", "advice"), [("hotcoco", "--engine lvis"), ("lvis", "report")])
 @pytest.mark.parametrize("wrong", [0.5, -1.0])
-def test_an_engine_that_is_wrong_is_told(
-    make_set: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
-    engine: str,
-    advice: str,
-    wrong: float,
-) -> None:
+def test_an_engine_that_is_wrong_is_told(make_set, monkeypatch, engine, advice, wrong):
     """Intervals rest on matches of our own; where these give other numbers, something is wrong and nothing is shown."""
     truth, detections = make_set(5)
     name = "run_hotcoco" if engine == "hotcoco" else "run_official"
@@ -325,9 +302,7 @@ def test_an_engine_that_is_wrong_is_told(
 @pytest.mark.parametrize(
     "stop", [KeyboardInterrupt(), SystemExit(3), GeneratorExit(), MemoryError(), BaseException("?")]
 )
-def test_what_is_no_failure_of_the_engine_passes_through(
-    make_set: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, stop: BaseException
-) -> None:
+def test_what_is_no_failure_of_the_engine_passes_through(make_set, monkeypatch, stop):
     def fail(*_: Any, **__: Any) -> None:
         raise stop
 
@@ -338,7 +313,7 @@ def test_what_is_no_failure_of_the_engine_passes_through(
     assert caught.value is stop
 
 
-def test_groups_of_categories(make_set: Callable[..., Any]) -> None:
+def test_groups_of_categories(make_set):
     truth, detections = make_set(11, categories=6)
     novel = np.array([True, False] * 3)
     report = evaluate_results(

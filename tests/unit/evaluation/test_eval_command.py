@@ -41,9 +41,7 @@ Typed = Callable[..., tuple[str, str]]
 
 
 @pytest.fixture
-def typed(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Typed:
+def typed(capsys, tmp_path, monkeypatch) -> Typed:
     """Type ``proxydet eval`` in an empty folder; gives stdout and stderr."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PROXYDET_CACHE", str(tmp_path / "cache"))
@@ -58,7 +56,7 @@ def typed(
 
 
 @pytest.fixture
-def files(tmp_path: Path, make_set: Callable[..., Any]) -> Path:
+def files(tmp_path, make_set) -> Path:
     """A folder with annotations, images, a description, and the results of two detectors."""
     truth, detections = make_set(12, images=12, categories=6, per_image=30)
     (tmp_path / "images").mkdir()
@@ -78,7 +76,7 @@ def files(tmp_path: Path, make_set: Callable[..., Any]) -> Path:
     return tmp_path
 
 
-def test_results_on_an_annotation_file(typed: Typed, files: Path) -> None:
+def test_results_on_an_annotation_file(typed, files):
     out, messages = typed("--results", files / "a.json", "--data", files / "val.json")
     report = run_evaluation(files / "a.json", files / "val.json").report
     lines = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line}
@@ -98,9 +96,7 @@ def test_results_on_an_annotation_file(typed: Typed, files: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["val.JSON", "val.gz", "val", "./lvis"])
-def test_any_file_that_is_no_dataset_config_is_annotations(
-    typed: Typed, files: Path, name: str
-) -> None:
+def test_any_file_that_is_no_dataset_config_is_annotations(typed, files, name):
     """As for ``data check``; a bare name is a prepared data set first, whatever is called so here."""
     content = (files / "val.json").read_bytes()
     (files / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
@@ -116,7 +112,7 @@ def test_any_file_that_is_no_dataset_config_is_annotations(
     assert "drawn: " in messages
 
 
-def test_detections_of_dropped_images_are_dropped(typed: Typed, files: Path) -> None:
+def test_detections_of_dropped_images_are_dropped(typed, files):
     content = json.loads((files / "val.json").read_text())
     rows = json.loads((files / "a.json").read_text())
     gone = rows[0]["image_id"]
@@ -132,7 +128,7 @@ def test_detections_of_dropped_images_are_dropped(typed: Typed, files: Path) -> 
         run_evaluation(files / "a.json", files / "val.json")
 
 
-def test_what_an_evaluation_was_made_from_is_recorded(typed: Typed, files: Path) -> None:
+def test_what_an_evaluation_was_made_from_is_recorded(typed, files):
     words = ["--data", files / "val.json", "--bootstrap", "2"]
     for name in ("a", "b"):
         typed("--results", files / f"{name}.json", *words, "--output", files / name)
@@ -150,7 +146,7 @@ def test_what_an_evaluation_was_made_from_is_recorded(typed: Typed, files: Path)
     assert found["configuration.results"] == "harmless"
 
 
-def test_compare_takes_folders_of_results_that_were_scored(typed: Typed, files: Path) -> None:
+def test_compare_takes_folders_of_results_that_were_scored(typed, files):
     data = ["--data", files / "val.json"]
     for name in ("a", "b"):
         typed("--results", files / f"{name}.json", *data, "--output", files / name)
@@ -164,7 +160,7 @@ def test_compare_takes_folders_of_results_that_were_scored(typed: Typed, files: 
         run(["eval", "--compare", str(files / "a"), str(files / "b"), *map(str, data)])
 
 
-def test_json_is_the_whole_result(typed: Typed, files: Path) -> None:
+def test_json_is_the_whole_result(typed, files):
     words = ["--results", files / "a.json", "--data", files / "val.json", "--bootstrap", "20"]
     out, _ = typed(*words, "--json", "--output", files / "out")
     shown = json.loads(out)
@@ -176,7 +172,7 @@ def test_json_is_the_whole_result(typed: Typed, files: Path) -> None:
     assert set(shown["analysis"]) == {"errors", "calibration", "box_recall"}
 
 
-def test_both_engines_say_the_same(typed: Typed, files: Path) -> None:
+def test_both_engines_say_the_same(typed, files):
     words = ["--results", files / "a.json", "--data", files / "set.toml", "--bootstrap", "0"]
     fast, _ = typed(*words, "--output", files / "fast")
     official, _ = typed(*words, "--output", files / "official", "--engine", "lvis")
@@ -184,7 +180,7 @@ def test_both_engines_say_the_same(typed: Typed, files: Path) -> None:
     assert "novel" in fast
 
 
-def test_fixed_ap_says_so(typed: Typed, files: Path) -> None:
+def test_fixed_ap_says_so(typed, files):
     out, messages = typed(
         "--results", files / "a.json", "--data", files / "val.json", "--fixed", "--bootstrap", "0"
     )
@@ -204,7 +200,7 @@ def test_fixed_ap_says_so(typed: Typed, files: Path) -> None:
     assert ">AP50<" not in page
 
 
-def test_masks_that_only_some_detections_have_are_told(typed: Typed, files: Path) -> None:
+def test_masks_that_only_some_detections_have_are_told(typed, files):
     rows = json.loads((files / "a.json").read_text())
     del rows[3]["segmentation"], rows[5]["segmentation"]
     (files / "a.json").write_text(json.dumps(rows))
@@ -215,7 +211,7 @@ def test_masks_that_only_some_detections_have_are_told(typed: Typed, files: Path
         run(["eval", *map(str, words), "--iou-type", "segm"])
 
 
-def test_the_protocol_is_printed_and_can_be_chosen(typed: Typed, files: Path) -> None:
+def test_the_protocol_is_printed_and_can_be_chosen(typed, files):
     words = ["--results", files / "a.json", "--data", files / "val.json", "--bootstrap", "0"]
     out, messages = typed(*words)
     assert "protocol: LVIS" in messages
@@ -232,7 +228,7 @@ def test_the_protocol_is_printed_and_can_be_chosen(typed: Typed, files: Path) ->
     assert "protocol: COCO" in messages
 
 
-def test_boxes_without_masks_are_scored_with_a_line_that_says_so(typed: Typed, files: Path) -> None:
+def test_boxes_without_masks_are_scored_with_a_line_that_says_so(typed, files):
     truth = json.loads((files / "val.json").read_text())
     for row in truth["annotations"]:
         del row["segmentation"]
@@ -246,7 +242,7 @@ def test_boxes_without_masks_are_scored_with_a_line_that_says_so(typed: Typed, f
             run(["eval", *map(str, words), "--iou-type", "segm", "--engine", engine])
 
 
-def test_every_class_stands_in_the_results_at_full_precision(typed: Typed, files: Path) -> None:
+def test_every_class_stands_in_the_results_at_full_precision(typed, files):
     typed("--results", files / "a.json", "--data", files / "val.json", "--bootstrap", "0")
     folder = files / "evaluation" / "a-val"
     content = json.loads((folder / "results.json").read_text())
@@ -256,13 +252,13 @@ def test_every_class_stands_in_the_results_at_full_precision(typed: Typed, files
         assert shown == [(row.name, row.ap, row.ap50) for row in report.types[kind].categories]
 
 
-def test_names_in_the_table_are_no_formulas(files: Path) -> None:
+def test_names_in_the_table_are_no_formulas(files):
     truth = json.loads((files / "val.json").read_text())
     truth["categories"][0]["name"] = "=cmd|' /C calc'!A0"
     assert "\n2,'=cmd|" in category_csv(run_evaluation(files / "a.json", truth).report)
 
 
-def test_masks_that_only_one_of_two_has_are_not_compared(typed: Typed, files: Path) -> None:
+def test_masks_that_only_one_of_two_has_are_not_compared(typed, files):
     rows = json.loads((files / "a.json").read_text())
     for row in rows:
         del row["segmentation"]
@@ -275,7 +271,7 @@ def test_masks_that_only_one_of_two_has_are_not_compared(typed: Typed, files: Pa
         assert "boxes.json has one" in " ".join(messages.split())
 
 
-def test_compare_two_files_and_two_folders(typed: Typed, files: Path) -> None:
+def test_compare_two_files_and_two_folders(typed, files):
     data = ["--data", files / "set.toml"]
     out, _ = typed("--compare", files / "a.json", files / "b.json", *data)
     assert "verdict" in out
@@ -320,20 +316,14 @@ def test_compare_two_files_and_two_folders(typed: Typed, files: Path) -> None:
         (["--results", "a.json", "--data", "val.json", "--config", "r50"], ConfigError, "--config"),
     ],
 )
-def test_what_cannot_be_done_is_told(
-    files: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    words: list[str],
-    error: type[Exception],
-    message: str,
-) -> None:
+def test_what_cannot_be_done_is_told(files, monkeypatch, words, error, message):
     monkeypatch.chdir(files)
     monkeypatch.setenv("PROXYDET_CACHE", str(files / "cache"))
     with pytest.raises(error, match=message):
         run(["eval", *words])
 
 
-def test_files_hold_every_category_and_pictures(files: Path) -> None:
+def test_files_hold_every_category_and_pictures(files):
     evaluation = run_evaluation(
         files / "a.json", files / "val.json", config=EvaluationConfig(bootstrap=20)
     )
@@ -367,7 +357,7 @@ def test_files_hold_every_category_and_pictures(files: Path) -> None:
     assert asked
 
 
-def test_openimages_has_files_too(files: Path) -> None:
+def test_openimages_has_files_too(files):
     truth = json.loads((files / "val.json").read_text())
     for row in truth["images"]:
         row["pos_category_ids"] = [category["id"] for category in truth["categories"]]
@@ -379,7 +369,7 @@ def test_openimages_has_files_too(files: Path) -> None:
     assert json.loads(written["results.json"].read_text())["analysis"]["errors"] is None
 
 
-def test_examples_show_what_they_say(files: Path) -> None:
+def test_examples_show_what_they_say(files):
     evaluation = run_evaluation(
         files / "a.json", files / "val.json", config=EvaluationConfig(bootstrap=0)
     )
@@ -412,7 +402,7 @@ def test_examples_show_what_they_say(files: Path) -> None:
     assert kinds == {"false", "missed"}
 
 
-def test_pictures_of_errors_are_close_ups(files: Path) -> None:
+def test_pictures_of_errors_are_close_ups(files):
     truth = json.loads((files / "val.json").read_text())
     truth["images"] = [{**truth["images"][0], "height": 900, "width": 1200}]
     truth["annotations"] = [
@@ -434,7 +424,7 @@ def test_pictures_of_errors_are_close_ups(files: Path) -> None:
     assert large.image.size == (975, 900)
 
 
-def test_extreme_categories_prefers_those_with_annotations(make_set: Callable[..., Any]) -> None:
+def test_extreme_categories_prefers_those_with_annotations(make_set):
     truth, detections = make_set(12, images=10, categories=3, per_image=10)
     report = run_evaluation(detections, truth, config=EvaluationConfig(bootstrap=0)).report
     best, worst = extreme_categories(report.per_class(), 5)
@@ -442,7 +432,7 @@ def test_extreme_categories_prefers_those_with_annotations(make_set: Callable[..
     assert extreme_categories((), 3) == ([], [])
 
 
-def test_the_scatter_plot_is_valid_and_escaped() -> None:
+def test_the_scatter_plot_is_valid_and_escaped():
     series = {"rare": [(0.0, 10.0, "a <b> & c"), (9.0, 100.0, "d")], "frequent": [(5e4, 0.0, "e")]}
     root = ET.fromstring(scatter_svg(series, ["#111", "#222"]))
     titles = [node.text for node in root.iter("{http://www.w3.org/2000/svg}title")]
@@ -454,7 +444,7 @@ def test_the_scatter_plot_is_valid_and_escaped() -> None:
     assert all(0 <= x <= 560 and 0 <= y <= 300 for x, y in circles)
 
 
-def test_processes_get_the_options_as_given(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_get_the_options_as_given(files, monkeypatch):
     """The processes that share the work read the command line itself: each option means the same there."""
     from proxydet.training import launch
 
@@ -479,15 +469,13 @@ def test_processes_get_the_options_as_given(files: Path, monkeypatch: pytest.Mon
         (["data", "check", "val.json", "--protocol", "voc"], "Invalid value for '--protocol'"),
     ],
 )
-def test_a_wrong_choice_is_an_error_of_usage(
-    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_wrong_choice_is_an_error_of_usage(words, message, capsys):
     with pytest.raises(SystemExit, match=r"^2$"):
         main(words)
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_choices_are_read_in_any_case(typed: Typed, files: Path) -> None:
+def test_choices_are_read_in_any_case(typed, files):
     words = ["--results", files / "a.json", "--data", files / "val.json", "--bootstrap", "0"]
     out = typed(*words, "--protocol", "COCO", "--iou-type", "BBOX", "--json")[0]
     assert (json.loads(out)["protocol"], list(json.loads(out)["results"])) == ("coco", ["bbox"])

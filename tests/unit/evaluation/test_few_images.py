@@ -1,7 +1,5 @@
 """Categories of few images: what their resamples lack in spread is put back."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 
@@ -9,7 +7,7 @@ from proxydet.evaluation.bootstrap import FewImages, images_of, widening
 
 
 @pytest.mark.parametrize("images", [2, 3, 4])
-def test_the_variance_of_a_mean_of_few_values_comes_out_right(images: int) -> None:
+def test_the_variance_of_a_mean_of_few_values_comes_out_right(images):
     """Over many data sets, the resampled mean's variance is on average the mean's own, 1 / images."""
     draw = np.random.default_rng(images)
     estimates, plain = [], []
@@ -26,7 +24,7 @@ def test_the_variance_of_a_mean_of_few_values_comes_out_right(images: int) -> No
     assert np.mean(plain) <= 1.03 / images
 
 
-def test_many_images_are_left_alone() -> None:
+def test_many_images_are_left_alone():
     assert [widening(number) for number in (0, 1, 5, 1000)] == [1, 1, 1, 1]
     assert widening(2) > widening(3) > widening(4) > 1
     whole, drawn = np.random.default_rng(0).random((2, 4, 10, 3))
@@ -34,7 +32,7 @@ def test_many_images_are_left_alone() -> None:
     np.testing.assert_allclose(few.widen(drawn, np.random.default_rng(0)), drawn)
 
 
-def test_categories_of_one_image_are_pooled_with_those_of_their_kind() -> None:
+def test_categories_of_one_image_are_pooled_with_those_of_their_kind():
     whole = np.array([0.1, 0.9, 0.5, 0.3, 0.7])[None, None]
     few = FewImages(whole, np.array([[1, 1, 1, 9, 1]]), ("r", "r", "f", "r", "r"))
     drawn = whole.copy()
@@ -47,6 +45,6 @@ def test_categories_of_one_image_are_pooled_with_those_of_their_kind() -> None:
     np.testing.assert_array_equal(again, seen[5])
 
 
-def test_images_are_counted_once_a_category() -> None:
+def test_images_are_counted_once_a_category():
     image, category = np.array([0, 0, 0, 2, 2]), np.array([1, 1, 0, 1, 3])
     assert images_of(image, category, 5).tolist() == [1, 2, 0, 1, 0]

@@ -1,13 +1,8 @@
 """Annotations as evaluation reads them."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import tracemalloc
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +13,7 @@ from proxydet.evaluation.results import read_results
 from proxydet.evaluation.scoring import select
 
 
-def test_columns_are_in_the_order_of_ids(make_set: Callable[..., Any]) -> None:
+def test_columns_are_in_the_order_of_ids(make_set):
     content, _ = make_set(3, images=6)
     truth = GroundTruth.load(content)
     assert truth.image_ids == tuple(sorted(row["id"] for row in content["images"]))
@@ -29,7 +24,7 @@ def test_columns_are_in_the_order_of_ids(make_set: Callable[..., Any]) -> None:
     assert truth.ann_box_A4[3].tolist() == row["bbox"]
 
 
-def test_protocol_is_recognised(make_set: Callable[..., Any]) -> None:
+def test_protocol_is_recognised(make_set):
     federated, _ = make_set(1)
     assert GroundTruth.load(federated).protocol == "lvis"
     assert GroundTruth.load(federated, protocol="coco").judges(np.zeros(4, int), np.arange(4)).all()
@@ -52,9 +47,7 @@ def test_protocol_is_recognised(make_set: Callable[..., Any]) -> None:
         ("frequency", "categories", True),
     ],
 )
-def test_almost_federated_annotations_are_refused_by_field(
-    make_set: Callable[..., Any], field: str, where: str, verified: bool
-) -> None:
+def test_almost_federated_annotations_are_refused_by_field(make_set, field, where, verified):
     content, _ = make_set(1)
     for row in content["images"]:
         row.update({"pos_category_ids": []} if verified else {})
@@ -74,9 +67,7 @@ def test_almost_federated_annotations_are_refused_by_field(
     assert GroundTruth.load(content, protocol="coco").protocol == "coco"
 
 
-def test_judged_pairs_are_the_annotated_and_the_verified_absent(
-    make_set: Callable[..., Any],
-) -> None:
+def test_judged_pairs_are_the_annotated_and_the_verified_absent(make_set):
     content, _ = make_set(3, images=6)
     truth = GroundTruth.load(content)
     expected = {
@@ -93,7 +84,7 @@ def test_judged_pairs_are_the_annotated_and_the_verified_absent(
     assert judged == expected
 
 
-def test_what_is_judged_takes_memory_for_what_is_listed_only() -> None:
+def test_what_is_judged_takes_memory_for_what_is_listed_only():
     """30,000 images of 30,000 categories: a table of all pairs would take 900 MB."""
     images = [
         {"id": n, "height": 9, "width": 9, "file_name": f"{n}", "neg_category_ids": [n]}
@@ -121,7 +112,7 @@ def test_what_is_judged_takes_memory_for_what_is_listed_only() -> None:
     assert peak < 100e6
 
 
-def test_zipped_files_are_read(make_set: Callable[..., Any], tmp_path: Path) -> None:
+def test_zipped_files_are_read(make_set, tmp_path):
     content, _ = make_set(1)
     path = tmp_path / "val.json"
     path.write_bytes(gzip.compress(json.dumps(content).encode()))
@@ -130,7 +121,7 @@ def test_zipped_files_are_read(make_set: Callable[..., Any], tmp_path: Path) -> 
     assert len(truth.masks) == len(content["annotations"])
 
 
-def test_masks_of_any_kind(make_set: Callable[..., Any]) -> None:
+def test_masks_of_any_kind(make_set):
     content, _ = make_set(1)
     polygon, runs, *_ = content["annotations"]
     polygon["segmentation"] = [[1, 1, 9, 1, 9, 9, 1, 9]]
@@ -139,7 +130,7 @@ def test_masks_of_any_kind(make_set: Callable[..., Any]) -> None:
     assert all(mask["size"] == [48, 64] for mask in masks)
 
 
-def test_objects_without_a_mask_neither_help_nor_harm(make_set: Callable[..., Any]) -> None:
+def test_objects_without_a_mask_neither_help_nor_harm(make_set):
     content, _ = make_set(1)
     content["annotations"][2]["segmentation"] = None
     truth = GroundTruth.load(content)
@@ -153,9 +144,7 @@ def test_objects_without_a_mask_neither_help_nor_harm(make_set: Callable[..., An
     assert not GroundTruth.load(content).has_masks
 
 
-def test_a_file_with_nothing_to_score_is_refused(
-    make_set: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_a_file_with_nothing_to_score_is_refused(make_set, tmp_path):
     content, _ = make_set(1)
     path = tmp_path / "val.json"
     for change in ({"images": []}, {"annotations": []}):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,9 +30,7 @@ def fill(folder: PredictionFolder, rank: int, image_ids: list[int]) -> None:
 @pytest.mark.parametrize(
     "shares", [[[1, 2, 3, 4, 5]], [[5, 1, 3], [4, 2]], [[2], [], [5, 4, 3, 1]]]
 )
-def test_joined_file_is_the_same_for_any_share_and_order(
-    tmp_path: Path, shares: list[list[int]]
-) -> None:
+def test_joined_file_is_the_same_for_any_share_and_order(tmp_path, shares):
     folder = PredictionFolder(tmp_path / "out", IDENTITY)
     for rank, image_ids in enumerate(shares):
         fill(folder, rank, image_ids)
@@ -47,13 +44,13 @@ def test_joined_file_is_the_same_for_any_share_and_order(
     assert PredictionFolder(folder.path, IDENTITY).complete
 
 
-def test_no_detection_at_all_is_an_empty_list(tmp_path: Path) -> None:
+def test_no_detection_at_all_is_an_empty_list(tmp_path):
     folder = PredictionFolder(tmp_path, IDENTITY)
     fill(folder, 0, [3, 6])
     assert json.loads(folder.join([3, 6]).read_text()) == []
 
 
-def test_predictions_with_masks_serve_where_none_are_needed(tmp_path: Path) -> None:
+def test_predictions_with_masks_serve_where_none_are_needed(tmp_path):
     fill(PredictionFolder(tmp_path, IDENTITY, masks=True), 0, [1])
     again = PredictionFolder(tmp_path, IDENTITY)
     assert again.masks
@@ -61,9 +58,7 @@ def test_predictions_with_masks_serve_where_none_are_needed(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("joined", [True, False])
-def test_predictions_without_masks_give_way_where_masks_are_needed(
-    tmp_path: Path, joined: bool
-) -> None:
+def test_predictions_without_masks_give_way_where_masks_are_needed(tmp_path, joined):
     folder = PredictionFolder(tmp_path, IDENTITY)
     fill(folder, 0, [1])
     if joined:
@@ -76,7 +71,7 @@ def test_predictions_without_masks_give_way_where_masks_are_needed(
     assert PredictionFolder(tmp_path, IDENTITY).masks
 
 
-def test_a_folder_of_version_0_1_is_read(tmp_path: Path) -> None:
+def test_a_folder_of_version_0_1_is_read(tmp_path):
     """It held masks among the settings that make the predictions."""
     settings = {"score_threshold": 0.02, "masks": True}
     (tmp_path / "identity.json").write_text(json.dumps({"inference settings": settings}))
@@ -85,7 +80,7 @@ def test_a_folder_of_version_0_1_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 30, 150])
-def test_a_line_cut_by_a_stop_is_predicted_again(tmp_path: Path, cut: int) -> None:
+def test_a_line_cut_by_a_stop_is_predicted_again(tmp_path, cut):
     folder = PredictionFolder(tmp_path, IDENTITY)
     fill(folder, 0, [1, 2, 4])
     part = next(tmp_path.glob("part-*"))
@@ -99,7 +94,7 @@ def test_a_line_cut_by_a_stop_is_predicted_again(tmp_path: Path, cut: int) -> No
     assert json.loads(again.join([1, 2, 4]).read_text()) == rows(1) + rows(2) + rows(4)
 
 
-def test_another_number_of_processes_goes_on(tmp_path: Path) -> None:
+def test_another_number_of_processes_goes_on(tmp_path):
     fill(PredictionFolder(tmp_path, IDENTITY), 2, [1, 2])
     again = PredictionFolder(tmp_path, IDENTITY)
     assert again.images_done() == {1, 2}
@@ -107,28 +102,26 @@ def test_another_number_of_processes_goes_on(tmp_path: Path) -> None:
     assert len(json.loads(again.join([1, 2, 3, 4]).read_text())) == 6
 
 
-def test_predictions_of_another_detector_are_refused(tmp_path: Path) -> None:
+def test_predictions_of_another_detector_are_refused(tmp_path):
     fill(PredictionFolder(tmp_path, IDENTITY), 0, [1])
     with pytest.raises(DataError, match="made with other settings, weights"):
         PredictionFolder(tmp_path, {"weights": "xyz", "settings": {}})
 
 
-def test_predictions_of_unknown_origin_are_refused(tmp_path: Path) -> None:
+def test_predictions_of_unknown_origin_are_refused(tmp_path):
     (tmp_path / "predictions.json").write_text("[]")
     with pytest.raises(DataError, match=r"no identity\.json says of what"):
         PredictionFolder(tmp_path, IDENTITY)
 
 
-def test_a_damaged_part_is_told(tmp_path: Path) -> None:
+def test_a_damaged_part_is_told(tmp_path):
     folder = PredictionFolder(tmp_path, IDENTITY)
     (tmp_path / "part-00000.jsonl").write_text('{"image_id": 1, "detec\n')
     with pytest.raises(DataError, match="is damaged"):
         folder.images_done()
 
 
-def test_a_full_disk_is_told_and_what_is_written_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_told_and_what_is_written_stays(tmp_path, monkeypatch):
     folder = PredictionFolder(tmp_path, IDENTITY)
 
     class Full:

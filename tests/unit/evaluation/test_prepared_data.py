@@ -49,9 +49,7 @@ def annotations(categories: list[dict[str, Any]], **image: Any) -> dict[str, Any
 
 
 @pytest.fixture(scope="module")
-def root(
-    repository: Path, tmp_path_factory: pytest.TempPathFactory, cache: pytest.MonkeyPatch
-) -> Path:
+def root(repository, tmp_path_factory, cache) -> Path:
     """All data sets, prepared: published metadata and classes, and one image each (of COCO, tinycoco's)."""
     root = tmp_path_factory.mktemp("datasets")
     real = repository.parent / "shared" / "real_data"
@@ -84,7 +82,7 @@ def root(
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def cache(tmp_path_factory) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PROXYDET_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield patch
@@ -120,7 +118,7 @@ def openimages_tables(folder: Path) -> None:
 
 
 @pytest.fixture
-def here(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+def here(root, monkeypatch, tmp_path) -> Path:
     """Work in a folder of one's own, with the data sets where the environment says."""
     monkeypatch.setenv("PROXYDET_DATASETS", str(root))
     monkeypatch.setenv("PROXYDET_CACHE", str(tmp_path / "cache"))
@@ -143,7 +141,7 @@ def perfect(truth: GroundTruth) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", [*NAMES, "coco_zero_shot"])
-def test_a_name_is_enough(here: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_is_enough(here, name, capsys):
     truth = DescribedSplit.open(here / f"{name}.toml").truth
     kept = np.flatnonzero(~truth.ann_crowd_A)
     Path("r.json").write_text(json.dumps([perfect(truth)[index] for index in kept]))
@@ -159,7 +157,7 @@ def test_a_name_is_enough(here: Path, name: str, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("name", EMBEDDINGS)
-def test_classes_have_their_own_published_embeddings(here: Path, name: str) -> None:
+def test_classes_have_their_own_published_embeddings(here, name):
     split = DescribedSplit.open(here / f"{name}.toml")
     table = np.load(here / "metadata" / EMBEDDINGS[name])
     assert split.data.vocabulary.names == tuple(
@@ -168,7 +166,7 @@ def test_classes_have_their_own_published_embeddings(here: Path, name: str) -> N
     np.testing.assert_array_equal(split.data.vocabulary.embeddings, table.astype(np.float32))
 
 
-def test_names_are_spelt_as_published(here: Path) -> None:
+def test_names_are_spelt_as_published(here):
     def names(name: str) -> tuple[str, ...]:
         return DescribedSplit.open(here / f"{name}.toml").data.vocabulary.names
 
@@ -182,9 +180,7 @@ def test_names_are_spelt_as_published(here: Path) -> None:
 
 
 @pytest.mark.parametrize("name", EMBEDDINGS)
-def test_base_classes_for_the_fusion_are_those_near_a_base_class_of_lvis(
-    here: Path, name: str
-) -> None:
+def test_base_classes_for_the_fusion_are_those_near_a_base_class_of_lvis(here, name):
     """Counted here from the tables alone: largest cosine above 0.9 with a class of LVIS that is not rare."""
     trained = DescribedSplit.open(here / "lvis.toml").data.vocabulary
     info = json.loads((here / "metadata" / "lvis_v1_train_cat_info.json").read_text())
@@ -205,7 +201,7 @@ def test_base_classes_for_the_fusion_are_those_near_a_base_class_of_lvis(
     assert 0 < expected.sum() < len(expected)
 
 
-def test_zero_shot_classes_are_48_seen_and_17_unseen(here: Path) -> None:
+def test_zero_shot_classes_are_48_seen_and_17_unseen(here):
     split = DescribedSplit.open(here / "coco_zero_shot.toml")
     novel = split.groups["novel"]
     assert novel.sum() == 17
@@ -217,15 +213,13 @@ def test_zero_shot_classes_are_48_seen_and_17_unseen(here: Path) -> None:
     assert set(names[novel]) >= {"airplane", "cat", "scissors"}
 
 
-def test_rare_classes_that_imagenet_has_are_277_of_337(here: Path) -> None:
+def test_rare_classes_that_imagenet_has_are_277_of_337(here):
     groups = imagenet_groups(DescribedSplit.open(here / "lvis.toml").truth)
     counts = {name: int(mask.sum()) for name, mask in groups.items()}
     assert counts == {"rare, in ImageNet-LVIS": 277, "rare, not in ImageNet-LVIS": 60}
 
 
-def test_openimages_expands_by_the_hierarchy(
-    here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_openimages_expands_by_the_hierarchy(here, capsys):
     box = [6.0, 8.0, 24.0, 16.0]
     rows = [{"image_id": 1, "category_id": 2, "bbox": box, "score": 0.5}]
     Path("r.json").write_text(json.dumps(rows))

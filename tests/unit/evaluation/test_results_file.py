@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ FAST = EvaluationConfig(bootstrap=0)
 
 
 @pytest.fixture
-def files(tmp_path: Path, make_set: Callable[..., Any]) -> tuple[GroundTruth, list[Any], Path]:
+def files(tmp_path, make_set) -> tuple[GroundTruth, list[Any], Path]:
     truth, detections = make_set(1, images=6, per_image=25)
     path = tmp_path / "results.json"
     path.write_text(json.dumps(detections))
@@ -39,7 +38,7 @@ def assert_equal(first: Results, second: Results) -> None:
     assert first.masks == second.masks
 
 
-def test_plain_zipped_and_values_are_one(files: Any) -> None:
+def test_plain_zipped_and_values_are_one(files):
     truth, detections, path = files
     from_values = read_results(detections, truth)
     zipped = path.with_suffix(".json.gz")
@@ -53,9 +52,7 @@ def test_plain_zipped_and_values_are_one(files: Any) -> None:
 
 @pytest.mark.parametrize("block", [64, 300, 1000, 4096])
 @pytest.mark.parametrize("indent", [None, 2])
-def test_blocks_of_any_size_give_the_same(
-    files: Any, monkeypatch: pytest.MonkeyPatch, block: int, indent: int | None
-) -> None:
+def test_blocks_of_any_size_give_the_same(files, monkeypatch, block, indent):
     truth, detections, path = files
     for row in detections[::3]:
         # Nested lists of objects, and text that looks like a boundary: no place to cut at.
@@ -66,7 +63,7 @@ def test_blocks_of_any_size_give_the_same(
     assert_equal(read_results(path, truth), expected)
 
 
-def test_only_masks_that_can_be_judged_are_kept(files: Any) -> None:
+def test_only_masks_that_can_be_judged_are_kept(files):
     truth, detections, path = files
     results = read_results(path, truth)
     judged_D = truth.judges(results.image_D, results.category_D)
@@ -75,7 +72,7 @@ def test_only_masks_that_can_be_judged_are_kept(files: Any) -> None:
     assert len(read_results(path, truth, keep_every_mask=True).masks) == len(detections)
 
 
-def test_boxes_are_drawn_around_masks_that_have_none(files: Any) -> None:
+def test_boxes_are_drawn_around_masks_that_have_none(files):
     truth, detections, _ = files
     bare = [{key: row[key] for key in row if key != "bbox"} for row in detections]
     report = evaluate_results(bare, truth, config=FAST)
@@ -84,7 +81,7 @@ def test_boxes_are_drawn_around_masks_that_have_none(files: Any) -> None:
     assert report.types["bbox"].metrics["AP"] is not None
 
 
-def test_masks_as_polygons_and_uncompressed_runs(files: Any) -> None:
+def test_masks_as_polygons_and_uncompressed_runs(files):
     truth, detections, _ = files
     rows = [
         {**detections[0], "segmentation": [[1, 1, 9, 1, 9, 9, 1, 9]]},
@@ -96,7 +93,7 @@ def test_masks_as_polygons_and_uncompressed_runs(files: Any) -> None:
     assert results.mask_D.tolist() == [0, 1, -1]
 
 
-def test_masks_for_some_detections_only(files: Any) -> None:
+def test_masks_for_some_detections_only(files):
     truth, detections, _ = files
     del detections[3]["segmentation"]
     assert set(evaluate_results(detections, truth, config=FAST).types) == {"bbox"}
@@ -121,9 +118,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("as_file", [True, False])
 @pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_of_this_data_set_is_told_with_its_place(
-    files: Any, changes: dict[str, Any], message: str, as_file: bool
-) -> None:
+def test_what_cannot_be_of_this_data_set_is_told_with_its_place(files, changes, message, as_file):
     truth, detections, path = files
     rows = broken(broken(detections, 2, **changes), 4, **changes)
     path.write_text(json.dumps(rows))
@@ -185,12 +180,8 @@ MENDED: dict[str, tuple[dict[str, Any], str, float | None]] = {
 @pytest.mark.parametrize("as_file", [True, False])
 @pytest.mark.parametrize(("changes", "key"), DROPPED.values(), ids=DROPPED)
 def test_a_detection_that_cannot_be_scored_is_dropped_counted_and_told(
-    files: Any,
-    changes: dict[str, Any],
-    key: str,
-    as_file: bool,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+    files, changes, key, as_file, caplog
+):
     truth, detections, path = files
     rows = broken(broken(detections, 2, **changes), 4, **changes)
     path.write_text(json.dumps(rows))
@@ -210,9 +201,7 @@ def test_a_detection_that_cannot_be_scored_is_dropped_counted_and_told(
 
 
 @pytest.mark.parametrize(("changes", "key", "area"), MENDED.values(), ids=MENDED)
-def test_annotations_and_results_have_one_fate(
-    tmp_path: Path, make_set: Callable[..., Any], changes: dict[str, Any], key: str, area: Any
-) -> None:
+def test_annotations_and_results_have_one_fate(tmp_path, make_set, changes, key, area):
     """The same record, as an annotation and as a detection: the same count, the same mask left."""
     drawn, detections = make_set(1, images=6, per_image=25)
     truth = GroundTruth.load(drawn)
@@ -259,9 +248,7 @@ def with_outlier(rows: list[Any]) -> list[Any]:
     (as_fractions, False, "fractions"),
     (as_corners, True, r"\[x1, y1, x2, y2\]"),
 ])  # fmt: skip
-def test_boxes_of_another_convention_are_refused(
-    files: Any, spell: Callable[[Any], list[float]], masks: bool, what: str, outlier: bool
-) -> None:
+def test_boxes_of_another_convention_are_refused(files, spell, masks, what, outlier):
     truth, detections, path = files
     rows = [{**row, "bbox": spell(row)} for row in detections if min(row["bbox"][2:]) > 3]
     if not masks:
@@ -272,7 +259,7 @@ def test_boxes_of_another_convention_are_refused(
         read_results(path, truth, allow_outside=True)
 
 
-def test_corners_that_reach_out_of_the_image_as_widths_are_refused(files: Any) -> None:
+def test_corners_that_reach_out_of_the_image_as_widths_are_refused(files):
     truth, detections, _ = files
     rows = [
         {key: row[key] for key in ("image_id", "category_id", "score")}
@@ -287,9 +274,7 @@ def test_corners_that_reach_out_of_the_image_as_widths_are_refused(files: Any) -
 
 
 @pytest.mark.parametrize("federated", [True, False])
-def test_a_damaged_mask_is_an_empty_one_in_both_engines(
-    make_set: Callable[..., Any], federated: bool
-) -> None:
+def test_a_damaged_mask_is_an_empty_one_in_both_engines(make_set, federated):
     drawn, detections = make_set(1, images=6, per_image=25, federated=federated)
     truth = GroundTruth.load(drawn)
     damaged = {"size": [48, 64], "counts": "54"}
@@ -312,7 +297,7 @@ def test_a_damaged_mask_is_an_empty_one_in_both_engines(
             assert part.metrics == pytest.approx(expected.types[kind].metrics, nan_ok=True)
 
 
-def test_masks_none_of_which_can_be_read_are_refused(files: Any) -> None:
+def test_masks_none_of_which_can_be_read_are_refused(files):
     truth, detections, _ = files
     for row in detections:
         row["segmentation"] = [[10, 10, 30, 30]]
@@ -329,9 +314,7 @@ def test_masks_none_of_which_can_be_read_are_refused(files: Any) -> None:
     ],
     ids=["second half of a surrogate pair", "first half", "not UTF-8"],
 )
-def test_text_that_is_not_unicode_costs_no_other_record(
-    tmp_path: Path, make_set: Callable[..., Any], wrap: Callable[[bytes], bytes]
-) -> None:
+def test_text_that_is_not_unicode_costs_no_other_record(tmp_path, make_set, wrap):
     """In annotations and in results: read with U+FFFD, counted."""
     drawn, detections = make_set(1, images=6, per_image=25)
     drawn["images"][0]["note"] = "pair \U0001f600, escaped \\udcff"
@@ -348,9 +331,7 @@ def test_text_that_is_not_unicode_costs_no_other_record(
     assert_equal(results, read_results(detections, truth))
 
 
-def test_a_results_file_that_unpacks_out_of_bounds_is_refused(
-    files: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_results_file_that_unpacks_out_of_bounds_is_refused(files, monkeypatch):
     monkeypatch.setattr("proxydet.data.formats.reader._UNPACKED_FREELY", 1 << 20)
     truth, _, path = files
     path.write_bytes(gzip.compress(b"[" + b" " * (8 << 20)))
@@ -358,18 +339,18 @@ def test_a_results_file_that_unpacks_out_of_bounds_is_refused(
         read_results(path, truth)
 
 
-def test_boxes_may_reach_out_when_that_is_said(files: Any) -> None:
+def test_boxes_may_reach_out_when_that_is_said(files):
     truth, detections, _ = files
     rows = broken(detections, 2, bbox=[50, 1, 20, 5])
     assert len(read_results(rows, truth, allow_outside=True)) == len(rows)
 
 
-def test_a_pixel_of_rounding_is_no_reaching_out(files: Any) -> None:
+def test_a_pixel_of_rounding_is_no_reaching_out(files):
     truth, detections, _ = files
     assert len(read_results(broken(detections, 2, bbox=[-0.9, 0, 65.5, 48.9]), truth))
 
 
-def test_another_data_set_is_named(files: Any, make_set: Callable[..., Any]) -> None:
+def test_another_data_set_is_named(files, make_set):
     truth, detections, _ = files
     for row in detections:
         row["image_id"] += 10_000
@@ -379,9 +360,7 @@ def test_another_data_set_is_named(files: Any, make_set: Callable[..., Any]) -> 
 
 
 @pytest.mark.parametrize(("key", "every"), [("image_id", True), ("category_id", False)])
-def test_ids_written_as_text_are_not_taken_for_another_data_set(
-    files: Any, key: str, every: bool
-) -> None:
+def test_ids_written_as_text_are_not_taken_for_another_data_set(files, key, every):
     truth, detections, _ = files
     for row in detections if every else detections[:1]:
         row[key] = str(row[key])
@@ -391,7 +370,7 @@ def test_ids_written_as_text_are_not_taken_for_another_data_set(
     assert "another data set" not in str(caught.value)
 
 
-def test_a_file_that_was_joined_twice_is_refused_unless_it_is_meant(files: Any) -> None:
+def test_a_file_that_was_joined_twice_is_refused_unless_it_is_meant(files):
     truth, detections, path = files
     path.write_text(json.dumps(detections + detections))
     with pytest.raises(
@@ -402,9 +381,7 @@ def test_a_file_that_was_joined_twice_is_refused_unless_it_is_meant(files: Any) 
     assert len(read_results(path, truth, allow_duplicates=True)) == 2 * len(detections)
 
 
-def test_one_image_that_is_there_twice_is_a_warning(
-    files: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_one_image_that_is_there_twice_is_a_warning(files, caplog):
     truth, detections, path = files
     image = detections[0]["image_id"]
     twice = detections + [row for row in detections if row["image_id"] == image]
@@ -413,16 +390,14 @@ def test_one_image_that_is_there_twice_is_a_warning(
     assert f"every detection of 1 images occurs more than once (images {image})" in caplog.text
 
 
-def test_one_detection_that_is_there_twice_is_accepted(files: Any) -> None:
+def test_one_detection_that_is_there_twice_is_accepted(files):
     truth, detections, _ = files
     assert len(read_results([*detections, detections[0]], truth)) == len(detections) + 1
 
 
 @pytest.mark.parametrize("kept", [0.3, 0.7, 0.999])
 @pytest.mark.parametrize("block", [200, 2**20])
-def test_a_truncated_file(
-    files: Any, monkeypatch: pytest.MonkeyPatch, kept: float, block: int
-) -> None:
+def test_a_truncated_file(files, monkeypatch, kept, block):
     truth, _, path = files
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * kept)])
@@ -432,7 +407,7 @@ def test_a_truncated_file(
     assert caught.value.hint
 
 
-def test_a_file_that_ends_in_a_number(files: Any, tmp_path: Path) -> None:
+def test_a_file_that_ends_in_a_number(files, tmp_path):
     truth, _, path = files
     path.write_text('[{"image_id": 1, "category_id": 2, "score": 0.')
     with pytest.raises(DataError, match="cut short"):
@@ -443,7 +418,7 @@ def test_a_file_that_ends_in_a_number(files: Any, tmp_path: Path) -> None:
         GroundTruth.load(annotations)
 
 
-def test_a_truncated_gzip_file(files: Any) -> None:
+def test_a_truncated_gzip_file(files):
     truth, _, path = files
     path.write_bytes(gzip.compress(path.read_bytes())[:-200])
     with pytest.raises(DataError, match="damaged gzip file"):
@@ -469,7 +444,7 @@ def test_a_truncated_gzip_file(files: Any) -> None:
         ('[{"image_id": 1, "category_id": 2, "score": "high"}]', "no detection is left.*score"),
     ],
 )
-def test_a_file_of_another_kind(files: Any, content: str, message: str) -> None:
+def test_a_file_of_another_kind(files, content, message):
     truth, _, path = files
     path.write_text(content)
     with pytest.raises(DataError, match=message) as caught:
@@ -477,16 +452,12 @@ def test_a_file_of_another_kind(files: Any, content: str, message: str) -> None:
     assert str(path) in caught.value.message
 
 
-def test_an_empty_list_is_a_detector_that_finds_nothing(
-    files: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_empty_list_is_a_detector_that_finds_nothing(files, caplog):
     assert len(read_results([], files[0])) == 0
     assert "no detection" in caplog.text
 
 
-def test_a_record_is_told_with_its_place_in_the_whole_file(
-    files: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_record_is_told_with_its_place_in_the_whole_file(files, monkeypatch):
     truth, detections, path = files
     rows = broken(broken(detections, 20, score="high"), 30, score=float("nan"))
     path.write_text(json.dumps(rows))
@@ -499,14 +470,14 @@ def test_a_record_is_told_with_its_place_in_the_whole_file(
         read_results(path, truth)
 
 
-def test_utf_16_is_named(files: Any) -> None:
+def test_utf_16_is_named(files):
     truth, detections, path = files
     path.write_text(json.dumps(detections), encoding="utf-16")
     with pytest.raises(DataError, match="UTF-16"):
         read_results(path, truth)
 
 
-def test_a_file_that_is_not_there(files: Any, tmp_path: Path) -> None:
+def test_a_file_that_is_not_there(files, tmp_path):
     truth, _, _ = files
     with pytest.raises(DataError, match=r"cannot read .*absent\.json: No such file"):
         read_results(tmp_path / "absent.json", truth)
@@ -540,9 +511,7 @@ def saved_by_predict(truth: dict[str, Any], detections: list[Any], folder: str) 
 
 
 @pytest.mark.parametrize("folder", ["", "/data/images/", "photos\\\\"])
-def test_what_predict_saves_is_mapped_by_names(
-    tmp_path: Path, make_set: Callable[..., Any], folder: str
-) -> None:
+def test_what_predict_saves_is_mapped_by_names(tmp_path, make_set, folder):
     drawn, detections = make_set(1, images=6, per_image=25)
     truth = GroundTruth.load(drawn)
     content = saved_by_predict(drawn, detections, folder)
@@ -556,9 +525,7 @@ def test_what_predict_saves_is_mapped_by_names(
     assert_equal(read_results(path, GroundTruth.load(drawn)), read_results(detections, truth))
 
 
-def test_images_that_were_not_predicted_are_counted(
-    make_set: Callable[..., Any], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_images_that_were_not_predicted_are_counted(make_set, caplog):
     drawn, detections = make_set(1, images=6, per_image=25)
     content = saved_by_predict(drawn, detections, "")
     read_results(content, GroundTruth.load(drawn))
@@ -576,12 +543,12 @@ def test_images_that_were_not_predicted_are_counted(
     assert not caplog.text
 
 
-def test_an_object_without_names_goes_by_ids(files: Any) -> None:
+def test_an_object_without_names_goes_by_ids(files):
     truth, detections, _ = files
     assert_equal(read_results({"predictions": detections}, truth), read_results(detections, truth))
 
 
-def test_images_and_classes_that_the_data_set_lacks_are_named(make_set: Callable[..., Any]) -> None:
+def test_images_and_classes_that_the_data_set_lacks_are_named(make_set):
     drawn, detections = make_set(1, images=6, per_image=25)
     truth = GroundTruth.load(drawn)
     content = saved_by_predict(drawn, detections, "")
@@ -599,7 +566,7 @@ def test_images_and_classes_that_the_data_set_lacks_are_named(make_set: Callable
         read_results(content, truth)
 
 
-def test_two_images_of_one_name_are_refused(make_set: Callable[..., Any]) -> None:
+def test_two_images_of_one_name_are_refused(make_set):
     drawn, detections = make_set(1, images=6, per_image=25)
     content = saved_by_predict(drawn, detections, "a/")
     content["images"][0]["file_name"] = "b/" + drawn["images"][1]["file_name"]
@@ -607,7 +574,7 @@ def test_two_images_of_one_name_are_refused(make_set: Callable[..., Any]) -> Non
         read_results(content, GroundTruth.load(drawn))
 
 
-def test_a_byte_order_mark_and_whole_numbers_with_a_point_are_read(files: Any) -> None:
+def test_a_byte_order_mark_and_whole_numbers_with_a_point_are_read(files):
     truth, detections, path = files
     expected = read_results(detections, truth)
     path.write_text(json.dumps(detections), encoding="utf-8-sig")
@@ -617,7 +584,7 @@ def test_a_byte_order_mark_and_whole_numbers_with_a_point_are_read(files: Any) -
     assert_equal(read_results(detections, truth), expected)
 
 
-def test_boxes_drawn_around_masks_are_so_for_unjudged_detections_too(files: Any) -> None:
+def test_boxes_drawn_around_masks_are_so_for_unjudged_detections_too(files):
     truth, detections, _ = files
     for row in detections:
         del row["bbox"]
@@ -654,7 +621,7 @@ detection = st.fixed_dictionaries(
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.one_of(detection, anything), max_size=6), st.booleans())
-def test_no_detection_is_lost_silently(rows: list[Any], every_mask: bool) -> None:
+def test_no_detection_is_lost_silently(rows, every_mask):
     box = {"image_id": 1, "category_id": 1, "bbox": [1, 1, 9, 9], "score": 0.5}
     truth = GroundTruth.load(
         {

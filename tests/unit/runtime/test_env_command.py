@@ -1,7 +1,5 @@
 """``proxydet env``: what it prints and how it exits."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

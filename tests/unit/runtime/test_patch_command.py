@@ -1,7 +1,5 @@
 """``proxydet patch``: what it prints and how it exits, on throw-away copies."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

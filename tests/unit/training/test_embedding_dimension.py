@@ -1,7 +1,5 @@
 """A run's classifier has as many dimensions as the text embeddings of its data."""
 
-from __future__ import annotations
-
 import pytest
 
 from proxydet.errors import ConfigError

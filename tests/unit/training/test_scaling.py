@@ -1,7 +1,5 @@
 """The stated rule for other numbers of processes."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

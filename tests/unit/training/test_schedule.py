@@ -1,7 +1,5 @@
 """The learning rate, against numbers of the published training (detectron2's warm-up and cosine)."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

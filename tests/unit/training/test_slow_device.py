@@ -1,7 +1,5 @@
 """A network of the published sizes on a CPU is told to be slow."""
 
-from __future__ import annotations
-
 import logging
 
 import pytest

@@ -325,8 +325,36 @@ def check_choice(classes: str | None, vocabulary: str | None, names: Path | None
             raise VocabularyError(
                 f"there is no file {file}", hint="check the spelling of its path", path=Path(file)
             )
+        if file is not None:
+            confirm_names(Path(file))
     if classes is not None and not _means_file(classes) and ("," in classes or not classes.strip()):
         check_names(split_names(classes))
+
+
+def confirm_names(path: Path) -> None:
+    """Ask whether a single line of several class names is meant so; where nobody can answer, reading it logs a warning.
+
+    Raises:
+        VocabularyError: It is not.
+    """
+    from proxydet.errors import JobInterruptedError, VocabularyError
+    from proxydet.vocabulary.names import LIST_SUFFIXES, single_line_split
+
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return
+    if path.suffix and not path.name.lower().endswith(LIST_SUFFIXES):
+        return
+    if report := single_line_split(path):
+        try:
+            agreed = typer.confirm(f"{report}\nContinue?", default=True, err=True)
+        except typer.Abort:  # Ctrl-C or Ctrl-D in place of an answer
+            raise JobInterruptedError("Stopped.") from None
+        if not agreed:
+            raise VocabularyError(
+                f"{path} holds several names on a single line",
+                hint="write one name on each line; a line that is one name goes in double quotes",
+                path=path,
+            )
 
 
 def _means_file(classes: str) -> bool:

@@ -37,6 +37,7 @@ _NEXT_NAME = re.compile(
     r'(?P<name>(?=(?P<blanks>\s*))(?P=blanks)(?:"(?P<quoted>(?:[^"]|"")*)"|(?P<plain>[^",\s][^,]*|))\s*)(?:,|$)'
 )
 _DOT = re.compile(r"(?<=\s)\.(?=\s|$)|\.\s|\.$")
+_STRUCTURED = (".json", ".gz", ".yaml", ".yml")
 _LIST_ITEM = re.compile(r"\s*(?:- |\d+\s*: )")
 
 
@@ -66,6 +67,14 @@ def split_names(text: str, where: str = "the class names") -> list[str]:
     Raises:
         VocabularyError: A name is empty or too long, or a quote is not closed.
     """
+    names, separators = _split(text)
+    if separators != "commas":
+        _report_split(_split_text(names, separators, where))
+    return names
+
+
+def _split(text: str) -> tuple[list[str], str]:
+    """Return the names on a line, and what separates them: ``commas``, ``semicolons``, ``dots``; empty of one name."""
     if "\n" in text or "\r" in text:
         raise VocabularyError("class names given as text must be on one line", hint="use a file")
     if not text.strip():
@@ -80,37 +89,64 @@ def split_names(text: str, where: str = "the class names") -> list[str]:
                 hint='put a name that holds commas in double quotes: cup, "knife, fork"',
             )
         quoted, plain = match["quoted"], match["plain"]
-        if quoted is None and plain.strip() == text.strip():
-            return _split_otherwise(plain, where)
+        if quoted is None and plain.strip() == text.strip():  # no comma
+            parts, separators = [text], ""
+            if ";" in text:
+                parts, separators = text.split(";"), "semicolons"
+            elif re.search(r"\s\.(\s|$)", text) or (text.endswith(".") and ". " in text):
+                parts, separators = _DOT.split(text), "dots"
+            names = [part for part in parts if part.strip()]
+            names = [_named(name, f"class name {i} (counted from 0)") for i, name in enumerate(names)]
+            return names, separators if len(parts) > 1 and names else ""
         name = plain if quoted is None else quoted.replace('""', '"')
         names.append(_named(name, f"class name {len(names)} (counted from 0)"))
         # One past the comma, or past the end of the text.
         position = match.end("name") + 1
-    return names
+    return names, "commas" if len(names) > 1 else ""
 
 
-def _split_otherwise(text: str, where: str) -> list[str]:
-    """Split text without commas at semicolons, or at dots where these separate names."""
-    parts = [text]
-    if ";" in text:
-        parts = text.split(";")
-    elif re.search(r"\s\.(\s|$)", text) or (text.endswith(".") and ". " in text):
-        parts = _DOT.split(text)
-    names = [part.strip() for part in parts if part.strip()]
-    if len(parts) > 1 and names:
-        _tell_split(names, "semicolons" if ";" in text else "dots", where)
-    return [_named(name, f"class name {i} (counted from 0)") for i, name in enumerate(names)]
-
-
-def _tell_split(names: Sequence[str], separators: str, where: str) -> None:
-    logger.warning(
-        "%s: read as %s, separated by %s: %s (one name that holds %s goes in double quotes)",
-        where,
-        counted(len(names), "name"),
-        separators,
-        quote_names(names),
-        separators,
+def _split_text(names: Sequence[str], separators: str, where: str) -> str:
+    if not separators:
+        return ""
+    return (
+        f"{where}: read as {counted(len(names), 'name')}, separated by {separators}: {quote_names(names)} (one name that "
+        f"holds {separators} goes in double quotes)"
     )
+
+
+_CONFIRMED: set[str] = set()
+"""Reports that `single_line_split` gave to be agreed to; they are not logged again."""
+
+
+def _report_split(report: str) -> None:
+    if report and report not in _CONFIRMED:
+        logger.warning("%s", report)
+
+
+def single_line_split(path: Path) -> str:
+    """Return how `read_names` splits a file of a single line, for a user to agree to; empty where it does not.
+
+    Args:
+        path: The file; what cannot be read gives nothing here.
+    """
+    try:
+        text = "" if path.suffix.lower() in _STRUCTURED else read_text(path, limit=_LARGEST_FILE)
+    except (OSError, ValueError):
+        text = ""
+    line = _single_line(text)
+    report = _split_text(*_split(line), str(path)) if line else ""
+    _CONFIRMED.add(report)
+    return report
+
+
+def _single_line(text: str) -> str:
+    """Return the line of a text that holds names on a single line, comments apart; empty for any other text."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith("#")]
+    if len(lines) != 1 or "|" in lines[0] or _LIST_ITEM.match(lines[0]):
+        return ""
+    listed = lines[0][0] in "[{" and lines[0][-1] in "]}"
+    return "" if listed or lines[0].startswith("<") else lines[0]
 
 
 def read_names(path: Path) -> tuple[ClassWords, ...]:
@@ -188,6 +224,10 @@ def _from_text(text: str, path: Path) -> list[tuple[str, ClassWords]]:
             hint="put one class on each line",
             path=path,
         )
+    if line := _single_line(text):
+        names, separators = _split(line)
+        _report_split(_split_text(names, separators, str(path)))
+        return [(f"name {i}", ClassWords(name)) for i, name in enumerate(names, start=1)]
     lines = [
         (f"line {number}", line.strip())
         for number, line in enumerate(text.splitlines(), start=1)
@@ -201,11 +241,6 @@ def _from_text(text: str, path: Path) -> list[tuple[str, ClassWords]]:
     if len(lines) > 1 and all(line.endswith(",") for _, line in lines[:-1]):
         joined = " ".join(line for _, line in lines)
         return _from_value(_parsed_yaml(f"[{joined}]", path), path)
-    if len(lines) == 1 and "|" not in lines[0][1]:
-        names = split_names(lines[0][1], str(path))
-        if len(names) > 1 and "," in lines[0][1]:
-            _tell_split(names, "commas", str(path))
-        return [(f"name {i}", ClassWords(name)) for i, name in enumerate(names, start=1)]
     with_commas = sum("," in line and not (line[0] == line[-1] == '"') for _, line in lines)
     if with_commas:
         logger.warning(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from proxydet_cli.options import Json, command_app, examples
+from proxydet_cli.options import Json, command_app, confirm_names, examples
 
 if TYPE_CHECKING:
     from proxydet.vocabulary.comparison import VocabularyReport
@@ -81,6 +81,7 @@ def build(
             f"the vocabulary's file {output} must end in {' or '.join(SAVED_SUFFIXES)}",
             hint=f"write to {output.with_suffix('.npz')}",
         )
+    confirm_names(names)
     classes = read_names(names)
     opened = open_encoder(encoder, model=model, progress=show_progress())
     made = build_vocabulary(classes, opened, prompts=prompts)

@@ -372,12 +372,13 @@ class _Checker:
 
     def _trainable(self, store: AnnotationStore, base_K: npt.NDArray[np.bool_], part: str) -> None:
         if not store.trainable(base_K).any():
+            novel = "" if base_K.all() else "novel classes, "
             text = (
-                f"none of the {store.report.annotations_kept} annotations can be trained on: crowds, novel classes, and "
-                "boxes without extent or outside their image are left out"
+                f"none of the {store.report.annotations_kept} annotations can be trained on: {novel}crowds and boxes "
+                "without extent or outside their image are left out"
             )
-            advice = "correct the boxes, or name fewer novel classes: proxydet data stats"
-            self.add(part, "error", text, advice)
+            fewer = ", or name fewer novel classes: proxydet data stats" if novel else ""
+            self.add(part, "error", text, f"correct the boxes{fewer}")
 
     def _labels(self, spec: ImageLabelSpec, vocabulary: Vocabulary, store: AnnotationStore) -> None:
         part = "image_labels"

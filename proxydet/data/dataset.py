@@ -261,13 +261,17 @@ class DatasetConfig:
         """
         found: SplitSpec | None = getattr(self, name) if name in PARTS else None
         if found is None:
+            there = " or ".join(part for part in PARTS if getattr(self, part) is not None)
             why = f"the data set {self.name!r} has no [{name}] table"
-            hint = f"add [{name}] with annotations and images to its dataset config"
+            hint = (
+                f"choose {there}, or add [{name}] with annotations and images to its dataset config"
+            )
             if name not in PARTS:
-                why, hint = (
-                    f"there is no split {name!r}",
-                    "a dataset config has train, val and test",
-                )
+                why = f"there is no split {name!r}"
+                hint = "a dataset config has train, val and test"
+            elif self.vocabulary is None:
+                why = f"the annotations {self.name!r} have no part {name}"
+                hint = f"choose {there}, or name the annotations of {name} themselves"
             raise DataError(why, hint=hint)
         return found
 

@@ -17,7 +17,6 @@ from PIL import Image
 
 from proxydet.data.config import DataConfig
 from proxydet.data.dataset import (
-    PARTS,
     ClassTable,
     Dataset,
     class_rows,
@@ -81,13 +80,6 @@ def preview_pictures(data: Dataset, request: PreviewRequest) -> list[CaptionedIm
     """
     if request.augmented:
         return _augmented(data, request)
-    description = data.config
-    other = next((part for part in PARTS if getattr(description, part) is not None), None)
-    if getattr(description, request.split) is None and other is not None:
-        raise DataError(
-            f"the data set {description.name!r} has no [{request.split}] table",
-            hint=f"preview another part: --split {other}",
-        )
     vocabulary, store = data.classes, data.store(request.split)
     candidates = np.arange(len(store))
     name = None if request.class_name is None else request.class_name.strip()
@@ -104,12 +96,12 @@ def preview_pictures(data: Dataset, request: PreviewRequest) -> list[CaptionedIm
         of_class = "" if name is None else f" with {name!r} on it"
         raise DataError(
             f"there is no image{of_class} in {request.split} of this data set",
-            hint=f"see the other part with --split {other}",
+            hint="proxydet data stats --classes counts the images of each class in each part",
         )
     rows = np.random.default_rng(request.seed).permutation(candidates)[: request.count]
     pictures = []
     # As training and evaluation do: the latter takes the orientation that fits.
-    roots, exact = description.split(request.split).roots, request.split == "train" or None
+    roots, exact = data.config.split(request.split).roots, request.split == "train" or None
     with data.progress.task("drawing", total=len(rows), unit="images") as task:
         for row in rows:
             record = store.record(int(row))

@@ -134,7 +134,7 @@ def digest(source: AnnotationSource, memory: Path) -> str:
     elif found == "YOLO":
         files, images = yolo.files(source.path, source.images, source.part)
     if len(files) == 1 and not images:
-        hint = "check the path; paths in a dataset config are relative to its folder"
+        hint = "check the path (in a dataset config it is relative to the config's folder)"
         whole = remembered_sha256(files[0], memory, hint=hint, error=DataError)
     else:
         try:
@@ -147,6 +147,8 @@ def digest(source: AnnotationSource, memory: Path) -> str:
             ) from error
         listed += f"\nimages {stamp(images)}" if images else ""
         whole = hashlib.sha256(listed.encode("utf-8", "surrogateescape")).hexdigest()
+    if found == "Pascal VOC" and voc.first_pixel(source.path) == 0:  # which other files decide
+        whole = hashlib.sha256(f"{whole} from 0".encode()).hexdigest()
     if source.part is None and source.share is None:
         return whole
     return hashlib.sha256(

@@ -96,7 +96,9 @@ def _split(text: str) -> tuple[list[str], str]:
             elif re.search(r"\s\.(\s|$)", text) or (text.endswith(".") and ". " in text):
                 parts, separators = _DOT.split(text), "dots"
             names = [part for part in parts if part.strip()]
-            names = [_named(name, f"class name {i} (counted from 0)") for i, name in enumerate(names)]
+            names = [
+                _named(name, f"class name {i} (counted from 0)") for i, name in enumerate(names)
+            ]
             return names, separators if len(parts) > 1 and names else ""
         name = plain if quoted is None else quoted.replace('""', '"')
         names.append(_named(name, f"class name {len(names)} (counted from 0)"))

@@ -203,22 +203,25 @@ def everywhere(edit: Callable[[dict[str, Any]], Any]) -> st.SearchStrategy[Edit]
     return st.just(lambda content: edit(content))
 
 
+def records(content: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+    return [row for row in content[kind] if isinstance(row, dict)]
+
+
 def text_ids(content: dict[str, Any]) -> None:
-    for row in content["images"]:
-        row["id"] = f"i{row['id']}"
-    for row in content["annotations"]:
-        row["image_id"] = f"i{row['image_id']}"
+    for kind, field in (("images", "id"), ("annotations", "image_id")):
+        for row in records(content, kind):
+            row[field] = f"i{row.get(field)}"
 
 
 def crowds(content: dict[str, Any]) -> None:
-    for row in content["annotations"]:
+    for row in records(content, "annotations"):
         row["iscrowd"] = 1
 
 
 def federated(content: dict[str, Any]) -> None:
-    for row in content["images"]:
+    for row in records(content, "images"):
         row["neg_category_ids"] = []
-    for row in content["categories"]:
+    for row in records(content, "categories"):
         row["frequency"] = "f"
 
 
@@ -337,18 +340,18 @@ def detection(content: dict[str, Any]) -> dict[str, Any]:
             "score": 0.9,
         }
 
-    def sound_id(records: list[Any], **fields: Any) -> Any:
-        for record in records:
+    def sound_id(kind: str, **fields: Any) -> Any:
+        for record in records(content, kind):
             found = record.get("id")
             whole = isinstance(found, (int, str)) and not isinstance(found, bool) and found != ""
             if whole and all(record.get(key) == value for key, value in fields.items()):
                 return found
         return 1
 
-    image = sound_id(content["images"], width=WIDTH, height=HEIGHT)
-    found = {"image_id": image, "category_id": sound_id(content["categories"])}
+    image = sound_id("images", width=WIDTH, height=HEIGHT)
+    found = {"image_id": image, "category_id": sound_id("categories")}
     found |= {"bbox": [1, 1, 5, 5], "score": 0.9}
-    if any(isinstance(row, dict) and "segmentation" in row for row in content["annotations"]):
+    if any("segmentation" in row for row in records(content, "annotations")):
         found["segmentation"] = {"size": [HEIGHT, WIDTH], "counts": [40, 9, HEIGHT * WIDTH - 49]}
     return found
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import sys
 import xml.etree.ElementTree as ElementTree
 from bisect import bisect_left
@@ -36,6 +37,7 @@ _LARGEST_LIST = 32 << 20
 _MOST_LISTED = 1_000_000
 _CHUNK = 16384
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
+_LOW_CORNER = re.compile(rb"<[xy]min>\s*([-+.\dEe]+)\s*<")
 _HINT = "Pascal VOC has one XML file an image in Annotations/, with size and object/bndbox"
 
 
@@ -106,12 +108,28 @@ def files(source: Path) -> list[Path]:
     return [folder / f"{name}.xml" for name in names]
 
 
+def first_pixel(source: Path) -> int:
+    """Return from what number corners are counted: 0 where a corner of any XML file in the folder is less than 1, else 1.
+
+    The lists of a dataset would not agree if each went by its own files. Errors as of `files`.
+    """
+    for path in files(source)[0].parent.glob("*.xml"):
+        try:
+            text = b"" if path.stat().st_size > _LARGEST_FILE else path.read_bytes()
+        except OSError:
+            continue  # refused by name where it is one of the list
+        for number in _LOW_CORNER.findall(text):
+            if (corner := _number(number.decode())) is not None and corner < 1:
+                return 0
+    return 1
+
+
 def read(source: Path) -> Document:
     """Read Pascal VOC annotations.
 
     Corners are pixel numbers from 1, both inclusive, as the format says: a box from 1 to W covers the image. Where a
-    corner of the data set is 0, its writer counted from 0, and all corners are taken as they are. ``difficult`` objects
-    are marked to be ignored in scoring.
+    corner of any file in the folder is 0, its writer counted from 0, and all corners are taken as they are. ``difficult``
+    objects are marked to be ignored in scoring.
 
     Raises:
         DataError: a file is not such XML.
@@ -140,7 +158,7 @@ def read(source: Path) -> Document:
             objects.append((path.stem, sys.intern(label), box, difficult == "1"))
     names = sorted({label for _, label, _, _ in objects if label})
     number = {name: index for index, name in enumerate(names, 1)}
-    first = 0 if any(box and min(box[:2]) < 1 for _, _, box, _ in objects) else 1
+    first = first_pixel(source)
 
     def called(index: Identifier) -> str:
         place = bisect_left(starts, int(index)) - 1
@@ -165,7 +183,7 @@ def read(source: Path) -> Document:
 
     ids = range(1, len(objects) + 1)
     return Document(
-        format="Pascal VOC",
+        format=f"Pascal VOC, pixels from {first}",
         categories=[CategoryEntry(id=index, name=name) for name, index in number.items()],
         images=images,
         annotations=([*map(entry, ids[s : s + _CHUNK])] for s in range(0, len(ids), _CHUNK)),

@@ -49,6 +49,19 @@ def test_images_of_one_class(small_set: Path) -> None:
         preview_pictures(described(small_set), PreviewRequest(split="val", class_name="bird"))
 
 
+def test_a_part_that_is_not_there_is_named_with_what_to_do(small_set: Path) -> None:
+    """Of annotations alone the hint does not speak of a dataset config."""
+    alone = Dataset(config=DatasetConfig.open(small_set.parent / "train.json"))
+    with pytest.raises(DataError, match="'train' .* val") as caught:
+        preview_pictures(alone, PreviewRequest(split="val"))
+    assert "dataset config" not in (caught.value.hint or "")
+    text = small_set.read_text()
+    small_set.write_text(text[: text.index("[val]")])
+    with pytest.raises(DataError, match=r"\[val\]") as caught:
+        preview_pictures(described(small_set), PreviewRequest(split="val"))
+    assert "train" in (caught.value.hint or "")
+
+
 def test_masks_are_filled_polygons_and_run_lengths(small_set: Path) -> None:
     from proxydet.data.preview import annotated_objects
 

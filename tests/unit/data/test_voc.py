@@ -59,6 +59,17 @@ def test_a_corner_of_zero_means_that_all_count_from_zero(voc: Path, tmp_path: Pa
     assert store.record(1).boxes_A4.tolist() == [[2, 3, 10, 12]]
 
 
+def test_lists_of_a_folder_count_from_the_same_pixel(voc: Path, tmp_path: Path) -> None:
+    """A corner of 0 in a file of another list decides, also where a store was made before."""
+    train, cache = voc / "ImageSets" / "Main" / "train.txt", tmp_path / "c"
+    assert AnnotationStore.open(train, cache=cache).record(0).boxes_A4.tolist() == [[1, 2, 10, 12]]
+    (voc / "Annotations" / "d.xml").write_text("<annotation><object><bndbox><xmin> 0 </xmin>")
+    for source in (train, voc / "Annotations" / "b.xml"):
+        store = AnnotationStore.open(source, cache=cache)
+        assert store.record(0).boxes_A4.tolist() == [[2, 3, 10, 12]]
+        assert "from 0" in store.format
+
+
 def test_a_list_chooses_images_and_a_changed_file_makes_another_store(
     voc: Path, tmp_path: Path
 ) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -181,6 +183,60 @@ def test_several_names_on_a_single_line_are_split_and_that_is_reported(
     caplog.clear()
     assert split_names(line) == names
     assert len(caplog.records) == (separator in ("semicolons", "dots"))
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("command", ["vocab build", "predict", "serve"])
+@pytest.mark.parametrize(
+    ("text", "answer", "asked"),
+    [
+        ("red circle, blue star\n", "n\n", True),
+        ("# two\na . b .\n", "n\n", True),
+        ("red circle, blue star\n", "", True),  # Ctrl-D
+        ('"red circle, blue star"\n', "n\n", False),
+        ("red circle\nblue star\n", "n\n", False),
+        ("[red circle, blue star]\n", "n\n", False),
+    ],
+)
+def test_on_a_terminal_a_single_line_is_asked_about(
+    tmp_path, monkeypatch, cli, command, text, answer, asked
+):
+    names = tmp_path / "names.txt"
+    names.write_text(text)
+    (tmp_path / "a.jpg").touch()
+    absent = tmp_path / "absent.json"
+    words = {
+        "vocab build": ["vocab", "build", names, "-o", tmp_path / "x.vocab", "--encoder", absent],
+        "predict": ["predict", tmp_path / "a.jpg", "-v", names, "--run", absent],
+        "serve": ["serve", "--vocabulary", names, "--run", absent],
+    }[command]
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdin", Terminal(answer))
+    monkeypatch.setattr(sys, "stderr", terminal)
+    ended = cli(*words)
+    shown = terminal.getvalue()
+    assert ended.code != 0
+    assert ("Continue?" in shown) == asked
+    # Where nothing is asked, the command proceeds to what is not there.
+    assert ("absent.json" in shown) != asked
+    assert ("several names" in shown) == (asked and answer == "n\n")
+
+
+def test_what_was_agreed_to_is_not_reported_again(tmp_path, monkeypatch, cli, caplog):
+    names = tmp_path / "names.txt"
+    names.write_text("red circle, blue star\n")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdin", Terminal("\n"))
+    monkeypatch.setattr(sys, "stderr", terminal)
+    cli("vocab", "build", names, "-o", tmp_path / "x.vocab", "--encoder", tmp_path / "absent.json")
+    assert "read as 2 names, separated by commas" in terminal.getvalue()
+    assert "absent.json" in terminal.getvalue()
+    assert [entry.name for entry in read_names(names)] == ["red circle", "blue star"]
+    assert not caplog.records
 
 
 def test_lines_that_hold_commas_are_reported(tmp_path, caplog):

@@ -139,7 +139,9 @@ def write_preview(
         contact_sheet([picture.image for picture in pictures]).save(path)
         return path
     stats = dataset_stats(data)
-    return write_report(_page(stats, pictures, request, named or Path("DATASET.toml")), path)
+    trainable = data.config.vocabulary is not None
+    named = named or Path("DATASET.toml")
+    return write_report(_page(stats, pictures, request, named, trainable=trainable), path)
 
 
 def annotated_objects(
@@ -208,8 +210,14 @@ def _augmented(data: Dataset, request: PreviewRequest) -> list[CaptionedImage]:
 
 
 def _page(
-    stats: DatasetStats, pictures: list[CaptionedImage], request: PreviewRequest, named: Path
+    stats: DatasetStats,
+    pictures: list[CaptionedImage],
+    request: PreviewRequest,
+    named: Path,
+    *,
+    trainable: bool,
 ) -> Report:
+    """Return the page; ``trainable``: whether the data set has text embeddings, which train and eval need."""
     kind = "as training sees them" if request.augmented else "as annotated"
     rows: list[list[str | int]] = []
     tails = []
@@ -231,9 +239,9 @@ def _page(
         "evaluate a run on it": f"proxydet eval --run runs/RUN --data {file}",
     }
     present = {part.part for part in stats.parts}
-    if "train" not in present:
+    if "train" not in present or not trainable:
         del commands["train on this data set"]
-    if "val" not in present:
+    if "val" not in present or not trainable:
         del commands["evaluate a run on it"]
     head = ("part", "images", "annotations", "base classes", "novel classes", "without annotations")
     tail = "Images of each class, most frequent first; a class without any has no mark."

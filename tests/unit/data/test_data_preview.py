@@ -118,6 +118,16 @@ def test_what_training_sees_is_not_chosen(choice) -> None:
         PreviewRequest(augmented=True, **choice)
 
 
+def test_the_page_of_annotations_alone_names_no_command_that_needs_embeddings(small_set, tmp_path):
+    file = small_set.parent / "train.json"
+    roots = [small_set.parent / "train"]
+    data = Dataset(config=DatasetConfig.open(file, roots))
+    page = write_preview(data, tmp_path / "p.html", PreviewRequest(count=2), named=file).read_text()
+    assert "proxydet data check" in page
+    assert "proxydet train" not in page
+    assert "proxydet eval" not in page
+
+
 def test_the_page_goes_on_with_the_description_itself(small_set: Path, tmp_path: Path) -> None:
     folder = small_set.parent
     named = folder / "my set.toml"

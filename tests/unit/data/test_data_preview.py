@@ -52,7 +52,7 @@ def test_images_of_one_class(small_set: Path) -> None:
 def test_a_part_that_is_not_there_is_named_with_what_to_do(small_set: Path) -> None:
     """Of annotations alone the hint does not speak of a dataset config."""
     alone = Dataset(config=DatasetConfig.open(small_set.parent / "train.json"))
-    with pytest.raises(DataError, match="'train' .* val") as caught:
+    with pytest.raises(DataError, match=r"'train' .* val") as caught:
         preview_pictures(alone, PreviewRequest(split="val"))
     assert "dataset config" not in (caught.value.hint or "")
     text = small_set.read_text()

@@ -63,7 +63,7 @@ _ROWS: dict[str, tuple[str, str, str, Fate, str]] = {
     "category.frequency": ("category", "frequency", "missing, while other categories have it", "mended", "taken from image_count, by LVIS's limits (r: 1-10, c: 11-100, f: more)"),
     "category.field": ("category", "frequency, synset, image_count, ...", "of another type", "mended", "read as missing"),
     # Images.
-    "image.record": ("image", "images", "not an object, or longer than 32 MB", "dropped", ""),
+    "image.record": ("image", "record", "not an object, or longer than 32 MB", "dropped", ""),
     "image.id": ("image", "id", "missing, or neither a whole number of 64 bits nor a text", "dropped", ""),
     "image.id.mixed": ("image", "id", "a number in some images, a text in others", "refused", "write all image ids as numbers"),
     "image.id.again": ("image", "id", "two entries for one image, equal in name and size", "dropped", "the first is used"),
@@ -78,7 +78,7 @@ _ROWS: dict[str, tuple[str, str, str, Fate, str]] = {
     "image.list": ("image", "neg_category_ids, ...", "names a category that the file does not have", "mended", "that entry is left out"),
     "image.list.type": ("image", "neg_category_ids, ...", "not a list of category ids", "mended", "read as missing"),
     # Annotations.
-    "annotation.record": ("annotation", "annotations", "not an object, or longer than 32 MB", "dropped", ""),
+    "annotation.record": ("annotation", "record", "not an object, or longer than 32 MB", "dropped", ""),
     "annotation.id": ("annotation", "id", "missing, repeated, or not a whole number of 64 bits", "mended", "a new id"),
     "annotation.image_id": ("annotation", "image_id", "missing, or neither a whole number nor a text", "dropped", ""),
     "annotation.image_id.type": ("annotation", "image_id", "a text where the image's id is a number, or the reverse", "refused", "write image_id as images[].id is written"),
@@ -109,13 +109,13 @@ _ROWS: dict[str, tuple[str, str, str, Fate, str]] = {
     "polygon.numbers": ("polygon", "segmentation", "coordinates that are not finite numbers", "mended", "the polygon is left out"),
     "polygon.far": ("polygon", "segmentation", "a coordinate beyond 100,000 pixels, or an outline longer than 1,000,000", "mended", "the polygon is left out"),
     # Detections of results files; ids, boxes and masks are read as those of annotations.
-    "detection.record": ("detection", "the list", "not an object, or longer than 32 MB", "dropped", ""),
+    "detection.record": ("detection", "record", "not an object, or longer than 32 MB", "dropped", ""),
     "detection.image_id.dropped": ("detection", "image_id", "names an image that was dropped from the annotations", "dropped", ""),
     "detection.score": ("detection", "score", "missing, or not a finite number", "dropped", ""),
     "detection.image_id.unknown": ("detection", "image_id", "names an image that the data set does not have", "refused", "give the results' own annotation file with --data"),
     "detection.category_id.unknown": ("detection", "category_id", "names a category that the data set does not have", "refused", "category_id is the id of the annotation file, not a row number"),
     "detection.bbox.outside": ("detection", "bbox", "reaches out of the image by more than a pixel", "refused", "boxes are x, y, width, height in pixels of the original image; clip them, or accept them as they are with --allow-outside"),
-    "detection.none": ("detection", "the list", "no detection is left to score", "refused", "each needs image_id, category_id, score, and bbox or segmentation"),
+    "detection.none": ("file", "detections", "no detection is left to score", "refused", "each needs image_id, category_id, score, and bbox or segmentation"),
 }  # fmt: skip
 DEVIATIONS = {key: Deviation(*row) for key, row in _ROWS.items()}
 """Every deviation, by its key."""

@@ -172,6 +172,11 @@ def read_results(
     if not report.annotations_in:
         _LOG.warning("%s: it holds no detection, so that every object counts as missed", name)
     elif not len(results):
+        if key == "annotations" and report.counts.keys() == {"detection.score"}:
+            raise text.error(
+                "it looks like an annotation file, no entry has a score",
+                "an annotation file goes with --data",
+            )
         raise refused("detection.none", path, name, lines)
     if reading.masks_given and not reading.masks_read:
         raise refused("file.masks", path, name, lines)
@@ -236,7 +241,7 @@ def _named(text: JsonText, lists: _Object, key: str, name: str) -> list[_Named]:
     def loosely(fields: dict[str, Any], which: str) -> _Named | Flaw:
         own_id = identifier(fields.get("id"))
         if own_id is None:
-            return Flaw(f"{of}.record", which)
+            return Flaw("image.id" if of == "image" else "category.record", which)
         texts = {k: v for k in ("file_name", "name") if isinstance(v := fields.get(k), str)}
         return _Named(own_id, **texts)
 

@@ -198,7 +198,7 @@ class JsonText:
         self._kind = kind
         self._hint = hint
         self._report = report
-        text = memoryview(source if isinstance(source, bytes) else _opened(source))
+        text = memoryview(source if isinstance(source, bytes) else _opened(source, kind))
         self._map = text.obj
         self._text = text[len(_BOM) :] if text[: len(_BOM)] == _BOM else text
 
@@ -449,7 +449,7 @@ def no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _opened(path: Path) -> mmap.mmap:
+def _opened(path: Path, wanted: str) -> mmap.mmap:
     try:
         with path.open("rb") as file:
             head = file.read(PLACEHOLDER_BYTES)
@@ -457,7 +457,7 @@ def _opened(path: Path) -> mmap.mmap:
             if kind := next((kind for mark, kind in _OTHER_KINDS if head.startswith(mark)), ""):
                 raise DataError(
                     f"{path} is {kind}, not JSON",
-                    hint="name the annotation file (of detections: the results file); unpack an archive first",
+                    hint=f"name {wanted}; unpack an archive first",
                     path=path,
                 )
             if not head.startswith(_GZIP):

@@ -441,6 +441,10 @@ def test_a_truncated_gzip_file(files):
         ('{"a":' * 100_000, "nested too deeply"),
         ('[{"image_id": 1, "category_id": 2, "score": 1, "x":' + "[" * 100_000, "nested too dee"),
         ('[{"image_id": 1}]', "no detection is left.*category_id"),
+        (
+            '{"images": [], "categories": [], "annotations": [{"image_id": 1, "category_id": 2, "bbox": [1, 1, 2, 2]}]}',
+            "annotation file",
+        ),
         ('[{"image_id": 1, "category_id": 2, "score": "high"}]', "no detection is left.*score"),
     ],
 )

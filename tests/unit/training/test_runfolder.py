@@ -521,6 +521,15 @@ class TestLock:
         assert [name for name in kept if "rank_" not in name] == list(there)
         assert root.exists() == bool(there)
 
+    def test_a_process_that_torchrun_starts_again_keeps_its_logs(self, folder, monkeypatch):
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": "1"}.items():  # fmt: skip
+            monkeypatch.setenv(name, value)
+        folder.logs.mkdir()
+        (folder.logs / "rank_1.log").touch()
+        words = ["--recipe", "tiny", "--device", "cpu", "--output", str(folder.root)]
+        assert main(["train", *words, "--overwrite"]) == ConfigError.exit_code
+        assert (folder.logs / "rank_1.log").exists()
+
     def test_logs_of_a_run_that_is_overwritten_go_before_new_ones_are_opened(self, folder):
         folder.logs.mkdir()
         (folder.logs / "rank_0.log").write_text("of before")

@@ -462,16 +462,22 @@ class TestLocks:
             lock.release()
         assert "at most 1 s" in caplog.text
 
-    def test_one_who_was_suspended_learns_that_it_lost_the_lock(self, tmp_path):
+    @pytest.mark.parametrize("taken", [True, False], ids=["by another", "and released since"])
+    def test_one_who_was_suspended_learns_that_it_lost_the_lock(self, tmp_path, taken):
         lock = Lock(tmp_path / "run.lock", stale_after_s=0.4)
         lock.acquire()
-        write_bytes(lock.path, b"another's")
-        deadline = time.monotonic() + 5
+        if taken:
+            write_bytes(lock.path, b"another's")
+            (tmp_path / "run.lock.owner").write_text('{"host": "far", "pid": 1}')
+        else:
+            lock.path.unlink()
+        deadline = time.monotonic() + 60
         while not lock.lost and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert lock.lost
+        with pytest.raises(LockedError):
+            lock.check()
         lock.release()
-        assert lock.path.read_bytes() == b"another's"
+        assert len(list(tmp_path.iterdir())) == 2 * taken, "the other one's, and nothing else"
 
     def test_a_child_that_ends_leaves_the_lock(self, tmp_path):
         with Lock(tmp_path / "run.lock") as lock:

@@ -34,8 +34,7 @@ from PIL import Image
 
 from proxydet.data.images import read_image
 from proxydet.detector import Detector
-from proxydet.export.exporter import compare, export_detector
-from proxydet.export.formats import TorchProgram
+from proxydet.export.exporter import TorchProgram, compare, export_detector
 from proxydet.export.graph import ExportPooler
 from proxydet.export.runtime import OnnxDetector
 from proxydet.modeling.config import CascadeConfig

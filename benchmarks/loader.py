@@ -29,9 +29,8 @@ from torch.nn import functional
 from proxydet.data.batches import make_instances
 from proxydet.data.config import DataConfig
 from proxydet.data.dataset import Dataset, DatasetConfig
-from proxydet.data.images import find_image, read_image
+from proxydet.data.images import View, find_image, read_image, training_view
 from proxydet.data.loader import TrainingLoader, TrainingSources
-from proxydet.data.transforms import View, training_view
 
 Pixels = Any
 

@@ -31,6 +31,7 @@ import yaml
 
 from proxydet.errors import ConfigError
 from proxydet.files import read_text
+from proxydet.wording import nearest
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -205,9 +206,9 @@ def _unknown_key_error(cls: type, key: str, where: str, root: type | None = None
         leaves = [path for path, _ in key_paths(root)]
         close = [path for path in leaves if path.rsplit(".", 1)[-1] == key][:3]
         close = close or difflib.get_close_matches(_join(where, key), leaves, n=2)
-    nearest = f" Did you mean {' or '.join(close)}?" if close else ""
+    meant = f" Did you mean {' or '.join(close)}?" if close else ""
     return ConfigError(
-        f"{_join(where, key[:80])} is not a configuration key.{nearest}",
+        f"{_join(where, key[:80])} is not a configuration key.{meant}",
         hint=f"Keys of {where or 'the configuration'}: {', '.join(known)}.",
     )
 
@@ -233,10 +234,9 @@ def _coerce(annotation: Any, value: Any, where: str) -> Any:
         choices = get_args(annotation)
         if any(value == choice and type(value) is type(choice) for choice in choices):
             return value
-        close = difflib.get_close_matches(str(value)[:80], [str(choice) for choice in choices], n=1)
-        nearest = f" Did you mean {close[0]!r}?" if close else ""
+        meant = nearest(str(value)[:80], [str(choice) for choice in choices])
         raise ConfigError(
-            f"{where} must be {type_name(annotation)}; it is {_shown.repr(value)}.{nearest}"
+            f"{where} must be {type_name(annotation)}; it is {_shown.repr(value)}.{meant}"
         )
     if origin is tuple:
         members = get_args(annotation)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
+    from proxydet.inference.video import Frame
     from proxydet.modeling.postprocess import MaskWindow, Prediction
     from proxydet.visualization.drawing import DrawingStyle
 
@@ -278,6 +279,34 @@ class Detections:
                 "these detections have no masks",
                 hint="a detector that has a mask head predicts them: detector.with_settings(masks=True)",
             )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FrameResult:
+    """The detections of one frame.
+
+    Attributes:
+        frame: The frame: its number, time and pixels.
+        found: Its detections.
+    """
+
+    frame: Frame
+    found: Detections
+
+    @property
+    def index(self) -> int:
+        """The frame's number in the video, from 0."""
+        return self.frame.index
+
+    @property
+    def seconds(self) -> float:
+        """The frame's time, counted from the first frame."""
+        return self.frame.seconds
+
+    def to_dict(self, video: str) -> dict[str, Any]:
+        """Return plain Python values, ready for JSON, with the video's name."""
+        place = {"file": video, "frame": self.index, "seconds": round(self.seconds, 6)}
+        return {**place, **self.found.to_dict()}
 
 
 def _as_tuple(box_4: Floats) -> tuple[float, float, float, float]:

@@ -10,7 +10,8 @@ import dataclasses
 import logging
 import re
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -22,17 +23,17 @@ from PIL import Image
 from proxydet.config import load_mapping, merge
 from proxydet.data.config import DataConfig
 from proxydet.data.dataset import DatasetConfig
-from proxydet.data.images import ChannelOrder, ImageInput, Pixels, as_pixels
-from proxydet.data.transforms import shortest_side
-from proxydet.detections import Detections
+from proxydet.data.images import ChannelOrder, ImageInput, Pixels, as_pixels, shortest_side
+from proxydet.detections import Detections, FrameResult
 from proxydet.errors import (
     CheckpointError,
     ConfigError,
+    DataError,
     InputError,
     RuntimeEnvironmentError,
 )
 from proxydet.modeling.config import TTA_SCALES, InferenceConfig, ModelConfig
-from proxydet.modeling.network import ProxyDetNetwork, View
+from proxydet.modeling.network import ImageView, ProxyDetNetwork
 from proxydet.modeling.postprocess import Prediction, to_host
 from proxydet.modeling.weights import load_weights
 from proxydet.models import (
@@ -54,7 +55,7 @@ from proxydet.vocabulary.vocabulary import TextEncoder, Vocabulary
 
 if TYPE_CHECKING:
     from proxydet.inference.sources import VideoSource
-    from proxydet.inference.video import FrameResult
+    from proxydet.inference.video import Frame, VideoReader
 
 logger = logging.getLogger(__name__)
 
@@ -326,7 +327,7 @@ class Detector:
             MissingDependencyError: PyAV is not installed.
             DataError: The video cannot be opened; from the iterator, after the frames before: it is damaged there.
         """
-        from proxydet.inference.video import VideoReader, predict_frames
+        from proxydet.inference.video import VideoReader
 
         classes = self.resolve(vocabulary)
         settings = self.settings(
@@ -335,7 +336,65 @@ class Detector:
             agnostic_nms=one_label,
         )
         reader = VideoReader(source, every=every)
-        return predict_frames(self, reader, classes, settings, batch_size=batch_size)
+        return self.predict_frames(reader, classes, settings, batch_size=batch_size)
+
+    def predict_frames(
+        self,
+        reader: VideoReader,
+        vocabulary: Vocabulary,
+        settings: InferenceConfig,
+        *,
+        batch_size: int = 4,
+    ) -> Generator[FrameResult, None, None]:
+        """Detect objects in every frame that a reader gives; a thread decodes ahead.
+
+        Of a camera, frames that come while the network is busy are dropped, and batches hold one frame, so that results
+        are never late.
+
+        Args:
+            reader: An open video; it is closed at the end.
+            vocabulary: What to detect.
+            settings: Thresholds and limits.
+            batch_size: Frames that go through the network at once.
+
+        Raises:
+            ConfigError: The batch size is below 1: at once, all others while iterating.
+            DataError: The video is damaged or cut off; the frames before it come first.
+        """
+        from proxydet.inference.video import read_ahead
+
+        if batch_size < 1:
+            reader.close()
+            raise ConfigError(f"batch_size is {batch_size}; it must be at least 1")
+        live = reader.source.live
+        size = 1 if live else batch_size
+
+        def results() -> Generator[FrameResult, None, None]:
+            with (
+                reader,
+                closing(read_ahead(reader, 1 if live else 2 * size, newest=live)) as frames,
+            ):
+                broken: DataError | None = None
+                while broken is None:
+                    batch: list[Frame] = []
+                    try:
+                        while len(batch) < size and (frame := next(frames, None)) is not None:
+                            batch.append(frame)
+                    except DataError as error:
+                        broken = error  # raised after the frames before it
+                    if not batch:
+                        break
+                    predictions = self.predict_images(
+                        [frame.pixels for frame in batch], vocabulary, settings
+                    )
+                    for frame, prediction in zip(batch, predictions, strict=True):
+                        yield FrameResult(
+                            frame=frame, found=Detections(prediction, vocabulary.names)
+                        )
+                if broken is not None:
+                    raise broken
+
+        return results()
 
     def predict_images(
         self,
@@ -371,9 +430,9 @@ class Detector:
             for scale in settings.scales:
                 shortest, longest = (max(round(side * scale), 1) for side in self.sides)
                 scaled = to_network(pixels_HW3, (shortest, longest))
-                views.append(View(image=scaled))
+                views.append(ImageView(image=scaled))
                 if settings.flip:
-                    views.append(View(image=scaled.flip(2), mirrored=True))
+                    views.append(ImageView(image=scaled.flip(2), mirrored=True))
             predictions.append(
                 self.network.detect_views(views, classes, original_size=size, settings=settings)
             )

@@ -39,7 +39,9 @@ import numpy.typing as npt
 from proxydet.errors import CheckpointError
 from proxydet.files import (
     PLACEHOLDER_BYTES,
+    BoundedReader,
     PlaceholderError,
+    open_zip,
     refuse_placeholder,
     require_room,
     staged,
@@ -47,7 +49,6 @@ from proxydet.files import (
     write_bytes,
     write_errors,
 )
-from proxydet.zips import BoundedReader, open_zip
 
 if (
     TYPE_CHECKING

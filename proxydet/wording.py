@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Sequence
@@ -66,6 +67,12 @@ def first_of(items: Sequence[object], most: int = 5) -> str:
     """Return the first few of ``items`` as text for a message, with dots where there are more."""
     shown = ", ".join(str(item)[:200] for item in items[:most])
     return shown if len(items) <= most else f"{shown}, ..."
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Return `` Did you mean 'x'?`` for the known name nearest to ``name``, or nothing."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def size_text(size: int | None) -> str:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         Login,
         Provided,
         Unpack,
+        how_to_get,
     )
     from proxydet.artifacts.downloader import (
         Downloader,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Artifact", "Catalogue", "CatalogueFile", "Content", "DownloadOptions", "Downloader", "Family", "Item",
     "Login", "Outcome", "Plan", "Provided", "Report", "State", "TransferSettings", "Unpack", "bytes_per_second",
-    "download", "locate",
+    "download", "how_to_get", "locate",
 ]  # fmt: skip
 # No submodule of this package may have one of these names: importing it would hide the public one.
 _HOME = {

@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
-from proxydet import zips
+from proxydet import files as bounds
 from proxydet.artifacts.catalogue import Unpack
 from proxydet.artifacts.http import StoppedError
 from proxydet.errors import ArchiveError, ArtifactError
@@ -97,7 +97,7 @@ def checked_name(name: str, tops: Collection[str], archive: str) -> str:
     ):
         raise ArchiveError(
             f"{archive} holds a file called {name[:200]!r}, which could be written outside its folder.",
-            hint=zips.HOSTILE,
+            hint=bounds.HOSTILE,
         )
     if parts[0] not in tops:
         raise ArchiveError(
@@ -121,7 +121,7 @@ class Tar:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._most = path.stat().st_size * _MOST_TIMES + zips.SPARE_BYTES
+        self._most = path.stat().st_size * _MOST_TIMES + bounds.SPARE_BYTES
         self._raw = path.open("rb")
         self._head = self._raw.read(PLACEHOLDER_BYTES)
         compressed = self._head.startswith(b"\x1f\x8b")
@@ -151,7 +151,7 @@ class Tar:
         with archive_errors(self.path):
             refuse_placeholder(self._head)
             archive = tarfile.TarFile(fileobj=self, encoding="utf-8")  # type: ignore[arg-type]
-            for count in range(zips.MOST_MEMBERS + 1):
+            for count in range(bounds.MOST_MEMBERS + 1):
                 self._headers = 0
                 member = archive.next()
                 archive.members.clear()  # type: ignore[attr-defined]
@@ -160,12 +160,12 @@ class Tar:
                 if not (member.isdir() or member.isreg()) or member.issparse():
                     raise ArchiveError(
                         f"{self.path.name} holds a link, a device or a sparse file, {member.name[:200]!r}; that is refused.",
-                        hint=zips.HOSTILE,
+                        hint=bounds.HOSTILE,
                     )
-                if count == zips.MOST_MEMBERS:
-                    raise zips.too_large(self.path)
+                if count == bounds.MOST_MEMBERS:
+                    raise bounds.too_large(self.path)
                 if not 0 <= member.size <= self._most - self._at:
-                    raise zips.too_large(self.path, times=_MOST_TIMES)
+                    raise bounds.too_large(self.path, times=_MOST_TIMES)
                 self._left = member.size if member.isreg() else 0
                 yield member
             if (
@@ -194,7 +194,7 @@ class Tar:
         if size < 0 or self._headers > _LARGEST_HEADERS:
             raise ArchiveError(
                 f"{self.path.name} has headers of more than {_LARGEST_HEADERS} bytes for one member.",
-                hint=zips.HOSTILE,
+                hint=bounds.HOSTILE,
                 path=self.path,
             )
         self._last = self._take(size)
@@ -215,7 +215,7 @@ class Tar:
         data = self._file.read(size)
         self._at += len(data)
         if self._at > self._most:
-            raise zips.too_large(self.path, times=_MOST_TIMES)
+            raise bounds.too_large(self.path, times=_MOST_TIMES)
         return data
 
 
@@ -229,13 +229,13 @@ def _zip_members(archive: zipfile.ZipFile, path: Path, tops: Collection[str]) ->
         if stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
             raise ArchiveError(
                 f"{path.name} holds a link or a device, {entry.orig_filename[:200]!r}; that is refused.",
-                hint=zips.HOSTILE,
+                hint=bounds.HOSTILE,
             )
         if entry.flag_bits & 0x1:
             raise ArchiveError(f"{path.name} is encrypted.")
         if entry.header_offset < end:
             raise ArchiveError(
-                f"{path.name} holds files that overlap; that is refused.", hint=zips.HOSTILE
+                f"{path.name} holds files that overlap; that is refused.", hint=bounds.HOSTILE
             )
         end = entry.header_offset + _LOCAL_HEADER + entry.compress_size
         if name and not entry.orig_filename.endswith("/"):
@@ -380,14 +380,15 @@ class _Staging:
                 yield
             except (FileExistsError, IsADirectoryError, NotADirectoryError) as error:
                 raise ArchiveError(
-                    f"The archive holds {name!r} both as a file and as a folder.", hint=zips.HOSTILE
+                    f"The archive holds {name!r} both as a file and as a folder.",
+                    hint=bounds.HOSTILE,
                 ) from error
 
 
 def _from_zip(path: Path, tops: Collection[str], staging: _Staging, progress: Progress) -> Listing:
     """Write the members that are not there yet, several at a time."""
     failed, title = threading.Event(), f"unpacking {path.name}"
-    with zips.open_zip(path, largest=_LARGEST_DIRECTORY, times=_MOST_TIMES) as archive:
+    with bounds.open_zip(path, largest=_LARGEST_DIRECTORY, times=_MOST_TIMES) as archive:
         members = _zip_members(archive, path, tops)
         total = sum(entry.file_size for entry in members.values())
         there = sum(e.file_size for name, e in members.items() if staging.has(name, e.file_size))

@@ -17,14 +17,13 @@ import numpy.typing as npt
 import torch
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 
-from proxydet.data.dataset import class_rows
 from proxydet.data.masks import decode
 from proxydet.errors import DataError
 
 if TYPE_CHECKING:
     from proxydet.data.formats.reader import Identifier
+    from proxydet.data.images import View
     from proxydet.data.store import AnnotationStore, ImageRecord
-    from proxydet.data.transforms import View
     from proxydet.vocabulary.vocabulary import Vocabulary
 
 B = TypeVar("B", bound="_Batch")
@@ -126,7 +125,9 @@ class Targets:
             DataError: A category is not in the vocabulary; or masks are to be trained, and no object has one.
         """
         targets = cls(
-            rows_K=class_rows(store, vocabulary), base_C=vocabulary.base, masks=masks is not False
+            rows_K=store.class_rows(vocabulary.names),
+            base_C=vocabulary.base,
+            masks=masks is not False,
         )
         usable = targets.usable(store)
         if not (usable & store.masked_A).any():

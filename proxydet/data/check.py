@@ -17,13 +17,12 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from proxydet.artifacts import how_to_get
 from proxydet.data.dataset import (
     PARTS,
     Dataset,
     DatasetConfig,
     ImageLabelSpec,
-    class_rows,
-    how_to_get,
     inner_root,
     names_annotations,
 )
@@ -261,7 +260,7 @@ class _Checker:
             return self.report(description.name)
         try:
             vocabulary = Dataset(config=description, cache=self.cache, warn=False).vocabulary
-            rows_K = {split: class_rows(store, vocabulary) for split, store in stores.items()}
+            rows_K = {split: store.class_rows(vocabulary.names) for split, store in stores.items()}
         except InputError as error:
             self.failed("vocabulary", error)
             return self.report(description.name)

@@ -8,7 +8,6 @@ Dimensions: C classes of the vocabulary, K categories of an annotation file.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from proxydet.artifacts import Catalogue
+from proxydet.artifacts import how_to_get
 from proxydet.config import from_mapping, parse_toml
 from proxydet.data.sources import AnnotationSource, look
 from proxydet.data.store import AnnotationStore
@@ -28,7 +27,7 @@ from proxydet.files import read_text
 from proxydet.reporting import SILENT, Progress
 from proxydet.vocabulary.names import read_names
 from proxydet.vocabulary.vocabulary import Vocabulary, load_embeddings
-from proxydet.wording import first_of
+from proxydet.wording import first_of, nearest
 
 PARTS = ("train", "val", "test")
 """The tables of a dataset config that hold annotated images."""
@@ -293,19 +292,6 @@ def _absolute(value: Any, folder: Path) -> Any:
     return dataclasses.replace(value, **changed)
 
 
-def how_to_get(path: Path | None) -> str | None:
-    """Return the command that fetches a file of the published layout; None for any other file.
-
-    Args:
-        path: Where it should be; None where that is not known.
-
-    Raises:
-        ConfigError: A catalogue file that the environment names cannot be read.
-    """
-    name = None if path is None else Catalogue.load().name_of_source(path)
-    return None if name is None else f"get it with: proxydet download {name}"
-
-
 def inner_root(folder: Path) -> str | None:
     """Return what to do where a folder is not the data root but holds it; None where it does not.
 
@@ -325,24 +311,6 @@ class ClassTable(NamedTuple):
 
     names: tuple[str, ...]
     base: npt.NDArray[np.bool_]
-
-
-def class_rows(
-    store: AnnotationStore, vocabulary: Vocabulary | ClassTable
-) -> npt.NDArray[np.int64]:
-    """Return the vocabulary's row of each category of a store, found by name: int64 (K,).
-
-    Raises:
-        DataError: a category is not in the vocabulary.
-    """
-    row_of = {name: row for row, name in enumerate(vocabulary.names)}
-    missing = [c.name for c in store.categories if c.name.strip() not in row_of]
-    if missing:
-        raise DataError(
-            f"{store.source_name} has {len(missing)} categories that are not in the vocabulary: {first_of([repr(name) for name in missing])}",
-            hint="name the class of each row of the embeddings by 'names' in the dataset config",
-        )
-    return np.array([row_of[c.name.strip()] for c in store.categories], dtype=np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -475,7 +443,7 @@ class Dataset:
         counted, _ = store.counts()
         declared = np.array([c.image_count or 0 for c in store.categories], dtype=np.int64)
         counts = np.zeros(len(self.vocabulary), dtype=np.int64)
-        counts[class_rows(store, self.vocabulary)] = np.where(counted > 0, counted, declared)
+        counts[store.class_rows(self.vocabulary.names)] = np.where(counted > 0, counted, declared)
         return counts if with_novel else np.where(self.vocabulary.base, counts, 0)
 
 
@@ -489,12 +457,6 @@ def embedding_dimension(path: Path) -> int:
         return Vocabulary.load(path).dimension
     table = _load_table(path)
     return table.shape[1] if table.ndim == 2 else 0
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """Return `` Did you mean 'x'?`` for the known name nearest to ``name``, or nothing."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def _load_table(path: Path) -> npt.NDArray[np.generic]:

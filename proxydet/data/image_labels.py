@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from proxydet.data.dataset import ImageLabelSpec, class_rows, how_to_get, nearest
+from proxydet.artifacts import how_to_get
 from proxydet.data.images import (
     find_image,
     image_size,
@@ -44,9 +44,10 @@ from proxydet.errors import DataError
 from proxydet.files import PLACEHOLDER_BYTES, build_once, refuse_placeholder
 from proxydet.paths import cache_folder
 from proxydet.reporting import SILENT, Progress
-from proxydet.wording import counted, first_of
+from proxydet.wording import counted, first_of, nearest
 
 if TYPE_CHECKING:
+    from proxydet.data.dataset import ImageLabelSpec
     from proxydet.data.formats.reader import CategoryEntry
     from proxydet.vocabulary.vocabulary import Vocabulary
 
@@ -324,7 +325,7 @@ def open_label_images(
     if spec.annotations is not None:
         store = AnnotationStore.open(spec.annotations, cache=cache, progress=progress, warn=warn)
         require_distinct_files(store, spec.roots)
-        return FolderImages(store, spec.roots, class_rows(store, vocabulary))
+        return FolderImages(store, spec.roots, store.class_rows(vocabulary.names))
     matched = match_tars(spec, vocabulary, categories)
     images = TarImages.open(spec.tars or Path(), matched, cache=cache, progress=progress)
     for level, text, _ in images.notes() if warn else ():

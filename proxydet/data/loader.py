@@ -38,8 +38,8 @@ from proxydet.data.images import (
     open_annotated_image,
     quiet_worker,
     require_distinct_files,
+    training_view,
 )
-from proxydet.data.transforms import training_view
 from proxydet.errors import DataError, ProxydetError, RuntimeEnvironmentError
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 import msgspec
 
-from proxydet.data.dataset import Dataset, DatasetConfig, how_to_get, inner_root
+from proxydet.artifacts import how_to_get
+from proxydet.data.dataset import Dataset, DatasetConfig, inner_root
 from proxydet.data.formats.coco import Outline, read_outline
 from proxydet.data.image_labels import TarImages, match_tars
 from proxydet.data.images import image_size

@@ -19,8 +19,6 @@ from proxydet.data.config import DataConfig
 from proxydet.data.dataset import (
     ClassTable,
     Dataset,
-    class_rows,
-    nearest,
 )
 from proxydet.data.images import open_annotated_image
 from proxydet.data.masks import decode, rasterize
@@ -36,7 +34,7 @@ from proxydet.visualization.report import (
     Table,
     write_report,
 )
-from proxydet.wording import counted
+from proxydet.wording import counted, nearest
 
 if TYPE_CHECKING:
     from proxydet.data.store import AnnotationStore, ImageRecord
@@ -90,7 +88,7 @@ def preview_pictures(data: Dataset, request: PreviewRequest) -> list[CaptionedIm
                 hint="proxydet data stats --classes lists them",
             )
         wanted = vocabulary.names.index(name)
-        shown = class_rows(store, vocabulary)[store.column("category")] == wanted
+        shown = store.class_rows(vocabulary.names)[store.column("category")] == wanted
         candidates = np.unique(store.column("image")[shown])
     if not len(candidates):
         of_class = "" if name is None else f" with {name!r} on it"
@@ -148,7 +146,7 @@ def annotated_objects(
     store: AnnotationStore, record: ImageRecord, vocabulary: ClassTable
 ) -> list[DrawnObject]:
     """Return the annotations of an image as objects to draw; labels say what is novel and what is a crowd."""
-    rows_K = class_rows(store, vocabulary)
+    rows_K = store.class_rows(vocabulary.names)
     size = (record.height, record.width)
     objects = []
     for place, annotation in enumerate(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from proxydet.data.dataset import PARTS, Dataset, class_rows
+from proxydet.data.dataset import PARTS, Dataset
 from proxydet.data.image_labels import open_label_images
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def dataset_stats(data: Dataset) -> DatasetStats:
         images_C: npt.NDArray[np.int64],
         annotations_C: npt.NDArray[np.int64],
     ) -> tuple[ClassCount, ...]:
-        rows_K = class_rows(store, vocabulary).tolist()
+        rows_K = store.class_rows(vocabulary.names).tolist()
         groups = {row: c.frequency for row, c in zip(rows_K, store.categories, strict=True)}
         return tuple(
             ClassCount(
@@ -115,7 +115,7 @@ def dataset_stats(data: Dataset) -> DatasetStats:
             continue
         store = data.store(split)
         counts_2C = np.zeros((2, len(vocabulary.names)), dtype=np.int64)
-        counts_2C[:, class_rows(store, vocabulary)] = store.counts()
+        counts_2C[:, store.class_rows(vocabulary.names)] = store.counts()
         objects = store.column("area")[~store.column("crowd")]
         small, medium = (int((objects < area).sum()) for area in (SMALL_AREA, LARGE_AREA))
         parts.append(

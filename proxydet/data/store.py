@@ -50,6 +50,7 @@ from proxydet.errors import DataError
 from proxydet.files import build_once, discard, staged
 from proxydet.paths import cache_folder
 from proxydet.reporting import SILENT, Progress
+from proxydet.wording import first_of
 
 Column = npt.NDArray[Any]
 Meta = TypeVar("Meta")
@@ -439,6 +440,24 @@ class AnnotationStore:
         if "image_id" in self._columns:
             return tuple(self._columns["image_id"].tolist())
         return tuple(self._text("id_names", row) for row in range(len(self)))
+
+    def class_rows(self, names: Sequence[str]) -> npt.NDArray[np.int64]:
+        """Return the place of each category among class names, found by name: int64 (K,).
+
+        Args:
+            names: Of a vocabulary, row by row.
+
+        Raises:
+            DataError: a category is not among them.
+        """
+        row_of = {name: row for row, name in enumerate(names)}
+        missing = [c.name for c in self.categories if c.name.strip() not in row_of]
+        if missing:
+            raise DataError(
+                f"{self.source_name} has {len(missing)} categories that are not in the vocabulary: {first_of([repr(name) for name in missing])}",
+                hint="name the class of each row of the embeddings by 'names' in the dataset config",
+            )
+        return np.array([row_of[c.name.strip()] for c in self.categories], dtype=np.int64)
 
     def trainable(self, base_K: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
         """Return which annotations may be trained on: no crowds, of a base class, something of the box in the image.

@@ -31,7 +31,7 @@ import torch
 import torch.distributed
 from torch import nn
 
-from proxydet.data.dataset import Dataset, DatasetConfig, class_rows
+from proxydet.data.dataset import Dataset, DatasetConfig
 from proxydet.data.formats.reader import Identifier
 from proxydet.data.images import Pixels
 from proxydet.errors import ConfigError, DataError
@@ -303,7 +303,7 @@ class EvaluationTask:
         """
         ids: list[Identifier | None] = [None] * len(vocabulary)
         for row, category in zip(
-            class_rows(images.store, vocabulary), images.store.categories, strict=True
+            images.store.class_rows(vocabulary.names), images.store.categories, strict=True
         ):
             ids[row] = category.id
         return cls(

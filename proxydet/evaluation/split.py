@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from proxydet.data.dataset import Dataset, DatasetConfig, class_rows
+from proxydet.data.dataset import Dataset, DatasetConfig
 from proxydet.data.formats.reader import Identifier
 from proxydet.data.image_labels import match_tars, synset_of_wnid
 from proxydet.data.images import Pixels, open_annotated_image, require_distinct_files
@@ -96,7 +96,7 @@ def described_groups(
         Nothing where no class is novel; base and novel where some are; and where the description has a folder of tars
         that covers some novel classes and others not, these two sets.
     """
-    rows_C = class_rows(store, vocabulary)
+    rows_C = store.class_rows(vocabulary.names)
     novel_C: NDArray[np.bool_] = ~vocabulary.base[rows_C]
     if not novel_C.any():
         return {}

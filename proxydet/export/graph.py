@@ -13,7 +13,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import proxydet.runtime.d2  # noqa: F401
 
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.ops import nms, roi_align
 
-from proxydet.detector import Detector
 from proxydet.modeling.boxes import Regions, cell_centres
 from proxydet.modeling.centernet import CenterNetOutput, boxes_around
 from proxydet.modeling.config import InferenceConfig
@@ -31,6 +30,9 @@ from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.modeling.postprocess import ClassText, class_scores
 from proxydet.modeling.roi_align import RegionPooler
 from proxydet.modeling.roi_heads import FeatureBatch, RegionEmbeddings
+
+if TYPE_CHECKING:
+    from proxydet.detector import Detector
 
 Format = Literal["onnx", "torch"]
 

@@ -23,8 +23,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from proxydet.data.images import ImageInput, Pixels, as_pixels
-from proxydet.data.transforms import shortest_side
+from proxydet.data.images import ImageInput, Pixels, as_pixels, shortest_side
 from proxydet.errors import InputError, MissingDependencyError, NumericsError, VocabularyError
 from proxydet.vocabulary.vocabulary import Vocabulary
 from proxydet.weight_files import check_seal

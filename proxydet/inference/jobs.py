@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proxydet.data.images import Pixels, read_image
-from proxydet.detections import Detections
+from proxydet.detections import Detections, FrameResult
 from proxydet.errors import ConfigError, DataError, JobInterruptedError
 from proxydet.inference.sources import ImageFile, VideoFile
 from proxydet.inference.writers import WriteBehind, Writer, make_frame_writers
@@ -23,7 +23,6 @@ from proxydet.wording import printable
 
 if TYPE_CHECKING:
     from proxydet.detector import Detector
-    from proxydet.inference.video import FrameResult
     from proxydet.modeling.config import InferenceConfig
     from proxydet.reporting import Progress
     from proxydet.vocabulary.vocabulary import Vocabulary
@@ -226,7 +225,7 @@ def predict_video(
         DataError: The video cannot be opened, has no frames, or breaks before its first one.
         JobInterruptedError: Ctrl-C stopped a file; its results up to there are saved.
     """
-    from proxydet.inference.video import VideoReader, predict_frames
+    from proxydet.inference.video import VideoReader
 
     frames, detections = 0, 0
     broken: str | None = None
@@ -241,7 +240,7 @@ def predict_video(
         total = None if info.frames is None else -(-info.frames // every)
         task = stack.enter_context(progress.task(f"predicting {name}", total=total, unit="frames"))
         results = stack.enter_context(
-            closing(predict_frames(detector, reader, vocabulary, settings, batch_size=batch_size))
+            closing(detector.predict_frames(reader, vocabulary, settings, batch_size=batch_size))
         )
         try:
             while True:

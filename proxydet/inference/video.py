@@ -11,25 +11,18 @@ import re
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from proxydet.data.images import Pixels
-from proxydet.detections import Detections
 from proxydet.errors import ConfigError, DataError
 from proxydet.files import discard, staged, unwritable
 from proxydet.inference.sources import VideoSource, open_source, pyav
-
-if TYPE_CHECKING:
-    from proxydet.detector import Detector
-    from proxydet.modeling.config import InferenceConfig
-    from proxydet.vocabulary.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -307,87 +300,6 @@ def read_ahead(
             stopped = True
             changed.notify_all()
         thread.join(5 * CAMERA_TIMEOUT_S)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class FrameResult:
-    """The detections of one frame.
-
-    Attributes:
-        frame: The frame: its number, time and pixels.
-        found: Its detections.
-    """
-
-    frame: Frame
-    found: Detections
-
-    @property
-    def index(self) -> int:
-        """The frame's number in the video, from 0."""
-        return self.frame.index
-
-    @property
-    def seconds(self) -> float:
-        """The frame's time, counted from the first frame."""
-        return self.frame.seconds
-
-    def to_dict(self, video: str) -> dict[str, Any]:
-        """Return plain Python values, ready for JSON, with the video's name."""
-        place = {"file": video, "frame": self.index, "seconds": round(self.seconds, 6)}
-        return {**place, **self.found.to_dict()}
-
-
-def predict_frames(
-    detector: Detector,
-    reader: VideoReader,
-    vocabulary: Vocabulary,
-    settings: InferenceConfig,
-    *,
-    batch_size: int = 4,
-) -> Generator[FrameResult, None, None]:
-    """Detect objects in every frame that a reader gives; a thread decodes ahead.
-
-    Of a camera, frames that come while the network is busy are dropped, and batches hold one frame, so that results
-    are never late.
-
-    Args:
-        detector: The detector.
-        reader: An open video; it is closed at the end.
-        vocabulary: What to detect.
-        settings: Thresholds and limits.
-        batch_size: Frames that go through the network at once.
-
-    Raises:
-        ConfigError: The batch size is below 1: at once, all others while iterating.
-        DataError: The video is damaged or cut off; the frames before it come first.
-    """
-    if batch_size < 1:
-        reader.close()
-        raise ConfigError(f"batch_size is {batch_size}; it must be at least 1")
-    live = reader.source.live
-    size = 1 if live else batch_size
-
-    def results() -> Generator[FrameResult, None, None]:
-        with reader, closing(read_ahead(reader, 1 if live else 2 * size, newest=live)) as frames:
-            broken: DataError | None = None
-            while broken is None:
-                batch: list[Frame] = []
-                try:
-                    while len(batch) < size and (frame := next(frames, None)) is not None:
-                        batch.append(frame)
-                except DataError as error:
-                    broken = error  # raised after the frames before it
-                if not batch:
-                    break
-                predictions = detector.predict_images(
-                    [frame.pixels for frame in batch], vocabulary, settings
-                )
-                for frame, prediction in zip(batch, predictions, strict=True):
-                    yield FrameResult(frame=frame, found=Detections(prediction, vocabulary.names))
-            if broken is not None:
-                raise broken
-
-    return results()
 
 
 # --- Encoding ----------------------------------------------------------------------------------------------------------

@@ -27,8 +27,9 @@ from proxydet.inference.sources import ImageFile, VideoSource, unique_name
 from proxydet.wording import json_text, printable, table_cell
 
 if TYPE_CHECKING:
+    from proxydet.detections import FrameResult
     from proxydet.inference.jobs import ImageResult
-    from proxydet.inference.video import FrameResult, VideoInfo
+    from proxydet.inference.video import VideoInfo
     from proxydet.visualization.drawing import DrawingStyle
 
 KINDS = ("images", "json", "coco", "yolo", "voc", "labelstudio", "crops", "csv")

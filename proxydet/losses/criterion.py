@@ -50,9 +50,9 @@ def class_prototypes(output: MixupOutput, config: MixupLossConfig) -> tuple[Tens
     return functional.normalize(weights_KP @ output.embeddings_PD, dim=1), classes_K
 
 
-def draw_mixing_ratio(beta: float, generator: torch.Generator | None) -> float:
-    """Draw from Beta(beta, beta); 0 stands for its limit, 0 or 1 with equal chance."""
-    # torch has no Beta draw with a generator of one's own; its generator seeds numpy's.
+def sample_mixing_ratio(beta: float, generator: torch.Generator | None) -> float:
+    """Sample from Beta(beta, beta); 0 stands for its limit, 0 or 1 with equal chance."""
+    # torch has no Beta sampling with a generator of one's own; its generator seeds numpy's.
     device = "cpu" if generator is None else generator.device
     seed = torch.randint(2**62, (1,), generator=generator, device=device).item()
     source = np.random.default_rng(int(seed))
@@ -99,7 +99,7 @@ def class_wise_mixup_loss(
         config: Weight and variant.
         generator: Source of the mixing ratio and the pairing; None is torch's global one.
     """
-    ratio = draw_mixing_ratio(config.beta, generator)
+    ratio = sample_mixing_ratio(config.beta, generator)
     if len(output.labels_P) == 0:
         return output.embeddings_PD.sum() * 0
     prototypes_KD, classes_K = class_prototypes(output, config)
@@ -118,23 +118,23 @@ def class_wise_mixup_loss(
 def mask_targets(output: MaskOutput, truth: GroundTruth) -> Tensor:
     """Return each region's object cut out by its box and resized to the mask's size: float32 (P, S, S), 0 or 1.
 
-    Polygons are drawn on the CPU; their boxes go there in one piece for the whole batch, the one wait for the device.
+    Polygons are rasterized on the CPU; their boxes go there in one piece for the whole batch, the one wait for the device.
     """
     rows_P6 = torch.cat(
         [output.boxes_P4, output.image_P[:, None], output.object_P[:, None]], dim=1
     ).cpu()
-    return _draw(rows_P6, truth, output.logits_PSS)
+    return _rasterize(rows_P6, truth, output.logits_PSS)
 
 
-def _draw(rows_P6: Tensor, truth: GroundTruth, logits_PSS: Tensor) -> Tensor:
+def _rasterize(rows_P6: Tensor, truth: GroundTruth, logits_PSS: Tensor) -> Tensor:
     """Draw the targets of regions, given on the CPU as box, image and object, for logits that lie elsewhere."""
     side, device = logits_PSS.shape[-1], logits_PSS.device
     parts = []
     for image, masks in enumerate(truth.masks):
         chosen = rows_P6[rows_P6[:, 4] == image]
         if len(chosen) and masks is not None:
-            drawn = _crop(masks, chosen[:, :4], chosen[:, 5].long(), side)
-            parts.append(drawn.to(device, torch.float32, non_blocking=True))
+            cropped = _crop(masks, chosen[:, :4], chosen[:, 5].long(), side)
+            parts.append(cropped.to(device, torch.float32, non_blocking=True))
     # The regions are ordered by image, so that the parts follow the same order.
     return torch.cat(parts) if parts else logits_PSS.new_zeros(0, side, side)
 
@@ -194,15 +194,15 @@ def choose_categories(
     objects: int,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
-    """Choose the classes that a step's loss counts: those that appear, and others drawn by frequency.
+    """Choose the classes that a step's loss counts: those that appear, and others sampled by frequency.
 
-    The background counts as one of the sampled classes where it appears, but is never counted. The draw without
+    The background counts as one of the sampled classes where it appears, but is never counted. Sampling without
     replacement is a race of exponential clocks (Efraimidis and Spirakis 2006), so that it needs no answer from the
     device: the columns always number ``max(sampled, objects + 1)``, and those that are one too many weigh 0.
 
     Args:
         labels_N: Labels of the step's regions.
-        frequency_C: Weights of the draw, not negative.
+        frequency_C: Weights of the sampling, not negative.
         sampled: Classes to count, the background included; 0 counts all.
         objects: Objects of the batch: an upper bound of the classes that appear, background aside.
         generator: Source of randomness; None is torch's global one.

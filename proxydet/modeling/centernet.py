@@ -140,7 +140,10 @@ class CenterNet(nn.Module):
         Raises:
             NumericsError: A value is not finite, and ``check`` is set.
         """
-        if check and not _all_finite(output):
+        finite = (
+            [m.isfinite().all() for m in (*output.heatmaps, *output.distances)] if check else []
+        )
+        if check and not bool(torch.stack(finite).all()):
             raise NumericsError(
                 "the features of an image are not finite: the proposal network gave NaN or infinity",
                 hint="the weights are damaged, or half precision is too narrow for them: use float32",
@@ -185,11 +188,6 @@ def boxes_around(points: Tensor, sides: Tensor) -> Tensor:
     top_left = points - sides[..., :2]
     bottom_right = torch.maximum(points + sides[..., 2:], top_left + _SMALLEST_SIDE)
     return torch.cat([top_left, bottom_right], dim=-1)
-
-
-def _all_finite(output: CenterNetOutput) -> bool:
-    checks = [maps.isfinite().all() for maps in (*output.heatmaps, *output.distances)]
-    return bool(torch.stack(checks).all())
 
 
 # --- Losses ----------------------------------------------------------------------------------------------------------
@@ -299,10 +297,15 @@ def centernet_targets(
             centres_GL=centres_GL,
             positive_GL=positive_GL,
         )
-    offsets_MG2 = cells.points_M2[:, None] - _cell_points(centres_G2, cells)
+    # On each cell's level, the point of the cell that holds each object's centre.
+    strides_M11 = cells.strides_M[:, None, None]
+    holders_MG2 = (centres_G2 / strides_M11).floor() * strides_M11 + strides_M11 / 2
+    offsets_MG2 = cells.points_M2[:, None] - holders_MG2
     squared_MG = (cells.points_M2[:, None] - centres_G2).square().sum(dim=-1)
     squared_MG = squared_MG.masked_fill((offsets_MG2 == 0).all(dim=-1), 0.0)
-    nearness_MG = squared_MG / _squared_radii(boxes_G4, config)
+    delta = (1 - config.min_overlap) / (1 + config.min_overlap)
+    squared_radii_G = (2 * delta**2 * areas(boxes_G4)).clamp(min=config.min_radius**2)
+    nearness_MG = squared_MG / squared_radii_G
     heatmap_M = (-nearness_MG.amin(dim=1)).exp()
     distances_M4, learnt_M = _regression(boxes_G4, offsets_MG2, nearness_MG, cells)
     return CenterNetTargets(
@@ -326,17 +329,6 @@ def _positives(boxes_G4: Tensor, centres_G2: Tensor, cells: Cells) -> tuple[Tens
         indices.append(start + row_G * width + column_G)
         holds.append((half_G >= low) & (half_G <= high))
     return torch.stack(indices, dim=1), torch.stack(holds, dim=1)
-
-
-def _cell_points(centres_G2: Tensor, cells: Cells) -> Tensor:
-    """Return, on each cell's level, the point of the cell that holds each object's centre: (M, G, 2)."""
-    strides_M11 = cells.strides_M[:, None, None]
-    return (centres_G2 / strides_M11).floor() * strides_M11 + strides_M11 / 2
-
-
-def _squared_radii(boxes_G4: Tensor, config: CenterNetLossConfig) -> Tensor:
-    delta = (1 - config.min_overlap) / (1 + config.min_overlap)
-    return (2 * delta**2 * areas(boxes_G4)).clamp(min=config.min_radius**2)
 
 
 def _regression(
@@ -422,11 +414,15 @@ def losses_from_targets(
     wanted_BM4 = torch.stack([target.distances_M4 for target in targets])
     positives = torch.stack([target.positive_GL.sum() for target in targets]).sum()
     counts = average_over_processes(torch.stack([positives, learnt_BM.sum()]))
-    positive = sum(
-        _positive_part(probability_M, target, config)
-        for probability_M, target in zip(probability_BM, targets, strict=True)
-    )
-    negative = _negative_part(probability_BM, heatmap_BM, config)
+    positive: Tensor | float = 0.0
+    for probability_M, target in zip(probability_BM, targets, strict=True):
+        p_GL = probability_M[target.centres_GL]
+        loss_GL = -config.focal_alpha * p_GL.log() * (1 - p_GL) ** config.focal_gamma
+        positive = positive + (loss_GL * target.positive_GL).sum()
+    loss_BM = -(1 - config.focal_alpha) * (1 - probability_BM).log()
+    loss_BM = loss_BM * probability_BM**config.focal_gamma
+    loss_BM = loss_BM * (1 - heatmap_BM) ** config.negative_beta
+    negative = torch.where(probability_BM < config.ignored_above, loss_BM, 0.0).sum()
     location = (giou_of_distances(distances_BM4, wanted_BM4) * learnt_BM).sum()
     return {
         LOCATION: config.regression_weight * location / counts[1],
@@ -455,20 +451,3 @@ def giou_of_distances(predicted: Tensor, target: Tensor) -> Tensor:
 
 def _area(distances: Tensor) -> Tensor:
     return (distances[..., 0] + distances[..., 2]) * (distances[..., 1] + distances[..., 3])
-
-
-def _positive_part(
-    probability_M: Tensor, target: CenterNetTargets, config: CenterNetLossConfig
-) -> Tensor:
-    p_GL = probability_M[target.centres_GL]
-    loss_GL = -config.focal_alpha * p_GL.log() * (1 - p_GL) ** config.focal_gamma
-    return (loss_GL * target.positive_GL).sum()
-
-
-def _negative_part(
-    probability_BM: Tensor, heatmap_BM: Tensor, config: CenterNetLossConfig
-) -> Tensor:
-    loss_BM = -(1 - config.focal_alpha) * (1 - probability_BM).log()
-    loss_BM = loss_BM * probability_BM**config.focal_gamma
-    loss_BM = loss_BM * (1 - heatmap_BM) ** config.negative_beta
-    return torch.where(probability_BM < config.ignored_above, loss_BM, 0.0).sum()

@@ -446,7 +446,7 @@ class ClassifierConfig:
     """Starting value of a learnt bias on the detection branch's logits; None (published) has no bias."""
 
     frequency_power: float = 0.5
-    """The federated loss draws classes with weight (images in training) to this power."""
+    """The federated loss samples classes with weight (images in training) to this power."""
 
     def __post_init__(self) -> None:
         require_positive(

@@ -26,11 +26,11 @@ from proxydet.modeling.postprocess import (
 )
 from proxydet.modeling.roi_heads import (
     BoxTrainingOutput,
-    ClassTable,
     FeatureBatch,
     GroundTruth,
     ImageLabelTrainingOutput,
     RoiHeads,
+    TrainingClasses,
     TrainingOutput,
     ZeroShotClassifier,
     box_steps,
@@ -47,12 +47,12 @@ def text_with_background(vocabulary: Vocabulary) -> Tensor:
     return torch.cat([text_DC, text_DC.new_zeros(len(text_DC), 1)], dim=1).contiguous()
 
 
-def draw_weights(
+def sampling_weights(
     config: ModelConfig,
     vocabulary: Vocabulary,
     image_counts: np.ndarray[tuple[int], np.dtype[np.generic]] | None,
 ) -> Tensor:
-    """Return each class's weight in the federated draw: (C,), the image counts to the configured power.
+    """Return with which weight the federated loss samples each class: (C,), the image counts to the configured power.
 
     Args:
         config: Holds the power.
@@ -136,7 +136,7 @@ def stack_images(
 
 
 @dataclass(frozen=True, kw_only=True)
-class View:
+class ImageView:
     """An image as the network is given it.
 
     Attributes:
@@ -160,7 +160,7 @@ class ProxyDetNetwork(nn.Module):
     Args:
         config: Sizes.
         vocabulary: The training classes; their text embeddings become part of the state dict.
-        image_counts: (C,) training images of each class, which weigh the federated loss's draw; None weighs all alike.
+        image_counts: (C,) training images of each class, which weigh the federated loss's sampling; None weighs all alike.
 
     Raises:
         VocabularyError: The embeddings have another dimension than the configuration says.
@@ -186,7 +186,9 @@ class ProxyDetNetwork(nn.Module):
             config.proposals, config.pyramid.channels, config.pyramid.strides
         )
         self.roi_heads = RoiHeads(
-            config, text_with_background(vocabulary), draw_weights(config, vocabulary, image_counts)
+            config,
+            text_with_background(vocabulary),
+            sampling_weights(config, vocabulary, image_counts),
         )
         # Not part of the published state dict, hence not persistent.
         for name, values in (("pixel_mean", config.pixel_mean), ("pixel_std", config.pixel_std)):
@@ -261,19 +263,21 @@ class ProxyDetNetwork(nn.Module):
         self, batch: ImageLabelBatch, images: ImageBatch, features: dict[str, Tensor]
     ) -> ImageLabelTrainingOutput:
         centernet = self.proposal_generator(list(features.values()))
+        counts = [len(labels_L) for labels_L in batch.labels]
+        moved = torch.cat(list(batch.labels)).to(self.device, non_blocking=True)  # in one piece
         cascade = self.config.cascade
         keep = min(cascade.image_label_proposals, self.config.proposals.keep_train)
         regions = self.proposal_generator.propose(centernet, keep=keep)
         return ImageLabelTrainingOutput(
             centernet=centernet,
-            labels=_moved_together(batch.labels, self.device),
+            labels=moved.split(counts),
             steps=image_label_steps(self.roi_heads, self._feature_batch(features, images), regions),
             table=self.class_table(),
         )
 
-    def class_table(self) -> ClassTable:
+    def class_table(self) -> TrainingClasses:
         """Return the training classes as the losses need them."""
-        return ClassTable(
+        return TrainingClasses(
             text_DC1=self.roi_heads.detection.classifier(0).zs_weight,
             frequency_C=self.roi_heads.frequency_C,
             temperature=self.config.classifier.temperature,
@@ -330,21 +334,25 @@ class ProxyDetNetwork(nn.Module):
         sizes = original_sizes or [(image.shape[1], image.shape[2]) for image in images]
         if len(sizes) != len(images):
             raise ValueError(f"{len(images)} images but {len(sizes)} original sizes")
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, image in enumerate(images):
+            size = padded_size(image.shape[1], image.shape[2], self.backbone.size_divisibility)
+            groups.setdefault(size, []).append(index)
+        masks = self.roi_heads.mask_probabilities if settings.masks and self.has_mask_head else None
         predictions: dict[int, Prediction] = {}
-        for group in self._same_padded_size(images):
-            found = self._detect_group(
-                [images[index] for index in group],
-                [sizes[index] for index in group],
-                classes,
-                settings,
-            )
-            predictions.update(zip(group, found, strict=True))
+        for group in groups.values():
+            pooled_maps, proposals = self._propose([images[index] for index in group], settings)
+            regions = self.roi_heads.embed(pooled_maps, proposals)
+            found = detect_classes([regions], classes, self.classifiers(), settings)
+            own_sizes = [sizes[index] for index in group]
+            assembled = assemble_predictions(found, pooled_maps, own_sizes, masks)
+            predictions.update(zip(group, assembled, strict=True))
         return [predictions[index] for index in range(len(images))]
 
     @torch.inference_mode()
     def detect_views(
         self,
-        views: Sequence[View],
+        views: Sequence[ImageView],
         vocabulary: Vocabulary | None = None,
         *,
         original_size: tuple[int, int],
@@ -381,19 +389,6 @@ class ProxyDetNetwork(nn.Module):
             settings=replace(settings, masks=settings.masks and self.has_mask_head),
             original_size=original_size,
         )
-
-    def _detect_group(
-        self,
-        images: list[Tensor],
-        original_sizes: list[tuple[int, int]],
-        classes: ClassText,
-        settings: InferenceConfig,
-    ) -> list[Prediction]:
-        pooled_maps, proposals = self._propose(images, settings)
-        regions = self.roi_heads.embed(pooled_maps, proposals)
-        found = detect_classes([regions], classes, self.classifiers(), settings)
-        masks = self.roi_heads.mask_probabilities if settings.masks and self.has_mask_head else None
-        return assemble_predictions(found, pooled_maps, original_sizes, masks)
 
     def _propose(
         self, images: list[Tensor], settings: InferenceConfig
@@ -440,13 +435,6 @@ class ProxyDetNetwork(nn.Module):
             base_C=torch.tensor(vocabulary.base, device=self.device),
         )
 
-    def _same_padded_size(self, images: Sequence[Tensor]) -> list[list[int]]:
-        groups: dict[tuple[int, int], list[int]] = {}
-        for index, image in enumerate(images):
-            size = padded_size(image.shape[1], image.shape[2], self.backbone.size_divisibility)
-            groups.setdefault(size, []).append(index)
-        return list(groups.values())
-
     # -- shared ----------------------------------------------------------------------------------------------------
 
     def _stack(self, images: Sequence[Tensor]) -> ImageBatch:
@@ -478,13 +466,6 @@ class ProxyDetNetwork(nn.Module):
             )
 
 
-def _moved_together(labels: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
-    """Return the labels of all images on a device, moved in one piece."""
-    counts = [len(labels_L) for labels_L in labels]
-    moved: tuple[Tensor, ...] = torch.cat(list(labels)).to(device, non_blocking=True).split(counts)
-    return moved
-
-
 # --- Several views of one image --------------------------------------------------------------------------------------
 
 
@@ -495,7 +476,7 @@ class ViewFeatures:
     Attributes:
         batch: Features and size, of a batch of one.
         proposals: Its proposals.
-        mirrored: As in `View`.
+        mirrored: As in `ImageView`.
     """
 
     batch: FeatureBatch

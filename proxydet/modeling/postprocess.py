@@ -304,8 +304,8 @@ class ClassText:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Detections:
-    """The detections of one image, best first.
+class ClassifiedRegions:
+    """The pairs of region and class that are kept of one image, best first.
 
     Attributes:
         boxes_L4: xyxy pixels of the network's input, clipped to the image.
@@ -319,9 +319,9 @@ class Detections:
     classes_L: Tensor
     regions_L: Tensor
 
-    def choose(self, index: Tensor) -> Detections:
+    def choose(self, index: Tensor) -> ClassifiedRegions:
         """Return some of the detections, given by position (int64) or a bool mask."""
-        return Detections(
+        return ClassifiedRegions(
             boxes_L4=self.boxes_L4[index],
             scores_L=self.scores_L[index],
             classes_L=self.classes_L[index],
@@ -359,7 +359,7 @@ def detect_classes(
     classes: ClassText,
     classifiers: list[ZeroShotClassifier],
     settings: InferenceConfig,
-) -> list[Detections]:
+) -> list[ClassifiedRegions]:
     """Score every class for every region and keep the best.
 
     Classes are scored in chunks, and of each chunk only what can be in the result is kept, so memory does not grow with
@@ -373,14 +373,21 @@ def detect_classes(
         settings: Thresholds and weights.
 
     Returns:
-        One `Detections` an image.
+        One `ClassifiedRegions` an image.
 
     Raises:
         NumericsError: Embeddings or boxes are not finite.
     """
     scorers = []
     for regions in views:
-        _require_finite([*_embeddings(regions), regions.boxes_BR4, regions.mixup_boxes_BR4])
+        # One check for the whole batch: a comparison with NaN is false, so damage would pass as "nothing found".
+        given = [*_embeddings(regions), regions.boxes_BR4, regions.mixup_boxes_BR4]
+        finite = [values.isfinite().all() for values in given if values is not None]
+        if not bool(torch.stack(finite).all()):
+            raise NumericsError(
+                "the box heads gave values that are not finite",
+                hint="the weights are damaged, or half precision is too narrow for them: use float32",
+            )
         scorers.append(_Scorer(regions, classes, classifiers, settings))
     search = _Search(scorers, views[0], settings)
     # Over all classes at once, no class of a region survives its best one: the boxes are the same.
@@ -410,16 +417,6 @@ def class_scores(
 def _embeddings(regions: RegionEmbeddings) -> list[Tensor]:
     mixup = [] if regions.mixup_BRD is None else [regions.mixup_BRD]
     return [*regions.detection, *mixup]
-
-
-def _require_finite(results: list[Tensor | None]) -> None:
-    # One check for the whole batch: a comparison with NaN is false, so damage would pass as "nothing found".
-    finite = [values.isfinite().all() for values in results if values is not None]
-    if not bool(torch.stack(finite).all()):
-        raise NumericsError(
-            "the box heads gave values that are not finite",
-            hint="the weights are damaged, or half precision is too narrow for them: use float32",
-        )
 
 
 class _Scorer:
@@ -499,7 +496,7 @@ class _Search:
         region_K = above_N.nonzero()[:, 0]
         return self._gather(region_K, class_N[region_K], best_N[region_K])
 
-    def select(self, found: _Candidates) -> list[Detections]:
+    def select(self, found: _Candidates) -> list[ClassifiedRegions]:
         """Apply NMS and keep the best of each image."""
         # One wait for both counts of every image.
         counts, candidates = torch.stack([self._count(found.region_K), found.counts_B]).tolist()
@@ -513,7 +510,7 @@ class _Search:
         )
         kept = suppress(boxes, iou=settings.nms_iou, limit=settings.max_detections)
         return [
-            Detections(
+            ClassifiedRegions(
                 boxes_L4=boxes_K4[places_L],
                 scores_L=found.score_K[places_L],
                 classes_L=found.class_K[places_L],
@@ -569,7 +566,7 @@ MaskPredictor = Callable[[FeatureBatch, Tensor, Tensor], Tensor]
 
 
 def assemble_predictions(
-    found: list[Detections],
+    found: list[ClassifiedRegions],
     batch: FeatureBatch,
     original_sizes: list[tuple[int, int]],
     mask_probabilities: MaskPredictor | None,
@@ -577,7 +574,7 @@ def assemble_predictions(
     """Scale boxes to the original images, drop those that end up empty, and predict masks for the rest.
 
     Args:
-        found: Detections of each image.
+        found: What is kept of each image.
         batch: Features that the masks are predicted from.
         original_sizes: Height and width of each original image.
         mask_probabilities: Masks of boxes, in [0, 1], given the image of each; None makes boxes without masks.
@@ -586,7 +583,7 @@ def assemble_predictions(
     sizes_B2 = torch.tensor(original_sizes, dtype=torch.float32).to(device, non_blocking=True)
     scales_B4 = (sizes_B2 / batch.sizes_B2).flip(1).repeat(1, 2)
     image_N = image_of_each([len(detections.scores_L) for detections in found], device)
-    everything = Detections(
+    everything = ClassifiedRegions(
         boxes_L4=torch.cat([detections.boxes_L4 for detections in found]),
         scores_L=torch.cat([detections.scores_L for detections in found]),
         classes_L=torch.cat([detections.classes_L for detections in found]),
@@ -622,7 +619,11 @@ def assemble_predictions(
 
 
 def _distinct_masks(
-    kept: Detections, image_N: Tensor, images: int, batch: FeatureBatch, predict: MaskPredictor
+    kept: ClassifiedRegions,
+    image_N: Tensor,
+    images: int,
+    batch: FeatureBatch,
+    predict: MaskPredictor,
 ) -> tuple[list[Tensor], Tensor]:
     """Predict one mask a distinct box: return each image's masks, and the place of each detection's among them."""
     # A region's place in the whole batch; all its classes have the same box.

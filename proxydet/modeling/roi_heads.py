@@ -110,7 +110,7 @@ class BoxPredictor(nn.Module):
         config: Of the classifier.
         features: F.
         text_DC1: As `ZeroShotClassifier`.
-        frequency_C: Weight of each training class in the draw of the federated loss.
+        frequency_C: Weight with which the federated loss samples each training class.
     """
 
     freq_weight: Tensor
@@ -222,7 +222,7 @@ class RoiHeads(nn.Module):
     Args:
         config: Sizes.
         text_DC1: Normalised text embeddings of the training classes, a column each, and a zero column last.
-        frequency_C: Weight of each training class in the federated draw.
+        frequency_C: Weight with which the federated loss samples each training class.
 
     Attributes:
         detection: The detection branch.
@@ -249,10 +249,8 @@ class RoiHeads(nn.Module):
                 conv_dims=[config.masks.channels] * (config.masks.convs + 1),
             )
         self._has_mixup = config.mixup_branch
-        if config.mixup_branch:
-            self._copy_branch(config.classifier.mixup_temperature)
-
-    def _copy_branch(self, temperature: float) -> None:
+        if not config.mixup_branch:
+            return
         self.box_head_cmm = copy.deepcopy(self.box_head)
         self.box_predictor_cmm = nn.ModuleList()
         for predictor in self.box_predictor:
@@ -260,7 +258,7 @@ class RoiHeads(nn.Module):
             own = copy.deepcopy(predictor)
             own.cls_score.zs_weight = predictor.cls_score.zs_weight
             own.freq_weight = predictor.freq_weight
-            own.cls_score.temperature = temperature
+            own.cls_score.temperature = config.classifier.mixup_temperature
             own.cls_score.cls_bias = None
             # Only the last step's embedding has a loss. What can never get a gradient is frozen, so that neither the
             # optimiser nor a process group waits for one.
@@ -281,7 +279,7 @@ class RoiHeads(nn.Module):
 
     @property
     def frequency_C(self) -> Tensor:
-        """Weight of each training class in the federated draw (all predictors hold the same)."""
+        """Weight with which the federated loss samples each training class (all predictors hold the same)."""
         first = self.box_predictor[0]
         assert isinstance(first, BoxPredictor)
         return first.freq_weight
@@ -298,7 +296,15 @@ class RoiHeads(nn.Module):
             embeddings.append(branch.classifier(step)(features_NF).unflatten(0, shape))
             deltas_BR4 = branch.deltas(step, features_NF).unflatten(0, shape)
             regions = self.refine(batch, deltas_BR4, seen, step)
-        mixup_BRD, mixup_boxes_BR4 = self._embed_mixup(batch, seen, pooled_NCSS)
+        mixup_BRD, mixup_boxes_BR4 = None, None
+        mixup = self.mixup
+        if mixup is not None:
+            last = len(mixup) - 1
+            if last > 0:
+                seen = self.mixup_regions(batch, seen, pooled_NCSS)
+                pooled_NCSS = self.pool(batch, seen)
+            embeddings_ND = mixup.classifier(last)(mixup.features(last, pooled_NCSS))
+            mixup_BRD, mixup_boxes_BR4 = embeddings_ND.unflatten(0, shape), seen.boxes_BR4
         return RegionEmbeddings(
             detection=tuple(embeddings),
             mixup_BRD=mixup_BRD,
@@ -307,19 +313,6 @@ class RoiHeads(nn.Module):
             proposal_scores_BR=regions.objectness_BR,
             valid_BR=regions.valid_BR,
         )
-
-    def _embed_mixup(
-        self, batch: FeatureBatch, regions: Regions, pooled_NCSS: Tensor
-    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        branch = self.mixup
-        if branch is None:
-            return None, None
-        last = len(branch) - 1
-        if last > 0:
-            regions = self.mixup_regions(batch, regions, pooled_NCSS)
-            pooled_NCSS = self.pool(batch, regions)
-        embeddings_ND = branch.classifier(last)(branch.features(last, pooled_NCSS))
-        return embeddings_ND.unflatten(0, regions.valid_BR.shape), regions.boxes_BR4
 
     def pool(self, batch: FeatureBatch, regions: Regions) -> Tensor:
         """Pool all regions: (N, C, S, S)."""
@@ -403,6 +396,12 @@ class GroundTruth:
         the device once an image.
         """
         counts = tuple(len(image) for image in instances)
+        masked = [
+            image.gt_masked
+            if image.has("gt_masked")
+            else torch.full((len(image),), image.has("gt_masks"), dtype=torch.bool)
+            for image in instances
+        ]
         boxes_BG4 = pad_sequence([image.gt_boxes.tensor.float() for image in instances], True)
         valid_BG = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
         return cls(
@@ -416,9 +415,7 @@ class GroundTruth:
                 image.gt_masks.to(device, non_blocking=True) if image.has("gt_masks") else None
                 for image in instances
             ),
-            masked_BG=pad_sequence([_masked(image) for image in instances], True).to(
-                device, non_blocking=True
-            ),
+            masked_BG=pad_sequence(masked, True).to(device, non_blocking=True),
         )
 
 
@@ -446,14 +443,6 @@ class Assignment:
         if truth.masked_BG.shape[1] == 0:
             return torch.zeros_like(self.labels_BR, dtype=torch.bool)
         return truth.masked_BG.gather(1, self.objects_BR)
-
-
-def _masked(image: Instances) -> Tensor:
-    """Return which objects of an image have a mask: bool (G,)."""
-    if image.has("gt_masked"):
-        masked_G: Tensor = image.gt_masked
-        return masked_G
-    return torch.full((len(image),), image.has("gt_masks"), dtype=torch.bool)
 
 
 def match(regions: Regions, truth: GroundTruth, threshold: float, classes: int) -> Assignment:
@@ -498,12 +487,12 @@ def sample(
     classes: int,
     generator: torch.Generator | None,
 ) -> tuple[Regions, Assignment]:
-    """Draw the regions to train on: objects up to a share, the rest background.
+    """Sample the regions to train on: objects up to a share, the rest background.
 
     Args:
         regions: All boxes.
         assignment: What they stand for.
-        size: Regions to draw an image; fewer where there are not enough.
+        size: Regions to sample an image; fewer where there are not enough.
         positive_fraction: Largest share of ``size`` that may be objects.
         classes: C, the background's label.
         generator: Source of randomness; None is torch's global one.
@@ -515,25 +504,25 @@ def sample(
     chance_BR = random_like(regions.objectness_BR, generator)
     chosen_BR = (_rank(positive_BR, chance_BR) < positives_B) & positive_BR
     chosen_BR |= (_rank(background_BR, chance_BR) < size - positives_B) & background_BR
-    # A stable sort on "not chosen" moves the drawn rows to the front and keeps their order.
+    # A stable sort on "not chosen" moves the sampled rows to the front and keeps their order.
     order_BS = (~chosen_BR).to(torch.uint8).argsort(dim=1, stable=True)[:, :size]
     valid_BS = chosen_BR.gather(1, order_BS)
-    drawn = Regions(
+    sampled = Regions(
         boxes_BR4=regions.boxes_BR4.gather(1, order_BS[:, :, None].expand(-1, -1, 4)),
         objectness_BR=regions.objectness_BR.gather(1, order_BS),
         valid_BR=valid_BS,
     )
-    return drawn, Assignment(
+    return sampled, Assignment(
         labels_BR=torch.where(valid_BS, labels_BR.gather(1, order_BS), PADDING),
         objects_BR=assignment.objects_BR.gather(1, order_BS),
     )
 
 
 def random_like(values: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Return uniform numbers in [0, 1) of the shape, type and device of ``values``, drawn where the generator lives."""
+    """Return uniform numbers in [0, 1) of the shape, type and device of ``values``, sampled where the generator is."""
     device = values.device if generator is None else generator.device
-    drawn = torch.rand(values.shape, generator=generator, device=device, dtype=values.dtype)
-    return drawn.to(values.device, non_blocking=True)
+    uniform = torch.rand(values.shape, generator=generator, device=device, dtype=values.dtype)
+    return uniform.to(values.device, non_blocking=True)
 
 
 def _rank(among_BR: Tensor, chance_BR: Tensor) -> Tensor:
@@ -546,12 +535,12 @@ def _rank(among_BR: Tensor, chance_BR: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassTable:
+class TrainingClasses:
     """The training classes, as the losses need them.
 
     Attributes:
         text_DC1: Normalised text embeddings, a column each, the last one zero (background).
-        frequency_C: Weight of each class in the federated draw.
+        frequency_C: Weight with which the federated loss samples each class.
         temperature: Factor from cosine to logit.
     """
 
@@ -641,7 +630,7 @@ class BoxTrainingOutput:
     steps: tuple[StepOutput, ...]
     mixup: MixupOutput | None
     masks: MaskOutput | None
-    table: ClassTable
+    table: TrainingClasses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -673,7 +662,7 @@ class ImageLabelTrainingOutput:
     centernet: CenterNetOutput
     labels: tuple[Tensor, ...]
     steps: tuple[ImageStepOutput, ...]
-    table: ClassTable
+    table: TrainingClasses
 
 
 TrainingOutput: TypeAlias = BoxTrainingOutput | ImageLabelTrainingOutput
@@ -689,7 +678,7 @@ def sample_regions(
     classes: int,
     generator: torch.Generator | None,
 ) -> tuple[Regions, Assignment]:
-    """Add the objects' own boxes to the proposals and draw the regions to train on."""
+    """Add the objects' own boxes to the proposals and sample the regions to train on."""
     regions = append_ground_truth(regions, truth)
     assignment = match(regions, truth, config.iou_thresholds[0], classes)
     return sample(
@@ -716,7 +705,7 @@ def box_steps(
     Args:
         heads: The second stage.
         batch: Features and image sizes.
-        regions: The drawn regions.
+        regions: The sampled regions.
         assignment: Their labels and objects.
         truth: The objects.
         classes: C, the background's label.
@@ -731,7 +720,7 @@ def box_steps(
             assignment = match(regions, truth, config.iou_thresholds[step], classes)
             pooled_NCSS = heads.pool(batch, regions)
         # Each step moves the shared features by its share only.
-        features_NF = branch.features(step, scale_gradient(pooled_NCSS, 1.0 / config.steps))
+        features_NF = branch.features(step, scale_gradient(pooled_NCSS, 1.0 / len(branch)))
         classifier = branch.classifier(step)
         outputs.append(
             StepOutput(
@@ -767,7 +756,7 @@ def _mixup_step(
         batch.features, regions.boxes_BR4.flatten(0, 1)[chosen], regions.image_N[chosen]
     )
     last = len(branch) - 1
-    features_PF = branch.features(last, scale_gradient(pooled, 1.0 / config.steps))
+    features_PF = branch.features(last, scale_gradient(pooled, 1.0 / len(branch)))
     return MixupOutput(
         embeddings_PD=branch.classifier(last)(features_PF),
         labels_P=labels_BR.flatten()[chosen],
@@ -819,7 +808,7 @@ def image_label_steps(
         largest_B4, valid_B = largest_but_last(regions)
         pooled = heads.box_pooler(batch.features, largest_B4, image_B)
         classifier = branch.classifier(step)
-        features_BF = branch.features(step, scale_gradient(pooled, 1.0 / heads.config.steps))
+        features_BF = branch.features(step, scale_gradient(pooled, 1.0 / len(branch)))
         outputs.append(
             ImageStepOutput(
                 embeddings_BD=classifier(features_BF), valid_B=valid_B, bias=classifier.cls_bias

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.resources import files
@@ -24,6 +25,7 @@ from types import ModuleType
 from typing import Any, Literal, NoReturn
 
 from proxydet.errors import MissingDependencyError, RuntimeEnvironmentError
+from proxydet.runtime.stand_ins import NamespaceOverlay, temporary_attribute, temporary_module
 
 _logger = logging.getLogger(__name__)
 
@@ -39,6 +41,14 @@ def package_folder(name: str) -> Path | None:
         # Something refuses its import, or put a module without a spec in its place.
         return None
     return Path(spec.origin).parent if spec is not None and spec.origin is not None else None
+
+
+def distribution_version(name: str) -> str | None:
+    """Return the version of an installed distribution, by its name on the package index; None where it is not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def locate_detectron2() -> Path:
@@ -217,51 +227,6 @@ class _RepairingLoader(Loader):
             module.__spec__.loader = self._loader
         with self._repair(module):
             self._loader.exec_module(module)
-
-
-@contextmanager
-def temporary_attribute(owner: object, name: str, value: object) -> Iterator[None]:
-    """Give ``owner`` an attribute that it lacks, for the length of the block; one it has is left alone."""
-    if hasattr(owner, name):
-        yield
-        return
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        delattr(owner, name)
-
-
-@contextmanager
-def temporary_module(name: str, module: ModuleType) -> Iterator[None]:
-    """Make ``module`` importable as ``name`` for the length of the block."""
-    before = sys.modules.get(name)
-    sys.modules[name] = module
-    try:
-        yield
-    finally:
-        if before is None:
-            del sys.modules[name]
-        else:
-            sys.modules[name] = before
-
-
-class NamespaceOverlay(ModuleType):
-    """A module as one of its users sees it: its own names, and a few more that only this user gets.
-
-    Args:
-        module: The module behind it.
-        extra: The names to add; one that the module has keeps the module's value.
-    """
-
-    def __init__(self, module: ModuleType, extra: dict[str, object]) -> None:
-        super().__init__(module.__name__, module.__doc__)
-        # Not hasattr: numpy warns when it is asked for names that it used to have.
-        self.__dict__.update({k: v for k, v in extra.items() if k not in vars(module)})
-        self.__dict__["_module"] = module
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.__dict__["_module"], name)
 
 
 COMPILED_MODULE = "detectron2._C"

@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import Any
 
 from proxydet.errors import MissingDependencyError
-from proxydet.runtime.detectron2 import NamespaceOverlay, temporary_module
+from proxydet.runtime.stand_ins import NamespaceOverlay, temporary_module
 
 
 def _load(name: str) -> ModuleType:

@@ -100,8 +100,9 @@ def reproducibility_mode(mode: Mode) -> Iterator[None]:
 
 def _remember_settings() -> Callable[[], None]:
     """Return a function that restores what the modes change, as it is now."""
-    import proxydet.runtime.d2  # noqa: F401
+    from proxydet.runtime.detectron2 import activate
 
+    activate()
     import torch
     from detectron2.layers import ROIAlign
 

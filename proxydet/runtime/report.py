@@ -36,7 +36,7 @@ import proxydet
 from proxydet._version import __version__
 from proxydet.errors import InputError, RuntimeEnvironmentError
 from proxydet.paths import datasets_folder
-from proxydet.runtime.detectron2 import package_folder
+from proxydet.runtime.detectron2 import distribution_version, package_folder
 from proxydet.runtime.patch import patch_status, roi_align_files
 from proxydet.runtime.processes import Fact, run_program
 from proxydet.runtime.torch_probe import NOT_ASKED, Facts, facts_before_crash, gpu_facts, probe
@@ -725,7 +725,7 @@ def package_facts() -> Facts:
         if package_folder(module) is None:
             facts[key] = Fact(None, "not installed")
             continue
-        found = {name: version for name in names if (version := _metadata_version(name))}
+        found = {name: version for name in names if (version := distribution_version(name))}
         listed = ", ".join(f"{name} {version}" for name, version in found.items())
         problem = f"several packages write the same files: {listed}" if len(found) > 1 else ""
         first = next(iter(found.values()), None)
@@ -779,7 +779,7 @@ def _dependencies_fact() -> Fact:
         for line in required
         if "extra ==" not in line and "python_version" not in line
     ]
-    missing = [name for name in names if _metadata_version(name) is None]
+    missing = [name for name in names if distribution_version(name) is None]
     problem = f"not installed: {', '.join(missing)}" if missing else ""
     return Fact(f"{len(names) - len(missing)} of {len(names)} installed", problem)
 
@@ -819,13 +819,6 @@ def _constants(file: Path) -> dict[str, object]:
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             found |= {t.id: node.value.value for t in targets if isinstance(t, ast.Name)}
     return found
-
-
-def _metadata_version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def commit_of(folder: Path) -> str | None:

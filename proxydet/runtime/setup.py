@@ -17,7 +17,7 @@ import sysconfig
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import requires
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +31,7 @@ from proxydet.errors import (
     TransferError,
 )
 from proxydet.reporting import SILENT, Progress
-from proxydet.runtime.detectron2 import SETUP_HINT, package_folder
+from proxydet.runtime.detectron2 import SETUP_HINT, distribution_version, package_folder
 from proxydet.runtime.processes import call_in_new_process, run_program
 
 DISTRIBUTION = "pb1-detectron2"
@@ -123,7 +123,7 @@ def _checked_torch() -> dict[str, str]:
     try:
         found: dict[str, str] = call_in_new_process(__name__, "check_torch", seconds=_CHECK_SECONDS)
     except RuntimeEnvironmentError as error:
-        pair = " and ".join(f"{p} {_installed_version(p)}" for p in ("torch", "torchvision"))
+        pair = " and ".join(f"{p} {distribution_version(p)}" for p in ("torch", "torchvision"))
         required = [r for r in requires("torchvision") or [] if r.split(";")[0].startswith("torch")]
         needs = f"; this torchvision requires {required[0]}" if required else ""
         raise RuntimeEnvironmentError(
@@ -141,7 +141,7 @@ def _checked_detectron2(action: str) -> dict[str, Any]:
         )
     except RuntimeEnvironmentError as error:
         which = "installed" if action == "found" else "new"
-        owner = DISTRIBUTION if _installed_version(DISTRIBUTION) else "detectron2"
+        owner = DISTRIBUTION if distribution_version(DISTRIBUTION) else "detectron2"
         raise MissingDependencyError(
             f"The {which} detectron2 does not work: {error.message}",
             hint=f"remove it (pip uninstall {owner}), then {SETUP_HINT}",
@@ -217,13 +217,6 @@ def _expect(what: str, actual: object, expected: object) -> None:
         raise RuntimeError(f"{what} gives {actual}, not {expected}")
 
 
-def _installed_version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
-
-
 # ---- installation ----------------------------------------------------------------------------------------------------
 
 
@@ -284,7 +277,7 @@ def _install(uv: Path, site_packages: Path) -> None:
     options += ["--no-build-isolation", "--no-deps", "--require-hashes"]
     for setting in ("--global-option=build_py", "--build-option=--skip-build"):
         options += ["--config-settings-package", f"{DISTRIBUTION}:{setting}"]
-    if _installed_version(DISTRIBUTION):
+    if distribution_version(DISTRIBUTION):
         # Its record is there and its files are not: without this, uv would take it as installed.
         options += ["--reinstall-package", DISTRIBUTION]
     # In an empty folder, so that no project's settings are picked up.

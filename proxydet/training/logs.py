@@ -6,7 +6,8 @@ import logging
 import resource
 import sys
 import time
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,8 +16,10 @@ from proxydet.reporting import Task
 from proxydet.training.checkpoint import TrainingState
 from proxydet.training.config import LogConfig
 from proxydet.training.distributed import DistInfo
-from proxydet.training.runfolder import RunFolder, iteration_of
 from proxydet.training.step import StepResult
+
+if TYPE_CHECKING:
+    from proxydet.training.runfolder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -203,3 +206,10 @@ def memory_mib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def iteration_of(record: Mapping[str, Any]) -> int:
+    """Return the iteration that a record of a log belongs to; beyond all of them for one that names none."""
+    iteration = record.get("iteration")
+    known = type(iteration) is int and 0 <= iteration < sys.maxsize
+    return int(iteration) if known else sys.maxsize  # type: ignore[arg-type]

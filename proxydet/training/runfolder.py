@@ -62,6 +62,7 @@ from proxydet.training.checkpoint import (
 from proxydet.training.config import scale_training
 from proxydet.training.distributed import DistInfo, launched_rank, number_in
 from proxydet.training.launch import LAUNCHER, holds_logs_only
+from proxydet.training.logs import iteration_of
 from proxydet.vocabulary.compositional import CompositionalEncoder
 from proxydet.vocabulary.vocabulary import Vocabulary
 from proxydet.weight_files import read_content, read_safetensors
@@ -486,13 +487,6 @@ def is_whole(folder: RunFolder, earlier: EarlierRun) -> bool:
         ) from error
     logger.warning("%s; writing the files of the finished run again from %s", said, last)
     return False
-
-
-def iteration_of(record: Mapping[str, Any]) -> int:
-    """Return the iteration that a record of a log belongs to; beyond all of them for one that names none."""
-    iteration = record.get("iteration")
-    known = type(iteration) is int and 0 <= iteration < sys.maxsize
-    return int(iteration) if known else sys.maxsize  # type: ignore[arg-type]
 
 
 def after_restart(resume: Resume) -> Resume:

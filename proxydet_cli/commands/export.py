@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from proxydet_cli.opening import check_choice, chosen_vocabulary, open_detector
 from proxydet_cli.options import (
     Classes,
     Json,
@@ -17,11 +18,8 @@ from proxydet_cli.options import (
     VocabularySource,
     Weights,
     Yes,
-    check_choice,
-    chosen_vocabulary,
     command_app,
     examples,
-    open_detector,
 )
 
 app = command_app()

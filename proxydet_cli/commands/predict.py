@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from proxydet_cli.opening import check_choice, chosen_vocabulary, open_detector, tuned
 from proxydet_cli.options import (
     BaseAbove,
     Classes,
@@ -28,19 +29,14 @@ from proxydet_cli.options import (
     VocabularySource,
     Weights,
     Yes,
-    check_choice,
-    chosen_vocabulary,
     command_app,
     examples,
-    open_detector,
-    tuned,
 )
 from proxydet_cli.output import Output
 
 if TYPE_CHECKING:
-    from proxydet.detections import Detections
+    from proxydet.detections import Detections, FrameResult
     from proxydet.inference.jobs import ImageResult, PredictionSummary, VideoSummary
-    from proxydet.inference.video import FrameResult
 
 app = command_app()
 

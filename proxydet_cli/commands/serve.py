@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from proxydet_cli.opening import check_choice, chosen_vocabulary, open_detector, tuned
 from proxydet_cli.options import (
     BaseAbove,
     Classes,
@@ -22,12 +23,8 @@ from proxydet_cli.options import (
     VocabularySource,
     Weights,
     Yes,
-    check_choice,
-    chosen_vocabulary,
     command_app,
     examples,
-    open_detector,
-    tuned,
 )
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from proxydet_cli.options import Json, command_app, confirm_names, examples
+from proxydet_cli.opening import confirm_names
+from proxydet_cli.options import Json, command_app, examples
 
 if TYPE_CHECKING:
     from proxydet.vocabulary.comparison import VocabularyReport

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 SHARED = 0
@@ -14,7 +15,6 @@ RANK = {
             "errors",
             "files",
             "weight_files",
-            "zips",
             "reporting",
             "wording",
             "paths",
@@ -113,3 +113,18 @@ def test_package_files_import_nothing_of_ours(trees):
         if path.name == "__init__.py":
             assert isinstance(tree.body[0], ast.Expr), path
             assert {name for name, _ in imported(tree)} <= {"proxydet._version.__version__"}, path
+
+
+def test_imports_have_no_circle_and_at_most_twelve_floors(trees):
+    """Imports inside functions included: a chain of them is as long a way to read."""
+    named = {module_name(path): tree for path, tree in trees.items()}
+    below = {
+        name: {other if other in named else other.rpartition(".")[0] for other, _ in imported(tree)}
+        & (named.keys() - {name})
+        for name, tree in named.items()
+    }
+    chains: dict[str, list[str]] = {}
+    for name in TopologicalSorter(below).static_order():  # raises CycleError for a circle
+        chains[name] = [name, *max((chains[other] for other in below[name]), key=len, default=[])]
+    longest = max(chains.values(), key=len)
+    assert len(longest) <= 12, " > ".join(longest)

@@ -14,8 +14,8 @@ from parity_groups import LOSS_TOLERANCE, TENSOR_TOLERANCE, Row
 from parity_model import Fixture
 from torch.nn.functional import normalize
 
+from proxydet.data.images import scaled_crop
 from proxydet.data.loader import image_weights, repeat_factors
-from proxydet.data.transforms import scaled_crop
 from proxydet.losses.config import CenterNetLossConfig, MixupLossConfig
 from proxydet.losses.criterion import class_prototypes, federated_loss, mixup_loss
 from proxydet.modeling.centernet import (

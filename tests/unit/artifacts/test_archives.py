@@ -273,7 +273,7 @@ def test_an_encrypted_zip(place) -> None:
 
 class TestBombs:
     def test_a_tar_of_many_times_its_size(self, place, monkeypatch) -> None:
-        monkeypatch.setattr("proxydet.zips.SPARE_BYTES", 1 << 20)
+        monkeypatch.setattr("proxydet.files.SPARE_BYTES", 1 << 20)
         data = gzip.compress(tarred({"photos/zeros": bytes(4 << 20)}))
         with pytest.raises(ArchiveError, match="200"):
             place.unpack(".tar.gz", data)
@@ -286,14 +286,14 @@ class TestBombs:
         assert place.files() == {}
 
     def test_what_follows_the_end_of_a_tar_counts_too(self, place, monkeypatch) -> None:
-        monkeypatch.setattr("proxydet.zips.SPARE_BYTES", 1 << 20)
+        monkeypatch.setattr("proxydet.files.SPARE_BYTES", 1 << 20)
         data = gzip.compress(tarred({"photos/a": b"x"}) + bytes(4 << 20))
         with pytest.raises(ArchiveError, match="200"):
             place.unpack(".tar.gz", data)
 
     @pytest.mark.parametrize("suffix", MAKERS)
     def test_more_members_than_any_data_set_has(self, place, suffix, monkeypatch) -> None:
-        monkeypatch.setattr("proxydet.zips.MOST_MEMBERS", 3)
+        monkeypatch.setattr("proxydet.files.MOST_MEMBERS", 3)
         files = {f"photos/{n}": b"x" for n in range(3)}
         place.unpack(suffix, MAKERS[suffix](files))
         shutil.rmtree(place.data)

@@ -7,7 +7,6 @@ import pytest
 from proxydet.data.dataset import (
     Dataset,
     DatasetConfig,
-    class_rows,
 )
 from proxydet.errors import DataError, VocabularyError
 from proxydet.vocabulary.vocabulary import Vocabulary
@@ -105,7 +104,7 @@ def test_rows_of_embeddings_are_categories_in_order_of_their_ids(small_set: Path
         vocabulary.embeddings, np.load(small_set.parent / "embeddings.npy")
     )
     store = Dataset(config=description).store("train")
-    assert class_rows(store, vocabulary).tolist() == [0, 1, 2]
+    assert store.class_rows(vocabulary.names).tolist() == [0, 1, 2]
     # Of 6 images, number % 4 classes each, cat first.
     assert Dataset(config=description).image_counts().tolist() == [4, 2, 1]
     assert Dataset(config=description).image_counts(with_novel=False).tolist() == [4, 0, 1]
@@ -124,7 +123,7 @@ def test_names_map_rows_to_categories(small_set: Path) -> None:
     vocabulary = Dataset(config=description).vocabulary
     assert vocabulary.names == ("bird", "cow", "cat", "dog")
     store = Dataset(config=description).store("train")
-    assert class_rows(store, vocabulary).tolist() == [2, 3, 0]
+    assert store.class_rows(vocabulary.names).tolist() == [2, 3, 0]
     assert Dataset(config=description).image_counts().tolist() == [1, 0, 4, 2]
 
 
@@ -160,10 +159,9 @@ def test_what_does_not_fit_is_an_error(small_set: Path, change, error, message: 
     with (small_set.parent / "arrays").open("wb") as file:
         np.savez(file, a=np.eye(4))
     description = edited(small_set, change)
+    dataset = Dataset(config=description)
     with pytest.raises(error, match=message) as caught:
-        class_rows(
-            Dataset(config=description).store("train"), Dataset(config=description).vocabulary
-        )
+        dataset.store("train").class_rows(dataset.vocabulary.names)
     assert caught.value.hint
     assert "pickle" not in str(caught.value)
 

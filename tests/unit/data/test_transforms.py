@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from proxydet.data.config import SourceConfig
-from proxydet.data.transforms import View, scaled_crop, shortest_side, training_view
+from proxydet.data.images import View, scaled_crop, shortest_side, training_view
 
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "data_parity.npz"
 

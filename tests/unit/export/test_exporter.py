@@ -24,12 +24,12 @@ from proxydet.errors import (
 from proxydet.export import exporter
 from proxydet.export.exporter import (
     Agreement,
+    TorchProgram,
     compare,
     export_detector,
     synthetic_image,
     weights_digest,
 )
-from proxydet.export.formats import TorchProgram
 from proxydet.export.runtime import OnnxDetector
 from proxydet.modeling.postprocess import Prediction
 from proxydet.vocabulary.vocabulary import Vocabulary

@@ -14,8 +14,7 @@ from PIL import Image
 
 from proxydet.detector import Detector
 from proxydet.errors import InputError, NumericsError, VocabularyError
-from proxydet.export.exporter import compare, export_detector, synthetic_image
-from proxydet.export.formats import TorchProgram
+from proxydet.export.exporter import TorchProgram, compare, export_detector, synthetic_image
 from proxydet.export.runtime import INPUTS, OUTPUTS, OnnxDetector
 
 # One export takes longer than a quick test may; what is exported is tested without in test_graph.py.

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import nms
 
-from proxydet.export.exporter import describe
-from proxydet.export.formats import save_onnx
+from proxydet.export.exporter import describe, save_onnx
 from proxydet.export.graph import OnnxSuppression, TorchvisionSuppression
 from proxydet.modeling.config import InferenceConfig
 

@@ -103,7 +103,7 @@ def tamper(monkeypatch) -> Callable[..., None]:
     return replace
 
 
-class BarDetector:
+class BarDetector(Detector):
     """Finds the red lower half of the bar; remembers the batches that it was given."""
 
     vocabulary = Vocabulary.from_arrays(["bar", "nothing"], np.eye(2, 4))

@@ -17,7 +17,7 @@ import pytest
 from proxydet.errors import ConfigError, DataError, DiskFullError, JobInterruptedError
 from proxydet.inference.jobs import VideoSummary, predict_video
 from proxydet.inference.sources import VideoSource, name_videos
-from proxydet.inference.video import VideoReader, VideoWriter, predict_frames, read_ahead
+from proxydet.inference.video import VideoReader, VideoWriter, read_ahead
 from proxydet.inference.writers import VIDEO_KINDS, CsvTable, DrawnVideo
 from proxydet.modeling.config import InferenceConfig
 from proxydet.visualization.drawing import colour_of
@@ -313,8 +313,8 @@ def test_videos_of_one_name_get_files_of_their_own(make, tmp_path):
 
 
 def test_batches_are_filled_and_the_rest_is_run_too(bars, make):
-    results = predict_frames(
-        bars, VideoReader(make()), bars.vocabulary, InferenceConfig(), batch_size=5
+    results = bars.predict_frames(
+        VideoReader(make()), bars.vocabulary, InferenceConfig(), batch_size=5
     )
     assert [result.index for result in results] == list(range(24))
     assert bars.batches == [5, 5, 5, 5, 4]

@@ -13,8 +13,8 @@ from proxydet.losses.config import MixupLossConfig
 from proxydet.losses.criterion import (
     class_prototypes,
     class_wise_mixup_loss,
-    draw_mixing_ratio,
     mixup_loss,
+    sample_mixing_ratio,
 )
 from proxydet.modeling.roi_heads import MixupOutput
 
@@ -130,11 +130,11 @@ def test_the_loss_is_weighted_and_follows_the_generator():
 @pytest.mark.parametrize(("beta", "spread"), [(1.0, 1 / 12), (0.5, 1 / 8), (8.0, 1 / 68)])
 def test_the_mixing_ratio_is_beta_distributed(beta, spread):
     generator = torch.Generator().manual_seed(0)
-    drawn = np.array([draw_mixing_ratio(beta, generator) for _ in range(3000)])
+    drawn = np.array([sample_mixing_ratio(beta, generator) for _ in range(3000)])
     assert drawn.mean() == pytest.approx(0.5, abs=0.03)
     assert drawn.var() == pytest.approx(spread, rel=0.12)
 
 
 def test_beta_zero_is_all_or_nothing():
     generator = torch.Generator().manual_seed(0)
-    assert {draw_mixing_ratio(0.0, generator) for _ in range(50)} == {0.0, 1.0}
+    assert {sample_mixing_ratio(0.0, generator) for _ in range(50)} == {0.0, 1.0}

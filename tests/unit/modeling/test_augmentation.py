@@ -12,7 +12,7 @@ from proxydet.detector import Detector
 from proxydet.errors import ConfigError
 from proxydet.modeling.boxes import Regions
 from proxydet.modeling.config import InferenceConfig, ProposalConfig
-from proxydet.modeling.network import View, ViewFeatures, _merged
+from proxydet.modeling.network import ImageView, ViewFeatures, _merged
 from proxydet.modeling.postprocess import Prediction
 from proxydet.modeling.roi_heads import FeatureBatch
 
@@ -41,7 +41,7 @@ def test_the_same_view_again_changes_no_bit(lively_network, tiny, times):
     image = tiny.image(96, 128)
     (plain,) = lively_network.detect([image], original_sizes=[(150, 200)], settings=LOW)
     again = lively_network.detect_views(
-        [View(image=image)] * times, original_size=(150, 200), settings=LOW
+        [ImageView(image=image)] * times, original_size=(150, 200), settings=LOW
     )
     assert_equal(again, plain)
 
@@ -50,7 +50,7 @@ def test_a_mirrored_view_alone_is_the_mirrored_picture(lively_network, tiny):
     image = tiny.image(96, 128)
     (plain,) = lively_network.detect([image], settings=LOW)
     turned = lively_network.detect_views(
-        [View(image=image, mirrored=True)], original_size=(96, 128), settings=LOW
+        [ImageView(image=image, mirrored=True)], original_size=(96, 128), settings=LOW
     )
     # Boxes that were mirrored there and back have lost their last bits.
     torch.testing.assert_close(turned.scores_N, plain.scores_N, atol=1e-6, rtol=0)
@@ -69,7 +69,7 @@ def test_a_mirrored_picture_gives_mirrored_results(lively_network, tiny):
     image = tiny.image(96, 128)
     flipped = image.flip(2)
     views = [
-        [View(image=a), View(image=b, mirrored=True)]
+        [ImageView(image=a), ImageView(image=b, mirrored=True)]
         for a, b in ((image, flipped), (flipped, image))
     ]
     one, other = (
@@ -90,7 +90,7 @@ def test_views_of_other_sizes_are_brought_to_one_frame(lively_network, tiny):
     )[0]
     for order in ([image, larger], [larger, image]):
         found = lively_network.detect_views(
-            [View(image=view) for view in order], original_size=(96, 128), settings=LOW
+            [ImageView(image=view) for view in order], original_size=(96, 128), settings=LOW
         )
         assert len(found) > 0
         assert float(found.boxes_N4[:, 2].max()) <= 128
@@ -120,7 +120,7 @@ def test_scores_are_means_over_the_views(lively_network, tiny):
             lively_network, "config", dataclasses.replace(lively_network.config, proposals=config)
         )
         found = lively_network.detect_views(
-            [View(image=one), View(image=two)], original_size=(64, 64), settings=settings
+            [ImageView(image=one), ImageView(image=two)], original_size=(64, 64), settings=settings
         )
     assert len(alone) == 2
     expected = ((alone[0] + alone[1]) / 2)[0].sort(descending=True).values
@@ -155,7 +155,7 @@ def test_the_detector_uses_it_only_when_asked(lively_network, monkeypatch):
 
 def test_without_masks_there_are_none(lively_network, tiny):
     settings = dataclasses.replace(LOW, masks=False)
-    view = View(image=tiny.image(64, 64))
+    view = ImageView(image=tiny.image(64, 64))
     found = lively_network.detect_views([view, view], original_size=(64, 64), settings=settings)
     assert not found.has_masks
 

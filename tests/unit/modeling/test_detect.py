@@ -21,7 +21,7 @@ from proxydet.modeling.config import (
     ProposalConfig,
     SwinConfig,
 )
-from proxydet.modeling.network import ProxyDetNetwork, View
+from proxydet.modeling.network import ImageView, ProxyDetNetwork
 from proxydet.modeling.postprocess import Prediction, masks, to_host
 from proxydet.vocabulary.vocabulary import Vocabulary
 
@@ -147,7 +147,7 @@ def test_a_network_without_a_mask_head_gives_boxes_whatever_is_asked(tiny):
         settings = dataclasses.replace(LOW, masks=True, score_threshold=threshold)
         (found,) = network.detect([tiny.image(64, 64)], settings=settings)
         assert not found.has_masks
-        views = [View(image=tiny.image(64, 64))]
+        views = [ImageView(image=tiny.image(64, 64))]
         seen = network.detect_views(views, original_size=(64, 64), settings=settings)
         assert not seen.has_masks
         assert torch.equal(seen.boxes_N4, found.boxes_N4)

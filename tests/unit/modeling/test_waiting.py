@@ -100,7 +100,7 @@ def as_on_a_gpu(monkeypatch) -> None:
     monkeypatch.setattr(boxes, "_waits", lambda _device: True)
     monkeypatch.setattr(roi_align, "current_mode", lambda: "published")
     # Polygons are drawn on the CPU, also in a training on a GPU.
-    monkeypatch.setattr(criterion, "_draw", on_the_host(criterion._draw))
+    monkeypatch.setattr(criterion, "_rasterize", on_the_host(criterion._rasterize))
 
 
 def counted(work: Callable[[], Any]) -> Counter[str]:

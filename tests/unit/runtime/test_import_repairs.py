@@ -9,11 +9,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from proxydet.runtime.detectron2 import (
-    NamespaceOverlay,
     RepairFinder,
-    temporary_attribute,
-    temporary_module,
 )
+from proxydet.runtime.stand_ins import NamespaceOverlay, temporary_attribute, temporary_module
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +34,8 @@ class Machine:
             raise errors.RuntimeEnvironmentError(self.failures[name])
         return ANSWERS[name]
 
-    def version(self, name: str) -> str:
-        if name == setup.DISTRIBUTION and self.recorded is None:
-            raise PackageNotFoundError
-        return self.recorded or "1"
+    def version(self, name: str) -> str | None:
+        return self.recorded if name == setup.DISTRIBUTION else "1"
 
     def run(self, command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         self.requirements = Path(command[command.index("--requirements") + 1])
@@ -52,7 +49,7 @@ def machine(monkeypatch, tmp_path) -> Machine:
     machine = Machine()
     monkeypatch.setattr(setup, "call_in_new_process", machine.check)
     monkeypatch.setattr(setup, "package_folder", lambda _: machine.detectron2)
-    monkeypatch.setattr(setup, "version", machine.version)
+    monkeypatch.setattr(setup, "distribution_version", machine.version)
     monkeypatch.setattr(setup, "find_uv", lambda: Path("/bin/uv"))
     monkeypatch.setattr(setup, "uv_environment", dict)
     monkeypatch.setattr(setup.subprocess, "run", machine.run)

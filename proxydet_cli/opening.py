@@ -1,0 +1,168 @@
+"""Opens the detector and the classes that the options of a command name; what is missing is downloaded after a question."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from proxydet.detector import Detector
+    from proxydet.models import NamedDetector
+    from proxydet.vocabulary.vocabulary import Vocabulary
+    from proxydet_cli.options import Precision
+
+
+def open_detector(
+    named: NamedDetector, classes: str | None, vocabulary: str | None, *, device: str, yes: bool
+) -> Detector:
+    """Open the detector that the options name; what is missing is downloaded after one question.
+
+    Args:
+        named: What the options name.
+        classes: What ``-v`` takes.
+        vocabulary: What ``--vocabulary`` takes.
+        device: What ``--device`` takes.
+        yes: Do not ask.
+
+    Raises:
+        ProxydetError: It cannot be opened, or what it needs was not downloaded.
+    """
+    from proxydet.models import locate_published
+    from proxydet.vocabulary.sources import PUBLISHED_VOCABULARIES
+    from proxydet_cli.commands.download import with_downloads
+
+    # Words without embeddings take CLIP: asked for in the same question.
+    words = classes is not None or (
+        vocabulary is not None
+        and vocabulary not in PUBLISHED_VOCABULARIES
+        and not vocabulary.endswith((".npz", ".vocab", ".npy"))
+    )
+    also = ("clip-vit-b32",) if words and named.run is None else ()
+    published = named.published
+    if published is not None:  # said before torch is loaded
+        with_downloads(lambda: locate_published(published), also=also, yes=yes)
+    from proxydet.detector import open_named
+
+    return with_downloads(lambda: open_named(named, device=device), also=also, yes=yes)
+
+
+def tuned(detector: Detector, *, tta: bool, precision: Precision) -> Detector:
+    """Return the detector with the settings that the options ask for.
+
+    Raises:
+        ConfigError: The device cannot compute in this precision.
+    """
+    asked = detector.with_augmentation() if tta else detector
+    asked.network.check_precision(precision.value)
+    return asked.with_settings(precision=precision.value)
+
+
+def check_choice(classes: str | None, vocabulary: str | None, names: Path | None) -> None:
+    """Refuse options that contradict each other or name files that are not there, before a detector is opened.
+
+    Raises:
+        VocabularyError: A file is not there, or a class name is empty or there twice.
+    """
+    from proxydet.errors import VocabularyError
+    from proxydet.vocabulary.names import check_names, split_names
+    from proxydet.vocabulary.sources import is_vocabulary_file
+
+    if classes is not None and vocabulary is not None:
+        raise typer.BadParameter("give either -v or --vocabulary")
+    if names is not None and vocabulary is None:
+        raise typer.BadParameter("--names belongs to a .npy --vocabulary")
+    named = vocabulary if vocabulary and is_vocabulary_file(vocabulary) else None
+    if names is None and named is not None and named.endswith(".npy"):
+        named = None  # `open_vocabulary` says what else is needed
+    for file in (named, names, classes if classes and _means_file(classes) else None):
+        if file is not None and not Path(file).exists():
+            raise VocabularyError(
+                f"there is no file {file}", hint="check the spelling of its path", path=Path(file)
+            )
+        if file is not None:
+            confirm_names(Path(file))
+    if classes is not None and not _means_file(classes) and ("," in classes or not classes.strip()):
+        check_names(split_names(classes))
+
+
+def confirm_names(path: Path) -> None:
+    """Ask whether a single line of several class names is meant so; where nobody can answer, reading it logs a warning.
+
+    Raises:
+        VocabularyError: It is not.
+    """
+    from proxydet.errors import JobInterruptedError, VocabularyError
+    from proxydet.vocabulary.names import LIST_SUFFIXES, single_line_split
+
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return
+    if path.suffix and not path.name.lower().endswith(LIST_SUFFIXES):
+        return
+    if report := single_line_split(path):
+        try:
+            agreed = typer.confirm(f"{report}\nContinue?", default=True, err=True)
+        except typer.Abort:  # Ctrl-C or Ctrl-D in place of an answer
+            raise JobInterruptedError("Stopped.") from None
+        if not agreed:
+            raise VocabularyError(
+                f"{path} holds several names on a single line",
+                hint="write one name on each line; a line that is one name goes in double quotes",
+                path=path,
+            )
+
+
+def _means_file(classes: str) -> bool:
+    """Whether ``-v`` names a file, there or not; a class may hold a slash: Monitor/TV."""
+    from proxydet.vocabulary.sources import is_vocabulary_file
+
+    path, place = Path(classes), classes.startswith(("/", "./", "../", "~/"))
+    inside = len(path.parts) > 1 and path.parent.is_dir() and "," not in classes
+    return is_vocabulary_file(classes) or place or inside
+
+
+def chosen_vocabulary(
+    detector: Detector,
+    classes: str | None,
+    source: str | None,
+    names: Path | None,
+    base_above: float = 0.9,
+    *,
+    yes: bool,
+) -> Vocabulary:
+    """Open the vocabulary that the options name; the training's where they name none.
+
+    What is missing, such as CLIP's weights for names without embeddings, is downloaded after a question.
+
+    Args:
+        detector: Whose text encoder embeds names.
+        classes: Names as ``-v`` takes them.
+        source: What ``--vocabulary`` takes.
+        names: File of the names of a ``.npy`` table.
+        base_above: Cosine with a base class of training above which a class counts as base.
+        yes: Do not ask.
+
+    Raises:
+        VocabularyError: It cannot be used.
+    """
+    from proxydet.vocabulary.names import split_names
+    from proxydet.vocabulary.sources import open_vocabulary
+    from proxydet_cli.commands.download import with_downloads
+
+    if classes is not None and _means_file(classes):
+        classes, source = None, classes
+    if classes is None and source is None:
+        return detector.vocabulary
+    chosen = split_names(classes) if classes is not None else None
+
+    def opened() -> Vocabulary:
+        if chosen is not None:
+            return detector.resolve(chosen)
+        assert source is not None
+        return open_vocabulary(
+            source, encoder=lambda: detector.encoder, names=names, known=detector.vocabulary
+        )
+
+    return detector.with_base(with_downloads(opened, yes=yes), base_above)

@@ -75,7 +75,7 @@ class DownloadOptions:
     keep_archives: bool = False
     """Keep archives after unpacking them."""
     settings: TransferSettings = field(default_factory=TransferSettings)
-    """Connections, retries, speed limit, mirror."""
+    """Connections, attempts, speed limit, mirror."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,7 +74,7 @@ class TransferSettings:
     """Seconds that a file may take beyond its bytes at ``least_speed``."""
     largest_unannounced: int = 16 << 30
     """Bytes after which a file is given up whose size neither the catalogue nor its server says."""
-    retries: int = 6
+    attempts: int = 6
     """Attempts in a row without any progress before an address is given up."""
     first_delay: float = 0.5
     """Seconds before the first repetition; doubled each time, with up to half of it drawn at random."""
@@ -91,7 +91,7 @@ class TransferSettings:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for name in ("connections", "jobs", "retries", "slow_bytes", "chunk_bytes", "piece_bytes"):
+        for name in ("connections", "jobs", "attempts", "slow_bytes", "chunk_bytes", "piece_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1; it is {getattr(self, name)}.")
         for name in ("connect_timeout", "read_timeout", "head_seconds", "slow_seconds", "least_speed",

@@ -395,7 +395,7 @@ class Transfer:
             self._settings,
             self._client.unreachable,
         )
-        most = 1 if host in unreachable else settings.retries
+        most = 1 if host in unreachable else settings.attempts
         best, failures, announced = self._part.record.stored, 0, False
         while next(self._part.record.gaps(), None) is not None:
             try:

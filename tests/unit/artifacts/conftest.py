@@ -292,7 +292,7 @@ QUICK = TransferSettings(
     connect_timeout=2,
     slow_seconds=1,
     chunk_bytes=8192,
-    retries=4,
+    attempts=4,
     longest_retry_after=2,
 )
 

@@ -75,7 +75,7 @@ def test_it_is_given_up_with_a_reason(fetch, server, kind):
         head_seconds=0.2,
         slow_seconds=0.2,
         grace_seconds=1.5,
-        retries=2,
+        attempts=2,
         read_timeout=0.4,
         slow_bytes=10_000,
     )
@@ -92,7 +92,7 @@ def test_it_is_given_up_with_a_reason(fetch, server, kind):
 
 def test_bytes_now_and_then_do_not_keep_it_alive(fetch, server):
     """Each attempt brings something new, so that it may be tried again, and all of them bring too little."""
-    fetch.set(slow_seconds=0.3, grace_seconds=0.4, retries=1000, longest_delay=0.001)
+    fetch.set(slow_seconds=0.3, grace_seconds=0.4, attempts=1000, longest_delay=0.001)
     body = bytes(200_000)
     served = server.add("/f", body, drop_after=20)
     started = time.monotonic()

@@ -227,7 +227,7 @@ def test_what_is_not_a_rate(text):
 
 
 @pytest.mark.parametrize(
-    "field", ["connections", "jobs", "retries", "limit_rate", "read_timeout", "chunk_bytes"]
+    "field", ["connections", "jobs", "attempts", "limit_rate", "read_timeout", "chunk_bytes"]
 )
 def test_settings_are_checked(field):
     with pytest.raises(ConfigError, match=field):

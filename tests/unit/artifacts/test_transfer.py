@@ -100,7 +100,7 @@ class TestWithoutAVersion:
         with pytest.raises(TransferError):
             fetch("/f")
         failed(fetch)
-        assert len(served.requests) == fetch.settings.retries
+        assert len(served.requests) == fetch.settings.attempts
         assert served.headers("Range") == [None] * len(served.requests)
 
     def test_unless_a_digest_decides_in_the_end(self, fetch, server, body):
@@ -298,7 +298,7 @@ class TestSeveralAddresses:
         assert "https://example.org/page" in (caught.value.hint or "")
 
     def test_a_host_that_could_not_be_reached_is_tried_once_for_the_next(self, fetch, caplog):
-        fetch.set(retries=4, first_delay=0.01, longest_delay=0.01)
+        fetch.set(attempts=4, first_delay=0.01, longest_delay=0.01)
         with (
             caplog.at_level(logging.DEBUG, "urllib3"),
             pytest.raises(TransferError, match=r"127\.0\.0\.1"),
@@ -324,14 +324,14 @@ class TestTime:
         assert time.monotonic() - started < 5
 
     def test_a_dripping_server_is_given_up(self, fetch, server, body):
-        fetch.set(slow_seconds=0.2, retries=2)
+        fetch.set(slow_seconds=0.2, attempts=2)
         server.add("/f", body[:40_000], pause=0.15, ranges=False)
         with pytest.raises(TransferError, match=r"slow.* \d+ bytes"):
             fetch("/f")
         failed(fetch)
 
     def test_under_our_own_limit_slowness_is_not_a_stall(self, fetch, server, body):
-        fetch.set(slow_seconds=0.2, retries=2, limit_rate=50_000)
+        fetch.set(slow_seconds=0.2, attempts=2, limit_rate=50_000)
         served = server.add("/f", body[:40_000], ranges=False)
         fetch("/f")
         assert len(served.requests) == 1
@@ -344,7 +344,7 @@ class TestTime:
         assert 0.6 < time.monotonic() - started < 4
 
     def test_pauses_double_up_to_the_longest_and_up_to_half_is_random(self, fetch, server, body):
-        fetch.set(retries=6, first_delay=0.1, longest_delay=0.3)
+        fetch.set(attempts=6, first_delay=0.1, longest_delay=0.3)
         served = server.add("/f", body, answers=[(500, {})] * 5)
         fetch("/f")
         pauses = [b - a for a, b in zip(served.times, served.times[1:], strict=False)]
@@ -413,7 +413,7 @@ class TestSeveralConnections:
 
     def test_a_server_that_refuses_more_than_one(self, fetch, server, body):
         """Those that it refuses give up long before the one that it serves is done."""
-        fetch.set(retries=2, longest_delay=0.001)
+        fetch.set(attempts=2, longest_delay=0.001)
         server.add("/f", body, most_at_once=1, pause=0.02)
         fetch("/f")
         done(fetch, body)

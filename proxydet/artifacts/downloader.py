@@ -476,8 +476,7 @@ class Downloader:
                 raise
             except ProxydetError as error:
                 found = _Check(State.DIFFERENT, place.path, error.message)
-            if found.state in (State.READY, State.DIFFERENT):
-                place.damaged = found.state is State.DIFFERENT
+            place.damaged = found.state is State.DIFFERENT
             status, note = _VERDICTS[found.state], found.why
             if status == "unproven" and found.sha256 is not None:
                 note = "; ".join(filter(None, [note, "no digest is published or recorded"]))

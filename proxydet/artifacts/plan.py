@@ -124,13 +124,23 @@ class Place:
 
     @property
     def damaged(self) -> bool:
-        """Whether verification found it damaged, and it has not been fetched since."""
-        return _read_record(self._ledger).get(f"damaged: {self.artifact.name}") is True
+        """Whether verification found what lies here damaged; another file in its place is not."""
+        mark = _read_record(self._ledger).get(f"damaged: {self.artifact.name}")
+        # Earlier versions wrote True, for whatever lies here.
+        return mark is True or (bool(mark) and mark == self._mark())
 
     @damaged.setter
     def damaged(self, damaged: bool) -> None:
         if damaged != self.damaged:
-            self._update(self._ledger, f"damaged: {self.artifact.name}", damaged)
+            mark = self._mark() if damaged else None
+            self._update(self._ledger, f"damaged: {self.artifact.name}", mark)
+
+    def _mark(self) -> list[int] | None:
+        try:
+            status = self.path.stat()
+        except OSError:
+            return None
+        return [status.st_ino, status.st_size, status.st_mtime_ns]
 
     def _key(self, path: Path) -> str:
         return Path(os.path.relpath(path, self.base)).as_posix()

@@ -239,7 +239,7 @@ def with_downloads(action: Callable[[], T], *, also: Sequence[str] = (), yes: bo
                 Downloader(Catalogue.load(), DownloadOptions(), show_progress()) as downloader,
             ):
                 plan = downloader.plan(needs)
-                missing = [name for name in needs if downloader.plan([name]).todo]
+                missing = [name for name in needs if downloader.plan([name]).todo] or needs
                 if not yes and not sys.stdin.isatty():
                     error.hint = f"run: proxydet download {' '.join(missing)}; --yes does so first"
                     raise

@@ -17,6 +17,7 @@ import pytest
 from proxydet.artifacts import (
     Catalogue,
     CatalogueFile,
+    Content,
     DownloadOptions,
     Login,
     Provided,
@@ -350,6 +351,15 @@ class TestVerify:
         assert "photos/3.jpg" in found["set"].note
         (root / "datasets/set/photos/3.jpg").unlink()
         assert downloads.verify(things[1])["set"].status == "damaged"
+
+    def test_damage_is_forgotten_with_the_file(self, downloads, root):
+        tar = downloads.artifact("tar", content=Content(kind="image-tar"))
+        put(root / "models/tar.bin", b"no tar" * 2000)
+        assert downloads.verify(tar)["tar"].status == "damaged"
+        assert downloads.states(tar) == ["different"]
+        (root / "models/tar.bin").unlink()
+        put(root / "models/tar.bin", photos())
+        assert downloads.states(tar) == ["unchecked"]
 
     def test_the_digest_of_first_use(self, downloads, server, body, root):
         server.add("/thing", body)

@@ -8,6 +8,7 @@ Dimensions: C classes of the vocabulary, K categories of an annotation file.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -218,18 +219,17 @@ class DatasetConfig:
             why = (
                 error.message if isinstance(error, ConfigError) else f"cannot read {path}: {error}"
             )
-            hint = "correct that line; docs/reference/dataset-config.md shows every key"
+            hint = "correct that line; proxydet data init PATH writes a config to compare with"
             if isinstance(error, FileNotFoundError):
                 why = f"there is no dataset config {path}"
-                hint = "check the path, or write one as docs/how-to/own-data.md shows"
+                hint = f"check the path, or write it with: proxydet data init PATH -o {shlex.quote(str(path))}"
             elif isinstance(error, IsADirectoryError):
                 why = f"{path} is a folder, not a dataset config"
                 names = [config.as_posix() for config in sorted(path.glob("*.toml"))]
-                hint = (
-                    f"name one in it: {first_of(names)}" if names else "name a file such as my.toml"
-                )
-            elif path.suffix.lower() == ".json":
-                hint = "name the dataset config, not the annotation file that it describes"
+                write = f"write one with: proxydet data init {shlex.quote(str(path))}"
+                hint = f"name one in it: {first_of(names)}" if names else write
+            elif path.suffix.lower() != ".toml":
+                hint = f"write one for it with: proxydet data init {shlex.quote(str(path))}"
             raise DataError(why, hint=hint, path=path) from error
         table = content.get("vocabulary")
         if isinstance(table, dict) and isinstance(table.get("names"), str):
@@ -248,7 +248,7 @@ class DatasetConfig:
         if self.vocabulary is None:
             raise DataError(
                 f"the data set {self.name!r} has no text embeddings",
-                hint="write a dataset config (TOML) with a table [vocabulary] that names them: see proxydet vocab build",
+                hint="write a dataset config with them: proxydet data init PATH",
             )
         return self.vocabulary
 
@@ -463,7 +463,8 @@ def _load_table(path: Path) -> npt.NDArray[np.generic]:
     if not path.exists():
         raise VocabularyError(
             f"there are no text embeddings {path}",
-            hint=how_to_get(path) or "make them with: proxydet vocab build",
+            hint=how_to_get(path)
+            or f"make them with: proxydet vocab build CONFIG.toml -o {shlex.quote(str(path))}",
             path=path,
         )
     return np.asarray(load_embeddings(path))

@@ -276,8 +276,7 @@ def look(path: Path, images: Sequence[Path] = ()) -> FoundData:
     if not candidates:
         raise DataError(
             f"{path} holds no annotations of a known format: {', '.join(get_args(Format))}",
-            hint="name the folder of the export, with its .json, .xml, .txt or .csv files; docs/reference/annotation-files.md "
-            "describes each format",
+            hint="name the folder of the export, with its .json, .xml, .txt, .yaml or .csv files",
             path=path,
         )
     formats = list(dict.fromkeys(found for found, _ in candidates))

@@ -61,19 +61,27 @@ class Objects:
         self._files.append(name)
         self._starts.append(len(self._rows))
 
-    def image(self, name: str, size: tuple[int, int] | None, flaw: str = "image.size") -> str:
-        """Add an image, and return its id: its name.
+    def image(
+        self,
+        name: str,
+        size: tuple[int, int] | None,
+        flaw: str = "image.size",
+        own_id: str | None = None,
+    ) -> None:
+        """Add an image.
 
         Args:
             name: Path below the folders of the images, or as the format has it.
             size: Height and width in pixels; None: it cannot be used.
             flaw: The deviation of one that cannot be used.
+            own_id: Its id; without one its name.
         """
+        own_id = own_id or name
         if size is None or min(size) <= 0 or size[0] * size[1] > LARGEST_IMAGE:
-            self.images.append(Flaw("image.size" if size else flaw, name))
+            self.images.append(Flaw("image.size" if size else flaw, own_id))
         else:
-            self.images.append(ImageEntry(id=name, width=size[1], height=size[0], file_name=name))
-        return name
+            height, width = size
+            self.images.append(ImageEntry(id=own_id, width=width, height=height, file_name=name))
 
     def add(
         self,
@@ -142,7 +150,7 @@ class Objects:
             if polygons:
                 mask = polygons
                 usable = [v for outline in polygons if len(outline) >= 6 for v in outline]
-                if usable:
+                if usable and corners is None:
                     left, top, right, bottom = extent(usable)
                     xywh = (left, top, right - left, bottom - top)
             elif counts is not None:

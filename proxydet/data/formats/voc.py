@@ -10,32 +10,21 @@ import contextlib
 import io
 import os
 import re
-import sys
-import xml.etree.ElementTree as ElementTree
-from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from proxydet.data.formats.reader import (
-    AnnotationEntry,
-    CategoryEntry,
-    Document,
-    Flaw,
-    Identifier,
-    ImageEntry,
-)
+from proxydet.data.formats.collected import Objects, number, numbers, read_xml
+from proxydet.data.formats.reader import Document
 from proxydet.data.images import readable_suffixes
-from proxydet.data.masks import LARGEST_IMAGE
 from proxydet.errors import DataError
-from proxydet.files import PlaceholderError, read_text, refuse_placeholder
+from proxydet.files import read_text
 from proxydet.wording import first_of, printable
 
 _LARGEST_FILE = 2 << 20
 """Bytes of an XML file: room for some ten thousand objects. The tree of a file takes up to 40 times as much."""
 _LARGEST_LIST = 32 << 20
 _MOST_LISTED = 1_000_000
-_CHUNK = 16384
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 _LOW_CORNER = re.compile(rb"<[xy]min>\s*([-+.\dEe]+)\s*<")
 _HINT = "Pascal VOC has one XML file an image in Annotations/, with size and object/bndbox"
@@ -118,8 +107,8 @@ def first_pixel(source: Path) -> int:
             text = b"" if path.stat().st_size > _LARGEST_FILE else path.read_bytes()
         except OSError:
             continue  # refused by name where it is one of the list
-        for number in _LOW_CORNER.findall(text):
-            if (corner := _number(number.decode())) is not None and corner < 1:
+        for corner in map(number, map(bytes.decode, _LOW_CORNER.findall(text))):
+            if corner is not None and corner < 1:
                 return 0
     return 1
 
@@ -129,67 +118,31 @@ def read(source: Path) -> Document:
 
     Corners are pixel numbers from 1, both inclusive, as the format says: a box from 1 to W covers the image. Where a
     corner of any file in the folder is 0, its writer counted from 0, and all corners are taken as they are. ``difficult``
-    objects are marked to be ignored in scoring.
+    objects are marked to be ignored in scoring. An object's ``polygon`` (``x1``, ``y1``, ``x2``, ..., as Roboflow writes it)
+    is its outline.
 
     Raises:
         DataError: a file is not such XML.
     """
-    images: list[ImageEntry | Flaw] = []
-    objects: list[tuple[str, str, tuple[float, ...] | None, bool]] = []
-    starts: list[int] = []  # how many objects there are before each file
-    paths = files(source)
-    for path in paths:
-        starts.append(len(objects))
-        root = _parse(path)
+    found, first = Objects(), first_pixel(source)
+    for path in files(source):
+        root = read_xml(path, _LARGEST_FILE, "annotation", "Pascal VOC", _HINT)
         name = (root.findtext("filename") or "").strip()
         # Some writers put the whole path there, or the name without its ending, or nothing.
         name = name.replace("\\", "/").rsplit("/", 1)[-1] or path.stem
-        width, height = (_number(root.findtext(f"size/{side}")) for side in ("width", "height"))
-        if not width or not height or not 0 < width * height <= LARGEST_IMAGE:
-            images.append(Flaw("image.size", path.stem))
-        else:
-            images.append(
-                ImageEntry(id=path.stem, width=int(width), height=int(height), file_name=name)
-            )
+        height, width = (number(root.findtext(f"size/{side}")) for side in ("height", "width"))
+        size = (int(height), int(width)) if height and width else None
+        found.image(name, size, own_id=path.stem)
+        found.begin(path.name)
         for item in root.iter("object"):
-            corners = [_number(item.findtext(f"bndbox/{side}")) for side in _CORNERS]
-            box = None if None in corners else tuple(float(side or 0) for side in corners)
             label, difficult = ((item.findtext(f) or "").strip() for f in ("name", "difficult"))
-            objects.append((path.stem, sys.intern(label), box, difficult == "1"))
-    names = sorted({label for _, label, _, _ in objects if label})
-    number = {name: index for index, name in enumerate(names, 1)}
-    first = first_pixel(source)
-
-    def called(index: Identifier) -> str:
-        place = bisect_left(starts, int(index)) - 1
-        return f"object {int(index) - starts[place]} of {paths[place].name}"
-
-    def entry(index: int) -> AnnotationEntry | Flaw:
-        image, label, box, hard = objects[index - 1]
-        if not label:
-            return Flaw("annotation.category_id", called(index))
-        xywh = None
-        if box is not None:
-            x, y = box[0] - first, box[1] - first
-            xywh = (x, y, box[2] - x, box[3] - y)
-        return AnnotationEntry(
-            id=index,
-            image_id=image,
-            category_id=number[label],
-            bbox=xywh,
-            area=None if xywh is None else max(xywh[2], 0) * max(xywh[3], 0),
-            ignore=int(hard),
-        )
-
-    ids = range(1, len(objects) + 1)
-    return Document(
-        format=f"Pascal VOC, pixels from {first}",
-        categories=[CategoryEntry(id=index, name=name) for name, index in number.items()],
-        images=images,
-        annotations=([*map(entry, ids[s : s + _CHUNK])] for s in range(0, len(ids), _CHUNK)),
-        record="object",
-        called=called,
-    )
+            box = numbers([item.findtext(f"bndbox/{side}") for side in _CORNERS])
+            if box is not None:
+                box = [box[0] - first, box[1] - first, *box[2:]]
+            outlines = [numbers([point.text for point in part]) for part in item.iter("polygon")]
+            shifted = [[value - first for value in outline] for outline in outlines if outline]
+            found.add(path.stem, label, box=box, polygons=shifted, ignore=difficult == "1")
+    return found.document(f"Pascal VOC, pixels from {first}", "object")
 
 
 def annotation(
@@ -215,42 +168,3 @@ def annotation(
         name = f"<name>{escape(printable(label))}</name>"
         lines.append(f"  <object>{name}<difficult>0</difficult><bndbox>{box}</bndbox></object>")
     return "\n".join([*lines, "</annotation>", ""])
-
-
-def _parse(path: Path) -> ElementTree.Element:
-    try:
-        large = path.stat().st_size > _LARGEST_FILE
-        text = b"" if large else path.read_bytes()
-        refuse_placeholder(text)
-    except PlaceholderError as error:
-        raise DataError(
-            f"cannot read {path}: {error.what}", hint=error.remedy, path=path
-        ) from error
-    except OSError as error:
-        raise DataError(
-            f"cannot read {path}: {error.strerror or error}",
-            hint="check that it is a file that you may read",
-            path=path,
-        ) from error
-    if large:
-        why = f"is larger than {_LARGEST_FILE >> 20} MB, more than the annotations of one image"
-    # Python's parser bounds the growth of entities; the format needs none, so none are read.
-    elif b"<!ENTITY" in text or b"\0" in text:  # other encodings than ASCII's relatives hide it
-        why = "declares entities, or is not text of one byte a character"
-    else:
-        try:
-            root = ElementTree.fromstring(text)  # noqa: S314 - no entities, bounded size
-            if root.tag == "annotation":
-                return root
-            why = f"is not Pascal VOC: its root is <{root.tag[:40]}>"
-        except (ElementTree.ParseError, ValueError, LookupError) as error:
-            why = f"is not XML: {error}"
-    raise DataError(f"{path} {why}", hint=_HINT, path=path)
-
-
-def _number(text: str | None) -> float | None:
-    try:
-        value = float(text or "")
-    except ValueError:
-        return None
-    return value if -1e9 < value < 1e9 else None

@@ -90,7 +90,7 @@ def test_absent_files_and_splits(small_set: Path, tmp_path: Path) -> None:
     (tmp_path / "instances.json").write_bytes(b"[" * (9 << 20))
     with pytest.raises(DataError, match="larger") as caught:
         DatasetConfig.from_toml(tmp_path / "instances.json")
-    assert "annotation file" in str(caught.value.hint)
+    assert "proxydet data init" in str(caught.value.hint)
     with pytest.raises(DataError, match="there is no split 'dev'"):
         DatasetConfig.from_toml(small_set).split("dev")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
 import json
 from pathlib import Path
 from xml.sax.saxutils import escape, quoteattr
@@ -10,8 +12,11 @@ from xml.sax.saxutils import escape, quoteattr
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from proxydet.data.check import check_path
+from proxydet.data.formats.label_studio import encode_brush
+from proxydet.data.masks import decode
 from proxydet.data.sources import AnnotationSource, look
 from proxydet.data.store import AnnotationStore
 from proxydet.errors import DataError
@@ -420,3 +425,179 @@ def test_damaged_files_are_refused_by_name(kind: str, tmp_path: Path) -> None:
         (error, *_) = [f for report in reports for f in report.findings if f.level == "error"]
         assert path.name in error.text
         assert error.advice
+
+
+# --- What each tool can draw besides -----------------------------------------------------------------------------------
+
+
+def test_labelme_circles_masks_groups_and_lines(tmp_path: Path) -> None:
+    write_labelme(tmp_path, "a")
+    path = tmp_path / "a.json"
+    png = io.BytesIO()
+    Image.fromarray(np.array([[1, 0], [1, 1]], dtype=np.uint8) * 255).save(png, "PNG")
+    mask = base64.b64encode(png.getvalue()).decode()
+    shapes = [
+        {"label": "sun", "shape_type": "circle", "points": [[20, 15], [25, 15]]},
+        {"label": "dog", "shape_type": "mask", "points": [[4, 6], [5, 7]], "mask": mask},
+        {"label": "dog", "group_id": 7, "points": [[1, 1], [3, 1], [3, 3]]},
+        {"label": "dog", "group_id": 7, "points": [[8, 8], [9, 8], [9, 9]]},
+        {"label": "dog", "shape_type": "point", "points": [[8, 8]]},
+        {"label": None, "shape_type": "rectangle", "points": [[8, 8], [9, 9]]},
+        {"label": "dog", "shape_type": "rectangle", "points": [[8, "x"]]},
+    ]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "shapes": shapes}))
+    store = opened(tmp_path, tmp_path / "c")
+    assert found(store)["a"] == [
+        ("sun", pytest.approx([15, 10, 25, 20], abs=0.05)),
+        ("dog", [4, 6, 6, 8]),
+        ("dog", [1, 1, 9, 9]),
+    ]
+    assert decode(store.rle(1), (30, 40))[6:8, 4:6].tolist() == [[True, False], [True, True]]
+    assert len(store.polygons(2)) == 2
+    assert store.report.examples == {
+        "annotation.bbox": ["shape 7 of a.json"],
+        "annotation.category_id": ["shape 6 of a.json"],
+        "annotation.shape": ["shape 5 of a.json"],
+    }
+
+
+def test_labelme_without_sizes_takes_them_from_the_images(tmp_path: Path) -> None:
+    write_labelme(tmp_path, "a")
+    path = tmp_path / "a.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "imageHeight": None, "imageWidth": None}))
+    assert opened(tmp_path, tmp_path / "c", tmp_path).sizes_I2.tolist() == [[30, 40]]
+
+
+def test_via_circles_ticked_names_and_points(tmp_path: Path) -> None:
+    path = write_via(tmp_path, "a")
+    regions = [
+        {"shape_attributes": {"name": "circle", "cx": 20, "cy": 15, "r": 5},
+         "region_attributes": {"kind": {"sun": True}}},
+        {"shape_attributes": {"name": "ellipse", "cx": 20, "cy": 15, "rx": 8, "ry": 4, "theta": 1.5707963},
+         "region_attributes": {"kind": "sun"}},
+        {"shape_attributes": {"name": "point", "cx": 20, "cy": 15}, "region_attributes": {"kind": "sun"}},
+        {"shape_attributes": {"name": "rect", "x": 1, "y": 1, "width": 4, "height": 4}, "region_attributes": {}},
+    ]  # fmt: skip
+    content = json.loads(path.read_text())
+    content["_via_img_metadata"]["a.jpg99"]["regions"] = regions
+    options = {"sun": "", "moon": ""}
+    content["_via_attributes"]["region"]["kind"] = {"type": "checkbox", "options": options}
+    path.write_text(json.dumps(content))
+    store = opened(path, tmp_path / "c", tmp_path)
+    assert [category.name for category in store.categories] == ["sun", "moon"]
+    assert found(store)["a"] == [
+        ("sun", pytest.approx([15, 10, 25, 20], abs=0.05)),
+        ("sun", pytest.approx([16, 7, 24, 23], abs=0.05)),
+    ]
+    assert store.report.counts == {"annotation.shape": 1, "annotation.category_id": 1}
+
+
+def test_cvat_masks_ellipses_turned_boxes_and_subsets(tmp_path: Path) -> None:
+    path = write_cvat(tmp_path, "ab")
+    shapes = (
+        '<mask label="dog" rle="1, 3, 2" left="4" top="6" width="3" height="2"/>'
+        '<mask label="dog" rle="1, 3" left="4" top="6" width="3" height="2"/>'
+        '<ellipse label="dog" cx="20" cy="15" rx="5" ry="3"/>'
+        '<box label="dog" xtl="10" ytl="10" xbr="20" ybr="14" rotation="90"/>'
+        '<polyline label="dog" points="1,1;2,2"/>'
+    )
+    text = path.read_text().replace('<image id="0"', '<image subset="Train" id="0"')
+    text = text.replace('<image id="1"', '<image subset="Validation" id="1"')
+    path.write_text(text.replace("</image>", f"{shapes}</image>", 1))
+    parts = look(path).parts
+    assert {name: source.part for name, source in parts.items()} == {
+        "train": "Train",
+        "val": "Validation",
+    }
+    assert found(AnnotationStore.open(parts["val"], cache=tmp_path / "c", warn=False)) == expected(
+        "b"
+    )
+    store = AnnotationStore.open(parts["train"], cache=tmp_path / "c", warn=False)
+    assert found(store)["a"][3:] == [
+        ("dog", [4, 6, 7, 8]),
+        ("dog", [4, 6, 7, 8]),
+        ("dog", pytest.approx([15, 12, 25, 18], abs=0.05)),
+        ("dog", pytest.approx([13, 7, 17, 17])),
+    ]
+    assert decode(store.rle(3), (30, 40))[6:8, 4:7].tolist() == [
+        [False, True, True],
+        [True, False, False],
+    ]
+    assert store.report.counts == {"annotation.shape": 1, "annotation.rotation": 1}
+
+
+def test_label_studio_strokes_turned_boxes_and_several_annotators(tmp_path: Path) -> None:
+    path = write_label_studio(tmp_path, "abc")
+    tasks = json.loads(path.read_text())
+    sizes = {"original_width": 40, "original_height": 30}
+    mask_HW = np.zeros((30, 40), dtype=np.bool_)
+    mask_HW[3:9, 5:11] = True
+    result = [
+        {"id": "x", "type": "brushlabels", **sizes,
+         "value": {"format": "rle", "rle": encode_brush(mask_HW), "brushlabels": ["dog"]}},
+        {"id": "y", "type": "rectangle", "value": {"x": 50, "y": 50, "width": 25, "height": 10, "rotation": 90}, **sizes},
+        {"id": "y", "type": "labels", "value": {"labels": ["dog"]}, **sizes},
+        {"id": "z", "type": "ellipselabels", "value": {"x": 50, "y": 50, "radiusX": 12.5, "radiusY": 10, "ellipselabels": ["dog"]}, **sizes},
+        {"id": "k", "type": "keypointlabels", "value": {"x": 5, "y": 5, "width": 1, "keypointlabels": ["dog"]}, **sizes},
+        {"type": "choices", "value": {"choices": ["outdoors"]}},
+        {"type": "relation", "from_id": "x", "to_id": "y"},
+    ]  # fmt: skip
+    other = {"result": [], "created_at": "2026-01-02"}
+    tasks[0]["annotations"] = [
+        {"result": result, "created_at": "2026-01-01", "ground_truth": True},
+        other,
+    ]
+    tasks[1]["annotations"][0]["was_cancelled"] = True
+    path.write_text(json.dumps(tasks))
+    store = opened(path, tmp_path / "c", tmp_path / "images")
+    assert found(store)["a"] == [
+        ("dog", [5, 3, 11, 9]),
+        ("dog", pytest.approx([17, 15, 20, 25])),
+        ("dog", pytest.approx([15, 12, 25, 18], abs=0.05)),
+    ]
+    assert np.array_equal(decode(store.rle(0), (30, 40)), mask_HW)
+    assert store.report.counts == {
+        "annotation.rotation": 1,
+        "annotation.shape": 1,
+        "image.annotations": 1,
+        "image.unannotated": 1,
+    }
+
+
+def test_voc_outlines_are_read_next_to_their_boxes(tmp_path: Path) -> None:
+    photo(tmp_path / "a.jpg", SIZE["a"])
+    corners = "".join(
+        f"<x{i + 1}>{x + 1}</x{i + 1}><y{i + 1}>{y + 1}</y{i + 1}>"
+        for i, (x, y) in enumerate(outline_of("a"))
+    )
+    (tmp_path / "a.xml").write_text(
+        "<annotation><filename>a.jpg</filename><size><width>40</width><height>30</height></size><object><name>dog</name>"
+        f"<polygon>{corners}</polygon><bndbox><xmin>9</xmin><ymin>4</ymin><xmax>32</xmax><ymax>27</ymax></bndbox>"
+        "</object></annotation>"
+    )
+    store = opened(tmp_path, tmp_path / "c")
+    assert found(store)["a"] == [("dog", [8, 3, 32, 27])]
+    assert store.polygons(0)[0].tolist() == OUTLINE
+    assert store.report.counts == {}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_commands_take_the_folder_of_an_export(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROXYDET_CACHE", str(tmp_path / "c"))
+    WRITERS[kind](tmp_path / "set", "ab")
+    from proxydet_cli.commands.data import app
+
+    runner = CliRunner()
+    for arguments in (
+        ["check"],
+        ["stats", "--json"],
+        ["preview", "-o", str(tmp_path / "sheet.png")],
+    ):
+        result = runner.invoke(app, [arguments[0], str(tmp_path / "set"), *arguments[1:]])
+        assert result.exit_code == 0, result.output
+        if arguments[0] == "stats":
+            assert json.loads(result.stdout)["parts"][0]["annotations"] == 4
+    assert (tmp_path / "sheet.png").exists()

@@ -33,6 +33,8 @@ Format = Literal[
     "COCO JSON", "Pascal VOC", "YOLO", "labelme", "VGG VIA", "CVAT XML", "Label Studio JSON"
 ]
 _HEAD = 1 << 16
+_ENDS = 1 << 20
+"""Bytes at both ends of labelme's files that tell whether one has changed: shapes stand before or behind the image."""
 _MOST_ROOTS = 64
 """Folders in which the images of a file are looked for."""
 
@@ -123,12 +125,15 @@ def digest(source: AnnotationSource, memory: Path) -> str:
         DataError: a file cannot be read, or there is none.
     """
     found = format_of(source.path)
-    images: list[Path] = []
+    images: list[tuple[str, Path]] = []
+    listed = ""
     files = [source.path]
     if found in ("Pascal VOC", None):
         files = voc.files(source.path)
-    elif found == "labelme":  # which holds the images too
-        files, images = [], [*labelme.files(source.path), *_below(source.images)]
+    elif found == "labelme":  # its files hold the images too, and can be large
+        files, images = [], _below(source.images)
+        named = ((file.name, file) for file in labelme.files(source.path))
+        listed = stamp(named, ends=_ENDS)
     elif found in ("VGG VIA", "Label Studio JSON"):
         images = _below(source.images)
     elif found == "YOLO":
@@ -138,7 +143,7 @@ def digest(source: AnnotationSource, memory: Path) -> str:
         whole = remembered_sha256(files[0], memory, hint=hint, error=DataError)
     else:
         try:
-            listed = "\n".join(f"{file.name} {sha256(file)}" for file in files)
+            listed += "\n".join(f"{file.name} {sha256(file)}" for file in files)
         except OSError as error:
             raise DataError(
                 f"cannot read {error.filename}: {error.strerror}",
@@ -156,8 +161,12 @@ def digest(source: AnnotationSource, memory: Path) -> str:
     ).hexdigest()
 
 
-def _below(roots: Sequence[Path]) -> list[Path]:
-    return [image for root in roots for image in images_below(root)]
+def _below(roots: Sequence[Path]) -> list[tuple[str, Path]]:
+    return [
+        (image.relative_to(root).as_posix(), image)
+        for root in roots
+        for image in images_below(root)
+    ]
 
 
 def read(source: AnnotationSource, name: str, report: StoreReport) -> Document:

@@ -220,7 +220,7 @@ class ColumnFile:
 _logger = logging.getLogger(__name__)
 
 STORE_KIND = "annotations"
-STORE_VERSION = 4
+STORE_VERSION = 5
 _FREQUENCY_LIMITS = (10, 100)
 """LVIS: rare categories (r) are in at most 10 training images, common ones (c) in at most 100, other ones are f."""
 _CLIP_COUNTED_FROM = 1.0

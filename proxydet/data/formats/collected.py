@@ -397,17 +397,27 @@ def images_below(folder: Path) -> list[Path]:
     return files_below(folder, sorted(readable_suffixes()))
 
 
-def stamp(paths: Iterable[Path]) -> str:
-    """Return a digest of the names, sizes and times of files, for what is not worth reading whole."""
+def stamp(named: Iterable[tuple[str, Path]], ends: int = 0) -> str:
+    """Return a digest of files that are not worth reading whole: of their names and sizes, the same wherever they lie.
+
+    Args:
+        named: What each file is called, and where it is.
+        ends: Bytes of the beginning and the end of each that are part of it.
+    """
     digest = hashlib.sha256()
-    for path in paths:
+    for name, path in named:
         try:
-            now = path.stat()
+            size = path.stat().st_size
+            parts = b""
+            if ends:
+                with path.open("rb") as file:
+                    parts = file.read(ends)
+                    file.seek(max(size - ends, 0))
+                    parts += file.read(ends)
         except OSError:
             continue
-        digest.update(
-            f"{path} {now.st_size} {now.st_mtime_ns}\n".encode("utf-8", "surrogateescape")
-        )
+        line = f"{name} {size} {len(parts)}\n"
+        digest.update(line.encode("utf-8", "surrogateescape") + parts)
     return digest.hexdigest()
 
 

@@ -329,13 +329,13 @@ def list_roots(source: Path) -> tuple[Path, ...]:
 
 def files(
     source: Path, roots: Sequence[Path], part: str | None = None
-) -> tuple[list[Path], list[Path]]:
-    """Return the files that the annotations are read from, and the images whose sizes belong to them; as `pairs`."""
+) -> tuple[list[Path], list[tuple[str, Path]]]:
+    """Return the files that the annotations are read from, and the images, whose sizes belong to them, with their names."""
     found, lone = pairs(source, roots, part)
     named = names_file(source)
     read = [*([named] if named else []), *([] if source.is_dir() else [source])]
     rows = [pair.rows for pair in found if pair.image and pair.rows.is_file()]
-    return [*read, *rows, *lone], [pair.image for pair in found if pair.image]
+    return [*read, *rows, *lone], [(pair.name, pair.image) for pair in found if pair.image]
 
 
 def read(source: Path, roots: Sequence[Path], part: str | None, report: StoreReport) -> Document:

@@ -601,3 +601,37 @@ def test_commands_take_the_folder_of_an_export(
         if arguments[0] == "stats":
             assert json.loads(result.stdout)["parts"][0]["annotations"] == 4
     assert (tmp_path / "sheet.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("YOLO", "labels/b.txt"),
+        ("labelme", "b.json"),
+        ("VGG VIA", "via.json"),
+        ("Label Studio JSON", "project.json"),
+    ],
+)
+def test_a_set_that_was_moved_is_the_same_and_a_changed_one_another(
+    kind: str, name: str, tmp_path: Path
+) -> None:
+    def write(root: Path) -> AnnotationSource:
+        if kind == "YOLO":
+            write_yolo(root, "plain", {"": "ab"})
+        else:
+            WRITERS[kind](root, "ab")
+        return next(iter(look(root).parts.values()))
+
+    def digest(source: AnnotationSource) -> str:
+        return AnnotationStore.path_for(source, cache=tmp_path / "c").name
+
+    here, there = write(tmp_path / "here"), write(tmp_path / "there")
+    (tmp_path / "there").rename(tmp_path / "elsewhere")
+    there = next(iter(look(tmp_path / "elsewhere").parts.values()))
+    assert digest(here) == digest(there)
+    file = tmp_path / "here" / name
+    before = digest(here)
+    text = file.read_text()
+    file.write_text(text.replace("dog", "cow").replace("0.5", "0.6"))
+    assert file.read_text() != text
+    assert digest(here) != before

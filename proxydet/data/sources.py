@@ -292,10 +292,12 @@ def look(path: Path, images: Sequence[Path] = ()) -> FoundData:
     if len(formats) > 1:
         first = dict(reversed(candidates))
         listed = ", ".join(f"{found} ({first[found]})" for found in formats)
+        commands = [f"proxydet data init {shlex.quote(str(place))}" for place in first.values()]
+        hint = f"name the annotations that are meant: {', or '.join(dict.fromkeys(commands))}"
+        if len(set(first.values())) < len(formats):
+            hint = "move the files of all formats but one into another folder"
         raise DataError(
-            f"{path} holds annotations of several formats: {listed}",
-            hint=f"name the ones that are meant, such as: proxydet data init {shlex.quote(str(first[formats[0]]))}",
-            path=path,
+            f"{path} holds annotations of several formats: {listed}", hint=hint, path=path
         )
     by_part: dict[str, list[Path]] = {}
     for _, place in candidates:

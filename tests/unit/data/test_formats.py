@@ -635,3 +635,35 @@ def test_a_set_that_was_moved_is_the_same_and_a_changed_one_another(
     file.write_text(text.replace("dog", "cow").replace("0.5", "0.6"))
     assert file.read_text() != text
     assert digest(here) != before
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("<annotations><track id='0' label='dog'/></annotations>", "videos"),
+        ("<!DOCTYPE a [<!ENTITY b 'c'>]><annotations>&b;</annotations>", "not CVAT"),
+        ("<annotations><image id='0' name='a.jpg'></annotations>", "not XML"),
+    ],
+)
+def test_other_xml_is_not_taken_for_cvat(text: str, match: str, tmp_path: Path) -> None:
+    path = tmp_path / "annotations.xml"
+    path.write_text(text)
+    with pytest.raises(DataError, match=match) as caught:
+        opened(path, tmp_path / "c")
+    assert "annotations.xml" in caught.value.message
+    assert caught.value.hint
+
+
+def test_deep_json_and_huge_files_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_labelme(tmp_path, "ab")
+    path = tmp_path / "b.json"
+    whole = path.read_text()
+    path.write_text(whole.replace('"flags": {}', '"flags": ' + "[" * 200_000 + "]" * 200_000))
+    with pytest.raises(DataError, match=r"b\.json is nested"):
+        opened(tmp_path, tmp_path / "c")
+    path.write_text(whole)
+    monkeypatch.setattr("proxydet.data.formats.labelme._LARGEST_FILE", 100)
+    with pytest.raises(DataError, match=r"a\.json is larger"):
+        opened(tmp_path, tmp_path / "c")

@@ -229,6 +229,11 @@ def mixed(root: Path) -> None:
     write_labelme(root / "more", "b")
 
 
+def two_in_one_folder(root: Path) -> None:
+    write_voc(root, "a")
+    (root / "a.txt").write_text("0 0.5 0.5 0.2 0.2\n")
+
+
 def unclear(root: Path) -> None:
     write_coco(root, "a", "one.json")
     write_coco(root, "b", "two.json")
@@ -257,6 +262,7 @@ def without_images(root: Path) -> None:
             mixed,
             r"several formats: .*instances\.json.*more|several formats: .*more.*instances\.json",
         ),
+        (two_in_one_folder, r"several formats: Pascal VOC .*YOLO"),
         (unclear, r"one\.json.*two\.json"),
         (without_objects, "no annotation"),
         (twice, r"classes\.txt.*dog"),

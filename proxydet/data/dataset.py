@@ -421,8 +421,18 @@ class Dataset:
 
     @property
     def classes(self) -> ClassTable:
-        """The vocabulary's classes, or where there is none the categories of all parts; errors as of `vocabulary`."""
-        if self.config.vocabulary is not None:
+        """The vocabulary's classes, also before its embeddings are made; without one the categories of all parts.
+
+        Raises:
+            VocabularyError: as of `vocabulary`.
+            DataError: as of `vocabulary`.
+        """
+        spec = self.config.vocabulary
+        if spec is not None:
+            if spec.names and not spec.novel_frequency and not spec.embeddings.exists():
+                novel = {name.strip() for name in spec.novel}
+                base = np.array([name not in novel for name in spec.names], dtype=np.bool_)
+                return ClassTable(spec.names, base)
             return ClassTable(self.vocabulary.names, self.vocabulary.base)
         parts = [part for part in PARTS if getattr(self.config, part) is not None] or ["train"]
         stores = [self.store(part) for part in parts]

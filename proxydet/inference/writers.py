@@ -397,18 +397,19 @@ class _DataSet(Writer):
 
     def add(self, result: ImageResult, prepared: Any) -> None:
         """Write the file, and put the image into the folder: as a hard link where the disk can, else as a copy."""
-        if not self._taken:
-            for inner in (self.images, self.texts):
-                shutil.rmtree(self._folder / inner, ignore_errors=True)  # what --overwrite replaces
         # "a/b" and "a_b" are two images.
         name = unique_name(Path("_".join(result.image.name.parts)), self._taken).name
         image = self._folder / self.images / f"{name}{result.file.suffix}"
         with write_errors(image):
             image.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(result.file.resolve(), image)
-            except OSError:
-                shutil.copyfile(result.file, image)
+            if not image.exists() or not image.samefile(result.file):
+                image.unlink(
+                    missing_ok=True
+                )  # never written into: it may be a link to another photograph
+                try:
+                    os.link(result.file.resolve(), image)
+                except OSError:
+                    shutil.copyfile(result.file, image)
         text = self.text(result, image.name, prepared)
         write_text(self._folder / self.texts / f"{name}{self.suffix}", text, durable=False)
 

@@ -32,7 +32,7 @@ from proxydet.data.formats.collected import (
 from proxydet.data.formats.reader import Document
 from proxydet.data.images import readable_suffixes
 
-_LARGEST_FILE = 1 << 30
+_LARGEST_FILE = 512 << 20
 _LARGEST_MASK = 1 << 26
 """Pixels of an image whose brush strokes are decoded, at four bytes each."""
 _HINT = "export the project from Label Studio as JSON, JSON-MIN, COCO or YOLO"

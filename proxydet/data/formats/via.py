@@ -25,7 +25,7 @@ from proxydet.data.formats.collected import (
 from proxydet.data.formats.reader import Document
 from proxydet.errors import DataError
 
-_LARGEST_FILE = 512 << 20
+_LARGEST_FILE = 256 << 20
 _HINT = "VIA's project or its export (Annotation > Export as json or csv) has 'filename' and 'regions' of each image"
 _CLASS_ATTRIBUTES = ("class", "label", "name", "type", "category", "object", "object_name")
 _COLUMNS = ("filename", "region_shape_attributes", "region_attributes")

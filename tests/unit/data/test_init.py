@@ -188,6 +188,13 @@ def test_without_a_text_encoder_the_commands_say_how_to_get_one(tmp_path: Path) 
     from proxydet.vocabulary.names import read_names
 
     assert tuple(entry.name for entry in read_names(report.config)) == report.classes
+    # What counts and draws needs no embeddings; what trains says how to make them.
+    assert Dataset(config=DatasetConfig.from_toml(report.config)).classes.names == report.classes
+    (checked,) = check_path(report.config)
+    assert [finding.part for finding in checked.findings if finding.level == "error"] == [
+        "vocabulary"
+    ]
+    assert "vocab build" in checked.findings[-1].advice
 
 
 def test_published_embeddings_serve_where_they_have_all_names(tmp_path: Path) -> None:

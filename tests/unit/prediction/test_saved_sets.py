@@ -177,9 +177,34 @@ def test_labeling_interface_and_tasks_fit_each_other(tmp_path: Path) -> None:
     assert task["data"]["image"].endswith("photos/desk.png")
 
 
-def test_overwriting_leaves_no_rows_of_earlier_images(tmp_path: Path) -> None:
-    save("yolo", tmp_path, {"old": detections([(1, 1, 9, 9)])})
-    save("yolo", tmp_path, {"new": detections([(1, 1, 9, 9)])})
-    names = {path.name for path in (tmp_path / "out" / "yolo").rglob("*.*")}
-    assert names == {"data.yaml", "new.png", "new.txt"}
-    assert (tmp_path / "photos" / "old.png").exists()
+def test_writing_again_harms_no_photograph(tmp_path: Path) -> None:
+    save("yolo", tmp_path, {"a": detections([(1, 1, 9, 9)])})
+    first = tmp_path / "photos" / "a.png"
+    kept = tmp_path / "kept.png"
+    first.rename(kept)
+    before = kept.read_bytes()
+    save("yolo", tmp_path, {"a": detections([(1, 1, 9, 9)], size=(50, 60))})
+    assert kept.read_bytes() == before
+    with Image.open(tmp_path / "out" / "yolo" / "images" / "a.png") as image:
+        assert image.size == (60, 50)
+    # Run on the set itself: its images stay.
+    (writer,) = make_writers(["yolo"], tmp_path / "out", NAMES)
+    path = tmp_path / "out" / "yolo" / "images" / "a.png"
+    found = detections([(1, 1, 9, 9)], size=(50, 60))
+    pixels = np.zeros((50, 60, 3), dtype=np.uint8)
+    result = ImageResult(image=ImageFile(path, Path("a")), pixels=pixels, found=found)
+    writer.add(result, writer.prepare(result))
+    assert path.exists()
+
+
+def test_where_links_cannot_be_made_images_are_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def link(*_: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr("os.link", link)
+    place = save("voc", tmp_path, {"a": detections([(1, 1, 9, 9)])})
+    image = place / "JPEGImages" / "a.png"
+    assert image.read_bytes() == (tmp_path / "photos" / "a.png").read_bytes()
+    assert not image.samefile(tmp_path / "photos" / "a.png")

@@ -150,11 +150,7 @@ def init_dataset(
         for part, source in sources.items()
     }
     for part, store in stores.items():
-        lost = ("dropped", "mended")
-        lines = [
-            line for line in store.report.lines() if any(f" {fate}: " in line for fate in lost)
-        ]
-        notes += [f"{part}: {line}" for line in lines]
+        notes += [f"{part}: {line}" for line in store.report.lines()]
     base = output.resolve().parent
     embeddings = output.with_suffix(".vocab")
     vocabulary, embedded = _embedded(names, encoder, closed=closed, progress=progress)

@@ -286,6 +286,20 @@ def test_what_cannot_be_used_is_refused_and_nothing_is_written(
     assert not list(tmp_path.glob("pets.*"))
 
 
+def test_what_is_mended_dropped_and_left_over_is_printed(tmp_path: Path) -> None:
+    write_yolo(tmp_path / "export", "plain", {"": "abc"})
+    (tmp_path / "export" / "labels" / "a.txt").write_text("0 0.5 0.5 0.2 0.2\n9 0.5 0.5 0.2 0.2\n")
+    (tmp_path / "export" / "labels" / "c.txt").unlink()
+    report = init_dataset(tmp_path / "export", Path("pets.toml"), closed=True)
+    notes = "\n".join(report.notes)
+    assert "row 2 of a.txt" in notes
+    assert "c.jpg" in notes
+    write_labelme(tmp_path / "other", "ab")
+    photo(tmp_path / "other" / "more.jpg", (9, 9))
+    report = init_dataset(tmp_path / "other", closed=True)
+    assert any("1 image" in note and "not annotated" in note for note in report.notes)
+
+
 def test_a_config_is_not_replaced_unasked(tmp_path: Path) -> None:
     write_coco(tmp_path / "export", "abc")
     Path("pets.toml").write_text("mine")

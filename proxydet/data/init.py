@@ -129,8 +129,9 @@ def init_dataset(
         part: AnnotationStore.open(source, cache=cache, progress=progress, warn=False)
         for part, source in found.parts.items()
     }
-    for store in stores.values():
+    for part, store in stores.items():
         store.require_objects()
+        notes += [f"{part}: {line}" if part else line for line in store.report.lines()]
     sources = {}
     for part, source in found.parts.items():
         sources[part], more = _with_used_folders(source, stores[part], path)
@@ -149,8 +150,6 @@ def init_dataset(
         part: AnnotationStore.open(source, cache=cache, progress=progress, warn=False)
         for part, source in sources.items()
     }
-    for part, store in stores.items():
-        notes += [f"{part}: {line}" for line in store.report.lines()]
     base = output.resolve().parent
     embeddings = output.with_suffix(".vocab")
     vocabulary, embedded = _embedded(names, encoder, closed=closed, progress=progress)
@@ -263,8 +262,13 @@ def _split(
         both = [len(np.unique(class_A[in_val_I[image_A] == side])) for side in (True, False)]
         return sum(both)
 
-    best = max(range(seed, seed + _SEEDS), key=lambda number: (covered(number), -number))
-    if (reached := covered(best)) < 2 * present:
+    best, reached = seed, covered(seed)
+    for number in range(seed + 1, seed + _SEEDS):
+        if reached == 2 * present:
+            break
+        if (more := covered(number)) > reached:
+            best, reached = number, more
+    if reached < 2 * present:
         notes.append(
             f"{2 * present - reached} of {present} classes are in one of the two parts only: they have too few images"
         )

@@ -119,28 +119,50 @@ def folders(source: Path) -> tuple[Path, Path]:
 
 
 def names_file(source: Path) -> Path | None:
-    """Return the file with the class names of rows: in their folder, or in one of the nearest above it."""
+    """Return the file with the class names of rows: in their folder, or in one of the nearest above it; None without one.
+
+    Raises:
+        DataError: several configs lie there, and which one belongs to the rows is not known.
+    """
     if source.suffix.lower() in YAML:
         return source
     start = source.absolute()
     start = start if start.is_dir() else start.parent
     above = [start, *start.parents[:_FOLDERS_ABOVE]]
     for folder in above:
-        configs = sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
-        for path in configs:
+        configs = []
+        for path in sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")]):
             try:
                 content = parse_yaml(read_text(path, limit=_LARGEST_YAML), str(path), path)
             except (OSError, ValueError, ConfigError):
                 # Its own fault is reported where it is the only one.
-                if path.name in ("data.yaml", "dataset.yaml"):
-                    return path
-                continue
+                content = {"names": ()} if path.name in ("data.yaml", "dataset.yaml") else None
             if isinstance(content, dict) and "names" in content:
-                return path
+                configs.append(path)
+        if len(configs) > 1:
+            configs = [path for path in configs if _names_place(path, start)] or configs
+        if len(configs) > 1:
+            raise DataError(
+                f"{source}: which of {first_of(configs)} has its class names is not known",
+                hint="name the data.yaml itself: proxydet data init DATA.yaml",
+                path=source,
+            )
+        if configs:
+            return configs[0]
         for name in NAMES_FILES:
             if (folder / name).is_file():
                 return folder / name
     return None
+
+
+def _names_place(config: Path, place: Path) -> bool:
+    """Whether a part of a ``data.yaml`` is a folder, of rows or of its images."""
+    try:
+        listed = [image for images in parts(config).values() for image in images]
+    except DataError:
+        return False
+    both = {path.absolute() for image in listed for path in (image, *folders(image))}
+    return any(path == place or path.is_relative_to(place) for path in both)
 
 
 def read_config(path: Path) -> dict[str, Any]:

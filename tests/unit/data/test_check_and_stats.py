@@ -255,7 +255,7 @@ def test_what_is_no_description_says_what_to_name(small_set: Path) -> None:
     with pytest.raises(DataError, match="TOML") as annotations:
         DatasetConfig.from_toml(small_set.parent / "train.json")
     assert annotations.value.hint is not None
-    assert "annotation file" in annotations.value.hint
+    assert "proxydet data init" in annotations.value.hint
 
 
 def test_an_annotation_file_is_checked_on_its_own(small_set: Path) -> None:

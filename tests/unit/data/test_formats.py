@@ -207,6 +207,26 @@ def test_yolo_without_names_says_which_file_to_write(tmp_path: Path) -> None:
     assert "classes.txt" in (caught.value.hint or "")
 
 
+def test_yolo_names_of_neighbours_are_not_mixed_up(tmp_path: Path) -> None:
+    for name, classes in (("pets", ["dog", "cat & co"]), ("cows", ["cow", "calf"])):
+        write_yolo(tmp_path / name, "ultralytics", {"train": "a"})
+        (tmp_path / name / "data.yaml").unlink()
+        content = f"path: {name}\ntrain: images/train\nnames: {json.dumps(classes)}\n"
+        (tmp_path / f"{name}.yaml").write_text(content)
+    for name, first in (("pets", "dog"), ("cows", "cow")):
+        for inner in ("labels/train", "images/train", ""):
+            store = opened(
+                tmp_path / name / inner,
+                tmp_path / "c",
+                *([] if inner else [tmp_path / name / "images"]),
+            )
+            assert store.categories[0].name == first
+    (tmp_path / "pets.yaml").write_text("names: [a, b]")
+    (tmp_path / "cows.yaml").write_text("names: [c, d]")
+    with pytest.raises(DataError, match=r"cows\.yaml.*pets\.yaml"):
+        opened(tmp_path / "pets" / "labels" / "train", tmp_path / "c")
+
+
 def test_check_reads_a_yolo_folder_and_its_images(tmp_path: Path) -> None:
     write_yolo(tmp_path, "plain", {"": "ab"})
     (report,) = check_path(tmp_path, cache=tmp_path / "c")

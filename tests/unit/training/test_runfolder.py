@@ -349,6 +349,13 @@ class TestProcesses:
         back = prepare(options, folder, ranks(2), folder.checkpoints / "step_0000003.pth")
         assert back.step(ranks(2), image_labels=labels) == step
 
+    def test_half_the_processes_with_twice_the_batch_do_not_accumulate(self, folder, caplog):
+        sizes = ["data.boxes.batch_size=4", "data.image_labels.batch_size=8"]
+        start = prepare(resolve_config("tiny", None, sizes), folder, ranks(1), "auto")
+        assert start.accumulation == 1
+        assert start.step(ranks(1), image_labels=True) == 1
+        assert "1 processes instead of 2, 4 images in a batch instead of 2" in caplog.text
+
 
 class TestDefaultFolder:
     def test_the_same_run_has_its_folder_and_others_have_one_of_their_own(self, tmp_path, config):

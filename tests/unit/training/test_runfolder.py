@@ -274,6 +274,17 @@ class TestDamage:
         assert earlier.digests == {}
         assert str(folder.manifest) in caplog.text
 
+    @pytest.mark.parametrize("launched", [True, False])
+    def test_a_damage_is_reported_once(self, folder, config, caplog, monkeypatch, launched):
+        """However often a run is looked at on the way to its start; by its launcher where there is one."""
+        if launched:
+            monkeypatch.setenv("PROXYDET_LAUNCHER", "1")
+        folder.manifest.write_bytes(folder.manifest.read_bytes()[:50])
+        for _ in range(2):
+            check(folder, config)
+        warned = [r for r in caplog.records if str(folder.manifest) in r.getMessage() and r.levelname == "WARNING"]  # fmt: skip
+        assert len(warned) == (not launched)
+
     def test_keys_that_an_earlier_version_did_not_have_get_their_defaults(self, folder, config):
         lines = folder.config.read_text().splitlines()
         kept = [line for line in lines if not line.strip().startswith("ranks_share_group:")]

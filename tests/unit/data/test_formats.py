@@ -513,6 +513,19 @@ def test_via_circles_ticked_names_and_points(tmp_path: Path) -> None:
     assert store.report.counts == {"annotation.shape": 1, "annotation.category_id": 1}
 
 
+def test_via_class_is_the_attribute_with_a_usual_name_among_those_all_regions_have(
+    tmp_path: Path,
+) -> None:
+    path = write_via(tmp_path, "a")
+    content = json.loads(path.read_text())
+    for region in content["_via_img_metadata"]["a.jpg99"]["regions"]:
+        attributes = region["region_attributes"]
+        region["region_attributes"] = {"colour": "red", "class": attributes["kind"]}
+    path.write_text(json.dumps(content))
+    store = opened(path, tmp_path / "c", tmp_path)
+    assert {category.name for category in store.categories} == set(NAMES)
+
+
 def test_cvat_masks_ellipses_turned_boxes_and_subsets(tmp_path: Path) -> None:
     path = write_cvat(tmp_path, "ab")
     shapes = (

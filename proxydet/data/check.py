@@ -105,11 +105,11 @@ def check_path(
     cache: Path | None = None,
     progress: Progress = SILENT,
 ) -> list[CheckReport]:
-    """Check what a path names: a dataset config, an annotation file, Pascal VOC annotations, or a data root.
+    """Check what a path names: a dataset config, annotations of any format, or a data root.
 
     Args:
-        path: A ``.toml`` file; a COCO, LVIS or OpenImages JSON file, plain or gzipped; a Pascal VOC folder, XML file or
-            list; or a folder with dataset configs.
+        path: A ``.toml`` file; a file or folder that `proxydet.data.sources.look` finds annotations in; or a folder with
+            dataset configs.
         decode: Also decode every image, and read the stores against their checksums.
         protocol: How the annotations will be scored; None leaves it to them, as evaluation does.
         cache: Folder of annotation stores and tar indexes; None means the user's cache folder.
@@ -124,7 +124,7 @@ def check_path(
     if not os.path.exists(path):  # noqa: PTH110 - false for a name too long
         raise DataError(
             f"there is no file or folder {path}",
-            hint="name an annotation file, a dataset config (.toml), a Pascal VOC folder, or a data root (the folder "
+            hint="name an annotation file, a dataset config (.toml), the folder of an export, or a data root (the folder "
             "that proxydet download fills, or set PROXYDET_DATASETS)",
             path=path,
         )
@@ -197,15 +197,17 @@ class _Checker:
         if configs:
             self.add("root", "ok", counted(len(configs), "dataset config"))
         elif not unprepared:
-            text = f"{root} holds neither a dataset config (*.toml) nor annotations (*.xml)"
+            text = (
+                f"{root} holds neither a dataset config (*.toml) nor annotations of a known format"
+            )
             named = coco_files(root)
             advice = f"name the annotation file: {first_of(named)}" if named else ""
             advice = (
                 advice
                 or inner_root(root)
                 or (
-                    "name an annotation file, or a Pascal VOC folder (with Annotations/*.xml); for the published data sets "
-                    "run: proxydet download lvis coco metadata; then: proxydet data prepare lvis"
+                    "name the folder of an export (COCO, YOLO, Pascal VOC, labelme, VGG VIA, CVAT, Label Studio), or its "
+                    "annotation file; for the published data sets run: proxydet download lvis coco metadata; then: proxydet data prepare lvis"
                 )
             )
             self.add("root", "error", text, advice)

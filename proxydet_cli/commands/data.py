@@ -20,7 +20,7 @@ app = command_app("Prepare data sets, check them, count and preview what is in t
 Source = Annotated[
     Path,
     typer.Argument(
-        help="Dataset config (TOML), annotation file, or the folder or list of Pascal VOC or YOLO.",
+        help="Dataset config (TOML), or annotations of any format: the folder of an export, or a file in it.",
         metavar="PATH",
     ),
 ]
@@ -150,7 +150,7 @@ def init(
 @app.command(
     epilog=examples(
         "proxydet data check instances.json",
-        "proxydet data check VOCdevkit/VOC2012",
+        "proxydet data check export/",
         "proxydet data check my.toml --decode",
     )
 )
@@ -159,8 +159,8 @@ def check(
         Path | None,
         typer.Argument(
             metavar="PATH",
-            help="Annotation file (COCO, LVIS, OpenImages JSON), Pascal VOC folder or list, dataset config (TOML), or "
-            "data root; else $PROXYDET_DATASETS, else ./datasets.",
+            help="Dataset config (TOML), annotations of any format (the folder of an export, or a file in it), or data "
+            "root; else $PROXYDET_DATASETS, else ./datasets.",
         ),
     ] = None,
     decode: Annotated[

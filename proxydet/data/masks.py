@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 import msgspec
@@ -34,7 +34,7 @@ _TOLERANCE = 0.2
 """Pixels by which a polygon may miss the outline that it simplifies."""
 _FIRST = 48
 _LAST = 48 + 63
-_BATCH = 1000
+_BATCH = 500
 """Masks at once: few enough that their runs stay in the processor's cache."""
 _LONGEST = 6
 """Groups of a number: 30 bits with its sign, more than an image of half a billion pixels needs."""
@@ -54,16 +54,23 @@ def are_numbers(value: object, length: int | None = None) -> TypeGuard[list[floa
     )
 
 
-def rasterize(polygons: Iterable[Iterable[float]], size: tuple[int, int]) -> bytes:
-    """Return the union of polygons as RLE counts, drawn as the COCO tools draw it.
+def rasterize(polygons: Sequence[Sequence[float]], size: tuple[int, int]) -> bytes:
+    """Return the union of polygons as `rasterize_all` does."""
+    return rasterize_all([polygons], size)[0]
+
+
+def rasterize_all(
+    shapes: Sequence[Sequence[Sequence[float]]], size: tuple[int, int]
+) -> list[bytes]:
+    """Return masks as RLE counts, each the union of polygons, drawn as the COCO tools draw it.
 
     Args:
-        polygons: At least one, as `read` or the store gives them.
+        shapes: The polygons of each mask, at least one, as `read` or the store gives them.
         size: Height and width of the image.
     """
-    pieces = coco_mask.frPyObjects([list(polygon) for polygon in polygons], *size)
-    counts: bytes = coco_mask.merge(pieces)["counts"]
-    return counts
+    pieces = iter(coco_mask.frPyObjects([polygon for shape in shapes for polygon in shape], *size))
+    masks = [[next(pieces) for _ in shape] for shape in shapes]
+    return [(mask[0] if len(mask) == 1 else coco_mask.merge(mask))["counts"] for mask in masks]
 
 
 class RunLengths(msgspec.Struct, frozen=True, gc=False):
@@ -267,40 +274,52 @@ def _measure(
     groups_B = np.frombuffer(b"".join(counts), dtype=np.uint8) - np.uint8(_FIRST)
     end_M = np.cumsum(length_M)
     ends = end_M[length_M > 0] - 1
-    closes_B = groups_B < 0x20
-    cut = ends[~closes_B[ends]]  # more was to follow
-    closes_B[ends] = True
-    close_N = np.flatnonzero(closes_B)
-    groups_N = np.diff(close_N, prepend=-1)
-    # The last group is the highest; its fifth bit is the sign.
-    values_N = ((groups_B[close_N] & 0x1F) ^ 0x10).astype(np.int64) - 0x10
-    for place in range(1, _LONGEST):
-        longer = np.flatnonzero(groups_N > place)
-        values_N[longer] = (values_N[longer] << 5) | (groups_B[close_N[longer] - place] & 0x1F)
+    more_B = groups_B >= 0x20
+    cut = ends[more_B[ends]]  # more was to follow
+    more_B[ends] = False
     wrong_M = length_M == 0
     strange = np.append(cut, np.flatnonzero(groups_B > _LAST - _FIRST))
     wrong_M[np.searchsorted(end_M, strange, side="right")] = True
-    run_end_M = np.searchsorted(close_N, end_M)
-    wrong_M[np.searchsorted(run_end_M, np.flatnonzero(groups_N > _LONGEST), side="right")] = True
-    # Runs in pairs, of 0 and of 1, those of each mask from a pair of its own on.
-    runs_M = np.diff(run_end_M, prepend=0)
-    pairs_M = (runs_M + 1) // 2
-    bounds = np.concatenate([[0], np.cumsum(pairs_M)])
-    start_M = bounds[:-1]
-    runs_P2 = np.zeros((bounds[-1], 2), dtype=np.int64)
-    shift_N = np.repeat(2 * start_M - (run_end_M - runs_M), runs_M)
-    runs_P2.reshape(-1)[np.arange(len(values_N)) + shift_N] = values_N
-    # From the fourth on, a number is the difference to the run before the last; the first is in no such chain.
-    some_M = start_M[pairs_M > 0]
-    first = runs_P2[some_M, 0]
-    runs_P2[some_M, 0] = 0
-    before_P2 = np.zeros((len(runs_P2) + 1, 2), dtype=np.int64)
-    np.cumsum(runs_P2, axis=0, out=before_P2[1:])
-    runs_P2 = before_P2[1:] - np.repeat(before_P2[start_M], pairs_M, axis=0)
-    runs_P2[some_M, 0] = first
-    runs_P2[bounds[1:][runs_M % 2 == 1] - 1, 1] = 0
-    negative = np.flatnonzero((runs_P2 < 0).any(axis=1))
-    wrong_M[np.searchsorted(start_M, negative, side="right") - 1] = True
-    np.cumsum(runs_P2, axis=0, out=before_P2[1:])
-    total_M2 = np.diff(before_P2[bounds], axis=0)
-    return total_M2[:, 1], ~wrong_M & (total_M2.sum(axis=1) == pixels_M)
+    close_N = np.flatnonzero(~more_B)
+    end_N_M = np.searchsorted(close_N, end_M)
+    # The last group is the highest; its fifth bit is the sign.
+    values_N = ((groups_B[close_N] & 0x1F) ^ 0x10).view(np.int8) - np.int8(0x10)
+    lower = np.flatnonzero(more_B)
+    if len(lower):
+        number = np.searchsorted(close_N, lower)
+        head = np.flatnonzero(np.diff(number, prepend=-1))
+        groups = np.diff(head, append=len(lower))
+        number, place = number[head], np.arange(len(lower)) - np.repeat(head, groups)
+        wrong_M[np.searchsorted(end_N_M, number[groups >= _LONGEST], side="right")] = True
+        bits = (groups_B[lower] & 0x1F).astype(np.int64) << (5 * np.minimum(place, _LONGEST))
+        values_N = values_N.astype(np.int64)
+        values_N[number] <<= 5 * np.minimum(groups, _LONGEST)
+        values_N[number] += np.add.reduceat(bits, head)
+    # The first run stands alone; from the fourth on, a number is the difference to the run before the last.
+    runs_M = np.diff(end_N_M, prepend=0)
+    start_M = end_N_M - runs_M
+    first_M = np.append(values_N, np.zeros(1, dtype=values_N.dtype))[start_M].astype(np.int64)
+    low_1, high_1, area_M = _running_sums(values_N, start_M + 1, runs_M // 2)
+    low_0, high_0, rest_M = _running_sums(values_N, start_M + 2, (runs_M - 1) // 2)
+    wrong_M |= np.minimum(np.minimum(low_1, low_0), first_M) < 0
+    wrong_M |= np.maximum(high_1, high_0) > pixels_M
+    return area_M, ~wrong_M & (first_M + area_M + rest_M == pixels_M)
+
+
+def _running_sums(
+    values_N: NDArray[np.integer], start_M: NDArray[np.int64], length_M: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Return the smallest, the largest and the sum of the running sums of every other number from a start on; 0 of none."""
+    low_M, high_M, sum_M = (np.zeros(len(start_M), dtype=np.int64) for _ in range(3))
+    some = np.flatnonzero(length_M > 0)
+    if len(some):
+        start, length = start_M[some], length_M[some]
+        at = np.cumsum(length) - length
+        chosen = np.repeat(start - 2 * at, length)
+        chosen += 2 * np.arange(len(chosen))
+        sums = np.cumsum(values_N[chosen], dtype=np.int64)
+        before = sums[at] - values_N[start]
+        low_M[some] = np.minimum.reduceat(sums, at) - before
+        high_M[some] = np.maximum.reduceat(sums, at) - before
+        sum_M[some] = np.add.reduceat(sums, at) - before * length
+    return low_M, high_M, sum_M

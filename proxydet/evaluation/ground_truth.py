@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proxydet.data.formats.reader import Identifier, encoded
-from proxydet.data.masks import rasterize
+from proxydet.data.masks import rasterize_all
 from proxydet.data.protocol import FREQUENCIES, Protocol, protocol_of
 from proxydet.data.store import AnnotationStore
 
@@ -227,16 +227,20 @@ class GroundTruth:
     @cached_property
     def masks(self) -> list[dict[str, Any]]:
         """A masks as compressed RLE of the image's size, polygons drawn as the COCO tools do, boxes where there is none."""
+        store, found = self.store, [b""] * len(self.ann_image_A)
+        # Polygons of an image are drawn together, which is twice as fast as one by one.
+        outlined: dict[int, list[int]] = {}
+        for row, image in enumerate(self.ann_image_A.tolist()):
+            found[row] = store.rle(row)
+            if not found[row]:
+                outlined.setdefault(image, []).append(row)
+        for image, rows in outlined.items():
+            shapes = [store.polygons(row) or self.box_outline(row) for row in rows]
+            height, width = self.image_sizes_I2[image].tolist()
+            for row, counts in zip(rows, rasterize_all(shapes, (height, width)), strict=True):
+                found[row] = counts
         sizes = self.image_sizes_I2[self.ann_image_A].tolist()
-        store = self.store
-        found = []
-        for row, size in enumerate(sizes):
-            counts = store.rle(row)
-            if not counts:
-                polygons = [polygon.tolist() for polygon in store.polygons(row)]
-                counts = rasterize(polygons or self.box_outline(row), (size[0], size[1]))
-            found.append({"size": size, "counts": counts})
-        return found
+        return [{"size": size, "counts": counts} for size, counts in zip(sizes, found, strict=True)]
 
     def box_outline(self, index: int) -> list[list[float]]:
         """Return the box of annotation ``index``, clipped to its image, as a polygon."""

@@ -115,14 +115,14 @@ def compare_user(options: argparse.Namespace) -> None:
 def compare_sample(folder: Path) -> None:
     """Print the fast engine's largest differences from what the official one gave on real annotations."""
     from proxydet.evaluation.config import EvaluationConfig
-    from proxydet.evaluation.evaluate import evaluate_results
+    from proxydet.evaluation.evaluate import run_evaluation
 
     expected = json.loads((folder / "expected.json").read_text())
     for results in sorted(folder.glob("dt_*.json*")):
         case = expected[results.name.split(".")[0]]
-        report = evaluate_results(
+        report = run_evaluation(
             results, folder / "lvis_val_100.json", config=EvaluationConfig(bootstrap=0)
-        )
+        ).report
         for kind, part in report.types.items():
             metrics = [abs(part.metrics[name] - value) for name, value in case[kind].items()]
             by_id = {str(score.id): score.ap for score in part.categories if score.ap is not None}

@@ -147,7 +147,8 @@ How a data set is scored is printed with every result, and chosen with `--protoc
 `pos_category_ids` by OpenImages', one with none of these lists by COCO's. Anything between is refused.
 
 Every deviation has one fate. **Mended**: used, with the value in the last column. **Dropped**: left out. **Refused**: nothing
-is read, exit code 3. **Noted**: used as written, and reported.
+is read, exit code 3. **Noted**: used as written, because the official evaluators count it as it is, and
+reported because something is probably wrong.
 
 Results files (`proxydet eval --results`) are read by the same rules: what is written here of a file, of ids, boxes and masks of
 annotations holds for detections, and a warning counts what was mended and dropped. Beyond that, unknown images and categories and

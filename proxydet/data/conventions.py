@@ -6,35 +6,41 @@ import numpy as np
 import numpy.typing as npt
 
 _MOST_COMPARED = 2000
-"""Boxes that are compared with their own masks."""
+"""Boxes, the first of the file, that are compared with their own masks."""
 _ALL = 0.95
 _MOST = 0.9
 _FEWEST = 3
-_APART = 0.05
+_FITS = 0.5
+"""IoU of a box with its mask's box: from here on the two are of one object."""
 _SMALLEST_IMAGE = 2
 
 
 class BoxConvention:
     """Counts, block by block, what boxes would be in each convention; a few outliers decide nothing.
 
-    Dimensions: N boxes of a block.
+    Annotations and results are both read with it. Dimensions: N boxes of a block.
+
+    Args:
+        exact: Whether masks fill their boxes, as annotated ones do; of detections either may be far off.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, exact: bool) -> None:
+        self._exact = exact
+        self._fits, self._apart = (0.9, 0.25) if exact else (_FITS, 0.05)
         self._boxes = self._fractions = self._beyond = self._corners = 0
-        self._compared = self._differing = self._better_as_corners = 0
+        self._compared = self._differing = self._better_as_corners = self._unlike = 0
 
     def add(self, xywh_N4: npt.NDArray[np.float64], size_N2: npt.NDArray[np.integer]) -> None:
-        """Count boxes.
+        """Count boxes; those that are not finite or without extent say nothing.
 
         Args:
-            xywh_N4: The four numbers of each box as the file has them, finite.
+            xywh_N4: The four numbers of each box as the file has them.
             size_N2: Height and width of each box's image, pixels.
         """
-        drawn_N = xywh_N4.any(axis=1)
-        boxes_N4, wh_N2 = xywh_N4[drawn_N], size_N2[drawn_N, ::-1].astype(np.float64)
+        telling_N = np.isfinite(xywh_N4).all(axis=1) & (xywh_N4[:, 2:] > 0).all(axis=1)
+        boxes_N4, wh_N2 = xywh_N4[telling_N], size_N2[telling_N, ::-1].astype(np.float64)
         self._boxes += len(boxes_N4)
-        in_unit_N = ((boxes_N4 >= 0) & (boxes_N4 <= 1)).all(axis=1)
+        in_unit_N = ((boxes_N4 >= 0) & (boxes_N4 < 1.001)).all(axis=1)
         self._fractions += int((in_unit_N & (wh_N2 > _SMALLEST_IMAGE).all(axis=1)).sum())
         self._beyond += int((boxes_N4[:, :2] + boxes_N4[:, 2:] > wh_N2 + 1).any(axis=1).sum())
         ordered_N = (boxes_N4[:, 2:] > boxes_N4[:, :2]).all(axis=1)
@@ -56,23 +62,26 @@ class BoxConvention:
         sides_N2 = np.maximum(xywh_N4[:, 2:] - xywh_N4[:, :2], 0)
         as_corners_N = _overlap(np.concatenate([xywh_N4[:, :2], sides_N2], axis=1), extent_N4)
         self._compared += len(xywh_N4)
-        self._differing += int((np.abs(as_is_N - as_corners_N) > _APART).sum())
-        better_N = (as_corners_N > as_is_N + _APART) & (as_corners_N > 0.5)
+        self._differing += int((np.abs(as_is_N - as_corners_N) > self._apart).sum())
+        better_N = (as_corners_N > as_is_N + self._apart) & (as_corners_N > self._fits)
         self._better_as_corners += int(better_N.sum())
+        self._unlike += int((as_is_N < _FITS).sum())
 
-    def deviation(self) -> str | None:
-        """Return the deviation that most boxes show: fractions of the image, or two corners; None for pixels."""
+    def deviation(self) -> tuple[str, str] | None:
+        """Return the deviation that most boxes show, and how many of how many do; None where they are as they should be."""
         if self._boxes and self._fractions >= _ALL * self._boxes:
-            return "file.convention.fractions"
-        if self._differing >= _FEWEST:  # masks decide
-            corners = self._better_as_corners >= _MOST * self._differing
+            return "file.convention.fractions", f"{self._fractions} of {self._boxes} boxes"
+        number, total = self._corners, self._boxes
+        if self._differing >= (1 if self._exact else _FEWEST):  # masks decide
+            number, total = self._better_as_corners, self._differing
+            corners = number >= _MOST * total
         else:
-            corners = (
-                self._boxes >= _FEWEST
-                and self._beyond > self._boxes / 2
-                and self._corners >= _ALL * self._boxes
-            )
-        return "file.convention.xyxy" if corners else None
+            corners = total >= _FEWEST and self._beyond > total / 2 and number >= _ALL * total
+        if corners:
+            return "file.convention.xyxy", f"{number} of {total} boxes"
+        if self._exact and self._compared >= _FEWEST and self._unlike > self._compared / 2:
+            return "file.convention.masks", f"{self._unlike} of {self._compared} boxes"
+        return None
 
 
 def _overlap(

@@ -341,6 +341,12 @@ class Dataset:
         """
         if split not in self._stores:
             source = self.config.split(split).source
+            if self.config.vocabulary is not None and not source.path.exists():
+                raise DataError(
+                    f"there are no annotations {source.path}, which the dataset config names",
+                    hint=f"correct 'annotations' under [{split}]; it is relative to the dataset config's folder",
+                    path=source.path,
+                )
             store = AnnotationStore.open(
                 source, cache=self.cache, progress=self.progress, warn=self.warn
             )

@@ -2,7 +2,8 @@
 
 Every deviation has one fate. *Mended*: the record is used, with the value that `then` names. *Dropped*: the record (or the
 part that `field` names) is left out of training, evaluation and statistics. *Refused*: nothing is read, exit code 3.
-*Noted*: used as written, and reported because something is probably wrong. ``docs/reference/annotation-files.md`` shows
+*Noted*: used as written, because the official evaluators count it as it is and mending would change the numbers, and
+reported because something is probably wrong. ``docs/reference/annotation-files.md`` shows
 this table, and ``proxydet data check`` counts by it.
 """
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import msgspec
 import numpy as np
@@ -28,6 +28,9 @@ LONGEST_OUTLINE = 1_000_000.0
 """Pixels: longest outline of a polygon. The COCO tools need about 80 bytes a pixel of it."""
 LARGEST_IMAGE = 2**31 - 1
 """Pixels: largest height times width that run lengths can count."""
+
+Outline: TypeAlias = Sequence[float] | NDArray[np.float64]
+"""Numbers x, y, x, y, ... in pixels."""
 
 _BYTES_LITERAL = re.compile(r"""b'(?:[^'\\\n]|\\[ -~])*'|b"(?:[^"\\\n]|\\[ -~])*\"""")
 _TOLERANCE = 0.2
@@ -54,14 +57,12 @@ def are_numbers(value: object, length: int | None = None) -> TypeGuard[list[floa
     )
 
 
-def rasterize(polygons: Sequence[Sequence[float]], size: tuple[int, int]) -> bytes:
+def rasterize(polygons: Sequence[Outline], size: tuple[int, int]) -> bytes:
     """Return the union of polygons as `rasterize_all` does."""
     return rasterize_all([polygons], size)[0]
 
 
-def rasterize_all(
-    shapes: Sequence[Sequence[Sequence[float]]], size: tuple[int, int]
-) -> list[bytes]:
+def rasterize_all(shapes: Sequence[Sequence[Outline]], size: tuple[int, int]) -> list[bytes]:
     """Return masks as RLE counts, each the union of polygons, drawn as the COCO tools draw it.
 
     Args:

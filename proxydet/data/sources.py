@@ -139,7 +139,7 @@ def digest(source: AnnotationSource, memory: Path) -> str:
     elif found == "YOLO":
         files, images = yolo.files(source.path, source.images, source.part)
     if len(files) == 1 and not images:
-        hint = "check the path (in a dataset config it is relative to the config's folder)"
+        hint = "check the path"
         whole = remembered_sha256(files[0], memory, hint=hint, error=DataError)
     else:
         try:

@@ -30,6 +30,7 @@ import numpy.typing as npt
 from pycocotools import mask as coco_mask
 
 from proxydet.data import masks
+from proxydet.data.conventions import BoxConvention
 from proxydet.data.deviations import DAMAGED_MASK, StoreReport, line_of, refused
 from proxydet.data.formats import coco
 from proxydet.data.formats.reader import (
@@ -225,15 +226,6 @@ _FREQUENCY_LIMITS = (10, 100)
 """LVIS: rare categories (r) are in at most 10 training images, common ones (c) in at most 100, other ones are f."""
 _CLIP_COUNTED_FROM = 1.0
 _MOST_CROWDS = 0.1
-_COMPARED = 2000
-"""Annotations whose box is compared with its own mask, to recognise boxes of another convention."""
-_FITS = 2.0
-"""Pixels between the sides of a box and of its mask."""
-_LEAST_IOU = 0.5
-"""Of a box and its mask's box: where most are below, the boxes are of another convention."""
-_FEWEST_COMPARED = 3
-_MOST_FRACTIONS, _MOST_CORNERS = 0.99, 0.95
-"""Shares of boxes with extent from which a file's boxes are fractions of the image, or two corners."""
 _NO_ID = -(2**63)
 _ROW = np.dtype(
     [
@@ -263,6 +255,7 @@ class _Meta(msgspec.Struct, frozen=True):
     report: StoreReport
     source: str
     dropped_images: list[Identifier] = []
+    dropped_names: list[str] = []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,6 +301,7 @@ class AnnotationStore:
         label_lists: How many images have each of the lists ``neg_category_ids``, ...
         report: What was dropped, mended and noted when the store was made.
         dropped_images: Ids of images that were left out, in both spellings where the id is a number.
+        dropped_names: File names of those that have one.
         source_name: Name of the annotation file.
         sizes_I2: int32 (I, 2), height and width in pixels.
     """
@@ -322,6 +316,7 @@ class AnnotationStore:
         self.label_lists = meta.label_lists
         self.report = meta.report
         self.dropped_images = frozenset(meta.dropped_images)
+        self.dropped_names = tuple(meta.dropped_names)
         # Files of equal content share a store: it cannot say which of them was opened.
         self.source_name = source_name or meta.source
         self.sizes_I2: npt.NDArray[np.int32] = self._columns["size"]
@@ -622,6 +617,7 @@ class _Builder:
         self._categories = self._read_categories(document.categories)
         self._row_of_category = {entry.id: row for row, entry in enumerate(self._categories)}
         self._dropped_images: set[Identifier | None] = set()
+        self._dropped_names: list[str] = []
         self._images = self._read_images(document.images)
         self._row_of_image = {entry.id: row for row, entry in enumerate(self._images)}
         self._sizes = [(entry.height, entry.width) for entry in self._images]
@@ -630,8 +626,7 @@ class _Builder:
         self._point_offsets = array("q", [0])
         self._rles = bytearray()
         self._masks_given = 0
-        self._fitting = np.zeros(4, dtype=np.int64)
-        """Boxes that were compared with their own masks; those that fit as xywh, as two corners, and not at all."""
+        self._convention = BoxConvention(exact=True)
         writer.add("coordinates", np.empty(0, dtype=np.float64))
 
     def _refuse(self, key: str, examples: Sequence[object]) -> DataError:
@@ -670,12 +665,14 @@ class _Builder:
             if isinstance(entry, Flaw):
                 report.count(entry.key, [entry.which])
                 self._dropped_images.update([entry.which, other_spelling(entry.which)])
+                self._dropped_names += [entry.file_name] if entry.file_name else []
                 continue
             if min(entry.width, entry.height) <= 0 or (
                 entry.width * entry.height > masks.LARGEST_IMAGE
             ):
                 report.count("image.size", [entry.id])
                 self._dropped_images.add(entry.id)
+                self._dropped_names += [name] if (name := image_name(entry)) else []
                 continue
             before = kept.get(entry.id)
             if before is None:
@@ -817,10 +814,10 @@ class _Builder:
                 continue
             chunk["rle_start"][row], chunk["rle_length"][row] = len(self._rles), len(rle["counts"])
             self._rles += rle["counts"]
-            if not extended[row] or row < _COMPARED - self._fitting[0]:
+            if not extended[row] or row < self._convention.compares:
                 extent[row] = coco_mask.toBbox(rle)
         outlined = np.flatnonzero(chunk["polygon_count"])
-        if len(outlined) and (self._fitting[0] < _COMPARED or not extended.all()):
+        if len(outlined) and (self._convention.compares or not extended.all()):
             offsets = np.array(self._point_offsets[first_polygon:]) - base
             starts = offsets[chunk["polygon_start"][outlined] - first_polygon] // 2
             points_P2 = np.frombuffer(coordinates, dtype=np.float64).reshape(-1, 2)
@@ -828,16 +825,9 @@ class _Builder:
             high = np.maximum.reduceat(points_P2, starts, axis=0)
             extent[outlined] = np.concatenate([low, high - low], axis=1)
         has_extent = np.all(extent[:, 2:] > 0, axis=1)
-        # Of the first annotations: how many boxes fit their masks as xywh, as two corners, and not at all.
-        compared = np.flatnonzero(has_extent & extended)[: _COMPARED - self._fitting[0]]
-        boxes, drawn = xywh[compared], extent[compared]
-        corners = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
-        fits = [(abs(b - drawn) < _FITS).all(axis=1).sum() for b in (boxes, corners)]
-        low = np.maximum(boxes[:, :2], drawn[:, :2])
-        high = np.minimum(boxes[:, :2] + boxes[:, 2:], drawn[:, :2] + drawn[:, 2:])
-        shared = (high - low).clip(min=0).prod(axis=1)
-        union = boxes[:, 2:].prod(axis=1) + drawn[:, 2:].prod(axis=1) - shared
-        self._fitting += np.array([len(compared), *fits, (shared < _LEAST_IOU * union).sum()])
+        self._convention.add(xywh, self._sizes_I2[chunk["image"]])
+        compared = np.flatnonzero(has_extent & extended)[: self._convention.compares]
+        self._convention.compare(xywh[compared], extent[compared])
 
         mended = has_extent & ~extended
         shown = np.where(mended[:, None], extent, xywh)
@@ -871,7 +861,8 @@ class _Builder:
         """Write all columns but ``coordinates``, and the footer; annotations sorted by image (in the file's order within one)."""
         columns = np.concatenate(self._chunks)
         labels = columns["label"]
-        self._check_conventions(columns)
+        if deviation := self._convention.deviation():
+            raise self._refuse(deviation[0], [deviation[1], *labels[:3]])
         root = self._take_root(columns)
         ids = columns["annotation_id"]
         again = np.ones(len(ids), dtype=np.bool_)
@@ -902,36 +893,10 @@ class _Builder:
         lists = self._write_images()
         source = self._name if self._path is None else self._path.name
         gone = [i for i in self._dropped_images - self._row_of_image.keys() if i is not None]
-        meta = _Meta(self._format, self._categories, root, lists, report, source, gone)
+        meta = _Meta(
+            self._format, self._categories, root, lists, report, source, gone, self._dropped_names
+        )
         self._writer.finish(kind=STORE_KIND, version=STORE_VERSION, meta=meta)
-
-    def _check_conventions(self, columns: Column) -> None:
-        """Refuse files whose boxes are of another convention: fractions of the image, two corners, or what no mask fits.
-
-        A few boxes may be anything, and those that are not finite or without extent say nothing.
-        """
-        xywh, labels = columns["xywh"], columns["label"]
-        told = np.isfinite(xywh).all(axis=1) & (xywh[:, 2:] > 0).all(axis=1)
-        if not told.any():
-            return
-        xywh, labels = xywh[told], labels[told]
-        size_wh = self._sizes_I2[columns["image"][told]][:, ::-1].astype(np.float64)
-        fractions = (xywh >= 0).all(axis=1) & (xywh < 1.001).all(axis=1) & (size_wh > 2).all(axis=1)
-        if fractions.mean() >= _MOST_FRACTIONS:
-            raise self._refuse("file.convention.fractions", labels[fractions][:3].tolist())
-        compared, as_xywh, as_corners, apart = self._fitting.tolist()
-        beyond = (xywh[:, :2] + xywh[:, 2:] > size_wh + 1).any(axis=1)
-        if compared:
-            # The boxes contradict their own masks, and agree with them as corners.
-            wrong = as_corners >= 0.9 * compared and as_xywh < 0.5 * compared
-        else:
-            possible = (xywh[:, 2:] > xywh[:, :2]).all(axis=1)
-            possible &= (xywh[:, 2:] <= size_wh + 1).all(axis=1)
-            wrong = len(xywh) >= 3 and possible.mean() >= _MOST_CORNERS and beyond.mean() > 0.5
-        if wrong:
-            raise self._refuse("file.convention.xyxy", labels[:3].tolist())
-        if compared >= _FEWEST_COMPARED and apart > 0.5 * compared:
-            raise self._refuse("file.convention.masks", [f"{apart} of {compared} boxes"])
 
     def _take_root(self, columns: Column) -> CategoryEntry | None:
         """Take out a category without objects that is the supercategory of all others, which Roboflow writes."""

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import os
 import tempfile
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -44,11 +44,13 @@ from proxydet.evaluation.evaluate import (
 )
 from proxydet.evaluation.records import write_records
 from proxydet.evaluation.report import Report
-from proxydet.evaluation.split import AnnotatedImages, DescribedSplit
+from proxydet.evaluation.split import DescribedSplit
 from proxydet.files import Lock, read_json, remove_cut_line, staged, write_errors, write_json
 from proxydet.modeling.config import InferenceConfig
 from proxydet.modeling.postprocess import Prediction, rles
+from proxydet.modeling.weights import weights_digest
 from proxydet.reporting import SILENT, Progress
+from proxydet.training.distributed import DistInfo, wait_for_all
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -270,111 +272,6 @@ class ImageDetector(Protocol):
         """Find objects in uint8 (H, W, 3) RGB images; boxes and masks in their pixels."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluationTask:
-    """The images of a split, what to look for in them, and what detections are called.
-
-    Attributes:
-        images: The images.
-        vocabulary: What to look for.
-        category_id_C: The category id of each class of the vocabulary; None for classes that the data set has not.
-        settings: Thresholds and limits of the detector.
-        batch_size: Images that go through the detector at once.
-    """
-
-    images: AnnotatedImages
-    vocabulary: Vocabulary
-    category_id_C: tuple[Identifier | None, ...]
-    settings: InferenceConfig
-    batch_size: int = 1
-
-    @classmethod
-    def of(
-        cls,
-        images: AnnotatedImages,
-        vocabulary: Vocabulary,
-        settings: InferenceConfig,
-        batch_size: int = 1,
-    ) -> EvaluationTask:
-        """Bring the categories of a split and the classes of a vocabulary together, by name.
-
-        Raises:
-            DataError: A category of the split is not in the vocabulary.
-        """
-        ids: list[Identifier | None] = [None] * len(vocabulary)
-        for row, category in zip(
-            images.store.class_rows(vocabulary.names), images.store.categories, strict=True
-        ):
-            ids[row] = category.id
-        return cls(
-            images=images,
-            vocabulary=vocabulary,
-            category_id_C=tuple(ids),
-            settings=settings,
-            batch_size=batch_size,
-        )
-
-    @property
-    def ids(self) -> tuple[Identifier, ...]:
-        """Ids of all images."""
-        return self.images.store.image_ids
-
-
-@dataclass(frozen=True, kw_only=True)
-class Share:
-    """Which part of the work a process does.
-
-    Attributes:
-        rank: Number of the process, from 0.
-        processes: How many there are.
-    """
-
-    rank: int = 0
-    processes: int = 1
-
-
-def predict_split(
-    detector: ImageDetector,
-    task: EvaluationTask,
-    folder: PredictionFolder,
-    *,
-    share: Share | None = None,
-    progress: Progress = SILENT,
-) -> None:
-    """Predict this process's share of the images that are not on disk yet.
-
-    Args:
-        detector: Finds objects.
-        task: The images, and what to look for.
-        folder: Where predictions are kept.
-        share: Which images are this process's; None takes all.
-        progress: Where progress is shown.
-
-    Raises:
-        DataError: An image cannot be read.
-        DiskFullError: There is no room for the predictions; those made so far stay.
-    """
-    share = share or Share()
-    if folder.complete:
-        return
-    done = folder.images_done()
-    ids = task.ids
-    mine = range(share.rank, len(ids), share.processes)
-    todo = [index for index in mine if ids[index] not in done]
-    with (
-        folder.writer(share.rank) as writer,
-        progress.task(
-            "predicting", total=len(mine), unit="images", done=len(mine) - len(todo)
-        ) as shown,
-    ):
-        for batch in _read_ahead(task, todo):
-            pixels = [pixels_HW3 for _, pixels_HW3 in batch]
-            found = detector.predict_images(pixels, task.vocabulary, task.settings)
-            for (index, _), prediction in zip(batch, found, strict=True):
-                writer.write(ids[index], result_rows(prediction, ids[index], task.category_id_C))
-            shown.advance(len(batch))
-
-
 def result_rows(
     prediction: Prediction, image_id: Identifier, category_id_C: Sequence[Identifier | None]
 ) -> list[dict[str, Any]]:
@@ -408,31 +305,51 @@ def result_rows(
     return rows
 
 
-def weights_digest(network: nn.Module) -> str:
-    """Return a SHA-256 over the names and values of a network's state, hexadecimal."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _read_ahead(task: EvaluationTask, todo: Sequence[int]) -> Iterator[list[tuple[int, Pixels]]]:
-    """Yield batches of images, reading the next ones while the caller works on these."""
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-images") as pool:
-        waiting: list[tuple[int, Future[Pixels]]] = []
-        upcoming = iter(todo)
+def _predict(
+    detector: ImageDetector,
+    split: DescribedSplit,
+    vocabulary: Vocabulary,
+    settings: InferenceConfig,
+    folder: PredictionFolder,
+    *,
+    info: DistInfo,
+    batch_size: int,
+    progress: Progress,
+) -> None:
+    """Predict this process's images that are not on disk yet; errors as of `evaluate`."""
+    if folder.complete:
+        return
+    images, ids = split.images, split.store.image_ids
+    category_id_C: list[Identifier | None] = [None] * len(vocabulary)
+    for row, category in zip(
+        split.store.class_rows(vocabulary.names), split.store.categories, strict=True
+    ):
+        category_id_C[row] = category.id
+    done = folder.images_done()
+    mine = range(info.rank, len(ids), info.world_size)
+    todo = [index for index in mine if ids[index] not in done]
+    with (
+        folder.writer(info.rank) as writer,
+        progress.task(
+            "predicting", total=len(mine), unit="images", done=len(mine) - len(todo)
+        ) as shown,
+        ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-images") as pool,
+    ):
+        # The next images are read while the detector works on these.
+        waiting: deque[tuple[int, Future[Pixels]]] = deque()
         try:
+            upcoming = iter(todo)
             while True:
-                while len(waiting) < task.batch_size + _READ_AHEAD:
-                    index = next(upcoming, None)
-                    if index is None:
-                        break
-                    waiting.append((index, pool.submit(task.images.read, index)))
+                for index in islice(upcoming, batch_size + _READ_AHEAD - len(waiting)):
+                    waiting.append((index, pool.submit(images.read, index)))
                 if not waiting:
-                    return
-                batch, waiting = waiting[: task.batch_size], waiting[task.batch_size :]
-                yield [(index, future.result()) for index, future in batch]
+                    break
+                batch = [waiting.popleft() for _ in range(min(batch_size, len(waiting)))]
+                pixels = [future.result() for _, future in batch]
+                found = detector.predict_images(pixels, vocabulary, settings)
+                for (index, _), prediction in zip(batch, found, strict=True):
+                    writer.write(ids[index], result_rows(prediction, ids[index], category_id_C))
+                shown.advance(len(batch))
         finally:
             for _, future in waiting:
                 future.cancel()
@@ -500,7 +417,7 @@ def evaluate_split(
     """
     config = config or EvaluationConfig()
     check_protocol(config, split.truth)
-    share = current_share()
+    info = current_process()
     predicted = detector.inference.masks
     kinds, masks_left_out = scored_types(config, split.truth, predicted=predicted)
     masks = "segm" in kinds
@@ -511,40 +428,38 @@ def evaluate_split(
     settings = dataclasses.replace(detector.inference, masks=masks)
     if config.fixed:
         settings = dataclasses.replace(settings, max_detections=config.fixed_per_image)
-    task = EvaluationTask.of(
-        split.images,
-        fusion_vocabulary(split.data.vocabulary, detector.vocabulary),
-        settings,
-        config.batch_size,
-    )
+    vocabulary = fusion_vocabulary(split.data.vocabulary, detector.vocabulary)
     with _folder(output) as path, held(path):
         # What makes the predictions; masks are on top: those that have them serve where none are needed.
         chosen: dict[str, Any] = {
             "image sides": list(detector.sides),
-            "inference settings": dataclasses.asdict(task.settings),
+            "inference settings": dataclasses.asdict(settings),
         }
         del chosen["inference settings"]["masks"]
         inputs = {
             "weights": weights_digest(detector.network),
-            "vocabulary": task.vocabulary.digest,
-            "annotations": task.images.store.digest(),
+            "vocabulary": vocabulary.digest,
+            "annotations": split.store.digest(),
         }
         identity = {**inputs, **chosen}
-        if share.rank == 0:
+        if info.is_main:
             # Before the others look: predictions that lack the masks wanted now are removed here.
             PredictionFolder(path, identity, masks=masks)
-        wait_for_all(share)
+        wait_for_all(info)
         folder = PredictionFolder(path, identity, masks=masks)
-        task = dataclasses.replace(task, settings=dataclasses.replace(settings, masks=folder.masks))
-        if records is not None and share.rank == 0:
+        settings = dataclasses.replace(settings, masks=folder.masks)
+        if records is not None and info.is_main:
             chosen |= {"masks": folder.masks}
             chosen |= {"dataset": split.data.config.name, "split": split.name}
-            write_records(records, config, inputs, chosen, processes=share.processes)
-        predict_split(detector, task, folder, share=share, progress=progress)
-        wait_for_all(share)
-        if share.rank > 0:
+            write_records(records, config, inputs, chosen, processes=info.world_size)
+        _predict(
+            detector, split, vocabulary, settings, folder,
+            info=info, batch_size=config.batch_size, progress=progress,
+        )  # fmt: skip
+        wait_for_all(info)
+        if not info.is_main:
             return None
-        results = folder.join(task.ids)
+        results = folder.join(split.store.image_ids)
         return run_evaluation(
             results, split.truth,
             config=config, groups=split.groups, progress=progress, predicted=predicted,
@@ -567,7 +482,7 @@ def held(path: Path) -> Iterator[None]:
     )
     owner = lock.owner()
     here = owner is not None and owner.is_here and not owner.has_ended and owner.pid == os.getpid()
-    if here or current_share().rank > 0:
+    if here or not current_process().is_main:
         yield
         return
     made = not path.exists()
@@ -586,7 +501,7 @@ def _folder(output: Path | None) -> Iterator[Path]:
     if output is not None:
         yield output
         return
-    if current_share().processes > 1:
+    if current_process().world_size > 1:
         raise ConfigError("Several processes need one folder to put their predictions in.")
     with tempfile.TemporaryDirectory(prefix="proxydet-eval-") as folder:
         yield Path(folder)
@@ -607,14 +522,10 @@ def fusion_vocabulary(vocabulary: Vocabulary, trained: Vocabulary) -> Vocabulary
     return vocabulary.base_by_similarity(trained.embeddings[trained.base])
 
 
-def current_share() -> Share:
-    """Return this process's share of the work: all of it outside of a distributed run."""
+def current_process() -> DistInfo:
+    """Return this process among those of a distributed run; the only one outside of such a run."""
+    device = torch.device("cpu")  # the detector says where it computes
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return Share()
-    return Share(rank=torch.distributed.get_rank(), processes=torch.distributed.get_world_size())
-
-
-def wait_for_all(share: Share) -> None:
-    """Wait until every process has come here."""
-    if share.processes > 1:
-        torch.distributed.barrier()
+        return DistInfo(device=device)
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return DistInfo(rank=rank, world_size=world_size, device=device)

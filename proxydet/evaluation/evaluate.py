@@ -114,14 +114,15 @@ class Evaluation:
         return self.scored.get("segm") or self.scored.get("bbox")
 
 
-def evaluate_results(
+def run_evaluation(
     results: ResultsSource,
     ground_truth: TruthSource,
     *,
     config: EvaluationConfig | None = None,
     groups: Groups | None = None,
     progress: Progress = SILENT,
-) -> Report:
+    predicted: bool | None = None,
+) -> Evaluation:
     """Score detections that are already made.
 
     Args:
@@ -132,30 +133,16 @@ def evaluate_results(
         groups: Sets of categories to average over besides the frequency groups, as ``{"novel": mask}``; a mask is
             bool (C,) over the categories in ascending order of ids.
         progress: Where progress is shown.
+        predicted: As for `scored_types`.
 
     Returns:
-        The report. Its metrics carry the official evaluators' names.
+        The report, whose metrics carry the official evaluators' names, and what it was made from.
 
     Raises:
         DataError: The annotations or the detections cannot be used; the message has the first offenders.
         ConfigError: A group is not a mask over the categories.
         RuntimeEnvironmentError: The fast engine failed.
     """
-    return run_evaluation(
-        results, ground_truth, config=config, groups=groups, progress=progress
-    ).report
-
-
-def run_evaluation(
-    results: ResultsSource,
-    ground_truth: TruthSource,
-    *,
-    config: EvaluationConfig | None = None,
-    groups: Groups | None = None,
-    progress: Progress = SILENT,
-    predicted: bool | None = None,
-) -> Evaluation:
-    """Do as `evaluate_results`, and keep what the report was made from; ``predicted`` as for `scored_types`."""
     config = config or EvaluationConfig()
     if not isinstance(ground_truth, GroundTruth):
         truth = GroundTruth.load(ground_truth, protocol=config.protocol)

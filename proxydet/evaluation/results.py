@@ -17,8 +17,9 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, repeat
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -133,7 +134,13 @@ def read_results(
     path = None if isinstance(source, list | dict) else Path(source)
     name = str(path) if path is not None else "The detections given"
     content = encoded(source, name) if path is None else path
-    reading = _Reading(truth=truth, path=path, name=name, allow_outside=allow_outside)
+    reading = _Reading(
+        truth=truth,
+        path=path,
+        name=name,
+        allow_outside=allow_outside,
+        dropped=truth.store.dropped_images,
+    )
     report = reading.report
     parts: list[Results] = []
     with no_garbage_collection():
@@ -147,8 +154,9 @@ def read_results(
             if bytes(memoryview(rows)[:1]) != b"[":
                 raise text.error("it has no list of annotations or predictions")
             listed = _named(text, lists, "images", name)
+            images, reading.dropped = _images_of(listed, truth, name, path)
             indexes = (
-                _images_of(listed, truth, name, path),
+                images,
                 _categories_of(_named(text, lists, "categories", name), truth, name, path),
             )
             absent = len(truth.image_ids) - len(
@@ -258,19 +266,25 @@ def _named(text: JsonText, lists: _Object, key: str, name: str) -> list[_Named]:
     return rows
 
 
-def _images_of(images: list[_Named], truth: GroundTruth, called: str, path: Path | None) -> Index:
-    """Return which of the data set's images each image of the file is: by file name, by id where it has no names.
+def _images_of(
+    images: list[_Named], truth: GroundTruth, called: str, path: Path | None
+) -> tuple[Index, Set[Identifier]]:
+    """Return which of the data set's images each image of the file is, and the ids of images that were dropped from it.
 
-    A name may have more or fewer folders than the data set's, as long as only one image fits.
+    By file name, or by id where the file has no names. A name may have more or fewer folders than the data set's, as long as only one image fits.
     """
     if not any(row.file_name for row in images):
-        return truth.image_index
+        return truth.image_index, truth.store.dropped_images
     known: dict[tuple[str, ...], list[int]] = {}
     for number, name in enumerate(truth.image_names):
         parts = _parts(name)
         for count in range(1, len(parts) + 1):
             known.setdefault(parts[-count:], []).append(number)
     exact = {_parts(name): number for number, name in enumerate(truth.image_names)}
+    dropped = {
+        _parts(name)[-count:] for name in truth.store.dropped_names for count in range(1, _DEEPEST)
+    }
+    gone: set[Identifier] = set()
     found: dict[Identifier, int] = {}
     taken: dict[int, str] = {}
     for row in images:
@@ -279,6 +293,8 @@ def _images_of(images: list[_Named], truth: GroundTruth, called: str, path: Path
         # The longest name of the data set that this one ends with; else the only one that ends as this one does.
         fitting = next(([exact[tail]] for tail in tails if tail in exact), [])
         fitting = fitting or next((known[tail] for tail in tails if tail in known), [])
+        if not fitting and not dropped.isdisjoint(tails):
+            gone.add(row.id)
         if len(fitting) != 1:
             continue
         number = fitting[0]
@@ -291,14 +307,14 @@ def _images_of(images: list[_Named], truth: GroundTruth, called: str, path: Path
             )
         taken[number] = row.file_name or ""
         found[row.id] = number
-    if not found:
+    if not found and not gone:
         raise DataError(
             f"{called}: none of its {len(images)} images is in {truth.name} "
             f"({first_of([row.file_name for row in images])}).",
             hint="give the annotation file of these images with --data",
             path=path,
         )
-    return found
+    return found, gone
 
 
 def _parts(name: str) -> tuple[str, ...]:
@@ -532,6 +548,7 @@ class _Reading:
         masks_given: Masks that were read, or are damaged.
         masks_read: Masks that were read.
         convention: What the boxes are: pixels, fractions or corners.
+        dropped: Ids of images that were dropped from the annotations.
         misspelled: Deviations of ids that are known when they are written as the other type.
     """
 
@@ -543,7 +560,8 @@ class _Reading:
     place_D: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     masks_given: int = 0
     masks_read: int = 0
-    convention: BoxConvention = field(default_factory=BoxConvention)
+    convention: BoxConvention = field(default_factory=partial(BoxConvention, exact=False))
+    dropped: Set[Identifier] = frozenset()
     misspelled: set[str] = field(default_factory=set)
 
     def count(
@@ -564,8 +582,8 @@ class _Reading:
             number_D = np.array([known.get(value, -1) for value in ids], dtype=np.int64)
         key = f"detection.{field}.unknown"
         wrong_D = number_D < 0
-        if known is self.truth.image_index and (dropped := self.truth.store.dropped_images):
-            gone_D = wrong_D & np.array([value in dropped for value in ids])
+        if field == "image_id" and self.dropped:
+            gone_D = wrong_D & np.array([value in self.dropped for value in ids])
             self.count("detection.image_id.dropped", np.flatnonzero(gone_D))
             wrong_D &= ~gone_D
         wrong = np.flatnonzero(wrong_D)
@@ -599,7 +617,7 @@ class _Reading:
         counts, total = self.report.counts, self.report.annotations_in
         deviation = self.convention.deviation()
         if deviation is not None:
-            raise refused(deviation, self.path, self.name)
+            raise refused(deviation[0], self.path, self.name, [deviation[1]])
         found = [key for key in _REFUSED if key in counts]
         if not found:
             return

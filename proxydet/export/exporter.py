@@ -6,7 +6,6 @@ Dimensions: N detections of the detector, M of the file.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib
 import logging
 import time
@@ -44,6 +43,7 @@ from proxydet.export.runtime import (
     to_image,
 )
 from proxydet.files import staged, write_errors
+from proxydet.modeling.weights import weights_digest
 from proxydet.vocabulary.vocabulary import Vocabulary
 from proxydet.weight_files import seal
 
@@ -249,15 +249,6 @@ def describe(detector: Detector, vocabulary: Vocabulary | None = None) -> Export
         longest=detector.sides[1],
         sealed=True,
     )
-
-
-def weights_digest(network: torch.nn.Module) -> str:
-    """Return the SHA-256, hexadecimal, of the parameters: names, shapes and float32 values in the order of the names."""
-    digest = hashlib.sha256()
-    for name, values in sorted(network.named_parameters()):
-        digest.update(f"{name} {tuple(values.shape)}\n".encode())
-        digest.update(np.ascontiguousarray(values.detach().cpu().float().numpy()).data)
-    return digest.hexdigest()
 
 
 # --- The two kinds of files ---------------------------------------------------------------------------------------------

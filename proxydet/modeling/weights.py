@@ -6,6 +6,7 @@ ResNet, the Swin authors' names for Swin): its parameters are then loaded as the
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -261,3 +262,12 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 def _shorten(names: Sequence[str]) -> str:
     shown = ", ".join(names[:_SHOWN])
     return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
+
+
+def weights_digest(network: torch.nn.Module) -> str:
+    """Return a SHA-256 over the names, types, shapes and values of a network's state, hexadecimal."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

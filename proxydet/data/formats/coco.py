@@ -152,12 +152,13 @@ def _loose_annotation(
 
 
 def _loose_image(report: StoreReport, fields: dict[str, Any], which: str) -> ImageEntry | Flaw:
-    own_id = identifier(fields.get("id"))
+    own_id, file_name = identifier(fields.get("id")), fields.get("file_name")
+    called = file_name if isinstance(file_name, str) else ""
     if own_id is None:
-        return Flaw("image.id", which)
+        return Flaw("image.id", which, called)
     sides = [fields.get("width"), fields.get("height")]
     if not are_numbers(sides) or any(side != int(side) for side in sides):
-        return Flaw("image.size", str(own_id))
+        return Flaw("image.size", str(own_id), called)
     width, height = (int(side) for side in sides)
     read: dict[str, Any] = {}
     for name in LABEL_LISTS:

@@ -109,10 +109,12 @@ class Flaw(msgspec.Struct, frozen=True):
     Attributes:
         key: The deviation.
         which: Its id, or its position.
+        file_name: Of an image, where it has one.
     """
 
     key: str
     which: str
+    file_name: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +200,7 @@ class JsonText:
         self._kind = kind
         self._hint = hint
         self._report = report
-        text = memoryview(source if isinstance(source, bytes) else _opened(source, kind))
+        text = memoryview(source if isinstance(source, bytes) else _opened(source, kind, hint))
         self._map = text.obj
         self._text = text[len(_BOM) :] if text[: len(_BOM)] == _BOM else text
 
@@ -449,17 +451,16 @@ def no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _opened(path: Path, wanted: str) -> mmap.mmap:
+def _opened(path: Path, kind: str, hint: str) -> mmap.mmap:
+    """Return a file's text, unpacked where it is gzipped; ``kind`` and ``hint`` as of `JsonText`."""
     try:
         with path.open("rb") as file:
             head = file.read(PLACEHOLDER_BYTES)
             refuse_placeholder(head)
-            if kind := next((kind for mark, kind in _OTHER_KINDS if head.startswith(mark)), ""):
-                raise DataError(
-                    f"{path} is {kind}, not JSON",
-                    hint=f"name {wanted}; unpack an archive first",
-                    path=path,
-                )
+            if other := next((other for mark, other in _OTHER_KINDS if head.startswith(mark)), ""):
+                if "archive" in other:
+                    hint = "unpack it, and name the file in it"
+                raise DataError(f"{path} is {other}, not {kind}", hint=hint, path=path)
             if not head.startswith(_GZIP):
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             # Annotations shrink by a factor of 3 to 30, a bomb by a thousand.

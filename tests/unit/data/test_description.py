@@ -127,6 +127,16 @@ def test_names_map_rows_to_categories(small_set: Path) -> None:
     assert Dataset(config=description).image_counts().tolist() == [1, 0, 4, 2]
 
 
+def test_annotations_that_are_gone_name_the_config_only_where_there_is_one(small_set: Path) -> None:
+    config = edited(small_set, ("train.json", "absent.json"))
+    with pytest.raises(DataError, match=r"absent\.json") as caught:
+        Dataset(config=config).store("train")
+    assert "[train]" in str(caught.value.hint)
+    with pytest.raises(DataError, match=r"absent\.json") as caught:
+        Dataset(config=DatasetConfig.open(small_set.parent / "absent.json")).store("train")
+    assert "config" not in str(caught.value.hint)
+
+
 def test_a_saved_vocabulary_brings_names_and_base(small_set: Path) -> None:
     Vocabulary.from_arrays(["bird", "dog", "cat"], np.eye(3), [True, True, False]).save(
         small_set.parent / "pets.vocab"

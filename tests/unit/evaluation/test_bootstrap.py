@@ -22,7 +22,7 @@ from proxydet.evaluation.bootstrap import (
     widening,
 )
 from proxydet.evaluation.config import EvaluationConfig
-from proxydet.evaluation.evaluate import Evaluation, evaluate_results, run_evaluation
+from proxydet.evaluation.evaluate import Evaluation, run_evaluation
 from proxydet.evaluation.report import difference_rows
 from proxydet.evaluation.scoring import Curves, category_precision
 
@@ -142,7 +142,9 @@ def test_intervals_are_around_the_metrics_and_repeatable(make_set):
     truth, detections = make_set(12, images=30, categories=6, per_image=30)
     novel = np.array([True, False] * 3)
     options = {"groups": {"novel": novel}}
-    report = evaluate_results(detections, truth, config=EvaluationConfig(bootstrap=50), **options)
+    report = run_evaluation(
+        detections, truth, config=EvaluationConfig(bootstrap=50), **options
+    ).report
     part = report.types["segm"]
     assert {"AP", "AP50", "AP75", "APs", "APm", "APr", "APc", "APf"} <= set(part.intervals)
     for name in ("AP", "AP50", "APr"):
@@ -150,14 +152,17 @@ def test_intervals_are_around_the_metrics_and_repeatable(make_set):
         assert 0 <= interval.low < part.metrics[name] < interval.high <= 1
     group = part.intervals["novel/AP50"]
     assert group.low < part.group("novel").ap50 < group.high
-    again = evaluate_results(detections, truth, config=EvaluationConfig(bootstrap=50), **options)
+    again = run_evaluation(
+        detections, truth, config=EvaluationConfig(bootstrap=50), **options
+    ).report
     assert again.to_dict() == report.to_dict()
     other = EvaluationConfig(bootstrap=50, seed=1)
     assert (
-        evaluate_results(detections, truth, config=other).types["segm"].intervals != part.intervals
+        run_evaluation(detections, truth, config=other).report.types["segm"].intervals
+        != part.intervals
     )
     narrow = EvaluationConfig(bootstrap=50, confidence=0.5)
-    half = evaluate_results(detections, truth, config=narrow).types["segm"].intervals["AP"]
+    half = run_evaluation(detections, truth, config=narrow).report.types["segm"].intervals["AP"]
     assert part.intervals["AP"].low < half.low < half.high < part.intervals["AP"].high
 
 
@@ -196,7 +201,7 @@ def test_a_category_of_two_images_is_widened_in_every_resample():
 
 def test_how_rare_categories_come_and_go_is_told(make_set):
     truth, detections = make_set(12, images=20, categories=9, per_image=10)
-    report = evaluate_results(detections, truth, config=EvaluationConfig(bootstrap=30))
+    report = run_evaluation(detections, truth, config=EvaluationConfig(bootstrap=30)).report
     scored, average = report.types["bbox"].resampling.rare
     assert scored == report.types["bbox"].group("rare").scored
     assert 0 < average < scored
@@ -273,7 +278,7 @@ def test_pairs_narrow_the_interval(make_set):
     for row in slightly[::10]:
         row["score"] *= 0.9
     rows = compared(truth, detections, slightly)
-    own = evaluate_results(detections, truth, config=EvaluationConfig(iou_types=("bbox",)))
+    own = run_evaluation(detections, truth, config=EvaluationConfig(iou_types=("bbox",))).report
     own_width = own.types["bbox"].intervals["AP"].high - own.types["bbox"].intervals["AP"].low
     assert rows["AP"].interval.high - rows["AP"].interval.low < own_width / 2
 

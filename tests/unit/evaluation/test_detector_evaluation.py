@@ -22,12 +22,13 @@ from proxydet.data.dataset import DatasetConfig
 from proxydet.errors import DataError, LockedError
 from proxydet.evaluation import detector_evaluation
 from proxydet.evaluation.config import EvaluationConfig
-from proxydet.evaluation.detector_evaluation import Share, fusion_vocabulary, result_rows
-from proxydet.evaluation.evaluate import evaluate_results
+from proxydet.evaluation.detector_evaluation import fusion_vocabulary, result_rows
+from proxydet.evaluation.evaluate import run_evaluation
 from proxydet.manifest import read_run_records
 from proxydet.modeling.config import InferenceConfig
 from proxydet.modeling.postprocess import Prediction, masks
 from proxydet.runtime.run_comparison import compare_runs
+from proxydet.training.distributed import DistInfo
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 
@@ -117,8 +118,8 @@ def as_rank(monkeypatch) -> Callable[[int, int], None]:
     """Make this process look like one of several."""
 
     def pretend(rank: int, processes: int) -> None:
-        share = Share(rank=rank, processes=processes)
-        monkeypatch.setattr(detector_evaluation, "current_share", lambda: share)
+        info = DistInfo(rank=rank, world_size=processes, device=torch.device("cpu"))
+        monkeypatch.setattr(detector_evaluation, "current_process", lambda: info)
         monkeypatch.setattr(detector_evaluation, "wait_for_all", lambda _: None)
 
     return pretend
@@ -209,13 +210,15 @@ def test_batches_do_not_change_results(dataset, vocabulary, batch_size):
 
 def test_the_joined_file_is_a_results_file(dataset, vocabulary, tmp_path):
     report = evaluate(Guesser(vocabulary), dataset, output=tmp_path / "out")
-    elsewhere = evaluate_results(tmp_path / "out" / "predictions.json", dataset.parent / "val.json")
+    elsewhere = run_evaluation(
+        tmp_path / "out" / "predictions.json", dataset.parent / "val.json"
+    ).report
     assert elsewhere.types["segm"].metrics == report.types["segm"].metrics
-    official = evaluate_results(
+    official = run_evaluation(
         tmp_path / "out" / "predictions.json",
         dataset.parent / "val.json",
         config=EvaluationConfig(bootstrap=0, engine="lvis"),
-    )
+    ).report
     assert official.types["segm"].metrics == pytest.approx(report.types["segm"].metrics, abs=1e-9)
 
 

@@ -17,7 +17,7 @@ from pycocotools.cocoeval import COCOeval
 from proxydet.errors import RuntimeEnvironmentError
 from proxydet.evaluation import evaluate as evaluate_module
 from proxydet.evaluation.config import EvaluationConfig
-from proxydet.evaluation.evaluate import evaluate_results
+from proxydet.evaluation.evaluate import run_evaluation
 from proxydet.evaluation.report import Report
 from proxydet.runtime.lvis_api import LVIS, LVISEval, LVISResults
 
@@ -43,9 +43,9 @@ def largest_difference(first: Report, second: Report) -> float:
 
 def both(truth: dict[str, Any], detections: list[dict[str, Any]], **options: Any) -> list[Report]:
     return [
-        evaluate_results(
+        run_evaluation(
             detections, truth, config=EvaluationConfig(engine=engine, bootstrap=0, **options)
-        )
+        ).report
         for engine in ("hotcoco", "lvis")
     ]
 
@@ -57,11 +57,11 @@ def both(truth: dict[str, Any], detections: list[dict[str, Any]], **options: Any
 )
 def test_official_numbers_on_real_annotations(sample, name, engine):
     expected = json.loads((sample / "expected.json").read_text())[name.split(".")[0]]
-    report = evaluate_results(
+    report = run_evaluation(
         sample / name,
         sample / "lvis_val_100.json",
         config=EvaluationConfig(engine=engine, bootstrap=0),
-    )
+    ).report
     for kind in ("bbox", "segm"):
         part = report.types[kind]
         assert part.metrics == pytest.approx(expected[kind], abs=TOLERANCE)
@@ -121,9 +121,9 @@ def test_more_than_300_detections_an_image_with_ties(make_set):
 def test_the_limit_counts_detections_of_unjudged_categories(make_set):
     """An image's 300 best are chosen before those of unjudged categories are dropped."""
     truth, detections = make_set(1, images=3, categories=6, per_image=30)
-    judged = evaluate_results(
+    judged = run_evaluation(
         detections, truth, config=EvaluationConfig(max_detections=5, bootstrap=0)
-    )
+    ).report
     assert judged.counts.unjudged > 0
     fast, official = both(truth, detections, max_detections=5)
     assert largest_difference(fast, official) < TOLERANCE
@@ -137,9 +137,9 @@ def test_sizes_of_detections_without_a_box_are_those_of_their_masks(make_set, fe
     for row in truth["annotations"]:  # around the limit of small ones
         row["area"] = 1000.0 + row["id"] % 2 * 50
     bare = [{key: row[key] for key in row if key != "bbox"} for row in detections]
-    report = evaluate_results(
+    report = run_evaluation(
         bare, truth, config=EvaluationConfig(engine=engine, bootstrap=0, iou_types=("bbox",))
-    )
+    ).report
     ids = itertools.count(1)
     truth["annotations"] = [{"iscrowd": 0, **row, "id": next(ids)} for row in truth["annotations"]]
     if federated:
@@ -182,8 +182,8 @@ def test_fixed_ap_takes_the_best_of_each_category(make_set):
         best += sorted(own, key=lambda row: -row["score"])[:40]
     options = {"fixed": True, "bootstrap": 0}
     limited = EvaluationConfig(fixed_detections=40, **options)
-    report = evaluate_results(detections, truth, config=limited)
-    expected = evaluate_results(best, truth, config=EvaluationConfig(engine="lvis", **options))
+    report = run_evaluation(detections, truth, config=limited).report
+    expected = run_evaluation(best, truth, config=EvaluationConfig(engine="lvis", **options)).report
     assert report.counts.capped == len(detections) - len(best) > 0
     assert report.counts.unjudged == expected.counts.unjudged > 0
     for kind in ("bbox", "segm"):
@@ -206,7 +206,7 @@ def test_detections_of_unjudged_categories_only(make_set):
 @pytest.mark.parametrize("federated", [True, False])
 def test_no_detection_at_all_is_zero_where_there_is_something_to_find(make_set, federated):
     truth, _ = make_set(4, federated=federated)
-    report = evaluate_results([], truth, config=FAST)
+    report = run_evaluation([], truth, config=FAST).report
     assert report.ap == 0
     assert report.counts.detections == 0
     absent = {row["id"] for row in truth["categories"]} - {
@@ -236,28 +236,28 @@ def test_ignored_annotations_and_crowds(make_set, federated):
 def test_annotation_ids_of_zero_are_no_trap(make_set):
     """The official evaluators take a match with annotation 0 for no match; ids are renumbered from 1 for them."""
     truth, detections = make_set(8)
-    expected = evaluate_results(detections, truth, config=FAST)
+    expected = run_evaluation(detections, truth, config=FAST).report
     for row in truth["annotations"]:
         row["id"] -= 1
-    assert largest_difference(evaluate_results(detections, truth, config=FAST), expected) == 0
+    assert largest_difference(run_evaluation(detections, truth, config=FAST).report, expected) == 0
 
 
 def test_order_of_images_does_not_matter(make_set):
     truth, detections = make_set(9, images=8, per_image=30)
-    expected = evaluate_results(detections, truth, config=FAST)
+    expected = run_evaluation(detections, truth, config=FAST).report
     by_image = sorted(detections, key=lambda row: row["image_id"])
     truth["images"].reverse()
-    assert largest_difference(evaluate_results(by_image, truth, config=FAST), expected) == 0
+    assert largest_difference(run_evaluation(by_image, truth, config=FAST).report, expected) == 0
 
 
 def test_text_ids_are_fine(make_set):
     truth, detections = make_set(10)
-    expected = evaluate_results(detections, truth, config=FAST)
+    expected = run_evaluation(detections, truth, config=FAST).report
     for row in [*truth["images"]]:
         row["id"] = f"image {row['id']:05}"
     for row in [*truth["annotations"], *detections]:
         row["image_id"] = f"image {row['image_id']:05}"
-    assert largest_difference(evaluate_results(detections, truth, config=FAST), expected) == 0
+    assert largest_difference(run_evaluation(detections, truth, config=FAST).report, expected) == 0
 
 
 def panic() -> BaseException:
@@ -275,7 +275,7 @@ def test_a_failure_of_the_fast_engine_advises_the_official_one(make_set, monkeyp
     monkeypatch.setattr("hotcoco.COCOeval", fail)
     truth, detections = make_set(0)
     with pytest.raises(RuntimeEnvironmentError, match="fast evaluation engine failed") as caught:
-        evaluate_results(detections, truth, config=FAST)
+        run_evaluation(detections, truth, config=FAST)
     assert "--engine lvis" in (caught.value.hint or "")
 
 
@@ -295,7 +295,7 @@ def test_an_engine_that_is_wrong_is_told(make_set, monkeypatch, engine, advice, 
 
     monkeypatch.setattr(evaluate_module, name, slightly_off)
     with pytest.raises(RuntimeEnvironmentError, match=r"in 1 categories \(thing \d\)") as caught:
-        evaluate_results(detections, truth, config=EvaluationConfig(bootstrap=2, engine=engine))
+        run_evaluation(detections, truth, config=EvaluationConfig(bootstrap=2, engine=engine))
     assert advice in (caught.value.hint or "")
 
 
@@ -309,16 +309,16 @@ def test_what_is_no_failure_of_the_engine_passes_through(make_set, monkeypatch, 
     monkeypatch.setattr("hotcoco.COCOeval", fail)
     truth, detections = make_set(0)
     with pytest.raises(type(stop)) as caught:
-        evaluate_results(detections, truth, config=FAST)
+        run_evaluation(detections, truth, config=FAST)
     assert caught.value is stop
 
 
 def test_groups_of_categories(make_set):
     truth, detections = make_set(11, categories=6)
     novel = np.array([True, False] * 3)
-    report = evaluate_results(
+    report = run_evaluation(
         detections, truth, groups={"novel": novel, "base": ~novel}, config=FAST
-    )
+    ).report
     part = report.types["segm"]
     names = [score.name for score in part.groups]
     assert names == ["rare", "common", "frequent", "novel", "base"]

@@ -17,7 +17,7 @@ from proxydet.data.deviations import DEVIATIONS
 from proxydet.data.masks import rasterize
 from proxydet.errors import DataError
 from proxydet.evaluation.config import EvaluationConfig
-from proxydet.evaluation.evaluate import evaluate_results
+from proxydet.evaluation.evaluate import run_evaluation
 from proxydet.evaluation.ground_truth import GroundTruth
 from proxydet.evaluation.results import Results, read_results
 
@@ -75,8 +75,8 @@ def test_only_masks_that_can_be_judged_are_kept(files):
 def test_boxes_are_drawn_around_masks_that_have_none(files):
     truth, detections, _ = files
     bare = [{key: row[key] for key in row if key != "bbox"} for row in detections]
-    report = evaluate_results(bare, truth, config=FAST)
-    expected = evaluate_results(detections, truth, config=FAST)
+    report = run_evaluation(bare, truth, config=FAST).report
+    expected = run_evaluation(detections, truth, config=FAST).report
     assert report.types["segm"].metrics == expected.types["segm"].metrics
     assert report.types["bbox"].metrics["AP"] is not None
 
@@ -96,7 +96,7 @@ def test_masks_as_polygons_and_uncompressed_runs(files):
 def test_masks_for_some_detections_only(files):
     truth, detections, _ = files
     del detections[3]["segmentation"]
-    assert set(evaluate_results(detections, truth, config=FAST).types) == {"bbox"}
+    assert set(run_evaluation(detections, truth, config=FAST).report.types) == {"bbox"}
 
 
 def broken(rows: list[Any], index: int, **changes: Any) -> list[Any]:
@@ -193,7 +193,7 @@ def test_a_detection_that_cannot_be_scored_is_dropped_counted_and_told(
     report = results.report
     assert (report.annotations_in, report.annotations_kept) == (len(rows), len(rows) - 2)
     assert f"2 detections dropped: {DEVIATIONS[key].field}" in caplog.text
-    counts = evaluate_results(rows, truth, config=FAST).to_dict()["counts"]
+    counts = run_evaluation(rows, truth, config=FAST).report.to_dict()["counts"]
     assert [line for line in counts["deviations"] if line.startswith("2 detections dropped: ")]
     # A file of which nothing is left is refused, with what was wrong.
     with pytest.raises(DataError, match=f"no detection is left.*{DEVIATIONS[key].field}"):
@@ -286,10 +286,10 @@ def test_a_damaged_mask_is_an_empty_one_in_both_engines(make_set, federated):
         row | ({"segmentation": {"size": [48, 64], "counts": [48 * 64]}} if at % 7 == 0 else {})
         for at, row in enumerate(detections)
     ]
-    expected = evaluate_results(empty, truth, config=FAST)
+    expected = run_evaluation(empty, truth, config=FAST).report
     for engine in ("hotcoco", "lvis"):
         config = EvaluationConfig(bootstrap=0, engine=engine)  # type: ignore[arg-type]
-        report = evaluate_results(rows, truth, config=config)
+        report = run_evaluation(rows, truth, config=config).report
         assert list(report.types) == ["bbox", "segm"]
         assert report.counts.without_mask == 0
         assert report.counts.damaged_masks > 0
@@ -621,6 +621,47 @@ detection = st.fixed_dictionaries(
         "segmentation": mask,
     },
 )
+
+
+def test_images_that_were_dropped_from_the_annotations_are_dropped_by_their_names_too() -> None:
+    size = {"height": 48, "width": 64}
+    box = {"category_id": 1, "bbox": [1, 1, 9, 9]}
+    truth = GroundTruth.load(
+        {
+            "images": [
+                {"id": 1, "file_name": "a/x.png", **size},
+                {"id": 2, "file_name": "a/y.png", "height": 0, "width": 64},
+                {"id": 3, "file_name": "a/z.png"},
+            ],
+            "categories": [{"id": 1, "name": "cat"}],
+            "annotations": [{"id": 1, "image_id": 1, **box}],
+        }
+    )
+    given_file = {
+        "images": [{"id": 7 + at, "file_name": f"{name}.png"} for at, name in enumerate("xyz")],
+        "categories": [{"id": 1, "name": "cat"}],
+        "annotations": [{"image_id": 7 + at, "score": 0.5, **box} for at in range(3)],
+    }
+    results = read_results(given_file, truth)
+    assert results.image_D.tolist() == [0]
+    assert results.report.counts["detection.image_id.dropped"] == 2
+    given_file["images"][2]["file_name"] = "elsewhere.png"
+    with pytest.raises(DataError, match="1 detection refused: image_id"):
+        read_results(given_file, truth)
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"), [(b"\x89PNG\r\n\x1a\n", "PNG image"), (b"PK\x03\x04", "ZIP archive")]
+)
+def test_a_file_that_is_no_text_is_named_with_what_was_wanted(
+    files: Any, content: bytes, kind: str
+) -> None:
+    truth, _, path = files
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=f"is a {kind}, not a results file"):
+        read_results(path, truth)
+    with pytest.raises(DataError, match=f"is a {kind}, not an annotation file"):
+        GroundTruth.load(path)
 
 
 @settings(max_examples=150, deadline=None)

@@ -14,7 +14,7 @@ import torch
 
 from proxydet.errors import CheckpointError
 from proxydet.modeling.network import ProxyDetNetwork
-from proxydet.modeling.weights import MIXUP_BRANCH, load_weights
+from proxydet.modeling.weights import MIXUP_BRANCH, load_weights, weights_digest
 
 RESNET = "backbone.bottom_up.base."
 
@@ -273,3 +273,8 @@ def test_no_file_and_no_parameters(network, tmp_path):
         load_weights(network, saved(tmp_path / "w.pth", {"iteration": 3}))
     with pytest.raises(CheckpointError, match="no parameters"):
         load_weights(network, saved(tmp_path / "l.pth", [torch.zeros(2)]))
+
+
+def test_the_digest_is_of_the_weights(tiny):
+    first, same, other = (tiny.network(seed=seed) for seed in (0, 0, 1))
+    assert weights_digest(first) == weights_digest(same) != weights_digest(other)

@@ -450,6 +450,7 @@ def test_processes_get_the_options_as_given(files, monkeypatch):
 
     started: list[Any] = []
     monkeypatch.chdir(files)
+    (files / "a b.pth").touch()
     monkeypatch.setattr(launch, "launch", lambda plan, words, logs: started.append(words))
     words = ["eval", "--weights", "a b.pth", "--data", "set.toml", "--gpus", "2", "--device", "cpu"]
     words += ["--protocol", "LVIS", "--iou-type", "segm,bbox", "--allow-outside", "--json"]

@@ -36,7 +36,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from proxydet.errors import CheckpointError
+from proxydet.errors import CheckpointError, RuntimeEnvironmentError
 from proxydet.files import (
     PLACEHOLDER_BYTES,
     BoundedReader,
@@ -170,6 +170,7 @@ def read_content(path: Path, *, tensors: bool = True, hint: str = _HINT) -> Any:
 
     Raises:
         CheckpointError: It is absent, damaged, not such a file, names code, or is not what proxydet wrote.
+        RuntimeEnvironmentError: The machine cannot read it: no permission, a disk that fails, too little memory.
     """
     with _errors(path, hint), _opened(path) as source:
         return source.content() if tensors else _map(source.described, lambda _: None)
@@ -272,19 +273,19 @@ def _read_array(file: Any) -> npt.NDArray[Any]:
 
 @contextlib.contextmanager
 def _errors(path: Path, hint: str, kind: str = "a weight file") -> Iterator[None]:
-    """Turn whatever the readers of damaged files raise into CheckpointError."""
-    if not path.is_file():
-        what = "is not a file" if path.exists() else "does not exist"
-        raise CheckpointError(
-            f"the weight file {path} {what}",
-            hint="check its path; a run's are in RUN/checkpoints, published ones come with proxydet download",
-            path=path,
-        )
+    """Turn what damage makes readers raise into CheckpointError, and what the machine raises into RuntimeEnvironmentError."""
     try:
+        if not path.is_file():
+            what = "is not a file" if path.exists() else "does not exist"
+            raise CheckpointError(
+                f"the weight file {path} {what}",
+                hint="check its path; a run's are in RUN/checkpoints, published ones come with proxydet download",
+                path=path,
+            )
         with path.open("rb") as file:
             refuse_placeholder(file.read(PLACEHOLDER_BYTES))
         yield
-    except CheckpointError:
+    except (CheckpointError, RuntimeEnvironmentError):
         raise
     except PlaceholderError as error:
         raise CheckpointError(
@@ -302,14 +303,18 @@ def _errors(path: Path, hint: str, kind: str = "a weight file") -> Iterator[None
         reason = str(error).partition("\n")[0].rstrip(".")[:300]
         senseless = (LookupError, TypeError, AttributeError, RecursionError)
         if isinstance(error, OSError) and error.errno in _UNREADABLE:
-            raise CheckpointError(
+            raise RuntimeEnvironmentError(
                 f"{path} cannot be read: {error.strerror}",
                 hint="check that you may read it, and the disk that it lies on",
                 path=path,
             ) from error
-        if isinstance(error, MemoryError):
-            reason = "there is not enough memory to read it"
-        elif isinstance(error, senseless) or not reason:
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # of torch
+            raise RuntimeEnvironmentError(
+                f"there is not enough memory to read {path}",
+                hint="end other programs, or use a machine with more memory",
+                path=path,
+            ) from error
+        if isinstance(error, senseless) or not reason:
             reason = "its content makes no sense"
         raise CheckpointError(
             f"{path} is damaged, or not {kind}: {reason}", hint=_remedy(path, hint), path=path
@@ -323,7 +328,7 @@ def _remedy(path: Path, hint: str) -> str:
     checkpoints = sorted(path.parent.glob("checkpoints/step_*.pth"), reverse=True)
     for other in (*path.parent.glob("model_final.*"), *checkpoints):
         if other != path:
-            with contextlib.suppress(CheckpointError):
+            with contextlib.suppress(CheckpointError, RuntimeEnvironmentError):
                 read_state_dict(other, hint="")
                 return f"copy it again from where it is whole, or use other weights of the run: --weights {shlex.quote(str(other))}"
     return hint

@@ -217,6 +217,7 @@ class CheckpointFolder:
 
         Raises:
             CheckpointError: There are checkpoints, and all of them are damaged.
+            RuntimeEnvironmentError: The machine cannot read one, which may be whole: nothing older is taken in its place.
         """
         found = list_checkpoints(self.folder)
         for number, (_, path) in reversed(list(enumerate(found))):
@@ -236,9 +237,10 @@ class CheckpointFolder:
     def rotate(self, best: int | None) -> None:
         """Remove the checkpoints that need not be kept; ``best`` is the best one's iteration, if any."""
         found = list_checkpoints(self.folder)
-        every = self._config.keep_every
+        every, passed = self._config.keep_every, 0
         for iteration, path in found[: -self._config.keep_last]:
-            milestone = every is not None and iteration % every == 0
+            milestone = every is not None and iteration // every > passed
+            passed = iteration // every if every is not None else 0
             if not milestone and not (self._config.keep_best and iteration == best):
                 path.unlink(missing_ok=True)
 

@@ -105,7 +105,7 @@ class CheckpointConfig:
     """Number of newest checkpoints to keep."""
 
     keep_every: int | None = None
-    """Also keep every checkpoint whose iteration is a multiple of this; null keeps none of them."""
+    """Also keep the first checkpoint at or after each multiple of this; null keeps none of them."""
 
     keep_best: bool = True
     """Also keep the checkpoint with the best evaluation metric so far."""
@@ -171,7 +171,7 @@ class TrainingConfig:
     """One training: everything between the data loader and the final weights."""
 
     iterations: int = 90_000
-    """Number of optimiser steps."""
+    """Length of the training: optimiser steps of as many images as when it began."""
 
     weights: Path | None = None
     """Checkpoint whose weights training starts from; null starts from fresh ones. This is not resuming."""

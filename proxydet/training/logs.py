@@ -115,6 +115,7 @@ class MetricLogger:
             "data_seconds": round((waited - self._waited) / self._clocked_steps, 6),
         }
         images_per_second = self._clocked_images / seconds
+        iterations = float(self._state.progress - self._clocked_from)
         self._restart_clock(waited)
         self._state.window = {}
         memory = round(memory_mib(self._ranks.device), 1)
@@ -123,7 +124,7 @@ class MetricLogger:
             **self.last,
             **{
                 "lr": result.learning_rate,
-                "it/s": 1 / max(speed["step_seconds"], 1e-9),
+                "it/s": iterations / seconds,
                 "data s": speed["data_seconds"],
                 "MiB": memory,
             },
@@ -161,6 +162,7 @@ class MetricLogger:
 
     def _restart_clock(self, waited: float) -> None:
         self._clock_start, self._waited = time.perf_counter(), waited
+        self._clocked_from = self._state.progress
         self._clocked_steps = self._clocked_images = 0
 
     def _to_tensorboard(self, values: dict[str, float]) -> None:

@@ -540,7 +540,8 @@ def fit(
             if record and ranks.is_main:
                 still_ours()
             metrics.step(result, prefetcher.waited, record=record)
-            if result.stop and not last:
+            # One checkpoint an iteration, where a step is less: an evaluation belongs to the weights of that name.
+            if result.stop and not last and passes(1):
                 save()
                 wait_for_all(ranks)
                 raise stopped()

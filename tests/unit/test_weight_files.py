@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from proxydet.errors import CheckpointError
+from proxydet.errors import CheckpointError, RuntimeEnvironmentError
 from proxydet.weight_files import (
     check_seal,
     read_arrays,
@@ -430,7 +430,7 @@ def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch)
         raise PermissionError(errno.EACCES, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(CheckpointError, match=r"w\.pth") as caught:
+    with pytest.raises(RuntimeEnvironmentError, match=r"w\.pth") as caught:
         read_state_dict(path)
     assert "damaged" not in caught.value.message
     assert "read" in caught.value.hint

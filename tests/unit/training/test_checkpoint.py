@@ -15,6 +15,7 @@ import torch
 from proxydet.errors import CheckpointError, DiskFullError, RuntimeEnvironmentError
 from proxydet.training.checkpoint import (
     CheckpointFolder,
+    list_checkpoints,
     load_checkpoint,
     read_iteration,
     read_run,
@@ -33,7 +34,7 @@ def state(value: float) -> dict:
 
 
 def iterations(found: CheckpointFolder) -> list[int]:
-    return [iteration for iteration, _ in found.list()]
+    return [iteration for iteration, _ in list_checkpoints(found.folder)]
 
 
 def test_round_trip(tmp_path):
@@ -57,6 +58,35 @@ def test_rotation_keeps_newest_milestones_and_best(tmp_path):
     without_best = CheckpointFolder(checkpoints.folder, CheckpointConfig(keep_best=False))
     without_best.rotate(best=40)
     assert iterations(without_best) == [90, 100]
+
+
+def test_of_each_interval_the_first_checkpoint_is_kept(tmp_path):
+    """A step may be more than an iteration, or the period not divide the interval."""
+    checkpoints = folder(tmp_path, keep_last=1, keep_every=10)
+    for step in (3, 6, 9, 12, 15, 18, 21, 24, 35, 47, 50):
+        checkpoints.save(state(step), step)
+    assert iterations(checkpoints) == [12, 21, 35, 47, 50]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, None])
+def test_a_checkpoint_that_the_machine_cannot_read_now_is_not_passed_over(
+    tmp_path, monkeypatch, number
+):
+    checkpoints = folder(tmp_path)
+    checkpoints.save(state(1.0), 1)
+    newest = checkpoints.save(state(2.0), 2)
+    opened = Path.open
+
+    def fail(self: Path, *words: object, **options: object) -> object:
+        if self == newest:
+            raise MemoryError if number is None else OSError(number, os.strerror(number))
+        return opened(self, *words, **options)
+
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(RuntimeEnvironmentError, match=newest.name) as caught:
+        checkpoints.load_newest()
+    assert caught.value.path == newest
+    assert iterations(checkpoints) == [1, 2]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "text"])

@@ -7,6 +7,9 @@ import json
 import math
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
 
@@ -163,6 +166,46 @@ def test_a_signal_during_a_step_lets_it_finish(toy, tmp_path, monkeypatch):
     monkeypatch.undo()
     toy.run(tmp_path / "whole", {})
     assert same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_stop_within_an_iteration_leaves_the_weights_that_were_evaluated(
+    toy, tmp_path, monkeypatch
+):
+    """Where a step is a quarter of an iteration, four of them share a number."""
+    losses, calls = toy.toy_losses, iter(range(1000))
+
+    def interrupting(found: dict, *, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        if next(calls) == 21:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return losses(found, generator=generator)
+
+    monkeypatch.setattr(toy, "toy_losses", interrupting)
+    changes = {"evaluation": {"period": 5}}
+    with pytest.raises(JobInterruptedError, match="after 6 of 12 iterations"):
+        toy.run(tmp_path, changes, step=Fraction(1, 4), evaluate=crash_at(-1))
+    for number in (5, 6):
+        saved = load_checkpoint(tmp_path / f"checkpoints/step_000000{number}.pth")
+        assert (saved["iteration"], saved["progress"]) == (number, str(number))
+
+
+def test_the_display_counts_iterations_not_steps(toy, tmp_path):
+    class Display:
+        shown: list[float]
+
+        @contextmanager
+        def task(self, *_: object, **__: object) -> Iterator[Display]:
+            self.shown = []
+            yield self
+
+        def advance(self, _: float = 1, **values: float) -> None:
+            self.shown += [values["it/s"]] if values else []
+
+    display = Display()
+    toy.run(tmp_path, {"log": {"period": 3}}, step=Fraction(1, 4), progress=display)
+    steps = [record["step_seconds"] for record in records(tmp_path)]
+    assert [s * x for s, x in zip(steps, display.shown, strict=True)] == pytest.approx(
+        [0.25] * 4, rel=0.05
+    )
 
 
 def poisoned(toy: ModuleType, monkeypatch: pytest.MonkeyPatch, *calls: int) -> None:

@@ -595,7 +595,7 @@ def _commands_section(folder: QuickstartFolder) -> Section:
             ),
             Command(
                 command="proxydet train --recipe small --data my-data.toml --output runs/mine",
-                does="Train on your own photographs; docs/how-to/own-data.md says what the file holds.",
+                does="Train on your own photographs; proxydet data init FOLDER writes the file for annotations.",
             ),
         ],
     )

@@ -74,7 +74,7 @@ class TrainingState:
     """Iterations so far: images used, over those of an iteration when the run began, for batches of average size."""
 
     step: Fraction = Fraction(1)
-    """Iterations that the last step was: above or below 1 where a step has more or fewer images than when the run began."""
+    """How many iterations the last step counted as: above or below 1 where a step has more or fewer images than when the run began."""
 
     batches: int = 0
     """Batches that all processes have used: the number of the next one, from which it draws."""

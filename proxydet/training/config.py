@@ -189,7 +189,7 @@ class TrainingConfig:
     periods by k, so that as many images are seen; none leaves every number as it is."""
 
     accumulation: int = 1
-    """Batches a process adds up in one optimiser step."""
+    """Batches that a process accumulates in one optimiser step."""
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where to compute; auto takes the GPU where there is one."""

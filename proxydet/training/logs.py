@@ -149,6 +149,15 @@ class MetricLogger:
         scalars.update({f"train/{name}": value for name, value in speed.items()})
         self._to_tensorboard(scalars)
 
+    def batches(self, began: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        """Write down what a step is made of, where it was something else before: when the run began, or by the last such record."""
+        if not self._ranks.is_main:
+            return
+        for record in self._metrics.read():
+            began = record.get("batches", began)
+        if now != began:
+            self._metrics.append({"iteration": self._state.iteration, "batches": dict(now)})
+
     def evaluation(self, metrics: dict[str, float]) -> None:
         """Write down the metrics of an evaluation of the present weights."""
         if not self._ranks.is_main:

@@ -245,7 +245,6 @@ def plan_training(
             unusable("run folder", folder.root, error)
         start = prepare(config, folder, ranks, "never", overwrite=True)
     scaled, resumes_after = start.config, start.resumes_after
-    begins = resumes_after is None
     compared = len(needs)
 
     training = scaled.training
@@ -253,7 +252,7 @@ def plan_training(
         check_precision(training.precision, choose_device(training.device))
     except ProxydetError as error:
         unusable("precision", "", error)
-    if training.weights is not None and begins:
+    if training.weights is not None and resumes_after is None:
         need("starting weights", training.weights)
     path = scaled.data.description
     notes: list[str] = []
@@ -334,7 +333,7 @@ def plan_training(
             used.image_labels if labelled else None,
             dataclasses.replace(scaled.training, accumulation=start.accumulation),
             launch.world_size,
-            steps=float(left / start.step(ranks, image_labels=labelled)),
+            steps=float(left / start.step),
         ),
         command=launch.command(words),
     )

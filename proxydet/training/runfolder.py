@@ -137,14 +137,11 @@ class RunFolder:
         )
 
     @contextlib.contextmanager
-    def held(self, *, fresh: bool = False) -> Iterator[Callable[[], None]]:
+    def held(self) -> Iterator[Callable[[], None]]:
         """Keep other trainings out of the folder, and remove what killed ones were writing.
 
         For the first process of a training: the launcher that starts the others, or the main one. Where this process or its
         launcher holds the folder already, nothing is done. A training that is refused leaves nothing in a new folder.
-
-        Args:
-            fresh: Whether the run that is there will be removed (`clear`): its logs are removed before others are opened.
 
         Yields:
             A function that makes sure that the folder is still held; see `proxydet.files.Lock.check`.
@@ -165,8 +162,6 @@ class RunFolder:
                 sweep(self.plots)
                 for folder in (self.checkpoints, self.failures):
                     sweep(folder, sole_writer=True)
-            if fresh and self.config.exists():
-                shutil.rmtree(self.logs, ignore_errors=True)
         try:
             yield lambda: lock.check(None if mine else owner)
         except (InputError, RuntimeEnvironmentError):
@@ -225,12 +220,12 @@ class RunFolder:
                 shutil.rmtree(path, ignore_errors=True)
 
     def clear(self) -> None:
-        """Remove the run that the folder holds; files that are not a run's stay, and logs that this process writes."""
+        """Remove the run that the folder holds; files that are not a run's stay, and logs where this process writes one."""
         folders = ["checkpoints", "tensorboard", "plots", "failures", "evaluations", "aside"]
         handlers = logging.getLogger("proxydet").handlers
         files = [Path(h.baseFilename) for h in handlers if isinstance(h, logging.FileHandler)]
         if self.config.exists() and self.logs.resolve() not in [f.parent.resolve() for f in files]:
-            folders.append("logs")  # else `held` has removed those of the run before
+            folders.append("logs")  # else the processes of this run append to them
         for name in folders:
             shutil.rmtree(self.root / name, ignore_errors=True)
         for path in (self.config, self.vocabulary, self.text_encoder, self.environment, self.manifest,
@@ -309,7 +304,7 @@ def earlier_run(
             continue
         if source == folder.config and "sha256" in manifest:
             written = read(folder.manifest, from_mapping, kind, manifest.get("configuration"))
-            changed = {} if written is None else _told(written, known, _FREE_KEYS)
+            changed = {} if written is None else _differing(written, known, _FREE_KEYS)
             if changed:
                 raise ConfigError(
                     f"{source} is not what the run was trained with, by {folder.manifest}: {_listed(changed)}.",
@@ -346,7 +341,7 @@ def _warn_once(text: str) -> None:
     logger.log(logging.WARNING if report else logging.INFO, "%s", text)
 
 
-def _told(before: RunConfig, now: RunConfig, free: tuple[str, ...]) -> dict[str, str]:
+def _differing(before: RunConfig, now: RunConfig, free: tuple[str, ...]) -> dict[str, str]:
     """Return how two configurations differ, by key, for people to read; keys that begin with one of ``free`` are left out."""
 
     def shown(value: object) -> str:
@@ -388,7 +383,9 @@ def check_same(earlier: EarlierRun, config: RunConfig, *, before_data: bool = Fa
     Raises:
         ConfigError: They differ; the message says in what.
     """
-    changed = _told(earlier.config, config, _FREE_KEYS + (_DATA_DECIDES if before_data else ()))
+    changed = _differing(
+        earlier.config, config, _FREE_KEYS + (_DATA_DECIDES if before_data else ())
+    )
     if "data.description" in changed and _same_annotations(earlier, config):
         del changed["data.description"]  # moved; `check_same_data` compares the rest
     if changed:
@@ -431,7 +428,9 @@ def same_run(folder: RunFolder, config: RunConfig) -> EarlierRun | None:
     earlier = earlier_run(folder, type(config))
     if earlier is not None:
         training = scale_training(config.training, earlier.config.training.replicas)
-        check_same(earlier, dataclasses.replace(config, training=training), before_data=True)
+        data = _with_batches(config.data, earlier.config.data)
+        resumed = dataclasses.replace(config, training=training, data=data)
+        check_same(earlier, resumed, before_data=True)
     return earlier
 
 
@@ -540,7 +539,16 @@ class Start:
     """Iteration of the checkpoint that is resumed from, if that is whole; None starts a new run."""
 
     accumulation: int
-    """Batches that each process adds up in a step."""
+    """Batches that each process accumulates in a step."""
+
+    step: Fraction
+    """How many iterations a step counts as, by its images."""
+
+    began: Mapping[str, Any]
+    """What a step was made of when the run began: processes, accumulation, images in the batches that are used, ``step``."""
+
+    now: Mapping[str, Any]
+    """What it is made of now."""
 
     asked: DataConfig
     """Has the batch sizes that are asked for."""
@@ -548,42 +556,6 @@ class Start:
     def batches(self, data: DataConfig) -> DataConfig:
         """Return data settings with the batch sizes that are asked for."""
         return _with_batches(data, self.asked)
-
-    def step(self, ranks: DistInfo, *, image_labels: bool) -> Fraction:
-        """Return how many iterations a step is, by its images; reports what differs from the run that is resumed.
-
-        Args:
-            ranks: The processes.
-            image_labels: Whether the data has image labels, which make batches of their own.
-        """
-
-        def images(data: DataConfig) -> Fraction:
-            return mean_batch(data.boxes, data.image_labels if image_labels else None)
-
-        training, before = self.config.training, self.config.data
-        batches = self.accumulation * ranks.world_size
-        step = Fraction(batches, training.replicas) * images(self.asked) / images(before)
-        compared = [
-            ("processes", training.replicas // training.accumulation, ranks.world_size),
-            ("batches a process adds up", training.accumulation, self.accumulation),
-            ("images in a batch", before.boxes.batch_size, self.asked.boxes.batch_size),
-        ]
-        if image_labels and before.image_labels and self.asked.image_labels:
-            sizes = before.image_labels.batch_size, self.asked.image_labels.batch_size
-            compared.append(("images in a batch with image labels", *sizes))
-        changed = [f"{now} {what} instead of {then}" for what, then, now in compared if then != now]
-        if ranks.is_main and changed:
-            rate = training.scaling == "linear"
-            logger.warning(
-                "Resuming with %s: %s",
-                ", ".join(changed),
-                "as many images a step as before"
-                if step == 1
-                else f"{float(step):g} times the images a step"
-                + f"; learning rates are multiplied by {float(step):g}" * rate
-                + f"; an iteration takes {float(1 / step):g} steps",
-            )
-        return step
 
 
 def prepare(
@@ -597,9 +569,9 @@ def prepare(
     """Decide how a training starts, before it opens its data; writes nothing.
 
     A new run is scaled to its number of processes; see `scale_training`. A run that is resumed keeps what an iteration was in
-    it, so that its schedule continues. Where the number of processes alone is another one, and shares the batches of a step
-    evenly, the step keeps them by accumulation. Otherwise, and with another batch size or accumulation, which is used as it is
-    given, progress is counted in images, and the learning rate follows ``training.scaling``.
+    it, so that its schedule continues. Where the number of processes alone is another one, a step keeps its batches by
+    accumulation, as nearly as they can be shared evenly. Another batch size or accumulation is used as it is given. Progress is
+    counted in images, and the learning rate follows ``training.scaling``. What differs is reported.
 
     Args:
         config: The configuration that is asked for, before scaling.
@@ -638,32 +610,71 @@ def prepare(
                     earlier.append(other)
     run = config if resumes_after is None else keep_weights(config, earlier)
     training, accumulation = run.training, run.training.accumulation
+    labels = _has_image_labels(config.data)
+    now = _batches(ranks.world_size, accumulation, config.data, labels)
+    began, data_before = now, config.data
     if earlier:
-        before = earlier[-1].config
-        data = run.data
-        # A finished run has nothing left that could be trained with other batches.
-        if isinstance(resume, Path) or not earlier[-1].finished:
-            data = _with_batches(data, before.data)
-        began = before.training
-        alike = data == run.data and accumulation == began.accumulation
-        if alike and began.replicas % ranks.world_size == 0:
-            accumulation = began.replicas // ranks.world_size
+        before, data_before = earlier[-1].config.training, earlier[-1].config.data
+        processes = before.replicas // before.accumulation
+        began = _batches(processes, before.accumulation, data_before, labels)
+        if began == {**now, "processes": processes}:
+            accumulation = max(1, round(before.replicas / ranks.world_size))
+            now = {**now, "training.accumulation": accumulation}
         training = dataclasses.replace(
-            scale_training(training, began.replicas), accumulation=began.accumulation
+            scale_training(training, before.replicas), accumulation=before.accumulation
         )
-        run = dataclasses.replace(run, data=data)
+        run = dataclasses.replace(run, data=_with_batches(run.data, data_before))
     else:
         training = scale_training(training, ranks.world_size * accumulation)
     run = dataclasses.replace(run, training=training)
     for one in earlier:
         check_same(one, run, before_data=True)
+    images, images_before = (
+        mean_batch(data.boxes, data.image_labels if labels else None)
+        for data in (config.data, data_before)
+    )
+    step = Fraction(ranks.world_size * accumulation, training.replicas) * images / images_before
+    changed = [f"{key} {now[key]} instead of {began[key]}" for key in now if now[key] != began[key]]
+    if changed and ranks.is_main:
+        logger.warning(
+            "Resuming with %s: %s",
+            ", ".join(changed),
+            "as many images a step as before"
+            if step == 1
+            else f"{float(step):g} times the images a step"
+            + f"; learning rates are multiplied by {float(step):g}" * (training.scaling == "linear")
+            + f"; a step counts as {float(step):g} iterations",
+        )
     return Start(
         config=run,
         earlier=tuple(earlier),
         resumes_after=resumes_after,
         accumulation=accumulation,
+        step=step,
+        began={**began, "step": "1"},
+        now={**now, "step": str(step)},
         asked=config.data,
     )
+
+
+def _has_image_labels(data: DataConfig) -> bool:
+    """Whether images with labels are trained; by the settings alone where the dataset config cannot be read, which fails later."""
+    if data.image_labels is not None and data.description is not None:
+        with contextlib.suppress(ProxydetError):
+            return DatasetConfig.from_toml(data.description).image_labels is not None
+    return data.image_labels is not None
+
+
+def _batches(processes: int, accumulation: int, data: DataConfig, labels: bool) -> dict[str, Any]:
+    """Return what a step is made of, of the data that are used."""
+    made = {
+        "processes": processes,
+        "training.accumulation": accumulation,
+        "data.boxes.batch_size": data.boxes.batch_size,
+    }
+    if labels and data.image_labels is not None:
+        made["data.image_labels.batch_size"] = data.image_labels.batch_size
+    return made
 
 
 def _with_batches(data: DataConfig, like: DataConfig) -> DataConfig:

@@ -298,7 +298,7 @@ def train_step(
         state: What changes.
         batches: The batches of this process: as many as are accumulated, at least 1.
         config: Training settings.
-        step: Iterations that the step is: its images, over those of an iteration. Where ``scaling`` is linear, the learning rate
+        step: How many iterations the step counts as: its images, over those of an iteration. Where ``scaling`` is linear, the learning rate
             is multiplied by it. The last step ends with the last iteration.
         ranks: This process.
         failures: Folder for the record of a batch whose loss is not finite.

@@ -168,7 +168,7 @@ def train(
         folder = RunFolder(output.resolve())
         still_ours = stack.enter_context(folder.held()) if ranks.is_main else lambda: None
         start = prepare(config, folder, ranks, resume, overwrite=overwrite)
-        config, earlier, begins = start.config, start.earlier, start.resumes_after is None
+        config, earlier, step = start.config, start.earlier, start.step
         settings = config.training
         check_precision(settings.precision, ranks.device)
         stack.enter_context(reproducibility_mode(config.reproducibility))
@@ -178,7 +178,7 @@ def train(
         if config.data.description is None:
             raise ConfigError(
                 "There is no data to train on: data.description is not set.",
-                hint="Give a dataset config: --data DATA.toml. docs/reference/dataset-config.md says what it holds.",
+                hint="Give a dataset config: --data DATA.toml. proxydet data init FOLDER writes one for annotations.",
             )
         description = DatasetConfig.from_toml(config.data.description)
         data = Dataset(config=description, cache=config.data.cache, progress=progress)
@@ -188,7 +188,6 @@ def train(
             logger.warning("%s", note)
         config = fit_to_embeddings(config, vocabulary.dimension)
         used = start.batches(config.data)
-        step = start.step(ranks, image_labels=description.image_labels is not None)
         sources = TrainingSources(used, data)
         digests = {
             "vocabulary": vocabulary.digest,
@@ -200,19 +199,22 @@ def train(
             check_same(run, config)
             check_same_data(run, digests)
         facts = {"configuration": dump_yaml(config, comments=False), **digests}
-        parts = {"accumulation": str(start.accumulation), "images of a step": str(step)}
+        parts = {
+            "accumulation": str(start.accumulation),
+            "number of iterations that a step counts as": str(step),
+        }
         check_agreement(ranks, {**facts, **parts, "run folder": str(folder.root)})
         encoder = Path(description.classes.encoder or "")
         own_encoder = encoder.suffix == ".json" and encoder.is_file()
         if own_encoder:
             digests["text encoder"] = sha256(encoder)
-        if not begins and earlier and "weights" in earlier[-1].digests:
+        if start.resumes_after is not None and earlier and "weights" in earlier[-1].digests:
             digests["weights"] = earlier[-1].digests["weights"]
 
         seed_everything(config.seed)  # the same weights everywhere
         counts = data.image_counts(with_novel=config.data.count_novel_classes)
         network = ProxyDetNetwork(config.model, vocabulary, counts)
-        if settings.weights is not None and begins:
+        if settings.weights is not None and start.resumes_after is None:
             expect = (*settings.ignore_in_weights, *MIXUP_BRANCH)
             report = load_weights(network, settings.weights, expect=expect, vocabulary="keep")
             if ranks.is_main:  # which writes the records
@@ -263,6 +265,7 @@ def train(
             seed=config.seed,
             accumulation=start.accumulation,
             step=step,
+            batches=(start.began, start.now),
             # A little longer than the loader itself waits for its workers.
             loader_timeout=timeout + 30.0 if timeout else None,
             resume=resume,
@@ -374,6 +377,7 @@ def fit(
     seed: int,
     accumulation: int | None = None,
     step: Fraction | None = None,
+    batches: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {}),
     loader_timeout: float | None = None,
     resume: Resume = "auto",
     run: str = "",
@@ -393,9 +397,10 @@ def fit(
         folder: The run folder.
         ranks: This process.
         seed: Seed of every random draw.
-        accumulation: Batches that this process adds up in a step; None takes the settings'.
-        step: Iterations that a step is, by its images; None takes its batches over ``replicas``. Progress is counted in it, and
-            the learning rate follows ``scaling``.
+        accumulation: Batches that this process accumulates in a step; None takes the settings'.
+        step: How many iterations a step counts as, by its images; None takes its batches over ``replicas``. Progress is counted
+            in it, and the learning rate follows ``scaling``.
+        batches: What a step was made of when the run began, and now: a change is recorded in ``metrics.jsonl``.
         loader_timeout: Seconds without a batch after which the run stops; None waits for ever.
         resume: What to do with checkpoints that are there.
         run: JSON of what the run is made from, for its checkpoints.
@@ -453,6 +458,7 @@ def fit(
         metrics = stack.enter_context(
             MetricLogger(folder, config.log, ranks=ranks, state=state, task=task)
         )
+        metrics.batches(*batches)
         prefetcher = stack.enter_context(
             Prefetcher(make_loader(state.batches, state.draws), loader_timeout)
         )
@@ -524,11 +530,11 @@ def fit(
         if ranks.is_main:  # a process that was killed may have left that to do
             checkpoints.rotate(best_iteration())
         while state.progress < config.iterations:
-            batches = [prefetcher.next() for _ in range(accumulation)]
+            fetched = [prefetcher.next() for _ in range(accumulation)]
             stop = signals.received > 0
             result = train_step(
                 state,
-                batches,
+                fetched,
                 config=config,
                 step=step,
                 ranks=ranks,

@@ -344,7 +344,6 @@ def _run(
 
     output = Output(json=json, quiet=plan.started and launched_rank() > 0)
     resume = options.resumes()
-    fresh = options.overwrite and resume == "never"
     if isinstance(resume, Path) and not resume.is_file():
         raise ConfigError(
             f"--resume takes auto, never or a checkpoint; there is no file {options.resume}.",
@@ -388,7 +387,7 @@ def _run(
             with connect(device) as ranks, contextlib.ExitStack() as holding:
 
                 def take() -> None:
-                    holding.enter_context(folder.held(fresh=fresh))
+                    holding.enter_context(folder.held())
 
                 decided_by_main(ranks, take)
                 yield
@@ -407,7 +406,7 @@ def _run(
                 # that is in use would wait for other nodes.
                 if plan.nodes > 1:
                     folder.new_lock().require_free()
-                with folder.held(fresh=fresh) if plan.nodes == 1 else contextlib.nullcontext():
+                with folder.held() if plan.nodes == 1 else contextlib.nullcontext():
                     launch(plan, ["-m", "proxydet_cli", *words], folder.logs)
             else:
                 train_here()

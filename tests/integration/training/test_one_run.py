@@ -86,7 +86,14 @@ class Trainings:
         path = self.folder / name / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         timeless = ("iteration", "images", "losses", "learning_rate")
-        return [{key: json.loads(line)[key] for key in timeless} for line in lines]
+        steps = [record for record in map(json.loads, lines) if "losses" in record]
+        return [{key: record[key] for key in timeless} for record in steps]
+
+    def batches(self, name: str) -> list[tuple[int, str]]:
+        """Return processes and iterations of a step from each record of a change."""
+        lines = map(json.loads, (self.folder / name / "metrics.jsonl").read_text().splitlines())
+        changes = [line["batches"] for line in lines if "batches" in line]
+        return [(change["processes"], change["step"]) for change in changes]
 
     def weights(self, name: str) -> dict[str, torch.Tensor]:
         return torch.load(self.folder / name / "model_final.pth", weights_only=True)["model"]
@@ -178,7 +185,7 @@ def test_with_another_batch_the_schedule_follows_the_images(trainings):
     larger = ("--set", "data.boxes.batch_size=4")
     trainings.until("run", 3, processes=2)
     said = trainings.until("run", 6, *larger, processes=1).replace("\n", " ")
-    assert "4 images in a batch instead of 2" in " ".join(said.split())
+    assert "data.boxes.batch_size 4 instead of 2" in " ".join(said.split())
     said = trainings.run("run", *larger, processes=2)
     assert "2 times the images a step" in " ".join(said.split())
     training = resolve_config(None, trainings.folder / "run/config.yaml").training
@@ -196,4 +203,5 @@ def test_with_another_batch_the_schedule_follows_the_images(trainings):
         before += step
         steps.add(step)
     assert steps == {1.0, 2.0}
+    assert trainings.batches("run") == [(1, "1"), (2, "2")]
     assert record["iteration"] == 12

@@ -81,7 +81,10 @@ def test_a_whole_run_is_finished(run, config, cli):
     words = ("train", "--recipe", "tiny", "--device", "cpu", "--output", run.root)
     code, out, _ = cli(*words)
     assert (code, "finished: nothing to do" in out) == (0, True)
-    # It needs no data, and resumes nothing.
+    # Also after it was resumed with another batch. It needs no data, and resumes nothing.
+    larger = ("--set", "data.boxes.batch_size=5")
+    code, out, _ = cli(*words, *larger)
+    assert (code, "finished: nothing to do" in out) == (0, True)
     code, out, _ = cli(*words, "--dry-run")
     assert (code, f"{run.root} (finished: nothing to do)" in out) == (0, True)
     assert cli(*words, "--dry-run", "--json").data["finished"] is True

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from proxydet.config import dump_yaml
+from proxydet.data.sources import AnnotationSource
 from proxydet.recipes import RunConfig, get_recipe, resolve_config
 from proxydet.training.launch import plan_launch
 from proxydet.training.plan import (
@@ -122,9 +123,10 @@ def test_an_empty_or_broken_annotation_file_is_told(tmp_path, content, problem):
 def test_a_large_annotation_file_is_not_read(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     path.write_text("{")
-    assert "ends in the middle" in _annotations("annotations", path).problem
+    source = AnnotationSource(path)
+    assert "ends in the middle" in _annotations("training", source).problem
     monkeypatch.setattr("proxydet.training.plan._LARGEST_READ", 0)
-    assert _annotations("annotations", path).present
+    assert _annotations("training", source).present
 
 
 @pytest.mark.usefixtures("unmeasured")

@@ -11,7 +11,9 @@ from types import ModuleType
 import pytest
 import torch
 
+from proxydet.files import JsonLines
 from proxydet.training.checkpoint import load_checkpoint
+from proxydet.training.logs import read_steps
 from proxydet.training.step import learning_rate_factor
 from proxydet.weight_files import write_state
 
@@ -73,6 +75,27 @@ def test_the_schedule_follows_the_images(
     state = load_checkpoint(tmp_path / "checkpoints/step_0000012.pth")
     # 3 iterations of 2 batches, 2 of 2, 1 of 4 small ones, 4 of 2, and 2 of 3, the last of which ends the training.
     assert (state["batches"], state["images"]) == (28, 104)
+
+
+def test_other_batches_are_recorded_once_each(toy: ModuleType, tmp_path: Path) -> None:
+    two, one = ({"processes": n, "step": f"{n}/2"} for n in (2, 1))
+
+    def train(until: int, now: dict) -> None:
+        def evaluate(network: torch.nn.Module, at: int, place: Path) -> dict[str, float]:
+            if at == until:
+                raise Stop
+            return {}
+
+        changes = {"log": {"period": 2}, "evaluation": {"period": 2}}
+        with suppress(Stop):
+            toy.run(tmp_path, changes, batches=(two, now), evaluate=evaluate)
+
+    for until, now in ((2, two), (4, two), (6, one), (8, one), (12, two)):
+        train(until, now)
+    records = JsonLines(tmp_path / "metrics.jsonl")
+    found = [(r["iteration"], r["batches"]) for r in records.read() if "batches" in r]
+    assert found == [(4, one), (8, two)]
+    assert [r["iteration"] for r in read_steps(records)] == [2, 4, 6, 8, 10, 12]
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,6 @@ from proxydet.training import distributed
 from proxydet.training.checkpoint import list_checkpoints
 from proxydet.training.config import scale_training
 from proxydet.training.distributed import DistInfo, check_agreement
-from proxydet.training.launch import worker
 from proxydet.training.runfolder import (
     EarlierRun,
     Resume,
@@ -293,6 +292,15 @@ class TestDamage:
         assert check(folder, config) == 1
 
 
+def without_image_labels(folder: Path) -> str:
+    """Write a dataset config; return the setting that names it."""
+    path = folder / "d.toml"
+    path.write_text(
+        'name = "d"\n[vocabulary]\nembeddings = "e.npy"\n[train]\nannotations = "a.json"\nimages = "."\n'
+    )
+    return f"data.description={path}"
+
+
 class TestProcesses:
     @pytest.mark.parametrize(
         ("began", "now", "asked", "accumulation", "told"),
@@ -301,7 +309,8 @@ class TestProcesses:
             (2, 1, 1, 2, "as many images a step as before"),
             (8, 4, 1, 2, "as many images a step as before"),
             (2, 4, 1, 1, "2 times the images a step; learning rates are multiplied by 2"),
-            (8, 3, 1, 1, "0.375 times the images a step; learning rates are multiplied by 0.375"),
+            (2, 8, 1, 1, "4 times the images a step; learning rates are multiplied by 4"),
+            (8, 3, 1, 3, "1.125 times the images a step; learning rates are multiplied by 1.125"),
             (2, 2, 2, 2, "2 times the images a step"),
             (2, 1, 3, 3, "1.5 times the images a step"),
         ],
@@ -313,7 +322,7 @@ class TestProcesses:
         options = resolve_config("tiny", None, [f"training.accumulation={asked}"])
         assert check(folder, options, now) == accumulation
         start = prepare(options, folder, ranks(now), "auto")
-        assert start.step(ranks(now), image_labels=True) == Fraction(accumulation * now, began)
+        assert start.step == Fraction(accumulation * now, began)
         assert told in caplog.text
         assert bool(told) == bool(caplog.text)
         # What an iteration is stays, and so do learning rate, periods and length.
@@ -324,48 +333,57 @@ class TestProcesses:
         folder = write_run(tmp_path / "run", config, processes=1)
         assert check(folder, config, 2) == 2
         assert check(folder, config, 4) == 1
+        assert check(folder, config, 8) == 1, "and not 4, which would be 8 times the images"
         again = resolve_config(None, folder.config)
         assert check(folder, again, 1) == 4, "as its own configuration repeats it"
 
     @pytest.mark.parametrize(
         ("sets", "labels", "step", "told"),
         [
-            ((4, 8, 1), True, Fraction(2), "4 images in a batch instead of 2"),
+            ((4, 8, 1), True, Fraction(2), "data.boxes.batch_size 4 instead of 2"),
             ((4, 8, 1), False, Fraction(2), "learning rates are multiplied by 2"),
             ((1, 2, 2), True, Fraction(1), "as many images a step as before"),
-            ((1, 4, 1), False, Fraction(1, 2), "an iteration takes 2 steps"),
+            ((1, 4, 1), False, Fraction(1, 2), "a step counts as 0.5 iterations"),
             # Images of both kinds are drawn as often as each other: batches of 2 and 4 have 8/3 of them, of 1 and 4 8/5.
             ((1, 4, 1), True, Fraction(3, 5), "0.6 times the images a step"),
             ((2, 1, 1), False, Fraction(1), ""),
         ],
     )
     def test_a_run_goes_on_with_another_batch_by_the_rule(
-        self, folder, config, caplog, sets, labels, step, told
+        self, tmp_path, caplog, sets, labels, step, told
     ):
+        described = [] if labels else [without_image_labels(tmp_path)]
+        config = resolve_config("tiny", None, described)
+        folder = write_run(tmp_path / "run", config)
         keys = ("data.boxes.batch_size", "data.image_labels.batch_size", "training.accumulation")
-        asked = [f"{key}={value}" for key, value in zip(keys, sets, strict=True)]
+        asked = [f"{key}={value}" for key, value in zip(keys, sets, strict=True)] + described
         options = resolve_config("tiny", None, asked)
         start = prepare(options, folder, ranks(2), "auto")
-        assert start.step(ranks(2), image_labels=labels) == step
+        assert start.step == step
         assert told in caplog.text
         assert bool(told) == bool(caplog.text)
         assert start.accumulation == sets[2]
         assert start.config == new(config), "an iteration, and the schedule, are those of the run"
         assert start.batches(start.config.data) == options.data
-        # A finished run is another one; without --output, so is one that is not.
-        assert default_folder(folder.root, options, "auto")[0] != folder.root
+        assert default_folder(folder.root, options, "auto")[0] == folder.root
         folder.final_weights.touch()
-        with pytest.raises(ConfigError, match=r"data\.\w+\.batch_size: "):
-            prepare(options, folder, ranks(2), "auto")
+        found, why = default_folder(folder.root, options, "auto")
+        assert (found, "which is finished" in why) == (folder.root, True)
         back = prepare(options, folder, ranks(2), folder.checkpoints / "step_0000003.pth")
-        assert back.step(ranks(2), image_labels=labels) == step
+        assert back.step == step
+
+    def test_a_batch_size_of_data_that_are_not_there_changes_nothing(self, tmp_path):
+        described = without_image_labels(tmp_path)
+        folder = write_run(tmp_path / "run", resolve_config("tiny", None, [described]))
+        asked = [described, "data.image_labels.batch_size=9"]
+        assert check(folder, resolve_config("tiny", None, asked), 1) == 2
 
     def test_half_the_processes_with_twice_the_batch_do_not_accumulate(self, folder, caplog):
         sizes = ["data.boxes.batch_size=4", "data.image_labels.batch_size=8"]
         start = prepare(resolve_config("tiny", None, sizes), folder, ranks(1), "auto")
         assert start.accumulation == 1
-        assert start.step(ranks(1), image_labels=True) == 1
-        assert "1 processes instead of 2, 4 images in a batch instead of 2" in caplog.text
+        assert start.step == 1
+        assert "processes 1 instead of 2, data.boxes.batch_size 4 instead of 2" in caplog.text
 
 
 class TestDefaultFolder:
@@ -539,21 +557,17 @@ class TestLock:
         assert [name for name in kept if "rank_" not in name] == list(there)
         assert root.exists() == bool(there)
 
-    def test_a_process_that_torchrun_starts_again_keeps_its_logs(self, folder, monkeypatch):
-        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": "1"}.items():  # fmt: skip
+    @pytest.mark.parametrize("restarts", ["0", "1"])
+    def test_an_overwriting_training_that_is_refused_or_starts_again_keeps_the_logs(
+        self, folder, monkeypatch, restarts
+    ):
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": restarts}.items():  # fmt: skip
             monkeypatch.setenv(name, value)
         folder.logs.mkdir()
         (folder.logs / "rank_1.log").touch()
         words = ["--recipe", "tiny", "--device", "cpu", "--output", str(folder.root)]
         assert main(["train", *words, "--overwrite"]) == ConfigError.exit_code
         assert (folder.logs / "rank_1.log").exists()
-
-    def test_logs_of_a_run_that_is_overwritten_go_before_new_ones_are_opened(self, folder):
-        folder.logs.mkdir()
-        (folder.logs / "rank_0.log").write_text("of before")
-        with folder.held(fresh=True), worker(folder.logs):
-            folder.clear()
-            assert "of before" not in (folder.logs / "rank_0.log").read_text()
 
 
 def test_an_interrupted_evaluation_starts_again_with_other_settings(tmp_path):

@@ -134,6 +134,8 @@ def find_detector(*, run: Path | None, weights: str | None, config: str | None) 
                 hint=f"those of the run are in {require_run(run) / 'checkpoints'}",
                 path=checkpoint,
             )
+        if checkpoint is not None:
+            _refuse_export(checkpoint)
         return NamedDetector(run=require_run(run), weights=checkpoint)
     name = weights or DEFAULT_MODEL
     if name in PUBLISHED_MODELS:
@@ -153,11 +155,27 @@ def find_detector(*, run: Path | None, weights: str | None, config: str | None) 
             + f"Models: {', '.join(PUBLISHED_MODELS)}",
             path=path,
         )
+    _refuse_export(path)
     folder = path.absolute().parent
     folder = folder.parent if folder.name == "checkpoints" else folder
     if config is None and is_run(folder):
         return NamedDetector(run=folder, weights=path)
     return NamedDetector(weights=path, config=check_sizes(config or "r50"))
+
+
+def _refuse_export(path: Path) -> None:
+    """Raise InputError for what ``proxydet export`` writes, which holds no checkpoint."""
+    openers = {
+        ".onnx": "proxydet.export.runtime.OnnxDetector.from_file",
+        ".pt2": "torch.export.load",
+    }
+    if (opener := openers.get(path.suffix.lower())) is not None:
+        raise InputError(
+            f"{path} is an exported detector, not a checkpoint",
+            hint=f"open it in Python with {opener}, see docs/how-to/export.md; or give the checkpoint or the run "
+            "(--run) that it was exported from",
+            path=path,
+        )
 
 
 def check_sizes(config: Path | str) -> Path | str:

@@ -46,7 +46,6 @@ from proxydet.files import (
     require_room,
     staged,
     unwritable,
-    write_bytes,
     write_errors,
 )
 
@@ -857,7 +856,7 @@ def write_state(state: Mapping[str, Any], path: Path, *, hint: str | None = None
 def write_safetensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
 ) -> None:
-    """Write tensors as safetensors, with metadata and their digest; whole or not at all.
+    """Write tensors as safetensors, with metadata and their digest; whole or not at all; the same content as the same bytes.
 
     Args:
         path: The file.
@@ -873,7 +872,15 @@ def write_safetensors(
     own = {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
     text = json.dumps({"format": SAFETENSORS_FORMAT, **metadata})
     notes = {"format": "pt", "proxydet": text, "sha256": content_digest([text, own])}
-    write_bytes(path, save(own, metadata=notes))
+    content = memoryview(save(own, metadata=notes))
+    # The library writes the metadata in a random order.
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(bytes(content[8:start]))
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with staged(path) as temporary, write_errors(path), temporary.open("wb") as file:
+        file.writelines((len(encoded).to_bytes(8, "little"), encoded, content[start:]))
 
 
 def seal(path: Path, mark: bytes) -> None:

@@ -127,6 +127,14 @@ def test_final_weights_with_metadata(tmp_path):
         assert torch.equal(file.get_tensor("b"), tensors["b"])
 
 
+def test_the_same_weights_are_written_as_the_same_bytes(tmp_path):
+    path, written = tmp_path / "model_final.safetensors", set()
+    for _ in range(12):  # of six orders of the metadata
+        write_safetensors(path, NAMES, {"recipe": "tiny"})
+        written.add(path.read_bytes())
+    assert len(written) == 1
+
+
 @pytest.mark.parametrize("kind", ["final", "final.pth", "state", "weights"])
 def test_a_flipped_bit_never_loads_other_values(tmp_path, kind):
     """Two hundred bits, of all parts of the file; most of a small file is structure."""

@@ -304,6 +304,17 @@ def test_weights_that_are_neither_file_nor_model(tmp_path):
         assert said in str(caught.value.hint)
 
 
+@pytest.mark.parametrize(
+    ("name", "opener"), [("x.onnx", "OnnxDetector"), ("x.PT2", "torch.export.load")]
+)
+def test_an_export_is_not_a_checkpoint(run, tmp_path, name, opener):
+    (path := tmp_path / name).write_bytes(b"exported")
+    for of in (None, run):
+        with pytest.raises(InputError, match=re.escape(name)) as caught:
+            find_detector(run=of, weights=str(path), config=None)
+        assert opener in str(caught.value.hint)
+
+
 def test_weights_that_are_a_folder_or_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "pipe.pth")
     for path in (tmp_path, tmp_path / "pipe.pth"):

@@ -123,7 +123,7 @@ def test_an_empty_or_broken_annotation_file_is_told(tmp_path, content, problem):
 def test_a_large_annotation_file_is_not_read(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     path.write_text("{")
-    source = AnnotationSource(path)
+    source = AnnotationSource(path=path)
     assert "ends in the middle" in _annotations("training", source).problem
     monkeypatch.setattr("proxydet.training.plan._LARGEST_READ", 0)
     assert _annotations("training", source).present

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from fractions import Fraction
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -132,7 +133,7 @@ def test_training_computes_with_as_many_threads_as_asked_for(tmp_path, monkeypat
         seen.append(torch.get_num_threads())
         raise Stop
 
-    monkeypatch.setattr(train.DatasetConfig, "from_toml", open_data)
+    monkeypatch.setattr(train, "DatasetConfig", SimpleNamespace(from_toml=open_data))
     try:
         for asked in (before + 1, before + 2):
             words = ["training.device=cpu", f"training.threads={asked}", "data.description=d.toml"]

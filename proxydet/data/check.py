@@ -30,6 +30,7 @@ from proxydet.data.formats.voc import coco_files
 from proxydet.data.image_labels import TarImages, open_label_images
 from proxydet.data.images import (
     check_annotated_image,
+    find_image,
     open_annotated_image,
     require_distinct_files,
 )
@@ -43,6 +44,7 @@ from proxydet.wording import counted, first_of
 
 _READERS = 8
 _AT_ONCE = 4096
+_LOOKED_FOR = 100
 _EXPECTED = {
     "lvis_v1_train.json": (100_170, 1_270_141),
     "lvis_v1_val.json": (19_809, 244_707),
@@ -90,10 +92,12 @@ class CheckReport:
     """Name of the data set, or of the annotation file."""
     findings: tuple[Finding, ...]
     """In the order in which parts were checked."""
+    unchecked: tuple[str, ...] = ()
+    """What the verdict does not speak of, and why: ``evaluation (there is no [val])``, ``images (...)``, ``pixels (...)``."""
 
     @property
     def sound(self) -> bool:
-        """Whether nothing found stops training, evaluation or prediction."""
+        """Whether nothing found stops training, evaluation or prediction, as far as it is not `unchecked`."""
         return all(finding.level != "error" for finding in self.findings)
 
 
@@ -145,6 +149,19 @@ def check_path(
     return reports
 
 
+def _any_image(store: AnnotationStore, roots: tuple[Path, ...]) -> bool:
+    """Return whether any of the first images is where the annotations are."""
+    for row in range(min(len(store), _LOOKED_FOR)):
+        try:
+            find_image(store.file_name(row), roots)
+        except DataError as error:
+            if error.path is not None and os.path.isfile(error.path):  # noqa: PTH113 - several fit
+                return True
+            continue
+        return True
+    return False
+
+
 @dataclass(kw_only=True)
 class _Checker:
     cache: Path | None
@@ -152,6 +169,7 @@ class _Checker:
     decode: bool
     protocol: Protocol | None = None
     findings: list[Finding] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
 
     def add(
         self,
@@ -178,7 +196,8 @@ class _Checker:
     def report(self, name: str) -> CheckReport:
         """Return what was found since the last report."""
         found, self.findings = self.findings, []
-        return CheckReport(name=name, findings=tuple(found))
+        unchecked, self.unchecked = dict.fromkeys(self.unchecked), []
+        return CheckReport(name=name, findings=tuple(found), unchecked=tuple(unchecked))
 
     def data_root(self, root: Path, configs: list[Path]) -> CheckReport:
         """Check which data sets of a data root are prepared."""
@@ -237,8 +256,15 @@ class _Checker:
                         "eval --results, not trained on or predicted"
                     )
                     self.add(part, "error", text, "write each image's file_name")
-                elif path.is_dir() or found.format != "COCO JSON":
+                elif (
+                    path.is_dir() or found.format != "COCO JSON" or _any_image(store, source.images)
+                ):
                     self._images(store, source.images, "images" if not name else part, exact=True)
+                elif len(store):
+                    text = f"not checked: none of them is in {first_of(source.images)}"
+                    advice = "name the folder of both, or a dataset config: proxydet data init --images FOLDER"
+                    self.add("images", "warning", text, advice)
+                    self.unchecked.append("images (none is next to the file)")
             if not path.is_dir() or len(found.parts) == 1:
                 reports.append(self.report(str(path)))
             else:
@@ -250,6 +276,12 @@ class _Checker:
         stores: dict[str, AnnotationStore] = {}
         for split in PARTS:
             if getattr(description, split) is None:
+                if split != "test":
+                    purpose = "training" if split == "train" else "evaluation"
+                    self.unchecked.append(f"{purpose} (there is no [{split}])")
+                if split == "val" and description.train is not None:
+                    advice = "add [val] with annotations and images; without it choose a part: proxydet eval --split train"
+                    self.add("val", "warning", "there is no [val]: evaluation has no part", advice)
                 continue
             spec = description.split(split)
             store = self._store(spec.source, split)
@@ -314,7 +346,14 @@ class _Checker:
                 # Training does not ask for a protocol; evaluating on these annotations would.
                 protocol = "coco"
                 self.add(part, "warning", error.message, error.hint or "")
-            store.require_objects(groups=protocol == "openimages" and part != "train")
+            try:
+                store.require_objects(groups=protocol == "openimages" and part != "train")
+            except InputError as error:
+                if part != "test":
+                    raise
+                # Only eval --split test asks for them.
+                self.add(part, "warning", error.message, error.hint or "")
+                self.unchecked.append("evaluation of [test] (it has no objects to score)")
         except InputError as error:
             self.failed(part, error)
             return None

@@ -744,6 +744,7 @@ class _Builder:
         base, first_polygon = self._point_offsets[-1], len(self._point_offsets) - 1
         rows: list[tuple[Any, ...]] = []
         runs: list[tuple[int, dict[str, Any]]] = []
+        with_mask: list[int] = []  # sound or damaged
         for position, entry in enumerate(records, start):
             if isinstance(entry, Flaw):
                 report.count(entry.key, [entry.which])
@@ -773,7 +774,8 @@ class _Builder:
                 for key in mask.deviations:
                     report.count(key, [label])
                 damaged = any(key in DAMAGED_MASK for key in mask.deviations)
-                self._masks_given += bool(mask.polygons or mask.counts or damaged)
+                if mask.polygons or mask.counts or damaged:
+                    with_mask.append(len(rows))
                 if mask.counts:
                     runs.append((len(rows), {"size": self._sizes[image], "counts": mask.counts}))
                 for outline in mask.polygons:
@@ -856,6 +858,7 @@ class _Builder:
             report.count(key, labels[found])
         chunk["xywh"], chunk["area"], chunk["box"] = xywh, area, clipped
         self._chunks.append(chunk[kept])
+        self._masks_given += int(np.count_nonzero(kept[with_mask]))
 
     def finish(self) -> None:
         """Write all columns but ``coordinates``, and the footer; annotations sorted by image (in the file's order within one)."""
@@ -884,9 +887,12 @@ class _Builder:
         report.annotations_kept = len(order)
         report.without_mask = int(np.count_nonzero(~masked))
         report.crowds = int(np.count_nonzero(columns["crowd"]))
-        if self._masks_given and not masked.any():
+        if 2 * self._masks_given > len(order) and not masked.any():
             damaged = [key for key in report.counts if key in DAMAGED_MASK]
-            examples = [line_of(key, report.counts[key], report.examples[key]) for key in damaged]
+            examples = [
+                line_of(key, report.counts[key], report.examples[key], report.record)
+                for key in damaged
+            ]
             raise self._refuse("file.masks", examples)
         if _MOST_CROWDS * len(order) < report.crowds < len(order):
             report.count("annotation.crowds", labels[columns["crowd"]])

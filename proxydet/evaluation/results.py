@@ -186,7 +186,7 @@ def read_results(
                 "an annotation file goes with --data",
             )
         raise refused("detection.none", path, name, lines)
-    if reading.masks_given and not reading.masks_read:
+    if 2 * reading.masks_given > len(results) and not reading.masks_read:
         raise refused("file.masks", path, name, lines)
     for line in lines:
         _LOG.warning("%s: %s", name, line)

@@ -192,7 +192,10 @@ def check(
         cache=cache,
         progress=show_progress(),
     )
-    rows = [{"name": r.name, "sound": r.sound, "findings": r.findings} for r in reports]
+    rows = [
+        {"name": r.name, "sound": r.sound, "unchecked": r.unchecked, "findings": r.findings}
+        for r in reports
+    ]
     Output(json=json).data(rows, "\n\n".join(_checked(report) for report in reports))
     if not all(report.sound for report in reports):
         raise typer.Exit(3)
@@ -317,6 +320,8 @@ def _checked(report: CheckReport) -> str:
     verdict = "sound: nothing found that stops training, evaluation or prediction"
     if errors:
         verdict = f"not usable as it is: {errors} error{'s' if errors > 1 else ''}"
+    elif report.unchecked:
+        verdict += f"; not checked: {', '.join(report.unchecked)}"
     return "\n".join([*lines, f"{report.name}: {verdict}"])
 
 

@@ -366,7 +366,8 @@ def _run(
             if finished is not None:
                 if not output.quiet:
                     output.data(
-                        finished, f"This run is finished: nothing to do.\n{_summary(finished)}"
+                        finished,
+                        f"This run is finished: nothing to do.\n{_summary(finished, config)}",
                     )
                 return
 
@@ -379,7 +380,7 @@ def _run(
                 progress=training_progress(quiet=output.quiet),
             )
             if not output.quiet:
-                output.data(result, _summary(result))
+                output.data(result, _summary(result, config))
 
         @contextlib.contextmanager
         def held() -> Iterator[None]:
@@ -416,7 +417,7 @@ def _run(
             raise
 
 
-def _summary(result: TrainResult) -> str:
+def _summary(result: TrainResult, config: RunConfig) -> str:
     lines = [f"trained {result.iterations} iterations in {result.folder}"]
     if result.losses:
         lines.append(f"loss {result.losses['total']:.4g}")
@@ -425,11 +426,20 @@ def _summary(result: TrainResult) -> str:
         lines.append(f"best {best.metric} {best.value:.4f} after {best.iteration} iterations")
     if result.skipped:
         lines.append(f"{result.skipped} steps were skipped because a loss was not finite")
-    return "\n".join([*lines, _next_steps(result.folder)])
+    run_name = shlex.quote(str(result.folder))
+    steps = [f"proxydet predict --run {run_name} photo.jpg"]
+    if config.data.description is None:
+        steps.insert(0, f"proxydet eval --run {run_name} --data FILE.toml")
+    elif _has_validation(config.data.description):
+        steps.insert(0, f"proxydet eval --run {run_name}")
+    return "\n".join([*lines, "next: " + "\n      ".join(steps)])
 
 
-def _next_steps(folder: Path) -> str:
-    run_name = shlex.quote(str(folder))
-    return (
-        f"next: proxydet eval --run {run_name}\n      proxydet predict --run {run_name} photo.jpg"
-    )
+def _has_validation(description: Path) -> bool:
+    from proxydet.data.dataset import DatasetConfig
+    from proxydet.errors import InputError
+
+    try:
+        return DatasetConfig.from_toml(description).val is not None
+    except InputError:  # changed while it trained
+        return False

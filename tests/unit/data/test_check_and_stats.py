@@ -295,3 +295,44 @@ def test_a_folder_with_no_annotations_says_what_it_should_hold(tmp_path: Path) -
     (report,) = check_path(tmp_path)
     assert str(tmp_path) in found(report, "error")
     assert "Pascal VOC" in report.findings[0].advice
+
+
+def test_a_config_without_val_says_that_evaluation_is_not_spoken_of(small_set: Path) -> None:
+    tables = small_set.read_text().split("\n[")
+    small_set.write_text("\n[".join(table for table in tables if not table.startswith("val]")))
+    report = check(small_set)
+    assert report.sound
+    assert "val: " in found(report, "warning")
+    assert any(what.startswith("evaluation (") for what in report.unchecked)
+
+
+def test_a_test_part_without_objects_stops_neither_training_nor_evaluation(small_set: Path) -> None:
+    folder = small_set.parent
+    content = json.loads((folder / "val.json").read_text())
+    (folder / "test.json").write_text(json.dumps(content | {"annotations": []}))
+    table = '\n[test]\nannotations = "test.json"\nimages = "val"\n'
+    small_set.write_text(small_set.read_text() + table)
+    report = check(small_set)
+    assert report.sound
+    assert "test: test.json: annotations" in found(report, "warning")
+    assert "test: all 2 images are there" in found(report, "ok")
+    assert any("[test]" in what for what in report.unchecked)
+
+
+def test_images_of_an_annotation_file_are_checked_where_they_are_next_to_it(
+    small_set: Path,
+) -> None:
+    folder = small_set.parent
+    alone = folder / "alone" / "train.json"
+    alone.parent.mkdir()
+    alone.write_text((folder / "train.json").read_text())
+    (report,) = check_path(alone)
+    assert report.sound
+    assert "images: not checked" in found(report, "warning")
+    assert any(what.startswith("images (") for what in report.unchecked)
+    (report,) = check_path(folder / "train.json")
+    assert "images: all 6 images are there" in found(report, "ok")
+    assert not any(what.startswith("images (") for what in report.unchecked)
+    (folder / "train" / "3.png").unlink()
+    (report,) = check_path(folder / "train.json")
+    assert "1 of 6 images cannot be used" in found(report, "error")

@@ -700,3 +700,23 @@ def test_deep_json_and_huge_files_are_refused(
     monkeypatch.setattr("proxydet.data.formats.labelme._LARGEST_FILE", 100)
     with pytest.raises(DataError, match=r"a\.json is larger"):
         opened(tmp_path, tmp_path / "c")
+
+
+@pytest.mark.parametrize("kind", ["labelme", "cvat"])
+def test_a_damaged_mask_costs_no_box_of_other_objects(kind: str, tmp_path: Path) -> None:
+    path = write_labelme(tmp_path, "a") if kind == "labelme" else write_cvat(tmp_path, "a")
+    if kind == "labelme":
+        content = json.loads((tmp_path / "a.json").read_text())
+        box = {"label": "dog", "shape_type": "rectangle", "points": [[8, 8], [12, 14]]}
+        bad = {"label": "dog", "points": [[1, 1], [3, 1]]}
+        content["shapes"] = [box, box, bad]
+        (tmp_path / "a.json").write_text(json.dumps(content))
+    else:
+        box = '<box label="dog" xtl="8" ytl="8" xbr="12" ybr="14"/>'
+        bad = '<polygon label="dog" points="1,1;3,1"/>'
+        head, _, rest = path.read_text().partition("<image")
+        start = rest.partition(">")[0]
+        path.write_text(f"{head}<image{start}>{box}{box}{bad}</image></annotations>")
+    store = opened(path, tmp_path / "c")
+    assert found(store)["a"] == [("dog", [8, 8, 12, 14])] * 2
+    assert store.report.counts["annotation.bbox"] == 1

@@ -254,6 +254,23 @@ def test_a_damaged_mask_leaves_its_box(
     assert store.report.counts[key] == 1
     assert store.masked_A.tolist() == [False, True]
     assert store.record(0).boxes_A4.tolist() == [[1, 1, 9, 9]] * 2
+
+
+def test_damaged_masks_are_refused_only_where_most_objects_have_one(
+    write_json: Write, tmp_path: Path
+) -> None:
+    def rows(damaged: int) -> list[dict[str, Any]]:
+        return [
+            annotation(i, 1, 3, [i, i, 8, 8], segmentation=[[1, 2]] if i <= damaged else None)
+            for i in range(1, 6)
+        ]
+
+    store = open_one(write_json, tmp_path, *rows(2))
+    assert store.report.annotations_kept == 5
+    assert store.report.counts["annotation.segmentation"] == 2
+    assert not store.has_masks
+    with pytest.raises(DataError, match=r"segmentation.*\(3 annotations mended"):
+        open_one(write_json, tmp_path, *rows(3))
     # A file all of whose masks are damaged is refused: nobody wants it to become boxes in silence.
     with pytest.raises(DataError, match="segmentation"):
         open_one(write_json, tmp_path, rows[0])

@@ -124,7 +124,23 @@ def test_the_first_of_all_processes_writes_the_result(
         assert json.loads(written)["iterations"] == 6
     else:
         assert "trained 6 iterations" in written
-        assert "next: proxydet eval --run 'runs/a b'" in written
+        assert "next: proxydet eval --run 'runs/a b' --data" in written
+
+
+@pytest.mark.parametrize("validated", [False, True])
+def test_only_a_run_with_validation_images_is_to_be_evaluated_next(
+    validated, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("proxydet.training_run.run_training", lambda *_, **__: RESULT)
+    part = 'annotations = "a.json"\nimages = "."\n'
+    text = f'name = "d"\n[vocabulary]\nembeddings = "e.npy"\n[train]\n{part}'
+    (tmp_path / "d.toml").write_text(text + (f"[val]\n{part}" if validated else ""))
+    words = ["--recipe", "tiny", "--output", tmp_path / "run", "--data", tmp_path / "d.toml"]
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", *map(str, words), "--device", "cpu"])
+    written = capsys.readouterr().out
+    assert ("proxydet eval --run" in written) == validated
+    assert "proxydet predict --run" in written
 
 
 @pytest.fixture

@@ -29,8 +29,9 @@ from proxydet.evaluation.split import DescribedSplit
 from proxydet.files import JsonLines, write_json, write_text
 from proxydet.recipes import RunConfig
 from proxydet.reporting import SILENT, Progress
+from proxydet.training.checkpoint import step_of
 from proxydet.training.distributed import launched_rank
-from proxydet.training.logs import read_evaluations, read_steps
+from proxydet.training.logs import iteration_of, read_evaluations, read_steps
 from proxydet.training.runfolder import Resume, RunFolder, is_whole, keep_weights, same_run
 from proxydet.training.train import Evaluate, TrainResult, best_of, train
 from proxydet.visualization.plots import loss_plot, save_figure
@@ -104,21 +105,25 @@ def finished_run(folder: RunFolder, config: RunConfig) -> TrainResult | None:
             logger.warning("wrote %s again, from %s", folder.config, earlier.source)
         plot_run(folder, again=False)
     records = read_steps(JsonLines(folder.metrics))
-    last = records[-1] if records else {}
+    iterations = earlier.config.training.iterations
+    last = records[-1] if records and iteration_of(records[-1]) == iterations else {}
     evaluations = read_evaluations(JsonLines(folder.evaluations))
-    if not records:
+    if not last:
         logger.warning(
-            "%s is missing or holds no record: the losses of this finished run are not known; its weights are whole",
+            "%s is missing or holds no record of iteration %d, the last: the losses of this finished run are not known; its "
+            "weights are whole",
             folder.metrics,
+            iterations,
         )
-    if not evaluations and any(folder.root.glob("evaluations/step_*/report.json")):
+    reports = folder.root.glob("evaluations/step_*/report.json")
+    if {step_of(path.parent.name) for path in reports} - {None, *evaluations}:
         logger.warning(
-            "%s is missing or holds no record: see evaluations/ for the metrics", folder.evaluations
+            "%s is missing or lacks records: see evaluations/ for the metrics", folder.evaluations
         )
     return TrainResult(
         folder=folder.root,
         weights=folder.final_weights,
-        iterations=last.get("iteration", earlier.config.training.iterations),
+        iterations=iterations,
         losses=last.get("losses", {}),
         evaluations=evaluations,
         best=best_of(evaluations, config.training.evaluation.metric),

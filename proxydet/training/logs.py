@@ -62,7 +62,8 @@ class MetricLogger:
         self.last: dict[str, float] = {}
         if ranks.is_main:
             then = f"training continues after iteration {state.iteration}"
-            if state.iteration and not folder.metrics.exists():
+            recorded = state.window.get("images", 0) < state.images
+            if recorded and not folder.metrics.exists():
                 logger.warning("%s is missing: its records are lost; %s", folder.metrics, then)
             for lines in (self._metrics, self._evaluations):
                 lines.keep(lambda record: iteration_of(record) <= state.iteration, then=then)
@@ -90,9 +91,9 @@ class MetricLogger:
             record: Whether a record ends with this step.
         """
         window = self._state.window
+        window["images"] = window.get("images", 0) + result.images
         if not result.skipped:
             window["steps"] = window.get("steps", 0) + 1
-            window["images"] = window.get("images", 0) + result.images
             for kind, values in (("losses", result.losses), ("shares", result.shares)):
                 sums = window.setdefault(kind, {})
                 for name, value in values.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from proxydet.config import dump_yaml
-from proxydet.recipes import RunConfig, get_recipe
+from proxydet.recipes import RunConfig, resolve_config
 from proxydet.training.runfolder import RunFolder
 from proxydet.training_run import finished_run, plot_run
 from proxydet.vocabulary.vocabulary import Vocabulary
@@ -39,7 +39,7 @@ DAMAGED_EVALUATIONS = [
 
 def finish(root: Path) -> tuple[RunFolder, RunConfig]:
     """Write a finished run without logs."""
-    folder, config = RunFolder(root), get_recipe("tiny")
+    folder, config = RunFolder(root), resolve_config("tiny", None, ["training.iterations=2"])
     folder.config.write_text(dump_yaml(config))
     write_state({"model": {}, "iteration": 2}, folder.final_weights)
     Vocabulary.from_arrays(["cup"], [[1.0]]).save(folder.vocabulary)
@@ -61,6 +61,33 @@ def test_damaged_lines_are_passed_over(tmp_path):
     assert "loss 1.5" in _summary(result)
     assert len(list(folder.plots.glob("*.png"))) == 2
     assert plot_run(folder, again=False) == []
+
+
+def test_the_numbers_of_a_finished_run_are_those_of_its_end(tmp_path, caplog):
+    """Not of the last record that is left."""
+    folder, config = finish(tmp_path)
+    metrics = [{**STEP, "iteration": 1, "skipped": 3}, {**STEP, "iteration": 2, "skipped": 4}]
+    folder.metrics.write_text(json.dumps(metrics[0]) + "\n")
+    folder.evaluations.write_text(json.dumps({**EVALUATION, "iteration": 1}) + "\n")
+    for iteration in (1, 2):
+        folder.evaluation(iteration).mkdir(parents=True)
+        (folder.evaluation(iteration) / "report.json").write_text("{}")
+    result = finished_run(folder, config)
+    assert result is not None
+    assert (result.iterations, result.losses, result.skipped) == (2, {}, 0)
+    assert "trained 2 iterations" in _summary(result)
+    assert "loss" not in _summary(result)
+    assert f"{folder.metrics} " in caplog.text
+    assert f"{folder.evaluations} " in caplog.text
+    caplog.clear()
+    folder.metrics.write_text("".join(json.dumps(record) + "\n" for record in metrics))
+    folder.evaluations.write_text(
+        "".join(json.dumps({**EVALUATION, "iteration": i}) + "\n" for i in (1, 2))
+    )
+    result = finished_run(folder, config)
+    assert result is not None
+    assert (result.losses, result.skipped) == (STEP["losses"], 4)
+    assert ".jsonl" not in caplog.text
 
 
 def test_a_finished_run_reports_logs_that_are_gone(tmp_path, caplog):
@@ -93,8 +120,9 @@ def test_a_line_that_was_cut_is_reported_once(toy, tmp_path, finished, caplog):
             path.unlink()
         toy.run(tmp_path, changes, evaluate=lambda *_: {"AP": 1.0})
         assert len(folder.metrics.read_text().splitlines()) == 8
-    (line,) = [r.getMessage() for r in caplog.records if str(folder.metrics) in r.getMessage()]
-    assert "37 bytes" in line
+    told = [r.getMessage() for r in caplog.records if str(folder.metrics) in r.getMessage()]
+    (line,) = [line for line in told if "37 bytes" in line]
+    assert len(told) == 1 + finished, "a finished run lacks the record of its end, too"
     assert ("after iteration 8" in line) != finished
 
 
@@ -105,3 +133,24 @@ def test_a_run_that_is_resumed_reports_a_log_that_is_gone(toy, tmp_path, caplog)
     toy.run(tmp_path, {}, resume=folder.checkpoints / "step_0000008.pth")
     (line,) = [r.getMessage() for r in caplog.records if str(folder.metrics) in r.getMessage()]
     assert "after iteration 8" in line
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_a_log_that_had_no_record_yet_is_not_missed(toy, tmp_path, monkeypatch, skips, caplog):
+    """Also where records are now asked for more often, or a step was skipped."""
+    losses, calls = toy.toy_losses, iter(range(100))
+
+    def poisoned(found, *, generator):
+        factor = float("nan") if skips and next(calls) == 1 else 1.0
+        return {n: v * factor for n, v in losses(found, generator=generator).items()}
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(toy, "toy_losses", poisoned)
+    rare = {"log": {"period": 8}, "guards": {"non_finite": "skip"}, "evaluation": {"period": 4}}
+    with pytest.raises(KeyboardInterrupt):
+        toy.run(tmp_path, rare, evaluate=killed)
+    assert not RunFolder(tmp_path).metrics.exists()
+    toy.run(tmp_path, {"log": {"period": 1}})
+    assert "metrics.jsonl" not in caplog.text

@@ -127,11 +127,15 @@ class StartedProcess:
                 )
             return None
         shared = ("NTASKS", "STEP_NUM_TASKS"), ("TASKS_PER_NODE", "STEP_TASKS_PER_NODE")
-        if any(get(f"SLURM_{own}") != get(f"SLURM_{step}") for own, step in shared):
+        differ = [
+            f"SLURM_{own} is {get(f'SLURM_{own}')} and SLURM_{step} is {get(f'SLURM_{step}')}"
+            for own, step in shared
+            if get(f"SLURM_{own}") != get(f"SLURM_{step}")
+        ]
+        if differ:
             if number("SLURM_PROCID") > 0:  # never in a batch script
                 raise ConfigError(
-                    f"SLURM_NTASKS is {get('SLURM_NTASKS')} and SLURM_STEP_NUM_TASKS is {get('SLURM_STEP_NUM_TASKS')}: srun "
-                    "has passed on the job's variables in place of those of its step.",
+                    f"{'; '.join(differ)}: srun has passed on the job's variables in place of those of its step.",
                     hint=KEPT_HINT,
                 )
             return None

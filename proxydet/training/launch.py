@@ -162,8 +162,14 @@ def plan_launch(
     lacking: list[str] = []
     if "PET_NNODES" in environment:
         source, found = "PET_NNODES", _count(environment, "PET_NNODES")
-        if environment.get("PET_NPROC_PER_NODE", "").isdigit():
-            gpus = gpus or int(environment["PET_NPROC_PER_NODE"])
+        each = environment.get("PET_NPROC_PER_NODE", "")
+        if each.isdecimal():
+            gpus = gpus or number_in(environment, "PET_NPROC_PER_NODE", least=1)
+        elif each not in ("", "auto", "cpu", "gpu"):
+            raise ConfigError(
+                f"The environment variable PET_NPROC_PER_NODE must be a number of processes, auto, cpu or gpu; it is {each!r}.",
+                hint="Correct it, or unset it: then one process a GPU is started.",
+            )
         if "PET_RDZV_ENDPOINT" in environment:
             if ":" in environment["PET_RDZV_ENDPOINT"]:
                 _port(environment["PET_RDZV_ENDPOINT"].rpartition(":")[2], "PET_RDZV_ENDPOINT")

@@ -382,6 +382,8 @@ def test_a_process_of_torchrun_takes_part_as_it_is():
             {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "0", "SKYPILOT_NODE_IPS": "a"},
         ),
         ("GROUP_WORLD_SIZE", {"RANK": "0", "WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "0"}),
+        ("PET_NPROC_PER_NODE", {**KUBEFLOW, "PET_NPROC_PER_NODE": "banana"}),
+        ("PET_NPROC_PER_NODE", {**KUBEFLOW, "PET_NPROC_PER_NODE": "0"}),
         ("PET_NODE_RANK", {**KUBEFLOW, "PET_NODE_RANK": "2"}),
         ("PET_NODE_RANK", {**KUBEFLOW, "PET_NODE_RANK": "-1"}),
         ("PET_MASTER_PORT", {**KUBEFLOW, "PET_MASTER_PORT": "65536"}),
@@ -423,6 +425,10 @@ def test_variables_that_srun_did_not_renew_are_named():
         with pytest.raises(ConfigError) as caught:
             plan(slurm(f"sbatch -N2 --ntasks-per-node=1, srun: task {task}", **kept))
         assert "--preserve-env" in str(caught.value.hint)
+    # The variables that differ, not those that are the same.
+    with pytest.raises(ConfigError, match="SLURM_TASKS_PER_NODE is 2 and") as caught:
+        plan(slurm("sbatch -N2 --ntasks-per-node=4, srun: task 6", SLURM_TASKS_PER_NODE="2"))
+    assert "NTASKS" not in caught.value.message
 
 
 @pytest.mark.parametrize(

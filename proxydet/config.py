@@ -478,7 +478,7 @@ def load_mapping(path: Path) -> dict[str, Any]:
         ConfigError: The file is absent, unreadable, not UTF-8, not YAML, or not a mapping.
     """
     try:
-        text = read_text(path, limit=_LARGEST_FILE)
+        text = read_text(path, limit=_LARGEST_FILE, pipe=True)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"The configuration file {path} cannot be read: {error}",

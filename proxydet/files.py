@@ -30,7 +30,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 from filelock import LeaseCompromise, LeaseSettingsMismatch, SoftFileLease, Timeout, lock_descriptor
@@ -319,12 +319,32 @@ def refuse_placeholder(head: bytes) -> None:
         )
 
 
-def read_text(path: Path, *, limit: int) -> str:
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading; a named pipe or a device is refused at once, not waited for.
+
+    Raises:
+        OSError: It cannot be opened, or is not a regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(mode):
+            raise OSError("it is not a regular file")
+        return open(descriptor, "rb")  # noqa: PTH123 - a descriptor
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_text(path: Path, *, limit: int, pipe: bool = False) -> str:
     """Read a text file that somebody else wrote: UTF-8, or UTF-16 with a byte order mark as PowerShell writes.
 
     Args:
-        path: The file; may be a pipe.
+        path: The file.
         limit: Largest size in bytes.
+        pipe: Whether it may be a pipe, which is waited for.
 
     Returns:
         The text without its byte order mark, line ends as they are in the file.
@@ -334,7 +354,7 @@ def read_text(path: Path, *, limit: int) -> str:
         ValueError: It is larger than ``limit``, not text, or a placeholder (`refuse_placeholder`); the message says which,
             without the file's name.
     """
-    with path.open("rb") as file:
+    with path.open("rb") if pipe else open_regular(path) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
         raise ValueError(f"it is larger than {size_text(limit)}")
@@ -390,11 +410,8 @@ def read_json(
 
 
 def _read_regular(path: Path, limit: int) -> bytes:
-    """Return what a file holds; raises ValueError where it is a pipe, or has more than ``limit`` bytes."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb") as file:  # noqa: PTH123 - a descriptor; a named pipe must not be waited for
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ValueError("it is not a regular file")
+    """Return what a file holds; raises OSError where it is a pipe, ValueError for more than ``limit`` bytes."""
+    with open_regular(path) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
         raise ValueError(f"it is larger than {size_text(limit)}")
@@ -412,7 +429,7 @@ def sha256(path: Path, progress: Callable[[int], object] | None = None) -> str:
         OSError: It cannot be read.
     """
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(_BLOCK):
             digest.update(block)
             if progress is not None:

@@ -243,6 +243,8 @@ class _Checker:
             self.add(
                 "annotations", "warning", f"{place} is of no part (train, val, test): not checked"
             )
+        for line in found.damaged:
+            self.add("annotations", "warning", f"{line}: not checked", "get the file again")
         reports = []
         for name, source in found.parts.items():
             part = name or "annotations"

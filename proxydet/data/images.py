@@ -28,7 +28,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from proxydet.errors import ConfigError, DataError, InputError
-from proxydet.files import PlaceholderError, refuse_placeholder
+from proxydet.files import PlaceholderError, open_regular, refuse_placeholder
 
 if TYPE_CHECKING:
     from proxydet.data.config import SourceConfig
@@ -324,6 +324,8 @@ def quiet_worker(_number: int = 0) -> None:
 
 
 def _opened(source: Source) -> Image.Image:
+    if not isinstance(source, bytes):
+        open_regular(Path(source)).close()
     try:
         return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     except UnidentifiedImageError:
@@ -377,7 +379,7 @@ def _unreadable(label: str, error: Exception, source: Source | Image.Image) -> D
             if isinstance(source, bytes):
                 start = source[:512]
             elif not isinstance(source, Image.Image):
-                with Path(source).open("rb") as file:
+                with open_regular(Path(source)) as file:
                     start = file.read(512)
             found = "" if start else "empty"
         except OSError:

@@ -108,12 +108,14 @@ def init_dataset(
             f"a dataset config is called .toml, not {output.name}",
             hint=f"write to {output.with_suffix('.toml')}",
         )
-    if output.exists() and not overwrite:
-        raise ConfigError(
-            f"{output} is there already",
-            hint="give another file with --output, or replace it: --overwrite",
-            path=output,
-        )
+    embeddings = output.with_suffix(".vocab")
+    for target in (output, embeddings):
+        if os.path.lexists(target) and not overwrite:
+            raise ConfigError(
+                f"{target} is there already",
+                hint="give another file with --output, or replace it: --overwrite",
+                path=target,
+            )
     if not 0 < val_share < 1:
         raise ConfigError(
             f"the share for validation is {val_share}",
@@ -125,6 +127,7 @@ def init_dataset(
         )
     found = look(path, images)
     notes = [f"{place} is of no part (train, val, test): left out" for place in found.left_out]
+    notes += [f"{line}: left out" for line in found.damaged]
     stores = {
         part: AnnotationStore.open(source, cache=cache, progress=progress, warn=False)
         for part, source in found.parts.items()
@@ -151,7 +154,6 @@ def init_dataset(
         for part, source in sources.items()
     }
     base = output.resolve().parent
-    embeddings = output.with_suffix(".vocab")
     vocabulary, embedded = _embedded(names, encoder, closed=closed, progress=progress)
     text = _config_text(output.stem, names, embeddings, encoder, sources, base, found, split)
     try:

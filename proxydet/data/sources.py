@@ -26,7 +26,13 @@ from proxydet.data.formats.reader import (
 )
 from proxydet.data.images import readable_suffixes
 from proxydet.errors import DataError
-from proxydet.files import remembered_sha256, sha256
+from proxydet.files import (
+    PlaceholderError,
+    open_regular,
+    refuse_placeholder,
+    remembered_sha256,
+    sha256,
+)
 from proxydet.wording import first_of
 
 Format = Literal[
@@ -62,7 +68,7 @@ class AnnotationSource:
 def head_of(path: Path) -> bytes:
     """Return the first 64 KB of a file, unpacked where it is gzipped; nothing where it cannot be read."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             head = file.read(_HEAD)
         if head.startswith(b"\x1f\x8b"):
             with gzip.open(path) as packed:
@@ -142,14 +148,17 @@ def digest(source: AnnotationSource, memory: Path) -> str:
         hint = "check the path"
         whole = remembered_sha256(files[0], memory, hint=hint, error=DataError)
     else:
-        try:
-            listed += "\n".join(f"{file.name} {sha256(file)}" for file in files)
-        except OSError as error:
-            raise DataError(
-                f"cannot read {error.filename}: {error.strerror}",
-                hint="check that it is a file that you may read",
-                path=source.path,
-            ) from error
+        digests = []
+        for file in files:
+            try:
+                digests.append(f"{file.name} {sha256(file)}")
+            except OSError as error:
+                raise DataError(
+                    f"cannot read {file}: {error.strerror or error}",
+                    hint="check that it is a file that you may read",
+                    path=file,
+                ) from error
+        listed += "\n".join(digests)
         listed += f"\nimages {stamp(images)}" if images else ""
         whole = hashlib.sha256(listed.encode("utf-8", "surrogateescape")).hexdigest()
     if found == "Pascal VOC" and voc.first_pixel(source.path) == 0:  # which other files decide
@@ -257,11 +266,13 @@ class FoundData:
         format: Their format.
         parts: What belongs to ``train``, ``val`` and ``test``, or to ``""`` where nothing is split.
         left_out: Annotations that belong to no part while others do.
+        damaged: Files that cannot be annotations, by their first bytes, each with the reason.
     """
 
     format: Format
     parts: dict[str, AnnotationSource]
     left_out: tuple[Path, ...] = ()
+    damaged: tuple[str, ...] = ()
 
 
 def look(path: Path, images: Sequence[Path] = ()) -> FoundData:
@@ -272,14 +283,17 @@ def look(path: Path, images: Sequence[Path] = ()) -> FoundData:
         images: Folders of the images; without any, all that hold images are candidates, the nearest first.
 
     Raises:
-        DataError: there are none, several formats, or several files for one part.
+        DataError: there are none, several formats, or several files for one part, or a file that is damaged would be a
+            part that nothing else is.
     """
     if not path.is_dir():
         found = format_of(path)
         if found is None or not path.exists():
             raise DataError(f"there is no file or folder {path}", hint="check the path", path=path)
         return FoundData(format=found, parts=_parts_of_file(path, found, path.parent, images))
-    candidates = _candidates(path)
+    candidates, damaged = _candidates(path)
+    if damaged and not candidates:
+        raise _damaged(next(iter(damaged.items())))
     if not candidates and (kind := format_of(path)) is not None:
         candidates = [(kind, path)]
     if not candidates:
@@ -302,6 +316,9 @@ def look(path: Path, images: Sequence[Path] = ()) -> FoundData:
     by_part: dict[str, list[Path]] = {}
     for _, place in candidates:
         by_part.setdefault(_part_of(place, path), []).append(place)
+    for place, why in damaged.items():
+        if (word := _part_of(place, path)) not in ("", "test", *by_part):
+            raise _damaged((place, why), word)
     named = {part: places for part, places in by_part.items() if part}
     chosen = named or by_part
     for part, places in chosen.items():
@@ -320,12 +337,26 @@ def look(path: Path, images: Sequence[Path] = ()) -> FoundData:
     ordered: dict[str, AnnotationSource] = {
         part: parts[part] for part in ("train", "val", "test", "") if part in parts
     }
-    return FoundData(format=formats[0], parts=ordered, left_out=left_out)
+    return FoundData(
+        format=formats[0],
+        parts=ordered,
+        left_out=left_out,
+        damaged=tuple(f"{place}: {why}" for place, why in damaged.items()),
+    )
+
+
+def _damaged(found: tuple[Path, str], part: str = "") -> DataError:
+    place, why = found
+    return DataError(
+        f"cannot read {place}{f', which would be the part {part}' if part else ''}: {why}",
+        hint="get the file again, or remove it",
+        path=place,
+    )
 
 
 def holds_annotations(folder: Path) -> bool:
     """Whether a folder holds annotations of any format."""
-    return bool(_candidates(folder))
+    return any(_candidates(folder))
 
 
 def _parts_of_file(
@@ -342,6 +373,12 @@ def _parts_of_file(
             ]:  # one folder for both is no split
                 roots = tuple(images) or _folders_of(listed)
                 of_config[name] = AnnotationSource(path=path, part=name, images=roots)
+        if not of_config:
+            raise DataError(
+                f"{path} names no images: its train, val and test are empty",
+                hint="name the folder of each part's images in it, or name the data set's folder: proxydet data init FOLDER",
+                path=path,
+            )
         return of_config
     if found == "CVAT XML":
         names = cvat.parts(path)
@@ -366,8 +403,28 @@ def _folders_of(places: Sequence[Path]) -> tuple[Path, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _candidates(root: Path) -> list[tuple[Format, Path]]:
-    """Return the files and folders below a folder that hold annotations, with their formats, sorted by their path."""
+def _damage(path: Path) -> str:
+    """Return why a file of annotations cannot be one, by its first bytes; empty where they do not say."""
+    try:
+        open_regular(path).close()
+        head = head_of(path).lstrip(b"\xef\xbb\xbf \t\r\n")
+        refuse_placeholder(head)
+    except OSError as error:
+        return str(error.strerror or error)
+    except PlaceholderError as error:
+        return error.what
+    if not head:
+        return "it is empty, or a damaged gzip file" if path.suffix == ".gz" else "it is empty"
+    starts = {".xml": b"<", ".json": b"{[", ".gz": b"{["}.get(path.suffix.lower(), head[:1])
+    return "" if head[:1] in (starts[:1], starts[1:]) else "it does not begin as such a file does"
+
+
+def _candidates(root: Path) -> tuple[list[tuple[Format, Path]], dict[Path, str]]:
+    """Return the files and folders below a folder that hold annotations, with their formats, sorted by their path.
+
+    And the files that by their name may hold some and cannot, with the reason.
+    """
+    damaged: dict[Path, str] = {}
     configs: list[Path] = []
     rows: dict[Path, None] = {}
     shapes: dict[Path, None] = {}
@@ -382,6 +439,20 @@ def _candidates(root: Path) -> list[tuple[Format, Path]]:
         for name in visible:
             by_end.setdefault(Path(name).suffix.lower(), []).append(folder / name)
         configs += [p for end in yolo.YAML for p in by_end.get(end, ()) if yolo.is_config(p)]
+        jsons = [
+            *by_end.get(".json", ())[:_SNIFFED],
+            *[file for file in by_end.get(".gz", ()) if file.name.lower().endswith(".json.gz")],
+        ]
+        lists = [folder / f"{word}.txt" for word in ("train", "val", "test")]
+        of_voc = lists if folder.parts[-2:] == ("ImageSets", "Main") else []
+        for file in (
+            *by_end.get(".xml", ())[:_SNIFFED],
+            *jsons,
+            *by_end.get(".csv", ())[:_SNIFFED],
+            *[file for file in of_voc if file.name in names],
+        ):
+            if why := _damage(file):
+                damaged[file] = why
         for file in by_end.get(".xml", ())[:_SNIFFED]:
             kind = format_of(file)
             if kind == "CVAT XML":
@@ -410,11 +481,17 @@ def _candidates(root: Path) -> list[tuple[Format, Path]]:
         found |= {("labelme", place): None for place in (split or whole)}
     found |= {("YOLO", place): None for place in (configs[:1] or rows)}
     instances = [place for _, place in found if place.name.startswith("instances")]
+    whole = [place for kind, place in found if kind in ("labelme", "Pascal VOC")]
+    kept = {  # what their readers read, they refuse
+        file: why
+        for file, why in damaged.items()
+        if not any(file.is_relative_to(place) for place in whole)
+    }
     return sorted(
         (kind, place)
         for kind, place in found
         if not (instances and kind == "COCO JSON" and place.name.startswith(_OTHER_TASKS))
-    )
+    ), kept
 
 
 def _group(folder: Path, root: Path) -> Path | None:

@@ -132,7 +132,11 @@ def single_line_split(path: Path) -> str:
         path: The file; what cannot be read gives nothing here.
     """
     try:
-        text = "" if path.suffix.lower() in _STRUCTURED else read_text(path, limit=_LARGEST_FILE)
+        text = (
+            ""
+            if path.suffix.lower() in _STRUCTURED
+            else read_text(path, limit=_LARGEST_FILE, pipe=True)
+        )
     except (OSError, ValueError):
         text = ""
     line = _single_line(text)
@@ -175,7 +179,7 @@ def read_names(path: Path) -> tuple[ClassWords, ...]:
     try:
         if suffix == ".gz" or (suffix == ".json" and path.stat().st_size > _LARGEST_FILE):
             return _checked(_categories_of_large_file(path), path)
-        text = read_text(path, limit=_LARGEST_FILE)
+        text = read_text(path, limit=_LARGEST_FILE, pipe=True)
     except FileNotFoundError as error:
         raise VocabularyError(
             f"there is no file {path}", hint="check the spelling of its path", path=path

@@ -32,7 +32,7 @@ from proxydet.data.formats.reader import (
 from proxydet.data.images import find_image, image_size, readable_suffixes
 from proxydet.data.masks import LARGEST_IMAGE, RunLengths
 from proxydet.errors import DataError
-from proxydet.files import PlaceholderError, refuse_placeholder
+from proxydet.files import PlaceholderError, open_regular, refuse_placeholder
 
 MOST_FILES = 1_000_000
 """Files that a folder may hold."""
@@ -302,7 +302,7 @@ def read_bytes(path: Path, limit: int, hint: str) -> bytes:
         DataError: it cannot be read, is larger than ``limit`` bytes, or is a placeholder of Git LFS or a web page.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             data = file.read(limit + 1)
         refuse_placeholder(data)
     except PlaceholderError as error:
@@ -410,7 +410,7 @@ def stamp(named: Iterable[tuple[str, Path]], ends: int = 0) -> str:
             size = path.stat().st_size
             parts = b""
             if ends:
-                with path.open("rb") as file:
+                with open_regular(path) as file:
                     parts = file.read(ends)
                     file.seek(max(size - ends, 0))
                     parts += file.read(ends)

@@ -19,7 +19,7 @@ from proxydet.data.formats.collected import (
 )
 from proxydet.data.formats.reader import Document
 from proxydet.errors import DataError
-from proxydet.files import PlaceholderError, refuse_placeholder
+from proxydet.files import PlaceholderError, open_regular, refuse_placeholder
 
 _LARGEST_FILE = 2 << 30
 _HINT = "export the task from CVAT as 'CVAT for images 1.1', 'COCO 1.0' or 'Ultralytics YOLO Detection 1.0'"
@@ -96,7 +96,7 @@ def read(source: Path, part: str | None, report: StoreReport) -> Document:
 def _images(source: Path, labels: dict[str, None]) -> Iterator[tuple[ElementTree.Element, int]]:
     """Yield the elements of the images one after the other; names of labels are put into ``labels``."""
     try:
-        with source.open("rb") as file:
+        with open_regular(source) as file:
             head = file.read(_HEAD)
             refuse_placeholder(head)
             size = file.seek(0, 2)

@@ -28,7 +28,7 @@ import numpy as np
 from proxydet.data.deviations import StoreReport
 from proxydet.data.masks import RunLengths
 from proxydet.errors import DataError
-from proxydet.files import PLACEHOLDER_BYTES, PlaceholderError, refuse_placeholder
+from proxydet.files import PLACEHOLDER_BYTES, PlaceholderError, open_regular, refuse_placeholder
 
 Identifier = int | str
 _OwnId = (
@@ -454,7 +454,7 @@ def no_garbage_collection() -> Iterator[None]:
 def _opened(path: Path, kind: str, hint: str) -> mmap.mmap:
     """Return a file's text, unpacked where it is gzipped; ``kind`` and ``hint`` as of `JsonText`."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             head = file.read(PLACEHOLDER_BYTES)
             refuse_placeholder(head)
             if other := next((other for mark, other in _OTHER_KINDS if head.startswith(mark)), ""):

@@ -18,7 +18,7 @@ from proxydet.data.formats.collected import Objects, number, numbers, read_xml
 from proxydet.data.formats.reader import Document
 from proxydet.data.images import readable_suffixes
 from proxydet.errors import DataError
-from proxydet.files import read_text
+from proxydet.files import open_regular, read_text
 from proxydet.wording import first_of, printable
 
 _LARGEST_FILE = 2 << 20
@@ -32,7 +32,7 @@ _HINT = "Pascal VOC has one XML file an image in Annotations/, with size and obj
 
 def is_file(path: Path) -> bool:
     """Whether an XML file begins as Pascal VOC's do."""
-    with contextlib.suppress(OSError), path.open("rb") as file:
+    with contextlib.suppress(OSError), open_regular(path) as file:
         return b"<annotation>" in file.read(4096)
     return False
 
@@ -104,7 +104,8 @@ def first_pixel(source: Path) -> int:
     """
     for path in files(source)[0].parent.glob("*.xml"):
         try:
-            text = b"" if path.stat().st_size > _LARGEST_FILE else path.read_bytes()
+            with open_regular(path) as file:
+                text = b"" if path.stat().st_size > _LARGEST_FILE else file.read()
         except OSError:
             continue  # refused by name where it is one of the list
         for corner in map(number, map(bytes.decode, _LOW_CORNER.findall(text))):

@@ -7,6 +7,7 @@ lists of images). Names of the classes are in ``data.yaml``, ``classes.txt`` or 
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,7 +28,7 @@ from proxydet.data.formats.collected import (
 from proxydet.data.formats.reader import Document
 from proxydet.data.images import readable_suffixes
 from proxydet.errors import ConfigError, DataError
-from proxydet.files import read_text
+from proxydet.files import open_regular, read_text
 from proxydet.wording import first_of, json_text
 
 YAML = (".yaml", ".yml")
@@ -49,7 +50,7 @@ _HINT = (
 def is_list(source: Path) -> bool:
     """Whether a text file lists images, as YOLO's train.txt does."""
     try:
-        with source.open(encoding="utf-8", errors="replace") as file:
+        with io.TextIOWrapper(open_regular(source), encoding="utf-8", errors="replace") as file:
             line = next((line.strip() for line in file if line.strip()), "")
     except OSError:
         return False
@@ -59,7 +60,7 @@ def is_list(source: Path) -> bool:
 def are_rows(path: Path) -> bool:
     """Whether a text file begins with a row of YOLO."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             words = file.read(4096).split(b"\n", 1)[0].split()
     except OSError:
         return False
@@ -79,7 +80,7 @@ def is_config(path: Path) -> bool:
     return (
         isinstance(content, dict)
         and "names" in content
-        and ("train" in content or "val" in content)
+        and bool(content.get("train") or content.get("val"))
     )
 
 
@@ -324,7 +325,7 @@ def parts(config: Path) -> dict[str, list[Path]]:
     for key, name in (("train", "train"), ("val", "val"), ("valid", "val"), ("test", "test")):
         listed = content.get(key)
         for value in listed if isinstance(listed, list) else [listed]:
-            if value is None or (name in found and key == "valid"):
+            if value in (None, "", [], {}) or (name in found and key == "valid"):
                 continue
             text = str(value).replace("\\", "/")
             # Roboflow's paths are one folder too high.

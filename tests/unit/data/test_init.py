@@ -305,3 +305,69 @@ def test_a_config_is_not_replaced_unasked(tmp_path: Path) -> None:
         init_dataset(tmp_path / "export", Path("pets.toml"), closed=True)
     assert Path("pets.toml").read_text() == "mine"
     assert init_dataset(tmp_path / "export", Path("pets.toml"), closed=True, overwrite=True).classes
+
+
+@pytest.mark.parametrize("value", ["", " []", ' ""'])
+def test_a_data_yaml_that_names_no_images_is_refused_or_its_folders_are_taken(
+    value: str, tmp_path: Path
+) -> None:
+    write_yolo(tmp_path / "export", "ultralytics", {"train": "ab", "val": "c"})
+    config = tmp_path / "export" / "data.yaml"
+    config.write_text(f"names: {json.dumps(NAMES)}\ntrain:{value}\nval:{value}\n")
+    with pytest.raises(DataError, match=r"data\.yaml"):
+        init_dataset(config, Path("pets.toml"), closed=True)
+    assert not check_path(config)[0].sound
+    report = init_dataset(tmp_path / "export", Path("pets.toml"), closed=True)
+    assert {part: count.images for part, count in report.parts.items()} == {"train": 2, "val": 1}
+    assert all(checked.sound for checked in check_path(tmp_path / "export"))
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [("", "valid"), ("<html>not found</html>", "valid"), ("", "test"), ("no", "test")],
+)
+def test_a_damaged_part_does_not_disappear(text: str, part: str, tmp_path: Path) -> None:
+    root = tmp_path / "export"
+    SPLIT["COCO JSON, Roboflow"](root)
+    write_coco(root / part, "c", "_annotations.coco.json").write_text(text)
+    match = rf"{part}/_annotations\.coco\.json"
+    if part == "test":
+        notes = init_dataset(root, Path("pets.toml"), closed=True).notes
+        assert any(match.replace("\\", "") in note for note in notes), notes
+        found = [finding.text for report in check_path(root) for finding in report.findings]
+        assert any(match.replace("\\", "") in text for text in found), found
+        return
+    with pytest.raises(DataError, match=match):
+        init_dataset(root, Path("pets.toml"), closed=True)
+    (report,) = check_path(root)
+    assert not report.sound
+    assert part in report.findings[0].text
+
+
+def test_an_empty_list_of_pascal_voc_does_not_disappear(tmp_path: Path) -> None:
+    write_voc(tmp_path / "VOC" / "Annotations", "abc")
+    lists = tmp_path / "VOC" / "ImageSets" / "Main"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("a\nb\n")
+    (lists / "val.txt").write_text("")
+    with pytest.raises(DataError, match=r"val\.txt"):
+        init_dataset(tmp_path / "VOC", Path("pets.toml"), closed=True)
+    (report,) = check_path(tmp_path / "VOC")
+    assert not report.sound
+
+
+def test_an_empty_file_alone_is_reported_as_empty(tmp_path: Path) -> None:
+    write_cvat(tmp_path / "export", "ab")
+    (tmp_path / "export" / "annotations.xml").write_text("")
+    with pytest.raises(DataError, match=r"annotations\.xml.*empty") as caught:
+        init_dataset(tmp_path / "export", Path("pets.toml"), closed=True)
+    assert "VOC" not in (caught.value.hint or "")
+
+
+def test_embeddings_of_that_name_are_not_replaced_unasked(tmp_path: Path) -> None:
+    write_coco(tmp_path / "export", "abc")
+    Path("pets.vocab").write_text("mine")
+    with pytest.raises(ConfigError, match=r"pets\.vocab"):
+        init_dataset(tmp_path / "export", Path("pets.toml"), closed=True)
+    assert Path("pets.vocab").read_text() == "mine"
+    assert not Path("pets.toml").exists()

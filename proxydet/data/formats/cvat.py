@@ -15,6 +15,7 @@ from proxydet.data.formats.collected import (
     number,
     numbers,
     paste,
+    refuse_entities,
     turned_box,
 )
 from proxydet.data.formats.reader import Document
@@ -36,7 +37,7 @@ def is_file(head: bytes) -> bool:
 
 def parts(source: Path) -> list[str]:
     """Return the subsets that the images of a project's export belong to, in the file's order; none in a task's."""
-    found = {image.get("subset"): None for image, _ in _images(source, {})}
+    found = {image.get("subset"): None for image in _images(source, {})}
     return [name for name in found if name]
 
 
@@ -54,7 +55,7 @@ def read(source: Path, part: str | None, report: StoreReport) -> Document:
     found = Objects()
     labels: dict[str, None] = {}
     turned: list[str] = []
-    for image, _ in _images(source, labels):
+    for image in _images(source, labels):
         if part is not None and image.get("subset") != part:
             continue
         name = (image.get("name") or "").replace("\\", "/")
@@ -93,7 +94,7 @@ def read(source: Path, part: str | None, report: StoreReport) -> Document:
     return found.document("CVAT XML", "shape", labels)
 
 
-def _images(source: Path, labels: dict[str, None]) -> Iterator[tuple[ElementTree.Element, int]]:
+def _images(source: Path, labels: dict[str, None]) -> Iterator[ElementTree.Element]:
     """Yield the elements of the images one after the other; names of labels are put into ``labels``."""
     try:
         with open_regular(source) as file:
@@ -101,13 +102,12 @@ def _images(source: Path, labels: dict[str, None]) -> Iterator[tuple[ElementTree
             refuse_placeholder(head)
             size = file.seek(0, 2)
             file.seek(0)
-            before = head.partition(b"<annotations")
-            # Python's parser bounds the growth of entities; CVAT needs none, so none are read.
-            if size > _LARGEST_FILE or not before[1] or b"<!DOCTYPE" in before[0]:
+            if size > _LARGEST_FILE or not is_file(head):
                 large = f"is larger than {_LARGEST_FILE >> 20} MB"
                 why = large if size > _LARGEST_FILE else "is not CVAT's XML for images"
                 raise DataError(f"{source} {why}", hint=_HINT, path=source)
-            depth = count = number_of_image = 0
+            refuse_entities(file, source, _HINT)
+            depth = count = 0
             root: ElementTree.Element | None = None
             for event, element in ElementTree.iterparse(file, ("start", "end")):  # noqa: S314 - no entities, bounded
                 if event == "start":
@@ -130,8 +130,7 @@ def _images(source: Path, labels: dict[str, None]) -> Iterator[tuple[ElementTree
                         path=source,
                     )
                 if element.tag == "image":
-                    yield element, number_of_image
-                    number_of_image += 1
+                    yield element
                 for label in element.iter("label") if element.tag == "meta" else ():
                     name = (label.findtext("name") or "").strip()
                     if name and not label.findtext("parent"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ from proxydet.data.formats.reader import Document
 from proxydet.errors import DataError
 
 _LARGEST_FILE = 256 << 20
+_LONGEST_FIELD = 1 << 24
+"""Characters of a field of CSV: an outline of a million points."""
 _HINT = "VIA's project or its export (Annotation > Export as json or csv) has 'filename' and 'regions' of each image"
 _CLASS_ATTRIBUTES = ("class", "label", "name", "type", "category", "object", "object_name")
 _COLUMNS = ("filename", "region_shape_attributes", "region_attributes")
@@ -113,7 +116,7 @@ def _add(found: Objects, image: str, region: dict[str, Any], attribute: str) -> 
         if values is None:
             found.add(image, label)
         else:
-            turned = (number(shape.get("theta")) or 0) * 57.29577951308232  # radians
+            turned = math.degrees(number(shape.get("theta")) or 0)
             found.add(
                 image,
                 label,
@@ -153,9 +156,10 @@ def _class_attribute(regions: Iterable[dict[str, Any]]) -> str:
 def _from_csv(data: bytes, source: Path) -> list[_Entry]:
     """Return the images of a CSV export, each with its regions."""
     entries: dict[str, _Entry] = {}
+    rows: csv.DictReader[str] | None = None
+    limit = csv.field_size_limit(_LONGEST_FIELD)
     try:
         text = data.decode("utf-8-sig")
-        csv.field_size_limit(1 << 24)
         rows = csv.DictReader(io.StringIO(text.lstrip("#"), newline=""))
         if not rows.fieldnames or not set(_COLUMNS) <= set(rows.fieldnames):
             raise ValueError(f"its columns are not {', '.join(_COLUMNS)}")
@@ -166,8 +170,10 @@ def _from_csv(data: bytes, source: Path) -> list[_Entry]:
             if shape and isinstance(entry.regions, list):
                 entry.regions.append({"shape_attributes": shape, "region_attributes": attributes})
     except (ValueError, csv.Error, RecursionError, KeyError, TypeError) as error:
-        line_number = f", line {rows.line_num}" if "rows" in locals() else ""
+        line_number = "" if rows is None else f", line {rows.line_num}"
         raise DataError(
             f"{source} is not a CSV export of VIA{line_number}: {error}", hint=_HINT, path=source
         ) from error
+    finally:
+        csv.field_size_limit(limit)
     return list(entries.values())

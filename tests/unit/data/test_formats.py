@@ -674,7 +674,15 @@ def test_a_set_that_was_moved_is_the_same_and_a_changed_one_another(
     ("text", "match"),
     [
         ("<annotations><track id='0' label='dog'/></annotations>", "videos"),
-        ("<!DOCTYPE a [<!ENTITY b 'c'>]><annotations>&b;</annotations>", "not CVAT"),
+        ("<!DOCTYPE a [<!ENTITY b 'c'>]><annotations>&b;</annotations>", "entities"),
+        (
+            "<?xml version='1.0'?><!-- <annotations --><!DOCTYPE a [<!ENTITY b 'c'>]><annotations/>",
+            "entities",
+        ),
+        (
+            f"<!--{'<annotations ' * 9000}--><!DOCTYPE a [<!ENTITY b 'c'>]><annotations/>",
+            "entities",
+        ),
         ("<annotations><image id='0' name='a.jpg'></annotations>", "not XML"),
     ],
 )
@@ -685,6 +693,12 @@ def test_other_xml_is_not_taken_for_cvat(text: str, match: str, tmp_path: Path) 
         opened(path, tmp_path / "c")
     assert "annotations.xml" in caught.value.message
     assert caught.value.hint
+
+
+def test_reading_via_leaves_the_process_its_csv_limit(tmp_path: Path) -> None:
+    before = csv.field_size_limit()
+    opened(write_via(tmp_path, "ab", "csv"), tmp_path / "c", tmp_path)
+    assert csv.field_size_limit() == before
 
 
 def test_deep_json_and_huge_files_are_refused(

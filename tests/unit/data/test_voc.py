@@ -131,7 +131,7 @@ def test_what_is_missing_in_an_object_costs_that_object(voc: Path, tmp_path: Pat
         ("<data></data>", "not Pascal VOC"),
         ('<!DOCTYPE a [<!ENTITY b "c">]><annotation>&b;</annotation>', "entities"),
         ("", "not XML"),
-        ("\0", "entities"),
+        ("\0", "one byte"),
     ],
 )
 def test_what_is_not_voc_is_refused_by_its_file(voc: Path, text: str, match: str) -> None:

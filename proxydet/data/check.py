@@ -33,6 +33,7 @@ from proxydet.data.images import (
     find_image,
     open_annotated_image,
     require_distinct_files,
+    require_end,
 )
 from proxydet.data.protocol import PROTOCOL_NAMES, Protocol, protocol_of
 from proxydet.data.sources import AnnotationSource, holds_annotations, look
@@ -45,6 +46,7 @@ from proxydet.wording import counted, first_of
 _READERS = 8
 _AT_ONCE = 4096
 _LOOKED_FOR = 100
+_PIXELS = "pixels (--decode reads them)"
 _EXPECTED = {
     "lvis_v1_train.json": (100_170, 1_270_141),
     "lvis_v1_val.json": (19_809, 244_707),
@@ -388,6 +390,8 @@ class _Checker:
         elif len(store):
             seen = "were decoded and" if self.decode else "are there and"
             self.add(part, "ok", f"all {len(store)} images {seen} have the annotated size")
+            if not self.decode:
+                self.unchecked.append(_PIXELS)
 
     def _problems(self, part: str, count: int, check: Callable[[int], object]) -> list[DataError]:
         """Check images by several threads; return the errors of those that cannot be used."""
@@ -449,10 +453,13 @@ class _Checker:
             decode = partial(images.image, exif_orientation=True)
             problems = self._problems(part, len(images), decode)
         elif not isinstance(images, TarImages):  # that members of a tar are images, its index knows
-            problems = self._problems(part, len(images), images.encoded)
+            encoded = images.encoded
+            problems = self._problems(part, len(images), lambda row: require_end(encoded(row)))
         if problems:
             unusable = f"{len(problems)} of {counted(len(images), 'image')} cannot be used"
             advice = "fetch them again, or train with data.unreadable_images=skip"
             self.add(part, "error", f"{unusable}, e.g.: {problems[0].message}", advice)
         elif len(images) and self.decode:
             self.add(part, "ok", f"all {len(images)} images were decoded")
+        elif len(images):
+            self.unchecked.append(_PIXELS)

@@ -47,6 +47,7 @@ _DAMAGE = (
     RuntimeError, struct.error, ArithmeticError, LookupError, TypeError,
 )  # fmt: skip
 _WHITE = (255, 255, 255, 255)
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 # What Pillow opens besides images: pages, films and containers of measurements.
 _NOT_IMAGES = {"BUFR", "EPS", "FITS", "FLI", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 # The EXIF tag, its values that are not upright, and those that swap width and height.
@@ -189,9 +190,37 @@ def open_annotated_image(
 def check_annotated_image(
     record: ImageRecord, roots: Sequence[Path], exif_orientation: bool | None
 ) -> None:
-    """Check by its header that the image of a record is there and of the annotated size; errors as `open_annotated_image`."""
+    """Check that the image of a record is there, of the annotated size and not cut short; errors as `open_annotated_image`."""
     path, turn = _annotated_file(record, roots, exif_orientation)
     _require_size(path, image_size(path, exif_orientation=turn), record, turn)
+    require_end(path)
+
+
+def require_end(path: Path) -> None:
+    """Check that an image file is not cut short, by its last bytes where its format says how it ends (JPEG, PNG, WebP).
+
+    Many files have something after their end, or lack the mark and are whole; where it is not there, pixels are decoded.
+
+    Raises:
+        DataError: it cannot be read to its end.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(12)
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - len(_PNG_END), 0))
+            end = file.read()
+    except OSError as error:
+        raise _unreadable(str(path), error, path) from error
+    whole = True
+    if start[:2] == b"\xff\xd8":
+        whole = end[-2:] == b"\xff\xd9"
+    elif start[:4] == b"\x89PNG":
+        whole = end == _PNG_END
+    elif start[:4] == b"RIFF" and start[8:] == b"WEBP":
+        whole = size >= 8 + int.from_bytes(start[4:8], "little")
+    if not whole:
+        open_image(path)
 
 
 def _annotated_file(

@@ -164,7 +164,7 @@ def check(
         ),
     ] = None,
     decode: Annotated[
-        bool, typer.Option(help="Decode every image, beyond comparing its size (slow).")
+        bool, typer.Option(help="Decode every image, beyond its size and end (slow).")
     ] = False,
     protocol: Annotated[
         Literal["lvis", "coco", "openimages"] | None,
@@ -178,7 +178,8 @@ def check(
 ) -> None:
     """Check annotations and images: what will be used, mended and dropped, which field and why.
 
-    Exit code 0: nothing in these files stops training, evaluation or prediction. Exit code 3: something does.
+    Exit code 0: nothing in these files stops training, evaluation or prediction; the verdict names what was not checked.
+    Exit code 3: something does.
     """
     from proxydet.data.check import check_path
     from proxydet.paths import datasets_folder

@@ -142,7 +142,8 @@ def init_dataset(
     folders = list(dict.fromkeys(folder for source in sources.values() for folder in source.images))
     there = len({image for folder in folders for image in images_below(folder)})
     if (over := there - sum(map(len, stores.values()))) > 0:
-        notes.append(f"{counted(over, 'image')} in {first_of(folders)} not annotated: not used")
+        why = "not annotated or left out" if found.left_out else "not annotated"
+        notes.append(f"{counted(over, 'image')} in {first_of(folders)} {why}: not used")
     sources, split = _split(sources, stores, val_share, seed, notes)
     names = tuple(
         dict.fromkeys(

@@ -15,7 +15,7 @@ from typing import Literal, get_args
 
 from proxydet.data.deviations import StoreReport
 from proxydet.data.formats import coco, cvat, label_studio, labelme, via, voc, yolo
-from proxydet.data.formats.collected import images_below, stamp
+from proxydet.data.formats.collected import images_below, part_of_word, stamp
 from proxydet.data.formats.reader import (
     AnnotationEntry,
     Document,
@@ -56,7 +56,8 @@ class AnnotationSource:
     """Folders of the images, for formats that do not hold their sizes; without any, those that belong to the path."""
 
     part: str | None = None
-    """Of a ``data.yaml`` of YOLO ``train``, ``val`` or ``test``; of a CVAT project a subset. None means all of it."""
+    """Of a ``data.yaml`` of YOLO ``train``, ``val`` or ``test``; of a CVAT project a subset, or one of these for all subsets
+    with a word for it (``val``: ``Validation`` and ``dev``). None means all of it."""
 
     share: tuple[float, float] | None = None
     """From and to which fraction of the images, in an order that their names and ``seed`` decide."""
@@ -245,11 +246,6 @@ def _share_of(document: Document, share: tuple[float, float], seed: int) -> Docu
 
 # --- Data sets found in a folder -----------------------------------------------------------------------------------------
 
-_WORDS = {
-    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
-    "test": "test", "testing": "test",
-}  # fmt: skip
-"""Parts of a data set by the words for them in names of files and folders."""
 _OTHER_TASKS = ("captions", "person_keypoints", "image_info", "panoptic", "stuff")
 """Beginnings of COCO's annotation files that hold no objects to detect."""
 _DEEPEST = 6
@@ -265,13 +261,13 @@ class FoundData:
     Attributes:
         format: Their format.
         parts: What belongs to ``train``, ``val`` and ``test``, or to ``""`` where nothing is split.
-        left_out: Annotations that belong to no part while others do.
+        left_out: Annotations that belong to no part while others do: files, folders, subsets of a CVAT project.
         damaged: Files that cannot be annotations, by their first bytes, each with the reason.
     """
 
     format: Format
     parts: dict[str, AnnotationSource]
-    left_out: tuple[Path, ...] = ()
+    left_out: tuple[str, ...] = ()
     damaged: tuple[str, ...] = ()
 
 
@@ -290,7 +286,8 @@ def look(path: Path, images: Sequence[Path] = ()) -> FoundData:
         found = format_of(path)
         if found is None or not path.exists():
             raise DataError(f"there is no file or folder {path}", hint="check the path", path=path)
-        return FoundData(format=found, parts=_parts_of_file(path, found, path.parent, images))
+        held, rest = _parts_of_file(path, found, path.parent, images)
+        return FoundData(format=found, parts=held, left_out=rest)
     candidates, damaged = _candidates(path)
     if damaged and not candidates:
         raise _damaged(next(iter(damaged.items())))
@@ -329,18 +326,27 @@ def look(path: Path, images: Sequence[Path] = ()) -> FoundData:
                 "config that names one for [train] and one for [val]",
                 path=path,
             )
-    left_out = tuple(by_part.get("", ())) if named else ()
+    left_out = [str(place) for place in by_part.get("", ())] if named else []
     parts: dict[str, AnnotationSource] = {}
     for part, (place,) in chosen.items():
-        inner = _parts_of_file(place, formats[0], path, images)
-        parts |= {part or name: source for name, source in inner.items()}
+        inner, rest = _parts_of_file(place, formats[0], path, images)
+        left_out += rest
+        for name, source in inner.items():
+            word = name or part  # a file's own parts go before the word that its folder is called
+            if word in parts:
+                raise DataError(
+                    f"{path} holds several annotations of {word}: {parts[word].path}, {place}",
+                    hint=f"name one of them, such as: proxydet data init {shlex.quote(str(place))}",
+                    path=path,
+                )
+            parts[word] = source
     ordered: dict[str, AnnotationSource] = {
         part: parts[part] for part in ("train", "val", "test", "") if part in parts
     }
     return FoundData(
         format=formats[0],
         parts=ordered,
-        left_out=left_out,
+        left_out=tuple(left_out),
         damaged=tuple(f"{place}: {why}" for place, why in damaged.items()),
     )
 
@@ -361,8 +367,8 @@ def holds_annotations(folder: Path) -> bool:
 
 def _parts_of_file(
     path: Path, found: Format, root: Path, images: Sequence[Path]
-) -> dict[str, AnnotationSource]:
-    """Return the parts that one file or folder holds: one, or those that a data.yaml or a CVAT project names."""
+) -> tuple[dict[str, AnnotationSource], tuple[str, ...]]:
+    """Return the parts that one file or folder holds: one, or those that a data.yaml or a CVAT project names; and what else."""
     names: list[str] = []
     if path.suffix.lower() in yolo.YAML:
         places = yolo.parts(path)
@@ -379,18 +385,26 @@ def _parts_of_file(
                 hint="name the folder of each part's images in it, or name the data set's folder: proxydet data init FOLDER",
                 path=path,
             )
-        return of_config
+        return of_config, ()
     if found == "CVAT XML":
         names = cvat.parts(path)
     roots = tuple(images) or image_folders(path) or _image_candidates(path, root)
-    if len(names) < 2:
-        return {"": AnnotationSource(path=path, images=roots)}
-    by_word: dict[str, AnnotationSource] = {}
+    by_word: dict[str, list[str]] = {}
     for name in names:
-        word = _WORDS.get(name.strip().lower())
-        if word:
-            by_word.setdefault(word, AnnotationSource(path=path, images=roots, part=name))
-    return by_word or {"": AnnotationSource(path=path, images=roots)}
+        by_word.setdefault(part_of_word(name), []).append(name)
+    others = by_word.pop("", [])
+    if sum(map(bool, names)) < 2 or not by_word:
+        return {"": AnnotationSource(path=path, images=roots)}, ()
+    held = {
+        word: AnnotationSource(
+            path=path, images=roots, part=called[0] if len(called) == 1 else word
+        )
+        for word, called in by_word.items()
+    }
+    rest = (
+        f"subset {name!r} of {path}" if name else f"what has no subset in {path}" for name in others
+    )
+    return held, tuple(rest)
 
 
 def _folders_of(places: Sequence[Path]) -> tuple[Path, ...]:
@@ -476,7 +490,7 @@ def _candidates(root: Path) -> tuple[list[tuple[Format, Path]], dict[Path, str]]
         if any(map(yolo.are_rows, by_end.get(".txt", ())[:_SNIFFED])):
             rows[_group(folder, root) or folder] = None
     if shapes:  # without parts those of all folders belong together
-        split = [place for place in shapes if place.name.lower() in _WORDS and place != root]
+        split = [place for place in shapes if part_of_word(place.name) and place != root]
         whole = [Path(os.path.commonpath(shapes))]
         found |= {("labelme", place): None for place in (split or whole)}
     found |= {("YOLO", place): None for place in (configs[:1] or rows)}
@@ -498,7 +512,7 @@ def _group(folder: Path, root: Path) -> Path | None:
     """Return the folder at or above one that a word for a part names, so that those below it belong together."""
     inner = [folder, *folder.parents]
     inner = inner[: inner.index(root)]
-    return next((place for place in inner if place.name.lower() in _WORDS), None)
+    return next((place for place in inner if part_of_word(place.name)), None)
 
 
 def _voc_places(folder: Path) -> list[Path]:
@@ -513,8 +527,8 @@ def _part_of(place: Path, root: Path) -> str:
     """Return which part of a data set the name of a file or folder says, the innermost word first; empty for none."""
     for name in reversed(place.relative_to(root).parts):
         for word in re.split(r"[^a-z]+", name.lower()):
-            if word in _WORDS:
-                return _WORDS[word]
+            if part := part_of_word(word):
+                return part
     return ""
 
 

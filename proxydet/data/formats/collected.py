@@ -44,6 +44,15 @@ _PIECE = 1 << 16
 _LARGEST_MASK = 1 << 28
 """Pixels of an image whose mask is decoded from another format's run lengths, at one byte each."""
 _CORNERS_OF_ELLIPSE = 48
+_PART_WORDS = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+
+
+def part_of_word(word: str) -> str:
+    """Return which part of a data set, ``train``, ``val`` or ``test``, a word stands for; empty where it is for none."""
+    return _PART_WORDS.get(word.strip().lower(), "")
 
 
 class Objects:
@@ -272,7 +281,7 @@ def number(value: object) -> float | None:
         return None
     try:
         found = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return found if -1e9 < found < 1e9 else None
 

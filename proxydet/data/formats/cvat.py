@@ -14,6 +14,7 @@ from proxydet.data.formats.collected import (
     ellipse,
     number,
     numbers,
+    part_of_word,
     paste,
     refuse_entities,
     turned_box,
@@ -36,9 +37,9 @@ def is_file(head: bytes) -> bool:
 
 
 def parts(source: Path) -> list[str]:
-    """Return the subsets that the images of a project's export belong to, in the file's order; none in a task's."""
-    found = {image.get("subset"): None for image in _images(source, {})}
-    return [name for name in found if name]
+    """Return the subsets of the images of a project's export, in the file's order, empty for images of none; none in a task's."""
+    found = {image.get("subset") or "": None for image in _images(source, {})}
+    return [] if list(found) == [""] else list(found)
 
 
 def read(source: Path, part: str | None, report: StoreReport) -> Document:
@@ -46,7 +47,7 @@ def read(source: Path, part: str | None, report: StoreReport) -> Document:
 
     Args:
         source: The file.
-        part: The subset that is meant; None means all images.
+        part: The subset that is meant, or ``train``, ``val`` or ``test`` for all with a word for it; None means all images.
         report: Where deviations are counted.
 
     Raises:
@@ -56,7 +57,8 @@ def read(source: Path, part: str | None, report: StoreReport) -> Document:
     labels: dict[str, None] = {}
     turned: list[str] = []
     for image in _images(source, labels):
-        if part is not None and image.get("subset") != part:
+        subset = image.get("subset") or ""
+        if part is not None and part not in (subset, part_of_word(subset)):
             continue
         name = (image.get("name") or "").replace("\\", "/")
         sides = [number(image.get(side)) for side in ("height", "width")]
@@ -165,7 +167,8 @@ def _mask(
     left, top, width, height = (int(value) for value in values)
     box = [float(left), float(top), float(left + width), float(top + height)]
     runs = numbers((shape.get("rle") or "").split(","))
-    sound = runs is not None and min(runs) >= 0 and sum(runs) == width * height
+    sound = runs is not None and all(run >= 0 and run.is_integer() for run in runs)
+    sound = sound and sum(runs or ()) == width * height
     inside = min(left, top, width, height) >= 0 and width * height <= size[0] * size[1]
     if runs is None or not sound or not inside:
         return None, box

@@ -37,6 +37,8 @@ _LARGEST_MASK = 1 << 26
 """Pixels of an image whose brush strokes are decoded, at four bytes each."""
 _HINT = "export the project from Label Studio as JSON, JSON-MIN, COCO or YOLO"
 _IMAGE_KEYS = ("image", "img", "photo", "ocr", "url")
+_MOST_PARTS = 10
+"""Of an image's path that is on this machine under another folder."""
 _UPLOAD = re.compile(r"^[0-9a-f]{8}-")
 _BOX, _OUTLINE, _BRUSH, _ELLIPSE = (
     "rectanglelabels",
@@ -126,7 +128,8 @@ def _opened(record: dict[str, Any]) -> tuple[str, list[_Annotation], list[_Annot
         lists = [
             [
                 entry
-                for item in record.get(key) or ()
+                for listed in [record.get(key)]
+                for item in (listed if isinstance(listed, list) else ())
                 if isinstance(item, dict)
                 and (entry := _annotation(item)) is not None
                 and not entry.was_cancelled
@@ -182,7 +185,10 @@ def _on_disk(name: str, folders: Sequence[Path]) -> str:
     An upload's name has eight digits in front, which its file may be without.
     """
     parts = PurePosixPath(name).parts
-    tails = [PurePosixPath(*parts[start:]) for start in range(len(parts))]
+    tails = [
+        PurePosixPath(*parts[start:])
+        for start in range(max(len(parts) - _MOST_PARTS, 0), len(parts))
+    ]
     plain = _UPLOAD.sub("", tails[-1].name) if tails else ""
     if tails and plain != tails[-1].name:
         tails.append(PurePosixPath(plain))

@@ -165,6 +165,8 @@ def _from_csv(data: bytes, source: Path) -> list[_Entry]:
             raise ValueError(f"its columns are not {', '.join(_COLUMNS)}")
         for line in rows:
             name = line["filename"]
+            if name is None:
+                raise ValueError("a row ends before its filename")
             entry = entries.setdefault(name, _Entry(filename=name, regions=[]))
             shape, attributes = (json.loads(line[column] or "{}") for column in _COLUMNS[1:])
             if shape and isinstance(entry.regions, list):

@@ -25,7 +25,7 @@ from proxydet.data.formats.collected import (
     number,
     sizes_of,
 )
-from proxydet.data.formats.reader import Document
+from proxydet.data.formats.reader import MOST_CATEGORIES, Document
 from proxydet.data.images import readable_suffixes
 from proxydet.errors import ConfigError, DataError
 from proxydet.files import open_regular, read_text
@@ -201,6 +201,12 @@ def read_names(path: Path) -> dict[int, str]:
             items = listed.items()  # type: ignore[assignment]
         for key, value in items or ():
             index = int(key) if str(key).isdecimal() and len(str(key)) < 10 else None
+            if index is not None and index >= MOST_CATEGORIES:
+                raise DataError(
+                    f"{path}: names: {index}: a data set has at most {MOST_CATEGORIES:,} classes",
+                    hint="number the classes from 0, without gaps",
+                    path=path,
+                )
             if index is None or isinstance(value, list | dict) or value is None:
                 raise DataError(
                     f"{path}: names: {key!r}: {str(value)[:80]!r} is not a class name by its number",

@@ -6,11 +6,16 @@ import base64
 import csv
 import io
 import json
+import tempfile
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Any
 from xml.sax.saxutils import escape, quoteattr
 
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -734,3 +739,96 @@ def test_a_damaged_mask_costs_no_box_of_other_objects(kind: str, tmp_path: Path)
     store = opened(path, tmp_path / "c")
     assert found(store)["a"] == [("dog", [8, 8, 12, 14])] * 2
     assert store.report.counts["annotation.bbox"] == 1
+
+
+# --- Values that no tool writes ----------------------------------------------------------------------------------------
+
+ODD = [None, True, -1, 5, 1.5, 1e308, 10**400, "@digits@", "", "x", "1.5,2.5", "a/" * 8000, "nan", [], [5], {}, {"x": 5}]  # fmt: skip
+"""``@digits@`` stands for a number of 5,000 digits, which Python does not write."""
+
+
+def write_yolo_config(root: Path) -> Path:
+    write_yolo(root, "ultralytics", {"train": "ab", "val": "c"})
+    path = root / "data.yaml"
+    content = {"path": ".", "train": "images/train", "val": "images/val", "nc": 2, "kpt_shape": [2, 3]}  # fmt: skip
+    path.write_text(json.dumps(content | {"names": {"0": "dog", "1": "cat & co"}}))
+    return path
+
+
+def with_odd_value(path: Path, place: float, value: object) -> None:
+    """Put a value into the field of a file that is this far from its beginning (0) towards its end (1)."""
+    shown = json.dumps(value).replace('"@digits@"', "9" * 5000)
+    if path.suffix == ".xml":
+        root = ElementTree.parse(path).getroot()
+        fields = [(element, key) for element in root.iter() for key in element.attrib]
+        element, key = fields[int(place * len(fields))]
+        element.set(key, value if isinstance(value, str) and value[:1] != "@" else shown)
+        path.write_text(ElementTree.tostring(root, encoding="unicode"))
+        return
+    if path.suffix == ".csv":
+        rows = list(csv.reader(path.read_text().splitlines()))
+        cells = [(row, column) for row in rows for column in range(len(row))]
+        row, column = cells[int(place * len(cells))]
+        row[column:] = [] if value is None else [shown, *row[column + 1 :]]
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows(rows)
+        return
+    content = json.loads(path.read_text())
+    places: list[tuple[Any, Any]] = []
+    inner = [content]
+    while inner:
+        holder = inner.pop()
+        keys = holder if isinstance(holder, dict) else range(len(holder))
+        places += [(holder, key) for key in keys]
+        inner += [holder[key] for key in keys if isinstance(holder[key], dict | list)]
+    holder, key = places[int(place * len(places))]
+    holder[key] = value
+    path.write_text(json.dumps(content).replace('"@digits@"', "9" * 5000))
+
+
+@pytest.mark.parametrize("kind", ["YOLO", *WRITERS])
+@settings(max_examples=15, derandomize=True, deadline=None, database=None)
+@given(place=st.floats(0, 1, exclude_max=True), value=st.sampled_from(ODD))
+@example(place=0.0, value=10**400)
+def test_odd_values_end_in_findings_with_advice(kind: str, place: float, value: object) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "set"
+        path = WRITERS[kind](root, "ab") if kind != "YOLO" else write_yolo_config(root)
+        with_odd_value(path / "a.json" if path.is_dir() else path, place, value)
+        for report in check_path(path, cache=Path(folder) / "c"):
+            assert all(f.advice for f in report.findings if f.level == "error"), report.findings
+
+
+LARGE = 10**400
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "after"),
+    [
+        ("labelme", '"imageHeight": 30', f'"imageHeight": {LARGE}'),
+        ("VGG VIA", '"x": 4.0', f'"x": {LARGE}'),
+        ("Label Studio JSON", '"x": 10.0', f'"x": {LARGE}'),
+        ("Label Studio JSON", '"annotations": [', '"predictions": 7, "annotations": 5, "rest": ['),
+        ("Label Studio JSON", "0a1b2c3d-a.jpg", "a/" * 20_000 + "a.jpg"),
+        ("CVAT XML", "</image>", '<mask label="dog" rle="1.5,2.5" left="4" top="6" width="2" height="2"/></image>'),
+        ("VGG VIA, CSV", "filename,", "filename,filename,filename,filename,filename,filename,filename,filename,"),
+    ],
+)  # fmt: skip
+def test_odd_values_that_were_met_are_findings(
+    kind: str, before: str, after: str, tmp_path: Path
+) -> None:
+    path = WRITERS[kind](tmp_path, "ab")
+    file = path / "a.json" if path.is_dir() else path
+    text = file.read_text()
+    assert before in text
+    file.write_text(text.replace(before, after, 1))
+    (report,) = check_path(path, cache=tmp_path / "c")
+    assert all(f.advice for f in report.findings if f.level == "error")
+
+
+def test_a_class_number_beyond_the_class_table_is_refused(tmp_path: Path) -> None:
+    path = write_yolo_config(tmp_path)
+    path.write_text("train: images/train\nnames: {0: cat, 9000000: dog}\n")
+    with pytest.raises(DataError, match=r"data\.yaml: names: 9000000") as caught:
+        opened(path, tmp_path / "c")
+    assert caught.value.hint

@@ -225,6 +225,50 @@ def test_images_elsewhere_are_named(tmp_path: Path) -> None:
     assert check_path(report.config)[0].sound
 
 
+def test_parts_of_a_config_in_a_folder_called_after_a_part_are_kept(tmp_path: Path) -> None:
+    write_yolo(tmp_path / "export" / "training", "ultralytics", {"train": "ab", "val": "c"})
+    report = init_dataset(tmp_path / "export", Path("pets.toml"), closed=True)
+    assert {part: count.images for part, count in report.parts.items()} == {"train": 2, "val": 1}
+    assert found(Dataset(config=DatasetConfig.from_toml(report.config)).store("train")) == expected(
+        "a", "b"
+    )
+
+
+def write_subsets(root: Path, subsets: dict[str, str]) -> None:
+    path = write_cvat(root, "".join(subsets))
+    text = path.read_text()
+    for stem, subset in subsets.items():
+        text = text.replace(f'name="{stem}.jpg"', f'name="{stem}.jpg" subset="{subset}"')
+    path.write_text(text)
+
+
+def test_subsets_of_one_part_are_merged_and_others_named(tmp_path: Path) -> None:
+    write_subsets(tmp_path / "export", {"a": "Train", "b": "valid", "c": "validation"})
+    report = init_dataset(tmp_path / "export", Path("pets.toml"), closed=True)
+    data = Dataset(config=DatasetConfig.from_toml(report.config))
+    assert {part: set(found(data.store(part))) for part in ("train", "val")} == {
+        "train": {"a"},
+        "val": {"b", "c"},
+    }
+    assert report.notes == ()
+    write_subsets(tmp_path / "other", {"a": "Train", "b": "val", "c": "extra"})
+    report = init_dataset(tmp_path / "other", Path("more.toml"), closed=True)
+    assert {part: count.images for part, count in report.parts.items()} == {"train": 1, "val": 1}
+    assert any("'extra'" in note and "annotations.xml" in note for note in report.notes)
+    assert not any(note.endswith("not annotated: not used") for note in report.notes)
+    (warning,) = [
+        finding
+        for finding in check_path(tmp_path / "other")[0].findings
+        if finding.level == "warning" and "extra" in finding.text
+    ]
+    assert "annotations.xml" in warning.text
+
+
+def one_part_twice(root: Path) -> None:
+    write_subsets(root / "train", {"a": "train", "b": "val"})
+    write_cvat(root / "val", "c")
+
+
 def empty(root: Path) -> None:
     root.mkdir()
 
@@ -268,6 +312,7 @@ def without_images(root: Path) -> None:
             r"several formats: .*instances\.json.*more|several formats: .*more.*instances\.json",
         ),
         (two_in_one_folder, r"several formats: Pascal VOC .*YOLO"),
+        (one_part_twice, r"several annotations of val: .*train.*val"),
         (unclear, r"one\.json.*two\.json"),
         (without_objects, "no annotation"),
         (twice, r"classes\.txt.*dog"),

@@ -6,6 +6,7 @@ opened.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import re
@@ -31,7 +32,10 @@ from proxydet.errors import (
     DataError,
     InputError,
     RuntimeEnvironmentError,
+    VocabularyError,
 )
+from proxydet.files import sha256
+from proxydet.manifest import MANIFEST_NAME
 from proxydet.modeling.config import TTA_SCALES, InferenceConfig, ModelConfig
 from proxydet.modeling.network import ImageView, ProxyDetNetwork
 from proxydet.modeling.postprocess import Prediction, to_host
@@ -44,10 +48,11 @@ from proxydet.models import (
     NamedDetector,
     check_sizes,
     configuration_of,
+    digests_of,
     is_run,
     locate_published,
 )
-from proxydet.paths import require_run
+from proxydet.paths import how_to_restore, require_run
 from proxydet.vocabulary.encoder import open_encoder
 from proxydet.vocabulary.names import PUBLISHED
 from proxydet.vocabulary.sources import complete_vocabulary, open_vocabulary, published_vocabulary
@@ -130,8 +135,9 @@ class Detector:
         run = require_run(Path(folder))
         settings = DetectorConfig.of(configuration_of(run))
         weights = checkpoint or _newest_weights(run)
-        vocabulary = Vocabulary.load(run / "vocabulary.npz")
-        return cls._open(settings, vocabulary, weights, chosen, _encoder_of(run, settings.data))
+        return cls._open(
+            settings, _vocabulary_of(run), weights, chosen, _encoder_of(run, settings.data)
+        )
 
     @classmethod
     def from_checkpoint(
@@ -161,9 +167,12 @@ class Detector:
         if isinstance(config, ModelConfig):
             settings = DetectorConfig(data=DataConfig(), model=config, inference=InferenceConfig())
         elif isinstance(named := check_sizes(config), Path):
-            settings = DetectorConfig.of(load_mapping(named))
+            of_run = named.name == "config.yaml" and is_run(named.parent)
+            settings = DetectorConfig.of(
+                configuration_of(named.parent) if of_run else load_mapping(named)
+            )
             if vocabulary is None and is_run(named.parent):
-                vocabulary = Vocabulary.load(named.parent / "vocabulary.npz")
+                vocabulary = _vocabulary_of(named.parent)
                 encoder = _encoder_of(named.parent, settings.data)
         else:
             settings = SIZES[named]
@@ -635,10 +644,30 @@ def _newest_weights(folder: Path) -> Path:
     return steps[max(steps)]
 
 
+def _vocabulary_of(folder: Path) -> Vocabulary:
+    path = folder / "vocabulary.npz"
+    vocabulary = Vocabulary.load(path)
+    if digests_of(folder).get("vocabulary", vocabulary.digest) != vocabulary.digest:
+        raise _edited(path)
+    return vocabulary
+
+
+def _edited(path: Path) -> VocabularyError:
+    return VocabularyError(
+        f"{path} is not what the run wrote, by the digest in its {MANIFEST_NAME}",
+        hint=how_to_restore(path, "put the run's own file back"),
+        path=path,
+    )
+
+
 def _encoder_of(folder: Path, data: DataConfig) -> Path | None:
     """The text encoder that the run's data came with; None where that is CLIP."""
     own = folder / "text_encoder.json"
     if own.exists():
+        expected = digests_of(folder).get("text encoder")
+        with contextlib.suppress(OSError):  # which is reported when it is opened
+            if expected is not None and sha256(own) != expected:
+                raise _edited(own)
         return own
     if data.description is None or not data.description.is_file():
         return None

@@ -25,6 +25,7 @@ import msgspec
 
 import proxydet
 from proxydet._version import __version__
+from proxydet.config import differences
 from proxydet.errors import InputError
 from proxydet.files import read_json, write_json
 from proxydet.paths import run_in
@@ -40,6 +41,24 @@ FORMAT = 2
 
 _HINT = "give the folder of a run that proxydet trained or evaluated; one that was killed before its first step has no records"
 T = TypeVar("T")
+
+FREE_KEYS = (
+    "recipe",
+    "training.device",
+    "training.threads",
+    "training.accumulation",
+    "training.checkpoints",
+    "training.evaluation",
+    "training.log",
+    "training.guards",
+    "training.weights",
+    "data.workers",
+    "data.prefetch",
+    "data.worker_timeout_s",
+    "data.cache",
+    *(EVALUATION_KEYS := ("data.test_", "inference", "evaluation")),
+)
+"""Keys that may differ when a run is resumed: they do not change what is learnt, or by a stated rule."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +257,25 @@ def read_values(path: Path) -> dict[str, Any]:
 def read_manifest(folder: Path) -> RunManifest:
     """Read the manifest of a training or an evaluation; errors as of `read_run_records`."""
     return _read(folder / MANIFEST_NAME, RunManifest.from_dict)
+
+
+def differing(before: T, now: T, free: tuple[str, ...]) -> dict[str, str]:
+    """Return how two configurations differ, by key, for people to read; keys that begin with one of ``free`` are left out."""
+
+    def shown(value: object) -> str:
+        return json.dumps(value, default=str, ensure_ascii=False)
+
+    return {
+        key: f"{shown(left)} there, {shown(right)} now"
+        for key, (left, right) in differences(before, now).items()
+        if not key.startswith(free)
+    }
+
+
+def listed(changed: Mapping[str, str]) -> str:
+    """Return what `differing` found as one line, the first five keys of it."""
+    more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
+    return "; ".join(f"{key}: {text}" for key, text in list(changed.items())[:5]) + more
 
 
 def installed_packages() -> dict[str, str]:

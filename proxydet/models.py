@@ -5,8 +5,10 @@ A misspelt name is refused here, before anything heavy is loaded; `proxydet.dete
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import functools
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,11 +18,22 @@ from typing import Any, Literal
 from proxydet.config import from_mapping, load_mapping
 from proxydet.data.config import DataConfig
 from proxydet.errors import ArtifactError, ConfigError, InputError
-from proxydet.manifest import read_manifest
+from proxydet.manifest import (
+    EVALUATION_KEYS,
+    FREE_KEYS,
+    MANIFEST_NAME,
+    differing,
+    listed,
+    read_manifest,
+    read_values,
+)
 from proxydet.modeling.config import BackboneConfig, InferenceConfig, ModelConfig
 from proxydet.paths import QUICKSTARTS_RUN, require_run
 
 logger = logging.getLogger(__name__)
+
+# May differ from a run's manifest, and mean nothing to a detector.
+_UNUSED_KEYS = tuple(key for key in FREE_KEYS if key not in EVALUATION_KEYS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +243,10 @@ def is_run(folder: Path) -> bool:
 
 
 def configuration_of(run: Path) -> Mapping[str, Any]:
-    """Return a run's configuration: of ``config.yaml``, or, where that is damaged, of the manifest as `train` does.
+    """Return a run's configuration: of ``config.yaml``, or, where that is damaged or was edited, of the manifest.
+
+    As in `train`, settings of evaluation may be edited; others are compared with a manifest that has a SHA-256 (version 0.1
+    wrote none). What differs is reported.
 
     Raises:
         InputError: Neither can be read.
@@ -244,11 +260,42 @@ def configuration_of(run: Path) -> Mapping[str, Any]:
                 hint="put it back, or give the folder of another run that proxydet train or quickstart wrote",
                 path=path,
             )
-        return load_mapping(path)
+        content = load_mapping(path)
+        known = DetectorConfig.of(content)
     except InputError as error:
         try:
             found = read_manifest(run).configuration
         except InputError:
             raise error from None
-        logger.warning("%s; using %s", error.message.rstrip("."), run / "manifest.json")
+        _warn_once(f"{error.message.rstrip('.')}; using {run / MANIFEST_NAME}")
         return found
+    try:
+        manifest = read_values(run / MANIFEST_NAME) if (run / MANIFEST_NAME).exists() else {}
+        written = manifest.get("configuration")
+        if "sha256" not in manifest or not isinstance(written, Mapping):
+            return content
+        changed = differing(DetectorConfig.of(written), known, _UNUSED_KEYS)
+    except InputError as error:
+        _warn_once(f"{run / MANIFEST_NAME}: {error.message.rstrip('.')}; using {path}")
+        return content
+    if not changed:
+        return content
+    edited = any(not key.startswith(EVALUATION_KEYS) for key in changed)
+    source = run / MANIFEST_NAME if edited else path
+    _warn_once(
+        f"{path} is not what the run was trained with, by {run / MANIFEST_NAME}: {listed(changed)}; using {source}"
+    )
+    return written if edited else content
+
+
+def digests_of(run: Path) -> Mapping[str, Any]:
+    """Return the digests in a run's manifest; empty where it has none that can be read."""
+    with contextlib.suppress(InputError):
+        found = read_values(run / MANIFEST_NAME).get("digests")
+        return found if isinstance(found, Mapping) else {}
+    return {}
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    logger.warning("%s", text)

@@ -16,6 +16,7 @@ PROXYDET_CACHE     ``proxydet`` in the user's annotation stores, text embeddings
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 from proxydet.errors import InputError, RuntimeEnvironmentError
@@ -69,11 +70,24 @@ QUICKSTARTS_RUN = "run"
 """The run folder inside the folder of a quickstart."""
 
 
+RESTORABLE = ("vocabulary.npz", "text_encoder.json")
+"""Files of a run folder, besides weights, that training writes again where they are damaged."""
+
+
 def run_in(folder: Path) -> Path:
     """The run folder itself; for the folder of a quickstart the one inside it."""
     inner = folder / QUICKSTARTS_RUN
     known = [(place / "config.yaml").is_file() for place in (folder, inner)]
     return inner if known == [False, True] else folder
+
+
+def how_to_restore(path: Path, otherwise: str) -> str:
+    """Return a hint for a damaged file: what writes it again in a run folder, or ``otherwise`` for a file elsewhere."""
+    run = path.parent
+    if path.name not in RESTORABLE or not (run / "config.yaml").is_file():
+        return otherwise
+    command = ["proxydet", "train", "--config", str(run / "config.yaml"), "--output", str(run)]
+    return f"write it again from the run's last checkpoint: {shlex.join(command)}"
 
 
 def require_run(folder: Path) -> Path:

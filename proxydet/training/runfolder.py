@@ -38,7 +38,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from proxydet.config import differences, from_mapping, load_mapping
+from proxydet.config import from_mapping, load_mapping
 from proxydet.data.config import DataConfig, mean_batch
 from proxydet.data.dataset import DatasetConfig
 from proxydet.data.store import AnnotationStore
@@ -50,7 +50,7 @@ from proxydet.errors import (
     RuntimeEnvironmentError,
 )
 from proxydet.files import JsonLines, Lock, sha256, sweep, write_text
-from proxydet.manifest import read_run_records, read_values
+from proxydet.manifest import FREE_KEYS, differing, listed, read_run_records, read_values
 from proxydet.training.checkpoint import (
     list_checkpoints,
     load_checkpoint,
@@ -77,23 +77,6 @@ Resume = Literal["auto", "never"] | Path
 from that checkpoint."""
 
 
-# Keys that may differ when a run is resumed: they do not change what is learnt, or by a stated rule.
-_FREE_KEYS = (
-    "recipe",
-    "training.device",
-    "training.threads",
-    "training.accumulation",
-    "training.checkpoints",
-    "training.evaluation",
-    "training.log",
-    "training.guards",
-    "training.weights",
-    "data.workers",
-    "data.prefetch",
-    "data.worker_timeout_s",
-    "data.cache",
-    *(EVALUATION_KEYS := ("data.test_", "inference", "evaluation")),
-)
 # What training decides when it has read the data.
 _DATA_DECIDES = ("data.masks", "model.masks", "model.classifier.embedding_dim")
 
@@ -304,10 +287,10 @@ def earlier_run(
             continue
         if source == folder.config and "sha256" in manifest:
             written = read(folder.manifest, from_mapping, kind, manifest.get("configuration"))
-            changed = {} if written is None else _differing(written, known, _FREE_KEYS)
+            changed = {} if written is None else differing(written, known, FREE_KEYS)
             if changed:
                 raise ConfigError(
-                    f"{source} is not what the run was trained with, by {folder.manifest}: {_listed(changed)}.",
+                    f"{source} is not what the run was trained with, by {folder.manifest}: {listed(changed)}.",
                     hint=f"remove {source.name}, which is then written again, and train with other settings in another "
                     "folder (--output)",
                     path=source,
@@ -341,24 +324,6 @@ def _warn_once(text: str) -> None:
     logger.log(logging.WARNING if report else logging.INFO, "%s", text)
 
 
-def _differing(before: RunConfig, now: RunConfig, free: tuple[str, ...]) -> dict[str, str]:
-    """Return how two configurations differ, by key, for people to read; keys that begin with one of ``free`` are left out."""
-
-    def shown(value: object) -> str:
-        return json.dumps(value, default=str, ensure_ascii=False)
-
-    return {
-        key: f"{shown(left)} there, {shown(right)} now"
-        for key, (left, right) in differences(before, now).items()
-        if not key.startswith(free)
-    }
-
-
-def _listed(changed: Mapping[str, str]) -> str:
-    more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
-    return "; ".join(f"{key}: {text}" for key, text in list(changed.items())[:5]) + more
-
-
 def _same_annotations(earlier: EarlierRun, config: RunConfig) -> bool:
     """Whether a dataset config, at another place than the earlier run's, names the same training annotations."""
     path, known = config.data.description, earlier.digests.get("annotations")
@@ -383,15 +348,13 @@ def check_same(earlier: EarlierRun, config: RunConfig, *, before_data: bool = Fa
     Raises:
         ConfigError: They differ; the message says in what.
     """
-    changed = _differing(
-        earlier.config, config, _FREE_KEYS + (_DATA_DECIDES if before_data else ())
-    )
+    changed = differing(earlier.config, config, FREE_KEYS + (_DATA_DECIDES if before_data else ()))
     if "data.description" in changed and _same_annotations(earlier, config):
         del changed["data.description"]  # moved; `check_same_data` compares the rest
     if changed:
         same = f" (--config {earlier.source})" if earlier.source.name == "config.yaml" else ""
         raise ConfigError(
-            f"{earlier.root} holds a run with other settings ({_listed(changed)}).",
+            f"{earlier.root} holds a run with other settings ({listed(changed)}).",
             hint=f"train in another folder (--output); resume with the same settings{same}; start from its weights "
             "(--weights); or remove it: --overwrite",
             path=earlier.source,

@@ -36,7 +36,7 @@ from proxydet.errors import (
 )
 from proxydet.files import sha256, write_bytes, write_text
 from proxydet.losses.criterion import Criterion
-from proxydet.manifest import build_manifest, write_run_records
+from proxydet.manifest import EVALUATION_KEYS, build_manifest, write_run_records
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.modeling.weights import MASK_HEAD, MIXUP_BRANCH, load_weights
 from proxydet.reporting import SILENT, Progress
@@ -58,7 +58,6 @@ from proxydet.training.distributed import (
 )
 from proxydet.training.logs import MetricLogger
 from proxydet.training.runfolder import (
-    EVALUATION_KEYS,
     Resume,
     RunFolder,
     after_restart,

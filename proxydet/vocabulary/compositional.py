@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from proxydet.errors import VocabularyError
 from proxydet.files import read_json, write_text
+from proxydet.paths import how_to_restore
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -122,7 +123,9 @@ class CompositionalEncoder:
         Raises:
             VocabularyError: The file is not such an encoder.
         """
-        hint = "give the text_encoder.json of a run or of proxydet quickstart's data"
+        hint = how_to_restore(
+            path, "give the text_encoder.json of a run or of proxydet quickstart's data"
+        )
         content = read_json(path, what="text encoder", hint=hint, error=VocabularyError)
         if content.get("format") != _FORMAT:
             raise VocabularyError(

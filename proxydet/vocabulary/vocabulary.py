@@ -21,6 +21,7 @@ from numpy.lib.format import MAGIC_PREFIX
 
 from proxydet.errors import CheckpointError, VocabularyError
 from proxydet.files import PLACEHOLDER_BYTES, PlaceholderError, refuse_placeholder, write_bytes
+from proxydet.paths import how_to_restore
 from proxydet.vocabulary.compositional import CompositionalEncoder
 from proxydet.vocabulary.names import (
     PUBLISHED,
@@ -130,7 +131,10 @@ class Vocabulary:
             VocabularyError: the file is absent, damaged, or not a vocabulary.
         """
         path = Path(path)
-        hint = "copy it again from where it is whole, or make one with: proxydet vocab build NAMES -o FILE"
+        hint = how_to_restore(
+            path,
+            "copy it again from where it is whole, or make one with: proxydet vocab build NAMES -o FILE",
+        )
         if not path.exists():
             raise VocabularyError(f"there is no vocabulary file {path}", hint=hint, path=path)
         if not path.is_file():

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from proxydet import artifacts
 from proxydet.config import dump_yaml, load_mapping
@@ -22,7 +23,7 @@ from proxydet.errors import (
     ProxydetError,
     VocabularyError,
 )
-from proxydet.files import write_json
+from proxydet.files import sha256, write_json
 from proxydet.manifest import build_manifest
 from proxydet.modeling.config import ModelConfig
 from proxydet.modeling.network import ProxyDetNetwork
@@ -193,10 +194,7 @@ def test_folders_that_are_no_runs_are_named(run, tmp_path):
 @pytest.mark.parametrize("damage", ["cut", "folder"])
 def test_damaged_settings_of_a_run_are_read_from_its_manifest(run, caplog, damage):
     whole = load_mapping(run / "config.yaml")
-    manifest = build_manifest(
-        "training", configuration=whole, digests={}, mode="off", seeds={"seed": 0}
-    )
-    write_json(run / "manifest.json", manifest.to_dict())
+    record(run, whole)
     (run / "config.yaml").unlink()
     if damage == "cut":
         (run / "config.yaml").write_text("model: {backbone")
@@ -207,6 +205,67 @@ def test_damaged_settings_of_a_run_are_read_from_its_manifest(run, caplog, damag
     (run / "manifest.json").unlink()
     with pytest.raises(InputError, match=r"config\.yaml"):
         Detector.from_run(run)
+
+
+def record(run: Path, configuration: dict, **digests: str) -> None:
+    manifest = build_manifest(
+        "training", configuration=configuration, digests=digests, mode="off", seeds={"seed": 0}
+    )
+    write_json(run / "manifest.json", manifest.to_dict())
+
+
+def test_edited_settings_of_a_run_are_not_used_and_reported(run, caplog):
+    content = load_mapping(run / "config.yaml")
+    record(run, content)
+    Detector.from_run(run)
+    content["data"]["workers"] += 1
+    content["training"]["log"] = {}
+    (run / "config.yaml").write_text(yaml.safe_dump(content))
+    Detector.from_run(run)
+    assert caplog.text == "", "nothing that a detector uses"
+    content["inference"]["alpha"] = 0.4
+    (run / "config.yaml").write_text(yaml.safe_dump(content))
+    assert Detector.from_run(run).inference.alpha == 0.4, "training may resume with it, too"
+    assert "inference.alpha: 0.2 there, 0.4 now" in caplog.text
+    temperature = content["model"]["classifier"]["temperature"]
+    content["model"]["classifier"]["temperature"] = temperature + 8
+    (run / "config.yaml").write_text(yaml.safe_dump(content))
+    opened = (
+        Detector.from_run(run),
+        Detector.from_checkpoint(run / "model_final.pth", config=run / "config.yaml"),
+    )
+    assert "model.classifier.temperature" in caplog.text
+    for detector in opened:
+        assert detector.network.config.classifier.temperature == temperature
+        assert detector.inference.alpha == 0.2
+
+
+def test_an_edited_vocabulary_or_encoder_of_a_run_is_refused(run, network):
+    digests = {"vocabulary": network.vocabulary.digest}
+    digests["text encoder"] = sha256(run / "text_encoder.json")
+    record(run, load_mapping(run / "config.yaml"), **digests)
+    Detector.from_run(run)
+    remedy = f"proxydet train --config {run / 'config.yaml'} --output {run}"
+    names = network.vocabulary.names
+    other = Vocabulary.from_arrays(names, network.vocabulary.embeddings[::-1].copy())
+    other.save(run / "vocabulary.npz")
+    for damage in (None, b"damaged"):
+        if damage:
+            (run / "vocabulary.npz").write_bytes(damage)
+        with pytest.raises(VocabularyError, match=r"vocabulary\.npz") as caught:
+            Detector.from_run(run)
+        assert remedy in str(caught.value.hint)
+    network.vocabulary.save(run / "vocabulary.npz")
+    path = run / "text_encoder.json"
+    path.write_text(path.read_text().replace('"noise": 0.', '"noise": 1.'))
+    with pytest.raises(VocabularyError, match=r"text_encoder\.json") as caught:
+        Detector.from_run(run)
+    assert remedy in str(caught.value.hint)
+    (run / "manifest.json").unlink()  # as of a run of version 0.1: only what is damaged is seen
+    path.write_text("{")
+    with pytest.raises(VocabularyError, match=r"text_encoder\.json") as caught:
+        _ = Detector.from_run(run).encoder
+    assert remedy in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("name", ["model_final.pth", "vocabulary.npz", "text_encoder.json"])

@@ -6,6 +6,7 @@ the bytes that its backward pass keeps, for any configuration. Pooling, proposal
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shlex
 import time
@@ -30,10 +31,18 @@ from proxydet.modeling.backbone import build_backbone
 from proxydet.modeling.centernet import CenterNet
 from proxydet.modeling.config import ModelConfig
 from proxydet.modeling.roi_heads import RoiHeads
+from proxydet.training.checkpoint import list_checkpoints
 from proxydet.training.config import TrainingConfig
 from proxydet.training.distributed import DistInfo, choose_device
 from proxydet.training.launch import LaunchPlan
-from proxydet.training.runfolder import Resume, RunFolder, check_same, is_whole, prepare
+from proxydet.training.runfolder import (
+    Resume,
+    RunFolder,
+    check_same,
+    earlier_run,
+    is_whole,
+    prepare,
+)
 from proxydet.training.step import check_precision
 from proxydet.training.train import fit_to_embeddings, fit_to_masks
 
@@ -121,6 +130,9 @@ class TrainingPlan:
     resumes_after: int | None
     """Iteration of the checkpoint that it would resume from; None starts a new run."""
 
+    removes: int | None
+    """Iterations of the run in the folder that it would remove; None where it removes none."""
+
     finished: bool
     """Whether the run is finished, so that nothing would be done."""
 
@@ -152,6 +164,7 @@ class TrainingPlan:
         return {
             "folder": str(self.folder),
             "resumes_after": self.resumes_after,
+            "removes": self.removes,
             "finished": self.finished,
             "processes": self.launch.world_size,
             "needs": [dataclasses.asdict(need) for need in self.needs],
@@ -166,6 +179,8 @@ class TrainingPlan:
         start = (
             "finished: nothing to do"
             if self.finished
+            else f"starts a new run; removes the run of {self.removes} iterations that it holds"
+            if self.removes is not None
             else "starts a new run"
             if self.resumes_after is None
             else f"resumes after iteration {self.resumes_after}"
@@ -245,6 +260,13 @@ def plan_training(
             unusable("run folder", folder.root, error)
         start = prepare(config, folder, ranks, "never", overwrite=True)
     scaled, resumes_after = start.config, start.resumes_after
+    removes: int | None = None
+    there = (folder.config, folder.manifest, folder.checkpoints, folder.final_weights)
+    if overwrite and resume == "never" and any(path.exists() for path in there):
+        removes = max((at for at, _ in list_checkpoints(folder.checkpoints)), default=0)
+        with contextlib.suppress(ProxydetError):
+            run = earlier_run(folder, type(config)) if folder.final_weights.exists() else None
+            removes = run.config.training.iterations if run else removes
     compared = len(needs)
 
     training = scaled.training
@@ -322,6 +344,7 @@ def plan_training(
     return TrainingPlan(
         folder=folder.root,
         resumes_after=resumes_after,
+        removes=removes,
         finished=finished,
         launch=launch,
         config=scaled,

@@ -229,6 +229,9 @@ def train(
             changed = [key for run in earlier for key in differences(run.config, config)]
             if any(key.startswith(EVALUATION_KEYS) for key in changed):
                 folder.remove_unfinished_evaluations()
+            records = (folder.config, folder.vocabulary, folder.manifest, folder.environment)
+            here = start.resumes_after is not None and folder.root in [run.root for run in earlier]
+            gone = [str(path) for path in records if here and not path.exists()]
             write_text(folder.config, dump_yaml(config))
             vocabulary.save(folder.vocabulary)
             if own_encoder:
@@ -242,6 +245,8 @@ def train(
                 world_size=ranks.world_size,
             )
             write_run_records(folder.root, manifest)
+            if gone:
+                logger.warning("wrote %s again", " and ".join(gone))
         wait_for_all(ranks)
 
         def make_loader(batches: int, draws: int) -> TrainingLoader:
@@ -557,8 +562,13 @@ def fit(
             still_ours()
             weights = network.state_dict()
             facts = {**(about or {}), "iteration": state.iteration}
+            again = folder.final_weights.exists()  # of a finished run that was damaged
             write_safetensors(folder.final_safetensors, weights, facts)
             write_state({"model": weights, "iteration": state.iteration}, folder.final_weights)
+            if again:
+                logger.warning(
+                    "wrote %s and %s again", folder.final_safetensors, folder.final_weights
+                )
         return TrainResult(
             folder=folder.root,
             weights=folder.final_weights,

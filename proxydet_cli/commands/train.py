@@ -380,7 +380,8 @@ def _run(
                 progress=training_progress(quiet=output.quiet),
             )
             if not output.quiet:
-                output.data(result, _summary(result, config))
+                done = "trained" if result.losses else "no step was left to do after"
+                output.data(result, _summary(result, config, done))
 
         @contextlib.contextmanager
         def held() -> Iterator[None]:
@@ -417,8 +418,8 @@ def _run(
             raise
 
 
-def _summary(result: TrainResult, config: RunConfig) -> str:
-    lines = [f"trained {result.iterations} iterations in {result.folder}"]
+def _summary(result: TrainResult, config: RunConfig, done: str = "trained") -> str:
+    lines = [f"{done} {result.iterations} iterations in {result.folder}"]
     if result.losses:
         lines.append(f"loss {result.losses['total']:.4g}")
     if result.best is not None:

@@ -83,6 +83,20 @@ def test_damaged_files_of_a_finished_run_are_written_again(first, drawn, tmp_pat
     assert finished_run(folder, settings) is not None
 
 
+def test_records_that_are_gone_are_written_again_and_named(first, tmp_path, caplog):
+    folder = RunFolder(shutil.copytree(first.folder, tmp_path / "run"))
+    settings = resolve_config(None, folder.config)
+    for path in (folder.config, folder.environment):
+        path.unlink()
+    early = folder.checkpoints / "step_0000004.pth"
+    run_training(settings, output=folder.root, resume=early)
+    assert folder.config.exists()
+    assert f"wrote {folder.config} and {folder.environment} again" in caplog.text
+    caplog.clear()
+    run_training(settings, output=tmp_path / "other", resume=early)
+    assert "again" not in caplog.text
+
+
 def test_every_part_of_the_method_has_a_loss(first):
     names = set(first.losses)
     assert {"cmm_loss_stage2", "image_loss_stage0", "loss_mask", "loss_centernet_loc"} <= names

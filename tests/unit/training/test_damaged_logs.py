@@ -58,7 +58,7 @@ def test_damaged_lines_are_passed_over(tmp_path):
     assert (result.iterations, result.losses, result.skipped) == (2, STEP["losses"], 0)
     assert result.evaluations == {2: EVALUATION["metrics"]}
     assert result.best is not None
-    assert "loss 1.5" in _summary(result)
+    assert "loss 1.5" in _summary(result, config)
     assert len(list(folder.plots.glob("*.png"))) == 2
     assert plot_run(folder, again=False) == []
 
@@ -75,8 +75,8 @@ def test_the_numbers_of_a_finished_run_are_those_of_its_end(tmp_path, caplog):
     result = finished_run(folder, config)
     assert result is not None
     assert (result.iterations, result.losses, result.skipped) == (2, {}, 0)
-    assert "trained 2 iterations" in _summary(result)
-    assert "loss" not in _summary(result)
+    assert "trained 2 iterations" in _summary(result, config)
+    assert "loss" not in _summary(result, config)
     assert f"{folder.metrics} " in caplog.text
     assert f"{folder.evaluations} " in caplog.text
     caplog.clear()
@@ -154,3 +154,16 @@ def test_a_log_that_had_no_record_yet_is_not_missed(toy, tmp_path, monkeypatch, 
     assert not RunFolder(tmp_path).metrics.exists()
     toy.run(tmp_path, {"log": {"period": 1}})
     assert "metrics.jsonl" not in caplog.text
+
+
+def test_only_weights_that_were_there_are_written_again(toy, tmp_path, caplog):
+    toy.run(tmp_path, {})
+    folder = RunFolder(tmp_path)
+    for path in (folder.final_weights, folder.final_safetensors):
+        path.write_bytes(path.read_bytes()[:-9])
+    toy.run(tmp_path, {})
+    assert f"wrote {folder.final_safetensors} and {folder.final_weights} again" in caplog.text
+    caplog.clear()
+    folder.final_weights.unlink()  # as by a kill
+    toy.run(tmp_path, {})
+    assert "again" not in caplog.text

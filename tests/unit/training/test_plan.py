@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,21 @@ def test_what_it_would_resume(tmp_path):
     occupy(tmp_path, plan(tmp_path).config)
     assert plan(tmp_path).resumes_after == 12
     assert "resumes after iteration 12" in plan(tmp_path).to_text()
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_what_overwriting_removes(tmp_path, cli):
+    words = ("train", "--recipe", "tiny", "--device", "cpu", "--output", tmp_path / "run")
+    words = (*words, "--dry-run", "--set", "seed=9")
+    _, out, _ = cli(*words, "--overwrite")
+    assert "(starts a new run)" in out
+    folder = occupy(tmp_path, plan(tmp_path, "training.iterations=20").config)
+    _, out, _ = cli(*words, "--overwrite")
+    assert "removes the run of 12 iterations that it holds" in out
+    assert "it holds" not in cli(*words, "--resume", "never")[1], "it is refused"
+    shutil.rmtree(folder.checkpoints)
+    folder.final_weights.touch()
+    assert cli(*words, "--overwrite", "--json").data["removes"] == 20
 
 
 def test_it_counts_the_steps_that_are_left(tmp_path, monkeypatch):

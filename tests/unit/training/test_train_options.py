@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,11 @@ def test_the_first_of_all_processes_writes_the_result(
     else:
         assert "trained 6 iterations" in written
         assert "next: proxydet eval --run 'runs/a b' --data" in written
+    # What was only written again was not trained.
+    mended = dataclasses.replace(RESULT, losses={})
+    monkeypatch.setattr("proxydet.training_run.run_training", lambda *_, **__: mended)
+    assert train() == 0
+    assert finished or "trained" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("validated", [False, True])

@@ -39,8 +39,8 @@ Format = Literal[
     "COCO JSON", "Pascal VOC", "YOLO", "labelme", "VGG VIA", "CVAT XML", "Label Studio JSON"
 ]
 _HEAD = 1 << 16
-_ENDS = 1 << 20
-"""Bytes at both ends of labelme's files that tell whether one has changed: shapes stand before or behind the image."""
+_REMEMBERED = 1 << 20
+"""Bytes of a file from which its digest is remembered: labelme's hold the images too."""
 _MOST_ROOTS = 64
 """Folders in which the images of a file are looked for."""
 
@@ -121,11 +121,23 @@ def image_folders(path: Path) -> tuple[Path, ...]:
     return (path,) if path.is_dir() else ()
 
 
+def with_folders(source: AnnotationSource) -> AnnotationSource:
+    """Return a source with the folders of its images, for formats that may not hold their sizes and without a rule for them."""
+    if source.images or format_of(source.path) not in ("labelme", "VGG VIA", "Label Studio JSON"):
+        return source
+    return replace(source, images=_near(source.path))
+
+
+def _near(path: Path) -> tuple[Path, ...]:
+    own = path if path.is_dir() else path.parent
+    return tuple(folder for folder in (own, own / "images") if folder.is_dir())
+
+
 def digest(source: AnnotationSource, memory: Path) -> str:
     """Return a digest of what `read` reads.
 
     Args:
-        source: The annotations.
+        source: The annotations, as of `with_folders`.
         memory: Folder of remembered digests.
 
     Raises:
@@ -133,14 +145,11 @@ def digest(source: AnnotationSource, memory: Path) -> str:
     """
     found = format_of(source.path)
     images: list[tuple[str, Path]] = []
-    listed = ""
     files = [source.path]
     if found in ("Pascal VOC", None):
         files = voc.files(source.path)
-    elif found == "labelme":  # its files hold the images too, and can be large
-        files, images = [], _below(source.images)
-        named = ((file.name, file) for file in labelme.files(source.path))
-        listed = stamp(named, ends=_ENDS)
+    elif found == "labelme":
+        files, images = labelme.files(source.path), _below(source.images)
     elif found in ("VGG VIA", "Label Studio JSON"):
         images = _below(source.images)
     elif found == "YOLO":
@@ -152,14 +161,14 @@ def digest(source: AnnotationSource, memory: Path) -> str:
         digests = []
         for file in files:
             try:
-                digests.append(f"{file.name} {sha256(file)}")
+                digests.append(f"{_called(file, source.path)} {_sha256(file, memory)}")
             except OSError as error:
                 raise DataError(
                     f"cannot read {file}: {error.strerror or error}",
                     hint="check that it is a file that you may read",
                     path=file,
                 ) from error
-        listed += "\n".join(digests)
+        listed = "\n".join(digests)
         listed += f"\nimages {stamp(images)}" if images else ""
         whole = hashlib.sha256(listed.encode("utf-8", "surrogateescape")).hexdigest()
     if found == "Pascal VOC" and voc.first_pixel(source.path) == 0:  # which other files decide
@@ -169,6 +178,17 @@ def digest(source: AnnotationSource, memory: Path) -> str:
     return hashlib.sha256(
         f"{whole} {source.part} {source.share} {source.seed}".encode()
     ).hexdigest()
+
+
+def _called(file: Path, above: Path) -> str:
+    inside = file != above and file.is_relative_to(above)
+    return file.relative_to(above).as_posix() if inside else file.name
+
+
+def _sha256(file: Path, memory: Path) -> str:
+    if file.stat().st_size < _REMEMBERED:
+        return sha256(file)
+    return remembered_sha256(file, memory, error=DataError)
 
 
 def _below(roots: Sequence[Path]) -> list[tuple[str, Path]]:
@@ -183,7 +203,7 @@ def read(source: AnnotationSource, name: str, report: StoreReport) -> Document:
     """Read annotations; the readers say what they raise.
 
     Args:
-        source: The annotations.
+        source: The annotations, as of `with_folders`.
         name: What to call them in messages.
         report: Where deviations of the file are counted.
     """
@@ -549,5 +569,4 @@ def _image_candidates(path: Path, root: Path) -> tuple[Path, ...]:
         apart = len(Path(os.path.relpath(folder, own)).parts)
         return _part_of(folder, root) not in ("", part), apart, str(folder)
 
-    near = [folder for folder in (own, own / "images") if folder.is_dir()]
-    return tuple(dict.fromkeys([*near, *sorted(holding, key=order)]))
+    return tuple(dict.fromkeys([*_near(path), *sorted(holding, key=order)]))

@@ -46,7 +46,7 @@ from proxydet.data.formats.reader import (
     no_garbage_collection,
     other_spelling,
 )
-from proxydet.data.sources import AnnotationSource, digest, read
+from proxydet.data.sources import AnnotationSource, digest, read, with_folders
 from proxydet.errors import DataError
 from proxydet.files import build_once, discard, staged
 from proxydet.paths import cache_folder
@@ -554,7 +554,9 @@ class AnnotationStore:
 
 
 def _as_source(source: AnnotationSource | Path | str) -> AnnotationSource:
-    return source if isinstance(source, AnnotationSource) else AnnotationSource(path=Path(source))
+    return with_folders(
+        source if isinstance(source, AnnotationSource) else AnnotationSource(path=Path(source))
+    )
 
 
 def build_store(

@@ -439,27 +439,19 @@ def images_below(folder: Path) -> list[Path]:
     return files_below(folder, sorted(readable_suffixes()))
 
 
-def stamp(named: Iterable[tuple[str, Path]], ends: int = 0) -> str:
-    """Return a digest of files that are not worth reading whole: of their names and sizes, the same wherever they lie.
+def stamp(named: Iterable[tuple[str, Path]]) -> str:
+    """Return a digest of the names and sizes of files that are not worth reading whole, the same wherever they lie.
 
     Args:
         named: What each file is called, and where it is.
-        ends: Bytes of the beginning and the end of each that are part of it.
     """
     digest = hashlib.sha256()
     for name, path in named:
         try:
             size = path.stat().st_size
-            parts = b""
-            if ends:
-                with open_regular(path) as file:
-                    parts = file.read(ends)
-                    file.seek(max(size - ends, 0))
-                    parts += file.read(ends)
         except OSError:
             continue
-        line = f"{name} {size} {len(parts)}\n"
-        digest.update(line.encode("utf-8", "surrogateescape") + parts)
+        digest.update(f"{name} {size}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 

@@ -79,7 +79,7 @@ def read(source: Path, roots: Sequence[Path], report: StoreReport) -> Document:
 
     Args:
         source: The file.
-        roots: Folders of the images; without any, the file's own and ``images`` next to it.
+        roots: Folders of the images.
         report: Where deviations are counted.
 
     Raises:
@@ -87,7 +87,6 @@ def read(source: Path, roots: Sequence[Path], report: StoreReport) -> Document:
     """
     data = read_bytes(source, _LARGEST_FILE, _HINT)
     records = decode_json(data, list[dict[str, Any]], source, "an export of Label Studio", _HINT)
-    folders = tuple(roots) or (source.parent, source.parent / "images")
     tasks = [_opened(record) for record in records]
     predicted = not any(submitted for _, submitted, _ in tasks) and any(p for _, _, p in tasks)
     if predicted:
@@ -103,10 +102,10 @@ def read(source: Path, roots: Sequence[Path], report: StoreReport) -> Document:
             report.count("image.annotations", [name])
         true = [annotation for annotation in listed if annotation.ground_truth]
         newest = max(true or listed, key=lambda entry: str(entry.created_at or ""))
-        chosen.append((_on_disk(name, folders), newest.result))
+        chosen.append((_on_disk(name, roots), newest.result))
     sizes = [_size(result) for _, result in chosen]
     absent = [
-        None if size else found_image(name, folders)
+        None if size else found_image(name, roots)
         for (name, _), size in zip(chosen, sizes, strict=True)
     ]
     turned: list[str] = []

@@ -62,7 +62,7 @@ def read(source: Path, roots: Sequence[Path]) -> Document:
 
     Args:
         source: A file, or a folder that is searched with those below it.
-        roots: Folders of the images; without any, each file's own folder.
+        roots: Folders of the images, for files that do not hold their sizes.
 
     Raises:
         DataError: a file cannot be read, or is not labelme's.
@@ -81,7 +81,7 @@ def read(source: Path, roots: Sequence[Path]) -> Document:
         name = (place / name).as_posix()
         sides = [number(content.imageHeight), number(content.imageWidth)]
         size = (int(sides[0] or 0), int(sides[1] or 0)) if all(sides) else None
-        image = None if size else found_image(name, tuple(roots) or (above, path.parent))
+        image = None if size else found_image(name, roots)
         opened.append((path, name, size, image, content.shapes))
     headers = sizes_of([image for _, _, _, image, _ in opened])
     for (path, name, size, _, shapes), header in zip(opened, headers, strict=True):

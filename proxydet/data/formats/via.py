@@ -59,7 +59,7 @@ def read(source: Path, roots: Sequence[Path]) -> Document:
 
     Args:
         source: The file.
-        roots: Folders of the images, whose sizes VIA does not write; without any, the file's own.
+        roots: Folders of the images, whose sizes VIA does not write.
 
     Raises:
         DataError: the file cannot be read, or is not VIA's.
@@ -82,7 +82,7 @@ def read(source: Path, roots: Sequence[Path]) -> Document:
         options = declared[attribute].get("options")
         names = [name for name in options if name.strip()] if isinstance(options, dict) else []
     found = Objects()
-    images = [found_image(entry.filename, tuple(roots) or (source.parent,)) for entry in entries]
+    images = [found_image(entry.filename, roots) for entry in entries]
     for entry, listed, size in zip(entries, regions, sizes_of(images), strict=True):
         found.image(entry.filename, size, "image.file")
         found.begin(entry.filename)

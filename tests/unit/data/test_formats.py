@@ -675,6 +675,33 @@ def test_a_set_that_was_moved_is_the_same_and_a_changed_one_another(
     assert digest(here) != before
 
 
+def test_a_change_anywhere_in_a_large_labelme_file_is_seen(tmp_path: Path) -> None:
+    write_labelme(tmp_path, "ab")
+    path = tmp_path / "a.json"
+    content = json.loads(path.read_text())
+    large = {"imageData": "A" * (2 << 20), **content, "lineColor": "A" * (2 << 20)}
+    path.write_text(json.dumps(large | {"imageData": "A" * (2 << 20)}))
+    before = found(opened(tmp_path, tmp_path / "c"))["a"]
+    path.write_text(path.read_text().replace("dog", "cow"))
+    after = found(opened(tmp_path, tmp_path / "c"))["a"]
+    assert after == [("cow" if name == "dog" else name, box) for name, box in before]
+
+
+@pytest.mark.parametrize("kind", ["labelme", "VGG VIA", "Label Studio JSON"])
+def test_a_path_alone_follows_the_sizes_of_its_images(kind: str, tmp_path: Path) -> None:
+    path = WRITERS[kind](tmp_path / "set", "a")
+    file = path / "a.json" if path.is_dir() else path
+    text = file.read_text()
+    for key in ("imageHeight", "imageWidth", "original_height", "original_width"):
+        text = text.replace(key, f"other_{key}")
+    file.write_text(text)
+    store = AnnotationStore.open(path, cache=tmp_path / "c", warn=False)
+    assert store.sizes_I2.tolist() == [[30, 40]]
+    photo(next(tmp_path.rglob("a.jpg")), (80, 60))
+    store = AnnotationStore.open(path, cache=tmp_path / "c", warn=False)
+    assert store.sizes_I2.tolist() == [[60, 80]]
+
+
 @pytest.mark.parametrize(
     ("text", "match"),
     [

@@ -15,7 +15,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 from xml.parsers import expat
 
 import msgspec
@@ -41,9 +41,13 @@ MOST_FILES = 1_000_000
 _CHUNK = 16384
 _READERS = 8
 _PIECE = 1 << 16
-_LARGEST_MASK = 1 << 28
-"""Pixels of an image whose mask is decoded from another format's run lengths, at one byte each."""
-_CORNERS_OF_ELLIPSE = 48
+MOST_RUNS = 1 << 20
+"""Runs of a mask, along rows or along columns."""
+LARGEST_MASK = 1 << 26
+"""Pixels of a mask that is decoded from an image or from brush strokes, at a byte each."""
+_ANGLE_P = np.linspace(0, 2 * np.pi, 48, endpoint=False)
+_CIRCLE_P2 = np.stack([np.cos(_ANGLE_P), np.sin(_ANGLE_P)], axis=1)
+"""The corners of an ellipse's outline, of radius 1."""
 _PART_WORDS = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
     "test": "test", "testing": "test",
@@ -101,7 +105,7 @@ class Objects:
         label: str,
         *,
         box: Sequence[float | None] | None = None,
-        polygons: list[list[float]] | None = None,
+        polygons: Sequence[Sequence[float]] | None = None,
         counts: bytes | None = None,
         size: tuple[int, int] = (0, 0),
         ignore: bool = False,
@@ -112,7 +116,7 @@ class Objects:
             image: Id of its image.
             label: Its class; without one it is dropped and counted.
             box: Left, top, right, bottom in pixels; one that is not four numbers is dropped and counted.
-            polygons: Outlines, x, y, x, y, ... in pixels.
+            polygons: Outlines, each x, y, x, y, ... in pixels or an `Ellipse`.
             counts: Its mask as COCO's run lengths.
             size: Height and width of the image, for the mask.
             ignore: Whether scoring ignores it.
@@ -155,12 +159,13 @@ class Objects:
             image, label, corners, polygons, counts, size, ignore = row
             if not label:
                 return Flaw("annotation.category_id", called(index))
-            xywh, mask = None, None
+            xywh = None
+            mask: list[list[float]] | RunLengths | None = None
             if corners is not None and None not in corners:
                 left, top, right, bottom = corners
                 xywh = (left, top, right - left, bottom - top)
             if polygons:
-                mask = polygons
+                mask = polygons = [o.outline() if isinstance(o, Ellipse) else o for o in polygons]
                 usable = [v for outline in polygons if len(outline) >= 6 for v in outline]
                 if usable and corners is None:
                     left, top, right, bottom = extent(usable)
@@ -219,13 +224,21 @@ def _area(
 # --- Outlines and masks ------------------------------------------------------------------------------------------------
 
 
-def ellipse(
-    center: tuple[float, float], radii: tuple[float, float], degrees: float = 0.0
-) -> list[float]:
-    """Return the outline of an ellipse, turned clockwise on the screen, as x, y, x, y, ... in pixels."""
-    angle_P = np.linspace(0, 2 * np.pi, _CORNERS_OF_ELLIPSE, endpoint=False)
-    points_P2 = np.stack([radii[0] * np.cos(angle_P), radii[1] * np.sin(angle_P)], axis=1)
-    return _turned(points_P2, degrees, center)
+class Ellipse(NamedTuple):
+    """An ellipse as its format has it: 5 numbers in memory, until its outline is wanted."""
+
+    degrees: float
+    """By which it is turned, clockwise on the screen."""
+    x: float
+    """Pixels, of the center."""
+    y: float
+    radius_x: float
+    """Pixels, before it is turned."""
+    radius_y: float
+
+    def outline(self) -> list[float]:
+        """Return x, y, x, y, ... in pixels."""
+        return _turned(_CIRCLE_P2 * (self.radius_x, self.radius_y), self.degrees, (self.x, self.y))
 
 
 def turned_box(
@@ -255,7 +268,7 @@ def extent(flat: Sequence[float]) -> tuple[float, float, float, float]:
 def paste(
     crop_hw: npt.NDArray[np.bool_], left: int, top: int, size: tuple[int, int]
 ) -> bytes | None:
-    """Return the run lengths of a mask that covers a part of an image; None where the image is too large.
+    """Return the run lengths of a mask that covers a part of an image; None as of `paste_rows`.
 
     Args:
         crop_hw: bool (h, w).
@@ -263,16 +276,62 @@ def paste(
         top: Pixels of the image above it.
         size: Height and width of the image.
     """
-    if size[0] * size[1] > _LARGEST_MASK:
+    flat = crop_hw.reshape(-1)
+    changes = flat[1:] != flat[:-1]
+    if not flat.size or np.count_nonzero(changes) > MOST_RUNS:
         return None
-    whole_HW = np.zeros(size, dtype=np.uint8, order="F")
-    bottom, right = min(size[0], top + crop_hw.shape[0]), min(size[1], left + crop_hw.shape[1])
-    first_y, first_x = max(top, 0), max(left, 0)
-    if bottom > first_y and right > first_x:
-        part_hw = crop_hw[first_y - top : bottom - top, first_x - left : right - left]
-        whole_HW[first_y:bottom, first_x:right] = part_hw
-    counts: bytes = coco_mask.encode(whole_HW)["counts"]
+    inner = (np.flatnonzero(changes) + 1).tolist()
+    ends = [*[0][: int(flat[0])], *inner, *[flat.size][: int(flat[-1])]]
+    return paste_rows(np.array(ends, dtype=np.int64), crop_hw.shape[1], left, top, size)
+
+
+def paste_rows(
+    ends_E: npt.NDArray[np.int64], width: int, left: int, top: int, size: tuple[int, int]
+) -> bytes | None:
+    """Return the run lengths of a mask that covers a part of an image, without drawing it.
+
+    Args:
+        ends_E: Where, counted along its rows, each of its runs begins and ends, one after the other.
+        width: Pixels of its rows.
+        left: Pixels of the image left of it.
+        top: Pixels of the image above it.
+        size: Height and width of the image.
+
+    Returns:
+        COCO's run lengths; None for an image too large for them, or for more runs than `MOST_RUNS`.
+    """
+    height, whole = size[0], size[0] * size[1]
+    if not 0 < whole <= LARGEST_IMAGE or len(ends_E) > 2 * MOST_RUNS:
+        return None
+    begin, end = ends_E[0::2], ends_E[1::2]
+    begin, end = begin[end > begin], end[end > begin]
+    (y0, x0), (y1, x1) = np.divmod(begin, width), np.divmod(end - 1, width)
+    # A run is up to three rectangles: what it has of its first row, whole rows, what it has of its last.
+    none, all_of_it = np.zeros_like(y0), np.full_like(y0, width)
+    first = np.stack([y0, y0 + 1, x0, np.where(y0 == y1, x1 + 1, width)])
+    rows = np.stack([y0 + 1, y1, none, all_of_it])[:, y1 > y0 + 1]
+    last = np.stack([y1, y1 + 1, none, x1 + 1])[:, y1 > y0]
+    above, below, before, behind = np.concatenate([first, rows, last], axis=1)
+    above, below = (np.clip(y + top, 0, height) for y in (above, below))
+    before, behind = (np.clip(x + left, 0, size[1]) for x in (before, behind))
+    # Down a column the mask changes at the upper and the lower edge of each; where two meet, it does not.
+    corners = [y * (size[1] + 1) + x for y in (above, below) for x in (before, behind)]
+    edge_y, edge_x = np.divmod(_odd(np.concatenate(corners)), size[1] + 1)
+    length = edge_x[1::2] - edge_x[0::2]
+    if length.sum() > MOST_RUNS:
+        return None
+    column = np.repeat(edge_x[0::2] - np.cumsum(length) + length, length) + np.arange(length.sum())
+    changes = _odd(column * height + np.repeat(edge_y[0::2], length))
+    runs = np.diff(changes[changes < whole], prepend=0, append=whole)
+    counts: bytes = coco_mask.frPyObjects({"size": list(size), "counts": runs}, *size)["counts"]
     return counts
+
+
+def _odd(values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return the values, sorted, that are there an odd number of times."""
+    found, times = np.unique(values, return_counts=True)
+    odd: npt.NDArray[np.int64] = found[times % 2 == 1]
+    return odd
 
 
 def number(value: object) -> float | None:
@@ -315,7 +374,8 @@ def read_bytes(path: Path, limit: int, hint: str) -> bytes:
     """
     try:
         with open_regular(path) as file:
-            data = file.read(limit + 1)
+            # Python sets aside what may be read, not what is there.
+            data = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
         refuse_placeholder(data)
     except PlaceholderError as error:
         raise DataError(

@@ -10,12 +10,13 @@ import numpy as np
 
 from proxydet.data.deviations import StoreReport
 from proxydet.data.formats.collected import (
+    MOST_RUNS,
+    Ellipse,
     Objects,
-    ellipse,
     number,
     numbers,
     part_of_word,
-    paste,
+    paste_rows,
     refuse_entities,
     turned_box,
 )
@@ -83,10 +84,7 @@ def read(source: Path, part: str | None, report: StoreReport) -> Document:
                 found.add(name, label, polygons=None if flat is None else [flat])
             elif kind == "ellipse":
                 values = numbers([shape.get(key) for key in ("cx", "cy", "rx", "ry")])
-                outline = None
-                if values:
-                    outline = [ellipse((values[0], values[1]), (values[2], values[3]), degrees)]
-                found.add(name, label, polygons=outline)
+                found.add(name, label, polygons=[Ellipse(degrees, *values)] if values else None)
             elif kind == "mask":
                 counts, box = _mask(shape, size)
                 found.add(name, label, box=box, counts=counts, size=size)
@@ -166,13 +164,13 @@ def _mask(
         return None, None
     left, top, width, height = (int(value) for value in values)
     box = [float(left), float(top), float(left + width), float(top + height)]
-    runs = numbers((shape.get("rle") or "").split(","))
+    text = shape.get("rle") or ""
+    runs = None if text.count(",") > 2 * MOST_RUNS else numbers(text.split(","))
     sound = runs is not None and all(run >= 0 and run.is_integer() for run in runs)
     sound = sound and sum(runs or ()) == width * height
-    inside = min(left, top, width, height) >= 0 and width * height <= size[0] * size[1]
+    inside = min(left, top, width - 1, height - 1) >= 0 and width * height <= size[0] * size[1]
     if runs is None or not sound or not inside:
         return None, box
-    lengths = np.array(runs, dtype=np.int64)
-    crop_hw = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(height, width)
-    counts = paste(crop_hw, left, top, size)
+    ends_E = np.cumsum(np.array(runs, dtype=np.int64))[: len(runs) // 2 * 2]
+    counts = paste_rows(ends_E, width, left, top, size)
     return counts, None if counts else box

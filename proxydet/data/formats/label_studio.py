@@ -17,9 +17,10 @@ import numpy.typing as npt
 
 from proxydet.data.deviations import StoreReport
 from proxydet.data.formats.collected import (
+    LARGEST_MASK,
+    Ellipse,
     Objects,
     decode_json,
-    ellipse,
     flat_points,
     found_image,
     number,
@@ -33,8 +34,6 @@ from proxydet.data.formats.reader import Document
 from proxydet.data.images import readable_suffixes
 
 _LARGEST_FILE = 512 << 20
-_LARGEST_MASK = 1 << 26
-"""Pixels of an image whose brush strokes are decoded, at four bytes each."""
 _HINT = "export the project from Label Studio as JSON, JSON-MIN, COCO or YOLO"
 _IMAGE_KEYS = ("image", "img", "photo", "ocr", "url")
 _MOST_PARTS = 10
@@ -254,7 +253,7 @@ def _add(
             found.add(image, label)
         else:
             x, y, rx, ry = (v * (height if i % 2 else width) / 100 for i, v in enumerate(percent))
-            found.add(image, label, polygons=[ellipse((x, y), (rx, ry), degrees)])
+            found.add(image, label, polygons=[Ellipse(degrees, x, y, rx, ry)])
     elif kind == _BRUSH:
         mask_HW = decode_brush(value.get("rle"), size)
         counts = None if mask_HW is None else paste(mask_HW, 0, 0, size)
@@ -281,7 +280,7 @@ def decode_brush(values: object, size: tuple[int, int]) -> npt.NDArray[np.bool_]
         size: Height and width of the image.
     """
     pixels = size[0] * size[1]
-    if not isinstance(values, list) or pixels > _LARGEST_MASK or len(values) > 6 * pixels + 64:
+    if not isinstance(values, list) or pixels > LARGEST_MASK or len(values) > 6 * pixels + 64:
         return None
     try:
         bits = np.unpackbits(np.array(values, dtype=np.int64).astype(np.uint8, casting="unsafe"))
@@ -299,23 +298,27 @@ def decode_brush(values: object, size: tuple[int, int]) -> npt.NDArray[np.bool_]
         if take(32) != 4 * pixels or take(5) + 1 != _WORD:
             return None
         lengths = [take(4) + 1 for _ in range(4)]
-        rgba = np.zeros(4 * pixels, dtype=np.uint8)
+        mask_HW = np.zeros(
+            pixels, dtype=np.bool_
+        )  # of the four values of a pixel only the last counts
         at = 0
-        while at < len(rgba):
+        while at < 4 * pixels:
             run = take(1)
             end = at + 1 + take(lengths[take(2)])
-            if end > len(rgba):
+            if end > 4 * pixels:
                 return None
             if run:
-                rgba[at:end] = take(_WORD)
+                mask_HW[at // 4 : end // 4] = take(_WORD) > 0
             else:
                 literal = bits[place : place + _WORD * (end - at)]
-                rgba[at:end] = np.packbits(literal)
+                if len(literal) < _WORD * (end - at):
+                    return None
+                mask_HW[at // 4 : end // 4] = np.packbits(literal)[3 - at % 4 :: 4] > 0
                 place += _WORD * (end - at)
             at = end
     except ValueError:  # the bits end before the image does
         return None
-    return rgba[3::4].reshape(size) > 0
+    return mask_HW.reshape(size)
 
 
 def encode_brush(mask_HW: npt.NDArray[np.bool_]) -> list[int]:

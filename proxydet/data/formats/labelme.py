@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-import binascii
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +11,13 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from PIL import Image
 
 from proxydet.data.formats.collected import (
+    LARGEST_MASK,
+    Ellipse,
     Objects,
     decode_json,
-    ellipse,
     extent,
     files_below,
     flat_points,
@@ -26,8 +28,6 @@ from proxydet.data.formats.collected import (
     sizes_of,
 )
 from proxydet.data.formats.reader import Document
-from proxydet.data.images import open_image
-from proxydet.errors import DataError
 
 _LARGEST_FILE = 256 << 20
 """Bytes of a file: labelme stores the image itself in it."""
@@ -95,7 +95,7 @@ def read(source: Path, roots: Sequence[Path]) -> Document:
 def _add_shapes(
     found: Objects, image: str, size: tuple[int, int], shapes: list[dict[str, Any]]
 ) -> None:
-    groups: dict[tuple[str, str], list[list[float]]] = {}
+    groups: dict[tuple[str, str], list[Sequence[float]]] = {}
     for shape in shapes:
         label = "" if shape.get("label") is None else str(shape["label"])
         flat = flat_points(shape.get("points")) or []
@@ -108,11 +108,12 @@ def _add_shapes(
         elif kind == "rectangle":
             found.add(image, label, box=extent(flat) if len(flat) in (4, 8) else None)
         elif kind in ("polygon", "circle", "oriented_rectangle"):
+            outline: Sequence[float] = flat
             if kind == "circle" and len(flat) == 4:
                 radius = math.dist(flat[:2], flat[2:])
-                flat = ellipse((flat[0], flat[1]), (radius, radius))
+                outline = Ellipse(0, flat[0], flat[1], radius, radius)
             outlines = [] if group is None else groups.setdefault((label, str(group)), [])
-            outlines.append(flat)
+            outlines.append(outline)
             if len(outlines) == 1:
                 found.add(image, label, polygons=outlines)
             else:
@@ -124,10 +125,17 @@ def _add_shapes(
 def _mask(text: object, box: Sequence[float], size: tuple[int, int]) -> bytes | None:
     """Return the run lengths of a mask, a PNG in base64 of what the box holds; None where it cannot be read."""
     try:
-        image = open_image(base64.b64decode(str(text), validate=True), name="a mask")
-    except (DataError, binascii.Error, ValueError):
+        data = base64.b64decode(str(text), validate=True)
+        # By its header, before Pillow opens it: a PNG of some kilobytes may hold a billion pixels.
+        width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))
+        if height > size[0] or width > size[1] or width * height > LARGEST_MASK or min(box) < 0:
+            return None
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            light = image.mode in ("1", "L", "P")
+            if image.size != (width, height) or not (light or width * height <= LARGEST_MASK // 8):
+                return None
+            plain = image if image.mode in ("1", "L") else image.convert("L")
+            crop_hw = np.asarray(plain) > 0
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
-    if image.width * image.height > size[0] * size[1] or min(box) < 0:
-        return None
-    crop_hw = np.asarray(image.convert("L")) > 0
     return paste(crop_hw, round(box[0]), round(box[1]), size)

@@ -14,9 +14,9 @@ from typing import Any
 import msgspec
 
 from proxydet.data.formats.collected import (
+    Ellipse,
     Objects,
     decode_json,
-    ellipse,
     found_image,
     number,
     numbers,
@@ -117,11 +117,7 @@ def _add(found: Objects, image: str, region: dict[str, Any], attribute: str) -> 
             found.add(image, label)
         else:
             turned = math.degrees(number(shape.get("theta")) or 0)
-            found.add(
-                image,
-                label,
-                polygons=[ellipse((values[0], values[1]), (values[2], values[3]), turned)],
-            )
+            found.add(image, label, polygons=[Ellipse(turned, *values)])
     else:
         found.flaw("annotation.shape")
 

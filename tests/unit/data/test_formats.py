@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import tempfile
+import tracemalloc
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -563,6 +564,70 @@ def test_cvat_masks_ellipses_turned_boxes_and_subsets(tmp_path: Path) -> None:
         [True, False, False],
     ]
     assert store.report.counts == {"annotation.shape": 1, "annotation.rotation": 1}
+
+
+def test_cvat_masks_are_drawn_as_their_runs_say(tmp_path: Path) -> None:
+    path = write_cvat(tmp_path, "b")  # 64 x 48
+    random, shapes, drawn = np.random.default_rng(0), "", []
+    for density in (0.02, 0.1, 0.5, 0.9, 1.0):
+        crop_hw = random.random((20, 30)) < density
+        crop_hw[5:9] = True  # one run over several rows
+        left, top = int(random.integers(0, 50)), int(random.integers(0, 40))
+        ends = np.flatnonzero(np.diff(crop_hw.reshape(-1), prepend=False, append=False)).tolist()
+        runs = np.diff([0, *ends, crop_hw.size]).tolist()
+        shapes += f'<mask label="dog" rle="{", ".join(map(str, runs))}" left="{left}" top="{top}" width="30" height="20"/>'
+        whole_HW = np.zeros((48, 64), dtype=np.bool_)
+        part_HW = whole_HW[top : top + 20, left : left + 30]
+        part_HW[:] = crop_hw[: part_HW.shape[0], : part_HW.shape[1]]
+        drawn.append(whole_HW)
+    path.write_text(path.read_text().replace("</image>", f"{shapes}</image>", 1))
+    store = opened(path, tmp_path / "c", tmp_path)
+    masks = [decode(store.rle(row), (48, 64)) for row in range(1, 6)]
+    assert np.array_equal(masks, drawn)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", ["CVAT XML", "labelme", "Label Studio JSON"])
+def test_small_files_with_huge_masks_take_little_memory(kind: str, tmp_path: Path) -> None:
+    side = 8192 if kind == "Label Studio JSON" else 16000
+    if kind == "CVAT XML":
+        path = tmp_path / "a.xml"
+        path.write_text(
+            f'<annotations><image id="0" name="a.png" width="{side}" height="{side}"><mask label="dog" left="0" top="0" '
+            f'width="{side}" height="{side}" rle="0,{side**2}"/></image></annotations>'
+        )
+    elif kind == "labelme":
+        path = tmp_path / "a.json"
+        png = io.BytesIO()
+        Image.new("1", (side, side), 1).save(png, "PNG")
+        shape = {
+            "label": "dog",
+            "shape_type": "mask",
+            "points": [[0, 0], [side - 1, side - 1]],
+            "mask": base64.b64encode(png.getvalue()).decode(),
+        }
+        sizes = {"imagePath": "a.png", "imageHeight": side, "imageWidth": side}
+        path.write_text(json.dumps({"version": "5", "flags": {}, "shapes": [shape], **sizes}))
+    else:
+        path = tmp_path / "a.json"
+        strokes = encode_brush(np.ones((side, side), dtype=np.bool_))
+        region = {
+            "type": "brushlabels",
+            "original_width": side,
+            "original_height": side,
+            "value": {"format": "rle", "rle": strokes, "brushlabels": ["dog"]},
+        }
+        tasks = [{"data": {"image": "a.png"}, "annotations": [{"result": [region]}]}]
+        path.write_text(json.dumps(tasks))
+    tracemalloc.start()
+    try:
+        store = opened(path, tmp_path / "c", tmp_path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 160 << 20
+    if kind == "CVAT XML":
+        assert store.column("area").tolist() == [side**2]
 
 
 def test_label_studio_strokes_turned_boxes_and_several_annotators(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import combinations
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,7 @@ from proxydet.data.dataset import (
     inner_root,
     names_annotations,
 )
+from proxydet.data.formats.collected import found_image
 from proxydet.data.formats.voc import coco_files
 from proxydet.data.image_labels import TarImages, open_label_images
 from proxydet.data.images import (
@@ -36,9 +38,10 @@ from proxydet.data.images import (
     require_end,
 )
 from proxydet.data.protocol import PROTOCOL_NAMES, Protocol, protocol_of
-from proxydet.data.sources import AnnotationSource, holds_annotations, look
+from proxydet.data.sources import AnnotationSource, Format, holds_annotations, look
 from proxydet.data.store import AnnotationStore
 from proxydet.errors import DataError, InputError
+from proxydet.files import sha256
 from proxydet.reporting import SILENT, Progress
 from proxydet.vocabulary.vocabulary import Vocabulary
 from proxydet.wording import counted, first_of
@@ -164,6 +167,75 @@ def _any_image(store: AnnotationStore, roots: tuple[Path, ...]) -> bool:
     return False
 
 
+def compare_parts(
+    stores: dict[str, AnnotationStore],
+    roots: dict[str, tuple[Path, ...]],
+    base_names: frozenset[str] | None = None,
+) -> list[tuple[str, str, str]]:
+    """Compare the parts of a data set: images in two of them, classes only in one, names equal but for case.
+
+    Args:
+        stores: The annotations of each part.
+        roots: Folders of the images of each part.
+        base_names: Classes that training may use; None means all.
+
+    Returns:
+        Of each finding the part, what was found, and advice.
+    """
+    found = []
+    for one, other in combinations(stores, 2):
+        by_last = [
+            {name.replace("\\", "/").rpartition("/")[2]: name for name in names if name}
+            for names in (
+                [stores[part].file_name(row) for row in range(len(stores[part]))]
+                for part in (one, other)
+            )
+        ]
+        same = []
+        for last, name in by_last[0].items():
+            if last in by_last[1]:
+                first = found_image(name, roots[one])
+                second = found_image(by_last[1][last], roots[other])
+                if first and second and _same_content(first, second):
+                    same.append(str(first))
+        if same:
+            are = "is" if len(same) == 1 else "are"
+            text = f"{counted(len(same), 'image')} of {one} {are} in {other} too, e.g. {same[0]}"
+            advice = "scores count images that were trained on: remove them"
+            if one != "train":
+                advice = f"{other} is then no check on what was chosen by {one}: remove them"
+            found.append((other, text, advice))
+    used = {
+        part: {store.categories[row].name.strip() for row in np.unique(store.column("category"))}
+        for part, store in stores.items()
+    }
+    for part in ("val", "test"):
+        lone = sorted(used.get(part, set()) - used.get("train", set()))
+        lone = [name for name in lone if base_names is None or name in base_names]
+        if lone and "train" in used:
+            shown = first_of([repr(name) for name in lone])
+            text = f"{counted(len(lone), 'class has', 'classes have')} objects in {part} and none in train: {shown}"
+            found.append((part, text, "nothing is trained for them"))
+    spelt: dict[str, set[str]] = {}
+    for store in stores.values():
+        for name in (category.name.strip() for category in store.categories):
+            spelt.setdefault(name.casefold(), set()).add(name)
+    twice = [" and ".join(map(repr, sorted(names))) for names in spelt.values() if len(names) > 1]
+    if twice:
+        text = f"class names that are equal but for case: {first_of(twice)}"
+        found.append((next(iter(stores)), text, "they are different classes: write one name"))
+    return found
+
+
+def _same_content(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other) or (
+            one.stat().st_size == other.stat().st_size and sha256(one) == sha256(other)
+        )
+    except OSError:
+        return False
+
+
 @dataclass(kw_only=True)
 class _Checker:
     cache: Path | None
@@ -219,7 +291,8 @@ class _Checker:
             self.add("root", "ok", counted(len(configs), "dataset config"))
         elif not unprepared:
             text = (
-                f"{root} holds neither a dataset config (*.toml) nor annotations of a known format"
+                f"{root} holds neither a dataset config (*.toml) nor annotations of a known format: "
+                + ", ".join(get_args(Format))
             )
             named = coco_files(root)
             advice = f"name the annotation file: {first_of(named)}" if named else ""
@@ -227,7 +300,7 @@ class _Checker:
                 advice
                 or inner_root(root)
                 or (
-                    "name the folder of an export (COCO, YOLO, Pascal VOC, labelme, VGG VIA, CVAT, Label Studio), or its "
+                    "name the folder of an export, or its "
                     "annotation file; for the published data sets run: proxydet download lvis coco metadata; then: proxydet data prepare lvis"
                 )
             )
@@ -248,10 +321,12 @@ class _Checker:
         for line in found.damaged:
             self.add("annotations", "warning", f"{line}: not checked", "get the file again")
         reports = []
+        stores: dict[str, AnnotationStore] = {}
         for name, source in found.parts.items():
             part = name or "annotations"
             store = self._store(source, part)
             if store is not None:
+                stores[part] = store
                 self._trainable(store, np.ones(len(store.categories), dtype=np.bool_), part)
                 unnamed = store.report.counts.get("image.name")
                 if unnamed:
@@ -269,11 +344,23 @@ class _Checker:
                     advice = "name the folder of both, or a dataset config: proxydet data init --images FOLDER"
                     self.add("images", "warning", text, advice)
                     self.unchecked.append("images (none is next to the file)")
+            if name == [*found.parts][-1]:
+                roots = {part: found.parts[part if name else ""].images for part in stores}
+                self._compare(stores, roots)
             if not path.is_dir() or len(found.parts) == 1:
                 reports.append(self.report(str(path)))
             else:
                 reports.append(self.report(f"{path}, {part}"))
         return reports
+
+    def _compare(
+        self,
+        stores: dict[str, AnnotationStore],
+        roots: dict[str, tuple[Path, ...]],
+        base_names: frozenset[str] | None = None,
+    ) -> None:
+        for part, text, advice in compare_parts(stores, roots, base_names):
+            self.add(part, "warning", text, advice)
 
     def dataset(self, description: DatasetConfig) -> CheckReport:
         """Check a data set."""
@@ -304,6 +391,9 @@ class _Checker:
             return self.report(description.name)
         classes = f"{len(vocabulary)} classes of {vocabulary.dimension} dimensions"
         self.add("vocabulary", "ok", f"{classes}, {int((~vocabulary.base).sum())} of them novel")
+        roots = {split: description.split(split).roots for split in stores}
+        base = frozenset(n for n, b in zip(vocabulary.names, vocabulary.base, strict=True) if b)
+        self._compare(stores, roots, base)
         if "train" in stores:
             self._trainable(stores["train"], vocabulary.base[rows_K["train"]], "train")
             if description.image_labels is not None:

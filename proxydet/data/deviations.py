@@ -49,6 +49,7 @@ _ROWS: dict[str, tuple[str, str, str, Fate, str]] = {
     "file.convention.masks": ("file", "bbox", "most boxes are not where their own masks are (IoU below 0.5): percent, [cx, cy, w, h], [y, x, h, w] or of another image size", "refused", "write [x, y, width, height] in pixels, or remove 'bbox' to take the boxes from the masks"),
     "file.convention.pixels": ("file", "rows", "the numbers of most rows are above 1: pixels, not fractions of the image (YOLO)", "refused", "divide x and width by the image's width, y and height by its height"),
     "file.predictions": ("file", "predictions", "no task is annotated, and tasks have predictions (Label Studio)", "noted", "the predictions are read, as of a file of predict --save labelstudio"),
+    "file.nc": ("file", "nc", "not the number of 'names' (YOLO)", "noted", "the classes are those of 'names'"),
     "file.masks": ("file", "segmentation", "most objects have one and none of them can be read", "refused", "correct the masks, or remove them to use the boxes only"),
     "file.crowds": ("file", "iscrowd", "every annotation is a crowd: nothing to train on or to score", "refused", "set iscrowd to 0 where an annotation is one object (CVAT writes 1 for every mask)"),
     "file.empty": ("file", "annotations", "no annotation is left to use", "refused", "add annotations, or correct those that were dropped"),

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from proxydet.config import parse_toml
+from proxydet.data.check import compare_parts
 from proxydet.data.dataset import SplitSpec
 from proxydet.data.formats.collected import found_image, images_below
 from proxydet.data.sources import AnnotationSource, FoundData, look, share_positions
@@ -25,6 +26,8 @@ from proxydet.vocabulary.sources import PUBLISHED_VOCABULARIES, published_vocabu
 from proxydet.vocabulary.vocabulary import Vocabulary, build_vocabulary
 from proxydet.wording import counted, first_of, json_text
 
+_LARGEST_SEED = 2**62
+"""One that a TOML file can hold, with those that are tried after it."""
 _SEEDS = 20
 """Seeds that are tried for a split with every class in both parts."""
 _DIMENSION = 512
@@ -96,7 +99,8 @@ def init_dataset(
         progress: Where to show long steps.
 
     Raises:
-        ConfigError: the config is there already, or is not called ``.toml``.
+        ConfigError: the config or the embeddings are there already, the config is not called ``.toml``, or a number is out
+            of range.
         DataError: there are no annotations, or they cannot be used.
         VocabularyError: a class name cannot be embedded.
         RuntimeEnvironmentError: the files cannot be written.
@@ -116,6 +120,10 @@ def init_dataset(
                 hint="give another file with --output, or replace it: --overwrite",
                 path=target,
             )
+    if not 0 <= seed < _LARGEST_SEED:
+        raise ConfigError(
+            f"the seed is {seed}", hint=f"it is a whole number from 0 to {_LARGEST_SEED - 1}"
+        )
     if not 0 < val_share < 1:
         raise ConfigError(
             f"the share for validation is {val_share}",
@@ -154,6 +162,20 @@ def init_dataset(
         part: AnnotationStore.open(source, cache=cache, progress=progress, warn=False)
         for part, source in sources.items()
     }
+    train = stores["train"]
+    if not train.trainable(np.ones(len(train.categories), dtype=np.bool_)).any():
+        raise DataError(
+            f"none of the {counted(train.report.annotations_kept, 'object')} of {sources['train'].path} can be trained on: "
+            "crowds, and boxes without extent or outside their image",
+            hint=f"correct the boxes: proxydet data check {shlex.quote(str(path))}",
+            path=path,
+        )
+    notes += [
+        f"{text} ({advice})"
+        for _, text, advice in compare_parts(
+            stores, {part: source.images for part, source in sources.items()}
+        )
+    ]
     base = output.resolve().parent
     vocabulary, embedded = _embedded(names, encoder, closed=closed, progress=progress)
     text = _config_text(output.stem, names, embeddings, encoder, sources, base, found, split)
@@ -223,8 +245,8 @@ def _with_used_folders(
     notes = []
     if missing:
         notes.append(
-            f"{len(missing)} of {len(store)} images of {source.path.name} are missing, e.g. {missing[0]!r}: training "
-            "needs data.unreadable_images=skip, or annotations without them"
+            f"{len(missing)} of {len(store)} images of {source.path} are missing, e.g. {missing[0]!r}: data check "
+            "reports this as an error, and training needs data.unreadable_images=skip, or annotations without them"
         )
     return AnnotationSource(path=source.path, images=tuple(used), part=source.part), notes
 
@@ -256,14 +278,15 @@ def _split(
     kept = min(max(1, round(val_share * count)), count - 1)
     names = [store.file_name(row) or str(store.image_ids[row]) for row in range(count)]
     edge = 1 - kept / count
-    image_A, class_A = store.column("image"), store.column("category")
+    usable_A = store.trainable(np.ones(len(store.categories), dtype=np.bool_))
+    image_A, class_A = store.column("image")[usable_A], store.column("category")[usable_A]
     present = len(np.unique(class_A))
 
     def covered(number: int) -> int:
         place = share_positions(names, number)
         in_val_I = np.array([place[name] >= edge for name in names])
         both = [len(np.unique(class_A[in_val_I[image_A] == side])) for side in (True, False)]
-        return sum(both)
+        return sum(both) if all(both) else 0
 
     best, reached = seed, covered(seed)
     for number in range(seed + 1, seed + _SEEDS):
@@ -271,6 +294,11 @@ def _split(
             break
         if (more := covered(number)) > reached:
             best, reached = number, more
+    if not reached:
+        notes.append(
+            f"{counted(len(np.unique(image_A)), 'image')} with objects: none can be kept for validation"
+        )
+        return {"train": source}, "not split"
     if reached < 2 * present:
         notes.append(
             f"{2 * present - reached} of {present} classes are in one of the two parts only: they have too few images"

@@ -302,7 +302,7 @@ class AnnotationStore:
         report: What was dropped, mended and noted when the store was made.
         dropped_images: Ids of images that were left out, in both spellings where the id is a number.
         dropped_names: File names of those that have one.
-        source_name: Name of the annotation file.
+        source_name: Path of the annotation file, as it was given; for messages.
         sizes_I2: int32 (I, 2), height and width in pixels.
     """
 
@@ -359,7 +359,7 @@ class AnnotationStore:
                 )
 
         build_once(path, build)
-        store = cls(path, meant.path.name)
+        store = cls(path, str(meant.path))
         if warn:
             # Whoever made the store: what a command leaves out, it says.
             for line in store.report.lines() if made_here else store.report.summary(meant.path):

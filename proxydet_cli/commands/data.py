@@ -275,10 +275,10 @@ def preview(
 
 
 def _initialized(report: InitReport) -> str:
-    from proxydet.wording import counted, first_of
+    from proxydet.wording import counted, first_of, printable
 
     lines = [
-        f"{report.format}: {counted(len(report.classes), 'class', 'classes')}: {first_of(report.classes, 8)}"
+        f"{report.format}: {counted(len(report.classes), 'class', 'classes')}: {first_of([printable(name) for name in report.classes], 8)}"
     ]
     for part, count in report.parts.items():
         masks = f", {count.masks} with a mask" if count.masks else ", boxes only"

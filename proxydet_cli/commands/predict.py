@@ -95,11 +95,11 @@ Overwrite = Annotated[
     ),
 ]
 Save = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
         "--save",
         metavar="KINDS",
-        help="What to save: images, json, coco, yolo, voc, labelstudio, crops, csv; several with commas; none for nothing. Of a video: "
+        help="What to save: images, json, coco, yolo, voc, labelstudio, crops, csv; several with commas, or repeated; none for nothing. Of a video: "
         "images (an annotated video), json, csv. [default: images, or none with --json]",
         rich_help_panel="Output",
     ),
@@ -268,10 +268,10 @@ def _with_stdin(sources: list[str]) -> tuple[list[str], frozenset[str]]:
     return replaced, frozenset(listed)
 
 
-def _kinds(save: str | None, *, json: bool) -> list[str]:
-    if save is None:
+def _kinds(save: list[str] | None, *, json: bool) -> list[str]:
+    if not save:
         return [] if json else ["images"]
-    kinds = [kind.strip() for kind in save.split(",") if kind.strip()]
+    kinds = [kind.strip() for kind in ",".join(save).split(",") if kind.strip()]
     if not kinds:
         raise typer.BadParameter("--save is empty; to save nothing: --save none")
     # Their name in version 0.1.

@@ -38,6 +38,8 @@ from proxydet.files import PlaceholderError, open_regular, refuse_placeholder
 
 MOST_FILES = 1_000_000
 """Files that a folder may hold."""
+_MOST_SEEN = 4 * MOST_FILES
+"""Names of any kind that are looked at below a folder."""
 _CHUNK = 16384
 _READERS = 8
 _PIECE = 1 << 16
@@ -406,6 +408,8 @@ def read_xml(path: Path, limit: int, root: str, format: str, hint: str) -> Eleme
         DataError: it cannot be read, is not XML, declares entities, or has another root.
     """
     data = read_bytes(path, limit, hint)
+    if not data.strip():
+        raise DataError(f"{path} is empty", hint="get the file again, or remove it", path=path)
     if b"\0" in data:
         why = "is not text of one byte a character"
     else:
@@ -474,10 +478,11 @@ def files_below(folder: Path, suffixes: Iterable[str]) -> list[Path]:
     """Return the files below a folder with one of some endings (lower case), sorted; hidden ones are left out.
 
     Raises:
-        DataError: there are more than `MOST_FILES`.
+        DataError: there are more than `MOST_FILES`, or too many others.
     """
     ends = tuple(suffixes)
-    found = []
+    found: list[Path] = []
+    seen = 0
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [
@@ -485,9 +490,10 @@ def files_below(folder: Path, suffixes: Iterable[str]) -> list[Path]:
             for name in names
             if name.lower().endswith(ends) and not name.startswith(".")
         ]
-        if len(found) > MOST_FILES:
+        seen += len(names) + len(folders)
+        if len(found) > MOST_FILES or seen > _MOST_SEEN:
             raise DataError(
-                f"{folder} holds more than {MOST_FILES:,} files",
+                f"{folder} holds more than {MOST_FILES if len(found) > MOST_FILES else _MOST_SEEN:,} files",
                 hint="name the folder of one data set",
                 path=folder,
             )

@@ -338,6 +338,12 @@ def parts(config: Path) -> dict[str, list[Path]]:
             spelt = [text, text.removeprefix("../")]
             tried = [Path(os.path.normpath(base / text)) for base in bases for text in spelt]
             place = next((path for path in tried if path.exists()), None)
+            if place is not None and place.resolve() == Path(place.resolve().anchor):
+                raise DataError(
+                    f"{config}: {key}: {text} is {place}, the whole file system",
+                    hint="name the folder of the part's images",
+                    path=config,
+                )
             if place is None:
                 if name == "test":  # named by many configs that do without it
                     continue
@@ -388,6 +394,9 @@ def read(source: Path, roots: Sequence[Path], part: str | None, report: StoreRep
             path=source,
         )
     names = read_names(named)
+    classes = read_config(named).get("nc") if named.suffix.lower() in YAML else None
+    if classes is not None and classes not in (len(names), max(names) + 1):
+        report.count("file.nc", [f"nc: {str(classes)[:20]} and {len(names)} names"])
     keypoints = named.suffix.lower() in YAML and "kpt_shape" in read_config(named)
     listed, lone = pairs(source, roots, part)
     found = Objects()

@@ -115,7 +115,7 @@ def test_each_part_says_its_error_and_the_others_are_still_checked(
 
 def test_empty_and_undescribed_sets_are_errors(small_set: Path) -> None:
     change(small_set.parent / "val.json", lambda content: content.update(images=[], annotations=[]))
-    assert "val: val.json: images" in found(check(small_set), "error")
+    assert "/val.json: images" in found(check(small_set), "error")
     head = small_set.read_text().split("[train]")[0]
     small_set.write_text(head)
     assert "no table [train]" in found(check(small_set), "error")
@@ -291,7 +291,7 @@ def test_what_stops_training_is_an_error_of_the_file_on_its_own(
 def test_a_folder_with_no_annotations_says_what_it_should_hold(tmp_path: Path) -> None:
     (report,) = check_path(tmp_path)
     assert str(tmp_path) in found(report, "error")
-    assert "Pascal VOC" in report.findings[0].advice
+    assert "Pascal VOC" in report.findings[0].text
 
 
 def test_a_config_without_val_says_that_evaluation_is_not_spoken_of(small_set: Path) -> None:
@@ -311,7 +311,7 @@ def test_a_test_part_without_objects_stops_neither_training_nor_evaluation(small
     small_set.write_text(small_set.read_text() + table)
     report = check(small_set)
     assert report.sound
-    assert "test: test.json: annotations" in found(report, "warning")
+    assert "/test.json: annotations" in found(report, "warning")
     assert "test: all 2 images are there" in found(report, "ok")
     assert any("[test]" in what for what in report.unchecked)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from proxydet.data.check import check_path
 from proxydet.data.dataset import Dataset, DatasetConfig
 from proxydet.data.init import init_dataset
 from proxydet.errors import ConfigError, DataError, InputError
+from proxydet_cli import main
 from tests.unit.data.test_formats import (
     BOXES,
     NAMES,
@@ -416,3 +418,103 @@ def test_embeddings_of_that_name_are_not_replaced_unasked(tmp_path: Path) -> Non
         init_dataset(tmp_path / "export", Path("pets.toml"), closed=True)
     assert Path("pets.vocab").read_text() == "mine"
     assert not Path("pets.toml").exists()
+
+
+def test_a_part_without_objects_is_not_written(tmp_path: Path) -> None:
+    path = write_coco(tmp_path / "export", "abc")
+    content = json.loads(path.read_text())
+    only = content["annotations"][0]["image_id"]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] == only]
+    path.write_text(json.dumps(content))
+    for seed in range(3):
+        output = Path(f"pets{seed}.toml")
+        report = init_dataset(path, output, closed=True, seed=seed)
+        assert [*report.parts] == ["train"]
+        assert any("1 image with objects" in note for note in report.notes), report.notes
+        assert check_path(output)[0].sound
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**64])
+def test_a_seed_that_a_config_cannot_hold_is_refused(seed: int, tmp_path: Path) -> None:
+    write_coco(tmp_path / "export", "abc")
+    with pytest.raises(ConfigError, match="seed"):
+        init_dataset(tmp_path / "export", Path("pets.toml"), closed=True, seed=seed)
+    assert not Path("pets.toml").exists()
+
+
+def test_boxes_without_extent_are_refused(tmp_path: Path) -> None:
+    path = write_coco(tmp_path / "export", "ab")
+    content = json.loads(path.read_text())
+    for entry in content["annotations"]:
+        entry["bbox"][2] = 0
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"instances\.json"):
+        init_dataset(path, Path("pets.toml"), closed=True)
+    assert not Path("pets.toml").exists()
+
+
+def test_a_missing_image_is_noted_as_what_check_refuses(tmp_path: Path) -> None:
+    write_voc(tmp_path / "export", "abc")
+    (tmp_path / "export" / "b.jpg").unlink()
+    notes = init_dataset(tmp_path / "export", Path("pets.toml"), closed=True).notes
+    assert any("b.jpg" in note and "data check" in note for note in notes), notes
+
+
+def test_parts_are_compared(tmp_path: Path) -> None:
+    root = tmp_path / "export"
+    write_coco(root / "train", "ab", "ann.json")
+    path = write_coco(root / "valid", "bc", "ann.json")
+    content = json.loads(path.read_text())
+    names = [category["name"] for category in content["categories"]]
+    content["categories"][0]["name"] = names[0].upper()
+    path.write_text(json.dumps(content))
+    notes = init_dataset(root, Path("pets.toml"), closed=True).notes
+    found = [finding for report in check_path(Path("pets.toml")) for finding in report.findings]
+    alone = [finding for report in check_path(root) for finding in report.findings]
+    for texts in (notes, [f.text for f in found], [f.text for f in alone]):
+        assert any("1 image of train is in val too" in text and "b.jpg" in text for text in texts)
+        assert any("in val and none in train" in t and names[0].upper() in t for t in texts)
+        assert any("but for case" in t and names[0] in t and names[0].upper() in t for t in texts)
+    photo(root / "valid" / "b.jpg", (SIZE["b"][0], SIZE["b"][1]))
+    (root / "valid" / "b.jpg").write_bytes((root / "valid" / "b.jpg").read_bytes() + b"\0")
+    texts = [f.text for report in check_path(root) for f in report.findings]
+    assert not any("in val too" in text for text in texts)
+
+
+@pytest.mark.parametrize("value", ["/", "../../../../../../../../../../../.."])
+def test_the_whole_file_system_is_not_walked(value: str, tmp_path: Path) -> None:
+    write_yolo(tmp_path / "export", "ultralytics", {"train": "ab", "val": "c"})
+    config = tmp_path / "export" / "data.yaml"
+    config.write_text(f"names: {json.dumps(NAMES)}\ntrain: {value}\nval: images/val\n")
+    with pytest.raises(DataError, match=r"data\.yaml: train"):
+        init_dataset(config, Path("pets.toml"), closed=True)
+
+
+def test_refusals_name_the_file_of_the_part(tmp_path: Path) -> None:
+    SPLIT["COCO JSON, Roboflow"](tmp_path / "export")
+    path = tmp_path / "export" / "valid" / "_annotations.coco.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "annotations": []}))
+    with pytest.raises(DataError, match=r"valid/_annotations\.coco\.json"):
+        init_dataset(tmp_path / "export", Path("pets.toml"), closed=True)
+
+
+def test_another_number_of_classes_than_names_is_noted(tmp_path: Path) -> None:
+    write_yolo(tmp_path / "export", "ultralytics", {"train": "ab", "val": "c"})
+    config = tmp_path / "export" / "data.yaml"
+    assert not any("nc" in f.text.split() for r in check_path(config) for f in r.findings)
+    config.write_text(config.read_text().replace("nc: 2", "nc: 5"))
+    found = [finding for report in check_path(config) for finding in report.findings]
+    assert any(finding.deviation == "file.nc" for finding in found)
+
+
+def test_images_alone_get_the_list_of_formats_and_names_are_printed_on_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo(tmp_path / "photos" / "a.jpg", (9, 9))
+    (report,) = check_path(tmp_path / "photos")
+    assert all(name in report.findings[0].text for name in ("COCO", "Pascal VOC", "VGG VIA"))
+    path = write_coco(tmp_path / "export", "abc")
+    path.write_text(path.read_text().replace(json.dumps(NAMES[0]), '"two\\nlines"'))
+    with contextlib.suppress(SystemExit):
+        main.main(["data", "init", str(path), "-o", "lines.toml", "--closed"])
+    assert "two\\nlines" in capsys.readouterr().out

@@ -600,7 +600,7 @@ def test_the_store_is_made_once_and_again_when_the_source_changes(
     other = AnnotationStore.open(copy, cache=tmp_path / "cache")
     assert other.path == store.path
     names = [pickle.loads(pickle.dumps(each)).source_name for each in (store, other)]
-    assert names == ["annotations.json", "copy.json"]
+    assert names == [str(source), str(copy)]
     monkeypatch.undo()
     source.write_text(json.dumps(document([IMAGE], [])))
     assert AnnotationStore.open(source, cache=tmp_path / "cache").report.annotations_in == 0

@@ -130,7 +130,7 @@ def test_what_is_missing_in_an_object_costs_that_object(voc: Path, tmp_path: Pat
         ("<html></html>", "web page"),
         ("<data></data>", "not Pascal VOC"),
         ('<!DOCTYPE a [<!ENTITY b "c">]><annotation>&b;</annotation>', "entities"),
-        ("", "not XML"),
+        ("", "empty"),
         ("\0", "one byte"),
     ],
 )

@@ -77,6 +77,12 @@ def test_a_line_tells_the_best_few_and_files_hold_all(run, folder, tmp_path):
     assert out == f"{folder / 'a2.png'}: {best}\n"
 
 
+def test_kinds_to_save_may_be_named_one_by_one(run, folder, tmp_path):
+    words = (folder / "a0.png", "--output", tmp_path / "out", "--save", "json", "--save", "csv")
+    assert run(*words)[0] == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a0.json", "detections.csv"]
+
+
 def test_unreadable_pictures_make_the_exit_code_3_after_the_others_are_done(run, folder, tmp_path):
     code, out, err = run(folder, "--json", "--save", "csv", "--output", tmp_path / "out")
     assert code == 3

@@ -205,7 +205,7 @@ def require_end(path: Path) -> None:
         DataError: it cannot be read to its end.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(12)
             size = file.seek(0, os.SEEK_END)
             file.seek(max(size - len(_PNG_END), 0))

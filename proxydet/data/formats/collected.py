@@ -39,7 +39,7 @@ from proxydet.files import PlaceholderError, open_regular, refuse_placeholder
 MOST_FILES = 1_000_000
 """Files that a folder may hold."""
 _MOST_SEEN = 4 * MOST_FILES
-"""Names of any kind that are looked at below a folder."""
+"""Names of any kind that are listed below a folder."""
 _CHUNK = 16384
 _READERS = 8
 _PIECE = 1 << 16

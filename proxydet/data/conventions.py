@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -82,6 +84,34 @@ class BoxConvention:
         if self._exact and self._compared >= _FEWEST and self._unlike > self._compared / 2:
             return "file.convention.masks", f"{self._unlike} of {self._compared} boxes"
         return None
+
+
+def fit_by_convention(
+    xywh_N4: npt.NDArray[np.float64], annotated: Sequence[npt.NDArray[np.float64]]
+) -> tuple[int, int]:
+    """Count the detections that fit an annotated box of their image in one convention only.
+
+    Args:
+        xywh_N4: The four numbers of each detection's box as the file has them.
+        annotated: For each detection x, y, width, height of the annotated boxes of its image: float64 (A, 4), pixels.
+
+    Returns:
+        How many fit as they are, and how many read as two corners.
+    """
+    sides_N2 = np.maximum(xywh_N4[:, 2:] - xywh_N4[:, :2], 0)
+    corners_N4 = np.concatenate([xywh_N4[:, :2], sides_N2], axis=1)
+    fits_N2 = np.array(
+        [
+            [
+                bool((_overlap(box_4[None], boxes_A4) >= _FITS).any())
+                for box_4 in (as_is_4, corners_4)
+            ]
+            for as_is_4, corners_4, boxes_A4 in zip(xywh_N4, corners_N4, annotated, strict=True)
+        ],
+        dtype=np.bool_,
+    ).reshape(-1, 2)
+    one_N = fits_N2[:, 0] != fits_N2[:, 1]
+    return int((one_N & fits_N2[:, 0]).sum()), int((one_N & fits_N2[:, 1]).sum())
 
 
 def _overlap(

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from proxydet.data import masks
-from proxydet.data.conventions import BoxConvention
+from proxydet.data.conventions import BoxConvention, fit_by_convention
 from proxydet.data.deviations import DAMAGED_MASK, DEVIATIONS, StoreReport, line_of, refused
 from proxydet.data.formats.reader import (
     Flaw,
@@ -57,6 +57,8 @@ _SHOWN = 5
 _DEEPEST = 16
 """Folders of an image's path that are compared."""
 _TOLERANCE_PIXELS = 1.0
+_MOST_COMPARED, _FEWEST_AS_CORNERS, _MOSTLY = 2000, 3, 0.9
+"""Detections, those of the highest score, whose boxes are compared with annotated ones; when corners are likely."""
 _HINT = (
     "results are a JSON list of objects with image_id, category_id, score, and bbox or segmentation"
 )
@@ -190,6 +192,7 @@ def read_results(
         raise refused("file.masks", path, name, lines)
     for line in lines:
         _LOG.warning("%s: %s", name, line)
+    _warn_of_corners(results, truth, name)
     if not allow_duplicates:
         _check_duplicates(results, truth)
     return results
@@ -629,6 +632,27 @@ class _Reading:
             message += f". These look like results of another data set than {self.truth.name}"
             hint = "evaluate with the annotation file of the data set that the detector ran on"
         raise DataError(message, hint=hint, path=self.path)
+
+
+def _warn_of_corners(results: Results, truth: GroundTruth, name: str) -> None:
+    """Warn where detections lie on objects only if their boxes are read as two corners; inside the image nothing else shows it."""
+    given = np.flatnonzero(~results.drawn_D)
+    best = given[np.argsort(-results.score_D[given], kind="stable")[:_MOST_COMPARED]]
+    order = np.argsort(truth.ann_image_A, kind="stable")
+    image_D = results.image_D[best]
+    sorted_A = truth.ann_image_A[order]
+    bounds = (np.searchsorted(sorted_A, image_D, side=side) for side in ("left", "right"))
+    annotated = [truth.ann_box_A4[order[start:end]] for start, end in zip(*bounds, strict=True)]
+    as_is, corners = fit_by_convention(results.box_D4[best], annotated)
+    if corners >= _MOSTLY * (as_is + corners) and corners >= min(_FEWEST_AS_CORNERS, len(best)) > 0:
+        _LOG.warning(
+            "%s: bbox: of the %d boxes compared, %d lie on an annotated box read as [x1, y1, x2, y2], and %d as they are, "
+            "[x, y, width, height]: if they are corners, subtract x1 from x2 and y1 from y2",
+            name,
+            len(best),
+            corners,
+            as_is,
+        )
 
 
 def _check_duplicates(results: Results, truth: GroundTruth) -> None:

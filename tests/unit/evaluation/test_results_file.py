@@ -273,6 +273,30 @@ def test_corners_that_reach_out_of_the_image_as_widths_are_refused(files):
     assert len(read_results(rows[:4] + inside, truth, allow_outside=True)) == len(rows)
 
 
+@pytest.mark.parametrize("count", [1, 12])
+def test_corners_inside_the_image_either_way_are_warned_of(caplog, count):
+    images = [{"id": at, "file_name": f"{at}.jpg", "width": 640, "height": 480} for at in range(12)]
+    box = [100, 90, 200, 150]
+    objects = [
+        {"id": at + 1, "image_id": at, "category_id": 1, "bbox": box, "area": 30000, "iscrowd": 0}
+        for at in range(12)
+    ]
+    truth = GroundTruth.load(
+        {"images": images, "annotations": objects, "categories": [{"id": 1, "name": "cat"}]}
+    )
+    rows = [
+        {"image_id": at, "category_id": 1, "score": 0.9, "bbox": as_corners({"bbox": box})}
+        for at in range(count)
+    ]
+    read_results(rows, truth)
+    assert "bbox" in caplog.text
+    assert "[x1, y1, x2, y2]" in caplog.text
+    caplog.clear()
+    read_results([{**row, "bbox": box} for row in rows], truth)
+    read_results([{**row, "bbox": [400, 300, 80, 90]} for row in rows], truth)
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize("federated", [True, False])
 def test_a_damaged_mask_is_an_empty_one_in_both_engines(make_set, federated):
     drawn, detections = make_set(1, images=6, per_image=25, federated=federated)
@@ -297,8 +321,11 @@ def test_a_damaged_mask_is_an_empty_one_in_both_engines(make_set, federated):
             assert part.metrics == pytest.approx(expected.types[kind].metrics, nan_ok=True)
 
 
-def test_masks_none_of_which_can_be_read_are_refused(files):
+def test_masks_none_of_which_can_be_read_are_refused_where_most_detections_have_one(files):
     truth, detections, _ = files
+    for at, row in enumerate(detections):
+        row["segmentation"] = None if at else [[10, 10, 30, 30]]
+    assert len(read_results(detections, truth)) == len(detections)
     for row in detections:
         row["segmentation"] = [[10, 10, 30, 30]]
     with pytest.raises(DataError, match=r"segmentation.*none of them can be read"):

@@ -133,6 +133,13 @@ def init_dataset(
         raise DataError(
             f"there is no file or folder {path}", hint="name the folder of your data set", path=path
         )
+    for folder in images:
+        if not folder.is_dir():
+            raise DataError(
+                f"there is no folder {folder}",
+                hint="correct --images, or leave it out",
+                path=folder,
+            )
     found = look(path, images)
     notes = [f"{place} is of no part (train, val, test): left out" for place in found.left_out]
     notes += [f"{line}: left out" for line in found.damaged]

@@ -518,3 +518,10 @@ def test_images_alone_get_the_list_of_formats_and_names_are_printed_on_one_line(
     with contextlib.suppress(SystemExit):
         main.main(["data", "init", str(path), "-o", "lines.toml", "--closed"])
     assert "two\\nlines" in capsys.readouterr().out
+
+
+def test_a_folder_of_images_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    nowhere = tmp_path / "nowhere"
+    with pytest.raises(DataError, match="nowhere") as caught:
+        init_dataset(tmp_path, tmp_path / "a.toml", images=[nowhere], closed=True)
+    assert caught.value.path == nowhere

@@ -882,6 +882,7 @@ def with_odd_value(path: Path, place: float, value: object) -> None:
 @settings(max_examples=15, derandomize=True, deadline=None, database=None)
 @given(place=st.floats(0, 1, exclude_max=True), value=st.sampled_from(ODD))
 @example(place=0.0, value=10**400)
+@example(place=0.0, value="a/" * 8000)
 def test_odd_values_end_in_findings_with_advice(kind: str, place: float, value: object) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "set"

@@ -450,8 +450,8 @@ def evaluate_options(options: EvalOptions, output: Output) -> None:
         return
     from proxydet.models import find_detector
 
-    named = find_detector(run=options.run, weights=options.weights, config=options.model)
     description = read_description(options)
+    named = find_detector(run=options.run, weights=options.weights, config=options.model)
     with _processes(options, options.folder(description.name)) as device:
         if device is None:
             return

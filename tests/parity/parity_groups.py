@@ -85,7 +85,8 @@ def compare_vocabulary(network: ProxyDetNetwork, fixture: Fixture) -> Iterator[R
     detector = Detector(network, shortest=min(pixels.shape[:2]), longest=max(pixels.shape[:2]))
     for name, only_one in (("all", False), ("one", True)):
         asked = detector.with_settings(one_class_per_proposal=only_one, masks=False)
-        found = asked.predict(pixels, vocabulary, score_threshold=asked.inference.score_threshold)
+        threshold = asked.inference.score_threshold
+        found = asked.predict(pixels, vocabulary, score_threshold=threshold, one_label=False)
         yield from _compare_detections(f"vocab.{name}", found, fixture)
 
 

@@ -23,12 +23,14 @@ def run(folder: Path, module: str, text: str) -> subprocess.CompletedProcess[str
     target = folder / module
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(text)
+    for name in ("photo.jpg", "weights.pth"):
+        (folder / name).touch()
     start = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "from proxydet_cli.main import main; raise SystemExit(main())"
     )
     return subprocess.run(
-        [sys.executable, "-c", start, "predict", "absent.jpg"],
+        [sys.executable, "-c", start, "predict", "photo.jpg", "--weights", "weights.pth"],
         env={**os.environ, "PYTHONPATH": str(folder)},
         cwd=folder,
         capture_output=True,

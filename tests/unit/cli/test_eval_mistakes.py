@@ -6,7 +6,11 @@ import pytest
 @pytest.mark.parametrize(
     ("words", "message", "hint"),
     [
-        (["--run", "RUN", "--split", "minival"], "--split is 'minival'", "[test] in a dataset config"),
+        (
+            ["--run", "RUN", "--split", "minival"],
+            "--split is 'minival'",
+            "[test] in a dataset config",
+        ),
         (["--run", "RUN"], "is not a run folder", "proxydet train or quickstart wrote"),
         (["--run", "RUN/absent"], "there is no run folder", "proxydet quickstart"),
         (["--run", "RUN/file"], "is a file, not a run folder", "give the folder"),

@@ -39,14 +39,22 @@ class BoxConvention:
             xywh_N4: The four numbers of each box as the file has them.
             size_N2: Height and width of each box's image, pixels.
         """
-        telling_N = np.isfinite(xywh_N4).all(axis=1) & (xywh_N4[:, 2:] > 0).all(axis=1)
-        boxes_N4, wh_N2 = xywh_N4[telling_N], size_N2[telling_N, ::-1].astype(np.float64)
-        self._boxes += len(boxes_N4)
-        in_unit_N = ((boxes_N4 >= 0) & (boxes_N4 < 1.001)).all(axis=1)
-        self._fractions += int((in_unit_N & (wh_N2 > _SMALLEST_IMAGE).all(axis=1)).sum())
-        self._beyond += int((boxes_N4[:, :2] + boxes_N4[:, 2:] > wh_N2 + 1).any(axis=1).sum())
-        ordered_N = (boxes_N4[:, 2:] > boxes_N4[:, :2]).all(axis=1)
-        self._corners += int((ordered_N & (boxes_N4[:, 2:] <= wh_N2 + 1).all(axis=1)).sum())
+        # By columns: numpy reduces along rows of four slowly.
+        x_N, y_N, w_N, h_N = xywh_N4.T
+        width_N, height_N = size_N2[:, 1], size_N2[:, 0]
+        telling_N = (w_N > 0) & (h_N > 0)
+        for side_N in (x_N, y_N, w_N, h_N):
+            telling_N &= np.isfinite(side_N)
+        self._boxes += int(telling_N.sum())
+        in_unit_N = (x_N >= 0) & (y_N >= 0)
+        for side_N in (x_N, y_N, w_N, h_N):
+            in_unit_N &= side_N < 1.001
+        in_unit_N &= (width_N > _SMALLEST_IMAGE) & (height_N > _SMALLEST_IMAGE)
+        self._fractions += int((in_unit_N & telling_N).sum())
+        beyond_N = (x_N + w_N > width_N + 1) | (y_N + h_N > height_N + 1)
+        self._beyond += int((beyond_N & telling_N).sum())
+        ordered_N = (w_N > x_N) & (h_N > y_N) & (w_N <= width_N + 1) & (h_N <= height_N + 1)
+        self._corners += int((ordered_N & telling_N).sum())
 
     @property
     def compares(self) -> int:
@@ -100,18 +108,14 @@ def fit_by_convention(
     """
     sides_N2 = np.maximum(xywh_N4[:, 2:] - xywh_N4[:, :2], 0)
     corners_N4 = np.concatenate([xywh_N4[:, :2], sides_N2], axis=1)
-    fits_N2 = np.array(
-        [
-            [
-                bool((_overlap(box_4[None], boxes_A4) >= _FITS).any())
-                for box_4 in (as_is_4, corners_4)
-            ]
-            for as_is_4, corners_4, boxes_A4 in zip(xywh_N4, corners_N4, annotated, strict=True)
-        ],
-        dtype=np.bool_,
-    ).reshape(-1, 2)
-    one_N = fits_N2[:, 0] != fits_N2[:, 1]
-    return int((one_N & fits_N2[:, 0]).sum()), int((one_N & fits_N2[:, 1]).sum())
+    # One row a pair of a detection and an annotated box of its image.
+    row_P = np.repeat(np.arange(len(annotated)), [len(boxes_A4) for boxes_A4 in annotated])
+    boxes_P4 = np.concatenate([np.zeros((0, 4)), *annotated])
+    as_is_N, as_corners_N = (
+        np.bincount(row_P, _overlap(read_N4[row_P], boxes_P4) >= _FITS, len(annotated)) > 0
+        for read_N4 in (xywh_N4, corners_N4)
+    )
+    return int((as_is_N & ~as_corners_N).sum()), int((as_corners_N & ~as_is_N).sum())
 
 
 def _overlap(

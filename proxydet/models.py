@@ -185,7 +185,7 @@ def _refuse_export(path: Path) -> None:
     if (opener := openers.get(path.suffix.lower())) is not None:
         raise InputError(
             f"{path} is an exported detector, not a checkpoint",
-            hint=f"open it in Python with {opener}, see docs/how-to/export.md; or give the checkpoint or the run "
+            hint=f"open it in Python with {opener}; or give the checkpoint or the run "
             "(--run) that it was exported from",
             path=path,
         )

@@ -25,6 +25,7 @@ from proxydet.data.sources import AnnotationSource, look
 from proxydet.data.store import AnnotationStore
 from proxydet.errors import ConfigError, DataError, VocabularyError
 from proxydet.files import read_text
+from proxydet.paths import datasets_folder
 from proxydet.reporting import SILENT, Progress
 from proxydet.vocabulary.names import read_names
 from proxydet.vocabulary.vocabulary import Vocabulary, load_embeddings
@@ -222,7 +223,12 @@ class DatasetConfig:
             hint = "correct that line; proxydet data init PATH writes a config to compare with"
             if isinstance(error, FileNotFoundError):
                 why = f"there is no dataset config {path}"
-                hint = f"check the path, or write it with: proxydet data init PATH -o {shlex.quote(str(path))}"
+                made = command_that_makes(path)
+                hint = (
+                    f"get its data and write it with: {made}"
+                    if made
+                    else f"check the path, or write it with: proxydet data init PATH -o {shlex.quote(str(path))}"
+                )
             elif isinstance(error, IsADirectoryError):
                 why = f"{path} is a folder, not a dataset config"
                 names = [config.as_posix() for config in sorted(path.glob("*.toml"))]
@@ -461,6 +467,30 @@ class Dataset:
         counts = np.zeros(len(self.vocabulary), dtype=np.int64)
         counts[store.class_rows(self.vocabulary.names)] = np.where(counted > 0, counted, declared)
         return counts if with_novel else np.where(self.vocabulary.base, counts, 0)
+
+
+_PREPARED = {
+    "lvis": "lvis coco-images lvis-metadata",
+    "coco": "coco metadata",
+    "objects365": "objects365-val metadata",
+    "openimages": "openimages-val metadata",
+}
+"""Data sets that ``proxydet data prepare`` writes a config for, and the downloads that it needs."""
+
+
+def command_that_makes(path: Path) -> str | None:
+    """Return the command that fetches or writes a file that is absent; None where none is known.
+
+    Args:
+        path: A file of the published layout, or the dataset config of a published data set.
+    """
+    if path.suffix == ".toml" and path.absolute().parent == datasets_folder().absolute():
+        downloads = _PREPARED.get(path.stem)
+        if downloads is not None:
+            return f"proxydet download {downloads} && proxydet data prepare {path.stem}"
+        return None
+    advice = how_to_get(path)
+    return advice and advice.removeprefix("get it with: ")
 
 
 def embedding_dimension(path: Path) -> int:

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from proxydet.config import dump_yaml, to_mapping
 from proxydet.data.config import SourceConfig
-from proxydet.data.dataset import Dataset, DatasetConfig, embedding_dimension
+from proxydet.data.dataset import Dataset, DatasetConfig, command_that_makes, embedding_dimension
 from proxydet.data.sources import AnnotationSource
 from proxydet.data.store import AnnotationStore
 from proxydet.errors import CheckpointError, DataError, ProxydetError
@@ -76,6 +76,9 @@ class Need:
     problem: str = ""
     """What is wrong with it, where that is more than being absent."""
 
+    command: str = ""
+    """A command that makes it where it is absent; empty where none is known."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
@@ -94,7 +97,7 @@ class Estimate:
     """Time of a step."""
 
     operations_per_second: float
-    """Floating-point operations a second that a large convolution reached in a short probe of the device."""
+    """Floating-point operations a second that a large float32 convolution reached in a short probe of the device."""
 
     hours: float
     """Time of all steps that are left."""
@@ -141,6 +144,9 @@ class TrainingPlan:
 
     config: RunConfig
     """The configuration of the run: resolved, scaled to the number of processes, fitted to the text embeddings."""
+
+    given: TrainingConfig
+    """The training's settings as they are given, before scaling."""
 
     needs: tuple[Need, ...]
     """What it reads."""
@@ -191,6 +197,7 @@ class TrainingPlan:
             f"run folder   {self.folder} ({start})",
             f"processes    {self.launch.world_size} on {self.launch.nodes} machine(s)",
             *(f"masks        {note}" for note in self.notes),
+            *self._scaling(),
             *self.estimate.lines(),
             "",
             "what it needs",
@@ -209,7 +216,22 @@ class TrainingPlan:
         ]
         if self.missing:
             lines += ["", f"{len(self.missing)} missing or unusable: training cannot start yet."]
+        commands = dict.fromkeys(need.command for need in self.missing if need.command)
+        if commands:
+            lines += ["what is missing comes with", *(f"  {command}" for command in commands)]
         return "\n".join(lines)
+
+    def _scaling(self) -> list[str]:
+        """What other numbers of batches a step made of the settings, as one line; none where they are used as given."""
+        now, given = self.config.training, self.given
+        if now.iterations == given.iterations or now.replicas == given.replicas:
+            return []
+        factor = f"x {given.replicas / now.replicas:g}"
+        return [
+            f"scaled       {now.iterations:,} iterations, scaled from {given.iterations:,} {factor}; learning rate "
+            f"{now.optimizer.learning_rate:.3g}, scaled from {given.optimizer.learning_rate:.3g}: the recipe counts on "
+            f"{given.replicas} batches a step, here {now.replicas} (training.scaling)"
+        ]
 
 
 def plan_training(
@@ -237,7 +259,14 @@ def plan_training(
     finished = False
 
     def need(what: str, path: Path) -> None:
-        needs.append(Need(what=what, path=str(path), present=path.exists()))
+        needs.append(
+            Need(
+                what=what,
+                path=str(path),
+                present=path.exists(),
+                command=command_that_makes(path) or "",
+            )
+        )
 
     def unusable(what: str, path: Path | str, problem: ProxydetError | str) -> None:
         if isinstance(problem, ProxydetError):
@@ -271,9 +300,10 @@ def plan_training(
 
     training = scaled.training
     try:
-        check_precision(training.precision, choose_device(training.device))
+        device = choose_device(training.device)
+        check_precision(training.precision, device)
     except ProxydetError as error:
-        unusable("precision", "", error)
+        unusable("precision", str(device), error)
     if training.weights is not None and resumes_after is None:
         need("starting weights", training.weights)
     path = scaled.data.description
@@ -348,6 +378,7 @@ def plan_training(
         finished=finished,
         launch=launch,
         config=scaled,
+        given=config.training,
         needs=tuple(needs),
         notes=tuple(notes),
         estimate=estimate_run(
@@ -386,6 +417,9 @@ class BatchCost:
     operations: float
     """Floating-point operations, forward and backward; a multiply-add is two."""
 
+    backbone_operations: float
+    """Those of backbone and pyramid among them, which are computed in ``training.precision.dtype``; the others in float32."""
+
     kept_bytes: float
     """What the forward pass keeps for the backward pass."""
 
@@ -416,10 +450,16 @@ def estimate_run(
     device = choose_device(training.device)
     parts = MetaNetwork(model)
     costs = batch_costs(parts, boxes, labels, training)
-    operations = sum(cost.operations * cost.share for cost in costs) * training.accumulation
+    backbone, operations = (
+        sum(getattr(cost, name) * cost.share for cost in costs) * training.accumulation
+        for name in ("backbone_operations", "operations")
+    )
     images = sum(cost.images * cost.share for cost in costs) * training.accumulation * processes
-    speed = device_speed(device, training.precision.dtype)
-    seconds = operations / (_EFFICIENCY * speed)
+    speed = device_speed(device, "fp32", tf32=training.precision.tf32)
+    fast = speed
+    if device.type == "cuda" and training.precision.dtype != "fp32":
+        fast = device_speed(device, training.precision.dtype)
+    seconds = (backbone / fast + (operations - backbone) / speed) / _EFFICIENCY
     parameters = sum(p.numel() for p in parts.parameters())
     return Estimate(
         device=str(device),
@@ -458,6 +498,7 @@ def batch_costs(
             BatchCost(
                 images=source.batch_size,
                 operations=3 * operations,
+                backbone_operations=3 * pyramid[0],
                 kept_bytes=kept,
                 share=weight / sum(weights),
             )
@@ -480,19 +521,19 @@ def count(function: Callable[..., Any], *arguments: Any) -> tuple[Any, tuple[flo
     return result, (float(counter.get_total_flops()), float(sum(kept.values())))
 
 
-def device_speed(device: torch.device, dtype: str) -> float:
+def device_speed(device: torch.device, dtype: str, *, tf32: bool = False) -> float:
     """Return the floating-point operations a second that a large convolution reaches on a device just now."""
-    formats = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    used = formats[dtype] if device.type == "cuda" else torch.float32
+    used = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     values = torch.randn(2, 256, 64, 64, device=device, dtype=used)
     weight = torch.randn(256, 256, 3, 3, device=device, dtype=used)
     operations = 2 * values.numel() * 256 * 9
     rounds, start = 0, 0.0
-    while rounds < 3 or time.perf_counter() - start < _PROBE_SECONDS:
-        if rounds == 2:
-            start = time.perf_counter()
-        functional.conv2d(values, weight, padding=1).mean().item()
-        rounds += 1
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
+        while rounds < 3 or time.perf_counter() - start < _PROBE_SECONDS:
+            if rounds == 2:
+                start = time.perf_counter()
+            functional.conv2d(values, weight, padding=1).mean().item()
+            rounds += 1
     return operations * (rounds - 2) / (time.perf_counter() - start)
 
 

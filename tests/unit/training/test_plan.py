@@ -44,14 +44,38 @@ def test_what_is_missing_is_named(tmp_path):
         tmp_path, "training.weights=/absent/w.pth", f"data.description={tmp_path}/no.toml"
     )
     assert [need.what for need in absent.missing] == ["starting weights", "dataset config"]
-    assert "2 missing or unusable: training cannot start yet." in absent.to_text()
+    text = absent.to_text()
+    assert "2 missing or unusable: training cannot start yet." in text
+    assert "what is missing comes with" not in text
 
 
 @pytest.mark.usefixtures("unmeasured")
-def test_a_precision_that_the_machine_lacks_is_missing_too(tmp_path):
-    found = plan(tmp_path, "training.precision.dtype=fp16").missing
-    assert found[0].what == "precision"
-    assert "--set training.precision.dtype=fp32" in found[0].problem
+def test_what_is_missing_of_a_published_recipe_comes_with_its_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    weights = "models/BoxSup-C2_Lbase_CLIP_R5021k_640b64_4x.pth"
+    planned = plan(tmp_path, f"training.weights={weights}", "data.description=datasets/lvis.toml")
+    commands = {need.what: need.command for need in planned.missing}
+    assert commands["starting weights"] == "proxydet download boxsup-r50"
+    assert commands["dataset config"].endswith("&& proxydet data prepare lvis")
+    end = planned.to_text().partition("what is missing comes with")[2].split("\n  ")
+    assert end[1:] == list(commands.values())
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_scaled_figures_stand_next_to_what_they_come_from(tmp_path):
+    given = ("training.iterations=90000", "training.replicas=8")
+    alone = plan(tmp_path, *given).to_text()
+    assert "720,000 iterations, scaled from 90,000 x 8;" in alone
+    assert "scaled from" not in plan(tmp_path, *given, processes=8).to_text()
+    assert "scaled from" not in plan(tmp_path, *given, "training.scaling=none").to_text()
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_precision_that_the_machine_lacks_is_unusable(tmp_path):
+    planned = plan(tmp_path, "training.precision.dtype=fp16")
+    assert planned.missing[0].what == "precision"
+    assert "--set training.precision.dtype=fp32" in planned.missing[0].problem
+    assert "UNUSABLE precision              cpu: " in planned.to_text()
 
 
 @pytest.mark.usefixtures("unmeasured")
@@ -175,7 +199,7 @@ def test_what_overwriting_removes(tmp_path, cli):
 
 def test_it_counts_the_steps_that_are_left(tmp_path, monkeypatch):
     """Of a run of four processes, which one process resumes: four batches a step, as before."""
-    monkeypatch.setattr("proxydet.training.plan.device_speed", lambda *_: 1e9)
+    monkeypatch.setattr("proxydet.training.plan.device_speed", lambda *_, **__: 1e9)
     four = plan(tmp_path, "training.scaling=none", processes=4)
     occupy(tmp_path, four.config)
     left = (four.config.training.iterations - 12) / four.config.training.iterations
@@ -260,7 +284,7 @@ def test_an_estimate_is_plausible():
 
 
 def test_every_process_and_accumulated_batch_counts(monkeypatch):
-    monkeypatch.setattr("proxydet.training.plan.device_speed", lambda *_: 1e9)
+    monkeypatch.setattr("proxydet.training.plan.device_speed", lambda *_, **__: 1e9)
     config = resolve_config("tiny", None, ["training.device=cpu"])
 
     def images(accumulation: int, processes: int) -> int:
@@ -283,3 +307,4 @@ def test_a_step_takes_three_times_its_forward_pass():
     _, (heads, _) = count(network.heads, boxes.batch_size, regions, True)
     (cost,) = batch_costs(network, boxes, None, config.training)
     assert cost.operations == 3 * (pyramid + proposals + heads)
+    assert cost.backbone_operations == 3 * pyramid

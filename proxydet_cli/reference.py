@@ -19,7 +19,7 @@ from proxydet.config import (
     to_mapping,
     type_name,
 )
-from proxydet.data.deviations import DEVIATIONS
+from proxydet.data.records import DEVIATIONS
 from proxydet.recipes import RECIPES, RunConfig
 from proxydet_cli.app import COMMANDS, build, load_command
 

@@ -21,8 +21,8 @@ from proxydet.data.masks import decode
 from proxydet.errors import DataError
 
 if TYPE_CHECKING:
-    from proxydet.data.formats.reader import Identifier
     from proxydet.data.images import View
+    from proxydet.data.records import Identifier
     from proxydet.data.store import AnnotationStore, ImageRecord
     from proxydet.vocabulary.vocabulary import Vocabulary
 

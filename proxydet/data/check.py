@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from proxydet.artifacts import how_to_get
+from proxydet.data.config import PROTOCOL_NAMES, Protocol, protocol_of
 from proxydet.data.dataset import (
     PARTS,
     Dataset,
@@ -27,17 +28,16 @@ from proxydet.data.dataset import (
     inner_root,
     names_annotations,
 )
-from proxydet.data.formats.collected import found_image
 from proxydet.data.formats.voc import coco_files
 from proxydet.data.image_labels import TarImages, open_label_images
 from proxydet.data.images import (
     check_annotated_image,
     find_image,
+    found_image,
     open_annotated_image,
     require_distinct_files,
     require_end,
 )
-from proxydet.data.protocol import PROTOCOL_NAMES, Protocol, protocol_of
 from proxydet.data.sources import AnnotationSource, Format, holds_annotations, look
 from proxydet.data.store import AnnotationStore
 from proxydet.errors import DataError, InputError

@@ -48,7 +48,7 @@ from proxydet.wording import counted, first_of, nearest
 
 if TYPE_CHECKING:
     from proxydet.data.dataset import ImageLabelSpec
-    from proxydet.data.formats.reader import CategoryEntry
+    from proxydet.data.records import CategoryEntry
     from proxydet.vocabulary.vocabulary import Vocabulary
 
 _logger = logging.getLogger(__name__)

@@ -10,6 +10,7 @@ Dimensions: A annotations, H, W the image, h, w the result.
 from __future__ import annotations
 
 import functools
+import hashlib
 import io
 import math
 import os
@@ -18,7 +19,8 @@ import stat
 import struct
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
@@ -40,6 +42,12 @@ ImageInput = str | Path | Image.Image | Pixels
 """What users give as an image: a file, an opened Pillow image, or uint8 (H, W, 3)."""
 ChannelOrder = Literal["rgb", "bgr"]
 
+MOST_FILES = 1_000_000
+"""Files that a folder may hold."""
+_MOST_SEEN = 4 * MOST_FILES
+"""Names of any kind that are listed below a folder."""
+_HEADERS_AT_ONCE = 16384
+_READERS = 8
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 _DAMAGE = (
     OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError,
@@ -300,6 +308,75 @@ def find_image(file_name: str, roots: Sequence[Path]) -> Path:
         "the folder of the file, or --images of proxydet data preview",
         path=next(iter(tried), None),
     )
+
+
+def files_below(folder: Path, suffixes: Iterable[str]) -> list[Path]:
+    """Return the files below a folder with one of some endings (lower case), sorted; hidden ones are left out.
+
+    Raises:
+        DataError: there are more than `MOST_FILES`, or too many others.
+    """
+    ends = tuple(suffixes)
+    found: list[Path] = []
+    seen = 0
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [
+            Path(place, name)
+            for name in names
+            if name.lower().endswith(ends) and not name.startswith(".")
+        ]
+        seen += len(names) + len(folders)
+        if len(found) > MOST_FILES or seen > _MOST_SEEN:
+            raise DataError(
+                f"{folder} holds more than {MOST_FILES if len(found) > MOST_FILES else _MOST_SEEN:,} files",
+                hint="name the folder of one data set",
+                path=folder,
+            )
+    return sorted(found)
+
+
+def images_below(folder: Path) -> list[Path]:
+    """Return the image files below a folder, sorted."""
+    return files_below(folder, sorted(readable_suffixes()))
+
+
+def stamp(named: Iterable[tuple[str, Path]]) -> str:
+    """Return a digest of the names and sizes of files that are not worth reading whole, the same wherever they lie.
+
+    Args:
+        named: What each file is called, and where it is.
+    """
+    digest = hashlib.sha256()
+    for name, path in named:
+        try:
+            size = path.stat().st_size
+        except OSError:
+            continue
+        digest.update(f"{name} {size}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def sizes_of(images: Sequence[Path | None]) -> Iterator[tuple[int, int] | None]:
+    """Yield the height and width of images, from their headers; None for one that is absent or cannot be read."""
+
+    def size(image: Path | None) -> tuple[int, int] | None:
+        try:
+            return None if image is None else image_size(image)
+        except DataError:
+            return None
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        for start in range(0, len(images), _HEADERS_AT_ONCE):
+            yield from pool.map(size, images[start : start + _HEADERS_AT_ONCE])
+
+
+def found_image(name: str, roots: Sequence[Path]) -> Path | None:
+    """Return the file of an image below one of some folders; None where it is absent."""
+    try:
+        return find_image(name, roots)
+    except DataError:
+        return None
 
 
 def require_distinct_files(store: AnnotationStore, roots: Sequence[Path]) -> None:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from proxydet.config import parse_toml
 from proxydet.data.check import compare_parts
 from proxydet.data.dataset import SplitSpec
-from proxydet.data.formats.collected import found_image, images_below
+from proxydet.data.images import found_image, images_below
 from proxydet.data.sources import AnnotationSource, FoundData, look, share_positions
 from proxydet.data.store import AnnotationStore
 from proxydet.errors import ConfigError, DataError, VocabularyError

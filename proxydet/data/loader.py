@@ -32,7 +32,6 @@ from torch.utils.data import DataLoader, Dataset
 from proxydet.data import dataset
 from proxydet.data.batches import Batch, BoxBatch, ImageLabelBatch, Targets, make_instances
 from proxydet.data.config import DataConfig, SourceConfig
-from proxydet.data.formats.reader import Identifier
 from proxydet.data.image_labels import FolderImages, LabelledImages, open_label_images
 from proxydet.data.images import (
     open_annotated_image,
@@ -40,6 +39,7 @@ from proxydet.data.images import (
     require_distinct_files,
     training_view,
 )
+from proxydet.data.records import Identifier
 from proxydet.errors import DataError, ProxydetError, RuntimeEnvironmentError
 
 if TYPE_CHECKING:

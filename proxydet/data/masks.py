@@ -87,7 +87,7 @@ class Mask(NamedTuple):
     Attributes:
         polygons: Numbers x, y, x, y, ... in pixels, each of at least 3 points that may be given to `rasterize`.
         counts: RLE counts of a mask of the image's size; whether they are sound, `measure` says.
-        deviations: Keys of `proxydet.data.deviations.DEVIATIONS`.
+        deviations: Keys of `proxydet.data.records.DEVIATIONS`.
     """
 
     polygons: Sequence[list[float]] = ()

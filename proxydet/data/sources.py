@@ -13,18 +13,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from proxydet.data.deviations import StoreReport
 from proxydet.data.formats import coco, cvat, label_studio, labelme, via, voc, yolo
-from proxydet.data.formats.collected import images_below, part_of_word, stamp
-from proxydet.data.formats.reader import (
+from proxydet.data.formats.collected import part_of_word
+from proxydet.data.images import images_below, readable_suffixes, stamp
+from proxydet.data.records import (
     AnnotationEntry,
     Document,
     Flaw,
     Identifier,
     ImageEntry,
+    StoreReport,
     image_name,
 )
-from proxydet.data.images import readable_suffixes
 from proxydet.errors import DataError
 from proxydet.files import (
     PlaceholderError,

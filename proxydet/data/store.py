@@ -30,21 +30,24 @@ import numpy.typing as npt
 from pycocotools import mask as coco_mask
 
 from proxydet.data import masks
-from proxydet.data.conventions import BoxConvention
-from proxydet.data.deviations import DAMAGED_MASK, StoreReport, line_of, refused
 from proxydet.data.formats import coco
-from proxydet.data.formats.reader import (
+from proxydet.data.formats.coco import no_garbage_collection
+from proxydet.data.records import (
+    DAMAGED_MASK,
     LABEL_LISTS,
     MOST_CATEGORIES,
     AnnotationEntry,
+    BoxConvention,
     CategoryEntry,
     Document,
     Flaw,
     Identifier,
     ImageEntry,
+    StoreReport,
     image_name,
-    no_garbage_collection,
+    line_of,
     other_spelling,
+    refused,
 )
 from proxydet.data.sources import AnnotationSource, digest, read, with_folders
 from proxydet.errors import DataError
@@ -340,7 +343,7 @@ class AnnotationStore:
                 shows the report itself.
 
         Raises:
-            DataError: the file cannot be read, or is refused: see `proxydet.data.deviations`.
+            DataError: the file cannot be read, or is refused: see `proxydet.data.records`.
         """
         meant = _as_source(source)
         path = cls.path_for(meant, cache=cache)
@@ -596,7 +599,7 @@ def build_store(
 
 
 class _Builder:
-    """Turns records into columns by the rules of `proxydet.data.deviations`.
+    """Turns records into columns by the rules of `proxydet.data.records`.
 
     Annotations come chunk by chunk; polygon coordinates go to the file at once, the rest at the end.
     """

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from proxydet.data.protocol import FREQUENCIES
+from proxydet.data.config import FREQUENCIES
 from proxydet.evaluation.matching import FOUND, IGNORED, Matches
 from proxydet.evaluation.report import Interval
 from proxydet.evaluation.scoring import AREAS, IOU_THRESHOLDS_T, RECALL_THRESHOLDS_R

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from proxydet.data.protocol import PROTOCOLS, Protocol
+from proxydet.data.config import PROTOCOLS, Protocol
 from proxydet.errors import ConfigError
 
 _IOU_TYPES = ("bbox", "segm")

@@ -32,8 +32,8 @@ import torch.distributed
 from torch import nn
 
 from proxydet.data.dataset import Dataset, DatasetConfig
-from proxydet.data.formats.reader import Identifier
 from proxydet.data.images import Pixels
+from proxydet.data.records import Identifier
 from proxydet.errors import ConfigError, DataError
 from proxydet.evaluation.config import EvaluationConfig
 from proxydet.evaluation.evaluate import (

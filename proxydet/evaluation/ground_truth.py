@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from proxydet.data.formats.reader import Identifier, encoded
+from proxydet.data.config import FREQUENCIES, Protocol, protocol_of
+from proxydet.data.formats.coco import encoded
 from proxydet.data.masks import rasterize_all
-from proxydet.data.protocol import FREQUENCIES, Protocol, protocol_of
+from proxydet.data.records import Identifier
 from proxydet.data.store import AnnotationStore
 
 
@@ -86,7 +87,7 @@ class GroundTruth:
         Args:
             source: What `AnnotationStore.open` takes, or the content of a COCO or LVIS file as Python values.
             name: What to call the data set; the file's name by default.
-            protocol: How to score; by default `proxydet.data.protocol.protocol_of` decides.
+            protocol: How to score; by default `proxydet.data.config.protocol_of` decides.
 
         Raises:
             DataError: The annotations cannot be used; the message names the first offenders.

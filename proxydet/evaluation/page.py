@@ -14,9 +14,9 @@ from hotcoco import mask as coco_mask
 from numpy.typing import NDArray
 from PIL import Image
 
-from proxydet.data.formats.reader import Identifier
+from proxydet.data.config import PROTOCOL_NAMES
 from proxydet.data.images import Pixels
-from proxydet.data.protocol import PROTOCOL_NAMES
+from proxydet.data.records import Identifier
 from proxydet.evaluation.analysis import Analysis, Calibration, ErrorBreakdown, right_and_wrong
 from proxydet.evaluation.evaluate import Evaluation, Scored
 from proxydet.evaluation.report import (

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from proxydet.wording import table_cell
 
 if TYPE_CHECKING:
-    from proxydet.data.formats.reader import Identifier
+    from proxydet.data.records import Identifier
     from proxydet.evaluation.bootstrap import Difference
     from proxydet.evaluation.scoring import Curves, Metrics
 

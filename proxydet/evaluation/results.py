@@ -4,7 +4,7 @@ Taken are LVIS's and COCO's results format, a list of ``{"image_id", "category_i
 "segmentation": RLE or polygons}``, and an object that holds such a list as ``annotations`` or ``predictions`` next to its
 own ``images`` and ``categories``, as ``proxydet predict --save coco`` writes it; plain or gzipped. Results of LVIS's
 validation set are some gigabytes, so a file is read in blocks, each turned into columns before the next is read; of the
-masks only those are kept that can be scored. What deviates from the format has the fate that `proxydet.data.deviations`
+masks only those are kept that can be scored. What deviates from the format has the fate that `proxydet.data.records`
 gives it, as in annotation files.
 
 Dimensions: D detections, M distinct masks. Detections keep the order of their file: among equal scores in one image the
@@ -30,17 +30,20 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from proxydet.data import masks
-from proxydet.data.conventions import BoxConvention, fit_by_convention
-from proxydet.data.deviations import DAMAGED_MASK, DEVIATIONS, StoreReport, line_of, refused
-from proxydet.data.formats.reader import (
+from proxydet.data.formats.coco import JsonText, encoded, no_garbage_collection
+from proxydet.data.records import (
+    DAMAGED_MASK,
+    DEVIATIONS,
+    BoxConvention,
     Flaw,
     Identifier,
-    JsonText,
-    encoded,
+    StoreReport,
+    fit_by_convention,
     identifier,
-    no_garbage_collection,
+    line_of,
     other_spelling,
     owners,
+    refused,
 )
 from proxydet.errors import DataError
 from proxydet.wording import first_of

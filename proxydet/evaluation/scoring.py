@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from proxydet.data.protocol import FREQUENCIES, Protocol
+from proxydet.data.config import FREQUENCIES, Protocol
 from proxydet.errors import ProxydetError, RuntimeEnvironmentError
 
 if TYPE_CHECKING:

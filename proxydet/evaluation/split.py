@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from proxydet.data.config import Protocol
 from proxydet.data.dataset import Dataset, DatasetConfig
-from proxydet.data.formats.reader import Identifier
 from proxydet.data.image_labels import match_tars, synset_of_wnid
 from proxydet.data.images import Pixels, open_annotated_image, require_distinct_files
-from proxydet.data.protocol import Protocol
+from proxydet.data.records import Identifier
 from proxydet.data.store import AnnotationStore
 from proxydet.evaluation.ground_truth import GroundTruth
 from proxydet.reporting import SILENT, Progress

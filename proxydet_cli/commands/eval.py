@@ -549,7 +549,7 @@ def compare_results(first: Path, second: Path, options: EvalOptions, output: Out
 
 def show(report: Report, analysis: Mapping[str, Any], output: Output) -> None:
     """Write the numbers to stdout."""
-    from proxydet.data.protocol import PROTOCOL_NAMES
+    from proxydet.data.config import PROTOCOL_NAMES
     from proxydet.evaluation.report import group_rows, metric_rows
 
     if output.json:

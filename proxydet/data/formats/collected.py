@@ -5,15 +5,13 @@ COCO's reader streams gigabytes of JSON; these formats are files of at most some
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
 import os
 import sys
 import xml.etree.ElementTree as ElementTree
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 from xml.parsers import expat
@@ -23,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 from pycocotools import mask as coco_mask
 
-from proxydet.data.formats.reader import (
+from proxydet.data.masks import LARGEST_IMAGE, RunLengths
+from proxydet.data.records import (
     AnnotationEntry,
     CategoryEntry,
     Document,
@@ -31,17 +30,10 @@ from proxydet.data.formats.reader import (
     Identifier,
     ImageEntry,
 )
-from proxydet.data.images import find_image, image_size, readable_suffixes
-from proxydet.data.masks import LARGEST_IMAGE, RunLengths
 from proxydet.errors import DataError
 from proxydet.files import PlaceholderError, open_regular, refuse_placeholder
 
-MOST_FILES = 1_000_000
-"""Files that a folder may hold."""
-_MOST_SEEN = 4 * MOST_FILES
-"""Names of any kind that are listed below a folder."""
 _CHUNK = 16384
-_READERS = 8
 _PIECE = 1 << 16
 MOST_RUNS = 1 << 20
 """Runs of a mask, along rows or along columns."""
@@ -140,7 +132,7 @@ class Objects:
 
         Args:
             format: Name of the format, for people.
-            record: What the format calls an object, as of `proxydet.data.deviations.FIELDS`.
+            record: What the format calls an object, as of `proxydet.data.records.FIELDS`.
             names: Classes that the format declares, in its order; others follow by name.
             first_id: Id of the first class.
         """
@@ -472,72 +464,3 @@ def decode_json(data: bytes, kind: Any, path: Path, format: str, hint: str) -> A
     except RecursionError:
         why = "is nested too deeply"
     raise DataError(f"{path} {why}", hint=hint, path=path)
-
-
-def files_below(folder: Path, suffixes: Iterable[str]) -> list[Path]:
-    """Return the files below a folder with one of some endings (lower case), sorted; hidden ones are left out.
-
-    Raises:
-        DataError: there are more than `MOST_FILES`, or too many others.
-    """
-    ends = tuple(suffixes)
-    found: list[Path] = []
-    seen = 0
-    for place, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [
-            Path(place, name)
-            for name in names
-            if name.lower().endswith(ends) and not name.startswith(".")
-        ]
-        seen += len(names) + len(folders)
-        if len(found) > MOST_FILES or seen > _MOST_SEEN:
-            raise DataError(
-                f"{folder} holds more than {MOST_FILES if len(found) > MOST_FILES else _MOST_SEEN:,} files",
-                hint="name the folder of one data set",
-                path=folder,
-            )
-    return sorted(found)
-
-
-def images_below(folder: Path) -> list[Path]:
-    """Return the image files below a folder, sorted."""
-    return files_below(folder, sorted(readable_suffixes()))
-
-
-def stamp(named: Iterable[tuple[str, Path]]) -> str:
-    """Return a digest of the names and sizes of files that are not worth reading whole, the same wherever they lie.
-
-    Args:
-        named: What each file is called, and where it is.
-    """
-    digest = hashlib.sha256()
-    for name, path in named:
-        try:
-            size = path.stat().st_size
-        except OSError:
-            continue
-        digest.update(f"{name} {size}\n".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
-
-
-def sizes_of(images: Sequence[Path | None]) -> Iterator[tuple[int, int] | None]:
-    """Yield the height and width of images, from their headers; None for one that is absent or cannot be read."""
-
-    def size(image: Path | None) -> tuple[int, int] | None:
-        try:
-            return None if image is None else image_size(image)
-        except DataError:
-            return None
-
-    with ThreadPoolExecutor(_READERS) as pool:
-        for start in range(0, len(images), _CHUNK):
-            yield from pool.map(size, images[start : start + _CHUNK])
-
-
-def found_image(name: str, roots: Sequence[Path]) -> Path | None:
-    """Return the file of an image below one of some folders; None where it is absent."""
-    try:
-        return find_image(name, roots)
-    except DataError:
-        return None

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from proxydet.data.deviations import StoreReport
 from proxydet.data.formats.collected import (
     MOST_RUNS,
     Ellipse,
@@ -20,7 +19,7 @@ from proxydet.data.formats.collected import (
     refuse_entities,
     turned_box,
 )
-from proxydet.data.formats.reader import Document
+from proxydet.data.records import Document, StoreReport
 from proxydet.errors import DataError
 from proxydet.files import PlaceholderError, open_regular, refuse_placeholder
 

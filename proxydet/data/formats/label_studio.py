@@ -15,23 +15,20 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from proxydet.data.deviations import StoreReport
 from proxydet.data.formats.collected import (
     LARGEST_MASK,
     Ellipse,
     Objects,
     decode_json,
     flat_points,
-    found_image,
     number,
     numbers,
     paste,
     read_bytes,
-    sizes_of,
     turned_box,
 )
-from proxydet.data.formats.reader import Document
-from proxydet.data.images import readable_suffixes
+from proxydet.data.images import found_image, readable_suffixes, sizes_of
+from proxydet.data.records import Document, StoreReport
 
 _LARGEST_FILE = 512 << 20
 _HINT = "export the project from Label Studio as JSON, JSON-MIN, COCO or YOLO"

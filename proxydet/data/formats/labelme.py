@@ -19,15 +19,13 @@ from proxydet.data.formats.collected import (
     Objects,
     decode_json,
     extent,
-    files_below,
     flat_points,
-    found_image,
     number,
     paste,
     read_bytes,
-    sizes_of,
 )
-from proxydet.data.formats.reader import Document
+from proxydet.data.images import files_below, found_image, sizes_of
+from proxydet.data.records import Document
 
 _LARGEST_FILE = 256 << 20
 """Bytes of a file: labelme stores the image itself in it."""

@@ -17,13 +17,12 @@ from proxydet.data.formats.collected import (
     Ellipse,
     Objects,
     decode_json,
-    found_image,
     number,
     numbers,
     read_bytes,
-    sizes_of,
 )
-from proxydet.data.formats.reader import Document
+from proxydet.data.images import found_image, sizes_of
+from proxydet.data.records import Document
 from proxydet.errors import DataError
 
 _LARGEST_FILE = 256 << 20

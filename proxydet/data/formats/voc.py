@@ -15,8 +15,8 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 from proxydet.data.formats.collected import Objects, number, numbers, read_xml
-from proxydet.data.formats.reader import Document
 from proxydet.data.images import readable_suffixes
+from proxydet.data.records import Document
 from proxydet.errors import DataError
 from proxydet.files import open_regular, read_text
 from proxydet.wording import first_of, printable

@@ -15,18 +15,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from proxydet.config import parse_yaml
-from proxydet.data.deviations import StoreReport, refused
-from proxydet.data.formats.collected import (
+from proxydet.data.formats.collected import Objects, number
+from proxydet.data.images import (
     MOST_FILES,
-    Objects,
     files_below,
     found_image,
     images_below,
-    number,
+    readable_suffixes,
     sizes_of,
 )
-from proxydet.data.formats.reader import MOST_CATEGORIES, Document
-from proxydet.data.images import readable_suffixes
+from proxydet.data.records import MOST_CATEGORIES, Document, StoreReport, refused
 from proxydet.errors import ConfigError, DataError
 from proxydet.files import open_regular, read_text
 from proxydet.wording import first_of, json_text

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
 import proxydet.data.store as store_module
-from proxydet.data.deviations import DEVIATIONS, StoreReport
 from proxydet.data.masks import decode
+from proxydet.data.records import DEVIATIONS, StoreReport
 from proxydet.data.store import AnnotationStore, ImageRecord
 from proxydet.errors import DataError
 from proxydet.evaluation.ground_truth import GroundTruth
@@ -65,7 +65,7 @@ def test_records_that_are_read_in_several_chunks(
     write_json: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Polygons keep their points, and the report its places, across chunks."""
-    monkeypatch.setattr("proxydet.data.formats.reader._BLOCK_BYTES", 200)
+    monkeypatch.setattr("proxydet.data.formats.coco._BLOCK_BYTES", 200)
     boxes = [[float(i), 1, 2 + i, 3] for i in range(5)]
     entries: list[Any] = [annotation(i + 1, 1, 3, box) for i, box in enumerate(boxes)]
     store = open_one(write_json, tmp_path, *entries[:3], "no record", *entries[3:])
@@ -495,7 +495,7 @@ def test_what_is_not_an_annotation_file_is_refused(
 
 
 def test_a_gzip_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("proxydet.data.formats.reader._UNPACKED_FREELY", 1 << 20)
+    monkeypatch.setattr("proxydet.data.formats.coco._UNPACKED_FREELY", 1 << 20)
     path = tmp_path / "a.json.gz"
     path.write_bytes(gzip.compress(b" " * (8 << 20)))
     with pytest.raises(DataError, match="200 times"):

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxydet.data.deviations import DEVIATIONS
 from proxydet.data.masks import rasterize
+from proxydet.data.records import DEVIATIONS
 from proxydet.errors import DataError
 from proxydet.evaluation.config import EvaluationConfig
 from proxydet.evaluation.evaluate import run_evaluation
@@ -59,7 +59,7 @@ def test_blocks_of_any_size_give_the_same(files, monkeypatch, block, indent):
         row["parts"] = [{"a": 1}, {"b": "},{"}, {"c": [{"d": 2}, {"e": 3}]}]
     expected = read_results(detections, truth)
     path.write_text(json.dumps(detections, indent=indent))
-    monkeypatch.setattr("proxydet.data.formats.reader._BLOCK_BYTES", block)
+    monkeypatch.setattr("proxydet.data.formats.coco._BLOCK_BYTES", block)
     assert_equal(read_results(path, truth), expected)
 
 
@@ -359,7 +359,7 @@ def test_text_that_is_not_unicode_costs_no_other_record(tmp_path, make_set, wrap
 
 
 def test_a_results_file_that_unpacks_out_of_bounds_is_refused(files, monkeypatch):
-    monkeypatch.setattr("proxydet.data.formats.reader._UNPACKED_FREELY", 1 << 20)
+    monkeypatch.setattr("proxydet.data.formats.coco._UNPACKED_FREELY", 1 << 20)
     truth, _, path = files
     path.write_bytes(gzip.compress(b"[" + b" " * (8 << 20)))
     with pytest.raises(DataError, match="200 times"):
@@ -428,7 +428,7 @@ def test_a_truncated_file(files, monkeypatch, kept, block):
     truth, _, path = files
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * kept)])
-    monkeypatch.setattr("proxydet.data.formats.reader._BLOCK_BYTES", block)
+    monkeypatch.setattr("proxydet.data.formats.coco._BLOCK_BYTES", block)
     with pytest.raises(DataError, match="cut short") as caught:
         read_results(path, truth)
     assert caught.value.hint
@@ -492,7 +492,7 @@ def test_a_record_is_told_with_its_place_in_the_whole_file(files, monkeypatch):
     truth, detections, path = files
     rows = broken(broken(detections, 20, score="high"), 30, score=float("nan"))
     path.write_text(json.dumps(rows))
-    monkeypatch.setattr("proxydet.data.formats.reader._BLOCK_BYTES", 1000)
+    monkeypatch.setattr("proxydet.data.formats.coco._BLOCK_BYTES", 1000)
     report = read_results(path, truth).report
     assert report.examples["detection.score"] == ["position 20", "position 30"]
     assert report.counts == {"detection.score": 2, "file.nan": 1}

@@ -1,4 +1,4 @@
-"""What annotation files do differently from their format, and what happens to each: one table for all readers.
+"""Records of annotations, as all readers give them, and what files do differently: one table for all formats.
 
 Every deviation has one fate. *Mended*: the record is used, with the value that `then` names. *Dropped*: the record (or the
 part that `field` names) is left out of training, evaluation and statistics. *Refused*: nothing is read, exit code 3.
@@ -9,14 +9,153 @@ this table, and ``proxydet data check`` counts by it.
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
+from proxydet.data.masks import RunLengths
 from proxydet.errors import DataError
+
+Identifier = int | str
+_OwnId = (
+    Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+    | Annotated[str, msgspec.Meta(min_length=1)]
+)
+"""An id that others refer to, as columns hold it: a whole number of 64 bits, or a text that is not empty."""
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+MOST_CATEGORIES = 200_000
+"""Categories of a file: ten times as many as any published vocabulary has."""
+LABEL_LISTS = ("neg_category_ids", "not_exhaustive_category_ids", "pos_category_ids")
+"""Fields of images that list categories: LVIS's verified absent, LVIS's not exhaustively annotated, verified present."""
+
+
+class ImageEntry(msgspec.Struct, frozen=True, gc=False):
+    """What is read of an image; other fields are skipped. Sizes in pixels."""
+
+    id: _OwnId
+    width: int
+    height: int
+    file_name: str | None = None
+    coco_url: str | None = None
+    neg_category_ids: list[Identifier] | None = None
+    not_exhaustive_category_ids: list[Identifier] | None = None
+    pos_category_ids: list[Identifier] | None = None
+
+
+class AnnotationEntry(msgspec.Struct, frozen=True, gc=False):
+    """What is read of an annotation; other fields are skipped. The box is x, y, width, height in pixels.
+
+    Of a record that strict decoding refused, ``segmentation`` may be anything: `proxydet.data.masks.read` says what it is.
+    """
+
+    image_id: Identifier
+    category_id: Identifier
+    bbox: tuple[float, float, float, float] | None = None
+    segmentation: list[list[float]] | RunLengths | None = None
+    area: float | None = None
+    iscrowd: int = 0
+    ignore: int = 0
+    id: Identifier | None = None
+
+
+class CategoryEntry(msgspec.Struct, frozen=True):
+    """What is read of a category; other fields are skipped."""
+
+    id: _OwnId
+    name: str
+    frequency: str | None = None
+    synset: str | None = None
+    wnid: str | None = None
+    freebase_id: str | None = None
+    supercategory: str | None = None
+    image_count: _Count | None = None
+    instance_count: _Count | None = None
+    synonyms: list[str] | None = None
+
+
+# LVIS v0.5 names its images by the COCO 2014 release; the 2017 release that users have is in the address.
+_COCO_2014_NAME = re.compile(r"COCO_(train|val|test)2014_")
+
+
+def image_name(image: ImageEntry) -> str:
+    """Return the path of an image below its root, empty where the record has none.
+
+    ``file_name`` where there is one; LVIS v1 gives only an address, whose last two parts are folder and name.
+    """
+    name = (image.file_name or "").strip()
+    if image.coco_url and (not name or _COCO_2014_NAME.search(name)):
+        parts = PurePosixPath(urlsplit(image.coco_url).path).parts
+        return "/".join(parts[-2:]).lstrip("/")
+    return name
+
+
+class Flaw(msgspec.Struct, frozen=True):
+    """A record that is dropped.
+
+    Attributes:
+        key: The deviation.
+        which: Its id, or its position.
+        file_name: Of an image, where it has one.
+    """
+
+    key: str
+    which: str
+    file_name: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """An annotation file, opened.
+
+    Attributes:
+        format: Name of the format, for people.
+        categories: The categories, in the file's order.
+        images: The images, in the file's order.
+        annotations: Chunks of annotations, in the file's order.
+        record: As of `StoreReport`.
+        called: What to call the annotation of an id in messages; None calls it by the id.
+    """
+
+    format: str
+    categories: list[CategoryEntry]
+    images: list[ImageEntry | Flaw]
+    annotations: Iterator[list[AnnotationEntry | Flaw]]
+    record: str = "annotation"
+    called: Callable[[Identifier], str] | None = None
+
+
+def identifier(value: object) -> Identifier | None:
+    """Return an id: a whole number of 64 bits, however it is spelt, or a text; None for anything else."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63:
+        return value
+    return value if isinstance(value, str) and value else None
+
+
+def owners(fields: dict[str, Any], which: str) -> dict[str, Any] | Flaw:
+    """Return ``image_id`` and ``category_id`` of a record, or the flaw of one of which they cannot be read."""
+    found = {name: identifier(fields.get(name)) for name in ("image_id", "category_id")}
+    missing = next((name for name, value in found.items() if value is None), None)
+    return found if missing is None else Flaw(f"annotation.{missing}", which)
+
+
+def other_spelling(value: Identifier) -> Identifier | None:
+    """Return an id as the other type writes it, a number's text or a text's number; None where it has none."""
+    if isinstance(value, int):
+        return str(value)
+    return int(value) if re.fullmatch(r"-?\d{1,18}", value.strip(), re.ASCII) else None
+
+
+# --- Deviations ---------------------------------------------------------------------------------------------------------
 
 Fate = Literal["mended", "dropped", "refused", "noted"]
 _MOST_EXAMPLES = 5
@@ -252,3 +391,128 @@ def refused(
     field = FIELDS.get(record, {}).get(what.field, what.field)
     message = f"{name}: {of}{field}: {what.what}{ids if shown else ''}"
     return DataError(message, hint=what.then, path=path)
+
+
+# --- Conventions of boxes ------------------------------------------------------------------------------------------------
+
+_MOST_COMPARED = 2000
+"""Boxes, the first of the file, that are compared with their own masks."""
+_ALL = 0.95
+_MOST = 0.9
+_FEWEST = 3
+_FITS = 0.5
+"""IoU of a box with its mask's box: from here on the two are of one object."""
+_SMALLEST_IMAGE = 2
+
+
+class BoxConvention:
+    """Counts, block by block, what boxes would be in each convention; a few outliers decide nothing.
+
+    Annotations and results are both read with it. Dimensions: N boxes of a block.
+
+    Args:
+        exact: Whether masks fill their boxes, as annotated ones do; of detections either may be far off.
+    """
+
+    def __init__(self, *, exact: bool) -> None:
+        self._exact = exact
+        self._fits, self._apart = (0.9, 0.25) if exact else (_FITS, 0.05)
+        self._boxes = self._fractions = self._beyond = self._corners = 0
+        self._compared = self._differing = self._better_as_corners = self._unlike = 0
+
+    def add(self, xywh_N4: npt.NDArray[np.float64], size_N2: npt.NDArray[np.integer]) -> None:
+        """Count boxes; those that are not finite or without extent say nothing.
+
+        Args:
+            xywh_N4: The four numbers of each box as the file has them.
+            size_N2: Height and width of each box's image, pixels.
+        """
+        # By columns: numpy reduces along rows of four slowly.
+        x_N, y_N, w_N, h_N = xywh_N4.T
+        width_N, height_N = size_N2[:, 1], size_N2[:, 0]
+        telling_N = (w_N > 0) & (h_N > 0)
+        for side_N in (x_N, y_N, w_N, h_N):
+            telling_N &= np.isfinite(side_N)
+        self._boxes += int(telling_N.sum())
+        in_unit_N = (x_N >= 0) & (y_N >= 0)
+        for side_N in (x_N, y_N, w_N, h_N):
+            in_unit_N &= side_N < 1.001
+        in_unit_N &= (width_N > _SMALLEST_IMAGE) & (height_N > _SMALLEST_IMAGE)
+        self._fractions += int((in_unit_N & telling_N).sum())
+        beyond_N = (x_N + w_N > width_N + 1) | (y_N + h_N > height_N + 1)
+        self._beyond += int((beyond_N & telling_N).sum())
+        ordered_N = (w_N > x_N) & (h_N > y_N) & (w_N <= width_N + 1) & (h_N <= height_N + 1)
+        self._corners += int((ordered_N & telling_N).sum())
+
+    @property
+    def compares(self) -> int:
+        """How many more boxes are to be compared with their masks."""
+        return _MOST_COMPARED - self._compared
+
+    def compare(self, xywh_N4: npt.NDArray[np.float64], extent_N4: npt.NDArray[np.float64]) -> None:
+        """Count how boxes overlap the extents of their own masks, as they are and read as two corners.
+
+        Args:
+            xywh_N4: The four numbers of each box as the file has them, finite.
+            extent_N4: x, y, width, height of the mask of each, pixels.
+        """
+        as_is_N = _overlap(xywh_N4, extent_N4)
+        sides_N2 = np.maximum(xywh_N4[:, 2:] - xywh_N4[:, :2], 0)
+        as_corners_N = _overlap(np.concatenate([xywh_N4[:, :2], sides_N2], axis=1), extent_N4)
+        self._compared += len(xywh_N4)
+        self._differing += int((np.abs(as_is_N - as_corners_N) > self._apart).sum())
+        better_N = (as_corners_N > as_is_N + self._apart) & (as_corners_N > self._fits)
+        self._better_as_corners += int(better_N.sum())
+        self._unlike += int((as_is_N < _FITS).sum())
+
+    def deviation(self) -> tuple[str, str] | None:
+        """Return the deviation that most boxes show, and how many of how many do; None where they are as they should be."""
+        if self._boxes and self._fractions >= _ALL * self._boxes:
+            return "file.convention.fractions", f"{self._fractions} of {self._boxes} boxes"
+        number, total = self._corners, self._boxes
+        if self._differing >= (1 if self._exact else _FEWEST):  # masks decide
+            number, total = self._better_as_corners, self._differing
+            corners = number >= _MOST * total
+        else:
+            corners = total >= _FEWEST and self._beyond > total / 2 and number >= _ALL * total
+        if corners:
+            return "file.convention.xyxy", f"{number} of {total} boxes"
+        if self._exact and self._compared >= _FEWEST and self._unlike > self._compared / 2:
+            return "file.convention.masks", f"{self._unlike} of {self._compared} boxes"
+        return None
+
+
+def fit_by_convention(
+    xywh_N4: npt.NDArray[np.float64], annotated: Sequence[npt.NDArray[np.float64]]
+) -> tuple[int, int]:
+    """Count the detections that fit an annotated box of their image in one convention only.
+
+    Args:
+        xywh_N4: The four numbers of each detection's box as the file has them.
+        annotated: For each detection x, y, width, height of the annotated boxes of its image: float64 (A, 4), pixels.
+
+    Returns:
+        How many fit as they are, and how many read as two corners.
+    """
+    sides_N2 = np.maximum(xywh_N4[:, 2:] - xywh_N4[:, :2], 0)
+    corners_N4 = np.concatenate([xywh_N4[:, :2], sides_N2], axis=1)
+    # One row a pair of a detection and an annotated box of its image.
+    row_P = np.repeat(np.arange(len(annotated)), [len(boxes_A4) for boxes_A4 in annotated])
+    boxes_P4 = np.concatenate([np.zeros((0, 4)), *annotated])
+    as_is_N, as_corners_N = (
+        np.bincount(row_P, _overlap(read_N4[row_P], boxes_P4) >= _FITS, len(annotated)) > 0
+        for read_N4 in (xywh_N4, corners_N4)
+    )
+    return int((as_is_N & ~as_corners_N).sum()), int((as_corners_N & ~as_is_N).sum())
+
+
+def _overlap(
+    first_N4: npt.NDArray[np.float64], second_N4: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """Return the IoU of each pair of boxes (x, y, width, height)."""
+    low_N2 = np.maximum(first_N4[:, :2], second_N4[:, :2])
+    ends = [boxes_N4[:, :2] + boxes_N4[:, 2:] for boxes_N4 in (first_N4, second_N4)]
+    common_N = np.maximum(np.minimum(*ends) - low_N2, 0).prod(axis=1)
+    union_N = first_N4[:, 2:].prod(axis=1) + second_N4[:, 2:].prod(axis=1) - common_N
+    overlap_N: npt.NDArray[np.float64] = common_N / np.maximum(union_N, 1e-9)
+    return overlap_N

@@ -35,6 +35,7 @@ from proxydet.errors import (
     VocabularyError,
 )
 from proxydet.files import sha256
+from proxydet.hub import damage_explained
 from proxydet.manifest import MANIFEST_NAME
 from proxydet.modeling.config import TTA_SCALES, InferenceConfig, ModelConfig
 from proxydet.modeling.network import ImageView, ProxyDetNetwork
@@ -49,6 +50,7 @@ from proxydet.models import (
     check_sizes,
     configuration_of,
     digests_of,
+    find_detector,
     is_run,
     locate_published,
 )
@@ -181,11 +183,12 @@ class Detector:
 
     @classmethod
     def from_pretrained(cls, name: str, *, device: str = "auto") -> Detector:
-        """Open a published model, downloading it first where it is not there.
+        """Open a published model or one of the Hugging Face hub, downloading it first where it is not there.
 
         Args:
             name: ``proxydet-r50``, ``proxydet-r50-inl``, ``proxydet-swinb-inl``, ``detic-r50``, ``detic-swinb``,
-                ``boxsup-r50`` or ``boxsup-swinb``.
+                ``boxsup-r50`` or ``boxsup-swinb``; or ``owner/name`` or ``owner/name@revision`` (a branch, a tag, a commit) of
+                what ``proxydet push`` wrote. A run folder or a file here comes before a repository of the same name.
             device: See `from_run`.
 
         Raises:
@@ -197,10 +200,7 @@ class Detector:
 
         chosen = choose_device(device)
         if name not in PUBLISHED_MODELS:
-            raise InputError(
-                f"unknown published model {name!r}",
-                hint=f"known: {', '.join(PUBLISHED_MODELS)}",
-            )
+            return open_named(find_detector(run=None, weights=name, config=None), device=device)
         weights = download(name)
         download("lvis-metadata")
         return cls._open(PUBLISHED_MODELS[name], published_vocabulary("lvis"), weights, chosen)
@@ -618,7 +618,9 @@ def open_named(named: NamedDetector, *, device: str = "auto") -> Detector:
         ArtifactError: Files of the published model are not there.
     """
     if named.run is not None:
-        return Detector.from_run(named.run, checkpoint=named.weights, device=device)
+        choose_device(device)
+        with damage_explained(named.repository, named.run):
+            return Detector.from_run(named.run, checkpoint=named.weights, device=device)
     if named.weights is not None:
         return Detector.from_checkpoint(named.weights, config=named.config, device=device)
     name = named.published or DEFAULT_MODEL

@@ -1,4 +1,4 @@
-"""Which detector a command line names: a run folder, a checkpoint or a published model; found without loading torch.
+"""Which detector a name means: a run folder, a checkpoint, a published model, a repository; found without loading torch.
 
 A misspelt name is refused here, before anything heavy is loaded; `proxydet.detector.open_named` opens what was found.
 """
@@ -18,6 +18,7 @@ from typing import Any, Literal
 from proxydet.config import from_mapping, load_mapping
 from proxydet.data.config import DataConfig
 from proxydet.errors import ArtifactError, ConfigError, InputError
+from proxydet.hub import fetch, split_name
 from proxydet.manifest import (
     EVALUATION_KEYS,
     FREE_KEYS,
@@ -28,7 +29,7 @@ from proxydet.manifest import (
     read_values,
 )
 from proxydet.modeling.config import BackboneConfig, InferenceConfig, ModelConfig
-from proxydet.paths import QUICKSTARTS_RUN, require_run
+from proxydet.paths import QUICKSTARTS_RUN, require_run, run_in
 
 logger = logging.getLogger(__name__)
 
@@ -103,20 +104,24 @@ class NamedDetector:
     """What a command line names; the files that it names are there.
 
     Attributes:
-        run: The run folder.
+        run: The run folder, or the folder with the files of a repository.
+        repository: The name on the Hugging Face hub that ``run`` was downloaded by.
         weights: A checkpoint; with a run, None: its final weights, or its newest checkpoint.
         published: A key of `PUBLISHED_MODELS`, instead of both.
         config: Sizes of a checkpoint without a run: a ``config.yaml``, or a key of `SIZES`.
     """
 
     run: Path | None = None
+    repository: str | None = None
     weights: Path | None = None
     published: str | None = None
     config: Path | str = "r50"
 
     @property
     def name(self) -> str:
-        """What to call it: the run folder's name, the file's or the model's."""
+        """What to call it: the run folder's name, the file's, the model's or the repository's."""
+        if self.repository is not None:
+            return self.repository
         if self.run is not None and self.weights is None:
             run = self.run.resolve()
             return run.parent.name if run.name == QUICKSTARTS_RUN else run.name
@@ -124,17 +129,19 @@ class NamedDetector:
 
 
 def find_detector(*, run: Path | None, weights: str | None, config: str | None) -> NamedDetector:
-    """Find what a command line names; nothing is opened and nothing downloaded.
+    """Find what a command line names; nothing is opened, and only a repository of the Hugging Face hub downloaded.
 
     Args:
         run: A run folder, or the folder of a quickstart.
-        weights: A checkpoint (of the run where there is one), or a published model's name; None with no run: the
-            published R50.
+        weights: A checkpoint (of the run where there is one), a published model's name, a run folder, or ``owner/name`` or
+            ``owner/name@revision`` on the Hugging Face hub, where nothing here has that name; None with no run: the published
+            R50.
         config: ``r50``, ``swinb`` or a ``config.yaml``: the sizes of a checkpoint without a run. Without it, a
             checkpoint that lies in a run folder is that run's.
 
     Raises:
-        InputError: There is no such folder, file or model.
+        InputError: There is no such folder, file, model or repository.
+        ArtifactError: The repository cannot be downloaded.
         ConfigError: The options contradict each other.
     """
     if run is not None:
@@ -154,6 +161,17 @@ def find_detector(*, run: Path | None, weights: str | None, config: str | None) 
     if name in PUBLISHED_MODELS:
         return NamedDetector(published=name)
     path = Path(name)
+    on_hub = split_name(name) is not None
+    if (on_hub and not path.exists()) or is_run(run_in(path)):
+        if config is not None:
+            raise ConfigError(f"{name} has its own configuration", hint="leave --config out")
+        if not path.exists():
+            return NamedDetector(run=fetch(name), repository=name)
+        if on_hub:
+            _warn_once(
+                f"{name} is a folder here; it is used, not a repository of that name on the Hugging Face hub"
+            )
+        return NamedDetector(run=run_in(path))
     if path.exists() and not path.is_file():
         raise InputError(
             f"{name} is not a file",
@@ -165,7 +183,7 @@ def find_detector(*, run: Path | None, weights: str | None, config: str | None) 
         raise InputError(
             f"{name} is neither a weight file nor a published model",
             hint=(f"did you mean {near[0]}? " if near else "")
-            + f"Models: {', '.join(PUBLISHED_MODELS)}",
+            + f"Models: {', '.join(PUBLISHED_MODELS)}; or owner/name on the Hugging Face hub",
             path=path,
         )
     _refuse_export(path)

@@ -40,6 +40,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "predict": "Detect objects in images from any class names.",
         "serve": "Detect objects from a web page or over HTTP.",
         "export": "Export to ONNX or torch, to run without detectron2.",
+        "push": "Upload to the Hugging Face hub, with a model card.",
     },
 }
 """Name and one-line help of each command by group, in the order of the work."""

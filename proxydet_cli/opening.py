@@ -94,24 +94,20 @@ def confirm_names(path: Path) -> None:
     Raises:
         VocabularyError: It is not.
     """
-    from proxydet.errors import JobInterruptedError, VocabularyError
+    from proxydet.errors import VocabularyError
     from proxydet.vocabulary.names import LIST_SUFFIXES, single_line_split
+    from proxydet_cli.output import Output
 
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return
     if path.suffix and not path.name.lower().endswith(LIST_SUFFIXES):
         return
-    if report := single_line_split(path):
-        try:
-            agreed = typer.confirm(f"{report}\nContinue?", default=True, err=True)
-        except typer.Abort:  # Ctrl-C or Ctrl-D in place of an answer
-            raise JobInterruptedError("Stopped.") from None
-        if not agreed:
-            raise VocabularyError(
-                f"{path} holds several names on a single line",
-                hint="write one name on each line; a line that is one name goes in double quotes",
-                path=path,
-            )
+    if (report := single_line_split(path)) and not Output().agreed("the names", before=report):
+        raise VocabularyError(
+            f"{path} holds several names on a single line",
+            hint="write one name on each line; a line that is one name goes in double quotes",
+            path=path,
+        )
 
 
 def _means_file(classes: str) -> bool:

@@ -184,8 +184,8 @@ Weights = Annotated[
     typer.Option(
         "--weights",
         metavar="NAME|FILE",
-        help="A published model (proxydet-r50, proxydet-r50-inl, proxydet-swinb-inl) or a checkpoint; with --run, "
-        "one of the run's. [default: the run's last, else proxydet-r50-inl]",
+        help="A published model (proxydet-r50, proxydet-r50-inl, proxydet-swinb-inl), OWNER/NAME[@REVISION] on the Hugging "
+        "Face hub, or a checkpoint; with --run, one of the run's. [default: the run's last, else proxydet-r50-inl]",
         rich_help_panel="Detector",
     ),
 ]

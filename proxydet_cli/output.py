@@ -87,6 +87,34 @@ class Output:
         if hint:
             _write_error(f"\n{_coloured('hint:', _BOLD)} {_harmless(hint)}")
 
+    def agreed(self, what: str, *, nothing: str = "", before: str = "") -> bool:
+        """Ask on the terminal whether to continue.
+
+        Args:
+            what: What is confirmed, such as ``"the download"``.
+            nothing: What to report where it is not: ``"Nothing was fetched."``.
+            before: What to know before answering.
+
+        Raises:
+            ConfigError: Nobody can be asked.
+            JobInterruptedError: Ctrl-C, or Ctrl-D, in place of an answer.
+        """
+        import typer
+
+        from proxydet.errors import ConfigError, JobInterruptedError
+
+        if not sys.stdin.isatty():
+            raise ConfigError(
+                f"stdin is not a terminal, so {what} cannot be confirmed", hint="pass --yes"
+            )
+        try:
+            agreed = typer.confirm(f"{before}\nContinue?".lstrip(), default=True, err=True)
+        except typer.Abort:
+            raise JobInterruptedError(f"Stopped. {nothing}".rstrip()) from None
+        if nothing and not agreed:
+            self.message(nothing)
+        return agreed
+
 
 class LogHandler(logging.Handler):
     """Shows the core's log records on stderr; warnings and errors say so."""

@@ -258,23 +258,9 @@ def _agreed(plan: Plan, output: Output, *, asked: bool) -> bool:
         JobInterruptedError: Ctrl-C, or Ctrl-D, in place of an answer.
         DiskFullError: There is no room for it.
     """
-    from proxydet.errors import ConfigError, JobInterruptedError
-
     output.message(_plan_text(plan))
     plan.require_room()
-    if not asked:
-        return True
-    if not sys.stdin.isatty():
-        raise ConfigError(
-            "stdin is not a terminal, so the download cannot be confirmed", hint="pass --yes"
-        )
-    try:
-        agreed = typer.confirm("Continue?", default=True, err=True)
-    except typer.Abort:
-        raise JobInterruptedError("Stopped. Nothing was fetched.") from None
-    if not agreed:
-        output.message("Nothing was fetched.")
-    return agreed
+    return not asked or output.agreed("the download", nothing="Nothing was fetched.")
 
 
 def _fetch(downloader: Downloader, plan: Plan, names: list[str], output: Output, *, asked: bool) -> None:  # fmt: skip

@@ -26,11 +26,10 @@ import torch
 from PIL import Image, ImageOps
 from torch.nn import functional
 
-from proxydet.data.batches import make_instances
 from proxydet.data.config import DataConfig
 from proxydet.data.dataset import Dataset, DatasetConfig
 from proxydet.data.images import View, find_image, read_image, training_view
-from proxydet.data.loader import TrainingLoader, TrainingSources
+from proxydet.data.loader import TrainingLoader, TrainingSources, make_instances
 
 Pixels = Any
 

@@ -29,7 +29,7 @@ from detectron2.structures import Boxes, Instances, PolygonMasks
 from parity_model import TRIMMED, network_of
 from parity_trim import base_classes
 
-from proxydet.data.batches import Batch, BoxBatch, ImageLabelBatch
+from proxydet.data.loader import Batch, BoxBatch, ImageLabelBatch
 from proxydet.losses.config import LossConfig
 from proxydet.losses.criterion import Criterion
 from proxydet.modeling import network as network_module

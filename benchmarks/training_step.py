@@ -37,10 +37,9 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.ops import roi_align
 
-from proxydet.data.batches import Batch
 from proxydet.data.config import DataConfig, SourceConfig
 from proxydet.data.dataset import Dataset, DatasetConfig
-from proxydet.data.loader import TrainingLoader, TrainingSources
+from proxydet.data.loader import Batch, TrainingLoader, TrainingSources
 from proxydet.losses import criterion as criterion_module
 from proxydet.losses.config import LossConfig, MixupLossConfig
 from proxydet.losses.criterion import Criterion, image_label_loss

@@ -38,8 +38,8 @@ from proxydet.data.images import (
     require_distinct_files,
     require_end,
 )
-from proxydet.data.sources import AnnotationSource, Format, holds_annotations, look
-from proxydet.data.store import AnnotationStore
+from proxydet.data.sources import holds_annotations, look
+from proxydet.data.store import AnnotationSource, AnnotationStore, Format
 from proxydet.errors import DataError, InputError
 from proxydet.files import sha256
 from proxydet.reporting import SILENT, Progress

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import zipfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,8 +20,7 @@ import numpy.typing as npt
 
 from proxydet.artifacts import how_to_get
 from proxydet.config import from_mapping, parse_toml
-from proxydet.data.sources import AnnotationSource, look
-from proxydet.data.store import AnnotationStore
+from proxydet.data.store import AnnotationSource, AnnotationStore
 from proxydet.errors import ConfigError, DataError, VocabularyError
 from proxydet.files import read_text
 from proxydet.paths import datasets_folder
@@ -157,7 +155,7 @@ class ImageLabelSpec(_Images):
 class DatasetConfig:
     """A data set. All paths are absolute.
 
-    Make one with `from_toml`.
+    Make one with `from_toml`, or with `proxydet.data.sources.open_config` of annotations alone.
     """
 
     name: str
@@ -177,32 +175,6 @@ class DatasetConfig:
 
     image_labels: ImageLabelSpec | None = None
     """Images with class labels to train on."""
-
-    @classmethod
-    def open(cls, path: Path | str, images: Sequence[Path] = ()) -> DatasetConfig:
-        """Read a dataset config, or take annotations alone as a data set without embeddings.
-
-        Args:
-            path: A TOML file, or what `AnnotationStore.open` takes.
-            images: Folders of the images, where ``path`` is not a dataset config; by default those that
-                `proxydet.data.sources.look` finds.
-
-        Raises:
-            DataError: as of `from_toml`, and of `look`.
-        """
-        path = Path(path)
-        if not names_annotations(path):
-            return cls.from_toml(path)
-        found = look(path, images).parts if path.exists() else {}
-        splits = {name or "train": SplitSpec.of(source) for name, source in found.items()}
-        # What is absent is reported where it is opened.
-        absent = SplitSpec(annotations=path, images=tuple(images) or path.parent)
-        return cls(
-            name=path.stem,
-            train=splits.get("train") if splits else absent,
-            val=splits.get("val"),
-            test=splits.get("test"),
-        )
 
     @classmethod
     def from_toml(cls, path: Path | str) -> DatasetConfig:

@@ -16,8 +16,8 @@ from proxydet.config import parse_toml
 from proxydet.data.check import compare_parts
 from proxydet.data.dataset import SplitSpec
 from proxydet.data.images import found_image, images_below
-from proxydet.data.sources import AnnotationSource, FoundData, look, share_positions
-from proxydet.data.store import AnnotationStore
+from proxydet.data.sources import FoundData, look
+from proxydet.data.store import AnnotationSource, AnnotationStore, share_positions
 from proxydet.errors import ConfigError, DataError, VocabularyError
 from proxydet.files import write_text
 from proxydet.reporting import SILENT, Progress

@@ -1,277 +1,42 @@
-"""What a path means as annotations: its format, the files that are read, the folders of its images; one reader a format."""
+"""The data set that a path means: a dataset config, or the annotations found below a folder, their parts and image folders."""
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import os
 import re
 import shlex
-import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
-from proxydet.data.formats import coco, cvat, label_studio, labelme, via, voc, yolo
+from proxydet.data.dataset import DatasetConfig, SplitSpec, names_annotations
+from proxydet.data.formats import cvat, voc, yolo
 from proxydet.data.formats.collected import part_of_word
-from proxydet.data.images import images_below, readable_suffixes, stamp
-from proxydet.data.records import (
-    AnnotationEntry,
-    Document,
-    Flaw,
-    Identifier,
-    ImageEntry,
-    StoreReport,
-    image_name,
+from proxydet.data.images import readable_suffixes
+from proxydet.data.store import (
+    SNIFFED,
+    AnnotationSource,
+    Format,
+    format_of,
+    head_of,
+    near,
+    recognise,
 )
 from proxydet.errors import DataError
 from proxydet.files import (
     PlaceholderError,
     open_regular,
     refuse_placeholder,
-    remembered_sha256,
-    sha256,
 )
 from proxydet.wording import first_of
 
-Format = Literal[
-    "COCO JSON", "Pascal VOC", "YOLO", "labelme", "VGG VIA", "CVAT XML", "Label Studio JSON"
-]
-_HEAD = 1 << 16
-_REMEMBERED = 1 << 20
-"""Bytes of a file from which its digest is remembered: labelme's hold the images too."""
-_MOST_ROOTS = 64
-"""Folders in which the images of a file are looked for."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AnnotationSource:
-    """Annotations, and what of them is meant."""
-
-    path: Path
-    """A file or folder of any format that `format_of` knows."""
-
-    images: tuple[Path, ...] = ()
-    """Folders of the images, for formats that do not hold their sizes; without any, those that belong to the path."""
-
-    part: str | None = None
-    """Of a ``data.yaml`` of YOLO ``train``, ``val`` or ``test``; of a CVAT project a subset, or one of these for all subsets
-    with a word for it (``val``: ``Validation`` and ``dev``). None means all of it."""
-
-    share: tuple[float, float] | None = None
-    """From and to which fraction of the images, in an order that their names and ``seed`` decide."""
-
-    seed: int = 0
-    """Of ``share``."""
-
-
-def head_of(path: Path) -> bytes:
-    """Return the first 64 KB of a file, unpacked where it is gzipped; nothing where it cannot be read."""
-    try:
-        with open_regular(path) as file:
-            head = file.read(_HEAD)
-        if head.startswith(b"\x1f\x8b"):
-            with gzip.open(path) as packed:
-                head = packed.read(_HEAD)
-    except (OSError, EOFError, zlib.error):
-        return b""
-    return head
-
-
-def format_of(path: Path) -> Format | None:
-    """Return the format of annotations, from names and first bytes; None for a folder that holds none."""
-    suffix = path.suffix.lower()
-    if suffix in yolo.YAML:
-        return "YOLO"
-    if path.is_dir():
-        if (path / "Annotations").is_dir() or any(path.glob("*.xml")):
-            return "Pascal VOC"
-        if yolo.is_folder(path):
-            return "YOLO"
-        files = labelme.files(path)[:_SNIFFED] if any(path.rglob("*.json")) else []
-        return "labelme" if any(labelme.is_file(head_of(file)) for file in files) else None
-    if suffix == ".txt":
-        return "YOLO" if yolo.is_list(path) else "Pascal VOC"
-    if suffix == ".gz":
-        return "COCO JSON"
-    head = head_of(path)
-    if suffix == ".xml":
-        return "CVAT XML" if cvat.is_file(head) else "Pascal VOC"
-    for found, reader in (
-        ("labelme", labelme),
-        ("VGG VIA", via),
-        ("Label Studio JSON", label_studio),
-    ):
-        if reader.is_file(head):
-            return found  # type: ignore[return-value]
-    return "COCO JSON"
-
-
-def image_folders(path: Path) -> tuple[Path, ...]:
-    """Return the folders in which the format has its images; none where it has no rule for it."""
-    found = format_of(path)
-    if found == "YOLO":
-        if path.suffix.lower() in yolo.YAML:
-            return _folders_of([place for part in yolo.parts(path).values() for place in part])
-        return (yolo.folders(path)[1],) if path.is_dir() else yolo.list_roots(path)
-    if found == "Pascal VOC":
-        folder = voc.image_folder(path)
-        return () if folder is None else (folder,)
-    return (path,) if path.is_dir() else ()
-
-
-def with_folders(source: AnnotationSource) -> AnnotationSource:
-    """Return a source with the folders of its images, for formats that may not hold their sizes and without a rule for them."""
-    if source.images or format_of(source.path) not in ("labelme", "VGG VIA", "Label Studio JSON"):
-        return source
-    return replace(source, images=_near(source.path))
-
-
-def _near(path: Path) -> tuple[Path, ...]:
-    own = path if path.is_dir() else path.parent
-    return tuple(folder for folder in (own, own / "images") if folder.is_dir())
-
-
-def digest(source: AnnotationSource, memory: Path) -> str:
-    """Return a digest of what `read` reads.
-
-    Args:
-        source: The annotations, as of `with_folders`.
-        memory: Folder of remembered digests.
-
-    Raises:
-        DataError: a file cannot be read, or there is none.
-    """
-    found = format_of(source.path)
-    images: list[tuple[str, Path]] = []
-    files = [source.path]
-    if found in ("Pascal VOC", None):
-        files = voc.files(source.path)
-    elif found == "labelme":
-        files, images = labelme.files(source.path), _below(source.images)
-    elif found in ("VGG VIA", "Label Studio JSON"):
-        images = _below(source.images)
-    elif found == "YOLO":
-        files, images = yolo.files(source.path, source.images, source.part)
-    if len(files) == 1 and not images:
-        hint = "check the path"
-        whole = remembered_sha256(files[0], memory, hint=hint, error=DataError)
-    else:
-        digests = []
-        for file in files:
-            try:
-                digests.append(f"{_called(file, source.path)} {_sha256(file, memory)}")
-            except OSError as error:
-                raise DataError(
-                    f"cannot read {file}: {error.strerror or error}",
-                    hint="check that it is a file that you may read",
-                    path=file,
-                ) from error
-        listed = "\n".join(digests)
-        listed += f"\nimages {stamp(images)}" if images else ""
-        whole = hashlib.sha256(listed.encode("utf-8", "surrogateescape")).hexdigest()
-    if found == "Pascal VOC" and voc.first_pixel(source.path) == 0:  # which other files decide
-        whole = hashlib.sha256(f"{whole} from 0".encode()).hexdigest()
-    if source.part is None and source.share is None:
-        return whole
-    return hashlib.sha256(
-        f"{whole} {source.part} {source.share} {source.seed}".encode()
-    ).hexdigest()
-
-
-def _called(file: Path, above: Path) -> str:
-    inside = file != above and file.is_relative_to(above)
-    return file.relative_to(above).as_posix() if inside else file.name
-
-
-def _sha256(file: Path, memory: Path) -> str:
-    if file.stat().st_size < _REMEMBERED:
-        return sha256(file)
-    return remembered_sha256(file, memory, error=DataError)
-
-
-def _below(roots: Sequence[Path]) -> list[tuple[str, Path]]:
-    return [
-        (image.relative_to(root).as_posix(), image)
-        for root in roots
-        for image in images_below(root)
-    ]
-
-
-def read(source: AnnotationSource, name: str, report: StoreReport) -> Document:
-    """Read annotations; the readers say what they raise.
-
-    Args:
-        source: The annotations, as of `with_folders`.
-        name: What to call them in messages.
-        report: Where deviations of the file are counted.
-    """
-    found = format_of(source.path)
-    if found in ("Pascal VOC", None):
-        document = voc.read(source.path)
-    elif found == "YOLO":
-        document = yolo.read(source.path, source.images, source.part, report)
-    elif found == "labelme":
-        document = labelme.read(source.path, source.images)
-    elif found == "VGG VIA":
-        document = via.read(source.path, source.images)
-    elif found == "CVAT XML":
-        document = cvat.read(source.path, source.part, report)
-    elif found == "Label Studio JSON":
-        document = label_studio.read(source.path, source.images, report)
-    else:
-        document = coco.read(source.path, name, report)
-    return document if source.share is None else _share_of(document, source.share, source.seed)
-
-
-def share_positions(names: list[str], seed: int) -> dict[str, float]:
-    """Return where each name stands in the order that ``share`` cuts: fractions between 0 and 1.
-
-    The order is that of a hash of seed and name, so it is the same on every machine and for any order of the file.
-    """
-    ordered = sorted(
-        dict.fromkeys(names),
-        key=lambda name: hashlib.sha256(f"{seed} {name}".encode("utf-8", "surrogatepass")).digest(),
-    )
-    return {name: (place + 0.5) / len(ordered) for place, name in enumerate(ordered)}
-
-
-def _share_of(document: Document, share: tuple[float, float], seed: int) -> Document:
-    """Return a document of a share of the images, and of their annotations."""
-
-    def key(image: ImageEntry) -> str:
-        return image_name(image) or str(image.id)
-
-    low, high = share
-    images = [image for image in document.images if isinstance(image, ImageEntry)]
-    place = share_positions([key(image) for image in images], seed)
-    kept: list[ImageEntry | Flaw] = [image for image in images if low <= place[key(image)] < high]
-    ids: set[Identifier] = {image.id for image in kept if isinstance(image, ImageEntry)}
-    outside: set[Identifier] = {image.id for image in images} - ids
-    if low == 0:  # what belongs to no image is counted once
-        kept += [flaw for flaw in document.images if isinstance(flaw, Flaw)]
-
-    def belongs(entry: AnnotationEntry | Flaw) -> bool:
-        if isinstance(entry, Flaw) or entry.image_id not in ids:
-            return low == 0 and (isinstance(entry, Flaw) or entry.image_id not in outside)
-        return True
-
-    def annotations() -> Iterator[list[AnnotationEntry | Flaw]]:
-        for chunk in document.annotations:
-            yield [entry for entry in chunk if belongs(entry)]
-
-    return replace(document, images=kept, annotations=annotations())
-
-
-# --- Data sets found in a folder -----------------------------------------------------------------------------------------
-
 _OTHER_TASKS = ("captions", "person_keypoints", "image_info", "panoptic", "stuff")
 """Beginnings of COCO's annotation files that hold no objects to detect."""
+_MOST_ROOTS = 64
+"""Folders in which the images of a file are looked for."""
 _DEEPEST = 6
 _MOST_FOLDERS = 20_000
-_SNIFFED = 20
-"""Files of a folder that are opened to see their format."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -371,6 +136,31 @@ def look(path: Path, images: Sequence[Path] = ()) -> FoundData:
     )
 
 
+def open_config(path: Path | str, images: Sequence[Path] = ()) -> DatasetConfig:
+    """Read a dataset config, or take annotations alone as a data set without embeddings.
+
+    Args:
+        path: A TOML file, or what `AnnotationStore.open` takes.
+        images: Folders of the images, where ``path`` is not a dataset config; by default those that `look` finds.
+
+    Raises:
+        DataError: as of `DatasetConfig.from_toml`, and of `look`.
+    """
+    path = Path(path)
+    if not names_annotations(path):
+        return DatasetConfig.from_toml(path)
+    found = look(path, images).parts if path.exists() else {}
+    splits = {name or "train": SplitSpec.of(source) for name, source in found.items()}
+    # What is absent is reported where it is opened.
+    absent = SplitSpec(annotations=path, images=tuple(images) or path.parent)
+    return DatasetConfig(
+        name=path.stem,
+        train=splits.get("train") if splits else absent,
+        val=splits.get("val"),
+        test=splits.get("test"),
+    )
+
+
 def _damaged(found: tuple[Path, str], part: str = "") -> DataError:
     place, why = found
     return DataError(
@@ -383,6 +173,19 @@ def _damaged(found: tuple[Path, str], part: str = "") -> DataError:
 def holds_annotations(folder: Path) -> bool:
     """Whether a folder holds annotations of any format."""
     return any(_candidates(folder))
+
+
+def image_folders(path: Path) -> tuple[Path, ...]:
+    """Return the folders in which the format has its images; none where it has no rule for it."""
+    found = format_of(path)
+    if found == "YOLO":
+        if path.suffix.lower() in yolo.YAML:
+            return _folders_of([place for part in yolo.parts(path).values() for place in part])
+        return (yolo.folders(path)[1],) if path.is_dir() else yolo.list_roots(path)
+    if found == "Pascal VOC":
+        folder = voc.image_folder(path)
+        return () if folder is None else (folder,)
+    return (path,) if path.is_dir() else ()
 
 
 def _parts_of_file(
@@ -474,40 +277,40 @@ def _candidates(root: Path) -> tuple[list[tuple[Format, Path]], dict[Path, str]]
             by_end.setdefault(Path(name).suffix.lower(), []).append(folder / name)
         configs += [p for end in yolo.YAML for p in by_end.get(end, ()) if yolo.is_config(p)]
         jsons = [
-            *by_end.get(".json", ())[:_SNIFFED],
+            *by_end.get(".json", ())[:SNIFFED],
             *[file for file in by_end.get(".gz", ()) if file.name.lower().endswith(".json.gz")],
         ]
         lists = [folder / f"{word}.txt" for word in ("train", "val", "test")]
         of_voc = lists if folder.parts[-2:] == ("ImageSets", "Main") else []
         for file in (
-            *by_end.get(".xml", ())[:_SNIFFED],
+            *by_end.get(".xml", ())[:SNIFFED],
             *jsons,
-            *by_end.get(".csv", ())[:_SNIFFED],
+            *by_end.get(".csv", ())[:SNIFFED],
             *[file for file in of_voc if file.name in names],
         ):
             if why := _damage(file):
                 damaged[file] = why
-        for file in by_end.get(".xml", ())[:_SNIFFED]:
+        for file in by_end.get(".xml", ())[:SNIFFED]:
             kind = format_of(file)
             if kind == "CVAT XML":
                 found[kind, file] = None
-            elif kind is not None and voc.is_file(file):
+            elif kind is not None and recognise(head_of(file)) == kind:
                 for part in _voc_places(folder):
                     found["Pascal VOC", part] = None
                 break
-        for file in [*by_end.get(".json", ())[:_SNIFFED], *by_end.get(".gz", ())[:_SNIFFED]]:
+        for file in [*by_end.get(".json", ())[:SNIFFED], *by_end.get(".gz", ())[:SNIFFED]]:
             kind = format_of(file)
             if kind == "labelme":
                 shapes[_group(folder, root) or folder] = None
             elif kind == "COCO JSON":
-                if coco.is_file(head_of(file)):
+                if recognise(head_of(file)) == kind:
                     found[kind, file] = None
             elif kind is not None:
                 found[kind, file] = None
-        for file in by_end.get(".csv", ())[:_SNIFFED]:
+        for file in by_end.get(".csv", ())[:SNIFFED]:
             if format_of(file) == "VGG VIA":
                 found["VGG VIA", file] = None
-        if any(map(yolo.are_rows, by_end.get(".txt", ())[:_SNIFFED])):
+        if any(map(yolo.are_rows, by_end.get(".txt", ())[:SNIFFED])):
             rows[_group(folder, root) or folder] = None
     if shapes:  # without parts those of all folders belong together
         split = [place for place in shapes if part_of_word(place.name) and place != root]
@@ -569,4 +372,4 @@ def _image_candidates(path: Path, root: Path) -> tuple[Path, ...]:
         apart = len(Path(os.path.relpath(folder, own)).parts)
         return _part_of(folder, root) not in ("", part), apart, str(folder)
 
-    return tuple(dict.fromkeys([*_near(path), *sorted(holding, key=order)]))
+    return tuple(dict.fromkeys([*near(path), *sorted(holding, key=order)]))

@@ -1,4 +1,4 @@
-"""Annotations in columns: read from a file of any format once, then opened by memory map in a millisecond.
+"""Annotations in columns: read from a path of any format once, then opened by memory map in a millisecond.
 
 Everything that asks about annotations (check, stats, preview, training, evaluation) asks a store, so that all get one
 answer. All ranks and loader workers of a machine share the pages of the one file; nothing is parsed again.
@@ -6,6 +6,7 @@ answer. All ranks and loader workers of a machine share the pages of the one fil
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import itertools
 import logging
@@ -17,12 +18,12 @@ import zlib
 from array import array
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -30,8 +31,9 @@ import numpy.typing as npt
 from pycocotools import mask as coco_mask
 
 from proxydet.data import masks
-from proxydet.data.formats import coco
+from proxydet.data.formats import coco, cvat, label_studio, labelme, via, voc, yolo
 from proxydet.data.formats.coco import no_garbage_collection
+from proxydet.data.images import images_below, stamp
 from proxydet.data.records import (
     DAMAGED_MASK,
     LABEL_LISTS,
@@ -49,13 +51,20 @@ from proxydet.data.records import (
     other_spelling,
     refused,
 )
-from proxydet.data.sources import AnnotationSource, digest, read, with_folders
 from proxydet.errors import DataError
-from proxydet.files import build_once, discard, staged
+from proxydet.files import build_once, discard, open_regular, remembered_sha256, sha256, staged
 from proxydet.paths import cache_folder
 from proxydet.reporting import SILENT, Progress
 from proxydet.wording import first_of
 
+Format = Literal[
+    "COCO JSON", "Pascal VOC", "YOLO", "labelme", "VGG VIA", "CVAT XML", "Label Studio JSON"
+]
+_HEAD = 1 << 16
+_REMEMBERED = 1 << 20
+"""Bytes of a file from which its digest is remembered: labelme's hold the images too."""
+SNIFFED = 20
+"""Files of a folder that are opened to see their format."""
 Column = npt.NDArray[Any]
 Meta = TypeVar("Meta")
 
@@ -220,6 +229,242 @@ class ColumnFile:
                 damaged.append(name)
         return damaged
 
+
+# --- What a path means -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnotationSource:
+    """Annotations, and what of them is meant."""
+
+    path: Path
+    """A file or folder of any format that `format_of` knows."""
+
+    images: tuple[Path, ...] = ()
+    """Folders of the images, for formats that do not hold their sizes; without any, those that belong to the path."""
+
+    part: str | None = None
+    """Of a ``data.yaml`` of YOLO ``train``, ``val`` or ``test``; of a CVAT project a subset, or one of these for all subsets
+    with a word for it (``val``: ``Validation`` and ``dev``). None means all of it."""
+
+    share: tuple[float, float] | None = None
+    """From and to which fraction of the images, in an order that their names and ``seed`` decide."""
+
+    seed: int = 0
+    """Of ``share``."""
+
+
+def head_of(path: Path) -> bytes:
+    """Return the first 64 KB of a file, unpacked where it is gzipped; nothing where it cannot be read."""
+    try:
+        with open_regular(path) as file:
+            head = file.read(_HEAD)
+        if head.startswith(b"\x1f\x8b"):
+            with gzip.open(path) as packed:
+                head = packed.read(_HEAD)
+    except (OSError, EOFError, zlib.error):
+        return b""
+    return head
+
+
+def recognise(head: bytes) -> Format | None:
+    """Return the format of a file that begins so, in JSON, CSV or XML; None where its first 64 KB do not say."""
+    if b"<annotation>" in head:
+        return "Pascal VOC"
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    first = start[1:].lstrip()  # of an object its first key
+    if start[:1] == b"{":
+        keys = (b'"imageData"', b'"imagePath"', b'"imageHeight"', b'"shapes"', b'"lineColor"')
+        if first.startswith(keys) or (
+            first.startswith((b'"version"', b'"flags"')) and b'"shapes"' in head
+        ):
+            return "labelme"
+        if first.startswith(b'"_via_') or all(
+            key in head for key in (b'"filename"', b'"regions"', b'"size"')
+        ):
+            return "VGG VIA"
+        coco_first = (b'"annotations"', b'"categories"', b'"info"', b'"licenses"')
+        if b'"images"' in head or first.startswith(coco_first[: 4 if len(head) == _HEAD else 1]):
+            return "COCO JSON"
+    if start[:1] == b"[":
+        in_task = (b'"annotations"', b'"completions"', b'"predictions"')
+        in_min = (b'"annotator"', b'"annotation_id"', b'"original_width"', b'"lead_time"')
+        if b'"data"' in head and any(key in head for key in in_task):
+            return "Label Studio JSON"
+        if b'"image_id"' not in head and any(key in head for key in in_min):
+            return "Label Studio JSON"
+    if start.lstrip(b"#").startswith(b"filename") and b"region_shape_attributes" in start[:1024]:
+        return "VGG VIA"
+    return "CVAT XML" if b"<annotations" in head else None
+
+
+def format_of(path: Path) -> Format | None:
+    """Return the format of annotations, from names and first bytes; None for a folder that holds none."""
+    suffix = path.suffix.lower()
+    if suffix in yolo.YAML:
+        return "YOLO"
+    if path.is_dir():
+        if (path / "Annotations").is_dir() or any(path.glob("*.xml")):
+            return "Pascal VOC"
+        if yolo.is_folder(path):
+            return "YOLO"
+        files = labelme.files(path)[:SNIFFED] if any(path.rglob("*.json")) else []
+        return "labelme" if "labelme" in (recognise(head_of(file)) for file in files) else None
+    if suffix == ".txt":
+        return "YOLO" if yolo.is_list(path) else "Pascal VOC"
+    if suffix == ".gz":
+        return "COCO JSON"
+    found = recognise(head_of(path))
+    if suffix == ".xml":
+        return "CVAT XML" if found == "CVAT XML" else "Pascal VOC"
+    return "COCO JSON" if found in (None, "Pascal VOC", "CVAT XML") else found
+
+
+def with_folders(source: AnnotationSource) -> AnnotationSource:
+    """Return a source with the folders of its images, for formats that may not hold their sizes and without a rule for them."""
+    if source.images or format_of(source.path) not in ("labelme", "VGG VIA", "Label Studio JSON"):
+        return source
+    return replace(source, images=near(source.path))
+
+
+def near(path: Path) -> tuple[Path, ...]:
+    """Return the folders next to annotations in which their images may lie."""
+    own = path if path.is_dir() else path.parent
+    return tuple(folder for folder in (own, own / "images") if folder.is_dir())
+
+
+def _digest(source: AnnotationSource, memory: Path) -> str:
+    """Return a digest of what `_read` reads.
+
+    Args:
+        source: The annotations, as of `with_folders`.
+        memory: Folder of remembered digests.
+
+    Raises:
+        DataError: a file cannot be read, or there is none.
+    """
+    found = format_of(source.path)
+    images: list[tuple[str, Path]] = []
+    files = [source.path]
+    if found in ("Pascal VOC", None):
+        files = voc.files(source.path)
+    elif found == "labelme":
+        files, images = labelme.files(source.path), _below(source.images)
+    elif found in ("VGG VIA", "Label Studio JSON"):
+        images = _below(source.images)
+    elif found == "YOLO":
+        files, images = yolo.files(source.path, source.images, source.part)
+    if len(files) == 1 and not images:
+        hint = "check the path"
+        whole = remembered_sha256(files[0], memory, hint=hint, error=DataError)
+    else:
+        digests = []
+        for file in files:
+            try:
+                digests.append(f"{_called(file, source.path)} {_sha256(file, memory)}")
+            except OSError as error:
+                raise DataError(
+                    f"cannot read {file}: {error.strerror or error}",
+                    hint="check that it is a file that you may read",
+                    path=file,
+                ) from error
+        listed = "\n".join(digests)
+        listed += f"\nimages {stamp(images)}" if images else ""
+        whole = hashlib.sha256(listed.encode("utf-8", "surrogateescape")).hexdigest()
+    if found == "Pascal VOC" and voc.first_pixel(source.path) == 0:  # which other files decide
+        whole = hashlib.sha256(f"{whole} from 0".encode()).hexdigest()
+    if source.part is None and source.share is None:
+        return whole
+    return hashlib.sha256(
+        f"{whole} {source.part} {source.share} {source.seed}".encode()
+    ).hexdigest()
+
+
+def _called(file: Path, above: Path) -> str:
+    inside = file != above and file.is_relative_to(above)
+    return file.relative_to(above).as_posix() if inside else file.name
+
+
+def _sha256(file: Path, memory: Path) -> str:
+    if file.stat().st_size < _REMEMBERED:
+        return sha256(file)
+    return remembered_sha256(file, memory, error=DataError)
+
+
+def _below(roots: Sequence[Path]) -> list[tuple[str, Path]]:
+    return [
+        (image.relative_to(root).as_posix(), image)
+        for root in roots
+        for image in images_below(root)
+    ]
+
+
+def _read(source: AnnotationSource, name: str, report: StoreReport) -> Document:
+    """Read annotations; the readers say what they raise.
+
+    Args:
+        source: The annotations, as of `with_folders`.
+        name: What to call them in messages.
+        report: Where deviations of the file are counted.
+    """
+    found = format_of(source.path)
+    if found in ("Pascal VOC", None):
+        document = voc.read(source.path)
+    elif found == "YOLO":
+        document = yolo.read(source.path, source.images, source.part, report)
+    elif found == "labelme":
+        document = labelme.read(source.path, source.images)
+    elif found == "VGG VIA":
+        document = via.read(source.path, source.images)
+    elif found == "CVAT XML":
+        document = cvat.read(source.path, source.part, report)
+    elif found == "Label Studio JSON":
+        document = label_studio.read(source.path, source.images, report)
+    else:
+        document = coco.read(source.path, name, report)
+    return document if source.share is None else _share_of(document, source.share, source.seed)
+
+
+def share_positions(names: list[str], seed: int) -> dict[str, float]:
+    """Return where each name stands in the order that ``share`` cuts: fractions between 0 and 1.
+
+    The order is that of a hash of seed and name, so it is the same on every machine and for any order of the file.
+    """
+    ordered = sorted(
+        dict.fromkeys(names),
+        key=lambda name: hashlib.sha256(f"{seed} {name}".encode("utf-8", "surrogatepass")).digest(),
+    )
+    return {name: (place + 0.5) / len(ordered) for place, name in enumerate(ordered)}
+
+
+def _share_of(document: Document, share: tuple[float, float], seed: int) -> Document:
+    """Return a document of a share of the images, and of their annotations."""
+
+    def key(image: ImageEntry) -> str:
+        return image_name(image) or str(image.id)
+
+    low, high = share
+    images = [image for image in document.images if isinstance(image, ImageEntry)]
+    place = share_positions([key(image) for image in images], seed)
+    kept: list[ImageEntry | Flaw] = [image for image in images if low <= place[key(image)] < high]
+    ids: set[Identifier] = {image.id for image in kept if isinstance(image, ImageEntry)}
+    outside: set[Identifier] = {image.id for image in images} - ids
+    if low == 0:  # what belongs to no image is counted once
+        kept += [flaw for flaw in document.images if isinstance(flaw, Flaw)]
+
+    def belongs(entry: AnnotationEntry | Flaw) -> bool:
+        if isinstance(entry, Flaw) or entry.image_id not in ids:
+            return low == 0 and (isinstance(entry, Flaw) or entry.image_id not in outside)
+        return True
+
+    def annotations() -> Iterator[list[AnnotationEntry | Flaw]]:
+        for chunk in document.annotations:
+            yield [entry for entry in chunk if belongs(entry)]
+
+    return replace(document, images=kept, annotations=annotations())
+
+
+# --- The store -----------------------------------------------------------------------------------------------------------
 
 _logger = logging.getLogger(__name__)
 
@@ -390,7 +635,7 @@ class AnnotationStore:
             DataError: a file cannot be read.
         """
         folder = cache_folder("stores") if cache is None else cache
-        return folder / f"{digest(_as_source(source), folder)[:32]}-v{STORE_VERSION}.columns"
+        return folder / f"{_digest(_as_source(source), folder)[:32]}-v{STORE_VERSION}.columns"
 
     def __len__(self) -> int:
         return len(self.sizes_I2)
@@ -587,7 +832,7 @@ def build_store(
         if isinstance(source, bytes):
             document = coco.read(source, name, report)
         else:
-            document = read(_as_source(source), name, report)
+            document = _read(_as_source(source), name, report)
         builder = _Builder(document, report, writer, path, name)
         title = f"reading {PurePosixPath(name).name}"
         with progress.task(title, unit="annotations") as task:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from proxydet.data.batches import Batch, BoxBatch, ImageLabelBatch
 from proxydet.errors import ConfigError, DataError, VocabularyError
 from proxydet.modeling.backbone import build_backbone
 from proxydet.modeling.boxes import Regions, keep_best
@@ -39,6 +39,9 @@ from proxydet.modeling.roi_heads import (
     sample_regions,
 )
 from proxydet.vocabulary.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from proxydet.data.loader import Batch, BoxBatch, ImageLabelBatch
 
 
 def text_with_background(vocabulary: Vocabulary) -> Tensor:
@@ -225,7 +228,7 @@ class ProxyDetNetwork(nn.Module):
         check_images(batch.images)
         images = self._stack(batch.images)
         features = self._features(images)
-        if isinstance(batch, BoxBatch):
+        if batch.kind == "boxes":
             return self._train_boxes(batch, images, features, generator)
         return self._train_image_labels(batch, images, features)
 

@@ -22,8 +22,8 @@ from detectron2.structures import Boxes, Instances, PolygonMasks
 from torch import Tensor
 
 from proxydet.config import from_mapping, to_mapping
-from proxydet.data.batches import Batch, BoxBatch, ImageLabelBatch
 from proxydet.data.config import DataConfig
+from proxydet.data.loader import Batch, BoxBatch, ImageLabelBatch
 from proxydet.errors import RuntimeEnvironmentError
 from proxydet.losses.criterion import Criterion
 from proxydet.modeling.network import ProxyDetNetwork

@@ -23,8 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from proxydet.config import dump_yaml, to_mapping
 from proxydet.data.config import SourceConfig
 from proxydet.data.dataset import Dataset, DatasetConfig, command_that_makes, embedding_dimension
-from proxydet.data.sources import AnnotationSource
-from proxydet.data.store import AnnotationStore
+from proxydet.data.store import AnnotationSource, AnnotationStore
 from proxydet.errors import CheckpointError, DataError, ProxydetError
 from proxydet.files import Lock
 from proxydet.modeling.backbone import build_backbone

@@ -23,9 +23,8 @@ from torch import nn
 
 from proxydet._version import __version__
 from proxydet.config import differences, dump_yaml, to_mapping
-from proxydet.data.batches import Targets
 from proxydet.data.dataset import Dataset, DatasetConfig
-from proxydet.data.loader import TrainingLoader, TrainingSources
+from proxydet.data.loader import Targets, TrainingLoader, TrainingSources
 from proxydet.data.store import AnnotationStore
 from proxydet.errors import (
     ConfigError,

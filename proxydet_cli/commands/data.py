@@ -214,12 +214,13 @@ def stats(
     json: Json = False,
 ) -> None:
     """Count images, objects and classes of a data set, base and novel, with the ends of its long tail."""
-    from proxydet.data.dataset import Dataset, DatasetConfig
+    from proxydet.data.dataset import Dataset
+    from proxydet.data.sources import open_config
     from proxydet.data.stats import dataset_stats
     from proxydet_cli.output import Output
     from proxydet_cli.progress import show_progress
 
-    data = Dataset(config=DatasetConfig.open(path), cache=cache, progress=show_progress())
+    data = Dataset(config=open_config(path), cache=cache, progress=show_progress())
     counted = dataset_stats(data)
     output = Output(json=json)
     if json:
@@ -260,15 +261,16 @@ def preview(
     json: Json = False,
 ) -> None:
     """Draw images of a data set with their boxes, masks and classes."""
-    from proxydet.data.dataset import Dataset, DatasetConfig
+    from proxydet.data.dataset import Dataset
     from proxydet.data.preview import PreviewRequest, write_preview
+    from proxydet.data.sources import open_config
     from proxydet_cli.output import Output
     from proxydet_cli.progress import show_progress
 
     request = PreviewRequest(
         split=split, count=count, seed=seed, class_name=class_name, augmented=augmented
     )
-    config = DatasetConfig.open(path, images or ())
+    config = open_config(path, images or ())
     data = Dataset(config=config, cache=cache, progress=show_progress())
     written = write_preview(data, output, request, named=path)
     Output(json=json).data({"path": written}, str(written))

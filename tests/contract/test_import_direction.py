@@ -117,7 +117,7 @@ def test_package_files_import_nothing_of_ours(trees):
             assert {name for name, _ in imported(tree)} <= {"proxydet._version.__version__"}, path
 
 
-def test_imports_have_no_circle_and_at_most_twelve_floors(trees):
+def test_imports_have_no_circle_and_at_most_ten_floors(trees):
     """Imports inside functions included: a chain of them is as long a way to read."""
     named = {module_name(path): tree for path, tree in trees.items()}
     below = {
@@ -129,4 +129,4 @@ def test_imports_have_no_circle_and_at_most_twelve_floors(trees):
     for name in TopologicalSorter(below).static_order():  # raises CycleError for a circle
         chains[name] = [name, *max((chains[other] for other in below[name]), key=len, default=[])]
     longest = max(chains.values(), key=len)
-    assert len(longest) <= 12, " > ".join(longest)
+    assert len(longest) <= 10, " > ".join(longest)

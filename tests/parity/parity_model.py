@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from detectron2.structures import Boxes, Instances, PolygonMasks
 
-from proxydet.data.batches import BoxBatch, ImageLabelBatch
+from proxydet.data.loader import BoxBatch, ImageLabelBatch
 from proxydet.losses.config import ClassificationLossConfig, LossConfig, MixupLossConfig
 from proxydet.modeling.config import (
     BackboneConfig,

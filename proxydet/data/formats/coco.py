@@ -45,14 +45,6 @@ from proxydet.errors import DataError
 from proxydet.files import PLACEHOLDER_BYTES, PlaceholderError, open_regular, refuse_placeholder
 
 
-def is_file(head: bytes) -> bool:
-    """Whether JSON that begins so looks like COCO's."""
-    start = head.lstrip(b"\xef\xbb\xbf \t\r\n")
-    return start[:1] == b"{" and (
-        b'"images"' in head or start[1:].lstrip().startswith(b'"annotations"')
-    )
-
-
 @dataclass(frozen=True)
 class Outline:
     """The three lists of an annotation file, each record as its JSON text."""

@@ -31,11 +31,6 @@ _MOST_ELEMENTS = 2_000_000
 _HEAD = 1 << 16
 
 
-def is_file(head: bytes) -> bool:
-    """Whether XML that begins so is CVAT's."""
-    return b"<annotations" in head and b"<annotation>" not in head
-
-
 def parts(source: Path) -> list[str]:
     """Return the subsets of the images of a project's export, in the file's order, empty for images of none; none in a task's."""
     found = {image.get("subset") or "": None for image in _images(source, {})}
@@ -101,7 +96,7 @@ def _images(source: Path, labels: dict[str, None]) -> Iterator[ElementTree.Eleme
             refuse_placeholder(head)
             size = file.seek(0, 2)
             file.seek(0)
-            if size > _LARGEST_FILE or not is_file(head):
+            if size > _LARGEST_FILE or b"<annotations" not in head:
                 large = f"is larger than {_LARGEST_FILE >> 20} MB"
                 why = large if size > _LARGEST_FILE else "is not CVAT's XML for images"
                 raise DataError(f"{source} {why}", hint=_HINT, path=source)

@@ -58,18 +58,6 @@ class _Task(msgspec.Struct):
     predictions: list[Any] | None = None
 
 
-def is_file(head: bytes) -> bool:
-    """Whether JSON that begins so is Label Studio's."""
-    start = head.lstrip(b"\xef\xbb\xbf \t\r\n")
-    if start[:1] != b"[":
-        return False
-    min_export = (b'"annotator"', b'"annotation_id"', b'"original_width"', b'"lead_time"')
-    whole = (b'"annotations"', b'"completions"', b'"predictions"')
-    return (b'"data"' in head and any(mark in head for mark in whole)) or (
-        b'"image_id"' not in head and any(mark in head for mark in min_export)
-    )
-
-
 def read(source: Path, roots: Sequence[Path], report: StoreReport) -> Document:
     """Read an export. Of several annotations of a task the ground truth is used, else the newest that was submitted.
 

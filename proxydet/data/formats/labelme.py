@@ -39,17 +39,6 @@ class _File(msgspec.Struct):
     imageWidth: Any = None
 
 
-def is_file(head: bytes) -> bool:
-    """Whether JSON that begins so is labelme's."""
-    start = head.lstrip(b"\xef\xbb\xbf \t\r\n")[:80]
-    keys = (b'"imageData"', b'"imagePath"', b'"imageHeight"', b'"shapes"', b'"lineColor"')
-    first = start[1:].lstrip()
-    return start[:1] == b"{" and (
-        first.startswith(keys)
-        or (first.startswith((b'"version"', b'"flags"')) and b'"shapes"' in head)
-    )
-
-
 def files(source: Path) -> list[Path]:
     """Return the files that a path names: itself, or those below a folder."""
     return [source] if source.is_file() else files_below(source, (".json",))

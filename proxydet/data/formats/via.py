@@ -43,16 +43,6 @@ class _Project(msgspec.Struct):
     attributes: dict[str, Any] = msgspec.field(name="_via_attributes", default_factory=dict)
 
 
-def is_file(head: bytes) -> bool:
-    """Whether JSON or CSV that begins so is VIA's."""
-    start = head.lstrip(b"\xef\xbb\xbf \t\r\n#")
-    if start[:1] != b"{":
-        return start.startswith(b"filename") and b"region_shape_attributes" in start[:1024]
-    return start[1:].lstrip().startswith(b'"_via_') or (
-        b'"filename"' in head and b'"regions"' in head and b'"size"' in head
-    )
-
-
 def read(source: Path, roots: Sequence[Path]) -> Document:
     """Read a project or an export. Its class is the attribute of regions that most of them have.
 

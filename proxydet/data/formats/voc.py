@@ -6,7 +6,6 @@ by its folder, by a folder of XML files, or by one of the lists.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import re
@@ -28,13 +27,6 @@ _MOST_LISTED = 1_000_000
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 _LOW_CORNER = re.compile(rb"<[xy]min>\s*([-+.\dEe]+)\s*<")
 _HINT = "Pascal VOC has one XML file an image in Annotations/, with size and object/bndbox"
-
-
-def is_file(path: Path) -> bool:
-    """Whether an XML file begins as Pascal VOC's do."""
-    with contextlib.suppress(OSError), open_regular(path) as file:
-        return b"<annotation>" in file.read(4096)
-    return False
 
 
 def image_folder(source: Path) -> Path | None:

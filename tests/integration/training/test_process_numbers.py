@@ -19,9 +19,8 @@ from typing import Any
 import pytest
 import torch
 
-from proxydet.data.batches import BoxBatch, ImageLabelBatch
 from proxydet.data.dataset import Dataset, DatasetConfig
-from proxydet.data.loader import TrainingLoader, TrainingSources
+from proxydet.data.loader import BoxBatch, ImageLabelBatch, TrainingLoader, TrainingSources
 from proxydet.data.synthetic import SyntheticConfig, make_dataset
 from proxydet.losses.criterion import Criterion
 from proxydet.modeling.network import ProxyDetNetwork

@@ -8,6 +8,7 @@ from PIL import Image
 from proxydet.data.dataset import Dataset, DatasetConfig
 from proxydet.data.images import read_image
 from proxydet.data.preview import PreviewRequest, preview_pictures, write_preview
+from proxydet.data.sources import open_config
 from proxydet.errors import ConfigError, DataError, VocabularyError
 
 pytestmark = pytest.mark.usefixtures("unplotted")
@@ -51,7 +52,7 @@ def test_images_of_one_class(small_set: Path) -> None:
 
 def test_a_part_that_is_not_there_is_named_with_what_to_do(small_set: Path) -> None:
     """Of annotations alone the hint does not speak of a dataset config."""
-    alone = Dataset(config=DatasetConfig.open(small_set.parent / "train.json"))
+    alone = Dataset(config=open_config(small_set.parent / "train.json"))
     with pytest.raises(DataError, match=r"'train' .* val") as caught:
         preview_pictures(alone, PreviewRequest(split="val"))
     assert "dataset config" not in (caught.value.hint or "")
@@ -121,7 +122,7 @@ def test_what_training_sees_is_not_chosen(choice) -> None:
 def test_the_page_of_annotations_alone_names_no_command_that_needs_embeddings(small_set, tmp_path):
     file = small_set.parent / "train.json"
     roots = [small_set.parent / "train"]
-    data = Dataset(config=DatasetConfig.open(file, roots))
+    data = Dataset(config=open_config(file, roots))
     page = write_preview(data, tmp_path / "p.html", PreviewRequest(count=2), named=file).read_text()
     assert "proxydet data check" in page
     assert "proxydet train" not in page

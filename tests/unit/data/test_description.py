@@ -8,6 +8,7 @@ from proxydet.data.dataset import (
     Dataset,
     DatasetConfig,
 )
+from proxydet.data.sources import open_config
 from proxydet.errors import DataError, VocabularyError
 from proxydet.vocabulary.vocabulary import Vocabulary
 
@@ -133,7 +134,7 @@ def test_annotations_that_are_gone_name_the_config_only_where_there_is_one(small
         Dataset(config=config).store("train")
     assert "[train]" in str(caught.value.hint)
     with pytest.raises(DataError, match=r"absent\.json") as caught:
-        Dataset(config=DatasetConfig.open(small_set.parent / "absent.json")).store("train")
+        Dataset(config=open_config(small_set.parent / "absent.json")).store("train")
     assert "config" not in str(caught.value.hint)
 
 

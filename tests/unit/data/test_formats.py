@@ -23,8 +23,8 @@ from typer.testing import CliRunner
 from proxydet.data.check import check_path
 from proxydet.data.formats.label_studio import encode_brush
 from proxydet.data.masks import decode
-from proxydet.data.sources import AnnotationSource, look
-from proxydet.data.store import AnnotationStore
+from proxydet.data.sources import look
+from proxydet.data.store import AnnotationSource, AnnotationStore
 from proxydet.errors import DataError
 
 NAMES = ["dog", "cat & co"]

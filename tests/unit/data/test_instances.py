@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from detectron2.structures import BitMasks, PolygonMasks
 
-from proxydet.data.batches import Targets, make_instances
 from proxydet.data.images import View, scaled_crop
+from proxydet.data.loader import Targets, make_instances
 from proxydet.data.store import AnnotationStore
 from proxydet.errors import DataError
 from proxydet.vocabulary.vocabulary import Vocabulary

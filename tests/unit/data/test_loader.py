@@ -12,11 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from proxydet.data.batches import Batch, BoxBatch, ImageLabelBatch
 from proxydet.data.config import DataConfig, SourceConfig
 from proxydet.data.dataset import Dataset, DatasetConfig
 from proxydet.data.images import read_image, training_view
-from proxydet.data.loader import TrainingLoader, TrainingSources
+from proxydet.data.loader import Batch, BoxBatch, ImageLabelBatch, TrainingLoader, TrainingSources
 from proxydet.errors import ConfigError, DataError, RuntimeEnvironmentError
 from proxydet.runtime.modes import MODES, Mode, reproducibility_mode
 

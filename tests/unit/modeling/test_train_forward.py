@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from proxydet.data.batches import BoxBatch
+from proxydet.data.loader import BoxBatch
 from proxydet.errors import DataError
 from proxydet.modeling.boxes import Regions, clip
 from proxydet.modeling.roi_heads import (

@@ -16,7 +16,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from proxydet.data.batches import BoxBatch, ImageLabelBatch
+from proxydet.data.loader import BoxBatch, ImageLabelBatch
 from proxydet.losses import criterion
 from proxydet.losses.criterion import Criterion
 from proxydet.modeling import boxes, roi_align

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from proxydet.config import to_mapping
-from proxydet.data.batches import BoxBatch, ImageLabelBatch
+from proxydet.data.loader import BoxBatch, ImageLabelBatch
 from proxydet.modeling import roi_align as pooling
 from proxydet.modeling import roi_heads
 from proxydet.recipes import tiny

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from proxydet.config import dump_yaml
-from proxydet.data.sources import AnnotationSource
+from proxydet.data.store import AnnotationSource
 from proxydet.recipes import RunConfig, get_recipe, resolve_config
 from proxydet.training.launch import plan_launch
 from proxydet.training.plan import (

@@ -38,7 +38,7 @@ from proxydet.export.exporter import TorchProgram, compare, export_detector
 from proxydet.export.graph import ExportPooler
 from proxydet.export.runtime import OnnxDetector
 from proxydet.modeling.config import CascadeConfig
-from proxydet.modeling.roi_align import RegionPooler
+from proxydet.modeling.roi_heads import RegionPooler
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 _SIZE = (640, 480)

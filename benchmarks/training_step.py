@@ -43,13 +43,13 @@ from proxydet.data.loader import Batch, TrainingLoader, TrainingSources
 from proxydet.losses import criterion as criterion_module
 from proxydet.losses.config import LossConfig, MixupLossConfig
 from proxydet.losses.criterion import Criterion, image_label_loss
-from proxydet.modeling import roi_align as pooling
 from proxydet.modeling import roi_heads
+from proxydet.modeling import roi_heads as pooling
 from proxydet.modeling.boxes import clip
 from proxydet.modeling.config import ModelConfig
 from proxydet.modeling.network import ProxyDetNetwork
-from proxydet.modeling.roi_align import RegionGrid
 from proxydet.modeling.roi_heads import ImageStepOutput, MixupOutput
+from proxydet.runtime.roi_align import RegionGrid
 from proxydet.training.config import OptimizerConfig
 from proxydet.training.step import build_optimizer, clip_gradients
 from proxydet.vocabulary.vocabulary import Vocabulary

@@ -28,8 +28,7 @@ from proxydet.modeling.centernet import CenterNetOutput, boxes_around
 from proxydet.modeling.config import InferenceConfig
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.modeling.postprocess import ClassText, class_scores
-from proxydet.modeling.roi_align import RegionPooler
-from proxydet.modeling.roi_heads import FeatureBatch, RegionEmbeddings
+from proxydet.modeling.roi_heads import FeatureBatch, RegionEmbeddings, RegionPooler
 
 if TYPE_CHECKING:
     from proxydet.detector import Detector

@@ -19,12 +19,9 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Literal, get_args
 
 from proxydet.errors import ConfigError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _logger = logging.getLogger(__name__)
 
@@ -74,8 +71,10 @@ def apply_mode(mode: Mode) -> Mode:
         _restore()
         _restore = None
     else:
+        from proxydet.runtime.roi_align import use_operator
+
         _set_flags()
-        _replace_roi_align(mode)
+        use_operator(mode)
     _active = mode
     _logger.info("reproducibility mode: %s", mode)
     return previous
@@ -138,23 +137,3 @@ def _set_flags() -> None:
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
-
-
-def _replace_roi_align(mode: Mode) -> None:
-    from detectron2.layers import ROIAlign
-
-    from proxydet.runtime.roi_align import RoiGeometry, published_roi_align, strict_roi_align
-
-    operator = published_roi_align if mode == "published" else strict_roi_align
-
-    def forward(self: Any, input: Tensor, rois: Tensor) -> Tensor:
-        size = self.output_size
-        geometry = RoiGeometry(
-            output_size=(size, size) if isinstance(size, int) else (int(size[0]), int(size[1])),
-            spatial_scale=self.spatial_scale,
-            sampling_ratio=self.sampling_ratio,
-            aligned=self.aligned,
-        )
-        return operator(input.dequantize() if input.is_quantized else input, rois, geometry)
-
-    ROIAlign.forward = forward

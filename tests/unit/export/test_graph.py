@@ -14,7 +14,7 @@ from proxydet.export.runtime import Found, to_image
 from proxydet.modeling.config import CascadeConfig, InferenceConfig
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.modeling.postprocess import Prediction
-from proxydet.modeling.roi_align import RegionPooler
+from proxydet.modeling.roi_heads import RegionPooler
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 

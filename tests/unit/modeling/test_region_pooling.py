@@ -8,7 +8,7 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 
 from proxydet.modeling.config import CascadeConfig
-from proxydet.modeling.roi_align import RegionPooler
+from proxydet.modeling.roi_heads import RegionPooler
 
 
 @pytest.mark.parametrize("levels", [(3, 4, 5), (2, 3), (4,)])

@@ -13,8 +13,8 @@ import torch
 from proxydet.losses.criterion import choose_categories
 from proxydet.modeling import boxes as box_functions
 from proxydet.modeling.config import InferenceConfig
-from proxydet.modeling.roi_align import RegionGrid, align_regions
 from proxydet.runtime.modes import MODES, reproducibility_mode
+from proxydet.runtime.roi_align import RegionGrid, align_regions
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 SIZES = [40, box_functions.SHIFTED_UP_TO, box_functions.SHIFTED_UP_TO + 1, 6000]

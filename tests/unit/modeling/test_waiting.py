@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from proxydet.data.loader import BoxBatch, ImageLabelBatch
 from proxydet.losses import criterion
 from proxydet.losses.criterion import Criterion
-from proxydet.modeling import boxes, roi_align
+from proxydet.modeling import boxes, roi_heads
 from proxydet.modeling.config import InferenceConfig
 from proxydet.modeling.postprocess import to_host
 
@@ -98,7 +98,7 @@ def on_the_host(work: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch) -> None:
     monkeypatch.setattr(boxes, "_waits", lambda _device: True)
-    monkeypatch.setattr(roi_align, "current_mode", lambda: "published")
+    monkeypatch.setattr(roi_heads, "is_rounded", lambda: True)
     # Polygons are drawn on the CPU, also in a training on a GPU.
     monkeypatch.setattr(criterion, "_rasterize", on_the_host(criterion._rasterize))
 

@@ -13,8 +13,8 @@ import torch
 
 from proxydet.config import to_mapping
 from proxydet.data.loader import BoxBatch, ImageLabelBatch
-from proxydet.modeling import roi_align as pooling
 from proxydet.modeling import roi_heads
+from proxydet.modeling import roi_heads as pooling
 from proxydet.recipes import tiny
 from proxydet.runtime import roi_align
 from proxydet.runtime.determinism import (

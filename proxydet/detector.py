@@ -56,9 +56,8 @@ from proxydet.models import (
 )
 from proxydet.paths import how_to_restore, require_run
 from proxydet.vocabulary.encoder import open_encoder
-from proxydet.vocabulary.names import PUBLISHED
 from proxydet.vocabulary.sources import complete_vocabulary, open_vocabulary, published_vocabulary
-from proxydet.vocabulary.vocabulary import TextEncoder, Vocabulary
+from proxydet.vocabulary.vocabulary import PUBLISHED, TextEncoder, Vocabulary
 
 if TYPE_CHECKING:
     from proxydet.inference.sources import VideoSource

@@ -67,8 +67,9 @@ def check_choice(classes: str | None, vocabulary: str | None, names: Path | None
         VocabularyError: A file is not there, or a class name is empty or there twice.
     """
     from proxydet.errors import VocabularyError
-    from proxydet.vocabulary.names import check_names, split_names
+    from proxydet.vocabulary.names import split_names
     from proxydet.vocabulary.sources import is_vocabulary_file
+    from proxydet.vocabulary.vocabulary import check_names
 
     if classes is not None and vocabulary is not None:
         raise typer.BadParameter("give either -v or --vocabulary")

@@ -1,9 +1,8 @@
-"""Class names: read from an option's text and from files, checked, and put into the sentences that are embedded."""
+"""Class names as people write them: read from an option's text and from files."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import gzip
 import itertools
 import json
@@ -11,7 +10,7 @@ import logging
 import re
 import tempfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -466,134 +465,7 @@ def _named(name: str, what: str) -> str:
     return clean
 
 
-def check_names(names: Iterable[str]) -> tuple[str, ...]:
-    """Return class names without the blanks around them.
-
-    Raises:
-        VocabularyError: There is none, or one is not text, empty, or there twice.
-    """
-    if isinstance(names, str):
-        raise VocabularyError(
-            f"class names must be a list, not one string ({names!r})", hint="split it at the commas"
-        )
-    first_at: dict[str, int] = {}
-    for position, name in enumerate(names):
-        if not isinstance(name, str):
-            raise VocabularyError(
-                f"class name {position} is {name!r}, not a string", hint="give class names as text"
-            )
-        clean = name.strip()
-        if not clean:
-            raise VocabularyError(
-                f"class name {position} (counted from 0) is empty",
-                hint="remove it, or the extra comma",
-            )
-        if clean in first_at:
-            raise VocabularyError(
-                f"duplicate class name {clean!r}, at positions {first_at[clean]} and {position} (counted from 0)",
-                hint="remove one of the two",
-            )
-        first_at[clean] = position
-    if not first_at:
-        raise VocabularyError(
-            "a vocabulary needs at least one class name",
-            hint="name the classes to detect: cup, plate",
-        )
-    return tuple(first_at)
-
-
-def check_classes(classes: Iterable[str | ClassWords]) -> list[ClassWords]:
-    """Return names as entries, checked before the long work of embedding them.
-
-    Raises:
-        VocabularyError: There is no name, or one is empty or there twice.
-    """
-    entries = [entry if isinstance(entry, ClassWords) else ClassWords(entry) for entry in classes]
-    names = check_names(entry.name for entry in entries)
-    return [ClassWords(name, entry.synonyms) for name, entry in zip(names, entries, strict=True)]
-
-
 def quote_names(names: Sequence[str], limit: int = 5) -> str:
     """Return names as a message shows them: in quotes, the first few of many."""
     shown = ", ".join(repr(name[:80]) for name in names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
-
-
-# --- Prompts ----------------------------------------------------------------------------------------------------------
-
-PUBLISHED = ("a {}",)
-"""The prompt of all published embeddings (and of ProxyDet's training)."""
-
-PROMPT_SETS: dict[str, tuple[str, ...]] = {
-    "published": PUBLISHED,
-    "photo": ("a photo of a {}.",),
-    "ensemble": (
-        "a {}",
-        "a photo of a {}.",
-        "a photo of the {}.",
-        "a close-up photo of a {}.",
-        "a photo of a small {}.",
-        "a photo of a large {}.",
-        "there is a {} in the scene.",
-    ),
-}
-"""Prompts by name; where there are several, a class's embedding is their mean."""
-
-
-def find_prompts(prompts: str | Sequence[str]) -> tuple[str, ...]:
-    """Give the prompts of a named set, or check prompts that were written out.
-
-    Args:
-        prompts: A key of `PROMPT_SETS`, one prompt such as ``"a photo of a {}"``, or several.
-
-    Returns:
-        At least one prompt, each with ``{}`` in the name's place.
-
-    Raises:
-        VocabularyError: There is no such set, or a prompt does not hold ``{}`` exactly once.
-    """
-    if isinstance(prompts, str):
-        if prompts in PROMPT_SETS:
-            return PROMPT_SETS[prompts]
-        prompts = (prompts,)
-    for prompt in prompts:
-        if prompt.count("{}") != 1:
-            raise VocabularyError(
-                f"the prompt {prompt!r} does not hold {{}} exactly once",
-                hint=f"write a sentence with {{}} in the name's place, or one of {', '.join(PROMPT_SETS)}",
-            )
-    if not prompts:
-        raise VocabularyError("there are no prompts", hint='give at least one, such as "a {}"')
-    return tuple(prompts)
-
-
-def fill(prompt: str, name: str) -> str:
-    """Put a name into a prompt; braces in the name stay as they are."""
-    return prompt.replace("{}", name, 1)
-
-
-CLIP_TOKENS = 77
-"""Tokens that CLIP's text towers read, start and end included."""
-
-
-@functools.cache
-def _tokenizer() -> Any:
-    import open_clip
-
-    return open_clip.SimpleTokenizer()
-
-
-def names_too_long(names: Iterable[str]) -> dict[str, int]:
-    """Find the names that CLIP would cut, in the published prompt.
-
-    Args:
-        names: Class names.
-
-    Returns:
-        By name, its tokens, start and end included: more than `CLIP_TOKENS`.
-    """
-    texts = {name: fill(PUBLISHED[0], name) for name in names}
-    # A token stands for a byte at least, so only long names need the tokenizer, which takes seconds to import.
-    suspects = [name for name, text in texts.items() if len(text.encode()) + 2 > CLIP_TOKENS]
-    counts = {name: len(_tokenizer().encode(texts[name])) + 2 for name in suspects}
-    return {name: count for name, count in counts.items() if count > CLIP_TOKENS}

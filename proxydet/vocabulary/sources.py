@@ -14,19 +14,14 @@ import numpy as np
 
 from proxydet.errors import VocabularyError
 from proxydet.paths import datasets_folder
-from proxydet.vocabulary.names import (
-    LIST_SUFFIXES,
-    PUBLISHED,
-    ClassWords,
-    check_classes,
-    find_prompts,
-    quote_names,
-    read_names,
-)
+from proxydet.vocabulary.names import LIST_SUFFIXES, ClassWords, quote_names, read_names
 from proxydet.vocabulary.vocabulary import (
+    PUBLISHED,
     TextEncoder,
     Vocabulary,
     build_vocabulary,
+    check_classes,
+    find_prompts,
     load_embeddings,
 )
 

@@ -139,9 +139,8 @@ def show(
     """Show what each class resembles, whether it counts as base or novel and why, what is too alike, and what CLIP would cut."""
     from proxydet.paths import require_run
     from proxydet.vocabulary.comparison import compare
-    from proxydet.vocabulary.names import names_too_long
     from proxydet.vocabulary.sources import check_source
-    from proxydet.vocabulary.vocabulary import Vocabulary
+    from proxydet.vocabulary.vocabulary import Vocabulary, names_too_long
     from proxydet_cli.output import Output
 
     if run is not None and against is not None:
@@ -190,7 +189,7 @@ def _open(
 
 
 def _render(out: Output, report: VocabularyReport, cut: Mapping[str, int]) -> None:
-    from proxydet.vocabulary.names import CLIP_TOKENS
+    from proxydet.vocabulary.vocabulary import CLIP_TOKENS
 
     if out.json:
         rows = [{"name": n, "tokens": count, "read": CLIP_TOKENS} for n, count in cut.items()]

@@ -14,15 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxydet.errors import VocabularyError
-from proxydet.vocabulary.names import (
-    PROMPT_SETS,
-    ClassWords,
-    fill,
-    find_prompts,
-    read_names,
-    split_names,
-)
+from proxydet.vocabulary.names import ClassWords, read_names, split_names
 from proxydet.vocabulary.sources import is_vocabulary_file
+from proxydet.vocabulary.vocabulary import PROMPT_SETS, fill, find_prompts
 
 
 def test_names_are_split_at_commas_outside_quotes():

@@ -68,7 +68,7 @@ def image_to_drawn_box(run: Path, image: Path) -> set[str]:
 
 
 def annotation_to_loss(data: Path, cache: Path) -> set[str]:
-    """Read annotation files, make a batch, and compute its losses."""
+    """Read annotation files, make a batch of annotated images, and compute its losses."""
     from proxydet.data.dataset import Dataset, DatasetConfig
     from proxydet.data.loader import TrainingLoader, TrainingSources
     from proxydet.losses.criterion import Criterion
@@ -76,8 +76,9 @@ def annotation_to_loss(data: Path, cache: Path) -> set[str]:
     from proxydet.recipes import resolve_config
     from proxydet.training.train import fit_to_embeddings
 
+    settings = ("data.workers=0", "data.image_labels=null")  # batches of annotated images only
     config = resolve_config(
-        "tiny", overrides=[f"data.description={data}", f"data.cache={cache}", "data.workers=0"]
+        "tiny", overrides=[f"data.description={data}", f"data.cache={cache}", *settings]
     )
     with entered() as files:
         opened = Dataset(config=DatasetConfig.from_toml(data), cache=cache)

@@ -14,7 +14,6 @@ import logging
 import os
 import tarfile
 import zlib
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -29,13 +28,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from proxydet.artifacts import how_to_get
 from proxydet.data.images import (
-    find_image,
+    FolderImages,
+    LabelledImages,
     image_size,
-    open_image,
     quiet_worker,
     require_distinct_files,
 )
@@ -62,45 +60,6 @@ _MOST_PROCESSES = 16
 _GZIP_MAGIC = b"\x1f\x8b"
 _HEAD_BYTES = 1 << 15
 _FETCH_AGAIN = "fetch the tar again, or remove it"
-
-
-class LabelledImages(ABC):
-    """Image files of which the classes are known. They can be pickled.
-
-    Attributes:
-        shapes_I2: int32 (I, 2), height and width of each image in pixels.
-    """
-
-    shapes_I2: npt.NDArray[np.int32]
-
-    @abstractmethod
-    def name(self, row: int) -> str:
-        """Return the name of an image, for messages: the file's, or ``tar/member``."""
-
-    @abstractmethod
-    def encoded(self, row: int) -> Path | bytes:
-        """Return the file of an image, or its bytes; DataError where it is not there. Any thread may call it."""
-
-    @abstractmethod
-    def labels(self, row: int) -> npt.NDArray[np.int64]:
-        """Return the vocabulary rows of an image's classes: int64 (L,)."""
-
-    def __len__(self) -> int:
-        return len(self.shapes_I2)
-
-    def image(self, row: int, *, exif_orientation: bool) -> Image.Image:
-        """Decode an image: mode RGB.
-
-        Raises:
-            DataError: it cannot be read.
-        """
-        source = self.encoded(row)
-        name = self.name(row) if isinstance(source, bytes) else str(source)
-        try:
-            return open_image(source, name=name, exif_orientation=exif_orientation)
-        except DataError as error:
-            hint = "fetch the file again, or leave such images out with data.unreadable_images=skip"
-            raise DataError(error.message, hint=hint) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,36 +227,6 @@ class TarImages(LabelledImages):
         """Return the class of the image's tar: int64 (1,)."""
         tar = self.tars[self.tar_I[row]]
         return np.array([self.matched.class_of_tar[tar]], dtype=np.int64)
-
-
-class FolderImages(LabelledImages):
-    """Images in folders, with their classes in the ``pos_category_ids`` of an annotation file.
-
-    Attributes:
-        store: The annotation file.
-        roots: The folders.
-        rows_K: int64 (K,), the vocabulary's row of each category of the store.
-    """
-
-    def __init__(
-        self, store: AnnotationStore, roots: tuple[Path, ...], rows_K: npt.NDArray[np.int64]
-    ) -> None:
-        self.store = store
-        self.roots = roots
-        self.rows_K = rows_K
-        self.shapes_I2 = store.sizes_I2
-
-    def name(self, row: int) -> str:
-        """Return the file name."""
-        return self.store.file_name(row)
-
-    def encoded(self, row: int) -> Path:
-        """Return the file."""
-        return find_image(self.name(row), self.roots)
-
-    def labels(self, row: int) -> npt.NDArray[np.int64]:
-        """Return the classes that the file gives for the image."""
-        return self.rows_K[self.store.labels(row, "pos_category_ids")]
 
 
 def open_label_images(

@@ -18,6 +18,7 @@ import posixpath
 import stat
 import struct
 import warnings
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -419,6 +420,78 @@ def require_distinct_files(store: AnnotationStore, roots: Sequence[Path]) -> Non
             f"{store.source_name}: the images {entries} are one file, {place}{more}",
             hint="put each image where its file_name says, or correct file_name; two entries of one image must be merged",
         )
+
+
+# --- The images of a source ----------------------------------------------------------------------------------------------
+
+
+class LabelledImages(ABC):
+    """Image files of which the classes are known. They can be pickled.
+
+    Attributes:
+        shapes_I2: int32 (I, 2), height and width of each image in pixels.
+    """
+
+    shapes_I2: npt.NDArray[np.int32]
+
+    @abstractmethod
+    def name(self, row: int) -> str:
+        """Return the name of an image, for messages: the file's, or ``tar/member``."""
+
+    @abstractmethod
+    def encoded(self, row: int) -> Path | bytes:
+        """Return the file of an image, or its bytes; DataError where it is not there. Any thread may call it."""
+
+    @abstractmethod
+    def labels(self, row: int) -> npt.NDArray[np.int64]:
+        """Return the vocabulary rows of an image's classes: int64 (L,)."""
+
+    def __len__(self) -> int:
+        return len(self.shapes_I2)
+
+    def image(self, row: int, *, exif_orientation: bool) -> Image.Image:
+        """Decode an image: mode RGB.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        source = self.encoded(row)
+        name = self.name(row) if isinstance(source, bytes) else str(source)
+        try:
+            return open_image(source, name=name, exif_orientation=exif_orientation)
+        except DataError as error:
+            hint = "fetch the file again, or leave such images out with data.unreadable_images=skip"
+            raise DataError(error.message, hint=hint) from error
+
+
+class FolderImages(LabelledImages):
+    """Images in folders, with their classes in the ``pos_category_ids`` of an annotation file.
+
+    Attributes:
+        store: The annotation file.
+        roots: The folders.
+        rows_K: int64 (K,), the vocabulary's row of each category of the store.
+    """
+
+    def __init__(
+        self, store: AnnotationStore, roots: tuple[Path, ...], rows_K: npt.NDArray[np.int64]
+    ) -> None:
+        self.store = store
+        self.roots = roots
+        self.rows_K = rows_K
+        self.shapes_I2 = store.sizes_I2
+
+    def name(self, row: int) -> str:
+        """Return the file name."""
+        return self.store.file_name(row)
+
+    def encoded(self, row: int) -> Path:
+        """Return the file."""
+        return find_image(self.name(row), self.roots)
+
+    def labels(self, row: int) -> npt.NDArray[np.int64]:
+        """Return the classes that the file gives for the image."""
+        return self.rows_K[self.store.labels(row, "pos_category_ids")]
 
 
 def quiet_worker(_number: int = 0) -> None:

@@ -35,8 +35,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from proxydet.data import dataset
 from proxydet.data.config import DataConfig, SourceConfig
-from proxydet.data.image_labels import FolderImages, LabelledImages, open_label_images
+from proxydet.data.image_labels import open_label_images
 from proxydet.data.images import (
+    FolderImages,
+    LabelledImages,
     open_annotated_image,
     quiet_worker,
     require_distinct_files,

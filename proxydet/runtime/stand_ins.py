@@ -45,9 +45,7 @@ class NamespaceOverlay(ModuleType):
 
     def __init__(self, module: ModuleType, extra: dict[str, object]) -> None:
         super().__init__(module.__name__, module.__doc__)
-        # Not hasattr: numpy warns when it is asked for names that it used to have.
-        self.__dict__.update({k: v for k, v in extra.items() if k not in vars(module)})
-        self.__dict__["_module"] = module
+        self.__dict__.update({**extra, **vars(module), "_module": module})
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.__dict__["_module"], name)

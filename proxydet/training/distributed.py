@@ -317,13 +317,6 @@ def check_agreement(info: DistInfo, facts: Mapping[str, str]) -> None:
             )
 
 
-def sum_over_ranks(values: torch.Tensor, info: DistInfo) -> torch.Tensor:
-    """Add up a tensor over all processes, in place."""
-    if info.world_size > 1:
-        dist.all_reduce(values)
-    return values
-
-
 def wrap_for_ranks(
     model: nn.Module, info: DistInfo, *, find_unused: bool
 ) -> DistributedDataParallel:

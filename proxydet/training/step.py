@@ -37,7 +37,7 @@ from proxydet.training.config import (
     ScheduleConfig,
     TrainingConfig,
 )
-from proxydet.training.distributed import DistInfo, sum_over_ranks
+from proxydet.training.distributed import DistInfo
 
 logger = logging.getLogger(__name__)
 
@@ -333,7 +333,9 @@ def train_step(
     images = sum(len(batch) for batch in batches)
     counts = torch.tensor([images, stop], dtype=local_L.dtype).to(local_L.device)
     shared = torch.cat([local_L, (values_BL != 0).float().mean(dim=0), counts])
-    *means, total_images, stops = sum_over_ranks(shared, ranks).tolist()
+    if ranks.world_size > 1:
+        dist.all_reduce(shared)
+    *means, total_images, stops = shared.tolist()
     means = [number / ranks.world_size for number in means]
     result = StepResult(
         losses=dict(zip(names, means, strict=False)),

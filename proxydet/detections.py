@@ -240,7 +240,7 @@ class Detections:
     def draw(
         self, image: Image.Image | npt.NDArray[np.uint8], style: DrawingStyle | None = None
     ) -> Image.Image:
-        """Draw boxes, masks, labels and scores on a copy of the image.
+        """Draw boxes, masks, labels and scores on a copy of the image; each detection in a colour of its own.
 
         Args:
             image: The image that these were found in: PIL, or uint8 (H, W, 3) RGB.
@@ -251,7 +251,7 @@ class Detections:
         """
         from PIL import Image
 
-        from proxydet.visualization.drawing import DrawnObject, draw_objects
+        from proxydet.visualization.drawing import DrawnObject, class_colour, draw_objects
 
         canvas = image if isinstance(image, Image.Image) else Image.fromarray(image)
         height, width = self.image_size
@@ -262,7 +262,11 @@ class Detections:
             )
         objects = [
             DrawnObject(
-                label=item.label, box_xyxy=item.box_xyxy, score=item.score, mask_HW=item._paste
+                label=item.label,
+                box_xyxy=item.box_xyxy,
+                colour=class_colour(item.class_id) if style and style.by_class else None,
+                score=item.score,
+                mask_HW=item._paste,
             )
             for item in self
         ]

@@ -30,6 +30,31 @@ def open_detector(
     Raises:
         ProxydetError: It cannot be opened, or what it needs was not downloaded.
     """
+    from proxydet_cli.commands.download import with_downloads
+
+    also = fetch_published(named, classes, vocabulary, yes=yes)  # before torch is loaded
+    from proxydet.detector import open_named
+
+    return with_downloads(lambda: open_named(named, device=device), also=also, yes=yes)
+
+
+def fetch_published(
+    named: NamedDetector, classes: str | None, vocabulary: str | None, *, yes: bool
+) -> tuple[str, ...]:
+    """Fetch what the published model that the options name lacks, after one question.
+
+    Args:
+        named: What the options name.
+        classes: What ``-v`` takes.
+        vocabulary: What ``--vocabulary`` takes.
+        yes: Do not ask.
+
+    Returns:
+        Names of further downloads that the classes need.
+
+    Raises:
+        ProxydetError: It was not downloaded.
+    """
     from proxydet.models import locate_published
     from proxydet.vocabulary.sources import PUBLISHED_VOCABULARIES
     from proxydet_cli.commands.download import with_downloads
@@ -42,11 +67,9 @@ def open_detector(
     )
     also = ("clip-vit-b32",) if words and named.run is None else ()
     published = named.published
-    if published is not None:  # said before torch is loaded
+    if published is not None:
         with_downloads(lambda: locate_published(published), also=also, yes=yes)
-    from proxydet.detector import open_named
-
-    return with_downloads(lambda: open_named(named, device=device), also=also, yes=yes)
+    return also
 
 
 def tuned(detector: Detector, *, tta: bool, precision: Precision) -> Detector:
@@ -127,7 +150,7 @@ def chosen_vocabulary(
     names: Path | None,
     base_above: float = 0.9,
     *,
-    yes: bool,
+    yes: bool | None,
 ) -> Vocabulary:
     """Open the vocabulary that the options name; the training's where they name none.
 
@@ -139,7 +162,7 @@ def chosen_vocabulary(
         source: What ``--vocabulary`` takes.
         names: File of the names of a ``.npy`` table.
         base_above: Cosine with a base class of training above which a class counts as base.
-        yes: Do not ask.
+        yes: Do not ask; None: download nothing.
 
     Raises:
         VocabularyError: It cannot be used.
@@ -162,4 +185,5 @@ def chosen_vocabulary(
             source, encoder=lambda: detector.encoder, names=names, known=detector.vocabulary
         )
 
-    return detector.with_base(with_downloads(opened, yes=yes), base_above)
+    found = opened() if yes is None else with_downloads(opened, yes=yes)
+    return detector.with_base(found, base_above)

@@ -547,7 +547,7 @@ class DrawnVideo(Writer):
 
 
 def frame_style(height: int, width: int) -> DrawingStyle:
-    """How frames are drawn: at their own size, with letters that do not change from frame to frame.
+    """How frames are drawn: at their own size, with letters and colours that do not change from frame to frame.
 
     Args:
         height: Of the frames, in pixels.
@@ -555,7 +555,7 @@ def frame_style(height: int, width: int) -> DrawingStyle:
     """
     from proxydet.visualization.drawing import DrawingStyle, letters_for
 
-    return DrawingStyle(font_size=letters_for((width, height)), shortest_edge=0)
+    return DrawingStyle(font_size=letters_for((width, height)), shortest_edge=0, by_class=True)
 
 
 class _TextFile(Writer):

@@ -1,6 +1,7 @@
 """The Starlette application: a few fixed routes around a detector.
 
-From top to bottom: limits, errors, parameters, images, uploads, the queue of jobs, the middleware, the routes.
+From top to bottom: limits, errors, parameters, images, uploads, the queue of jobs, the middleware, the routes. Nothing here loads
+torch: the detector may be opened by a job of the queue, while the page is there already.
 """
 
 from __future__ import annotations
@@ -25,10 +26,9 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, fields
 from functools import cache, partial
 from importlib.resources import files
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, urlsplit
 
-import torch
 from PIL import Image
 from python_multipart.exceptions import FormParserError
 from starlette.applications import Starlette
@@ -43,7 +43,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from proxydet._version import __version__
 from proxydet.data.images import read_image
 from proxydet.detections import Detections
-from proxydet.detector import Detector
 from proxydet.errors import (
     ConfigError,
     DataError,
@@ -51,11 +50,15 @@ from proxydet.errors import (
     RuntimeEnvironmentError,
     VocabularyError,
 )
-from proxydet.modeling.config import InferenceConfig
+from proxydet.serve.examples import Example
 from proxydet.vocabulary.compositional import CompositionalEncoder
 from proxydet.vocabulary.names import split_names
-from proxydet.vocabulary.vocabulary import Vocabulary
 from proxydet.wording import json_text
+
+if TYPE_CHECKING:
+    from proxydet.detector import Detector
+    from proxydet.modeling.config import InferenceConfig
+    from proxydet.vocabulary.vocabulary import Vocabulary
 
 T = TypeVar("T")
 
@@ -514,12 +517,12 @@ class WorkQueue:
         """Jobs that wait."""
         return len(self._waiting)
 
-    async def run(self, work: Callable[[], T], *, timeout: float) -> T:
+    async def run(self, work: Callable[[], T], *, timeout: float | None) -> T:
         """Run a job after those before it.
 
         Args:
             work: Called in the thread.
-            timeout: Longest time until the result, in seconds.
+            timeout: Longest time until the result, in seconds; None: any time.
 
         Raises:
             RequestError: 503 where the queue is full, the job did not start in time or the server stops; 504 where the
@@ -730,36 +733,50 @@ _ASSETS = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """What is served."""
+
+    detector: Detector
+    """The detector."""
+    vocabulary: Vocabulary | None = None
+    """What it detects where a request names no classes; None: the classes of its training."""
+    examples: tuple[Example, ...] = ()
+    """Images for the page."""
+
+
 class ServingApp:
     """An ASGI application; `build_app` makes it.
 
     Attributes:
-        detector: The detector.
-        vocabulary: What it detects where a request names no classes.
         settings: Limits.
         queue: The requests that wait.
         budget: The bytes that they hold.
+        failure: Why the detector could not be opened; None while that is not known.
     """
 
     def __init__(
         self,
-        detector: Detector,
+        served: Served | Callable[[], Served],
         settings: ServingSettings,
-        vocabulary: Vocabulary,
         base_above: float,
         name: str,
     ) -> None:
-        self.detector = detector
-        self.vocabulary = vocabulary
         self.settings = settings
         self.queue = WorkQueue(settings.queue_places)
         self.budget = UploadBudget(settings.held_bytes)
+        self.failure: Exception | None = None
         self._base_above = base_above
-        self._info = self._describe(name)
+        self._name = name
+        self._source = served
+        self._served = served if isinstance(served, Served) else None
+        self._loading: asyncio.Future[None] | None = None
+        self._info = {} if self._served is None else self._describe(self._served)
         routes = [
             Route("/api/health", self._health),
             Route("/api/info", self._get_info),
             Route("/api/predict", self._predict, methods=["POST"]),
+            Route("/examples/{index:int}.jpg", self._get_example),
             *(Route(path, _asset(*entry)) for path, entry in _ASSETS.items()),
         ]
         handlers: dict[Any, Any] = {
@@ -775,6 +792,33 @@ class ServingApp:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request."""
         await self._app(scope, receive, send)
+
+    @property
+    def detector(self) -> Detector:
+        """The detector, when it is loaded."""
+        return self._loaded.detector
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What it detects where a request names no classes."""
+        return self._loaded.vocabulary or self.detector.vocabulary
+
+    @property
+    def _loaded(self) -> Served:
+        if self._served is None:
+            raise _stopping()
+        return self._served
+
+    def load(self) -> None:
+        """Open the detector, unless it is; called in the one thread that computes."""
+        if not isinstance(self._source, Served):
+            try:
+                served = self._source()
+                self._info = self._describe(served)
+                self._served = served
+            except Exception as error:
+                self.failure = error
+                raise
 
     def vocabulary_of(self, params: PredictParams) -> Vocabulary:
         """Return the classes that a request asks for.
@@ -801,22 +845,46 @@ class ServingApp:
 
     @asynccontextmanager
     async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
+        # The first job of the queue: requests that come meanwhile wait behind it.
+        if self._served is None:
+            self._loading = asyncio.ensure_future(self.queue.run(self.load, timeout=None))
+            self._loading.add_done_callback(lambda done: done.cancelled() or done.exception())
         yield
+        if self._loading is not None:
+            self._loading.cancel()
         await self.queue.close()
 
     async def _health(self, _request: Request) -> Response:
-        return JSONResponse(
-            {"status": "ok", "waiting": self.queue.waiting, "busy": self.queue.busy}
-        )
+        state = {"waiting": self.queue.waiting, "busy": self.queue.busy}
+        if self._served is None:
+            return JSONResponse({"status": "loading", **state}, 503, {"Retry-After": "1"})
+        return JSONResponse({"status": "ok", **state})
 
     async def _get_info(self, _request: Request) -> Response:
+        """Describe the model; waits until it is loaded."""
+        if self._loading is not None:
+            await asyncio.wait([self._loading], timeout=self.settings.wait_seconds)
+        if self._served is None and self.failure is None and not self.queue.stopped:
+            raise RequestError(
+                503, "loading", "the model is being loaded", hint="try again later", retry_after=1
+            )
+        _ = self._loaded
         return JSONResponse(self._info)
+
+    async def _get_example(self, request: Request) -> Response:
+        examples = self._loaded.examples if self._served is not None else ()
+        index = request.path_params["index"]
+        if index >= len(examples):
+            raise HTTPException(404)
+        return Response(examples[index].data, media_type="image/jpeg")
 
     async def _predict(self, request: Request) -> Response:
         self.queue.admit()
         # Mistakes in the query are reported before the image is sent.
         query = request.query_params.multi_items()
-        self.settings_of(read_params(query, self.settings))
+        params = read_params(query, self.settings)
+        if self._served is not None:
+            self.settings_of(params)
         with self.budget.share() as take:
             upload = await read_upload(request, self.settings, take)
             params = read_params([*query, *upload.fields], self.settings)
@@ -848,6 +916,8 @@ class ServingApp:
         Raises:
             ProxydetError: The image or the class names cannot be used, or there is not enough memory.
         """
+        import torch
+
         vocabulary = self.vocabulary_of(params)
         settings = self.settings_of(params)
         try:
@@ -863,11 +933,12 @@ class ServingApp:
             ) from error
         return json_text(result, allow_nan=False).encode()
 
-    def _describe(self, name: str) -> dict[str, Any]:
+    def _describe(self, served: Served) -> dict[str, Any]:
         """What ``GET /api/info`` gives: model, classes and limits."""
+        detector = served.detector
         free, why_not, known = True, None, None
         try:
-            encoder = self.detector.encoder
+            encoder = detector.encoder
         except VocabularyError as error:
             free = False
             why_not = f"{error.message}; {error.hint}" if error.hint else error.message
@@ -880,24 +951,28 @@ class ServingApp:
         return {
             "version": __version__,
             "model": {
-                "name": name,
-                "device": str(self.detector.network.device),
-                "training_classes": len(self.detector.vocabulary),
-                "masks": self.detector.inference.masks,
+                "name": self._name,
+                "device": str(detector.network.device),
+                "training_classes": len(detector.vocabulary),
+                "masks": detector.inference.masks,
             },
             "words": {
-                "default": list(self.vocabulary.names),
+                "default": list((served.vocabulary or detector.vocabulary).names),
                 "free": free,
                 "why_not": why_not,
                 "known": known,
             },
             "limits": {name: getattr(self.settings, name) for name in limits},
             "formats": list(accepted_formats()),
+            "examples": [
+                {"address": f"examples/{index}.jpg", "name": example.name, "words": example.words}
+                for index, example in enumerate(served.examples)
+            ],
         }
 
 
 def build_app(
-    detector: Detector,
+    served: Detector | Served | Callable[[], Served],
     settings: ServingSettings | None = None,
     *,
     vocabulary: Vocabulary | None = None,
@@ -907,17 +982,19 @@ def build_app(
     """Put a detector behind HTTP.
 
     Args:
-        detector: The detector.
+        served: The detector, alone or with classes and examples; or a function that opens them, which is called in the background
+            when the application starts. Requests wait for it.
         settings: Limits; the default ones where None.
-        vocabulary: What is detected when a request names no classes; None: the classes of the training.
+        vocabulary: What a detector given alone detects when a request names no classes; None: the classes of the training.
         base_above: Class names of requests count as base above this cosine with a base class of the training.
         name: What the model is called on the page.
 
     Returns:
         An ASGI application, for `proxydet.serve.server.serve` or any ASGI server (one process of it).
     """
-    classes = vocabulary or detector.vocabulary
-    return ServingApp(detector, settings or ServingSettings(), classes, base_above, name)
+    if not isinstance(served, Served) and not callable(served):
+        served = Served(detector=served, vocabulary=vocabulary)
+    return ServingApp(served, settings or ServingSettings(), base_above, name)
 
 
 def _check_header(data: bytes, max_pixels: int) -> None:

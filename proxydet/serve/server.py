@@ -88,6 +88,7 @@ def serve(
 
     Raises:
         JobInterruptedError: A second SIGINT came: nothing more was waited for.
+        Exception: What the application's detector could not be opened for.
     """
     # Images from strangers: damaged EXIF blocks do not touch the pixels, and sizes are checked by the application.
     quiet_worker()
@@ -96,6 +97,8 @@ def serve(
     server.run(sockets=[listening])
     if server.force_exit:
         raise JobInterruptedError("the server was stopped before it had finished", signal_number=2)
+    if app.failure is not None:
+        raise app.failure
 
 
 class Server(uvicorn.Server):
@@ -130,6 +133,10 @@ class Server(uvicorn.Server):
         """Begin to accept requests."""
         await super().startup(sockets)
         self._on_started()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Stop where the detector could not be opened, too."""
+        return await super().on_tick(counter) or self._serving_app.failure is not None
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Refuse what waits, finish what runs."""

@@ -5,8 +5,6 @@ Dimensions: H and W the image, h and w a window of it, L labels, P places for on
 
 from __future__ import annotations
 
-import hashlib
-import math
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -39,41 +37,42 @@ _MARGIN = 3
 
 # --- Colours -----------------------------------------------------------------------------------------------------------
 
-_LIGHTNESSES = (0.66, 0.76, 0.86)
-_CHROMA = 0.17
+COLOURS: tuple[RGB, ...] = (
+    *((255, 75, 60), (45, 255, 105), (0, 120, 255), (0, 150, 75), (255, 195, 255), (195, 60, 210)),
+    *((240, 180, 0), (0, 210, 225), (165, 150, 225), (165, 120, 45), (255, 120, 255), (210, 240, 165)),
+    *((120, 195, 75), (30, 150, 180), (255, 150, 150), (180, 90, 120), (255, 60, 165), (135, 75, 255)),
+)  # fmt: skip
+"""Colours that stand out from photographs and from each other: each is the one of the OKLab space (lightness 0.58 to 0.93, chroma
+0.1 to 0.25) that is farthest from those before it. The page of ``proxydet serve`` has the same."""
 
 
-def colour_of(name: str) -> RGB:
-    """The colour of a class, decided by its name alone: the same in every image and every run.
+def instance_colours(boxes: Sequence[Box]) -> list[RGB]:
+    """Choose colours that tell the objects of one image apart, whatever their classes.
 
-    Names are spread over hues of equal perceived strength (the OKLCH space) at three lightnesses, all
-    light enough to stand out from photographs.
+    The first ones get the colours in their order, all different; each further one the colour whose nearest bearer is farthest away.
 
     Args:
-        name: The class name.
+        boxes: The objects' boxes, the most important first.
 
     Returns:
-        Red, green, blue, each 0 to 255.
+        One colour for each, red, green, blue, each 0 to 255.
     """
-    digest = hashlib.sha256(name.encode()).digest()
-    hue = int.from_bytes(digest[:4], "little") / 2**32 * 2 * math.pi
-    lightness = _LIGHTNESSES[digest[4] % len(_LIGHTNESSES)]
-    # The matrices are those of the OKLab definition (B. Ottosson, 2020).
-    a, b = _CHROMA * math.cos(hue), _CHROMA * math.sin(hue)
-    long = (lightness + 0.3963377774 * a + 0.2158037573 * b) ** 3
-    medium = (lightness - 0.1055613458 * a - 0.0638541728 * b) ** 3
-    short = (lightness - 0.0894841775 * a - 1.2914855480 * b) ** 3
-    return (
-        _to_byte(4.0767416621 * long - 3.3077115913 * medium + 0.2309699292 * short),
-        _to_byte(-1.2684380046 * long + 2.6097574011 * medium - 0.3413193965 * short),
-        _to_byte(-0.0041960863 * long - 0.7034186147 * medium + 1.7076147010 * short),
-    )
+    corners_N4 = np.asarray(boxes, np.float64).reshape(-1, 4)
+    centres_N2 = (corners_N4[:, :2] + corners_N4[:, 2:]) / 2
+    chosen: list[int] = []
+    for index, centre_2 in enumerate(centres_N2):
+        if index < len(COLOURS):
+            chosen.append(index)
+            continue
+        nearest = np.full(len(COLOURS), np.inf)
+        np.minimum.at(nearest, chosen, ((centres_N2[:index] - centre_2) ** 2).sum(axis=1))
+        chosen.append(int(nearest.argmax()))
+    return [COLOURS[index] for index in chosen]
 
 
-def _to_byte(linear: float) -> int:
-    linear = min(max(linear, 0.0), 1.0)
-    encoded = 12.92 * linear if linear <= 0.0031308 else 1.055 * linear ** (1 / 2.4) - 0.055
-    return round(encoded * 255)
+def class_colour(index: int) -> RGB:
+    """The colour of a class by its index, for videos, where the order of objects changes from frame to frame."""
+    return COLOURS[index % len(COLOURS)]
 
 
 def relative_luminance(colour: RGB) -> float:
@@ -99,9 +98,11 @@ class DrawnObject:
     """One object to draw."""
 
     label: str
-    """Class name; decides the colour."""
+    """Class name."""
     box_xyxy: Box
     """Left, top, right, bottom in pixels of the image."""
+    colour: RGB | None = None
+    """Of box, mask and label; None: another one than the other objects, see `instance_colours`."""
     score: float | None = None
     """Shown behind the label where given."""
     mask_HW: Bools | MaskWindow | Callable[[], Bools | MaskWindow] | None = field(
@@ -131,6 +132,8 @@ class DrawingStyle:
     """TrueType file for scripts that the bundled fonts lack; None: a bundled font."""
     shortest_edge: int = 480
     """Smaller images are enlarged so that labels have room; 0 keeps every image's size."""
+    by_class: bool = False
+    """Give detections the colours of their classes, as in videos, not one of their own to each."""
 
     def __post_init__(self) -> None:
         """Check ranges; raises ConfigError."""
@@ -170,22 +173,23 @@ def draw_objects(
     for item in objects:
         left, top, right, bottom = (value * scale for value in item.box_xyxy)
         boxes.append((left, top, right, bottom))
+    found = instance_colours([item.box_xyxy for item in objects])
+    colours = [item.colour or own for item, own in zip(objects, found, strict=True)]
     if style.masks:
         areas = [(right - left) * (bottom - top) for left, top, right, bottom in boxes]
         for index in sorted(range(len(objects)), key=lambda index: areas[index], reverse=True):
             if objects[index].mask_HW is not None:
-                _draw_mask(canvas, objects[index], scale, style.mask_opacity)
+                _draw_mask(canvas, objects[index], colours[index], scale, style.mask_opacity)
     if style.boxes:
         draw = ImageDraw.Draw(canvas, "RGBA")
         line = max(2, round(min(size) / 320))
-        for item, box in reversed(list(zip(objects, boxes, strict=True))):
+        for colour, box in reversed(list(zip(colours, boxes, strict=True))):
             left, top, right, bottom = (round(value) for value in box)
             right, bottom = max(right, left + 1), max(bottom, top + 1)
             # A dark hair line around the coloured one keeps it visible on images of the same colour.
             around = (left - 1, top - 1, right + 1, bottom + 1)
             draw.rectangle(around, outline=(0, 0, 0, 110), width=line + 2)
-            colour = (*colour_of(item.label), 255)
-            draw.rectangle((left, top, right, bottom), outline=colour, width=line)
+            draw.rectangle((left, top, right, bottom), outline=(*colour, 255), width=line)
     if style.labels:
         texts = []
         for item in objects:
@@ -195,8 +199,8 @@ def draw_objects(
             texts.append(f"{name} {item.score:.0%}" if with_score else name)
         letters = style.font_size or _fitting_letters(texts, size, style.font_file)
         signs = [
-            _sign(text, colour_of(item.label), letters, size[0], style.font_file)
-            for text, item in zip(texts, objects, strict=True)
+            _sign(text, colour, letters, size[0], style.font_file)
+            for text, colour in zip(texts, colours, strict=True)
         ]
         requests = [
             LabelRequest(box, sign.width, sign.height)
@@ -208,7 +212,9 @@ def draw_objects(
     return canvas
 
 
-def _draw_mask(canvas: Image.Image, item: DrawnObject, scale: int, opacity: float) -> None:
+def _draw_mask(
+    canvas: Image.Image, item: DrawnObject, colour: RGB, scale: int, opacity: float
+) -> None:
     """Tint an object's mask and draw its rim.
 
     Only the window that the mask lies in is touched: hundreds of masks on a large photograph stay cheap.
@@ -240,7 +246,6 @@ def _draw_mask(canvas: Image.Image, item: DrawnObject, scale: int, opacity: floa
     if scale > 1:
         alpha = alpha.resize((alpha.width * scale, alpha.height * scale), Image.Resampling.BILINEAR)
     origin = ((left - before[1]) * scale, (top - before[0]) * scale)
-    colour = colour_of(item.label)
     canvas.paste(colour, origin, alpha.point([round(value * opacity) for value in range(256)]))
     # The rim is about two pixels wide.
     alpha_hw = np.asarray(alpha)
@@ -348,7 +353,7 @@ def _fitting_letters(texts: Sequence[str], canvas: tuple[int, int], font_file: P
 
 
 def _sign(text: str, colour: RGB, size: int, widest: int, font_file: Path | None) -> Image.Image:
-    """A label: text on a rounded ground of the class's colour."""
+    """A label: text on a rounded ground of the object's colour."""
     font = _font(text, size, font_file)
     pad = max(2, round(size * 0.25))
     while len(text) > 2 and font.getlength(text) + 2 * pad > widest:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from proxydet_cli.opening import check_choice, chosen_vocabulary, open_detector, tuned
+from proxydet_cli.opening import check_choice, chosen_vocabulary, fetch_published, tuned
 from proxydet_cli.options import (
     BaseAbove,
     Classes,
@@ -142,6 +142,7 @@ def serve(
     from proxydet.models import find_detector
     from proxydet.serve.server import bind, is_loopback
     from proxydet.serve.server import serve as serve_app
+    from proxydet_cli.commands.download import with_downloads
 
     named = find_detector(run=run, weights=weights, config=config)
     with bind(host, port) as listening:
@@ -151,26 +152,38 @@ def serve(
                 "everyone who reaches this machine over the network can use this server: it has neither authentication "
                 "nor encryption"
             )
-        opened = open_detector(named, classes, vocabulary, device=device, yes=yes)
-        from proxydet.serve.app import ServingSettings, build_app  # loads torch
+        fetch_published(named, classes, vocabulary, yes=yes)
+        from proxydet.serve.app import Served, ServingSettings, build_app
+        from proxydet.serve.examples import packaged_examples, run_examples
 
-        detector = tuned(opened, tta=tta, precision=precision)
-        application = build_app(
-            detector,
-            ServingSettings(
-                max_upload_bytes=round(max_upload * 2**20),
-                max_pixels=round(max_megapixels * 1e6),
-                queue_places=queue,
-                wait_seconds=timeout,
-                allowed_hosts=tuple(name.strip().lower() for name in (*(allow_host or ()), host)),
-                loopback_only=loopback_only,
-            ),
-            vocabulary=chosen_vocabulary(detector, classes, vocabulary, names, base_above, yes=yes),
-            base_above=base_above,
-            name=named.name,
+        def opened() -> Served:
+            """Load the model; while the page is there already."""
+            from proxydet.detector import open_named
+
+            detector = tuned(open_named(named, device=device), tta=tta, precision=precision)
+            chosen = chosen_vocabulary(detector, classes, vocabulary, names, base_above, yes=None)
+            # Images of a run's own data are shown to its user alone.
+            own = named.run if loopback_only and not allow_host else None
+            found = run_examples(own) if own else () if named.run else packaged_examples()
+            return Served(detector=detector, vocabulary=chosen, examples=found)
+
+        settings = ServingSettings(
+            max_upload_bytes=round(max_upload * 2**20),
+            max_pixels=round(max_megapixels * 1e6),
+            queue_places=queue,
+            wait_seconds=timeout,
+            allowed_hosts=tuple(name.strip().lower() for name in (*(allow_host or ()), host)),
+            loopback_only=loopback_only,
         )
         _show_server_logs()
-        serve_app(application, listening, on_started=lambda: _announce(out, listening, open_page))
+
+        def serve_once() -> None:
+            application = build_app(opened, settings, base_above=base_above, name=named.name)
+            # A copy, since a server closes what it was given: after a download the same address is served again.
+            with listening.dup() as copy:
+                serve_app(application, copy, on_started=lambda: _announce(out, copy, open_page))
+
+        with_downloads(serve_once, yes=yes)
     out.message("stopped")
 
 

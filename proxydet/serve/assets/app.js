@@ -1,6 +1,6 @@
 // The page: an image and class names go to the server once; the slider filters the response.
 
-import { colourOf, css } from "./colours.js";
+import { css, instanceColours } from "./colours.js";
 import { Drawing } from "./drawing.js";
 
 const REQUEST_THRESHOLD = 0.1;
@@ -8,22 +8,37 @@ const REQUEST_THRESHOLD = 0.1;
 const at = Object.fromEntries([...document.querySelectorAll("[id]")].map((element) => [element.id, element]));
 const state = { info: null, file: null, bitmap: null, drawing: null, result: null, seconds: 0, alone: null, pinned: null, request: null };
 
-start();
+const ready = start();
 
 async function start() {
   connect();
-  at.curl.textContent = `curl -F picture=@photo.jpg -F words='cup, plate' ${new URL("api/predict", location.href)}`;
+  const began = performance.now();
+  const progress = () => {
+    at.loading.textContent = `Loading the model… ${Math.round((performance.now() - began) / 1000)} s`;
+  };
+  const timer = setInterval(progress, 1000);
+  progress();
+  at.loading.hidden = false;
   try {
-    const response = await fetch("api/info");
-    if (!response.ok) throw await errorOf(response);
-    state.info = await response.json();
+    while (!state.info) state.info = await fetchInfo();
     describe(state.info);
   } catch (error) {
     showError(error);
   }
+  clearInterval(timer);
+  at.loading.hidden = true;
 }
 
-function describe({ model, version, words }) {
+/** What the server tells of its model, or null where it is still being loaded after a minute. */
+async function fetchInfo() {
+  const response = await fetch("api/info");
+  if (response.ok) return response.json();
+  const error = await errorOf(response);
+  if (error.kind === "loading") return null;
+  throw error;
+}
+
+function describe({ model, version, words, examples }) {
   at.model.textContent = `${model.name} on ${model.device}, version ${version}${model.masks ? "" : ", boxes only"}`;
   at["masks-toggle"].hidden = !model.masks;
   const count = words.default.length;
@@ -34,10 +49,40 @@ function describe({ model, version, words }) {
     at["known-words"].textContent = words.known.join(", ");
   }
   if (!words.free) at["words-help"].textContent = `Only the default classes: ${words.why_not}`;
+  const named = examples.map((example) => example.words).find(Boolean) ?? words.default.slice(0, 2).map(quoted).join(", ");
+  at.curl.textContent = `curl -F picture=@photo.jpg -F words=${inShell(named)} ${new URL("api/predict", location.href)}`;
+  at.usage.hidden = false;
+  at.examples.append(...examples.map(exampleButton));
+  at.examples.hidden = !examples.length;
+}
+
+/** A class name as the field takes it: those with commas in double quotes. */
+const quoted = (name) => (/[",]/.test(name) ? `"${name.replaceAll('"', '""')}"` : name);
+
+const inShell = (text) => `'${text.replaceAll("'", "'\\''")}'`;
+
+function exampleButton({ address, name, words }) {
+  const button = document.createElement("button");
+  button.type = "button";
+  const image = document.createElement("img");
+  image.src = address;
+  image.alt = `example: ${name}`;
+  button.append(image);
+  button.addEventListener("click", async () => {
+    try {
+      const response = await fetch(address);
+      if (!response.ok) throw await errorOf(response);
+      if (words) at.words.value = words;
+      await take([new File([await response.blob()], /\.\w+$/.test(name) ? name : `${name}.jpg`, { type: "image/jpeg" })]);
+    } catch (error) {
+      showError(error);
+    }
+  });
+  return button;
 }
 
 function connect() {
-  at.choose.addEventListener("click", () => at.file.click());
+  for (const button of [at.invitation, at.choose]) button.addEventListener("click", () => at.file.click());
   at.file.addEventListener("change", () => take(at.file.files));
   document.addEventListener("dragover", (event) => {
     event.preventDefault();
@@ -81,20 +126,37 @@ async function take(files) {
   const [file] = files;
   at.file.value = "";
   if (!file) return;
-  state.request?.abort();
+  clear();
+  at["file-name"].textContent = file.name;
+  at.chosen.hidden = false;
   const limit = state.info?.limits.max_upload_bytes;
   if (limit && file.size > limit) {
     showError({ message: `${file.name} is larger than the limit of ${(limit / 2 ** 20).toFixed(0)} MiB`, hint: "Use a smaller copy." });
     return;
   }
   state.file = file;
-  state.result = null;
-  at["file-name"].textContent = file.name;
-  at.results.hidden = true;
-  state.bitmap = await createImageBitmap(file).catch(() => null);
+  const bitmap = await createImageBitmap(file).catch(() => null);
   if (state.file !== file) return;
-  if (state.bitmap) useDrawing(state.bitmap, state.bitmap);
+  state.bitmap = bitmap;
+  if (bitmap) useDrawing(bitmap, bitmap);
   await detect();
+}
+
+/** Forgets image and detections. */
+function clear() {
+  state.request?.abort();
+  state.file = state.bitmap = state.drawing = state.request = null;
+  at.invitation.hidden = false;
+  at.canvas.hidden = at.working.hidden = true;
+  at.stage.classList.remove("filled");
+  hideError();
+  clearResult();
+}
+
+function clearResult() {
+  state.result = state.alone = state.pinned = null;
+  at.results.hidden = true;
+  draw();
 }
 
 function useDrawing(image, { width, height }) {
@@ -109,7 +171,7 @@ async function detect() {
   hideError();
   if (!state.file) {
     showError({ message: "No image yet.", hint: "Drop one on the page, paste one, or choose a file." });
-    at.choose.focus();
+    at.invitation.focus();
     return;
   }
   state.request?.abort();
@@ -120,8 +182,12 @@ async function detect() {
   body.append("words", at.words.value.replace(/\s*\n\s*/g, ", "));
   body.append("score_threshold", REQUEST_THRESHOLD);
   body.append("one_label", at["one-label"].checked);
-  const began = performance.now();
   at.working.hidden = false;
+  at["working-text"].textContent = state.info ? "Detecting…" : "Waiting for the model…";
+  await ready;
+  if (state.request !== request) return;
+  at["working-text"].textContent = "Detecting…";
+  const began = performance.now();
   try {
     const response = await fetch("api/predict", { method: "POST", body, signal: request.signal });
     if (!response.ok) throw await errorOf(response);
@@ -139,6 +205,10 @@ async function detect() {
 function receive(result) {
   state.result = result;
   state.alone = state.pinned = null;
+  const colours = instanceColours(result.detections.map((item) => item.box_xyxy));
+  result.detections.forEach((item, index) => {
+    item.colour = colours[index];
+  });
   // Detections of formats that the browser cannot show (TIFF) are drawn on grey.
   const { size } = state.drawing ?? {};
   if (!state.bitmap || size.width !== result.width || size.height !== result.height) useDrawing(state.bitmap, result);
@@ -183,7 +253,7 @@ function entry(item) {
   mark.setAttribute("viewBox", "0 0 14 14");
   mark.setAttribute("aria-hidden", "true");
   const square = document.createElementNS("http://www.w3.org/2000/svg", "rect");
-  for (const [name, value] of Object.entries({ width: 14, height: 14, rx: 3, fill: css(colourOf(item.label)) })) square.setAttribute(name, value);
+  for (const [name, value] of Object.entries({ width: 14, height: 14, rx: 3, fill: css(item.colour) })) square.setAttribute(name, value);
   mark.append(square);
   button.append(mark, textOf("label", item.label), textOf("score", item.score.toFixed(2)));
   const alone = (value) => () => {
@@ -235,13 +305,13 @@ function draw() {
 /** Small images fill the stage; large ones are bounded by the style sheet. */
 function fit() {
   const { width, height } = state.drawing.size;
-  const room = Math.min(innerHeight * (innerWidth > 900 ? 0.82 : 0.6), (at.stage.clientWidth * height) / width);
+  const room = Math.min(innerHeight * (innerWidth > 900 ? 0.74 : 0.6), (at.stage.clientWidth * height) / width);
   at.canvas.style.width = `${(room * width) / height}px`;
   at.canvas.style.height = `${room}px`;
 }
 
 function saveJson() {
-  const content = { ...state.result, detections: shown() };
+  const content = { ...state.result, detections: shown().map(({ colour, ...item }) => item) };
   save(new Blob([JSON.stringify(content, null, 2)], { type: "application/json" }), `${stem()}.json`);
 }
 
@@ -271,7 +341,9 @@ async function errorOf(response) {
   }
 }
 
+/** Shows what went wrong; what was found before it is gone, since it would be read as the response. */
 function showError(error) {
+  clearResult();
   const unreachable = error instanceof TypeError;
   at["problem-message"].textContent = unreachable ? "The server does not respond." : error.message;
   at["problem-hint"].textContent = unreachable ? "Is proxydet serve still running?" : error.hint ?? "";

@@ -1,6 +1,6 @@
 // Draws an image with its detections: masks, boxes, labels.
 
-import { colourOf, css, textColourOn } from "./colours.js";
+import { css, textColourOn } from "./colours.js";
 
 const MASK_OPACITY = 0.36;
 const DIMMED = 0.18;
@@ -76,12 +76,12 @@ export class Drawing {
     this.size = size;
     // Small images are enlarged, so that lines and labels have room.
     this.scale = Math.max(1, Math.min(8, Math.round(720 / Math.min(size.width, size.height)), Math.floor(4096 / Math.max(size.width, size.height))));
-    this.stamps = new Map();
+    this.stamps = new WeakMap();
   }
 
   /**
    * @param canvas Where to draw; it is given the image's size.
-   * @param items Detections, best first.
+   * @param items Detections, best first, each with its colour.
    * @param options masks, labels: what to show; alone: the detection to show among dimmed ones, or null; shownWidth:
    *   how wide the canvas is on the screen, in CSS pixels.
    */
@@ -123,16 +123,15 @@ export class Drawing {
   }
 
   #stamp(item) {
-    const key = `${item.label}\n${item.mask.counts}`;
-    if (!this.stamps.has(key)) this.stamps.set(key, maskStamp(item.mask, colourOf(item.label)));
-    return this.stamps.get(key);
+    if (!this.stamps.has(item)) this.stamps.set(item, maskStamp(item.mask, item.colour));
+    return this.stamps.get(item);
   }
 
   #box(context, item, strength, unit) {
     const [x0, y0, x1, y1] = item.box_xyxy.map((value) => value * this.scale);
     context.globalAlpha = strength;
     context.lineJoin = "round";
-    for (const [colour, line] of [["rgb(0 0 0 / 45%)", 4], [css(colourOf(item.label)), 2]]) {
+    for (const [colour, line] of [["rgb(0 0 0 / 45%)", 4], [css(item.colour), 2]]) {
       context.strokeStyle = colour;
       context.lineWidth = line * unit;
       context.strokeRect(x0, y0, x1 - x0, y1 - y0);
@@ -165,7 +164,7 @@ function placeLabels(context, items, scale, unit, bounds) {
   for (const item of items) {
     const text = `${item.label} ${item.score.toFixed(2)}`;
     const size = { width: Math.min(context.measureText(text).width + 10 * unit, bounds.width), height: letters * 1.45 };
-    placed.push({ text, colour: colourOf(item.label), ...freePlace(item, size, scale, bounds, placed) });
+    placed.push({ text, colour: item.colour, ...freePlace(item, size, scale, bounds, placed) });
   }
   for (const { text, colour, x, y, width, height } of placed.reverse()) {
     context.fillStyle = css(colour);

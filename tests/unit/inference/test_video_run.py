@@ -20,7 +20,7 @@ from proxydet.inference.sources import VideoSource, name_videos
 from proxydet.inference.video import VideoReader, VideoWriter, read_ahead
 from proxydet.inference.writers import VIDEO_KINDS, CsvTable, DrawnVideo
 from proxydet.modeling.config import InferenceConfig
-from proxydet.visualization.drawing import colour_of
+from proxydet.visualization.drawing import class_colour
 
 
 def run(bars, source, output: Path, **changes) -> VideoSummary:
@@ -77,13 +77,15 @@ def test_the_annotated_video_keeps_times_and_shows_what_was_found(bars, make, ou
     with av.open(str(output / "clip.mp4")) as container:
         assert container.streams.video[0].codec_context.name == "h264"
     before = decoded(path)
-    colour = np.array(colour_of("bar"))
+    colour = np.array(class_colour(0))
     for old, new in zip(before, drawn, strict=True):
         assert new.pixels.shape == old.pixels.shape
         # The left edge of the box, below the label: the class's colour in every frame.
         left = 3 * old.index % 80
         edge = new.pixels[44:60, left : left + 2].reshape(-1, 3).astype(int).mean(axis=0)
-        assert np.abs(edge - colour).max() < 75
+        # Encoding mixes it with the dark line next to it, which keeps its hue.
+        assert np.abs(edge / edge.max() - colour / colour.max()).max() < 0.1
+        assert edge.max() > 0.5 * colour.max()
         far = np.s_[50:, (left + 45) % 96 : (left + 45) % 96 + 4]
         assert np.abs(new.pixels[far].astype(int) - old.pixels[far]).mean() < 6
 

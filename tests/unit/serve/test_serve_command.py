@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ def call(detector, monkeypatch, cli) -> Callable[..., tuple[int, str, str, Any]]
 
     def serve(app: Any, listening: Any, *, on_started: Callable[[], None]) -> None:
         listening.listen()
+        app.load()  # in the background of a real server
         served.append(app)
         on_started()
 
@@ -194,6 +196,16 @@ def process(folder: Path, *words: str) -> Iterator[tuple[subprocess.Popen[str], 
             yield started, json.loads(line)["address"]
         finally:
             started.kill()
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server(run_folder, tmp_path):
+    copy = shutil.copytree(run_folder, tmp_path / "run")
+    (copy / "model_final.pth").write_bytes(b"PK\x03\x04 damaged")
+    with process(copy) as (started, _):
+        assert started.wait(60) == 3
+        _, err = started.communicate()
+    assert "model_final.pth" in err
+    assert "Traceback" not in err
 
 
 def test_the_program_answers_as_predict_does_and_stops_when_told(run_folder, png, tmp_path, cli):

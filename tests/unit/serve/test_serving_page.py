@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shlex
 import shutil
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,8 +19,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
-from proxydet.serve.app import ServingSettings, build_app
-from proxydet.visualization.drawing import colour_of
+from proxydet.serve.app import Served, ServingSettings, build_app
+from proxydet.serve.examples import Example
+from proxydet.visualization.drawing import instance_colours
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -147,10 +150,10 @@ def test_from_a_dropped_image_to_downloads(page, detector, png, pixels, tmp_path
 
 def test_colours_and_masks_are_those_of_the_program(page, detector, pixels):
     page.driver.set_script_timeout(30)
-    for name in ("red star", "Straße, naïve 漢字", "x" * 200):
-        told = page.driver.execute_async_script(MODULE, "./colours.js", "colourOf", name)
-        assert tuple(json.loads(told)) == colour_of(name)
     found = detector.predict(pixels, score_threshold=0.02)
+    boxes = np.random.default_rng(0).uniform(0, 500, (60, 4)).tolist()
+    shown = page.driver.execute_async_script(MODULE, "./colours.js", "instanceColours", boxes)
+    assert [tuple(colour) for colour in json.loads(shown)] == instance_colours(boxes)
     for item, rle in zip(found, found.rles, strict=True):
         told = page.driver.execute_async_script(MODULE, "./drawing.js", "runLengths", rle["counts"])
         runs = json.loads(told)
@@ -213,23 +216,92 @@ def test_one_label_for_each_box_sends_another_request(page, detector, png, pixel
     ]
 
 
-def test_errors_are_shown(page, png):
+def test_errors_are_shown_in_place_of_the_old_result(page, png):
     page["detect"].click()
     assert page["problem-message"].text == "No image yet."
     page.driver.execute_script(PASTE, base64.b64encode(png).decode())
     page.until(lambda: page["results"].is_displayed())
     assert not page["problem"].is_displayed()
+    plain = page.drawn()
     page["words"].send_keys("a giraffe", Keys.ENTER)
     page.until(lambda: page["problem"].is_displayed())
     assert "'giraffe'" in page["problem-message"].text
     assert "red, blue, green" in page["problem-hint"].text
+    assert not page["results"].is_displayed()
+    bare = page.drawn()
+    assert np.any(bare != plain)
     page["words"].clear()
+    page.driver.execute_script(DROP, base64.b64encode(png).decode(), "noise.png")
+    page.until(lambda: page["results"].is_displayed())
     page.driver.execute_script(DROP, base64.b64encode(b"no image").decode(), "a.png")
     page.until(lambda: "unsupported image format" in page["problem-message"].text)
+    assert page["file-name"].text == "a.png"
+    assert not page["canvas"].is_displayed()
+    assert not page["results"].is_displayed()
     sent = page.requests()
     page.driver.execute_script(DROP, base64.b64encode(bytes(100_001)).decode(), "large.png")
     page.until(lambda: "large.png is larger" in page["problem-message"].text)
     assert page.requests() == sent
+
+
+def test_the_whole_drop_area_is_a_button(page):
+    opened = "document.getElementById('file').addEventListener('click', (e) => { e.preventDefault(); window.opened = (window.opened ?? 0) + 1; })"
+    page.driver.execute_script(opened)
+    area, button = page["stage"].rect, page["invitation"].rect
+    assert button["width"] >= area["width"] - 6
+    assert button["height"] >= area["height"] - 6
+    page["invitation"].click()
+    page["invitation"].send_keys(Keys.ENTER)
+    assert page.driver.execute_script("return window.opened") == 2
+
+
+def test_examples_are_offered_and_the_one_in_the_footer_is_accepted(
+    detector, start_server, driver, tmp_path
+):
+    image = io.BytesIO()
+    Image.fromarray(np.full((48, 64, 3), 90, np.uint8)).save(image, "JPEG")
+    examples = (Example(name="o'clock.jpg", data=image.getvalue(), words="red star, blue circle"),)
+    app = build_app(Served(detector=detector, examples=examples))
+    with start_server(app) as running:
+        driver.get(running.url)
+        page = Page(driver)
+        page.until(lambda: page["examples"].is_displayed())
+        page["examples"].find_element(By.TAG_NAME, "button").click()
+        page.until(lambda: page["results"].is_displayed())
+        assert page["file-name"].text == "o'clock.jpg"
+        assert page["words"].get_attribute("value") == "red star, blue circle"
+        command = shlex.split(page["curl"].text)
+        words = next(word for word in command if word.startswith("words="))
+        with running.client() as client:
+            answer = client.post(
+                command[-1],
+                files={"picture": image.getvalue()},
+                data={"words": words.removeprefix("words=")},
+            )
+            assert answer.status_code == 200, answer.text
+            assert client.get("/examples/1.jpg").status_code == 404
+        driver.get("about:blank")
+
+
+def test_loading_is_shown(detector, start_server, driver, png):
+    release = threading.Event()
+
+    def opened() -> Served:
+        assert release.wait(60)
+        return Served(detector=detector)
+
+    with start_server(build_app(opened, name="late")) as running:
+        driver.get(running.url)
+        page = Page(driver)
+        page.until(lambda: page["loading"].text.startswith("Loading the model"))
+        driver.execute_script(DROP, base64.b64encode(png).decode(), "noise.png")
+        page.until(lambda: page["working-text"].text == "Waiting for the model…")
+        assert page.requests() == 0
+        release.set()
+        page.until(lambda: page["results"].is_displayed())
+        assert page["model"].text.startswith("late on cpu")
+        assert not page["loading"].is_displayed()
+        driver.get("about:blank")
 
 
 def test_a_narrow_window_needs_no_sideways_scrolling(page, png):

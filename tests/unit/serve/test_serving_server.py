@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from proxydet.errors import ConfigError, JobInterruptedError, RuntimeEnvironmentError
-from proxydet.serve.app import ServingSettings, build_app
+from proxydet.serve.app import Served, ServingSettings, build_app
 from proxydet.serve.server import address_of, bind, is_loopback, serve
 
 RAW = {"content-type": "image/png"}
@@ -359,3 +359,52 @@ def test_the_event_loop_stays_free_while_the_detector_works(held, start_server, 
         assert threading.active_count() < 50
         held.release.set()
         assert answer.result().status_code == 200
+
+
+def test_the_page_is_there_while_the_model_loads(detector, start_server, png):
+    release = threading.Event()
+
+    def opened() -> Served:
+        assert release.wait(60)
+        return Served(detector=detector)
+
+    app = build_app(opened, name="tiny")
+    with start_server(app) as running, running.client() as client, ThreadPoolExecutor() as pool:
+        health = client.get("/api/health")
+        assert (health.status_code, health.json()["status"]) == (503, "loading")
+        assert int(health.headers["retry-after"]) > 0
+        assert client.get("/").status_code == 200
+        info = pool.submit(client.get, "/api/info")
+        found = pool.submit(client.post, ASK, content=png, headers=RAW)
+        wrong = client.post(ASK + "&top=no", content=png, headers=RAW)
+        assert wrong.status_code == 400
+        eventually(lambda: app.queue.waiting == 1)
+        assert not info.done()
+        release.set()
+        assert info.result().json()["model"]["name"] == "tiny"
+        assert found.result().status_code == 200
+        assert client.get("/api/health").json()["status"] == "ok"
+
+
+def test_requests_do_not_wait_for_a_model_for_ever(detector, start_server, png):
+    release = threading.Event()
+
+    def opened() -> Served:
+        assert release.wait(60)
+        return Served(detector=detector)
+
+    settings = ServingSettings(wait_seconds=0.1)
+    with start_server(build_app(opened, settings)) as running, running.client() as client:
+        for refused in (client.get("/api/info"), client.post(ASK, content=png, headers=RAW)):
+            assert refused.status_code == 503
+            assert int(refused.headers["retry-after"]) > 0
+        assert client.get("/api/info").json()["error"]["kind"] == "loading"
+        release.set()
+
+
+def test_a_model_that_cannot_be_opened_ends_serving():
+    def opened() -> Served:
+        raise ConfigError("the weights are damaged")
+
+    with bind("127.0.0.1", 0) as listening, pytest.raises(ConfigError, match="weights"):
+        serve(build_app(opened), listening)

@@ -10,12 +10,13 @@ from PIL import Image
 
 from proxydet.errors import ConfigError
 from proxydet.visualization.drawing import (
+    COLOURS,
     DrawingStyle,
     DrawnObject,
     LabelRequest,
-    colour_of,
     contact_sheet,
     draw_objects,
+    instance_colours,
     letters_for,
     overlaps,
     place_labels,
@@ -31,15 +32,33 @@ def changed(before: Image.Image, after: Image.Image) -> np.ndarray:
     return np.any(np.asarray(before) != np.asarray(after), axis=2)
 
 
-def test_colours_depend_on_the_name_alone():
-    # Recorded: a colour that changes between versions would break side-by-side comparisons.
-    assert colour_of("dog") == (255, 163, 250)
-    assert len({colour_of(f"class {i}") for i in range(200)}) > 190
+def test_objects_of_one_image_are_told_apart():
+    found = instance_colours([(0.0, 0.0, 9.0, 9.0)] * len(COLOURS))
+    between = np.linalg.norm(np.array(found)[:, None] - np.array(found)[None], axis=-1)
+    assert between[np.triu_indices(len(found), 1)].min() >= 50
+    # Of a crowd, each differs from those around it.
+    crowd = [
+        (30.0 * x, 30.0 * y, 30.0 * x + 40, 30.0 * y + 40) for y in range(8) for x in range(12)
+    ]
+    grid = np.array(instance_colours(crowd)).reshape(8, 12, 3)
+    assert (grid[1:] != grid[:-1]).any(axis=-1).all()
+    assert (grid[:, 1:] != grid[:, :-1]).any(axis=-1).all()
+    assert (grid[1:, 1:] != grid[:-1, :-1]).any(axis=-1).all()
 
 
-@given(st.text(min_size=1, max_size=20))
-def test_text_on_any_class_colour_contrasts(name):
-    background = colour_of(name)
+def test_two_objects_of_a_class_get_two_colours_and_a_given_one_is_kept():
+    boxes = [(50, 50, 100, 100), (200, 50, 250, 100), (400, 50, 450, 100)]
+    given = [None, None, (1, 2, 3)]
+    items = [
+        DrawnObject(label="dog", box_xyxy=box, colour=colour)
+        for box, colour in zip(boxes, given, strict=True)
+    ]
+    drawn = np.asarray(draw_objects(GREY, items, BARE))
+    assert [tuple(drawn[75, box[0]]) for box in boxes] == [*COLOURS[:2], (1, 2, 3)]
+
+
+@pytest.mark.parametrize("background", COLOURS)
+def test_text_on_any_colour_contrasts(background):
     lights = sorted(
         (relative_luminance(background), relative_luminance(text_colour_on(background)))
     )
@@ -63,7 +82,7 @@ def test_a_mask_tints_its_pixels_only():
     drawn = draw_objects(GREY, [item], style)
     np.testing.assert_array_equal(changed(GREY, drawn), mask)
     middle = np.asarray(drawn)[200, 275].astype(float)
-    np.testing.assert_allclose(middle, (np.array(colour_of("dog")) + 128) / 2, atol=1.5)
+    np.testing.assert_allclose(middle, (np.array(COLOURS[0]) + 128) / 2, atol=1.5)
 
 
 def test_a_mask_of_another_size_is_refused():
@@ -172,7 +191,7 @@ def test_labels_of_a_large_picture_can_be_read_on_a_screen():
         picture, [DrawnObject(label="cup", box_xyxy=(2000, 2000, 3000, 3000), score=0.5)]
     )
     column = np.asarray(drawn)[:1990, 2030].astype(int)
-    ground = np.all(np.abs(column - colour_of("cup")) < 40, axis=1)
+    ground = np.all(np.abs(column - COLOURS[0]) < 40, axis=1)
     assert ground.sum() > 14 * 6
 
 

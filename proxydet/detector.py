@@ -124,8 +124,8 @@ class Detector:
 
         Args:
             folder: The run folder.
-            checkpoint: A checkpoint of the run; None: the final weights, or the newest checkpoint of a run that is
-                not finished.
+            checkpoint: A checkpoint of the run; None: the weights of the best evaluation where they are kept, else the
+                final ones, or the newest checkpoint of a run that is not finished.
             device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; ``"auto"``: a GPU where there is one.
 
         Raises:
@@ -628,8 +628,11 @@ def open_named(named: NamedDetector, *, device: str = "auto") -> Detector:
 
 
 def _newest_weights(folder: Path) -> Path:
-    for name in ("model_final.safetensors", "model_final.pth"):  # version 0.1 wrote the second only
+    best, *_ = names = ("model_best.safetensors", "model_final.safetensors", "model_final.pth")
+    for name in names:  # version 0.1 wrote the last only
         if (folder / name).exists():  # what is not a regular file is refused by its reader
+            if name == best:
+                logger.info("%s: the weights of its best evaluation, %s", folder, name)
             return folder / name
     steps = {
         int(match[1]): path

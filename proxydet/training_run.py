@@ -31,9 +31,16 @@ from proxydet.recipes import RunConfig
 from proxydet.reporting import SILENT, Progress
 from proxydet.training.checkpoint import step_of
 from proxydet.training.distributed import launched_rank
-from proxydet.training.logs import iteration_of, read_evaluations, read_steps
-from proxydet.training.runfolder import Resume, RunFolder, is_whole, keep_weights, same_run
-from proxydet.training.train import Evaluate, TrainResult, best_of, train
+from proxydet.training.logs import best_of, iteration_of, read_evaluations, read_steps
+from proxydet.training.runfolder import (
+    Resume,
+    RunFolder,
+    is_whole,
+    keep_weights,
+    read_last_iteration,
+    same_run,
+)
+from proxydet.training.train import Evaluate, TrainResult, train
 from proxydet.visualization.plots import loss_plot, save_figure
 
 if TYPE_CHECKING:
@@ -95,7 +102,11 @@ def finished_run(folder: RunFolder, config: RunConfig) -> TrainResult | None:
         earlier = same_run(folder, config)
     except ConfigError:
         return None
-    if earlier is None or not earlier.finished or not is_whole(folder, earlier):
+    if (
+        earlier is None
+        or not earlier.finished
+        or not is_whole(folder, earlier, config.training.evaluation)
+    ):
         return None
     keep_weights(config, [earlier])
     # Unless another one is at it, or nothing can be written there.
@@ -105,7 +116,8 @@ def finished_run(folder: RunFolder, config: RunConfig) -> TrainResult | None:
             logger.warning("wrote %s again, from %s", folder.config, earlier.source)
         plot_run(folder, again=False)
     records = read_steps(JsonLines(folder.metrics))
-    iterations = earlier.config.training.iterations
+    planned = earlier.config.training.iterations
+    iterations = read_last_iteration(folder.final_weights) or planned
     last = records[-1] if records and iteration_of(records[-1]) == iterations else {}
     evaluations = read_evaluations(JsonLines(folder.evaluations))
     if not last:
@@ -127,6 +139,7 @@ def finished_run(folder: RunFolder, config: RunConfig) -> TrainResult | None:
         losses=last.get("losses", {}),
         evaluations=evaluations,
         best=best_of(evaluations, config.training.evaluation.metric),
+        stopped_early=iterations < planned,
         skipped=skipped if type(skipped := last.get("skipped")) is int else 0,
         seconds=0.0,
     )

@@ -6,10 +6,11 @@ is read: whatever damaged the file, nothing else than what was written is ever r
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -91,10 +92,66 @@ class TrainingState:
     window: dict[str, Any] = field(default_factory=dict)
     """Sums of the log record that is being collected."""
 
+    average: dict[str, torch.Tensor] | None = None
+    """Moving average of trained parameters and of buffers, by name; None where none is kept."""
+
+    start: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Starting values that the trained weights are mixed with to be evaluated and written, by name; empty where they are not."""
+
+    share: float = 1.0
+    """Share of the trained weights in that mixture."""
+
     @property
     def iteration(self) -> int:
         """Whole iterations so far."""
         return int(self.progress)
+
+    def start_average(self) -> None:
+        """Begin the average with the network's values as they are."""
+        parameters = dict(self.network.named_parameters())
+        self.average = {
+            name: value.detach().clone()
+            for name, value in self.network.state_dict().items()
+            if value.is_floating_point()
+            and (name not in parameters or parameters[name].requires_grad)
+        }
+
+    def move_average(self, decay: float) -> None:
+        """Move the average, where one is kept, towards the network's values; equal values stay as they are, bit for bit."""
+        if self.average is not None:
+            values = self.network.state_dict()
+            averages = list(self.average.values())
+            torch._foreach_lerp_(averages, [values[name] for name in self.average], 1 - decay)
+
+    def evaluated(self) -> dict[str, torch.Tensor]:
+        """Return the values, by name, in which the weights that are evaluated and written differ from the network's.
+
+        They are averaged, then mixed with the starting weights.
+        """
+        values = dict(self.average or {})
+        if self.start:
+            trained = {**self.network.state_dict(), **values}
+            values.update(
+                (name, start.lerp(trained[name], self.share)) for name, start in self.start.items()
+            )
+        return values
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Return the network's state dict as it is evaluated and written."""
+        return {**self.network.state_dict(), **self.evaluated()}
+
+    @contextlib.contextmanager
+    def in_evaluation(self) -> Iterator[None]:
+        """Within this context the network is in evaluation mode and has the weights that `weights` returns."""
+        values, trained = self.evaluated(), self.network.state_dict()
+        kept = {name: trained[name].clone() for name in values}
+        self.network.eval()
+        try:
+            self.network.load_state_dict(values, strict=False)
+            yield
+        finally:
+            self.network.load_state_dict(kept, strict=False)
+            self.network.train()
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that `load_state_dict` needs, as tensors and plain values.
@@ -103,8 +160,15 @@ class TrainingState:
             NumericsError: A weight is not finite; such a state is not worth keeping.
         """
         check_finite(self.network)
+        trained, evaluated = self.network.state_dict(), self.evaluated()
+        # What opens a checkpoint as a detector finds the weights that were evaluated.
+        content: dict[str, Any] = {"model": {**trained, **evaluated}}
+        if evaluated:
+            content["trained"] = {name: trained[name] for name in evaluated}
+        if self.average is not None and self.start:
+            content["average"] = dict(self.average)
         return {
-            "model": self.network.state_dict(),
+            **content,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "seed": self.seed,
@@ -136,7 +200,13 @@ class TrainingState:
                 hint=other,
             )
         try:
-            self.network.load_state_dict(state["model"])
+            self.network.load_state_dict({**state["model"], **state.get("trained", {})})
+            if self.average is not None:
+                # A checkpoint of a run that kept none begins one with its weights.
+                source = state.get("average", state["model"])
+                self.average = {
+                    name: source[name].to(value).clone() for name, value in self.average.items()
+                }
             self.optimizer.load_state_dict(state["optimizer"])
             if state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])
@@ -241,7 +311,8 @@ class CheckpointFolder:
         for iteration, path in found[: -self._config.keep_last]:
             milestone = every is not None and iteration // every > passed
             passed = iteration // every if every is not None else 0
-            if not milestone and not (self._config.keep_best and iteration == best):
+            keep_best = self._config.keep_best or self._config.best_weights
+            if not milestone and not (keep_best and iteration == best):
                 path.unlink(missing_ok=True)
 
 

@@ -110,6 +110,10 @@ class CheckpointConfig:
     keep_best: bool = True
     """Also keep the checkpoint with the best evaluation metric so far."""
 
+    best_weights: bool = False
+    """Also write the weights of the best evaluation so far as model_best.safetensors, which the run folder then opens by
+    default, and keep the checkpoint they come from."""
+
     def __post_init__(self) -> None:
         _require(self.period > 0, "period must be above 0", self.period)
         _require(self.keep_last > 0, "keep_last must be above 0", self.keep_last)
@@ -127,15 +131,47 @@ class EvaluationSchedule:
     start: int = 0
     """First iteration at which an evaluation may run."""
 
+    at_start: bool = False
+    """Evaluate the starting weights, before the first step."""
+
     at_end: bool = True
     """Evaluate after the last iteration."""
 
     metric: str | None = None
     """Name of the metric whose largest value marks the best checkpoint; null takes the evaluation's first."""
 
+    patience: int | None = None
+    """Stop training early after this many evaluations in a row without a new best value of the metric; null never does."""
+
     def __post_init__(self) -> None:
         _require(self.period is None or self.period > 0, "period must be above 0", self.period)
+        patience = self.patience
+        _require(patience is None or patience > 0, "patience must be above 0 or null", patience)
         _require(self.start >= 0, "start must not be negative", self.start)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmaConfig:
+    """Exponential moving average (EMA) of the weights. Where it is on, the averaged weights are evaluated and written."""
+
+    decay: float | None = None
+    """Share of the average that an iteration leaves as it is, such as 0.999; null does not average."""
+
+    warmup_iterations: int = 10
+    """After i iterations the decay is at most (1 + i) / (warmup_iterations + i): the average soon leaves the starting weights.
+    1 for no warm-up."""
+
+    def __post_init__(self) -> None:
+        decay = self.decay
+        _require(decay is None or 0 < decay < 1, "decay must lie in (0, 1) or be null", decay)
+        _require(
+            self.warmup_iterations > 0, "warmup_iterations must be above 0", self.warmup_iterations
+        )
+
+    def decay_after(self, iterations: float) -> float:
+        """Return the decay of one iteration after a number of iterations, where the average is on."""
+        warmup = (1 + iterations) / (self.warmup_iterations + iterations)
+        return min(self.decay or 0.0, warmup)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +216,18 @@ class TrainingConfig:
     """Names that may be absent from, surplus in, or of another shape than in the starting weights: prefixes, or patterns
     with *. The mixup branch always may: BoxSup weights do not hold it."""
 
+    freeze: tuple[str, ...] = ()
+    """Parameters that keep their starting values: prefixes of their names, or patterns with *. backbone. is the backbone with
+    its pyramid, proposal_generator. the proposal network, roi_heads. the box, mixup and mask heads."""
+
+    interpolation: float = 1.0
+    """Share of the trained weights in the weights that are evaluated and written; the rest are the starting weights, so that
+    less is forgotten of what they knew (WiSE-FT, arXiv 2109.01903). Only parameters that the starting weights hold are mixed; 1
+    mixes nothing."""
+
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    """Average of the weights over the iterations."""
+
     replicas: int = 8
     """Number of batches that make up one optimiser step (processes times accumulation) for which learning rate
     and iterations are given. With another number they are scaled by the rule in scaling."""
@@ -222,6 +270,15 @@ class TrainingConfig:
         _require(self.iterations > 0, "iterations must be above 0", self.iterations)
         _require(self.replicas > 0, "replicas must be above 0", self.replicas)
         _require(self.accumulation > 0, "accumulation must be above 0", self.accumulation)
+        mixed = self.interpolation < 1
+        _require(
+            0 < self.interpolation <= 1, "interpolation must lie in (0, 1]", self.interpolation
+        )
+        _require(
+            self.weights is not None or not mixed,
+            "interpolation below 1 needs starting weights (training.weights)",
+            self.interpolation,
+        )
         threads = self.threads
         _require(threads is None or threads > 0, "threads must be above 0 or null", threads)
 
@@ -229,9 +286,9 @@ class TrainingConfig:
 def scale_training(config: TrainingConfig, replicas: int) -> TrainingConfig:
     """Return the settings for another number of batches a step.
 
-    With k times as many, and ``scaling`` linear, the learning rate is multiplied by k, and iterations, warm-up and all
-    periods but the log's are divided by k, so that a run sees as many images, warms up, saves and evaluates after as
-    many (Goyal et al. 2017, arXiv 1706.02677). With ``scaling`` none nothing is changed.
+    With k times as many, and ``scaling`` linear, the learning rate is multiplied by k, iterations, warm-up and all
+    periods but the log's are divided by k, and the decay of the average is taken to the power k, so that a run sees as many
+    images, warms up, saves, evaluates and averages after as many (Goyal et al. 2017, arXiv 1706.02677). With ``scaling`` none nothing is changed.
 
     Args:
         config: Settings for ``config.replicas`` batches a step.
@@ -259,6 +316,11 @@ def scale_training(config: TrainingConfig, replicas: int) -> TrainingConfig:
         optimizer=dataclasses.replace(optimizer, learning_rate=optimizer.learning_rate * factor),
         schedule=dataclasses.replace(
             schedule, warmup_iterations=round(schedule.warmup_iterations / factor)
+        ),
+        ema=dataclasses.replace(
+            config.ema,
+            decay=None if config.ema.decay is None else config.ema.decay**factor,
+            warmup_iterations=fewer(config.ema.warmup_iterations),
         ),
         checkpoints=dataclasses.replace(
             checkpoints,

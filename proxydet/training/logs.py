@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import resource
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +16,7 @@ import torch
 from proxydet.files import JsonLines
 from proxydet.reporting import Task
 from proxydet.training.checkpoint import TrainingState
-from proxydet.training.config import LogConfig
+from proxydet.training.config import EvaluationSchedule, LogConfig
 from proxydet.training.distributed import DistInfo
 from proxydet.training.step import StepResult
 
@@ -22,6 +24,20 @@ if TYPE_CHECKING:
     from proxydet.training.runfolder import RunFolder
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Best:
+    """The best evaluation of a run."""
+
+    iteration: int
+    """Iterations so far when it was made."""
+
+    metric: str
+    """Name of the metric."""
+
+    value: float
+    """Its value."""
 
 
 class MetricLogger:
@@ -188,6 +204,42 @@ def read_evaluations(lines: JsonLines) -> dict[int, dict[str, float]]:
         for record in lines.read()
         if iteration_of(record) < sys.maxsize and _are_numbers(record.get("metrics"))
     }
+
+
+def best_of(evaluations: Mapping[int, Mapping[str, float]], metric: str | None) -> Best | None:
+    """Return the best of a run's evaluations, the first of equal ones; None where none is known.
+
+    An evaluation that does not report the metric, as it was made with other settings, or reports NaN or infinity, is passed
+    over.
+
+    Args:
+        evaluations: Metrics by iteration.
+        metric: Which one decides; None takes the first of the newest evaluation.
+    """
+    if metric is None and evaluations:
+        metric = next(iter(evaluations[max(evaluations)]), None)
+    best: Best | None = None
+    for iteration, metrics in evaluations.items():
+        value = metrics.get(metric, math.nan) if metric is not None else math.nan
+        if math.isfinite(value) and (best is None or value > best.value):
+            best = Best(iteration=iteration, metric=str(metric), value=value)
+    return best
+
+
+def stopped_early(
+    evaluations: Mapping[int, Mapping[str, float]], schedule: EvaluationSchedule
+) -> bool:
+    """Return whether the newest evaluations, as many as ``patience`` says, gave no new best value of the metric.
+
+    An evaluation that does not report the metric is passed over, as in `best_of`.
+    """
+    best = best_of(evaluations, schedule.metric)
+    if best is None or schedule.patience is None:
+        return False
+    later = [
+        at for at, metrics in evaluations.items() if at > best.iteration and best.metric in metrics
+    ]
+    return len(later) >= schedule.patience
 
 
 def read_steps(lines: JsonLines) -> list[dict[str, Any]]:

@@ -364,7 +364,7 @@ def plan_training(
             needs.insert(compared, needs.pop())
     if resume == "auto" and start.earlier and start.earlier[0].finished and len(needs) == before:
         try:
-            finished = is_whole(folder, start.earlier[0])
+            finished = is_whole(folder, start.earlier[0], config.training.evaluation)
         except ProxydetError as error:
             unusable("finished run", error.path or folder.root, error)
     left = max(scaled.training.iterations - (resumes_after or 0), 0)

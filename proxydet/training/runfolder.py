@@ -18,6 +18,8 @@
     ├── logs/                what each process wrote
     ├── aside/               what came after a checkpoint that the run went back to
     ├── train.lock           while it trains
+    ├── model_start.safetensors  starting weights that the trained ones are mixed with (training.interpolation)
+    ├── model_best.safetensors  the weights of the best evaluation (training.checkpoints.best_weights)
     ├── model_final.safetensors  the weights after the last step, with recipe and classes
     └── model_final.pth      the same as a file of torch.save; written last
 """
@@ -59,10 +61,10 @@ from proxydet.training.checkpoint import (
     step_name,
     step_of,
 )
-from proxydet.training.config import scale_training
+from proxydet.training.config import EvaluationSchedule, scale_training
 from proxydet.training.distributed import DistInfo, launched_rank, number_in
 from proxydet.training.launch import LAUNCHER, holds_logs_only
-from proxydet.training.logs import iteration_of
+from proxydet.training.logs import iteration_of, read_evaluations, stopped_early
 from proxydet.vocabulary.compositional import CompositionalEncoder
 from proxydet.vocabulary.vocabulary import Vocabulary
 from proxydet.weight_files import read_content, read_safetensors
@@ -103,6 +105,8 @@ class RunFolder:
         self.failures = root / "failures"
         self.logs = root / "logs"
         self.lock = root / "train.lock"
+        self.start_weights = root / "model_start.safetensors"
+        self.best_weights = root / "model_best.safetensors"
         self.final_safetensors = root / "model_final.safetensors"
         self.final_weights = root / "model_final.pth"
         """A run that has them is finished."""
@@ -171,9 +175,12 @@ class RunFolder:
         for path in (self.root / "evaluations").glob("step_*"):
             if (step_of(path.name) or 0) > iteration:
                 later.append(path)
+        best = read_last_iteration(self.best_weights)
+        later += [self.best_weights] if best is not None and best > iteration else []
         # First what makes it a finished run: a kill in between leaves one that is not.
         finals = [p for p in (self.final_weights, self.final_safetensors) if p.exists()]
-        later = [*finals, *later] if iteration < end else later
+        last = read_last_iteration(self.final_weights)
+        later = [*finals, *later] if iteration < (end if last is None else last) else later
         if not later:
             return
         aside = self.root / "aside" / f"after_{step_name(iteration)}"
@@ -212,7 +219,8 @@ class RunFolder:
         for name in folders:
             shutil.rmtree(self.root / name, ignore_errors=True)
         for path in (self.config, self.vocabulary, self.text_encoder, self.environment, self.manifest,
-                     self.metrics, self.evaluations, self.final_safetensors, self.final_weights):  # fmt: skip
+                     self.metrics, self.evaluations, self.start_weights, self.best_weights,
+                     self.final_safetensors, self.final_weights):  # fmt: skip
             path.unlink(missing_ok=True)
 
 
@@ -397,10 +405,23 @@ def same_run(folder: RunFolder, config: RunConfig) -> EarlierRun | None:
     return earlier
 
 
-def is_whole(folder: RunFolder, earlier: EarlierRun) -> bool:
-    """Return whether a finished run's files are as they were written; where they are not, `train` writes them again.
+def read_last_iteration(path: Path) -> int | None:
+    """Return after which iteration a run's final or best weights were written; None where they cannot be read."""
+    if not path.is_file():
+        return None
+    with contextlib.suppress(InputError, RuntimeEnvironmentError):
+        safe = path.suffix == ".safetensors"
+        content = read_safetensors(path)[1] if safe else read_content(path, tensors=False)
+        iteration = content.get("iteration") if isinstance(content, dict) else None
+        return iteration if type(iteration) is int else None
+    return None
 
-    Weights, vocabulary, text encoder and records are compared with their digests.
+
+def is_whole(folder: RunFolder, earlier: EarlierRun, schedule: EvaluationSchedule) -> bool:
+    """Return whether `train` has nothing to do in the folder of a finished run; what is not as it was written, it writes again.
+
+    Weights, vocabulary, text encoder and records are compared with their digests. A run that stopped early is continued where
+    ``schedule``, which is asked for now, has more patience.
 
     Raises:
         CheckpointError: One that the detector needs is damaged, and the last checkpoint is not there, or damaged too.
@@ -419,7 +440,17 @@ def is_whole(folder: RunFolder, earlier: EarlierRun) -> bool:
             if expected is not None and found != expected:
                 problems[path] = f"{path} is not what the run wrote (SHA-256)"
 
+    planned = earlier.config.training.iterations
+    iterations = (
+        read_last_iteration(folder.final_weights)
+        or read_last_iteration(folder.final_safetensors)
+        or planned
+    )
+    evaluations = read_evaluations(JsonLines(folder.evaluations))
+    if iterations < planned and evaluations and not stopped_early(evaluations, schedule):
+        return False
     check(folder.final_safetensors, read_safetensors)
+    check(folder.best_weights, read_safetensors)
     check(folder.final_weights, read_content)
     check(folder.vocabulary, lambda path: Vocabulary.load(path).digest, "vocabulary")
     if "text encoder" in earlier.digests:
@@ -431,7 +462,6 @@ def is_whole(folder: RunFolder, earlier: EarlierRun) -> bool:
     if not problems:
         return True
     said = "; ".join(problems.values())
-    iterations = earlier.config.training.iterations
     last = folder.checkpoints / f"{step_name(iterations)}.pth"
     try:
         load_checkpoint(last)

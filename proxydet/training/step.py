@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,30 @@ class _Touch(torch.autograd.Function):
         return (gradient, *([None] * ctx.count))
 
 
+def freeze(network: nn.Module, names: Iterable[str]) -> None:
+    """Exclude parameters from training, in place.
+
+    Args:
+        network: Whose parameters.
+        names: Prefixes of their names, or patterns with ``*``.
+
+    Raises:
+        ConfigError: One matches no parameter.
+    """
+    parameters = dict(network.named_parameters())
+    for name in names:
+        pattern = name if "*" in name else f"{name}*"
+        matched = [own for own in parameters if fnmatchcase(own, pattern)]
+        if not matched:
+            parts = dict.fromkeys(own.partition(".")[0] + "." for own in parameters)
+            raise ConfigError(
+                f"training.freeze names {name}, and no parameter's name begins so.",
+                hint=f"The parts of the network: {', '.join(parts)}",
+            )
+        for own in matched:
+            parameters[own].requires_grad_(False)
+
+
 def build_optimizer(
     parameters: Iterable[nn.Parameter], config: OptimizerConfig
 ) -> torch.optim.AdamW:
@@ -361,6 +386,7 @@ def train_step(
     state.batches += len(batches) * ranks.world_size
     state.draws += len(batches)
     state.images += result.images
+    state.move_average(config.ema.decay_after(float(state.progress)) ** float(step))
     return result
 
 

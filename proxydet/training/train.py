@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
 import queue
 import signal
 import threading
@@ -27,6 +26,7 @@ from proxydet.data.dataset import Dataset, DatasetConfig
 from proxydet.data.loader import Targets, TrainingLoader, TrainingSources
 from proxydet.data.store import AnnotationStore
 from proxydet.errors import (
+    CheckpointError,
     ConfigError,
     DataError,
     JobInterruptedError,
@@ -55,7 +55,7 @@ from proxydet.training.distributed import (
     wait_for_all,
     wrap_for_ranks,
 )
-from proxydet.training.logs import MetricLogger
+from proxydet.training.logs import Best, MetricLogger, best_of, stopped_early
 from proxydet.training.runfolder import (
     Resume,
     RunFolder,
@@ -63,6 +63,7 @@ from proxydet.training.runfolder import (
     check_same,
     check_same_data,
     prepare,
+    read_last_iteration,
 )
 from proxydet.training.step import (
     Losses,
@@ -71,11 +72,12 @@ from proxydet.training.step import (
     build_optimizer,
     build_scaler,
     check_precision,
+    freeze,
     seed_everything,
     train_step,
 )
 from proxydet.vocabulary.vocabulary import Vocabulary
-from proxydet.weight_files import write_safetensors, write_state
+from proxydet.weight_files import read_safetensors, write_safetensors, write_state
 
 if TYPE_CHECKING:
     from proxydet.recipes import RunConfig
@@ -85,23 +87,11 @@ logger = logging.getLogger(__name__)
 # The recipes for CPUs have less than half of these, the published ones six times as many.
 _MANY_PARAMETERS = 20_000_000
 
+_START_GONE = "copy it back from where it is whole, or train again: --overwrite"
+
 Evaluate = Callable[[nn.Module, int, Path], dict[str, float]]
 """Evaluates a network in eval mode at an iteration, keeping its files in a folder. Runs on every process, which may
 work together; the main process returns the metrics by name, larger being better, the others may return nothing."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Best:
-    """The best evaluation of a run."""
-
-    iteration: int
-    """Iterations so far when it was made."""
-
-    metric: str
-    """Name of the metric."""
-
-    value: float
-    """Its value."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +102,8 @@ class TrainResult:
     """The run folder."""
 
     weights: Path
-    """The weights after the last step."""
+    """The weights after the last step; ``model_best.safetensors`` next to it those of the best evaluation, where
+    ``training.checkpoints.best_weights`` is on."""
 
     iterations: int
     """Iterations of the run."""
@@ -125,6 +116,9 @@ class TrainResult:
 
     best: Best | None
     """The best evaluation."""
+
+    stopped_early: bool
+    """Whether it ended before its last iteration: the metric did not improve for ``training.evaluation.patience`` evaluations."""
 
     skipped: int
     """Steps that left the weights alone because a loss was not finite."""
@@ -212,9 +206,11 @@ def train(
         seed_everything(config.seed)  # the same weights everywhere
         counts = data.image_counts(with_novel=config.data.count_novel_classes)
         network = ProxyDetNetwork(config.model, vocabulary, counts)
+        loaded: set[str] = set()
         if settings.weights is not None and start.resumes_after is None:
             expect = (*settings.ignore_in_weights, *MIXUP_BRANCH)
             report = load_weights(network, settings.weights, expect=expect, vocabulary="keep")
+            loaded = network.state_dict().keys() - {*report.missing, *report.mismatched}
             if ranks.is_main:  # which writes the records
                 digests["weights"] = sha256(settings.weights)
             logger.info("Starting from %s: %s", settings.weights, report)
@@ -266,6 +262,7 @@ def train(
             folder=folder,
             ranks=ranks,
             seed=config.seed,
+            loaded=loaded,
             accumulation=start.accumulation,
             step=step,
             batches=(start.began, start.now),
@@ -378,6 +375,7 @@ def fit(
     folder: RunFolder,
     ranks: DistInfo,
     seed: int,
+    loaded: Iterable[str] = (),
     accumulation: int | None = None,
     step: Fraction | None = None,
     batches: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {}),
@@ -400,6 +398,7 @@ def fit(
         folder: The run folder.
         ranks: This process.
         seed: Seed of every random draw.
+        loaded: Names in the network's state dict that have starting weights of another training; ``interpolation`` mixes them.
         accumulation: Batches that this process accumulates in a step; None takes the settings'.
         step: How many iterations a step counts as, by its images; None takes its batches over ``replicas``. Progress is counted
             in it, and the learning rate follows ``scaling``.
@@ -424,6 +423,7 @@ def fit(
     accumulation = accumulation or config.accumulation
     step = step or Fraction(accumulation * ranks.world_size, config.replicas)
     network.to(ranks.device)
+    freeze(network, config.freeze)
     apply_precision(network, config.precision)
     touch = config.optimizer.unused_gradients == "zero"
     model: nn.Module = TrainingModel(network, criterion, device=ranks.device, touch_all=touch)
@@ -438,7 +438,10 @@ def fit(
         replicas=config.replicas,
         run=run,
     )
+    if config.ema.decay is not None:
+        state.start_average()
     checkpoints = CheckpointFolder(folder.checkpoints, config.checkpoints)
+    resumed: Path | None = None
     if resume != "never":  # the main process chooses the checkpoint for all
         saved: dict[str, Any] | None = None
         path: object = resume if isinstance(resume, Path) else None
@@ -446,11 +449,15 @@ def fit(
             saved, path = checkpoints.load_newest() or (None, None)
         path = broadcast_value(path, ranks)
         if isinstance(path, Path):
+            resumed = path
             state.load_state_dict(saved or load_checkpoint(path), config.accumulation)
             logger.info("Resuming after iteration %d from %s", state.iteration, path)
             wait_for_all(ranks)  # every process has read its state
             if ranks.is_main:
                 folder.set_aside_after(state.iteration, config.iterations)
+    if config.interpolation < 1:
+        state.share = config.interpolation
+        state.start = _starting_weights(state, folder, ranks, loaded, resumed)
 
     with ExitStack() as stack:
         task = stack.enter_context(
@@ -476,8 +483,10 @@ def fit(
 
         def evaluation_due() -> bool:
             schedule = config.evaluation
-            if evaluate is None or state.iteration == 0:
+            if evaluate is None:
                 return False
+            if state.iteration == 0:
+                return schedule.at_start
             if state.iteration == config.iterations:
                 return schedule.at_end
             period = schedule.period
@@ -501,20 +510,49 @@ def fit(
                 hint="Start the same command again: it resumes from there.",
             )
 
-        def evaluate_if_due() -> None:
-            if evaluate is None or not evaluation_due():
+        kept_best: int | None = None
+
+        def keep_best() -> None:
+            """Write the weights of the best evaluation, where they are not those that are there already."""
+            nonlocal kept_best
+            best = best_of(metrics.evaluations(), config.evaluation.metric)
+            if not config.checkpoints.best_weights or best is None or best.iteration == kept_best:
                 return
+            if kept_best is None and best.iteration == read_last_iteration(folder.best_weights):
+                kept_best = best.iteration
+                return
+            try:
+                weights = (
+                    state.weights()
+                    if best.iteration == state.iteration
+                    else load_checkpoint(checkpoints.path(best.iteration))["model"]
+                )
+            except CheckpointError as error:
+                logger.warning(
+                    "the weights of the best evaluation, after %d iterations, are not kept any more: %s",
+                    best.iteration,
+                    error.message,
+                )
+            else:
+                still_ours()
+                facts = {**(about or {}), **dataclasses.asdict(best)}
+                write_safetensors(folder.best_weights, weights, facts)
+            kept_best = best.iteration
+
+        def evaluate_if_due() -> bool:
+            """Evaluate by the schedule; return whether training ends here, as the metric does not improve any more."""
+            if evaluate is None or not evaluation_due():
+                return False
             # An interrupted run may have done so at this very iteration.
             if broadcast_value(state.iteration in metrics.evaluations(), ranks):
-                return
-            network.eval()
+                return ends_early()
+            if state.iteration == 0:
+                save()
             try:
-                with signals.immediate():
+                with state.in_evaluation(), signals.immediate():
                     found = evaluate(network, state.iteration, folder.evaluation(state.iteration))
             except StopNow:
                 raise stopped() from None
-            finally:
-                network.train()
             if ranks.is_main:
                 still_ours()
             metrics.evaluation(found)
@@ -526,13 +564,23 @@ def fit(
                         hint=f"It reports {', '.join(found) or 'nothing'}. Resume with one of them, or with null: "
                         "--set training.evaluation.metric=null",
                     )
+                keep_best()
                 checkpoints.rotate(best_iteration())
+            return ends_early()
+
+        def ends_early() -> bool:
+            if config.evaluation.patience is None or state.iteration == config.iterations:
+                return False
+            return bool(
+                broadcast_value(stopped_early(metrics.evaluations(), config.evaluation), ranks)
+            )
 
         network.train()
-        evaluate_if_due()
+        early = evaluate_if_due()
         if ranks.is_main:  # a process that was killed may have left that to do
+            keep_best()
             checkpoints.rotate(best_iteration())
-        while state.progress < config.iterations:
+        while state.progress < config.iterations and not early:
             fetched = [prefetcher.next() for _ in range(accumulation)]
             stop = signals.received > 0
             result = train_step(
@@ -545,7 +593,8 @@ def fit(
                 stop=stop,
             )
             last = state.progress == config.iterations
-            record = last or passes(config.log.period)
+            may_end = config.evaluation.patience is not None and evaluation_due()
+            record = last or passes(config.log.period) or may_end
             if record and ranks.is_main:
                 still_ours()
             metrics.step(result, prefetcher.waited, record=record)
@@ -556,10 +605,14 @@ def fit(
                 raise stopped()
             if last or passes(config.checkpoints.period) or evaluation_due():
                 save()
-            evaluate_if_due()
+            early = evaluate_if_due()
+        if early:
+            logger.info(
+                "Stopped early, after %d of %d iterations", state.iteration, config.iterations
+            )
         if ranks.is_main:
             still_ours()
-            weights = network.state_dict()
+            weights = state.weights()
             facts = {**(about or {}), "iteration": state.iteration}
             again = folder.final_weights.exists()  # of a finished run that was damaged
             write_safetensors(folder.final_safetensors, weights, facts)
@@ -575,9 +628,36 @@ def fit(
             losses=metrics.last,
             evaluations=metrics.evaluations(),
             best=best_of(metrics.evaluations(), config.evaluation.metric),
+            stopped_early=early,
             skipped=state.skipped,
             seconds=time.perf_counter() - start,
         )
+
+
+def _starting_weights(
+    state: TrainingState,
+    folder: RunFolder,
+    ranks: DistInfo,
+    loaded: Iterable[str],
+    resumed: Path | None,
+) -> dict[str, torch.Tensor]:
+    """Return the starting values of trained parameters: of a new run the network's, which its folder keeps; else those that are kept.
+
+    Raises:
+        CheckpointError: The run that is resumed does not hold its starting weights any more.
+    """
+    own = state.network.state_dict()
+    if resumed is None:
+        trained = {name for name, value in state.network.named_parameters() if value.requires_grad}
+        values = {name: own[name].clone() for name in loaded if name in trained}
+    else:
+        other = RunFolder(resumed.absolute().parent.parent).start_weights
+        source = folder.start_weights if folder.start_weights.exists() else other
+        values = {n: v.to(own[n]) for n, v in read_safetensors(source, hint=_START_GONE)[0].items()}
+        wait_for_all(ranks)
+    if ranks.is_main and not folder.start_weights.exists():
+        write_safetensors(folder.start_weights, values, {"iteration": 0})
+    return values
 
 
 @contextmanager
@@ -600,26 +680,6 @@ def _device_errors(state: TrainingState) -> Iterator[None]:
             f"The GPU failed at iteration {state.iteration}: {error}",
             hint=START_AGAIN,
         ) from error
-
-
-def best_of(evaluations: dict[int, dict[str, float]], metric: str | None) -> Best | None:
-    """Return the best of a run's evaluations, the first of equal ones; None where none is known.
-
-    An evaluation that does not report the metric, as it was made with other settings, or reports NaN or infinity, is passed
-    over.
-
-    Args:
-        evaluations: Metrics by iteration.
-        metric: Which one decides; None takes the first of the newest evaluation.
-    """
-    if metric is None and evaluations:
-        metric = next(iter(evaluations[max(evaluations)]), None)
-    best: Best | None = None
-    for iteration, metrics in evaluations.items():
-        value = metrics.get(metric, math.nan) if metric is not None else math.nan
-        if math.isfinite(value) and (best is None or value > best.value):
-            best = Best(iteration=iteration, metric=str(metric), value=value)
-    return best
 
 
 # SIGUSR1 is what `#SBATCH --signal=USR1@120` sends before SLURM takes the machine away.

@@ -85,6 +85,7 @@ RESULT = TrainResult(
     losses={"total": 1.5},
     evaluations={},
     best=None,
+    stopped_early=False,
     skipped=0,
     seconds=1.0,
 )

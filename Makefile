@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow check format bench docs lock clean
+.PHONY: help install quickstart test test-slow check format bench docs site dist lock clean
 
 help: ## List the targets.
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -44,8 +44,18 @@ format: $(INSTALLED) ## Lay out the code and sort its imports.
 bench: $(INSTALLED) ## Measure start-up time; other measurements are scripts in benchmarks/.
 	$(PY) benchmarks/startup.py
 
-docs: $(INSTALLED) ## Write the command and configuration references from the program itself.
+docs: $(INSTALLED) ## Write the reference pages and the notebook from the program and the tutorial.
 	$(PY) -m proxydet_cli.reference docs/reference
+
+site: $(INSTALLED) ## Build the documentation's site in build/site; any broken link is an error.
+	test -d build/site-env || $(PY) -m uv venv --quiet --python $(PY) build/site-env
+	$(PY) -m uv pip install --quiet --python build/site-env --group site
+	build/site-env/bin/python -m sphinx -q -W --keep-going -c docs . build/site
+
+dist: $(INSTALLED) ## Build sdist and wheel in dist/ and check their metadata.
+	rm -rf dist build/lib
+	$(PY) -m uv build --quiet --no-build-isolation
+	$(PY) -m uv tool run twine check --strict dist/*
 
 lock: $(INSTALLED) ## Resolve the dependencies into the lock files; UPGRADE=--upgrade takes newer versions.
 	$(PY) -m uv pip compile $(LOCK_FLAGS) --output-file requirements.lock pyproject.toml

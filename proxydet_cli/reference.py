@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -174,10 +176,40 @@ def annotation_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def tutorial_notebook() -> str:
+    """The tutorial as a Jupyter notebook, nbformat 4.5: its text and its Python, after a cell that installs proxydet."""
+    page = Path(__file__).parents[1] / "docs" / "tutorial" / "first-detector.md"
+    parts = re.split(r"^```python\n(.*?)^```$", page.read_text("utf-8"), flags=re.M | re.S)
+    install = "%pip install --quiet proxydet\n!proxydet setup"
+    cells: list[dict[str, Any]] = []
+    for index, text in enumerate([parts[0], install, *parts[1:]]):
+        code = index == 1 or (index > 1 and index % 2 == 0)
+        kind = {"execution_count": None, "outputs": []} if code else {}
+        cell_type = "code" if code else "markdown"
+        cells.append(
+            {
+                "cell_type": cell_type,
+                "id": f"cell-{index}",
+                "metadata": {},
+                **kind,
+                "source": text.strip().splitlines(keepends=True),
+            }
+        )
+    python = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook = {
+        "cells": cells,
+        "metadata": {"kernelspec": python},
+        "nbformat": 4,
+        "nbformat_minor": 5,
+    }
+    return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+
+
 PAGES = {
     "commands.md": commands_page,
     "configuration.md": configuration_page,
     "annotation-files.md": annotation_page,
+    "../tutorial/first-detector.ipynb": tutorial_notebook,
 }
 """What writes each page of the folder."""
 

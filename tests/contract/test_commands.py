@@ -73,9 +73,12 @@ def test_help_explains_with_an_example(name, command):
 
 
 def documented() -> list[tuple[str, str]]:
-    """Every line of a code block in our pages that calls proxydet, with the page."""
+    """Every line of a code block in our pages, and of the Dockerfile, that calls proxydet, with the page."""
+    image = (REPOSITORY / "Dockerfile").read_text("utf-8")
+    in_image = re.findall(r"(?:docker run .* proxydet(?::cuda)?|&& proxydet) ([a-z][^#\n]*)", image)
+    assert len(in_image) > 3
     pages = [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md")]
-    return [
+    return [("Dockerfile", line) for line in in_image] + [
         (page.relative_to(REPOSITORY).as_posix(), match[1])
         for page in sorted(pages)
         if page.name != "commands.md"

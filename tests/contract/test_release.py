@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import subprocess
 import sys
@@ -12,10 +14,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import yaml
 
 from proxydet import errors
 from proxydet._version import __version__
 from proxydet_cli import failures
+from proxydet_cli.reference import PAGES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -130,7 +134,7 @@ def test_exit_codes_are_documented():
     assert told == documented
 
 
-@pytest.mark.parametrize("name", ["commands.md", "configuration.md", "annotation-files.md"])
+@pytest.mark.parametrize("name", PAGES)
 def test_reference_pages_are_fresh(name):
     typer = version("typer")
     if (
@@ -138,8 +142,6 @@ def test_reference_pages_are_fresh(name):
         and f"\ntyper=={typer} " not in (REPOSITORY / "requirements.lock").read_text()
     ):
         pytest.skip(f"written with another Typer than {typer}, which words its help differently")
-    from proxydet_cli.reference import PAGES
-
     assert (REPOSITORY / "docs/reference" / name).read_text() == PAGES[name](), "run: make docs"
 
 
@@ -177,6 +179,59 @@ def test_files_named_in_pages_exist():
             }
         missing = sorted(str(path.relative_to(REPOSITORY)) for path in named if not path.exists())
         assert missing == [], page.relative_to(REPOSITORY)
+
+
+def test_citation_names_this_version_and_the_paper():
+    content = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(
+        content
+    )  # what the format requires
+    assert (content["version"], content["license"]) == (__version__, PROJECT["license"])
+    paper = content["preferred-citation"]
+    assert paper["url"] == PROJECT["urls"]["Paper"]
+    assert all(set(author) == {"given-names", "family-names"} for author in paper["authors"])
+
+
+def test_makefile_targets_of_the_workflows_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+    programs = [REPOSITORY / ".ci/run", *(REPOSITORY / ".github/workflows").glob("*.yml")]
+    assert len(programs) == 3
+    for path in programs:
+        text = path.read_text()
+        assert set(re.findall(r"^(?:.*run: )?make ([a-z-]+)", text, re.MULTILINE)) <= targets
+        if path.suffix == ".yml":
+            jobs = yaml.safe_load(text)["jobs"]
+            assert all("timeout-minutes" in job or "environment" in job for job in jobs.values())
+    assert os.access(REPOSITORY / ".ci/run", os.X_OK)
+
+
+def test_a_release_is_published_without_a_stored_token():
+    jobs = yaml.safe_load((REPOSITORY / ".github/workflows/release.yml").read_text())["jobs"]
+    assert jobs["publish"]["permissions"] == {"id-token": "write"}
+    assert jobs["publish"]["needs"] == "build"
+    assert "secrets." not in json.dumps(jobs)
+
+
+def test_the_dockerfile_names_what_exists():
+    lines = (REPOSITORY / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+    steps = [line.split(maxsplit=1) for line in lines if line and not line.startswith("#")]
+    assert steps[1][0] == "FROM"
+    text = "\n".join(rest for _, rest in steps)
+    for kind, rest in steps:
+        if kind == "RUN":  # as the shell reads it
+            subprocess.run(["sh", "-n", "-c", rest], check=True)
+    kept = (REPOSITORY / ".dockerignore").read_text().split()
+    copied = [name for kind, rest in steps if kind == "COPY" for name in rest.split()[:-1]]
+    assert copied
+    for name in copied:
+        assert (REPOSITORY / name).exists()
+        assert f"!{name}" in kept or f"!{name}/" in kept
+    needed = {PROJECT["readme"], *PROJECT["license-files"], "proxydet", "proxydet_cli"}
+    assert needed < set(copied)  # to build the package
+    assert set(re.findall(r"--extra (\S+)", text)) <= set(PROJECT["optional-dependencies"])
+    arguments = {rest.partition("=")[0] for kind, rest in steps if kind == "ARG"}
+    assert all(f"${name}" in text or f"${{{name}}}" in text for name in arguments)
+    assert set(re.findall(r"--build-arg (\w+)=", "\n".join(lines))) <= arguments
 
 
 @pytest.fixture(scope="module")

@@ -260,7 +260,7 @@ def test_sdist_holds_every_tracked_file(distributions):
     with tarfile.open(built) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
     expected = {path.relative_to(REPOSITORY).as_posix() for path in tracked_files()}
-    assert {name for name in expected - held if not name.startswith(".")} == set()
+    assert expected - held == set()
 
 
 def test_wheel_holds_every_file_of_the_packages(wheel):

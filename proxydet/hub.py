@@ -264,4 +264,5 @@ def _explained(error: Exception, name: str, done: str) -> ProxydetError:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().partition("\n")[0] or type(error).__name__).rstrip(".")[:200]
+    line = re.sub(r"^\[Errno -?\d+\] ", "", str(error).strip().partition("\n")[0])
+    return (line or type(error).__name__).rstrip(".")[:200]

@@ -12,6 +12,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import html
+import json
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -86,9 +88,9 @@ def prepared(
         )
         detector.vocabulary.save(target / "vocabulary.npz")
         write_text(target / "config.yaml", dump_yaml(_without_paths(config)))
-        if (folder / "text_encoder.json").exists():
+        if own_encoder := (folder / "text_encoder.json").exists():
             shutil.copyfile(folder / "text_encoder.json", target / "text_encoder.json")
-        card = _card(repository, config, detector, scores, license)
+        card = _card(repository, config, detector, scores, license, own_encoder=own_encoder)
         write_text(target / CARD, card)
         files = {path.name: path.stat().st_size for path in sorted(target.iterdir())}
         yield Package(repository=repository, folder=target, files=files, card=card)
@@ -141,9 +143,14 @@ def _card(
     detector: Detector,
     scores: dict[int, dict[str, float]],
     license: str | None,
+    *,
+    own_encoder: bool,
 ) -> str:
     from huggingface_hub import ModelCardData
 
+    # A text encoder of its own knows the words of its classes only.
+    example = list(detector.vocabulary.names[:2]) if own_encoder else ["mug", "kettle"]
+    typed = ", ".join(f'"{name}"' if "," in name else name for name in example)
     header = ModelCardData(
         license=license,
         library_name="proxydet",
@@ -163,9 +170,9 @@ def _card(
         "are named when it is used, not only those of its training.\n",
         "## How to use\n",
         "```\npip install proxydet\nproxydet setup\n"
-        f'proxydet predict photo.jpg --weights {repository} -v "mug, kettle"\n```\n',
+        f"proxydet predict photo.jpg --weights {repository} -v {shlex.quote(typed)}\n```\n",
         f'```python\nfrom proxydet import Detector\n\ndetector = Detector.from_pretrained("{repository}")\n'
-        'for item in detector.predict("photo.jpg", vocabulary=["mug", "kettle"]):\n'
+        f'for item in detector.predict("photo.jpg", vocabulary={json.dumps(example)}):\n'
         "    print(item.label, item.score, item.box_xyxy)\n```\n",
         "## Training\n",
         f"- recipe `{config.recipe}`, {settings.iterations} iterations, written by proxydet {__version__}; all settings: `config.yaml`",

@@ -183,18 +183,15 @@ def tutorial_notebook() -> str:
     install = "%pip install --quiet proxydet\n!proxydet setup"
     cells: list[dict[str, Any]] = []
     for index, text in enumerate([parts[0], install, *parts[1:]]):
-        code = index == 1 or (index > 1 and index % 2 == 0)
-        kind = {"execution_count": None, "outputs": []} if code else {}
-        cell_type = "code" if code else "markdown"
-        cells.append(
-            {
-                "cell_type": cell_type,
-                "id": f"cell-{index}",
-                "metadata": {},
-                **kind,
-                "source": text.strip().splitlines(keepends=True),
-            }
-        )
+        cell = {
+            "id": f"cell-{index}",
+            "metadata": {},
+            "source": text.strip().splitlines(keepends=True),
+        }
+        if index == 1 or (index > 1 and index % 2 == 0):
+            cells.append({"cell_type": "code", "execution_count": None, "outputs": [], **cell})
+        else:
+            cells.append({"cell_type": "markdown", **cell})
     python = {"display_name": "Python 3", "language": "python", "name": "python3"}
     notebook = {
         "cells": cells,

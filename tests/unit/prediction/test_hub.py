@@ -272,7 +272,7 @@ def test_what_is_pushed_is_opened_by_its_name(hub, run, login, tmp_path, picture
     assert yaml.safe_load(header)["license"] == "mit"
     for text in (
         f'from_pretrained("{NAME}")',
-        f"--weights {NAME}",
+        f"--weights {NAME} -v 'red circle, ",
         "`tiny`",
         "| segm/AP | 23.4 |",
         "red circle",

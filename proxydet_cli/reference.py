@@ -183,7 +183,7 @@ def tutorial_notebook() -> str:
     install = "%pip install --quiet proxydet\n!proxydet setup"
     cells: list[dict[str, Any]] = []
     for index, text in enumerate([parts[0], install, *parts[1:]]):
-        cell = {
+        cell: dict[str, Any] = {
             "id": f"cell-{index}",
             "metadata": {},
             "source": text.strip().splitlines(keepends=True),

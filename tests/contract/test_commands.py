@@ -106,6 +106,7 @@ def test_options_named_in_the_documentation_exist():
     known = set().union(*(options_of(command) for _, command in all_leaves()))
     known |= {"--help", "--version", "--verbose"}
     known |= {"--no-deps", "--require-hashes"}  # pip
+    known |= {"--build-arg", "--rm", "--user"}  # docker
     known |= {
         "--cpus-per-task",
         "--gpus",

@@ -338,6 +338,34 @@ def open_regular(path: Path) -> BinaryIO:
         raise
 
 
+@contextlib.contextmanager
+def read_errors(
+    path: Path,
+    *,
+    hint: str = "check that it is a file that you may read",
+    error: type[ProxydetError] = InputError,
+) -> Iterator[None]:
+    """Turn what reading a file raises, which often does not name the file, into an error of ours.
+
+    Args:
+        path: The file that is read inside the ``with`` statement, by `open_regular` or `read_text`.
+        hint: What the user can do; of a placeholder its remedy goes before.
+        error: The class of that error.
+
+    Raises:
+        ProxydetError: Of the class ``error``: it cannot be opened or read, is a placeholder, or not what it should be
+            (a ValueError).
+    """
+    try:
+        yield
+    except PlaceholderError as problem:
+        message = f"cannot read {path}: {problem.what}"
+        raise error(message, hint=problem.remedy, path=path) from problem
+    except (OSError, ValueError) as problem:
+        reason = getattr(problem, "strerror", None) or problem
+        raise error(f"cannot read {path}: {reason}", hint=hint, path=path) from problem
+
+
 def read_text(path: Path, *, limit: int, pipe: bool = False) -> str:
     """Read a text file that somebody else wrote: UTF-8, or UTF-16 with a byte order mark as PowerShell writes.
 

@@ -52,7 +52,15 @@ from proxydet.data.records import (
     refused,
 )
 from proxydet.errors import DataError
-from proxydet.files import build_once, discard, open_regular, remembered_sha256, sha256, staged
+from proxydet.files import (
+    build_once,
+    discard,
+    open_regular,
+    read_errors,
+    remembered_sha256,
+    sha256,
+    staged,
+)
 from proxydet.paths import cache_folder
 from proxydet.reporting import SILENT, Progress
 from proxydet.wording import first_of
@@ -360,14 +368,8 @@ def _digest(source: AnnotationSource, memory: Path) -> str:
     else:
         digests = []
         for file in files:
-            try:
+            with read_errors(file, error=DataError):
                 digests.append(f"{_called(file, source.path)} {_sha256(file, memory)}")
-            except OSError as error:
-                raise DataError(
-                    f"cannot read {file}: {error.strerror or error}",
-                    hint="check that it is a file that you may read",
-                    path=file,
-                ) from error
         listed = "\n".join(digests)
         listed += f"\nimages {stamp(images)}" if images else ""
         whole = hashlib.sha256(listed.encode("utf-8", "surrogateescape")).hexdigest()

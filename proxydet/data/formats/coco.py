@@ -42,7 +42,7 @@ from proxydet.data.records import (
     refused,
 )
 from proxydet.errors import DataError
-from proxydet.files import PLACEHOLDER_BYTES, PlaceholderError, open_regular, refuse_placeholder
+from proxydet.files import PLACEHOLDER_BYTES, open_regular, read_errors, refuse_placeholder
 
 
 @dataclass(frozen=True)
@@ -490,19 +490,21 @@ def no_garbage_collection() -> Iterator[None]:
 
 def _mapped(path: Path, kind: str, hint: str) -> mmap.mmap:
     """Return a file's text, unpacked where it is gzipped; ``kind`` and ``hint`` as of `JsonText`."""
-    try:
-        with open_regular(path) as file:
-            head = file.read(PLACEHOLDER_BYTES)
-            refuse_placeholder(head)
-            if other := next((other for mark, other in _OTHER_KINDS if head.startswith(mark)), ""):
-                if "archive" in other:
-                    hint = "unpack it, and name the file in it"
-                raise DataError(f"{path} is {other}, not {kind}", hint=hint, path=path)
-            if not head.startswith(_GZIP):
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            # Annotations shrink by a factor of 3 to 30, a bomb by a thousand.
-            most = max(_UNPACKED_FREELY, _MOST_RATIO * file.seek(0, 2))
-            file.seek(0)
+    with read_errors(path, error=DataError), open_regular(path) as file:
+        head = file.read(PLACEHOLDER_BYTES)
+        refuse_placeholder(head)
+        if not head:
+            raise ValueError("it is empty")
+        if other := next((other for mark, other in _OTHER_KINDS if head.startswith(mark)), ""):
+            if "archive" in other:
+                hint = "unpack it, and name the file in it"
+            raise DataError(f"{path} is {other}, not {kind}", hint=hint, path=path)
+        if not head.startswith(_GZIP):
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        # Annotations shrink by a factor of 3 to 30, a bomb by a thousand.
+        most = max(_UNPACKED_FREELY, _MOST_RATIO * file.seek(0, 2))
+        file.seek(0)
+        try:
             with (
                 gzip.open(file) as packed,
                 tempfile.TemporaryFile(prefix="proxydet-") as unpacked,
@@ -517,23 +519,11 @@ def _mapped(path: Path, kind: str, hint: str) -> mmap.mmap:
                         )
                 unpacked.flush()
                 return mmap.mmap(unpacked.fileno(), 0, access=mmap.ACCESS_READ)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        why = "it is cut short" if isinstance(error, EOFError) else error
-        raise DataError(
-            f"{path} is a damaged gzip file: {why}", hint="copy or fetch it again", path=path
-        ) from error
-    except PlaceholderError as error:
-        raise DataError(
-            f"cannot read {path}: {error.what}", hint=error.remedy, path=path
-        ) from error
-    except (OSError, ValueError) as error:
-        # An empty file cannot be mapped, which Python says in its own words.
-        reason = "it is empty" if isinstance(error, ValueError) else error.strerror or error
-        raise DataError(
-            f"cannot read {path}: {reason}",
-            hint="check that it is a file that you may read",
-            path=path,
-        ) from error
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            why = "it is cut short" if isinstance(error, EOFError) else error
+            raise DataError(
+                f"{path} is a damaged gzip file: {why}", hint="copy or fetch it again", path=path
+            ) from error
 
 
 def _mended(text: Any, error: msgspec.DecodeError) -> tuple[bytes, str, list[str]] | None:

@@ -31,7 +31,7 @@ from proxydet.data.records import (
     ImageEntry,
 )
 from proxydet.errors import DataError
-from proxydet.files import PlaceholderError, open_regular, refuse_placeholder
+from proxydet.files import open_regular, read_errors, refuse_placeholder
 
 _CHUNK = 16384
 _PIECE = 1 << 16
@@ -209,9 +209,10 @@ def _area(
         return max(xywh[2], 0) * max(xywh[3], 0)
     total = 0.0
     for outline in polygons:
-        points_P2 = np.array(outline[: len(outline) // 2 * 2], dtype=np.float64).reshape(-1, 2)
-        x, y = points_P2[:, 0] - xywh[0], points_P2[:, 1] - xywh[1]
-        total += abs(float(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1)))) / 2
+        xy = np.array(outline[: len(outline) // 2 * 2], dtype=np.float64)
+        x, y = xy[0::2] - xywh[0], xy[1::2] - xywh[1]
+        twice = x[:-1].dot(y[1:]) - y[:-1].dot(x[1:]) + x[-1:].dot(y[:1]) - y[-1:].dot(x[:1])
+        total += abs(float(twice)) / 2
     return min(total, max(xywh[2] * xywh[3], 0)) if math.isfinite(total) else 0.0
 
 
@@ -248,9 +249,8 @@ def turned_box(
 def _turned(
     points_P2: npt.NDArray[np.float64], degrees: float, center: tuple[float, float]
 ) -> list[float]:
-    angle = np.deg2rad(degrees)
-    turn_22 = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    outline: list[float] = (points_P2 @ turn_22 + np.array(center)).reshape(-1).tolist()
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    outline: list[float] = (points_P2 @ [[cos, sin], [-sin, cos]] + center).reshape(-1).tolist()
     return outline
 
 
@@ -366,21 +366,10 @@ def read_bytes(path: Path, limit: int, hint: str) -> bytes:
     Raises:
         DataError: it cannot be read, is larger than ``limit`` bytes, or is a placeholder of Git LFS or a web page.
     """
-    try:
-        with open_regular(path) as file:
-            # Python sets aside what may be read, not what is there.
-            data = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
+    with read_errors(path, error=DataError), open_regular(path) as file:
+        # Python sets aside what may be read, not what is there.
+        data = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
         refuse_placeholder(data)
-    except PlaceholderError as error:
-        raise DataError(
-            f"cannot read {path}: {error.what}", hint=error.remedy, path=path
-        ) from error
-    except OSError as error:
-        raise DataError(
-            f"cannot read {path}: {error.strerror or error}",
-            hint="check that it is a file that you may read",
-            path=path,
-        ) from error
     if len(data) > limit:
         raise DataError(f"{path} is larger than {limit >> 20} MB", hint=hint, path=path)
     return data

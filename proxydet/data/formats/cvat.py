@@ -21,7 +21,7 @@ from proxydet.data.formats.collected import (
 )
 from proxydet.data.records import Document, StoreReport
 from proxydet.errors import DataError
-from proxydet.files import PlaceholderError, open_regular, refuse_placeholder
+from proxydet.files import open_regular, read_errors, refuse_placeholder
 
 _LARGEST_FILE = 2 << 30
 _HINT = "export the task from CVAT as 'CVAT for images 1.1', 'COCO 1.0' or 'Ultralytics YOLO Detection 1.0'"
@@ -90,17 +90,17 @@ def read(source: Path, part: str | None, report: StoreReport) -> Document:
 
 def _images(source: Path, labels: dict[str, None]) -> Iterator[ElementTree.Element]:
     """Yield the elements of the images one after the other; names of labels are put into ``labels``."""
-    try:
-        with open_regular(source) as file:
-            head = file.read(_HEAD)
-            refuse_placeholder(head)
-            size = file.seek(0, 2)
-            file.seek(0)
-            if size > _LARGEST_FILE or b"<annotations" not in head:
-                large = f"is larger than {_LARGEST_FILE >> 20} MB"
-                why = large if size > _LARGEST_FILE else "is not CVAT's XML for images"
-                raise DataError(f"{source} {why}", hint=_HINT, path=source)
-            refuse_entities(file, source, _HINT)
+    with read_errors(source, error=DataError), open_regular(source) as file:
+        head = file.read(_HEAD)
+        refuse_placeholder(head)
+        size = file.seek(0, 2)
+        file.seek(0)
+        if size > _LARGEST_FILE or b"<annotations" not in head:
+            large = f"is larger than {_LARGEST_FILE >> 20} MB"
+            why = large if size > _LARGEST_FILE else "is not CVAT's XML for images"
+            raise DataError(f"{source} {why}", hint=_HINT, path=source)
+        refuse_entities(file, source, _HINT)
+        try:
             depth = count = 0
             root: ElementTree.Element | None = None
             for event, element in ElementTree.iterparse(file, ("start", "end")):  # noqa: S314 - no entities, bounded
@@ -132,18 +132,8 @@ def _images(source: Path, labels: dict[str, None]) -> Iterator[ElementTree.Eleme
                 count = 0
                 if root is not None:
                     root.clear()
-    except PlaceholderError as error:
-        raise DataError(
-            f"cannot read {source}: {error.what}", hint=error.remedy, path=source
-        ) from error
-    except OSError as error:
-        raise DataError(
-            f"cannot read {source}: {error.strerror or error}",
-            hint="check that it is a file that you may read",
-            path=source,
-        ) from error
-    except (ElementTree.ParseError, ValueError, LookupError) as error:
-        raise DataError(f"{source} is not XML: {error}", hint=_HINT, path=source) from error
+        except (ElementTree.ParseError, ValueError, LookupError) as error:
+            raise DataError(f"{source} is not XML: {error}", hint=_HINT, path=source) from error
 
 
 def _mask(

@@ -17,7 +17,7 @@ from proxydet.data.formats.collected import Objects, number, numbers, read_xml
 from proxydet.data.images import readable_suffixes
 from proxydet.data.records import Document
 from proxydet.errors import DataError
-from proxydet.files import open_regular, read_text
+from proxydet.files import open_regular, read_errors, read_text
 from proxydet.wording import first_of, printable
 
 _LARGEST_FILE = 2 << 20
@@ -69,14 +69,12 @@ def files(source: Path) -> list[Path]:
         why = "is not an annotation file: a list of images needs a folder Annotations above it"
         raise DataError(f"{source} {why}", hint=_HINT, path=source)
     names: dict[str, None] = {}
-    try:
+    with read_errors(source, error=DataError, hint=_HINT):
         for line in io.StringIO(read_text(source, limit=_LARGEST_LIST)):
             # In the lists of single classes, a second column says whether the class is there.
             names.update(dict.fromkeys(line.split(maxsplit=1)[:1]))
             if len(names) > _MOST_LISTED:
                 raise ValueError(f"it lists more than {_MOST_LISTED:,} images")
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {source}: {error}", hint=_HINT, path=source) from error
     absent = [name for name in names if not os.path.isfile(f"{folder}/{name}.xml")]  # noqa: PTH113 - false for a name too long
     if absent or not names:
         what = "it lists no image"

@@ -26,7 +26,7 @@ from proxydet.data.images import (
 )
 from proxydet.data.records import MOST_CATEGORIES, Document, StoreReport, refused
 from proxydet.errors import ConfigError, DataError
-from proxydet.files import open_regular, read_text
+from proxydet.files import open_regular, read_errors, read_text
 from proxydet.wording import first_of, json_text
 
 YAML = (".yaml", ".yml")
@@ -170,12 +170,10 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         DataError: it cannot be read, or is not one.
     """
+    with read_errors(path, error=DataError, hint="correct the file, or write it again"):
+        text = read_text(path, limit=_LARGEST_YAML)
     try:
-        content = parse_yaml(read_text(path, limit=_LARGEST_YAML), str(path), path)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"cannot read {path}: {error}", hint="correct the file, or write it again", path=path
-        ) from error
+        content = parse_yaml(text, str(path), path)
     except ConfigError as error:
         raise DataError(error.message, hint="correct that line", path=path) from error
     if not isinstance(content, dict):
@@ -213,12 +211,8 @@ def read_names(path: Path) -> dict[int, str]:
                 )
             names[index] = str(value).strip()
     else:
-        try:
+        with read_errors(path, error=DataError, hint="write one class name a line"):
             lines = read_text(path, limit=_LARGEST_YAML).splitlines()
-        except (OSError, ValueError) as error:
-            raise DataError(
-                f"cannot read {path}: {error}", hint="write one class name a line", path=path
-            ) from error
         while lines and not lines[-1].strip():
             lines.pop()
         names = {index: line.strip() for index, line in enumerate(lines)}
@@ -284,10 +278,8 @@ def pairs(
             found += _below(root, rows, root)
         return found, _lone(rows, found)
     roots = tuple(roots) or list_roots(source)
-    try:
+    with read_errors(source, error=DataError, hint=_HINT):
         text = read_text(source, limit=_LARGEST_LIST)
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {source}: {error}", hint=_HINT, path=source) from error
     for line in text.splitlines():
         name = line.strip().removeprefix("./")
         if not name:
@@ -410,12 +402,8 @@ def read(source: Path, roots: Sequence[Path], part: str | None, report: StoreRep
         if not pair.rows.is_file():
             unlabelled += [pair.name] if size else []
             continue
-        try:
+        with read_errors(pair.rows, error=DataError, hint=_HINT):
             lines = read_text(pair.rows, limit=_LARGEST_FILE).splitlines()
-        except (OSError, ValueError) as error:
-            raise DataError(
-                f"cannot read {pair.rows}: {error}", hint=_HINT, path=pair.rows
-            ) from error
         height, width = size or (1, 1)
         for line in lines:
             values = [number(word) for word in line.split()]

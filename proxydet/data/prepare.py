@@ -20,7 +20,7 @@ import msgspec
 
 from proxydet.artifacts import how_to_get
 from proxydet.data.dataset import Dataset, DatasetConfig, inner_root
-from proxydet.data.formats.coco import Outline, read_outline
+from proxydet.data.formats.coco import Outline, read_hierarchy, read_outline
 from proxydet.data.image_labels import TarImages, match_tars
 from proxydet.data.images import image_size
 from proxydet.data.store import AnnotationStore
@@ -368,7 +368,11 @@ def _openimages(work: _Work) -> None:
             return row[0], row[1]
 
         names = dict(_rows(classes_csv, (), class_name))
-        above, below = _hierarchy(tree)
+        above = read_hierarchy(tree)
+        below: dict[str, set[str]] = defaultdict(set)
+        for label, ancestors in above.items():
+            for ancestor in ancestors:
+                below[ancestor].add(label)
 
         def with_related(label: str, related: dict[str, set[str]]) -> list[int]:
             # The tree's root, for one, is not a class of the challenge.
@@ -561,29 +565,3 @@ def _rows(path: Path, names: tuple[str, ...], read: Callable[[list[str]], T]) ->
                     raise DataError(message, hint=hint, path=path) from error
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"cannot read the table {path}: {error}", hint=hint, path=path) from error
-
-
-class _Node(msgspec.Struct, frozen=True):
-    label: str = msgspec.field(name="LabelName")
-    children: list[_Node] = msgspec.field(name="Subcategory", default_factory=list)
-
-
-def _hierarchy(path: Path) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
-    """Read the challenge's tree: all labels above each label, and all below; a label may stand in several places."""
-    try:
-        tree = msgspec.json.decode(path.read_bytes(), type=_Node)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OSError) as error:
-        hint = how_to_get(path) or "fetch the file again"
-        raise DataError(
-            f"{path} is not a class hierarchy: {error}", hint=hint, path=path
-        ) from error
-    above: dict[str, set[str]] = defaultdict(set)
-    below: dict[str, set[str]] = defaultdict(set)
-    stack: list[tuple[_Node, frozenset[str]]] = [(tree, frozenset())]
-    while stack:
-        node, ancestors = stack.pop()
-        above[node.label] |= ancestors
-        for ancestor in ancestors:
-            below[ancestor].add(node.label)
-        stack.extend((child, ancestors | {node.label}) for child in node.children)
-    return above, below

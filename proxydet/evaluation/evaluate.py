@@ -25,7 +25,7 @@ from proxydet.evaluation.bootstrap import (
 from proxydet.evaluation.config import EvaluationConfig
 from proxydet.evaluation.ground_truth import GroundTruth
 from proxydet.evaluation.matching import Matches, match
-from proxydet.evaluation.openimages import read_hierarchy, resample_openimages, score_openimages
+from proxydet.evaluation.openimages import ancestors_in, resample_openimages, score_openimages
 from proxydet.evaluation.report import (
     CategoryScore,
     Counts,
@@ -336,7 +336,7 @@ def _openimages(truth: GroundTruth, results: Results, config: EvaluationConfig) 
     plain = score_openimages(truth, results, max_detections=config.max_detections)
     scores = {"AP50": plain}
     if config.hierarchy is not None:
-        ancestors = read_hierarchy(config.hierarchy, truth)
+        ancestors = ancestors_in(config.hierarchy, truth)
         scores["AP50 expanded"] = score_openimages(
             truth, results, ancestors=ancestors, max_detections=config.max_detections
         )

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
+from proxydet.data.formats.coco import read_hierarchy
 from proxydet.errors import DataError
 from proxydet.evaluation.bootstrap import (
     FewImages,
@@ -67,7 +67,7 @@ def score_openimages(
     Args:
         truth: Annotations with ``pos_category_ids`` and ``neg_category_ids``; ``iscrowd`` marks group boxes.
         results: All detections.
-        ancestors: For each category number those above it, from `read_hierarchy`: detections then count for these too.
+        ancestors: For each category number those above it, from `ancestors_in`: detections then count for these too.
             None leaves them as they are.
         max_detections: The most detections of an image, before they are expanded.
     """
@@ -123,17 +123,11 @@ def _or_nan(value: float | None) -> float:
     return np.nan if value is None else value
 
 
-class _Node(msgspec.Struct, rename={"label": "LabelName", "children": "Subcategory"}):
-    label: str = ""
-    children: list[_Node] = []
-
-
-def read_hierarchy(path: Path, truth: GroundTruth) -> dict[int, tuple[int, ...]]:
-    """Read OpenImages' class hierarchy.
+def ancestors_in(path: Path, truth: GroundTruth) -> dict[int, tuple[int, ...]]:
+    """Read OpenImages' class hierarchy for the categories of a data set.
 
     Args:
-        path: JSON of nested ``{"LabelName": ..., "Subcategory": [...]}``, such as
-            ``challenge-2019-label500-hierarchy.json``.
+        path: As for `read_hierarchy`.
         truth: Annotations whose categories have a ``freebase_id``.
 
     Returns:
@@ -142,34 +136,20 @@ def read_hierarchy(path: Path, truth: GroundTruth) -> dict[int, tuple[int, ...]]
     Raises:
         DataError: The file is damaged, or no label of it is a category.
     """
-    try:
-        tree = msgspec.json.decode(path.read_bytes(), type=_Node)
-    except (OSError, msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path} is not a class hierarchy: {error}.",
-            hint="it is OpenImages' own file, challenge-2019-label500-hierarchy.json",
-            path=path,
-        ) from error
+    labels = read_hierarchy(path)
     number = {key: index for index, key in enumerate(truth.category_keys) if key}
-    found: dict[int, set[int]] = {}
-    unknown: list[str] = []
-    # Each entry is a node with the categories above it.
-    waiting: list[tuple[_Node, frozenset[int]]] = [(tree, frozenset())]
-    while waiting:
-        node, above = waiting.pop()
-        own = number.get(node.label)
-        if own is not None:
-            found.setdefault(own, set()).update(above - {own})
-            above = above | {own}
-        elif above or node is not tree:
-            unknown.append(node.label)
-        waiting.extend((child, above) for child in node.children)
-    if not found:
+    if not number.keys() & labels.keys():
+        unknown = [label for label, above in labels.items() if above]  # not its root
         raise DataError(
             f"{path}: none of its labels is a category of {truth.name} ({first_of(unknown)}).",
             hint="the categories need the freebase_id that the hierarchy names them by",
             path=path,
         )
+    found = {
+        number[label]: {number[key] for key in above if key in number} - {number[label]}
+        for label, above in labels.items()
+        if label in number
+    }
     return {key: tuple(sorted(above)) for key, above in found.items() if above}
 
 

@@ -196,6 +196,38 @@ def _loose_category(
     return CategoryEntry(**kept)
 
 
+class _Class(msgspec.Struct, rename={"label": "LabelName", "children": "Subcategory"}):
+    label: str = ""
+    children: list[_Class] = []
+
+
+def read_hierarchy(path: Path) -> dict[str, set[str]]:
+    """Read OpenImages' class hierarchy: all labels above each label, which may stand in several places.
+
+    Args:
+        path: JSON of nested ``{"LabelName": ..., "Subcategory": [...]}``, such as
+            ``challenge-2019-label500-hierarchy.json``.
+
+    Raises:
+        DataError: The file is damaged.
+    """
+    try:
+        tree = msgspec.json.decode(path.read_bytes(), type=_Class)
+    except (OSError, msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path} is not a class hierarchy: {error}",
+            hint="it is OpenImages' own file, challenge-2019-label500-hierarchy.json",
+            path=path,
+        ) from error
+    found: dict[str, set[str]] = {}
+    waiting: list[tuple[_Class, frozenset[str]]] = [(tree, frozenset())]
+    while waiting:
+        entry, above = waiting.pop()
+        found.setdefault(entry.label, set()).update(above)
+        waiting.extend((child, above | {entry.label}) for child in entry.children)
+    return found
+
+
 # --- JSON ------------------------------------------------------------------------------------------------------------------
 
 _BLOCK_BYTES = 4 << 20

@@ -20,7 +20,7 @@ from proxydet.evaluation.config import EvaluationConfig
 from proxydet.evaluation.evaluate import Evaluation, run_evaluation
 from proxydet.evaluation.ground_truth import GroundTruth
 from proxydet.evaluation.matching import FOUND, match
-from proxydet.evaluation.openimages import read_hierarchy, score_openimages
+from proxydet.evaluation.openimages import ancestors_in, score_openimages
 from proxydet.evaluation.results import read_results
 from proxydet.evaluation.scoring import hotcoco_data, select
 
@@ -458,7 +458,7 @@ def test_openimages_expansion_lets_a_dog_be_an_animal(hierarchy):
     truth = openimages([{"category_id": 1, "bbox": HERE}, {"category_id": 2, "bbox": HERE}])
     detections = [found(1, 2, HERE, 0.9)]
     loaded = GroundTruth.load(truth)
-    ancestors = read_hierarchy(hierarchy, loaded)
+    ancestors = ancestors_in(hierarchy, loaded)
     assert ancestors == {1: (0,), 2: (0,)}
     assert scored(truth, detections)[:2].tolist() == [0, 1]
     assert scored(truth, detections, ancestors=ancestors)[:2].tolist() == [1, 1]
@@ -475,7 +475,7 @@ def test_openimages_expansion_goes_all_the_way_up(tmp_path):
     path.write_text(json.dumps(tree))
     truth = openimages([{"category_id": category, "bbox": HERE} for category in (1, 2, 3)])
     loaded = GroundTruth.load(truth)
-    ancestors = read_hierarchy(path, loaded)
+    ancestors = ancestors_in(path, loaded)
     assert ancestors == {1: (0,), 2: (0, 1)}
     best = scored(truth, [found(1, 3, HERE, 0.9)], ancestors=ancestors)
     assert best[:3].tolist() == [1, 1, 1]
@@ -484,4 +484,4 @@ def test_openimages_expansion_goes_all_the_way_up(tmp_path):
 def test_openimages_a_hierarchy_of_other_labels_is_told(hierarchy, make_set):
     truth = GroundTruth.load(make_set(1)[0])
     with pytest.raises(DataError, match="none of its labels is a category"):
-        read_hierarchy(hierarchy, truth)
+        ancestors_in(hierarchy, truth)

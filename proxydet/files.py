@@ -280,6 +280,33 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+# ---- folders ---------------------------------------------------------------------------------------------------------
+
+
+def walk(
+    folder: Path, unopened: Callable[[OSError], None] | None = None
+) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Yield a folder and those below it, each with the names of its folders and files, sorted and without hidden ones.
+
+    Links are followed, and no folder is entered twice, however links lead to it.
+
+    Args:
+        folder: Where to begin.
+        unopened: Called with the error of each folder that cannot be opened; such folders are passed over.
+
+    Yields:
+        The names of folders may be taken out of their list, so that these are passed over.
+    """
+    visited: set[tuple[int, int]] = set()
+    for place, folders, names in os.walk(folder, onerror=unopened, followlinks=True):
+        status = os.stat(place)  # noqa: PTH116
+        key = (status.st_dev, status.st_ino)
+        folders[:] = [] if key in visited else sorted(n for n in folders if not n.startswith("."))
+        if key not in visited:
+            visited.add(key)
+            yield Path(place), folders, sorted(n for n in names if not n.startswith("."))
+
+
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 

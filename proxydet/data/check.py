@@ -320,6 +320,8 @@ class _Checker:
             )
         for line in found.damaged:
             self.add("annotations", "warning", f"{line}: not checked", "get the file again")
+        for what in found.unsearched:
+            self.add("annotations", "warning", f"not searched: {what}", "name the annotations")
         reports = []
         stores: dict[str, AnnotationStore] = {}
         for name, source in found.parts.items():

@@ -31,7 +31,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from proxydet.errors import ConfigError, DataError, InputError
-from proxydet.files import PlaceholderError, open_regular, refuse_placeholder
+from proxydet.files import PlaceholderError, open_regular, refuse_placeholder, walk
 
 if TYPE_CHECKING:
     from proxydet.data.config import SourceConfig
@@ -320,13 +320,8 @@ def files_below(folder: Path, suffixes: Iterable[str]) -> list[Path]:
     ends = tuple(suffixes)
     found: list[Path] = []
     seen = 0
-    for place, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [
-            Path(place, name)
-            for name in names
-            if name.lower().endswith(ends) and not name.startswith(".")
-        ]
+    for place, folders, names in walk(folder):
+        found += [place / name for name in names if name.lower().endswith(ends)]
         seen += len(names) + len(folders)
         if len(found) > MOST_FILES or seen > _MOST_SEEN:
             raise DataError(

@@ -143,6 +143,7 @@ def init_dataset(
     found = look(path, images)
     notes = [f"{place} is of no part (train, val, test): left out" for place in found.left_out]
     notes += [f"{line}: left out" for line in found.damaged]
+    notes += [f"not searched: {what}" for what in found.unsearched]
     stores = {
         part: AnnotationStore.open(source, cache=cache, progress=progress, warn=False)
         for part, source in found.parts.items()

@@ -66,7 +66,7 @@ class PreviewRequest:
             )
 
 
-def preview_pictures(data: Dataset, request: PreviewRequest) -> list[CaptionedImage]:
+def preview_images(data: Dataset, request: PreviewRequest) -> list[CaptionedImage]:
     """Draw images of a data set with their annotations.
 
     Args:
@@ -97,7 +97,7 @@ def preview_pictures(data: Dataset, request: PreviewRequest) -> list[CaptionedIm
             hint="proxydet data stats --classes counts the images of each class in each part",
         )
     rows = np.random.default_rng(request.seed).permutation(candidates)[: request.count]
-    pictures = []
+    images = []
     # As training and evaluation do: the latter takes the orientation that fits.
     roots, exact = data.config.split(request.split).roots, request.split == "train" or None
     with data.progress.task("drawing", total=len(rows), unit="images") as task:
@@ -107,9 +107,9 @@ def preview_pictures(data: Dataset, request: PreviewRequest) -> list[CaptionedIm
             objects = annotated_objects(store, record, vocabulary)
             drawn = draw_objects(image, objects)
             caption = f"{record.file_name}: {counted(len(objects), 'annotation')}"
-            pictures.append(CaptionedImage(image=drawn, caption=caption))
+            images.append(CaptionedImage(image=drawn, caption=caption))
             task.advance()
-    return pictures
+    return images
 
 
 def write_preview(
@@ -131,15 +131,15 @@ def write_preview(
         raise DataError(
             f"cannot write an image of the format {path.suffix!r}", hint="use .html, .png or .jpg"
         )
-    pictures = preview_pictures(data, request)
+    images = preview_images(data, request)
     if not html:
         path.parent.mkdir(parents=True, exist_ok=True)
-        contact_sheet([picture.image for picture in pictures]).save(path)
+        contact_sheet([drawn.image for drawn in images]).save(path)
         return path
     stats = dataset_stats(data)
     trainable = data.config.vocabulary is not None
     named = named or Path("DATASET.toml")
-    return write_report(_page(stats, pictures, request, named, trainable=trainable), path)
+    return write_report(_page(stats, images, request, named, trainable=trainable), path)
 
 
 def annotated_objects(
@@ -175,7 +175,7 @@ def _augmented(data: Dataset, request: PreviewRequest) -> list[CaptionedImage]:
     names = data.vocabulary.names
     sources = TrainingSources(DataConfig(workers=0), data)
     loader = TrainingLoader(sources, rank=0, world_size=1, seed=request.seed)
-    pictures: list[CaptionedImage] = []
+    images: list[CaptionedImage] = []
     for iteration in itertools.count():
         batch = loader.batch(iteration)
         # Two of a batch, so that a sheet shows several batches of either kind.
@@ -201,15 +201,15 @@ def _augmented(data: Dataset, request: PreviewRequest) -> list[CaptionedImage]:
                 whole = (0.0, 0.0, float(image.width), float(image.height))
                 objects = [DrawnObject(label=label, box_xyxy=whole) for label in labels]
                 caption = f"{batch.image_ids[place]}: {', '.join(labels)}"
-            pictures.append(CaptionedImage(image=draw_objects(image, objects), caption=caption))
-        if len(pictures) >= request.count:
+            images.append(CaptionedImage(image=draw_objects(image, objects), caption=caption))
+        if len(images) >= request.count:
             break
-    return pictures[: request.count]
+    return images[: request.count]
 
 
 def _page(
     stats: DatasetStats,
-    pictures: list[CaptionedImage],
+    images: list[CaptionedImage],
     request: PreviewRequest,
     named: Path,
     *,
@@ -246,7 +246,7 @@ def _page(
     sections = [
         Section(title="Counts", tables=[Table(columns=head, rows=rows)]),
         Section(title="Long tail", text=tail, plots=tails),
-        Section(title=f"Images of {request.split}, {kind}", images=pictures),
+        Section(title=f"Images of {request.split}, {kind}", images=images),
         Section(
             title="Next steps", commands=[Command(command=c, does=d) for d, c in commands.items()]
         ),

@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import get_args
 
@@ -28,13 +29,21 @@ from proxydet.files import (
     PlaceholderError,
     open_regular,
     refuse_placeholder,
+    walk,
 )
 from proxydet.wording import first_of
 
 _OTHER_TASKS = ("captions", "person_keypoints", "image_info", "panoptic", "stuff")
 """Beginnings of COCO's annotation files that hold no objects to detect."""
 _MOST_ROOTS = 64
-"""Folders in which the images of a file are looked for."""
+"""Folders in which the images of a file are looked for, the nearest."""
+_KINDS: dict[str, tuple[Format, ...]] = {
+    ".xml": ("Pascal VOC", "CVAT XML"),
+    ".json": ("labelme", "VGG VIA", "Label Studio JSON", "COCO JSON"),
+    ".gz": ("COCO JSON",),
+    ".csv": ("VGG VIA",),
+}
+"""What files of each ending may be."""
 _DEEPEST = 6
 _MOST_FOLDERS = 20_000
 
@@ -48,12 +57,14 @@ class FoundData:
         parts: What belongs to ``train``, ``val`` and ``test``, or to ``""`` where nothing is split.
         left_out: Annotations that belong to no part while others do: files, folders, subsets of a CVAT project.
         damaged: Files that cannot be annotations, by their first bytes, each with the reason.
+        unsearched: What was not looked into, because there is too much of it.
     """
 
     format: Format
     parts: dict[str, AnnotationSource]
     left_out: tuple[str, ...] = ()
     damaged: tuple[str, ...] = ()
+    unsearched: tuple[str, ...] = ()
 
 
 def look(path: Path, images: Sequence[Path] = ()) -> FoundData:
@@ -71,16 +82,18 @@ def look(path: Path, images: Sequence[Path] = ()) -> FoundData:
         found = format_of(path)
         if found is None or not path.exists():
             raise DataError(f"there is no file or folder {path}", hint="check the path", path=path)
-        held, rest = _parts_of_file(path, found, path.parent, images)
-        return FoundData(format=found, parts=held, left_out=rest)
-    candidates, damaged = _candidates(path)
+        unsearched: dict[str, None] = {}
+        held, rest = _parts_of_file(path, found, path.parent, images, unsearched)
+        return FoundData(format=found, parts=held, left_out=rest, unsearched=tuple(unsearched))
+    candidates, damaged, unsearched = _candidates(path)
     if damaged and not candidates:
         raise _damaged(next(iter(damaged.items())))
     if not candidates and (kind := format_of(path)) is not None:
         candidates = [(kind, path)]
     if not candidates:
+        more = f"; not searched: {first_of(list(unsearched))}" if unsearched else ""
         raise DataError(
-            f"{path} holds no annotations of a known format: {', '.join(get_args(Format))}",
+            f"{path} holds no annotations of a known format: {', '.join(get_args(Format))}{more}",
             hint="name the folder of the export, with its .json, .xml, .txt, .yaml or .csv files",
             path=path,
         )
@@ -114,8 +127,8 @@ def look(path: Path, images: Sequence[Path] = ()) -> FoundData:
     left_out = [str(place) for place in by_part.get("", ())] if named else []
     parts: dict[str, AnnotationSource] = {}
     for part, (place,) in chosen.items():
-        inner, rest = _parts_of_file(place, formats[0], path, images)
-        left_out += rest
+        inner, others = _parts_of_file(place, formats[0], path, images, unsearched)
+        left_out += others
         for name, source in inner.items():
             word = name or part  # a file's own parts go before the word that its folder is called
             if word in parts:
@@ -133,6 +146,7 @@ def look(path: Path, images: Sequence[Path] = ()) -> FoundData:
         parts=ordered,
         left_out=tuple(left_out),
         damaged=tuple(f"{place}: {why}" for place, why in damaged.items()),
+        unsearched=tuple(unsearched),
     )
 
 
@@ -172,7 +186,8 @@ def _damaged(found: tuple[Path, str], part: str = "") -> DataError:
 
 def holds_annotations(folder: Path) -> bool:
     """Whether a folder holds annotations of any format."""
-    return any(_candidates(folder))
+    found, damaged, _ = _candidates(folder)
+    return bool(found or damaged)
 
 
 def image_folders(path: Path) -> tuple[Path, ...]:
@@ -189,7 +204,7 @@ def image_folders(path: Path) -> tuple[Path, ...]:
 
 
 def _parts_of_file(
-    path: Path, found: Format, root: Path, images: Sequence[Path]
+    path: Path, found: Format, root: Path, images: Sequence[Path], unsearched: dict[str, None]
 ) -> tuple[dict[str, AnnotationSource], tuple[str, ...]]:
     """Return the parts that one file or folder holds: one, or those that a data.yaml or a CVAT project names; and what else."""
     names: list[str] = []
@@ -211,7 +226,7 @@ def _parts_of_file(
         return of_config, ()
     if found == "CVAT XML":
         names = cvat.parts(path)
-    roots = tuple(images) or image_folders(path) or _image_candidates(path, root)
+    roots = tuple(images) or image_folders(path) or _image_candidates(path, root, unsearched)
     by_word: dict[str, list[str]] = {}
     for name in names:
         by_word.setdefault(part_of_word(name), []).append(name)
@@ -256,61 +271,57 @@ def _damage(path: Path) -> str:
     return "" if head[:1] in (starts[:1], starts[1:]) else "it does not begin as such a file does"
 
 
-def _candidates(root: Path) -> tuple[list[tuple[Format, Path]], dict[Path, str]]:
+def _candidates(
+    root: Path,
+) -> tuple[list[tuple[Format, Path]], dict[Path, str], dict[str, None]]:
     """Return the files and folders below a folder that hold annotations, with their formats, sorted by their path.
 
-    And the files that by their name may hold some and cannot, with the reason.
+    And the files that by their name may hold some and cannot, with the reason; and what was not searched.
     """
+    unsearched: dict[str, None] = {}
     damaged: dict[Path, str] = {}
     configs: list[Path] = []
     rows: dict[Path, None] = {}
     shapes: dict[Path, None] = {}
     found: dict[tuple[Format, Path], None] = {}
-    for count, (place, folders, names) in enumerate(os.walk(root)):
-        folder = Path(place)
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
-        if len(folder.relative_to(root).parts) >= _DEEPEST or count > _MOST_FOLDERS:
+    for count, (folder, folders, names) in enumerate(walk(root)):
+        folders[:] = [name for name in folders if not name.startswith("__MACOSX")]
+        if folders and len(folder.relative_to(root).parts) >= _DEEPEST:
+            unsearched[f"folders more than {_DEEPEST} deep, such as {folder / folders[0]}"] = None
             folders[:] = []
-        visible = sorted(name for name in names if not name.startswith("."))
+        elif count > _MOST_FOLDERS:
+            unsearched[f"folders after the first {_MOST_FOLDERS:,}"] = None
+            break
         by_end: dict[str, list[Path]] = {}
-        for name in visible:
+        for name in names:
             by_end.setdefault(Path(name).suffix.lower(), []).append(folder / name)
         configs += [p for end in yolo.YAML for p in by_end.get(end, ()) if yolo.is_config(p)]
-        jsons = [
-            *by_end.get(".json", ())[:SNIFFED],
-            *[file for file in by_end.get(".gz", ()) if file.name.lower().endswith(".json.gz")],
-        ]
-        lists = [folder / f"{word}.txt" for word in ("train", "val", "test")]
-        of_voc = lists if folder.parts[-2:] == ("ImageSets", "Main") else []
-        for file in (
-            *by_end.get(".xml", ())[:SNIFFED],
-            *jsons,
-            *by_end.get(".csv", ())[:SNIFFED],
-            *[file for file in of_voc if file.name in names],
-        ):
-            if why := _damage(file):
-                damaged[file] = why
-        for file in by_end.get(".xml", ())[:SNIFFED]:
-            kind = format_of(file)
-            if kind == "CVAT XML":
-                found[kind, file] = None
-            elif kind is not None and recognise(head_of(file)) == kind:
-                for part in _voc_places(folder):
-                    found["Pascal VOC", part] = None
-                break
-        for file in [*by_end.get(".json", ())[:SNIFFED], *by_end.get(".gz", ())[:SNIFFED]]:
-            kind = format_of(file)
-            if kind == "labelme":
-                shapes[_group(folder, root) or folder] = None
-            elif kind == "COCO JSON":
-                if recognise(head_of(file)) == kind:
+        if folder.parts[-2:] == ("ImageSets", "Main"):
+            lists = [folder / f"{w}.txt" for w in ("train", "val", "test") if f"{w}.txt" in names]
+            damaged |= {file: why for file in lists if (why := _damage(file))}
+        for end, kinds in _KINDS.items():
+            seen: set[Format | None] = set()
+            for file in by_end.get(end, ())[:SNIFFED]:
+                if (end != ".gz" or file.stem.endswith(".json")) and (why := _damage(file)):
+                    damaged[file] = why
+                kind = recognise(head_of(file))
+                seen.add(kind)
+                if kind is None or kind not in kinds:
+                    continue
+                if kind == "labelme":
+                    shapes[_group(folder, root) or folder] = None
+                elif kind == "Pascal VOC":
+                    found |= {(kind, part): None for part in _voc_places(folder)}
+                else:
                     found[kind, file] = None
-            elif kind is not None:
-                found[kind, file] = None
-        for file in by_end.get(".csv", ())[:SNIFFED]:
-            if format_of(file) == "VGG VIA":
-                found["VGG VIA", file] = None
-        if any(map(yolo.are_rows, by_end.get(".txt", ())[:SNIFFED])):
+            count_of_end = len(by_end.get(end, ()))
+            if count_of_end > SNIFFED and not seen & {"labelme", "Pascal VOC"}:
+                others = f"{count_of_end - SNIFFED} of the {count_of_end} {end} files in {folder}"
+                unsearched[others] = None
+        written = (
+            file for file in by_end.get(".txt", ()) if file.is_file() and file.stat().st_size
+        )
+        if any(map(yolo.are_rows, islice(written, SNIFFED))):
             rows[_group(folder, root) or folder] = None
     if shapes:  # without parts those of all folders belong together
         split = [place for place in shapes if part_of_word(place.name) and place != root]
@@ -324,11 +335,12 @@ def _candidates(root: Path) -> tuple[list[tuple[Format, Path]], dict[Path, str]]
         for file, why in damaged.items()
         if not any(file.is_relative_to(place) for place in whole)
     }
-    return sorted(
+    wanted = sorted(
         (kind, place)
         for kind, place in found
         if not (instances and kind == "COCO JSON" and place.name.startswith(_OTHER_TASKS))
-    ), kept
+    )
+    return wanted, kept, unsearched
 
 
 def _group(folder: Path, root: Path) -> Path | None:
@@ -355,21 +367,23 @@ def _part_of(place: Path, root: Path) -> str:
     return ""
 
 
-def _image_candidates(path: Path, root: Path) -> tuple[Path, ...]:
+def _image_candidates(path: Path, root: Path, unsearched: dict[str, None]) -> tuple[Path, ...]:
     """Return the folders in which the images of an annotation file may be: its own first, then the nearest that hold images."""
     own = path if path.is_dir() else path.parent
     part = _part_of(path, root) if path.is_relative_to(root) else ""
-    holding: list[Path] = []
     ends = tuple(readable_suffixes())
-    for count, (place, folders, names) in enumerate(os.walk(root)):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if count > _MOST_FOLDERS or len(holding) >= _MOST_ROOTS:
-            break
-        if any(name.lower().endswith(ends) for name in names):
-            holding.append(Path(place))
+    holding = [
+        folder
+        for folder, _, names in islice(walk(root), _MOST_FOLDERS)
+        if any(name.lower().endswith(ends) for name in names)
+    ]
 
     def order(folder: Path) -> tuple[bool, int, str]:
         apart = len(Path(os.path.relpath(folder, own)).parts)
         return _part_of(folder, root) not in ("", part), apart, str(folder)
 
-    return tuple(dict.fromkeys([*near(path), *sorted(holding, key=order)]))
+    if len(holding) > _MOST_ROOTS:
+        unsearched[
+            f"{len(holding) - _MOST_ROOTS} of the {len(holding)} folders of images below {root}"
+        ] = None
+    return tuple(dict.fromkeys([*near(path), *sorted(holding, key=order)[:_MOST_ROOTS]]))

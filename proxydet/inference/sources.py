@@ -14,6 +14,7 @@ from types import ModuleType
 
 from proxydet.data.images import readable_suffixes
 from proxydet.errors import DataError, MissingDependencyError
+from proxydet.files import walk
 
 VIDEO_SUFFIXES = frozenset(
     [
@@ -153,15 +154,9 @@ def _files_of(folder: Path, left_out: Counter[str]) -> Iterator[Path]:
     def unopened(_: OSError) -> None:
         left_out["folder that cannot be opened"] += 1
 
-    visited: set[tuple[int, int]] = set()
-    for root, folders, names in os.walk(folder, onerror=unopened, followlinks=True):
-        status = os.stat(root)  # noqa: PTH116
-        seen = (status.st_dev, status.st_ino) in visited
-        visited.add((status.st_dev, status.st_ino))
-        folders[:] = [] if seen else [name for name in folders if not name.startswith(".")]
-        for name in () if seen else names:
-            file = Path(root, name)
-            if not name.startswith(".") and _is_read(file, left_out):
+    for place, _, names in walk(folder, unopened):
+        for name in names:
+            if _is_read(file := place / name, left_out):
                 yield file
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -205,7 +206,7 @@ def read_names(path: Path) -> dict[int, str]:
                 )
             if index is None or isinstance(value, list | dict) or value is None:
                 raise DataError(
-                    f"{path}: names: {key!r}: {str(value)[:80]!r} is not a class name by its number",
+                    f"{path}: names: {reprlib.repr(key)}: {reprlib.repr(value)} is not a class name by its number",
                     hint="write names as a list, or as numbers with names: {0: cat, 1: dog}",
                     path=path,
                 )

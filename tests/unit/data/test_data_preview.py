@@ -7,7 +7,7 @@ from PIL import Image
 
 from proxydet.data.dataset import Dataset, DatasetConfig
 from proxydet.data.images import read_image
-from proxydet.data.preview import PreviewRequest, preview_pictures, write_preview
+from proxydet.data.preview import PreviewRequest, preview_images, write_preview
 from proxydet.data.sources import open_config
 from proxydet.errors import ConfigError, DataError, VocabularyError
 
@@ -20,8 +20,8 @@ def described(path: Path) -> Dataset:
 
 def test_annotated_images_are_drawn(small_set: Path) -> None:
     request = PreviewRequest(count=20)
-    pictures = preview_pictures(described(small_set), request)
-    assert sorted(p.caption for p in pictures) == [
+    images = preview_images(described(small_set), request)
+    assert sorted(p.caption for p in images) == [
         "1.png: 0 annotations",
         "2.png: 1 annotation",
         "3.png: 2 annotations",
@@ -29,11 +29,11 @@ def test_annotated_images_are_drawn(small_set: Path) -> None:
         "5.png: 0 annotations",
         "6.png: 1 annotation",
     ]
-    again = preview_pictures(described(small_set), request)
-    assert [p.caption for p in again] == [p.caption for p in pictures]
-    other = preview_pictures(described(small_set), PreviewRequest(count=20, seed=1))
-    assert [p.caption for p in other] != [p.caption for p in pictures]
-    by_name = {p.caption[:5]: np.asarray(p.image).astype(int) for p in pictures}
+    again = preview_images(described(small_set), request)
+    assert [p.caption for p in again] == [p.caption for p in images]
+    other = preview_images(described(small_set), PreviewRequest(count=20, seed=1))
+    assert [p.caption for p in other] != [p.caption for p in images]
+    by_name = {p.caption[:5]: np.asarray(p.image).astype(int) for p in images}
     source = read_image(small_set.parent / "train" / "6.png").astype(int)
     scale = by_name["6.png"].shape[0] // source.shape[0]
     difference = np.abs(by_name["6.png"][::scale, ::scale] - source)
@@ -42,24 +42,24 @@ def test_annotated_images_are_drawn(small_set: Path) -> None:
 
 def test_images_of_one_class(small_set: Path) -> None:
     request = PreviewRequest(class_name="dog")
-    captions = [p.caption for p in preview_pictures(described(small_set), request)]
+    captions = [p.caption for p in preview_images(described(small_set), request)]
     assert sorted(captions) == ["3.png: 2 annotations", "4.png: 3 annotations"]
     with pytest.raises(VocabularyError, match=r"'dogg' is not a class .* mean 'dog'"):
-        preview_pictures(described(small_set), PreviewRequest(class_name="dogg"))
+        preview_images(described(small_set), PreviewRequest(class_name="dogg"))
     with pytest.raises(DataError, match="no image with 'bird' on it in val"):
-        preview_pictures(described(small_set), PreviewRequest(split="val", class_name="bird"))
+        preview_images(described(small_set), PreviewRequest(split="val", class_name="bird"))
 
 
 def test_a_part_that_is_not_there_is_named_with_what_to_do(small_set: Path) -> None:
     """Of annotations alone the hint does not speak of a dataset config."""
     alone = Dataset(config=open_config(small_set.parent / "train.json"))
     with pytest.raises(DataError, match=r"'train' .* val") as caught:
-        preview_pictures(alone, PreviewRequest(split="val"))
+        preview_images(alone, PreviewRequest(split="val"))
     assert "dataset config" not in (caught.value.hint or "")
     text = small_set.read_text()
     small_set.write_text(text[: text.index("[val]")])
     with pytest.raises(DataError, match=r"\[val\]") as caught:
-        preview_pictures(described(small_set), PreviewRequest(split="val"))
+        preview_images(described(small_set), PreviewRequest(split="val"))
     assert "train" in (caught.value.hint or "")
 
 
@@ -85,7 +85,7 @@ def test_masks_are_filled_polygons_and_run_lengths(small_set: Path) -> None:
 
 def test_what_training_sees(small_set_with_labels: Path) -> None:
     request = PreviewRequest(augmented=True, count=9)
-    captions = [p.caption for p in preview_pictures(described(small_set_with_labels), request)]
+    captions = [p.caption for p in preview_images(described(small_set_with_labels), request)]
     assert len(captions) == 9
     assert any(" object" in caption for caption in captions)
     assert any("tar/" in caption and caption.endswith((": dog", ": bird")) for caption in captions)
@@ -94,8 +94,8 @@ def test_what_training_sees(small_set_with_labels: Path) -> None:
 def test_what_training_sees_of_boxes_without_masks(small_set: Path) -> None:
     annotations = small_set.parent / "train.json"
     annotations.write_text(annotations.read_text().replace('"segmentation"', '"outline"'))
-    pictures = preview_pictures(described(small_set), PreviewRequest(augmented=True, count=6))
-    assert any(" object" in picture.caption for picture in pictures)
+    images = preview_images(described(small_set), PreviewRequest(augmented=True, count=6))
+    assert any(" object" in image.caption for image in images)
 
 
 def test_a_sheet_or_a_page_is_written(small_set: Path, tmp_path: Path) -> None:

@@ -153,8 +153,11 @@ def read(value: object, size: tuple[int, int]) -> Mask:
             polygons.append(polygon)
     if flat:
         found.append("annotation.segmentation.flat")
-    if not polygons and any(value):
-        found.append("annotation.segmentation")
+    if not polygons and any(value):  # once an object, not once a polygon
+        found = [
+            *(key for key in found if key[:8] != "polygon."),
+            "annotation.segmentation.polygons",
+        ]
     return Mask(polygons=polygons, deviations=found)
 
 

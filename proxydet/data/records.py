@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from proxydet.data.masks import RunLengths
 from proxydet.errors import DataError
+from proxydet.wording import counted
 
 Identifier = int | str
 _OwnId = (
@@ -243,6 +244,7 @@ _ROWS: dict[str, tuple[str, str, str, Fate, str]] = {
     "annotation.segmentation.flat": ("annotation", "segmentation", "one flat list of numbers (VGG VIA), or lists of points", "mended", "read as one polygon"),
     "annotation.segmentation.bytes": ("annotation", "segmentation", "run lengths written as Python's b'...'", "mended", "read without the quotes"),
     "annotation.segmentation": ("annotation", "segmentation", "neither polygons nor run lengths", "mended", "the mask is left out, the box is used"),
+    "annotation.segmentation.polygons": ("annotation", "segmentation", "none of its polygons has 3 points or more, finite numbers, and coordinates within 100,000 pixels", "mended", "the mask is left out, the box is used"),
     "annotation.rle.size": ("annotation", "segmentation.size", "missing, or not the image's height and width", "mended", "the mask is left out, the box is used"),
     "annotation.rle.counts": ("annotation", "segmentation.counts", "damaged: the run lengths do not fill the image", "mended", "the mask is left out, the box is used"),
     "annotation.crowds": ("annotation", "iscrowd", "1 on more than a tenth of the annotations", "noted", "crowds are not trained on and not scored: set iscrowd to 0 where an annotation is one object"),
@@ -274,7 +276,12 @@ FIELDS: dict[str, dict[str, str]] = {
 }
 """What formats call the fields of `DEVIATIONS`, by what they call an annotation."""
 
-DAMAGED_MASK = ("annotation.segmentation", "annotation.rle.size", "annotation.rle.counts")
+DAMAGED_MASK = (
+    "annotation.segmentation",
+    "annotation.segmentation.polygons",
+    "annotation.rle.size",
+    "annotation.rle.counts",
+)
 """Deviations that cost an annotation its mask."""
 
 
@@ -468,7 +475,10 @@ class BoxConvention:
     def deviation(self) -> tuple[str, str] | None:
         """Return the deviation that most boxes show, and how many of how many do; None where they are as they should be."""
         if self._boxes and self._fractions >= _ALL * self._boxes:
-            return "file.convention.fractions", f"{self._fractions} of {self._boxes} boxes"
+            return (
+                "file.convention.fractions",
+                f"{self._fractions} of {counted(self._boxes, 'box', 'boxes')}",
+            )
         number, total = self._corners, self._boxes
         if self._differing >= (1 if self._exact else _FEWEST):  # masks decide
             number, total = self._better_as_corners, self._differing
@@ -476,9 +486,12 @@ class BoxConvention:
         else:
             corners = total >= _FEWEST and self._beyond > total / 2 and number >= _ALL * total
         if corners:
-            return "file.convention.xyxy", f"{number} of {total} boxes"
+            return "file.convention.xyxy", f"{number} of {counted(total, 'box', 'boxes')}"
         if self._exact and self._compared >= _FEWEST and self._unlike > self._compared / 2:
-            return "file.convention.masks", f"{self._unlike} of {self._compared} boxes"
+            return (
+                "file.convention.masks",
+                f"{self._unlike} of {counted(self._compared, 'box', 'boxes')}",
+            )
         return None
 
 

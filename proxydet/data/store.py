@@ -63,7 +63,7 @@ from proxydet.files import (
 )
 from proxydet.paths import cache_folder
 from proxydet.reporting import SILENT, Progress
-from proxydet.wording import first_of
+from proxydet.wording import counted, first_of
 
 Format = Literal[
     "COCO JSON", "Pascal VOC", "YOLO", "labelme", "VGG VIA", "CVAT XML", "Label Studio JSON"
@@ -699,7 +699,7 @@ class AnnotationStore:
         missing = [c.name for c in self.categories if c.name.strip() not in row_of]
         if missing:
             raise DataError(
-                f"{self.source_name} has {len(missing)} categories that are not in the vocabulary: {first_of([repr(name) for name in missing])}",
+                f"{self.source_name}: {counted(len(missing), 'category is', 'categories are')} not in the vocabulary: {first_of([repr(name) for name in missing])}",
                 hint="name the class of each row of the embeddings by 'names' in the dataset config",
             )
         return np.array([row_of[c.name.strip()] for c in self.categories], dtype=np.int64)

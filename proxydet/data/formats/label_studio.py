@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from proxydet.data.formats.collected import (
     LARGEST_MASK,
+    MOST_RUNS,
     Ellipse,
     Objects,
     decode_json,
@@ -257,6 +258,8 @@ _LENGTHS = (3, 4, 8, 16)
 def decode_brush(values: object, size: tuple[int, int]) -> npt.NDArray[np.bool_] | None:
     """Return the mask of brush strokes, bool (H, W); None where the bytes are not such a code of an image of that size.
 
+    Nor is noise read: a code of more than `MOST_RUNS` blocks.
+
     The code: the count of values (32 bits), bits of a value less 1 (5), bits of each of four kinds of lengths less 1 (4 each); then
     blocks: whether it is a run (1), which kind of length (2), the length less 1, and one value, or as many as the length.
 
@@ -286,8 +289,11 @@ def decode_brush(values: object, size: tuple[int, int]) -> npt.NDArray[np.bool_]
         mask_HW = np.zeros(
             pixels, dtype=np.bool_
         )  # of the four values of a pixel only the last counts
-        at = 0
+        at = blocks = 0
         while at < 4 * pixels:
+            blocks += 1
+            if blocks > MOST_RUNS:  # noise: its mask would have more runs than are kept
+                return None
             run = take(1)
             end = at + 1 + take(lengths[take(2)])
             if end > 4 * pixels:

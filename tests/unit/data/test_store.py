@@ -241,9 +241,10 @@ def test_bad_polygons_are_removed_one_by_one(write_json: Write, tmp_path: Path) 
         ({"counts": "garbage", "size": [20, 30]}, "annotation.rle.counts"),
         ({"counts": None, "size": [20, 30]}, "annotation.rle.counts"),
         ({"counts": [600, 10**12, -(10**12)], "size": [20, 30]}, "annotation.rle.counts"),
-        ([[10, 10, 20, 20]], "annotation.segmentation"),
+        ([[10, 10, 20, 20]], "annotation.segmentation.polygons"),
+        ([[10, 10], [20, 20]], "annotation.segmentation.polygons"),
         (3, "annotation.segmentation"),
-        ([[-164.1, -221.8, 2.08e8, 3.52e8, 225.9, 236.5]], "annotation.segmentation"),
+        ([[-164.1, -221.8, 2.08e8, 3.52e8, 225.9, 236.5]], "annotation.segmentation.polygons"),
     ],
 )  # fmt: skip
 def test_a_damaged_mask_leaves_its_box(
@@ -270,7 +271,7 @@ def test_damaged_masks_are_refused_only_where_most_objects_have_one(
 
     store = open_one(write_json, tmp_path, *rows(2))
     assert store.report.annotations_kept == 5
-    assert store.report.counts["annotation.segmentation"] == 2
+    assert store.report.counts["annotation.segmentation.polygons"] == 2
     assert not store.has_masks
     with pytest.raises(DataError, match=r"segmentation.*\(3 annotations mended"):
         open_one(write_json, tmp_path, *rows(3))

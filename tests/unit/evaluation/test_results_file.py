@@ -172,8 +172,8 @@ MENDED: dict[str, tuple[dict[str, Any], str, float | None]] = {
         None,
     ),
     "kind": ({"segmentation": "mask.png"}, "annotation.segmentation", None),
-    "two points": ({"segmentation": [[10, 10, 30, 30]]}, "annotation.segmentation", None),
-    "far": ({"segmentation": [[1, 1, 9, 1e9, 3e8, 9]]}, "annotation.segmentation", None),
+    "two points": ({"segmentation": [[10, 10, 30, 30]]}, "annotation.segmentation.polygons", None),
+    "far": ({"segmentation": [[1, 1, 9, 1e9, 3e8, 9]]}, "annotation.segmentation.polygons", None),
 }
 
 

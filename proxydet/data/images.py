@@ -10,7 +10,6 @@ Dimensions: A annotations, H, W the image, h, w the result.
 from __future__ import annotations
 
 import functools
-import hashlib
 import io
 import math
 import os
@@ -335,22 +334,6 @@ def files_below(folder: Path, suffixes: Iterable[str]) -> list[Path]:
 def images_below(folder: Path) -> list[Path]:
     """Return the image files below a folder, sorted."""
     return files_below(folder, sorted(readable_suffixes()))
-
-
-def stamp(named: Iterable[tuple[str, Path]]) -> str:
-    """Return a digest of the names and sizes of files that are not worth reading whole, the same wherever they lie.
-
-    Args:
-        named: What each file is called, and where it is.
-    """
-    digest = hashlib.sha256()
-    for name, path in named:
-        try:
-            size = path.stat().st_size
-        except OSError:
-            continue
-        digest.update(f"{name} {size}\n".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
 
 
 def sizes_of(images: Sequence[Path | None]) -> Iterator[tuple[int, int] | None]:

@@ -18,8 +18,9 @@ import zlib
 from array import array
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -33,7 +34,7 @@ from pycocotools import mask as coco_mask
 from proxydet.data import masks
 from proxydet.data.formats import coco, cvat, label_studio, labelme, via, voc, yolo
 from proxydet.data.formats.coco import no_garbage_collection
-from proxydet.data.images import images_below, stamp
+from proxydet.data.images import images_below
 from proxydet.data.records import (
     DAMAGED_MASK,
     LABEL_LISTS,
@@ -60,6 +61,7 @@ from proxydet.files import (
     remembered_sha256,
     sha256,
     staged,
+    write_bytes,
 )
 from proxydet.paths import cache_folder
 from proxydet.reporting import SILENT, Progress
@@ -69,6 +71,7 @@ Format = Literal[
     "COCO JSON", "Pascal VOC", "YOLO", "labelme", "VGG VIA", "CVAT XML", "Label Studio JSON"
 ]
 _HEAD = 1 << 16
+_END = 1 << 12
 _REMEMBERED = 1 << 20
 """Bytes of a file from which its digest is remembered: labelme's hold the images too."""
 SNIFFED = 20
@@ -371,7 +374,7 @@ def _digest(source: AnnotationSource, memory: Path) -> str:
             with read_errors(file, error=DataError):
                 digests.append(f"{_called(file, source.path)} {_sha256(file, memory)}")
         listed = "\n".join(digests)
-        listed += f"\nimages {stamp(images)}" if images else ""
+        listed += f"\nimages {_stamp(images, memory)}" if images else ""
         whole = hashlib.sha256(listed.encode("utf-8", "surrogateescape")).hexdigest()
     if found == "Pascal VOC" and voc.first_pixel(source.path) == 0:  # which other files decide
         whole = hashlib.sha256(f"{whole} from 0".encode()).hexdigest()
@@ -380,6 +383,46 @@ def _digest(source: AnnotationSource, memory: Path) -> str:
     return hashlib.sha256(
         f"{whole} {source.part} {source.share} {source.seed}".encode()
     ).hexdigest()
+
+
+def _stamp(named: Iterable[tuple[str, Path]], memory: Path) -> str:
+    """Return a digest of images whose sizes are read: of their names and lengths, and of their first and last 4 KB.
+
+    There formats say how large an image is and which way it is turned. It is the same wherever the images lie, and
+    remembered for as long as their names, lengths and times are the same.
+
+    Args:
+        named: What each image is called, and where it is.
+        memory: As for `_digest`.
+    """
+    there: list[tuple[str, Path]] = []
+    listed = hashlib.sha256()
+    for name, path in named:
+        with suppress(OSError):
+            status = path.stat()
+            called = f"{name} {status.st_size}"
+            there.append((called, path))
+            listed.update(f"{called} {status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+    note = memory / f"{listed.hexdigest()[:32]}.images"
+    with suppress(OSError), open_regular(note) as file:
+        if len(known := file.read(65)) == 64:
+            return known.decode("ascii", "replace")
+
+    def ends(path: Path) -> bytes:
+        with suppress(OSError), open_regular(path) as file:
+            start = file.read(_END)
+            file.seek(max(file.seek(0, 2) - _END, 0))
+            return start + file.read(_END)
+        return b""
+
+    found = hashlib.sha256()
+    with ThreadPoolExecutor(8) as pool:
+        for start in range(0, len(there), 1024):
+            some = there[start : start + 1024]
+            for (called, _), data in zip(some, pool.map(ends, [p for _, p in some]), strict=True):
+                found.update(f"{called}\n".encode("utf-8", "surrogateescape") + data)
+    write_bytes(note, found.hexdigest().encode(), durable=False)
+    return found.hexdigest()
 
 
 def _called(file: Path, above: Path) -> str:

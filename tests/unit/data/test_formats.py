@@ -21,7 +21,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from proxydet.data.check import check_path
-from proxydet.data.formats.label_studio import encode_brush
+from proxydet.data.formats.label_studio import decode_brush, encode_brush
 from proxydet.data.masks import decode
 from proxydet.data.sources import look
 from proxydet.data.store import AnnotationSource, AnnotationStore
@@ -925,3 +925,74 @@ def test_a_class_number_beyond_the_class_table_is_refused(tmp_path: Path) -> Non
     with pytest.raises(DataError, match=r"data\.yaml: names: 9000000") as caught:
         opened(path, tmp_path / "c")
     assert caught.value.hint
+
+
+# --- What a folder holds -----------------------------------------------------------------------------------------------
+
+
+def test_links_to_folders_are_searched_once(tmp_path: Path) -> None:
+    write_yolo(tmp_path / "elsewhere", "roboflow", {"train": "ab"})
+    root = tmp_path / "set"
+    root.mkdir()
+    (root / "export").symlink_to(tmp_path / "elsewhere" / "train", target_is_directory=True)
+    (tmp_path / "elsewhere" / "train" / "back").symlink_to(root, target_is_directory=True)
+    (root / "classes.txt").write_text("\n".join(NAMES))
+    ((_, source),) = look(root).parts.items()
+    store = AnnotationStore.open(source, cache=tmp_path / "c", warn=False)
+    assert found(store) == expected("a", "b")
+
+
+def test_what_a_search_passes_over_is_named(tmp_path: Path) -> None:
+    deep = tmp_path.joinpath(*"abcdefgh")
+    deep.mkdir(parents=True)
+    (deep / "instances.json").write_text('{"images": [], "categories": []}')
+    with pytest.raises(DataError, match=r"not searched: .*/a/b/c/d/e/f/g"):
+        look(tmp_path)
+    for number in range(25):
+        (tmp_path / f"{number:02}.json").write_text('{"settings": 1}')
+    write_yolo(tmp_path / "set", "plain", {"": "a"})
+    for number in range(70):
+        photo(tmp_path / "set" / "images" / f"of{number}" / "x.jpg", (4, 4))
+    unsearched = " ".join(look(tmp_path).unsearched)
+    assert "5 of the 25 .json files" in unsearched
+    report = check_path(tmp_path, cache=tmp_path / "c")
+    assert any("5 of the 25 .json files" in finding.text for finding in report[0].findings)
+
+
+def test_coco_with_thousands_of_categories_in_front_and_rows_after_empty_files_are_found(
+    tmp_path: Path,
+) -> None:
+    content = {
+        "categories": [{"id": i, "name": f"class {i}" * 4} for i in range(1, 3000)],
+        "images": [{"id": 1, "file_name": "a.jpg", "width": 40, "height": 30}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 3, "bbox": [1, 1, 5, 5]}],
+    }
+    (tmp_path / "coco").mkdir()
+    (tmp_path / "coco" / "instances.json").write_text(json.dumps(content))
+    assert look(tmp_path / "coco").format == "COCO JSON"
+    write_yolo(tmp_path / "yolo", "plain", {"": "ab"})
+    for number in range(25):
+        (tmp_path / "yolo" / "labels" / f"0{number}.txt").touch()
+    assert look(tmp_path / "yolo").format == "YOLO"
+
+
+def test_an_image_that_was_turned_in_place_is_seen(tmp_path: Path) -> None:
+    write_yolo(tmp_path, "plain", {"": "a"})
+    image = tmp_path / "images" / "a.bmp"
+    (tmp_path / "images" / "a.jpg").unlink()
+    photo(image, (40, 32))  # rows of BMP are padded to 4 bytes
+    before = AnnotationStore.path_for(tmp_path, cache=tmp_path / "c")
+    assert AnnotationStore.path_for(tmp_path, cache=tmp_path / "c") == before
+    length = image.stat().st_size
+    photo(image, (32, 40))
+    assert image.stat().st_size == length
+    assert AnnotationStore.path_for(tmp_path, cache=tmp_path / "c") != before
+
+
+def test_noise_instead_of_brush_strokes_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("proxydet.data.formats.label_studio.MOST_RUNS", 1000)
+    noise = np.random.default_rng(0).random((60, 60)) > 0.5
+    read = decode_brush(encode_brush(noise[:20]), (20, 60))
+    assert read is not None
+    assert np.array_equal(read, noise[:20])
+    assert decode_brush(encode_brush(noise), (60, 60)) is None

@@ -17,8 +17,8 @@ from proxydet.losses.config import LossConfig, MixupLossConfig
 from proxydet.modeling.boxes import Weights, deltas_between
 from proxydet.modeling.centernet import centernet_losses, zero_centernet_losses
 from proxydet.modeling.roi_heads import (
+    BatchObjects,
     BoxTrainingOutput,
-    GroundTruth,
     ImageLabelTrainingOutput,
     ImageStepOutput,
     MaskOutput,
@@ -115,7 +115,7 @@ def class_wise_mixup_loss(
     return config.weight * loss
 
 
-def mask_targets(output: MaskOutput, truth: GroundTruth) -> Tensor:
+def mask_targets(output: MaskOutput, truth: BatchObjects) -> Tensor:
     """Return each region's object cut out by its box and resized to the mask's size: float32 (P, S, S), 0 or 1.
 
     Polygons are rasterized on the CPU; their boxes go there in one piece for the whole batch, the one wait for the device.
@@ -126,7 +126,7 @@ def mask_targets(output: MaskOutput, truth: GroundTruth) -> Tensor:
     return _rasterize(rows_P6, truth, output.logits_PSS)
 
 
-def _rasterize(rows_P6: Tensor, truth: GroundTruth, logits_PSS: Tensor) -> Tensor:
+def _rasterize(rows_P6: Tensor, truth: BatchObjects, logits_PSS: Tensor) -> Tensor:
     """Draw the targets of regions, given on the CPU as box, image and object, for logits that lie elsewhere."""
     side, device = logits_PSS.shape[-1], logits_PSS.device
     parts = []
@@ -139,7 +139,7 @@ def _rasterize(rows_P6: Tensor, truth: GroundTruth, logits_PSS: Tensor) -> Tenso
     return torch.cat(parts) if parts else logits_PSS.new_zeros(0, side, side)
 
 
-def mask_loss(output: MaskOutput, truth: GroundTruth) -> Tensor:
+def mask_loss(output: MaskOutput, truth: BatchObjects) -> Tensor:
     """Return the mean binary cross-entropy over all cells; a zero connected to the head where there is no region."""
     if len(output.logits_PSS) == 0:
         return output.logits_PSS.sum() * 0

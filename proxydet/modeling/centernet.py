@@ -23,7 +23,7 @@ from proxydet.modeling.boxes import NmsInput, Regions, areas, cell_centres, supp
 from proxydet.modeling.config import CenterNetLossConfig, ProposalConfig
 
 if TYPE_CHECKING:
-    from proxydet.modeling.roi_heads import GroundTruth
+    from proxydet.modeling.roi_heads import BatchObjects
 
 # Boxes are widened to this many pixels, so that none is empty.
 _SMALLEST_SIDE = 0.01
@@ -351,7 +351,7 @@ def _regression(
 
 
 def centernet_losses(
-    output: CenterNetOutput, truth: GroundTruth, config: CenterNetLossConfig
+    output: CenterNetOutput, truth: BatchObjects, config: CenterNetLossConfig
 ) -> dict[str, Tensor]:
     """Return the three losses of a box batch.
 

@@ -25,9 +25,9 @@ from proxydet.modeling.postprocess import (
     detect_classes,
 )
 from proxydet.modeling.roi_heads import (
+    BatchObjects,
     BoxTrainingOutput,
     FeatureBatch,
-    GroundTruth,
     ImageLabelTrainingOutput,
     RoiHeads,
     TrainingClasses,
@@ -239,7 +239,7 @@ class ProxyDetNetwork(nn.Module):
         features: dict[str, Tensor],
         generator: torch.Generator | None,
     ) -> BoxTrainingOutput:
-        truth = GroundTruth.from_instances(batch.instances, self.device)
+        truth = BatchObjects.from_instances(batch.instances, self.device)
         centernet = self.proposal_generator(list(features.values()))
         regions = self.proposal_generator.propose(centernet)
         pooled_maps = self._feature_batch(features, images)

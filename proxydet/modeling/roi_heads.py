@@ -461,7 +461,7 @@ class RoiHeads(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroundTruth:
+class BatchObjects:
     """The objects of a batch of images.
 
     Attributes:
@@ -481,7 +481,7 @@ class GroundTruth:
     masked_BG: Tensor
 
     @classmethod
-    def from_instances(cls, instances: tuple[Instances, ...], device: torch.device) -> GroundTruth:
+    def from_instances(cls, instances: tuple[Instances, ...], device: torch.device) -> BatchObjects:
         """Collect ``gt_boxes``, ``gt_classes`` and (where there) ``gt_masks`` of every image, on one device.
 
         Every object of an image with ``gt_masks`` has a mask, unless ``gt_masked`` (bool) says otherwise.
@@ -525,21 +525,21 @@ class Assignment:
     labels_BR: Tensor
     objects_BR: Tensor
 
-    def boxes_from(self, truth: GroundTruth) -> Tensor:
+    def boxes_from(self, truth: BatchObjects) -> Tensor:
         """Return the box of each region's object: (B, R, 4), zeros where the image has none."""
         if truth.boxes_BG4.shape[1] == 0:
             return truth.boxes_BG4.new_zeros(*self.labels_BR.shape, 4)
         index_BR4 = self.objects_BR[:, :, None].expand(-1, -1, 4)
         return truth.boxes_BG4.gather(1, index_BR4)
 
-    def masked_from(self, truth: GroundTruth) -> Tensor:
+    def masked_from(self, truth: BatchObjects) -> Tensor:
         """Return whether each region's object has a mask: bool (B, R), False where the image has no object."""
         if truth.masked_BG.shape[1] == 0:
             return torch.zeros_like(self.labels_BR, dtype=torch.bool)
         return truth.masked_BG.gather(1, self.objects_BR)
 
 
-def match(regions: Regions, truth: GroundTruth, threshold: float, classes: int) -> Assignment:
+def match(regions: Regions, truth: BatchObjects, threshold: float, classes: int) -> Assignment:
     """Give each region the class of the object that it overlaps most.
 
     Args:
@@ -562,7 +562,7 @@ def match(regions: Regions, truth: GroundTruth, threshold: float, classes: int) 
     )
 
 
-def append_ground_truth(regions: Regions, truth: GroundTruth) -> Regions:
+def append_ground_truth(regions: Regions, truth: BatchObjects) -> Regions:
     """Return the regions with every object's own box added at the end of its image."""
     objectness_BG = torch.full_like(truth.boxes_BG4[:, :, 0], GROUND_TRUTH_OBJECTNESS)
     return Regions(
@@ -720,7 +720,7 @@ class BoxTrainingOutput:
     """
 
     centernet: CenterNetOutput
-    truth: GroundTruth
+    truth: BatchObjects
     steps: tuple[StepOutput, ...]
     mixup: MixupOutput | None
     masks: MaskOutput | None
@@ -768,7 +768,7 @@ TrainingOutput: TypeAlias = BoxTrainingOutput | ImageLabelTrainingOutput
 def sample_regions(
     config: CascadeConfig,
     regions: Regions,
-    truth: GroundTruth,
+    truth: BatchObjects,
     classes: int,
     generator: torch.Generator | None,
 ) -> tuple[Regions, Assignment]:
@@ -790,7 +790,7 @@ def box_steps(
     batch: FeatureBatch,
     regions: Regions,
     assignment: Assignment,
-    truth: GroundTruth,
+    truth: BatchObjects,
     *,
     classes: int,
 ) -> tuple[tuple[StepOutput, ...], MixupOutput | None]:
@@ -834,7 +834,7 @@ def _mixup_step(
     heads: RoiHeads,
     batch: FeatureBatch,
     regions: Regions,
-    truth: GroundTruth,
+    truth: BatchObjects,
     classes: int,
     pooled_NCSS: Tensor,
 ) -> MixupOutput | None:
@@ -863,7 +863,7 @@ def mask_step(
     batch: FeatureBatch,
     regions: Regions,
     assignment: Assignment,
-    truth: GroundTruth,
+    truth: BatchObjects,
     classes: int,
 ) -> MaskOutput:
     """Predict masks for the regions that stand for an object which has a mask."""

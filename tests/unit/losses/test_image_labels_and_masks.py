@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import normalize
 
 from proxydet.losses.criterion import image_label_loss, image_label_targets, mask_loss, mask_targets
-from proxydet.modeling.roi_heads import GroundTruth, ImageStepOutput, MaskOutput
+from proxydet.modeling.roi_heads import BatchObjects, ImageStepOutput, MaskOutput
 
 
 def test_targets_hold_every_label_once():
@@ -38,7 +38,7 @@ def test_the_image_label_loss_equals_the_slow_one(bias):
 
 @pytest.mark.parametrize("kind", ["polygons", "bitmaps"])
 def test_mask_targets_are_cut_from_the_right_object(tiny, kind):
-    truth = GroundTruth.from_instances(tiny.box_batch(kind).instances, torch.device("cpu"))
+    truth = BatchObjects.from_instances(tiny.box_batch(kind).instances, torch.device("cpu"))
     # The second object of the first image from its own box, the first one from a box twice as wide, and the object of the
     # second image.
     output = MaskOutput(
@@ -57,7 +57,7 @@ def test_mask_targets_are_cut_from_the_right_object(tiny, kind):
 
 
 def test_no_object_is_zero_and_connected(tiny):
-    truth = GroundTruth.from_instances(tiny.empty_batch().instances, torch.device("cpu"))
+    truth = BatchObjects.from_instances(tiny.empty_batch().instances, torch.device("cpu"))
     logits = torch.zeros(0, 8, 8, requires_grad=True)
     nothing = torch.zeros(0, dtype=torch.int64)
     output = MaskOutput(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from proxydet.modeling import roi_heads
 from proxydet.modeling.boxes import Regions
-from proxydet.modeling.roi_heads import Assignment, GroundTruth
+from proxydet.modeling.roi_heads import Assignment, BatchObjects
 
 CLASSES = 7
 
@@ -34,7 +34,7 @@ def some_boxes(images: int, count: int, seed: int) -> torch.Tensor:
 
 
 def test_ground_truth_is_padded(tiny):
-    truth = GroundTruth.from_instances(tiny.box_batch().instances, torch.device("cpu"))
+    truth = BatchObjects.from_instances(tiny.box_batch().instances, torch.device("cpu"))
     assert truth.counts == (3, 1)
     assert truth.valid_BG.tolist() == [[True, True, True], [True, False, False]]
     assert truth.classes_BG.tolist() == [[0, 3, 0], [4, 0, 0]]
@@ -42,7 +42,7 @@ def test_ground_truth_is_padded(tiny):
 
 
 def test_matching_equals_detectron2s(tiny):
-    truth = GroundTruth.from_instances(tiny.box_batch().instances, torch.device("cpu"))
+    truth = BatchObjects.from_instances(tiny.box_batch().instances, torch.device("cpu"))
     regions = regions_of(torch.cat([some_boxes(2, 200, 0), truth.boxes_BG4[:, :1]], dim=1))
     assignment = roi_heads.match(regions, truth, 0.4, CLASSES)
     matcher = Matcher([0.4], [0, 1])
@@ -56,7 +56,7 @@ def test_matching_equals_detectron2s(tiny):
 
 
 def test_without_objects_all_is_background(tiny):
-    truth = GroundTruth.from_instances(tiny.empty_batch().instances, torch.device("cpu"))
+    truth = BatchObjects.from_instances(tiny.empty_batch().instances, torch.device("cpu"))
     regions = regions_of(some_boxes(1, 5, 0), torch.tensor([[True] * 4 + [False]]))
     assignment = roi_heads.match(regions, truth, 0.5, CLASSES)
     assert assignment.labels_BR.tolist() == [[CLASSES] * 4 + [roi_heads.PADDING]]
@@ -65,7 +65,7 @@ def test_without_objects_all_is_background(tiny):
 
 def test_a_padded_object_matches_nothing():
     # The second image has no object; its padding must not become one, even where any overlap is enough.
-    truth = GroundTruth(
+    truth = BatchObjects(
         boxes_BG4=torch.tensor([[[0.0, 0.0, 10.0, 10.0]], [[0.0, 0.0, 0.0, 0.0]]]),
         classes_BG=torch.tensor([[5], [0]]),
         valid_BG=torch.tensor([[True], [False]]),
@@ -79,7 +79,7 @@ def test_a_padded_object_matches_nothing():
 
 
 def test_ground_truth_joins_with_the_published_objectness(tiny):
-    truth = GroundTruth.from_instances(tiny.box_batch().instances, torch.device("cpu"))
+    truth = BatchObjects.from_instances(tiny.box_batch().instances, torch.device("cpu"))
     joined = roi_heads.append_ground_truth(regions_of(some_boxes(2, 4, 0)), truth)
     assert joined.valid_BR.tolist() == [[True] * 7, [True] * 5 + [False] * 2]
     assert joined.objectness_BR[0, 4:].tolist() == pytest.approx([23.0258] * 3, abs=1e-3)

@@ -57,7 +57,7 @@ class FoundData:
         parts: What belongs to ``train``, ``val`` and ``test``, or to ``""`` where nothing is split.
         left_out: Annotations that belong to no part while others do: files, folders, subsets of a CVAT project.
         damaged: Files that cannot be annotations, by their first bytes, each with the reason.
-        unsearched: What was not looked into, because there is too much of it.
+        unsearched: What was not searched, because there is too much of it.
     """
 
     format: Format

@@ -372,7 +372,9 @@ def _digest(source: AnnotationSource, memory: Path) -> str:
         digests = []
         for file in files:
             with read_errors(file, error=DataError):
-                digests.append(f"{_called(file, source.path)} {_sha256(file, memory)}")
+                small = file.stat().st_size < _REMEMBERED
+                own = sha256(file) if small else remembered_sha256(file, memory, error=DataError)
+            digests.append(f"{_called(file, source.path)} {own}")
         listed = "\n".join(digests)
         listed += f"\nimages {_stamp(images, memory)}" if images else ""
         whole = hashlib.sha256(listed.encode("utf-8", "surrogateescape")).hexdigest()
@@ -428,12 +430,6 @@ def _stamp(named: Iterable[tuple[str, Path]], memory: Path) -> str:
 def _called(file: Path, above: Path) -> str:
     inside = file != above and file.is_relative_to(above)
     return file.relative_to(above).as_posix() if inside else file.name
-
-
-def _sha256(file: Path, memory: Path) -> str:
-    if file.stat().st_size < _REMEMBERED:
-        return sha256(file)
-    return remembered_sha256(file, memory, error=DataError)
 
 
 def _below(roots: Sequence[Path]) -> list[tuple[str, Path]]:

@@ -441,7 +441,7 @@ def test_a_sound_set_is_sound_trained_and_scored(
 def test_check_says_what_the_commands_do(
     commands: Commands, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    run_examples(commands, tmp_path_factory, 6)
+    run_examples(commands, tmp_path_factory, 4)
 
 
 @pytest.mark.slow

@@ -197,7 +197,7 @@ def _loose_category(
 
 
 class _Class(msgspec.Struct, rename={"label": "LabelName", "children": "Subcategory"}):
-    label: str = ""
+    label: str
     children: list[_Class] = []
 
 

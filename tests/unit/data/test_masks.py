@@ -37,7 +37,7 @@ def test_large_masks_whose_runs_need_many_characters():
 
 
 @given(masks, st.binary(min_size=0, max_size=30))
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 def test_sound_means_that_the_runs_fill_the_image(mask, noise):
     """Any bytes: where they are called sound, decoding them gives the area that was measured."""
     height, width = mask.shape

@@ -699,7 +699,7 @@ loose_image = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150)
+@settings(max_examples=75)
 @given(
     st.lists(st.one_of(loose_image, st.just(IMAGE), anything), max_size=4),
     st.lists(st.one_of(loose_annotation, anything), max_size=8),
@@ -736,7 +736,7 @@ def test_nothing_is_lost_silently(
             assert all(len(p) >= 6 and np.isfinite(p).all() for p in store.polygons(row))
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(st.binary(max_size=60))
 @example(b"I\xe0\x15")  # the beginning of Infinity, then nothing: a reader never ended on it
 @example(b"-I")

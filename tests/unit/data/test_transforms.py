@@ -85,7 +85,7 @@ def slow_view(pixels: np.ndarray, view: View) -> np.ndarray:
     return part[:, ::-1] if view.mirrored else part
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(
     height=st.integers(1, 90),
     width=st.integers(1, 90),

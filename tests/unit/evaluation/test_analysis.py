@@ -150,7 +150,7 @@ def overlap(first: list[float], second: list[float]) -> float:
     return both / union if union else 0.0
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 2**32 - 1), federated=st.booleans(), kind=st.sampled_from(["bbox", "segm"])
 )
@@ -249,7 +249,7 @@ def test_recall_of_boxes_on_federated_annotations_counts_every_detection(make_se
     assert recall.average == 1
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 2**32 - 1), federated=st.booleans(), per_image=st.integers(1, 60))
 def test_recall_of_boxes_is_that_of_our_own_matches(make_set, seed, federated, per_image):
     """The slow way: all classes as one, matched here; boxes that cover nothing take their place among the best."""

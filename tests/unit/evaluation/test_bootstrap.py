@@ -38,7 +38,7 @@ def weighted(evaluation: Evaluation, kind: str) -> WeightedPrecision:
     return WeightedPrecision(evaluation.scored[kind].matches, len(evaluation.truth.category_ids))
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 2**32 - 1),
     federated=st.booleans(),

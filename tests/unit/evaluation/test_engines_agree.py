@@ -69,7 +69,7 @@ def test_official_numbers_on_real_annotations(sample, name, engine):
         assert by_id == pytest.approx(expected[f"{kind}_per_category_AP"], abs=TOLERANCE)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 2**32 - 1),
     images=st.integers(1, 8),

@@ -27,7 +27,7 @@ from proxydet.evaluation.evaluate import check_protocol
 from proxydet.evaluation.report import Report
 from proxydet.evaluation.split import DescribedSplit
 from proxydet.files import JsonLines, write_json, write_text
-from proxydet.recipes import RunConfig
+from proxydet.recipes import RunConfig, get_recipe
 from proxydet.reporting import SILENT, Progress
 from proxydet.training.checkpoint import step_of
 from proxydet.training.distributed import launched_rank
@@ -35,6 +35,7 @@ from proxydet.training.logs import best_of, iteration_of, read_evaluations, read
 from proxydet.training.runfolder import (
     Resume,
     RunFolder,
+    earlier_run,
     is_whole,
     keep_weights,
     read_last_iteration,
@@ -42,6 +43,7 @@ from proxydet.training.runfolder import (
 )
 from proxydet.training.train import Evaluate, TrainResult, train
 from proxydet.visualization.plots import loss_plot, save_figure
+from proxydet.visualization.reference import read_reference
 
 if TYPE_CHECKING:
     from torch import nn
@@ -225,7 +227,41 @@ def plot_run(folder: RunFolder, *, again: bool = True) -> list[Path]:
     return written
 
 
-def _curves(points: Iterable[tuple[int, dict[str, float]]]) -> Curves:
+def plot_reference(folder: RunFolder, log: Path) -> Path:
+    """Plot a run's losses next to those of a detectron2 log, into ``plots/reference.png``.
+
+    Iterations are those of the recipe's number of batches a step, which a published log counts too: a run of fewer has more of them.
+
+    Args:
+        folder: The run folder, of a run that began.
+        log: What `read_reference` reads.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        DataError: The log cannot be used.
+    """
+    reference = read_reference(log)
+    run = earlier_run(folder, RunConfig)
+    stretch = 1.0
+    if run is not None and run.config.training.scaling == "linear":
+        recipe = get_recipe(run.config.recipe).training
+        stretch = run.config.training.replicas / recipe.replicas
+    steps = read_steps(JsonLines(folder.metrics))
+    curves = _curves((record["iteration"] * stretch, record["losses"]) for record in steps)
+    if not set(curves) & set(reference):
+        logger.warning(
+            "no loss of %s has a name of this run's: %s", log, ", ".join(sorted(reference)[:8])
+        )
+    # What both have comes first.
+    names = sorted(curves, key=lambda name: name not in reference)
+    path = folder.plots / "reference.png"
+    save_figure(loss_plot({name: curves[name] for name in names}, reference=reference), path)
+    return path
+
+
+def _curves(points: Iterable[tuple[float, dict[str, float]]]) -> Curves:
     """Return one curve for each name from values by iteration."""
     curves: Curves = {}
     for iteration, values in points:

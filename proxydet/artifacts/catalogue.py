@@ -88,9 +88,9 @@ class Unpack:
 class Content:
     """What a file without a published digest must hold."""
 
-    kind: Literal["checkpoint", "tensors", "image-tar"]
+    kind: Literal["checkpoint", "tensors", "image-tar", "training-log"]
     """``checkpoint``: tensors of a published model; ``tensors``: any readable checkpoint; ``image-tar``: a tar of
-    image files."""
+    image files; ``training-log``: losses in a format of detectron2."""
     layout: Literal["r50", "swinb"] | None = None
     """The published model whose tensor names and shapes a checkpoint must have."""
     mixup_branch: bool = False

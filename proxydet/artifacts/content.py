@@ -27,7 +27,7 @@ _IMAGES = (".jpeg", ".jpg", ".png")
 def sees_every_byte(artifact: Artifact) -> bool:
     """Return whether `check_content` would notice any changed byte, because the format carries check sums."""
     if artifact.content is not None:
-        return artifact.content.kind != "image-tar"
+        return artifact.content.kind not in ("image-tar", "training-log")
     return artifact.unpack is not None and artifact.file_name.endswith(("gz", "tgz"))
 
 
@@ -38,6 +38,10 @@ def check_content(artifact: Artifact, path: Path) -> str:
         ProxydetError: It is not what the catalogue says.
     """
     content = artifact.content
+    if content is not None and content.kind == "training-log":
+        from proxydet.visualization.reference import read_reference
+
+        return counted(len(read_reference(path)), "loss", "losses")
     if content is not None and content.kind != "image-tar":
         return _check_checkpoint(path, content)
     if content is None and (artifact.unpack is None or artifact.file_name.endswith(".zip")):

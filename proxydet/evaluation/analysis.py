@@ -78,16 +78,33 @@ class Calibration:
     error: float | None
 
 
-def break_down_errors(scored: Scored) -> ErrorBreakdown:
-    """Count errors by kind, and what each kind costs.
+@dataclass(frozen=True, kw_only=True)
+class ErrorKinds:
+    """Of what kind each wrong detection is, and which objects are missed.
+
+    Attributes:
+        kinds_S: For each kind of wrong detection a bool array (S,).
+        aim_S: int64 (S,), the annotation (in [0, G)) that a badly placed detection, or one of another class, should have found; -1
+            for all others.
+        found_G: bool (G,), annotations that a detection found.
+        missed_G: bool (G,), annotations that no detection found or came near.
+    """
+
+    kinds_S: Mapping[str, NDArray[np.bool_]]
+    aim_S: NDArray[np.int64]
+    found_G: NDArray[np.bool_]
+    missed_G: NDArray[np.bool_]
+
+
+def error_kinds(scored: Scored) -> ErrorKinds:
+    """Sort the errors by kind; see `ErrorBreakdown`.
 
     Args:
         scored: The result of scoring boxes or masks.
     """
-    matches, categories = scored.matches, len(scored.truth.category_ids)
-    pairs, selection = matches.pairs, matches.selection
-    category_S, score_S = selection.category_S, selection.score_S
-    right_S, wrong_S = right_and_wrong(matches)
+    matches = scored.matches
+    pairs, category_S = matches.pairs, matches.selection.category_S
+    _, wrong_S = right_and_wrong(matches)
     counts_G = matches.counts_GA[:, 0]
     crowd_G = scored.truth.ann_crowd_A[matches.ann_index_G] & (scored.truth.protocol == "coco")
     taken = matches.annotation_N[matches.state_NAT[:, 0, 0] != UNMATCHED]
@@ -122,12 +139,27 @@ def break_down_errors(scored: Scored) -> ErrorBreakdown:
     rest_S = wrong_S
     for kind, fits_S in kinds_S.items():
         kinds_S[kind], rest_S = rest_S & fits_S, rest_S & ~fits_S
-    # What a badly placed detection, or one of another class, should have found, where that is still to be found.
     aim_S = np.where(kinds_S["localisation"], own_annotation_S, -1)
     aim_S = np.where(kinds_S["classification"], other_annotation_S, aim_S)
     missed_G = counts_G & ~taken_G
     missed_G[aim_S[aim_S >= 0]] = False
-    aimed = np.flatnonzero((aim_S >= 0) & (counts_G & ~taken_G)[aim_S])
+    return ErrorKinds(kinds_S=kinds_S, aim_S=aim_S, found_G=taken_G, missed_G=missed_G)
+
+
+def break_down_errors(scored: Scored) -> ErrorBreakdown:
+    """Count errors by kind, and what each kind costs.
+
+    Args:
+        scored: The result of scoring boxes or masks.
+    """
+    matches, categories = scored.matches, len(scored.truth.category_ids)
+    category_S, score_S = matches.selection.category_S, matches.selection.score_S
+    right_S, wrong_S = right_and_wrong(matches)
+    errors = error_kinds(scored)
+    kinds_S, aim_S, missed_G = errors.kinds_S, errors.aim_S, errors.missed_G
+    counts_G = matches.counts_GA[:, 0]
+    # What should have been found, where that is still to be found.
+    aimed = np.flatnonzero((aim_S >= 0) & (counts_G & ~errors.found_G)[aim_S])
     aimed = aimed[np.lexsort((-score_S[aimed], aim_S[aimed]))]
     mended_S = np.zeros(len(score_S), dtype=bool)
     mended_S[aimed[np.diff(aim_S[aimed], prepend=-1) != 0]] = True

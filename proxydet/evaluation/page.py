@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import msgspec
 import numpy as np
-from hotcoco import mask as coco_mask
 from numpy.typing import NDArray
 from PIL import Image
 
 from proxydet.data.config import PROTOCOL_NAMES
 from proxydet.data.images import Pixels
 from proxydet.data.records import Identifier
-from proxydet.evaluation.analysis import Analysis, Calibration, ErrorBreakdown, right_and_wrong
+from proxydet.errors import DataError
+from proxydet.evaluation.analysis import Analysis, Calibration, ErrorBreakdown, error_kinds
 from proxydet.evaluation.evaluate import Evaluation, Scored
 from proxydet.evaluation.report import (
     IOU_TYPE_NAMES,
-    CategoryScore,
     Interval,
     Report,
     TypeReport,
@@ -31,7 +30,7 @@ from proxydet.evaluation.report import (
 )
 from proxydet.evaluation.scoring import FREQUENCY_NAMES, RECALL_THRESHOLDS_R
 from proxydet.files import write_bytes, write_text
-from proxydet.visualization.drawing import DrawnObject, draw_objects
+from proxydet.visualization.drawing import COLOURS, DrawingStyle, DrawnObject, draw_objects
 from proxydet.visualization.plots import PALETTE, bar_plot, precision_recall_plot, svg_of
 from proxydet.visualization.report import (
     CaptionedImage,
@@ -43,8 +42,14 @@ from proxydet.visualization.report import (
 )
 from proxydet.visualization.report import Report as Page
 
-_SHOWN_CATEGORIES = 4
-_SHOWN_EXAMPLES = 2
+_SHOWN_ERRORS = 6
+"""Errors of each kind that the page shows."""
+_PANEL = 320
+"""Longest side of a crop, in pixels."""
+_LEAST_SCORE = 0.3
+_MOST_OBJECTS = 30
+"""Objects that are drawn on a crop."""
+_TRUTH, _WRONG = COLOURS[1], COLOURS[0]
 _SHORT_KINDS = {
     "classification": "wrong class",
     "localisation": "badly placed",
@@ -52,9 +57,9 @@ _SHORT_KINDS = {
 }
 """Names of kinds of errors that fit below a bar."""
 _AROUND = 2.5
-"""Sides of an image of an error, as a multiple of the objects' extent."""
-_LEAST_CLOSE_UP = 200
-"""The least sides of such an image, in pixels."""
+"""Sides of a crop, as a multiple of the object's extent."""
+_LEAST_CLOSE_UP = 120
+"""The least sides of a crop, in pixels of the image."""
 
 ImageReader = Callable[[Identifier], Pixels]
 
@@ -108,8 +113,8 @@ def _page(
         sections.append(_errors(analysis.errors, report))
     if analysis.calibration is not None:
         sections.append(_calibration(analysis.calibration, report))
-    if read is not None and evaluation.main is not None:
-        sections += _examples(evaluation, evaluation.main, read)
+    if evaluation.main is not None:
+        sections += _gallery(evaluation, evaluation.main, read)
     shown = [Command(command=command, does=does) for command, does in commands.items()]
     if shown:
         sections.append(Section(title="Next", commands=shown))
@@ -186,8 +191,8 @@ def _scores(report: Report) -> Section:
         title="Scores",
         text=text,
         tables=[
-            _table(metric_rows(report)),
-            *([_table(group_rows(report))] if report.main.groups else []),
+            _table(metric_rows(report, digits=12)),
+            *([_table(group_rows(report, digits=12))] if report.main.groups else []),
         ],
         plots=[svg_of(bar_plot(bars, label="AP", errors=spreads))] if bars else [],
     )
@@ -311,210 +316,200 @@ def _spread(interval: Interval | None) -> str:
     return "" if interval is None else f" ± {_half(interval):.1f}"
 
 
-# -- images of errors --------------------------------------------------------------------------------------------------
+# -- the error gallery -------------------------------------------------------------------------------------------------
 
-
-def _examples(evaluation: Evaluation, scored: Scored, read: ImageReader) -> list[Section]:
-    best, worst = extreme_categories(evaluation.report.per_class(), _SHOWN_CATEGORIES)
-    return [
-        Section(
-            title=title,
-            text=text,
-            images=[
-                draw_example(evaluation, example, category, read)
-                for category in categories
-                for example in choose(scored, category, _SHOWN_EXAMPLES)
-            ],
-        )
-        for title, text, categories, choose in (
-            ("The best categories", "", best, best_examples),
-            (
-                "The worst categories",
-                "Wrong detections with the highest scores, and annotated objects that nothing found.",
-                worst,
-                worst_examples,
-            ),
-        )
-    ]
+Examples = dict[str, list["Example"]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A detection or annotation that the page shows.
+    """An error that the page shows.
 
     Attributes:
-        kind: ``found``: a right detection; ``false``: a wrong one; ``missed``: an annotation that nothing found.
         image: Number of the image.
-        detection: Number of the detection among all; -1 for what was missed.
-        annotation: Number of the annotation; -1 for wrong detections.
+        detection: Number of the wrong detection among all; -1 for what was missed.
+        annotation: Number of the annotation that was missed or taken for another class; -1 for other wrong detections.
     """
 
-    kind: Literal["found", "false", "missed"]
     image: int
     detection: int = -1
     annotation: int = -1
 
 
-def extreme_categories(
-    scores: tuple[CategoryScore, ...], number: int, least_annotations: int = 3
-) -> tuple[list[int], list[int]]:
-    """Return the positions of the best and of the worst categories, no category being in both.
+def worst_errors(scored: Scored, number: int) -> Examples:
+    """Return the errors that are worth to be seen first, at most one an image and kind.
 
     Args:
-        scores: All categories.
-        number: How many of each.
-        least_annotations: Categories with fewer are passed over, unless too few are left: their AP says little.
+        scored: The result of scoring boxes or masks.
+        number: Most of each kind.
+
+    Returns:
+        By kind: ``false``, wrong detections with the highest scores; ``missed``, the largest objects that no detection comes near;
+        ``confused``, detections of objects of another class, with the highest scores.
     """
-    measured = [index for index, score in enumerate(scores) if score.ap is not None]
-    weighty = [index for index in measured if scores[index].annotations >= least_annotations]
-    chosen = weighty if len(weighty) >= 2 * number else measured
-    ordered = sorted(chosen, key=lambda index: (scores[index].ap or 0.0, scores[index].name))
-    worst = ordered[: min(number, len(ordered) // 2)]
-    best = ordered[len(worst) :][::-1][:number]
-    return best, worst
-
-
-def best_examples(scored: Scored, category: int, number: int) -> list[Example]:
-    """Return a category's right detections with the highest scores, from different images."""
-    right_S, _ = right_and_wrong(scored.matches)
-    matches = scored.matches
-    annotation_S = np.full(len(matches.selection), -1, dtype=np.int64)
-    annotation_S[matches.near_N] = matches.annotation_N
-    return [
-        Example(
-            kind="found",
-            image=int(matches.selection.image_S[index]),
-            detection=int(matches.selection.detection_S[index]),
-            annotation=int(annotation_S[index]),
-        )
-        for index in _top_of_images(scored, right_S, category, number)
-    ]
-
-
-def worst_examples(scored: Scored, category: int, number: int) -> list[Example]:
-    """Return a category's errors: its wrong detections with the highest scores, and annotations that were missed."""
-    _, wrong_S = right_and_wrong(scored.matches)
-    matches = scored.matches
-    false = [
-        Example(
-            kind="false",
-            image=int(matches.selection.image_S[index]),
-            detection=int(matches.selection.detection_S[index]),
-        )
-        for index in _top_of_images(scored, wrong_S, category, number)
-    ]
-    found = matches.annotation_N[matches.state_NAT[:, 0, 0] > 0]
-    missed_G = (
-        (matches.ann_category_G == category)
-        & matches.counts_GA[:, 0]
-        & ~np.isin(matches.ann_index_G, found)
+    matches, errors = scored.matches, error_kinds(scored)
+    selection = matches.selection
+    confused_S = errors.kinds_S["classification"]
+    false_S = np.any(
+        [of for kind, of in errors.kinds_S.items() if kind != "classification"], axis=0
     )
+
+    def wrong(chosen_S: NDArray[np.bool_]) -> list[Example]:
+        return [
+            Example(
+                image=int(selection.image_S[index]),
+                detection=int(selection.detection_S[index]),
+                annotation=int(matches.ann_index_G[errors.aim_S[index]])
+                if confused_S[index]
+                else -1,
+            )
+            for index in _one_an_image(chosen_S, selection.score_S, selection.image_S, number)
+        ]
+
+    areas_A = scored.truth.ann_box_A4[:, 2] * scored.truth.ann_box_A4[:, 3]
+    areas_G, image_G = areas_A[matches.ann_index_G], matches.ann_image_G
     missed = [
-        Example(
-            kind="missed",
-            image=int(matches.ann_image_G[index]),
-            annotation=int(matches.ann_index_G[index]),
-        )
-        for index in np.flatnonzero(missed_G)
+        Example(image=int(image_G[index]), annotation=int(matches.ann_index_G[index]))
+        for index in _one_an_image(errors.missed_G, areas_G, image_G, number)
     ]
-    # Half of each kind where there is enough of both.
-    half = max(number - len(missed), (number + 1) // 2)
-    return [*false[:half], *missed][:number]
+    return {"false": wrong(false_S), "missed": missed, "confused": wrong(confused_S)}
 
 
-def draw_example(
-    evaluation: Evaluation, example: Example, category: int, read: ImageReader
-) -> CaptionedImage:
-    """Draw an example: the detection with its score, and the category's annotations.
+def _one_an_image(
+    chosen_X: NDArray[np.bool_],
+    order_X: NDArray[np.float64],
+    image_X: NDArray[np.int64],
+    number: int,
+) -> list[int]:
+    """Return the chosen ones that are highest in order, at most one an image."""
+    listed = np.flatnonzero(chosen_X)
+    listed = listed[np.argsort(-order_X[listed], kind="stable")]
+    _, first = np.unique(image_X[listed], return_index=True)
+    return [int(index) for index in listed[np.sort(first)][:number]]
+
+
+def _gallery(evaluation: Evaluation, scored: Scored, read: ImageReader | None) -> list[Section]:
+    """Crops of errors: ground truth next to prediction; without images a line that says so."""
+    title = "Errors: ground truth next to prediction"
+    if read is None:
+        text = "No images: only results and annotations were given. An evaluation with --data and --run shows crops of errors."
+        return [Section(title=title, text=text)]
+    sections, unread = [], ""
+    for kind, examples in worst_errors(scored, _SHOWN_ERRORS).items():
+        images = []
+        for example in examples:
+            try:
+                images.append(draw_error(evaluation, example, read))
+            except (DataError, KeyError) as error:
+                unread = f" Some images cannot be read: {error}"
+        heading, text = _KINDS[kind]
+        if examples:
+            sections.append(Section(title=heading, text=text + unread, images=images))
+    return sections or [Section(title=title, text="There are none.")]
+
+
+_KINDS = {
+    "false": (
+        "Errors: false detections",
+        "The wrong detections with the highest scores: on the left what is annotated there, on the right the detection.",
+    ),
+    "missed": (
+        "Errors: missed",
+        "The largest objects that no detection comes near: on the left the object, on the right what was detected there "
+        f"with a score of at least {_LEAST_SCORE}.",
+    ),
+    "confused": (
+        "Errors: taken for another class",
+        "The detections of objects of another class with the highest scores: on the left the object, on the right the detection.",
+    ),
+}
+
+
+def draw_error(evaluation: Evaluation, example: Example, read: ImageReader) -> CaptionedImage:
+    """Draw an error as two equal crops of its image, what is annotated next to what was detected.
 
     Args:
         evaluation: Annotations and detections.
         example: What to show.
-        category: Number of the category.
         read: Reads an image by its id.
+
+    Returns:
+        At most 2 x `_PANEL` + 8 pixels wide and `_PANEL` high.
 
     Raises:
         DataError: The image cannot be read.
     """
     truth, results = evaluation.truth, evaluation.results
-    name = truth.category_names[category]
-    image_id = truth.image_ids[example.image]
-    objects = []
-    if example.detection >= 0:
-        mask = results.mask_D[example.detection]
-        objects.append(
-            DrawnObject(
-                label=name,
-                box_xyxy=_corners(results.box_D4[example.detection]),
-                score=float(results.score_D[example.detection]),
-                mask_HW=_mask(results.masks[mask]) if mask >= 0 else None,
-            )
+    names, image_id = truth.category_names, truth.image_ids[example.image]
+    annotated = [int(index) for index in np.flatnonzero(truth.ann_image_A == example.image)]
+    if example.annotation >= 0:
+        annotated = [example.annotation]
+    detected = [example.detection]
+    if example.detection < 0:
+        confident_D = (results.image_D == example.image) & (results.score_D >= _LEAST_SCORE)
+        detected = [int(index) for index in np.flatnonzero(confident_D)][:_MOST_OBJECTS]
+    focus_4 = np.array(
+        _corners(
+            truth.ann_box_A4[example.annotation]
+            if example.detection < 0
+            else results.box_D4[example.detection]
         )
-    annotated = (truth.ann_image_A == example.image) & (truth.ann_category_A == category)
-    objects += [
-        DrawnObject(label=f"{name} (annotated)", box_xyxy=_corners(truth.ann_box_A4[index]))
-        for index in np.flatnonzero(annotated)
-        if example.annotation < 0 or index == example.annotation
-    ]
-    picture = draw_objects(*_close_up(Image.fromarray(read(image_id)), objects))
-    return CaptionedImage(
-        image=picture, caption=f"{name}: {_KINDS[example.kind]}, image {image_id}"
     )
-
-
-def _close_up(
-    image: Image.Image, objects: list[DrawnObject]
-) -> tuple[Image.Image, list[DrawnObject]]:
-    """Cut out what is to be seen with as much around it, and move the objects along; large objects keep the image."""
-    boxes_N4 = np.array([item.box_xyxy for item in objects])
-    low_2, high_2 = boxes_N4[:, :2].min(axis=0), boxes_N4[:, 2:].max(axis=0)
-    reach = max(float((high_2 - low_2).max()) * _AROUND, _LEAST_CLOSE_UP) / 2
-    size_2 = np.array(image.size)
-    middle_2 = (low_2 + high_2) / 2
+    image = Image.fromarray(read(image_id))
+    reach = max(float((focus_4[2:] - focus_4[:2]).max()) * _AROUND, _LEAST_CLOSE_UP) / 2
+    middle_2, size_2 = (focus_4[:2] + focus_4[2:]) / 2, np.array(image.size)
     start_2 = np.floor(np.clip(middle_2 - reach, 0, size_2 - 1)).astype(int)
     end_2 = np.ceil(np.clip(middle_2 + reach, start_2 + 1, size_2)).astype(int)
-    (left, top), (right, bottom) = start_2.tolist(), end_2.tolist()
-    moved = [
-        replace(
-            item,
-            box_xyxy=_moved(item.box_xyxy, left, top),
-            mask_HW=None
-            if item.mask_HW is None
-            else np.asarray(item.mask_HW)[top:bottom, left:right],
+    crop = image.crop((*start_2.tolist(), *end_2.tolist()))
+    scale = _PANEL / max(crop.size)
+    crop = crop.resize((max(round(crop.width * scale), 1), max(round(crop.height * scale), 1)))
+
+    def shown(box_4: NDArray[np.float64], **more: Any) -> list[DrawnObject]:
+        """The object, moved and scaled; nothing where it is outside the crop."""
+        box = (np.array(_corners(box_4)) - np.tile(start_2, 2)) * scale
+        low, high = np.maximum(box[:2], 0), np.minimum(box[2:], crop.size)
+        if (low >= high).any():
+            return []
+        return [DrawnObject(box_xyxy=(*low.tolist(), *high.tolist()), **more)]
+
+    truths = [
+        item
+        for index in annotated
+        for item in shown(
+            truth.ann_box_A4[index],
+            label=names[truth.ann_category_A[index]],
+            colour=_TRUTH,
         )
-        for item in objects
+    ][:_MOST_OBJECTS]
+    found = [
+        item
+        for index in detected
+        for item in shown(
+            results.box_D4[index],
+            label=names[results.category_D[index]],
+            score=float(results.score_D[index]),
+            colour=_WRONG if index == example.detection else None,
+        )
     ]
-    return image.crop((left, top, right, bottom)), moved
-
-
-def _moved(
-    box: tuple[float, float, float, float], left: int, top: int
-) -> tuple[float, float, float, float]:
-    return (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
-
-
-_KINDS = {"found": "found", "false": "false detection", "missed": "missed"}
-
-
-def _top_of_images(
-    scored: Scored, chosen_S: NDArray[np.bool_], category: int, number: int
-) -> list[int]:
-    """Return the chosen detections of a category with the highest scores, at most one an image."""
-    selection = scored.matches.selection
-    listed = np.flatnonzero(chosen_S & (selection.category_S == category))
-    listed = listed[np.argsort(-selection.score_S[listed], kind="stable")]
-    _, first = np.unique(selection.image_S[listed], return_index=True)
-    return [int(index) for index in listed[np.sort(first)][:number]]
+    style = DrawingStyle(shortest_edge=0, font_size=13)
+    both = Image.new("RGB", (2 * crop.width + 8, crop.height), "white")
+    both.paste(draw_objects(crop, truths, style), (0, 0))
+    both.paste(draw_objects(crop, found, style), (crop.width + 8, 0))
+    name = names[
+        truth.ann_category_A[example.annotation]
+        if example.detection < 0
+        else results.category_D[example.detection]
+    ]
+    if example.detection >= 0:
+        name += f" {float(results.score_D[example.detection]):.2f}"
+    if example.detection >= 0 and example.annotation >= 0:
+        name = f"{names[truth.ann_category_A[example.annotation]]} taken for {name}"
+    return CaptionedImage(image=both, caption=f"{name}, image {image_id}")
 
 
 def _corners(box_4: NDArray[np.float64]) -> tuple[float, float, float, float]:
     x, y, width, height = (float(side) for side in box_4)
     return (x, y, x + width, y + height)
-
-
-def _mask(rle: dict[str, object]) -> NDArray[np.bool_]:
-    decoded: NDArray[np.bool_] = np.asarray(coco_mask.decode(rle)).astype(bool)
-    return decoded
 
 
 # -- the scatter plot ---------------------------------------------------------------------------------------------------

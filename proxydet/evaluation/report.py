@@ -263,31 +263,31 @@ class Report:
 # -- tables, in percent -----------------------------------------------------------------------------------------------
 
 
-def metric_rows(report: Report) -> list[dict[str, Any]]:
+def metric_rows(report: Report, digits: int = 2) -> list[dict[str, Any]]:
     """One row a metric: its name, and for boxes and masks its value in percent with the interval's half width."""
     names = list(dict.fromkeys(name for part in report.types.values() for name in part.metrics))
     rows = []
     for name in names:
         row: dict[str, Any] = {"metric": report.metric_prefix + name}
         for kind, part in report.types.items():
-            row[IOU_TYPE_NAMES[kind]] = _percent(part.metrics.get(name))
+            row[IOU_TYPE_NAMES[kind]] = _percent(part.metrics.get(name), digits)
             if part.intervals:
-                row[f"{IOU_TYPE_NAMES[kind]} ±"] = _half_width(part.intervals.get(name))
+                row[f"{IOU_TYPE_NAMES[kind]} ±"] = _half_width(part.intervals.get(name), digits)
         rows.append(row)
     return rows
 
 
-def group_rows(report: Report) -> list[dict[str, Any]]:
+def group_rows(report: Report, digits: int = 2) -> list[dict[str, Any]]:
     """One row a set of categories, for boxes and masks."""
     return [
         {
             "classes": group.name,
             "of": IOU_TYPE_NAMES[kind],
             "scored": group.scored,
-            f"{report.metric_prefix}AP": _percent(group.ap),
-            **_spread(part, f"{group.name}/AP", "AP ±"),
-            f"{report.metric_prefix}AP50": _percent(group.ap50),
-            **_spread(part, f"{group.name}/AP50", "AP50 ±"),
+            f"{report.metric_prefix}AP": _percent(group.ap, digits),
+            **_spread(part, f"{group.name}/AP", "AP ±", digits),
+            f"{report.metric_prefix}AP50": _percent(group.ap50, digits),
+            **_spread(part, f"{group.name}/AP50", "AP50 ±", digits),
         }
         for kind, part in report.types.items()
         for group in part.groups
@@ -343,13 +343,13 @@ def _verdict(row: Difference) -> str:
     return "B is better" if row.difference > 0 else "A is better"
 
 
-def _spread(part: TypeReport, name: str, column: str) -> dict[str, float | None]:
-    return {column: _half_width(part.intervals.get(name))} if part.intervals else {}
+def _spread(part: TypeReport, name: str, column: str, digits: int) -> dict[str, float | None]:
+    return {column: _half_width(part.intervals.get(name), digits)} if part.intervals else {}
 
 
-def _percent(value: float | None) -> float | None:
-    return None if value is None else round(100 * value, 2)
+def _percent(value: float | None, digits: int = 2) -> float | None:
+    return None if value is None else round(100 * value, digits)
 
 
-def _half_width(interval: Interval | None) -> float | None:
-    return None if interval is None else round(50 * (interval.high - interval.low), 2)
+def _half_width(interval: Interval | None, digits: int) -> float | None:
+    return None if interval is None else round(50 * (interval.high - interval.low), digits)

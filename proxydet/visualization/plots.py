@@ -29,6 +29,7 @@ Curve = Sequence[tuple[float, float]]
 PALETTE = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#0ea5b7", "#b08900", "#ec4899")
 """Middle tones that stand out from white and from near-black."""
 
+_REFERENCE = "#808080"
 # Curves of up to this many points show them.
 _FEW_POINTS = 20
 # Characters that a panel of `loss_plot` is wide.
@@ -60,12 +61,18 @@ _SETTINGS = {
 }
 
 
-def loss_plot(curves: Mapping[str, Curve], *, columns: int = 4) -> Figure:
+def loss_plot(
+    curves: Mapping[str, Curve],
+    *,
+    columns: int = 4,
+    reference: Mapping[str, Curve] | None = None,
+) -> Figure:
     """Plot each loss in a panel of its own: every value thinly, the running mean boldly.
 
     Args:
         curves: For each loss its (iteration, value) points; values that are not finite leave a gap.
         columns: Panels a row.
+        reference: Losses of another training, plotted in grey where they have the same name.
     """
     with _style():
         columns = max(1, min(columns, len(curves)))
@@ -74,6 +81,12 @@ def loss_plot(curves: Mapping[str, Curve], *, columns: int = 4) -> Figure:
         for index, (name, curve) in enumerate(curves.items()):
             axes = figure.add_subplot(rows, columns, index + 1)
             _draw_curve(axes, name, curve, PALETTE[index % len(PALETTE)])
+            if reference and name in reference:
+                bottom, top = axes.get_ylim()
+                _draw_curve(axes, name, reference[name], _REFERENCE)
+                axes.set_ylim(min(bottom, axes.get_ylim()[0]), max(top, axes.get_ylim()[1]))
+        if reference is not None:
+            figure.suptitle("in colour this run, in grey the reference", fontsize=9)
         if curves:
             figure.supxlabel("iteration", fontsize=_SETTINGS["font.size"])
     return figure
@@ -94,7 +107,11 @@ def bar_plot(
     """
     series = list(dict.fromkeys(name for values in groups.values() for name in values))
     with _style():
-        figure = _figure(max(3.2, 0.55 * len(groups) * max(len(series), 1) + 1.6), 2.7)
+        labels = [textwrap.fill(name, 10, break_long_words=False) for name in groups]
+        longest = max((len(line) for label in labels for line in label.split("\n")), default=0)
+        # Wide enough for the bars and for the labels below them, whatever the page's font.
+        group = max(0.55 * max(len(series), 1), 0.095 * longest + 0.15)
+        figure = _figure(max(3.2, group * len(groups) + 1.6), 2.7)
         axes = figure.add_subplot()
         width = 0.8 / max(len(series), 1)
         for index, name in enumerate(series):
@@ -117,7 +134,7 @@ def bar_plot(
             for x in at[~np.isfinite(heights)]:
                 axes.text(x, 0, "n/a", ha="center", va="bottom", fontsize=8)
         axes.set_xlim(-0.6, len(groups) - 0.4)
-        axes.set_xticks(range(len(groups)), [textwrap.fill(name, 14) for name in groups])
+        axes.set_xticks(range(len(groups)), labels)
         axes.set_ylabel(label)
         axes.grid(visible=False, axis="x")
         if len(series) > 1:

@@ -157,6 +157,15 @@ Device = Annotated[
         "--device", metavar="auto|cuda|cpu", help="Where to compute.", rich_help_panel="Processes"
     ),
 ]
+Reference = Annotated[
+    Path | None,
+    typer.Option(
+        "--reference",
+        metavar="LOG",
+        help="A detectron2 log (log.txt or metrics.json): the run's losses are plotted next to its, of a finished run too.",
+        rich_help_panel="Run folder",
+    ),
+]
 ShowConfig = Annotated[
     bool,
     typer.Option(
@@ -173,6 +182,7 @@ ShowConfig = Annotated[
         "proxydet train --backbone swinb --gpus 4 --dry-run",
         "proxydet train --recipe small --data pets.toml --output runs/pets",
         "proxydet train --config runs/pets/config.yaml --set seed=8 --output runs/pets-8",
+        "proxydet train --backbone r50 --reference models/proxydet_r50_w_inl_log.txt",
         "srun --ntasks-per-node=1 proxydet train --backbone r50 --requeue",
     )
 )
@@ -192,6 +202,7 @@ def train(
     rendezvous: Rendezvous = None,
     max_restarts: Restarts = None,
     requeue: Requeue = False,
+    reference: Reference = None,
     dry_run: DryRun = False,
     show_config: ShowConfig = False,
     json: Json = False,
@@ -207,6 +218,10 @@ def train(
         raise typer.BadParameter(
             "--overwrite starts a new run: it cannot be combined with --resume FILE"
         )
+    if reference is not None:
+        from proxydet.visualization.reference import read_reference
+
+        read_reference(reference)  # refused before anything is loaded or trained
     options = TrainOptions(
         recipe=recipe or backbone,
         data=data,
@@ -217,6 +232,7 @@ def train(
         overwrite=overwrite,
         weights=weights,
         device=device,
+        reference=reference,
     )
     if show_config:
         from proxydet.config import dump_yaml, to_mapping
@@ -258,6 +274,7 @@ class TrainOptions:
     overwrite: bool
     weights: Path | None
     device: str | None
+    reference: Path | None
 
     def words(self) -> list[str]:
         """Return the options as words of a command line."""
@@ -269,6 +286,7 @@ class TrainOptions:
             "--resume": None if self.resume.lower() == "auto" or self.overwrite else self.resume,
             "--weights": self.weights,
             "--device": self.device,
+            "--reference": self.reference,
         }
         words = [word for key, value in given.items() if value for word in (key, str(value))]
         words += ["--overwrite"] if self.overwrite else []
@@ -339,7 +357,7 @@ def _run(
     from proxydet.training.distributed import DistInfo, connect, decided_by_main, launched_rank
     from proxydet.training.launch import LAUNCHER, launch, requeue_job, worker
     from proxydet.training.runfolder import RunFolder
-    from proxydet.training_run import finished_run, run_training
+    from proxydet.training_run import finished_run, plot_reference, run_training
     from proxydet_cli.progress import training_progress
 
     output = Output(json=json, quiet=plan.started and launched_rank() > 0)
@@ -358,6 +376,11 @@ def _run(
             ranks = stack.enter_context(connect(device))
         root, why = decided_by_main(ranks, lambda: options.folder(config))
         folder = RunFolder(root)
+
+        def plotted() -> None:
+            if options.reference is not None:
+                output.message(f"plotted: {plot_reference(folder, options.reference)}")
+
         if LAUNCHER not in os.environ:
             output.message(f"run folder: {root}" + (f" ({why})" if why else ""))
             finished = None
@@ -365,6 +388,7 @@ def _run(
                 finished = decided_by_main(ranks, lambda: finished_run(folder, config))
             if finished is not None:
                 if not output.quiet:
+                    plotted()
                     output.data(
                         finished,
                         f"This run is finished: nothing to do.\n{_summary(finished, config)}",
@@ -380,6 +404,7 @@ def _run(
                 progress=training_progress(quiet=output.quiet),
             )
             if not output.quiet:
+                plotted()
                 done = "trained" if result.losses else "no step was left to do after"
                 output.data(result, _summary(result, config, done))
 

@@ -53,9 +53,11 @@ def test_result_in_json_and_a_second_start_has_nothing_to_do(base, tmp_path):
     result = json.loads(done.stdout)
     assert result["iterations"] == 6
     assert Path(result["weights"]).is_file()
-    again = command(*words, cwd=tmp_path)
+    (tmp_path / "log.txt").write_text("iter: 3  total_loss: 9.5  loss_cls_stage0: 1.2\n")
+    again = command(*words, "--reference", "log.txt", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["evaluations"] == result["evaluations"]
+    assert (tmp_path / "run/plots/reference.png").is_file()
 
 
 def test_backbone_and_recipe_exclude_each_other(tmp_path):

@@ -252,3 +252,9 @@ def test_a_file_put_there_by_hand_stays_if_it_is_wrong(downloads, check):
     assert caught.value.path == downloads.root / "models/thing.bin"
     assert Path(caught.value.path).exists()
     assert not (downloads.root / "models/artifacts.lock.json").exists()
+
+
+def test_a_training_log_holds_losses(check):
+    assert check(b"iter: 19  total_loss: 1.5  loss_mask: 0.5\n", kind="training-log") == "2 losses"
+    with pytest.raises(DigestError, match="no losses"):
+        check(b"<html>quota exceeded</html>", kind="training-log")

@@ -21,17 +21,16 @@ from proxydet.evaluation.config import EvaluationConfig
 from proxydet.evaluation.evaluate import run_evaluation
 from proxydet.evaluation.page import (
     Example,
-    best_examples,
-    draw_example,
-    extreme_categories,
+    draw_error,
     scatter_svg,
-    worst_examples,
+    worst_errors,
     write_files,
 )
 from proxydet.evaluation.report import category_csv
 from proxydet.files import sha256
 from proxydet.manifest import read_run_records
 from proxydet.runtime.run_comparison import compare_runs
+from proxydet.visualization.drawing import COLOURS
 from proxydet_cli.app import run
 from proxydet_cli.main import main
 
@@ -353,7 +352,7 @@ def test_files_hold_every_category_and_pictures(files):
     for title in ("Scores", "Categories", "Precision over recall", "What costs precision"):
         assert title in page
     assert "Do scores mean what they say?" in page
-    assert "The worst categories" in page
+    assert page.count("data:image/jpeg") == len(asked) > 2
     assert "proxydet eval &lt;x&gt;" in page
     assert asked
 
@@ -370,40 +369,60 @@ def test_openimages_has_files_too(files):
     assert json.loads(written["results.json"].read_text())["analysis"]["errors"] is None
 
 
-def test_examples_show_what_they_say(files):
+def test_the_page_says_why_it_has_no_images_of_errors(files):
+    evaluation = run_evaluation(
+        files / "a.json", files / "val.json", config=EvaluationConfig(bootstrap=0)
+    )
+    analysis = analyse(evaluation)
+    without = write_files(evaluation, analysis, files / "out")["report.html"].read_text()
+    assert "No images: only results and annotations were given." in without
+
+    def read(image_id: Any) -> np.ndarray:
+        raise DataError(f"{image_id}.jpg is not there", hint="look for it")
+
+    gone = write_files(evaluation, analysis, files / "out", read=read)["report.html"].read_text()
+    assert ".jpg is not there" in gone
+    assert "data:image" not in gone
+
+
+def test_header_and_table_round_alike(files):
+    evaluation = run_evaluation(
+        files / "a.json", files / "val.json", config=EvaluationConfig(bootstrap=0)
+    )
+    part = evaluation.report.main
+    part.metrics["AP"] = 0.343460  # 34.35 with two decimals, which would be 34.4 with one
+    page = write_files(evaluation, analyse(evaluation), files / "out")["report.html"].read_text()
+    assert "34.3" in page
+    assert "34.4" not in page
+
+
+def test_the_worst_errors_are_what_they_are_called(files):
     evaluation = run_evaluation(
         files / "a.json", files / "val.json", config=EvaluationConfig(bootstrap=0)
     )
     scored, truth, results = evaluation.scored["segm"], evaluation.truth, evaluation.results
-    best, worst = extreme_categories(evaluation.report.per_class(), 2)
-    assert not set(best) & set(worst)
-    ap = [score.ap for score in evaluation.report.per_class()]
-    assert min(ap[index] for index in best) >= max(ap[index] for index in worst)
-    for category in best:
-        for example in best_examples(scored, category, 3):
-            assert example.kind == "found"
-            assert results.category_D[example.detection] == category
-            assert truth.ann_category_A[example.annotation] == category
-            assert truth.ann_image_A[example.annotation] == example.image
+    errors = worst_errors(scored, 3)
+    assert list(errors) == ["false", "missed", "confused"]
     found = set(scored.matches.annotation_N.tolist())
-    kinds = set()
-    for category in [*best, *worst]:
-        for example in worst_examples(scored, category, 4):
-            kinds.add(example.kind)
-            if example.kind == "missed":
-                assert example.annotation not in found
-                assert truth.ann_category_A[example.annotation] == category
-            else:
-                assert (
-                    example.detection
-                    not in scored.matches.selection.detection_S[
-                        scored.matches.near_N[scored.matches.annotation_N >= 0]
-                    ]
-                )
-    assert kinds == {"false", "missed"}
+    for kind, examples in errors.items():
+        assert 0 < len(examples) <= 3
+        assert len({example.image for example in examples}) == len(examples)
+        scores = [results.score_D[example.detection] for example in examples]
+        if kind != "missed":
+            assert scores == sorted(scores, reverse=True)
+    for example in errors["missed"]:
+        assert example.detection == -1
+        assert example.annotation not in found
+    for example in errors["confused"]:
+        assert truth.ann_image_A[example.annotation] == example.image
+        named = results.category_D[example.detection]
+        assert truth.ann_category_A[example.annotation] != named
+    right = scored.matches.near_N[scored.matches.annotation_N >= 0]
+    right_detections = scored.matches.selection.detection_S[right]
+    assert not np.isin([example.detection for example in errors["false"]], right_detections).any()
 
 
-def test_pictures_of_errors_are_close_ups(files):
+def test_errors_are_drawn_as_two_bounded_crops(files):
     truth = json.loads((files / "val.json").read_text())
     truth["images"] = [{**truth["images"][0], "height": 900, "width": 1200}]
     truth["annotations"] = [
@@ -414,23 +433,15 @@ def test_pictures_of_errors_are_close_ups(files):
     pixels = np.zeros((900, 1200, 3), dtype=np.uint8)
     pixels[700:720, 1000:1030] = 255
     small, large = (
-        draw_example(
-            evaluation, Example(kind="missed", image=0, annotation=index), 0, lambda _: pixels
-        )
+        draw_error(evaluation, Example(image=0, annotation=index), lambda _: pixels)
         for index in (0, 1)
     )
-    assert small.image.size == (400, 400)  # 200 pixels of the image, drawn at twice the size
-    centre = np.asarray(small.image)[190:210, 180:220]
-    assert (centre == 255).all()
-    assert large.image.size == (975, 900)
-
-
-def test_extreme_categories_prefers_those_with_annotations(make_set):
-    truth, detections = make_set(12, images=10, categories=3, per_image=10)
-    report = run_evaluation(detections, truth, config=EvaluationConfig(bootstrap=0)).report
-    best, worst = extreme_categories(report.per_class(), 5)
-    assert len(best) + len(worst) == sum(score.ap is not None for score in report.per_class())
-    assert extreme_categories((), 3) == ([], [])
+    assert small.image.size == (2 * 320 + 8, 320)
+    truth_side, found_side = np.asarray(small.image)[:, :320], np.asarray(small.image)[:, -320:]
+    assert (found_side[140:180, 130:190] == 255).all(), "what was detected: nothing"
+    assert (truth_side == COLOURS[1]).all(axis=2).any()
+    assert not (found_side == COLOURS[1]).all(axis=2).any()
+    assert max(large.image.size) <= 648
 
 
 def test_the_scatter_plot_is_valid_and_escaped():

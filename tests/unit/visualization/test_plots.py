@@ -1,10 +1,12 @@
 """Plots: what the numbers become, and that they can stand on a page."""
 
+import itertools
 import math
 import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from proxydet.visualization.plots import (
@@ -104,3 +106,14 @@ def test_figures_are_written_as_pictures(tmp_path):
     save_figure(bar_plot({"a": {"x": 1.0}}), tmp_path / "bars.png")
     with Image.open(tmp_path / "bars.png") as picture:
         assert picture.width > 200
+
+
+def test_labels_below_bars_stay_apart():
+    names = ["wrong class", "badly placed", "both", "duplicate", "background", "missed"]
+    figure = bar_plot({name: {"AP50": 3.0} for name in names}, label="AP50 lost")
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    spans = [label.get_window_extent(renderer) for label in figure.axes[0].get_xticklabels()]
+    # A page's font may be wider than the one that the plot was laid out with.
+    gap = 0.1 * figure.dpi
+    assert all(left.x1 + gap < right.x0 for left, right in itertools.pairwise(spans))

@@ -280,8 +280,6 @@ def head_of(path: Path) -> bytes:
 
 def recognise(head: bytes) -> Format | None:
     """Return the format of a file that begins so, in JSON, CSV or XML; None where its first 64 KB do not say."""
-    if b"<annotation>" in head:
-        return "Pascal VOC"
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     first = start[1:].lstrip()  # of an object its first key
     if start[:1] == b"{":
@@ -297,16 +295,20 @@ def recognise(head: bytes) -> Format | None:
         coco_first = (b'"annotations"', b'"categories"', b'"info"', b'"licenses"')
         if b'"images"' in head or first.startswith(coco_first[: 4 if len(head) == _HEAD else 1]):
             return "COCO JSON"
-    if start[:1] == b"[":
+    elif start[:1] == b"[":
         in_task = (b'"annotations"', b'"completions"', b'"predictions"')
         in_min = (b'"annotator"', b'"annotation_id"', b'"original_width"', b'"lead_time"')
         if b'"data"' in head and any(key in head for key in in_task):
             return "Label Studio JSON"
         if b'"image_id"' not in head and any(key in head for key in in_min):
             return "Label Studio JSON"
-    if start.lstrip(b"#").startswith(b"filename") and b"region_shape_attributes" in start[:1024]:
-        return "VGG VIA"
-    return "CVAT XML" if b"<annotations" in head else None
+    elif start.lstrip(b"#").startswith(b"filename"):
+        return "VGG VIA" if b"region_shape_attributes" in start[:1024] else None
+    elif b"<annotation>" in head:
+        return "Pascal VOC"
+    elif b"<annotations" in head:
+        return "CVAT XML"
+    return None
 
 
 def format_of(path: Path) -> Format | None:

@@ -1,4 +1,4 @@
-"""What readers of formats with one small record an object share: objects by class name, image sizes, outlines.
+"""What readers of formats with one small record an object share: objects by class name, outlines and masks, small files.
 
 COCO's reader streams gigabytes of JSON; these formats are files of at most some hundred megabytes, read one after the other.
 """

@@ -22,6 +22,7 @@ from proxydet.artifacts import how_to_get
 from proxydet.config import from_mapping, parse_toml
 from proxydet.data.store import AnnotationSource, AnnotationStore
 from proxydet.errors import ConfigError, DataError, VocabularyError
+from proxydet.extensions import require_python_path
 from proxydet.files import read_text
 from proxydet.paths import datasets_folder
 from proxydet.reporting import SILENT, Progress
@@ -97,7 +98,12 @@ class SplitSpec(_Images):
     seed: int = 0
     """Decides which images are in the ``share``."""
 
+    reader: str | None = None
+    """Python path of a reader of your own for ``annotations`` of another format, such as ``mypackage.formats:read``."""
+
     def __post_init__(self) -> None:
+        if self.reader is not None:
+            require_python_path(self.reader, "reader")
         if self.share is not None and not 0 <= self.share[0] < self.share[1] <= 1:
             low, high = self.share
             raise ConfigError(
@@ -113,6 +119,7 @@ class SplitSpec(_Images):
             part=source.part,
             share=source.share,
             seed=source.seed,
+            reader=source.reader,
         )
 
     @property
@@ -124,6 +131,7 @@ class SplitSpec(_Images):
             part=self.part,
             share=self.share,
             seed=self.seed,
+            reader=self.reader,
         )
 
 

@@ -18,7 +18,7 @@ import zlib
 from array import array
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -34,7 +34,7 @@ from pycocotools import mask as coco_mask
 from proxydet.data import masks
 from proxydet.data.formats import coco, cvat, label_studio, labelme, via, voc, yolo
 from proxydet.data.formats.coco import no_garbage_collection
-from proxydet.data.images import images_below
+from proxydet.data.images import images_below, readable_suffixes
 from proxydet.data.records import (
     DAMAGED_MASK,
     LABEL_LISTS,
@@ -52,7 +52,13 @@ from proxydet.data.records import (
     other_spelling,
     refused,
 )
-from proxydet.errors import DataError
+from proxydet.errors import ConfigError, DataError
+from proxydet.extensions import (
+    extension_errors,
+    load_extension,
+    require_signature,
+    source_digests,
+)
 from proxydet.files import (
     build_once,
     discard,
@@ -264,6 +270,10 @@ class AnnotationSource:
     seed: int = 0
     """Of ``share``."""
 
+    reader: str | None = None
+    """Python path of a reader of your own, ``read(path, images) -> Document``: a function of the file or folder and the folders
+    of its images. None finds the format out."""
+
 
 def head_of(path: Path) -> bytes:
     """Return the first 64 KB of a file, unpacked where it is gzipped; nothing where it cannot be read."""
@@ -335,7 +345,11 @@ def format_of(path: Path) -> Format | None:
 
 def with_folders(source: AnnotationSource) -> AnnotationSource:
     """Return a source with the folders of its images, for formats that may not hold their sizes and without a rule for them."""
-    if source.images or format_of(source.path) not in ("labelme", "VGG VIA", "Label Studio JSON"):
+    if (
+        source.images
+        or source.reader
+        or format_of(source.path) not in ("labelme", "VGG VIA", "Label Studio JSON")
+    ):
         return source
     return replace(source, images=near(source.path))
 
@@ -356,10 +370,16 @@ def _digest(source: AnnotationSource, memory: Path) -> str:
     Raises:
         DataError: a file cannot be read, or there is none.
     """
-    found = format_of(source.path)
+    found = format_of(source.path) if source.reader is None else "own"
     images: list[tuple[str, Path]] = []
     files = [source.path]
-    if found in ("Pascal VOC", None):
+    if source.reader is not None:
+        _own_reader(source.reader)
+        ends = tuple(readable_suffixes())
+        if source.path.is_dir():
+            below = sorted(path for path in source.path.rglob("*") if path.is_file())
+            files = [path for path in below if not path.name.lower().endswith(ends)]
+    elif found in ("Pascal VOC", None):
         files = voc.files(source.path)
     elif found == "labelme":
         files, images = labelme.files(source.path), _below(source.images)
@@ -380,6 +400,9 @@ def _digest(source: AnnotationSource, memory: Path) -> str:
         listed = "\n".join(digests)
         listed += f"\nimages {_stamp(images, memory)}" if images else ""
         whole = hashlib.sha256(listed.encode("utf-8", "surrogateescape")).hexdigest()
+    if source.reader is not None:  # another version of it may read something else
+        code = source_digests([source.reader])
+        whole = hashlib.sha256(f"{whole} {source.reader} {code}".encode()).hexdigest()
     if found == "Pascal VOC" and voc.first_pixel(source.path) == 0:  # which other files decide
         whole = hashlib.sha256(f"{whole} from 0".encode()).hexdigest()
     if source.part is None and source.share is None:
@@ -429,6 +452,19 @@ def _stamp(named: Iterable[tuple[str, Path]], memory: Path) -> str:
     return found.hexdigest()
 
 
+def _own_reader(path: str) -> Callable[..., Any]:
+    function: Callable[..., Any] = load_extension(path, "reader")
+    require_signature(function, "reader", path, positional=2)
+    return function
+
+
+def _reported(
+    chunks: Iterator[list[AnnotationEntry | Flaw]], doing: str
+) -> Iterator[list[AnnotationEntry | Flaw]]:
+    with extension_errors(doing):
+        yield from chunks
+
+
 def _called(file: Path, above: Path) -> str:
     inside = file != above and file.is_relative_to(above)
     return file.relative_to(above).as_posix() if inside else file.name
@@ -450,8 +486,18 @@ def _read(source: AnnotationSource, name: str, report: StoreReport) -> Document:
         name: What to call them in messages.
         report: Where deviations of the file are counted.
     """
-    found = format_of(source.path)
-    if found in ("Pascal VOC", None):
+    found = format_of(source.path) if source.reader is None else None
+    if source.reader is not None:
+        doing = f"reader is {source.reader}: reading {source.path}"
+        with extension_errors(doing):
+            document = _own_reader(source.reader)(source.path, source.images)
+        if not isinstance(document, Document):
+            raise ConfigError(
+                f"reader is {source.reader}, which must return a Document; it returned a {type(document).__name__}.",
+                hint="collect objects with proxydet.data.formats.collected.Objects, and return its document(...)",
+            )
+        document = replace(document, annotations=_reported(document.annotations, doing))
+    elif found in ("Pascal VOC", None):
         document = voc.read(source.path)
     elif found == "YOLO":
         document = yolo.read(source.path, source.images, source.part, report)

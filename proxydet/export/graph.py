@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.ops import nms, roi_align
 
+from proxydet.errors import ConfigError
 from proxydet.modeling.boxes import Regions, cell_centres
 from proxydet.modeling.centernet import CenterNetOutput, boxes_around
 from proxydet.modeling.config import InferenceConfig
@@ -47,6 +49,9 @@ def trace(detector: Detector, format: Format) -> torch.export.ExportedProgram:
     Args:
         detector: What to trace; not changed.
         format: What the program is meant for.
+
+    Raises:
+        ConfigError: A backbone of timm or at a Python path cannot be traced.
     """
     suppression = OnnxSuppression() if format == "onnx" else TorchvisionSuppression()
     graph = DetectorGraph(detector.network, detector.inference, suppression)
@@ -60,9 +65,42 @@ def trace(detector: Detector, format: Format) -> torch.export.ExportedProgram:
     free = torch.export.Dim.DYNAMIC
     classes = torch.export.Dim("classes", min=1)
     shapes: tuple[dict[int, object], ...] = ({0: free, 1: free}, {0: classes}, {0: classes}, {})
-    with warnings.catch_warnings(), torch.no_grad():
-        silence_tracers()
-        return torch.export.export(graph, example, dynamic_shapes=shapes, strict=False)
+    backbone = detector.network.config.backbone
+    named = backbone.kind
+    context: Callable[[], AbstractContextManager[None]] = nullcontext
+    if backbone.kind == "timm":
+        named, context = backbone.timm, _known_padding
+    try:
+        with warnings.catch_warnings(), torch.no_grad(), context():
+            silence_tracers()
+            return torch.export.export(graph, example, dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        if backbone.kind in ("resnet", "swin"):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"the detector cannot be exported; its backbone {named} may be why: {type(error).__name__}: {reason}",
+            hint="torch.export needs a forward whose operations do not depend on the size of the image; predict, serve and "
+            "eval work without an export",
+        ) from error
+
+
+@contextmanager
+def _known_padding() -> Iterator[None]:
+    """Let timm's convolutions with TensorFlow's "same" padding, which depends on the size of a map, be traced.
+
+    The sides of maps are multiples of the strides, as images are padded to those of the coarsest level: the padding is a constant.
+    """
+    from timm.layers import padding
+
+    original = padding.get_same_padding
+    padding.get_same_padding = lambda x, kernel_size, stride, dilation: max(  # noqa: ARG005
+        (kernel_size - 1) * dilation + 1 - stride, 0
+    )
+    try:
+        yield
+    finally:
+        padding.get_same_padding = original
 
 
 def silence_tracers() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from proxydet.extensions import Options, require_python_path
 from proxydet.modeling.config import CenterNetLossConfig, require
 
 
@@ -66,6 +67,13 @@ class ImageLabelLossConfig:
 class LossConfig:
     """All losses; the defaults are the published ones."""
 
+    criterion: str | None = None
+    """Python path of a criterion of your own, such as mypackage.losses:Mine, in place of the published one. It is made with
+    this section and its options."""
+
+    options: Options = field(default_factory=dict)
+    """Keyword arguments of the criterion at a Python path."""
+
     centernet: CenterNetLossConfig = field(default_factory=CenterNetLossConfig)
     """The proposal network."""
 
@@ -80,3 +88,7 @@ class LossConfig:
 
     mask_weight: float = 1.0
     """Weight of the mask loss."""
+
+    def __post_init__(self) -> None:
+        if self.criterion is not None:
+            require_python_path(self.criterion, "criterion")

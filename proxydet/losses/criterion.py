@@ -5,14 +5,19 @@ Dimensions: B images, R regions of an image, C classes, D embedding.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import proxydet.runtime.d2  # noqa: F401
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from detectron2.structures import BitMasks, PolygonMasks
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from proxydet.errors import ConfigError
+from proxydet.extensions import build_extension, extension_errors, require_signature
 from proxydet.losses.config import LossConfig, MixupLossConfig
 from proxydet.modeling.boxes import Weights, deltas_between
 from proxydet.modeling.centernet import centernet_losses, zero_centernet_losses
@@ -379,3 +384,62 @@ class Criterion:
         losses["loss_mask"] = zero
         losses.update(zero_centernet_losses(output.centernet))
         return losses
+
+
+Losses = dict[str, Tensor]
+"""Loss name to scalar tensor; the same names for every kind of batch on every rank."""
+
+
+def build_criterion(config: LossConfig) -> Callable[..., Losses]:
+    """Return what computes the losses: `Criterion`, or what ``losses.criterion`` names.
+
+    Raises:
+        ConfigError: That does not import, cannot be made with a `LossConfig` and the options, or cannot be called as
+            `Criterion` is. Called, it raises one where the losses are not scalar tensors by name, or have other names than
+            before or on another process.
+    """
+    path, key = config.criterion, "losses.criterion"
+    if path is None:
+        return Criterion(config)
+    own = build_extension(path, key, config.options, config=config)
+    require_signature(own, key, path, "generator", positional=1)
+    if isinstance(own, nn.Module) and any(p.requires_grad for p in own.parameters()):
+        raise ConfigError(
+            f"{key} is {path}, which has parameters; only those of the network are trained.",
+            hint="put what is to be trained into a network part: model.backbone.kind or model.cascade.box_head",
+        )
+    names: list[str] = []
+
+    def criterion(output: TrainingOutput, *, generator: torch.Generator | None = None) -> Losses:
+        with extension_errors(f"{key} is {path}: calling it"):
+            losses: Losses = own(output, generator=generator)
+        scalars = isinstance(losses, dict) and all(
+            isinstance(name, str) and isinstance(loss, Tensor) and loss.ndim == 0
+            for name, loss in losses.items()
+        )
+        if not scalars or not losses:
+            got = (
+                {name: tuple(getattr(loss, "shape", ())) for name, loss in losses.items()}
+                if isinstance(losses, dict)
+                else type(losses).__name__
+            )
+            raise ConfigError(
+                f"{key} is {path}, which must return a dict of scalar tensors by name; it returned {str(got)[:200]}.",
+                hint="take the mean or the sum of each loss",
+            )
+        everywhere: list[list[str]] = [sorted(losses)]
+        if not names and dist.is_initialized():
+            everywhere *= dist.get_world_size()
+            dist.all_gather_object(everywhere, sorted(losses))
+        before = names or everywhere[0]
+        other = next((found for found in [*everywhere, sorted(losses)] if found != before), None)
+        if other is not None:
+            raise ConfigError(
+                f"{key} is {path}, which returned losses of other names for one batch than for another: "
+                f"{', '.join(sorted({*before} ^ {*other}))} are not in both.",
+                hint="return every loss for box batches and for image-label batches; a zero where a batch has none",
+            )
+        names[:] = before
+        return losses
+
+    return criterion

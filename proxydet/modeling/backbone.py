@@ -1,10 +1,10 @@
-"""Backbone with feature pyramid: detectron2's FPN over our networks."""
+"""Backbone with feature pyramid: detectron2's FPN over our networks, timm's, or one at a Python path."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import proxydet.runtime.d2  # noqa: F401
 
@@ -18,7 +18,22 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import StochasticDepth
 
-from proxydet.modeling.config import BackboneConfig, PyramidConfig, ResNetConfig, SwinConfig
+from proxydet.errors import ConfigError
+from proxydet.extensions import build_extension, extension_errors, load_extension
+from proxydet.modeling.config import (
+    BACKBONES,
+    BackboneConfig,
+    ModelConfig,
+    PyramidConfig,
+    ResNetConfig,
+    SwinConfig,
+)
+from proxydet.wording import nearest
+
+Pixel = tuple[float, float, float]
+"""Red, green and blue, in [0, 255]."""
+IMAGENET: tuple[Pixel, Pixel] = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+"""Mean and standard deviation as most backbones were trained with."""
 
 
 class FrozenBatchNorm(nn.BatchNorm2d):
@@ -444,17 +459,216 @@ class ExtraLevels(nn.Module):
         return outputs
 
 
+class LevelBackbone(Backbone):
+    """A network that returns a list of maps as a detectron2 backbone with outputs ``layer2`` (stride 4), ``layer3``, ...
+
+    It is run once on an empty image when it is made, so that maps that are not what it says are refused then.
+
+    Args:
+        base: Maps (B, 3, H, W) to a list of maps (B, C, H / stride, W / stride), or with the channels last.
+        channels: Channels of each map.
+        strides: Stride of each map.
+        levels: The levels to return; ``2**level`` is among the strides.
+        what: What it is, for messages.
+        frozen_norms: Whether its BatchNorms keep their statistics and affine.
+
+    Raises:
+        ConfigError: It lacks a level, or does not run, or returns other maps.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        levels: Sequence[int],
+        *,
+        what: str,
+        frozen_norms: bool,
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self._norms = [m for m in base.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self._frozen = frozen_norms
+        if frozen_norms:
+            for norm in self._norms:
+                norm.requires_grad_(False)
+        places = indices_of_levels(strides, levels, what)
+        self._places = dict(zip(levels, places, strict=True))
+        self._channels = [int(channels[place]) for place in places]
+        self._inner = [False] * len(places)  # whether a map has its channels last
+        training = base.training
+        size = (64 + 2 ** max(levels), 128)
+        with extension_errors(f"{what}: running it on an image of {size[0]} x {size[1]} pixels"):
+            with torch.no_grad():
+                maps = base.eval()(torch.zeros(1, 3, *size))
+            shapes = [tuple(maps[place].shape) for place in places]
+        for index, (shape, level) in enumerate(zip(shapes, levels, strict=True)):
+            cells = tuple(-(-side // 2**level) for side in size)
+            wanted = (1, self._channels[index], *cells)
+            self._inner[index] = shape != wanted and shape == (1, *cells, wanted[1])
+            if shape != wanted and not self._inner[index]:
+                raise ConfigError(
+                    f"{what}: of an image of {size[0]} x {size[1]} pixels, its map {places[index]} has the shape {shape}, "
+                    f"and by its channels and strides it should have {wanted}.",
+                    hint="correct its channels and strides, or its forward",
+                )
+        base.train(training)
+
+    def forward(self, images_B3HW: Tensor) -> dict[str, Tensor]:
+        """Return a map for every level, by name."""
+        maps = self.base(images_B3HW)
+        return {
+            f"layer{level}": maps[place].permute(0, 3, 1, 2) if inner else maps[place]
+            for (level, place), inner in zip(self._places.items(), self._inner, strict=True)
+        }
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Return channels and stride of every output."""
+        return {
+            f"layer{level}": ShapeSpec(channels=channels, stride=2**level)
+            for level, channels in zip(self._places, self._channels, strict=True)
+        }
+
+    def train(self, mode: bool = True) -> LevelBackbone:
+        """Set the mode; frozen norms stay in that of inference."""
+        super().train(mode)
+        for norm in self._norms if self._frozen else ():
+            norm.eval()
+        return self
+
+
+def indices_of_levels(strides: Sequence[int], levels: Sequence[int], what: str) -> list[int]:
+    """Return for each level the last map with its stride.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    by_stride = {int(stride): index for index, stride in enumerate(strides)}
+    absent = [level for level in levels if 2**level not in by_stride]
+    if absent:
+        raise ConfigError(
+            f"{what} has maps of the strides {', '.join(map(str, strides))}, and model.pyramid.levels {list(levels)} need "
+            f"{', '.join(str(2**level) for level in absent)} too.",
+            hint="set model.pyramid.levels to levels that it has (level n has stride 2**n), or take another network",
+        )
+    return [by_stride[2**level] for level in levels]
+
+
+def how_to_get_timm(name: str) -> str:
+    """Return the commands that fetch the weights of a timm model from its hub, and train from them."""
+    import timm
+
+    stated = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    hub = stated.hf_hub_id if stated is not None and stated.hf_hub_id else f"timm/{name}"
+    return (
+        f"get pretrained ones with: hf download {hub} model.safetensors --local-dir weights; then train with: --weights "
+        "weights/model.safetensors"
+    )
+
+
+def _timm_backbone(config: BackboneConfig, levels: Sequence[int]) -> LevelBackbone:
+    import timm
+
+    name = config.timm
+    what = f"model.backbone.timm {name}"
+    if not timm.is_model(name):
+        raise ConfigError(
+            f"model.backbone.timm is {name[:80]!r}, which is not a model of timm {timm.__version__}."
+            + nearest(name, timm.list_models()),
+            hint="list them: python -c \"import timm; print(*timm.list_models('*resnet*'))\"",
+        )
+
+    fetched = [key for key in config.options if key.startswith(("pretrained", "checkpoint"))]
+    if fetched:
+        raise ConfigError(
+            f"model.backbone.options holds {fetched[0]}: weights are not downloaded when a network is made.",
+            hint=how_to_get_timm(name),
+        )
+
+    def create(**options: Any) -> Any:
+        given: dict[str, Any] = {**config.options, **options}
+        return timm.create_model(name, features_only=True, **given)
+
+    with extension_errors(f"{what}: making it"):
+        try:
+            with torch.device("meta"):  # only its strides are asked for
+                info = create().feature_info
+        except NotImplementedError:
+            info = create().feature_info
+        places = indices_of_levels(info.reduction(), levels, what)
+        # Later stages than those that are used are not made.
+        network = create(out_indices=[info.out_indices[place] for place in places])
+        info = network.feature_info
+    return LevelBackbone(
+        network,
+        info.channels(),
+        info.reduction(),
+        levels,
+        what=what,
+        frozen_norms=config.frozen_norms,
+    )
+
+
+def _own_backbone(config: BackboneConfig, levels: Sequence[int]) -> LevelBackbone:
+    what = f"model.backbone.kind {config.kind}"
+    network = build_extension(config.kind, "model.backbone.kind", config.options)
+    sizes = [getattr(network, name, None) for name in ("channels", "strides")]
+    counts = {len(size) if isinstance(size, list | tuple) else 0 for size in sizes}
+    if not isinstance(network, nn.Module) or len(counts) != 1 or 0 in counts:
+        raise ConfigError(
+            f"{what} must make a torch.nn.Module with channels and strides: lists with an entry for each map that its forward "
+            f"returns; it makes a {type(network).__name__} with channels {sizes[0]} and strides {sizes[1]}.",
+            hint="docs/how-to/change-the-method.md has an example",
+        )
+    channels, strides = sizes
+    assert channels is not None
+    assert strides is not None
+    return LevelBackbone(
+        network, channels, strides, levels, what=what, frozen_norms=config.frozen_norms
+    )
+
+
+def pixel_statistics(config: ModelConfig) -> tuple[Pixel, Pixel]:
+    """Return what is subtracted from red, green and blue in [0, 255], and what the result is divided by.
+
+    Raises:
+        ConfigError: The network at a Python path cannot be found.
+    """
+    mean, std = IMAGENET
+    kind = config.backbone.kind
+    if config.pixel_mean is None or config.pixel_std is None:
+        if kind == "timm":
+            import timm
+
+            stated = timm.get_pretrained_cfg(config.backbone.timm, allow_unregistered=True)
+            if stated is not None and len(stated.mean) == len(stated.std) == 3:
+                mean = tuple(255.0 * value for value in stated.mean)
+                std = tuple(255.0 * value for value in stated.std)
+        elif kind not in BACKBONES:
+            own = load_extension(kind, "model.backbone.kind")
+            mean, std = getattr(own, "pixel_mean", mean), getattr(own, "pixel_std", std)
+    return config.pixel_mean or mean, config.pixel_std or std
+
+
 def build_backbone(backbone: BackboneConfig, pyramid: PyramidConfig) -> FPN:
     """Build the feature extractor.
 
     Returns:
         A module from normalised images (B, 3, H, W), H and W divisible by its ``size_divisibility``, to
         ``{"p3": (B, channels, H / 8, W / 8), ...}``, finest level first.
+
+    Raises:
+        ConfigError: There is no such network, or it does not make the pyramid's levels.
     """
     if backbone.kind == "resnet":
         bottom_up: nn.Module = ResNet(backbone.resnet)
-    else:
+    elif backbone.kind == "swin":
         bottom_up = SwinBackbone(backbone.swin, out_levels=pyramid.levels)
+    elif backbone.kind == "timm":
+        bottom_up = _timm_backbone(backbone, pyramid.levels)
+    else:
+        bottom_up = _own_backbone(backbone, pyramid.levels)
     top_block = None
     if pyramid.extra_levels:
         top_block = ExtraLevels(pyramid.levels[-1], pyramid.extra_levels, pyramid.channels)

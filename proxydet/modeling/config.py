@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from proxydet.errors import ConfigError
+from proxydet.extensions import Options, is_python_path, require_python_path
+from proxydet.wording import nearest
 
 
 def require(condition: bool, message: str) -> None:
@@ -112,8 +114,8 @@ class SwinConfig:
 class BackboneConfig:
     """Which network makes the feature maps, and how large it is."""
 
-    kind: Literal["resnet", "swin"] = "resnet"
-    """Which of the two sections below is used."""
+    kind: str = "resnet"
+    """resnet, swin or timm; or the Python path of a network of your own, such as mypackage.networks:Mine."""
 
     resnet: ResNetConfig = field(default_factory=ResNetConfig)
     """Sizes of the residual network, read with ``kind = "resnet"``."""
@@ -121,11 +123,35 @@ class BackboneConfig:
     swin: SwinConfig = field(default_factory=SwinConfig)
     """Sizes of the Swin Transformer, read with ``kind = "swin"``."""
 
-    @property
-    def stages(self) -> int:
-        """Number of stages of the network in use."""
-        return self.resnet.stages if self.kind == "resnet" else self.swin.stages
+    timm: str = "resnet50"
+    """Name of a timm model that can give feature maps, read with ``kind = "timm"``. The stages with the strides of
+    ``pyramid.levels`` are used. It starts from fresh weights, or from those of ``training.weights``; nothing is downloaded."""
 
+    options: Options = field(default_factory=dict)
+    """Keyword arguments of the timm model, or of the network at a Python path."""
+
+    frozen_norms: bool = False
+    """Keep the BatchNorms of a timm model, or of the network at a Python path, as their weights have them: neither statistics
+    nor affine change. For pretrained weights and small batches."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in BACKBONES and not is_python_path(self.kind):
+            raise ConfigError(
+                f"kind must be {', '.join(BACKBONES)} or a Python path; it is {self.kind[:80]!r}."
+                + nearest(self.kind, BACKBONES),
+                hint="a timm model: --set model.backbone.kind=timm --set model.backbone.timm=NAME; a network of your own: "
+                "--set model.backbone.kind=mypackage.networks:Mine",
+            )
+
+    @property
+    def stages(self) -> int | None:
+        """Number of stages of the network in use; None where only the built network says so."""
+        known = {"resnet": self.resnet.stages, "swin": self.swin.stages}
+        return known.get(self.kind)
+
+
+BACKBONES = ("resnet", "swin", "timm")
+"""Values of ``model.backbone.kind`` besides Python paths."""
 
 TTA_SCALES = (0.75, 1.0, 1.25)
 """Sizes of ``--tta``, times the usual one."""
@@ -196,6 +222,7 @@ class InferenceConfig:
 
 
 __all__ = [
+    "BACKBONES",
     "BackboneConfig",
     "CascadeConfig",
     "CenterNetLossConfig",
@@ -378,6 +405,12 @@ class CascadeConfig:
     hidden: tuple[int, ...] = (1024, 1024)
     """Widths of the fully connected layers of a box head."""
 
+    box_head: str | None = None
+    """Python path of a box head of your own, in place of the fully connected layers; the last width is that of its features."""
+
+    box_head_options: Options = field(default_factory=dict)
+    """Its keyword arguments."""
+
     iou_thresholds: tuple[float, ...] = (0.6, 0.7, 0.8)
     """One step each: overlap with an object from which a region counts as that object."""
 
@@ -406,6 +439,8 @@ class CascadeConfig:
             image_label_proposals=self.image_label_proposals,
         )
         require(self.sampling_ratio >= 0, "cascade.sampling_ratio must not be negative")
+        if self.box_head is not None:
+            require_python_path(self.box_head, "cascade.box_head")
         require_share("cascade", positive_fraction=self.positive_fraction)
         for threshold in self.iou_thresholds:
             require_share("cascade", iou_thresholds=threshold)
@@ -500,18 +535,19 @@ class ModelConfig:
     mixup_branch: bool = True
     """Whether the second cascade, trained by class-wise mixup, exists; BoxSup models have none."""
 
-    pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
-    """Subtracted from the red, green and blue values, which are in [0, 255]."""
+    pixel_mean: tuple[float, float, float] | None = None
+    """Subtracted from the red, green and blue values, which are in [0, 255]. null takes what the backbone was made for: of a
+    timm model what timm states, of a network of your own its ``pixel_mean``, else ImageNet's 123.675, 116.28, 103.53."""
 
-    pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
-    """The result is divided by this."""
+    pixel_std: tuple[float, float, float] | None = None
+    """The result is divided by this. null as above; ImageNet's are 58.395, 57.12, 57.375."""
 
     def __post_init__(self) -> None:
-        require(min(self.pixel_std) > 0, "model.pixel_std must be above 0")
-        top = self.backbone.stages + 1
+        require(self.pixel_std is None or min(self.pixel_std) > 0, "pixel_std must be above 0")
+        stages = self.backbone.stages
         require(
-            self.pyramid.levels[-1] <= top,
-            f"pyramid.levels {self.pyramid.levels} go beyond the backbone's last level, {top}",
+            stages is None or self.pyramid.levels[-1] <= stages + 1,
+            f"pyramid.levels {self.pyramid.levels} go beyond the backbone's last level, {(stages or 0) + 1}",
         )
         levels = self.cascade.pool_levels
         require(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from proxydet.errors import ConfigError, DataError, VocabularyError
-from proxydet.modeling.backbone import build_backbone
+from proxydet.modeling.backbone import build_backbone, pixel_statistics
 from proxydet.modeling.boxes import Regions, keep_best
 from proxydet.modeling.centernet import CenterNet
 from proxydet.modeling.config import InferenceConfig, ModelConfig, ProposalConfig
@@ -194,7 +194,7 @@ class ProxyDetNetwork(nn.Module):
             sampling_weights(config, vocabulary, image_counts),
         )
         # Not part of the published state dict, hence not persistent.
-        for name, values in (("pixel_mean", config.pixel_mean), ("pixel_std", config.pixel_std)):
+        for name, values in zip(("pixel_mean", "pixel_std"), pixel_statistics(config), strict=True):
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
         self.register_buffer("base_C", torch.from_numpy(vocabulary.base.copy()), persistent=False)
         self.backbone_dtype = torch.float32

@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
+from proxydet.errors import ConfigError
+from proxydet.extensions import build_extension, extension_errors
 from proxydet.modeling.boxes import (
     Regions,
     Weights,
@@ -259,12 +261,49 @@ def build_heads(
     text_DC1: Tensor,
     frequency_C: Tensor,
 ) -> tuple[nn.ModuleList, nn.ModuleList]:
-    """Build the box heads and predictors of one cascade, one of each a step."""
+    """Build the box heads and predictors of one cascade, one of each a step.
+
+    Raises:
+        ConfigError: The box head at a Python path cannot be made, or returns features of another shape.
+    """
     pooled = ShapeSpec(channels=channels, height=cascade.pool_size, width=cascade.pool_size)
-    heads = nn.ModuleList(
-        FastRCNNConvFCHead(pooled, conv_dims=[], fc_dims=list(cascade.hidden))
-        for _ in range(cascade.steps)
-    )
+
+    def box_head() -> nn.Module:
+        if cascade.box_head is None:
+            return cast(
+                nn.Module, FastRCNNConvFCHead(pooled, conv_dims=[], fc_dims=list(cascade.hidden))
+            )
+        key, side, features = "model.cascade.box_head", cascade.pool_size, cascade.hidden[-1]
+        head = build_extension(
+            cascade.box_head,
+            key,
+            cascade.box_head_options,
+            channels=channels,
+            pool_size=side,
+            features=features,
+        )
+        shape: Any = None
+        if isinstance(head, nn.Module):
+            with (
+                extension_errors(f"{key} is {cascade.box_head}: running it"),
+                torch.no_grad(),
+            ):
+                shape = tuple(head.eval()(torch.zeros(2, channels, side, side)).shape)
+            head.train()
+        if shape != (2, features):
+            raise ConfigError(
+                f"{key} is {cascade.box_head}, which must make a torch.nn.Module that maps pooled regions "
+                f"(N, {channels}, {side}, {side}) to features (N, {features}); "
+                + (
+                    f"of 2 regions it gives {shape}."
+                    if shape
+                    else f"it makes a {type(head).__name__}."
+                ),
+                hint="correct its forward, or model.cascade.hidden, whose last width is that of the features",
+            )
+        return cast(nn.Module, head)
+
+    heads = nn.ModuleList(box_head() for _ in range(cascade.steps))
     predictors = nn.ModuleList(
         BoxPredictor(classifier, cascade.hidden[-1], text_DC1, frequency_C)
         for _ in range(cascade.steps)

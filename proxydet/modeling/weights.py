@@ -1,12 +1,14 @@
 """Loads weights into a network, and says what of them did not fit.
 
 A file may hold a whole detector (the published names), or a backbone trained for classification (torchvision's names for
-ResNet, the Swin authors' names for Swin): its parameters are then loaded as the detector's ``backbone.bottom_up``.
+ResNet, the Swin authors' names for Swin, timm's names for a timm model, or other names in the same order): its parameters are
+then loaded as the detector's ``backbone.bottom_up``.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -20,10 +22,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from proxydet.errors import CheckpointError
+from proxydet.modeling.backbone import LevelBackbone
 from proxydet.weight_files import CONTAINERS, WRAPPERS, read_state_dict
 
 if TYPE_CHECKING:
     from proxydet.modeling.network import ProxyDetNetwork
+
+logger = logging.getLogger(__name__)
 
 MIXUP_BRANCH = ("roi_heads.box_head_cmm.", "roi_heads.box_predictor_cmm.")
 """For ``expect``: the mixup branch, which a BoxSup checkpoint does not hold."""
@@ -38,6 +43,7 @@ _SAME_TEXT = 0.999
 _SHOWN = 5
 _BACKBONE = ("backbone.bottom_up.base.", "backbone.bottom_up.")
 _DEEPEST_PREFIX = 4
+_COUNTER = ".num_batches_tracked"  # of BatchNorms; has no use here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +98,7 @@ def load_weights(
     path = Path(path)
     given = read_state_dict(path)
     own = network.state_dict()
-    given, expect = _as_detector(given, own, tuple(expect))
+    given, expect = _as_detector(network, given, own, tuple(expect))
     unused = _UNUSED if network.has_mask_head else (*_UNUSED, MASK_HEAD)
     ignored = {name for name in given if _matches(name, unused) and name not in own}
     if vocabulary == "keep":
@@ -118,22 +124,72 @@ def load_weights(
 
 
 def _as_detector(
-    given: dict[str, Tensor], own: dict[str, Tensor], expect: tuple[str, ...]
+    network: ProxyDetNetwork,
+    given: dict[str, Tensor],
+    own: dict[str, Tensor],
+    expect: tuple[str, ...],
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Rename a classification backbone's parameters; a detector's stay as they are."""
+    """Rename a classification backbone's parameters; a detector's stay as they are.
+
+    Returns:
+        The parameters, and ``expect`` with what classification has no use for, and what only classification needs.
+    """
     if any(name.startswith(("backbone.", "roi_heads.")) for name in given):
         return given, expect
+    fresh = ("backbone.fpn_*", "backbone.top_block.*", "backbone.bottom_up.norm?.*")
+    elsewhere = ("proposal_generator.*", "roi_heads.*")
+    if isinstance(network.backbone.bottom_up, LevelBackbone):
+        prefix = _BACKBONE[0]
+        targets = _names_in_base(network.backbone.bottom_up.base.state_dict(), given)
+        if not targets:
+            return given, expect
+        surplus = tuple(prefix + name for name in given if name not in targets)
+        renamed = {prefix + targets.get(name, name): value for name, value in given.items()}
+        return renamed, (*expect, *surplus, f"{prefix}*{_COUNTER}", *fresh, *elsewhere)
     for prefix in _BACKBONE:
         renamed = {prefix + name: value for name, value in given.items()}
         if 2 * len(renamed.keys() & own.keys()) < len(renamed):
             continue
-        # What classification has no use for is fresh, and so is what only classification needs.
-        surplus = ("fc.*", "head.*", "norm.*", "layers.*.attn_mask")
-        outside = (f"{prefix}{pattern}" for pattern in surplus)
-        fresh = ("backbone.fpn_*", "backbone.top_block.*", "backbone.bottom_up.norm?.*")
-        elsewhere = ("proposal_generator.*", "roi_heads.*")
+        patterns = ("fc.*", "head.*", "norm.*", "layers.*.attn_mask")
+        outside = (f"{prefix}{pattern}" for pattern in patterns)
         return renamed, (*expect, *outside, *fresh, *elsewhere)
     return given, expect
+
+
+def _names_in_base(own: dict[str, Tensor], given: dict[str, Tensor]) -> dict[str, str]:
+    """Return a network's name of each of a file's parameters; empty where the file is of another network.
+
+    The names are the same but for what timm puts where it cuts a network into stages (``stages_0`` for ``stages.0``). Or the
+    file has other names, and each of the network's parameters has its shape and the end of its name (``weight``, ``bias``,
+    ``running_mean``) at the same place in the file.
+    """
+    flat = {name.replace(".", "_"): name for name in own}
+    found = {
+        name: target
+        for name in given
+        if (target := flat.get(key := name.replace(".", "_"), flat.get(f"model_{key}")))
+    }
+    if 2 * len(found) >= len(own):
+        return found
+
+    def in_order(tensors: dict[str, Tensor]) -> list[tuple[str, tuple[str, torch.Size]]]:
+        return [
+            (name, (name.rpartition(".")[2], value.shape))
+            for name, value in tensors.items()
+            if not name.endswith(_COUNTER)
+        ]
+
+    theirs, ours = in_order(given), in_order(own)
+    if not ours or [kind for _, kind in theirs[: len(ours)]] != [kind for _, kind in ours]:
+        return {}
+    logger.warning(
+        "the names of the weights are not the backbone's: its %d parameters are taken in the order of the file, which has the "
+        "same shapes (%s for %s)",
+        len(ours),
+        theirs[0][0],
+        ours[0][0],
+    )
+    return {name: target for (name, _), (target, _) in zip(theirs, ours, strict=False)}
 
 
 def _check_vocabulary(network: ProxyDetNetwork, given: dict[str, Tensor], path: Path) -> None:

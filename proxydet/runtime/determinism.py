@@ -25,7 +25,7 @@ from proxydet.config import from_mapping, to_mapping
 from proxydet.data.config import DataConfig
 from proxydet.data.loader import Batch, BoxBatch, ImageLabelBatch
 from proxydet.errors import RuntimeEnvironmentError
-from proxydet.losses.criterion import Criterion
+from proxydet.losses.criterion import build_criterion
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.recipes import RunConfig
 from proxydet.reporting import SILENT, Progress
@@ -374,7 +374,7 @@ class Bench:
         self._network.load_state_dict(self._start)
         model = TrainingModel(
             self._network,
-            Criterion(config.losses),
+            build_criterion(config.losses),
             device=self._device,
             touch_all=config.training.optimizer.unused_gradients == "zero",
         )

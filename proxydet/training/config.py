@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from proxydet.errors import ConfigError
+from proxydet.extensions import is_python_path
+from proxydet.wording import nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,8 +186,22 @@ class LogConfig:
     tensorboard: bool = True
     """Also write TensorBoard event files."""
 
+    loggers: tuple[str, ...] = ()
+    """Where the records also go: wandb, mlflow, or the Python paths of loggers of your own. The main process writes them; one
+    that fails is reported and left out, and training continues."""
+
     def __post_init__(self) -> None:
         _require(self.period > 0, "period must be above 0", self.period)
+        for name in self.loggers:
+            if name not in LOGGERS and not is_python_path(name):
+                raise ConfigError(
+                    f"loggers holds {name[:80]!r}.{nearest(name, LOGGERS)}",
+                    hint=f"loggers are {', '.join(LOGGERS)}, and Python paths such as mypackage.logs:Mine",
+                )
+
+
+LOGGERS = ("tensorboard", "wandb", "mlflow")
+"""Names that ``training.log.loggers`` may hold besides Python paths."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,19 +1,29 @@
-"""Logs of a training: records of its steps and evaluations, TensorBoard, and the live display."""
+"""Logs of a training: records of its steps and evaluations, the live display, and where the records also go.
+
+``metrics.jsonl`` and ``evaluations.jsonl`` are the records; TensorBoard, W&B, MLflow and loggers of one's own get a copy.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import logging
 import math
+import os
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from proxydet.files import JsonLines
+from proxydet.errors import MissingDependencyError
+from proxydet.extensions import load_extension, require_signature
+from proxydet.files import JsonLines, write_text
 from proxydet.reporting import Task
 from proxydet.training.checkpoint import TrainingState
 from proxydet.training.config import EvaluationSchedule, LogConfig
@@ -40,6 +50,164 @@ class Best:
     """Its value."""
 
 
+class Logger(Protocol):
+    """What ``training.log.loggers`` names: made once by the main process, with the arguments below by name.
+
+    Args:
+        folder: The run folder, which is there.
+        config: The whole configuration as nested mappings.
+        iteration: Iterations so far: 0, or those after which the run is resumed.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], iteration: int) -> None: ...
+
+    def log(self, values: Mapping[str, float], iteration: int) -> None:
+        """Take a record.
+
+        Args:
+            values: By name: ``loss/total``, ``loss/...``, ``train/learning_rate``, ``evaluation/...``.
+            iteration: Iterations so far.
+        """
+
+    def close(self) -> None:
+        """End: the training is over, or was stopped."""
+
+
+class TensorBoardLogger:
+    """TensorBoard event files in ``RUN/tensorboard``; later entries of an interrupted run are hidden."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], iteration: int) -> None:  # noqa: ARG002
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=iteration + 1)
+
+    def log(self, values: Mapping[str, float], iteration: int) -> None:
+        """Take a record."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, iteration)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._writer.close()
+
+
+class WandbLogger:
+    """A run of Weights & Biases, its files in ``RUN/wandb``.
+
+    W&B's own environment variables decide where it goes (``WANDB_PROJECT``, ``WANDB_MODE``, ...); without a login it is
+    offline, for ``wandb sync`` later. A resumed training resumes its run.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], iteration: int) -> None:  # noqa: ARG002
+        import wandb
+
+        # Without a login wandb.init would ask for one.
+        mode = os.environ.get("WANDB_MODE")
+        mode = mode or ("online" if wandb.login(prompt=False) else "offline")
+        if mode == "offline":
+            logger.info("W&B writes to %s; wandb sync uploads it", folder / "wandb")
+        known = folder / "wandb" / "run_id.txt"
+        self._run: Any = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "proxydet"),
+            name=folder.name,
+            dir=str(folder),
+            config=dict(config),
+            id=known.read_text().strip() if known.exists() else None,
+            resume="allow",
+            mode=mode,
+            settings=wandb.Settings(console="off", silent=True),
+        )
+        write_text(known, self._run.id)
+        # A resumed training may log an iteration again: W&B's own step counts up only.
+        self._run.define_metric("*", step_metric="iteration")
+
+    def log(self, values: Mapping[str, float], iteration: int) -> None:
+        """Take a record."""
+        self._run.log({**values, "iteration": iteration})
+
+    def close(self) -> None:
+        """Upload or write what is left."""
+        self._run.finish()
+
+
+class MlflowLogger:
+    """A run of MLflow at ``MLFLOW_TRACKING_URI``, or in ``RUN/mlflow.db`` where that is not set.
+
+    Its experiment is ``MLFLOW_EXPERIMENT_NAME``, or ``proxydet``. A resumed training resumes its run.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], iteration: int) -> None:  # noqa: ARG002
+        from mlflow import MlflowClient
+        from mlflow.entities import Metric, Param
+
+        address = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / 'mlflow.db'}"
+        self._client: Any = MlflowClient(tracking_uri=address)
+        self._metric: Any = Metric
+        known = folder / "mlflow_run_id.txt"
+        if known.exists():
+            self._run = known.read_text().strip()
+            self._client.update_run(self._run, status="RUNNING")
+            return
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "proxydet")
+        found = self._client.get_experiment_by_name(name)
+        experiment = found.experiment_id if found else self._client.create_experiment(name)
+        self._run = self._client.create_run(experiment, run_name=folder.name).info.run_id
+        parameters = [Param(key, str(value)[:500]) for key, value in _leaves(config)]
+        for start in range(0, len(parameters), 100):  # as many as it takes at once
+            self._client.log_batch(self._run, params=parameters[start : start + 100])
+        write_text(known, self._run)
+
+    def log(self, values: Mapping[str, float], iteration: int) -> None:
+        """Take a record."""
+        now = int(time.time() * 1000)
+        metrics = [self._metric(name, value, now, iteration) for name, value in values.items()]
+        self._client.log_batch(self._run, metrics=metrics)
+
+    def close(self) -> None:
+        """Mark the run as finished."""
+        self._client.set_terminated(self._run)
+
+
+def _leaves(mapping: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in mapping.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{where}{key}.")
+        else:
+            yield f"{where}{key}", value
+
+
+def find_loggers(config: LogConfig) -> dict[str, type[Logger]]:
+    """Return what makes each logger, by name or Python path.
+
+    Raises:
+        ConfigError: One at a Python path is not there, or cannot be called as a logger is.
+        MissingDependencyError: The package of one is not installed.
+    """
+    known: dict[str, type[Logger]] = {
+        "tensorboard": TensorBoardLogger,
+        "wandb": WandbLogger,
+        "mlflow": MlflowLogger,
+    }
+    found: dict[str, type[Logger]] = {}
+    key = "training.log.loggers"
+    for name in (*["tensorboard"] * config.tensorboard, *config.loggers):
+        if name in known:
+            if importlib.util.find_spec(name) is None:
+                raise MissingDependencyError(
+                    f"{key} holds {name}, and the package {name} is not installed",
+                    hint=f"run: pip install 'proxydet[{name}]'",
+                )
+            found[name] = known[name]
+            continue
+        made = load_extension(name, key)
+        require_signature(made, key, name, "folder", "config", "iteration")
+        for method, positional in (("log", 3), ("close", 1)):  # with self
+            function = getattr(made, method, None)
+            require_signature(function, key, f"{name}.{method}", positional=positional)
+        found[name] = made
+    return found
+
+
 class MetricLogger:
     """Collects steps into records, on the main process.
 
@@ -48,7 +216,7 @@ class MetricLogger:
 
     Args:
         folder: The run folder.
-        config: How often, and whether for TensorBoard.
+        config: How often, and where the records also go.
         ranks: This process; all others record nothing.
         state: Of the training, as it is resumed; records after it are removed.
         task: Where progress is shown.
@@ -72,7 +240,7 @@ class MetricLogger:
         self._task = task
         self._metrics = JsonLines(folder.metrics)
         self._evaluations = JsonLines(folder.evaluations)
-        self._tensorboard: Any = None
+        self._loggers: dict[str, Logger] = {}
         self._shown = state.iteration
         self._restart_clock(0.0)
         self.last: dict[str, float] = {}
@@ -83,20 +251,35 @@ class MetricLogger:
                 logger.warning("%s is missing: its records are lost; %s", folder.metrics, then)
             for lines in (self._metrics, self._evaluations):
                 lines.keep(lambda record: iteration_of(record) <= state.iteration, then=then)
-            if config.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
-                # Later entries of an interrupted run are hidden.
-                self._tensorboard = SummaryWriter(
-                    str(folder.tensorboard), purge_step=state.iteration + 1
-                )
+            settings = json.loads(state.run).get("configuration", {}) if state.run else {}
+            for name, make in find_loggers(config).items():
+                with self._reported(name):
+                    self._loggers[name] = make(
+                        folder=folder.root, config=settings, iteration=state.iteration
+                    )
 
     def __enter__(self) -> MetricLogger:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        for name, other in list(self._loggers.items()):
+            with self._reported(name):
+                other.close()
+
+    @contextmanager
+    def _reported(self, name: str) -> Iterator[None]:
+        """Report what a logger raises, once, and leave it out from then on: the training does not end by it."""
+        try:
+            yield
+        except Exception as error:
+            self._loggers.pop(name, None)
+            logger.warning(
+                "the logger %s failed and gets no more records (metrics.jsonl has them all): %s: %s",
+                name,
+                type(error).__name__,
+                " ".join(str(error).split())[:300],
+            )
+            logger.debug("the logger %s failed", name, exc_info=True)
 
     def step(self, result: StepResult, waited: float, *, record: bool) -> None:
         """Take a step into account; the state already counts it.
@@ -164,7 +347,7 @@ class MetricLogger:
         scalars = {f"loss/{name}": value for name, value in self.last.items()}
         scalars["train/learning_rate"] = result.learning_rate
         scalars.update({f"train/{name}": value for name, value in speed.items()})
-        self._to_tensorboard(scalars)
+        self._to_loggers(scalars)
 
     def batches(self, began: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         """Write down what a step is made of, where it was something else before: when the run began, or by the last such record."""
@@ -180,7 +363,7 @@ class MetricLogger:
         if not self._ranks.is_main:
             return
         self._evaluations.append({"iteration": self._state.iteration, "metrics": metrics})
-        self._to_tensorboard({f"evaluation/{name}": value for name, value in metrics.items()})
+        self._to_loggers({f"evaluation/{name}": value for name, value in metrics.items()})
 
     def evaluations(self) -> dict[int, dict[str, float]]:
         """Return the metrics of each evaluation so far by iteration, oldest first (main process only)."""
@@ -191,10 +374,10 @@ class MetricLogger:
         self._clocked_from = self._state.progress
         self._clocked_steps = self._clocked_images = 0
 
-    def _to_tensorboard(self, values: dict[str, float]) -> None:
-        if self._tensorboard is not None:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, self._state.iteration)
+    def _to_loggers(self, values: dict[str, float]) -> None:
+        for name, other in list(self._loggers.items()):
+            with self._reported(name):
+                other.log(values, self._state.iteration)
 
 
 def read_evaluations(lines: JsonLines) -> dict[int, dict[str, float]]:

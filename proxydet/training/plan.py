@@ -43,7 +43,12 @@ from proxydet.training.runfolder import (
     prepare,
 )
 from proxydet.training.step import check_precision
-from proxydet.training.train import fit_to_embeddings, fit_to_masks
+from proxydet.training.train import (
+    check_own_code,
+    fit_to_backbone,
+    fit_to_embeddings,
+    fit_to_masks,
+)
 
 if TYPE_CHECKING:
     from proxydet.recipes import RunConfig
@@ -303,6 +308,8 @@ def plan_training(
         check_precision(training.precision, device)
     except ProxydetError as error:
         unusable("precision", str(device), error)
+    check_own_code(scaled)
+    scaled = fit_to_backbone(scaled)
     if training.weights is not None and resumes_after is None:
         need("starting weights", training.weights)
     path = scaled.data.description

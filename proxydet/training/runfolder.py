@@ -10,7 +10,7 @@
     ├── manifest.json        digests of data, vocabulary and starting weights, versions, seeds
     ├── metrics.jsonl        one record every few steps
     ├── evaluations.jsonl    one record an evaluation
-    ├── tensorboard/
+    ├── tensorboard/         and wandb/, mlflow.db, where the records also go there
     ├── checkpoints/         step_XXXXXXX.pth
     ├── evaluations/         predictions and report of each evaluation
     ├── plots/               losses and metrics over the iterations
@@ -79,8 +79,10 @@ Resume = Literal["auto", "never"] | Path
 from that checkpoint."""
 
 
-# What training decides when it has read the data.
-_DATA_DECIDES = ("data.masks", "model.masks", "model.classifier.embedding_dim")
+# What training decides when it has read the data and knows the backbone.
+_DATA_DECIDES = (
+    "data.masks", "model.masks", "model.classifier.embedding_dim", "model.pixel_mean", "model.pixel_std"
+)  # fmt: skip
 
 
 class RunFolder:
@@ -99,7 +101,6 @@ class RunFolder:
         self.manifest = root / "manifest.json"
         self.metrics = root / "metrics.jsonl"
         self.evaluations = root / "evaluations.jsonl"
-        self.tensorboard = root / "tensorboard"
         self.checkpoints = root / "checkpoints"
         self.plots = root / "plots"
         self.failures = root / "failures"
@@ -211,7 +212,15 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove the run that the folder holds; files that are not a run's stay, and logs where this process writes one."""
-        folders = ["checkpoints", "tensorboard", "plots", "failures", "evaluations", "aside"]
+        folders = [
+            "checkpoints",
+            "tensorboard",
+            "wandb",
+            "plots",
+            "failures",
+            "evaluations",
+            "aside",
+        ]
         handlers = logging.getLogger("proxydet").handlers
         files = [Path(h.baseFilename) for h in handlers if isinstance(h, logging.FileHandler)]
         if self.config.exists() and self.logs.resolve() not in [f.parent.resolve() for f in files]:
@@ -220,7 +229,8 @@ class RunFolder:
             shutil.rmtree(self.root / name, ignore_errors=True)
         for path in (self.config, self.vocabulary, self.text_encoder, self.environment, self.manifest,
                      self.metrics, self.evaluations, self.start_weights, self.best_weights,
-                     self.final_safetensors, self.final_weights):  # fmt: skip
+                     self.final_safetensors, self.final_weights, self.root / "mlflow.db",
+                     self.root / "mlflow_run_id.txt"):  # fmt: skip
             path.unlink(missing_ok=True)
 
 

@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from proxydet.errors import ConfigError, NumericsError, RuntimeEnvironmentError
 from proxydet.files import write_json
+from proxydet.losses.criterion import Losses
 from proxydet.training.checkpoint import TrainingState, step_name
 from proxydet.training.config import (
     GuardConfig,
@@ -41,9 +42,6 @@ from proxydet.training.config import (
 from proxydet.training.distributed import DistInfo
 
 logger = logging.getLogger(__name__)
-
-Losses = dict[str, torch.Tensor]
-"""Loss name to scalar tensor; the same names for every kind of batch on every rank."""
 
 # detectron2's scheduler (fvcore) decides on this tolerance, in units of the whole training, whether warm-up is over.
 _WARMUP_TOLERANCE = 1e-6

@@ -9,7 +9,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from proxydet._version import __version__
-from proxydet.config import differences, dump_yaml, to_mapping
+from proxydet.config import differences, dump_yaml, merge, to_mapping
 from proxydet.data.dataset import Dataset, DatasetConfig
 from proxydet.data.loader import Targets, TrainingLoader, TrainingSources
 from proxydet.data.store import AnnotationStore
@@ -33,9 +33,12 @@ from proxydet.errors import (
     RuntimeEnvironmentError,
     TrainingError,
 )
+from proxydet.extensions import load_extension, python_path, require_signature, source_digests
 from proxydet.files import sha256, write_bytes, write_text
-from proxydet.losses.criterion import Criterion
+from proxydet.losses.criterion import Losses, build_criterion
 from proxydet.manifest import EVALUATION_KEYS, build_manifest, write_run_records
+from proxydet.modeling.backbone import how_to_get_timm, pixel_statistics
+from proxydet.modeling.config import BACKBONES
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.modeling.weights import MASK_HEAD, MIXUP_BRANCH, load_weights
 from proxydet.reporting import SILENT, Progress
@@ -55,7 +58,7 @@ from proxydet.training.distributed import (
     wait_for_all,
     wrap_for_ranks,
 )
-from proxydet.training.logs import Best, MetricLogger, best_of, stopped_early
+from proxydet.training.logs import Best, MetricLogger, best_of, find_loggers, stopped_early
 from proxydet.training.runfolder import (
     Resume,
     RunFolder,
@@ -66,7 +69,6 @@ from proxydet.training.runfolder import (
     read_last_iteration,
 )
 from proxydet.training.step import (
-    Losses,
     TrainingModel,
     apply_precision,
     build_optimizer,
@@ -134,6 +136,9 @@ def train(
     resume: Resume = "auto",
     overwrite: bool = False,
     evaluate: Evaluate | None = None,
+    criterion: Callable[..., Any] | None = None,
+    backbone: Callable[..., Any] | None = None,
+    loggers: Sequence[Callable[..., Any]] = (),
     progress: Progress = SILENT,
 ) -> TrainResult:
     """Train a detector, alone or as one of the processes that a launcher started.
@@ -144,10 +149,13 @@ def train(
         resume: What to do with checkpoints that are there.
         overwrite: With ``resume="never"``, remove the run that the folder holds.
         evaluate: Evaluates the network by the schedule of the configuration.
+        criterion: A class of your own for ``losses.criterion``; its Python path is recorded in the run's configuration.
+        backbone: A class of your own for ``model.backbone.kind``, likewise; who opens the run needs it.
+        loggers: Classes of your own, added to ``training.log.loggers``, likewise.
         progress: Where progress is shown.
 
     Raises:
-        ConfigError: The configuration does not fit the data, or the folder holds a run of another one.
+        ConfigError: Own code cannot be used, the configuration does not fit the data, or the folder holds a run of another one.
         LockedError: Another training holds the folder.
         DataError: The data cannot be used.
         CheckpointError: The starting weights, or the checkpoints to resume from, do not fit.
@@ -155,6 +163,8 @@ def train(
         ProxydetError: As `fit`.
     """
     resume = after_restart(resume)
+    config = with_own_code(config, criterion=criterion, backbone=backbone, loggers=loggers)
+    losses = check_own_code(config)
     with ExitStack() as stack:
         ranks = stack.enter_context(connect(config.training.device))
         folder = RunFolder(output.resolve())
@@ -178,7 +188,7 @@ def train(
         config, note = fit_to_masks(config, store, vocabulary)
         if note and ranks.is_main:
             logger.warning("%s", note)
-        config = fit_to_embeddings(config, vocabulary.dimension)
+        config = fit_to_backbone(fit_to_embeddings(config, vocabulary.dimension))
         used = start.batches(config.data)
         sources = TrainingSources(used, data)
         digests = {
@@ -207,6 +217,15 @@ def train(
         counts = data.image_counts(with_novel=config.data.count_novel_classes)
         network = ProxyDetNetwork(config.model, vocabulary, counts)
         loaded: set[str] = set()
+        if (
+            settings.weights is None
+            and start.resumes_after is None
+            and config.model.backbone.kind == "timm"
+        ):
+            logger.warning(
+                "model.backbone.timm starts from fresh weights; %s",
+                how_to_get_timm(config.model.backbone.timm),
+            )
         if settings.weights is not None and start.resumes_after is None:
             expect = (*settings.ignore_in_weights, *MIXUP_BRANCH)
             report = load_weights(network, settings.weights, expect=expect, vocabulary="keep")
@@ -229,6 +248,11 @@ def train(
             gone = [str(path) for path in records if here and not path.exists()]
             write_text(folder.config, dump_yaml(config))
             vocabulary.save(folder.vocabulary)
+            own_code = (
+                config.losses.criterion, config.model.backbone.kind, config.model.cascade.box_head,
+                *settings.log.loggers,
+            )  # fmt: skip
+            digests.update(source_digests(own_code))
             if own_encoder:
                 write_bytes(folder.text_encoder, encoder.read_bytes())
             manifest = build_manifest(
@@ -256,7 +280,7 @@ def train(
         timeout = config.data.worker_timeout_s
         return fit(
             network,
-            Criterion(config.losses),
+            losses,
             make_loader,
             config=settings,
             folder=folder,
@@ -281,6 +305,49 @@ def train(
             evaluate=evaluate,
             progress=progress,
         )
+
+
+def with_own_code(
+    config: RunConfig,
+    *,
+    criterion: Callable[..., Any] | None,
+    backbone: Callable[..., Any] | None,
+    loggers: Sequence[Callable[..., Any]],
+) -> RunConfig:
+    """Return a configuration that names classes by their Python paths, as arguments of `train` give them."""
+    changes: dict[str, Any] = {}
+    if criterion is not None:
+        changes["losses"] = {"criterion": python_path(criterion, "criterion")}
+    if backbone is not None:
+        changes["model"] = {"backbone": {"kind": python_path(backbone, "backbone")}}
+    if loggers:
+        paths = [python_path(logger, "loggers") for logger in loggers]
+        changes["training"] = {"log": {"loggers": [*config.training.log.loggers, *paths]}}
+    return merge(config, changes)
+
+
+def check_own_code(config: RunConfig) -> Callable[..., Losses]:
+    """Import what a configuration names by Python paths, and return what computes the losses.
+
+    Raises:
+        ConfigError: Something is not there, or cannot be called as it would be.
+        MissingDependencyError: The package of a logger is not installed.
+    """
+    find_loggers(config.training.log)
+    backbone, head = config.model.backbone, config.model.cascade.box_head
+    if backbone.kind not in BACKBONES:
+        made = load_extension(backbone.kind, "model.backbone.kind")
+        require_signature(made, "model.backbone.kind", backbone.kind, *backbone.options)
+    if head is not None:
+        load_extension(head, "model.cascade.box_head")
+    return build_criterion(config.losses)
+
+
+def fit_to_backbone(config: RunConfig) -> RunConfig:
+    """Return a run's configuration with the pixel statistics of its backbone where it leaves them open."""
+    mean, std = pixel_statistics(config.model)
+    model = dataclasses.replace(config.model, pixel_mean=mean, pixel_std=std)
+    return dataclasses.replace(config, model=model)
 
 
 def fit_to_embeddings(config: RunConfig, dimension: int) -> RunConfig:

@@ -357,6 +357,7 @@ def _run(
     from proxydet.training.distributed import DistInfo, connect, decided_by_main, launched_rank
     from proxydet.training.launch import LAUNCHER, launch, requeue_job, worker
     from proxydet.training.runfolder import RunFolder
+    from proxydet.training.train import check_own_code
     from proxydet.training_run import finished_run, plot_reference, run_training
     from proxydet_cli.progress import training_progress
 
@@ -427,6 +428,7 @@ def _run(
                 # In each of the processes it would take seconds to come out, and be reported as one process's failure.
                 if isinstance(resume, Path):
                     read_iteration(resume)
+                check_own_code(config)
                 chosen = dataclasses.replace(options, output=root)
                 words = ["train", *chosen.words(), *(["--json"] if json else [])]
                 # On several nodes the main process holds the folder: no launcher knows which one it will be. One in a folder

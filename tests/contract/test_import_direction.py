@@ -20,6 +20,7 @@ RANK = {
             "paths",
             "_version",
             "config",
+            "extensions",
             "runtime",
             "artifacts",
             "hub",

@@ -561,10 +561,7 @@ def how_to_get_timm(name: str) -> str:
 
     stated = timm.get_pretrained_cfg(name, allow_unregistered=True)
     hub = stated.hf_hub_id if stated is not None and stated.hf_hub_id else f"timm/{name}"
-    return (
-        f"get pretrained ones with: hf download {hub} model.safetensors --local-dir weights; then train with: --weights "
-        "weights/model.safetensors"
-    )
+    return f"to fetch pretrained ones: hf download {hub} model.safetensors; it prints the path of the file, for --weights"
 
 
 def _timm_backbone(config: BackboneConfig, levels: Sequence[int]) -> LevelBackbone:

@@ -152,7 +152,7 @@ def require_signature(function: Any, key: str, path: str, *names: str, positiona
         given = ", ".join([*["..."] * positional, *(f"{name}=..." for name in names)])
         raise ConfigError(
             f"{key} is {path}, which is called as {path.rpartition(':')[2]}({given}), and cannot be: {error}.",
-            hint="give it these parameters; docs/how-to/change-the-method.md has an example of each kind",
+            hint='give it these parameters; the how-to page "Change the method" has an example of each kind',
         ) from error
 
 

@@ -616,7 +616,7 @@ def _own_backbone(config: BackboneConfig, levels: Sequence[int]) -> LevelBackbon
         raise ConfigError(
             f"{what} must make a torch.nn.Module with channels and strides: lists with an entry for each map that its forward "
             f"returns; it makes a {type(network).__name__} with channels {sizes[0]} and strides {sizes[1]}.",
-            hint="docs/how-to/change-the-method.md has an example",
+            hint='the how-to page "Change the method" has an example',
         )
     channels, strides = sizes
     assert channels is not None

@@ -7,6 +7,7 @@ path is expected to be is checked when a run starts. See ``docs/how-to/change-th
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
 import logging
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from proxydet.errors import ConfigError, ProxydetError
-from proxydet.files import sha256
 from proxydet.wording import nearest
 
 logger = logging.getLogger(__name__)
@@ -197,5 +197,5 @@ def source_digests(paths: Iterable[str | None]) -> dict[str, str]:
             module: Any = sys.modules.get(path.partition(":")[0])
             source = getattr(module, "__file__", None)
             if source and Path(source).is_file():
-                found[f"code {path}"] = sha256(Path(source))
+                found[f"code {path}"] = hashlib.sha256(Path(source).read_bytes()).hexdigest()
     return found

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,7 +30,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from proxydet.errors import ConfigError, NumericsError, RuntimeEnvironmentError
 from proxydet.files import write_json
-from proxydet.losses.criterion import Losses
 from proxydet.training.checkpoint import TrainingState, step_name
 from proxydet.training.config import (
     GuardConfig,
@@ -40,6 +39,9 @@ from proxydet.training.config import (
     TrainingConfig,
 )
 from proxydet.training.distributed import DistInfo
+
+if TYPE_CHECKING:
+    from proxydet.losses.criterion import Losses
 
 logger = logging.getLogger(__name__)
 

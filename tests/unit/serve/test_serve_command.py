@@ -17,11 +17,13 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from starlette.testclient import TestClient
 
 from proxydet.config import dump_yaml
 from proxydet.recipes import get_recipe
 from proxydet.serve import server
 from proxydet.serve.app import PredictParams
+from proxydet.serve.examples import Example
 from proxydet.vocabulary.compositional import CompositionalEncoder
 
 PROGRAM = "import sys; from proxydet_cli.main import main; sys.exit(main(sys.argv[1:]))"
@@ -176,6 +178,21 @@ def run_folder(detector, tmp_path_factory) -> Path:
     detector.encoder.save(folder / "text_encoder.json")
     torch.save({"model": detector.network.state_dict()}, folder / "model_final.pth")
     return folder
+
+
+def test_images_of_a_runs_own_data_are_shown_to_this_machine_only(call, run_folder, monkeypatch):
+    own = Example(name="own.jpg", data=b"", words="")
+    monkeypatch.setattr("proxydet.serve.examples.run_examples", lambda _: (own,))
+
+    def offered(*words: str) -> list[str]:
+        *_, app = call(*words)
+        with TestClient(app, base_url="http://localhost") as client:
+            return [example["name"] for example in client.get("/api/info").json()["examples"]]
+
+    assert offered("--run", str(run_folder)) == ["own.jpg"]
+    assert offered("--run", str(run_folder), "--allow-host", "box.local") == []
+    assert offered("--run", str(run_folder), "--host", "0.0.0.0") == []
+    assert offered() == ["coffee", "cat", "rocket"]
 
 
 @contextmanager

@@ -54,7 +54,7 @@ site: $(INSTALLED) ## Build the documentation's site in build/site; any broken l
 
 dist: $(INSTALLED) ## Build sdist and wheel in dist/ and check their metadata.
 	rm -rf dist build/lib
-	$(PY) -m uv build --quiet --no-build-isolation
+	$(PY) -m uv build --quiet --no-build-isolation --python $(PY)
 	$(PY) -m uv tool run twine check --strict dist/*
 
 lock: $(INSTALLED) ## Resolve the dependencies into the lock files; UPGRADE=--upgrade takes newer versions.

@@ -12,7 +12,7 @@ import errno
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,26 +109,28 @@ def _downloaded(repository: str, revision: str | None) -> Path | None:
 
 
 def _without_code(name: str, folder: Path) -> Path:
-    """Return the folder, if its configuration names no Python code: a stranger's file must not choose what is imported."""
-
-    def texts(value: Any) -> Iterator[str]:
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, (dict, list)):
-            for item in value.values() if isinstance(value, dict) else value:
-                yield from texts(item)
-
+    """Return the folder, if what is opened names no Python code: a stranger's file must not choose what is imported."""
     with damage_explained(name, folder):
         content = load_mapping(folder / "config.yaml")
-    for text in texts(content):
-        if _PYTHON_PATH.fullmatch(text):
-            raise InputError(
-                f"the detector {name} on the Hugging Face hub uses Python code by its path, {text}, which is not imported on "
-                "the word of a downloaded file",
-                hint=f"read its config.yaml; if you trust it, copy the folder and open the copy with --run: {folder}",
-                path=folder / "config.yaml",
-            )
+    for code in code_paths([content.get(part) for part in ("data", "model", "inference")]):
+        raise InputError(
+            f"the detector {name} on the Hugging Face hub uses Python code by its path, {code}, which is not imported on the "
+            "word of a downloaded file",
+            hint=f"read its config.yaml; if you trust it, copy the folder and open the copy with --run: {folder}",
+            path=folder / "config.yaml",
+        )
     return folder
+
+
+def code_paths(value: Any) -> Iterator[str]:
+    """Yield the texts in nested values that name Python code, such as ``mypackage.networks:Mine``."""
+    if isinstance(value, str) and _PYTHON_PATH.fullmatch(value):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from code_paths(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from code_paths(item)
 
 
 def require_login(repository: str) -> None:

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from proxydet._version import __version__
-from proxydet.config import dump_yaml, from_mapping
+from proxydet.config import dump_yaml, from_mapping, to_mapping
 from proxydet.detector import Detector
 from proxydet.errors import InputError
 from proxydet.files import JsonLines, write_text
-from proxydet.hub import WEIGHTS, errors_of_hub, require_login, split_name
+from proxydet.hub import WEIGHTS, code_paths, errors_of_hub, require_login, split_name
 from proxydet.models import configuration_of
 from proxydet.paths import require_run
 from proxydet.recipes import RunConfig
@@ -178,6 +178,10 @@ def _card(
         f"- recipe `{config.recipe}`, {settings.iterations} iterations, written by proxydet {__version__}; all settings: `config.yaml`",
         f"- backbone `{config.model.backbone.kind}`, {size / 1e6:.1f} million parameters, "
         + ("boxes and masks" if detector.network.has_mask_head else "boxes only"),
+    ]
+    lines += [
+        f"- needs the Python code `{code}`, which is imported only from a copy of these files: `--run FOLDER`"
+        for code in code_paths(to_mapping(config.model))
     ]
     if description is not None:
         lines.append(f"- dataset config `{html.escape(description.name)}`")

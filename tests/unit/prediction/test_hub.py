@@ -407,6 +407,11 @@ def test_a_configuration_that_names_code_is_refused(on_hub):
     on_hub.commits[NAME][-1]["config.yaml"] = evil.encode()
     with pytest.raises(InputError, match="os:system"):
         Detector.from_pretrained(NAME)
+    # What only training reads is not imported.
+    on_hub.commits[NAME].append(
+        {**on_hub.commits[NAME][-1], "config.yaml": f"{text}\ncriterion: os:system\n".encode()}
+    )
+    assert Detector.from_pretrained(NAME, device="cpu")
 
 
 def test_a_download_that_breaks_off_leaves_nothing_that_would_be_taken_for_whole(

@@ -140,10 +140,11 @@ def test_a_root_with_objects_is_a_class(tmp_path):
 
 def test_categories_of_a_large_annotation_file_are_read_in_little_memory(tmp_path):
     path = tmp_path / "large.json"
+    row = json.dumps({"segmentation": [[1.5] * 25_000]}) + ","
     with path.open("w") as file:
         file.write('{"annotations": [')
         for _ in range(300):
-            file.write(json.dumps({"segmentation": [[1.5] * 25_000]}) + ",")
+            file.write(row)
         file.write('{}], "categories": [{"id": 2, "name": "b"}, {"id": 1, "name": "a"}]}')
     assert path.stat().st_size > 35e6
     tracemalloc.start()

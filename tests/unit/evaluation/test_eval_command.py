@@ -96,19 +96,20 @@ def test_results_on_an_annotation_file(typed, files):
 
 @pytest.mark.parametrize("name", ["val.JSON", "val.gz", "val", "./lvis"])
 def test_any_file_that_is_no_dataset_config_is_annotations(typed, files, name):
-    """As for ``data check``; a bare name is a prepared data set first, whatever is called so here."""
+    """As for ``data check``."""
     content = (files / "val.json").read_bytes()
     (files / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
-    words = ["--results", files / "a.json", "--bootstrap", "0", "--data"]
-    _, messages = typed(*words, name)
-    assert f"{Path(name).name}: " in messages
-    (files / "lvis").unlink(missing_ok=True)
+    words = ["--results", files / "a.json", "--bootstrap", "0", "--iou-type", "bbox"]
+    assert f"{Path(name).name}: " in typed(*words, "--data", name)[1]
+
+
+def test_a_bare_name_is_a_prepared_data_set_whatever_is_called_so_here(typed, files):
     (files / "lvis").mkdir()
     (files / "datasets").mkdir()
     config = (files / "set.toml").read_text().replace('= "', '= "../').replace("../drawn", "drawn")
     (files / "datasets" / "lvis.toml").write_text(config)
-    _, messages = typed(*words, "lvis")
-    assert "drawn: " in messages
+    words = ["--results", files / "a.json", "--bootstrap", "0", "--iou-type", "bbox"]
+    assert "drawn: " in typed(*words, "--data", "lvis")[1]
 
 
 def test_detections_of_dropped_images_are_dropped(typed, files):

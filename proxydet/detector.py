@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import re
 import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -27,7 +26,6 @@ from proxydet.data.dataset import DatasetConfig
 from proxydet.data.images import ChannelOrder, ImageInput, Pixels, as_pixels, shortest_side
 from proxydet.detections import Detections, FrameResult
 from proxydet.errors import (
-    CheckpointError,
     ConfigError,
     DataError,
     InputError,
@@ -53,6 +51,7 @@ from proxydet.models import (
     find_detector,
     is_run,
     locate_published,
+    newest_weights,
 )
 from proxydet.paths import how_to_restore, require_run
 from proxydet.vocabulary.encoder import open_encoder
@@ -135,7 +134,7 @@ class Detector:
         chosen = choose_device(device)
         run = require_run(Path(folder))
         settings = DetectorConfig.of(configuration_of(run))
-        weights = checkpoint or _newest_weights(run)
+        weights = checkpoint or newest_weights(run)
         return cls._open(
             settings, _vocabulary_of(run), weights, chosen, _encoder_of(run, settings.data)
         )
@@ -539,8 +538,7 @@ class Detector:
             vocabulary: Any classes.
             threshold: A class is base where its largest cosine with a base class of the training is above this.
         """
-        base_CD = self.vocabulary.embeddings[self.vocabulary.base]
-        return vocabulary.base_by_similarity(base_CD, threshold)
+        return vocabulary.base_by_similarity(self.vocabulary.base_embeddings, threshold)
 
     @property
     def encoder(self) -> TextEncoder:
@@ -602,9 +600,6 @@ def choose_device(device: str) -> torch.device:
 # --- Run folders, checkpoints, published models ------------------------------------------------------------------------
 
 
-_CHECKPOINT = re.compile(r"step_(\d+)\.pth")
-
-
 def open_named(named: NamedDetector, *, device: str = "auto") -> Detector:
     """Open the detector that a command line names; nothing is downloaded.
 
@@ -625,27 +620,6 @@ def open_named(named: NamedDetector, *, device: str = "auto") -> Detector:
     name = named.published or DEFAULT_MODEL
     weights, chosen = locate_published(name), choose_device(device)
     return Detector._open(PUBLISHED_MODELS[name], published_vocabulary("lvis"), weights, chosen)
-
-
-def _newest_weights(folder: Path) -> Path:
-    best, *_ = names = ("model_best.safetensors", "model_final.safetensors", "model_final.pth")
-    for name in names:  # version 0.1 wrote the last only
-        if (folder / name).exists():  # what is not a regular file is refused by its reader
-            if name == best:
-                logger.info("%s: the weights of its best evaluation, %s", folder, name)
-            return folder / name
-    steps = {
-        int(match[1]): path
-        for path in folder.glob("checkpoints/step_*.pth")
-        if (match := _CHECKPOINT.fullmatch(path.name))
-    }
-    if not steps:
-        raise CheckpointError(
-            f"the run {folder} has no weights yet",
-            hint=f"continue it: proxydet train --config {folder / 'config.yaml'} --output {folder}",
-            path=folder,
-        )
-    return steps[max(steps)]
 
 
 def _vocabulary_of(folder: Path) -> Vocabulary:

@@ -52,6 +52,7 @@ FREE_KEYS = (
     "training.log",
     "training.guards",
     "training.weights",
+    "training.finetune",
     "data.workers",
     "data.prefetch",
     "data.worker_timeout_s",

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import functools
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, Literal
 
 from proxydet.config import from_mapping, load_mapping
 from proxydet.data.config import DataConfig
-from proxydet.errors import ArtifactError, ConfigError, InputError
+from proxydet.errors import ArtifactError, CheckpointError, ConfigError, InputError
 from proxydet.hub import fetch, split_name
 from proxydet.manifest import (
     EVALUATION_KEYS,
@@ -30,9 +31,12 @@ from proxydet.manifest import (
 )
 from proxydet.modeling.config import BackboneConfig, InferenceConfig, ModelConfig
 from proxydet.paths import QUICKSTARTS_RUN, require_run, run_in
+from proxydet.vocabulary.sources import published_vocabulary
+from proxydet.vocabulary.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
+_CHECKPOINT = re.compile(r"step_(\d+)\.pth")
 # May differ from a run's manifest, and mean nothing to a detector.
 _UNUSED_KEYS = tuple(key for key in FREE_KEYS if key not in EVALUATION_KEYS)
 
@@ -187,9 +191,8 @@ def find_detector(*, run: Path | None, weights: str | None, config: str | None) 
             path=path,
         )
     _refuse_export(path)
-    folder = path.absolute().parent
-    folder = folder.parent if folder.name == "checkpoints" else folder
-    if config is None and is_run(folder):
+    folder = run_of(path)
+    if config is None and folder is not None:
         return NamedDetector(run=folder, weights=path)
     return NamedDetector(weights=path, config=check_sizes(config or "r50"))
 
@@ -258,6 +261,50 @@ def locate_published(name: str) -> Path:
 def is_run(folder: Path) -> bool:
     """Whether a folder holds what a detector needs of a run besides weights."""
     return all((folder / name).is_file() for name in ("config.yaml", "vocabulary.npz"))
+
+
+def run_of(weights: Path) -> Path | None:
+    """Return the run folder that a weight file lies in; None where it lies in none."""
+    folder = weights.absolute().parent
+    folder = folder.parent if folder.name == "checkpoints" else folder
+    return folder if is_run(folder) else None
+
+
+def vocabulary_of(start: NamedDetector) -> Vocabulary | None:
+    """Return the classes that a detector was trained on; None of a weight file without a run.
+
+    Raises:
+        VocabularyError: Their file is absent or damaged.
+    """
+    if start.run is not None:
+        return Vocabulary.load(start.run / "vocabulary.npz")
+    return published_vocabulary("lvis") if start.published is not None else None
+
+
+def newest_weights(folder: Path) -> Path:
+    """Return what a run folder opens: its best evaluation's weights where they are kept, the final ones, or the newest checkpoint.
+
+    Raises:
+        CheckpointError: There are none yet.
+    """
+    best, *_ = names = ("model_best.safetensors", "model_final.safetensors", "model_final.pth")
+    for name in names:  # version 0.1 wrote the last only
+        if (folder / name).exists():  # what is not a regular file is refused by its reader
+            if name == best:
+                logger.info("%s: the weights of its best evaluation, %s", folder, name)
+            return folder / name
+    steps = {
+        int(match[1]): path
+        for path in folder.glob("checkpoints/step_*.pth")
+        if (match := _CHECKPOINT.fullmatch(path.name))
+    }
+    if not steps:
+        raise CheckpointError(
+            f"the run {folder} has no weights yet",
+            hint=f"continue it: proxydet train --config {folder / 'config.yaml'} --output {folder}",
+            path=folder,
+        )
+    return steps[max(steps)]
 
 
 def configuration_of(run: Path) -> Mapping[str, Any]:

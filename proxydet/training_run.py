@@ -11,26 +11,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
-from collections.abc import Iterable
-from contextlib import suppress
+import shlex
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from proxydet.config import dump_yaml
+import numpy as np
+
+from proxydet.config import dump_yaml, from_mapping
 from proxydet.data.dataset import Dataset, DatasetConfig
-from proxydet.detector import Detector
-from proxydet.errors import ConfigError, LockedError, RuntimeEnvironmentError
-from proxydet.evaluation.detector_evaluation import evaluate
+from proxydet.detector import Detector, open_named
+from proxydet.errors import ConfigError, InputError, LockedError, RuntimeEnvironmentError
+from proxydet.evaluation.config import EvaluationConfig
+from proxydet.evaluation.detector_evaluation import current_process, evaluate
 from proxydet.evaluation.evaluate import check_protocol
 from proxydet.evaluation.report import Report
 from proxydet.evaluation.split import DescribedSplit
-from proxydet.files import JsonLines, write_json, write_text
+from proxydet.files import JsonLines, read_json, write_json, write_text
+from proxydet.models import (
+    PUBLISHED_MODELS,
+    NamedDetector,
+    configuration_of,
+    newest_weights,
+    run_of,
+    vocabulary_of,
+)
 from proxydet.recipes import RunConfig, get_recipe
 from proxydet.reporting import SILENT, Progress
 from proxydet.training.checkpoint import step_of
-from proxydet.training.distributed import launched_rank
+from proxydet.training.distributed import connect, launched_rank
 from proxydet.training.logs import best_of, iteration_of, read_evaluations, read_steps
 from proxydet.training.runfolder import (
     Resume,
@@ -44,6 +57,10 @@ from proxydet.training.runfolder import (
 from proxydet.training.train import Evaluate, TrainResult, train
 from proxydet.visualization.plots import loss_plot, save_figure
 from proxydet.visualization.reference import read_reference
+from proxydet.visualization.report import Command, Section, Table, write_report
+from proxydet.visualization.report import Report as Page
+from proxydet.vocabulary.vocabulary import Vocabulary
+from proxydet.wording import first_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,6 +68,11 @@ if TYPE_CHECKING:
     from proxydet.modeling.network import ProxyDetNetwork
 
 logger = logging.getLogger(__name__)
+
+REPORT_NAME = "finetune.json"
+"""The report of a fine-tuning, in its run folder; ``finetune.html`` shows it."""
+_PROBE_IMAGES = 32
+_PROBE_SCORE = 0.3
 
 Curves = dict[str, list[tuple[float, float]]]
 
@@ -63,7 +85,7 @@ def run_training(
     overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> TrainResult:
-    """Train a detector, evaluate it by the schedule where the data has validation images, and plot the course.
+    """Train a detector, evaluate it by the schedule where the data has validation images, plot the course; report a fine-tuning.
 
     Args:
         config: The whole configuration.
@@ -75,16 +97,22 @@ def run_training(
     Raises:
         ProxydetError: As `proxydet.training.train.train`, and what evaluation raises.
     """
-    result = train(
-        config,
-        output=output,
-        resume=resume,
-        overwrite=overwrite,
-        evaluate=scheduled_evaluation(config, progress),
-        progress=progress,
-    )
-    if launched_rank() == 0:
-        plot_run(RunFolder(result.folder))
+    finetuned = config.training.finetune.start is not None
+    # The report's predictions are shared between the processes, as those of the training's evaluations are.
+    with connect(config.training.device) if finetuned else nullcontext():
+        result = train(
+            config,
+            output=output,
+            resume=resume,
+            overwrite=overwrite,
+            evaluate=scheduled_evaluation(config, progress),
+            progress=progress,
+        )
+        if launched_rank() == 0:
+            plot_run(RunFolder(result.folder))
+        if finetuned:
+            report = finetune_report(result.folder, config, progress=progress)
+            result = dataclasses.replace(result, finetune=report)
     return result
 
 
@@ -109,6 +137,9 @@ def finished_run(folder: RunFolder, config: RunConfig) -> TrainResult | None:
         or not earlier.finished
         or not is_whole(folder, earlier, config.training.evaluation)
     ):
+        return None
+    report = folder.root / REPORT_NAME
+    if config.training.finetune.start is not None and not report.is_file():
         return None
     keep_weights(config, [earlier])
     # Unless another one is at it, or nothing can be written there.
@@ -144,6 +175,7 @@ def finished_run(folder: RunFolder, config: RunConfig) -> TrainResult | None:
         stopped_early=iterations < planned,
         skipped=skipped if type(skipped := last.get("skipped")) is int else 0,
         seconds=0.0,
+        finetune=read_json(report, default={}) or None,
     )
 
 
@@ -269,3 +301,247 @@ def _curves(points: Iterable[tuple[float, dict[str, float]]]) -> Curves:
             if math.isfinite(value):
                 curves.setdefault(name, []).append((iteration, value))
     return curves
+
+
+# --- The report -------------------------------------------------------------------------------------------------------
+
+
+def finetune_report(
+    folder: Path, config: RunConfig, *, progress: Progress = SILENT
+) -> dict[str, Any] | None:
+    """Measure what a finished fine-tuning gained and what it forgot, and write it into its run folder.
+
+    Own classes: the evaluations of the run before the first step and of the weights that the folder opens. Classes that were not
+    trained: average precision of the starting and of the fine-tuned detector on the validation images of ``keep_check``, else of
+    the starting detector's own data; where there are none, the objects of such classes that the starting detector finds in a few
+    of the new images, and how many of them the fine-tuned one still finds.
+
+    Args:
+        folder: The run folder, finished.
+        config: The run's configuration.
+        progress: Where progress is shown.
+
+    Returns:
+        The report as JSON values, written as `REPORT_NAME`; None in processes other than the main one.
+
+    Raises:
+        DataError: The validation images cannot be used.
+        ConfigError: The evaluation's settings do not fit them.
+    """
+    run, asked = RunFolder(folder), config.training.finetune
+    info = current_process()
+    content: dict[str, Any] = {"format": 1, "start": asked.start, "run": str(folder)}
+    evaluations = read_evaluations(JsonLines(run.evaluations))
+    best = best_of(evaluations, config.training.evaluation.metric)
+    opened = newest_weights(folder)
+    after = best.iteration if best and opened == run.best_weights else max(evaluations, default=0)
+    content["weights"] = opened.name
+    content["own"] = {
+        "classes": list(Vocabulary.load(run.vocabulary).names),
+        "before": evaluations.get(0),
+        "after": evaluations.get(after),
+        "iteration": after,
+    }
+    start = _named_start(config)
+    known = None if start is None else vocabulary_of(start)
+    own = set(content["own"]["classes"])
+    if start is None or known is None:
+        content["kept"] = {"how": "none", "why": f"the classes of {asked.start} are not known"}
+    else:
+        before = open_named(start, device=config.training.device)
+        before.inference = dataclasses.replace(
+            before.inference, masks=before.inference.masks and config.model.masks is not None
+        )
+        tuned = Detector.from_run(folder, device=config.training.device)
+        check, why = _check_data(start, asked.keep_check)
+        if check is not None:
+            scores: list[Report | None] = []
+            settings = EvaluationConfig(bootstrap=0, batch_size=config.evaluation.batch_size)
+            for name, detector in (("start", before), ("finetuned", tuned)):
+                scores.append(
+                    evaluate(
+                        detector,
+                        check,
+                        output=folder / "forgetting" / name,
+                        config=settings,
+                        progress=progress,
+                    )
+                )
+            if scores[0] is not None and scores[1] is not None:
+                content["kept"] = {
+                    "how": "ap",
+                    "data": str(asked.keep_check or check.name),
+                    **_compared(scores[0], scores[1], own),
+                }
+        elif info.is_main:
+            content["kept"] = {"how": "probe", "why": why, **_probe(before, tuned, config, own)}
+    if not info.is_main:
+        return None
+    write_json(folder / REPORT_NAME, content)
+    _write_page(folder, content)
+    return content
+
+
+def _named_start(config: RunConfig) -> NamedDetector | None:
+    """Return the starting detector of a fine-tuning; None where it is gone, or a weight file without a run."""
+    name, weights = config.training.finetune.start, config.training.weights
+    if name in PUBLISHED_MODELS:
+        return NamedDetector(published=name)
+    run = run_of(weights) if weights is not None and weights.is_file() else None
+    return None if run is None else NamedDetector(run=run, weights=weights)
+
+
+def _check_data(start: NamedDetector, asked: Path | None) -> tuple[DatasetConfig | None, str]:
+    """Return the data set whose validation images show what is kept, or why there is none."""
+    if asked is not None:
+        return DatasetConfig.from_toml(asked), ""
+    if start.run is None:
+        return (
+            None,
+            f"no annotated images of other classes are given (--keep-check), and those of {start.published} take hours",
+        )
+    path = from_mapping(RunConfig, configuration_of(start.run)).data.description
+    try:
+        data = DatasetConfig.from_toml(path) if path is not None else None
+    except InputError as error:
+        return None, error.message
+    if data is None or data.val is None:
+        return None, f"the data of {start.run} have no validation images"
+    gone = [str(p) for p in (data.val.annotations, *data.val.roots) if not p.exists()]
+    if gone:
+        return None, f"the validation data of {start.run} are not there any more: {first_of(gone)}"
+    return data, ""
+
+
+def _compared(before: Report, after: Report, own: set[str]) -> dict[str, Any]:
+    """Return the mean AP, as fractions, over the classes that were not trained, for boxes and masks, and a row a class."""
+    found: dict[str, Any] = {}
+    for kind in before.types.keys() & after.types.keys():
+        pairs = [
+            (left.name, left.ap, right.ap, left.ap50, right.ap50)
+            for left, right in zip(
+                before.types[kind].categories, after.types[kind].categories, strict=True
+            )
+            if left.name.strip() not in own and left.ap is not None and right.ap is not None
+        ]
+        columns = list(zip(*pairs, strict=True)) or [()] * 5
+        means = [sum(values) / len(values) if values else None for values in columns[1:]]
+        found[kind] = {
+            "classes": len(pairs),
+            **dict(zip(("before_ap", "after_ap", "before_ap50", "after_ap50"), means, strict=True)),
+            "by_class": [{"name": n, "before_ap": b, "after_ap": a} for n, b, a, *_ in pairs],
+        }
+    return {"types": found}
+
+
+def _probe(before: Any, after: Any, config: RunConfig, own: set[str]) -> dict[str, Any]:
+    """Return how many objects of other classes, that the starting detector finds in new images, the fine-tuned one still finds."""
+    description = config.data.description
+    if description is None:
+        raise ConfigError("A fine-tuning has data: data.description is not set.")
+    data = Dataset(config=DatasetConfig.from_toml(description), cache=config.data.cache)
+    split = DescribedSplit.open(data, "train" if data.config.val is None else "val")
+    other = before.vocabulary.subset([name for name in before.vocabulary.names if name not in own])
+    images = min(len(split.store.image_ids), _PROBE_IMAGES)
+    found = still = 0
+    for index in range(images):
+        pixels = split.images.read(index)
+        old, new = (
+            detector.predict(pixels, other, score_threshold=_PROBE_SCORE)
+            for detector in (before, after)
+        )
+        found += len(old)
+        for box, label in zip(old.boxes_xyxy, old.labels, strict=True):
+            rows = [row for row, name in enumerate(new.labels) if name == label]
+            others_14 = new.boxes_xyxy[rows]
+            corners = np.maximum(box[:2], others_14[:, :2]), np.minimum(box[2:], others_14[:, 2:])
+            inside = np.clip(corners[1] - corners[0], 0, None).prod(axis=1)
+            areas = (others_14[:, 2:] - others_14[:, :2]).prod(axis=1) + (box[2:] - box[:2]).prod()
+            still += bool((inside >= 0.5 * (areas - inside)).any())
+    return {"images": images, "found_before": found, "found_after": still, "score": _PROBE_SCORE}
+
+
+def report_text(content: Mapping[str, Any]) -> str:
+    """Return a report for people to read, AP in percent."""
+    return "\n".join(": ".join(filter(None, row)) for row in _lines(content))
+
+
+def _lines(content: Mapping[str, Any]) -> list[tuple[str, str]]:
+    own, kept = content["own"], content["kept"]
+    lines = []
+    names = f"{len(own['classes'])} own classes"
+    if own["after"]:
+        for metric in [name for name in own["after"] if name.endswith(("/AP", "/AP50"))]:
+            old = (own["before"] or {}).get(metric)
+            change = f"{100 * old:.1f} before, " if old is not None else ""
+            lines.append(
+                (
+                    f"{names}, {metric}",
+                    f"{change}{100 * own['after'][metric]:.1f} after ({content['weights']})",
+                )
+            )
+    else:
+        lines.append((names, "not measured: the data have no validation images"))
+    if kept["how"] == "ap":
+        for kind, part in sorted(kept["types"].items()):
+            title = f"{part['classes']} classes that were not trained, {kind}/AP"
+            if part["before_ap"] is None:
+                lines.append((title, f"{kept['data']} has no annotations of such classes"))
+                continue
+            old, new = 100 * part["before_ap"], 100 * part["after_ap"]
+            lines.append(
+                (title, f"{old:.1f} before, {new:.1f} after ({new - old:+.1f}), on {kept['data']}")
+            )
+    elif kept["how"] == "probe":
+        share = (
+            f" ({kept['found_after'] / kept['found_before']:.0%})" if kept["found_before"] else ""
+        )
+        lines += [
+            (
+                "classes that were not trained",
+                f"of {kept['found_before']} objects that the starting detector found in {kept['images']} of the new images, "
+                f"{kept['found_after']}{share} are still found",
+            ),
+            (
+                "their AP is not measured",
+                f"{kept['why']}; --keep-check DATA.toml names annotated images of them",
+            ),
+        ]
+    else:
+        lines.append(("classes that were not trained", f"not measured: {kept['why']}"))
+    return lines
+
+
+def _write_page(folder: Path, content: Mapping[str, Any]) -> None:
+    sections = [
+        Section(title="Result", tables=[Table(columns=("what", "result"), rows=_lines(content))])
+    ]
+    for kind, part in sorted(content["kept"].get("types", {}).items()):
+        rows = [
+            (
+                row["name"],
+                100 * row["before_ap"],
+                100 * row["after_ap"],
+                100 * (row["after_ap"] - row["before_ap"]),
+            )
+            for row in sorted(part["by_class"], key=lambda row: row["after_ap"] - row["before_ap"])
+        ]
+        table = Table(columns=("class", "before", "after", "change"), rows=rows)
+        sections.append(
+            Section(title=f"Classes that were not trained, {kind} AP in percent", tables=[table])
+        )
+    run = shlex.quote(str(folder))
+    commands = [
+        Command(command=f"proxydet predict --run {run} photo.jpg", does="finds your classes"),
+        Command(
+            command=f"proxydet predict --run {run} photo.jpg -v 'mug, kettle'",
+            does="finds any other classes",
+        ),
+    ]
+    sections.append(Section(title="Next", commands=commands))
+    own = content["own"]
+    summary = f"{len(own['classes'])} classes, from {content['start']}. The run folder opens {content['weights']}."
+    write_report(
+        Page(title="Fine-tuning", summary=summary, facts=(), sections=sections),
+        folder / "finetune.html",
+    )

@@ -237,8 +237,15 @@ def read_safetensors(path: Path, *, hint: str = _HINT) -> tuple[dict[str, Tensor
         return tensors, metadata if isinstance(metadata, dict) else {}
 
 
-def read_arrays(path: Path, names: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+def read_arrays(
+    path: Path, names: Sequence[str], *, optional: Sequence[str] = ()
+) -> dict[str, npt.NDArray[Any]]:
     """Return arrays of numbers or text in an ``.npz`` file, once their sizes are known to be what it holds.
+
+    Args:
+        path: The file.
+        names: What it must hold.
+        optional: What is returned where it holds it.
 
     Raises:
         CheckpointError: As `read_content`; or an array is absent, or of Python objects.
@@ -247,7 +254,9 @@ def read_arrays(path: Path, names: Sequence[str]) -> dict[str, npt.NDArray[Any]]
         _errors(path, "write it again with numpy.savez", "an .npz archive"),
         _open_zip(path) as archive,
     ):
-        return {name: _read_array(archive.open(_entry(archive, f"{name}.npy"))) for name in names}
+        there = set(archive.namelist())
+        wanted = [*names, *(name for name in optional if f"{name}.npy" in there)]
+        return {name: _read_array(archive.open(_entry(archive, f"{name}.npy"))) for name in wanted}
 
 
 def _read_array(file: Any) -> npt.NDArray[Any]:

@@ -519,7 +519,7 @@ def fusion_vocabulary(vocabulary: Vocabulary, trained: Vocabulary) -> Vocabulary
     """
     if len(vocabulary) == len(trained) and vocabulary.with_base(trained.base) == trained:
         return trained
-    return vocabulary.base_by_similarity(trained.embeddings[trained.base])
+    return vocabulary.base_by_similarity(trained.base_embeddings)
 
 
 def current_process() -> DistInfo:

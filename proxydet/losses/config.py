@@ -64,6 +64,24 @@ class ImageLabelLossConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistillationLossConfig:
+    """Keeps what the starting weights predict of regions without an annotated object, so that fine-tuning forgets less."""
+
+    weight: float = 0.0
+    """Weight of the mean of 1 - cosine between region embeddings of the trained and of the starting weights, a step each; 0 is
+    off, and takes no time. Embeddings decide the scores of any class, trained or not."""
+
+    box_weight: float = 0.05
+    """Weight of the mean absolute difference of their box changes, relative to ``weight``."""
+
+    def __post_init__(self) -> None:
+        require(self.weight >= 0, f"distillation.weight must not be negative: {self.weight}")
+        require(
+            self.box_weight >= 0, f"distillation.box_weight must not be negative: {self.box_weight}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """All losses; the defaults are the published ones."""
 
@@ -85,6 +103,9 @@ class LossConfig:
 
     image_labels: ImageLabelLossConfig = field(default_factory=ImageLabelLossConfig)
     """The detection branch on image-label batches."""
+
+    distillation: DistillationLossConfig = field(default_factory=DistillationLossConfig)
+    """Of a training that starts from weights (training.weights): what they knew."""
 
     mask_weight: float = 1.0
     """Weight of the mask loss."""

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from proxydet.errors import ConfigError
 from proxydet.extensions import build_extension, extension_errors, require_signature
-from proxydet.losses.config import LossConfig, MixupLossConfig
+from proxydet.losses.config import DistillationLossConfig, LossConfig, MixupLossConfig
 from proxydet.modeling.boxes import Weights, deltas_between
 from proxydet.modeling.centernet import centernet_losses, zero_centernet_losses
 from proxydet.modeling.roi_heads import (
@@ -283,6 +283,36 @@ def box_loss(
     return differences_N4.sum() / valid_N.sum().clamp(min=1)
 
 
+def distillation_loss(step: StepOutput, classes: int, config: DistillationLossConfig) -> Tensor:
+    """Return how far embeddings and box changes of regions without an object are from the reference's, weighted.
+
+    A form of learning without forgetting (Li and Hoiem 2016, arXiv 1606.09282) on region embeddings: what is kept does not
+    depend on a list of classes.
+
+    Args:
+        step: One step, with its reference.
+        classes: C, the label of regions without an object.
+        config: Weights.
+
+    Returns:
+        A sum over those regions, divided by the number of all valid ones.
+
+    Raises:
+        ConfigError: The step has no reference: training does not start from weights.
+    """
+    if step.reference is None:
+        raise ConfigError(
+            "losses.distillation.weight is above 0, and there are no starting weights to keep.",
+            hint="set training.weights, or losses.distillation.weight=0",
+        )
+    labels_BR = step.assignment.labels_BR
+    cosines_BR = (step.embeddings_BRD * step.reference.embeddings_BRD).sum(dim=2)
+    changes_BR = (step.deltas_BR4 - step.reference.deltas_BR4).abs().sum(dim=2)
+    apart_BR = (1 - cosines_BR) + config.box_weight * changes_BR
+    chosen_BR = (labels_BR == classes).to(apart_BR.dtype)
+    return config.weight * (apart_BR * chosen_BR).sum() / (labels_BR >= 0).sum().clamp(min=1)
+
+
 class Criterion:
     """Computes the losses.
 
@@ -321,6 +351,10 @@ class Criterion:
         for index, step in enumerate(output.steps):
             losses.update(self._step_losses(index, step, output, generator))
             losses[f"image_loss_stage{index}"] = zero
+            if self.config.distillation.weight > 0:
+                losses[f"distillation_loss_stage{index}"] = distillation_loss(
+                    step, output.table.classes, self.config.distillation
+                )
         mixup_name = f"cmm_loss_stage{len(output.steps) - 1}"
         if output.mixup is None:
             losses[mixup_name] = zero
@@ -377,6 +411,8 @@ class Criterion:
         for index, step in enumerate(output.steps):
             losses[f"loss_cls_stage{index}"] = zero
             losses[f"loss_box_reg_stage{index}"] = zero
+            if self.config.distillation.weight > 0:
+                losses[f"distillation_loss_stage{index}"] = zero
             losses[f"image_loss_stage{index}"] = config.weight * image_label_loss(
                 step, targets_BC, text_DC, table.temperature
             )

@@ -5,7 +5,8 @@ Dimensions: B images, C classes, D embedding, P proposals, M masks, S side of a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,7 @@ from proxydet.modeling.roi_heads import (
     image_label_steps,
     mask_step,
     sample_regions,
+    with_reference,
 )
 from proxydet.vocabulary.vocabulary import Vocabulary
 
@@ -197,6 +199,8 @@ class ProxyDetNetwork(nn.Module):
         for name, values in zip(("pixel_mean", "pixel_std"), pixel_statistics(config), strict=True):
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
         self.register_buffer("base_C", torch.from_numpy(vocabulary.base.copy()), persistent=False)
+        # In a tuple, it is not a part of the network: not of its state, nor of what is trained.
+        self._reference: tuple[ProxyDetNetwork, ...] = ()
         self.backbone_dtype = torch.float32
         """Type that the backbone and the pyramid compute in, under autocast; the rest is float32."""
 
@@ -215,6 +219,16 @@ class ProxyDetNetwork(nn.Module):
     def forward(self, batch: Batch, *, generator: torch.Generator | None = None) -> TrainingOutput:
         """Same as `forward_train`; this is what a wrapper for distributed training calls."""
         return self.forward_train(batch, generator=generator)
+
+    def keep_reference(self, values: Mapping[str, Tensor]) -> None:
+        """Let `forward_train` also return what other weights predict of the regions of box batches.
+
+        Args:
+            values: By name, what of the state dict is otherwise in those weights.
+        """
+        other = copy.deepcopy(self).eval().requires_grad_(False)
+        other.load_state_dict(dict(values), strict=False)
+        self._reference = (other,)
 
     def forward_train(
         self, batch: Batch, *, generator: torch.Generator | None = None
@@ -250,6 +264,12 @@ class ProxyDetNetwork(nn.Module):
         steps, mixup = box_steps(
             self.roi_heads, pooled_maps, regions, assignment, truth, classes=classes
         )
+        for other in self._reference:
+            maps = pooled_maps
+            if any(p.requires_grad for p in self.backbone.parameters()):
+                with torch.no_grad():
+                    maps = other._feature_batch(other._features(images), images)
+            steps = with_reference(steps, other.roi_heads, maps)
         masks = None
         if self.has_mask_head and any(image_masks is not None for image_masks in truth.masks):
             masks = mask_step(self.roi_heads, pooled_maps, regions, assignment, truth, classes)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import proxydet.runtime.d2  # noqa: F401
@@ -688,6 +688,19 @@ class TrainingClasses:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReferenceOutput:
+    """What other weights predict of a step's regions; nothing is learnt in them.
+
+    Attributes:
+        embeddings_BRD: Region embeddings of length 1.
+        deltas_BR4: Box changes.
+    """
+
+    embeddings_BRD: Tensor
+    deltas_BR4: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepOutput:
     """One step of the detection branch on a box batch.
 
@@ -699,6 +712,7 @@ class StepOutput:
         targets_BR4: The box of each region's object.
         delta_weights: Scale of the box changes.
         bias: Learnt bias of the logits (1,), None where there is none.
+        reference: What the starting weights predict of the same regions, where training is to keep it.
     """
 
     embeddings_BRD: Tensor
@@ -708,6 +722,7 @@ class StepOutput:
     targets_BR4: Tensor
     delta_weights: Weights
     bias: Tensor | None
+    reference: ReferenceOutput | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -726,6 +741,30 @@ class MixupOutput:
     embeddings_PD: Tensor
     labels_P: Tensor
     objectness_P: Tensor
+
+
+@torch.no_grad()
+def with_reference(
+    steps: Sequence[StepOutput], heads: RoiHeads, batch: FeatureBatch
+) -> tuple[StepOutput, ...]:
+    """Return the steps of the detection branch with what other weights predict of their regions.
+
+    Args:
+        steps: Of `box_steps`.
+        heads: The second stage with the other weights.
+        batch: Features that they pool from, and image sizes.
+    """
+    branch = heads.detection
+    found = []
+    for number, step in enumerate(steps):
+        features_NF = branch.features(number, heads.pool(batch, step.regions))
+        shape = step.regions.valid_BR.shape
+        reference = ReferenceOutput(
+            embeddings_BRD=branch.classifier(number)(features_NF).unflatten(0, shape),
+            deltas_BR4=branch.deltas(number, features_NF).unflatten(0, shape),
+        )
+        found.append(replace(step, reference=reference))
+    return tuple(found)
 
 
 @dataclass(frozen=True, kw_only=True)

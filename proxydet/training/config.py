@@ -219,6 +219,19 @@ class GuardConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """What a fine-tuning is compared with at its end (``--finetune``); nothing here changes what is learnt."""
+
+    start: str | None = None
+    """The starting detector: a published model's name, a run folder or a weight file; null for a training that is not a
+    fine-tuning, and ends without a report."""
+
+    keep_check: Path | None = None
+    """Dataset config whose validation images show what happens to classes that are not trained; null takes those of the starting
+    detector's own data."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """One training: everything between the data loader and the final weights."""
 
@@ -235,6 +248,9 @@ class TrainingConfig:
     freeze: tuple[str, ...] = ()
     """Parameters that keep their starting values: prefixes of their names, or patterns with *. backbone. is the backbone with
     its pyramid, proposal_generator. the proposal network, roi_heads. the box, mixup and mask heads."""
+
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    """The report of a fine-tuning."""
 
     interpolation: float = 1.0
     """Share of the trained weights in the weights that are evaluated and written; the rest are the starting weights, so that

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from proxydet.config import dump_yaml, to_mapping
+from proxydet.config import differences, dump_yaml, to_mapping
 from proxydet.data.config import SourceConfig
 from proxydet.data.dataset import Dataset, DatasetConfig, command_that_makes, embedding_dimension
 from proxydet.data.store import AnnotationSource, AnnotationStore
@@ -48,6 +48,7 @@ from proxydet.training.train import (
     fit_to_backbone,
     fit_to_embeddings,
     fit_to_masks,
+    question_length,
 )
 
 if TYPE_CHECKING:
@@ -156,7 +157,10 @@ class TrainingPlan:
     """What it reads."""
 
     notes: tuple[str, ...]
-    """What to know of it: that no masks are trained, or not by all objects."""
+    """What to know of it: that no masks are trained, or not by all objects; that it is long for so few images."""
+
+    scaled: dict[str, tuple[Any, Any]]
+    """By key: what the configuration says for its ``training.replicas``, and what that is for the processes of this run."""
 
     estimate: Estimate
     """Memory and time."""
@@ -178,7 +182,8 @@ class TrainingPlan:
             "finished": self.finished,
             "processes": self.launch.world_size,
             "needs": [dataclasses.asdict(need) for need in self.needs],
-            "notes": list(self.notes),
+            "notes": [note.partition(" ")[2].strip() for note in self.notes],
+            "scaled": {key: list(values) for key, values in self.scaled.items()},
             "estimate": dataclasses.asdict(self.estimate),
             "command": list(self.command),
             "configuration": to_mapping(self.config),
@@ -200,7 +205,11 @@ class TrainingPlan:
             "",
             f"run folder   {self.folder} ({start})",
             f"processes    {self.launch.world_size} on {self.launch.nodes} machine(s)",
-            *(f"masks        {note}" for note in self.notes),
+            *self.notes,
+            *(
+                f"scaled       {key}: {after}, from {before}"
+                for key, (before, after) in self.scaled.items()
+            ),
             *self._scaling(),
             *self.estimate.lines(),
             "",
@@ -354,12 +363,14 @@ def plan_training(
                 large
                 and not AnnotationStore.path_for(description.train.source, cache=cache).is_file()
             ):
-                notes = ["decided when training reads the annotations (data.masks)"]
+                notes = ["masks        decided when training reads the annotations (data.masks)"]
             else:
                 try:
                     data = Dataset(config=description, cache=cache, warn=False)
                     scaled, note = fit_to_masks(scaled, data.store("train"), data.vocabulary)
-                    notes, decided = [note] if note else [], True
+                    notes, decided = [f"masks        {note}"] if note else [], True
+                    if question := question_length(scaled, len(data.store("train").image_ids)):
+                        notes.append(f"length       {question}")
                 except ProxydetError as error:
                     unusable("classes and masks", annotations, error)
     before = len(needs)
@@ -387,6 +398,7 @@ def plan_training(
         given=config.training,
         needs=tuple(needs),
         notes=tuple(notes),
+        scaled=differences(config.training, start.config.training, "training"),
         estimate=estimate_run(
             scaled.model,
             used.boxes,

@@ -18,7 +18,7 @@
     ├── logs/                what each process wrote
     ├── aside/               what came after a checkpoint that the run went back to
     ├── train.lock           while it trains
-    ├── model_start.safetensors  starting weights that the trained ones are mixed with (training.interpolation)
+    ├── model_start.safetensors  starting weights, where trained ones are mixed or compared with them
     ├── model_best.safetensors  the weights of the best evaluation (training.checkpoints.best_weights)
     ├── model_final.safetensors  the weights after the last step, with recipe and classes
     └── model_final.pth      the same as a file of torch.save; written last

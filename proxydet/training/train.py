@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -32,6 +32,7 @@ from proxydet.errors import (
     JobInterruptedError,
     RuntimeEnvironmentError,
     TrainingError,
+    VocabularyError,
 )
 from proxydet.extensions import load_extension, python_path, require_signature, source_digests
 from proxydet.files import sha256, write_bytes, write_text
@@ -41,6 +42,7 @@ from proxydet.modeling.backbone import how_to_get_timm, pixel_statistics
 from proxydet.modeling.config import BACKBONES
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.modeling.weights import MASK_HEAD, MIXUP_BRANCH, load_weights
+from proxydet.models import PUBLISHED_MODELS, NamedDetector, run_of, vocabulary_of
 from proxydet.reporting import SILENT, Progress
 from proxydet.runtime.modes import reproducibility_mode
 from proxydet.training.checkpoint import (
@@ -89,6 +91,8 @@ logger = logging.getLogger(__name__)
 # The recipes for CPUs have less than half of these, the published ones six times as many.
 _MANY_PARAMETERS = 20_000_000
 
+# A recipe for hundreds of images has a few hundred epochs on the smallest of them, the published ones about 60 on LVIS.
+_MOST_EPOCHS = 2000
 _START_GONE = "copy it back from where it is whole, or train again: --overwrite"
 
 Evaluate = Callable[[nn.Module, int, Path], dict[str, float]]
@@ -127,6 +131,9 @@ class TrainResult:
 
     seconds: float
     """Wall-clock time of this call."""
+
+    finetune: Mapping[str, Any] | None = None
+    """Of a fine-tuning by `proxydet.training_run.run_training`: the report in ``finetune.json``."""
 
 
 def train(
@@ -189,6 +196,9 @@ def train(
         if note and ranks.is_main:
             logger.warning("%s", note)
         config = fit_to_backbone(fit_to_embeddings(config, vocabulary.dimension))
+        question = question_length(config, len(store.image_ids))
+        if question and ranks.is_main and start.resumes_after is None:
+            logger.warning("%s", question)
         used = start.batches(config.data)
         sources = TrainingSources(used, data)
         digests = {
@@ -206,7 +216,14 @@ def train(
             "number of iterations that a step counts as": str(step),
         }
         check_agreement(ranks, {**facts, **parts, "run folder": str(folder.root)})
+        origin = settings.weights and run_of(settings.weights)
+        if settings.finetune.start is not None:
+            vocabulary = _with_known(
+                vocabulary, settings, folder if start.resumes_after is not None else None
+            )
         encoder = Path(description.classes.encoder or "")
+        if settings.finetune.start is not None and origin and not description.classes.encoder:
+            encoder = origin / "text_encoder.json"  # for any other words
         own_encoder = encoder.suffix == ".json" and encoder.is_file()
         if own_encoder:
             digests["text encoder"] = sha256(encoder)
@@ -278,6 +295,7 @@ def train(
             )
 
         timeout = config.data.worker_timeout_s
+        distilled = config.losses.distillation.weight > 0 and settings.weights is not None
         return fit(
             network,
             losses,
@@ -287,6 +305,7 @@ def train(
             ranks=ranks,
             seed=config.seed,
             loaded=loaded,
+            keep_reference=network.keep_reference if distilled else None,
             accumulation=start.accumulation,
             step=step,
             batches=(start.began, start.now),
@@ -348,6 +367,26 @@ def fit_to_backbone(config: RunConfig) -> RunConfig:
     mean, std = pixel_statistics(config.model)
     model = dataclasses.replace(config.model, pixel_mean=mean, pixel_std=std)
     return dataclasses.replace(config, model=model)
+
+
+def _with_known(
+    vocabulary: Vocabulary, settings: TrainingConfig, resumed: RunFolder | None
+) -> Vocabulary:
+    """Return the vocabulary with what the detector that a fine-tuning starts from knew, so that fusion treats it as before.
+
+    A run that is resumed holds it, and the starting detector may be gone.
+    """
+    if resumed is not None:
+        with suppress(VocabularyError):
+            before = Vocabulary.load(resumed.vocabulary)
+            if before == vocabulary:
+                return before
+    run = None if settings.weights is None else run_of(settings.weights)
+    published = settings.finetune.start in PUBLISHED_MODELS
+    start = vocabulary_of(
+        NamedDetector(published=settings.finetune.start if published else None, run=run)
+    )
+    return vocabulary if start is None else vocabulary.with_known(start)
 
 
 def fit_to_embeddings(config: RunConfig, dimension: int) -> RunConfig:
@@ -423,6 +462,23 @@ def fit_to_masks(
     return fitted, note
 
 
+def question_length(config: RunConfig, images: int) -> str:
+    """Return a line about a training that would see each image thousands of times, as of a recipe for much more data; else nothing.
+
+    Args:
+        config: The configuration.
+        images: Annotated training images.
+    """
+    training = config.training
+    planned = training.iterations * training.replicas * config.data.boxes.batch_size
+    if planned <= _MOST_EPOCHS * images:
+        return ""
+    return (
+        f"{planned:,} images are planned, of {images:,} that there are: each {planned // images:,} times. "
+        f"--epochs 50 sets a length by the data; --finetune starts from a trained detector"
+    )
+
+
 def warn_of_slow_device(network: torch.nn.Module, device: torch.device) -> None:
     """Say that a network of the published sizes takes very long on a CPU."""
     parameters = sum(parameter.numel() for parameter in network.parameters())
@@ -443,6 +499,7 @@ def fit(
     ranks: DistInfo,
     seed: int,
     loaded: Iterable[str] = (),
+    keep_reference: Callable[[Mapping[str, torch.Tensor]], None] | None = None,
     accumulation: int | None = None,
     step: Fraction | None = None,
     batches: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {}),
@@ -466,6 +523,8 @@ def fit(
         ranks: This process.
         seed: Seed of every random draw.
         loaded: Names in the network's state dict that have starting weights of another training; ``interpolation`` mixes them.
+        keep_reference: Called with the starting values of everything that training changes, by name, when the network is where it is
+            trained.
         accumulation: Batches that this process accumulates in a step; None takes the settings'.
         step: How many iterations a step counts as, by its images; None takes its batches over ``replicas``. Progress is counted
             in it, and the learning rate follows ``scaling``.
@@ -522,9 +581,12 @@ def fit(
             wait_for_all(ranks)  # every process has read its state
             if ranks.is_main:
                 folder.set_aside_after(state.iteration, config.iterations)
-    if config.interpolation < 1:
-        state.share = config.interpolation
-        state.start = _starting_weights(state, folder, ranks, loaded, resumed)
+    if config.interpolation < 1 or keep_reference is not None:
+        values, mixed = _starting_weights(state, folder, ranks, loaded, resumed)
+        if keep_reference is not None:
+            keep_reference(values)
+        if config.interpolation < 1:
+            state.share, state.start = config.interpolation, {name: values[name] for name in mixed}
 
     with ExitStack() as stack:
         task = stack.enter_context(
@@ -707,24 +769,34 @@ def _starting_weights(
     ranks: DistInfo,
     loaded: Iterable[str],
     resumed: Path | None,
-) -> dict[str, torch.Tensor]:
-    """Return the starting values of trained parameters: of a new run the network's, which its folder keeps; else those that are kept.
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Return the starting values of what training changes, and which of them are parameters that were loaded.
+
+    Of a new run they are the network's, which its folder keeps; of one that is resumed, those that are kept.
 
     Raises:
         CheckpointError: The run that is resumed does not hold its starting weights any more.
     """
     own = state.network.state_dict()
+    parameters = dict(state.network.named_parameters())
     if resumed is None:
-        trained = {name for name, value in state.network.named_parameters() if value.requires_grad}
-        values = {name: own[name].clone() for name in loaded if name in trained}
+        values = {
+            name: value.clone()
+            for name, value in own.items()
+            if value.is_floating_point()
+            and (name not in parameters or parameters[name].requires_grad)
+        }
+        mixed = sorted(values.keys() & parameters.keys() & set(loaded))
     else:
         other = RunFolder(resumed.absolute().parent.parent).start_weights
         source = folder.start_weights if folder.start_weights.exists() else other
-        values = {n: v.to(own[n]) for n, v in read_safetensors(source, hint=_START_GONE)[0].items()}
+        start, facts = read_safetensors(source, hint=_START_GONE)
+        values = {name: value.to(own[name]) for name, value in start.items() if name in own}
+        mixed = [name for name in facts.get("mixed", ()) if name in values]
         wait_for_all(ranks)
     if ranks.is_main and not folder.start_weights.exists():
-        write_safetensors(folder.start_weights, values, {"iteration": 0})
-    return values
+        write_safetensors(folder.start_weights, values, {"iteration": 0, "mixed": mixed})
+    return values, mixed
 
 
 @contextmanager

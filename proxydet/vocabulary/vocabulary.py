@@ -187,12 +187,14 @@ class Vocabulary:
         embeddings: float32 (C, D), as the text encoder gave them (not normalised), read-only.
         base: bool (C,), True for classes whose annotations training may use; all True where unknown; read-only.
         digest: SHA-256 over the three, hexadecimal.
+        known: float32 (R, D) of base classes of the detector that training started from, which are not among the classes; read-only.
     """
 
     names: tuple[str, ...]
     embeddings: FloatArray
     base: BoolArray
     digest: str
+    known: FloatArray
 
     @classmethod
     def from_arrays(
@@ -200,6 +202,7 @@ class Vocabulary:
         names: Iterable[str],
         embeddings: npt.ArrayLike,
         base: npt.ArrayLike | None = None,
+        known: npt.ArrayLike | None = None,
     ) -> Vocabulary:
         """Check and freeze names and arrays.
 
@@ -207,6 +210,7 @@ class Vocabulary:
             names: C class names; blanks around them are removed.
             embeddings: (C, D) finite numbers, one non-zero row a name.
             base: (C,) of bool (or 0 / 1); None means that all classes are base.
+            known: (R, D) embeddings of further base classes; None for none.
 
         Raises:
             VocabularyError: a name is empty or there twice, or an array has the wrong shape, type or values.
@@ -214,13 +218,22 @@ class Vocabulary:
         checked_names = check_names(names)
         embeddings_CD = _check_embeddings(embeddings, len(checked_names))
         base_C = _check_base(base, len(checked_names))
-        embeddings_CD.setflags(write=False)
-        base_C.setflags(write=False)
+        known_RD = np.zeros((0, embeddings_CD.shape[1]), np.float32)
+        if known is not None and len(np.asarray(known)):
+            known_RD = _check_embeddings(known, None)
+            if known_RD.shape[1] != embeddings_CD.shape[1]:
+                raise VocabularyError(
+                    f"classes known before have {known_RD.shape[1]} dimensions, the others {embeddings_CD.shape[1]}",
+                    hint="embed both with the same text encoder",
+                )
+        for array in (embeddings_CD, base_C, known_RD):
+            array.setflags(write=False)
         return cls(
             names=checked_names,
             embeddings=embeddings_CD,
             base=base_C,
             digest=_digest(checked_names, embeddings_CD, base_C),
+            known=known_RD,
         )
 
     @classmethod
@@ -266,7 +279,7 @@ class Vocabulary:
         if not path.is_file():
             raise VocabularyError(f"the vocabulary {path} is not a file", hint=hint, path=path)
         try:
-            arrays = read_arrays(path, ("names", "embeddings", "base"))
+            arrays = read_arrays(path, ("names", "embeddings", "base"), optional=("known",))
             if arrays["names"].dtype.kind != "U" or arrays["names"].ndim != 1:
                 raise ValueError("the names are not a list of text")
             if len(arrays["names"]) != len(arrays["embeddings"]):  # before lists are made of them
@@ -280,7 +293,7 @@ class Vocabulary:
                 hint=hint,
                 path=path,
             ) from error
-        return cls.from_arrays(names, arrays["embeddings"], arrays["base"])
+        return cls.from_arrays(names, arrays["embeddings"], arrays["base"], arrays.get("known"))
 
     def save(self, path: Path | str) -> Path:
         """Write a ``.npz`` that `load` reads; an existing file is replaced in one step.
@@ -289,7 +302,11 @@ class Vocabulary:
             RuntimeEnvironmentError: The file cannot be written.
         """
         file = io.BytesIO()
-        np.savez(file, names=np.array(self.names), embeddings=self.embeddings, base=self.base)
+        arrays: dict[str, Any] = {"names": np.array(self.names), "embeddings": self.embeddings}
+        arrays["base"] = self.base
+        if len(self.known):
+            arrays["known"] = self.known
+        np.savez(file, **arrays)
         return write_bytes(Path(path), file.getvalue())
 
     def normalised(self) -> FloatArray:
@@ -304,7 +321,20 @@ class Vocabulary:
 
     def with_base(self, mask: npt.ArrayLike) -> Vocabulary:
         """Return the same classes with another base mask, bool (C,)."""
-        return Vocabulary.from_arrays(self.names, self.embeddings, mask)
+        return Vocabulary.from_arrays(self.names, self.embeddings, mask, self.known)
+
+    def with_known(self, start: Vocabulary) -> Vocabulary:
+        """Return the same classes with the base classes of the detector that training starts from as known ones.
+
+        Raises:
+            VocabularyError: their embeddings have other dimensions.
+        """
+        return Vocabulary.from_arrays(self.names, self.embeddings, self.base, start.base_embeddings)
+
+    @property
+    def base_embeddings(self) -> FloatArray:
+        """Text embeddings of all base classes, those that were known before too: float32 (R, D), not normalised."""
+        return np.concatenate([self.embeddings[self.base], self.known])
 
     def base_by_similarity(self, reference_RD: npt.ArrayLike, threshold: float = 0.9) -> Vocabulary:
         """Return the same classes, base where they resemble a class that training saw.

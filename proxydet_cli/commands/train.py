@@ -19,6 +19,7 @@ from proxydet_cli.options import DryRun, Json, command_app, examples
 from proxydet_cli.output import Output
 
 if TYPE_CHECKING:
+    from proxydet.finetune import Reason
     from proxydet.recipes import RunConfig
     from proxydet.training.launch import LaunchPlan
     from proxydet.training.runfolder import Resume
@@ -107,6 +108,35 @@ Weights = Annotated[
         rich_help_panel="What to train",
     ),
 ]
+Finetune = Annotated[
+    str | None,
+    typer.Option(
+        "--finetune",
+        metavar="NAME|FOLDER|FILE",
+        help="Start from this detector, with its configuration, and train it on --data: a published model, a run folder or a "
+        "weight file (of --recipe).",
+        rich_help_panel="What to train",
+    ),
+]
+Epochs = Annotated[
+    float | None,
+    typer.Option(
+        "--epochs",
+        metavar="N",
+        help="Length by the number of training images. [default: as the recipe; with --finetune 12 to 100]",
+        rich_help_panel="What to train",
+    ),
+]
+KeepCheck = Annotated[
+    Path | None,
+    typer.Option(
+        "--keep-check",
+        metavar="FILE",
+        help="With --finetune: dataset config whose val images show what happens to classes that are not trained. [default: "
+        "that of the starting run]",
+        rich_help_panel="What to train",
+    ),
+]
 Gpus = Annotated[
     int | None,
     typer.Option(
@@ -181,6 +211,7 @@ ShowConfig = Annotated[
         "proxydet train --backbone r50",
         "proxydet train --backbone swinb --gpus 4 --dry-run",
         "proxydet train --recipe small --data pets.toml --output runs/pets",
+        "proxydet train --finetune proxydet-r50-inl --data pets.toml",
         "proxydet train --config runs/pets/config.yaml --set seed=8 --output runs/pets-8",
         "proxydet train --backbone r50 --reference models/proxydet_r50_w_inl_log.txt",
         "srun --ntasks-per-node=1 proxydet train --backbone r50 --requeue",
@@ -196,6 +227,9 @@ def train(
     resume: ResumeOption = "auto",
     overwrite: OverwriteOption = False,
     weights: Weights = None,
+    finetune: Finetune = None,
+    epochs: Epochs = None,
+    keep_check: KeepCheck = None,
     device: Device = None,
     gpus: Gpus = None,
     nodes: Nodes = None,
@@ -214,6 +248,14 @@ def train(
     """
     if backbone is not None and recipe is not None:
         raise typer.BadParameter("give either --backbone or --recipe, not both")
+    if finetune is not None and data is None:
+        raise typer.BadParameter("--finetune needs the new data: --data FILE")
+    if finetune is not None and weights is not None:
+        raise typer.BadParameter("--finetune names the starting weights: leave --weights out")
+    if finetune is None and keep_check is not None:
+        raise typer.BadParameter("--keep-check belongs to --finetune")
+    if epochs is not None and data is None and config is None:
+        raise typer.BadParameter("--epochs counts the images of --data: give it too")
     if overwrite and resume.lower() not in ("auto", "never"):
         raise typer.BadParameter(
             "--overwrite starts a new run: it cannot be combined with --resume FILE"
@@ -231,22 +273,26 @@ def train(
         resume="never" if overwrite else resume,
         overwrite=overwrite,
         weights=weights,
+        finetune=finetune,
+        epochs=epochs,
+        keep_check=keep_check,
         device=device,
         reference=reference,
     )
+    # What is misspelt is refused before torch is loaded.
+    resolved, reasons = options.resolve()
     if show_config:
         from proxydet.config import dump_yaml, to_mapping
 
-        resolved = options.resolve()
         Output(json=json).data(to_mapping(resolved), dump_yaml(resolved).rstrip())
         return
     # Read when torch is loaded: its C++ code reports lost connections with stack traces; our errors report them.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch
 
-    from proxydet.training.launch import plan_launch
+    from proxydet.training.distributed import launched_rank
+    from proxydet.training.launch import LAUNCHER, plan_launch
 
-    resolved = options.resolve()
     on_cpu = resolved.training.device == "cpu" or not torch.cuda.is_available()
     plan = plan_launch(
         gpus=gpus,
@@ -255,6 +301,8 @@ def train(
         max_restarts=max_restarts,
         available=1 if on_cpu else torch.cuda.device_count(),
     )
+    if reasons and LAUNCHER not in os.environ and not (plan.started and launched_rank() > 0):
+        Output(json=json).message(_chosen(reasons))
     if dry_run:
         _show_plan(options, resolved, plan, json=json)
     else:
@@ -275,6 +323,9 @@ class TrainOptions:
     weights: Path | None
     device: str | None
     reference: Path | None
+    finetune: str | None = None
+    epochs: float | None = None
+    keep_check: Path | None = None
 
     def words(self) -> list[str]:
         """Return the options as words of a command line."""
@@ -285,6 +336,9 @@ class TrainOptions:
             "--output": self.output,
             "--resume": None if self.resume.lower() == "auto" or self.overwrite else self.resume,
             "--weights": self.weights,
+            "--finetune": self.finetune,
+            "--epochs": self.epochs,
+            "--keep-check": self.keep_check,
             "--device": self.device,
             "--reference": self.reference,
         }
@@ -292,9 +346,15 @@ class TrainOptions:
         words += ["--overwrite"] if self.overwrite else []
         return words + [word for item in self.overrides for word in ("--set", item)]
 
-    def resolve(self) -> RunConfig:
-        """Put the configuration together; options win over ``--set``, that over the file, that over the recipe."""
+    def resolve(self) -> tuple[RunConfig, tuple[Reason, ...]]:
+        """Put the configuration together; options win over ``--set``, that over the file, that over the recipe.
+
+        Returns:
+            The configuration, and why it is as it is where the data or the starting detector decide.
+        """
         from proxydet.config import scalar_text
+        from proxydet.finetune import finetune_config, with_epochs
+        from proxydet.models import find_detector
         from proxydet.recipes import absolute_paths, resolve_config
 
         overrides = list(self.overrides)
@@ -305,13 +365,29 @@ class TrainOptions:
         ):
             if value is not None:
                 overrides.append(f"{key}={scalar_text(str(value))}")
-        return absolute_paths(resolve_config(self.recipe, self.config, overrides))
+        if self.finetune is not None and self.data is not None:
+            start = find_detector(
+                run=None,
+                weights=self.finetune,
+                config=None if self.config is None else str(self.config),
+            )
+            return finetune_config(
+                start,
+                self.data,
+                recipe=self.recipe,
+                overrides=overrides,
+                epochs=self.epochs,
+                keep_check=self.keep_check,
+            )
+        config = absolute_paths(resolve_config(self.recipe, self.config, overrides))
+        return with_epochs(config, self.epochs) if self.epochs is not None else (config, ())
 
     def folder(self, config: RunConfig) -> tuple[Path, str]:
         """Return the run folder, and why it is that one; empty where it is the one that was asked for."""
         from proxydet.training.runfolder import default_folder
 
-        base = (self.output or runs_folder() / config.recipe).absolute()
+        name = config.recipe if self.finetune is None or self.data is None else self.data.stem
+        base = (self.output or runs_folder() / name).absolute()
         if self.output is not None or self.overwrite:
             return base, ""
         return default_folder(base, config, self.resumes())
@@ -445,15 +521,40 @@ def _run(
             raise
 
 
+def _chosen(reasons: tuple[Reason, ...]) -> str:
+    width = max(len(f"{reason.key}={reason.value}") for reason in reasons)
+    return "\n".join(
+        f"  {f'{reason.key}={reason.value}':{min(width, 60)}}  {reason.why}" for reason in reasons
+    )
+
+
 def _summary(result: TrainResult, config: RunConfig, done: str = "trained") -> str:
     lines = [f"{done} {result.iterations} iterations in {result.folder}"]
     if result.losses:
         lines.append(f"loss {result.losses['total']:.4g}")
+    if result.stopped_early:
+        lines.append(
+            "stopped early: "
+            + (
+                f"no better {result.best.metric} in {config.training.evaluation.patience} evaluations"
+                if result.best is not None
+                else "the metric did not improve"
+            )
+        )
     if result.best is not None:
         best = result.best
         lines.append(f"best {best.metric} {best.value:.4f} after {best.iteration} iterations")
     if result.skipped:
         lines.append(f"{result.skipped} steps were skipped because a loss was not finite")
+    if (result.folder / "model_best.safetensors").exists():
+        lines.append(
+            "the run folder opens model_best.safetensors; --weights opens model_final.safetensors"
+        )
+    if result.finetune:
+        from proxydet.training_run import report_text
+
+        lines.append(report_text(result.finetune))
+        lines.append(f"report: {result.folder / 'finetune.html'}")
     run_name = shlex.quote(str(result.folder))
     steps = [f"proxydet predict --run {run_name} photo.jpg"]
     if config.data.description is None:

@@ -48,6 +48,7 @@ RANK = {
             "recipes",
             "quickstart",
             "training_run",
+            "finetune",
             "publishing",
             "runtime.run_comparison",
             "runtime.determinism",

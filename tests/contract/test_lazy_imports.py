@@ -101,6 +101,8 @@ def test_configurations_load_no_torch(tmp_path):
         ["serve", "--run", "absent"],
         ["export", "--weights", "absent.pth", "-o", "a.onnx"],
         ["eval", "--run", "absent", "--data", "absent.toml"],
+        ["train", "--finetune", "proxydet-r5", "--data", "absent.toml"],
+        ["train", "--recipe", "smal", "--data", "absent.toml"],
     ],
     ids=" ".join,
 )

@@ -112,7 +112,8 @@ def test_the_first_error_is_what_the_user_reads(tmp_path, how, code, expected):
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_stopped_at_any_step_and_started_again_is_the_same_run(tmp_path, processes, number):
-    words = ("--launch", str(processes), "--workers", "1")
+    average = json.dumps({"ema": {"decay": 0.9}})
+    words = ("--launch", str(processes), "--workers", "1", "--set", average)
     code, errors = run(tmp_path / "whole", *words)
     assert code == 0, errors
     process = start(tmp_path / "cut", *words, "--pause", "0.1")

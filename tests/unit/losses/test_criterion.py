@@ -9,7 +9,13 @@ import pytest
 import torch
 from torch import distributed
 
-from proxydet.losses.config import ClassificationLossConfig, ImageLabelLossConfig, LossConfig
+from proxydet.errors import ConfigError
+from proxydet.losses.config import (
+    ClassificationLossConfig,
+    DistillationLossConfig,
+    ImageLabelLossConfig,
+    LossConfig,
+)
 from proxydet.losses.criterion import Criterion
 from proxydet.modeling.centernet import average_over_processes
 
@@ -217,3 +223,36 @@ def test_two_processes_agree_whatever_their_batches(network, tiny, tmp_path):
     for process in both:
         process.join(60)
     assert [process.exitcode for process in both] == [0, 0]
+
+
+def test_distillation_keeps_what_the_reference_says_of_regions_without_an_object(network, tiny):
+    """Against a loop over the regions; the reference learns nothing and draws no random number."""
+    batch = tiny.box_batch()
+    plain = losses_of(network, batch, tiny.LOSSES)
+    with torch.no_grad():
+        start = {n: v + 0.05 * torch.randn_like(v) for n, v in network.named_parameters()}
+    names = set(network.state_dict())
+    network.keep_reference(start)
+    assert set(network.state_dict()) == names
+    weights = DistillationLossConfig(weight=3.0, box_weight=0.5)
+    config = dataclasses.replace(tiny.LOSSES, distillation=weights)
+    output = network.forward_train(batch, generator=generator())
+    losses = Criterion(config)(output, generator=generator(1))
+    for name, value in losses_of(network, batch, tiny.LOSSES).items():
+        torch.testing.assert_close(value, plain[name])
+    for index, step in enumerate(output.steps):
+        total, valid = 0.0, 0
+        for image, labels in enumerate(step.assignment.labels_BR.tolist()):
+            for region, label in enumerate(labels):
+                valid += label >= 0
+                if label == output.table.classes:
+                    rows = (step, step.reference)
+                    left, right = (row.embeddings_BRD[image, region] for row in rows)
+                    apart = (step.deltas_BR4 - step.reference.deltas_BR4)[image, region].abs().sum()
+                    total = total + 1 - left @ right + 0.5 * apart
+        torch.testing.assert_close(losses[f"distillation_loss_stage{index}"], 3.0 * total / valid)
+        assert not step.reference.embeddings_BRD.requires_grad
+        assert total > 0
+    assert losses_of(network, tiny.label_batch(), config).keys() == losses.keys()
+    with pytest.raises(ConfigError, match=r"distillation\.weight"):
+        losses_of(tiny.network(), batch, config)

@@ -334,7 +334,7 @@ def _outline(shape: str) -> Points:
 
 logger = logging.getLogger(__name__)
 
-DRAWING_VERSION = 1
+DRAWING_VERSION = 2
 """Raised whenever the same configuration draws other files."""
 
 
@@ -365,14 +365,16 @@ class SyntheticConfig:
 
     seed: int = 7
     """Decides every random choice: splits, scenes, image labels and embeddings."""
-    images_train: int = 800
+    images_train: int = 1200
     """Training scenes; they hold base classes only."""
     images_val: int = 120
     """Validation scenes; they hold base and novel classes."""
     image_label_images_per_class: int = 16
     """Images of a single object in each class's tar of the image-label source; 0 leaves the source out."""
     size: int = 128
-    """Longest edge of a scene in pixels."""
+    """Longest edge of a validation scene in pixels."""
+    train_scale: float = 1.25
+    """Longest edge of a training scene, as a multiple of ``size``; more objects fit into it, no larger than in validation."""
     image_label_size: int = 64
     """Longest edge of an image-label image in pixels."""
     colours: int = 5
@@ -390,13 +392,17 @@ class SyntheticConfig:
     novel_rate: float = 0.35
     """Share of the objects of validation scenes that belong to novel classes."""
     objects_least: int = 2
-    """Fewest objects a scene."""
+    """Fewest objects a validation scene."""
     objects_most: int = 4
-    """Most objects a scene."""
+    """Most objects a validation scene."""
+    train_objects_least: int = 4
+    """Fewest objects a training scene."""
+    train_objects_most: int = 9
+    """Most objects a training scene."""
     object_size_least: float = 0.25
-    """Smallest diameter of an object, as a share of the scene's longest edge."""
+    """Smallest diameter of an object, as a share of ``size``."""
     object_size_most: float = 0.5
-    """Largest diameter of an object, as a share of the scene's longest edge."""
+    """Largest diameter of an object, as a share of ``size``."""
     negatives_per_image: int = 20
     """Absent classes that a scene lists as verified absent (LVIS's federated evaluation)."""
     not_exhaustive_rate: float = 0.1
@@ -413,6 +419,7 @@ class SyntheticConfig:
             "images_val": (1, np.inf),
             "image_label_images_per_class": (0, np.inf),
             "size": (32, np.inf),
+            "train_scale": (1, 10),
             "image_label_size": (32, np.inf),
             "colours": (1, len(COLOURS)),
             "shapes": (1, len(SHAPES)),
@@ -423,6 +430,8 @@ class SyntheticConfig:
             "novel_rate": (0, 1),
             "objects_least": (1, np.inf),
             "objects_most": (self.objects_least, np.inf),
+            "train_objects_least": (1, np.inf),
+            "train_objects_most": (self.train_objects_least, np.inf),
             "object_size_least": (0.05, 0.9),
             "object_size_most": (self.object_size_least, 0.9),
             "negatives_per_image": (0, np.inf),
@@ -557,8 +566,8 @@ def _write(folder: Path, config: SyntheticConfig, progress: Progress) -> None:
                     rng = np.random.default_rng([config.seed, _LABELS_KEY, class_index, index])
                     canvas = _Canvas(config.image_label_size, rng)
                     shorter = min(canvas.image_HW3.shape[:2])
-                    # One object that fills much of the image.
-                    while not canvas.place(shape_class, rng.uniform(0.45, 0.85) * shorter, rng):
+                    # One object that fills the image: the loss of image labels takes it for the largest region.
+                    while not canvas.place(shape_class, rng.uniform(0.8, 1.05) * shorter, rng):
                         pass
                     image = canvas.jpeg()
                     # A fresh TarInfo has time 0 and no owner: equal data sets have equal tars.
@@ -586,13 +595,17 @@ def _draw_split(
         share = config.novel_rate
         rates_C = (1 - share) * rates_C + share * novel_C / novel_C.sum()
     key, count = _SPLIT_KEYS[split], getattr(config, f"images_{split}")
+    size, least, most = config.size, config.objects_least, config.objects_most
+    if split == "train":
+        size = round(config.train_scale * size)
+        least, most = config.train_objects_least, config.train_objects_most
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for index in range(count):
         rng = np.random.default_rng([config.seed, key, index])
-        canvas = _Canvas(config.size, rng)
+        canvas = _Canvas(size, rng)
         chosen: list[int] = []
-        for _ in range(int(rng.integers(config.objects_least, config.objects_most + 1))):
+        for _ in range(int(rng.integers(least, most + 1))):
             repeat = chosen and rng.random() < _SAME_CLASS
             chosen.append(chosen[-1] if repeat else int(rng.choice(len(rates_C), p=rates_C)))
         drawn = []

@@ -112,18 +112,18 @@ class CenterNet(nn.Module):
     Args:
         config: Sizes and limits.
         channels: Channels of the pyramid.
-        strides: Stride of every level, finest first.
+        strides: Stride of every level of the pyramid, finest first.
     """
 
     def __init__(self, config: ProposalConfig, channels: int, strides: tuple[int, ...]) -> None:
         super().__init__()
         self.config = config
-        self.strides = strides
-        self.centernet_head = CenterNetHead(config, channels, len(strides))
+        self.strides = tuple(s for s in strides if s >= 2 ** (config.first_level or 0))
+        self.centernet_head = CenterNetHead(config, channels, len(self.strides))
 
     def forward(self, features: list[Tensor]) -> CenterNetOutput:
-        """Run the head on the pyramid's maps, finest first."""
-        heatmaps, distances = self.centernet_head(features)
+        """Run the head on the maps of the levels that propose; ``features`` are all of the pyramid's, finest first."""
+        heatmaps, distances = self.centernet_head(features[-len(self.strides) :])
         return CenterNetOutput(heatmaps=heatmaps, distances=distances, strides=self.strides)
 
     @torch.no_grad()

@@ -287,6 +287,10 @@ class ProposalConfig:
     norm_groups: int = 32
     """Groups of their GroupNorm; must divide the pyramid's channels."""
 
+    first_level: int | None = None
+    """The finest pyramid level that proposes; null is the pyramid's finest. Finer levels are then only pooled from, which costs
+    little, as the proposal network's convolutions do not run on them."""
+
     score_floor: float = 1e-4
     """A cell is a candidate when its heatmap probability (before the square root) is above this."""
 
@@ -557,6 +561,11 @@ class ModelConfig:
         require(
             set(levels) <= set(self.pyramid.all_levels),
             f"cascade.pool_levels {levels} must be among the pyramid's {self.pyramid.all_levels}",
+        )
+        first = self.proposals.first_level
+        require(
+            first is None or first in self.pyramid.all_levels,
+            f"proposals.first_level {first} must be among the pyramid's {self.pyramid.all_levels}",
         )
         require(
             self.proposals.convs == 0 or self.pyramid.channels % self.proposals.norm_groups == 0,

@@ -11,24 +11,30 @@ import logging
 import shlex
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 from PIL import Image
+from torchvision.ops import box_iou
 
 from proxydet.data.synthetic import SyntheticConfig, make_dataset
 from proxydet.detections import Detections
 from proxydet.detector import Detector
 from proxydet.errors import ConfigError, InputError
 from proxydet.evaluation.detector_evaluation import evaluate
+from proxydet.evaluation.evaluate import run_evaluation
 from proxydet.evaluation.report import IOU_TYPE_NAMES, GroupScore, Report
+from proxydet.evaluation.split import DescribedSplit
 from proxydet.files import Lock, read_json, sweep, write_json
 from proxydet.recipes import RunConfig, get_recipe
 from proxydet.reporting import SILENT, Progress
 from proxydet.training.runfolder import RunFolder
 from proxydet.training.train import train
+from proxydet.visualization.drawing import DrawnObject, draw_objects
 from proxydet.visualization.plots import bar_plot, loss_plot, paired_plot, svg_of
 from proxydet.visualization.report import CaptionedImage, Command, Section, Table, write_report
 from proxydet.visualization.report import Report as Page
@@ -38,8 +44,11 @@ logger = logging.getLogger(__name__)
 SHOWN_IMAGES = 6
 """Number of validation images that are shown."""
 
-SHOWN_ABOVE = 0.4
-"""Score from which a detection is shown in an image."""
+SHOWN_ABOVE = 0.3
+"""Score from which a detection counts and is shown: the default of ``proxydet predict``."""
+
+WELL_PLACED = 0.5
+"""IoU from which a detection is of an annotated object."""
 
 
 @dataclass(frozen=True)
@@ -118,17 +127,59 @@ class QuickstartFolder:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Annotated:
+    """An annotated object of a validation image, and the label that the detector gives it.
+
+    Attributes:
+        name: Its class.
+        box_xyxy: Its box, pixels.
+        novel: Whether its class is novel.
+        label: The label of the best detection of it; None where it was missed. A detection is of the object that its box
+            overlaps most, and well placed where their IoU is above `WELL_PLACED`.
+    """
+
+    name: str
+    box_xyxy: tuple[float, float, float, float]
+    novel: bool
+    label: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelAccuracy:
+    """How many of some annotated objects were found, and of these, how many got the right label."""
+
+    objects: int
+    found: int
+    right: int
+
+    @property
+    def share(self) -> float | None:
+        """Right labels among those found, 0 to 1; None where nothing was found."""
+        return self.right / self.found if self.found else None
+
+
+def label_accuracy(objects: Iterable[Annotated]) -> LabelAccuracy:
+    """Count right labels."""
+    listed = list(objects)
+    found = [item for item in listed if item.label is not None]
+    right = sum(item.label == item.name for item in found)
+    return LabelAccuracy(objects=len(listed), found=len(found), right=right)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Example:
     """A validation image and what was found in it.
 
     Attributes:
         image: The file.
+        annotated: What it holds.
         detections: What was found, of all classes.
         asked: Class names that the second search looked for, not all of them in the image.
         found: What that search found.
     """
 
     image: Path
+    annotated: tuple[Annotated, ...]
     detections: Detections
     asked: tuple[str, ...]
     found: Detections
@@ -141,12 +192,16 @@ class QuickstartResult:
     Attributes:
         folder: Where everything is.
         evaluation: Scores on the validation images; the groups ``base`` and ``novel`` are the point.
+        coco: The same detections, scored by COCO's protocol.
+        annotated: The objects of all validation images, with the labels that they got.
         examples: Images with detections.
         seconds: Wall-clock time of each step, in order; a training that was stopped and resumed counts in all.
     """
 
     folder: QuickstartFolder
     evaluation: Report
+    coco: Report
+    annotated: tuple[Annotated, ...] = field(repr=False)
     examples: tuple[Example, ...] = field(repr=False)
     seconds: dict[str, float]
 
@@ -159,6 +214,10 @@ class QuickstartResult:
     def novel(self) -> GroupScore:
         """Mask AP of the novel classes, as fractions."""
         return self.evaluation.main.group("novel")
+
+    def labels(self, *, novel: bool) -> LabelAccuracy:
+        """Right labels among the objects of novel or of base classes."""
+        return label_accuracy(item for item in self.annotated if item.novel == novel)
 
 
 def quickstart_config(
@@ -215,10 +274,24 @@ def run_quickstart(
         detector = Detector.from_run(folder.run.root, device=config.training.device)
         with _timed(seconds, "evaluate"):
             evaluation = score(detector, description, folder.evaluation, config, progress)
+            by_coco = dataclasses.replace(config.evaluation, protocol="coco", bootstrap=0)
+            split = DescribedSplit.open(description, "val", protocol="coco", progress=progress)
+            coco = run_evaluation(
+                folder.evaluation / "predictions.json",
+                split.truth,
+                config=by_coco,
+                groups=split.groups,
+            ).report
         with _timed(seconds, "predict"):
-            examples = tuple(predict_examples(detector, folder, progress))
+            images = _labelled(detector, folder, progress)
+            examples = tuple(_examples(detector, folder, images, progress))
         result = QuickstartResult(
-            folder=folder, evaluation=evaluation, examples=examples, seconds=seconds
+            folder=folder,
+            evaluation=evaluation,
+            coco=coco,
+            annotated=tuple(item for _, annotated, _ in images for item in annotated),
+            examples=examples,
+            seconds=seconds,
         )
         write_page(result)
         return result
@@ -237,10 +310,59 @@ def score(
     return report
 
 
-def predict_examples(
+def _labelled(
     detector: Detector, folder: QuickstartFolder, progress: Progress
+) -> list[tuple[Path, tuple[Annotated, ...], Detections]]:
+    """Run inference on the validation images as ``proxydet predict`` does, and compare the labels with the annotations."""
+    content = json.loads((folder.data / "lvis_val.json").read_text(encoding="utf-8"))
+    categories = {entry["id"]: entry for entry in content["categories"]}
+    objects: dict[int, list[Annotated]] = {entry["id"]: [] for entry in content["images"]}
+    for entry in content["annotations"]:
+        category = categories[entry["category_id"]]
+        x, y, width, height = entry["bbox"]
+        item = Annotated(
+            name=category["name"],
+            box_xyxy=(x, y, x + width, y + height),
+            novel=category["frequency"] == "r",
+        )
+        objects[entry["image_id"]].append(item)
+    files = [folder.data / "val" / entry["file_name"] for entry in content["images"]]
+    with progress.task("predicting", total=len(files), unit="images") as task:
+        found = detector.predict_batch(files, score_threshold=SHOWN_ABOVE)
+        task.advance(len(files))
+    return [
+        (file, tuple(_with_labels(objects[entry["id"]], detections)), detections)
+        for file, entry, detections in zip(files, content["images"], found, strict=True)
+    ]
+
+
+def _with_labels(annotated: Sequence[Annotated], detections: Detections) -> Iterator[Annotated]:
+    """Give each annotated object the label of the best well placed detection of it."""
+    labels: dict[int | None, str] = {}
+    for detection, nearest in zip(detections, _nearest(annotated, detections), strict=True):
+        labels.setdefault(nearest, detection.label)  # detections come best first
+    for index, item in enumerate(annotated):
+        yield dataclasses.replace(item, label=labels.get(index))
+
+
+def _nearest(annotated: Sequence[Annotated], detections: Detections) -> list[int | None]:
+    """Return the number of the object that each detection is of; None where it is of none."""
+    if not annotated or not len(detections):
+        return [None] * len(detections)
+    boxes_A4 = torch.tensor([item.box_xyxy for item in annotated])
+    boxes_D4 = torch.tensor([item.box_xyxy for item in detections])
+    iou_D, object_D = box_iou(boxes_D4, boxes_A4).max(dim=1)
+    pairs = zip(iou_D.tolist(), object_D.tolist(), strict=True)
+    return [index if iou > WELL_PLACED else None for iou, index in pairs]
+
+
+def _examples(
+    detector: Detector,
+    folder: QuickstartFolder,
+    images: list[tuple[Path, tuple[Annotated, ...], Detections]],
+    progress: Progress,
 ) -> Iterator[Example]:
-    """Run inference on images that training never saw: for all classes, and for a few names of one's own choice.
+    """Choose the images with the most different novel classes, and search them for a few names of one's own choice too.
 
     The words are novel classes and one base class. They are embedded by the data set's text encoder, as those of
     ``proxydet predict --vocabulary`` are.
@@ -250,12 +372,15 @@ def predict_examples(
     known = tuple(name for name, seen in zip(names, base, strict=True) if seen)
     asked = (*novel[:7], *known[:1])
     folder.predictions.mkdir(parents=True, exist_ok=True)
-    images = _images_with(folder, set(novel))[:SHOWN_IMAGES]
-    with progress.task("predicting", total=len(images), unit="images") as task:
-        for image in images:
+    order = sorted(
+        images, key=lambda image: (-len({i.name for i in image[1] if i.novel}), image[0])
+    )
+    with progress.task("predicting", total=SHOWN_IMAGES, unit="images") as task:
+        for image, annotated, detections in order[:SHOWN_IMAGES]:
             example = Example(
                 image=image,
-                detections=detector.predict(image, score_threshold=SHOWN_ABOVE),
+                annotated=annotated,
+                detections=detections,
                 asked=asked,
                 found=detector.predict(image, list(asked), score_threshold=SHOWN_ABOVE),
             )
@@ -263,18 +388,6 @@ def predict_examples(
             write_json(folder.predictions / f"{image.stem}.json", found)
             task.advance()
             yield example
-
-
-def _images_with(folder: QuickstartFolder, wanted: set[str]) -> list[Path]:
-    """Return validation images, those with the most different wanted classes first."""
-    annotations = json.loads((folder.data / "lvis_val.json").read_text(encoding="utf-8"))
-    names = {entry["id"]: entry["name"] for entry in annotations["categories"]}
-    classes: dict[int, set[str]] = {image["id"]: set() for image in annotations["images"]}
-    for annotation in annotations["annotations"]:
-        classes[annotation["image_id"]].add(names[annotation["category_id"]])
-    order = sorted(classes, key=lambda image: (-len(classes[image] & wanted), image))
-    files = {path.stem.lstrip("0"): path for path in (folder.data / "val").iterdir()}
-    return [files[str(image)] for image in order]
 
 
 def _read_seconds(folder: QuickstartFolder) -> dict[str, float]:
@@ -461,22 +574,36 @@ logger = logging.getLogger(__name__)
 # --- The report ---------------------------------------------------------------------------------------------------------
 
 LOSS_NAMES = {
-    "total": "sum of all losses",
-    "loss_centernet_agn_pos": "proposals: heatmap, objects",
-    "loss_centernet_agn_neg": "proposals: heatmap, elsewhere",
-    "loss_centernet_loc": "proposals: boxes",
-    "loss_cls_stage2": "classes (federated, last step)",
-    "loss_box_reg_stage2": "boxes (last step)",
-    "loss_mask": "masks",
-    "image_loss_stage2": "image labels (last step)",
-    "cmm_loss_stage2": "class-wise mixup",
+    "total": ("sum of all losses", "what training makes smaller"),
+    "loss_centernet_agn_pos": (
+        "proposals: heatmap, objects",
+        "how surely the centre of each object is taken for one",
+    ),
+    "loss_centernet_agn_neg": (
+        "proposals: heatmap, elsewhere",
+        "how surely everything else is not taken for an object",
+    ),
+    "loss_centernet_loc": ("proposals: boxes", "1 minus the overlap (GIoU) of proposed boxes"),
+    "loss_cls_stage2": (
+        "classes (federated, last step)",
+        "how well regions are told apart by the text embeddings of class names",
+    ),
+    "loss_box_reg_stage2": ("boxes (last step)", "how far the refined boxes are off"),
+    "loss_mask": ("masks", "how many pixels inside the boxes are on the wrong side of the outline"),
+    "image_loss_stage2": (
+        "image labels (last step)",
+        "whether the largest region of an image of a single object gets its label",
+    ),
+    "cmm_loss_stage2": (
+        "class-wise mixup",
+        "how far mixtures of two classes' regions are from the same mixture of their text embeddings",
+    ),
 }
-"""Losses that are plotted, and what the page calls them."""
+"""Losses that are plotted: what the page calls them, and what they measure."""
 
 
 def write_page(result: QuickstartResult) -> Path:
     """Write ``report.html``, and the drawn predictions as image files next to their JSON."""
-    base, novel = result.base, result.novel
     total = sum(result.seconds.values())
     page = Page(
         title="ProxyDet quickstart",
@@ -486,17 +613,18 @@ def write_page(result: QuickstartResult) -> Path:
             "that no training box shows. It finds them by comparing regions with the text embeddings of their names."
         ),
         facts=[
-            ("mask AP50, base classes", _percent(base.ap50)),
-            ("mask AP50, novel classes", _percent(novel.ap50)),
+            ("right labels, base classes", _percent(result.labels(novel=False).share, "%")),
+            ("right labels, novel classes", _percent(result.labels(novel=True).share, "%")),
             ("time in all", f"{total / 60:.1f} min"),
         ],
         sections=[
             _found_section(result),
+            _labels_section(result),
             _words_section(result),
-            _scores_section(result.evaluation),
+            _scores_section(result),
             _training_section(result.folder),
             _time_section(result),
-            _commands_section(result.folder),
+            _commands_section(result.folder, result.examples),
         ],
     )
     return write_report(page, result.folder.report)
@@ -507,16 +635,86 @@ def _drawn(image: Path, detections: Detections) -> Image.Image:
         return detections.draw(opened.convert("RGB"))
 
 
+_RIGHT, _WRONG, _OTHER = (30, 132, 73), (190, 45, 38), (96, 96, 96)
+
+
 def _found_section(result: QuickstartResult) -> Section:
     return Section(
         title="What it finds",
-        text="Validation images, not seen in training, searched for every class of the data set.",
-        images=[
-            CaptionedImage(
-                image=_drawn(example.image, example.detections),
-                caption=f"{example.image.name}: {len(example.detections)} found",
+        text="Validation images, not seen in training, searched for every class of the data set: on the left what they hold, "
+        "on the right what was found with a score above "
+        f"{SHOWN_ABOVE:g}. Green labels are right, red ones wrong, grey boxes are of no annotated object. "
+        "Novel classes, of which training showed no box, are marked (novel).",
+        images=[_beside(example) for example in result.examples],
+    )
+
+
+def _beside(example: Example) -> CaptionedImage:
+    """Draw the annotations of an image next to its detections."""
+    novel = {item.name for item in example.annotated if item.novel}
+    truths = [
+        DrawnObject(
+            label=f"{item.name} (novel)" if item.novel else item.name, box_xyxy=item.box_xyxy
+        )
+        for item in example.annotated
+    ]
+    drawn = []
+    nearest_D = _nearest(example.annotated, example.detections)
+    for item, nearest in zip(example.detections, nearest_D, strict=True):
+        colour = _OTHER
+        if nearest is not None:
+            colour = _RIGHT if item.label == example.annotated[nearest].name else _WRONG
+        drawn.append(
+            DrawnObject(
+                label=f"{item.label} (novel)" if item.label in novel else item.label,
+                box_xyxy=item.box_xyxy,
+                colour=colour,
+                score=item.score,
             )
-            for example in result.examples
+        )
+    with Image.open(example.image) as opened:
+        halves = [draw_objects(opened.convert("RGB"), objects) for objects in (truths, drawn)]
+    both = Image.new("RGB", (2 * halves[0].width + 12, halves[0].height), "white")
+    for index, half in enumerate(halves):
+        both.paste(half, (index * (half.width + 12), 0))
+    counts = label_accuracy(example.annotated)
+    caption = f"{example.image.name}: {counts.objects} objects, {counts.found} found, {counts.right} with the right label"
+    return CaptionedImage(image=both, caption=caption)
+
+
+def _labels_section(result: QuickstartResult) -> Section:
+    rows: list[tuple[str | float | int | None, ...]] = []
+    groups = {
+        "base classes": [item for item in result.annotated if not item.novel],
+        "novel classes": [item for item in result.annotated if item.novel],
+    }
+    for title, objects in groups.items():
+        counts = label_accuracy(objects)
+        found = [item for item in objects if item.label is not None]
+        words = [
+            sum(item.name.split()[place] == str(item.label).split()[place] for item in found)
+            for place in range(3)
+        ]
+        shares = [_number(right / len(found) if found else None) for right in words]
+        rows.append((title, counts.objects, counts.found, _number(counts.share), *shares))
+    shapes = sorted({item.name.split()[2] for item in result.annotated})
+    taken = Counter(
+        (item.name.split()[2], item.label.split()[2]) for item in result.annotated if item.label
+    )
+    return Section(
+        title="Right and wrong labels",
+        text=f"Of each annotated object the best detection that overlaps it by more than {WELL_PLACED:g} (IoU): does its label "
+        "name the class? Also word by word, in percent of the objects found. The second table counts which shapes were "
+        "taken for which: a row for each true shape, a column for each that was named.",
+        tables=[
+            Table(
+                columns=("", "objects", "found", "right label", "colour", "texture", "shape"),
+                rows=rows,
+            ),
+            Table(
+                columns=("shape", *shapes),
+                rows=[(true, *(taken[true, named] for named in shapes)) for true in shapes],
+            ),
         ],
     )
 
@@ -535,24 +733,30 @@ def _words_section(result: QuickstartResult) -> Section:
     )
 
 
-def _scores_section(evaluation: Report) -> Section:
+def _scores_section(result: QuickstartResult) -> Section:
     rows = []
     bars: dict[str, dict[str, float]] = {}
-    for kind, part in evaluation.types.items():
-        name = IOU_TYPE_NAMES[kind]
-        metrics = part.metrics
-        rows.append((name, "all", None, *(_number(metrics.get(k)) for k in ("AP", "AP50", "AP75"))))
-        for group in part.groups:
-            values = (_number(group.ap), _number(group.ap50), _number(group.ap75))
-            rows.append((name, group.name, group.scored, *values))
-            bars.setdefault(group.name, {})[f"{name} AP50"] = values[1]
+    for protocol, report in (("LVIS", result.evaluation), ("COCO", result.coco)):
+        for kind, part in report.types.items():
+            name, metrics = IOU_TYPE_NAMES[kind], part.metrics
+            values = [_number(metrics.get(key)) for key in ("AP", "AP50", "AP75")]
+            rows.append((protocol, name, "all", None, *values))
+            for group in part.groups:
+                values = [_number(value) for value in (group.ap, group.ap50, group.ap75)]
+                rows.append((protocol, name, group.name, group.scored, *values))
+                if protocol == "LVIS":
+                    bars.setdefault(group.name, {})[f"{name} AP50"] = values[1]
     return Section(
         title="Scores",
         text=(
-            "Average precision by LVIS's federated protocol, in percent. Novel classes are the rare ones here; some of "
-            "them have images of single objects in training (covered), the others have none."
+            "Average precision in percent. LVIS's federated protocol asks in each image only for some classes, those that "
+            "somebody checked; COCO's asks for all of them, so that every wrong label counts, and its numbers are lower. "
+            "Novel classes are the rare ones here; some of them have images of single objects in training (covered), the "
+            "others have none."
         ),
-        tables=[Table(columns=("", "classes", "scored", "AP", "AP50", "AP75"), rows=rows)],
+        tables=[
+            Table(columns=("protocol", "", "classes", "scored", "AP", "AP50", "AP75"), rows=rows)
+        ],
         plots=[svg_of(bar_plot(bars, label="AP50"))],
     )
 
@@ -566,10 +770,17 @@ def _training_section(folder: QuickstartFolder) -> Section:
             for record in records
             if name in record["losses"]
         ]
-        for name, title in LOSS_NAMES.items()
+        for name, (title, _) in LOSS_NAMES.items()
     }
     shown = {title: points for title, points in curves.items() if points}
-    return Section(title="Training", plots=[svg_of(loss_plot(shown, columns=3))])
+    rows = [(title, meaning) for title, meaning in LOSS_NAMES.values() if title in shown]
+    return Section(
+        title="Training",
+        text="Losses against iterations. All should fall and then level off; they jump from one point to the next because each is "
+        "of a few images.",
+        tables=[Table(columns=("curve", "what it measures"), rows=rows)],
+        plots=[svg_of(loss_plot(shown, columns=3))],
+    )
 
 
 def _time_section(result: QuickstartResult) -> Section:
@@ -577,32 +788,42 @@ def _time_section(result: QuickstartResult) -> Section:
     return Section(title="Time", tables=[Table(columns=("step", "seconds"), rows=rows)])
 
 
-def _commands_section(folder: QuickstartFolder) -> Section:
-    first = min((folder.data / "val").iterdir())
-    run, data, picture = (
-        shlex.quote(str(path)) for path in (folder.run.root, folder.description, first)
-    )
+def _commands_section(folder: QuickstartFolder, examples: Sequence[Example]) -> Section:
+    run, data = (shlex.quote(str(path)) for path in (folder.run.root, folder.description))
+    commands = []
+    if examples:
+        image = shlex.quote(str(examples[0].image))
+        words = ", ".join(dict.fromkeys(item.name for item in examples[0].annotated))
+        commands = [
+            Command(
+                command=f'proxydet predict {image} --run {run} -v "{words}"',
+                does="Search an image for words of your choice: any combination of a colour, a texture and a shape.",
+            )
+        ]
     return Section(
         title="Next steps",
+        text="For your own photographs: proxydet data init FOLDER finds annotations of eight formats and writes a dataset config, "
+        "proxydet train trains on it.",
         commands=[
+            *commands,
             Command(
-                command=f'proxydet predict {picture} --run {run} -v "red striped circle, blue star"',
-                does="Search an image for any combination of the words it knows.",
+                command=f"proxydet serve --run {run}",
+                does="Try it in the browser, with images of your own.",
             ),
             Command(
                 command=f"proxydet eval --run {run} --data {data} --split val",
                 does="Evaluate again; the same command works for your own dataset config.",
             ),
             Command(
-                command="proxydet train --recipe small --data my-data.toml --output runs/mine",
-                does="Train on your own photographs; proxydet data init FOLDER writes the file for annotations.",
+                command=f"proxydet train --recipe quickstart --data {data} --dry-run",
+                does="Show what a training would do, and how long it would take.",
             ),
         ],
     )
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
+def _percent(value: float | None, unit: str = "") -> str:
+    return "-" if value is None else f"{100 * value:.1f}{unit}"
 
 
 def _number(value: float | None) -> float:

@@ -1,14 +1,24 @@
 """The whole job at its smallest: draw, train, evaluate, predict, report; and the comparison."""
 
 import dataclasses
+import html
 import json
 import re
+import shlex
 
 import pytest
 
 from proxydet.data.synthetic import SyntheticConfig
 from proxydet.errors import ConfigError, LockedError
-from proxydet.quickstart import QuickstartFolder, compare_mixup, quickstart_config, run_quickstart
+from proxydet.quickstart import (
+    Annotated,
+    LabelAccuracy,
+    QuickstartFolder,
+    compare_mixup,
+    label_accuracy,
+    quickstart_config,
+    run_quickstart,
+)
 from proxydet.recipes import get_recipe
 
 pytestmark = pytest.mark.usefixtures("unplotted")
@@ -68,12 +78,45 @@ def test_searches_for_other_words_than_the_data_sets_list(done):
 
 def test_the_report_holds_all_that_it_shows(done):
     page = done.folder.report.read_text(encoding="utf-8")
-    assert "mask AP50, novel classes" in page
+    assert "right labels, novel classes" in page
     assert "<svg" in page
     assert "data:image/jpeg;base64," in page
     loaded = re.findall(r'(?:src|href|url)\s*[=(]\s*["\']?(https?:|//)', page)
     assert not loaded, "nothing may be fetched from elsewhere"
     assert "proxydet eval --run" in page
+
+
+def test_the_report_counts_right_labels_of_all_objects(done):
+    annotations = json.loads((done.folder.data / "lvis_val.json").read_text())["annotations"]
+    base, novel = done.labels(novel=False), done.labels(novel=True)
+    assert base.objects + novel.objects == len(annotations)
+    for counts in (base, novel):
+        assert 0 <= counts.right <= counts.found <= counts.objects
+
+
+def test_a_right_label_is_one_that_names_the_class():
+    box = (0.0, 0.0, 1.0, 1.0)
+    objects = [
+        Annotated(name="red plain star", box_xyxy=box, novel=True, label=label)
+        for label in ("red plain star", "red plain circle", None)
+    ]
+    assert label_accuracy(objects) == LabelAccuracy(objects=3, found=2, right=1)
+    assert label_accuracy(objects).share == 0.5
+    assert label_accuracy(objects[2:]).share is None
+
+
+def test_every_command_of_the_report_works(done, cli, monkeypatch, tmp_path):
+    page = html.unescape(done.folder.report.read_text(encoding="utf-8"))
+    commands = re.findall(r"<code[^>]*>(proxydet [^<]+)</code>", page)
+    assert [line.split()[1] for line in commands] == ["predict", "serve", "eval", "train"]
+    monkeypatch.chdir(tmp_path)
+    served = []
+    monkeypatch.setattr("proxydet.serve.server.serve", lambda app, *_, **__: served.append(app))
+    for line in commands:
+        free_port = ("--port", "0") if " serve " in line else ()
+        ended = cli(*shlex.split(line)[1:], *free_port)
+        assert ended.code == 0, (line, ended)
+    assert served
 
 
 def test_every_step_is_timed(done):

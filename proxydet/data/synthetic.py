@@ -194,6 +194,7 @@ class _Canvas:
         self.image_HW3: Floats = np.clip(image_HW3, 0, 255)
         self.coverages: list[Floats] = []
         self._full_areas: list[float] = []
+        self._visible_areas: list[float] = []
 
     def jpeg(self) -> bytes:
         """Return the image's file."""
@@ -217,20 +218,27 @@ class _Canvas:
             y0, y1 = max(top, 0), min(top + side, height)
             target = slice(y0, y1), slice(x0, x1)
             source = slice(y0 - top, y1 - top), slice(x0 - left, x1 - left)
-            coverage_HW = np.zeros((height, width), np.float32)
-            coverage_HW[target] = coverage_SS[source]
-            area = float(coverage_HW.sum())
-            for below_HW, full in zip(self.coverages, self._full_areas, strict=True):
-                hidden = float((below_HW * coverage_HW).sum())
-                # The second limit keeps an object from lying wholly inside another: no holes.
-                if float(below_HW.sum()) - hidden < _VISIBLE_LEAST * full or hidden > 0.5 * area:
-                    break
-            else:
-                for below_HW in self.coverages:
-                    below_HW *= 1 - coverage_HW
+            coverage_WW = coverage_SS[source]
+            area = float(coverage_WW.sum())
+            hidden_O = [
+                float((below_HW[target] * coverage_WW).sum()) for below_HW in self.coverages
+            ]
+            # The second limit keeps an object from lying wholly inside another: no holes.
+            if not any(
+                visible - hidden < _VISIBLE_LEAST * full or hidden > 0.5 * area
+                for visible, hidden, full in zip(
+                    self._visible_areas, hidden_O, self._full_areas, strict=True
+                )
+            ):
+                for index, below_HW in enumerate(self.coverages):
+                    below_HW[target] *= 1 - coverage_WW
+                    self._visible_areas[index] -= hidden_O[index]
+                coverage_HW = np.zeros((height, width), np.float32)
+                coverage_HW[target] = coverage_WW
                 self.coverages.append(coverage_HW)
+                self._visible_areas.append(area)
                 self._full_areas.append(area)
-                weight = coverage_HW[target][..., None]
+                weight = coverage_WW[..., None]
                 self.image_HW3[target] = (
                     self.image_HW3[target] * (1 - weight) + colours_SS3[source] * weight
                 )
@@ -365,7 +373,7 @@ class SyntheticConfig:
 
     seed: int = 7
     """Decides every random choice: splits, scenes, image labels and embeddings."""
-    images_train: int = 1200
+    images_train: int = 1000
     """Training scenes; they hold base classes only."""
     images_val: int = 120
     """Validation scenes; they hold base and novel classes."""

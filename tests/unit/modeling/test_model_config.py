@@ -48,6 +48,7 @@ from proxydet.modeling.config import (
         (lambda: ModelConfig(pyramid=PyramidConfig(levels=(4, 5, 6))), "last level"),
         (lambda: ModelConfig(cascade=CascadeConfig(pool_levels=(2, 3))), "pool_levels"),
         (lambda: ModelConfig(pyramid=PyramidConfig(channels=20)), "norm_groups"),
+        (lambda: ModelConfig(proposals=ProposalConfig(first_level=2)), "first_level"),
         (lambda: ModelConfig(pixel_std=(1.0, 0.0, 1.0)), "pixel_std"),
         (lambda: InferenceConfig(alpha=2.0), "alpha"),
         (lambda: InferenceConfig(max_detections=0), "max_detections"),

@@ -245,3 +245,20 @@ def test_the_backbone_alone_runs_in_half_precision(network, tiny):
     output = network(tiny.box_batch(), generator=generator())
     assert seen == {"backbone": torch.bfloat16, "heads": torch.float32}
     assert output.steps[0].embeddings_BRD.dtype == torch.float32
+
+
+def test_a_finer_level_can_be_pooled_from_that_proposes_nothing(tiny):
+    config = tiny.model_config(
+        pyramid=dataclasses.replace(tiny.model_config().pyramid, levels=(2, 3, 4, 5)),
+        proposals=dataclasses.replace(tiny.model_config().proposals, first_level=3),
+        cascade=dataclasses.replace(tiny.model_config().cascade, pool_levels=(2,)),
+    )
+    network = tiny.lively(tiny.network(config)).train()
+    output = network(tiny.box_batch(), generator=generator())
+    assert output.centernet.strides == (8, 16, 32, 64)
+    assert [maps.shape[2] for maps in output.centernet.heatmaps] == [16, 8, 4, 2]
+    loss = output.steps[0].embeddings_BRD[..., 0].sum()
+    (finest,) = torch.autograd.grad(loss, network.backbone.fpn_output2.weight, retain_graph=True)
+    assert finest.abs().sum() > 0
+    (found,) = network.eval().detect([tiny.image(64, 64)])
+    assert len(found)

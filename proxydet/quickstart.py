@@ -586,7 +586,7 @@ LOSS_NAMES = {
     "loss_centernet_loc": ("proposals: boxes", "1 minus the overlap (GIoU) of proposed boxes"),
     "loss_cls_stage2": (
         "classes (federated, last step)",
-        "how well regions are told apart by the text embeddings of class names",
+        "how well regions are matched with the text embeddings of class names",
     ),
     "loss_box_reg_stage2": ("boxes (last step)", "how far the refined boxes are off"),
     "loss_mask": ("masks", "how many pixels inside the boxes are on the wrong side of the outline"),

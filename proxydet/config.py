@@ -29,6 +29,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 
 import yaml
 
+from proxydet.detectron2_keys import counterparts, is_theirs
 from proxydet.errors import ConfigError
 from proxydet.files import read_text
 from proxydet.wording import nearest
@@ -44,6 +45,7 @@ _type_hints: Callable[[Any], dict[str, Any]] = functools.cache(get_type_hints)
 
 _LINE_WIDTH = 110
 _LARGEST_FILE = 200_000
+_MOST_ROWS = 200
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 """What PyYAML and tomllib raise, besides their own errors, for nesting, tags and numbers that they did not expect."""
 
@@ -475,7 +477,8 @@ def load_mapping(path: Path) -> dict[str, Any]:
     """Read a YAML file that holds one mapping; of an empty file that is empty.
 
     Raises:
-        ConfigError: The file is absent, unreadable, not UTF-8, not YAML, or not a mapping.
+        ConfigError: The file is absent, unreadable, not UTF-8, not YAML, not a mapping, or a configuration of detectron2: the
+            message names the key here for each of its keys.
     """
     try:
         text = read_text(path, limit=_LARGEST_FILE, pipe=True)
@@ -492,6 +495,17 @@ def load_mapping(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path} holds {type(value).__name__}, not a mapping of keys.",
             hint="a configuration file holds keys and values, such as seed: 7",
+            path=path,
+        )
+    if is_theirs(value):
+        rows = list(counterparts(value))
+        shown = [f"  {key[:60]}: {ours.replace('`', '')}" for key, ours in rows[:_MOST_ROWS]]
+        more = [f"  and {len(rows) - _MOST_ROWS} more"] if len(rows) > _MOST_ROWS else []
+        lines = "\n".join([*shown, *more])
+        raise ConfigError(
+            f"{path} is a configuration of detectron2. Its keys, and what stands for them here:\n{lines}",
+            hint="start from a recipe and set what differs: proxydet train --recipe r50 --set KEY=VALUE, or a YAML file with "
+            "these keys",
             path=path,
         )
     return value

@@ -7,11 +7,13 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args
 
 import typer
 
+import proxydet
 from proxydet.config import (
     config_class,
     field_docs,
@@ -22,6 +24,7 @@ from proxydet.config import (
     type_name,
 )
 from proxydet.data.records import DEVIATIONS
+from proxydet.detectron2_keys import OURS
 from proxydet.recipes import RECIPES, RunConfig
 from proxydet_cli.app import COMMANDS, build, load_command
 
@@ -176,6 +179,85 @@ def annotation_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+_PYTHON = """# Python
+
+Written by `make docs` from the docstrings. `import proxydet` loads neither torch nor numpy: each name is imported when it is first
+used. Errors are [one tree](exit-codes.md). What own code is given: [change the method](../how-to/change-the-method.md)."""
+
+_MORE_PYTHON = (
+    "proxydet.recipes:resolve_config",
+    "proxydet.training_run:run_training",
+    "proxydet.losses.criterion:Criterion",
+    "proxydet.data.formats.collected:Objects",
+    "proxydet.training.logs:Logger",
+)
+"""What stands in the reference besides `proxydet.__all__`."""
+
+
+def python_page() -> str:
+    """Describe the public classes and functions, as one Markdown page."""
+    named = [(name, f"proxydet.{name}", getattr(proxydet, name)) for name in proxydet.__all__]
+    for path in _MORE_PYTHON:
+        module, name = path.split(":")
+        named.append((name, f"{module}.{name}", getattr(import_module(module), name)))
+    parts = [_PYTHON]
+    for name, path, thing in named:
+        if inspect.isclass(thing) or inspect.isfunction(thing):
+            parts += [f"## {path}", *_described(name, thing)]
+        for member, value in vars(thing).items() if inspect.isclass(thing) else ():
+            function = getattr(value, "__func__", value)
+            if isinstance(value, property) and not member.startswith("_"):
+                parts += [f"### {name}.{member}", _markdown(inspect.getdoc(value) or "")]
+            elif inspect.isfunction(function) and (member == "__call__" or member[0] != "_"):
+                parts += [f"### {name}.{member}", *_described(member, getattr(thing, member))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _described(name: str, thing: Any) -> list[str]:
+    """Return the signature of a class or function, and its docstring with that of its constructor."""
+    text = re.sub(r"<[\w.]+ object at 0x\w+>", "...", str(inspect.signature(thing)))
+    signature = f"{name}{re.sub(chr(39), '', text)}"
+    if len(signature) > _WIDTH:  # a parameter on each line, at commas outside of brackets
+        signature = re.sub(r", (?=[\w*/]+(?::|=|,|\)))", ",\n    ", signature)
+    docs = [inspect.getdoc(thing) or ""]
+    if inspect.isclass(thing) and thing.__init__.__doc__ and "__init__" in vars(thing):
+        docs.append(inspect.cleandoc(thing.__init__.__doc__))
+    return [f"```python\n{signature}\n```", *map(_markdown, docs)]
+
+
+def _markdown(doc: str) -> str:
+    """Return a docstring as Markdown: its sections as lists, its literals as code."""
+    lines: list[str] = []
+    section = False
+    for line in doc.replace("``", "`").splitlines():
+        if re.fullmatch(r"(Args|Attributes|Returns|Raises|Yields):", line):
+            section = True
+            lines += [f"**{line[:-1]}**", ""]
+        elif section and (entry := re.match(r" {4}(\w[\w*, ]*): (.*)", line)):
+            lines.append(f"- `{entry[1]}`: {entry[2]}")
+        elif section and line.strip():
+            lines.append(line.strip() if lines[-1] == "" else f"  {line.strip()}")
+        else:
+            section = section and not line
+            lines.append(line)
+    return "\n".join(lines).strip()
+
+
+_DETECTRON2 = """# Keys of detectron2 and Detic
+
+Written by `make docs` from the table by which `--config` refuses such a file: it names, for each key in the file, what stands for it
+here. Keys are set with `--set KEY=VALUE` or in a YAML file ([configuration](configuration.md)).
+
+| theirs | here |
+|---|---|"""
+
+
+def detectron2_page() -> str:
+    """List what stands here for keys of detectron2's configurations, as one Markdown page."""
+    rows = [f"| `{key}` | {ours} |" for key, ours in OURS.items()]
+    return "\n".join([_DETECTRON2, *rows]) + "\n"
+
+
 def tutorial_notebook() -> str:
     """The tutorial as a Jupyter notebook, nbformat 4.5: its text and its Python, after a cell that installs proxydet."""
     page = Path(__file__).parents[1] / "docs" / "tutorial" / "first-detector.md"
@@ -206,6 +288,8 @@ PAGES = {
     "commands.md": commands_page,
     "configuration.md": configuration_page,
     "annotation-files.md": annotation_page,
+    "python.md": python_page,
+    "detectron2-keys.md": detectron2_page,
     "../tutorial/first-detector.ipynb": tutorial_notebook,
 }
 """What writes each page of the folder."""

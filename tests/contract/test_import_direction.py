@@ -20,6 +20,7 @@ RANK = {
             "paths",
             "_version",
             "config",
+            "detectron2_keys",
             "extensions",
             "runtime",
             "artifacts",

@@ -222,7 +222,7 @@ def _described(name: str, thing: Any) -> list[str]:
     docs = [inspect.getdoc(thing) or ""]
     if inspect.isclass(thing) and thing.__init__.__doc__ and "__init__" in vars(thing):
         docs.append(inspect.cleandoc(thing.__init__.__doc__))
-    return [f"```python\n{signature}\n```", *map(_markdown, docs)]
+    return [f"```\n{signature}\n```", *map(_markdown, docs)]
 
 
 def _markdown(doc: str) -> str:

@@ -66,12 +66,13 @@ def test_the_average_is_that_of_the_weights_after_each_iteration(toy, tmp_path):
         assert not torch.equal(value, trained[name])
 
 
-def test_without_an_average_and_a_mixture_training_is_what_it_was(toy, tmp_path):
+def test_averaging_mixing_and_evaluating_leave_what_is_trained_alone(toy, tmp_path):
     toy.run(tmp_path / "plain", {})
-    toy.run(tmp_path / "averaged", {"ema": {"decay": 0.9}})
+    toy.run(tmp_path / "averaged", ALL, evaluate=Evaluation({}), loaded=NAMES)
     last = "checkpoints/step_0000012.pth"
     plain, averaged = (load_checkpoint(tmp_path / name / last) for name in ("plain", "averaged"))
-    assert equal(plain["model"], averaged["trained"])
+    assert equal(plain["model"], {**averaged["model"], **averaged["trained"]})
+    assert not equal(plain["model"], averaged["model"])
     assert "trained" not in plain
 
 

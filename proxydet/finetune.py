@@ -104,7 +104,8 @@ def finetune_config(
     known = vocabulary_of(start)
     if known is not None:
         check_embeddings(vocabulary, known, start, dataset.config)
-    shared = [name for name in vocabulary.names if known is not None and name in known.names]
+    trained = set() if known is None else set(np.array(known.names)[known.base].tolist())
+    shared = [name for name in vocabulary.names if name in trained]
 
     settings = base.training
     per_step = _annotated_per_batch(base, dataset)

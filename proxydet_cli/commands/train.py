@@ -358,8 +358,9 @@ class TrainOptions:
         from proxydet.recipes import absolute_paths, resolve_config
 
         overrides = list(self.overrides)
+        finetuned = self.finetune is not None
         for key, value in (
-            ("data.description", self.data),
+            ("data.description", None if finetuned else self.data),
             ("training.weights", self.weights),
             ("training.device", self.device),
         ):

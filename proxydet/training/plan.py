@@ -159,9 +159,6 @@ class TrainingPlan:
     notes: tuple[str, ...]
     """What to know of it: that no masks are trained, or not by all objects; that it is long for so few images."""
 
-    scaled: dict[str, tuple[Any, Any]]
-    """By key: what the configuration says for its ``training.replicas``, and what that is for the processes of this run."""
-
     estimate: Estimate
     """Memory and time."""
 
@@ -183,7 +180,10 @@ class TrainingPlan:
             "processes": self.launch.world_size,
             "needs": [dataclasses.asdict(need) for need in self.needs],
             "notes": [note.partition(" ")[2].strip() for note in self.notes],
-            "scaled": {key: list(values) for key, values in self.scaled.items()},
+            "scaled": {
+                key: list(values)
+                for key, values in differences(self.given, self.config.training, "training").items()
+            },
             "estimate": dataclasses.asdict(self.estimate),
             "command": list(self.command),
             "configuration": to_mapping(self.config),
@@ -206,10 +206,6 @@ class TrainingPlan:
             f"run folder   {self.folder} ({start})",
             f"processes    {self.launch.world_size} on {self.launch.nodes} machine(s)",
             *self.notes,
-            *(
-                f"scaled       {key}: {after}, from {before}"
-                for key, (before, after) in self.scaled.items()
-            ),
             *self._scaling(),
             *self.estimate.lines(),
             "",
@@ -398,7 +394,6 @@ def plan_training(
         given=config.training,
         needs=tuple(needs),
         notes=tuple(notes),
-        scaled=differences(config.training, start.config.training, "training"),
         estimate=estimate_run(
             scaled.model,
             used.boxes,

@@ -173,7 +173,7 @@ def test_a_dry_run_says_what_was_chosen_and_what_was_scaled(start, write, cli, t
     code, out, err = cli(*words, "--finetune", start.run, "--output", tmp_path / "new")
     assert code == 0
     assert "100 epochs of 10 images" in err
-    assert "training.iterations: 250, from 500" in out
+    assert "250 iterations, scaled from 500" in out
     again = cli(*words, "--finetune", start.run, "--json")
     assert again.data["scaled"]["training.iterations"] == [500, 250]
     assert "finetune" in again.data["command"][-5:] or "--finetune" in again.data["command"]

@@ -17,7 +17,7 @@ from proxydet.recipes import RunConfig, resolve_config
 from proxydet.training.distributed import DistInfo
 from proxydet.training.launch import LaunchPlan
 from proxydet.training.runfolder import RunFolder, prepare
-from proxydet.training.train import TrainResult
+from proxydet.training.train import TrainResult, fit_to_backbone
 from proxydet.vocabulary.vocabulary import Vocabulary
 from proxydet.weight_files import write_state
 from proxydet_cli.main import main
@@ -69,7 +69,7 @@ def test_a_dry_run_tells_what_keeps_a_run_from_going_on(description, tmp_path, c
     decided = ["data.masks=false", "model.masks=null", "model.classifier.embedding_dim=32"]
     config = resolve_config("tiny", None, [f"data.description={description}", *decided])
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/config.yaml").write_text(dump_yaml(config))
+    (tmp_path / "run/config.yaml").write_text(dump_yaml(fit_to_backbone(config)))
     assert dry_run(*words) == 0
     capsys.readouterr()
     assert dry_run(*words, "--set", "seed=8") == 3

@@ -286,10 +286,9 @@ def test_what_is_pushed_is_opened_by_its_name(hub, run, login, tmp_path, picture
 
 def test_a_card_that_is_there_is_kept(on_hub, run, login):
     with prepared(run, NAME) as package:
+        assert "not stated a licence" in package.card
         upload(package)
         assert on_hub.commits[NAME][-1]["README.md"] == b"# Shapes\n"
-        assert "not stated a licence" in package.card
-    with prepared(run, NAME) as package:
         upload(package, keep_card=False)
     assert on_hub.commits[NAME][-1]["README.md"].decode() == package.card
 
@@ -326,7 +325,7 @@ def test_a_folder_of_that_name_comes_first_and_is_reported(on_hub, run, tmp_path
     assert on_hub.requests == []
 
 
-@pytest.mark.parametrize("answer", [(503, b""), (500, b"<html>"), (429, b"{}"), (200, b"not JSON"), (200, b'{"sha": 3}')])  # fmt: skip
+@pytest.mark.parametrize("answer", [(503, b""), (429, b"{}"), (200, b"not JSON")])  # fmt: skip
 def test_a_hub_that_is_down_is_reported_and_a_copy_used(on_hub, answer, caplog):
     on_hub.answer = answer
     with pytest.raises(
@@ -441,16 +440,17 @@ def test_pushes_that_are_refused(hub, run, tmp_path, capsys):
     for name in ("shapes", "ann/shapes/x", "ann/shapes@v1", "ann/sha--pes"):
         assert name in refused(str(run), name)
     assert "absent" in refused("absent", NAME)
-    hub.forbidden_to_write = True
-    assert "don't have the rights" in refused(str(run), NAME)
-    hub.forbidden_to_write = False
-    hub.answer, hub.only = (503, b""), "/commit/"
-    assert "503" in refused(str(run), NAME)
-    assert hub.commits[NAME] == [{}]
-    hub.answer = None
+    with prepared(run, NAME) as package:
+        hub.forbidden_to_write = True
+        with pytest.raises(ArtifactError, match="don't have the rights"):
+            upload(package)
+        hub.forbidden_to_write = False
+        hub.answer, hub.only = (503, b""), "/commit/"
+        with pytest.raises(TransferError, match=f"{NAME} could not be uploaded.*503"):
+            upload(package)
+    assert hub.commits[NAME] == [{}]  # nothing by halves
     assert cli("push", str(run), NAME) == 3  # stdin is not a terminal
     assert "--yes" in capsys.readouterr().err
-    assert cli("push", str(run), NAME, "--yes") == 0
 
 
 def test_the_predict_command_takes_a_repository(on_hub, folder, capsys):

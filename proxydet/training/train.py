@@ -794,7 +794,8 @@ def _starting_weights(
         values = {name: value.to(own[name]) for name, value in start.items() if name in own}
         mixed = [name for name in facts.get("mixed", ()) if name in values]
         wait_for_all(ranks)
-    if ranks.is_main and not folder.start_weights.exists():
+    # A session that was killed before its first checkpoint may have left others.
+    if ranks.is_main and (resumed is None or not folder.start_weights.exists()):
         write_safetensors(folder.start_weights, values, {"iteration": 0, "mixed": mixed})
     return values, mixed
 

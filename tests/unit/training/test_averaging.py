@@ -12,7 +12,7 @@ from proxydet.errors import CheckpointError, ConfigError
 from proxydet.training.checkpoint import load_checkpoint
 from proxydet.training.config import EmaConfig, TrainingConfig, scale_training
 from proxydet.training.logs import stopped_early
-from proxydet.weight_files import read_safetensors, read_state_dict
+from proxydet.weight_files import read_safetensors, read_state_dict, write_safetensors
 
 NAMES = ["backbone.0.weight", "box_head.weight", "class_head.weight", "class_head.bias"]
 ALL = {
@@ -106,6 +106,18 @@ def test_a_crash_changes_nothing(toy, tmp_path, crash):
     assert equal(first.seen[12], read_state_dict(whole / "model_final.pth"))
     assert equal(first.seen[6], read_state_dict(whole / "model_best.safetensors"))
     assert equal(first.seen[6], read_state_dict(whole / "checkpoints/step_0000006.pth"))
+
+
+def test_starting_weights_are_those_of_the_session_that_wrote_the_first_checkpoint(toy, tmp_path):
+    toy.run(tmp_path / "whole", ALL, evaluate=Evaluation({}), loaded=NAMES)
+    kept = [tmp_path / run / "model_start.safetensors" for run in ("whole", "cut")]
+    others = {name: value + 1 for name, value in read_state_dict(kept[0]).items()}
+    write_safetensors(kept[1], others, {"iteration": 0, "mixed": NAMES})
+    with pytest.raises(Stop):
+        toy.run(tmp_path / "cut", ALL, evaluate=Evaluation({}, 6), loaded=NAMES)
+    toy.run(tmp_path / "cut", ALL, evaluate=Evaluation({}))
+    whole, cut = (path.with_name("model_final.safetensors").read_bytes() for path in kept)
+    assert whole == cut
 
 
 def test_starting_weights_that_are_gone_are_named(toy, tmp_path):

@@ -110,7 +110,7 @@ class NamedDetector:
     Attributes:
         run: The run folder, or the folder with the files of a repository.
         repository: The name on the Hugging Face hub that ``run`` was downloaded by.
-        weights: A checkpoint; with a run, None: its final weights, or its newest checkpoint.
+        weights: A checkpoint; with a run, None: what `newest_weights` finds.
         published: A key of `PUBLISHED_MODELS`, instead of both.
         config: Sizes of a checkpoint without a run: a ``config.yaml``, or a key of `SIZES`.
     """

@@ -27,11 +27,11 @@ from proxydet.detector import Detector
 from proxydet.errors import InputError
 from proxydet.files import JsonLines, write_text
 from proxydet.hub import WEIGHTS, code_paths, errors_of_hub, require_login, split_name
-from proxydet.models import configuration_of
+from proxydet.models import configuration_of, newest_weights
 from proxydet.paths import require_run
-from proxydet.recipes import RunConfig
+from proxydet.recipes import RunConfig, get_recipe
 from proxydet.training.logs import read_evaluations
-from proxydet.training.runfolder import RunFolder
+from proxydet.training.runfolder import RunFolder, read_last_iteration
 from proxydet.weight_files import write_safetensors
 
 CARD = "README.md"
@@ -61,12 +61,13 @@ def prepared(
 ) -> Iterator[Package]:
     """Write what is uploaded of a run into a temporary folder: weights, configuration, classes, text encoder, model card.
 
-    Paths of this machine, commands and package lists of the run stay here.
+    Paths of this machine, commands and package lists of the run stay here, and how it was trained: the section ``training`` of
+    the configuration is the recipe's.
 
     Args:
         run: The run folder.
         repository: ``owner/name``.
-        weights: A checkpoint of the run; None: the final weights, or the newest checkpoint.
+        weights: A checkpoint of the run; None: those that the run folder opens, of its best evaluation where they are kept.
         license: Of the weights, by the hub's identifier (``apache-2.0``, ``cc-by-nc-4.0``, ``other``); None states none.
 
     Raises:
@@ -79,18 +80,24 @@ def prepared(
         )
     folder = require_run(Path(run))
     config = from_mapping(RunConfig, configuration_of(folder))
-    detector = Detector.from_run(folder, checkpoint=weights, device="cpu")
-    scores = read_evaluations(JsonLines(RunFolder(folder).evaluations))
+    opened = weights or newest_weights(folder)
+    detector = Detector.from_run(folder, checkpoint=opened, device="cpu")
+    iteration = read_last_iteration(opened)
+    evaluations = read_evaluations(JsonLines(RunFolder(folder).evaluations))
+    scores = {} if iteration is None else evaluations.get(iteration, {})
     with tempfile.TemporaryDirectory() as place:
         target = Path(place)
         write_safetensors(
             target / WEIGHTS, detector.network.state_dict(), {"recipe": config.recipe}
         )
         detector.vocabulary.save(target / "vocabulary.npz")
-        write_text(target / "config.yaml", dump_yaml(_without_paths(config)))
+        shared = dataclasses.replace(config, training=get_recipe(config.recipe).training)
+        write_text(target / "config.yaml", dump_yaml(_without_paths(shared)))
         if own_encoder := (folder / "text_encoder.json").exists():
             shutil.copyfile(folder / "text_encoder.json", target / "text_encoder.json")
-        card = _card(repository, config, detector, scores, license, own_encoder=own_encoder)
+        card = _card(
+            repository, config, detector, iteration, scores, license, own_encoder=own_encoder
+        )
         write_text(target / CARD, card)
         files = {path.name: path.stat().st_size for path in sorted(target.iterdir())}
         yield Package(repository=repository, folder=target, files=files, card=card)
@@ -141,7 +148,8 @@ def _card(
     repository: str,
     config: RunConfig,
     detector: Detector,
-    scores: dict[int, dict[str, float]],
+    iteration: int | None,
+    scores: dict[str, float],
     license: str | None,
     *,
     own_encoder: bool,
@@ -175,7 +183,7 @@ def _card(
         f'for item in detector.predict("photo.jpg", vocabulary={json.dumps(example)}):\n'
         "    print(item.label, item.score, item.box_xyxy)\n```\n",
         "## Training\n",
-        f"- recipe `{config.recipe}`, {settings.iterations} iterations, written by proxydet {__version__}; all settings: `config.yaml`",
+        f"- recipe `{config.recipe}`, {settings.iterations} iterations, written by proxydet {__version__}; settings of the detector: `config.yaml`",
         f"- backbone `{config.model.backbone.kind}`, {size / 1e6:.1f} million parameters, "
         + ("boxes and masks" if detector.network.has_mask_head else "boxes only"),
     ]
@@ -189,11 +197,10 @@ def _card(
         f"- {len(classes.names)} classes, {base} base and {len(classes.names) - base} novel"
     )
     if scores:
-        last = max(scores)
         lines += [
-            f"\n## Scores\n\nOn the validation images of the training's data, after {last} iterations, in percent:\n",
+            f"\n## Scores\n\nOn the validation images of the training's data, after {iteration} iterations, in percent:\n",
             "| metric | value |\n|---|---|",
-            *(f"| {html.escape(key)} | {100 * value:.1f} |" for key, value in scores[last].items()),
+            *(f"| {html.escape(key)} | {100 * value:.1f} |" for key, value in scores.items()),
         ]
     lines += [
         "\n## Classes of the training\n",

@@ -416,7 +416,7 @@ def same_run(folder: RunFolder, config: RunConfig) -> EarlierRun | None:
 
 
 def read_last_iteration(path: Path) -> int | None:
-    """Return after which iteration a run's final or best weights were written; None where they cannot be read."""
+    """Return after which iteration a weight file of a run was written; None where they cannot be read."""
     if not path.is_file():
         return None
     with contextlib.suppress(InputError, RuntimeEnvironmentError):

@@ -28,7 +28,9 @@ def push(
     weights: Annotated[
         Path | None,
         typer.Option(
-            "--weights", metavar="FILE", help="A checkpoint of the run. [default: its last weights]"
+            "--weights",
+            metavar="FILE",
+            help="A checkpoint of the run. [default: its best weights, else its last]",
         ),
     ] = None,
     private: Annotated[

@@ -23,7 +23,7 @@ from proxydet.errors import ArtifactError, InputError, TransferError
 from proxydet.hub import fetch
 from proxydet.models import find_detector
 from proxydet.publishing import prepared, upload
-from proxydet.recipes import get_recipe
+from proxydet.recipes import get_recipe, resolve_config
 from proxydet.vocabulary.compositional import CompositionalEncoder
 from proxydet.weight_files import write_safetensors
 from proxydet_cli.main import main
@@ -226,7 +226,7 @@ def run(tmp_path, network, encoder) -> Path:
     (folder / "config.yaml").write_text(dump_yaml(dataclasses.replace(recipe, data=data)))
     network.vocabulary.save(folder / "vocabulary.npz")
     encoder.save(folder / "text_encoder.json")
-    write_safetensors(folder / "model_final.safetensors", network.state_dict(), {})
+    write_safetensors(folder / "model_final.safetensors", network.state_dict(), {"iteration": 30})
     record = {"iteration": 30, "metrics": {"segm/AP": 0.2345, "segm/AP novel": 0.1}}
     (folder / "evaluations.jsonl").write_text(json.dumps(record) + "\n")
     return folder
@@ -282,6 +282,22 @@ def test_what_is_pushed_is_opened_by_its_name(hub, run, login, tmp_path, picture
     found = find_detector(run=None, weights=NAME, config=None)
     assert (found.name, found.repository) == (NAME, NAME)
     assert open_named(found, device="cpu").predict(pictures[0], ["red star"]) is not None
+
+
+def test_a_fine_tuned_run_is_pushed_with_the_scores_of_its_weights(run, network, tmp_path):
+    sets = ["weights=start.pth", "interpolation=0.5", f"finetune.start={tmp_path}/start"]
+    config = resolve_config("tiny", None, [f"training.{text}" for text in sets])
+    (run / "config.yaml").write_text(dump_yaml(config))
+    write_safetensors(run / "model_best.safetensors", network.state_dict(), {"iteration": 20})
+    with (run / "evaluations.jsonl").open("a") as file:
+        file.write(json.dumps({"iteration": 20, "metrics": {"segm/AP": 0.5678}}) + "\n")
+    with prepared(run, NAME) as package:
+        assert str(tmp_path) not in (package.folder / "config.yaml").read_text()
+        assert "after 20 iterations" in package.card
+        assert "| segm/AP | 56.8 |" in package.card
+        assert Detector.from_run(package.folder, device="cpu")
+    with prepared(run, NAME, weights=run / "model_final.safetensors") as package:
+        assert "| segm/AP | 23.4 |" in package.card
 
 
 def test_a_card_that_is_there_is_kept(on_hub, run, login):

@@ -34,7 +34,7 @@ from pycocotools import mask as coco_mask
 from proxydet.data import masks
 from proxydet.data.formats import coco, cvat, label_studio, labelme, via, voc, yolo
 from proxydet.data.formats.coco import no_garbage_collection
-from proxydet.data.images import images_below, readable_suffixes
+from proxydet.data.images import files_below, images_below, readable_suffixes
 from proxydet.data.records import (
     DAMAGED_MASK,
     LABEL_LISTS,
@@ -375,10 +375,11 @@ def _digest(source: AnnotationSource, memory: Path) -> str:
     files = [source.path]
     if source.reader is not None:
         _own_reader(source.reader)
-        ends = tuple(readable_suffixes())
+        images = _below(source.images)
         if source.path.is_dir():
-            below = sorted(path for path in source.path.rglob("*") if path.is_file())
-            files = [path for path in below if not path.name.lower().endswith(ends)]
+            ends = tuple(readable_suffixes())
+            below = files_below(source.path, ("",))
+            files = [p for p in below if not p.name.lower().endswith(ends) and p.is_file()]
     elif found in ("Pascal VOC", None):
         files = voc.files(source.path)
     elif found == "labelme":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from proxydet.data.dataset import DatasetConfig
 from proxydet.data.store import AnnotationStore
@@ -21,6 +22,19 @@ def read(path, images):
         found.begin(name)
         found.add(name, label, box=[float(value) for value in box])
     return found.document("lines", "line")
+
+def measured(path, images):
+    from PIL import Image
+    found = Objects()
+    with Image.open(images[0] / "a.png") as image:
+        width, height = image.size
+    found.image("a.png", (height, width))
+    found.begin("a.png")
+    found.add("a.png", "cat", box=[0, 0, width, height])
+    return found.document("lines", "line")
+
+def linked(path, images):
+    return read(path / "link" / "boxes.txt", images)
 
 def shifted(path, images):
     return read(path, images)
@@ -48,10 +62,10 @@ def open_with(tmp_path, monkeypatch):
     (tmp_path / f"{module}.py").write_text(READER)
     (tmp_path / "boxes.txt").write_text("a.png,cat,1,2,11,22 b.png,dog,0,0,30,-5")
 
-    def open_(function: str) -> AnnotationStore:
+    def open_(function: str, annotations: str = "boxes.txt") -> AnnotationStore:
         config = tmp_path / "own.toml"
         config.write_text(
-            f'name = "own"\n[train]\nannotations = "boxes.txt"\nimages = "."\nreader = "{module}:{function}"\n'
+            f'name = "own"\n[train]\nannotations = "{annotations}"\nimages = "."\nreader = "{module}:{function}"\n'
         )
         split = DatasetConfig.from_toml(config).split("train")
         return AnnotationStore.open(split.source, cache=tmp_path / "cache", warn=False)
@@ -69,6 +83,23 @@ def test_its_objects_go_through_the_rules_of_every_format(open_with):
 def test_another_reader_is_another_store(open_with):
     assert open_with("read").path == open_with("read").path
     assert open_with("read").path != open_with("shifted").path
+
+
+def test_other_images_are_another_store(open_with, tmp_path):
+    for size in ((40, 60), (80, 20)):
+        Image.new("RGB", size).save(tmp_path / "a.png")
+        assert open_with("measured").record(0).boxes_A4.tolist() == [[0, 0, *size]]
+
+
+def test_linked_annotations_are_part_of_the_digest(open_with, tmp_path):
+    for part in ("own", "shared"):
+        (tmp_path / part).mkdir()
+    (tmp_path / "own" / "link").symlink_to(tmp_path / "shared")
+    stores = []
+    for text in ("a.png,cat,1,2,11,22", "a.png,cat,1,2,15,25"):
+        (tmp_path / "shared" / "boxes.txt").write_text(text)
+        stores.append(open_with("linked", "own").record(0).boxes_A4.tolist())
+    assert stores == [[[1, 2, 11, 22]], [[1, 2, 15, 25]]]
 
 
 @pytest.mark.parametrize(

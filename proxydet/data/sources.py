@@ -226,16 +226,22 @@ def _parts_of_file(
         return of_config, ()
     if found == "CVAT XML":
         names = cvat.parts(path)
-    roots = tuple(images) or image_folders(path) or _image_candidates(path, root, unsearched)
+
+    def folders(part: str) -> tuple[Path, ...]:
+        return (
+            tuple(images) or image_folders(path) or _image_candidates(path, root, part, unsearched)
+        )
+
     by_word: dict[str, list[str]] = {}
     for name in names:
         by_word.setdefault(part_of_word(name), []).append(name)
     others = by_word.pop("", [])
     if sum(map(bool, names)) < 2 or not by_word:
-        return {"": AnnotationSource(path=path, images=roots)}, ()
+        part = _part_of(path, root) if path.is_relative_to(root) else ""
+        return {"": AnnotationSource(path=path, images=folders(part))}, ()
     held = {
         word: AnnotationSource(
-            path=path, images=roots, part=called[0] if len(called) == 1 else word
+            path=path, images=folders(word), part=called[0] if len(called) == 1 else word
         )
         for word, called in by_word.items()
     }
@@ -367,10 +373,15 @@ def _part_of(place: Path, root: Path) -> str:
     return ""
 
 
-def _image_candidates(path: Path, root: Path, unsearched: dict[str, None]) -> tuple[Path, ...]:
-    """Return the folders in which the images of an annotation file may be: its own first, then the nearest that hold images."""
+def _image_candidates(
+    path: Path, root: Path, part: str, unsearched: dict[str, None]
+) -> tuple[Path, ...]:
+    """Return the folders in which the images of a part may be: the annotation file's first, then the nearest that hold images.
+
+    Folders of another part are left out, since an image there may have the name of a missing one. Those above them are
+    the last: names may include the folder.
+    """
     own = path if path.is_dir() else path.parent
-    part = _part_of(path, root) if path.is_relative_to(root) else ""
     ends = tuple(readable_suffixes())
     holding = [
         folder
@@ -378,12 +389,19 @@ def _image_candidates(path: Path, root: Path, unsearched: dict[str, None]) -> tu
         if any(name.lower().endswith(ends) for name in names)
     ]
 
-    def order(folder: Path) -> tuple[bool, int, str]:
-        apart = len(Path(os.path.relpath(folder, own)).parts)
-        return _part_of(folder, root) not in ("", part), apart, str(folder)
+    def of_another(folder: Path) -> bool:
+        return _part_of(Path(os.path.relpath(folder, own)), Path()) not in ("", part)
 
+    def order(folder: Path) -> tuple[bool, int, str]:
+        return of_another(folder), len(Path(os.path.relpath(folder, own)).parts), str(folder)
+
+    above: list[Path] = []
+    if part:
+        above = [folder.parent for folder in holding if of_another(folder)]
+        above = [folder for folder in dict.fromkeys(above) if not of_another(folder)]
+        holding = [folder for folder in holding if not of_another(folder)]
     if len(holding) > _MOST_ROOTS:
         unsearched[
             f"{len(holding) - _MOST_ROOTS} of the {len(holding)} folders of images below {root}"
         ] = None
-    return tuple(dict.fromkeys([*near(path), *sorted(holding, key=order)[:_MOST_ROOTS]]))
+    return tuple(dict.fromkeys([*near(path), *sorted(holding, key=order)[:_MOST_ROOTS], *above]))

@@ -460,6 +460,36 @@ def test_a_missing_image_is_noted_as_what_check_refuses(tmp_path: Path) -> None:
     assert any("b.jpg" in note and "data check" in note for note in notes), notes
 
 
+def test_an_image_of_another_part_never_replaces_a_missing_one(tmp_path: Path) -> None:
+    root = tmp_path / "export"
+    write_coco(root, "abc", "train.json", "train")
+    write_coco(root, "bc", "val.json", "val")
+    (root / "train" / "b.jpg").unlink()
+    notes = init_dataset(root, Path("pets.toml"), closed=True).notes
+    assert any("1 of 3 images" in note and "'b.jpg'" in note for note in notes), notes
+    assert DatasetConfig.from_toml(Path("pets.toml")).split("train").source.images == (
+        root / "train",
+    )
+    # A name with its folder still finds an image of the other one, as LVIS has them.
+    content = json.loads((root / "train.json").read_text())
+    content["images"][1]["file_name"] = "val/b.jpg"
+    (root / "train.json").write_text(json.dumps(content))
+    assert not any(
+        "missing" in note for note in init_dataset(root, Path("more.toml"), closed=True).notes
+    )
+
+
+def test_an_image_of_another_subset_never_replaces_a_missing_one(tmp_path: Path) -> None:
+    root = tmp_path / "export"
+    write_subsets(root, {"a": "train", "b": "train", "c": "val"})
+    for stem, folder in zip("abc", ("train", "val", "val"), strict=True):
+        (image,) = root.rglob(f"{stem}.jpg")
+        (root / "images" / folder).mkdir(parents=True, exist_ok=True)
+        image.rename(root / "images" / folder / image.name)
+    notes = init_dataset(root, Path("pets.toml"), closed=True).notes
+    assert any("1 of 2 images" in note and "'b.jpg'" in note for note in notes), notes
+
+
 def test_parts_are_compared(tmp_path: Path) -> None:
     root = tmp_path / "export"
     write_coco(root / "train", "ab", "ann.json")

@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from itertools import combinations
 from pathlib import Path
 from typing import Literal, get_args
@@ -184,20 +185,15 @@ def compare_parts(
     """
     found = []
     for one, other in combinations(stores, 2):
-        by_last = [
-            {name.replace("\\", "/").rpartition("/")[2]: name for name in names if name}
-            for names in (
-                [stores[part].file_name(row) for row in range(len(stores[part]))]
-                for part in (one, other)
-            )
-        ]
-        same = []
-        for last, name in by_last[0].items():
-            if last in by_last[1]:
-                first = found_image(name, roots[one])
-                second = found_image(by_last[1][last], roots[other])
-                if first and second and _same_content(first, second):
-                    same.append(str(first))
+        by_last = {part: _by_last_name(stores[part]) for part in (one, other)}
+        same: list[Path] = []
+        for last in by_last[one]:
+            if last in by_last[other]:
+                files, others = (
+                    [path for name in names[last] if (path := found_image(name, roots[part]))]
+                    for part, names in by_last.items()
+                )
+                same += _copies(files, others)
         if same:
             are = "is" if len(same) == 1 else "are"
             text = f"{counted(len(same), 'image')} of {one} {are} in {other} too, e.g. {same[0]}"
@@ -227,13 +223,32 @@ def compare_parts(
     return found
 
 
-def _same_content(one: Path, other: Path) -> bool:
-    try:
-        return one.samefile(other) or (
-            one.stat().st_size == other.stat().st_size and sha256(one) == sha256(other)
-        )
-    except OSError:
+def _by_last_name(store: AnnotationStore) -> dict[str, list[str]]:
+    """Return the names of the images of a store, by what follows the last slash."""
+    names: dict[str, list[str]] = {}
+    for name in dict.fromkeys(map(store.file_name, range(len(store)))):
+        if name:
+            names.setdefault(name.replace("\\", "/").rpartition("/")[2], []).append(name)
+    return names
+
+
+def _copies(files: list[Path], others: list[Path]) -> list[Path]:
+    """Return those of some files that are among others, or are copies of one of them."""
+    by_size: dict[int, list[Path]] = {}
+    for other in others:
+        with suppress(OSError):
+            by_size.setdefault(other.stat().st_size, []).append(other)
+    digest = cache(sha256)
+
+    def is_copy(file: Path) -> bool:
+        with suppress(OSError):
+            of_size = by_size.get(file.stat().st_size, ())
+            return any(file.samefile(other) for other in of_size) or any(
+                digest(file) == digest(other) for other in of_size
+            )
         return False
+
+    return [file for file in files if is_copy(file)]
 
 
 @dataclass(kw_only=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from proxydet.data.check import check_path
 from proxydet.data.dataset import Dataset, DatasetConfig
@@ -488,6 +489,25 @@ def test_an_image_of_another_subset_never_replaces_a_missing_one(tmp_path: Path)
         image.rename(root / "images" / folder / image.name)
     notes = init_dataset(root, Path("pets.toml"), closed=True).notes
     assert any("1 of 2 images" in note and "'b.jpg'" in note for note in notes), notes
+
+
+def test_copies_are_found_among_images_of_equal_names(tmp_path: Path) -> None:
+    root = tmp_path / "export"
+    for part, folders in (("train", "pq"), ("val", "xy")):
+        path = write_coco(root / part, "ab", "ann.json")
+        content = json.loads(path.read_text())
+        for entry, folder in zip(content["images"], folders, strict=True):
+            entry["file_name"] = f"{folder}/1.jpg"
+            shade = {"p": 10, "q": 20, "x": 10, "y": 30}[folder]
+            (root / part / folder).mkdir()
+            Image.new("RGB", (entry["width"], entry["height"]), (shade,) * 3).save(
+                root / part / folder / "1.jpg"
+            )
+        path.write_text(json.dumps(content))
+    texts = [finding.text for report in check_path(root) for finding in report.findings]
+    assert any("1 image of train is in val too" in text and "p/1.jpg" in text for text in texts), (
+        texts
+    )
 
 
 def test_parts_are_compared(tmp_path: Path) -> None:

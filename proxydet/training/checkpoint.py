@@ -151,7 +151,16 @@ class TrainingState:
             yield
         finally:
             self.network.load_state_dict(kept, strict=False)
-            self.network.train()
+            self.train()
+
+    def train(self) -> None:
+        """Set the network's training mode, but for BatchNorms of frozen parts: they keep their statistics, and apply them."""
+        self.network.train()
+        for part in self.network.modules():
+            frozen = [not parameter.requires_grad for parameter in part.parameters()]
+            for norm in part.modules() if frozen and all(frozen) else ():
+                if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                    norm.eval()
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that `load_state_dict` needs, as tensors and plain values.

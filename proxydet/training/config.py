@@ -247,7 +247,8 @@ class TrainingConfig:
 
     freeze: tuple[str, ...] = ()
     """Parameters that keep their starting values: prefixes of their names, or patterns with *. backbone. is the backbone with
-    its pyramid, proposal_generator. the proposal network, roi_heads. the box, mixup and mask heads."""
+    its pyramid, proposal_generator. the proposal network, roi_heads. the box, mixup and mask heads. BatchNorms of frozen parts
+    keep their statistics."""
 
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     """The report of a fine-tuning."""

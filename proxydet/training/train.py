@@ -704,7 +704,7 @@ def fit(
                 broadcast_value(stopped_early(metrics.evaluations(), config.evaluation), ranks)
             )
 
-        network.train()
+        state.train()
         early = evaluate_if_due()
         if ranks.is_main:  # a process that was killed may have left that to do
             keep_best()

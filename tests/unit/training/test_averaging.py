@@ -191,6 +191,16 @@ def test_frozen_parameters_keep_their_values(toy, tmp_path):
         toy.run(tmp_path / "other", {"freeze": ["neck."]})
 
 
+def test_frozen_batch_norms_keep_their_statistics(toy, tmp_path):
+    changes = {"freeze": ["backbone."], "evaluation": {"period": 5}}
+    toy.run(tmp_path, changes, norm=True, evaluate=Evaluation({}))
+    start, final = (
+        toy.ToyNetwork(norm=True).state_dict(),
+        read_state_dict(tmp_path / "model_final.pth"),
+    )
+    assert all(torch.equal(start[n], final[n]) for n in start if n.startswith("backbone."))
+
+
 def test_the_decay_is_scaled_with_the_batches_of_a_step():
     config = TrainingConfig(replicas=1, ema=EmaConfig(decay=0.99, warmup_iterations=20))
     scaled = scale_training(config, 4)

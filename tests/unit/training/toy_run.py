@@ -16,6 +16,7 @@ from torch import nn
 
 from proxydet.config import merge
 from proxydet.errors import DataError, ProxydetError
+from proxydet.modeling.weights import weights_digest
 from proxydet.training.config import TrainingConfig, scale_training
 from proxydet.training.distributed import connect
 from proxydet.training.launch import launch, plan_launch, worker
@@ -39,10 +40,12 @@ class ToyBatch:
 class ToyNetwork(nn.Module):
     """A backbone, a head that only box batches reach, and one that both reach."""
 
-    def __init__(self, dropout: float = 0.3) -> None:
+    def __init__(self, dropout: float = 0.3, norm: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.backbone = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Dropout(dropout))
+        if norm:
+            self.backbone.extend([nn.BatchNorm1d(16), nn.BatchNorm1d(16, affine=False)])
         self.box_head = nn.Linear(16, 4)
         self.class_head = nn.Linear(16, 3)
         self.backbone_dtype = torch.float32
@@ -135,6 +138,9 @@ def main() -> None:
     parser.add_argument("--fail", default="", help="rank:iteration:how")
     parser.add_argument("--group", action="store_true", help="in a process group that exists")
     parser.add_argument("--plain", action="store_true", help="no dropout, no random weight")
+    parser.add_argument(
+        "--norm", action="store_true", help="with BatchNorms; keep what a process sees"
+    )
     parser.add_argument("--pairs", action="store_true", help="the batches of two ranks in turn")
     options = parser.parse_args()
     logs = RunFolder(options.folder).logs
@@ -170,8 +176,20 @@ def work(options: argparse.Namespace) -> None:
         single = toy_batch
         toy_batch = lambda number, rank, size: single(number // 2, number % 2, size)  # noqa: E731
     kind = {"workers": options.workers, "pause": options.pause, "plain": options.plain}
+    rank, seen = os.environ.get("RANK", "0"), {}
+    if options.norm:
+
+        def evaluate(network: nn.Module, at: int, _: Path) -> dict[str, float]:
+            seen[at] = weights_digest(network)
+            return {"AP": 0.0}
+
+        # The main process takes longer.
+        kind |= {"norm": True, "evaluate": evaluate, "still_ours": lambda: time.sleep(0.3)}
     result = run(options.folder, options.set, **kind)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if options.norm:
+        seen["written"] = (options.folder / "model_final.pth").exists()
+        (options.folder / f"seen_{rank}.json").write_text(json.dumps(seen))
+    if int(rank) == 0:
         (options.folder / "result.json").write_text(json.dumps(result.losses))
 
 
@@ -202,6 +220,7 @@ def run(
     workers: int = 0,
     pause: float = 0.0,
     plain: bool = False,
+    norm: bool = False,
     **job: object,
 ) -> TrainResult:
     folder.mkdir(parents=True, exist_ok=True)
@@ -213,7 +232,7 @@ def run(
         settings = {"config": config, "folder": RunFolder(folder), "ranks": ranks, "seed": 7}
         settings["loader_timeout"] = 60.0
         return fit(
-            ToyNetwork(dropout=0.0 if plain else 0.3),
+            ToyNetwork(dropout=0.0 if plain else 0.3, norm=norm),
             plain_losses if plain else toy_losses,
             lambda _, draws: toy_loader(draws, ranks.rank, workers, pause),
             **{**settings, **job},

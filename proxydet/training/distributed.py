@@ -327,7 +327,8 @@ def wrap_for_ranks(
         info: This process.
         find_unused: Search each step's graph for parameters that it does not reach, and leave their gradients alone.
     """
-    # Buffers are the same everywhere and never change; newer versions of torch renamed the switch.
+    # Running statistics decide nothing in a step; `share_statistics` exchanges them before an evaluation. Newer versions of
+    # torch renamed the switch.
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     no_sync: dict[str, Any] = {switch: False}
@@ -338,6 +339,24 @@ def wrap_for_ranks(
         gradient_as_bucket_view=True,
         **no_sync,
     )
+
+
+def share_statistics(
+    network: nn.Module, average: Mapping[str, torch.Tensor], info: DistInfo
+) -> None:
+    """Give every process the main one's statistics of BatchNorms in training, which each takes of its own batches.
+
+    Args:
+        network: Whose BatchNorms.
+        average: A moving average of its values, by name; what it holds of the statistics is shared too.
+        info: This process.
+    """
+    for name, norm in network.named_modules() if info.world_size > 1 else ():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training:
+            for own, value in norm.named_buffers():
+                dist.broadcast(value, src=0)
+                if (mean := average.get(f"{name}.{own}")) is not None:
+                    dist.broadcast(mean, src=0)
 
 
 def wait_for_all(info: DistInfo) -> None:

@@ -57,6 +57,7 @@ from proxydet.training.distributed import (
     broadcast_value,
     check_agreement,
     connect,
+    share_statistics,
     wait_for_all,
     wrap_for_ranks,
 )
@@ -677,6 +678,7 @@ def fit(
                 return ends_early()
             if state.iteration == 0:
                 save()
+            share_statistics(network, state.average or {}, ranks)
             try:
                 with state.in_evaluation(), signals.immediate():
                     found = evaluate(network, state.iteration, folder.evaluation(state.iteration))
@@ -750,6 +752,7 @@ def fit(
                 logger.warning(
                     "wrote %s and %s again", folder.final_safetensors, folder.final_weights
                 )
+        wait_for_all(ranks)  # the others may read what is written
         return TrainResult(
             folder=folder.root,
             weights=folder.final_weights,

@@ -71,6 +71,17 @@ def test_two_processes_compute_what_one_does(tmp_path, unused):
         torch.testing.assert_close(final(tmp_path / "two")[name], weight, rtol=1e-4, atol=1e-6)
 
 
+def test_processes_evaluate_the_same_statistics_and_end_when_all_is_written(tmp_path):
+    changes = {"ema": {"decay": 0.9}, "evaluation": {"period": 5, "at_start": True}}
+    code, errors = run(tmp_path, "--launch", "2", "--norm", "--set", json.dumps(changes))
+    assert code == 0, errors
+    main, other = (json.loads((tmp_path / f"seen_{rank}.json").read_text()) for rank in (0, 1))
+    assert main == other
+    assert list(main) == ["0", "5", "10", "12", "written"]
+    assert len(set(main.values())) == 5
+    assert main["written"]
+
+
 @pytest.mark.parametrize("words", [[], ["--group"]])
 def test_processes_of_plain_torchrun_train_as_ours_do(tmp_path, words):
     """Alone, and in a process group that exists already, as in Ray Train and Accelerate."""

@@ -69,8 +69,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-REPORT_NAME = "finetune.json"
-"""The report of a fine-tuning, in its run folder; ``finetune.html`` shows it."""
 _PROBE_IMAGES = 32
 _PROBE_SCORE = 0.3
 
@@ -138,8 +136,7 @@ def finished_run(folder: RunFolder, config: RunConfig) -> TrainResult | None:
         or not is_whole(folder, earlier, config.training.evaluation)
     ):
         return None
-    report = folder.root / REPORT_NAME
-    if config.training.finetune.start is not None and not report.is_file():
+    if config.training.finetune.start is not None and not folder.report.is_file():
         return None
     keep_weights(config, [earlier])
     # Unless another one is at it, or nothing can be written there.
@@ -175,7 +172,7 @@ def finished_run(folder: RunFolder, config: RunConfig) -> TrainResult | None:
         stopped_early=iterations < planned,
         skipped=skipped if type(skipped := last.get("skipped")) is int else 0,
         seconds=0.0,
-        finetune=read_json(report, default={}) or None,
+        finetune=read_json(folder.report, default={}) or None,
     )
 
 
@@ -322,7 +319,7 @@ def finetune_report(
         progress: Where progress is shown.
 
     Returns:
-        The report as JSON values, written as `REPORT_NAME`; None in processes other than the main one.
+        The report as JSON values, written as ``finetune.json``; None in processes other than the main one.
 
     Raises:
         DataError: The validation images cannot be used.
@@ -332,14 +329,13 @@ def finetune_report(
     info = current_process()
     content: dict[str, Any] = {"format": 1, "start": asked.start, "run": str(folder)}
     evaluations = read_evaluations(JsonLines(run.evaluations))
-    best = best_of(evaluations, config.training.evaluation.metric)
     opened = newest_weights(folder)
-    after = best.iteration if best and opened == run.best_weights else max(evaluations, default=0)
+    after = read_last_iteration(opened)
     content["weights"] = opened.name
     content["own"] = {
         "classes": list(Vocabulary.load(run.vocabulary).names),
         "before": evaluations.get(0),
-        "after": evaluations.get(after),
+        "after": None if after is None else evaluations.get(after),
         "iteration": after,
     }
     start = _named_start(config)
@@ -362,7 +358,7 @@ def finetune_report(
                     evaluate(
                         detector,
                         check,
-                        output=folder / "forgetting" / name,
+                        output=run.forgetting / name,
                         config=settings,
                         progress=progress,
                     )
@@ -377,8 +373,8 @@ def finetune_report(
             content["kept"] = {"how": "probe", "why": why, **_probe(before, tuned, config, own)}
     if not info.is_main:
         return None
-    write_json(folder / REPORT_NAME, content)
-    _write_page(folder, content)
+    write_json(run.report, content)
+    _write_page(run, content)
     return content
 
 
@@ -481,7 +477,8 @@ def _lines(content: Mapping[str, Any]) -> list[tuple[str, str]]:
                 )
             )
     else:
-        lines.append((names, "not measured: the data have no validation images"))
+        why = "there are no validation images, or these weights were not evaluated on them"
+        lines.append((names, f"not measured: {why}"))
     if kept["how"] == "ap":
         for kind, part in sorted(kept["types"].items()):
             title = f"{part['classes']} classes that were not trained, {kind}/AP"
@@ -512,7 +509,7 @@ def _lines(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
-def _write_page(folder: Path, content: Mapping[str, Any]) -> None:
+def _write_page(folder: RunFolder, content: Mapping[str, Any]) -> None:
     sections = [
         Section(title="Result", tables=[Table(columns=("what", "result"), rows=_lines(content))])
     ]
@@ -530,7 +527,7 @@ def _write_page(folder: Path, content: Mapping[str, Any]) -> None:
         sections.append(
             Section(title=f"Classes that were not trained, {kind} AP in percent", tables=[table])
         )
-    run = shlex.quote(str(folder))
+    run = shlex.quote(str(folder.root))
     commands = [
         Command(command=f"proxydet predict --run {run} photo.jpg", does="finds your classes"),
         Command(
@@ -543,5 +540,5 @@ def _write_page(folder: Path, content: Mapping[str, Any]) -> None:
     summary = f"{len(own['classes'])} classes, from {content['start']}. The run folder opens {content['weights']}."
     write_report(
         Page(title="Fine-tuning", summary=summary, facts=(), sections=sections),
-        folder / "finetune.html",
+        folder.report_page,
     )

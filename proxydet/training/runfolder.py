@@ -21,7 +21,9 @@
     ├── model_start.safetensors  starting weights, where trained ones are mixed or compared with them
     ├── model_best.safetensors  the weights of the best evaluation (training.checkpoints.best_weights)
     ├── model_final.safetensors  the weights after the last step, with recipe and classes
-    └── model_final.pth      the same as a file of torch.save; written last
+    ├── model_final.pth      the same as a file of torch.save; written last
+    ├── forgetting/          of a fine-tuning: predictions of the starting and of the fine-tuned detector
+    └── finetune.json        and finetune.html: what it gained and what it forgot
 """
 
 from __future__ import annotations
@@ -111,6 +113,9 @@ class RunFolder:
         self.final_safetensors = root / "model_final.safetensors"
         self.final_weights = root / "model_final.pth"
         """A run that has them is finished."""
+        self.forgetting = root / "forgetting"
+        self.report = root / "finetune.json"
+        self.report_page = root / "finetune.html"
 
     def evaluation(self, iteration: int) -> Path:
         """Return the folder for the predictions and the report of one evaluation during training."""
@@ -170,7 +175,7 @@ class RunFolder:
 
         Args:
             iteration: Iterations so far.
-            end: Iterations of the whole run: after fewer, final weights are not this run's.
+            end: Iterations after which the run ends: after fewer, final weights, and a report of them, are not this run's.
         """
         later = [path for at, path in list_checkpoints(self.checkpoints) if at > iteration]
         for path in (self.root / "evaluations").glob("step_*"):
@@ -179,9 +184,10 @@ class RunFolder:
         best = read_last_iteration(self.best_weights)
         later += [self.best_weights] if best is not None and best > iteration else []
         # First what makes it a finished run: a kill in between leaves one that is not.
-        finals = [p for p in (self.final_weights, self.final_safetensors) if p.exists()]
-        last = read_last_iteration(self.final_weights)
-        later = [*finals, *later] if iteration < (end if last is None else last) else later
+        finals = (self.final_weights, self.final_safetensors, self.report, self.report_page,
+                  self.forgetting / "finetuned")  # fmt: skip
+        if iteration < end:
+            later = [*(path for path in finals if path.exists()), *later]
         if not later:
             return
         aside = self.root / "aside" / f"after_{step_name(iteration)}"
@@ -219,6 +225,7 @@ class RunFolder:
             "plots",
             "failures",
             "evaluations",
+            "forgetting",
             "aside",
         ]
         handlers = logging.getLogger("proxydet").handlers
@@ -229,8 +236,8 @@ class RunFolder:
             shutil.rmtree(self.root / name, ignore_errors=True)
         for path in (self.config, self.vocabulary, self.text_encoder, self.environment, self.manifest,
                      self.metrics, self.evaluations, self.start_weights, self.best_weights,
-                     self.final_safetensors, self.final_weights, self.root / "mlflow.db",
-                     self.root / "mlflow_run_id.txt"):  # fmt: skip
+                     self.final_safetensors, self.final_weights, self.report, self.report_page,
+                     self.root / "mlflow.db", self.root / "mlflow_run_id.txt"):  # fmt: skip
             path.unlink(missing_ok=True)
 
 

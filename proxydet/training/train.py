@@ -581,7 +581,8 @@ def fit(
             logger.info("Resuming after iteration %d from %s", state.iteration, path)
             wait_for_all(ranks)  # every process has read its state
             if ranks.is_main:
-                folder.set_aside_after(state.iteration, config.iterations)
+                ended = read_last_iteration(folder.final_weights)
+                folder.set_aside_after(state.iteration, ended or config.iterations)
     if config.interpolation < 1 or keep_reference is not None:
         values, mixed = _starting_weights(state, folder, ranks, loaded, resumed)
         if keep_reference is not None:
@@ -711,6 +712,8 @@ def fit(
         if ranks.is_main:  # a process that was killed may have left that to do
             keep_best()
             checkpoints.rotate(best_iteration())
+            if resumed is not None and not early:  # one that had stopped early goes further
+                folder.set_aside_after(state.iteration, config.iterations)
         while state.progress < config.iterations and not early:
             fetched = [prefetcher.next() for _ in range(accumulation)]
             stop = signals.received > 0

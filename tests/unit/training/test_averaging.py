@@ -173,6 +173,25 @@ def test_training_stops_early(toy, tmp_path):
     assert more.best.iteration == 4
 
 
+def test_a_run_that_continues_after_an_early_stop_is_not_finished(toy, tmp_path):
+    changes = {"evaluation": {"period": 2, "patience": 1}, "iterations": 40}
+    values = {2: 0.5, 4: 0.4}
+    assert toy.run(tmp_path, changes, evaluate=Evaluation(values)).iterations == 4
+    # What a fine-tuning adds.
+    report = ["finetune.html", "finetune.json", "forgetting/finetuned"]
+    for name in report:
+        (tmp_path / name).mkdir(parents=True)
+    toy.run(tmp_path, changes, evaluate=Evaluation(values))
+    assert not (tmp_path / "aside").exists(), "nothing was left to do"
+    changes["evaluation"]["patience"] = 2
+    with pytest.raises(Stop):
+        toy.run(tmp_path, changes, evaluate=Evaluation(values, crash=6))
+    finals = ["model_final.pth", "model_final.safetensors", *report]
+    assert not [name for name in finals if (tmp_path / name).exists()]
+    aside = tmp_path / "aside/after_step_0000004"
+    assert [name for name in finals if not (aside / name).exists()] == []
+
+
 def test_patience_counts_the_evaluations_after_the_best():
     schedule = TrainingConfig().evaluation
     evaluations = {1: {"AP": 0.5, "AP50": 0.1}, 2: {"AP": 0.4, "AP50": 0.2}, 3: {"AP50": 0.3}}

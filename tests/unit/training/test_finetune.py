@@ -8,14 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from proxydet.config import dump_yaml
 from proxydet.errors import ConfigError, DataError, InputError, VocabularyError
 from proxydet.finetune import finetune_config
 from proxydet.models import NamedDetector, find_detector
 from proxydet.recipes import RunConfig, resolve_config
-from proxydet.training_run import report_text
+from proxydet.training.runfolder import RunFolder
+from proxydet.training_run import finetune_report, report_text
 from proxydet.vocabulary.vocabulary import Vocabulary
+from proxydet.weight_files import write_safetensors
 
 ROWS = np.random.default_rng(0).normal(size=(6, 64)).astype(np.float32)
 KNOWN = ("cup", "mug", "dog")
@@ -223,3 +226,16 @@ def test_a_report_says_what_was_not_measured():
     assert "no validation images" in text
     assert "of 10 objects" in text
     assert "--keep-check" in text
+
+
+def test_a_report_is_of_the_weights_that_the_folder_opens(tmp_path):
+    """The best evaluation's may be gone: those of the one before are opened."""
+    config = resolve_config("tiny", None, ["training.finetune.start=gone"])
+    run = RunFolder(tmp_path / "run")
+    run.root.mkdir()
+    Vocabulary.from_arrays(["cat", "hen"], ROWS[3:5]).save(run.vocabulary)
+    rows = [{"iteration": at, "metrics": {"bbox/AP": at / 10}} for at in (0, 4, 6)]
+    run.evaluations.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    write_safetensors(run.best_weights, {"a": torch.ones(1)}, {"iteration": 4})
+    own = finetune_report(run.root, config)["own"]
+    assert (own["iteration"], own["after"]) == (4, {"bbox/AP": 0.4})

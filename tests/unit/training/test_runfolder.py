@@ -187,6 +187,9 @@ class TestSettings:
             assert "--overwrite" in str(caught.value.hint)
             assert found(folder, other, "never", overwrite=True) == ()
         (folder.root / "notes.txt").touch()
+        for name in ("forgetting/finetuned/identity.json", "finetune.json", "finetune.html"):
+            (folder.root / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder.root / name).touch()
         folder.logs.mkdir()
         (folder.logs / "rank_1.log").touch()
         folder.clear()

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import struct
 from collections import Counter
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field, replace
@@ -385,9 +386,9 @@ def _columns(
     if None in boxes:
         absent_D = np.array([box is None for box in boxes])
         boxes = [box or (0.0, 0.0, 0.0, 0.0) for box in boxes]
-    box_D4 = np.fromiter(
-        chain.from_iterable(cast(Any, boxes)), dtype=np.float64, count=4 * len(rows)
-    ).reshape(-1, 4)
+    # By struct, which takes a third of the time of numpy's own ways.
+    packed = struct.pack(f"{4 * len(rows)}d", *chain.from_iterable(cast(Any, boxes)))
+    box_D4 = np.frombuffer(bytearray(packed)).reshape(-1, 4)
     sound_D = (box_D4[:, 2] >= 0) & (box_D4[:, 3] >= 0)
     for side_D in box_D4.T:  # by columns: numpy reduces along rows of four slowly
         sound_D &= np.abs(side_D) < masks.LARGEST_NUMBER

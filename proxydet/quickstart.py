@@ -568,9 +568,6 @@ def _comparison_page(
     return write_report(page, folder.root / "comparison.html")
 
 
-logger = logging.getLogger(__name__)
-
-
 # --- The report ---------------------------------------------------------------------------------------------------------
 
 LOSS_NAMES = {
@@ -720,16 +717,16 @@ def _labels_section(result: QuickstartResult) -> Section:
 
 
 def _words_section(result: QuickstartResult) -> Section:
-    pictures = []
+    images = []
     for example in result.examples:
         drawn = _drawn(example.image, example.found)
         drawn.save(result.folder.predictions / f"{example.image.stem}.jpg", quality=92)
-        pictures.append(CaptionedImage(image=drawn, caption=f"{example.image.name}"))
+        images.append(CaptionedImage(image=drawn, caption=f"{example.image.name}"))
     asked = ", ".join(result.examples[0].asked) if result.examples else ""
     return Section(
         title="What it finds when asked for other words",
         text=f"The same images, searched for these names only: {asked}.",
-        images=pictures,
+        images=images,
     )
 
 

@@ -84,6 +84,9 @@ class RunConfig:
             raise ConfigError(f"seed must be in [0, 2**63); it is {self.seed}.")
         if self.recipe not in RECIPES:
             raise _unknown_recipe(self.recipe)
+        first = self.model.proposals.first_level or 0
+        proposing = [level for level in self.model.pyramid.all_levels if level >= first]
+        self.losses.centernet.check_levels(len(proposing))
 
 
 def r50() -> RunConfig:

@@ -34,6 +34,8 @@ from proxydet.vocabulary.compositional import CompositionalEncoder
 if TYPE_CHECKING:
     from proxydet.reporting import Progress, Task
 
+logger = logging.getLogger(__name__)
+
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (208, 38, 38),
     "green": (44, 160, 62),
@@ -339,8 +341,6 @@ def _outline(shape: str) -> Points:
         radii[1::2] = 0.42
     return np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
 
-
-logger = logging.getLogger(__name__)
 
 DRAWING_VERSION = 2
 """Raised whenever the same configuration draws other files."""

@@ -18,7 +18,7 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from proxydet.errors import ConfigError, NumericsError
+from proxydet.errors import NumericsError
 from proxydet.modeling.boxes import NmsInput, Regions, areas, cell_centres, suppress
 from proxydet.modeling.config import CenterNetLossConfig, ProposalConfig
 
@@ -363,11 +363,7 @@ def centernet_losses(
     Raises:
         ConfigError: There are not as many size ranges as levels.
     """
-    if len(config.size_ranges) != len(output.strides):
-        raise ConfigError(
-            f"{len(config.size_ranges)} size ranges for {len(output.strides)} pyramid levels",
-            hint="give losses.centernet.size_ranges one entry for each level of model.pyramid",
-        )
+    config.check_levels(len(output.strides))
     shapes = tuple((maps.shape[2], maps.shape[3]) for maps in output.heatmaps)
     device = output.heatmaps[0].device
     cells = Cells.of_levels(shapes, output.strides, config.size_ranges, device)

@@ -373,6 +373,14 @@ class CenterNetLossConfig:
     probability_clamp: float = 1e-4
     """Probabilities are kept this far from 0 and 1."""
 
+    def check_levels(self, levels: int) -> None:
+        """Raise a `ConfigError` unless there is one size range for each level that proposes."""
+        if len(self.size_ranges) != levels:
+            raise ConfigError(
+                f"losses.centernet.size_ranges has {len(self.size_ranges)} entries for {levels} pyramid levels that propose",
+                hint="give it one entry for each level of model.pyramid, from model.proposals.first_level on",
+            )
+
     def __post_init__(self) -> None:
         require(len(self.size_ranges) > 0, "centernet.size_ranges must not be empty")
         for low, high in self.size_ranges:

@@ -156,3 +156,11 @@ def test_configurations_load_without_torch():
 def test_to_mapping_is_plain():
     text = str(to_mapping(get_recipe("r50")))
     assert "Config(" not in text
+
+
+def test_size_ranges_fit_the_levels_that_propose():
+    with pytest.raises(ConfigError, match=r"losses\.centernet\.size_ranges") as refused:
+        resolve_config("small", overrides=["model.proposals.first_level=4"])
+    assert "first_level" in str(refused.value.hint)
+    fitting = "losses.centernet.size_ranges=[[0, 80], [64, 160], [128, .inf], [256, .inf]]"
+    resolve_config("small", overrides=["model.proposals.first_level=4", fitting])

@@ -164,7 +164,7 @@ def test_giou_of_equal_and_of_empty_boxes():
 def test_as_many_ranges_as_levels(tiny):
     network = tiny.network().train()
     output = network(tiny.box_batch())
-    with pytest.raises(ConfigError, match="5 size ranges for 4 pyramid levels"):
+    with pytest.raises(ConfigError, match="size_ranges has 5 entries for 4"):
         centernet_losses(output.centernet, output.truth, CenterNetLossConfig())
 
 

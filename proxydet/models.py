@@ -138,8 +138,8 @@ def find_detector(*, run: Path | None, weights: str | None, config: str | None) 
     Args:
         run: A run folder, or the folder of a quickstart.
         weights: A checkpoint (of the run where there is one), a published model's name, a run folder, or ``owner/name`` or
-            ``owner/name@revision`` on the Hugging Face hub, where nothing here has that name; None with no run: the published
-            R50.
+            ``owner/name@revision`` on the Hugging Face hub, where nothing here has that name (nor, without a revision, is
+            ``owner`` a folder here); None with no run: the published R50.
         config: ``r50``, ``swinb`` or a ``config.yaml``: the sizes of a checkpoint without a run. Without it, a
             checkpoint that lies in a run folder is that run's.
 
@@ -170,6 +170,8 @@ def find_detector(*, run: Path | None, weights: str | None, config: str | None) 
         if config is not None:
             raise ConfigError(f"{name} has its own configuration", hint="leave --config out")
         if not path.exists():
+            if path.parent.is_dir() and "@" not in name:
+                raise _misspelt(path)
             return NamedDetector(run=fetch(name), repository=name)
         if on_hub:
             _warn_once(
@@ -195,6 +197,19 @@ def find_detector(*, run: Path | None, weights: str | None, config: str | None) 
     if config is None and folder is not None:
         return NamedDetector(run=folder, weights=path)
     return NamedDetector(weights=path, config=check_sizes(config or "r50"))
+
+
+def _misspelt(path: Path) -> InputError:
+    """What is raised for ``runs/pest`` where ``runs`` is a folder: the hub is not asked for what was meant to be here."""
+    near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*")])
+    meant = (
+        f"did you mean {', '.join(str(path.parent / other) for other in near)}? " if near else ""
+    )
+    return InputError(
+        f"there is no {path.name} in the folder {path.parent}",
+        hint=f"{meant}A repository of that name on the Hugging Face hub: {path.as_posix()}@main",
+        path=path,
+    )
 
 
 def _refuse_export(path: Path) -> None:

@@ -341,6 +341,16 @@ def test_a_folder_of_that_name_comes_first_and_is_reported(on_hub, run, tmp_path
     assert on_hub.requests == []
 
 
+def test_a_misspelt_folder_is_not_asked_of_the_hub(on_hub, run, tmp_path, capsys):
+    (tmp_path / "ann").mkdir()
+    run.rename(tmp_path / "ann" / "shapse")
+    assert cli("predict", "photos", "--weights", NAME) == 3
+    said = capsys.readouterr().err
+    assert f"did you mean {Path('ann/shapse')}?" in said
+    assert on_hub.requests == []
+    assert find_detector(run=None, weights=f"{NAME}@main", config=None).repository == f"{NAME}@main"
+
+
 @pytest.mark.parametrize("answer", [(503, b""), (429, b"{}"), (200, b"not JSON")])  # fmt: skip
 def test_a_hub_that_is_down_is_reported_and_a_copy_used(on_hub, answer, caplog):
     on_hub.answer = answer

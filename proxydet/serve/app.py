@@ -21,11 +21,12 @@ from collections.abc import (
     Iterator,
     Mapping,
 )
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import cache, partial
 from importlib.resources import files
+from queue import SimpleQueue
+from threading import Thread
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, urlsplit
 
@@ -491,7 +492,7 @@ _FOLLOW = 0.2
 
 
 class WorkQueue:
-    """Runs jobs in the order in which they come, in one thread. Used from one event loop.
+    """Runs jobs in the order in which they come, in one daemon thread. Used from one event loop.
 
     A job that nobody waits for any more (timeout, client gone) leaves the queue with all that it holds; one that is
     already running is finished and its result dropped.
@@ -502,15 +503,18 @@ class WorkQueue:
     Attributes:
         busy: Whether a job runs.
         stopped: Whether nothing more is accepted.
+        abandoned: Whether `close` does not wait for the job that runs.
     """
 
     def __init__(self, size: int) -> None:
         self.busy = False
         self.stopped = False
+        self.abandoned = False
         self._size = size
         self._waiting: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
         self._seconds = 1.0
-        self._thread = ThreadPoolExecutor(1, "detect")
+        self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._thread = Thread(target=self._compute, name="detect", daemon=True)
 
     @property
     def waiting(self) -> int:
@@ -582,9 +586,15 @@ class WorkQueue:
         self._waiting.clear()
 
     async def close(self) -> None:
-        """Stop, and wait for the job that runs."""
+        """Stop, and wait for the job that runs, unless it is abandoned."""
         self.stop()
-        await asyncio.to_thread(self._thread.shutdown)
+        self._calls.put(None)
+        while self.busy and not self.abandoned:
+            await asyncio.sleep(0.05)
+
+    def _compute(self) -> None:
+        for call in iter(self._calls.get, None):
+            call()
 
     def _start_next(self) -> None:
         self.busy = bool(self._waiting)
@@ -592,20 +602,31 @@ class WorkQueue:
             return
         work, result = self._waiting.popleft()
         began = time.perf_counter()
+        loop = asyncio.get_running_loop()
 
-        def finish(done: asyncio.Future[Any]) -> None:
+        def call() -> None:
+            value, error = None, None
+            try:
+                value = work()
+            except BaseException as raised:  # noqa: BLE001 - raised where the result is awaited
+                error = raised
+            with suppress(RuntimeError):  # an abandoned job: its loop is closed
+                loop.call_soon_threadsafe(finish, value, error)
+
+        def finish(value: Any, error: BaseException | None) -> None:
             self._seconds += _FOLLOW * (time.perf_counter() - began - self._seconds)
-            error = done.exception()
             if result.done():
                 if error is not None:
                     logger.warning("a request whose client went away failed: %s", error)
             elif error is not None:
                 result.set_exception(error)
             else:
-                result.set_result(done.result())
+                result.set_result(value)
             self._start_next()
 
-        asyncio.get_running_loop().run_in_executor(self._thread, work).add_done_callback(finish)
+        if self._thread.ident is None:
+            self._thread.start()
+        self._calls.put(call)
 
     def _retry_after(self) -> int:
         return min(max(round(self._seconds * (len(self._waiting) + 1)), 1), _LONGEST_RETRY)
@@ -613,6 +634,10 @@ class WorkQueue:
 
 def _stopping() -> RequestError:
     return RequestError(503, "stopping", "the server is shutting down", hint="start it again")
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
 # --- The middleware ----------------------------------------------------------------------------------------------------
@@ -805,6 +830,10 @@ class ServingApp:
 
     @property
     def _loaded(self) -> Served:
+        if self.failure is not None:
+            hint = getattr(self.failure, "hint", None)
+            message = f"the model could not be loaded: {_reason(self.failure)}"
+            raise RequestError(503, "failed", message, hint=hint)
         if self._served is None:
             raise _stopping()
         return self._served
@@ -856,6 +885,9 @@ class ServingApp:
 
     async def _health(self, _request: Request) -> Response:
         state = {"waiting": self.queue.waiting, "busy": self.queue.busy}
+        if self.failure is not None:
+            failed = {"status": "failed", "reason": _reason(self.failure), **state}
+            return JSONResponse(failed, 503)
         if self._served is None:
             return JSONResponse({"status": "loading", **state}, 503, {"Retry-After": "1"})
         return JSONResponse({"status": "ok", **state})

@@ -146,7 +146,7 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Note a signal; a second SIGINT waits for nothing."""
         if self.should_exit and sig == signal.SIGINT:
-            self.force_exit = True
+            self.force_exit = self._serving_app.queue.abandoned = True
         self.should_exit = True
 
 

@@ -134,6 +134,8 @@ def serve(
     Listens on this machine only, unless --host says otherwise, until Ctrl-C or SIGTERM; then it finishes the request in
     progress and ends with exit code 0. Classes of -v or --vocabulary are detected where a request names none.
     """
+    from proxydet.errors import JobInterruptedError
+    from proxydet_cli import failures, output
     from proxydet_cli.output import Output
 
     out = Output(json=json)
@@ -181,7 +183,13 @@ def serve(
             application = build_app(opened, settings, base_above=base_above, name=named.name)
             # A copy, since a server closes what it was given: after a download the same address is served again.
             with listening.dup() as copy:
-                serve_app(application, copy, on_started=lambda: _announce(out, copy, open_page))
+                try:
+                    serve_app(application, copy, on_started=lambda: _announce(out, copy, open_page))
+                except JobInterruptedError as error:
+                    # A job may still run, and torch aborts a process whose interpreter ends meanwhile.
+                    code = failures.report(error)
+                    output.flush()
+                    os._exit(code)
 
         with_downloads(serve_once, yes=yes)
     out.message("stopped")

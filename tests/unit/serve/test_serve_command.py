@@ -20,6 +20,7 @@ import torch
 from starlette.testclient import TestClient
 
 from proxydet.config import dump_yaml
+from proxydet.errors import JobInterruptedError
 from proxydet.recipes import get_recipe
 from proxydet.serve import server
 from proxydet.serve.app import PredictParams
@@ -51,6 +52,17 @@ def test_the_address_goes_to_stderr(call):
     code, out, err, _ = call()
     assert (code, out) == (0, "")
     assert err.startswith("http://127.0.0.1:")
+
+
+def test_a_second_ctrl_c_ends_the_process_without_the_interpreter(call, monkeypatch):
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise JobInterruptedError("the server was stopped", signal_number=2)
+
+    ended: list[int] = []
+    monkeypatch.setattr(server, "serve", interrupted)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    assert "the server was stopped" in call()[2]
+    assert ended == [130]
 
 
 def test_the_address_is_one_line_of_json(call):

@@ -8,6 +8,8 @@ import logging
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.testclient import TestClient
 
 from proxydet.errors import ConfigError, JobInterruptedError, RuntimeEnvironmentError
 from proxydet.serve.app import Served, ServingSettings, build_app
@@ -408,3 +411,45 @@ def test_a_model_that_cannot_be_opened_ends_serving():
 
     with bind("127.0.0.1", 0) as listening, pytest.raises(ConfigError, match="weights"):
         serve(build_app(opened), listening)
+
+
+def test_a_model_that_cannot_be_opened_is_reported_by_any_server(png):
+    def opened() -> Served:
+        raise ConfigError("the weights are damaged", hint="download them again")
+
+    with TestClient(build_app(opened), base_url="http://127.0.0.1") as client:
+        info = client.get("/api/info")
+        for refused in (info, client.post(ASK, content=png, headers=RAW)):
+            error = refused.json()["error"]
+            assert (refused.status_code, error["kind"]) == (503, "failed")
+            assert "the weights are damaged" in error["message"]
+            assert error["hint"] == "download them again"
+        health = client.get("/api/health")
+        assert (health.status_code, health.json()["status"]) == (503, "failed")
+        assert health.json()["reason"] == "the weights are damaged"
+
+
+LOADING = """
+import os, signal, sys, threading, time
+from proxydet.errors import JobInterruptedError
+from proxydet.serve.app import build_app
+from proxydet.serve.server import bind, serve
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+def interrupt():
+    for _ in range(2):
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGINT)
+
+with bind("127.0.0.1", 0) as listening:
+    try:
+        serve(build_app(lambda: time.sleep(60)), listening, on_started=threading.Thread(target=interrupt).start)
+    except JobInterruptedError as error:
+        sys.exit(error.exit_code)
+"""
+
+
+def test_a_second_sigint_does_not_wait_for_a_model():
+    ended = subprocess.run([sys.executable, "-c", LOADING], timeout=30, capture_output=True)
+    assert (ended.returncode, ended.stderr) == (130, b"")

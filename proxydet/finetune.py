@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import shlex
 from collections.abc import Iterable
@@ -23,11 +24,12 @@ from typing import Any
 
 import numpy as np
 
-from proxydet.config import from_mapping, merge, overlay, parse_overrides, scalar_text
+from proxydet.config import from_mapping, merge, overlay, parse_overrides, scalar_text, to_mapping
 from proxydet.data.dataset import Dataset, DatasetConfig
 from proxydet.errors import ConfigError, VocabularyError
 from proxydet.evaluation.config import EvaluationConfig
 from proxydet.files import sha256
+from proxydet.hub import refuse_code
 from proxydet.models import (
     PUBLISHED_MODELS,
     NamedDetector,
@@ -37,8 +39,11 @@ from proxydet.models import (
     vocabulary_of,
 )
 from proxydet.recipes import RunConfig, absolute_paths, get_recipe, resolve_config
+from proxydet.training.config import LogConfig
 from proxydet.vocabulary.vocabulary import Vocabulary
 from proxydet.wording import first_of
+
+logger = logging.getLogger(__name__)
 
 LEARNING_RATE = 0.25
 """Learning rate of a fine-tuning, as a share of the starting detector's."""
@@ -253,6 +258,8 @@ def _starting_run(start: NamedDetector, recipe: str | None) -> tuple[RunConfig, 
         )
     if start.run is not None:
         base = from_mapping(RunConfig, configuration_of(start.run))
+        if start.repository is not None:
+            base = _without_choices_of_others(base, start.repository, start.run)
         return base, (start.weights or newest_weights(start.run)).absolute()
     if start.published is not None:
         settings = PUBLISHED_MODELS[start.published]
@@ -264,6 +271,24 @@ def _starting_run(start: NamedDetector, recipe: str | None) -> tuple[RunConfig, 
     if isinstance(start.config, Path):
         return resolve_config(recipe, start.config), start.weights.absolute()
     return resolve_config(recipe or start.config), start.weights.absolute()
+
+
+def _without_choices_of_others(config: RunConfig, repository: str, folder: Path) -> RunConfig:
+    """Return the configuration of a repository without its code for training, its loggers and its paths."""
+    if config.losses.criterion is not None:
+        logger.warning(
+            "%s was trained with the criterion %s, which is not imported on the word of a downloaded file: the published one is used",
+            repository,
+            config.losses.criterion,
+        )
+    own = {
+        "data": {"cache": None},
+        "losses": {"criterion": None, "options": {}},
+        "training": {"log": to_mapping(LogConfig()), "finetune": {"keep_check": None}},
+    }
+    config = merge(config, own)
+    refuse_code(repository, folder, to_mapping(config))
+    return config
 
 
 def check_embeddings(

@@ -25,6 +25,7 @@ from proxydet.errors import (
     RuntimeEnvironmentError,
     TransferError,
 )
+from proxydet.extensions import is_python_path
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,6 @@ FILES = (*REQUIRED, "text_encoder.json")
 _NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?", re.ASCII)
 _FILES_OF_WEIGHTS = (".pth", ".pt", ".pkl", ".bin", ".safetensors", ".npz", ".onnx", ".pt2")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_PYTHON_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", re.ASCII)
 _LOGIN = "log in with: hf auth login (or set HF_TOKEN)"
 
 
@@ -109,22 +109,27 @@ def _downloaded(repository: str, revision: str | None) -> Path | None:
 
 
 def _without_code(name: str, folder: Path) -> Path:
-    """Return the folder, if what is opened names no Python code: a stranger's file must not choose what is imported."""
+    """Return the folder, if what is opened names no Python code; what only training reads may."""
     with damage_explained(name, folder):
         content = load_mapping(folder / "config.yaml")
-    for code in code_paths([content.get(part) for part in ("data", "model", "inference")]):
+    refuse_code(name, folder, [content.get(part) for part in ("data", "model", "inference")])
+    return folder
+
+
+def refuse_code(name: str, folder: Path, settings: Any) -> None:
+    """Raise `InputError` where settings of a repository name Python code: a stranger's file must not choose what is imported."""
+    for code in code_paths(settings):
         raise InputError(
             f"the detector {name} on the Hugging Face hub uses Python code by its path, {code}, which is not imported on the "
             "word of a downloaded file",
             hint=f"read its config.yaml; if you trust it, copy the folder and open the copy with --run: {folder}",
             path=folder / "config.yaml",
         )
-    return folder
 
 
 def code_paths(value: Any) -> Iterator[str]:
     """Yield the texts in nested values that name Python code, such as ``mypackage.networks:Mine``."""
-    if isinstance(value, str) and _PYTHON_PATH.fullmatch(value):
+    if isinstance(value, str) and is_python_path(value):
         yield value
     elif isinstance(value, Mapping):
         yield from code_paths(list(value.values()))

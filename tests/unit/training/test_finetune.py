@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,30 @@ def test_settings_are_the_starting_detectors_unless_they_are_given(start, write,
     assert "--epochs 3" in reasons["training.iterations"]
     assert reasons["training.ema.decay"] == "--set"
     assert reasons["training.optimizer.learning_rate"] != "--set"
+
+
+def test_a_repository_chooses_no_code_no_logger_and_no_path(start, write, caplog):
+    sets = [
+        "losses.criterion=evilmod:Mine",
+        "training.log.loggers=[wandb, 'evilmod:Log']",
+        "data.cache=/elsewhere",
+    ]
+    assert start.run is not None
+    path, data = start.run / "config.yaml", write(10)
+    path.write_text(dump_yaml(resolve_config("tiny", None, sets)))
+    stranger = dataclasses.replace(start, repository="ann/shapes")
+    config, _ = chosen(stranger, data)
+    assert (config.losses.criterion, config.training.log.loggers, config.data.cache) == (
+        None,
+        (),
+        None,
+    )
+    assert "evilmod:Mine" in caplog.text
+    path.write_text(
+        dump_yaml(resolve_config("tiny", None, ["model.backbone.kind=mod\u00fcle:Mine"]))
+    )
+    with pytest.raises(InputError, match="mod\u00fcle:Mine"):
+        chosen(stranger, data)
 
 
 def test_without_validation_images_nothing_stops_early(start, write):

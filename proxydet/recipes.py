@@ -184,7 +184,7 @@ def quickstart() -> RunConfig:
             mixup=MixupLossConfig(weight=16.0),
             image_labels=ImageLabelLossConfig(weight=0.5),
         ),
-        training=_short_training(iterations=2200, learning_rate=2e-3),
+        training=_short_training(iterations=1800, learning_rate=2e-3),
         evaluation=EvaluationConfig(batch_size=8),
     )
 

@@ -156,7 +156,7 @@ def measure_network() -> dict[str, Any]:
     overrides = [
         "data.boxes.batch_size=1",
         "data.image_labels=null",
-        "training.precision.dtype=fp32",
+        "training.precision.backbone=fp32",
     ]
     config = merge(r50(), parse_overrides(RunConfig, overrides))
     pieces: list[torch.Tensor] = []

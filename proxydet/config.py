@@ -1,7 +1,8 @@
 """Strict, typed configuration: dataclasses, mappings and text, with errors that name the key and the near miss.
 
 A configuration is a tree of frozen keyword-only dataclasses, each defined next to the code that reads it. This
-module knows none of them: it reads their annotations. Supported field types are ``bool``, ``int``, ``float``,
+module knows none of them: it reads their annotations. Keys of an earlier version are
+read where a class lists them (``EARLIER``) and says what stands for them (``from_earlier``). Supported field types are ``bool``, ``int``, ``float``,
 ``str``, ``Path``, ``Literal``, ``tuple[...]``, ``dict[str, ...]``, other configuration dataclasses, and ``X | None``.
 
 As text, a configuration is YAML with each field's documentation as a comment, or assignments ``a.b=c``. The YAML is
@@ -219,6 +220,9 @@ def _checked_items(cls: type, mapping: Mapping[str, Any], where: str) -> dict[st
     if not isinstance(mapping, Mapping):
         raise _type_error(where, "mapping", mapping)
     known = field_types(cls)
+    earlier = getattr(cls, "EARLIER", ())
+    if any(key in mapping for key in earlier):
+        mapping = cls.from_earlier(mapping)  # type: ignore[attr-defined]
     values = {}
     for key, value in mapping.items():
         if key not in known:
@@ -641,6 +645,8 @@ def _key_type(root: type, key: str) -> Any:
                 hint="proxydet train --recipe small --show-config lists every key",
             )
         cls = nested
+    if leaf in getattr(cls, "EARLIER", ()):
+        return str | bool
     if leaf not in field_types(cls):
         raise _unknown_key_error(cls, leaf, where, root)
     return field_types(cls)[leaf]

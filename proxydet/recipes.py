@@ -334,7 +334,7 @@ def _short_training(*, iterations: int, learning_rate: float) -> TrainingConfig:
         replicas=1,
         optimizer=OptimizerConfig(learning_rate=learning_rate, unused_gradients="skip"),
         schedule=ScheduleConfig(warmup_iterations=iterations // 20),
-        precision=PrecisionConfig(dtype="fp32"),
+        precision=PrecisionConfig(backbone="fp32"),
         checkpoints=CheckpointConfig(period=max(iterations // 10, 1)),
         log=LogConfig(period=10),
     )

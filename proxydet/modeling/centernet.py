@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from proxydet.errors import NumericsError
 from proxydet.modeling.boxes import NmsInput, Regions, areas, cell_centres, suppress
 from proxydet.modeling.config import CenterNetLossConfig, ProposalConfig
+from proxydet.modeling.precision import compute_heads
 
 if TYPE_CHECKING:
     from proxydet.modeling.roi_heads import BatchObjects
@@ -123,7 +124,7 @@ class CenterNet(nn.Module):
 
     def forward(self, features: list[Tensor]) -> CenterNetOutput:
         """Run the head on the maps of the levels that propose; ``features`` are all of the pyramid's, finest first."""
-        heatmaps, distances = self.centernet_head(features[-len(self.strides) :])
+        heatmaps, distances = compute_heads(self.centernet_head, features[-len(self.strides) :])
         return CenterNetOutput(heatmaps=heatmaps, distances=distances, strides=self.strides)
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ Nothing here imports torch: the command line reads these classes to print and ch
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from proxydet.errors import ConfigError
 from proxydet.extensions import Options, is_python_path, require_python_path
@@ -158,6 +158,10 @@ TTA_SCALES = (0.75, 1.0, 1.25)
 
 _SMALLEST, _LARGEST = 0.1, 4.0
 
+Precision: TypeAlias = Literal["fp32", "tf32", "bf16", "fp16"]
+"""Of the products of a part of the network. ``tf32`` rounds their factors to 10 bits of fraction on NVIDIA GPUs from Ampere on,
+and is fp32 elsewhere; ``bf16`` and ``fp16`` are torch's autocast. Weights stay float32."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceConfig:
@@ -230,6 +234,7 @@ __all__ = [
     "InferenceConfig",
     "MaskConfig",
     "ModelConfig",
+    "Precision",
     "ProposalConfig",
     "PyramidConfig",
     "ResNetConfig",

@@ -18,13 +18,14 @@ from proxydet.errors import ConfigError, DataError, VocabularyError
 from proxydet.modeling.backbone import build_backbone, pixel_statistics
 from proxydet.modeling.boxes import Regions, keep_best
 from proxydet.modeling.centernet import CenterNet
-from proxydet.modeling.config import InferenceConfig, ModelConfig, ProposalConfig
+from proxydet.modeling.config import InferenceConfig, ModelConfig, Precision, ProposalConfig
 from proxydet.modeling.postprocess import (
     ClassText,
     Prediction,
     assemble_predictions,
     detect_classes,
 )
+from proxydet.modeling.precision import compute_in, heads_in
 from proxydet.modeling.roi_heads import (
     BatchObjects,
     BoxTrainingOutput,
@@ -153,9 +154,6 @@ class ImageView:
     mirrored: bool = False
 
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
 class ProxyDetNetwork(nn.Module):
     """ProxyDet (Jeong et al. 2024, arXiv 2312.07266).
 
@@ -201,8 +199,10 @@ class ProxyDetNetwork(nn.Module):
         self.register_buffer("base_C", torch.from_numpy(vocabulary.base.copy()), persistent=False)
         # In a tuple, it is not a part of the network: not of its state, nor of what is trained.
         self._reference: tuple[ProxyDetNetwork, ...] = ()
-        self.backbone_dtype = torch.float32
-        """Type that the backbone and the pyramid compute in, under autocast; the rest is float32."""
+        self.backbone_precision: Precision = "fp32"
+        """Of the products of backbone and pyramid."""
+        self.heads_precision: Precision = "fp32"
+        """Of the products of proposal tower, box heads and mask head, in training."""
 
     @property
     def has_mask_head(self) -> bool:
@@ -242,9 +242,10 @@ class ProxyDetNetwork(nn.Module):
         check_images(batch.images)
         images = self._stack(batch.images)
         features = self._features(images)
-        if batch.kind == "boxes":
-            return self._train_boxes(batch, images, features, generator)
-        return self._train_image_labels(batch, images, features)
+        with heads_in(self.heads_precision):
+            if batch.kind == "boxes":
+                return self._train_boxes(batch, images, features, generator)
+            return self._train_image_labels(batch, images, features)
 
     def _train_boxes(
         self,
@@ -420,7 +421,7 @@ class ProxyDetNetwork(nn.Module):
         if self.device.type == "cpu":
             # Convolutions keep this layout and need not convert their maps back after each.
             stacked = stacked.channels_last()
-        features = self._features(stacked, _DTYPES[settings.precision])
+        features = self._features(stacked, settings.precision)
         centernet = self.proposal_generator(list(features.values()))
         proposals = self.proposal_generator.propose(centernet, check=True)
         return self._feature_batch(features, stacked), proposals
@@ -465,14 +466,10 @@ class ProxyDetNetwork(nn.Module):
             images, self.pixel_mean, self.pixel_std, self.backbone.size_divisibility
         )
 
-    def _features(
-        self, images: ImageBatch, wanted: torch.dtype = torch.float32
-    ) -> dict[str, Tensor]:
-        dtype = self.backbone_dtype if wanted is torch.float32 else wanted
-        enabled = dtype is not torch.float32
-        with torch.autocast(self.device.type, dtype=dtype, enabled=enabled):
-            features = self.backbone(images.pixels_B3HW)
-        return {name: maps.float() for name, maps in features.items()}
+    def _features(self, images: ImageBatch, wanted: Precision = "fp32") -> dict[str, Tensor]:
+        precision = self.backbone_precision if wanted == "fp32" else wanted
+        features: dict[str, Tensor] = compute_in(precision, self.backbone, images.pixels_B3HW)
+        return features
 
     def _feature_batch(self, features: dict[str, Tensor], images: ImageBatch) -> FeatureBatch:
         return FeatureBatch(

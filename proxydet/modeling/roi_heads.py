@@ -42,6 +42,7 @@ from proxydet.modeling.boxes import (
     pairwise_iou,
 )
 from proxydet.modeling.config import CascadeConfig, ClassifierConfig, ModelConfig
+from proxydet.modeling.precision import compute_heads
 from proxydet.runtime.roi_align import RegionGrid, align_regions, is_rounded
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ class ZeroShotClassifier(nn.Module):
 
     def forward(self, features_NF: Tensor) -> Tensor:
         """Return region embeddings of length 1: (N, D)."""
-        return functional.normalize(self.linear(features_NF), dim=1)
+        return functional.normalize(compute_heads(self.linear, features_NF), dim=1)
 
     def logits(self, embeddings_ND: Tensor, text_DK: Tensor) -> Tensor:
         """Return the logits (N, K) of region embeddings for K classes given by columns of normalised text."""
@@ -240,7 +241,7 @@ class Branch:
 
     def features(self, step: int, pooled_NCSS: Tensor) -> Tensor:
         """Return a step's box-head features of pooled regions: (N, F)."""
-        return cast(Tensor, self._heads[step](pooled_NCSS))
+        return cast(Tensor, compute_heads(self._heads[step], pooled_NCSS))
 
     def classifier(self, step: int) -> ZeroShotClassifier:
         """Return the classifier of a step."""
@@ -248,7 +249,7 @@ class Branch:
 
     def deltas(self, step: int, features_NF: Tensor) -> Tensor:
         """Return the box deltas of a step: (N, 4)."""
-        return cast(Tensor, self._predictor(step).bbox_pred(features_NF))
+        return cast(Tensor, compute_heads(self._predictor(step).bbox_pred, features_NF))
 
     def _predictor(self, step: int) -> BoxPredictor:
         return cast(BoxPredictor, self._predictors[step])
@@ -489,7 +490,7 @@ class RoiHeads(nn.Module):
         assert self.mask_pooler is not None
         at_once = max(len(boxes_M4), 1) if self.training else _MASKS_AT_ONCE
         parts = self.mask_pooler.parts(batch.features, boxes_M4, image_M, at_once)
-        return torch.cat([self.mask_head.layers(pooled)[:, 0] for pooled in parts])
+        return torch.cat([compute_heads(self.mask_head.layers, pooled)[:, 0] for pooled in parts])
 
     def mask_probabilities(self, batch: FeatureBatch, boxes_M4: Tensor, image_M: Tensor) -> Tensor:
         """Return masks (M, side, side), in [0, 1], inside the given boxes."""

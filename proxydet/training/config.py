@@ -6,12 +6,14 @@ Defaults are the published R50 recipe on 8 GPUs.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from proxydet.errors import ConfigError
 from proxydet.extensions import is_python_path
+from proxydet.modeling.config import Precision
 from proxydet.wording import nearest
 
 
@@ -70,14 +72,14 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:
-    """Number formats and memory layouts of the computation; weights stay in float32."""
+    """Number formats and memory layouts of the computation. Weights, losses and box arithmetic are always float32."""
 
-    dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
-    """Format of the backbone's and the pyramid's products; all else is float32, as published. fp16 scales the loss
-    against underflow, bf16 needs no scaling."""
+    backbone: Precision = "fp16"
+    """Format of the products of backbone and pyramid: fp32; tf32, which rounds their factors to 10 bits of fraction on NVIDIA
+    GPUs from Ampere on, and is fp32 elsewhere; bf16; or fp16, which scales the loss against underflow."""
 
-    tf32: bool = False
-    """Let NVIDIA GPUs round the factors of float32 products to 10 bits of fraction: faster, less exact."""
+    heads: Precision = "fp32"
+    """The same for the heads: proposal tower, box heads and mask head. fp32 as published; the others are faster and less exact."""
 
     initial_loss_scale: float = 65536.0
     """First loss scale of fp16; it adapts afterwards."""
@@ -87,6 +89,22 @@ class PrecisionConfig:
 
     compile: bool = False
     """Compile the backbone and FPN with torch.compile; changes sums in the last bits only."""
+
+    EARLIER: ClassVar = ("dtype", "tf32")
+    """Keys of version 0.1, which configurations may still hold."""
+
+    @classmethod
+    def from_earlier(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what stands for the keys of version 0.1: ``dtype`` was the backbone's, ``tf32`` that of all in float32."""
+        kept = {key: value for key, value in values.items() if key not in cls.EARLIER}
+        tf32 = values.get("tf32")
+        parts: dict[str, Any] = {}
+        if "tf32" in values:
+            parts["heads"] = ("tf32" if tf32 else "fp32") if isinstance(tf32, bool) else tf32
+        if "dtype" in values:
+            whole = values["dtype"] == "fp32" and tf32 is True
+            parts["backbone"] = "tf32" if whole else values["dtype"]
+        return {**parts, **kept}
 
     def __post_init__(self) -> None:
         _require(

@@ -431,7 +431,7 @@ class BatchCost:
     """Floating-point operations, forward and backward; a multiply-add is two."""
 
     backbone_operations: float
-    """Those of backbone and pyramid among them, which are computed in ``training.precision.dtype``; the others in float32."""
+    """Those of backbone and pyramid among them, which are computed in ``training.precision.backbone``; the others in that of the heads."""
 
     kept_bytes: float
     """What the forward pass keeps for the backward pass."""
@@ -468,10 +468,10 @@ def estimate_run(
         for name in ("backbone_operations", "operations")
     )
     images = sum(cost.images * cost.share for cost in costs) * training.accumulation * processes
-    speed = device_speed(device, "fp32", tf32=training.precision.tf32)
+    speed = device_speed(device, "fp32", tf32=training.precision.heads == "tf32")
     fast = speed
-    if device.type == "cuda" and training.precision.dtype != "fp32":
-        fast = device_speed(device, training.precision.dtype)
+    if device.type == "cuda" and training.precision.backbone in ("bf16", "fp16"):
+        fast = device_speed(device, training.precision.backbone)
     seconds = (backbone / fast + (operations - backbone) / speed) / _EFFICIENCY
     parameters = sum(p.numel() for p in parts.parameters())
     return Estimate(
@@ -498,7 +498,7 @@ def batch_costs(
     """
     sources = [source for source in (boxes, labels) if source is not None]
     weights = [source.ratio / source.batch_size for source in sources]
-    small = 0.5 if training.precision.dtype != "fp32" else 1.0
+    small = 0.5 if training.precision.backbone in ("bf16", "fp16") else 1.0
     costs = []
     for source, weight in zip(sources, weights, strict=True):
         features, pyramid = count(network.pyramid, source.batch_size, source.size)

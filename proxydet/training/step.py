@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from proxydet.errors import ConfigError, NumericsError, RuntimeEnvironmentError
 from proxydet.files import write_json
+from proxydet.modeling.precision import allow_tf32
 from proxydet.training.checkpoint import TrainingState, step_name
 from proxydet.training.config import (
     GuardConfig,
@@ -49,7 +50,6 @@ logger = logging.getLogger(__name__)
 _WARMUP_TOLERANCE = 1e-6
 # What torch.compile calls on a CPU, in this order, where CXX names no other.
 _CPP_COMPILERS = ("g++", "clang++")
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 # ---- random numbers --------------------------------------------------------------------------------------------------
@@ -115,11 +115,12 @@ def check_precision(config: PrecisionConfig, device: torch.device) -> None:
         ConfigError: fp16 is asked for on a CPU, which has no fast way to do it: a step would take minutes.
         RuntimeEnvironmentError: torch.compile is asked for and what it needs is not there.
     """
-    if config.dtype == "fp16" and device.type == "cpu":
-        raise ConfigError(
-            "training.precision.dtype is fp16, which needs a GPU; on a CPU it is about a hundred times slower than fp32.",
-            hint="Add --set training.precision.dtype=fp32, or bf16.",
-        )
+    for part in ("backbone", "heads"):
+        if getattr(config, part) == "fp16" and device.type == "cpu":
+            raise ConfigError(
+                f"training.precision.{part} is fp16, which needs a GPU; on a CPU it is about a hundred times slower than fp32.",
+                hint=f"Add --set training.precision.{part}=fp32, or bf16.",
+            )
     if not config.compile:
         return
     compilers = [os.environ["CXX"]] if "CXX" in os.environ else list(_CPP_COMPILERS)
@@ -135,15 +136,15 @@ def check_precision(config: PrecisionConfig, device: torch.device) -> None:
 
 
 def apply_precision(network: nn.Module, config: PrecisionConfig) -> None:
-    """Set number format, memory layout and compilation of a network's backbone and pyramid, in place.
+    """Set the number formats of a network's parts, and memory layout and compilation of backbone and pyramid, in place.
 
     Args:
-        network: Has a module ``backbone``, which it runs under autocast in its ``backbone_dtype``.
+        network: Has a module ``backbone``; computes by its ``backbone_precision`` and ``heads_precision``.
         config: What to set.
     """
-    torch.backends.cuda.matmul.allow_tf32 = config.tf32
-    torch.backends.cudnn.allow_tf32 = config.tf32
-    network.backbone_dtype = _DTYPES[config.dtype]  # type: ignore[assignment]
+    allow_tf32(allowed=False)  # but in the parts that compute in it
+    network.backbone_precision = config.backbone  # type: ignore[assignment]
+    network.heads_precision = config.heads  # type: ignore[assignment]
     backbone = network.get_submodule("backbone")
     if config.channels_last:
         backbone.to(memory_format=torch.channels_last)
@@ -152,9 +153,11 @@ def apply_precision(network: nn.Module, config: PrecisionConfig) -> None:
 
 
 def build_scaler(config: PrecisionConfig, device: torch.device) -> torch.amp.GradScaler:
-    """Build the loss scaler: active in fp16, passing everything through otherwise."""
+    """Build the loss scaler: active where a part is in fp16, passing everything through otherwise."""
     return torch.amp.GradScaler(
-        device.type, init_scale=config.initial_loss_scale, enabled=config.dtype == "fp16"
+        device.type,
+        init_scale=config.initial_loss_scale,
+        enabled="fp16" in (config.backbone, config.heads),
     )
 
 

@@ -37,7 +37,7 @@ def test_published_r50():
     assert (training.optimizer.learning_rate, training.optimizer.weight_decay) == (2e-4, 1e-4)
     assert training.optimizer.clip_value == 1.0
     assert (training.schedule.warmup_iterations, training.schedule.warmup_start) == (1000, 1e-3)
-    assert (training.precision.dtype, config.seed, data.workers) == ("fp16", 7, 2)
+    assert (training.precision.backbone, config.seed, data.workers) == ("fp16", 7, 2)
     assert (training.evaluation.start, training.evaluation.period) == (65_000, 2500)
     assert (data.boxes.batch_size * 8, data.boxes.size, data.boxes.scale) == (64, 640, (0.1, 2.0))
     assert data.image_labels is not None

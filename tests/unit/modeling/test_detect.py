@@ -465,7 +465,7 @@ def test_half_precision_backbone_is_close(tiny):
     network = tiny.lively(tiny.network())
     image = tiny.image(64, 64)
     (full,) = network.detect([image], settings=LOW)
-    network.backbone_dtype = torch.bfloat16
+    network.backbone_precision = "bf16"
     (half,) = network.detect([image], settings=LOW)
     assert half.scores_N.dtype == torch.float32
     assert not torch.equal(half.scores_N[:5], full.scores_N[:5])

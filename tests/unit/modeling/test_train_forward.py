@@ -233,20 +233,6 @@ def test_wrong_images_are_named(network, tiny):
         network(batch)
 
 
-def test_the_backbone_alone_runs_in_half_precision(network, tiny):
-    seen = {}
-    network.backbone.bottom_up.base.conv1.register_forward_hook(
-        lambda _module, _inputs, output: seen.update(backbone=output.dtype)
-    )
-    network.proposal_generator.register_forward_hook(
-        lambda _module, inputs, output: seen.update(heads=output.heatmaps[0].dtype)
-    )
-    network.backbone_dtype = torch.bfloat16
-    output = network(tiny.box_batch(), generator=generator())
-    assert seen == {"backbone": torch.bfloat16, "heads": torch.float32}
-    assert output.steps[0].embeddings_BRD.dtype == torch.float32
-
-
 def test_a_finer_level_can_be_pooled_from_that_proposes_nothing(tiny):
     config = tiny.model_config(
         pyramid=dataclasses.replace(tiny.model_config().pyramid, levels=(2, 3, 4, 5)),

@@ -142,7 +142,7 @@ def test_the_command_fails_where_strict_varies(run):
 
 def test_half_precision_on_a_cpu_is_refused_before_anything_runs(run):
     assert run("--recipe", "r50")[0] == 3
-    assert run("--recipe", "r50", "--set", "training.precision.dtype=fp32")[0] == 0
+    assert run("--recipe", "r50", "--set", "training.precision.backbone=fp32")[0] == 0
 
 
 @pytest.mark.parametrize("words", [("--mode", "exact"), ("--device", "gpu")])

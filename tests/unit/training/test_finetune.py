@@ -210,7 +210,7 @@ def test_a_dry_run_says_what_was_chosen_and_what_was_scaled(start, write, cli, t
 @pytest.mark.usefixtures("unmeasured")
 def test_a_long_recipe_for_few_images_is_questioned(write, cli):
     words = ("train", "--backbone", "r50", "--data", write(8, rows=np.ones((2, 512), np.float32)), "--dry-run",
-             "--set", "training.precision.dtype=fp32", "--set", "training.weights=null")  # fmt: skip
+             "--set", "training.precision.backbone=fp32", "--set", "training.weights=null")  # fmt: skip
     _, out, _ = cli(*words)
     assert "each 720,000 times" in out
     assert "--finetune" in out

@@ -16,6 +16,7 @@ from torch import nn
 
 from proxydet.config import merge
 from proxydet.errors import DataError, ProxydetError
+from proxydet.modeling.precision import compute_in
 from proxydet.modeling.weights import weights_digest
 from proxydet.training.config import TrainingConfig, scale_training
 from proxydet.training.distributed import connect
@@ -48,18 +49,15 @@ class ToyNetwork(nn.Module):
             self.backbone.extend([nn.BatchNorm1d(16), nn.BatchNorm1d(16, affine=False)])
         self.box_head = nn.Linear(16, 4)
         self.class_head = nn.Linear(16, 3)
-        self.backbone_dtype = torch.float32
+        self.backbone_precision = self.heads_precision = "fp32"
 
     def forward_train(
         self, batch: ToyBatch, *, generator: torch.Generator | None = None
     ) -> dict[str, torch.Tensor]:
-        enabled = self.backbone_dtype is not torch.float32
-        with torch.autocast("cpu", dtype=self.backbone_dtype, enabled=enabled):
-            features = self.backbone(batch.images)
-        features = features.float()
-        found = {"classes": self.class_head(features)}
+        features = compute_in(self.backbone_precision, self.backbone, batch.images)
+        found = {"classes": compute_in(self.heads_precision, self.class_head, features)}
         if batch.boxes:
-            found["boxes"] = self.box_head(features)
+            found["boxes"] = compute_in(self.heads_precision, self.box_head, features)
         return found
 
 
@@ -119,7 +117,7 @@ BASE = merge(
         "scaling": "none",
         "schedule": {"warmup_iterations": 3},
         "optimizer": {"learning_rate": 0.01},
-        "precision": {"dtype": "fp32"},
+        "precision": {"backbone": "fp32"},
         "checkpoints": {"period": 4},
         "log": {"period": 2, "tensorboard": False},
     },

@@ -418,7 +418,7 @@ class Criterion:
             )
         losses[f"cmm_loss_stage{len(output.steps) - 1}"] = zero
         losses["loss_mask"] = zero
-        losses.update(zero_centernet_losses(output.centernet))
+        losses.update(zero_centernet_losses(output.zero))
         return losses
 
 

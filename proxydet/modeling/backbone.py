@@ -13,6 +13,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import FPN, Backbone
 from fvcore.nn.weight_init import c2_xavier_fill
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -36,7 +37,75 @@ IMAGENET: tuple[Pixel, Pixel] = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.3
 """Mean and standard deviation as most backbones were trained with."""
 
 
-class FrozenBatchNorm(nn.BatchNorm2d):
+class _FixedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        mean_C: Tensor,
+        variance_C: Tensor,
+        weight_C: Tensor | None,
+        bias_C: Tensor | None,
+        eps: float,
+    ) -> Tensor:
+        """Normalise; keep what belongs to the channels only."""
+        ctx.save_for_backward(mean_C, variance_C, weight_C)
+        ctx.eps = eps
+        return functional.batch_norm(input, mean_C, variance_C, weight_C, bias_C, eps=eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale the gradient."""
+        mean_C, variance_C, weight_C = ctx.saved_tensors
+        # The kernel reads the values that were normalised only for gradients of weight and bias, which are not asked for.
+        scaled, _, _ = torch.ops.aten.native_batch_norm_backward(
+            gradient,
+            gradient,
+            weight_C,
+            mean_C,
+            variance_C,
+            None,
+            None,
+            False,
+            ctx.eps,
+            [True, False, False],
+        )
+        return scaled, None, None, None, None, None
+
+
+class _FixedBatchNorm(nn.BatchNorm2d):
+    """What BatchNorms become whose statistics and affine never change: their class is exchanged for this one.
+
+    The gradient of such a norm needs none of the values that it normalises, so it does not keep them: half the memory of a
+    residual network's backward pass. Values and gradients are those of torch's own, bit for bit.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise (B, channels, ...) with the stored statistics."""
+        settings = self.running_mean, self.running_var, self.weight, self.bias
+        # A compiler decides itself what to keep.
+        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and input.requires_grad):
+            return functional.batch_norm(input, *settings, eps=self.eps)
+        normalised: Tensor = _FixedNorm.apply(input, *settings, self.eps)
+        return normalised
+
+
+_TIMM_NORM = ("timm.layers.norm_act", "BatchNormAct2d")
+
+
+class _FixedBatchNormAct(_FixedBatchNorm):
+    """As `_FixedBatchNorm`, for timm's BatchNorm with dropout and activation."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise and activate."""
+        return cast(Tensor, self.act(self.drop(super().forward(input))))
+
+
+class FrozenBatchNorm(_FixedBatchNorm):
     """BatchNorm whose statistics and affine come from a checkpoint and never change, in training neither."""
 
     def __init__(self, channels: int) -> None:
@@ -55,9 +124,7 @@ class FrozenBatchNorm(nn.BatchNorm2d):
             scale_C = self.weight * (self.running_var + self.eps).rsqrt()
             shift_C = self.bias - self.running_mean * scale_C
             return torch.addcmul(shift_C[:, None, None], input, scale_C[:, None, None], out=input)
-        return functional.batch_norm(
-            input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
-        )
+        return super().forward(input)
 
 
 class ResNetTrunk(nn.Module):
@@ -250,9 +317,11 @@ class WindowAttention(nn.Module):
         table = self.relative_position_bias_table[self.relative_position_index.flatten()]
         bias = table.view(tokens, tokens, self.heads).permute(2, 0, 1)[None]
         if mask_NTT is not None:
-            per_image = bias + mask_NTT[:, None]
-            bias = per_image.repeat(count // mask_NTT.shape[0], 1, 1, 1)
-        bias = bias.to(query.dtype).expand(count, -1, -1, -1)
+            bias = bias + mask_NTT[:, None]
+        bias = bias.to(query.dtype)
+        if mask_NTT is not None:
+            bias = bias.repeat(count // mask_NTT.shape[0], 1, 1, 1)
+        bias = bias.expand(count, -1, -1, -1)
         attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         return cast(Tensor, self.proj(attended.transpose(1, 2).reshape(windows.shape)))
 
@@ -493,6 +562,12 @@ class LevelBackbone(Backbone):
         if frozen_norms:
             for norm in self._norms:
                 norm.requires_grad_(False)
+                if norm.running_mean is None:  # it has no statistics but a batch's own
+                    continue
+                if type(norm).forward is nn.BatchNorm2d.forward:
+                    norm.__class__ = _FixedBatchNorm
+                elif (type(norm).__module__, type(norm).__name__) == _TIMM_NORM:
+                    norm.__class__ = _FixedBatchNormAct
         places = indices_of_levels(strides, levels, what)
         self._places = dict(zip(levels, places, strict=True))
         self._channels = [int(channels[place]) for place in places]

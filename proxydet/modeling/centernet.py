@@ -10,8 +10,10 @@ image (padded).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -31,6 +33,8 @@ _SMALLEST_SIDE = 0.01
 # Heatmap targets below this are 0.
 _FAINTEST = 1e-4
 _FAR = 1e8
+# Most pairs of an object and a cell whose targets are computed in one piece: 64 MiB a tensor of them.
+_PAIRS_AT_ONCE = 2**24
 
 LOCATION = "loss_centernet_loc"
 POSITIVE = "loss_centernet_agn_pos"
@@ -196,23 +200,18 @@ def boxes_around(points: Tensor, sides: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Cells:
-    """The cells of all levels.
+    """The cells of all levels, and the levels.
 
     Attributes:
-        points_M2: What each cell stands for, (x, y) in pixels.
-        strides_M: Pixels a cell.
-        ranges_M2: Half diagonals that the cell's level learns.
+        table_5M: Of each cell: x and y of its point in pixels, its stride in pixels, and the smallest and largest half
+            diagonal that its level learns.
+        table_6L: Of each level: stride, smallest and largest half diagonal, its first cell, its width and height in cells.
         starts: First cell of each level.
-        shapes: Height and width of each level, in cells.
-        level_strides: Pixels a cell of each level.
     """
 
-    points_M2: Tensor
-    strides_M: Tensor
-    ranges_M2: Tensor
+    table_5M: Tensor
+    table_6L: Tensor
     starts: tuple[int, ...]
-    shapes: tuple[tuple[int, int], ...]
-    level_strides: tuple[int, ...]
 
     @classmethod
     def of_levels(
@@ -222,43 +221,49 @@ class Cells:
         size_ranges: tuple[tuple[float, float], ...],
         device: torch.device,
     ) -> Cells:
-        """Lay out the cells of levels with the given shapes, strides and size ranges."""
-        counts = [height * width for height, width in shapes]
-        repeats_L = torch.tensor(counts).to(device)
-        total = sum(counts)
-        points = [
-            cell_centres(height, width, stride, device)
-            for (height, width), stride in zip(shapes, strides, strict=True)
-        ]
-        strides_L = torch.tensor(strides, dtype=torch.float32).to(device)
-        ranges_L2 = torch.tensor(size_ranges, dtype=torch.float32).to(device)
+        """Lay out the cells of levels with the given shapes, strides and size ranges; does not wait for the device."""
+        table_5M, table_6L = _tables(shapes, strides, size_ranges)
         return cls(
-            points_M2=torch.cat(points),
-            strides_M=strides_L.repeat_interleave(repeats_L, output_size=total),
-            ranges_M2=ranges_L2.repeat_interleave(repeats_L, dim=0, output_size=total),
-            starts=tuple(sum(counts[:level]) for level in range(len(counts))),
-            shapes=shapes,
-            level_strides=strides,
+            table_5M=table_5M.to(device, non_blocking=True),
+            table_6L=table_6L.to(device, non_blocking=True),
+            starts=tuple(int(start) for start in table_6L[3]),
         )
+
+
+@lru_cache(maxsize=32)
+def _tables(
+    shapes: tuple[tuple[int, int], ...],
+    strides: tuple[int, ...],
+    size_ranges: tuple[tuple[float, float], ...],
+) -> tuple[Tensor, Tensor]:
+    """Make the two tables of `Cells` on the host, where it costs no launches."""
+    columns, levels, start = [], [], 0
+    for (height, width), stride, (low, high) in zip(shapes, strides, size_ranges, strict=True):
+        points_2M = cell_centres(height, width, stride, torch.device("cpu")).T
+        level_3M = torch.tensor([stride, low, high])[:, None].expand(3, height * width)
+        columns.append(torch.cat([points_2M, level_3M]))
+        levels.append([stride, low, high, start, width, height])
+        start += height * width
+    return torch.cat(columns, dim=1), torch.tensor(levels).T.contiguous()
 
 
 @dataclass(frozen=True, kw_only=True)
 class CenterNetTargets:
-    """Targets of one image.
+    """Targets of a batch of images.
 
     Attributes:
-        heatmap_M: In [0, 1]: 1 where a cell holds an object's centre, falling off around it.
-        distances_M4: Left, top, right, bottom in strides; 0 where not learnt.
-        learnt_M: bool, cells whose distances are learnt.
-        centres_GL: int64, the cell that holds each object's centre, on each level.
-        positive_GL: bool, levels that learn each object's size.
+        heatmap_BM: In [0, 1]: 1 where a cell holds an object's centre, falling off around it.
+        distances_BM4: Left, top, right, bottom in strides; 0 where not learnt.
+        learnt_BM: bool, cells whose distances are learnt.
+        centres_BGL: int64, the cell that holds each object's centre, on each level; any cell where padded.
+        positive_BGL: bool, levels that learn each object's size; False where padded.
     """
 
-    heatmap_M: Tensor
-    distances_M4: Tensor
-    learnt_M: Tensor
-    centres_GL: Tensor
-    positive_GL: Tensor
+    heatmap_BM: Tensor
+    distances_BM4: Tensor
+    learnt_BM: Tensor
+    centres_BGL: Tensor
+    positive_BGL: Tensor
 
 
 def average_over_processes(counts: Tensor) -> Tensor:
@@ -278,77 +283,95 @@ def average_over_processes(counts: Tensor) -> Tensor:
 
 
 def centernet_targets(
-    boxes_G4: Tensor, cells: Cells, config: CenterNetLossConfig
+    boxes_BG4: Tensor, valid_BG: Tensor, cells: Cells, config: CenterNetLossConfig
 ) -> CenterNetTargets:
-    """Compute the targets of one image.
+    """Compute the targets of a batch, without waiting for the device.
 
     Args:
-        boxes_G4: Its objects, xyxy pixels; there may be none.
+        boxes_BG4: The objects, xyxy pixels; there may be none.
+        valid_BG: bool, False where padded.
         cells: The cells of all levels.
         config: Radii and overlap.
     """
-    centres_G2 = (boxes_G4[:, :2] + boxes_G4[:, 2:]) / 2
-    centres_GL, positive_GL = _positives(boxes_G4, centres_G2, cells)
-    if len(boxes_G4) == 0:
-        zeros_M = torch.zeros_like(cells.strides_M)
-        return CenterNetTargets(
-            heatmap_M=zeros_M,
-            distances_M4=zeros_M[:, None].repeat(1, 4),
-            learnt_M=zeros_M.bool(),
-            centres_GL=centres_GL,
-            positive_GL=positive_GL,
+    sides_BG2 = boxes_BG4[..., 2:] - boxes_BG4[..., :2]
+    centres_BG2 = (boxes_BG4[..., :2] + boxes_BG4[..., 2:]) / 2
+    stride_L, low_L, high_L, start_L, width_L, height_L = cells.table_6L
+    half_BG1 = sides_BG2.square().sum(dim=-1, keepdim=True).sqrt() / 2
+    column_BGL, row_BGL = (
+        torch.minimum((centres_BG2[..., axis, None] / stride_L).floor().clamp(min=0), size_L - 1)
+        for axis, size_L in enumerate((width_L, height_L))
+    )
+    centres_BGL = start_L.long() + row_BGL.long() * width_L.long() + column_BGL.long()
+    positive_BGL = (half_BG1 >= low_L) & (half_BG1 <= high_L) & valid_BG[..., None]
+    # One piece for all images, unless one of them holds so many objects that the pairs would take too much memory.
+    pairs = max(boxes_BG4.shape[1], 1) * cells.table_5M.shape[1]
+    parts = [
+        _of_cells(boxes, centres, valid, cells, config)
+        for boxes, centres, valid in zip(
+            *(v.split(max(1, _PAIRS_AT_ONCE // pairs)) for v in (boxes_BG4, centres_BG2, valid_BG)),
+            strict=True,
         )
-    # On each cell's level, the point of the cell that holds each object's centre.
-    strides_M11 = cells.strides_M[:, None, None]
-    holders_MG2 = (centres_G2 / strides_M11).floor() * strides_M11 + strides_M11 / 2
-    offsets_MG2 = cells.points_M2[:, None] - holders_MG2
-    squared_MG = (cells.points_M2[:, None] - centres_G2).square().sum(dim=-1)
-    squared_MG = squared_MG.masked_fill((offsets_MG2 == 0).all(dim=-1), 0.0)
-    delta = (1 - config.min_overlap) / (1 + config.min_overlap)
-    squared_radii_G = (2 * delta**2 * areas(boxes_G4)).clamp(min=config.min_radius**2)
-    nearness_MG = squared_MG / squared_radii_G
-    heatmap_M = (-nearness_MG.amin(dim=1)).exp()
-    distances_M4, learnt_M = _regression(boxes_G4, offsets_MG2, nearness_MG, cells)
+    ]
+    heatmap_BM, distances_BM4, learnt_BM = (
+        of_parts[0] if len(of_parts) == 1 else torch.cat(of_parts)
+        for of_parts in zip(*parts, strict=True)
+    )
     return CenterNetTargets(
-        heatmap_M=torch.where(heatmap_M < _FAINTEST, 0.0, heatmap_M),
-        distances_M4=distances_M4,
-        learnt_M=learnt_M,
-        centres_GL=centres_GL,
-        positive_GL=positive_GL,
+        heatmap_BM=heatmap_BM,
+        distances_BM4=distances_BM4,
+        learnt_BM=learnt_BM,
+        centres_BGL=centres_BGL,
+        positive_BGL=positive_BGL,
     )
 
 
-def _positives(boxes_G4: Tensor, centres_G2: Tensor, cells: Cells) -> tuple[Tensor, Tensor]:
-    half_G = (boxes_G4[:, 2:] - boxes_G4[:, :2]).square().sum(dim=1).sqrt() / 2
-    indices, holds = [], []
-    for start, (height, width), stride in zip(
-        cells.starts, cells.shapes, cells.level_strides, strict=True
-    ):
-        column_G = (centres_G2[:, 0] / stride).long().clamp(0, width - 1)
-        row_G = (centres_G2[:, 1] / stride).long().clamp(0, height - 1)
-        low, high = cells.ranges_M2[start]
-        indices.append(start + row_G * width + column_G)
-        holds.append((half_G >= low) & (half_G <= high))
-    return torch.stack(indices, dim=1), torch.stack(holds, dim=1)
-
-
-def _regression(
-    boxes_G4: Tensor, offsets_MG2: Tensor, nearness_MG: Tensor, cells: Cells
-) -> tuple[Tensor, Tensor]:
-    points_M12 = cells.points_M2[:, None]
-    sides_MG4 = torch.cat(
-        [points_M12 - boxes_G4[None, :, :2], boxes_G4[None, :, 2:] - points_M12], dim=-1
+def _of_cells(
+    boxes_BG4: Tensor,
+    centres_BG2: Tensor,
+    valid_BG: Tensor,
+    cells: Cells,
+    config: CenterNetLossConfig,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each cell's heatmap (B, M), distances (B, M, 4) and whether it learns them (B, M)."""
+    x_M, y_M, stride_M, low_M, high_M = cells.table_5M
+    images, objects = valid_BG.shape
+    if objects == 0:
+        zeros_BM = torch.zeros_like(x_M).repeat(images, 1)
+        return zeros_BM, zeros_BM[..., None].repeat(1, 1, 4), zeros_BM.bool()
+    x1_BG1, y1_BG1, x2_BG1, y2_BG1 = boxes_BG4[..., None].unbind(dim=2)
+    x_BG1, y_BG1 = centres_BG2[..., None].unbind(dim=2)
+    half_stride_M = stride_M / 2
+    # From the point of the cell on each cell's level that holds the object's centre.
+    across_BGM = x_M - ((x_BG1 / stride_M).floor() * stride_M + half_stride_M)
+    down_BGM = y_M - ((y_BG1 / stride_M).floor() * stride_M + half_stride_M)
+    squared_BGM = (x_M - x_BG1).square() + (y_M - y_BG1).square()
+    squared_BGM = squared_BGM.masked_fill((across_BGM == 0) & (down_BGM == 0), 0.0)
+    delta = (1 - config.min_overlap) / (1 + config.min_overlap)
+    squared_radii_BG = (2 * delta**2 * areas(boxes_BG4)).clamp(min=config.min_radius**2)
+    nearness_BGM = squared_BGM / squared_radii_BG[..., None]
+    nearness_BGM = nearness_BGM.masked_fill(~valid_BG[..., None], torch.inf)
+    heatmap_BM = (-nearness_BGM.amin(dim=1)).exp()
+    # Of the objects that a cell is near the centre of, inside and on the level of, it learns the nearest.
+    around_BGM = torch.maximum(across_BGM.abs(), down_BGM.abs()) <= stride_M
+    left_BGM, top_BGM = x_M - x1_BG1, y_M - y1_BG1
+    right_BGM, bottom_BGM = x2_BG1 - x_M, y2_BG1 - y_M
+    inside_BGM = (
+        torch.minimum(torch.minimum(left_BGM, top_BGM), torch.minimum(right_BGM, bottom_BGM)) > 0
     )
-    around_MG = (offsets_MG2.abs() <= cells.strides_M[:, None, None]).all(dim=-1)
-    inside_MG = sides_MG4.amin(dim=-1) > 0
-    half_MG = (sides_MG4[..., :2] + sides_MG4[..., 2:]).square().sum(dim=-1).sqrt() / 2
-    low_M1, high_M1 = cells.ranges_M2[:, :1], cells.ranges_M2[:, 1:]
-    fits_MG = (half_MG >= low_M1) & (half_MG <= high_M1)
-    ranked_MG = nearness_MG.masked_fill(~(around_MG & inside_MG & fits_MG), _FAR)
-    best_M, object_M = ranked_MG.min(dim=1)
-    learnt_M = best_M < _FAR
-    chosen_M4 = sides_MG4.gather(1, object_M[:, None, None].expand(-1, 1, 4))[:, 0]
-    return torch.where(learnt_M[:, None], chosen_M4 / cells.strides_M[:, None], 0.0), learnt_M
+    squared_sides_BGM = (left_BGM + right_BGM).square() + (top_BGM + bottom_BGM).square()
+    half_BGM = squared_sides_BGM.sqrt() / 2
+    fits_BGM = (half_BGM >= low_M) & (half_BGM <= high_M)
+    ranked_BGM = nearness_BGM.masked_fill(~(around_BGM & inside_BGM & fits_BGM), _FAR)
+    best_BM, object_BM = ranked_BGM.min(dim=1)
+    learnt_BM = best_BM < _FAR
+    chosen_BM4 = boxes_BG4.gather(1, object_BM[..., None].expand(-1, -1, 4))
+    points_M2 = cells.table_5M[:2].T
+    sides_BM4 = torch.cat([points_M2 - chosen_BM4[..., :2], chosen_BM4[..., 2:] - points_M2], dim=2)
+    return (
+        torch.where(heatmap_BM < _FAINTEST, 0.0, heatmap_BM),
+        torch.where(learnt_BM[..., None], sides_BM4 / stride_M[:, None], 0.0),
+        learnt_BM,
+    )
 
 
 def centernet_losses(
@@ -368,31 +391,57 @@ def centernet_losses(
     shapes = tuple((maps.shape[2], maps.shape[3]) for maps in output.heatmaps)
     device = output.heatmaps[0].device
     cells = Cells.of_levels(shapes, output.strides, config.size_ranges, device)
-    targets = [
-        centernet_targets(boxes_G4[:count], cells, config)
-        for boxes_G4, count in zip(truth.boxes_BG4, truth.counts, strict=True)
-    ]
+    targets = centernet_targets(truth.boxes_BG4, truth.valid_BG, cells, config)
     logits_BM = torch.cat([maps.flatten(1) for maps in output.heatmaps], dim=1)
     distances_BM4 = torch.cat([maps.flatten(2).transpose(1, 2) for maps in output.distances], dim=1)
     return losses_from_targets(logits_BM, distances_BM4, targets, config)
 
 
-def zero_centernet_losses(output: CenterNetOutput) -> dict[str, Tensor]:
+def zero_centernet_losses(zero: Tensor) -> dict[str, Tensor]:
     """Return three zeros for an image-label batch, whose objects are not known.
 
-    They are connected to the head, so that its parameters get a zero gradient as in the published code, and take part in
-    the agreement on counts, so that processes with a box batch do not wait for ever.
+    They take part in the agreement on counts, so that processes with a box batch do not wait for ever.
+
+    Args:
+        zero: A scalar 0, connected to what is to get a gradient of 0 (`zero_with_gradient`).
     """
-    zeros = average_over_processes(output.heatmaps[0].new_zeros(2)).sum() * 0
-    nothing = sum((maps.sum() * 0 for maps in output.heatmaps), zeros)
-    regression = sum((maps.sum() * 0 for maps in output.distances), zeros)
-    return {LOCATION: regression, POSITIVE: nothing, NEGATIVE: nothing}
+    nothing = average_over_processes(zero.new_zeros(2)).sum() * 0
+    return {LOCATION: zero + nothing, POSITIVE: nothing, NEGATIVE: nothing}
+
+
+class _ZeroWithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *values: Tensor) -> Tensor:
+        """Return a zero."""
+        ctx.shapes = [value.shape for value in values]
+        return values[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        """Give each value zeros, all cut out of one tensor."""
+        counts = [shape.numel() for shape in ctx.shapes]
+        parts = gradients[0].new_zeros(sum(counts)).split(counts)
+        return tuple(part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))
+
+
+def zero_with_gradient(values: Iterable[Tensor]) -> Tensor:
+    """Return a scalar 0 in whose graph the values get a gradient of exactly 0, as of a sum of them times 0.
+
+    Args:
+        values: Of one type and on one device; at least one. Those that need no gradient get none.
+    """
+    given = list(values)
+    needed = [value for value in given if value.requires_grad]
+    if not needed:
+        return given[0].new_zeros(())
+    zero: Tensor = _ZeroWithGradient.apply(*needed)
+    return zero
 
 
 def losses_from_targets(
     logits_BM: Tensor,
     distances_BM4: Tensor,
-    targets: list[CenterNetTargets],
+    targets: CenterNetTargets,
     config: CenterNetLossConfig,
 ) -> dict[str, Tensor]:
     """Return the three losses.
@@ -400,27 +449,22 @@ def losses_from_targets(
     Args:
         logits_BM: Heatmap logits.
         distances_BM4: Predicted distances in strides.
-        targets: Targets of each image.
+        targets: What they should be.
         config: Weights.
     """
     probability_BM = logits_BM.sigmoid().clamp(
         config.probability_clamp, 1 - config.probability_clamp
     )
-    heatmap_BM = torch.stack([target.heatmap_M for target in targets])
-    learnt_BM = torch.stack([target.learnt_M for target in targets])
-    wanted_BM4 = torch.stack([target.distances_M4 for target in targets])
-    positives = torch.stack([target.positive_GL.sum() for target in targets]).sum()
-    counts = average_over_processes(torch.stack([positives, learnt_BM.sum()]))
-    positive: Tensor | float = 0.0
-    for probability_M, target in zip(probability_BM, targets, strict=True):
-        p_GL = probability_M[target.centres_GL]
-        loss_GL = -config.focal_alpha * p_GL.log() * (1 - p_GL) ** config.focal_gamma
-        positive = positive + (loss_GL * target.positive_GL).sum()
+    positive_BP, learnt_BM = targets.positive_BGL.flatten(1), targets.learnt_BM
+    counts = average_over_processes(torch.stack([positive_BP.sum(), learnt_BM.sum()]))
+    p_BP = probability_BM.gather(1, targets.centres_BGL.flatten(1))
+    loss_BP = -config.focal_alpha * p_BP.log() * (1 - p_BP) ** config.focal_gamma
+    positive = (loss_BP * positive_BP).sum()
     loss_BM = -(1 - config.focal_alpha) * (1 - probability_BM).log()
     loss_BM = loss_BM * probability_BM**config.focal_gamma
-    loss_BM = loss_BM * (1 - heatmap_BM) ** config.negative_beta
+    loss_BM = loss_BM * (1 - targets.heatmap_BM) ** config.negative_beta
     negative = torch.where(probability_BM < config.ignored_above, loss_BM, 0.0).sum()
-    location = (giou_of_distances(distances_BM4, wanted_BM4) * learnt_BM).sum()
+    location = (giou_of_distances(distances_BM4, targets.distances_BM4) * learnt_BM).sum()
     return {
         LOCATION: config.regression_weight * location / counts[1],
         POSITIVE: config.heatmap_weight * positive / counts[0],

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from proxydet.errors import ConfigError, DataError, VocabularyError
 from proxydet.modeling.backbone import build_backbone, pixel_statistics
 from proxydet.modeling.boxes import Regions, keep_best
-from proxydet.modeling.centernet import CenterNet
+from proxydet.modeling.centernet import CenterNet, zero_with_gradient
 from proxydet.modeling.config import InferenceConfig, ModelConfig, Precision, ProposalConfig
 from proxydet.modeling.postprocess import (
     ClassText,
@@ -286,7 +286,16 @@ class ProxyDetNetwork(nn.Module):
     def _train_image_labels(
         self, batch: ImageLabelBatch, images: ImageBatch, features: dict[str, Tensor]
     ) -> ImageLabelTrainingOutput:
-        centernet = self.proposal_generator(list(features.values()))
+        # No loss of this batch trains the proposal network. The published code gives it a gradient of 0 all the same, by
+        # which the optimiser moves it on; here that does not go back through the head and the maps that only it reads.
+        with torch.no_grad():
+            centernet = self.proposal_generator(list(features.values()))
+        pooled = {f"p{level}" for level in self.config.cascade.pool_levels}
+        proposing = list(features)[-len(self.proposal_generator.strides) :]
+        silent = [
+            *self.proposal_generator.parameters(),
+            *(features[name] for name in proposing if name not in pooled),
+        ]
         counts = [len(labels_L) for labels_L in batch.labels]
         moved = torch.cat(list(batch.labels)).to(self.device, non_blocking=True)  # in one piece
         cascade = self.config.cascade
@@ -294,6 +303,7 @@ class ProxyDetNetwork(nn.Module):
         regions = self.proposal_generator.propose(centernet, keep=keep)
         return ImageLabelTrainingOutput(
             centernet=centernet,
+            zero=zero_with_gradient(silent),
             labels=moved.split(counts),
             steps=image_label_steps(self.roi_heads, self._feature_batch(features, images), regions),
             table=self.class_table(),

@@ -826,13 +826,15 @@ class ImageLabelTrainingOutput:
     """Everything that the losses of an image-label batch need.
 
     Attributes:
-        centernet: The proposal network's output.
+        centernet: The proposal network's output, without gradient.
+        zero: A scalar 0, to be added to a loss: it gives a gradient of 0 to the proposal network, which no loss trains.
         labels: Classes of each image: int64 (L,), in [0, C).
         steps: The detection branch, a step each.
         table: The classes.
     """
 
     centernet: CenterNetOutput
+    zero: Tensor
     labels: tuple[Tensor, ...]
     steps: tuple[ImageStepOutput, ...]
     table: TrainingClasses

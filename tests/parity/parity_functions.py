@@ -13,6 +13,7 @@ import torch
 from parity_groups import LOSS_TOLERANCE, TENSOR_TOLERANCE, Row
 from parity_model import Fixture
 from torch.nn.functional import normalize
+from torch.nn.utils.rnn import pad_sequence
 
 from proxydet.data.images import scaled_crop
 from proxydet.data.loader import image_weights, repeat_factors
@@ -129,14 +130,13 @@ def _compare_centernet(fixture: Fixture) -> Iterator[Row]:
     config = CenterNetLossConfig()
     shapes = tuple((int(height), int(width)) for height, width in fixture["centernet.level_shapes"])
     cells = Cells.of_levels(shapes, _STRIDES, config.size_ranges, torch.device("cpu"))
-    targets = [
-        centernet_targets(_tensor(fixture, f"centernet.gt_boxes{image}"), cells, config)
-        for image in range(2)
-    ]
+    truth = [_tensor(fixture, f"centernet.gt_boxes{image}") for image in range(2)]
+    valid_BG = pad_sequence([torch.ones(len(boxes), dtype=torch.bool) for boxes in truth], True)
+    targets = centernet_targets(pad_sequence(truth, True), valid_BG, cells, config)
     counts = [height * width for height, width in shapes]
-    heatmap = _by_level([target.heatmap_M for target in targets], counts)
-    learnt = _by_level([target.learnt_M for target in targets], counts)
-    distances = _by_level([target.distances_M4 for target in targets], counts)[learnt]
+    heatmap = _by_level(targets.heatmap_BM, counts)
+    learnt = _by_level(targets.learnt_BM, counts)
+    distances = _by_level(targets.distances_BM4, counts)[learnt]
     exact = "absolute"
     recorded = _tensor(fixture, "centernet.heatmap")[:, 0]
     yield Row("centernet heatmap", float((heatmap - recorded).abs().max()), 1e-6, exact)
@@ -157,19 +157,20 @@ def _compare_centernet(fixture: Fixture) -> Iterator[Row]:
         yield _relative(f"centernet {name}", float(loss), float(fixture[f"centernet.loss.{name}"]))
 
 
-def _positive_places(targets: list[CenterNetTargets], cells: Cells, counts: list[int]) -> list[int]:
+def _positive_places(targets: CenterNetTargets, cells: Cells, counts: list[int]) -> list[int]:
     """Return the positive cells counted as the recording does: level by level, in each the images one by one."""
     places = []
-    for image, target in enumerate(targets):
+    images = len(targets.centres_BGL)
+    for image in range(images):
         for level, start in enumerate(cells.starts):
-            chosen = target.centres_GL[:, level][target.positive_GL[:, level]] - start
-            places += (chosen + len(targets) * start + image * counts[level]).tolist()
+            positive_G = targets.positive_BGL[image, :, level]
+            chosen = targets.centres_BGL[image, :, level][positive_G] - start
+            places += (chosen + images * start + image * counts[level]).tolist()
     return places
 
 
-def _by_level(images: list[torch.Tensor], counts: list[int]) -> torch.Tensor:
-    levels = zip(*(values.split(counts) for values in images), strict=True)
-    return torch.cat([part for level in levels for part in level])
+def _by_level(values: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    return torch.cat([level.flatten(0, 1) for level in values.split(counts, dim=1)])
 
 
 def _by_image(values: torch.Tensor, counts: list[int]) -> torch.Tensor:

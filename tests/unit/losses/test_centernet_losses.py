@@ -11,14 +11,15 @@ from hypothesis import strategies as st
 
 from proxydet.errors import ConfigError
 from proxydet.losses.config import CenterNetLossConfig
+from proxydet.modeling import centernet
 from proxydet.modeling.centernet import (
     Cells,
-    CenterNetOutput,
     centernet_losses,
     centernet_targets,
     giou_of_distances,
     losses_from_targets,
     zero_centernet_losses,
+    zero_with_gradient,
 )
 
 RANGES = ((0.0, 20.0), (16.0, 40.0))
@@ -26,6 +27,18 @@ CONFIG = CenterNetLossConfig(size_ranges=RANGES)
 SHAPES, STRIDES = ((6, 8), (3, 4)), (8, 16)
 CELLS = Cells.of_levels(SHAPES, STRIDES, RANGES, torch.device("cpu"))
 BIG = 64.0
+
+
+def targets_of(*images):
+    """Return the targets of images with these boxes, padded to as many as the fullest image has."""
+    most = max(len(boxes) for boxes in images)
+    boxes_BG4 = torch.full((len(images), most, 4), 7.0)
+    valid_BG = torch.zeros(len(images), most, dtype=torch.bool)
+    for image, boxes in enumerate(images):
+        boxes_BG4[image, : len(boxes)] = torch.tensor(boxes).reshape(-1, 4)
+        valid_BG[image, : len(boxes)] = True
+    return centernet_targets(boxes_BG4, valid_BG, CELLS, CONFIG)
+
 
 corner = st.floats(0, 40, width=32)
 extent = st.floats(2, 24, width=32)
@@ -53,11 +66,12 @@ def slow_heat(x: float, y: float, stride: int, box: list[float]) -> float:
 @settings(max_examples=40)
 @given(st.lists(some_box, max_size=4))
 def test_targets_equal_the_slow_ones(boxes):
-    targets = centernet_targets(torch.tensor(boxes).reshape(-1, 4), CELLS, CONFIG)
+    # Next to an image with more objects, so that this one is padded.
+    targets = targets_of(boxes, [[1.0, 1.0, 30.0, 30.0]] * 5)
     for index, (level, stride, x, y) in enumerate(all_cells()):
         nearness = [slow_heat(x, y, stride, box) for box in boxes]
         heat = max((math.exp(-value) for value in nearness), default=0.0)
-        got = float(targets.heatmap_M[index])
+        got = float(targets.heatmap_BM[0, index])
         assert got == pytest.approx(heat if heat >= 1e-4 else 0.0, abs=2e-4)
         candidates, on_an_edge = [], False
         for box, near in zip(boxes, nearness, strict=True):
@@ -74,63 +88,70 @@ def test_targets_equal_the_slow_ones(boxes):
                 candidates.append((near, [side / stride for side in sides]))
         if on_an_edge:
             continue
-        assert bool(targets.learnt_M[index]) is bool(candidates)
+        assert bool(targets.learnt_BM[0, index]) is bool(candidates)
         if candidates:
             best = min(near for near, _ in candidates)
             winners = [sides for near, sides in candidates if near <= best + 1e-3]
-            distances = targets.distances_M4[index].tolist()
+            distances = targets.distances_BM4[0, index].tolist()
             assert any(distances == pytest.approx(sides, abs=1e-3) for sides in winners)
 
 
 def test_a_known_object():
     # 16 x 12 around (20, 18): half diagonal 10, so it is learnt on the first level only.
-    targets = centernet_targets(torch.tensor([[12.0, 12.0, 28.0, 24.0]]), CELLS, CONFIG)
-    assert targets.positive_GL.tolist() == [[True, False]]
-    assert targets.centres_GL.tolist() == [[2 * 8 + 2, 48 + 1 * 4 + 1]]
-    assert targets.heatmap_M[18] == 1
-    assert targets.heatmap_M[48 + 5] == 1  # on all levels
-    learnt = targets.learnt_M.nonzero()[:, 0].tolist()
+    targets = targets_of([[12.0, 12.0, 28.0, 24.0]])
+    assert targets.positive_BGL.tolist() == [[[True, False]]]
+    assert targets.centres_BGL.tolist() == [[[2 * 8 + 2, 48 + 1 * 4 + 1]]]
+    assert targets.heatmap_BM[0, 18] == 1
+    assert targets.heatmap_BM[0, 48 + 5] == 1  # on all levels
+    learnt = targets.learnt_BM[0].nonzero()[:, 0].tolist()
     # Centres at 12, 20, 28 across and 12, 20 down; strictly inside leaves one of each.
     assert learnt == [18]
-    assert targets.distances_M4[18].tolist() == [1.0, 1.0, 1.0, 0.5]
+    assert targets.distances_BM4[0, 18].tolist() == [1.0, 1.0, 1.0, 0.5]
 
 
 def test_an_object_whose_centre_is_on_the_border_stays_inside():
-    targets = centernet_targets(torch.tensor([[60.0, 44.0, 68.0, 52.0]]), CELLS, CONFIG)
-    assert targets.centres_GL.tolist() == [[47, 59]]
+    assert targets_of([[60.0, 44.0, 68.0, 52.0]]).centres_BGL.tolist() == [[[47, 59]]]
 
 
-def test_no_objects():
-    targets = centernet_targets(torch.zeros(0, 4), CELLS, CONFIG)
-    assert targets.heatmap_M.sum() == 0
-    assert not targets.learnt_M.any()
-    assert targets.positive_GL.shape == (0, 2)
+@pytest.mark.parametrize("others", [[], [[[1.0, 1.0, 30.0, 30.0]]]])
+def test_no_objects(others):
+    targets = targets_of([], *others)
+    assert targets.heatmap_BM[0].sum() == 0
+    assert not targets.learnt_BM[0].any()
+    assert targets.distances_BM4[0].sum() == 0
+    assert not targets.positive_BGL[0].any()
+    assert targets.positive_BGL.shape == (1 + len(others), len(others), 2)
+
+
+def test_what_an_image_learns_does_not_depend_on_how_many_are_computed_at_once(monkeypatch):
+    images = [[[12.0, 12, 28, 24], [30, 4, 60, 44]], [], [[2.0, 3, 50, 40]]]
+    together = targets_of(*images)
+    monkeypatch.setattr(centernet, "_PAIRS_AT_ONCE", 1)
+    apart = targets_of(*images)
+    for name, value in vars(together).items():
+        assert torch.equal(value, getattr(apart, name)), name
 
 
 def test_losses_equal_the_slow_ones():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 60, generator=generator) * 3
     distances = torch.rand(2, 60, 4, generator=generator) * 3
-    boxes = [
-        torch.tensor([[12.0, 12, 28, 24], [30, 4, 60, 44], [12, 12, 28, 24]]),
-        torch.zeros(0, 4),
-    ]
-    targets = [centernet_targets(image, CELLS, CONFIG) for image in boxes]
+    targets = targets_of([[12.0, 12, 28, 24], [30, 4, 60, 44], [12, 12, 28, 24]], [])
     losses = losses_from_targets(logits, distances, targets, CONFIG)
     positive = negative = location = 0.0
     count = cells = 0
-    for image, target in enumerate(targets):
+    for image in range(2):
         p = logits[image].sigmoid().clamp(1e-4, 1 - 1e-4).double()
-        for index, level in target.positive_GL.nonzero().tolist():
-            at = p[target.centres_GL[index, level]]
+        for index, level in targets.positive_BGL[image].nonzero().tolist():
+            at = p[targets.centres_BGL[image, index, level]]
             positive -= 0.25 * float(at.log() * (1 - at) ** 2)
             count += 1
         for cell in range(60):
             if p[cell] < 0.85:
-                fade = (1 - float(target.heatmap_M[cell])) ** 4
+                fade = (1 - float(targets.heatmap_BM[image, cell])) ** 4
                 negative -= 0.75 * float((1 - p[cell]).log() * p[cell] ** 2) * fade
-            if target.learnt_M[cell]:
-                location += slow_giou(distances[image, cell], target.distances_M4[cell])
+            if targets.learnt_BM[image, cell]:
+                location += slow_giou(distances[image, cell], targets.distances_BM4[image, cell])
                 cells += 1
     assert count == 3  # an object that is there twice counts twice
     assert float(losses["loss_centernet_agn_pos"]) == pytest.approx(
@@ -169,12 +190,10 @@ def test_as_many_ranges_as_levels(tiny):
 
 
 def test_the_silent_losses_are_zero_with_a_zero_gradient():
-    heatmap = torch.randn(1, 1, 2, 2, requires_grad=True)
-    distances = torch.rand(1, 4, 2, 2, requires_grad=True)
-    output = CenterNetOutput(heatmaps=(heatmap,), distances=(distances,), strides=(8,))
-    losses = zero_centernet_losses(output)
-    assert len(losses) == 3
+    weight, frozen = torch.randn(2, 3, requires_grad=True), torch.ones(2)
+    losses = zero_centernet_losses(zero_with_gradient([frozen, weight]))
+    assert [float(loss.detach()) for loss in losses.values()] == [0, 0, 0]
     torch.stack(list(losses.values())).sum().backward()
-    assert heatmap.grad is not None
-    assert distances.grad is not None
-    assert heatmap.grad.abs().sum() == distances.grad.abs().sum() == 0
+    assert torch.equal(weight.grad, torch.zeros(2, 3))
+    assert frozen.grad is None
+    assert not zero_with_gradient([frozen]).requires_grad

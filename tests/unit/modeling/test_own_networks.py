@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
 import types
@@ -13,7 +14,7 @@ from torch import nn
 
 from proxydet.errors import CheckpointError, ConfigError
 from proxydet.modeling.backbone import build_backbone
-from proxydet.modeling.config import BackboneConfig, CascadeConfig, PyramidConfig
+from proxydet.modeling.config import BackboneConfig, CascadeConfig, PyramidConfig, ResNetConfig
 from proxydet.modeling.weights import load_weights
 from proxydet.weight_files import write_safetensors
 
@@ -99,6 +100,48 @@ def test_frozen_norms_stay_as_they_are(frozen):
     for norm, mean in zip(norms, before, strict=True):
         assert torch.equal(norm.running_mean, mean) is frozen
         assert (norm.weight.grad is None) is frozen
+
+
+def kept_for_backward(network, images):
+    """Return how many bytes a forward pass keeps, and the gradients of the weights."""
+    kept: dict[int, int] = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = sum(maps.square().sum() for maps in network(images).values())
+    for parameter in network.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    loss.backward()
+    return sum(kept.values()), {n: p.grad for n, p in network.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["resnet", "test_resnet", "test_efficientnet"])
+def test_a_frozen_norm_keeps_no_map_and_computes_as_torchs(name):
+    config = BackboneConfig(resnet=ResNetConfig(width=8, depths=(1, 1, 1, 1)))
+    config = config if name == "resnet" else timm_config(name, frozen_norms=True)
+    network = build_backbone(config, PYRAMID).train().bottom_up
+    plain = copy.deepcopy(network)
+    norms = [m for m in plain.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        torch.nn.init.uniform_(norm.running_var, 0.5, 2.0)
+        act = getattr(norm, "act", None)
+        norm.__class__ = nn.BatchNorm2d if act is None else timm.layers.BatchNormAct2d
+        norm.eval()
+    network.load_state_dict(plain.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    less, gradients = kept_for_backward(network, images)
+    most, expected = kept_for_backward(plain, images)
+    assert norms
+    assert less < 0.8 * most
+    for parameter, gradient in expected.items():
+        if gradient is None:
+            assert gradients[parameter] is None
+        else:
+            assert torch.equal(gradients[parameter], gradient), parameter
 
 
 @pytest.mark.parametrize(

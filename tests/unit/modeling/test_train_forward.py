@@ -9,6 +9,7 @@ import torch
 
 from proxydet.data.loader import BoxBatch
 from proxydet.errors import DataError
+from proxydet.losses.criterion import Criterion
 from proxydet.modeling.boxes import Regions, clip
 from proxydet.modeling.roi_heads import (
     BoxTrainingOutput,
@@ -185,6 +186,31 @@ def test_only_the_chosen_region_needs_a_gradient(network, tiny):
     torch.testing.assert_close(picked, output.steps[0].embeddings_BD, atol=1e-5, rtol=1e-4)
     (long,) = torch.autograd.grad(picked[:, 0].sum(), heads.box_head[0].fc1.weight)
     torch.testing.assert_close(short, long, atol=1e-5, rtol=1e-3)
+
+
+def test_the_proposal_network_gets_the_zeros_of_a_backward_pass_without_going_through_it(
+    network, tiny
+):
+    batch, losses = tiny.label_batch(), Criterion(tiny.LOSSES)
+    sum(losses(network(batch)).values()).backward()
+    short = {name: p.grad for name, p in network.named_parameters()}
+    network.zero_grad()
+    # As published: the head's maps times 0.
+    total = sum(
+        value for name, value in losses(network(batch)).items() if name.startswith("image_loss")
+    )
+    images = network._stack(batch.images)
+    maps = network.proposal_generator(list(network.backbone(images.pixels_B3HW).values()))
+    total = total + sum(m.sum() * 0 for m in (*maps.heatmaps, *maps.distances))
+    total.backward()
+    long = {name: p.grad for name, p in network.named_parameters()}
+    assert {name for name in long if long[name] is None} == {n for n in short if short[n] is None}
+    for name, gradient in long.items():
+        if gradient is not None:
+            assert torch.equal(gradient, short[name]), name
+    silent = [n for n in long if n.startswith(("proposal_generator", "backbone.top_block"))]
+    assert len(silent) > 10
+    assert all(not short[name].any() for name in silent)
 
 
 @pytest.mark.parametrize(

@@ -27,11 +27,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torchvision  # noqa: F401  # its import registers torch.ops.torchvision
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
+
+Numbers = np.ndarray[Any, np.dtype[Any]]
 
 CHUNK_BYTES = 128 * 2**20
 """Most memory of one piece of the separable backward pass."""
@@ -294,9 +297,9 @@ class _SparseRows:
     """The matrix by rows.
 
     Attributes:
-        columns_E: Feature cell of each entry, rows one after the other.
+        columns_E: int32, feature cell of each entry, rows one after the other.
         weights_E: Its value.
-        starts_R: First entry of each row, that is of each pooled cell.
+        starts_R: int32, first entry of each row, that is of each pooled cell.
     """
 
     columns_E: Tensor
@@ -316,14 +319,19 @@ class _SparseRows:
 
     def transposed(self, columns: int) -> _SparseRows:
         """Return the transposed matrix; ``columns`` is the number of columns of this one."""
-        order_E = self.columns_E.argsort(stable=True)
-        lengths_R = torch.diff(self.starts_R, append=self.starts_R.new_tensor([len(order_E)]))
-        rows_E = torch.repeat_interleave(lengths_R)
+        if columns <= 2**16:  # numpy sorts 16 bits by radix, however few there are
+            short_E = self.columns_E.numpy().astype(np.uint16)
+            order_E = torch.from_numpy(short_E.argsort(kind="stable"))
+        else:
+            order_E = self.columns_E.argsort(stable=True)
+        lengths_R = self.starts_R.diff(append=self.starts_R.new_tensor([len(order_E)]))
+        rows_R = torch.arange(len(lengths_R), dtype=torch.int32)
+        rows_E = rows_R.repeat_interleave(lengths_R, output_size=len(order_E))
         counts = torch.bincount(self.columns_E, minlength=columns)
         return _SparseRows(
             columns_E=rows_E[order_E],
             weights_E=self.weights_E[order_E],
-            starts_R=counts.cumsum(0) - counts,
+            starts_R=(counts.cumsum(0) - counts).int(),
         )
 
 
@@ -396,99 +404,105 @@ def _matrix(
 ) -> _SparseRows:
     """Build the matrix; its rows follow the regions.
 
-    Regions with the same number of samples are built together, so that none carries the terms of a larger one.
+    The terms along both axes are computed for all regions at once, the largest apart, so that none carries the terms of one
+    that is much larger. Regions with as many terms along each axis are then multiplied out together. In numpy, whose calls
+    cost a quarter of torch's where there are few regions.
     """
-    scale_N1 = rois_N5.new_tensor(grid.scales)[level_N, None]
-    starts_N2 = rois_N5[:, [2, 1]] * scale_N1 - 0.5  # y, x
-    steps_N2 = (rois_N5[:, [4, 3]] * scale_N1 - 0.5 - starts_N2) / grid.side
-    samples_N2 = steps_N2.ceil().long().clamp(min=0)
+    rois, places_N, side = rois_N5.numpy(), level_N.numpy(), grid.side
+    dtype = rois.dtype
+    sizes_L2 = np.array(sizes, dtype=np.int64)
+    counts_L = batch * sizes_L2.prod(axis=1)
+    scale_N1 = np.array(grid.scales, dtype=dtype)[places_N, None]
+    half = dtype.type(0.5)
+    starts_N2 = rois[:, [2, 1]] * scale_N1 - half  # y, x
+    steps_N2 = (rois[:, [4, 3]] * scale_N1 - half - starts_N2) / dtype.type(side)
+    sizes_N2 = sizes_L2[places_N]
     if grid.sampling_ratio > 0:
-        samples_N2 = torch.full_like(samples_N2, grid.sampling_ratio)
-    sizes_L2 = torch.tensor(sizes)
-    counts_L = batch * sizes_L2.prod(dim=1)
-    sizes_N2 = sizes_L2[level_N]
-    first_N = (counts_L.cumsum(0) - counts_L)[level_N] + rois_N5[:, 0].long() * sizes_N2.prod(dim=1)
-    largest_N = samples_N2.amax(dim=1)
-    groups = []
-    for samples in largest_N.unique().tolist():
-        chosen = (largest_N == samples).nonzero()[:, 0]
-        along = [
-            _axis_terms(
-                starts_N2[chosen, axis],
-                steps_N2[chosen, axis],
-                samples_N2[chosen, axis],
-                sizes_N2[chosen, axis],
-                grid,
-                most=samples,
+        samples_N2 = np.full_like(sizes_N2, grid.sampling_ratio)
+        terms_N2 = 2 * samples_N2
+    else:
+        samples_N2 = np.maximum(np.ceil(steps_N2), 0).astype(np.int64)
+        # Samples at most a cell apart touch at most one more cell than they are, and no more than there are.
+        terms_N2 = np.minimum(np.maximum(samples_N2, 1) + 1, sizes_N2)
+    first_N = (counts_L.cumsum() - counts_L)[places_N]
+    first_N += rois[:, 0].astype(np.int64) * sizes_N2[:, 0] * sizes_N2[:, 1]
+
+    lengths_N = terms_N2[:, 0] * terms_N2[:, 1]
+    ends_N = (lengths_N * side**2).cumsum()
+    begin_N = ends_N - lengths_N * side**2
+    entries = int(ends_N[-1]) if len(rois) else 0
+    columns_E, weights_E = np.empty(entries, dtype=np.int32), np.empty(entries, dtype=dtype)
+    # Regions of up to 4 samples are computed together, of up to 8, 16, ...; of these, those with as many terms each way.
+    class_N = np.ceil(np.log2(np.maximum(samples_N2.max(axis=1, initial=4), 4))).astype(np.int64)
+    for number in np.unique(class_N):
+        members = (class_N == number).nonzero()[0]
+        cells_M2ST, shares_M2ST = _axis_terms(
+            starts_N2[members], steps_N2[members], samples_N2[members], sizes_N2[members], grid
+        )
+        rows_MST = cells_M2ST[:, 0] * sizes_N2[members, 1].astype(np.int32)[:, None, None]
+        rows_MST += first_N[members].astype(np.int32)[:, None, None]
+        kind_M = (terms_N2[members, 0] << 32) + terms_N2[members, 1]
+        for kind in np.unique(kind_M):
+            own = (kind_M == kind).nonzero()[0]
+            high, wide = int(kind) >> 32, int(kind) & 0xFFFFFFFF
+            # Region, pooled row, pooled column, term along y, term along x.
+            cells = rows_MST[own, :, None, :high, None] + cells_M2ST[own, 1, None, :, None, :wide]
+            weights = (
+                shares_M2ST[own, 0, :, None, :high, None]
+                * shares_M2ST[own, 1, None, :, None, :wide]
             )
-            for axis in (0, 1)
-        ]
-        # Combine the terms of both axes: region, pooled row, pooled column, term along y, term along x.
-        (rows, row_weights), (columns, column_weights) = along
-        begins = first_N[chosen, None, None] + rows * sizes_N2[chosen, 1, None, None]
-        cells = begins[:, :, None, :, None] + columns[:, None, :, None, :]
-        weights = row_weights[:, :, None, :, None] * column_weights[:, None, :, None, :]
-        groups.append((chosen, cells.flatten(1), weights.flatten(1)))
-    # Put the groups' entries into the order of the regions.
-    length_N = torch.zeros(len(rois_N5), dtype=torch.long)
-    for chosen, cells, _ in groups:
-        length_N[chosen] = cells.shape[1]
-    begin_N = length_N.cumsum(0) - length_N
-    columns_E = torch.empty(int(length_N.sum()), dtype=torch.long)
-    weights_E = rois_N5.new_empty(len(columns_E))
-    for chosen, cells, weights in groups:
-        places = begin_N[chosen, None] + torch.arange(cells.shape[1])
-        columns_E[places] = cells
-        weights_E[places] = weights
-    lengths_R = (length_N // grid.side**2).repeat_interleave(grid.side**2)
+            places = begin_N[members[own], None] + np.arange(side**2 * high * wide)
+            columns_E[places] = cells.reshape(places.shape)
+            weights_E[places] = weights.reshape(places.shape)
+    starts_R = lengths_N.repeat(side**2).cumsum() - lengths_N.repeat(side**2)
     return _SparseRows(
-        columns_E=columns_E, weights_E=weights_E, starts_R=lengths_R.cumsum(0) - lengths_R
+        columns_E=torch.from_numpy(columns_E),
+        weights_E=torch.from_numpy(weights_E),
+        starts_R=torch.from_numpy(starts_R.astype(np.int32)),
     )
 
 
 def _axis_terms(
-    start_N: Tensor,
-    step_N: Tensor,
-    samples_N: Tensor,
-    cells_N: Tensor,
-    grid: RegionGrid,
-    *,
-    most: int,
-) -> tuple[Tensor, Tensor]:
-    """Return which cells along an axis a pooled cell is made of, and with which weights: both (N, S, T).
+    start_N2: Numbers, step_N2: Numbers, samples_N2: Numbers, cells_N2: Numbers, grid: RegionGrid
+) -> tuple[Numbers, Numbers]:
+    """Return which cells along each axis a pooled cell is made of, and with which weights: both (N, 2, S, T).
 
     A sample lies between two cells and takes from each by its distance. Beyond a cell outside the map it counts
-    nothing; nearer it is moved to the border.
+    nothing; nearer it is moved to the border. Terms that a region does not need follow its own, with weight 0.
 
     Args:
-        start_N: Where each region starts, in feature cells.
-        step_N: Length of its pooled cells, in feature cells.
-        samples_N: int64, its samples of a pooled cell.
-        cells_N: int64, feature cells along the axis of its map.
+        start_N2: Where each region starts along y and x, in feature cells.
+        step_N2: Length of its pooled cells, in feature cells.
+        samples_N2: int64, its samples of a pooled cell.
+        cells_N2: int64, feature cells along the axes of its map.
         grid: How regions are divided.
-        most: G, the most samples that one of the regions takes.
     """
-    dtype = start_N.dtype
-    p_S1 = torch.arange(grid.side, dtype=dtype)[:, None]
-    i_G = torch.arange(max(most, 1), dtype=dtype)
+    dtype = start_N2.dtype
+    most = max(int(samples_N2.max()), 1)
+    p_S1 = np.arange(grid.side, dtype=dtype)[:, None]
+    i_G = np.arange(most, dtype=dtype)
     start, step, samples, cells = (
-        value_N[:, None, None] for value_N in (start_N, step_N, samples_N, cells_N)
+        values[:, :, None, None]
+        for values in (start_N2, step_N2, samples_N2.astype(dtype), cells_N2.astype(dtype))
     )
-    count = samples.clamp(min=1).to(dtype)
-    position = start + p_S1 * step + (i_G + 0.5) * step / count
+    count = np.maximum(samples, dtype.type(1))
+    position = start + p_S1 * step + (i_G + dtype.type(0.5)) * step / count
     inside = (position >= -1.0) & (position <= cells) & (i_G < samples)
-    position = torch.minimum(position.clamp(min=0.0), (cells - 1).to(dtype))
-    low = position.long()
-    fraction = position - low
-    share = inside.to(dtype) / count
-    both = torch.stack([low, torch.minimum(low + 1, cells - 1)], dim=-1)
-    weights = torch.stack([share * (1.0 - fraction), share * fraction], dim=-1)
+    position = np.minimum(np.maximum(position, dtype.type(0)), cells - dtype.type(1))
+    low = position.astype(np.int32)
+    fraction = position - low.astype(dtype)
+    share = inside / count
+    last = cells_N2.astype(np.int32)[:, :, None, None] - np.int32(1)
+    both = np.stack([low, np.minimum(low + 1, last)], axis=-1)
+    weights = np.stack([share * (dtype.type(1) - fraction), share * fraction], axis=-1)
+    shape = (*low.shape[:3], 2 * most)
     if grid.sampling_ratio > 0:  # neighbouring samples may be more than a cell apart
-        return both.flatten(2), weights.flatten(2)
-    # Samples at most a cell apart touch at most G + 1 neighbouring cells: add up what falls on the same one.
-    first = low[:, :, :1]
-    terms = torch.arange(len(i_G) + 1)
-    slot = (both - first[..., None]).clamp(max=len(i_G)).flatten(2)
-    merged = weights.new_zeros(*slot.shape[:2], len(terms))
-    merged.scatter_add_(2, slot, weights.flatten(2))
-    return torch.minimum(first + terms, cells - 1), merged
+        return both.reshape(shape), weights.reshape(shape)
+    # Add up what falls on the same cell.
+    first = low[..., :1]
+    slot = np.clip(both - first[..., None], 0, most).reshape(shape)
+    merged = torch.zeros(*shape[:3], most + 1, dtype=torch.from_numpy(weights).dtype)
+    merged.scatter_add_(
+        3, torch.from_numpy(slot.astype(np.int64)), torch.from_numpy(weights.reshape(shape))
+    )
+    return np.minimum(first + np.arange(most + 1, dtype=np.int32), last), merged.numpy()

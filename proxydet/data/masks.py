@@ -11,6 +11,7 @@ that do not add up make them read and write outside their buffers. The bounds he
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
@@ -193,6 +194,46 @@ def decode(counts: bytes, size: tuple[int, int]) -> NDArray[np.bool_]:
     """Return the mask of sound RLE counts: bool (height, width)."""
     mask_HW = coco_mask.decode({"size": list(size), "counts": counts})
     return np.ascontiguousarray(mask_HW, dtype=np.bool_)
+
+
+def encode(edges_E: NDArray[np.int64], masks: int, size: tuple[int, int]) -> list[bytes]:
+    """Return masks of one image as the RLE counts that the COCO tools give them.
+
+    Args:
+        edges_E: Ascending, ``mask * (height * width + 1) + place`` for each place, counted down the columns, where a
+            mask begins or ends; a place may be one past the last pixel. Two equal numbers cancel out.
+        masks: How many masks there are.
+        size: Height and width of the image.
+    """
+    pixels = size[0] * size[1]
+    twice = np.flatnonzero(edges_E[1:] == edges_E[:-1])
+    mask_E, place_E = np.divmod(np.delete(edges_E, np.concatenate([twice, twice + 1])), pixels + 1)
+    edges_M = np.bincount(mask_E, minlength=masks)
+    # A mask of k edges has k + 1 runs, the last up to the end of the image, and k where it has an edge there.
+    runs_M = edges_M + 1 - np.bincount(mask_E[place_E == pixels], minlength=masks)
+    start_M, first_M = np.cumsum(runs_M) - runs_M, np.cumsum(edges_M) - edges_M
+    end_N = np.full(runs_M.sum(), pixels)
+    end_N[np.arange(len(mask_E)) + (start_M - first_M)[mask_E]] = place_E
+    run_N = np.diff(end_N, prepend=0)
+    run_N[start_M] = end_N[start_M]
+    # From the fourth on, a number is the difference to the run before the last.
+    value_N = run_N.copy()
+    later = np.flatnonzero(np.arange(len(run_N)) - np.repeat(start_M, runs_M) > 2)
+    value_N[later] -= run_N[later - 2]
+    groups_N = np.ones_like(value_N)
+    rest_N = (value_N ^ (value_N >> 63)) >> 4  # all but a group's four bits beside the sign
+    while rest_N.any():
+        groups_N += rest_N > 0
+        rest_N >>= 5
+    at_N = np.cumsum(groups_N) - groups_N
+    text = np.empty(groups_N.sum(), dtype=np.uint8)
+    left, group = np.arange(len(value_N)), 0
+    while len(left):
+        more = groups_N[left] > group + 1
+        text[at_N[left] + group] = _FIRST + ((value_N[left] >> 5 * group) & 0x1F) + 0x20 * more
+        left, group = left[more], group + 1
+    counts, cuts = text.tobytes(), [*at_N[start_M].tolist(), len(text)]
+    return [counts[start:end] for start, end in itertools.pairwise(cuts)]
 
 
 def outlines(coverage_HW: NDArray[Any]) -> list[list[float]]:

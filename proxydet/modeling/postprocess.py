@@ -18,12 +18,12 @@ import proxydet.runtime.d2  # noqa: F401
 
 import numpy as np
 import numpy.typing as npt
-import pycocotools.mask as coco_mask
 import torch
 from detectron2.layers import paste_masks_in_image
 from torch import Tensor
-from torch.nn.functional import grid_sample
+from torch.nn.functional import grid_sample, pad
 
+from proxydet.data.masks import encode
 from proxydet.errors import NumericsError
 from proxydet.modeling.boxes import (
     SHIFTED_UP_TO,
@@ -42,8 +42,14 @@ if TYPE_CHECKING:
 # otherwise; at multiples of this no chunk has one but the last, where it is the same as without chunks.
 _STEP = 64
 _MASK_THRESHOLD = 0.5
-# Pixels that are sampled at once: bounds the memory of a mask that fills a poster.
-_SAMPLES_AT_ONCE = 2**22
+# Pixels that are sampled at once, 13 bytes each, and those of which the edges are read back at once, 1 byte each. They bound
+# the memory of a mask that fills a poster.
+_SAMPLES_AT_ONCE = 2**17
+_PIXELS_AT_ONCE = 2**25
+# Masks are pasted at once into windows of at most so many times their pixels.
+_WASTE = 1.5
+# Where the network's mask is certainly 0.
+_FAR = 9.0
 
 
 # --- Results ---------------------------------------------------------------------------------------------------------
@@ -76,26 +82,6 @@ class MaskWindow:
     def area(self) -> int:
         """Pixels of the mask."""
         return int(np.count_nonzero(self.inside_hw))
-
-    def runs(self) -> npt.NDArray[np.int64]:
-        """Return the lengths of runs of equal pixels, column after column, the first of pixels outside the mask.
-
-        These are the counts of COCO's uncompressed run-length encoding: they add up to H * W, and only the first may
-        be 0.
-        """
-        height, width = self.size
-        columns_wh = np.zeros(
-            (self.inside_hw.shape[1], self.inside_hw.shape[0] + 2), dtype=np.bool_
-        )
-        columns_wh[:, 1:-1] = self.inside_hw.T
-        column, row = np.nonzero(columns_wh[:, 1:] != columns_wh[:, :-1])
-        changes = (self.left + column) * height + self.top + row
-        # Where one column ends inside the mask and the next begins inside it, nothing changes.
-        changes, times = np.unique(changes, return_counts=True)
-        changes = changes[times == 1]
-        end = [] if len(changes) and changes[-1] == height * width else [height * width]
-        counts: npt.NDArray[np.int64] = np.diff(changes, prepend=0, append=end)
-        return counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,19 +165,14 @@ class Prediction:
         Raises:
             ValueError: The prediction was made without masks.
         """
-        probs_MSS = self._require_masks()
-        height, width = self.image_size
-        boxes_M4 = self._mask_boxes(probs_MSS).cpu()
-        for probs_SS, box_4 in zip(probs_MSS.cpu(), boxes_M4, strict=True):
-            left, top = (box_4[:2].floor() - 1).clamp(min=0).int().tolist()
-            right, bottom = (box_4[2:].ceil() + 1).int().tolist()
-            rows, columns = (top, min(bottom, height)), (left, min(right, width))
-            yield MaskWindow(
-                top=top,
-                left=left,
-                inside_hw=_pasted(probs_SS, box_4, rows, columns).numpy(),
-                size=self.image_size,
-            )
+        pasting = _Pasting(self)
+        for mask in range(len(pasting.span_M2)):
+            left, top = pasting.low_M2[mask].tolist()
+            none = torch.zeros(0, int(pasting.span_M2[mask, 1]), dtype=torch.bool)
+            parts = [pasting.paste(part)[0].cpu() for part in pasting.parts([mask])]
+            inside_wh = torch.cat([none, *parts]).numpy()
+            inside_hw = np.ascontiguousarray(inside_wh.T)
+            yield MaskWindow(top=top, left=left, inside_hw=inside_hw, size=self.image_size)
 
     def _require_masks(self) -> Tensor:
         if self.mask_probs_MSS is None:
@@ -218,20 +199,60 @@ def masks(prediction: Prediction) -> Tensor:
     return prediction.distinct_masks()[prediction.mask_index_N]
 
 
-def rles(prediction: Prediction) -> list[dict[str, Any]]:
+def rles(
+    prediction: Prediction, edges_E: npt.NDArray[np.int64] | None = None
+) -> list[dict[str, Any]]:
     """Return every detection's mask as COCO run-length encoding (``size``, ``counts`` as text).
 
     A mask that several detections share is encoded once; they get the same dictionary.
 
+    Args:
+        prediction: With masks.
+        edges_E: Its `mask_edges`, where they are known already.
+
     Raises:
         ValueError: The prediction was made without masks.
     """
-    encoded = []
-    for window in prediction.windows():
-        counts = {"size": list(window.size), "counts": window.runs().tolist()}
-        rle: dict[str, Any] = coco_mask.frPyObjects(counts, *window.size)
-        encoded.append({"size": rle["size"], "counts": rle["counts"].decode("ascii")})
+    masks = len(prediction._require_masks())
+    edges_E = mask_edges(prediction) if edges_E is None else edges_E
+    counts = encode(edges_E, masks, prediction.image_size)
+    encoded = [
+        {"size": [*prediction.image_size], "counts": text.decode("ascii")} for text in counts
+    ]
     return [encoded[index] for index in prediction.mask_index_N.tolist()]
+
+
+def mask_edges(prediction: Prediction) -> npt.NDArray[np.int64]:
+    """Paste the distinct masks on the prediction's device, and return what `proxydet.data.masks.encode` makes RLEs of.
+
+    Waits for the device twice, once more where the masks' windows together have more than 32 million pixels.
+
+    Raises:
+        ValueError: The prediction was made without masks.
+    """
+    pasting = _Pasting(prediction)
+    height, width = prediction.image_size
+    base_M = np.arange(len(pasting.low_M2)) * (height * width + 1) + pasting.low_M2 @ [height, 1]
+    waiting = [part for masks in pasting.groups() for part in pasting.parts(masks)]
+    edges = [np.zeros(0, dtype=np.int64)]
+    while waiting:
+        # Of each column one more than its pixels: an edge may be before the first and after the last.
+        ends = np.cumsum([len(part.masks) * part.wide * (part.high + 1) for part in waiting])
+        some = max(int(np.searchsorted(ends, _PIXELS_AT_ONCE)), 1)
+        parts, waiting, ends = waiting[:some], waiting[some:], ends[:some].tolist()
+        edge_P = torch.empty(ends[-1], dtype=torch.bool, device=pasting.device)
+        for part, start, end in zip(parts, [0, *ends], ends, strict=False):
+            padded_nwh = pad(pasting.paste(part), (1, 1))
+            edge_nwh = edge_P[start:end].view(len(part.masks), part.wide, part.high + 1)
+            torch.ne(padded_nwh[..., 1:], padded_nwh[..., :-1], out=edge_nwh)
+        place_E = np.flatnonzero(edge_P.cpu().numpy())
+        cuts = np.searchsorted(place_E, ends).tolist()
+        for part, start, first, last in zip(parts, [0, *ends], [0, *cuts], cuts, strict=False):
+            column_E, row_E = np.divmod(place_E[first:last] - start, part.high + 1)
+            mask_E, column_E = np.divmod(column_E, part.wide)
+            base_E = base_M[part.masks][mask_E]
+            edges.append(base_E + (column_E + part.first) * height + row_E)
+    return np.sort(np.concatenate(edges))
 
 
 def to_host(predictions: Sequence[Prediction]) -> list[Prediction]:
@@ -269,22 +290,82 @@ def to_host(predictions: Sequence[Prediction]) -> list[Prediction]:
     ]
 
 
-def _pasted(
-    probs_SS: Tensor, box_4: Tensor, rows: tuple[int, int], columns: tuple[int, int]
-) -> Tensor:
-    """Paste a mask into a window of its image: the arithmetic of detectron2's pasting, so that no pixel differs."""
-    first_2, last_2 = box_4.unflatten(0, (2, 2))
-    x_w, y_h = (
-        ((torch.arange(*span, dtype=torch.float32) + 0.5 - first) / (last - first) * 2 - 1)
-        for span, first, last in zip((columns, rows), first_2, last_2, strict=True)
-    )
-    inside_hw = torch.empty(len(y_h), len(x_w), dtype=torch.bool)
-    some = max(_SAMPLES_AT_ONCE // max(len(x_w), 1), 1)
-    for part_hw, y in zip(inside_hw.split(some), y_h.split(some), strict=True):
-        grid_hw2 = torch.stack(torch.meshgrid(x_w, y, indexing="xy"), dim=-1)
-        sampled = grid_sample(probs_SS[None, None], grid_hw2[None], align_corners=False)
-        torch.ge(sampled[0, 0], _MASK_THRESHOLD, out=part_hw)
-    return inside_hw
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """What is pasted at once: ``wide`` columns of ``high`` pixels of the windows of masks, from a first column on."""
+
+    masks: list[int]
+    first: int
+    wide: int
+    high: int
+
+
+class _Pasting:
+    """Pastes the masks of a prediction into windows of their image, on its device, many small ones at once.
+
+    Each pixel comes from the arithmetic of detectron2's pasting, so that none differs.
+
+    Attributes:
+        low_M2: int64 x, y of the first pixel of each mask's window; the mask is False outside it.
+        span_M2: int64, its width and height.
+    """
+
+    def __init__(self, prediction: Prediction) -> None:
+        self._probs_MSS = prediction._require_masks()
+        self.device = self._probs_MSS.device
+        boxes_M4 = prediction._mask_boxes(self._probs_MSS).cpu().numpy()
+        height, width = prediction.image_size
+        self.low_M2 = np.maximum(np.floor(boxes_M4[:, :2]) - 1, 0).astype(np.int64)
+        high_M2 = np.minimum(np.ceil(boxes_M4[:, 2:]) + 1, (width, height)).astype(np.int64)
+        self.span_M2 = np.maximum(high_M2 - self.low_M2, 0)
+        first_M2, extent_M2 = boxes_M4[:, :2], boxes_M4[:, 2:] - boxes_M4[:, :2]
+        self._places: list[Tensor] = []
+        for axis in (0, 1):
+            pixel_L = np.arange(self.span_M2[:, axis].max(initial=0), dtype=np.float32)
+            place_ML = self.low_M2[:, axis, None].astype(np.float32) + pixel_L + np.float32(0.5)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                place_ML = (place_ML - first_M2[:, axis, None]) / extent_M2[:, axis, None]
+            place_ML = place_ML * np.float32(2) - np.float32(1)
+            place_ML[pixel_L >= self.span_M2[:, axis, None]] = _FAR
+            self._places.append(torch.from_numpy(place_ML).to(self.device, non_blocking=True))
+
+    def groups(self) -> list[list[int]]:
+        """Return masks that are pasted at once: of similar size, so that a window as large as any wastes little."""
+        found: list[list[int]] = []
+        pixels = wide = high = 0
+        steps = np.ceil(2 * np.log2(np.maximum(self.span_M2[:, 0], 1)))
+        for mask in np.lexsort((self.span_M2[:, 1], steps)).tolist():
+            own_wide, own_high = self.span_M2[mask].tolist()
+            pixels += own_wide * own_high
+            wide, high = max(wide, own_wide), max(high, own_high)
+            together = (len(found[-1]) + 1 if found else 1) * wide * high
+            if not found or together > min(_SAMPLES_AT_ONCE, _WASTE * pixels):
+                found.append([])
+                pixels, wide, high = own_wide * own_high, own_wide, own_high
+            found[-1].append(mask)
+        return found
+
+    def parts(self, masks: list[int]) -> Iterator[_Part]:
+        """Yield the parts of some masks, in columns of as many pixels as are sampled at once."""
+        wide, high = self.span_M2[masks].max(axis=0).tolist()
+        step = max(_SAMPLES_AT_ONCE // max(len(masks) * high, 1), 1)
+        for first in range(0, wide if high else 0, step):
+            yield _Part(masks=masks, first=first, wide=min(step, wide - first), high=high)
+
+    def paste(self, part: _Part) -> Tensor:
+        """Return the pixels of a part: bool (masks, wide, high), False beyond the window of a mask."""
+        # One mask is a view, and none of the others is read.
+        rows = part.masks[0] if len(part.masks) == 1 else part.masks
+        index = (
+            slice(rows, rows + 1) if isinstance(rows, int) else torch.tensor(rows).to(self.device)
+        )
+        x_nw = self._places[0][:, part.first : part.first + part.wide][index]
+        y_nh = self._places[1][:, : part.high][index]
+        grid_nwh2 = x_nw.new_empty(len(part.masks), part.wide, part.high, 2)
+        grid_nwh2[..., 0] = x_nw[:, :, None]
+        grid_nwh2[..., 1] = y_nh[:, None, :]
+        sampled_nwh = grid_sample(self._probs_MSS[index][:, None], grid_nwh2, align_corners=False)
+        return sampled_nwh[:, 0] >= _MASK_THRESHOLD
 
 
 # --- Classification and selection ------------------------------------------------------------------------------------

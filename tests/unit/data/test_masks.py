@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from pycocotools import mask as coco_mask
 
+from proxydet.data import masks as module
 from proxydet.data.masks import measure
 
 shapes = st.tuples(st.integers(1, 12), st.integers(1, 12))
@@ -17,6 +18,33 @@ masks = shapes.flatmap(lambda shape: arrays.arrays(np.uint8, shape, elements=st.
 
 def encode(mask: np.ndarray) -> dict[str, object]:
     return coco_mask.encode(np.asfortranarray(mask))
+
+
+def edges_of(several: list[np.ndarray]) -> np.ndarray:
+    """Where masks begin and end in their columns, in the numbers that `encode` takes."""
+    found = []
+    for number, mask in enumerate(several):
+        column, row = np.nonzero(np.diff(np.pad(mask, ((1, 1), (0, 0))).astype(int), axis=0).T)
+        found.append(number * (mask.size + 1) + column * mask.shape[0] + row)
+    return np.sort(np.concatenate(found))
+
+
+@given(shapes.flatmap(lambda shape: st.lists(
+    arrays.arrays(np.uint8, shape, elements=st.integers(0, 1)), min_size=1, max_size=4
+)))  # fmt: skip
+@settings(deadline=None)
+def test_masks_are_encoded_as_the_coco_tools_do(several):
+    encoded = module.encode(edges_of(several), len(several), several[0].shape)
+    assert encoded == [encode(mask)["counts"] for mask in several]
+
+
+def test_numbers_of_many_characters_are_encoded_as_the_coco_tools_do():
+    some = np.zeros((3000, 4000), dtype=np.uint8)
+    some[100:2900, 5:3990] = 1
+    some[5:2000:7, 3000:] = 0
+    several = [some, 1 - some, np.zeros_like(some), np.ones_like(some)]
+    encoded = module.encode(edges_of(several), 4, some.shape)
+    assert encoded == [encode(mask)["counts"] for mask in several]
 
 
 @given(st.lists(masks, max_size=6))

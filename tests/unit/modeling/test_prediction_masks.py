@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import proxydet.runtime.d2  # noqa: F401
 
+import numpy as np
 import pycocotools.mask as coco_mask
 import pytest
 import torch
@@ -26,6 +27,11 @@ def found() -> Prediction:
     )
 
 
+def encoded(mask: torch.Tensor) -> bytes:
+    """What the COCO tools make of a whole mask."""
+    return coco_mask.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))["counts"]
+
+
 def test_masks_are_pasted_as_detectron2_does(found):
     wanted = paste_masks_in_image(
         found.mask_probs_MSS[found.mask_index_N], found.boxes_N4, (48, 50)
@@ -34,21 +40,22 @@ def test_masks_are_pasted_as_detectron2_does(found):
 
 
 def test_each_distinct_mask_is_encoded_once(found):
-    encoded = rles(found)
-    assert encoded[0] is encoded[2]
-    assert len({id(rle) for rle in encoded}) == 2
-    for rle, mask in zip(encoded, masks(found), strict=True):
-        assert isinstance(rle["counts"], str)
-        assert torch.equal(torch.from_numpy(coco_mask.decode(rle)).bool(), mask)
+    several = rles(found)
+    assert several[0] is several[2]
+    assert len({id(rle) for rle in several}) == 2
+    assert [rle["size"] for rle in several] == [[48, 50]] * 3
 
 
 @pytest.mark.parametrize("at_once", [1, 60, 2**22])
 def test_masks_in_their_windows_are_the_pasted_ones(found, monkeypatch, at_once):
     monkeypatch.setattr(module, "_SAMPLES_AT_ONCE", at_once)
+    monkeypatch.setattr(module, "_PIXELS_AT_ONCE", at_once)
     windows = list(found.windows())
     for window, mask in zip(windows, found.distinct_masks(), strict=True):
         assert torch.equal(torch.from_numpy(window.whole()), mask)
     assert windows[1].inside_hw.shape < (48, 50)
+    for rle, mask in zip(rles(found), masks(found), strict=True):
+        assert rle["counts"].encode() == encoded(mask)
 
 
 def test_a_mask_pastes_to_the_same_pixels_wherever_it_lies():
@@ -72,6 +79,7 @@ def test_a_mask_pastes_to_the_same_pixels_wherever_it_lies():
     assert wanted.any(dim=(1, 2)).sum() > 20
     for window, mask in zip(prediction.windows(), wanted, strict=True):
         assert torch.equal(torch.from_numpy(window.whole()), mask)
+    assert [rle["counts"].encode() for rle in rles(prediction)] == list(map(encoded, wanted))
 
 
 def test_choosing_keeps_only_the_masks_in_use(found):

@@ -93,6 +93,7 @@ def whole_mixup_step(
     return MixupOutput(
         embeddings_PD=embeddings_ND[chosen],
         labels_P=labels_BR.flatten()[chosen],
+        classes_K=labels_BR.flatten()[chosen].unique(),
         objectness_P=seen.objectness_BR.flatten()[chosen],
     )
 

@@ -12,14 +12,13 @@ import proxydet.runtime.d2  # noqa: F401
 import numpy as np
 import torch
 import torch.distributed as dist
-from detectron2.structures import BitMasks, PolygonMasks
 from torch import Tensor, nn
 from torch.nn import functional
 
 from proxydet.errors import ConfigError
 from proxydet.extensions import build_extension, extension_errors, require_signature
 from proxydet.losses.config import DistillationLossConfig, LossConfig, MixupLossConfig
-from proxydet.modeling.boxes import Weights, deltas_between
+from proxydet.modeling.boxes import Weights, constant, deltas_between, image_of_each
 from proxydet.modeling.centernet import centernet_losses, zero_centernet_losses
 from proxydet.modeling.roi_heads import (
     BatchObjects,
@@ -30,6 +29,7 @@ from proxydet.modeling.roi_heads import (
     MixupOutput,
     StepOutput,
     TrainingOutput,
+    crop_masks,
 )
 
 
@@ -41,10 +41,9 @@ def class_prototypes(output: MixupOutput, config: MixupLossConfig) -> tuple[Tens
         config: How regions are weighed.
 
     Returns:
-        Normalised prototypes (K, D) and their classes (K,), ascending. Waits for the device once, for K.
+        Normalised prototypes (K, D) and their classes (K,), ascending.
     """
-    classes_K = torch.unique(output.labels_P)
-    of_class_KP = classes_K[:, None] == output.labels_P
+    of_class_KP = output.classes_K[:, None] == output.labels_P
     scores_P = output.objectness_P / config.temperature
     if config.prototype == "center":
         scores_P = torch.zeros_like(scores_P)
@@ -52,15 +51,17 @@ def class_prototypes(output: MixupOutput, config: MixupLossConfig) -> tuple[Tens
     weights_KP = (
         scores_P.expand_as(of_class_KP).masked_fill(~of_class_KP, -torch.inf).softmax(dim=1)
     )
-    return functional.normalize(weights_KP @ output.embeddings_PD, dim=1), classes_K
+    return functional.normalize(weights_KP @ output.embeddings_PD, dim=1), output.classes_K
 
 
 def sample_mixing_ratio(beta: float, generator: torch.Generator | None) -> float:
     """Sample from Beta(beta, beta); 0 stands for its limit, 0 or 1 with equal chance."""
     # torch has no Beta sampling with a generator of one's own; its generator seeds numpy's.
-    device = "cpu" if generator is None else generator.device
-    seed = torch.randint(2**62, (1,), generator=generator, device=device).item()
-    source = np.random.default_rng(int(seed))
+    if generator is None or generator.device.type == "cpu":
+        seed = int(torch.randint(2**62, (1,), generator=generator).item())
+    else:  # what it draws would have to be waited for; its state is known here
+        seed = int.from_bytes(generator.get_state().numpy().tobytes(), "little")
+    source = np.random.default_rng(seed)
     return float(source.integers(2)) if beta == 0 else float(source.beta(beta, beta))
 
 
@@ -123,25 +124,14 @@ def class_wise_mixup_loss(
 def mask_targets(output: MaskOutput, truth: BatchObjects) -> Tensor:
     """Return each region's object cut out by its box and resized to the mask's size: float32 (P, S, S), 0 or 1.
 
-    Polygons are rasterized on the CPU; their boxes go there in one piece for the whole batch, the one wait for the device.
+    Polygons are rasterized on the CPU; usually a thread has begun with it when the regions were chosen.
     """
+    if output.targets_PSS is not None:
+        return output.targets_PSS.result().to(output.logits_PSS.device, non_blocking=True)
     rows_P6 = torch.cat(
         [output.boxes_P4, output.image_P[:, None], output.object_P[:, None]], dim=1
     ).cpu()
-    return _rasterize(rows_P6, truth, output.logits_PSS)
-
-
-def _rasterize(rows_P6: Tensor, truth: BatchObjects, logits_PSS: Tensor) -> Tensor:
-    """Draw the targets of regions, given on the CPU as box, image and object, for logits that lie elsewhere."""
-    side, device = logits_PSS.shape[-1], logits_PSS.device
-    parts = []
-    for image, masks in enumerate(truth.masks):
-        chosen = rows_P6[rows_P6[:, 4] == image]
-        if len(chosen) and masks is not None:
-            cropped = _crop(masks, chosen[:, :4], chosen[:, 5].long(), side)
-            parts.append(cropped.to(device, torch.float32, non_blocking=True))
-    # The regions are ordered by image, so that the parts follow the same order.
-    return torch.cat(parts) if parts else logits_PSS.new_zeros(0, side, side)
+    return crop_masks(rows_P6, truth.masks, output.logits_PSS.shape[-1], output.logits_PSS.device)
 
 
 def mask_loss(output: MaskOutput, truth: BatchObjects) -> Tensor:
@@ -153,13 +143,6 @@ def mask_loss(output: MaskOutput, truth: BatchObjects) -> Tensor:
     )
 
 
-def _crop(masks: PolygonMasks | BitMasks, boxes: Tensor, objects: Tensor, side: int) -> Tensor:
-    objects = objects.to(masks.device, non_blocking=True)
-    boxes = boxes.to(masks.device, non_blocking=True)
-    cropped: Tensor = masks[objects].crop_and_resize(boxes, side)
-    return cropped
-
-
 def image_label_targets(labels: tuple[Tensor, ...], columns: int) -> Tensor:
     """Return 1 at the classes of each image and 0 elsewhere: (B, columns).
 
@@ -168,8 +151,8 @@ def image_label_targets(labels: tuple[Tensor, ...], columns: int) -> Tensor:
         columns: C, or C + 1 with a background column.
     """
     targets = torch.zeros(len(labels), columns, device=labels[0].device)
-    images = [torch.full_like(classes_L, image) for image, classes_L in enumerate(labels)]
-    targets[torch.cat(images), torch.cat(labels)] = 1.0
+    image_L = image_of_each([len(classes_L) for classes_L in labels], targets.device)
+    targets[image_L, torch.cat(labels)] = 1.0
     return targets
 
 
@@ -273,7 +256,7 @@ def box_loss(
     valid_N = labels_N >= 0
     positive_N1 = (valid_N & (labels_N < classes))[:, None]
     # Other rows may have empty boxes, whose changes are not finite: they are replaced before, not masked after.
-    unit_4 = boxes_N4.new_tensor([0.0, 0.0, 1.0, 1.0])
+    unit_4 = constant((0.0, 0.0, 1.0, 1.0), boxes_N4.device)
     wanted_N4 = deltas_between(
         torch.where(positive_N1, boxes_N4, unit_4),
         torch.where(positive_N1, targets_N4, unit_4),

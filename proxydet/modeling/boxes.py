@@ -93,6 +93,11 @@ def nonempty(boxes: Tensor) -> Tensor:
     return (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
 
 
+def constant(values: Sequence[float], device: torch.device) -> Tensor:
+    """Return values as float32 on a device; unlike ``new_tensor``, it does not wait for the device."""
+    return torch.tensor(values, dtype=torch.float32).to(device, non_blocking=True)
+
+
 def apply_deltas(deltas: Tensor, boxes: Tensor, weights: Weights) -> Tensor:
     """Move and scale boxes (R-CNN's parametrisation, Girshick 2015).
 
@@ -104,7 +109,7 @@ def apply_deltas(deltas: Tensor, boxes: Tensor, weights: Weights) -> Tensor:
     Returns:
         (..., 4) float32.
     """
-    scaled = deltas.float() / deltas.new_tensor(weights, dtype=torch.float32)
+    scaled = deltas.float() / constant(weights, deltas.device)
     sizes = boxes[..., 2:] - boxes[..., :2]
     centres = boxes[..., :2] + 0.5 * sizes + scaled[..., :2] * sizes
     half = 0.5 * sizes * scaled[..., 2:].clamp(max=_LARGEST_LOG_SCALE).exp()
@@ -116,7 +121,7 @@ def deltas_between(boxes: Tensor, targets: Tensor, weights: Weights) -> Tensor:
     sizes, target_sizes = boxes[..., 2:] - boxes[..., :2], targets[..., 2:] - targets[..., :2]
     shift = (targets[..., :2] + 0.5 * target_sizes) - (boxes[..., :2] + 0.5 * sizes)
     deltas = torch.cat([shift / sizes, (target_sizes / sizes).log()], dim=-1)
-    return deltas * deltas.new_tensor(weights)
+    return deltas * constant(weights, deltas.device)
 
 
 def cell_centres(height: int, width: int, stride: int, device: torch.device) -> Tensor:

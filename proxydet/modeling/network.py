@@ -38,6 +38,7 @@ from proxydet.modeling.roi_heads import (
     box_steps,
     image_label_steps,
     mask_step,
+    masked_regions,
     sample_regions,
     with_reference,
 )
@@ -134,9 +135,14 @@ def stack_images(
     height, width = padded_size(max(h for h, _ in sizes), max(w for _, w in sizes), divisor)
     device = mean_311.device
     pixels_B3HW = torch.zeros(len(images), 3, height, width, device=device)
-    for position, image in enumerate(images):
-        moved = image.to(device, non_blocking=True)
-        pixels_B3HW[position, :, : image.shape[1], : image.shape[2]] = (moved - mean_311) / std_311
+    # In one piece where all have one size.
+    pieces = [torch.stack(list(images))] if len(set(sizes)) == 1 else [i[None] for i in images]
+    position = 0
+    for piece in pieces:
+        moved = piece.to(device, non_blocking=True)
+        own = pixels_B3HW[position : position + len(piece), :, : piece.shape[2], : piece.shape[3]]
+        torch.div(moved - mean_311, std_311, out=own)
+        position += len(piece)
     sizes_B2 = torch.tensor(sizes, dtype=torch.float32).to(device, non_blocking=True)
     return ImageBatch(pixels_B3HW=pixels_B3HW, sizes=sizes, sizes_B2=sizes_B2)
 
@@ -262,6 +268,9 @@ class ProxyDetNetwork(nn.Module):
         regions, assignment = sample_regions(
             self.config.cascade, regions, truth, classes, generator
         )
+        masked = None
+        if self.has_mask_head and any(image_masks is not None for image_masks in truth.masks):
+            masked = masked_regions(self.roi_heads, regions, assignment, truth, classes)
         steps, mixup = box_steps(
             self.roi_heads, pooled_maps, regions, assignment, truth, classes=classes
         )
@@ -271,15 +280,12 @@ class ProxyDetNetwork(nn.Module):
                 with torch.no_grad():
                     maps = other._feature_batch(other._features(images), images)
             steps = with_reference(steps, other.roi_heads, maps)
-        masks = None
-        if self.has_mask_head and any(image_masks is not None for image_masks in truth.masks):
-            masks = mask_step(self.roi_heads, pooled_maps, regions, assignment, truth, classes)
         return BoxTrainingOutput(
             centernet=centernet,
             truth=truth,
             steps=steps,
             mixup=mixup,
-            masks=masks,
+            masks=None if masked is None else mask_step(self.roi_heads, pooled_maps, masked),
             table=self.class_table(),
         )
 

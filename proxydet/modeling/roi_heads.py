@@ -5,7 +5,8 @@ that step. (The published code does so in training and in inference, and the rec
 trained only through its last step; the steps before it refine boxes without gradient and classify nothing.
 
 In training, each region is matched to the object that it overlaps most. Labels: [0, C) a class, C background, -1 a
-padded row. Matching and sampling work on a whole batch and do not wait for the device.
+padded row. Matching and sampling work on a whole batch and do not wait for the device; choosing the regions of the mask
+head and of the mixup branch waits once each.
 
 Dimensions: B images, R regions of an image (padded), N = B * R, G objects of an image (padded), C classes, D embedding,
 F features of a box head, P chosen regions of the whole batch, M masks, S side of a pooled region or of a mask. Of the pooler:
@@ -17,6 +18,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -26,6 +28,7 @@ import torch
 from detectron2.layers import ROIAlign, ShapeSpec
 from detectron2.modeling.roi_heads.box_head import FastRCNNConvFCHead
 from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
+from detectron2.structures import BitMasks
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
@@ -46,7 +49,7 @@ from proxydet.modeling.precision import compute_heads
 from proxydet.runtime.roi_align import RegionGrid, align_regions, is_rounded
 
 if TYPE_CHECKING:
-    from detectron2.structures import BitMasks, Instances, PolygonMasks
+    from detectron2.structures import Instances, PolygonMasks
 
     from proxydet.modeling.centernet import CenterNetOutput
 
@@ -736,11 +739,13 @@ class MixupOutput:
     Attributes:
         embeddings_PD: Region embeddings of length 1.
         labels_P: int64 in [0, C).
+        classes_K: int64, the classes among the labels, ascending.
         objectness_P: Score of the proposal (about 23 for a ground-truth box).
     """
 
     embeddings_PD: Tensor
     labels_P: Tensor
+    classes_K: Tensor
     objectness_P: Tensor
 
 
@@ -769,20 +774,32 @@ def with_reference(
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskOutput:
-    """Masks predicted for the regions of the first step that stand for an object which has a mask.
+class MaskedRegions:
+    """The regions of the first step that stand for an object which has a mask, image after image.
 
     Attributes:
-        logits_PSS: Mask logits.
-        boxes_P4: The boxes that they fill.
+        boxes_P4: Their boxes.
         image_P: int64, the image of each.
         object_P: int64, the object of that image.
+        targets_PSS: float32 on the host, what the masks in the boxes should be, which a thread draws meanwhile; None where
+            the masks lie on the device.
     """
 
-    logits_PSS: Tensor
     boxes_P4: Tensor
     image_P: Tensor
     object_P: Tensor
+    targets_PSS: Future[Tensor] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskOutput(MaskedRegions):
+    """Masks predicted for them.
+
+    Attributes:
+        logits_PSS: Mask logits, which fill the boxes.
+    """
+
+    logits_PSS: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -925,8 +942,14 @@ def _mixup_step(
     with torch.no_grad():
         regions = heads.mixup_regions(batch, regions, pooled_NCSS)
     threshold = config.iou_thresholds[-1]
-    labels_BR = match(regions, truth, threshold, classes).labels_BR
-    chosen = _foreground_indices(labels_BR, classes)
+    # Which regions and classes these are is found out on the host, which has to know how many: one wait for the device.
+    labels_N = match(regions, truth, threshold, classes).labels_BR.flatten().cpu()
+    places = _foreground_indices(labels_N, classes)
+    device = regions.valid_BR.device
+    chosen, labels_P, classes_K = (
+        values.to(device, non_blocking=True)
+        for values in (places, labels_N[places], labels_N[places].unique())
+    )
     pooled = heads.box_pooler(
         batch.features, regions.boxes_BR4.flatten(0, 1)[chosen], regions.image_N[chosen]
     )
@@ -934,29 +957,78 @@ def _mixup_step(
     features_PF = branch.features(last, scale_gradient(pooled, 1.0 / len(branch)))
     return MixupOutput(
         embeddings_PD=branch.classifier(last)(features_PF),
-        labels_P=labels_BR.flatten()[chosen],
+        labels_P=labels_P,
+        classes_K=classes_K,
         objectness_P=regions.objectness_BR.flatten()[chosen],
     )
 
 
-def mask_step(
-    heads: RoiHeads,
-    batch: FeatureBatch,
-    regions: Regions,
-    assignment: Assignment,
-    truth: BatchObjects,
-    classes: int,
-) -> MaskOutput:
+def masked_regions(
+    heads: RoiHeads, regions: Regions, assignment: Assignment, truth: BatchObjects, classes: int
+) -> MaskedRegions:
+    """Choose the regions that stand for an object which has a mask, and begin to draw these.
+
+    Waits for the device once.
+    """
+    is_object_BR = (assignment.labels_BR >= 0) & (assignment.labels_BR < classes)
+    table_BR6 = torch.cat(
+        [
+            regions.boxes_BR4,
+            assignment.objects_BR[..., None],
+            (is_object_BR & assignment.masked_from(truth))[..., None],
+        ],
+        dim=2,
+    )
+    table_N6 = table_BR6.flatten(0, 1).cpu()
+    places = table_N6[:, 5].nonzero()[:, 0]
+    boxes_P4, object_P = table_N6[places, :4], table_N6[places, 4].long()
+    image_P = places // max(regions.valid_BR.shape[1], 1)
+    device = regions.valid_BR.device
+    targets_PSS = None
+    if not any(isinstance(masks, BitMasks) for masks in truth.masks):
+        assert heads.mask_pooler is not None
+        rows_P6 = torch.cat([boxes_P4, image_P[:, None], object_P[:, None]], dim=1)
+        thread = ThreadPoolExecutor(1, thread_name_prefix="mask targets")
+        side = 2 * heads.mask_pooler.side  # the head doubles it
+        targets_PSS = thread.submit(crop_masks, rows_P6, truth.masks, side, torch.device("cpu"))
+        thread.shutdown(wait=False)
+    return MaskedRegions(
+        boxes_P4=regions.boxes_BR4.flatten(0, 1)[places.to(device, non_blocking=True)],
+        image_P=image_P.to(device, non_blocking=True),
+        object_P=object_P.to(device, non_blocking=True),
+        targets_PSS=targets_PSS,
+    )
+
+
+def crop_masks(
+    rows_P6: Tensor,
+    masks: Sequence[PolygonMasks | BitMasks | None],
+    side: int,
+    device: torch.device,
+) -> Tensor:
+    """Return objects cut out by boxes and resized: float32 (P, side, side), 0 or 1.
+
+    Args:
+        rows_P6: On the CPU: box, image and object, image after image.
+        masks: Of each image.
+        side: Side of the result.
+        device: Where to return it.
+    """
+    parts = [torch.zeros(0, side, side, device=device)]
+    for image, own in enumerate(masks):
+        chosen = rows_P6[rows_P6[:, 4] == image]
+        if len(chosen) and own is not None:
+            objects = chosen[:, 5].long().to(own.device, non_blocking=True)
+            boxes = chosen[:, :4].to(own.device, non_blocking=True)
+            cropped = own[objects].crop_and_resize(boxes, side)
+            parts.append(cropped.to(device, torch.float32, non_blocking=True))
+    return torch.cat(parts)
+
+
+def mask_step(heads: RoiHeads, batch: FeatureBatch, regions: MaskedRegions) -> MaskOutput:
     """Predict masks for the regions that stand for an object which has a mask."""
-    masked_BR = assignment.masked_from(truth)
-    chosen = _foreground_indices(torch.where(masked_BR, assignment.labels_BR, classes), classes)
-    boxes_P4 = regions.boxes_BR4.flatten(0, 1)[chosen]
-    image_P = regions.image_N[chosen]
     return MaskOutput(
-        logits_PSS=heads.mask_logits(batch, boxes_P4, image_P),
-        boxes_P4=boxes_P4,
-        image_P=image_P,
-        object_P=assignment.objects_BR.flatten()[chosen],
+        logits_PSS=heads.mask_logits(batch, regions.boxes_P4, regions.image_P), **vars(regions)
     )
 
 
@@ -1014,5 +1086,5 @@ def largest_but_last(regions: Regions) -> tuple[Tensor, Tensor]:
 
 
 def _foreground_indices(labels_BR: Tensor, classes: int) -> Tensor:
-    """Return the indices of the foreground regions among those of all images (P,); waits for the device."""
+    """Return the indices of the foreground regions among those of all images (P,)."""
     return ((labels_BR >= 0) & (labels_BR < classes)).flatten().nonzero()[:, 0]

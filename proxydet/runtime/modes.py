@@ -4,7 +4,8 @@
     Nothing is changed.
 ``published``
     The flags of the published training (cuDNN deterministic, no benchmark, deterministic algorithms,
-    ``CUBLAS_WORKSPACE_CONFIG=:4096:8``) and its RoIAlign (features and boxes rounded to half precision).
+    ``CUBLAS_WORKSPACE_CONFIG=:4096:8``) and its RoIAlign (features and boxes rounded to half precision). New memory is not filled,
+    which torch 2 would add.
 ``strict``
     The same flags, and a RoIAlign with unrounded values whose backward pass adds in a fixed order.
 
@@ -109,11 +110,13 @@ def _remember_settings() -> Callable[[], None]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     workspace = os.environ.get(CUBLAS_VARIABLE)
 
     def restore() -> None:
         ROIAlign.forward = forward
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
         if workspace is None:
             os.environ.pop(CUBLAS_VARIABLE, None)
@@ -135,5 +138,8 @@ def _set_flags() -> None:
             )
         os.environ[CUBLAS_VARIABLE] = CUBLAS_WORKSPACE
     torch.use_deterministic_algorithms(True)
+    # Deterministic algorithms would also fill all new memory, at the cost of a launch a tensor. Nothing here reads memory
+    # before it is written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False

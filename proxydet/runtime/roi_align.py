@@ -23,7 +23,7 @@ along an axis, T terms along an axis, L levels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,6 +33,7 @@ import torchvision  # noqa: F401  # its import registers torch.ops.torchvision
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
+from torch.utils.weak import WeakTensorKeyDictionary
 
 Numbers = np.ndarray[Any, np.dtype[Any]]
 
@@ -61,6 +62,10 @@ Backward = Callable[[Tensor, Tensor, "tuple[int, int, int, int]", RoiGeometry], 
 """(grad_KCPQ, boxes_K5, shape of the features, geometry) -> grad_NCHW."""
 
 
+_rounded_maps: MutableMapping[Tensor, tuple[int, Tensor]] = WeakTensorKeyDictionary()
+"""Feature maps that are still there to their version and their values, rounded to half precision, in double."""
+
+
 def published_roi_align(features_NCHW: Tensor, boxes_K5: Tensor, geometry: RoiGeometry) -> Tensor:
     """RoIAlign of features and boxes rounded to half precision, computed in double.
 
@@ -77,9 +82,17 @@ def published_roi_align(features_NCHW: Tensor, boxes_K5: Tensor, geometry: RoiGe
         Pooled features (K, C, P, Q) in the dtype of the features. Gradients pass through half precision: they vanish
         below 3e-8 and are infinite beyond 65,504.
     """
-    rounded = features_NCHW.half().double()
-    pooled_KCPQ = roi_align(rounded, boxes_K5.half().double(), geometry, kernel_backward)
-    return pooled_KCPQ.to(dtype=features_NCHW.dtype)
+    # All poolings of a step round the same maps, so that this is done once. Each rounds its own gradient.
+    version = 0 if features_NCHW.is_inference() else features_NCHW._version
+    known = _rounded_maps.get(features_NCHW)
+    if known is None or known[0] != version:
+        known = version, features_NCHW.detach().half().double()
+        _rounded_maps[features_NCHW] = known
+    boxes_K5 = boxes_K5.half().double()
+    pooled_KCPQ: Tensor = _RoiAlign.apply(
+        features_NCHW, boxes_K5, geometry, kernel_backward, known[1]
+    )
+    return pooled_KCPQ
 
 
 def strict_roi_align(features_NCHW: Tensor, boxes_K5: Tensor, geometry: RoiGeometry) -> Tensor:
@@ -112,20 +125,26 @@ def roi_align(
     Returns:
         Pooled features (K, C, P, Q).
     """
-    pooled_KCPQ: Tensor = _RoiAlign.apply(features_NCHW, boxes_K5, geometry, backward)
+    pooled_KCPQ: Tensor = _RoiAlign.apply(features_NCHW, boxes_K5, geometry, backward, None)
     return pooled_KCPQ
 
 
 class _RoiAlign(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, features_NCHW: Tensor, boxes_K5: Tensor, geometry: RoiGeometry, backward: Backward
+        ctx: Any,
+        features_NCHW: Tensor,
+        boxes_K5: Tensor,
+        geometry: RoiGeometry,
+        backward: Backward,
+        rounded_NCHW: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(boxes_K5)
         ctx.shape, ctx.geometry, ctx.pass_back = tuple(features_NCHW.shape), geometry, backward
+        ctx.dtype, ctx.rounds = features_NCHW.dtype, rounded_NCHW is not None
         rows, columns = geometry.output_size
         pooled: Tensor = torch.ops.torchvision.roi_align(
-            features_NCHW,
+            features_NCHW if rounded_NCHW is None else rounded_NCHW,
             boxes_K5,
             geometry.spatial_scale,
             rows,
@@ -133,13 +152,16 @@ class _RoiAlign(torch.autograd.Function):
             geometry.sampling_ratio,
             geometry.aligned,
         )
-        return pooled
+        return pooled.to(features_NCHW.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_KCPQ: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_KCPQ: Tensor) -> tuple[Tensor | None, ...]:
         (boxes_K5,) = ctx.saved_tensors
-        return ctx.pass_back(grad_KCPQ, boxes_K5, ctx.shape, ctx.geometry), None, None, None
+        grad_KCPQ = grad_KCPQ.to(boxes_K5.dtype)
+        grad_NCHW = ctx.pass_back(grad_KCPQ, boxes_K5, ctx.shape, ctx.geometry)
+        grad_NCHW = grad_NCHW.half() if ctx.rounds else grad_NCHW
+        return grad_NCHW.to(ctx.dtype), None, None, None, None
 
 
 def kernel_backward(
@@ -395,6 +417,7 @@ class _AlignRegions(torch.autograd.Function):
         return None, None, None, *gradients
 
 
+@np.errstate(over="ignore", invalid="ignore")  # of boxes near the largest float
 def _matrix(
     rois_N5: Tensor,
     level_N: Tensor,
@@ -488,7 +511,7 @@ def _axis_terms(
     count = np.maximum(samples, dtype.type(1))
     position = start + p_S1 * step + (i_G + dtype.type(0.5)) * step / count
     inside = (position >= -1.0) & (position <= cells) & (i_G < samples)
-    position = np.minimum(np.maximum(position, dtype.type(0)), cells - dtype.type(1))
+    position = np.minimum(np.fmax(position, dtype.type(0)), cells - dtype.type(1))
     low = position.astype(np.int32)
     fraction = position - low.astype(dtype)
     share = inside / count

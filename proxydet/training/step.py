@@ -277,13 +277,30 @@ def zero_unused_gradients(optimizer: torch.optim.Optimizer) -> None:
     Parameters that were never reached are left alone: a group of processes hands them zeros, which are taken away. Which
     ones were reached is read from the optimiser's state, and so outlives an interruption.
     """
+    absent, unknown = [], []
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             reached = parameter in optimizer.state
             if reached and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            elif not reached and parameter.grad is not None and not parameter.grad.any():
-                parameter.grad = None
+                absent.append(parameter)
+            elif not reached and parameter.grad is not None:
+                unknown.append(parameter)
+    # In one piece, which is one launch, but for weights with another layout in memory.
+    plain = [p for p in absent if p.is_contiguous() and p.dtype == torch.float32]
+    pieces = (
+        plain[0].new_zeros(sum(p.numel() for p in plain)).split([p.numel() for p in plain])
+        if plain
+        else ()
+    )
+    zeros = {id(p): piece for p, piece in zip(plain, pieces, strict=True)}
+    for parameter in absent:
+        own = zeros.get(id(parameter))
+        parameter.grad = torch.zeros_like(parameter) if own is None else own.view_as(parameter)
+    # One wait for the device for all of them, in the steps until every parameter has been reached.
+    found = torch.stack([p.grad.any() for p in unknown]).tolist() if unknown else []
+    for parameter, reached in zip(unknown, found, strict=True):
+        if not reached:
+            parameter.grad = None
 
 
 # ---- the step --------------------------------------------------------------------------------------------------------
@@ -359,7 +376,8 @@ def train_step(
 
     # One collective averages over the processes; reading its result is the step's one wait for the device.
     images = sum(len(batch) for batch in batches)
-    counts = torch.tensor([images, stop], dtype=local_L.dtype).to(local_L.device)
+    counts = torch.tensor([images, stop], dtype=local_L.dtype)
+    counts = counts.to(local_L.device, non_blocking=True)
     shared = torch.cat([local_L, (values_BL != 0).float().mean(dim=0), counts])
     if ranks.world_size > 1:
         dist.all_reduce(shared)

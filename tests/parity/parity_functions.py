@@ -111,6 +111,7 @@ def _compare_mixup(name: str, config: MixupLossConfig, fixture: Fixture) -> Iter
     output = MixupOutput(
         embeddings_PD=embeddings[objects],
         labels_P=labels[objects],
+        classes_K=labels[objects].unique(),
         objectness_P=_tensor(fixture, "mixup.objectness")[objects],
     )
     prototypes, classes = class_prototypes(output, config)

@@ -26,6 +26,7 @@ def regions(labels: list[int], seed: int = 0) -> MixupOutput:
     return MixupOutput(
         embeddings_PD=normalize(torch.randn(len(labels), DIMENSIONS, generator=generator), dim=1),
         labels_P=torch.tensor(labels, dtype=torch.int64),
+        classes_K=torch.tensor(labels, dtype=torch.int64).unique(),
         objectness_P=torch.rand(len(labels), generator=generator) * 3,
     )
 
@@ -95,6 +96,7 @@ def test_no_class_in_the_batch_is_zero_and_connected():
     output = MixupOutput(
         embeddings_PD=embeddings,
         labels_P=torch.zeros(0, dtype=torch.int64),
+        classes_K=torch.zeros(0, dtype=torch.int64),
         objectness_P=torch.zeros(0),
     )
     loss = class_wise_mixup_loss(
@@ -125,6 +127,21 @@ def test_the_loss_is_weighted_and_follows_the_generator():
     assert loss(0, 256.0) == pytest.approx(256 * loss(0, 1.0), rel=1e-6)
     assert loss(0, 1.0) == loss(0, 1.0)
     assert len({loss(seed, 1.0) for seed in range(5)}) == 5
+
+
+def test_the_mixing_ratio_of_a_gpus_generator_is_not_waited_for():
+    class OnGpu:
+        device = torch.device("cuda")
+
+        def __init__(self, seed: int, offset: int) -> None:
+            self._state = torch.tensor([seed, offset]).view(torch.uint8)  # as torch has it there
+
+        def get_state(self) -> torch.Tensor:
+            return self._state
+
+    ratios = [sample_mixing_ratio(1.0, OnGpu(seed, place)) for seed in (1, 2) for place in (0, 4)]
+    assert ratios[0] == sample_mixing_ratio(1.0, OnGpu(1, 0))
+    assert len(set(ratios)) == 4
 
 
 @pytest.mark.parametrize(("beta", "spread"), [(1.0, 1 / 12), (0.5, 1 / 8), (8.0, 1 / 68)])

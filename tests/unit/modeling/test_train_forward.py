@@ -9,7 +9,8 @@ import torch
 
 from proxydet.data.loader import BoxBatch
 from proxydet.errors import DataError
-from proxydet.losses.criterion import Criterion
+from proxydet.losses.criterion import Criterion, mask_targets
+from proxydet.modeling import roi_heads
 from proxydet.modeling.boxes import Regions, clip
 from proxydet.modeling.roi_heads import (
     BoxTrainingOutput,
@@ -119,6 +120,29 @@ def test_masks_are_trained_on_the_objects_that_have_one(network, tiny):
     assert set(zip(some.image_P.tolist(), some.object_P.tolist(), strict=True)) == {(0, 0)}
     first.gt_masked[:] = False
     assert len(network(batch, generator=generator()).masks.logits_PSS) == 0
+
+
+def test_polygons_are_drawn_while_the_cascade_runs(network, tiny):
+    output = network(tiny.box_batch(), generator=generator())
+    masks = output.masks
+    drawn = masks.targets_PSS.result()
+    assert drawn.shape == masks.logits_PSS.shape
+    assert drawn.any()
+    afterwards = dataclasses.replace(masks, targets_PSS=None)
+    assert torch.equal(mask_targets(masks, output.truth), mask_targets(afterwards, output.truth))
+    bitmaps = network(tiny.box_batch("bitmaps"), generator=generator())
+    assert bitmaps.masks.targets_PSS is None
+    assert mask_targets(bitmaps.masks, bitmaps.truth).shape == bitmaps.masks.logits_PSS.shape
+
+
+def test_a_polygon_that_cannot_be_drawn_is_an_error_of_the_loss(network, tiny, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise DataError("not a polygon", hint="mend it")
+
+    monkeypatch.setattr(roi_heads, "crop_masks", refuse)
+    output = network(tiny.box_batch(), generator=generator())
+    with pytest.raises(DataError):
+        Criterion(tiny.LOSSES)(output)
 
 
 def test_a_model_without_a_mask_head_takes_any_batch(tiny):

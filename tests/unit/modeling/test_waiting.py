@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from proxydet.data.loader import BoxBatch, ImageLabelBatch
-from proxydet.losses import criterion
 from proxydet.losses.criterion import Criterion
 from proxydet.modeling import boxes, roi_heads
 from proxydet.modeling.config import InferenceConfig
@@ -85,22 +84,10 @@ class _Calls(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def on_the_host(work: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function whose calls are not counted."""
-
-    def uncounted(*args: Any) -> Any:
-        with torch._C.DisableTorchFunction(), _disable_current_modes():
-            return work(*args)
-
-    return uncounted
-
-
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch) -> None:
     monkeypatch.setattr(boxes, "_waits", lambda _device: True)
     monkeypatch.setattr(roi_heads, "is_rounded", lambda: True)
-    # Polygons are drawn on the CPU, also in a training on a GPU.
-    monkeypatch.setattr(criterion, "_rasterize", on_the_host(criterion._rasterize))
 
 
 def counted(work: Callable[[], Any]) -> Counter[str]:

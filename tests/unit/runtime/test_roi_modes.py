@@ -40,6 +40,7 @@ def flags() -> tuple:
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
         torch.backends.cudnn.deterministic,
+        torch.utils.deterministic.fill_uninitialized_memory,
         torch.backends.cudnn.benchmark,
         os.environ.get(CUBLAS_VARIABLE),
     )
@@ -50,7 +51,7 @@ def test_flags_are_set_and_restored(mode):
     before, forward = flags(), ROIAlign.forward
     with reproducibility_mode(mode):
         assert current_mode() == mode
-        assert flags() == (True, False, True, False, CUBLAS_WORKSPACE)
+        assert flags() == (True, False, True, False, False, CUBLAS_WORKSPACE)
         assert ROIAlign.forward is not forward
     assert current_mode() == "off"
     assert flags() == before
@@ -64,9 +65,9 @@ def test_settings_of_the_user_come_back():
     try:
         apply_mode("published")
         apply_mode("strict")
-        assert flags() == (True, False, True, False, CUBLAS_WORKSPACE)
+        assert flags() == (True, False, True, False, False, CUBLAS_WORKSPACE)
         apply_mode("off")
-        assert flags() == (True, True, False, True, ":16:8")
+        assert flags() == (True, True, False, True, True, ":16:8")
     finally:
         torch.use_deterministic_algorithms(False)
         torch.backends.cudnn.benchmark = False

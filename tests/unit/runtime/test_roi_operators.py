@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from proxydet.runtime import roi_align
 from proxydet.runtime.roi_align import (
@@ -272,3 +273,35 @@ def _neighbours(coordinate: float, cells: int) -> list[tuple[int, float]]:
     if low >= cells - 1:
         return [(cells - 1, 1.0)]
     return [(low, 1.0 - (inside - low)), (low + 1, inside - low)]
+
+
+class _Halvings(TorchDispatchMode):
+    """Counts maps that are rounded to half precision."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += args[0].ndim == 4 and (kwargs or {}).get("dtype") == torch.half
+        return func(*args, **(kwargs or {}))
+
+
+def test_maps_are_rounded_once_for_all_poolings_of_them():
+    maps = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    grad = torch.randn((6, 3, 4, 5), generator=torch.Generator().manual_seed(1))
+    some, how = [boxes(6, seed=1), boxes(6, seed=2)], geometry()
+    features = maps * 1.0
+    with _Halvings() as halvings:
+        pooled = [published_roi_align(features, boxes_K5, how) for boxes_K5 in some]
+    assert halvings.count == 1
+    for boxes_K5, values in zip(some, pooled, strict=True):
+        # As it is written: round, compute in double, round the gradient of each pooling.
+        leaf = maps.detach().clone().requires_grad_()
+        rounded = leaf.half().double()
+        plain = roi_align.roi_align(rounded, boxes_K5.half().double(), how, kernel_backward)
+        assert torch.equal(values, plain.float())
+        (expected,) = torch.autograd.grad(plain.float(), leaf, grad)
+        (found,) = torch.autograd.grad(values, features, grad, retain_graph=True)
+        assert torch.equal(found, expected)
+    with torch.no_grad():
+        features += 1.0
+        assert not torch.equal(published_roi_align(features, some[0], how), pooled[0])

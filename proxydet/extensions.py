@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 import inspect
 import logging
 import re
@@ -67,6 +68,25 @@ def python_path(thing: object, argument: str) -> str:
     return path
 
 
+def require_module(path: str, key: str) -> None:
+    """Raise a `ConfigError` where there is no such package or module as a Python path begins with; nothing is imported."""
+    require_python_path(path, key)
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)
+    top = path.partition(":")[0].partition(".")[0]
+    if top not in sys.modules and importlib.util.find_spec(top) is None:
+        raise _no_module(path, key, top)
+
+
+def _no_module(path: str, key: str, absent: str) -> ConfigError:
+    return ConfigError(
+        f"{key} is {path}: there is no module {absent}.",
+        hint=f"correct the path, install the package, or start in the folder that holds {absent.partition('.')[0]} "
+        "(or name that folder in PYTHONPATH)",
+    )
+
+
 def load_extension(path: str, key: str) -> Any:
     """Import what a Python path names.
 
@@ -77,24 +97,17 @@ def load_extension(path: str, key: str) -> Any:
     Raises:
         ConfigError: It has another form, does not import, or is not there.
     """
-    require_python_path(path, key)
+    require_module(path, key)
     module_name, _, name = path.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path and "" not in sys.path:
-        sys.path.append(here)
     try:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         absent = error.name or module_name
-        own = module_name == absent or module_name.startswith(f"{absent}.")
+        if module_name == absent or module_name.startswith(f"{absent}."):
+            raise _no_module(path, key, absent) from error
         raise ConfigError(
-            f"{key} is {path}: there is no module {absent}."
-            if own
-            else f"{key} is {path}: {module_name} needs the module {absent}, which is not installed.",
-            hint=f"correct the path, install the package, or start in the folder that holds {absent.partition('.')[0]} "
-            "(or name that folder in PYTHONPATH)"
-            if own
-            else f"install {absent}",
+            f"{key} is {path}: {module_name} needs the module {absent}, which is not installed.",
+            hint=f"install {absent}",
         ) from error
     except Exception as error:
         raise _raised(f"{key} is {path}: importing {module_name}", error) from error

@@ -48,6 +48,15 @@ def split_name(name: str) -> tuple[str, str | None] | None:
     return match[1], match[2]
 
 
+def check_name(repository: str) -> None:
+    """Raise InputError for what is not a repository's name, ``owner/name`` without a revision."""
+    if (split_name(repository) or (None, ""))[1] is not None:
+        raise InputError(
+            f"{repository!r} is not a repository's name",
+            hint="give it as owner/name, your account's or organisation's name first, letters, digits, - _ and . only",
+        )
+
+
 def fetch(name: str) -> Path:
     """Return a folder with the files of a repository; those that are not there are downloaded.
 

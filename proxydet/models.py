@@ -30,9 +30,10 @@ from proxydet.manifest import (
     read_values,
 )
 from proxydet.modeling.config import BackboneConfig, InferenceConfig, ModelConfig
-from proxydet.paths import QUICKSTARTS_RUN, require_run, run_in
+from proxydet.paths import QUICKSTARTS_RUN, did_you_mean, require_run, run_in
 from proxydet.vocabulary.sources import published_vocabulary
 from proxydet.vocabulary.vocabulary import Vocabulary
+from proxydet.weight_files import check_weight_file
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +134,7 @@ class NamedDetector:
 
 
 def find_detector(*, run: Path | None, weights: str | None, config: str | None) -> NamedDetector:
-    """Find what a command line names; nothing is opened, and only a repository of the Hugging Face hub downloaded.
+    """Find what a command line names; no weights are read, and only a repository of the Hugging Face hub downloaded.
 
     Args:
         run: A run folder, or the folder of a quickstart.
@@ -144,7 +145,7 @@ def find_detector(*, run: Path | None, weights: str | None, config: str | None) 
             checkpoint that lies in a run folder is that run's.
 
     Raises:
-        InputError: There is no such folder, file, model or repository.
+        InputError: There is no such folder, file, model or repository, or the file does not hold weights.
         ArtifactError: The repository cannot be downloaded.
         ConfigError: The options contradict each other.
     """
@@ -160,9 +161,15 @@ def find_detector(*, run: Path | None, weights: str | None, config: str | None) 
             )
         if checkpoint is not None:
             _refuse_export(checkpoint)
+            check_weight_file(checkpoint)
         return NamedDetector(run=require_run(run), weights=checkpoint)
     name = weights or DEFAULT_MODEL
     if name in PUBLISHED_MODELS:
+        if config is not None:
+            raise ConfigError(
+                f"--config {config} belongs to a weight file, and {name} is a published model",
+                hint="give the file with --weights FILE, or leave --config out",
+            )
         return NamedDetector(published=name)
     path = Path(name)
     on_hub = split_name(name) is not None
@@ -193,6 +200,7 @@ def find_detector(*, run: Path | None, weights: str | None, config: str | None) 
             path=path,
         )
     _refuse_export(path)
+    check_weight_file(path)
     folder = run_of(path)
     if config is None and folder is not None:
         return NamedDetector(run=folder, weights=path)
@@ -201,13 +209,9 @@ def find_detector(*, run: Path | None, weights: str | None, config: str | None) 
 
 def _misspelt(path: Path) -> InputError:
     """What is raised for ``runs/pest`` where ``runs`` is a folder: the hub is not asked for what was meant to be here."""
-    near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*")])
-    meant = (
-        f"did you mean {', '.join(str(path.parent / other) for other in near)}? " if near else ""
-    )
     return InputError(
         f"there is no {path.name} in the folder {path.parent}",
-        hint=f"{meant}A repository of that name on the Hugging Face hub: {path.as_posix()}@main",
+        hint=f"{did_you_mean(path)}A repository of that name on the Hugging Face hub: {path.as_posix()}@main",
         path=path,
     )
 
@@ -266,7 +270,7 @@ def locate_published(name: str) -> Path:
     except ArtifactError as error:
         raise ArtifactError(
             error.message,
-            hint=f"run: proxydet download {name} {LVIS_METADATA} (or name a run of your own with --run)",
+            hint=f"run: proxydet download {name} {LVIS_METADATA} (or name a run folder of your own)",
             path=error.path,
             needs=(name, LVIS_METADATA),
         ) from error

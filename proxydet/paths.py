@@ -15,6 +15,8 @@ PROXYDET_CACHE     ``proxydet`` in the user's annotation stores, text embeddings
 
 from __future__ import annotations
 
+import difflib
+import itertools
 import os
 import shlex
 from pathlib import Path
@@ -90,6 +92,16 @@ def how_to_restore(path: Path, otherwise: str) -> str:
     return f"write it again from the run's last checkpoint: {shlex.join(command)}"
 
 
+def did_you_mean(path: Path) -> str:
+    """Return ``did you mean runs/pets? `` for what is called nearly so in the same folder, or nothing."""
+    try:
+        there = [other.name for other in itertools.islice(path.parent.iterdir(), 10_000)]
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(path.name, there)
+    return f"did you mean {', '.join(str(path.with_name(name)) for name in near)}? " if near else ""
+
+
 def require_run(folder: Path) -> Path:
     """Return the run folder that a path means; see `run_in`.
 
@@ -105,7 +117,7 @@ def require_run(folder: Path) -> Path:
     if not folder.is_dir():
         raise InputError(
             f"there is no run folder {folder}",
-            hint="create one with proxydet quickstart or proxydet train",
+            hint=f"{did_you_mean(folder)}Create one with proxydet quickstart or proxydet train",
             path=folder,
         )
     found = run_in(folder)

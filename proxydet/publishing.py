@@ -24,9 +24,8 @@ from typing import Any
 from proxydet._version import __version__
 from proxydet.config import dump_yaml, from_mapping, to_mapping
 from proxydet.detector import Detector
-from proxydet.errors import InputError
 from proxydet.files import JsonLines, write_text
-from proxydet.hub import WEIGHTS, code_paths, errors_of_hub, require_login, split_name
+from proxydet.hub import WEIGHTS, check_name, code_paths, errors_of_hub, require_login
 from proxydet.models import configuration_of, newest_weights
 from proxydet.paths import require_run
 from proxydet.recipes import RunConfig, get_recipe
@@ -73,11 +72,7 @@ def prepared(
     Raises:
         InputError: The name is not one of a repository, or the run cannot be opened.
     """
-    if (split_name(repository) or (None, ""))[1] is not None:
-        raise InputError(
-            f"{repository!r} is not a repository's name",
-            hint="give it as owner/name, your account's or organisation's name first, letters, digits, - _ and . only",
-        )
+    check_name(repository)
     folder = require_run(Path(run))
     config = from_mapping(RunConfig, configuration_of(folder))
     opened = weights or newest_weights(folder)

@@ -175,6 +175,21 @@ def read_content(path: Path, *, tensors: bool = True, hint: str = _HINT) -> Any:
         return source.content() if tensors else _map(source.described, lambda _: None)
 
 
+def check_weight_file(path: Path) -> None:
+    """Refuse what cannot be a weight file, by its beginning and its index, before torch is loaded to read it.
+
+    Raises:
+        CheckpointError: As `read_content`.
+        RuntimeEnvironmentError: As `read_content`.
+    """
+    with _errors(path, _HINT):
+        with path.open("rb") as file:
+            is_safetensors = file.read(9)[8:] == b"{"
+        if not is_safetensors:
+            with _opened(path):
+                pass
+
+
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of the model in a file, by name; the bytes are compared with their check sums.
 

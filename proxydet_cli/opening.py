@@ -91,11 +91,13 @@ def check_choice(classes: str | None, vocabulary: str | None, names: Path | None
     """
     from proxydet.errors import VocabularyError
     from proxydet.vocabulary.names import split_names
-    from proxydet.vocabulary.sources import is_vocabulary_file
+    from proxydet.vocabulary.sources import check_source, is_vocabulary_file
     from proxydet.vocabulary.vocabulary import check_names
 
     if classes is not None and vocabulary is not None:
         raise typer.BadParameter("give either -v or --vocabulary")
+    if vocabulary is not None:
+        check_source(vocabulary)
     if names is not None and vocabulary is None:
         raise typer.BadParameter("--names belongs to a .npy --vocabulary")
     named = vocabulary if vocabulary and is_vocabulary_file(vocabulary) else None

@@ -198,10 +198,22 @@ ModelConfig = Annotated[
         rich_help_panel="Detector",
     ),
 ]
+_DEVICE = re.compile(r"auto|(cpu|cuda|mps|xpu|hpu|mtia)(:\d+)?")
+
+
+def _known_device(device: str) -> str:
+    if _DEVICE.fullmatch(device) is None:
+        raise typer.BadParameter(
+            f"{device!r} is not a device; choose auto, cpu, cuda, or cuda:1, ..."
+        )
+    return device
+
+
 Device = Annotated[
     str,
     typer.Option(
         "--device",
+        callback=_known_device,
         help="cpu, cuda, cuda:1, ...; auto: a GPU where there is one.",
         rich_help_panel="Detector",
     ),

@@ -419,7 +419,7 @@ class Downloader:
             place.target.unlink(missing_ok=True)
             raise DigestError(
                 f"What {seen.address} served is not {artifact.name}: {error.message} It was thrown away.",
-                hint="Try again later, or another source with --mirror.",
+                hint="Try again later, or another source: proxydet download --mirror.",
                 path=place.target,
             ) from error
 

@@ -53,7 +53,7 @@ _ENDLESS = 1 << 60
 _LARGEST_PAGE = 1 << 20
 _FOLLOW_SECONDS = 0.05
 _SAVE_SECONDS = 1.0
-_REPLACED = "The source replaced its file, or a proxy changed it. Try another source with --mirror."
+_REPLACED = "The source replaced its file, or a proxy changed it. Try another source: proxydet download --mirror."
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 ByteRange = tuple[Count, Count]
@@ -352,10 +352,10 @@ class Transfer:
             self._part.close()
         not_found = all(isinstance(error, NotFoundError) for error in failures)
         hint = (
-            f"Its source moved it. Name another with --mirror, or put the file there yourself: {self._target}"
+            f"Its source moved it. Name another with proxydet download --mirror, or put the file there yourself: {self._target}"
             if not_found
             else "Check the network (HTTPS_PROXY behind a proxy) or wait, then run the same command again: what was "
-            "fetched is kept. --mirror names another source."
+            "fetched is kept. proxydet download --mirror names another source."
         )
         hint = next((error.hint for error in failures if error.hint), hint)
         if self._page is not None:

@@ -24,7 +24,7 @@ from proxydet.data.store import AnnotationSource, AnnotationStore
 from proxydet.errors import ConfigError, DataError, VocabularyError
 from proxydet.extensions import require_python_path
 from proxydet.files import read_text
-from proxydet.paths import datasets_folder
+from proxydet.paths import datasets_folder, did_you_mean
 from proxydet.reporting import SILENT, Progress
 from proxydet.vocabulary.names import read_names
 from proxydet.vocabulary.vocabulary import Vocabulary, load_embeddings
@@ -207,7 +207,7 @@ class DatasetConfig:
                 hint = (
                     f"get its data and write it with: {made}"
                     if made
-                    else f"check the path, or write it with: proxydet data init PATH -o {shlex.quote(str(path))}"
+                    else f"{did_you_mean(path) or 'check the path. '}It is written by: proxydet data init PATH -o {shlex.quote(str(path))}"
                 )
             elif isinstance(error, IsADirectoryError):
                 why = f"{path} is a folder, not a dataset config"

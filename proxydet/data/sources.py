@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -101,10 +102,18 @@ def look(path: Path, images: Sequence[Path] = ()) -> FoundData:
     if len(formats) > 1:
         first = dict(reversed(candidates))
         listed = ", ".join(f"{found} ({first[found]})" for found in formats)
-        commands = [f"proxydet data init {shlex.quote(str(place))}" for place in first.values()]
-        hint = f"name the annotations that are meant: {', or '.join(dict.fromkeys(commands))}"
-        if len(set(first.values())) < len(formats):
-            hint = "move the files of all formats but one into another folder"
+        # The folder itself, and one that holds two formats, would be refused again.
+        places = [
+            place
+            for place, times in Counter(first.values()).items()
+            if times == 1 and place != path
+        ]
+        commands = [f"proxydet data init {shlex.quote(str(place))}" for place in places]
+        hint = f"name the annotations that are meant: {', or '.join(commands)}" if commands else ""
+        if len(places) < len(formats):
+            hint += (
+                f"{'; or ' * bool(hint)}move the files of all formats but one into another folder"
+            )
         raise DataError(
             f"{path} holds annotations of several formats: {listed}", hint=hint, path=path
         )

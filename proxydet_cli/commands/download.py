@@ -240,8 +240,8 @@ def with_downloads(action: Callable[[], T], *, also: Sequence[str] = (), yes: bo
             ):
                 plan = downloader.plan(needs)
                 missing = [name for name in needs if downloader.plan([name]).todo] or needs
+                error.hint = f"run: proxydet download {' '.join(missing)}; --yes does so first"
                 if not yes and not sys.stdin.isatty():
-                    error.hint = f"run: proxydet download {' '.join(missing)}; --yes does so first"
                     raise
                 output = Output()
                 output.message(error.message)

@@ -59,10 +59,16 @@ def push(
     Others open it by its name: proxydet predict --weights OWNER/NAME, Detector.from_pretrained("OWNER/NAME"). Weights,
     configuration, classes and text encoder are uploaded in one commit; paths of this machine are left out.
     """
-    from proxydet.hub import require_login
+    from proxydet.hub import check_name, require_login
+    from proxydet.paths import require_run
+    from proxydet.weight_files import check_weight_file
     from proxydet_cli.output import Output
 
     out = Output(json=json)
+    check_name(repository)
+    require_run(run)
+    if weights is not None:
+        check_weight_file(weights)
     if not dry_run:
         require_login(repository)
     from proxydet.publishing import prepared, upload

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import os
 import shlex
 from collections.abc import Iterator
@@ -286,6 +287,8 @@ def train(
 
         Output(json=json).data(to_mapping(resolved), dump_yaml(resolved).rstrip())
         return
+    if not dry_run:  # which lists what is missing
+        options.check(resolved)
     # Read when torch is loaded: its C++ code reports lost connections with stack traces; our errors report them.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch
@@ -383,12 +386,55 @@ class TrainOptions:
         config = absolute_paths(resolve_config(self.recipe, self.config, overrides))
         return with_epochs(config, self.epochs) if self.epochs is not None else (config, ())
 
+    def check(self, config: RunConfig) -> None:
+        """Refuse what the options name and is not there, before torch is loaded.
+
+        A run that names the same file goes without it where it is finished or resumed, so such files are left to training.
+
+        Raises:
+            DataError: There is no such dataset config, or it cannot be read.
+            CheckpointError: The starting weights are not a weight file.
+            ConfigError: There is no such extension.
+        """
+        from proxydet.data.dataset import DatasetConfig
+        from proxydet.extensions import is_python_path, require_module
+        from proxydet.weight_files import check_weight_file
+
+        base = self._base(config)
+        runs = [
+            folder / "config.yaml"
+            for folder in (base, *base.parent.glob(f"{glob.escape(base.name)}-*"))
+        ]
+        for given, check in (
+            (config.data.description, DatasetConfig.from_toml),
+            (config.training.weights, check_weight_file),
+        ):
+            if given is None:
+                continue
+            try:
+                check(given)
+            except InputError:
+                known = [run for run in runs if run.is_file() and str(given) in run.read_text()]
+                if not known:
+                    raise
+        for key, path in (
+            ("model.backbone.kind", config.model.backbone.kind),
+            ("model.cascade.box_head", config.model.cascade.box_head),
+            ("losses.criterion", config.losses.criterion),
+            *(("training.log.loggers", logger) for logger in config.training.log.loggers),
+        ):
+            if path is not None and is_python_path(path):
+                require_module(path, key)
+
+    def _base(self, config: RunConfig) -> Path:
+        name = config.recipe if self.finetune is None or self.data is None else self.data.stem
+        return (self.output or runs_folder() / name).absolute()
+
     def folder(self, config: RunConfig) -> tuple[Path, str]:
         """Return the run folder, and why it is that one; empty where it is the one that was asked for."""
         from proxydet.training.runfolder import default_folder
 
-        name = config.recipe if self.finetune is None or self.data is None else self.data.stem
-        base = (self.output or runs_folder() / name).absolute()
+        base = self._base(config)
         if self.output is not None or self.overwrite:
             return base, ""
         return default_folder(base, config, self.resumes())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from PIL import Image
 from proxydet.data.check import check_path
 from proxydet.data.dataset import Dataset, DatasetConfig
 from proxydet.data.init import init_dataset
+from proxydet.data.sources import look
 from proxydet.errors import ConfigError, DataError, InputError
 from proxydet_cli import main
 from tests.unit.data.test_formats import (
@@ -286,6 +288,11 @@ def two_in_one_folder(root: Path) -> None:
     (root / "a.txt").write_text("0 0.5 0.5 0.2 0.2\n")
 
 
+def next_to_each_other(root: Path) -> None:
+    write_labelme(root, "a")
+    write_cvat(root, "b")
+
+
 def unclear(root: Path) -> None:
     write_coco(root, "a", "one.json")
     write_coco(root, "b", "two.json")
@@ -315,6 +322,7 @@ def without_images(root: Path) -> None:
             r"several formats: .*instances\.json.*more|several formats: .*more.*instances\.json",
         ),
         (two_in_one_folder, r"several formats: Pascal VOC .*YOLO"),
+        (next_to_each_other, r"several formats: .*labelme"),
         (one_part_twice, r"several annotations of val: .*train.*val"),
         (unclear, r"one\.json.*two\.json"),
         (without_objects, "no annotation"),
@@ -330,6 +338,8 @@ def test_what_cannot_be_used_is_refused_and_nothing_is_written(
         init_dataset(tmp_path / "export", Path("pets.toml"), closed=True)
     assert caught.value.hint
     assert not list(tmp_path.glob("pets.*"))
+    for place in re.findall(r"proxydet data init ([^\s,;]+)(?=[,;]|$)", caught.value.hint):
+        look(Path(place))  # it is not refused again
 
 
 def test_what_is_mended_dropped_and_left_over_is_printed(tmp_path: Path) -> None:

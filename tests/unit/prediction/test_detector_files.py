@@ -337,7 +337,8 @@ def test_the_command_line_never_downloads(run, monkeypatch, tmp_path):
     with pytest.raises(ArtifactError) as caught:
         open_named(find_detector(**nothing))
     assert "proxydet download proxydet-r50-inl" in str(caught.value.hint)
-    assert "--run" in str(caught.value.hint)
+    with pytest.raises(ConfigError, match="--config swinb"):  # which would change nothing
+        find_detector(**{**nothing, "config": "swinb"})
     opened = open_named(find_detector(**{**nothing, "run": run}))
     assert opened.inference.beta == 0.6
     with pytest.raises(ConfigError, match="own configuration"):

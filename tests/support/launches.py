@@ -1,0 +1,174 @@
+"""Counts kernel launches and waits of the host of R50's work on a pretended GPU, and prints where they come from.
+
+::
+
+    python tests/support/launches.py [WORK ...] [--lines 25]
+
+WORK: one of those in `WORKS`; all by default. Depth, levels, steps and numbers of images are those of the recipe ``r50``;
+widths and image sizes are small: what is launched does not depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import tiny_detector as tiny
+import torch
+from pretended_gpu import CUDA, PretendedGpu
+
+from proxydet.data.loader import Batch, BoxBatch, ImageLabelBatch
+from proxydet.losses.config import CenterNetLossConfig, LossConfig
+from proxydet.losses.criterion import Criterion
+from proxydet.modeling.config import (
+    BackboneConfig,
+    CascadeConfig,
+    ClassifierConfig,
+    InferenceConfig,
+    MaskConfig,
+    ModelConfig,
+    ProposalConfig,
+    PyramidConfig,
+    ResNetConfig,
+)
+from proxydet.modeling.network import ProxyDetNetwork
+from proxydet.training.checkpoint import TrainingState
+from proxydet.training.config import TrainingConfig
+from proxydet.training.distributed import DistInfo
+from proxydet.training.step import TrainingModel, build_optimizer, train_step
+
+CLASSES = 1203
+
+
+def r50() -> ProxyDetNetwork:
+    """Return a network of R50's structure with few channels, which proposes and detects many boxes."""
+    config = ModelConfig(
+        backbone=BackboneConfig(resnet=ResNetConfig(width=4)),
+        pyramid=PyramidConfig(channels=8),
+        proposals=ProposalConfig(norm_groups=4, keep_train=100, keep_test=40),
+        cascade=CascadeConfig(hidden=(16, 16), samples_per_image=16, image_label_proposals=16),
+        classifier=ClassifierConfig(embedding_dim=tiny.DIMENSIONS),
+        masks=MaskConfig(channels=8),
+    )
+    network = tiny.lively(tiny.network(config, classes=CLASSES))
+    with torch.no_grad():
+        for predictor in network.roi_heads.box_predictor:
+            predictor.bbox_pred[2].weight.mul_(
+                0.01
+            )  # so that objects stay objects from step to step
+    return network
+
+
+# Objects of every pyramid level in small images.
+LOSSES = LossConfig(
+    centernet=CenterNetLossConfig(
+        size_ranges=((0, 20), (16, 40), (32, 80), (64, 160), (90, float("inf")))
+    )
+)
+
+
+def box_batch(images: int, classes: int = CLASSES) -> BoxBatch:
+    """Return images of one size with an object of each level's size."""
+    boxes = [[10.0, 10.0, 10.0 + side, 10.0 + side] for side in (14, 28, 56, 90, 140)]
+    return BoxBatch(
+        images=tuple(tiny.image(160, 160, seed) for seed in range(images)),
+        instances=tuple(
+            tiny.objects((160, 160), boxes, [(seed + 7 * row) % classes for row in range(5)])
+            for seed in range(images)
+        ),
+        image_ids=tuple(range(images)),
+    )
+
+
+def label_batch(images: int, classes: int = CLASSES) -> ImageLabelBatch:
+    """Return images of one size with one class each."""
+    return ImageLabelBatch(
+        images=tuple(tiny.image(64, 64, seed) for seed in range(images)),
+        labels=tuple(torch.tensor([seed % classes]) for seed in range(images)),
+        image_ids=tuple(range(images)),
+    )
+
+
+def training_step(batch: Batch) -> PretendedGpu:
+    """Take an optimiser step on a batch; one on objects came before, as the first reaches each parameter for the first time."""
+    config = TrainingConfig()
+    with PretendedGpu() as gpu:
+        network = gpu.moved(r50().train())
+        state = TrainingState(
+            network=network,
+            model=TrainingModel(network, Criterion(LOSSES), device=CUDA),
+            optimizer=build_optimizer(network.parameters(), config.optimizer),
+            scaler=torch.amp.GradScaler("cuda", enabled=False),
+            seed=3,
+            replicas=1,
+        )
+        for given in (box_batch(1), batch):
+            with gpu.counted():
+                train_step(
+                    state,
+                    [given],
+                    config=config,
+                    step=Fraction(1),
+                    ranks=DistInfo(device=CUDA),
+                    failures=Path(),
+                )
+    return gpu
+
+
+def inference(*sizes: tuple[int, int]) -> PretendedGpu:
+    """Detect objects in images of these sizes."""
+    with PretendedGpu() as gpu:
+        network = gpu.moved(r50().eval())
+        images = [tiny.image(*size, seed) for seed, size in enumerate(sizes)]
+        with gpu.counted():
+            network.detect(images, settings=InferenceConfig(score_threshold=0.0))
+    return gpu
+
+
+WORKS: dict[str, Callable[[], PretendedGpu]] = {
+    "box step, 8 images": lambda: training_step(box_batch(8)),
+    "label step, 2 images": lambda: training_step(label_batch(2)),
+    "label step, 32 images": lambda: training_step(label_batch(32)),
+    "inference, 1 image": lambda: inference((96, 128)),
+    "inference, 4 images of 2 sizes": lambda: inference(*[(96, 128), (128, 96)] * 2),
+}
+
+
+def report(gpu: PretendedGpu, lines: int) -> str:
+    """Lay out counts by function and by line, the largest first."""
+    launches: Counter[str] = Counter()
+    waits: Counter[str] = Counter()
+    for (operation, place), number in gpu.launches.items():
+        launches[f"backward: {operation}" if place == "backward" else place] += number
+    for (reason, place), number in gpu.waits.items():
+        waits[f"{place}: {reason}"] += number
+    functions: Counter[str] = Counter()
+    for place, number in launches.items():
+        file, _, rest = place.partition(":")
+        functions[file if file == "backward" else f"{file} {rest.partition(' ')[2]}"] += number
+    shown = []
+    for title, counts in (("function", functions), ("line", launches), ("wait", waits)):
+        shown.append(f"  by {title}")
+        shown += [f"    {number:5}  {place}" for place, number in counts.most_common(lines)]
+    return "\n".join(shown)
+
+
+def main() -> None:
+    """Print the counts of the works that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("works", nargs="*", metavar="WORK", help=f"of {', '.join(WORKS)}")
+    parser.add_argument("--lines", type=int, default=25, help="printed of each table (default: 25)")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in options.works or WORKS:
+        gpu = WORKS[name]()
+        print(f"{name}: {gpu.launches.total():,} launches, {gpu.waits.total():,} waits")
+        if options.lines:
+            print(report(gpu, options.lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -17,16 +17,15 @@ import json
 import logging
 import os
 import tempfile
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, TypeAlias
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed
 from torch import nn
@@ -46,14 +45,18 @@ from proxydet.evaluation.records import write_records
 from proxydet.evaluation.report import Report
 from proxydet.evaluation.split import DescribedSplit
 from proxydet.files import Lock, read_json, remove_cut_line, staged, write_errors, write_json
+from proxydet.inference.jobs import run_images
+from proxydet.inference.writers import WriteBehind, Writer
 from proxydet.modeling.config import InferenceConfig
-from proxydet.modeling.postprocess import Prediction, rles
+from proxydet.modeling.postprocess import Prediction, mask_edges, rles, to_host
 from proxydet.modeling.weights import weights_digest
 from proxydet.reporting import SILENT, Progress
 from proxydet.training.distributed import DistInfo, wait_for_all
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
+
+Edges: TypeAlias = npt.NDArray[np.int64]
 
 _RESUME = "free some space and run the same command again; it continues where it stopped"
 
@@ -221,30 +224,34 @@ class PredictionFolder:
             yield file, found
 
 
-class PredictionWriter:
-    """Appends the detections of images to a file, each image in one write."""
+class PredictionWriter(Writer):
+    """Appends the detections of images to a file, each image in one write: made into text by threads, written in order.
+
+    A result is the image's id, and a function that returns the rows of a results file.
+    """
 
     def __init__(self, file: IO[bytes], path: Path) -> None:
         self._file = file
         self._path = path
 
-    def write(self, image_id: Identifier, detections: list[dict[str, Any]]) -> None:
-        """Append an image; it counts as done when its line is whole.
+    def prepare(self, result: tuple[Identifier, Callable[[], list[dict[str, Any]]]]) -> bytes:
+        """Return the line of an image."""
+        image_id, rows = result
+        return msgspec.json.encode({"image_id": image_id, "detections": rows()}) + b"\n"
 
-        Args:
-            image_id: Its id in the annotation file.
-            detections: Rows of a results file.
+    def add(self, result: Any, prepared: bytes) -> None:  # noqa: ARG002
+        """Append an image; it counts as done when its line is whole.
 
         Raises:
             DiskFullError: There is no room; what was written before stays good.
         """
-        text = msgspec.json.encode({"image_id": image_id, "detections": detections})
         with write_errors(self._path, hint=_RESUME):
-            self._file.write(text + b"\n")
+            self._file.write(prepared)
             self._file.flush()
 
-
-_READ_AHEAD = 4
+    def finish(self) -> list[Path]:
+        """Nothing is left to write."""
+        return []
 
 
 class ImageDetector(Protocol):
@@ -273,7 +280,10 @@ class ImageDetector(Protocol):
 
 
 def result_rows(
-    prediction: Prediction, image_id: Identifier, category_id_C: Sequence[Identifier | None]
+    prediction: Prediction,
+    image_id: Identifier,
+    category_id_C: Sequence[Identifier | None],
+    edges_E: Edges | None = None,
 ) -> list[dict[str, Any]]:
     """Return the rows of a results file for what was found in an image.
 
@@ -283,10 +293,11 @@ def result_rows(
         prediction: What was found.
         image_id: The image's id in the annotation file.
         category_id_C: The category id of each class of the vocabulary; detections of classes without one are left out.
+        edges_E: The `mask_edges` of the prediction, where they are known already.
     """
     boxes_N4 = prediction.boxes_N4.cpu().numpy().astype(np.float32, copy=True)
     boxes_N4[:, 2:] -= boxes_N4[:, :2]
-    masks = rles(prediction) if prediction.has_masks else None
+    masks = rles(prediction, edges_E) if prediction.has_masks else None
     rows: list[dict[str, Any]] = []
     columns = zip(
         boxes_N4.tolist(),
@@ -328,31 +339,33 @@ def _predict(
     done = folder.images_done()
     mine = range(info.rank, len(ids), info.world_size)
     todo = [index for index in mine if ids[index] not in done]
+
+    def detect(pixels: list[Pixels]) -> list[tuple[Prediction, Edges | None]]:
+        found = detector.predict_images(pixels, vocabulary, settings)
+        if not found or found[0].scores_N.device.type == "cpu":
+            return [(prediction, None) for prediction in found]
+        # A GPU pastes masks faster than this machine's threads, which encode them.
+        edges = [mask_edges(each) if each.has_masks else None for each in found]
+        return list(zip(to_host(found), edges, strict=True))
+
     with (
         folder.writer(info.rank) as writer,
         progress.task(
             "predicting", total=len(mine), unit="images", done=len(mine) - len(todo)
         ) as shown,
-        ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-images") as pool,
+        WriteBehind([writer], batch_size) as behind,
+        contextlib.closing(run_images(todo, images.read, detect, batch_size=batch_size)) as results,
     ):
-        # The next images are read while the detector works on these.
-        waiting: deque[tuple[int, Future[Pixels]]] = deque()
         try:
-            upcoming = iter(todo)
-            while True:
-                for index in islice(upcoming, batch_size + _READ_AHEAD - len(waiting)):
-                    waiting.append((index, pool.submit(images.read, index)))
-                if not waiting:
-                    break
-                batch = [waiting.popleft() for _ in range(min(batch_size, len(waiting)))]
-                pixels = [future.result() for _, future in batch]
-                found = detector.predict_images(pixels, vocabulary, settings)
-                for (index, _), prediction in zip(batch, found, strict=True):
-                    writer.write(ids[index], result_rows(prediction, ids[index], category_id_C))
-                shown.advance(len(batch))
+            for index, made in results:
+                if isinstance(made, DataError):
+                    raise made
+                _, (prediction, edges_E) = made
+                rows = partial(result_rows, prediction, ids[index], category_id_C, edges_E)
+                behind.add((ids[index], rows), f"image {ids[index]}")
+                shown.advance()
         finally:
-            for _, future in waiting:
-                future.cancel()
+            behind.finish()  # after an error or Ctrl-C too: what was found is not predicted again
 
 
 def evaluate(

@@ -5,29 +5,34 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from proxydet.data.images import Pixels, read_image
 from proxydet.detections import Detections, FrameResult
 from proxydet.errors import ConfigError, DataError, JobInterruptedError
 from proxydet.inference.sources import ImageFile, VideoFile
 from proxydet.inference.writers import WriteBehind, Writer, make_frame_writers
+from proxydet.modeling.postprocess import to_host
 from proxydet.reporting import SILENT
 from proxydet.wording import printable
 
 if TYPE_CHECKING:
     from proxydet.detector import Detector
     from proxydet.modeling.config import InferenceConfig
+    from proxydet.modeling.postprocess import Prediction
     from proxydet.reporting import Progress
     from proxydet.vocabulary.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 
 _READERS = 4
 
@@ -109,34 +114,33 @@ def predict_files(
     done, detections = 0, 0
     unreadable: list[Unreadable] = []
     stopped: KeyboardInterrupt | None = None
+
+    def detect(pixels: list[Pixels]) -> list[Prediction]:
+        return to_host(detector.predict_images(pixels, vocabulary, settings))
+
     with (
         progress.task("predicting", total=len(images), unit="images") as task,
-        ThreadPoolExecutor(_READERS, "read") as readers,
         WriteBehind(writers, 2 * batch_size) as behind,
+        closing(
+            run_images(images, lambda image: read_image(image.path), detect, batch_size=batch_size)
+        ) as results,
     ):
-        decoded = _read_ahead(images, readers, 2 * batch_size + _READERS)
         try:
-            while batch := list(islice(decoded, batch_size)):
-                readable = []
-                for image, pixels in batch:
-                    if not isinstance(pixels, DataError):
-                        readable.append((image, pixels))
-                    elif len(images) == 1:
-                        raise pixels
-                    else:
-                        logger.warning("%s", printable(pixels.message))
-                        unreadable.append(Unreadable(file=image.path, reason=pixels.message))
-                predictions = detector.predict_images(
-                    [pixels for _, pixels in readable], vocabulary, settings
-                )
-                for (image, pixels), prediction in zip(readable, predictions, strict=True):
-                    found = Detections(prediction, vocabulary.names)
-                    result = ImageResult(image=image, pixels=pixels, found=found)
-                    if on_result is not None:
-                        on_result(result)
-                    done, detections = done + 1, detections + len(found)
-                    behind.add(result)
-                task.advance(len(batch))
+            for image, made in results:
+                task.advance()
+                if isinstance(made, DataError):
+                    if len(images) == 1:
+                        raise made
+                    logger.warning("%s", printable(made.message))
+                    unreadable.append(Unreadable(file=image.path, reason=made.message))
+                    continue
+                pixels, prediction = made
+                found = Detections(prediction, vocabulary.names)
+                result = ImageResult(image=image, pixels=pixels, found=found)
+                if on_result is not None:
+                    on_result(result)
+                done, detections = done + 1, detections + len(found)
+                behind.add(result, str(image.path))
         except KeyboardInterrupt as error:
             stopped = error
         saved = behind.finish()
@@ -153,25 +157,51 @@ def predict_files(
     )
 
 
-def _read_ahead(
-    images: Sequence[ImageFile], readers: ThreadPoolExecutor, ahead: int
-) -> Iterator[tuple[ImageFile, Pixels | DataError]]:
-    """Read images in their order, at most ``ahead`` of them before they are asked for."""
+def run_images(
+    items: Iterable[Item],
+    read: Callable[[Item], Pixels],
+    detect: Callable[[list[Pixels]], Sequence[Found]],
+    *,
+    batch_size: int,
+) -> Generator[tuple[Item, tuple[Pixels, Found] | DataError], None, None]:
+    """Detect objects in images, a batch at a time, while threads read the next ones; close it when it is not run to its end.
 
-    def read(path: Path) -> Pixels | DataError:
+    Args:
+        items: What names the images.
+        read: Returns the pixels of one, or raises DataError; threads call it.
+        detect: Returns what is found in each image of a batch.
+        batch_size: Images in a batch, those that cannot be read among them.
+
+    Yields:
+        In the order of the items, each with its pixels and what was found in them, or with the error of reading it.
+    """
+
+    def attempt(item: Item) -> Pixels | DataError:
         try:
-            return read_image(path)
+            return read(item)
         except DataError as error:
             return error
 
-    waiting: deque[tuple[ImageFile, Future[Pixels | DataError]]] = deque()
-    for image in images:
-        waiting.append((image, readers.submit(read, image.path)))
-        if len(waiting) > ahead:
-            first, future = waiting.popleft()
-            yield first, future.result()
-    for first, future in waiting:
-        yield first, future.result()
+    waiting: deque[tuple[Item, Future[Pixels | DataError]]] = deque()
+    upcoming = iter(items)
+    readers = ThreadPoolExecutor(_READERS, "read")
+    try:
+        while True:
+            for item in islice(upcoming, 2 * batch_size + _READERS - len(waiting)):
+                waiting.append((item, readers.submit(attempt, item)))
+            if not waiting:
+                return
+            taken = [waiting.popleft() for _ in range(min(batch_size, len(waiting)))]
+            batch = [(item, future.result()) for item, future in taken]
+            readable = [pixels for _, pixels in batch if not isinstance(pixels, DataError)]
+            found = iter(detect(readable) if readable else ())
+            for item, pixels in batch:
+                if isinstance(pixels, DataError):
+                    yield item, pixels
+                else:
+                    yield item, (pixels, next(found))
+    finally:
+        readers.shutdown(cancel_futures=True)
 
 
 # --- Videos ------------------------------------------------------------------------------------------------------------
@@ -256,7 +286,7 @@ def predict_video(
                 frames, detections = frames + 1, detections + len(result.found)
                 if on_result is not None:
                     on_result(name, result)
-                behind.add(result)
+                behind.add(result, f"frame {result.index} of {name}")
                 task.advance()
         except KeyboardInterrupt as error:
             stopped = error

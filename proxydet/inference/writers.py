@@ -190,16 +190,25 @@ class WriteBehind:
         for writer in self._writers:
             writer.abandon()
 
-    def add(self, result: Any) -> None:
-        """Take a result; waits where writing is far behind, and raises what failed there."""
+    def add(self, result: Any, name: str) -> None:
+        """Take a result; waits where writing is far behind, and raises what failed there.
+
+        Args:
+            result: What is to be written.
+            name: What an error's note calls it.
+        """
         prepared = [self._preparers.submit(writer.prepare, result) for writer in self._writers]
 
         def write() -> None:
-            for writer, future in zip(self._writers, prepared, strict=True):
-                writer.add(result, future.result())
+            try:
+                for writer, future in zip(self._writers, prepared, strict=True):
+                    writer.add(result, future.result())
+            except Exception as error:
+                error.add_note(f"while the result of {name} was saved")
+                raise
 
         self._waiting.append(self._thread.submit(write))
-        while len(self._waiting) > self._most:
+        while self._waiting and (len(self._waiting) > self._most or self._waiting[0].done()):
             self._waiting.popleft().result()
 
     def finish(self) -> tuple[Path, ...]:

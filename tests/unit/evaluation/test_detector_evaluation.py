@@ -7,6 +7,7 @@ import json
 import logging
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from proxydet.evaluation.detector_evaluation import fusion_vocabulary, result_ro
 from proxydet.evaluation.evaluate import run_evaluation
 from proxydet.manifest import read_run_records
 from proxydet.modeling.config import InferenceConfig
-from proxydet.modeling.postprocess import Prediction, masks
+from proxydet.modeling.postprocess import Prediction, masks, rles
 from proxydet.runtime.run_comparison import compare_runs
 from proxydet.training.distributed import DistInfo
 from proxydet.vocabulary.vocabulary import Vocabulary
@@ -190,6 +191,42 @@ def test_a_stopped_evaluation_goes_on_where_it_stopped(dataset, vocabulary, tmp_
     report = evaluate(rest, dataset, output=tmp_path / "out")
     assert rest.seen == 4
     assert report.to_dict() == evaluate(Guesser(vocabulary), dataset).to_dict()
+
+
+@pytest.mark.parametrize("batch_size", [2, 4, 20])
+def test_any_batch_size_gives_the_same_files(dataset, vocabulary, tmp_path, batch_size):
+    evaluate(Guesser(vocabulary), dataset, output=tmp_path / "one")
+    config = EvaluationConfig(bootstrap=0, batch_size=batch_size)
+    evaluate(Guesser(vocabulary), dataset, output=tmp_path / "many", config=config)
+    one, many = (tmp_path / name / "predictions.json" for name in ("one", "many"))
+    assert one.read_bytes() == many.read_bytes()
+
+
+def test_masks_are_encoded_in_other_threads_than_the_one_that_feeds_the_network(
+    dataset, vocabulary, monkeypatch
+):
+    threads = set()
+
+    def watched(*args: Any) -> Any:
+        threads.add(threading.current_thread())
+        return rles(*args)
+
+    monkeypatch.setattr(detector_evaluation, "rles", watched)
+    evaluate(Guesser(vocabulary), dataset)
+    assert threads
+    assert threading.current_thread() not in threads
+
+
+def test_an_image_whose_result_cannot_be_encoded_is_named(dataset, vocabulary, monkeypatch):
+    """Not at the end: the network stops soon after, and the images before are on disk."""
+
+    def fails(*_: Any) -> Any:
+        raise MemoryError("too many masks")
+
+    monkeypatch.setattr(detector_evaluation, "rles", fails)
+    with pytest.raises(MemoryError, match="too many masks") as caught:
+        evaluate(Guesser(vocabulary), dataset)
+    assert any("image 1" in note for note in caught.value.__notes__)
 
 
 def test_other_weights_are_refused_in_the_same_folder(dataset, vocabulary, tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from proxydet.errors import DataError, DiskFullError
-from proxydet.evaluation.detector_evaluation import PredictionFolder
+from proxydet.evaluation.detector_evaluation import PredictionFolder, PredictionWriter
 
 IDENTITY = {"weights": "abc", "settings": {"score_threshold": 0.02, "sides": (800, 1333)}}
 
@@ -21,10 +21,15 @@ def rows(image_id: int | str) -> list[dict[str, Any]]:
     ]
 
 
+def write(writer: PredictionWriter, image_id: int, found: list[dict[str, Any]]) -> None:
+    result = (image_id, lambda: found)
+    writer.add(result, writer.prepare(result))
+
+
 def fill(folder: PredictionFolder, rank: int, image_ids: list[int]) -> None:
     with folder.writer(rank) as writer:
         for image_id in image_ids:
-            writer.write(image_id, rows(image_id) if image_id % 3 else [])
+            write(writer, image_id, rows(image_id) if image_id % 3 else [])
 
 
 @pytest.mark.parametrize(
@@ -131,11 +136,11 @@ def test_a_full_disk_is_told_and_what_is_written_stays(tmp_path, monkeypatch):
         def flush(self) -> None: ...
 
     with folder.writer(0) as writer:
-        writer.write(1, rows(1))
+        write(writer, 1, rows(1))
         whole = writer._file
         monkeypatch.setattr(writer, "_file", Full())
         with pytest.raises(DiskFullError, match="no room left") as caught:
-            writer.write(2, rows(2))
+            write(writer, 2, rows(2))
         monkeypatch.setattr(writer, "_file", whole)
     assert "continues where it stopped" in caught.value.hint
     assert folder.images_done() == {1}

@@ -405,14 +405,14 @@ class Detector:
 
     def predict_images(
         self,
-        images: Sequence[Pixels],
+        images: Sequence[Pixels | ScaledImage],
         vocabulary: Vocabulary | None = None,
         settings: InferenceConfig | None = None,
     ) -> list[Prediction]:
         """Detect objects in decoded images: the one way that evaluation and prediction share.
 
         Args:
-            images: uint8 (H, W, 3) RGB at their original sizes.
+            images: uint8 (H, W, 3) RGB at their original sizes; or what `scaled` made of them with the same settings.
             vocabulary: What to detect, taken as it is; None: the classes of the training.
             settings: Thresholds and limits; None: those of the run.
 
@@ -423,27 +423,40 @@ class Detector:
         training = vocabulary is None or vocabulary == self.vocabulary
         classes = None if training else vocabulary
         settings = settings or self.inference
-        sizes = [(pixels.shape[0], pixels.shape[1]) for pixels in images]
+        scaled = [
+            image if isinstance(image, ScaledImage) else self.scaled(image, settings)
+            for image in images
+        ]
         if not settings.augmented:
             return self.network.detect(
-                [to_network(pixels_HW3, self.sides) for pixels_HW3 in images],
+                [image.views[0].image for image in scaled],
                 classes,
-                original_sizes=sizes,
+                original_sizes=[image.size for image in scaled],
                 settings=settings,
             )
-        predictions = []
-        for pixels_HW3, size in zip(images, sizes, strict=True):
-            views = []
-            for scale in settings.scales:
-                shortest, longest = (max(round(side * scale), 1) for side in self.sides)
-                scaled = to_network(pixels_HW3, (shortest, longest))
-                views.append(ImageView(image=scaled))
-                if settings.flip:
-                    views.append(ImageView(image=scaled.flip(2), mirrored=True))
-            predictions.append(
-                self.network.detect_views(views, classes, original_size=size, settings=settings)
+        return [
+            self.network.detect_views(
+                image.views, classes, original_size=image.size, settings=settings
             )
-        return predictions
+            for image in scaled
+        ]
+
+    def scaled(self, pixels_HW3: Pixels, settings: InferenceConfig | None = None) -> ScaledImage:
+        """Scale an image for the network, once for each view of it: the part of `predict_images` that any thread can do.
+
+        Args:
+            pixels_HW3: uint8, RGB.
+            settings: Say which views; None: those of the run.
+        """
+        settings = settings or self.inference
+        views = []
+        for scale in settings.scales if settings.augmented else (1.0,):
+            shortest, longest = (max(round(side * scale), 1) for side in self.sides)
+            image = to_network(pixels_HW3, (shortest, longest))
+            views.append(ImageView(image=image))
+            if settings.augmented and settings.flip:
+                views.append(ImageView(image=image.flip(2), mirrored=True))
+        return ScaledImage(views=tuple(views), size=(pixels_HW3.shape[0], pixels_HW3.shape[1]))
 
     # --- Settings ----------------------------------------------------------------------------------------------------
 
@@ -554,6 +567,16 @@ class Detector:
 
 
 # --- Inputs ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class ScaledImage:
+    """An image as the network sees it."""
+
+    views: tuple[ImageView, ...]
+    """Each is uint8 (3, h, w), RGB."""
+    size: tuple[int, int]
+    """Height and width of the original."""
 
 
 def to_network(pixels_HW3: Pixels, sides: tuple[int, int]) -> torch.Tensor:

@@ -273,10 +273,13 @@ class ImageDetector(Protocol):
     def sides(self) -> tuple[int, int]:
         """The shortest and the longest side, in pixels, that images are scaled to."""
 
+    def scaled(self, pixels_HW3: Pixels, settings: InferenceConfig) -> Any:
+        """Prepare a uint8 RGB image for `predict_images`; threads call this."""
+
     def predict_images(
-        self, images: Sequence[Pixels], vocabulary: Vocabulary, settings: InferenceConfig
+        self, images: Sequence[Any], vocabulary: Vocabulary, settings: InferenceConfig
     ) -> Sequence[Prediction]:
-        """Find objects in uint8 (H, W, 3) RGB images; boxes and masks in their pixels."""
+        """Find objects in prepared images; boxes and masks in the pixels of the originals."""
 
 
 def result_rows(
@@ -340,8 +343,11 @@ def _predict(
     mine = range(info.rank, len(ids), info.world_size)
     todo = [index for index in mine if ids[index] not in done]
 
-    def detect(pixels: list[Pixels]) -> list[tuple[Prediction, Edges | None]]:
-        found = detector.predict_images(pixels, vocabulary, settings)
+    def read(index: int) -> Any:
+        return detector.scaled(images.read(index), settings)
+
+    def detect(batch: list[Any]) -> list[tuple[Prediction, Edges | None]]:
+        found = detector.predict_images(batch, vocabulary, settings)
         if not found or found[0].scores_N.device.type == "cpu":
             return [(prediction, None) for prediction in found]
         # A GPU pastes masks faster than this machine's threads, which encode them.
@@ -354,7 +360,7 @@ def _predict(
             "predicting", total=len(mine), unit="images", done=len(mine) - len(todo)
         ) as shown,
         WriteBehind([writer], batch_size) as behind,
-        contextlib.closing(run_images(todo, images.read, detect, batch_size=batch_size)) as results,
+        contextlib.closing(run_images(todo, read, detect, batch_size=batch_size)) as results,
     ):
         try:
             for index, made in results:

@@ -23,7 +23,7 @@ from proxydet.reporting import SILENT
 from proxydet.wording import printable
 
 if TYPE_CHECKING:
-    from proxydet.detector import Detector
+    from proxydet.detector import Detector, ScaledImage
     from proxydet.modeling.config import InferenceConfig
     from proxydet.modeling.postprocess import Prediction
     from proxydet.reporting import Progress
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
+Image = TypeVar("Image")
 Found = TypeVar("Found")
 
 _READERS = 4
@@ -115,15 +116,18 @@ def predict_files(
     unreadable: list[Unreadable] = []
     stopped: KeyboardInterrupt | None = None
 
-    def detect(pixels: list[Pixels]) -> list[Prediction]:
-        return to_host(detector.predict_images(pixels, vocabulary, settings))
+    def read(image: ImageFile) -> tuple[Pixels, ScaledImage]:
+        pixels = read_image(image.path)
+        return pixels, detector.scaled(pixels, settings)
+
+    def detect(batch: list[tuple[Pixels, ScaledImage]]) -> list[Prediction]:
+        scaled = [image for _, image in batch]
+        return to_host(detector.predict_images(scaled, vocabulary, settings))
 
     with (
         progress.task("predicting", total=len(images), unit="images") as task,
         WriteBehind(writers, 2 * batch_size) as behind,
-        closing(
-            run_images(images, lambda image: read_image(image.path), detect, batch_size=batch_size)
-        ) as results,
+        closing(run_images(images, read, detect, batch_size=batch_size)) as results,
     ):
         try:
             for image, made in results:
@@ -134,7 +138,7 @@ def predict_files(
                     logger.warning("%s", printable(made.message))
                     unreadable.append(Unreadable(file=image.path, reason=made.message))
                     continue
-                pixels, prediction = made
+                (pixels, _), prediction = made
                 found = Detections(prediction, vocabulary.names)
                 result = ImageResult(image=image, pixels=pixels, found=found)
                 if on_result is not None:
@@ -159,30 +163,30 @@ def predict_files(
 
 def run_images(
     items: Iterable[Item],
-    read: Callable[[Item], Pixels],
-    detect: Callable[[list[Pixels]], Sequence[Found]],
+    read: Callable[[Item], Image],
+    detect: Callable[[list[Image]], Sequence[Found]],
     *,
     batch_size: int,
-) -> Generator[tuple[Item, tuple[Pixels, Found] | DataError], None, None]:
+) -> Generator[tuple[Item, tuple[Image, Found] | DataError], None, None]:
     """Detect objects in images, a batch at a time, while threads read the next ones; close it when it is not run to its end.
 
     Args:
         items: What names the images.
-        read: Returns the pixels of one, or raises DataError; threads call it.
+        read: Returns the image of one, or raises DataError; threads call it.
         detect: Returns what is found in each image of a batch.
         batch_size: Images in a batch, those that cannot be read among them.
 
     Yields:
-        In the order of the items, each with its pixels and what was found in them, or with the error of reading it.
+        In the order of the items, each with its image and what was found in it, or with the error of reading it.
     """
 
-    def attempt(item: Item) -> Pixels | DataError:
+    def attempt(item: Item) -> Image | DataError:
         try:
             return read(item)
         except DataError as error:
             return error
 
-    waiting: deque[tuple[Item, Future[Pixels | DataError]]] = deque()
+    waiting: deque[tuple[Item, Future[Image | DataError]]] = deque()
     upcoming = iter(items)
     readers = ThreadPoolExecutor(_READERS, "read")
     try:
@@ -193,13 +197,13 @@ def run_images(
                 return
             taken = [waiting.popleft() for _ in range(min(batch_size, len(waiting)))]
             batch = [(item, future.result()) for item, future in taken]
-            readable = [pixels for _, pixels in batch if not isinstance(pixels, DataError)]
+            readable = [image for _, image in batch if not isinstance(image, DataError)]
             found = iter(detect(readable) if readable else ())
-            for item, pixels in batch:
-                if isinstance(pixels, DataError):
-                    yield item, pixels
+            for item, image in batch:
+                if isinstance(image, DataError):
+                    yield item, image
                 else:
-                    yield item, (pixels, next(found))
+                    yield item, (image, next(found))
     finally:
         readers.shutdown(cancel_futures=True)
 

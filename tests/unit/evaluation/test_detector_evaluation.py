@@ -54,6 +54,9 @@ class Guesser:
         self.sought: Vocabulary | None = None
         self.settings: InferenceConfig | None = None
 
+    def scaled(self, pixels: np.ndarray, _: InferenceConfig) -> np.ndarray:
+        return pixels
+
     def predict_images(
         self, images: Sequence[np.ndarray], vocabulary: Vocabulary, settings: InferenceConfig
     ) -> list[Prediction]:

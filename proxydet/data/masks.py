@@ -75,6 +75,44 @@ def rasterize_all(shapes: Sequence[Sequence[Outline]], size: tuple[int, int]) ->
     return [(mask[0] if len(mask) == 1 else coco_mask.merge(mask))["counts"] for mask in masks]
 
 
+def crop_polygons(
+    shapes: Sequence[Sequence[NDArray[np.float64]]], boxes_N4: NDArray[np.float32], side: int
+) -> NDArray[np.bool_]:
+    """Return what boxes cut out of masks, resized to a square: the values of detectron2's ``PolygonMasks``, all in one call.
+
+    Args:
+        shapes: The polygons of each mask, x, y, x, y, ... in pixels; a mask without any is empty.
+        boxes_N4: The box of each, xyxy in pixels; a side below 0.1 counts as 0.1.
+        side: Of the square, in pixels.
+
+    Returns:
+        (N, side, side).
+    """
+    masks_NSS = np.zeros((len(shapes), side, side), dtype=np.bool_)
+    drawn = np.flatnonzero([len(shape) for shape in shapes])
+    if not len(drawn):
+        return masks_NSS
+    polygons = [polygon for shape in shapes for polygon in shape]
+    extent_N2 = boxes_N4[:, 2:] - boxes_N4[:, :2]
+    # The quotient of a box is single precision, as detectron2 computes it.
+    scale_N2 = np.where(
+        extent_N2 < np.float32(0.1),
+        np.float64(side / 0.1),
+        np.float32(side) / np.maximum(extent_N2, np.float32(0.1)),
+    )
+    points = [sum(len(polygon) // 2 for polygon in shape) for shape in shapes]
+    moved_P2 = np.concatenate(polygons).reshape(-1, 2) - np.repeat(boxes_N4[:, :2], points, axis=0)
+    moved = (moved_P2 * np.repeat(scale_N2, points, axis=0)).reshape(-1)
+    cuts = itertools.accumulate(map(len, polygons), initial=0)
+    pieces = iter(
+        coco_mask.frPyObjects([moved[a:b] for a, b in itertools.pairwise(cuts)], side, side)
+    )
+    rles = [[next(pieces) for _ in shapes[mask]] for mask in drawn]
+    rles = [parts[0] if len(parts) == 1 else coco_mask.merge(parts) for parts in rles]
+    masks_NSS[drawn] = coco_mask.decode(rles).transpose(2, 0, 1)
+    return masks_NSS
+
+
 class RunLengths(msgspec.Struct, frozen=True, gc=False):
     """A mask as run lengths, column by column, starting with background."""
 

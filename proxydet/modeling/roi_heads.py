@@ -28,11 +28,12 @@ import torch
 from detectron2.layers import ROIAlign, ShapeSpec
 from detectron2.modeling.roi_heads.box_head import FastRCNNConvFCHead
 from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
-from detectron2.structures import BitMasks
+from detectron2.structures import BitMasks, PolygonMasks
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
+from proxydet.data.masks import crop_polygons
 from proxydet.errors import ConfigError
 from proxydet.extensions import build_extension, extension_errors
 from proxydet.modeling.boxes import (
@@ -49,7 +50,7 @@ from proxydet.modeling.precision import compute_heads
 from proxydet.runtime.roi_align import RegionGrid, align_regions, is_rounded
 
 if TYPE_CHECKING:
-    from detectron2.structures import Instances, PolygonMasks
+    from detectron2.structures import Instances
 
     from proxydet.modeling.centernet import CenterNetOutput
 
@@ -1017,7 +1018,11 @@ def crop_masks(
     parts = [torch.zeros(0, side, side, device=device)]
     for image, own in enumerate(masks):
         chosen = rows_P6[rows_P6[:, 4] == image]
-        if len(chosen) and own is not None:
+        if len(chosen) and isinstance(own, PolygonMasks):
+            shapes = [own.polygons[mask] for mask in chosen[:, 5].long().tolist()]
+            cropped = torch.from_numpy(crop_polygons(shapes, chosen[:, :4].numpy(), side))
+            parts.append(cropped.to(device, torch.float32, non_blocking=True))
+        elif len(chosen) and own is not None:
             objects = chosen[:, 5].long().to(own.device, non_blocking=True)
             boxes = chosen[:, :4].to(own.device, non_blocking=True)
             cropped = own[objects].crop_and_resize(boxes, side)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import proxydet.runtime.d2  # noqa: F401
+
 import numpy as np
+import torch
+from detectron2.structures import PolygonMasks
 from hotcoco.mask import decode
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -87,3 +91,19 @@ def test_changed_counts_are_told_or_harmless(mask, data):
     areas, sound = measure([rle])
     if sound[0]:
         assert decode(rle).sum() == areas[0]
+
+
+def test_polygons_are_cropped_as_detectron2_does():
+    rng = np.random.default_rng(0)
+    shapes = [
+        [rng.random(2 * rng.integers(3, 30)) * 300 - 50 for _ in range(count)]
+        for count in [1, 1, 3, 0, 2] * 8
+    ]
+    low = rng.random((40, 2)) * 100
+    boxes = np.concatenate([low, low + rng.random((40, 2)) * 150], axis=1).astype(np.float32)
+    boxes[0, 2:] = boxes[0, :2] + np.float32(0.05)
+    boxes[1, 2:] = boxes[1, :2] + np.float32(56)
+    wanted = PolygonMasks(shapes).crop_and_resize(torch.from_numpy(boxes), 28)
+    assert wanted.any(dim=(1, 2)).sum() > 20
+    np.testing.assert_array_equal(module.crop_polygons(shapes, boxes, 28), wanted.numpy())
+    assert module.crop_polygons([], np.zeros((0, 4), np.float32), 28).shape == (0, 28, 28)

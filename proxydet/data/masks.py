@@ -107,7 +107,7 @@ def crop_polygons(
     pieces = iter(
         coco_mask.frPyObjects([moved[a:b] for a, b in itertools.pairwise(cuts)], side, side)
     )
-    rles = [[next(pieces) for _ in shapes[mask]] for mask in drawn]
+    rles = [[next(pieces) for _ in shapes[mask]] for mask in drawn.tolist()]
     rles = [parts[0] if len(parts) == 1 else coco_mask.merge(parts) for parts in rles]
     masks_NSS[drawn] = coco_mask.decode(rles).transpose(2, 0, 1)
     return masks_NSS

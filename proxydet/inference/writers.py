@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import logging
 import os
 import re
 import shutil
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from proxydet.inference.jobs import ImageResult
     from proxydet.inference.video import VideoInfo
     from proxydet.visualization.drawing import DrawingStyle
+
+_logger = logging.getLogger(__name__)
 
 KINDS = ("images", "json", "coco", "yolo", "voc", "labelstudio", "crops", "csv")
 """What can be saved of images."""
@@ -195,7 +198,7 @@ class WriteBehind:
 
         Args:
             result: What is to be written.
-            name: What an error's note calls it.
+            name: What the log calls it where it cannot be saved.
         """
         prepared = [self._preparers.submit(writer.prepare, result) for writer in self._writers]
 
@@ -204,7 +207,7 @@ class WriteBehind:
                 for writer, future in zip(self._writers, prepared, strict=True):
                     writer.add(result, future.result())
             except Exception as error:
-                error.add_note(f"while the result of {name} was saved")
+                _logger.error("the result of %s was not saved: %s", name, error or repr(error))
                 raise
 
         self._waiting.append(self._thread.submit(write))

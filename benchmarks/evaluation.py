@@ -508,7 +508,7 @@ def compare_masks(images: int) -> None:
     import torch
 
     from proxydet.evaluation.detector_evaluation import PredictionFolder, result_rows
-    from proxydet.inference.writers import WriteBehind
+    from proxydet.inference.pipeline import WriteBehind
     from proxydet.modeling.postprocess import rles
 
     torch.set_num_threads(1)

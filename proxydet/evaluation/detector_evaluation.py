@@ -45,8 +45,7 @@ from proxydet.evaluation.records import write_records
 from proxydet.evaluation.report import Report
 from proxydet.evaluation.split import DescribedSplit
 from proxydet.files import Lock, read_json, remove_cut_line, staged, write_errors, write_json
-from proxydet.inference.jobs import run_images
-from proxydet.inference.writers import WriteBehind, Writer
+from proxydet.inference.pipeline import WriteBehind, Writer, run_images
 from proxydet.modeling.config import InferenceConfig
 from proxydet.modeling.postprocess import Prediction, mask_edges, rles, to_host
 from proxydet.modeling.weights import weights_digest

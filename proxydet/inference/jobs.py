@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from proxydet.data.images import Pixels, read_image
 from proxydet.detections import Detections, FrameResult
 from proxydet.errors import ConfigError, DataError, JobInterruptedError
+from proxydet.inference.pipeline import WriteBehind, Writer, run_images
 from proxydet.inference.sources import ImageFile, VideoFile
-from proxydet.inference.writers import WriteBehind, Writer, make_frame_writers
+from proxydet.inference.writers import make_frame_writers
 from proxydet.modeling.postprocess import to_host
 from proxydet.reporting import SILENT
 from proxydet.wording import printable
@@ -30,12 +28,6 @@ if TYPE_CHECKING:
     from proxydet.vocabulary.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
-
-Item = TypeVar("Item")
-Image = TypeVar("Image")
-Found = TypeVar("Found")
-
-_READERS = 4
 
 
 # --- Images ------------------------------------------------------------------------------------------------------------
@@ -159,53 +151,6 @@ def predict_files(
     return PredictionSummary(
         images=done, detections=detections, unreadable=tuple(unreadable), saved=saved
     )
-
-
-def run_images(
-    items: Iterable[Item],
-    read: Callable[[Item], Image],
-    detect: Callable[[list[Image]], Sequence[Found]],
-    *,
-    batch_size: int,
-) -> Generator[tuple[Item, tuple[Image, Found] | DataError], None, None]:
-    """Detect objects in images, a batch at a time, while threads read the next ones; close it when it is not run to its end.
-
-    Args:
-        items: What names the images.
-        read: Returns the image of one, or raises DataError; threads call it.
-        detect: Returns what is found in each image of a batch.
-        batch_size: Images in a batch, those that cannot be read among them.
-
-    Yields:
-        In the order of the items, each with its image and what was found in it, or with the error of reading it.
-    """
-
-    def attempt(item: Item) -> Image | DataError:
-        try:
-            return read(item)
-        except DataError as error:
-            return error
-
-    waiting: deque[tuple[Item, Future[Image | DataError]]] = deque()
-    upcoming = iter(items)
-    readers = ThreadPoolExecutor(_READERS, "read")
-    try:
-        while True:
-            for item in islice(upcoming, 2 * batch_size + _READERS - len(waiting)):
-                waiting.append((item, readers.submit(attempt, item)))
-            if not waiting:
-                return
-            taken = [waiting.popleft() for _ in range(min(batch_size, len(waiting)))]
-            batch = [(item, future.result()) for item, future in taken]
-            readable = [image for _, image in batch if not isinstance(image, DataError)]
-            found = iter(detect(readable) if readable else ())
-            for item, image in batch:
-                if isinstance(image, DataError):
-                    yield item, image
-                else:
-                    yield item, (image, next(found))
-    finally:
-        readers.shutdown(cancel_futures=True)
 
 
 # --- Videos ------------------------------------------------------------------------------------------------------------

@@ -5,16 +5,12 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-import logging
 import os
 import re
 import shutil
-from abc import ABC, abstractmethod
-from collections import deque
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +20,7 @@ from proxydet.data import masks
 from proxydet.data.formats import label_studio, voc, yolo
 from proxydet.errors import ConfigError, RuntimeEnvironmentError
 from proxydet.files import discard, staged, write_bytes, write_errors, write_text
+from proxydet.inference.pipeline import Writer
 from proxydet.inference.sources import ImageFile, VideoSource, unique_name
 from proxydet.wording import json_text, printable, table_cell
 
@@ -32,8 +29,6 @@ if TYPE_CHECKING:
     from proxydet.inference.jobs import ImageResult
     from proxydet.inference.video import VideoInfo
     from proxydet.visualization.drawing import DrawingStyle
-
-_logger = logging.getLogger(__name__)
 
 KINDS = ("images", "json", "coco", "yolo", "voc", "labelstudio", "crops", "csv")
 """What can be saved of images."""
@@ -52,7 +47,6 @@ _COMMON = {
     "csv": "detections.csv",
 }
 """Files and folders that results of all images go to."""
-_PREPARERS = 2
 
 
 # --- Where files go ----------------------------------------------------------------------------------------------------
@@ -141,84 +135,6 @@ def check_folder(folder: Path) -> None:
 
 
 # --- Writers -----------------------------------------------------------------------------------------------------------
-
-
-class Writer(ABC):
-    """Writes results, one after the other."""
-
-    def prepare(self, result: Any) -> Any:
-        """Do the work that needs no order (drawing, encoding); threads call this at once."""
-        return result
-
-    @abstractmethod
-    def add(self, result: Any, prepared: Any) -> None:
-        """Write, or keep, a result; called in the results' order."""
-
-    @abstractmethod
-    def finish(self) -> list[Path]:
-        """Write what is written at the end, and return the files and folders that were made."""
-
-    def abandon(self) -> None:  # noqa: B027 most writers leave nothing incomplete
-        """Remove what is not complete; nothing where it is."""
-
-
-class WriteBehind:
-    """Hands results to writers in threads of its own, so that writing runs behind the network.
-
-    Use it in a ``with`` statement: at its end threads are stopped, and what is not finished is removed.
-
-    Args:
-        writers: What is saved.
-        most: Results that may wait to be written; they stay in memory.
-    """
-
-    def __init__(self, writers: Sequence[Writer], most: int) -> None:
-        self._writers = writers
-        self._most = most + _PREPARERS
-        self._preparers = ThreadPoolExecutor(_PREPARERS, "prepare")
-        self._thread = ThreadPoolExecutor(1, "write")
-        self._waiting: deque[Future[None]] = deque()
-
-    def __enter__(self) -> WriteBehind:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._preparers.shutdown(cancel_futures=True)
-        self._thread.shutdown(cancel_futures=True)
-        for writer in self._writers:
-            writer.abandon()
-
-    def add(self, result: Any, name: str) -> None:
-        """Take a result; waits where writing is far behind, and raises what failed there.
-
-        Args:
-            result: What is to be written.
-            name: What the log calls it where it cannot be saved.
-        """
-        prepared = [self._preparers.submit(writer.prepare, result) for writer in self._writers]
-
-        def write() -> None:
-            try:
-                for writer, future in zip(self._writers, prepared, strict=True):
-                    writer.add(result, future.result())
-            except Exception as error:
-                _logger.error("the result of %s was not saved: %s", name, error or repr(error))
-                raise
-
-        self._waiting.append(self._thread.submit(write))
-        while self._waiting and (len(self._waiting) > self._most or self._waiting[0].done()):
-            self._waiting.popleft().result()
-
-    def finish(self) -> tuple[Path, ...]:
-        """Wait for what is not written yet, complete the files, and return what was made."""
-        while self._waiting:
-            self._waiting.popleft().result()
-        return tuple(path for writer in self._writers for path in writer.finish())
 
 
 def check_kinds(kinds: Sequence[str], *, video: bool = False) -> None:

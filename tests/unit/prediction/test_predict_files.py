@@ -17,8 +17,9 @@ from pycocotools.coco import COCO
 from proxydet.detector import Detector
 from proxydet.errors import ConfigError, DataError, DiskFullError, JobInterruptedError
 from proxydet.inference.jobs import ImageResult, PredictionSummary, predict_files
+from proxydet.inference.pipeline import Writer
 from proxydet.inference.sources import find_images
-from proxydet.inference.writers import KINDS, Writer, make_writers, safe_name
+from proxydet.inference.writers import KINDS, make_writers, safe_name
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 

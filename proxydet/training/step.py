@@ -65,7 +65,10 @@ def seed_everything(seed: int) -> None:
     """Seed Python's, numpy's and torch's global generators (the CPU's and every GPU's)."""
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries draw from the global generator
-    torch.manual_seed(seed)
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:  # the call above would note down for each kind of accelerator where it came from
+        torch.default_generator.manual_seed(seed)
 
 
 # ---- learning rate ---------------------------------------------------------------------------------------------------
@@ -398,7 +401,8 @@ def train_step(
             zero_unused_gradients(state.optimizer)
         state.scaler.unscale_(state.optimizer)
         if config.optimizer.clip_value is not None:
-            clip_gradients(state.model.parameters(), config.optimizer.clip_value)
+            trained = (p for group in state.optimizer.param_groups for p in group["params"])
+            clip_gradients(trained, config.optimizer.clip_value)
         state.scaler.step(state.optimizer)
         state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)

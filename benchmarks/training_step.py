@@ -43,6 +43,7 @@ from proxydet.data.loader import Batch, TrainingLoader, TrainingSources
 from proxydet.losses import criterion as criterion_module
 from proxydet.losses.config import LossConfig, MixupLossConfig
 from proxydet.losses.criterion import Criterion, image_label_loss
+from proxydet.modeling import network as network_module
 from proxydet.modeling import roi_heads
 from proxydet.modeling import roi_heads as pooling
 from proxydet.modeling.boxes import clip
@@ -173,7 +174,7 @@ VARIANTS: dict[str, dict[str, Patches]] = {
         "ours": [],
         "torchvision's RoIAlign": [(pooling, "align_regions", pool_by_torchvision)],
         "every region with gradient": [
-            (roi_heads, "image_label_steps", whole_label_steps),
+            (network_module, "image_label_steps", whole_label_steps),
             (criterion_module, "image_label_loss", label_loss_of_logits),
         ],
     },
@@ -255,15 +256,17 @@ class Step:
 def _watched(stopwatch: Stopwatch, patches: Patches) -> Patches:
     """Return the functions of the second stage, or what a variant puts in their place, with the time taken."""
     chosen = {(owner.__name__, name): function for owner, name, function in patches}
+    # Each is replaced where it is looked up.
     named = {
-        "box_steps": "cascade",
-        "image_label_steps": "cascade",
-        "_mixup_step": "mixup branch",
-        "mask_step": "masks",
+        (network_module, "box_steps"): "cascade",
+        (network_module, "image_label_steps"): "cascade",
+        (network_module, "masked_regions"): "masks",
+        (network_module, "mask_step"): "masks",
+        (roi_heads, "_mixup_step"): "mixup branch",
     }
 
-    def timed(name: str, part: str) -> Callable[..., Any]:
-        inner = chosen.get((roi_heads.__name__, name), getattr(roi_heads, name))
+    def timed(owner: Any, name: str, part: str) -> Callable[..., Any]:
+        inner = chosen.get((owner.__name__, name), getattr(owner, name))
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with stopwatch.part(part):
@@ -271,7 +274,7 @@ def _watched(stopwatch: Stopwatch, patches: Patches) -> Patches:
 
         return run
 
-    return [(roi_heads, name, timed(name, part)) for name, part in named.items()]
+    return [(owner, name, timed(owner, name, part)) for (owner, name), part in named.items()]
 
 
 def measure(what: str, settings: str, rounds: int, clock: Callable[[], float]) -> dict[str, Any]:

@@ -377,7 +377,7 @@ def train_step(
     values_BL = torch.stack(rows)
     local_L = values_BL.mean(dim=0)
 
-    # One collective averages over the processes; reading its result is the step's one wait for the device.
+    # One collective averages over the processes; reading its result waits for the device, until the backward pass is done.
     images = sum(len(batch) for batch in batches)
     counts = torch.tensor([images, stop], dtype=local_L.dtype)
     counts = counts.to(local_L.device, non_blocking=True)

@@ -60,19 +60,49 @@ def whole(_key: str, array: np.ndarray) -> np.ndarray:
 def compare_inference(
     network: ProxyDetNetwork, fixture: Fixture, index: int, trim: Trim = whole
 ) -> Iterator[Row]:
-    """Compare everything recorded of one image in inference."""
-    recorded = _Recording(network.eval())
-    prediction = recorded.detect(images_of(fixture)[index])
+    """Compare everything recorded of one image in inference.
+
+    Proposals and what follows of each are put into the recorded order first: near-equal scores may exchange their places.
+    """
+    prediction, arrays = record_inference(network, images_of(fixture)[index])
+    boxes = next(ours for _, name, ours in arrays if name == "proposal_boxes")
+    order = nearest_rows(boxes, fixture.get(f"eval{index}.proposal_boxes", boxes))
     worst: dict[str, float] = {}
-    for group, name, ours in recorded.arrays():
+    for group, name, ours in arrays:
         key = f"eval{index}.{name}"
         if key in fixture:
-            difference = _relative_to_spread(trim(key, ours), fixture[key])
+            aligned = ours[order] if name.startswith(("proposal", "pred")) else ours
+            difference = _relative_to_spread(trim(key, aligned), fixture[key])
             worst[group] = max(worst.get(group, 0.0), difference)
     for group, difference in worst.items():
         yield Row(f"eval{index} {group}", difference, TENSOR_TOLERANCE, "of the spread")
     found = Detections(prediction, [f"class {row}" for row in range(CLASSES)])
     yield from _compare_detections(f"eval{index}", found, fixture)
+
+
+def nearest_rows(ours_P4: np.ndarray, recorded_P4: np.ndarray) -> np.ndarray:
+    """Return for each recorded box the row of ours that is nearest, each row once: (P,), the closest pairs first.
+
+    Boxes of other numbers are left as they are.
+    """
+    rows = np.arange(len(ours_P4))
+    if len(ours_P4) != len(recorded_P4):
+        return rows
+    distance_PP = np.abs(recorded_P4[:, None] - ours_P4[None]).max(axis=2)
+    order, free = np.full(len(rows), -1), np.ones(len(rows), dtype=bool)
+    for pair in distance_PP.argsort(axis=None, kind="stable").tolist():
+        row, candidate = divmod(pair, len(rows))
+        if order[row] < 0 and free[candidate]:
+            order[row], free[candidate] = candidate, False
+    return order
+
+
+def record_inference(
+    network: ProxyDetNetwork, image: torch.Tensor
+) -> tuple[Prediction, list[tuple[str, str, np.ndarray]]]:
+    """Detect objects in an image; return them, and group, name and values of all that the full fixtures hold of the way."""
+    recording = _Recording(network.eval())
+    return recording.detect(image), list(recording.arrays())
 
 
 def compare_vocabulary(network: ProxyDetNetwork, fixture: Fixture) -> Iterator[Row]:
@@ -171,7 +201,7 @@ class _Recording:
         return keep
 
     def arrays(self) -> Iterator[tuple[str, str, np.ndarray]]:
-        """Yield group, name and values, laid out as in the full fixtures."""
+        """Yield what `record_inference` returns."""
         for name, maps in self._features.items():
             yield "features", name, maps[0, ::16].numpy()
         levels = zip(self._centernet.heatmaps, self._centernet.distances, strict=True)

@@ -32,7 +32,7 @@ from proxydet.vocabulary.vocabulary import Vocabulary
 Kind = Literal["r50", "swinb"]
 Fixture = Mapping[str, np.ndarray]
 
-SEED = 11
+SEED = 11  # of fixtures that do not hold theirs
 CLASSES = 1203
 DIMENSIONS = 512
 TRIMMED = Path(__file__).resolve().parents[1] / "fixtures" / "parity"
@@ -45,12 +45,18 @@ LOSSES = LossConfig(
 )
 
 
-def network_of(kind: Kind, base_C: np.ndarray) -> ProxyDetNetwork:
+def seed_of(fixture: Fixture) -> int:
+    """Return the seed of the weights that a fixture was recorded with."""
+    return int(fixture.get("seed", SEED))
+
+
+def network_of(kind: Kind, base_C: np.ndarray, seed: int = SEED) -> ProxyDetNetwork:
     """Build a full-size network with the fixtures' weights and their training settings.
 
     Args:
         kind: Which backbone.
         base_C: bool (1203,), the LVIS classes that are base.
+        seed: Of the weights, as `seed_of` returns it.
     """
     backbone = BackboneConfig(
         kind="swin" if kind == "swinb" else "resnet", swin=SwinConfig(drop_path=0.0)
@@ -64,12 +70,14 @@ def network_of(kind: Kind, base_C: np.ndarray) -> ProxyDetNetwork:
     # The embeddings are overwritten by the fixtures' weights; only their shape and the base mask count here.
     vocabulary = Vocabulary.from_arrays(names, np.ones((CLASSES, DIMENSIONS)), base_C)
     network = ProxyDetNetwork(config, vocabulary)
-    network.load_state_dict(weights_from_names(network.state_dict()))
+    network.load_state_dict(weights_from_names(network.state_dict(), seed))
     return network
 
 
-def weights_from_names(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return a value for every parameter that depends on its name and shape only."""
+def weights_from_names(
+    state_dict: Mapping[str, torch.Tensor], seed: int = SEED
+) -> dict[str, torch.Tensor]:
+    """Return a value for every parameter that depends on its name, its shape and the seed only."""
     weights = {}
     for name, current in state_dict.items():
         leaf = name.rpartition(".")[2]
@@ -78,13 +86,13 @@ def weights_from_names(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torc
             continue
         # All predictors hold the same classifier and the same frequencies.
         source = leaf if leaf in ("zs_weight", "freq_weight") else name
-        values = _values(source, leaf, tuple(current.shape))
+        values = _values(source, leaf, tuple(current.shape), seed)
         weights[name] = torch.from_numpy(np.ascontiguousarray(values)).to(current.dtype)
     return weights
 
 
-def _values(name: str, leaf: str, shape: tuple[int, ...]) -> np.ndarray:
-    stream = np.random.RandomState((zlib.crc32(name.encode()) + SEED) % 2**32)
+def _values(name: str, leaf: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    stream = np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2**32)
     normal = stream.standard_normal(int(np.prod(shape, dtype=np.int64))).astype(np.float32)
     normal = normal.reshape(shape)
     if leaf == "zs_weight":

@@ -156,7 +156,7 @@ def compare_trajectory(
     worst = 0.0
     for key in trajectory:
         if key.startswith("after.") and key.endswith(".first"):
-            ours = state[key[len("after.") : -len(".first")]].flatten()[:16].numpy()
+            ours = state[key[len("after.") : -len(".first")]].flatten()[:16].cpu().numpy()
             worst = max(worst, _relative_to_spread(trim(key, ours), trajectory[key]))
     yield Row("weights after step 3", worst, TRAJECTORY_TOLERANCE, "of the spread")
 
@@ -203,13 +203,13 @@ class _Recording:
     def arrays(self) -> Iterator[tuple[str, str, np.ndarray]]:
         """Yield what `record_inference` returns."""
         for name, maps in self._features.items():
-            yield "features", name, maps[0, ::16].numpy()
+            yield "features", name, maps[0, ::16].cpu().numpy()
         levels = zip(self._centernet.heatmaps, self._centernet.distances, strict=True)
         for level, (heatmap, distances) in enumerate(levels):
-            yield "CenterNet head", f"agn_hm{level}", heatmap[0].numpy()
-            yield "CenterNet head", f"reg{level}", distances[0].numpy()
-        yield "proposals", "proposal_boxes", self._proposals.boxes_BR4[0].numpy()
-        yield "proposals", "proposal_scores", self._proposals.objectness_BR[0].numpy()
+            yield "CenterNet head", f"agn_hm{level}", heatmap[0].cpu().numpy()
+            yield "CenterNet head", f"reg{level}", distances[0].cpu().numpy()
+        yield "proposals", "proposal_boxes", self._proposals.boxes_BR4[0].cpu().numpy()
+        yield "proposals", "proposal_scores", self._proposals.objectness_BR[0].cpu().numpy()
         for (name, step), features in self._hidden.items():
             yield from self._step(name, step, features)
 
@@ -223,9 +223,13 @@ class _Recording:
         classifier = branch.classifier(step)
         embeddings = classifier(features)
         logits = classifier.logits(embeddings, classifier.zs_weight)
-        yield f"{group}, embeddings", f"{name}{step}.embedding", embeddings[:, ::8].numpy()
-        yield f"{group}, logits", f"{name}{step}.logits", logits[:, ::25].numpy()
-        yield f"{group}, deltas", f"{name}{step}.deltas", branch.deltas(step, features).numpy()
+        yield f"{group}, embeddings", f"{name}{step}.embedding", embeddings[:, ::8].cpu().numpy()
+        yield f"{group}, logits", f"{name}{step}.logits", logits[:, ::25].cpu().numpy()
+        yield (
+            f"{group}, deltas",
+            f"{name}{step}.deltas",
+            branch.deltas(step, features).cpu().numpy(),
+        )
 
 
 def _relative_to_spread(ours: np.ndarray, recorded: np.ndarray) -> float:

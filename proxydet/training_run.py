@@ -97,7 +97,11 @@ def run_training(
     """
     finetuned = config.training.finetune.start is not None
     # The report's predictions are shared between the processes, as those of the training's evaluations are.
-    with connect(config.training.device) if finetuned else nullcontext():
+    with (
+        connect(config.training.device, config.data.worker_timeout_s)
+        if finetuned
+        else nullcontext()
+    ):
         result = train(
             config,
             output=output,

@@ -1,4 +1,4 @@
-"""Checkpoints: what they hold, written whole or not at all, rotated, and proved when read.
+"""Checkpoints: what they hold, written behind the training, whole or not at all, rotated, and proved when read.
 
 A checkpoint ``step_0001000.pth`` is a file of `proxydet.weight_files.write_state`, with a SHA-256 that is compared when it
 is read: whatever damaged the file, nothing else than what was written is ever resumed from.
@@ -11,17 +11,20 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from proxydet.errors import CheckpointError, NumericsError
-from proxydet.training.config import CheckpointConfig
+from proxydet.errors import CheckpointError, NumericsError, ProxydetError
 from proxydet.weight_files import FORMAT, read_content, write_state
+
+if TYPE_CHECKING:
+    from proxydet.training.config import CheckpointConfig
 
 logger = logging.getLogger(__name__)
 
@@ -257,7 +260,7 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 class CheckpointFolder:
-    """The checkpoints of one run.
+    """The checkpoints of one run. One thread writes them, one at a time; leaving this context waits for it.
 
     Args:
         folder: Where they lie; made when the first one is written.
@@ -267,26 +270,66 @@ class CheckpointFolder:
     def __init__(self, folder: Path, config: CheckpointConfig) -> None:
         self.folder = folder
         self._config = config
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> CheckpointFolder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        try:
+            self.wait()
+        except ProxydetError as failed:
+            if kind is None:
+                raise
+            logger.warning("%s", failed.message)  # next to what ends the training
 
     def path(self, iteration: int) -> Path:
         """Return the name of the checkpoint after a number of iterations."""
         return self.folder / f"{step_name(iteration)}.pth"
 
-    def save(self, state: dict[str, Any], iteration: int, best: int | None = None) -> Path:
-        """Write the checkpoint of an iteration, then remove those that need not be kept.
+    def save(self, state: dict[str, Any], iteration: int, best: int | None = None) -> None:
+        """Copy the state of an iteration and let its checkpoint be written; then those that need not be kept are removed.
+
+        Waits for the checkpoint before it. The copy takes as much host memory as the file, until that is written.
 
         Args:
-            state: What `load_checkpoint` shall return.
+            state: What `load_checkpoint` shall return; its tensors may change when this returns.
             iteration: Iterations so far.
             best: Iteration of the best checkpoint so far, which is kept.
 
         Raises:
-            DiskFullError: There is no room for it; nothing is left of it, and the earlier ones are untouched.
+            ProxydetError: As `wait`, of the checkpoint before it.
         """
-        path = self.path(iteration)
-        write_state(state, path, hint=_NO_ROOM)
-        self.rotate(best)
-        return path
+        self.wait()
+        copied = _copy_to_host(state)
+        event = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None
+
+        def write() -> None:
+            if event is not None:
+                event.synchronize()
+            path = self.path(iteration)
+            write_state(copied, path, hint=_NO_ROOM)
+            self.rotate(best)
+            logger.info("Wrote %s", path)
+
+        self._writing = self._writer.submit(write)
+
+    def check(self) -> None:
+        """Raise as `wait` where the checkpoint that was being written has failed; does not wait."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when the checkpoint that is being written, if any, is there.
+
+        Raises:
+            DiskFullError: There is no room for it; nothing is left of it, and the earlier ones are untouched.
+            RuntimeEnvironmentError: It cannot be written; likewise.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def load_newest(self) -> tuple[dict[str, Any], Path] | None:
         """Read the newest checkpoint that is whole, with a warning when a newer one is damaged.
@@ -323,6 +366,29 @@ class CheckpointFolder:
             keep_best = self._config.keep_best or self._config.best_weights
             if not milestone and not (keep_best and iteration == best):
                 path.unlink(missing_ok=True)
+
+
+def _copy_to_host(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy nested values, tensors into host memory; those of a GPU arrive when its stream has come so far.
+
+    A tensor that occurs several times is copied, and so written, once.
+    """
+    copies: dict[Any, torch.Tensor] = {}
+
+    def copy(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            place = (value.data_ptr(), value.dtype, value.shape, value.stride())
+            if place not in copies:
+                own = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+                copies[place] = own.copy_(value, non_blocking=True)
+            return copies[place]
+        if isinstance(value, Mapping):
+            return {key: copy(inner) for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(copy(inner) for inner in value)
+        return value
+
+    return {key: copy(value) for key, value in state.items()}
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

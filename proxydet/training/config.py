@@ -85,13 +85,14 @@ class PrecisionConfig:
     """First loss scale of fp16; it adapts afterwards."""
 
     channels_last: bool = False
-    """Keep feature maps with the channel dimension innermost; changes sums in the last bits only."""
+    """Keep weights and feature maps with the channel dimension innermost, as tensor cores and oneDNN compute; changes sums in the
+    last bits only."""
 
     compile: bool = False
     """Compile the backbone and FPN with torch.compile; changes sums in the last bits only."""
 
+    # Keys of version 0.1, which configurations may still hold.
     EARLIER: ClassVar = ("dtype", "tf32")
-    """Keys of version 0.1, which configurations may still hold."""
 
     @classmethod
     def from_earlier(cls, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 from proxydet.errors import ConfigError, ProxydetError, RuntimeEnvironmentError, TrainingError
 
 T = TypeVar("T")
-_TIMEOUT = timedelta(minutes=30)
+# Of what a step exchanges, if the loader may not take longer; a process that has died or hangs is noticed after this time.
+_STEP_TIMEOUT = timedelta(minutes=15)
+# Of the processes' meetings around a start, an evaluation, a checkpoint: while one works, the others wait.
+_WAIT_TIMEOUT = timedelta(days=2)
+# In it they meet, on the CPU; None where `connect` made none.
+_meeting: dist.ProcessGroup | None = None
 # SLURM numbers its own steps (batch script, salloc's shell) down from here.
 _SPECIAL_STEPS = 0xFFFF_FFF0
 START_AGAIN = "Start the same command again: it resumes from the newest checkpoint."
@@ -189,15 +194,19 @@ def launched_rank() -> int:
 
 
 @contextmanager
-def connect(device: str) -> Iterator[DistInfo]:
+def connect(device: str, loader_timeout: float = 600.0) -> Iterator[DistInfo]:
     """Join the other processes of this training; leave them when the block ends well.
 
     A process group that exists already (Ray Train, Accelerate, Fabric) is used, and left as it is. One of our own is left
     only when the block ends well: after an error the process is about to end, and leaving first would make the others fail
     before this one has reported why.
 
+    Exchanges of a step fail after 15 minutes, or 5 after a loader that hangs would have been reported: then a process is lost.
+    `wait_for_all`, `broadcast_value` and what is built on them wait for days, without keeping a GPU busy.
+
     Args:
         device: ``auto``, ``cuda`` or ``cpu``.
+        loader_timeout: Seconds that a process may wait for a batch; 0 for ever.
 
     Raises:
         RuntimeEnvironmentError: A GPU is asked for and there is none for this process.
@@ -207,7 +216,9 @@ def connect(device: str) -> Iterator[DistInfo]:
     process = StartedProcess.of()
     local_rank = process.local_rank if process else 0
     if dist.is_available() and dist.is_initialized():
-        yield _existing_group(device, local_rank)
+        found = _existing_group(device, local_rank)
+        with _meetings():
+            yield found
         return
     if (
         local_rank < number_in(os.environ, "SLURM_GPUS_ON_NODE")
@@ -231,17 +242,35 @@ def connect(device: str) -> Iterator[DistInfo]:
         MASTER_PORT=process.port,
     )
     try:
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=_TIMEOUT)
+        longest = timedelta(seconds=loader_timeout, minutes=5) if loader_timeout else _WAIT_TIMEOUT
+        dist.init_process_group(
+            "nccl" if place.type == "cuda" else "gloo", timeout=max(longest, _STEP_TIMEOUT)
+        )
     except (RuntimeError, ValueError) as error:
         raise TrainingError(
             f"The {process.world_size} processes did not find each other at {process.address}:{process.port}: "
             f"{first_line(error)}",
             hint="Each must be able to reach that address. Set MASTER_ADDR and MASTER_PORT, the same for all, to take another.",
         ) from error
-    yield DistInfo(
-        rank=process.rank, world_size=process.world_size, local_rank=local_rank, device=place
-    )
+    with _meetings():
+        yield DistInfo(
+            rank=process.rank, world_size=process.world_size, local_rank=local_rank, device=place
+        )
     dist.destroy_process_group()
+
+
+@contextmanager
+def _meetings() -> Iterator[None]:
+    """Within this context `_meeting` is there: of its own, so that its timeout is no matter of what a step exchanges."""
+    global _meeting
+    before = _meeting
+    if before is None and dist.get_world_size() > 1:
+        made = dist.new_group(backend="gloo", timeout=_WAIT_TIMEOUT)
+        _meeting = cast("dist.ProcessGroup", made)
+    try:
+        yield
+    finally:
+        _meeting = before
 
 
 def _existing_group(device: str, local_rank: int) -> DistInfo:
@@ -304,7 +333,7 @@ def check_agreement(info: DistInfo, facts: Mapping[str, str]) -> None:
     if info.world_size == 1:
         return
     gathered: list[Mapping[str, str]] = [{}] * info.world_size
-    dist.all_gather_object(gathered, dict(facts))
+    dist.all_gather_object(gathered, dict(facts), group=_meeting)
     for name in gathered[0]:
         by_value: dict[str, list[int]] = {}
         for rank, theirs in enumerate(gathered):
@@ -362,7 +391,7 @@ def share_statistics(
 def wait_for_all(info: DistInfo) -> None:
     """Return when every process has arrived here."""
     if info.world_size > 1:
-        dist.barrier()
+        dist.barrier(group=_meeting)
 
 
 def decided_by_main(info: DistInfo, decide: Callable[[], T]) -> T:
@@ -393,5 +422,5 @@ def broadcast_value(value: object, info: DistInfo) -> object:
     if info.world_size == 1:
         return value
     holder = [value]
-    dist.broadcast_object_list(holder, src=0)
+    dist.broadcast_object_list(holder, src=0, group=_meeting)
     return holder[0]

@@ -1,7 +1,8 @@
 """What a training would do, without doing it: data it needs and what is missing, rough memory and time, launch command.
 
 For the estimate the network is run on torch's meta device, which computes shapes only: that gives the multiply-adds of a step and
-the bytes that its backward pass keeps, for any configuration. Pooling, proposals, losses and the optimiser are left out.
+the bytes that its backward pass keeps, for any configuration, part by part: each computes in a precision of its own. Pooling,
+proposals, losses and the optimiser are left out.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from proxydet.errors import CheckpointError, DataError, ProxydetError
 from proxydet.files import Lock
 from proxydet.modeling.backbone import build_backbone
 from proxydet.modeling.centernet import CenterNet
-from proxydet.modeling.config import ModelConfig
+from proxydet.modeling.config import ModelConfig, Precision
 from proxydet.modeling.roi_heads import RoiHeads
 from proxydet.training.checkpoint import list_checkpoints
 from proxydet.training.config import TrainingConfig
@@ -58,11 +59,19 @@ if TYPE_CHECKING:
 _LARGEST_READ = 64 * 1024 * 1024
 # AdamW: weight, gradient and two moments in float32.
 _BYTES_PER_PARAMETER = 16
-# The operations of a step over its time, as a share of what the probe's convolution reaches. Measured for R50 on a 2-core CPU
-# (benchmarks/training_step_cpu2_202611.md, 220 GFLOP/s): 1.17 for box batches, with fewer masks than are counted here,
-# 0.65 for image-label batches. No GPU was measured.
-_EFFICIENCY = 0.85
+# What the backward pass keeps is written and read, and so is its gradient; gradients, moments and weights in the optimiser.
+_TIMES_MOVED = 4
+_OPTIMIZER_BYTES = 44
+# Launches of kernels for a batch, or calls of operators on a CPU, which do not grow with it.
+_LAUNCHES = {"boxes": 2200, "labels": 1000}
+# What a part keeps for its backward pass in 16 bits, over that in float32: autocast computes group norms in float32, and keeps
+# what they were given and return next to the 16-bit input of the next convolution.
+_KEPT_IN_16_BITS = {"backbone": 0.5, "tower": 1.25, "box heads": 0.5, "mask head": 0.5}
 _PROBE_SECONDS = 0.3
+_PROBE_BYTES = 128 << 20
+_PROBE_LAUNCHES = 500
+# Operations a second from which a large convolution is worth the time.
+_FAST = 5e9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +95,65 @@ class Need:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeviceSpeed:
+    """What a device reaches."""
+
+    operations: dict[str, float]
+    """Floating-point operations a second of a large convolution, by precision."""
+
+    moved: float
+    """Bytes a second that are read or written by a copy of a large tensor."""
+
+    launch: float
+    """Seconds of a small operation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartCost:
+    """What a part of the network takes of one batch."""
+
+    name: str
+    """backbone (with the pyramid), tower (of the proposal network), box heads or mask head."""
+
+    precision: Precision
+    """Of its products."""
+
+    operations: float
+    """Floating-point operations, forward and backward; a multiply-add is two."""
+
+    kept_bytes: float
+    """What the forward pass keeps for the backward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchCost:
+    """What one batch of a source takes."""
+
+    kind: str
+    """boxes or labels."""
+
+    images: int
+    """Images."""
+
+    share: float
+    """Share of the batches that are of this source, in [0, 1]."""
+
+    parts: tuple[PartCost, ...]
+    """What each part takes."""
+
+    @property
+    def kept_bytes(self) -> float:
+        """What the forward pass keeps for the backward pass."""
+        return sum(part.kept_bytes for part in self.parts)
+
+    def seconds(self, speed: DeviceSpeed) -> float:
+        """Return its time: arithmetic, each part in its precision; moving what is kept; and launching."""
+        arithmetic = sum(part.operations / speed.operations[part.precision] for part in self.parts)
+        moving = _TIMES_MOVED * self.kept_bytes / speed.moved
+        return arithmetic + moving + _LAUNCHES[self.kind] * speed.launch
+
+
+@dataclass(frozen=True, kw_only=True)
 class Estimate:
     """What a training takes, roughly: within a factor of two on an idle machine."""
 
@@ -99,10 +167,19 @@ class Estimate:
     """Memory of the device, a process."""
 
     seconds_per_step: float
-    """Time of a step."""
+    """Time of a step: of the slowest process, on average over the steps."""
 
-    operations_per_second: float
-    """Floating-point operations a second that a large float32 convolution reached in a short probe of the device."""
+    speed: DeviceSpeed
+    """What the device reached in a short probe."""
+
+    batches: tuple[BatchCost, ...]
+    """What the time and memory are computed from."""
+
+    together: bool
+    """Whether the batches of a step are of one kind on all processes, or each process draws its own."""
+
+    processes: int
+    """How many processes train."""
 
     hours: float
     """Time of all steps that are left."""
@@ -120,9 +197,31 @@ class Estimate:
             f"device       {self.device}, at least {self.memory_gib:.1f} GiB a process, "
             f"{self.parameters / 1e6:.1f} M parameters",
             f"time         about {duration}: {self.seconds_per_step:.2g} s a step, "
-            f"{self.images:,} images; a rough guess: a convolution reaches {self.operations_per_second / 1e9:.3g} GFLOP/s "
-            "here just now (less where other programs run)",
+            f"{self.images:,} images; a rough guess: a convolution reaches "
+            + ", ".join(
+                f"{speed / 1e9:.3g} GFLOP/s in {precision}"
+                for precision, speed in self.speed.operations.items()
+            )
+            + f", a copy {self.speed.moved / 1e9:.3g} GB/s, a small operation {self.speed.launch * 1e6:.2g} us here just now "
+            "(less where other programs run)",
         ]
+        for batch in self.batches:
+            parts = ", ".join(
+                f"{part.name} {part.operations / 1e12:.2g} in {part.precision}"
+                for part in batch.parts
+            )
+            lines.append(
+                f"{'of ' + batch.kind:12} {batch.images} images a process, {batch.share:.0%} of the batches: "
+                f"{batch.seconds(self.speed):.2g} s, {batch.kept_bytes / 2**30:.1f} GiB kept for the backward "
+                f"pass; TFLOP: {parts}"
+            )
+        if self.processes > 1 and len(self.batches) > 1:
+            lines.append(
+                "of a step    all processes take the same kind of batch (data.ranks_share_group)"
+                if self.together
+                else f"of a step    the slowest of {self.processes} processes, which draw the kinds of their batches independently "
+                "(data.ranks_share_group=true: the same kind)"
+            )
         if self.device == "cpu" and self.hours > 24:
             lines.append("slow         this recipe is made for GPUs; on a CPU it takes very long")
         return lines
@@ -400,6 +499,7 @@ def plan_training(
             used.image_labels if labelled else None,
             dataclasses.replace(scaled.training, accumulation=start.accumulation),
             launch.world_size,
+            together=scaled.data.ranks_share_group,
             steps=float(left / start.step),
         ),
         command=launch.command(words),
@@ -420,26 +520,6 @@ def _annotations(split: str, source: AnnotationSource) -> Need:
     return Need(what=what, path=str(path), present=not problem, problem=problem)
 
 
-@dataclass(frozen=True, kw_only=True)
-class BatchCost:
-    """What one batch of a source takes."""
-
-    images: int
-    """Images."""
-
-    operations: float
-    """Floating-point operations, forward and backward; a multiply-add is two."""
-
-    backbone_operations: float
-    """Those of backbone and pyramid among them, which are computed in ``training.precision.backbone``; the others in that of the heads."""
-
-    kept_bytes: float
-    """What the forward pass keeps for the backward pass."""
-
-    share: float
-    """Share of the steps that take such a batch, in [0, 1]."""
-
-
 def estimate_run(
     model: ModelConfig,
     boxes: SourceConfig,
@@ -447,6 +527,7 @@ def estimate_run(
     training: TrainingConfig,
     processes: int,
     *,
+    together: bool = False,
     steps: float | None = None,
 ) -> Estimate:
     """Estimate a training.
@@ -457,33 +538,55 @@ def estimate_run(
         labels: Batches of images with labels; None where there are none.
         training: Settings, scaled to the number of processes.
         processes: How many processes train.
+        together: Whether all processes draw the same kind of batch; else each draws its own.
         steps: How many steps are left; None takes the settings' iterations.
     """
     steps = training.iterations if steps is None else steps
     device = choose_device(training.device)
-    parts = MetaNetwork(model)
-    costs = batch_costs(parts, boxes, labels, training)
-    backbone, operations = (
-        sum(getattr(cost, name) * cost.share for cost in costs) * training.accumulation
-        for name in ("backbone_operations", "operations")
-    )
+    network = MetaNetwork(model)
+    costs = batch_costs(network, boxes, labels, training)
     images = sum(cost.images * cost.share for cost in costs) * training.accumulation * processes
-    speed = device_speed(device, "fp32", tf32=training.precision.heads == "tf32")
-    fast = speed
-    if device.type == "cuda" and training.precision.backbone in ("bf16", "fp16"):
-        fast = device_speed(device, training.precision.backbone)
-    seconds = (backbone / fast + (operations - backbone) / speed) / _EFFICIENCY
-    parameters = sum(p.numel() for p in parts.parameters())
+    used = dict.fromkeys(part.precision for cost in costs for part in cost.parts)
+    speed = device_speed(device, tuple(used), channels_last=training.precision.channels_last)
+    parameters = network.parameters()
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    # Losses count the objects of all processes, so that these meet in every batch.
+    seconds = training.accumulation * expected_slowest(
+        [cost.seconds(speed) for cost in costs],
+        [cost.share for cost in costs],
+        1 if together else processes,
+    )
+    seconds += _OPTIMIZER_BYTES * trained / speed.moved
+    total = sum(p.numel() for p in parameters)
+    held = 4 * (total - trained) + _BYTES_PER_PARAMETER * trained
     return Estimate(
         device=str(device),
-        parameters=parameters,
-        memory_gib=(_BYTES_PER_PARAMETER * parameters + max(cost.kept_bytes for cost in costs))
-        / 2**30,
+        parameters=total,
+        memory_gib=(held + max(cost.kept_bytes for cost in costs)) / 2**30,
         seconds_per_step=seconds,
-        operations_per_second=speed,
+        speed=speed,
+        batches=tuple(costs),
+        together=together,
+        processes=processes,
         hours=seconds * steps / 3600,
         images=round(images * steps),
     )
+
+
+def expected_slowest(seconds: Sequence[float], shares: Sequence[float], processes: int) -> float:
+    """Return the mean of the longest time among processes, each of which draws one independently.
+
+    Args:
+        seconds: The times that may be drawn.
+        shares: The chance of each; their sum is 1.
+        processes: How many draw.
+    """
+    total = below = 0.0
+    for time_drawn, share in sorted(zip(seconds, shares, strict=True)):
+        # All are at most this long, less those cases in which all are shorter.
+        total += time_drawn * ((below + share) ** processes - below**processes)
+        below += share
+    return total
 
 
 def batch_costs(
@@ -494,60 +597,111 @@ def batch_costs(
 ) -> list[BatchCost]:
     """Return what the batches of each source take.
 
-    Sources are drawn by image: one with twice the batch size at the same ratio makes half as many batches.
+    Sources are drawn by image: one with twice the batch size at the same ratio makes half as many batches. What learns takes
+    three times its forward pass. What only moves regions or proposes them takes one: the first steps of the mixup branch, and
+    for image labels the proposal network and the first steps of the detection branch.
     """
     sources = [source for source in (boxes, labels) if source is not None]
     weights = [source.ratio / source.batch_size for source in sources]
-    small = 0.5 if training.precision.backbone in ("bf16", "fp16") else 1.0
+    cascade, masks = network.config.cascade, network.config.masks is not None
     costs = []
     for source, weight in zip(sources, weights, strict=True):
-        features, pyramid = count(network.pyramid, source.batch_size, source.size)
-        regions = network.config.cascade.samples_per_image if source is boxes else 1
-        heads = count(network.heads, source.batch_size, regions, source is boxes)[1]
-        proposals = count(network.proposals, features)[1]
-        operations = pyramid[0] + proposals[0] + heads[0]
-        kept = small * pyramid[1] + proposals[1] + heads[1]
+        images, learnt = source.batch_size, source is boxes
+        features, backbone = network.count(network.pyramid, images, source.size)
+        _, tower = network.count(network.proposals, features)
+        regions = images * (cascade.samples_per_image if learnt else 1)
+        objects = max(round(regions * cascade.positive_fraction), 1) if learnt else 0
+        _, heads = network.count(network.heads, regions, objects)
+        moved = images * (cascade.samples_per_image if learnt else cascade.image_label_proposals)
+        moving = 0.0
+        if network.config.mixup_branch or not learnt:
+            moving = (cascade.steps - 1) * network.count(network.move, moved)[1][0]
+        work = {
+            "backbone": (3 * backbone[0], backbone[1]),
+            "tower": (3 * tower[0], tower[1]) if learnt else (tower[0], 0.0),
+            "box heads": (3 * heads[0] + moving, heads[1]),
+        }
+        if masks and learnt:
+            _, mask_head = network.count(network.mask_head, objects)
+            work["mask head"] = (3 * mask_head[0], mask_head[1])
+        parts = []
+        for name, (operations, kept) in work.items():
+            precision = (
+                training.precision.backbone if name == "backbone" else training.precision.heads
+            )
+            small = _KEPT_IN_16_BITS[name] if precision in ("bf16", "fp16") else 1.0
+            parts.append(
+                PartCost(
+                    name=name, precision=precision, operations=operations, kept_bytes=small * kept
+                )
+            )
         costs.append(
             BatchCost(
-                images=source.batch_size,
-                operations=3 * operations,
-                backbone_operations=3 * pyramid[0],
-                kept_bytes=kept,
+                kind="boxes" if learnt else "labels",
+                images=images,
                 share=weight / sum(weights),
+                parts=tuple(parts),
             )
         )
     return costs
 
 
-def count(function: Callable[..., Any], *arguments: Any) -> tuple[Any, tuple[float, float]]:
-    """Run a function on meta tensors; return its result, and its operations and the bytes that it keeps for backward."""
-    kept: dict[int, int] = {}
+def device_speed(
+    device: torch.device, precisions: Sequence[str], *, channels_last: bool = False
+) -> DeviceSpeed:
+    """Probe what a device reaches just now.
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage.nbytes()
-        return tensor
+    Args:
+        device: Which.
+        precisions: For which convolutions are timed.
+        channels_last: Their layout.
+    """
 
-    counter = FlopCounterMode(display=False)
-    with counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = function(*arguments)
-    return result, (float(counter.get_total_flops()), float(sum(kept.values())))
-
-
-def device_speed(device: torch.device, dtype: str, *, tf32: bool = False) -> float:
-    """Return the floating-point operations a second that a large convolution reaches on a device just now."""
-    used = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
-    values = torch.randn(2, 256, 64, 64, device=device, dtype=used)
-    weight = torch.randn(256, 256, 3, 3, device=device, dtype=used)
-    operations = 2 * values.numel() * 256 * 9
-    rounds, start = 0, 0.0
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
-        while rounds < 3 or time.perf_counter() - start < _PROBE_SECONDS:
+    def rate(work: float, run: Callable[[], Tensor], longest: float = _PROBE_SECONDS) -> float:
+        """Return units of work a second; reading a number waits for the device."""
+        rounds, start = 0, 0.0
+        while rounds < 3 or time.perf_counter() - start < longest:
             if rounds == 2:
                 start = time.perf_counter()
-            functional.conv2d(values, weight, padding=1).mean().item()
+            run().sum().item()
             rounds += 1
-    return operations * (rounds - 2) / (time.perf_counter() - start)
+        return work * (rounds - 2) / (time.perf_counter() - start)
+
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def convolutions(precision: str, images: int, side: int, longest: float) -> float:
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
+        values, weight = (
+            torch.randn(shape, device=device, dtype=dtype).to(memory_format=layout)
+            for shape in ((images, 256, side, side), (256, 256, 3, 3))
+        )
+        work = 2 * values.numel() * weight[0].numel()
+        return rate(work, lambda: functional.conv2d(values, weight, padding=1)[:, 0], longest)
+
+    operations = {}
+    for precision in precisions:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=precision == "tf32"):
+            operations[precision] = convolutions(precision, 1, 16, 0.0)
+            if (
+                operations[precision] > _FAST
+            ):  # where 16 bits are emulated, a large one takes minutes
+                operations[precision] = convolutions(precision, 2, 64, _PROBE_SECONDS)
+    large = torch.zeros(_PROBE_BYTES // 4, device=device)
+    other = torch.empty_like(large)
+    layer = nn.Linear(8, 8).to(device)
+
+    def many() -> Tensor:
+        values = torch.ones(1, 8, device=device)
+        for _ in range(_PROBE_LAUNCHES // 5):
+            values = layer(values)
+        values.sum().backward()  # three operations for each layer, and the sum of its gradients
+        return values
+
+    return DeviceSpeed(
+        operations=operations,
+        moved=rate(2.0 * _PROBE_BYTES, lambda: other.copy_(large)[:8], _PROBE_SECONDS / 3),
+        launch=1 / rate(_PROBE_LAUNCHES, many, _PROBE_SECONDS / 3),
+    )
 
 
 class MetaNetwork:
@@ -566,6 +720,23 @@ class MetaNetwork:
         modules = (self._backbone, self._centernet, self._roi_heads)
         return [parameter for module in modules for parameter in module.parameters()]
 
+    def count(self, part: Callable[..., Any], *arguments: Any) -> tuple[Any, tuple[float, float]]:
+        """Run a part; return its result, and its operations and the bytes that it keeps for backward next to the parameters."""
+        own = {parameter.untyped_storage()._cdata for parameter in self.parameters()}
+        kept: dict[int, torch.UntypedStorage] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                kept[storage._cdata] = storage
+            return tensor
+
+        counter = FlopCounterMode(display=False)
+        with counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            result = part(*arguments)
+        kept_bytes = sum(storage.nbytes() for storage in kept.values())
+        return result, (float(counter.get_total_flops()), float(kept_bytes))
+
     def pyramid(self, images: int, size: int) -> list[Tensor]:
         """Run backbone and pyramid on images of a size, padded as the network pads them."""
         side = -(-size // self._backbone.size_divisibility) * self._backbone.size_divisibility
@@ -576,20 +747,33 @@ class MetaNetwork:
         """Run the proposal network's convolutions."""
         return self._centernet(features)
 
-    def heads(self, images: int, regions: int, boxes: bool) -> None:
-        """Run the heads with gradient on a number of regions an image, masks and mixup on as many as may be objects."""
-        config, heads = self.config, self._roi_heads
-        side, channels = config.cascade.pool_size, config.pyramid.channels
-        pooled = torch.empty(images * regions, channels, side, side, device="meta")
-        for step in range(config.cascade.steps):
+    def heads(self, regions: int, objects: int) -> None:
+        """Run the detection branch on a number of regions, and the mixup branch's last step on those that may be objects."""
+        heads = self._roi_heads
+        pooled = self._pooled(regions, self.config.cascade.pool_size)
+        for step in range(self.config.cascade.steps):
             features = heads.detection.features(step, pooled)
             heads.detection.deltas(step, features)
-        if not boxes:
-            return
-        objects = max(round(images * regions * config.cascade.positive_fraction), 1)
-        if heads.mixup is not None:
-            heads.mixup.features(config.cascade.steps - 1, pooled[:objects])
-        if config.masks is not None and heads.mask_head is not None:
-            mask_side = config.masks.pool_size
-            pooled = torch.empty(objects, channels, mask_side, mask_side, device="meta")
-            heads.mask_head.layers(pooled)
+            heads.detection.classifier(step)(features)
+        if heads.mixup is not None and objects:
+            last = self.config.cascade.steps - 1
+            pooled = self._pooled(objects, self.config.cascade.pool_size)
+            heads.mixup.classifier(last)(heads.mixup.features(last, pooled))
+
+    def move(self, regions: int) -> None:
+        """Run one step of a branch on a number of regions, as to refine their boxes."""
+        branch = self._roi_heads.detection
+        pooled = self._pooled(regions, self.config.cascade.pool_size)
+        branch.deltas(0, branch.features(0, pooled))
+
+    def mask_head(self, objects: int) -> None:
+        """Run the mask head on a number of objects."""
+        assert self.config.masks is not None
+        assert self._roi_heads.mask_head is not None
+        self._roi_heads.mask_head.layers(self._pooled(objects, self.config.masks.pool_size))
+
+    def _pooled(self, regions: int, side: int) -> Tensor:
+        # As pooling returns them: with a gradient to the maps.
+        return torch.empty(
+            regions, self.config.pyramid.channels, side, side, device="meta", requires_grad=True
+        )

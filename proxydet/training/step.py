@@ -139,7 +139,7 @@ def check_precision(config: PrecisionConfig, device: torch.device) -> None:
 
 
 def apply_precision(network: nn.Module, config: PrecisionConfig) -> None:
-    """Set the number formats of a network's parts, and memory layout and compilation of backbone and pyramid, in place.
+    """Set the number formats of a network's parts, its memory layout, and compilation of backbone and pyramid, in place.
 
     Args:
         network: Has a module ``backbone``; computes by its ``backbone_precision`` and ``heads_precision``.
@@ -148,11 +148,11 @@ def apply_precision(network: nn.Module, config: PrecisionConfig) -> None:
     allow_tf32(allowed=False)  # but in the parts that compute in it
     network.backbone_precision = config.backbone  # type: ignore[assignment]
     network.heads_precision = config.heads  # type: ignore[assignment]
-    backbone = network.get_submodule("backbone")
     if config.channels_last:
-        backbone.to(memory_format=torch.channels_last)
+        # Maps take the layout of the weights that they are multiplied with.
+        network.to(memory_format=torch.channels_last)
     if config.compile:
-        backbone.compile()
+        network.get_submodule("backbone").compile()
 
 
 def build_scaler(config: PrecisionConfig, device: torch.device) -> torch.amp.GradScaler:

@@ -174,7 +174,7 @@ def train(
     config = with_own_code(config, criterion=criterion, backbone=backbone, loggers=loggers)
     losses = check_own_code(config)
     with ExitStack() as stack:
-        ranks = stack.enter_context(connect(config.training.device))
+        ranks = stack.enter_context(connect(config.training.device, config.data.worker_timeout_s))
         folder = RunFolder(output.resolve())
         still_ours = stack.enter_context(folder.held()) if ranks.is_main else lambda: None
         start = prepare(config, folder, ranks, resume, overwrite=overwrite)
@@ -591,6 +591,7 @@ def fit(
             state.share, state.start = config.interpolation, {name: values[name] for name in mixed}
 
     with ExitStack() as stack:
+        stack.enter_context(checkpoints)
         task = stack.enter_context(
             progress.task(
                 "training", total=config.iterations, unit="it", done=float(state.iteration)
@@ -630,10 +631,10 @@ def fit(
         def save() -> None:
             if ranks.is_main:
                 still_ours()
-                path = checkpoints.save(state.state_dict(), state.iteration, best_iteration())
-                logger.info("Wrote %s", path)
+                checkpoints.save(state.state_dict(), state.iteration, best_iteration())
 
         def stopped() -> JobInterruptedError:
+            checkpoints.wait()
             return JobInterruptedError(
                 f"Training was stopped after {state.iteration} of {config.iterations} iterations; "
                 f"{checkpoints.path(state.iteration)} holds its state.",
@@ -685,6 +686,7 @@ def fit(
                     found = evaluate(network, state.iteration, folder.evaluation(state.iteration))
             except StopNow:
                 raise stopped() from None
+            checkpoints.wait()  # what is evaluated is there to go back to
             if ranks.is_main:
                 still_ours()
             metrics.evaluation(found)
@@ -698,6 +700,7 @@ def fit(
                     )
                 keep_best()
                 checkpoints.rotate(best_iteration())
+            wait_for_all(ranks)  # the main process may have scored for long
             return ends_early()
 
         def ends_early() -> bool:
@@ -732,14 +735,17 @@ def fit(
             if record and ranks.is_main:
                 still_ours()
             metrics.step(result, prefetcher.waited, record=record)
+            checkpoints.check()
             # One checkpoint an iteration, where a step is less: an evaluation belongs to the weights of that name.
             if result.stop and not last and passes(1):
                 save()
+                interrupted = stopped()
                 wait_for_all(ranks)
-                raise stopped()
+                raise interrupted
             if last or passes(config.checkpoints.period) or evaluation_due():
                 save()
             early = evaluate_if_due()
+        checkpoints.wait()
         if early:
             logger.info(
                 "Stopped early, after %d of %d iterations", state.iteration, config.iterations

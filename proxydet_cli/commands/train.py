@@ -43,7 +43,7 @@ Recipe = Annotated[
     typer.Option(
         "--recipe",
         metavar="NAME",
-        help="Any recipe: r50, swinb (each also with _without_image_labels), boxsup_r50, boxsup_swinb, quickstart, "
+        help="Any recipe: r50, swinb (each also with _without_image_labels and _fast), boxsup_r50, boxsup_swinb, quickstart, "
         "small, tiny.",
         rich_help_panel="What to train",
     ),
@@ -497,7 +497,7 @@ def _run(
         ranks = DistInfo(device=torch.device("cpu"))
         if plan.started and LAUNCHER not in os.environ:
             # One process chooses for all: what it writes there must not make another one choose otherwise.
-            ranks = stack.enter_context(connect(device))
+            ranks = stack.enter_context(connect(device, config.data.worker_timeout_s))
         root, why = decided_by_main(ranks, lambda: options.folder(config))
         folder = RunFolder(root)
 
@@ -535,7 +535,10 @@ def _run(
         @contextlib.contextmanager
         def held() -> Iterator[None]:
             """Join the others; the main process holds the run folder, before one of them writes in it."""
-            with connect(device) as ranks, contextlib.ExitStack() as holding:
+            with (
+                connect(device, config.data.worker_timeout_s) as ranks,
+                contextlib.ExitStack() as holding,
+            ):
 
                 def take() -> None:
                     holding.enter_context(folder.held())

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from proxydet.config import (
+    differences,
     dump_yaml,
     field_docs,
     field_types,
@@ -69,6 +70,10 @@ def test_variants(backbone):
     assert without.data.image_labels is None
     assert (without.inference.alpha, without.inference.beta) == (0.35, 0.55)
     assert without.model == get_recipe(backbone).model
+    fast = differences(get_recipe(backbone), get_recipe(f"{backbone}_fast"))
+    assert fast.keys() == {
+        "recipe", "data.ranks_share_group", "training.precision.heads", "training.precision.channels_last",
+    }  # fmt: skip
     boxsup = get_recipe(f"boxsup_{backbone}")
     assert not boxsup.model.mixup_branch
     assert boxsup.data.image_labels is None

@@ -27,14 +27,17 @@ def toy() -> ModuleType:
 @pytest.fixture
 def unmeasured(monkeypatch) -> None:
     """Leave out a plan's estimate, which takes a second."""
-    from proxydet.training.plan import Estimate
+    from proxydet.training.plan import DeviceSpeed, Estimate
 
     estimate = Estimate(
         device="cpu",
         parameters=1,
         memory_gib=1.0,
         seconds_per_step=1.0,
-        operations_per_second=1.0,
+        speed=DeviceSpeed(operations={}, moved=1.0, launch=1.0),
+        batches=(),
+        together=False,
+        processes=1,
         hours=1.0,
         images=1,
     )

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -33,13 +34,20 @@ def state(value: float) -> dict:
     return {"model": weights, "optimizer": {}, "iteration": int(value), "window": {}}
 
 
+def saved(checkpoints: CheckpointFolder, value: float, best: int | None = None) -> Path:
+    """Write a checkpoint and wait for it."""
+    checkpoints.save(state(value), int(value), best)
+    checkpoints.wait()
+    return checkpoints.path(int(value))
+
+
 def iterations(found: CheckpointFolder) -> list[int]:
     return [iteration for iteration, _ in list_checkpoints(found.folder)]
 
 
 def test_round_trip(tmp_path):
     checkpoints = folder(tmp_path)
-    path = checkpoints.save(state(5.0), 5)
+    path = saved(checkpoints, 5.0)
     assert path.name == "step_0000005.pth"
     loaded = load_checkpoint(path)
     assert torch.equal(loaded["model"]["w"], torch.full((1000,), 5.0))
@@ -48,10 +56,76 @@ def test_round_trip(tmp_path):
     assert read_run(path) is None
 
 
+@pytest.fixture
+def held_back(monkeypatch) -> threading.Event:
+    """Checkpoints are written once this is set."""
+    go_ahead = threading.Event()
+
+    def late(*arguments: object, **options: object) -> None:
+        assert go_ahead.wait(60)
+        write_state(*arguments, **options)
+
+    monkeypatch.setattr("proxydet.training.checkpoint.write_state", late)
+    return go_ahead
+
+
+def test_training_need_not_wait_for_a_checkpoint(tmp_path, held_back):
+    checkpoints, content = folder(tmp_path), state(3.0)
+    content["again"] = content["model"]["w"]
+    checkpoints.save(content, 3)
+    content["model"]["w"].zero_()  # the next step changes the weights in place
+    checkpoints.check()
+    assert iterations(checkpoints) == []
+    held_back.set()
+    checkpoints.wait()
+    loaded = load_checkpoint(checkpoints.path(3))
+    assert torch.equal(loaded["model"]["w"], torch.full((1000,), 3.0))
+    assert checkpoints.path(3).stat().st_size < 2 * 4000, "what occurs twice is written once"
+
+
+def test_leaving_and_the_next_checkpoint_wait_for_the_one_before(tmp_path, held_back):
+    with folder(tmp_path, keep_last=3) as checkpoints:
+        checkpoints.save(state(1.0), 1)
+        threading.Timer(0.05, held_back.set).start()
+        checkpoints.save(state(2.0), 2)
+        assert 1 in iterations(checkpoints)
+    assert iterations(checkpoints) == [1, 2]
+
+
+def test_a_failed_write_is_raised_later_and_next_to_another_error_only_said(
+    tmp_path, monkeypatch, caplog
+):
+    checkpoints = folder(tmp_path)
+    saved(checkpoints, 1.0)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+
+    def steps() -> None:
+        while True:
+            checkpoints.check()
+
+    def leave(value: float, error: Exception | None) -> None:
+        with checkpoints:
+            checkpoints.save(state(value), int(value))
+            if error is not None:
+                raise error
+
+    checkpoints.save(state(2.0), 2)
+    with pytest.raises(DiskFullError, match="step_0000002"):
+        steps()
+    checkpoints.check()  # once
+    with pytest.raises(KeyError):
+        leave(3.0, KeyError())
+    assert "step_0000003" in caplog.text
+    with pytest.raises(DiskFullError, match="step_0000004"):
+        leave(4.0, None)
+    assert iterations(checkpoints) == [1]
+
+
 def test_rotation_keeps_newest_milestones_and_best(tmp_path):
     checkpoints = folder(tmp_path, keep_last=2, keep_every=40)
     for step in range(10, 110, 10):
-        checkpoints.save(state(step), step, best=30 if step >= 30 else None)
+        saved(checkpoints, step, best=30 if step >= 30 else None)
     assert iterations(checkpoints) == [30, 40, 80, 90, 100]
     checkpoints.rotate(best=90)
     assert iterations(checkpoints) == [40, 80, 90, 100]
@@ -64,7 +138,7 @@ def test_of_each_interval_the_first_checkpoint_is_kept(tmp_path):
     """A step may be more than an iteration, or the period not divide the interval."""
     checkpoints = folder(tmp_path, keep_last=1, keep_every=10)
     for step in (3, 6, 9, 12, 15, 18, 21, 24, 35, 47, 50):
-        checkpoints.save(state(step), step)
+        saved(checkpoints, step)
     assert iterations(checkpoints) == [12, 21, 35, 47, 50]
 
 
@@ -73,8 +147,8 @@ def test_a_checkpoint_that_the_machine_cannot_read_now_is_not_passed_over(
     tmp_path, monkeypatch, number
 ):
     checkpoints = folder(tmp_path)
-    checkpoints.save(state(1.0), 1)
-    newest = checkpoints.save(state(2.0), 2)
+    saved(checkpoints, 1.0)
+    newest = saved(checkpoints, 2.0)
     opened = Path.open
 
     def fail(self: Path, *words: object, **options: object) -> object:
@@ -92,8 +166,8 @@ def test_a_checkpoint_that_the_machine_cannot_read_now_is_not_passed_over(
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "text"])
 def test_a_damaged_newest_checkpoint_falls_back(tmp_path, damage, caplog):
     checkpoints = folder(tmp_path)
-    checkpoints.save(state(1.0), 1)
-    newest = checkpoints.save(state(2.0), 2)
+    saved(checkpoints, 1.0)
+    newest = saved(checkpoints, 2.0)
     content = bytearray(newest.read_bytes())
     if damage == "flipped":
         place = content.index(torch.full((10,), 2.0).numpy().tobytes()) + 17
@@ -168,16 +242,6 @@ def test_other_files_are_refused(tmp_path):
     torch.save({"format": 1, "x": Path("a")}, tmp_path / "unsafe.pth")
     with pytest.raises(CheckpointError, match=r"unsafe\.pth .*pathlib"):
         load_checkpoint(tmp_path / "unsafe.pth")
-
-
-def test_a_disk_without_room_is_seen_before_writing(tmp_path, monkeypatch):
-    checkpoints = folder(tmp_path)
-    checkpoints.save(state(1.0), 1)
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(DiskFullError, match="no room"):
-        checkpoints.save(state(2.0), 2)
-    assert iterations(checkpoints) == [1]
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

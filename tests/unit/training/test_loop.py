@@ -20,12 +20,14 @@ from proxydet.errors import (
     CheckpointError,
     ConfigError,
     DataError,
+    DiskFullError,
     JobInterruptedError,
     NumericsError,
     TrainingError,
 )
 from proxydet.training.checkpoint import load_checkpoint
 from proxydet.training.train import Prefetcher
+from proxydet.weight_files import write_state
 
 
 def final(folder: Path) -> dict[str, torch.Tensor]:
@@ -245,6 +247,21 @@ def test_a_step_can_be_skipped_instead_and_is_counted(toy, tmp_path, monkeypatch
         toy.run(tmp_path / "b", skip)
     assert "2 steps were skipped, as many as training.guards.max_skipped" in caught.value.hint
     assert "non_finite=skip" not in caught.value.hint
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_a_later_step(
+    toy, tmp_path, monkeypatch
+):
+    def full(content: dict, path: Path, **options: object) -> None:
+        if content["iteration"] == 8:
+            raise DiskFullError(f"There is no room for {path}.", path=path)
+        write_state(content, path, **options)
+
+    monkeypatch.setattr("proxydet.training.checkpoint.write_state", full)
+    with pytest.raises(DiskFullError, match="step_0000008"):
+        toy.run(tmp_path, {"iterations": 40})
+    names = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    assert names == ["step_0000004.pth"]
 
 
 def test_weights_that_are_not_finite_are_not_saved(toy, tmp_path, monkeypatch):

@@ -25,10 +25,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch.nn import functional
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from proxydet.data.config import DataConfig
 from proxydet.data.dataset import Dataset, DatasetConfig
-from proxydet.data.images import View, find_image, read_image, training_view
+from proxydet.data.images import View, find_image, open_image, read_image, training_view
 from proxydet.data.loader import TrainingLoader, TrainingSources, make_instances
 
 Pixels = Any
@@ -68,6 +69,33 @@ def plain_sample(sources: TrainingSources, root: Path, row: int) -> torch.Tensor
     usable = sources.usable_A[record.first_annotation :][: len(record)]
     make_instances(sources.store, record, usable, view, sources.targets)
     return torch.from_numpy(whole_resize(pixels, view)).permute(2, 0, 1).contiguous()
+
+
+def torchvision_decode(file: Path) -> torch.Tensor:
+    """Decode a JPEG by torchvision: uint8 (3, H, W)."""
+    encoded = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)
+    return decode_jpeg(encoded, mode=ImageReadMode.RGB)
+
+
+def measure_decoders(files: list[Path], seconds: float, clock: Clock) -> dict[str, Any]:
+    """Images a second of Pillow, of torchvision, and of torchvision with the copy that resizing by Pillow needs."""
+    files = [file for file in files if file.suffix.lower() in (".jpg", ".jpeg")]
+    equal = [
+        np.array_equal(read_image(file), torchvision_decode(file).permute(1, 2, 0))
+        for file in files
+    ]
+    ways: dict[str, Callable[[Path], object]] = {
+        "Pillow": open_image,
+        "torchvision": torchvision_decode,
+        "torchvision, then Pillow's image": lambda file: Image.fromarray(
+            torchvision_decode(file).permute(1, 2, 0).numpy()
+        ),
+    }
+    found: dict[str, Any] = {
+        name: round(rate(lambda n, way=way: way(files[n % len(files)]), seconds, clock), 1)
+        for name, way in ways.items()
+    }
+    return {**found, "files with equal pixels": f"{sum(equal)} of {len(equal)}"}
 
 
 def torch_resize(pixels: Pixels, view: View) -> Pixels:
@@ -133,6 +161,7 @@ def measure(path: Path, seconds: float, clock: Clock) -> dict[str, Any]:
     result: dict[str, Any] = {
         "images": len(files),
         "decode": round(rate(lambda n: read_image(files[n % len(files)]), seconds, clock), 1),
+        "decoders": measure_decoders(files, seconds, clock),
         "box_sample": round(rate(sample, seconds, clock), 1),
     }
     result["plain_sample"] = round(rate(plain, seconds, clock), 1)

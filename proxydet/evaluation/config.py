@@ -58,7 +58,7 @@ class EvaluationConfig:
     """Seed of the resamples."""
 
     batch_size: int = 1
-    """Images that go through the detector at once, in one process."""
+    """Images that go through the detector at once, in one process. Others change detections by rounding only."""
 
     def __post_init__(self) -> None:
         if self.engine not in _ENGINES:

@@ -166,10 +166,10 @@ class Prediction:
             ValueError: The prediction was made without masks.
         """
         pasting = _Pasting(self)
-        for mask in range(len(pasting.span_M2)):
-            left, top = pasting.low_M2[mask].tolist()
-            none = torch.zeros(0, int(pasting.span_M2[mask, 1]), dtype=torch.bool)
-            parts = [pasting.paste(part)[0].cpu() for part in pasting.parts([mask])]
+        for place in np.argsort(pasting.order_M).tolist():
+            left, top = pasting.low_M2[place].tolist()
+            none = torch.zeros(0, int(pasting.span_M2[place, 1]), dtype=torch.bool)
+            parts = [pasting.paste(part)[0].cpu() for part in pasting.parts(place, place + 1)]
             inside_wh = torch.cat([none, *parts]).numpy()
             inside_hw = np.ascontiguousarray(inside_wh.T)
             yield MaskWindow(top=top, left=left, inside_hw=inside_hw, size=self.image_size)
@@ -232,25 +232,25 @@ def mask_edges(prediction: Prediction) -> npt.NDArray[np.int64]:
     """
     pasting = _Pasting(prediction)
     height, width = prediction.image_size
-    base_M = np.arange(len(pasting.low_M2)) * (height * width + 1) + pasting.low_M2 @ [height, 1]
-    waiting = [part for masks in pasting.groups() for part in pasting.parts(masks)]
+    base_M = pasting.order_M * (height * width + 1) + pasting.low_M2 @ [height, 1]
+    waiting = [part for group in pasting.groups() for part in pasting.parts(*group)]
     edges = [np.zeros(0, dtype=np.int64)]
     while waiting:
         # Of each column one more than its pixels: an edge may be before the first and after the last.
-        ends = np.cumsum([len(part.masks) * part.wide * (part.high + 1) for part in waiting])
+        ends = np.cumsum([part.count * part.wide * (part.high + 1) for part in waiting])
         some = max(int(np.searchsorted(ends, _PIXELS_AT_ONCE)), 1)
         parts, waiting, ends = waiting[:some], waiting[some:], ends[:some].tolist()
         edge_P = torch.empty(ends[-1], dtype=torch.bool, device=pasting.device)
         for part, start, end in zip(parts, [0, *ends], ends, strict=False):
             padded_nwh = pad(pasting.paste(part), (1, 1))
-            edge_nwh = edge_P[start:end].view(len(part.masks), part.wide, part.high + 1)
+            edge_nwh = edge_P[start:end].view(part.count, part.wide, part.high + 1)
             torch.ne(padded_nwh[..., 1:], padded_nwh[..., :-1], out=edge_nwh)
         place_E = np.flatnonzero(edge_P.cpu().numpy())
         cuts = np.searchsorted(place_E, ends).tolist()
         for part, start, first, last in zip(parts, [0, *ends], [0, *cuts], cuts, strict=False):
             column_E, row_E = np.divmod(place_E[first:last] - start, part.high + 1)
             mask_E, column_E = np.divmod(column_E, part.wide)
-            base_E = base_M[part.masks][mask_E]
+            base_E = base_M[part.start + mask_E]
             edges.append(base_E + (column_E + part.first) * height + row_E)
     return np.sort(np.concatenate(edges))
 
@@ -292,9 +292,10 @@ def to_host(predictions: Sequence[Prediction]) -> list[Prediction]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Part:
-    """What is pasted at once: ``wide`` columns of ``high`` pixels of the windows of masks, from a first column on."""
+    """What is pasted at once: ``wide`` columns of ``high`` pixels, from a first one on, of ``count`` masks from a start on."""
 
-    masks: list[int]
+    start: int
+    count: int
     first: int
     wide: int
     high: int
@@ -306,18 +307,25 @@ class _Pasting:
     Each pixel comes from the arithmetic of detectron2's pasting, so that none differs.
 
     Attributes:
+        order_M: int64, the masks in the order that all else here has: those of similar windows next to each other.
         low_M2: int64 x, y of the first pixel of each mask's window; the mask is False outside it.
         span_M2: int64, its width and height.
     """
 
     def __init__(self, prediction: Prediction) -> None:
-        self._probs_MSS = prediction._require_masks()
-        self.device = self._probs_MSS.device
-        boxes_M4 = prediction._mask_boxes(self._probs_MSS).cpu().numpy()
+        probs_MSS = prediction._require_masks()
+        self.device = probs_MSS.device
+        boxes_M4 = prediction._mask_boxes(probs_MSS).cpu().numpy()
         height, width = prediction.image_size
         self.low_M2 = np.maximum(np.floor(boxes_M4[:, :2]) - 1, 0).astype(np.int64)
         high_M2 = np.minimum(np.ceil(boxes_M4[:, 2:]) + 1, (width, height)).astype(np.int64)
         self.span_M2 = np.maximum(high_M2 - self.low_M2, 0)
+        steps = np.ceil(2 * np.log2(np.maximum(self.span_M2[:, 0], 1)))
+        self.order_M = np.lexsort((self.span_M2[:, 1], steps))
+        boxes_M4, self.low_M2 = boxes_M4[self.order_M], self.low_M2[self.order_M]
+        self.span_M2 = self.span_M2[self.order_M]
+        order_M = torch.from_numpy(self.order_M).to(self.device, non_blocking=True)
+        self._probs_MSS = probs_MSS[order_M]
         first_M2, extent_M2 = boxes_M4[:, :2], boxes_M4[:, 2:] - boxes_M4[:, :2]
         self._places: list[Tensor] = []
         for axis in (0, 1):
@@ -329,42 +337,37 @@ class _Pasting:
             place_ML[pixel_L >= self.span_M2[:, axis, None]] = _FAR
             self._places.append(torch.from_numpy(place_ML).to(self.device, non_blocking=True))
 
-    def groups(self) -> list[list[int]]:
-        """Return masks that are pasted at once: of similar size, so that a window as large as any wastes little."""
-        found: list[list[int]] = []
+    def groups(self) -> list[tuple[int, int]]:
+        """Return masks that are pasted at once, from a start to an end: a window as large as any of them wastes little."""
+        cuts = [0]
         pixels = wide = high = 0
-        steps = np.ceil(2 * np.log2(np.maximum(self.span_M2[:, 0], 1)))
-        for mask in np.lexsort((self.span_M2[:, 1], steps)).tolist():
-            own_wide, own_high = self.span_M2[mask].tolist()
+        for place, (own_wide, own_high) in enumerate(self.span_M2.tolist()):
             pixels += own_wide * own_high
             wide, high = max(wide, own_wide), max(high, own_high)
-            together = (len(found[-1]) + 1 if found else 1) * wide * high
-            if not found or together > min(_SAMPLES_AT_ONCE, _WASTE * pixels):
-                found.append([])
+            together = (place + 1 - cuts[-1]) * wide * high
+            if place > cuts[-1] and together > min(_SAMPLES_AT_ONCE, _WASTE * pixels):
+                cuts.append(place)
                 pixels, wide, high = own_wide * own_high, own_wide, own_high
-            found[-1].append(mask)
-        return found
+        return list(zip(cuts, [*cuts[1:], len(self.span_M2)], strict=True))
 
-    def parts(self, masks: list[int]) -> Iterator[_Part]:
+    def parts(self, start: int, end: int) -> Iterator[_Part]:
         """Yield the parts of some masks, in columns of as many pixels as are sampled at once."""
-        wide, high = self.span_M2[masks].max(axis=0).tolist()
-        step = max(_SAMPLES_AT_ONCE // max(len(masks) * high, 1), 1)
+        wide, high = self.span_M2[start:end].max(axis=0, initial=0).tolist()
+        step = max(_SAMPLES_AT_ONCE // max((end - start) * high, 1), 1)
         for first in range(0, wide if high else 0, step):
-            yield _Part(masks=masks, first=first, wide=min(step, wide - first), high=high)
+            yield _Part(
+                start=start, count=end - start, first=first, wide=min(step, wide - first), high=high
+            )
 
     def paste(self, part: _Part) -> Tensor:
         """Return the pixels of a part: bool (masks, wide, high), False beyond the window of a mask."""
-        # One mask is a view, and none of the others is read.
-        rows = part.masks[0] if len(part.masks) == 1 else part.masks
-        index = (
-            slice(rows, rows + 1) if isinstance(rows, int) else torch.tensor(rows).to(self.device)
-        )
-        x_nw = self._places[0][:, part.first : part.first + part.wide][index]
-        y_nh = self._places[1][:, : part.high][index]
-        grid_nwh2 = x_nw.new_empty(len(part.masks), part.wide, part.high, 2)
+        masks = slice(part.start, part.start + part.count)
+        x_nw = self._places[0][masks, part.first : part.first + part.wide]
+        y_nh = self._places[1][masks, : part.high]
+        grid_nwh2 = x_nw.new_empty(part.count, part.wide, part.high, 2)
         grid_nwh2[..., 0] = x_nw[:, :, None]
         grid_nwh2[..., 1] = y_nh[:, None, :]
-        sampled_nwh = grid_sample(self._probs_MSS[index][:, None], grid_nwh2, align_corners=False)
+        sampled_nwh = grid_sample(self._probs_MSS[masks, None], grid_nwh2, align_corners=False)
         return sampled_nwh[:, 0] >= _MASK_THRESHOLD
 
 

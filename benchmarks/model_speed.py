@@ -4,7 +4,8 @@
 
     python benchmarks/model_speed.py [inference|variants|boxes|labels] [--threads 2] [--rounds 5] [--clock wall|cpu]
 
-``inference``: one 480x640 image, 300 detections, masks pasted and encoded; ``--score-threshold`` for fewer.
+``inference``: one 480x640 image, 300 detections, masks pasted and encoded; ``--score-threshold`` for fewer. Also the floor, which is
+the time within convolutions and matrix products, its share of the network's time, and the regions that detections come from.
 ``variants``: the same in turn with a mask predicted, pasted and encoded for every detection (as detectron2 does) and once for
 each distinct box, at thresholds 0.02 and 0.3; checks that detections and masks are equal. ``boxes``: 2 images of 416x416 with objects.
 ``labels``: 8 images of 208x208 with one class each. Prints the median of the rounds after one warm-up round. ``--clock cpu``
@@ -28,6 +29,7 @@ import torch
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from parity_model import TRIMMED, network_of
 from parity_trim import base_classes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from proxydet.data.loader import Batch, BoxBatch, ImageLabelBatch
 from proxydet.losses.config import LossConfig
@@ -138,8 +140,8 @@ def _each_mask(
     """Do as `ProxyDetNetwork.detect`, with a mask for each detection."""
 
     def assemble(found: Any, scene: Any, sizes: Any, masks: Any) -> Any:
-        for image_found in found:  # as if every detection came from a region of its own
-            image_found.regions_L.copy_(torch.arange(len(image_found.regions_L)))
+        # As if every detection came from a region of its own.
+        found.regions_L.copy_(torch.arange(len(found.regions_L)))
         return assemble_predictions(found, scene, sizes, masks)
 
     network_module.assemble_predictions = assemble
@@ -149,11 +151,27 @@ def _each_mask(
         network_module.assemble_predictions = assemble_predictions
 
 
+class Products(TorchDispatchMode):
+    """Counts convolutions and matrix products for a part."""
+
+    NAMES = frozenset(f"aten::{name}" for name in ("convolution", "mm", "addmm", "bmm", "baddbmm"))
+
+    def __init__(self, stopwatch: Stopwatch, name: str) -> None:
+        super().__init__()
+        self._stopwatch, self._name = stopwatch, name
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name not in self.NAMES:
+            return func(*args, **(kwargs or {}))
+        with self._stopwatch.part(self._name):
+            return func(*args, **(kwargs or {}))
+
+
 def inference(
     network: ProxyDetNetwork, stopwatch: Stopwatch, settings: InferenceConfig
 ) -> Callable[[], None]:
     """Return one round of inference, its parts watched."""
-    network.for_inference(torch.device("cpu"))
+    network = network.for_inference(torch.device("cpu")).prepared()
     heads, image = network.roi_heads, noise(480, 640, 0)
     stopwatch.watch(network, "_features", "backbone")
     stopwatch.watch(network.proposal_generator, "forward", "proposals")
@@ -163,9 +181,13 @@ def inference(
     stopwatch.watch(network_module, "detect_classes", "classes and suppression")
 
     def run() -> None:
-        (prediction,) = network.detect([image], settings=settings)
+        with stopwatch.part("network"), Products(stopwatch, "floor"):
+            (prediction,) = network.detect([image], settings=settings)
         with stopwatch.part("masks pasted and encoded"):
             rles(prediction)
+        stopwatch.times["detections"] = len(prediction)
+        stopwatch.times["distinct regions"] = len(prediction.mask_index_N.unique())
+        stopwatch.times["share of the floor"] = stopwatch.times["floor"] / stopwatch.times["network"]
 
     return run
 

@@ -75,7 +75,9 @@ class Detections:
             prediction: Boxes, scores, classes and masks.
             names: The vocabulary's class names.
         """
-        self._prediction = prediction.to("cpu")
+        from proxydet.modeling.postprocess import to_host
+
+        (self._prediction,) = to_host([prediction])
         self._names = names
         self.boxes_xyxy: Floats = _frozen(self._prediction.boxes_N4.numpy())
         self.scores: Floats = _frozen(self._prediction.scores_N.numpy())

@@ -58,6 +58,12 @@ class CenterNetOutput:
     distances: tuple[Tensor, ...]
     strides: tuple[int, ...]
 
+    def cells(self) -> tuple[Tensor, Tensor]:
+        """Return the logits (B, M) and the distances (B, M, 4) of all cells, the finest level's first, row by row: float32."""
+        logits_BM = torch.cat([maps.flatten(1) for maps in self.heatmaps], dim=1)
+        distances_B4M = torch.cat([maps.flatten(2) for maps in self.distances], dim=2)
+        return logits_BM.float(), distances_B4M.transpose(1, 2).float()
+
 
 class Scale(nn.Module):
     """A learnt factor, one for each level."""
@@ -133,33 +139,39 @@ class CenterNet(nn.Module):
 
     @torch.no_grad()
     def propose(
-        self, output: CenterNetOutput, *, keep: int | None = None, check: bool = False
+        self, *outputs: CenterNetOutput, keep: int | None = None, check: bool = False
     ) -> Regions:
         """Turn the head's output into proposals: boxes, not clipped to the image, with scores in [0, 1], best first.
 
         Args:
-            output: What `forward` returned.
+            *outputs: What `forward` returned, of images of one size or, one after the other, of several.
             keep: Proposals to keep an image at most; None takes the configured number for training or inference.
-            check: Whether to check for values that are not finite (waits for the device).
+            check: Whether to check for values that are not finite.
 
         Raises:
             NumericsError: A value is not finite, and ``check`` is set.
         """
-        finite = (
-            [m.isfinite().all() for m in (*output.heatmaps, *output.distances)] if check else []
-        )
-        if check and not bool(torch.stack(finite).all()):
+        candidates = self.config.candidates_train if self.training else self.config.candidates_test
+        if keep is None:
+            keep = self.config.keep_train if self.training else self.config.keep_test
+        cells = [output.cells() for output in outputs]
+        found = [
+            self._candidates(output, *own, candidates)
+            for output, own in zip(outputs, cells, strict=True)
+        ]
+        numbers = [(scores_BN > 0).sum(dim=1) for _, scores_BN in found]
+        if check:
+            values = torch.cat([maps.flatten() for own in cells for maps in own])
+            numbers.append(values.isfinite().all()[None])
+        counts = torch.cat(numbers).tolist()  # waits for the device once
+        if check and not counts.pop():
             raise NumericsError(
                 "the features of an image are not finite: the proposal network gave NaN or infinity",
                 hint="the weights are damaged, or half precision is too narrow for them: use float32",
             )
-        candidates = self.config.candidates_train if self.training else self.config.candidates_test
-        if keep is None:
-            keep = self.config.keep_train if self.training else self.config.keep_test
-        boxes_BN4, scores_BN = self._candidates(output, candidates)
-        counts = (scores_BN > 0).sum(dim=1).tolist()
-        boxes = torch.cat([own[:count] for own, count in zip(boxes_BN4, counts, strict=True)])
-        scores = torch.cat([own[:count] for own, count in zip(scores_BN, counts, strict=True)])
+        each = [pair for boxes, scores in found for pair in zip(boxes, scores, strict=True)]
+        boxes = torch.cat([own[:count] for (own, _), count in zip(each, counts, strict=True)])
+        scores = torch.cat([own[:count] for (_, own), count in zip(each, counts, strict=True)])
         nms_input = NmsInput(boxes_N4=boxes, scores_N=scores, counts=counts)
         kept = suppress(nms_input, iou=self.config.nms_iou, limit=keep)
         scores_BR = pad_sequence([scores[places] for places in kept], batch_first=True)
@@ -169,23 +181,30 @@ class CenterNet(nn.Module):
             valid_BR=scores_BR > 0,
         )
 
-    def _candidates(self, output: CenterNetOutput, limit: int) -> tuple[Tensor, Tensor]:
+    def _candidates(
+        self, output: CenterNetOutput, logits_BM: Tensor, sides_BM4: Tensor, limit: int
+    ) -> tuple[Tensor, Tensor]:
         """Return the best cells of each level as boxes, by descending score; cells below the floor score 0."""
-        boxes, scores = [], []
-        for heatmap, distances, stride in zip(
-            output.heatmaps, output.distances, output.strides, strict=True
-        ):
-            probability_BM = heatmap.detach().float().flatten(1).sigmoid()
-            best_BK, cells_BK = probability_BM.topk(min(limit, probability_BM.shape[1]), dim=1)
+        probability_BM = logits_BM.sigmoid()
+        points, best, cells, start = [], [], [], 0
+        for heatmap, stride in zip(output.heatmaps, output.strides, strict=True):
             height, width = heatmap.shape[2:]
-            points_M2 = cell_centres(height, width, stride, heatmap.device)
-            sides_BM4 = distances.detach().float().flatten(2).transpose(1, 2)
-            sides_BK4 = stride * sides_BM4.gather(1, cells_BK[:, :, None].expand(-1, -1, 4))
-            boxes.append(boxes_around(points_M2[cells_BK], sides_BK4))
-            scores.append(torch.where(best_BK > self.config.score_floor, best_BK.sqrt(), 0.0))
-        scores_BN, order_BN = torch.cat(scores, dim=1).sort(dim=1, descending=True, stable=True)
-        boxes_BN4 = torch.cat(boxes, dim=1).gather(1, order_BN[:, :, None].expand(-1, -1, 4))
-        return boxes_BN4, scores_BN
+            level_BM = probability_BM[:, start : start + height * width]
+            best_BK, cells_BK = level_BM.topk(min(limit, height * width), dim=1)
+            best.append(best_BK)
+            cells.append(cells_BK + start)
+            # Made on the host and moved in one piece, which is one launch instead of twelve a level.
+            centres_M2 = cell_centres(height, width, stride, torch.device("cpu"))
+            points.append(functional.pad(centres_M2, (0, 1), value=float(stride)))
+            start += height * width
+        points_M3 = torch.cat(points).to(logits_BM.device, non_blocking=True)
+        best_BK, cells_BK = torch.cat(best, dim=1), torch.cat(cells, dim=1)
+        points_BK2, stride_BK1 = points_M3[cells_BK].split((2, 1), dim=-1)
+        sides_BK4 = stride_BK1 * sides_BM4.gather(1, cells_BK[:, :, None].expand(-1, -1, 4))
+        scores_BK = torch.where(best_BK > self.config.score_floor, best_BK.sqrt(), 0.0)
+        scores_BN, order_BN = scores_BK.sort(dim=1, descending=True, stable=True)
+        boxes_BK4 = boxes_around(points_BK2, sides_BK4)
+        return boxes_BK4.gather(1, order_BN[:, :, None].expand(-1, -1, 4)), scores_BN
 
 
 def boxes_around(points: Tensor, sides: Tensor) -> Tensor:
@@ -392,8 +411,7 @@ def centernet_losses(
     device = output.heatmaps[0].device
     cells = Cells.of_levels(shapes, output.strides, config.size_ranges, device)
     targets = centernet_targets(truth.boxes_BG4, truth.valid_BG, cells, config)
-    logits_BM = torch.cat([maps.flatten(1) for maps in output.heatmaps], dim=1)
-    distances_BM4 = torch.cat([maps.flatten(2).transpose(1, 2) for maps in output.distances], dim=1)
+    logits_BM, distances_BM4 = output.cells()
     return losses_from_targets(logits_BM, distances_BM4, targets, config)
 
 

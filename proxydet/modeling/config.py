@@ -200,8 +200,9 @@ class InferenceConfig:
     scales: tuple[float, ...] = (1.0,)
     """Test-time augmentation: scales of the image, relative to its usual size; the mean is taken."""
 
-    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Number format of the backbone and the pyramid; fp16 and bf16 need a GPU."""
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "fp32"
+    """Number format of backbone, pyramid, proposal tower, box heads and mask head; scores, boxes and NMS are always fp32. bf16 and
+    fp16 need a device that has units for them (``proxydet env``), fp16 a GPU; auto takes the fastest."""
 
     def __post_init__(self) -> None:
         require_share(

@@ -6,18 +6,22 @@ Dimensions: B images, C classes, D embedding, P proposals, M masks, S side of a 
 from __future__ import annotations
 
 import copy
+import os
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import fuse_conv_bn_eval
 
 from proxydet.errors import ConfigError, DataError, VocabularyError
 from proxydet.modeling.backbone import build_backbone, pixel_statistics
 from proxydet.modeling.boxes import Regions, keep_best
-from proxydet.modeling.centernet import CenterNet, zero_with_gradient
+from proxydet.modeling.centernet import CenterNet, CenterNetOutput, zero_with_gradient
 from proxydet.modeling.config import InferenceConfig, ModelConfig, Precision, ProposalConfig
 from proxydet.modeling.postprocess import (
     ClassText,
@@ -42,6 +46,7 @@ from proxydet.modeling.roi_heads import (
     sample_regions,
     with_reference,
 )
+from proxydet.runtime.torch_probe import half_speed
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -209,6 +214,10 @@ class ProxyDetNetwork(nn.Module):
         """Of the products of backbone and pyramid."""
         self.heads_precision: Precision = "fp32"
         """Of the products of proposal tower, box heads and mask head, in training."""
+        # The vocabulary that was detected last stays on the device, as most calls have the same.
+        self._last_classes: tuple[tuple[Vocabulary, torch.device, ClassText], ...] = ()
+        self.is_prepared = False
+        """Whether it is a copy that `prepared` made."""
 
     @property
     def has_mask_head(self) -> bool:
@@ -338,6 +347,33 @@ class ProxyDetNetwork(nn.Module):
                     module.to(memory_format=torch.channels_last)
         return self
 
+    def prepared(self) -> ProxyDetNetwork:
+        """Return a copy that only runs `detect`, faster: its norms are folded into the convolutions before them.
+
+        This network stays as it is, and so do its state dict and what is trained or exported of it. The copy shares the
+        weights that are the same, follows no later change of the others, and refuses to be trained or saved.
+        """
+        shared = [*self.parameters(), *self.buffers(), self.vocabulary]
+        memo: dict[int, Any] = {id(value): value for value in shared}
+        memo |= {id(self._reference): (), id(self._last_classes): ()}
+        own: ProxyDetNetwork = copy.deepcopy(self, memo)
+        own.is_prepared = True
+        fold_norms(own.eval().backbone, own.backbone.size_divisibility)
+        own.register_state_dict_pre_hook(_refuse_to_save)
+        return own
+
+    def train(self, mode: bool = True) -> ProxyDetNetwork:
+        """Set training or evaluation mode.
+
+        Raises:
+            RuntimeError: Training is asked of a network that is `prepared`.
+        """
+        if mode and self.is_prepared:
+            raise RuntimeError(
+                "this network is prepared for inference: train the one it was made of"
+            )
+        return super().train(mode)
+
     @torch.inference_mode()
     def detect(
         self,
@@ -349,8 +385,9 @@ class ProxyDetNetwork(nn.Module):
     ) -> list[Prediction]:
         """Detect objects.
 
-        Images of the same padded size go through the network together. Padding an image further would change the
-        statistics of GroupNorm, so what is found in an image does not depend on the others in the batch.
+        Images of the same padded size go through backbone and proposal tower together, and all of them through what
+        follows. Padding an image further would change the statistics of GroupNorm, so what is found in an image does not
+        depend on the others in the batch.
 
         Args:
             images: (3, H, W) RGB, uint8 or float in [0, 255], already resized for the network.
@@ -378,16 +415,24 @@ class ProxyDetNetwork(nn.Module):
         for index, image in enumerate(images):
             size = padded_size(image.shape[1], image.shape[2], self.backbone.size_divisibility)
             groups.setdefault(size, []).append(index)
-        masks = self.roi_heads.mask_probabilities if settings.masks and self.has_mask_head else None
-        predictions: dict[int, Prediction] = {}
+        order = [index for group in groups.values() for index in group]
+        if not order:
+            return []
+        maps, outputs = [], []
         for group in groups.values():
-            pooled_maps, proposals = self._propose([images[index] for index in group], settings)
-            regions = self.roi_heads.embed(pooled_maps, proposals)
-            found = detect_classes([regions], classes, self.classifiers(), settings)
-            own_sizes = [sizes[index] for index in group]
-            assembled = assemble_predictions(found, pooled_maps, own_sizes, masks)
-            predictions.update(zip(group, assembled, strict=True))
-        return [predictions[index] for index in range(len(images))]
+            own_maps, output = self._propose([images[index] for index in group], settings)
+            maps.append(own_maps)
+            outputs.append(output)
+        batch = FeatureBatch(
+            features=maps[0].features,
+            sizes_B2=torch.cat([own.sizes_B2 for own in maps]),
+            further=tuple(own.features for own in maps[1:]),
+        )
+        regions = self.roi_heads.embed(batch, self.proposal_generator.propose(*outputs, check=True))
+        found = detect_classes([regions], classes, self.classifiers(), settings)
+        masks = self.roi_heads.mask_probabilities if settings.masks and self.has_mask_head else None
+        predictions = assemble_predictions(found, batch, [sizes[index] for index in order], masks)
+        return [predictions[order.index(index)] for index in range(len(images))]
 
     @torch.inference_mode()
     def detect_views(
@@ -418,7 +463,8 @@ class ProxyDetNetwork(nn.Module):
         self._check_ready([view.image for view in views], settings)
         features = []
         for view in views:
-            batch, proposals = self._propose([view.image], settings)
+            batch, output = self._propose([view.image], settings)
+            proposals = self.proposal_generator.propose(output, check=True)
             features.append(ViewFeatures(batch=batch, proposals=proposals, mirrored=view.mirrored))
         return detect_in_views(
             features,
@@ -432,33 +478,20 @@ class ProxyDetNetwork(nn.Module):
 
     def _propose(
         self, images: list[Tensor], settings: InferenceConfig
-    ) -> tuple[FeatureBatch, Regions]:
+    ) -> tuple[FeatureBatch, CenterNetOutput]:
         stacked = self._stack(images)
         if self.device.type == "cpu":
             # Convolutions keep this layout and need not convert their maps back after each.
             stacked = stacked.channels_last()
         features = self._features(stacked, settings.precision)
-        centernet = self.proposal_generator(list(features.values()))
-        proposals = self.proposal_generator.propose(centernet, check=True)
-        return self._feature_batch(features, stacked), proposals
+        output = self.proposal_generator(list(features.values()))
+        return self._feature_batch(features, stacked), output
 
     def _check_ready(self, images: Sequence[Tensor], settings: InferenceConfig) -> None:
         if self.training:
             raise RuntimeError("the network is in training mode: call eval() before detect()")
-        self.check_precision(settings.precision)
+        usable_precision(settings.precision, self.device)
         check_images(images)
-
-    def check_precision(self, precision: str) -> None:
-        """Refuse a precision that the device does not support.
-
-        Raises:
-            ConfigError: It needs a GPU.
-        """
-        if precision != "fp32" and self.device.type == "cpu":
-            raise ConfigError(
-                f"the precision {precision} needs a GPU: on a CPU it is slower than fp32 and less exact",
-                hint="leave the precision at fp32, or choose a GPU with --device cuda",
-            )
 
     def classifiers(self) -> list[ZeroShotClassifier]:
         """Return the classifiers whose scores inference fuses, in the order that `detect_classes` takes them."""
@@ -469,11 +502,17 @@ class ProxyDetNetwork(nn.Module):
     def _class_text(self, vocabulary: Vocabulary | None) -> ClassText:
         if vocabulary is None:
             return ClassText(text_DC=self.class_table().text_DC1[:, :-1], base_C=self.base_C)
+        for known, device, text in self._last_classes:
+            if known is vocabulary and device == self.device:
+                return text
         self._check_dimension(vocabulary)
-        return ClassText(
-            text_DC=torch.tensor(vocabulary.normalised(), device=self.device).T,
-            base_C=torch.tensor(vocabulary.base, device=self.device),
+        text_CD, base_C = torch.tensor(vocabulary.normalised()), torch.tensor(vocabulary.base)
+        text = ClassText(
+            text_DC=text_CD.to(self.device, non_blocking=True).T,
+            base_C=base_C.to(self.device, non_blocking=True),
         )
+        self._last_classes = ((vocabulary, self.device, text),)
+        return text
 
     # -- shared ----------------------------------------------------------------------------------------------------
 
@@ -500,6 +539,118 @@ class ProxyDetNetwork(nn.Module):
                 f"the vocabulary's embeddings have {vocabulary.dimension} dimensions, the model's have {expected}",
                 hint="embed the class names with the text encoder that the model was trained with",
             )
+
+
+# --- Preparation for inference ---------------------------------------------------------------------------------------
+
+
+ALLOW_SLOW = "PROXYDET_ALLOW_SLOW_PRECISION"
+"""Environment variable: where it is set, a device may compute in a number format that it has no units for, many times slower."""
+# A matrix product must gain this much for the whole to gain.
+_WORTH_IT = 1.5
+
+
+def usable_precision(wanted: str, device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
+    """Return the number format to run in; what the device has units for is measured, not looked up.
+
+    Args:
+        wanted: ``"fp32"``, ``"bf16"``, ``"fp16"``, or ``"auto"``: the fastest that the device has units for.
+        device: Where to run.
+
+    Raises:
+        ConfigError: The device has no units for it, and PROXYDET_ALLOW_SLOW_PRECISION is not set.
+    """
+    if wanted == "auto":
+        if half_speed("bf16", device.type) > _WORTH_IT:
+            return "bf16"
+        fp16 = device.type != "cpu" and half_speed("fp16", device.type) > _WORTH_IT
+        return "fp16" if fp16 else "fp32"
+    if wanted == "fp32" or os.environ.get(ALLOW_SLOW):
+        return cast('Literal["fp32", "bf16", "fp16"]', wanted)
+    if device.type == "cpu" and wanted == "fp16":
+        raise ConfigError(
+            "the precision fp16 needs a GPU: CPUs compute it slower than fp32",
+            hint="leave the precision at fp32, or try bf16; proxydet env reports whether this CPU has units for it",
+        )
+    if (speed := half_speed(wanted, device.type)) <= 1:
+        raise ConfigError(
+            f"this {'CPU' if device.type == 'cpu' else 'GPU'} has no units for {wanted}: a matrix product takes "
+            f"{1 / max(speed, 1e-4):.0f} times as long as in fp32",
+            hint=f"leave the precision at fp32, or let --precision auto choose; {ALLOW_SLOW}=1 in the environment tries it all "
+            "the same",
+        )
+    return cast('Literal["fp32", "bf16", "fp16"]', wanted)
+
+
+def _refuse_to_save(*_: Any) -> None:
+    raise RuntimeError("this network is prepared for inference: save the one it was made of")
+
+
+# Of the largest value of a map. Rounding makes a millionth of it; a convolution that others read, too, far more.
+_FOLDED_WITHIN = 1e-3
+
+
+@torch.no_grad()
+def fold_norms(backbone: nn.Module, divisor: int) -> int:
+    """Fold each BatchNorm in evaluation mode into the convolution before it, in float64: results differ by rounding.
+
+    Which convolution a norm follows is seen by running the backbone on a small image, and running it again shows that the
+    result is the same. Where it is not (another layer reads a convolution's output, too), nothing is folded.
+
+    Args:
+        backbone: Maps images (B, 3, H, W) to maps by name. Modules in it are replaced; no parameter is changed.
+        divisor: The sides of its images are multiples of this.
+
+    Returns:
+        The number of norms that were folded.
+    """
+    if not any(isinstance(module, _BatchNorm) for module in backbone.modules()):
+        return 0
+    # A tensor is known by its identity, which no other gets while it is kept.
+    made: dict[int, tuple[nn.Module, Tensor]] = {}
+    pairs: dict[nn.Module, nn.Module] = {}
+    runs: Counter[nn.Module] = Counter()
+
+    def after_convolution(module: nn.Module, _: Any, output: Tensor) -> None:
+        made[id(output)] = (module, output)
+        runs[module] += 1
+
+    def before_norm(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        runs[module] += 1
+        if id(inputs[0]) in made:
+            pairs[module] = made[id(inputs[0])][0]
+
+    hooks, places = [], defaultdict(list)
+    for parent in backbone.modules():
+        for name, module in parent.named_children():
+            places[module].append((parent, name))
+    for module in places:
+        if isinstance(module, nn.Conv2d):
+            hooks.append(module.register_forward_hook(after_convolution))
+        elif isinstance(module, _BatchNorm) and not module.training and module.track_running_stats:
+            hooks.append(module.register_forward_pre_hook(before_norm))
+    source = torch.Generator().manual_seed(0)
+    image = torch.randn(1, 3, 2 * divisor, 3 * divisor, generator=source)
+    image = image.to(next(backbone.parameters()).device)
+    wanted = backbone(image)
+    for hook in hooks:
+        hook.remove()
+    replaced: dict[nn.Module, nn.Module] = {}
+    for norm, convolution in pairs.items():
+        if all(runs[part] == len(places[part]) == 1 for part in (norm, convolution)):
+            exact = [copy.deepcopy(part).double() for part in (convolution, norm)]
+            replaced[convolution] = fuse_conv_bn_eval(*exact).to(convolution.weight.dtype)
+            # timm's norms have their activation in them.
+            behind = [part for part in norm.children() if not isinstance(part, nn.Identity)]
+            replaced[norm] = nn.Sequential(*behind) if behind else nn.Identity()
+    for old, new in replaced.items():
+        setattr(*places[old][0], new)
+    for name, maps in backbone(image).items():
+        if not (maps - wanted[name]).abs().max() <= _FOLDED_WITHIN * wanted[name].abs().max():
+            for old in replaced:
+                setattr(*places[old][0], old)
+            return 0
+    return len(replaced) // 2
 
 
 # --- Several views of one image --------------------------------------------------------------------------------------
@@ -571,7 +722,7 @@ def detect_in_views(
     embedded[0] = replace(embedded[0], boxes_BR4=_mean(boxes))
     found = detect_classes(embedded, classes, classifiers, settings)
 
-    def masks(_: FeatureBatch, boxes_M4: Tensor, image_M: Tensor) -> Tensor:
+    def masks(_: FeatureBatch, boxes_M4: Tensor, image_M: Tensor, _counts: Sequence[int]) -> Tensor:
         parts = []
         for view in views:
             own_M4 = view.from_reference(boxes_M4, reference)

@@ -256,37 +256,38 @@ def mask_edges(prediction: Prediction) -> npt.NDArray[np.int64]:
 
 
 def to_host(predictions: Sequence[Prediction]) -> list[Prediction]:
-    """Return predictions on the CPU, moved in as many pieces for many as for one.
+    """Return predictions on the CPU: all of them in one copy, so that the host waits for a GPU once.
 
     They must be on one device, and all with masks or all without.
     """
     if not predictions:
         return []
-    found = [len(prediction) for prediction in predictions]
-    masks = [p.mask_probs_MSS for p in predictions if p.mask_probs_MSS is not None]
-    moved: Sequence[Tensor | None] = [None] * len(predictions)
-    if masks:
-        moved = torch.cat(masks).cpu().split([len(of_image) for of_image in masks])
-    columns = zip(
-        torch.cat([prediction.boxes_N4 for prediction in predictions]).cpu().split(found),
-        torch.cat([prediction.scores_N for prediction in predictions]).cpu().split(found),
-        torch.cat([prediction.classes_N for prediction in predictions]).cpu().split(found),
-        moved,
-        torch.cat([prediction.mask_index_N for prediction in predictions]).cpu().split(found),
-        strict=True,
+    columns = [
+        [prediction.classes_N for prediction in predictions],
+        [prediction.mask_index_N for prediction in predictions],
+        [prediction.boxes_N4 for prediction in predictions],
+        [prediction.scores_N for prediction in predictions],
+        [p.mask_probs_MSS for p in predictions if p.mask_probs_MSS is not None],
+    ]
+    # As bytes, those of the longest type first, so that each value lies where its type may.
+    parts = [part for column in columns for part in column]
+    packed = torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in parts]).cpu()
+    sizes = [part.numel() * part.element_size() for part in parts]
+    moved = iter(
+        own.view(part.dtype).view(part.shape)
+        for own, part in zip(packed.split(sizes), parts, strict=True)
     )
+    classes, index, boxes, scores, masks = ([next(moved) for _ in column] for column in columns)
     return [
         Prediction(
-            boxes_N4=boxes,
-            scores_N=scores,
-            classes_N=classes,
-            mask_probs_MSS=probabilities,
-            mask_index_N=index,
+            boxes_N4=boxes[place],
+            scores_N=scores[place],
+            classes_N=classes[place],
+            mask_probs_MSS=masks[place] if masks else None,
+            mask_index_N=index[place],
             image_size=prediction.image_size,
         )
-        for prediction, (boxes, scores, classes, probabilities, index) in zip(
-            predictions, columns, strict=True
-        )
+        for place, prediction in enumerate(predictions)
     ]
 
 
@@ -389,28 +390,21 @@ class ClassText:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifiedRegions:
-    """The pairs of region and class that are kept of one image, best first.
+    """The pairs of region and class that are kept of a batch, image after image, the best of each first.
 
     Attributes:
         boxes_L4: xyxy pixels of the network's input, clipped to the image.
         scores_L: In [0, 1].
         classes_L: int64.
-        regions_L: int64, the region (of this image) that each comes from; one region can have several classes.
+        regions_L: int64, the region, counted over the whole batch, that each comes from; one can have several classes.
+        counts: Pairs of each image (B,).
     """
 
     boxes_L4: Tensor
     scores_L: Tensor
     classes_L: Tensor
     regions_L: Tensor
-
-    def choose(self, index: Tensor) -> ClassifiedRegions:
-        """Return some of the detections, given by position (int64) or a bool mask."""
-        return ClassifiedRegions(
-            boxes_L4=self.boxes_L4[index],
-            scores_L=self.scores_L[index],
-            classes_L=self.classes_L[index],
-            regions_L=self.regions_L[index],
-        )
+    counts: list[int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -443,7 +437,7 @@ def detect_classes(
     classes: ClassText,
     classifiers: list[ZeroShotClassifier],
     settings: InferenceConfig,
-) -> list[ClassifiedRegions]:
+) -> ClassifiedRegions:
     """Score every class for every region and keep the best.
 
     Classes are scored in chunks, and of each chunk only what can be in the result is kept, so memory does not grow with
@@ -456,28 +450,22 @@ def detect_classes(
         classifiers: Those of the detection branch's steps, then that of the mixup branch's last step if there is one.
         settings: Thresholds and weights.
 
-    Returns:
-        One `ClassifiedRegions` an image.
-
     Raises:
         NumericsError: Embeddings or boxes are not finite.
     """
-    scorers = []
-    for regions in views:
-        # One check for the whole batch: a comparison with NaN is false, so damage would pass as "nothing found".
-        given = [*_embeddings(regions), regions.boxes_BR4, regions.mixup_boxes_BR4]
-        finite = [values.isfinite().all() for values in given if values is not None]
-        if not bool(torch.stack(finite).all()):
-            raise NumericsError(
-                "the box heads gave values that are not finite",
-                hint="the weights are damaged, or half precision is too narrow for them: use float32",
-            )
-        scorers.append(_Scorer(regions, classes, classifiers, settings))
+    # One check for all: a comparison with NaN is false, so damage would pass as "nothing found".
+    given = [
+        values.flatten()
+        for regions in views
+        for values in (*_embeddings(regions), regions.boxes_BR4, regions.mixup_boxes_BR4)
+        if values is not None
+    ]
+    scorers = [_Scorer(regions, classes, classifiers, settings) for regions in views]
     search = _Search(scorers, views[0], settings)
     # Over all classes at once, no class of a region survives its best one: the boxes are the same.
-    if settings.one_class_per_proposal or settings.agnostic_nms:
-        return search.select(search.best_classes(len(classes.base_C)))
-    return search.select(search.candidates(len(classes.base_C)))
+    best_only = settings.one_class_per_proposal or settings.agnostic_nms
+    found = (search.best_classes if best_only else search.candidates)(len(classes.base_C))
+    return search.select(found, torch.cat(given).isfinite().all())
 
 
 def class_scores(
@@ -580,28 +568,40 @@ class _Search:
         region_K = above_N.nonzero()[:, 0]
         return self._gather(region_K, class_N[region_K], best_N[region_K])
 
-    def select(self, found: _Candidates) -> list[ClassifiedRegions]:
-        """Apply NMS and keep the best of each image."""
-        # One wait for both counts of every image.
-        counts, candidates = torch.stack([self._count(found.region_K), found.counts_B]).tolist()
+    def select(self, found: _Candidates, finite: Tensor) -> ClassifiedRegions:
+        """Apply NMS and keep the best of each image.
+
+        Args:
+            found: What to select from.
+            finite: bool (), whether everything that the scores come from is finite.
+
+        Raises:
+            NumericsError: It is not.
+        """
+        # One wait for the counts of every image, and for whether they mean anything.
+        numbers = torch.cat([self._count(found.region_K), found.counts_B, finite[None]]).tolist()
+        if not numbers[-1]:
+            raise NumericsError(
+                "the box heads gave values that are not finite",
+                hint="the weights are damaged, or half precision is too narrow for them: use float32",
+            )
         boxes_K4, settings = self._boxes_N4[found.region_K], self._settings
         boxes = NmsInput(
             boxes_N4=boxes_K4,
             scores_N=found.score_K,
             classes_N=torch.zeros_like(found.class_K) if settings.agnostic_nms else found.class_K,
-            counts=counts,
-            candidates=candidates,
+            counts=numbers[: self._images],
+            candidates=numbers[self._images : -1],
         )
         kept = suppress(boxes, iou=settings.nms_iou, limit=settings.max_detections)
-        return [
-            ClassifiedRegions(
-                boxes_L4=boxes_K4[places_L],
-                scores_L=found.score_K[places_L],
-                classes_L=found.class_K[places_L],
-                regions_L=found.region_K[places_L] - image * self._regions,
-            )
-            for image, places_L in enumerate(kept)
-        ]
+        places_L = torch.cat(kept)
+        return ClassifiedRegions(
+            boxes_L4=boxes_K4[places_L],
+            scores_L=found.score_K[places_L],
+            classes_L=found.class_K[places_L],
+            regions_L=found.region_K[places_L],
+            counts=[len(places) for places in kept],
+        )
 
     def _chunks(self, classes: int) -> Iterator[tuple[slice, Tensor]]:
         width = -(-self._settings.class_chunk // _STEP) * _STEP
@@ -646,41 +646,58 @@ class _Search:
         return part.choose(torch.cat(list(kept.values())))
 
 
-MaskPredictor = Callable[[FeatureBatch, Tensor, Tensor], Tensor]
+MaskPredictor = Callable[[FeatureBatch, Tensor, Tensor, Sequence[int]], Tensor]
+"""Masks in [0, 1] of boxes, which lie image after image, given the image of each and the boxes of each image."""
 
 
 def assemble_predictions(
-    found: list[ClassifiedRegions],
+    found: ClassifiedRegions,
     batch: FeatureBatch,
     original_sizes: list[tuple[int, int]],
     mask_probabilities: MaskPredictor | None,
 ) -> list[Prediction]:
-    """Scale boxes to the original images, drop those that end up empty, and predict masks for the rest.
+    """Scale boxes to the original images, drop those that end up empty, and predict one mask a distinct box of the rest.
+
+    Waits for the device once.
 
     Args:
         found: What is kept of each image.
         batch: Features that the masks are predicted from.
         original_sizes: Height and width of each original image.
-        mask_probabilities: Masks of boxes, in [0, 1], given the image of each; None makes boxes without masks.
+        mask_probabilities: Predicts masks; None makes boxes without masks.
     """
-    device = batch.sizes_B2.device
+    device, images = batch.sizes_B2.device, len(original_sizes)
     sizes_B2 = torch.tensor(original_sizes, dtype=torch.float32).to(device, non_blocking=True)
     scales_B4 = (sizes_B2 / batch.sizes_B2).flip(1).repeat(1, 2)
-    image_N = image_of_each([len(detections.scores_L) for detections in found], device)
-    everything = ClassifiedRegions(
-        boxes_L4=torch.cat([detections.boxes_L4 for detections in found]),
-        scores_L=torch.cat([detections.scores_L for detections in found]),
-        classes_L=torch.cat([detections.classes_L for detections in found]),
-        regions_L=torch.cat([detections.regions_L for detections in found]),
-    )
-    scaled_N4 = clip(everything.boxes_L4 * scales_B4[image_N], sizes_B2[image_N])
-    solid = nonempty(scaled_N4).nonzero()[:, 0]
-    kept, image_N = everything.choose(solid), image_N[solid]
-    counts = _counts(image_N, len(found))
-    masks: Sequence[Tensor | None] = [None] * len(found)
-    mask_index_N = torch.full_like(kept.classes_L, -1)
+    image_L = image_of_each(found.counts, device)
+    scaled_L4 = clip(found.boxes_L4 * scales_B4[image_L], sizes_B2[image_L])
+    solid_L = nonempty(scaled_L4)
+    numbers_B = torch.arange(images, device=device)
+    own_LB = image_L[:, None] == numbers_B
+    # All classes of a region have the same box and share a mask. Sorted by region, those without a box behind all others,
+    # each first one of a region begins a mask.
+    region_L = torch.where(solid_L, found.regions_L, torch.iinfo(torch.int64).max)
+    sorted_L, order_L = region_L.sort(stable=True)
+    first_L = solid_L[order_L]
+    first_L[1:] &= sorted_L[1:] != sorted_L[:-1]
+    number_L = torch.empty_like(order_L).scatter_(0, order_L, first_L.cumsum(0) - 1)
+    counted = [(own_LB & solid_L[:, None]).sum(dim=0), (own_LB[order_L] & first_L[:, None]).sum(0)]
+    numbers: list[int] = torch.cat(counted).tolist()
+    counts, masks_of_each = numbers[:images], numbers[images:]
+    boxes_L4, scores_L, classes_L = found.boxes_L4, found.scores_L, found.classes_L
+    if sum(counts) < len(scores_L):
+        solid = (~solid_L).to(torch.uint8).argsort(stable=True)[: sum(counts)]
+        boxes_L4, scores_L, classes_L = boxes_L4[solid], scores_L[solid], classes_L[solid]
+        scaled_L4, number_L, image_L = scaled_L4[solid], number_L[solid], image_L[solid]
+    masks: Sequence[Tensor | None] = [None] * images
+    mask_index_L = torch.full_like(classes_L, -1)
     if mask_probabilities is not None:
-        masks, mask_index_N = _distinct_masks(kept, image_N, len(found), batch, mask_probabilities)
+        boxes_M4 = boxes_L4.new_empty(sum(masks_of_each), 4)
+        boxes_M4[number_L] = boxes_L4
+        image_M = image_of_each(masks_of_each, device)
+        masks = mask_probabilities(batch, boxes_M4, image_M, masks_of_each).split(masks_of_each)
+        before_B = torch.tensor([sum(masks_of_each[:image]) for image in range(images)])
+        mask_index_L = number_L - before_B.to(device, non_blocking=True)[image_L]
     return [
         Prediction(
             boxes_N4=boxes,
@@ -691,38 +708,12 @@ def assemble_predictions(
             image_size=size,
         )
         for boxes, scores, classes, own_masks, mask_index, size in zip(
-            scaled_N4[solid].split(counts),
-            kept.scores_L.split(counts),
-            kept.classes_L.split(counts),
+            scaled_L4.split(counts),
+            scores_L.split(counts),
+            classes_L.split(counts),
             masks,
-            mask_index_N.split(counts),
+            mask_index_L.split(counts),
             original_sizes,
             strict=True,
         )
     ]
-
-
-def _distinct_masks(
-    kept: ClassifiedRegions,
-    image_N: Tensor,
-    images: int,
-    batch: FeatureBatch,
-    predict: MaskPredictor,
-) -> tuple[list[Tensor], Tensor]:
-    """Predict one mask a distinct box: return each image's masks, and the place of each detection's among them."""
-    # A region's place in the whole batch; all its classes have the same box.
-    stride = kept.regions_L.max() + 1 if len(image_N) else 1
-    place_M, mask_N = (image_N * stride + kept.regions_L).unique(return_inverse=True)
-    image_M = place_M // stride
-    boxes_M4 = kept.boxes_L4.new_empty(len(place_M), 4)
-    boxes_M4[mask_N] = kept.boxes_L4
-    probabilities_MSS = predict(batch, boxes_M4, image_M)
-    first_B = torch.searchsorted(image_M, torch.arange(images, device=image_M.device))
-    return list(probabilities_MSS.split(_counts(image_M, images))), mask_N - first_B[image_N]
-
-
-def _counts(image_N: Tensor, images: int) -> list[int]:
-    """Return how many rows belong to each image; waits for the device once."""
-    numbers_B = torch.arange(images, device=image_N.device)
-    counts: list[int] = (image_N[:, None] == numbers_B).sum(dim=0).tolist()
-    return counts

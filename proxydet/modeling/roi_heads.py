@@ -47,7 +47,7 @@ from proxydet.modeling.boxes import (
 )
 from proxydet.modeling.config import CascadeConfig, ClassifierConfig, ModelConfig
 from proxydet.modeling.precision import compute_heads
-from proxydet.runtime.roi_align import RegionGrid, align_regions, is_rounded
+from proxydet.runtime.roi_align import RegionGrid, align_regions, is_replaced, is_rounded
 
 if TYPE_CHECKING:
     from detectron2.structures import Instances
@@ -95,7 +95,7 @@ class RegionPooler(nn.Module):
             image_N: int64, which image each box belongs to.
 
         Returns:
-            (N, C, S, S). Waits for the device once, whatever N is.
+            (N, C, S, S). Waits for the device at most once, whatever N is.
         """
         (pooled,) = self.parts(features, boxes_N4, image_N, max(len(boxes_N4), 1))
         return pooled
@@ -112,7 +112,8 @@ class RegionPooler(nn.Module):
             size: Boxes of a part.
 
         Yields:
-            (n, C, S, S) of one part after the other; at least one, which may be empty. Waits for the device once.
+            (n, C, S, S) of one part after the other; at least one, which may be empty. Waits for the device once under
+            an operator of the reproducibility modes, and where the number of samples is fixed; else not at all.
         """
         # Boxes that are not finite have no level; whoever made them checks for them once a batch.
         boxes_N4 = boxes_N4.nan_to_num(nan=0.0)
@@ -127,6 +128,17 @@ class RegionPooler(nn.Module):
             return
         position_N = self._position(boxes_N4)
         positions_L = torch.arange(len(self.levels), device=boxes_N4.device)
+        if self.config.sampling_ratio == 0 and not is_replaced():
+            for rois, own in zip(parts, position_N.split(size), strict=True):
+                # Every box from every level, shrunk to a point on those that are not its own: there it has no sample, costs
+                # little and counts 0. So the host need not know how many boxes each level has.
+                is_own_LN1 = (own == positions_L[:, None])[:, :, None]
+                rois_LN5 = torch.where(is_own_LN1, rois, 0.0)
+                pooled = self.level_poolers[0](features[0], rois_LN5[0])
+                for index in range(1, len(self.levels)):
+                    pooled += self.level_poolers[index](features[index], rois_LN5[index])
+                yield pooled
+            return
         counts = torch.stack(
             [(own[:, None] == positions_L).sum(dim=0) for own in position_N.split(size)]
         ).tolist()
@@ -325,12 +337,14 @@ class FeatureBatch:
     """Features of a batch of images, which the heads pool from.
 
     Attributes:
-        features: Maps of the pooled levels, finest first.
+        features: Maps of the pooled levels, finest first, of the first images: those of one padded size.
         sizes_B2: Height and width of each image in pixels, without padding.
+        further: The same maps of the images that follow, of one padded size after the other.
     """
 
     features: list[Tensor]
     sizes_B2: Tensor
+    further: tuple[list[Tensor], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -454,9 +468,13 @@ class RoiHeads(nn.Module):
 
     def pool(self, batch: FeatureBatch, regions: Regions) -> Tensor:
         """Pool all regions: (N, C, S, S)."""
-        boxes_N4 = regions.boxes_BR4.flatten(0, 1)
-        pooled: Tensor = self.box_pooler(batch.features, boxes_N4, regions.image_N)
-        return pooled
+        boxes_N4, image_N = regions.boxes_BR4.flatten(0, 1), regions.image_N
+        if not batch.further:
+            pooled: Tensor = self.box_pooler(batch.features, boxes_N4, image_N)
+            return pooled
+        images, each = regions.valid_BR.shape
+        parts = _by_size(self.box_pooler, batch, boxes_N4, image_N, [each] * images, len(boxes_N4))
+        return torch.cat(list(parts))
 
     def refine(
         self, batch: FeatureBatch, deltas_BR4: Tensor, regions: Regions, step: int
@@ -488,17 +506,56 @@ class RoiHeads(nn.Module):
             regions = self.refine(batch, deltas_BR4, regions, step)
         return regions
 
-    def mask_logits(self, batch: FeatureBatch, boxes_M4: Tensor, image_M: Tensor) -> Tensor:
-        """Return mask logits (M, side, side) inside the given boxes."""
+    def mask_logits(
+        self,
+        batch: FeatureBatch,
+        boxes_M4: Tensor,
+        image_M: Tensor,
+        counts: Sequence[int] = (),
+    ) -> Tensor:
+        """Return mask logits (M, side, side) inside the given boxes.
+
+        Args:
+            batch: Features and image sizes.
+            boxes_M4: xyxy pixels.
+            image_M: int64, which image each box belongs to.
+            counts: Boxes of each image (B,), which lie image after image: of a batch of several padded sizes.
+        """
         assert self.mask_head is not None
         assert self.mask_pooler is not None
         at_once = max(len(boxes_M4), 1) if self.training else _MASKS_AT_ONCE
         parts = self.mask_pooler.parts(batch.features, boxes_M4, image_M, at_once)
+        if batch.further:
+            parts = _by_size(self.mask_pooler, batch, boxes_M4, image_M, counts, at_once)
         return torch.cat([compute_heads(self.mask_head.layers, pooled)[:, 0] for pooled in parts])
 
-    def mask_probabilities(self, batch: FeatureBatch, boxes_M4: Tensor, image_M: Tensor) -> Tensor:
-        """Return masks (M, side, side), in [0, 1], inside the given boxes."""
-        return self.mask_logits(batch, boxes_M4, image_M).sigmoid_()
+    def mask_probabilities(
+        self,
+        batch: FeatureBatch,
+        boxes_M4: Tensor,
+        image_M: Tensor,
+        counts: Sequence[int] = (),
+    ) -> Tensor:
+        """Return masks (M, side, side), in [0, 1], inside the given boxes; arguments as of `mask_logits`."""
+        return self.mask_logits(batch, boxes_M4, image_M, counts).sigmoid_()
+
+
+def _by_size(
+    pooler: RegionPooler,
+    batch: FeatureBatch,
+    boxes_N4: Tensor,
+    image_N: Tensor,
+    counts: Sequence[int],
+    at_once: int,
+) -> Iterator[Tensor]:
+    """Pool boxes, which lie image after image, from the maps of several padded sizes: at most ``at_once`` boxes at once."""
+    image, row = 0, 0
+    for maps in (batch.features, *batch.further):
+        images = maps[0].shape[0]
+        rows = sum(counts[image : image + images])
+        own = slice(row, row + rows)
+        yield from pooler.parts(maps, boxes_N4[own], image_N[own] - image, max(at_once, 1))
+        image, row = image + images, row + rows
 
 
 # --- Training: objects, matching, sampling ---------------------------------------------------------------------------

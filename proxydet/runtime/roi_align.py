@@ -304,6 +304,13 @@ def use_operator(mode: Literal["published", "strict"]) -> None:
     ROIAlign.forward = forward
 
 
+def is_replaced() -> bool:
+    """Whether an operator of the reproducibility modes is in detectron2's place."""
+    from detectron2.layers import ROIAlign
+
+    return hasattr(ROIAlign.forward, "operator")
+
+
 def is_rounded() -> bool:
     """Whether the published operator, which rounds to half precision, is in detectron2's place."""
     from detectron2.layers import ROIAlign

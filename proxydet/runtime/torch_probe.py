@@ -10,9 +10,11 @@ import gc
 import json
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,6 +29,7 @@ PARTS = {
     "torch.import": "importing it",
     "gpu.available": "looking for GPUs",
     "torchvision.import": "loading its operators",
+    "cpu.bf16": "multiplying in bf16",
 }
 """The first fact of each part of the probe, and what a crash there happened in."""
 
@@ -48,7 +51,7 @@ def probe(*, compute: bool = True, report: Callable[[Facts], None] = lambda _: N
     """Collect the facts of torch, the GPUs that it sees, and torchvision's operators.
 
     Args:
-        compute: Also add two numbers on every GPU. Not for one process of a training: it would take memory on the
+        compute: Also add two numbers on every GPU, and multiply in 16 bits. Not for one process of a training: it would take memory on the
             GPUs of the others.
         report: Called after each part with the facts so far.
 
@@ -88,7 +91,68 @@ def probe(*, compute: bool = True, report: Callable[[Facts], None] = lambda _: N
     report(facts)
     facts |= _torchvision_operators()
     report(facts)
+    if compute:
+        wanted = [("cpu.bf16", "bf16", "cpu")]
+        if facts["gpu.available"] == Fact("Yes"):
+            wanted += [("gpu.bf16", "bf16", "cuda"), ("gpu.fp16", "fp16", "cuda")]
+        for key, precision, device in wanted:
+            try:
+                facts[key] = Fact(_units(half_speed(precision, device)))
+            except (RuntimeError, AssertionError) as error:
+                facts[key] = Fact(None, _first_line(error))
+        report(facts)
     return facts
+
+
+# Sides of the matrices that are multiplied: without units for it, the small ones already show it, and the large take seconds.
+_SIDES = {"cpu": (64, 512), "cuda": (1024, 4096)}
+
+
+@lru_cache
+def half_speed(precision: str, device: str = "cpu") -> float:
+    """Measure how many times as fast a matrix product in 16 bits is as one in fp32; some milliseconds, once a process.
+
+    Flags do not decide it: a processor may know the instructions and take them apart, or lack the library for them.
+
+    Args:
+        precision: ``"bf16"`` or ``"fp16"``.
+        device: ``"cpu"`` or ``"cuda"``, the first GPU.
+
+    Returns:
+        Above 1 where the device has units for it; far below 1 where it has none.
+    """
+    import torch
+
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+    def seconds(side: int, dtype: torch.dtype) -> float:
+        factor = torch.rand(side, side, device=device).to(dtype)
+        taken = []
+        for _ in range(6):
+            # Of a CPU its own time, which other programs do not disturb.
+            clock = time.process_time if device == "cpu" else time.perf_counter
+            start = clock()
+            product = factor @ factor
+            if device != "cpu":
+                product[0, 0].item()
+            taken.append(clock() - start)
+        return min(taken[1:])
+
+    ratio = 0.0
+    with torch.inference_mode():
+        for side in _SIDES[device]:
+            ratio = seconds(side, torch.float32) / max(seconds(side, half), 1e-9)
+            if (
+                ratio < 0.2
+            ):  # small products of a device that has units may cost more to begin than to compute
+                break
+    return ratio
+
+
+def _units(ratio: float) -> str:
+    if ratio > 1:
+        return f"yes (matrix products are {ratio:.1f} times as fast as in fp32)"
+    return f"no (matrix products take {1 / max(ratio, 1e-4):.0f} times as long as in fp32)"
 
 
 def cudnn_version(number: int | None) -> str | None:

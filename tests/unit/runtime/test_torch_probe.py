@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from proxydet.runtime import torch_probe
 from proxydet.runtime.processes import Fact
 from proxydet.runtime.torch_probe import (
     NOT_ASKED,
     Facts,
     cudnn_version,
     facts_before_crash,
+    half_speed,
     main,
     probe,
 )
@@ -90,6 +93,21 @@ def test_operators_of_another_build_are_reported(monkeypatch, operators, problem
     assert found == Fact(None if problem else "works", problem)
 
 
+@pytest.mark.parametrize(("ratio", "value"), [(5.21, "yes (.*5.2 times"), (0.004, "no (.*250")])
+def test_units_for_16_bits_are_reported_as_measured(two_gpus, monkeypatch, ratio, value):
+    monkeypatch.setattr(torch_probe, "half_speed", lambda *_: ratio)
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: torch.full((2,), 1))
+    found = probe()
+    for key in ("cpu.bf16", "gpu.bf16", "gpu.fp16"):
+        assert re.match(value.replace("(", r"\("), found[key].value)
+    assert "cpu.bf16" not in probe(compute=False)
+
+
+def test_the_speed_of_16_bits_is_measured_once():
+    assert half_speed("bf16", "cpu") > 0
+    assert half_speed("bf16", "cpu") == half_speed("bf16", "cpu")
+
+
 def test_versions_of_cudnn():
     assert [cudnn_version(n) for n in (8200, 92600, None)] == ["8.2.0", "9.26.0", None]
 
@@ -97,10 +115,11 @@ def test_versions_of_cudnn():
 def test_each_part_is_reported_when_it_is_done():
     reported: list[Facts] = []
     found = probe(report=lambda facts: reported.append(dict(facts)))
-    parts = {"torch.import", "gpu.available", "torchvision.import"}
+    parts = {"torch.import", "gpu.available", "torchvision.import", "cpu.bf16"}
     assert [set(facts) & parts for facts in reported] == [
         {"torch.import"},
         {"torch.import", "gpu.available"},
+        parts - {"cpu.bf16"},
         parts,
     ]
     assert reported[-1] == found
@@ -127,6 +146,19 @@ def test_what_is_written_is_read_again(capsys):
                 "torch.import": ("works", ""),
                 "gpu.available": ("No", ""),
                 "torchvision.import": (None, "loading its operators dies"),
+            },
+        ),
+        (
+            {
+                "torch.import": ("works", ""),
+                "gpu.available": ("No", ""),
+                "torchvision.import": ("works", ""),
+            },
+            {
+                "torch.import": ("works", ""),
+                "gpu.available": ("No", ""),
+                "torchvision.import": ("works", ""),
+                "cpu.bf16": (None, "multiplying in bf16 dies"),
             },
         ),
     ],

@@ -72,15 +72,14 @@ def fetch_published(
     return also
 
 
-def tuned(detector: Detector, *, tta: bool, precision: Precision) -> Detector:
+def tuned(detector: Detector, *, tta: bool, precision: Precision | None) -> Detector:
     """Return the detector with the settings that the options ask for.
 
     Raises:
-        ConfigError: The device cannot compute in this precision.
+        ConfigError: The device has no units for this precision.
     """
     asked = detector.with_augmentation() if tta else detector
-    asked.network.check_precision(precision.value)
-    return asked.with_settings(precision=precision.value)
+    return asked if precision is None else asked.with_settings(precision=precision.value)
 
 
 def check_choice(classes: str | None, vocabulary: str | None, names: Path | None) -> None:

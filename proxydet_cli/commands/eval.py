@@ -14,7 +14,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from proxydet.errors import ConfigError, DataError, InputError
-from proxydet_cli.options import Device, Json, Run, Tta, Weights, command_app, examples
+from proxydet_cli.opening import tuned
+from proxydet_cli.options import (
+    Device,
+    Json,
+    Precision,
+    PrecisionOption,
+    Run,
+    Tta,
+    Weights,
+    command_app,
+    examples,
+)
 from proxydet_cli.output import Output
 
 if TYPE_CHECKING:
@@ -216,6 +227,7 @@ def evaluate(
     gpus: Gpus = None,
     batch_size: BatchSize = 1,
     tta: Tta = False,
+    precision: PrecisionOption = None,
     json: Json = False,
 ) -> None:
     """Compute average precision with confidence intervals.
@@ -247,6 +259,7 @@ def evaluate(
             batch_size=batch_size,
         ),
         tta=tta,
+        precision=precision,
     )
     if compare is not None:
         compare_results(*compare, options, Output(json=json))
@@ -274,6 +287,7 @@ class EvalOptions:
     gpus: int | None
     config: EvaluationConfig
     tta: bool = False
+    precision: Precision | None = None
 
     def check(self) -> None:
         """Raise ConfigError where options contradict each other or something is missing."""
@@ -313,6 +327,7 @@ class EvalOptions:
             "--gpus": self.gpus is not None,
             "--batch-size": self.config.batch_size != 1,
             "--tta": self.tta,
+            "--precision": self.precision is not None,
         }
         return [name for name, given in options.items() if given]
 
@@ -459,9 +474,8 @@ def evaluate_options(options: EvalOptions, output: Output) -> None:
         from proxydet.evaluation.detector_evaluation import evaluate_split, held
 
         split = _open_split(description, options, progress)
-        detector = open_named(named, device=device)
-        if options.tta:
-            detector = detector.with_augmentation()
+        opened = open_named(named, device=device)
+        detector = tuned(opened, tta=options.tta, precision=options.precision)
         folder = options.folder(description.name)
         with held(folder / PREDICTIONS):
             try:

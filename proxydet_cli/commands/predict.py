@@ -22,7 +22,6 @@ from proxydet_cli.options import (
     ModelConfig,
     NamesFile,
     OneLabel,
-    Precision,
     PrecisionOption,
     Run,
     Tta,
@@ -151,7 +150,7 @@ def predict(
     batch_size: BatchSize = 4,
     every: Every = 1,
     tta: Tta = False,
-    precision: PrecisionOption = Precision.fp32,
+    precision: PrecisionOption = None,
     base_above: BaseAbove = 0.9,
     yes: Yes = False,
     json: Json = False,
@@ -212,6 +211,8 @@ def predict(
 
     opened = open_detector(named, classes, vocabulary, device=device, yes=yes)
     detector = tuned(opened, tta=tta, precision=precision)
+    if precision is None and (faster := detector.faster_precision()) is not None:
+        out.message(f"hint: {faster}")
     detector = detector.with_settings(agnostic_nms=one_label, masks=masks)
     vocabulary_used = chosen_vocabulary(detector, classes, vocabulary, names, base_above, yes=yes)
     settings = detector.settings(score_threshold=score_threshold, max_detections=top)

@@ -22,6 +22,8 @@ def run(detector, monkeypatch, cli, tmp_path):
     monkeypatch.setattr("proxydet.detector.open_named", lambda *_, **__: detector)
     # How long a busy machine takes is no part of what is expected on stderr.
     monkeypatch.setattr(progress, "show_progress", SilentProgress)
+    # Nor is what the processor has units for.
+    monkeypatch.setattr("proxydet.modeling.network.half_speed", lambda *_: 0.01)
     monkeypatch.chdir(tmp_path)
 
     return lambda *words: cli("predict", "--score-threshold", "0.02", *words)
@@ -427,6 +429,35 @@ def test_mistakes_with_videos_are_named(run, clip, words, code, what):
     assert (found, out) == (code, "")
     assert what in err
     assert "Traceback" not in err
+
+
+def test_bf16_runs_where_the_processor_has_units_for_it(run, folder, monkeypatch):
+    words = (folder / "a0.png", "-v", "red circle", "--json")
+    code, out, err = run(*words, "--precision", "bf16")
+    assert (code, out) == (3, "")
+    assert "no units for bf16: a matrix product takes 100 times" in err
+    _, exact, err = run(*words, "--precision", "auto")
+    assert err == ""
+    for module in ("modeling.network", "detector"):
+        monkeypatch.setattr(f"proxydet.{module}.half_speed", lambda *_: 8.0)
+    code, out, err = run(*words)
+    assert (code, out) == (0, exact)
+    assert "8.0 times as fast in bf16" in err
+    assert "--precision bf16" in err
+    code, fast, err = run(*words, "--precision", "auto")
+    assert (code, err) == (0, "")
+    scores, others = (
+        [entry["score"] for entry in json.loads(text)["images"][0]["detections"]]
+        for text in (exact, fast)
+    )
+    assert scores != others
+    assert scores[0] == pytest.approx(others[0], abs=0.02)
+    code, _, err = run(*words, "--precision", "fp16")
+    assert (code, "needs a GPU" in err) == (3, True)
+    monkeypatch.setattr("proxydet.modeling.network.half_speed", lambda *_: 0.01)
+    monkeypatch.setenv("PROXYDET_ALLOW_SLOW_PRECISION", "1")
+    code, again, _ = run(*words, "--precision", "bf16")
+    assert (code, again) == (0, fast)
 
 
 def test_without_pyav_the_command_is_named_before_any_work(run, clip, monkeypatch):

@@ -187,7 +187,9 @@ def inference(
             rles(prediction)
         stopwatch.times["detections"] = len(prediction)
         stopwatch.times["distinct regions"] = len(prediction.mask_index_N.unique())
-        stopwatch.times["share of the floor"] = stopwatch.times["floor"] / stopwatch.times["network"]
+        stopwatch.times["share of the floor"] = (
+            stopwatch.times["floor"] / stopwatch.times["network"]
+        )
 
     return run
 

@@ -29,7 +29,7 @@ from proxydet.modeling.postprocess import (
     assemble_predictions,
     detect_classes,
 )
-from proxydet.modeling.precision import compute_in, heads_in
+from proxydet.modeling.precision import HALF_TYPES, compute_in, heads_in
 from proxydet.modeling.roi_heads import (
     BatchObjects,
     BoxTrainingOutput,
@@ -163,6 +163,10 @@ class ImageView:
 
     image: Tensor
     mirrored: bool = False
+
+
+Format = Literal["fp32", "bf16", "fp16"]
+"""Of the products of the network in inference."""
 
 
 class ProxyDetNetwork(nn.Module):
@@ -347,19 +351,35 @@ class ProxyDetNetwork(nn.Module):
                     module.to(memory_format=torch.channels_last)
         return self
 
-    def prepared(self) -> ProxyDetNetwork:
-        """Return a copy that only runs `detect`, faster: its norms are folded into the convolutions before them.
+    def prepared(self, precision: str = "fp32") -> ProxyDetNetwork:
+        """Return a copy that only runs `detect`, faster: norms folded into the convolutions before them, weights converted once.
 
         This network stays as it is, and so do its state dict and what is trained or exported of it. The copy shares the
         weights that are the same, follows no later change of the others, and refuses to be trained or saved.
+
+        Args:
+            precision: The number format that it is run in: that of the settings that `detect` is given.
+
+        Raises:
+            ConfigError: The device has no units for it.
         """
+        heads = usable_precision(precision, self.device)
+        backbone = self.backbone_precision if heads == "fp32" else heads
         shared = [*self.parameters(), *self.buffers(), self.vocabulary]
         memo: dict[int, Any] = {id(value): value for value in shared}
         memo |= {id(self._reference): (), id(self._last_classes): ()}
         own: ProxyDetNetwork = copy.deepcopy(self, memo)
         own.is_prepared = True
         fold_norms(own.eval().backbone, own.backbone.size_divisibility)
-        own.register_state_dict_pre_hook(_refuse_to_save)
+        own.register_state_dict_pre_hook(_refuse_to_save)  # type: ignore[no-untyped-call]
+        parts = {own.backbone: backbone, own.proposal_generator: heads, own.roi_heads: heads}
+        for part, used in parts.items():
+            for module in part.modules() if used in HALF_TYPES else ():
+                # As autocast would in each call; norms stay in float32, as it leaves them.
+                if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+                    for name, values in module.named_parameters(recurse=False):
+                        converted = values.detach().to(HALF_TYPES[used])
+                        setattr(module, name, nn.Parameter(converted, requires_grad=False))
         return own
 
     def train(self, mode: bool = True) -> ProxyDetNetwork:
@@ -394,7 +414,7 @@ class ProxyDetNetwork(nn.Module):
             vocabulary: The classes to detect; None takes the training classes.
             original_sizes: Height and width of each image before resizing, for boxes and masks in its pixels; None
                 takes the images' own.
-            settings: Thresholds and limits; None takes the published ones.
+            settings: Thresholds, limits and number format; None takes the published ones.
 
         Returns:
             One `Prediction` an image, in the same order, on the network's device; none for no images.
@@ -405,8 +425,7 @@ class ProxyDetNetwork(nn.Module):
             NumericsError: The network gave values that are not finite.
             RuntimeError: The network is in training mode.
         """
-        settings = settings or InferenceConfig()
-        self._check_ready(images, settings)
+        settings, precision = self._checked(images, settings)
         classes = self._class_text(vocabulary)
         sizes = original_sizes or [(image.shape[1], image.shape[2]) for image in images]
         if len(sizes) != len(images):
@@ -418,20 +437,27 @@ class ProxyDetNetwork(nn.Module):
         order = [index for group in groups.values() for index in group]
         if not order:
             return []
-        maps, outputs = [], []
-        for group in groups.values():
-            own_maps, output = self._propose([images[index] for index in group], settings)
-            maps.append(own_maps)
-            outputs.append(output)
-        batch = FeatureBatch(
-            features=maps[0].features,
-            sizes_B2=torch.cat([own.sizes_B2 for own in maps]),
-            further=tuple(own.features for own in maps[1:]),
-        )
-        regions = self.roi_heads.embed(batch, self.proposal_generator.propose(*outputs, check=True))
-        found = detect_classes([regions], classes, self.classifiers(), settings)
-        masks = self.roi_heads.mask_probabilities if settings.masks and self.has_mask_head else None
-        predictions = assemble_predictions(found, batch, [sizes[index] for index in order], masks)
+        with heads_in(precision):
+            parts = [
+                self._propose([images[index] for index in group], precision)
+                for group in groups.values()
+            ]
+            maps = [own for own, _ in parts]
+            batch = FeatureBatch(
+                features=maps[0].features,
+                sizes_B2=torch.cat([own.sizes_B2 for own in maps]),
+                further=tuple(own.features for own in maps[1:]),
+            )
+            proposals = self.proposal_generator.propose(*(own for _, own in parts), check=True)
+            regions = self.roi_heads.embed(batch, proposals)
+            found = detect_classes([regions], classes, self.classifiers(), settings)
+            masks = settings.masks and self.has_mask_head
+            predictions = assemble_predictions(
+                found,
+                batch,
+                [sizes[index] for index in order],
+                self.roi_heads.mask_probabilities if masks else None,
+            )
         return [predictions[order.index(index)] for index in range(len(images))]
 
     @torch.inference_mode()
@@ -459,39 +485,45 @@ class ProxyDetNetwork(nn.Module):
         Raises:
             ProxydetError: As `detect`.
         """
-        settings = settings or InferenceConfig()
-        self._check_ready([view.image for view in views], settings)
-        features = []
-        for view in views:
-            batch, output = self._propose([view.image], settings)
-            proposals = self.proposal_generator.propose(output, check=True)
-            features.append(ViewFeatures(batch=batch, proposals=proposals, mirrored=view.mirrored))
-        return detect_in_views(
-            features,
-            self.roi_heads,
-            self.classifiers(),
-            self._class_text(vocabulary),
-            proposals=self.config.proposals,
-            settings=replace(settings, masks=settings.masks and self.has_mask_head),
-            original_size=original_size,
-        )
+        settings, precision = self._checked([view.image for view in views], settings)
+        with heads_in(precision):
+            features = []
+            for view in views:
+                batch, output = self._propose([view.image], precision)
+                proposals = self.proposal_generator.propose(output, check=True)
+                features.append(
+                    ViewFeatures(batch=batch, proposals=proposals, mirrored=view.mirrored)
+                )
+            return detect_in_views(
+                features,
+                self.roi_heads,
+                self.classifiers(),
+                self._class_text(vocabulary),
+                proposals=self.config.proposals,
+                settings=replace(settings, masks=settings.masks and self.has_mask_head),
+                original_size=original_size,
+            )
 
     def _propose(
-        self, images: list[Tensor], settings: InferenceConfig
+        self, images: list[Tensor], precision: Format
     ) -> tuple[FeatureBatch, CenterNetOutput]:
         stacked = self._stack(images)
         if self.device.type == "cpu":
             # Convolutions keep this layout and need not convert their maps back after each.
             stacked = stacked.channels_last()
-        features = self._features(stacked, settings.precision)
+        features = self._features(stacked, precision)
         output = self.proposal_generator(list(features.values()))
         return self._feature_batch(features, stacked), output
 
-    def _check_ready(self, images: Sequence[Tensor], settings: InferenceConfig) -> None:
+    def _checked(
+        self, images: Sequence[Tensor], settings: InferenceConfig | None
+    ) -> tuple[InferenceConfig, Format]:
+        """Check what is given; return the settings that count, and the number format to run in."""
         if self.training:
             raise RuntimeError("the network is in training mode: call eval() before detect()")
-        usable_precision(settings.precision, self.device)
         check_images(images)
+        settings = settings or InferenceConfig()
+        return settings, usable_precision(settings.precision, self.device)
 
     def classifiers(self) -> list[ZeroShotClassifier]:
         """Return the classifiers whose scores inference fuses, in the order that `detect_classes` takes them."""
@@ -550,7 +582,7 @@ ALLOW_SLOW = "PROXYDET_ALLOW_SLOW_PRECISION"
 _WORTH_IT = 1.5
 
 
-def usable_precision(wanted: str, device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
+def usable_precision(wanted: str, device: torch.device) -> Format:
     """Return the number format to run in; what the device has units for is measured, not looked up.
 
     Args:
@@ -566,7 +598,7 @@ def usable_precision(wanted: str, device: torch.device) -> Literal["fp32", "bf16
         fp16 = device.type != "cpu" and half_speed("fp16", device.type) > _WORTH_IT
         return "fp16" if fp16 else "fp32"
     if wanted == "fp32" or os.environ.get(ALLOW_SLOW):
-        return cast('Literal["fp32", "bf16", "fp16"]', wanted)
+        return cast("Format", wanted)
     if device.type == "cpu" and wanted == "fp16":
         raise ConfigError(
             "the precision fp16 needs a GPU: CPUs compute it slower than fp32",
@@ -579,7 +611,7 @@ def usable_precision(wanted: str, device: torch.device) -> Literal["fp32", "bf16
             hint=f"leave the precision at fp32, or let --precision auto choose; {ALLOW_SLOW}=1 in the environment tries it all "
             "the same",
         )
-    return cast('Literal["fp32", "bf16", "fp16"]', wanted)
+    return cast("Format", wanted)
 
 
 def _refuse_to_save(*_: Any) -> None:
@@ -607,15 +639,15 @@ def fold_norms(backbone: nn.Module, divisor: int) -> int:
     if not any(isinstance(module, _BatchNorm) for module in backbone.modules()):
         return 0
     # A tensor is known by its identity, which no other gets while it is kept.
-    made: dict[int, tuple[nn.Module, Tensor]] = {}
-    pairs: dict[nn.Module, nn.Module] = {}
+    made: dict[int, tuple[nn.Conv2d, Tensor]] = {}
+    pairs: dict[_BatchNorm, nn.Conv2d] = {}
     runs: Counter[nn.Module] = Counter()
 
-    def after_convolution(module: nn.Module, _: Any, output: Tensor) -> None:
+    def after_convolution(module: nn.Conv2d, _: Any, output: Tensor) -> None:
         made[id(output)] = (module, output)
         runs[module] += 1
 
-    def before_norm(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def before_norm(module: _BatchNorm, inputs: tuple[Tensor, ...]) -> None:
         runs[module] += 1
         if id(inputs[0]) in made:
             pairs[module] = made[id(inputs[0])][0]
@@ -638,8 +670,9 @@ def fold_norms(backbone: nn.Module, divisor: int) -> int:
     replaced: dict[nn.Module, nn.Module] = {}
     for norm, convolution in pairs.items():
         if all(runs[part] == len(places[part]) == 1 for part in (norm, convolution)):
-            exact = [copy.deepcopy(part).double() for part in (convolution, norm)]
-            replaced[convolution] = fuse_conv_bn_eval(*exact).to(convolution.weight.dtype)
+            exact = copy.deepcopy(convolution).double()
+            folded = fuse_conv_bn_eval(exact, copy.deepcopy(norm).double())
+            replaced[convolution] = folded.to(convolution.weight.dtype)
             # timm's norms have their activation in them.
             behind = [part for part in norm.children() if not isinstance(part, nn.Identity)]
             replaced[norm] = nn.Sequential(*behind) if behind else nn.Identity()

@@ -14,7 +14,7 @@ from proxydet.modeling.config import Precision
 
 T = TypeVar("T")
 
-_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+HALF_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _heads: ContextVar[Precision] = ContextVar("precision of the heads", default="fp32")
 
 
@@ -55,7 +55,7 @@ def compute_in(precision: Precision, part: Callable[[Any], T], values: Any) -> T
             allow_tf32(allowed=False)
         return cast("T", _each(found, lambda tensor: _Tf32Border.apply(tensor, True)))
     device = (values if isinstance(values, Tensor) else values[0]).device
-    with torch.autocast(device.type, dtype=_TYPES[precision]):
+    with torch.autocast(device.type, dtype=HALF_TYPES[precision]):
         found = part(values)
     return cast("T", _each(found, Tensor.float))
 

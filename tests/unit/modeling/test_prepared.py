@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from proxydet.errors import ConfigError
 from proxydet.modeling.config import BackboneConfig, InferenceConfig, ResNetConfig
-from proxydet.modeling.network import ProxyDetNetwork, fold_norms
+from proxydet.modeling.network import ProxyDetNetwork, fold_norms, usable_precision
 
 LOW = InferenceConfig(score_threshold=0.0)
 
@@ -69,6 +70,59 @@ def test_a_prepared_network_shares_what_stays_and_is_neither_trained_nor_saved(t
     with pytest.raises(RuntimeError, match="prepared"):
         prepared.state_dict()
     network.train()
+
+
+@pytest.mark.parametrize("kind", ["resnet", "timm", "swin"])
+def test_weights_are_converted_once_and_what_decides_stays_in_float32(tiny, kind, monkeypatch):
+    monkeypatch.setenv("PROXYDET_ALLOW_SLOW_PRECISION", "1")
+    network = of_kind(tiny, kind)
+    half = network.prepared("bf16")
+    heads = half.roi_heads
+    for part in (half.backbone, half.proposal_generator, heads.box_head, heads.mask_head):
+        for module in part.modules():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+                assert module.weight.dtype == torch.bfloat16
+    assert half.class_table().text_DC1.dtype == torch.float32
+    assert all(values.dtype == torch.float32 for values in network.parameters())
+    images = [tiny.image(64, 96, seed) for seed in range(2)]
+    settings = dataclasses.replace(LOW, precision="bf16", max_detections=20)
+    # The same as autocast, which converts in each call.
+    for one, two in zip(
+        half.detect(images, settings=settings),
+        network.detect(images, settings=settings),
+        strict=True,
+    ):
+        assert one.scores_N.dtype == one.boxes_N4.dtype == torch.float32
+        assert one.mask_probs_MSS.dtype == torch.float32
+        torch.testing.assert_close(one.scores_N, two.scores_N, rtol=0, atol=0.02)
+    (full,) = network.detect(images[:1], settings=dataclasses.replace(settings, precision="fp32"))
+    (found,) = half.detect(images[:1], settings=settings)
+    assert not torch.equal(full.scores_N, found.scores_N)
+    torch.testing.assert_close(full.scores_N, found.scores_N, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("speeds", "chosen"),
+    [
+        ({"bf16": 0.01, "fp16": 0.01}, "fp32"),
+        ({"bf16": 8.0, "fp16": 0.01}, "bf16"),
+        ({"bf16": 0.5, "fp16": 8.0}, "fp16"),
+    ],
+)
+def test_what_a_device_has_units_for_is_measured(monkeypatch, speeds, chosen):
+    monkeypatch.delenv("PROXYDET_ALLOW_SLOW_PRECISION", raising=False)
+    monkeypatch.setattr("proxydet.modeling.network.half_speed", lambda name, _device: speeds[name])
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert usable_precision("auto", gpu) == chosen
+    assert usable_precision("auto", cpu) == (chosen if chosen == "bf16" else "fp32")
+    for name, speed in speeds.items():
+        if speed > 1:
+            assert usable_precision(name, gpu) == name
+            continue
+        with pytest.raises(ConfigError, match=f"no units for {name}"):
+            usable_precision(name, gpu)
+    with pytest.raises(ConfigError, match="needs a GPU"):
+        usable_precision("fp16", cpu)
 
 
 class TwoReaders(nn.Module):

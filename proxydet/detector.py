@@ -117,7 +117,9 @@ class Detector:
         self._encoder = encoder
         self._lock = threading.Lock()
         # Made when first run, and kept.
-        self._prepared = lru_cache(maxsize=2)(lambda precision: network.prepared(precision))
+        self._prepared = lru_cache(maxsize=2)(
+            lambda precision, _device: network.prepared(precision)
+        )
         self._named = lru_cache(maxsize=_CACHED_VOCABULARIES)(self._embed)
 
     # --- Opening -----------------------------------------------------------------------------------------------------
@@ -434,7 +436,7 @@ class Detector:
             image if isinstance(image, ScaledImage) else self.scaled(image, settings)
             for image in images
         ]
-        network = self._prepared(settings.precision)
+        network = self._prepared(settings.precision, str(self.network.device))
         if not settings.augmented:
             return network.detect(
                 [image.views[0].image for image in scaled],

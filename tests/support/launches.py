@@ -121,7 +121,7 @@ def training_step(batch: Batch) -> PretendedGpu:
 def inference(*sizes: tuple[int, int]) -> PretendedGpu:
     """Detect objects in images of these sizes."""
     with PretendedGpu() as gpu:
-        network = gpu.moved(r50().eval())
+        network = gpu.moved(r50().eval().prepared())
         images = [tiny.image(*size, seed) for seed, size in enumerate(sizes)]
         with gpu.counted():
             network.detect(images, settings=InferenceConfig(score_threshold=0.0))

@@ -125,6 +125,17 @@ def test_what_a_device_has_units_for_is_measured(monkeypatch, speeds, chosen):
         usable_precision("fp16", cpu)
 
 
+def test_a_vocabulary_is_moved_to_the_device_once(tiny, monkeypatch):
+    network, vocabulary = tiny.network(), tiny.vocabulary(5)
+    (found,) = network.detect([tiny.image(64, 64)], vocabulary, settings=LOW)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(vocabulary), "normalised", lambda _self: pytest.fail("moved again"))
+        (again,) = network.detect([tiny.image(64, 64)], vocabulary, settings=LOW)
+    assert torch.equal(found.scores_N, again.scores_N)
+    (other,) = network.detect([tiny.image(64, 64)], tiny.vocabulary(5, seed=1), settings=LOW)
+    assert not torch.equal(found.scores_N, other.scores_N)
+
+
 class TwoReaders(nn.Module):
     """Reads the output of its first convolution past the norm behind it, too."""
 

@@ -445,9 +445,7 @@ class Detector:
                 settings=settings,
             )
         return [
-            network.detect_views(
-                image.views, classes, original_size=image.size, settings=settings
-            )
+            network.detect_views(image.views, classes, original_size=image.size, settings=settings)
             for image in scaled
         ]
 
@@ -518,7 +516,7 @@ class Detector:
         found = usable_precision("auto", device)
         return (
             f"this {'CPU' if device.type == 'cpu' else 'GPU'} multiplies {half_speed(found, device.type):.1f} times as fast in "
-            f"{found} as in fp32: --precision {found} runs faster and moves scores by about 0.01"
+            f"{found} as in fp32: --precision {found} runs faster and moves scores by less than 0.01"
         )
 
     def with_augmentation(self) -> Detector:

@@ -242,7 +242,7 @@ PrecisionOption = Annotated[
     typer.Option(
         "--precision",
         help="Number format of the network: bf16 and fp16 are faster where the device has units for them (proxydet env) and move "
-        "scores by about 0.01; fp16 needs a GPU; auto takes the fastest. [default: inference.precision, fp32]",
+        "scores by less than 0.01; fp16 needs a GPU; auto takes the fastest. [default: inference.precision, fp32]",
         show_default=False,
         rich_help_panel="Detector",
     ),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -266,12 +266,13 @@ class ExportPooler(RegionPooler):
 
     def parts(
         self,
-        features: list[Tensor],
+        groups: Sequence[tuple[list[Tensor], int]],
         boxes_N4: Tensor,
         image_N: Tensor,
         size: int,  # noqa: ARG002 the detector bounds memory by it
     ) -> Iterator[Tensor]:
         """Pool every box: in one part, since an image's regions are few and the number of parts must be known."""
+        ((features, _),) = groups
         yield self(features, boxes_N4, image_N)
 
 

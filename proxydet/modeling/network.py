@@ -372,7 +372,8 @@ class ProxyDetNetwork(nn.Module):
         own.is_prepared = True
         fold_norms(own.eval().backbone, own.backbone.size_divisibility)
         own.register_state_dict_pre_hook(_refuse_to_save)  # type: ignore[no-untyped-call]
-        parts = {own.backbone: backbone, own.proposal_generator: heads, own.roi_heads: heads}
+        tower = own.proposal_generator.centernet_head.bbox_tower
+        parts = {own.backbone: backbone, tower: heads, own.roi_heads: heads}
         for part, used in parts.items():
             for module in part.modules() if used in HALF_TYPES else ():
                 # As autocast would in each call; norms stay in float32, as it leaves them.
@@ -443,10 +444,12 @@ class ProxyDetNetwork(nn.Module):
                 for group in groups.values()
             ]
             maps = [own for own, _ in parts]
+            place_B = torch.tensor([place for own in groups.values() for place in range(len(own))])
             batch = FeatureBatch(
                 features=maps[0].features,
                 sizes_B2=torch.cat([own.sizes_B2 for own in maps]),
                 further=tuple(own.features for own in maps[1:]),
+                place_B=None if len(maps) == 1 else place_B.to(self.device, non_blocking=True),
             )
             proposals = self.proposal_generator.propose(*(own for _, own in parts), check=True)
             regions = self.roi_heads.embed(batch, proposals)

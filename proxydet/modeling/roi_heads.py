@@ -97,53 +97,62 @@ class RegionPooler(nn.Module):
         Returns:
             (N, C, S, S). Waits for the device at most once, whatever N is.
         """
-        (pooled,) = self.parts(features, boxes_N4, image_N, max(len(boxes_N4), 1))
+        size = len(boxes_N4)
+        (pooled,) = self.parts([(features, size)], boxes_N4, image_N, max(size, 1))
         return pooled
 
     def parts(
-        self, features: list[Tensor], boxes_N4: Tensor, image_N: Tensor, size: int
+        self,
+        groups: Sequence[tuple[list[Tensor], int]],
+        boxes_N4: Tensor,
+        image_N: Tensor,
+        size: int,
     ) -> Iterator[Tensor]:
         """Pool every box, at most ``size`` boxes at once, so that the caller can bound its memory.
 
         Args:
-            features: Maps (B, C, H, W) of ``levels``, finest first.
+            groups: For the images of each padded size their maps (B, C, H, W) of ``levels``, finest first, and the number of
+                boxes that are pooled from them. The boxes lie group after group.
             boxes_N4: xyxy pixels.
-            image_N: int64, which image each box belongs to.
+            image_N: int64, which image of its group each box belongs to.
             size: Boxes of a part.
 
         Yields:
-            (n, C, S, S) of one part after the other; at least one, which may be empty. Waits for the device once under
-            an operator of the reproducibility modes, and where the number of samples is fixed; else not at all.
+            (n, C, S, S) of one part after the other, each of one group; at least one of each, which may be empty. Waits for
+            the device once under an operator of the reproducibility modes, and where the number of samples is fixed; else
+            not at all.
         """
         # Boxes that are not finite have no level; whoever made them checks for them once a batch.
         boxes_N4 = boxes_N4.nan_to_num(nan=0.0)
         rois_N5 = torch.cat([image_N[:, None].to(boxes_N4.dtype), boxes_N4], dim=1)
-        parts = rois_N5.split(size)
-        if boxes_N4.device.type == "cpu" and not is_rounded():
-            for rois, own in zip(parts, self._position(boxes_N4).split(size), strict=True):
-                yield align_regions(features, rois, own, self._grid)
-            return
-        if len(self.levels) == 1:
-            yield from (self.level_poolers[0](features[0], rois) for rois in parts)
-            return
         position_N = self._position(boxes_N4)
+        parts, start = [], 0
+        for features, count in groups:
+            begins = range(start, start + max(count, 1), size)
+            start += count
+            parts += [(features, slice(begin, min(begin + size, start))) for begin in begins]
+        if boxes_N4.device.type == "cpu" and not is_rounded():
+            for features, own in parts:
+                yield align_regions(features, rois_N5[own], position_N[own], self._grid)
+            return
         positions_L = torch.arange(len(self.levels), device=boxes_N4.device)
         if self.config.sampling_ratio == 0 and not is_replaced():
-            for rois, own in zip(parts, position_N.split(size), strict=True):
-                # Every box from every level, shrunk to a point on those that are not its own: there it has no sample, costs
-                # little and counts 0. So the host need not know how many boxes each level has.
-                is_own_LN1 = (own == positions_L[:, None])[:, :, None]
-                rois_LN5 = torch.where(is_own_LN1, rois, 0.0)
-                pooled = self.level_poolers[0](features[0], rois_LN5[0])
+            # Every box from every level, shrunk to a point on those that are not its own: there it has no sample, costs
+            # little and counts 0. So the host need not know how many boxes each level has.
+            is_own_LN1 = (position_N == positions_L[:, None])[:, :, None]
+            rois_LN5 = torch.where(is_own_LN1, rois_N5, 0.0)
+            for features, own in parts:
+                pooled = self.level_poolers[0](features[0], rois_LN5[0, own])
                 for index in range(1, len(self.levels)):
-                    pooled += self.level_poolers[index](features[index], rois_LN5[index])
+                    pooled += self.level_poolers[index](features[index], rois_LN5[index, own])
                 yield pooled
             return
         counts = torch.stack(
-            [(own[:, None] == positions_L).sum(dim=0) for own in position_N.split(size)]
+            [(position_N[own, None] == positions_L).sum(dim=0) for _, own in parts]
         ).tolist()
-        for rois, own, per_level in zip(parts, position_N.split(size), counts, strict=True):
-            yield self._pool_part(features, rois, own.argsort(stable=True).split(per_level))
+        for (features, own), per_level in zip(parts, counts, strict=True):
+            rows_of_level = position_N[own].argsort(stable=True).split(per_level)
+            yield self._pool_part(features, rois_N5[own], rows_of_level)
 
     def _pool_part(
         self, features: list[Tensor], rois_N5: Tensor, rows_of_level: Sequence[Tensor]
@@ -340,11 +349,39 @@ class FeatureBatch:
         features: Maps of the pooled levels, finest first, of the first images: those of one padded size.
         sizes_B2: Height and width of each image in pixels, without padding.
         further: The same maps of the images that follow, of one padded size after the other.
+        place_B: int64, the place of each image among those of its padded size; None where there is one size.
     """
 
     features: list[Tensor]
     sizes_B2: Tensor
     further: tuple[list[Tensor], ...] = ()
+    place_B: Tensor | None = None
+
+    def pooled_by(
+        self,
+        pooler: RegionPooler,
+        boxes_N4: Tensor,
+        image_N: Tensor,
+        counts: Sequence[int],
+        size: int,
+    ) -> Iterator[Tensor]:
+        """Pool boxes, which lie image after image, as `RegionPooler.parts`.
+
+        Args:
+            pooler: Pools.
+            boxes_N4: xyxy pixels.
+            image_N: int64, which image each box belongs to.
+            counts: Boxes of each image (B,); not needed where there is one padded size.
+            size: Boxes of a part.
+        """
+        if self.place_B is None:
+            return pooler.parts([(self.features, len(boxes_N4))], boxes_N4, image_N, size)
+        groups, image = [], 0
+        for maps in (self.features, *self.further):
+            images = maps[0].shape[0]
+            groups.append((maps, sum(counts[image : image + images])))
+            image += images
+        return pooler.parts(groups, boxes_N4, self.place_B[image_N], size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -468,13 +505,13 @@ class RoiHeads(nn.Module):
 
     def pool(self, batch: FeatureBatch, regions: Regions) -> Tensor:
         """Pool all regions: (N, C, S, S)."""
-        boxes_N4, image_N = regions.boxes_BR4.flatten(0, 1), regions.image_N
-        if not batch.further:
-            pooled: Tensor = self.box_pooler(batch.features, boxes_N4, image_N)
-            return pooled
         images, each = regions.valid_BR.shape
-        parts = _by_size(self.box_pooler, batch, boxes_N4, image_N, [each] * images, len(boxes_N4))
-        return torch.cat(list(parts))
+        boxes_N4, image_N = regions.boxes_BR4.flatten(0, 1), regions.image_N
+        parts = batch.pooled_by(
+            self.box_pooler, boxes_N4, image_N, [each] * images, max(len(boxes_N4), 1)
+        )
+        first, *others = parts
+        return torch.cat([first, *others]) if others else first
 
     def refine(
         self, batch: FeatureBatch, deltas_BR4: Tensor, regions: Regions, step: int
@@ -524,9 +561,7 @@ class RoiHeads(nn.Module):
         assert self.mask_head is not None
         assert self.mask_pooler is not None
         at_once = max(len(boxes_M4), 1) if self.training else _MASKS_AT_ONCE
-        parts = self.mask_pooler.parts(batch.features, boxes_M4, image_M, at_once)
-        if batch.further:
-            parts = _by_size(self.mask_pooler, batch, boxes_M4, image_M, counts, at_once)
+        parts = batch.pooled_by(self.mask_pooler, boxes_M4, image_M, counts, at_once)
         return torch.cat([compute_heads(self.mask_head.layers, pooled)[:, 0] for pooled in parts])
 
     def mask_probabilities(
@@ -538,24 +573,6 @@ class RoiHeads(nn.Module):
     ) -> Tensor:
         """Return masks (M, side, side), in [0, 1], inside the given boxes; arguments as of `mask_logits`."""
         return self.mask_logits(batch, boxes_M4, image_M, counts).sigmoid_()
-
-
-def _by_size(
-    pooler: RegionPooler,
-    batch: FeatureBatch,
-    boxes_N4: Tensor,
-    image_N: Tensor,
-    counts: Sequence[int],
-    at_once: int,
-) -> Iterator[Tensor]:
-    """Pool boxes, which lie image after image, from the maps of several padded sizes: at most ``at_once`` boxes at once."""
-    image, row = 0, 0
-    for maps in (batch.features, *batch.further):
-        images = maps[0].shape[0]
-        rows = sum(counts[image : image + images])
-        own = slice(row, row + rows)
-        yield from pooler.parts(maps, boxes_N4[own], image_N[own] - image, max(at_once, 1))
-        image, row = image + images, row + rows
 
 
 # --- Training: objects, matching, sampling ---------------------------------------------------------------------------

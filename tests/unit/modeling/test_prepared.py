@@ -78,7 +78,9 @@ def test_weights_are_converted_once_and_what_decides_stays_in_float32(tiny, kind
     network = of_kind(tiny, kind)
     half = network.prepared("bf16")
     heads = half.roi_heads
-    for part in (half.backbone, half.proposal_generator, heads.box_head, heads.mask_head):
+    head = half.proposal_generator.centernet_head
+    assert head.agn_hm.weight.dtype == head.bbox_pred.weight.dtype == torch.float32
+    for part in (half.backbone, head.bbox_tower, heads.box_head, heads.mask_head):
         for module in part.modules():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
                 assert module.weight.dtype == torch.bfloat16

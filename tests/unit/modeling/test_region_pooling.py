@@ -49,7 +49,7 @@ def test_a_box_is_pooled_alike_whatever_is_pooled_with_it():
     together = pooler(features, boxes, image)
     for row in range(40):
         assert torch.equal(pooler(features, boxes[row : row + 1], image[:1])[0], together[row])
-    by_parts = torch.cat(list(pooler.parts(features, boxes, image, 7)))
+    by_parts = torch.cat(list(pooler.parts([(features, len(boxes))], boxes, image, 7)))
     assert torch.equal(by_parts, together)
 
 

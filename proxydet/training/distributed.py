@@ -261,7 +261,7 @@ def connect(device: str, loader_timeout: float = 600.0) -> Iterator[DistInfo]:
 
 @contextmanager
 def _meetings() -> Iterator[None]:
-    """Within this context `_meeting` is there: of its own, so that its timeout is no matter of what a step exchanges."""
+    """Within this context `_meeting` is there: of its own, whose timeout does not concern what a step exchanges."""
     global _meeting
     before = _meeting
     if before is None and dist.get_world_size() > 1:

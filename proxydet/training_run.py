@@ -463,59 +463,69 @@ def _probe(before: Any, after: Any, config: RunConfig, own: set[str]) -> dict[st
 
 def report_text(content: Mapping[str, Any]) -> str:
     """Return a report for people to read, AP in percent."""
-    return "\n".join(": ".join(filter(None, row)) for row in _lines(content))
+    lines = []
+    for title, before, after in _scores(content):
+        change = "" if before is None else f"{before:.1f} before, "
+        gain = "" if before is None else f" ({after - before:+.1f})"
+        lines.append(f"{title}: {change}{after:.1f} after{gain}")
+    return "\n".join([*lines, *_notes(content)])
 
 
-def _lines(content: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _scores(content: Mapping[str, Any]) -> list[tuple[str, float | None, float]]:
+    """Return what was measured: its name, and AP before and after in percent."""
+    own, kept = content["own"], content["kept"]
+    rows: list[tuple[str, float | None, float]] = []
+    for metric, after in (own["after"] or {}).items():
+        if metric.endswith(("/AP", "/AP50")):
+            old = (own["before"] or {}).get(metric)
+            before = None if old is None else 100 * old
+            rows.append((f"{len(own['classes'])} own classes, {metric}", before, 100 * after))
+    for kind, part in sorted(kept.get("types", {}).items()):
+        if part["before_ap"] is not None:
+            title = f"{part['classes']} classes that were not trained, {kind}/AP"
+            rows.append((title, 100 * part["before_ap"], 100 * part["after_ap"]))
+    return rows
+
+
+def _notes(content: Mapping[str, Any]) -> list[str]:
+    """Return what was counted, and what was not measured and why."""
     own, kept = content["own"], content["kept"]
     lines = []
-    names = f"{len(own['classes'])} own classes"
-    if own["after"]:
-        for metric in [name for name in own["after"] if name.endswith(("/AP", "/AP50"))]:
-            old = (own["before"] or {}).get(metric)
-            change = f"{100 * old:.1f} before, " if old is not None else ""
-            lines.append(
-                (
-                    f"{names}, {metric}",
-                    f"{change}{100 * own['after'][metric]:.1f} after ({content['weights']})",
-                )
-            )
-    else:
+    if not own["after"]:
         why = "there are no validation images, or these weights were not evaluated on them"
-        lines.append((names, f"not measured: {why}"))
+        lines.append(f"{len(own['classes'])} own classes: not measured: {why}")
+    untrained = "classes that were not trained"
     if kept["how"] == "ap":
-        for kind, part in sorted(kept["types"].items()):
-            title = f"{part['classes']} classes that were not trained, {kind}/AP"
-            if part["before_ap"] is None:
-                lines.append((title, f"{kept['data']} has no annotations of such classes"))
-                continue
-            old, new = 100 * part["before_ap"], 100 * part["after_ap"]
-            lines.append(
-                (title, f"{old:.1f} before, {new:.1f} after ({new - old:+.1f}), on {kept['data']}")
-            )
-    elif kept["how"] == "probe":
-        share = (
-            f" ({kept['found_after'] / kept['found_before']:.0%})" if kept["found_before"] else ""
-        )
         lines += [
-            (
-                "classes that were not trained",
-                f"of {kept['found_before']} objects that the starting detector found in {kept['images']} of the new images, "
-                f"{kept['found_after']}{share} are still found",
-            ),
-            (
-                "their AP is not measured",
-                f"{kept['why']}; --keep-check DATA.toml names annotated images of them",
-            ),
+            f"{part['classes']} {untrained}, {kind}/AP: {kept['data']} has no annotations of such classes"
+            for kind, part in sorted(kept["types"].items())
+            if part["before_ap"] is None
+        ]
+    elif kept["how"] == "probe":
+        before, after = kept["found_before"], kept["found_after"]
+        share = f" ({after / before:.0%})" if before else ""
+        lines += [
+            f"{untrained}: of {before} objects that the starting detector found in {kept['images']} of the new images, "
+            f"{after}{share} are still found",
+            f"their AP is not measured: {kept['why']}; --keep-check DATA.toml names annotated images of them",
         ]
     else:
-        lines.append(("classes that were not trained", f"not measured: {kept['why']}"))
+        lines.append(f"{untrained}: not measured: {kept['why']}")
     return lines
 
 
 def _write_page(folder: RunFolder, content: Mapping[str, Any]) -> None:
+    scores = [
+        (title, before, after, None if before is None else after - before)
+        for title, before, after in _scores(content)
+    ]
+    columns = ("AP in percent", "before", "after", "change")
     sections = [
-        Section(title="Result", tables=[Table(columns=("what", "result"), rows=_lines(content))])
+        Section(
+            title="Result",
+            text="\n\n".join(_notes(content)),
+            tables=[Table(columns=columns, rows=scores)] if scores else (),
+        )
     ]
     for kind, part in sorted(content["kept"].get("types", {}).items()):
         rows = [
@@ -531,11 +541,15 @@ def _write_page(folder: RunFolder, content: Mapping[str, Any]) -> None:
         sections.append(
             Section(title=f"Classes that were not trained, {kind} AP in percent", tables=[table])
         )
-    run = shlex.quote(str(folder.root))
+    run, words = shlex.quote(str(folder.root)), "mug, kettle"
+    if (folder.root / "text_encoder.json").exists():  # which knows few words
+        names = Vocabulary.load(folder.root / "vocabulary.npz").names
+        others = [name for name in names if name not in content["own"]["classes"]]
+        words = ", ".join((others or content["own"]["classes"])[:2])
     commands = [
         Command(command=f"proxydet predict --run {run} photo.jpg", does="finds your classes"),
         Command(
-            command=f"proxydet predict --run {run} photo.jpg -v 'mug, kettle'",
+            command=f"proxydet predict --run {run} photo.jpg -v {shlex.quote(words)}",
             does="finds any other classes",
         ),
     ]

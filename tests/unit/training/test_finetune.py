@@ -264,3 +264,8 @@ def test_a_report_is_of_the_weights_that_the_folder_opens(tmp_path):
     write_safetensors(run.best_weights, {"a": torch.ones(1)}, {"iteration": 4})
     own = finetune_report(run.root, config)["own"]
     assert (own["iteration"], own["after"]) == (4, {"bbox/AP": 0.4})
+    assert "mug, kettle" in run.report_page.read_text()
+    (run.root / "text_encoder.json").touch()  # knows few words, no mugs
+    finetune_report(run.root, config)
+    assert "mug, kettle" not in run.report_page.read_text()
+    assert "cat, hen" in run.report_page.read_text()

@@ -99,6 +99,17 @@ def test_numbers_and_gaps_are_written_plainly():
     assert "nan" not in parsed(text).text
 
 
+def test_sentences_wrap_and_headings_are_above_what_they_head():
+    rows = [("loss", "a sentence that is much wider than a telephone", 1.0)]
+    table = Table(columns=("curve", "what it measures", "weight"), rows=rows)
+    text = render_report(
+        Report(title="", summary="", facts=(), sections=[Section(title="", tables=[table])])
+    )
+    assert 'class="text">what it measures<' in text
+    assert 'class="text">a sentence' in text
+    assert '<th scope="col">weight<' in text
+
+
 def test_paragraphs_are_split_at_blank_lines():
     section = Section(title="t", text="one\n\n two\nthree")
     text = render_report(Report(title="r", summary="", facts=[], sections=[section]))

@@ -632,7 +632,7 @@ def _drawn(image: Path, detections: Detections) -> Image.Image:
         return detections.draw(opened.convert("RGB"))
 
 
-_RIGHT, _WRONG, _OTHER = (30, 132, 73), (190, 45, 38), (96, 96, 96)
+_RIGHT, _WRONG, _OTHER, _TRUTH = (30, 132, 73), (190, 45, 38), (96, 96, 96), (255, 255, 255)
 
 
 def _found_section(result: QuickstartResult) -> Section:
@@ -651,7 +651,9 @@ def _beside(example: Example) -> CaptionedImage:
     novel = {item.name for item in example.annotated if item.novel}
     truths = [
         DrawnObject(
-            label=f"{item.name} (novel)" if item.novel else item.name, box_xyxy=item.box_xyxy
+            label=f"{item.name} (novel)" if item.novel else item.name,
+            box_xyxy=item.box_xyxy,
+            colour=_TRUTH,
         )
         for item in example.annotated
     ]
@@ -773,8 +775,8 @@ def _training_section(folder: QuickstartFolder) -> Section:
     rows = [(title, meaning) for title, meaning in LOSS_NAMES.values() if title in shown]
     return Section(
         title="Training",
-        text="Losses against iterations. All should fall and then level off; they jump from one point to the next because each is "
-        "of a few images.",
+        text="Losses against iterations. They should fall and then level off; that of the boxes of the last step rises, since more regions "
+        "come near enough to an object to be refined. They jump from one point to the next because each is of a few images.",
         tables=[Table(columns=("curve", "what it measures"), rows=rows)],
         plots=[svg_of(loss_plot(shown, columns=3))],
     )

@@ -206,10 +206,10 @@ def predict(
     if images.left_out:
         out.message(f"left out: {describe_left_out(images.left_out)}")
 
+    opened = open_detector(named, classes, vocabulary, device=device, yes=yes)
     # Loads torch, for seconds: what can be refused was refused.
     from proxydet.inference.jobs import predict_files, predict_video
 
-    opened = open_detector(named, classes, vocabulary, device=device, yes=yes)
     detector = tuned(opened, tta=tta, precision=precision)
     if precision is None and (faster := detector.faster_precision()) is not None:
         out.message(f"hint: {faster}")

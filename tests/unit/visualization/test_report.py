@@ -87,6 +87,7 @@ def test_nothing_is_loaded_from_elsewhere():
 
 
 def test_pictures_are_inside():
+    assert 'loading="lazy"' not in render_report(hostile_report())  # prints would lack them
     (address,) = parsed(render_report(hostile_report())).addresses
     with Image.open(BytesIO(base64.b64decode(address.split(",")[1]))) as picture:
         assert picture.size == (30, 20)

@@ -681,12 +681,12 @@ def fit(
             if state.iteration == 0:
                 save()
             share_statistics(network, state.average or {}, ranks)
+            checkpoints.wait()  # what is evaluated is there to go back to
             try:
                 with state.in_evaluation(), signals.immediate():
                     found = evaluate(network, state.iteration, folder.evaluation(state.iteration))
             except StopNow:
                 raise stopped() from None
-            checkpoints.wait()  # what is evaluated is there to go back to
             if ranks.is_main:
                 still_ours()
             metrics.evaluation(found)

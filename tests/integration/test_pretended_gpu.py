@@ -157,9 +157,9 @@ def test_a_training_step_gives_the_cpus_losses_and_gradients(kind, kind_of_batch
 @pytest.mark.parametrize(
     ("work", "launched", "waited"),
     [
-        ("box step, 8 images", 2146, 12),
-        ("label step, 2 images", 1125, 9),
-        ("inference, 1 image", 750, 8),
+        ("box step, 8 images", 1966, 6),
+        ("label step, 2 images", 974, 4),
+        ("inference, 1 image", 746, 8),
         ("inference, 4 images of 2 sizes", 1062, 8),
     ],
 )

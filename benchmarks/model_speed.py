@@ -154,7 +154,14 @@ def _each_mask(
 class Products(TorchDispatchMode):
     """Counts convolutions and matrix products for a part."""
 
-    NAMES = frozenset(f"aten::{name}" for name in ("convolution", "mm", "addmm", "bmm", "baddbmm"))
+    # Inference mode does not take the first four apart.
+    NAMES = frozenset(
+        f"aten::{name}"
+        for name in (
+            *("conv2d", "conv_transpose2d", "linear", "matmul"),
+            *("convolution", "mm", "addmm", "bmm", "baddbmm"),
+        )
+    )
 
     def __init__(self, stopwatch: Stopwatch, name: str) -> None:
         super().__init__()

@@ -112,9 +112,11 @@ class CenterNetHead(nn.Module):
         heatmaps, distances = [], []
         for maps, scale in zip(features, self.scales, strict=True):
             hidden = self.bbox_tower(maps)
-            if torch.is_autocast_enabled(hidden.device.type):
+            kind = hidden.device.type
+            # The meta device, on which a dry run counts, has no autocast to ask about.
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
                 # Boxes start from these: 8 bits of fraction would move their sides by a fifth of a percent.
-                with torch.autocast(hidden.device.type, enabled=False):
+                with torch.autocast(kind, enabled=False):
                     heatmap, distance = self.agn_hm(hidden.float()), self.bbox_pred(hidden.float())
             else:
                 heatmap, distance = self.agn_hm(hidden), self.bbox_pred(hidden)

@@ -516,7 +516,8 @@ class Detector:
         found = usable_precision("auto", device)
         return (
             f"this {'CPU' if device.type == 'cpu' else 'GPU'} multiplies {half_speed(found, device.type):.1f} times as fast in "
-            f"{found} as in fp32: --precision {found} runs faster and moves scores by less than 0.01"
+            f"{found} as in fp32: --precision {found} runs faster and moves scores a little (bf16 the "
+            "quickstart's by 0.001 on average, by 0.05 at most)"
         )
 
     def with_augmentation(self) -> Detector:

@@ -201,8 +201,9 @@ class InferenceConfig:
     """Test-time augmentation: scales of the image, relative to its usual size; the mean is taken."""
 
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "fp32"
-    """Number format of backbone, pyramid, proposal tower, box heads and mask head; scores, boxes and NMS are always fp32. bf16 and
-    fp16 need a device that has units for them (``proxydet env``), fp16 a GPU; auto takes the fastest."""
+    """Number format of backbone, pyramid, proposal tower, box heads and mask head, also in a training's evaluations, whatever it
+    trains in; scores, boxes and NMS are always fp32. bf16 and fp16 need a device that has units for them (``proxydet env``), fp16 a
+    GPU; auto takes the fastest."""
 
     def __post_init__(self) -> None:
         require_share(

@@ -215,9 +215,9 @@ class ProxyDetNetwork(nn.Module):
         # In a tuple, it is not a part of the network: not of its state, nor of what is trained.
         self._reference: tuple[ProxyDetNetwork, ...] = ()
         self.backbone_precision: Precision = "fp32"
-        """Of the products of backbone and pyramid."""
+        """Of the products of backbone and pyramid in training; inference has that of its settings, for all parts."""
         self.heads_precision: Precision = "fp32"
-        """Of the products of proposal tower, box heads and mask head, in training."""
+        """Of the products of proposal tower, box heads and mask head in training."""
         # The vocabulary that was detected last stays on the device, as most calls have the same.
         self._last_classes: tuple[tuple[Vocabulary, torch.device, ClassText], ...] = ()
         self.is_prepared = False
@@ -260,7 +260,7 @@ class ProxyDetNetwork(nn.Module):
         """
         check_images(batch.images)
         images = self._stack(batch.images)
-        features = self._features(images)
+        features = self._features(images, self.backbone_precision)
         with heads_in(self.heads_precision):
             if batch.kind == "boxes":
                 return self._train_boxes(batch, images, features, generator)
@@ -291,7 +291,8 @@ class ProxyDetNetwork(nn.Module):
             maps = pooled_maps
             if any(p.requires_grad for p in self.backbone.parameters()):
                 with torch.no_grad():
-                    maps = other._feature_batch(other._features(images), images)
+                    seen = other._features(images, self.backbone_precision)
+                    maps = other._feature_batch(seen, images)
             steps = with_reference(steps, other.roi_heads, maps)
         return BoxTrainingOutput(
             centernet=centernet,
@@ -363,8 +364,7 @@ class ProxyDetNetwork(nn.Module):
         Raises:
             ConfigError: The device has no units for it.
         """
-        heads = usable_precision(precision, self.device)
-        backbone = self.backbone_precision if heads == "fp32" else heads
+        used = usable_precision(precision, self.device)
         shared = [*self.parameters(), *self.buffers(), self.vocabulary]
         memo: dict[int, Any] = {id(value): value for value in shared}
         memo |= {id(self._reference): (), id(self._last_classes): ()}
@@ -373,8 +373,7 @@ class ProxyDetNetwork(nn.Module):
         fold_norms(own.eval().backbone, own.backbone.size_divisibility)
         own.register_state_dict_pre_hook(_refuse_to_save)  # type: ignore[no-untyped-call]
         tower = own.proposal_generator.centernet_head.bbox_tower
-        parts = {own.backbone: backbone, tower: heads, own.roi_heads: heads}
-        for part, used in parts.items():
+        for part in (own.backbone, tower, own.roi_heads):
             for module in part.modules() if used in HALF_TYPES else ():
                 # As autocast would in each call; norms stay in float32, as it leaves them.
                 if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
@@ -556,8 +555,7 @@ class ProxyDetNetwork(nn.Module):
             images, self.pixel_mean, self.pixel_std, self.backbone.size_divisibility
         )
 
-    def _features(self, images: ImageBatch, wanted: Precision = "fp32") -> dict[str, Tensor]:
-        precision = self.backbone_precision if wanted == "fp32" else wanted
+    def _features(self, images: ImageBatch, precision: Precision) -> dict[str, Tensor]:
         features: dict[str, Tensor] = compute_in(precision, self.backbone, images.pixels_B3HW)
         return features
 
@@ -605,14 +603,15 @@ def usable_precision(wanted: str, device: torch.device) -> Format:
     if device.type == "cpu" and wanted == "fp16":
         raise ConfigError(
             "the precision fp16 needs a GPU: CPUs compute it slower than fp32",
-            hint="leave the precision at fp32, or try bf16; proxydet env reports whether this CPU has units for it",
+            hint="take fp32, or try bf16 (--precision; in a configuration inference.precision); proxydet env reports whether this "
+            "CPU has units for it",
         )
     if (speed := half_speed(wanted, device.type)) <= 1:
         raise ConfigError(
             f"this {'CPU' if device.type == 'cpu' else 'GPU'} has no units for {wanted}: a matrix product takes "
             f"{1 / max(speed, 1e-4):.0f} times as long as in fp32",
-            hint=f"leave the precision at fp32, or let --precision auto choose; {ALLOW_SLOW}=1 in the environment tries it all "
-            "the same",
+            hint="take fp32, or auto, which chooses (--precision; in a configuration inference.precision); "
+            f"{ALLOW_SLOW}=1 in the environment tries it all the same",
         )
     return cast("Format", wanted)
 

@@ -30,6 +30,7 @@ from proxydet.files import Lock
 from proxydet.modeling.backbone import build_backbone
 from proxydet.modeling.centernet import CenterNet
 from proxydet.modeling.config import ModelConfig, Precision
+from proxydet.modeling.network import usable_precision
 from proxydet.modeling.roi_heads import RoiHeads
 from proxydet.training.checkpoint import list_checkpoints
 from proxydet.training.config import TrainingConfig
@@ -410,6 +411,7 @@ def plan_training(
     try:
         device = choose_device(training.device)
         check_precision(training.precision, device)
+        usable_precision(config.inference.precision, device)
     except ProxydetError as error:
         unusable("precision", str(device), error)
     check_own_code(scaled)

@@ -40,7 +40,7 @@ from proxydet.losses.criterion import Losses, build_criterion
 from proxydet.manifest import EVALUATION_KEYS, build_manifest, write_run_records
 from proxydet.modeling.backbone import how_to_get_timm, pixel_statistics
 from proxydet.modeling.config import BACKBONES
-from proxydet.modeling.network import ProxyDetNetwork
+from proxydet.modeling.network import ProxyDetNetwork, usable_precision
 from proxydet.modeling.weights import MASK_HEAD, MIXUP_BRANCH, load_weights
 from proxydet.models import PUBLISHED_MODELS, NamedDetector, run_of, vocabulary_of
 from proxydet.reporting import SILENT, Progress
@@ -175,12 +175,13 @@ def train(
     losses = check_own_code(config)
     with ExitStack() as stack:
         ranks = stack.enter_context(connect(config.training.device, config.data.worker_timeout_s))
+        check_precision(config.training.precision, ranks.device)
+        usable_precision(config.inference.precision, ranks.device)
         folder = RunFolder(output.resolve())
         still_ours = stack.enter_context(folder.held()) if ranks.is_main else lambda: None
         start = prepare(config, folder, ranks, resume, overwrite=overwrite)
         config, earlier, step = start.config, start.earlier, start.step
         settings = config.training
-        check_precision(settings.precision, ranks.device)
         stack.enter_context(reproducibility_mode(config.reproducibility))
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)

@@ -461,12 +461,16 @@ def test_values_that_are_not_finite_are_an_error_not_an_empty_result(tiny, damag
         network.detect([tiny.image(64, 64)])
 
 
-def test_half_precision_backbone_is_close(tiny):
+def test_precision_is_that_of_the_settings_whatever_the_network_trains_in(tiny, monkeypatch):
+    monkeypatch.setenv("PROXYDET_ALLOW_SLOW_PRECISION", "1")
     network = tiny.lively(tiny.network())
     image = tiny.image(64, 64)
     (full,) = network.detect([image], settings=LOW)
-    network.backbone_precision = "bf16"
-    (half,) = network.detect([image], settings=LOW)
+    (half,) = network.detect([image], settings=dataclasses.replace(LOW, precision="bf16"))
+    network.backbone_precision = network.heads_precision = "bf16"
+    for one in (network, network.prepared()):
+        (found,) = one.detect([image], settings=LOW)
+        torch.testing.assert_close(found.scores_N, full.scores_N)
     assert half.scores_N.dtype == torch.float32
     assert not torch.equal(half.scores_N[:5], full.scores_N[:5])
     torch.testing.assert_close(half.scores_N[:5], full.scores_N[:5], atol=0.1, rtol=0)

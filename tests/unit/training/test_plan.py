@@ -75,10 +75,12 @@ def test_scaled_figures_stand_next_to_what_they_come_from(tmp_path):
 
 
 @pytest.mark.usefixtures("unmeasured")
-def test_a_precision_that_the_machine_lacks_is_unusable(tmp_path):
-    planned = plan(tmp_path, "training.precision.backbone=fp16")
+@pytest.mark.parametrize("key", ["training.precision.backbone", "inference.precision"])
+def test_a_precision_that_the_machine_lacks_is_unusable(tmp_path, key, monkeypatch):
+    monkeypatch.delenv("PROXYDET_ALLOW_SLOW_PRECISION", raising=False)
+    planned = plan(tmp_path, f"{key}=fp16")
     assert planned.missing[0].what == "precision"
-    assert "--set training.precision.backbone=fp32" in planned.missing[0].problem
+    assert key in planned.missing[0].problem
     assert "UNUSABLE precision              cpu: " in planned.to_text()
 
 

@@ -11,6 +11,7 @@ from proxydet.errors import ConfigError, RuntimeEnvironmentError
 from proxydet.recipes import get_recipe, resolve_config
 from proxydet.training.config import PrecisionConfig
 from proxydet.training.step import apply_precision, build_scaler, check_precision
+from proxydet.training.train import train
 
 CPU = torch.device("cpu")
 
@@ -64,6 +65,17 @@ def test_configurations_of_version_0_1_still_open():
     for wrong in ({"dtype": "fp8"}, {"tf32": "yes"}):
         with pytest.raises(ConfigError, match=r"training\.precision"):
             opened(**wrong)
+
+
+@pytest.mark.parametrize("key", ["training.precision.backbone", "inference.precision"])
+def test_what_the_machine_cannot_do_is_refused_before_anything_is_written(
+    key, monkeypatch, tmp_path
+):
+    monkeypatch.delenv("PROXYDET_ALLOW_SLOW_PRECISION", raising=False)
+    config = resolve_config("tiny", None, ["training.device=cpu", f"{key}=fp16"])
+    with pytest.raises(ConfigError, match="needs a GPU"):
+        train(config, output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_the_machine_cannot_do_is_said_before_the_run(monkeypatch):

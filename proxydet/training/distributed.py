@@ -217,7 +217,9 @@ def connect(device: str, loader_timeout: float = 600.0) -> Iterator[DistInfo]:
     local_rank = process.local_rank if process else 0
     if dist.is_available() and dist.is_initialized():
         found = _existing_group(device, local_rank)
-        with _meetings():
+        # A backend of someone else's (MPI, a vendor's) may be all that these processes can reach each other by.
+        ours = {"gloo", "nccl"} & set(re.split("[:,]", str(dist.get_backend_config())))
+        with _meetings(found.world_size, "gloo" if ours else None):
             yield found
         return
     if (
@@ -252,7 +254,7 @@ def connect(device: str, loader_timeout: float = 600.0) -> Iterator[DistInfo]:
             f"{first_line(error)}",
             hint="Each must be able to reach that address. Set MASTER_ADDR and MASTER_PORT, the same for all, to take another.",
         ) from error
-    with _meetings():
+    with _meetings(process.world_size):
         yield DistInfo(
             rank=process.rank, world_size=process.world_size, local_rank=local_rank, device=place
         )
@@ -260,12 +262,17 @@ def connect(device: str, loader_timeout: float = 600.0) -> Iterator[DistInfo]:
 
 
 @contextmanager
-def _meetings() -> Iterator[None]:
-    """Within this context `_meeting` is there: of its own, whose timeout does not concern what a step exchanges."""
+def _meetings(processes: int, backend: str | None = "gloo") -> Iterator[None]:
+    """Within this context `_meeting` is there: of its own, whose timeout does not concern what a step exchanges.
+
+    Args:
+        processes: How many meet.
+        backend: What it exchanges by; None takes that of the process group that exists.
+    """
     global _meeting
     before = _meeting
-    if before is None and dist.get_world_size() > 1:
-        made = dist.new_group(backend="gloo", timeout=_WAIT_TIMEOUT)
+    if before is None and processes > 1:
+        made = dist.new_group(backend=backend, timeout=_WAIT_TIMEOUT)
         _meeting = cast("dist.ProcessGroup", made)
     try:
         yield

@@ -175,6 +175,7 @@ def test_one_task_a_gpu_takes_part_as_it_is(
     os.environ.update(slurm(name))
     assert launched_rank() == rank
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(torch.distributed, "new_group", lambda *_, **__: None)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
     with connect("cpu") as info:
         assert (info.rank, info.world_size, info.local_rank) == (rank, world, local_rank)
@@ -244,6 +245,7 @@ def test_a_task_that_sees_one_gpu_takes_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(torch.distributed, "new_group", lambda *_, **__: None)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
     os.environ["SLURM_GPUS_ON_NODE"] = "8"
     with connect("auto") as info:

@@ -23,14 +23,14 @@ def run(folder: Path, module: str, text: str) -> subprocess.CompletedProcess[str
     target = folder / module
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(text)
-    for name in ("photo.jpg", "weights.pth"):
-        (folder / name).touch()
+    (folder / "photo.jpg").touch()
+    (folder / "weights.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     start = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "from proxydet_cli.main import main; raise SystemExit(main())"
     )
     return subprocess.run(
-        [sys.executable, "-c", start, "predict", "photo.jpg", "--weights", "weights.pth"],
+        [sys.executable, "-c", start, "predict", "photo.jpg", "--weights", "weights.safetensors"],
         env={**os.environ, "PYTHONPATH": str(folder)},
         cwd=folder,
         capture_output=True,

@@ -463,9 +463,19 @@ def test_processes_get_the_options_as_given(files, monkeypatch):
 
     started: list[Any] = []
     monkeypatch.chdir(files)
-    (files / "a b.pth").touch()
+    (files / "a b.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     monkeypatch.setattr(launch, "launch", lambda plan, words, logs: started.append(words))
-    words = ["eval", "--weights", "a b.pth", "--data", "set.toml", "--gpus", "2", "--device", "cpu"]
+    words = [
+        "eval",
+        "--weights",
+        "a b.safetensors",
+        "--data",
+        "set.toml",
+        "--gpus",
+        "2",
+        "--device",
+        "cpu",
+    ]
     words += ["--protocol", "LVIS", "--iou-type", "segm,bbox", "--allow-outside", "--json"]
     monkeypatch.setattr("sys.argv", ["proxydet", *words])
     with pytest.raises(SystemExit, match=r"^0$"):

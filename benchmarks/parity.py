@@ -13,6 +13,7 @@ Exit code 1 when a group is out of tolerance.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,6 +44,8 @@ def rows_of(folder: Path, part: str, seed: int = SEED) -> Iterator[Row]:
     network = network_of(kind, base_classes(TRIMMED), seed_of({"seed": np.array(seed), **fixture}))
     for index in range(2):
         yield from compare_inference(network, fixture, index)
+    for row in compare_inference(network.prepared(), fixture, 0):
+        yield dataclasses.replace(row, group=f"{row.group}, prepared")
     yield from compare_vocabulary(network, fixture)
     yield from compare_training(network, fixture)
     if kind == "r50":

@@ -28,6 +28,8 @@ LOSS_TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 1e-3
 TRAJECTORY_TOLERANCE = 2e-3
 SMALLEST_MATCHED_SHARE = 0.99
+NEAR_EQUAL = 1e-5
+"""Scores that differ by less may come in either order."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +64,21 @@ def compare_inference(
 ) -> Iterator[Row]:
     """Compare everything recorded of one image in inference.
 
-    Proposals and what follows of each are put into the recorded order first: near-equal scores may exchange their places.
+    Boxes of proposals and what follows of each are put into the recorded order first, within near-equal scores, which may
+    exchange their places; scores are compared place by place.
     """
     prediction, arrays = record_inference(network, images_of(fixture)[index])
     boxes = next(ours for _, name, ours in arrays if name == "proposal_boxes")
-    order = nearest_rows(boxes, fixture.get(f"eval{index}.proposal_boxes", boxes))
+    order = np.arange(len(boxes))
+    if len(boxes) == len(fixture.get(f"eval{index}.proposal_boxes", ())):
+        order = nearest_rows(
+            boxes, fixture[f"eval{index}.proposal_boxes"], fixture[f"eval{index}.proposal_scores"]
+        )
     worst: dict[str, float] = {}
     for group, name, ours in arrays:
         key = f"eval{index}.{name}"
         if key in fixture:
-            aligned = ours[order] if name.startswith(("proposal", "pred")) else ours
+            aligned = ours[order] if name.startswith(("proposal_boxes", "pred")) else ours
             difference = _relative_to_spread(trim(key, aligned), fixture[key])
             worst[group] = max(worst.get(group, 0.0), difference)
     for group, difference in worst.items():
@@ -80,18 +87,23 @@ def compare_inference(
     yield from _compare_detections(f"eval{index}", found, fixture)
 
 
-def nearest_rows(ours_P4: np.ndarray, recorded_P4: np.ndarray) -> np.ndarray:
+def nearest_rows(
+    ours_P4: np.ndarray, recorded_P4: np.ndarray, recorded_P: np.ndarray
+) -> np.ndarray:
     """Return for each recorded box the row of ours that is nearest, each row once: (P,), the closest pairs first.
 
-    Boxes of other numbers are left as they are.
+    Only rows whose recorded scores differ by less than `NEAR_EQUAL` are taken for each other, as long as there are any.
+
+    Args:
+        ours_P4: Our boxes, by descending score.
+        recorded_P4: The recorded ones, as many.
+        recorded_P: Their scores.
     """
-    rows = np.arange(len(ours_P4))
-    if len(ours_P4) != len(recorded_P4):
-        return rows
     distance_PP = np.abs(recorded_P4[:, None] - ours_P4[None]).max(axis=2)
-    order, free = np.full(len(rows), -1), np.ones(len(rows), dtype=bool)
+    distance_PP[np.abs(recorded_P[:, None] - recorded_P[None]) >= NEAR_EQUAL] = np.inf
+    order, free = np.full(len(ours_P4), -1), np.ones(len(ours_P4), dtype=bool)
     for pair in distance_PP.argsort(axis=None, kind="stable").tolist():
-        row, candidate = divmod(pair, len(rows))
+        row, candidate = divmod(pair, len(ours_P4))
         if order[row] < 0 and free[candidate]:
             order[row], free[candidate] = candidate, False
     return order

@@ -1,4 +1,4 @@
-"""The checker: near-equal proposals may exchange their places, and nothing else may differ; the seed is the file's."""
+"""The checker: proposals of near-equal scores may exchange their places, nothing else may differ; the seed is the file's."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def network() -> ProxyDetNetwork:
 @pytest.fixture
 def fixture(groups, network) -> dict[str, np.ndarray]:
     """What the network itself gives for an image."""
-    image = tiny.image(90, 120)
+    image = tiny.image(90, 120, 7)  # with two proposals of nearly equal scores
     prediction, arrays = groups.record_inference(network, image)
     found = Detections(prediction, [f"class {row}" for row in range(tiny.CLASSES)])
     pixels = image.permute(1, 2, 0).numpy()
@@ -45,10 +45,36 @@ def of_regions(fixture) -> list[str]:
     return [key for key in fixture if key.startswith(("eval0.proposal", "eval0.pred"))]
 
 
-def test_proposals_that_exchanged_their_places_pass(groups, network, fixture):
+def reorder(fixture, rows) -> None:
     for key in of_regions(fixture):
-        fixture[key][[3, 4]] = fixture[key][[4, 3]]
+        fixture[key] = fixture[key][rows]
+
+
+def test_proposals_of_nearly_equal_scores_may_exchange_their_places(groups, network, fixture):
+    scores = fixture["eval0.proposal_scores"]
+    row = int(np.diff(scores).argmax())
+    assert scores[row] - scores[row + 1] < groups.NEAR_EQUAL
+    rows = np.arange(len(scores))
+    rows[[row, row + 1]] = row + 1, row
+    reorder(fixture, rows)
     assert failed(groups, network, fixture) == []
+
+
+def test_proposals_of_other_scores_may_not(groups, network, fixture):
+    scores = fixture["eval0.proposal_scores"]
+    row = int(np.diff(scores).argmin())
+    rows = np.arange(len(scores))
+    rows[[row, row + 1]] = row + 1, row
+    reorder(fixture, rows)
+    assert "eval0 proposals" in failed(groups, network, fixture)
+
+
+def test_proposals_in_reverse_order_fail(groups, network, fixture):
+    reorder(fixture, np.s_[::-1])
+    assert "eval0 proposals" in failed(groups, network, fixture)
+    # Nor do the boxes pass where the scores are in order.
+    fixture["eval0.proposal_scores"] = fixture["eval0.proposal_scores"][::-1]
+    assert "eval0 proposals" in failed(groups, network, fixture)
 
 
 def test_a_wrong_box_fails_by_its_name(groups, network, fixture):
@@ -63,8 +89,7 @@ def test_values_of_another_region_fail(groups, network, fixture):
 
 
 def test_a_missing_proposal_fails(groups, network, fixture):
-    for key in of_regions(fixture):
-        fixture[key] = fixture[key][1:]
+    reorder(fixture, np.s_[1:])
     assert "eval0 proposals" in failed(groups, network, fixture)
 
 

@@ -28,12 +28,14 @@ def test_state_dict_has_the_published_names_shapes_and_types(network):
     assert ours == {name: entry for name, entry in published.items() if name not in unused}
 
 
-@pytest.mark.parametrize(("index", "as_on_a_gpu"), [(0, False), (1, True)])
-def test_inference(network, parity, numbers, index, as_on_a_gpu, monkeypatch):
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_inference(network, parity, numbers, index, prepared, monkeypatch):
     # A GPU suppresses a batch in one call; the second image goes that way.
-    monkeypatch.setattr(box_functions, "_waits", lambda _device: as_on_a_gpu)
+    monkeypatch.setattr(box_functions, "_waits", lambda _device: index == 1)
     groups, trim = parity("parity_groups"), parity("parity_trim").trim
-    rows = list(groups.compare_inference(network, numbers(f"parity_{KIND}"), index, trim))
+    used = network.prepared() if prepared else network
+    rows = list(groups.compare_inference(used, numbers(f"parity_{KIND}"), index, trim))
     # The second image's fixture holds its detections only.
     assert len(rows) == (11 if index == 0 else 2)
     assert [row for row in rows if not row.passed] == []

@@ -1,8 +1,8 @@
 """Strict, typed configuration: dataclasses, mappings and text, with errors that name the key and the near miss.
 
 A configuration is a tree of frozen keyword-only dataclasses, each defined next to the code that reads it. This
-module knows none of them: it reads their annotations. Keys of an earlier version are
-read where a class lists them (``EARLIER``) and says what stands for them (``from_earlier``). Supported field types are ``bool``, ``int``, ``float``,
+module knows none of them: it reads their annotations. Keys of an earlier version are read where a class lists them
+(``EARLIER``) and says what stands for them (``from_earlier``). Supported field types are ``bool``, ``int``, ``float``,
 ``str``, ``Path``, ``Literal``, ``tuple[...]``, ``dict[str, ...]``, other configuration dataclasses, and ``X | None``.
 
 As text, a configuration is YAML with each field's documentation as a comment, or assignments ``a.b=c``. The YAML is
@@ -107,7 +107,7 @@ def merge(config: T, mapping: Mapping[str, Any], where: str = "") -> T:
             nested[key] = merge(current, value, _join(where, str(key)))
         else:
             plain[key] = value
-    changes = {**_checked_items(type(config), plain, where), **nested}
+    changes = {**_checked_items(type(config), plain, where, config), **nested}
     return _construct(lambda: cast("T", dataclasses.replace(cast("Any", config), **changes)), where)
 
 
@@ -216,13 +216,15 @@ def _unknown_key_error(cls: type, key: str, where: str, root: type | None = None
     )
 
 
-def _checked_items(cls: type, mapping: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _checked_items(
+    cls: type, mapping: Mapping[str, Any], where: str, base: Any = None
+) -> dict[str, Any]:
     if not isinstance(mapping, Mapping):
         raise _type_error(where, "mapping", mapping)
     known = field_types(cls)
     earlier = getattr(cls, "EARLIER", ())
     if any(key in mapping for key in earlier):
-        mapping = cls.from_earlier(mapping)  # type: ignore[attr-defined]
+        mapping = cls.from_earlier(mapping, base)  # type: ignore[attr-defined]
     values = {}
     for key, value in mapping.items():
         if key not in known:
@@ -646,7 +648,7 @@ def _key_type(root: type, key: str) -> Any:
             )
         cls = nested
     if leaf in getattr(cls, "EARLIER", ()):
-        return str | bool
+        return Any  # it is what YAML says
     if leaf not in field_types(cls):
         raise _unknown_key_error(cls, leaf, where, root)
     return field_types(cls)[leaf]

@@ -95,16 +95,24 @@ class PrecisionConfig:
     EARLIER: ClassVar = ("dtype", "tf32")
 
     @classmethod
-    def from_earlier(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what stands for the keys of version 0.1: ``dtype`` was the backbone's, ``tf32`` that of all in float32."""
+    def from_earlier(
+        cls, values: Mapping[str, Any], base: PrecisionConfig | None
+    ) -> dict[str, Any]:
+        """Return what stands for the keys of version 0.1: ``dtype`` was the backbone's, ``tf32`` that of all in float32.
+
+        Args:
+            values: Among them such keys.
+            base: What they are merged into, if anything.
+        """
         kept = {key: value for key, value in values.items() if key not in cls.EARLIER}
         tf32 = values.get("tf32")
         parts: dict[str, Any] = {}
         if "tf32" in values:
             parts["heads"] = ("tf32" if tf32 else "fp32") if isinstance(tf32, bool) else tf32
-        if "dtype" in values:
-            whole = values["dtype"] == "fp32" and tf32 is True
-            parts["backbone"] = "tf32" if whole else values["dtype"]
+        if tf32 is True and values.get("dtype", base and base.backbone) == "fp32":
+            parts["backbone"] = "tf32"
+        elif "dtype" in values:
+            parts["backbone"] = values["dtype"]
         return {**parts, **kept}
 
     def __post_init__(self) -> None:

@@ -52,16 +52,24 @@ def test_channels_last_changes_the_layout_of_convolutions():
 
 
 def test_configurations_of_version_0_1_still_open():
-    def opened(**precision: object) -> tuple[str, str]:
-        now = merge(get_recipe("r50"), {"training": {"precision": precision}}).training.precision
+    def opened(recipe: str = "r50", **precision: object) -> tuple[str, str]:
+        now = merge(get_recipe(recipe), {"training": {"precision": precision}}).training.precision
         return now.backbone, now.heads
 
     assert opened(dtype="fp16", tf32=False) == ("fp16", "fp32")
     assert opened(dtype="bf16", tf32=True) == ("bf16", "tf32")
     assert opened(dtype="fp32", tf32=True) == ("tf32", "tf32")
     assert opened(dtype="fp32", heads="bf16") == ("fp32", "bf16")
-    given = resolve_config("r50", None, ["training.precision.dtype=fp32"])
-    assert given.training.precision.backbone == "fp32"
+    assert opened(tf32=True) == ("fp16", "tf32")
+    assert opened("tiny", tf32=True) == ("tf32", "tf32")
+    assert opened("tiny", tf32=True, dtype="bf16") == ("bf16", "tf32")
+    for key, value, found in (
+        ("dtype", "fp32", ("fp32", "fp32")),
+        ("tf32", "true", ("fp16", "tf32")),
+        ("tf32", "false", ("fp16", "fp32")),
+    ):
+        given = resolve_config("r50", None, [f"training.precision.{key}={value}"])
+        assert (given.training.precision.backbone, given.training.precision.heads) == found
     for wrong in ({"dtype": "fp8"}, {"tf32": "yes"}):
         with pytest.raises(ConfigError, match=r"training\.precision"):
             opened(**wrong)

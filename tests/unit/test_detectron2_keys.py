@@ -51,14 +51,14 @@ def test_each_of_its_keys_is_answered(detic):
     "words",
     [
         ["train", "--data", "pets.toml", "--config"],
-        ["predict", "photo.jpg", "-v", "cat", "--weights", "model.pth", "--config"],
+        ["predict", "photo.jpg", "-v", "cat", "--weights", "model.safetensors", "--config"],
     ],
     ids=["train", "predict"],
 )
 def test_commands_refuse_it_before_anything_is_loaded(cli, detic, tmp_path, monkeypatch, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photo.jpg").touch()
-    (tmp_path / "model.pth").touch()
+    (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     done = cli(*words, str(detic))
     assert done.code == 3
     assert "SOLVER.MAX_ITER: training.iterations" in done.err

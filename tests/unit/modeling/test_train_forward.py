@@ -196,7 +196,7 @@ def test_only_the_chosen_region_needs_a_gradient(network, tiny):
         output.steps[0].embeddings_BD[:, 0].sum(), heads.box_head[0].fc1.weight
     )
     images = network._stack(batch.images)
-    features = network._features(images)
+    features = network._features(images, "fp32")
     centernet = network.proposal_generator(list(features.values()))
     regions = network.proposal_generator.propose(centernet)
     scene = network._feature_batch(features, images)

@@ -666,7 +666,7 @@ def test_processes_that_differ_are_told_apart(monkeypatch):
     theirs = {"configuration": "same", "annotations": "bb"}
     others = [theirs, {**theirs, "annotations": "zz"}]
 
-    def gather(into: list[Any], ours: Any) -> None:
+    def gather(into: list[Any], ours: Any, group: Any = None) -> None:
         into[:] = [ours, *others]
 
     monkeypatch.setattr(distributed.dist, "all_gather_object", gather)

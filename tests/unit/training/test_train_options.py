@@ -116,7 +116,7 @@ def test_the_first_of_all_processes_writes_the_result(
         monkeypatch.setenv(name, str(value))
     alone = DistInfo(rank=rank, device=torch.device("cpu"))
     monkeypatch.setattr(
-        "proxydet.training.distributed.connect", lambda _: contextlib.nullcontext(alone)
+        "proxydet.training.distributed.connect", lambda *_: contextlib.nullcontext(alone)
     )
     assert train(*(["--json"] if as_json else [])) == 0
     written = capsys.readouterr().out

@@ -159,6 +159,8 @@ def test_a_training_step_gives_the_cpus_losses_and_gradients(kind, kind_of_batch
     [
         ("box step, 8 images", 1966, 6),
         ("label step, 2 images", 974, 4),
+        ("box step, 8 images, published", 2148, 12),
+        ("label step, 2 images, published", 1108, 9),
         ("inference, 1 image", 746, 8),
         ("inference, 4 images of 2 sizes", 1062, 8),
     ],

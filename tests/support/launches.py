@@ -5,7 +5,8 @@
     python tests/support/launches.py [WORK ...] [--lines 25]
 
 WORK: one of those in `WORKS`; all by default. Depth, levels, steps and numbers of images are those of the recipe ``r50``;
-widths and image sizes are small: what is launched does not depend on them.
+widths and image sizes are small: what is launched does not depend on them. The recipe's reproducibility is ``published``: steps that
+do not say so are in mode ``off``. Autocast and the loss scaler of the recipe's fp16 are left out.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from proxydet.modeling.config import (
     ResNetConfig,
 )
 from proxydet.modeling.network import ProxyDetNetwork
+from proxydet.runtime.modes import Mode, reproducibility_mode
 from proxydet.training.checkpoint import TrainingState
 from proxydet.training.config import TrainingConfig
 from proxydet.training.distributed import DistInfo
@@ -92,10 +94,10 @@ def label_batch(images: int, classes: int = CLASSES) -> ImageLabelBatch:
     )
 
 
-def training_step(batch: Batch) -> PretendedGpu:
+def training_step(batch: Batch, mode: Mode = "off") -> PretendedGpu:
     """Take an optimiser step on a batch; one on objects came before, as the first reaches each parameter for the first time."""
     config = TrainingConfig()
-    with PretendedGpu() as gpu:
+    with reproducibility_mode(mode), PretendedGpu() as gpu:
         network = gpu.moved(r50().train())
         state = TrainingState(
             network=network,
@@ -132,6 +134,9 @@ WORKS: dict[str, Callable[[], PretendedGpu]] = {
     "box step, 8 images": lambda: training_step(box_batch(8)),
     "label step, 2 images": lambda: training_step(label_batch(2)),
     "label step, 32 images": lambda: training_step(label_batch(32)),
+    "box step, 8 images, published": lambda: training_step(box_batch(8), "published"),
+    "label step, 2 images, published": lambda: training_step(label_batch(2), "published"),
+    "label step, 32 images, published": lambda: training_step(label_batch(32), "published"),
     "inference, 1 image": lambda: inference((96, 128)),
     "inference, 4 images of 2 sizes": lambda: inference(*[(96, 128), (128, 96)] * 2),
 }

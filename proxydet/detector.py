@@ -98,7 +98,8 @@ class Detector:
 
         Args:
             network: Network with its weights, on the device that shall compute.
-            inference: Settings; the published ones where None. Of the precision ``"auto"`` it keeps what that means here.
+            inference: Settings; the published ones where None. Of the precision ``"auto"`` it keeps what that means here; one
+                that the device has no units for is refused when it is predicted in: `with_settings` takes another.
             shortest: Images are scaled so that their shortest side has this many pixels,
             longest: but the longest at most this many.
             encoder: Embeds class names: an encoder, its file, or None for CLIP ViT-B/32's weights where ``proxydet
@@ -107,8 +108,8 @@ class Detector:
         self.network = network.eval()
         self.vocabulary = network.vocabulary
         settings = inference or InferenceConfig()
-        if settings.precision != "fp32":
-            precision = usable_precision(settings.precision, network.device)
+        if settings.precision == "auto":
+            precision = usable_precision("auto", network.device)
             settings = dataclasses.replace(settings, precision=precision)
         self.inference = (
             settings if network.has_mask_head else dataclasses.replace(settings, masks=False)
@@ -116,10 +117,15 @@ class Detector:
         self.sides = (shortest, longest)
         self._encoder = encoder
         self._lock = threading.Lock()
-        # Made when first run, and kept.
-        self._prepared = lru_cache(maxsize=2)(
-            lambda precision, _device: network.prepared(precision)
-        )
+        # Made when first run, and kept; threads that come at once wait for one copy.
+        copies = lru_cache(maxsize=2)(lambda precision, _device: network.prepared(precision))
+        preparing = threading.Lock()
+
+        def prepared(precision: str, device: str) -> ProxyDetNetwork:
+            with preparing:
+                return copies(precision, device)
+
+        self._prepared = prepared
         self._named = lru_cache(maxsize=_CACHED_VOCABULARIES)(self._embed)
 
     # --- Opening -----------------------------------------------------------------------------------------------------
@@ -496,11 +502,14 @@ class Detector:
                 keeps the run's.
 
         Raises:
-            ConfigError: As `settings`.
+            ConfigError: As `settings`, or the device has no units for this precision.
         """
+        settings = self.settings(**changes)
+        if changes.get("precision") is not None:
+            usable_precision(settings.precision, self.network.device)
         other = Detector(
             self.network,
-            inference=self.settings(**changes),
+            inference=settings,
             shortest=self.sides[0],
             longest=self.sides[1],
             encoder=self._encoder,

@@ -76,10 +76,11 @@ def tuned(detector: Detector, *, tta: bool, precision: Precision | None) -> Dete
     """Return the detector with the settings that the options ask for.
 
     Raises:
-        ConfigError: The device has no units for this precision.
+        ConfigError: The device has no units for this precision, or for that of the run where none is asked for.
     """
     asked = detector.with_augmentation() if tta else detector
-    return asked if precision is None else asked.with_settings(precision=precision.value)
+    wanted = asked.inference.precision if precision is None else precision.value
+    return asked.with_settings(precision=wanted)
 
 
 def check_choice(classes: str | None, vocabulary: str | None, names: Path | None) -> None:

@@ -603,14 +603,14 @@ def usable_precision(wanted: str, device: torch.device) -> Format:
     if device.type == "cpu" and wanted == "fp16":
         raise ConfigError(
             "the precision fp16 needs a GPU: CPUs compute it slower than fp32",
-            hint="take fp32, or try bf16 (--precision; in a configuration inference.precision); proxydet env reports whether this "
-            "CPU has units for it",
+            hint="take --precision fp32, or --precision auto, which chooses (for a training --set inference.precision=fp32); "
+            "proxydet env reports what this CPU has units for",
         )
     if (speed := half_speed(wanted, device.type)) <= 1:
         raise ConfigError(
             f"this {'CPU' if device.type == 'cpu' else 'GPU'} has no units for {wanted}: a matrix product takes "
             f"{1 / max(speed, 1e-4):.0f} times as long as in fp32",
-            hint="take fp32, or auto, which chooses (--precision; in a configuration inference.precision); "
+            hint="take --precision fp32, or --precision auto, which chooses (for a training --set inference.precision=fp32); "
             f"{ALLOW_SLOW}=1 in the environment tries it all the same",
         )
     return cast("Format", wanted)

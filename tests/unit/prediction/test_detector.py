@@ -246,3 +246,20 @@ def test_threads_open_the_text_encoder_once(network, encoder, monkeypatch):
         got = [pool.submit(lambda: opening.encoder) for _ in range(2)]
         assert all(future.result() is encoder for future in got)
     assert len(opened) == 1
+
+
+def test_threads_prepare_the_network_once(network, pictures, monkeypatch):
+    both, prepare, made = threading.Barrier(2), type(network).prepared, []
+
+    def slow(self: object, precision: str) -> object:
+        made.append(precision)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.3)
+        return prepare(self, precision)
+
+    monkeypatch.setattr(type(network), "prepared", slow)
+    shared = Detector(network, shortest=64, longest=96)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(shared.predict, [pictures[0]] * 2))
+    assert_same(*found)
+    assert made == ["fp32"]

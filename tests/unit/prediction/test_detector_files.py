@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from proxydet import artifacts
 from proxydet.config import dump_yaml, load_mapping
@@ -70,6 +72,33 @@ def test_a_run_predicts_as_its_network_does(run, detector, pictures):
         np.testing.assert_array_equal(found.scores, expected.scores)
         np.testing.assert_array_equal(found.boxes_xyxy, expected.boxes_xyxy)
         assert found.labels == expected.labels
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_run_in_a_precision_that_this_machine_lacks_opens(
+    run, pictures, cli, monkeypatch, tmp_path, precision
+):
+    monkeypatch.delenv("PROXYDET_ALLOW_SLOW_PRECISION", raising=False)
+    monkeypatch.setattr("proxydet.modeling.network.half_speed", lambda *_: 0.01)
+    exact = Detector.from_run(run, device="cpu").predict(pictures[0], score_threshold=0.02)
+    config = load_mapping(run / "config.yaml")
+    config["inference"]["precision"] = precision
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+
+    opened = Detector.from_run(run, device="cpu")
+    with pytest.raises(ConfigError) as caught:
+        opened.predict(pictures[0])
+    assert "--precision fp32" in caught.value.hint
+    found = opened.with_settings(precision="fp32").predict(pictures[0], score_threshold=0.02)
+    assert found.to_dict() == exact.to_dict()
+
+    Image.fromarray(pictures[0]).save(tmp_path / "a.png")
+    words = ("predict", tmp_path / "a.png", "--run", run, "--device", "cpu", "--json")
+    code, _, err = cli(*words)
+    assert (code, "--precision fp32" in err) == (3, True)
+    code, out, _ = cli(*words, "--precision", "fp32", "--score-threshold", "0.02")
+    assert code == 0
+    assert len(json.loads(out)["images"][0]["detections"]) == len(exact)
 
 
 def test_a_quickstarts_folder_stands_for_the_run_in_it(run):

@@ -609,7 +609,9 @@ def usable_precision(wanted: str, device: torch.device) -> Format:
     if (speed := half_speed(wanted, device.type)) <= 1:
         raise ConfigError(
             f"this {'CPU' if device.type == 'cpu' else 'GPU'} has no units for {wanted}: a matrix product takes "
-            f"{1 / max(speed, 1e-4):.0f} times as long as in fp32",
+            f"{1 / max(speed, 1e-4):.0f} times as long as in fp32"
+            if speed > 0
+            else f"whether devices of type {device.type} have units for {wanted} is not measured",
             hint="take --precision fp32, or --precision auto, which chooses (for a training --set inference.precision=fp32); "
             f"{ALLOW_SLOW}=1 in the environment tries it all the same",
         )

@@ -116,10 +116,11 @@ def half_speed(precision: str, device: str = "cpu") -> float:
 
     Args:
         precision: ``"bf16"`` or ``"fp16"``.
-        device: ``"cpu"`` or ``"cuda"``, the first GPU.
+        device: Its type: ``"cpu"``, or ``"cuda"`` for the first GPU.
 
     Returns:
-        Above 1 where the device has units for it; far below 1 where it has none.
+        Above 1 where the device has units for it; far below 1 where it has none; 0 for other types of devices, which are
+        not measured.
     """
     import torch
 
@@ -140,7 +141,7 @@ def half_speed(precision: str, device: str = "cpu") -> float:
 
     ratio = 0.0
     with torch.inference_mode():
-        for side in _SIDES[device]:
+        for side in _SIDES.get(device, ()):
             ratio = seconds(side, torch.float32) / max(seconds(side, half), 1e-9)
             if (
                 ratio < 0.2

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from proxydet.errors import ConfigError
+from proxydet.modeling.network import usable_precision
 from proxydet.runtime import torch_probe
 from proxydet.runtime.processes import Fact
 from proxydet.runtime.torch_probe import (
@@ -106,6 +108,15 @@ def test_units_for_16_bits_are_reported_as_measured(two_gpus, monkeypatch, ratio
 def test_the_speed_of_16_bits_is_measured_once():
     assert half_speed("bf16", "cpu") > 0
     assert half_speed("bf16", "cpu") == half_speed("bf16", "cpu")
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu", "hpu"])
+def test_other_devices_are_not_measured_and_stay_in_float32(device, monkeypatch):
+    monkeypatch.delenv("PROXYDET_ALLOW_SLOW_PRECISION", raising=False)
+    assert half_speed("bf16", device) == half_speed("fp16", device) == 0
+    assert usable_precision("auto", torch.device(device)) == "fp32"
+    with pytest.raises(ConfigError, match=device):
+        usable_precision("fp16", torch.device(device))
 
 
 def test_versions_of_cudnn():

@@ -93,7 +93,8 @@ class Writer(ABC):
 class WriteBehind:
     """Hands results to writers in threads of its own, so that writing runs behind the network.
 
-    Use it in a ``with`` statement: at its end threads are stopped, and what is not finished is removed.
+    Use it in a ``with`` statement: at its end threads are stopped, and what is not finished is removed. Nothing is written
+    after a failure: a file that it cut short stays one whose last line is cut.
 
     Args:
         writers: What is saved.
@@ -106,6 +107,7 @@ class WriteBehind:
         self._preparers = ThreadPoolExecutor(_PREPARERS, "prepare")
         self._thread = ThreadPoolExecutor(1, "write")
         self._waiting: deque[Future[None]] = deque()
+        self._failure: tuple[str, Exception] | None = None
 
     def __enter__(self) -> WriteBehind:
         return self
@@ -120,6 +122,11 @@ class WriteBehind:
         self._thread.shutdown(cancel_futures=True)
         for writer in self._writers:
             writer.abandon()
+        if (
+            self._failure is not None and error is not self._failure[1]
+        ):  # which nobody sees otherwise
+            name, cause = self._failure
+            _logger.error("the result of %s was not saved: %s", name, cause or repr(cause))
 
     def add(self, result: Any, name: str) -> None:
         """Take a result; waits where writing is far behind, and raises what failed there.
@@ -131,19 +138,27 @@ class WriteBehind:
         prepared = [self._preparers.submit(writer.prepare, result) for writer in self._writers]
 
         def write() -> None:
+            if self._failure is not None:
+                return
             try:
                 for writer, future in zip(self._writers, prepared, strict=True):
                     writer.add(result, future.result())
             except Exception as error:
-                _logger.error("the result of %s was not saved: %s", name, error or repr(error))
+                self._failure = (name, error)
                 raise
 
         self._waiting.append(self._thread.submit(write))
         while self._waiting and (len(self._waiting) > self._most or self._waiting[0].done()):
             self._waiting.popleft().result()
+        self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure[1]
 
     def finish(self) -> tuple[Path, ...]:
-        """Wait for what is not written yet, complete the files, and return what was made."""
+        """Wait for what is not written yet, complete the files, and return what was made; raises what failed."""
         while self._waiting:
             self._waiting.popleft().result()
+        self._raise_failure()
         return tuple(path for writer in self._writers for path in writer.finish())

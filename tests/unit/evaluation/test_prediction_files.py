@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
+import threading
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from proxydet.errors import DataError, DiskFullError
 from proxydet.evaluation.detector_evaluation import PredictionFolder, PredictionWriter
+from proxydet.inference.pipeline import WriteBehind
 
 IDENTITY = {"weights": "abc", "settings": {"score_threshold": 0.02, "sides": (800, 1333)}}
 
@@ -144,3 +149,45 @@ def test_a_full_disk_is_told_and_what_is_written_stays(tmp_path, monkeypatch):
         monkeypatch.setattr(writer, "_file", whole)
     assert "continues where it stopped" in caught.value.hint
     assert folder.images_done() == {1}
+
+
+def test_after_a_moment_of_a_full_disk_nothing_is_written_behind_the_cut_line(
+    tmp_path, monkeypatch, caplog
+):
+    class FullOnce(io.FileIO):
+        calls = 0
+
+        def write(self, data: Any) -> int:
+            self.calls += 1
+            if self.calls == 3:
+                return super().write(bytes(data)[:20])
+            if self.calls == 4:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
+
+    folder = PredictionFolder(tmp_path, IDENTITY)
+    release = threading.Event()
+
+    def slow_rows(image_id: int) -> list[dict[str, Any]]:
+        release.wait(5)
+        # More than a file buffers, so that what is not written is lost.
+        return [{"image_id": image_id, "text": "x" * 2**18}]
+
+    def predict_all() -> None:
+        with folder.writer(0) as writer, WriteBehind([writer], 8) as behind:
+            try:
+                for image_id in sorted({*range(1, 7)} - folder.images_done()):
+                    behind.add((image_id, partial(slow_rows, image_id)), f"image {image_id}")
+            finally:
+                release.set()
+                behind.finish()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda path, mode: io.BufferedWriter(FullOnce(path, mode)))
+        patch.setattr(folder, "images_done", set)
+        with pytest.raises(DiskFullError):
+            predict_all()
+    assert folder.images_done() == {1, 2}
+    assert caplog.messages == []
+    predict_all()
+    assert folder.images_done() == {1, 2, 3, 4, 5, 6}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -24,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from proxydet.config import differences, dump_yaml, to_mapping
 from proxydet.data.config import SourceConfig
 from proxydet.data.dataset import Dataset, DatasetConfig, command_that_makes, embedding_dimension
+from proxydet.data.loader import Targets
 from proxydet.data.store import AnnotationSource, AnnotationStore
 from proxydet.errors import CheckpointError, DataError, ProxydetError
 from proxydet.files import Lock
@@ -60,15 +63,26 @@ if TYPE_CHECKING:
 _LARGEST_READ = 64 * 1024 * 1024
 # AdamW: weight, gradient and two moments in float32.
 _BYTES_PER_PARAMETER = 16
-# What the backward pass keeps is written and read, and so is its gradient; gradients, moments and weights in the optimiser.
+# What the backward pass keeps is written and read, and so is its gradient; a weight is read forward and backward, and its gradient
+# written; gradients, moments and weights in the optimiser.
 _TIMES_MOVED = 4
+_WEIGHT_BYTES = 12
 _OPTIMIZER_BYTES = 44
 # Launches of kernels for a batch, or calls of operators on a CPU, which do not grow with it.
 _LAUNCHES = {"boxes": 2200, "labels": 1000}
+# Where the annotations are not read: objects of an image in LVIS' training annotations, crowds none.
+_OBJECTS_AN_IMAGE = 12.7
+# Proposals that match an object, and its own box. Measured with the quickstart's trained detector (100 proposals an image): 7.6 to
+# 11 in 13 batches. With fresh weights it is the object's own box.
+_REGIONS_AN_OBJECT = 9
+# What a CPU takes of an operator within a step, over the probe's, which calls the same few again: other code and data are in its
+# caches. Measured on steps of the quickstart: 2,300 calls in 0.15 s, of which 0.05 s were arithmetic.
+_COLD = 3
 # What a part keeps for its backward pass in 16 bits, over that in float32: autocast computes group norms in float32, and keeps
 # what they were given and return next to the 16-bit input of the next convolution.
 _KEPT_IN_16_BITS = {"backbone": 0.5, "tower": 1.25, "box heads": 0.5, "mask head": 0.5}
 _PROBE_SECONDS = 0.3
+_PROBE_ROUNDS = 3
 _PROBE_BYTES = 128 << 20
 _PROBE_LAUNCHES = 500
 # Operations a second from which a large convolution is worth the time.
@@ -103,10 +117,13 @@ class DeviceSpeed:
     """Floating-point operations a second of a large convolution, by precision."""
 
     moved: float
-    """Bytes a second that are read or written by a copy of a large tensor."""
+    """Bytes a second that are read or written by a copy of a large tensor over another."""
+
+    fresh: float
+    """Bytes a second that are read or written by an operation that returns a new large tensor."""
 
     launch: float
-    """Seconds of a small operation."""
+    """Seconds of a small operation within a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +156,15 @@ class BatchCost:
     share: float
     """Share of the batches that are of this source, in [0, 1]."""
 
+    regions: int
+    """Regions that the box heads learn from."""
+
+    on_objects: int
+    """Those of them that stand for objects, expected once proposals find them: mixup branch and mask head learn from these."""
+
+    weight_bytes: float
+    """Weights that are read, and gradients that are written."""
+
     parts: tuple[PartCost, ...]
     """What each part takes."""
 
@@ -150,7 +176,7 @@ class BatchCost:
     def seconds(self, speed: DeviceSpeed) -> float:
         """Return its time: arithmetic, each part in its precision; moving what is kept; and launching."""
         arithmetic = sum(part.operations / speed.operations[part.precision] for part in self.parts)
-        moving = _TIMES_MOVED * self.kept_bytes / speed.moved
+        moving = (_TIMES_MOVED * self.kept_bytes + self.weight_bytes) / speed.fresh
         return arithmetic + moving + _LAUNCHES[self.kind] * speed.launch
 
 
@@ -171,7 +197,10 @@ class Estimate:
     """Time of a step: of the slowest process, on average over the steps."""
 
     speed: DeviceSpeed
-    """What the device reached in a short probe."""
+    """What the device reached in a short probe: of a CPU, what it would reach if no other program ran."""
+
+    objects_an_image: float
+    """Objects of a training image: of the annotations where they were read, else LVIS'."""
 
     batches: tuple[BatchCost, ...]
     """What the time and memory are computed from."""
@@ -195,7 +224,7 @@ class Estimate:
         if hours < 1:
             duration = f"{max(hours * 60, 0.1):.2g} minutes"
         lines = [
-            f"device       {self.device}, at least {self.memory_gib:.1f} GiB a process, "
+            f"device       {self.device}, at least {self.memory_gib:.2g} GiB a process, "
             f"{self.parameters / 1e6:.1f} M parameters",
             f"time         about {duration}: {self.seconds_per_step:.2g} s a step, "
             f"{self.images:,} images; a rough guess: a convolution reaches "
@@ -203,8 +232,8 @@ class Estimate:
                 f"{speed / 1e9:.3g} GFLOP/s in {precision}"
                 for precision, speed in self.speed.operations.items()
             )
-            + f", a copy {self.speed.moved / 1e9:.3g} GB/s, a small operation {self.speed.launch * 1e6:.2g} us here just now "
-            "(less where other programs run)",
+            + f", a copy {self.speed.moved / 1e9:.3g} GB/s, into new memory {self.speed.fresh / 1e9:.3g}, "
+            f"a small operation {self.speed.launch * 1e6:.2g} us (it takes longer where other programs run)",
         ]
         for batch in self.batches:
             parts = ", ".join(
@@ -213,8 +242,13 @@ class Estimate:
             )
             lines.append(
                 f"{'of ' + batch.kind:12} {batch.images} images a process, {batch.share:.0%} of the batches: "
-                f"{batch.seconds(self.speed):.2g} s, {batch.kept_bytes / 2**30:.1f} GiB kept for the backward "
-                f"pass; TFLOP: {parts}"
+                f"{batch.seconds(self.speed):.2g} s, {batch.kept_bytes / 2**30:.2g} GiB kept for the backward "
+                f"pass; TFLOP: {parts}; box heads learn from {batch.regions:,} regions"
+                + (
+                    f", {batch.on_objects:,} on objects (of {self.objects_an_image:.3g} objects an image, {_REGIONS_AN_OBJECT} "
+                    "regions each, up to cascade.positive_fraction; with fresh weights fewer at first)"
+                    * bool(batch.on_objects)
+                )
             )
         if self.processes > 1 and len(self.batches) > 1:
             lines.append(
@@ -420,7 +454,7 @@ def plan_training(
         need("starting weights", training.weights)
     path = scaled.data.description
     notes: list[str] = []
-    decided = False
+    decided, objects_an_image = False, _OBJECTS_AN_IMAGE
     description = None
     if path is None:
         unusable("dataset config", "", "give one with --data")
@@ -464,9 +498,13 @@ def plan_training(
             else:
                 try:
                     data = Dataset(config=description, cache=cache, warn=False)
-                    scaled, note = fit_to_masks(scaled, data.store("train"), data.vocabulary)
+                    store = data.store("train")
+                    scaled, note = fit_to_masks(scaled, store, data.vocabulary)
                     notes, decided = [f"masks        {note}"] if note else [], True
-                    if question := question_length(scaled, len(data.store("train").image_ids)):
+                    usable_A = Targets.of(store, data.vocabulary, "auto").usable(store)
+                    with_objects = np.unique(store.column("image")[usable_A])
+                    objects_an_image = float(usable_A.sum() / max(len(with_objects), 1))
+                    if question := question_length(scaled, len(store.image_ids)):
                         notes.append(f"length       {question}")
                 except ProxydetError as error:
                     unusable("classes and masks", annotations, error)
@@ -502,6 +540,7 @@ def plan_training(
             dataclasses.replace(scaled.training, accumulation=start.accumulation),
             launch.world_size,
             together=scaled.data.ranks_share_group,
+            objects_an_image=objects_an_image,
             steps=float(left / start.step),
         ),
         command=launch.command(words),
@@ -530,6 +569,7 @@ def estimate_run(
     processes: int,
     *,
     together: bool = False,
+    objects_an_image: float = _OBJECTS_AN_IMAGE,
     steps: float | None = None,
 ) -> Estimate:
     """Estimate a training.
@@ -541,12 +581,13 @@ def estimate_run(
         training: Settings, scaled to the number of processes.
         processes: How many processes train.
         together: Whether all processes draw the same kind of batch; else each draws its own.
+        objects_an_image: Objects of a training image that may be trained on, on average.
         steps: How many steps are left; None takes the settings' iterations.
     """
     steps = training.iterations if steps is None else steps
     device = choose_device(training.device)
     network = MetaNetwork(model)
-    costs = batch_costs(network, boxes, labels, training)
+    costs = batch_costs(network, boxes, labels, training, objects_an_image)
     images = sum(cost.images * cost.share for cost in costs) * training.accumulation * processes
     used = dict.fromkeys(part.precision for cost in costs for part in cost.parts)
     speed = device_speed(device, tuple(used), channels_last=training.precision.channels_last)
@@ -567,6 +608,7 @@ def estimate_run(
         memory_gib=(held + max(cost.kept_bytes for cost in costs)) / 2**30,
         seconds_per_step=seconds,
         speed=speed,
+        objects_an_image=objects_an_image,
         batches=tuple(costs),
         together=together,
         processes=processes,
@@ -596,8 +638,9 @@ def batch_costs(
     boxes: SourceConfig,
     labels: SourceConfig | None,
     training: TrainingConfig,
+    objects_an_image: float = _OBJECTS_AN_IMAGE,
 ) -> list[BatchCost]:
-    """Return what the batches of each source take.
+    """Return what the batches of each source take, once proposals find the objects.
 
     Sources are drawn by image: one with twice the batch size at the same ratio makes half as many batches. What learns takes
     three times its forward pass. What only moves regions or proposes them takes one: the first steps of the mixup branch, and
@@ -606,15 +649,23 @@ def batch_costs(
     sources = [source for source in (boxes, labels) if source is not None]
     weights = [source.ratio / source.batch_size for source in sources]
     cascade, masks = network.config.cascade, network.config.masks is not None
+    sampled = min(
+        cascade.samples_per_image, network.config.proposals.keep_train + math.ceil(objects_an_image)
+    )
+    found = min(
+        _REGIONS_AN_OBJECT * objects_an_image,
+        int(cascade.samples_per_image * cascade.positive_fraction),
+    )
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     costs = []
     for source, weight in zip(sources, weights, strict=True):
         images, learnt = source.batch_size, source is boxes
         features, backbone = network.count(network.pyramid, images, source.size)
         _, tower = network.count(network.proposals, features)
-        regions = images * (cascade.samples_per_image if learnt else 1)
-        objects = max(round(regions * cascade.positive_fraction), 1) if learnt else 0
+        regions = images * (sampled if learnt else 1)
+        objects = max(round(images * found), 1) if learnt else 0
         _, heads = network.count(network.heads, regions, objects)
-        moved = images * (cascade.samples_per_image if learnt else cascade.image_label_proposals)
+        moved = regions if learnt else images * cascade.image_label_proposals
         moving = 0.0
         if network.config.mixup_branch or not learnt:
             moving = (cascade.steps - 1) * network.count(network.move, moved)[1][0]
@@ -642,6 +693,9 @@ def batch_costs(
                 kind="boxes" if learnt else "labels",
                 images=images,
                 share=weight / sum(weights),
+                regions=regions * (1 if learnt else cascade.steps),
+                on_objects=objects,
+                weight_bytes=float(_WEIGHT_BYTES * trained),
                 parts=tuple(parts),
             )
         )
@@ -651,23 +705,26 @@ def batch_costs(
 def device_speed(
     device: torch.device, precisions: Sequence[str], *, channels_last: bool = False
 ) -> DeviceSpeed:
-    """Probe what a device reaches just now.
+    """Probe what a device reaches, on a CPU whether or not other programs run: the best of a few repetitions counts.
 
     Args:
         device: Which.
         precisions: For which convolutions are timed.
         channels_last: Their layout.
     """
+    # Of a CPU, the time of this thread, which has its share of the work of all of torch's threads, and waits for none of the others'
+    # programs.
+    clock = time.thread_time if device.type == "cpu" else time.perf_counter
 
     def rate(work: float, run: Callable[[], Tensor], longest: float = _PROBE_SECONDS) -> float:
         """Return units of work a second; reading a number waits for the device."""
-        rounds, start = 0, 0.0
-        while rounds < 3 or time.perf_counter() - start < longest:
-            if rounds == 2:
-                start = time.perf_counter()
+        seconds: list[float] = []
+        end = time.perf_counter() + longest
+        while len(seconds) <= _PROBE_ROUNDS or time.perf_counter() < end:
+            start = clock()
             run().sum().item()
-            rounds += 1
-        return work * (rounds - 2) / (time.perf_counter() - start)
+            seconds.append(clock() - start)
+        return work / min(seconds[1:])
 
     layout = torch.channels_last if channels_last else torch.contiguous_format
 
@@ -702,7 +759,9 @@ def device_speed(
     return DeviceSpeed(
         operations=operations,
         moved=rate(2.0 * _PROBE_BYTES, lambda: other.copy_(large)[:8], _PROBE_SECONDS / 3),
-        launch=1 / rate(_PROBE_LAUNCHES, many, _PROBE_SECONDS / 3),
+        fresh=rate(2.0 * _PROBE_BYTES, lambda: (large + 1)[:8], _PROBE_SECONDS / 3),
+        launch=(_COLD if device.type == "cpu" else 1)
+        / rate(_PROBE_LAUNCHES, many, _PROBE_SECONDS / 3),
     )
 
 

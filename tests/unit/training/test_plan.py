@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from proxydet.config import dump_yaml
 from proxydet.data.store import AnnotationSource
@@ -22,6 +24,7 @@ from proxydet.training.plan import (
     PartCost,
     _annotations,
     batch_costs,
+    device_speed,
     estimate_run,
     expected_slowest,
     plan_training,
@@ -30,6 +33,14 @@ from proxydet.training.runfolder import Resume, RunFolder
 from proxydet.weight_files import write_state
 
 WORDS = ["train", "--recipe", "tiny"]
+
+
+@pytest.fixture
+def speed(monkeypatch) -> DeviceSpeed:
+    """Estimate with a device of this speed, instead of probing this machine."""
+    speed = DeviceSpeed(operations={"fp32": 1e9}, moved=1e18, fresh=1e18, launch=0.0)
+    monkeypatch.setattr("proxydet.training.plan.device_speed", lambda *_, **__: speed)
+    return speed
 
 
 def plan(tmp_path: Path, *overrides: str, processes: int = 1, resume: Resume = "auto"):
@@ -106,6 +117,7 @@ def test_a_description_is_looked_through(tmp_path):
     assert "name must be text" in broken[0].problem
 
 
+@pytest.mark.usefixtures("speed")
 def test_embeddings_of_another_dimension_or_none_at_all(tmp_path, monkeypatch):
     path = tmp_path / "d.toml"
     path.write_text('name = "d"\n[vocabulary]\nembeddings = "e.npy"\n')
@@ -203,10 +215,9 @@ def test_what_overwriting_removes(tmp_path, cli):
     assert cli(*words, "--overwrite", "--json").data["removes"] == 20
 
 
-def test_it_counts_the_steps_that_are_left(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("speed")
+def test_it_counts_the_steps_that_are_left(tmp_path):
     """Of a run of four processes, which one process resumes: four batches a step, as before."""
-    speed = DeviceSpeed(operations={"fp32": 1e9}, moved=1e18, launch=0.0)
-    monkeypatch.setattr("proxydet.training.plan.device_speed", lambda *_, **__: speed)
     same = ("training.scaling=none", "data.ranks_share_group=true")
     four = plan(tmp_path, *same, processes=4)
     occupy(tmp_path, four.config)
@@ -307,9 +318,53 @@ def test_each_part_is_counted_in_its_precision():
 def test_the_time_of_a_batch_is_arithmetic_memory_and_launches():
     part = PartCost(name="backbone", precision="fp16", operations=6e9, kept_bytes=1e6)
     tower = PartCost(name="tower", precision="fp32", operations=2e9, kept_bytes=0.0)
-    cost = BatchCost(kind="labels", images=1, share=1.0, parts=(part, tower))
-    speed = DeviceSpeed(operations={"fp16": 3e9, "fp32": 1e9}, moved=1e6, launch=0.002)
-    assert cost.seconds(speed) == pytest.approx(2 + 2 + 4 + 2)
+    cost = BatchCost(
+        kind="labels", images=1, share=1.0, regions=1, on_objects=0, weight_bytes=5e6, parts=(part, tower)
+    )  # fmt: skip
+    speed = DeviceSpeed(operations={"fp16": 3e9, "fp32": 1e9}, moved=1.0, fresh=1e6, launch=0.002)
+    assert cost.seconds(speed) == pytest.approx(2 + 2 + 4 + 5 + 2)
+
+
+def test_regions_on_objects_are_the_expected_ones_up_to_the_share_that_is_sampled():
+    config = resolve_config("tiny", None, [])
+    sources = (config.data.boxes, config.data.image_labels)
+    network = MetaNetwork(config.model)
+    few, many = (batch_costs(network, *sources, config.training, each)[0] for each in (0.5, 100.0))
+    assert few.regions == many.regions == 2 * config.model.cascade.samples_per_image
+    assert few.on_objects == 9
+    assert many.on_objects == 2 * int(64 * config.model.cascade.positive_fraction)
+    share = few.parts[3].operations / many.parts[3].operations
+    assert share == pytest.approx(few.on_objects / many.on_objects)
+
+
+def test_objects_are_counted_in_the_annotations_that_are_read(tmp_path, speed):
+    box = {"bbox": [1, 1, 9, 9], "area": 81, "category_id": 1, "iscrowd": 0}
+    of_image = [1, 1, 1, 1, 2, 2, 3]
+    content = {
+        "images": [{"id": i, "width": 20, "height": 20, "file_name": f"{i}.png"} for i in (1, 2, 3, 4)],
+        "annotations": [{**box, "id": n, "image_id": i} for n, i in enumerate(of_image, 1)],
+        "categories": [{"id": 1, "name": "cup"}],
+    }  # fmt: skip
+    content["annotations"][-1]["iscrowd"] = 1
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    np.save(tmp_path / "e.npy", np.ones((1, 64), np.float32))
+    path = tmp_path / "d.toml"
+    path.write_text(
+        'name = "d"\n[vocabulary]\nembeddings = "e.npy"\nnames = ["cup"]\n'
+        '[train]\nannotations = "a.json"\nimages = "."\n'
+    )
+    planned = plan(tmp_path, f"data.description={path}")
+    assert planned.estimate.objects_an_image == pytest.approx(6 / 2)
+    assert "of 3 objects an image" in planned.to_text()
+
+
+def test_a_probe_of_a_cpu_does_not_count_what_other_programs_take(monkeypatch):
+    """The clock of the wall runs on by a minute at each reading; that of the thread does not."""
+    minutes = itertools.count(0.0, 60.0)
+    monkeypatch.setattr("time.perf_counter", lambda: next(minutes))
+    speed = device_speed(torch.device("cpu"), ["fp32"])
+    assert speed.operations["fp32"] > 2e8
+    assert speed.launch < 1e-2
 
 
 def test_a_step_takes_as_long_as_its_slowest_process():
@@ -338,9 +393,8 @@ def test_an_estimate_is_plausible_and_shows_what_it_is_computed_from(tmp_path):
     json.dumps(shown)
 
 
-def test_every_process_and_accumulated_batch_counts(monkeypatch):
-    speed = DeviceSpeed(operations={"fp32": 1e9}, moved=1e12, launch=0.0)
-    monkeypatch.setattr("proxydet.training.plan.device_speed", lambda *_, **__: speed)
+@pytest.mark.usefixtures("speed")
+def test_every_process_and_accumulated_batch_counts():
     config = resolve_config("tiny", None, ["training.device=cpu"])
 
     def estimate(accumulation: int, processes: int, **how: bool) -> Estimate:
@@ -361,7 +415,10 @@ def test_every_process_and_accumulated_batch_counts(monkeypatch):
 def test_the_published_recipe_takes_what_was_computed_for_an_a100():
     """0.3 to 0.45 s a step, 0.13 to 0.16 with TF32: computed from its data sheet by others, not measured."""
     a100 = DeviceSpeed(
-        operations={"fp32": 15.6e12, "tf32": 86e12, "fp16": 156e12}, moved=1.3e12, launch=1e-5
+        operations={"fp32": 15.6e12, "tf32": 86e12, "fp16": 156e12},
+        moved=1.3e12,
+        fresh=1.3e12,
+        launch=1e-5,
     )
     for heads, least, most in (("fp32", 0.3, 0.45), ("tf32", 0.13, 0.16)):
         found = costs("r50", f"training.precision.heads={heads}")

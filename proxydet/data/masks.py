@@ -95,11 +95,7 @@ def crop_polygons(
     polygons = [polygon for shape in shapes for polygon in shape]
     extent_N2 = boxes_N4[:, 2:] - boxes_N4[:, :2]
     # The quotient of a box is single precision, as detectron2 computes it.
-    scale_N2 = np.where(
-        extent_N2 < np.float32(0.1),
-        np.float64(side / 0.1),
-        np.float32(side) / np.maximum(extent_N2, np.float32(0.1)),
-    )
+    scale_N2 = np.float32(side) / np.maximum(extent_N2, np.float32(0.1))
     points = [sum(len(polygon) // 2 for polygon in shape) for shape in shapes]
     moved_P2 = np.concatenate(polygons).reshape(-1, 2) - np.repeat(boxes_N4[:, :2], points, axis=0)
     moved = (moved_P2 * np.repeat(scale_N2, points, axis=0)).reshape(-1)

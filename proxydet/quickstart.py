@@ -775,8 +775,9 @@ def _training_section(folder: QuickstartFolder) -> Section:
     rows = [(title, meaning) for title, meaning in LOSS_NAMES.values() if title in shown]
     return Section(
         title="Training",
-        text="Losses against iterations. They should fall and then level off; that of the boxes of the last step rises, since more regions "
-        "come near enough to an object to be refined. They jump from one point to the next because each is of a few images.",
+        text="Losses against iterations. They should fall and then level off. Only the loss of the boxes may rise: it is summed over the "
+        "regions that overlap an object enough (by 0.8 in the last step) and divided by the number of all regions, so it is small while few "
+        "do. They jump from one point to the next because each is of a few images.",
         tables=[Table(columns=("curve", "what it measures"), rows=rows)],
         plots=[svg_of(loss_plot(shown, columns=3))],
     )

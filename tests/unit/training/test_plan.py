@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from proxydet.config import dump_yaml
 from proxydet.data.store import AnnotationSource
+from proxydet.modeling.config import Precision
 from proxydet.recipes import RunConfig, resolve_config
 from proxydet.training.launch import plan_launch
 from proxydet.training.plan import (
@@ -24,7 +24,6 @@ from proxydet.training.plan import (
     PartCost,
     _annotations,
     batch_costs,
-    device_speed,
     estimate_run,
     expected_slowest,
     plan_training,
@@ -35,12 +34,26 @@ from proxydet.weight_files import write_state
 WORDS = ["train", "--recipe", "tiny"]
 
 
+def batch(kind: str, images: int, share: float, *parts: PartCost) -> BatchCost:
+    return BatchCost(
+        kind=kind, images=images, share=share, regions=1, on_objects=1, weight_bytes=5e6, parts=parts
+    )  # fmt: skip
+
+
+def part(name: str, precision: Precision, operations: float, kept: float) -> PartCost:
+    return PartCost(name=name, precision=precision, operations=operations, kept_bytes=kept)
+
+
 @pytest.fixture
-def speed(monkeypatch) -> DeviceSpeed:
-    """Estimate with a device of this speed, instead of probing this machine."""
+def counted(monkeypatch) -> None:
+    """Estimate from batches that are counted here and a device of this speed, instead of counting and probing."""
     speed = DeviceSpeed(operations={"fp32": 1e9}, moved=1e18, fresh=1e18, launch=0.0)
+    batches = [
+        batch("boxes", 2, 2 / 3, part("backbone", "fp32", 3e9, 1e6)),
+        batch("labels", 4, 1 / 3, part("backbone", "fp32", 1e9, 1e6)),
+    ]
     monkeypatch.setattr("proxydet.training.plan.device_speed", lambda *_, **__: speed)
-    return speed
+    monkeypatch.setattr("proxydet.training.plan.batch_costs", lambda *_: batches)
 
 
 def plan(tmp_path: Path, *overrides: str, processes: int = 1, resume: Resume = "auto"):
@@ -117,7 +130,7 @@ def test_a_description_is_looked_through(tmp_path):
     assert "name must be text" in broken[0].problem
 
 
-@pytest.mark.usefixtures("speed")
+@pytest.mark.usefixtures("counted")
 def test_embeddings_of_another_dimension_or_none_at_all(tmp_path, monkeypatch):
     path = tmp_path / "d.toml"
     path.write_text('name = "d"\n[vocabulary]\nembeddings = "e.npy"\n')
@@ -215,7 +228,7 @@ def test_what_overwriting_removes(tmp_path, cli):
     assert cli(*words, "--overwrite", "--json").data["removes"] == 20
 
 
-@pytest.mark.usefixtures("speed")
+@pytest.mark.usefixtures("counted")
 def test_it_counts_the_steps_that_are_left(tmp_path):
     """Of a run of four processes, which one process resumes: four batches a step, as before."""
     same = ("training.scaling=none", "data.ranks_share_group=true")
@@ -316,11 +329,8 @@ def test_each_part_is_counted_in_its_precision():
 
 
 def test_the_time_of_a_batch_is_arithmetic_memory_and_launches():
-    part = PartCost(name="backbone", precision="fp16", operations=6e9, kept_bytes=1e6)
-    tower = PartCost(name="tower", precision="fp32", operations=2e9, kept_bytes=0.0)
-    cost = BatchCost(
-        kind="labels", images=1, share=1.0, regions=1, on_objects=0, weight_bytes=5e6, parts=(part, tower)
-    )  # fmt: skip
+    parts = part("backbone", "fp16", 6e9, 1e6), part("tower", "fp32", 2e9, 0.0)
+    cost = batch("labels", 1, 1.0, *parts)
     speed = DeviceSpeed(operations={"fp16": 3e9, "fp32": 1e9}, moved=1.0, fresh=1e6, launch=0.002)
     assert cost.seconds(speed) == pytest.approx(2 + 2 + 4 + 5 + 2)
 
@@ -337,7 +347,8 @@ def test_regions_on_objects_are_the_expected_ones_up_to_the_share_that_is_sample
     assert share == pytest.approx(few.on_objects / many.on_objects)
 
 
-def test_objects_are_counted_in_the_annotations_that_are_read(tmp_path, speed):
+@pytest.mark.usefixtures("counted")
+def test_objects_are_counted_in_the_annotations_that_are_read(tmp_path):
     box = {"bbox": [1, 1, 9, 9], "area": 81, "category_id": 1, "iscrowd": 0}
     of_image = [1, 1, 1, 1, 2, 2, 3]
     content = {
@@ -358,15 +369,6 @@ def test_objects_are_counted_in_the_annotations_that_are_read(tmp_path, speed):
     assert "of 3 objects an image" in planned.to_text()
 
 
-def test_a_probe_of_a_cpu_does_not_count_what_other_programs_take(monkeypatch):
-    """The clock of the wall runs on by a minute at each reading; that of the thread does not."""
-    minutes = itertools.count(0.0, 60.0)
-    monkeypatch.setattr("time.perf_counter", lambda: next(minutes))
-    speed = device_speed(torch.device("cpu"), ["fp32"])
-    assert speed.operations["fp32"] > 2e8
-    assert speed.launch < 1e-2
-
-
 def test_a_step_takes_as_long_as_its_slowest_process():
     assert expected_slowest([3.0, 1.0], [0.5, 0.5], 2) == pytest.approx(3 * 3 / 4 + 1 / 4)
     assert expected_slowest([1.0, 2.0, 4.0], [0.5, 0.25, 0.25], 1) == pytest.approx(2.0)
@@ -375,9 +377,14 @@ def test_a_step_takes_as_long_as_its_slowest_process():
     )
 
 
-def test_an_estimate_is_plausible_and_shows_what_it_is_computed_from(tmp_path):
+def test_an_estimate_is_plausible_and_shows_what_it_is_computed_from(tmp_path, monkeypatch):
+    """Other programs add nothing to it: the clock of the wall goes on by a minute at each reading, that of the thread does not."""
+    minutes = itertools.count(0.0, 60.0)
+    monkeypatch.setattr("time.perf_counter", lambda: next(minutes))
     planned = plan(tmp_path, processes=2)
     found = planned.estimate
+    assert found.speed.operations["fp32"] > 2e8
+    assert found.speed.launch < 1e-2
     assert found.device == "cpu"
     assert 100_000 < found.parameters < 1_000_000
     assert found.images == pytest.approx(10 * 2 * (2 * 2 / 3 + 4 / 3), abs=2)
@@ -393,7 +400,7 @@ def test_an_estimate_is_plausible_and_shows_what_it_is_computed_from(tmp_path):
     json.dumps(shown)
 
 
-@pytest.mark.usefixtures("speed")
+@pytest.mark.usefixtures("counted")
 def test_every_process_and_accumulated_batch_counts():
     config = resolve_config("tiny", None, ["training.device=cpu"])
 

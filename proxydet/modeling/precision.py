@@ -47,13 +47,12 @@ def compute_in(precision: Precision, part: Callable[[Any], T], values: Any) -> T
     if precision == "fp32":
         return part(values)
     if precision == "tf32":
-        values = _each(values, lambda tensor: _Tf32Border.apply(tensor, False))
-        allow_tf32(allowed=True)
-        try:
+        outside = _tf32()
+        values = _each(values, lambda tensor: _Tf32Border.apply(tensor, outside, None))
+        with tf32_kept():
+            allow_tf32(allowed=True)
             found = part(values)
-        finally:
-            allow_tf32(allowed=False)
-        return cast("T", _each(found, lambda tensor: _Tf32Border.apply(tensor, True)))
+        return cast("T", _each(found, lambda tensor: _Tf32Border.apply(tensor, _ALL, outside)))
     device = (values if isinstance(values, Tensor) else values[0]).device
     with torch.autocast(device.type, dtype=HALF_TYPES[precision]):
         found = part(values)
@@ -62,29 +61,54 @@ def compute_in(precision: Precision, part: Callable[[Any], T], values: Any) -> T
 
 def allow_tf32(*, allowed: bool) -> None:
     """Let NVIDIA GPUs compute float32 products in TF32, or not; for the whole process, as torch has it."""
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-    torch.backends.cudnn.allow_tf32 = allowed
+    _set_tf32((allowed, allowed))
+
+
+@contextmanager
+def tf32_kept() -> Iterator[None]:
+    """Within this context TF32 may be switched; after it, it is as before, also where a backward pass has failed."""
+    before = _tf32()
+    try:
+        yield
+    finally:
+        _set_tf32(before)
+
+
+_ALL = True, True
+
+
+def _tf32() -> tuple[bool, bool]:
+    return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+
+def _set_tf32(allowed: tuple[bool, bool]) -> None:
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = allowed
 
 
 class _Tf32Border(torch.autograd.Function):
-    """Passes values into or out of a part in TF32, and in the backward pass switches it on, or off, as their gradient comes back.
+    """Passes values into or out of a part in TF32, and in the backward pass switches it as their gradient comes back.
+
+    Going backward, ``allowed`` holds from here on, and ``outside`` after the whole pass.
 
     Autograd runs the nodes of a device in the opposite order of their making: nothing of the part runs before the gradient of
     what it returned, nor after that of what it was given.
     """
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, inside: bool) -> Tensor:
-        ctx.inside = inside
+    def forward(
+        ctx: Any, values: Tensor, allowed: tuple[bool, bool], outside: tuple[bool, bool] | None
+    ) -> Tensor:
+        """Hand the values on."""
+        ctx.allowed, ctx.outside = allowed, outside
         return values.view_as(values)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        allow_tf32(allowed=ctx.inside)
-        if ctx.inside:  # nothing is given back where a part's input needs no gradient, as images
-            engine = torch.autograd.Variable._execution_engine
-            engine.queue_callback(lambda: allow_tf32(allowed=False))
-        return gradients[0], None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """Switch, and hand the gradient on."""
+        _set_tf32(ctx.allowed)
+        if (outside := ctx.outside) is not None:  # a part's input may need no gradient, as images
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: _set_tf32(outside))
+        return gradients[0], None, None
 
 
 def _each(values: Any, change: Callable[[Tensor], Tensor]) -> Any:

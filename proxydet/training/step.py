@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from proxydet.errors import ConfigError, NumericsError, RuntimeEnvironmentError
 from proxydet.files import write_json
-from proxydet.modeling.precision import allow_tf32
+from proxydet.modeling.precision import allow_tf32, tf32_kept
 from proxydet.training.checkpoint import TrainingState, step_name
 from proxydet.training.config import (
     GuardConfig,
@@ -330,6 +330,7 @@ class StepResult:
     stop: bool
 
 
+@tf32_kept()
 def train_step(
     state: TrainingState,
     batches: Sequence[Any],

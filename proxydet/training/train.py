@@ -41,6 +41,7 @@ from proxydet.manifest import EVALUATION_KEYS, build_manifest, write_run_records
 from proxydet.modeling.backbone import how_to_get_timm, pixel_statistics
 from proxydet.modeling.config import BACKBONES
 from proxydet.modeling.network import ProxyDetNetwork, usable_precision
+from proxydet.modeling.precision import tf32_kept
 from proxydet.modeling.weights import MASK_HEAD, MIXUP_BRANCH, load_weights
 from proxydet.models import PUBLISHED_MODELS, NamedDetector, run_of, vocabulary_of
 from proxydet.reporting import SILENT, Progress
@@ -491,6 +492,7 @@ def warn_of_slow_device(network: torch.nn.Module, device: torch.device) -> None:
         )
 
 
+@tf32_kept()
 def fit(
     network: nn.Module,
     criterion: Callable[..., Losses],
@@ -633,6 +635,7 @@ def fit(
             if ranks.is_main:
                 still_ours()
                 checkpoints.save(state.state_dict(), state.iteration, best_iteration())
+            wait_for_all(ranks)  # the main process may have waited for the checkpoint before it
 
         def stopped() -> JobInterruptedError:
             checkpoints.wait()

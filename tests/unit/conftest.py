@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -45,3 +46,15 @@ def detector(network, encoder) -> Detector:
     from proxydet.detector import Detector
 
     return Detector(network, shortest=64, longest=100, encoder=encoder)
+
+
+@pytest.fixture(params=[(False, True), (True, False)])
+def users_tf32(request) -> Iterator[tuple[bool, bool]]:
+    """Whether the user allows TF32 in products and in convolutions."""
+    import torch
+
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32
+    products.allow_tf32, convolutions.allow_tf32 = request.param
+    yield request.param
+    products.allow_tf32, convolutions.allow_tf32 = before

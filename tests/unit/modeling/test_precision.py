@@ -100,7 +100,7 @@ def test_losses_and_box_arithmetic_are_float32(tiny, kind, parts):
 
 
 @pytest.mark.parametrize("parts", [("backbone",), ("heads",), ("backbone", "heads")])
-def test_tf32_is_on_in_its_parts_alone(tiny, parts):
+def test_tf32_is_on_in_its_parts_alone(tiny, parts, users_tf32):
     _, forward, losses, backward = step(tiny, "boxes", **dict.fromkeys(parts, "tf32"))
     for operations in (forward, backward):
         assert operations.rounded
@@ -108,5 +108,4 @@ def test_tf32_is_on_in_its_parts_alone(tiny, parts):
             part = "backbone" if name.startswith("backbone.") else "heads"
             assert on == {part in parts and not name.endswith("zs_weight")}, name
     assert all(on == {False} for on in losses.rounded.values())
-    assert not torch.backends.cudnn.allow_tf32
-    assert not torch.backends.cuda.matmul.allow_tf32
+    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == users_tf32

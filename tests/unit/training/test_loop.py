@@ -25,7 +25,7 @@ from proxydet.errors import (
     NumericsError,
     TrainingError,
 )
-from proxydet.training.checkpoint import load_checkpoint
+from proxydet.training.checkpoint import CheckpointFolder, load_checkpoint
 from proxydet.training.train import Prefetcher
 from proxydet.weight_files import write_state
 
@@ -262,6 +262,16 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_a_later_step(
         toy.run(tmp_path, {"iterations": 40})
     names = [path.name for path in (tmp_path / "checkpoints").iterdir()]
     assert names == ["step_0000004.pth"]
+
+
+def test_processes_meet_where_the_main_one_may_wait_for_a_checkpoint(toy, tmp_path, monkeypatch):
+    events, save = [], CheckpointFolder.save
+    monkeypatch.setattr(
+        CheckpointFolder, "save", lambda *state: (events.append("save"), save(*state))
+    )
+    monkeypatch.setattr("proxydet.training.train.wait_for_all", lambda _: events.append("meet"))
+    toy.run(tmp_path, {"iterations": 12, "checkpoints": {"period": 4}})
+    assert "".join(event[0] for event in events).startswith("smsmsm")
 
 
 def test_weights_that_are_not_finite_are_not_saved(toy, tmp_path, monkeypatch):

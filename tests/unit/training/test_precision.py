@@ -43,6 +43,25 @@ def test_an_overflow_in_fp16_is_skipped_and_the_scale_falls(toy, tmp_path):
     assert all(torch.isfinite(w).all() for w in saved["model"].values())
 
 
+def test_tf32_is_as_it_was_after_a_step_that_failed(toy, tmp_path, monkeypatch, users_tf32):
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+
+    def fail(*_: object) -> None:
+        assert products.allow_tf32
+        assert convolutions.allow_tf32
+        raise ArithmeticError
+
+    class Failing(toy.ToyNetwork):
+        def __init__(self, **options: object) -> None:
+            super().__init__(**options)
+            self.class_head.register_full_backward_hook(fail)
+
+    monkeypatch.setattr(toy, "ToyNetwork", Failing)
+    with pytest.raises(ArithmeticError):
+        toy.run(tmp_path, {"precision": {"heads": "tf32"}})
+    assert (products.allow_tf32, convolutions.allow_tf32) == users_tf32
+
+
 def test_channels_last_changes_the_layout_of_convolutions():
     network = nn.Module()
     network.backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))

@@ -26,6 +26,7 @@ import pickletools
 import re
 import shlex
 import sys
+import threading
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -843,19 +844,32 @@ def _parameters(content: Any, path: Path, parts: tuple[str, ...] = ("",)) -> lis
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
-def write_state(state: Mapping[str, Any], path: Path, *, hint: str | None = None) -> None:
+def write_state(
+    state: Mapping[str, Any],
+    path: Path,
+    *,
+    hint: str | None = None,
+    given_up: threading.Event | None = None,
+) -> None:
     """Write a state as torch.save does, with its digest, so that ``path`` either holds all of it or is as it was.
 
     Args:
         state: Nested plain values and tensors.
         path: The file.
         hint: What the user can do where there is no room.
+        given_up: When another thread sets it, no more is written: ``path`` stays as it was.
 
     Raises:
         DiskFullError: There is no room.
-        RuntimeEnvironmentError: It cannot be written.
+        RuntimeEnvironmentError: It cannot be written, or was given up.
     """
     import torch
+
+    class Output(io.FileIO):
+        def write(self, data: Any) -> int:
+            if given_up is not None and given_up.is_set():
+                raise OSError(errno.ECANCELED, "it was interrupted")
+            return super().write(data)
 
     content = {"format": FORMAT, **state}
     content["sha256"] = content_digest(content)
@@ -864,7 +878,7 @@ def write_state(state: Mapping[str, Any], path: Path, *, hint: str | None = None
     require_room(path, _size(content) + _DISK_MARGIN, hint=hint)
     with staged(path) as temporary:
         try:
-            with write_errors(path, hint=hint), temporary.open("wb") as file:
+            with write_errors(path, hint=hint), io.BufferedWriter(Output(temporary, "wb")) as file:
                 torch.save(content, file)
         except RuntimeError as error:
             # torch may wrap the system's error.

@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -260,7 +261,7 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 class CheckpointFolder:
-    """The checkpoints of one run. One thread writes them, one at a time; leaving this context waits for it.
+    """The checkpoints of one run. One thread writes them, one at a time; leaving this context waits for it, but on Ctrl-C.
 
     Args:
         folder: Where they lie; made when the first one is written.
@@ -272,17 +273,30 @@ class CheckpointFolder:
         self._config = config
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
+        self._given_up = threading.Event()
 
     def __enter__(self) -> CheckpointFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         try:
-            self.wait()
-        except ProxydetError as failed:
+            if kind is KeyboardInterrupt:  # who presses Ctrl-C twice does not want to wait
+                self._given_up.set()
+            else:
+                self.wait()
+        except KeyboardInterrupt:
+            self._given_up.set()
+            raise
+        except Exception as failed:
             if kind is None:
                 raise
-            logger.warning("%s", failed.message)  # next to what ends the training
+            # Next to what ends the training.
+            logger.warning(
+                "%s",
+                failed.message
+                if isinstance(failed, ProxydetError)
+                else f"A checkpoint was not written: {failed!r}",
+            )
 
     def path(self, iteration: int) -> Path:
         """Return the name of the checkpoint after a number of iterations."""
@@ -309,7 +323,7 @@ class CheckpointFolder:
             if event is not None:
                 event.synchronize()
             path = self.path(iteration)
-            write_state(copied, path, hint=_NO_ROOM)
+            write_state(copied, path, hint=_NO_ROOM, given_up=self._given_up)
             self.rotate(best)
             logger.info("Wrote %s", path)
 

@@ -92,6 +92,14 @@ def test_leaving_and_the_next_checkpoint_wait_for_the_one_before(tmp_path, held_
     assert iterations(checkpoints) == [1, 2]
 
 
+def leave(checkpoints: CheckpointFolder, value: float, error: BaseException | None) -> None:
+    """Save, and end the training, by an error if there is one."""
+    with checkpoints:
+        checkpoints.save(state(value), int(value))
+        if error is not None:
+            raise error
+
+
 def test_a_failed_write_is_raised_later_and_next_to_another_error_only_said(
     tmp_path, monkeypatch, caplog
 ):
@@ -104,22 +112,36 @@ def test_a_failed_write_is_raised_later_and_next_to_another_error_only_said(
         while True:
             checkpoints.check()
 
-    def leave(value: float, error: Exception | None) -> None:
-        with checkpoints:
-            checkpoints.save(state(value), int(value))
-            if error is not None:
-                raise error
-
     checkpoints.save(state(2.0), 2)
     with pytest.raises(DiskFullError, match="step_0000002"):
         steps()
     checkpoints.check()  # once
     with pytest.raises(KeyError):
-        leave(3.0, KeyError())
+        leave(checkpoints, 3.0, KeyError())
     assert "step_0000003" in caplog.text
     with pytest.raises(DiskFullError, match="step_0000004"):
-        leave(4.0, None)
+        leave(checkpoints, 4.0, None)
     assert iterations(checkpoints) == [1]
+
+
+def test_any_failure_of_the_writer_leaves_the_true_error(tmp_path, monkeypatch, caplog):
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("proxydet.training.checkpoint.write_state", fail)
+    with pytest.raises(KeyError):
+        leave(folder(tmp_path), 1.0, KeyError())
+    assert "MemoryError" in caplog.text
+
+
+def test_a_second_ctrl_c_does_not_wait_and_leaves_nothing(tmp_path, held_back):
+    checkpoints = folder(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        leave(checkpoints, 1.0, KeyboardInterrupt())
+    held_back.set()
+    with pytest.raises(RuntimeEnvironmentError, match="step_0000001"):
+        checkpoints.wait()
+    assert list(checkpoints.folder.iterdir()) == []
 
 
 def test_rotation_keeps_newest_milestones_and_best(tmp_path):

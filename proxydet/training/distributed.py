@@ -21,13 +21,17 @@ from proxydet.errors import ConfigError, ProxydetError, RuntimeEnvironmentError,
 T = TypeVar("T")
 # Of what a step exchanges, if the loader may not take longer; a process that has died or hangs is noticed after this time.
 _STEP_TIMEOUT = timedelta(minutes=15)
-# Of the processes' meetings around a start, an evaluation, a checkpoint: while one works, the others wait.
+# Of the waits around a start, an evaluation, a checkpoint: while one process works, the others wait for it.
 _WAIT_TIMEOUT = timedelta(days=2)
-# In it they meet, on the CPU; None where `connect` made none.
-_meeting: dist.ProcessGroup | None = None
+# The group of these waits, on the CPU; None where `connect` made none.
+_wait_group: dist.ProcessGroup | None = None
 # SLURM numbers its own steps (batch script, salloc's shell) down from here.
 _SPECIAL_STEPS = 0xFFFF_FFF0
 START_AGAIN = "Start the same command again: it resumes from the newest checkpoint."
+_INTERFACE_HINT = (
+    "GLOO_SOCKET_IFNAME must name the network interface by which the nodes reach each other (ip address lists them), or be unset: "
+    "then it is that of the host's name."
+)
 KEPT_HINT = "Leave out srun's option --preserve-env (-E)."
 
 
@@ -211,7 +215,7 @@ def connect(device: str, loader_timeout: float = 600.0) -> Iterator[DistInfo]:
     Raises:
         RuntimeEnvironmentError: A GPU is asked for and there is none for this process.
         ConfigError: The process group that exists cannot exchange tensors of the device.
-        TrainingError: The processes did not find each other.
+        TrainingError: The processes did not find each other, or cannot make the group of the waits.
     """
     process = StartedProcess.of()
     local_rank = process.local_rank if process else 0
@@ -219,7 +223,7 @@ def connect(device: str, loader_timeout: float = 600.0) -> Iterator[DistInfo]:
         found = _existing_group(device, local_rank)
         # A backend of someone else's (MPI, a vendor's) may be all that these processes can reach each other by.
         ours = {"gloo", "nccl"} & set(re.split("[:,]", str(dist.get_backend_config())))
-        with _meetings(found.world_size, "gloo" if ours else None):
+        with _waits_together(found.world_size, "gloo" if ours else None, leave=True):
             yield found
         return
     if (
@@ -252,9 +256,10 @@ def connect(device: str, loader_timeout: float = 600.0) -> Iterator[DistInfo]:
         raise TrainingError(
             f"The {process.world_size} processes did not find each other at {process.address}:{process.port}: "
             f"{first_line(error)}",
-            hint="Each must be able to reach that address. Set MASTER_ADDR and MASTER_PORT, the same for all, to take another.",
+            hint="Each must be able to reach that address. Set MASTER_ADDR and MASTER_PORT, the same for all, to take another. "
+            f"{_INTERFACE_HINT}",
         ) from error
-    with _meetings(process.world_size):
+    with _waits_together(process.world_size):
         yield DistInfo(
             rank=process.rank, world_size=process.world_size, local_rank=local_rank, device=place
         )
@@ -262,22 +267,40 @@ def connect(device: str, loader_timeout: float = 600.0) -> Iterator[DistInfo]:
 
 
 @contextmanager
-def _meetings(processes: int, backend: str | None = "gloo") -> Iterator[None]:
-    """Within this context `_meeting` is there: of its own, whose timeout does not concern what a step exchanges.
+def _waits_together(
+    processes: int, backend: str | None = "gloo", *, leave: bool = False
+) -> Iterator[None]:
+    """Within this context `_wait_group` is there: of its own, whose timeout does not concern what a step exchanges.
 
     Args:
-        processes: How many meet.
+        processes: How many wait for each other.
         backend: What it exchanges by; None takes that of the process group that exists.
+        leave: Whether to leave it after an error too.
+
+    Raises:
+        TrainingError: It cannot be made.
     """
-    global _meeting
-    before = _meeting
-    if before is None and processes > 1:
-        made = dist.new_group(backend=backend, timeout=_WAIT_TIMEOUT)
-        _meeting = cast("dist.ProcessGroup", made)
+    global _wait_group
+    if _wait_group is not None or processes == 1:
+        yield
+        return
+    try:
+        _wait_group = cast(
+            "dist.ProcessGroup", dist.new_group(backend=backend, timeout=_WAIT_TIMEOUT)
+        )
+    except (RuntimeError, ValueError) as error:
+        raise TrainingError(
+            f"The group in which the processes wait for each other cannot be made: {first_line(error)}",
+            hint=_INTERFACE_HINT,
+        ) from error
+    ended_well = False
     try:
         yield
+        ended_well = True
     finally:
-        _meeting = before
+        made, _wait_group = _wait_group, None
+        if (leave or ended_well) and dist.is_initialized():
+            dist.destroy_process_group(made)
 
 
 def _existing_group(device: str, local_rank: int) -> DistInfo:
@@ -340,7 +363,7 @@ def check_agreement(info: DistInfo, facts: Mapping[str, str]) -> None:
     if info.world_size == 1:
         return
     gathered: list[Mapping[str, str]] = [{}] * info.world_size
-    dist.all_gather_object(gathered, dict(facts), group=_meeting)
+    dist.all_gather_object(gathered, dict(facts), group=_wait_group)
     for name in gathered[0]:
         by_value: dict[str, list[int]] = {}
         for rank, theirs in enumerate(gathered):
@@ -398,7 +421,7 @@ def share_statistics(
 def wait_for_all(info: DistInfo) -> None:
     """Return when every process has arrived here."""
     if info.world_size > 1:
-        dist.barrier(group=_meeting)
+        dist.barrier(group=_wait_group)
 
 
 def decided_by_main(info: DistInfo, decide: Callable[[], T]) -> T:
@@ -429,5 +452,5 @@ def broadcast_value(value: object, info: DistInfo) -> object:
     if info.world_size == 1:
         return value
     holder = [value]
-    dist.broadcast_object_list(holder, src=0, group=_meeting)
+    dist.broadcast_object_list(holder, src=0, group=_wait_group)
     return holder[0]

@@ -473,6 +473,44 @@ def test_a_group_that_exists_is_joined_and_left_as_it_is(group):
         assert torch.distributed.is_initialized()
 
 
+@pytest.mark.parametrize("error", [None, KeyError()])
+def test_in_a_group_that_exists_the_group_of_the_waits_is_left(group, monkeypatch, error):
+    group("fake")
+    make, leave = torch.distributed.new_group, torch.distributed.destroy_process_group
+    made, left = [], []
+    monkeypatch.setattr(
+        torch.distributed, "new_group", lambda **how: made.append(make(**how)) or made[-1]
+    )
+    monkeypatch.setattr(
+        torch.distributed,
+        "destroy_process_group",
+        lambda *which: left.extend(which) or leave(*which),
+    )
+
+    def work() -> None:
+        with connect("cpu"):
+            assert left == []
+            if error is not None:
+                raise error
+
+    with pytest.raises(KeyError) if error else contextlib.nullcontext():
+        work()
+    assert len(made) == 1
+    assert left == made
+    assert torch.distributed.is_initialized()
+
+
+def test_a_wrong_network_interface_of_the_waits_is_named(group, monkeypatch):
+    def refuse(**_: object) -> None:
+        raise RuntimeError("[enforce fail at gloo/transport/tcp/device.cc:84] ifa != nullptr.")
+
+    group("fake")
+    monkeypatch.setattr(torch.distributed, "new_group", refuse)
+    with pytest.raises(TrainingError, match="gloo") as caught, connect("cpu"):
+        pass
+    assert "GLOO_SOCKET_IFNAME" in str(caught.value.hint)
+
+
 @pytest.mark.parametrize(("current", "expected"), [(0, 1), (3, 3)])
 def test_the_device_is_the_one_that_was_chosen(group, monkeypatch, current, expected):
     group("cpu:fake,cuda:fake")

@@ -124,7 +124,8 @@ def class_wise_mixup_loss(
 def mask_targets(output: MaskOutput, truth: BatchObjects) -> Tensor:
     """Return each region's object cut out by its box and resized to the mask's size: float32 (P, S, S), 0 or 1.
 
-    Polygons are rasterized on the CPU; usually a thread has begun with it when the regions were chosen.
+    Polygons are rasterized on the CPU; usually a thread has begun with it when the regions were chosen. The host waits for that
+    thread, and until CUDA has staged the copy from pageable memory.
     """
     if output.targets_PSS is not None:
         return output.targets_PSS.result().to(output.logits_PSS.device, non_blocking=True)

@@ -94,7 +94,7 @@ def nonempty(boxes: Tensor) -> Tensor:
 
 
 def constant(values: Sequence[float], device: torch.device) -> Tensor:
-    """Return values as float32 on a device; unlike ``new_tensor``, it does not wait for the device."""
+    """Return values as float32 on a device; unlike ``new_tensor``, it waits until they are staged at most, not for the device."""
     return torch.tensor(values, dtype=torch.float32).to(device, non_blocking=True)
 
 

@@ -604,8 +604,7 @@ class BatchObjects:
 
         Every object of an image with ``gt_masks`` has a mask, unless ``gt_masked`` (bool) says otherwise.
 
-        Boxes and classes are put together where they are and moved in one piece, so that moving them does not wait for
-        the device once an image.
+        Boxes and classes are put together where they are and moved in one piece, not once an image.
         """
         counts = tuple(len(image) for image in instances)
         masked = [

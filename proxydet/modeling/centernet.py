@@ -117,7 +117,8 @@ class CenterNetHead(nn.Module):
             if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
                 # Boxes start from these: 8 bits of fraction would move their sides by a fifth of a percent.
                 with torch.autocast(kind, enabled=False):
-                    heatmap, distance = self.agn_hm(hidden.float()), self.bbox_pred(hidden.float())
+                    hidden = hidden.float()  # once: the backward pass keeps it
+                    heatmap, distance = self.agn_hm(hidden), self.bbox_pred(hidden)
             else:
                 heatmap, distance = self.agn_hm(hidden), self.bbox_pred(hidden)
             heatmaps.append(heatmap)
@@ -248,7 +249,11 @@ class Cells:
         size_ranges: tuple[tuple[float, float], ...],
         device: torch.device,
     ) -> Cells:
-        """Lay out the cells of levels with the given shapes, strides and size ranges; does not wait for the device."""
+        """Lay out the cells of levels with the given shapes, strides and size ranges.
+
+        The tables are made on the host and copied from pageable memory: the host waits until CUDA has staged them, not for
+        a result of the device.
+        """
         table_5M, table_6L = _tables(shapes, strides, size_ranges)
         return cls(
             table_5M=table_5M.to(device, non_blocking=True),

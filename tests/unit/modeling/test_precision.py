@@ -13,6 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from proxydet.losses.criterion import build_criterion
+from proxydet.modeling.centernet import CenterNetHead
+from proxydet.modeling.config import ProposalConfig
+from proxydet.modeling.precision import compute_in
 
 HALF = (torch.bfloat16, torch.float16)
 # Convolutions and matrix products, and what lies between two of them inside a part; no sum over a batch, no coordinate.
@@ -109,3 +112,19 @@ def test_tf32_is_on_in_its_parts_alone(tiny, parts, users_tf32):
             assert on == {part in parts and not name.endswith("zs_weight")}, name
     assert all(on == {False} for on in losses.rounded.values())
     assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == users_tf32
+
+
+def test_the_proposal_towers_16_bit_maps_are_kept_once_in_float32():
+    config = ProposalConfig(convs=1, norm_groups=4)
+    head = CenterNetHead(config, 8, levels=1)
+    kept = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.shape == (2, 8, 6, 7) and tensor.dtype == torch.float32:
+            kept[tensor.data_ptr()] = tensor
+        return tensor
+
+    maps = torch.rand(2, 8, 6, 7)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        compute_in("bf16", head, [maps])
+    assert len(kept) == 1

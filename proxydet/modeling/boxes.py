@@ -52,7 +52,7 @@ class Regions:
     def image_N(self) -> Tensor:
         """The image of each region when all are put in one row: int64 (B * R,)."""
         images, regions = self.valid_BR.shape
-        return torch.arange(images, device=self.valid_BR.device).repeat_interleave(regions)
+        return image_of_each([regions] * images, self.valid_BR.device)
 
     def with_boxes(self, boxes_BR4: Tensor, valid_BR: Tensor) -> Regions:
         """Return the same regions with other boxes, zero where not valid."""
@@ -65,7 +65,8 @@ class Regions:
 
 def areas(boxes: Tensor) -> Tensor:
     """Return the areas (...) of boxes (..., 4)."""
-    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+    width, height = (boxes[..., 2:] - boxes[..., :2]).unbind(dim=-1)
+    return width * height
 
 
 def pairwise_iou(boxes_BR4: Tensor, others_BG4: Tensor) -> Tensor:
@@ -111,9 +112,12 @@ def apply_deltas(deltas: Tensor, boxes: Tensor, weights: Weights) -> Tensor:
     """
     scaled = deltas.float() / constant(weights, deltas.device)
     sizes = boxes[..., 2:] - boxes[..., :2]
-    centres = boxes[..., :2] + 0.5 * sizes + scaled[..., :2] * sizes
-    half = 0.5 * sizes * scaled[..., 2:].clamp(max=_LARGEST_LOG_SCALE).exp()
-    return torch.cat([centres - half, centres + half], dim=-1)
+    # Factors of a half are exact, so each goes into the sum that it is needed for.
+    centres = torch.add(boxes[..., :2], sizes, alpha=0.5) + scaled[..., :2] * sizes
+    grown = sizes * scaled[..., 2:].clamp(max=_LARGEST_LOG_SCALE).exp()
+    return torch.cat(
+        [torch.sub(centres, grown, alpha=0.5), torch.add(centres, grown, alpha=0.5)], dim=-1
+    )
 
 
 def deltas_between(boxes: Tensor, targets: Tensor, weights: Weights) -> Tensor:

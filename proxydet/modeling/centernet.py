@@ -10,9 +10,10 @@ image (padded).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -108,10 +109,15 @@ class CenterNetHead(nn.Module):
         nn.init.constant_(self.bbox_pred.bias, config.initial_distance)  # type: ignore[arg-type]
 
     def forward(self, features: list[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Return heatmap logits (B, 1, H, W) and distances (B, 4, H, W), one a level."""
+        """Return heatmap logits (B, 1, H, W) and distances (B, 4, H, W), one a level; of several sizes, size after size."""
         heatmaps, distances = [], []
-        for maps, scale in zip(features, self.scales, strict=True):
-            hidden = self.bbox_tower(maps)
+        towers = list(features)
+        for layer in self.bbox_tower:
+            if isinstance(layer, nn.ReLU):
+                towers = _rectified(towers)
+            else:
+                towers = [layer(maps) for maps in towers]
+        for hidden, scale in zip(towers, cycle(self.scales)):
             kind = hidden.device.type
             # The meta device, on which a dry run counts, has no autocast to ask about.
             if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
@@ -122,8 +128,16 @@ class CenterNetHead(nn.Module):
             else:
                 heatmap, distance = self.agn_hm(hidden), self.bbox_pred(hidden)
             heatmaps.append(heatmap)
-            distances.append(functional.relu(scale(distance)))
-        return tuple(heatmaps), tuple(distances)
+            distances.append(scale(distance))
+        return tuple(heatmaps), tuple(_rectified(distances))
+
+
+def _rectified(maps: list[Tensor]) -> list[Tensor]:
+    """Return the ReLU of maps that nobody else reads; in inference on a GPU in place, with one launch for all."""
+    if not maps[0].is_cuda or torch.is_grad_enabled():
+        return [functional.relu(each) for each in maps]
+    torch._foreach_clamp_min_(maps, 0)
+    return maps
 
 
 class CenterNet(nn.Module):
@@ -143,8 +157,22 @@ class CenterNet(nn.Module):
 
     def forward(self, features: list[Tensor]) -> CenterNetOutput:
         """Run the head on the maps of the levels that propose; ``features`` are all of the pyramid's, finest first."""
-        heatmaps, distances = compute_heads(self.centernet_head, features[-len(self.strides) :])
-        return CenterNetOutput(heatmaps=heatmaps, distances=distances, strides=self.strides)
+        (output,) = self.of_sizes([features])
+        return output
+
+    def of_sizes(self, sizes: Sequence[list[Tensor]]) -> list[CenterNetOutput]:
+        """Run the head on the maps of images of several sizes, with fewer kernels than size by size; else as `forward`."""
+        levels = len(self.strides)
+        maps = [level for features in sizes for level in features[-levels:]]
+        heatmaps, distances = compute_heads(self.centernet_head, maps)
+        return [
+            CenterNetOutput(
+                heatmaps=heatmaps[first : first + levels],
+                distances=distances[first : first + levels],
+                strides=self.strides,
+            )
+            for first in range(0, len(maps), levels)
+        ]
 
     @torch.no_grad()
     def propose(
@@ -164,11 +192,8 @@ class CenterNet(nn.Module):
         if keep is None:
             keep = self.config.keep_train if self.training else self.config.keep_test
         cells = [output.cells() for output in outputs]
-        found = [
-            self._candidates(output, *own, candidates)
-            for output, own in zip(outputs, cells, strict=True)
-        ]
-        numbers = [(scores_BN > 0).sum(dim=1) for _, scores_BN in found]
+        boxes_BN4, scores_BN = self._candidates(outputs, cells, candidates)
+        numbers = [(scores_BN > 0).sum(dim=1)]
         if check:
             values = torch.cat([maps.flatten() for own in cells for maps in own])
             numbers.append(values.isfinite().all()[None])
@@ -178,9 +203,8 @@ class CenterNet(nn.Module):
                 "the features of an image are not finite: the proposal network gave NaN or infinity",
                 hint="the weights are damaged, or half precision is too narrow for them: use float32",
             )
-        each = [pair for boxes, scores in found for pair in zip(boxes, scores, strict=True)]
-        boxes = torch.cat([own[:count] for (own, _), count in zip(each, counts, strict=True)])
-        scores = torch.cat([own[:count] for (_, own), count in zip(each, counts, strict=True)])
+        boxes = torch.cat([own[:count] for own, count in zip(boxes_BN4, counts, strict=True)])
+        scores = torch.cat([own[:count] for own, count in zip(scores_BN, counts, strict=True)])
         nms_input = NmsInput(boxes_N4=boxes, scores_N=scores, counts=counts)
         kept = suppress(nms_input, iou=self.config.nms_iou, limit=keep)
         scores_BR = pad_sequence([scores[places] for places in kept], batch_first=True)
@@ -191,25 +215,51 @@ class CenterNet(nn.Module):
         )
 
     def _candidates(
-        self, output: CenterNetOutput, logits_BM: Tensor, sides_BM4: Tensor, limit: int
+        self,
+        outputs: Sequence[CenterNetOutput],
+        cells: Sequence[tuple[Tensor, Tensor]],
+        limit: int,
     ) -> tuple[Tensor, Tensor]:
-        """Return the best cells of each level as boxes, by descending score; cells below the floor score 0."""
-        probability_BM = logits_BM.sigmoid()
-        points, best, cells, start = [], [], [], 0
-        for heatmap, stride in zip(output.heatmaps, output.strides, strict=True):
-            height, width = heatmap.shape[2:]
-            level_BM = probability_BM[:, start : start + height * width]
-            best_BK, cells_BK = level_BM.topk(min(limit, height * width), dim=1)
-            best.append(best_BK)
-            cells.append(cells_BK + start)
-            # Made on the host and moved in one piece, which is one launch instead of twelve a level.
-            centres_M2 = cell_centres(height, width, stride, torch.device("cpu"))
-            points.append(functional.pad(centres_M2, (0, 1), value=float(stride)))
-            start += height * width
-        points_M3 = torch.cat(points).to(logits_BM.device, non_blocking=True)
-        best_BK, cells_BK = torch.cat(best, dim=1), torch.cat(cells, dim=1)
-        points_BK2, stride_BK1 = points_M3[cells_BK].split((2, 1), dim=-1)
-        sides_BK4 = stride_BK1 * sides_BM4.gather(1, cells_BK[:, :, None].expand(-1, -1, 4))
+        """Return the best cells of each level as boxes, by descending score; cells below the floor score 0.
+
+        What has to run size by size and level by level is the choice of the cells; all else is done for all images at once.
+        """
+        device = cells[0][0].device
+        points, best, chosen, places, row, point = [], [], [], [], 0, 0
+        for output, (logits_BM, _) in zip(outputs, cells, strict=True):
+            probability_BM = logits_BM.sigmoid()
+            images, number = logits_BM.shape
+            levels, starts, start = [], [], 0
+            for heatmap, stride in zip(output.heatmaps, output.strides, strict=True):
+                height, width = heatmap.shape[2:]
+                level_BM = probability_BM[:, start : start + height * width]
+                levels.append(level_BM.topk(min(limit, height * width), dim=1))
+                starts.append(torch.full((levels[-1].values.shape[1],), start))
+                centres_M2 = cell_centres(height, width, stride, torch.device("cpu"))
+                points.append(functional.pad(centres_M2, (0, 1), value=float(stride)))
+                start += height * width
+            best.append(torch.cat([level.values for level in levels], dim=1))
+            chosen.append(torch.cat([level.indices for level in levels], dim=1))
+            # Of each candidate's level: the place of its first cell among all points, and among all images' cells.
+            first_K, row_B1 = torch.cat(starts), row + number * torch.arange(images)[:, None]
+            places.append(torch.stack([(point + first_K).expand(images, -1), row_B1 + first_K]))
+            row, point = row + images * number, point + number
+        most = max(own.shape[1] for own in best)
+        best_BK, cells_BK, first_2BK = (
+            torch.cat(
+                [
+                    own if own.shape[-1] == most else functional.pad(own, (0, most - own.shape[-1]))
+                    for own in parts
+                ],
+                dim=-2,
+            )
+            for parts in (best, chosen, places)
+        )
+        # Made on the host and moved in one piece, which is one launch instead of twelve a level.
+        points_M3 = torch.cat(points).to(device, non_blocking=True)
+        point_BK, row_BK = first_2BK.to(device, non_blocking=True) + cells_BK
+        points_BK2, stride_BK1 = points_M3[point_BK].split((2, 1), dim=-1)
+        sides_BK4 = stride_BK1 * torch.cat([sides.flatten(0, 1) for _, sides in cells])[row_BK]
         scores_BK = torch.where(best_BK > self.config.score_floor, best_BK.sqrt(), 0.0)
         scores_BN, order_BN = scores_BK.sort(dim=1, descending=True, stable=True)
         boxes_BK4 = boxes_around(points_BK2, sides_BK4)

@@ -21,7 +21,7 @@ from torch.nn.utils import fuse_conv_bn_eval
 from proxydet.errors import ConfigError, DataError, VocabularyError
 from proxydet.modeling.backbone import build_backbone, pixel_statistics
 from proxydet.modeling.boxes import Regions, keep_best
-from proxydet.modeling.centernet import CenterNet, CenterNetOutput, zero_with_gradient
+from proxydet.modeling.centernet import CenterNet, zero_with_gradient
 from proxydet.modeling.config import InferenceConfig, ModelConfig, Precision, ProposalConfig
 from proxydet.modeling.postprocess import (
     ClassText,
@@ -439,10 +439,14 @@ class ProxyDetNetwork(nn.Module):
             return []
         with heads_in(precision):
             parts = [
-                self._propose([images[index] for index in group], precision)
+                self._view([images[index] for index in group], precision)
                 for group in groups.values()
             ]
             maps = [own for own, _ in parts]
+            levels = [own for _, own in parts]
+            # One size is an ordinary call of the module, which hooks on it see.
+            generator = self.proposal_generator
+            outputs = [generator(*levels)] if len(levels) == 1 else generator.of_sizes(levels)
             place_B = torch.tensor([place for own in groups.values() for place in range(len(own))])
             batch = FeatureBatch(
                 features=maps[0].features,
@@ -450,7 +454,7 @@ class ProxyDetNetwork(nn.Module):
                 further=tuple(own.features for own in maps[1:]),
                 place_B=None if len(maps) == 1 else place_B.to(self.device, non_blocking=True),
             )
-            proposals = self.proposal_generator.propose(*(own for _, own in parts), check=True)
+            proposals = generator.propose(*outputs, check=True)
             regions = self.roi_heads.embed(batch, proposals)
             found = detect_classes([regions], classes, self.classifiers(), settings)
             masks = settings.masks and self.has_mask_head
@@ -491,7 +495,8 @@ class ProxyDetNetwork(nn.Module):
         with heads_in(precision):
             features = []
             for view in views:
-                batch, output = self._propose([view.image], precision)
+                batch, levels = self._view([view.image], precision)
+                output = self.proposal_generator(levels)
                 proposals = self.proposal_generator.propose(output, check=True)
                 features.append(
                     ViewFeatures(batch=batch, proposals=proposals, mirrored=view.mirrored)
@@ -506,16 +511,14 @@ class ProxyDetNetwork(nn.Module):
                 original_size=original_size,
             )
 
-    def _propose(
-        self, images: list[Tensor], precision: Format
-    ) -> tuple[FeatureBatch, CenterNetOutput]:
+    def _view(self, images: list[Tensor], precision: Format) -> tuple[FeatureBatch, list[Tensor]]:
+        """Return the features of images of one padded size: what the heads pool from, and the maps of all levels."""
         stacked = self._stack(images)
         if self.device.type == "cpu":
             # Convolutions keep this layout and need not convert their maps back after each.
             stacked = stacked.channels_last()
         features = self._features(stacked, precision)
-        output = self.proposal_generator(list(features.values()))
-        return self._feature_batch(features, stacked), output
+        return self._feature_batch(features, stacked), list(features.values())
 
     def _checked(
         self, images: Sequence[Tensor], settings: InferenceConfig | None

@@ -125,33 +125,32 @@ class RegionPooler(nn.Module):
         # Boxes that are not finite have no level; whoever made them checks for them once a batch.
         boxes_N4 = boxes_N4.nan_to_num(nan=0.0)
         rois_N5 = torch.cat([image_N[:, None].to(boxes_N4.dtype), boxes_N4], dim=1)
-        position_N = self._position(boxes_N4)
+        level_N = self._level(boxes_N4)
         parts, start = [], 0
         for features, count in groups:
             begins = range(start, start + max(count, 1), size)
             start += count
             parts += [(features, slice(begin, min(begin + size, start))) for begin in begins]
         if boxes_N4.device.type == "cpu" and not is_rounded():
+            position_N = level_N.long() - self.levels[0]
             for features, own in parts:
                 yield align_regions(features, rois_N5[own], position_N[own], self._grid)
             return
-        positions_L = torch.arange(len(self.levels), device=boxes_N4.device)
+        levels_L = torch.arange(self.levels[0], self.levels[-1] + 1, device=boxes_N4.device)
+        is_own_LN = level_N == levels_L[:, None]
         if self.config.sampling_ratio == 0 and not is_replaced():
             # Every box from every level, shrunk to a point on those that are not its own: there it has no sample, costs
             # little and counts 0. So the host need not know how many boxes each level has.
-            is_own_LN1 = (position_N == positions_L[:, None])[:, :, None]
-            rois_LN5 = torch.where(is_own_LN1, rois_N5, 0.0)
+            rois_LN5 = rois_N5 * is_own_LN[:, :, None]
             for features, own in parts:
                 pooled = self.level_poolers[0](features[0], rois_LN5[0, own])
                 for index in range(1, len(self.levels)):
                     pooled += self.level_poolers[index](features[index], rois_LN5[index, own])
                 yield pooled
             return
-        counts = torch.stack(
-            [(position_N[own, None] == positions_L).sum(dim=0) for _, own in parts]
-        ).tolist()
+        counts = torch.stack([is_own_LN[:, own].sum(dim=1) for _, own in parts]).tolist()
         for (features, own), per_level in zip(parts, counts, strict=True):
-            rows_of_level = position_N[own].argsort(stable=True).split(per_level)
+            rows_of_level = level_N[own].argsort(stable=True).split(per_level)
             yield self._pool_part(features, rois_N5[own], rows_of_level)
 
     def _pool_part(
@@ -162,16 +161,16 @@ class RegionPooler(nn.Module):
             output.index_put_((rows,), pooler(maps, rois_N5[rows]))
         return output
 
-    def _position(self, boxes_N4: Tensor) -> Tensor:
-        """Return the place among the levels of the one that each box is pooled from: int64 (N,)."""
-        return self.level(boxes_N4) - self.levels[0]
-
     def level(self, boxes_N4: Tensor) -> Tensor:
         """Return the level that each box is pooled from: int64 (N,)."""
+        return self._level(boxes_N4).long()
+
+    def _level(self, boxes_N4: Tensor) -> Tensor:
+        """Return the same as whole numbers in the boxes' type, which saves a kernel."""
         size, level = self.config.canonical_size, self.config.canonical_level
         # The small number keeps empty boxes at a finite level and equals the published rounding.
         octaves_N = torch.log2(areas(boxes_N4).clamp(min=0).sqrt() / size + 1e-8)
-        return torch.floor(level + octaves_N).clamp(self.levels[0], self.levels[-1]).long()
+        return torch.floor(level + octaves_N).clamp(self.levels[0], self.levels[-1])
 
 
 class _ScaleGradient(torch.autograd.Function):

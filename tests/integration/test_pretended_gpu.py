@@ -157,12 +157,12 @@ def test_a_training_step_gives_the_cpus_losses_and_gradients(kind, kind_of_batch
 @pytest.mark.parametrize(
     ("work", "launched", "waited"),
     [
-        ("box step, 8 images", 1966, 6),
-        ("label step, 2 images", 974, 4),
-        ("box step, 8 images, published", 2148, 12),
-        ("label step, 2 images, published", 1108, 9),
-        ("inference, 1 image", 746, 8),
-        ("inference, 4 images of 2 sizes", 1062, 8),
+        ("box step, 8 images", 1922, 6),
+        ("label step, 2 images", 927, 4),
+        ("box step, 8 images, published", 2110, 12),
+        ("label step, 2 images, published", 1066, 9),
+        ("inference, 1 image", 687, 8),
+        ("inference, 4 images of 2 sizes", 960, 8),
     ],
 )
 def test_r50_launches_and_waits_no_more_often_than_it_did(work, launched, waited):

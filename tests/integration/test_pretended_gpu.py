@@ -91,7 +91,7 @@ def test_inference_gives_the_cpus_detections(kind, settings):
 def test_views_batches_and_results_are_the_cpus():
     pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
     detector = Detector(network(), shortest=64, longest=96, inference=ALL)
-    augmented = detector.with_settings(flip=True, scales=(1.0, 1.3))
+    augmented = detector.with_settings(flip=True, scales=(1.3,))
 
     def run() -> tuple[list[Prediction], list[list[dict]]]:
         predictions = [

@@ -15,6 +15,7 @@ import argparse
 from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 
 import tiny_detector as tiny
@@ -96,28 +97,33 @@ def label_batch(images: int, classes: int = CLASSES) -> ImageLabelBatch:
 
 def training_step(batch: Batch, mode: Mode = "off") -> PretendedGpu:
     """Take an optimiser step on a batch; one on objects came before, as the first reaches each parameter for the first time."""
-    config = TrainingConfig()
     with reproducibility_mode(mode), PretendedGpu() as gpu:
-        network = gpu.moved(r50().train())
-        state = TrainingState(
-            network=network,
-            model=TrainingModel(network, Criterion(LOSSES), device=CUDA),
-            optimizer=build_optimizer(network.parameters(), config.optimizer),
-            scaler=torch.amp.GradScaler("cuda", enabled=False),
-            seed=3,
-            replicas=1,
-        )
-        for given in (box_batch(1), batch):
-            with gpu.counted():
-                train_step(
-                    state,
-                    [given],
-                    config=config,
-                    step=Fraction(1),
-                    ranks=DistInfo(device=CUDA),
-                    failures=Path(),
-                )
+        state = _begun(mode)
+        with gpu.counted():
+            _step(state, batch)
     return gpu
+
+
+@cache
+def _begun(mode: Mode) -> TrainingState:
+    network = PretendedGpu.moved(r50().train())
+    state = TrainingState(
+        network=network,
+        model=TrainingModel(network, Criterion(LOSSES), device=CUDA),
+        optimizer=build_optimizer(network.parameters(), TrainingConfig().optimizer),
+        scaler=torch.amp.GradScaler("cuda", enabled=False),
+        seed=3,
+        replicas=1,
+    )
+    _step(state, box_batch(1))
+    return state
+
+
+def _step(state: TrainingState, batch: Batch) -> None:
+    ranks = DistInfo(device=CUDA)
+    train_step(
+        state, [batch], config=TrainingConfig(), step=Fraction(1), ranks=ranks, failures=Path()
+    )
 
 
 def inference(*sizes: tuple[int, int]) -> PretendedGpu:

@@ -21,8 +21,9 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
@@ -31,7 +32,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_flatten, tree_map
 
 CUDA = torch.device("cuda", 0)
 _CPU = torch.device("cpu")
@@ -78,12 +78,32 @@ def _place() -> str:
     while frame is not None:
         code = frame.f_code
         if not place and code.co_filename.startswith(_PROJECT):
-            name = Path(code.co_filename).relative_to(_PROJECT)
-            place = f"{name}:{frame.f_lineno} {code.co_name}"
+            place = f"{code.co_filename[len(_PROJECT) + 1 :]}:{frame.f_lineno} {code.co_name}"
         if code.co_name == "_engine_run_backward" and "backward" not in place:
             return "backward"
         frame = frame.f_back  # type: ignore[assignment]
     return place or "elsewhere"
+
+
+# torch's own functions for nested values look for many more kinds of them, and take half of a test's time.
+def _leaves(value: Any) -> Iterator[Any]:
+    """Yield what is in tuples, lists and dicts."""
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _leaves(item)
+    elif isinstance(value, dict):
+        yield from _leaves(tuple(value.values()))
+    else:
+        yield value
+
+
+def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    """Return the same with a function applied to what is in tuples, lists and dicts."""
+    if isinstance(value, (tuple, list)):
+        return type(value)([_mapped(change, item) for item in value])
+    if isinstance(value, dict):
+        return {name: _mapped(change, item) for name, item in value.items()}
+    return change(value)
 
 
 class GpuTensor(Tensor):
@@ -259,10 +279,10 @@ class PretendedGpu:
 
     def _new_tensor(self, like: GpuTensor, data: Any, **kwargs: Any) -> Tensor:
         kwargs.pop("device", None)
-        for value in tree_flatten(data)[0]:
+        for value in _leaves(data):
             if isinstance(value, GpuTensor):
                 self.download("item")
-        data = tree_map(lambda v: v.values.tolist() if isinstance(v, GpuTensor) else v, data)
+        data = _mapped(lambda v: v.values.tolist() if isinstance(v, GpuTensor) else v, data)
         self.upload(blocking=True)  # torch copies it so
         return GpuTensor(like.values.new_tensor(data, **kwargs))
 
@@ -279,7 +299,7 @@ class PretendedGpu:
         if name == "aten::_pin_memory":
             return args[0]
         self._check_devices(name, args, kwargs)
-        result = func(*tree_map(_values, args), **tree_map(_values, kwargs))
+        result = func(*_mapped(_values, args), **_mapped(_values, kwargs))
         if name in _WAITING:
             self.wait(name)
         if name in _INDEXING:
@@ -291,13 +311,13 @@ class PretendedGpu:
                 self.upload(blocking=True)
         if name == "aten::repeat_interleave" and kwargs.get("output_size") is None:
             self.wait(name)
-        makes_view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
+        makes_view, aliases = _aliasing(func)
         if not makes_view and name not in _NO_KERNEL:
             self.launch(name)
         if name == "aten::_local_scalar_dense":
             return result
-        result = tree_map(_on_device, result)
-        return return_and_correct_aliasing(func, args, kwargs, result)
+        result = _mapped(_on_device, result)
+        return return_and_correct_aliasing(func, args, kwargs, result) if aliases else result
 
     def _copy(
         self, func: Any, target: Tensor, source: Tensor, non_blocking: bool = False
@@ -318,13 +338,20 @@ class PretendedGpu:
             args = [args[0], *args[2:]]
             if not isinstance(args[0], GpuTensor):
                 _refuse(name, "a CPU tensor is indexed by one on the device")
-        tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
+        tensors = [value for value in _leaves((args, kwargs)) if isinstance(value, Tensor)]
         hosts = [tensor for tensor in tensors if not isinstance(tensor, GpuTensor)]
         joins = name in ("aten::cat", "aten::stack")
         if any(joins or host.dim() > 0 for host in hosts):
             _refuse(name, f"CPU tensors of shapes {[tuple(host.shape) for host in hosts]}")
         if hosts and name.endswith("_") and not isinstance(args[0], GpuTensor):
             _refuse(name, "a CPU tensor is changed in place")
+
+
+@cache
+def _aliasing(func: Any) -> tuple[bool, bool]:
+    """Return whether an operation makes a view, and whether its result shares memory with an argument at all."""
+    aliases = [r.alias_info for r in func._schema.returns if r.alias_info]
+    return any(not alias.is_write for alias in aliases), bool(aliases)
 
 
 def _refuse(name: str, what: str) -> NoReturn:
@@ -378,7 +405,7 @@ class _Factories(TorchDispatchMode):
         plain = isinstance(result, Tensor) and not isinstance(result, GpuTensor)
         if not (plain and self._gpu.calling):
             return result
-        if any(isinstance(value, Tensor) for value in tree_flatten((args, kwargs))[0]):
+        if any(isinstance(value, Tensor) for value in _leaves((args, kwargs))):
             return result
         if func._schema.name not in _NO_KERNEL:
             self._gpu.launch(func._schema.name)
@@ -396,7 +423,7 @@ class _HostCalls(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if any(isinstance(value, GpuTensor) for value in tree_flatten((args, kwargs))[0]):
+        if any(isinstance(value, GpuTensor) for value in _leaves((args, kwargs))):
             return self._gpu.call(func, args, kwargs)
         name = getattr(func, "__name__", "")
         if isinstance(args[0] if args else None, Tensor):

@@ -55,7 +55,7 @@ from proxydet.vocabulary.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
-Edges: TypeAlias = npt.NDArray[np.int64]
+Edges: TypeAlias = Callable[[], npt.NDArray[np.int64]]
 
 _RESUME = "free some space and run the same command again; it continues where it stopped"
 
@@ -285,7 +285,7 @@ def result_rows(
     prediction: Prediction,
     image_id: Identifier,
     category_id_C: Sequence[Identifier | None],
-    edges_E: Edges | None = None,
+    edges: Edges | None = None,
 ) -> list[dict[str, Any]]:
     """Return the rows of a results file for what was found in an image.
 
@@ -295,11 +295,11 @@ def result_rows(
         prediction: What was found.
         image_id: The image's id in the annotation file.
         category_id_C: The category id of each class of the vocabulary; detections of classes without one are left out.
-        edges_E: The `mask_edges` of the prediction, where they are known already.
+        edges: The `mask_edges` of the prediction, where it is pasted already.
     """
     boxes_N4 = prediction.boxes_N4.cpu().numpy().astype(np.float32, copy=True)
     boxes_N4[:, 2:] -= boxes_N4[:, :2]
-    masks = rles(prediction, edges_E) if prediction.has_masks else None
+    masks = rles(prediction, edges) if prediction.has_masks else None
     rows: list[dict[str, Any]] = []
     columns = zip(
         boxes_N4.tolist(),
@@ -349,7 +349,7 @@ def _predict(
         found = detector.predict_images(batch, vocabulary, settings)
         if not found or found[0].scores_N.device.type == "cpu":
             return [(prediction, None) for prediction in found]
-        # A GPU pastes masks faster than this machine's threads, which encode them.
+        # A GPU pastes masks faster than this machine's threads, which encode them, behind the network.
         edges = [mask_edges(each) if each.has_masks else None for each in found]
         return list(zip(to_host(found), edges, strict=True))
 
@@ -365,8 +365,8 @@ def _predict(
             for index, made in results:
                 if isinstance(made, DataError):
                     raise made
-                _, (prediction, edges_E) = made
-                rows = partial(result_rows, prediction, ids[index], category_id_C, edges_E)
+                _, (prediction, edges) = made
+                rows = partial(result_rows, prediction, ids[index], category_id_C, edges)
                 behind.add((ids[index], rows), f"image {ids[index]}")
                 shown.advance()
         finally:

@@ -42,12 +42,12 @@ if TYPE_CHECKING:
 # otherwise; at multiples of this no chunk has one but the last, where it is the same as without chunks.
 _STEP = 64
 _MASK_THRESHOLD = 0.5
-# Pixels that are sampled at once, 13 bytes each, and those of which the edges are read back at once, 1 byte each. They bound
-# the memory of a mask that fills a poster.
-_SAMPLES_AT_ONCE = 2**17
+# Pixels that are sampled at once, 13 bytes each (a cache of a CPU; 218 MB of another device, which pays for each launch), and
+# those of which the edges are read back at once, 1 byte each. They bound the memory of a mask that fills a poster.
+_SAMPLES_AT_ONCE, _SAMPLES_OFF_THE_CPU = 2**17, 2**24
 _PIXELS_AT_ONCE = 2**25
-# Masks are pasted at once into windows of at most so many times their pixels.
-_WASTE = 1.5
+# Masks are pasted at once into windows of at most so many times their pixels; the second off the CPU.
+_WASTE, _WASTE_OFF_THE_CPU = 1.5, 4.0
 # Where the network's mask is certainly 0.
 _FAR = 9.0
 
@@ -200,7 +200,7 @@ def masks(prediction: Prediction) -> Tensor:
 
 
 def rles(
-    prediction: Prediction, edges_E: npt.NDArray[np.int64] | None = None
+    prediction: Prediction, edges: Callable[[], npt.NDArray[np.int64]] | None = None
 ) -> list[dict[str, Any]]:
     """Return every detection's mask as COCO run-length encoding (``size``, ``counts`` as text).
 
@@ -208,33 +208,35 @@ def rles(
 
     Args:
         prediction: With masks.
-        edges_E: Its `mask_edges`, where they are known already.
+        edges: Its `mask_edges`, where it is pasted already.
 
     Raises:
         ValueError: The prediction was made without masks.
     """
     masks = len(prediction._require_masks())
-    edges_E = mask_edges(prediction) if edges_E is None else edges_E
-    counts = encode(edges_E, masks, prediction.image_size)
+    edges = mask_edges(prediction) if edges is None else edges
+    counts = encode(edges(), masks, prediction.image_size)
     encoded = [
         {"size": [*prediction.image_size], "counts": text.decode("ascii")} for text in counts
     ]
     return [encoded[index] for index in prediction.mask_index_N.tolist()]
 
 
-def mask_edges(prediction: Prediction) -> npt.NDArray[np.int64]:
-    """Paste the distinct masks on the prediction's device, and return what `proxydet.data.masks.encode` makes RLEs of.
+def mask_edges(prediction: Prediction) -> Callable[[], npt.NDArray[np.int64]]:
+    """Paste the distinct masks on the prediction's device, and find their edges there.
 
-    Waits for the device twice, once more where the masks' windows together have more than 32 million pixels.
+    Waits for a GPU three times, twice more where the masks' windows together have more than 32 million pixels.
+
+    Returns:
+        What does the rest, which needs no device, in any thread: it returns what `proxydet.data.masks.encode` makes RLEs of.
 
     Raises:
         ValueError: The prediction was made without masks.
     """
     pasting = _Pasting(prediction)
     height, width = prediction.image_size
-    base_M = pasting.order_M * (height * width + 1) + pasting.low_M2 @ [height, 1]
     waiting = [part for group in pasting.groups() for part in pasting.parts(*group)]
-    edges = [np.zeros(0, dtype=np.int64)]
+    found: list[tuple[list[_Part], list[int], npt.NDArray[np.int64]]] = []
     while waiting:
         # Of each column one more than its pixels: an edge may be before the first and after the last.
         ends = np.cumsum([part.count * part.wide * (part.high + 1) for part in waiting])
@@ -245,14 +247,23 @@ def mask_edges(prediction: Prediction) -> npt.NDArray[np.int64]:
             padded_nwh = pad(pasting.paste(part), (1, 1))
             edge_nwh = edge_P[start:end].view(part.count, part.wide, part.high + 1)
             torch.ne(padded_nwh[..., 1:], padded_nwh[..., :-1], out=edge_nwh)
-        place_E = np.flatnonzero(edge_P.cpu().numpy())
-        cuts = np.searchsorted(place_E, ends).tolist()
-        for part, start, first, last in zip(parts, [0, *ends], [0, *cuts], cuts, strict=False):
-            column_E, row_E = np.divmod(place_E[first:last] - start, part.high + 1)
-            mask_E, column_E = np.divmod(column_E, part.wide)
-            base_E = base_M[part.start + mask_E]
-            edges.append(base_E + (column_E + part.first) * height + row_E)
-    return np.sort(np.concatenate(edges))
+        on_cpu = pasting.device.type == "cpu"  # where NumPy is faster
+        place_E = np.flatnonzero(edge_P.numpy()) if on_cpu else edge_P.nonzero()[:, 0].cpu().numpy()
+        found.append((parts, ends, place_E))
+
+    def edges() -> npt.NDArray[np.int64]:
+        base_M = pasting.order_M * (height * width + 1) + pasting.low_M2 @ [height, 1]
+        edges = [np.zeros(0, dtype=np.int64)]
+        for parts, ends, place_E in found:
+            cuts = np.searchsorted(place_E, ends).tolist()
+            for part, start, first, last in zip(parts, [0, *ends], [0, *cuts], cuts, strict=False):
+                column_E, row_E = np.divmod(place_E[first:last] - start, part.high + 1)
+                mask_E, column_E = np.divmod(column_E, part.wide)
+                base_E = base_M[part.start + mask_E]
+                edges.append(base_E + (column_E + part.first) * height + row_E)
+        return np.sort(np.concatenate(edges))
+
+    return edges
 
 
 def to_host(predictions: Sequence[Prediction]) -> list[Prediction]:
@@ -316,6 +327,9 @@ class _Pasting:
     def __init__(self, prediction: Prediction) -> None:
         probs_MSS = prediction._require_masks()
         self.device = probs_MSS.device
+        on_cpu = self.device.type == "cpu"
+        self._samples = _SAMPLES_AT_ONCE if on_cpu else _SAMPLES_OFF_THE_CPU
+        self._waste = _WASTE if on_cpu else _WASTE_OFF_THE_CPU
         boxes_M4 = prediction._mask_boxes(probs_MSS).cpu().numpy()
         height, width = prediction.image_size
         self.low_M2 = np.maximum(np.floor(boxes_M4[:, :2]) - 1, 0).astype(np.int64)
@@ -346,7 +360,7 @@ class _Pasting:
             pixels += own_wide * own_high
             wide, high = max(wide, own_wide), max(high, own_high)
             together = (place + 1 - cuts[-1]) * wide * high
-            if place > cuts[-1] and together > min(_SAMPLES_AT_ONCE, _WASTE * pixels):
+            if place > cuts[-1] and together > min(self._samples, self._waste * pixels):
                 cuts.append(place)
                 pixels, wide, high = own_wide * own_high, own_wide, own_high
         return list(zip(cuts, [*cuts[1:], len(self.span_M2)], strict=True))
@@ -354,7 +368,7 @@ class _Pasting:
     def parts(self, start: int, end: int) -> Iterator[_Part]:
         """Yield the parts of some masks, in columns of as many pixels as are sampled at once."""
         wide, high = self.span_M2[start:end].max(axis=0, initial=0).tolist()
-        step = max(_SAMPLES_AT_ONCE // max((end - start) * high, 1), 1)
+        step = max(self._samples // max((end - start) * high, 1), 1)
         for first in range(0, wide if high else 0, step):
             yield _Part(
                 start=start, count=end - start, first=first, wide=min(step, wide - first), high=high

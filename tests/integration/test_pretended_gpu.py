@@ -163,6 +163,7 @@ def test_a_training_step_gives_the_cpus_losses_and_gradients(kind, kind_of_batch
         ("label step, 2 images, published", 1066, 9),
         ("inference, 1 image", 687, 8),
         ("inference, 4 images of 2 sizes", 960, 8),
+        ("300 masks pasted", 92, 3),
     ],
 )
 def test_r50_launches_and_waits_no_more_often_than_it_did(work, launched, waited):

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, Protocol, TypeAlias
+from typing import IO, Any, Protocol, TypeAlias, cast
 
 import msgspec
 import numpy as np
@@ -50,7 +50,7 @@ from proxydet.modeling.config import InferenceConfig
 from proxydet.modeling.postprocess import Prediction, mask_edges, rles, to_host
 from proxydet.modeling.weights import weights_digest
 from proxydet.reporting import SILENT, Progress
-from proxydet.training.distributed import DistInfo, wait_for_all
+from proxydet.training.distributed import DistInfo, broadcast_value, wait_for_all
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -443,7 +443,9 @@ def evaluate_split(
         logger.warning(
             "%s: masks are neither predicted nor scored: %s", split.truth.name, masks_left_out
         )
-    settings = dataclasses.replace(detector.inference, masks=masks)
+    # Each process measured for itself what "auto" means on its device: the main one's choice counts.
+    precision = cast("Any", broadcast_value(detector.inference.precision, info))
+    settings = dataclasses.replace(detector.inference, masks=masks, precision=precision)
     if config.fixed:
         settings = dataclasses.replace(settings, max_detections=config.fixed_per_image)
     vocabulary = fusion_vocabulary(split.data.vocabulary, detector.vocabulary)

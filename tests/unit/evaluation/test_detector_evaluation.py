@@ -125,6 +125,7 @@ def as_rank(monkeypatch) -> Callable[[int, int], None]:
         info = DistInfo(rank=rank, world_size=processes, device=torch.device("cpu"))
         monkeypatch.setattr(detector_evaluation, "current_process", lambda: info)
         monkeypatch.setattr(detector_evaluation, "wait_for_all", lambda _: None)
+        monkeypatch.setattr(detector_evaluation, "broadcast_value", lambda value, _: value)
 
     return pretend
 
@@ -143,6 +144,20 @@ def test_any_number_of_processes_gives_the_same_files(
     assert report.to_dict() == alone.to_dict()
     for name in ("predictions.json", "identity.json"):
         assert (together / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+
+
+def test_the_main_process_chooses_the_number_format_for_all(
+    dataset, vocabulary, tmp_path, as_rank, monkeypatch
+):
+    as_rank(1, 2)
+    monkeypatch.setattr(detector_evaluation, "broadcast_value", lambda _, info: "bf16")
+    guesser = Guesser(vocabulary)
+    evaluate(guesser, dataset, output=tmp_path)
+    assert guesser.inference.precision == "fp32"
+    assert guesser.settings is not None
+    assert guesser.settings.precision == "bf16"
+    identity = json.loads((tmp_path / "identity.json").read_text())
+    assert identity["inference settings"]["precision"] == "bf16"
 
 
 def test_what_predictions_were_made_from_is_recorded(dataset, vocabulary, tmp_path, as_rank):

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from proxydet.errors import DataError
+from proxydet.errors import DataError, ProxydetError
 
 _logger = logging.getLogger(__name__)
 
@@ -122,10 +122,9 @@ class WriteBehind:
         self._thread.shutdown(cancel_futures=True)
         for writer in self._writers:
             writer.abandon()
-        if (
-            self._failure is not None and error is not self._failure[1]
-        ):  # which nobody sees otherwise
-            name, cause = self._failure
+        name, cause = self._failure or ("", None)
+        # An error of ours that ends the work names the file itself.
+        if cause is not None and not (cause is error and isinstance(cause, ProxydetError)):
             _logger.error("the result of %s was not saved: %s", name, cause or repr(cause))
 
     def add(self, result: Any, name: str) -> None:

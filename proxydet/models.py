@@ -211,7 +211,7 @@ def _misspelt(path: Path) -> InputError:
     """What is raised for ``runs/pest`` where ``runs`` is a folder: the hub is not asked for what was meant to be here."""
     return InputError(
         f"there is no {path.name} in the folder {path.parent}",
-        hint=f"{did_you_mean(path)}A repository of that name on the Hugging Face hub: {path.as_posix()}@main",
+        hint=f"{did_you_mean(path)}name a repository of the Hugging Face hub so: {path.as_posix()}@main",
         path=path,
     )
 

@@ -93,13 +93,14 @@ def how_to_restore(path: Path, otherwise: str) -> str:
 
 
 def did_you_mean(path: Path) -> str:
-    """Return ``did you mean runs/pets? `` for what is called nearly so in the same folder, or nothing."""
+    """Return ``did you mean runs/pets? if not, `` for what is called nearly so in the same folder, or nothing."""
     try:
         there = [other.name for other in itertools.islice(path.parent.iterdir(), 10_000)]
     except OSError:
         return ""
     near = difflib.get_close_matches(path.name, there)
-    return f"did you mean {', '.join(str(path.with_name(name)) for name in near)}? " if near else ""
+    names = ", ".join(str(path.with_name(name)) for name in near)
+    return f"did you mean {names}? if not, " if near else ""
 
 
 def require_run(folder: Path) -> Path:
@@ -117,7 +118,7 @@ def require_run(folder: Path) -> Path:
     if not folder.is_dir():
         raise InputError(
             f"there is no run folder {folder}",
-            hint=f"{did_you_mean(folder)}Create one with proxydet quickstart or proxydet train",
+            hint=f"{did_you_mean(folder)}create one with proxydet quickstart or proxydet train",
             path=folder,
         )
     found = run_in(folder)

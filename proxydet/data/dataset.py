@@ -207,7 +207,7 @@ class DatasetConfig:
                 hint = (
                     f"get its data and write it with: {made}"
                     if made
-                    else f"{did_you_mean(path) or 'check the path. '}It is written by: proxydet data init PATH -o {shlex.quote(str(path))}"
+                    else f"{did_you_mean(path) or 'check the path, or '}write it with: proxydet data init PATH -o {shlex.quote(str(path))}"
                 )
             elif isinstance(error, IsADirectoryError):
                 why = f"{path} is a folder, not a dataset config"

@@ -43,6 +43,7 @@ from proxydet.export.runtime import (
     to_image,
 )
 from proxydet.files import staged, write_errors
+from proxydet.modeling.postprocess import to_host
 from proxydet.modeling.weights import weights_digest
 from proxydet.vocabulary.vocabulary import Vocabulary
 from proxydet.weight_files import seal
@@ -465,7 +466,7 @@ def compare(
     predictions = detector.network.detect(
         [scaled], vocabulary, original_sizes=[size], settings=settings
     )
-    expected = predictions[0].to("cpu")
+    (expected,) = to_host(predictions)
     image = np.ascontiguousarray(scaled.permute(1, 2, 0).numpy())
     outputs = exported.run(image, vocabulary, score_threshold)
     found = to_image(outputs, image.shape[:2], size, vocabulary.names)

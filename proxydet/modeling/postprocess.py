@@ -107,17 +107,6 @@ class Prediction:
     def __len__(self) -> int:
         return len(self.scores_N)
 
-    def to(self, device: torch.device | str) -> Prediction:
-        """Return the prediction with all tensors on ``device``."""
-        return Prediction(
-            boxes_N4=self.boxes_N4.to(device),
-            scores_N=self.scores_N.to(device),
-            classes_N=self.classes_N.to(device),
-            mask_probs_MSS=None if self.mask_probs_MSS is None else self.mask_probs_MSS.to(device),
-            mask_index_N=self.mask_index_N.to(device),
-            image_size=self.image_size,
-        )
-
     def choose(self, index: Tensor) -> Prediction:
         """Return some of the detections.
 

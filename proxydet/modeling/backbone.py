@@ -57,6 +57,8 @@ class _FixedNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the gradient."""
+        if not gradient.numel():  # on which torch's kernel divides by 0
+            return torch.zeros_like(gradient), None, None, None, None, None
         mean_C, variance_C, weight_C = ctx.saved_tensors
         # The kernel reads the values that were normalised only for gradients of weight and bias, which are not asked for.
         scaled, _, _ = torch.ops.aten.native_batch_norm_backward(
@@ -84,8 +86,12 @@ class _FixedBatchNorm(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         """Normalise (B, channels, ...) with the stored statistics."""
         settings = self.running_mean, self.running_var, self.weight, self.bias
-        # A compiler decides itself what to keep.
-        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and input.requires_grad):
+        # A compiler decides itself what to keep; and whoever unfreezes the affine later trains it.
+        if (
+            torch.compiler.is_compiling()
+            or not (torch.is_grad_enabled() and input.requires_grad)
+            or any(p is not None and p.requires_grad for p in (self.weight, self.bias))
+        ):
             return functional.batch_norm(input, *settings, eps=self.eps)
         normalised: Tensor = _FixedNorm.apply(input, *settings, self.eps)
         return normalised

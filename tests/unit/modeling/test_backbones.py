@@ -161,6 +161,21 @@ def test_stochastic_depth_grows_over_the_blocks_and_acts_in_training_only():
     assert any(not torch.equal(outputs[0], output) for output in outputs)
 
 
+def test_a_frozen_norm_takes_an_empty_batch():
+    maps = torch.zeros(0, 5, 6, 7, requires_grad=True)
+    FrozenBatchNorm(5)(maps).sum().backward()
+    assert maps.grad.shape == maps.shape
+
+
+def test_a_frozen_norm_that_is_unfrozen_learns():
+    norm, maps = FrozenBatchNorm(5), torch.randn(2, 5, 6, 7, requires_grad=True)
+    norm.bias.requires_grad_(True)
+    norm(maps).sum().backward()
+    assert norm.bias.grad.tolist() == [2 * 6 * 7] * 5
+    assert norm.weight.grad is None
+    assert maps.grad is not None
+
+
 def test_the_frozen_norm_of_inference_is_that_of_training():
     generator = torch.Generator().manual_seed(0)
     norm = FrozenBatchNorm(5)

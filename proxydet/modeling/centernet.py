@@ -34,8 +34,9 @@ _SMALLEST_SIDE = 0.01
 # Heatmap targets below this are 0.
 _FAINTEST = 1e-4
 _FAR = 1e8
-# Most pairs of an object and a cell whose targets are computed in one piece: 64 MiB a tensor of them.
-_PAIRS_AT_ONCE = 2**24
+# Most pairs of an object and a cell whose targets are computed in one piece, where one image has no more: 16 MiB a tensor of
+# them. 8 images of 640 x 640 pixels come in one piece up to 61 objects an image; with 245 they take 410 MiB.
+_PAIRS_AT_ONCE = 2**22
 
 LOCATION = "loss_centernet_loc"
 POSITIVE = "loss_centernet_agn_pos"
@@ -58,6 +59,10 @@ class CenterNetOutput:
     heatmaps: tuple[Tensor, ...]
     distances: tuple[Tensor, ...]
     strides: tuple[int, ...]
+
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """Return height and width of each level in cells."""
+        return tuple((maps.shape[2], maps.shape[3]) for maps in self.heatmaps)
 
     def cells(self) -> tuple[Tensor, Tensor]:
         """Return the logits (B, M) and the distances (B, M, 4) of all cells, the finest level's first, row by row: float32."""
@@ -230,14 +235,12 @@ class CenterNet(nn.Module):
             probability_BM = logits_BM.sigmoid()
             images, number = logits_BM.shape
             levels, starts, start = [], [], 0
-            for heatmap, stride in zip(output.heatmaps, output.strides, strict=True):
-                height, width = heatmap.shape[2:]
+            for height, width in output.shapes():
                 level_BM = probability_BM[:, start : start + height * width]
                 levels.append(level_BM.topk(min(limit, height * width), dim=1))
                 starts.append(torch.full((levels[-1].values.shape[1],), start))
-                centres_M2 = cell_centres(height, width, stride, torch.device("cpu"))
-                points.append(functional.pad(centres_M2, (0, 1), value=float(stride)))
                 start += height * width
+            points.append(_points(output.shapes(), output.strides))
             best.append(torch.cat([level.values for level in levels], dim=1))
             chosen.append(torch.cat([level.indices for level in levels], dim=1))
             # Of each candidate's level: the place of its first cell among all points, and among all images' cells.
@@ -266,6 +269,17 @@ class CenterNet(nn.Module):
         return boxes_BK4.gather(1, order_BN[:, :, None].expand(-1, -1, 4)), scores_BN
 
 
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)  # what is kept may be used in training
+def _points(shapes: tuple[tuple[int, int], ...], strides: tuple[int, ...]) -> Tensor:
+    """Return x and y of each cell's point, and its stride, in pixels (M, 3); on the host, where it costs no launches."""
+    levels = []
+    for (height, width), stride in zip(shapes, strides, strict=True):
+        centres_M2 = cell_centres(height, width, stride, torch.device("cpu"))
+        levels.append(functional.pad(centres_M2, (0, 1), value=float(stride)))
+    return torch.cat(levels)
+
+
 def boxes_around(points: Tensor, sides: Tensor) -> Tensor:
     """Return the boxes (..., 4) whose sides have the given distances (..., 4) from points (..., 2), in pixels."""
     top_left = points - sides[..., :2]
@@ -284,12 +298,10 @@ class Cells:
         table_5M: Of each cell: x and y of its point in pixels, its stride in pixels, and the smallest and largest half
             diagonal that its level learns.
         table_6L: Of each level: stride, smallest and largest half diagonal, its first cell, its width and height in cells.
-        starts: First cell of each level.
     """
 
     table_5M: Tensor
     table_6L: Tensor
-    starts: tuple[int, ...]
 
     @classmethod
     def of_levels(
@@ -308,7 +320,6 @@ class Cells:
         return cls(
             table_5M=table_5M.to(device, non_blocking=True),
             table_6L=table_6L.to(device, non_blocking=True),
-            starts=tuple(int(start) for start in table_6L[3]),
         )
 
 
@@ -319,14 +330,13 @@ def _tables(
     size_ranges: tuple[tuple[float, float], ...],
 ) -> tuple[Tensor, Tensor]:
     """Make the two tables of `Cells` on the host, where it costs no launches."""
-    columns, levels, start = [], [], 0
+    ranges, levels, start = [], [], 0
     for (height, width), stride, (low, high) in zip(shapes, strides, size_ranges, strict=True):
-        points_2M = cell_centres(height, width, stride, torch.device("cpu")).T
-        level_3M = torch.tensor([stride, low, high])[:, None].expand(3, height * width)
-        columns.append(torch.cat([points_2M, level_3M]))
+        ranges.append(torch.tensor([low, high])[:, None].expand(2, height * width))
         levels.append([stride, low, high, start, width, height])
         start += height * width
-    return torch.cat(columns, dim=1), torch.tensor(levels).T.contiguous()
+    table_5M = torch.cat([_points(shapes, strides).T, torch.cat(ranges, dim=1)])
+    return table_5M, torch.tensor(levels).T.contiguous()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -470,9 +480,8 @@ def centernet_losses(
         ConfigError: There are not as many size ranges as levels.
     """
     config.check_levels(len(output.strides))
-    shapes = tuple((maps.shape[2], maps.shape[3]) for maps in output.heatmaps)
     device = output.heatmaps[0].device
-    cells = Cells.of_levels(shapes, output.strides, config.size_ranges, device)
+    cells = Cells.of_levels(output.shapes(), output.strides, config.size_ranges, device)
     targets = centernet_targets(truth.boxes_BG4, truth.valid_BG, cells, config)
     logits_BM, distances_BM4 = output.cells()
     return losses_from_targets(logits_BM, distances_BM4, targets, config)

@@ -163,7 +163,7 @@ def _positive_places(targets: CenterNetTargets, cells: Cells, counts: list[int])
     places = []
     images = len(targets.centres_BGL)
     for image in range(images):
-        for level, start in enumerate(cells.starts):
+        for level, start in enumerate(cells.table_6L[3].long().tolist()):
             positive_G = targets.positive_BGL[image, :, level]
             chosen = targets.centres_BGL[image, :, level][positive_G] - start
             places += (chosen + images * start + image * counts[level]).tolist()

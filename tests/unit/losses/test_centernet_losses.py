@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from proxydet.errors import ConfigError
 from proxydet.losses.config import CenterNetLossConfig
@@ -38,6 +40,28 @@ def targets_of(*images):
         boxes_BG4[image, : len(boxes)] = torch.tensor(boxes).reshape(-1, 4)
         valid_BG[image, : len(boxes)] = True
     return centernet_targets(boxes_BG4, valid_BG, CELLS, CONFIG)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most elements that a tensor which is made in it has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        found = operation(*args, **(kwargs or {}))
+        self.elements = max(
+            [self.elements, *(t.numel() for t in tree_leaves(found) if isinstance(t, torch.Tensor))]
+        )
+        return found
+
+
+def test_many_objects_do_not_take_much_memory():
+    shapes, strides = ((80, 80), (40, 40), (20, 20)), (8, 16, 32)
+    cells = Cells.of_levels(shapes, strides, (*RANGES, (32.0, 1e8)), torch.device("cpu"))
+    boxes_BG4 = torch.tensor([[100.0, 100.0, 140.0, 150.0]]).expand(8, 200, 4)
+    with Largest() as largest:
+        centernet_targets(boxes_BG4, torch.ones(8, 200, dtype=torch.bool), cells, CONFIG)
+    assert largest.elements <= 2**22
 
 
 corner = st.floats(0, 40, width=32)

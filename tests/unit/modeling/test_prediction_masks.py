@@ -113,11 +113,3 @@ def test_choosing_without_masks(found):
     assert not chosen.has_masks
     with pytest.raises(ValueError, match="no masks"):
         rles(chosen)
-
-
-def test_to_moves_every_tensor(found):
-    moved = found.to("meta")
-    assert all(
-        getattr(moved, name).device.type == "meta"
-        for name in ("boxes_N4", "scores_N", "classes_N", "mask_probs_MSS", "mask_index_N")
-    )

@@ -13,10 +13,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import fuse_conv_bn_eval
+from torch.nn.utils.rnn import pad_sequence
 
 from proxydet.errors import ConfigError, DataError, VocabularyError
 from proxydet.modeling.backbone import build_backbone, pixel_statistics
@@ -35,6 +37,7 @@ from proxydet.modeling.roi_heads import (
     BoxTrainingOutput,
     FeatureBatch,
     ImageLabelTrainingOutput,
+    RegionEmbeddings,
     RoiHeads,
     TrainingClasses,
     TrainingOutput,
@@ -430,32 +433,11 @@ class ProxyDetNetwork(nn.Module):
         sizes = original_sizes or [(image.shape[1], image.shape[2]) for image in images]
         if len(sizes) != len(images):
             raise ValueError(f"{len(images)} images but {len(sizes)} original sizes")
-        groups: dict[tuple[int, int], list[int]] = {}
-        for index, image in enumerate(images):
-            size = padded_size(image.shape[1], image.shape[2], self.backbone.size_divisibility)
-            groups.setdefault(size, []).append(index)
-        order = [index for group in groups.values() for index in group]
-        if not order:
+        if not images:
             return []
         with heads_in(precision):
-            parts = [
-                self._view([images[index] for index in group], precision)
-                for group in groups.values()
-            ]
-            maps = [own for own, _ in parts]
-            levels = [own for _, own in parts]
-            # One size is an ordinary call of the module, which hooks on it see.
-            generator = self.proposal_generator
-            outputs = [generator(*levels)] if len(levels) == 1 else generator.of_sizes(levels)
-            place_B = torch.tensor([place for own in groups.values() for place in range(len(own))])
-            batch = FeatureBatch(
-                features=maps[0].features,
-                sizes_B2=torch.cat([own.sizes_B2 for own in maps]),
-                further=tuple(own.features for own in maps[1:]),
-                place_B=None if len(maps) == 1 else place_B.to(self.device, non_blocking=True),
-            )
-            proposals = generator.propose(*outputs, check=True)
-            regions = self.roi_heads.embed(batch, proposals)
+            order, batch, levels = self._by_size(images, precision)
+            regions = self.roi_heads.embed(batch, self._proposals(levels))
             found = detect_classes([regions], classes, self.classifiers(), settings)
             masks = settings.masks and self.has_mask_head
             predictions = assemble_predictions(
@@ -465,6 +447,83 @@ class ProxyDetNetwork(nn.Module):
                 self.roi_heads.mask_probabilities if masks else None,
             )
         return [predictions[order.index(index)] for index in range(len(images))]
+
+    @torch.inference_mode()
+    def embed(
+        self,
+        images: Sequence[Tensor],
+        boxes: Sequence[Tensor] | None = None,
+        *,
+        settings: InferenceConfig | None = None,
+    ) -> RegionEmbeddings:
+        """Embed regions: what `detect` scores the classes by, before any class is named.
+
+        `proxydet.modeling.postprocess.detect_classes` makes detections of it, for any vocabulary.
+
+        Args:
+            images: As for `detect`, at least one.
+            boxes: Boxes (N, 4) of each image, xyxy in its pixels, which all steps pool as they are; the proposal score of
+                each is 1. None: the regions that `detect` finds.
+            settings: Say the number format; None: fp32.
+
+        Returns:
+            Regions of the images in their order, on the network's device, padded to those of the image with the most.
+
+        Raises:
+            DataError: An image has the wrong shape.
+            RuntimeError: The network is in training mode.
+        """
+        settings, precision = self._checked(images, settings)
+        if boxes is not None and len(boxes) != len(images):
+            raise ValueError(f"{len(images)} images but boxes of {len(boxes)}")
+        with heads_in(precision):
+            order, batch, levels = self._by_size(images, precision)
+            if boxes is None:
+                regions = self._proposals(levels)
+            else:
+                own = [boxes[index].to(self.device, torch.float32) for index in order]
+                valid_BR = pad_sequence(
+                    [torch.ones_like(b[:, 0], dtype=torch.bool) for b in own], True
+                )
+                regions = Regions(
+                    boxes_BR4=pad_sequence(own, True),
+                    objectness_BR=valid_BR.float(),
+                    valid_BR=valid_BR,
+                )
+            embedded = self.roi_heads.embed(batch, regions, refine=boxes is None)
+        return embedded.choose(torch.tensor(order).argsort().to(self.device))
+
+    def _by_size(
+        self, images: Sequence[Tensor], precision: Format
+    ) -> tuple[list[int], FeatureBatch, list[list[Tensor]]]:
+        """Run the backbone on images, those of one padded size together.
+
+        Returns:
+            The place of each image among the given ones; features in this order; the maps of all levels of each size.
+        """
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, image in enumerate(images):
+            size = padded_size(image.shape[1], image.shape[2], self.backbone.size_divisibility)
+            groups.setdefault(size, []).append(index)
+        order = [index for group in groups.values() for index in group]
+        parts = [
+            self._view([images[index] for index in group], precision) for group in groups.values()
+        ]
+        maps = [own for own, _ in parts]
+        place_B = torch.tensor([place for own in groups.values() for place in range(len(own))])
+        batch = FeatureBatch(
+            features=maps[0].features,
+            sizes_B2=torch.cat([own.sizes_B2 for own in maps]),
+            further=tuple(own.features for own in maps[1:]),
+            place_B=None if len(maps) == 1 else place_B.to(self.device, non_blocking=True),
+        )
+        return order, batch, [own for _, own in parts]
+
+    def _proposals(self, levels: list[list[Tensor]]) -> Regions:
+        # One size is an ordinary call of the module, which hooks on it see.
+        generator = self.proposal_generator
+        outputs = [generator(*levels)] if len(levels) == 1 else generator.of_sizes(levels)
+        return generator.propose(*outputs, check=True)
 
     @torch.inference_mode()
     def detect_views(
@@ -543,10 +602,21 @@ class ProxyDetNetwork(nn.Module):
             if known is vocabulary and device == self.device:
                 return text
         self._check_dimension(vocabulary)
-        text_CD, base_C = torch.tensor(vocabulary.normalised()), torch.tensor(vocabulary.base)
+        weights_CD = vocabulary.normalised() * vocabulary.scale[:, None]
+
+        def moved(values: npt.NDArray[Any]) -> Tensor:
+            return torch.tensor(values).to(self.device, non_blocking=True)
+
         text = ClassText(
-            text_DC=text_CD.to(self.device, non_blocking=True).T,
-            base_C=base_C.to(self.device, non_blocking=True),
+            text_DC=moved(weights_CD).T,
+            base_C=moved(vocabulary.base),
+            bias_C=moved(vocabulary.bias) if vocabulary.bias.any() else None,
+            threshold_C=moved(vocabulary.threshold)
+            if np.isfinite(vocabulary.threshold).any()
+            else None,
+            background_K=moved(np.flatnonzero(vocabulary.background))
+            if vocabulary.background.any()
+            else None,
         )
         self._last_classes = ((vocabulary, self.device, text),)
         return text

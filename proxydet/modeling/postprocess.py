@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 # otherwise; at multiples of this no chunk has one but the last, where it is the same as without chunks.
 _STEP = 64
 _MASK_THRESHOLD = 0.5
+# The score of a pair of region and class that is not in the result, whatever the threshold.
+_NEVER = -1.0
 # Pixels that are sampled at once, 13 bytes each (a cache of a CPU; 218 MB of another device, which pays for each launch), and
 # those of which the edges are read back at once, 1 byte each. They bound the memory of a mask that fills a poster.
 _SAMPLES_AT_ONCE, _SAMPLES_OFF_THE_CPU = 2**17, 2**24
@@ -380,15 +382,21 @@ class _Pasting:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassText:
-    """The classes to detect, on the network's device.
+    """The classes to detect, on the network's device: a linear scorer of region embeddings each.
 
     Attributes:
-        text_DC: Normalised text embeddings, a column each.
+        text_DC: A column each: the normalised text embedding, times the class's scale.
         base_C: bool, classes that count as base.
+        bias_C: Added to the logits of all branches and steps; None: nothing is.
+        threshold_C: What detections of the class must score above; NaN: the settings' threshold; None: that for all.
+        background_K: int64, classes that take the regions for which they score best, and are not reported; None: there are none.
     """
 
     text_DC: Tensor
     base_C: Tensor
+    bias_C: Tensor | None = None
+    threshold_C: Tensor | None = None
+    background_K: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -464,7 +472,7 @@ def detect_classes(
         if values is not None
     ]
     scorers = [_Scorer(regions, classes, classifiers, settings) for regions in views]
-    search = _Search(scorers, views[0], settings)
+    search = _Search(scorers, views[0], classes, settings)
     # Over all classes at once, no class of a region survives its best one: the boxes are the same.
     best_only = settings.one_class_per_proposal or settings.agnostic_nms
     found = (search.best_classes if best_only else search.candidates)(len(classes.base_C))
@@ -511,31 +519,51 @@ class _Scorer:
         self._weight_C = torch.where(classes.base_C, settings.alpha, settings.beta)
         self._proposal_N1 = regions.proposal_scores_BR.flatten()[:, None]
 
-    def scores(self, columns: slice) -> Tensor:
-        """Return the scores (N, classes) of a range of classes."""
-        text_DC = self._classes.text_DC[:, columns]
-        scores_NC = self._probabilities(0, text_DC)
+    def scores(self, columns: slice | Tensor) -> Tensor:
+        """Return the scores (N, classes) of a range of classes, or of those at some places."""
+        text_DC, bias_C = self._classes.text_DC[:, columns], self._classes.bias_C
+        if bias_C is not None:
+            bias_C = bias_C[columns]
+        scores_NC = self._probabilities(0, text_DC, bias_C)
         for step in range(1, self._steps):
-            scores_NC += self._probabilities(step, text_DC)
+            scores_NC += self._probabilities(step, text_DC, bias_C)
         scores_NC /= self._steps
         if len(self._embeddings) > self._steps:
             weight_C = self._weight_C[columns]
-            mixup_NC = self._probabilities(self._steps, text_DC).pow_(weight_C)
+            mixup_NC = self._probabilities(self._steps, text_DC, bias_C).pow_(weight_C)
             scores_NC = scores_NC.pow_(1 - weight_C).mul_(mixup_NC)
         return scores_NC.mul_(self._proposal_N1).sqrt_()
 
-    def _probabilities(self, index: int, text_DC: Tensor) -> Tensor:
-        return self._classifiers[index].logits(self._embeddings[index], text_DC).sigmoid_()
+    def _probabilities(self, index: int, text_DC: Tensor, bias_C: Tensor | None) -> Tensor:
+        logits_NC = self._classifiers[index].logits(self._embeddings[index], text_DC)
+        if bias_C is not None:
+            logits_NC += bias_C
+        return logits_NC.sigmoid_()
 
 
 class _Search:
     """Searches the scores for detections, a chunk of classes at a time."""
 
     def __init__(
-        self, scorers: list[_Scorer], regions: RegionEmbeddings, settings: InferenceConfig
+        self,
+        scorers: list[_Scorer],
+        regions: RegionEmbeddings,
+        classes: ClassText,
+        settings: InferenceConfig,
     ) -> None:
         self._scorers = scorers
         self._settings = settings
+        # With thresholds of their own, what is not above them is marked where the scores are made.
+        self._least = settings.score_threshold if classes.threshold_C is None else _NEVER / 2
+        self._threshold_C = classes.threshold_C
+        if self._threshold_C is not None:
+            general = torch.full_like(self._threshold_C, settings.score_threshold)
+            self._threshold_C = torch.where(self._threshold_C.isnan(), general, self._threshold_C)
+        self._background_C: Tensor | None = None
+        if classes.background_K is not None:
+            self._background_C = torch.zeros_like(classes.base_C)
+            self._background_C[classes.background_K] = True
+            self._floor_N1 = self._mean_scores(classes.background_K).amax(dim=1, keepdim=True)
         self._boxes_N4 = regions.boxes_BR4.flatten(0, 1)
         self._valid_N1 = regions.valid_BR.flatten()[:, None]
         self._images, self._regions = regions.valid_BR.shape
@@ -544,7 +572,7 @@ class _Search:
         """Return the pairs that score above the threshold and can be in the result."""
         found: list[_Candidates] = []
         for columns, scores_NC in self._chunks(classes):
-            above_NC = (scores_NC > self._settings.score_threshold) & self._valid_N1
+            above_NC = (scores_NC > self._least) & self._valid_N1
             region_K, class_K = above_NC.nonzero(as_tuple=True)
             part = self._gather(region_K, class_K + columns.start, scores_NC[region_K, class_K])
             found.append(part if scores_NC.shape[1] == classes else self._prune(part))
@@ -560,14 +588,14 @@ class _Search:
 
     def best_classes(self, classes: int) -> _Candidates:
         """Return each region's best class, where it scores above the threshold."""
-        best_N = torch.full_like(self._boxes_N4[:, 0], -1.0)
+        best_N = torch.full_like(self._boxes_N4[:, 0], _NEVER)
         class_N = torch.zeros_like(best_N, dtype=torch.int64)
         for columns, scores_NC in self._chunks(classes):
             chunk_N, place_N = scores_NC.max(dim=1)
             better_N = chunk_N > best_N
             best_N = torch.where(better_N, chunk_N, best_N)
             class_N = torch.where(better_N, place_N + columns.start, class_N)
-        above_N = (best_N > self._settings.score_threshold) & self._valid_N1[:, 0]
+        above_N = (best_N > self._least) & self._valid_N1[:, 0]
         region_K = above_N.nonzero()[:, 0]
         return self._gather(region_K, class_N[region_K], best_N[region_K])
 
@@ -610,12 +638,21 @@ class _Search:
         width = -(-self._settings.class_chunk // _STEP) * _STEP
         for start in range(0, classes, width):
             columns = slice(start, min(start + width, classes))
-            scores_NC = self._scorers[0].scores(columns)
-            for scorer in self._scorers[1:]:
-                scores_NC += scorer.scores(columns)
-            if len(self._scorers) > 1:
-                scores_NC /= len(self._scorers)
+            scores_NC = self._mean_scores(columns)
+            if self._threshold_C is not None:
+                scores_NC.masked_fill_(scores_NC <= self._threshold_C[columns], _NEVER)
+            if self._background_C is not None:
+                hidden_NC = (scores_NC <= self._floor_N1) | self._background_C[columns]
+                scores_NC.masked_fill_(hidden_NC, _NEVER)
             yield columns, scores_NC
+
+    def _mean_scores(self, columns: slice | Tensor) -> Tensor:
+        scores_NC = self._scorers[0].scores(columns)
+        for scorer in self._scorers[1:]:
+            scores_NC += scorer.scores(columns)
+        if len(self._scorers) > 1:
+            scores_NC /= len(self._scorers)
+        return scores_NC
 
     def _gather(self, region_K: Tensor, class_K: Tensor, score_K: Tensor) -> _Candidates:
         counts_B = self._count(region_K)

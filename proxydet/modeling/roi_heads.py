@@ -403,6 +403,18 @@ class RegionEmbeddings:
     proposal_scores_BR: Tensor
     valid_BR: Tensor
 
+    def choose(self, index_B: Tensor) -> RegionEmbeddings:
+        """Return those of some images, int64 (B,), in the order wanted."""
+        mixup_BRD, boxes_BR4 = self.mixup_BRD, self.mixup_boxes_BR4
+        return RegionEmbeddings(
+            detection=tuple(values[index_B] for values in self.detection),
+            mixup_BRD=None if mixup_BRD is None else mixup_BRD[index_B],
+            mixup_boxes_BR4=None if boxes_BR4 is None else boxes_BR4[index_B],
+            boxes_BR4=self.boxes_BR4[index_B],
+            proposal_scores_BR=self.proposal_scores_BR[index_B],
+            valid_BR=self.valid_BR[index_B],
+        )
+
 
 class RoiHeads(nn.Module):
     """Box heads of both branches and the mask head.
@@ -472,8 +484,16 @@ class RoiHeads(nn.Module):
         assert isinstance(first, BoxPredictor)
         return first.freq_weight
 
-    def embed(self, batch: FeatureBatch, regions: Regions) -> RegionEmbeddings:
-        """Run both cascades on the proposals of a batch, in inference."""
+    def embed(
+        self, batch: FeatureBatch, regions: Regions, *, refine: bool = True
+    ) -> RegionEmbeddings:
+        """Run both cascades on the proposals of a batch, in inference.
+
+        Args:
+            batch: Features and image sizes.
+            regions: The proposals.
+            refine: Whether each step moves the boxes, as in detection; else all steps pool the boxes as given.
+        """
         branch = self.detection
         shape = regions.valid_BR.shape
         embeddings = []
@@ -482,13 +502,14 @@ class RoiHeads(nn.Module):
             pooled_NCSS = self.pool(batch, seen)
             features_NF = branch.features(step, pooled_NCSS)
             embeddings.append(branch.classifier(step)(features_NF).unflatten(0, shape))
-            deltas_BR4 = branch.deltas(step, features_NF).unflatten(0, shape)
-            regions = self.refine(batch, deltas_BR4, seen, step)
+            if refine:
+                deltas_BR4 = branch.deltas(step, features_NF).unflatten(0, shape)
+                regions = self.refine(batch, deltas_BR4, seen, step)
         mixup_BRD, mixup_boxes_BR4 = None, None
         mixup = self.mixup
         if mixup is not None:
             last = len(mixup) - 1
-            if last > 0:
+            if last > 0 and refine:
                 seen = self.mixup_regions(batch, seen, pooled_NCSS)
                 pooled_NCSS = self.pool(batch, seen)
             embeddings_ND = mixup.classifier(last)(mixup.features(last, pooled_NCSS))

@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -182,12 +183,20 @@ class Vocabulary:
     Make one with `from_arrays` or `load`, which check what they are given. Two vocabularies are equal when their
     digests are.
 
+    A class is a linear scorer of region embeddings: its logit is temperature * ``scale`` * cosine + ``bias``, with the cosine
+    of its embedding. Classes of text have a scale of 1, no bias and no threshold of their own: their scores are the published
+    ones.
+
     Attributes:
         names: C class names, in the order of the rows of ``embeddings``.
         embeddings: float32 (C, D), as the text encoder gave them (not normalised), read-only.
         base: bool (C,), True for classes whose annotations training may use; all True where unknown; read-only.
-        digest: SHA-256 over the three, hexadecimal.
+        digest: SHA-256 over names, embeddings and base classes, and over the scorers that are not plain text; hexadecimal.
         known: float32 (R, D) of base classes of the detector that training started from, which are not among the classes; read-only.
+        bias: float32 (C,), added to the logits of all branches and steps; read-only.
+        scale: float32 (C,), above 0, multiplies the cosine; read-only.
+        threshold: float32 (C,) in [0, 1], what a detection of the class must score above; NaN: the general threshold; read-only.
+        background: bool (C,), classes that take regions from others, and are never reported themselves; read-only.
     """
 
     names: tuple[str, ...]
@@ -195,6 +204,10 @@ class Vocabulary:
     base: BoolArray
     digest: str
     known: FloatArray
+    bias: FloatArray
+    scale: FloatArray
+    threshold: FloatArray
+    background: BoolArray
 
     @classmethod
     def from_arrays(
@@ -203,6 +216,11 @@ class Vocabulary:
         embeddings: npt.ArrayLike,
         base: npt.ArrayLike | None = None,
         known: npt.ArrayLike | None = None,
+        *,
+        bias: npt.ArrayLike | None = None,
+        scale: npt.ArrayLike | None = None,
+        threshold: npt.ArrayLike | None = None,
+        background: npt.ArrayLike | None = None,
     ) -> Vocabulary:
         """Check and freeze names and arrays.
 
@@ -211,13 +229,31 @@ class Vocabulary:
             embeddings: (C, D) finite numbers, one non-zero row a name.
             base: (C,) of bool (or 0 / 1); None means that all classes are base.
             known: (R, D) embeddings of further base classes; None for none.
+            bias: (C,) finite numbers; None: 0.
+            scale: (C,) numbers above 0; None: 1.
+            threshold: (C,) numbers in [0, 1], or NaN; None: NaN.
+            background: (C,) of bool (or 0 / 1), not all of them true; None: no class is.
 
         Raises:
             VocabularyError: a name is empty or there twice, or an array has the wrong shape, type or values.
         """
         checked_names = check_names(names)
         embeddings_CD = _check_embeddings(embeddings, len(checked_names))
-        base_C = _check_base(base, len(checked_names))
+        base_C = _check_flags("base mask", base, len(checked_names), default=True)
+        background_C = _check_flags(
+            "background mask", background, len(checked_names), default=False
+        )
+        if background_C.all():
+            raise VocabularyError(
+                "all classes are background: there is none to detect",
+                hint="name at least one class besides the background classes",
+            )
+        scorers: dict[str, Any] = {
+            "bias": _check_column("bias", bias, len(checked_names)),
+            "scale": _check_column("scale", scale, len(checked_names)),
+            "threshold": _check_column("threshold", threshold, len(checked_names)),
+            "background": background_C,
+        }
         known_RD = np.zeros((0, embeddings_CD.shape[1]), np.float32)
         if known is not None and len(np.asarray(known)):
             known_RD = _check_embeddings(known, None)
@@ -226,14 +262,15 @@ class Vocabulary:
                     f"classes known before have {known_RD.shape[1]} dimensions, the others {embeddings_CD.shape[1]}",
                     hint="embed both with the same text encoder",
                 )
-        for array in (embeddings_CD, base_C, known_RD):
+        for array in (embeddings_CD, base_C, known_RD, *scorers.values()):
             array.setflags(write=False)
         return cls(
             names=checked_names,
             embeddings=embeddings_CD,
             base=base_C,
-            digest=_digest(checked_names, embeddings_CD, base_C),
+            digest=_digest(checked_names, embeddings_CD, base_C, scorers),
             known=known_RD,
+            **scorers,
         )
 
     @classmethod
@@ -279,7 +316,9 @@ class Vocabulary:
         if not path.is_file():
             raise VocabularyError(f"the vocabulary {path} is not a file", hint=hint, path=path)
         try:
-            arrays = read_arrays(path, ("names", "embeddings", "base"), optional=("known",))
+            arrays = read_arrays(
+                path, ("names", "embeddings", "base"), optional=("known", *_PLAIN_SCORER)
+            )
             if arrays["names"].dtype.kind != "U" or arrays["names"].ndim != 1:
                 raise ValueError("the names are not a list of text")
             if len(arrays["names"]) != len(arrays["embeddings"]):  # before lists are made of them
@@ -293,7 +332,7 @@ class Vocabulary:
                 hint=hint,
                 path=path,
             ) from error
-        return cls.from_arrays(names, arrays["embeddings"], arrays["base"], arrays.get("known"))
+        return cls.from_arrays(names, **{name: arrays[name] for name in arrays if name != "names"})
 
     def save(self, path: Path | str) -> Path:
         """Write a ``.npz`` that `load` reads; an existing file is replaced in one step.
@@ -306,6 +345,7 @@ class Vocabulary:
         arrays["base"] = self.base
         if len(self.known):
             arrays["known"] = self.known
+        arrays |= _not_plain(self.scorers)
         np.savez(file, **arrays)
         return write_bytes(Path(path), file.getvalue())
 
@@ -319,9 +359,56 @@ class Vocabulary:
         table_CD.setflags(write=False)
         return table_CD
 
+    @property
+    def scorers(self) -> dict[str, npt.NDArray[Any]]:
+        """What `from_arrays` takes of the classes as scorers: bias, scale, threshold, background, each (C,)."""
+        return {name: getattr(self, name) for name in _PLAIN_SCORER}
+
+    @property
+    def reported(self) -> tuple[str, ...]:
+        """The classes that can be detected: all but background."""
+        return tuple(
+            name for name, hidden in zip(self.names, self.background, strict=True) if not hidden
+        )
+
     def with_base(self, mask: npt.ArrayLike) -> Vocabulary:
         """Return the same classes with another base mask, bool (C,)."""
-        return Vocabulary.from_arrays(self.names, self.embeddings, mask, self.known)
+        return Vocabulary.from_arrays(self.names, self.embeddings, mask, self.known, **self.scorers)
+
+    def with_scorers(self, **changes: npt.ArrayLike | None) -> Vocabulary:
+        """Return the same classes with some of their scorers changed.
+
+        Args:
+            **changes: ``bias``, ``scale``, ``threshold`` or ``background``, as `from_arrays` takes them; None: as of plain text.
+
+        Raises:
+            VocabularyError: one has the wrong shape, type or values.
+        """
+        scorers: dict[str, npt.ArrayLike | None] = {**self.scorers, **changes}
+        return Vocabulary.from_arrays(self.names, self.embeddings, self.base, self.known, **scorers)
+
+    def joined(self, other: Vocabulary) -> Vocabulary:
+        """Return these classes and those of another vocabulary behind them, each with its scorer.
+
+        Raises:
+            VocabularyError: a name is in both, or the embeddings have other dimensions.
+        """
+        if other.dimension != self.dimension:
+            raise VocabularyError(
+                f"the vocabularies have {self.dimension} and {other.dimension} dimensions",
+                hint="embed both with the same text encoder",
+            )
+        columns = {
+            name: np.concatenate([values, getattr(other, name)])
+            for name, values in self.scorers.items()
+        }
+        return Vocabulary.from_arrays(
+            [*self.names, *other.names],
+            np.concatenate([self.embeddings, other.embeddings]),
+            np.concatenate([self.base, other.base]),
+            self.known,
+            **columns,
+        )
 
     def with_known(self, start: Vocabulary) -> Vocabulary:
         """Return the same classes with the base classes of the detector that training starts from as known ones.
@@ -329,7 +416,9 @@ class Vocabulary:
         Raises:
             VocabularyError: their embeddings have other dimensions.
         """
-        return Vocabulary.from_arrays(self.names, self.embeddings, self.base, start.base_embeddings)
+        return Vocabulary.from_arrays(
+            self.names, self.embeddings, self.base, start.base_embeddings, **self.scorers
+        )
 
     @property
     def base_embeddings(self) -> FloatArray:
@@ -376,7 +465,8 @@ class Vocabulary:
                 hint=f"it holds {quote_names(self.names)}",
             )
         rows = [row_of[name] for name in wanted]
-        return Vocabulary.from_arrays(wanted, self.embeddings[rows], self.base[rows])
+        scorers = {name: values[rows] for name, values in self.scorers.items()}
+        return Vocabulary.from_arrays(wanted, self.embeddings[rows], self.base[rows], **scorers)
 
     @property
     def dimension(self) -> int:
@@ -465,21 +555,60 @@ def _check_embeddings(embeddings: npt.ArrayLike, count: int | None) -> FloatArra
     return table
 
 
-def _check_base(base: npt.ArrayLike | None, count: int) -> BoolArray:
-    if base is None:
-        return np.ones(count, dtype=np.bool_)
-    given = np.asarray(base)
+def _check_flags(what: str, flags: npt.ArrayLike | None, count: int, *, default: bool) -> BoolArray:
+    if flags is None:
+        return np.full(count, default, dtype=np.bool_)
+    given = np.asarray(flags)
     if given.shape != (count,):
         raise VocabularyError(
-            f"the base mask has shape {given.shape} for {count} classes",
+            f"the {what} has shape {given.shape} for {count} classes",
             hint="a mask with one entry more holds the background: leave that one out",
         )
     if given.dtype != np.bool_ and not np.isin(given, (0, 1)).all():
         raise VocabularyError(
-            "the base mask must hold only True and False (or 1 and 0)",
+            f"the {what} must hold only True and False (or 1 and 0)",
             hint="give one truth value a class",
         )
     return np.array(given, dtype=np.bool_)
+
+
+_PLAIN_SCORER = {"bias": 0.0, "scale": 1.0, "threshold": math.nan, "background": False}
+"""The scorer of a class of text; what `Vocabulary.scorers` holds."""
+
+
+def _not_plain(scorers: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    return {
+        name: values
+        for name, values in scorers.items()
+        if not np.array_equal(
+            values, np.full_like(values, _PLAIN_SCORER[name]), equal_nan=name == "threshold"
+        )
+    }
+
+
+def _check_column(name: str, values: npt.ArrayLike | None, count: int) -> FloatArray:
+    if values is None:
+        return np.full(count, _PLAIN_SCORER[name], dtype=np.float32)
+    given = np.asarray(values)
+    if given.shape != (count,) or given.dtype.kind not in "fiu":
+        raise VocabularyError(
+            f"the {name} of the classes must be {count} numbers, not {given.dtype} of shape {given.shape}",
+            hint="give one number a class",
+        )
+    column_C: FloatArray = np.array(given, dtype=np.float32)
+    low, high = {"bias": (-np.inf, np.inf), "scale": (0.0, np.inf), "threshold": (0.0, 1.0)}[name]
+    right = (column_C >= low) & (column_C <= high) & np.isfinite(column_C)
+    if name == "scale":
+        right &= column_C > 0
+    if name == "threshold":
+        right |= np.isnan(column_C)
+    if not right.all():
+        wanted = {"bias": "finite", "scale": "above 0", "threshold": "in [0, 1]"}[name]
+        raise VocabularyError(
+            f"the {name} of a class must be {wanted}; it is not in rows {_positions(~right)} (counted from 0)",
+            hint=f"give {'NaN for the general threshold, or ' if name == 'threshold' else ''}numbers that are {wanted}",
+        )
+    return column_C
 
 
 def _normalise(table: FloatArray) -> FloatArray:
@@ -487,7 +616,12 @@ def _normalise(table: FloatArray) -> FloatArray:
     return np.asarray(table / lengths, dtype=np.float32)
 
 
-def _digest(names: tuple[str, ...], embeddings: FloatArray, base: BoolArray) -> str:
+def _digest(
+    names: tuple[str, ...],
+    embeddings: FloatArray,
+    base: BoolArray,
+    scorers: Mapping[str, npt.NDArray[Any]],
+) -> str:
     digest = hashlib.sha256()
     for name in names:
         encoded = name.encode()
@@ -495,6 +629,9 @@ def _digest(names: tuple[str, ...], embeddings: FloatArray, base: BoolArray) -> 
     digest.update(repr(embeddings.shape).encode())
     digest.update(np.ascontiguousarray(embeddings, dtype="<f4").data)
     digest.update(np.ascontiguousarray(base).data)
+    for name, values in _not_plain(scorers).items():  # classes of text have the digest of 0.1
+        digest.update(name.encode())
+        digest.update(values.astype("<f4").data)
     return digest.hexdigest()
 
 

@@ -200,3 +200,54 @@ def test_a_table_whose_header_asks_for_more_than_the_file_holds_is_refused(tmp_p
     np.save(path, np.array([{}], dtype=object))
     with pytest.raises(VocabularyError, match="Python objects"):
         load_embeddings(path)
+
+
+def scored() -> Vocabulary:
+    return Vocabulary.from_arrays(
+        ["a", "b", "c"],
+        table(3),
+        [True, False, False],
+        bias=[0, 0.5, -1],
+        scale=[1, 2, 0.5],
+        threshold=[np.nan, 0.2, np.nan],
+        background=[False, False, True],
+    )
+
+
+def test_scorers_are_kept_by_files_and_subsets_and_joins(tmp_path):
+    vocabulary = scored()
+    plain = Vocabulary.from_arrays(vocabulary.names, vocabulary.embeddings, vocabulary.base)
+    assert vocabulary != plain
+    loaded = Vocabulary.load(vocabulary.save(tmp_path / "v.npz"))
+    assert loaded == vocabulary
+    for other in (loaded, vocabulary.with_base([True] * 3), vocabulary.subset(["c", "a", "b"])):
+        own = other.subset(vocabulary.names)
+        for name, values in vocabulary.scorers.items():
+            np.testing.assert_array_equal(getattr(own, name), values)
+    assert vocabulary.with_scorers(bias=None, scale=None, threshold=None, background=None) == plain
+    assert vocabulary.reported == ("a", "b")
+    more = vocabulary.joined(Vocabulary.from_arrays(["d"], table(1)))
+    assert more.names == ("a", "b", "c", "d")
+    assert more.bias.tolist() == [0, 0.5, -1, 0]
+    assert more.subset(vocabulary.names) == vocabulary
+    with np.load(plain.save(tmp_path / "plain.npz")) as arrays:  # as 0.1 wrote it
+        assert sorted(arrays) == ["base", "embeddings", "names"]
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("bias", [0, np.inf, 0]),
+        ("bias", [0, 1]),
+        ("bias", ["a", "b", "c"]),
+        ("scale", [1, 0, 1]),
+        ("scale", [1, np.nan, 1]),
+        ("threshold", [0.1, 1.5, 0.2]),
+        ("threshold", [-0.1, 0.5, 0.2]),
+        ("background", [True, True, True]),
+        ("background", [0, 2, 0]),
+    ],
+)
+def test_scorers_of_wrong_values_are_refused(name, values):
+    with pytest.raises(VocabularyError, match=name):
+        Vocabulary.from_arrays(["a", "b", "c"], table(3), **{name: values})

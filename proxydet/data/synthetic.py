@@ -373,7 +373,7 @@ class SyntheticConfig:
 
     seed: int = 7
     """Decides every random choice: splits, scenes, image labels and embeddings."""
-    images_train: int = 1000
+    images_train: int = 1350
     """Training scenes; they hold base classes only."""
     images_val: int = 120
     """Validation scenes; they hold base and novel classes."""

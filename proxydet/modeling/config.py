@@ -449,6 +449,9 @@ class CascadeConfig:
     image_label_proposals: int = 128
     """Proposals an image used in an image-label batch."""
 
+    mixup_gradient: float = 1.0
+    """Share of the mixup branch's gradient that reaches the feature maps, in [0, 1]: 1 is published; 0 trains the branch alone."""
+
     def __post_init__(self) -> None:
         require_positive(
             "cascade",
@@ -460,7 +463,11 @@ class CascadeConfig:
         require(self.sampling_ratio >= 0, "cascade.sampling_ratio must not be negative")
         if self.box_head is not None:
             require_python_path(self.box_head, "cascade.box_head")
-        require_share("cascade", positive_fraction=self.positive_fraction)
+        require_share(
+            "cascade",
+            positive_fraction=self.positive_fraction,
+            mixup_gradient=self.mixup_gradient,
+        )
         for threshold in self.iou_thresholds:
             require_share("cascade", iou_thresholds=threshold)
         require(

@@ -1048,7 +1048,8 @@ def _mixup_step(
         batch.features, regions.boxes_BR4.flatten(0, 1)[chosen], regions.image_N[chosen]
     )
     last = len(branch) - 1
-    features_PF = branch.features(last, scale_gradient(pooled, 1.0 / len(branch)))
+    share = config.mixup_gradient / len(branch)
+    features_PF = branch.features(last, scale_gradient(pooled, share))
     return MixupOutput(
         embeddings_PD=branch.classifier(last)(features_PF),
         labels_P=labels_P,

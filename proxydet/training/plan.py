@@ -453,6 +453,8 @@ def plan_training(
     scaled = fit_to_backbone(scaled)
     if training.weights is not None and resumes_after is None:
         need("starting weights", training.weights)
+    if training.lacks_weights is not None and resumes_after is None:
+        unusable("starting weights", "", training.lacks_weights)
     path = scaled.data.description
     notes: list[str] = []
     decided, objects_an_image = False, _OBJECTS_AN_IMAGE

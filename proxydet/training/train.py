@@ -46,6 +46,7 @@ from proxydet.modeling.weights import MASK_HEAD, MIXUP_BRANCH, load_weights
 from proxydet.models import PUBLISHED_MODELS, NamedDetector, run_of, vocabulary_of
 from proxydet.reporting import SILENT, Progress
 from proxydet.runtime.modes import reproducibility_mode
+from proxydet.runtime.processes import keep_freed_memory
 from proxydet.training.checkpoint import (
     CheckpointFolder,
     TrainingState,
@@ -183,7 +184,11 @@ def train(
         start = prepare(config, folder, ranks, resume, overwrite=overwrite)
         config, earlier, step = start.config, start.earlier, start.step
         settings = config.training
+        if settings.lacks_weights is not None and start.resumes_after is None:
+            raise ConfigError(f"There are no starting weights: {settings.lacks_weights}.")
         stack.enter_context(reproducibility_mode(config.reproducibility))
+        if ranks.device.type == "cpu":
+            keep_freed_memory()
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
 

@@ -275,6 +275,27 @@ def test_gradients_into_shared_features_are_a_third_a_step(tiny):
     torch.testing.assert_close(values.grad, torch.full((3,), 1 / 3))
 
 
+@pytest.mark.parametrize("share", [1.0, 0.25, 0.0])
+def test_a_share_of_the_mixup_branchs_gradient_reaches_the_backbone(tiny, share):
+    gradients = []
+    for own in (1.0, share):
+        cascade = dataclasses.replace(tiny.model_config().cascade, mixup_gradient=own)
+        network = tiny.lively(
+            tiny.network(dataclasses.replace(tiny.model_config(), cascade=cascade))
+        )
+        mixup = network.train()(tiny.box_batch(), generator=generator()).mixup
+        mixup.embeddings_PD.sum().backward()
+        parts = (network.backbone, network.roi_heads.box_head_cmm)
+        gradients.append([[p.grad for p in part.parameters()] for part in parts])
+    (whole, own_whole), (scaled, own_scaled) = gradients
+    assert any(grad is not None and grad.abs().sum() > 0 for grad in whole)
+    for before, after in zip(whole, scaled, strict=True):
+        if before is not None:
+            torch.testing.assert_close(after, before * share)
+    for before, after in zip(own_whole, own_scaled, strict=True):
+        assert before is None or torch.equal(before, after)  # the branch itself learns all the same
+
+
 def test_wrong_images_are_named(network, tiny):
     batch = dataclasses.replace(
         tiny.label_batch(), images=(torch.zeros(3, 8, 8), torch.zeros(1, 8, 8))

@@ -13,6 +13,7 @@ import pytest
 
 from proxydet.config import dump_yaml
 from proxydet.data.store import AnnotationSource
+from proxydet.errors import ConfigError
 from proxydet.modeling.config import Precision
 from proxydet.recipes import RunConfig, resolve_config
 from proxydet.training.launch import plan_launch
@@ -29,6 +30,7 @@ from proxydet.training.plan import (
     plan_training,
 )
 from proxydet.training.runfolder import Resume, RunFolder
+from proxydet.training.train import train
 from proxydet.weight_files import write_state
 
 WORDS = ["train", "--recipe", "tiny"]
@@ -75,6 +77,19 @@ def test_what_is_missing_is_named(tmp_path):
     text = absent.to_text()
     assert "2 missing or unusable: training cannot start yet." in text
     assert "what is missing comes with" not in text
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_frozen_parts_need_weights(tmp_path):
+    frozen = "training.freeze=[backbone.]"
+    (need,) = (need for need in plan(tmp_path, frozen).missing if need.what == "starting weights")
+    assert "--weights" in need.problem
+    config = resolve_config("tiny", None, ["training.device=cpu", frozen])
+    with pytest.raises(ConfigError, match=r"starting weights.*training\.freeze"):
+        train(config, output=tmp_path / "run")
+    assert not (tmp_path / "run" / "manifest.json").exists()
+    given = plan(tmp_path, frozen, "training.weights=/absent/w.pth")
+    assert [need.path for need in given.missing if "weights" in need.what] == ["/absent/w.pth"]
 
 
 @pytest.mark.usefixtures("unmeasured")

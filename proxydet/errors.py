@@ -7,6 +7,7 @@
     │   ├── ConfigError              a configuration key or value
     │   ├── VocabularyError          class names or their embeddings
     │   ├── DataError                annotations, images, dataset configs, results files
+    │   │   └── UnreachableError         an object store or network disk that does not answer
     │   └── CheckpointError          weights that are damaged or of another model
     ├── ArtifactError            4   a file to download, verify or unpack
     │   ├── TransferError
@@ -73,6 +74,10 @@ class VocabularyError(InputError):
 
 class DataError(InputError):
     """Annotations, images, dataset configs or results that cannot be used."""
+
+
+class UnreachableError(DataError):
+    """An object store or a network disk does not answer, which says nothing about what is in it."""
 
 
 class CheckpointError(InputError):

@@ -36,6 +36,7 @@ from proxydet.data.images import (
     image_size,
     quiet_worker,
     require_distinct_files,
+    tar_members,
 )
 from proxydet.data.store import AnnotationStore, ColumnFile, ColumnWriter
 from proxydet.errors import DataError
@@ -405,31 +406,15 @@ def _scan(path: Path) -> _Scan:
     try:
         with path.open("rb") as start:
             refuse_placeholder(start.read(PLACEHOLDER_BYTES))
-        with _TarFile(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            length = os.fstat(file.fileno()).st_size
-            for member in tar:
-                if member.isdir():
-                    continue
-                if member.size < 0:  # the next header would lie before this one, without end
-                    damage = f"the size of {member.name} is negative"
-                    break
+        with _TarFile(path) as file:
+            for member in tar_members(file, os.fstat(file.fileno()).st_size):
                 if not member.isreg() or member.sparse is not None:
                     unreadable.append(f"{member.name}: it is a link or a special file")
                     continue
-                if member.offset_data + member.size > length:
-                    damage = f"it ends in the middle of {member.name}"
-                    break
                 try:
                     images.append(_image(file, member))
                 except DataError as error:
                     unreadable.append(f"{member.name}: {error.message}")
-            if not damage:
-                # tarfile takes any rubbish after the last member for the end.
-                tail = os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset)
-                if len(tail) < tarfile.BLOCKSIZE:
-                    damage = "it has no end mark, so it may be cut short"
-                elif any(tail):
-                    damage = "a header in its middle is damaged"
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         damage = str(error)
     return _Scan(images, unreadable, damage)

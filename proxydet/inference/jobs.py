@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from proxydet.data.images import Pixels, read_image
+from proxydet.data.images import Pixels
 from proxydet.detections import Detections, FrameResult
 from proxydet.errors import ConfigError, DataError, JobInterruptedError
 from proxydet.inference.pipeline import WriteBehind, Writer, run_images
@@ -49,14 +49,14 @@ class ImageResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain Python values, ready for JSON."""
-        return {"file": str(self.file), **self.found.to_dict()}
+        return {"file": self.image.label, **self.found.to_dict()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unreadable:
     """An image that could not be read."""
 
-    file: Path
+    file: Path | str
     reason: str
 
 
@@ -109,7 +109,7 @@ def predict_files(
     stopped: KeyboardInterrupt | None = None
 
     def read(image: ImageFile) -> tuple[Pixels, ScaledImage]:
-        pixels = read_image(image.path)
+        pixels = image.read()
         return pixels, detector.scaled(pixels, settings)
 
     def detect(batch: list[tuple[Pixels, ScaledImage]]) -> list[Prediction]:
@@ -128,7 +128,8 @@ def predict_files(
                     if len(images) == 1:
                         raise made
                     logger.warning("%s", printable(made.message))
-                    unreadable.append(Unreadable(file=image.path, reason=made.message))
+                    place = image.path if image.source is None else image.label
+                    unreadable.append(Unreadable(file=place, reason=made.message))
                     continue
                 (pixels, _), prediction = made
                 found = Detections(prediction, vocabulary.names)
@@ -136,7 +137,7 @@ def predict_files(
                 if on_result is not None:
                     on_result(result)
                 done, detections = done + 1, detections + len(found)
-                behind.add(result, str(image.path))
+                behind.add(result, image.label)
         except KeyboardInterrupt as error:
             stopped = error
         saved = behind.finish()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -20,8 +20,10 @@ Item = TypeVar("Item")
 Image = TypeVar("Image")
 Found = TypeVar("Found")
 
-_READERS = 4
+READERS = 4
+"""Threads that read images ahead; an object store, which is slow to answer and not to read, takes more."""
 _PREPARERS = 2
+_WINDOW = 8
 
 
 def run_images(
@@ -30,6 +32,8 @@ def run_images(
     detect: Callable[[list[Image]], Sequence[Found]],
     *,
     batch_size: int,
+    shape: Callable[[Image], Hashable] | None = None,
+    readers: int = READERS,
 ) -> Generator[tuple[Item, tuple[Image, Found] | DataError], None, None]:
     """Detect objects in images, a batch at a time, while threads read the next ones; close it when it is not run to its end.
 
@@ -38,6 +42,9 @@ def run_images(
         read: Returns the image of one, or raises DataError; threads call it.
         detect: Returns what is found in each image of a batch.
         batch_size: Images in a batch, those that cannot be read among them.
+        shape: Images for which it returns the same share a batch, out of a window of eight times as many: none is padded to
+            the size of another. Batches depend on the items alone. None: batches are taken as the items come.
+        readers: Threads that read.
 
     Yields:
         In the order of the items, each with its image and what was found in it, or with the error of reading it.
@@ -49,26 +56,35 @@ def run_images(
         except DataError as error:
             return error
 
+    window = batch_size if shape is None else _WINDOW * batch_size
     waiting: deque[tuple[Item, Future[Image | DataError]]] = deque()
     upcoming = iter(items)
-    readers = ThreadPoolExecutor(_READERS, "read")
+    pool = ThreadPoolExecutor(readers, "read")
     try:
         while True:
-            for item in islice(upcoming, 2 * batch_size + _READERS - len(waiting)):
-                waiting.append((item, readers.submit(attempt, item)))
+            for item in islice(upcoming, window + batch_size + readers - len(waiting)):
+                waiting.append((item, pool.submit(attempt, item)))
             if not waiting:
                 return
-            taken = [waiting.popleft() for _ in range(min(batch_size, len(waiting)))]
-            batch = [(item, future.result()) for item, future in taken]
-            readable = [image for _, image in batch if not isinstance(image, DataError)]
-            found = iter(detect(readable) if readable else ())
-            for item, image in batch:
-                if isinstance(image, DataError):
-                    yield item, image
-                else:
-                    yield item, (image, next(found))
+            taken = [waiting.popleft() for _ in range(min(window, len(waiting)))]
+            pairs = [(item, future.result()) for item, future in taken]
+            groups: dict[Hashable, list[tuple[int, Image]]] = {}
+            for index, (_, image) in enumerate(pairs):
+                if not isinstance(image, DataError):
+                    key = None if shape is None else shape(image)
+                    groups.setdefault(key, []).append((index, image))
+            found: dict[int, Found] = {}
+            for group in groups.values():
+                for start in range(0, len(group), batch_size):
+                    batch = group[start : start + batch_size]
+                    results = detect([image for _, image in batch])
+                    found.update(
+                        (index, one) for (index, _), one in zip(batch, results, strict=True)
+                    )
+            for index, (item, image) in enumerate(pairs):
+                yield item, image if isinstance(image, DataError) else (image, found[index])
     finally:
-        readers.shutdown(cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
 
 
 class Writer(ABC):

@@ -1,20 +1,38 @@
-"""Finds what a user names: image files, folders and patterns, videos and cameras."""
+"""Finds what a user names: image files, folders, patterns, lists, tars and object stores; videos and cameras."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fnmatch
 import glob
+import gzip
+import heapq
+import json
+import logging
 import os
 import platform
 import re
+import stat
+import tarfile
+import tempfile
+import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from itertools import islice
+from pathlib import Path, PurePosixPath
 from types import ModuleType
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
-from proxydet.data.images import readable_suffixes
-from proxydet.errors import DataError, MissingDependencyError
-from proxydet.files import walk
+from proxydet.data.images import Pixels, read_image, readable_suffixes, tar_members
+from proxydet.errors import DataError, MissingDependencyError, ProxydetError, UnreachableError
+from proxydet.files import PLACEHOLDER_BYTES, open_regular, read_errors, refuse_placeholder
+from proxydet.wording import size_text
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 VIDEO_SUFFIXES = frozenset(
     [
@@ -37,10 +55,113 @@ VIDEO_SUFFIXES = frozenset(
 )
 """Suffixes of files that count as videos where images may be meant too."""
 
+RETRY_WAITS_S = (1.0, 5.0)
+"""Seconds between the attempts to read from an object store."""
+LARGEST_IMAGE = 1 << 30
+"""Bytes of an image in a tar or a store, which is read into memory as a whole."""
+
 _CAMERA = re.compile(r"webcam(?::(\d{1,3}))?")
+_LONGEST_NAME = 1 << 16
+_AGAIN = "put the tar back, or list it again: in another --output folder, or with --overwrite"
+_SORTED_AT_ONCE = 500_000
+# A network disk that does not answer, not a file that is damaged.
+_OUTAGE = frozenset(
+    {errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.ECONNRESET}
+)
+# The packages that fsspec reads these stores with; others are called as the protocol is.
+_PACKAGES = {
+    "s3": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "abfs": "adlfs",
+    "az": "adlfs",
+    "http": "aiohttp",
+    "https": "aiohttp",
+}
 
 
 # --- Images ------------------------------------------------------------------------------------------------------------
+
+
+class SourceImage(NamedTuple):
+    """An image, wherever it is: a file, an object of a store that fsspec knows, or a member of a tar in either."""
+
+    name: str
+    """The file's path as it was given or found, the object's URL, or ``TAR/MEMBER``: how results call the image."""
+    size: int | None = None
+    """Bytes; None: not known."""
+    stamp: str = ""
+    """What changes when the file, or the tar, does: its time of modification in ns, or the store's tag; empty: not known."""
+    tar: str = ""
+    """Path or URL of the tar; empty: the image is not in one."""
+    offset: int = 0
+    """Where the image begins in the tar, in bytes."""
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a file of its own on this machine's file systems."""
+        return not self.tar and "://" not in self.name
+
+    def changed(self, root: str = "") -> bool:
+        """Whether a file is not the one that was found: its size or time differs; False where that is not known."""
+        if not (self.is_file and self.stamp):
+            return False
+        try:
+            now = os.stat(os.path.join(root, self.name))  # noqa: PTH116, PTH118 of millions of images
+        except OSError:
+            return False  # reading it says why
+        return (now.st_size, str(now.st_mtime_ns)) != (self.size, self.stamp)
+
+    def encoded(self, root: str = "") -> bytes | Path:
+        """Return what `read_image` takes: the file, or the bytes of what is in a tar or a store.
+
+        Args:
+            root: The folder that relative paths start from; empty: the current one.
+
+        Raises:
+            UnreachableError: The store does not answer, or refuses to.
+            DataError: It is not there, too large, or its tar changed since the image was found.
+        """
+        if self.is_file:
+            return Path(root, self.name)
+        place = self.tar or self.name
+        if (self.size or 0) > LARGEST_IMAGE:
+            raise DataError(
+                f"{self.name} is larger than {size_text(LARGEST_IMAGE)}", hint="give it as a file"
+            )
+        length = LARGEST_IMAGE + 1 if self.size is None else self.size
+        if "://" in place:
+            store, path = _store(place)
+            part = {"start": self.offset, "end": self.offset + length} if self.tar else {}
+            data: bytes = _asked(place, lambda: store.cat_file(path, **part))
+        else:
+            try:
+                with open_regular(Path(root, place)) as file:
+                    if self.stamp not in ("", str(os.fstat(file.fileno()).st_mtime_ns)):
+                        raise DataError(
+                            f"cannot read {self.name}: the tar has changed since it was listed",
+                            hint=_AGAIN,
+                        )
+                    data = os.pread(file.fileno(), length, self.offset)
+            except OSError as error:
+                raise DataError(
+                    f"cannot read {self.name}: {error.strerror or error}", hint=_AGAIN
+                ) from error
+        if self.tar and len(data) != length:
+            raise DataError(
+                f"cannot read {self.name}: the tar ends in the middle of it", hint=_AGAIN
+            )
+        return data
+
+    def read(self, root: str = "") -> Pixels:
+        """Decode the image; arguments and errors as of `encoded` and `proxydet.data.images.read_image`."""
+        try:
+            return read_image(self.encoded(root), name=self.name)
+        except DataError as error:
+            cause = error.__cause__
+            if isinstance(cause, OSError) and cause.errno in _OUTAGE:
+                raise UnreachableError(error.message, hint=error.hint, path=error.path) from cause
+            raise
 
 
 @dataclass(frozen=True)
@@ -50,6 +171,17 @@ class ImageFile:
     path: Path
     name: Path
     """Where its results go below the output folder: relative, without suffix, different for every image."""
+    source: SourceImage | None = None
+    """What is in a tar or a store; None: the image is a file."""
+
+    @property
+    def label(self) -> str:
+        """What results and messages call it."""
+        return str(self.path) if self.source is None else self.source.name
+
+    def read(self) -> Pixels:
+        """Decode the image; errors as of `SourceImage.read`."""
+        return read_image(self.path) if self.source is None else self.source.read()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +197,10 @@ class FoundImages:
 def find_images(
     sources: Iterable[str | Path], *, reserved: Iterable[str] = (), listed: Collection[str] = ()
 ) -> FoundImages:
-    """Find images.
-
-    A name that exists is taken as it is, whatever is in it; else ``~`` is expanded, and patterns are. Folders are searched
-    at any depth, through links to folders too; what Pillow cannot read there is counted by kind, and names that begin with
-    a dot (AppleDouble files ``._photo.jpg`` among them) are passed over.
+    """Find images, and give each a name of its own for its results; for millions there is `stream_images`.
 
     Args:
-        sources: Files, folders, and patterns such as ``photos/*.jpg`` or ``**/*.png``.
+        sources: As for `stream_images`.
         reserved: Names in the output folder that other results have; an image or folder of that name gets a number.
         listed: Those of the sources that come from a long list: one that is not there is found out when it is read, like
             an image that cannot be read.
@@ -80,96 +208,403 @@ def find_images(
     Raises:
         DataError: A source is not there or holds no images, or nothing was given.
     """
-    found: dict[Path, Path] = {}
+    found: dict[Path, tuple[SourceImage, Path]] = {}
     left_out: Counter[str] = Counter()
     for source in sources:
-        if source in listed and not os.path.lexists(source) and not glob.has_magic(str(source)):
-            found.setdefault(Path(source), Path(Path(source).stem))
-            continue
-        for path, name in _expand(source, left_out):
-            found.setdefault(path, name)
+        for image, name in _expand(str(source), left_out, listed=source in listed):
+            found.setdefault(Path(image.name), (image, name))
     if not found:
         raise DataError("no images were given", hint="name files, folders or patterns")
     taken: set[Path] = set()
     avoided = frozenset(reserved)
     files = tuple(
-        ImageFile(path, unique_name(_clear_of(name, avoided), taken))
-        for path, name in found.items()
+        ImageFile(
+            path, unique_name(_clear_of(name, avoided), taken), None if image.is_file else image
+        )
+        for path, (image, name) in found.items()
     )
     return FoundImages(files=files, left_out=left_out)
 
 
-def _expand(source: str | Path, left_out: Counter[str]) -> Iterator[tuple[Path, Path]]:
+def stream_images(
+    sources: Iterable[str], left_out: Counter[str], *, stdin: Path | None = None
+) -> Iterator[SourceImage]:
+    """Find any number of images, one after the other: no list of them is in memory.
+
+    A name that exists is taken as it is, whatever is in it; else ``~`` is expanded, and patterns are. Folders are searched
+    at any depth, through links to folders too; what Pillow cannot read there is counted by kind, and names that begin with
+    a dot (AppleDouble files ``._photo.jpg`` among them) are passed over. Files of a folder or a pattern come by name, those
+    of lists and tars as they stand there. An image that is named twice comes twice. Of a store, the names in one folder
+    are in memory at once, as fsspec lists them.
+
+    Args:
+        sources: Files, folders, and patterns such as ``photos/*.jpg`` or ``**/*.png``; URLs of those in object stores
+            (``s3://bucket/photos/``); tars, whose members are the images; ``@FILE``: a list of all these, one a line or
+            separated by NUL, perhaps compressed (``.gz``); ``-``: the list ``stdin``. What a list names and is not there
+            is found out when it is read.
+        left_out: Files that are not read are counted here, by kind: ``".heic"``, ``"broken link"``, ...
+        stdin: What came on stdin.
+
+    Raises:
+        DataError: A source, but for those in lists, is not there or holds no images.
+        MissingDependencyError: The package that reads such a store is not installed.
+        UnreachableError: A store does not answer.
+    """
+    for source in sources:
+        if source == "-" and stdin is not None:
+            for line in read_list(stdin):
+                yield from (image for image, _ in _expand(line, left_out, listed=True))
+        else:
+            yield from (image for image, _ in _expand(source, left_out))
+
+
+def read_list(path: Path) -> Iterator[str]:
+    """Yield the names in a list: one a line, or separated by NUL as ``find -print0`` writes them.
+
+    Args:
+        path: The file; ``.gz`` is unpacked.
+
+    Raises:
+        DataError: It cannot be read, or a line is longer than any name.
+    """
+    with read_errors(path, error=DataError), contextlib.ExitStack() as stack:
+        file: Any = stack.enter_context(open_regular(path))
+        if path.suffix == ".gz":
+            file = stack.enter_context(gzip.GzipFile(fileobj=file))
+        rest, mark = b"", b""
+        while block := file.read(1 << 20):
+            mark = mark or (b"\0" if b"\0" in block else b"\n")
+            *names, rest = (rest + block).split(mark)
+            if len(rest) > _LONGEST_NAME:
+                raise ValueError("it is not a list of files: a line is longer than any name")
+            yield from _names(names, mark)
+        yield from _names([rest], mark)
+
+
+def _names(raw: Iterable[bytes], mark: bytes) -> Iterator[str]:
+    for data in raw:
+        name = os.fsdecode(data if mark == b"\0" else data.rstrip(b"\r"))
+        if mark != b"\0" and name.strip() != name and not os.path.lexists(name):
+            name = name.strip()
+        if name:
+            yield name
+
+
+def _expand(
+    source: str, left_out: Counter[str], *, listed: bool = False
+) -> Iterator[tuple[SourceImage, Path]]:
     """Yield the images that a source stands for, each with a name for its results."""
     path = Path(source)
-    # Not Path's own, which raises an error for a name too long for the disk.
-    exists = os.path.exists
-    if str(source).startswith("~") and not exists(path):
-        try:
-            path = path.expanduser()  # the shell has not expanded it, for it was in quotes
-        except RuntimeError as error:
-            raise DataError(
-                f"no home folder for {path.parts[0]}",
-                hint="write the whole path",
-                path=path,
-            ) from error
-    if os.path.isdir(path):  # noqa: PTH112
-        files = sorted(_files_of(path, left_out))
-        if not files:
-            raise DataError(
-                f"the folder {path} holds no images{_among(left_out)}",
-                hint="name the folder that holds them; images are recognised by their suffixes",
-                path=path,
-            )
-        yield from ((file, file.relative_to(path).with_suffix("")) for file in files)
-    elif not exists(path) and glob.has_magic(str(path)):
-        named = [Path(name) for name in glob.iglob(str(path), recursive=True)]  # noqa: PTH207 absolute patterns too
-        # photos/* stands for whatever is there; photos/*.dng names a kind.
-        any_kind = not path.suffix or glob.has_magic(path.suffix)
-        files = sorted(
-            file for file in named if file.is_file() and (not any_kind or _is_read(file, left_out))
-        )
-        if not files:
-            raise DataError(
-                f"no image matches {str(source)!r}{_among(left_out)}",
-                hint="put the pattern in quotes, and check the folder that it starts from",
-            )
-        yield from ((file, Path(file.stem)) for file in files)
-    elif not exists(path):
-        link = "is a broken link: its target is not there" if os.path.islink(path) else None  # noqa: PTH114
-        raise DataError(
-            f"{path} {link}" if link else f"there is no file or folder {str(path)[:500]}",
-            hint="download it first and give the file"
-            if "://" in str(source)
-            else "check its spelling",
-            path=path,
-        )
+    status = None
+    with contextlib.suppress(OSError, ValueError):
+        status = path.stat()
+    if status is None and not os.path.lexists(source):
+        if "://" in source:
+            yield from _in_store(source, left_out, listed=listed)
+            return
+        if source.startswith("@") and not listed:
+            for line in read_list(Path(source[1:])):
+                yield from _expand(line, left_out, listed=True)
+            return
+        if source.startswith("~"):
+            try:
+                path = path.expanduser()  # the shell has not expanded it, for it was in quotes
+            except RuntimeError as error:
+                raise DataError(
+                    f"no home folder for {path.parts[0]}", hint="write the whole path", path=path
+                ) from error
+            with contextlib.suppress(OSError, ValueError):
+                status = path.stat()
+    if status is not None and not stat.S_ISDIR(status.st_mode):
+        if path.suffix == ".tar":
+            yield from _in_tar(str(path), left_out)
+        else:
+            yield _found(str(path), status), Path(path.stem)
+        return
+    none = True
+    if status is not None:
+        for image in _in_folder(str(path), left_out):
+            none = False
+            yield image, Path(image.name).relative_to(path).with_suffix("")
+        what = f"the folder {path} holds no images"
+        hint = "name the folder that holds them; images are recognised by their suffixes"
+    elif glob.has_magic(str(path)):
+        for image in _matching(str(path), left_out):
+            none = False
+            if image.name.endswith(".tar"):
+                yield from _in_tar(image.name, left_out)
+            else:
+                yield image, Path(Path(image.name).stem)
+        what = f"no image matches {source!r}"
+        hint = "put the pattern in quotes, and check the folder that it starts from"
+    elif listed:
+        none = False
+        yield SourceImage(str(path)), Path(path.stem)
     else:
-        yield path, Path(path.stem)
+        link = "is a broken link: its target is not there" if os.path.islink(path) else None  # noqa: PTH114
+        what = f"{path} {link}" if link else f"there is no file or folder {str(path)[:500]}"
+        raise DataError(what, hint="check its spelling", path=path)
+    if none and not listed:
+        raise DataError(f"{what}{_among(left_out)}", hint=hint, path=path)
 
 
-def _files_of(folder: Path, left_out: Counter[str]) -> Iterator[Path]:
-    """Find the images in a folder at any depth, each folder once, however links lead to it."""
-
-    def unopened(_: OSError) -> None:
-        left_out["folder that cannot be opened"] += 1
-
-    for place, _, names in walk(folder, unopened):
-        for name in names:
-            if _is_read(file := place / name, left_out):
-                yield file
+def _found(name: str, status: os.stat_result) -> SourceImage:
+    return SourceImage(name, status.st_size, str(status.st_mtime_ns))
 
 
-def _is_read(file: Path, left_out: Counter[str]) -> bool:
-    """Whether a file of a folder is an image that can be read; others are counted."""
-    suffix = file.suffix.lower()
+def _in_folder(folder: str, left_out: Counter[str]) -> Iterator[SourceImage]:
+    """Find the images in a folder at any depth by name, each folder once, however links lead to it."""
+    visited: set[tuple[int, int]] = set()
+    stack = [iter([folder])]
+    while stack:
+        name = next(stack[-1], None)
+        if name is None:
+            stack.pop()
+            continue
+        try:
+            status: os.stat_result | None = os.stat(name)  # noqa: PTH116 of millions of images
+        except OSError:
+            status = None
+        if status is None or not stat.S_ISDIR(status.st_mode):
+            if _is_read(name, status, left_out) and status is not None:
+                yield _found(name, status)
+        elif (key := (status.st_dev, status.st_ino)) not in visited:
+            visited.add(key)
+            stack.append(_names_in(name, left_out))
+
+
+def _names_in(folder: str, left_out: Counter[str], pattern: str = "*") -> Iterator[str]:
+    """Yield the paths in a folder by name, without hidden ones; a folder that cannot be opened is counted."""
+    matches = re.compile(fnmatch.translate(pattern)).match
+
+    def names() -> Iterator[str]:
+        try:
+            with os.scandir(folder or ".") as entries:
+                for entry in entries:
+                    shown = entry.name[0] != "." or pattern[0] == "."
+                    if shown and matches(entry.name):
+                        yield entry.name
+        except OSError:
+            left_out["folder that cannot be opened"] += 1
+
+    return (os.path.join(folder, name) for name in _ordered(names()))  # noqa: PTH118 as it was given
+
+
+def _matching(pattern: str, left_out: Counter[str]) -> Iterator[SourceImage]:
+    """Find the files that a pattern stands for. Of glob only the folders, for it has all names in a folder in memory."""
+    head, tail = os.path.split(pattern)
+    if tail == "**":
+        head, tail = pattern, "*"
+    folders: Iterable[str] = [head]
+    if glob.has_magic(head):
+        below = glob.iglob(os.path.join(head, ""), recursive=True)  # noqa: PTH118, PTH207 absolute patterns too
+        folders = _ordered({name.rstrip(os.sep) or name for name in below})
+    # photos/* stands for whatever is there; photos/*.dng names a kind.
+    suffix = Path(tail).suffix
+    any_kind = not suffix or glob.has_magic(suffix)
+    for folder in folders:
+        if folder and not os.path.isdir(folder):  # noqa: PTH112
+            continue
+        for name in _names_in(folder, left_out, tail or "*"):
+            try:
+                status = os.stat(name)  # noqa: PTH116 of millions of images
+            except OSError:
+                continue
+            if stat.S_ISREG(status.st_mode) and (not any_kind or _is_read(name, status, left_out)):
+                yield _found(name, status)
+
+
+def _ordered(names: Iterable[str]) -> Iterator[str]:
+    """Sort any number of names: a bounded number in memory, the others in temporary files."""
+    upcoming = iter(names)
+    chunk = sorted(islice(upcoming, _SORTED_AT_ONCE))
+    if len(chunk) < _SORTED_AT_ONCE:
+        yield from chunk
+        return
+    with contextlib.ExitStack() as stack:
+        runs = []
+        while chunk:
+            file = stack.enter_context(tempfile.TemporaryFile("w+", encoding="ascii"))
+            file.writelines(json.dumps(name) + "\n" for name in chunk)
+            file.seek(0)
+            runs.append(map(json.loads, file))
+            chunk = sorted(islice(upcoming, _SORTED_AT_ONCE))
+        yield from heapq.merge(*runs)
+
+
+def _is_read(name: str, status: os.stat_result | None, left_out: Counter[str]) -> bool:
+    """Whether a file of a folder is an image that can be read; others are counted. Without status it is not there."""
+    suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122 of millions of images
     if suffix not in readable_suffixes():
         left_out[suffix or "without suffix"] += 1
         return False
-    if not file.is_file():
-        left_out["broken link" if file.is_symlink() else "not a regular file"] += 1
+    if status is None or not stat.S_ISREG(status.st_mode):
+        left_out["broken link" if os.path.islink(name) else "not a regular file"] += 1  # noqa: PTH114
         return False
     return True
+
+
+# --- Tars and object stores ----------------------------------------------------------------------------------------------
+
+
+def _in_tar(place: str, left_out: Counter[str]) -> Iterator[tuple[SourceImage, Path]]:
+    """Yield the images in a tar; what follows a damaged header is not found, which is logged and counted."""
+    remote = "://" in place
+    try:
+        with contextlib.ExitStack() as stack:
+            if remote:
+                store, key = _store(place)
+                info = _asked(place, lambda: store.info(key))
+                file: BinaryIO = stack.enter_context(_asked(place, lambda: store.open(key, "rb")))
+                length, stamp = int(info["size"]), _tag(info)
+            else:
+                file = stack.enter_context(open_regular(Path(place)))
+                status = os.fstat(file.fileno())
+                length, stamp = status.st_size, str(status.st_mtime_ns)
+            refuse_placeholder(file.read(PLACEHOLDER_BYTES))
+            file.seek(0)
+            for member in tar_members(file, length):
+                path = PurePosixPath(member.name)
+                suffix = path.suffix.lower()
+                if path.name.startswith("."):
+                    continue
+                if not member.isreg() or member.sparse is not None:
+                    left_out["link in a tar"] += 1
+                elif suffix not in readable_suffixes():
+                    left_out[suffix or "without suffix"] += 1
+                else:
+                    name = f"{place}/{member.name}"
+                    image = SourceImage(name, member.size, stamp, place, member.offset_data)
+                    parts = [part for part in path.parts if part not in ("/", "..")]
+                    yield image, Path(*parts).with_suffix("")
+    except ProxydetError:
+        raise
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        reason: Exception = error
+    except OSError as error:
+        if remote:
+            raise _unreachable(place, error) from error
+        reason = error
+    else:
+        return
+    left_out["damaged tar"] += 1
+    logger.warning("%s: %s; only the images before that are found", place, reason)
+
+
+def _in_store(
+    url: str, left_out: Counter[str], *, listed: bool
+) -> Iterator[tuple[SourceImage, Path]]:
+    """Yield the images of an object, a folder or a pattern in a store; an object of a list is not asked for."""
+    bare = PurePosixPath(url.partition("?")[0])
+    store, root = _store(url)
+    # A page of the web has no folders, and ? in its address is no pattern.
+    web = url.startswith(("http://", "https://"))
+    if web or (listed and bare.suffix.lower() in readable_suffixes()):
+        if bare.suffix == ".tar":
+            yield from _in_tar(url, left_out)
+        else:
+            yield SourceImage(url), Path(bare.stem)
+        return
+
+    def found() -> tuple[str, list[dict[str, Any]]]:
+        if glob.has_magic(root) and not store.exists(root):
+            return "pattern", list(store.glob(root, detail=True).values())
+        return ("folder", []) if store.isdir(root) else ("object", [store.info(root)])
+
+    kind, entries = _asked(url, found)
+    none = True
+    for batch in _folders_in(store, root) if kind == "folder" else [entries]:
+        for entry in sorted(batch, key=lambda entry: str(entry["name"])):
+            path = PurePosixPath(str(entry["name"]))
+            suffix = path.suffix.lower()
+            if entry["type"] == "directory" or path.name.startswith("."):
+                continue
+            place = str(store.unstrip_protocol(str(entry["name"])))
+            if suffix == ".tar" and kind != "folder":
+                none = False
+                yield from _in_tar(place, left_out)
+            elif kind == "object" or suffix in readable_suffixes():
+                none = False
+                inside = path.relative_to(root) if kind == "folder" else PurePosixPath(path.name)
+                yield (
+                    SourceImage(place, entry.get("size"), _tag(entry)),
+                    Path(inside).with_suffix(""),
+                )
+            else:
+                left_out[suffix or "without suffix"] += 1
+    if none and not listed:
+        raise DataError(
+            f"there are no images {url[:500]}{_among(left_out)}",
+            hint="check the URL; images are recognised by their suffixes",
+        )
+
+
+def _folders_in(store: Any, root: str) -> Iterator[list[dict[str, Any]]]:
+    """Yield what is in each folder of a store: one folder is in memory at once."""
+    folders = [root]
+    while folders:
+        folder = folders.pop()
+        entries: list[dict[str, Any]] = _asked(folder, lambda place=folder: store.ls(place))  # type: ignore[misc]
+        store.invalidate_cache()
+        below = [str(entry["name"]) for entry in entries if entry["type"] == "directory"]
+        folders += sorted((name for name in below if name != folder), reverse=True)
+        yield entries
+
+
+def _tag(info: Mapping[str, Any]) -> str:
+    keys = ("ETag", "etag", "mtime", "LastModified", "updated", "created")
+    return next((str(info[key]) for key in keys if info.get(key)), "")
+
+
+def _store(url: str) -> tuple[Any, str]:
+    """Return fsspec's file system for a URL, and the path in it."""
+    import fsspec
+
+    try:
+        store, path = fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        protocol = url.partition("://")[0]
+        raise MissingDependencyError(
+            f"reading {url[:500]} needs a package that is not installed: {error}",
+            hint=f"run: pip install {_PACKAGES.get(protocol, protocol)}; or download it first and give the file",
+        ) from error
+    except ValueError as error:
+        raise DataError(
+            f"there is no file {url[:500]}, nor a store of that kind: {error}",
+            hint="check its spelling, or download it first and give the file",
+        ) from error
+    return store, str(path)
+
+
+def _asked(url: str, action: Callable[[], T]) -> T:
+    """Return what a store answers; one that does not is asked again, after `RETRY_WAITS_S`.
+
+    Raises:
+        DataError: What is asked for is not there.
+        UnreachableError: The store does not answer, or refuses to.
+    """
+    for wait in (*RETRY_WAITS_S, None):
+        try:
+            return action()
+        except (FileNotFoundError, IsADirectoryError) as error:
+            raise DataError(
+                f"there is no file {url[:500]}",
+                hint="check its spelling; the URL of a folder ends with /",
+            ) from error
+        except PermissionError as error:
+            raise _unreachable(url, error) from error
+        except Exception as error:
+            if wait is None:
+                raise _unreachable(url, error) from error
+            time.sleep(wait)
+    raise AssertionError
+
+
+def _unreachable(url: str, error: Exception) -> UnreachableError:
+    return UnreachableError(
+        f"cannot read {url[:500]}: {str(error) or type(error).__name__}",
+        hint="check the connection and the store's credentials, and run the same command again",
+    )
 
 
 def _among(left_out: Counter[str]) -> str:

@@ -22,7 +22,7 @@ from proxydet.errors import ConfigError, RuntimeEnvironmentError
 from proxydet.files import discard, staged, write_bytes, write_errors, write_text
 from proxydet.inference.pipeline import Writer
 from proxydet.inference.sources import ImageFile, VideoSource, unique_name
-from proxydet.wording import json_text, printable, table_cell
+from proxydet.wording import first_of, json_text, printable, table_cell
 
 if TYPE_CHECKING:
     from proxydet.detections import FrameResult
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 KINDS = ("images", "json", "coco", "yolo", "voc", "labelstudio", "crops", "csv")
 """What can be saved of images."""
+PART_KINDS = ("jsonl", "jsonl.gz", "parquet")
+"""What a job that can be continued saves of images, however many: see `proxydet.inference.sharded`."""
 VIDEO_KINDS = {"images": ".mp4", "json": ".jsonl", "csv": ".csv"}
 """What can be saved of a video, and the file's suffix; ``images`` are an annotated video."""
 
@@ -147,7 +149,7 @@ def check_kinds(kinds: Sequence[str], *, video: bool = False) -> None:
     Raises:
         ConfigError: One cannot.
     """
-    known: Iterable[str] = VIDEO_KINDS if video else KINDS
+    known: Iterable[str] = VIDEO_KINDS if video else (*KINDS, *PART_KINDS)
     for kind in kinds:
         if kind not in known:
             raise ConfigError(
@@ -171,6 +173,11 @@ def make_writers(
         ConfigError: There is no such kind.
     """
     check_kinds(kinds)
+    if set(kinds) & set(PART_KINDS):
+        raise ConfigError(
+            f"{first_of(PART_KINDS)} cannot be combined with other kinds",
+            hint="save one of them alone: --save jsonl",
+        )
     makers: dict[str, Callable[[], Writer]] = {
         "images": lambda: _DrawnImages(folder, style),
         "json": lambda: _JsonFiles(folder),
@@ -180,7 +187,7 @@ def make_writers(
         "labelstudio": lambda: _LabelStudioTasks(folder / _COMMON["labelstudio"], names),
         "crops": lambda: _Crops(folder / _COMMON["crops"]),
         "csv": lambda: CsvTable(
-            folder / _COMMON["csv"], ["file"], lambda result: [table_cell(str(result.file))]
+            folder / _COMMON["csv"], ["file"], lambda result: [table_cell(result.image.label)]
         ),
     }
     return [makers[kind]() for kind in dict.fromkeys(kinds)]
@@ -225,7 +232,7 @@ def make_frame_writers(
 
 
 def _refuse_replacing(source: Path, target: Path, what: str) -> None:
-    if target.exists() and target.samefile(source):
+    if target.exists() and source.exists() and target.samefile(source):
         raise ConfigError(f"{what} would replace {source}", hint="choose another --output folder")
 
 
@@ -286,7 +293,7 @@ class _CocoFile(Writer):
         image_id = len(self._images) + 1
         height, width = result.found.image_size
         self._images.append(
-            {"id": image_id, "file_name": str(result.file), "width": width, "height": height}
+            {"id": image_id, "file_name": result.image.label, "width": width, "height": height}
         )
         for row in prepared:
             mask, (_, _, w, h) = row.get("segmentation"), row["bbox"]
@@ -330,7 +337,11 @@ class _DataSet(Writer):
         image = self._folder / self.images / f"{name}{result.file.suffix}"
         with write_errors(image):
             image.parent.mkdir(parents=True, exist_ok=True)
-            if not image.exists() or not image.samefile(result.file):
+            if result.image.source is not None:
+                content = result.image.source.encoded()
+                image.unlink(missing_ok=True)
+                image.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+            elif not image.exists() or not image.samefile(result.file):
                 image.unlink(
                     missing_ok=True
                 )  # never written into: it may be a link to another photograph
@@ -407,7 +418,9 @@ class _LabelStudioTasks(Writer):
             label_studio.region(item.label, item.score, item.box_xyxy, item.mask, size)
             for item in result.found
         ]
-        return label_studio.task(result.file.absolute().as_posix(), regions)
+        source = result.image.source
+        place = result.file.absolute().as_posix() if source is None else source.name
+        return label_studio.task(place, regions)
 
     def add(self, result: ImageResult, prepared: dict[str, Any]) -> None:  # noqa: ARG002
         self._tasks.append(prepared)

@@ -13,6 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from proxydet_cli.jobs import (
+    Engine,
+    EngineOption,
+    Gpus,
+    MaxErrors,
+    PartSize,
+    RetryErrors,
+    ShardOption,
+    Workers,
+    check_job,
+    run_command_job,
+)
 from proxydet_cli.opening import check_choice, chosen_vocabulary, open_detector, tuned
 from proxydet_cli.options import (
     BaseAbove,
@@ -36,17 +48,21 @@ from proxydet_cli.output import Output
 if TYPE_CHECKING:
     from proxydet.detections import Detections, FrameResult
     from proxydet.inference.jobs import ImageResult, PredictionSummary, VideoSummary
+    from proxydet.inference.sources import VideoFile
 
 app = command_app()
 
 # More detections than these make a line that nobody reads.
 _SHOWN = 10
+# Nor lines of more images than these.
+_MANY = 1000
 
 Sources = Annotated[
     list[str],
     typer.Argument(
         metavar="IMAGE|VIDEO",
-        help="Files, folders of images, patterns in quotes ('photos/*.jpg'), webcam or webcam:1, or - for a list of "
+        help="Files, folders of images, patterns in quotes ('photos/*.jpg'), tars, URLs of object stores (s3://bucket/photos/), "
+        "@FILE for a list of these, webcam or webcam:1, or - for a list of "
         "files on stdin, one a line or separated by NUL.",
     ),
 ]
@@ -99,7 +115,17 @@ Save = Annotated[
         "--save",
         metavar="KINDS",
         help="What to save: images, json, coco, yolo, voc, labelstudio, crops, csv; several with commas, or repeated; none for nothing. Of a video: "
-        "images (an annotated video), json, csv. [default: images, or none with --json]",
+        "images (an annotated video), json, csv. Alone, for any number of images in a job that can be continued: jsonl, jsonl.gz, parquet. "
+        "[default: images, or none with --json]",
+        rich_help_panel="Output",
+    ),
+]
+Quiet = Annotated[
+    bool | None,
+    typer.Option(
+        "--quiet/--no-quiet",
+        help="Print one line at the end, not one an image. [default: of more than 1,000 images]",
+        show_default=False,
         rich_help_panel="Output",
     ),
 ]
@@ -128,6 +154,7 @@ Every = Annotated[
         "proxydet predict photos/ -v 'cup, plate' --save yolo --output to-correct",
         "proxydet predict clip.mp4 --vocabulary coco --save images,json",
         "proxydet predict webcam -v 'cup, phone'",
+        "proxydet predict photos/ 's3://bucket/*.tar' -v names.txt --save jsonl --output found --workers 4",
         "find photos -name '*.jpg' -print0 | proxydet predict - -v names.txt --save coco",
     )
 )
@@ -152,7 +179,15 @@ def predict(
     tta: Tta = False,
     precision: PrecisionOption = None,
     base_above: BaseAbove = 0.9,
+    shard: ShardOption = None,
+    workers: Workers = None,
+    gpus: Gpus = None,
+    engine: EngineOption = Engine.processes,
+    part_size: PartSize = None,
+    max_errors: MaxErrors = None,
+    retry_errors: RetryErrors = False,
     yes: Yes = False,
+    quiet: Quiet = None,
     json: Json = False,
 ) -> None:
     """Detect objects in images and videos from any class names.
@@ -188,23 +223,44 @@ def predict(
     named = find_detector(run=run, weights=weights, config=config)
     kinds = _kinds(save, json=json)
     check_kinds(kinds)
-    sources, listed = _with_stdin(sources)
-    named_images, named_videos = split_sources(sources)
-    if named_videos:
-        pyav()
-        check_kinds(kinds, video=True)
-    images = FoundImages()
-    if named_images or not named_videos:
-        images = find_images(named_images, reserved=reserved_names(kinds), listed=listed)
-    # The table of all images is called detections.csv.
-    videos = name_videos(named_videos, reserved=["detections"] if images.files else [])
-    targets = list(output_files(kinds, images.files)) if images.files else []
-    for video in videos:
-        targets += [video.name.with_name(video.name.name + VIDEO_KINDS[kind]) for kind in kinds]
-    folder = choose_folder(output, targets, overwrite=overwrite) if kinds else Path()
+    kind = _job_kind(
+        save,
+        kinds,
+        {
+            "--shard": shard is not None,
+            "--workers": workers is not None,
+            "--gpus": gpus is not None,
+            "--engine": engine is not Engine.processes,
+            "--part-size": part_size is not None,
+            "--max-errors": max_errors is not None,
+            "--retry-errors": retry_errors,
+        },
+    )
     out = Output(json=json)
-    if images.left_out:
-        out.message(f"left out: {describe_left_out(images.left_out)}")
+    images = FoundImages()
+    videos: tuple[VideoFile, ...] = ()
+    if kind is not None:
+        folder = output or Path("predictions")
+        part_of = check_job(
+            folder, sources, shard=shard, overwrite=overwrite, workers=workers, gpus=gpus
+        )
+    else:
+        sources, listed = _with_stdin(sources)
+        named_images, named_videos = split_sources(sources)
+        if named_videos:
+            pyav()
+            check_kinds(kinds, video=True)
+        if named_images or not named_videos:
+            images = find_images(named_images, reserved=reserved_names(kinds), listed=listed)
+        # The table of all images is called detections.csv.
+        videos = name_videos(named_videos, reserved=["detections"] if images.files else [])
+        targets = list(output_files(kinds, images.files)) if images.files else []
+        for video in videos:
+            name = video.name.name
+            targets += [video.name.with_name(name + VIDEO_KINDS[saved]) for saved in kinds]
+        folder = choose_folder(output, targets, overwrite=overwrite) if kinds else Path()
+        if images.left_out:
+            out.message(f"left out: {describe_left_out(images.left_out)}")
 
     opened = open_detector(named, classes, vocabulary, device=device, yes=yes)
     # Loads torch, for seconds: what can be refused was refused.
@@ -216,8 +272,38 @@ def predict(
     detector = detector.with_settings(agnostic_nms=one_label, masks=masks)
     vocabulary_used = chosen_vocabulary(detector, classes, vocabulary, names, base_above, yes=yes)
     settings = detector.settings(score_threshold=score_threshold, max_detections=top)
+    if kind is not None:
+        from proxydet.inference.rows import DetectionWork, OpenDetection, part_format
 
-    shown = _Shown(out, images.left_out, lines=bool(videos))
+        work = DetectionWork(detector=detector, vocabulary=vocabulary_used, settings=settings)
+        run_command_job(
+            out,
+            folder,
+            sources,
+            here=work,
+            elsewhere=OpenDetection(
+                named=named,
+                device="cuda:0" if gpus else device,
+                gpus=gpus if gpus and engine is Engine.processes else 0,
+                vocabulary=vocabulary_used,
+                settings=settings,
+            ),
+            identity=work.identity,
+            parts=part_format(kind),
+            shard=part_of,
+            workers=workers,
+            gpus=gpus,
+            engine=engine,
+            batch_size=batch_size,
+            part_size=part_size,
+            max_errors=max_errors,
+            retry_errors=retry_errors,
+        )
+        return
+
+    if quiet is None:
+        quiet = len(images.files) > _MANY
+    shown = _Shown(out, images.left_out, lines=bool(videos), quiet=quiet)
     alone = len(images.files) + len(videos) == 1
     progress = show_progress()
     if images.files:
@@ -280,6 +366,33 @@ def _kinds(save: list[str] | None, *, json: bool) -> list[str]:
     return [] if kinds == ["none"] else list(dict.fromkeys(renamed))
 
 
+def _job_kind(save: list[str] | None, kinds: list[str], given: dict[str, bool]) -> str | None:
+    """Return the form of a job's results; None: images are run on one by one.
+
+    Args:
+        save: What ``--save`` takes.
+        kinds: What it means.
+        given: Whether each option of a job is given.
+
+    Raises:
+        ConfigError: They contradict each other.
+    """
+    from proxydet.errors import ConfigError
+    from proxydet.inference.writers import PART_KINDS
+
+    parts = [kind for kind in kinds if kind in PART_KINDS]
+    options = [name for name, asked in given.items() if asked]
+    if (parts and len(kinds) > len(parts)) or (options and save and not parts):
+        other = next((kind for kind in kinds if kind not in PART_KINDS), "none")
+        raise ConfigError(
+            f"--save {other} cannot be combined with {f'--save {parts[0]}' if parts else options[0]}",
+            hint=f"save one of {', '.join(PART_KINDS)} alone",
+        )
+    if len(parts) > 1:
+        raise ConfigError(f"a job saves {parts[0]} or {parts[1]}, not both", hint="choose one")
+    return parts[0] if parts else PART_KINDS[0] if options else None
+
+
 class _Shown:
     """Prints results as they come, and at the end what was saved and what could not be read.
 
@@ -287,12 +400,14 @@ class _Shown:
         out: Where they are printed.
         left_out: Files that are not run on, by kind.
         lines: With ``--json``, print each result on a line of its own as it comes; else all in one object at the end.
+        quiet: Print a line for all images, and one a video, instead of one an image and frame.
     """
 
-    def __init__(self, out: Output, left_out: Counter[str], *, lines: bool) -> None:
+    def __init__(self, out: Output, left_out: Counter[str], *, lines: bool, quiet: bool) -> None:
         self._out = out
         self._left_out = left_out
         self._lines = lines
+        self._quiet = quiet
         self._collected: list[dict[str, Any]] = []
         self._saved: list[Path] = []
         self._broken: list[str] = []
@@ -301,7 +416,8 @@ class _Shown:
     def image(self, result: ImageResult) -> None:
         """Print, or collect, the result of an image."""
         if not self._out.json:
-            self._out.row(f"{result.file}: {_summary(result.found)}")
+            if not self._quiet:
+                self._out.row(f"{result.image.label}: {_summary(result.found)}")
         elif self._lines:
             self._out.line(result.to_dict())
         else:
@@ -311,11 +427,16 @@ class _Shown:
         """Print the result of a frame."""
         if self._out.json:
             self._out.line(result.to_dict(video))
-        else:
+        elif not self._quiet:
             self._out.row(f"{video} {result.seconds:.2f} s: {_summary(result.found)}")
 
     def images_done(self, summary: PredictionSummary) -> None:
         """Print the summary of the images, or the whole JSON result."""
+        from proxydet.wording import counted
+
+        if self._quiet and not self._out.json:
+            found = counted(summary.detections, "detection")
+            self._out.row(f"{counted(summary.images, 'image')}: {found}")
         self._saved += summary.saved
         if self._out.json and not self._lines:
             self._out.data(
@@ -332,6 +453,11 @@ class _Shown:
 
     def video_done(self, summary: VideoSummary) -> None:
         """Print the summary of a video, or its JSON result."""
+        from proxydet.wording import counted
+
+        if self._quiet and not self._out.json:
+            found = counted(summary.detections, "detection")
+            self._out.row(f"{summary.video}: {counted(summary.frames, 'frame')}, {found}")
         self._saved += summary.saved
         if summary.broken is not None:
             self._broken.append(summary.broken)

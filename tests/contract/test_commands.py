@@ -108,10 +108,12 @@ def test_options_named_in_the_documentation_exist():
     known |= {"--no-deps", "--require-hashes"}  # pip
     known |= {"--build-arg", "--rm", "--user"}  # docker
     known |= {
+        "--array",
         "--cpus-per-task",
         "--gpus",
         "--gpus-per-node",
         "--nodes",
+        "--ntasks",
         "--ntasks-per-node",
     }  # SLURM
     known |= {"--requeue", "--kill-on-bad-exit", "--signal", "--data-binary"}  # SLURM, and curl

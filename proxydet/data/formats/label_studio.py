@@ -381,13 +381,14 @@ def task(image: str, regions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return a task whose predictions can be corrected.
 
     Args:
-        image: Path of the image, absolute; it is served by Label Studio's local files below the root folder.
+        image: URL of the image, or its absolute path: it is served by Label Studio's local files below the root folder.
         regions: As of `region`.
     """
     score = sum(entry["score"] for entry in regions) / max(len(regions), 1)
+    served = f"/data/local-files/?d={quote(os.fsencode(image.lstrip('/')))}"
     result = [{"id": f"object-{index}", **entry} for index, entry in enumerate(regions)]
     return {
-        "data": {"image": f"/data/local-files/?d={quote(os.fsencode(image.lstrip('/')))}"},
+        "data": {"image": image if "://" in image else served},
         "predictions": [{"model_version": "proxydet", "score": score, "result": result}],
     }
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
-from proxydet.errors import DataError
+from proxydet.errors import DataError, MissingDependencyError
 from proxydet.inference.sources import FoundImages, describe_left_out, find_images
 
 
@@ -134,7 +135,7 @@ def test_a_quoted_tilde_is_expanded_unless_such_a_file_is_there(tmp_path, monkey
 @pytest.mark.parametrize(
     ("source", "message", "hint"),
     [
-        ("https://example.org/a.jpg", "no file", "download"),
+        ("nostore://bucket/a.jpg", "no file", "download"),
         ("x" * 5000, "no file", "spelling"),
         ("gone.png", "broken link", "spelling"),
     ],
@@ -145,3 +146,10 @@ def test_names_that_are_not_files(tmp_path, monkeypatch, source, message, hint):
     with pytest.raises(DataError, match=message) as caught:
         find_images([source])
     assert hint in str(caught.value.hint)
+
+
+def test_a_store_whose_package_is_missing_names_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(MissingDependencyError) as caught:
+        find_images(["s3://bucket/a.jpg"])
+    assert "pip install s3fs" in str(caught.value.hint)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from proxydet.detector import Detector
+from proxydet.errors import InputError
 from proxydet.reporting import SilentProgress
 from proxydet_cli import progress
 
@@ -466,3 +470,129 @@ def test_without_pyav_the_command_is_named_before_any_work(run, clip, monkeypatc
     code, out, err = run(clip)
     assert (code, out) == (5, "")
     assert "pip install 'proxydet[video]'" in err
+
+
+def parts(output: Path) -> list[dict[str, Any]]:
+    """The rows of a job."""
+    rows = []
+    for path in sorted((output / "parts").iterdir()):
+        data = path.read_bytes()
+        text = gzip.decompress(data) if path.suffix == ".gz" else data
+        rows += [json.loads(line) for line in text.splitlines()]
+    return rows
+
+
+def test_a_job_saves_what_the_command_prints_and_continues(run, folder, tmp_path):
+    words = (folder, "-v", "red circle, blue star", "--batch-size", "1")
+    code, out, err = run(*words, "--save", "jsonl", "-o", "job", "--part-size", "2")
+    assert code == 3
+    assert "6 images" in out
+    assert "left out: 1 .txt" in err
+    assert "1 of 6 images could not be read" in err
+    rows = parts(Path("job"))
+    (broken,) = (row for row in rows if "error" in row)
+    assert broken["file"] == str(folder / "broken.jpg")
+    printed = json.loads(run(*words, "--json")[1])
+    assert [row for row in rows if "error" not in row] == printed["images"]
+    assert any(row.get("detections") for row in rows)
+    before = {path: path.stat().st_mtime_ns for path in Path("job/parts").iterdir()}
+    _, out, err = run(*words, "--save", "jsonl", "-o", "job", "--json")
+    assert "continuing" in err
+    summary = json.loads(out)
+    assert (summary["before"], summary["errors"], summary["parts"]) == (6, 1, 3)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    code, _, err = run(folder, "-v", "red circle", "--save", "jsonl", "-o", "job")
+    assert (code, "another vocabulary" in err) == (3, True)
+    assert run(*words, "--save", "jsonl.gz", "-o", "job", "--overwrite")[0] == 3
+    assert parts(Path("job")) == rows
+
+
+def test_a_job_as_parquet_has_the_same_rows(run, folder):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    (folder / "broken.jpg").unlink()
+    assert run(folder, "--save", "jsonl", "-o", "lines")[0] == 0
+    assert run(folder, "--save", "parquet", "-o", "table")[0] == 0
+    table = parquet.read_table("table/parts").to_pylist()
+    assert [row["file"] for row in table] == [row["file"] for row in parts(Path("lines"))]
+    for row, line in zip(table, parts(Path("lines")), strict=True):
+        assert row["labels"] == [entry["label"] for entry in line["detections"]]
+        assert row["scores"] == [entry["score"] for entry in line["detections"]]
+        assert row["boxes"] == [entry["box_xyxy"] for entry in line["detections"]]
+        assert row["masks"] == [entry["mask"]["counts"] for entry in line["detections"]]
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["--save", "jsonl,images"], "--save images"),
+        (["--save", "images", "--workers", "2"], "--workers"),
+        (["--save", "jsonl,parquet"], "choose one"),
+        (["--shard", "3/2"], "3/2"),
+        (["--workers", "2", "--gpus", "2"], "leave one out"),
+        (["--shard", "0/2", "--overwrite"], "--overwrite"),
+        (["--save", "jsonl", "clip.mp4"], "clip.mp4"),
+    ],
+)
+def test_mistakes_about_jobs_are_named_before_a_detector_is_opened(
+    run, folder, monkeypatch, words, what
+):
+    monkeypatch.setattr("proxydet.detector.open_named", None)
+    code, out, err = run(folder, *words)
+    assert (code, out) == (3, "")
+    assert what in err
+    assert "hint:" in err
+
+
+def test_a_tar_and_a_list_are_taken_as_a_few_images_too(run, folder, tmp_path):
+    with tarfile.open("a.tar", "w") as tar:
+        tar.add(folder / "a0.png", "x/a0.png")
+        tar.add(folder / "a1.png", "x/a1.png")
+    Path("list").write_text(f"{folder}/a2.png\na.tar\n")
+    code, out, _ = run("@list", "--json", "--save", "json,yolo,csv")
+    assert code == 0
+    names = [f"{folder}/a2.png", "a.tar/x/a0.png", "a.tar/x/a1.png"]
+    assert [entry["file"] for entry in json.loads(out)["images"]] == names
+    assert json.loads(Path("predictions/x/a0.json").read_text())["file"] == names[1]
+    copied = Path("predictions/yolo/images/x_a0.png")
+    assert copied.read_bytes() == (folder / "a0.png").read_bytes()
+
+
+def test_quiet_prints_a_line_for_all(run, folder, monkeypatch):
+    (folder / "broken.jpg").unlink()
+    code, out, _ = run(folder, "--save", "none", "--quiet")
+    assert (code, out.count("\n"), out.startswith("5 images: ")) == (0, 1, True)
+    monkeypatch.setattr("proxydet_cli.commands.predict._MANY", 4)
+    assert run(folder, "--save", "none")[1] == out
+    assert run(folder, "--save", "none", "--no-quiet")[1].count("\n") == 5
+
+
+def test_the_callable_gives_the_rows_of_a_job(detector, folder, run):
+    from proxydet.inference.rows import DetectRows
+
+    step = DetectRows(detector, ["red circle", "blue star"], score_threshold=0.02, batch_size=1)
+    run(folder, "-v", "red circle, blue star", "--save", "jsonl", "-o", "job", "--batch-size", "1")
+    rows = parts(Path("job"))
+    paths = [row["file"] for row in rows]
+    found = step({"path": np.array(paths, dtype=object), "id": np.arange(len(paths))})
+    assert list(found["id"]) == list(range(6))
+    for index, row in enumerate(rows):
+        if "error" in row:
+            assert found["error"][index] == row["error"]
+            assert found["scores"][index] == []
+            continue
+        entries = row["detections"]
+        assert found["error"][index] is None
+        assert (found["width"][index], found["height"][index]) == (row["width"], row["height"])
+        assert found["labels"][index] == [entry["label"] for entry in entries]
+        assert found["boxes"][index] == [entry["box_xyxy"] for entry in entries]
+        assert found["masks"][index] == [entry["mask"]["counts"] for entry in entries]
+    readable = [path for path, row in zip(paths, rows, strict=True) if "error" not in row]
+    encoded = step({"bytes": [Path(path).read_bytes() for path in readable]})
+    arrays = step([np.asarray(Image.open(path)) for path in readable])
+    assert "bytes" not in encoded
+    assert encoded["scores"] == [row["scores"] for row in arrays]
+    assert [
+        s for s, e in zip(found["scores"], found["error"], strict=True) if e is None
+    ] == encoded["scores"]
+    with pytest.raises(InputError, match="column"):
+        step({"pixels": []})

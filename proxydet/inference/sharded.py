@@ -1,0 +1,940 @@
+"""Jobs over any number of images: planned once, run by any number of processes, continued after any end.
+
+What is done with an image is an argument, as is the form of the results::
+
+    class Work:                                       # an ImageWork: what a process holds, such as an open detector
+        def prepare(self, pixels): ...                # uint8 (H, W, 3) RGB -> what `run` takes; threads call it
+        def shape(self, prepared): ...                # images of equal shape share a batch
+        def run(self, batch): ...                     # list of prepared -> content of each image, in their order
+
+    class Parts:                                      # a PartFormat: picklable; writes the results of some images
+        name, suffix = "mine", ".npz"
+        def write(self, target, rows): ...            # consumes Rows (image, content or error) as they are computed;
+                                                      # returns how many objects were in them
+
+    job = open_job(folder, ["photos/", "s3://bucket/*.tar"], identity={"detector": digest, ...}, parts=Parts())
+    done = run_job(job, open_work, shard=Shard(0, 8), workers=2)    # open_work(number) -> Work, in each process
+
+The folder of a job::
+
+    job.json                what is computed (its identity), from which sources, how many images; where each part begins
+    images.jsonl            the plan: an image a line (name, bytes, stamp, tar, offset); it is what the parts are cut from
+    parts/000012.jsonl      results of one part: at most 1,000 images; written whole or not at all
+    finished/0-of-8.jsonl   a line for each part that shard 0 of 8 has finished: counts, size and digest of its file
+    shards/0-of-8.lock      held by the process that runs the shard
+
+A part is computed as a whole by one process, from the plan alone: which process, on how many machines, in what order and
+after how many interruptions makes no difference to it. A part counts as finished when a line says so and its file has the
+size that the line says, so that a killed process costs the parts that it worked on, nothing is computed twice and nothing
+is lost. Images that a store did not hand out are tried again when the job is continued; an image that cannot be read is a
+row with its error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import sqlite3
+import sys
+import threading
+from array import array
+from collections import Counter
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import msgspec
+
+from proxydet._version import __version__
+from proxydet.data.images import Pixels
+from proxydet.errors import (
+    ConfigError,
+    DataError,
+    JobInterruptedError,
+    MissingDependencyError,
+    ProxydetError,
+    RuntimeEnvironmentError,
+    UnreachableError,
+)
+from proxydet.files import (
+    JsonLines,
+    Lock,
+    build_once,
+    read_json,
+    sha256,
+    staged,
+    write_errors,
+    write_json,
+)
+from proxydet.inference.pipeline import READERS, run_images
+from proxydet.inference.sources import SourceImage, stream_images
+from proxydet.reporting import SILENT, Progress
+from proxydet.wording import counted, first_of
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "job.json"
+LARGEST_PART = 1000
+"""Images in a part, unless another number is asked for; a small job has smaller ones, so that several workers share it."""
+_SMALLEST_PART = 50
+_FORMAT = 1
+_STORE_READERS = 16
+_NAMED_FAILURES = 3
+_MOST_DEATHS = 3
+
+
+# --- What is done with an image, and what is written --------------------------------------------------------------------
+
+
+class ImageWork(Protocol):
+    """What is done with an image."""
+
+    def prepare(self, pixels_HW3: Pixels) -> Any:
+        """Do what needs no order and no network, such as scaling; threads call it."""
+
+    def shape(self, prepared: Any) -> Hashable:
+        """Return what images of one batch have in common."""
+
+    def run(self, batch: list[Any]) -> Sequence[Any]:
+        """Return the content of each image's row."""
+
+
+OpenWork: TypeAlias = Callable[[int], ImageWork]
+"""Opens the work in the process of that number, from 0; picklable where there are several workers."""
+
+
+class Row(NamedTuple):
+    """The result of one image."""
+
+    image: SourceImage
+    content: Any
+    """What the work made of it; None where there is an error."""
+    error: str | None
+
+
+class PartFormat(Protocol):
+    """How the results of a part become a file; picklable."""
+
+    @property
+    def name(self) -> str:
+        """What the manifest calls it."""
+
+    @property
+    def suffix(self) -> str:
+        """Of the files."""
+
+    def write(self, target: Path, rows: Iterable[Row]) -> int:
+        """Write a file from rows, which are computed as they are taken, and return how many objects are in them."""
+
+
+class PartRecord(msgspec.Struct, kw_only=True, frozen=True):
+    """What the ledger holds of a finished part.
+
+    Attributes:
+        part: Its number.
+        images: Rows in it.
+        objects: Detections, or what the work finds, in all of them.
+        errors: Images that could not be read, those that a store did not hand out among them.
+        unreachable: Images that a store did not hand out.
+        changed: Images whose file is not the one that was planned; what is there now was run on.
+        bytes: Size of the file.
+        sha256: Its digest.
+        failures: Messages of the first few errors.
+    """
+
+    part: int
+    images: int
+    objects: int
+    errors: int
+    unreachable: int
+    changed: int
+    bytes: int
+    sha256: str
+    failures: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """The parts ``index``, ``index + count``, ``index + 2 * count``, ... of a job: what one process, or machine, runs."""
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str, environment: Mapping[str, str] = os.environ) -> Shard:
+        """Read ``0/8``, the first of eight; ``auto``, or ``auto/8``, takes it from the environment.
+
+        The environment is that of a task of a SLURM array, of a task of a SLURM step, of a node of SkyPilot, or of a pod of an
+        indexed Job of Kubernetes, which does not know how many there are.
+
+        Raises:
+            ConfigError: It is something else, or the environment has no numbers.
+        """
+        first, _, second = text.partition("/")
+        if first == "auto":
+            found = _from_environment(environment)
+            if found is None:
+                raise ConfigError(
+                    "--shard auto finds no number in the environment: not SLURM_ARRAY_TASK_ID, SLURM_PROCID, "
+                    "SKYPILOT_NODE_RANK or JOB_COMPLETION_INDEX",
+                    hint="give it: --shard 0/8 is the first of 8, --shard 7/8 the last",
+                )
+            first, stated = str(found[0]), found[1]
+            second = second or ("" if stated is None else str(stated))
+            if not second:
+                raise ConfigError(
+                    "Kubernetes states the number of the pod, not how many there are",
+                    hint="give the completions of the Job: --shard auto/8",
+                )
+        if not (first.isdecimal() and second.isdecimal() and int(first) < int(second)):
+            raise ConfigError(
+                f"the shard {text!r} is not a number and a count, the number from 0",
+                hint="--shard 0/8 is the first of 8, --shard 7/8 the last",
+            )
+        return cls(int(first), int(second))
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+
+def _from_environment(environment: Mapping[str, str]) -> tuple[int, int | None] | None:
+    def number(name: str, default: int | None = None) -> int | None:
+        value = environment.get(name, "")
+        return int(value) if value.isdecimal() else default
+
+    if (task := number("SLURM_ARRAY_TASK_ID")) is not None:
+        step = number("SLURM_ARRAY_TASK_STEP", 1) or 1
+        index = (task - (number("SLURM_ARRAY_TASK_MIN", 0) or 0)) // step
+        return index, number("SLURM_ARRAY_TASK_COUNT")
+    for index_name, count_name in (
+        ("SKYPILOT_NODE_RANK", "SKYPILOT_NUM_NODES"),
+        ("SLURM_PROCID", "SLURM_NTASKS"),
+        ("JOB_COMPLETION_INDEX", ""),
+    ):
+        if (place := number(index_name)) is not None:
+            return place, number(count_name)
+    return None
+
+
+# --- Planning ------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """A planned job.
+
+    Attributes:
+        folder: Where everything of it is.
+        parts: How results are written.
+        images: Number of images, each once.
+        duplicates: How many were named again, and left out.
+        left_out: Files that are not images, by kind.
+        root: Absolute path that relative names of images start from.
+        offsets: Where each part begins in the plan, in bytes.
+        planned: Whether it was planned just now, not continued.
+    """
+
+    folder: Path
+    parts: PartFormat
+    images: int
+    duplicates: int
+    left_out: Counter[str]
+    root: str
+    offsets: Sequence[int]
+    planned: bool = False
+
+    def plan(self, part: int) -> list[SourceImage]:
+        """Return the images of a part."""
+        end = self.offsets[part + 1] if part + 1 < len(self.offsets) else None
+        path = self.folder / "images.jsonl"
+        try:
+            with path.open("rb") as file:
+                file.seek(self.offsets[part])
+                data = file.read() if end is None else file.read(end - self.offsets[part])
+            return [SourceImage(*json.loads(line)) for line in data.splitlines()]
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(
+                f"the plan {path} cannot be read: {error}",
+                hint="put it back, or give another folder with --output",
+                path=path,
+            ) from error
+
+    def file(self, part: int) -> Path:
+        """Return where the results of a part are, or will be."""
+        return self.folder / "parts" / f"{part:06d}{self.parts.suffix}"
+
+    def finished(self) -> dict[int, PartRecord]:
+        """Return what is known of each finished part; those whose file is gone, or of another size, are not."""
+        found: dict[int, PartRecord] = {}
+        sizes = {}
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.folder / "parts") as entries:
+            sizes = {entry.name: entry.stat().st_size for entry in entries}
+        for ledger in sorted((self.folder / "finished").glob("*.jsonl")):
+            for line in JsonLines(ledger).read(then="their parts are computed again"):
+                with contextlib.suppress(msgspec.ValidationError):
+                    record = msgspec.convert(line, PartRecord)
+                    inside = 0 <= record.part < len(self.offsets)
+                    if inside and sizes.get(self.file(record.part).name) == record.bytes:
+                        found[record.part] = record
+        return found
+
+
+def open_job(
+    folder: Path,
+    sources: Sequence[str],
+    *,
+    identity: Mapping[str, Any],
+    parts: PartFormat,
+    part_images: int | None = None,
+    stdin: Path | None = None,
+    progress: Progress = SILENT,
+) -> Job:
+    """Continue the job of a folder, or plan one where there is none; of several processes that come at once one plans.
+
+    Images are found one after the other and written to the plan, so that memory does not grow with their number; names that
+    were there before are found by their digests in a temporary SQLite table on the disk, whose cache is bounded.
+
+    Args:
+        folder: Of the job; made when it is not there.
+        sources: As for `stream_images`.
+        identity: What is computed: digests of detector and vocabulary, settings; values that JSON has. A folder with a job
+            of another identity is refused.
+        parts: How results are written.
+        part_images: Images in a part; None: `LARGEST_PART`, fewer in a job of less than 64 such parts.
+        stdin: The list that came on stdin, where ``-`` is among the sources.
+        progress: Where planning is shown.
+
+    Raises:
+        ConfigError: The folder has a job that computes something else, or from other sources.
+        DataError: As of `stream_images`; no images were found.
+        RuntimeEnvironmentError: The folder cannot be written to.
+    """
+    root = os.getcwd()  # noqa: PTH109 what names are joined with
+    places = []
+    for source in sources:
+        listed = stdin if source == "-" else Path(source[1:]) if source.startswith("@") else None
+        if listed is not None and not os.path.lexists(source) and listed.is_file():
+            places.append(f"{source}: {sha256(listed)}")
+        else:
+            local = "://" not in source or os.path.lexists(source)
+            places.append(os.path.join(root, source) if local else source)  # noqa: PTH118
+    stated = {
+        "identity": json.loads(json.dumps(identity)),
+        "results": parts.name,
+        "sources": places,
+    }
+    path = folder / MANIFEST
+    planned = False
+
+    def build(_: Path) -> None:
+        nonlocal planned
+        planned = True
+        _plan(folder, sources, stated, root, part_images, stdin, progress)
+
+    build_once(path, build)
+    hint = "give another folder with --output, or replace the job that is there: --overwrite"
+    content = read_json(path, what="job", hint=hint, error=DataError)
+    if content.get("format") != _FORMAT:
+        raise DataError(f"{path} is not a job of this version of proxydet", hint=hint, path=path)
+    there = {name: content.get(name) for name in stated}
+    if there != stated:
+        was, now = _flat(there), _flat(stated)
+        differing = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
+        raise ConfigError(
+            f"the folder {folder} has a job with another {first_of(differing)}",
+            hint=hint,
+            path=path,
+        )
+    if part_images not in (None, content["part_images"]):
+        raise ConfigError(
+            f"the job in {folder} has parts of {content['part_images']} images, not {part_images}",
+            hint="leave the size of parts out to continue it",
+            path=path,
+        )
+    return Job(
+        folder=folder,
+        parts=parts,
+        images=content["images"],
+        duplicates=content["duplicates"],
+        left_out=Counter(content["left_out"]),
+        root=content["root"],
+        offsets=content["offsets"],
+        planned=planned,
+    )
+
+
+def _flat(value: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        name = f"{above}.{key}" if above and above != "identity" else key
+        flat.update(_flat(item, name) if isinstance(item, Mapping) else {name: item})
+    return flat
+
+
+def _plan(
+    folder: Path,
+    sources: Sequence[str],
+    stated: Mapping[str, Any],
+    root: str,
+    part_images: int | None,
+    stdin: Path | None,
+    progress: Progress,
+) -> None:
+    left_out: Counter[str] = Counter()
+    images = duplicates = size = place = 0
+    step = part_images or _SMALLEST_PART
+    starts = array("q")
+    target = folder / "images.jsonl"
+    digest = hashlib.sha256()
+    with (
+        progress.task("finding images", unit="images") as task,
+        _first_seen(folder, root) as is_new,
+        staged(target) as temporary,
+        write_errors(target),
+        temporary.open("wb") as file,
+    ):
+        for image in stream_images(sources, left_out, stdin=stdin):
+            task.advance()
+            if not is_new(image.name):
+                duplicates += 1
+                continue
+            if images % step == 0:
+                starts.append(place)
+            line = json.dumps(image).encode() + b"\n"
+            file.write(line)
+            digest.update(line)
+            images, size, place = images + 1, size + (image.size or 0), place + len(line)
+        if images == 0:
+            raise DataError("no images were found", hint="name files, folders or patterns")
+    # Some dozens of parts at least, and of no more than so many images.
+    steps = 1 if part_images else max(1, min(LARGEST_PART, -(-images // 64)) // step)
+    write_json(
+        folder / MANIFEST,
+        {
+            "format": _FORMAT,
+            "proxydet": __version__,
+            **stated,
+            "root": root,
+            "images": images,
+            "bytes": size,
+            "duplicates": duplicates,
+            "left_out": dict(left_out),
+            "part_images": step * steps,
+            "plan_sha256": digest.hexdigest(),
+            "offsets": starts[::steps].tolist(),
+        },
+    )
+
+
+@contextlib.contextmanager
+def _first_seen(folder: Path, root: str) -> Iterator[Callable[[str], bool]]:
+    """Give a function that says whether a name comes for the first time: relative and absolute, ``./a`` and ``a`` are one."""
+    path = folder / ".seen.sqlite"  # under the lock of the plan: nobody else's
+    with write_errors(path):
+        path.unlink(missing_ok=True)
+    try:
+        with closing(sqlite3.connect(path, isolation_level=None)) as table:
+            for setting in ("journal_mode = off", "synchronous = off", "cache_size = -65536"):
+                table.execute(f"pragma {setting}")
+            table.execute("create table seen (digest blob primary key) without rowid")
+            table.execute("begin")
+
+            def is_new(name: str) -> bool:
+                full = name if "://" in name else os.path.join(root, Path(name))  # noqa: PTH118
+                key = hashlib.blake2b(full.encode("utf-8", "surrogateescape"), digest_size=16)
+                added = table.execute("insert or ignore into seen values (?)", (key.digest(),))
+                return added.rowcount == 1
+
+            yield is_new
+    except sqlite3.Error as error:
+        raise RuntimeEnvironmentError(
+            f"images that are named twice cannot be found, with a table in {folder}: {error}",
+            hint="free some space, or choose another folder with --output",
+            path=path,
+        ) from error
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def remove_job(folder: Path) -> None:
+    """Remove the job of a folder, its results included; other files stay.
+
+    Raises:
+        LockedError: A process runs a shard of it.
+        RuntimeEnvironmentError: A file cannot be removed.
+    """
+    for lock in (folder / "shards").glob("*.lock"):
+        Lock(lock, subject=f"the job in {folder}").require_free()
+    with write_errors(folder / MANIFEST):
+        (folder / MANIFEST).unlink(missing_ok=True)  # first: without it nothing else counts
+        for name in ("finished", "shards", "parts"):
+            for path in (folder / name).glob("*"):
+                path.unlink()
+        (folder / "images.jsonl").unlink(missing_ok=True)
+
+
+# --- Running -------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JobSummary:
+    """What there is of a shard when it has been run.
+
+    Attributes:
+        folder: Of the job.
+        images: Images of the shard, all of them done.
+        objects: Detections in them.
+        errors: Images that could not be read: rows with an error.
+        unreachable: Those of them that a store did not hand out; they are tried again when the job is continued.
+        changed: Images that changed between planning and running.
+        failures: Messages of the first few errors.
+        before: Images that were done when this process began.
+        unfinished: Parts of the job that belong to other shards and are not done yet.
+    """
+
+    folder: Path
+    images: int
+    objects: int
+    errors: int
+    unreachable: int
+    changed: int
+    failures: tuple[str, ...]
+    before: int
+    unfinished: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How parts are computed; another choice computes the same images.
+
+    Attributes:
+        batch_size: Images in the network at once.
+        max_errors: End the job where more images cannot be read; None: never.
+        workers: Processes of this machine, or actors of Ray.
+        threads: Threads of each; None: those of this process, divided among the workers.
+        gpus: GPUs that each actor of Ray takes.
+    """
+
+    batch_size: int = 4
+    max_errors: int | None = None
+    workers: int = 1
+    threads: int | None = None
+    gpus: float = 0
+
+
+def run_job(
+    job: Job,
+    open_work: OpenWork,
+    *,
+    options: RunOptions | None = None,
+    shard: Shard | None = None,
+    engine: str = "processes",
+    retry_errors: bool = False,
+    progress: Progress = SILENT,
+) -> JobSummary:
+    """Compute the parts of a shard that are not finished.
+
+    Args:
+        job: What `open_job` returned.
+        open_work: Opens the detector in each process; in this one where there is one worker.
+        options: How parts are computed.
+        shard: Which parts; None: all.
+        engine: ``processes`` of this machine, or actors of ``ray``.
+        retry_errors: Compute parts again that have images which could not be read.
+        progress: Where progress is shown.
+
+    Raises:
+        ConfigError: A number is out of range.
+        LockedError: Another process runs this shard, or one of another number of shards.
+        DataError: More images cannot be read than may.
+        UnreachableError: A store handed out no image of a part.
+        RuntimeEnvironmentError: Results cannot be written, or workers keep being killed.
+        JobInterruptedError: Ctrl-C or SIGTERM; finished parts stay.
+    """
+    shard, options = shard or Shard(), options or RunOptions()
+    for name, value in (("batch size", options.batch_size), ("number of workers", options.workers)):
+        if value < 1:
+            raise ConfigError(f"the {name} is {value}; it must be at least 1")
+    name = f"{shard.index}-of-{shard.count}"
+    lock = Lock(
+        job.folder / "shards" / f"{name}.lock",
+        subject=f"shard {shard} of the job in {job.folder}",
+        hint="wait for it to end, or run another shard",
+    )
+    lock.acquire(wait=False)
+    try:
+        for other in (job.folder / "shards").glob("*-of-*.lock"):
+            count = other.stem.rpartition("-")[2]
+            if count != str(shard.count):
+                Lock(
+                    other,
+                    subject=f"the job in {job.folder}, cut into {count} shards,",
+                    hint=f"wait for it to end, or run one of its shards: --shard 1/{count}",
+                ).require_free()
+        finished = job.finished()
+        mine = range(shard.index, len(job.offsets), shard.count)
+        records = {part: finished[part] for part in mine if part in finished}
+        for part, record in list(records.items()):
+            if record.unreachable or (retry_errors and record.errors):
+                del records[part]
+        before = sum(record.images for record in records.values())
+        todo = [part for part in mine if part not in records]
+        size = len(job.plan(0)) if job.offsets else 0
+        total = min(len(mine) * size, job.images)
+        ledger = JsonLines(job.folder / "finished" / f"{name}.jsonl")
+        with (
+            progress.task("predicting", total=total, unit="images", done=before) as task,
+            _stopped_by_sigterm() as stopped,
+        ):
+            started = {"ray": _on_ray, "processes": _in_processes}[engine]
+            if engine == "processes" and min(options.workers, len(todo)) <= 1:
+                started = _in_this_process
+            try:
+                with closing(started(job, todo, open_work, options, task.advance)) as results:
+                    for record in results:
+                        lock.check()
+                        ledger.append(msgspec.to_builtins(record))
+                        records[record.part] = record
+                        _check_errors(records.values(), options.max_errors)
+            except KeyboardInterrupt as error:
+                done = sum(record.images for record in records.values())
+                raise JobInterruptedError(
+                    f"stopped after {done} images; their results are in {job.folder / 'parts'}",
+                    signal_number=stopped[0] if stopped else 2,
+                    hint="run the same command again to continue",
+                ) from error
+    finally:
+        lock.release()
+    values = records.values()
+    return JobSummary(
+        folder=job.folder,
+        images=sum(record.images for record in values),
+        objects=sum(record.objects for record in values),
+        errors=sum(record.errors for record in values),
+        unreachable=sum(record.unreachable for record in values),
+        changed=sum(record.changed for record in values),
+        failures=tuple(text for record in values for text in record.failures)[:_NAMED_FAILURES],
+        before=before,
+        unfinished=len(job.offsets) - len(finished.keys() | records.keys()),
+    )
+
+
+def _check_errors(records: Iterable[PartRecord], most: int | None) -> None:
+    errors = [text for record in records for text in record.failures]
+    count = sum(record.errors for record in records)
+    if most is not None and count > most:
+        raise DataError(
+            f"{counted(count, 'image')} could not be read, and --max-errors is {most}: {errors[0]}",
+            hint="inspect them, and continue with a larger --max-errors; what is finished stays",
+        )
+
+
+@contextlib.contextmanager
+def _stopped_by_sigterm() -> Iterator[list[int]]:
+    """Raise KeyboardInterrupt for SIGTERM, which schedulers send before they kill, and note that in the list."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def stop(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run_part(
+    job: Job,
+    part: int,
+    work: ImageWork,
+    options: RunOptions,
+    advance: Callable[[], object] = lambda: None,
+) -> PartRecord:
+    """Compute one part and write its file.
+
+    Args:
+        job: The job.
+        part: Number of the part.
+        work: What is done with an image.
+        options: How.
+        advance: Called for each image.
+
+    Raises:
+        UnreachableError: A store handed out none of the images.
+        DataError: More images cannot be read than may.
+        RuntimeEnvironmentError: The file cannot be written.
+    """
+    images = job.plan(part)
+    errors: list[str] = []
+    unreachable = changed = 0
+
+    def read(image: SourceImage) -> tuple[bool, Any]:
+        other = image.changed(job.root)
+        return other, work.prepare(image.read(job.root))
+
+    def rows() -> Iterator[Row]:
+        nonlocal unreachable, changed
+        for image, made in results:
+            advance()
+            if isinstance(made, DataError):
+                errors.append(made.message)
+                unreachable += isinstance(made, UnreachableError)
+                if options.max_errors is not None and len(errors) > options.max_errors:
+                    raise DataError(
+                        f"more images cannot be read than the {options.max_errors} of --max-errors: {errors[0]}",
+                        hint="inspect them, and continue with a larger --max-errors; what is finished stays",
+                    )
+                yield Row(image, None, made.message)
+            else:
+                (other, _), content = made
+                changed += other
+                yield Row(image, content, None)
+
+    target = job.file(part)
+    remote = any("://" in image.name for image in images)
+    running = run_images(
+        images,
+        read,
+        lambda batch: work.run([prepared for _, prepared in batch]),
+        batch_size=options.batch_size,
+        shape=lambda made: work.shape(made[1]),
+        readers=_STORE_READERS if remote else READERS,
+    )
+    with staged(target) as temporary, closing(running) as results, write_errors(target):
+        objects = job.parts.write(temporary, rows())
+        if unreachable == len(images):
+            raise UnreachableError(
+                f"no image of part {part} could be read: {errors[0]}",
+                hint="check the connection and the store's credentials, and run the same command again to continue",
+            )
+        return PartRecord(
+            part=part,
+            images=len(images),
+            objects=objects,
+            errors=len(errors),
+            unreachable=unreachable,
+            changed=changed,
+            bytes=temporary.stat().st_size,
+            sha256=sha256(temporary),
+            failures=tuple(errors[:_NAMED_FAILURES]),
+        )
+
+
+# --- Engines: where parts are computed -----------------------------------------------------------------------------------
+
+Results: TypeAlias = Generator[PartRecord, None, None]
+
+
+def _in_this_process(
+    job: Job,
+    parts: Sequence[int],
+    open_work: OpenWork,
+    options: RunOptions,
+    advance: Callable[..., object],
+) -> Results:
+    work = open_work(0) if parts else None
+    for part in parts:
+        assert work is not None
+        yield run_part(job, part, work, options, advance)
+
+
+def _threads(options: RunOptions) -> int:
+    """Return the threads of a worker. What needs no torch loads none here."""
+    torch = sys.modules.get("torch")
+    here = (os.cpu_count() or 1) if torch is None else torch.get_num_threads()
+    return options.threads or max(1, here // options.workers)
+
+
+def _limit_threads(threads: int) -> None:
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # where torch is loaded later
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(threads)
+
+
+def _in_processes(
+    job: Job,
+    parts: Sequence[int],
+    open_work: OpenWork,
+    options: RunOptions,
+    advance: Callable[..., object],
+) -> Results:
+    """Keep worker processes busy with a part each; one that is killed is replaced, and its part computed again."""
+    context = multiprocessing.get_context("spawn")
+    threads = _threads(options)
+    todo = list(reversed(parts))
+    deaths: Counter[int] = Counter()
+    workers: dict[Connection, tuple[Any, int, int]] = {}  # process, its number, its part
+
+    def start(number: int) -> None:
+        ours, theirs = context.Pipe()
+        arguments = (theirs, ours, job, open_work, number, threads, options)
+        process = context.Process(target=_worker, args=arguments, daemon=True)
+        process.start()
+        theirs.close()
+        workers[ours] = (process, number, todo.pop())
+        ours.send(workers[ours][2])
+
+    def end(connection: Connection) -> tuple[Any, int, int]:
+        process, number, part = workers.pop(connection)
+        connection.close()
+        process.terminate()
+        process.join()
+        return process, number, part
+
+    try:
+        for number in range(min(options.workers, len(parts))):
+            start(number)
+        while workers:
+            for ready in wait(list(workers)):
+                assert isinstance(ready, Connection)
+                try:
+                    message = ready.recv()
+                except (EOFError, OSError):
+                    process, number, part = end(ready)
+                    deaths[part] += 1
+                    if deaths[part] >= _MOST_DEATHS:
+                        first = job.plan(part)[0].name
+                        raise RuntimeEnvironmentError(
+                            f"part {part}, which begins with {first}, ended its worker process "
+                            f"{_MOST_DEATHS} times (exit code {process.exitcode})",
+                            hint="-9 mostly means that memory was short: use fewer --workers or a smaller --batch-size",
+                        ) from None
+                    logger.warning(
+                        "a worker process ended (exit code %s); part %d is computed again",
+                        process.exitcode,
+                        part,
+                    )
+                    todo.append(part)
+                    start(number)
+                    continue
+                if isinstance(message, int):
+                    advance(message)
+                elif isinstance(message, Exception):
+                    raise message
+                else:
+                    process, number, _ = workers[ready]
+                    if todo:
+                        workers[ready] = (process, number, todo.pop())
+                        ready.send(workers[ready][2])
+                    else:
+                        end(ready)
+                    yield message
+    finally:
+        for connection in list(workers):
+            end(connection)
+
+
+def _worker(
+    connection: Connection,
+    parents: Connection,
+    job: Job,
+    open_work: OpenWork,
+    number: int,
+    threads: int,
+    options: RunOptions,
+) -> None:
+    """Compute the parts that come through a connection, in a process of its own, for as long as its parent lives."""
+    parents.close()  # else its own copy would keep the connection open after the parent's end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent ends this process
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
+    _limit_threads(threads)
+    images = 0
+
+    def advance() -> None:
+        nonlocal images
+        images += 1
+        if images % 8 == 0:
+            connection.send(8)
+
+    try:
+        work = open_work(number)
+        while True:
+            record = run_part(job, connection.recv(), work, options, advance)
+            connection.send(images % 8)
+            images = 0
+            connection.send(record)
+    except EOFError:
+        return
+    except Exception as error:  # noqa: BLE001 raised in the parent
+        known = isinstance(error, ProxydetError | MemoryError | OSError)
+        connection.send(error if known else RuntimeError(f"{type(error).__name__}: {error}"))
+
+
+class _RayWorker:
+    def __init__(self, folder: str, job: Job, open_work: OpenWork, options: RunOptions) -> None:
+        os.chdir(folder)
+        _limit_threads(options.threads or 1)
+        self._job, self._options, self._work = job, options, open_work(0)
+
+    def run(self, part: int) -> PartRecord:
+        return run_part(self._job, part, self._work, self._options)
+
+
+def _on_ray(
+    job: Job,
+    parts: Sequence[int],
+    open_work: OpenWork,
+    options: RunOptions,
+    advance: Callable[..., object],
+) -> Results:
+    """Give the parts to actors of Ray, of the cluster that RAY_ADDRESS names or of this machine; Ray restarts them."""
+    try:
+        import ray
+        from ray.util import ActorPool
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"--engine ray needs the package ray, which cannot be imported: {error}",
+            hint="run: pip install 'proxydet[ray]' (or: pip install 'ray[data]')",
+        ) from error
+    threads = _threads(options)
+    started = not ray.is_initialized()
+    if started:
+        ray.init(log_to_driver=False)
+    try:
+        actor = ray.remote(_RayWorker).options(
+            num_cpus=threads, num_gpus=options.gpus, max_restarts=-1, max_task_retries=_MOST_DEATHS
+        )
+        split = dataclasses.replace(options, threads=threads)
+        place = dataclasses.replace(job, folder=job.folder.absolute())
+        actors = [
+            actor.remote(job.root, place, open_work, split)
+            for _ in range(min(options.workers, len(parts)))
+        ]
+        pool = ActorPool(actors)
+        for record in pool.map_unordered(lambda worker, part: worker.run.remote(part), parts):
+            advance(record.images)
+            yield record
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        raise (
+            cause
+            if isinstance(cause, ProxydetError)
+            else RuntimeEnvironmentError(
+                f"an actor of Ray failed: {str(cause)[:2000]}",
+                hint="the log of the actor is in Ray's dashboard; run the same command again to continue",
+            )
+        ) from error
+    except ray.exceptions.RayError as error:
+        raise RuntimeEnvironmentError(
+            f"Ray failed: {str(error)[:2000]}", hint="run the same command again to continue"
+        ) from error
+    finally:
+        if started:
+            ray.shutdown()

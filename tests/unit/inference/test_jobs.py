@@ -1,0 +1,395 @@
+"""Jobs over many images: what is planned, what a fault costs, and that nothing is lost or computed twice."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import fsspec
+import job_work
+import numpy as np
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from job_work import Lines, OpenMean
+from PIL import Image
+
+from proxydet.errors import (
+    ConfigError,
+    DataError,
+    DiskFullError,
+    LockedError,
+    RuntimeEnvironmentError,
+    UnreachableError,
+)
+from proxydet.inference import sources
+from proxydet.inference.pipeline import run_images
+from proxydet.inference.sharded import (
+    Job,
+    JobSummary,
+    RunOptions,
+    Shard,
+    open_job,
+    remove_job,
+    run_job,
+)
+from proxydet.inference.sources import stream_images
+
+
+def png(value: int, size: tuple[int, int] = (4, 3)) -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(np.full((*size, 3), value, np.uint8)).save(data, "PNG")
+    return data.getvalue()
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Images 00.png to 22.png of two shapes, each of its number's grey."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for value in range(23):
+        (folder / f"{value:02d}.png").write_bytes(png(value, (4, 3) if value % 3 else (3, 4)))
+    return folder
+
+
+def plan(place: Path, *names: object, parts: Lines | None = None, **changes: object) -> Job:
+    settings: dict = {"identity": {"detector": "a"}, "part_images": 5, **changes}
+    return open_job(place / "out", [str(n) for n in names], parts=parts or Lines(), **settings)
+
+
+def run(job: Job, open_work: OpenMean | None = None, **changes: object) -> JobSummary:
+    return run_job(job, open_work or OpenMean(), **changes)
+
+
+def rows(job: Job) -> dict[str, tuple[float | None, str | None]]:
+    """All rows by the image's file name; none is there twice."""
+    found: dict[str, tuple[float | None, str | None]] = {}
+    for path in sorted((job.folder / "parts").iterdir()):
+        for line in path.read_text().splitlines():
+            name, content, error = json.loads(line)
+            assert name not in found
+            found[name] = (content, error)
+    return {Path(name).name: value for name, value in found.items()}
+
+
+def streamed(*names: object, stdin: Path | None = None) -> list[str]:
+    return [image.name for image in stream_images(map(str, names), Counter(), stdin=stdin)]
+
+
+# --- Sources -------------------------------------------------------------------------------------------------------------
+
+
+def test_sources_stand_for_images_one_after_the_other(photos, tmp_path, monkeypatch):
+    listed = tmp_path / "list.txt"
+    listed.write_text(f"{photos}/05.png\nabsent.png\r\n{photos}/0[12].png\n\n")
+    assert streamed(f"@{listed}") == [
+        f"{photos}/05.png",
+        "absent.png",
+        f"{photos}/01.png",
+        f"{photos}/02.png",
+    ]
+    nul = tmp_path / "nul"
+    nul.write_bytes(b"a\nb.png\0" + os.fsencode(photos) + b"/04.png\0")
+    assert streamed("-", stdin=nul) == ["a\nb.png", f"{photos}/04.png"]
+    everything = streamed(photos)
+    assert everything == sorted(everything)
+    monkeypatch.setattr(sources, "_SORTED_AT_ONCE", 4)  # as of a folder of millions
+    assert streamed(photos) == streamed(f"{tmp_path}/*/*.png") == everything
+    assert len(everything) == 23
+    listed.write_bytes(b"x" * (1 << 17))
+    with pytest.raises(DataError, match="line is longer"):
+        streamed(f"@{listed}")
+
+
+def test_members_of_tars_are_images_wherever_the_tar_is(tmp_path):
+    tar = tmp_path / "a.tar"
+    with tarfile.open(tar, "w") as file:
+        for name, data in (("d/1.png", png(1)), ("d/1.json", b"{}"), ("../2.png", png(2))):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            file.addfile(member, io.BytesIO(data))
+    left_out: Counter[str] = Counter()
+    images = list(stream_images([str(tar)], left_out))
+    assert [image.name for image in images] == [f"{tar}/d/1.png", f"{tar}/../2.png"]
+    assert left_out == {".json": 1}
+    assert [int(image.read().max()) for image in images] == [1, 2]
+    store = fsspec.filesystem("memory")
+    store.pipe("/bucket/sub/a.tar", tar.read_bytes())
+    store.pipe("/bucket/sub/b.png", png(3))
+    remote = list(stream_images(["memory://bucket/sub/*"], Counter()))
+    assert [int(image.read().max()) for image in remote] == [1, 2, 3]
+    assert streamed("memory://bucket/") == ["memory:///bucket/sub/b.png"]
+    with pytest.raises(DataError, match="no file memory://bucket/c"):
+        streamed("memory://bucket/c.png")
+    os.truncate(tar, 520)
+    assert list(stream_images([str(tar)], left_out)) == []
+    assert left_out["damaged tar"] == 1
+    with pytest.raises(DataError, match="tar has changed"):
+        images[0].read()
+
+
+# --- Planning ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_has_each_image_once_and_is_kept(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    job = plan(tmp_path, photos, "photos/03.png", f"{photos}/*1.png", "photos/./04.png")
+    assert (job.planned, job.images, job.duplicates, len(job.offsets)) == (True, 23, 5, 5)
+    planned = [image.name for part in range(5) for image in job.plan(part)]
+    assert planned == streamed(photos)
+    (photos / "zz.png").write_bytes(png(1))
+    again = plan(tmp_path, photos, "photos/03.png", f"{photos}/*1.png", "photos/./04.png")
+    assert (again.planned, again.images, again.offsets) == (False, 23, job.offsets)
+    manifest = json.loads((tmp_path / "out" / "job.json").read_text())
+    assert manifest["bytes"] == sum(p.stat().st_size for p in photos.glob("[0-9]*"))
+
+
+def test_a_small_job_has_parts_for_several_workers(tmp_path):
+    listed = tmp_path / "list"
+    for images, parts in ((300, 6), (10_000, 67), (64_000, 64)):
+        listed.write_text("".join(f"{index}.png\n" for index in range(images)))
+        job = plan(tmp_path / str(images), f"@{listed}", part_images=None)
+        assert len(job.offsets) == parts
+        assert sum(len(job.plan(part)) for part in range(parts)) == images
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"identity": {"detector": "b"}}, "detector"),
+        ({"identity": {"detector": "a", "settings": {"top": 3}}}, "settings.top"),
+        ({"parts": Lines(name="other")}, "results"),
+        ({"part_images": 6}, "5 images"),
+    ],
+)
+def test_a_folder_with_another_job_is_refused(photos, tmp_path, change, what):
+    run(plan(tmp_path, photos))
+    with pytest.raises(ConfigError, match=what):
+        plan(tmp_path, photos, **change)
+    with pytest.raises(ConfigError, match="sources"):
+        plan(tmp_path, photos / "01.png")
+    remove_job(tmp_path / "out")
+    assert plan(tmp_path, photos / "01.png").images == 1
+
+
+def test_a_list_that_changed_is_another_job(photos, tmp_path):
+    listed = tmp_path / "list"
+    listed.write_text(f"{photos}\n")
+    plan(tmp_path, f"@{listed}")
+    listed.write_text(f"{photos}/01.png\n")
+    with pytest.raises(ConfigError, match="sources"):
+        plan(tmp_path, f"@{listed}")
+
+
+def test_shards_by_number_and_by_environment():
+    assert Shard.parse("2/8") == Shard(2, 8)
+    array = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_STEP": "2"}
+    assert Shard.parse("auto", {**array, "SLURM_ARRAY_TASK_COUNT": "4"}) == Shard(3, 4)
+    nodes = {"SKYPILOT_NODE_RANK": "1", "SKYPILOT_NUM_NODES": "2"}
+    assert Shard.parse("auto", nodes) == Shard(1, 2)
+    assert Shard.parse("auto/9", {"JOB_COMPLETION_INDEX": "8"}) == Shard(8, 9)
+    for text in ("8/8", "1", "-1/3", "a/b", "auto"):
+        with pytest.raises(ConfigError, match="shard"):
+            Shard.parse(text, {})
+    with pytest.raises(ConfigError, match="Kubernetes"):
+        Shard.parse("auto", {"JOB_COMPLETION_INDEX": "8"})
+
+
+# --- Running -------------------------------------------------------------------------------------------------------------
+
+
+def test_batches_are_of_one_shape_and_results_in_order():
+    batches = []
+
+    def detect(batch: list[int]) -> list[int]:
+        batches.append(batch)
+        return [-number for number in batch]
+
+    results = run_images(
+        range(20), lambda number: number, detect, batch_size=3, shape=lambda n: n % 2
+    )
+    assert [(item, made[1]) for item, made in results] == [(n, -n) for n in range(20)]
+    assert all(len({n % 2 for n in batch}) == 1 for batch in batches)
+    assert [len(batch) for batch in batches] == [3, 3, 3, 1, 3, 3, 3, 1]
+
+
+def test_shards_do_all_and_nothing_twice(photos, tmp_path):
+    job = plan(tmp_path, photos)
+    done = [run(job, shard=Shard(index, 3)) for index in range(3)]
+    assert [(d.images, d.unfinished) for d in done] == [(10, 3), (8, 1), (5, 0)]
+    assert {name: value for name, (value, _) in rows(job).items()} == {
+        f"{value:02d}.png": value for value in range(23)
+    }
+    before = {p: p.stat().st_mtime_ns for p in (job.folder / "parts").iterdir()}
+    assert run(job).before == 23
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_errors_are_rows_and_counts_up_to_a_limit(photos, tmp_path):
+    (photos / "02.png").write_bytes(b"no image")
+    listed = tmp_path / "list"
+    listed.write_text(f"{photos}\n{photos}/absent.png\n{photos}/07.png\n")
+    job = plan(tmp_path, f"@{listed}")
+    (photos / "04.png").unlink()
+    (photos / "11.png").write_bytes(png(200, (9, 9)))
+    with pytest.raises(DataError, match="--max-errors"):
+        run(job, options=RunOptions(max_errors=1))
+    assert not list((job.folder / "parts").iterdir())
+    done = run(job, options=RunOptions(max_errors=3))
+    assert (done.images, done.errors, done.changed, job.duplicates) == (24, 3, 1, 1)
+    found = rows(job)
+    assert {n for n, (_, error) in found.items() if error} == {"02.png", "04.png", "absent.png"}
+    assert found["11.png"][0] == 200
+    assert "02.png" in done.failures[0]
+    (photos / "02.png").write_bytes(png(77))
+    assert run(job).before == 24
+    again = run(job, retry_errors=True)
+    assert (again.errors, rows(job)["02.png"][0]) == (2, 77)
+
+
+def test_a_store_that_times_out_is_asked_again_now_and_when_the_job_is_continued(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sources, "RETRY_WAITS_S", (0.0, 0.0))
+    store = fsspec.filesystem("memory")
+    for value in range(12):
+        store.pipe(f"/slow/{value:02d}.png", png(value))
+    original, asked = MemoryFileSystem.cat_file, Counter()
+    down = {"/slow/03.png"}
+
+    def cat_file(self: MemoryFileSystem, path: str, **bounds: int) -> bytes:
+        asked[path] += 1
+        if path in down or (path == "/slow/01.png" and asked[path] < 3):
+            raise TimeoutError("read timed out")
+        return original(self, path, **bounds)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
+    job = plan(tmp_path, "memory://slow/")
+    done = run(job)
+    assert (done.images, done.errors, done.unreachable) == (12, 1, 1)
+    assert "timed out" in rows(job)["03.png"][1]
+    assert asked["/slow/03.png"] == 3
+    down |= {f"/slow/{value:02d}.png" for value in range(5)}
+    with pytest.raises(UnreachableError, match="no image of part 0"):
+        run(job)
+    down.clear()
+    assert run(job).errors == 0
+    assert rows(job) == {f"{value:02d}.png": (value, None) for value in range(12)}
+    assert asked["/slow/11.png"] == 1
+
+
+def test_a_full_disk_ends_the_job_and_costs_one_part(photos, tmp_path):
+    job = plan(tmp_path, photos, parts=Lines(full="000002"))
+    with pytest.raises(DiskFullError, match="000002"):
+        run(job)
+    assert [p.name for p in sorted((job.folder / "parts").iterdir())] == [
+        "000000.jsonl",
+        "000001.jsonl",
+    ]
+    done = run(plan(tmp_path, photos))
+    assert (done.before, done.images, len(rows(job))) == (10, 23, 23)
+
+
+def test_half_written_and_lost_parts_are_computed_again(photos, tmp_path):
+    job = plan(tmp_path, photos)
+    run(job)
+    whole = {p.name: p.read_bytes() for p in (job.folder / "parts").iterdir()}
+    os.truncate(job.file(1), 20)
+    job.file(3).unlink()
+    ledger = job.folder / "finished" / "0-of-1.jsonl"
+    ledger.write_bytes(ledger.read_bytes()[:-9])  # a power cut: the last part's line is not whole
+    (job.folder / "parts" / ".000004.jsonl.abc.tmp").write_text("left by a killed process")
+    assert run(job).before == 10
+    for name, content in whole.items():
+        assert (job.folder / "parts" / name).read_bytes() == content
+
+
+def test_two_writers_on_a_shard_are_told(photos, tmp_path):
+    job = plan(tmp_path, photos)
+    words = [sys.executable, job_work.__file__, tmp_path / "out2", photos, "0.2", "1", "0/2"]
+    with subprocess.Popen(
+        words, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    ) as other:
+        while not list((tmp_path / "out2").glob("parts/.*")):
+            time.sleep(0.02)
+        theirs = open_job(
+            tmp_path / "out2", [str(photos)], identity={}, parts=Lines(), part_images=5
+        )
+        with pytest.raises(LockedError, match="0/2"):
+            run(theirs, shard=Shard(0, 2))
+        with pytest.raises(LockedError, match="2 shards"):
+            run(theirs, shard=Shard(0, 3))
+        with pytest.raises(LockedError):
+            remove_job(tmp_path / "out2")
+        assert run(theirs, shard=Shard(1, 2)).images == 10
+        other.kill()
+    assert run(theirs).images == 23
+    assert run(job).images == 23
+    assert rows(theirs) == rows(job)
+
+
+def test_a_worker_that_is_killed_is_replaced(photos, tmp_path):
+    (photos / "12.png").write_bytes(png(job_work.FATAL))
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    job = plan(tmp_path, photos)
+    done = run(job, OpenMean(lethal=1, folder=str(killed)), options=RunOptions(workers=2))
+    assert (done.images, done.errors, len(list(killed.iterdir()))) == (23, 0, 1)
+    alone = plan(tmp_path / "alone", photos)
+    run(alone)
+    assert rows(job) == rows(alone)
+
+
+@pytest.mark.slow
+def test_an_image_that_kills_every_worker_is_named(photos, tmp_path):
+    (photos / "12.png").write_bytes(png(job_work.FATAL))
+    (tmp_path / "killed").mkdir()
+    job = plan(tmp_path, photos)
+    with pytest.raises(RuntimeEnvironmentError, match=r"part 2, .*10\.png, .*3 times"):
+        run(
+            job,
+            OpenMean(lethal=99, folder=str(tmp_path / "killed")),
+            options=RunOptions(workers=2),
+        )
+
+
+@pytest.mark.parametrize(
+    ("kills", "workers"), [(2, 1), pytest.param(50, 2, marks=pytest.mark.slow)]
+)
+def test_kills_at_random_moments_lose_nothing(photos, tmp_path, kills, workers):
+    rng = random.Random(kills)
+    words = [sys.executable, job_work.__file__, tmp_path / "out", photos]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    finished: set[str] = set()
+    for _ in range(kills):
+        # Slow enough that no run comes to its end before it is killed.
+        pause = str(rng.choice([0.02, 0.2]))
+        with subprocess.Popen(
+            [*words, pause, str(workers)], env=environment, start_new_session=True
+        ) as process:
+            while process.poll() is None and not (tmp_path / "out" / "shards").exists():
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0.2, 1.5))
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            pids = [int(pid) for pid in children.read_text().split()] if workers > 1 else []
+            victim = rng.choice([process.pid, *pids])
+            os.kill(victim, signal.SIGKILL)
+            if victim != process.pid:
+                time.sleep(rng.uniform(0, 0.5))
+                process.kill()
+        parts = {p.name for p in (tmp_path / "out" / "parts").glob("[0-9]*")}
+        assert finished <= parts
+        finished = parts
+    words[2] = str(tmp_path / "out")
+    assert subprocess.run([*words, "0", "1"], env=environment, check=False).returncode == 0
+    job = open_job(tmp_path / "out", [str(photos)], identity={}, parts=Lines(), part_images=5)
+    assert rows(job) == {f"{value:02d}.png": (value, None) for value in range(23)}
+    assert not list((tmp_path / "out" / "parts").glob(".*"))

@@ -1,11 +1,16 @@
-"""Peak memory and time of scoring 20,000 classes, in chunks and in one piece, each in a process of its own.
+"""Peak memory and time of scoring many classes: 20,000 in chunks and in one piece, and a detector on a large list of names.
 
 ::
 
     python benchmarks/many_classes.py [--classes 20000] [--chunks 2048 20000] [--threads 2]
+    python benchmarks/many_classes.py --run RUN --images FOLDER [--classes 4000] [--rounds 5] [--threads 2]
 
-4 pictures of 256 regions, random embeddings of 512 dimensions, threshold 0.02. Memory is what the process's largest resident
-size grows by during `proxydet.modeling.postprocess.detect_classes`. Checks that all give the same detections.
+The first scores 4 images of 256 regions, random embeddings of 512 dimensions, threshold 0.02. Memory is what the process's largest
+resident size grows by during `proxydet.modeling.postprocess.detect_classes`. Checks that all give the same detections.
+
+The second runs a detector as `proxydet predict` does (one label, threshold 0.3) on the images of a folder, alternately with the
+first 60 classes, repeated rows of the run's vocabulary filled up to ``--classes`` with random directions, and reports the CPU
+seconds an image, their ratio, and what the process's largest resident size grew by.
 """
 
 from __future__ import annotations
@@ -17,21 +22,28 @@ import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
+from statistics import median
 
+import numpy as np
 import torch
 from torch.nn import functional
 
+from proxydet.data.images import read_image
+from proxydet.detector import Detector
+from proxydet.inference.sources import find_images
 from proxydet.modeling.config import ClassifierConfig, InferenceConfig
 from proxydet.modeling.postprocess import ClassText, detect_classes
 from proxydet.modeling.roi_heads import RegionEmbeddings, ZeroShotClassifier
+from proxydet.vocabulary.vocabulary import Vocabulary
 
-PICTURES, REGIONS, DIMENSIONS = 4, 256, 512
+IMAGES, REGIONS, DIMENSIONS = 4, 256, 512
 TEMPERATURES = (50.0, 50.0, 50.0, 1.0)
 
 
 def regions() -> RegionEmbeddings:
     """Return random boxes and embeddings of three detection steps and a mixup step."""
-    shape = (PICTURES, REGIONS)
+    shape = (IMAGES, REGIONS)
     corners = torch.rand(*shape, 2) * 500
     boxes = torch.cat([corners, corners + torch.rand(*shape, 2) * 200 + 1], dim=2)
     steps = [functional.normalize(torch.randn(*shape, DIMENSIONS), dim=2) for _ in TEMPERATURES]
@@ -72,25 +84,66 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def measure_detector(run: Path, folder: Path, classes: int, rounds: int) -> None:
+    """Run a detector with 60 classes and with many, alternately; print times, ratio and memory."""
+    detector = Detector.from_run(run, device="cpu")
+    pixels = [read_image(each.path) for each in find_images([str(folder)]).files]
+    trained = detector.vocabulary
+    rng = np.random.default_rng(0)
+
+    def filled(count: int) -> Vocabulary:
+        rows = rng.standard_normal((max(count - len(trained), 0), trained.dimension))
+        names = [*trained.names, *(f"filler {i}" for i in range(len(rows)))][:count]
+        table = np.concatenate([trained.embeddings, rows])[:count]
+        return detector.with_base(Vocabulary.from_arrays(names, table))
+
+    settings = detector.settings(score_threshold=0.3, max_detections=300, agnostic_nms=True)
+    seconds: dict[int, list[float]] = {60: [], classes: []}
+    vocabularies = {count: filled(count) for count in seconds}
+    for each in range(rounds + 1):
+        for count, vocabulary in vocabularies.items():
+            before, start = peak(), time.process_time()
+            found = 0
+            for image in pixels:
+                (prediction,) = detector.predict_images([image], vocabulary, settings=settings)
+                found += len(prediction)
+            spent = (time.process_time() - start) / len(pixels)
+            if each:  # the first round warms up
+                seconds[count].append(spent)
+            else:
+                print(f"{count:6} classes: {found} detections, {peak() - before:4.0f} MB more")
+    for count, spent in seconds.items():
+        print(f"{count:6} classes: {1000 * median(spent):7.2f} CPU ms an image")
+    ratios = [many / few for few, many in zip(*seconds.values(), strict=True)]
+    print(f"ratio {median(ratios):.3f} ({min(ratios):.3f} .. {max(ratios):.3f})")
+
+
 def main() -> None:
-    """Measure each chunk size in a fresh process, or, with ``--alone``, one in this."""
+    """Measure each chunk size in a fresh process, or, with ``--alone``, one in this; or a detector."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--classes", type=int, default=20_000)
+    parser.add_argument("--run", type=Path, help="measure this run's detector instead")
+    parser.add_argument("--images", type=Path, help="folder of images for it")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--classes", type=int, help="default: 20,000, of a detector 4,000")
     parser.add_argument("--chunks", type=int, nargs="+", default=[2048, 20_000])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--alone", action="store_true")
     arguments = parser.parse_args()
+    classes = arguments.classes or (20_000 if arguments.run is None else 4_000)
+    torch.set_num_threads(arguments.threads)
+    if arguments.run is not None:
+        measure_detector(arguments.run, arguments.images, classes, arguments.rounds)
+        return
     if arguments.alone:
-        torch.set_num_threads(arguments.threads)
-        print(json.dumps(measure(arguments.classes, arguments.chunks[0])))
+        print(json.dumps(measure(classes, arguments.chunks[0])))
         return
     digests = set()
     for chunk in arguments.chunks:
-        command = [sys.executable, __file__, "--alone", "--classes", str(arguments.classes)]
+        command = [sys.executable, __file__, "--alone", "--classes", str(classes)]
         command += ["--chunks", str(chunk), "--threads", str(arguments.threads)]
-        told = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-        digests.add(told["digest"])
-        print(f"chunks of {chunk:6}: {told['megabytes']:7.0f} MB, {told['seconds']:6.2f} s")
+        measured = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+        digests.add(measured["digest"])
+        print(f"chunks of {chunk:6}: {measured['megabytes']:7.0f} MB, {measured['seconds']:6.2f} s")
     assert len(digests) == 1, "the detections differ"
     print("all give the same detections")
 

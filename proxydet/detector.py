@@ -580,9 +580,10 @@ class Detector:
 
         Args:
             vocabulary: Any classes.
-            threshold: A class is base where its largest cosine with a base class of the training is above this.
+            threshold: A class is base where its largest cosine with a base class of the training is above this, or where it has
+                the name of one.
         """
-        return vocabulary.base_by_similarity(self.vocabulary.base_embeddings, threshold)
+        return vocabulary.base_as(self.vocabulary, threshold)
 
     @property
     def encoder(self) -> TextEncoder:

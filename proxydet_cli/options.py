@@ -156,7 +156,8 @@ VocabularySource = Annotated[
     typer.Option(
         "--vocabulary",
         metavar="NAME|FILE",
-        help="Instead of -v: lvis, coco, objects365, openimages, a file of names (.txt, .json, .yaml, a COCO annotation "
+        help="Instead of -v: a published vocabulary (lvis, coco, objects365, openimages; all: the classes of these four; "
+        "lvis-descriptions, lvis-exemplars, lvis-multimodal, ...), a file of names (.txt, .json, .yaml, a COCO annotation "
         "file), of proxydet vocab build (.npz, .vocab), or of embeddings (.npy, with --names).",
         rich_help_panel="Classes",
     ),

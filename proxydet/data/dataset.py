@@ -452,10 +452,97 @@ class Dataset:
 _PREPARED = {
     "lvis": "lvis coco-images lvis-metadata",
     "coco": "coco metadata",
+    "coco_zero_shot": "coco metadata",
     "objects365": "objects365-val metadata",
     "openimages": "openimages-val metadata",
 }
 """Data sets that ``proxydet data prepare`` writes a config for, and the downloads that it needs."""
+
+
+class PublishedSplit(NamedTuple):
+    """A split that papers report."""
+
+    title: str
+    """What it is."""
+    data: str
+    """Name of its data set."""
+    downloads: str
+    """What ``proxydet download`` calls its files."""
+    annotations: str | None = None
+    """Its annotation file in the data root; None: the validation split of the prepared data set."""
+    images: tuple[str, ...] = ()
+    """Its image folders in the data root; names of images begin in their parent."""
+    embeddings: str = ""
+    """Text embeddings of its classes in the data root."""
+
+
+PUBLISHED_SPLITS = {
+    "minival": PublishedSplit(
+        "LVIS minival, 4,809 images",
+        "lvis",
+        "minival",
+        "lvis/lvis_v1_minival_inserted_image_name.json",
+        ("coco/val2017",),
+        "metadata/lvis_v1_clip_a+cname.npy",
+    ),
+    "lvis-val": PublishedSplit(
+        "LVIS v1 val, 19,809 images",
+        "lvis",
+        "lvis-val coco-images lvis-metadata",
+        "lvis/lvis_v1_val.json",
+        ("coco/train2017", "coco/val2017"),
+        "metadata/lvis_v1_clip_a+cname.npy",
+    ),
+    "coco-val": PublishedSplit(
+        "COCO val2017, 5,000 images",
+        "coco",
+        "coco-annotations coco-val2017 coco-embeddings",
+        "coco/annotations/instances_val2017.json",
+        ("coco/val2017",),
+        "metadata/coco_clip_a+cname.npy",
+    ),
+    "coco-zero-shot": PublishedSplit("OV-COCO: 48 seen, 17 unseen classes", "coco_zero_shot", ""),
+    "objects365-val": PublishedSplit("Objects365 v2 val, 80,000 images", "objects365", ""),
+    "openimages-val": PublishedSplit("OpenImages challenge 2019 val", "openimages", ""),
+}
+"""Splits that papers report, by the name that ``proxydet eval --split`` takes."""
+
+
+def published_split(name: str, *, with_images: bool = True) -> DatasetConfig:
+    """Return the dataset config of a split that papers report; the split is its ``val``.
+
+    Those of LVIS and COCO need their downloads alone, the others ``proxydet data prepare``.
+
+    Args:
+        name: One of `PUBLISHED_SPLITS`.
+        with_images: Whether its images are needed, too.
+
+    Raises:
+        DataError: Files are not there; the hint is the command that gets them.
+    """
+    split, root = PUBLISHED_SPLITS[name], datasets_folder().absolute()
+    if split.annotations is None:
+        return DatasetConfig.from_toml(root / f"{split.data}.toml")
+    needed = [split.annotations, split.embeddings, *(split.images if with_images else ())]
+    absent = [root / place for place in needed if not (root / place).exists()]
+    if absent:
+        raise DataError(
+            f"the split {name} ({split.title}) needs {first_of([str(path) for path in absent])}, "
+            f"which {'does' if len(absent) == 1 else 'do'} not exist",
+            hint=inner_root(root) or f"get it with: proxydet download {split.downloads}",
+            path=absent[0],
+        )
+    folders = tuple(root / folder for folder in split.images)
+    return DatasetConfig(
+        name=name if name.startswith(split.data) else f"{split.data}-{name}",
+        vocabulary=VocabularySpec(
+            embeddings=root / split.embeddings,
+            novel_frequency=("r",) if split.data == "lvis" else (),
+            encoder="ViT-B/32",
+        ),
+        # LVIS names an image by its folder, COCO without.
+        val=SplitSpec(annotations=root / split.annotations, images=(folders[0].parent, *folders)),
+    )
 
 
 def command_that_makes(path: Path) -> str | None:
@@ -467,7 +554,7 @@ def command_that_makes(path: Path) -> str | None:
     if path.suffix == ".toml" and path.absolute().parent == datasets_folder().absolute():
         downloads = _PREPARED.get(path.stem)
         if downloads is not None:
-            return f"proxydet download {downloads} && proxydet data prepare {path.stem}"
+            return f"proxydet download {downloads} && proxydet data prepare {path.stem.removesuffix('_zero_shot')}"
         return None
     advice = how_to_get(path)
     return advice and advice.removeprefix("get it with: ")

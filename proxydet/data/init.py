@@ -22,7 +22,7 @@ from proxydet.errors import ConfigError, DataError, VocabularyError
 from proxydet.files import write_text
 from proxydet.reporting import SILENT, Progress
 from proxydet.vocabulary.encoder import open_encoder
-from proxydet.vocabulary.sources import PUBLISHED_VOCABULARIES, published_vocabulary
+from proxydet.vocabulary.sources import NAME_TABLES, published_vocabulary
 from proxydet.vocabulary.vocabulary import Vocabulary, build_vocabulary
 from proxydet.wording import counted, first_of, json_text
 
@@ -338,7 +338,7 @@ def _embedded(
         return build_vocabulary(names, opened), str(encoder or "CLIP ViT-B/32")
     rows: dict[str, npt.NDArray[np.float32]] = {}
     used = []
-    for published in PUBLISHED_VOCABULARIES:
+    for published in NAME_TABLES:
         try:
             known = published_vocabulary(published)
         except VocabularyError:

@@ -531,7 +531,7 @@ def fusion_vocabulary(vocabulary: Vocabulary, trained: Vocabulary) -> Vocabulary
     """Return the classes to look for, marked base where the detector's fusion of scores shall treat them so.
 
     The classes that it was trained on keep the marks they had in training; of another vocabulary those are base whose
-    text embedding has a cosine above 0.9 with one of a base class of training, as published.
+    text embedding has a cosine above 0.9 with one of a base class of training, as published, or that have its name.
 
     Args:
         vocabulary: What is looked for.
@@ -539,7 +539,7 @@ def fusion_vocabulary(vocabulary: Vocabulary, trained: Vocabulary) -> Vocabulary
     """
     if len(vocabulary) == len(trained) and vocabulary.with_base(trained.base) == trained:
         return trained
-    return vocabulary.base_by_similarity(trained.base_embeddings)
+    return vocabulary.base_as(trained)
 
 
 def current_process() -> DistInfo:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from proxydet.errors import VocabularyError
+from proxydet.vocabulary.names import name_key
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 _ROWS = 1024
@@ -55,6 +56,10 @@ class VocabularyReport:
     alike: tuple[AlikePair, ...]
     """Pairs above the limit, the most alike first."""
     threshold: float
+    shared: int
+    """Classes that both vocabularies have, by name."""
+    nearest_is_own: float | None
+    """Share of the shared classes whose most similar reference class is that of the same name (top-1); None where there are none."""
 
 
 def compare(
@@ -82,8 +87,10 @@ def compare(
             "the reference vocabulary has no base class",
             hint="give the vocabulary that the model was trained with",
         )
-    judged = vocabulary.base_by_similarity(reference.embeddings[reference.base], threshold)
+    judged = vocabulary.base_as(reference, threshold)
     classes = []
+    places = {name_key(name): place for place, name in enumerate(reference.names)}
+    shared = own = 0
     table_RD = reference.normalised()
     for start in range(0, len(vocabulary), _ROWS):
         cosines_CR = vocabulary.normalised()[start : start + _ROWS] @ table_RD.T
@@ -91,11 +98,19 @@ def compare(
             index = start + offset
             order = np.argsort(-cosines_R, kind="stable")[:neighbours]
             best = int(np.argmax(np.where(reference.base, cosines_R, -np.inf)))
+            key = name_key(vocabulary.names[index])
+            if key in places:
+                shared += 1
+                own += int(order[0]) == places[key]
+            cosine, near = float(cosines_R[best]), reference.names[best]
+            reason = f"cosine {cosine:.3f} with the base class {near!r} is {'' if cosine > threshold else 'not '}above {threshold:g}"
+            if judged.base[index] and cosine <= threshold:
+                reason = "it has the name of a base class"
             classes.append(
                 ClassReport(
                     name=vocabulary.names[index],
                     base=bool(judged.base[index]),
-                    reason=_reason(reference.names[best], float(cosines_R[best]), threshold),
+                    reason=reason,
                     nearest=tuple(
                         Neighbour(
                             name=reference.names[i],
@@ -107,13 +122,12 @@ def compare(
                 )
             )
     return VocabularyReport(
-        classes=tuple(classes), alike=_alike(vocabulary, alike_above), threshold=threshold
+        classes=tuple(classes),
+        alike=_alike(vocabulary, alike_above),
+        threshold=threshold,
+        shared=shared,
+        nearest_is_own=own / shared if shared else None,
     )
-
-
-def _reason(nearest: str, cosine: float, threshold: float) -> str:
-    relation = "above" if cosine > threshold else "not above"
-    return f"cosine {cosine:.3f} with the base class {nearest!r} is {relation} {threshold:g}"
 
 
 def _alike(vocabulary: Vocabulary, above: float) -> tuple[AlikePair, ...]:

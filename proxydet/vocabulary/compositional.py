@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float32]
 
 _FORMAT = "proxydet compositional text encoder 1"
-_FILLERS = frozenset({"a", "an", "the", "of", "with", "and"})
+_FILLERS = frozenset({"a", "an", "the", "of", "with", "and", "which", "is"})
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ import logging
 import re
 import tempfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,16 +36,28 @@ _NEXT_NAME = re.compile(
     r'(?P<name>(?=(?P<blanks>\s*))(?P=blanks)(?:"(?P<quoted>(?:[^"]|"")*)"|(?P<plain>[^",\s][^,]*|))\s*)(?:,|$)'
 )
 _DOT = re.compile(r"(?<=\s)\.(?=\s|$)|\.\s|\.$")
+_ONE_A_LINE = "names can also stand one on each line of a .txt file"
 _STRUCTURED = (".json", ".gz", ".yaml", ".yml")
 _LIST_ITEM = re.compile(r"\s*(?:- |\d+\s*: )")
 
 
 @dataclass(frozen=True)
 class ClassWords:
-    """A class: its name, and other words for the same thing."""
+    """A class: its name, other words for the same thing, and what is said of it."""
 
     name: str
     synonyms: tuple[str, ...] = ()
+    sentences: tuple[str, ...] = ()
+    """Texts about it, embedded as they are, with the name in the place of ``{}``."""
+    descriptions: tuple[str, ...] = ()
+    """Texts that are put behind its name."""
+    templates: tuple[str, ...] = ()
+    """Its own prompts, instead of those of all classes."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is nothing but a name."""
+        return self == ClassWords(self.name)
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -96,11 +108,11 @@ def _split(text: str) -> tuple[list[str], str]:
                 parts, separators = _DOT.split(text), "dots"
             names = [part for part in parts if part.strip()]
             names = [
-                _named(name, f"class name {i} (counted from 0)") for i, name in enumerate(names)
+                clean_text(name, f"class name {i} (counted from 0)") for i, name in enumerate(names)
             ]
             return names, separators if len(parts) > 1 and names else ""
         name = plain if quoted is None else quoted.replace('""', '"')
-        names.append(_named(name, f"class name {len(names)} (counted from 0)"))
+        names.append(clean_text(name, f"class name {len(names)} (counted from 0)"))
         # One past the comma, or past the end of the text.
         position = match.end("name") + 1
     return names, "commas" if len(names) > 1 else ""
@@ -175,20 +187,12 @@ def read_names(path: Path) -> tuple[ClassWords, ...]:
             hint="give a text file with one name on each line, the data.yaml of a YOLO data set, or a COCO annotation file",
             path=path,
         )
-    try:
+    with _reading(
+        path, "class names", "a list of names is a UTF-8 text file with one class a line"
+    ):
         if suffix == ".gz" or (suffix == ".json" and path.stat().st_size > _LARGEST_FILE):
             return _checked(_categories_of_large_file(path), path)
         text = read_text(path, limit=_LARGEST_FILE, pipe=True)
-    except FileNotFoundError as error:
-        raise VocabularyError(
-            f"there is no file {path}", hint="check the spelling of its path", path=path
-        ) from error
-    except (OSError, ValueError, EOFError, zlib.error) as error:
-        raise VocabularyError(
-            f"cannot read class names from {path}: {error}",
-            hint="a list of names is a UTF-8 text file with one class a line",
-            path=path,
-        ) from error
     if suffix == ".json":
         return _checked(_from_value(_parsed_json(text, path), path), path)
     if suffix == ".toml":
@@ -196,6 +200,38 @@ def read_names(path: Path) -> tuple[ClassWords, ...]:
     if suffix in (".yaml", ".yml"):
         return _checked(_from_value(_parsed_yaml(text, path), path), path)
     return _checked(_from_text(text, path), path)
+
+
+@contextlib.contextmanager
+def _reading(path: Path, what: str, hint: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise VocabularyError(
+            f"there is no file {path}", hint="check the spelling of its path", path=path
+        ) from error
+    except (OSError, ValueError, EOFError, zlib.error) as error:
+        raise VocabularyError(
+            f"cannot read {what} from {path}: {error}", hint=hint, path=path
+        ) from error
+
+
+def parse_file(path: Path, *, hint: str) -> Any:
+    """Return what a YAML or JSON file about classes holds; of YAML every scalar as text.
+
+    Args:
+        path: The file.
+        hint: What to write into it, for messages.
+
+    Raises:
+        VocabularyError: It cannot be read, or is neither.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in (".yaml", ".yml", ".json"):
+        raise VocabularyError(f"{path} is not a YAML or JSON file", hint=hint, path=path)
+    with _reading(path, "YAML or JSON", hint):
+        text = read_text(path, limit=_LARGEST_FILE, pipe=True)
+    return (_parsed_json if suffix == ".json" else _parsed_yaml)(text, path, hint)
 
 
 def _checked(classes: Sequence[tuple[str, ClassWords]], path: Path) -> tuple[ClassWords, ...]:
@@ -259,12 +295,12 @@ def _from_text(text: str, path: Path) -> list[tuple[str, ClassWords]]:
     for place, line in lines:
         whole = len(line) > 2 and line[0] == line[-1] == '"'
         words = [line[1:-1]] if whole else line.split("|")
-        clean = [_named(word, f"a name in {place} of {path}") for word in words]
+        clean = [clean_text(word, f"a name in {place} of {path}") for word in words]
         classes.append((place, ClassWords(clean[0], tuple(clean[1:]))))
     return classes
 
 
-def _parsed_json(text: str, path: Path) -> Any:
+def _parsed_json(text: str, path: Path, hint: str = _ONE_A_LINE) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         content = dict(pairs)
         if len(content) < len(pairs):
@@ -279,7 +315,7 @@ def _parsed_json(text: str, path: Path) -> Any:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise VocabularyError(
             f"{path} is not valid JSON: {reason}",
-            hint="correct the file, or write one name on each line of a .txt file",
+            hint=f"correct the file; {hint}",
             path=path,
         ) from error
 
@@ -302,7 +338,7 @@ def _names_of_config(text: str, path: Path) -> Any:
     return names
 
 
-def _parsed_yaml(text: str, path: Path) -> Any:
+def _parsed_yaml(text: str, path: Path, hint: str = _ONE_A_LINE) -> Any:
     try:
         if len(text) > _LARGEST_YAML:
             raise ConfigError(f"{path} is larger than {size_text(_LARGEST_YAML)}.")
@@ -312,7 +348,7 @@ def _parsed_yaml(text: str, path: Path) -> Any:
     except ConfigError as error:
         raise VocabularyError(
             error.message,
-            hint="correct the file, or write one name on each line of a .txt file",
+            hint=f"correct the file; {hint}",
             path=path,
         ) from error
 
@@ -360,8 +396,10 @@ def _from_value(content: Any, path: Path) -> list[tuple[str, ClassWords]]:
         )
     classes = []
     for number, (name, more) in enumerate(entries, start=1):
-        words = tuple(_named(word, f"a synonym of {name[:80]!r} in {path}") for word in more)
-        classes.append((f"entry {number}", ClassWords(_named(name, f"a name in {path}"), words)))
+        words = tuple(clean_text(word, f"a synonym of {name[:80]!r} in {path}") for word in more)
+        classes.append(
+            (f"entry {number}", ClassWords(clean_text(name, f"a name in {path}"), words))
+        )
     return classes
 
 
@@ -409,7 +447,7 @@ def _categories(
                 root["name"],
             )
     return [
-        (f"id {i}", ClassWords(_named(entry["name"], f"the name of category {i} in {path}")))
+        (f"id {i}", ClassWords(clean_text(entry["name"], f"the name of category {i} in {path}")))
         for i, entry in found
     ]
 
@@ -453,16 +491,30 @@ def _categories_of_large_file(path: Path) -> list[tuple[str, ClassWords]]:
     return _categories([msgspec.to_builtins(entry) for entry in found.categories], path, None)
 
 
-def _named(name: str, what: str) -> str:
-    clean = name.strip()
+def clean_text(text: str, what: str) -> str:
+    """Return a name, or another text of a class, without the blanks around it.
+
+    Args:
+        text: The text.
+        what: What it is, for messages.
+
+    Raises:
+        VocabularyError: It is empty or too long.
+    """
+    clean = text.strip()
     if not clean:
         raise VocabularyError(f"{what} is empty", hint="remove it, or the extra comma")
     if len(clean) > _LONGEST_NAME:
         raise VocabularyError(
             f"{what} has {len(clean)} characters: {clean[:40]!r}...",
-            hint=f"a class name has at most {_LONGEST_NAME}; put one class on each line",
+            hint=f"it can have {_LONGEST_NAME}; put one class on each line",
         )
     return clean
+
+
+def name_key(name: str) -> str:
+    """Return a name as it is compared across lists that spell it differently: ``Coffee_maker`` as ``coffee maker``."""
+    return " ".join(name.casefold().replace("_", " ").split())
 
 
 def quote_names(names: Sequence[str], limit: int = 5) -> str:

@@ -1,20 +1,31 @@
-"""Vocabularies as users name them: a published one, a file of names, of embeddings, or of both."""
+"""Vocabularies as users name them: a published one, a file of names, of embeddings, or of both; and made of others.
+
+Dimensions: C classes, D embedding.
+"""
 
 from __future__ import annotations
 
 import csv
 import difflib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from proxydet.errors import VocabularyError
 from proxydet.paths import datasets_folder
-from proxydet.vocabulary.names import LIST_SUFFIXES, ClassWords, quote_names, read_names
+from proxydet.vocabulary.names import (
+    LIST_SUFFIXES,
+    ClassWords,
+    name_key,
+    quote_names,
+    read_names,
+)
 from proxydet.vocabulary.vocabulary import (
     PUBLISHED,
     TextEncoder,
@@ -24,6 +35,7 @@ from proxydet.vocabulary.vocabulary import (
     find_prompts,
     load_embeddings,
 )
+from proxydet.wording import counted
 
 SAVED_SUFFIXES = (".npz", ".vocab")
 """Endings of files that hold a vocabulary as `Vocabulary.save` writes it."""
@@ -58,12 +70,17 @@ def open_vocabulary(
         )
     if str(source) in PUBLISHED_VOCABULARIES:
         return published_vocabulary(str(source))
-    if names is not None:
-        return Vocabulary.from_arrays(
-            [entry.name for entry in read_names(names)], load_embeddings(path)
-        )
-    if path.suffix in SAVED_SUFFIXES:
-        return Vocabulary.load(path)
+    try:
+        if names is not None:
+            return Vocabulary.from_arrays(
+                [entry.name for entry in read_names(names)], load_embeddings(path)
+            )
+        if path.suffix in SAVED_SUFFIXES:
+            return Vocabulary.load(path)
+    except VocabularyError as error:
+        if error.path is not None:
+            raise
+        raise VocabularyError(f"{path}: {error.message}", hint=error.hint, path=path) from error
     classes = read_names(path)
     if known is not None:
         return complete_vocabulary(classes, known, encoder)
@@ -108,7 +125,7 @@ def complete_vocabulary(
 ) -> Vocabulary:
     """Embed class names that a model was not trained with; those that it knows have their embedding already.
 
-    Known names are taken over where nothing else was asked for: no synonyms and no prompts of one's own. Their
+    Known names are taken over where nothing else was asked for: no synonyms or descriptions, no prompts of one's own. Their
     embeddings are what the model was trained with, whatever made them.
 
     Args:
@@ -125,7 +142,7 @@ def complete_vocabulary(
     rows = dict(zip(known.names, known.embeddings, strict=True))
     if find_prompts(prompts) != PUBLISHED:
         rows = {}
-    missing = [entry for entry in entries if entry.synonyms or entry.name not in rows]
+    missing = [entry for entry in entries if not entry.plain or entry.name not in rows]
     if missing:
         try:
             opened = encoder()
@@ -143,6 +160,220 @@ def complete_vocabulary(
     return Vocabulary.from_arrays(names, np.stack([rows[name] for name in names]))
 
 
+# --- Vocabularies made of others --------------------------------------------------------------------------------------
+
+_SAME_ENCODER = "embed both with the same text encoder"
+_ROWS = 1024
+_LEAST_COSINE = 0.1
+_ENOUGH = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """A vocabulary made of others."""
+
+    vocabulary: Vocabulary
+    notes: tuple[str, ...]
+    """What to know about it, in words."""
+
+
+def mix(
+    tables: Mapping[str, Vocabulary],
+    weights: Sequence[float] | None = None,
+    *,
+    union: bool = False,
+    merge_above: float | None = None,
+) -> Mixture:
+    """Mix tables of the same classes: the weighted mean of each class's embeddings, each normalised first.
+
+    Classes are matched by name, in whatever order the tables have them; where every table's names differ by more, also
+    without regard to case and to ``_`` for a blank. The mixture has the names, the order and the base classes of the first
+    table that has a class. A class of one table only is taken as it is, with its scorer.
+
+    Args:
+        tables: By what they are called in messages, two or more; one will do to merge its near-duplicates.
+        weights: One above 0 for each table; None: equal ones.
+        union: Keep the classes that are not in all tables too; without it they are refused.
+        merge_above: Classes whose cosine with a class of an earlier table is above this are left out; of one table, with an
+            earlier class.
+
+    Raises:
+        VocabularyError: The tables have other dimensions, come from other encoders (`check_same_encoder`), or lack classes;
+            weights do not fit; or a class that is in several tables has a bias, a scale, or is background in some of them only.
+    """
+    titles, given = list(tables), list(tables.values())
+    weights = [1.0] * len(given) if weights is None else list(weights)
+    if len(weights) != len(given):
+        raise VocabularyError(
+            f"{counted(len(given), 'table')} but {counted(len(weights), 'weight')}",
+            hint="give one weight a table, in their order",
+        )
+    if not all(np.isfinite(weights)) or min(weights) <= 0:
+        raise VocabularyError(
+            f"the weights {', '.join(f'{w:g}' for w in weights)} are not all above 0",
+            hint="leave a table out instead of giving it no weight",
+        )
+    for title, table in tables.items():
+        if table.dimension != given[0].dimension:
+            raise VocabularyError(
+                f"{titles[0]} has {given[0].dimension} dimensions and {title} {table.dimension}: they come from different "
+                "text encoders",
+                hint=_SAME_ENCODER,
+            )
+    keys = [[name_key(name) for name in table.names] for table in given]
+    if any(len(set(listed)) < len(listed) for listed in keys):
+        keys = [list(table.names) for table in given]
+    rows = [{key: row for row, key in enumerate(listed)} for listed in keys]
+    order = list(dict.fromkeys(key for listed in keys for key in listed))
+    notes: list[str] = []
+    for place in range(1, len(given)):
+        if not union and rows[place].keys() != rows[0].keys():
+            sides = ((0, place), (place, 0))
+            only = [[n for n, k in zip(given[a].names, keys[a], strict=True) if k not in rows[b]] for a, b in sides]  # fmt: skip
+            raise VocabularyError(
+                "; ".join(
+                    f"only in {titles[a]}: {quote_names(names)}"
+                    for (a, _), names in zip(sides, only, strict=True)
+                    if names
+                ),
+                hint="--union (in Python: union=True) keeps the classes of all tables, and mixes those that are in several",
+            )
+    for place in range(1, len(given)):
+        shared = [key for key in keys[place] if any(key in earlier for earlier in rows[:place])]
+        if not shared:
+            notes.append(
+                f"{titles[place]} shares no class with the tables before it: whether its text encoder is theirs was not tested"
+            )
+            continue
+        before = [next(p for p in range(place) if key in rows[p]) for key in shared]
+        earlier_CD = np.stack([given[p].normalised()[rows[p][k]] for p, k in zip(before, shared, strict=True)])  # fmt: skip
+        check_same_encoder(
+            earlier_CD, given[place].normalised()[[rows[place][key] for key in shared]],
+            " and ".join(dict.fromkeys([*(titles[p] for p in before), titles[place]])),
+        )  # fmt: skip
+    columns: dict[str, list[Any]] = {name: [] for name in ("names", "embeddings", "base", *given[0].scorers)}  # fmt: skip
+    forgotten, torn = 0, 0
+    for key in order:
+        holders = [place for place in range(len(given)) if key in rows[place]]
+        first, row = given[holders[0]], rows[holders[0]][key]
+        columns["names"].append(first.names[row])
+        columns["base"].append(first.base[row])
+        if len(holders) == 1:
+            columns["embeddings"].append(first.embeddings[row])
+            for name, values in first.scorers.items():
+                columns[name].append(values[row])
+            continue
+        hidden = set()
+        for place in holders:
+            table, at = given[place], rows[place][key]
+            if table.bias[at] != 0 or table.scale[at] != 1:
+                raise VocabularyError(
+                    f"the class {first.names[row]!r} of {titles[place]} is a scorer with a bias or a scale of its own, which "
+                    "belong to its embedding alone and cannot be mixed",
+                    hint="mix the tables of text first, and add the examples to the mixture with: proxydet vocab build",
+                )
+            forgotten += not np.isnan(table.threshold[at])
+            hidden.add(bool(table.background[at]))
+        if len(hidden) > 1:
+            raise VocabularyError(
+                f"the class {first.names[row]!r} is background in some of the tables only",
+                hint="make it background in all of them, or in none",
+            )
+        torn += len({bool(given[place].base[rows[place][key]]) for place in holders}) > 1
+        parts = [weights[place] * given[place].normalised()[rows[place][key]] for place in holders]
+        total = sum(weights[place] for place in holders)
+        columns["embeddings"].append(np.sum(parts, axis=0, dtype=np.float64) / total)
+        for name, value in {"bias": 0, "scale": 1, "threshold": np.nan, "background": hidden.pop()}.items():  # fmt: skip
+            columns[name].append(value)
+    if forgotten:
+        notes.append(
+            f"{counted(forgotten, 'threshold')} of classes that are in several tables are left out: they belong to the "
+            "embeddings that they were made for"
+        )
+    if torn:
+        notes.append(f"{counted(torn, 'class', 'classes')} base in one table and novel in another: as in the first")  # fmt: skip
+    columns["embeddings"] = [np.stack(columns["embeddings"]).astype(np.float32)]
+    made = Vocabulary.from_arrays(embeddings=columns.pop("embeddings")[0], known=given[0].known, **columns)  # fmt: skip
+    if merge_above is not None:
+        origin_C = [next(p for p in range(len(given)) if key in rows[p]) for key in order]
+        merged = merge_alike(made, merge_above, None if len(given) == 1 else origin_C)
+        made = merged.vocabulary
+        notes += merged.notes
+    return Mixture(vocabulary=made, notes=tuple(notes))
+
+
+def check_same_encoder(
+    first_CD: npt.NDArray[np.float32], second_CD: npt.NDArray[np.float32], titles: str
+) -> None:
+    """Check by the classes that two tables share whether their embeddings are of one space.
+
+    There a class resembles itself in the other table more than it resembles other classes there, whether the tables hold
+    names, descriptions or CLIP embeddings of images; embeddings of different encoders have cosines near 0.
+
+    Args:
+        first_CD: Normalised embeddings of the shared classes in one table.
+        second_CD: The same classes in the other.
+        titles: What the tables are called, for the message.
+
+    Raises:
+        VocabularyError: They are of different encoders, or the rows of one are in another order than its names.
+    """
+    own_C = np.einsum("cd,cd->c", first_CD, second_CD, dtype=np.float64)
+    count = len(own_C)
+    mean_D = second_CD.mean(axis=0, dtype=np.float64)
+    # The mean cosine with the other classes: with all of them, without its own.
+    others_C = (count * (first_CD @ mean_D) - own_C) / max(count - 1, 1)
+    gain_C = own_C - others_C if count > 1 else own_C
+    error = gain_C.std() / np.sqrt(count)
+    if own_C.mean() < _LEAST_COSINE or gain_C.mean() <= (2 * error if count >= _ENOUGH else 0):
+        raise VocabularyError(
+            f"{titles} are of different text encoders, or their names are in another order than their rows: the cosine of "
+            f"{counted(count, 'shared class', 'shared classes')} with themselves is {own_C.mean():.3f} on average, with other "
+            f"classes {others_C.mean():.3f}",
+            hint=f"{_SAME_ENCODER}; of a .npy table check --names",
+        )
+
+
+def merge_alike(
+    vocabulary: Vocabulary, above: float, origin: Sequence[int] | None = None
+) -> Mixture:
+    """Leave classes out that resemble an earlier one: near-duplicates such as ``sneaker`` and ``Sneakers``.
+
+    Args:
+        vocabulary: Any classes.
+        above: Largest cosine with an earlier class that is kept.
+        origin: Which list each class is from; classes of one list are kept apart, as who made it did. None: all are merged.
+
+    Raises:
+        VocabularyError: The limit is not a cosine.
+    """
+    if not -1 <= above <= 1:
+        raise VocabularyError(
+            f"the limit of likeness must be a cosine in [-1, 1], not {above}",
+            hint="0.95 merges what is hardly distinguished",
+        )
+    table_CD = vocabulary.normalised()
+    origin_C = np.arange(len(vocabulary)) if origin is None else np.array(origin)
+    kept = np.ones(len(vocabulary), dtype=bool)
+    pairs = []
+    for start in range(0, len(vocabulary), _ROWS):
+        cosines_CC = table_CD[start : start + _ROWS] @ table_CD[: start + _ROWS].T
+        for offset, cosines_C in enumerate(cosines_CC):
+            row = start + offset
+            other_C = kept[:row] & (origin_C[:row] != origin_C[row])
+            alike = np.flatnonzero((cosines_C[:row] > above) & other_C)
+            if len(alike) and not vocabulary.background[row]:
+                kept[row] = False
+                nearest = int(alike[np.argmax(cosines_C[alike])])
+                pairs.append(f"{vocabulary.names[row]} ({vocabulary.names[nearest]})")
+    if not pairs:
+        return Mixture(vocabulary=vocabulary, notes=())
+    names = [name for name, keep in zip(vocabulary.names, kept, strict=True) if keep]
+    shown = ", ".join(pairs[:5]) + (f" and {len(pairs) - 5} more" if len(pairs) > 5 else "")
+    note = f"{counted(len(pairs), 'class', 'classes')} merged into one that is alike: {shown}"
+    return Mixture(vocabulary=vocabulary.subset(names), notes=(note,))
+
+
 # --- Published vocabularies -------------------------------------------------------------------------------------------
 
 _Names = tuple[list[str], list[bool] | None]
@@ -152,42 +383,54 @@ def published_vocabulary(name: str, *, datasets: Path | None = None) -> Vocabula
     """Load a published vocabulary: names and CLIP embeddings that need no CLIP, from downloaded metadata.
 
     Args:
-        name: ``lvis``, ``coco``, ``objects365`` or ``openimages``.
+        name: One of `PUBLISHED_VOCABULARIES`. `EVERYTHING` is the classes of `NAME_TABLES`, near-duplicates merged.
         datasets: Folder of the data sets; None: where ``proxydet download`` puts them.
 
     Returns:
-        Names and embeddings; of LVIS also which classes are base (frequent and common ones), of the others
+        Names and embeddings; of LVIS's tables also which classes are base (frequent and common ones), of the others
         all count as base, for lack of a split.
 
     Raises:
         VocabularyError: There is no such vocabulary, or its files are not there or not what they should be.
     """
-    if name not in _PUBLISHED:
+    if name not in PUBLISHED_VOCABULARIES:
         raise VocabularyError(
             f"unknown published vocabulary {name!r}",
-            hint=f"known: {', '.join(_PUBLISHED)}",
+            hint=f"known: {', '.join(PUBLISHED_VOCABULARIES)}",
         )
-    published = _PUBLISHED[name]
     folder = datasets or datasets_folder()
-    embeddings = folder / published.embeddings
-    sources = [embeddings] if published.names is None else [embeddings, folder / published.names]
-    for path in sources:
-        if not path.is_file():
-            raise VocabularyError(
-                f"the published vocabulary {name} needs {path}, which does not exist",
-                hint=f"run: proxydet download {published.artifacts}",
-                path=path,
-                needs=tuple(published.artifacts.split()) if datasets is None else (),
-            )
-    try:
-        names, base = published.read(sources[-1])
-    except (OSError, ValueError, LookupError, TypeError, RecursionError, csv.Error) as error:
+    parts = {part: _PUBLISHED[part] for part in (NAME_TABLES if name == EVERYTHING else (name,))}
+    lacking = {
+        part: path
+        for part, published in parts.items()
+        for path in (folder / file for file in (published.names, published.embeddings) if file)
+        if not path.is_file()
+    }
+    if lacking:
+        artifacts = " ".join(_PUBLISHED[part].artifacts for part in lacking)
+        path = next(iter(lacking.values()))
         raise VocabularyError(
-            f"{sources[-1]}: the class names cannot be read: {error!r}",
-            hint=f"download it again: proxydet download {published.artifacts}",
-            path=sources[-1],
-        ) from error
-    return Vocabulary.from_arrays(names, load_embeddings(embeddings), base)
+            f"the published vocabulary {name} needs {path}, which does not exist",
+            hint=f"run: proxydet download {artifacts}",
+            path=path,
+            needs=tuple(artifacts.split()) if datasets is None else (),
+        )
+    tables = {}
+    for part, published in parts.items():
+        path = folder / (published.names or published.embeddings)
+        try:
+            names, base = published.read(path)
+        except (OSError, ValueError, LookupError, TypeError, RecursionError, csv.Error) as error:
+            raise VocabularyError(
+                f"{path}: the class names cannot be read: {error!r}",
+                hint=f"download it again: proxydet download {published.artifacts}",
+                path=path,
+            ) from error
+        rows = load_embeddings(folder / published.embeddings)
+        tables[part] = Vocabulary.from_arrays(names, rows, base)
+    if name == EVERYTHING:
+        return mix(tables, union=True, merge_above=_ALIKE).vocabulary
+    return tables[name]
 
 
 def _lvis_names(path: Path) -> _Names:
@@ -226,12 +469,10 @@ class _Published:
     """What ``proxydet download`` calls the files."""
 
 
+_LVIS_CLASSES = "metadata/lvis_v1_train_cat_info.json"
 _PUBLISHED = {
     "lvis": _Published(
-        "metadata/lvis_v1_clip_a+cname.npy",
-        "metadata/lvis_v1_train_cat_info.json",
-        _lvis_names,
-        "lvis-metadata",
+        "metadata/lvis_v1_clip_a+cname.npy", _LVIS_CLASSES, _lvis_names, "lvis-metadata"
     ),
     "coco": _Published("metadata/coco_clip_a+cname.npy", None, _coco_names, "coco-embeddings"),
     "objects365": _Published(
@@ -248,5 +489,25 @@ _PUBLISHED = {
     ),
 }
 
-PUBLISHED_VOCABULARIES: tuple[str, ...] = tuple(_PUBLISHED)
+NAME_TABLES: tuple[str, ...] = tuple(_PUBLISHED)
+"""The published vocabularies of class names, in the published prompt."""
+
+_PUBLISHED |= {
+    f"lvis-{kind}": _Published(
+        f"metadata/{file}.npy", _LVIS_CLASSES, _lvis_names, f"lvis-{kind} lvis-category-info"
+    )
+    for kind, file in {
+        "descriptions": "lvis_gpt3_text-davinci-002_features_author",
+        "exemplars": "lvis_image_exemplar_features_avg_K-005_author",
+        "exemplars-aggregated": "lvis_image_exemplar_features_agg_K-005_author",
+        "multimodal": "lvis_multi-modal_agg_K-005_author",
+        "multimodal-mean": "lvis_multi-modal_avg_K-005_author",
+    }.items()
+}
+
+EVERYTHING = "all"
+"""The published vocabulary of all classes in `NAME_TABLES`, for naming what is there without being asked."""
+_ALIKE = 0.95
+
+PUBLISHED_VOCABULARIES: tuple[str, ...] = (*_PUBLISHED, EVERYTHING)
 """Names that `published_vocabulary` knows."""

@@ -12,7 +12,7 @@ import hashlib
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -79,7 +79,7 @@ def check_classes(classes: Iterable[str | ClassWords]) -> list[ClassWords]:
     """
     entries = [entry if isinstance(entry, ClassWords) else ClassWords(entry) for entry in classes]
     names = check_names(entry.name for entry in entries)
-    return [ClassWords(name, entry.synonyms) for name, entry in zip(names, entries, strict=True)]
+    return [replace(entry, name=name) for name, entry in zip(names, entries, strict=True)]
 
 
 # --- Prompts ----------------------------------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ class Vocabulary:
             VocabularyError: a name is empty or there twice, or an array has the wrong shape, type or values.
         """
         checked_names = check_names(names)
-        embeddings_CD = _check_embeddings(embeddings, len(checked_names))
+        embeddings_CD = _check_embeddings(embeddings, checked_names)
         base_C = _check_flags("base mask", base, len(checked_names), default=True)
         background_C = _check_flags(
             "background mask", background, len(checked_names), default=False
@@ -450,6 +450,23 @@ class Vocabulary:
         cosines_CR = self.normalised() @ _normalise(reference).T
         return self.with_base(cosines_CR.max(axis=1) > threshold)
 
+    def base_as(self, trained: Vocabulary, threshold: float = 0.9) -> Vocabulary:
+        """Return the same classes, base where they resemble a base class of a training, or have the name of one.
+
+        Of published tables of names, those of the same name have the same embedding, so that names change nothing there; tables
+        of descriptions or of images are as far from the names as other classes are.
+
+        Args:
+            trained: The classes of the training.
+            threshold: As for `base_by_similarity`.
+
+        Raises:
+            VocabularyError: as of `base_by_similarity`.
+        """
+        alike = self.base_by_similarity(trained.base_embeddings, threshold)
+        known = {name for name, base in zip(trained.names, trained.base, strict=True) if base}
+        return self.with_base(alike.base | np.array([name in known for name in self.names]))
+
     def subset(self, names: Sequence[str]) -> Vocabulary:
         """Return the named classes only, in the order asked for.
 
@@ -522,7 +539,7 @@ def load_embeddings(path: Path) -> npt.NDArray[Any]:
         ) from error
 
 
-def _check_embeddings(embeddings: npt.ArrayLike, count: int | None) -> FloatArray:
+def _check_embeddings(embeddings: npt.ArrayLike, names: Sequence[str] | None) -> FloatArray:
     given = np.asarray(embeddings)
     if given.ndim != 2 or given.shape[0] == 0 or given.shape[1] == 0:
         raise VocabularyError(
@@ -534,22 +551,22 @@ def _check_embeddings(embeddings: npt.ArrayLike, count: int | None) -> FloatArra
             f"embeddings must be numbers, not {given.dtype}",
             hint="save a float16 or float32 array, one row a class",
         )
-    if count is not None and given.shape[0] != count:
+    if names is not None and given.shape[0] != len(names):
         raise VocabularyError(
-            f"{count} class names but {given.shape[0]} embeddings",
+            f"{len(names)} class names but {given.shape[0]} embeddings",
             hint="give one embedding row a class name, in the same order",
         )
     table = np.array(given, dtype=np.float32, order="C")
     bad: BoolArray = np.logical_not(np.isfinite(table).all(axis=1))
     if bad.any():
         raise VocabularyError(
-            f"embeddings that are not finite, rows {_positions(bad)} (counted from 0)",
+            f"embeddings that are not finite, rows {_positions(bad)} (counted from 0{_named(bad, names)})",
             hint="encode these class names again",
         )
     zero: BoolArray = np.logical_not(table.any(axis=1))
     if zero.any():
         raise VocabularyError(
-            f"embeddings that are all zero, rows {_positions(zero)} (counted from 0)",
+            f"embeddings that are all zero, rows {_positions(zero)} (counted from 0{_named(zero, names)})",
             hint="a zero row for the background does not belong into the file; encode other rows again",
         )
     return table
@@ -641,39 +658,67 @@ def _positions(mask: BoolArray, limit: int = 5) -> str:
     return shown if len(rows) <= limit else f"{shown} and {len(rows) - limit} more"
 
 
+def _named(mask: BoolArray, names: Sequence[str] | None) -> str:
+    if names is None:
+        return ""
+    return f": {quote_names([names[row] for row in np.flatnonzero(mask).tolist()])}"
+
+
 def build_vocabulary(
     classes: Sequence[str | ClassWords],
     encoder: TextEncoder,
     *,
     prompts: str | Sequence[str] = PUBLISHED,
+    description_weight: float = 0.5,
 ) -> Vocabulary:
-    """Embed class names.
+    """Embed class names, and what is said of the classes.
 
-    A class with one word and one prompt has the text's embedding as it is. With synonyms or several
-    prompts it has the mean of the texts' embeddings, each normalised first, as CLIP's authors do.
+    A class with one word and one prompt has the text's embedding as it is. With synonyms or several prompts it has the mean
+    of the texts' embeddings, each normalised first, as CLIP's authors do. Sentences and descriptions have a mean of their own,
+    which is mixed with that of the names.
 
     Args:
         classes: Names, or names with synonyms.
         encoder: Turns texts into embeddings.
         prompts: Sentences or the name of a prompt set; a `CompositionalEncoder` reads names without prompts.
+        description_weight: Share in [0, 1] of sentences and descriptions in the embedding of a class that has some.
 
     Raises:
-        VocabularyError: A name is empty or there twice, or cannot be encoded.
+        VocabularyError: A name is empty or there twice, or cannot be encoded; or the weight is not in [0, 1].
     """
     entries = check_classes(classes)
     filled = find_prompts(prompts)
-    if isinstance(encoder, CompositionalEncoder):
-        filled = ("{}",)
-    texts = [[fill(prompt, word) for word in entry.words for prompt in filled] for entry in entries]
-    rows_TD = encoder.encode([text for group in texts for text in group])
-    ends = np.cumsum([len(group) for group in texts])
-    rows_CD = [_merged(part) for part in np.split(rows_TD, ends[:-1])]
+    if not 0 <= description_weight <= 1:
+        raise VocabularyError(
+            f"the weight of descriptions is {description_weight}, not a share",
+            hint="give 0 (names alone) to 1 (descriptions alone)",
+        )
+    texts: list[tuple[list[str], list[str]]] = []
+    for entry in entries:
+        own = ("{}",) if isinstance(encoder, CompositionalEncoder) else entry.templates or filled
+        behind = [s if "{}" in s else f"{own[0].rstrip('.')}, {s}" for s in entry.descriptions]
+        said = [s.replace("{}", entry.name) for s in (*entry.sentences, *behind)]
+        named = [fill(prompt, word) for word in entry.words for prompt in own]
+        if description_weight == 1 and said:
+            named = []
+        texts.append((named, said if description_weight else []))
+    rows_TD = iter(encoder.encode([text for pair in texts for group in pair for text in group]))
+    rows_CD = []
+    for named, said in texts:
+        of_name_TD, of_said_TD = [[next(rows_TD) for _ in group] for group in (named, said)]
+        if len(of_name_TD) == 1 and not said:
+            rows_CD.append(of_name_TD[0])
+        elif not named or not said:
+            rows_CD.append(_mean(of_name_TD or of_said_TD))
+        else:
+            means_GD = _normalise(np.stack([_mean(of_name_TD), _mean(of_said_TD)]))
+            rows_CD.append(
+                description_weight * means_GD[1] + (1 - description_weight) * means_GD[0]
+            )
     return Vocabulary.from_arrays([entry.name for entry in entries], np.stack(rows_CD))
 
 
-def _merged(rows_TD: FloatArray) -> FloatArray:
-    if len(rows_TD) == 1:
-        single: FloatArray = rows_TD[0]
-        return single
-    mean_D: FloatArray = (rows_TD / np.linalg.norm(rows_TD, axis=1, keepdims=True)).mean(axis=0)
-    return mean_D
+def _mean(rows_TD: Sequence[FloatArray]) -> FloatArray:
+    """Return the mean of embeddings that are normalised first: float32 (D,)."""
+    table_TD = np.stack(rows_TD)
+    return np.asarray((table_TD / np.linalg.norm(table_TD, axis=1, keepdims=True)).mean(axis=0))

@@ -29,7 +29,7 @@ from proxydet_cli.options import (
 from proxydet_cli.output import Output
 
 if TYPE_CHECKING:
-    from proxydet.data.dataset import DatasetConfig
+    from proxydet.data.dataset import DatasetConfig, PublishedSplit
     from proxydet.evaluation.config import EvaluationConfig
     from proxydet.evaluation.evaluate import Evaluation
     from proxydet.evaluation.ground_truth import GroundTruth
@@ -70,7 +70,13 @@ Data = Annotated[
 ]
 Split = Annotated[
     str,
-    typer.Option("--split", metavar="val|test|train", help="Which split.", rich_help_panel="Data"),
+    typer.Option(
+        "--split",
+        metavar="val|test|train|NAME",
+        help="Which split of the data set; or one that papers report, which needs no --data: minival (of LVIS), lvis-val, coco-val, "
+        "coco-zero-shot, objects365-val, openimages-val.",
+        rich_help_panel="Data",
+    ),
 ]
 Vocabulary = Annotated[
     Path | None,
@@ -200,6 +206,7 @@ BatchSize = Annotated[
     epilog=examples(
         "proxydet eval --run runs/quickstart",
         "proxydet eval --weights proxydet-r50-inl --data lvis",
+        "proxydet eval --weights proxydet-r50-inl --split minival --fixed",
         "proxydet eval --results detections.json.gz --data lvis_v1_val.json",
         "proxydet eval --run runs/pets --data pets.toml --split train --json",
         "proxydet eval --compare runs/a/evaluation/lvis-val runs/b/evaluation/lvis-val --data lvis",
@@ -260,6 +267,7 @@ def evaluate(
         ),
         tta=tta,
         precision=precision,
+        comparing=compare is not None,
     )
     if compare is not None:
         compare_results(*compare, options, Output(json=json))
@@ -288,13 +296,28 @@ class EvalOptions:
     config: EvaluationConfig
     tta: bool = False
     precision: Precision | None = None
+    comparing: bool = False
+
+    @property
+    def published(self) -> PublishedSplit | None:
+        """The split that papers report, where ``--split`` names one."""
+        from proxydet.data.dataset import PUBLISHED_SPLITS
+
+        return PUBLISHED_SPLITS.get(self.split)
 
     def check(self) -> None:
         """Raise ConfigError where options contradict each other or something is missing."""
-        if self.split not in ("val", "test", "train"):
+        from proxydet.data.dataset import PARTS, PUBLISHED_SPLITS
+
+        if self.split not in PARTS and self.published is None:
             raise ConfigError(
-                f"--split is {self.split!r}; it can be val, test or train.",
+                f"--split is {self.split!r}; it can be {', '.join((*PARTS, *PUBLISHED_SPLITS))}.",
                 hint="to evaluate on other images, name their annotations as [test] in a dataset config",
+            )
+        if self.published is not None and self.data not in (None, self.published.data):
+            raise ConfigError(
+                f"--split {self.split} ({self.published.title}) is of {self.published.data}, not of {self.data}.",
+                hint="leave out --data, or name the split of your data set: val, test, train",
             )
         if self.results is not None:
             given = self._detecting()
@@ -309,12 +332,13 @@ class EvalOptions:
                 hint="--hierarchy takes OpenImages' own file, challenge-2019-label500-hierarchy.json",
                 path=self.config.hierarchy,
             )
-        if self.results is not None and self.data is None:
+        named = self.data is not None or self.published is not None
+        if self.results is not None and not named:
             raise ConfigError(
                 "--results need the data set that they are of.",
-                hint="--data with an annotation file (JSON) or a dataset config (TOML)",
+                hint="--data with an annotation file (JSON) or a dataset config (TOML), or --split minival",
             )
-        if self.results is None and self.vocabulary is not None and self.data is None:
+        if self.results is None and self.vocabulary is not None and not named:
             raise ConfigError("--vocabulary belongs to a data set.", hint="give --data too")
 
     def _detecting(self) -> list[str]:
@@ -340,10 +364,10 @@ class EvalOptions:
                 f"--compare cannot be combined with {', '.join(given)}: it reads results that are there and writes no files.",
                 hint="make each result with a proxydet eval of its own, then compare the two folders",
             )
-        if self.data is None:
+        if self.data is None and self.published is None:
             raise ConfigError(
                 "--compare needs the data set that both results are of.",
-                hint="--data with an annotation file (JSON) or a dataset config (TOML)",
+                hint="--data with an annotation file (JSON) or a dataset config (TOML), or --split minival",
             )
 
     def annotations_only(self) -> bool:
@@ -351,7 +375,7 @@ class EvalOptions:
         from proxydet.data.dataset import names_annotations
 
         path = self.data_path()
-        return path is not None and names_annotations(path)
+        return self.published is None and path is not None and names_annotations(path)
 
     def data_path(self) -> Path | None:
         """Return what ``--data`` names: of a bare name the prepared data set before a file or folder called so."""
@@ -368,7 +392,7 @@ class EvalOptions:
         """Return where the files of the evaluation go."""
         if self.output is not None:
             return self.output
-        place = f"{dataset}-{self.split}"
+        place = dataset if self.published is not None else f"{dataset}-{self.split}"
         if self.annotations_only():
             place = Path(self.data or "").resolve().name.split(".")[0]
         if self.run is not None:
@@ -413,8 +437,11 @@ def results_of(place: Path) -> Path:
 
 def read_description(options: EvalOptions) -> DatasetConfig:
     """Read the dataset config that was named, or that the run was trained with."""
-    from proxydet.data.dataset import DatasetConfig
+    from proxydet.data.dataset import DatasetConfig, published_split
 
+    if options.published is not None:
+        detecting = options.results is None and not options.comparing
+        return published_split(options.split, with_images=detecting)
     path = _description_path(options)
     if not path.is_file():
         raise DataError(
@@ -625,20 +652,22 @@ def _open_split(
     if options.vocabulary is not None:
         spec = dataclasses.replace(description.classes, embeddings=options.vocabulary.absolute())
         description = dataclasses.replace(description, vocabulary=spec)
+    name = "val" if options.published is not None else options.split
     return DescribedSplit.open(
-        description, options.split, protocol=options.config.protocol, progress=progress
+        description, name, protocol=options.config.protocol, progress=progress
     )
 
 
 def _next_commands(options: EvalOptions, folder: Path) -> dict[str, str]:
     results = options.results or folder / PREDICTIONS / "predictions.json"
     data = "" if options.data is None else f" --data {shlex.quote(options.data)}"
+    data += "" if options.published is None else f" --split {options.split}"
     quoted = shlex.quote(str(results))
     commands = {
         f"proxydet eval --results {quoted}{data} --engine lvis": "Check the numbers with the official evaluators.",
         f"proxydet eval --compare {quoted} OTHER.json{data}": "Say whether another detector is better.",
     }
-    return commands if options.data is not None else {}
+    return commands if data else {}
 
 
 def _progress() -> Progress:

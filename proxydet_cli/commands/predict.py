@@ -150,6 +150,7 @@ Every = Annotated[
     epilog=examples(
         "proxydet predict photo.jpg -v 'headphone, webcam, coffee cup'",
         "proxydet predict photos/ --vocabulary lvis --save images,csv --output found",
+        "proxydet predict photo.jpg --vocabulary all",
         "proxydet predict photo.jpg --run runs/quickstart -v 'red striped circle' --json",
         "proxydet predict photos/ -v 'cup, plate' --save yolo --output to-correct",
         "proxydet predict clip.mp4 --vocabulary coco --save images,json",

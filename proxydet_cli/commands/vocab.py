@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from proxydet_cli.opening import confirm_names
-from proxydet_cli.options import Json, command_app, examples
+from proxydet_cli.options import Json, Yes, command_app, examples
 
 if TYPE_CHECKING:
     from proxydet.vocabulary.comparison import VocabularyReport
     from proxydet.vocabulary.vocabulary import TextEncoder, Vocabulary
     from proxydet_cli.output import Output
 
-app = command_app("Make and inspect vocabularies: class names with their text embeddings.")
+app = command_app("Make, mix and inspect vocabularies: class names with their text embeddings.")
 
+OutputFile = Annotated[
+    Path, typer.Option("--output", "-o", metavar="FILE", help="The vocabulary (.vocab, .npz).")
+]
 EncoderFile = Annotated[
     Path | None,
     typer.Option(
@@ -46,54 +49,201 @@ Prompts = Annotated[
         "proxydet vocab build names.txt -o kitchen.vocab",
         "proxydet vocab build names.txt -o kitchen.vocab --prompts ensemble",
         "proxydet vocab build instances_train.json -o pets.vocab",
+        "proxydet vocab build names.txt -o kitchen.vocab --descriptions kitchen.yaml",
     )
 )
 def build(
+    output: OutputFile,
     names: Annotated[
-        Path,
+        Path | None,
         typer.Argument(
             metavar="FILE",
             help="One class a line, synonyms behind |: couch | sofa. Or YAML or JSON: a list, names with synonyms, the data.yaml "
-            "of a YOLO data set, a COCO annotation file.",
+            "of a YOLO data set, a COCO annotation file. [default: the classes of --descriptions]",
+            show_default=False,
         ),
-    ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="The vocabulary (.vocab, .npz).")
-    ],
+    ] = None,
     encoder: EncoderFile = None,
     model: ModelName = "ViT-B-32-quickgelu",
     prompts: Prompts = "published",
+    descriptions: Annotated[
+        Path | None,
+        typer.Option(
+            "--descriptions",
+            metavar="FILE",
+            help="YAML or JSON: for each class a list of sentences, or synonyms, sentences, descriptions and templates.",
+        ),
+    ] = None,
+    description_weight: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Share of sentences and descriptions in the embedding of a class that has some; the rest is its names.",
+        ),
+    ] = 0.5,
+    hierarchy: Annotated[
+        Path | None,
+        typer.Option(
+            "--hierarchy",
+            metavar="FILE",
+            help="YAML or JSON tree of classes, or COCO's categories: adds sentences that say what a class is a kind of.",
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Embed class names.
 
     Embeddings are kept in a cache by content: what was embedded once is not computed again.
     """
-    from proxydet.errors import VocabularyError
+    from proxydet.vocabulary.descriptions import (
+        describe,
+        read_descriptions,
+        read_hierarchy,
+        said_of,
+        with_hierarchy,
+    )
     from proxydet.vocabulary.encoder import open_encoder
     from proxydet.vocabulary.names import read_names
-    from proxydet.vocabulary.sources import SAVED_SUFFIXES
     from proxydet.vocabulary.vocabulary import build_vocabulary
     from proxydet_cli.output import Output
     from proxydet_cli.progress import show_progress
+
+    _check_output(output)
+    out = Output(json=json)
+    notes: list[str] = []
+    described = read_descriptions(descriptions) if descriptions is not None else ()
+    if names is not None:
+        confirm_names(names)
+        classes = read_names(names)
+        if descriptions is not None:
+            found = describe(classes, described)
+            classes, notes = found.classes, said_of(found, descriptions)
+    elif descriptions is None:
+        raise typer.BadParameter("give a FILE of class names, or --descriptions")
+    else:
+        classes = described
+    if hierarchy is not None:
+        found = with_hierarchy(classes, read_hierarchy(hierarchy))
+        classes, notes = found.classes, notes + said_of(found, hierarchy)
+    opened = open_encoder(encoder, model=model, progress=show_progress())
+    made = build_vocabulary(classes, opened, prompts=prompts, description_weight=description_weight)
+    made.save(output)
+    for note in notes:
+        out.warning(note)
+    _report(out, made, output, notes)
+
+
+def _check_output(output: Path) -> None:
+    from proxydet.errors import VocabularyError
+    from proxydet.vocabulary.sources import SAVED_SUFFIXES
 
     if output.suffix not in SAVED_SUFFIXES:
         raise VocabularyError(
             f"the vocabulary's file {output} must end in {' or '.join(SAVED_SUFFIXES)}",
             hint=f"write to {output.with_suffix('.npz')}",
         )
-    confirm_names(names)
-    classes = read_names(names)
-    opened = open_encoder(encoder, model=model, progress=show_progress())
-    made = build_vocabulary(classes, opened, prompts=prompts)
-    made.save(output)
+
+
+def _report(out: Output, made: Vocabulary, output: Path, notes: Sequence[str]) -> None:
     value = {
         "file": output,
         "classes": len(made),
         "dimensions": made.dimension,
         "digest": made.digest,
     }
-    Output(json=json).data(value, f"{output}: {len(made)} classes, {made.dimension} dimensions")
+    if notes:
+        value["notes"] = list(notes)
+    out.data(value, f"{output}: {len(made)} classes, {made.dimension} dimensions")
+
+
+@app.command(
+    epilog=examples(
+        "proxydet vocab mix lvis lvis-descriptions -o described.vocab",
+        "proxydet vocab mix lvis lvis-descriptions --weights 0.3,0.7 -o described.vocab",
+        "proxydet vocab mix kitchen.vocab garden.vocab --union -o home.vocab",
+        "proxydet vocab mix lvis coco objects365 --union --merge-above 0.95 -o many.vocab",
+    )
+)
+def mix(
+    tables: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NAME|FILE...",
+            help="Vocabularies: published ones, files of build (.vocab, .npz), or tables of embeddings (.npy, with --names).",
+        ),
+    ],
+    output: OutputFile,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights",
+            metavar="A,B,...",
+            help="Weight of each table, in their order. [default: all alike]",
+        ),
+    ] = None,
+    union: Annotated[
+        bool,
+        typer.Option(
+            "--union",
+            help="Keep the classes of all tables, and mix those that are in several; otherwise all must have the same.",
+        ),
+    ] = False,
+    merge_above: Annotated[
+        float | None,
+        typer.Option(
+            min=-1.0,
+            max=1.0,
+            help="Leave classes out whose cosine with an earlier one is above this: near-duplicates.",
+        ),
+    ] = None,
+    names: Annotated[
+        Path | None,
+        typer.Option("--names", metavar="FILE", help="Class names of the .npy tables, one a row."),
+    ] = None,
+    encoder: EncoderFile = None,
+    yes: Yes = False,
+    json: Json = False,
+) -> None:
+    """Mix tables of the same classes, or join those of different ones.
+
+    Classes are matched by name, and embeddings are normalised before they are averaged. Tables of other text encoders are refused.
+    """
+    from proxydet.vocabulary.sources import mix as mix_tables
+    from proxydet_cli.commands.download import with_downloads
+    from proxydet_cli.output import Output
+
+    _check_output(output)
+    if weights is not None:
+        try:
+            shares = [float(part) for part in weights.split(",")]
+        except ValueError as error:
+            raise typer.BadParameter(f"{weights!r} is not a list of numbers: 0.3,0.7") from error
+    repeated = [source for i, source in enumerate(tables) if source in tables[:i]]
+    if repeated or (len(tables) < 2 and merge_above is None):
+        raise typer.BadParameter(
+            f"{repeated[0]} is named twice" if repeated else "name two vocabularies or more"
+        )
+    if names is not None and not any(source.endswith(".npy") for source in tables):
+        raise typer.BadParameter("--names belongs to a .npy table")
+
+    def opened() -> dict[str, Vocabulary]:
+        return {
+            source: _open(source, encoder, names=names if source.endswith(".npy") else None)
+            for source in tables
+        }
+
+    made = mix_tables(
+        with_downloads(opened, yes=yes),
+        None if weights is None else shares,
+        union=union,
+        merge_above=merge_above,
+    )
+    made.vocabulary.save(output)
+    out = Output(json=json)
+    for note in made.notes:
+        out.message(note)
+    _report(out, made.vocabulary, output, made.notes)
 
 
 @app.command(
@@ -101,6 +251,7 @@ def build(
         "proxydet vocab show kitchen.vocab",
         "proxydet vocab show names.txt --against coco",
         "proxydet vocab show kitchen.vocab --run runs/quickstart --json",
+        "proxydet vocab show lvis-exemplars --against lvis-descriptions",
     )
 )
 def show(
@@ -108,7 +259,8 @@ def show(
         str,
         typer.Argument(
             metavar="NAME|FILE",
-            help="lvis, coco, objects365, openimages, or a file: of names (see build), of build, or of embeddings (.npy, with --names).",
+            help="A published vocabulary (lvis, coco, lvis-descriptions, ...), or a file: of names (see build), of build, of mix, or of "
+            "embeddings (.npy, with --names).",
         ),
     ],
     against: Annotated[
@@ -216,4 +368,9 @@ def _render(out: Output, report: VocabularyReport, cut: Mapping[str, int]) -> No
     for name, tokens in cut.items():
         out.warning(
             f"too long for CLIP, which reads {CLIP_TOKENS} tokens: {name[:60]!r}... has {tokens}"
+        )
+    if report.shared:
+        out.message(
+            f"{report.shared} classes are in both vocabularies; of {100 * (report.nearest_is_own or 0):.1f} % the nearest is the one "
+            "of the same name"
         )

@@ -7,9 +7,14 @@ import pytest
     ("words", "message", "hint"),
     [
         (
-            ["--run", "RUN", "--split", "minival"],
-            "--split is 'minival'",
+            ["--run", "RUN", "--split", "maxival"],
+            "--split is 'maxival'; it can be train, val, test, minival",
             "[test] in a dataset config",
+        ),
+        (
+            ["--run", "RUN", "--split", "minival", "--data", "coco"],
+            "--split minival (LVIS minival, 4,809 images) is of lvis, not of coco",
+            "leave out --data",
         ),
         (["--run", "RUN"], "is not a run folder", "proxydet train or quickstart wrote"),
         (["--run", "RUN/absent"], "there is no run folder", "proxydet quickstart"),

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from proxydet.artifacts import Catalogue
+from proxydet.data.dataset import PUBLISHED_SPLITS, published_split
 from proxydet.data.store import AnnotationStore
 from proxydet.errors import ConfigError, DataError, InputError
 from proxydet.evaluation.analysis import analyse
@@ -505,3 +507,53 @@ def test_choices_are_read_in_any_case(typed, files):
     assert (json.loads(out)["protocol"], list(json.loads(out)["results"])) == ("coco", ["bbox"])
     with pytest.raises(SystemExit, match=r"^0$"):
         main(["data", "check", str(files / "val.json"), "--protocol", "COCO"])
+
+
+def test_a_split_that_papers_report_needs_no_data_option(typed, files, monkeypatch, capsys):
+    root = files / "datasets"
+    monkeypatch.setenv("PROXYDET_DATASETS", str(root))
+    words = ("--results", files / "a.json", "--split", "minival", "--bootstrap", "0", "--json")
+    assert main(["eval", *map(str, words)]) == 3
+    missing = capsys.readouterr().err
+    assert "lvis_v1_minival_inserted_image_name.json" in missing
+    assert "hint: get it with: proxydet download minival" in missing
+    split = PUBLISHED_SPLITS["minival"]
+    for place in (split.annotations, split.embeddings):
+        (root / place).parent.mkdir(parents=True)
+    (root / split.annotations).write_bytes((files / "val.json").read_bytes())
+    np.save(root / split.embeddings, np.eye(6))
+    out, _ = typed(*words)
+    wanted = run_evaluation(files / "a.json", files / "val.json").report
+    shown = json.loads(out)
+    assert (shown["dataset"], shown["results"]["bbox"]["metrics"]["AP"]) == (
+        "lvis-minival",
+        wanted.types["bbox"].metrics["AP"],
+    )
+    assert (files / "evaluation" / "a-lvis-minival" / "results.json").exists()
+    with pytest.raises(DataError, match="val2017"):
+        published_split("minival")
+    for folder in split.images:
+        (root / folder).mkdir(parents=True)
+    val = published_split("minival").split("val")
+    assert val.roots == (root / "coco", root / "coco/val2017")
+
+
+@pytest.mark.parametrize("name", PUBLISHED_SPLITS)
+def test_the_downloads_of_a_split_are_its_files(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("PROXYDET_DATASETS", str(tmp_path))
+    with pytest.raises(DataError) as caught:
+        published_split(name)
+    command = str(caught.value.hint).partition("proxydet download ")[2].partition(" && ")[0]
+    artifacts = Catalogue.load().resolve(command.split())
+    split = PUBLISHED_SPLITS[name]
+    if split.annotations is not None:
+        held = {place for artifact in artifacts for place in [artifact.target]}
+        held |= {
+            f"{a.unpack.folder}/{part.path}"
+            for a in artifacts
+            if a.unpack
+            for part in a.unpack.provides
+        }
+        assert {
+            f"datasets/{p}" for p in (split.annotations, split.embeddings, *split.images)
+        } <= held

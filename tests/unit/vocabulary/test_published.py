@@ -32,6 +32,10 @@ def datasets(tmp_path) -> Path:
     (tmp_path / "oid/annotations/challenge-2019-classes-description-500.csv").write_text(
         "/m/061hd_,Infant bed\n/m/06m11,Rose\n"
     )
+    np.save(
+        metadata / "lvis_gpt3_text-davinci-002_features_author.npy",
+        rng.normal(size=(3, 8)).astype(np.float16),
+    )
     return tmp_path
 
 
@@ -53,6 +57,30 @@ def test_lvis_is_in_the_order_of_its_ids_with_rare_classes_novel(datasets):
 )
 def test_the_others_have_their_names_in_order(datasets, name, first):
     assert published_vocabulary(name, datasets=datasets).names[:2] == first
+
+
+def test_a_table_of_others_has_the_classes_of_lvis(datasets):
+    described = published_vocabulary("lvis-descriptions", datasets=datasets)
+    assert described.names == ("ant", "zebra", "bee")
+    assert described.base.tolist() == [True, False, True]
+    with pytest.raises(VocabularyError, match="lvis_image_exemplar") as caught:
+        published_vocabulary("lvis-exemplars", datasets=datasets)
+    assert caught.value.hint == "run: proxydet download lvis-exemplars lvis-category-info"
+
+
+def test_all_is_every_class_of_the_tables_of_names_once(datasets):
+    rng = np.random.default_rng(4)
+    coco = rng.normal(size=(80, 8))
+    np.save(datasets / "metadata" / "coco_clip_a+cname.npy", coco)
+    lvis = np.stack([rng.normal(size=8), coco[22], rng.normal(size=8)])  # zebra is in both
+    np.save(datasets / "metadata" / "lvis_v1_clip_a+cname.npy", lvis)
+    people = np.stack([coco[0], rng.normal(size=8)])
+    np.save(datasets / "metadata" / "o365_clip_a+cnamefix.npy", people)
+    everything = published_vocabulary("all", datasets=datasets)
+    assert everything.names[:3] == ("ant", "zebra", "bee")
+    assert {"person", "Rose", "Sneakers"} <= set(everything.names)
+    assert "Person" not in everything.names  # COCO's person
+    assert len(everything) == len(set(map(str.lower, everything.names)))
 
 
 @pytest.mark.parametrize("name", PUBLISHED_VOCABULARIES)

@@ -696,8 +696,8 @@ def _edited(path: Path) -> VocabularyError:
 def _encoder_of(folder: Path, data: DataConfig) -> Path | None:
     """The text encoder that the run's data came with; None where that is CLIP."""
     own = folder / "text_encoder.json"
-    if own.exists():
-        expected = digests_of(folder).get("text encoder")
+    expected = digests_of(folder).get("text encoder")
+    if own.exists() or expected is not None:  # one that is gone is reported when it is opened
         with contextlib.suppress(OSError):  # which is reported when it is opened
             if expected is not None and sha256(own) != expected:
                 raise _edited(own)

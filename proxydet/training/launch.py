@@ -240,8 +240,11 @@ def plan_launch(
             hint=("Set it as your cluster does; or give" if lacking else "Give")
             + " the same --rendezvous HOST:PORT on every node: the name of one of them and a free port.",
         )
-    if max_restarts is None and "PET_MAX_RESTARTS" not in environment:
-        max_restarts = 0 if nodes == 1 else 3
+    if max_restarts is None:
+        if "PET_MAX_RESTARTS" in environment:  # torchrun reads it
+            number_in(environment, "PET_MAX_RESTARTS")
+        else:
+            max_restarts = 0 if nodes == 1 else 3
     if max_restarts:
         options = [*options, f"--max-restarts={max_restarts}"]
     processes = gpus or max(available, 1)

@@ -290,6 +290,10 @@ def test_an_edited_vocabulary_or_encoder_of_a_run_is_refused(run, network):
     with pytest.raises(VocabularyError, match=r"text_encoder\.json") as caught:
         Detector.from_run(run)
     assert remedy in str(caught.value.hint)
+    path.unlink()  # words would be embedded by CLIP, which the run was not trained with
+    with pytest.raises(VocabularyError, match=r"text_encoder\.json") as caught:
+        _ = Detector.from_run(run).encoder
+    assert remedy in str(caught.value.hint)
     (run / "manifest.json").unlink()  # as of a run of version 0.1: only what is damaged is seen
     path.write_text("{")
     with pytest.raises(VocabularyError, match=r"text_encoder\.json") as caught:

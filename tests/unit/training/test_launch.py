@@ -708,3 +708,9 @@ def test_a_process_whose_launcher_is_gone_does_not_begin(tmp_path, monkeypatch):
     os.environ["PROXYDET_LAUNCHER"] = str(os.getppid())
     with worker(tmp_path):
         pass
+
+
+def test_a_number_of_restarts_that_is_none_is_named():
+    with pytest.raises(ConfigError, match="PET_MAX_RESTARTS"):
+        plan({**KUBEFLOW, "PET_MAX_RESTARTS": "banana"})
+    assert not [o for o in plan({**KUBEFLOW, "PET_MAX_RESTARTS": "5"}).torchrun if "restarts" in o]

@@ -42,6 +42,8 @@ class Detection:
     """From 0 to 1."""
     box_xyxy: tuple[float, float, float, float]
     """Left, top, right, bottom in pixels of the image."""
+    track_id: int | None
+    """The same for an object in all frames of a video, from 1; None: not tracked, or seen for the first time."""
     _paste: Callable[[], MaskWindow] | None
 
     @property
@@ -65,15 +67,19 @@ class Detections:
         scores: float32 (N,), descending.
         class_ids: int64 (N,), places in the vocabulary, from 0.
         labels: Class name of each detection.
+        track_ids: int64 (N,), the id of each object's track in a video, from 1, -1 where it has none yet; None: not tracked.
         image_size: Height and width of the image in pixels.
     """
 
-    def __init__(self, prediction: Prediction, names: Sequence[str]) -> None:
+    def __init__(
+        self, prediction: Prediction, names: Sequence[str], track_ids: Integers | None = None
+    ) -> None:
         """Wrap what the network found.
 
         Args:
             prediction: Boxes, scores, classes and masks.
             names: The vocabulary's class names.
+            track_ids: The id of the track of each, where they are tracked.
         """
         from proxydet.modeling.postprocess import to_host
 
@@ -84,17 +90,20 @@ class Detections:
         self.class_ids: Integers = _frozen(self._prediction.classes_N.numpy())
         self.labels = tuple(names[index] for index in self.class_ids.tolist())
         self.image_size = self._prediction.image_size
+        self.track_ids = None if track_ids is None else _frozen(track_ids)
 
     def __len__(self) -> int:
         return len(self.scores)
 
     def __iter__(self) -> Iterator[Detection]:
+        ids = [-1] * len(self) if self.track_ids is None else self.track_ids.tolist()
         for index in range(len(self)):
             yield Detection(
                 label=self.labels[index],
                 class_id=int(self.class_ids[index]),
                 score=float(self.scores[index]),
                 box_xyxy=_as_tuple(self.boxes_xyxy[index]),
+                track_id=None if ids[index] < 0 else ids[index],
                 _paste=partial(self._window, index) if self.has_masks else None,
             )
 
@@ -136,21 +145,32 @@ class Detections:
 
     def above(self, score: float) -> Detections:
         """Return the detections whose score is above a threshold."""
-        return self._chosen(np.flatnonzero(self.scores > score))
+        return self.choose(np.flatnonzero(self.scores > score))
 
     def top(self, count: int) -> Detections:
         """Return the best ``count`` detections."""
-        return self._chosen(np.arange(min(max(count, 0), len(self))))
+        return self.choose(np.arange(min(max(count, 0), len(self))))
 
     def of(self, *labels: str) -> Detections:
         """Return the detections of some classes."""
-        return self._chosen(np.flatnonzero([label in labels for label in self.labels]))
+        return self.choose(np.flatnonzero([label in labels for label in self.labels]))
 
-    def _chosen(self, index: npt.NDArray[np.intp]) -> Detections:
+    def tracked(self, track_ids: Integers) -> Detections:
+        """Return the same detections with the ids of their tracks.
+
+        Args:
+            track_ids: int64 (N,), from 1; -1 for those without one.
+        """
+        return Detections(self._prediction, self._names, track_ids)
+
+    def choose(self, index: npt.NDArray[np.intp]) -> Detections:
+        """Return the detections at some places, int (M,), in the order wanted."""
         import torch
 
         return Detections(
-            self._prediction.choose(torch.from_numpy(index.astype(np.int64))), self._names
+            self._prediction.choose(torch.from_numpy(index.astype(np.int64))),
+            self._names,
+            None if self.track_ids is None else self.track_ids[index],
         )
 
     def to_dict(self, *, masks: bool = True) -> dict[str, Any]:
@@ -166,6 +186,7 @@ class Detections:
                 "class_id": item.class_id,
                 "score": item.score,
                 "box_xyxy": list(item.box_xyxy),
+                **({} if self.track_ids is None else {"track_id": item.track_id}),
                 **({"mask": self.rles[index]} if with_masks else {}),
             }
             for index, item in enumerate(self)
@@ -201,7 +222,7 @@ class Detections:
         ]
 
     def to_pandas(self) -> Any:
-        """Return a ``pandas.DataFrame`` with label, class_id, score, x0, y0, x1, y1, and the mask's area in pixels."""
+        """Return a ``pandas.DataFrame`` with label, class_id, score, x0, y0, x1, y1, the track's id and the mask's area in pixels."""
         pandas = _optional("pandas", "a data frame")
         columns: dict[str, Any] = {
             "label": list(self.labels),
@@ -209,6 +230,8 @@ class Detections:
             "score": self.scores,
             **dict(zip(("x0", "y0", "x1", "y1"), self.boxes_xyxy.T, strict=True)),
         }
+        if self.track_ids is not None:
+            columns["track_id"] = self.track_ids
         if self.has_masks:
             columns["mask_area"] = self.masks.sum(axis=(1, 2))
         return pandas.DataFrame(columns)
@@ -221,6 +244,7 @@ class Detections:
             confidence=self.scores.copy(),
             class_id=self.class_ids.copy(),
             mask=self.masks.copy() if self.has_masks else None,
+            tracker_id=None if self.track_ids is None else self.track_ids.copy(),
             data={"class_name": np.array(self.labels, dtype=object)},
         )
 
@@ -242,7 +266,7 @@ class Detections:
     def draw(
         self, image: Image.Image | npt.NDArray[np.uint8], style: DrawingStyle | None = None
     ) -> Image.Image:
-        """Draw boxes, masks, labels and scores on a copy of the image; each detection in a colour of its own.
+        """Draw boxes, masks, labels and scores on a copy of the image; each detection, or track, in a colour of its own.
 
         Args:
             image: The image that these were found in: PIL, or uint8 (H, W, 3) RGB.
@@ -264,9 +288,11 @@ class Detections:
             )
         objects = [
             DrawnObject(
-                label=item.label,
+                label=item.label if item.track_id is None else f"{item.label} #{item.track_id}",
                 box_xyxy=item.box_xyxy,
-                colour=class_colour(item.class_id) if style and style.by_class else None,
+                colour=None
+                if self.track_ids is None and not (style and style.by_class)
+                else class_colour(item.class_id if item.track_id is None else item.track_id - 1),
                 score=item.score,
                 mask_HW=item._paste,
             )
@@ -276,7 +302,7 @@ class Detections:
 
     def _window(self, index: int) -> MaskWindow:
         """One mask alone, where it lies: all masks of a large image at once can take gigabytes."""
-        (window,) = self._chosen(np.array([index]))._prediction.windows()
+        (window,) = self.choose(np.array([index]))._prediction.windows()
         return window
 
     def _require_masks(self) -> None:

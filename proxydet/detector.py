@@ -38,6 +38,7 @@ from proxydet.manifest import MANIFEST_NAME
 from proxydet.modeling.config import TTA_SCALES, InferenceConfig, ModelConfig
 from proxydet.modeling.network import ImageView, ProxyDetNetwork, usable_precision
 from proxydet.modeling.postprocess import Prediction, to_host
+from proxydet.modeling.tiles import TileMerger, Window, tile_windows
 from proxydet.modeling.weights import load_weights
 from proxydet.models import (
     DEFAULT_MODEL,
@@ -70,6 +71,8 @@ Classes = Vocabulary | Sequence[str] | str | Path | None
 `proxydet.vocabulary.sources.open_vocabulary`), or None for the classes of the training."""
 
 _CACHED_VOCABULARIES = 16
+# Tiles of an image that are in the network at once.
+_TILES_AT_ONCE = 4
 
 
 class Detector:
@@ -247,6 +250,7 @@ class Detector:
         score_threshold: float = 0.3,
         max_detections: int = 300,
         one_label: bool = True,
+        tiles: int | None = None,
         channel_order: ChannelOrder = "rgb",
     ) -> Detections:
         """Detect objects in an image.
@@ -258,6 +262,8 @@ class Detector:
             score_threshold: Only detections that score above this, 0 to 1.
             max_detections: At most this many, the best.
             one_label: One label a box: of overlapping detections of any classes only the best; else of each class.
+            tiles: Run on a larger image in overlapping tiles of this side too, in its pixels, for small objects (`with_settings`
+                sets their overlap, and whether the whole image is run on); 0: never; None: as the run's settings say.
             channel_order: ``"bgr"`` for arrays from OpenCV.
 
         Raises:
@@ -269,6 +275,7 @@ class Detector:
             score_threshold=score_threshold,
             max_detections=max_detections,
             one_label=one_label,
+            tiles=tiles,
             channel_order=channel_order,
         )
         return found
@@ -281,6 +288,7 @@ class Detector:
         score_threshold: float = 0.3,
         max_detections: int = 300,
         one_label: bool = True,
+        tiles: int | None = None,
         channel_order: ChannelOrder = "rgb",
         batch_size: int = 8,
     ) -> list[Detections]:
@@ -292,6 +300,7 @@ class Detector:
             score_threshold: As for `predict`.
             max_detections: As for `predict`.
             one_label: As for `predict`.
+            tiles: As for `predict`.
             channel_order: As for `predict`.
             batch_size: Images that are in memory and in the network at once.
 
@@ -310,6 +319,7 @@ class Detector:
             score_threshold=score_threshold,
             max_detections=max_detections,
             agnostic_nms=one_label,
+            tiles=tiles,
         )
         found: list[Detections] = []
         remaining = iter(images)
@@ -327,6 +337,8 @@ class Detector:
         score_threshold: float = 0.3,
         max_detections: int = 300,
         one_label: bool = True,
+        tiles: int | None = None,
+        track: bool = False,
         every: int = 1,
         batch_size: int = 4,
     ) -> Iterator[FrameResult]:
@@ -338,6 +350,8 @@ class Detector:
             score_threshold: As for `predict`.
             max_detections: As for `predict`.
             one_label: As for `predict`.
+            tiles: As for `predict`.
+            track: Follow the objects: ``found.track_ids`` are the same for an object in all frames of a scene.
             every: Run on each frame (1), each second one (2), ...
             batch_size: Frames in the network at once; a camera's are run one by one.
 
@@ -346,7 +360,7 @@ class Detector:
             video is open until the iterator ends or is closed.
 
         Raises:
-            MissingDependencyError: PyAV is not installed.
+            MissingDependencyError: PyAV, or what tracks, is not installed.
             DataError: The video cannot be opened; from the iterator, after the frames before: it is damaged there.
         """
         from proxydet.inference.video import VideoReader
@@ -356,9 +370,10 @@ class Detector:
             score_threshold=score_threshold,
             max_detections=max_detections,
             agnostic_nms=one_label,
+            tiles=tiles,
         )
         reader = VideoReader(source, every=every)
-        return self.predict_frames(reader, classes, settings, batch_size=batch_size)
+        return self.predict_frames(reader, classes, settings, batch_size=batch_size, track=track)
 
     def predict_frames(
         self,
@@ -367,6 +382,7 @@ class Detector:
         settings: InferenceConfig,
         *,
         batch_size: int = 4,
+        track: bool = False,
     ) -> Generator[FrameResult, None, None]:
         """Detect objects in every frame that a reader gives; a thread decodes ahead.
 
@@ -378,9 +394,11 @@ class Detector:
             vocabulary: What to detect.
             settings: Thresholds and limits.
             batch_size: Frames that go through the network at once.
+            track: Give detections the ids of their tracks.
 
         Raises:
-            ConfigError: The batch size is below 1: at once, all others while iterating.
+            ConfigError: The batch size is below 1: at once, as the next, all others while iterating.
+            MissingDependencyError: What tracks is not installed.
             DataError: The video is damaged or cut off; the frames before it come first.
         """
         from proxydet.inference.video import read_ahead
@@ -388,6 +406,16 @@ class Detector:
         if batch_size < 1:
             reader.close()
             raise ConfigError(f"batch_size is {batch_size}; it must be at least 1")
+        tracker = None
+        if track:
+            from proxydet.inference.tracking import Tracker
+
+            try:
+                tracker = Tracker(vocabulary, settings, reader.rate)
+            except BaseException:
+                reader.close()
+                raise
+        detecting = settings if tracker is None else tracker.detecting
         live = reader.source.live
         size = 1 if live else batch_size
 
@@ -407,12 +435,15 @@ class Detector:
                     if not batch:
                         break
                     predictions = to_host(
-                        self.predict_images([frame.pixels for frame in batch], vocabulary, settings)
+                        self.predict_images(
+                            [frame.pixels for frame in batch], vocabulary, detecting
+                        )
                     )
                     for frame, prediction in zip(batch, predictions, strict=True):
-                        yield FrameResult(
-                            frame=frame, found=Detections(prediction, vocabulary.names)
-                        )
+                        found = Detections(prediction, vocabulary.names)
+                        if tracker is not None:
+                            found = tracker.update(found, frame.pixels, frame.seconds)
+                        yield FrameResult(frame=frame, found=found)
                 if broken is not None:
                     raise broken
 
@@ -442,6 +473,13 @@ class Detector:
             image if isinstance(image, ScaledImage) else self.scaled(image, settings)
             for image in images
         ]
+        if any(image.tiled is not None for image in scaled):
+            return [self._detect_in_tiles(image, classes, settings) for image in scaled]
+        return self._detect(scaled, classes, settings)
+
+    def _detect(
+        self, scaled: Sequence[ScaledImage], classes: Vocabulary | None, settings: InferenceConfig
+    ) -> list[Prediction]:
         network = self._prepared(settings.precision, str(self.network.device))
         if not settings.augmented:
             return network.detect(
@@ -455,6 +493,25 @@ class Detector:
             for image in scaled
         ]
 
+    def _detect_in_tiles(
+        self, image: ScaledImage, classes: Vocabulary | None, settings: InferenceConfig
+    ) -> Prediction:
+        if image.tiled is None:
+            return self._detect([image], classes, settings)[0]
+        merger = TileMerger(image.size, settings)
+        if settings.whole_image:
+            (found,) = to_host(self._detect([image], classes, settings))
+            merger.add(found, Window(0, 0, *image.size))
+        remaining = iter(tile_windows(image.size, settings.tiles, settings.tile_overlap))
+        plain = dataclasses.replace(settings, tiles=0)
+        while windows := list(islice(remaining, _TILES_AT_ONCE)):
+            tiles = [self.scaled(window.of(image.tiled), plain) for window in windows]
+            for found, window in zip(
+                to_host(self._detect(tiles, classes, plain)), windows, strict=True
+            ):
+                merger.add(found, window)
+        return merger.merged().to(self.network.device)
+
     def scaled(self, pixels_HW3: Pixels, settings: InferenceConfig | None = None) -> ScaledImage:
         """Scale an image for the network, once for each view of it: the part of `predict_images` that any thread can do.
 
@@ -463,14 +520,19 @@ class Detector:
             settings: Say which views; None: those of the run.
         """
         settings = settings or self.inference
+        height, width = pixels_HW3.shape[:2]
+        tiled = 0 < settings.tiles < max(height, width)
         views = []
-        for scale in settings.scales if settings.augmented else (1.0,):
+        whole = settings.whole_image or not tiled
+        for scale in (settings.scales if settings.augmented else (1.0,)) if whole else ():
             shortest, longest = (max(round(side * scale), 1) for side in self.sides)
             image = to_network(pixels_HW3, (shortest, longest))
             views.append(ImageView(image=image))
             if settings.augmented and settings.flip:
                 views.append(ImageView(image=image.flip(2), mirrored=True))
-        return ScaledImage(views=tuple(views), size=(pixels_HW3.shape[0], pixels_HW3.shape[1]))
+        return ScaledImage(
+            views=tuple(views), size=(height, width), tiled=pixels_HW3 if tiled else None
+        )
 
     # --- Settings ----------------------------------------------------------------------------------------------------
 
@@ -498,6 +560,7 @@ class Detector:
         Args:
             **changes: Fields of `proxydet.modeling.config.InferenceConfig`, such as ``masks=False``,
                 ``agnostic_nms=True`` (of overlapping detections of any classes only the best),
+                ``tiles=640, tile_overlap=0.3, whole_image=False`` (large images in tiles; ``whole_image``: also as a whole),
                 ``precision="auto"`` (see `faster_precision`), or ``flip=True, scales=(0.75, 1.0, 1.25)`` (test-time augmentation). None
                 keeps the run's.
 
@@ -606,9 +669,11 @@ class ScaledImage:
     """An image as the network sees it."""
 
     views: tuple[ImageView, ...]
-    """Each is uint8 (3, h, w), RGB."""
+    """Each is uint8 (3, h, w), RGB; none where only tiles are run on."""
     size: tuple[int, int]
     """Height and width of the original."""
+    tiled: Pixels | None = None
+    """The original, uint8 (H, W, 3) RGB, where tiles of it are run on too; they are cut and scaled when their turn comes."""
 
 
 def to_network(pixels_HW3: Pixels, sides: tuple[int, int]) -> torch.Tensor:

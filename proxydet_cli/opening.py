@@ -72,15 +72,28 @@ def fetch_published(
     return also
 
 
-def tuned(detector: Detector, *, tta: bool, precision: Precision | None) -> Detector:
+def tuned(
+    detector: Detector,
+    *,
+    tta: bool,
+    precision: Precision | None,
+    **changes: bool | float | None,
+) -> Detector:
     """Return the detector with the settings that the options ask for.
 
+    Args:
+        detector: As it was opened.
+        tta: What ``--tta`` takes.
+        precision: What ``--precision`` takes.
+        **changes: Values of other options, by the name of the inference setting that each replaces; None: it is not given.
+
     Raises:
-        ConfigError: The device has no units for this precision, or for that of the run where none is asked for.
+        ConfigError: A value is out of range, or the device has no units for this precision, or for that of the run where none
+            is asked for.
     """
     asked = detector.with_augmentation() if tta else detector
     wanted = asked.inference.precision if precision is None else precision.value
-    return asked.with_settings(precision=wanted)
+    return asked.with_settings(precision=wanted, **changes)
 
 
 def check_choice(classes: str | None, vocabulary: str | None, names: Path | None) -> None:

@@ -248,6 +248,38 @@ PrecisionOption = Annotated[
         rich_help_panel="Detector",
     ),
 ]
+Tiles = Annotated[
+    int | None,
+    typer.Option(
+        "--tiles",
+        metavar="PIXELS",
+        min=0,
+        help="Run on larger images in overlapping tiles of this side too, for small objects, and merge what is found; 0: not. "
+        "[default: inference.tiles, 0]",
+        show_default=False,
+        rich_help_panel="Detector",
+    ),
+]
+TileOverlap = Annotated[
+    float | None,
+    typer.Option(
+        "--tile-overlap",
+        min=0.0,
+        max=0.9,
+        help="Share of its side that a tile has in common with the next one. [default: inference.tile_overlap, 0.2]",
+        show_default=False,
+        rich_help_panel="Detector",
+    ),
+]
+WholeImage = Annotated[
+    bool | None,
+    typer.Option(
+        "--whole-image/--no-whole-image",
+        help="With --tiles, run on the whole image too, for large objects. [default: inference.whole_image, yes]",
+        show_default=False,
+        rich_help_panel="Detector",
+    ),
+]
 OneLabel = Annotated[
     bool,
     typer.Option(

@@ -64,6 +64,14 @@ _ORIENTATION = 0x0112
 _TURNED, _SWAPPED = range(2, 9), range(5, 9)
 
 
+def read_large_images() -> None:
+    """Read images of up to a billion pixels from now on, in this process: for what takes them in tiles.
+
+    Pillow takes an image of more than 179 million pixels for an attack.
+    """
+    Image.MAX_IMAGE_PIXELS = 500_000_000  # of which it refuses twice as many
+
+
 @functools.cache
 def readable_suffixes() -> frozenset[str]:
     """Endings, lower case, of the image files that can be read here: Pillow's, and HEIC's where pillow-heif is installed."""
@@ -564,6 +572,8 @@ def _unreadable(label: str, error: Exception, source: Source | Image.Image) -> D
     why, hint = str(error), "replace the file, or leave it out (of annotations: its entry)"
     if isinstance(error, FileNotFoundError):
         why = "there is no such file"
+    elif isinstance(error, Image.DecompressionBombError):
+        hint = "run on it in tiles: proxydet predict --tiles 800; in Python, call proxydet.data.images.read_large_images() first"
     elif isinstance(error, UnidentifiedImageError):
         try:
             start = b""

@@ -115,8 +115,13 @@ class PredictionFolder:
             file, hint="choose another --output folder, or remove this one", error=DataError
         )
         inside = theirs.get("inference settings")
-        if isinstance(inside, dict) and "masks" in inside:  # as version 0.1 wrote it
-            theirs["masks"] = inside.pop("masks")
+        if isinstance(inside, dict):
+            if "masks" in inside:  # as version 0.1 wrote it
+                theirs["masks"] = inside.pop("masks")
+            # Settings that came later change nothing at their defaults.
+            defaults = json.loads(json.dumps(dataclasses.asdict(InferenceConfig())))
+            known = identity.get("inference settings", {}).keys() & defaults.keys()
+            theirs["inference settings"] = {name: defaults[name] for name in known} | inside
         with_masks = bool(theirs.pop("masks", masks))
         if theirs == identity:
             if masks and not with_masks:

@@ -183,6 +183,11 @@ def export_detector(
             "test-time augmentation cannot be exported: the file runs on an image once",
             hint="export without inference.flip and with inference.scales [1.0]",
         )
+    if detector.inference.tiles:
+        raise ConfigError(
+            "tiles cannot be exported: the file runs on an image once",
+            hint="export with inference.tiles 0, and cut images into tiles before it",
+        )
     if chosen == "onnx":
         check_onnx(opset)
     images = [

@@ -181,6 +181,7 @@ def predict_video(
     kinds: Sequence[str] = (),
     batch_size: int = 4,
     every: int = 1,
+    track: bool = False,
     on_result: Callable[[str, FrameResult], None] | None = None,
     progress: Progress = SILENT,
 ) -> VideoSummary:
@@ -198,10 +199,12 @@ def predict_video(
         kinds: What is saved: some of `proxydet.inference.writers.VIDEO_KINDS`.
         batch_size: Frames in the network at once.
         every: Run on each frame (1), each second one (2), ...
+        track: Give objects the ids of their tracks.
         on_result: Called with the video's name and each result, in order.
         progress: Where progress is shown.
 
     Raises:
+        MissingDependencyError: The package that tracks is not installed.
         DataError: The video cannot be opened, has no frames, or breaks before its first one.
         JobInterruptedError: Ctrl-C stopped a file; its results up to there are saved.
     """
@@ -214,13 +217,22 @@ def predict_video(
     with VideoReader(video.source, every=every) as reader, contextlib.ExitStack() as stack:
         info = reader.info
         writers = make_frame_writers(
-            kinds, output / video.name, source=video.source, info=info, sound=every == 1
+            kinds,
+            output / video.name,
+            source=video.source,
+            info=info,
+            sound=every == 1,
+            tracked=track,
         )
         behind = stack.enter_context(WriteBehind(writers, 2 * batch_size))
         total = None if info.frames is None else -(-info.frames // every)
         task = stack.enter_context(progress.task(f"predicting {name}", total=total, unit="frames"))
         results = stack.enter_context(
-            closing(detector.predict_frames(reader, vocabulary, settings, batch_size=batch_size))
+            closing(
+                detector.predict_frames(
+                    reader, vocabulary, settings, batch_size=batch_size, track=track
+                )
+            )
         )
         try:
             while True:

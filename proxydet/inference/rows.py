@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from proxydet.data.images import as_pixels, read_image
+from proxydet.data.images import as_pixels, read_image, read_large_images
 from proxydet.detections import Detections
 from proxydet.detector import Detector, ScaledImage, open_named
 from proxydet.errors import ConfigError, DataError, InputError, MissingDependencyError
@@ -62,7 +62,7 @@ class DetectionWork:
 
     def shape(self, prepared: ScaledImage) -> tuple[int, ...]:
         """Return the size that the network sees."""
-        return tuple(prepared.views[0].image.shape)
+        return tuple(prepared.views[0].image.shape) if prepared.views else prepared.size
 
     def run(self, batch: list[ScaledImage]) -> list[Detections]:
         """Detect objects in a batch."""
@@ -101,6 +101,8 @@ class OpenDetection:
     def __call__(self, number: int) -> DetectionWork:
         """Open it in the worker of that number."""
         device = f"cuda:{number % self.gpus}" if self.gpus else self.device
+        if self.settings.tiles:
+            read_large_images()
         detector = open_named(self.named, device=device)
         return DetectionWork(detector=detector, vocabulary=self.vocabulary, settings=self.settings)
 

@@ -129,6 +129,11 @@ class VideoReader:
     ) -> None:
         self.close()
 
+    @property
+    def rate(self) -> Fraction:
+        """Frames a second that it gives, on average."""
+        return self.info.rate / self._every
+
     def close(self) -> None:
         """Close the file or the camera.
 

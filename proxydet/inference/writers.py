@@ -200,6 +200,7 @@ def make_frame_writers(
     source: VideoSource,
     info: VideoInfo,
     sound: bool = True,
+    tracked: bool = False,
 ) -> list[Writer]:
     """Make the writers for the frames of a video.
 
@@ -209,6 +210,7 @@ def make_frame_writers(
         source: The video.
         info: What is known of it.
         sound: Copy its sound.
+        tracked: Objects have the ids of their tracks.
 
     Raises:
         ConfigError: There is no such kind, or the annotated video would replace the one that is read.
@@ -226,6 +228,7 @@ def make_frame_writers(
             targets["csv"],
             ["frame", "seconds"],
             lambda result: [result.index, round(result.seconds, 4)],
+            tracked=tracked,
         ),
     }
     return [makers[kind]() for kind in dict.fromkeys(kinds)]
@@ -558,13 +561,21 @@ class CsvTable(_TextFile):
         target: The file.
         columns: Names of the first columns.
         cells: Gives their values for a result.
+        tracked: The last column is the id of the track; it is empty where there is none.
     """
 
     def __init__(
-        self, target: Path, columns: Sequence[str], cells: Callable[[Any], list[object]]
+        self,
+        target: Path,
+        columns: Sequence[str],
+        cells: Callable[[Any], list[object]],
+        *,
+        tracked: bool = False,
     ) -> None:
-        super().__init__(target, _rows([[*columns, *TABLE_COLUMNS]]))
+        last = ["track_id"] if tracked else []
+        super().__init__(target, _rows([[*columns, *TABLE_COLUMNS, *last]]))
         self._cells = cells
+        self._tracked = tracked
 
     def prepare(self, result: ImageResult | FrameResult) -> str:
         """Make the rows of a result; without a mask its area is empty."""
@@ -573,6 +584,8 @@ class CsvTable(_TextFile):
             box = [round(value, 2) for value in item.box_xyxy]
             area = "" if item.mask_area is None else item.mask_area
             detection = [table_cell(item.label), round(item.score, 6), *box, area]
+            if self._tracked:
+                detection.append("" if item.track_id is None else item.track_id)
             rows.append([*self._cells(result), *detection])
         return _rows(rows)
 

@@ -157,6 +157,7 @@ TTA_SCALES = (0.75, 1.0, 1.25)
 """Sizes of ``--tta``, times the usual one."""
 
 _SMALLEST, _LARGEST = 0.1, 4.0
+_SMALLEST_TILE, _MOST_OVERLAP = 32, 0.9
 
 Precision: TypeAlias = Literal["fp32", "tf32", "bf16", "fp16"]
 """Of the products of a part of the network. ``tf32`` rounds their factors to 10 bits of fraction on NVIDIA GPUs from Ampere on,
@@ -200,6 +201,16 @@ class InferenceConfig:
     scales: tuple[float, ...] = (1.0,)
     """Test-time augmentation: scales of the image, relative to its usual size; the mean is taken."""
 
+    tiles: int = 0
+    """Side of the overlapping tiles, in pixels of the image, that larger images are run in, each scaled as an image is, and what is
+    found in them merged; 0: none."""
+
+    tile_overlap: float = 0.2
+    """Share of its side that a tile has in common with the next one at least, in [0, 0.9]: objects smaller than that are whole in one."""
+
+    whole_image: bool = True
+    """Whether an image in tiles is run as a whole too, for objects that are larger than a tile."""
+
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "fp32"
     """Number format of backbone, pyramid, proposal tower, box heads and mask head, also in a training's evaluations, whatever it
     trains in; scores, boxes and NMS are always fp32. bf16 and fp16 need a device that has units for them (``proxydet env``), fp16 a
@@ -212,10 +223,19 @@ class InferenceConfig:
             nms_iou=self.nms_iou,
             alpha=self.alpha,
             beta=self.beta,
+            tile_overlap=self.tile_overlap,
         )
         require_positive(
             "inference", max_detections=self.max_detections, class_chunk=self.class_chunk
         )
+        if self.tiles < 0 or 0 < self.tiles < _SMALLEST_TILE:
+            raise ConfigError(
+                f"inference.tiles is {self.tiles}: a tile has at least {_SMALLEST_TILE} pixels a side, and 0 means no tiles"
+            )
+        if self.tile_overlap > _MOST_OVERLAP:
+            raise ConfigError(
+                f"inference.tile_overlap is {self.tile_overlap}: it must be from 0 to {_MOST_OVERLAP}"
+            )
         if not self.scales or not all(_SMALLEST <= scale <= _LARGEST for scale in self.scales):
             raise ConfigError(
                 f"inference.scales is {list(self.scales)}: there must be at least one, each from {_SMALLEST} to {_LARGEST}"

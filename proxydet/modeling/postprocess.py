@@ -11,7 +11,7 @@ original image, h and w a window of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import proxydet.runtime.d2  # noqa: F401
@@ -129,6 +129,18 @@ class Prediction:
             mask_probs_MSS=mask_probs_MSS,
             mask_index_N=mask_index_N,
             image_size=self.image_size,
+        )
+
+    def to(self, device: torch.device) -> Prediction:
+        """Return the same on a device."""
+        masks = self.mask_probs_MSS
+        return replace(
+            self,
+            boxes_N4=self.boxes_N4.to(device),
+            scores_N=self.scores_N.to(device),
+            classes_N=self.classes_N.to(device),
+            mask_probs_MSS=None if masks is None else masks.to(device),
+            mask_index_N=self.mask_index_N.to(device),
         )
 
     @property

@@ -7,7 +7,7 @@ import dataclasses
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,8 +21,11 @@ from proxydet_cli.options import (
     Precision,
     PrecisionOption,
     Run,
+    TileOverlap,
+    Tiles,
     Tta,
     Weights,
+    WholeImage,
     command_app,
     examples,
 )
@@ -235,6 +238,9 @@ def evaluate(
     batch_size: BatchSize = 1,
     tta: Tta = False,
     precision: PrecisionOption = None,
+    tiles: Tiles = None,
+    tile_overlap: TileOverlap = None,
+    whole_image: WholeImage = None,
     json: Json = False,
 ) -> None:
     """Compute average precision with confidence intervals.
@@ -268,6 +274,7 @@ def evaluate(
         tta=tta,
         precision=precision,
         comparing=compare is not None,
+        settings={"tiles": tiles, "tile_overlap": tile_overlap, "whole_image": whole_image},
     )
     if compare is not None:
         compare_results(*compare, options, Output(json=json))
@@ -297,6 +304,8 @@ class EvalOptions:
     tta: bool = False
     precision: Precision | None = None
     comparing: bool = False
+    settings: Mapping[str, float | None] = field(default_factory=dict)
+    """Inference settings by name that other options replace; None: it is not given."""
 
     @property
     def published(self) -> PublishedSplit | None:
@@ -352,6 +361,10 @@ class EvalOptions:
             "--batch-size": self.config.batch_size != 1,
             "--tta": self.tta,
             "--precision": self.precision is not None,
+            **{
+                f"--{name.replace('_', '-')}": value is not None
+                for name, value in self.settings.items()
+            },
         }
         return [name for name, given in options.items() if given]
 
@@ -502,7 +515,7 @@ def evaluate_options(options: EvalOptions, output: Output) -> None:
 
         split = _open_split(description, options, progress)
         opened = open_named(named, device=device)
-        detector = tuned(opened, tta=options.tta, precision=options.precision)
+        detector = tuned(opened, tta=options.tta, precision=options.precision, **options.settings)
         folder = options.folder(description.name)
         with held(folder / PREDICTIONS):
             try:

@@ -36,9 +36,12 @@ from proxydet_cli.options import (
     OneLabel,
     PrecisionOption,
     Run,
+    TileOverlap,
+    Tiles,
     Tta,
     VocabularySource,
     Weights,
+    WholeImage,
     Yes,
     command_app,
     examples,
@@ -145,6 +148,15 @@ Every = Annotated[
     ),
 ]
 
+Track = Annotated[
+    bool,
+    typer.Option(
+        "--track",
+        help="Of a video, follow the objects: each has an id, and in drawn frames a colour.",
+        rich_help_panel="Detections",
+    ),
+]
+
 
 @app.command(
     epilog=examples(
@@ -154,6 +166,8 @@ Every = Annotated[
         "proxydet predict photo.jpg --run runs/quickstart -v 'red striped circle' --json",
         "proxydet predict photos/ -v 'cup, plate' --save yolo --output to-correct",
         "proxydet predict clip.mp4 --vocabulary coco --save images,json",
+        "proxydet predict street.mp4 -v 'car, bicycle' --track --save images,csv",
+        "proxydet predict aerial.tif -v 'boat' --tiles 800",
         "proxydet predict webcam -v 'cup, phone'",
         "proxydet predict photos/ 's3://bucket/*.tar' -v names.txt --save jsonl --output found --workers 4",
         "find photos -name '*.jpg' -print0 | proxydet predict - -v names.txt --save coco",
@@ -177,8 +191,12 @@ def predict(
     device: Device = "auto",
     batch_size: BatchSize = 4,
     every: Every = 1,
+    track: Track = False,
     tta: Tta = False,
     precision: PrecisionOption = None,
+    tiles: Tiles = None,
+    tile_overlap: TileOverlap = None,
+    whole_image: WholeImage = None,
     base_above: BaseAbove = 0.9,
     shard: ShardOption = None,
     workers: Workers = None,
@@ -199,6 +217,7 @@ def predict(
     """
     from PIL.Image import DecompressionBombWarning
 
+    from proxydet.data.images import read_large_images
     from proxydet.inference.sources import (
         FoundImages,
         describe_left_out,
@@ -241,6 +260,10 @@ def predict(
     images = FoundImages()
     videos: tuple[VideoFile, ...] = ()
     if kind is not None:
+        if track:
+            raise typer.BadParameter(
+                f"--track follows objects in videos, --save {kind} is of images"
+            )
         folder = output or Path("predictions")
         part_of = check_job(
             folder, sources, shard=shard, overwrite=overwrite, workers=workers, gpus=gpus
@@ -248,8 +271,14 @@ def predict(
     else:
         sources, listed = _with_stdin(sources)
         named_images, named_videos = split_sources(sources)
+        if track and not named_videos:
+            raise typer.BadParameter("--track follows objects in videos, and none is given")
         if named_videos:
             pyav()
+            if track:
+                from proxydet.inference.tracking import tracking_library
+
+                tracking_library()
             check_kinds(kinds, video=True)
         if named_images or not named_videos:
             images = find_images(named_images, reserved=reserved_names(kinds), listed=listed)
@@ -267,10 +296,19 @@ def predict(
     # Loads torch, for seconds: what can be refused was refused.
     from proxydet.inference.jobs import predict_files, predict_video
 
-    detector = tuned(opened, tta=tta, precision=precision)
+    detector = tuned(
+        opened,
+        tta=tta,
+        precision=precision,
+        tiles=tiles,
+        tile_overlap=tile_overlap,
+        whole_image=whole_image,
+    )
     if precision is None and (faster := detector.faster_precision()) is not None:
         out.message(f"hint: {faster}")
     detector = detector.with_settings(agnostic_nms=one_label, masks=masks)
+    if detector.inference.tiles:
+        read_large_images()
     vocabulary_used = chosen_vocabulary(detector, classes, vocabulary, names, base_above, yes=yes)
     settings = detector.settings(score_threshold=score_threshold, max_detections=top)
     if kind is not None:
@@ -331,6 +369,7 @@ def predict(
                 kinds=kinds,
                 batch_size=batch_size,
                 every=every,
+                track=track,
                 on_result=shown.frame,
                 progress=progress,
             )

@@ -18,9 +18,12 @@ from proxydet_cli.options import (
     NamesFile,
     PrecisionOption,
     Run,
+    TileOverlap,
+    Tiles,
     Tta,
     VocabularySource,
     Weights,
+    WholeImage,
     Yes,
     command_app,
     examples,
@@ -124,6 +127,9 @@ def serve(
     timeout: Timeout = 60,
     tta: Tta = False,
     precision: PrecisionOption = None,
+    tiles: Tiles = None,
+    tile_overlap: TileOverlap = None,
+    whole_image: WholeImage = None,
     base_above: BaseAbove = 0.9,
     yes: Yes = False,
     json: Json = False,
@@ -161,7 +167,14 @@ def serve(
             """Load the model; while the page is there already."""
             from proxydet.detector import open_named
 
-            detector = tuned(open_named(named, device=device), tta=tta, precision=precision)
+            detector = tuned(
+                open_named(named, device=device),
+                tta=tta,
+                precision=precision,
+                tiles=tiles,
+                tile_overlap=tile_overlap,
+                whole_image=whole_image,
+            )
             chosen = chosen_vocabulary(detector, classes, vocabulary, names, base_above, yes=None)
             # Images of a run's own data are shown to its user alone.
             own = named.run if loopback_only and not allow_host else None

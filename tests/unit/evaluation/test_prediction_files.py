@@ -89,6 +89,13 @@ def test_a_folder_of_version_0_1_is_read(tmp_path):
     assert PredictionFolder(tmp_path, {"inference settings": settings}).masks
 
 
+def test_settings_that_came_later_count_at_their_defaults(tmp_path):
+    PredictionFolder(tmp_path, {"inference settings": {"alpha": 0.15}})
+    PredictionFolder(tmp_path, {"inference settings": {"alpha": 0.15, "tiles": 0}})
+    with pytest.raises(DataError, match="inference settings"):
+        PredictionFolder(tmp_path, {"inference settings": {"alpha": 0.15, "tiles": 640}})
+
+
 @pytest.mark.parametrize("cut", [1, 30, 150])
 def test_a_line_cut_by_a_stop_is_predicted_again(tmp_path, cut):
     folder = PredictionFolder(tmp_path, IDENTITY)

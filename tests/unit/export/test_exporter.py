@@ -69,9 +69,12 @@ def test_wrong_options_are_refused_before_the_work(detector, tmp_path, name, opt
 
 
 @pytest.mark.usefixtures("no_tracing")
-def test_test_time_augmentation_is_refused(detector, tmp_path):
-    with pytest.raises(ConfigError, match="augmentation"):
-        export_detector(detector.with_settings(flip=True), tmp_path / "model.onnx")
+@pytest.mark.parametrize(
+    ("settings", "named"), [({"flip": True}, "augmentation"), ({"tiles": 64}, "tiles")]
+)
+def test_what_takes_several_runs_is_refused(detector, tmp_path, settings, named):
+    with pytest.raises(ConfigError, match=named):
+        export_detector(detector.with_settings(**settings), tmp_path / "model.onnx")
 
 
 @pytest.mark.usefixtures("no_tracing")

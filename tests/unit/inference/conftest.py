@@ -107,6 +107,7 @@ class BarDetector(Detector):
     """Finds the red lower half of the bar; remembers the batches that it was given."""
 
     vocabulary = Vocabulary.from_arrays(["bar", "nothing"], np.eye(2, 4))
+    inference = InferenceConfig()
 
     def __init__(self) -> None:
         self.batches: list[int] = []

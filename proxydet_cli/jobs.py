@@ -104,8 +104,10 @@ def check_job(
     overwrite: bool,
     workers: int | None,
     gpus: int | None,
+    engine: Engine,
+    module: str,
 ) -> Shard:
-    """Check what can be checked before a detector is opened, and remove the job that is to be replaced.
+    """Check what can be checked before a detector is opened, remove the job that is to be replaced, and begin to load workers.
 
     Args:
         folder: Of the job.
@@ -114,6 +116,8 @@ def check_job(
         overwrite: Replace the job that is there.
         workers: What ``--workers`` takes.
         gpus: What ``--gpus`` takes.
+        engine: What ``--engine`` takes.
+        module: What the workers load.
 
     Returns:
         The shard.
@@ -124,7 +128,7 @@ def check_job(
         RuntimeEnvironmentError: Files cannot be saved in the folder.
     """
     from proxydet.errors import ConfigError
-    from proxydet.inference.sharded import Shard, remove_job
+    from proxydet.inference.sharded import Shard, load_ahead, remove_job
     from proxydet.inference.sources import is_video
     from proxydet.inference.writers import check_folder
 
@@ -147,6 +151,8 @@ def check_job(
         )
     if overwrite:
         remove_job(folder)
+    if (workers or gpus or 1) > 1 and engine is Engine.processes:
+        load_ahead(module)
     return chosen
 
 

@@ -48,6 +48,8 @@ from collections import Counter
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, SpawnContext
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -765,6 +767,20 @@ def _limit_threads(threads: int) -> None:
         sys.modules["torch"].set_num_threads(threads)
 
 
+def load_ahead(module: str) -> ForkServerContext | SpawnContext:
+    """Start the process that workers are forked from: it loads modules once, and while this process does other things.
+
+    Args:
+        module: What they need, such as that of the `OpenWork`.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([module])
+    ensure_running()
+    return context
+
+
 def _in_processes(
     job: Job,
     parts: Sequence[int],
@@ -773,7 +789,7 @@ def _in_processes(
     advance: Callable[..., object],
 ) -> Results:
     """Keep worker processes busy with a part each; one that is killed is replaced, and its part computed again."""
-    context = multiprocessing.get_context("spawn")
+    context = load_ahead(getattr(open_work, "__module__", ""))
     threads = _threads(options)
     todo = list(reversed(parts))
     deaths: Counter[int] = Counter()

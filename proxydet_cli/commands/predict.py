@@ -266,7 +266,14 @@ def predict(
             )
         folder = output or Path("predictions")
         part_of = check_job(
-            folder, sources, shard=shard, overwrite=overwrite, workers=workers, gpus=gpus
+            folder,
+            sources,
+            shard=shard,
+            overwrite=overwrite,
+            workers=workers,
+            gpus=gpus,
+            engine=engine,
+            module="proxydet.inference.rows",
         )
     else:
         sources, listed = _with_stdin(sources)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from proxydet.detector import Detector
     from proxydet.evaluation.detector_evaluation import evaluate
     from proxydet.export.exporter import export_detector
+    from proxydet.index.search import RegionIndex
     from proxydet.runtime.report import environment
     from proxydet.runtime.roi_verify import verify_roi_align
     from proxydet.training.train import train
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Detections",
     "Detector",
+    "RegionIndex",
     "Vocabulary",
     "__version__",
     "download",
@@ -43,6 +45,7 @@ _HOME = {
     "Detector": "proxydet.detector",
     "Vocabulary": "proxydet.vocabulary.vocabulary",
     "download": "proxydet.artifacts.downloader",
+    "RegionIndex": "proxydet.index.search",
     "environment": "proxydet.runtime.report",
     "evaluate": "proxydet.evaluation.detector_evaluation",
     "export_detector": "proxydet.export.exporter",

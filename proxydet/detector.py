@@ -38,6 +38,7 @@ from proxydet.manifest import MANIFEST_NAME
 from proxydet.modeling.config import TTA_SCALES, InferenceConfig, ModelConfig
 from proxydet.modeling.network import ImageView, ProxyDetNetwork, usable_precision
 from proxydet.modeling.postprocess import Prediction, to_host
+from proxydet.modeling.roi_heads import RegionEmbeddings
 from proxydet.modeling.tiles import TileMerger, Window, tile_windows
 from proxydet.modeling.weights import load_weights
 from proxydet.models import (
@@ -56,9 +57,8 @@ from proxydet.models import (
 )
 from proxydet.paths import how_to_restore, require_run
 from proxydet.runtime.torch_probe import half_speed
-from proxydet.vocabulary.encoder import open_encoder
-from proxydet.vocabulary.sources import complete_vocabulary, open_vocabulary, published_vocabulary
-from proxydet.vocabulary.vocabulary import PUBLISHED, TextEncoder, Vocabulary
+from proxydet.vocabulary.sources import Classes, TrainedClasses, published_vocabulary
+from proxydet.vocabulary.vocabulary import TextEncoder, Vocabulary
 
 if TYPE_CHECKING:
     from proxydet.inference.sources import VideoSource
@@ -66,16 +66,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Classes = Vocabulary | Sequence[str] | str | Path | None
-"""What to detect: a vocabulary, class names, a published vocabulary's name or a file (see
-`proxydet.vocabulary.sources.open_vocabulary`), or None for the classes of the training."""
 
-_CACHED_VOCABULARIES = 16
 # Tiles of an image that are in the network at once.
 _TILES_AT_ONCE = 4
 
 
-class Detector:
+class Detector(TrainedClasses):
     """A trained network with what it needs to run on images.
 
     Predicting changes nothing in it: threads may share one, each with a vocabulary of its own.
@@ -108,8 +104,8 @@ class Detector:
             encoder: Embeds class names: an encoder, its file, or None for CLIP ViT-B/32's weights where ``proxydet
                 download`` puts them. It is opened when names are first given.
         """
+        super().__init__(network.vocabulary, encoder)
         self.network = network.eval()
-        self.vocabulary = network.vocabulary
         settings = inference or InferenceConfig()
         if settings.precision == "auto":
             precision = usable_precision("auto", network.device)
@@ -118,8 +114,6 @@ class Detector:
             settings if network.has_mask_head else dataclasses.replace(settings, masks=False)
         )
         self.sides = (shortest, longest)
-        self._encoder = encoder
-        self._lock = threading.Lock()
         # Made when first run, and kept; threads that come at once wait for one copy.
         copies = lru_cache(maxsize=2)(lambda precision, _device: network.prepared(precision))
         preparing = threading.Lock()
@@ -129,7 +123,6 @@ class Detector:
                 return copies(precision, device)
 
         self._prepared = prepared
-        self._named = lru_cache(maxsize=_CACHED_VOCABULARIES)(self._embed)
 
     # --- Opening -----------------------------------------------------------------------------------------------------
 
@@ -512,6 +505,36 @@ class Detector:
                 merger.add(found, window)
         return merger.merged().to(self.network.device)
 
+    def embed(
+        self, images: Sequence[Pixels | ScaledImage], settings: InferenceConfig | None = None
+    ) -> RegionEmbeddings:
+        """Embed the regions of decoded images, before any class is named: what an index keeps of them.
+
+        `proxydet.modeling.postprocess.detect_classes` makes of it what `predict_images` finds, for any vocabulary.
+
+        Args:
+            images: As for `predict_images`, at least one.
+            settings: Say the number format; None: those of the run.
+
+        Returns:
+            Regions with boxes in the pixels of the scaled images, on the network's device.
+
+        Raises:
+            ConfigError: The settings ask for tiles or test-time augmentation, whose regions have several embeddings.
+        """
+        settings = settings or self.inference
+        if settings.augmented or settings.tiles:
+            raise ConfigError(
+                "regions are embedded in one view of an image",
+                hint="leave out test-time augmentation and tiles: --tta, or inference.flip, inference.scales and inference.tiles of the run",
+            )
+        scaled = [
+            image if isinstance(image, ScaledImage) else self.scaled(image, settings)
+            for image in images
+        ]
+        network = self._prepared(settings.precision, str(self.network.device))
+        return network.embed([image.views[0].image for image in scaled], settings=settings)
+
     def scaled(self, pixels_HW3: Pixels, settings: InferenceConfig | None = None) -> ScaledImage:
         """Scale an image for the network, once for each view of it: the part of `predict_images` that any thread can do.
 
@@ -595,70 +618,6 @@ class Detector:
     def with_augmentation(self) -> Detector:
         """Return a detector that runs on each image mirrored too, and in three sizes (``--tta``)."""
         return self.with_settings(flip=True, scales=TTA_SCALES)
-
-    # --- Classes -----------------------------------------------------------------------------------------------------
-
-    def resolve(self, vocabulary: Classes) -> Vocabulary:
-        """Turn what a user gives as classes into a vocabulary that fits the training.
-
-        Names, files and published vocabularies are split into base and novel by `with_base`; a `Vocabulary` object
-        is taken as it is.
-
-        Raises:
-            InputError: It cannot be used.
-        """
-        if vocabulary is None:
-            return self.vocabulary
-        if isinstance(vocabulary, Vocabulary):
-            return vocabulary
-        if isinstance(vocabulary, str | Path):
-            opened = open_vocabulary(
-                vocabulary, encoder=lambda: self.encoder, known=self.vocabulary
-            )
-            return self.with_base(opened)
-        return self.vocabulary_of(vocabulary)
-
-    def vocabulary_of(
-        self, names: Sequence[str], *, prompts: str | Sequence[str] = PUBLISHED
-    ) -> Vocabulary:
-        """Embed class names by the text encoder of the training, and decide which count as base.
-
-        Names of classes that the training knew have their embedding already, unless other prompts are asked for.
-
-        Args:
-            names: Class names.
-            prompts: Sentences with ``{}`` in the name's place, or the name of a prompt set.
-
-        Raises:
-            VocabularyError: A name is empty or duplicate, or the encoder cannot read it or is not there.
-        """
-        return self._named(tuple(names), prompts if isinstance(prompts, str) else tuple(prompts))
-
-    def _embed(self, names: tuple[str, ...], prompts: str | tuple[str, ...]) -> Vocabulary:
-        made = complete_vocabulary(names, self.vocabulary, lambda: self.encoder, prompts=prompts)
-        return self.with_base(made)
-
-    def with_base(self, vocabulary: Vocabulary, threshold: float = 0.9) -> Vocabulary:
-        """Decide which classes of a vocabulary count as base, by the published rule.
-
-        Args:
-            vocabulary: Any classes.
-            threshold: A class is base where its largest cosine with a base class of the training is above this, or where it has
-                the name of one.
-        """
-        return vocabulary.base_as(self.vocabulary, threshold)
-
-    @property
-    def encoder(self) -> TextEncoder:
-        """The text encoder, opened when first used.
-
-        Raises:
-            VocabularyError: Its weights are not there.
-        """
-        with self._lock:
-            if self._encoder is None or isinstance(self._encoder, Path):
-                self._encoder = open_encoder(self._encoder)
-            return self._encoder
 
 
 # --- Inputs ----------------------------------------------------------------------------------------------------------

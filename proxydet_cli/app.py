@@ -38,6 +38,8 @@ GROUPS: dict[str, dict[str, str]] = {
         "train": "Train a detector on one CPU, one GPU or many nodes; resume.",
         "eval": "Compute average precision with confidence intervals.",
         "predict": "Detect objects in images from any class names.",
+        "index": "Embed the regions of images once, for search.",
+        "search": "Find objects in an index from any class names.",
         "serve": "Detect objects from a web page or over HTTP.",
         "export": "Export to ONNX or torch, to run without detectron2.",
         "push": "Upload to the Hugging Face hub, with a model card.",

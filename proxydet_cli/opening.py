@@ -11,6 +11,7 @@ import typer
 if TYPE_CHECKING:
     from proxydet.detector import Detector
     from proxydet.models import NamedDetector
+    from proxydet.vocabulary.sources import TrainedClasses
     from proxydet.vocabulary.vocabulary import Vocabulary
     from proxydet_cli.options import Precision
 
@@ -159,7 +160,7 @@ def _means_file(classes: str) -> bool:
 
 
 def chosen_vocabulary(
-    detector: Detector,
+    detector: TrainedClasses,
     classes: str | None,
     source: str | None,
     names: Path | None,
@@ -172,7 +173,7 @@ def chosen_vocabulary(
     What is missing, such as CLIP's weights for names without embeddings, is downloaded after a question.
 
     Args:
-        detector: Whose text encoder embeds names.
+        detector: Whose text encoder embeds names: a detector or an index.
         classes: Names as ``-v`` takes them.
         source: What ``--vocabulary`` takes.
         names: File of the names of a ``.npy`` table.

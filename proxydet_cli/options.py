@@ -112,21 +112,31 @@ class Command(_Help, typer.core.TyperCommand):
 class Group(_Help, typer.core.TyperGroup):
     """A command of subcommands with our layout of help."""
 
+    default: str | None = None
+    """The subcommand that is meant where none is named."""
+
+    def parse_args(self: Any, ctx: Any, args: list[str]) -> Any:
+        """Put the default subcommand in front of what names none."""
+        if self.default and args and args[0] not in (*self.commands, *ctx.help_option_names):
+            args = [self.default, *args]
+        return super().parse_args(ctx, args)
+
 
 class _App(typer.Typer):
     def command(self, name: str | None = None, **settings: Any) -> Callable[[Any], Any]:
         return super().command(name, cls=Command, **settings)
 
 
-def command_app(help: str | None = None) -> typer.Typer:
+def command_app(help: str | None = None, *, default: str | None = None) -> typer.Typer:
     """Make the Typer app of a command.
 
     Args:
         help: For a command with subcommands, what they have in common; None for a single command, whose
             docstring is its help.
+        default: The subcommand that is meant where none is named.
     """
     return _App(
-        cls=Group,
+        cls=type("DefaultGroup", (Group,), {"default": default}),
         help=help,
         add_completion=False,
         rich_markup_mode=None,

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, Protocol, TypeAlias, cast
+from typing import IO, TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 import msgspec
 import numpy as np
@@ -31,7 +31,7 @@ import torch.distributed
 from torch import nn
 
 from proxydet.data.dataset import Dataset, DatasetConfig
-from proxydet.data.images import Pixels
+from proxydet.data.images import Pixels, find_image
 from proxydet.data.records import Identifier
 from proxydet.errors import ConfigError, DataError
 from proxydet.evaluation.config import EvaluationConfig
@@ -52,6 +52,10 @@ from proxydet.modeling.weights import weights_digest
 from proxydet.reporting import SILENT, Progress
 from proxydet.training.distributed import DistInfo, broadcast_value, wait_for_all
 from proxydet.vocabulary.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from proxydet.index.search import RegionIndex
+    from proxydet.index.store import Part
 
 logger = logging.getLogger(__name__)
 
@@ -338,11 +342,7 @@ def _predict(
     if folder.complete:
         return
     images, ids = split.images, split.store.image_ids
-    category_id_C: list[Identifier | None] = [None] * len(vocabulary)
-    for row, category in zip(
-        split.store.class_rows(vocabulary.names), split.store.categories, strict=True
-    ):
-        category_id_C[row] = category.id
+    category_id_C = _category_ids(split, vocabulary)
     done = folder.images_done()
     mine = range(info.rank, len(ids), info.world_size)
     todo = [index for index in mine if ids[index] not in done]
@@ -489,6 +489,72 @@ def evaluate_split(
             results, split.truth,
             config=config, groups=split.groups, progress=progress, predicted=predicted,
         )  # fmt: skip
+
+
+def evaluate_index(
+    index: RegionIndex,
+    split: DescribedSplit,
+    *,
+    config: EvaluationConfig | None = None,
+    progress: Progress = SILENT,
+) -> Evaluation:
+    """Score the classes of a split on an index of its images, whose files are not read: what `evaluate_split` does without the network.
+
+    Args:
+        index: Holds the regions of the split's images.
+        split: The images, their annotations and classes.
+        config: How to score; boxes only.
+        progress: Where progress is shown.
+
+    Raises:
+        DataError: Images of the split are not in the index.
+    """
+    config = config or EvaluationConfig()
+    check_protocol(config, split.truth)
+    vocabulary = fusion_vocabulary(split.data.vocabulary, index.vocabulary)
+    settings = index.inference
+    if config.fixed:
+        settings = dataclasses.replace(settings, max_detections=config.fixed_per_image)
+    category_id_C = _category_ids(split, vocabulary)
+    roots, ids = split.images.roots, split.store.image_ids
+    places: list[tuple[Part, int]] = []
+    missing: list[str] = []
+    for row in range(len(ids)):
+        name = split.store.file_name(row)
+        candidates = [root / name for root in roots]
+        with contextlib.suppress(DataError):  # by another name, where the images are here
+            candidates.append(find_image(name, roots))
+        named = (index.stored.find(os.path.abspath(path)) for path in candidates)  # noqa: PTH100
+        found = next(filter(None, named), None)
+        if found is None:
+            missing.append(name)
+        else:
+            places.append(found)
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(ids)} images of the data set are not in {index.stored.path}, such as {missing[0]}",
+            hint="index them first: proxydet index FOLDER -o PHOTOS.index",
+            path=index.stored.path,
+        )
+    rows: list[dict[str, Any]] = []
+    with progress.task("searching", total=len(ids), unit="images") as task:
+        for image_id, (part, row) in zip(ids, places, strict=True):
+            prediction = index.detect(part, row, vocabulary, settings)
+            rows += result_rows(prediction, image_id, category_id_C)
+            task.advance()
+    return run_evaluation(
+        rows, split.truth,
+        config=config, groups=split.groups, progress=progress, predicted=False,
+    )  # fmt: skip
+
+
+def _category_ids(split: DescribedSplit, vocabulary: Vocabulary) -> list[Identifier | None]:
+    """Return the category id of each class of a vocabulary; None: the split does not annotate it."""
+    category_id_C: list[Identifier | None] = [None] * len(vocabulary)
+    rows_C = split.store.class_rows(vocabulary.names)
+    for row, category in zip(rows_C, split.store.categories, strict=True):
+        category_id_C[row] = category.id
+    return category_id_C
 
 
 @contextlib.contextmanager

@@ -40,8 +40,8 @@ from proxydet.wording import json_text
 
 if TYPE_CHECKING:
     from proxydet.data.images import Pixels
-    from proxydet.detector import Classes
     from proxydet.modeling.config import InferenceConfig
+    from proxydet.vocabulary.sources import Classes
     from proxydet.vocabulary.vocabulary import Vocabulary
 
 

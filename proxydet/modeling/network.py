@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -602,22 +601,7 @@ class ProxyDetNetwork(nn.Module):
             if known is vocabulary and device == self.device:
                 return text
         self._check_dimension(vocabulary)
-        weights_CD = vocabulary.normalised() * vocabulary.scale[:, None]
-
-        def moved(values: npt.NDArray[Any]) -> Tensor:
-            return torch.tensor(values).to(self.device, non_blocking=True)
-
-        text = ClassText(
-            text_DC=moved(weights_CD).T,
-            base_C=moved(vocabulary.base),
-            bias_C=moved(vocabulary.bias) if vocabulary.bias.any() else None,
-            threshold_C=moved(vocabulary.threshold)
-            if np.isfinite(vocabulary.threshold).any()
-            else None,
-            background_K=moved(np.flatnonzero(vocabulary.background))
-            if vocabulary.background.any()
-            else None,
-        )
+        text = ClassText.of(vocabulary, self.device)
         self._last_classes = ((vocabulary, self.device, text),)
         return text
 

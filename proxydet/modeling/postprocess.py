@@ -37,6 +37,7 @@ from proxydet.modeling.roi_heads import FeatureBatch, RegionEmbeddings, ZeroShot
 
 if TYPE_CHECKING:
     from proxydet.modeling.config import InferenceConfig
+    from proxydet.vocabulary.vocabulary import Vocabulary
 
 # Chunks are whole multiples of this. A processor computes a row's ragged end with other instructions, which round
 # otherwise; at multiples of this no chunk has one but the last, where it is the same as without chunks.
@@ -409,6 +410,23 @@ class ClassText:
     bias_C: Tensor | None = None
     threshold_C: Tensor | None = None
     background_K: Tensor | None = None
+
+    @classmethod
+    def of(cls, vocabulary: Vocabulary, device: torch.device) -> ClassText:
+        """Return the classes of a vocabulary, on a device."""
+
+        def moved(values: npt.NDArray[Any]) -> Tensor:
+            return torch.tensor(values).to(device, non_blocking=True)
+
+        own_threshold = np.isfinite(vocabulary.threshold).any()
+        hidden_K = np.flatnonzero(vocabulary.background)
+        return cls(
+            text_DC=moved(vocabulary.normalised() * vocabulary.scale[:, None]).T,
+            base_C=moved(vocabulary.base),
+            bias_C=moved(vocabulary.bias) if vocabulary.bias.any() else None,
+            threshold_C=moved(vocabulary.threshold) if own_threshold else None,
+            background_K=moved(hidden_K) if len(hidden_K) else None,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import proxydet.runtime.d2  # noqa: F401
@@ -402,6 +402,15 @@ class RegionEmbeddings:
     boxes_BR4: Tensor
     proposal_scores_BR: Tensor
     valid_BR: Tensor
+
+    def cpu(self) -> RegionEmbeddings:
+        """Return the same values on the CPU."""
+        moved = {
+            field.name: value.cpu()
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, detection=tuple(values.cpu() for values in self.detection), **moved)
 
     def choose(self, index_B: Tensor) -> RegionEmbeddings:
         """Return those of some images, int64 (B,), in the order wanted."""

@@ -25,6 +25,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import cache, partial
 from importlib.resources import files
+from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -58,7 +59,9 @@ from proxydet.wording import json_text
 
 if TYPE_CHECKING:
     from proxydet.detector import Detector
+    from proxydet.index.search import RegionIndex
     from proxydet.modeling.config import InferenceConfig
+    from proxydet.vocabulary.sources import TrainedClasses
     from proxydet.vocabulary.vocabulary import Vocabulary
 
 T = TypeVar("T")
@@ -176,19 +179,27 @@ class PredictParams:
     """Masks too, or boxes only; None: masks where the detector has a mask head."""
     one_label: bool = True
     """One label a box: of overlapping detections of any classes only the best."""
+    limit: int = 100
+    """Of a search: at most this many images, the best."""
 
 
-def read_params(pairs: Iterable[tuple[str, str]], settings: ServingSettings) -> PredictParams:
+def read_params(
+    pairs: Iterable[tuple[str, str]],
+    settings: ServingSettings,
+    parsers: Mapping[str, Callable[[str, str], Any]] | None = None,
+) -> PredictParams:
     """Read the parameters of a request.
 
     Args:
         pairs: Names and values, of the query and of the form; ``words`` may be repeated.
         settings: Limits.
+        parsers: Reads each parameter but ``words``; None: those of a prediction.
 
     Raises:
         RequestError: 400, a parameter is unknown, repeated, or out of range.
         VocabularyError: The words cannot be split.
     """
+    parsers = _PARSERS if parsers is None else parsers
     words: list[str] = []
     given: dict[str, Any] = {}
     for key, value in pairs:
@@ -196,10 +207,10 @@ def read_params(pairs: Iterable[tuple[str, str]], settings: ServingSettings) -> 
             words += split_names(value) if value.strip() else []
         elif key in given:
             raise _bad_parameter(f"duplicate parameter {key!r}", "give it once")
-        elif key in _PARSERS:
-            given[key] = _PARSERS[key](key, value)
+        elif key in parsers:
+            given[key] = parsers[key](key, value)
         else:
-            known = ("words", *_PARSERS)
+            known = ("words", *parsers)
             near = difflib.get_close_matches(key[:80], known, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
             raise _bad_parameter(f"unknown parameter {key[:80]!r}", hint)
@@ -261,6 +272,8 @@ _PARSERS: dict[str, Callable[[str, str], Any]] = {
     "masks": _boolean,
     "one_label": _boolean,
 }
+_SEARCH_PARSERS = {**_PARSERS, "limit": _count}
+del _SEARCH_PARSERS["masks"]
 
 
 def _bad_parameter(message: str, hint: str) -> RequestError:
@@ -652,6 +665,9 @@ _HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
+# Images that a search returns at most, and the longest side of one that is shown, in pixels.
+_MOST_IMAGES = 1000
+_LARGEST_SHOWN = 1600
 # The status of a client that went away before its response.
 _CLIENT_GONE = 499
 
@@ -755,19 +771,34 @@ _ASSETS = {
     "/app.js": ("app.js", "text/javascript"),
     "/drawing.js": ("drawing.js", "text/javascript"),
     "/colours.js": ("colours.js", "text/javascript"),
+    "/common.js": ("common.js", "text/javascript"),
+}
+_SEARCH_ASSETS = {
+    "/": ("search.html", "text/html"),
+    "/search.js": ("search.js", "text/javascript"),
+    **{path: _ASSETS[path] for path in ("/style.css", "/colours.js", "/common.js")},
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """What is served."""
+    """What is served: a detector, or an index that is searched."""
 
-    detector: Detector
-    """The detector."""
+    detector: Detector | None = None
+    """The detector; None: an index."""
+    index: RegionIndex | None = None
+    """The index; None: a detector."""
     vocabulary: Vocabulary | None = None
     """What it detects where a request names no classes; None: the classes of its training."""
     examples: tuple[Example, ...] = ()
     """Images for the page."""
+
+    @property
+    def classes(self) -> TrainedClasses:
+        """What class names are resolved by."""
+        classes = self.detector if self.index is None else self.index
+        assert classes is not None
+        return classes
 
 
 class ServingApp:
@@ -786,6 +817,7 @@ class ServingApp:
         settings: ServingSettings,
         base_above: float,
         name: str,
+        search: bool,
     ) -> None:
         self.settings = settings
         self.queue = WorkQueue(settings.queue_places)
@@ -800,10 +832,21 @@ class ServingApp:
         routes = [
             Route("/api/health", self._health),
             Route("/api/info", self._get_info),
-            Route("/api/predict", self._predict, methods=["POST"]),
-            Route("/examples/{index:int}.jpg", self._get_example),
-            *(Route(path, _asset(*entry)) for path, entry in _ASSETS.items()),
+            *(
+                Route(path, _asset(*entry))
+                for path, entry in (_SEARCH_ASSETS if search else _ASSETS).items()
+            ),
         ]
+        if search:
+            routes += [
+                Route("/api/search", self._search),
+                Route("/images/{number:int}.jpg", self._get_image),
+            ]
+        else:
+            routes += [
+                Route("/api/predict", self._predict, methods=["POST"]),
+                Route("/examples/{index:int}.jpg", self._get_example),
+            ]
         handlers: dict[Any, Any] = {
             ProxydetError: _on_error,
             HTTPException: _on_http,
@@ -821,12 +864,14 @@ class ServingApp:
     @property
     def detector(self) -> Detector:
         """The detector, when it is loaded."""
-        return self._loaded.detector
+        detector = self._loaded.detector
+        assert detector is not None
+        return detector
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """What it detects where a request names no classes."""
-        return self._loaded.vocabulary or self.detector.vocabulary
+        """The classes where a request names none."""
+        return self._loaded.vocabulary or self._loaded.classes.vocabulary
 
     @property
     def _loaded(self) -> Served:
@@ -857,7 +902,8 @@ class ServingApp:
         """
         if params.words is None:
             return self.vocabulary
-        return self.detector.with_base(self.detector.resolve(params.words), self._base_above)
+        classes = self._loaded.classes
+        return classes.with_base(classes.resolve(params.words), self._base_above)
 
     def settings_of(self, params: PredictParams) -> InferenceConfig:
         """Return the settings that a request asks for.
@@ -921,20 +967,21 @@ class ServingApp:
             upload = await read_upload(request, self.settings, take)
             params = read_params([*query, *upload.fields], self.settings)
             await asyncio.to_thread(_check_header, upload.data, self.settings.max_pixels)
-            detect = partial(self._detect, upload, params)
-            content = asyncio.ensure_future(
-                self.queue.run(detect, timeout=self.settings.wait_seconds)
-            )
-            gone = asyncio.ensure_future(request.receive())
-            either: list[asyncio.Future[Any]] = [content, gone]
-            try:
-                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-                if not content.done():
-                    raise ClientDisconnect
-                return Response(content.result(), media_type="application/json")
-            finally:
-                gone.cancel()
-                content.cancel()
+            return await self._computed(request, partial(self._detect, upload, params))
+
+    async def _computed(self, request: Request, work: Callable[[], bytes]) -> Response:
+        """Wait for a job that returns JSON, unless the client goes away before."""
+        content = asyncio.ensure_future(self.queue.run(work, timeout=self.settings.wait_seconds))
+        gone = asyncio.ensure_future(request.receive())
+        either: list[asyncio.Future[Any]] = [content, gone]
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not content.done():
+                raise ClientDisconnect
+            return Response(content.result(), media_type="application/json")
+        finally:
+            gone.cancel()
+            content.cancel()
 
     def _detect(self, upload: Upload, params: PredictParams) -> bytes:
         """Detect objects in an image; called in the one thread that computes.
@@ -965,12 +1012,74 @@ class ServingApp:
             ) from error
         return json_text(result, allow_nan=False).encode()
 
+    async def _search(self, request: Request) -> Response:
+        self.queue.admit()
+        params = read_params(request.query_params.multi_items(), self.settings, _SEARCH_PARSERS)
+        if params.limit > _MOST_IMAGES:
+            raise _bad_parameter(
+                f"limit is {params.limit}; at most {_MOST_IMAGES}", "ask for fewer"
+            )
+        async for _ in request.stream():  # what a search has no use for
+            pass
+        return await self._computed(request, partial(self._find, params))
+
+    def _find(self, params: PredictParams) -> bytes:
+        """Search the index; called in the one thread that computes.
+
+        Returns:
+            JSON: ``images`` (each with its ``id`` for ``/images/ID.jpg``, else as ``proxydet search --json`` gives them),
+            ``searched`` and ``seconds``.
+
+        Raises:
+            ProxydetError: The class names cannot be used, or the index is damaged.
+        """
+        index = self._loaded.index
+        assert index is not None
+        vocabulary = self.vocabulary_of(params)
+        settings = index.settings(
+            score_threshold=params.score_threshold,
+            max_detections=params.top,
+            agnostic_nms=params.one_label,
+        )
+        began = time.perf_counter()
+        try:
+            hits = index.search_classes(vocabulary, settings, top=params.limit)
+        except DataError as error:
+            raise RequestError(500, "index", error.message, hint=error.hint) from error
+        result = {
+            "images": [{"id": hit.number, **hit.to_dict()} for hit in hits],
+            "searched": {"images": len(index), "regions": index.stored.regions},
+            "seconds": round(time.perf_counter() - began, 6),
+        }
+        return json_text(result, allow_nan=False).encode()
+
+    async def _get_image(self, request: Request) -> Response:
+        """Send an image of the index, scaled down to ``size`` pixels."""
+        index = self._loaded.index
+        assert index is not None
+        size = _count("size", request.query_params.get("size", "360"))
+        path = index.path_at(request.path_params["number"])
+        if path is None:
+            raise HTTPException(404)
+
+        def scaled() -> bytes:
+            image = Image.fromarray(read_image(Path(path)))
+            image.thumbnail((min(size, _LARGEST_SHOWN),) * 2)
+            buffer = io.BytesIO()
+            image.save(buffer, "JPEG", quality=88)
+            return buffer.getvalue()
+
+        try:
+            return Response(await asyncio.to_thread(scaled), media_type="image/jpeg")
+        except DataError as error:
+            raise RequestError(404, "not-found", error.message, hint=error.hint) from error
+
     def _describe(self, served: Served) -> dict[str, Any]:
         """What ``GET /api/info`` gives: model, classes and limits."""
-        detector = served.detector
+        classes = served.classes
         free, why_not, known = True, None, None
         try:
-            encoder = detector.encoder
+            encoder = classes.encoder
         except VocabularyError as error:
             free = False
             why_not = f"{error.message}; {error.hint}" if error.hint else error.message
@@ -980,16 +1089,26 @@ class ServingApp:
             *("max_upload_bytes", "max_pixels", "max_words", "max_word_length", "max_detections"),
             *("queue_places", "wait_seconds", "upload_seconds"),
         )
+        subject: dict[str, Any] = {}
+        if served.index is not None:
+            compact = served.index.stored.detector.most_regions is not None
+            subject["index"] = {
+                "images": len(served.index),
+                "regions": served.index.stored.regions,
+                "mode": "compact" if compact else "exact",
+            }
+        if served.detector is not None:
+            subject["model"] = {
+                "name": self._name,
+                "device": str(served.detector.network.device),
+                "training_classes": len(classes.vocabulary),
+                "masks": served.detector.inference.masks,
+            }
         return {
             "version": __version__,
-            "model": {
-                "name": self._name,
-                "device": str(detector.network.device),
-                "training_classes": len(detector.vocabulary),
-                "masks": detector.inference.masks,
-            },
+            **subject,
             "words": {
-                "default": list((served.vocabulary or detector.vocabulary).names),
+                "default": list((served.vocabulary or classes.vocabulary).reported),
                 "free": free,
                 "why_not": why_not,
                 "known": known,
@@ -1010,8 +1129,9 @@ def build_app(
     vocabulary: Vocabulary | None = None,
     base_above: float = 0.9,
     name: str = "detector",
+    search: bool = False,
 ) -> ServingApp:
-    """Put a detector behind HTTP.
+    """Put a detector, or an index that is searched, behind HTTP.
 
     Args:
         served: The detector, alone or with classes and examples; or a function that opens them, which is called in the background
@@ -1020,13 +1140,15 @@ def build_app(
         vocabulary: What a detector given alone detects when a request names no classes; None: the classes of the training.
         base_above: Class names of requests count as base above this cosine with a base class of the training.
         name: What the model is called on the page.
+        search: Whether a function in place of ``served`` opens an index.
 
     Returns:
         An ASGI application, for `proxydet.serve.server.serve` or any ASGI server (one process of it).
     """
     if not isinstance(served, Served) and not callable(served):
         served = Served(detector=served, vocabulary=vocabulary)
-    return ServingApp(served, settings or ServingSettings(), base_above, name)
+    search |= isinstance(served, Served) and served.index is not None
+    return ServingApp(served, settings or ServingSettings(), base_above, name, search)
 
 
 def _check_header(data: bytes, max_pixels: int) -> None:
@@ -1064,7 +1186,7 @@ async def _on_http(request: Request, error: Exception) -> Response:
             error.status_code,
             "not-found" if missing else "malformed",
             "no such route" if missing else error.detail,
-            hint="routes: /, /api/health, /api/info, /api/predict",
+            hint="routes: /, /api/health, /api/info, /api/predict; of an index /api/search",
         )
     return error_response(found, error.headers)
 

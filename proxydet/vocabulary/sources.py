@@ -8,8 +8,10 @@ from __future__ import annotations
 import csv
 import difflib
 import json
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -372,6 +374,99 @@ def merge_alike(
     shown = ", ".join(pairs[:5]) + (f" and {len(pairs) - 5} more" if len(pairs) > 5 else "")
     note = f"{counted(len(pairs), 'class', 'classes')} merged into one that is alike: {shown}"
     return Mixture(vocabulary=vocabulary.subset(names), notes=(note,))
+
+
+# --- The classes of a training ----------------------------------------------------------------------------------------
+
+Classes = Vocabulary | Sequence[str] | str | Path | None
+"""What to detect: a vocabulary, class names, a published vocabulary's name or a file (see `open_vocabulary`), or None for
+the classes of the training."""
+
+_CACHED_VOCABULARIES = 16
+
+
+class TrainedClasses:
+    """The classes of a training and its text encoder: makes vocabularies that fit it of what users name.
+
+    Attributes:
+        vocabulary: The classes of the training.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, encoder: TextEncoder | Path | None = None) -> None:
+        """Keep both.
+
+        Args:
+            vocabulary: The classes of the training.
+            encoder: As for `proxydet.detector.Detector`.
+        """
+        self.vocabulary = vocabulary
+        self._encoder = encoder
+        self._lock = threading.Lock()
+        self._named = lru_cache(maxsize=_CACHED_VOCABULARIES)(self._embed)
+
+    def resolve(self, vocabulary: Classes) -> Vocabulary:
+        """Turn what a user gives as classes into a vocabulary that fits the training.
+
+        Names, files and published vocabularies are split into base and novel by `with_base`; a `Vocabulary` object
+        is taken as it is.
+
+        Raises:
+            InputError: It cannot be used.
+        """
+        if vocabulary is None:
+            return self.vocabulary
+        if isinstance(vocabulary, Vocabulary):
+            return vocabulary
+        if isinstance(vocabulary, str | Path):
+            opened = open_vocabulary(
+                vocabulary, encoder=lambda: self.encoder, known=self.vocabulary
+            )
+            return self.with_base(opened)
+        return self.vocabulary_of(vocabulary)
+
+    def vocabulary_of(
+        self, names: Sequence[str], *, prompts: str | Sequence[str] = PUBLISHED
+    ) -> Vocabulary:
+        """Embed class names by the text encoder of the training, and decide which count as base.
+
+        Names of classes that the training knew have their embedding already, unless other prompts are asked for.
+
+        Args:
+            names: Class names.
+            prompts: Sentences with ``{}`` in the name's place, or the name of a prompt set.
+
+        Raises:
+            VocabularyError: A name is empty or duplicate, or the encoder cannot read it or is not there.
+        """
+        return self._named(tuple(names), prompts if isinstance(prompts, str) else tuple(prompts))
+
+    def _embed(self, names: tuple[str, ...], prompts: str | tuple[str, ...]) -> Vocabulary:
+        made = complete_vocabulary(names, self.vocabulary, lambda: self.encoder, prompts=prompts)
+        return self.with_base(made)
+
+    def with_base(self, vocabulary: Vocabulary, threshold: float = 0.9) -> Vocabulary:
+        """Decide which classes of a vocabulary count as base, by the published rule.
+
+        Args:
+            vocabulary: Any classes.
+            threshold: A class is base where its largest cosine with a base class of the training is above this, or where it has
+                the name of one.
+        """
+        return vocabulary.base_as(self.vocabulary, threshold)
+
+    @property
+    def encoder(self) -> TextEncoder:
+        """The text encoder, opened when first used.
+
+        Raises:
+            VocabularyError: Its weights are not there.
+        """
+        from proxydet.vocabulary.encoder import open_encoder
+
+        with self._lock:
+            if self._encoder is None or isinstance(self._encoder, Path):
+                self._encoder = open_encoder(self._encoder)
+            return self._encoder
 
 
 # --- Published vocabularies -------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -63,6 +64,15 @@ AllowHost = Annotated[
         rich_help_panel="Server",
     ),
 ]
+IndexFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--index",
+        metavar="INDEX",
+        help="Serve a search page of what proxydet index wrote, instead of a detector.",
+        rich_help_panel="Detector",
+    ),
+]
 OpenPage = Annotated[
     bool, typer.Option("--open", help="Open the page in the browser.", rich_help_panel="Server")
 ]
@@ -106,6 +116,7 @@ Timeout = Annotated[
     epilog=examples(
         "proxydet serve --run runs/quickstart --open",
         "proxydet serve -v 'mug, kettle' --port 0 --json",
+        "proxydet serve --index photos.index --open",
         "proxydet serve --host 0.0.0.0 --allow-host detector.example.org",
     )
 )
@@ -116,6 +127,7 @@ def serve(
     run: Run = None,
     weights: Weights = None,
     config: ModelConfig = None,
+    index: IndexFolder = None,
     device: Device = "auto",
     host: Host = "127.0.0.1",
     port: Port = 8000,
@@ -134,7 +146,7 @@ def serve(
     yes: Yes = False,
     json: Json = False,
 ) -> None:
-    """Serve a detector on a web page and an HTTP endpoint.
+    """Serve a detector, or the search of an index, on a web page and an HTTP endpoint.
 
     Listens on this machine only, unless --host says otherwise, until Ctrl-C or SIGTERM; then it finishes the request in
     progress and ends with exit code 0. Classes of -v or --vocabulary are detected where a request names none.
@@ -151,7 +163,11 @@ def serve(
     from proxydet.serve.server import serve as serve_app
     from proxydet_cli.commands.download import with_downloads
 
-    named = find_detector(run=run, weights=weights, config=config)
+    if index is not None and (run, weights, config, precision, tta) != (None,) * 4 + (False,):
+        raise typer.BadParameter(
+            "--index needs no detector: leave out --run, --weights, --config, --tta and --precision"
+        )
+    named = None if index is not None else find_detector(run=run, weights=weights, config=config)
     with bind(host, port) as listening:
         loopback_only = is_loopback(listening)
         if not loopback_only:
@@ -159,12 +175,22 @@ def serve(
                 "everyone who reaches this machine over the network can use this server: it has neither authentication "
                 "nor encryption"
             )
-        fetch_published(named, classes, vocabulary, yes=yes)
+        if named is not None:
+            fetch_published(named, classes, vocabulary, yes=yes)
         from proxydet.serve.app import Served, ServingSettings, build_app
         from proxydet.serve.examples import packaged_examples, run_examples
 
         def opened() -> Served:
-            """Load the model; while the page is there already."""
+            """Load the model, or open the index; while the page is there already."""
+            if named is None:
+                from proxydet.index.search import RegionIndex
+
+                assert index is not None
+                searched = RegionIndex(index)
+                chosen = chosen_vocabulary(
+                    searched, classes, vocabulary, names, base_above, yes=None
+                )
+                return Served(index=searched, vocabulary=chosen)
             from proxydet.detector import open_named
 
             detector = tuned(
@@ -192,7 +218,13 @@ def serve(
         _show_server_logs()
 
         def serve_once() -> None:
-            application = build_app(opened, settings, base_above=base_above, name=named.name)
+            application = build_app(
+                opened,
+                settings,
+                base_above=base_above,
+                name="index" if named is None else named.name,
+                search=named is None,
+            )
             # A copy, since a server closes what it was given: after a download the same address is served again.
             with listening.dup() as copy:
                 try:

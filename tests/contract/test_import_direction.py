@@ -37,7 +37,7 @@ RANK = {
     "models": 5,
     "detections": 5,
     "detector": 5,
-    **dict.fromkeys(["inference"], 5),
+    **dict.fromkeys(["inference", "index"], 5),
     "serve": 6,
     "export": 6,
     "training": 7,

@@ -1,6 +1,7 @@
 // The page: an image and class names go to the server once; the slider filters the response.
 
 import { css, instanceColours } from "./colours.js";
+import { errorOf, quoted, save, showProblem } from "./common.js";
 import { Drawing } from "./drawing.js";
 
 const REQUEST_THRESHOLD = 0.1;
@@ -55,9 +56,6 @@ function describe({ model, version, words, examples }) {
   at.examples.append(...examples.map(exampleButton));
   at.examples.hidden = !examples.length;
 }
-
-/** A class name as the field takes it: those with commas in double quotes. */
-const quoted = (name) => (/[",]/.test(name) ? `"${name.replaceAll('"', '""')}"` : name);
 
 const inShell = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
@@ -325,29 +323,10 @@ function stem() {
   return state.file.name.replace(/\.[^.]*$/, "") || "image";
 }
 
-function save(blob, name) {
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(blob);
-  link.download = name;
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
-}
-
-async function errorOf(response) {
-  try {
-    return (await response.json()).error;
-  } catch {
-    return { message: `The server responded with ${response.status}.`, hint: "Try again in a moment." };
-  }
-}
-
 /** Shows what went wrong; what was found before it is gone, since it would be read as the response. */
 function showError(error) {
   clearResult();
-  const unreachable = error instanceof TypeError;
-  at["problem-message"].textContent = unreachable ? "The server does not respond." : error.message;
-  at["problem-hint"].textContent = unreachable ? "Is proxydet serve still running?" : error.hint ?? "";
-  at.problem.hidden = false;
+  showProblem(at, error);
 }
 
 function hideError() {

@@ -240,7 +240,7 @@ def test_threads_open_the_text_encoder_once(network, encoder, monkeypatch):
             both.wait(0.3)
         return encoder
 
-    monkeypatch.setattr("proxydet.detector.open_encoder", slow)
+    monkeypatch.setattr("proxydet.vocabulary.encoder.open_encoder", slow)
     opening = Detector(network)
     with ThreadPoolExecutor(2) as pool:
         got = [pool.submit(lambda: opening.encoder) for _ in range(2)]

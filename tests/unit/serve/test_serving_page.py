@@ -9,16 +9,19 @@ import shlex
 import shutil
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from region_indexes import made
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
+from proxydet import RegionIndex
 from proxydet.serve.app import Served, ServingSettings, build_app
 from proxydet.serve.examples import Example
 from proxydet.visualization.drawing import instance_colours
@@ -316,3 +319,72 @@ def test_a_narrow_window_needs_no_sideways_scrolling(page, png):
         assert wide == [360, 360]
     finally:
         page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_the_search_page_from_words_to_saved_lists(detector, start_server, driver, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    draw = np.random.default_rng(4)
+    for number in range(4):
+        pixels = draw.integers(0, 256, (48, 64, 3), np.uint8)
+        Image.fromarray(pixels).save(photos / f"photo {number}.png")
+    index = RegionIndex(made(tmp_path / "photos.index", detector, photos))
+    wanted = index.search(["red star", "blue circle"], score_threshold=0.1)
+    Path(wanted[-1].path).unlink()
+    with start_server(build_app(Served(index=index))) as running:
+        where = {"behavior": "allow", "downloadPath": str(tmp_path)}
+        driver.execute_cdp_cmd("Browser.setDownloadBehavior", where)
+        driver.get(running.url)
+        page = Page(driver)
+        page.until(lambda: page["model"].text.startswith("4 images"))
+        page["words"].send_keys("red star, blue circle", Keys.ENTER)
+        page.until(lambda: page["results"].is_displayed())
+
+        def cards() -> list[Any]:
+            return list(page["grid"].find_elements(By.TAG_NAME, "button"))
+
+        page.driver.execute_script(SLIDE, "0.1")
+        assert len(cards()) == len(wanted) == 4
+        first = cards()[0]
+        assert f"{wanted[0].found.labels[0]} {wanted[0].score:.2f}" in first.text
+        page.until(lambda: "not there any more" in page["grid"].text)
+        # Boxes lie where they are in the image.
+        shape = first.find_element(By.TAG_NAME, "img").rect
+        box = first.find_elements(By.TAG_NAME, "rect")[-1].rect
+        scale = min(shape["width"] / 64, shape["height"] / 48)
+        left = shape["x"] + (shape["width"] - 64 * scale) / 2
+        x0, _, x1, _ = wanted[0].found.boxes_xyxy[0].tolist()
+        seen = [box["x"] - left, box["x"] + box["width"] - left]
+        assert np.allclose(seen, [x0 * scale, x1 * scale], atol=4)
+
+        cut = round(float(np.median([hit.score for hit in wanted])), 2)
+        page.driver.execute_script(SLIDE, str(cut))
+        kept = [hit for hit in wanted if hit.score > cut]
+        assert 0 < len(cards()) == len(kept) < 4
+        page["save-json"].click()
+        page.until(lambda: (tmp_path / "search.json").exists())
+        saved = json.loads((tmp_path / "search.json").read_text())
+        assert [image["file"] for image in saved["images"]] == [hit.path for hit in kept]
+        page["save-csv"].click()
+        page.until(lambda: (tmp_path / "search.csv").exists())
+        lines = (tmp_path / "search.csv").read_text().splitlines()
+        assert len(lines) == 1 + sum(len(hit.found.above(cut)) for hit in kept)
+        cards()[0].send_keys(Keys.ENTER)
+        page.until(lambda: page["large"].is_displayed())
+        assert page["large-name"].text == kept[0].path
+        page["close"].click()
+
+        size = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        try:
+            wide = "return [document.documentElement.scrollWidth, innerWidth]"
+            assert driver.execute_script(wide) == [360, 360]
+        finally:
+            driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        page["words"].clear()
+        page["words"].send_keys("a giraffe", Keys.ENTER)
+        page.until(lambda: "'giraffe'" in page["problem-message"].text)
+        assert not page["results"].is_displayed()
+        noise = [line for line in driver.get_log("browser") if "status of 4" not in line["message"]]
+        assert noise == []
+        driver.get("about:blank")

@@ -1,0 +1,161 @@
+"""Indexes image files: embeds the regions of those that are new or changed, and puts them into an index."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from proxydet.data.images import read_image
+from proxydet.errors import DataError, JobInterruptedError, NumericsError, VocabularyError
+from proxydet.files import read_errors, sha256
+from proxydet.index.store import (
+    ImageRegions,
+    IndexedDetector,
+    IndexWriter,
+    file_state,
+    image_regions,
+)
+from proxydet.inference.jobs import Unreadable
+from proxydet.inference.pipeline import run_images
+from proxydet.reporting import SILENT, Progress
+from proxydet.vocabulary.compositional import CompositionalEncoder
+from proxydet.wording import printable
+
+if TYPE_CHECKING:
+    from proxydet.detector import Detector, ScaledImage
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexSummary:
+    """What was done with images."""
+
+    added: int
+    """Images whose regions were embedded and added; those that had changed replaced what was there."""
+    copied: int
+    """Images whose content was in the index under another path; where that was gone, they were moved."""
+    unchanged: int
+    """Images that were in the index as they are."""
+    images: int
+    """Images in the index."""
+    unreadable: tuple[Unreadable, ...]
+
+
+def open_writer(detector: Detector, path: Path, *, most_regions: int | None = None) -> IndexWriter:
+    """Open an index for the images of a detector; it is made where it is not there.
+
+    Args:
+        detector: Embeds the regions.
+        path: The folder of the index.
+        most_regions: Regions kept of an image of a compact index; None: an exact index.
+
+    Raises:
+        ConfigError: The detector runs with test-time augmentation.
+        DataError: The index is of another detector or damaged, or the folder holds something else.
+        LockedError: Another process writes to it.
+    """
+    identity = IndexedDetector.of(detector, most_regions=most_regions)
+    try:
+        encoder = detector.encoder
+    except VocabularyError:  # CLIP, which is not here
+        own = None
+    else:
+        own = encoder if isinstance(encoder, CompositionalEncoder) else None
+    return IndexWriter(path, identity, (detector.vocabulary, own))
+
+
+def index_files(
+    detector: Detector,
+    images: Iterable[Path | str],
+    writer: IndexWriter,
+    *,
+    batch_size: int = 4,
+    total: int | None = None,
+    progress: Progress = SILENT,
+) -> IndexSummary:
+    """Add image files to an index, reading while the network works.
+
+    An image that is in the index and has not changed (bytes and time of change) is left alone, so the same call continues
+    what was stopped. One that cannot be read is logged, counted and left out.
+
+    Args:
+        detector: Embeds the regions.
+        images: The files; they are named in the index by absolute paths.
+        writer: The index.
+        batch_size: Images in the network at once.
+        total: How many images these are, for the progress.
+        progress: Where progress is shown.
+
+    Raises:
+        NumericsError: The network gave values that are not finite.
+        DiskFullError: There is no room; what was committed stays.
+        JobInterruptedError: Ctrl-C; what was indexed is kept.
+    """
+    added = copied = unchanged = 0
+    unreadable: list[Unreadable] = []
+
+    def read(path: str) -> tuple[dict[str, Any], ScaledImage]:
+        file = file_state(path) or (0, 0)
+        pixels = read_image(Path(path))
+        with read_errors(Path(path), error=DataError):
+            digest = bytes.fromhex(sha256(Path(path)))
+        scaled = detector.scaled(pixels)
+        height, width = scaled.views[0].image.shape[1:]
+        sizes = (int(height), int(width), *scaled.size)
+        return {"path": path, "file": file, "digest": digest, "sizes": sizes}, scaled
+
+    def embed(batch: list[tuple[dict[str, Any], ScaledImage]]) -> list[dict[str, Any]]:
+        found = detector.embed([scaled for _, scaled in batch]).cpu()
+        if not all(bool(values.isfinite().all()) for values in (*found.detection, found.boxes_BR4)):
+            raise NumericsError(
+                "the box heads gave values that are not finite",
+                hint="the weights are damaged, or half precision is too narrow for them: use float32",
+            )
+        return [image_regions(found, index, writer.detector) for index in range(len(batch))]
+
+    with progress.task("indexing", total=total, unit="images") as task:
+
+        def todo() -> Iterator[str]:
+            nonlocal copied, unchanged
+            for image in images:
+                path = os.path.abspath(image)  # noqa: PTH100 links stay
+                file = file_state(path)
+                known = writer.state(path)
+                if file is not None and known == file:
+                    unchanged += 1
+                elif file is not None and known is None and writer.add_copy(path, file):
+                    copied += 1
+                else:
+                    yield path
+                    continue
+                task.advance()
+
+        try:
+            with closing(run_images(todo(), read, embed, batch_size=batch_size)) as results:
+                for path, made in results:
+                    task.advance()
+                    if isinstance(made, DataError):
+                        logger.warning("%s", printable(made.message))
+                        unreadable.append(Unreadable(file=Path(path), reason=made.message))
+                        continue
+                    (named, _), regions = made
+                    writer.add(ImageRegions(**named, **regions))
+                    added += 1
+        except KeyboardInterrupt as error:
+            raise JobInterruptedError(
+                f"stopped after {added} new images, which are in {writer.path}",
+                hint="run the same command again; it continues where it stopped",
+            ) from error
+    return IndexSummary(
+        added=added,
+        copied=copied,
+        unchanged=unchanged,
+        images=writer.images,
+        unreadable=tuple(unreadable),
+    )

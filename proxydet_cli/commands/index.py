@@ -1,0 +1,315 @@
+"""``proxydet index``: regions of many images, embedded once, for ``proxydet search``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from proxydet_cli.opening import open_detector, tuned
+from proxydet_cli.options import (
+    Device,
+    Json,
+    ModelConfig,
+    PrecisionOption,
+    Run,
+    Weights,
+    Yes,
+    command_app,
+    examples,
+)
+
+if TYPE_CHECKING:
+    from proxydet.index.store import StoredIndex
+
+app = command_app(
+    "Embed the regions of images once; search them by any class names with proxydet search.",
+    default="add",
+)
+
+IndexFolder = Annotated[
+    Path, typer.Argument(metavar="INDEX", help="The folder that proxydet index wrote.")
+]
+
+
+@app.command(
+    epilog=examples(
+        "proxydet index add photos/ -o photos.index",
+        "proxydet index add photos/ -o photos.index --run runs/quickstart --compact",
+        "proxydet index photos/ more/ -o photos.index",
+    )
+)
+def add(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IMAGE",
+            help="Files, folders of images, and patterns in quotes ('photos/*.jpg').",
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="INDEX",
+            help="The index (a folder): made, or added to where it is there.",
+            rich_help_panel="Output",
+        ),
+    ],
+    compact: Annotated[
+        bool,
+        typer.Option(
+            "--compact",
+            help="Keep the best regions of an image only, in few bytes: scores differ a little from those of predict.",
+            rich_help_panel="Output",
+        ),
+    ] = False,
+    regions: Annotated[
+        int | None,
+        typer.Option(
+            "--regions",
+            min=1,
+            help="Regions that a compact index keeps of an image. [default: 30]",
+            show_default=False,
+            rich_help_panel="Output",
+        ),
+    ] = None,
+    run: Run = None,
+    weights: Weights = None,
+    config: ModelConfig = None,
+    device: Device = "auto",
+    batch_size: Annotated[
+        int,
+        typer.Option(
+            "--batch-size", min=1, help="Images in the network at once.", rich_help_panel="Detector"
+        ),
+    ] = 4,
+    precision: PrecisionOption = None,
+    yes: Yes = False,
+    json: Json = False,
+) -> None:
+    """Add images to an index: proxydet index photos/ -o photos.index does the same.
+
+    An image that is in the index and has not changed is left alone, so the same command continues what was stopped. A changed
+    image is embedded again, and one that was moved keeps its regions. An image that cannot be read is reported and left out;
+    the exit code is then 3.
+    """
+    from proxydet.errors import DataError
+    from proxydet.index.store import COMPACT_REGIONS
+    from proxydet.inference.sources import describe_left_out, find_images
+    from proxydet.models import find_detector
+    from proxydet_cli.output import Output
+    from proxydet_cli.progress import show_progress
+
+    if regions is not None and not compact:
+        raise typer.BadParameter("--regions belongs to --compact")
+    named = find_detector(run=run, weights=weights, config=config)
+    images = find_images(sources)
+    out = Output(json=json)
+    if images.left_out:
+        out.message(f"left out: {describe_left_out(images.left_out)}")
+    opened = open_detector(named, None, None, device=device, yes=yes)
+    from proxydet.index.build import index_files, open_writer
+
+    detector = tuned(opened, tta=False, precision=precision)
+    most_regions = (regions or COMPACT_REGIONS) if compact else None
+    with open_writer(detector, output, most_regions=most_regions) as writer:
+        done = index_files(
+            detector,
+            (image.path for image in images.files),
+            writer,
+            batch_size=batch_size,
+            total=len(images.files),
+            progress=show_progress(),
+        )
+    out.data(
+        {"index": output, **vars(done)},
+        f"{output}: {done.images} images; {done.added} embedded, {done.unchanged} unchanged"
+        + (f", {done.copied} known under another path" if done.copied else ""),
+    )
+    if done.unreadable:
+        raise DataError(
+            f"{len(done.unreadable)} of {len(images.files)} images could not be read; the rest is indexed",
+            hint="see the warnings above",
+        )
+
+
+@app.command(
+    epilog=examples(
+        "proxydet index info photos.index",
+        "proxydet index info photos.index --json",
+    )
+)
+def info(index: IndexFolder, json: Json = False) -> None:
+    """Show what is in an index: images, regions, bytes, and the detector that made it."""
+    from proxydet.index.store import StoredIndex
+    from proxydet_cli.output import Output
+
+    Output(json=json).data(_described(StoredIndex(index)))
+
+
+def _described(stored: StoredIndex) -> dict[str, object]:
+    detector = stored.detector
+    images = stored.images
+    compact = detector.most_regions
+    return {
+        "index": stored.path,
+        "mode": "exact" if compact is None else f"compact, {compact} regions an image",
+        "images": images,
+        "regions": stored.regions,
+        "bytes": stored.bytes,
+        "bytes an image": round(stored.bytes / max(images, 1)),
+        "parts": len(stored.parts),
+        "weights": detector.weights,
+        "dimensions": detector.dimension,
+        "image sides": f"{detector.sides[0]}, at most {detector.sides[1]}",
+        "precision": detector.inference.precision,
+    }
+
+
+@app.command(
+    epilog=examples(
+        "proxydet index verify photos.index",
+        "proxydet index verify photos.index --images",
+    )
+)
+def verify(
+    index: IndexFolder,
+    images: Annotated[
+        bool,
+        typer.Option("--images", help="Compare the image files too: are they there, unchanged?"),
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Compare every part of an index with its SHA-256; the exit code is 3 where something is wrong."""
+    from proxydet.errors import DataError
+    from proxydet.index.store import StoredIndex
+    from proxydet_cli.output import Output
+    from proxydet_cli.progress import show_progress
+
+    stored = StoredIndex(index)
+    with show_progress().task("verifying", total=stored.bytes, unit="B") as task:
+        wrong = stored.verify(images=images, progress=task.advance)
+    out = Output(json=json)
+    out.data({"index": index, "images": stored.images, "wrong": wrong}, "\n".join(wrong) or "sound")
+    if wrong:
+        raise DataError(
+            f"{len(wrong)} things are wrong in {index}",
+            hint="index the images of damaged parts again, or put the files back",
+            path=index,
+        )
+
+
+@app.command(
+    epilog=examples(
+        "proxydet index remove photos.index photos/2019/",
+        "proxydet index remove photos.index --missing",
+    )
+)
+def remove(
+    index: IndexFolder,
+    images: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="IMAGE", help="Files, or folders with all that is below them."),
+    ] = None,
+    missing: Annotated[
+        bool, typer.Option("--missing", help="Remove images whose files are not there any more.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Remove images from an index; image files are left alone."""
+    from proxydet.errors import DataError
+    from proxydet.index.store import IndexWriter, StoredIndex, file_state
+    from proxydet_cli.output import Output
+
+    if not images and not missing:
+        raise typer.BadParameter("name images or folders, or give --missing")
+    places = [os.path.abspath(image) for image in images or ()]  # noqa: PTH100 links stay
+    with IndexWriter(index) as writer:
+        chosen = [
+            path
+            for path in (part.path_of(row) for part, row in StoredIndex(index).rows())
+            if any(path == place or path.startswith(place + os.sep) for place in places)
+            or (missing and file_state(path) is None)
+        ]
+        if not chosen and not missing:
+            raise DataError(
+                f"{index} holds none of these images",
+                hint="images are named by the paths that proxydet search shows",
+                path=index,
+            )
+        removed = writer.remove(chosen)
+        left = writer.images
+    value = {"index": index, "removed": removed, "images": left}
+    Output(json=json).data(value, f"{index}: {removed} images removed, {left} left")
+
+
+@app.command(
+    epilog=examples(
+        "proxydet index merge monday.index tuesday.index -o week.index",
+    )
+)
+def merge(
+    indexes: Annotated[
+        list[Path], typer.Argument(metavar="INDEX", help="Indexes of one detector, in one mode.")
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="INDEX", help="The index that gets the images of all of them."
+        ),
+    ],
+    json: Json = False,
+) -> None:
+    """Put the images of several indexes into one; of an image in several the one that was changed last is kept.
+
+    Started again after an interruption it continues: what is there is not added twice.
+    """
+    from proxydet.errors import DataError
+    from proxydet.index.store import IndexWriter, StoredIndex, read_words
+    from proxydet_cli.output import Output
+    from proxydet_cli.progress import show_progress
+
+    opened = [StoredIndex(index) for index in indexes]
+    if any(stored.path.resolve() == output.resolve() for stored in opened):
+        raise DataError(
+            f"{output} cannot be merged into itself",
+            hint="leave it out of the list: what it holds stays",
+            path=output,
+        )
+    for stored in opened[1:]:
+        opened[0].detector.require_equal(stored.detector, stored.path)
+    added = there = 0
+    with (
+        IndexWriter(output, opened[0].detector, read_words(opened[0].path)) as writer,
+        show_progress().task("merging", total=len(opened), unit="indexes") as task,
+    ):
+        for stored in opened:
+            new, old = writer.merge(stored)
+            added, there = added + new, there + old
+            task.advance()
+        images = writer.images
+    value = {"index": output, "added": added, "unchanged": there, "images": images}
+    Output(json=json).data(
+        value, f"{output}: {images} images; {added} added, {there} were there already"
+    )
+
+
+@app.command(
+    epilog=examples(
+        "proxydet index approximate photos.index",
+    )
+)
+def approximate(index: IndexFolder, json: Json = False) -> None:
+    """Build what proxydet search --approximate needs, for many millions of regions; it serves until images are added or removed."""
+    from proxydet.index.search import RegionIndex
+    from proxydet.wording import size_text
+    from proxydet_cli.output import Output
+    from proxydet_cli.progress import show_progress
+
+    file = RegionIndex(index).build_approximate(show_progress())
+    size = file.stat().st_size
+    Output(json=json).data({"file": file, "bytes": size}, f"{file}: {size_text(size)}")

@@ -1,0 +1,225 @@
+"""``proxydet search``: images, boxes and scores of any classes, from an index that proxydet index wrote."""
+
+from __future__ import annotations
+
+import csv
+import io
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from proxydet_cli.opening import check_choice, chosen_vocabulary
+from proxydet_cli.options import (
+    BaseAbove,
+    Classes,
+    Json,
+    NamesFile,
+    OneLabel,
+    VocabularySource,
+    Yes,
+    command_app,
+    examples,
+)
+
+if TYPE_CHECKING:
+    from proxydet.index.search import ImageHit, RegionIndex
+    from proxydet_cli.output import Output
+
+app = command_app()
+
+_SUFFIXES = (".json", ".csv", ".html")
+
+
+@app.command(
+    epilog=examples(
+        "proxydet search photos.index -v 'red mug'",
+        "proxydet search photos.index -v 'cup, plate' -o found.html",
+        "proxydet search photos.index -v mugs.vocab --score-threshold 0.5 --json",
+        "proxydet search photos.index --vocabulary lvis --limit 1000 -o found.csv",
+        "proxydet search photos.index --eval pets.toml",
+    )
+)
+def search(
+    index: Annotated[
+        Path, typer.Argument(metavar="INDEX", help="The folder that proxydet index wrote.")
+    ],
+    classes: Classes = None,
+    vocabulary: VocabularySource = None,
+    names: NamesFile = None,
+    score_threshold: Annotated[
+        float,
+        typer.Option(
+            "--score-threshold",
+            min=0.0,
+            max=1.0,
+            help="Keep what scores above this.",
+            rich_help_panel="Detections",
+        ),
+    ] = 0.3,
+    limit: Annotated[
+        int,
+        typer.Option(
+            "--limit", min=1, help="At most this many images.", rich_help_panel="Detections"
+        ),
+    ] = 100,
+    top: Annotated[
+        int,
+        typer.Option(
+            "--top", min=1, help="At most this many in an image.", rich_help_panel="Detections"
+        ),
+    ] = 300,
+    one_label: OneLabel = True,
+    approximately: Annotated[
+        bool,
+        typer.Option(
+            "--approximate",
+            help="Score only regions near the classes (proxydet index approximate): faster beyond some million regions, and misses some.",
+            rich_help_panel="Detections",
+        ),
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Write what was found: .json, .csv, or .html (a page of thumbnails with boxes).",
+            rich_help_panel="Output",
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--eval",
+            metavar="NAME|FILE",
+            help="Compute average precision on a data set whose images are in the index, see proxydet eval --data.",
+            rich_help_panel="Evaluation",
+        ),
+    ] = None,
+    split: Annotated[
+        str,
+        typer.Option(
+            "--split",
+            metavar="val|test|train",
+            help="Which split, for --eval.",
+            rich_help_panel="Evaluation",
+        ),
+    ] = "val",
+    base_above: BaseAbove = 0.9,
+    yes: Yes = False,
+    json: Json = False,
+) -> None:
+    """Find images with objects of any class names in an index, without the images and without the network.
+
+    Without -v and --vocabulary it looks for the classes that the model was trained on. The images with the best scores come
+    first.
+    """
+    from proxydet.errors import ConfigError
+    from proxydet_cli.output import Output
+
+    check_choice(classes, vocabulary, names)
+    if output is not None and output.suffix.lower() not in _SUFFIXES:
+        raise ConfigError(
+            f"{output} is of no kind that can be written: {', '.join(_SUFFIXES)}",
+            hint="-o found.html is a page of thumbnails",
+        )
+    from proxydet.index.search import RegionIndex
+
+    out = Output(json=json)
+    opened = RegionIndex(index)
+    if data is not None:
+        _evaluate(opened, data, split, vocabulary or classes, out)
+        return
+    wanted = chosen_vocabulary(opened, classes, vocabulary, names, base_above, yes=yes)
+    began = time.perf_counter()
+    hits = opened.search(
+        wanted,
+        score_threshold=score_threshold,
+        max_detections=top,
+        one_label=one_label,
+        top=limit,
+        approximately=approximately,
+    )
+    seconds = time.perf_counter() - began
+    searched = f"{len(opened)} images, {opened.stored.regions} regions, {seconds:.3f} s"
+    value = {
+        "index": index,
+        "images": [hit.to_dict() for hit in hits],
+        "searched": {"images": len(opened), "regions": opened.stored.regions},
+        "seconds": round(seconds, 6),
+    }
+    if output is not None:
+        shown = ", ".join(wanted.reported[:5]) + (" ..." if len(wanted.reported) > 5 else "")
+        _write(output, hits, value, shown, searched)
+    if json:
+        out.data(value)
+        return
+    for hit in hits if output is None else ():
+        found = zip(hit.found.labels[:10], hit.found.scores[:10], strict=True)
+        out.row(f"{hit.path}: {', '.join(f'{label} {score:.2f}' for label, score in found)}")
+    more = f" (the best; more with --limit {10 * limit})" if len(hits) == limit else ""
+    out.message(f"{len(hits)} images{more}; searched {searched}")
+    if output is not None:
+        out.message(f"saved {output}")
+
+
+def _write(
+    output: Path, hits: list[ImageHit], value: dict[str, object], shown: str, searched: str
+) -> None:
+    from proxydet.files import write_json, write_text
+    from proxydet.index.search import results_page
+    from proxydet.visualization.report import write_report
+    from proxydet.wording import table_cell
+
+    if output.suffix.lower() == ".html":
+        summary = f"{len(hits)} images, the best first. Searched: {searched}."
+        write_report(results_page(hits, title=shown, summary=summary), output)
+    elif output.suffix.lower() == ".json":
+        write_json(output, {**value, "index": str(value["index"])})
+    else:
+        text = io.StringIO()
+        writer = csv.writer(text)
+        writer.writerow(["file", "label", "score", "x0", "y0", "x1", "y1"])
+        for hit in hits:
+            for item in hit.found:
+                label = table_cell(item.label)
+                writer.writerow([table_cell(hit.path), label, item.score, *item.box_xyxy])
+        write_text(output, text.getvalue())
+
+
+def _evaluate(
+    opened: RegionIndex, data: str, split: str, vocabulary: str | None, out: Output
+) -> None:
+    import dataclasses
+
+    from proxydet.data.dataset import DatasetConfig
+    from proxydet.evaluation.config import EvaluationConfig
+    from proxydet.evaluation.detector_evaluation import evaluate_index
+    from proxydet.evaluation.report import group_rows, metric_rows
+    from proxydet.evaluation.split import DescribedSplit
+    from proxydet.paths import datasets_folder
+    from proxydet_cli.progress import show_progress
+
+    prepared, path = datasets_folder() / f"{data}.toml", Path(data)
+    description = DatasetConfig.from_toml(
+        path if path.exists() else prepared if prepared.exists() else path
+    )
+    if vocabulary is not None:
+        classes = dataclasses.replace(description.classes, embeddings=Path(vocabulary).absolute())
+        description = dataclasses.replace(description, vocabulary=classes)
+    progress = show_progress()
+    config = EvaluationConfig(iou_types=("bbox",))
+    opened_split = DescribedSplit.open(description, split, progress=progress)
+    report = evaluate_index(opened, opened_split, config=config, progress=progress).report
+    if out.json:
+        out.data(report.to_dict())
+        return
+    counts = report.counts
+    out.message(
+        f"{report.dataset}: {counts.detections} detections in {counts.images} images of the index, in percent"
+    )
+    out.table(metric_rows(report))
+    if report.main.groups:
+        out.table(group_rows(report))

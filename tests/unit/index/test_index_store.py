@@ -1,0 +1,206 @@
+"""Images are added, replaced, moved, merged and removed; nothing is lost, nothing is there twice, and damage is named."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from region_indexes import made, paths
+
+from proxydet import Detector, RegionIndex
+from proxydet.errors import ConfigError, DataError, DiskFullError, InputError, LockedError
+from proxydet.files import Lock
+from proxydet.index.build import index_files, open_writer
+from proxydet.index.store import IndexWriter, StoredIndex
+
+
+@pytest.fixture
+def own(photos, tmp_path) -> Path:
+    """Photos that a test may change."""
+    return Path(shutil.copytree(photos, tmp_path / "own"))
+
+
+@pytest.fixture
+def index(exact, photos, tmp_path) -> Path:
+    """An index that a test may change."""
+    return Path(shutil.copytree(exact, tmp_path / "copy.index"))
+
+
+def run(detector, folder: Path, index: Path, **options):
+    with open_writer(detector, index) as writer:
+        return index_files(detector, sorted(folder.glob("*")), writer, **options)
+
+
+class Counting(Detector):
+    """Counts the images that are embedded; raises an error at the third."""
+
+    def __init__(self, like: Detector, error: BaseException | None = None) -> None:
+        super().__init__(like.network, shortest=64, longest=100, encoder=like.encoder)
+        self.embedded = 0
+        self.error = error
+
+    def embed(self, images, settings=None):
+        self.embedded += len(images)
+        if self.error is not None and self.embedded > 2:
+            raise self.error
+        return super().embed(images, settings)
+
+
+def test_what_has_not_changed_is_left_alone_and_what_has_is_replaced(own, detector, tmp_path):
+    counting, index = Counting(detector), tmp_path / "photos.index"
+    (own / "broken.jpg").write_bytes(b"no image")
+    first = run(counting, own, index)
+    assert (first.added, first.unchanged, first.images, counting.embedded) == (4, 0, 4, 4)
+    assert [Path(entry.file).name for entry in first.unreadable] == ["broken.jpg"]
+    (own / "broken.jpg").unlink()
+    again = run(counting, own, index)
+    assert (again.added, again.unchanged, again.images, counting.embedded) == (0, 4, 4, 4)
+
+    Image.new("RGB", (70, 50), (200, 30, 30)).save(own / "p1.png")
+    (own / "p2.png").rename(own / "moved.png")
+    shutil.copy(own / "p0.png", own / "copy.png")
+    changed = run(counting, own, index)
+    assert (changed.added, changed.copied, changed.unchanged) == (1, 2, 2)
+    assert counting.embedded == 5
+    assert paths(index) == sorted(map(str, own.glob("*.png")))
+    assert StoredIndex(index).verify(images=True) == []
+    fresh = made(tmp_path / "fresh.index", detector, own)
+    hits, wanted = (RegionIndex(place).search(score_threshold=0.1) for place in (index, fresh))
+    assert {hit.path: hit.found.to_dict() for hit in hits} == {
+        hit.path: hit.found.to_dict() for hit in wanted
+    }
+
+
+def test_a_path_given_twice_is_indexed_once(own, detector, tmp_path):
+    index = tmp_path / "photos.index"
+    images = [own / "p0.png", own / "../own/p0.png", os.path.relpath(own / "p0.png")]
+    with open_writer(detector, index) as writer:
+        index_files(detector, images, writer)
+    assert paths(index) == [str(own / "p0.png")]
+
+
+@pytest.mark.parametrize("regions", [None, 20])
+def test_parts_that_were_merged_and_cut_give_what_one_index_gives(
+    own, detector, tmp_path, regions, monkeypatch
+):
+    monkeypatch.setattr("proxydet.index.store._PART_IMAGES", 2)
+    names = sorted(own.glob("*"))
+    for name, chosen in (("a", names[:3]), ("b", names[2:])):
+        with open_writer(detector, tmp_path / name, most_regions=regions) as writer:
+            index_files(detector, chosen, writer)
+    whole = made(tmp_path / "whole", detector, own, regions)
+    with IndexWriter(tmp_path / "a") as writer:
+        assert writer.merge(StoredIndex(tmp_path / "b")) == (1, 1)
+    assert paths(tmp_path / "a") == paths(whole)
+    with IndexWriter(tmp_path / "a") as writer:
+        assert writer.merge(StoredIndex(tmp_path / "b")) == (0, 2)
+    for place in (tmp_path / "a", whole):
+        with IndexWriter(place) as writer:
+            assert writer.remove([str(names[0]), "never there"]) == 1
+    assert paths(tmp_path / "a") == paths(whole) == list(map(str, names[1:]))
+    merged, wanted = (
+        {hit.path: hit.found for hit in RegionIndex(place).search(score_threshold=0.1)}
+        for place in (tmp_path / "a", whole)
+    )
+    assert merged.keys() == wanted.keys()
+    for path, found in merged.items():
+        # Rounding depends on what else is in a part.
+        np.testing.assert_allclose(found.scores[:3], wanted[path].scores[:3], atol=0.01)
+    assert StoredIndex(tmp_path / "a").verify() == []
+
+
+def test_another_detector_and_another_mode_are_refused(own, index, detector):
+    other = Detector(detector.network, shortest=32, longest=100, encoder=detector.encoder)
+    with pytest.raises(DataError, match="sides"):
+        open_writer(other, index)
+    with pytest.raises(DataError, match="--compact"):
+        open_writer(detector, index, most_regions=30)
+    with pytest.raises(ConfigError, match="one view"):
+        open_writer(detector.with_augmentation(), index)
+    with pytest.raises(DataError, match="something else"):
+        open_writer(detector, own)
+    assert sorted(path.name for path in own.glob("*")) == [f"p{n}.png" for n in range(4)]
+
+
+def test_a_second_writer_is_refused_and_the_lock_goes_with_the_first(index, detector):
+    with open_writer(detector, index), pytest.raises(LockedError, match="copy"):
+        open_writer(detector, index)
+    with open_writer(detector, index):
+        assert isinstance(Lock(index / "writer.lock").owner(), object)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("stopped")])
+def test_what_was_added_before_an_error_is_kept(own, detector, tmp_path, error):
+    index = tmp_path / "photos.index"
+    with pytest.raises(BaseException, match="stopped"):
+        run(Counting(detector, error), own, index, batch_size=1)
+    kept = paths(index)
+    assert kept == [str(own / "p0.png"), str(own / "p1.png")]
+    done = run(detector, own, index)
+    assert (done.unchanged, done.images) == (2, 4)
+
+
+def test_a_full_disk_keeps_what_was_committed(own, detector, tmp_path, monkeypatch):
+    index = tmp_path / "photos.index"
+    monkeypatch.setattr("proxydet.index.store._PART_IMAGES", 2)
+    write = Path.write_bytes
+    parts = []
+
+    def full(path, data):
+        parts.extend([path] * (path.parent.name == "parts"))
+        if len(parts) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", full)
+        with pytest.raises(DiskFullError, match="no room"):
+            run(detector, own, index, batch_size=1)
+    assert len(paths(index)) == 2
+    assert StoredIndex(index).verify() == []
+    assert run(detector, own, index).images == 4
+
+
+def test_parts_that_no_index_names_are_removed_by_the_next_writer(index, detector, photos):
+    (stray,) = (index / "parts").glob("*")
+    shutil.copy(stray, index / "parts" / f"{'0' * 64}.safetensors")
+    assert ["not in the index" in wrong for wrong in StoredIndex(index).verify()] == [True]
+    run(detector, photos, index)
+    assert [file.name for file in (index / "parts").glob("*")] == [stray.name]
+    assert StoredIndex(index).verify() == []
+
+
+def test_damage_is_named_and_never_a_wrong_result(index):
+    (part,) = (index / "parts").glob("*")
+    whole = {file: file.read_bytes() for file in (index / "index.json", part)}
+    draw = np.random.default_rng(0)
+    wanted = [hit.to_dict() for hit in RegionIndex(index).search(score_threshold=0.1)]
+    for file, content in whole.items():
+        for kind in ("cut", "flip", "absent") * 12:
+            data, place = bytearray(content), int(draw.integers(len(content)))
+            if kind == "cut":
+                del data[place:]
+            else:
+                data[place] ^= 1 << int(draw.integers(8))
+            file.unlink(missing_ok=True)
+            if kind != "absent":
+                file.write_bytes(data)
+            try:
+                wrong = StoredIndex(index).verify()
+                if file != part or kind == "absent":
+                    RegionIndex(index).search(score_threshold=0.1)
+            except InputError as error:
+                wrong = [error.message]
+            if wrong == []:  # white space
+                assert [
+                    h.to_dict() for h in RegionIndex(index).search(score_threshold=0.1)
+                ] == wanted
+        file.write_bytes(content)
+    assert StoredIndex(index).verify() == []
+    (index / "vocabulary.npz").write_bytes(b"")
+    assert len(StoredIndex(index).verify()) == 1

@@ -1,0 +1,85 @@
+"""The search page and its endpoint, around an index of photos."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from region_indexes import made
+from starlette.testclient import TestClient
+
+from proxydet import RegionIndex
+from proxydet.serve.app import Served, ServingSettings, build_app
+
+WORDS = ["red star", "blue circle"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    draw = np.random.default_rng(4)
+    for number, size in enumerate([(48, 64), (64, 48), (80, 80)]):
+        pixels = draw.integers(0, 256, (*size, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"photo {number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def index(photos, detector, tmp_path_factory) -> RegionIndex:
+    return RegionIndex(made(tmp_path_factory.mktemp("index") / "photos.index", detector, photos))
+
+
+@pytest.fixture(scope="module")
+def searching(index):
+    app = build_app(Served(index=index), ServingSettings(max_words=20))
+    with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as made:
+        yield made
+
+
+def test_a_search_over_http_finds_what_the_index_finds(searching, index):
+    info = searching.get("/api/info").json()
+    assert info["index"] == {"images": 3, "regions": index.stored.regions, "mode": "exact"}
+    assert info["words"]["default"] == list(index.vocabulary.names)
+    query = {"words": ", ".join(WORDS), "score_threshold": "0.2", "limit": "2"}
+    found = searching.get("/api/search", params=query).json()
+    wanted = index.search(WORDS, score_threshold=0.2, top=2)
+    assert found["images"] == [
+        {"id": hit.number, **json.loads(json.dumps(hit.to_dict()))} for hit in wanted
+    ]
+    image = searching.get(f"/images/{wanted[0].number}.jpg", params={"size": "40"})
+    assert max(Image.open(io.BytesIO(image.content)).size) == 40
+    assert "app.js" not in searching.get("/").text
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "kind"),
+    [
+        ("/api/search?words=purple", 400, "words"),
+        ("/api/search?limit=5000", 400, "parameter"),
+        ("/api/search?masks=true", 400, "parameter"),
+        ("/api/search?nothing=1", 400, "parameter"),
+        ("/images/3.jpg", 404, "not-found"),
+        ("/images/99999999999999999999.jpg", 404, "not-found"),
+        ("/images/0.jpg?size=-1", 400, "parameter"),
+        ("/api/predict", 404, "not-found"),
+    ],
+)
+def test_mistakes_are_named(searching, path, status, kind):
+    response = searching.get(path)
+    assert (response.status_code, response.json()["error"]["kind"]) == (status, kind)
+
+
+def test_a_file_that_is_gone_and_a_damaged_index_are_reported(photos, detector, tmp_path):
+    own = Path(shutil.copytree(photos, tmp_path / "own"))
+    place = made(tmp_path / "own.index", detector, own)
+    app = build_app(Served(index=RegionIndex(place)))
+    shutil.rmtree(own)
+    for part in (place / "parts").glob("*"):
+        part.write_bytes(b"")
+    with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:
+        assert client.get("/api/search").json()["error"]["kind"] == "index"

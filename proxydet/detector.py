@@ -240,6 +240,7 @@ class Detector(TrainedClasses):
         image: ImageInput,
         vocabulary: Classes = None,
         *,
+        background: Classes = None,
         score_threshold: float = 0.3,
         max_detections: int = 300,
         one_label: bool = True,
@@ -252,6 +253,7 @@ class Detector(TrainedClasses):
             image: A file, a Pillow image, or uint8 (H, W, 3); files and Pillow images may be of any mode and are
                 turned as their EXIF orientation says.
             vocabulary: What to detect, see `Classes`; names are embedded by `vocabulary_of`.
+            background: Classes that absorb false hits and are not reported, see `with_background`.
             score_threshold: Only detections that score above this, 0 to 1.
             max_detections: At most this many, the best.
             one_label: One label a box: of overlapping detections of any classes only the best; else of each class.
@@ -265,6 +267,7 @@ class Detector(TrainedClasses):
         (found,) = self.predict_batch(
             [image],
             vocabulary,
+            background=background,
             score_threshold=score_threshold,
             max_detections=max_detections,
             one_label=one_label,
@@ -278,6 +281,7 @@ class Detector(TrainedClasses):
         images: Iterable[ImageInput],
         vocabulary: Classes = None,
         *,
+        background: Classes = None,
         score_threshold: float = 0.3,
         max_detections: int = 300,
         one_label: bool = True,
@@ -290,6 +294,7 @@ class Detector(TrainedClasses):
         Args:
             images: As for `predict`.
             vocabulary: As for `predict`.
+            background: As for `predict`.
             score_threshold: As for `predict`.
             max_detections: As for `predict`.
             one_label: As for `predict`.
@@ -307,7 +312,7 @@ class Detector(TrainedClasses):
             raise InputError(
                 "predict_batch takes several images", hint="use predict for a single one"
             )
-        classes = self.resolve(vocabulary)
+        classes = self.resolve(vocabulary, background)
         settings = self.settings(
             score_threshold=score_threshold,
             max_detections=max_detections,
@@ -319,7 +324,7 @@ class Detector(TrainedClasses):
         while batch := list(islice(remaining, batch_size)):
             pixels = [as_pixels(image, channel_order) for image in batch]
             predictions = to_host(self.predict_images(pixels, classes, settings))
-            found += [Detections(prediction, classes.names) for prediction in predictions]
+            found += [Detections(prediction, classes.reported) for prediction in predictions]
         return found
 
     def predict_video(
@@ -327,6 +332,7 @@ class Detector(TrainedClasses):
         source: str | Path | VideoSource,
         vocabulary: Classes = None,
         *,
+        background: Classes = None,
         score_threshold: float = 0.3,
         max_detections: int = 300,
         one_label: bool = True,
@@ -340,6 +346,7 @@ class Detector(TrainedClasses):
         Args:
             source: A file; ``"webcam"`` or ``"webcam:1"``, of which only the newest frames are used.
             vocabulary: As for `predict`.
+            background: As for `predict`.
             score_threshold: As for `predict`.
             max_detections: As for `predict`.
             one_label: As for `predict`.
@@ -358,7 +365,7 @@ class Detector(TrainedClasses):
         """
         from proxydet.inference.video import VideoReader
 
-        classes = self.resolve(vocabulary)
+        classes = self.resolve(vocabulary, background)
         settings = self.settings(
             score_threshold=score_threshold,
             max_detections=max_detections,
@@ -433,7 +440,7 @@ class Detector(TrainedClasses):
                         )
                     )
                     for frame, prediction in zip(batch, predictions, strict=True):
-                        found = Detections(prediction, vocabulary.names)
+                        found = Detections(prediction, vocabulary.reported)
                         if tracker is not None:
                             found = tracker.update(found, frame.pixels, frame.seconds)
                         yield FrameResult(frame=frame, found=found)

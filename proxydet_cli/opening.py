@@ -97,7 +97,9 @@ def tuned(
     return asked.with_settings(precision=wanted, **changes)
 
 
-def check_choice(classes: str | None, vocabulary: str | None, names: Path | None) -> None:
+def check_choice(
+    classes: str | None, vocabulary: str | None, names: Path | None, background: str | None = None
+) -> None:
     """Refuse options that contradict each other or name files that are not there, before a detector is opened.
 
     Raises:
@@ -117,15 +119,17 @@ def check_choice(classes: str | None, vocabulary: str | None, names: Path | None
     named = vocabulary if vocabulary and is_vocabulary_file(vocabulary) else None
     if names is None and named is not None and named.endswith(".npy"):
         named = None  # `open_vocabulary` says what else is needed
-    for file in (named, names, classes if classes and _means_file(classes) else None):
+    lists = [text for text in (classes, background) if text is not None]
+    for file in (named, names, *(text for text in lists if _means_file(text))):
         if file is not None and not Path(file).exists():
             raise VocabularyError(
                 f"there is no file {file}", hint="check the spelling of its path", path=Path(file)
             )
         if file is not None:
             confirm_names(Path(file))
-    if classes is not None and not _means_file(classes) and ("," in classes or not classes.strip()):
-        check_names(split_names(classes))
+    for text in lists:
+        if not _means_file(text) and ("," in text or not text.strip()):
+            check_names(split_names(text))
 
 
 def confirm_names(path: Path) -> None:
@@ -166,6 +170,7 @@ def chosen_vocabulary(
     names: Path | None,
     base_above: float = 0.9,
     *,
+    background: str | None = None,
     yes: bool | None,
 ) -> Vocabulary:
     """Open the vocabulary that the options name; the training's where they name none.
@@ -178,6 +183,7 @@ def chosen_vocabulary(
         source: What ``--vocabulary`` takes.
         names: File of the names of a ``.npy`` table.
         base_above: Cosine with a base class of training above which a class counts as base.
+        background: What ``--background`` takes.
         yes: Do not ask; None: download nothing.
 
     Raises:
@@ -189,17 +195,48 @@ def chosen_vocabulary(
 
     if classes is not None and _means_file(classes):
         classes, source = None, classes
-    if classes is None and source is None:
+    if classes is None and source is None and background is None:
         return detector.vocabulary
     chosen = split_names(classes) if classes is not None else None
 
     def opened() -> Vocabulary:
+        found = detector.vocabulary
         if chosen is not None:
-            return detector.resolve(chosen)
-        assert source is not None
-        return open_vocabulary(
-            source, encoder=lambda: detector.encoder, names=names, known=detector.vocabulary
-        )
+            found = detector.resolve(chosen)
+        elif source is not None:
+            found = open_vocabulary(
+                source, encoder=lambda: detector.encoder, names=names, known=detector.vocabulary
+            )
+        return found if background is None else add_background(detector, found, background)
 
     found = opened() if yes is None else with_downloads(opened, yes=yes)
     return detector.with_base(found, base_above)
+
+
+def add_background(detector: TrainedClasses, vocabulary: Vocabulary, background: str) -> Vocabulary:
+    """Add what ``--background`` takes: ``training``, a file of a vocabulary, or names.
+
+    Raises:
+        VocabularyError: It cannot be used.
+    """
+    return detector.with_background(vocabulary, _read_background(background))
+
+
+def background_classes(detector: TrainedClasses, background: str) -> Vocabulary:
+    """Return the classes that ``--background`` names.
+
+    Raises:
+        VocabularyError: It cannot be used.
+    """
+    from proxydet.vocabulary.sources import TRAINING_CLASSES
+
+    given = _read_background(background)
+    return detector.vocabulary if given == TRAINING_CLASSES else detector.resolve(given)
+
+
+def _read_background(background: str) -> str | list[str]:
+    from proxydet.vocabulary.names import split_names
+    from proxydet.vocabulary.sources import TRAINING_CLASSES
+
+    whole = background == TRAINING_CLASSES or _means_file(background)
+    return background if whole else split_names(background)

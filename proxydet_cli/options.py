@@ -172,6 +172,16 @@ VocabularySource = Annotated[
         rich_help_panel="Classes",
     ),
 ]
+Background = Annotated[
+    str | None,
+    typer.Option(
+        "--background",
+        metavar="NAMES",
+        help="Classes that absorb false hits and are never reported: 'wall, floor', a file as for --vocabulary, or training: all classes "
+        "of the training that are not asked for.",
+        rich_help_panel="Classes",
+    ),
+]
 NamesFile = Annotated[
     Path | None,
     typer.Option(

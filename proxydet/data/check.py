@@ -402,7 +402,10 @@ class _Checker:
             return self.report(description.name)
         try:
             vocabulary = Dataset(config=description, cache=self.cache, warn=False).vocabulary
-            rows_K = {split: store.class_rows(vocabulary.names) for split, store in stores.items()}
+            if "train" in stores:
+                vocabulary.require_plain()
+            names = vocabulary.reported
+            rows_K = {split: store.class_rows(names) for split, store in stores.items()}
         except InputError as error:
             self.failed("vocabulary", error)
             return self.report(description.name)

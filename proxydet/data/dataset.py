@@ -425,7 +425,8 @@ class Dataset:
                 novel = {name.strip() for name in spec.novel}
                 base = np.array([name not in novel for name in spec.names], dtype=np.bool_)
                 return ClassTable(spec.names, base)
-            return ClassTable(self.vocabulary.names, self.vocabulary.base)
+            names = self.vocabulary.reported
+            return ClassTable(names, self.vocabulary.base[: len(names)])
         parts = [part for part in PARTS if getattr(self.config, part) is not None] or ["train"]
         stores = [self.store(part) for part in parts]
         found = dict.fromkeys(c.name.strip() for store in stores for c in store.categories)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from proxydet.evaluation.evaluate import Evaluation, Scored
     from proxydet.evaluation.ground_truth import GroundTruth
     from proxydet.evaluation.results import Results
+    from proxydet.vocabulary.vocabulary import Vocabulary
 
 ERROR_NAMES = (
     "classification",
@@ -252,6 +253,108 @@ def calibrate(matches: Matches, bins: int = 10) -> Calibration:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OperatingPoint:
+    """What is right, wrong and missed among the detections above a threshold, at IoU 0.5, over all classes.
+
+    Detections that cannot be judged are not counted.
+
+    Attributes:
+        name: Which threshold.
+        right: Detections that find an object.
+        wrong: False positives.
+        objects: Annotations that are to be found.
+        precision: Share of detections that are right; None without any.
+        recall: Share of objects that are found; None where there are none.
+        false_positives_per_image: Mean over all images.
+        empty_images: Images without an object of the classes.
+        false_positives_per_empty_image: Mean over these; None where there are none.
+    """
+
+    name: str
+    right: int
+    wrong: int
+    objects: int
+    precision: float | None
+    recall: float | None
+    false_positives_per_image: float
+    empty_images: int
+    false_positives_per_empty_image: float | None
+
+
+def operating_rows(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return operating points as a table shows them, shares in percent.
+
+    Args:
+        points: As `Analysis.to_dict` has them.
+    """
+
+    def percent(share: float | None) -> float | None:
+        return None if share is None else round(100 * share, 1)
+
+    def rounded(mean: float | None) -> float | None:
+        return None if mean is None else round(mean, 3)
+
+    return [
+        {
+            "detections": point["name"],
+            "right": point["right"],
+            "wrong": point["wrong"],
+            "precision": percent(point["precision"]),
+            "recall": percent(point["recall"]),
+            "wrong an image": rounded(point["false_positives_per_image"]),
+            "wrong an empty image": rounded(point["false_positives_per_empty_image"]),
+        }
+        for point in points
+    ]
+
+
+def thresholds_of(truth: GroundTruth, vocabulary: Vocabulary | None) -> NDArray[np.float64]:
+    """Return the threshold of each category: float64 (C,), NaN where its class has none of its own."""
+    own: dict[str, float] = {}
+    if vocabulary is not None:
+        own = dict(zip(vocabulary.reported, vocabulary.threshold.tolist(), strict=False))
+    return np.array([own.get(name.strip(), math.nan) for name in truth.category_names])
+
+
+def operating_point(
+    scored: Scored,
+    threshold_S: NDArray[np.float64],
+    name: str,
+    *,
+    classes: NDArray[np.bool_] | None = None,
+) -> OperatingPoint:
+    """Count what is right, wrong and missed above a threshold.
+
+    Args:
+        scored: The result of scoring boxes or masks.
+        threshold_S: What each selected detection must score above.
+        name: Of the operating point.
+        classes: bool (C,), the categories that count; None: all.
+    """
+    matches, images = scored.matches, len(scored.truth.image_ids)
+    counted_C = np.ones(len(scored.truth.category_ids), dtype=bool) if classes is None else classes
+    category_S = matches.selection.category_S
+    kept_S = (matches.selection.score_S > threshold_S) & counted_C[category_S]
+    right_S, wrong_S = right_and_wrong(matches)
+    of_classes_G = counted_C[matches.ann_category_G]
+    occupied = np.unique(matches.ann_image_G[of_classes_G])
+    on_empty_S = wrong_S & kept_S & ~np.isin(matches.selection.image_S, occupied)
+    right, wrong = int((right_S & kept_S).sum()), int((wrong_S & kept_S).sum())
+    objects, empty = int((matches.counts_GA[:, 0] & of_classes_G).sum()), images - len(occupied)
+    return OperatingPoint(
+        name=name,
+        right=right,
+        wrong=wrong,
+        objects=objects,
+        precision=right / (right + wrong) if right + wrong else None,
+        recall=right / objects if objects else None,
+        false_positives_per_image=wrong / images,
+        empty_images=empty,
+        false_positives_per_empty_image=int(on_empty_S.sum()) / empty if empty else None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class BoxRecall:
     """Share of annotations that a box overlaps, among an image's best boxes, classes left aside.
 
@@ -356,11 +459,13 @@ class Analysis:
         errors: Errors by kind.
         calibration: Scores against precision.
         recall: Recall of boxes, classes left aside.
+        operating_points: What is above the general threshold, then above those of the classes where they have their own.
     """
 
     errors: ErrorBreakdown | None
     calibration: Calibration | None
     recall: tuple[BoxRecall, ...]
+    operating_points: tuple[OperatingPoint, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values; None where there is nothing to measure."""
@@ -383,18 +488,40 @@ class Analysis:
             "errors": asdict(self.errors) if self.errors else None,
             "calibration": calibration,
             "box_recall": [asdict(value) for value in self.recall],
+            "operating_points": [asdict(value) for value in self.operating_points],
         }
 
 
-def analyse(evaluation: Evaluation, progress: Progress = SILENT) -> Analysis:
+def analyse(
+    evaluation: Evaluation,
+    progress: Progress = SILENT,
+    *,
+    vocabulary: Vocabulary | None = None,
+    score_threshold: float = 0.3,
+) -> Analysis:
     """Break down the errors of the masks, or of the boxes where no masks were scored.
+
+    Args:
+        evaluation: What was measured.
+        progress: Where progress is shown.
+        vocabulary: The classes, where they have thresholds of their own; found by the categories' names.
+        score_threshold: The general threshold of the operating points.
 
     Raises:
         RuntimeEnvironmentError: The engine failed.
     """
-    scored = evaluation.main
+    scored, points = evaluation.main, []
     with progress.task("analysing errors", total=None):
+        if scored is not None:
+            own_C = thresholds_of(evaluation.truth, vocabulary)
+            category_S = scored.matches.selection.category_S
+            general_S = np.full(len(category_S), score_threshold)
+            points.append(operating_point(scored, general_S, f"score above {score_threshold:g}"))
+            if np.isfinite(own_C).any():
+                own_S = np.where(np.isnan(own_C), score_threshold, own_C)[category_S]
+                points.append(operating_point(scored, own_S, "thresholds of the classes"))
         return Analysis(
+            operating_points=tuple(points),
             recall=box_recall(evaluation.truth, evaluation.results),
             errors=break_down_errors(scored) if scored else None,
             calibration=calibrate(scored.matches) if scored else None,

@@ -30,6 +30,10 @@ class EvaluationConfig:
     max_detections: int = 300
     """The most detections of an image that LVIS's protocol counts, over all categories. COCO's has its own limits."""
 
+    score_threshold: float = 0.3
+    """Precision, recall and false positives are also reported of the detections above this, in [0, 1]; classes that have a threshold
+    of their own have that. Average precision sees all detections."""
+
     fixed: bool = False
     """Fixed AP (Dave et al. 2021): no limit an image, but one a category over the data set. Not comparable with AP."""
 
@@ -81,6 +85,10 @@ class EvaluationConfig:
             )
         if not 0 < self.confidence < 1:
             raise ConfigError(f"evaluation.confidence is {self.confidence}; it must lie in (0, 1).")
+        if not 0 <= self.score_threshold <= 1:
+            raise ConfigError(
+                f"evaluation.score_threshold is {self.score_threshold}; it must lie in [0, 1]."
+            )
         if self.seed < 0:
             raise ConfigError(f"evaluation.seed is {self.seed}; it must not be negative.")
         for name in ("max_detections", "fixed_detections", "fixed_per_image", "batch_size"):

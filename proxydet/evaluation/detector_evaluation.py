@@ -424,16 +424,22 @@ def evaluate_split(
     split: DescribedSplit,
     output: Path | None = None,
     *,
+    vocabulary: Vocabulary | None = None,
     records: Path | None = None,
     config: EvaluationConfig | None = None,
     progress: Progress = SILENT,
 ) -> Evaluation | None:
     """Do as `evaluate` on a split that is open, and keep what the report was made from.
 
+    Bias, scale and background of the classes count; their thresholds do not, so that average precision sees all detections:
+    `proxydet.evaluation.analysis.operating_points` measures what they do.
+
     Args:
         detector: Finds objects.
         split: The images, their annotations and classes.
         output: Where predictions are kept, as for `evaluate`.
+        vocabulary: What to detect instead of the classes of the split, such as these with background, marked base as it is;
+            categories are found in it by name, and those that are not there are not detected.
         records: Where ``manifest.json`` and ``environment.json`` are written; None writes none.
         config: How to score.
         progress: Where progress is shown.
@@ -453,7 +459,10 @@ def evaluate_split(
     settings = dataclasses.replace(detector.inference, masks=masks, precision=precision)
     if config.fixed:
         settings = dataclasses.replace(settings, max_detections=config.fixed_per_image)
-    vocabulary = fusion_vocabulary(split.data.vocabulary, detector.vocabulary)
+    if vocabulary is None:
+        vocabulary = fusion_vocabulary(split.data.vocabulary, detector.vocabulary)
+        split.store.class_rows(vocabulary.reported)  # every category must be there
+    vocabulary = vocabulary.with_scorers(threshold=None)
     with _folder(output) as path, held(path):
         # What makes the predictions; masks are on top: those that have them serve where none are needed.
         chosen: dict[str, Any] = {
@@ -512,6 +521,8 @@ def evaluate_index(
     config = config or EvaluationConfig()
     check_protocol(config, split.truth)
     vocabulary = fusion_vocabulary(split.data.vocabulary, index.vocabulary)
+    split.store.class_rows(vocabulary.reported)  # every category must be there
+    vocabulary = vocabulary.with_scorers(threshold=None)
     settings = index.inference
     if config.fixed:
         settings = dataclasses.replace(settings, max_detections=config.fixed_per_image)
@@ -550,11 +561,8 @@ def evaluate_index(
 
 def _category_ids(split: DescribedSplit, vocabulary: Vocabulary) -> list[Identifier | None]:
     """Return the category id of each class of a vocabulary; None: the split does not annotate it."""
-    category_id_C: list[Identifier | None] = [None] * len(vocabulary)
-    rows_C = split.store.class_rows(vocabulary.names)
-    for row, category in zip(rows_C, split.store.categories, strict=True):
-        category_id_C[row] = category.id
-    return category_id_C
+    id_of = {category.name.strip(): category.id for category in split.store.categories}
+    return [id_of.get(name) for name in vocabulary.names]
 
 
 @contextlib.contextmanager
@@ -601,16 +609,21 @@ def _folder(output: Path | None) -> Iterator[Path]:
 def fusion_vocabulary(vocabulary: Vocabulary, trained: Vocabulary) -> Vocabulary:
     """Return the classes to look for, marked base where the detector's fusion of scores shall treat them so.
 
-    The classes that it was trained on keep the marks they had in training; of another vocabulary those are base whose
-    text embedding has a cosine above 0.9 with one of a base class of training, as published, or that have its name.
+    The classes that it was trained on, where they come first, keep the marks they had in training; of others those are base whose
+    text embedding has a cosine above 0.9 with one of a base class of training, as published, or
+    that have its name.
 
     Args:
         vocabulary: What is looked for.
         trained: What the detector was trained on.
     """
-    if len(vocabulary) == len(trained) and vocabulary.with_base(trained.base) == trained:
-        return trained
-    return vocabulary.base_as(trained)
+    count = len(trained)
+    marked = vocabulary.base_as(trained)
+    same = vocabulary.names[:count] == trained.names
+    if not same or not np.array_equal(vocabulary.embeddings[:count], trained.embeddings):
+        return marked
+    marked = marked.with_base(np.concatenate([trained.base, marked.base[count:]]))
+    return trained if marked == trained else marked
 
 
 def current_process() -> DistInfo:

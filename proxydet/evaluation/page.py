@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,13 @@ from proxydet.data.config import PROTOCOL_NAMES
 from proxydet.data.images import Pixels
 from proxydet.data.records import Identifier
 from proxydet.errors import DataError
-from proxydet.evaluation.analysis import Analysis, Calibration, ErrorBreakdown, error_kinds
+from proxydet.evaluation.analysis import (
+    Analysis,
+    Calibration,
+    ErrorBreakdown,
+    error_kinds,
+    operating_rows,
+)
 from proxydet.evaluation.evaluate import Evaluation, Scored
 from proxydet.evaluation.report import (
     IOU_TYPE_NAMES,
@@ -111,6 +117,15 @@ def _page(
         sections.append(_curves(evaluation, evaluation.main))
     if analysis.errors is not None:
         sections.append(_errors(analysis.errors, report))
+    if analysis.operating_points:
+        points = [asdict(point) for point in analysis.operating_points]
+        sections.append(
+            Section(
+                title="Above a threshold",
+                text="Detections at IoU 0.5 that find an object and that do not; an empty image has no object of the classes.",
+                tables=[_table(operating_rows(points))],
+            )
+        )
     if analysis.calibration is not None:
         sections.append(_calibration(analysis.calibration, report))
     if evaluation.main is not None:

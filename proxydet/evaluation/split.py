@@ -96,7 +96,7 @@ def described_groups(
         Nothing where no class is novel; base and novel where some are; and where the description has a folder of tars
         that covers some novel classes and others not, these two sets.
     """
-    rows_C = store.class_rows(vocabulary.names)
+    rows_C = store.class_rows(vocabulary.reported)
     novel_C: NDArray[np.bool_] = ~vocabulary.base[rows_C]
     if not novel_C.any():
         return {}
@@ -140,7 +140,8 @@ class DescribedSplit:
         """Open a split.
 
         Args:
-            data: The data set, its config, or its TOML file; the latter two take stores from the user's cache folder.
+            data: The data set, its config, or its TOML file; the latter two take stores from the user's cache folder. Without
+                text embeddings it can be evaluated on classes that are given.
             name: ``"train"``, ``"val"`` or ``"test"``.
             protocol: How to score; None leaves it to the annotations.
             progress: Where the conversion of annotations is shown.
@@ -153,7 +154,8 @@ class DescribedSplit:
             config = data if isinstance(data, DatasetConfig) else DatasetConfig.from_toml(data)
             data = Dataset(config=config, progress=progress)
         store = data.store(name)
-        _ = data.vocabulary
+        if data.config.vocabulary is not None:
+            _ = data.vocabulary
         return cls(data, name, store, protocol)
 
     @property
@@ -174,5 +176,7 @@ class DescribedSplit:
     @cached_property
     def groups(self) -> Masks:
         """Sets of categories to average over: what is novel, and what image labels cover."""
-        described = described_groups(self.data.config, self.store, self.data.vocabulary)
-        return {**imagenet_groups(self.truth), **described}
+        groups = imagenet_groups(self.truth)
+        if self.data.config.vocabulary is not None:
+            groups |= described_groups(self.data.config, self.store, self.data.vocabulary)
+        return groups

@@ -40,6 +40,7 @@ from proxydet.export.runtime import (
     Outputs,
     check_exported,
     check_finite,
+    scorer_inputs,
     to_image,
 )
 from proxydet.files import staged, write_errors
@@ -251,6 +252,7 @@ def describe(detector: Detector, vocabulary: Vocabulary | None = None) -> Export
         max_detections=settings.max_detections,
         one_class_per_proposal=settings.one_class_per_proposal,
         agnostic_nms=settings.agnostic_nms,
+        scorers=True,
         shortest=detector.sides[0],
         longest=detector.sides[1],
         sealed=True,
@@ -372,6 +374,10 @@ class TorchProgram:
             torch.from_numpy(vocabulary.embeddings.copy()),
             torch.from_numpy(vocabulary.base.copy()),
             torch.tensor(score_threshold, dtype=torch.float32),
+            *(
+                torch.from_numpy(v.copy())
+                for v in scorer_inputs(vocabulary, self.metadata).values()
+            ),
         )
         arrays = {name: tensor.numpy() for name, tensor in outputs.items()}
         check_finite(arrays)
@@ -387,7 +393,7 @@ def _prove(
     images: Sequence[tuple[str, Pixels]],
     vocabulary: Vocabulary,
 ) -> tuple[Agreement, ...]:
-    """Compare on two synthetic images, with every pair of region and class a candidate, then on those given.
+    """Compare on synthetic images, with every pair of region and class a candidate, then on those given.
 
     Raises:
         DataError: Nothing was found in any of them.
@@ -395,9 +401,11 @@ def _prove(
     """
     training = detector.vocabulary
     results = []
-    for (height, width), classes in zip(
-        _PROOF_SIZES, (training, training.subset(training.names[:1])), strict=True
-    ):
+    first, second = _PROOF_SIZES
+    cases = [(first, training), (second, training.subset(training.names[:1]))]
+    if len(training) > 1:  # not all of them can be background
+        cases.append((second, _scorers_of_all_kinds(training)))
+    for (height, width), classes in cases:
         own_size = Detector(
             detector.network,
             inference=detector.inference,
@@ -428,6 +436,16 @@ def _prove(
                 hint="please report it together with the output of: proxydet env",
             )
     return tuple(results)
+
+
+def _scorers_of_all_kinds(vocabulary: Vocabulary) -> Vocabulary:
+    place_C = np.arange(len(vocabulary))
+    return vocabulary.with_scorers(
+        bias=np.sin(place_C),
+        scale=1 + 0.2 * np.cos(place_C),
+        threshold=np.where(place_C % 3 == 1, 0.1, np.nan),
+        background=place_C % 4 == 3,
+    )
 
 
 def synthetic_image(height: int, width: int, seed: int = 0) -> Pixels:
@@ -474,7 +492,7 @@ def compare(
     (expected,) = to_host(predictions)
     image = np.ascontiguousarray(scaled.permute(1, 2, 0).numpy())
     outputs = exported.run(image, vocabulary, score_threshold)
-    found = to_image(outputs, image.shape[:2], size, vocabulary.names)
+    found = to_image(outputs, image.shape[:2], size, vocabulary.reported)
 
     boxes_N4, boxes_M4 = (
         boxes.astype(np.float64) for boxes in (expected.boxes_N4.numpy(), found.boxes_xyxy)

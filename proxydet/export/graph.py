@@ -61,10 +61,13 @@ def trace(detector: Detector, format: Format) -> torch.export.ExportedProgram:
         torch.ones(_TRACED_CLASSES, dimension),
         torch.ones(_TRACED_CLASSES, dtype=torch.bool),
         torch.tensor(0.5),
+        *(torch.ones(_TRACED_CLASSES) for _ in range(3)),
+        torch.zeros(_TRACED_CLASSES, dtype=torch.bool),
     )
     free = torch.export.Dim.DYNAMIC
-    classes = torch.export.Dim("classes", min=1)
-    shapes: tuple[dict[int, object], ...] = ({0: free, 1: free}, {0: classes}, {0: classes}, {})
+    of_classes: dict[int, object] = {0: torch.export.Dim("classes", min=1)}
+    shapes: tuple[dict[int, object], ...]
+    shapes = ({0: free, 1: free}, of_classes, of_classes, {}, *[of_classes] * 4)
     backbone = detector.network.config.backbone
     named = backbone.kind
     context: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -128,9 +131,10 @@ class TorchvisionSuppression:
         boxes_R4: Tensor,
         scores_RC: Tensor,
         score_threshold: Tensor,
-        settings: InferenceConfig,
+        iou: float,
+        limit: int,  # noqa: ARG002 only ONNX stops early
     ) -> tuple[Tensor, Tensor]:
-        """Return region and class of the pairs to keep, in any order."""
+        """Return region and class of the pairs to keep, at least the best ``limit`` of each class, in any order."""
         classes = scores_RC.shape[1]
         flat_P = torch.cat([scores_RC.flatten(), scores_RC.new_full((_MOST_PAIRS,), -1.0)])
         score_P, pair_P = flat_P.topk(_MOST_PAIRS)
@@ -140,7 +144,7 @@ class TorchvisionSuppression:
         # Classes are moved apart in float64, which is exact.
         far = boxes_R4.amax().double() + 1
         apart = boxes_R4[region_P].double() + (class_P.double() * far)[:, None]
-        kept = self._nms(apart, score_P.double(), settings.nms_iou)
+        kept = self._nms(apart, score_P.double(), iou)
         return region_P[kept], class_P[kept]
 
     @staticmethod
@@ -174,11 +178,11 @@ class OnnxSuppression:
         boxes_R4: Tensor,
         scores_RC: Tensor,
         score_threshold: Tensor,
-        settings: InferenceConfig,
+        iou: float,
+        limit: int,
     ) -> tuple[Tensor, Tensor]:
         """See `TorchvisionSuppression.keep_best_by_class`."""
-        limit = settings.max_detections
-        kept_L3 = _suppress()(boxes_R4, scores_RC.T, score_threshold, settings.nms_iou, limit)
+        kept_L3 = _suppress()(boxes_R4, scores_RC.T, score_threshold, iou, limit)
         return kept_L3[:, 2], kept_L3[:, 1]
 
 
@@ -343,7 +347,15 @@ class DetectorGraph(nn.Module):
         self.suppression = suppression
 
     def forward(
-        self, image: Tensor, text: Tensor, base: Tensor, score_threshold: Tensor
+        self,
+        image: Tensor,
+        text: Tensor,
+        base: Tensor,
+        score_threshold: Tensor,
+        bias: Tensor,
+        scale: Tensor,
+        threshold: Tensor,
+        background: Tensor,
     ) -> dict[str, Tensor]:
         """Detect objects.
 
@@ -352,6 +364,10 @@ class DetectorGraph(nn.Module):
             text: float32 (C, D), text embeddings of any length.
             base: bool (C,), classes that count as base.
             score_threshold: float32 (), what scores at most this is left out.
+            bias: float32 (C,), added to the logits of the classes; 0 for text.
+            scale: float32 (C,), multiplies the cosines; 1 for text.
+            threshold: float32 (C,), in place of ``score_threshold``; NaN where that holds.
+            background: bool (C,), classes that take regions and are not reported.
 
         Returns:
             - ``boxes``: float32 (L, 4) xyxy, pixels of ``image``, best first.
@@ -383,9 +399,11 @@ class DetectorGraph(nn.Module):
         )
         embedded = network.roi_heads.embed(batch, regions)
         boxes_R4 = embedded.boxes_BR4[0]
-        classes = ClassText(text_DC=functional.normalize(text, dim=1).T, base_C=base)
+        weights_CD = functional.normalize(text, dim=1) * scale[:, None]
+        classes = ClassText(text_DC=weights_CD.T, base_C=base, bias_C=bias)
         scores_RC = class_scores(embedded, classes, network.classifiers(), self.settings)
-        scores_L, classes_L, regions_L = self._select(scores_RC, embedded, score_threshold)
+        threshold_C = torch.where(threshold.isnan(), score_threshold, threshold)
+        scores_L, classes_L, regions_L = self._select(scores_RC, embedded, threshold_C, background)
 
         outputs = {"boxes": boxes_R4[regions_L], "scores": scores_L, "classes": classes_L}
         if self.masks:
@@ -432,12 +450,25 @@ class DetectorGraph(nn.Module):
         )
 
     def _select(
-        self, scores_RC: Tensor, embedded: RegionEmbeddings, score_threshold: Tensor
+        self,
+        scores_RC: Tensor,
+        embedded: RegionEmbeddings,
+        threshold_C: Tensor,
+        background_C: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return scores, classes and regions of the detections, best first."""
+        """Return scores, classes and regions of the detections, best first.
+
+        As `proxydet.modeling.postprocess.detect_classes`: with one label a box thresholds and background count behind NMS, else
+        before it.
+        """
         settings = self.settings
         scores_RC = torch.where(embedded.valid_BR[0][:, None], scores_RC, 0.0)
-        if settings.one_class_per_proposal:
+        best_only = settings.one_class_per_proposal or settings.agnostic_nms
+        if not best_only:
+            floor_R1 = torch.where(background_C, scores_RC, -1.0).amax(dim=1, keepdim=True)
+            shown_RC = (scores_RC > threshold_C) & (scores_RC > floor_R1) & ~background_C
+            scores_RC = torch.where(shown_RC, scores_RC, -1.0)
+        elif settings.one_class_per_proposal:
             scores_RC = torch.where(
                 scores_RC == scores_RC.amax(dim=1, keepdim=True), scores_RC, 0.0
             )
@@ -447,11 +478,15 @@ class DetectorGraph(nn.Module):
         region_K, class_K = self.suppression.keep_best_by_class(
             embedded.boxes_BR4[0],
             scores_RC if class_R is None else best_R[:, None],
-            score_threshold,
-            settings,
+            threshold_C.amin(),
+            settings.nms_iou,
+            max(settings.max_detections, self.network.config.proposals.keep_test * best_only),
         )
         class_K = class_K if class_R is None else class_R[region_K]
         score_K = scores_RC.flatten()[region_K * scores_RC.shape[1] + class_K]
+        # What is not reported comes behind all else, and is cut off.
+        shown_K = (score_K > threshold_C[class_K]) & ~background_C[class_K]
+        score_K = torch.where(shown_K, score_K, -1.0)
         # Filled up, so that the best can be taken whatever their number.
         padded = torch.cat([score_K, score_K.new_full((settings.max_detections,), -1.0)])
         best_L, order_L = padded.topk(settings.max_detections)

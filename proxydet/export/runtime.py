@@ -34,7 +34,9 @@ Bools = npt.NDArray[np.bool_]
 Outputs = dict[str, npt.NDArray[Any]]
 
 INPUTS = ("image", "text", "base", "score_threshold")
-"""Names of the file's inputs."""
+"""Names of the inputs of every file."""
+SCORER_INPUTS = ("bias", "scale", "threshold", "background")
+"""Names of the inputs behind them, for classes that are not plain text; files of version 0.1 have none."""
 OUTPUTS = ("boxes", "scores", "classes", "masks", "mask_index", "finite")
 """Names of its outputs."""
 BOX_OUTPUTS = ("boxes", "scores", "classes", "finite")
@@ -87,6 +89,8 @@ class ExportMetadata:
     """Whether only the best class of each proposal is kept."""
     agnostic_nms: bool
     """Whether NMS takes all classes at once: one label a box."""
+    scorers: bool
+    """Whether bias, scale, threshold and background of the classes are inputs. Version 0.1 had none."""
     shortest: int
     """Images are scaled so that their shortest side has this many pixels,"""
     longest: int
@@ -114,8 +118,8 @@ class ExportMetadata:
         if text is None:
             raise InputError(f"{path} was not made by proxydet", hint=hint, path=path)
         try:
-            # Version 0.1 always exported masks, no digest, and NMS of each class alone.
-            earlier = {"masks": True, "sealed": False, "agnostic_nms": False}
+            # Version 0.1 always exported masks, no digest, NMS of each class alone, and classes of text.
+            earlier = {"masks": True, "sealed": False, "agnostic_nms": False, "scorers": False}
             content = {**earlier, **json.loads(text)}
             metadata = msgspec.convert(content, cls)
         except (ValueError, TypeError, RecursionError, msgspec.MsgspecError) as error:
@@ -276,7 +280,7 @@ class OnnxDetector:
             *pixels.shape[:2], shortest=self.metadata.shortest, longest=self.metadata.longest
         ).image(pixels)
         outputs = self.run(scaled, classes, score_threshold)
-        return to_image(outputs, scaled.shape[:2], pixels.shape[:2], classes.names)
+        return to_image(outputs, scaled.shape[:2], pixels.shape[:2], classes.reported)
 
     def run(self, scaled_hw3: Pixels, vocabulary: Vocabulary, score_threshold: float) -> Outputs:
         """Run the file's graph on an image that is scaled already.
@@ -286,6 +290,7 @@ class OnnxDetector:
 
         Raises:
             NumericsError: The network gave values that are not finite.
+            VocabularyError: The classes are not plain text, and the file takes no others.
         """
         values = (
             np.ascontiguousarray(scaled_hw3),
@@ -294,10 +299,28 @@ class OnnxDetector:
             np.float32(score_threshold),
         )
         inputs = dict(zip(INPUTS, (np.asarray(value) for value in values), strict=True))
+        inputs |= scorer_inputs(vocabulary, self.metadata)
         names = OUTPUTS if self.metadata.masks else BOX_OUTPUTS
         outputs = dict(zip(names, self._session.run(list(names), inputs), strict=True))
         check_finite(outputs)
         return outputs
+
+
+def scorer_inputs(vocabulary: Vocabulary, metadata: ExportMetadata) -> Outputs:
+    """Return the inputs for classes that are not plain text; none for a file that has no such inputs.
+
+    Raises:
+        VocabularyError: The classes are not plain text, and the file takes no others.
+    """
+    if metadata.scorers:
+        return {name: vocabulary.scorers[name] for name in SCORER_INPUTS}
+    if not vocabulary.plain:
+        raise VocabularyError(
+            f"the classes have a bias, scale, threshold or background, for which this file of proxydet {metadata.proxydet_version} "
+            "has no inputs",
+            hint="export the detector again with: proxydet export",
+        )
+    return {}
 
 
 def check_finite(outputs: Outputs) -> None:

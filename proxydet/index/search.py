@@ -216,7 +216,7 @@ class RegionIndex(TrainedClasses):
                     ImageHit(
                         number=int(self._firsts[number]) + row,
                         path=part.path_of(row),
-                        found=Detections(prediction, vocabulary.names),
+                        found=Detections(prediction, vocabulary.reported),
                     )
                     for row, prediction in zip(own.tolist(), predictions, strict=True)
                     if len(prediction)

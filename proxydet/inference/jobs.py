@@ -132,7 +132,7 @@ def predict_files(
                     unreadable.append(Unreadable(file=place, reason=made.message))
                     continue
                 (pixels, _), prediction = made
-                found = Detections(prediction, vocabulary.names)
+                found = Detections(prediction, vocabulary.reported)
                 result = ImageResult(image=image, pixels=pixels, found=found)
                 if on_result is not None:
                     on_result(result)

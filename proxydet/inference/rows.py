@@ -67,7 +67,7 @@ class DetectionWork:
     def run(self, batch: list[ScaledImage]) -> list[Detections]:
         """Detect objects in a batch."""
         found = to_host(self.detector.predict_images(batch, self.vocabulary, self.settings))
-        return [Detections(prediction, self.vocabulary.names) for prediction in found]
+        return [Detections(prediction, self.vocabulary.reported) for prediction in found]
 
     @property
     def identity(self) -> dict[str, Any]:

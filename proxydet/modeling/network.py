@@ -183,7 +183,7 @@ class ProxyDetNetwork(nn.Module):
         image_counts: (C,) training images of each class, which weigh the federated loss's sampling; None weighs all alike.
 
     Raises:
-        VocabularyError: The embeddings have another dimension than the configuration says.
+        VocabularyError: The embeddings have another dimension than the configuration says, or the classes are not plain text.
         ConfigError: The image counts do not fit the vocabulary.
     """
 
@@ -200,6 +200,7 @@ class ProxyDetNetwork(nn.Module):
         super().__init__()
         self.config = config
         self.vocabulary = vocabulary
+        vocabulary.require_plain()
         self._check_dimension(vocabulary)
         self.backbone = build_backbone(config.backbone, config.pyramid)
         self.proposal_generator = CenterNet(

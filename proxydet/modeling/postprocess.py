@@ -503,9 +503,7 @@ def detect_classes(
     ]
     scorers = [_Scorer(regions, classes, classifiers, settings) for regions in views]
     search = _Search(scorers, views[0], classes, settings)
-    # Over all classes at once, no class of a region survives its best one: the boxes are the same.
-    best_only = settings.one_class_per_proposal or settings.agnostic_nms
-    found = (search.best_classes if best_only else search.candidates)(len(classes.base_C))
+    found = (search.best_classes if search.best_only else search.candidates)(len(classes.base_C))
     return search.select(found, torch.cat(given).isfinite().all())
 
 
@@ -572,7 +570,15 @@ class _Scorer:
 
 
 class _Search:
-    """Searches the scores for detections, a chunk of classes at a time."""
+    """Searches the scores for detections, a chunk of classes at a time.
+
+    Background classes take the regions for which they score best. With one label a box they are classes as all others until NMS
+    is done, so that they also take boxes that overlap; then they are left out, and so is what is not above its class's
+    threshold. With several labels a box, both is done to each region before NMS.
+
+    Attributes:
+        best_only: Whether only the best class of a region can be in the result.
+    """
 
     def __init__(
         self,
@@ -583,17 +589,21 @@ class _Search:
     ) -> None:
         self._scorers = scorers
         self._settings = settings
-        # With thresholds of their own, what is not above them is marked where the scores are made.
-        self._least = settings.score_threshold if classes.threshold_C is None else _NEVER / 2
+        # Over all classes at once, no class of a region survives its best one: the boxes are the same.
+        self.best_only = settings.one_class_per_proposal or settings.agnostic_nms
+        self._least: float | Tensor = settings.score_threshold
         self._threshold_C = classes.threshold_C
         if self._threshold_C is not None:
             general = torch.full_like(self._threshold_C, settings.score_threshold)
             self._threshold_C = torch.where(self._threshold_C.isnan(), general, self._threshold_C)
+            # Where the scores are made, what is not above the thresholds is marked.
+            self._least = self._threshold_C.amin() if self.best_only else _NEVER / 2
         self._background_C: Tensor | None = None
         if classes.background_K is not None:
             self._background_C = torch.zeros_like(classes.base_C)
             self._background_C[classes.background_K] = True
-            self._floor_N1 = self._mean_scores(classes.background_K).amax(dim=1, keepdim=True)
+            if not self.best_only:
+                self._floor_N1 = self._mean_scores(classes.background_K).amax(1, keepdim=True)
         self._boxes_N4 = regions.boxes_BR4.flatten(0, 1)
         self._valid_N1 = regions.valid_BR.flatten()[:, None]
         self._images, self._regions = regions.valid_BR.shape
@@ -654,7 +664,12 @@ class _Search:
             counts=numbers[: self._images],
             candidates=numbers[self._images : -1],
         )
-        kept = suppress(boxes, iou=settings.nms_iou, limit=settings.max_detections)
+        own = self._threshold_C is not None or self._background_C is not None
+        filtered = self.best_only and own
+        limit = max(settings.max_detections, self._regions if filtered else 0)
+        kept = suppress(boxes, iou=settings.nms_iou, limit=limit)
+        if filtered:
+            kept = self._reported(found, kept)
         places_L = torch.cat(kept)
         return ClassifiedRegions(
             boxes_L4=boxes_K4[places_L],
@@ -664,14 +679,27 @@ class _Search:
             counts=[len(places) for places in kept],
         )
 
+    def _reported(self, found: _Candidates, kept: list[Tensor]) -> list[Tensor]:
+        """Leave out background classes, and what is not above the threshold of its class."""
+        places_L = torch.cat(kept)
+        class_L = found.class_K[places_L]
+        right_L = torch.ones_like(places_L, dtype=torch.bool)
+        if self._threshold_C is not None:
+            right_L &= found.score_K[places_L] > self._threshold_C[class_L]
+        if self._background_C is not None:
+            right_L &= ~self._background_C[class_L]
+        places_L = places_L[right_L]
+        parts = places_L.split(self._count(found.region_K[places_L]).tolist())
+        return [places[: self._settings.max_detections] for places in parts]
+
     def _chunks(self, classes: int) -> Iterator[tuple[slice, Tensor]]:
         width = -(-self._settings.class_chunk // _STEP) * _STEP
         for start in range(0, classes, width):
             columns = slice(start, min(start + width, classes))
             scores_NC = self._mean_scores(columns)
-            if self._threshold_C is not None:
+            if self._threshold_C is not None and not self.best_only:
                 scores_NC.masked_fill_(scores_NC <= self._threshold_C[columns], _NEVER)
-            if self._background_C is not None:
+            if self._background_C is not None and not self.best_only:
                 hidden_NC = (scores_NC <= self._floor_N1) | self._background_C[columns]
                 scores_NC.masked_fill_(hidden_NC, _NEVER)
             yield columns, scores_NC

@@ -11,6 +11,7 @@ import difflib
 import io
 import ipaddress
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import (
@@ -22,15 +23,16 @@ from collections.abc import (
     Mapping,
 )
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from urllib.parse import quote, urlsplit
 
+import msgspec
 from PIL import Image
 from python_multipart.exceptions import FormParserError
 from starlette.applications import Starlette
@@ -105,10 +107,10 @@ class ServingSettings:
 
     def __post_init__(self) -> None:
         """Check ranges; raises ConfigError."""
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for entry in fields(self):
+            value = getattr(self, entry.name)
             if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
-                raise ConfigError(f"{field.name} is {value}; it must be above 0")
+                raise ConfigError(f"{entry.name} is {value}; it must be above 0")
 
 
 # --- Errors ------------------------------------------------------------------------------------------------------------
@@ -171,6 +173,13 @@ class PredictParams:
 
     words: tuple[str, ...] | None = None
     """Class names; None: the server's default classes."""
+    background: tuple[str, ...] = ()
+    """Names of classes that absorb false hits and are not reported; ``training`` alone: all of the training that are not asked for;
+    empty: the server's."""
+    bias: Mapping[str, float] = field(default_factory=dict)
+    """Added to the logits of classes."""
+    threshold: Mapping[str, float] = field(default_factory=dict)
+    """What detections of classes must score above, instead of ``score_threshold``."""
     score_threshold: float = 0.3
     """Only what scores above this, 0 to 1."""
     top: int = 300
@@ -201,27 +210,39 @@ def read_params(
     """
     parsers = _PARSERS if parsers is None else parsers
     words: list[str] = []
+    background: list[str] = []
     given: dict[str, Any] = {}
     for key, value in pairs:
-        if key == "words":
-            words += split_names(value) if value.strip() else []
+        if key in ("words", "background"):
+            names = split_names(value) if value.strip() else []
+            (words if key == "words" else background).extend(names)
         elif key in given:
             raise _bad_parameter(f"duplicate parameter {key!r}", "give it once")
         elif key in parsers:
             given[key] = parsers[key](key, value)
         else:
-            known = ("words", *parsers)
+            known = ("words", "background", *parsers)
             near = difflib.get_close_matches(key[:80], known, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
             raise _bad_parameter(f"unknown parameter {key[:80]!r}", hint)
-    if len(words) > settings.max_words:
+    classes: list[ClassParams] = given.pop("classes", [])
+    if classes and (words or background):
+        raise _bad_parameter(
+            "classes cannot be combined with words or background", 'mark them: {"background": true}'
+        )
+    words += [entry.name for entry in classes if not entry.background]
+    background += [entry.name for entry in classes if entry.background]
+    asked = [*words, *background]
+    if classes and not words:
+        raise RequestError(400, "words", "all classes are background", hint="name one to detect")
+    if len(asked) > settings.max_words:
         raise RequestError(
             400,
             "words",
-            f"{len(words)} class names; the limit is {settings.max_words}",
+            f"{len(asked)} class names; the limit is {settings.max_words}",
             hint="ask for fewer at a time, or use proxydet predict --vocabulary",
         )
-    for word in words:
+    for word in asked:
         if len(word) > settings.max_word_length:
             raise RequestError(
                 400,
@@ -230,12 +251,40 @@ def read_params(
                 f"{settings.max_word_length}",
                 hint="separate class names by commas",
             )
-    params = PredictParams(words=tuple(words) or None, **given)
+    params = PredictParams(
+        words=tuple(words) or None,
+        background=tuple(background),
+        bias={entry.name.strip(): entry.bias for entry in classes if entry.bias},
+        threshold={e.name.strip(): e.threshold for e in classes if e.threshold is not None},
+        **given,
+    )
     if params.top > settings.max_detections:
         raise _bad_parameter(
             f"top is {params.top}; the limit is {settings.max_detections}", "ask for fewer"
         )
     return params
+
+
+class ClassParams(msgspec.Struct, forbid_unknown_fields=True):
+    """A class of the parameter ``classes``."""
+
+    name: str
+    bias: Annotated[float, msgspec.Meta(ge=-50, le=50)] = 0.0
+    """Added to its logits."""
+    threshold: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
+    """What its detections must score above; null: ``score_threshold``."""
+    background: bool = False
+    """Whether it only takes regions from others."""
+
+
+def _classes(key: str, text: str) -> list[ClassParams]:
+    try:
+        return msgspec.json.decode(text, type=list[ClassParams])
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise _bad_parameter(
+            f"{key} cannot be read: {str(error)[:200]}",
+            '[{"name": "mug", "threshold": 0.4}, {"name": "wall", "background": true}]',
+        ) from error
 
 
 def _fraction(key: str, text: str) -> float:
@@ -271,6 +320,7 @@ _PARSERS: dict[str, Callable[[str, str], Any]] = {
     "top": _count,
     "masks": _boolean,
     "one_label": _boolean,
+    "classes": _classes,
 }
 _SEARCH_PARSERS = {**_PARSERS, "limit": _count}
 del _SEARCH_PARSERS["masks"]
@@ -790,6 +840,8 @@ class Served:
     """The index; None: a detector."""
     vocabulary: Vocabulary | None = None
     """What it detects where a request names no classes; None: the classes of its training."""
+    background: Vocabulary | None = None
+    """Background of requests that name classes and no background; classes like those asked for are left out."""
     examples: tuple[Example, ...] = ()
     """Images for the page."""
 
@@ -900,10 +952,27 @@ class ServingApp:
         Raises:
             VocabularyError: They cannot be embedded.
         """
-        if params.words is None:
+        from proxydet.vocabulary.sources import ALIKE_ABOVE, TRAINING_CLASSES
+
+        if params.words is None and not params.background:
             return self.vocabulary
         classes = self._loaded.classes
-        return classes.with_base(classes.resolve(params.words), self._base_above)
+        found, served = self.vocabulary, self._loaded.background
+        if params.words is not None:
+            found = classes.resolve(params.words)
+        if params.background:
+            whole = params.background == (TRAINING_CLASSES,)
+            background = TRAINING_CLASSES if whole else params.background
+            found = classes.with_background(found, background)
+        elif served is not None:
+            found = found.with_background(served, alike_above=ALIKE_ABOVE)
+        found = classes.with_base(found, self._base_above)
+        if params.bias or params.threshold:
+            found = found.with_scorers(
+                bias=[params.bias.get(name, 0.0) for name in found.names],
+                threshold=[params.threshold.get(name, math.nan) for name in found.names],
+            )
+        return found
 
     def settings_of(self, params: PredictParams) -> InferenceConfig:
         """Return the settings that a request asks for.
@@ -1003,7 +1072,7 @@ class ServingApp:
             with opened_image(upload.data, self.settings.max_pixels) as image:
                 pixels_HW3 = read_image(image, name=upload.name)
             (prediction,) = self.detector.predict_images([pixels_HW3], vocabulary, settings)
-            found = Detections(prediction, vocabulary.names)
+            found = Detections(prediction, vocabulary.reported)
             result = {"file": upload.name, **found.to_dict()}
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise RuntimeEnvironmentError(
@@ -1077,6 +1146,7 @@ class ServingApp:
     def _describe(self, served: Served) -> dict[str, Any]:
         """What ``GET /api/info`` gives: model, classes and limits."""
         classes = served.classes
+        default = served.vocabulary or classes.vocabulary
         free, why_not, known = True, None, None
         try:
             encoder = classes.encoder
@@ -1108,7 +1178,8 @@ class ServingApp:
             "version": __version__,
             **subject,
             "words": {
-                "default": list((served.vocabulary or classes.vocabulary).reported),
+                "default": list(default.reported),
+                "background": list(default.names[len(default.reported) :]),
                 "free": free,
                 "why_not": why_not,
                 "known": known,

@@ -502,6 +502,7 @@ def plan_training(
                 try:
                     data = Dataset(config=description, cache=cache, warn=False)
                     store = data.store("train")
+                    data.vocabulary.require_plain()
                     scaled, note = fit_to_masks(scaled, store, data.vocabulary)
                     notes, decided = [f"masks        {note}"] if note else [], True
                     usable_A = Targets.of(store, data.vocabulary, "auto").usable(store)

@@ -382,6 +382,12 @@ Classes = Vocabulary | Sequence[str] | str | Path | None
 """What to detect: a vocabulary, class names, a published vocabulary's name or a file (see `open_vocabulary`), or None for
 the classes of the training."""
 
+TRAINING_CLASSES = "training"
+"""As background: the classes of the training that are not detected."""
+
+ALIKE_ABOVE = 0.9
+"""Of whole vocabularies as background, classes whose cosine with a detected class is above this are left out."""
+
 _CACHED_VOCABULARIES = 16
 
 
@@ -404,15 +410,21 @@ class TrainedClasses:
         self._lock = threading.Lock()
         self._named = lru_cache(maxsize=_CACHED_VOCABULARIES)(self._embed)
 
-    def resolve(self, vocabulary: Classes) -> Vocabulary:
+    def resolve(self, vocabulary: Classes, background: Classes = None) -> Vocabulary:
         """Turn what a user gives as classes into a vocabulary that fits the training.
 
         Names, files and published vocabularies are split into base and novel by `with_base`; a `Vocabulary` object
         is taken as it is.
 
+        Args:
+            vocabulary: What to detect.
+            background: As for `with_background`; None: no more than the vocabulary has.
+
         Raises:
             InputError: It cannot be used.
         """
+        if background is not None:
+            return self.with_background(self.resolve(vocabulary), background)
         if vocabulary is None:
             return self.vocabulary
         if isinstance(vocabulary, Vocabulary):
@@ -423,6 +435,29 @@ class TrainedClasses:
             )
             return self.with_base(opened)
         return self.vocabulary_of(vocabulary)
+
+    def with_background(self, vocabulary: Vocabulary, background: Classes) -> Vocabulary:
+        """Add classes that take regions from others and are not reported, so that other things are not taken for the classes.
+
+        Args:
+            vocabulary: What to detect.
+            background: Names, none of which may be detected; or `TRAINING_CLASSES`, a file, a published or another vocabulary: of
+                these, classes are left out whose name is detected, or whose cosine with a detected class is above `ALIKE_ABOVE`.
+
+        Raises:
+            InputError: It cannot be used, or none of its classes is left.
+        """
+        if background == TRAINING_CLASSES:
+            background = self.vocabulary
+        whole = isinstance(background, Vocabulary | str | Path)
+        other = self.resolve(background)
+        found = vocabulary.with_background(other, alike_above=ALIKE_ABOVE if whole else None)
+        if len(found) == len(vocabulary):
+            raise VocabularyError(
+                "no background class is left: each is one of the classes to detect, or like one of them",
+                hint="detect fewer classes (-v), or name other background classes",
+            )
+        return found
 
     def vocabulary_of(
         self, names: Sequence[str], *, prompts: str | Sequence[str] = PUBLISHED

@@ -185,7 +185,7 @@ class Vocabulary:
 
     A class is a linear scorer of region embeddings: its logit is temperature * ``scale`` * cosine + ``bias``, with the cosine
     of its embedding. Classes of text have a scale of 1, no bias and no threshold of their own: their scores are the published
-    ones.
+    ones. Background classes stand behind all others, so that the places of the reported classes are those in `reported`.
 
     Attributes:
         names: C class names, in the order of the rows of ``embeddings``.
@@ -232,7 +232,7 @@ class Vocabulary:
             bias: (C,) finite numbers; None: 0.
             scale: (C,) numbers above 0; None: 1.
             threshold: (C,) numbers in [0, 1], or NaN; None: NaN.
-            background: (C,) of bool (or 0 / 1), not all of them true; None: no class is.
+            background: (C,) of bool (or 0 / 1), not all of them true; None: no class is. These classes are moved behind the others.
 
         Raises:
             VocabularyError: a name is empty or there twice, or an array has the wrong shape, type or values.
@@ -246,7 +246,7 @@ class Vocabulary:
         if background_C.all():
             raise VocabularyError(
                 "all classes are background: there is none to detect",
-                hint="name at least one class besides the background classes",
+                hint="name at least one class next to the background classes",
             )
         scorers: dict[str, Any] = {
             "bias": _check_column("bias", bias, len(checked_names)),
@@ -254,6 +254,11 @@ class Vocabulary:
             "threshold": _check_column("threshold", threshold, len(checked_names)),
             "background": background_C,
         }
+        order_C = np.argsort(background_C, kind="stable")
+        if (np.diff(order_C) != 1).any():
+            checked_names = tuple(checked_names[row] for row in order_C.tolist())
+            embeddings_CD, base_C = embeddings_CD[order_C], base_C[order_C]
+            scorers = {name: values[order_C] for name, values in scorers.items()}
         known_RD = np.zeros((0, embeddings_CD.shape[1]), np.float32)
         if known is not None and len(np.asarray(known)):
             known_RD = _check_embeddings(known, None)
@@ -365,11 +370,27 @@ class Vocabulary:
         return {name: getattr(self, name) for name in _PLAIN_SCORER}
 
     @property
+    def plain(self) -> bool:
+        """Whether all are classes of text: no bias, scale, threshold or background."""
+        return not _not_plain(self.scorers)
+
+    @property
     def reported(self) -> tuple[str, ...]:
-        """The classes that can be detected: all but background."""
-        return tuple(
-            name for name, hidden in zip(self.names, self.background, strict=True) if not hidden
-        )
+        """The classes that can be detected: all but background, which stand behind them."""
+        return self.names[: len(self) - int(self.background.sum())]
+
+    def require_plain(self) -> None:
+        """Check that these can be the classes of a training.
+
+        Raises:
+            VocabularyError: They have a bias, scale, threshold or background; these belong to a detector that is trained.
+        """
+        found = ", ".join(_not_plain(self.scorers))
+        if found:
+            raise VocabularyError(
+                f"the classes of a training must be plain text embeddings; these carry {found}",
+                hint="make plain ones with: proxydet vocab build NAMES -o FILE; calibrated classes belong to predict, eval and serve",
+            )
 
     def with_base(self, mask: npt.ArrayLike) -> Vocabulary:
         """Return the same classes with another base mask, bool (C,)."""
@@ -408,6 +429,40 @@ class Vocabulary:
             np.concatenate([self.base, other.base]),
             self.known,
             **columns,
+        )
+
+    def with_background(self, other: Vocabulary, *, alike_above: float | None = None) -> Vocabulary:
+        """Return these classes, and those of another vocabulary as background behind them.
+
+        Args:
+            other: Classes that take regions from the others, and are not reported.
+            alike_above: Leave out those of ``other`` whose name is here, or whose cosine with a class that is reported is above
+                this, all of them if need be; None: take them as they are, a name that is in both is an error.
+
+        Raises:
+            VocabularyError: A name is in both, or the embeddings have other dimensions.
+        """
+        if other.dimension == self.dimension and alike_above is not None:
+            asked_RD = self.normalised()[: len(self.reported)]
+            nearest_C = (other.normalised() @ asked_RD.T).max(axis=1)
+            left = [
+                name
+                for name, cosine in zip(other.names, nearest_C.tolist(), strict=True)
+                if cosine <= alike_above and name not in self.names
+            ]
+            if not left:
+                return self
+            other = other.subset(left)
+        shared = [name for name in other.names if name in self.names]
+        if shared:
+            raise VocabularyError(
+                f"both a class to detect and a background class: {quote_names(shared)}",
+                hint="leave it out of one of the two",
+            )
+        joined = self.joined(other)
+        hidden_C = joined.background | np.isin(joined.names, other.names)
+        return joined.with_scorers(
+            background=hidden_C, threshold=np.where(hidden_C, np.nan, joined.threshold)
         )
 
     def with_known(self, start: Vocabulary) -> Vocabulary:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from proxydet.errors import ConfigError, DataError, InputError
-from proxydet_cli.opening import tuned
+from proxydet_cli.opening import add_background, tuned
 from proxydet_cli.options import (
+    Background,
     Device,
     Json,
     Precision,
@@ -88,6 +89,16 @@ Vocabulary = Annotated[
         metavar="FILE",
         help="Text embeddings (.npz, .npy) to use instead of the dataset config's.",
         rich_help_panel="Detections",
+    ),
+]
+ScoreThreshold = Annotated[
+    float,
+    typer.Option(
+        "--score-threshold",
+        min=0.0,
+        max=1.0,
+        help="Report precision, recall and false positives above this, too; classes with a threshold of their own have that.",
+        rich_help_panel="Scoring",
     ),
 ]
 Protocol = Annotated[
@@ -223,11 +234,13 @@ def evaluate(
     data: Data = None,
     split: Split = "val",
     vocabulary: Vocabulary = None,
+    background: Background = None,
     protocol: Protocol = None,
     iou_type: IouTypes = None,
     engine: Engine = "hotcoco",
     fixed: Fixed = False,
     bootstrap: Bootstrap = 200,
+    score_threshold: ScoreThreshold = 0.3,
     hierarchy: Hierarchy = None,
     allow_outside: AllowOutside = False,
     allow_duplicates: AllowDuplicates = False,
@@ -257,6 +270,7 @@ def evaluate(
         data=data,
         split=split,
         vocabulary=vocabulary,
+        background=background,
         output=output,
         device=device,
         gpus=gpus,
@@ -266,6 +280,7 @@ def evaluate(
             iou_types=iou_type or (),
             fixed=fixed,
             bootstrap=bootstrap,
+            score_threshold=score_threshold,
             hierarchy=hierarchy,
             allow_outside=allow_outside,
             allow_duplicates=allow_duplicates,
@@ -304,6 +319,7 @@ class EvalOptions:
     tta: bool = False
     precision: Precision | None = None
     comparing: bool = False
+    background: str | None = None
     settings: Mapping[str, float | None] = field(default_factory=dict)
     """Inference settings by name that other options replace; None: it is not given."""
 
@@ -365,6 +381,7 @@ class EvalOptions:
                 f"--{name.replace('_', '-')}": value is not None
                 for name, value in self.settings.items()
             },
+            "--background": self.background is not None,
         }
         return [name for name, given in options.items() if given]
 
@@ -511,17 +528,25 @@ def evaluate_options(options: EvalOptions, output: Output) -> None:
         if device is None:
             return
         from proxydet.detector import open_named
-        from proxydet.evaluation.detector_evaluation import evaluate_split, held
+        from proxydet.evaluation.detector_evaluation import (
+            evaluate_split,
+            fusion_vocabulary,
+            held,
+        )
 
         split = _open_split(description, options, progress)
         opened = open_named(named, device=device)
         detector = tuned(opened, tta=options.tta, precision=options.precision, **options.settings)
         folder = options.folder(description.name)
+        classes = None
+        if options.background is not None:
+            classes = add_background(detector, split.data.vocabulary, options.background)
+            classes = fusion_vocabulary(classes, detector.vocabulary)
         with held(folder / PREDICTIONS):
             try:
                 detected = evaluate_split(
                     detector, split, folder / PREDICTIONS,
-                    records=folder, config=options.config, progress=progress,
+                    vocabulary=classes, records=folder, config=options.config, progress=progress,
                 )  # fmt: skip
             except KeyboardInterrupt:
                 output.message("stopped: the same command resumes from here")
@@ -565,7 +590,13 @@ def _conclude(
     from proxydet.evaluation.page import write_files
 
     folder = options.folder(evaluation.report.dataset)
-    analysis = analyse(evaluation, progress)
+    described = split is not None and split.data.config.vocabulary is not None
+    analysis = analyse(
+        evaluation,
+        progress,
+        vocabulary=split.data.vocabulary if split is not None and described else None,
+        score_threshold=options.config.score_threshold,
+    )
     with progress.task("writing report", total=None):
         written = write_files(
             evaluation,
@@ -604,6 +635,7 @@ def compare_results(first: Path, second: Path, options: EvalOptions, output: Out
 def show(report: Report, analysis: Mapping[str, Any], output: Output) -> None:
     """Write the numbers to stdout."""
     from proxydet.data.config import PROTOCOL_NAMES
+    from proxydet.evaluation.analysis import operating_rows
     from proxydet.evaluation.report import group_rows, metric_rows
 
     if output.json:
@@ -630,6 +662,9 @@ def show(report: Report, analysis: Mapping[str, Any], output: Output) -> None:
     if report.main.groups:
         output.data(None, "")
         output.table(group_rows(report))
+    if analysis["operating_points"]:
+        output.data(None, "")
+        output.table(operating_rows(analysis["operating_points"]))
     resampling = report.main.resampling
     if resampling is not None:
         output.message(

@@ -9,6 +9,7 @@ import typer
 
 from proxydet_cli.opening import check_choice, chosen_vocabulary, open_detector
 from proxydet_cli.options import (
+    Background,
     Classes,
     Json,
     ModelConfig,
@@ -71,6 +72,7 @@ def export(
     classes: Classes = None,
     vocabulary: VocabularySource = None,
     names: NamesFile = None,
+    background: Background = None,
     check: Check = None,
     one_label: OneLabel = True,
     opset: Opset = 18,
@@ -86,20 +88,22 @@ def export(
     from proxydet_cli.output import Output
 
     out = Output(json=json)
-    check_choice(classes, vocabulary, names)
+    check_choice(classes, vocabulary, names, background)
     named = find_detector(run=run, weights=weights, config=config)
     from proxydet.export.exporter import export_detector
 
     detector = open_detector(named, classes, vocabulary, device="cpu", yes=yes)
     detector = detector.with_settings(agnostic_nms=one_label)
-    given = classes is not None or vocabulary is not None
+    given = (classes, vocabulary, background) != (None, None, None)
     report = export_detector(
         detector,
         output,
         format=format,
         opset=opset,
         check=check or (),
-        vocabulary=chosen_vocabulary(detector, classes, vocabulary, names, yes=yes)
+        vocabulary=chosen_vocabulary(
+            detector, classes, vocabulary, names, background=background, yes=yes
+        )
         if given
         else None,
         progress=out.message,

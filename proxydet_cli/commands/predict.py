@@ -27,6 +27,7 @@ from proxydet_cli.jobs import (
 )
 from proxydet_cli.opening import check_choice, chosen_vocabulary, open_detector, tuned
 from proxydet_cli.options import (
+    Background,
     BaseAbove,
     Classes,
     Device,
@@ -178,6 +179,7 @@ def predict(
     classes: Classes = None,
     vocabulary: VocabularySource = None,
     names: NamesFile = None,
+    background: Background = None,
     run: Run = None,
     weights: Weights = None,
     config: ModelConfig = None,
@@ -237,7 +239,7 @@ def predict(
     from proxydet.models import find_detector
     from proxydet_cli.progress import show_progress
 
-    check_choice(classes, vocabulary, names)
+    check_choice(classes, vocabulary, names, background)
     # A user's own image may be as large as it likes; beyond twice Pillow's limit it is an error all the same.
     warnings.simplefilter("ignore", DecompressionBombWarning)
     named = find_detector(run=run, weights=weights, config=config)
@@ -316,7 +318,9 @@ def predict(
     detector = detector.with_settings(agnostic_nms=one_label, masks=masks)
     if detector.inference.tiles:
         read_large_images()
-    vocabulary_used = chosen_vocabulary(detector, classes, vocabulary, names, base_above, yes=yes)
+    vocabulary_used = chosen_vocabulary(
+        detector, classes, vocabulary, names, base_above, background=background, yes=yes
+    )
     settings = detector.settings(score_threshold=score_threshold, max_detections=top)
     if kind is not None:
         from proxydet.inference.rows import DetectionWork, OpenDetection, part_format
@@ -360,7 +364,7 @@ def predict(
                 vocabulary=vocabulary_used,
                 settings=settings,
                 batch_size=batch_size,
-                writers=make_writers(kinds, folder, vocabulary_used.names),
+                writers=make_writers(kinds, folder, vocabulary_used.reported),
                 on_result=shown.image,
                 progress=progress,
             )

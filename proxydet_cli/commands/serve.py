@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from proxydet_cli.opening import check_choice, chosen_vocabulary, fetch_published, tuned
+from proxydet_cli.opening import (
+    background_classes,
+    check_choice,
+    chosen_vocabulary,
+    fetch_published,
+    tuned,
+)
 from proxydet_cli.options import (
+    Background,
     BaseAbove,
     Classes,
     Device,
@@ -124,6 +131,7 @@ def serve(
     classes: Classes = None,
     vocabulary: VocabularySource = None,
     names: NamesFile = None,
+    background: Background = None,
     run: Run = None,
     weights: Weights = None,
     config: ModelConfig = None,
@@ -156,7 +164,7 @@ def serve(
     from proxydet_cli.output import Output
 
     out = Output(json=json)
-    check_choice(classes, vocabulary, names)
+    check_choice(classes, vocabulary, names, background)
     _check_packages()
     from proxydet.models import find_detector
     from proxydet.serve.server import bind, is_loopback
@@ -188,9 +196,16 @@ def serve(
                 assert index is not None
                 searched = RegionIndex(index)
                 chosen = chosen_vocabulary(
-                    searched, classes, vocabulary, names, base_above, yes=None
+                    searched,
+                    classes,
+                    vocabulary,
+                    names,
+                    base_above,
+                    background=background,
+                    yes=None,
                 )
-                return Served(index=searched, vocabulary=chosen)
+                hidden = background and background_classes(searched, background)
+                return Served(index=searched, vocabulary=chosen, background=hidden or None)
             from proxydet.detector import open_named
 
             detector = tuned(
@@ -201,11 +216,16 @@ def serve(
                 tile_overlap=tile_overlap,
                 whole_image=whole_image,
             )
-            chosen = chosen_vocabulary(detector, classes, vocabulary, names, base_above, yes=None)
+            chosen = chosen_vocabulary(
+                detector, classes, vocabulary, names, base_above, background=background, yes=None
+            )
             # Images of a run's own data are shown to its user alone.
             own = named.run if loopback_only and not allow_host else None
             found = run_examples(own) if own else () if named.run else packaged_examples()
-            return Served(detector=detector, vocabulary=chosen, examples=found)
+            hidden = background and background_classes(detector, background)
+            return Served(
+                detector=detector, vocabulary=chosen, background=hidden or None, examples=found
+            )
 
         settings = ServingSettings(
             max_upload_bytes=round(max_upload * 2**20),

@@ -9,8 +9,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from proxydet_cli.opening import confirm_names
-from proxydet_cli.options import Json, Yes, command_app, examples
+from proxydet_cli.opening import check_choice, chosen_vocabulary, confirm_names, open_detector
+from proxydet_cli.options import (
+    Background,
+    Classes,
+    Device,
+    Json,
+    ModelConfig,
+    Run,
+    Weights,
+    Yes,
+    command_app,
+    examples,
+)
 
 if TYPE_CHECKING:
     from proxydet.vocabulary.comparison import VocabularyReport
@@ -248,6 +259,122 @@ def mix(
 
 @app.command(
     epilog=examples(
+        "proxydet vocab calibrate --run runs/quickstart --data pets.toml -o pets.vocab",
+        "proxydet vocab calibrate -v 'cup, plate' --data kitchen.json -o kitchen.vocab --precision 0.9",
+        "proxydet vocab calibrate kitchen.vocab --data kitchen.toml --split val -o kitchen-calibrated.vocab",
+    )
+)
+def calibrate(
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data",
+            "--dataset",
+            metavar="FILE",
+            help="Annotated images: a dataset config, or annotations of any format.",
+        ),
+    ],
+    output: OutputFile,
+    vocabulary: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[NAME|FILE]",
+            help="lvis, coco, objects365, openimages, or a file of names or of build. [default: the classes of the training]",
+        ),
+    ] = None,
+    classes: Classes = None,
+    background: Background = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            "--split", metavar="val|test|train", help="Which images. [default: val, else the only]"
+        ),
+    ] = None,
+    precision: Annotated[
+        float | None,
+        typer.Option(
+            "--precision",
+            min=0.0,
+            max=1.0,
+            help="Share of detections that shall be right. [default: the best balance of precision and recall, F1]",
+        ),
+    ] = None,
+    score_threshold: Annotated[
+        float,
+        typer.Option(
+            "--score-threshold", min=0.0, max=1.0, help="The general threshold to compare with."
+        ),
+    ] = 0.3,
+    run: Run = None,
+    weights: Weights = None,
+    config: ModelConfig = None,
+    device: Device = "auto",
+    yes: Yes = False,
+    json: Json = False,
+) -> None:
+    """Learn a threshold for each class from a few annotated images.
+
+    A detection of a class must then score above the class's own threshold, in predict, serve, export and Python; eval reports what
+    that brings. Classes with few objects share what is learned from all; those without any have the shared threshold.
+    """
+    from proxydet.data.sources import open_config
+    from proxydet.evaluation.split import DescribedSplit
+    from proxydet.models import find_detector
+    from proxydet.vocabulary.names import quote_names
+    from proxydet_cli.output import Output
+    from proxydet_cli.progress import show_progress
+
+    _check_output(output)
+    check_choice(classes, vocabulary, None, background)
+    described = open_config(data)
+    parts = [part for part in ("val", "test", "train") if getattr(described, part) is not None]
+    chosen = split or ("val" if "val" in parts or len(parts) != 1 else parts[0])
+    described.split(chosen)
+    named = find_detector(run=run, weights=weights, config=config)
+    detector = open_detector(named, classes, vocabulary, device=device, yes=yes)
+    from proxydet.evaluation.analysis import operating_rows
+    from proxydet.evaluation.scorers import calibrate_vocabulary
+
+    asked = chosen_vocabulary(detector, classes, vocabulary, None, background=background, yes=yes)
+    asked = detector.with_base(asked)  # as predict will
+    progress = show_progress()
+    report = calibrate_vocabulary(
+        detector, DescribedSplit.open(described, chosen, progress=progress), asked,
+        precision=precision, score_threshold=score_threshold, progress=progress,
+    )  # fmt: skip
+    report.vocabulary.save(output)
+    out = Output(json=json)
+    points = [asdict(point) for point in report.points]
+    if out.json:
+        rows = [asdict(entry) for entry in report.classes]
+        value = {"file": output, "images": report.images, "classes": rows}
+        out.data({**value, "operating_points": points, "not_asked": report.not_asked})
+        return
+    out.table(
+        [
+            {
+                "class": entry.name,
+                "objects": entry.objects,
+                "threshold": round(entry.threshold, 3),
+                "learned from": _BASES[entry.basis],
+                "right": f"{entry.right_before} -> {entry.right}",
+                "wrong": f"{entry.wrong_before} -> {entry.wrong}",
+            }
+            for entry in report.classes
+        ]
+    )
+    out.data(None, "")
+    out.table(operating_rows(points))
+    if report.not_asked:
+        out.message(f"annotated, but not asked for: {quote_names(report.not_asked)}")
+    out.message(f"{output}: {len(report.classes)} classes, from {report.images} images")
+
+
+_BASES = {"own": "its own", "few": "few of its own, and all", "shared": "all: it has none"}
+
+
+@app.command(
+    epilog=examples(
         "proxydet vocab show kitchen.vocab",
         "proxydet vocab show names.txt --against coco",
         "proxydet vocab show kitchen.vocab --run runs/quickstart --json",
@@ -306,7 +433,7 @@ def show(
     report = compare(
         shown, reference, threshold=threshold, neighbours=neighbours, alike_above=alike_above
     )
-    _render(Output(json=json), report, names_too_long(shown.names))
+    _render(Output(json=json), report, names_too_long(shown.names), shown)
 
 
 def _training_vocabulary(against: str | None, encoder: Path | None) -> Vocabulary:
@@ -340,17 +467,32 @@ def _open(
     return open_vocabulary(source, encoder=opened, names=names, known=known)
 
 
-def _render(out: Output, report: VocabularyReport, cut: Mapping[str, int]) -> None:
+def _render(
+    out: Output, report: VocabularyReport, cut: Mapping[str, int], vocabulary: Vocabulary
+) -> None:
     from proxydet.vocabulary.vocabulary import CLIP_TOKENS
 
+    scorers = [
+        {
+            name: None if value != value else value
+            for name, value in zip(vocabulary.scorers, row, strict=True)
+        }
+        for row in zip(*(values.tolist() for values in vocabulary.scorers.values()), strict=True)
+    ]
     if out.json:
         rows = [{"name": n, "tokens": count, "read": CLIP_TOKENS} for n, count in cut.items()]
-        out.data({**asdict(report), "cut": rows})
+        own = (
+            {}
+            if vocabulary.plain
+            else {"scorers": dict(zip(vocabulary.names, scorers, strict=True))}
+        )
+        out.data({**asdict(report), "cut": rows, **own})
         return
     out.table(
         [
             {
                 "class": entry.name,
+                **({} if vocabulary.plain else scorer),
                 "counts as": "base" if entry.base else "novel",
                 "nearest": ", ".join(
                     f"{near.name} {near.cosine:.3f}{'' if near.base else ' (novel)'}"
@@ -358,7 +500,7 @@ def _render(out: Output, report: VocabularyReport, cut: Mapping[str, int]) -> No
                 ),
                 "why": entry.reason,
             }
-            for entry in report.classes
+            for entry, scorer in zip(report.classes, scorers, strict=True)
         ]
     )
     for pair in report.alike:

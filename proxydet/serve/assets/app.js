@@ -178,6 +178,7 @@ async function detect() {
   const body = new FormData();
   body.append("picture", state.file);
   body.append("words", at.words.value.replace(/\s*\n\s*/g, ", "));
+  if (at.background.value.trim()) body.append("background", at.background.value);
   body.append("score_threshold", REQUEST_THRESHOLD);
   body.append("one_label", at["one-label"].checked);
   at.working.hidden = false;

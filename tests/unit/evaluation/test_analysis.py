@@ -15,7 +15,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from proxydet.errors import ConfigError, DataError
-from proxydet.evaluation.analysis import box_recall, break_down_errors, calibrate, right_and_wrong
+from proxydet.evaluation.analysis import (
+    analyse,
+    box_recall,
+    break_down_errors,
+    calibrate,
+    operating_point,
+    right_and_wrong,
+)
 from proxydet.evaluation.config import EvaluationConfig
 from proxydet.evaluation.evaluate import Evaluation, run_evaluation
 from proxydet.evaluation.ground_truth import GroundTruth
@@ -23,6 +30,7 @@ from proxydet.evaluation.matching import FOUND, match
 from proxydet.evaluation.openimages import ancestors_in, score_openimages
 from proxydet.evaluation.results import read_results
 from proxydet.evaluation.scoring import hotcoco_data, select
+from proxydet.vocabulary.vocabulary import Vocabulary
 
 BOXES = EvaluationConfig(bootstrap=0, iou_types=("bbox",))
 SIZE = {"height": 200, "width": 200}
@@ -485,3 +493,34 @@ def test_openimages_a_hierarchy_of_other_labels_is_told(hierarchy, make_set):
     truth = GroundTruth.load(make_set(1)[0])
     with pytest.raises(DataError, match="none of its labels is a category"):
         ancestors_in(hierarchy, truth)
+
+
+def test_an_operating_point_counts_what_is_above_the_thresholds():
+    truth = coco({1: [(1, HERE), (2, FAR)], 2: [(2, HERE)], 3: []})
+    detections = [
+        found(1, 1, HERE, 0.9),
+        found(1, 2, FAR, 0.4),
+        found(1, 2, NEAR, 0.6),
+        found(2, 2, FAR, 0.7),
+        found(2, 1, HERE, 0.35),
+        found(3, 1, HERE, 0.5),
+        found(3, 3, HERE, 0.2),
+    ]
+    evaluation = evaluated(truth, detections)
+    names = ["c1", "c2", "c3"]
+    own = Vocabulary.from_arrays(names, np.eye(3), threshold=[0.6, np.nan, 0.1])
+    general, calibrated = analyse(evaluation, vocabulary=own, score_threshold=0.3).operating_points
+    assert (general.right, general.wrong, general.objects) == (2, 4, 3)
+    assert (general.precision, general.recall) == (2 / 6, 2 / 3)
+    assert (general.false_positives_per_image, general.false_positives_per_empty_image) == (
+        4 / 3,
+        1,
+    )
+    assert (calibrated.right, calibrated.wrong, calibrated.empty_images) == (2, 3, 1)
+    # Image 2 has no object of the first class: it is empty where that is all that is asked for.
+    first = operating_point(
+        evaluation.scored["bbox"], np.full(7, 0.3), "", classes=np.array([True, False, False])
+    )
+    assert (first.right, first.wrong, first.objects, first.empty_images) == (1, 2, 1, 2)
+    assert first.false_positives_per_empty_image == 1
+    assert len(analyse(evaluation).operating_points) == 1

@@ -171,7 +171,7 @@ def test_json_is_the_whole_result(typed, files):
         files / "a.json", files / "val.json", config=EvaluationConfig(bootstrap=20)
     ).report
     assert shown["results"] == json.loads(json.dumps(report.to_dict()["results"]))
-    assert set(shown["analysis"]) == {"errors", "calibration", "box_recall"}
+    assert set(shown["analysis"]) == {"errors", "calibration", "box_recall", "operating_points"}
 
 
 def test_both_engines_say_the_same(typed, files):

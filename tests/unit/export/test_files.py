@@ -15,7 +15,7 @@ from PIL import Image
 from proxydet.detector import Detector
 from proxydet.errors import InputError, NumericsError, VocabularyError
 from proxydet.export.exporter import TorchProgram, compare, export_detector, synthetic_image
-from proxydet.export.runtime import INPUTS, OUTPUTS, OnnxDetector
+from proxydet.export.runtime import INPUTS, OUTPUTS, SCORER_INPUTS, OnnxDetector
 
 # One export takes longer than a quick test may; what is exported is tested without in test_graph.py.
 pytestmark = pytest.mark.slow
@@ -42,7 +42,8 @@ WITHOUT_DETECTRON2 = """
 import numpy as np, torch, torchvision
 program = torch.export.load(sys.argv[1]).module()
 arrays = np.load(sys.argv[2])
-inputs = [torch.from_numpy(arrays[name]) for name in ("image", "text", "base", "score_threshold")]
+names = ("image", "text", "base", "score_threshold", "bias", "scale", "threshold", "background")
+inputs = [torch.from_numpy(arrays[name]) for name in names]
 np.savez(sys.argv[3], **{name: value.numpy() for name, value in program(*inputs).items()})
 """
 
@@ -75,6 +76,15 @@ def assert_agrees(
         )
         assert result.good, result
         assert (result.detections > 0) == (threshold < 0.9)
+    words = tiny.vocabulary(7).with_scorers(
+        bias=np.linspace(-0.5, 0.5, 7),
+        threshold=[0.1, np.nan, 0.9, *[np.nan] * 4],
+        background=[0, 0, 0, 0, 0, 1, 1],
+    )
+    image = synthetic_image(60, 90)
+    result = compare(detector, exported, image, words, name="scorers", score_threshold=0.3)
+    assert result.good, result
+    assert result.detections > 0
 
 
 def test_onnx_finds_what_the_detector_finds(detector, onnx_export, tiny):
@@ -83,7 +93,7 @@ def test_onnx_finds_what_the_detector_finds(detector, onnx_export, tiny):
 
 def test_onnx_says_what_it_is(detector, onnx_export):
     model = onnx.load(onnx_export.path)
-    assert [value.name for value in model.graph.input] == list(INPUTS)
+    assert [value.name for value in model.graph.input] == [*INPUTS, *SCORER_INPUTS]
     assert [value.name for value in model.graph.output] == list(OUTPUTS)
     assert {opset.domain for opset in model.opset_import} == {""}
     assert onnx_export.bytes == onnx_export.path.stat().st_size
@@ -192,6 +202,7 @@ def test_torch_finds_what_the_detector_finds_without_detectron2(
         "text": words.embeddings,
         "base": words.base,
         "score_threshold": np.float32(0.02),
+        **words.scorers,
     }
     np.savez(tmp_path / "inputs.npz", **inputs)
     run_without(

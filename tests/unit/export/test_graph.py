@@ -10,7 +10,7 @@ import torch
 
 from proxydet.errors import InputError
 from proxydet.export.graph import DetectorGraph, ExportPooler, TorchvisionSuppression
-from proxydet.export.runtime import Found, to_image
+from proxydet.export.runtime import SCORER_INPUTS, Found, to_image
 from proxydet.modeling.config import CascadeConfig, InferenceConfig
 from proxydet.modeling.network import ProxyDetNetwork
 from proxydet.modeling.postprocess import Prediction
@@ -30,11 +30,12 @@ def run(
         torch.from_numpy(words.embeddings.copy()),
         torch.from_numpy(words.base.copy()),
         torch.tensor(threshold),
+        *(torch.from_numpy(words.scorers[name].copy()) for name in SCORER_INPUTS),
     )
     assert bool(outputs["finite"])
     arrays = {name: tensor.numpy() for name, tensor in outputs.items()}
     size = tuple(image_3HW.shape[1:])
-    return to_image(arrays, size, size, words.names)
+    return to_image(arrays, size, size, words.reported)
 
 
 def paired(found: Found, wanted: Prediction) -> list[int]:
@@ -108,6 +109,33 @@ def test_the_detectors_settings_go_into_the_graph(tiny, changes):
     assert_same(run(graph_of(network, settings), image, words, settings.score_threshold), wanted)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"agnostic_nms": True},
+        {"one_class_per_proposal": True},
+        {"agnostic_nms": True, "max_detections": 4},
+    ],
+    ids=str,
+)
+def test_the_classes_of_the_graph_can_have_scorers_of_their_own(tiny, changes):
+    network = tiny.lively(tiny.network())
+    settings = dataclasses.replace(InferenceConfig(score_threshold=0.3), **changes)
+    image, words = tiny.image(96, 128), tiny.vocabulary(7)
+    (plain,) = network.detect([image], words, settings=settings)
+    scored = words.with_scorers(
+        bias=np.linspace(-0.5, 0.5, 7),
+        scale=np.linspace(0.8, 1.2, 7),
+        threshold=[0.1, np.nan, 0.9, *[np.nan] * 4],
+        background=[0, 0, 0, 0, 0, 1, 1],
+    )
+    (wanted,) = network.detect([image], scored, settings=settings)
+    assert len(wanted) > 1
+    assert len(wanted) != len(plain) or not torch.equal(wanted.scores_N, plain.scores_N)
+    assert_same(run(graph_of(network, settings), image, scored, 0.3), wanted)
+
+
 def test_a_model_without_mixup_branch(tiny):
     network = tiny.lively(tiny.network(tiny.model_config(mixup_branch=False)))
     image, words = tiny.image(96, 128), tiny.vocabulary(7)
@@ -164,6 +192,7 @@ def test_damaged_weights_are_reported(tiny, place):
         torch.from_numpy(words.embeddings.copy()),
         torch.from_numpy(words.base.copy()),
         torch.tensor(0.02),
+        *(torch.from_numpy(words.scorers[name].copy()) for name in SCORER_INPUTS),
     )
     assert not bool(outputs["finite"])
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import onnx
 import onnxruntime
 import pytest
@@ -13,11 +11,10 @@ from torchvision.ops import nms
 
 from proxydet.export.exporter import describe, save_onnx
 from proxydet.export.graph import OnnxSuppression, TorchvisionSuppression
-from proxydet.modeling.config import InferenceConfig
 
 IOU = 0.5
 LIMIT = 8
-SETTINGS = dataclasses.replace(InferenceConfig(), nms_iou=0.4, max_detections=20)
+CLASS_IOU, CLASS_LIMIT = 0.4, 20
 
 
 class Suppressed(nn.Module):
@@ -27,7 +24,9 @@ class Suppressed(nn.Module):
         """Return the positions that are kept, and the pairs."""
         suppression = OnnxSuppression()
         kept = suppression.keep_best(boxes, scores[:, 0], IOU, LIMIT)
-        return kept, *suppression.keep_best_by_class(boxes, scores, threshold, SETTINGS)
+        return kept, *suppression.keep_best_by_class(
+            boxes, scores, threshold, CLASS_IOU, CLASS_LIMIT
+        )
 
 
 def drawn(count: int, classes: int) -> tuple[Tensor, Tensor]:
@@ -65,13 +64,15 @@ def test_suppression_keeps_what_torchvisions_does(session, count, classes):
     kept, regions, found = run(session, boxes, scores, threshold)
     best = nms(boxes, scores[:, 0], IOU)[:LIMIT].tolist()
     assert kept == best + [count] * (LIMIT - len(best))
-    of_class = TorchvisionSuppression().keep_best_by_class(boxes, scores, threshold, SETTINGS)
+    of_class = TorchvisionSuppression().keep_best_by_class(
+        boxes, scores, threshold, CLASS_IOU, CLASS_LIMIT
+    )
     wanted = set(zip(*(part.tolist() for part in of_class), strict=True))
     assert 0 < len(wanted) < count * classes
     pairs = set(zip(regions, found, strict=True))
     # Of a class ONNX's operator keeps no more than an image may have: the best of all are the same.
     assert pairs <= wanted
-    by_score = sorted(wanted, key=lambda pair: -scores[pair])[: SETTINGS.max_detections]
+    by_score = sorted(wanted, key=lambda pair: -scores[pair])[:CLASS_LIMIT]
     assert pairs >= set(by_score)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,14 @@ from detectron2.layers import paste_masks_in_image
 from proxydet.detector import Detector
 from proxydet.errors import InputError, NumericsError, VocabularyError
 from proxydet.export.exporter import describe
-from proxydet.export.runtime import INPUTS, ONNX_SEAL, OnnxDetector, paste, to_image
+from proxydet.export.runtime import (
+    INPUTS,
+    ONNX_SEAL,
+    SCORER_INPUTS,
+    OnnxDetector,
+    paste,
+    to_image,
+)
 from proxydet.vocabulary.vocabulary import Vocabulary
 from proxydet.weight_files import seal
 
@@ -49,7 +57,7 @@ def test_the_image_is_scaled_and_the_boxes_are_scaled_back(detector, tiny):
     session, words = Session(), tiny.vocabulary(3)
     image = np.zeros((200, 240, 3), np.uint8)
     found = opened(detector, session).predict(image, words, score_threshold=0.25)
-    assert tuple(session.inputs) == INPUTS
+    assert tuple(session.inputs) == INPUTS + SCORER_INPUTS
     assert detector.sides == (100, 160)
     assert session.inputs["image"].shape == (100, 120, 3)
     assert session.inputs["image"].dtype == np.uint8
@@ -60,6 +68,26 @@ def test_the_image_is_scaled_and_the_boxes_are_scaled_back(detector, tiny):
     np.testing.assert_allclose(found.boxes_xyxy, [[20, 40, 60, 80]])
     assert found.labels == (words.names[1],)
     assert found.masks[0, 40:80, 20:60].mean() > 0.9
+
+
+def test_an_older_file_runs_on_plain_classes_and_refuses_others(detector, tiny):
+    session, words = Session(), tiny.vocabulary(3)
+    metadata = dataclasses.replace(describe(detector), scorers=False)
+    older, image = OnnxDetector(session, metadata, None), np.zeros((20, 30, 3), np.uint8)
+    assert older.predict(image, words).labels == (words.names[1],)
+    assert tuple(session.inputs) == INPUTS
+    with pytest.raises(VocabularyError, match=r"0\.1\.0") as caught:
+        older.predict(image, words.with_scorers(threshold=[0.5] * 3))
+    assert "proxydet export" in str(caught.value.hint)
+
+
+def test_the_scorers_of_the_classes_are_inputs(detector, tiny):
+    session, words = Session(), tiny.vocabulary(3)
+    scored = words.with_scorers(bias=[1, 2, 3], threshold=[0.5] * 3, background=[1, 0, 0])
+    found = opened(detector, session).predict(np.zeros((20, 30, 3), np.uint8), scored)
+    for name in SCORER_INPUTS:
+        np.testing.assert_array_equal(session.inputs[name], scored.scorers[name])
+    assert found.labels == (words.names[2],)  # the background stands behind
 
 
 @pytest.mark.parametrize("threshold", [-0.1, 1.1, float("nan")])

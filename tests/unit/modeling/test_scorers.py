@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from proxydet.errors import VocabularyError
 from proxydet.modeling.config import InferenceConfig
-from proxydet.modeling.network import ProxyDetNetwork
+from proxydet.modeling.network import ImageView, ProxyDetNetwork
 from proxydet.modeling.postprocess import ClassText, class_scores, detect_classes
 
 LOW = InferenceConfig(score_threshold=0.0, masks=False, nms_iou=1.0, max_detections=10_000)
@@ -69,57 +70,89 @@ def test_plain_scorers_change_no_bit(network, image):
     assert pairs(found) == pairs(plain)
 
 
-@pytest.mark.parametrize("best_only", [False, True])
+@pytest.mark.parametrize("one_label", [False, True])
 @pytest.mark.parametrize("chunk", [1, 64])
-def test_a_class_keeps_what_is_above_its_own_threshold(network, image, best_only, chunk):
-    settings = dataclasses.replace(LOW, one_class_per_proposal=False, class_chunk=chunk)
+def test_a_class_keeps_what_is_above_its_own_threshold(network, image, one_label, chunk):
     words = network.vocabulary
-    everything = pairs(network.detect([image], words, settings=settings)[0])
+    every = dataclasses.replace(LOW, nms_iou=0.5, class_chunk=chunk, agnostic_nms=one_label)
+    everything = pairs(network.detect([image], words, settings=every)[0])
     scores = sorted(everything.values())
-    own = np.full(len(words), np.nan)
-    own[0], own[1] = 0.0, 1.0
-    # Nothing is above the general threshold of best_only: what is found is above its own.
-    threshold = scores[-1] if best_only else scores[len(scores) // 2]
-    general = dataclasses.replace(
-        settings, score_threshold=threshold, one_class_per_proposal=best_only
+    (_, lowest), (_, other) = (
+        min(everything, key=everything.get),
+        max(everything, key=everything.get),
     )
+    own = np.full(len(words), np.nan)
+    own[other], own[lowest] = 1.0, 0.0
+    # Behind NMS: what a lower threshold finds can be filtered.
+    general = dataclasses.replace(every, score_threshold=scores[len(scores) // 2])
     found = pairs(network.detect([image], words.with_scorers(threshold=own), settings=general)[0])
-    limits = np.where(np.isnan(own), threshold, own)
+    limits = np.where(np.isnan(own), general.score_threshold, own)
     assert found == {key: s for key, s in everything.items() if s > limits[key[1]]}
     kinds = {kind for _, kind in found}
-    assert 0 in kinds
-    assert kinds == {0} if best_only else len(kinds) > 1
-    assert any(score <= threshold for score in found.values())
+    assert lowest in kinds
+    assert len(kinds) > 1
+    assert any(score <= general.score_threshold for score in found.values())
+    few = dataclasses.replace(general, max_detections=3)
+    best = pairs(network.detect([image], words.with_scorers(threshold=own), settings=few)[0])
+    assert sorted(best.values()) == sorted(found.values())[-3:]
+
+
+def named(prediction, vocabulary):
+    """Detections by box and class name."""
+    found = pairs(prediction)
+    return {(box, vocabulary.names[kind]): score for (box, kind), score in found.items()}
 
 
 @pytest.mark.parametrize("chunk", [1, 64])
 def test_background_takes_regions_and_is_not_reported(network, image, chunk):
     words = network.vocabulary
-    everything = pairs(network.detect([image], words, settings=LOW)[0])
-    hidden = np.zeros(len(words), bool)
-    hidden[[2, 4]] = True
+    everything = named(network.detect([image], words, settings=LOW)[0], words)
+    hidden = np.isin(np.arange(len(words)), [2, 4])
+    background = {words.names[2], words.names[4]}
     settings = dataclasses.replace(LOW, class_chunk=chunk)
     asked = words.with_scorers(background=hidden)
-    assert asked.reported == tuple(
-        name for name, own in zip(words.names, hidden, strict=True) if not own
-    )
-    found = pairs(network.detect([image], asked, settings=settings)[0])
+    assert asked.reported == tuple(name for name in words.names if name not in background)
+    found = named(network.detect([image], asked, settings=settings)[0], asked)
     floor: dict[tuple[float, ...], float] = {}
-    for (box, kind), score in everything.items():
-        if hidden[kind]:
+    for (box, name), score in everything.items():
+        if name in background:
             floor[box] = max(floor.get(box, 0.0), score)
     expected = {
-        (box, kind): score
-        for (box, kind), score in everything.items()
-        if not hidden[kind] and score > floor.get(box, 0.0)
+        (box, name): score
+        for (box, name), score in everything.items()
+        if name not in background and score > floor.get(box, 0.0)
     }
-    assert found == expected
+    assert found == pytest.approx(expected)
     assert 0 < len(found) < len(everything)
-    # One label a region: where background scores best, there is none.
-    best = dataclasses.replace(settings, one_class_per_proposal=True)
-    alone = pairs(network.detect([image], asked, settings=best)[0])
-    assert set(alone) <= set(found)
-    assert {box for box, _ in alone} == {box for box, _ in found}
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_with_one_label_a_box_background_is_a_class_that_is_left_out_at_the_end(
+    network, image, views
+):
+    words = network.vocabulary
+    hidden = np.isin(np.arange(len(words)), [2, 4])
+    settings = dataclasses.replace(LOW, nms_iou=0.5, agnostic_nms=True)
+    asked = words.with_scorers(background=hidden)
+
+    def detect(vocabulary):
+        if views == 1:
+            return network.detect([image], vocabulary, settings=settings)[0]
+        seen = [ImageView(image=image), ImageView(image=image.flip(2), mirrored=True)]
+        size = (image.shape[1], image.shape[2])
+        return network.detect_views(seen, vocabulary, original_size=size, settings=settings)
+
+    everything = named(detect(words), words)
+    found = named(detect(asked), asked)
+    expected = {key: s for key, s in everything.items() if key[1] in asked.reported}
+    assert found == pytest.approx(expected)
+    assert 0 < len(found) < len(everything)
+
+
+def test_a_network_of_classes_that_are_not_plain_text_is_refused(tiny, network):
+    for scorer in ({"bias": np.ones(6)}, {"threshold": np.ones(6)}, {"background": [1] + [0] * 5}):
+        with pytest.raises(VocabularyError, match=next(iter(scorer))):
+            ProxyDetNetwork(network.config, network.vocabulary.with_scorers(**scorer))
 
 
 def test_embedding_regions_is_what_detection_does_before_the_classes(network, tiny):

@@ -263,3 +263,30 @@ def test_threads_prepare_the_network_once(network, pictures, monkeypatch):
         found = list(pool.map(shared.predict, [pictures[0]] * 2))
     assert_same(*found)
     assert made == ["fp32"]
+
+
+def test_background_classes_take_boxes_and_are_not_reported(detector, pictures):
+    names = ["green square", "red star", "blue star", "blue circle", "red square", "green circle"]
+    options = {"score_threshold": 0.02, "one_label": False}
+    every = detector.predict(pictures[0], names, **options)
+    others = [every.labels[0]]
+    words = [name for name in names if name not in others]
+    found = detector.predict(pictures[0], words, background=others, **options)
+    assert set(found.labels) <= set(words)
+    assert found.scores.tolist() != every.of(*words).scores.tolist()
+    assert (found.class_ids < len(words)).all()
+    (batch,) = detector.predict_batch([pictures[0]], words, background=others, **options)
+    assert_same(batch, found)
+    # With one label a box it is a class as all others, left out at the end.
+    best = detector.predict(pictures[0], names, score_threshold=0.02)
+    words = [name for name in names if name != best.labels[0]]
+    left = detector.predict(pictures[0], words, background=[best.labels[0]], score_threshold=0.02)
+    assert sorted(left.labels) == sorted(best.of(*words).labels)
+    training = detector.resolve(["red circle", "green square"], background="training")
+    assert training.reported == ("red circle", "green square")
+    assert set(training.names) == {"green square", *detector.vocabulary.names}
+    for nothing_left in ("training", detector.vocabulary):
+        with pytest.raises(VocabularyError):
+            detector.resolve(None, background=nothing_left)
+    with pytest.raises(VocabularyError, match="'red star'"):
+        detector.predict(pictures[0], ["red star"], background=["red star"])

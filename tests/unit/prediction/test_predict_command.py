@@ -596,3 +596,41 @@ def test_the_callable_gives_the_rows_of_a_job(detector, folder, run):
     ] == encoded["scores"]
     with pytest.raises(InputError, match="column"):
         step({"pixels": []})
+
+
+def test_background_is_in_no_output(run, detector, folder, tmp_path):
+    words = (folder / "a0.png", "-v", "red circle, blue star", "--background", "green star, red")
+    saved = ("--save", "coco,yolo,csv,labelstudio", "--output", tmp_path / "out")
+    code, out, _ = run(*words, *saved, "--json")
+    assert code == 0
+    wanted = detector.predict(
+        folder / "a0.png",
+        ["red circle", "blue star"],
+        background=["green star", "red"],
+        score_threshold=0.02,
+    )
+    (image,) = json.loads(out)["images"]
+    assert image["detections"] == json.loads(json.dumps(wanted.to_dict()["detections"]))
+    written = [path for path in (tmp_path / "out").rglob("*") if path.suffix != ".png"]
+    assert len([p for p in written if p.is_file()]) >= 4
+    for path in written:
+        if path.is_file():
+            assert "green star" not in path.read_text(errors="ignore"), path
+    code, out, _ = run(folder / "a0.png", "-v", "red circle", "--background", "training", "--json")
+    assert code == 0
+    assert {e["label"] for e in json.loads(out)["images"][0]["detections"]} <= {"red circle"}
+
+
+@pytest.mark.parametrize(
+    ("background", "what"),
+    [
+        ("red circle, green star", "'red circle'"),
+        ("absent.vocab", "absent.vocab"),
+        ("green star, green star", "duplicate"),
+        ("purple", "purple"),
+    ],
+)
+def test_mistakes_in_the_background_are_named(run, folder, background, what):
+    code, _, err = run(folder / "a0.png", "-v", "red circle", "--background", background)
+    assert code == 3
+    assert what in err

@@ -400,3 +400,53 @@ def test_who_takes_no_answer_is_given_up():
 
     with pytest.raises(asyncio.TimeoutError):
         asyncio.run(wait_for_it()).result()
+
+
+def test_background_and_scorers_of_classes_are_those_of_the_detector(client, detector, png, pixels):
+    low = {"score_threshold": "0.02", "one_label": "false"}
+    words = detector.resolve(["red star", "blue circle"], background=["green star"])
+
+    def expected(classes):
+        found = detector.predict(pixels, classes, score_threshold=0.02, one_label=False)
+        return json.loads(json.dumps(found.to_dict()["detections"]))
+
+    found = ask(client, png, words="red star, blue circle", background="green star", **low)
+    assert found["detections"] == expected(words)
+    plain = ask(client, png, words="red star, blue circle", **low)["detections"]
+    assert plain != found["detections"]
+    scores = sorted(item["score"] for item in plain if item["label"] == "red star")
+    classes = [
+        {"name": "red star", "threshold": scores[0], "bias": 1.5},
+        {"name": "blue circle"},
+        {"name": "green star", "background": True},
+    ]
+    words = words.with_scorers(bias=[1.5, 0, 0], threshold=[scores[0], np.nan, np.nan])
+    found = ask(client, png, classes=json.dumps(classes), **low)["detections"]
+    assert found == expected(words)
+    assert {item["label"] for item in found} <= {"red star", "blue circle"}
+    training = ask(client, png, words="red star", background="training", **low)["detections"]
+    assert {item["label"] for item in training} <= {"red star"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind"),
+    [
+        ({"classes": "[{"}, "parameter"),
+        ({"classes": '[{"name": "red star", "threshold": 1.5}]'}, "parameter"),
+        ({"classes": '[{"name": "red star", "bias": 1e9}]'}, "parameter"),
+        ({"classes": '[{"name": "red star", "bias": NaN}]'}, "parameter"),
+        ({"classes": '[{"name": "red star", "weight": 1}]'}, "parameter"),
+        ({"classes": "[" * 100_000}, "parameter"),
+        ({"classes": '[{"name": "red star"}]', "words": "red star"}, "parameter"),
+        ({"classes": '[{"name": "red star", "background": true}]'}, "words"),
+        ({"classes": '[{"name": "red star"}, {"name": "red star "}]'}, "words"),
+        ({"classes": json.dumps([{"name": f"red star{i}"} for i in range(21)])}, "words"),
+        ({"words": "red star", "background": "red star"}, "words"),
+        ({"words": "red star", "background": ", ".join(["red star"] * 21)}, "words"),
+    ],
+)
+def test_scorers_out_of_bounds_are_refused(client, png, fields, kind):
+    response = client.post(
+        "/api/predict", files={"picture": ("photo.png", png, "image/png")}, data=fields
+    )
+    problem(response, 400, kind)

@@ -227,8 +227,8 @@ def test_scorers_are_kept_by_files_and_subsets_and_joins(tmp_path):
     assert vocabulary.with_scorers(bias=None, scale=None, threshold=None, background=None) == plain
     assert vocabulary.reported == ("a", "b")
     more = vocabulary.joined(Vocabulary.from_arrays(["d"], table(1)))
-    assert more.names == ("a", "b", "c", "d")
-    assert more.bias.tolist() == [0, 0.5, -1, 0]
+    assert more.names == ("a", "b", "d", "c")  # background behind the others
+    assert more.bias.tolist() == [0, 0.5, 0, -1]
     assert more.subset(vocabulary.names) == vocabulary
     with np.load(plain.save(tmp_path / "plain.npz")) as arrays:  # as 0.1 wrote it
         assert sorted(arrays) == ["base", "embeddings", "names"]
@@ -251,3 +251,50 @@ def test_scorers_are_kept_by_files_and_subsets_and_joins(tmp_path):
 def test_scorers_of_wrong_values_are_refused(name, values):
     with pytest.raises(VocabularyError, match=name):
         Vocabulary.from_arrays(["a", "b", "c"], table(3), **{name: values})
+
+
+def test_background_classes_stand_behind_the_others_with_all_that_is_theirs():
+    marks = {"base": [0, 1, 1, 0], "bias": [1, 2, 3, 4], "scale": [1, 2, 3, 4]}
+    made = Vocabulary.from_arrays(
+        [*"abcd"], np.eye(4), background=[True, False, True, False], **marks
+    )
+    assert made.names == ("b", "d", "a", "c")
+    assert made.reported == ("b", "d")
+    assert made.embeddings.argmax(axis=1).tolist() == [1, 3, 0, 2]
+    assert made.base.tolist() == [True, False, False, True]
+    assert made.bias.tolist() == made.scale.tolist() == [2, 4, 1, 3]
+    assert made.background.tolist() == [False, False, True, True]
+    assert made.with_scorers(background=[False] * 4).names == made.names
+
+
+def test_background_is_added_from_another_vocabulary():
+    asked = Vocabulary.from_arrays([*"ab"], np.eye(2, 4), threshold=[0.5, np.nan])
+    other = Vocabulary.from_arrays([*"cd"], np.eye(4)[2:], threshold=[0.1, 0.2], bias=[1, 2])
+    made = asked.with_background(other)
+    assert (made.names, made.reported) == (("a", "b", "c", "d"), ("a", "b"))
+    np.testing.assert_array_equal(made.threshold, np.float32([0.5, np.nan, np.nan, np.nan]))
+    assert made.bias.tolist() == [0, 0, 1, 2]
+    assert made.with_background(Vocabulary.from_arrays([*"e"], [[1, 1, 1, 1]])).reported == (
+        "a",
+        "b",
+    )
+    with pytest.raises(VocabularyError, match="'b'"):
+        asked.with_background(Vocabulary.from_arrays([*"bc"], np.eye(2, 4)))
+    # Of a whole list what is asked for is left out, by name or because it is nearly the same.
+    alike = Vocabulary.from_arrays(
+        ["b", "almost a", "c"], [[0, 0, 0, 1], [9, 1, 0, 0], [0, 0, 1, 0]]
+    )
+    assert asked.with_background(alike, alike_above=0.9).names == ("a", "b", "c")
+    assert asked.with_background(asked, alike_above=0.9) == asked
+    with pytest.raises(VocabularyError, match="dimensions"):
+        asked.with_background(Vocabulary.from_arrays([*"c"], [[1.0, 0]]), alike_above=0.9)
+
+
+def test_only_plain_classes_can_be_trained():
+    plain = Vocabulary.from_arrays([*"ab"], np.eye(2))
+    assert plain.plain
+    plain.require_plain()
+    for name, values in {"bias": [0, 1], "scale": [1, 2], "threshold": [0, 1]}.items():
+        assert not plain.with_scorers(**{name: values}).plain
+        with pytest.raises(VocabularyError, match=name):
+            plain.with_scorers(**{name: values}).require_plain()

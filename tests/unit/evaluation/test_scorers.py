@@ -1,0 +1,212 @@
+"""Thresholds of classes that are learned from annotated images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from proxydet.data.sources import open_config
+from proxydet.errors import ConfigError, DataError
+from proxydet.evaluation.scorers import ScoreCalibration, calibrate_vocabulary
+from proxydet.evaluation.split import DescribedSplit
+from proxydet.modeling.config import InferenceConfig
+from proxydet.modeling.postprocess import Prediction
+from proxydet.vocabulary.vocabulary import Vocabulary
+
+NAMES = ["cup", "mug", "jar"]
+IMAGES = 24
+
+
+def sigmoid(values: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-values))
+
+
+def test_the_calibration_finds_slope_and_offsets_again():
+    draw = np.random.default_rng(0)
+    class_S, logit_S = draw.integers(0, 3, 6000), draw.normal(0, 1.5, 6000)
+    offset_C = np.array([-1.0, 0.0, 1.0, 9.0])
+    right_S = draw.random(6000) < sigmoid(1.5 * logit_S + offset_C[class_S])
+    fitted = ScoreCalibration.fit(sigmoid(logit_S), class_S, right_S, 4)
+    assert fitted.slope == pytest.approx(1.5, abs=0.1)
+    np.testing.assert_allclose(fitted.offset_C[:3], offset_C[:3], atol=0.15)
+    # Without detections a class has what the classes share; with one it lies near that.
+    assert fitted.offset_C[3] == pytest.approx(fitted.shared, abs=1e-6)
+    assert fitted.thresholds(0.5)[3:] == pytest.approx([sigmoid(-fitted.shared / fitted.slope)] * 2)
+    thresholds = fitted.thresholds(0.5)
+    assert thresholds[0] > thresholds[1] > thresholds[2]
+    one_S = np.append(class_S, 3), np.append(right_S, False), np.append(sigmoid(logit_S), 0.5)
+    near = ScoreCalibration.fit(one_S[2], one_S[0], one_S[1], 4)
+    assert near.shared - near.spread < near.offset_C[3] < near.shared
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_detections_that_are_all_right_or_all_wrong_make_finite_thresholds(right):
+    score_S, class_S = np.linspace(0.1, 0.9, 9), np.arange(9) % 2
+    fitted = ScoreCalibration.fit(score_S, class_S, np.full(9, right), 3)
+    thresholds = fitted.thresholds(0.5)
+    assert np.isfinite(thresholds).all()
+    assert (thresholds < 0.5).all() if right else (thresholds > 0.5).all()
+
+
+class Known:
+    """Finds the object of each image at its place; where else, and how it scores, is the class's."""
+
+    sides = (64, 64)
+
+    def __init__(self) -> None:
+        self.network = nn.Linear(2, 2)
+        self.vocabulary = Vocabulary.from_arrays(NAMES, np.eye(3, 4))
+        self.inference = InferenceConfig(masks=False)
+        self.asked: list[dict[str, Any]] = []
+
+    def with_settings(self, **changes: Any) -> Known:
+        self.asked.append(changes)
+        return self
+
+    def with_base(self, vocabulary: Vocabulary, _threshold: float = 0.9) -> Vocabulary:
+        return vocabulary
+
+    def resolve(self, names: list[str]) -> Vocabulary:
+        return Vocabulary.from_arrays(names, np.eye(len(names), 4))
+
+    def scaled(self, pixels: np.ndarray, _: InferenceConfig) -> np.ndarray:
+        return pixels
+
+    def predict_images(
+        self, images: Sequence[np.ndarray], vocabulary: Vocabulary, settings: InferenceConfig
+    ) -> list[Prediction]:
+        assert np.isnan(vocabulary.threshold).all()
+        return [self._found(int(pixels[0, 0, 0]), len(vocabulary)) for pixels in images]
+
+    def _found(self, number: int, classes: int) -> Prediction:
+        here, there = [8.0, 8, 28, 28], [36.0, 36, 56, 56]
+        kind, shade = number % 2, number / IMAGES
+        # Cups are right above 0.6 and wrong below; mugs right above 0.2. A jar is never right.
+        right, wrong = ((0.6, 0.3), (0.2, 0.06))[kind]
+        rows = [
+            (here, right + 0.1 + 0.1 * shade, kind),
+            (there, wrong + 0.1 * shade, kind),
+        ]
+        rows = [row for row in rows if row[2] < classes]
+        rows.sort(key=lambda row: -row[1])
+        boxes, scores, kinds = zip(*rows, strict=True) if rows else ([], [], [])
+        return Prediction(
+            boxes_N4=torch.tensor(boxes).reshape(-1, 4),
+            scores_N=torch.tensor(scores),
+            classes_N=torch.tensor(kinds, dtype=torch.int64),
+            mask_probs_MSS=None,
+            mask_index_N=torch.full((len(rows),), -1),
+            image_size=(64, 64),
+        )
+
+
+@pytest.fixture
+def annotated(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("PROXYDET_CACHE", str(tmp_path / "cache"))
+    content: dict[str, Any] = {"images": [], "annotations": [], "categories": []}
+    for index, name in enumerate(["cup", "mug", "spoon"]):
+        content["categories"].append({"id": index + 1, "name": name})
+    for number in range(IMAGES):
+        file = f"{number:02}.png"
+        Image.fromarray(np.full((64, 64, 3), number, np.uint8)).save(tmp_path / file)
+        content["images"].append({"id": number + 1, "height": 64, "width": 64, "file_name": file})
+        box = {"bbox": [8, 8, 20, 20], "area": 400, "iscrowd": 0, "category_id": number % 2 + 1}
+        content["annotations"].append({"id": number + 1, "image_id": number + 1, **box})
+    path = tmp_path / "few.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def opened(path: Path) -> DescribedSplit:
+    return DescribedSplit.open(open_config(path), "train")
+
+
+def test_each_class_gets_the_threshold_that_parts_right_from_wrong(annotated, tmp_path):
+    detector, words = Known(), Vocabulary.from_arrays(NAMES, np.eye(3, 4), bias=[1, 2, 3])
+    report = calibrate_vocabulary(detector, opened(annotated), words)
+    assert detector.asked == [{"agnostic_nms": True, "masks": False}]
+    cup, mug, jar = report.classes
+    assert 0.4 < cup.threshold < 0.7
+    assert 0.16 < mug.threshold < 0.3
+    assert [entry.basis for entry in report.classes] == ["own", "own", "shared"]
+    assert mug.threshold < jar.threshold < cup.threshold
+    assert (cup.objects, cup.right, cup.wrong) == (12, 12, 0)
+    assert cup.wrong_before > 0
+    assert (mug.right, mug.wrong) == (12, 0)
+    before, after, elsewhere = report.points
+    assert after.precision == after.recall == 1
+    assert before.precision < 1
+    assert elsewhere.right + elsewhere.wrong > 20  # each learned from other images
+    assert report.not_asked == ("spoon",)
+    saved = Vocabulary.load(report.vocabulary.save(tmp_path / "own.vocab"))
+    assert saved.names == words.names
+    assert saved.bias.tolist() == [1, 2, 3]
+    np.testing.assert_allclose(saved.threshold, [c.threshold for c in report.classes], rtol=1e-6)
+    strict = calibrate_vocabulary(detector, opened(annotated), words, precision=0.99)
+    assert strict.points[1].precision >= 0.99
+
+
+def test_wrong_classes_and_nothing_found_are_named(annotated):
+    detector = Known()
+    with pytest.raises(DataError, match="'fork'"):
+        calibrate_vocabulary(
+            detector, opened(annotated), Vocabulary.from_arrays(["fork"], [[1.0, 0, 0, 0]])
+        )
+    with pytest.raises(DataError, match="'spoon'"):
+        calibrate_vocabulary(
+            detector, opened(annotated), Vocabulary.from_arrays(["spoon"], [[1.0, 0, 0, 0]])
+        )
+    for precision in (0.0, 1.0):
+        with pytest.raises(ConfigError, match=str(precision)):
+            calibrate_vocabulary(
+                detector, opened(annotated), detector.vocabulary, precision=precision
+            )
+
+
+@pytest.fixture
+def calibrate(cli, monkeypatch, annotated):
+    monkeypatch.setattr("proxydet.models.locate_published", Path)
+    monkeypatch.setattr("proxydet.detector.open_named", lambda *_, **__: Known())
+    monkeypatch.chdir(annotated.parent)
+    return lambda *words: cli("vocab", "calibrate", "-v", "cup, mug, jar", *words)
+
+
+def test_the_command_prints_a_table_and_saves_the_vocabulary(calibrate):
+    code, out, err = calibrate("--data", "few.json", "-o", "own.vocab")
+    assert code == 0, err
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines[:4]] == ["class", *NAMES]
+    assert "its own" in lines[1]
+    assert "it has none" in lines[3]
+    assert sum("thresholds of the classes" in line for line in lines) == 1
+    assert "'spoon'" in err
+    saved = Vocabulary.load("own.vocab")
+    assert saved.names == tuple(NAMES)
+    assert np.isfinite(saved.threshold).all()
+    code, out, _ = calibrate("--data", "few.json", "-o", "again.npz", "--json")
+    content = json.loads(out)
+    assert [row["threshold"] for row in content["classes"]] == pytest.approx(saved.threshold)
+    assert len(content["operating_points"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["--data", "few.json", "-o", "own.txt"], "own.txt"),
+        (["--data", "few.json", "-o", "own.vocab", "--split", "test"], "test"),
+        (["--data", "absent.json", "-o", "own.vocab"], "absent.json"),
+    ],
+)
+def test_mistakes_write_nothing(calibrate, words, what):
+    code, _, err = calibrate(*words)
+    assert code == 3
+    assert what in err
+    assert not Path("own.vocab").exists()

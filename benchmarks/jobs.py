@@ -64,14 +64,15 @@ def tree(pid: int) -> list[int]:
 
 
 def resident(pid: int) -> float:
-    """Resident memory of a process and its children, in MB."""
-    pages = 0
+    """Resident memory of a process and its children in MB; of a page that several share, each has its part."""
+    total = 0
     for one in tree(pid):
         try:
-            pages += int(Path(f"/proc/{one}/statm").read_text().split()[1])
+            text = Path(f"/proc/{one}/smaps_rollup").read_text()
         except OSError:
             continue
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+        total += int(text.partition("\nPss:")[2].split()[0] if "\nPss:" in text else 0)
+    return total * 1024 / 1e6
 
 
 def finished(output: Path) -> int:

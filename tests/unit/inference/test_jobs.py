@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -365,31 +366,44 @@ def test_an_image_that_kills_every_worker_is_named(photos, tmp_path):
     ("kills", "workers"), [(2, 1), pytest.param(50, 2, marks=pytest.mark.slow)]
 )
 def test_kills_at_random_moments_lose_nothing(photos, tmp_path, kills, workers):
+    """Of the command or of a worker; a job that comes to its end is checked, and another one begun."""
     rng = random.Random(kills)
-    words = [sys.executable, job_work.__file__, tmp_path / "out", photos]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    words = [sys.executable, job_work.__file__]
+    jobs, killed = 0, 0
     finished: set[str] = set()
-    for _ in range(kills):
-        # Slow enough that no run comes to its end before it is killed.
-        pause = str(rng.choice([0.02, 0.2]))
-        with subprocess.Popen(
-            [*words, pause, str(workers)], env=environment, start_new_session=True
-        ) as process:
-            while process.poll() is None and not (tmp_path / "out" / "shards").exists():
+    while killed < kills:
+        out = tmp_path / f"out{jobs}"
+        options = [out, photos, str(rng.choice([0.02, 0.1])), str(workers)]
+        with subprocess.Popen([*words, *options], env=environment) as process:
+            while process.poll() is None and not (out / "shards").exists():
                 time.sleep(0.01)
-            time.sleep(rng.uniform(0.2, 1.5))
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-            pids = [int(pid) for pid in children.read_text().split()] if workers > 1 else []
-            victim = rng.choice([process.pid, *pids])
-            os.kill(victim, signal.SIGKILL)
-            if victim != process.pid:
-                time.sleep(rng.uniform(0, 0.5))
-                process.kill()
-        parts = {p.name for p in (tmp_path / "out" / "parts").glob("[0-9]*")}
+            time.sleep(rng.uniform(0.0, 2.0))
+            victims = tree(process.pid)
+            if process.poll() is None:
+                killed += 1
+                victim = rng.choice(victims)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(victim, signal.SIGKILL)
+                if victim != process.pid:
+                    time.sleep(rng.uniform(0.0, 1.0))
+                    process.kill()
+        parts = {path.name for path in (out / "parts").glob("[0-9]*")}
         assert finished <= parts
         finished = parts
-    words[2] = str(tmp_path / "out")
-    assert subprocess.run([*words, "0", "1"], env=environment, check=False).returncode == 0
-    job = open_job(tmp_path / "out", [str(photos)], identity={}, parts=Lines(), part_images=5)
-    assert rows(job) == {f"{value:02d}.png": (value, None) for value in range(23)}
-    assert not list((tmp_path / "out" / "parts").glob(".*"))
+        if len(parts) == 5 or killed == kills:
+            job = open_job(out, [str(photos)], identity={}, parts=Lines(), part_images=5)
+            assert run(job).images == 23
+            assert rows(job) == {f"{value:02d}.png": (value, None) for value in range(23)}
+            assert not list((out / "parts").glob(".*"))
+            jobs, finished = jobs + 1, set()
+
+
+def tree(pid: int) -> list[int]:
+    """A process and those that it has started, at any depth."""
+    found = [pid]
+    for parent in found:
+        with contextlib.suppress(OSError):
+            children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+            found += [int(child) for child in children]
+    return found

@@ -45,6 +45,8 @@ _STEP = 64
 _MASK_THRESHOLD = 0.5
 # The score of a pair of region and class that is not in the result, whatever the threshold.
 _NEVER = -1.0
+# Of more pairs than one in so many, computing all scores is faster than choosing pairs first.
+_FEW = 8
 # Pixels that are sampled at once, 13 bytes each (a cache of a CPU; 218 MB of another device, which pays for each launch), and
 # those of which the edges are read back at once, 1 byte each. They bound the memory of a mask that fills a poster.
 _SAMPLES_AT_ONCE, _SAMPLES_OFF_THE_CPU = 2**17, 2**24
@@ -562,6 +564,38 @@ class _Scorer:
             scores_NC = scores_NC.pow_(1 - weight_C).mul_(mixup_NC)
         return scores_NC.mul_(self._proposal_N1).sqrt_()
 
+    def scores_above(self, columns: slice, least: float | Tensor) -> Tensor:
+        """Return the scores (N, classes) of a range of classes that can be above a limit; `_NEVER` where they cannot.
+
+        The mixup branch gives a factor of 1 at most, and the mean of the steps' probabilities is at most that of the highest
+        logit: what is hopeless by these is left out without a sigmoid or a power of each pair of region and class.
+        """
+        text_DC, bias_C = self._classes.text_DC[:, columns], self._classes.bias_C
+        logits = [
+            classifier.logits(embeddings_ND, text_DC)
+            for classifier, embeddings_ND in zip(self._classifiers, self._embeddings, strict=True)
+        ]
+        if bias_C is not None:
+            logits = [logits_NC + bias_C[columns] for logits_NC in logits]
+        highest_NC = logits[0]
+        for logits_NC in logits[1 : self._steps]:
+            highest_NC = torch.maximum(highest_NC, logits_NC)
+        mixup = len(logits) > self._steps
+        weight = self._weight_C.amax() if mixup else 0
+        # A little lower, so that rounding leaves out nothing.
+        share_N1 = 0.999 * torch.as_tensor(least).clamp(min=0) ** 2 / self._proposal_N1
+        hopeful_NC = highest_NC > share_N1.clamp(max=1).pow(1 / (1 - weight)).logit()
+        if hopeful_NC.count_nonzero() > hopeful_NC.numel() // _FEW:
+            return self.scores(columns)
+        region_K, class_K = hopeful_NC.nonzero(as_tuple=True)
+        steps = [logits_NC[region_K, class_K].sigmoid_() for logits_NC in logits]
+        score_K = torch.stack(steps[: self._steps]).mean(dim=0)
+        if mixup:
+            weight_K = self._weight_C[columns][class_K]
+            score_K = score_K.pow_(1 - weight_K).mul_(steps[-1].pow_(weight_K))
+        score_K = score_K.mul_(self._proposal_N1[region_K, 0]).sqrt_()
+        return torch.full_like(highest_NC, _NEVER).index_put_((region_K, class_K), score_K)
+
     def _probabilities(self, index: int, text_DC: Tensor, bias_C: Tensor | None) -> Tensor:
         logits_NC = self._classifiers[index].logits(self._embeddings[index], text_DC)
         if bias_C is not None:
@@ -696,7 +730,11 @@ class _Search:
         width = -(-self._settings.class_chunk // _STEP) * _STEP
         for start in range(0, classes, width):
             columns = slice(start, min(start + width, classes))
-            scores_NC = self._mean_scores(columns)
+            if classes > width and len(self._scorers) == 1:
+                # A large list of classes is searched in two stages; the scores of a usual one are computed as they are published.
+                scores_NC = self._scorers[0].scores_above(columns, self._least)
+            else:
+                scores_NC = self._mean_scores(columns)
             if self._threshold_C is not None and not self.best_only:
                 scores_NC.masked_fill_(scores_NC <= self._threshold_C[columns], _NEVER)
             if self._background_C is not None and not self.best_only:

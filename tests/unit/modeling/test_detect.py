@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import normalize
 from torch.testing import assert_close
 from torchvision.ops import box_iou
 
@@ -22,7 +23,8 @@ from proxydet.modeling.config import (
     SwinConfig,
 )
 from proxydet.modeling.network import ImageView, ProxyDetNetwork
-from proxydet.modeling.postprocess import Prediction, masks, to_host
+from proxydet.modeling.postprocess import ClassText, Prediction, masks, to_host
+from proxydet.modeling.roi_heads import RegionEmbeddings, ZeroShotClassifier
 from proxydet.vocabulary.vocabulary import Vocabulary
 
 LOW = InferenceConfig(score_threshold=0.0)
@@ -308,6 +310,59 @@ def test_chunks_change_no_bit(network, tiny, threshold, one_class):
         )
         for one, other in zip(parts, whole, strict=True):
             assert_same(one, other)
+
+
+@pytest.mark.parametrize("one_label", [False, True])
+@pytest.mark.parametrize("own", [None, "bias_C", "threshold_C"])
+def test_a_large_list_is_searched_in_two_stages_with_the_same_result(one_label, own):
+    """What cannot score above the threshold is left out before all branches are computed: here nearly everything."""
+    torch.manual_seed(0)
+    classes, shape = 400, (2, 30)
+    common = normalize(torch.randn(16), dim=0)
+    seen = [normalize(torch.randn(*shape, 16) + 8 * common, dim=2) for _ in range(4)]
+    corners = torch.rand(*shape, 2) * 500
+    boxes = torch.cat([corners, corners + torch.rand(*shape, 2) * 200 + 1], dim=2)
+    regions = RegionEmbeddings(
+        detection=tuple(seen[:3]),
+        mixup_BRD=seen[3],
+        mixup_boxes_BR4=boxes,
+        boxes_BR4=boxes,
+        proposal_scores_BR=torch.rand(shape),
+        valid_BR=torch.ones(shape, dtype=torch.bool),
+    )
+    words = torch.randn(classes, 16)
+    words -= (words @ common + 1.2)[:, None] * common  # all classes lie as far from the regions
+    text = ClassText(
+        text_DC=normalize(words, dim=1).T.contiguous(),
+        base_C=torch.rand(classes) > 0.5,
+        **({} if own is None else {own: 0.3 + 0.2 * torch.rand(classes)}),
+    )
+    config = ClassifierConfig(embedding_dim=16)
+    classifiers = [
+        ZeroShotClassifier(config, 8, torch.zeros(16, 2), t) for t in (50.0, 50.0, 50.0, 1.0)
+    ]
+    settings = InferenceConfig(score_threshold=0.3, agnostic_nms=one_label)
+    parts = []
+    original = postprocess._Scorer.scores_above
+
+    def watch(self, columns, least):
+        parts.append((original(self, columns, least) >= 0).float().mean().item())
+        return original(self, columns, least)
+
+    with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(postprocess._Scorer, "scores_above", watch)
+        whole = postprocess.detect_classes([regions], text, classifiers, settings)
+        assert not parts
+        chunked = dataclasses.replace(settings, class_chunk=64)
+        found = postprocess.detect_classes([regions], text, classifiers, chunked)
+    assert found.counts == whole.counts
+    assert min(found.counts) > 2
+    assert_close(found.scores_L, whole.scores_L)
+    assert_close(found.boxes_L4, whole.boxes_L4)
+    assert found.classes_L.tolist() == whole.classes_L.tolist()
+    # With thresholds of their own and several labels, nothing is too low to be compared with its class's.
+    assert len(parts) == 7
+    assert min(parts) < 0.2 or (own == "threshold_C" and not one_label)
 
 
 def test_pruned_chunks_keep_little(network, tiny):

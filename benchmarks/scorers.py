@@ -98,17 +98,21 @@ def measure(detector: Detector, folder: Path, output: Path, seed: int, options: 
         "names": asked,
         "names, other words as background": detector.with_background(asked, ELSEWHERE),
         "names, training as background": detector.with_background(asked, TRAINING_CLASSES),
+        "names, training as background, margin 0": detector.with_background(
+            asked, TRAINING_CLASSES, margin=0
+        ),
+        "names, training as background, margin 2": detector.with_background(
+            asked, TRAINING_CLASSES, margin=2
+        ),
     }
     for name, words in vocabularies.items():
         found = evaluate_split(one_label, test, vocabulary=words, config=SETTINGS)
         assert found is not None
         split = opened(calibrating)
-        thresholds = {
-            "": np.full(len(words), GENERAL),
-            ", thresholds for F1": calibrate_vocabulary(
-                detector, split, words
-            ).vocabulary.threshold,
-        }
+        thresholds = {"": np.full(len(words), GENERAL)}
+        for what, options_of in {"that keep 0.97": {"keep": 0.97}, "for F1": {}}.items():
+            learned = calibrate_vocabulary(detector, split, words, **options_of)
+            thresholds[f", thresholds {what}"] = learned.vocabulary.threshold
         for what, threshold_C in thresholds.items():
             own = dict(zip(words.names, threshold_C.tolist(), strict=True))
             truth = found.truth

@@ -167,6 +167,7 @@ def calibrate_vocabulary(
     vocabulary: Vocabulary,
     *,
     precision: float | None = None,
+    keep: float | None = None,
     score_threshold: float = 0.3,
     progress: Progress = SILENT,
 ) -> CalibrationReport:
@@ -176,19 +177,23 @@ def calibrate_vocabulary(
         detector: Finds objects.
         split: Annotated images; a few dozen will do. Their categories are found among the classes by name.
         vocabulary: The classes, background too; marked base as it is.
-        precision: The share of detections that shall be right, in (0, 1); None: the thresholds with the best F1.
+        precision: The share of detections that shall be right, in (0, 1).
+        keep: Instead, the share of the objects that are found at all, however low they score, that shall stay found, in (0, 1).
+            Without both: the thresholds with the best F1.
         score_threshold: The general threshold that they are compared with.
         progress: Where progress is shown.
 
     Raises:
-        ConfigError: The precision is not in (0, 1).
+        ConfigError: A share is not in (0, 1), or both are given.
         DataError: No category is one of the classes, or nothing that is annotated is found.
     """
-    if precision is not None and not 0 < precision < 1:
-        raise ConfigError(
-            f"the precision to reach is {precision}; it must be above 0 and below 1",
-            hint="0.9: nine of ten detections are right",
-        )
+    if precision is not None and keep is not None:
+        raise ConfigError("precision and keep cannot be combined", hint="leave one of them out")
+    for name, share in {"precision": precision, "keep": keep}.items():
+        if share is not None and not 0 < share < 1:
+            raise ConfigError(
+                f"{name} is {share}; it must be above 0 and below 1", hint="0.9: nine of ten"
+            )
     annotated = [category.name.strip() for category in split.store.categories]
     shared = [name for name in vocabulary.reported if name in annotated]
     if not shared:
@@ -237,7 +242,7 @@ def calibrate_vocabulary(
         )
         probability_S = fitted.probability(score_S[chosen_S], class_S[chosen_S])
         objects = int((counted_G & image_I[matches.ann_image_G]).sum())
-        limit = _best_probability(probability_S, right_S[chosen_S], objects, precision)
+        limit = _best_probability(probability_S, right_S[chosen_S], objects, precision, keep)
         least = detector.inference.score_threshold
         thresholds = np.clip(fitted.thresholds(limit), least, 1)
         return thresholds[:-1], float(thresholds[-1])
@@ -296,12 +301,18 @@ def calibrate_vocabulary(
 
 
 def _best_probability(
-    probability_S: Floats, right_S: NDArray[np.bool_], objects: int, precision: float | None
+    probability_S: Floats,
+    right_S: NDArray[np.bool_],
+    objects: int,
+    precision: float | None,
+    keep: float | None,
 ) -> float:
-    """Return the probability above which detections have the best F1, or reach a precision with the most right ones."""
+    """Return the probability above which detections have the best F1, or reach a precision with the most right ones, or keep some."""
     order = np.argsort(-probability_S, kind="stable")
     found_S, place_S = np.cumsum(right_S[order]), np.arange(1, len(order) + 1)
-    if precision is None:
+    if keep is not None:
+        last = int(np.searchsorted(found_S, keep * found_S[-1]))
+    elif precision is None:
         last = int(np.argmax(2 * found_S / (place_S + objects)))
     else:
         precise = np.flatnonzero(found_S >= precision * place_S)

@@ -11,7 +11,6 @@ import difflib
 import io
 import ipaddress
 import logging
-import math
 import time
 from collections import deque
 from collections.abc import (
@@ -969,8 +968,8 @@ class ServingApp:
         found = classes.with_base(found, self._base_above)
         if params.bias or params.threshold:
             found = found.with_scorers(
-                bias=[params.bias.get(name, 0.0) for name in found.names],
-                threshold=[params.threshold.get(name, math.nan) for name in found.names],
+                bias=list(map(params.bias.get, found.names, found.bias)),
+                threshold=list(map(params.threshold.get, found.names, found.threshold)),
             )
         return found
 

@@ -388,6 +388,9 @@ TRAINING_CLASSES = "training"
 ALIKE_ABOVE = 0.9
 """Of whole vocabularies as background, classes whose cosine with a detected class is above this are left out."""
 
+BACKGROUND_MARGIN = 1.0
+"""Of the logits; about what absorbs most false hits and takes no true ones (``benchmarks/scorers.py``)."""
+
 _CACHED_VOCABULARIES = 16
 
 
@@ -436,13 +439,17 @@ class TrainedClasses:
             return self.with_base(opened)
         return self.vocabulary_of(vocabulary)
 
-    def with_background(self, vocabulary: Vocabulary, background: Classes) -> Vocabulary:
+    def with_background(
+        self, vocabulary: Vocabulary, background: Classes, *, margin: float = BACKGROUND_MARGIN
+    ) -> Vocabulary:
         """Add classes that take regions from others and are not reported, so that other things are not taken for the classes.
 
         Args:
             vocabulary: What to detect.
             background: Names, none of which may be detected; or `TRAINING_CLASSES`, a file, a published or another vocabulary: of
                 these, classes are left out whose name is detected, or whose cosine with a detected class is above `ALIKE_ABOVE`.
+            margin: By how much the logit of a background class must be above that of a class to detect to take its region: what
+                both fit about alike is reported. A vocabulary that is not plain has biases of its own, and keeps them.
 
         Raises:
             InputError: It cannot be used, or none of its classes is left.
@@ -451,6 +458,8 @@ class TrainedClasses:
             background = self.vocabulary
         whole = isinstance(background, Vocabulary | str | Path)
         other = self.resolve(background)
+        if other.plain:
+            other = other.with_scorers(bias=np.full(len(other), -margin))
         found = vocabulary.with_background(other, alike_above=ALIKE_ABOVE if whole else None)
         if len(found) == len(vocabulary):
             raise VocabularyError(

@@ -299,6 +299,15 @@ def calibrate(
             help="Share of detections that shall be right. [default: the best balance of precision and recall, F1]",
         ),
     ] = None,
+    keep: Annotated[
+        float | None,
+        typer.Option(
+            "--keep",
+            min=0.0,
+            max=1.0,
+            help="Instead, share of the objects that are found at all that shall stay found.",
+        ),
+    ] = None,
     score_threshold: Annotated[
         float,
         typer.Option(
@@ -340,7 +349,7 @@ def calibrate(
     progress = show_progress()
     report = calibrate_vocabulary(
         detector, DescribedSplit.open(described, chosen, progress=progress), asked,
-        precision=precision, score_threshold=score_threshold, progress=progress,
+        precision=precision, keep=keep, score_threshold=score_threshold, progress=progress,
     )  # fmt: skip
     report.vocabulary.save(output)
     out = Output(json=json)

@@ -152,6 +152,8 @@ def test_each_class_gets_the_threshold_that_parts_right_from_wrong(annotated, tm
     np.testing.assert_allclose(saved.threshold, [c.threshold for c in report.classes], rtol=1e-6)
     strict = calibrate_vocabulary(detector, opened(annotated), words, precision=0.99)
     assert strict.points[1].precision >= 0.99
+    half = calibrate_vocabulary(detector, opened(annotated), words, keep=0.5)
+    assert 12 <= half.points[1].right < 20
 
 
 def test_wrong_classes_and_nothing_found_are_named(annotated):

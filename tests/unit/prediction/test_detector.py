@@ -271,17 +271,23 @@ def test_background_classes_take_boxes_and_are_not_reported(detector, pictures):
     every = detector.predict(pictures[0], names, **options)
     others = [every.labels[0]]
     words = [name for name in names if name not in others]
-    found = detector.predict(pictures[0], words, background=others, **options)
+    asked = detector.with_background(detector.resolve(words), others, margin=0)
+    found = detector.predict(pictures[0], asked, **options)
     assert set(found.labels) <= set(words)
     assert found.scores.tolist() != every.of(*words).scores.tolist()
     assert (found.class_ids < len(words)).all()
     (batch,) = detector.predict_batch([pictures[0]], words, background=others, **options)
-    assert_same(batch, found)
+    assert_same(batch, detector.predict(pictures[0], detector.resolve(words, others), **options))
     # With one label a box it is a class as all others, left out at the end.
     best = detector.predict(pictures[0], names, score_threshold=0.02)
     words = [name for name in names if name != best.labels[0]]
-    left = detector.predict(pictures[0], words, background=[best.labels[0]], score_threshold=0.02)
+    asked = detector.with_background(detector.resolve(words), [best.labels[0]], margin=0)
+    left = detector.predict(pictures[0], asked, score_threshold=0.02)
     assert sorted(left.labels) == sorted(best.of(*words).labels)
+    # By a margin, unless it has biases of its own.
+    assert detector.resolve(words, others).bias.tolist() == [0.0] * len(words) + [-1.0]
+    own = detector.resolve(others).with_scorers(bias=[0.5])
+    assert detector.resolve(words, own).bias.tolist() == [0.0] * len(words) + [0.5]
     training = detector.resolve(["red circle", "green square"], background="training")
     assert training.reported == ("red circle", "green square")
     assert set(training.names) == {"green square", *detector.vocabulary.names}

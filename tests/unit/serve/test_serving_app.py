@@ -413,17 +413,17 @@ def test_background_and_scorers_of_classes_are_those_of_the_detector(client, det
     found = ask(client, png, words="red star, blue circle", background="green star", **low)
     assert found["detections"] == expected(words)
     plain = ask(client, png, words="red star, blue circle", **low)["detections"]
-    assert plain != found["detections"]
     scores = sorted(item["score"] for item in plain if item["label"] == "red star")
     classes = [
         {"name": "red star", "threshold": scores[0], "bias": 1.5},
         {"name": "blue circle"},
-        {"name": "green star", "background": True},
+        {"name": "green star", "background": True, "bias": 0.1},
     ]
-    words = words.with_scorers(bias=[1.5, 0, 0], threshold=[scores[0], np.nan, np.nan])
+    words = words.with_scorers(bias=[1.5, 0, 0.1], threshold=[scores[0], np.nan, np.nan])
     found = ask(client, png, classes=json.dumps(classes), **low)["detections"]
     assert found == expected(words)
     assert {item["label"] for item in found} <= {"red star", "blue circle"}
+    assert found != plain
     training = ask(client, png, words="red star", background="training", **low)["detections"]
     assert {item["label"] for item in training} <= {"red star"}
 

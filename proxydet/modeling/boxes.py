@@ -138,6 +138,8 @@ def cell_centres(height: int, width: int, stride: int, device: torch.device) -> 
 
 def image_of_each(counts: Sequence[int], device: torch.device) -> Tensor:
     """Return which image each of N rows belongs to, where the rows lie image after image: int64 (N,)."""
+    if len(counts) == 1:  # of an export, too, which has no operator for what follows
+        return torch.zeros(counts[0], dtype=torch.int64, device=device)
     repeats_B = torch.tensor(counts, dtype=torch.int64)
     image_N = torch.arange(len(counts)).repeat_interleave(repeats_B, output_size=sum(counts))
     return image_N.to(device, non_blocking=True)

@@ -374,7 +374,9 @@ class FeatureBatch:
             size: Boxes of a part.
         """
         if self.place_B is None:
-            return pooler.parts([(self.features, len(boxes_N4))], boxes_N4, image_N, size)
+            # The shape, not the length, which an export cannot trace.
+            count = boxes_N4.shape[0]
+            return pooler.parts([(self.features, count)], boxes_N4, image_N, size)
         groups, image = [], 0
         for maps in (self.features, *self.further):
             images = maps[0].shape[0]

@@ -151,7 +151,7 @@ def test_the_vocabulary_is_written_next_to_the_file_as_it_was_given(
     assert report.metadata.vocabulary_sha256 == read.digest
     trained = len(detector.vocabulary)
     assert trained != len(words)
-    assert [result.classes for result in report.agreement] == [trained, 1, 4]
+    assert [result.classes for result in report.agreement] == [trained, 1, trained, 4]
     assert report.agreement[2].image == "image 0"
 
 

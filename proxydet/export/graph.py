@@ -478,7 +478,7 @@ class DetectorGraph(nn.Module):
         region_K, class_K = self.suppression.keep_best_by_class(
             embedded.boxes_BR4[0],
             scores_RC if class_R is None else best_R[:, None],
-            threshold_C.amin(),
+            threshold_C.amin(dim=0),
             settings.nms_iou,
             max(settings.max_detections, self.network.config.proposals.keep_test * best_only),
         )

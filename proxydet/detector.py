@@ -17,18 +17,28 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 
 from proxydet.config import load_mapping, merge
 from proxydet.data.config import DataConfig
 from proxydet.data.dataset import DatasetConfig
-from proxydet.data.images import ChannelOrder, ImageInput, Pixels, as_pixels, shortest_side
+from proxydet.data.images import (
+    ChannelOrder,
+    ImageInput,
+    Pixels,
+    as_pixels,
+    checked_boxes,
+    shortest_side,
+)
 from proxydet.detections import Detections, FrameResult
 from proxydet.errors import (
     ConfigError,
     DataError,
     InputError,
+    NumericsError,
     RuntimeEnvironmentError,
     VocabularyError,
 )
@@ -58,7 +68,7 @@ from proxydet.models import (
 from proxydet.paths import how_to_restore, require_run
 from proxydet.runtime.torch_probe import half_speed
 from proxydet.vocabulary.sources import Classes, TrainedClasses, published_vocabulary
-from proxydet.vocabulary.vocabulary import TextEncoder, Vocabulary
+from proxydet.vocabulary.vocabulary import FloatArray, TextEncoder, Vocabulary
 
 if TYPE_CHECKING:
     from proxydet.inference.sources import VideoSource
@@ -82,6 +92,7 @@ class Detector(TrainedClasses):
         vocabulary: The classes of the training.
         inference: Settings of evaluation; `predict` changes thresholds only. Without a mask head, ``masks`` is False.
         sides: The shortest and the longest side, in pixels, that images are scaled to.
+        folder: The run folder that it was opened from; None of a weight file or a published model.
     """
 
     def __init__(
@@ -92,6 +103,7 @@ class Detector(TrainedClasses):
         shortest: int = 800,
         longest: int = 1333,
         encoder: TextEncoder | Path | None = None,
+        folder: Path | None = None,
     ) -> None:
         """Wrap a network.
 
@@ -103,6 +115,7 @@ class Detector(TrainedClasses):
             longest: but the longest at most this many.
             encoder: Embeds class names: an encoder, its file, or None for CLIP ViT-B/32's weights where ``proxydet
                 download`` puts them. It is opened when names are first given.
+            folder: The run folder that it comes from.
         """
         super().__init__(network.vocabulary, encoder)
         self.network = network.eval()
@@ -114,6 +127,7 @@ class Detector(TrainedClasses):
             settings if network.has_mask_head else dataclasses.replace(settings, masks=False)
         )
         self.sides = (shortest, longest)
+        self.folder = folder
         # Made when first run, and kept; threads that come at once wait for one copy.
         copies = lru_cache(maxsize=2)(lambda precision, _device: network.prepared(precision))
         preparing = threading.Lock()
@@ -147,7 +161,7 @@ class Detector(TrainedClasses):
         settings = DetectorConfig.of(configuration_of(run))
         weights = checkpoint or newest_weights(run)
         return cls._open(
-            settings, _vocabulary_of(run), weights, chosen, _encoder_of(run, settings.data)
+            settings, _vocabulary_of(run), weights, chosen, _encoder_of(run, settings.data), run
         )
 
     @classmethod
@@ -222,6 +236,7 @@ class Detector(TrainedClasses):
         weights: Path,
         device: torch.device,
         encoder: Path | None = None,
+        folder: Path | None = None,
     ) -> Detector:
         network = ProxyDetNetwork(settings.model, vocabulary)
         load_weights(network, weights)
@@ -231,6 +246,7 @@ class Detector(TrainedClasses):
             shortest=settings.data.test_shortest_side,
             longest=settings.data.test_longest_side,
             encoder=encoder,
+            folder=folder,
         )
 
     # --- Prediction --------------------------------------------------------------------------------------------------
@@ -542,6 +558,55 @@ class Detector(TrainedClasses):
         network = self._prepared(settings.precision, str(self.network.device))
         return network.embed([image.views[0].image for image in scaled], settings=settings)
 
+    def embed_boxes(
+        self,
+        images: Sequence[ImageInput],
+        boxes: Sequence[npt.ArrayLike],
+        *,
+        channel_order: ChannelOrder = "rgb",
+    ) -> list[FloatArray]:
+        """Embed given regions: what the steps of the detection branch see in them, whatever the classes.
+
+        Args:
+            images: As for `predict`; they are in the network at once.
+            boxes: Boxes (N, 4) of each image, xyxy in its pixels; what reaches out of it is cut off.
+            channel_order: As for `predict`.
+
+        Returns:
+            Region embeddings of length 1 of each image: float32 (N, S, D) of the S steps.
+
+        Raises:
+            InputError: An image cannot be used, or a box of it is not four finite numbers or has no pixel in it.
+            NumericsError: The network gave values that are not finite.
+        """
+        if len(images) != len(boxes):
+            raise InputError(
+                f"{len(images)} images, but boxes of {len(boxes)}",
+                hint="give a list of boxes for each image, an empty one where it has none",
+            )
+        views, scaled = [], []
+        for number, (image, given) in enumerate(zip(images, boxes, strict=True)):
+            pixels_HW3 = as_pixels(image, channel_order)
+            height, width = pixels_HW3.shape[:2]
+            box_N4 = checked_boxes(given, (height, width), f"image {number} (counted from 0)")
+            view = to_network(pixels_HW3, self.sides)
+            by_4 = np.tile([view.shape[2] / width, view.shape[1] / height], 2)
+            views.append(view)
+            scaled.append(torch.from_numpy((box_N4 * by_4).astype(np.float32)))
+        if not sum(map(len, scaled)):
+            steps = len(self.network.classifiers()) - (self.network.roi_heads.mixup is not None)
+            return [np.zeros((0, steps, self.vocabulary.dimension), np.float32) for _ in scaled]
+        settings = self.inference
+        network = self._prepared(settings.precision, str(self.network.device))
+        regions = network.embed(views, scaled, settings=settings)
+        steps_BRSD = torch.stack(regions.detection, dim=2).float().cpu().numpy()
+        if not np.isfinite(steps_BRSD).all():
+            raise NumericsError(
+                "the box heads gave values that are not finite",
+                hint="the weights are damaged, or half precision is too narrow for them: use float32",
+            )
+        return [own_RSD[: len(own)] for own_RSD, own in zip(steps_BRSD, scaled, strict=True)]
+
     def scaled(self, pixels_HW3: Pixels, settings: InferenceConfig | None = None) -> ScaledImage:
         """Scale an image for the network, once for each view of it: the part of `predict_images` that any thread can do.
 
@@ -606,6 +671,7 @@ class Detector(TrainedClasses):
             shortest=self.sides[0],
             longest=self.sides[1],
             encoder=self._encoder,
+            folder=self.folder,
         )
         other._prepared = self._prepared
         return other

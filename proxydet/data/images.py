@@ -178,6 +178,44 @@ def as_pixels(image: ImageInput, channel_order: ChannelOrder = "rgb") -> Pixels:
     return image if channel_order == "rgb" else np.ascontiguousarray(image[:, :, ::-1])
 
 
+def checked_boxes(
+    boxes: npt.ArrayLike, size: tuple[int, int], where: str
+) -> npt.NDArray[np.float32]:
+    """Return boxes that a user gives, cut off where they reach out of their image: float32 (N, 4).
+
+    Args:
+        boxes: (N, 4), xyxy in pixels.
+        size: Height and width of the image.
+        where: What to call the image in messages.
+
+    Raises:
+        DataError: A box is not four finite numbers, its corners are exchanged, or it has no pixel in the image.
+    """
+    hint = "a box is left, top, right, bottom, in pixels of the image"
+    try:
+        given = np.asarray(boxes, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where}: the boxes are not numbers: {error}", hint=hint) from error
+    given = given.reshape(-1, 4) if given.size == 0 else given
+    if given.ndim != 2 or given.shape[1] != 4:
+        raise DataError(f"{where}: boxes must be of shape (boxes, 4), not {given.shape}", hint=hint)
+    height, width = size
+    cut = np.clip(given, 0, [width, height, width, height])
+    for problem, wrong in {
+        "is not four finite numbers": ~np.isfinite(given).all(axis=1),
+        "has its corners exchanged": (given[:, 2:] < given[:, :2]).any(axis=1),
+        f"has no pixel in the image of {width} x {height} pixels": (
+            cut[:, 2:] - cut[:, :2] < 1
+        ).any(axis=1),
+    }.items():
+        if wrong.any():
+            row = int(np.flatnonzero(wrong)[0])
+            raise DataError(
+                f"{where}: box {row} (counted from 0), {given[row].tolist()}, {problem}", hint=hint
+            )
+    return cut.astype(np.float32)
+
+
 def open_image(
     source: Source | Image.Image, *, name: str | None = None, exif_orientation: bool = True
 ) -> Image.Image:

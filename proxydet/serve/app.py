@@ -7,9 +7,12 @@ torch: the detector may be opened by a job of the queue, while the page is there
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
 import difflib
 import io
 import ipaddress
+import json
 import logging
 import time
 from collections import deque
@@ -32,6 +35,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from urllib.parse import quote, urlsplit
 
 import msgspec
+import numpy as np
 from PIL import Image
 from python_multipart.exceptions import FormParserError
 from starlette.applications import Starlette
@@ -62,6 +66,7 @@ if TYPE_CHECKING:
     from proxydet.detector import Detector
     from proxydet.index.search import RegionIndex
     from proxydet.modeling.config import InferenceConfig
+    from proxydet.vocabulary.exemplars import RegionStatistics
     from proxydet.vocabulary.sources import TrainedClasses
     from proxydet.vocabulary.vocabulary import Vocabulary
 
@@ -167,6 +172,15 @@ def error_response(error: ProxydetError, headers: Mapping[str, str] | None = Non
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShownClass:
+    """A class that regions of images show."""
+
+    name: str
+    regions: tuple[bytes, ...]
+    """Embeddings, as ``/api/embed`` gave them: float32, little-endian."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PredictParams:
     """What to detect, and what to keep; the defaults are those of ``proxydet predict``."""
 
@@ -183,6 +197,8 @@ class PredictParams:
     """Only what scores above this, 0 to 1."""
     top: int = 300
     """At most this many detections, the best."""
+    exemplars: tuple[ShownClass, ...] = ()
+    """Classes that regions of images show, besides those that are named; alone where none is named."""
     masks: bool | None = None
     """Masks too, or boxes only; None: masks where the detector has a mask head."""
     one_label: bool = True
@@ -314,15 +330,67 @@ def _boolean(key: str, text: str) -> bool:
     return values[text.lower()]
 
 
+_MOST_BOXES = 100
+
+
+def _shown_classes(key: str, text: str) -> tuple[ShownClass, ...]:
+    hint = 'e.g. [{"name": "my mug", "regions": ["..."]}], with regions of POST /api/embed'
+    try:
+        entries = json.loads(text)
+        classes = tuple(
+            ShownClass(
+                name=entry["name"].strip(),
+                regions=tuple(
+                    base64.b64decode(region, validate=True) for region in entry["regions"]
+                ),
+            )
+            for entry in entries
+        )
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RecursionError,
+        binascii.Error,
+    ) as error:
+        raise _bad_parameter(f"{key} cannot be read: {type(error).__name__}", hint) from error
+    if not all(shown.name and shown.regions for shown in classes):
+        raise _bad_parameter(f"{key}: each class needs a name and at least one region", hint)
+    return classes
+
+
+def read_boxes(pairs: Iterable[tuple[str, str]]) -> list[list[float]]:
+    """Read the parameter ``boxes`` of a request: xyxy in pixels of the image.
+
+    Raises:
+        RequestError: 400, it is absent, repeated or not a list of boxes, or there is another parameter.
+    """
+    given = list(pairs)
+    hint = "e.g. boxes=[[10, 20, 110, 90]]: left, top, right, bottom, in pixels of the image"
+    if [key for key, _ in given] != ["boxes"]:
+        raise _bad_parameter(
+            f"the parameters are {', '.join(k[:40] for k, _ in given) or 'none'}, not boxes", hint
+        )
+    try:
+        boxes = [[float(side) for side in box] for box in json.loads(given[0][1])]
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise _bad_parameter("boxes cannot be read", hint) from error
+    if not 1 <= len(boxes) <= _MOST_BOXES or any(len(box) != 4 for box in boxes):
+        raise _bad_parameter(f"boxes must be 1 to {_MOST_BOXES} lists of four numbers", hint)
+    return boxes
+
+
 _PARSERS: dict[str, Callable[[str, str], Any]] = {
     "score_threshold": _fraction,
     "top": _count,
     "masks": _boolean,
     "one_label": _boolean,
     "classes": _classes,
+    "exemplars": _shown_classes,
 }
 _SEARCH_PARSERS = {**_PARSERS, "limit": _count}
-del _SEARCH_PARSERS["masks"]
+del _SEARCH_PARSERS["masks"], _SEARCH_PARSERS["exemplars"]
 
 
 def _bad_parameter(message: str, hint: str) -> RequestError:
@@ -879,6 +947,7 @@ class ServingApp:
         self._source = served
         self._served = served if isinstance(served, Served) else None
         self._loading: asyncio.Future[None] | None = None
+        self._statistics: RegionStatistics | None = None
         self._info = {} if self._served is None else self._describe(self._served)
         routes = [
             Route("/api/health", self._health),
@@ -896,6 +965,7 @@ class ServingApp:
         else:
             routes += [
                 Route("/api/predict", self._predict, methods=["POST"]),
+                Route("/api/embed", self._embed, methods=["POST"]),
                 Route("/examples/{index:int}.jpg", self._get_example),
             ]
         handlers: dict[Any, Any] = {
@@ -953,12 +1023,15 @@ class ServingApp:
         """
         from proxydet.vocabulary.sources import ALIKE_ABOVE, TRAINING_CLASSES
 
-        if params.words is None and not params.background:
+        if params.words is None and not params.background and not params.exemplars:
             return self.vocabulary
         classes = self._loaded.classes
         found, served = self.vocabulary, self._loaded.background
         if params.words is not None:
             found = classes.resolve(params.words)
+        if params.exemplars:
+            shown = self._shown_by(params.exemplars)
+            found = shown if params.words is None else found.joined(shown)
         if params.background:
             whole = params.background == (TRAINING_CLASSES,)
             background = TRAINING_CLASSES if whole else params.background
@@ -972,6 +1045,26 @@ class ServingApp:
                 threshold=list(map(params.threshold.get, found.names, found.threshold)),
             )
         return found
+
+    def _shown_by(self, exemplars: tuple[ShownClass, ...]) -> Vocabulary:
+        """Return the classes that regions show; RequestError where these are not of this model."""
+        from proxydet.vocabulary.exemplars import classes_of_exemplars
+
+        size = 4 * self.detector.vocabulary.dimension
+        if any(len(region) != size for shown in exemplars for region in shown.regions):
+            raise _bad_parameter(
+                "exemplars: a region is not of this model", "embed it again: POST /api/embed"
+            )
+        if self._statistics is None:
+            raise _bad_parameter(
+                "exemplars: no region was embedded since the server was started",
+                "embed it again: POST /api/embed",
+            )
+        regions = [
+            np.stack([np.frombuffer(r, "<f4") for r in shown.regions]) for shown in exemplars
+        ]
+        names = [shown.name for shown in exemplars]
+        return classes_of_exemplars(names, regions, self._statistics).vocabulary
 
     def settings_of(self, params: PredictParams) -> InferenceConfig:
         """Return the settings that a request asks for.
@@ -1031,11 +1124,30 @@ class ServingApp:
         params = read_params(query, self.settings)
         if self._served is not None:
             self.settings_of(params)
+        return await self._answer(
+            request,
+            lambda upload: partial(
+                self._detect, upload, read_params([*query, *upload.fields], self.settings)
+            ),
+        )
+
+    async def _embed(self, request: Request) -> Response:
+        self.queue.admit()
+        query = request.query_params.multi_items()
+        return await self._answer(
+            request,
+            lambda upload: partial(self._embed_boxes, upload, read_boxes([*query, *upload.fields])),
+        )
+
+    async def _answer(
+        self, request: Request, job: Callable[[Upload], Callable[[], bytes]]
+    ) -> Response:
+        """Read an image, and respond with the JSON that the job made of it returns, in its turn."""
         with self.budget.share() as take:
             upload = await read_upload(request, self.settings, take)
-            params = read_params([*query, *upload.fields], self.settings)
+            work = job(upload)
             await asyncio.to_thread(_check_header, upload.data, self.settings.max_pixels)
-            return await self._computed(request, partial(self._detect, upload, params))
+            return await self._computed(request, work)
 
     async def _computed(self, request: Request, work: Callable[[], bytes]) -> Response:
         """Wait for a job that returns JSON, unless the client goes away before."""
@@ -1141,6 +1253,36 @@ class ServingApp:
             return Response(await asyncio.to_thread(scaled), media_type="image/jpeg")
         except DataError as error:
             raise RequestError(404, "not-found", error.message, hint=error.hint) from error
+
+    def _embed_boxes(self, upload: Upload, boxes: list[list[float]]) -> bytes:
+        """Embed regions of an image; called in the one thread that computes.
+
+        Returns:
+            JSON: ``file``, ``width``, ``height``, and ``regions``: what `_shown_classes` takes, one for each box.
+
+        Raises:
+            ProxydetError: The image or a box cannot be used.
+        """
+        from proxydet.inference.exemplars import given_exemplars, region_statistics
+
+        with opened_image(upload.data, self.settings.max_pixels) as image:
+            pixels_HW3 = read_image(image, name=upload.name)
+        (found_NSD,) = self.detector.embed_boxes([pixels_HW3], [boxes])
+        if self._statistics is None:
+            shown = given_exemplars([pixels_HW3], [boxes], [["example"] * len(boxes)])
+            self._statistics = region_statistics(
+                self.detector, otherwise=shown, seconds=self.settings.wait_seconds / 4
+            )
+        result = {
+            "file": upload.name,
+            "width": pixels_HW3.shape[1],
+            "height": pixels_HW3.shape[0],
+            "regions": [
+                base64.b64encode(row_D.astype("<f4").tobytes()).decode()
+                for row_D in found_NSD.mean(axis=1)
+            ],
+        }
+        return json_text(result).encode()
 
     def _describe(self, served: Served) -> dict[str, Any]:
         """What ``GET /api/info`` gives: model, classes and limits."""
@@ -1256,7 +1398,7 @@ async def _on_http(request: Request, error: Exception) -> Response:
             error.status_code,
             "not-found" if missing else "malformed",
             "no such route" if missing else error.detail,
-            hint="routes: /, /api/health, /api/info, /api/predict; of an index /api/search",
+            hint="routes: /, /api/health, /api/info, /api/predict, /api/embed; of an index /api/search",
         )
     return error_response(found, error.headers)
 

@@ -124,6 +124,7 @@ def complete_vocabulary(
     encoder: Callable[[], TextEncoder],
     *,
     prompts: str | Sequence[str] = PUBLISHED,
+    description_weight: float = 0.5,
 ) -> Vocabulary:
     """Embed class names that a model was not trained with; those that it knows have their embedding already.
 
@@ -135,6 +136,7 @@ def complete_vocabulary(
         known: The vocabulary of the training.
         encoder: Opens the text encoder; called only where a name is not known.
         prompts: As for `build_vocabulary`.
+        description_weight: As for `build_vocabulary`.
 
     Raises:
         VocabularyError: A name is empty or there twice, or cannot be encoded; without an encoder, the message says
@@ -156,7 +158,9 @@ def complete_vocabulary(
                 path=error.path,
                 needs=error.needs,
             ) from error
-        made = build_vocabulary(missing, opened, prompts=prompts)
+        made = build_vocabulary(
+            missing, opened, prompts=prompts, description_weight=description_weight
+        )
         rows |= zip(made.names, made.embeddings, strict=True)
     names = [entry.name for entry in entries]
     return Vocabulary.from_arrays(names, np.stack([rows[name] for name in names]))

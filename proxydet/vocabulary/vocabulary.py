@@ -483,6 +483,8 @@ class Vocabulary:
     def base_by_similarity(self, reference_RD: npt.ArrayLike, threshold: float = 0.9) -> Vocabulary:
         """Return the same classes, base where they resemble a class that training saw.
 
+        Classes with a bias or a scale of their own stay what they are: their embedding is not a text's.
+
         Args:
             reference_RD: (R, D) text embeddings of the *base* classes of training, any length of rows.
             threshold: A class is base when its largest cosine with a reference row is above this.
@@ -503,7 +505,8 @@ class Vocabulary:
                 hint="encode both with the same model",
             )
         cosines_CR = self.normalised() @ _normalise(reference).T
-        return self.with_base(cosines_CR.max(axis=1) > threshold)
+        own_C = (self.scale != 1) | (self.bias != 0)
+        return self.with_base(np.where(own_C, self.base, cosines_CR.max(axis=1) > threshold))
 
     def base_as(self, trained: Vocabulary, threshold: float = 0.9) -> Vocabulary:
         """Return the same classes, base where they resemble a base class of a training, or have the name of one.

@@ -53,6 +53,52 @@ Prompts = Annotated[
         help="published (a {}), photo, ensemble, or a sentence with {} for the name.",
     ),
 ]
+Exemplars = Annotated[
+    Path | None,
+    typer.Option(
+        "--exemplars",
+        metavar="FOLDER|FILE",
+        help="What the classes look like: a folder with one subfolder of crops for each class, or annotated images (any format "
+        "of proxydet data, or a dataset config). A few of each class will do.",
+        rich_help_panel="Exemplars",
+    ),
+]
+Fuse = Annotated[
+    bool,
+    typer.Option(
+        "--fuse",
+        help="Make each class of its exemplars and of its name.",
+        rich_help_panel="Exemplars",
+    ),
+]
+Split = Annotated[
+    str | None,
+    typer.Option(
+        "--split",
+        metavar="train|val|test",
+        help="Part of annotated exemplars. [default: the first that there is]",
+        rich_help_panel="Exemplars",
+    ),
+]
+Most = Annotated[
+    int,
+    typer.Option(
+        "--most",
+        min=1,
+        help="Exemplars of a class that are used, chosen at random.",
+        rich_help_panel="Exemplars",
+    ),
+]
+Statistics = Annotated[
+    Path | None,
+    typer.Option(
+        "--statistics",
+        metavar="IMAGES",
+        help="Images, best annotated ones, that show how the detector sees its training classes; computed once and stored. "
+        "[default: the stored ones, the run's training images, else the exemplars' own]",
+        rich_help_panel="Exemplars",
+    ),
+]
 
 
 @app.command(
@@ -61,6 +107,8 @@ Prompts = Annotated[
         "proxydet vocab build names.txt -o kitchen.vocab --prompts ensemble",
         "proxydet vocab build instances_train.json -o pets.vocab",
         "proxydet vocab build names.txt -o kitchen.vocab --descriptions kitchen.yaml",
+        "proxydet vocab build --exemplars shots/ --run runs/quickstart -o shots.vocab",
+        "proxydet vocab build --exemplars few.json --fuse --weights proxydet-r50-inl --statistics photos/ -o few.vocab",
     )
 )
 def build(
@@ -70,7 +118,7 @@ def build(
         typer.Argument(
             metavar="FILE",
             help="One class a line, synonyms behind |: couch | sofa. Or YAML or JSON: a list, names with synonyms, the data.yaml "
-            "of a YOLO data set, a COCO annotation file. [default: the classes of --descriptions]",
+            "of a YOLO data set, a COCO annotation file. With --exemplars: further classes. [default: the classes of --descriptions]",
             show_default=False,
         ),
     ] = None,
@@ -101,12 +149,24 @@ def build(
             help="YAML or JSON tree of classes, or COCO's categories: adds sentences that say what a class is a kind of.",
         ),
     ] = None,
+    exemplars: Exemplars = None,
+    fuse: Fuse = False,
+    split: Split = None,
+    most: Most = 100,
+    statistics: Statistics = None,
+    run: Run = None,
+    weights: Weights = None,
+    config: ModelConfig = None,
+    device: Device = "auto",
+    yes: Yes = False,
     json: Json = False,
 ) -> None:
-    """Embed class names.
+    """Embed class names, or make classes of exemplars.
 
-    Embeddings are kept in a cache by content: what was embedded once is not computed again.
+    Embeddings of names are kept in a cache by content: what was embedded once is not computed again. Exemplars are embedded by the
+    detector that will look for them.
     """
+    from proxydet.models import find_detector
     from proxydet.vocabulary.descriptions import (
         describe,
         read_descriptions,
@@ -115,12 +175,23 @@ def build(
         with_hierarchy,
     )
     from proxydet.vocabulary.encoder import open_encoder
-    from proxydet.vocabulary.names import read_names
+    from proxydet.vocabulary.names import ClassWords, read_names
+    from proxydet.vocabulary.sources import complete_vocabulary
     from proxydet.vocabulary.vocabulary import build_vocabulary
     from proxydet_cli.output import Output
     from proxydet_cli.progress import show_progress
 
     _check_output(output)
+    for option, given in {
+        "--fuse": fuse,
+        "--split": split,
+        "--statistics": statistics,
+        "--run": run,
+        "--weights": weights,
+        "--config": config,
+    }.items():
+        if given and exemplars is None:
+            raise typer.BadParameter(f"{option} belongs to --exemplars")
     out = Output(json=json)
     notes: list[str] = []
     described = read_descriptions(descriptions) if descriptions is not None else ()
@@ -130,15 +201,47 @@ def build(
         if descriptions is not None:
             found = describe(classes, described)
             classes, notes = found.classes, said_of(found, descriptions)
-    elif descriptions is None:
-        raise typer.BadParameter("give a FILE of class names, or --descriptions")
+    elif descriptions is None and exemplars is None:
+        raise typer.BadParameter("give a FILE of class names, --descriptions or --exemplars")
     else:
         classes = described
     if hierarchy is not None:
         found = with_hierarchy(classes, read_hierarchy(hierarchy))
         classes, notes = found.classes, notes + said_of(found, hierarchy)
-    opened = open_encoder(encoder, model=model, progress=show_progress())
-    made = build_vocabulary(classes, opened, prompts=prompts, description_weight=description_weight)
+
+    if exemplars is None:
+        opened = open_encoder(encoder, model=model, progress=show_progress())
+        made = build_vocabulary(
+            classes, opened, prompts=prompts, description_weight=description_weight
+        )
+    else:
+        from proxydet.inference.exemplars import (
+            build_from_exemplars,
+            find_exemplars,
+            region_statistics,
+        )
+
+        progress = show_progress()
+        shown = find_exemplars(exemplars, split=split, most=most, progress=progress)
+        named = find_detector(run=run, weights=weights, config=config)
+        detector = open_detector(named, None, None, device=device, yes=yes)
+        measured = region_statistics(detector, statistics, otherwise=shown, progress=progress)
+        said = {entry.name: entry for entry in classes}
+
+        def text_of(wanted: Sequence[str]) -> Vocabulary:
+            return complete_vocabulary(
+                [said.get(name, ClassWords(name)) for name in wanted],
+                detector.vocabulary,
+                lambda: detector.encoder if encoder is None else open_encoder(encoder, model=model),
+                prompts=prompts,
+                description_weight=description_weight,
+            )
+
+        made = build_from_exemplars(
+            detector, shown, measured, text_of=text_of if fuse else None, progress=progress
+        ).vocabulary
+        if further := [name for name in said if name not in made.names]:
+            made = made.joined(detector.with_base(text_of(further)))
     made.save(output)
     for note in notes:
         out.warning(note)

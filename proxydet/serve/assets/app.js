@@ -7,7 +7,7 @@ import { Drawing } from "./drawing.js";
 const REQUEST_THRESHOLD = 0.1;
 
 const at = Object.fromEntries([...document.querySelectorAll("[id]")].map((element) => [element.id, element]));
-const state = { info: null, file: null, bitmap: null, drawing: null, result: null, seconds: 0, alone: null, pinned: null, request: null };
+const state = { info: null, examples: [], marking: false, corner: null, file: null, bitmap: null, drawing: null, result: null, seconds: 0, alone: null, pinned: null, request: null };
 
 const ready = start();
 
@@ -117,6 +117,10 @@ function connect() {
   at["save-json"].addEventListener("click", saveJson);
   at["save-image"].addEventListener("click", saveImage);
   at.canvas.addEventListener("click", pick);
+  at["by-example"].addEventListener("click", byExample);
+  for (const [name, handle] of Object.entries({ pointerdown: beginBox, pointermove: dragBox, pointerup: endBox })) at.canvas.addEventListener(name, handle);
+  at.canvas.addEventListener("pointercancel", () => setMarking(false));
+  document.addEventListener("keydown", (event) => event.key === "Escape" && state.marking && setMarking(false));
   new ResizeObserver(() => draw()).observe(at.stage);
 }
 
@@ -145,7 +149,8 @@ function clear() {
   state.request?.abort();
   state.file = state.bitmap = state.drawing = state.request = null;
   at.invitation.hidden = false;
-  at.canvas.hidden = at.working.hidden = true;
+  at.canvas.hidden = at.working.hidden = at["by-example"].hidden = at["example-help"].hidden = true;
+  setMarking(false);
   at.stage.classList.remove("filled");
   hideError();
   clearResult();
@@ -160,7 +165,7 @@ function clearResult() {
 function useDrawing(image, { width, height }) {
   state.drawing = new Drawing(image, { width, height });
   at.invitation.hidden = true;
-  at.canvas.hidden = false;
+  at.canvas.hidden = at["by-example"].hidden = at["example-help"].hidden = false;
   at.stage.classList.add("filled");
   draw();
 }
@@ -181,6 +186,7 @@ async function detect() {
   if (at.background.value.trim()) body.append("background", at.background.value);
   body.append("score_threshold", REQUEST_THRESHOLD);
   body.append("one_label", at["one-label"].checked);
+  if (state.examples.length) body.append("exemplars", JSON.stringify(exampleClasses()));
   at.working.hidden = false;
   at["working-text"].textContent = state.info ? "Detecting…" : "Waiting for the model…";
   await ready;
@@ -281,14 +287,127 @@ function pin(item) {
 }
 
 function pick(event) {
-  if (!state.drawing) return;
-  const { left, top, width, height } = at.canvas.getBoundingClientRect();
-  const x = ((event.clientX - left) / width) * state.drawing.size.width;
-  const y = ((event.clientY - top) / height) * state.drawing.size.height;
+  if (!state.drawing || state.marking) return;
+  const [x, y] = pixelOf(event);
   const under = shown().filter(({ box_xyxy: [x0, y0, x1, y1] }) => x0 <= x && x <= x1 && y0 <= y && y <= y1);
   const area = ({ box_xyxy: [x0, y0, x1, y1] }) => (x1 - x0) * (y1 - y0);
   const smallest = under.sort((a, b) => area(a) - area(b))[0] ?? null;
   pin(smallest === state.pinned ? null : smallest);
+}
+
+// Examples: a box in one image, found in this one and in others. They stay when another image is chosen.
+
+const SMALLEST_BOX = 0.01;
+
+/** Takes the selected detection as an example; where none is selected, the next box that is drawn. */
+function byExample() {
+  if (state.pinned) addExample(state.pinned.box_xyxy);
+  else setMarking(!state.marking);
+}
+
+function setMarking(on) {
+  state.marking = on;
+  state.corner = null;
+  at["by-example"].setAttribute("aria-pressed", String(on));
+  at.canvas.classList.toggle("marking", on);
+  draw();
+}
+
+function pixelOf({ clientX, clientY }) {
+  const { left, top, width, height } = at.canvas.getBoundingClientRect();
+  const { size } = state.drawing;
+  const within = (value, most) => Math.max(0, Math.min(value * most, most));
+  return [within((clientX - left) / width, size.width), within((clientY - top) / height, size.height)];
+}
+
+function beginBox(event) {
+  if (!state.marking || !event.isPrimary) return;
+  event.preventDefault();
+  at.canvas.setPointerCapture(event.pointerId);
+  state.corner = pixelOf(event);
+}
+
+function boxTo([x, y]) {
+  const [x0, y0] = state.corner;
+  return [Math.min(x0, x), Math.min(y0, y), Math.max(x0, x), Math.max(y0, y)];
+}
+
+function dragBox(event) {
+  if (!state.corner || !event.isPrimary) return;
+  draw();
+  state.drawing.outline(at.canvas, boxTo(pixelOf(event)), at.canvas.clientWidth);
+}
+
+async function endBox(event) {
+  if (!state.corner || !event.isPrimary) return;
+  const box = boxTo(pixelOf(event));
+  const { width, height } = state.drawing.size;
+  const large = box[2] - box[0] > SMALLEST_BOX * width && box[3] - box[1] > SMALLEST_BOX * height;
+  state.corner = null;
+  // The click that follows would select a detection.
+  setTimeout(() => setMarking(!large));
+  if (large) await addExample(box);
+}
+
+/** Sends the image and the box, and keeps what the detector sees there. */
+async function addExample(box) {
+  hideError();
+  const { file, drawing } = state;
+  const body = new FormData();
+  body.append("picture", file);
+  body.append("boxes", JSON.stringify([box]));
+  at.working.hidden = false;
+  at["working-text"].textContent = "Looking at the example…";
+  try {
+    const response = await fetch("api/embed", { method: "POST", body });
+    if (!response.ok) throw await errorOf(response);
+    const { regions } = await response.json();
+    const taken = new Set(state.examples.map(({ name }) => name));
+    let number = 1;
+    while (taken.has(`example ${number}`)) number += 1;
+    state.examples.push({ name: `example ${number}`, regions, thumbnail: drawing.cut(box) });
+    listExamples();
+    if (state.file) await detect();
+  } catch (error) {
+    at.working.hidden = true;
+    showError(error);
+  }
+}
+
+function listExamples() {
+  at.shown.hidden = !state.examples.length;
+  at.shown.replaceChildren(...state.examples.map(exampleEntry));
+}
+
+function exampleEntry(example) {
+  const row = document.createElement("li");
+  const name = document.createElement("input");
+  name.value = example.name;
+  name.maxLength = 100;
+  name.setAttribute("aria-label", "What the example is called; examples of one name are one class");
+  name.addEventListener("change", () => {
+    example.name = name.value.trim() || example.name;
+    listExamples();
+    if (state.file) detect();
+  });
+  const remove = document.createElement("button");
+  remove.type = "button";
+  remove.textContent = "Remove";
+  remove.setAttribute("aria-label", `Remove ${example.name}`);
+  remove.addEventListener("click", () => {
+    state.examples = state.examples.filter((other) => other !== example);
+    listExamples();
+    if (state.file) detect();
+  });
+  row.append(example.thumbnail, name, remove);
+  return row;
+}
+
+/** The examples as a request takes them: those of one name together. */
+function exampleClasses() {
+  const classes = new Map();
+  for (const { name, regions } of state.examples) classes.set(name, [...(classes.get(name) ?? []), ...regions]);
+  return [...classes].map(([name, regions]) => ({ name, regions }));
 }
 
 function options(shownWidth) {
@@ -296,6 +415,7 @@ function options(shownWidth) {
 }
 
 function draw() {
+  at["by-example"].textContent = state.pinned ? "Find more like this" : "Draw an example";
   if (!state.drawing) return;
   fit();
   state.drawing.draw(at.canvas, shown(), options(at.canvas.clientWidth));

@@ -106,6 +106,19 @@ export class Drawing {
     }
   }
 
+  /** Draws the box that the user is drawing. */
+  outline(canvas, box, shownWidth) {
+    this.#box(canvas.getContext("2d"), { box_xyxy: box, colour: [255, 255, 255] }, 1, canvas.width / Math.max(shownWidth || 800, 200));
+  }
+
+  /** A part of the image as a small canvas. */
+  cut([x0, y0, x1, y1]) {
+    const scale = 48 / Math.max(x1 - x0, y1 - y0);
+    const canvas = newCanvas(Math.max(1, Math.round((x1 - x0) * scale)), Math.max(1, Math.round((y1 - y0) * scale)));
+    if (this.image) canvas.getContext("2d").drawImage(this.image, x0, y0, x1 - x0, y1 - y0, 0, 0, canvas.width, canvas.height);
+    return canvas;
+  }
+
   #masks(context, items, strength, unit) {
     const area = ({ box_xyxy: [x0, y0, x1, y1] }) => (x1 - x0) * (y1 - y0);
     for (const item of items.filter((entry) => entry.mask).sort((a, b) => area(b) - area(a))) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import dataclasses
 import json
 import warnings
@@ -450,3 +451,56 @@ def test_scorers_out_of_bounds_are_refused(client, png, fields, kind):
         "/api/predict", files={"picture": ("photo.png", png, "image/png")}, data=fields
     )
     problem(response, 400, kind)
+
+
+def test_regions_of_one_image_are_looked_for_in_another(
+    client, png, pixels, detector, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("PROXYDET_CACHE", str(tmp_path))
+    files = {"picture": ("a.png", png, "image/png")}
+    told = client.post(
+        "/api/embed", files=files, data={"boxes": "[[5, 5, 40, 40], [10, 8, 60, 44]]"}
+    )
+    assert told.status_code == 200, told.text
+    regions = told.json()["regions"]
+    (wanted,) = detector.embed_boxes([pixels], [[[5, 5, 40, 40], [10, 8, 60, 44]]])
+    found = np.stack([np.frombuffer(base64.b64decode(region), "<f4") for region in regions])
+    np.testing.assert_allclose(found, wanted.mean(axis=1), atol=1e-5)
+
+    exemplars = json.dumps([{"name": "my thing", "regions": regions}])
+    data = {"exemplars": exemplars, "score_threshold": "0.0"}
+    alone = client.post("/api/predict", files=files, data=data).json()["detections"]
+    assert {item["label"] for item in alone} == {"my thing"}
+    mixed = client.post("/api/predict", files=files, data={**data, "words": "red star", "one_label": "false"})  # fmt: skip
+    assert {item["label"] for item in mixed.json()["detections"]} == {"red star", "my thing"}
+    twice = client.post("/api/predict", files=files, data={**data, "words": "my thing"})
+    assert (twice.status_code, twice.json()["error"]["kind"]) == (400, "words")
+
+
+@pytest.mark.parametrize(
+    ("path", "data"),
+    [
+        ("embed", {}),
+        ("embed", {"boxes": "[[1, 2]]"}),
+        ("embed", {"boxes": "[]"}),
+        ("embed", {"boxes": "[[NaN, 0, 5, 5]]"}),
+        ("embed", {"boxes": "[[500, 500, 600, 600]]"}),
+        ("embed", {"boxes": "[[9, 9, 1, 1]]"}),
+        ("embed", {"boxes": "[" * 50_000}),
+        ("embed", {"boxes": str([[0, 0, 9, 9]] * 101)}),
+        ("embed", {"boxes": "[[0, 0, 9, 9]]", "words": "cup"}),
+        ("predict", {"exemplars": "cup"}),
+        ("predict", {"exemplars": "[1]"}),
+        ("predict", {"exemplars": '[{"name": "", "regions": ["AAAA"]}]'}),
+        ("predict", {"exemplars": '[{"name": "a", "regions": []}]'}),
+        ("predict", {"exemplars": '[{"name": "a", "regions": ["AAAA"]}]'}),
+        ("predict", {"exemplars": '[{"name": "a", "regions": ["no!"]}]'}),
+        ("predict", {"exemplars": '[{"name": ["a"], "regions": ["AAAA"]}]'}),
+        ("predict", {"exemplars": json.dumps([{"name": "a", "regions": [base64.b64encode(np.full(64, np.nan, "<f4").tobytes()).decode()]}])}),
+    ],
+)  # fmt: skip
+def test_wrong_exemplars_are_the_clients_mistake(client, png, path, data):
+    files = {"picture": ("a.png", png, "image/png")}
+    reply = client.post(f"/api/{path}", files=files, data=data)
+    assert reply.status_code == 400, reply.text
+    assert reply.json()["error"]["hint"]

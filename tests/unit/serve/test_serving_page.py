@@ -22,9 +22,12 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
 from proxydet import RegionIndex
+from proxydet.inference.exemplars import vocabulary_of_exemplars
+from proxydet.modeling.weights import weights_digest
 from proxydet.serve.app import Served, ServingSettings, build_app
 from proxydet.serve.examples import Example
 from proxydet.visualization.drawing import instance_colours
+from proxydet.vocabulary.exemplars import STATISTICS_NAME, RegionStatistics
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -217,6 +220,65 @@ def test_one_label_for_each_box_sends_another_request(page, detector, png, pixel
     assert page.rows() == [
         f"{label} {score:.2f}" for label, score in zip(best.labels, best.scores, strict=True)
     ]
+
+
+DRAG = """
+    const [x0, y0, x1, y1] = arguments;
+    const canvas = document.getElementById("canvas");
+    const { left, top, width, height } = canvas.getBoundingClientRect();
+    const send = (name, x, y) => canvas.dispatchEvent(new PointerEvent(name, {
+      pointerId: 1, isPrimary: true, pointerType: "touch", bubbles: true, clientX: left + x * width, clientY: top + y * height,
+    }));
+    canvas.setPointerCapture = () => {};
+    send("pointerdown", x0, y0); send("pointermove", x1, y1); send("pointerup", x1, y1);
+"""
+
+
+def test_what_a_box_shows_is_found_in_other_images(
+    page, detector, png, pixels, tmp_path, monkeypatch
+):
+    # As if the region embeddings of a class were its text's.
+    monkeypatch.setenv("PROXYDET_CACHE", str(tmp_path / "cache"))
+    weights = weights_digest(detector.network)
+    texts_KD = detector.vocabulary.normalised()
+    RegionStatistics(
+        weights=weights,
+        temperature=detector.network.config.classifier.temperature,
+        means_KD=texts_KD * np.float32(0.3),
+        counts_K=np.full(len(texts_KD), 9),
+        texts_KD=texts_KD,
+        within_DD=np.eye(texts_KD.shape[1], dtype=np.float32) / 1000,
+        shrinkage=1.0,
+    ).save(tmp_path / "cache" / "statistics" / weights[:32] / STATISTICS_NAME)
+    assert not page["by-example"].is_displayed()
+    page.driver.execute_script(DROP, base64.b64encode(png).decode(), "noise.png")
+    page.until(lambda: page["results"].is_displayed())
+    page["by-example"].click()
+    assert page["by-example"].get_attribute("aria-pressed") == "true"
+    page.driver.execute_script(DRAG, 0.1, 0.1, 0.101, 0.101)  # too small: still drawing
+    page.driver.execute_script(DRAG, 0.5, 0.75, 0.125, 0.25)
+    page.until(lambda: page.requests() == 2)
+    page.driver.execute_script(SLIDE, "0.1")
+    wanted = vocabulary_of_exemplars(detector, [pixels], [[[8, 12, 32, 36]]], [["example 1"]])
+    found = detector.predict(pixels, wanted, score_threshold=0.1)
+    lines = [f"example 1 {score:.2f}" for score in found.scores]
+    page.until(lambda: page.rows() == lines)
+    assert len(lines) > 0
+    assert page["by-example"].get_attribute("aria-pressed") == "false"
+
+    # Another image, the same example; a selected detection becomes a second one.
+    page.driver.execute_script(DROP, base64.b64encode(png).decode(), "other.png")
+    page.until(lambda: page.requests() == 3 and page.rows() == lines)
+    page["list"].find_element(By.TAG_NAME, "button").click()
+    assert page["by-example"].text == "Find more like this"
+    page["by-example"].send_keys(Keys.ENTER)
+    page.until(
+        lambda: page.requests() == 4 and len(page["shown"].find_elements(By.TAG_NAME, "li")) == 2
+    )
+    for _ in range(2):
+        page["shown"].find_element(By.TAG_NAME, "button").click()
+    page.until(lambda: page.requests() >= 5 and not any("example" in row for row in page.rows()))
+    assert not page["shown"].is_displayed()
 
 
 def test_errors_are_shown_in_place_of_the_old_result(page, png):

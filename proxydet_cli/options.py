@@ -268,6 +268,16 @@ PrecisionOption = Annotated[
         rich_help_panel="Detector",
     ),
 ]
+Rescore = Annotated[
+    bool | None,
+    typer.Option(
+        "--rescore/--no-rescore",
+        help="Score a box by all proposals that agree on it: novel classes and tight boxes gain, scores rise. "
+        "[default: inference.rescore, no]",
+        show_default=False,
+        rich_help_panel="Detector",
+    ),
+]
 Tiles = Annotated[
     int | None,
     typer.Option(

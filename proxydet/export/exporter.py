@@ -253,6 +253,7 @@ def describe(detector: Detector, vocabulary: Vocabulary | None = None) -> Export
         one_class_per_proposal=settings.one_class_per_proposal,
         agnostic_nms=settings.agnostic_nms,
         scorers=True,
+        rescore=settings.rescore,
         shortest=detector.sides[0],
         longest=detector.sides[1],
         sealed=True,

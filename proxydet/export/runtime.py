@@ -91,6 +91,8 @@ class ExportMetadata:
     """Whether NMS takes all classes at once: one label a box."""
     scorers: bool
     """Whether bias, scale, threshold and background of the classes are inputs. Version 0.1 had none."""
+    rescore: bool
+    """Whether overlapping proposals count for each other."""
     shortest: int
     """Images are scaled so that their shortest side has this many pixels,"""
     longest: int
@@ -118,8 +120,9 @@ class ExportMetadata:
         if text is None:
             raise InputError(f"{path} was not made by proxydet", hint=hint, path=path)
         try:
-            # Version 0.1 always exported masks, no digest, NMS of each class alone, and classes of text.
-            earlier = {"masks": True, "sealed": False, "agnostic_nms": False, "scorers": False}
+            # Version 0.1 always exported masks, no digest, NMS of each class alone, classes of text, and scores of each proposal alone.
+            earlier = {"masks": True, "sealed": False, "agnostic_nms": False}
+            earlier |= {"scorers": False, "rescore": False}
             content = {**earlier, **json.loads(text)}
             metadata = msgspec.convert(content, cls)
         except (ValueError, TypeError, RecursionError, msgspec.MsgspecError) as error:

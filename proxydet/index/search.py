@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from proxydet.config import merge
 from proxydet.data.images import read_image
 from proxydet.detections import Detections
-from proxydet.errors import DataError, MissingDependencyError, VocabularyError
+from proxydet.errors import ConfigError, DataError, MissingDependencyError, VocabularyError
 from proxydet.files import staged, write_errors
 from proxydet.index.store import Part, StoredIndex, read_words
 from proxydet.modeling.config import InferenceConfig
@@ -126,7 +126,12 @@ class RegionIndex(TrainedClasses):
             ConfigError: There is no such setting, or its value is out of range.
         """
         given = {name: value for name, value in changes.items() if value is not None}
-        return merge(self.inference, given, "inference")
+        settings = merge(self.inference, given, "inference")
+        if settings.rescore:
+            raise ConfigError(
+                "inference.rescore needs all regions of an image; an index scores each alone"
+            )
+        return settings
 
     def search(
         self,

@@ -99,12 +99,17 @@ class IndexedDetector(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             most_regions: Regions kept of an image of a compact index; None: an exact index.
 
         Raises:
-            ConfigError: It runs with tiles or test-time augmentation, or ``most_regions`` is below 1.
+            ConfigError: It runs with tiles, rescoring or test-time augmentation, or ``most_regions`` is below 1.
         """
         if detector.inference.augmented or detector.inference.tiles:
             raise ConfigError(
                 "an index holds the regions of one view of an image",
                 hint="leave out test-time augmentation and tiles: --tta, or inference.flip, inference.scales and inference.tiles of the run",
+            )
+        if detector.inference.rescore:
+            raise ConfigError(
+                "an index scores each region alone, and rescoring needs all regions of an image",
+                hint="leave out --rescore, or inference.rescore of the run",
             )
         if most_regions is not None and most_regions < 1:
             raise ConfigError(

@@ -104,6 +104,8 @@ def predict_files(
     """
     if batch_size < 1:
         raise ConfigError(f"the batch size is {batch_size}; it must be at least 1")
+    if settings.tiles:
+        batch_size = 1  # few whole images in memory: the network is given batches of their tiles
     done, detections = 0, 0
     unreadable: list[Unreadable] = []
     stopped: KeyboardInterrupt | None = None

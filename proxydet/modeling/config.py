@@ -195,6 +195,10 @@ class InferenceConfig:
     class_chunk: int = 2048
     """Classes that are scored at once: bounds the memory for large vocabularies."""
 
+    rescore: bool = False
+    """Score a region by all proposals that ended where it did, instead of by its own alone: boxes that many agree on come first. Scores
+    rise, so thresholds mean something else (docs/how-to/evaluate.md)."""
+
     flip: bool = False
     """Test-time augmentation: run the mirrored image too, and take the mean."""
 

@@ -21,6 +21,7 @@ from proxydet_cli.options import (
     Json,
     Precision,
     PrecisionOption,
+    Rescore,
     Run,
     TileOverlap,
     Tiles,
@@ -251,6 +252,7 @@ def evaluate(
     batch_size: BatchSize = 1,
     tta: Tta = False,
     precision: PrecisionOption = None,
+    rescore: Rescore = None,
     tiles: Tiles = None,
     tile_overlap: TileOverlap = None,
     whole_image: WholeImage = None,
@@ -289,7 +291,12 @@ def evaluate(
         tta=tta,
         precision=precision,
         comparing=compare is not None,
-        settings={"tiles": tiles, "tile_overlap": tile_overlap, "whole_image": whole_image},
+        settings={
+            "rescore": rescore,
+            "tiles": tiles,
+            "tile_overlap": tile_overlap,
+            "whole_image": whole_image,
+        },
     )
     if compare is not None:
         compare_results(*compare, options, Output(json=json))

@@ -96,6 +96,7 @@ def test_the_graph_finds_what_the_network_finds(tiny, kind, size, classes, thres
         {"max_detections": 5},
         {"nms_iou": 0.2},
         {"alpha": 0.9, "beta": 0.1},
+        {"rescore": True},
     ],
     ids=str,
 )

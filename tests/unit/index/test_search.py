@@ -90,6 +90,8 @@ def test_mistakes_are_named(exact, tmp_path):
         index.search(Vocabulary.from_arrays(["a"], np.ones((1, 3))))
     with pytest.raises(ConfigError, match="score_threshold"):
         index.search(WORDS, score_threshold=2)
+    with pytest.raises(ConfigError, match="rescore"):
+        index.settings(rescore=True)
     with pytest.raises(VocabularyError, match="purple"):
         index.search(["purple"])
     with pytest.raises(DataError, match="no index"):

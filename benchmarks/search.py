@@ -1,0 +1,232 @@
+"""How fast an index is searched, and what it costs to make one.
+
+::
+
+    python benchmarks/search.py --run runs/quickstart [--images 10000 --regions 1000000] [--threads 2] [--parts scan,index,compact]
+
+``scan``: one new word over a synthetic index: the regions of ``--run``'s validation images, each moved by noise (a tenth of
+the spread of the embeddings), until there are ``--regions`` of them. Exact, compact and approximate search, warm, next to reading
+the bytes of their embeddings once; recall of the approximate hits among the exact ones; and the time of running the detector on as
+many images. ``index``: images a second of indexing next to predicting the same images without drawing. ``compact``: bytes an
+image, and average precision of exact and compact indexes of the validation set, by number of regions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import proxydet.runtime.d2  # noqa: F401
+
+import numpy as np
+import torch
+
+from proxydet.detector import Detector
+from proxydet.evaluation.config import EvaluationConfig
+from proxydet.evaluation.detector_evaluation import evaluate_index, evaluate_split
+from proxydet.evaluation.split import DescribedSplit
+from proxydet.index.build import index_files, open_writer
+from proxydet.index.search import RegionIndex
+from proxydet.index.store import IndexWriter, StoredIndex, read_words
+from proxydet.inference.jobs import predict_files
+from proxydet.inference.sources import find_images
+
+WORD = "yellow dotted star"
+
+
+def timed(work: Any, repeats: int = 7) -> float:
+    """Return the median of some runs, in seconds, after one that is not counted."""
+    work()
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+def multiplied(source: Path, target: Path, regions: int) -> RegionIndex:
+    """Make an index of as many regions, each a region of another index with noise."""
+    stored = StoredIndex(source)
+    images = [part.image(row) for part, row in stored.rows()]
+    draw = np.random.default_rng(0)
+    spread = [
+        np.concatenate(own).std(axis=0) for own in zip(*(i.embeddings for i in images), strict=True)
+    ]
+    count = 0
+    with IndexWriter(target, stored.detector, read_words(source)) as writer:
+        while count < regions:
+            image = images[draw.integers(len(images))]
+            moved = [
+                own + 0.1 * scale * draw.standard_normal(own.shape, np.float32)
+                for own, scale in zip(image.embeddings, spread, strict=True)
+            ]
+            lengths = [np.linalg.norm(own, axis=1, keepdims=True) for own in image.embeddings]
+            moved = [
+                own * length / np.linalg.norm(own, axis=1, keepdims=True)
+                for own, length in zip(moved, lengths, strict=True)
+            ]
+            path = f"{image.path}.{count}"
+            writer.add(dataclasses.replace(image, path=path, embeddings=tuple(moved)))
+            count += len(image.proposals_N)
+    return RegionIndex(target)
+
+
+def reading(index: RegionIndex) -> float:
+    """Return the seconds of reading the embeddings of an index once."""
+
+    def read() -> None:
+        for part in index.stored.parts:
+            for name, values in part.tensors.items():
+                if name.startswith("embeddings_"):
+                    values.view(torch.int8).view(torch.int64).sum()
+
+    return timed(read)
+
+
+def scan(detector: Detector, folder: Path, images: list[Path], regions: int) -> dict[str, Any]:
+    """Measure one new word over an exact and a compact index."""
+    found: dict[str, Any] = {}
+    for mode, most in (("exact", None), ("compact", 30)):
+        with open_writer(detector, folder / f"{mode}.small", most_regions=most) as writer:
+            index_files(detector, images, writer)
+        index = multiplied(folder / f"{mode}.small", folder / mode, regions)
+        words = index.vocabulary_of([WORD])
+        settings = index.settings(score_threshold=0.3, agnostic_nms=True)
+
+        def search(index: Any = index, words: Any = words, settings: Any = settings) -> Any:
+            return index.search_classes(words, settings, top=100)
+
+        found[mode] = {
+            "images": len(index),
+            "regions": index.stored.regions,
+            "bytes": index.stored.bytes,
+            "search_s": timed(search),
+            "read_s": reading(index),
+            "hits": len(index.search_classes(words, settings)),
+        }
+        try:
+            index.build_approximate()
+        except Exception as error:  # noqa: BLE001 - without FAISS the rest is measured
+            print(error, file=sys.stderr)
+            continue
+        exactly = {hit.path for hit in search()}
+        nearly = index.search_classes(words, settings, top=100, approximately=True)
+        found[mode] |= {
+            "approximate_s": timed(
+                lambda index=index, words=words, settings=settings: index.search_classes(
+                    words, settings, top=100, approximately=True
+                )
+            ),
+            "recall_of_the_best_100": len(exactly & {hit.path for hit in nearly}) / len(exactly),
+        }
+    some = images[:40]
+    vocabulary = detector.vocabulary_of([WORD])
+    began = time.perf_counter()
+    detector.predict_batch(some, vocabulary)
+    each = (time.perf_counter() - began) / len(some)
+    for mode in ("exact", "compact"):
+        found[mode]["detector_s"] = each * found[mode]["images"]
+        found[mode]["times_faster"] = found[mode]["detector_s"] / found[mode]["search_s"]
+    return found
+
+
+def overhead(detector: Detector, folder: Path, images: list[Path]) -> dict[str, Any]:
+    """Compare indexing with predicting without drawing, alternately, in CPU seconds and in seconds."""
+    files = find_images(images).files
+    settings = detector.settings(
+        score_threshold=0.3, masks=False if detector.inference.masks else None
+    )
+    plain = detector.with_settings(masks=False) if detector.inference.masks else detector
+    seconds: dict[str, list[tuple[float, float]]] = {"predict": [], "exact": [], "compact": []}
+
+    def cpu() -> float:
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        return used.ru_utime + used.ru_stime
+
+    for turn in range(4):
+        for kind, own in seconds.items():
+            before, began = cpu(), time.perf_counter()
+            if kind == "predict":
+                predict_files(plain, files, vocabulary=plain.vocabulary, settings=settings)
+            else:
+                most = 30 if kind == "compact" else None
+                with open_writer(plain, folder / f"{kind}{turn}", most_regions=most) as writer:
+                    index_files(plain, images, writer)
+            if turn:  # the first is not counted
+                own.append((time.perf_counter() - began, cpu() - before))
+    medians = {
+        kind: [statistics.median(column) for column in zip(*own, strict=True)]
+        for kind, own in seconds.items()
+    }
+    return {
+        "images": len(images),
+        **{
+            kind: {
+                "seconds": wall,
+                "cpu_seconds": used,
+                "over_predict": wall / medians["predict"][0] - 1,
+                "cpu_over_predict": used / medians["predict"][1] - 1,
+            }
+            for kind, (wall, used) in medians.items()
+        },
+    }
+
+
+def precision(detector: Detector, folder: Path, split: DescribedSplit) -> list[dict[str, Any]]:
+    """Score indexes of the validation set: bytes an image, average precision in percent."""
+    config = EvaluationConfig(bootstrap=0, iou_types=("bbox",))
+    plain = detector.with_settings(masks=False) if detector.inference.masks else detector
+    scored = evaluate_split(plain, split, config=config)
+    assert scored is not None
+    rows = [{"index": "the detector itself", **scored.report.main.metrics}]
+    images = sorted(p for root in split.images.roots for p in root.glob("*") if p.is_file())
+    for most in (None, 100, 50, 30, 20, 10):
+        place = folder / f"val{most}"
+        with open_writer(plain, place, most_regions=most) as writer:
+            index_files(plain, images, writer)
+        index = RegionIndex(place)
+        metrics = evaluate_index(index, split, config=config).report.main.metrics
+        size = index.stored.bytes / len(index)
+        name = "exact" if most is None else f"compact, {most} regions"
+        rows.append({"index": name, "bytes an image": round(size), **metrics})
+    return rows
+
+
+def main() -> int:
+    """Measure what is asked for, and print it as JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--run", type=Path, required=True, help="run folder of the quickstart")
+    parser.add_argument("--data", type=Path, help="its dataset config [default: next to the run]")
+    parser.add_argument("--regions", type=int, default=1_000_000)
+    parser.add_argument("--images", type=int, default=200, help="images of part index")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--parts", default="scan,index,compact")
+    parser.add_argument("--folder", type=Path, help="where indexes are kept [default: temporary]")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    detector = Detector.from_run(given.run)
+    data = given.data or given.run.parent / "data" / "description.toml"
+    split = DescribedSplit.open(data)
+    images = sorted(p for root in split.images.roots for p in root.glob("*") if p.is_file())
+    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+        work = {
+            "scan": lambda: scan(detector, Path(folder), images, given.regions),
+            "index": lambda: overhead(detector, Path(folder), images[: given.images]),
+            "compact": lambda: precision(detector, Path(folder), split),
+        }
+        found = {part: work[part]() for part in given.parts.split(",")}
+    print(json.dumps({"threads": given.threads, **found}, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

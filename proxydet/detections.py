@@ -83,7 +83,8 @@ class Detections:
         """
         from proxydet.modeling.postprocess import to_host
 
-        (self._prediction,) = to_host([prediction])
+        on_cpu = prediction.boxes_N4.device.type == "cpu"
+        self._prediction = prediction if on_cpu else to_host([prediction])[0]
         self._names = names
         self.boxes_xyxy: Floats = _frozen(self._prediction.boxes_N4.numpy())
         self.scores: Floats = _frozen(self._prediction.scores_N.numpy())

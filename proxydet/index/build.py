@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Iterable, Iterator
@@ -22,6 +23,7 @@ from proxydet.index.store import (
 )
 from proxydet.inference.jobs import Unreadable
 from proxydet.inference.pipeline import run_images
+from proxydet.inference.sources import SourceImage
 from proxydet.reporting import SILENT, Progress
 from proxydet.vocabulary.compositional import CompositionalEncoder
 from proxydet.wording import printable
@@ -72,11 +74,10 @@ def open_writer(detector: Detector, path: Path, *, most_regions: int | None = No
 
 def index_files(
     detector: Detector,
-    images: Iterable[Path | str],
+    images: Iterable[SourceImage | Path | str],
     writer: IndexWriter,
     *,
     batch_size: int = 4,
-    total: int | None = None,
     progress: Progress = SILENT,
 ) -> IndexSummary:
     """Add image files to an index, reading while the network works.
@@ -86,10 +87,10 @@ def index_files(
 
     Args:
         detector: Embeds the regions.
-        images: The files; they are named in the index by absolute paths.
+        images: Files, named in the index by absolute paths, or what `proxydet.inference.sources.stream_images` finds: members of tars,
+            objects of stores.
         writer: The index.
         batch_size: Images in the network at once.
-        total: How many images these are, for the progress.
         progress: Where progress is shown.
 
     Raises:
@@ -100,15 +101,18 @@ def index_files(
     added = copied = unchanged = 0
     unreadable: list[Unreadable] = []
 
-    def read(path: str) -> tuple[dict[str, Any], ScaledImage]:
-        file = file_state(path) or (0, 0)
-        pixels = read_image(Path(path))
-        with read_errors(Path(path), error=DataError):
-            digest = bytes.fromhex(sha256(Path(path)))
-        scaled = detector.scaled(pixels)
+    def read(image: SourceImage) -> tuple[dict[str, Any], ScaledImage]:
+        path, file = _identified(image)
+        encoded = image.encoded()
+        scaled = detector.scaled(read_image(encoded, name=image.name))
+        if isinstance(encoded, Path):
+            with read_errors(encoded, error=DataError):
+                digest = bytes.fromhex(sha256(encoded))
+        else:
+            digest = hashlib.sha256(encoded).digest()
         height, width = scaled.views[0].image.shape[1:]
         sizes = (int(height), int(width), *scaled.size)
-        return {"path": path, "file": file, "digest": digest, "sizes": sizes}, scaled
+        return {"path": path, "file": file or (0, 0), "digest": digest, "sizes": sizes}, scaled
 
     def embed(batch: list[tuple[dict[str, Any], ScaledImage]]) -> list[dict[str, Any]]:
         found = detector.embed([scaled for _, scaled in batch]).cpu()
@@ -119,30 +123,30 @@ def index_files(
             )
         return [image_regions(found, index, writer.detector) for index in range(len(batch))]
 
-    with progress.task("indexing", total=total, unit="images") as task:
+    with progress.task("indexing", unit="images") as task:
 
-        def todo() -> Iterator[str]:
+        def todo() -> Iterator[SourceImage]:
             nonlocal copied, unchanged
-            for image in images:
-                path = os.path.abspath(image)  # noqa: PTH100 links stay
-                file = file_state(path)
+            for given in images:
+                image = given if isinstance(given, SourceImage) else SourceImage(str(given))
+                path, file = _identified(image)
                 known = writer.state(path)
                 if file is not None and known == file:
                     unchanged += 1
-                elif file is not None and known is None and writer.add_copy(path, file):
+                elif image.is_file and file and known is None and writer.add_copy(path, file):
                     copied += 1
                 else:
-                    yield path
+                    yield image
                     continue
                 task.advance()
 
         try:
             with closing(run_images(todo(), read, embed, batch_size=batch_size)) as results:
-                for path, made in results:
+                for image, made in results:
                     task.advance()
                     if isinstance(made, DataError):
                         logger.warning("%s", printable(made.message))
-                        unreadable.append(Unreadable(file=Path(path), reason=made.message))
+                        unreadable.append(Unreadable(file=image.name, reason=made.message))
                         continue
                     (named, _), regions = made
                     writer.add(ImageRegions(**named, **regions))
@@ -159,3 +163,12 @@ def index_files(
         images=writer.images,
         unreadable=tuple(unreadable),
     )
+
+
+def _identified(image: SourceImage) -> tuple[str, tuple[int, int] | None]:
+    """Return how an image is named in an index, and its bytes and time of change (of others than files a number that changes with it)."""
+    path = image.name if "://" in image.name else os.path.abspath(image.name)  # noqa: PTH100 links stay
+    if image.is_file:
+        return path, file_state(path)
+    stamp = hashlib.blake2b(image.stamp.encode(), digest_size=7).digest()
+    return path, (image.size or 0, int.from_bytes(stamp, "little")) if image.stamp else None

@@ -202,20 +202,27 @@ class RegionIndex(TrainedClasses):
         order_H = np.argsort(-score_H, kind="stable")
         number_H, row_H = np.concatenate(numbers)[order_H], np.concatenate(rows)[order_H]
         bound_H = score_H[order_H]
+        # Then a region that cannot be reported may take another one's place.
+        competing = classes.threshold_C is not None or classes.background_K is not None
         hits: list[ImageHit] = []
-        for start in range(0, len(order_H), _IMAGES_AT_ONCE):
+        start, end = 0, min(top or _IMAGES_AT_ONCE, _IMAGES_AT_ONCE)
+        while start < len(order_H):
             # No image behind can be better: background classes, and rounding, only lower what the scan found.
             better = sum(hit.score >= bound_H[start] - 2 * _MARGIN for hit in hits)
             if top is not None and better >= top:
                 break
-            places = slice(start, start + _IMAGES_AT_ONCE)
+            places = slice(start, end)
+            missing = _IMAGES_AT_ONCE if top is None else max(top - better, 8)
+            start, end = end, end + min(missing, _IMAGES_AT_ONCE)
             for number in np.unique(number_H[places]).tolist():
                 part = self.stored.parts[number]
                 own = row_H[places][number_H[places] == number]
-                ends = np.searchsorted(
-                    above[number].numpy(), np.stack([part.starts_B[own], part.starts_B[own + 1]])
-                )
-                regions = [above[number][first:last] for first, last in ends.T.tolist()]
+                bounds = np.stack([part.starts_B[own], part.starts_B[own + 1]])
+                if competing:
+                    regions = [torch.arange(first, last) for first, last in bounds.T.tolist()]
+                else:
+                    ends = np.searchsorted(above[number].numpy(), bounds)
+                    regions = [above[number][first:last] for first, last in ends.T.tolist()]
                 predictions = _select(part, own.tolist(), regions, classes, settings)
                 hits += [
                     ImageHit(
@@ -326,7 +333,7 @@ class RegionIndex(TrainedClasses):
                 hint="build it again with: proxydet index approximate PHOTOS.index",
                 path=self._tree,
             ) from error
-        tree.nprobe = max(1, round(tree.nlist * _PROBED))
+        tree.nprobe = max(16, round(tree.nlist * _PROBED))
         return tree
 
     def _approximate(self, vocabulary: Vocabulary) -> list[Tensor]:

@@ -619,9 +619,9 @@ class StoredIndex:
             for row in np.flatnonzero(part.kept_B).tolist() if images else ():
                 path = part.path_of(row)
                 state = file_state(path)
-                if state is None:
+                if is_gone(path):
                     wrong.append(f"{path}: there is no such file any more")
-                elif state != tuple(part.tensors["files"][row].tolist()):
+                elif state and state != tuple(part.tensors["files"][row].tolist()):
                     wrong.append(f"{path}: changed since it was indexed")
         named = {part.path.name for part in self.parts}
         strays = [file for file in (self.path / "parts").glob("*") if file.name not in named]
@@ -643,6 +643,12 @@ def file_state(path: str | Path) -> tuple[int, int] | None:
     except (OSError, ValueError):
         return None
     return status.st_size, status.st_mtime_ns
+
+
+def is_gone(path: str) -> bool:
+    """Whether an image of an index is not there any more; of what is in a store that is not known, of a tar's member the tar counts."""
+    places = () if "://" in path else (Path(path), *Path(path).parents)
+    return bool(places) and not places[0].exists() and not any(place.is_file() for place in places)
 
 
 def read_words(path: Path) -> tuple[Vocabulary, CompositionalEncoder | None]:
@@ -799,7 +805,7 @@ class IndexWriter:
                 continue
             old = part.path_of(row)
             self.add(dataclasses.replace(part.image(row), path=path, file=file))
-            if file_state(old) is None:
+            if is_gone(old):
                 self.remove([old])
             return True
         return False

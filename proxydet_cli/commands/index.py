@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +26,7 @@ from proxydet_cli.options import (
 
 if TYPE_CHECKING:
     from proxydet.index.store import StoredIndex
+    from proxydet.inference.sources import SourceImage
 
 app = command_app(
     "Embed the regions of images once; search them by any class names with proxydet search.",
@@ -46,7 +50,7 @@ def add(
         list[str],
         typer.Argument(
             metavar="IMAGE",
-            help="Files, folders of images, and patterns in quotes ('photos/*.jpg').",
+            help="Files, folders of images, patterns in quotes ('photos/*.jpg'), tars, URLs of object stores, @FILE for a list.",
         ),
     ],
     output: Annotated[
@@ -88,6 +92,15 @@ def add(
         ),
     ] = 4,
     precision: PrecisionOption = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            "--shard",
+            metavar="I/N",
+            help="Index only each N-th image, from the I-th (0 to N - 1) on, or auto in a cluster: give each machine its own -o, and merge.",
+            rich_help_panel="Output",
+        ),
+    ] = None,
     yes: Yes = False,
     json: Json = False,
 ) -> None:
@@ -99,7 +112,8 @@ def add(
     """
     from proxydet.errors import DataError
     from proxydet.index.store import COMPACT_REGIONS
-    from proxydet.inference.sources import describe_left_out, find_images
+    from proxydet.inference.sharded import Shard
+    from proxydet.inference.sources import describe_left_out, stream_images
     from proxydet.models import find_detector
     from proxydet_cli.output import Output
     from proxydet_cli.progress import show_progress
@@ -107,10 +121,15 @@ def add(
     if regions is not None and not compact:
         raise typer.BadParameter("--regions belongs to --compact")
     named = find_detector(run=run, weights=weights, config=config)
-    images = find_images(sources)
+    left_out: Counter[str] = Counter()
+    images: Iterator[SourceImage] = stream_images(sources, left_out)
+    images = itertools.chain(
+        [next(images)], images
+    )  # mistakes in the first source before the model is opened
+    if shard is not None:
+        part = Shard.parse(shard)
+        images = itertools.islice(images, part.index, None, part.count)
     out = Output(json=json)
-    if images.left_out:
-        out.message(f"left out: {describe_left_out(images.left_out)}")
     opened = open_detector(named, None, None, device=device, yes=yes)
     from proxydet.index.build import index_files, open_writer
 
@@ -119,20 +138,22 @@ def add(
     with open_writer(detector, output, most_regions=most_regions) as writer:
         done = index_files(
             detector,
-            (image.path for image in images.files),
+            images,
             writer,
             batch_size=batch_size,
-            total=len(images.files),
             progress=show_progress(),
         )
+    if left_out:
+        out.message(f"left out: {describe_left_out(left_out)}")
     out.data(
-        {"index": output, **vars(done)},
+        {"index": output, **vars(done), "left_out": dict(left_out)},
         f"{output}: {done.images} images; {done.added} embedded, {done.unchanged} unchanged"
         + (f", {done.copied} known under another path" if done.copied else ""),
     )
     if done.unreadable:
+        total = done.added + done.copied + done.unchanged + len(done.unreadable)
         raise DataError(
-            f"{len(done.unreadable)} of {len(images.files)} images could not be read; the rest is indexed",
+            f"{len(done.unreadable)} of {total} images could not be read; the rest is indexed",
             hint="see the warnings above",
         )
 
@@ -222,7 +243,7 @@ def remove(
 ) -> None:
     """Remove images from an index; image files are left alone."""
     from proxydet.errors import DataError
-    from proxydet.index.store import IndexWriter, StoredIndex, file_state
+    from proxydet.index.store import IndexWriter, StoredIndex, is_gone
     from proxydet_cli.output import Output
 
     if not images and not missing:
@@ -233,7 +254,7 @@ def remove(
             path
             for path in (part.path_of(row) for part, row in StoredIndex(index).rows())
             if any(path == place or path.startswith(place + os.sep) for place in places)
-            or (missing and file_state(path) is None)
+            or (missing and is_gone(path))
         ]
         if not chosen and not missing:
             raise DataError(

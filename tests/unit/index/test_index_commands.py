@@ -73,6 +73,11 @@ def test_from_photos_to_a_page(run, photos, detector, tmp_path):
 
     assert run("index", "photos", "-o", "small.index", "--compact").code == 0
     assert run("index", "merge", "photos.index", "small.index", "-o", "all.index").code == 3
+    for shard in ("0/2", "1/2"):
+        half = run("index", "photos", "-o", f"half{shard[0]}", "--shard", shard, "--json")
+        assert half.data["added"] in (1, 2)
+    halves = run("index", "merge", "half0", "half1", "-o", "halves.index", "--json")
+    assert halves.data["images"] == 3
     merged = run("index", "merge", "photos.index", "-o", "all.index", "--json")
     assert (merged.data["added"], merged.data["images"]) == (2, 2)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import tarfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from proxydet.errors import ConfigError, DataError, DiskFullError, InputError, L
 from proxydet.files import Lock
 from proxydet.index.build import index_files, open_writer
 from proxydet.index.store import IndexWriter, StoredIndex
+from proxydet.inference.sources import stream_images
 
 
 @pytest.fixture
@@ -206,3 +209,24 @@ def test_damage_is_named_and_never_a_wrong_result(index):
     assert StoredIndex(index).verify() == []
     (index / "vocabulary.npz").write_bytes(b"")
     assert len(StoredIndex(index).verify()) == 1
+
+
+def test_members_of_tars_are_images_too(photos, exact, detector, tmp_path):
+    with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+        tar.add(photos, "photos")
+    index = tmp_path / "tar.index"
+
+    def again():
+        with open_writer(detector, index) as writer:
+            found = stream_images([str(tmp_path / "photos.tar")], Counter())
+            return index_files(detector, found, writer)
+
+    assert (again().added, again().unchanged) == (4, 4)
+    names = {path.removeprefix(f"{tmp_path}/photos.tar/photos/") for path in paths(index)}
+    assert names == {f"p{number}.png" for number in range(4)}
+    assert StoredIndex(index).verify(images=True) == []
+    scores = [
+        sorted(hit.score for hit in RegionIndex(place).search(score_threshold=0.1))
+        for place in (index, exact)
+    ]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)

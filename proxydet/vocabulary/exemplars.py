@@ -61,7 +61,7 @@ class RegionStatistics:
         counts_K: int64, regions of each.
         texts_KD: float32, normalised text embedding of each.
         within_DD: float32, covariance of regions within their class.
-        shrinkage: Share in [0, 1] of an isotropic covariance in those over classes, by which held-out classes are best told.
+        shrinkage: Share in [0, 1] of an isotropic covariance in those over classes, by which texts of held-out classes are predicted best.
     """
 
     weights: str

@@ -152,7 +152,7 @@ def test_the_vocabulary_is_written_next_to_the_file_as_it_was_given(
     trained = len(detector.vocabulary)
     assert trained != len(words)
     assert [result.classes for result in report.agreement] == [trained, 1, trained, 4]
-    assert report.agreement[2].image == "image 0"
+    assert report.agreement[3].image == "image 0"
 
 
 @pytest.mark.usefixtures("no_tracing")

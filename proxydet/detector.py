@@ -432,6 +432,7 @@ class Detector(TrainedClasses):
                 reader.close()
                 raise
         detecting = settings if tracker is None else tracker.detecting
+        classes = vocabulary if tracker is None else tracker.vocabulary
         live = reader.source.live
         size = 1 if live else batch_size
 
@@ -451,9 +452,7 @@ class Detector(TrainedClasses):
                     if not batch:
                         break
                     predictions = to_host(
-                        self.predict_images(
-                            [frame.pixels for frame in batch], vocabulary, detecting
-                        )
+                        self.predict_images([frame.pixels for frame in batch], classes, detecting)
                     )
                     for frame, prediction in zip(batch, predictions, strict=True):
                         found = Detections(prediction, vocabulary.reported)

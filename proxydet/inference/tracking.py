@@ -60,6 +60,7 @@ class Tracker:
 
     Attributes:
         detecting: The settings to detect with: faint detections help to follow, and are not reported.
+        vocabulary: The classes to detect with: those given, whose own thresholds are as much lower.
 
     Raises:
         MissingDependencyError: The package ``trackers`` is not installed.
@@ -70,6 +71,9 @@ class Tracker:
         self._library = tracking_library()
         self._apart = not settings.agnostic_nms
         own_C = vocabulary.threshold
+        self.vocabulary = vocabulary
+        if not np.isnan(own_C).all():
+            self.vocabulary = vocabulary.with_scorers(threshold=_FAINT * own_C)
         self._threshold_C = np.where(np.isnan(own_C), settings.score_threshold, own_C)
         self._rate = float(rate)
         # Of each class, or of all together: its tracker, and our ids of the tracks by the tracker's.
@@ -81,7 +85,7 @@ class Tracker:
         """Return what is reported of the next frame, with ids from 1.
 
         Args:
-            found: What was detected with the settings `detecting`.
+            found: What was detected with the settings `detecting` and the classes `vocabulary`.
             pixels_HW3: The frame, uint8 RGB.
             seconds: Its time.
         """
@@ -93,13 +97,17 @@ class Tracker:
         self._colours = colours
         group_N = found.class_ids if self._apart else np.zeros_like(found.class_ids)
         id_N = np.full(len(found), -1)
+        reported_N = found.scores > self._threshold_C[found.class_ids]
         for group in sorted({*self._trackers, *group_N.tolist()}):
             if group not in self._trackers:
                 self._trackers[group] = (self._new_tracker(), {})
             tracker, ids = self._trackers[group]
             own = np.flatnonzero(group_N == group)
+            # Of the scores the library asks only whether they are high, which differs between classes.
             given = Given(
-                xyxy=found.boxes_xyxy[own], confidence=found.scores[own], data={"place": own}
+                xyxy=found.boxes_xyxy[own],
+                confidence=reported_N[own].astype(np.float32),
+                data={"place": own},
             )
             tracked = tracker.update(given, timestamp=seconds)
             places = tracked.data.get("place", ())
@@ -111,8 +119,7 @@ class Tracker:
                     id_N[place] = ids[theirs]
             if not tracker.tracks:
                 del self._trackers[group]
-        reported = found.scores > self._threshold_C[found.class_ids]
-        return found.tracked(id_N).choose(np.flatnonzero(reported))
+        return found.tracked(id_N).choose(np.flatnonzero(reported_N))
 
     def _new_tracker(self) -> Any:
         # The library counts its memory in frames of which 30 are a second, at whatever rate.
@@ -122,7 +129,7 @@ class Tracker:
             frame_rate=self._rate,
             track_activation_threshold=0.0,
             minimum_consecutive_frames=1,
-            high_conf_det_threshold=2 * self.detecting.score_threshold,
+            high_conf_det_threshold=0.5,
         )
 
 

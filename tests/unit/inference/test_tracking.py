@@ -108,8 +108,17 @@ def test_what_is_reported_is_what_is_found_without_tracking(tracker):
 def test_thresholds_of_classes_hold():
     own = KINDS.with_scorers(threshold=np.array([np.nan, 0.1, 0.8]))
     tracker = Tracker(own, SETTINGS, Fraction(10))
-    found = tracker.update(seen([(5.0, 0.5, 0), (40.0, 0.2, 1), (70.0, 0.7, 2)]), GREY, 0.0)
-    assert found.labels == ("car", "cup")
+    frames = [[(5.0, 0.5, 0), (40.0, 0.2, 1), (70.0, 0.7, 2)]] * 3
+    # Below its class's threshold an object keeps its track, and begins none.
+    frames += [[(5.0, 0.3, 0), (40.0, 0.06, 1), (70.0, 0.9, 2)]] * 14
+    found = ids(tracker, frames + frames[:3])
+    assert found[0] == {0: None, 1: None}
+    assert found[1] == found[2] == found[17] == found[19] != {}
+    assert None not in found[1].values()
+    assert [frame.keys() for frame in found[3:17]] == [{2}] * 14
+    # The detector's own filter lets faint detections pass.
+    np.testing.assert_allclose(tracker.vocabulary.threshold, [np.nan, 0.05, 0.4])
+    assert Tracker(KINDS, SETTINGS, Fraction(10)).vocabulary is KINDS
 
 
 def test_with_one_label_an_object_keeps_its_id_when_its_label_changes():

@@ -228,10 +228,7 @@ def background_classes(detector: TrainedClasses, background: str) -> Vocabulary:
     Raises:
         VocabularyError: It cannot be used.
     """
-    from proxydet.vocabulary.sources import TRAINING_CLASSES
-
-    given = _read_background(background)
-    return detector.vocabulary if given == TRAINING_CLASSES else detector.resolve(given)
+    return detector.background_of(_read_background(background))
 
 
 def _read_background(background: str) -> str | list[str]:

@@ -280,7 +280,7 @@ class ExemplarClasses:
     """Classes made of exemplars.
 
     Attributes:
-        vocabulary: The C classes; all count as base until `Vocabulary.base_by_similarity` says otherwise.
+        vocabulary: The C classes; all count as base, which their scale keeps (`Vocabulary.base_by_similarity`).
         counts_C: int64, exemplars that count.
         odd: For each class bool (N,), exemplars that look so unlike the others that they were left out.
     """
@@ -348,7 +348,8 @@ def classes_of_exemplars(
         found_CD = text_C1 * text.normalised() + (1 - text_C1) * found_CD
     own_K = (statistics.means_KD * statistics.texts_KD).sum(axis=1)
     bias = (1 - _STEEPER) * statistics.temperature * float(own_K.mean())
-    scale_C = np.maximum(_STEEPER * np.linalg.norm(found_CD, axis=1), 1e-6)
+    scale_C = np.maximum(_STEEPER * np.linalg.norm(found_CD, axis=1), 1e-6).astype(np.float32)
+    scale_C[scale_C == 1] = np.nextafter(np.float32(1), np.float32(2))  # 1 would say: of text
     return ExemplarClasses(
         vocabulary=Vocabulary.from_arrays(
             checked, found_CD, scale=scale_C, bias=np.full(len(checked), bias)

@@ -258,11 +258,13 @@ def mix(
             " and ".join(dict.fromkeys([*(titles[p] for p in before), titles[place]])),
         )  # fmt: skip
     columns: dict[str, list[Any]] = {name: [] for name in ("names", "embeddings", "base", *given[0].scorers)}  # fmt: skip
+    place_of: dict[str, int] = {}
     forgotten, torn = 0, 0
     for key in order:
         holders = [place for place in range(len(given)) if key in rows[place]]
         first, row = given[holders[0]], rows[holders[0]][key]
         columns["names"].append(first.names[row])
+        place_of[first.names[row]] = holders[0]
         columns["base"].append(first.base[row])
         if len(holders) == 1:
             columns["embeddings"].append(first.embeddings[row])
@@ -301,7 +303,7 @@ def mix(
     columns["embeddings"] = [np.stack(columns["embeddings"]).astype(np.float32)]
     made = Vocabulary.from_arrays(embeddings=columns.pop("embeddings")[0], known=given[0].known, **columns)  # fmt: skip
     if merge_above is not None:
-        origin_C = [next(p for p in range(len(given)) if key in rows[p]) for key in order]
+        origin_C = [place_of[name] for name in made.names]  # background is behind the others
         merged = merge_alike(made, merge_above, None if len(given) == 1 else origin_C)
         made = merged.vocabulary
         notes += merged.notes
@@ -452,25 +454,39 @@ class TrainedClasses:
             vocabulary: What to detect.
             background: Names, none of which may be detected; or `TRAINING_CLASSES`, a file, a published or another vocabulary: of
                 these, classes are left out whose name is detected, or whose cosine with a detected class is above `ALIKE_ABOVE`.
-            margin: By how much the logit of a background class must be above that of a class to detect to take its region: what
-                both fit about alike is reported. A vocabulary that is not plain has biases of its own, and keeps them.
+                Classes that are background of the vocabulary already stay as they are.
+            margin: As for `background_of`.
 
         Raises:
             InputError: It cannot be used, or none of its classes is left.
         """
-        if background == TRAINING_CLASSES:
-            background = self.vocabulary
         whole = isinstance(background, Vocabulary | str | Path)
-        other = self.resolve(background)
-        if other.plain:
-            other = other.with_scorers(bias=np.full(len(other), -margin))
+        other = self.background_of(background, margin=margin)
         found = vocabulary.with_background(other, alike_above=ALIKE_ABOVE if whole else None)
-        if len(found) == len(vocabulary):
+        if set(other.names).isdisjoint(found.names[len(found.reported) :]):
             raise VocabularyError(
                 "no background class is left: each is one of the classes to detect, or like one of them",
                 hint="detect fewer classes (-v), or name other background classes",
             )
         return found
+
+    def background_of(
+        self, background: Classes, *, margin: float = BACKGROUND_MARGIN
+    ) -> Vocabulary:
+        """Return background classes, with a bias that lets them take only what they fit better than the classes to detect.
+
+        Args:
+            background: As for `with_background`.
+            margin: By how much the logit of a background class must be above that of a class to detect to take its region: what
+                both fit about alike is reported. A vocabulary with a bias keeps its own.
+
+        Raises:
+            InputError: It cannot be used.
+        """
+        if background == TRAINING_CLASSES:
+            background = self.vocabulary
+        other = self.resolve(background)
+        return other if other.bias.any() else other.with_scorers(bias=np.full(len(other), -margin))
 
     def vocabulary_of(
         self, names: Sequence[str], *, prompts: str | Sequence[str] = PUBLISHED

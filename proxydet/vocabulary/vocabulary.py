@@ -194,7 +194,7 @@ class Vocabulary:
         digest: SHA-256 over names, embeddings and base classes, and over the scorers that are not plain text; hexadecimal.
         known: float32 (R, D) of base classes of the detector that training started from, which are not among the classes; read-only.
         bias: float32 (C,), added to the logits of all branches and steps; read-only.
-        scale: float32 (C,), above 0, multiplies the cosine; read-only.
+        scale: float32 (C,), above 0, multiplies the cosine; other than 1 where the embedding is not a text's (exemplars); read-only.
         threshold: float32 (C,) in [0, 1], what a detection of the class must score above; NaN: the general threshold; read-only.
         background: bool (C,), classes that take regions from others, and are never reported themselves; read-only.
     """
@@ -436,11 +436,12 @@ class Vocabulary:
 
         Args:
             other: Classes that take regions from the others, and are not reported.
+                Those whose name is background here already stay as they are here.
             alike_above: Leave out those of ``other`` whose name is here, or whose cosine with a class that is reported is above
-                this, all of them if need be; None: take them as they are, a name that is in both is an error.
+                this, all of them if need be; None: take them as they are, the name of a class that is reported is an error.
 
         Raises:
-            VocabularyError: A name is in both, or the embeddings have other dimensions.
+            VocabularyError: A name is that of a class that is reported, or the embeddings have other dimensions.
         """
         if other.dimension == self.dimension and alike_above is not None:
             asked_RD = self.normalised()[: len(self.reported)]
@@ -450,9 +451,12 @@ class Vocabulary:
                 for name, cosine in zip(other.names, nearest_C.tolist(), strict=True)
                 if cosine <= alike_above and name not in self.names
             ]
-            if not left:
-                return self
-            other = other.subset(left)
+        else:
+            left = [name for name in other.names if name not in self.names[len(self.reported) :]]
+        if not left:
+            return self
+        if len(left) < len(other):
+            other = other.with_scorers(background=None).subset(left)
         shared = [name for name in other.names if name in self.names]
         if shared:
             raise VocabularyError(
@@ -483,7 +487,7 @@ class Vocabulary:
     def base_by_similarity(self, reference_RD: npt.ArrayLike, threshold: float = 0.9) -> Vocabulary:
         """Return the same classes, base where they resemble a class that training saw.
 
-        Classes with a bias or a scale of their own stay what they are: their embedding is not a text's.
+        Classes with a scale of their own stay what they are: their embedding is not a text's.
 
         Args:
             reference_RD: (R, D) text embeddings of the *base* classes of training, any length of rows.
@@ -505,8 +509,8 @@ class Vocabulary:
                 hint="encode both with the same model",
             )
         cosines_CR = self.normalised() @ _normalise(reference).T
-        own_C = (self.scale != 1) | (self.bias != 0)
-        return self.with_base(np.where(own_C, self.base, cosines_CR.max(axis=1) > threshold))
+        alike_C = cosines_CR.max(axis=1) > threshold
+        return self.with_base(np.where(self.scale != 1, self.base, alike_C))
 
     def base_as(self, trained: Vocabulary, threshold: float = 0.9) -> Vocabulary:
         """Return the same classes, base where they resemble a base class of a training, or have the name of one.

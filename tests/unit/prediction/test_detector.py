@@ -288,7 +288,13 @@ def test_background_classes_take_boxes_and_are_not_reported(detector, pictures):
     assert detector.resolve(words, others).bias.tolist() == [0.0] * len(words) + [-1.0]
     own = detector.resolve(others).with_scorers(bias=[0.5])
     assert detector.resolve(words, own).bias.tolist() == [0.0] * len(words) + [0.5]
+    calibrated = detector.resolve(others).with_scorers(threshold=[0.5])
+    assert detector.resolve(words, calibrated).bias.tolist() == [0.0] * len(words) + [-1.0]
+    # Asked for again, it stays as it is.
+    again = detector.resolve(detector.resolve(words, own), others)
+    assert again == detector.resolve(words, own)
     training = detector.resolve(["red circle", "green square"], background="training")
+    assert detector.resolve(training, background="training") == training
     assert training.reported == ("red circle", "green square")
     assert set(training.names) == {"green square", *detector.vocabulary.names}
     for nothing_left in ("training", detector.vocabulary):

@@ -63,6 +63,15 @@ def test_other_classes_are_named_and_joined_where_asked():
     assert "not tested" in lone.notes[0]
 
 
+def test_near_duplicates_are_merged_whatever_is_background():
+    axes = np.eye(6)
+    first = Vocabulary.from_arrays(["wall", "cup", "plate"], axes[[5, 0, 1]], background=[1, 0, 0])
+    second = Vocabulary.from_arrays(["mug", "mugs", "Cups"], [axes[2], axes[2] + 0.01, axes[0]])
+    made = mix({"A": first, "B": second}, union=True, merge_above=0.95).vocabulary
+    assert made.names == ("cup", "plate", "mug", "mugs", "wall")
+    assert made.reported == made.names[:4]
+
+
 def rotated(rows: np.ndarray) -> np.ndarray:
     return rows @ np.linalg.qr(np.random.default_rng(5).normal(size=(64, 64)))[0]
 

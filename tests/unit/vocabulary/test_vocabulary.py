@@ -92,6 +92,11 @@ def test_base_by_similarity_compares_with_the_training_classes():
     vocabulary = Vocabulary.from_arrays(["near", "far", "opposite"], [[1.0, 0.1], [1, 1], [-1, 0]])
     split = vocabulary.base_by_similarity([[5.0, 0]], threshold=0.9)
     assert split.base.tolist() == [True, False, False]
+    # A bias says nothing of the embedding; a scale says that it is not a text's.
+    biased = vocabulary.with_scorers(bias=[1, -1, 2], background=[0, 0, 1])
+    assert biased.base_by_similarity([[5.0, 0]]).base.tolist() == [True, False, False]
+    shown = vocabulary.with_scorers(scale=[1, 1, 2]).with_base([False, True, True])
+    assert shown.base_by_similarity([[5.0, 0]]).base.tolist() == [True, False, True]
     # The threshold itself is not enough: "exceeds".
     same = Vocabulary.from_arrays(["same"], [[3.0, 4]]).base_by_similarity([[3.0, 4]], 1.0)
     assert same.base.tolist() == [False]
@@ -288,6 +293,13 @@ def test_background_is_added_from_another_vocabulary():
     assert asked.with_background(asked, alike_above=0.9) == asked
     with pytest.raises(VocabularyError, match="dimensions"):
         asked.with_background(Vocabulary.from_arrays([*"c"], [[1.0, 0]]), alike_above=0.9)
+    # What is background already stays as it is.
+    assert made.with_background(other) == made
+    assert made.with_background(other, alike_above=0.9) == made
+    further = Vocabulary.from_arrays([*"de"], [[0, 0, 0, 1], [0, 0, 1, 1]], background=[0, 1])
+    added = made.with_background(further)
+    assert dict(zip(added.names, added.bias.tolist(), strict=True)) == {**dict.fromkeys("abe", 0), "c": 1, "d": 2}  # fmt: skip
+    assert added.reported == ("a", "b")
 
 
 def test_only_plain_classes_can_be_trained():

@@ -102,7 +102,7 @@ def index_files(
     unreadable: list[Unreadable] = []
 
     def read(image: SourceImage) -> tuple[dict[str, Any], ScaledImage]:
-        path, file = _identified(image)
+        path, file, tar = _identified(image)
         encoded = image.encoded()
         scaled = detector.scaled(read_image(encoded, name=image.name))
         if isinstance(encoded, Path):
@@ -112,7 +112,8 @@ def index_files(
             digest = hashlib.sha256(encoded).digest()
         height, width = scaled.views[0].image.shape[1:]
         sizes = (int(height), int(width), *scaled.size)
-        return {"path": path, "file": file or (0, 0), "digest": digest, "sizes": sizes}, scaled
+        named = {"path": path, "file": file or (0, 0), "digest": digest, "sizes": sizes, "tar": tar}
+        return named, scaled
 
     def embed(batch: list[tuple[dict[str, Any], ScaledImage]]) -> list[dict[str, Any]]:
         found = detector.embed([scaled for _, scaled in batch]).cpu()
@@ -129,7 +130,7 @@ def index_files(
             nonlocal copied, unchanged
             for given in images:
                 image = given if isinstance(given, SourceImage) else SourceImage(str(given))
-                path, file = _identified(image)
+                path, file, _ = _identified(image)
                 known = writer.state(path)
                 if file is not None and known == file:
                     unchanged += 1
@@ -165,10 +166,21 @@ def index_files(
     )
 
 
-def _identified(image: SourceImage) -> tuple[str, tuple[int, int] | None]:
-    """Return how an image is named in an index, and its bytes and time of change (of others than files a number that changes with it)."""
-    path = image.name if "://" in image.name else os.path.abspath(image.name)  # noqa: PTH100 links stay
+def _identified(image: SourceImage) -> tuple[str, tuple[int, int] | None, tuple[int, int]]:
+    """Return how an image is named in an index, its bytes and time of change, and its place in a tar as `ImageRegions.tar` has it.
+
+    Where a store gives a tag in place of a time, the time is a negative number that changes with the tag.
+    """
+    place = image.tar or image.name
+    path = place if "://" in place else os.path.abspath(place)  # noqa: PTH100 links stay
     if image.is_file:
-        return path, file_state(path)
-    stamp = hashlib.blake2b(image.stamp.encode(), digest_size=7).digest()
-    return path, (image.size or 0, int.from_bytes(stamp, "little")) if image.stamp else None
+        return path, file_state(path), (0, 0)
+    tar = (len(os.fsencode(path)), image.offset) if image.tar else (0, 0)
+    path += image.name[len(place) :]
+    if not image.stamp:
+        return path, None, tar
+    changed = int(image.stamp) if image.stamp.isdigit() and "://" not in place else None
+    if changed is None:
+        digest = hashlib.blake2b(image.stamp.encode(), digest_size=7).digest()
+        changed = -1 - int.from_bytes(digest, "little")
+    return path, (image.size or 0, changed), tar

@@ -25,11 +25,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from proxydet.config import merge
-from proxydet.data.images import read_image
+from proxydet.data.images import Pixels, read_image
 from proxydet.detections import Detections
 from proxydet.errors import ConfigError, DataError, MissingDependencyError, VocabularyError
 from proxydet.files import staged, write_errors
 from proxydet.index.store import Part, StoredIndex, read_words
+from proxydet.inference.sources import SourceImage
 from proxydet.modeling.config import InferenceConfig
 from proxydet.modeling.postprocess import (
     ClassText,
@@ -64,9 +65,14 @@ class ImageHit:
 
     number: int
     """The image's place in the index, see `RegionIndex.path_at`."""
-    path: str
-    """The image, as it was indexed."""
+    source: SourceImage
+    """The image, as it was indexed: ``source.read()`` reads it from its file, tar or store."""
     found: Detections
+
+    @property
+    def path(self) -> str:
+        """Path of the image: of its file, ``TAR/MEMBER``, or its URL."""
+        return self.source.name
 
     @property
     def score(self) -> float:
@@ -110,11 +116,34 @@ class RegionIndex(TrainedClasses):
 
     def path_at(self, number: int) -> str | None:
         """Return the path of the image at a place of the index; None: there is none."""
+        source = self.source_at(number)
+        return None if source is None else source.name
+
+    def source_at(self, number: int) -> SourceImage | None:
+        """Return the image at a place of the index, as what can be read; None: there is none."""
         place = int(np.searchsorted(self._firsts, number, side="right")) - 1
         if not 0 <= place < len(self.stored.parts):
             return None
         part, row = self.stored.parts[place], number - int(self._firsts[place])
-        return part.path_of(row) if part.kept_B[row] else None
+        return part.source_of(row) if part.kept_B[row] else None
+
+    def read_image(self, number: int) -> Pixels:
+        """Read the image at a place of the index, wherever it is: a file, a member of a tar, an object of a store.
+
+        Args:
+            number: `ImageHit.number`.
+
+        Returns:
+            uint8 RGB (height, width, 3).
+
+        Raises:
+            DataError: The index has no such image, or it is not there any more, or its tar has changed.
+            UnreachableError: The store does not answer.
+        """
+        source = self.source_at(number)
+        if source is None:
+            raise DataError(f"{self.stored.path} holds no image with the number {number}")
+        return source.read()
 
     def settings(self, **changes: bool | float | None) -> InferenceConfig:
         """Return the detector's settings with some of them changed.
@@ -227,7 +256,7 @@ class RegionIndex(TrainedClasses):
                 hits += [
                     ImageHit(
                         number=int(self._firsts[number]) + row,
-                        path=part.path_of(row),
+                        source=part.source_of(row),
                         found=Detections(prediction, vocabulary.reported),
                     )
                     for row, prediction in zip(own.tolist(), predictions, strict=True)

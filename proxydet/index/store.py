@@ -37,6 +37,7 @@ from proxydet._version import __version__
 from proxydet.config import from_mapping, to_mapping
 from proxydet.errors import ConfigError, DataError, DiskFullError, InputError
 from proxydet.files import Lock, read_json, sha256, staged, sweep, write_errors, write_json
+from proxydet.inference.sources import SourceImage
 from proxydet.modeling.config import InferenceConfig
 from proxydet.modeling.roi_heads import RegionEmbeddings
 from proxydet.modeling.weights import weights_digest
@@ -172,6 +173,7 @@ class ImageRegions:
         boxes_N4: float32 xyxy, pixels of the image as the network saw it.
         proposals_N: float32, scores of the proposal network in [0, 1].
         embeddings: K times float32 (N, D).
+        tar: Of a member of a tar: the bytes of ``path`` that name the tar, and where the image begins in it.
     """
 
     path: str
@@ -181,6 +183,7 @@ class ImageRegions:
     boxes_N4: Floats
     proposals_N: Floats
     embeddings: tuple[Floats, ...]
+    tar: tuple[int, int] = (0, 0)
 
     @property
     def nbytes(self) -> int:
@@ -294,6 +297,8 @@ class Part:
             shapes = {"ends": (images,), "path_ends": (images,), "files": (images, 2)}
             shapes |= {"digests": (images, 32), "sizes": (images, 4)}
             shapes |= {"boxes": (regions, 4), "proposals": (regions,)}
+            if "tars" in tensors:
+                shapes["tars"] = (images, 2)
             for index in range(len(self._detector.classifiers)):
                 shapes[f"embeddings_{index}"] = (regions, self._detector.dimension)
             wrong = [name for name, shape in shapes.items() if tensors[name].shape != shape]
@@ -347,11 +352,28 @@ class Part:
 
     def path_of(self, row: int) -> str:
         """Return the path of an image."""
+        return self._encoded_path(row).decode("utf-8", "surrogateescape")
+
+    def _encoded_path(self, row: int) -> bytes:
         ends_B = self.tensors["path_ends"]
         start = int(ends_B[row - 1]) if row else 0
-        return bytes(self.tensors["paths"][start : int(ends_B[row])].numpy()).decode(
-            "utf-8", "surrogateescape"
-        )
+        return self.tensors["paths"][start : int(ends_B[row])].numpy().tobytes()
+
+    def source_of(self, row: int) -> SourceImage:
+        """Return an image as what can be read: a file, an object of a store, or a member of a tar in either."""
+        length, offset = self._tar_of(row)
+        if length <= 0:
+            return SourceImage(self.path_of(row))
+        size, changed = self.tensors["files"][row].tolist()
+        tar = self._encoded_path(row)[:length].decode("utf-8", "surrogateescape")
+        stamp = str(changed) if changed > 0 else ""
+        return SourceImage(self.path_of(row), max(size, 0), stamp, tar, offset)
+
+    def _tar_of(self, row: int) -> tuple[int, int]:
+        if "tars" not in self.tensors:
+            return 0, 0
+        length, offset = self.tensors["tars"][row].tolist()
+        return length, offset
 
     def embeddings(self, regions: slice | Tensor) -> RegionEmbeddings:
         """Return some regions as one image's, or for places (B, R) as a batch's, embeddings as they are stored."""
@@ -398,6 +420,7 @@ class Part:
             boxes_N4=self.boxes(regions, torch.full_like(regions, row)).numpy(),
             proposals_N=self.tensors["proposals"][places].float().numpy(),
             embeddings=tuple(embeddings),
+            tar=self._tar_of(row),
         )
 
     def subset(self, kept_B: npt.NDArray[np.bool_]) -> dict[str, Tensor]:
@@ -409,8 +432,9 @@ class Part:
             for row in np.flatnonzero(kept_B).tolist()
         ]
         images, regions = torch.from_numpy(kept_B), torch.from_numpy(np.repeat(kept_B, lengths_B))
-        for name in ("files", "digests", "sizes"):
-            tensors[name] = tensors[name][images]
+        for name in ("files", "digests", "sizes", "tars"):
+            if name in tensors:
+                tensors[name] = tensors[name][images]
         for name in tensors:
             if name in ("boxes", "proposals") or name.startswith("embeddings_"):
                 tensors[name] = tensors[name][regions]
@@ -444,6 +468,8 @@ def part_of(images: Sequence[ImageRegions], *, compact: bool) -> dict[str, Tenso
         "boxes": boxes_N4,
         "proposals": proposals_N,
     }
+    if any(image.tar[0] for image in images):
+        arrays["tars"] = np.array([image.tar for image in images], dtype=np.int64)
     if compact:
         sides_N4 = np.repeat(sizes_B4[:, [1, 0, 1, 0]], counts_B, axis=0)
         fractions_N4 = np.clip(boxes_N4 / sides_N4, 0, 1)
@@ -804,7 +830,7 @@ class IndexWriter:
             if part.tensors["digests"][row].numpy().tobytes() != digest:
                 continue
             old = part.path_of(row)
-            self.add(dataclasses.replace(part.image(row), path=path, file=file))
+            self.add(dataclasses.replace(part.image(row), path=path, file=file, tar=(0, 0)))
             if is_gone(old):
                 self.remove([old])
             return True

@@ -230,3 +230,11 @@ def test_members_of_tars_are_images_too(photos, exact, detector, tmp_path):
         for place in (index, exact)
     ]
     assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+    found = RegionIndex(index)
+    for hit in found.search(score_threshold=0.1):
+        wanted = np.asarray(Image.open(photos / Path(hit.path).name))
+        np.testing.assert_array_equal(found.read_image(hit.number), wanted)
+    with (tmp_path / "photos.tar").open("ab") as tar:
+        tar.write(bytes(512))
+    with pytest.raises(DataError, match="has changed"):
+        hit.source.read()

@@ -161,7 +161,7 @@ def serve(
     Listens on this machine only, unless --host says otherwise, until Ctrl-C or SIGTERM; then it finishes the request in
     progress and ends with exit code 0. Classes of -v or --vocabulary are detected where a request names none.
     """
-    from proxydet.errors import JobInterruptedError
+    from proxydet.errors import DataError, JobInterruptedError
     from proxydet_cli import failures, output
     from proxydet_cli.output import Output
 
@@ -176,6 +176,12 @@ def serve(
     if index is not None and (run, weights, config, precision, tta) != (None,) * 4 + (False,):
         raise typer.BadParameter(
             "--index needs no detector: leave out --run, --weights, --config, --tta and --precision"
+        )
+    if index is not None and not index.is_dir():  # before the address is printed
+        raise DataError(
+            f"there is no index {index}",
+            hint="make one with: proxydet index FOLDER -o photos.index",
+            path=index,
         )
     named = None if index is not None else find_detector(run=run, weights=weights, config=config)
     with bind(host, port) as listening:

@@ -438,6 +438,8 @@ def calibrate(
 
     _check_output(output)
     check_choice(classes, vocabulary, None, background)
+    if precision is not None and keep is not None:
+        raise typer.BadParameter("give either --precision or --keep")
     described = open_config(data)
     parts = [part for part in ("val", "test", "train") if getattr(described, part) is not None]
     chosen = split or ("val" if "val" in parts or len(parts) != 1 else parts[0])

@@ -212,3 +212,10 @@ def test_mistakes_write_nothing(calibrate, words, what):
     assert code == 3
     assert what in err
     assert not Path("own.vocab").exists()
+
+
+def test_two_aims_at_once_are_a_wrong_command_line(cli, tmp_path):
+    words = ["-v", "cup", "--data", "absent.json", "-o", str(tmp_path / "x.vocab")]
+    code, _, err = cli("vocab", "calibrate", *words, "--precision", "0.9", "--keep", "0.9")
+    assert code == 2
+    assert "--keep" in err

@@ -54,6 +54,13 @@ def test_the_address_goes_to_stderr(call):
     assert err.startswith("http://127.0.0.1:")
 
 
+def test_an_index_that_is_not_there_is_refused_before_an_address_is_printed(call, tmp_path):
+    code, out, err, app = call("--index", str(tmp_path / "photos.indx"))
+    assert (code, out, app) == (3, "", None)
+    assert "photos.indx" in err
+    assert "http://" not in err
+
+
 def test_a_second_ctrl_c_ends_the_process_without_the_interpreter(call, monkeypatch):
     def interrupted(*_: Any, **__: Any) -> None:
         raise JobInterruptedError("the server was stopped", signal_number=2)
